@@ -1,0 +1,152 @@
+"""Native parts of FlexKV. The contract, with its diagrams, is `ext/README.md`."""
+
+from collections.abc import Sequence
+from typing import Final, final
+
+from typing_extensions import Buffer
+
+TO_HOST: Final[int]
+TO_DEVICE: Final[int]
+
+def features() -> dict[str, str | int]:
+    """Give what this build and CPU offer: simd ("avx512", "avx2", "none"), liburing, xxhash."""
+
+def hash128(data: Buffer, seed: int = 0) -> bytes:
+    """Give the canonical (big-endian) XXH3-128 digest of `data`: 16 bytes."""
+
+def chain_keys(tokens: Buffer, tokens_per_block: int, parent: bytes) -> bytes:
+    """Give the chained keys of every whole block of `tokens` (int64[n]): 16 bytes a block.
+
+    key[i] = XXH3-128(key[i-1] || tokens of block i as little-endian int64), key[-1] = `parent`.
+
+    Raises:
+        ValueError: args (index, token): a token is negative.
+    """
+
+def block_slots(slots: Buffer, tokens_per_block: int, num_blocks: int) -> bytes:
+    """Give the device block id (int64) of every whole block of `slots` (int64[n]).
+
+    Raises:
+        ValueError: args (index, slot, why); why is "range", "alignment" or "contiguity".
+    """
+
+def prefault(buffer: Buffer) -> None:
+    """Touch every page of a writable buffer, with the GIL released, keeping its content."""
+
+@final
+class PageMap:
+    """Where the pieces of a device block are, and where they go in a host block."""
+
+    def __init__(
+        self,
+        pieces: Buffer,
+        device_blocks: int,
+        host: Buffer,
+        host_stride: int,
+        owner: object,
+    ) -> None:
+        """Describe one device's pages.
+
+        Args:
+            pieces: int64[n, 4], a row a piece: address of block 0, stride in bytes between
+                blocks, bytes of the piece, offset of the piece inside the host block.
+            device_blocks: number of device blocks; ids are checked against it.
+            host: the writable host arena, held until the map is gone.
+            host_stride: bytes between host blocks; ids are checked against its length.
+            owner: whatever keeps the device memory alive, held until the map is gone.
+        """
+
+    @property
+    def block_bytes(self) -> int: ...
+
+@final
+class CopyPool:
+    """Standing threads that copy between device pages and host blocks, urgent jobs first."""
+
+    def __init__(self, threads: int) -> None: ...
+    def fileno(self) -> int:
+        """Give an eventfd, non-blocking, readable while `reap` has something."""
+
+    def submit(
+        self,
+        token: int,
+        pages: PageMap,
+        direction: int,
+        device_ids: Buffer,
+        host_ids: Buffer,
+        urgent: bool,
+    ) -> None:
+        """Queue one job; the id buffers (int64[n]) are copied.
+
+        Raises:
+            ValueError: an id out of range, lengths that differ.
+            RuntimeError: the pool is closed.
+        """
+
+    def reap(self) -> list[int]:
+        """Give the tokens of the jobs that ended since the last call, and clear the eventfd."""
+
+    def copy(self, target: Buffer, source: Buffer) -> None:
+        """Copy bytes with all threads and non-temporal stores; waits with the GIL released."""
+
+    @property
+    def in_flight(self) -> int: ...
+    def close(self) -> None:
+        """Finish what is queued, join the threads, close the eventfd. Idempotent."""
+
+def copy_now(pages: PageMap, direction: int, device_ids: Buffer, host_ids: Buffer) -> None:
+    """Do one job in the calling thread; the GIL is released when it is more than 64 KiB."""
+
+@final
+class Ring:
+    """An io_uring whose completions are announced on an eventfd."""
+
+    def __init__(self, entries: int, flags: int = 0) -> None:
+        """Raises OSError when the kernel refuses."""
+
+    def fileno(self) -> int:
+        """Give the eventfd, non-blocking, readable while `reap` has something."""
+
+    def lend(self, buffers: Sequence[Buffer], register: bool) -> None:
+        """Name the memory that I/O may touch, held until close; `register` it with the kernel.
+
+        At most 1 GiB each when registered. May be called once.
+
+        Raises:
+            OSError: the kernel refused to register (the buffers are not lent then).
+        """
+
+    def register_files(self, fds: Sequence[int]) -> None:
+        """Register files; extents name them by their index. May be called once."""
+
+    def submit(self, token: int, write: bool, extents: Buffer) -> int:
+        """Queue I/O, and give how many of the extents were taken (a prefix).
+
+        Extent i completes under token + i. Short reads and writes, EINTR and EAGAIN are continued
+        inside the ring.
+
+        Args:
+            token: name of the first extent, >= 0.
+            write: direction.
+            extents: int64[n, 4], a row an extent: file index, file offset, address, bytes.
+
+        Raises:
+            ValueError: memory that was not lent, a file that is not registered, a length < 1.
+            OSError: io_uring_enter failed.
+        """
+
+    def nop(self, token: int, count: int) -> int:
+        """Queue `count` empty operations under token, token + 1, …; gives how many were taken."""
+
+    def reap(self) -> list[tuple[int, int]]:
+        """Give (token, bytes moved or -errno) of all that ended, and clear the eventfd.
+
+        Fewer bytes than asked for means that the file ended.
+        """
+
+    @property
+    def in_flight(self) -> int: ...
+    @property
+    def capacity(self) -> int: ...
+    def close(self) -> None:
+        """Wait for what is in flight, then release the ring, its buffers and the eventfd."""

@@ -1,0 +1,1 @@
+"""Pure ground floor: terms, errors, configuration, layouts, requests."""

@@ -1,0 +1,116 @@
+"""One tree of errors. Each carries the values that a handler or a reader needs.
+
+A miss, a full pool on prefetch and a partial hit are outcomes, not errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from posix import strerror
+
+
+class FlexKVError(Exception):
+    """Anything that FlexKV raises on purpose."""
+
+
+class ConfigError(FlexKVError):
+    """A configuration or argument field has a value that breaks a rule."""
+
+    def __init__(self, field: str, value: object, why: str) -> None:
+        super().__init__(f"{field}={value!r}: {why}")
+        self.field, self.value, self.why = field, value, why
+
+
+class CapacityError(FlexKVError):
+    """A tier cannot give the blocks that an operation must have."""
+
+    def __init__(
+        self, tier: str, wanted_blocks: int, free_blocks: int, evictable_blocks: int
+    ) -> None:
+        super().__init__(
+            f"{tier}: {wanted_blocks} blocks wanted, {free_blocks} free, "
+            f"{evictable_blocks} evictable"
+        )
+        self.tier = tier
+        self.wanted_blocks = wanted_blocks
+        self.free_blocks = free_blocks
+        self.evictable_blocks = evictable_blocks
+
+
+class TransferError(FlexKVError):
+    """A transfer op ended without moving all its bytes."""
+
+    def __init__(self, op_id: int, route: str, block_count: int, why: str = "") -> None:
+        super().__init__(f"op {op_id} {route} ({block_count} blocks) failed: {why}")
+        self.op_id, self.route, self.block_count, self.why = op_id, route, block_count, why
+
+
+class StorageError(TransferError):
+    """A file operation failed with an errno."""
+
+    def __init__(self, path: str, offset_bytes: int, errno: int, op_id: int = -1) -> None:
+        FlexKVError.__init__(
+            self, f"{path} at byte {offset_bytes}: [Errno {errno}] {os_message(errno)}"
+        )
+        self.path, self.offset_bytes, self.errno, self.op_id = path, offset_bytes, errno, op_id
+
+
+class ShortTransferError(TransferError):
+    """A file or peer gave fewer bytes than the block has, and will not give more."""
+
+    def __init__(self, path: str, offset_bytes: int, wanted_bytes: int, moved_bytes: int) -> None:
+        FlexKVError.__init__(
+            self, f"{path} at byte {offset_bytes}: {moved_bytes} of {wanted_bytes} bytes moved"
+        )
+        self.path, self.offset_bytes = path, offset_bytes
+        self.wanted_bytes, self.moved_bytes = wanted_bytes, moved_bytes
+
+
+class DeviceError(TransferError):
+    """A device call failed with a driver code."""
+
+    def __init__(self, call: str, code: int) -> None:
+        FlexKVError.__init__(self, f"{call} failed with code {code}")
+        self.call, self.code = call, code
+
+
+class CorruptBlockError(TransferError):
+    """A block came back with bytes that are not those that left."""
+
+    def __init__(self, key: bytes) -> None:
+        FlexKVError.__init__(self, f"block {key.hex()}: checksum mismatch")
+        self.key = key
+
+
+class BackendUnavailableError(FlexKVError):
+    """A backend that the configuration asks for is not there."""
+
+    def __init__(self, backend: str, reason: str) -> None:
+        super().__init__(f"{backend} is not available: {reason}")
+        self.backend, self.reason = backend, reason
+
+
+class ClosedError(FlexKVError):
+    """The engine is not started yet, or is shut down."""
+
+
+class InternalError(FlexKVError):
+    """Our own mistake: please report it with the message."""
+
+
+class InvalidTransition(InternalError):  # noqa: N818 -- the name that state machines use for it
+    """A state machine got an event that its table has no entry for."""
+
+    def __init__(self, state: object, event: object, story: Sequence[object]) -> None:
+        lines = "\n  ".join(str(entry) for entry in story)
+        super().__init__(f"no transition from {state} on {event}; the story so far:\n  {lines}")
+        self.state, self.event, self.story = state, event, tuple(story)
+
+
+class InvariantError(InternalError):
+    """A law of the system does not hold."""
+
+
+def os_message(errno: int) -> str:
+    """Give the operating system's words for an errno."""
+    return strerror(errno)

@@ -1,0 +1,75 @@
+"""The words that every other module uses: tiers, routes, transfers.
+
+See `docs/glossary.md` for what each word means and does not mean.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+BlockIds: TypeAlias = NDArray[np.int64]
+"""Places in one tier's pool: int64[n]."""
+
+BlockKey: TypeAlias = bytes
+"""Identity of one block: 16 bytes, chained over its whole prefix."""
+
+BLOCK_KEY_BYTES = 16
+
+
+class Tier(IntEnum):
+    """Where a block can be. An IntEnum so that routes hash at C speed."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
+    REMOTE = 3
+    PEER = 4
+
+    @property
+    def label(self) -> str:
+        """Give the lower-case name, as it stands in records and messages."""
+        return self.name.lower()
+
+
+class Route(NamedTuple):
+    """One hop of a block: from a tier, to a tier."""
+
+    source: Tier
+    target: Tier
+
+    def __str__(self) -> str:
+        return f"{self.source.label}→{self.target.label}"
+
+    @property
+    def outer(self) -> Tier:
+        """Give the end that is not host memory: the one whose actor runs the route."""
+        return self.target if self.source is Tier.HOST else self.source
+
+    @property
+    def inbound(self) -> bool:
+        """Tell whether the route brings bytes nearer to the device: such ops go first."""
+        return self.target < self.source
+
+
+class Transfer(msgspec.Struct, frozen=True, gc=False):
+    """A batch of block copies on one route, as an actor and its port receive it.
+
+    `source_ids` and `target_ids` are int64[n], the same n; `owner` groups the transfers of one
+    request, so that a queue can be fair between requests; `token` names this one.
+    """
+
+    token: int
+    owner: int
+    route: Route
+    source_ids: BlockIds
+    target_ids: BlockIds
+
+    @property
+    def block_count(self) -> int:
+        """Give the number of blocks to copy."""
+        return len(self.source_ids)
