@@ -6,7 +6,7 @@ A miss, a full pool on prefetch and a partial hit are outcomes, not errors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from posix import strerror
+from errno import errorcode
 
 
 class FlexKVError(Exception):
@@ -50,7 +50,7 @@ class StorageError(TransferError):
 
     def __init__(self, path: str, offset_bytes: int, errno: int, op_id: int = -1) -> None:
         FlexKVError.__init__(
-            self, f"{path} at byte {offset_bytes}: [Errno {errno}] {os_message(errno)}"
+            self, f"{path} at byte {offset_bytes}: {errorcode.get(errno, errno)}"
         )
         self.path, self.offset_bytes, self.errno, self.op_id = path, offset_bytes, errno, op_id
 
@@ -110,7 +110,3 @@ class InvalidTransition(InternalError):  # noqa: N818 -- the name that state mac
 class InvariantError(InternalError):
     """A law of the system does not hold."""
 
-
-def os_message(errno: int) -> str:
-    """Give the operating system's words for an errno."""
-    return strerror(errno)
