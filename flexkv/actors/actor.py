@@ -1,0 +1,201 @@
+"""Transfer actors: one per device or tier. Each is a task that turns a mailbox into I/O.
+
+    scheduler ──post──▶ mailbox ──pieces──▶ port ──wake──▶ reap ──report──▶ scheduler
+                        (turns)   (window)
+
+One actor class serves every device and tier: what differs is the port, and the window, which
+bounds the bytes in flight per direction. All work of a turn is synchronous; the task only waits
+for its bell, which a post or the port's wake rings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, NamedTuple
+
+import structlog
+
+from flexkv.actors.mailbox import Cursor, Lane, Mailbox
+from flexkv.common.errors import TransferError
+from flexkv.common.terms import Tier, Transfer
+from flexkv.io.ports import TransferPort
+
+log = structlog.get_logger(__name__)
+
+
+class OpEnd(NamedTuple):
+    """What an actor reports: an op is over, with every byte moved, or with an error."""
+
+    token: int
+    error: TransferError | None
+
+
+class Window(NamedTuple):
+    """What an actor may have in flight, in bytes."""
+
+    inbound_bytes_max: int
+    outbound_bytes_max: int
+    piece_bytes_max: int
+    """One submission to the port at most, though at least one block."""
+
+
+class RecalledError(TransferError):
+    """The op was recalled before all of its bytes were on their way."""
+
+
+class Bell:
+    """Something one task waits for and others ring; rings while nobody waits are kept."""
+
+    def __init__(self) -> None:
+        self._rung = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def ring(self) -> None:
+        """Wake the waiter, now or when it next waits."""
+        self._rung = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Return once the bell has rung since the last wait."""
+        if not self._rung:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        self._rung = False
+
+
+class TransferActor:
+    """Runs the transfers of one device or tier through its port."""
+
+    def __init__(self, tier: Tier, port: TransferPort, window: Window, transfers_max: int) -> None:
+        self.tier = tier
+        self.name = tier.label
+        self.in_flight_bytes = {True: 0, False: 0}
+        self._port = port
+        self._window = window
+        self._mailbox = Mailbox(transfers_max)
+        self._pieces: dict[int, tuple[Cursor, int]] = {}
+        self._next_piece = 0
+        self._piece_blocks = max(1, window.piece_bytes_max // port.block_bytes)
+        self._recalled: list[Cursor] = []
+        self._bell = Bell()
+        self._report: Callable[[list[OpEnd]], None] | None = None
+
+    # -- the scheduler's side -------------------------------------------------------------------
+
+    def attach(self, report: Callable[[list[OpEnd]], None]) -> None:
+        """Connect to the running loop; ends of ops go to `report`, in batches."""
+        self._report = report
+        self._port.connect(self._bell.ring)
+
+    def post(self, transfer: Transfer) -> None:
+        """Queue a transfer. Its end is reported, once.
+
+        Raises:
+            InvariantError: the mailbox is full.
+        """
+        self._mailbox.put(transfer)
+        self._bell.ring()
+
+    def recall(self, token: int) -> None:
+        """Drop what of a transfer is not in flight yet; its end is reported all the same."""
+        cursor = self._mailbox.find(token)
+        if cursor is not None and cursor.queued:
+            transfer = cursor.transfer
+            self._mailbox.lane(transfer).remove(cursor)
+            cursor.error = RecalledError(token, str(transfer.route), transfer.block_count, "recalled")
+            if cursor.over:
+                self._recalled.append(cursor)
+                self._bell.ring()
+
+    @property
+    def depth(self) -> int:
+        """Count the transfers that are queued or in flight."""
+        return len(self._mailbox)
+
+    # -- the task -------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Work until cancelled. Cancel only when `depth` is 0: the port owns buffers till then."""
+        while True:
+            await self._bell.wait()
+            self._turn()
+
+    def close(self) -> None:
+        """Release the port."""
+        self._port.close()
+
+    def _turn(self) -> None:
+        ends: list[OpEnd] = []
+        progress = True
+        while progress:
+            self._reap(ends)
+            progress = self._pump(self._mailbox.inbound, True)
+            if not self._mailbox.inbound:
+                progress |= self._pump(self._mailbox.outbound, False)
+            elif not self.in_flight_bytes[False]:
+                progress |= self._pump(self._mailbox.outbound, False, pieces_max=1)
+        for cursor in self._recalled:
+            self._end(cursor, ends)
+        self._recalled.clear()
+        if ends and self._report is not None:
+            self._report(ends)
+
+    def _pump(self, lane: Lane, inbound: bool, pieces_max: int | None = None) -> bool:
+        """Submit pieces while the window has room; tell whether any was."""
+        limit = self._window.inbound_bytes_max if inbound else self._window.outbound_bytes_max
+        block_bytes, port = self._port.block_bytes, self._port
+        submitted = 0
+        while lane and submitted != pieces_max:
+            in_flight = self.in_flight_bytes[inbound]
+            cursor = lane.first()
+            whole, begin = cursor.transfer, cursor.next_block
+            blocks = min(self._piece_blocks, whole.block_count - begin)
+            if in_flight and in_flight + blocks * block_bytes > limit:
+                break
+            lane.advance(blocks)
+            cursor.pieces_in_flight += 1
+            token = self._next_piece
+            self._next_piece += 1
+            self._pieces[token] = (cursor, blocks)
+            self.in_flight_bytes[inbound] = in_flight + blocks * block_bytes
+            port.submit(
+                Transfer(
+                    token,
+                    whole.owner,
+                    whole.route,
+                    whole.source_ids[begin : begin + blocks],
+                    whole.target_ids[begin : begin + blocks],
+                )
+            )
+            submitted += 1
+        return submitted > 0
+
+    def _reap(self, ends: list[OpEnd]) -> None:
+        for token, error in self._port.reap():
+            cursor, blocks = self._pieces.pop(token)
+            self.in_flight_bytes[cursor.transfer.route.inbound] -= blocks * self._port.block_bytes
+            cursor.pieces_in_flight -= 1
+            if error is not None and cursor.error is None:
+                cursor.error = error
+                if cursor.queued:
+                    self._mailbox.lane(cursor.transfer).remove(cursor)
+            if cursor.over:
+                self._end(cursor, ends)
+
+    def _end(self, cursor: Cursor, ends: list[OpEnd]) -> None:
+        self._mailbox.forget(cursor)
+        ends.append(OpEnd(cursor.transfer.token, cursor.error))
+
+
+async def guarded(name: str, work: Coroutine[Any, Any, None]) -> None:
+    """Run an actor's task; what it raises is our own mistake: report it, and raise it on."""
+    try:
+        await work
+    except Exception:
+        log.exception("actor failed", actor=name)
+        raise

@@ -1,0 +1,110 @@
+"""The queue of one transfer actor: inbound before outbound, fair between requests, bounded.
+
+Inbound ops (towards the device) always go first. Within a direction, requests take turns: each
+turn gives one piece of the request whose turn it is, so that a large prefetch never holds a small
+get back by more than what is already in flight.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+
+import msgspec
+
+from flexkv.common.errors import InvariantError, TransferError
+from flexkv.common.terms import Transfer
+
+
+class Cursor(msgspec.Struct):
+    """How far an actor is with one transfer: blocks handed out, pieces still in flight."""
+
+    transfer: Transfer
+    next_block: int = 0
+    pieces_in_flight: int = 0
+    error: TransferError | None = None
+    queued: bool = True
+
+    @property
+    def over(self) -> bool:
+        """Tell whether nothing of the transfer is queued or in flight."""
+        return not self.queued and not self.pieces_in_flight
+
+
+class Lane:
+    """The waiting transfers of one direction, in turns by owner."""
+
+    def __init__(self) -> None:
+        self._turns: OrderedDict[int, deque[Cursor]] = OrderedDict()
+
+    def __bool__(self) -> bool:
+        return bool(self._turns)
+
+    def append(self, cursor: Cursor) -> None:
+        """Queue a transfer behind its owner's others."""
+        queue = self._turns.get(cursor.transfer.owner)
+        if queue is None:
+            self._turns[cursor.transfer.owner] = deque((cursor,))
+        else:
+            queue.append(cursor)
+
+    def first(self) -> Cursor:
+        """Give the transfer whose turn it is."""
+        return next(iter(self._turns.values()))[0]
+
+    def advance(self, blocks: int) -> None:
+        """The transfer whose turn it is has handed out `blocks` more: the next owner's turn."""
+        owner, queue = next(iter(self._turns.items()))
+        cursor = queue[0]
+        cursor.next_block += blocks
+        if cursor.next_block == cursor.transfer.block_count:
+            cursor.queued = False
+            queue.popleft()
+        if queue:
+            self._turns.move_to_end(owner)
+        else:
+            del self._turns[owner]
+
+    def remove(self, cursor: Cursor) -> None:
+        """Take a waiting transfer out."""
+        owner = cursor.transfer.owner
+        self._turns[owner].remove(cursor)
+        cursor.queued = False
+        if not self._turns[owner]:
+            del self._turns[owner]
+
+
+class Mailbox:
+    """Both lanes of an actor, and the bound on what may wait."""
+
+    def __init__(self, transfers_max: int) -> None:
+        self.inbound, self.outbound = Lane(), Lane()
+        self._transfers_max = transfers_max
+        self._cursors: dict[int, Cursor] = {}
+
+    def __len__(self) -> int:
+        """Count the transfers that are queued or in flight."""
+        return len(self._cursors)
+
+    def lane(self, transfer: Transfer) -> Lane:
+        """Give the lane of a transfer's direction."""
+        return self.inbound if transfer.route.inbound else self.outbound
+
+    def put(self, transfer: Transfer) -> None:
+        """Queue a transfer.
+
+        Raises:
+            InvariantError: the mailbox is full, which admission should have made impossible.
+        """
+        if len(self._cursors) >= self._transfers_max:
+            raise InvariantError(f"mailbox full: {self._transfers_max} transfers are waiting")
+        cursor = Cursor(transfer)
+        self._cursors[transfer.token] = cursor
+        self.lane(transfer).append(cursor)
+
+    def find(self, token: int) -> Cursor | None:
+        """Give the cursor of a transfer that is not over."""
+        return self._cursors.get(token)
+
+    def forget(self, cursor: Cursor) -> None:
+        """Drop a transfer that is over."""
+        del self._cursors[cursor.transfer.token]

@@ -1,0 +1,70 @@
+"""What the caller of a request is told, from the states in which its ops ended."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flexkv.common.errors import CapacityError, FlexKVError
+from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request, TokenMask
+from flexkv.graph.planner import Planned
+from flexkv.graph.run import OpState, Run
+
+
+def response_of(request: Request, planned: Planned, run: Run) -> KVResponse:
+    """Give the response of a run whose answering ops are all over."""
+    moved = _moved_blocks(request, planned, run)
+    error: FlexKVError | None = run.errors[0] if run.errors else planned.shortfall
+    return KVResponse(
+        _status(request, planned, run, bool(moved.any())),
+        request.request_id,
+        _tokens_of(request, moved),
+        error,
+    )
+
+
+def _status(request: Request, planned: Planned, run: Run, moved: bool) -> KVResponseStatus:
+    if run.cancelled:
+        return KVResponseStatus.CANCELLED
+    if moved:
+        return KVResponseStatus.SUCCESS
+    if run.errors:
+        return KVResponseStatus.FAILED
+    loads = request.operation is not Operation.PUT
+    if loads and planned.found.last == planned.found.first:
+        full = isinstance(planned.shortfall, CapacityError)
+        return KVResponseStatus.UNREADY if full else KVResponseStatus.NOTFOUND
+    return KVResponseStatus.SUCCESS
+
+
+def _moved_blocks(request: Request, planned: Planned, run: Run) -> TokenMask:
+    """Give bool[span blocks]: those whose answering op is DONE.
+
+    For a load only the unbroken run from the first block counts: what is behind a gap is of no use
+    to an engine.
+    """
+    first = request.span.first_block
+    moved = np.zeros(request.span.last_block - first, np.bool_)
+    if run.cancelled:
+        return moved
+    if request.operation is not Operation.PUT and not run.errors:
+        if request.operation is Operation.GET:
+            moved[: planned.found.last - first] = True
+            return moved
+    plan = planned.plan
+    for op in plan.template.ops:
+        if op.answers and op.route is not None and run.states[op.index] is OpState.DONE:
+            moved[plan.positions(op) - first] = True
+    if request.operation is Operation.GET and not moved.all():
+        moved[int(moved.argmin()) :] = False
+    return moved
+
+
+def _tokens_of(request: Request, moved: TokenMask) -> TokenMask:
+    """Spread bool[span blocks] over bool[tokens]."""
+    mask = np.zeros(request.token_count, np.bool_)
+    if moved.size:
+        span = request.span
+        tokens_per_block = request.tokens_per_block
+        begin = span.first_block * tokens_per_block
+        mask[begin : begin + moved.size * tokens_per_block] = np.repeat(moved, tokens_per_block)
+    return mask

@@ -1,0 +1,235 @@
+"""The scheduler: the only writer of the index and of runs.
+
+Everything here is synchronous, on the loop's thread, between awaits: a request is planned and
+launched in one step, and a batch of op ends from an actor is taken in one step. Waiters only ever
+see what the core has already settled: results live in the flight before its future is resolved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import structlog
+
+from flexkv.actors.actor import OpEnd, TransferActor
+from flexkv.actors.observer import Observer
+from flexkv.actors.outcome import response_of
+from flexkv.common.errors import InvariantError, TransferError
+from flexkv.common.request import KVResponse, Operation, Request
+from flexkv.common.terms import Tier
+from flexkv.graph.ops import OpSpec
+from flexkv.graph.plan import OPS_MAX
+from flexkv.graph.planner import Planned, Planner
+from flexkv.graph.run import (
+    Answer,
+    Cancel,
+    Command,
+    Done,
+    End,
+    Event,
+    Failed,
+    Issue,
+    Launch,
+    Recall,
+    Run,
+    Settle,
+)
+from flexkv.index.residency import Residency
+
+log = structlog.get_logger(__name__)
+
+
+class Flight:
+    """One request under way: its plan, its run, and what its caller will be told."""
+
+    __slots__ = ("answered", "begin_ns", "ended", "plan", "planned", "request", "response", "run")
+
+    def __init__(self, request: Request, planned: Planned, begin_ns: int) -> None:
+        self.request = request
+        self.planned = planned
+        self.plan = planned.plan
+        self.run = Run(planned.plan.template)
+        self.begin_ns = begin_ns
+        self.response: KVResponse | None = None
+        self.answered: asyncio.Future[KVResponse] | None = None
+        self.ended: asyncio.Future[None] | None = None
+
+    async def wait_answered(self) -> KVResponse:
+        """Return the response once there is one. Cancelling the wait cancels nothing else."""
+        if self.response is None:
+            if self.answered is None:
+                self.answered = asyncio.get_running_loop().create_future()
+            return await asyncio.shield(self.answered)
+        return self.response
+
+    async def wait_ended(self) -> None:
+        """Return once every op is over, write-behind included."""
+        if not self.run.ended:
+            if self.ended is None:
+                self.ended = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self.ended)
+
+
+class _Joiner(NamedTuple):
+    flight: Flight
+    op: int
+
+
+class Scheduler:
+    """Plans requests, runs their state machines, and gives their ops to the actors."""
+
+    def __init__(
+        self,
+        residency: Residency,
+        planner: Planner,
+        actors: Mapping[Tier, TransferActor],
+        observer: Observer,
+    ) -> None:
+        self._residency = residency
+        self._planner = planner
+        self._actors = actors
+        self._observer = observer
+        self._flights: dict[int, Flight] = {}
+        self._joiners: dict[int, list[_Joiner]] = {}
+        self._events: deque[tuple[Flight, Event]] = deque()
+        self._busy = False
+        self._next_run = 0
+        self._idle: list[asyncio.Future[None]] = []
+        self._on: dict[type, Callable[[Flight, int, Command], None]] = {
+            Issue: self._issue,
+            Settle: self._settle,
+            Recall: self._recall,
+        }
+
+    @property
+    def flights(self) -> int:
+        """Count the runs that are not over, write-behind included."""
+        return len(self._flights)
+
+    # -- in -------------------------------------------------------------------------------------
+
+    def begin(self, request: Request) -> Flight:
+        """Plan a request and launch it; the flight may have its response already."""
+        begin_ns = self._observer.now_ns()
+        run_id = self._next_run
+        self._next_run += 1
+        planned = self._planner.plan(request, run_id)
+        flight = Flight(request, planned, begin_ns)
+        self._flights[run_id] = flight
+        self._take(flight, Launch())
+        return flight
+
+    def cancel(self, flight: Flight) -> None:
+        """End a flight early. It is answered once no hardware touches its device slots."""
+        if not flight.run.ended:
+            self._take(flight, Cancel())
+
+    def cancel_all(self) -> None:
+        """Cancel every flight, write-behind included."""
+        for flight in list(self._flights.values()):
+            self.cancel(flight)
+
+    def report(self, ends: Iterable[OpEnd]) -> None:
+        """Take the ends of ops from an actor."""
+        for token, error in ends:
+            run_id, op = divmod(token, OPS_MAX)
+            flight = self._flights[run_id]
+            self._observer.op_ended(flight.request, flight.plan, flight.plan.template.ops[op], error)
+            self._events.append((flight, Done(op) if error is None else Failed(op, error)))
+        self._work()
+
+    async def wait_idle(self) -> None:
+        """Return once no flight is left, write-behind included."""
+        while self._flights:
+            waiter = asyncio.get_running_loop().create_future()
+            self._idle.append(waiter)
+            await waiter
+
+    def write_behind(self) -> list[Flight]:
+        """Give the flights under way: what a flush has to wait for."""
+        return list(self._flights.values())
+
+    # -- work -----------------------------------------------------------------------------------
+
+    def _take(self, flight: Flight, event: Event) -> None:
+        self._events.append((flight, event))
+        self._work()
+
+    def _work(self) -> None:
+        """Take events until there are none; carrying out a command may add some."""
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            while self._events:
+                flight, event = self._events.popleft()
+                for command in flight.run.handle(event):
+                    kind = type(command)
+                    if kind is Answer:
+                        self._answer(flight)
+                    elif kind is End:
+                        self._end(flight)
+                    else:
+                        self._on[kind](flight, command.op, command)  # type: ignore[union-attr]
+        finally:
+            self._busy = False
+
+    def _issue(self, flight: Flight, op: int, command: Command) -> None:
+        spec = flight.plan.template.ops[op]
+        if spec.route is None:
+            self._join(flight, spec)
+            return
+        self._observer.op_issued(flight.plan.token(spec))
+        self._actors[spec.route.outer].post(flight.plan.transfer(spec))
+
+    def _settle(self, flight: Flight, op: int, command: Command) -> None:
+        token = flight.plan.run_id * OPS_MAX + op
+        assert isinstance(command, Settle)
+        self._residency.claims.settle(token, command.filled)
+        for joiner in self._joiners.pop(token, ()):
+            self._events.append((joiner.flight, _news(joiner.op, command.filled)))
+
+    def _recall(self, flight: Flight, op: int, command: Command) -> None:
+        spec = flight.plan.template.ops[op]
+        if spec.route is None:
+            filler = flight.plan.fills[spec.leg].fillers[spec.chunk]
+            self._joiners[filler].remove(_Joiner(flight, op))
+            self._events.append((flight, _news(op, False)))
+            return
+        token = flight.plan.token(spec)
+        if token not in self._joiners:
+            self._actors[spec.route.outer].recall(token)
+
+    def _join(self, flight: Flight, spec: OpSpec) -> None:
+        """Let a barrier wait for the op that fills its blocks; planning saw that op live."""
+        filler = flight.plan.fills[spec.leg].fillers[spec.chunk]
+        self._joiners.setdefault(filler, []).append(_Joiner(flight, spec.index))
+
+    def _answer(self, flight: Flight) -> None:
+        response = response_of(flight.request, flight.planned, flight.run)
+        flight.response = response
+        self._observer.request_ended(flight.request, flight.planned, response, flight.begin_ns)
+        if flight.answered is not None and not flight.answered.done():
+            flight.answered.set_result(response)
+
+    def _end(self, flight: Flight) -> None:
+        del self._flights[flight.plan.run_id]
+        if flight.ended is not None and not flight.ended.done():
+            flight.ended.set_result(None)
+        if not self._flights:
+            waiters, self._idle = self._idle, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+        if self._residency.claims.of_owner(flight.plan.run_id):
+            raise InvariantError(f"run {flight.plan.run_id} ended and left claims")
+
+
+def _news(op: int, filled: bool) -> Event:
+    """Tell a barrier how the op that it waits for ended."""
+    if filled:
+        return Done(op)
+    return Failed(op, TransferError(op, "wait", 0, "the blocks it waits for were not filled"))

@@ -1,0 +1,144 @@
+"""What the engine's model looks like to a cache: how many bytes the KV of one token takes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core.core_schema import ValidationInfo
+from typing_extensions import Self
+
+from flexkv.common.config_keys import ConfigModel, key
+from flexkv.common.errors import ConfigError
+
+ITEM_BYTES = {
+    "float64": 8,
+    "int64": 8,
+    "float32": 4,
+    "int32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1,
+    "int8": 1,
+    "uint8": 1,
+}
+"""Bytes of one element, by the name that torch and numpy give its type."""
+
+SHORT_NAMES = {
+    "double": "float64",
+    "float": "float32",
+    "half": "float16",
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "fp8": "float8_e4m3fn",
+    "fp8_e4m3": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+}
+
+
+def dtype_name(dtype: object) -> str:
+    """Give the name of a torch, numpy or written dtype, such as "bfloat16".
+
+    Neither library is asked: a torch dtype prints as `torch.<name>`, a numpy one as `<name>`, and
+    a numpy scalar class is called by it.
+    """
+    text = dtype.__name__ if isinstance(dtype, type) else str(dtype)
+    name = text.removeprefix("torch.")
+    name = SHORT_NAMES.get(name, name)
+    if name not in ITEM_BYTES:
+        raise ValueError(f"unknown element type; known are {', '.join(ITEM_BYTES)}")
+    return name
+
+
+DTypeName = Annotated[str, BeforeValidator(dtype_name)]
+_RANKS_PART = "the device part for several ranks"
+
+
+class LayerGroup(BaseModel):
+    """Layers of one model that share a KV shape which other layers do not have."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_layers: int = Field(ge=1)
+    num_kv_heads: int = Field(ge=1)
+    head_size: int = Field(ge=1)
+    layer_indices: tuple[int, ...] = ()
+    dtype: DTypeName | None = None
+    compress_ratio: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _indices_fit(self) -> Self:
+        indices = self.layer_indices
+        if indices and len(set(indices)) != self.num_layers:
+            raise ValueError(f"layer_indices must name num_layers={self.num_layers} layers, once")
+        return self
+
+
+class ModelConfig(ConfigModel):
+    """The shape of a model's KV cache, over all its ranks."""
+
+    num_layers: int = Field(ge=1, description="Layers that have a KV cache.")
+    num_kv_heads: int = Field(ge=1, description="KV heads of a layer, over all TP ranks.")
+    head_size: int = Field(ge=1, description="Elements of one head.")
+    dtype: DTypeName = Field(description="Element type: a torch or numpy dtype, or its name.")
+    use_mla: bool = key(False, "Multi-head latent attention: one vector a token, not K and V.")
+    kv_dim: int = key(
+        None, "Vectors a token has in a layer: K and V, or one.", ge=1, le=2,
+        shown_default="1 with use_mla, else 2",
+    )
+    tp_size: int = key(1, "Tensor-parallel ranks.", ge=1, part=_RANKS_PART, built=(1,))
+    pp_size: int = key(1, "Pipeline-parallel ranks.", ge=1, part=_RANKS_PART, built=(1,))
+    dp_size: int = key(1, "Data-parallel ranks.", ge=1, part=_RANKS_PART, built=(1,))
+    cp_size: int = key(1, "Context-parallel ranks.", ge=1, part=_RANKS_PART, built=(1,))
+    nnodes: int = key(
+        1, "Machines that the ranks are spread over.", ge=1,
+        part="the device part for several machines", built=(1,),
+    )
+    instance_num: int = key(
+        1, "Engine instances that share one cache.", ge=1,
+        part="the server for several instances", built=(1,),
+    )
+    layer_groups: tuple[LayerGroup, ...] | None = key(
+        None, "Groups of layers whose KV shapes differ.",
+        part="the layout part for layers of different shapes", built=(None,),
+    )
+    model_id: str = key("", "Name of the weights: caches of different models never mix.")
+
+    @field_validator("kv_dim", mode="before")
+    @classmethod
+    def _kv_dim_of_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None:
+            return 1 if info.data.get("use_mla") else 2
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.use_mla and self.kv_dim != 1:
+            raise ConfigError("kv_dim", self.kv_dim, "contradicts use_mla, which has one vector")
+        groups = self.layer_groups
+        if groups is None:
+            return self
+        layers = sum(group.num_layers for group in groups)
+        if layers != self.num_layers:
+            why = f"the groups have {layers} layers, the model has {self.num_layers}"
+            raise ConfigError("layer_groups", groups, why)
+        indices = [index for group in groups for index in group.layer_indices]
+        if indices and sorted(indices) != list(range(self.num_layers)):
+            why = f"layer_indices must name each layer of 0..{self.num_layers - 1} once"
+            raise ConfigError("layer_groups", groups, why)
+        return self
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Give the bytes of one token's KV, all layers and all TP ranks."""
+        elements = self.kv_dim * self.num_layers * self.num_kv_heads * self.head_size
+        return elements * ITEM_BYTES[self.dtype]
+
+    def block_bytes(self, tokens_per_block: int) -> int:
+        """Give the bytes of one block of this many tokens."""
+        return self.bytes_per_token * tokens_per_block

@@ -1,0 +1,65 @@
+"""Runs of block ids: the step from many blocks to few contiguous extents."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.common.errors import InvariantError
+from flexkv.common.terms import BlockIds, Transfer
+
+
+def coalesce(
+    source_ids: BlockIds, target_ids: BlockIds, blocks_max: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Give the runs in which both ids count up by one: where each starts, and its length.
+
+    Args:
+        source_ids: int64[n].
+        target_ids: int64[n].
+        blocks_max: the longest run; longer ones are cut, from their start.
+
+    Returns:
+        `starts` int64[m], ascending positions in the ids, and `counts` int64[m], which add up
+        to n.
+    """
+    assert len(source_ids) == len(target_ids), (len(source_ids), len(target_ids))
+    assert blocks_max >= 1, blocks_max
+    total = len(source_ids)
+    if total == 0:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    breaks = np.flatnonzero((np.diff(source_ids) != 1) | (np.diff(target_ids) != 1)) + 1
+    run_starts = np.concatenate(([0], breaks))
+    run_counts = np.diff(run_starts, append=total)
+    cuts = -(-run_counts // blocks_max)
+    # Of each piece: which run it is of, and the how-manieth of that run.
+    run = np.repeat(np.arange(len(run_starts)), cuts)
+    nth = np.arange(len(run)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
+    starts = run_starts[run] + nth * blocks_max
+    counts = np.minimum(run_counts[run] - nth * blocks_max, blocks_max)
+    return starts, counts
+
+
+def check_ids(transfer: Transfer, source_blocks: int, target_blocks: int) -> None:
+    """Check that a transfer's ids are within their pools and as many on both ends.
+
+    Raises:
+        InvariantError: they are not.
+    """
+    if len(transfer.source_ids) != len(transfer.target_ids):
+        raise InvariantError(
+            f"transfer {transfer.token} {transfer.route}: {len(transfer.source_ids)} source ids, "
+            f"{len(transfer.target_ids)} target ids"
+        )
+    if transfer.block_count == 0:
+        return
+    for ids, blocks, end in (
+        (transfer.source_ids, source_blocks, transfer.route.source),
+        (transfer.target_ids, target_blocks, transfer.route.target),
+    ):
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= blocks:
+            raise InvariantError(
+                f"transfer {transfer.token} {transfer.route}: {end.label} ids {low}..{high} "
+                f"of {blocks} blocks"
+            )

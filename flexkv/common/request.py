@@ -1,0 +1,145 @@
+"""What a caller asks and what it is told: requests in whole blocks, responses over tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.common.errors import ConfigError, FlexKVError
+from flexkv.common.terms import BlockIds, BlockKey
+
+TokenMask = NDArray[np.bool_]
+_INT64 = np.dtype(np.int64)
+
+
+class Operation(IntEnum):
+    """What a request wants."""
+
+    GET = 0
+    PUT = 1
+    PREFETCH = 2
+
+    @property
+    def label(self) -> str:
+        """Give the lower-case name, as it stands in records and messages."""
+        return self.name.lower()
+
+
+class KVResponseStatus(Enum):
+    """How a request ended. A part of what was asked for is SUCCESS with the shorter mask."""
+
+    SUCCESS = "success"
+    NOTFOUND = "notfound"
+    UNREADY = "unready"
+    TIMEOUT = "timeout"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class KVResponse:
+    """The end of one request.
+
+    `return_mask` is bool[tokens]: the tokens whose KV was moved. For a get, the slots of every
+    other token have undefined content. `error` says why a request moved less than it could have.
+    """
+
+    status: KVResponseStatus
+    task_id: int
+    return_mask: TokenMask
+    error: FlexKVError | None = None
+
+
+class Span(NamedTuple):
+    """The whole blocks that a mask selects, and where their tokens stand."""
+
+    first_block: int
+    last_block: int
+    """Exclusive."""
+    first_token: int
+    """Where the mask's run begins: slot 0 belongs to this token."""
+    last_token: int
+    """Exclusive."""
+
+
+class Request(msgspec.Struct, frozen=True):
+    """A caller's request in the core's terms.
+
+    `keys` names every whole block up to `span.last_block`. `device_ids` is int64, one per block of
+    the span; None for a prefetch.
+    """
+
+    operation: Operation
+    request_id: int
+    token_count: int
+    tokens_per_block: int
+    span: Span
+    keys: list[BlockKey]
+    device_ids: BlockIds | None = None
+
+
+def as_int64(field: str, values: Any) -> NDArray[np.int64]:
+    """Give `values` as a contiguous int64[n]; no copy when it is one already.
+
+    Args:
+        field: the argument's name, for the error.
+        values: 1-D numpy array, torch CPU tensor or sequence, of any integer dtype.
+
+    Raises:
+        ConfigError: not one-dimensional, not integers, or not on the host.
+    """
+    if type(values) is np.ndarray and values.dtype == _INT64 and values.ndim == 1:
+        return np.ascontiguousarray(values)
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(field, type(values).__name__, f"must be host integers: {error}") from error
+    if array.ndim != 1:
+        raise ConfigError(field, f"shape {array.shape}", "must have one dimension")
+    if array.size == 0:
+        return np.empty(0, np.int64)
+    if array.dtype.kind not in "iu":
+        raise ConfigError(field, f"dtype {array.dtype}", "must have an integer dtype")
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def whole_blocks(token_mask: Any, token_count: int, tokens_per_block: int) -> Span:
+    """Give the whole blocks inside the one run of True that `token_mask` has.
+
+    Blocks that the run covers only in part do not move; None selects every token.
+
+    Raises:
+        ConfigError: the length differs from `token_count`, the dtype is not bool, or the mask has
+            a hole (False between two True).
+    """
+    first_token, last_token = 0, token_count
+    if token_mask is not None:
+        first_token, last_token = _run_of_true(np.asarray(token_mask), token_count)
+    first_block = -(-first_token // tokens_per_block)
+    last_block = last_token // tokens_per_block
+    return Span(first_block, max(first_block, last_block), first_token, last_token)
+
+
+def _run_of_true(mask: NDArray[Any], token_count: int) -> tuple[int, int]:
+    """Give where the mask's run of True begins and ends."""
+    if mask.dtype != np.bool_:
+        raise ConfigError("token_mask", f"dtype {mask.dtype}", "must be bool")
+    if mask.shape != (token_count,):
+        raise ConfigError(
+            "token_mask", f"shape {mask.shape}", f"must have token_ids' length, {token_count}"
+        )
+    count = int(np.count_nonzero(mask))
+    if count == 0:
+        return token_count, token_count
+    first = int(mask.argmax())
+    run = mask[first : first + count]
+    if not run.all():
+        hole = first + int(run.argmin())
+        raise ConfigError("token_mask", f"False at {hole}", "must have no hole between True values")
+    return first, first + count
+

@@ -1,0 +1,63 @@
+"""The passes between a graph of whole legs and a template. Each is graph in, graph out.
+
+`coalesce` is the pass that depends on the block ids of one request, so it works on a filled plan:
+it gives the runs of blocks that are contiguous at both ends, which adapters move as one extent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import networkx as nx
+
+from flexkv.common.extents import coalesce
+from flexkv.common.terms import Route
+from flexkv.graph.ops import Shape
+
+if TYPE_CHECKING:
+    from flexkv.graph.compile import Node
+
+__all__ = ["chunk", "coalesce", "drop_noops", "order"]
+
+
+class _HasRoute(Hashable, Protocol):
+    @property
+    def leg(self) -> int: ...
+    @property
+    def chunk(self) -> int: ...
+    @property
+    def hop(self) -> int: ...
+    @property
+    def route(self) -> Route | None: ...
+
+
+NodeT = TypeVar("NodeT", bound=_HasRoute)
+
+
+def drop_noops(graph: nx.DiGraph[Node], shape: Shape) -> nx.DiGraph[Node]:
+    """Drop the ops of legs without blocks."""
+    return graph.subgraph([node for node in graph if shape.legs[node.leg].chunks]).copy()
+
+
+def chunk(graph: nx.DiGraph[Node], shape: Shape) -> nx.DiGraph[Node]:
+    """Split every op into its leg's chunks, so that a chunk's hops overlap the next chunk's."""
+    split: nx.DiGraph[Node] = nx.DiGraph()
+    for node in graph:
+        chunks = range(shape.legs[node.leg].chunks)
+        split.add_nodes_from(node._replace(chunk=number) for number in chunks)
+        for after in graph.successors(node):
+            split.add_edges_from(
+                (node._replace(chunk=number), after._replace(chunk=number)) for number in chunks
+            )
+    return split
+
+
+def order(graph: nx.DiGraph[NodeT]) -> list[NodeT]:
+    """Give a topological order with reads before writes, and earlier chunks first."""
+
+    def rank(node: NodeT) -> tuple[bool, int, int, int]:
+        outbound = node.route is not None and not node.route.inbound
+        return outbound, node.chunk, node.leg, node.hop
+
+    return list(nx.lexicographical_topological_sort(graph, key=rank))

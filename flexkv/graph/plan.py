@@ -1,0 +1,84 @@
+"""Frozen plans: a template, shared by every request of its shape, and one request's block ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import msgspec
+
+from flexkv.common.errors import InvariantError
+from flexkv.common.terms import BlockIds, Tier, Transfer
+from flexkv.graph.ops import OpSpec, Shape
+
+OPS_MAX = 4096
+"""Ops of one run at most; a token is run_id * OPS_MAX + op index."""
+
+
+class Template(msgspec.Struct, frozen=True):
+    """A compiled shape: ops in start order, who follows whom, how many each waits for."""
+
+    shape: Shape
+    ops: tuple[OpSpec, ...]
+    successors: tuple[tuple[int, ...], ...]
+    blockers: tuple[int, ...]
+    answer_count: int
+
+    def __post_init__(self) -> None:
+        if len(self.ops) > OPS_MAX:
+            raise InvariantError(f"{len(self.ops)} ops, at most {OPS_MAX}")
+
+
+class LegFill(NamedTuple):
+    """One request's blocks of one leg.
+
+    `positions` are the blocks' places in the prompt, `ids` their places in each tier the leg
+    meets (int64[n] each), `bounds` where each chunk begins, and the end of the last. `fillers` has,
+    for a leg that waits, the token of the op that is filling each chunk.
+    """
+
+    positions: BlockIds
+    ids: Mapping[Tier, BlockIds]
+    bounds: tuple[int, ...]
+    fillers: tuple[int, ...] = ()
+
+
+class Plan(NamedTuple):
+    """A template filled for one request."""
+
+    template: Template
+    run_id: int
+    fills: tuple[LegFill, ...]
+
+    def token(self, op: OpSpec) -> int:
+        """Give the op's name among all ops of all runs."""
+        return self.run_id * OPS_MAX + op.index
+
+    def ids(self, op: OpSpec, tier: Tier) -> BlockIds:
+        """Give the op's blocks in one of its two tiers."""
+        fill = self.fills[op.leg]
+        return fill.ids[tier][fill.bounds[op.chunk] : fill.bounds[op.chunk + 1]]
+
+    def positions(self, op: OpSpec) -> BlockIds:
+        """Give the places of the op's blocks in the prompt."""
+        fill = self.fills[op.leg]
+        return fill.positions[fill.bounds[op.chunk] : fill.bounds[op.chunk + 1]]
+
+    def transfer(self, op: OpSpec) -> Transfer:
+        """Give the op as its actor receives it."""
+        fill, route = self.fills[op.leg], op.route
+        if route is None:
+            raise InvariantError(f"op {op.index} is a barrier: it moves nothing")
+        begin, end = fill.bounds[op.chunk], fill.bounds[op.chunk + 1]
+        return Transfer(
+            self.run_id * OPS_MAX + op.index,
+            self.run_id,
+            route,
+            fill.ids[route.source][begin:end],
+            fill.ids[route.target][begin:end],
+        )
+
+
+def even_bounds(block_count: int, chunks: int) -> tuple[int, ...]:
+    """Give the bounds of `chunks` chunks that differ by at most one block."""
+    return tuple([block_count * chunk // chunks for chunk in range(chunks + 1)])

@@ -1,0 +1,245 @@
+"""Turns a request and what the index says into a plan, and opens the plan's claims.
+
+Nothing is planned that cannot run: what does not fit is left out, so that a request moves the
+longest prefix that it can (get, prefetch) or as many leading blocks as there is room for (put).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from flexkv.common.errors import CapacityError
+from flexkv.common.request import Operation, Request
+from flexkv.common.terms import BlockIds, Route, Tier
+from flexkv.graph.compile import compile_shape
+from flexkv.graph.ops import CHUNKS_MAX, Leg, Shape
+from flexkv.graph.plan import LegFill, Plan, even_bounds
+from flexkv.index.claims import Claim, Holding
+from flexkv.index.residency import Found, Placement, Residency
+
+LOAD = Route(Tier.HOST, Tier.DEVICE)
+STORE = Route(Tier.DEVICE, Tier.HOST)
+
+
+class PlanLimits(NamedTuple):
+    """What bounds a plan."""
+
+    chunk_blocks: int
+    """Blocks of one pipelined chunk, about; a leg has at most CHUNKS_MAX of them."""
+    write_behind_blocks_max: int
+    """Blocks of one lower tier that may wait to be written; more are not written at all."""
+
+
+class Planned(NamedTuple):
+    """A plan whose claims are open, what was found, and what did not fit."""
+
+    plan: Plan
+    found: Found
+    shortfall: CapacityError | None
+
+
+class _Draft:
+    """Legs and fills under construction."""
+
+    def __init__(self, request: Request, limits: PlanLimits) -> None:
+        self._request = request
+        self._chunk_blocks = limits.chunk_blocks
+        self._legs: list[Leg] = []
+        self._fills: list[LegFill] = []
+
+    def add(
+        self, hops: tuple[Route, ...], positions: Sequence[int], ids: dict[Tier, list[int]]
+    ) -> None:
+        """Add a leg over blocks that are there; none when there are no blocks."""
+        if positions:
+            chunks = chunk_count(len(positions), self._chunk_blocks)
+            bounds = even_bounds(len(positions), chunks)
+            self._append(Leg(hops, chunks), positions, ids, LegFill(*_EMPTY, bounds=bounds))
+
+    def add_waiting(
+        self, hops: tuple[Route, ...], pending: Placement, fillers: Sequence[int]
+    ) -> None:
+        """Add a leg over blocks that others are filling: a chunk per op that fills."""
+        if not pending.positions:
+            return
+        starts = [i for i, token in enumerate(fillers) if not i or token != fillers[i - 1]]
+        bounds = (*starts, len(fillers))
+        empty = LegFill(*_EMPTY, bounds=bounds, fillers=tuple(fillers[i] for i in starts))
+        leg = Leg(hops, len(starts), waits=True)
+        self._append(leg, pending.positions, {Tier.HOST: pending.block_ids}, empty)
+
+    def _append(
+        self, leg: Leg, positions: Sequence[int], ids: dict[Tier, list[int]], fill: LegFill
+    ) -> None:
+        at = np.array(positions, np.int64)
+        arrays: dict[Tier, BlockIds] = {
+            tier: np.array(block_ids, np.int64) for tier, block_ids in ids.items()
+        }
+        if self._request.device_ids is not None:
+            arrays[Tier.DEVICE] = self._request.device_ids[at - self._request.span.first_block]
+        self._legs.append(leg)
+        self._fills.append(fill._replace(positions=at, ids=arrays))
+
+    def plan(self, run_id: int) -> Plan:
+        """Give the plan: the shape's template with these fills."""
+        shape = Shape(self._request.operation, tuple(self._legs))
+        return Plan(compile_shape(shape), run_id, tuple(self._fills))
+
+
+_EMPTY: tuple[BlockIds, dict[Tier, BlockIds]] = (np.empty(0, np.int64), {})
+
+
+class Planner:
+    """Plans requests over one residency. Synchronous, pure, and the only caller of `reserve`."""
+
+    def __init__(self, residency: Residency, limits: PlanLimits) -> None:
+        self._residency = residency
+        self._limits = limits
+        self._host = residency.tiers[Tier.HOST]
+        self._lower = [index for tier, index in residency.tiers.items() if tier is not Tier.HOST]
+
+    def plan(self, request: Request, run_id: int) -> Planned:
+        """Plan a request and open its claims: they end by the run's events, and only so."""
+        found = self._residency.find(request.keys, request.span.first_block)
+        draft = _Draft(request, self._limits)
+        if request.operation is Operation.PUT:
+            shortfall = self._store(request, draft)
+            plan = self._claimed(draft, run_id)
+        else:
+            with self._residency.holding(found.holdings):
+                last, shortfall = self._load(request, found, draft)
+                found = found._replace(last=last)
+                plan = self._claimed(draft, run_id)
+        return Planned(plan, found, shortfall)
+
+    # -- loads: get and prefetch ----------------------------------------------------------------
+
+    def _load(
+        self, request: Request, found: Found, draft: _Draft
+    ) -> tuple[int, CapacityError | None]:
+        """Draft the loads of the resident run, and give where the run ends that can be loaded."""
+        onward = (LOAD,) if request.operation is Operation.GET else ()
+        fillers, last = self._fillers(found)
+        last, shortfall = self._room_for(found, last)
+        for tier, placement in found.ready.items():
+            count = bisect_left(placement.positions, last)
+            positions, ids = placement.positions[:count], placement.block_ids[:count]
+            if tier is Tier.HOST:
+                if onward:
+                    draft.add(onward, positions, {Tier.HOST: ids})
+                continue
+            host_ids = self._host.reserve([request.keys[position] for position in positions])
+            hops = (Route(tier, Tier.HOST), *onward)
+            draft.add(hops, positions, {tier: ids, Tier.HOST: host_ids})
+        count = bisect_left(found.pending.positions, last)
+        pending = Placement(found.pending.positions[:count], found.pending.block_ids[:count])
+        draft.add_waiting(onward, pending, fillers[:count])
+        return last, shortfall
+
+    def _room_for(self, found: Found, last: int) -> tuple[int, CapacityError | None]:
+        """Give where the run ends for which there are host places, at or before `last`."""
+        wanted = sorted(
+            position
+            for tier, placement in found.ready.items()
+            if tier is not Tier.HOST
+            for position in placement.positions
+            if position < last
+        )
+        room = self._host.room()
+        if len(wanted) <= room:
+            return last, None
+        return wanted[room], self._shortfall(len(wanted))
+
+    def _fillers(self, found: Found) -> tuple[list[int], int]:
+        """Give who fills each pending block, and where the run ends that few enough ops fill."""
+        claims = self._residency.claims
+        fillers = [claims.filler(Tier.HOST, block_id) for block_id in found.pending.block_ids]
+        changes = [i for i, token in enumerate(fillers) if not i or token != fillers[i - 1]]
+        if len(changes) > CHUNKS_MAX:
+            return fillers, found.pending.positions[changes[CHUNKS_MAX]]
+        return fillers, found.last
+
+    # -- stores: put ----------------------------------------------------------------------------
+
+    def _store(self, request: Request, draft: _Draft) -> CapacityError | None:
+        """Draft what no tier has yet: device → host, and host → each tier that lacks it."""
+        new, resident = self._missing(request)
+        keys, shortfall = request.keys, None
+        with self._residency.holding([Holding(Tier.HOST, list(resident.values()))]):
+            room = self._host.room()
+            if len(new) > room:
+                shortfall = self._shortfall(len(new))
+                new = new[:room]
+            reserved = self._host.reserve([keys[at] for at in new])
+        host_ids = dict(zip(new, reserved, strict=True))
+        host_ids.update(resident)
+        lower_ids = {
+            index.tier: self._places_behind(index.tier, request, sorted(host_ids))
+            for index in self._lower
+        }
+        groups: dict[tuple[bool, tuple[Tier, ...]], list[int]] = {}
+        for position in sorted(host_ids):
+            targets = tuple(tier for tier, places in lower_ids.items() if position in places)
+            groups.setdefault((position not in resident, targets), []).append(position)
+        for (is_new, targets), positions in groups.items():
+            behind = tuple(Route(Tier.HOST, tier) for tier in targets)
+            hops = (STORE, *behind) if is_new else behind
+            ids = {tier: [lower_ids[tier][at] for at in positions] for tier in targets}
+            ids[Tier.HOST] = [host_ids[at] for at in positions]
+            if hops:
+                draft.add(hops, positions, ids)
+        return shortfall
+
+    def _missing(self, request: Request) -> tuple[list[int], dict[int, int]]:
+        """Give the positions that the host lacks, and the host ids of those it has ready."""
+        new: list[int] = []
+        resident: dict[int, int] = {}
+        for position in range(request.span.first_block, request.span.last_block):
+            block_id = self._host.find(request.keys[position])
+            if block_id is None:
+                new.append(position)
+            elif self._host.is_ready(block_id):
+                resident[position] = block_id
+        return new, resident
+
+    def _places_behind(
+        self, tier: Tier, request: Request, positions: Sequence[int]
+    ) -> dict[int, int]:
+        """Reserve places in a lower tier for the blocks it lacks, as many as may be written."""
+        index = self._residency.tiers[tier]
+        lacking = [at for at in positions if index.find(request.keys[at]) is None]
+        allowed = self._limits.write_behind_blocks_max - index.reserved_blocks
+        lacking = lacking[: max(0, min(allowed, index.room()))]
+        return dict(
+            zip(lacking, index.reserve([request.keys[at] for at in lacking]), strict=True)
+        )
+
+    # -- both -----------------------------------------------------------------------------------
+
+    def _shortfall(self, wanted_blocks: int) -> CapacityError:
+        host = self._host
+        return CapacityError("host", wanted_blocks, host.free_blocks, host.evictable_blocks)
+
+    def _claimed(self, draft: _Draft, run_id: int) -> Plan:
+        """Freeze the draft, and open a claim for every op that moves bytes."""
+        plan = draft.plan(run_id)
+        tiers, claims = self._residency.tiers, self._residency.claims
+        for op in plan.template.ops:
+            if op.route is None:
+                continue
+            source, target = op.route
+            pinned = Holding(source, plan.ids(op, source).tolist()) if source in tiers else None
+            leased = Holding(target, plan.ids(op, target).tolist()) if target in tiers else None
+            claims.open(plan.token(op), Claim(plan.run_id, pinned, leased))
+        return plan
+
+
+def chunk_count(block_count: int, chunk_blocks: int) -> int:
+    """Give into how many chunks to split: a power of two, so that few shapes serve all sizes."""
+    wanted = min(-(-block_count // chunk_blocks), CHUNKS_MAX)
+    chunks = 1 << (wanted - 1).bit_length()
+    return chunks if chunks <= block_count else chunks // 2

@@ -1,0 +1,241 @@
+"""The state machine of one executing plan: events in, commands out. No I/O, no clock.
+
+                    Launch                Done
+    BLOCKED ──▶ READY ────▶ IN_FLIGHT ─────────▶ DONE
+       │          │             │    Failed
+       │ Cancel   │ Cancel      ├───────────────▶ FAILED    successors: SKIPPED
+       ▼          ▼             │ Cancel
+    SKIPPED    SKIPPED          ▼           Done, Failed
+                             DRAINING ─────────────────▶ SKIPPED
+
+A cancelled op in flight drains: hardware owns its buffers until it says Done or Failed. Every op
+that claimed something is settled exactly once, on leaving its last live state. `Answer` comes once,
+when every op that the caller waits for is over; by then no hardware touches the device slots.
+`End` comes once, last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import TypeAlias
+
+import msgspec
+
+from flexkv.common.errors import InvalidTransition, InvariantError, TransferError
+from flexkv.graph.plan import Template
+
+
+class OpState(IntEnum):
+    """Where one op of a run stands."""
+
+    BLOCKED = 0
+    READY = 1
+    IN_FLIGHT = 2
+    DONE = 3
+    FAILED = 4
+    SKIPPED = 5
+    DRAINING = 6
+
+
+# -- events -------------------------------------------------------------------------------------
+
+
+class Launch(msgspec.Struct, frozen=True, gc=False):
+    """The run may start."""
+
+
+class Done(msgspec.Struct, frozen=True, gc=False):
+    """An actor moved every byte of an op, or what a barrier waits for is there."""
+
+    op: int
+
+
+class Failed(msgspec.Struct, frozen=True, gc=False):
+    """An actor gave an op up, or what a barrier waits for will not come."""
+
+    op: int
+    error: TransferError
+
+
+class Cancel(msgspec.Struct, frozen=True, gc=False):
+    """Nobody wants the run's result any more."""
+
+
+Event: TypeAlias = Launch | Done | Failed | Cancel
+
+# -- commands -----------------------------------------------------------------------------------
+
+
+class Issue(msgspec.Struct, frozen=True, gc=False):
+    """Give the op to its actor, or wait for what its barrier names."""
+
+    op: int
+
+
+class Settle(msgspec.Struct, frozen=True, gc=False):
+    """End the op's claim: commit what it filled, or abort."""
+
+    op: int
+    filled: bool
+
+
+class Recall(msgspec.Struct, frozen=True, gc=False):
+    """Ask the op's actor to drop what hardware has not begun."""
+
+    op: int
+
+
+class Answer(msgspec.Struct, frozen=True, gc=False):
+    """Tell the caller: every op it waits for is over."""
+
+
+class End(msgspec.Struct, frozen=True, gc=False):
+    """Forget the run: every op is over, every claim settled."""
+
+
+Command: TypeAlias = Issue | Settle | Recall | Answer | End
+
+_LIVE = (OpState.BLOCKED, OpState.READY, OpState.IN_FLIGHT, OpState.DRAINING)
+_LAUNCH, _CANCEL, _ANSWER, _END = Launch(), Cancel(), Answer(), End()
+
+
+class Run:
+    """One executing plan. `states` and `errors` are for reading."""
+
+    __slots__ = (
+        "_answers_left", "_blockers", "_live", "cancelled", "errors", "launched", "states",
+        "story", "template",
+    )  # fmt: skip
+
+    def __init__(self, template: Template) -> None:
+        self.template = template
+        self.states = [OpState.BLOCKED if count else OpState.READY for count in template.blockers]
+        self.errors: list[TransferError] = []
+        self.story: list[Event] = []
+        self.launched = False
+        self.cancelled = False
+        self._blockers = list(template.blockers)
+        self._live = len(self.states)
+        self._answers_left = template.answer_count
+
+    @property
+    def ended(self) -> bool:
+        """Tell whether every op is over."""
+        return self.launched and not self._live
+
+    def handle(self, *events: Event) -> list[Command]:
+        """Take events in their order, and give the commands to carry out in theirs.
+
+        Raises:
+            InvalidTransition: an event that cannot happen in the state it meets.
+        """
+        commands: list[Command] = []
+        for event in events:
+            self.story.append(event)
+            kind = type(event)
+            if kind is Done or kind is Failed:
+                op = event.op  # type: ignore[union-attr] -- the two kinds that have one
+                method = _ON_OP.get((self.states[op], kind))
+                if method is None:
+                    raise InvalidTransition(self.states[op].name, event, self.story)
+                method(self, op, event, commands)
+            elif kind is Launch:
+                self._launch(commands)
+            else:
+                self._cancel(commands)
+        return commands
+
+    # -- whole run ------------------------------------------------------------------------------
+
+    def _launch(self, commands: list[Command]) -> None:
+        if self.launched:
+            raise InvalidTransition("launched", _LAUNCH, self.story)
+        self.launched = True
+        states, in_flight, ready = self.states, OpState.IN_FLIGHT, OpState.READY
+        for op, state in enumerate(states):
+            if state is ready:
+                states[op] = in_flight
+                commands.append(Issue(op))
+        if not self._answers_left:
+            commands.append(_ANSWER)
+        if not self._live:
+            commands.append(_END)
+
+    def _cancel(self, commands: list[Command]) -> None:
+        if self.cancelled or self.ended:
+            return
+        self.cancelled = True
+        if not self.launched:
+            self.launched = True
+            if not self._answers_left:
+                commands.append(_ANSWER)
+            if not self._live:
+                commands.append(_END)
+        for op, state in enumerate(self.states):
+            if state is OpState.IN_FLIGHT:
+                self.states[op] = OpState.DRAINING
+                commands.append(Recall(op))
+        for op, state in enumerate(self.states):
+            if state is OpState.BLOCKED or state is OpState.READY:
+                self._over(op, OpState.SKIPPED, False, commands)
+
+    # -- one op ---------------------------------------------------------------------------------
+
+    def _done(self, op: int, event: Event, commands: list[Command]) -> None:
+        self._over(op, OpState.DONE, True, commands)
+        blockers, states = self._blockers, self.states
+        for after in self.template.successors[op]:
+            blockers[after] -= 1
+            if not blockers[after] and states[after] is OpState.BLOCKED:
+                states[after] = OpState.IN_FLIGHT
+                commands.append(Issue(after))
+
+    def _failed(self, op: int, event: Failed, commands: list[Command]) -> None:
+        self.errors.append(event.error)
+        self._skip_after(op, commands)
+        self._over(op, OpState.FAILED, False, commands)
+
+    def _drained(self, op: int, event: Event, commands: list[Command]) -> None:
+        filled = type(event) is Done and self.template.ops[op].keeps
+        self._over(op, OpState.SKIPPED, filled, commands)
+
+    def _skip_after(self, op: int, commands: list[Command]) -> None:
+        for after in self.template.successors[op]:
+            if self.states[after] is OpState.BLOCKED:
+                self._skip_after(after, commands)
+                self._over(after, OpState.SKIPPED, False, commands)
+
+    def _over(self, op: int, state: OpState, filled: bool, commands: list[Command]) -> None:
+        self.states[op] = state
+        self._live -= 1
+        spec = self.template.ops[op]
+        if spec.route is not None:
+            commands.append(Settle(op, filled))
+        if spec.answers:
+            self._answers_left -= 1
+            if not self._answers_left:
+                commands.append(_ANSWER)
+        if not self._live:
+            commands.append(_END)
+
+    def validate(self) -> None:
+        """Check that counters and states agree.
+
+        Raises:
+            InvariantError: they do not.
+        """
+        live = sum(1 for state in self.states if state in _LIVE)
+        waiting = sum(
+            1 for op in self.template.ops if op.answers and self.states[op.index] in _LIVE
+        )
+        if (live, waiting) != (self._live, self._answers_left):
+            raise InvariantError(f"run counts {self._live}/{self._answers_left}: {self.states}")
+
+
+_ON_OP: dict[tuple[OpState, type], Callable[[Run, int, object, list[Command]], None]] = {
+    (OpState.IN_FLIGHT, Done): Run._done,  # type: ignore[dict-item] -- the key fixes the event
+    (OpState.IN_FLIGHT, Failed): Run._failed,  # type: ignore[dict-item]
+    (OpState.DRAINING, Done): Run._drained,  # type: ignore[dict-item]
+    (OpState.DRAINING, Failed): Run._drained,  # type: ignore[dict-item]
+}

@@ -1,0 +1,112 @@
+"""The transfer port of a CPU device: strided copies between KV caches and the host arena.
+
+Small jobs are copied where they are submitted: handing 64 KiB to another thread costs more than
+the copy. Larger ones go to standing threads, which announce their end on an eventfd. Jobs that
+bring bytes to the device go first: an engine waits for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from typing_extensions import Buffer
+
+from flexkv._ext import TO_DEVICE, TO_HOST, CopyPool, PageMap, copy_now
+from flexkv.common.errors import ClosedError, InvariantError
+from flexkv.common.layout import PagedLayout
+from flexkv.common.terms import Tier, Transfer
+from flexkv.io.ports import Completion
+
+INLINE_BYTES_MAX = 64 << 10
+"""Up to here a copy in the calling thread costs less than waking another one."""
+
+
+class CpuDevicePort:
+    """A transfer port between KV caches in ordinary memory and the host arena."""
+
+    def __init__(
+        self,
+        layout: PagedLayout,
+        host: Buffer,
+        host_stride_bytes: int,
+        owner: object,
+        threads: int = 2,
+    ) -> None:
+        """Take the pages of `layout`.
+
+        Args:
+            layout: where the device blocks are.
+            host: the writable arena, held until `close`.
+            host_stride_bytes: bytes between host blocks.
+            owner: whatever keeps the KV caches alive (the tensors), held until `close`.
+            threads: standing copy threads.
+        """
+        self._pages: PageMap | None = PageMap(
+            layout.pieces, layout.num_blocks, host, host_stride_bytes, owner
+        )
+        self._block_bytes = layout.block_bytes
+        self._inline_blocks_max = INLINE_BYTES_MAX // layout.block_bytes
+        self._pool = CopyPool(threads)
+        self._pooled = 0
+        self._ended: list[Completion] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def block_bytes(self) -> int:
+        """Give the bytes moved for one block."""
+        return self._block_bytes
+
+    def connect(self, wake: Callable[[], None]) -> None:
+        """Attach to the running event loop; `wake` is called on it when `reap` has something."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._pool.fileno(), wake)
+
+    def submit(self, transfer: Transfer) -> None:
+        """Start one transfer; a small one has ended, and can be reaped, when this returns.
+
+        Raises:
+            ClosedError: after `close`.
+            InvariantError: ids out of range, or of unequal length.
+        """
+        pages = self._pages
+        if pages is None:
+            raise ClosedError("the CPU device port is closed")
+        urgent = transfer.route.target is Tier.DEVICE
+        if urgent:
+            direction, device_ids, host_ids = TO_DEVICE, transfer.target_ids, transfer.source_ids
+        else:
+            direction, device_ids, host_ids = TO_HOST, transfer.source_ids, transfer.target_ids
+        try:
+            if len(device_ids) <= self._inline_blocks_max:
+                copy_now(pages, direction, device_ids, host_ids)
+                self._ended.append(Completion(transfer.token, None))
+            else:
+                self._pool.submit(transfer.token, pages, direction, device_ids, host_ids, urgent)
+                self._pooled += 1
+        except ValueError as error:
+            raise InvariantError(f"transfer {transfer.token} {transfer.route}: {error}") from error
+
+    def reap(self) -> list[Completion]:
+        """Give every transfer that ended since the last call, each exactly once."""
+        ended, self._ended = self._ended, []
+        if self._pooled:
+            pooled = self._pool.reap()
+            self._pooled -= len(pooled)
+            ended += [Completion(token, None) for token in pooled]
+        return ended
+
+    def close(self) -> None:
+        """Detach from the loop, join the threads and let go of all memory. Idempotent.
+
+        Raises:
+            InvariantError: transfers were in flight; they have ended, nobody was told.
+        """
+        if self._pages is None:
+            return
+        if self._loop is not None:
+            self._loop.remove_reader(self._pool.fileno())
+        self._pages = None
+        self._pool.close()
+        if unreaped := self._pooled + len(self._ended):
+            raise InvariantError(f"CPU device port closed with {unreaped} transfers unreaped")

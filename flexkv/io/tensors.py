@@ -1,0 +1,62 @@
+"""What the layout needs to know of a tensor, without importing the library that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flexkv.common.errors import BackendUnavailableError, ConfigError
+from flexkv.common.layout import TensorSpec
+
+
+def describe(tensor: Any, field: str = "kv_caches") -> TensorSpec:
+    """Give address, shape and strides of a numpy array or of a torch tensor on the CPU.
+
+    Args:
+        tensor: stays the caller's; the memory must outlive every use of the answer.
+        field: what to call the tensor in an error.
+
+    Raises:
+        ConfigError: neither a numpy array nor a torch tensor, or memory that is read-only.
+        BackendUnavailableError: the tensor is on a device that has no adapter.
+    """
+    if isinstance(tensor, np.ndarray):
+        if not tensor.flags.writeable:
+            raise ConfigError(field, tensor.shape, "the array is read-only: gets write into it")
+        address = tensor.__array_interface__["data"][0]
+        return TensorSpec(address, tensor.shape, tensor.strides, tensor.itemsize)
+    if not hasattr(tensor, "data_ptr"):
+        raise ConfigError(field, type(tensor).__name__, "neither a numpy array nor a torch tensor")
+    kind = tensor.device.type
+    if kind == "cuda":
+        raise BackendUnavailableError("cuda", "the CUDA device part is not built yet")
+    if kind != "cpu":
+        raise BackendUnavailableError(kind, "no adapter for this kind of device")
+    itemsize = tensor.element_size()
+    return TensorSpec(
+        address=tensor.data_ptr(),
+        shape=tuple(tensor.shape),
+        strides_bytes=tuple(stride * itemsize for stride in tensor.stride()),
+        itemsize=itemsize,
+    )
+
+
+def kv_cache_list(kv_caches: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
+    """Give the per-layer tensors in the order of the layers.
+
+    A mapping, as engines keep it by layer name, is taken in its insertion order.
+
+    Raises:
+        ConfigError: not a mapping or a sequence, or empty.
+    """
+    if isinstance(kv_caches, Mapping):
+        layers = list(kv_caches.values())
+    elif isinstance(kv_caches, Sequence) and not isinstance(kv_caches, str | bytes):
+        layers = list(kv_caches)
+    else:
+        raise ConfigError("kv_caches", type(kv_caches).__name__, "neither a dict nor a list")
+    if not layers:
+        raise ConfigError("kv_caches", kv_caches, "no layer is given")
+    return layers

@@ -1,0 +1,148 @@
+"""Fakes of the ports, trusted because they pass the contract tests of the real adapters."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from errno import EIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.common.errors import ClosedError, InvariantError, StorageError, TransferError
+from flexkv.common.extents import check_ids
+from flexkv.common.terms import BlockIds, Tier, Transfer
+from flexkv.io.ports import Completion
+from flexkv.testing.faults import FaultPlan
+
+
+@dataclass(slots=True)
+class _Job:
+    """A transfer in flight: its two copies and its end, each a timer."""
+
+    transfer: Transfer
+    error: TransferError | None
+    timers: list[asyncio.TimerHandle] = field(default_factory=list)
+
+
+class FakePort:
+    """A durable transfer port between two arrays, with the delays and failures of a fault plan.
+
+    The bytes move while the transfer is in flight, not at its ends: one part of the blocks at one
+    random moment and the rest at a later one, in random order. So a buffer that is written before
+    its completion was reaped shows as wrong bytes. A transfer that fails moves the first part only.
+    """
+
+    def __init__(
+        self,
+        store: NDArray[np.uint8],
+        host: NDArray[np.uint8],
+        faults: FaultPlan,
+        block_bytes: int,
+    ) -> None:
+        """Move `block_bytes` of each row between `store` and `host`, both uint8[blocks, bytes]."""
+        assert store.shape[1] >= block_bytes, (store.shape, block_bytes)
+        assert host.shape[1] >= block_bytes, (host.shape, block_bytes)
+        self._store = store
+        self._host = host
+        self._faults = faults
+        self._block_bytes = block_bytes
+        self._jobs: dict[int, _Job] = {}
+        self._ended: list[Completion] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wake: Callable[[], None] | None = None
+        self._closed = False
+
+    @property
+    def block_bytes(self) -> int:
+        """Give the bytes moved for one block."""
+        return self._block_bytes
+
+    @property
+    def in_flight(self) -> int:
+        """Give the number of transfers that have not ended."""
+        return len(self._jobs)
+
+    def connect(self, wake: Callable[[], None]) -> None:
+        """Attach to the running event loop, whose clock the delays follow."""
+        self._loop = asyncio.get_running_loop()
+        self._wake = wake
+
+    def submit(self, transfer: Transfer) -> None:
+        """Start one transfer; its end is drawn from the fault plan.
+
+        Raises:
+            ClosedError: after `close`.
+            InvariantError: before `connect`, ids out of range or of unequal length, or a token
+                that is in flight.
+        """
+        if self._closed:
+            raise ClosedError("the fake port is closed")
+        loop, faults = self._loop, self._faults
+        if loop is None or transfer.token in self._jobs:
+            raise InvariantError(f"transfer {transfer.token}: not connected, or in flight already")
+        to_host = transfer.route.target is Tier.HOST
+        limits = (len(self._store), len(self._host))
+        check_ids(transfer, *(limits if to_host else limits[::-1]))
+
+        error: TransferError | None = None
+        if faults.fails():
+            why = f"injected by {faults!r}"
+            error = TransferError(
+                transfer.token, str(transfer.route), transfer.block_count, why
+            )
+        job = self._jobs[transfer.token] = _Job(transfer, error)
+        order = np.array(faults.order(transfer.block_count), dtype=np.int64)
+        first, rest = np.split(order, [faults.cut(len(order))])
+        delay_s = faults.delay_s()
+        early_s, late_s = sorted((faults.moment_s(delay_s), faults.moment_s(delay_s)))
+        job.timers.append(loop.call_later(early_s, self._copy, transfer, first))
+        if error is None:
+            job.timers.append(loop.call_later(late_s, self._copy, transfer, rest))
+        job.timers.append(loop.call_later(delay_s, self._end, job))
+
+    def _copy(self, transfer: Transfer, which: BlockIds) -> None:
+        """Copy some blocks of a transfer now."""
+        to_host = transfer.route.target is Tier.HOST
+        source, target = (self._store, self._host) if to_host else (self._host, self._store)
+        span = slice(self._block_bytes)
+        target[transfer.target_ids[which], span] = source[transfer.source_ids[which], span]
+
+    def _end(self, job: _Job) -> None:
+        """Make a transfer reapable."""
+        del self._jobs[job.transfer.token]
+        self._ended.append(Completion(job.transfer.token, job.error))
+        assert self._wake is not None
+        self._wake()
+
+    def reap(self) -> list[Completion]:
+        """Give every transfer that ended since the last call, each exactly once."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    async def sync(self) -> None:
+        """Return after a delay of the fault plan.
+
+        Raises:
+            StorageError: the fault plan says so.
+        """
+        # Sleeping is the work of a fake disk; on a virtual clock it takes no time.
+        await asyncio.sleep(self._faults.delay_s())
+        if self._faults.fails():
+            raise StorageError("fake", 0, EIO)
+
+    def close(self) -> None:
+        """Stop every timer. Idempotent.
+
+        Raises:
+            InvariantError: transfers were in flight, or ended without being reaped.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        for job in self._jobs.values():
+            for timer in job.timers:
+                timer.cancel()
+        if unreaped := len(self._jobs) + len(self._ended):
+            raise InvariantError(f"fake port closed with {unreaped} transfers unreaped")

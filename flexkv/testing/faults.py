@@ -1,0 +1,53 @@
+"""A seeded plan of what goes wrong and how long things take, so that a failure can be replayed."""
+
+from __future__ import annotations
+
+from random import Random
+
+
+class FaultPlan:
+    """Delays and failures, drawn in the order of the questions from one seed.
+
+    Completions come out of order by themselves: each transfer draws its own delay.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        failure_probability: float = 0.0,
+        delay_min_s: float = 0.0001,
+        delay_max_s: float = 0.01,
+    ) -> None:
+        assert 0.0 <= failure_probability <= 1.0, failure_probability
+        assert 0.0 <= delay_min_s <= delay_max_s, (delay_min_s, delay_max_s)
+        self.seed = seed
+        self.failure_probability = failure_probability
+        self.delay_min_s = delay_min_s
+        self.delay_max_s = delay_max_s
+        self._random = Random(seed)
+
+    def __repr__(self) -> str:
+        return (
+            f"FaultPlan(seed={self.seed}, failure_probability={self.failure_probability}, "
+            f"delay_min_s={self.delay_min_s}, delay_max_s={self.delay_max_s})"
+        )
+
+    def delay_s(self) -> float:
+        """Give how long the next operation takes."""
+        return self._random.uniform(self.delay_min_s, self.delay_max_s)
+
+    def fails(self) -> bool:
+        """Tell whether the next operation fails."""
+        return self._random.random() < self.failure_probability
+
+    def moment_s(self, delay_s: float) -> float:
+        """Give a moment between now and `delay_s` from now."""
+        return self._random.uniform(0.0, delay_s)
+
+    def order(self, count: int) -> list[int]:
+        """Give the numbers below `count`, shuffled."""
+        return self._random.sample(range(count), count)
+
+    def cut(self, count: int) -> int:
+        """Give where to cut a sequence of `count` things in two: 0 to `count`."""
+        return self._random.randint(0, count)
