@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import structlog
 
@@ -22,6 +22,8 @@ from flexkv.common.terms import Tier, Transfer
 from flexkv.io.ports import TransferPort
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 
 class OpEnd(NamedTuple):
@@ -192,10 +194,66 @@ class TransferActor:
         ends.append(OpEnd(cursor.transfer.token, cursor.error))
 
 
-async def guarded(name: str, work: Coroutine[Any, Any, None]) -> None:
-    """Run an actor's task; what it raises is our own mistake: report it, and raise it on."""
+class Supervisor:
+    """The root task of an engine and the group of all its others; the one place that spawns.
+
+    A task that raises is our own mistake: it is reported, the group ends, and `on_failure` hears
+    of it, so that nobody waits for an answer that cannot come.
+    """
+
+    def __init__(self, on_failure: Callable[[BaseException], None]) -> None:
+        self._on_failure = on_failure
+        self._stop = asyncio.Event()
+        self._started = asyncio.Event()
+        self._group = asyncio.TaskGroup()
+        self._root: asyncio.Task[None] | None = None
+        self._permanent: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Start the root task."""
+        self._root = asyncio.get_running_loop().create_task(self._main(), name="flexkv")
+        await self._started.wait()
+
+    def spawn(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start a task that ends by itself; one that raises ends the engine."""
+        return self._group.create_task(work, name=f"flexkv {name}")
+
+    def keep(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Start a task that runs until `stop`."""
+        self._permanent.append(self.spawn(name, _reporting(name, work)))
+
+    async def stop(self) -> None:
+        """Cancel the permanent tasks and return once every task is over."""
+        self._stop.set()
+        if self._root is not None:
+            await asyncio.wait([self._root])
+
+    async def _main(self) -> None:
+        try:
+            async with self._group:
+                self._started.set()
+                await self._stop.wait()
+                for task in self._permanent:
+                    task.cancel()
+        except BaseExceptionGroup as failures:
+            self._on_failure(failures.exceptions[0])
+
+
+async def _reporting(name: str, work: Coroutine[Any, Any, None]) -> None:
+    """Run an actor's task; report what it raises, and raise it on."""
     try:
         await work
     except Exception:
         log.exception("actor failed", actor=name)
         raise
+
+
+def spawn_on(
+    loop: asyncio.AbstractEventLoop,
+    work: Coroutine[Any, Any, T],
+    ended: Callable[[asyncio.Task[T]], None],
+) -> asyncio.Task[T]:
+    """Start a task that a caller in another thread owns: its end is told to `ended`, once."""
+    task = loop.create_task(work, name="flexkv call")
+    task.add_done_callback(ended)
+    return task

@@ -17,8 +17,8 @@ import structlog
 from flexkv.actors.actor import OpEnd, TransferActor
 from flexkv.actors.observer import Observer
 from flexkv.actors.outcome import response_of
-from flexkv.common.errors import InvariantError, TransferError
-from flexkv.common.request import KVResponse, Operation, Request
+from flexkv.common.errors import InternalError, InvariantError, TransferError
+from flexkv.common.request import KVResponse, Request
 from flexkv.common.terms import Tier
 from flexkv.graph.ops import OpSpec
 from flexkv.graph.plan import OPS_MAX
@@ -37,7 +37,8 @@ from flexkv.graph.run import (
     Run,
     Settle,
 )
-from flexkv.index.residency import Residency
+from flexkv.index.claims import Claim
+from flexkv.index.residency import Found, Residency
 
 log = structlog.get_logger(__name__)
 
@@ -45,7 +46,8 @@ log = structlog.get_logger(__name__)
 class Flight:
     """One request under way: its plan, its run, and what its caller will be told."""
 
-    __slots__ = ("answered", "begin_ns", "ended", "plan", "planned", "request", "response", "run")
+    __slots__ = ("_answer_waiters", "_end_waiters", "begin_ns", "failure", "plan", "planned",
+                 "request", "response", "run")  # fmt: skip
 
     def __init__(self, request: Request, planned: Planned, begin_ns: int) -> None:
         self.request = request
@@ -54,23 +56,73 @@ class Flight:
         self.run = Run(planned.plan.template)
         self.begin_ns = begin_ns
         self.response: KVResponse | None = None
-        self.answered: asyncio.Future[KVResponse] | None = None
-        self.ended: asyncio.Future[None] | None = None
+        self.failure: InternalError | None = None
+        self._answer_waiters: list[asyncio.Future[None]] = []
+        self._end_waiters: list[asyncio.Future[None]] = []
 
     async def wait_answered(self) -> KVResponse:
-        """Return the response once there is one. Cancelling the wait cancels nothing else."""
-        if self.response is None:
-            if self.answered is None:
-                self.answered = asyncio.get_running_loop().create_future()
-            return await asyncio.shield(self.answered)
+        """Return the response once there is one. Cancelling the wait cancels nothing else.
+
+        Raises:
+            InternalError: the engine failed.
+        """
+        while self.response is None:
+            await self._wait(self._answer_waiters)
+        return self.response
+
+    async def wait_drained(self) -> KVResponse:
+        """Return the response once there is one, whatever cancels come: hardware has the slots."""
+        while self.response is None:
+            try:
+                await self._wait(self._answer_waiters)
+            except asyncio.CancelledError:
+                continue
         return self.response
 
     async def wait_ended(self) -> None:
-        """Return once every op is over, write-behind included."""
-        if not self.run.ended:
-            if self.ended is None:
-                self.ended = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self.ended)
+        """Return once every op is over, write-behind included.
+
+        Raises:
+            InternalError: the engine failed.
+        """
+        while not self.run.ended:
+            await self._wait(self._end_waiters)
+
+    async def _wait(self, waiters: list[asyncio.Future[None]]) -> None:
+        if self.failure is not None:
+            raise self.failure
+        waiter = asyncio.get_running_loop().create_future()
+        waiters.append(waiter)
+        await waiter
+
+    def answer(self, response: KVResponse) -> None:
+        """Keep the response, then tell who waits."""
+        self.response = response
+        _wake(self._answer_waiters)
+
+    def end(self) -> None:
+        """Tell who waits for the end."""
+        _wake(self._end_waiters)
+
+    def fail(self, failure: InternalError) -> None:
+        """The engine failed: there will be no answer, and no end."""
+        self.failure = failure
+        _wake(self._answer_waiters)
+        _wake(self._end_waiters)
+
+
+def _wake(waiters: list[asyncio.Future[None]]) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)
+    waiters.clear()
+
+
+class Hold(NamedTuple):
+    """What a prepared request keeps from eviction until it is launched or cancelled."""
+
+    found: Found
+    tokens: tuple[int, ...]
 
 
 class _Joiner(NamedTuple):
@@ -96,6 +148,7 @@ class Scheduler:
         self._joiners: dict[int, list[_Joiner]] = {}
         self._events: deque[tuple[Flight, Event]] = deque()
         self._busy = False
+        self._failed: InternalError | None = None
         self._next_run = 0
         self._idle: list[asyncio.Future[None]] = []
         self._on: dict[type, Callable[[Flight, int, Command], None]] = {
@@ -147,8 +200,33 @@ class Scheduler:
             waiter = asyncio.get_running_loop().create_future()
             self._idle.append(waiter)
             await waiter
+            if self._failed is not None:
+                raise self._failed
 
-    def write_behind(self) -> list[Flight]:
+    def hold(self, request: Request) -> Hold:
+        """Pin what a request would find now, until `release`."""
+        run_id = self._next_run
+        self._next_run += 1
+        found = self._residency.find(request.keys, request.span.first_block)
+        tokens = []
+        for number, holding in enumerate(found.holdings):
+            tokens.append(run_id * OPS_MAX + number)
+            self._residency.claims.open(tokens[-1], Claim(run_id, holding, None))
+        return Hold(found, tuple(tokens))
+
+    def release(self, hold: Hold) -> None:
+        """End a hold."""
+        for token in hold.tokens:
+            self._residency.claims.settle(token, filled=False)
+
+    def fail(self, failure: InternalError) -> None:
+        """The engine failed: nobody will be answered."""
+        self._failed = failure
+        for flight in self._flights.values():
+            flight.fail(failure)
+        _wake(self._idle)
+
+    def under_way(self) -> list[Flight]:
         """Give the flights under way: what a flush has to wait for."""
         return list(self._flights.values())
 
@@ -210,20 +288,14 @@ class Scheduler:
 
     def _answer(self, flight: Flight) -> None:
         response = response_of(flight.request, flight.planned, flight.run)
-        flight.response = response
+        flight.answer(response)
         self._observer.request_ended(flight.request, flight.planned, response, flight.begin_ns)
-        if flight.answered is not None and not flight.answered.done():
-            flight.answered.set_result(response)
 
     def _end(self, flight: Flight) -> None:
         del self._flights[flight.plan.run_id]
-        if flight.ended is not None and not flight.ended.done():
-            flight.ended.set_result(None)
+        flight.end()
         if not self._flights:
-            waiters, self._idle = self._idle, []
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+            _wake(self._idle)
         if self._residency.claims.of_owner(flight.plan.run_id):
             raise InvariantError(f"run {flight.plan.run_id} ended and left claims")
 

@@ -81,6 +81,8 @@ class Request(msgspec.Struct, frozen=True):
     span: Span
     keys: list[BlockKey]
     device_ids: BlockIds | None = None
+    namespace_hash: str = ""
+    """Names the namespace in traces without telling it."""
 
 
 def as_int64(field: str, values: Any) -> NDArray[np.int64]:

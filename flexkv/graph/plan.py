@@ -54,6 +54,11 @@ class Plan(NamedTuple):
         """Give the op's name among all ops of all runs."""
         return self.run_id * OPS_MAX + op.index
 
+    def block_count(self, op: OpSpec) -> int:
+        """Give the number of blocks of an op."""
+        bounds = self.fills[op.leg].bounds
+        return bounds[op.chunk + 1] - bounds[op.chunk]
+
     def ids(self, op: OpSpec, tier: Tier) -> BlockIds:
         """Give the op's blocks in one of its two tiers."""
         fill = self.fills[op.leg]

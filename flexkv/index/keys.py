@@ -54,6 +54,11 @@ class KeyChain:
         step = BLOCK_KEY_BYTES
         return [digests[i : i + step] for i in range(0, len(digests), step)]
 
+    def namespace_hash(self, namespace: Namespace) -> str:
+        """Give a short name of a namespace that does not tell it; empty for none."""
+        parts = namespace_parts(namespace)
+        return self._root(parts)[:4].hex() if parts else ""
+
 
 def fingerprint(model: ModelConfig, tokens_per_block: int) -> bytes:
     """Name everything that changes the bytes of a block, one `name=value` after the other."""

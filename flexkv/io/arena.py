@@ -14,6 +14,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from errno import errorcode
 from pathlib import Path
 from typing import NamedTuple
@@ -105,9 +106,12 @@ class Arena:
             _check_headroom(num_blocks, total_bytes)
             mapping = _map_pages(num_blocks, total_bytes, shared)
         arena = cls(mapping, num_blocks, block_stride_bytes)
-        arena._touch(progress)
-        if arena.backing != "hugetlb":
-            arena._measure_pages()
+        with ExitStack() as undo:
+            undo.callback(arena.close)
+            arena._touch(progress)
+            if arena.backing != "hugetlb":
+                arena._measure_pages()
+            undo.pop_all()
         arena.why = refused + arena.why
         return arena
 

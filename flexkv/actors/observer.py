@@ -1,0 +1,145 @@
+"""Counts what happens and, when a trace is on, records it. The core tells; this remembers.
+
+Counters are plain integers that only the loop's thread writes; `statistics()` copies them. A trace
+costs one struct per request and one per op, handed to a recorder that never blocks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+import structlog
+
+from flexkv.common.errors import TransferError
+from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
+from flexkv.common.terms import Route, Tier
+from flexkv.graph.ops import OpSpec
+from flexkv.graph.plan import Plan
+from flexkv.graph.planner import Planned
+from flexkv.trace.records import OpRecord, Record, RequestRecord
+
+log = structlog.get_logger(__name__)
+
+
+class Sink(Protocol):
+    """Where trace records go."""
+
+    def record(self, record: Record) -> None:
+        """Take a record; never blocks."""
+        ...
+
+
+class RouteCount(msgspec.Struct):
+    """What one route has moved, and how often it failed."""
+
+    ops: int = 0
+    blocks: int = 0
+    bytes: int = 0
+    failed_ops: int = 0
+
+
+class Observer:
+    """The counters of one engine, and its trace."""
+
+    def __init__(
+        self,
+        block_bytes: int,
+        sink: Sink | None = None,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+        log_every_requests: int = 200,
+    ) -> None:
+        self.now_ns = now_ns
+        self.requests: dict[Operation, dict[KVResponseStatus, int]] = {
+            operation: dict.fromkeys(KVResponseStatus, 0) for operation in Operation
+        }
+        self.routes: dict[Route, RouteCount] = {}
+        self.asked_blocks = 0
+        self.hit_blocks: dict[Tier, int] = dict.fromkeys(Tier, 0)
+        self._block_bytes = block_bytes
+        self._sink = sink
+        self._log_every = log_every_requests
+        self._ended = 0
+        self._issued_ns: dict[int, int] = {}
+
+    def op_issued(self, token: int) -> None:
+        """An op went to its actor."""
+        if self._sink is not None:
+            self._issued_ns[token] = self.now_ns()
+
+    def op_ended(
+        self, request: Request, plan: Plan, op: OpSpec, error: TransferError | None
+    ) -> None:
+        """An actor reported the end of an op."""
+        if op.route is None:
+            return
+        count = self.routes.get(op.route)
+        if count is None:
+            count = self.routes[op.route] = RouteCount()
+        blocks = plan.block_count(op)
+        count.ops += 1
+        if error is None:
+            count.blocks += blocks
+            count.bytes += blocks * self._block_bytes
+        else:
+            count.failed_ops += 1
+            log.warning("op failed", request=request.request_id, route=op.label, error=str(error))
+        if self._sink is not None:
+            self._sink.record(
+                OpRecord(
+                    request_id=request.request_id,
+                    op_id=op.index,
+                    route=op.label,
+                    block_count=blocks,
+                    bytes=blocks * self._block_bytes,
+                    issued_ns=self._issued_ns.pop(plan.token(op)),
+                    ended_ns=self.now_ns(),
+                    outcome="done" if error is None else str(error),
+                )
+            )
+
+    def request_ended(
+        self, request: Request, planned: Planned, response: KVResponse, begin_ns: int
+    ) -> None:
+        """A caller was told."""
+        self.requests[request.operation][response.status] += 1
+        found = planned.found
+        if request.operation is Operation.GET:
+            self.asked_blocks += len(request.keys) - request.span.first_block
+            for tier, placement in found.ready.items():
+                self.hit_blocks[tier] += len(placement.positions)
+            self.hit_blocks[Tier.HOST] += len(found.pending.positions)
+        self._ended += 1
+        if not self._ended % self._log_every:
+            self._summarise()
+        if self._sink is not None:
+            self._sink.record(
+                RequestRecord(
+                    request_id=request.request_id,
+                    kind=request.operation.label,
+                    token_count=request.token_count,
+                    block_count=len(request.keys),
+                    namespace_hash=request.namespace_hash,
+                    begin_ns=begin_ns,
+                    end_ns=self.now_ns(),
+                    status=response.status.value,
+                    hit_blocks={t.label: len(p.positions) for t, p in found.ready.items()},
+                    moved_blocks=int(response.return_mask.sum()) // request.tokens_per_block,
+                    reason="" if response.error is None else str(response.error),
+                )
+            )
+
+    def _summarise(self) -> None:
+        asked = max(self.asked_blocks, 1)
+        log.info(
+            "requests",
+            ended=self._ended,
+            hit_rate={
+                tier.label: round(hits / asked, 3) for tier, hits in self.hit_blocks.items() if hits
+            },
+            moved_gb={
+                str(route): round(count.bytes / 1e9, 3) for route, count in self.routes.items()
+            },
+        )

@@ -1,0 +1,319 @@
+"""The cache's own configuration: tiers and their sizes, eviction, transfers, trace."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Secret, SecretStr, field_validator, model_validator
+from pydantic_core.core_schema import ValidationInfo
+from typing_extensions import Self
+
+from flexkv.common.config_keys import ConfigModel, RetiredKeyWarning, key
+from flexkv.common.config_model import ModelConfig
+from flexkv.common.errors import ConfigError
+
+GB = 1024**3
+MB = 1024**2
+
+BLOCK_ALIGNMENT_BYTES = 4096
+"""Blocks start on multiples of this, so that each is one O_DIRECT extent."""
+
+SIZE_PAIRS = (
+    ("num_cpu_blocks", "cpu_cache_gb"),
+    ("num_ssd_blocks", "ssd_cache_gb"),
+    ("max_blocks_per_file", "max_file_size_gb"),
+)
+"""Two ways to say one size: a count of blocks, or GB."""
+
+
+def _joined(value: object) -> object:
+    """Take several paths joined by `;`, or one path, for a list of them."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(";") if part.strip())
+    return (value,) if isinstance(value, Path) else value
+
+
+def _block_first(value: object) -> object:
+    """Take the old names of layouts: only one layout of host, SSD and remote blocks exists."""
+    name = value.upper() if isinstance(value, str) else value
+    notes = {
+        "BLOCKWISE": "BLOCKWISE is an old name: use BLOCKFIRST",
+        "LAYERWISE": "LAYERWISE is ignored: every block is one contiguous extent (BLOCKFIRST)",
+    }
+    if isinstance(name, str) and name in notes:
+        warnings.warn(f"configured layout {notes[name]}", RetiredKeyWarning, stacklevel=4)
+        return "BLOCKFIRST"
+    return name
+
+
+def _object(value: object) -> object:
+    """Take a JSON text, as it stands in an environment variable, for the object it describes."""
+    return json.loads(value) if isinstance(value, str) else value
+
+
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_joined)]
+Addresses = Annotated[tuple[str, ...], BeforeValidator(_joined)]
+Layout = Annotated[Literal["BLOCKFIRST"], BeforeValidator(_block_first)]
+CustomConfig = Annotated[Secret[dict[str, Any]], BeforeValidator(_object)]
+EvictionPolicy = Literal["lru", "lfu", "fifo", "mru", "filo", "slru"]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSizes:
+    """How many blocks each tier has, and how large one is, for one model."""
+
+    num_host_blocks: int
+    num_disk_blocks: int
+    block_bytes: int
+    block_stride_bytes: int
+    """Bytes from one block to the next: `block_bytes`, aligned for O_DIRECT."""
+    max_file_blocks: int | None = None
+    """Most blocks in one SSD file; None = no cap."""
+
+
+class CacheConfig(ConfigModel):
+    """What the cache may use, and how it uses it. Every key has a default."""
+
+    tokens_per_block: int = key(
+        16, "Tokens in a block; equals the engine's page size.", unit="tokens", ge=1
+    )
+
+    # host tier
+    enable_cpu: bool = key(
+        True, "Keep blocks in host memory.",
+        part="a path around the host tier, where every route meets,", built=(True,),
+    )
+    num_cpu_blocks: int | None = key(
+        None, "Size of the host tier; wins over cpu_cache_gb.", unit="blocks", ge=0
+    )
+    cpu_cache_gb: float = key(16.0, "Size of the host tier.", unit="GB", ge=0)
+    use_hugepage_cpu_buffer: bool = key(
+        True, "Ask for huge pages for the host tier; ordinary pages serve when there are none."
+    )
+    hugepage_size_bytes: int = key(2 * MB, "Size of a reserved huge page.", unit="bytes", ge=4096)
+
+    # SSD tier
+    num_ssd_blocks: int | None = key(
+        None, "Size of the SSD tier; wins over ssd_cache_gb.", unit="blocks", ge=0
+    )
+    ssd_cache_gb: float = key(0.0, "Size of the SSD tier; 0 = off.", unit="GB", ge=0)
+    enable_ssd: bool = key(
+        None, "Keep blocks on SSD.", shown_default="true when the SSD tier is given a size"
+    )
+    ssd_cache_dir: Paths = key(
+        (), "Directory of the SSD tier; several (`;`-separated or a list) are striped."
+    )
+    max_file_size_gb: float = key(-1.0, "Cap of one SSD file; -1 = none.", unit="GB", ge=-1)
+    max_blocks_per_file: int | None = key(
+        None, "Cap of one SSD file, counted in blocks.", unit="blocks", ge=-1,
+        retired="use max_file_size_gb; the blocks are converted",
+    )
+    iouring_entries: int = key(
+        512, "Depth of the io_uring; 0 = no io_uring, threads instead.", ge=0, le=32768,
+        old=("ssd_cache_iouring_entries",),
+    )
+    iouring_flags: int = key(
+        0, "Set-up flags of the io_uring, as the kernel numbers them.", ge=0,
+        old=("ssd_cache_iouring_flags",),
+    )
+    enable_gds: bool = key(
+        False, "Move between SSD and GPU directly.", old=("use_gds",),
+        part="GPU direct storage", built=(False,),
+    )
+
+    # remote tier
+    enable_remote: bool = key(
+        False, "Keep blocks in remote storage.", part="the remote tier", built=(False,)
+    )
+    num_remote_blocks: int | None = key(None, "Size of the remote tier.", unit="blocks", ge=0)
+    remote_cache_path: Addresses = key(
+        (), "Where the remote tier is: `s3://bucket/prefix`, `file:///dir`, …"
+    )
+    remote_config_custom: CustomConfig = key(
+        {}, "Options of the remote store's client: endpoint, bucket, credentials, …",
+        secret=True, shown_default="{}",
+    )
+    remote_cache_size_mode: Literal["file_size", "block_num"] = key(
+        "file_size", "What the size of the remote tier is counted in."
+    )
+    remote_file_size: int | None = key(None, "Size of one remote file.", unit="bytes", ge=1)
+    remote_file_num: int | None = key(None, "Number of remote files.", ge=1)
+    remote_file_prefix: str | None = key(None, "First part of the remote files' names.")
+    use_mooncake_store_backend: bool = key(
+        False, "Use Mooncake Store as the remote tier.",
+        part="the Mooncake Store backend", built=(False,),
+    )
+    mooncake_store_config_path: str | None = key(None, "Configuration file of Mooncake Store.")
+
+    # eviction
+    evict_ratio: float = key(
+        0.05, "Least part of a tier that one eviction frees; 0 = only what is needed.", ge=0, le=1
+    )
+    evict_start_threshold: float = key(
+        1.0, "Used part of a tier from which eviction starts; 1 = when it is full.", gt=0, le=1
+    )
+    eviction_policy: EvictionPolicy = key(
+        "lru", "Which block goes first.", part="the eviction part beyond lru", built=("lru",)
+    )
+    hit_reward_seconds: float = key(
+        0.0, "How much younger one hit makes a block under lru.", unit="s", ge=0,
+        part="the eviction part that rewards hits", built=(0,),
+    )
+    slru_protected_threshold: int = key(
+        2, "Hits after which slru protects a block.", unit="hits", ge=1
+    )
+
+    # transfers
+    use_ce_transfer_h2d: bool | None = key(
+        None, "Copy host to GPU by copy engine (true) or kernel (false); unset = as measured."
+    )
+    use_ce_transfer_d2h: bool | None = key(
+        None, "Copy GPU to host by copy engine (true) or kernel (false); unset = as measured."
+    )
+    transfer_num_cta_h2d: int | None = key(
+        None, "Thread blocks of the kernel host to GPU; unset = as measured.", ge=1,
+        old=("transfer_sms_h2d",),
+    )
+    transfer_num_cta_d2h: int | None = key(
+        None, "Thread blocks of the kernel GPU to host; unset = as measured.", ge=1,
+        old=("transfer_sms_d2h",),
+    )
+    chunk_mb: float = key(16.0, "Bytes of one chunk of a pipelined request.", unit="MB", gt=0)
+    copy_threads: int = key(
+        0, "Threads that copy between device and host memory; 0 = the cores, up to 4.",
+        ge=0, le=256,
+    )
+    disk_read_window_mb: float = key(16.0, "Bytes being read from SSD at once.", unit="MB", gt=0)
+    disk_write_window_mb: float = key(16.0, "Bytes being written to SSD at once.", unit="MB", gt=0)
+    device_window_mb: float = key(
+        64.0, "Bytes being copied to or from the device at once.", unit="MB", gt=0
+    )
+    write_behind_max_gb: float = key(
+        -1.0, "Bytes waiting to be written to SSD; -1 = half of the host tier.", unit="GB", ge=-1
+    )
+    requests_max: int = key(
+        1024, "Requests under way at once; later ones wait to be admitted.", unit="requests", ge=1
+    )
+
+    # layouts
+    cpu_layout: Layout = key(
+        "BLOCKFIRST", "Layout of the host tier.", old=("cpu_kv_layout_type",)
+    )
+    ssd_layout: Layout = key("BLOCKFIRST", "Layout of the SSD tier.", old=("ssd_kv_layout_type",))
+    remote_layout: Layout = key(
+        "BLOCKFIRST", "Layout of the remote tier.", old=("remote_kv_layout_type",)
+    )
+    gpu_kv_layout_type: str | None = key(
+        None, "Layout of the device's KV caches.",
+        retired="it is ignored; register_kv_caches infers the device's layout, or is told it",
+    )
+
+    # identity, sharing between nodes
+    key_secret: SecretStr = key(
+        "", "Secret that block keys are derived with: without it, none can be guessed.",
+        secret=True, shown_default="empty",
+    )
+    index_accel: bool = key(True, "Accepted and without effect: one index serves.")
+    enable_p2p_cpu: bool = key(
+        False, "Share the host tier with other nodes.",
+        part="sharing between nodes", built=(False,),
+    )
+    enable_p2p_ssd: bool = key(
+        False, "Share the SSD tier with other nodes.",
+        part="sharing between nodes", built=(False,),
+    )
+    redis_host: str = key("127.0.0.1", "Host of the Redis that holds the nodes' metadata.")
+    redis_port: int = key(6379, "Port of that Redis.", ge=1, le=65535)
+    redis_password: SecretStr = key(
+        "", "Password of that Redis.", secret=True, shown_default="empty"
+    )
+    local_ip: str = key("127.0.0.1", "Address at which other nodes reach this one.")
+    node_ttl_seconds: float = key(
+        30.0, "Silence after which a node counts as gone.", unit="s", gt=0
+    )
+    mooncake_config_path: str | None = key(
+        None, "Configuration file of the Mooncake transfer engine: engine_ip, engine_port, "
+        "metadata_backend, metadata_server, protocol, device_name.",
+    )
+
+    # trace
+    enable_trace: bool = key(False, "Write a record of every request and transfer op.")
+    trace_file_path: str = key("./flexkv_trace.log", "File that the trace goes to.", min_length=1)
+    trace_max_file_size_mb: float = key(
+        100.0, "Size at which the trace starts a new file.", unit="MB", gt=0
+    )
+    trace_max_files: int = key(5, "Trace files kept, the current one included.", ge=1)
+    trace_flush_interval_ms: int = key(
+        1000, "How long a record may wait before it is in the file.", unit="ms", ge=1
+    )
+
+    @field_validator("enable_ssd", mode="before")
+    @classmethod
+    def _ssd_is_sized(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None:
+            return value
+        return bool(info.data.get("num_ssd_blocks") or info.data.get("ssd_cache_gb"))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        directories = self.ssd_cache_dir
+        if self.enable_ssd and not directories:
+            raise ConfigError("ssd_cache_dir", "", "enable_ssd needs at least one directory")
+        if len(set(directories)) != len(directories):
+            raise ConfigError("ssd_cache_dir", directories, "names a directory twice")
+        for name in ("max_file_size_gb", "write_behind_max_gb"):
+            if (value := getattr(self, name)) < 0 and value != -1:
+                raise ConfigError(name, value, "must be -1, 0 or more")
+        if self.max_blocks_per_file is not None and "max_file_size_gb" in self.model_fields_set:
+            why = "is the retired form of max_file_size_gb; give max_file_size_gb alone"
+            raise ConfigError("max_blocks_per_file", self.max_blocks_per_file, why)
+        return self
+
+    def sized(self, model: ModelConfig) -> CacheSizes:
+        """Give the tiers' sizes in blocks of this model.
+
+        Raises:
+            ConfigError: a tier has no room for one block, or two sizes of it disagree.
+        """
+        block_bytes = model.block_bytes(self.tokens_per_block)
+        stride = -(-block_bytes // BLOCK_ALIGNMENT_BYTES) * BLOCK_ALIGNMENT_BYTES
+        host, disk, file = SIZE_PAIRS
+        return CacheSizes(
+            num_host_blocks=self._blocks(*host, stride) if self.enable_cpu else 0,
+            num_disk_blocks=self._blocks(*disk, stride) if self.enable_ssd else 0,
+            block_bytes=block_bytes,
+            block_stride_bytes=stride,
+            max_file_blocks=None if self._files_uncapped else self._blocks(*file, stride),
+        )
+
+    @property
+    def _files_uncapped(self) -> bool:
+        cap = self.max_blocks_per_file
+        return (self.max_file_size_gb if cap is None else cap) == -1
+
+    def _blocks(self, blocks_key: str, gb_key: str, stride_bytes: int) -> int:
+        """Give the size that one of two keys names: a count of blocks wins over GB."""
+        count: int | None = getattr(self, blocks_key)
+        gb: float = getattr(self, gb_key)
+        fitting = int(gb * GB) // stride_bytes
+        field, value = (gb_key, gb) if count is None else (blocks_key, count)
+        if count is not None and gb_key in self.model_fields_set and fitting != count:
+            why = f"holds {fitting} blocks, but {blocks_key}={count}; give one of the two"
+            raise ConfigError(gb_key, gb, why)
+        blocks = fitting if count is None else count
+        if blocks < 1:
+            why = f"must hold at least one block, which takes {stride_bytes / GB:.6g} GB"
+            raise ConfigError(field, value, why)
+        return blocks
+
+
+def cache_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Give those of the values that are keys of `CacheConfig`."""
+    return {name: value for name, value in values.items() if name in CacheConfig.model_fields}

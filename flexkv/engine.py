@@ -1,0 +1,426 @@
+"""The engine: composes index, scheduler, actors and adapters on one event loop, and owns them.
+
+    caller ──▶ Intake ──▶ Admission ──▶ Scheduler ──▶ TransferActor(device) ──▶ CpuDevicePort
+                                          │     └───▶ TransferActor(disk)   ──▶ UringDiskPort
+                                       Residency
+
+Life: `open` → (`register_kv_caches`) → requests → `close`. Closing stops admission, cancels what
+runs, waits for hardware to let go, and checks that nothing is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import structlog
+
+from flexkv.actors.actor import Supervisor, TransferActor, Window
+from flexkv.actors.observer import Observer
+from flexkv.actors.scheduler import Flight, Scheduler
+from flexkv.admission import Admission
+from flexkv.common.config import GB, MB, CacheConfig, CacheSizes, ModelConfig
+from flexkv.common.errors import ClosedError, ConfigError, InternalError, InvariantError
+from flexkv.common.layout import PagedLayout, infer_layout
+from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
+from flexkv.common.terms import Tier
+from flexkv.graph.ops import CHUNKS_MAX, LEGS_MAX
+from flexkv.graph.planner import Planner, PlanLimits
+from flexkv.index.eviction import LeastRecentlyUsed
+from flexkv.index.intake import Intake
+from flexkv.index.keys import KeyChain, Namespace
+from flexkv.index.residency import PrefixMatch, Residency, prefix_match
+from flexkv.index.tier import BlockState, TierIndex
+from flexkv.io.arena import Arena
+from flexkv.io.cpu import CpuDevicePort
+from flexkv.io.disk import open_disk
+from flexkv.io.files import StripedFiles
+from flexkv.io.ports import DurablePort
+from flexkv.io.tensors import describe, kv_cache_list
+from flexkv.io.uring import RingOptions
+from flexkv.statistics import QueueStatistics, RouteStatistics, Statistics, TierStatistics
+from flexkv.trace.recorder import Recorder
+
+log = structlog.get_logger(__name__)
+
+DRAIN_TIMEOUT_S = 60.0
+"""How long closing waits for hardware to give buffers back."""
+
+DISK_PIECE_BYTES = 2 * MB
+"""One submission to the disk: large enough for full speed, small enough for others to cut in."""
+
+DEVICE_PIECE_BYTES = 32 * MB
+
+Progress = Callable[[int, int], None]
+
+
+class Engine:
+    """KV blocks between device, host memory and SSD, on the loop that opened it."""
+
+    def __init__(self, model: ModelConfig, cache: CacheConfig) -> None:
+        model.require_built()
+        cache.require_built()
+        self.model, self.cache = model, cache
+        self.sizes: CacheSizes = cache.sized(model)
+        self.tokens_per_block = cache.tokens_per_block
+        self._intake = Intake(
+            KeyChain(model, cache.tokens_per_block, cache.key_secret.get_secret_value()),
+            cache.tokens_per_block,
+        )
+        self._admission = Admission(cache.requests_max)
+        self._residency = Residency(self._tier_indexes())
+        self._actors: dict[Tier, TransferActor] = {}
+        self._backing: dict[Tier, str] = {}
+        self._resources = ExitStack()
+        self._device: PagedLayout | None = None
+        self._failure: InternalError | None = None
+        self._open = False
+        self._next_request = 0
+
+    def _tier_indexes(self) -> list[TierIndex]:
+        ratio = self.cache.evict_ratio
+        counts = {Tier.HOST: self.sizes.num_host_blocks, Tier.DISK: self.sizes.num_disk_blocks}
+        return [
+            TierIndex(tier, count, LeastRecentlyUsed(), ratio)
+            for tier, count in counts.items()
+            if count
+        ]
+
+    # -- life -----------------------------------------------------------------------------------
+
+    async def open(self, progress: Progress | None = None) -> None:
+        """Take memory and files and start the actors; on failure nothing is left behind.
+
+        Raises:
+            ConfigError: memory, directory or disk space is not there.
+        """
+        self._supervisor = Supervisor(self._failed)
+        with ExitStack() as undo:
+            self._compose(undo, progress)
+            await self._supervisor.start()
+            for actor in self._actors.values():
+                self._start(actor)
+            self._resources = undo.pop_all()
+        self._open = True
+        log.info("engine open", **self._backing_by_name(), block_bytes=self.sizes.block_bytes)
+
+    def _compose(self, undo: ExitStack, progress: Progress | None) -> None:
+        sizes, cache = self.sizes, self.cache
+        self._arena = Arena.open(
+            sizes.num_host_blocks,
+            sizes.block_stride_bytes,
+            cache.hugepage_size_bytes if cache.use_hugepage_cpu_buffer else None,
+            shared=False,
+            progress=progress,
+        )
+        undo.callback(self._arena.close)
+        self._backing[Tier.HOST] = self._arena.backing
+        self._disk: DurablePort | None = None
+        if sizes.num_disk_blocks:
+            self._open_disk(undo)
+        sink = self._open_trace(undo)
+        self._observer = Observer(sizes.block_bytes, sink)
+        self.limits = PlanLimits(
+            chunk_blocks=max(1, int(cache.chunk_mb * MB) // sizes.block_stride_bytes),
+            write_behind_blocks_max=self._write_behind_blocks_max(),
+        )
+        planner = Planner(self._residency, self.limits)
+        self._scheduler = Scheduler(self._residency, planner, self._actors, self._observer)
+
+    def _open_disk(self, undo: ExitStack) -> None:
+        sizes, cache = self.sizes, self.cache
+        per_file = sizes.max_file_blocks
+        files = StripedFiles.open(
+            cache.ssd_cache_dir,
+            sizes.num_disk_blocks,
+            sizes.block_stride_bytes,
+            None if per_file is None else per_file * sizes.block_stride_bytes,
+        )
+        undo.callback(files.close)
+        options = RingOptions(entries=cache.iouring_entries, flags=cache.iouring_flags)
+        self._disk = open_disk(self._arena, files, options)
+        window = Window(
+            int(cache.disk_read_window_mb * MB), int(cache.disk_write_window_mb * MB),
+            DISK_PIECE_BYTES,
+        )  # fmt: skip
+        self._actors[Tier.DISK] = self._actor(Tier.DISK, self._disk, window)
+        undo.callback(self._disk.close)
+        self._backing[Tier.DISK] = type(self._disk).__name__
+
+    def _open_trace(self, undo: ExitStack) -> Recorder | None:
+        cache = self.cache
+        if not cache.enable_trace:
+            return None
+        recorder = Recorder(
+            cache.trace_file_path,
+            int(cache.trace_max_file_size_mb * MB),
+            cache.trace_max_files,
+            cache.trace_flush_interval_ms,
+        )
+        undo.callback(recorder.close)
+        return recorder
+
+    def _write_behind_blocks_max(self) -> int:
+        limit_gb, sizes = self.cache.write_behind_max_gb, self.sizes
+        if limit_gb < 0:
+            return max(1, sizes.num_host_blocks // 2)
+        return int(limit_gb * GB) // sizes.block_stride_bytes
+
+    def _actor(self, tier: Tier, port: Any, window: Window) -> TransferActor:
+        ops_per_run = (LEGS_MAX + CHUNKS_MAX) * 4
+        waiting_max = self.cache.requests_max * ops_per_run + self.sizes.num_host_blocks
+        return TransferActor(tier, port, window, waiting_max)
+
+    def _start(self, actor: TransferActor) -> None:
+        actor.attach(self._scheduler.report)
+        self._supervisor.keep(f"{actor.name} actor", actor.run())
+
+    def register_kv_caches(
+        self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None = None
+    ) -> None:
+        """Take the engine's per-layer KV tensors; they stay the caller's and must outlive us.
+
+        Raises:
+            ConfigError: the tensors do not fit the model, or their layout is ambiguous.
+            ClosedError: not open.
+        """
+        self._check_open()
+        if self._device is not None:
+            raise ConfigError("kv_caches", "a second registration", "one device is registered")
+        tensors = kv_cache_list(kv_caches)
+        self._device = self._layout_of(tensors, layout)
+        port = CpuDevicePort(
+            self._device,
+            self._arena.buffer,
+            self.sizes.block_stride_bytes,
+            owner=tuple(tensors),
+            threads=self.cache.copy_threads or min(4, os.cpu_count() or 1),
+        )
+        limit = int(self.cache.device_window_mb * MB)
+        window = Window(limit, limit, DEVICE_PIECE_BYTES)
+        actor = self._actors[Tier.DEVICE] = self._actor(Tier.DEVICE, port, window)
+        self._resources.callback(port.close)
+        self._start(actor)
+        log.info("device registered", layout=self._device.name, blocks=self._device.num_blocks)
+
+    def _layout_of(self, tensors: Sequence[Any], layout: str | None) -> PagedLayout:
+        model = self.model
+        if len(tensors) != model.num_layers:
+            why = f"must have one tensor per layer: {model.num_layers}"
+            raise ConfigError("kv_caches", f"{len(tensors)} tensors", why)
+        specs = [describe(tensor, f"kv_caches[{i}]") for i, tensor in enumerate(tensors)]
+        pages = infer_layout(
+            specs, self.tokens_per_block, model.num_kv_heads, model.head_size, model.kv_dim, layout
+        )
+        if pages.block_bytes != self.sizes.block_bytes:
+            why = f"a block of this model has {self.sizes.block_bytes} bytes (dtype {model.dtype})"
+            raise ConfigError("kv_caches", f"blocks of {pages.block_bytes} bytes", why)
+        return pages
+
+    async def close(self) -> None:
+        """Stop admitting, cancel what runs, wait for hardware, release everything. Idempotent.
+
+        Raises:
+            InvariantError: something was left behind: our own mistake.
+            InternalError: hardware did not give its buffers back in time; they stay mapped.
+        """
+        if not self._open:
+            return
+        self._open = False
+        self._admission.close()
+        self._scheduler.cancel_all()
+        if self._failure is None:
+            try:
+                async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                    await self._scheduler.wait_idle()
+            except TimeoutError as error:
+                await self._supervisor.stop()
+                depths = {actor.name: actor.depth for actor in self._actors.values()}
+                raise InternalError(f"still in flight after {DRAIN_TIMEOUT_S} s: {depths}") from error
+        await self._supervisor.stop()
+        self._resources.close()
+        if self._failure is None:
+            self._check_nothing_left()
+        log.info("engine closed")
+
+    def _check_nothing_left(self) -> None:
+        self._residency.validate()
+        if self._residency.claims or any(actor.depth for actor in self._actors.values()):
+            raise InvariantError(f"left behind: {self._residency.claims.stories()}")
+
+    def _failed(self, cause: BaseException) -> None:
+        """An actor raised: tell every waiter, admit nobody."""
+        self._failure = InternalError(f"the engine failed: {cause!r}")
+        self._failure.__cause__ = cause
+        self._admission.close()
+        self._scheduler.fail(self._failure)
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if not self._open:
+            raise ClosedError("the engine is not open: not started yet, or shut down")
+
+    @property
+    def is_open(self) -> bool:
+        """Tell whether requests are taken."""
+        return self._open and self._failure is None
+
+    @property
+    def has_device(self) -> bool:
+        """Tell whether KV caches are registered: before, get and put answer UNREADY."""
+        return self._device is not None
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def intake(
+        self,
+        operation: Operation,
+        token_ids: Any,
+        token_mask: Any = None,
+        namespace: Namespace = None,
+    ) -> Request:
+        """Check a caller's arguments and make the request, still without device slots."""
+        self._check_open()
+        self._next_request += 1
+        return self._intake.request(
+            operation, self._next_request, token_ids, token_mask, namespace
+        )
+
+    def with_slots(self, request: Request, slot_mapping: Any) -> Request | None:
+        """Give the request with its device blocks; None while no device is registered."""
+        if self._device is None:
+            return None
+        ids = self._intake.device_ids(slot_mapping, request.span, self._device.num_blocks)
+        return Request(
+            request.operation, request.request_id, request.token_count, request.tokens_per_block,
+            request.span, request.keys, ids, request.namespace_hash,
+        )  # fmt: skip
+
+    def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
+        """Give how much of a prompt is resident. No I/O; recency is the only trace it leaves."""
+        request = self.intake(Operation.PREFETCH, token_ids, None, namespace)
+        found = self._residency.find(request.keys)
+        self._residency.touch(found)
+        return prefix_match(found, self.tokens_per_block)
+
+    async def perform(self, request: Request) -> KVResponse:
+        """Run a request to its answer.
+
+        Cancellation: the request is cancelled, and CancelledError raised once no hardware touches
+        its device slots any more; their content is undefined then.
+        """
+        return (await self.fly(request)).response  # type: ignore[return-value] -- answered
+
+    async def fly(
+        self, request: Request, begun: Callable[[], None] | None = None
+    ) -> Flight:
+        """Run a request to its answer, and give its flight: the write-behind may go on.
+
+        `begun` is called once the request is planned: what a match held may be let go.
+        """
+        await self._admission.enter()
+        try:
+            flight = self._scheduler.begin(request)
+            if begun is not None:
+                begun()
+            if flight.response is None:
+                try:
+                    await flight.wait_answered()
+                except asyncio.CancelledError:
+                    self._scheduler.cancel(flight)
+                    await flight.wait_drained()
+                    raise
+            return flight
+        finally:
+            self._admission.leave()
+
+    def unready(self, request: Request) -> KVResponse:
+        """Give the response to a request that needs a device while none is registered."""
+        why = ClosedError("no KV caches are registered")
+        mask = np.zeros(request.token_count, np.bool_)
+        return KVResponse(KVResponseStatus.UNREADY, request.request_id, mask, why)
+
+    async def flush(self) -> None:
+        """Return once every write-behind under way is done and on stable storage.
+
+        Raises:
+            StorageError: the disk refused to sync.
+        """
+        self._check_open()
+        for flight in self._scheduler.under_way():
+            await flight.wait_ended()
+        if self._disk is not None:
+            await self._disk.sync()
+
+    def reset(self) -> int:
+        """Forget every block of every tier, and count them. Requests under way end as they will."""
+        self._check_open()
+        return self._residency.clear()
+
+    # -- looking --------------------------------------------------------------------------------
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Give the scheduler, for holds and for tests."""
+        return self._scheduler
+
+    @property
+    def residency(self) -> Residency:
+        """Give the index, for tests and tools; only the scheduler writes it."""
+        return self._residency
+
+    @property
+    def supervisor(self) -> Supervisor:
+        """Give what owns the engine's tasks."""
+        return self._supervisor
+
+    def statistics(self) -> Statistics:
+        """Give a frozen snapshot of every counter."""
+        self._check_open()
+        observer = self._observer
+        return Statistics(
+            tiers={
+                tier.label: _tier_statistics(index, self._backing[tier])
+                for tier, index in self._residency.tiers.items()
+            },
+            routes={
+                str(route): RouteStatistics(c.ops, c.blocks, c.bytes, c.failed_ops)
+                for route, c in observer.routes.items()
+            },
+            queues={
+                actor.name: QueueStatistics(
+                    actor.depth, actor.in_flight_bytes[True], actor.in_flight_bytes[False]
+                )
+                for actor in self._actors.values()
+            },
+            requests={
+                operation.label: {status.value: n for status, n in counts.items() if n}
+                for operation, counts in observer.requests.items()
+            },
+            asked_blocks=observer.asked_blocks,
+            hit_blocks={t.label: n for t, n in observer.hit_blocks.items() if t in self._backing},
+            requests_waiting=self._admission.waiting,
+            runs_in_flight=self._scheduler.flights,
+            claims=len(self._residency.claims),
+        )
+
+    def _backing_by_name(self) -> dict[str, str]:
+        return {tier.label: backing for tier, backing in self._backing.items()}
+
+
+def _tier_statistics(index: TierIndex, backing: str) -> TierStatistics:
+    return TierStatistics(
+        capacity_blocks=index.capacity_blocks,
+        ready_blocks=index.count(BlockState.READY),
+        reserved_blocks=index.reserved_blocks,
+        draining_blocks=index.count(BlockState.DRAINING),
+        pinned_blocks=index.pinned_blocks,
+        free_blocks=index.free_blocks,
+        evicted_blocks=index.evicted_blocks,
+        backing=backing,
+    )

@@ -1,0 +1,85 @@
+"""What a request would do: the graph of its plan, as text and as DOT, without planning it.
+
+The shape is worked out on a copy-free dry run: residency is only read, nothing is reserved.
+"""
+
+from __future__ import annotations
+
+import networkx as nx
+
+from flexkv.common.request import Operation, Request
+from flexkv.common.terms import Route, Tier
+from flexkv.graph.compile import compile_shape
+from flexkv.graph.ops import Leg, Shape
+from flexkv.graph.plan import Template, even_bounds
+from flexkv.graph.planner import LOAD, STORE, PlanLimits, chunk_count
+from flexkv.index.residency import Residency
+
+
+class Explanation:
+    """A plan's graph, with the blocks of each op. `str()` draws it as text."""
+
+    def __init__(self, template: Template, leg_blocks: tuple[int, ...], note: str) -> None:
+        self.template = template
+        self.leg_blocks = leg_blocks
+        self.note = note
+
+    def graph(self) -> nx.DiGraph[str]:
+        """Give the ops as a graph of labelled nodes."""
+        graph: nx.DiGraph[str] = nx.DiGraph()
+        labels = [self._label(index) for index in range(len(self.template.ops))]
+        graph.add_nodes_from(labels)
+        for index, successors in enumerate(self.template.successors):
+            graph.add_edges_from((labels[index], labels[after]) for after in successors)
+        return graph
+
+    def dot(self) -> str:
+        """Give the graph in Graphviz' DOT language."""
+        graph = self.graph()
+        lines = ["digraph plan {", "  rankdir=LR;", "  node [shape=box];"]
+        lines += [f'  "{node}";' for node in graph]
+        lines += [f'  "{before}" -> "{after}";' for before, after in graph.edges]
+        return "\n".join([*lines, "}"])
+
+    def __str__(self) -> str:
+        if not self.template.ops:
+            return self.note
+        return "\n".join([self.note, *nx.generate_network_text(self.graph(), vertical_chains=False)])
+
+    def _label(self, index: int) -> str:
+        op = self.template.ops[index]
+        bounds = even_bounds(self.leg_blocks[op.leg], self.template.shape.legs[op.leg].chunks)
+        blocks = bounds[op.chunk + 1] - bounds[op.chunk]
+        told = " (answers)" if op.answers else ""
+        return f"op {op.index}: {op.label} {blocks} blocks{told}"
+
+
+def explain(request: Request, residency: Residency, limits: PlanLimits) -> Explanation:
+    """Give what a request would do with the blocks that are resident now."""
+    found = residency.find(request.keys, request.span.first_block)
+    counts = {tier: len(place.positions) for tier, place in found.ready.items()}
+    total = len(request.keys) - request.span.first_block
+    hits = ", ".join(f"{n} in {tier.label}" for tier, n in counts.items())
+    note = f"{request.operation.label} of {total} whole blocks: {hits}"
+    lower = tuple(tier for tier in residency.tiers if tier is not Tier.HOST)
+    if request.operation is Operation.PUT:
+        new = total - counts[Tier.HOST]
+        legs = {(STORE, *(Route(Tier.HOST, tier) for tier in lower)): new}
+    else:
+        onward = (LOAD,) if request.operation is Operation.GET else ()
+        legs = {(Route(tier, Tier.HOST), *onward): counts[tier] for tier in lower}
+        if onward:
+            legs = {onward: counts[Tier.HOST], **legs}
+    return hypothetical(request.operation, legs, limits, note)
+
+
+def hypothetical(
+    operation: Operation, legs: dict[tuple[Route, ...], int], limits: PlanLimits, note: str
+) -> Explanation:
+    """Give what a request would do whose blocks take these hops: {hops: number of blocks}."""
+    present = {hops: blocks for hops, blocks in legs.items() if blocks}
+    shape = Shape(
+        operation,
+        tuple(Leg(hops, chunk_count(n, limits.chunk_blocks)) for hops, n in present.items()),
+    )
+    return Explanation(compile_shape(shape), tuple(present.values()), note)

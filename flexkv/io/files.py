@@ -1,0 +1,256 @@
+"""The SSD tier's files: preallocated, bounded, striped over directories.
+
+    block i → directory i mod n; within a directory, file after file, block after block:
+
+    directory 0    file 0 [0][2][4]    file 2 [6][8]
+    directory 1    file 1 [1][3][5]    file 3 [7]
+
+One block is one extent, aligned for O_DIRECT. A lock per directory keeps two engines apart.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from errno import EDQUOT, ENOSPC
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.common.errors import ConfigError, StorageError
+from flexkv.common.terms import BlockIds
+
+DIRECT_ALIGNMENT_BYTES = 4096
+"""What every filesystem that knows O_DIRECT accepts for offset, length and address."""
+LOCK_NAME = "lock.flexkv"
+FILE_PATTERN = "blocks-*.flexkv"
+
+
+@dataclass(frozen=True, slots=True)
+class _Striping:
+    """Where each block is."""
+
+    directories: int
+    blocks: int
+    blocks_per_file: int
+
+    def file_of(self, ids: BlockIds) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Give the index of the file of each block, and its place in that file."""
+        row, directory = np.divmod(ids, self.directories)
+        file_row, place = np.divmod(row, self.blocks_per_file)
+        return file_row * self.directories + directory, place
+
+    def blocks_by_file(self) -> list[int]:
+        """Give how many blocks each file holds."""
+        full_rows, rest = divmod(self.blocks, self.directories)
+        counts = []
+        for first_row in range(0, -(-self.blocks // self.directories), self.blocks_per_file):
+            for directory in range(self.directories):
+                rows = full_rows + (directory < rest) - first_row
+                if rows > 0:
+                    counts.append(min(rows, self.blocks_per_file))
+        return counts
+
+
+class StripedFiles:
+    """Open files that hold the blocks of the SSD tier.
+
+    Attributes:
+        num_blocks: blocks that they hold.
+        block_stride_bytes: bytes from one block to the next in a file.
+        fds: one per file; they stay the property of this object.
+        paths: of the files, by the same index.
+        direct: whether I/O goes past the page cache.
+        why: why not, when it does not.
+    """
+
+    def __init__(self, striping: _Striping, block_stride_bytes: int, closing: ExitStack) -> None:
+        """Start with no files; `open` fills them in."""
+        self.num_blocks = striping.blocks
+        self.block_stride_bytes = block_stride_bytes
+        self.fds: list[int] = []
+        self.paths: list[str] = []
+        self.direct = False
+        self.why = ""
+        self._striping = striping
+        self._closing = closing
+
+    @classmethod
+    def open(
+        cls,
+        directories: Sequence[str | os.PathLike[str]],
+        num_blocks: int,
+        block_stride_bytes: int,
+        max_file_size_bytes: int | None = None,
+    ) -> StripedFiles:
+        """Lock the directories, and create, adopt or resize the files in them.
+
+        A file of an earlier run keeps its bytes; files that are no longer needed are removed.
+
+        Args:
+            directories: at least one; the last component of each is created when missing.
+            num_blocks: blocks over all directories.
+            block_stride_bytes: bytes from one block to the next.
+            max_file_size_bytes: bound of one file; at least one block is in each.
+
+        Raises:
+            ConfigError: a directory is missing, read-only, in use or full, or is none.
+        """
+        assert num_blocks >= 1, num_blocks
+        if not directories:
+            raise ConfigError("ssd_cache_dir", list(directories), "no directory is given")
+        blocks_per_file = num_blocks
+        if max_file_size_bytes is not None:
+            blocks_per_file = max(1, max_file_size_bytes // block_stride_bytes)
+        striping = _Striping(len(directories), num_blocks, blocks_per_file)
+        folders = [Path(directory) for directory in directories]
+        with ExitStack() as closing:
+            files = cls(striping, block_stride_bytes, closing)
+            for folder in folders:
+                _prepare(folder)
+                closing.callback(os.close, _lock(folder))
+            files._open_all(folders)
+            files.why = files._go_direct()
+            files.direct = not files.why
+            files._closing = closing.pop_all()
+        return files
+
+    def locate(self, ids: BlockIds) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Give the file index and the byte offset of each block: int64[n] both."""
+        file_index, place = self._striping.file_of(ids)
+        return file_index, place * self.block_stride_bytes
+
+    def positions(self, ids: BlockIds) -> NDArray[np.int64]:
+        """Give numbers that count up by one exactly where blocks are neighbours in one file."""
+        file_index, place = self._striping.file_of(ids)
+        return file_index * (self._striping.blocks_per_file + 1) + place
+
+    def sync(self) -> None:
+        """Return once all that was written is on stable storage. Blocks: call it in a thread.
+
+        Raises:
+            StorageError: a device refused.
+        """
+        for fd, path in zip(self.fds, self.paths, strict=True):
+            try:
+                os.fdatasync(fd)
+            except OSError as error:
+                raise StorageError(path, 0, error.errno or 0) from error
+
+    def close(self) -> None:
+        """Close the files and unlock the directories. Idempotent."""
+        self._closing.close()
+
+    def _open_all(self, folders: list[Path]) -> None:
+        """Open every file at its size, with all its space allocated."""
+        wanted = [count * self.block_stride_bytes for count in self._striping.blocks_by_file()]
+        paths = [
+            folders[index % len(folders)] / f"blocks-{index // len(folders):04d}.flexkv"
+            for index in range(len(wanted))
+        ]
+        for folder in folders:
+            for leftover in set(folder.glob(FILE_PATTERN)).difference(paths):
+                leftover.unlink()
+        for path in paths:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            try:
+                fd = os.open(path, flags, 0o600)
+            except OSError as error:
+                raise ConfigError("ssd_cache_dir", str(path), error.strerror or "") from error
+            self._closing.callback(os.close, fd)
+            os.fchmod(fd, 0o600)
+            self.fds.append(fd)
+            self.paths.append(str(path))
+        self._check_space(wanted)
+        for fd, path, size in zip(self.fds, paths, wanted, strict=True):
+            if os.fstat(fd).st_size != size:
+                os.truncate(fd, size)
+            try:
+                os.posix_fallocate(fd, 0, size)
+            except OSError as error:
+                if error.errno in (ENOSPC, EDQUOT):
+                    raise self._no_space(path.parent, size, _free_bytes(fd)) from error
+                raise ConfigError("ssd_cache_dir", str(path), error.strerror or "") from error
+
+    def _check_space(self, wanted: list[int]) -> None:
+        """Check that each filesystem has room for what its files still lack."""
+        missing: dict[int, int] = {}
+        for fd, size in zip(self.fds, wanted, strict=True):
+            stat = os.fstat(fd)
+            allocated_bytes = stat.st_blocks * 512
+            missing[stat.st_dev] = missing.get(stat.st_dev, 0) + size - allocated_bytes
+        for fd, path in zip(self.fds, self.paths, strict=True):
+            wanted_bytes, free_bytes = missing[os.fstat(fd).st_dev], _free_bytes(fd)
+            if wanted_bytes > free_bytes:
+                raise self._no_space(Path(path).parent, wanted_bytes, free_bytes)
+
+    def _no_space(self, folder: Path, wanted_bytes: int, free_bytes: int) -> ConfigError:
+        return ConfigError(
+            "num_ssd_blocks",
+            self.num_blocks,
+            f"needs {wanted_bytes} more bytes in {folder}, {free_bytes} are free: "
+            "lower num_ssd_blocks or ssd_cache_gb",
+        )
+
+    def _go_direct(self) -> str:
+        """Turn O_DIRECT on for all files, or for none; give why not, or nothing."""
+        if self.block_stride_bytes % DIRECT_ALIGNMENT_BYTES:
+            return f"blocks of {self.block_stride_bytes} bytes are not aligned for O_DIRECT"
+        buffered = [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in self.fds]
+        with mmap.mmap(-1, DIRECT_ALIGNMENT_BYTES) as page:
+            for fd, path, flags in zip(self.fds, self.paths, buffered, strict=True):
+                try:
+                    fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
+                    os.preadv(fd, [page], 0)
+                except OSError as error:
+                    for each, before in zip(self.fds, buffered, strict=True):
+                        fcntl.fcntl(each, fcntl.F_SETFL, before)
+                    return f"O_DIRECT refused for {path} ({error.strerror})"
+        return ""
+
+
+def _prepare(folder: Path) -> None:
+    """Make sure that `folder` is a directory, creating its last component only."""
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError as error:
+        if not folder.is_dir():
+            raise ConfigError("ssd_cache_dir", str(folder), "is not a directory") from error
+    except FileNotFoundError as error:
+        why = f"{folder.parent} does not exist"
+        raise ConfigError("ssd_cache_dir", str(folder), why) from error
+    except OSError as error:
+        why = f"cannot be created ({error.strerror})"
+        raise ConfigError("ssd_cache_dir", str(folder), why) from error
+
+
+def _lock(folder: Path) -> int:
+    """Take the lock of `folder`, and give the descriptor that holds it."""
+    try:
+        fd = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        why = f"is not writable ({error.strerror})"
+        raise ConfigError("ssd_cache_dir", str(folder), why) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.truncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+    except OSError as error:
+        holder = os.pread(fd, 32, 0).decode(errors="replace")
+        os.close(fd)
+        if isinstance(error, BlockingIOError):
+            why = f"is in use by process {holder}"
+        else:
+            why = f"cannot be locked ({error.strerror})"
+        raise ConfigError("ssd_cache_dir", str(folder), why) from error
+    return fd
+
+
+def _free_bytes(fd: int) -> int:
+    stat = os.fstatvfs(fd)
+    return stat.f_bavail * stat.f_frsize

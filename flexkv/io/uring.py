@@ -1,0 +1,171 @@
+"""The disk port over io_uring: registered files, registered memory, one eventfd.
+
+What the ring has no room for waits here, in order, and goes in as completions are reaped. An
+extent that failed makes its transfer fail, but only when every extent of it that the kernel holds
+has come back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from flexkv import _ext
+from flexkv.common.errors import ClosedError, InvariantError, StorageError
+from flexkv.common.terms import Transfer
+from flexkv.io.arena import Arena
+from flexkv.io.disk_jobs import DiskGeometry, DiskJob
+from flexkv.io.files import StripedFiles
+from flexkv.io.ports import Completion
+
+
+@dataclass(frozen=True, slots=True)
+class RingOptions:
+    """How the ring is set up: its entries, io_uring's setup flags, the bound of one I/O."""
+
+    entries: int = 512
+    flags: int = 0
+    io_bytes_max: int = 2 << 20
+    register: bool = True
+
+
+class UringDiskPort:
+    """A durable transfer port between the arena and the SSD files, over io_uring.
+
+    Attributes:
+        registered: whether the kernel holds the arena registered, which saves CPU.
+        why: why not, when it does not.
+    """
+
+    def __init__(self, arena: Arena, files: StripedFiles, options: RingOptions) -> None:
+        """Set up the ring; the port owns neither `arena` nor `files`.
+
+        Raises:
+            OSError: the kernel refused io_uring.
+        """
+        self._files = files
+        self._geometry = DiskGeometry(arena, files, options.io_bytes_max)
+        self._ring = _ext.Ring(options.entries, options.flags)
+        self.why = "not asked for"
+        try:
+            self.registered = options.register and self._lend_registered()
+            if not self.registered:
+                self._ring.lend(self._geometry.slices, False)
+            self._ring.register_files(files.fds)
+        except OSError:
+            self._ring.close()
+            raise
+        self._jobs: dict[int, DiskJob] = {}
+        self._waiting: deque[DiskJob] = deque()
+        self._ended: list[Completion] = []
+        self._next_name = 0
+        self._syncing = ThreadPoolExecutor(1, thread_name_prefix="flexkv-fdatasync")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+
+    def _lend_registered(self) -> bool:
+        try:
+            self._ring.lend(self._geometry.slices, True)
+        except OSError as error:
+            self.why = f"the kernel does not register the arena ({error.strerror}): see memlock"
+            return False
+        self.why = ""
+        return True
+
+    @property
+    def block_bytes(self) -> int:
+        """Give the bytes moved for one block."""
+        return self._geometry.block_bytes
+
+    def connect(self, wake: Callable[[], None]) -> None:
+        """Attach to the running event loop; `wake` is called on it when `reap` has something."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._ring.fileno(), wake)
+
+    def submit(self, transfer: Transfer) -> None:
+        """Start one transfer, or the part of it that the ring has room for.
+
+        Raises:
+            ClosedError: after `close`.
+            InvariantError: ids out of range, or of unequal length.
+        """
+        if self._closed:
+            raise ClosedError("the io_uring disk port is closed")
+        job = self._geometry.job(transfer, self._next_name)
+        if not job.remaining:
+            self._ended.append(job.completion)
+            return
+        self._next_name += job.remaining
+        self._jobs.update(dict.fromkeys(range(job.base, self._next_name), job))
+        self._waiting.append(job)
+        if len(self._waiting) == 1:
+            self._fill_ring()
+
+    def _fill_ring(self) -> None:
+        """Hand the kernel what waits, as far as it has room."""
+        while self._waiting:
+            job = self._waiting[0]
+            if job.error is None:
+                rest = job.extents[job.taken :]
+                try:
+                    job.taken += self._ring.submit(job.base + job.taken, job.write, rest)
+                except OSError as error:
+                    path = self._files.paths[int(rest[0, 0])]
+                    job.error = StorageError(path, int(rest[0, 1]), error.errno or 0, job.token)
+            if job.error is not None:
+                self._abandon_rest(job)
+            elif job.taken < len(job.extents):
+                return
+            self._waiting.popleft()
+
+    def _abandon_rest(self, job: DiskJob) -> None:
+        """Forget the part of a failed job that the kernel never got."""
+        for name in range(job.base + job.taken, job.base + len(job.extents)):
+            del self._jobs[name]
+        if job.abandon_rest():
+            self._ended.append(job.completion)
+
+    def reap(self) -> list[Completion]:
+        """Give every transfer that ended since the last call, each exactly once."""
+        if self._jobs:
+            for name, moved in self._ring.reap():
+                job = self._jobs.pop(name)
+                path = self._files.paths[job.extent(name).file_index]
+                if job.end_one(name, moved, path):
+                    self._ended.append(job.completion)
+            self._fill_ring()
+        ended, self._ended = self._ended, []
+        return ended
+
+    async def sync(self) -> None:
+        """Return once every write that was reaped is on stable storage.
+
+        Cancellation: the call ends at once, the kernel's sync goes on until `close`.
+
+        Raises:
+            StorageError: the device refused.
+            ClosedError: after `close`.
+        """
+        if self._closed:
+            raise ClosedError("the io_uring disk port is closed")
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._syncing, self._files.sync)
+
+    def close(self) -> None:
+        """Detach from the loop, wait for the kernel and release the ring. Idempotent.
+
+        Raises:
+            InvariantError: transfers were in flight; the kernel is done with them, nobody was told.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if self._loop is not None:
+            self._loop.remove_reader(self._ring.fileno())
+        self._ring.close()
+        self._syncing.shutdown()
+        if unreaped := len(self._jobs) + len(self._ended):
+            raise InvariantError(f"io_uring disk port closed with {unreaped} I/Os unreaped")

@@ -1,0 +1,366 @@
+"""KVManager: the façade that engines and programs hold.
+
+Two forms over the same core. The async form runs on the caller's loop (`async with`), or is
+awaited from any loop after `start()`. The task-id form, for synchronous engines, needs `start()`,
+which runs the engine's loop in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+from typing_extensions import Self
+
+from flexkv.common.config import CacheConfig, ModelConfig
+from flexkv.common.errors import ClosedError
+from flexkv.common.request import KVResponse, Operation, TokenMask
+from flexkv.engine import Engine, Progress
+from flexkv.graph.explain import Explanation, explain
+from flexkv.index.keys import Namespace
+from flexkv.index.residency import PrefixMatch
+from flexkv.loop_thread import LoopThread
+from flexkv.statistics import Statistics
+from flexkv.tasks import TaskTable
+
+T = TypeVar("T")
+
+
+class KVManager:
+    """Keeps KV blocks in host memory and on SSD, and gives them back by token prefix."""
+
+    def __init__(
+        self, model: ModelConfig, cache: CacheConfig, *, progress: Progress | None = None
+    ) -> None:
+        """Check the configuration; nothing is allocated before `start` or `async with`.
+
+        Args:
+            model: shape of the KV cache.
+            cache: tiers and their sizes.
+            progress: called with (done, total) bytes while host memory is touched.
+
+        Raises:
+            ConfigError: a part is enabled that is not built, or a size does not fit.
+        """
+        self._engine = Engine(model, cache)
+        self._tasks = TaskTable(self._engine)
+        self._progress = progress
+        self._thread: LoopThread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # -- life -----------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        await self._engine.open(self._progress)
+        self._loop = asyncio.get_running_loop()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._tasks.close()
+        await self._engine.close()
+
+    def start(self) -> None:
+        """Run the engine's loop in a thread of its own, for callers that are not async.
+
+        Raises:
+            ConfigError: memory, directory or disk space is not there.
+        """
+        if self._loop is not None or self._thread is not None:
+            return
+        thread = LoopThread()
+        thread.start()
+        try:
+            thread.call(lambda: self._engine.open(self._progress))
+        except BaseException:
+            thread.stop()
+            raise
+        self._thread = thread
+
+    def shutdown(self) -> None:
+        """End what `start` began: cancels what runs, and releases everything. Idempotent."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        try:
+            thread.call(self._close)
+        finally:
+            thread.stop()
+
+    async def _close(self) -> None:
+        self._tasks.close()
+        await self._engine.close()
+
+    def is_ready(self) -> bool:
+        """Tell whether get and put would move bytes: open, and a device registered."""
+        return self._engine.is_open and self._engine.has_device
+
+    def register_kv_caches(
+        self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None = None
+    ) -> None:
+        """Take the engine's per-layer KV tensors.
+
+        Args:
+            kv_caches: a dict (in layer order) or list of one tensor per layer, numpy or torch.
+            layout: one of `flexkv.common.layout.LAYOUT_NAMES`, when the shape is ambiguous.
+
+        Raises:
+            ConfigError: the tensors do not fit the model, or the layout must be given.
+            ClosedError: not started.
+        """
+        self._call(lambda: self._engine.register_kv_caches(kv_caches, layout))
+
+    # -- async form -----------------------------------------------------------------------------
+
+    def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
+        """Give how much of a prompt is resident. No I/O, no side effect but recency.
+
+        Args:
+            token_ids: integer[tokens], numpy, torch or list.
+            namespace: a string or list of strings; prompts of different ones share nothing.
+
+        Raises:
+            ConfigError: a token is negative, or not an integer.
+        """
+        return self._call(lambda: self._engine.match(token_ids, namespace))
+
+    async def get(
+        self,
+        token_ids: Any,
+        slot_mapping: Any,
+        token_mask: Any = None,
+        namespace: Namespace = None,
+    ) -> KVResponse:
+        """Load the longest resident prefix into the device; returns once the slots hold it.
+
+        Args:
+            token_ids: integer[tokens].
+            slot_mapping: integer[selected tokens]: block_id * tokens_per_block + offset,
+                contiguous within a block.
+            token_mask: bool[tokens], no holes; leading False = already on the device.
+            namespace: as for `match`.
+
+        Returns:
+            SUCCESS with the mask of what was loaded (a part is normal), NOTFOUND, UNREADY (no
+            device), or FAILED.
+
+        Raises:
+            ConfigError: an argument breaks a rule; nothing has been done.
+            ClosedError: not started, or shut down.
+
+        Cancellation: raised once no hardware touches the slots; their content is undefined.
+        """
+        return await self._on_loop(
+            lambda: self._perform(Operation.GET, token_ids, slot_mapping, token_mask, namespace)
+        )
+
+    async def put(
+        self,
+        token_ids: Any,
+        slot_mapping: Any,
+        token_mask: Any = None,
+        namespace: Namespace = None,
+    ) -> KVResponse:
+        """Store the blocks that host memory lacks; returns once device memory may be reused.
+
+        Writing to lower tiers goes on behind. The arguments are as for `get`; the mask's True
+        tokens are those that may be stored. `return_mask` has those that were.
+
+        Raises:
+            ConfigError: an argument breaks a rule; nothing has been done.
+            ClosedError: not started, or shut down.
+
+        Cancellation: raised once no hardware reads the slots; nothing is stored.
+        """
+        return await self._on_loop(
+            lambda: self._perform(Operation.PUT, token_ids, slot_mapping, token_mask, namespace)
+        )
+
+    async def prefetch(self, token_ids: Any, namespace: Namespace = None) -> KVResponse:
+        """Bring the resident prefix from lower tiers to host memory; returns once it is there.
+
+        Raises:
+            ConfigError: an argument breaks a rule.
+            ClosedError: not started, or shut down.
+
+        Cancellation: what is under way is finished in the background and kept.
+        """
+        return await self._on_loop(
+            lambda: self._perform(Operation.PREFETCH, token_ids, None, None, namespace)
+        )
+
+    async def flush(self) -> None:
+        """Return once everything put before is on stable storage too.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        await self._on_loop(self._engine.flush)
+
+    def reset(self) -> int:
+        """Forget every block of every tier, and give their number."""
+        return self._call(self._engine.reset)
+
+    def statistics(self) -> Statistics:
+        """Give a frozen snapshot: per tier capacity, use and pins; hits, bytes, queues."""
+        return self._call(self._engine.statistics)
+
+    def explain(self, operation: str, token_ids: Any, namespace: Namespace = None) -> Explanation:
+        """Give the plan that a request would run now, without running it."""
+        return self._call(
+            lambda: explain(
+                self._engine.intake(Operation[operation.upper()], token_ids, None, namespace),
+                self._engine.residency,
+                self._engine.limits,
+            )
+        )
+
+    async def _perform(
+        self,
+        operation: Operation,
+        token_ids: Any,
+        slot_mapping: Any,
+        token_mask: Any,
+        namespace: Namespace,
+    ) -> KVResponse:
+        request = self._engine.intake(operation, token_ids, token_mask, namespace)
+        if operation is not Operation.PREFETCH:
+            ready = self._engine.with_slots(request, slot_mapping)
+            if ready is None:
+                return self._engine.unready(request)
+            request = ready
+        return await self._engine.perform(request)
+
+    # -- task-id form ---------------------------------------------------------------------------
+
+    def get_match(
+        self, token_ids: Any, token_mask: Any = None, namespace: Namespace = None
+    ) -> tuple[int, TokenMask]:
+        """Find what a get would load, and keep it until `launch` or `cancel`.
+
+        Returns:
+            A task id, and bool[tokens]: the tokens that `launch` needs slots for.
+        """
+        return self._call(lambda: self._tasks.get_match(token_ids, token_mask, namespace))
+
+    def put_match(
+        self, token_ids: Any, token_mask: Any = None, namespace: Namespace = None
+    ) -> tuple[int, TokenMask]:
+        """Find what a put would have to store.
+
+        Returns:
+            A task id, and bool[tokens]: the tokens that `launch` needs slots for.
+        """
+        return self._call(lambda: self._tasks.put_match(token_ids, token_mask, namespace))
+
+    def get_async(
+        self,
+        token_ids: Any,
+        slot_mapping: Any,
+        token_mask: Any = None,
+        namespace: Namespace = None,
+    ) -> int:
+        """Start a get, and give its task id."""
+        return self._start(Operation.GET, token_ids, slot_mapping, token_mask, namespace)
+
+    def put_async(
+        self,
+        token_ids: Any,
+        slot_mapping: Any,
+        token_mask: Any = None,
+        namespace: Namespace = None,
+    ) -> int:
+        """Start a put, and give its task id."""
+        return self._start(Operation.PUT, token_ids, slot_mapping, token_mask, namespace)
+
+    def prefetch_async(self, token_ids: Any, namespace: Namespace = None) -> int:
+        """Start a prefetch, and give its task id."""
+        return self._start(Operation.PREFETCH, token_ids, None, None, namespace)
+
+    def launch(
+        self, task_ids: int | Sequence[int], slot_mappings: Any | Sequence[Any]
+    ) -> None:
+        """Start tasks that a match prepared; launching a launched one is a no-op.
+
+        Raises:
+            ConfigError: an id never issued, or slots that break a rule; none was launched.
+        """
+        if isinstance(task_ids, int):
+            task_ids, slot_mappings = [task_ids], [slot_mappings]
+        ids, slots = list(task_ids), list(slot_mappings)
+        self._call(lambda: self._tasks.launch(ids, slots))
+
+    def cancel(self, task_ids: int | Sequence[int]) -> None:
+        """Cancel tasks; `wait` tells when no hardware touches their slots any more."""
+        ids = _listed(task_ids)
+        self._call(lambda: self._tasks.cancel(ids))
+
+    def wait(
+        self, task_ids: int | Sequence[int], timeout: float = 20.0, completely: bool = False
+    ) -> dict[int, KVResponse]:
+        """Wait for tasks in this thread. One that is not over in time is cancelled: TIMEOUT.
+
+        Args:
+            task_ids: one or several.
+            timeout: in seconds, for all of them.
+            completely: wait until the write-behind of puts is done too.
+
+        Raises:
+            ConfigError: an id that was never issued, or is collected already.
+            ClosedError: not started with `start()`: on the engine's own loop, await instead.
+        """
+        if self._thread is None:
+            raise ClosedError("wait() blocks: it needs start(); on the engine's loop use await")
+        ids = _listed(task_ids)
+        return self._thread.call(lambda: self._tasks.wait(ids, timeout, completely))
+
+    def try_wait(self, task_ids: int | Sequence[int]) -> dict[int, KVResponse]:
+        """Give the responses of those tasks that are over; never blocks for the others."""
+        ids = _listed(task_ids)
+        return self._call(lambda: self._tasks.try_wait(ids))
+
+    def _start(self, operation: Operation, *arguments: Any) -> int:
+        return self._call(lambda: self._tasks.start(operation, *arguments))
+
+    # -- crossing -------------------------------------------------------------------------------
+
+    def _call(self, work: Callable[[], T]) -> T:
+        """Do synchronous work on the engine's loop."""
+        if self._thread is None:
+            self._check_loop()
+            return work()
+
+        async def wrapped() -> T:
+            return work()
+
+        return self._thread.call(wrapped)
+
+    async def _on_loop(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do asynchronous work on the engine's loop."""
+        if self._thread is not None:
+            return await self._thread.call_async(work)
+        self._check_loop()
+        return await work()
+
+    def _check_loop(self) -> None:
+        """Refuse a call from a thread that does not run the engine's loop."""
+        if self._loop is None:
+            raise ClosedError("the manager is not started: use `async with` or start()")
+        running = None
+        with suppress(RuntimeError):
+            running = asyncio.get_running_loop()
+        if running is not self._loop:
+            raise ClosedError("the manager runs on another loop: call it there, or use start()")
+
+
+def _listed(task_ids: int | Sequence[int]) -> list[int]:
+    """Give one id, or several (list or array), as a list of ints."""
+    return [int(task_id) for task_id in np.atleast_1d(np.asarray(task_ids, np.int64))]

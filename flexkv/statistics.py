@@ -1,0 +1,60 @@
+"""The frozen snapshot that `KVManager.statistics()` gives."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class TierStatistics(msgspec.Struct, frozen=True):
+    """One tier, in blocks."""
+
+    capacity_blocks: int
+    ready_blocks: int
+    reserved_blocks: int
+    draining_blocks: int
+    pinned_blocks: int
+    free_blocks: int
+    evicted_blocks: int
+    backing: str
+    """What holds the blocks: the kind of memory, or the disk adapter."""
+
+    @property
+    def used_blocks(self) -> int:
+        """Give the blocks that hold or receive something."""
+        return self.capacity_blocks - self.free_blocks
+
+
+class RouteStatistics(msgspec.Struct, frozen=True):
+    """What one route has moved since the start."""
+
+    ops: int
+    blocks: int
+    bytes: int
+    failed_ops: int
+
+
+class QueueStatistics(msgspec.Struct, frozen=True):
+    """One actor, now."""
+
+    waiting_ops: int
+    inbound_bytes_in_flight: int
+    outbound_bytes_in_flight: int
+
+
+class Statistics(msgspec.Struct, frozen=True):
+    """Everything an engine counts, at one moment. Keys are tier, route and status names."""
+
+    tiers: dict[str, TierStatistics]
+    routes: dict[str, RouteStatistics]
+    queues: dict[str, QueueStatistics]
+    requests: dict[str, dict[str, int]]
+    asked_blocks: int
+    hit_blocks: dict[str, int]
+    requests_waiting: int
+    runs_in_flight: int
+    claims: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Give the share of the blocks asked for by gets that some tier had."""
+        return sum(self.hit_blocks.values()) / self.asked_blocks if self.asked_blocks else 0.0

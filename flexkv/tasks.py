@@ -1,0 +1,255 @@
+"""Task ids: the form in which synchronous engines hold requests. Lives on the engine's loop.
+
+A task is PREPARED by a match (it keeps what it found from eviction), LAUNCHED once it has slots,
+and OVER once it has a response. Only an answered or cancelled task leaves the table, and the
+number of tasks is bounded, so that a caller who never asks cannot grow it without end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from flexkv.actors.scheduler import Flight, Hold
+from flexkv.common.errors import ConfigError, FlexKVError
+from flexkv.common.request import (
+    KVResponse,
+    KVResponseStatus,
+    Operation,
+    Request,
+    Span,
+    TokenMask,
+)
+from flexkv.common.terms import Tier
+from flexkv.engine import Engine
+from flexkv.index.keys import Namespace
+
+TASKS_MAX = 1 << 16
+
+
+class _Task:
+    """One request by its id."""
+
+    __slots__ = ("flight", "hold", "request", "response", "work")
+
+    def __init__(self, request: Request, hold: Hold | None = None) -> None:
+        self.request = request
+        self.hold = hold
+        self.work: asyncio.Task[None] | None = None
+        self.flight: Flight | None = None
+        self.response: KVResponse | None = None
+
+
+class TaskTable:
+    """Every task that was issued and not yet collected."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._tasks: dict[int, _Task] = {}
+
+    # -- issue ----------------------------------------------------------------------------------
+
+    def get_match(
+        self, token_ids: Any, token_mask: Any, namespace: Namespace
+    ) -> tuple[int, TokenMask]:
+        """Find what a get would load and keep it from eviction until launch or cancel."""
+        request = self._engine.intake(Operation.GET, token_ids, token_mask, namespace)
+        self._check_room()
+        hold = self._engine.scheduler.hold(request)
+        request = _narrowed(request, hold.found.first, hold.found.last)
+        return self._add(_Task(request, hold)), _mask_of(request)
+
+    def put_match(
+        self, token_ids: Any, token_mask: Any, namespace: Namespace
+    ) -> tuple[int, TokenMask]:
+        """Find from where on the host lacks blocks: the tokens that a put should bring."""
+        request = self._engine.intake(Operation.PUT, token_ids, token_mask, namespace)
+        self._check_room()
+        found = self._engine.residency.find(request.keys, request.span.first_block)
+        resident = found.first + _leading(found.ready[Tier.HOST].positions, found.first)
+        request = _narrowed(request, resident, request.span.last_block)
+        return self._add(_Task(request)), _mask_of(request)
+
+    def start(
+        self,
+        operation: Operation,
+        token_ids: Any,
+        slot_mapping: Any,
+        token_mask: Any = None,
+        namespace: Namespace = None,
+    ) -> int:
+        """Issue a task and launch it at once."""
+        request = self._engine.intake(operation, token_ids, token_mask, namespace)
+        self._check_room()
+        task = _Task(request)
+        if operation is not Operation.PREFETCH:
+            ready = self._engine.with_slots(request, slot_mapping)
+            if ready is None:
+                task.response = self._engine.unready(request)
+                return self._add(task)
+            task.request = ready
+        self._launch(task)
+        return self._add(task)
+
+    def launch(self, task_ids: Sequence[int], slot_mappings: Sequence[Any]) -> None:
+        """Launch prepared tasks with their slots; a launched task is left as it is.
+
+        Raises:
+            ConfigError: an id that was never issued, lengths that differ, or wrong slots; no task
+                of the call has been launched then.
+        """
+        if len(task_ids) != len(slot_mappings):
+            why = f"must have one entry per task id: {len(task_ids)}"
+            raise ConfigError("slot_mappings", f"{len(slot_mappings)} entries", why)
+        ready: list[tuple[_Task, Request | None]] = []
+        for task_id, slots in zip(task_ids, slot_mappings, strict=True):
+            task = self._find(task_id)
+            if task.work is None and task.response is None:
+                ready.append((task, self._engine.with_slots(task.request, slots)))
+        for task, request in ready:
+            if request is None:
+                self._release(task)
+                task.response = self._engine.unready(task.request)
+            else:
+                task.request = request
+                self._launch(task)
+
+    # -- collect --------------------------------------------------------------------------------
+
+    def cancel(self, task_ids: Sequence[int]) -> None:
+        """Cancel tasks; each is answered once no hardware touches its slots. An over one stays."""
+        for task in [self._find(task_id) for task_id in task_ids]:
+            if task.response is not None:
+                continue
+            self._release(task)
+            if task.work is None:
+                task.response = _response(task.request, KVResponseStatus.CANCELLED)
+            else:
+                task.work.cancel()
+
+    async def wait(
+        self, task_ids: Sequence[int], timeout: float, completely: bool
+    ) -> dict[int, KVResponse]:
+        """Give the response of each task; one that is not over in time is cancelled: TIMEOUT.
+
+        Args:
+            task_ids: tasks that were launched (one that was not only times out).
+            timeout: in seconds, for all of them together.
+            completely: wait for the write-behind too.
+        """
+        tasks = {task_id: self._find(task_id) for task_id in task_ids}
+        try:
+            async with asyncio.timeout(timeout):
+                for task in tasks.values():
+                    while task.response is None:
+                        await self._progress(task)
+                    if completely and task.flight is not None:
+                        await task.flight.wait_ended()
+        except TimeoutError:
+            late = [task_id for task_id, task in tasks.items() if task.response is None]
+            self.cancel(late)
+            for task_id in late:
+                task = tasks[task_id]
+                if task.work is not None:
+                    await asyncio.wait([task.work])
+                task.response = _response(task.request, KVResponseStatus.TIMEOUT)
+        return {task_id: self._collect(task_id) for task_id in tasks}
+
+    def try_wait(self, task_ids: Sequence[int]) -> dict[int, KVResponse]:
+        """Give the responses of those tasks that are over."""
+        over = [task_id for task_id in task_ids if self._find(task_id).response is not None]
+        return {task_id: self._collect(task_id) for task_id in over}
+
+    def close(self) -> None:
+        """Release what prepared tasks hold."""
+        for task in self._tasks.values():
+            self._release(task)
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _launch(self, task: _Task) -> None:
+        task.work = self._engine.supervisor.spawn("task", self._work(task))
+
+    async def _work(self, task: _Task) -> None:
+        """Run a task's request; every end becomes a response."""
+        try:
+            task.flight = await self._engine.fly(task.request, lambda: self._release(task))
+            task.response = task.flight.response
+        except asyncio.CancelledError:
+            if task.response is None:
+                task.response = _response(task.request, KVResponseStatus.CANCELLED)
+        except FlexKVError as error:
+            task.response = _response(task.request, KVResponseStatus.FAILED, error)
+        finally:
+            self._release(task)
+
+    async def _progress(self, task: _Task) -> None:
+        """Return once a task's work is over; a task that was never launched just waits."""
+        if task.work is None:
+            await asyncio.get_running_loop().create_future()
+        else:
+            await asyncio.wait([task.work])
+            if task.response is None:
+                task.response = _response(task.request, KVResponseStatus.CANCELLED)
+
+    def _release(self, task: _Task) -> None:
+        if task.hold is not None:
+            hold, task.hold = task.hold, None
+            self._engine.scheduler.release(hold)
+
+    def _check_room(self) -> None:
+        if len(self._tasks) >= TASKS_MAX:
+            why = f"at most {TASKS_MAX} tasks may be uncollected: wait for or cancel some"
+            raise ConfigError("tasks", len(self._tasks), why)
+
+    def _add(self, task: _Task) -> int:
+        self._tasks[task.request.request_id] = task
+        return task.request.request_id
+
+    def _find(self, task_id: int) -> _Task:
+        task = self._tasks.get(task_id)
+        if task is None:
+            raise ConfigError("task_ids", task_id, "was never issued, or is collected already")
+        return task
+
+    def _collect(self, task_id: int) -> KVResponse:
+        response = self._tasks.pop(task_id).response
+        assert response is not None
+        return response
+
+
+def _narrowed(request: Request, first_block: int, last_block: int) -> Request:
+    """Give the request over fewer blocks: its slots begin and end with them."""
+    per_block = request.tokens_per_block
+    span = Span(first_block, last_block, first_block * per_block, last_block * per_block)
+    return Request(
+        request.operation, request.request_id, request.token_count, per_block, span,
+        request.keys[:last_block], None, request.namespace_hash,
+    )  # fmt: skip
+
+
+def _mask_of(request: Request) -> TokenMask:
+    mask = np.zeros(request.token_count, np.bool_)
+    mask[request.span.first_token : request.span.last_token] = True
+    return mask
+
+
+def _response(
+    request: Request, status: KVResponseStatus, error: FlexKVError | None = None
+) -> KVResponse:
+    """Give the response of a request that moved nothing."""
+    mask = np.zeros(request.token_count, np.bool_)
+    return KVResponse(status, request.request_id, mask, error)
+
+
+def _leading(positions: Sequence[int], first: int) -> int:
+    """Count how many positions follow each other from `first` on."""
+    count = 0
+    for position in positions:
+        if position != first + count:
+            break
+        count += 1
+    return count
