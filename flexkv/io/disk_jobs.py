@@ -95,11 +95,11 @@ class DiskGeometry:
         self._host_address = arena.address
         self._blocks_max = max(1, io_bytes_max // stride)
         self._slice_blocks = max(1, SLICE_BYTES_MAX // stride)
-        self.slices = [
-            arena.buffer[start : start + self._slice_blocks * stride]
-            for start in range(0, arena.num_blocks * stride, self._slice_blocks * stride)
-        ]
-        """The arena in the pieces in which it can be registered."""
+
+    def slices(self, arena: Arena) -> list[memoryview]:
+        """Give the arena in the pieces in which it can be registered."""
+        step = self._slice_blocks * self.block_bytes
+        return [arena.buffer[start : start + step] for start in range(0, len(arena.buffer), step)]
 
     def job(self, transfer: Transfer, base: int) -> DiskJob:
         """Give the extents of a transfer: runs that are contiguous in memory and in one file.

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from errno import EIO
 
 from flexkv.common.errors import ClosedError, InvariantError
 from flexkv.common.terms import Transfer
@@ -88,9 +89,10 @@ class ThreadDiskPort:
                 if count == 0 or (self._files.direct and moved % DIRECT_ALIGNMENT_BYTES):
                     break
         except OSError as error:
-            moved = -(error.errno or 0)
-        self._moved.append((name, moved))
-        os.eventfd_write(self._event_fd, 1)
+            moved = -(error.errno or EIO)
+        finally:
+            self._moved.append((name, moved))
+            os.eventfd_write(self._event_fd, 1)
 
     def reap(self) -> list[Completion]:
         """Give every transfer that ended since the last call, each exactly once."""

@@ -49,11 +49,9 @@ class UringDiskPort:
         self._files = files
         self._geometry = DiskGeometry(arena, files, options.io_bytes_max)
         self._ring = _ext.Ring(options.entries, options.flags)
-        self.why = "not asked for"
         try:
-            self.registered = options.register and self._lend_registered()
-            if not self.registered:
-                self._ring.lend(self._geometry.slices, False)
+            self.why = self._lend(self._geometry.slices(arena), options.register)
+            self.registered = not self.why
             self._ring.register_files(files.fds)
         except OSError:
             self._ring.close()
@@ -66,14 +64,18 @@ class UringDiskPort:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
-    def _lend_registered(self) -> bool:
-        try:
-            self._ring.lend(self._geometry.slices, True)
-        except OSError as error:
-            self.why = f"the kernel does not register the arena ({error.strerror}): see memlock"
-            return False
-        self.why = ""
-        return True
+    def _lend(self, slices: list[memoryview], register: bool) -> str:
+        """Name the arena to the ring; give why it is not registered, or nothing."""
+        why = "registration is not asked for"
+        if register:
+            try:
+                self._ring.lend(slices, True)
+            except OSError as error:
+                why = f"the kernel does not register the arena ({error.strerror}): see memlock"
+            else:
+                return ""
+        self._ring.lend(slices, False)
+        return why
 
     @property
     def block_bytes(self) -> int:

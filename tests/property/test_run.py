@@ -1,0 +1,130 @@
+"""The state machine of a run, under every order of completions, failures and cancels."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexkv.common.errors import InvalidTransition, TransferError
+from flexkv.common.request import Operation
+from flexkv.common.terms import Route, Tier
+from flexkv.graph.compile import compile_shape
+from flexkv.graph.ops import Leg, Shape
+from flexkv.graph.run import (
+    Answer,
+    Cancel,
+    Done,
+    End,
+    Failed,
+    Issue,
+    Launch,
+    OpState,
+    Recall,
+    Run,
+    Settle,
+)
+
+D, H, K, R = Tier.DEVICE, Tier.HOST, Tier.DISK, Tier.REMOTE
+PATHS = {
+    Operation.GET: [((H, D),), ((K, H), (H, D)), ((R, H), (H, D))],
+    Operation.PUT: [((D, H),), ((D, H), (H, K)), ((D, H), (H, K), (H, R)), ((H, K),)],
+    Operation.PREFETCH: [((K, H),), ((R, H),)],
+}
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> Shape:
+    """Give any shape that the planner could make."""
+    goal = draw(st.sampled_from(Operation))
+    paths = draw(st.lists(st.sampled_from(PATHS[goal]), max_size=3))
+    legs = [
+        Leg(tuple(Route(*hop) for hop in path), draw(st.integers(0, 4))) for path in paths
+    ]
+    if goal is not Operation.PUT and draw(st.booleans()):
+        onward = (Route(H, D),) if goal is Operation.GET else ()
+        legs.append(Leg(onward, draw(st.integers(1, 3)), waits=True))
+    return Shape(goal, tuple(legs))
+
+
+def error(op: int) -> TransferError:
+    """Give an error of an op."""
+    return TransferError(op, "test", 1, "injected")
+
+
+@given(shapes(), st.data())
+def test_every_run_ends_once_and_settles_everything_once(shape: Shape, data: st.DataObject) -> None:
+    """Whatever happens in whatever order: each op that moves bytes is settled exactly once, the
+    answer comes exactly once and only when no answering op is live, End comes once and last, and
+    an op starts only when all ops before it are done."""
+    template = compile_shape(shape)
+    run = Run(template)
+    commands = run.handle(Launch())
+    in_flight: set[int] = set()
+    log = []
+    predecessors = {
+        op.index: [b for b, after in enumerate(template.successors) if op.index in after]
+        for op in template.ops
+    }
+    while True:
+        for command in commands:
+            log.append(command)
+            if isinstance(command, Issue):
+                in_flight.add(command.op)
+                done = [run.states[before] is OpState.DONE for before in predecessors[command.op]]
+                assert all(done)
+            if isinstance(command, Answer):
+                answering = {op.index for op in template.ops if op.answers}
+                assert not answering & in_flight
+        run.validate()
+        if not in_flight:
+            break
+        event = data.draw(st.sampled_from(["done", "failed", "cancel"]))
+        if event == "cancel":
+            commands = run.handle(Cancel())
+        else:
+            op = data.draw(st.sampled_from(sorted(in_flight)))
+            in_flight.remove(op)
+            commands = run.handle(Done(op) if event == "done" else Failed(op, error(op)))
+    assert run.ended
+    moving = [op.index for op in template.ops if op.route is not None]
+    assert sorted(c.op for c in log if isinstance(c, Settle)) == moving
+    assert sum(isinstance(c, Answer) for c in log) == 1
+    assert [isinstance(c, End) for c in log].count(True) == 1
+    assert isinstance(log[-1], End)
+    filled = {c.op for c in log if isinstance(c, Settle) and c.filled}
+    assert filled >= {i for i in moving if run.states[i] is OpState.DONE}
+
+
+@given(shapes())
+def test_a_cancel_before_the_launch_ends_the_run(shape: Shape) -> None:
+    """Nothing is issued, everything is settled, one answer, one end."""
+    run = Run(compile_shape(shape))
+    commands = run.handle(Cancel())
+    assert run.ended
+    assert not [c for c in commands if isinstance(c, Issue | Recall)]
+    assert sum(isinstance(c, Answer) for c in commands) == 1
+    assert sum(isinstance(c, End) for c in commands) == 1
+
+
+def test_a_drained_store_is_never_kept_but_a_drained_load_is() -> None:
+    """A cancelled put's bytes may be torn; a cancelled disk read's are good."""
+    for route, kept in ((Route(D, H), False), (Route(K, H), True)):
+        goal = Operation.PUT if route.source is D else Operation.PREFETCH
+        run = Run(compile_shape(Shape(goal, (Leg((route,), 1),))))
+        run.handle(Launch(), Cancel())
+        commands = run.handle(Done(0))
+        assert Settle(0, kept) in commands
+
+
+def test_an_event_out_of_turn_tells_the_story() -> None:
+    """A second completion, or a second launch, is an InvalidTransition with the run's story."""
+    run = Run(compile_shape(Shape(Operation.PREFETCH, (Leg((Route(K, H),), 1),))))
+    with pytest.raises(InvalidTransition):
+        run.handle(Done(0))
+    run = Run(run.template)
+    run.handle(Launch(), Done(0))
+    with pytest.raises(InvalidTransition, match="Launch"):
+        run.handle(Done(0))
+    with pytest.raises(InvalidTransition):
+        run.handle(Launch())

@@ -1,0 +1,99 @@
+"""Shapes compile into checked templates; what breaks a law does not."""
+
+from __future__ import annotations
+
+import networkx as nx
+import pytest
+
+from flexkv.common.errors import InvariantError
+from flexkv.common.request import Operation
+from flexkv.common.terms import Route, Tier
+from flexkv.graph.compile import Node, build, check, compile_shape
+from flexkv.graph.explain import hypothetical
+from flexkv.graph.ops import Leg, Shape
+from flexkv.graph.planner import PlanLimits, chunk_count
+
+LOAD, STORE = Route(Tier.HOST, Tier.DEVICE), Route(Tier.DEVICE, Tier.HOST)
+READ, WRITE = Route(Tier.DISK, Tier.HOST), Route(Tier.HOST, Tier.DISK)
+
+
+def test_chunks_pipeline_independently() -> None:
+    """The load of a chunk waits for the read of that chunk alone."""
+    template = compile_shape(Shape(Operation.GET, (Leg((READ, LOAD), 4),)))
+    for op in template.ops:
+        after = [template.ops[i] for i in template.successors[op.index]]
+        if op.route == READ:
+            assert [(a.route, a.chunk) for a in after] == [(LOAD, op.chunk)]
+        else:
+            assert after == []
+
+
+def test_reads_start_before_writes() -> None:
+    """Among ops that may start at once, those towards the device come first."""
+    template = compile_shape(Shape(Operation.PUT, (Leg((WRITE,), 2), Leg((READ,), 2))))
+    assert [op.route for op in template.ops] == [READ, READ, WRITE, WRITE]
+
+
+def test_an_equal_shape_gives_the_same_template() -> None:
+    """Compiling costs once a shape."""
+    shapes = [Shape(Operation.GET, (Leg((LOAD,), 2),)) for _ in range(2)]
+    assert compile_shape(shapes[0]) is compile_shape(shapes[1])
+
+
+def test_legs_without_blocks_leave_no_op() -> None:
+    """The no-op pass drops them."""
+    template = compile_shape(Shape(Operation.GET, (Leg((LOAD,), 0), Leg((READ, LOAD), 1))))
+    assert [op.route for op in template.ops] == [READ, LOAD]
+
+
+@pytest.mark.parametrize(
+    "hops", [(LOAD, LOAD), (READ, WRITE), (STORE, Route(Tier.REMOTE, Tier.HOST))]
+)
+def test_hops_that_cannot_run_are_refused(hops: tuple[Route, ...]) -> None:
+    """A tier filled twice, or a hop from where the blocks are not, is our own mistake."""
+    with pytest.raises(InvariantError):
+        compile_shape(Shape(Operation.GET, (Leg(hops, 1),)))
+
+
+def test_a_cycle_is_refused() -> None:
+    """The check sees cycles."""
+    shape = Shape(Operation.GET, (Leg((READ, LOAD), 1),))
+    graph = build(shape)
+    first, second = list(graph)
+    graph.add_edge(second, first)
+    with pytest.raises(InvariantError, match="cycle"):
+        check(graph, shape)
+
+
+def test_a_chunk_filled_twice_is_refused() -> None:
+    """The check sees double fills and reads of what was never filled."""
+    shape = Shape(Operation.GET, (Leg((READ, LOAD), 1),))
+    twice: nx.DiGraph[Node] = nx.DiGraph()
+    twice.add_nodes_from([Node(0, 0, 0, READ), Node(0, 0, 1, READ)])
+    with pytest.raises(InvariantError, match="second time"):
+        check(twice, shape)
+    unfilled: nx.DiGraph[Node] = nx.DiGraph()
+    unfilled.add_node(Node(0, 0, 1, LOAD))
+    with pytest.raises(InvariantError, match="before it is filled"):
+        check(unfilled, shape)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "chunk_blocks", "chunks"),
+    [(1, 8, 1), (8, 8, 1), (9, 8, 2), (3, 1, 2), (24, 8, 4), (10_000, 8, 32)],
+)
+def test_chunk_counts_are_few_powers_of_two(blocks: int, chunk_blocks: int, chunks: int) -> None:
+    """Few shapes serve all sizes, and no chunk is empty."""
+    assert chunk_count(blocks, chunk_blocks) == chunks
+
+
+def test_an_explanation_draws_text_and_dot() -> None:
+    """Both name every op, with its blocks, and its edges."""
+    legs = {(READ, LOAD): 16, (LOAD,): 8}
+    told = hypothetical(Operation.GET, legs, PlanLimits(8, 64), "get of 24 whole blocks")
+    text, dot = str(told), told.dot()
+    assert "get of 24 whole blocks" in text
+    assert text.count("disk→host 8 blocks") == 2
+    assert text.count("(answers)") == 3
+    assert dot.count("->") == 2
+    assert dot.startswith("digraph")
