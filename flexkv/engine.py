@@ -11,7 +11,6 @@ runs, waits for hardware to let go, and checks that nothing is left.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -23,9 +22,9 @@ from flexkv.actors.actor import Supervisor, TransferActor, Window
 from flexkv.actors.observer import Observer
 from flexkv.actors.scheduler import Flight, Scheduler
 from flexkv.admission import Admission
+from flexkv.backend import Backend, Device, LocalBackend, Progress
 from flexkv.common.config import GB, MB, CacheConfig, CacheSizes, ModelConfig
 from flexkv.common.errors import ClosedError, ConfigError, InternalError, InvariantError
-from flexkv.common.layout import PagedLayout, infer_layout
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import Tier
 from flexkv.graph.ops import CHUNKS_MAX, LEGS_MAX
@@ -35,13 +34,6 @@ from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
 from flexkv.index.residency import PrefixMatch, Residency, prefix_match
 from flexkv.index.tier import BlockState, TierIndex
-from flexkv.io.arena import Arena
-from flexkv.io.cpu import CpuDevicePort
-from flexkv.io.disk import open_disk
-from flexkv.io.files import StripedFiles
-from flexkv.io.ports import DurablePort
-from flexkv.io.tensors import describe, kv_cache_list
-from flexkv.io.uring import RingOptions
 from flexkv.statistics import QueueStatistics, RouteStatistics, Statistics, TierStatistics
 from flexkv.trace.recorder import Recorder
 
@@ -55,17 +47,18 @@ DISK_PIECE_BYTES = 2 * MB
 
 DEVICE_PIECE_BYTES = 32 * MB
 
-Progress = Callable[[int, int], None]
-
 
 class Engine:
     """KV blocks between device, host memory and SSD, on the loop that opened it."""
 
-    def __init__(self, model: ModelConfig, cache: CacheConfig) -> None:
+    def __init__(
+        self, model: ModelConfig, cache: CacheConfig, backend: Backend | None = None
+    ) -> None:
         model.require_built()
         cache.require_built()
         self.model, self.cache = model, cache
         self.sizes: CacheSizes = cache.sized(model)
+        self._backend = backend or LocalBackend(model, cache, self.sizes)
         self.tokens_per_block = cache.tokens_per_block
         self._intake = Intake(
             KeyChain(model, cache.tokens_per_block, cache.key_secret.get_secret_value()),
@@ -76,7 +69,7 @@ class Engine:
         self._actors: dict[Tier, TransferActor] = {}
         self._backing: dict[Tier, str] = {}
         self._resources = ExitStack()
-        self._device: PagedLayout | None = None
+        self._device: Device | None = None
         self._failure: InternalError | None = None
         self._open = False
         self._next_request = 0
@@ -109,47 +102,22 @@ class Engine:
         log.info("engine open", **self._backing_by_name(), block_bytes=self.sizes.block_bytes)
 
     def _compose(self, undo: ExitStack, progress: Progress | None) -> None:
-        sizes, cache = self.sizes, self.cache
-        self._arena = Arena.open(
-            sizes.num_host_blocks,
-            sizes.block_stride_bytes,
-            cache.hugepage_size_bytes if cache.use_hugepage_cpu_buffer else None,
-            shared=False,
-            progress=progress,
-        )
-        undo.callback(self._arena.close)
-        self._backing[Tier.HOST] = self._arena.backing
-        self._disk: DurablePort | None = None
-        if sizes.num_disk_blocks:
-            self._open_disk(undo)
-        sink = self._open_trace(undo)
-        self._observer = Observer(sizes.block_bytes, sink)
+        cache, sizes = self.cache, self.sizes
+        backend = self._backend
+        backend.open(undo, progress)
+        self._backing[Tier.HOST] = backend.host
+        if backend.disk is not None:
+            read, write = cache.disk_read_window_mb * MB, cache.disk_write_window_mb * MB
+            window = Window(int(read), int(write), DISK_PIECE_BYTES)
+            self._actors[Tier.DISK] = self._actor(Tier.DISK, backend.disk, window)
+            self._backing[Tier.DISK] = type(backend.disk).__name__
+        self._observer = Observer(sizes.block_bytes, self._open_trace(undo))
         self.limits = PlanLimits(
             chunk_blocks=max(1, int(cache.chunk_mb * MB) // sizes.block_stride_bytes),
             write_behind_blocks_max=self._write_behind_blocks_max(),
         )
         planner = Planner(self._residency, self.limits)
         self._scheduler = Scheduler(self._residency, planner, self._actors, self._observer)
-
-    def _open_disk(self, undo: ExitStack) -> None:
-        sizes, cache = self.sizes, self.cache
-        per_file = sizes.max_file_blocks
-        files = StripedFiles.open(
-            cache.ssd_cache_dir,
-            sizes.num_disk_blocks,
-            sizes.block_stride_bytes,
-            None if per_file is None else per_file * sizes.block_stride_bytes,
-        )
-        undo.callback(files.close)
-        options = RingOptions(entries=cache.iouring_entries, flags=cache.iouring_flags)
-        self._disk = open_disk(self._arena, files, options)
-        window = Window(
-            int(cache.disk_read_window_mb * MB), int(cache.disk_write_window_mb * MB),
-            DISK_PIECE_BYTES,
-        )  # fmt: skip
-        self._actors[Tier.DISK] = self._actor(Tier.DISK, self._disk, window)
-        undo.callback(self._disk.close)
-        self._backing[Tier.DISK] = type(self._disk).__name__
 
     def _open_trace(self, undo: ExitStack) -> Recorder | None:
         cache = self.cache
@@ -191,35 +159,14 @@ class Engine:
         self._check_open()
         if self._device is not None:
             raise ConfigError("kv_caches", "a second registration", "one device is registered")
-        tensors = kv_cache_list(kv_caches)
-        self._device = self._layout_of(tensors, layout)
-        port = CpuDevicePort(
-            self._device,
-            self._arena.buffer,
-            self.sizes.block_stride_bytes,
-            owner=tuple(tensors),
-            threads=self.cache.copy_threads or min(4, os.cpu_count() or 1),
-        )
+        self._device = self._backend.device(kv_caches, layout)
+        port = self._device.port
+        self._resources.callback(port.close)
         limit = int(self.cache.device_window_mb * MB)
         window = Window(limit, limit, DEVICE_PIECE_BYTES)
         actor = self._actors[Tier.DEVICE] = self._actor(Tier.DEVICE, port, window)
-        self._resources.callback(port.close)
         self._start(actor)
-        log.info("device registered", layout=self._device.name, blocks=self._device.num_blocks)
-
-    def _layout_of(self, tensors: Sequence[Any], layout: str | None) -> PagedLayout:
-        model = self.model
-        if len(tensors) != model.num_layers:
-            why = f"must have one tensor per layer: {model.num_layers}"
-            raise ConfigError("kv_caches", f"{len(tensors)} tensors", why)
-        specs = [describe(tensor, f"kv_caches[{i}]") for i, tensor in enumerate(tensors)]
-        pages = infer_layout(
-            specs, self.tokens_per_block, model.num_kv_heads, model.head_size, model.kv_dim, layout
-        )
-        if pages.block_bytes != self.sizes.block_bytes:
-            why = f"a block of this model has {self.sizes.block_bytes} bytes (dtype {model.dtype})"
-            raise ConfigError("kv_caches", f"blocks of {pages.block_bytes} bytes", why)
-        return pages
+        log.info("device registered", layout=self._device.layout, blocks=self._device.num_blocks)
 
     async def close(self) -> None:
         """Stop admitting, cancel what runs, wait for hardware, release everything. Idempotent.
@@ -354,8 +301,8 @@ class Engine:
         self._check_open()
         for flight in self._scheduler.under_way():
             await flight.wait_ended()
-        if self._disk is not None:
-            await self._disk.sync()
+        if self._backend.disk is not None:
+            await self._backend.disk.sync()
 
     def reset(self) -> int:
         """Forget every block of every tier, and count them. Requests under way end as they will."""

@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 import numpy as np
 from typing_extensions import Self
 
+from flexkv.backend import Progress
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ClosedError
 from flexkv.common.request import KVResponse, Operation, TokenMask
-from flexkv.engine import Engine, Progress
+from flexkv.engine import Engine
 from flexkv.graph.explain import Explanation, explain
 from flexkv.index.keys import Namespace
 from flexkv.index.residency import PrefixMatch
