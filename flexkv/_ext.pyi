@@ -1,9 +1,13 @@
 """Native parts of FlexKV. The contract, with its diagrams, is `ext/README.md`."""
 
 from collections.abc import Sequence
-from typing import Final, final
+from typing import Any, Final, TypeAlias, final
 
+from numpy.typing import NDArray
 from typing_extensions import Buffer
+
+Memory: TypeAlias = Buffer | NDArray[Any]
+"""Anything with the buffer protocol; numpy arrays have it, their stubs tell so from 3.12 on."""
 
 TO_HOST: Final[int]
 TO_DEVICE: Final[int]
@@ -11,10 +15,10 @@ TO_DEVICE: Final[int]
 def features() -> dict[str, str | int]:
     """Give what this build and CPU offer: simd ("avx512", "avx2", "none"), liburing, xxhash."""
 
-def hash128(data: Buffer, seed: int = 0) -> bytes:
+def hash128(data: Memory, seed: int = 0) -> bytes:
     """Give the canonical (big-endian) XXH3-128 digest of `data`: 16 bytes."""
 
-def chain_keys(tokens: Buffer, tokens_per_block: int, parent: bytes) -> bytes:
+def chain_keys(tokens: Memory, tokens_per_block: int, parent: bytes) -> bytes:
     """Give the chained keys of every whole block of `tokens` (int64[n]): 16 bytes a block.
 
     key[i] = XXH3-128(key[i-1] || tokens of block i as little-endian int64), key[-1] = `parent`.
@@ -23,14 +27,14 @@ def chain_keys(tokens: Buffer, tokens_per_block: int, parent: bytes) -> bytes:
         ValueError: args (index, token): a token is negative.
     """
 
-def block_slots(slots: Buffer, tokens_per_block: int, num_blocks: int) -> bytes:
+def block_slots(slots: Memory, tokens_per_block: int, num_blocks: int) -> bytes:
     """Give the device block id (int64) of every whole block of `slots` (int64[n]).
 
     Raises:
         ValueError: args (index, slot, why); why is "range", "alignment" or "contiguity".
     """
 
-def prefault(buffer: Buffer) -> None:
+def prefault(buffer: Memory) -> None:
     """Touch every page of a writable buffer, with the GIL released, keeping its content."""
 
 @final
@@ -39,9 +43,9 @@ class PageMap:
 
     def __init__(
         self,
-        pieces: Buffer,
+        pieces: Memory,
         device_blocks: int,
-        host: Buffer,
+        host: Memory,
         host_stride: int,
         owner: object,
     ) -> None:
@@ -72,8 +76,8 @@ class CopyPool:
         token: int,
         pages: PageMap,
         direction: int,
-        device_ids: Buffer,
-        host_ids: Buffer,
+        device_ids: Memory,
+        host_ids: Memory,
         urgent: bool,
     ) -> None:
         """Queue one job; the id buffers (int64[n]) are copied.
@@ -86,7 +90,7 @@ class CopyPool:
     def reap(self) -> list[int]:
         """Give the tokens of the jobs that ended since the last call, and clear the eventfd."""
 
-    def copy(self, target: Buffer, source: Buffer) -> None:
+    def copy(self, target: Memory, source: Memory) -> None:
         """Copy bytes with all threads and non-temporal stores; waits with the GIL released."""
 
     @property
@@ -94,7 +98,7 @@ class CopyPool:
     def close(self) -> None:
         """Finish what is queued, join the threads, close the eventfd. Idempotent."""
 
-def copy_now(pages: PageMap, direction: int, device_ids: Buffer, host_ids: Buffer) -> None:
+def copy_now(pages: PageMap, direction: int, device_ids: Memory, host_ids: Memory) -> None:
     """Do one job in the calling thread; the GIL is released when it is more than 64 KiB."""
 
 @final
@@ -107,7 +111,7 @@ class Ring:
     def fileno(self) -> int:
         """Give the eventfd, non-blocking, readable while `reap` has something."""
 
-    def lend(self, buffers: Sequence[Buffer], register: bool) -> None:
+    def lend(self, buffers: Sequence[Memory], register: bool) -> None:
         """Name the memory that I/O may touch, held until close; `register` it with the kernel.
 
         At most 1 GiB each when registered. May be called once.
@@ -119,7 +123,7 @@ class Ring:
     def register_files(self, fds: Sequence[int]) -> None:
         """Register files; extents name them by their index. May be called once."""
 
-    def submit(self, token: int, write: bool, extents: Buffer) -> int:
+    def submit(self, token: int, write: bool, extents: Memory) -> int:
         """Queue I/O, and give how many of the extents were taken (a prefix).
 
         Extent i completes under token + i. Short reads and writes, EINTR and EAGAIN are continued

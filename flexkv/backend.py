@@ -86,9 +86,7 @@ class LocalBackend:
             self.disk = open_disk(self._arena, files, options)
             undo.callback(self.disk.close)
 
-    def device(
-        self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None
-    ) -> Device:
+    def device(self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None) -> Device:
         """Open the port to per-layer tensors in CPU memory.
 
         Raises:

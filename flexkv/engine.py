@@ -28,7 +28,7 @@ from flexkv.common.errors import ClosedError, ConfigError, InternalError, Invari
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import Tier
 from flexkv.graph.ops import CHUNKS_MAX, LEGS_MAX
-from flexkv.graph.planner import Planner, PlanLimits
+from flexkv.graph.planner import PlanLimits, Planner
 from flexkv.index.eviction import LeastRecentlyUsed
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
@@ -187,7 +187,9 @@ class Engine:
             except TimeoutError as error:
                 await self._supervisor.stop()
                 depths = {actor.name: actor.depth for actor in self._actors.values()}
-                raise InternalError(f"still in flight after {DRAIN_TIMEOUT_S} s: {depths}") from error
+                raise InternalError(
+                    f"still in flight after {DRAIN_TIMEOUT_S} s: {depths}"
+                ) from error
         await self._supervisor.stop()
         self._resources.close()
         if self._failure is None:
@@ -234,9 +236,7 @@ class Engine:
         """Check a caller's arguments and make the request, still without device slots."""
         self._check_open()
         self._next_request += 1
-        return self._intake.request(
-            operation, self._next_request, token_ids, token_mask, namespace
-        )
+        return self._intake.request(operation, self._next_request, token_ids, token_mask, namespace)
 
     def with_slots(self, request: Request, slot_mapping: Any) -> Request | None:
         """Give the request with its device blocks; None while no device is registered."""
@@ -261,11 +261,9 @@ class Engine:
         Cancellation: the request is cancelled, and CancelledError raised once no hardware touches
         its device slots any more; their content is undefined then.
         """
-        return (await self.fly(request)).response  # type: ignore[return-value] -- answered
+        return await (await self.fly(request)).wait_answered()
 
-    async def fly(
-        self, request: Request, begun: Callable[[], None] | None = None
-    ) -> Flight:
+    async def fly(self, request: Request, begun: Callable[[], None] | None = None) -> Flight:
         """Run a request to its answer, and give its flight: the write-behind may go on.
 
         `begun` is called once the request is planned: what a match held may be let go.

@@ -11,10 +11,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
-from typing_extensions import Self
 
 from flexkv.backend import Progress
 from flexkv.common.config import CacheConfig, ModelConfig
@@ -286,9 +285,7 @@ class KVManager:
         """Start a prefetch, and give its task id."""
         return self._start(Operation.PREFETCH, token_ids, None, None, namespace)
 
-    def launch(
-        self, task_ids: int | Sequence[int], slot_mappings: Any | Sequence[Any]
-    ) -> None:
+    def launch(self, task_ids: int | Sequence[int], slot_mappings: Any | Sequence[Any]) -> None:
         """Start tasks that a match prepared; launching a launched one is a no-op.
 
         Raises:
@@ -300,9 +297,19 @@ class KVManager:
         self._call(lambda: self._tasks.launch(ids, slots))
 
     def cancel(self, task_ids: int | Sequence[int]) -> None:
-        """Cancel tasks; `wait` tells when no hardware touches their slots any more."""
+        """Cancel tasks; when this returns, no hardware touches their slots any more.
+
+        On the engine's own loop, where nothing may block, it returns at once: there `try_wait`
+        tells when a task is over.
+
+        Raises:
+            ConfigError: an id never issued.
+        """
         ids = _listed(task_ids)
-        self._call(lambda: self._tasks.cancel(ids))
+        if self._thread is not None:
+            self._thread.call(lambda: self._tasks.cancel_and_drain(ids))
+        else:
+            self._call(lambda: self._tasks.cancel(ids))
 
     def wait(
         self, task_ids: int | Sequence[int], timeout: float = 20.0, completely: bool = False

@@ -130,6 +130,13 @@ class TaskTable:
             else:
                 task.work.cancel()
 
+    async def cancel_and_drain(self, task_ids: Sequence[int]) -> None:
+        """Cancel tasks, and return once no hardware touches their slots."""
+        self.cancel(task_ids)
+        works = [self._find(task_id).work for task_id in task_ids]
+        if running := [work for work in works if work is not None]:
+            await asyncio.wait(running)
+
     async def wait(
         self, task_ids: Sequence[int], timeout: float, completely: bool
     ) -> dict[int, KVResponse]:
@@ -150,11 +157,8 @@ class TaskTable:
                         await task.flight.wait_ended()
         except TimeoutError:
             late = [task_id for task_id, task in tasks.items() if task.response is None]
-            self.cancel(late)
-            for task_id in late:
-                task = tasks[task_id]
-                if task.work is not None:
-                    await asyncio.wait([task.work])
+            await self.cancel_and_drain(late)
+            for task in (tasks[task_id] for task_id in late):
                 task.response = _response(task.request, KVResponseStatus.TIMEOUT)
         return {task_id: self._collect(task_id) for task_id in tasks}
 

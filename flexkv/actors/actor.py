@@ -109,7 +109,9 @@ class TransferActor:
         if cursor is not None and cursor.queued:
             transfer = cursor.transfer
             self._mailbox.lane(transfer).remove(cursor)
-            cursor.error = RecalledError(token, str(transfer.route), transfer.block_count, "recalled")
+            cursor.error = RecalledError(
+                token, str(transfer.route), transfer.block_count, "recalled"
+            )
             if cursor.over:
                 self._recalled.append(cursor)
                 self._bell.ring()

@@ -46,10 +46,9 @@ def _moved_blocks(request: Request, planned: Planned, run: Run) -> TokenMask:
     moved = np.zeros(request.span.last_block - first, np.bool_)
     if run.cancelled:
         return moved
-    if request.operation is not Operation.PUT and not run.errors:
-        if request.operation is Operation.GET:
-            moved[: planned.found.last - first] = True
-            return moved
+    if request.operation is Operation.GET and not run.errors:
+        moved[: planned.found.last - first] = True
+        return moved
     plan = planned.plan
     for op in plan.template.ops:
         if op.answers and op.route is not None and run.states[op.index] is OpState.DONE:

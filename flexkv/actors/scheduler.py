@@ -190,7 +190,9 @@ class Scheduler:
         for token, error in ends:
             run_id, op = divmod(token, OPS_MAX)
             flight = self._flights[run_id]
-            self._observer.op_ended(flight.request, flight.plan, flight.plan.template.ops[op], error)
+            self._observer.op_ended(
+                flight.request, flight.plan, flight.plan.template.ops[op], error
+            )
             self._events.append((flight, Done(op) if error is None else Failed(op, error)))
         self._work()
 

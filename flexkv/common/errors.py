@@ -49,9 +49,7 @@ class StorageError(TransferError):
     """A file operation failed with an errno."""
 
     def __init__(self, path: str, offset_bytes: int, errno: int, op_id: int = -1) -> None:
-        FlexKVError.__init__(
-            self, f"{path} at byte {offset_bytes}: {errorcode.get(errno, errno)}"
-        )
+        FlexKVError.__init__(self, f"{path} at byte {offset_bytes}: {errorcode.get(errno, errno)}")
         self.path, self.offset_bytes, self.errno, self.op_id = path, offset_bytes, errno, op_id
 
 
@@ -109,4 +107,3 @@ class InvalidTransition(InternalError):  # noqa: N818 -- the name that state mac
 
 class InvariantError(InternalError):
     """A law of the system does not hold."""
-

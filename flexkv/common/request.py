@@ -100,7 +100,9 @@ def as_int64(field: str, values: Any) -> NDArray[np.int64]:
     try:
         array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(field, type(values).__name__, f"must be host integers: {error}") from error
+        raise ConfigError(
+            field, type(values).__name__, f"must be host integers: {error}"
+        ) from error
     if array.ndim != 1:
         raise ConfigError(field, f"shape {array.shape}", "must have one dimension")
     if array.size == 0:
@@ -144,4 +146,3 @@ def _run_of_true(mask: NDArray[Any], token_count: int) -> tuple[int, int]:
         hole = first + int(run.argmin())
         raise ConfigError("token_mask", f"False at {hole}", "must have no hole between True values")
     return first, first + count
-

@@ -44,7 +44,9 @@ class Explanation:
     def __str__(self) -> str:
         if not self.template.ops:
             return self.note
-        return "\n".join([self.note, *nx.generate_network_text(self.graph(), vertical_chains=False)])
+        return "\n".join(
+            [self.note, *nx.generate_network_text(self.graph(), vertical_chains=False)]
+        )
 
     def _label(self, index: int) -> str:
         op = self.template.ops[index]

@@ -214,9 +214,7 @@ class Planner:
         lacking = [at for at in positions if index.find(request.keys[at]) is None]
         allowed = self._limits.write_behind_blocks_max - index.reserved_blocks
         lacking = lacking[: max(0, min(allowed, index.room()))]
-        return dict(
-            zip(lacking, index.reserve([request.keys[at] for at in lacking]), strict=True)
-        )
+        return dict(zip(lacking, index.reserve([request.keys[at] for at in lacking]), strict=True))
 
     # -- both -----------------------------------------------------------------------------------
 

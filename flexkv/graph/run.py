@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -133,14 +133,13 @@ class Run:
         commands: list[Command] = []
         for event in events:
             self.story.append(event)
-            kind = type(event)
-            if kind is Done or kind is Failed:
-                op = event.op  # type: ignore[union-attr] -- the two kinds that have one
-                method = _ON_OP.get((self.states[op], kind))
+            if isinstance(event, _OP_EVENTS):
+                op = event.op
+                method = _ON_OP.get((self.states[op], type(event)))
                 if method is None:
                     raise InvalidTransition(self.states[op].name, event, self.story)
                 method(self, op, event, commands)
-            elif kind is Launch:
+            elif isinstance(event, Launch):
                 self._launch(commands)
             else:
                 self._cancel(commands)
@@ -233,9 +232,10 @@ class Run:
             raise InvariantError(f"run counts {self._live}/{self._answers_left}: {self.states}")
 
 
-_ON_OP: dict[tuple[OpState, type], Callable[[Run, int, object, list[Command]], None]] = {
-    (OpState.IN_FLIGHT, Done): Run._done,  # type: ignore[dict-item] -- the key fixes the event
-    (OpState.IN_FLIGHT, Failed): Run._failed,  # type: ignore[dict-item]
-    (OpState.DRAINING, Done): Run._drained,  # type: ignore[dict-item]
-    (OpState.DRAINING, Failed): Run._drained,  # type: ignore[dict-item]
+_OP_EVENTS = (Done, Failed)
+_ON_OP: dict[tuple[OpState, type[Event]], Callable[[Run, int, Any, list[Command]], None]] = {
+    (OpState.IN_FLIGHT, Done): Run._done,
+    (OpState.IN_FLIGHT, Failed): Run._failed,
+    (OpState.DRAINING, Done): Run._drained,
+    (OpState.DRAINING, Failed): Run._drained,
 }

@@ -69,7 +69,7 @@ class Residency:
                 if not index.is_ready(block_id):
                     if index.tier is not Tier.HOST:
                         continue
-                    placement = pending  # noqa: PLW2901 -- the place changes, not the tier
+                    placement = pending
                 placement.positions.append(position)
                 placement.block_ids.append(block_id)
                 break
@@ -121,7 +121,6 @@ def prefix_match(found: Found, tokens_per_block: int) -> PrefixMatch:
     """Give what was found in tokens."""
     pending_tokens = len(found.pending.positions) * tokens_per_block
     by_tier = {
-        tier: len(placement.positions) * tokens_per_block
-        for tier, placement in found.ready.items()
+        tier: len(placement.positions) * tokens_per_block for tier, placement in found.ready.items()
     }
     return PrefixMatch((found.last - found.first) * tokens_per_block, by_tier, pending_tokens)

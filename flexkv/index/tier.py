@@ -217,7 +217,9 @@ class TierIndex:
     def _expect(self, block_id: int, state: BlockState) -> None:
         if self._state[block_id] != state:
             found = BlockState(self._state[block_id]).name
-            raise InvariantError(f"{self.tier.label}: block {block_id} is {found}, not {state.name}")
+            raise InvariantError(
+                f"{self.tier.label}: block {block_id} is {found}, not {state.name}"
+            )
 
     def _unname(self, block_id: int) -> None:
         key = self._key_of[block_id]

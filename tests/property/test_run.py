@@ -38,9 +38,7 @@ def shapes(draw: st.DrawFn) -> Shape:
     """Give any shape that the planner could make."""
     goal = draw(st.sampled_from(Operation))
     paths = draw(st.lists(st.sampled_from(PATHS[goal]), max_size=3))
-    legs = [
-        Leg(tuple(Route(*hop) for hop in path), draw(st.integers(0, 4))) for path in paths
-    ]
+    legs = [Leg(tuple(Route(*hop) for hop in path), draw(st.integers(0, 4))) for path in paths]
     if goal is not Operation.PUT and draw(st.booleans()):
         onward = (Route(H, D),) if goal is Operation.GET else ()
         legs.append(Leg(onward, draw(st.integers(1, 3)), waits=True))

@@ -1,0 +1,61 @@
+# Everything a developer or user runs, by name: `make help`.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Only the tests need torch. On PyPI its Linux wheels bring CUDA along; for the CPU build:
+#   make test TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+APT_PACKAGES := gcc python3-dev python3-venv liburing-dev libxxhash-dev
+
+.PHONY: help setup ext demo test check lint types sanitize bench soak docs wheel clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.setup  ## System packages, venv, dependencies, the extension
+
+$(VENV)/.setup: pyproject.toml setup.py $(wildcard ext/*.c ext/*.h) scripts/system-packages
+	scripts/system-packages $(APT_PACKAGES)
+	$(PYTHON) -c 'import sys; sys.exit("FlexKV needs Python 3.11 or later") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.setup-dev: $(VENV)/.setup
+	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.setup  ## Run the main job and verify every byte; TRACE=file.jsonl replays a trace
+	$(BIN)/flexkv demo $(if $(TRACE),--trace $(TRACE)) $(ARGS)
+
+test: $(VENV)/.setup-dev  ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types test  ## Format, lint, types, tests
+
+lint: $(VENV)/.setup-dev  ## ruff
+	$(BIN)/ruff check .
+
+types: $(VENV)/.setup-dev  ## mypy strict; pyright on the public surface
+	$(BIN)/mypy
+
+coverage: $(VENV)/.setup-dev  ## Branch coverage of the pure folders; fails below 95 %
+	$(BIN)/python -m pytest -q --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 tests
+
+sanitize: $(VENV)/.setup-dev  ## The extension's tests under ASan and UBSan
+	PYTHON=$(BIN)/python ext/sanitize.sh
+
+bench: $(VENV)/.setup-dev  ## Benchmarks, side by side with their limits; ARGS="disk --repeats 5"
+	$(BIN)/python -m benchmarks $(ARGS)
+
+soak: $(VENV)/.setup-dev  ## Ten thousand simulations and long property tests
+	FLEXKV_SIMULATION_SEEDS=10000 HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -q tests/simulation tests/property
+
+wheel: $(VENV)/.setup  ## One abi3 wheel, in dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:  ## Remove what the targets made
+	rm -rf $(VENV) build dist *.egg-info flexkv/_ext*.so

@@ -1,0 +1,146 @@
+"""Real and fake transfer ports with the memory and files that they need, for one suite over all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.common.layout import infer_layout
+from flexkv.common.terms import Route, Tier, Transfer
+from flexkv.io.arena import Arena
+from flexkv.io.cpu import CpuDevicePort
+from flexkv.io.files import StripedFiles
+from flexkv.io.ports import Completion, TransferPort
+from flexkv.io.posix import ThreadDiskPort
+from flexkv.io.tensors import describe
+from flexkv.io.uring import RingOptions, UringDiskPort
+from flexkv.testing.fakes import FakePort
+from flexkv.testing.faults import FaultPlan
+
+HOST_BLOCKS = 48
+OUTER_BLOCKS = 64
+DISK_STRIDE_BYTES = 8192
+PATIENCE_S = 20.0
+
+
+@dataclass
+class Rig:
+    """One port between host memory and an outer tier, and what must be closed with it."""
+
+    port: TransferPort
+    host: NDArray[np.uint8] | None
+    outer: Tier
+    resources: ExitStack = field(default_factory=ExitStack)
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
+    tokens: count[int] = field(default_factory=count)
+
+    def transfer(self, to_host: bool, source_ids: object, target_ids: object) -> Transfer:
+        """Give a transfer under a token of its own."""
+        route = Route(self.outer, Tier.HOST) if to_host else Route(Tier.HOST, self.outer)
+        return Transfer(
+            token=next(self.tokens),
+            owner=1,
+            route=route,
+            source_ids=np.array(source_ids, np.int64),
+            target_ids=np.array(target_ids, np.int64),
+        )
+
+    def connect(self) -> None:
+        """Attach the port to the running loop."""
+        self.port.connect(self.woken.set)
+
+    async def run(self, *transfers: Transfer) -> list[Completion]:
+        """Submit all at once, and give every completion, in the order of their ends."""
+        for transfer in transfers:
+            self.port.submit(transfer)
+        ended = self.port.reap()
+        async with asyncio.timeout(PATIENCE_S):
+            while len(ended) < len(transfers):
+                await self.woken.wait()
+                self.woken.clear()
+                ended += self.port.reap()
+        return ended
+
+    def close(self) -> None:
+        """Close the port, then what it worked on."""
+        self.host = None
+        with self.resources:
+            self.port.close()
+
+
+def fake_rig(_: Path) -> Rig:
+    """Give a fake port between two arrays, with delays and without failures."""
+    store = np.zeros((OUTER_BLOCKS, 256), np.uint8)
+    host = np.zeros((HOST_BLOCKS, 256), np.uint8)
+    return Rig(FakePort(store, host, FaultPlan(1, delay_max_s=0.002), 256), host, Tier.DISK)
+
+
+def cpu_rig(tokens_per_block: int) -> Rig:
+    """Give a CPU device port over two layers, with blocks of 2 KiB a token."""
+    shape = (2, OUTER_BLOCKS, tokens_per_block, 4, 64)
+    layers = [np.zeros(shape, np.int16) for _ in range(2)]
+    specs = [describe(layer) for layer in layers]
+    layout = infer_layout(specs, tokens_per_block, num_kv_heads=4, head_size=64, kv_dim=2)
+    arena = Arena.open(HOST_BLOCKS, layout.block_bytes)
+    port = CpuDevicePort(layout, arena.buffer, arena.block_stride_bytes, layers)
+    rig = Rig(port, arena.array, Tier.DEVICE)
+    rig.resources.callback(arena.close)
+    return rig
+
+
+def cpu_inline_rig(_: Path) -> Rig:
+    """Give a CPU device port whose blocks are so small that single ones are copied in place."""
+    return cpu_rig(tokens_per_block=2)
+
+
+def cpu_pooled_rig(_: Path) -> Rig:
+    """Give a CPU device port whose blocks all go to the copy threads."""
+    return cpu_rig(tokens_per_block=64)
+
+
+def disk_rig(
+    directories: list[Path], make: Callable[[Arena, StripedFiles], TransferPort]
+) -> Rig:
+    """Give a disk port over files of 10 blocks in the given directories."""
+    with ExitStack() as resources:
+        files = StripedFiles.open(
+            directories, OUTER_BLOCKS, DISK_STRIDE_BYTES, 10 * DISK_STRIDE_BYTES + 1
+        )
+        resources.callback(files.close)
+        arena = Arena.open(HOST_BLOCKS, DISK_STRIDE_BYTES)
+        resources.callback(arena.close)
+        return Rig(make(arena, files), arena.array, Tier.DISK, resources.pop_all())
+
+
+def uring_rig(folder: Path) -> Rig:
+    """Give an io_uring port over one directory, with a ring smaller than the transfers."""
+    return disk_rig([folder], lambda arena, files: UringDiskPort(arena, files, RingOptions(8)))
+
+
+def uring_striped_rig(folder: Path) -> Rig:
+    """Give an io_uring port over three directories, on memory that is not registered."""
+    options = RingOptions(entries=64, register=False)
+    folders = [folder / name for name in "abc"]
+    return disk_rig(folders, lambda arena, files: UringDiskPort(arena, files, options))
+
+
+def threads_rig(folder: Path) -> Rig:
+    """Give a thread port over two directories."""
+    return disk_rig([folder / "a", folder / "b"], ThreadDiskPort)
+
+
+RIGS: dict[str, Callable[[Path], Rig]] = {
+    "fake": fake_rig,
+    "cpu-inline": cpu_inline_rig,
+    "cpu-pooled": cpu_pooled_rig,
+    "uring": uring_rig,
+    "uring-striped": uring_striped_rig,
+    "threads": threads_rig,
+}
