@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from flexkv import _ext
+from flexkv._ext import Ring
 from flexkv.common.errors import ClosedError, InvariantError, StorageError
 from flexkv.common.terms import Transfer
 from flexkv.io.arena import Arena
@@ -48,7 +48,7 @@ class UringDiskPort:
         """
         self._files = files
         self._geometry = DiskGeometry(arena, files, options.io_bytes_max)
-        self._ring = _ext.Ring(options.entries, options.flags)
+        self._ring = Ring(options.entries, options.flags)
         try:
             self.why = self._lend(self._geometry.slices(arena), options.register)
             self.registered = not self.why

@@ -89,9 +89,7 @@ class FakePort:
         error: TransferError | None = None
         if faults.fails():
             why = f"injected by {faults!r}"
-            error = TransferError(
-                transfer.token, str(transfer.route), transfer.block_count, why
-            )
+            error = TransferError(transfer.token, str(transfer.route), transfer.block_count, why)
         job = self._jobs[transfer.token] = _Job(transfer, error)
         order = np.array(faults.order(transfer.block_count), dtype=np.int64)
         first, rest = np.split(order, [faults.cut(len(order))])

@@ -105,9 +105,7 @@ def cpu_pooled_rig(_: Path) -> Rig:
     return cpu_rig(tokens_per_block=64)
 
 
-def disk_rig(
-    directories: list[Path], make: Callable[[Arena, StripedFiles], TransferPort]
-) -> Rig:
+def disk_rig(directories: list[Path], make: Callable[[Arena, StripedFiles], TransferPort]) -> Rig:
     """Give a disk port over files of 10 blocks in the given directories."""
     with ExitStack() as resources:
         files = StripedFiles.open(

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from rigs import HOST_BLOCKS, OUTER_BLOCKS, PATIENCE_S, RIGS, Rig
 
 from flexkv.common.errors import ClosedError, InvariantError
 from flexkv.io.ports import Completion
-from tests.contract.rigs import HOST_BLOCKS, OUTER_BLOCKS, PATIENCE_S, RIGS, Rig
 
 DURABLE = [name for name in RIGS if not name.startswith("cpu")]
 
@@ -86,7 +86,7 @@ async def test_many_in_flight_end_once_each(rig):
     blocks = 4
     transfers = [
         rig.transfer(False, np.arange(i, i + blocks), np.arange(i, i + blocks))
-        for i in range(0, HOST_BLOCKS - blocks)
+        for i in range(HOST_BLOCKS - blocks)
     ]
     ended = await rig.run(*transfers)
     assert sorted(ended) == [Completion(transfer.token, None) for transfer in transfers]

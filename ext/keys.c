@@ -1,0 +1,241 @@
+/* Block keys and block ids: XXH3-128 chains over tokens, and slot mappings in one pass. */
+#include "ext.h"
+
+#include <endian.h>
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#define KEY_BYTES ((size_t)16)
+
+static void digest128(const void *data, size_t bytes, uint64_t seed, unsigned char *digest)
+{
+    XXH128_canonical_t canonical;
+
+    XXH128_canonicalFromHash(&canonical, XXH3_128bits_withSeed(data, bytes, seed));
+    memcpy(digest, canonical.digest, KEY_BYTES);
+}
+
+PyObject *keys_hash128(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count,
+                       PyObject *keywords)
+{
+    static const char *const names[] = {"data", "seed"};
+    static const struct signature signature = {"hash128", names, 1, 2};
+    PyObject *values[2];
+    unsigned char digest[KEY_BYTES];
+    uint64_t seed = 0;
+    Py_buffer data;
+
+    if (args_unpack(&signature, args, count, keywords, values) < 0)
+        return NULL;
+    if (values[1]) {
+        seed = PyLong_AsUnsignedLongLong(values[1]);
+        if (PyErr_Occurred())
+            return NULL;
+    }
+    if (PyObject_GetBuffer(values[0], &data, PyBUF_SIMPLE) < 0)
+        return NULL;
+    if ((size_t)data.len > GIL_HOLD_BYTES_MAX) {
+        Py_BEGIN_ALLOW_THREADS
+        digest128(data.buf, (size_t)data.len, seed, digest);
+        Py_END_ALLOW_THREADS
+    } else {
+        digest128(data.buf, (size_t)data.len, seed, digest);
+    }
+    PyBuffer_Release(&data);
+    return PyBytes_FromStringAndSize((const char *)digest, (Py_ssize_t)KEY_BYTES);
+}
+
+/* Copy tokens as little-endian; gives whether one of them is negative. */
+static bool tokens_copy(uint64_t *target, const char *source, size_t count)
+{
+    uint64_t all = 0;
+
+    for (size_t i = 0; i < count; i++) {
+        uint64_t token;
+
+        memcpy(&token, source + i * sizeof(token), sizeof(token));
+        all |= token;
+        target[i] = htole64(token);
+    }
+    return all >> 63;
+}
+
+/* Write the keys of `blocks` blocks. `scratch` holds the parent, then room for one block.
+ * Gives the number of blocks before the first with a negative token. */
+static size_t keys_write(const char *tokens, size_t blocks, size_t block_tokens, char *scratch,
+                         unsigned char *keys)
+{
+    size_t block_bytes = block_tokens * sizeof(uint64_t);
+
+    for (size_t block = 0; block < blocks; block++) {
+        if (tokens_copy((uint64_t *)(scratch + KEY_BYTES), tokens + block * block_bytes,
+                        block_tokens))
+            return block;
+        digest128(scratch, KEY_BYTES + block_bytes, 0, keys + block * KEY_BYTES);
+        memcpy(scratch, keys + block * KEY_BYTES, KEY_BYTES);
+    }
+    return blocks;
+}
+
+/* Raise ValueError(index, token) for the first negative token from `first` on, if there is one. */
+static int negative_raise(const struct int64_view *tokens, Py_ssize_t first)
+{
+    for (Py_ssize_t i = first; i < tokens->count; i++) {
+        int64_t token = int64_at(tokens, i);
+
+        if (token < 0) {
+            PyObject *values = Py_BuildValue("(nL)", i, (long long)token);
+
+            if (values)
+                PyErr_SetObject(PyExc_ValueError, values);
+            Py_XDECREF(values);
+            return -1;
+        }
+    }
+    return 0;
+}
+
+/* Give the keys of the whole blocks; NULL with an exception. */
+static PyObject *keys_of_blocks(const struct int64_view *tokens, size_t block_tokens,
+                                const char *parent)
+{
+    size_t blocks = (size_t)tokens->count / block_tokens, done = 0;
+    PyObject *result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(blocks * KEY_BYTES));
+
+    if (result && blocks) {
+        unsigned char *keys = (unsigned char *)PyBytes_AsString(result);
+        char *scratch = PyMem_Malloc(KEY_BYTES + block_tokens * sizeof(uint64_t));
+
+        if (!scratch) {
+            Py_DECREF(result);
+            return PyErr_NoMemory();
+        }
+        memcpy(scratch, parent, KEY_BYTES);
+        if ((size_t)tokens->buffer.len > GIL_HOLD_BYTES_MAX) {
+            Py_BEGIN_ALLOW_THREADS
+            done = keys_write(tokens->buffer.buf, blocks, block_tokens, scratch, keys);
+            Py_END_ALLOW_THREADS
+        } else {
+            done = keys_write(tokens->buffer.buf, blocks, block_tokens, scratch, keys);
+        }
+        PyMem_Free(scratch);
+    }
+    if (result && negative_raise(tokens, (Py_ssize_t)(done * block_tokens)) < 0)
+        Py_CLEAR(result);
+    return result;
+}
+
+PyObject *keys_chain(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count,
+                     PyObject *keywords)
+{
+    static const char *const names[] = {"tokens", "tokens_per_block", "parent"};
+    static const struct signature signature = {"chain_keys", names, 3, 3};
+    PyObject *values[3], *result;
+    int64_t block_tokens;
+    struct int64_view tokens;
+    char *parent;
+    Py_ssize_t parent_bytes;
+
+    if (args_unpack(&signature, args, count, keywords, values) < 0 ||
+        integer_read(values[1], "tokens_per_block", 1, PY_SSIZE_T_MAX, &block_tokens) < 0 ||
+        PyBytes_AsStringAndSize(values[2], &parent, &parent_bytes) < 0)
+        return NULL;
+    if (parent_bytes != (Py_ssize_t)KEY_BYTES)
+        return PyErr_Format(PyExc_ValueError, "parent has %zd bytes, not 16", parent_bytes);
+    if (int64_view_hold(values[0], "tokens", &tokens) < 0)
+        return NULL;
+    result = keys_of_blocks(&tokens, (size_t)block_tokens, parent);
+    PyBuffer_Release(&tokens.buffer);
+    return result;
+}
+
+/* Write the block id of every whole block. Gives false when a slot breaks a rule.
+ *
+ * A block whose slots count up from an aligned first slot inside the pool is whole inside it, so
+ * one comparison for each slot checks everything. */
+static bool ids_write(const char *slots, size_t blocks, size_t block_tokens, uint64_t limit,
+                      int64_t *ids)
+{
+    for (size_t block = 0; block < blocks; block++) {
+        const char *at = slots + block * block_tokens * sizeof(uint64_t);
+        uint64_t first = (uint64_t)int64_load(at, 0), difference = 0;
+
+        for (size_t i = 0; i < block_tokens; i++)
+            difference |= (uint64_t)int64_load(at, (Py_ssize_t)i) ^ (first + i);
+        if (difference || first >= limit || first % block_tokens)
+            return false;
+        ids[block] = (int64_t)(first / block_tokens);
+    }
+    return true;
+}
+
+static int slot_raise(const struct int64_view *slots, Py_ssize_t index, const char *why)
+{
+    PyObject *values =
+        Py_BuildValue("(nLs)", index, (long long)int64_at(slots, index), why);
+
+    if (values)
+        PyErr_SetObject(PyExc_ValueError, values);
+    Py_XDECREF(values);
+    return -1;
+}
+
+/* Raise for the first slot that breaks a rule: range before alignment before contiguity. */
+static int slots_check(const struct int64_view *slots, Py_ssize_t block_tokens, uint64_t limit)
+{
+    Py_ssize_t whole = slots->count / block_tokens * block_tokens;
+
+    for (Py_ssize_t i = 0; i < slots->count; i++)
+        if ((uint64_t)int64_at(slots, i) >= limit)
+            return slot_raise(slots, i, "range");
+    for (Py_ssize_t i = 0; i < whole; i += block_tokens)
+        if (int64_at(slots, i) % block_tokens)
+            return slot_raise(slots, i, "alignment");
+    for (Py_ssize_t i = 0; i < whole; i++)
+        if (int64_at(slots, i) != int64_at(slots, i - i % block_tokens) + i % block_tokens)
+            return slot_raise(slots, i, "contiguity");
+    return 0;
+}
+
+/* Give the ids of the whole blocks; NULL with an exception. */
+static PyObject *ids_of_blocks(const struct int64_view *slots, size_t block_tokens, uint64_t limit)
+{
+    size_t blocks = (size_t)slots->count / block_tokens;
+    size_t tail = (size_t)slots->count % block_tokens;
+    PyObject *result =
+        PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(blocks * sizeof(int64_t)));
+    bool good;
+
+    if (!result)
+        return NULL;
+    good = ids_write(slots->buffer.buf, blocks, block_tokens, limit,
+                     (int64_t *)PyBytes_AsString(result));
+    for (size_t i = 0; i < tail; i++)
+        good &= (uint64_t)int64_at(slots, slots->count - 1 - (Py_ssize_t)i) < limit;
+    if (!good && slots_check(slots, (Py_ssize_t)block_tokens, limit) < 0)
+        Py_CLEAR(result);
+    return result;
+}
+
+PyObject *keys_block_slots(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count,
+                           PyObject *keywords)
+{
+    static const char *const names[] = {"slots", "tokens_per_block", "num_blocks"};
+    static const struct signature signature = {"block_slots", names, 3, 3};
+    PyObject *values[3], *result;
+    int64_t block_tokens, blocks, limit;
+    struct int64_view slots;
+
+    if (args_unpack(&signature, args, count, keywords, values) < 0 ||
+        integer_read(values[1], "tokens_per_block", 1, PY_SSIZE_T_MAX, &block_tokens) < 0 ||
+        integer_read(values[2], "num_blocks", 0, PY_SSIZE_T_MAX, &blocks) < 0)
+        return NULL;
+    if (__builtin_mul_overflow(block_tokens, blocks, &limit))
+        return PyErr_Format(PyExc_ValueError, "num_blocks * tokens_per_block overflows");
+    if (int64_view_hold(values[0], "slots", &slots) < 0)
+        return NULL;
+    result = ids_of_blocks(&slots, (size_t)block_tokens, (uint64_t)limit);
+    PyBuffer_Release(&slots.buffer);
+    return result;
+}

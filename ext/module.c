@@ -1,0 +1,149 @@
+/* The module: its functions, its state, and the small functions that have no file of their own. */
+#include "ext.h"
+
+#include "copies.h"
+#include "moves.h"
+
+#include <errno.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <liburing.h>
+#if __has_include(<liburing/io_uring_version.h>)
+#include <liburing/io_uring_version.h>
+#endif
+#include <xxhash.h>
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+#define TEXT(number) #number
+#define VERSION(major, minor) TEXT(major) "." TEXT(minor)
+
+/* Releases before 2.4 do not tell their version. */
+#ifdef IO_URING_VERSION_MAJOR
+#define LIBURING_VERSION VERSION(IO_URING_VERSION_MAJOR, IO_URING_VERSION_MINOR)
+#else
+#define LIBURING_VERSION "<2.4"
+#endif
+
+static PyObject *module_features(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    return Py_BuildValue("{ssssss}", "simd", moves_simd(), "liburing", LIBURING_VERSION, "xxhash",
+                         VERSION(XXH_VERSION_MAJOR, XXH_VERSION_MINOR));
+}
+
+/* Fault in every page of [start, start + bytes) for writing; gives an errno. */
+static int pages_populate(char *start, size_t bytes)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t skew = (uintptr_t)start % page;
+    int result;
+
+    do
+        result = madvise(start - skew, bytes + skew, MADV_POPULATE_WRITE);
+    while (result < 0 && (errno == EINTR || errno == EAGAIN));
+    if (result == 0 || errno != EINVAL)
+        return result ? errno : 0;
+    /* Kernels before 5.14: an atomic no-op writes a byte without losing another writer's. */
+    for (size_t at = 0; at < bytes; at += page - (uintptr_t)(start + at) % page)
+        __atomic_fetch_or(start + at, 0, __ATOMIC_RELAXED);
+    return 0;
+}
+
+static PyObject *module_prefault(PyObject *Py_UNUSED(module), PyObject *object)
+{
+    Py_buffer buffer;
+    int error = 0;
+
+    if (PyObject_GetBuffer(object, &buffer, PyBUF_WRITABLE) < 0)
+        return NULL;
+    if (buffer.len) {
+        Py_BEGIN_ALLOW_THREADS
+        error = pages_populate(buffer.buf, (size_t)buffer.len);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&buffer);
+    return error ? raise_errno(error) : Py_NewRef(Py_None);
+}
+
+#define FAST(function) ((PyCFunction)(void (*)(void))(function))
+
+static PyMethodDef module_functions[] = {
+    {"features", module_features, METH_NOARGS,
+     "features()\n--\n\nGive what this build and CPU offer."},
+    {"prefault", module_prefault, METH_O,
+     "prefault(buffer, /)\n--\n\nTouch every page of a writable buffer."},
+    {"hash128", FAST(keys_hash128), METH_FASTCALL | METH_KEYWORDS,
+     "hash128(data, seed=0)\n--\n\nGive the canonical XXH3-128 digest of data."},
+    {"chain_keys", FAST(keys_chain), METH_FASTCALL | METH_KEYWORDS,
+     "chain_keys(tokens, tokens_per_block, parent)\n--\n\n"
+     "Give the chained keys of every whole block of tokens."},
+    {"block_slots", FAST(keys_block_slots), METH_FASTCALL | METH_KEYWORDS,
+     "block_slots(slots, tokens_per_block, num_blocks)\n--\n\n"
+     "Give the device block id of every whole block of slots."},
+    {"copy_now", FAST(page_map_copy_now), METH_FASTCALL | METH_KEYWORDS,
+     "copy_now(pages, direction, device_ids, host_ids)\n--\n\nDo one job in the calling thread."},
+    {NULL, NULL, 0, NULL},
+};
+
+static int type_add(PyObject *module, PyType_Spec *spec, PyTypeObject **type)
+{
+    *type = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
+    return *type ? PyModule_AddType(module, *type) : -1;
+}
+
+static int module_exec(PyObject *module)
+{
+    struct ext_state *state = PyModule_GetState(module);
+
+    moves_choose();
+    if (type_add(module, &page_map_spec, &state->page_map) < 0 ||
+        type_add(module, &copy_pool_spec, &state->copy_pool) < 0 ||
+        type_add(module, &ring_spec, &state->ring) < 0 ||
+        PyModule_AddIntConstant(module, "TO_HOST", TO_HOST) < 0)
+        return -1;
+    return PyModule_AddIntConstant(module, "TO_DEVICE", TO_DEVICE);
+}
+
+static int module_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    struct ext_state *state = PyModule_GetState(module);
+
+    Py_VISIT(state->page_map);
+    Py_VISIT(state->copy_pool);
+    Py_VISIT(state->ring);
+    return 0;
+}
+
+static int module_clear(PyObject *module)
+{
+    struct ext_state *state = PyModule_GetState(module);
+
+    Py_CLEAR(state->page_map);
+    Py_CLEAR(state->copy_pool);
+    Py_CLEAR(state->ring);
+    return 0;
+}
+
+static PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, module_exec},
+    {0, NULL},
+};
+
+static struct PyModuleDef module_definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "flexkv._ext",
+    .m_doc = "Native parts of FlexKV.",
+    .m_size = sizeof(struct ext_state),
+    .m_methods = module_functions,
+    .m_slots = module_slots,
+    .m_traverse = module_traverse,
+    .m_clear = module_clear,
+};
+
+PyMODINIT_FUNC PyInit__ext(void)
+{
+    return PyModuleDef_Init(&module_definition);
+}

@@ -1,0 +1,31 @@
+/* The Python object PageMap, and the reading of id buffers against it. */
+#ifndef FLEXKV_PAGE_MAP_H
+#define FLEXKV_PAGE_MAP_H
+
+#include "copies.h"
+#include "ext.h"
+
+typedef struct {
+    PyObject_HEAD
+    struct layout layout;
+    Py_buffer host;
+    PyObject *owner;
+} PageMap;
+
+/* The id buffers of one job, held until page_ids_release. */
+struct page_ids {
+    struct int64_view device;
+    struct int64_view host;
+    size_t bytes; /* that the job copies */
+};
+
+/* Hold both id buffers. 0, or -1 with an exception. */
+int page_ids_hold(const PageMap *map, PyObject *device, PyObject *host, struct page_ids *ids);
+
+/* Copy the ids to device_ids[n] and host_ids[n], checked. 0, or -1 with ValueError. */
+int page_ids_copy(const PageMap *map, const struct page_ids *ids, int64_t *device_ids,
+                  int64_t *host_ids);
+
+void page_ids_release(struct page_ids *ids);
+
+#endif

@@ -1,0 +1,252 @@
+/* CopyPool: the Python face of pool_threads. */
+#include "page_map.h"
+#include "pool_threads.h"
+
+#include <unistd.h>
+
+typedef struct {
+    PyObject_HEAD
+    struct pool pool;
+    bool open; /* pool_open succeeded */
+} CopyPool;
+
+static PyObject *pool_closed(void)
+{
+    PyErr_SetString(PyExc_RuntimeError, "the pool is closed");
+    return NULL;
+}
+
+static PyObject *copy_pool_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"threads", NULL};
+    int threads, error;
+    CopyPool *self;
+
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "i:CopyPool", names, &threads))
+        return NULL;
+    if (threads < 1 || threads > POOL_THREADS_MAX)
+        return PyErr_Format(PyExc_ValueError, "threads=%d is outside 1..%d", threads,
+                            POOL_THREADS_MAX);
+    self = (CopyPool *)PyType_GenericAlloc(type, 0);
+    if (!self)
+        return NULL;
+    error = pool_open(&self->pool, threads);
+    if (error) {
+        Py_DECREF(self);
+        return raise_errno(error);
+    }
+    self->open = true;
+    return (PyObject *)self;
+}
+
+/* Release a job that pool_reap gave back, or that was never submitted. */
+static void job_free(struct pool_job *job)
+{
+    Py_XDECREF((PyObject *)job->owner);
+    PyMem_Free(job);
+}
+
+static PyObject *copy_pool_close(CopyPool *self, PyObject *Py_UNUSED(none))
+{
+    /* After a fork the threads are in the parent only: there is nothing to join. */
+    if (getpid() == self->pool.pid) {
+        Py_BEGIN_ALLOW_THREADS
+        pool_close(&self->pool);
+        Py_END_ALLOW_THREADS
+    }
+    return Py_NewRef(Py_None);
+}
+
+static void copy_pool_dealloc(CopyPool *self)
+{
+    if (self->open && getpid() == self->pool.pid) {
+        Py_BEGIN_ALLOW_THREADS
+        pool_close(&self->pool);
+        Py_END_ALLOW_THREADS
+        for (struct pool_job *job = pool_reap(&self->pool), *next; job; job = next) {
+            next = job->next;
+            job_free(job);
+        }
+        pthread_cond_destroy(&self->pool.ended);
+        pthread_cond_destroy(&self->pool.work);
+        pthread_mutex_destroy(&self->pool.lock);
+    }
+    instance_free((PyObject *)self);
+}
+
+static PyObject *copy_pool_fileno(CopyPool *self, PyObject *Py_UNUSED(none))
+{
+    if (self->pool.eventfd < 0)
+        return pool_closed();
+    return PyLong_FromLong(self->pool.eventfd);
+}
+
+/* Make a job from held ids; NULL with an exception. */
+static struct pool_job *job_new(PageMap *map, const struct page_ids *ids, int64_t token,
+                                int64_t direction)
+{
+    size_t pairs = (size_t)ids->device.count;
+    struct pool_job *job = PyMem_Calloc(1, sizeof(*job) + 2 * pairs * sizeof(int64_t));
+    int64_t *id_copies = (int64_t *)(job + 1);
+
+    if (!job) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    if (page_ids_copy(map, ids, id_copies, id_copies + pairs) < 0) {
+        PyMem_Free(job);
+        return NULL;
+    }
+    job->work = (struct copy_work){&map->layout, (enum direction)direction, ids->bytes, id_copies,
+                                   id_copies + pairs};
+    job->token = token;
+    job->owner = Py_NewRef((PyObject *)map);
+    return job;
+}
+
+static PyObject *copy_pool_submit(CopyPool *self, PyObject *const *args, Py_ssize_t count,
+                                  PyObject *keywords)
+{
+    static const char *const names[] = {"token",      "pages",    "direction",
+                                        "device_ids", "host_ids", "urgent"};
+    static const struct signature signature = {"submit", names, 6, 6};
+    struct ext_state *state = PyType_GetModuleState(Py_TYPE((PyObject *)self));
+    PyObject *values[6];
+    int64_t token, direction;
+    struct page_ids ids;
+    struct pool_job *job;
+    int urgent;
+
+    if (args_unpack(&signature, args, count, keywords, values) < 0 ||
+        integer_read(values[0], "token", INT64_MIN, INT64_MAX, &token) < 0 ||
+        integer_read(values[2], "direction", TO_HOST, TO_DEVICE, &direction) < 0)
+        return NULL;
+    if (!PyObject_TypeCheck(values[1], state->page_map)) {
+        PyErr_SetString(PyExc_TypeError, "pages must be a PageMap");
+        return NULL;
+    }
+    urgent = PyObject_IsTrue(values[5]);
+    if (urgent < 0 || page_ids_hold((PageMap *)values[1], values[3], values[4], &ids) < 0)
+        return NULL;
+    job = job_new((PageMap *)values[1], &ids, token, direction);
+    page_ids_release(&ids);
+    if (!job)
+        return NULL;
+    if (!pool_submit(&self->pool, job, urgent)) {
+        job_free(job);
+        return pool_closed();
+    }
+    return Py_NewRef(Py_None);
+}
+
+static PyObject *copy_pool_reap(CopyPool *self, PyObject *Py_UNUSED(none))
+{
+    PyObject *tokens = PyList_New(0);
+    struct pool_job *job = tokens ? pool_reap(&self->pool) : NULL;
+
+    while (job) {
+        struct pool_job *next = job->next;
+        PyObject *token = PyLong_FromLongLong(job->token);
+
+        if (tokens && (!token || PyList_Append(tokens, token) < 0))
+            Py_CLEAR(tokens);
+        Py_XDECREF(token);
+        job_free(job);
+        job = next;
+    }
+    return tokens;
+}
+
+/* Copy one run as a job of one block of one piece. False when the pool closes. */
+static bool run_copy(struct pool *pool, const Py_buffer *target, const Py_buffer *source)
+{
+    static const int64_t zero = 0;
+    size_t bytes = (size_t)target->len;
+    struct piece piece = {.base = source->buf, .bytes = bytes};
+    struct layout layout = {.pieces = &piece,
+                            .piece_count = 1,
+                            .block_bytes = bytes,
+                            .device_blocks = 1,
+                            .host = target->buf,
+                            .host_stride = bytes,
+                            .host_blocks = 1};
+    struct pool_job job = {.work = {&layout, TO_HOST, bytes, &zero, &zero}};
+
+    return pool_run(pool, &job);
+}
+
+static PyObject *copy_pool_copy(CopyPool *self, PyObject *const *args, Py_ssize_t count,
+                                PyObject *keywords)
+{
+    static const char *const names[] = {"target", "source"};
+    static const struct signature signature = {"copy", names, 2, 2};
+    PyObject *values[2], *result = NULL;
+    Py_buffer target, source;
+
+    if (args_unpack(&signature, args, count, keywords, values) < 0 ||
+        PyObject_GetBuffer(values[0], &target, PyBUF_WRITABLE) < 0)
+        return NULL;
+    if (PyObject_GetBuffer(values[1], &source, PyBUF_SIMPLE) < 0) {
+        PyBuffer_Release(&target);
+        return NULL;
+    }
+    if (target.len != source.len) {
+        PyErr_Format(PyExc_ValueError, "target has %zd bytes, source %zd", target.len, source.len);
+    } else if ((char *)target.buf < (char *)source.buf + source.len &&
+               (char *)source.buf < (char *)target.buf + target.len) {
+        PyErr_SetString(PyExc_ValueError, "target and source overlap");
+    } else {
+        bool copied;
+
+        Py_BEGIN_ALLOW_THREADS
+        copied = run_copy(&self->pool, &target, &source);
+        Py_END_ALLOW_THREADS
+        result = copied ? Py_NewRef(Py_None) : pool_closed();
+    }
+    PyBuffer_Release(&source);
+    PyBuffer_Release(&target);
+    return result;
+}
+
+static PyObject *copy_pool_in_flight(CopyPool *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromSize_t(self->pool.in_flight);
+}
+
+static PyGetSetDef copy_pool_properties[] = {
+    {"in_flight", (getter)copy_pool_in_flight, NULL, "Jobs submitted and not reaped.", NULL},
+    {0},
+};
+
+#define FAST(function) ((PyCFunction)(void (*)(void))(function))
+
+static PyMethodDef copy_pool_methods[] = {
+    {"fileno", (PyCFunction)copy_pool_fileno, METH_NOARGS,
+     "fileno()\n--\n\nGive an eventfd, readable while reap has something."},
+    {"submit", FAST(copy_pool_submit), METH_FASTCALL | METH_KEYWORDS,
+     "submit(token, pages, direction, device_ids, host_ids, urgent)\n--\n\nQueue one job."},
+    {"reap", (PyCFunction)copy_pool_reap, METH_NOARGS,
+     "reap()\n--\n\nGive the tokens of the jobs that ended since the last call."},
+    {"copy", FAST(copy_pool_copy), METH_FASTCALL | METH_KEYWORDS,
+     "copy(target, source)\n--\n\nCopy bytes with all threads and non-temporal stores."},
+    {"close", (PyCFunction)copy_pool_close, METH_NOARGS,
+     "close()\n--\n\nFinish what is queued, join the threads, close the eventfd."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot copy_pool_slots[] = {
+    {Py_tp_doc, "CopyPool(threads)\n--\n\n"
+                "Standing threads that copy between device pages and host blocks."},
+    {Py_tp_new, copy_pool_new},
+    {Py_tp_dealloc, copy_pool_dealloc},
+    {Py_tp_methods, copy_pool_methods},
+    {Py_tp_getset, copy_pool_properties},
+    {0, NULL},
+};
+
+PyType_Spec copy_pool_spec = {
+    .name = "flexkv._ext.CopyPool",
+    .basicsize = sizeof(CopyPool),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = copy_pool_slots,
+};

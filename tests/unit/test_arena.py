@@ -1,0 +1,202 @@
+"""Laws of the arena: aligned, touched, bounded by what there is, and gone when closed."""
+
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from structlog.testing import capture_logs
+
+from flexkv.common.errors import ClosedError, ConfigError
+from flexkv.io import arena as arena_module
+from flexkv.io import host_memory
+from flexkv.io.arena import ALIGNMENT_BYTES, Arena
+
+MIB = 1 << 20
+NO_SUCH_PAGES_BYTES = 1 << 34
+"""Huge pages of 16 GiB, which no machine of ours has."""
+
+
+@pytest.fixture
+def arena():
+    """Give a small private arena."""
+    arena = Arena.open(8, MIB)
+    yield arena
+    arena.close()
+
+
+def is_mapped(address):
+    """Tell whether a mapping of this process holds `address`."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        low, _, high = line.split()[0].partition("-")
+        if int(low, 16) <= address < int(high, 16):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_blocks_are_one_aligned_array(shared):
+    """Array, buffer and address are the same zeroed bytes, on a 2 MiB boundary."""
+    arena = Arena.open(3, 3 * MIB, shared=shared)
+    assert arena.array.shape == (3, 3 * MIB)
+    assert len(arena.buffer) == 9 * MIB
+    assert arena.address % ALIGNMENT_BYTES == 0
+    assert arena.array.__array_interface__["data"][0] == arena.address
+    assert not arena.array.any()
+    arena.array[2, 5] = 7
+    assert arena.buffer[6 * MIB + 5] == 7
+    assert arena.close()
+
+
+def test_a_shared_arena_is_the_same_memory_for_another(monkeypatch):
+    """Whoever maps the descriptor at its offset sees the bytes of the blocks."""
+    arena = Arena.open(2, MIB, shared=True)
+    with mmap.mmap(arena.fd, arena.fd_offset_bytes + 2 * MIB) as other:
+        arena.array[1, 3] = 42
+        assert other[arena.fd_offset_bytes + MIB + 3] == 42
+    assert arena.close()
+
+
+def test_a_private_arena_has_no_descriptor(arena):
+    """Private memory can be named by nobody else."""
+    assert arena.fd is None
+
+
+def test_it_says_what_pages_it_got(arena):
+    """The backing is what the kernel gave, and `why` tells how much of it."""
+    assert arena.backing in ("thp", "plain")
+    assert "private memory" in arena.why
+    assert "of 8 MiB in huge pages" in arena.why
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_huge_pages_that_are_not_there_fall_to_the_next(shared):
+    """When hugetlb is refused, ordinary memory serves, and the reason is kept."""
+    arena = Arena.open(2, MIB, hugepage_bytes=NO_SUCH_PAGES_BYTES, shared=shared)
+    assert arena.backing in ("thp", "plain")
+    assert arena.why.startswith("hugetlb refused (E")
+    assert (arena.fd is not None) == shared
+    arena.close()
+
+
+def test_hugetlb_is_used_or_its_refusal_reported():
+    """Huge pages of the usual size are either what backs the arena or are said to be refused."""
+    arena = Arena.open(2, MIB, hugepage_bytes=2 * MIB)
+    assert arena.backing == "hugetlb" or arena.why.startswith("hugetlb refused (E")
+    arena.array[:] = 1
+    assert arena.close()
+
+
+@pytest.mark.parametrize("size", [0, 3 * MIB, 512])
+def test_sizes_that_no_huge_page_has_are_refused(size):
+    """A huge page is a power of two, and no smaller than a page."""
+    with pytest.raises(ConfigError, match="hugepage_size_bytes"):
+        Arena.open(2, MIB, hugepage_bytes=size)
+
+
+def test_touching_reports_progress(monkeypatch):
+    """Progress comes after each slice, and ends with all bytes of all bytes."""
+    monkeypatch.setattr(arena_module, "TOUCH_BYTES", 3 * MIB)
+    seen = []
+    Arena.open(8, MIB, progress=lambda *step: seen.append(step)).close()
+    assert seen == [(done * MIB, 8 * MIB) for done in (3, 6, 8)]
+
+
+def test_more_than_the_machine_has_is_refused():
+    """The error names the field, its value and what there is."""
+    with pytest.raises(ConfigError, match=r"lower num_cpu_blocks or cpu_cache_gb") as caught:
+        Arena.open(1 << 30, MIB)
+    assert (caught.value.field, caught.value.value) == ("num_cpu_blocks", 1 << 30)
+    assert f"needs {(1 << 30) * MIB} bytes" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "files"),
+    [
+        (
+            "0::/jobs/mine",
+            {
+                "jobs/mine/memory.max": "max",
+                "jobs/mine/memory.current": "0",
+                "jobs/mine/memory.stat": "anon 0",
+                "jobs/memory.max": str(8 * MIB),
+                "jobs/memory.current": str(6 * MIB),
+                "jobs/memory.stat": f"anon 5\ninactive_file {MIB}",
+            },
+        ),
+        (
+            "4:cpu,memory:/seen/from/outside",
+            {
+                "memory/memory.limit_in_bytes": str(8 * MIB),
+                "memory/memory.usage_in_bytes": str(6 * MIB),
+                "memory/memory.stat": f"total_inactive_file {MIB}",
+            },
+        ),
+    ],
+    ids=["v2", "v1"],
+)
+def test_more_than_the_cgroup_allows_is_refused(monkeypatch, tmp_path, line, files):
+    """Limits of any cgroup above count, less what the kernel would give back; both versions."""
+    (tmp_path / "self").write_text(f"{line}\n7:pids:/\n")
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    monkeypatch.setattr(host_memory, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(host_memory, "CGROUP_OF_SELF", tmp_path / "self")
+    Arena.open(3, MIB).close()
+    with pytest.raises(ConfigError, match=f"cgroup .* has {3 * MIB}:"):
+        Arena.open(4, MIB)
+
+
+def test_without_cgroups_the_machine_is_the_limit(monkeypatch, tmp_path):
+    """A system that has no cgroups is asked for its memory alone."""
+    monkeypatch.setattr(host_memory, "CGROUP_OF_SELF", tmp_path / "missing")
+    assert host_memory.headroom().limited_by == "the machine"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_close_gives_memory_and_descriptors_back(shared):
+    """After close nothing is mapped, no descriptor is open, and closing again does nothing."""
+    before = os.listdir("/proc/self/fd")
+    arena = Arena.open(2, MIB, shared=shared)
+    address = arena.address
+    assert is_mapped(address)
+    assert arena.close()
+    assert not is_mapped(address)
+    assert os.listdir("/proc/self/fd") == before
+    assert arena.close()
+    with pytest.raises(ClosedError):
+        _ = arena.array
+    with pytest.raises(ClosedError):
+        _ = arena.buffer
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_views_that_are_left_keep_the_memory(shared):
+    """Views outlive close without harm: the memory goes with the last of them, and that is said."""
+    before = os.listdir("/proc/self/fd")
+    arena = Arena.open(2, MIB, shared=shared)
+    address = arena.address
+    view, piece = arena.array[1], arena.buffer[:10]
+    with capture_logs() as logs:
+        assert not arena.close()
+    assert [entry["event"] for entry in logs] == ["arena_still_viewed"]
+    view[:] = np.uint8(9)
+    assert is_mapped(address)
+    del view, piece
+    assert not is_mapped(address)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_failing_progress_leaves_nothing():
+    """When the caller's progress raises, the memory is given back."""
+    before = os.listdir("/proc/self/fd")
+
+    def fail(done_bytes, total_bytes):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Arena.open(2, MIB, shared=True, progress=fail)
+    assert os.listdir("/proc/self/fd") == before

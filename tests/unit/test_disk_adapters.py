@@ -1,0 +1,355 @@
+"""Laws of the disk adapters: few large I/Os, every error told, threads where io_uring is not."""
+
+import asyncio
+import errno
+import os
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import pytest
+from structlog.testing import capture_logs
+
+from flexkv._ext import Ring
+from flexkv.common.errors import ShortTransferError, StorageError
+from flexkv.common.terms import Route, Tier, Transfer
+from flexkv.io import disk_jobs
+from flexkv.io.arena import Arena
+from flexkv.io.disk import open_disk
+from flexkv.io.disk_jobs import DiskGeometry
+from flexkv.io.files import StripedFiles
+from flexkv.io.posix import ThreadDiskPort
+from flexkv.io.uring import RingOptions, UringDiskPort
+
+STRIDE = 4096
+BLOCKS = 64
+READ, WRITE = Route(Tier.DISK, Tier.HOST), Route(Tier.HOST, Tier.DISK)
+PATIENCE_S = 20.0
+
+PORTS = {
+    "uring": lambda arena, files: UringDiskPort(arena, files, RingOptions(16)),
+    "threads": ThreadDiskPort,
+}
+every_port = pytest.mark.parametrize("make", PORTS.values(), ids=PORTS.keys())
+
+
+def transfer(route, source_ids, target_ids, token=1):
+    """Give a transfer of the given ids."""
+    source_ids, target_ids = np.array(source_ids, np.int64), np.array(target_ids, np.int64)
+    return Transfer(token=token, owner=1, route=route, source_ids=source_ids, target_ids=target_ids)
+
+
+@contextmanager
+def tiers(*folders, num_blocks=BLOCKS, stride=STRIDE, max_file_size_bytes=None):
+    """Give an arena and files of the same number of blocks."""
+    files = StripedFiles.open(folders, num_blocks, stride, max_file_size_bytes)
+    arena = Arena.open(num_blocks, stride)
+    try:
+        yield arena, files
+    finally:
+        arena.close()
+        files.close()
+
+
+@contextmanager
+def opened(port):
+    """Give a connected port with the event that it wakes; close it after."""
+    woken = asyncio.Event()
+    port.connect(woken.set)
+    try:
+        yield port, woken
+    finally:
+        port.close()
+
+
+async def run(port, woken, *transfers):
+    """Give the error of each transfer, in the order of their tokens."""
+    for each in transfers:
+        port.submit(each)
+    ended = port.reap()
+    async with asyncio.timeout(PATIENCE_S):
+        while len(ended) < len(transfers):
+            await woken.wait()
+            woken.clear()
+            ended += port.reap()
+    return [completion.error for completion in sorted(ended, key=lambda each: each.token)]
+
+
+def extents(arena, files, route, source_ids, target_ids, io_bytes_max=4 * STRIDE):
+    """Give the extents of a transfer, memory as a block id instead of its address."""
+    job = DiskGeometry(arena, files, io_bytes_max).job(transfer(route, source_ids, target_ids), 0)
+    rows = job.extents.tolist()
+    return [(index, at, (to - arena.address) // STRIDE, size) for index, at, to, size in rows]
+
+
+def test_neighbours_are_one_io(tmp_path):
+    """Blocks that are contiguous on both ends go in one I/O, up to the bound of an I/O."""
+    with tiers(tmp_path) as (arena, files):
+        found = extents(arena, files, WRITE, [5, 6, 7, 8, 9, 20], [0, 1, 2, 3, 4, 5])
+    assert found == [
+        (0, 0, 5, 4 * STRIDE),
+        (0, 4 * STRIDE, 9, STRIDE),
+        (0, 5 * STRIDE, 20, STRIDE),
+    ]
+
+
+def test_no_io_crosses_the_end_of_a_file(tmp_path):
+    """Neighbouring ids in different files are different I/Os."""
+    with tiers(tmp_path, max_file_size_bytes=3 * STRIDE) as (arena, files):
+        found = extents(arena, files, READ, range(1, 6), range(5))
+    assert found == [(0, STRIDE, 0, 2 * STRIDE), (1, 0, 2, 3 * STRIDE)]
+
+
+def test_neighbours_of_a_stripe_are_one_io(tmp_path):
+    """Over two directories, every other id is a neighbour in its file."""
+    with tiers(tmp_path / "a", tmp_path / "b") as (arena, files):
+        found = extents(arena, files, READ, [0, 2, 4, 1, 3], range(5))
+    assert found == [(0, 0, 0, 3 * STRIDE), (1, 0, 3, 2 * STRIDE)]
+
+
+def test_no_io_crosses_two_registered_slices(tmp_path, monkeypatch):
+    """Memory is registered in slices, and an I/O lies in one of them."""
+    monkeypatch.setattr(disk_jobs, "SLICE_BYTES_MAX", 10 * STRIDE + 1)
+    with tiers(tmp_path) as (arena, files):
+        found = extents(arena, files, READ, range(8, 12), range(8, 12))
+        slices = [len(piece) for piece in DiskGeometry(arena, files, 1).slices(arena)]
+    assert found == [(0, 8 * STRIDE, 8, 2 * STRIDE), (0, 10 * STRIDE, 10, 2 * STRIDE)]
+    assert slices == [10 * STRIDE] * 6 + [4 * STRIDE]
+
+
+def test_a_block_is_one_io_up_to_8_mib(tmp_path):
+    """A block above the bound of an I/O is still one, until it is larger than 8 MiB."""
+    ids = np.arange(2)
+    with tiers(tmp_path, num_blocks=2, stride=8 << 20) as (arena, files):
+        job = DiskGeometry(arena, files, 2 << 20).job(transfer(READ, ids, ids), 0)
+        assert job.extents[:, 3].tolist() == [8 << 20] * 2
+    with tiers(tmp_path, num_blocks=2, stride=17 << 20) as (arena, files):
+        job = DiskGeometry(arena, files, 2 << 20).job(transfer(READ, ids, ids), 0)
+        assert job.extents[:, 3].tolist() == [8 << 20, 8 << 20, 1 << 20] * 2
+        addresses = job.extents[:, 2] - arena.address
+        assert addresses.tolist() == job.extents[:, 1].tolist()
+        assert addresses.tolist() == [0, 8 << 20, 16 << 20, 17 << 20, 25 << 20, 33 << 20]
+
+
+@every_port
+async def test_a_large_block_comes_back(make, tmp_path):
+    """A block that takes several I/Os is whole again."""
+    with tiers(tmp_path, num_blocks=2, stride=9 << 20) as (arena, files):
+        arena.array[0] = np.random.default_rng(1).integers(0, 256, 9 << 20, np.uint8)
+        with opened(make(arena, files)) as (port, woken):
+            assert await run(port, woken, transfer(WRITE, [0], [1])) == [None]
+            assert await run(port, woken, transfer(READ, [1], [1])) == [None]
+        assert np.array_equal(arena.array[0], arena.array[1])
+
+
+async def test_a_small_ring_takes_any_number(tmp_path):
+    """More I/Os than the ring has entries wait in the port, and all of them end."""
+    shuffled = np.random.default_rng(2).permutation(BLOCKS)
+    with tiers(tmp_path) as (arena, files):
+        arena.array[:] = np.arange(BLOCKS, dtype=np.uint8)[:, None]
+        port = UringDiskPort(arena, files, RingOptions(entries=2))
+        with opened(port) as (port, woken):
+            halves = [shuffled[:32], shuffled[32:]]
+            writes = [transfer(WRITE, ids, ids[::-1], token) for token, ids in enumerate(halves)]
+            assert await run(port, woken, *writes) == [None, None]
+            arena.array[:] = 0
+            reads = [transfer(READ, ids[::-1], ids, token) for token, ids in enumerate(halves)]
+            assert await run(port, woken, *reads) == [None, None]
+        assert np.array_equal(arena.array[:, -1], np.arange(BLOCKS))
+
+
+@every_port
+async def test_a_file_that_ended_is_a_short_transfer(make, tmp_path):
+    """A read past the end of a truncated file says how much there was; others are unharmed."""
+    with tiers(tmp_path) as (arena, files), opened(make(arena, files)) as (port, woken):
+        os.truncate(files.paths[0], 10 * STRIDE)
+        errors = await run(
+            port,
+            woken,
+            transfer(READ, [8, 9, 10, 11], [0, 1, 2, 3], token=0),
+            transfer(READ, [9], [8], token=1),
+            transfer(READ, [30, 40, 50], [20, 22, 24], token=2),
+        )
+    short, fine, nothing = errors
+    assert isinstance(short, ShortTransferError)
+    assert (short.path, short.wanted_bytes, short.moved_bytes) == (
+        files.paths[0],
+        4 * STRIDE,
+        2 * STRIDE,
+    )
+    assert fine is None
+    assert isinstance(nothing, ShortTransferError)
+    assert nothing.moved_bytes == 0
+
+
+@every_port
+@pytest.mark.parametrize(
+    ("route", "stand_in", "flags", "number"),
+    [
+        (WRITE, "/dev/full", os.O_RDWR, errno.ENOSPC),
+        (READ, None, os.O_WRONLY, errno.EBADF),
+        (WRITE, None, os.O_RDONLY, errno.EBADF),
+    ],
+    ids=["full", "unreadable", "unwritable"],
+)
+async def test_every_errno_is_told(make, tmp_path, route, stand_in, flags, number):
+    """A file that refuses is a StorageError with path, offset and errno; the port works on."""
+    with tiers(tmp_path / "a", tmp_path / "b") as (arena, files):
+        broken = os.open(stand_in or files.paths[1], flags)
+        os.dup2(broken, files.fds[1], inheritable=False)
+        os.close(broken)
+        with opened(make(arena, files)) as (port, woken):
+            ids = np.arange(3, 19)
+            errors = await run(
+                port, woken, transfer(route, ids, ids, 7), transfer(route, [4], [4], 8)
+            )
+        assert errors[1] is None
+        assert isinstance(errors[0], StorageError)
+        assert (errors[0].path, errors[0].errno) == (files.paths[1], number)
+        assert (errors[0].offset_bytes % STRIDE, errors[0].op_id) == (0, 7)
+
+
+async def test_a_failed_transfer_drops_what_the_kernel_never_got(tmp_path):
+    """An error ends a transfer that the ring has no room for, and the next one gets through."""
+    with tiers(tmp_path) as (arena, files):
+        port = UringDiskPort(arena, files, RingOptions(entries=1))
+        with opened(port) as (port, woken):
+            os.truncate(files.paths[0], 0)
+            reads = transfer(READ, range(0, BLOCKS, 2), range(BLOCKS // 2), token=0)
+            writes = transfer(WRITE, [0], [0], token=1)
+            first, second = await run(port, woken, reads, writes)
+        assert isinstance(first, ShortTransferError)
+        assert second is None
+
+
+class RefusingRing:
+    """A ring that refuses one call with an errno, and passes on the rest."""
+
+    def __init__(self, refused, number, entries, flags):
+        if refused == "Ring":
+            raise OSError(number, os.strerror(number))
+        self._ring = Ring(entries, flags)
+        self._refused, self._number = refused, number
+
+    def __getattr__(self, name):
+        return getattr(self._ring, name)
+
+    def lend(self, buffers, register):
+        """Lend, but refuse to register when told so."""
+        if register and self._refused == "register":
+            raise OSError(self._number, os.strerror(self._number))
+        self._ring.lend(buffers, register)
+
+    def register_files(self, fds):
+        """Register files, unless told to refuse."""
+        if self._refused == "register_files":
+            raise OSError(self._number, os.strerror(self._number))
+        self._ring.register_files(fds)
+
+    def submit(self, token, write, extents):
+        """Submit, unless told to refuse."""
+        if self._refused == "submit":
+            raise OSError(self._number, os.strerror(self._number))
+        return self._ring.submit(token, write, extents)
+
+
+@pytest.fixture
+def refuse(monkeypatch):
+    """Give a function that makes rings refuse one call."""
+
+    def install(call, number):
+        monkeypatch.setattr("flexkv.io.uring.Ring", partial(RefusingRing, call, number))
+
+    return install
+
+
+async def test_without_memlock_it_runs_unregistered(tmp_path, refuse):
+    """When the kernel does not register the memory, the port works all the same, and says why."""
+    refuse("register", errno.ENOMEM)
+    with tiers(tmp_path) as (arena, files):
+        port = UringDiskPort(arena, files, RingOptions(16))
+        with opened(port) as (port, woken):
+            assert not port.registered
+            assert "Cannot allocate memory" in port.why
+            assert await run(port, woken, transfer(WRITE, [1], [2])) == [None]
+
+
+async def test_memory_is_registered_where_it_may(tmp_path):
+    """A port on this machine is registered, or names the refusal."""
+    with tiers(tmp_path) as (arena, files):
+        port = UringDiskPort(arena, files, RingOptions(16))
+        with opened(port):
+            assert port.registered != bool(port.why)
+
+
+async def test_a_ring_that_refuses_work_fails_the_transfer(tmp_path, refuse):
+    """An error of io_uring itself is the transfer's, not the caller's of submit."""
+    refuse("submit", errno.EBUSY)
+    with tiers(tmp_path) as (arena, files):
+        port = UringDiskPort(arena, files, RingOptions(16))
+        with opened(port) as (port, woken):
+            (error,) = await run(port, woken, transfer(WRITE, [1, 5], [2, 9]))
+    assert isinstance(error, StorageError)
+    assert (error.errno, error.offset_bytes) == (errno.EBUSY, 2 * STRIDE)
+
+
+async def choose(arena, files, entries=16):
+    """Give the type of the port that `open_disk` chooses, and the one event that it logs."""
+    with capture_logs() as logs, opened(open_disk(arena, files, RingOptions(entries))) as (port, _):
+        pass
+    (event,) = logs
+    assert event["event"] == "disk_adapter"
+    return type(port), event
+
+
+async def test_io_uring_is_chosen_where_it_is_there(tmp_path):
+    """With O_DIRECT and io_uring, the ring serves, and the log says so."""
+    with tiers(tmp_path) as (arena, files):
+        kind, event = await choose(arena, files)
+    assert (kind, event["adapter"]) == (UringDiskPort, "io_uring")
+
+
+async def test_no_entries_means_threads(tmp_path):
+    """`iouring_entries` of 0 turns io_uring off."""
+    with tiers(tmp_path) as (arena, files):
+        kind, event = await choose(arena, files, entries=0)
+    assert (kind, event["reason"]) == (ThreadDiskPort, "iouring_entries is 0")
+
+
+@pytest.mark.parametrize("call", ["Ring", "register_files"])
+async def test_a_kernel_without_io_uring_means_threads(tmp_path, refuse, call):
+    """Where the kernel refuses, threads serve, the log says why, and nothing is left open."""
+    with tiers(tmp_path) as (arena, files):
+        before = os.listdir("/proc/self/fd")
+        refuse(call, errno.EPERM)
+        kind, event = await choose(arena, files)
+        assert os.listdir("/proc/self/fd") == before
+    assert kind is ThreadDiskPort
+    assert event["adapter"] == "threads"
+    assert event["reason"] == "io_uring refused (Operation not permitted)"
+
+
+async def test_buffered_files_mean_threads(tmp_path):
+    """Without O_DIRECT, threads serve, with the reason of the files."""
+    with tiers(tmp_path, stride=1000) as (arena, files):
+        kind, event = await choose(arena, files)
+        with opened(open_disk(arena, files, RingOptions(16))) as (port, woken):
+            arena.array[3] = 9
+            assert await run(port, woken, transfer(WRITE, [3], [5])) == [None]
+            assert await run(port, woken, transfer(READ, [5], [4])) == [None]
+        assert (arena.array[4] == 9).all()
+    assert kind is ThreadDiskPort
+    assert "not aligned" in event["reason"]
+
+
+@every_port
+async def test_a_refused_sync_is_told(make, tmp_path, monkeypatch):
+    """A device that cannot make writes durable is a StorageError for whoever waits."""
+
+    def refuse_sync(fd):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with tiers(tmp_path) as (arena, files), opened(make(arena, files)) as (port, _):
+        monkeypatch.setattr(os, "fdatasync", refuse_sync)
+        with pytest.raises(StorageError, match="EIO"):
+            await port.sync()

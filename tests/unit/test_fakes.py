@@ -1,0 +1,122 @@
+"""Laws of the fake port that the contract has no word for: its faults, and that a seed repeats."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from flexkv.common.errors import InvariantError, StorageError, TransferError
+from flexkv.common.terms import Route, Tier, Transfer
+from flexkv.testing.fakes import FakePort
+from flexkv.testing.faults import FaultPlan
+
+BLOCKS, BLOCK_BYTES = 16, 8
+PATIENCE_S = 20.0
+
+
+def write(token, blocks=BLOCKS):
+    """Give a transfer of the first blocks from host to disk."""
+    ids = np.arange(blocks)
+    return Transfer(
+        token=token, owner=1, route=Route(Tier.HOST, Tier.DISK), source_ids=ids, target_ids=ids
+    )
+
+
+class Bench:
+    """A fake port with its two ends, connected to the running loop."""
+
+    def __init__(self, seed, failure_probability=0.0):
+        self.store = np.zeros((BLOCKS, BLOCK_BYTES), np.uint8)
+        self.host = np.full((BLOCKS, BLOCK_BYTES), 7, np.uint8)
+        self.faults = FaultPlan(seed, failure_probability, delay_max_s=0.002)
+        self.port = FakePort(self.store, self.host, self.faults, BLOCK_BYTES)
+        self.woken = asyncio.Event()
+        self.port.connect(self.woken.set)
+
+    async def reap(self, wanted):
+        """Give so many completions, in the order of their ends."""
+        ended = []
+        async with asyncio.timeout(PATIENCE_S):
+            while len(ended) < wanted:
+                await self.woken.wait()
+                self.woken.clear()
+                ended += self.port.reap()
+        return ended
+
+
+async def test_a_failure_tells_its_seed_and_moves_a_part_at_most():
+    """An injected failure names the plan that replays it; some blocks may have moved, not all."""
+    moved = set()
+    for seed in range(30):
+        bench = Bench(seed, failure_probability=1.0)
+        bench.port.submit(write(3))
+        ((token, error),) = await bench.reap(1)
+        assert token == 3
+        assert isinstance(error, TransferError)
+        assert f"seed={seed}" in str(error)
+        moved.add(int(np.count_nonzero(bench.store[:, 0])))
+        bench.port.close()
+    assert len(moved) > 1
+
+
+async def test_a_buffer_reused_too_early_shows():
+    """Bytes written to the source before the completion was reaped get into the copy."""
+    spoilt = 0
+    for seed in range(30):
+        bench = Bench(seed)
+        bench.port.submit(write(1))
+        bench.host[:] = 99
+        await bench.reap(1)
+        spoilt += bool((bench.store == 99).any())
+        bench.port.close()
+    assert spoilt == 30
+
+
+def test_the_same_seed_gives_the_same_plan():
+    """Delays, failures, moments and orders are a function of the seed and of the questions."""
+
+    def answers(plan):
+        return [
+            (plan.delay_s(), plan.fails(), plan.moment_s(1.0), plan.order(5), plan.cut(9))
+            for _ in range(20)
+        ]
+
+    assert answers(FaultPlan(5, 0.5)) == answers(FaultPlan(5, 0.5))
+    assert answers(FaultPlan(5, 0.5)) != answers(FaultPlan(6, 0.5))
+
+
+async def test_completions_come_out_of_order():
+    """Each transfer has a delay of its own, so the order of the ends is not that of the starts."""
+    bench = Bench(1)
+    for token in range(20):
+        bench.port.submit(write(token, blocks=1))
+    assert bench.port.in_flight == 20
+    ended = [token for token, _ in await bench.reap(20)]
+    assert sorted(ended) == list(range(20))
+    assert ended != list(range(20))
+    bench.port.close()
+
+
+async def test_sync_fails_as_planned():
+    """A disk that refuses to sync is a storage error here too."""
+    bench = Bench(1, failure_probability=1.0)
+    with pytest.raises(StorageError):
+        await bench.port.sync()
+    bench.port.close()
+
+
+async def test_a_token_in_flight_is_not_taken_again():
+    """Two transfers under one token could not be told apart."""
+    bench = Bench(1)
+    bench.port.submit(write(1))
+    with pytest.raises(InvariantError):
+        bench.port.submit(write(1))
+    await bench.reap(1)
+    bench.port.close()
+
+
+def test_a_fake_needs_a_loop():
+    """Before `connect` there is no clock that the delays could follow."""
+    block = np.zeros((BLOCKS, BLOCK_BYTES), np.uint8)
+    with pytest.raises(InvariantError):
+        FakePort(block, block, FaultPlan(1), BLOCK_BYTES).submit(write(1))

@@ -1,0 +1,243 @@
+"""Laws of the SSD files: every block has one place, bounded, private, and bad places are named."""
+
+import errno
+import fcntl
+import os
+import stat
+
+import numpy as np
+import pytest
+
+from flexkv.common.errors import ConfigError, StorageError
+from flexkv.io import files as files_module
+from flexkv.io.files import LOCK_NAME, StripedFiles
+
+STRIDE = 4096
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Give three directories, which do not exist yet."""
+    return [tmp_path / name for name in "abc"]
+
+
+def data_files(folder):
+    """Give the names of the block files in a directory."""
+    return sorted(path.name for path in folder.glob("*.flexkv") if path.name != LOCK_NAME)
+
+
+@pytest.mark.parametrize("directories", [1, 2, 3])
+@pytest.mark.parametrize("num_blocks", [1, 2, 7, 30])
+@pytest.mark.parametrize("max_file_size_bytes", [None, STRIDE - 1, 4 * STRIDE])
+def test_every_block_has_a_place_of_its_own(folders, directories, num_blocks, max_file_size_bytes):
+    """Blocks tile the files exactly, each in its directory, and no file is above its bound."""
+    folders = folders[:directories]
+    files = StripedFiles.open(folders, num_blocks, STRIDE, max_file_size_bytes)
+    file_index, offset = files.locate(np.arange(num_blocks))
+    ends = {}
+    for block, (index, start) in enumerate(zip(file_index.tolist(), offset.tolist(), strict=True)):
+        assert os.path.dirname(files.paths[index]) == str(folders[block % directories])
+        ends.setdefault(index, []).append(start)
+    assert sorted(ends) == list(range(len(files.fds)))
+    for index, starts in ends.items():
+        assert starts == [STRIDE * place for place in range(len(starts))]
+        assert os.fstat(files.fds[index]).st_size == STRIDE * len(starts)
+        if max_file_size_bytes is not None:
+            assert len(starts) <= max(1, max_file_size_bytes // STRIDE)
+    files.close()
+
+
+def test_positions_count_up_within_a_file_only(folders):
+    """Neighbours in a file have neighbouring positions; the end of a file joins nothing."""
+    files = StripedFiles.open(folders[:2], 16, STRIDE, 3 * STRIDE)
+    ids = np.arange(16)
+    file_index, offset = files.locate(ids)
+    positions = files.positions(ids)
+    for a in range(16):
+        for b in range(16):
+            neighbours = file_index[a] == file_index[b] and offset[b] == offset[a] + STRIDE
+            assert (positions[b] == positions[a] + 1) == neighbours
+    files.close()
+
+
+def test_space_is_allocated_and_private(folders):
+    """The files hold their space from the start, and only their owner may read them."""
+    files = StripedFiles.open(folders[:1], 64, STRIDE)
+    status = os.fstat(files.fds[0])
+    assert status.st_blocks * 512 >= 64 * STRIDE
+    assert stat.S_IMODE(status.st_mode) == 0o600
+    assert stat.S_IMODE(folders[0].stat().st_mode) == 0o700
+    files.close()
+
+
+def test_an_earlier_run_is_reused(folders):
+    """Bytes of an earlier run are still there; open makes a file private and of the right size."""
+    files = StripedFiles.open(folders[:1], 8, STRIDE)
+    path = files.paths[0]
+    files.close()
+    with open(path, "r+b") as file:
+        file.write(b"from an earlier run")
+        file.truncate(12 * STRIDE)
+    os.chmod(path, 0o644)
+    files = StripedFiles.open(folders[:1], 8, STRIDE)
+    assert os.fstat(files.fds[0]).st_size == 8 * STRIDE
+    assert stat.S_IMODE(os.fstat(files.fds[0]).st_mode) == 0o600
+    files.close()
+    with open(path, "rb") as file:
+        assert file.read(19) == b"from an earlier run"
+
+
+def test_files_beyond_the_bound_are_removed(folders):
+    """A smaller tier leaves no file of a larger one behind, and touches nothing else."""
+    StripedFiles.open(folders[:1], 8, STRIDE, 2 * STRIDE).close()
+    (folders[0] / "other.txt").write_text("not ours")
+    StripedFiles.open(folders[:1], 4, STRIDE, 2 * STRIDE).close()
+    assert data_files(folders[0]) == ["blocks-0000.flexkv", "blocks-0001.flexkv"]
+    assert (folders[0] / "other.txt").exists()
+
+
+def test_unaligned_blocks_are_buffered(folders):
+    """Blocks that O_DIRECT cannot move go through the page cache, with the reason."""
+    files = StripedFiles.open(folders[:1], 4, 1000)
+    assert not files.direct
+    assert "not aligned" in files.why
+    files.close()
+
+
+def refuse_direct(monkeypatch, errno_of_refusal=errno.EINVAL):
+    """Make this process's filesystems refuse O_DIRECT."""
+    real = fcntl.fcntl
+
+    def refusing(fd, command, argument=0):
+        if command == fcntl.F_SETFL and argument & os.O_DIRECT:
+            raise OSError(errno_of_refusal, os.strerror(errno_of_refusal))
+        return real(fd, command, argument)
+
+    monkeypatch.setattr(files_module.fcntl, "fcntl", refusing)
+
+
+def test_a_filesystem_without_o_direct_is_buffered(monkeypatch, folders):
+    """Where the filesystem refuses, all files are buffered, and the reason names the file."""
+    refuse_direct(monkeypatch)
+    files = StripedFiles.open(folders[:2], 4, STRIDE)
+    assert not files.direct
+    assert f"O_DIRECT refused for {files.paths[0]} (Invalid argument)" in files.why
+    assert not any(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT for fd in files.fds)
+    files.close()
+
+
+def test_direct_means_that_every_file_is(folders):
+    """`direct` is true exactly when the descriptors carry the flag."""
+    files = StripedFiles.open(folders, 9, STRIDE)
+    flags = {bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT) for fd in files.fds}
+    assert flags == {files.direct}
+    assert bool(files.why) != files.direct
+    files.close()
+
+
+def refused(folders, num_blocks=4):
+    """Give the ConfigError that opening raises, having checked that no descriptor is left."""
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ConfigError) as caught:
+        StripedFiles.open(folders, num_blocks, STRIDE)
+    assert os.listdir("/proc/self/fd") == before
+    return caught.value
+
+
+def test_a_missing_parent_is_named(tmp_path):
+    """Only the last component of a directory is created."""
+    error = refused([tmp_path / "missing" / "cache"])
+    assert error.field == "ssd_cache_dir"
+    assert f"{tmp_path / 'missing'} does not exist" in error.why
+
+
+def test_a_file_is_no_directory(tmp_path):
+    """A path that is a file is named as such."""
+    (tmp_path / "cache").write_text("")
+    assert refused([tmp_path / "cache"]).why == "is not a directory"
+
+
+def test_a_parent_that_is_a_file_is_named(tmp_path):
+    """So is a path below a file."""
+    (tmp_path / "file").write_text("")
+    assert "cannot be created" in refused([tmp_path / "file" / "cache"]).why
+
+
+def test_a_directory_that_takes_no_files_is_named():
+    """A directory in which nothing can be created, even by root, is named as not writable."""
+    assert "is not writable" in refused(["/sys/kernel"]).why
+
+
+def test_no_directory_is_an_error():
+    """An SSD tier needs a place."""
+    assert refused([]).field == "ssd_cache_dir"
+
+
+def test_a_directory_in_use_names_its_holder(folders):
+    """Two engines never share a directory: the second is told the pid of the first."""
+    files = StripedFiles.open(folders[:1], 4, STRIDE)
+    assert refused(folders[:1]).why == f"is in use by process {os.getpid()}"
+    files.close()
+    StripedFiles.open(folders[:1], 4, STRIDE).close()
+
+
+def test_a_directory_named_twice_is_refused(folders):
+    """The same directory twice would put two files in one place."""
+    assert "is in use" in refused([folders[0], folders[0]]).why
+
+
+def test_more_than_the_disk_has_is_refused_before_it_is_filled(folders):
+    """The error names the field, its value, and the bytes that are wanted and free."""
+    error = refused(folders[:2], num_blocks=1 << 40)
+    assert (error.field, error.value) == ("num_ssd_blocks", 1 << 40)
+    assert f"needs {STRIDE << 40} more bytes" in error.why
+    assert "lower num_ssd_blocks or ssd_cache_gb" in error.why
+
+
+@pytest.mark.parametrize(
+    ("number", "field"),
+    [
+        (errno.ENOSPC, "num_ssd_blocks"),
+        (errno.EDQUOT, "num_ssd_blocks"),
+        (errno.EFBIG, "ssd_cache_dir"),
+    ],
+)
+def test_a_refused_allocation_is_a_configuration_error(monkeypatch, folders, number, field):
+    """A disk or quota that runs full in spite of the check is told in the same words."""
+
+    def refuse(fd, offset, length):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files_module.os, "posix_fallocate", refuse)
+    assert refused(folders[:1]).field == field
+
+
+def test_a_link_in_place_of_a_file_is_refused(folders):
+    """Block files are never opened through a link that somebody put there."""
+    folders[0].mkdir()
+    (folders[0] / "blocks-0000.flexkv").symlink_to("/dev/null")
+    assert "blocks-0000.flexkv" in str(refused(folders[:1]).value)
+
+
+def test_sync_reports_the_file_that_failed(monkeypatch, folders):
+    """A device that refuses to sync is a storage error with the errno and the path."""
+    files = StripedFiles.open(folders[:1], 4, STRIDE)
+    files.sync()
+
+    def refuse(fd):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files_module.os, "fdatasync", refuse)
+    with pytest.raises(StorageError) as caught:
+        files.sync()
+    assert (caught.value.path, caught.value.errno) == (files.paths[0], errno.EIO)
+    files.close()
+
+
+def test_close_gives_descriptors_back(folders):
+    """After close no descriptor is open; closing again does nothing."""
+    before = os.listdir("/proc/self/fd")
+    files = StripedFiles.open(folders, 9, STRIDE)
+    files.close()
+    files.close()
+    assert os.listdir("/proc/self/fd") == before
