@@ -65,7 +65,6 @@ class Engine:
             cache.tokens_per_block,
         )
         self._admission = Admission(cache.requests_max)
-        self._residency = Residency(self._tier_indexes())
         self._actors: dict[Tier, TransferActor] = {}
         self._backing: dict[Tier, str] = {}
         self._resources = ExitStack()
@@ -105,6 +104,7 @@ class Engine:
         cache, sizes = self.cache, self.sizes
         backend = self._backend
         backend.open(undo, progress)
+        self._residency = Residency(self._tier_indexes())
         self._backing[Tier.HOST] = backend.host
         if backend.disk is not None:
             read, write = cache.disk_read_window_mb * MB, cache.disk_write_window_mb * MB

@@ -83,11 +83,11 @@ def namespace_parts(namespace: Namespace) -> tuple[str, ...]:
     """
     if namespace is None:
         return ()
-    parts = (namespace,) if isinstance(namespace, str) else tuple(namespace)
-    for part in parts:
-        if not isinstance(part, str):
-            raise ConfigError("namespace", namespace, "must be a string or a list of strings")
-    return parts
+    if isinstance(namespace, str):
+        return (namespace,)
+    if not isinstance(namespace, Sequence) or not all(isinstance(p, str) for p in namespace):
+        raise ConfigError("namespace", namespace, "must be a string or a list of strings")
+    return tuple(namespace)
 
 
 def _framed(parts: Sequence[bytes]) -> bytes:

@@ -182,7 +182,7 @@ class TierIndex:
         for block_id in range(self.capacity_blocks):
             key, state = self._key_of[block_id], self._state[block_id]
             named = key is not None
-            if named and (self._id_of.get(key) != block_id or state not in (1, 2)):  # type: ignore[arg-type]
+            if key is not None and (self._id_of.get(key) != block_id or state not in (1, 2)):
                 raise InvariantError(f"{self.tier.label}: block {block_id} is under a wrong key")
             if state == BlockState.READY and not named:
                 raise InvariantError(f"{self.tier.label}: READY block {block_id} has no key")

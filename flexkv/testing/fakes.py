@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from errno import EIO
 
 import numpy as np
@@ -19,11 +20,13 @@ from flexkv.testing.faults import FaultPlan
 
 @dataclass(slots=True)
 class _Job:
-    """A transfer in flight: its two copies and its end, each a timer."""
+    """A transfer in flight, as the copies that it still makes, each at its moment."""
 
     transfer: Transfer
     error: TransferError | None
-    timers: list[asyncio.TimerHandle] = field(default_factory=list)
+    copies: deque[tuple[float, BlockIds]]
+    end_s: float
+    timer: asyncio.TimerHandle | None = None
 
 
 class FakePort:
@@ -90,15 +93,28 @@ class FakePort:
         if faults.fails():
             why = f"injected by {faults!r}"
             error = TransferError(transfer.token, str(transfer.route), transfer.block_count, why)
-        job = self._jobs[transfer.token] = _Job(transfer, error)
         order = np.array(faults.order(transfer.block_count), dtype=np.int64)
         first, rest = np.split(order, [faults.cut(len(order))])
-        delay_s = faults.delay_s()
+        start_s, delay_s = loop.time(), faults.delay_s()
         early_s, late_s = sorted((faults.moment_s(delay_s), faults.moment_s(delay_s)))
-        job.timers.append(loop.call_later(early_s, self._copy, transfer, first))
+        copies = deque([(start_s + early_s, first)])
         if error is None:
-            job.timers.append(loop.call_later(late_s, self._copy, transfer, rest))
-        job.timers.append(loop.call_later(delay_s, self._end, job))
+            copies.append((start_s + late_s, rest))
+        job = self._jobs[transfer.token] = _Job(transfer, error, copies, start_s + delay_s)
+        self._await_next(loop, job)
+
+    def _await_next(self, loop: asyncio.AbstractEventLoop, job: _Job) -> None:
+        """Set the timer of a job's next step: one at a time, for equal times have no order."""
+        when_s = job.copies[0][0] if job.copies else job.end_s
+        job.timer = loop.call_at(when_s, self._step, loop, job)
+
+    def _step(self, loop: asyncio.AbstractEventLoop, job: _Job) -> None:
+        """Make the next copy of a job, or end it after the last."""
+        if job.copies:
+            self._copy(job.transfer, job.copies.popleft()[1])
+            self._await_next(loop, job)
+        else:
+            self._end(job)
 
     def _copy(self, transfer: Transfer, which: BlockIds) -> None:
         """Copy some blocks of a transfer now."""
@@ -140,7 +156,7 @@ class FakePort:
             return
         self._closed = True
         for job in self._jobs.values():
-            for timer in job.timers:
-                timer.cancel()
+            if job.timer is not None:
+                job.timer.cancel()
         if unreaped := len(self._jobs) + len(self._ended):
             raise InvariantError(f"fake port closed with {unreaped} transfers unreaped")

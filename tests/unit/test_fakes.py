@@ -120,3 +120,15 @@ def test_a_fake_needs_a_loop():
     block = np.zeros((BLOCKS, BLOCK_BYTES), np.uint8)
     with pytest.raises(InvariantError):
         FakePort(block, block, FaultPlan(1), BLOCK_BYTES).submit(write(1))
+
+
+async def test_no_end_overtakes_its_copies():
+    """Even when all moments are the same one, every byte is there when the completion is."""
+    bench = Bench(1)
+    bench.faults.delay_min_s = bench.faults.delay_max_s = 0.0
+    for token in range(BLOCKS):
+        bench.store[:] = 0
+        bench.port.submit(write(token))
+        assert await bench.reap(1) == [(token, None)]
+        assert (bench.store == 7).all()
+    bench.port.close()

@@ -1,0 +1,59 @@
+"""The queue of an actor: inbound first, in turns between requests, bounded."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flexkv.actors.mailbox import Mailbox
+from flexkv.common.errors import InvariantError
+from flexkv.common.terms import Route, Tier, Transfer
+
+READ, WRITE = Route(Tier.DISK, Tier.HOST), Route(Tier.HOST, Tier.DISK)
+
+
+def transfer(token: int, owner: int, blocks: int = 4, route: Route = READ) -> Transfer:
+    """Give a transfer of some blocks."""
+    ids = np.arange(blocks)
+    return Transfer(token, owner, route, ids, ids)
+
+
+def test_requests_take_turns_piece_by_piece() -> None:
+    """A small request behind a large one is served at the second turn."""
+    mailbox = Mailbox(8)
+    for token, owner in ((1, 1), (2, 1), (3, 2)):
+        mailbox.put(transfer(token, owner))
+    order = []
+    while mailbox.inbound:
+        order.append(mailbox.inbound.first().transfer.token)
+        mailbox.inbound.advance(2)
+    assert order == [1, 3, 1, 3, 2, 2]
+
+
+def test_directions_have_lanes_of_their_own() -> None:
+    """What goes towards the device waits apart from what goes away from it."""
+    mailbox = Mailbox(8)
+    mailbox.put(transfer(1, 1, route=WRITE))
+    mailbox.put(transfer(2, 1, route=READ))
+    assert mailbox.inbound.first().transfer.token == 2
+    assert mailbox.outbound.first().transfer.token == 1
+
+
+def test_a_waiting_transfer_can_be_taken_out() -> None:
+    """A recall removes one transfer and leaves its owner's others."""
+    mailbox = Mailbox(8)
+    mailbox.put(transfer(1, 1))
+    mailbox.put(transfer(2, 1))
+    cursor = mailbox.find(1)
+    assert cursor is not None
+    mailbox.inbound.remove(cursor)
+    assert cursor.over
+    assert mailbox.inbound.first().transfer.token == 2
+
+
+def test_a_full_mailbox_is_an_invariant_error() -> None:
+    """Admission bounds what arrives; more is our own mistake, not a longer queue."""
+    mailbox = Mailbox(1)
+    mailbox.put(transfer(1, 1))
+    with pytest.raises(InvariantError):
+        mailbox.put(transfer(2, 1))
