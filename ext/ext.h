@@ -51,7 +51,7 @@ static inline int64_t int64_at(const struct int64_view *view, Py_ssize_t index)
     return int64_load(view->buffer.buf, index);
 }
 
-/* Fill values[] by position and keyword; a missing optional one is NULL. 0, or -1 with TypeError. */
+/* Fill values[] by position and keyword; a missing optional is NULL. 0, or -1 with TypeError. */
 int args_unpack(const struct signature *signature, PyObject *const *args, Py_ssize_t count,
                 PyObject *keywords, PyObject **values);
 

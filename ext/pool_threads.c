@@ -6,8 +6,9 @@
  *
  * One lock guards everything; a thread holds it for the claim of a unit only and copies without.
  * A unit is UNIT_BYTES of a job, whatever its pieces are, so that one job uses all threads and an
- * urgent job waits for no more than the units being copied when it comes. A job whose last unit
- * is claimed leaves its queue; the thread that ends its last byte moves it to `done`.
+ * urgent job waits for no more than the units being copied when it comes. The jobs of one list take
+ * turns, a unit each. A job whose last unit is claimed leaves its list; the thread that ends its
+ * last byte moves it to `done`.
  */
 #define _GNU_SOURCE
 #include "pool_threads.h"
@@ -60,8 +61,9 @@ static void unit_run(struct pool *pool, struct job_list *list)
     if (bytes > UNIT_BYTES)
         bytes = UNIT_BYTES;
     job->claimed_bytes += bytes;
-    if (job->claimed_bytes == job->work.bytes)
-        list_drop_first(list);
+    list_drop_first(list);
+    if (job->claimed_bytes < job->work.bytes)
+        list_append(list, job);
     pthread_mutex_unlock(&pool->lock);
     copy_range(&job->work, first, first + bytes);
     pthread_mutex_lock(&pool->lock);

@@ -1,13 +1,14 @@
 /* Theory of operation.
  *
- *   stage ──> staged ──flush──> kernel ──> CQ ──collect──> ended ──> caller
- *               ^                                  │ short, EINTR, EAGAIN
- *               └──────────────────────────────────┘
+ *            take            start                     absorb                     give
+ *   free ──────────> taken ──────────> running ─────────────────> ended ──────────────> free
+ *     ^                │ refused         ^  │ short, EINTR, EAGAIN  ^
+ *     └────────────────┘                 └──┴── refused: its errno ─┘
  *
- * A request holds one place of the table from stage to end, so every accepted request ends exactly
- * once. There are no more places than completion entries: the completion queue cannot overflow.
- * The kernel takes submission entries in order, so `staged` tells which it has not taken. If it
- * refuses for good, those end with its errno and the ring accepts nothing more. */
+ * There are as many slots as completion entries, so the completion queue cannot overflow. The
+ * submission queue is empty between calls: what the kernel does not accept is taken back from it
+ * (`retract`) and accounted for at once. So every slot that was started ends exactly once.
+ */
 #include "ring_queue.h"
 
 #include <errno.h>
@@ -16,208 +17,240 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-/* Direct I/O moves whole sectors: a file's end inside one stops a read there for good. */
+/* One request moves at most this much: the kernel's limit is 2 GiB less a page. */
+#define REQUEST_BYTES_MAX ((uint64_t)1 << 30)
+
+/* EINTR and EAGAIN in a row, without a byte moved, before the error is told. */
+#define RETRIES_MAX 100
+
+/* A direct read that ends off this boundary has met the end of its file. */
 #define SECTOR_BYTES 512
 
-static void ring_free(struct ring *ring)
+#define COMPLETION_BATCH 64
+
+static int slots_allocate(struct ring_queue *queue)
 {
-    free(ring->requests);
-    free(ring->free);
-    free(ring->staged);
-    free(ring->ended);
-    memset(ring, 0, sizeof(*ring));
-    ring->eventfd = -1;
+    size_t capacity = queue->capacity;
+
+    queue->slots = calloc(capacity, sizeof(*queue->slots));
+    queue->free = calloc(capacity, sizeof(*queue->free));
+    queue->unfinished = calloc(capacity, sizeof(*queue->unfinished));
+    if (!queue->slots || !queue->free || !queue->unfinished)
+        return ENOMEM;
+    for (unsigned i = 0; i < queue->capacity; i++)
+        queue->free[i] = queue->capacity - 1 - i;
+    queue->free_count = queue->capacity;
+    return 0;
 }
 
-static bool tables_allocate(struct ring *ring)
-{
-    size_t capacity = ring->capacity;
-
-    ring->requests = calloc(capacity, sizeof(*ring->requests));
-    ring->free = calloc(capacity, sizeof(*ring->free));
-    ring->staged = calloc(capacity, sizeof(*ring->staged));
-    ring->ended = calloc(capacity, sizeof(*ring->ended));
-    if (!ring->requests || !ring->free || !ring->staged || !ring->ended)
-        return false;
-    while (ring->free_count < ring->capacity) {
-        ring->free[ring->free_count] = ring->capacity - 1 - ring->free_count;
-        ring->free_count++;
-    }
-    return true;
-}
-
-int ring_open(struct ring *ring, unsigned entries, unsigned flags)
+int queue_open(struct ring_queue *queue, unsigned entries, unsigned flags)
 {
     int error;
 
-    memset(ring, 0, sizeof(*ring));
-    ring->pid = getpid();
-    ring->eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (ring->eventfd < 0)
-        return errno;
-    error = -io_uring_queue_init(entries, &ring->uring, flags);
-    if (error == 0) {
-        ring->capacity = ring->uring.cq.ring_entries;
-        error = tables_allocate(ring) ? -io_uring_register_eventfd(&ring->uring, ring->eventfd)
-                                      : ENOMEM;
-        if (error)
-            io_uring_queue_exit(&ring->uring);
-    }
+    memset(queue, 0, sizeof(*queue));
+    queue->eventfd = -1;
+    error = -io_uring_queue_init(entries, &queue->ring, flags);
+    if (error)
+        return error;
+    queue->capacity = queue->ring.cq.ring_entries;
+    queue->eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (queue->eventfd < 0)
+        error = errno;
+    else
+        error = -io_uring_register_eventfd(&queue->ring, queue->eventfd);
+    if (!error)
+        error = slots_allocate(queue);
     if (error) {
-        close(ring->eventfd);
-        ring_free(ring);
+        queue_close(queue);
+        queue_free(queue);
     }
     return error;
 }
 
-static void entry_fill(struct io_uring_sqe *sqe, const struct request *request, unsigned place)
+unsigned queue_take(struct ring_queue *queue)
 {
-    char *address = request->address + request->moved;
-    unsigned bytes = (unsigned)(request->bytes - request->moved);
-    uint64_t offset = (uint64_t)(request->offset + request->moved);
+    unsigned index = queue->free[--queue->free_count];
 
-    if (request->kind == REQUEST_NOP)
-        io_uring_prep_nop(sqe);
-    else if (request->kind == REQUEST_WRITE && request->buffer >= 0)
-        io_uring_prep_write_fixed(sqe, request->file, address, bytes, offset, request->buffer);
-    else if (request->kind == REQUEST_WRITE)
-        io_uring_prep_write(sqe, request->file, address, bytes, offset);
-    else if (request->buffer >= 0)
-        io_uring_prep_read_fixed(sqe, request->file, address, bytes, offset, request->buffer);
+    memset(&queue->slots[index], 0, sizeof(queue->slots[index]));
+    return index;
+}
+
+void queue_give(struct ring_queue *queue, unsigned index)
+{
+    queue->free[queue->free_count++] = index;
+}
+
+static void slot_end(struct ring_queue *queue, unsigned index, int64_t result)
+{
+    queue->slots[index].result = result;
+    if (queue->ended_count++ == 0)
+        queue->ended_first = index;
     else
-        io_uring_prep_read(sqe, request->file, address, bytes, offset);
-    if (request->kind != REQUEST_NOP)
-        sqe->flags |= IOSQE_FIXED_FILE;
-    sqe->user_data = place;
+        queue->slots[queue->ended_last].next = index;
+    queue->ended_last = index;
 }
 
-static void request_end(struct ring *ring, unsigned place, int64_t result)
+/* Write the request for what is left of a slot. */
+static void request_prepare(struct io_uring_sqe *entry, const struct slot *slot, unsigned index)
 {
-    struct request_end end = {ring->requests[place].token, result};
+    uint64_t left = slot->bytes - slot->moved;
+    unsigned bytes = (unsigned)(left < REQUEST_BYTES_MAX ? left : REQUEST_BYTES_MAX);
+    char *address = slot->address + slot->moved;
+    uint64_t offset = slot->offset + slot->moved;
+    int file = (int)slot->file, buffer = (int)slot->buffer;
 
-    ring->ended[ring->ended_count++] = end;
-    ring->free[ring->free_count++] = place;
+    if (slot->kind == SLOT_NOP)
+        io_uring_prep_nop(entry);
+    else if (slot->kind == SLOT_READ && slot->fixed)
+        io_uring_prep_read_fixed(entry, file, address, bytes, offset, buffer);
+    else if (slot->kind == SLOT_READ)
+        io_uring_prep_read(entry, file, address, bytes, offset);
+    else if (slot->fixed)
+        io_uring_prep_write_fixed(entry, file, address, bytes, offset, buffer);
+    else
+        io_uring_prep_write(entry, file, address, bytes, offset);
+    if (slot->kind != SLOT_NOP)
+        io_uring_sqe_set_flags(entry, IOSQE_FIXED_FILE);
+    io_uring_sqe_set_data64(entry, index);
 }
 
-/* Give the submission queue an entry for the request in this place; false when it has no room. */
-static bool place_stage(struct ring *ring, unsigned place)
+/* Take back the entries that the kernel has not consumed; gives how many. Legal because the kernel
+ * reads the queue inside io_uring_enter only (SQPOLL is refused when a ring is made). */
+static unsigned retract(struct io_uring *ring)
 {
-    struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->uring);
+    unsigned head = io_uring_smp_load_acquire(ring->sq.khead);
+    unsigned count = ring->sq.sqe_tail - head;
 
-    if (!sqe) {
-        ring_flush(ring);
-        sqe = ring->broken ? NULL : io_uring_get_sqe(&ring->uring);
+    ring->sq.sqe_head = ring->sq.sqe_tail = head;
+    io_uring_smp_store_release(ring->sq.ktail, head);
+    return count;
+}
+
+/* Make the kernel consume the submission queue. Gives a positive errno when it does not. */
+static int flush(struct io_uring *ring)
+{
+    while (io_uring_sq_ready(ring)) {
+        int accepted = io_uring_submit(ring);
+
+        if (accepted == 0)
+            return EAGAIN;
+        if (accepted < 0 && accepted != -EINTR)
+            return -accepted;
     }
-    if (!sqe)
-        return false;
-    entry_fill(sqe, &ring->requests[place], place);
-    ring->staged[(ring->staged_first + ring->staged_count++) % ring->capacity] = place;
-    return true;
+    return 0;
 }
 
-bool ring_stage(struct ring *ring, const struct request *request)
+/* Hand slots to the kernel, in order. Gives how many it accepted. */
+static unsigned post(struct ring_queue *queue, const unsigned *indices, unsigned count, int *error)
 {
-    unsigned place;
+    unsigned prepared = 0;
 
-    /* Undelivered ends keep their place in `ended`: leave room for one more. */
-    if (ring->broken || ring_pending(ring) + ring->ended_count >= ring->capacity)
-        return false;
-    place = ring->free[ring->free_count - 1];
-    ring->requests[place] = *request;
-    ring->free_count--;
-    if (place_stage(ring, place))
+    *error = 0;
+    while (prepared < count && *error == 0) {
+        struct io_uring_sqe *entry = io_uring_get_sqe(&queue->ring);
+
+        if (!entry) {
+            *error = flush(&queue->ring);
+            continue;
+        }
+        request_prepare(entry, &queue->slots[indices[prepared]], indices[prepared]);
+        prepared++;
+    }
+    if (*error == 0)
+        *error = flush(&queue->ring);
+    if (*error)
+        prepared -= retract(&queue->ring);
+    queue->running += prepared;
+    return prepared;
+}
+
+unsigned queue_start(struct ring_queue *queue, const unsigned *indices, unsigned count, int *error)
+{
+    unsigned started = post(queue, indices, count, error);
+
+    for (unsigned i = count; i > started; i--)
+        queue_give(queue, indices[i - 1]);
+    return started;
+}
+
+/* Account for one completion. Gives whether the slot has to go on. */
+static bool slot_advance(struct ring_queue *queue, unsigned index, int result)
+{
+    struct slot *slot = &queue->slots[index];
+
+    if ((result == -EINTR || result == -EAGAIN) && slot->retries < RETRIES_MAX) {
+        slot->retries++;
         return true;
-    ring->free_count++;
+    }
+    if (result > 0) {
+        slot->retries = 0;
+        slot->moved += (uint64_t)result;
+        if (slot->moved < slot->bytes)
+            return true;
+    }
+    /* Going on behind the odd end of a file is refused under O_DIRECT: that is the end, too. */
+    if (result == -EINVAL && slot->kind == SLOT_READ && slot->moved % SECTOR_BYTES)
+        result = 0;
+    slot_end(queue, index, result < 0 ? result : (int64_t)slot->moved);
     return false;
 }
 
-void ring_flush(struct ring *ring)
+void queue_absorb(struct ring_queue *queue)
 {
-    while (ring->staged_count && !ring->broken) {
-        int taken = io_uring_submit(&ring->uring);
+    struct io_uring_cqe *completions[COMPLETION_BATCH];
+    unsigned count, unfinished = 0;
+    int error;
 
-        if (taken == -EINTR)
-            continue;
-        if ((taken == -EAGAIN || taken == -EBUSY) && ring_pending(ring) > ring->staged_count)
-            return; /* the next completion wakes the caller, who flushes again */
-        if (taken <= 0) {
-            ring->broken = taken ? -taken : EIO;
-            break;
+    do {
+        count = io_uring_peek_batch_cqe(&queue->ring, completions, COMPLETION_BATCH);
+        for (unsigned i = 0; i < count; i++) {
+            unsigned index = (unsigned)io_uring_cqe_get_data64(completions[i]);
+
+            if (slot_advance(queue, index, completions[i]->res))
+                queue->unfinished[unfinished++] = index;
         }
-        if ((unsigned)taken > ring->staged_count)
-            taken = (int)ring->staged_count;
-        ring->staged_first = (ring->staged_first + (unsigned)taken) % ring->capacity;
-        ring->staged_count -= (unsigned)taken;
-    }
-    if (ring->broken && ring->staged_count) {
-        for (; ring->staged_count; ring->staged_count--) {
-            request_end(ring, ring->staged[ring->staged_first], -ring->broken);
-            ring->staged_first = (ring->staged_first + 1) % ring->capacity;
-        }
-        eventfd_write(ring->eventfd, 1);
-    }
+        io_uring_cq_advance(&queue->ring, count);
+        queue->running -= count;
+    } while (count);
+    if (unfinished)
+        for (unsigned i = post(queue, queue->unfinished, unfinished, &error); i < unfinished; i++)
+            slot_end(queue, queue->unfinished[i], -error);
 }
 
-/* Take one result: end the request, or stage what is left of it. */
-static void result_take(struct ring *ring, unsigned place, int result)
+void queue_hush(struct ring_queue *queue)
 {
-    struct request *request = &ring->requests[place];
-    bool again;
-
-    if (request->kind == REQUEST_NOP) {
-        request_end(ring, place, result);
-        return;
-    }
-    if (result > 0)
-        request->moved += result;
-    again = (result > 0 && request->moved < request->bytes) || result == -EINTR ||
-            result == -EAGAIN;
-    if (again && place_stage(ring, place))
-        return;
-    if (again)
-        request_end(ring, place, ring->broken ? -ring->broken : -EBUSY);
-    else if (result == -EINVAL && request->moved % SECTOR_BYTES)
-        request_end(ring, place, request->moved);
-    else
-        request_end(ring, place, result < 0 ? result : request->moved);
-}
-
-void ring_collect(struct ring *ring)
-{
-    struct io_uring_cqe *cqe;
     eventfd_t count;
 
-    eventfd_read(ring->eventfd, &count);
-    while (io_uring_peek_cqe(&ring->uring, &cqe) == 0) {
-        unsigned place = (unsigned)cqe->user_data;
-        int result = cqe->res;
-
-        io_uring_cqe_seen(&ring->uring, cqe);
-        result_take(ring, place, result);
-    }
-    ring_flush(ring);
+    eventfd_read(queue->eventfd, &count);
 }
 
-void ring_close(struct ring *ring)
+int queue_drain(struct ring_queue *queue)
 {
-    struct io_uring_cqe *cqe;
+    while (queue->running) {
+        struct io_uring_cqe *completion;
+        int result = io_uring_wait_cqe(&queue->ring, &completion);
 
-    if (ring->pid == getpid()) {
-        ring_flush(ring);
-        while (ring_pending(ring)) {
-            int error = io_uring_wait_cqe(&ring->uring, &cqe);
-
-            if (error == -EINTR)
-                continue;
-            if (error)
-                break;
-            ring->requests[cqe->user_data].bytes = 0; /* nobody waits for the rest */
-            ring->free[ring->free_count++] = (unsigned)cqe->user_data;
-            io_uring_cqe_seen(&ring->uring, cqe);
-            ring_flush(ring);
-        }
+        if (result < 0 && result != -EINTR)
+            return -result;
+        queue_absorb(queue);
     }
-    io_uring_queue_exit(&ring->uring);
-    close(ring->eventfd);
-    ring_free(ring);
+    return 0;
+}
+
+void queue_close(struct ring_queue *queue)
+{
+    io_uring_queue_exit(&queue->ring);
+    if (queue->eventfd >= 0)
+        close(queue->eventfd);
+    queue->eventfd = -1;
+}
+
+void queue_free(struct ring_queue *queue)
+{
+    free(queue->slots);
+    free(queue->free);
+    free(queue->unfinished);
+    queue->slots = NULL;
+    queue->free = queue->unfinished = NULL;
+    queue->capacity = queue->free_count = 0;
 }

@@ -1,4 +1,4 @@
-/* An io_uring with a fixed table of requests. Knows no Python. */
+/* An io_uring with a slot for every request, which continues short transfers. Knows no Python. */
 #ifndef FLEXKV_RING_QUEUE_H
 #define FLEXKV_RING_QUEUE_H
 
@@ -6,62 +6,63 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <sys/types.h>
 
-#define EXTENT_BYTES_MAX ((int64_t)1 << 30)
+enum slot_kind { SLOT_NOP, SLOT_READ, SLOT_WRITE };
 
-enum request_kind { REQUEST_NOP, REQUEST_READ, REQUEST_WRITE };
-
-struct request {
-    enum request_kind kind;
+struct slot {
     int64_t token;
+    int64_t result; /* once ended: bytes moved or -errno */
     char *address;
-    int64_t offset;
-    int64_t bytes;
-    int64_t moved;
-    int file;   /* index of a registered file */
-    int buffer; /* index of a registered buffer; -1 = memory that is not registered */
+    uint64_t offset;
+    uint64_t bytes;
+    uint64_t moved;
+    unsigned file;      /* index in the registered files */
+    unsigned buffer;    /* index in the registered buffers */
+    unsigned next;      /* in the list of ended slots */
+    unsigned char kind; /* enum slot_kind */
+    unsigned char retries;
+    bool fixed; /* the buffer is registered */
 };
 
-struct request_end {
-    int64_t token;
-    int64_t result; /* bytes moved, or -errno */
-};
-
-struct ring {
-    struct io_uring uring;
+struct ring_queue {
+    struct io_uring ring;
     int eventfd;
-    pid_t pid;
     unsigned capacity;
-    struct request *requests;  /* [capacity] */
-    unsigned *free;            /* stack of free places */
+    struct slot *slots;   /* [capacity] */
+    unsigned *free;       /* [capacity], a stack */
     unsigned free_count;
-    unsigned *staged;          /* circular: places whose entry the kernel has not taken yet */
-    unsigned staged_first, staged_count;
-    struct request_end *ended; /* [capacity], not yet given to the caller */
-    unsigned ended_count;
-    int broken;                /* errno after which the kernel takes nothing any more */
+    unsigned *unfinished; /* [capacity]: scratch of queue_absorb */
+    unsigned ended_first, ended_last, ended_count;
+    unsigned running; /* slots that the kernel has */
 };
 
-/* Set up. 0, or a positive errno with nothing left behind. */
-int ring_open(struct ring *ring, unsigned entries, unsigned flags);
+/* Open a ring with an eventfd. Gives 0, or a positive errno with nothing left behind. */
+int queue_open(struct ring_queue *queue, unsigned entries, unsigned flags);
 
-/* Count the requests that are accepted and have not ended. */
-static inline unsigned ring_pending(const struct ring *ring)
-{
-    return ring->capacity - ring->free_count;
-}
+/* Take a free slot, zeroed; there must be one (free_count > 0). */
+unsigned queue_take(struct ring_queue *queue);
 
-/* Accept one request if there is a place for it; ring_flush hands it on. */
-bool ring_stage(struct ring *ring, const struct request *request);
+/* Give back a slot that was taken and not started, or that ended and was told. */
+void queue_give(struct ring_queue *queue, unsigned index);
 
-/* Hand what is staged to the kernel; what it does not take now goes with the next flush. */
-void ring_flush(struct ring *ring);
+/* Start slots, in order. Gives how many the kernel has now; the others are given back, and
+ * *error is why (a positive errno, or 0 when all were started). */
+unsigned queue_start(struct ring_queue *queue, const unsigned *indices, unsigned count,
+                     int *error);
 
-/* Move what the kernel has ended to `ended`, continuing what it ended short. */
-void ring_collect(struct ring *ring);
+/* Move what completed to the list of ended slots, and continue what is short. */
+void queue_absorb(struct ring_queue *queue);
 
-/* Wait until nothing is pending, and release everything. In a forked child: release only. */
-void ring_close(struct ring *ring);
+/* Clear the eventfd. Before queue_absorb, so that nothing that completes later goes unheard. */
+void queue_hush(struct ring_queue *queue);
+
+/* Wait until the kernel has no slot. Gives a positive errno when it cannot be waited for. */
+int queue_drain(struct ring_queue *queue);
+
+/* Release the ring and the eventfd; the slots stay for those that ended. */
+void queue_close(struct ring_queue *queue);
+
+/* Release the slots. */
+void queue_free(struct ring_queue *queue);
 
 #endif

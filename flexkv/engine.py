@@ -45,7 +45,7 @@ DRAIN_TIMEOUT_S = 60.0
 DISK_PIECE_BYTES = 2 * MB
 """One submission to the disk: large enough for full speed, small enough for others to cut in."""
 
-DEVICE_PIECE_BYTES = 32 * MB
+DEVICE_PIECE_BYTES = 64 * MB
 
 
 class Engine:
@@ -261,7 +261,9 @@ class Engine:
         Cancellation: the request is cancelled, and CancelledError raised once no hardware touches
         its device slots any more; their content is undefined then.
         """
-        return await (await self.fly(request)).wait_answered()
+        response = (await self.fly(request)).response
+        assert response is not None
+        return response
 
     async def fly(self, request: Request, begun: Callable[[], None] | None = None) -> Flight:
         """Run a request to its answer, and give its flight: the write-behind may go on.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -362,10 +361,11 @@ class KVManager:
         """Refuse a call from a thread that does not run the engine's loop."""
         if self._loop is None:
             raise ClosedError("the manager is not started: use `async with` or start()")
-        running = None
-        with suppress(RuntimeError):
-            running = asyncio.get_running_loop()
-        if running is not self._loop:
+        try:
+            here = asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            here = False
+        if not here:
             raise ClosedError("the manager runs on another loop: call it there, or use start()")
 
 

@@ -78,7 +78,8 @@ class Observer:
         count = self.routes.get(op.route)
         if count is None:
             count = self.routes[op.route] = RouteCount()
-        blocks = plan.block_count(op)
+        begin, end = plan.bounds(op)
+        blocks = end - begin
         count.ops += 1
         if error is None:
             count.blocks += blocks

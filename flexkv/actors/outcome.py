@@ -12,6 +12,15 @@ from flexkv.graph.run import OpState, Run
 
 def response_of(request: Request, planned: Planned, run: Run) -> KVResponse:
     """Give the response of a run whose answering ops are all over."""
+    first = request.span.first_block
+    if request.operation is Operation.GET and not run.errors and not run.cancelled:
+        # The common case: everything that was planned has been loaded.
+        count = planned.found.last - first
+        mask = np.zeros(request.token_count, np.bool_)
+        per_block = request.tokens_per_block
+        mask[first * per_block : (first + count) * per_block] = True
+        status = _status(request, planned, run, count > 0)
+        return KVResponse(status, request.request_id, mask, planned.shortfall)
     moved = _moved_blocks(request, planned, run)
     error: FlexKVError | None = run.errors[0] if run.errors else planned.shortfall
     return KVResponse(
@@ -46,13 +55,12 @@ def _moved_blocks(request: Request, planned: Planned, run: Run) -> TokenMask:
     moved = np.zeros(request.span.last_block - first, np.bool_)
     if run.cancelled:
         return moved
-    if request.operation is Operation.GET and not run.errors:
-        moved[: planned.found.last - first] = True
-        return moved
     plan = planned.plan
     for op in plan.template.ops:
         if op.answers and op.route is not None and run.states[op.index] is OpState.DONE:
-            moved[plan.positions(op) - first] = True
+            begin, end = plan.bounds(op)
+            positions = plan.fills[op.leg].positions[begin:end]
+            moved[np.subtract(positions, first)] = True
     if request.operation is Operation.GET and not moved.all():
         moved[int(moved.argmin()) :] = False
     return moved

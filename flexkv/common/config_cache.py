@@ -193,7 +193,7 @@ class CacheConfig(ConfigModel):
     disk_read_window_mb: float = key(16.0, "Bytes being read from SSD at once.", unit="MB", gt=0)
     disk_write_window_mb: float = key(16.0, "Bytes being written to SSD at once.", unit="MB", gt=0)
     device_window_mb: float = key(
-        64.0, "Bytes being copied to or from the device at once.", unit="MB", gt=0
+        128.0, "Bytes being copied to or from the device at once.", unit="MB", gt=0
     )
     write_behind_max_gb: float = key(
         -1.0, "Bytes waiting to be written to SSD; -1 = half of the host tier.", unit="GB", ge=-1

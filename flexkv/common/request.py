@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Any, NamedTuple
 
@@ -41,8 +40,7 @@ class KVResponseStatus(Enum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True)
-class KVResponse:
+class KVResponse(msgspec.Struct, frozen=True, eq=False):
     """The end of one request.
 
     `return_mask` is bool[tokens]: the tokens whose KV was moved. For a get, the slots of every

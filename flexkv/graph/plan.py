@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -33,12 +33,14 @@ class LegFill(NamedTuple):
     """One request's blocks of one leg.
 
     `positions` are the blocks' places in the prompt, `ids` their places in each tier the leg
-    meets (int64[n] each), `bounds` where each chunk begins, and the end of the last. `fillers` has,
-    for a leg that waits, the token of the op that is filling each chunk.
+    meets (int64[n] each; `claimed` has those of tiers that have an index, as lists), `bounds` where
+    each chunk begins, and the end of the last. `fillers` has, for a leg that waits, the token of
+    the op that is filling each chunk.
     """
 
-    positions: BlockIds
+    positions: Sequence[int]
     ids: Mapping[Tier, BlockIds]
+    claimed: Mapping[Tier, list[int]]
     bounds: tuple[int, ...]
     fillers: tuple[int, ...] = ()
 
@@ -54,20 +56,10 @@ class Plan(NamedTuple):
         """Give the op's name among all ops of all runs."""
         return self.run_id * OPS_MAX + op.index
 
-    def block_count(self, op: OpSpec) -> int:
-        """Give the number of blocks of an op."""
+    def bounds(self, op: OpSpec) -> tuple[int, int]:
+        """Give where the op's blocks begin and end among those of its leg."""
         bounds = self.fills[op.leg].bounds
-        return bounds[op.chunk + 1] - bounds[op.chunk]
-
-    def ids(self, op: OpSpec, tier: Tier) -> BlockIds:
-        """Give the op's blocks in one of its two tiers."""
-        fill = self.fills[op.leg]
-        return fill.ids[tier][fill.bounds[op.chunk] : fill.bounds[op.chunk + 1]]
-
-    def positions(self, op: OpSpec) -> BlockIds:
-        """Give the places of the op's blocks in the prompt."""
-        fill = self.fills[op.leg]
-        return fill.positions[fill.bounds[op.chunk] : fill.bounds[op.chunk + 1]]
+        return bounds[op.chunk], bounds[op.chunk + 1]
 
     def transfer(self, op: OpSpec) -> Transfer:
         """Give the op as its actor receives it."""

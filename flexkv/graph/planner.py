@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
 
 from flexkv.common.errors import CapacityError
 from flexkv.common.request import Operation, Request
-from flexkv.common.terms import BlockIds, Route, Tier
+from flexkv.common.terms import Route, Tier
 from flexkv.graph.compile import compile_shape
 from flexkv.graph.ops import CHUNKS_MAX, Leg, Shape
 from flexkv.graph.plan import LegFill, Plan, even_bounds
@@ -23,6 +24,9 @@ from flexkv.index.residency import Found, Placement, Residency
 
 LOAD = Route(Tier.HOST, Tier.DEVICE)
 STORE = Route(Tier.DEVICE, Tier.HOST)
+
+SINGLE_HOP_CHUNKS = 4
+"""How many pipelined chunks make one of a leg that has nothing to overlap."""
 
 
 class PlanLimits(NamedTuple):
@@ -56,41 +60,49 @@ class _Draft:
     ) -> None:
         """Add a leg over blocks that are there; none when there are no blocks."""
         if positions:
-            chunks = chunk_count(len(positions), self._chunk_blocks)
+            # One hop overlaps nothing: larger chunks, which only bound how long a cancel takes.
+            chunk_blocks = self._chunk_blocks * (1 if len(hops) > 1 else SINGLE_HOP_CHUNKS)
+            chunks = chunk_count(len(positions), chunk_blocks)
             bounds = even_bounds(len(positions), chunks)
-            self._append(Leg(hops, chunks), positions, ids, LegFill(*_EMPTY, bounds=bounds))
+            self._append(Leg(hops, chunks), positions, ids, bounds, ())
 
     def add_waiting(
         self, hops: tuple[Route, ...], pending: Placement, fillers: Sequence[int]
     ) -> None:
         """Add a leg over blocks that others are filling: a chunk per op that fills."""
-        if not pending.positions:
-            return
-        starts = [i for i, token in enumerate(fillers) if not i or token != fillers[i - 1]]
-        bounds = (*starts, len(fillers))
-        empty = LegFill(*_EMPTY, bounds=bounds, fillers=tuple(fillers[i] for i in starts))
-        leg = Leg(hops, len(starts), waits=True)
-        self._append(leg, pending.positions, {Tier.HOST: pending.block_ids}, empty)
+        if pending.positions:
+            starts = [i for i, token in enumerate(fillers) if not i or token != fillers[i - 1]]
+            self._append(
+                Leg(hops, len(starts), waits=True),
+                pending.positions,
+                {Tier.HOST: pending.block_ids},
+                (*starts, len(fillers)),
+                tuple(fillers[i] for i in starts),
+            )
 
     def _append(
-        self, leg: Leg, positions: Sequence[int], ids: dict[Tier, list[int]], fill: LegFill
+        self,
+        leg: Leg,
+        positions: Sequence[int],
+        claimed: dict[Tier, list[int]],
+        bounds: tuple[int, ...],
+        fillers: tuple[int, ...],
     ) -> None:
-        at = np.array(positions, np.int64)
-        arrays: dict[Tier, BlockIds] = {
-            tier: np.array(block_ids, np.int64) for tier, block_ids in ids.items()
-        }
-        if self._request.device_ids is not None:
-            arrays[Tier.DEVICE] = self._request.device_ids[at - self._request.span.first_block]
+        ids = {tier: np.array(block_ids, np.int64) for tier, block_ids in claimed.items()}
+        device_ids, first = self._request.device_ids, self._request.span.first_block
+        if device_ids is not None:
+            begin, end = positions[0] - first, positions[-1] - first + 1
+            unbroken = end - begin == len(positions)
+            ids[Tier.DEVICE] = (
+                device_ids[begin:end] if unbroken else device_ids[np.subtract(positions, first)]
+            )
         self._legs.append(leg)
-        self._fills.append(fill._replace(positions=at, ids=arrays))
+        self._fills.append(LegFill(positions, ids, claimed, bounds, fillers))
 
     def plan(self, run_id: int) -> Plan:
         """Give the plan: the shape's template with these fills."""
         shape = Shape(self._request.operation, tuple(self._legs))
         return Plan(compile_shape(shape), run_id, tuple(self._fills))
-
-
-_EMPTY: tuple[BlockIds, dict[Tier, BlockIds]] = (np.empty(0, np.int64), {})
 
 
 class Planner:
@@ -110,10 +122,13 @@ class Planner:
             shortfall = self._store(request, draft)
             plan = self._claimed(draft, run_id)
         else:
-            with self._residency.holding(found.holdings):
+            # Only a load from below reserves host places, and so could evict what it found.
+            holdings = found.holdings if found.from_below else ()
+            with self._residency.holding(holdings) if holdings else nullcontext():
                 last, shortfall = self._load(request, found, draft)
-                found = found._replace(last=last)
                 plan = self._claimed(draft, run_id)
+            if last != found.last:
+                found = found._replace(last=last)
         return Planned(plan, found, shortfall)
 
     # -- loads: get and prefetch ----------------------------------------------------------------
@@ -142,6 +157,8 @@ class Planner:
 
     def _room_for(self, found: Found, last: int) -> tuple[int, CapacityError | None]:
         """Give where the run ends for which there are host places, at or before `last`."""
+        if not found.from_below:
+            return last, None
         wanted = sorted(
             position
             for tier, placement in found.ready.items()
@@ -156,6 +173,8 @@ class Planner:
 
     def _fillers(self, found: Found) -> tuple[list[int], int]:
         """Give who fills each pending block, and where the run ends that few enough ops fill."""
+        if not found.pending.positions:
+            return [], found.last
         claims = self._residency.claims
         fillers = [claims.filler(Tier.HOST, block_id) for block_id in found.pending.block_ids]
         changes = [i for i, token in enumerate(fillers) if not i or token != fillers[i - 1]]
@@ -225,14 +244,16 @@ class Planner:
     def _claimed(self, draft: _Draft, run_id: int) -> Plan:
         """Freeze the draft, and open a claim for every op that moves bytes."""
         plan = draft.plan(run_id)
-        tiers, claims = self._residency.tiers, self._residency.claims
+        claims = self._residency.claims
         for op in plan.template.ops:
             if op.route is None:
                 continue
+            begin, end = plan.bounds(op)
+            claimed = plan.fills[op.leg].claimed
             source, target = op.route
-            pinned = Holding(source, plan.ids(op, source).tolist()) if source in tiers else None
-            leased = Holding(target, plan.ids(op, target).tolist()) if target in tiers else None
-            claims.open(plan.token(op), Claim(plan.run_id, pinned, leased))
+            pinned = Holding(source, claimed[source][begin:end]) if source in claimed else None
+            leased = Holding(target, claimed[target][begin:end]) if target in claimed else None
+            claims.open(plan.token(op), Claim(run_id, pinned, leased))
         return plan
 
 

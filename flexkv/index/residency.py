@@ -42,6 +42,11 @@ class Found(NamedTuple):
     """Host blocks that are being filled."""
 
     @property
+    def from_below(self) -> bool:
+        """Tell whether blocks were found that are not in host memory."""
+        return any(place.positions for tier, place in self.ready.items() if tier is not Tier.HOST)
+
+    @property
     def holdings(self) -> list[Holding]:
         """Give the ready blocks, tier by tier."""
         return [Holding(tier, place.block_ids) for tier, place in self.ready.items()]
@@ -58,25 +63,30 @@ class Residency:
         """Give the longest resident run that starts at position `first`. Changes nothing."""
         ready = {tier: Placement([], []) for tier in self.tiers}
         pending = Placement([], [])
-        lookups = [(index, ready[tier]) for tier, index in self.tiers.items()]
         last = first
         for position in range(first, len(keys)):
-            key = keys[position]
-            for index, placement in lookups:
-                block_id = index.find(key)
-                if block_id is None:
-                    continue
-                if not index.is_ready(block_id):
-                    if index.tier is not Tier.HOST:
-                        continue
-                    placement = pending
-                placement.positions.append(position)
-                placement.block_ids.append(block_id)
+            place = self._place(keys[position])
+            if place is None:
                 break
-            else:
-                break
+            tier, block_id, is_ready = place
+            positions, block_ids = ready[tier] if is_ready else pending
+            positions.append(position)
+            block_ids.append(block_id)
             last = position + 1
         return Found(first, last, ready, pending)
+
+    def _place(self, key: BlockKey) -> tuple[Tier, int, bool] | None:
+        """Give the nearest tier that has a block, its place, and whether it is ready.
+
+        Below the host only what is ready counts: what is being written there is in host memory.
+        """
+        for tier, index in self.tiers.items():
+            block_id = index.find(key)
+            if block_id is not None:
+                is_ready = index.is_ready(block_id)
+                if is_ready or tier is Tier.HOST:
+                    return tier, block_id, is_ready
+        return None
 
     def touch(self, found: Found) -> None:
         """Count one use of every block found."""

@@ -1,0 +1,39 @@
+/* The Python object Ring: what its life (ring.c) and its calls (ring_calls.c) share.
+ *
+ * The mutex keeps a ring whole while a call has given the GIL away. Whoever waits for it has no
+ * GIL, so the one that holds it can always take the GIL back.
+ */
+#ifndef FLEXKV_RING_H
+#define FLEXKV_RING_H
+
+#include "ext.h"
+#include "ring_queue.h"
+
+#include <pthread.h>
+#include <sys/types.h>
+
+typedef struct {
+    PyObject_HEAD
+    struct ring_queue queue;
+    pthread_mutex_t lock;
+    pid_t pid;
+    bool open;
+    bool registered; /* the lent buffers are registered with the kernel */
+    Py_buffer *lent;
+    Py_ssize_t lent_count;
+    Py_ssize_t lent_hint; /* the buffer that the last extent was in */
+    Py_ssize_t file_count;
+    unsigned *taken; /* [capacity]: scratch of submit and nop */
+} Ring;
+
+void ring_lock(Ring *self);
+void ring_unlock(Ring *self);
+
+/* Lock an open ring; false with an exception when it is closed. */
+bool ring_enter(Ring *self);
+
+PyObject *ring_submit(Ring *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *ring_nop(Ring *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *ring_reap(Ring *, PyObject *);
+
+#endif

@@ -1,0 +1,205 @@
+/* The calls of Ring that make up its work: submit, nop, reap. */
+#include "ring.h"
+
+#include <errno.h>
+
+/* Give the index of the lent buffer that holds [address, address + bytes), or -1. */
+static Py_ssize_t lent_index(Ring *self, uint64_t address, uint64_t bytes)
+{
+    for (Py_ssize_t i = 0; i < self->lent_count; i++) {
+        Py_ssize_t index = (self->lent_hint + i) % self->lent_count;
+        uint64_t start = (uintptr_t)self->lent[index].buf;
+        uint64_t length = (uint64_t)self->lent[index].len;
+
+        if (address >= start && bytes <= length && address - start <= length - bytes) {
+            self->lent_hint = index;
+            return index;
+        }
+    }
+    return -1;
+}
+
+/* Check one extent and fill its slot. 0, or -1 with ValueError. */
+static int extent_read(Ring *self, const struct int64_view *extents, Py_ssize_t row,
+                       struct slot *slot)
+{
+    int64_t file = int64_at(extents, row * 4), offset = int64_at(extents, row * 4 + 1);
+    int64_t address = int64_at(extents, row * 4 + 2), bytes = int64_at(extents, row * 4 + 3);
+    Py_ssize_t buffer = -1;
+    const char *why = NULL;
+
+    if (file < 0 || file >= self->file_count)
+        why = "the file is not registered";
+    else if (bytes < 1)
+        why = "the length is below 1";
+    else if (offset < 0 || offset > INT64_MAX - bytes)
+        why = "the file offset is out of range";
+    else if ((buffer = lent_index(self, (uint64_t)address, (uint64_t)bytes)) < 0)
+        why = "the memory was not lent";
+    if (why) {
+        PyErr_Format(PyExc_ValueError, "extent %zd (%lld, %lld, %lld, %lld): %s", row,
+                     (long long)file, (long long)offset, (long long)address, (long long)bytes, why);
+        return -1;
+    }
+    slot->address = (char *)(intptr_t)address;
+    slot->offset = (uint64_t)offset;
+    slot->bytes = (uint64_t)bytes;
+    slot->file = (unsigned)file;
+    slot->buffer = (unsigned)buffer;
+    slot->fixed = self->registered;
+    return 0;
+}
+
+/* Start the first `count` taken slots; gives the number started, or NULL with OSError. */
+static PyObject *taken_start(Ring *self, unsigned count, uint64_t bytes)
+{
+    unsigned started;
+    int error;
+
+    if (bytes > GIL_HOLD_BYTES_MAX) {
+        Py_BEGIN_ALLOW_THREADS
+        started = queue_start(&self->queue, self->taken, count, &error);
+        Py_END_ALLOW_THREADS
+    } else {
+        started = queue_start(&self->queue, self->taken, count, &error);
+    }
+    /* A kernel short of memory may take more later, if something is in flight to tell when. */
+    if (error && !started && !((error == EAGAIN || error == EBUSY) && self->queue.running))
+        return raise_errno(error);
+    return PyLong_FromUnsignedLong(started);
+}
+
+/* Read `token`, the name of the first of `count` operations. */
+static int token_read(PyObject *object, int64_t count, int64_t *token)
+{
+    return integer_read(object, "token", 0, INT64_MAX - count, token);
+}
+
+static unsigned least(int64_t count, unsigned limit)
+{
+    return count < (int64_t)limit ? (unsigned)count : limit;
+}
+
+/* Take, check and start as many extents as there are free slots; the lock is held. The rows are
+ * copied to slots before the GIL is given away: their buffer may change under another thread. */
+static PyObject *extents_submit(Ring *self, int64_t token, bool write,
+                                const struct int64_view *extents)
+{
+    unsigned count = least(extents->count, self->queue.free_count);
+    uint64_t bytes = 0;
+
+    for (unsigned i = 0; i < count; i++) {
+        unsigned index = self->taken[i] = queue_take(&self->queue);
+        struct slot *slot = &self->queue.slots[index];
+
+        slot->token = token + i;
+        slot->kind = write ? SLOT_WRITE : SLOT_READ;
+        if (extent_read(self, extents, i, slot) < 0) {
+            for (unsigned back = i + 1; back > 0; back--)
+                queue_give(&self->queue, self->taken[back - 1]);
+            return NULL;
+        }
+        bytes += slot->bytes;
+    }
+    return taken_start(self, count, bytes);
+}
+
+PyObject *ring_submit(Ring *self, PyObject *const *args, Py_ssize_t count, PyObject *keywords)
+{
+    static const char *const names[] = {"token", "write", "extents"};
+    static const struct signature signature = {"submit", names, 3, 3};
+    PyObject *values[3], *result = NULL;
+    struct int64_view extents;
+    int64_t token;
+    int write;
+
+    if (args_unpack(&signature, args, count, keywords, values) < 0)
+        return NULL;
+    write = PyObject_IsTrue(values[1]);
+    if (write < 0 || int64_rows_hold(values[2], "extents", &extents) < 0)
+        return NULL;
+    if (token_read(values[0], extents.count, &token) == 0 && ring_enter(self)) {
+        result = extents_submit(self, token, write, &extents);
+        ring_unlock(self);
+    }
+    PyBuffer_Release(&extents.buffer);
+    return result;
+}
+
+PyObject *ring_nop(Ring *self, PyObject *const *args, Py_ssize_t count, PyObject *keywords)
+{
+    static const char *const names[] = {"token", "count"};
+    static const struct signature signature = {"nop", names, 2, 2};
+    PyObject *values[2], *result;
+    int64_t token, wanted;
+    unsigned take;
+
+    if (args_unpack(&signature, args, count, keywords, values) < 0 ||
+        integer_read(values[1], "count", 0, PY_SSIZE_T_MAX, &wanted) < 0 ||
+        token_read(values[0], wanted, &token) < 0 || !ring_enter(self))
+        return NULL;
+    take = least(wanted, self->queue.free_count);
+    for (unsigned i = 0; i < take; i++) {
+        self->taken[i] = queue_take(&self->queue);
+        self->queue.slots[self->taken[i]].token = token + i;
+    }
+    result = taken_start(self, take, 0);
+    ring_unlock(self);
+    return result;
+}
+
+/* Give (token, result) of a slot; NULL with an exception. */
+static PyObject *slot_tell(const struct slot *slot)
+{
+    PyObject *pair = PyTuple_New(2);
+    PyObject *token = PyLong_FromLongLong(slot->token);
+    PyObject *result = PyLong_FromLongLong(slot->result);
+
+    if (pair && token && result) {
+        PyTuple_SetItem(pair, 0, token);
+        PyTuple_SetItem(pair, 1, result);
+        return pair;
+    }
+    Py_XDECREF(pair);
+    Py_XDECREF(token);
+    Py_XDECREF(result);
+    return NULL;
+}
+
+/* Give the list of what ended. No slot is given back before all of them are told. */
+static PyObject *ended_tell(struct ring_queue *queue)
+{
+    PyObject *list = PyList_New((Py_ssize_t)queue->ended_count);
+    unsigned index = queue->ended_first;
+
+    for (unsigned i = 0; list && i < queue->ended_count; i++) {
+        PyObject *pair = slot_tell(&queue->slots[index]);
+
+        if (pair)
+            PyList_SetItem(list, (Py_ssize_t)i, pair);
+        else
+            Py_CLEAR(list);
+        index = queue->slots[index].next;
+    }
+    if (!list)
+        return NULL;
+    for (; queue->ended_count; queue->ended_count--) {
+        queue_give(queue, queue->ended_first);
+        queue->ended_first = queue->slots[queue->ended_first].next;
+    }
+    return list;
+}
+
+PyObject *ring_reap(Ring *self, PyObject *Py_UNUSED(none))
+{
+    PyObject *list;
+
+    ring_lock(self);
+    if (self->open) {
+        queue_hush(&self->queue);
+        queue_absorb(&self->queue);
+    }
+    list = ended_tell(&self->queue);
+    ring_unlock(self);
+    return list;
+}
