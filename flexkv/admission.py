@@ -24,16 +24,26 @@ class Admission:
         """Count the requests that wait to be admitted."""
         return len(self._waiters)
 
+    def enter_nowait(self) -> bool:
+        """Enter if there is room, and tell; `leave` must follow.
+
+        Raises:
+            ClosedError: closed.
+        """
+        if self._closed:
+            raise ClosedError("the engine is shut down")
+        if not self._room:
+            return False
+        self._room -= 1
+        return True
+
     async def enter(self) -> None:
         """Return once admitted; `leave` must follow.
 
         Raises:
             ClosedError: closed, before or while waiting.
         """
-        if self._closed:
-            raise ClosedError("the engine is shut down")
-        if self._room:
-            self._room -= 1
+        if self.enter_nowait():
             return
         waiter = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)

@@ -255,22 +255,16 @@ class Engine:
         self._residency.touch(found)
         return prefix_match(found, self.tokens_per_block)
 
-    async def perform(self, request: Request) -> KVResponse:
-        """Run a request to its answer.
+    async def perform(self, request: Request, begun: Callable[[], None] | None = None) -> Flight:
+        """Run a request to its answer; the flight that is given has its response.
+
+        `begun` is called once the request is planned: what a match held may be let go.
 
         Cancellation: the request is cancelled, and CancelledError raised once no hardware touches
         its device slots any more; their content is undefined then.
         """
-        response = (await self.fly(request)).response
-        assert response is not None
-        return response
-
-    async def fly(self, request: Request, begun: Callable[[], None] | None = None) -> Flight:
-        """Run a request to its answer, and give its flight: the write-behind may go on.
-
-        `begun` is called once the request is planned: what a match held may be let go.
-        """
-        await self._admission.enter()
+        if not self._admission.enter_nowait():
+            await self._admission.enter()
         try:
             flight = self._scheduler.begin(request)
             if begun is not None:

@@ -8,7 +8,7 @@ which runs the engine's loop in a thread of its own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -157,9 +157,7 @@ class KVManager:
 
         Cancellation: raised once no hardware touches the slots; their content is undefined.
         """
-        return await self._on_loop(
-            lambda: self._perform(Operation.GET, token_ids, slot_mapping, token_mask, namespace)
-        )
+        return await self._perform(Operation.GET, token_ids, slot_mapping, token_mask, namespace)
 
     async def put(
         self,
@@ -179,9 +177,7 @@ class KVManager:
 
         Cancellation: raised once no hardware reads the slots; nothing is stored.
         """
-        return await self._on_loop(
-            lambda: self._perform(Operation.PUT, token_ids, slot_mapping, token_mask, namespace)
-        )
+        return await self._perform(Operation.PUT, token_ids, slot_mapping, token_mask, namespace)
 
     async def prefetch(self, token_ids: Any, namespace: Namespace = None) -> KVResponse:
         """Bring the resident prefix from lower tiers to host memory; returns once it is there.
@@ -192,9 +188,7 @@ class KVManager:
 
         Cancellation: what is under way is finished in the background and kept.
         """
-        return await self._on_loop(
-            lambda: self._perform(Operation.PREFETCH, token_ids, None, None, namespace)
-        )
+        return await self._perform(Operation.PREFETCH, token_ids, None, None, namespace)
 
     async def flush(self) -> None:
         """Return once everything put before is on stable storage too.
@@ -202,7 +196,11 @@ class KVManager:
         Raises:
             StorageError: the disk refused.
         """
-        await self._on_loop(self._engine.flush)
+        if self._thread is not None:
+            await self._thread.call_async(self._engine.flush)
+        else:
+            self._check_loop()
+            await self._engine.flush()
 
     def reset(self) -> int:
         """Forget every block of every tier, and give their number."""
@@ -222,7 +220,14 @@ class KVManager:
             )
         )
 
-    async def _perform(
+    async def _perform(self, *arguments: Any) -> KVResponse:
+        """Run a request on the engine's loop, from there or from another."""
+        if self._thread is not None:
+            return await self._thread.call_async(lambda: self._perform_here(*arguments))
+        self._check_loop()
+        return await self._perform_here(*arguments)
+
+    async def _perform_here(
         self,
         operation: Operation,
         token_ids: Any,
@@ -236,7 +241,9 @@ class KVManager:
             if ready is None:
                 return self._engine.unready(request)
             request = ready
-        return await self._engine.perform(request)
+        response = (await self._engine.perform(request)).response
+        assert response is not None
+        return response
 
     # -- task-id form ---------------------------------------------------------------------------
 
@@ -349,13 +356,6 @@ class KVManager:
             return work()
 
         return self._thread.call(wrapped)
-
-    async def _on_loop(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Do asynchronous work on the engine's loop."""
-        if self._thread is not None:
-            return await self._thread.call_async(work)
-        self._check_loop()
-        return await work()
 
     def _check_loop(self) -> None:
         """Refuse a call from a thread that does not run the engine's loop."""

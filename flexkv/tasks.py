@@ -180,7 +180,7 @@ class TaskTable:
     async def _work(self, task: _Task) -> None:
         """Run a task's request; every end becomes a response."""
         try:
-            task.flight = await self._engine.fly(task.request, lambda: self._release(task))
+            task.flight = await self._engine.perform(task.request, lambda: self._release(task))
             task.response = task.flight.response
         except asyncio.CancelledError:
             if task.response is None:

@@ -26,6 +26,10 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 
+PIECE_TOKENS = 1 << 62
+"""Tokens of pieces count from here; those of whole transfers, which their runs give, are below."""
+
+
 class OpEnd(NamedTuple):
     """What an actor reports: an op is over, with every byte moved, or with an error."""
 
@@ -81,7 +85,7 @@ class TransferActor:
         self._window = window
         self._mailbox = Mailbox(transfers_max)
         self._pieces: dict[int, tuple[Cursor, int]] = {}
-        self._next_piece = 0
+        self._next_piece = PIECE_TOKENS
         self._piece_blocks = max(1, window.piece_bytes_max // port.block_bytes)
         self._recalled: list[Cursor] = []
         self._bell = Bell()
@@ -163,21 +167,23 @@ class TransferActor:
                 break
             lane.advance(blocks)
             cursor.pieces_in_flight += 1
-            token = self._next_piece
-            self._next_piece += 1
-            self._pieces[token] = (cursor, blocks)
+            piece = whole if blocks == whole.block_count else self._piece(whole, begin, blocks)
+            self._pieces[piece.token] = (cursor, blocks)
             self.in_flight_bytes[inbound] = in_flight + blocks * block_bytes
-            port.submit(
-                Transfer(
-                    token,
-                    whole.owner,
-                    whole.route,
-                    whole.source_ids[begin : begin + blocks],
-                    whole.target_ids[begin : begin + blocks],
-                )
-            )
+            port.submit(piece)
             submitted += 1
         return submitted > 0
+
+    def _piece(self, whole: Transfer, begin: int, blocks: int) -> Transfer:
+        """Give a part of a transfer as a transfer of its own."""
+        self._next_piece += 1
+        return Transfer(
+            self._next_piece,
+            whole.owner,
+            whole.route,
+            whole.source_ids[begin : begin + blocks],
+            whole.target_ids[begin : begin + blocks],
+        )
 
     def _reap(self, ends: list[OpEnd]) -> None:
         for token, error in self._port.reap():

@@ -67,14 +67,14 @@ class Flight:
             InternalError: the engine failed.
         """
         while self.response is None:
-            await self._wait(self._answer_waiters)
+            await self._waiter(self._answer_waiters)
         return self.response
 
     async def wait_drained(self) -> KVResponse:
         """Return the response once there is one, whatever cancels come: hardware has the slots."""
         while self.response is None:
             try:
-                await self._wait(self._answer_waiters)
+                await self._waiter(self._answer_waiters)
             except asyncio.CancelledError:
                 continue
         return self.response
@@ -86,14 +86,14 @@ class Flight:
             InternalError: the engine failed.
         """
         while not self.run.ended:
-            await self._wait(self._end_waiters)
+            await self._waiter(self._end_waiters)
 
-    async def _wait(self, waiters: list[asyncio.Future[None]]) -> None:
+    def _waiter(self, waiters: list[asyncio.Future[None]]) -> asyncio.Future[None]:
         if self.failure is not None:
             raise self.failure
         waiter = asyncio.get_running_loop().create_future()
         waiters.append(waiter)
-        await waiter
+        return waiter
 
     def answer(self, response: KVResponse) -> None:
         """Keep the response, then tell who waits."""

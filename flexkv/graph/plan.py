@@ -78,4 +78,6 @@ class Plan(NamedTuple):
 
 def even_bounds(block_count: int, chunks: int) -> tuple[int, ...]:
     """Give the bounds of `chunks` chunks that differ by at most one block."""
+    if chunks == 1:
+        return 0, block_count
     return tuple([block_count * chunk // chunks for chunk in range(chunks + 1)])

@@ -173,9 +173,10 @@ class Simulation:
     async def _perform(self, request: Request, give_up_s: float | None) -> KVResponse | None:
         try:
             async with asyncio.timeout(give_up_s):
-                response = await self.engine.perform(request)
+                response = (await self.engine.perform(request)).response
         except TimeoutError:
             return None
+        assert response is not None
         assert response.status is not KVResponseStatus.CANCELLED
         return response
 
