@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -121,14 +120,16 @@ class Planner:
         if request.operation is Operation.PUT:
             shortfall = self._store(request, draft)
             plan = self._claimed(draft, run_id)
+        elif found.host_only:
+            # The common case: nothing to reserve, nobody to wait for.
+            if request.operation is Operation.GET:
+                draft.add((LOAD,), found.ready[Tier.HOST].positions, found.ready_ids(Tier.HOST))
+            plan, shortfall = self._claimed(draft, run_id), None
         else:
-            # Only a load from below reserves host places, and so could evict what it found.
-            holdings = found.holdings if found.from_below else ()
-            with self._residency.holding(holdings) if holdings else nullcontext():
+            with self._residency.holding(found.holdings):
                 last, shortfall = self._load(request, found, draft)
                 plan = self._claimed(draft, run_id)
-            if last != found.last:
-                found = found._replace(last=last)
+            found = found._replace(last=last)
         return Planned(plan, found, shortfall)
 
     # -- loads: get and prefetch ----------------------------------------------------------------
@@ -157,8 +158,6 @@ class Planner:
 
     def _room_for(self, found: Found, last: int) -> tuple[int, CapacityError | None]:
         """Give where the run ends for which there are host places, at or before `last`."""
-        if not found.from_below:
-            return last, None
         wanted = sorted(
             position
             for tier, placement in found.ready.items()
@@ -173,8 +172,6 @@ class Planner:
 
     def _fillers(self, found: Found) -> tuple[list[int], int]:
         """Give who fills each pending block, and where the run ends that few enough ops fill."""
-        if not found.pending.positions:
-            return [], found.last
         claims = self._residency.claims
         fillers = [claims.filler(Tier.HOST, block_id) for block_id in found.pending.block_ids]
         changes = [i for i, token in enumerate(fillers) if not i or token != fillers[i - 1]]

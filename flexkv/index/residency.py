@@ -42,9 +42,13 @@ class Found(NamedTuple):
     """Host blocks that are being filled."""
 
     @property
-    def from_below(self) -> bool:
-        """Tell whether blocks were found that are not in host memory."""
-        return any(place.positions for tier, place in self.ready.items() if tier is not Tier.HOST)
+    def host_only(self) -> bool:
+        """Tell whether every block found is ready in host memory."""
+        return len(self.ready[Tier.HOST].positions) == self.last - self.first
+
+    def ready_ids(self, tier: Tier) -> dict[Tier, list[int]]:
+        """Give the ready blocks of one tier, by tier."""
+        return {tier: self.ready[tier].block_ids}
 
     @property
     def holdings(self) -> list[Holding]:
