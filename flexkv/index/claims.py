@@ -2,13 +2,13 @@
 
 A claim is a pin on the blocks that the op reads and a lease on the blocks that it fills. It ends
 exactly once, by `settle`, on an event that reached the core: with commit when the bytes are
-there, else with abort. Owners (runs, prepared matches) are counted, so that the death of an owner
-can end all that it holds.
+there, else with abort. The claims of each owner (a run, a prepared match) are counted: an owner
+that ends has none left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from flexkv.common.errors import InvariantError
@@ -37,6 +37,7 @@ class Claims:
     def __init__(self, tiers: Mapping[Tier, TierIndex]) -> None:
         self._tiers = tiers
         self._open: dict[int, Claim] = {}
+        self._owned: dict[int, int] = {}
         self._filler: dict[tuple[Tier, int], int] = {}
 
     def __len__(self) -> int:
@@ -47,6 +48,7 @@ class Claims:
         if token in self._open:
             raise InvariantError(f"token {token} has a claim already: {self._open[token]}")
         self._open[token] = claim
+        self._owned[claim.owner] = self._owned.get(claim.owner, 0) + 1
         if claim.pinned is not None:
             self._tiers[claim.pinned.tier].pin(claim.pinned.block_ids)
         if claim.leased is not None:
@@ -63,6 +65,9 @@ class Claims:
         claim = self._open.pop(token, None)
         if claim is None:
             raise InvariantError(f"token {token} has no open claim")
+        self._owned[claim.owner] -= 1
+        if not self._owned[claim.owner]:
+            del self._owned[claim.owner]
         if claim.leased is not None:
             tier = claim.leased.tier
             for block_id in claim.leased.block_ids:
@@ -76,9 +81,9 @@ class Claims:
         """Give the token of the op that is filling a RESERVED block."""
         return self._filler[tier, block_id]
 
-    def of_owner(self, owner: int) -> Sequence[int]:
-        """Give the tokens of an owner's open claims."""
-        return [token for token, claim in self._open.items() if claim.owner == owner]
+    def of_owner(self, owner: int) -> int:
+        """Count the open claims of an owner."""
+        return self._owned.get(owner, 0)
 
     def stories(self) -> list[str]:
         """Describe every open claim, for a report of what is left."""
