@@ -7,11 +7,10 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Secret, SecretStr, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
-from typing_extensions import Self
 
 from flexkv.common.config_keys import ConfigModel, RetiredKeyWarning, key
 from flexkv.common.config_model import ModelConfig

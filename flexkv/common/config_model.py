@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
-from typing_extensions import Self
 
 from flexkv.common.config_keys import ConfigModel, key
 from flexkv.common.errors import ConfigError

@@ -1,0 +1,43 @@
+"""`flexkv explain`: the plan that a request would run, drawn."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from flexkv.common.request import Operation
+from flexkv.common.terms import Route, Tier
+from flexkv.graph.explain import hypothetical
+from flexkv.graph.planner import LOAD, STORE, PlanLimits
+
+
+class Kind(StrEnum):
+    """What a request wants."""
+
+    get = "get"
+    put = "put"
+    prefetch = "prefetch"
+
+
+def explain(
+    kind: Annotated[Kind, typer.Argument(help="What the request wants.")],
+    host: Annotated[int, typer.Option(min=0, help="Blocks that host memory has.")] = 0,
+    disk: Annotated[int, typer.Option(min=0, help="Blocks that only the SSD has.")] = 0,
+    new: Annotated[int, typer.Option(min=0, help="Blocks that no tier has (put).")] = 0,
+    chunk_blocks: Annotated[int, typer.Option(min=1, help="Blocks of one chunk.")] = 8,
+    dot: Annotated[bool, typer.Option("--dot", help="Draw in Graphviz' DOT language.")] = False,
+) -> None:
+    """Draw what a request over blocks that are so placed would do."""
+    read, write = Route(Tier.DISK, Tier.HOST), Route(Tier.HOST, Tier.DISK)
+    legs: dict[Kind, dict[tuple[Route, ...], int]] = {
+        Kind.get: {(LOAD,): host, (read, LOAD): disk},
+        Kind.put: {(STORE, write): new, (write,): host},
+        Kind.prefetch: {(read,): disk},
+    }
+    note = f"{kind} of {host} blocks in host, {disk} on disk, {new} new"
+    told = hypothetical(
+        Operation[kind.upper()], legs[kind], PlanLimits(chunk_blocks, 1 << 40), note
+    )
+    typer.echo(told.dot() if dot else str(told))

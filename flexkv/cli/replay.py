@@ -1,0 +1,120 @@
+"""Runs a workload against a manager as an inference engine would, and checks every byte."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.common.request import KVResponse
+from flexkv.common.terms import BlockKey
+from flexkv.index.keys import KeyChain
+from flexkv.kvmanager import KVManager
+from flexkv.testing.known_bytes import KnownDevice
+from flexkv.testing.workload import Prompt
+
+
+@dataclass
+class Outcome:
+    """What a replay saw."""
+
+    requests: int = 0
+    tokens: int = 0
+    loaded_tokens: int = 0
+    stored_tokens: int = 0
+    mismatched_blocks: int = 0
+    get_s: list[float] = field(default_factory=list)
+    put_s: list[float] = field(default_factory=list)
+
+
+class SimulatedEngine:
+    """Stands in for an inference engine: device blocks, prefill that fills them, eviction at once.
+
+    Each request gets what the cache has, checks every byte of it, "computes" the rest by filling
+    it with its known bytes, puts it, and gives its device blocks back.
+    """
+
+    def __init__(
+        self, manager: KVManager, device: KnownDevice, keys: KeyChain, tokens_per_block: int
+    ) -> None:
+        self.outcome = Outcome()
+        self._manager, self._device, self._keys = manager, device, keys
+        self._tokens_per_block = tokens_per_block
+        self._free = list(range(device.kv_caches[0].shape[1]))
+        self._freed = asyncio.Condition()
+
+    async def run(
+        self,
+        prompts: Iterable[Prompt],
+        concurrency: int,
+        time_scale: float,
+        advance: Callable[[], None],
+    ) -> Outcome:
+        """Run every prompt in its order, at most `concurrency` at once.
+
+        Args:
+            prompts: the workload.
+            concurrency: requests under way.
+            time_scale: 1 = as fast as the workload says, 0.1 = ten times as fast, 0 = at once.
+            advance: called at the end of each request.
+        """
+        room = asyncio.Semaphore(concurrency)
+        begin = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            for prompt in prompts:
+                await asyncio.sleep(max(0.0, begin + prompt.at_s * time_scale - time.monotonic()))
+                await room.acquire()
+                group.create_task(self._in_turn(prompt, room, advance))
+        return self.outcome
+
+    async def _in_turn(
+        self, prompt: Prompt, room: asyncio.Semaphore, advance: Callable[[], None]
+    ) -> None:
+        try:
+            await self._request(prompt)
+        finally:
+            room.release()
+            advance()
+
+    async def _request(self, prompt: Prompt) -> None:
+        keys = self._keys.keys(prompt.tokens)
+        tokens = prompt.tokens[: len(keys) * self._tokens_per_block]
+        blocks = await self._take(len(keys))
+        try:
+            await self._serve(tokens, blocks, keys)
+        finally:
+            self._device.clear(blocks)
+            await self._give(blocks)
+
+    async def _serve(
+        self, tokens: NDArray[np.int64], blocks: list[int], keys: list[BlockKey]
+    ) -> None:
+        outcome, per_block = self.outcome, self._tokens_per_block
+        slots = (np.array(blocks)[:, None] * per_block + np.arange(per_block)).ravel()
+        begin = time.perf_counter()
+        got: KVResponse = await self._manager.get(tokens, slots)
+        outcome.get_s.append(time.perf_counter() - begin)
+        loaded = int(got.return_mask.sum()) // per_block
+        outcome.mismatched_blocks += self._device.mismatches(blocks[:loaded], keys[:loaded])
+        self._device.fill(blocks[loaded:], keys[loaded:])
+        begin = time.perf_counter()
+        put = await self._manager.put(tokens, slots)
+        outcome.put_s.append(time.perf_counter() - begin)
+        outcome.requests += 1
+        outcome.tokens += len(tokens)
+        outcome.loaded_tokens += loaded * per_block
+        outcome.stored_tokens += int(put.return_mask.sum())
+
+    async def _take(self, count: int) -> list[int]:
+        async with self._freed:
+            await self._freed.wait_for(lambda: len(self._free) >= count)
+            return [self._free.pop() for _ in range(count)]
+
+    async def _give(self, blocks: list[int]) -> None:
+        async with self._freed:
+            self._free.extend(blocks)
+            self._freed.notify_all()

@@ -1,0 +1,47 @@
+"""Reader of request traces in the Mooncake format: one JSON object a line.
+
+    {"timestamp": ms, "input_length": tokens, "output_length": tokens, "hash_ids": [id, …]}
+
+Each hash id stands for 512 tokens; equal ids at equal positions stand for equal prefixes.
+Source: the trace release of Mooncake (FAST '25).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+
+from flexkv.common.errors import ConfigError
+
+TOKENS_PER_HASH_ID = 512
+
+
+class TraceLine(msgspec.Struct, frozen=True):
+    """One request of a trace."""
+
+    timestamp: float
+    """Milliseconds from the start of the trace."""
+    input_length: int
+    output_length: int
+    hash_ids: list[int]
+
+
+def read_trace(path: Path, limit: int | None = None) -> Iterator[TraceLine]:
+    """Give the requests of a trace in their order, at most `limit` of them.
+
+    Raises:
+        ConfigError: the file is missing, or a line is not a request; the line is named.
+    """
+    decoder = msgspec.json.Decoder(TraceLine)
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(islice(lines, limit), 1):
+                try:
+                    yield decoder.decode(line)
+                except msgspec.DecodeError as error:
+                    raise ConfigError("trace", f"{path} line {number}", str(error)) from error
+    except OSError as error:
+        raise ConfigError("trace", str(path), error.strerror or "cannot be read") from error
