@@ -15,7 +15,7 @@ PY_LIMITED_API = "0x030B0000"
 
 
 def liburing_link() -> dict[str, list[str]]:
-    """Give the link arguments for liburing: the static archive if there is one, else the library."""
+    """Give the link arguments for liburing: its static archive if installed, else the library."""
     found = subprocess.run(
         [os.environ.get("CC", "gcc"), "-print-file-name=liburing.a"],
         capture_output=True, text=True, check=True,

@@ -20,18 +20,19 @@
 
 #define TEXT(number) #number
 #define VERSION(major, minor) TEXT(major) "." TEXT(minor)
+#define RELEASE(major, minor, release) VERSION(major, minor) "." TEXT(release)
 
 /* Releases before 2.4 do not tell their version. */
 #ifdef IO_URING_VERSION_MAJOR
 #define LIBURING_VERSION VERSION(IO_URING_VERSION_MAJOR, IO_URING_VERSION_MINOR)
 #else
-#define LIBURING_VERSION "<2.4"
+#define LIBURING_VERSION "before 2.4"
 #endif
 
 static PyObject *module_features(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 {
     return Py_BuildValue("{ssssss}", "simd", moves_simd(), "liburing", LIBURING_VERSION, "xxhash",
-                         VERSION(XXH_VERSION_MAJOR, XXH_VERSION_MINOR));
+                         RELEASE(XXH_VERSION_MAJOR, XXH_VERSION_MINOR, XXH_VERSION_RELEASE));
 }
 
 /* Fault in every page of [start, start + bytes) for writing; gives an errno. */

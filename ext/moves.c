@@ -38,13 +38,21 @@ __attribute__((target("avx2"))) static void stream_avx2(char *target, const char
 __attribute__((target("avx512f"))) static void stream_avx512(char *target, const char *source,
                                                              size_t bytes)
 {
-    for (size_t at = 0; at < bytes; at += STEP_BYTES) {
+    size_t at = 0;
+
+    for (; at + 4 * LINE_BYTES <= bytes; at += 4 * LINE_BYTES) {
         __m512i a = _mm512_loadu_si512(source + at);
         __m512i b = _mm512_loadu_si512(source + at + 64);
+        __m512i c = _mm512_loadu_si512(source + at + 128);
+        __m512i d = _mm512_loadu_si512(source + at + 192);
 
         _mm512_stream_si512((void *)(target + at), a);
         _mm512_stream_si512((void *)(target + at + 64), b);
+        _mm512_stream_si512((void *)(target + at + 128), c);
+        _mm512_stream_si512((void *)(target + at + 192), d);
     }
+    for (; at < bytes; at += LINE_BYTES)
+        _mm512_stream_si512((void *)(target + at), _mm512_loadu_si512(source + at));
 }
 
 static stream_kernel *stream;

@@ -1,0 +1,128 @@
+"""The command: what it prints, how it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flexkv.cli import main
+from flexkv.cli.main import app, commands
+from flexkv.common.errors import ConfigError
+from flexkv.testing.known_bytes import KnownDevice
+from flexkv.trace.mooncake import read_trace
+
+RUNNER = CliRunner()
+SMALL = ["demo", "--requests", "400", "--host-blocks", "400", "--ssd-blocks", "2000"]
+TRACE_LINE = {"timestamp": 0, "input_length": 1024, "output_length": 1, "hash_ids": [0, 1]}
+
+
+def test_the_demo_finds_no_mismatch_and_uses_both_tiers(tmp_path: Path) -> None:
+    """A small run evicts, reloads from SSD, and every byte is right."""
+    figures_file = tmp_path / "figures.json"
+    result = RUNNER.invoke(
+        commands, [*SMALL, "--ssd-dir", str(tmp_path / "ssd"), "--json", str(figures_file)]
+    )
+    assert result.exit_code == 0, result.output
+    figures = json.loads(figures_file.read_text())
+    assert figures["mismatches"] == 0
+    assert figures["requests"] == 400
+    assert figures["evicted_blocks"]["host"] > 0
+    assert figures["moved_gb"]["disk→host"] > 0
+
+
+def test_the_demo_reports_a_wrong_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One flipped byte after a get is a mismatch, and the command fails."""
+    check = KnownDevice.mismatches
+
+    def tampered(self: KnownDevice, block_ids: list[int], keys: list[bytes]) -> int:
+        if block_ids:
+            self.kv_caches[3].view("u1")[1, block_ids[0], 0, 0, 0] ^= 1
+        return check(self, block_ids, keys)
+
+    monkeypatch.setattr(KnownDevice, "mismatches", tampered)
+    result = RUNNER.invoke(commands, [*SMALL, "--ssd-dir", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "came back wrong" in result.output
+
+
+def test_the_demo_replays_a_trace(tmp_path: Path) -> None:
+    """Equal hash ids are equal prefixes: the second request hits."""
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("".join(json.dumps(TRACE_LINE) + "\n" for _ in range(40)))
+    figures_file = tmp_path / "figures.json"
+    arguments = ["demo", "--trace", str(trace), "--ssd-blocks", "0", "--json", str(figures_file)]
+    result = RUNNER.invoke(commands, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(figures_file.read_text())["hit_rate"]["host"] > 0.5
+
+
+def test_a_bad_trace_line_is_named(tmp_path: Path) -> None:
+    """The error has the file, the line and what is wrong with it."""
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(json.dumps(TRACE_LINE) + "\n" + '{"timestamp": 5}\n')
+    with pytest.raises(ConfigError, match="line 2"):
+        list(read_trace(trace))
+    assert len(list(read_trace(trace, limit=1))) == 1
+    with pytest.raises(ConfigError, match="nowhere"):
+        list(read_trace(tmp_path / "nowhere"))
+
+
+def test_doctor_tells_what_is_there(tmp_path: Path) -> None:
+    """Every finding has a name, what was found, and advice where it could be better."""
+    result = RUNNER.invoke(commands, ["doctor", "--dir", str(tmp_path), "--json"])
+    assert result.exit_code == 0, result.output
+    findings = json.loads(result.output)
+    assert {"io_uring", "O_DIRECT", "memlock", "memory copy", "CUDA"} <= set(findings)
+    assert all(finding["good"] or finding["advice"] for finding in findings.values())
+    assert not list(tmp_path.iterdir())
+    assert "FlexKV doctor" in RUNNER.invoke(commands, ["doctor", "--dir", str(tmp_path)]).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "drawn"),
+    [
+        (["get", "--host", "4", "--disk", "4"], "disk→host 4 blocks"),
+        (["put", "--new", "16"], "host→disk 8 blocks"),
+        (["prefetch", "--disk", "3", "--dot"], "digraph plan"),
+    ],
+)
+def test_explain_draws_a_plan(arguments: list[str], drawn: str) -> None:
+    """As text, and as DOT when asked."""
+    assert drawn in RUNNER.invoke(commands, ["explain", *arguments]).output
+
+
+def test_version_and_help() -> None:
+    """Both are there."""
+    assert RUNNER.invoke(commands, ["--version"]).output.startswith("flexkv ")
+    assert "demo" in RUNNER.invoke(commands, ["--help"]).output
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "told"),
+    [
+        (ConfigError("ssd_cache_dir", "/x", "is not a directory"), 2, "ssd_cache_dir='/x'"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_are_one_line(
+    raised: BaseException,
+    status: int,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Our errors exit with 2, ctrl-C with 130; neither prints a traceback."""
+
+    def failing() -> None:
+        raise raised
+
+    monkeypatch.setattr(main, "commands", failing)
+    with pytest.raises(SystemExit) as caught:
+        app()
+    assert caught.value.code == status
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert told in lines[0]

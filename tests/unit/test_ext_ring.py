@@ -1,0 +1,367 @@
+"""The io_uring ring, over real files and pipes."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import mmap
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from flexkv._ext import Ring
+
+PAGE = 4096
+MEMORY_BYTES = 64 * PAGE
+SINGLE_ISSUER, DEFER_TASKRUN = 1 << 12, 1 << 13
+IOPOLL, SQPOLL, SQE128 = 1, 2, 1 << 10
+
+
+@pytest.fixture
+def memory() -> NDArray[np.uint8]:
+    """Give page-aligned memory of random bytes."""
+    array = np.frombuffer(mmap.mmap(-1, MEMORY_BYTES), np.uint8)
+    array[:] = np.random.default_rng(0).integers(0, 256, MEMORY_BYTES, np.uint8)
+    return array
+
+
+@pytest.fixture
+def ring() -> Iterator[Ring]:
+    """Give a ring of 8 entries."""
+    opened = Ring(8)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """Give the reading and the writing end of a pipe."""
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        try:
+            os.close(end)
+        except OSError as error:
+            assert error.errno == errno.EBADF  # noqa: PT017 -- the test closed it itself
+
+
+def reap(ring: Ring, count: int) -> dict[int, int]:
+    """Wait for the ends of `count` extents; each token may come once."""
+    ended: dict[int, int] = {}
+    while len(ended) < count:
+        assert select.select([ring.fileno()], [], [], 30)[0], f"only {ended} ended"
+        for token, result in ring.reap():
+            assert token not in ended
+            ended[token] = result
+    return ended
+
+
+def rows(*extents: tuple[int, int, int, int]) -> NDArray[np.int64]:
+    """Give extents as the ring takes them."""
+    return np.array(extents, np.int64).reshape(-1, 4)
+
+
+@pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.parametrize("flag", [0, os.O_DIRECT], ids=["buffered", "direct"])
+def test_bytes_go_out_and_come_back(
+    tmp_path: Path, ring: Ring, memory: NDArray[np.uint8], registered: bool, flag: int
+) -> None:
+    """What is written at an offset is what a reader of the file finds, and what the ring reads."""
+    base, half = memory.ctypes.data, MEMORY_BYTES // 2
+    order = np.random.default_rng(1).permutation(16)
+    fd = os.open(tmp_path / "blocks", os.O_RDWR | os.O_CREAT | flag)
+    ring.lend([memory[:half], memory[half:]], registered)
+    ring.register_files([fd])
+    out = rows(*((0, int(at) * PAGE, base + i * PAGE, PAGE) for i, at in enumerate(order)))
+    assert ring.submit(100, True, out) == 16
+    assert reap(ring, 16) == dict.fromkeys(range(100, 116), PAGE)
+    content = np.fromfile(tmp_path / "blocks", np.uint8)
+    for i, at in enumerate(order):
+        assert np.array_equal(content[at * PAGE :][:PAGE], memory[i * PAGE :][:PAGE])
+    memory[half:] = 0
+    assert ring.submit(0, write=False, extents=rows((0, 0, base + half, 16 * PAGE))) == 1
+    assert reap(ring, 1) == {0: 16 * PAGE}
+    assert np.array_equal(memory[half:][: 16 * PAGE], content)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("flag", [0, os.O_DIRECT], ids=["buffered", "direct"])
+@pytest.mark.parametrize("size", [0, 100, 512, PAGE, PAGE + 100])
+def test_the_end_of_a_file_ends_a_read(
+    tmp_path: Path, ring: Ring, memory: NDArray[np.uint8], flag: int, size: int
+) -> None:
+    """A read across the end moves what there is; one behind it moves nothing."""
+    path = tmp_path / "short"
+    path.write_bytes(bytes(memory[:size]))
+    fd = os.open(path, os.O_RDONLY | flag)
+    ring.lend([memory], True)
+    ring.register_files([fd])
+    base = memory.ctypes.data + 8 * PAGE
+    assert ring.submit(1, False, rows((0, 0, base, 4 * PAGE), (0, 8 * PAGE, base, PAGE))) == 2
+    assert reap(ring, 2) == {1: size, 2: 0}
+    assert np.array_equal(memory[8 * PAGE :][:size], memory[:size])
+    os.close(fd)
+
+
+def test_a_short_read_is_continued(
+    ring: Ring, memory: NDArray[np.uint8], pipe: tuple[int, int]
+) -> None:
+    """A read ends when all its bytes came, however they trickle in, in order."""
+    ring.lend([memory], False)
+    ring.register_files([pipe[0]])
+    sent = bytes(memory[:300])
+    assert ring.submit(5, False, rows((0, 0, memory.ctypes.data + PAGE, 300))) == 1
+    for start in range(0, 300, 100):
+        assert ring.reap() == []
+        os.write(pipe[1], sent[start : start + 100])
+        assert select.select([ring.fileno()], [], [], 30)[0]
+    assert reap(ring, 1) == {5: 300}
+    assert bytes(memory[PAGE : PAGE + 300]) == sent
+
+
+def test_a_pipe_that_ends_ends_its_read(
+    ring: Ring, memory: NDArray[np.uint8], pipe: tuple[int, int]
+) -> None:
+    """A continued read that meets the end gives the bytes that came before it."""
+    ring.lend([memory], False)
+    ring.register_files([pipe[0]])
+    assert ring.submit(0, False, rows((0, 0, memory.ctypes.data, 300))) == 1
+    os.write(pipe[1], b"x" * 100)
+    os.close(pipe[1])
+    assert reap(ring, 1) == {0: 100}
+
+
+def test_errors_arrive_as_negative_errno(
+    tmp_path: Path, ring: Ring, memory: NDArray[np.uint8]
+) -> None:
+    """What the file refuses ends its extent with the errno, and the next one as it deserves."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(PAGE))
+    writable, direct = os.open(path, os.O_WRONLY), os.open(path, os.O_RDONLY | os.O_DIRECT)
+    ring.lend([memory], True)
+    ring.register_files([writable, direct])
+    base = memory.ctypes.data
+    unreadable, unaligned, good = (0, 0, base, PAGE), (1, 3, base, PAGE), (1, 0, base, PAGE)
+    assert ring.submit(0, False, rows(unreadable, unaligned, good)) == 3
+    assert reap(ring, 3) == {0: -errno.EBADF, 1: -errno.EINVAL, 2: PAGE}
+    os.close(writable)
+    os.close(direct)
+
+
+def test_a_read_that_would_block_waits_for_its_bytes(
+    ring: Ring, memory: NDArray[np.uint8], pipe: tuple[int, int]
+) -> None:
+    """A pipe that says "try again" is no error: the read ends when the bytes are there."""
+    os.set_blocking(pipe[0], False)
+    ring.lend([memory], False)
+    ring.register_files([pipe[0]])
+    assert ring.submit(0, False, rows((0, 0, memory.ctypes.data, 8))) == 1
+    assert ring.reap() == []
+    os.write(pipe[1], b"12345678")
+    assert reap(ring, 1) == {0: 8}
+
+
+def test_impossible_extents_queue_nothing(
+    tmp_path: Path, ring: Ring, memory: NDArray[np.uint8]
+) -> None:
+    """One bad row refuses the call whole: nothing of it is in flight."""
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    base, end = memory.ctypes.data, memory.ctypes.data + MEMORY_BYTES
+    good = (0, 0, base, PAGE)
+    with pytest.raises(ValueError, match="not registered"):
+        ring.submit(0, False, rows(good))
+    ring.register_files([fd])
+    with pytest.raises(ValueError, match="not lent"):
+        ring.submit(0, False, rows(good))
+    ring.lend([memory[: 32 * PAGE], memory[32 * PAGE :]], True)
+    for bad, why in [
+        ((1, 0, base, PAGE), "not registered"),
+        ((-1, 0, base, PAGE), "not registered"),
+        ((0, 0, base, 0), "below 1"),
+        ((0, -1, base, 1), "offset"),
+        ((0, 2**63 - 2, base, PAGE), "offset"),
+        ((0, 0, base - 1, PAGE), "not lent"),
+        ((0, 0, end - 1, 2), "not lent"),
+        ((0, 0, base + 31 * PAGE, 2 * PAGE), "not lent"),
+        ((0, 0, -1, 2), "not lent"),
+        ((0, 0, base, 2**62), "not lent"),
+    ]:
+        with pytest.raises(ValueError, match=why):
+            ring.submit(0, False, rows(good, bad))
+    for token in (-1, 2**63 - 1):
+        with pytest.raises(ValueError, match="token"):
+            ring.submit(token, False, rows(good))
+    assert ring.in_flight == 0
+    os.close(fd)
+
+
+def test_a_full_ring_takes_a_prefix(tmp_path: Path, ring: Ring, memory: NDArray[np.uint8]) -> None:
+    """What does not fit is left to the caller, until ends are reaped."""
+    (tmp_path / "file").write_bytes(bytes(memory))
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    ring.lend([memory], True)
+    ring.register_files([fd])
+    base, count = memory.ctypes.data, 40
+    extents = rows(*((0, i * PAGE, base + i * PAGE, PAGE) for i in range(count)))
+    taken, ended = ring.submit(0, False, extents), {}
+    assert taken == ring.capacity == ring.in_flight == 16
+    assert ring.submit(taken, False, extents[taken:]) == 0
+    while len(ended) < count:
+        ended |= reap(ring, 1)
+        taken += ring.submit(taken, False, extents[taken:])
+    assert ended == dict.fromkeys(range(count), PAGE)
+    assert ring.in_flight == 0
+    os.close(fd)
+
+
+def test_empty_operations_end_under_their_tokens(ring: Ring) -> None:
+    """Every nop ends once with 0; none of none is nothing."""
+    assert ring.nop(10, 0) == 0
+    assert ring.submit(0, False, rows()) == 0
+    assert ring.nop(10, 12) == 12
+    assert reap(ring, 12) == dict.fromkeys(range(10, 22), 0)
+    assert ring.reap() == []
+
+
+def test_close_waits_for_what_is_in_flight(tmp_path: Path, memory: NDArray[np.uint8]) -> None:
+    """After close the bytes are there, the ends can be reaped, and new work is refused."""
+    (tmp_path / "file").write_bytes(bytes(memory))
+    fd, ring = os.open(tmp_path / "file", os.O_RDONLY | os.O_DIRECT), Ring(16)
+    expected, base = memory.copy(), memory.ctypes.data
+    memory[:] = 0
+    ring.lend([memory], True)
+    ring.register_files([fd])
+    assert ring.submit(0, False, rows(*((0, i, base + i, PAGE) for i in range(0, 65536, PAGE))))
+    ring.close()
+    ring.close()
+    assert np.array_equal(memory[:65536], expected[:65536])
+    assert dict(ring.reap()) == dict.fromkeys(range(16), PAGE)
+    for call in (ring.fileno, lambda: ring.nop(0, 1), lambda: ring.submit(0, False, rows())):
+        with pytest.raises(RuntimeError, match="closed"):
+            call()
+    os.close(fd)
+
+
+def test_memory_is_held_until_close() -> None:
+    """Lent buffers cannot be resized or unmapped before the ring is closed or dropped."""
+    memory, other, ring = bytearray(PAGE), bytearray(PAGE), Ring(1)
+    ring.lend([memory], False)
+    with pytest.raises(BufferError):
+        memory.append(1)
+    with pytest.raises(RuntimeError, match="already"):
+        ring.lend([other], False)
+    other.append(1)
+    ring.close()
+    memory.append(1)
+    dropped = Ring(1)
+    dropped.lend([memory], True)
+    del dropped
+    gc.collect()
+    memory.append(1)
+
+
+def test_what_the_kernel_refuses_is_not_lent(ring: Ring, memory: NDArray[np.uint8]) -> None:
+    """A failed registration raises its errno and leaves the ring as it was."""
+    empty = bytearray()
+    with pytest.raises(OSError, match="address") as raised:
+        ring.lend([memory, empty], True)
+    assert raised.value.errno == errno.EFAULT
+    empty.append(1)
+    ring.lend([memory], True)
+    with pytest.raises(OSError, match="descriptor") as raised:
+        ring.register_files([2**30])
+    assert raised.value.errno == errno.EBADF
+    with pytest.raises(ValueError, match="not registered"):
+        ring.submit(0, False, rows((0, 0, memory.ctypes.data, 1)))
+    with pytest.raises(BufferError):
+        Ring(1).lend([b"read-only"], False)
+
+
+@pytest.mark.parametrize("flags", [IOPOLL, SQPOLL, SQE128, 1 << 31])
+def test_flags_that_break_the_ring_are_refused(flags: int) -> None:
+    """Setup flags that the accounting cannot stand on raise EINVAL, as do bad sizes."""
+    with pytest.raises(OSError, match="Invalid") as raised:
+        Ring(8, flags)
+    assert raised.value.errno == errno.EINVAL
+    for entries in (0, -1, 1 << 30):
+        with pytest.raises(OSError, match="Invalid"):
+            Ring(entries)
+
+
+def in_thread(call: object) -> object:
+    """Give what a call gives or raises in another thread."""
+    ended: list[object] = []
+
+    def run() -> None:
+        try:
+            ended.append(call())  # type: ignore[operator]
+        except OSError as error:
+            ended.append(error.errno)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return ended[0]
+
+
+def test_what_the_kernel_does_not_accept_is_taken_back() -> None:
+    """A refused submission raises and leaves nothing behind; a refused close can be repeated."""
+    ring = Ring(8, flags=SINGLE_ISSUER | DEFER_TASKRUN)
+    assert in_thread(lambda: ring.nop(0, 12)) == errno.EEXIST
+    assert ring.in_flight == 0
+    assert ring.nop(100, 12) == 12
+    assert reap(ring, 12) == dict.fromkeys(range(100, 112), 0)
+    ring.close()
+
+
+def test_threads_share_a_ring() -> None:
+    """Calls from several threads at once lose no end and tell none twice."""
+    ring, ended, lock = Ring(16), [], threading.Lock()
+
+    def work(first: int) -> None:
+        taken = 0
+        while taken < 500:
+            taken += ring.nop(first + taken, min(500 - taken, 8))
+            told = ring.reap()
+            with lock:
+                ended.extend(token for token, _ in told)
+
+    threads = [threading.Thread(target=work, args=(i * 500,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ring.close()
+    ended.extend(token for token, _ in ring.reap())
+    assert sorted(ended) == list(range(2000))
+
+
+def test_a_forked_child_can_drop_the_ring() -> None:
+    """A child neither waits for its parent's I/O nor takes the ring from it."""
+    script = """
+import os
+from flexkv._ext import Ring
+memory, ring, (reader, writer) = bytearray(8), Ring(8), os.pipe()
+ring.lend([memory], True)
+ring.register_files([reader])
+address = __import__("ctypes").addressof(__import__("ctypes").c_char.from_buffer(memory))
+assert ring.submit(1, False, memoryview(__import__("array").array("q", [0, 0, address, 8]))) == 1
+child = os.fork()
+if child == 0:
+    ring.close()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+os.write(writer, b"12345678")
+ring.close()
+assert (ring.reap(), bytes(memory)) == ([(1, 8)], b"12345678")
+"""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", script]
+    subprocess.run(command, check=True, timeout=60)

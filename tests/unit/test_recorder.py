@@ -1,0 +1,102 @@
+"""Trace files: complete, rotated, never in the way."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from flexkv.common.config import CacheConfig, ModelConfig
+from flexkv.common.errors import ConfigError
+from flexkv.kvmanager import KVManager
+from flexkv.trace import recorder as recorder_module
+from flexkv.trace.recorder import Recorder
+from flexkv.trace.records import DropRecord, HeaderRecord, OpRecord, Record, RequestRecord
+
+DECODER = msgspec.json.Decoder(Record)
+
+
+def op(number: int) -> OpRecord:
+    """Give a record."""
+    return OpRecord(number, 0, "host→device", 1, 4096, 10, 20, "done")
+
+
+def read(path: Path) -> list[Record]:
+    """Give the records of a file."""
+    return [DECODER.decode(line) for line in path.read_bytes().splitlines()]
+
+
+def test_every_record_is_written_behind_a_header(tmp_path: Path) -> None:
+    """Close writes what is queued; the header has both clocks."""
+    path = tmp_path / "trace"
+    recorder = Recorder(str(path), 1 << 20, 2, 1000)
+    for number in range(100):
+        recorder.record(op(number))
+    recorder.close()
+    recorder.close()
+    header, *records = read(path)
+    assert isinstance(header, HeaderRecord)
+    assert records == [op(number) for number in range(100)]
+
+
+@pytest.mark.parametrize("max_files", [1, 3])
+def test_files_are_rotated_by_size_and_count(tmp_path: Path, max_files: int) -> None:
+    """No more files than configured, the newest records in the first."""
+    path = tmp_path / "trace"
+    recorder = Recorder(str(path), 1000, max_files, 1000)
+    for number in range(100):
+        recorder.record(op(number))
+    recorder.close()
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == max_files
+    assert all(isinstance(read(file)[0], HeaderRecord) for file in files)
+    assert all(file.stat().st_size < 1200 for file in files)
+
+
+def test_a_full_queue_drops_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be queued is counted, and the count is in the file."""
+    monkeypatch.setattr(recorder_module, "QUEUE_RECORDS_MAX", 0)
+    recorder = Recorder(str(tmp_path / "trace"), 1 << 20, 2, 1000)
+    recorder._dropped = 7
+    recorder.record(op(1))
+    recorder.close()
+    assert DropRecord(7) in read(tmp_path / "trace")
+
+
+def test_a_path_that_cannot_be_written_is_named() -> None:
+    """ConfigError with the key."""
+    with pytest.raises(ConfigError, match="trace_file_path"):
+        Recorder("/proc/nowhere/trace", 1 << 20, 2, 1000)
+
+
+def test_an_engine_records_every_request_and_op(tmp_path: Path) -> None:
+    """One record per request and op, linked by the request's id, without tokens."""
+    path = tmp_path / "trace"
+
+    async def run() -> None:
+        model = ModelConfig(num_layers=1, num_kv_heads=1, head_size=8, dtype="float16")
+        cache = CacheConfig(
+            tokens_per_block=4, num_cpu_blocks=8, enable_trace=True, trace_file_path=str(path)
+        )
+        async with KVManager(model, cache) as manager:
+            manager.register_kv_caches([np.zeros((2, 8, 4, 1, 8), np.float16)])
+            await manager.put(np.arange(8), np.arange(8), namespace="tenant")
+            await manager.get(np.arange(8), np.arange(8), namespace="tenant")
+
+    asyncio.run(run())
+    records = read(path)
+    requests = [r for r in records if isinstance(r, RequestRecord)]
+    ops = [r for r in records if isinstance(r, OpRecord)]
+    assert [(r.kind, r.status, r.moved_blocks) for r in requests] == [
+        ("put", "success", 2),
+        ("get", "success", 2),
+    ]
+    assert [(o.request_id, o.route) for o in ops] == [
+        (requests[0].request_id, "device→host"),
+        (requests[1].request_id, "host→device"),
+    ]
+    assert all(o.issued_ns <= o.ended_ns for o in ops)
+    assert "tenant" not in path.read_text()
