@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 APT_PACKAGES := gcc python3-dev python3-venv liburing-dev libxxhash-dev
 
-.PHONY: help setup ext demo test check lint types sanitize bench soak docs wheel clean
+.PHONY: help setup ext demo test check lint types coverage sanitize bench soak wheel clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ $(VENV)/.setup-dev: $(VENV)/.setup
 	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
+
+ext: $(VENV)/.setup  ## Build the extension again, in place
+	$(BIN)/python setup.py --quiet build_ext --inplace
 
 demo: $(VENV)/.setup  ## Run the main job and verify every byte; TRACE=file.jsonl replays a trace
 	$(BIN)/flexkv demo $(if $(TRACE),--trace $(TRACE)) $(ARGS)
@@ -52,7 +55,7 @@ bench: $(VENV)/.setup-dev  ## Benchmarks, side by side with their limits; ARGS="
 	$(BIN)/python -m benchmarks $(ARGS)
 
 soak: $(VENV)/.setup-dev  ## Ten thousand simulations and long property tests
-	FLEXKV_SIMULATION_SEEDS=10000 HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -q tests/simulation tests/property
+	SIMULATION_SEEDS=10000 HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -q tests/simulation tests/property
 
 wheel: $(VENV)/.setup  ## One abi3 wheel, in dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

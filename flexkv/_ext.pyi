@@ -24,7 +24,7 @@ def chain_keys(tokens: Memory, tokens_per_block: int, parent: bytes) -> bytes:
     key[i] = XXH3-128(key[i-1] || tokens of block i as little-endian int64), key[-1] = `parent`.
 
     Raises:
-        ValueError: args (index, token): a token is negative.
+        ValueError: args (index, token): a token is negative, be it in the tail.
     """
 
 def block_slots(slots: Memory, tokens_per_block: int, num_blocks: int) -> bytes:
@@ -94,9 +94,14 @@ class CopyPool:
         """Copy bytes with all threads and non-temporal stores; waits with the GIL released."""
 
     @property
-    def in_flight(self) -> int: ...
+    def in_flight(self) -> int:
+        """Give the number of jobs submitted and not reaped."""
+
     def close(self) -> None:
-        """Finish what is queued, join the threads, close the eventfd. Idempotent."""
+        """Finish what is queued, join the threads, close the eventfd. Idempotent.
+
+        What ended can still be reaped.
+        """
 
 def copy_now(pages: PageMap, direction: int, device_ids: Memory, host_ids: Memory) -> None:
     """Do one job in the calling thread; the GIL is released when it is more than 64 KiB."""
@@ -106,7 +111,7 @@ class Ring:
     """An io_uring whose completions are announced on an eventfd."""
 
     def __init__(self, entries: int, flags: int = 0) -> None:
-        """Raises OSError when the kernel refuses."""
+        """Raises OSError when the kernel refuses, or for flags that the ring cannot work with."""
 
     def fileno(self) -> int:
         """Give the eventfd, non-blocking, readable while `reap` has something."""
@@ -120,7 +125,7 @@ class Ring:
             OSError: the kernel refused to register (the buffers are not lent then).
         """
 
-    def register_files(self, fds: Sequence[int]) -> None:
+    def register_files(self, fds: Sequence[int], /) -> None:
         """Register files; extents name them by their index. May be called once."""
 
     def submit(self, token: int, write: bool, extents: Memory) -> int:
@@ -149,8 +154,18 @@ class Ring:
         """
 
     @property
-    def in_flight(self) -> int: ...
+    def in_flight(self) -> int:
+        """Give the number of extents taken and not reaped."""
+
     @property
-    def capacity(self) -> int: ...
+    def capacity(self) -> int:
+        """Give the most extents that can be in flight."""
+
     def close(self) -> None:
-        """Wait for what is in flight, then release the ring, its buffers and the eventfd."""
+        """Wait for what is in flight, then release the ring, its buffers and the eventfd.
+
+        What ended can still be reaped. Idempotent.
+
+        Raises:
+            OSError: the kernel does not let this thread wait; the ring stays open.
+        """

@@ -111,7 +111,11 @@ class Engine:
             window = Window(int(read), int(write), DISK_PIECE_BYTES)
             self._actors[Tier.DISK] = self._actor(Tier.DISK, backend.disk, window)
             self._backing[Tier.DISK] = type(backend.disk).__name__
-        self._observer = Observer(sizes.block_bytes, self._open_trace(undo))
+        self._observer = Observer(
+            sizes.block_bytes,
+            self._open_trace(undo),
+            log_every_requests=cache.num_log_interval_requests,
+        )
         self.limits = PlanLimits(
             chunk_blocks=max(1, int(cache.chunk_mb * MB) // sizes.block_stride_bytes),
             write_behind_blocks_max=self._write_behind_blocks_max(),

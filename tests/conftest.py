@@ -1,9 +1,12 @@
-"""What every test shares: hypothesis profiles, and a check that nothing is left behind."""
+"""What every test shares: hypothesis profiles, and logging as it was before."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -11,3 +14,10 @@ settings.register_profile(
 )
 settings.register_profile("soak", settings.get_profile("ci"), max_examples=5000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """Undo what a test configures: logging belongs to the process."""
+    yield
+    structlog.reset_defaults()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -86,8 +85,10 @@ class CacheConfig(ConfigModel):
 
     # host tier
     enable_cpu: bool = key(
-        True, "Keep blocks in host memory.",
-        part="a path around the host tier, where every route meets,", built=(True,),
+        True,
+        "Keep blocks in host memory.",
+        part="a path around the host tier, where every route meets,",
+        built=(True,),
     )
     num_cpu_blocks: int | None = key(
         None, "Size of the host tier; wins over cpu_cache_gb.", unit="blocks", ge=0
@@ -111,20 +112,31 @@ class CacheConfig(ConfigModel):
     )
     max_file_size_gb: float = key(-1.0, "Cap of one SSD file; -1 = none.", unit="GB", ge=-1)
     max_blocks_per_file: int | None = key(
-        None, "Cap of one SSD file, counted in blocks.", unit="blocks", ge=-1,
+        None,
+        "Cap of one SSD file, counted in blocks.",
+        unit="blocks",
+        ge=-1,
         retired="use max_file_size_gb; the blocks are converted",
     )
     iouring_entries: int = key(
-        512, "Depth of the io_uring; 0 = no io_uring, threads instead.", ge=0, le=32768,
+        512,
+        "Depth of the io_uring; 0 = no io_uring, threads instead.",
+        ge=0,
+        le=32768,
         old=("ssd_cache_iouring_entries",),
     )
     iouring_flags: int = key(
-        0, "Set-up flags of the io_uring, as the kernel numbers them.", ge=0,
+        0,
+        "Set-up flags of the io_uring, as the kernel numbers them.",
+        ge=0,
         old=("ssd_cache_iouring_flags",),
     )
     enable_gds: bool = key(
-        False, "Move between SSD and GPU directly.", old=("use_gds",),
-        part="GPU direct storage", built=(False,),
+        False,
+        "Move between SSD and GPU directly.",
+        old=("use_gds",),
+        part="GPU direct storage",
+        built=(False,),
     )
 
     # remote tier
@@ -136,8 +148,10 @@ class CacheConfig(ConfigModel):
         (), "Where the remote tier is: `s3://bucket/prefix`, `file:///dir`, …"
     )
     remote_config_custom: CustomConfig = key(
-        {}, "Options of the remote store's client: endpoint, bucket, credentials, …",
-        secret=True, shown_default="{}",
+        {},
+        "Options of the remote store's client: endpoint, bucket, credentials, …",
+        secret=True,
+        shown_default="{}",
     )
     remote_cache_size_mode: Literal["file_size", "block_num"] = key(
         "file_size", "What the size of the remote tier is counted in."
@@ -146,8 +160,10 @@ class CacheConfig(ConfigModel):
     remote_file_num: int | None = key(None, "Number of remote files.", ge=1)
     remote_file_prefix: str | None = key(None, "First part of the remote files' names.")
     use_mooncake_store_backend: bool = key(
-        False, "Use Mooncake Store as the remote tier.",
-        part="the Mooncake Store backend", built=(False,),
+        False,
+        "Use Mooncake Store as the remote tier.",
+        part="the Mooncake Store backend",
+        built=(False,),
     )
     mooncake_store_config_path: str | None = key(None, "Configuration file of Mooncake Store.")
 
@@ -162,8 +178,12 @@ class CacheConfig(ConfigModel):
         "lru", "Which block goes first.", part="the eviction part beyond lru", built=("lru",)
     )
     hit_reward_seconds: float = key(
-        0.0, "How much younger one hit makes a block under lru.", unit="s", ge=0,
-        part="the eviction part that rewards hits", built=(0,),
+        0.0,
+        "How much younger one hit makes a block under lru.",
+        unit="s",
+        ge=0,
+        part="the eviction part that rewards hits",
+        built=(0,),
     )
     slru_protected_threshold: int = key(
         2, "Hits after which slru protects a block.", unit="hits", ge=1
@@ -177,17 +197,23 @@ class CacheConfig(ConfigModel):
         None, "Copy GPU to host by copy engine (true) or kernel (false); unset = as measured."
     )
     transfer_num_cta_h2d: int | None = key(
-        None, "Thread blocks of the kernel host to GPU; unset = as measured.", ge=1,
+        None,
+        "Thread blocks of the kernel host to GPU; unset = as measured.",
+        ge=1,
         old=("transfer_sms_h2d",),
     )
     transfer_num_cta_d2h: int | None = key(
-        None, "Thread blocks of the kernel GPU to host; unset = as measured.", ge=1,
+        None,
+        "Thread blocks of the kernel GPU to host; unset = as measured.",
+        ge=1,
         old=("transfer_sms_d2h",),
     )
     chunk_mb: float = key(16.0, "Bytes of one chunk of a pipelined request.", unit="MB", gt=0)
     copy_threads: int = key(
-        0, "Threads that copy between device and host memory; 0 = the cores, up to 4.",
-        ge=0, le=256,
+        0,
+        "Threads that copy between device and host memory; 0 = the cores, up to 4.",
+        ge=0,
+        le=256,
     )
     disk_read_window_mb: float = key(16.0, "Bytes being read from SSD at once.", unit="MB", gt=0)
     disk_write_window_mb: float = key(16.0, "Bytes being written to SSD at once.", unit="MB", gt=0)
@@ -202,31 +228,36 @@ class CacheConfig(ConfigModel):
     )
 
     # layouts
-    cpu_layout: Layout = key(
-        "BLOCKFIRST", "Layout of the host tier.", old=("cpu_kv_layout_type",)
-    )
+    cpu_layout: Layout = key("BLOCKFIRST", "Layout of the host tier.", old=("cpu_kv_layout_type",))
     ssd_layout: Layout = key("BLOCKFIRST", "Layout of the SSD tier.", old=("ssd_kv_layout_type",))
     remote_layout: Layout = key(
         "BLOCKFIRST", "Layout of the remote tier.", old=("remote_kv_layout_type",)
     )
     gpu_kv_layout_type: str | None = key(
-        None, "Layout of the device's KV caches.",
+        None,
+        "Layout of the device's KV caches.",
         retired="it is ignored; register_kv_caches infers the device's layout, or is told it",
     )
 
     # identity, sharing between nodes
     key_secret: SecretStr = key(
-        "", "Secret that block keys are derived with: without it, none can be guessed.",
-        secret=True, shown_default="empty",
+        "",
+        "Secret that block keys are derived with: without it, none can be guessed.",
+        secret=True,
+        shown_default="empty",
     )
     index_accel: bool = key(True, "Accepted and without effect: one index serves.")
     enable_p2p_cpu: bool = key(
-        False, "Share the host tier with other nodes.",
-        part="sharing between nodes", built=(False,),
+        False,
+        "Share the host tier with other nodes.",
+        part="sharing between nodes",
+        built=(False,),
     )
     enable_p2p_ssd: bool = key(
-        False, "Share the SSD tier with other nodes.",
-        part="sharing between nodes", built=(False,),
+        False,
+        "Share the SSD tier with other nodes.",
+        part="sharing between nodes",
+        built=(False,),
     )
     redis_host: str = key("127.0.0.1", "Host of the Redis that holds the nodes' metadata.")
     redis_port: int = key(6379, "Port of that Redis.", ge=1, le=65535)
@@ -238,7 +269,8 @@ class CacheConfig(ConfigModel):
         30.0, "Silence after which a node counts as gone.", unit="s", gt=0
     )
     mooncake_config_path: str | None = key(
-        None, "Configuration file of the Mooncake transfer engine: engine_ip, engine_port, "
+        None,
+        "Configuration file of the Mooncake transfer engine: engine_ip, engine_port, "
         "metadata_backend, metadata_server, protocol, device_name.",
     )
 
@@ -251,6 +283,10 @@ class CacheConfig(ConfigModel):
     trace_max_files: int = key(5, "Trace files kept, the current one included.", ge=1)
     trace_flush_interval_ms: int = key(
         1000, "How long a record may wait before it is in the file.", unit="ms", ge=1
+    )
+
+    num_log_interval_requests: int = key(
+        200, "How often the summary line is logged.", unit="requests", ge=1
     )
 
     @field_validator("enable_ssd", mode="before")
@@ -311,8 +347,3 @@ class CacheConfig(ConfigModel):
             why = f"must hold at least one block, which takes {stride_bytes / GB:.6g} GB"
             raise ConfigError(field, value, why)
         return blocks
-
-
-def cache_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Give those of the values that are keys of `CacheConfig`."""
-    return {name: value for name, value in values.items() if name in CacheConfig.model_fields}

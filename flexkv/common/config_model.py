@@ -87,7 +87,10 @@ class ModelConfig(ConfigModel):
     dtype: DTypeName = Field(description="Element type: a torch or numpy dtype, or its name.")
     use_mla: bool = key(False, "Multi-head latent attention: one vector a token, not K and V.")
     kv_dim: int = key(
-        None, "Vectors a token has in a layer: K and V, or one.", ge=1, le=2,
+        None,
+        "Vectors a token has in a layer: K and V, or one.",
+        ge=1,
+        le=2,
         shown_default="1 with use_mla, else 2",
     )
     tp_size: int = key(1, "Tensor-parallel ranks.", ge=1, part=_RANKS_PART, built=(1,))
@@ -95,16 +98,24 @@ class ModelConfig(ConfigModel):
     dp_size: int = key(1, "Data-parallel ranks.", ge=1, part=_RANKS_PART, built=(1,))
     cp_size: int = key(1, "Context-parallel ranks.", ge=1, part=_RANKS_PART, built=(1,))
     nnodes: int = key(
-        1, "Machines that the ranks are spread over.", ge=1,
-        part="the device part for several machines", built=(1,),
+        1,
+        "Machines that the ranks are spread over.",
+        ge=1,
+        part="the device part for several machines",
+        built=(1,),
     )
     instance_num: int = key(
-        1, "Engine instances that share one cache.", ge=1,
-        part="the server for several instances", built=(1,),
+        1,
+        "Engine instances that share one cache.",
+        ge=1,
+        part="the server for several instances",
+        built=(1,),
     )
     layer_groups: tuple[LayerGroup, ...] | None = key(
-        None, "Groups of layers whose KV shapes differ.",
-        part="the layout part for layers of different shapes", built=(None,),
+        None,
+        "Groups of layers whose KV shapes differ.",
+        part="the layout part for layers of different shapes",
+        built=(None,),
     )
     model_id: str = key("", "Name of the weights: caches of different models never mix.")
 

@@ -8,7 +8,7 @@ import pytest
 
 from flexkv.testing.simulation import simulate
 
-SEEDS = int(os.environ.get("FLEXKV_SIMULATION_SEEDS", "1000"))
+SEEDS = int(os.environ.get("SIMULATION_SEEDS", "1000"))
 BATCH = 100
 
 

@@ -1,0 +1,268 @@
+"""Configuration: every key and old name is taken, every fault is named, nothing is silent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flexkv.common.config import GB, CacheConfig, ModelConfig, settings_of
+from flexkv.common.config_keys import RetiredKeyWarning
+from flexkv.common.errors import ConfigError
+from flexkv.settings import document, load_file, load_settings
+
+MODEL: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 2, "head_size": 8, "dtype": "float16"}
+ROOT = Path(__file__).parents[2]
+
+FILES = {
+    "host.json": """{ "server_recv_port": "ipc:///tmp/flexkv_test",
+      "cache_config": { "enable_cpu": true, "enable_ssd": false, "enable_remote": false,
+        "num_cpu_blocks": 10240, "tokens_per_block": 16, "evict_ratio": 0.05 },
+      "num_log_interval_requests": 200 }""",
+    "old_names.json": """{ "enable_flexkv": true, "server_recv_port": "ipc:///tmp/flexkv_0_test",
+      "cache_config": { "enable_cpu": true, "enable_ssd": false, "enable_remote": false,
+        "use_gds": false, "enable_trace": false, "ssd_cache_iouring_entries": 512,
+        "tokens_per_block": 64, "num_cpu_blocks": 10240, "num_ssd_blocks": 256000,
+        "ssd_cache_dir": "/data/flexkv_ssd/", "evict_ratio": 0.05, "index_accel": true },
+      "num_log_interval_requests": 200 }""",
+    "comments.json": """{ "server_recv_port": "ipc:///tmp/flexkv_test",
+      "cache_config": { "enable_cpu": true, "enable_ssd": true, "enable_remote": false,
+        "tokens_per_block": 16,
+        "num_cpu_blocks": 50000,   // about 400 GB of host memory
+        "num_ssd_blocks": 200000,  // about 1.6 TB of SSD
+        "ssd_cache_dir": "/data/flexkv_ssd/", "evict_ratio": 0.05,
+        "use_ce_transfer_h2d": true, "use_ce_transfer_d2h": true, "transfer_sms_h2d": 8,
+        "ssd_cache_iouring_entries": 512 } }""",
+    "remote.json": """{ "server_recv_port": "ipc:///tmp/flexkv_0_test",
+      "cache_config": { "enable_cpu": true, "enable_ssd": true, "enable_remote": true,
+        "tokens_per_block": 64, "num_cpu_blocks": 200000, "num_ssd_blocks": 2000000,
+        "num_remote_blocks": 20000000, "ssd_cache_dir": "/data/flexkv_ssd/",
+        "remote_cache_path": "s3://flexkv-cache/", "evict_ratio": 0.05,
+        "remote_config_custom": { "endpoint": "s3.amazonaws.com", "bucket": "flexkv-cache" } } }""",
+    "flat.yaml": """
+cpu_cache_gb: 32
+ssd_cache_gb: 1024
+ssd_cache_dir: /data/flexkv_ssd/
+enable_gds: false
+""",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.filterwarnings("ignore::flexkv.common.config_keys.RetiredKeyWarning")
+def test_files_in_use_load_as_they_are(name: str, tmp_path: Path) -> None:
+    """Nested or flat, JSON with comments or YAML, with old names."""
+    path = tmp_path / name
+    path.write_text(FILES[name])
+    cache = load_settings({"FLEXKV_CONFIG_PATH": str(path)}).cache_config
+    if name == "flat.yaml":
+        assert (cache.cpu_cache_gb, cache.ssd_cache_gb, cache.enable_ssd) == (32, 1024, True)
+    if name == "comments.json":
+        assert (cache.num_cpu_blocks, cache.transfer_num_cta_h2d) == (50000, 8)
+    if name == "remote.json":
+        with pytest.raises(ConfigError, match="enable_remote=True: the remote tier is not built"):
+            cache.require_built()
+    else:
+        cache.require_built()
+
+
+@pytest.mark.parametrize(
+    ("old", "name", "value"),
+    [
+        ("use_gds", "enable_gds", False),
+        ("ssd_cache_iouring_entries", "iouring_entries", 7),
+        ("ssd_cache_iouring_flags", "iouring_flags", 1),
+        ("transfer_sms_h2d", "transfer_num_cta_h2d", 4),
+        ("transfer_sms_d2h", "transfer_num_cta_d2h", 4),
+    ],
+)
+def test_old_names_mean_the_same_and_warn(old: str, name: str, value: object) -> None:
+    """One warning that names both; both at once is an error."""
+    with pytest.warns(RetiredKeyWarning, match=f"{old}.*{name}"):
+        assert getattr(CacheConfig(**{old: value}), name) == value
+    with pytest.raises(ConfigError, match="names of one key"):
+        CacheConfig(**{old: value, name: value})
+
+
+@pytest.mark.parametrize(
+    "key", ["cpu_kv_layout_type", "ssd_kv_layout_type", "remote_kv_layout_type"]
+)
+@pytest.mark.parametrize("value", ["LAYERWISE", "BLOCKWISE"])
+def test_old_layouts_are_taken_with_a_warning(key: str, value: str) -> None:
+    """Blocks are contiguous whatever was asked for, and the warning says so."""
+    with pytest.warns(RetiredKeyWarning):
+        CacheConfig(**{key: value})
+    with pytest.warns(RetiredKeyWarning, match="retired"):
+        CacheConfig(gpu_kv_layout_type=value)
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "why"),
+    [
+        ({"num_cpu_block": 1}, "num_cpu_block", "num_cpu_blocks"),
+        ({"tokens_per_block": 0}, "tokens_per_block", "greater than or equal to 1"),
+        ({"tokens_per_block": "many"}, "tokens_per_block", "integer"),
+        ({"evict_ratio": 2}, "evict_ratio", "less than or equal to 1"),
+        ({"eviction_policy": "best"}, "eviction_policy", "lru"),
+        ({"enable_ssd": True}, "ssd_cache_dir", "at least one directory"),
+        ({"ssd_cache_dir": "/a;/a"}, "ssd_cache_dir", "twice"),
+        ({"write_behind_max_gb": -0.5}, "write_behind_max_gb", "-1, 0 or more"),
+        ({"cpu_layout": "DIAGONAL"}, "cpu_layout", "BLOCKFIRST"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(values: dict[str, Any], field: str, why: str) -> None:
+    """The error has the field, the value and the rule."""
+    with pytest.raises(ConfigError, match=why) as caught:
+        CacheConfig(**values)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"dtype": "complex"}, "dtype"),
+        ({"use_mla": True, "kv_dim": 2}, "kv_dim"),
+        ({"num_layers": 0}, "num_layers"),
+        ({"layers": 3}, "layers"),
+        ({"layer_groups": [{"num_layers": 1, "num_kv_heads": 1, "head_size": 8}]}, "layer_groups"),
+        ({"layer_groups": [{"num_layers": 2, "num_kv_heads": 0, "head_size": 8}]}, "layer_groups"),
+    ],
+)
+def test_a_wrong_model_is_named(changes: dict[str, Any], field: str) -> None:
+    """The error names the field."""
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig(**{**MODEL, **changes})
+    assert caught.value.field.startswith(field)
+
+
+def test_layer_groups_must_cover_the_layers_once() -> None:
+    """Counts and indices agree with the model; and the part that serves them is not built."""
+    group = {"num_layers": 1, "num_kv_heads": 1, "head_size": 8}
+    with pytest.raises(ConfigError, match="once"):
+        ModelConfig(**MODEL, layer_groups=[{**group, "layer_indices": [0]}] * 2)
+    with pytest.raises(ConfigError, match="layer_indices"):
+        ModelConfig(**MODEL, layer_groups=[{**group, "layer_indices": [0, 1]}] * 2)
+    model = ModelConfig(**MODEL, layer_groups=[group, group])
+    with pytest.raises(ConfigError, match="not built"):
+        model.require_built()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bf16", "bfloat16", "torch.bfloat16"])
+def test_every_form_of_a_dtype_is_one_name(dtype: object) -> None:
+    """torch, written and short names are the same."""
+    assert ModelConfig(**{**MODEL, "dtype": dtype}).dtype == "bfloat16"
+    assert ModelConfig(**{**MODEL, "dtype": np.float16}).dtype == "float16"
+    assert ModelConfig(**{**MODEL, "dtype": np.dtype("int8")}).dtype == "int8"
+
+
+def test_sizes_come_from_blocks_or_gb() -> None:
+    """Blocks win where given; GB are counted in whole blocks with their alignment."""
+    model = ModelConfig(**MODEL)
+    assert model.block_bytes(16) == 2 * 2 * 2 * 8 * 2 * 16
+    assert model.bytes_per_token == 128
+    sizes = CacheConfig(cpu_cache_gb=1, ssd_cache_gb=2, ssd_cache_dir="/x").sized(model)
+    assert sizes.block_stride_bytes == 4096
+    assert sizes.num_host_blocks == GB // 4096
+    assert sizes.num_disk_blocks == 2 * GB // 4096
+    assert sizes.max_file_blocks is None
+    capped = CacheConfig(num_cpu_blocks=5, max_file_size_gb=1).sized(model)
+    assert (capped.num_host_blocks, capped.max_file_blocks) == (5, GB // 4096)
+    with pytest.raises(ConfigError, match="give one of the two"):
+        CacheConfig(num_cpu_blocks=5, cpu_cache_gb=1).sized(model)
+    with pytest.raises(ConfigError, match="at least one block"):
+        CacheConfig(cpu_cache_gb=0).sized(model)
+    with pytest.warns(RetiredKeyWarning):
+        retired = CacheConfig(max_blocks_per_file=9)
+    assert retired.sized(model).max_file_blocks == 9
+
+
+def test_the_file_wins_over_the_environment(tmp_path: Path) -> None:
+    """File over environment over defaults; old names serve in the environment too."""
+    path = tmp_path / "flexkv.json"
+    path.write_text('{"num_cpu_blocks": 5}')
+    environment = {
+        "FLEXKV_CONFIG_PATH": str(path),
+        "FLEXKV_NUM_CPU_BLOCKS": "7",
+        "FLEXKV_TOKENS_PER_BLOCK": "32",
+        "FLEXKV_SSD_CACHE_DIR": "/a;/b",
+        "ENABLE_FLEXKV": "0",
+        "DYNAMO_USE_FLEXKV": "1",
+        "FLEXKV_PY_METRICS_PORT": "9090",
+        "UNRELATED": "x",
+    }
+    settings = load_settings(environment)
+    assert settings.cache_config.num_cpu_blocks == 5
+    assert settings.cache_config.tokens_per_block == 32
+    assert settings.cache_config.ssd_cache_dir == (Path("/a"), Path("/b"))
+    assert settings.enable_flexkv is False
+    assert settings.dynamo_use_flexkv is True
+    assert settings.py_metrics_port == 9090
+    assert load_settings({}).cache_config == CacheConfig()
+
+
+@pytest.mark.parametrize(
+    ("environment", "field", "why"),
+    [
+        ({"FLEXKV_NUM_CPU_BLOCK": "7"}, "FLEXKV_NUM_CPU_BLOCK", "FLEXKV_NUM_CPU_BLOCKS"),
+        ({"FLEXKV_TOKENS_PER_BLOCK": "many"}, "tokens_per_block", "integer"),
+        ({"FLEXKV_CONFIG_PATH": "/nowhere.json"}, "FLEXKV_CONFIG_PATH", "No such file"),
+    ],
+)
+def test_a_wrong_environment_is_named(environment: dict[str, str], field: str, why: str) -> None:
+    """Unknown variables, wrong values and missing files."""
+    with pytest.raises(ConfigError, match=why) as caught:
+        load_settings(environment)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("a.json", "{", "syntax"),
+        ("a.yaml", "a: [", "syntax"),
+        ("a.json", "[1]", "object"),
+    ],
+)
+def test_a_broken_file_is_named(name: str, text: str, why: str, tmp_path: Path) -> None:
+    """Syntax errors and wrong top levels say so."""
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=why):
+        load_file(path)
+    path.write_text("" if name == "a.yaml" else "{}")
+    assert load_file(path) == {}
+
+
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [
+        ({"num_cpu_blocks": 1, "cache_config": {"num_cpu_blocks": 2}}, "another value"),
+        ({"cache_config": 5}, "object"),
+        ({"num_cpu_blocksx": 1}, "num_cpu_blocks"),
+    ],
+)
+def test_contradictions_in_a_file_are_errors(file: dict[str, Any], why: str) -> None:
+    """One key with two values, a cache_config that is none, unknown keys."""
+    with pytest.raises(ConfigError, match=why):
+        settings_of(file)
+
+
+def test_secrets_are_never_shown() -> None:
+    """Neither repr nor an error has them."""
+    cache = CacheConfig(key_secret="hunter2", redis_password="hunter2")
+    assert "hunter2" not in repr(cache)
+    for wrong in ({"key_secre": "hunter2"}, {"redis_password": ["hunter2"]}):
+        with pytest.raises(ConfigError) as caught:
+            CacheConfig(**wrong)
+        assert "hunter2" not in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        load_settings({"FLEXKV_REDIS_PASSWOR": "hunter2"})
+    assert "hunter2" not in str(caught.value)
+
+
+def test_the_document_is_up_to_date() -> None:
+    """docs/configuration.md is what the definitions give: `python -m flexkv.settings`."""
+    assert (ROOT / "docs/configuration.md").read_text() == document()
