@@ -1,0 +1,144 @@
+"""What control costs on top of the copy: a get against the bare C copy; small gets; empty ops.
+
+Floor: the bare job through the same copy threads, waited for on its eventfd. One loop turn costs
+about 3 µs, a future resolved and awaited about 5 µs (asyncio), so 10 µs is the floor of one op.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import statistics
+import time
+
+import numpy as np
+
+from benchmarks.harness import Figures, median_ratio
+from benchmarks.rigs import LARGE, SMALL, cache_of, kv_caches, prompt, slots_of
+from flexkv import _ext
+from flexkv.actors.actor import OpEnd, Supervisor, TransferActor, Window
+from flexkv.backend import LocalBackend
+from flexkv.common.terms import Route, Tier, Transfer
+from flexkv.io.ports import Completion
+from flexkv.kvmanager import KVManager
+
+
+def measure(repeats: int, quick: bool) -> Figures:
+    """Give the figures of the case."""
+    return {
+        **asyncio.run(_large(repeats, 8 if quick else 64)),
+        **asyncio.run(_small(20 if quick else 2000)),
+        **asyncio.run(_empty(20 if quick else 2000)),
+    }
+
+
+async def _large(repeats: int, blocks: int) -> Figures:
+    """A get of 2 MiB blocks, and the same bytes as one bare job of as many threads."""
+    caches = kv_caches(LARGE, 2 * blocks)
+    places = np.random.default_rng(0).permutation(2 * blocks)[:blocks]
+    cache = cache_of(blocks + 8, copy_threads=2)
+    async with KVManager(LARGE, cache) as manager:
+        manager.register_kv_caches(caches)
+        await manager.put(prompt(0, blocks), slots_of(places))
+        sizes = cache.sized(LARGE)
+        pieces = LocalBackend(LARGE, cache, sizes)._pages(caches, None).pieces
+        host = np.ones((blocks, sizes.block_stride_bytes), np.uint8)
+        pages = _ext.PageMap(pieces, 2 * blocks, host, sizes.block_stride_bytes, caches)
+        pool = _ext.CopyPool(2)
+        gets, bares = [], []
+        for _ in range(max(repeats, 5) * 3):
+            begin = time.perf_counter()
+            pool.submit(1, pages, _ext.TO_DEVICE, places, np.arange(blocks), True)
+            select.select([pool.fileno()], [], [])
+            pool.reap()
+            bares.append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+            response = await manager.get(prompt(0, blocks), slots_of(places))
+            gets.append(time.perf_counter() - begin)
+            assert response.return_mask.all()
+        pool.close()
+    return {
+        "get of 64 blocks of 2 MiB / bare copy": median_ratio(gets, bares),
+        "get of 64 blocks, ms": statistics.median(gets) * 1e3,
+    }
+
+
+async def _small(rounds: int) -> Figures:
+    """Gets of one 4 KiB block: alone, and 64 at once."""
+    async with KVManager(SMALL, cache_of(256)) as manager:
+        manager.register_kv_caches(kv_caches(SMALL, 64))
+        requests = [(prompt(n, 1), slots_of([n])) for n in range(64)]
+        for tokens, slots in requests:
+            await manager.put(tokens, slots)
+        alone, together = [], []
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            await manager.get(*requests[0])
+            alone.append(time.perf_counter() - begin)
+        for _ in range(rounds // 10):
+            begin = time.perf_counter()
+            await asyncio.gather(*(manager.get(*request) for request in requests))
+            together.append((time.perf_counter() - begin) / len(requests))
+    return {
+        "get of one 4 KiB block, alone, us": statistics.median(alone) * 1e6,
+        "get of one 4 KiB block, 64 at once, us each": statistics.median(together) * 1e6,
+    }
+
+
+class _EmptyPort:
+    """Ends every transfer as it is submitted."""
+
+    block_bytes = 1
+
+    def __init__(self) -> None:
+        self._ended: list[Completion] = []
+
+    def connect(self, wake: object) -> None:
+        """Need no waking: everything has ended when submit returns."""
+
+    def submit(self, transfer: Transfer) -> None:
+        """End it."""
+        self._ended.append(Completion(transfer.token, None))
+
+    def reap(self) -> list[Completion]:
+        """Give what ended."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def close(self) -> None:
+        """Hold nothing."""
+
+
+async def _empty(rounds: int) -> Figures:
+    """Empty ops through an actor: from post to an awaited future."""
+    waiting: dict[int, asyncio.Future[None]] = {}
+
+    def report(ends: list[OpEnd]) -> None:
+        for end in ends:
+            waiting.pop(end.token).set_result(None)
+
+    actor = TransferActor(Tier.DEVICE, _EmptyPort(), Window(1 << 30, 1 << 30, 1 << 20), 1 << 16)
+    actor.attach(report)
+    supervisor = Supervisor(lambda error: None)
+    await supervisor.start()
+    supervisor.keep("empty", actor.run())
+    ids, loop, token = np.zeros(1, np.int64), asyncio.get_running_loop(), 0
+    route = Route(Tier.HOST, Tier.DEVICE)
+    figures: Figures = {}
+    for batch in (1, 64, 256):
+        took = []
+        for _ in range(rounds // batch + 20):
+            transfers = [Transfer(token + n, 0, route, ids, ids) for n in range(batch)]
+            token += batch
+            begin = time.perf_counter()
+            futures = [loop.create_future() for _ in range(batch)]
+            waiting.update({t.token: f for t, f in zip(transfers, futures, strict=True)})
+            for transfer in transfers:
+                actor.post(transfer)
+            for future in futures:
+                await future
+            took.append((time.perf_counter() - begin) / batch)
+        name = "alone" if batch == 1 else f"in batches of {batch}"
+        figures[f"empty op through an actor, {name}, us each"] = statistics.median(took) * 1e6
+    await supervisor.stop()
+    return figures

@@ -1,0 +1,96 @@
+"""Graph costs of a request over host and SSD: template look-up and fill, and the run's bookkeeping.
+
+The comparison builds and walks the same graph with networkx for every request, as a planner
+without templates would. Floor: in-degree counters over a static template, about 1 µs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import networkx as nx
+import numpy as np
+
+from benchmarks.harness import Figures
+from flexkv.common.request import Operation
+from flexkv.common.terms import Route, Tier
+from flexkv.graph.compile import build, compile_shape
+from flexkv.graph.ops import Leg, Shape
+from flexkv.graph.plan import LegFill, Plan
+from flexkv.graph.run import Done, Issue, Launch, Run
+
+LOAD, STORE = Route(Tier.HOST, Tier.DEVICE), Route(Tier.DEVICE, Tier.HOST)
+READ, WRITE = Route(Tier.DISK, Tier.HOST), Route(Tier.HOST, Tier.DISK)
+LEGS = {
+    "get": (Operation.GET, ((LOAD,), (READ, LOAD))),
+    "put": (Operation.PUT, ((STORE, WRITE),)),
+}
+IDS = np.arange(64)
+
+
+def measure(repeats: int, quick: bool) -> Figures:
+    """Give the figures of the case."""
+    rounds = 50 if quick else 5000
+    figures: Figures = {}
+    for name, (operation, hops) in LEGS.items():
+
+        def fill(operation: Operation = operation, hops: tuple = hops) -> Plan:  # type: ignore[type-arg]
+            return _fill(operation, hops)
+
+        def whole(fill: Callable[[], Plan] = fill) -> None:
+            _drive(fill())
+
+        def by_networkx(operation: Operation = operation, hops: tuple = hops) -> None:  # type: ignore[type-arg]
+            graph = build(Shape(operation, tuple(Leg(path, 1) for path in hops)))
+            list(nx.topological_generations(graph))
+
+        graph_us, whole_us = _median_us(fill, rounds), _median_us(whole, rounds)
+        networkx_us = _median_us(by_networkx, rounds // 5)
+        figures[f"{name}: template look-up and fill, us"] = graph_us
+        figures[f"{name}: fill and run, us"] = whole_us
+        figures[f"{name}: networkx a request / template"] = networkx_us / graph_us
+    figures["new shape, compile and check, us"] = _compile_us(rounds // 25 + 1)
+    return figures
+
+
+def _fill(operation: Operation, paths: tuple[tuple[Route, ...], ...]) -> Plan:
+    """Do what the planner does for the graph, once it knows the blocks."""
+    shape = Shape(operation, tuple([Leg(path, 1) for path in paths]))
+    tiers = {Tier.HOST: IDS, Tier.DISK: IDS, Tier.DEVICE: IDS}
+    fills = tuple([LegFill((), tiers, {}, (0, 64)) for _ in paths])
+    return Plan(compile_shape(shape), 1, fills)
+
+
+def _drive(plan: Plan) -> None:
+    """Run a plan whose ops all end well, making each op's transfer."""
+    run = Run(plan.template)
+    commands = run.handle(Launch())
+    while commands:
+        following = []
+        for command in commands:
+            if type(command) is Issue:
+                plan.transfer(plan.template.ops[command.op])
+                following += run.handle(Done(command.op))
+        commands = following
+
+
+def _compile_us(rounds: int) -> float:
+    """Give what a shape costs that was never seen."""
+    took = []
+    for _ in range(rounds):
+        compile_shape.cache_clear()
+        begin = time.perf_counter()
+        _fill(Operation.GET, LEGS["get"][1])
+        took.append((time.perf_counter() - begin) * 1e6)
+    return statistics.median(took)
+
+
+def _median_us(work: Callable[[], object], rounds: int) -> float:
+    took = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        work()
+        took.append((time.perf_counter() - begin) * 1e6)
+    return statistics.median(took)

@@ -1,0 +1,74 @@
+"""How the cases measure: contestants in alternation, order reversed every other time, medians."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Figures = dict[str, float | str]
+
+
+def alternate(contestants: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Run each contestant `repeats` times, and give the seconds that each run says it took.
+
+    Every other round runs backwards, so that none always follows the same neighbour; the first
+    round warms up and is not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for round_number in range(repeats + 1):
+        names = list(contestants)
+        for name in names if round_number % 2 else reversed(names):
+            took_s = contestants[name]()
+            if round_number:
+                seconds[name].append(took_s)
+    return seconds
+
+
+def median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Give the median of the ratios of runs that were neighbours."""
+    return statistics.median(n / d for n, d in zip(numerators, denominators, strict=True))
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Give the seconds that a call takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """Give a percentile, by the nearest rank."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+
+
+def machine() -> dict[str, Any]:
+    """Give the facts about this machine that figures hang on."""
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load_average": os.getloadavg()[0],
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def save(path: Path, results: dict[str, Figures], command: str) -> None:
+    """Write results, with the command that made them and the machine they were made on."""
+    content = {"command": command, "machine": machine(), "results": results}
+    path.write_text(json.dumps(content, indent=2) + "\n")
