@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import networkx as nx
 import numpy as np
@@ -35,19 +36,10 @@ def measure(repeats: int, quick: bool) -> Figures:
     rounds = 50 if quick else 5000
     figures: Figures = {}
     for name, (operation, hops) in LEGS.items():
-
-        def fill(operation: Operation = operation, hops: tuple = hops) -> Plan:  # type: ignore[type-arg]
-            return _fill(operation, hops)
-
-        def whole(fill: Callable[[], Plan] = fill) -> None:
-            _drive(fill())
-
-        def by_networkx(operation: Operation = operation, hops: tuple = hops) -> None:  # type: ignore[type-arg]
-            graph = build(Shape(operation, tuple(Leg(path, 1) for path in hops)))
-            list(nx.topological_generations(graph))
-
-        graph_us, whole_us = _median_us(fill, rounds), _median_us(whole, rounds)
-        networkx_us = _median_us(by_networkx, rounds // 5)
+        fill = partial(_fill, operation, hops)
+        graph_us = _median_us(fill, rounds)
+        whole_us = _median_us(partial(_fill_and_drive, fill), rounds)
+        networkx_us = _median_us(partial(_by_networkx, operation, hops), rounds // 5)
         figures[f"{name}: template look-up and fill, us"] = graph_us
         figures[f"{name}: fill and run, us"] = whole_us
         figures[f"{name}: networkx a request / template"] = networkx_us / graph_us
@@ -61,6 +53,16 @@ def _fill(operation: Operation, paths: tuple[tuple[Route, ...], ...]) -> Plan:
     tiers = {Tier.HOST: IDS, Tier.DISK: IDS, Tier.DEVICE: IDS}
     fills = tuple([LegFill((), tiers, {}, (0, 64)) for _ in paths])
     return Plan(compile_shape(shape), 1, fills)
+
+
+def _by_networkx(operation: Operation, paths: tuple[tuple[Route, ...], ...]) -> None:
+    """Build and walk the graph, as a planner without templates would for each request."""
+    graph = build(Shape(operation, tuple(Leg(path, 1) for path in paths)))
+    list(nx.topological_generations(graph))
+
+
+def _fill_and_drive(fill: Callable[[], Plan]) -> None:
+    _drive(fill())
 
 
 def _drive(plan: Plan) -> None:

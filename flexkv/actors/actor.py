@@ -86,6 +86,7 @@ class TransferActor:
         self._mailbox = Mailbox(transfers_max)
         self._pieces: dict[int, tuple[Cursor, int]] = {}
         self._next_piece = PIECE_TOKENS
+        self._block_bytes = port.block_bytes
         self._piece_blocks = max(1, window.piece_bytes_max // port.block_bytes)
         self._recalled: list[Cursor] = []
         self._bell = Bell()
@@ -112,7 +113,7 @@ class TransferActor:
         cursor = self._mailbox.find(token)
         if cursor is not None and cursor.queued:
             transfer = cursor.transfer
-            self._mailbox.lane(transfer).remove(cursor)
+            self._mailbox.lane(cursor).remove(cursor)
             cursor.error = RecalledError(
                 token, str(transfer.route), transfer.block_count, "recalled"
             )
@@ -156,21 +157,22 @@ class TransferActor:
     def _pump(self, lane: Lane, inbound: bool, pieces_max: int | None = None) -> bool:
         """Submit pieces while the window has room; tell whether any was."""
         limit = self._window.inbound_bytes_max if inbound else self._window.outbound_bytes_max
-        block_bytes, port = self._port.block_bytes, self._port
-        submitted = 0
+        block_bytes, piece_blocks, submit = self._block_bytes, self._piece_blocks, self._port.submit
+        in_flight, submitted = self.in_flight_bytes[inbound], 0
         while lane and submitted != pieces_max:
-            in_flight = self.in_flight_bytes[inbound]
             cursor = lane.first()
-            whole, begin = cursor.transfer, cursor.next_block
-            blocks = min(self._piece_blocks, whole.block_count - begin)
+            begin = cursor.next_block
+            blocks = min(piece_blocks, cursor.block_count - begin)
             if in_flight and in_flight + blocks * block_bytes > limit:
                 break
-            lane.advance(blocks)
+            lane.advance(cursor, blocks)
             cursor.pieces_in_flight += 1
-            piece = whole if blocks == whole.block_count else self._piece(whole, begin, blocks)
+            in_flight += blocks * block_bytes
+            self.in_flight_bytes[inbound] = in_flight
+            whole = cursor.transfer
+            piece = whole if blocks == cursor.block_count else self._piece(whole, begin, blocks)
             self._pieces[piece.token] = (cursor, blocks)
-            self.in_flight_bytes[inbound] = in_flight + blocks * block_bytes
-            port.submit(piece)
+            submit(piece)
             submitted += 1
         return submitted > 0
 
@@ -186,15 +188,16 @@ class TransferActor:
         )
 
     def _reap(self, ends: list[OpEnd]) -> None:
+        pieces, in_flight = self._pieces, self.in_flight_bytes
         for token, error in self._port.reap():
-            cursor, blocks = self._pieces.pop(token)
-            self.in_flight_bytes[cursor.transfer.route.inbound] -= blocks * self._port.block_bytes
+            cursor, blocks = pieces.pop(token)
+            in_flight[cursor.inbound] -= blocks * self._block_bytes
             cursor.pieces_in_flight -= 1
             if error is not None and cursor.error is None:
                 cursor.error = error
                 if cursor.queued:
-                    self._mailbox.lane(cursor.transfer).remove(cursor)
-            if cursor.over:
+                    self._mailbox.lane(cursor).remove(cursor)
+            if not cursor.pieces_in_flight and not cursor.queued:
                 self._end(cursor, ends)
 
     def _end(self, cursor: Cursor, ends: list[OpEnd]) -> None:

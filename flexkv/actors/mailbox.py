@@ -7,7 +7,7 @@ get back by more than what is already in flight.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 
 import msgspec
 
@@ -19,6 +19,9 @@ class Cursor(msgspec.Struct):
     """How far an actor is with one transfer: blocks handed out, pieces still in flight."""
 
     transfer: Transfer
+    owner: int
+    inbound: bool
+    block_count: int
     next_block: int = 0
     pieces_in_flight: int = 0
     error: TransferError | None = None
@@ -34,43 +37,41 @@ class Lane:
     """The waiting transfers of one direction, in turns by owner."""
 
     def __init__(self) -> None:
-        self._turns: OrderedDict[int, deque[Cursor]] = OrderedDict()
+        self._turns: dict[int, deque[Cursor]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._turns)
 
     def append(self, cursor: Cursor) -> None:
         """Queue a transfer behind its owner's others."""
-        queue = self._turns.get(cursor.transfer.owner)
+        queue = self._turns.get(cursor.owner)
         if queue is None:
-            self._turns[cursor.transfer.owner] = deque((cursor,))
+            self._turns[cursor.owner] = deque((cursor,))
         else:
             queue.append(cursor)
 
     def first(self) -> Cursor:
         """Give the transfer whose turn it is."""
-        return next(iter(self._turns.values()))[0]
+        for queue in self._turns.values():
+            return queue[0]
+        raise InvariantError("an empty lane has no first transfer")
 
-    def advance(self, blocks: int) -> None:
-        """The transfer whose turn it is has handed out `blocks` more: the next owner's turn."""
-        owner, queue = next(iter(self._turns.items()))
-        cursor = queue[0]
+    def advance(self, cursor: Cursor, blocks: int) -> None:
+        """`cursor`, whose turn it is, has handed out `blocks` more: the next owner's turn."""
+        queue = self._turns.pop(cursor.owner)
         cursor.next_block += blocks
-        if cursor.next_block == cursor.transfer.block_count:
+        if cursor.next_block == cursor.block_count:
             cursor.queued = False
             queue.popleft()
         if queue:
-            self._turns.move_to_end(owner)
-        else:
-            del self._turns[owner]
+            self._turns[cursor.owner] = queue
 
     def remove(self, cursor: Cursor) -> None:
         """Take a waiting transfer out."""
-        owner = cursor.transfer.owner
-        self._turns[owner].remove(cursor)
+        self._turns[cursor.owner].remove(cursor)
         cursor.queued = False
-        if not self._turns[owner]:
-            del self._turns[owner]
+        if not self._turns[cursor.owner]:
+            del self._turns[cursor.owner]
 
 
 class Mailbox:
@@ -85,9 +86,9 @@ class Mailbox:
         """Count the transfers that are queued or in flight."""
         return len(self._cursors)
 
-    def lane(self, transfer: Transfer) -> Lane:
+    def lane(self, cursor: Cursor) -> Lane:
         """Give the lane of a transfer's direction."""
-        return self.inbound if transfer.route.inbound else self.outbound
+        return self.inbound if cursor.inbound else self.outbound
 
     def put(self, transfer: Transfer) -> None:
         """Queue a transfer.
@@ -97,9 +98,10 @@ class Mailbox:
         """
         if len(self._cursors) >= self._transfers_max:
             raise InvariantError(f"mailbox full: {self._transfers_max} transfers are waiting")
-        cursor = Cursor(transfer)
+        inbound = transfer.route.inbound
+        cursor = Cursor(transfer, transfer.owner, inbound, len(transfer.source_ids))
         self._cursors[transfer.token] = cursor
-        self.lane(transfer).append(cursor)
+        (self.inbound if inbound else self.outbound).append(cursor)
 
     def find(self, token: int) -> Cursor | None:
         """Give the cursor of a transfer that is not over."""

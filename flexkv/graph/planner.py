@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from flexkv.common.request import Operation, Request
 from flexkv.common.terms import Route, Tier
 from flexkv.graph.compile import compile_shape
 from flexkv.graph.ops import CHUNKS_MAX, Leg, Shape
-from flexkv.graph.plan import LegFill, Plan, even_bounds
+from flexkv.graph.plan import LegFill, Plan, Template, even_bounds
 from flexkv.index.claims import Claim, Holding
 from flexkv.index.residency import Found, Placement, Residency
 
@@ -87,21 +88,33 @@ class _Draft:
         bounds: tuple[int, ...],
         fillers: tuple[int, ...],
     ) -> None:
-        ids = {tier: np.array(block_ids, np.int64) for tier, block_ids in claimed.items()}
-        device_ids, first = self._request.device_ids, self._request.span.first_block
-        if device_ids is not None:
-            begin, end = positions[0] - first, positions[-1] - first + 1
-            unbroken = end - begin == len(positions)
-            ids[Tier.DEVICE] = (
-                device_ids[begin:end] if unbroken else device_ids[np.subtract(positions, first)]
-            )
         self._legs.append(leg)
-        self._fills.append(LegFill(positions, ids, claimed, bounds, fillers))
+        self._fills.append(_fill(self._request, positions, claimed, bounds, fillers))
 
     def plan(self, run_id: int) -> Plan:
         """Give the plan: the shape's template with these fills."""
         shape = Shape(self._request.operation, tuple(self._legs))
         return Plan(compile_shape(shape), run_id, tuple(self._fills))
+
+
+def _fill(
+    request: Request,
+    positions: Sequence[int],
+    claimed: dict[Tier, list[int]],
+    bounds: tuple[int, ...],
+    fillers: tuple[int, ...],
+) -> LegFill:
+    """Give the blocks of a leg as arrays, the device's places among them."""
+    ids = {tier: np.array(block_ids, np.int64) for tier, block_ids in claimed.items()}
+    device_ids = request.device_ids
+    if device_ids is not None:
+        first = request.span.first_block
+        begin, end = positions[0] - first, positions[-1] - first + 1
+        unbroken = end - begin == len(positions)
+        ids[Tier.DEVICE] = (
+            device_ids[begin:end] if unbroken else device_ids[np.subtract(positions, first)]
+        )
+    return LegFill(positions, ids, claimed, bounds, fillers)
 
 
 class Planner:
@@ -116,21 +129,29 @@ class Planner:
     def plan(self, request: Request, run_id: int) -> Planned:
         """Plan a request and open its claims: they end by the run's events, and only so."""
         found = self._residency.find(request.keys, request.span.first_block)
-        draft = _Draft(request, self._limits)
         if request.operation is Operation.PUT:
+            draft = _Draft(request, self._limits)
             shortfall = self._store(request, draft)
-            plan = self._claimed(draft, run_id)
+            plan = self._claimed(draft.plan(run_id))
         elif found.host_only:
-            # The common case: nothing to reserve, nobody to wait for.
-            if request.operation is Operation.GET:
-                draft.add((LOAD,), found.ready[Tier.HOST].positions, found.ready_ids(Tier.HOST))
-            plan, shortfall = self._claimed(draft, run_id), None
+            plan, shortfall = self._claimed(self._from_host(request, found, run_id)), None
         else:
+            draft = _Draft(request, self._limits)
             with self._residency.holding(found.holdings):
                 last, shortfall = self._load(request, found, draft)
-                plan = self._claimed(draft, run_id)
+                plan = self._claimed(draft.plan(run_id))
             found = found._replace(last=last)
         return Planned(plan, found, shortfall)
+
+    def _from_host(self, request: Request, found: Found, run_id: int) -> Plan:
+        """Plan the common case: all is in host memory, nothing to reserve, nobody to wait for."""
+        positions, block_ids = found.ready[Tier.HOST]
+        if not positions or request.operation is not Operation.GET:
+            return Plan(compile_shape(Shape(request.operation, ())), run_id, ())
+        chunks = chunk_count(len(positions), self._limits.chunk_blocks * SINGLE_HOP_CHUNKS)
+        bounds = even_bounds(len(positions), chunks)
+        fill = _fill(request, positions, {Tier.HOST: block_ids}, bounds, ())
+        return Plan(_load_template(chunks), run_id, (fill,))
 
     # -- loads: get and prefetch ----------------------------------------------------------------
 
@@ -238,9 +259,8 @@ class Planner:
         host = self._host
         return CapacityError("host", wanted_blocks, host.free_blocks, host.evictable_blocks)
 
-    def _claimed(self, draft: _Draft, run_id: int) -> Plan:
-        """Freeze the draft, and open a claim for every op that moves bytes."""
-        plan = draft.plan(run_id)
+    def _claimed(self, plan: Plan) -> Plan:
+        """Open a claim for every op of the plan that moves bytes."""
         claims = self._residency.claims
         for op in plan.template.ops:
             if op.route is None:
@@ -250,8 +270,14 @@ class Planner:
             source, target = op.route
             pinned = Holding(source, claimed[source][begin:end]) if source in claimed else None
             leased = Holding(target, claimed[target][begin:end]) if target in claimed else None
-            claims.open(plan.token(op), Claim(run_id, pinned, leased))
+            claims.open(plan.token(op), Claim(plan.run_id, pinned, leased))
         return plan
+
+
+@cache
+def _load_template(chunks: int) -> Template:
+    """Give the template of a get whose blocks are all in host memory."""
+    return compile_shape(Shape(Operation.GET, (Leg((LOAD,), chunks),)))
 
 
 def chunk_count(block_count: int, chunk_blocks: int) -> int:

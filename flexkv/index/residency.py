@@ -46,10 +46,6 @@ class Found(NamedTuple):
         """Tell whether every block found is ready in host memory."""
         return len(self.ready[Tier.HOST].positions) == self.last - self.first
 
-    def ready_ids(self, tier: Tier) -> dict[Tier, list[int]]:
-        """Give the ready blocks of one tier, by tier."""
-        return {tier: self.ready[tier].block_ids}
-
     @property
     def holdings(self) -> list[Holding]:
         """Give the ready blocks, tier by tier."""

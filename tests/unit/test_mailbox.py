@@ -26,7 +26,7 @@ def test_requests_take_turns_piece_by_piece() -> None:
     order = []
     while mailbox.inbound:
         order.append(mailbox.inbound.first().transfer.token)
-        mailbox.inbound.advance(2)
+        mailbox.inbound.advance(mailbox.inbound.first(), 2)
     assert order == [1, 3, 1, 3, 2, 2]
 
 
