@@ -28,6 +28,8 @@ def coalesce(
     total = len(source_ids)
     if total == 0:
         return np.empty(0, np.int64), np.empty(0, np.int64)
+    if total == 1 or blocks_max == 1:
+        return np.arange(total), np.ones(total, np.int64)
     breaks = np.flatnonzero((np.diff(source_ids) != 1) | (np.diff(target_ids) != 1)) + 1
     run_starts = np.concatenate(([0], breaks))
     run_counts = np.diff(run_starts, append=total)
