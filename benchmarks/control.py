@@ -117,7 +117,8 @@ async def _empty(rounds: int) -> Figures:
         for end in ends:
             waiting.pop(end.token).set_result(None)
 
-    actor = TransferActor(Tier.DEVICE, _EmptyPort(), Window(1 << 30, 1 << 30, 1 << 20), 1 << 16)
+    window = Window(1 << 30, 1 << 20)
+    actor = TransferActor(Tier.DEVICE, _EmptyPort(), window, window, 1 << 16)
     actor.attach(report)
     supervisor = Supervisor(lambda error: None)
     await supervisor.start()

@@ -24,7 +24,7 @@ from benchmarks.rigs import LARGE, cache_of, kv_caches, prompt, slots_of
 from flexkv.kvmanager import KVManager
 
 BLOCK_BYTES = 2 << 20
-DEPTH = 8
+READ_DEPTH, WRITE_DEPTH = 6, 16
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 
 
@@ -140,9 +140,13 @@ class _Rig:
 
     def _fio(self, pattern: str, huge: bool, path: Path | None = None) -> float:
         """Give fio's GB/s on the tier's file (reads), or on one of its own (writes)."""
+        # The span of the blocks that the engine reads: reading less would be served by more cache.
+        span = (4 if path is None else 1) * self.bulk * BLOCK_BYTES
         arguments = [
             f"--filename={path or self.file}", f"--rw={pattern}", f"--bs={BLOCK_BYTES}",
-            f"--iodepth={DEPTH}", f"--size={self.bulk * BLOCK_BYTES}", "--direct=1",
+            f"--iodepth={READ_DEPTH if path is None else WRITE_DEPTH}", "--direct=1",
+            f"--iodepth={READ_DEPTH if path is None else WRITE_DEPTH}", "--direct=1",
+            f"--size={span}", f"--io_size={self.bulk * BLOCK_BYTES}", "--randrepeat=0",
             "--ioengine=io_uring", "--fixedbufs=1", "--name=limit", "--output-format=json",
             f"--iomem={'mmaphuge' if huge else 'malloc'}", "--hugepage-size=2m",
             "--fallocate=posix", "--end_fsync=1", "--overwrite=1",

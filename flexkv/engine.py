@@ -34,6 +34,7 @@ from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
 from flexkv.index.residency import PrefixMatch, Residency, prefix_match
 from flexkv.index.tier import BlockState, TierIndex
+from flexkv.io.ports import TransferPort
 from flexkv.statistics import QueueStatistics, RouteStatistics, Statistics, TierStatistics
 from flexkv.trace.recorder import Recorder
 
@@ -42,8 +43,8 @@ log = structlog.get_logger(__name__)
 DRAIN_TIMEOUT_S = 60.0
 """How long closing waits for hardware to give buffers back."""
 
-DISK_PIECE_BYTES = 2 * MB
-"""One submission to the disk: large enough for full speed, small enough for others to cut in."""
+DISK_READ_PIECE_BYTES, DISK_WRITE_PIECE_BYTES = 2 * MB, 8 * MB
+"""One submission to the disk. Reads: small enough for others to cut in; nobody waits for writes."""
 
 DEVICE_PIECE_BYTES = 64 * MB
 
@@ -107,9 +108,12 @@ class Engine:
         self._residency = Residency(self._tier_indexes())
         self._backing[Tier.HOST] = backend.host
         if backend.disk is not None:
-            read, write = cache.disk_read_window_mb * MB, cache.disk_write_window_mb * MB
-            window = Window(int(read), int(write), DISK_PIECE_BYTES)
-            self._actors[Tier.DISK] = self._actor(Tier.DISK, backend.disk, window)
+            self._actors[Tier.DISK] = self._actor(
+                Tier.DISK,
+                backend.disk,
+                Window(int(cache.disk_read_window_mb * MB), DISK_READ_PIECE_BYTES),
+                Window(int(cache.disk_write_window_mb * MB), DISK_WRITE_PIECE_BYTES),
+            )
             self._backing[Tier.DISK] = type(backend.disk).__name__
         self._observer = Observer(
             sizes.block_bytes,
@@ -142,10 +146,12 @@ class Engine:
             return max(1, sizes.num_host_blocks // 2)
         return int(limit_gb * GB) // sizes.block_stride_bytes
 
-    def _actor(self, tier: Tier, port: Any, window: Window) -> TransferActor:
+    def _actor(
+        self, tier: Tier, port: TransferPort, inbound: Window, outbound: Window
+    ) -> TransferActor:
         ops_per_run = (LEGS_MAX + CHUNKS_MAX) * 4
         waiting_max = self.cache.requests_max * ops_per_run + self.sizes.num_host_blocks
-        return TransferActor(tier, port, window, waiting_max)
+        return TransferActor(tier, port, inbound, outbound, waiting_max)
 
     def _start(self, actor: TransferActor) -> None:
         actor.attach(self._scheduler.report)
@@ -166,9 +172,8 @@ class Engine:
         self._device = self._backend.device(kv_caches, layout)
         port = self._device.port
         self._resources.callback(port.close)
-        limit = int(self.cache.device_window_mb * MB)
-        window = Window(limit, limit, DEVICE_PIECE_BYTES)
-        actor = self._actors[Tier.DEVICE] = self._actor(Tier.DEVICE, port, window)
+        window = Window(int(self.cache.device_window_mb * MB), DEVICE_PIECE_BYTES)
+        actor = self._actors[Tier.DEVICE] = self._actor(Tier.DEVICE, port, window, window)
         self._start(actor)
         log.info("device registered", layout=self._device.layout, blocks=self._device.num_blocks)
 

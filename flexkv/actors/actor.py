@@ -38,10 +38,9 @@ class OpEnd(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What an actor may have in flight, in bytes."""
+    """What an actor may have in flight in one direction, in bytes."""
 
-    inbound_bytes_max: int
-    outbound_bytes_max: int
+    bytes_max: int
     piece_bytes_max: int
     """One submission to the port at most, though at least one block."""
 
@@ -77,17 +76,23 @@ class Bell:
 class TransferActor:
     """Runs the transfers of one device or tier through its port."""
 
-    def __init__(self, tier: Tier, port: TransferPort, window: Window, transfers_max: int) -> None:
+    def __init__(
+        self,
+        tier: Tier,
+        port: TransferPort,
+        inbound: Window,
+        outbound: Window,
+        transfers_max: int,
+    ) -> None:
         self.tier = tier
         self.name = tier.label
         self.in_flight_bytes = {True: 0, False: 0}
         self._port = port
-        self._window = window
+        self._windows = {True: inbound, False: outbound}
         self._mailbox = Mailbox(transfers_max)
         self._pieces: dict[int, tuple[Cursor, int]] = {}
         self._next_piece = PIECE_TOKENS
         self._block_bytes = port.block_bytes
-        self._piece_blocks = max(1, window.piece_bytes_max // port.block_bytes)
         self._recalled: list[Cursor] = []
         self._bell = Bell()
         self._report: Callable[[list[OpEnd]], None] | None = None
@@ -156,8 +161,9 @@ class TransferActor:
 
     def _pump(self, lane: Lane, inbound: bool, pieces_max: int | None = None) -> bool:
         """Submit pieces while the window has room; tell whether any was."""
-        limit = self._window.inbound_bytes_max if inbound else self._window.outbound_bytes_max
-        block_bytes, piece_blocks, submit = self._block_bytes, self._piece_blocks, self._port.submit
+        block_bytes, submit = self._block_bytes, self._port.submit
+        limit, piece_bytes_max = self._windows[inbound]
+        piece_blocks = max(1, piece_bytes_max // block_bytes)
         in_flight, submitted = self.in_flight_bytes[inbound], 0
         while lane and submitted != pieces_max:
             cursor = lane.first()

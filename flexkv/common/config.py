@@ -1,20 +1,16 @@
-"""The configuration: of the model, of the cache, and of the process that runs it.
-
-Frozen pydantic models whose every fault is a `ConfigError` that names the field, the value and the
-rule. A key of a part that does not exist yet is accepted and checked; `require_built` refuses it
-when it is enabled. Files and the environment are read in `flexkv.settings`.
-"""
+"""Configuration as users import it, and the settings of a whole process."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field
-from typing_extensions import Annotated
+from pydantic import Field
 
 from flexkv.common.config_cache import GB, MB, CacheConfig, CacheSizes
-from flexkv.common.config_keys import ConfigModel, RetiredKeyWarning, key
+from flexkv.common.config_keys import ConfigModel, announce, current_names, facts_of, key, shown
 from flexkv.common.config_model import LayerGroup, ModelConfig
+from flexkv.common.errors import ConfigError
 
 __all__ = [
     "GB",
@@ -23,72 +19,87 @@ __all__ = [
     "CacheSizes",
     "LayerGroup",
     "ModelConfig",
-    "RetiredKeyWarning",
     "Settings",
+    "settings_of",
+    "variable_keys",
 ]
 
-
-def _upper(value: object) -> object:
-    return value.upper() if isinstance(value, str) else value
-
-
-LogLevel = Annotated[
-    Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(_upper)
-]
+_SERVER_PART = "the server for several processes"
+_METRICS_PART = "the metrics endpoint"
 
 
 class Settings(ConfigModel):
-    """A whole configuration file: the process's keys, and the cache's."""
+    """What a process reads from its file and environment, beside the cache's own keys."""
 
     enable_flexkv: bool = key(
-        True, "Let the inference engine use FlexKV.", variables=("ENABLE_FLEXKV",)
+        True, "Whether an engine's connector uses FlexKV at all.", variables=("ENABLE_FLEXKV",)
     )
     server_recv_port: str = key(
-        "ipc:///tmp/flexkv_server", "Address at which a server takes requests.",
-        pattern=r"^(ipc|tcp)://.+",
+        "ipc:///tmp/flexkv_server", "Address at which device agents and clients find the server."
     )
     server_client_mode: bool = key(
-        False, "Run the cache in a process of its own, with engines as its clients.",
-        part="the server", built=(False,),
+        False, "Use a server in another process.", part=_SERVER_PART, built=(False,)
     )
     server_launch_mode: Literal["embedded", "external"] = key(
-        "embedded", "Who starts the server: the first engine, or somebody else."
+        "embedded", "Whether the first instance runs the server, or `flexkv serve` does."
     )
-    num_log_interval_requests: int = key(
-        200, "Requests between two summary lines in the log; 0 = none.", unit="requests", ge=0
-    )
-    instance_num: int = key(
-        1, "Engine instances that share one cache.", ge=1,
-        part="the server for several instances", built=(1,),
-    )
-    instance_id: int = key(0, "Which of the instances this one is.", ge=0)
+    instance_num: int = key(1, "Engine instances that share one server.", ge=1)
+    instance_id: int = key(0, "Which of them this one is.", ge=0)
     enable_metrics: bool = key(
-        False, "Serve metrics for Prometheus.", part="the metrics endpoint", built=(False,)
+        False, "Serve Prometheus metrics.", part=_METRICS_PART, built=(False,)
     )
-    py_metrics_port: int = key(8080, "Port that metrics are served at.", ge=1, le=65535)
-    log_level: LogLevel = key("INFO", "Least severe events that are logged.")
-    logging_prefix: str = key("FLEXKV", "First word of every log line.")
+    py_metrics_port: int = key(8080, "Port of the metrics.", ge=1, le=65535)
+    log_level: str = key("info", "Least severity that is logged.")
+    logging_prefix: str = key("", "Stands on every log line.")
     enable_layerwise_transfer: bool = key(
-        False, "Let the engine start on a layer before the next ones have arrived.",
-        part="layer-wise transfer", built=(False,),
+        False, "Hand loads over layer by layer.", part="layer-wise transfer", built=(False,)
     )
-    sync_get: bool = key(
-        False, "Make the engine wait for its gets.",
-        part="the engine integration", built=(False,),
-    )
+    sync_get: bool = key(False, "Load in the engine's step instead of beside it.")
     dynamo_use_flexkv: bool = key(
-        False, "Report blocks to Dynamo's router.", variables=("DYNAMO_USE_FLEXKV",),
-        part="the Dynamo integration", built=(False,),
+        False, "Set by Dynamo when it runs engines with FlexKV.", variables=("DYNAMO_USE_FLEXKV",)
     )
     cache_config: CacheConfig = Field(
-        default_factory=CacheConfig, description="The cache's own keys."
+        default_factory=CacheConfig, description="The cache's own keys; may stand flat beside it."
     )
 
-    def require_built(self) -> None:
-        """Return if every part of the system that any key asks for exists.
 
-        Raises:
-            ConfigError: a key enables a part that is not built; the error names both.
-        """
-        super().require_built()
-        self.cache_config.require_built()
+def settings_of(file: Mapping[str, Any], environment: Mapping[str, Any] | None = None) -> Settings:
+    """Give the settings of a file's content and of values from the environment; the file wins.
+
+    Args:
+        file: flat, or with the cache's keys nested under `cache_config`.
+        environment: the same keys, flat.
+
+    Raises:
+        ConfigError: an unknown key, a wrong value, or one key with two values.
+    """
+    models = (Settings, CacheConfig)
+    nested = file.get("cache_config") or {}
+    if not isinstance(nested, Mapping):
+        raise ConfigError("cache_config", nested, "must be an object of keys")
+    flat = {name: value for name, value in file.items() if name != "cache_config"}
+    outer, outer_renames = current_names(flat, models)
+    inner, inner_renames = current_names(nested, (CacheConfig,))
+    for name in outer.keys() & inner.keys():
+        if outer[name] != inner[name]:
+            why = "stands in cache_config with another value"
+            raise ConfigError(name, shown(name, outer[name], models), why)
+    announce({**outer_renames, **inner_renames})
+    merged = {**(environment or {}), **outer, **inner}
+    own = {name: merged.pop(name) for name in list(merged) if name in Settings.model_fields}
+    return Settings(**own, cache_config=CacheConfig(**merged))
+
+
+def variable_keys() -> dict[str, str]:
+    """Give every environment variable that sets a key, with the key's name."""
+    variables: dict[str, str] = {}
+    for model in (Settings, CacheConfig):
+        for name, field in model.model_fields.items():
+            if name == "cache_config":
+                continue
+            facts = facts_of(field)
+            for variable in facts.variables or (f"FLEXKV_{name.upper()}",):
+                variables[variable] = name
+            for old in facts.old:
+                variables[f"FLEXKV_{old.upper()}"] = old
+    return variables

@@ -59,6 +59,8 @@ def check_ids(transfer: Transfer, source_blocks: int, target_blocks: int) -> Non
         (transfer.source_ids, source_blocks, transfer.route.source),
         (transfer.target_ids, target_blocks, transfer.route.target),
     ):
+        if blocks > ids[0] >= 0 and len(ids) == 1:
+            continue
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= blocks:
             raise InvariantError(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from flexkv.common.errors import ShortTransferError, StorageError, TransferError
 from flexkv.common.extents import check_ids, coalesce
-from flexkv.common.terms import Tier, Transfer
+from flexkv.common.terms import BlockIds, Tier, Transfer
 from flexkv.io.arena import Arena
 from flexkv.io.files import StripedFiles
 from flexkv.io.ports import Completion
@@ -107,22 +107,35 @@ class DiskGeometry:
         Raises:
             InvariantError: ids out of range, or of unequal length.
         """
-        limits = (self._host_blocks, self._files.num_blocks)
         write = transfer.route.source is Tier.HOST
-        check_ids(transfer, *(limits if write else limits[::-1]))
         if write:
             host_ids, disk_ids = transfer.source_ids, transfer.target_ids
         else:
             host_ids, disk_ids = transfer.target_ids, transfer.source_ids
+        limits = (self._host_blocks, self._files.num_blocks)
+        check_ids(transfer, *(limits if write else limits[::-1]))
+        if len(host_ids) == 1:
+            return DiskJob(transfer.token, write, self._extents_of_one(host_ids, disk_ids), base)
         # A number is left out between two slices, so that no run goes across.
         places = host_ids + host_ids // self._slice_blocks
         starts, counts = coalesce(places, self._files.positions(disk_ids), self._blocks_max)
         file_index, offset = self._files.locate(disk_ids[starts])
         address = self._host_address + host_ids[starts] * self.block_bytes
         extents = np.stack((file_index, offset, address, counts * self.block_bytes), axis=1)
+        return DiskJob(transfer.token, write, self._bounded(extents), base)
+
+    def _extents_of_one(self, host_ids: BlockIds, disk_ids: BlockIds) -> NDArray[np.int64]:
+        """Give the extents of one block: large blocks come one by one, and arrays cost more."""
+        file_index, offset = self._files.locate(disk_ids[0])
+        address = self._host_address + int(host_ids[0]) * self.block_bytes
+        row = (int(file_index), int(offset), address, self.block_bytes)
+        return self._bounded(np.array((row,), np.int64))
+
+    def _bounded(self, extents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Cut extents that are longer than one I/O may be."""
         if self.block_bytes > BLOCK_IO_BYTES_MAX:
-            extents = _split(extents, self.block_bytes)
-        return DiskJob(transfer.token, write, extents, base)
+            return _split(extents, self.block_bytes)
+        return extents
 
 
 def _split(extents: NDArray[np.int64], block_bytes: int) -> NDArray[np.int64]:
