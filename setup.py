@@ -2,7 +2,7 @@
 
 liburing is linked statically when its archive is installed, so that the wheel needs no system
 library; xxhash is inlined from its header. Both come from the distribution
-(`liburing-dev`, `libxxhash-dev`). `FLEXKV_SANITIZE=1` builds with ASan and UBSan.
+(`liburing-dev`, `libxxhash-dev`). `EXT_SANITIZE=1` builds with ASan and UBSan.
 """
 
 import os
@@ -26,7 +26,7 @@ def liburing_link() -> dict[str, list[str]]:
 
 
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
-sanitize = SANITIZE if os.environ.get("FLEXKV_SANITIZE") == "1" else []
+sanitize = SANITIZE if os.environ.get("EXT_SANITIZE") == "1" else []
 
 setup(
     ext_modules=[

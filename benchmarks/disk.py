@@ -145,7 +145,6 @@ class _Rig:
         arguments = [
             f"--filename={path or self.file}", f"--rw={pattern}", f"--bs={BLOCK_BYTES}",
             f"--iodepth={READ_DEPTH if path is None else WRITE_DEPTH}", "--direct=1",
-            f"--iodepth={READ_DEPTH if path is None else WRITE_DEPTH}", "--direct=1",
             f"--size={span}", f"--io_size={self.bulk * BLOCK_BYTES}", "--randrepeat=0",
             "--ioengine=io_uring", "--fixedbufs=1", "--name=limit", "--output-format=json",
             f"--iomem={'mmaphuge' if huge else 'malloc'}", "--hugepage-size=2m",

@@ -15,7 +15,7 @@ mkdir -p "$scratch/tests/unit"
 cp tests/unit/test_ext_*.py "$scratch/tests/unit"
 rm -f "$scratch"/flexkv/_ext*.so
 cd "$scratch"
-FLEXKV_SANITIZE=1 "$python" setup.py --quiet build_ext --inplace
+EXT_SANITIZE=1 "$python" setup.py --quiet build_ext --inplace
 
 LD_PRELOAD=$("${CC:-gcc}" -print-file-name=libasan.so) \
 PYTHONMALLOC=malloc PYTHONPATH=$scratch HYPOTHESIS_STORAGE_DIRECTORY=$scratch/.hypothesis \

@@ -190,20 +190,22 @@ class Engine:
         self._admission.close()
         self._scheduler.cancel_all()
         if self._failure is None:
-            try:
-                async with asyncio.timeout(DRAIN_TIMEOUT_S):
-                    await self._scheduler.wait_idle()
-            except TimeoutError as error:
-                await self._supervisor.stop()
-                depths = {actor.name: actor.depth for actor in self._actors.values()}
-                raise InternalError(
-                    f"still in flight after {DRAIN_TIMEOUT_S} s: {depths}"
-                ) from error
+            await self._drain()
         await self._supervisor.stop()
         self._resources.close()
         if self._failure is None:
             self._check_nothing_left()
         log.info("engine closed")
+
+    async def _drain(self) -> None:
+        """Wait until no run is left. An engine that fails meanwhile has none."""
+        try:
+            async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                await self._scheduler.wait_idle()
+        except TimeoutError as error:
+            await self._supervisor.stop()
+            depths = {actor.name: actor.depth for actor in self._actors.values()}
+            raise InternalError(f"still in flight after {DRAIN_TIMEOUT_S} s: {depths}") from error
 
     def _check_nothing_left(self) -> None:
         self._residency.validate()

@@ -48,9 +48,12 @@ class LoopThread:
         """Run `work` on the loop, and wait for its result in this thread.
 
         Raises:
-            ClosedError: the thread is not running.
+            ClosedError: the thread is not running, or was stopped meanwhile.
         """
-        return asyncio.run_coroutine_threadsafe(_awaited(work), self._running()).result()
+        try:
+            return asyncio.run_coroutine_threadsafe(_awaited(work), self._running()).result()
+        except concurrent.futures.CancelledError as error:
+            raise ClosedError("the engine was shut down during the call") from error
 
     async def call_async(self, work: Callable[[], Awaitable[T]]) -> T:
         """Run `work` on the loop, and await its result on the caller's.

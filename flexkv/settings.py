@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from flexkv.common.config import CacheConfig, ModelConfig, Settings, settings_of, variable_keys
-from flexkv.common.config_keys import current_names, facts_of, nearest, shown
+from flexkv.common.config_keys import announce, current_names, facts_of, nearest, shown
 from flexkv.common.errors import ConfigError
 
 PATH_VARIABLE = "FLEXKV_CONFIG_PATH"
@@ -64,7 +64,8 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             guess = nearest(variable, known)
             told = shown(known[guess], value, (Settings, CacheConfig))
             raise ConfigError(variable, told, f"unknown variable; the nearest known is {guess}")
-    values, _ = current_names(found, (Settings, CacheConfig))
+    values, renames = current_names(found, (Settings, CacheConfig))
+    announce(renames)
     return values
 
 

@@ -197,13 +197,11 @@ class Scheduler:
         self._work()
 
     async def wait_idle(self) -> None:
-        """Return once no flight is left, write-behind included."""
-        while self._flights:
+        """Return once no flight is left, write-behind included, or the engine has failed."""
+        while self._flights and self._failed is None:
             waiter = asyncio.get_running_loop().create_future()
             self._idle.append(waiter)
             await waiter
-            if self._failed is not None:
-                raise self._failed
 
     def hold(self, request: Request) -> Hold:
         """Pin what a request would find now, until `release`."""

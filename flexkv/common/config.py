@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from flexkv.common.config_cache import GB, MB, CacheConfig, CacheSizes
+from flexkv.common.config_cache import GB, MB, SIZE_PAIRS, CacheConfig, CacheSizes
 from flexkv.common.config_keys import ConfigModel, announce, current_names, facts_of, key, shown
 from flexkv.common.config_model import LayerGroup, ModelConfig
 from flexkv.common.errors import ConfigError
@@ -43,7 +43,9 @@ class Settings(ConfigModel):
     server_launch_mode: Literal["embedded", "external"] = key(
         "embedded", "Whether the first instance runs the server, or `flexkv serve` does."
     )
-    instance_num: int = key(1, "Engine instances that share one server.", ge=1)
+    instance_num: int = key(
+        1, "Engine instances that share one server.", ge=1, part=_SERVER_PART, built=(1,)
+    )
     instance_id: int = key(0, "Which of them this one is.", ge=0)
     enable_metrics: bool = key(
         False, "Serve Prometheus metrics.", part=_METRICS_PART, built=(False,)
@@ -54,13 +56,27 @@ class Settings(ConfigModel):
     enable_layerwise_transfer: bool = key(
         False, "Hand loads over layer by layer.", part="layer-wise transfer", built=(False,)
     )
-    sync_get: bool = key(False, "Load in the engine's step instead of beside it.")
+    sync_get: bool = key(
+        False,
+        "Load in the engine's step instead of beside it.",
+        part="an engine connector",
+        built=(False,),
+    )
     dynamo_use_flexkv: bool = key(
         False, "Set by Dynamo when it runs engines with FlexKV.", variables=("DYNAMO_USE_FLEXKV",)
     )
     cache_config: CacheConfig = Field(
         default_factory=CacheConfig, description="The cache's own keys; may stand flat beside it."
     )
+
+    def require_built(self) -> None:
+        """Return if every part that these settings and the cache's keys ask for exists.
+
+        Raises:
+            ConfigError: a key enables a part that is not built; the error names both.
+        """
+        super().require_built()
+        self.cache_config.require_built()
 
 
 def settings_of(file: Mapping[str, Any], environment: Mapping[str, Any] | None = None) -> Settings:
@@ -77,6 +93,9 @@ def settings_of(file: Mapping[str, Any], environment: Mapping[str, Any] | None =
     nested = file.get("cache_config") or {}
     if not isinstance(nested, Mapping):
         raise ConfigError("cache_config", nested, "must be an object of keys")
+    for name in (*file, *nested):
+        if not isinstance(name, str):
+            raise ConfigError("key", name, "must be a string")
     flat = {name: value for name, value in file.items() if name != "cache_config"}
     outer, outer_renames = current_names(flat, models)
     inner, inner_renames = current_names(nested, (CacheConfig,))
@@ -85,9 +104,21 @@ def settings_of(file: Mapping[str, Any], environment: Mapping[str, Any] | None =
             why = "stands in cache_config with another value"
             raise ConfigError(name, shown(name, outer[name], models), why)
     announce({**outer_renames, **inner_renames})
-    merged = {**(environment or {}), **outer, **inner}
+    chosen = {**outer, **inner}
+    merged = {**_without_rivals(environment or {}, chosen), **chosen}
     own = {name: merged.pop(name) for name in list(merged) if name in Settings.model_fields}
     return Settings(**own, cache_config=CacheConfig(**merged))
+
+
+def _without_rivals(environment: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop sizes from the environment that the file gives in the other unit: the file wins."""
+    rivals = {
+        rival
+        for pair in SIZE_PAIRS
+        for name, rival in (pair, pair[::-1])
+        if name in file and rival not in file
+    }
+    return {name: value for name, value in environment.items() if name not in rivals}
 
 
 def variable_keys() -> dict[str, str]:

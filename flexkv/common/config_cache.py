@@ -172,7 +172,12 @@ class CacheConfig(ConfigModel):
         0.05, "Least part of a tier that one eviction frees; 0 = only what is needed.", ge=0, le=1
     )
     evict_start_threshold: float = key(
-        1.0, "Used part of a tier from which eviction starts; 1 = when it is full.", gt=0, le=1
+        1.0,
+        "Used part of a tier from which eviction starts; 1 = when it is full.",
+        gt=0,
+        le=1,
+        part="the background eviction part",
+        built=(1.0,),
     )
     eviction_policy: EvictionPolicy = key(
         "lru", "Which block goes first.", part="the eviction part beyond lru", built=("lru",)

@@ -203,6 +203,27 @@ def test_the_file_wins_over_the_environment(tmp_path: Path) -> None:
     assert load_settings({}).cache_config == CacheConfig()
 
 
+def test_a_size_in_the_file_wins_in_whatever_unit() -> None:
+    """Blocks in the file and GB in the environment do not contradict each other."""
+    settings = settings_of({"num_cpu_blocks": 5}, {"cpu_cache_gb": "3"})
+    assert settings.cache_config.sized(ModelConfig(**MODEL)).num_host_blocks == 5
+
+
+@pytest.mark.parametrize(
+    "file", [{"instance_num": 4}, {"sync_get": True}, {"evict_start_threshold": 0.7}]
+)
+def test_settings_of_parts_that_are_not_built_are_refused(file: dict[str, Any]) -> None:
+    """Accepted while loading, refused by name when something would start with them."""
+    with pytest.raises(ConfigError, match="not built yet"):
+        settings_of(file).require_built()
+
+
+def test_old_names_in_the_environment_warn() -> None:
+    """As they do in a file."""
+    with pytest.warns(RetiredKeyWarning, match="use_gds"):
+        load_settings({"FLEXKV_USE_GDS": "0"})
+
+
 @pytest.mark.parametrize(
     ("environment", "field", "why"),
     [
@@ -241,10 +262,11 @@ def test_a_broken_file_is_named(name: str, text: str, why: str, tmp_path: Path) 
     [
         ({"num_cpu_blocks": 1, "cache_config": {"num_cpu_blocks": 2}}, "another value"),
         ({"cache_config": 5}, "object"),
+        ({5: 5}, "must be a string"),
         ({"num_cpu_blocksx": 1}, "num_cpu_blocks"),
     ],
 )
-def test_contradictions_in_a_file_are_errors(file: dict[str, Any], why: str) -> None:
+def test_contradictions_in_a_file_are_errors(file: dict[Any, Any], why: str) -> None:
     """One key with two values, a cache_config that is none, unknown keys."""
     with pytest.raises(ConfigError, match=why):
         settings_of(file)

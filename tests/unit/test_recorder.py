@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.kvmanager import KVManager
-from flexkv.trace import recorder as recorder_module
 from flexkv.trace.recorder import Recorder
 from flexkv.trace.records import DropRecord, HeaderRecord, OpRecord, Record, RequestRecord
 
@@ -56,14 +57,29 @@ def test_files_are_rotated_by_size_and_count(tmp_path: Path, max_files: int) -> 
     assert all(file.stat().st_size < 1200 for file in files)
 
 
-def test_a_full_queue_drops_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What cannot be queued is counted, and the count is in the file."""
-    monkeypatch.setattr(recorder_module, "QUEUE_RECORDS_MAX", 0)
+def test_a_full_queue_drops_and_counts(tmp_path: Path) -> None:
+    """What cannot be queued is dropped without waiting; the count is in the file at the end."""
     recorder = Recorder(str(tmp_path / "trace"), 1 << 20, 2, 1000)
-    recorder._dropped = 7
-    recorder.record(op(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorder._queue, "put_nowait", _refuse)
+        recorder.record(op(1))
+        recorder.record(op(2))
     recorder.close()
-    assert DropRecord(7) in read(tmp_path / "trace")
+    assert DropRecord(2) in read(tmp_path / "trace")
+
+
+def _refuse(record: object) -> None:
+    raise queue.Full
+
+
+def test_a_full_disk_ends_the_trace_and_nothing_else() -> None:
+    """Records are dropped from then on, close returns, and the log says why."""
+    with capture_logs() as logs:
+        recorder = Recorder("/dev/full", 1 << 20, 2, 1)
+        for number in range(10_000):
+            recorder.record(op(number))
+        recorder.close()
+    assert [entry["event"] for entry in logs] == ["trace_ended"]
 
 
 def test_a_path_that_cannot_be_written_is_named() -> None:

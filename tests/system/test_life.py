@@ -1,0 +1,170 @@
+"""Failures, shutdown under load, and the README: nobody waits for ever, nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flexkv.actors.actor import TransferActor
+from flexkv.admission import Admission
+from flexkv.common.errors import ClosedError, FlexKVError, InternalError
+from flexkv.common.request import KVResponseStatus
+from flexkv.io.ports import Completion
+from flexkv.testing.virtual_time import DeadlockError, run_virtual
+
+from .conftest import PER_BLOCK, MakeManager, kv_caches, slots_of
+
+PROMPT = np.arange(10 * PER_BLOCK)
+ROOT = Path(__file__).parents[2]
+
+
+async def test_an_actor_that_fails_ends_every_wait(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our own mistake in an actor: waiters get an InternalError, later calls too, close returns."""
+
+    def broken(self: TransferActor) -> None:
+        raise RuntimeError("planted")
+
+    manager = make_manager()
+    async with manager:
+        manager.register_kv_caches(kv_caches())
+        monkeypatch.setattr(TransferActor, "_turn", broken)
+        with pytest.raises(InternalError, match="planted"):
+            await manager.put(PROMPT, slots_of(range(10)))
+        with pytest.raises(InternalError):
+            manager.match(PROMPT)
+
+
+async def test_a_port_that_fails_a_transfer_shortens_the_hit(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read error is a shorter answer with the error named, and nothing is held."""
+    async with make_manager() as manager:
+        manager.register_kv_caches(kv_caches())
+        for start in range(0, 500_000, 100_000):
+            await manager.put(PROMPT + start, slots_of(range(10)))
+            await manager.flush()
+        disk = manager._engine._backend.disk
+        assert disk is not None
+        reap = disk.reap
+
+        def failing() -> list[Completion]:
+            error = FlexKVError("planted")
+            return [Completion(token, error) for token, _ in reap()]  # type: ignore[arg-type]
+
+        monkeypatch.setattr(disk, "reap", failing)
+        response = await manager.get(PROMPT, slots_of(range(20, 30)))
+        assert response.status is KVResponseStatus.FAILED
+        assert "planted" in str(response.error)
+        assert manager.statistics().claims == 0
+        assert manager.statistics().routes["disk→host"].failed_ops > 0
+
+
+def test_shutdown_under_load_from_other_threads_ends_every_call(make_manager: MakeManager) -> None:
+    """Threads that put and wait while another shuts down all return or get a ClosedError."""
+    manager = make_manager(requests_max=2)
+    manager.start()
+    manager.register_kv_caches(kv_caches())
+    ready = threading.Barrier(5)
+
+    def worker(number: int) -> None:
+        ready.wait()
+        try:
+            for turn in range(1000):
+                tokens = PROMPT + (number * 1000 + turn) * 1000
+                manager.wait(manager.put_async(tokens, slots_of(range(10))))
+        except ClosedError:
+            pass
+
+    threads = [threading.Thread(target=worker, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    manager.shutdown()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
+    manager.shutdown()
+
+
+async def test_a_cancelled_call_from_another_loop_waits_for_the_hardware(
+    make_manager: MakeManager,
+) -> None:
+    """CancelledError comes once the work on the engine's loop is over; the manager serves on."""
+    manager = make_manager()
+    manager.start()
+    try:
+        manager.register_kv_caches(kv_caches())
+        await manager.put(PROMPT, slots_of(range(10)))
+        for _ in range(10):
+            getting = asyncio.ensure_future(manager.get(PROMPT, slots_of(range(20, 30))))
+            await asyncio.sleep(0)
+            getting.cancel()
+            await asyncio.wait([getting])
+        await manager.flush()
+        assert manager.statistics().claims == 0
+    finally:
+        manager.shutdown()
+
+
+async def test_admission_is_fair_bounded_and_closes() -> None:
+    """First come first served; a cancelled waiter hands its place on; closing turns away."""
+    admission = Admission(1)
+    await admission.enter()
+    order: list[int] = []
+
+    async def visitor(number: int) -> None:
+        await admission.enter()
+        order.append(number)
+        admission.leave()
+
+    visitors = [asyncio.ensure_future(visitor(number)) for number in range(4)]
+    await asyncio.sleep(0)
+    assert admission.waiting == 4
+    visitors[1].cancel()
+    await asyncio.sleep(0)
+    admission.leave()
+    visitors[0].cancel()
+    await asyncio.wait(visitors)
+    assert order == [2, 3]
+    await admission.enter()
+    late = asyncio.ensure_future(admission.enter())
+    await asyncio.sleep(0)
+    admission.close()
+    with pytest.raises(ClosedError):
+        await late
+    with pytest.raises(ClosedError):
+        await admission.enter()
+
+
+def test_the_virtual_loop_sees_a_deadlock() -> None:
+    """A wait that nothing can end raises instead of hanging; virtual time costs none."""
+
+    async def sleeps() -> float:
+        await asyncio.sleep(1e6)
+        return asyncio.get_running_loop().time()
+
+    assert run_virtual(sleeps()) >= 1e6
+
+    async def waits() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    with pytest.raises(DeadlockError):
+        run_virtual(waits())
+
+
+def test_the_example_in_the_readme_runs(tmp_path: Path) -> None:
+    """As it stands, but for its directory."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    script = tmp_path / "example.py"
+    script.write_text(example.replace("/tmp/flexkv-ssd", str(tmp_path / "ssd")))
+    told = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert "SUCCESS 64 tokens" in told.stdout
