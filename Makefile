@@ -44,6 +44,7 @@ lint: $(VENV)/.setup-dev  ## ruff
 
 types: $(VENV)/.setup-dev  ## mypy strict; pyright on the public surface
 	$(BIN)/mypy
+	$(BIN)/pyright
 
 coverage: $(VENV)/.setup-dev  ## Branch coverage of the pure folders; fails below 95 %
 	$(BIN)/python -m pytest -q --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 tests

@@ -8,28 +8,17 @@ templates are cached: `compile_shape` gives the same object for an equal shape.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import networkx as nx
 
 from flexkv.common.errors import InvariantError
-from flexkv.common.terms import Route, Tier
+from flexkv.common.terms import Tier
 from flexkv.graph import passes
-from flexkv.graph.ops import OpSpec, Shape, answers, check_shape
+from flexkv.graph.ops import Node, OpSpec, Shape, answers, check_shape
 from flexkv.graph.plan import Template
 
 TEMPLATES_MAX = 1024
 """Templates that are kept; the least recently used one goes."""
-
-
-class Node(NamedTuple):
-    """An op of the graph, by what it is: chunk -1 stands for the whole leg, before chunking."""
-
-    leg: int
-    chunk: int
-    hop: int
-    """Position among the leg's hops; -1 is the barrier in front of them."""
-    route: Route | None
 
 
 @lru_cache(maxsize=TEMPLATES_MAX)

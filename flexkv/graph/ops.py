@@ -46,6 +46,16 @@ class Shape(NamedTuple):
     legs: tuple[Leg, ...]
 
 
+class Node(NamedTuple):
+    """An op of the graph, by what it is: chunk -1 stands for the whole leg, before chunking."""
+
+    leg: int
+    chunk: int
+    hop: int
+    """Position among the leg's hops; -1 is the barrier in front of them."""
+    route: Route | None
+
+
 class OpSpec(msgspec.Struct, frozen=True):
     """One op of a template: chunk `chunk` of leg `leg`, on `route`; a barrier has none.
 

@@ -6,33 +6,12 @@ it gives the runs of blocks that are contiguous at both ends, which adapters mov
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import TYPE_CHECKING, Protocol, TypeVar
-
 import networkx as nx
 
 from flexkv.common.extents import coalesce
-from flexkv.common.terms import Route
-from flexkv.graph.ops import Shape
-
-if TYPE_CHECKING:
-    from flexkv.graph.compile import Node
+from flexkv.graph.ops import Node, Shape
 
 __all__ = ["chunk", "coalesce", "drop_noops", "order"]
-
-
-class _HasRoute(Hashable, Protocol):
-    @property
-    def leg(self) -> int: ...
-    @property
-    def chunk(self) -> int: ...
-    @property
-    def hop(self) -> int: ...
-    @property
-    def route(self) -> Route | None: ...
-
-
-NodeT = TypeVar("NodeT", bound=_HasRoute)
 
 
 def drop_noops(graph: nx.DiGraph[Node], shape: Shape) -> nx.DiGraph[Node]:
@@ -53,10 +32,10 @@ def chunk(graph: nx.DiGraph[Node], shape: Shape) -> nx.DiGraph[Node]:
     return split
 
 
-def order(graph: nx.DiGraph[NodeT]) -> list[NodeT]:
+def order(graph: nx.DiGraph[Node]) -> list[Node]:
     """Give a topological order with reads before writes, and earlier chunks first."""
 
-    def rank(node: NodeT) -> tuple[bool, int, int, int]:
+    def rank(node: Node) -> tuple[bool, int, int, int]:
         outbound = node.route is not None and not node.route.inbound
         return outbound, node.chunk, node.leg, node.hop
 

@@ -8,9 +8,9 @@ import pytest
 from flexkv.common.errors import InvariantError
 from flexkv.common.request import Operation
 from flexkv.common.terms import Route, Tier
-from flexkv.graph.compile import Node, build, check, compile_shape
+from flexkv.graph.compile import build, check, compile_shape
 from flexkv.graph.explain import hypothetical
-from flexkv.graph.ops import Leg, Shape
+from flexkv.graph.ops import Leg, Node, Shape
 from flexkv.graph.planner import PlanLimits, chunk_count
 
 LOAD, STORE = Route(Tier.HOST, Tier.DEVICE), Route(Tier.DEVICE, Tier.HOST)
