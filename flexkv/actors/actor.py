@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import structlog
 
 from flexkv.actors.mailbox import Cursor, Lane, Mailbox
-from flexkv.common.errors import TransferError
+from flexkv.common.errors import RecalledError, TransferError
 from flexkv.common.terms import Tier, Transfer
 from flexkv.io.ports import TransferPort
 
@@ -43,10 +43,6 @@ class Window(NamedTuple):
     bytes_max: int
     piece_bytes_max: int
     """One submission to the port at most, though at least one block."""
-
-
-class RecalledError(TransferError):
-    """The op was recalled before all of its bytes were on their way."""
 
 
 class Bell:

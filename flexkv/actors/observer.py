@@ -13,7 +13,7 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from flexkv.common.errors import TransferError
+from flexkv.common.errors import RecalledError, TransferError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import Route, Tier
 from flexkv.graph.ops import OpSpec
@@ -84,7 +84,7 @@ class Observer:
         if error is None:
             count.blocks += blocks
             count.bytes += blocks * self._block_bytes
-        else:
+        elif not isinstance(error, RecalledError):
             count.failed_ops += 1
             log.warning("op failed", request=request.request_id, route=op.label, error=str(error))
         if self._sink is not None:

@@ -45,6 +45,10 @@ class TransferError(FlexKVError):
         self.op_id, self.route, self.block_count, self.why = op_id, route, block_count, why
 
 
+class RecalledError(TransferError):
+    """A transfer op was recalled before all of its bytes were on their way: no fault of any."""
+
+
 class StorageError(TransferError):
     """A file operation failed with an errno."""
 
