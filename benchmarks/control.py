@@ -109,6 +109,11 @@ class _EmptyPort:
         """Hold nothing."""
 
 
+def _resolve(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        future.set_result(None)
+
+
 async def _empty(rounds: int) -> Figures:
     """Empty ops through an actor: from post to an awaited future."""
     waiting: dict[int, asyncio.Future[None]] = {}
@@ -139,7 +144,16 @@ async def _empty(rounds: int) -> Figures:
             for future in futures:
                 await future
             took.append((time.perf_counter() - begin) / batch)
+        floor = []
+        for _ in range(rounds // batch + 20):
+            begin = time.perf_counter()
+            futures = [loop.create_future() for _ in range(batch)]
+            loop.call_soon(_resolve, futures)
+            for future in futures:
+                await future
+            floor.append((time.perf_counter() - begin) / batch)
         name = "alone" if batch == 1 else f"in batches of {batch}"
         figures[f"empty op through an actor, {name}, us each"] = statistics.median(took) * 1e6
+        figures[f"of which the awaited future alone, {name}, us"] = statistics.median(floor) * 1e6
     await supervisor.stop()
     return figures

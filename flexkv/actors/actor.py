@@ -157,23 +157,22 @@ class TransferActor:
 
     def _pump(self, lane: Lane, inbound: bool, pieces_max: int | None = None) -> bool:
         """Submit pieces while the window has room; tell whether any was."""
-        block_bytes, submit = self._block_bytes, self._port.submit
+        block_bytes, pieces, submit = self._block_bytes, self._pieces, self._port.submit
         limit, piece_bytes_max = self._windows[inbound]
         piece_blocks = max(1, piece_bytes_max // block_bytes)
         in_flight, submitted = self.in_flight_bytes[inbound], 0
-        while lane and submitted != pieces_max:
-            cursor = lane.first()
-            begin = cursor.next_block
-            blocks = min(piece_blocks, cursor.block_count - begin)
-            if in_flight and in_flight + blocks * block_bytes > limit:
+        while submitted != pieces_max:
+            # Whatever its size, one piece may always be in flight.
+            room = (limit - in_flight) // block_bytes if in_flight else piece_blocks
+            taken = lane.take(piece_blocks, room)
+            if taken is None:
                 break
-            lane.advance(cursor, blocks)
-            cursor.pieces_in_flight += 1
+            cursor, begin, blocks = taken
             in_flight += blocks * block_bytes
             self.in_flight_bytes[inbound] = in_flight
             whole = cursor.transfer
             piece = whole if blocks == cursor.block_count else self._piece(whole, begin, blocks)
-            self._pieces[piece.token] = (cursor, blocks)
+            pieces[piece.token] = (cursor, blocks)
             submit(piece)
             submitted += 1
         return submitted > 0

@@ -50,21 +50,33 @@ class Lane:
         else:
             queue.append(cursor)
 
-    def first(self) -> Cursor:
-        """Give the transfer whose turn it is."""
-        for queue in self._turns.values():
-            return queue[0]
-        raise InvariantError("an empty lane has no first transfer")
+    def take(self, blocks_max: int, room_blocks: int) -> tuple[Cursor, int, int] | None:
+        """Hand out a piece of the transfer whose turn it is: its cursor, first block and length.
 
-    def advance(self, cursor: Cursor, blocks: int) -> None:
-        """`cursor`, whose turn it is, has handed out `blocks` more: the next owner's turn."""
-        queue = self._turns.pop(cursor.owner)
-        cursor.next_block += blocks
-        if cursor.next_block == cursor.block_count:
+        None when nothing waits, or the piece has more than `room_blocks`. The next turn is the
+        next owner's.
+        """
+        turns = self._turns
+        if not turns:
+            return None
+        owner, queue = next(iter(turns.items()))
+        cursor = queue[0]
+        begin = cursor.next_block
+        rest = cursor.block_count - begin
+        blocks = rest if rest < blocks_max else blocks_max
+        if blocks > room_blocks:
+            return None
+        cursor.next_block = begin + blocks
+        cursor.pieces_in_flight += 1
+        if blocks == rest:
             cursor.queued = False
             queue.popleft()
-        if queue:
-            self._turns[cursor.owner] = queue
+            if not queue:
+                del turns[owner]
+                return cursor, begin, blocks
+        if len(turns) > 1:
+            turns[owner] = turns.pop(owner)
+        return cursor, begin, blocks
 
     def remove(self, cursor: Cursor) -> None:
         """Take a waiting transfer out."""

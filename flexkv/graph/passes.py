@@ -16,7 +16,8 @@ __all__ = ["chunk", "coalesce", "drop_noops", "order"]
 
 def drop_noops(graph: nx.DiGraph[Node], shape: Shape) -> nx.DiGraph[Node]:
     """Drop the ops of legs without blocks."""
-    return graph.subgraph([node for node in graph if shape.legs[node.leg].chunks]).copy()
+    graph.remove_nodes_from([node for node in graph if not shape.legs[node.leg].chunks])
+    return graph
 
 
 def chunk(graph: nx.DiGraph[Node], shape: Shape) -> nx.DiGraph[Node]:

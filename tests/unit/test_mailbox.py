@@ -24,9 +24,8 @@ def test_requests_take_turns_piece_by_piece() -> None:
     for token, owner in ((1, 1), (2, 1), (3, 2)):
         mailbox.put(transfer(token, owner))
     order = []
-    while mailbox.inbound:
-        order.append(mailbox.inbound.first().transfer.token)
-        mailbox.inbound.advance(mailbox.inbound.first(), 2)
+    while (taken := mailbox.inbound.take(2, room_blocks=8)) is not None:
+        order.append(taken[0].transfer.token)
     assert order == [1, 3, 1, 3, 2, 2]
 
 
@@ -35,8 +34,10 @@ def test_directions_have_lanes_of_their_own() -> None:
     mailbox = Mailbox(8)
     mailbox.put(transfer(1, 1, route=WRITE))
     mailbox.put(transfer(2, 1, route=READ))
-    assert mailbox.inbound.first().transfer.token == 2
-    assert mailbox.outbound.first().transfer.token == 1
+    for lane, token in ((mailbox.inbound, 2), (mailbox.outbound, 1)):
+        taken = lane.take(8, room_blocks=8)
+        assert taken is not None
+        assert taken[0].transfer.token == token
 
 
 def test_a_waiting_transfer_can_be_taken_out() -> None:
@@ -48,7 +49,18 @@ def test_a_waiting_transfer_can_be_taken_out() -> None:
     assert cursor is not None
     mailbox.inbound.remove(cursor)
     assert cursor.over
-    assert mailbox.inbound.first().transfer.token == 2
+    taken = mailbox.inbound.take(8, room_blocks=8)
+    assert taken is not None
+    assert taken[0].transfer.token == 2
+
+
+def test_what_does_not_fit_the_room_waits() -> None:
+    """Nothing is handed out, and nothing loses its turn."""
+    mailbox = Mailbox(8)
+    mailbox.put(transfer(1, 1))
+    assert mailbox.inbound.take(4, room_blocks=3) is None
+    assert mailbox.inbound.take(4, room_blocks=4) is not None
+    assert mailbox.inbound.take(4, room_blocks=4) is None
 
 
 def test_a_full_mailbox_is_an_invariant_error() -> None:
