@@ -24,7 +24,14 @@ from flexkv.actors.scheduler import Flight, Scheduler
 from flexkv.admission import Admission
 from flexkv.backend import Backend, Device, LocalBackend, Progress
 from flexkv.common.config import GB, MB, CacheConfig, CacheSizes, ModelConfig
-from flexkv.common.errors import ClosedError, ConfigError, InternalError, InvariantError
+from flexkv.common.errors import (
+    ClosedError,
+    ConfigError,
+    InternalError,
+    InvariantError,
+    RecalledError,
+    TransferError,
+)
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import Tier
 from flexkv.graph.ops import CHUNKS_MAX, LEGS_MAX
@@ -301,13 +308,19 @@ class Engine:
         """Return once every write-behind under way is done and on stable storage.
 
         Raises:
-            StorageError: the disk refused to sync.
+            TransferError: a block could not be written, or the disk refused to sync; what could
+                be written is.
         """
         self._check_open()
+        failures: list[TransferError] = []
         for flight in self._scheduler.under_way():
             await flight.wait_ended()
+            if flight.request.operation is Operation.PUT:
+                failures += [e for e in flight.run.errors if not isinstance(e, RecalledError)]
         if self._backend.disk is not None:
             await self._backend.disk.sync()
+        if failures:
+            raise failures[0]
 
     def reset(self) -> int:
         """Forget every block of every tier, and count them. Requests under way end as they will."""

@@ -194,7 +194,7 @@ class KVManager:
         """Return once everything put before is on stable storage too.
 
         Raises:
-            StorageError: the disk refused.
+            TransferError: a block could not be written, or the disk refused (StorageError).
         """
         if self._thread is not None:
             await self._thread.call_async(self._engine.flush)

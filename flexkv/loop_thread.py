@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import threading
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flexkv.actors.actor import spawn_on
 from flexkv.common.errors import ClosedError
@@ -20,6 +20,7 @@ class LoopThread:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._unanswered: dict[concurrent.futures.Future[Any], Callable[[], object]] = {}
 
     def start(self) -> None:
         """Start the thread; returns once its loop takes calls."""
@@ -43,6 +44,10 @@ class LoopThread:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop = self._thread = None
+        for outcome, wake in list(self._unanswered.items()):
+            if not outcome.done():
+                outcome.set_exception(ClosedError("the engine was shut down during the call"))
+                wake()
 
     def call(self, work: Callable[[], Awaitable[T]]) -> T:
         """Run `work` on the loop, and wait for its result in this thread.
@@ -67,25 +72,34 @@ class LoopThread:
         inner: list[asyncio.Task[T]] = []
 
         def ended(task: asyncio.Task[T]) -> None:
+            if outcome.done():
+                return  # stopped meanwhile: the caller is told so already
             if task.cancelled():
                 outcome.cancel()
             elif (error := task.exception()) is not None:
                 outcome.set_exception(error)
             else:
                 outcome.set_result(task.result())
+            wake()
+
+        def wake() -> None:
             ours.call_soon_threadsafe(over.set)
 
         def begin() -> None:
             inner.append(spawn_on(theirs, _awaited(work), ended))
 
+        self._unanswered[outcome] = wake
         theirs.call_soon_threadsafe(begin)
         cancelled = False
-        while not over.is_set():
-            try:
-                await over.wait()
-            except asyncio.CancelledError:
-                cancelled = True
-                theirs.call_soon_threadsafe(lambda: inner[0].cancel())
+        try:
+            while not over.is_set():
+                try:
+                    await over.wait()
+                except asyncio.CancelledError:
+                    cancelled = True
+                    theirs.call_soon_threadsafe(lambda: inner[0].cancel())
+        finally:
+            del self._unanswered[outcome]
         if cancelled or outcome.cancelled():
             raise asyncio.CancelledError
         return outcome.result()

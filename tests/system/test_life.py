@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+from errno import EIO
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ import pytest
 
 from flexkv.actors.actor import TransferActor
 from flexkv.admission import Admission
-from flexkv.common.errors import ClosedError, FlexKVError, InternalError
-from flexkv.common.request import KVResponseStatus
+from flexkv.common.errors import ClosedError, FlexKVError, InternalError, StorageError
+from flexkv.common.request import KVResponse, KVResponseStatus
 from flexkv.io.ports import Completion
 from flexkv.testing.virtual_time import DeadlockError, run_virtual
 
@@ -66,6 +67,39 @@ async def test_a_port_that_fails_a_transfer_shortens_the_hit(
         assert "planted" in str(response.error)
         assert manager.statistics().claims == 0
         assert manager.statistics().routes["disk→host"].failed_ops > 0
+
+
+async def test_flush_tells_of_writes_that_failed(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The put was answered before; flush raises, and the blocks are still served from the host."""
+    async with make_manager() as manager:
+        manager.register_kv_caches(kv_caches())
+        disk = manager._engine._backend.disk
+        assert disk is not None
+        reap = disk.reap
+        error = StorageError("planted", 0, EIO)
+        monkeypatch.setattr(disk, "reap", lambda: [Completion(t, error) for t, _ in reap()])
+        assert (await manager.put(PROMPT, slots_of(range(10)))).return_mask.all()
+        with pytest.raises(StorageError, match="planted at byte 0: EIO"):
+            await manager.flush()
+        assert manager.statistics().tiers["disk"].used_blocks == 0
+        assert (await manager.get(PROMPT, slots_of(range(20, 30)))).return_mask.all()
+
+
+async def test_a_call_from_another_loop_ends_when_the_engine_stops(
+    make_manager: MakeManager,
+) -> None:
+    """Whatever the moment of the shutdown, the caller gets an answer or a ClosedError."""
+    for _ in range(20):
+        manager = make_manager()
+        manager.start()
+        manager.register_kv_caches(kv_caches())
+        putting = asyncio.ensure_future(manager.put(PROMPT, slots_of(range(10))))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(manager.shutdown)
+        (outcome,) = await asyncio.gather(putting, return_exceptions=True)
+        assert isinstance(outcome, ClosedError | asyncio.CancelledError | KVResponse)
 
 
 def test_shutdown_under_load_from_other_threads_ends_every_call(make_manager: MakeManager) -> None:
