@@ -30,7 +30,7 @@ HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 
 def measure(repeats: int, quick: bool) -> Figures:
     """Give the figures of the case; what needs fio is left out, by name, where it is missing."""
-    bulk = 32 if quick else 256
+    bulk = 32 if quick else 512
     with tempfile.TemporaryDirectory(prefix=".flexkv-bench-", dir=".") as directory:
         return asyncio.run(_measure(Path(directory), bulk, 2 if quick else max(5, repeats)))
 
@@ -41,7 +41,7 @@ async def _measure(directory: Path, bulk: int, repeats: int) -> Figures:
     cache = cache_of(
         host_blocks,
         directory,
-        num_ssd_blocks=16 * bulk,
+        num_ssd_blocks=12 * bulk,
         write_behind_max_gb=bulk * BLOCK_BYTES / 2**30,
     )
     async with KVManager(LARGE, cache) as manager:

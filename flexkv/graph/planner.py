@@ -246,9 +246,20 @@ class Planner:
     def _places_behind(
         self, tier: Tier, request: Request, positions: Sequence[int]
     ) -> dict[int, int]:
-        """Reserve places in a lower tier for the blocks it lacks, as many as may be written."""
+        """Reserve places in a lower tier for the blocks it lacks, as many as may be written.
+
+        Those that it has are used by this, too.
+        """
         index = self._residency.tiers[tier]
-        lacking = [at for at in positions if index.find(request.keys[at]) is None]
+        lacking: list[int] = []
+        present: list[int] = []
+        for at in positions:
+            block_id = index.find(request.keys[at])
+            if block_id is None:
+                lacking.append(at)
+            else:
+                present.append(block_id)
+        index.touch(present)  # else a prompt that grows would lose its oldest blocks first
         allowed = self._limits.write_behind_blocks_max - index.reserved_blocks
         lacking = lacking[: max(0, min(allowed, index.room()))]
         return dict(zip(lacking, index.reserve([request.keys[at] for at in lacking]), strict=True))

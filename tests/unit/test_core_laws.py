@@ -155,6 +155,19 @@ def test_a_get_never_evicts_what_it_found() -> None:
     assert [host.find(key) is not None for key in keys(0, 1, 90, 91)] == [True, True, False, False]
 
 
+def test_a_put_counts_as_a_use_of_what_lower_tiers_have() -> None:
+    """A prompt that grows keeps its first blocks on disk: eviction takes another prompt's."""
+    tiers = residency(host=8, disk=4)
+    filled(tiers, Tier.HOST, 0, 1, 2)
+    filled(tiers, Tier.DISK, 0, 1)
+    filled(tiers, Tier.DISK, 90, 91)
+    Planner(tiers, LIMITS).plan(request(Operation.PUT, 0, 1, 2), 1)
+    disk = tiers.tiers[Tier.DISK]
+    assert [disk.find(key) is not None for key in keys(0, 1, 2, 90, 91)] == [
+        True, True, True, True, False,
+    ]  # fmt: skip
+
+
 def test_matches_count_each_block_at_its_nearest_tier() -> None:
     """Host before disk; what is being filled counts as pending."""
     tiers = residency()
