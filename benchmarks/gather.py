@@ -51,9 +51,9 @@ def _one(run_bytes: int, device_blocks: int, repeats: int) -> Figures:
         select.select([pool.fileno()], [], [])
         pool.reap()
 
-    layers = [torch.from_numpy(pages[layer]) for layer in range(LAYERS)]
+    layers = [torch.from_numpy(pages[layer].view(np.float16)) for layer in range(LAYERS)]
     index = torch.from_numpy(ids)
-    block_first = torch.from_numpy(spare).view(BLOCKS, LAYERS, 2, run_bytes)
+    block_first = torch.from_numpy(spare.view(np.float16)).view(BLOCKS, LAYERS, 2, run_bytes // 2)
 
     def torch_gather() -> None:
         for number, layer in enumerate(layers):

@@ -1,5 +1,8 @@
 """Graph costs of a request over host and SSD: template look-up and fill, and the run's bookkeeping.
 
+One chunk a leg, block ids given as arrays: the planner's own work on positions and id lists, and
+the op count of a chunked request, come on top.
+
 The comparison builds and walks the same graph with networkx for every request, as a planner
 without templates would. Floor: in-degree counters over a static template, about 1 µs.
 """

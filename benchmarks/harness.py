@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -45,7 +46,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 def percentile(values: list[float], percent: float) -> float:
     """Give a percentile, by the nearest rank."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 def machine() -> dict[str, Any]:
