@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import Figures, save
+from benchmarks.harness import Figures, Options, machine, save
 
 CASES = ("control", "graph", "gather", "disk")
 
@@ -24,23 +24,27 @@ def run(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Counted rounds.")] = 7,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: a smoke test.")] = False,
+    directory: Annotated[
+        Path, typer.Option("--dir", help="Where files may be made: on the disk to measure.")
+    ] = Path(),
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file too.")
     ] = None,
 ) -> None:
     """Measure FlexKV side by side with its limits."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    options, facts = Options(repeats, quick, directory), machine(directory)
     results: dict[str, Figures] = {}
     for name in cases or CASES:
         if name not in CASES:
             raise typer.BadParameter(f"{name}: known cases are {', '.join(CASES)}")
-        results[name] = import_module(f"benchmarks.{name}").measure(repeats, quick)
+        results[name] = import_module(f"benchmarks.{name}").measure(options)
         table = Table("figure", "value", title=name)
         for figure, value in results[name].items():
             table.add_row(figure, value if isinstance(value, str) else f"{value:.4g}")
         Console().print(table)
     if json_file:
-        save(json_file, results, f"python -m benchmarks {' '.join(sys.argv[1:])}")
+        save(json_file, results, f"python -m benchmarks {' '.join(sys.argv[1:])}", facts)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.harness import Figures, alternate, median_ratio, seconds_of
+from benchmarks.harness import Figures, Options, alternate, median_ratio, seconds_of
 from flexkv import _ext
 
 LAYERS, BLOCKS, DEVICE_BLOCKS = 32, 64, 512
 
 
-def measure(repeats: int, quick: bool) -> Figures:
+def measure(options: Options) -> Figures:
     """Give the figures of the case."""
     torch.set_num_threads(2)
     figures: Figures = {}
     for run_bytes in (32 << 10, 4 << 10):
-        device_blocks = 80 if quick else DEVICE_BLOCKS
-        for name, value in _one(run_bytes, device_blocks, repeats).items():
+        device_blocks = 80 if options.quick else DEVICE_BLOCKS
+        for name, value in _one(run_bytes, device_blocks, options.repeats).items():
             figures[f"{run_bytes >> 10} KiB runs: {name}"] = value
     return figures
 
@@ -71,7 +71,7 @@ def _one(run_bytes: int, device_blocks: int, repeats: int) -> Figures:
             "torch gather": lambda: seconds_of(torch_gather),
             "torch scatter": lambda: seconds_of(torch_scatter),
         },
-        max(repeats, 5) * 2,
+        repeats * 2,
     )
     pool.close()
     gigabytes = BLOCKS * block_bytes / 1e9

@@ -1,7 +1,7 @@
 """Graph costs of a request over host and SSD: template look-up and fill, and the run's bookkeeping.
 
-One chunk a leg, block ids given as arrays: the planner's own work on positions and id lists, and
-the op count of a chunked request, come on top.
+The planner's own code drafts, fills and looks up; what the index gives it (positions, and places
+as lists) is made beforehand, since whole planning is measured elsewhere. One chunk a leg.
 
 The comparison builds and walks the same graph with networkx for every request, as a planner
 without templates would. Floor: in-degree counters over a static template, about 1 µs.
@@ -17,12 +17,13 @@ from functools import partial
 import networkx as nx
 import numpy as np
 
-from benchmarks.harness import Figures
-from flexkv.common.request import Operation
+from benchmarks.harness import Figures, Options
+from flexkv.common.request import Operation, Request, Span
 from flexkv.common.terms import Route, Tier
 from flexkv.graph.compile import build, compile_shape
 from flexkv.graph.ops import Leg, Shape
-from flexkv.graph.plan import LegFill, Plan
+from flexkv.graph.plan import Plan
+from flexkv.graph.planner import Draft, PlanLimits
 from flexkv.graph.run import Done, Issue, Launch, Run
 
 LOAD, STORE = Route(Tier.HOST, Tier.DEVICE), Route(Tier.DEVICE, Tier.HOST)
@@ -31,12 +32,20 @@ LEGS = {
     "get": (Operation.GET, ((LOAD,), (READ, LOAD))),
     "put": (Operation.PUT, ((STORE, WRITE),)),
 }
-IDS = np.arange(64)
+IDS = list(range(64))
+POSITIONS = [list(range(64)), list(range(64, 128))]
+LIMITS = PlanLimits(chunk_blocks=64, write_behind_blocks_max=64)
+REQUESTS = {
+    operation: Request(
+        operation, 1, 128 * 16, 16, Span(0, 128, 0, 128 * 16), [], np.arange(128, dtype=np.int64)
+    )
+    for operation in Operation
+}
 
 
-def measure(repeats: int, quick: bool) -> Figures:
+def measure(options: Options) -> Figures:
     """Give the figures of the case."""
-    rounds = 50 if quick else 5000
+    rounds = 50 if options.quick else 700 * options.repeats
     figures: Figures = {}
     for name, (operation, hops) in LEGS.items():
         fill = partial(_fill, operation, hops)
@@ -51,11 +60,12 @@ def measure(repeats: int, quick: bool) -> Figures:
 
 
 def _fill(operation: Operation, paths: tuple[tuple[Route, ...], ...]) -> Plan:
-    """Do what the planner does for the graph, once it knows the blocks."""
-    shape = Shape(operation, tuple([Leg(path, 1) for path in paths]))
-    tiers = {Tier.HOST: IDS, Tier.DISK: IDS, Tier.DEVICE: IDS}
-    fills = tuple([LegFill((), tiers, {}, (0, 64)) for _ in paths])
-    return Plan(compile_shape(shape), 1, fills)
+    """Do what the planner does for the graph, once it knows the blocks: 64 a leg."""
+    draft = Draft(REQUESTS[operation], LIMITS)
+    for number, path in enumerate(paths):
+        ids = {tier: IDS for route in path for tier in route if tier is not Tier.DEVICE}
+        draft.add(path, POSITIONS[number], ids)
+    return draft.plan(1)
 
 
 def _by_networkx(operation: Operation, paths: tuple[tuple[Route, ...], ...]) -> None:

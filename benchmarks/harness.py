@@ -7,12 +7,24 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Figures = dict[str, float | str]
+
+
+class Options(NamedTuple):
+    """How the cases are to be run."""
+
+    repeats: int
+    """Counted rounds."""
+    quick: bool
+    """Small sizes: whether a case runs at all is the question, not what it measures."""
+    directory: Path
+    """Where files may be made: on the disk to measure."""
 
 
 def alternate(contestants: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
@@ -49,8 +61,8 @@ def percentile(values: list[float], percent: float) -> float:
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
-def machine() -> dict[str, Any]:
-    """Give the facts about this machine that figures hang on."""
+def machine(directory: Path) -> dict[str, Any]:
+    """Give the facts about this machine that figures hang on; read them before measuring."""
     model = next(
         (
             line.split(":")[1].strip()
@@ -64,12 +76,21 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "load_average": os.getloadavg()[0],
+        "load_average_before": os.getloadavg()[0],
+        "filesystem": _told("stat", "--file-system", "--format=%T", str(directory)),
+        "commit": _told("git", "describe", "--always", "--dirty"),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def save(path: Path, results: dict[str, Figures], command: str) -> None:
+def _told(*command: str) -> str:
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    return told.stdout.strip() or "unknown"
+
+
+def save(
+    path: Path, results: dict[str, Figures], command: str, machine_facts: dict[str, Any]
+) -> None:
     """Write results, with the command that made them and the machine they were made on."""
-    content = {"command": command, "machine": machine(), "results": results}
+    content = {"command": command, "machine": machine_facts, "results": results}
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -46,7 +46,7 @@ class Planned(NamedTuple):
     shortfall: CapacityError | None
 
 
-class _Draft:
+class Draft:
     """Legs and fills under construction."""
 
     def __init__(self, request: Request, limits: PlanLimits) -> None:
@@ -130,13 +130,13 @@ class Planner:
         """Plan a request and open its claims: they end by the run's events, and only so."""
         found = self._residency.find(request.keys, request.span.first_block)
         if request.operation is Operation.PUT:
-            draft = _Draft(request, self._limits)
+            draft = Draft(request, self._limits)
             shortfall = self._store(request, draft)
             plan = self._claimed(draft.plan(run_id))
         elif found.host_only:
             plan, shortfall = self._claimed(self._from_host(request, found, run_id)), None
         else:
-            draft = _Draft(request, self._limits)
+            draft = Draft(request, self._limits)
             with self._residency.holding(found.holdings):
                 last, shortfall = self._load(request, found, draft)
                 plan = self._claimed(draft.plan(run_id))
@@ -156,7 +156,7 @@ class Planner:
     # -- loads: get and prefetch ----------------------------------------------------------------
 
     def _load(
-        self, request: Request, found: Found, draft: _Draft
+        self, request: Request, found: Found, draft: Draft
     ) -> tuple[int, CapacityError | None]:
         """Draft the loads of the resident run, and give where the run ends that can be loaded."""
         onward = (LOAD,) if request.operation is Operation.GET else ()
@@ -202,7 +202,7 @@ class Planner:
 
     # -- stores: put ----------------------------------------------------------------------------
 
-    def _store(self, request: Request, draft: _Draft) -> CapacityError | None:
+    def _store(self, request: Request, draft: Draft) -> CapacityError | None:
         """Draft what no tier has yet: device → host, and host → each tier that lacks it."""
         new, resident = self._missing(request)
         keys, shortfall = request.keys, None
