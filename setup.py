@@ -18,7 +18,9 @@ def liburing_link() -> dict[str, list[str]]:
     """Give the link arguments for liburing: its static archive if installed, else the library."""
     found = subprocess.run(
         [os.environ.get("CC", "gcc"), "-print-file-name=liburing.a"],
-        capture_output=True, text=True, check=True,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
     if Path(found).is_absolute():
         return {"extra_objects": [found]}
@@ -36,8 +38,15 @@ setup(
             depends=sorted(str(path) for path in Path("ext").glob("*.h")),
             define_macros=[("Py_LIMITED_API", PY_LIMITED_API)],
             py_limited_api=True,
-            extra_compile_args=["-std=gnu11", "-O3", "-Wall", "-Wextra", "-Werror",
-                                "-fvisibility=hidden", *sanitize],
+            extra_compile_args=[
+                "-std=gnu11",
+                "-O3",
+                "-Wall",
+                "-Wextra",
+                "-Werror",
+                "-fvisibility=hidden",
+                *sanitize,
+            ],
             extra_link_args=["-pthread", *sanitize],
             **liburing_link(),
         )

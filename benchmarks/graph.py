@@ -25,6 +25,7 @@ from flexkv.graph.ops import Leg, Shape
 from flexkv.graph.plan import Plan
 from flexkv.graph.planner import Draft, PlanLimits
 from flexkv.graph.run import Done, Issue, Launch, Run
+from flexkv.index.residency import Positions
 
 LOAD, STORE = Route(Tier.HOST, Tier.DEVICE), Route(Tier.DEVICE, Tier.HOST)
 READ, WRITE = Route(Tier.DISK, Tier.HOST), Route(Tier.HOST, Tier.DISK)
@@ -32,12 +33,17 @@ LEGS = {
     "get": (Operation.GET, ((LOAD,), (READ, LOAD))),
     "put": (Operation.PUT, ((STORE, WRITE),)),
 }
-IDS = list(range(64))
-POSITIONS = [list(range(64)), list(range(64, 128))]
+IDS = np.arange(64)
+POSITIONS = [Positions(0, 64), Positions(64, 64)]
+PLACES = {
+    path: {tier: IDS for route in path for tier in route if tier is not Tier.DEVICE}
+    for _, paths in LEGS.values()
+    for path in paths
+}
 LIMITS = PlanLimits(chunk_blocks=64, write_behind_blocks_max=64)
 REQUESTS = {
     operation: Request(
-        operation, 1, 128 * 16, 16, Span(0, 128, 0, 128 * 16), [], np.arange(128, dtype=np.int64)
+        operation, 1, 128 * 16, 16, Span(0, 128, 0, 128 * 16), b"", np.arange(128, dtype=np.int64)
     )
     for operation in Operation
 }
@@ -63,8 +69,7 @@ def _fill(operation: Operation, paths: tuple[tuple[Route, ...], ...]) -> Plan:
     """Do what the planner does for the graph, once it knows the blocks: 64 a leg."""
     draft = Draft(REQUESTS[operation], LIMITS)
     for number, path in enumerate(paths):
-        ids = {tier: IDS for route in path for tier in route if tier is not Tier.DEVICE}
-        draft.add(path, POSITIONS[number], ids)
+        draft.add(path, POSITIONS[number], PLACES[path].copy())
     return draft.plan(1)
 
 

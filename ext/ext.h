@@ -22,6 +22,7 @@ struct ext_state {
     PyTypeObject *page_map;
     PyTypeObject *copy_pool;
     PyTypeObject *ring;
+    PyTypeObject *block_index;
 };
 
 /* The parameters of one METH_FASTCALL | METH_KEYWORDS function. */
@@ -78,5 +79,6 @@ PyObject *page_map_copy_now(PyObject *, PyObject *const *, Py_ssize_t, PyObject 
 extern PyType_Spec page_map_spec;
 extern PyType_Spec copy_pool_spec;
 extern PyType_Spec ring_spec;
+extern PyType_Spec block_index_spec;
 
 #endif

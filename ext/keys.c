@@ -96,21 +96,22 @@ static int negative_raise(const struct int64_view *tokens, Py_ssize_t first)
     return 0;
 }
 
-/* Give the keys of the whole blocks; NULL with an exception. */
+/* Give the parent and the keys of the whole blocks; NULL with an exception. */
 static PyObject *keys_of_blocks(const struct int64_view *tokens, size_t block_tokens,
                                 const char *parent)
 {
     size_t blocks = (size_t)tokens->count / block_tokens, done = 0;
-    PyObject *result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(blocks * KEY_BYTES));
+    PyObject *result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)((blocks + 1) * KEY_BYTES));
 
-    if (result && blocks) {
-        unsigned char *keys = (unsigned char *)PyBytes_AsString(result);
+    if (result) {
+        unsigned char *keys = (unsigned char *)PyBytes_AsString(result) + KEY_BYTES;
         char *scratch = PyMem_Malloc(KEY_BYTES + block_tokens * sizeof(uint64_t));
 
         if (!scratch) {
             Py_DECREF(result);
             return PyErr_NoMemory();
         }
+        memcpy(PyBytes_AsString(result), parent, KEY_BYTES);
         memcpy(scratch, parent, KEY_BYTES);
         if ((size_t)tokens->buffer.len > GIL_HOLD_BYTES_MAX) {
             Py_BEGIN_ALLOW_THREADS

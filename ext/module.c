@@ -103,6 +103,7 @@ static int module_exec(PyObject *module)
     if (type_add(module, &page_map_spec, &state->page_map) < 0 ||
         type_add(module, &copy_pool_spec, &state->copy_pool) < 0 ||
         type_add(module, &ring_spec, &state->ring) < 0 ||
+        type_add(module, &block_index_spec, &state->block_index) < 0 ||
         PyModule_AddIntConstant(module, "TO_HOST", TO_HOST) < 0)
         return -1;
     return PyModule_AddIntConstant(module, "TO_DEVICE", TO_DEVICE);
@@ -115,6 +116,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->page_map);
     Py_VISIT(state->copy_pool);
     Py_VISIT(state->ring);
+    Py_VISIT(state->block_index);
     return 0;
 }
 
@@ -125,6 +127,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->page_map);
     Py_CLEAR(state->copy_pool);
     Py_CLEAR(state->ring);
+    Py_CLEAR(state->block_index);
     return 0;
 }
 

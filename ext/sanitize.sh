@@ -11,8 +11,10 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
 cp -r ext flexkv setup.py pyproject.toml README.md "$scratch"
-mkdir -p "$scratch/tests/unit"
+mkdir -p "$scratch/tests/unit" "$scratch/tests/property"
 cp tests/unit/test_ext_*.py "$scratch/tests/unit"
+cp tests/property/*index*.py "$scratch/tests/property"
+touch "$scratch/tests/__init__.py" "$scratch/tests/property/__init__.py"
 rm -f "$scratch"/flexkv/_ext*.so
 cd "$scratch"
 EXT_SANITIZE=1 "$python" setup.py --quiet build_ext --inplace
@@ -20,4 +22,4 @@ EXT_SANITIZE=1 "$python" setup.py --quiet build_ext --inplace
 LD_PRELOAD=$("${CC:-gcc}" -print-file-name=libasan.so) \
 PYTHONMALLOC=malloc PYTHONPATH=$scratch HYPOTHESIS_STORAGE_DIRECTORY=$scratch/.hypothesis \
 ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
-    "$python" -m pytest -q -p no:cacheprovider tests/unit "$@"
+    "$python" -m pytest -q -p no:cacheprovider tests "$@"

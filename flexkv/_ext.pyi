@@ -19,8 +19,9 @@ def hash128(data: Memory, seed: int = 0) -> bytes:
     """Give the canonical (big-endian) XXH3-128 digest of `data`: 16 bytes."""
 
 def chain_keys(tokens: Memory, tokens_per_block: int, parent: bytes) -> bytes:
-    """Give the chained keys of every whole block of `tokens` (int64[n]): 16 bytes a block.
+    """Give `parent`, then the chained key of each whole block of `tokens` (int64[n]).
 
+    Each has 16 bytes:
     key[i] = XXH3-128(key[i-1] || tokens of block i as little-endian int64), key[-1] = `parent`.
 
     Raises:
@@ -169,3 +170,98 @@ class Ring:
         Raises:
             OSError: the kernel does not let this thread wait; the ring stays open.
         """
+
+@final
+class BlockIndex:
+    """Which blocks are where, in every tier. Tiers go by number, nearest first.
+
+    `keys` are those of one request: the root of its namespace, then a key for each block, 16 bytes
+    each. `ids` are places in a tier, int64[n]; arrays come back as bytes of int64.
+
+    Every call may raise `broken_error`: a law is broken, by the caller's mistake.
+    """
+
+    def __init__(
+        self, tiers: tuple[tuple[int, int, int, int], ...], broken_error: type[Exception]
+    ) -> None:
+        """Take tiers as (capacity in blocks, policy, its parameter, blocks an eviction takes)."""
+
+    def survey(
+        self, keys: bytes, begin: int, end: int, nearest: bool, use: bool
+    ) -> list[tuple[int, int, int, bytes | None, tuple[bytes | None, ...]]]:
+        """Tell where the blocks from `begin` to `end` are, alike ones together.
+
+        Gives (pattern, first position, count, positions or None when unbroken, ids by tier). The
+        pattern has a base-3 digit for each tier, the nearest first: 0 nowhere, 1 being filled, 2
+        ready.
+
+        Args:
+            keys: of the request.
+            begin: first position.
+            end: last position, exclusive.
+            nearest: tell only the nearest tier that has a block ready, or is the first and fills
+                it; stop before the first block for which there is none.
+            use: count a use of each block found from the root on, in every tier.
+        """
+
+    def reserve(
+        self,
+        tier: int,
+        keys: bytes,
+        begin: int,
+        end: int,
+        positions: Memory | None,
+        atomic: bool,
+    ) -> bytes:
+        """Take places for the blocks from `begin` to `end`, or for those at `positions` of them.
+
+        Gives their ids: of all or, unless `atomic`, of the first ones.
+        """
+
+    def lease(self, tier: int, ids: Memory, token: int) -> None:
+        """Name who fills RESERVED places."""
+
+    def fillers(self, tier: int, ids: Memory) -> bytes:
+        """Give who fills RESERVED places: int64[n]."""
+
+    def pin(self, tier: int, ids: Memory) -> None:
+        """Forbid eviction, until as many `unpin`."""
+
+    def unpin(self, tier: int, ids: Memory) -> None:
+        """Take one pin off each."""
+
+    def commit(self, tier: int, ids: Memory) -> None:
+        """RESERVED becomes READY, or goes when it was forgotten."""
+
+    def abort(self, tier: int, ids: Memory) -> None:
+        """RESERVED goes; what continues a last copy goes along."""
+
+    def forget(self, tier: int, ids: Memory) -> None:
+        """Make blocks unfindable; what continues a last copy goes along."""
+
+    def keys_of(self, tier: int, ids: Memory) -> bytes:
+        """Give the keys of places that hold, or receive, a block."""
+
+    def clear(self, tier: int, /) -> int:
+        """Forget all blocks of a tier, and count the places that were dropped in any tier."""
+
+    def clear_root(self, root: bytes, /) -> int:
+        """Forget all blocks of a namespace, and count the places."""
+
+    def root_blocks(self, root: bytes, /) -> tuple[int, ...]:
+        """Count the blocks of a namespace by tier."""
+
+    def evict(self, tier: int, count: int, /) -> int:
+        """Evict up to `count` blocks, and count them."""
+
+    def resize(self, tier: int, count: int, /) -> int:
+        """Change how many places a tier may use, up to those it has; gives how many it is now."""
+
+    def counts(self, tier: int, /) -> tuple[int, int, int, int, int, int, int]:
+        """Count places: capacity, free, reserved, ready, draining, pinned, evicted so far."""
+
+    def tick(self, now_s: int, /) -> None:
+        """Tell the time, in seconds; it never goes back."""
+
+    def validate(self) -> None:
+        """Check every law."""

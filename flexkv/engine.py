@@ -36,11 +36,10 @@ from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Reque
 from flexkv.common.terms import Tier
 from flexkv.graph.ops import CHUNKS_MAX, LEGS_MAX
 from flexkv.graph.planner import PlanLimits, Planner
-from flexkv.index.eviction import LeastRecentlyUsed
+from flexkv.index.eviction import Eviction
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
-from flexkv.index.residency import PrefixMatch, Residency, prefix_match
-from flexkv.index.tier import BlockState, TierIndex
+from flexkv.index.residency import PrefixMatch, Residency, TierCounts, prefix_match
 from flexkv.io.ports import TransferPort
 from flexkv.statistics import QueueStatistics, RouteStatistics, Statistics, TierStatistics
 from flexkv.trace.recorder import Recorder
@@ -81,14 +80,16 @@ class Engine:
         self._open = False
         self._next_request = 0
 
-    def _tier_indexes(self) -> list[TierIndex]:
-        ratio = self.cache.evict_ratio
-        counts = {Tier.HOST: self.sizes.num_host_blocks, Tier.DISK: self.sizes.num_disk_blocks}
-        return [
-            TierIndex(tier, count, LeastRecentlyUsed(), ratio)
-            for tier, count in counts.items()
-            if count
-        ]
+    def _empty_residency(self) -> Residency:
+        cache, sizes = self.cache, self.sizes
+        counts = {Tier.HOST: sizes.num_host_blocks, Tier.DISK: sizes.num_disk_blocks}
+        eviction = Eviction(
+            cache.eviction_policy,
+            cache.evict_ratio,
+            cache.slru_protected_threshold,
+            cache.hit_reward_seconds,
+        )
+        return Residency({tier: count for tier, count in counts.items() if count}, eviction)
 
     # -- life -----------------------------------------------------------------------------------
 
@@ -112,7 +113,7 @@ class Engine:
         cache, sizes = self.cache, self.sizes
         backend = self._backend
         backend.open(undo, progress)
-        self._residency = Residency(self._tier_indexes())
+        self._residency = self._empty_residency()
         self._backing[Tier.HOST] = backend.host
         if backend.disk is not None:
             self._actors[Tier.DISK] = self._actor(
@@ -269,9 +270,8 @@ class Engine:
     def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
         """Give how much of a prompt is resident. No I/O; recency is the only trace it leaves."""
         request = self.intake(Operation.PREFETCH, token_ids, None, namespace)
-        found = self._residency.find(request.keys)
-        self._residency.touch(found)
-        return prefix_match(found, self.tokens_per_block)
+        found = self._residency.find(request.keys, use=True)
+        return prefix_match(found, self._residency.tiers, self.tokens_per_block)
 
     async def perform(self, request: Request, begun: Callable[[], None] | None = None) -> Flight:
         """Run a request to its answer; the flight that is given has its response.
@@ -350,8 +350,8 @@ class Engine:
         observer = self._observer
         return Statistics(
             tiers={
-                tier.label: _tier_statistics(index, self._backing[tier])
-                for tier, index in self._residency.tiers.items()
+                tier.label: _tier_statistics(self._residency.counts(tier), self._backing[tier])
+                for tier in self._residency.tiers
             },
             routes={
                 str(route): RouteStatistics(c.ops, c.blocks, c.bytes, c.failed_ops)
@@ -378,14 +378,14 @@ class Engine:
         return {tier.label: backing for tier, backing in self._backing.items()}
 
 
-def _tier_statistics(index: TierIndex, backing: str) -> TierStatistics:
+def _tier_statistics(counts: TierCounts, backing: str) -> TierStatistics:
     return TierStatistics(
-        capacity_blocks=index.capacity_blocks,
-        ready_blocks=index.count(BlockState.READY),
-        reserved_blocks=index.reserved_blocks,
-        draining_blocks=index.count(BlockState.DRAINING),
-        pinned_blocks=index.pinned_blocks,
-        free_blocks=index.free_blocks,
-        evicted_blocks=index.evicted_blocks,
+        capacity_blocks=counts.capacity,
+        ready_blocks=counts.ready,
+        reserved_blocks=counts.reserved,
+        draining_blocks=counts.draining,
+        pinned_blocks=counts.pinned,
+        free_blocks=counts.free,
+        evicted_blocks=counts.evicted,
         backing=backing,
     )

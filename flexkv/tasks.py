@@ -23,9 +23,10 @@ from flexkv.common.request import (
     Span,
     TokenMask,
 )
-from flexkv.common.terms import Tier
+from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine import Engine
 from flexkv.index.keys import Namespace
+from flexkv.index.residency import Placement
 
 TASKS_MAX = 1 << 16
 
@@ -69,7 +70,7 @@ class TaskTable:
         request = self._engine.intake(Operation.PUT, token_ids, token_mask, namespace)
         self._check_room()
         found = self._engine.residency.find(request.keys, request.span.first_block)
-        resident = found.first + _leading(found.ready[Tier.HOST].positions, found.first)
+        resident = found.first + _leading(found.ready.get(Tier.HOST), found.first)
         request = _narrowed(request, resident, request.span.last_block)
         return self._add(_Task(request)), _mask_of(request)
 
@@ -231,7 +232,7 @@ def _narrowed(request: Request, first_block: int, last_block: int) -> Request:
     span = Span(first_block, last_block, first_block * per_block, last_block * per_block)
     return Request(
         request.operation, request.request_id, request.token_count, per_block, span,
-        request.keys[:last_block], None, request.namespace_hash,
+        request.keys[: (last_block + 1) * BLOCK_KEY_BYTES], None, request.namespace_hash,
     )  # fmt: skip
 
 
@@ -249,11 +250,11 @@ def _response(
     return KVResponse(status, request.request_id, mask, error)
 
 
-def _leading(positions: Sequence[int], first: int) -> int:
-    """Count how many positions follow each other from `first` on."""
-    count = 0
-    for position in positions:
-        if position != first + count:
-            break
-        count += 1
-    return count
+def _leading(placement: Placement | None, first: int) -> int:
+    """Count how many blocks of a tier follow each other from position `first` on."""
+    if placement is None or placement.positions.first != first:
+        return 0
+    places = placement.positions.places
+    if places is None:
+        return placement.block_count
+    return int(np.count_nonzero(places == np.arange(first, first + len(places))))

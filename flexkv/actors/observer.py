@@ -108,10 +108,11 @@ class Observer:
         self.requests[request.operation][response.status] += 1
         found = planned.found
         if request.operation is Operation.GET:
-            self.asked_blocks += len(request.keys) - request.span.first_block
+            self.asked_blocks += request.span.last_block - request.span.first_block
             for tier, placement in found.ready.items():
-                self.hit_blocks[tier] += len(placement.positions)
-            self.hit_blocks[Tier.HOST] += len(found.pending.positions)
+                self.hit_blocks[tier] += placement.block_count
+            if found.pending is not None:
+                self.hit_blocks[Tier.HOST] += found.pending.block_count
         self._ended += 1
         if not self._ended % self._log_every:
             self._summarise()
@@ -121,12 +122,12 @@ class Observer:
                     request_id=request.request_id,
                     kind=request.operation.label,
                     token_count=request.token_count,
-                    block_count=len(request.keys),
+                    block_count=request.block_count,
                     namespace_hash=request.namespace_hash,
                     begin_ns=begin_ns,
                     end_ns=self.now_ns(),
                     status=response.status.value,
-                    hit_blocks={t.label: len(p.positions) for t, p in found.ready.items()},
+                    hit_blocks={t.label: p.block_count for t, p in found.ready.items()},
                     moved_blocks=int(response.return_mask.sum()) // request.tokens_per_block,
                     reason="" if response.error is None else str(response.error),
                 )

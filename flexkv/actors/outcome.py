@@ -59,8 +59,13 @@ def _moved_blocks(request: Request, planned: Planned, run: Run) -> TokenMask:
     for op in plan.template.ops:
         if op.answers and op.route is not None and run.states[op.index] is OpState.DONE:
             begin, end = plan.bounds(op)
-            positions = plan.fills[op.leg].positions[begin:end]
-            moved[np.subtract(positions, first)] = True
+            positions = plan.fills[op.leg].positions.part(begin, end)
+            if positions.places is None:
+                moved[positions.first - first : positions.first - first + positions.block_count] = (
+                    True
+                )
+            else:
+                moved[positions.places - first] = True
     if request.operation is Operation.GET and not moved.all():
         moved[int(moved.argmin()) :] = False
     return moved

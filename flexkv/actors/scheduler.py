@@ -167,6 +167,8 @@ class Scheduler:
     def begin(self, request: Request) -> Flight:
         """Plan a request and launch it; the flight may have its response already."""
         begin_ns = self._observer.now_ns()
+        if self._residency.timed:
+            self._residency.tick(begin_ns // 1_000_000_000)
         run_id = self._next_run
         self._next_run += 1
         planned = self._planner.plan(request, run_id)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from flexkv.common.request import KVResponse
 from flexkv.common.terms import BlockKey
-from flexkv.index.keys import KeyChain
+from flexkv.index.keys import KeyChain, block_keys
 from flexkv.kvmanager import KVManager
 from flexkv.testing.known_bytes import KnownDevice
 from flexkv.testing.workload import Prompt
@@ -81,7 +81,7 @@ class SimulatedEngine:
             advance()
 
     async def _request(self, prompt: Prompt) -> None:
-        keys = self._keys.keys(prompt.tokens)
+        keys = block_keys(self._keys.keys(prompt.tokens))
         tokens = prompt.tokens[: len(keys) * self._tokens_per_block]
         blocks = await self._take(len(keys))
         try:

@@ -179,16 +179,12 @@ class CacheConfig(ConfigModel):
         part="the background eviction part",
         built=(1.0,),
     )
-    eviction_policy: EvictionPolicy = key(
-        "lru", "Which block goes first.", part="the eviction part beyond lru", built=("lru",)
-    )
+    eviction_policy: EvictionPolicy = key("lru", "Which block goes first.")
     hit_reward_seconds: float = key(
         0.0,
         "How much younger one hit makes a block under lru.",
         unit="s",
         ge=0,
-        part="the eviction part that rewards hits",
-        built=(0,),
     )
     slru_protected_threshold: int = key(
         2, "Hits after which slru protects a block.", unit="hits", ge=1

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.common.errors import ConfigError, FlexKVError
-from flexkv.common.terms import BlockIds, BlockKey
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
 
 TokenMask = NDArray[np.bool_]
 _INT64 = np.dtype(np.int64)
@@ -68,8 +68,8 @@ class Span(NamedTuple):
 class Request(msgspec.Struct, frozen=True):
     """A caller's request in the core's terms.
 
-    `keys` names every whole block up to `span.last_block`. `device_ids` is int64, one per block of
-    the span; None for a prefetch.
+    `keys` has 16 bytes for the namespace's root, then for each whole block up to `span.last_block`.
+    `device_ids` is int64, one per block of the span; None for a prefetch.
     """
 
     operation: Operation
@@ -77,10 +77,15 @@ class Request(msgspec.Struct, frozen=True):
     token_count: int
     tokens_per_block: int
     span: Span
-    keys: list[BlockKey]
+    keys: bytes
     device_ids: BlockIds | None = None
     namespace_hash: str = ""
     """Names the namespace in traces without telling it."""
+
+    @property
+    def block_count(self) -> int:
+        """Count the whole blocks of the prompt, up to the end of the span."""
+        return len(self.keys) // BLOCK_KEY_BYTES - 1
 
 
 def as_int64(field: str, values: Any) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from flexkv.common.terms import Route, Tier
 from flexkv.graph.compile import compile_shape
 from flexkv.graph.ops import Leg, Shape
 from flexkv.graph.plan import Template, even_bounds
-from flexkv.graph.planner import LOAD, STORE, PlanLimits, chunk_count
+from flexkv.graph.planner import LOAD, STORE, PlanLimits, chunks_of
 from flexkv.index.residency import Residency
 
 
@@ -59,8 +59,9 @@ class Explanation:
 def explain(request: Request, residency: Residency, limits: PlanLimits) -> Explanation:
     """Give what a request would do with the blocks that are resident now."""
     found = residency.find(request.keys, request.span.first_block)
-    counts = {tier: len(place.positions) for tier, place in found.ready.items()}
-    total = len(request.keys) - request.span.first_block
+    counts = dict.fromkeys(residency.tiers, 0)
+    counts |= {tier: place.block_count for tier, place in found.ready.items()}
+    total = request.span.last_block - request.span.first_block
     hits = ", ".join(f"{n} in {tier.label}" for tier, n in counts.items())
     note = f"{request.operation.label} of {total} whole blocks: {hits}"
     lower = tuple(tier for tier in residency.tiers if tier is not Tier.HOST)
@@ -82,6 +83,6 @@ def hypothetical(
     present = {hops: blocks for hops, blocks in legs.items() if blocks}
     shape = Shape(
         operation,
-        tuple(Leg(hops, chunk_count(n, limits.chunk_blocks)) for hops, n in present.items()),
+        tuple(Leg(hops, chunks_of(hops, n, limits.chunk_blocks)) for hops, n in present.items()),
     )
     return Explanation(compile_shape(shape), tuple(present.values()), note)

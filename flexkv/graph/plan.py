@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import msgspec
 
 from flexkv.common.errors import InvariantError
 from flexkv.common.terms import BlockIds, Tier, Transfer
 from flexkv.graph.ops import OpSpec, Shape
+from flexkv.index.residency import Positions
 
 OPS_MAX = 4096
 """Ops of one run at most; a token is run_id * OPS_MAX + op index."""
@@ -29,23 +29,21 @@ class Template(msgspec.Struct, frozen=True):
             raise InvariantError(f"{len(self.ops)} ops, at most {OPS_MAX}")
 
 
-class LegFill(NamedTuple):
+class LegFill(msgspec.Struct, frozen=True):
     """One request's blocks of one leg.
 
     `positions` are the blocks' places in the prompt, `ids` their places in each tier the leg
-    meets (int64[n] each; `claimed` has those of tiers that have an index, as lists), `bounds` where
-    each chunk begins, and the end of the last. `fillers` has, for a leg that waits, the token of
-    the op that is filling each chunk.
+    meets (int64[n] each), `bounds` where each chunk begins, and the end of the last. `fillers` has,
+    for a leg that waits, the token of the op that is filling each chunk.
     """
 
-    positions: Sequence[int]
+    positions: Positions
     ids: Mapping[Tier, BlockIds]
-    claimed: Mapping[Tier, list[int]]
     bounds: tuple[int, ...]
     fillers: tuple[int, ...] = ()
 
 
-class Plan(NamedTuple):
+class Plan(msgspec.Struct, frozen=True):
     """A template filled for one request."""
 
     template: Template

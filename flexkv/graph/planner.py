@@ -6,24 +6,25 @@ longest prefix that it can (get, prefetch) or as many leading blocks as there is
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from flexkv.common.errors import CapacityError
 from flexkv.common.request import Operation, Request
-from flexkv.common.terms import Route, Tier
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Route, Tier
 from flexkv.graph.compile import compile_shape
 from flexkv.graph.ops import CHUNKS_MAX, Leg, Shape
-from flexkv.graph.plan import LegFill, Plan, Template, even_bounds
+from flexkv.graph.plan import OPS_MAX, LegFill, Plan, Template, even_bounds
 from flexkv.index.claims import Claim, Holding
-from flexkv.index.residency import Found, Placement, Residency
+from flexkv.index.residency import ABSENT, READY, Found, Group, Placement, Positions, Residency
 
 LOAD = Route(Tier.HOST, Tier.DEVICE)
 STORE = Route(Tier.DEVICE, Tier.HOST)
+
+_ONWARD = (LOAD,)
 
 SINGLE_HOP_CHUNKS = 4
 """How many pipelined chunks make one of a leg that has nothing to overlap."""
@@ -49,72 +50,46 @@ class Planned(NamedTuple):
 class Draft:
     """Legs and fills under construction."""
 
+    __slots__ = ("_chunk_blocks", "_fills", "_legs", "_request")
+
     def __init__(self, request: Request, limits: PlanLimits) -> None:
         self._request = request
         self._chunk_blocks = limits.chunk_blocks
         self._legs: list[Leg] = []
         self._fills: list[LegFill] = []
 
-    def add(
-        self, hops: tuple[Route, ...], positions: Sequence[int], ids: dict[Tier, list[int]]
-    ) -> None:
-        """Add a leg over blocks that are there; none when there are no blocks."""
-        if positions:
-            # One hop overlaps nothing: larger chunks, which only bound how long a cancel takes.
-            chunk_blocks = self._chunk_blocks * (1 if len(hops) > 1 else SINGLE_HOP_CHUNKS)
-            chunks = chunk_count(len(positions), chunk_blocks)
-            bounds = even_bounds(len(positions), chunks)
-            self._append(Leg(hops, chunks), positions, ids, bounds, ())
+    def add(self, hops: tuple[Route, ...], positions: Positions, ids: dict[Tier, BlockIds]) -> None:
+        """Add a leg over blocks that are there; `ids` is the draft's from then on."""
+        leg, bounds = _chunked(hops, positions.block_count, self._chunk_blocks)
+        self._legs.append(leg)
+        self._fills.append(_fill(self._request, positions, ids, bounds, ()))
 
     def add_waiting(
-        self, hops: tuple[Route, ...], pending: Placement, fillers: Sequence[int]
+        self, hops: tuple[Route, ...], pending: Placement, starts: list[int], fillers: list[int]
     ) -> None:
         """Add a leg over blocks that others are filling: a chunk per op that fills."""
-        if pending.positions:
-            starts = [i for i, token in enumerate(fillers) if not i or token != fillers[i - 1]]
-            self._append(
-                Leg(hops, len(starts), waits=True),
-                pending.positions,
-                {Tier.HOST: pending.block_ids},
-                (*starts, len(fillers)),
-                tuple(fillers[i] for i in starts),
-            )
-
-    def _append(
-        self,
-        leg: Leg,
-        positions: Sequence[int],
-        claimed: dict[Tier, list[int]],
-        bounds: tuple[int, ...],
-        fillers: tuple[int, ...],
-    ) -> None:
-        self._legs.append(leg)
-        self._fills.append(_fill(self._request, positions, claimed, bounds, fillers))
+        self._legs.append(Leg(hops, len(starts), waits=True))
+        ids, bounds = {Tier.HOST: pending.block_ids}, (*starts, pending.block_count)
+        fill = _fill(self._request, pending.positions, ids, bounds, tuple(fillers))
+        self._fills.append(fill)
 
     def plan(self, run_id: int) -> Plan:
         """Give the plan: the shape's template with these fills."""
-        shape = Shape(self._request.operation, tuple(self._legs))
-        return Plan(compile_shape(shape), run_id, tuple(self._fills))
+        template = compile_shape(Shape(self._request.operation, tuple(self._legs)))
+        return Plan(template, run_id, tuple(self._fills))
 
 
 def _fill(
     request: Request,
-    positions: Sequence[int],
-    claimed: dict[Tier, list[int]],
+    positions: Positions,
+    ids: dict[Tier, BlockIds],
     bounds: tuple[int, ...],
     fillers: tuple[int, ...],
 ) -> LegFill:
-    """Give the blocks of a leg as arrays, the device's places among them."""
-    ids = {tier: np.array(block_ids, np.int64) for tier, block_ids in claimed.items()}
-    device_ids = request.device_ids
-    if device_ids is not None:
-        first = request.span.first_block
-        begin, end = positions[0] - first, positions[-1] - first + 1
-        unbroken = end - begin == len(positions)
-        ids[Tier.DEVICE] = (
-            device_ids[begin:end] if unbroken else device_ids[np.subtract(positions, first)]
-        )
-    return LegFill(positions, ids, claimed, bounds, fillers)
+    """Give the blocks of a leg, the device's places among them."""
+    if request.device_ids is not None:
+        ids[Tier.DEVICE] = positions.within(request.device_ids, request.span.first_block)
+    return LegFill(positions, ids, bounds, fillers)
 
 
 class Planner:
@@ -123,35 +98,32 @@ class Planner:
     def __init__(self, residency: Residency, limits: PlanLimits) -> None:
         self._residency = residency
         self._limits = limits
-        self._host = residency.tiers[Tier.HOST]
-        self._lower = [index for tier, index in residency.tiers.items() if tier is not Tier.HOST]
+        self._lower = [(n, tier) for n, tier in enumerate(residency.tiers) if tier != Tier.HOST]
 
     def plan(self, request: Request, run_id: int) -> Planned:
         """Plan a request and open its claims: they end by the run's events, and only so."""
-        found = self._residency.find(request.keys, request.span.first_block)
         if request.operation is Operation.PUT:
             draft = Draft(request, self._limits)
             shortfall = self._store(request, draft)
+            first = request.span.first_block
+            return Planned(self._claimed(draft.plan(run_id)), Found(first, first, {}), shortfall)
+        found = self._residency.find(request.keys, request.span.first_block, use=True)
+        if found.host_only:
+            return Planned(self._claimed(self._from_host(request, found, run_id)), found, None)
+        draft = Draft(request, self._limits)
+        with self._residency.holding(found.holdings):
+            last, shortfall = self._load(request, found, draft)
             plan = self._claimed(draft.plan(run_id))
-        elif found.host_only:
-            plan, shortfall = self._claimed(self._from_host(request, found, run_id)), None
-        else:
-            draft = Draft(request, self._limits)
-            with self._residency.holding(found.holdings):
-                last, shortfall = self._load(request, found, draft)
-                plan = self._claimed(draft.plan(run_id))
-            found = found._replace(last=last)
-        return Planned(plan, found, shortfall)
+        return Planned(plan, found._replace(last=last), shortfall)
 
     def _from_host(self, request: Request, found: Found, run_id: int) -> Plan:
         """Plan the common case: all is in host memory, nothing to reserve, nobody to wait for."""
+        if found.last == found.first or request.operation is not Operation.GET:
+            return Plan(_empty_template(request.operation), run_id, ())
         positions, block_ids = found.ready[Tier.HOST]
-        if not positions or request.operation is not Operation.GET:
-            return Plan(compile_shape(Shape(request.operation, ())), run_id, ())
-        chunks = chunk_count(len(positions), self._limits.chunk_blocks * SINGLE_HOP_CHUNKS)
-        bounds = even_bounds(len(positions), chunks)
+        leg, bounds = _chunked(_ONWARD, positions.block_count, self._limits.chunk_blocks)
         fill = _fill(request, positions, {Tier.HOST: block_ids}, bounds, ())
-        return Plan(_load_template(chunks), run_id, (fill,))
+        return Plan(_load_template(leg.chunks), run_id, (fill,))
 
     # -- loads: get and prefetch ----------------------------------------------------------------
 
@@ -159,136 +131,202 @@ class Planner:
         self, request: Request, found: Found, draft: Draft
     ) -> tuple[int, CapacityError | None]:
         """Draft the loads of the resident run, and give where the run ends that can be loaded."""
-        onward = (LOAD,) if request.operation is Operation.GET else ()
-        fillers, last = self._fillers(found)
-        last, shortfall = self._room_for(found, last)
+        onward = _ONWARD if request.operation is Operation.GET else ()
+        pending, last = found.pending, found.last
+        starts: list[int] = []
+        fillers: list[int] = []
+        if pending is not None:
+            last, starts, fillers = self._fillers(pending, last)
+        host_ids, last, shortfall = self._host_places(request, found, last)
         for tier, placement in found.ready.items():
-            count = bisect_left(placement.positions, last)
-            positions, ids = placement.positions[:count], placement.block_ids[:count]
-            if tier is Tier.HOST:
-                if onward:
-                    draft.add(onward, positions, {Tier.HOST: ids})
+            placed = placement.before(last)
+            if not placed.block_count:
                 continue
-            host_ids = self._host.reserve([request.keys[position] for position in positions])
-            hops = (Route(tier, Tier.HOST), *onward)
-            draft.add(hops, positions, {tier: ids, Tier.HOST: host_ids})
-        count = bisect_left(found.pending.positions, last)
-        pending = Placement(found.pending.positions[:count], found.pending.block_ids[:count])
-        draft.add_waiting(onward, pending, fillers[:count])
+            if tier is not Tier.HOST:
+                ids = {tier: placed.block_ids, Tier.HOST: host_ids[tier]}
+                draft.add((Route(tier, Tier.HOST), *onward), placed.positions, ids)
+            elif onward:
+                draft.add(onward, placed.positions, {Tier.HOST: placed.block_ids})
+        if pending is not None and (placed := pending.before(last)).block_count:
+            chunks = sum(start < placed.block_count for start in starts)
+            draft.add_waiting(onward, placed, starts[:chunks], fillers[:chunks])
         return last, shortfall
 
-    def _room_for(self, found: Found, last: int) -> tuple[int, CapacityError | None]:
-        """Give where the run ends for which there are host places, at or before `last`."""
-        wanted = sorted(
-            position
-            for tier, placement in found.ready.items()
-            if tier is not Tier.HOST
-            for position in placement.positions
-            if position < last
-        )
-        room = self._host.room()
-        if len(wanted) <= room:
-            return last, None
-        return wanted[room], self._shortfall(len(wanted))
+    def _host_places(
+        self, request: Request, found: Found, last: int
+    ) -> tuple[dict[Tier, BlockIds], int, CapacityError | None]:
+        """Take host places for what is in lower tiers, and give where the run ends that has all."""
+        residency, shortfall = self._residency, None
+        host_ids: dict[Tier, BlockIds] = {}
+        for tier, placement in found.ready.items():
+            if tier is Tier.HOST:
+                continue
+            below = placement.before(last)
+            ids = host_ids[tier] = residency.reserve(Tier.HOST, request.keys, below.positions)
+            if len(ids) < below.block_count:
+                last = below.positions.at(len(ids))
+                shortfall = residency.shortfall(Tier.HOST, below.block_count)
+        for tier, ids in host_ids.items():
+            kept = found.ready[tier].before(last).block_count
+            if kept < len(ids):  # another tier's part of the run ends before
+                residency.abort(Tier.HOST, ids[kept:])
+                host_ids[tier] = ids[:kept]
+        return host_ids, last, shortfall
 
-    def _fillers(self, found: Found) -> tuple[list[int], int]:
-        """Give who fills each pending block, and where the run ends that few enough ops fill."""
-        claims = self._residency.claims
-        fillers = [claims.filler(Tier.HOST, block_id) for block_id in found.pending.block_ids]
-        changes = [i for i, token in enumerate(fillers) if not i or token != fillers[i - 1]]
-        if len(changes) > CHUNKS_MAX:
-            return fillers, found.pending.positions[changes[CHUNKS_MAX]]
-        return fillers, found.last
+    def _fillers(self, pending: Placement, last: int) -> tuple[int, list[int], list[int]]:
+        """Give where the run ends that few enough ops fill, where each one's blocks start, and it.
+
+        The starts count within the pending blocks.
+        """
+        tokens = self._residency.claims.fillers(Tier.HOST, pending.block_ids)
+        starts = [0, *(np.flatnonzero(np.diff(tokens)) + 1).tolist()]
+        if len(starts) > CHUNKS_MAX:
+            last = pending.positions.at(starts[CHUNKS_MAX])
+            starts = starts[:CHUNKS_MAX]
+        return last, starts, tokens[starts].tolist()
 
     # -- stores: put ----------------------------------------------------------------------------
 
     def _store(self, request: Request, draft: Draft) -> CapacityError | None:
         """Draft what no tier has yet: device → host, and host → each tier that lacks it."""
-        new, resident = self._missing(request)
-        keys, shortfall = request.keys, None
-        with self._residency.holding([Holding(Tier.HOST, list(resident.values()))]):
-            room = self._host.room()
-            if len(new) > room:
-                shortfall = self._shortfall(len(new))
-                new = new[:room]
-            reserved = self._host.reserve([keys[at] for at in new])
-        host_ids = dict(zip(new, reserved, strict=True))
-        host_ids.update(resident)
-        lower_ids = {
-            index.tier: self._places_behind(index.tier, request, sorted(host_ids))
-            for index in self._lower
-        }
-        groups: dict[tuple[bool, tuple[Tier, ...]], list[int]] = {}
-        for position in sorted(host_ids):
-            targets = tuple(tier for tier, places in lower_ids.items() if position in places)
-            groups.setdefault((position not in resident, targets), []).append(position)
-        for (is_new, targets), positions in groups.items():
-            behind = tuple(Route(Tier.HOST, tier) for tier in targets)
-            hops = (STORE, *behind) if is_new else behind
-            ids = {tier: [lower_ids[tier][at] for at in positions] for tier in targets}
-            ids[Tier.HOST] = [host_ids[at] for at in positions]
-            if hops:
-                draft.add(hops, positions, ids)
+        span, residency = request.span, self._residency
+        if span.last_block == span.first_block:
+            return None
+        parent = self._parent(request)
+        if parent is None:
+            return None
+        groups = residency.survey(request.keys, span.first_block, span.last_block)
+        groups.sort(key=_first_position)
+        held = [
+            Holding(Tier.HOST, ids)
+            for states, _, (ids, *_) in groups
+            if states[0] == READY and ids is not None
+        ]
+        with residency.holding([*parent, *held]):
+            stores, shortfall = self._in_host(request, groups)
+            for store in stores:
+                self._behind(request, draft, store)
         return shortfall
 
-    def _missing(self, request: Request) -> tuple[list[int], dict[int, int]]:
-        """Give the positions that the host lacks, and the host ids of those it has ready."""
-        new: list[int] = []
-        resident: dict[int, int] = {}
-        for position in range(request.span.first_block, request.span.last_block):
-            block_id = self._host.find(request.keys[position])
-            if block_id is None:
-                new.append(position)
-            elif self._host.is_ready(block_id):
-                resident[position] = block_id
-        return new, resident
+    def _parent(self, request: Request) -> list[Holding] | None:
+        """Give what holds the block before the span, or None when it is nowhere.
 
-    def _places_behind(
-        self, tier: Tier, request: Request, positions: Sequence[int]
-    ) -> dict[int, int]:
-        """Reserve places in a lower tier for the blocks it lacks, as many as may be written.
-
-        Those that it has are used by this, too.
+        Blocks whose parent is nowhere are not stored: no get could reach them.
         """
-        index = self._residency.tiers[tier]
-        lacking: list[int] = []
-        present: list[int] = []
-        for at in positions:
-            block_id = index.find(request.keys[at])
-            if block_id is None:
-                lacking.append(at)
-            else:
-                present.append(block_id)
-        index.touch(present)  # else a prompt that grows would lose its oldest blocks first
-        allowed = self._limits.write_behind_blocks_max - index.reserved_blocks
-        lacking = lacking[: max(0, min(allowed, index.room()))]
-        return dict(zip(lacking, index.reserve([request.keys[at] for at in lacking]), strict=True))
+        first = request.span.first_block
+        if not first:
+            return []
+        found = self._residency.find(request.keys[: (first + 1) * BLOCK_KEY_BYTES], first - 1)
+        if found.pending is not None:
+            return []
+        return found.holdings if found.ready else None
+
+    def _in_host(
+        self, request: Request, groups: list[Group]
+    ) -> tuple[list[_Store], CapacityError | None]:
+        """Give what is, or will be, in host memory and lacks in lower tiers, host places taken."""
+        stores: list[_Store] = []
+        shortfall = None
+        for states, positions, block_ids in groups:
+            lacking = tuple([tier for number, tier in self._lower if states[number] == ABSENT])
+            host_ids = block_ids[0]
+            if states[0] == READY and host_ids is not None and lacking:
+                stores.append(_Store(positions, host_ids, False, lacking))
+            elif states[0] == ABSENT and shortfall is None:
+                host_ids = self._residency.reserve(Tier.HOST, request.keys, positions)
+                if len(host_ids) < positions.block_count:
+                    shortfall = self._residency.shortfall(Tier.HOST, positions.block_count)
+                    positions = positions.part(0, len(host_ids))
+                if len(host_ids):
+                    stores.append(_Store(positions, host_ids, True, lacking))
+        return stores, shortfall
+
+    def _behind(self, request: Request, draft: Draft, store: _Store) -> None:
+        """Draft one store and the writes behind it, as many as there may and can be."""
+        positions, host_ids, is_new, lacking = store
+        taken: dict[Tier, BlockIds] = {}
+        for tier in lacking:
+            waiting = self._residency.counts(tier).reserved
+            room = min(
+                positions.block_count, max(0, self._limits.write_behind_blocks_max - waiting)
+            )
+            ids = self._residency.reserve(tier, request.keys, positions.part(0, room))
+            if len(ids):
+                taken[tier] = ids
+        # Each tier took a prefix: between two ends the same tiers are behind.
+        ends = sorted({positions.block_count, *map(len, taken.values())})
+        for begin, end in pairwise((0, *ends)):
+            targets = tuple([tier for tier, ids in taken.items() if len(ids) > begin])
+            hops = _hops(is_new, targets)
+            if hops:
+                ids_by_tier = {tier: taken[tier][begin:end] for tier in targets}
+                ids_by_tier[Tier.HOST] = host_ids[begin:end]
+                draft.add(hops, positions.part(begin, end), ids_by_tier)
 
     # -- both -----------------------------------------------------------------------------------
 
-    def _shortfall(self, wanted_blocks: int) -> CapacityError:
-        host = self._host
-        return CapacityError("host", wanted_blocks, host.free_blocks, host.evictable_blocks)
-
     def _claimed(self, plan: Plan) -> Plan:
-        """Open a claim for every op of the plan that moves bytes."""
-        claims = self._residency.claims
+        """Open the claim of every op of the plan that moves bytes."""
+        claims, run_id = self._residency.claims, plan.run_id
         for op in plan.template.ops:
             if op.route is None:
                 continue
-            begin, end = plan.bounds(op)
-            claimed = plan.fills[op.leg].claimed
+            fill = plan.fills[op.leg]
+            ids, begin, end = fill.ids, fill.bounds[op.chunk], fill.bounds[op.chunk + 1]
             source, target = op.route
-            pinned = Holding(source, claimed[source][begin:end]) if source in claimed else None
-            leased = Holding(target, claimed[target][begin:end]) if target in claimed else None
-            claims.open(plan.token(op), Claim(plan.run_id, pinned, leased))
+            pinned = None if source is Tier.DEVICE else Holding(source, ids[source][begin:end])
+            leased = None if target is Tier.DEVICE else Holding(target, ids[target][begin:end])
+            claims.open(run_id * OPS_MAX + op.index, Claim(run_id, pinned, leased))
         return plan
+
+
+class _Store(NamedTuple):
+    """Blocks that are in host memory, or new and on their way there, and which tiers lack them."""
+
+    positions: Positions
+    host_ids: BlockIds
+    is_new: bool
+    lacking: tuple[Tier, ...]
+
+
+def _first_position(group: Group) -> int:
+    return group.positions.first
+
+
+@cache
+def _hops(is_new: bool, targets: tuple[Tier, ...]) -> tuple[Route, ...]:
+    """Give the hops of blocks that are stored to the host if new, and to these tiers behind it."""
+    behind = tuple(Route(Tier.HOST, tier) for tier in targets)
+    return (STORE, *behind) if is_new else behind
+
+
+@lru_cache(maxsize=4096)
+def _chunked(
+    hops: tuple[Route, ...], block_count: int, chunk_blocks: int
+) -> tuple[Leg, tuple[int, ...]]:
+    """Give the leg of so many blocks, and the bounds of its chunks."""
+    chunks = chunks_of(hops, block_count, chunk_blocks)
+    return Leg(hops, chunks), even_bounds(block_count, chunks)
 
 
 @cache
 def _load_template(chunks: int) -> Template:
     """Give the template of a get whose blocks are all in host memory."""
-    return compile_shape(Shape(Operation.GET, (Leg((LOAD,), chunks),)))
+    return compile_shape(Shape(Operation.GET, (Leg(_ONWARD, chunks),)))
+
+
+@cache
+def _empty_template(operation: Operation) -> Template:
+    """Give the template of a request that moves nothing."""
+    return compile_shape(Shape(operation, ()))
+
+
+def chunks_of(hops: tuple[Route, ...], block_count: int, chunk_blocks: int) -> int:
+    """Give into how many chunks to split a leg.
+
+    One hop overlaps nothing: larger chunks, which only bound how long a cancel takes.
+    """
+    return chunk_count(block_count, chunk_blocks * (1 if len(hops) > 1 else SINGLE_HOP_CHUNKS))
 
 
 def chunk_count(block_count: int, chunk_blocks: int) -> int:

@@ -11,16 +11,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._ext import BlockIndex
 from flexkv.common.errors import InvariantError
-from flexkv.common.terms import Tier
-from flexkv.index.tier import TierIndex
+from flexkv.common.terms import BlockIds, Tier
 
 
 class Holding(NamedTuple):
     """Some blocks of one tier."""
 
     tier: Tier
-    block_ids: list[int]
+    block_ids: BlockIds
 
 
 class Claim(NamedTuple):
@@ -34,11 +37,11 @@ class Claim(NamedTuple):
 class Claims:
     """Every open claim, by the token of its op."""
 
-    def __init__(self, tiers: Mapping[Tier, TierIndex]) -> None:
-        self._tiers = tiers
+    def __init__(self, table: BlockIndex, tier_numbers: Mapping[Tier, int]) -> None:
+        self._table = table
+        self._number = tier_numbers
         self._open: dict[int, Claim] = {}
         self._owned: dict[int, int] = {}
-        self._filler: dict[tuple[Tier, int], int] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -48,13 +51,12 @@ class Claims:
         if token in self._open:
             raise InvariantError(f"token {token} has a claim already: {self._open[token]}")
         self._open[token] = claim
-        self._owned[claim.owner] = self._owned.get(claim.owner, 0) + 1
-        if claim.pinned is not None:
-            self._tiers[claim.pinned.tier].pin(claim.pinned.block_ids)
-        if claim.leased is not None:
-            tier, filler = claim.leased.tier, self._filler
-            for block_id in claim.leased.block_ids:
-                filler[tier, block_id] = token
+        owner, pinned, leased = claim
+        self._owned[owner] = self._owned.get(owner, 0) + 1
+        if pinned is not None:
+            self._table.pin(self._number[pinned.tier], pinned.block_ids)
+        if leased is not None:
+            self._table.lease(self._number[leased.tier], leased.block_ids, token)
 
     def settle(self, token: int, filled: bool) -> None:
         """End a claim: commit or abort its lease, take its pins off.
@@ -65,21 +67,20 @@ class Claims:
         claim = self._open.pop(token, None)
         if claim is None:
             raise InvariantError(f"token {token} has no open claim")
-        self._owned[claim.owner] -= 1
-        if not self._owned[claim.owner]:
-            del self._owned[claim.owner]
-        if claim.leased is not None:
-            tier = claim.leased.tier
-            for block_id in claim.leased.block_ids:
-                del self._filler[tier, block_id]
-            index = self._tiers[tier]
-            (index.commit if filled else index.abort)(claim.leased.block_ids)
-        if claim.pinned is not None:
-            self._tiers[claim.pinned.tier].unpin(claim.pinned.block_ids)
+        owner, pinned, leased = claim
+        if self._owned[owner] == 1:
+            del self._owned[owner]
+        else:
+            self._owned[owner] -= 1
+        if leased is not None:
+            end = self._table.commit if filled else self._table.abort
+            end(self._number[leased.tier], leased.block_ids)
+        if pinned is not None:
+            self._table.unpin(self._number[pinned.tier], pinned.block_ids)
 
-    def filler(self, tier: Tier, block_id: int) -> int:
-        """Give the token of the op that is filling a RESERVED block."""
-        return self._filler[tier, block_id]
+    def fillers(self, tier: Tier, block_ids: BlockIds) -> NDArray[np.int64]:
+        """Give the token of the op that is filling each RESERVED block."""
+        return np.frombuffer(self._table.fillers(self._number[tier], block_ids), np.int64)
 
     def of_owner(self, owner: int) -> int:
         """Count the open claims of an owner."""

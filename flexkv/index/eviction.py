@@ -1,61 +1,50 @@
-"""Which evictable block goes next. A policy is an object; a tier holds one.
-
-A policy sees the blocks that could be evicted now: READY and not pinned. It never decides whether
-a block may go, only in what order.
-"""
+"""How tiers evict: the policies by name, and their parameters. Their rules are in the table."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable
-from itertools import islice
-from typing import Protocol
+from typing import NamedTuple
+
+from flexkv.common.errors import ConfigError
+
+POLICIES = {"lru": 0, "fifo": 1, "mru": 2, "filo": 3, "lfu": 4, "slru": 5}
+"""Which block goes first. `ext/index_policy.c` has the numbers and the rules.
+
+lru: the least recently used; mru: the most recently used. fifo: the first that came; filo: the last
+that came. lfu: the least often used, and of those the least recently. slru: those used fewer than
+`slru_protected_threshold` times, then the others, each by last use.
+"""
+
+_REWARD = 6
 
 
-class EvictionPolicy(Protocol):
-    """The order in which evictable blocks go."""
+class Eviction(NamedTuple):
+    """Parameters of eviction, the same for every tier."""
 
-    def __len__(self) -> int:
-        """Count the evictable blocks."""
-        ...
+    policy: str = "lru"
+    evict_ratio: float = 0.0
+    """Least part of a tier that one eviction frees."""
+    slru_protected_threshold: int = 2
+    hit_reward_seconds: float = 0.0
+    """With lru: each use counts as having come so much later."""
 
-    def add(self, block_ids: Iterable[int]) -> None:
-        """Blocks became evictable; the last of them was wanted most recently."""
-        ...
+    @property
+    def timed(self) -> bool:
+        """Tell whether the table must be told the time."""
+        return self.hit_reward_seconds > 0
 
-    def discard(self, block_id: int) -> None:
-        """A block stopped being evictable: pinned, or gone."""
-        ...
+    def options(self, capacity_blocks: int) -> tuple[int, int, int, int]:
+        """Give a tier's options as the table takes them.
 
-    def victims(self, count: int) -> list[int]:
-        """Name the `count` blocks to evict first, or all there are; changes nothing."""
-        ...
-
-
-class LeastRecentlyUsed:
-    """Evicts what was used longest ago. O(1) a block.
-
-    Users hand over a prefix from leaf to root, so that a leaf is always older than its parents
-    and goes first: what stays is closed under prefixes.
-    """
-
-    def __init__(self) -> None:
-        self._order: OrderedDict[int, None] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def add(self, block_ids: Iterable[int]) -> None:
-        """Append the blocks, the last as the most recent."""
-        order = self._order
-        for block_id in block_ids:
-            order[block_id] = None
-            order.move_to_end(block_id)
-
-    def discard(self, block_id: int) -> None:
-        """Take a block out; no matter when it is not in."""
-        self._order.pop(block_id, None)
-
-    def victims(self, count: int) -> list[int]:
-        """Name the least recently used blocks."""
-        return list(islice(self._order, count))
+        Raises:
+            ConfigError: an unknown policy, or a reward with a policy that has none.
+        """
+        if self.policy not in POLICIES:
+            why = f"must be one of {', '.join(POLICIES)}"
+            raise ConfigError("eviction_policy", self.policy, why)
+        number, parameter = POLICIES[self.policy], self.slru_protected_threshold
+        if self.timed:
+            if self.policy != "lru":
+                why = f"needs eviction_policy lru, not {self.policy}"
+                raise ConfigError("hit_reward_seconds", self.hit_reward_seconds, why)
+            number, parameter = _REWARD, max(1, round(self.hit_reward_seconds))
+        return capacity_blocks, number, parameter, int(capacity_blocks * self.evict_ratio)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from flexkv import _ext
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation, Request, Span, as_int64, whole_blocks
-from flexkv.common.terms import BlockIds
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
 from flexkv.index.keys import KeyChain, Namespace
 
 _WHY = {
@@ -53,7 +53,7 @@ class Intake:
             len(tokens),
             per_block,
             span,
-            keys[: span.last_block],
+            keys[: (span.last_block + 1) * BLOCK_KEY_BYTES],
             None,
             self._keys.namespace_hash(namespace),
         )

@@ -39,25 +39,33 @@ class KeyChain:
             lambda parts: _ext.hash128(prefix + _framed([part.encode() for part in parts]))
         )
 
-    def keys(self, tokens: NDArray[np.int64], namespace: Namespace = None) -> list[BlockKey]:
-        """Give the key of every whole block of `tokens`, int64[n].
+    def keys(self, tokens: NDArray[np.int64], namespace: Namespace = None) -> bytes:
+        """Give the root, and the key of every whole block of `tokens`, int64[n]: 16 bytes each.
 
         Raises:
             ConfigError: a token is negative, or the namespace is not made of strings.
         """
         root = self._root(namespace_parts(namespace))
         try:
-            digests = _ext.chain_keys(tokens, self._tokens_per_block, root)
+            return _ext.chain_keys(tokens, self._tokens_per_block, root)
         except ValueError as error:
             index, token = error.args
             raise ConfigError(f"token_ids[{index}]", token, "must not be negative") from error
-        step = BLOCK_KEY_BYTES
-        return [digests[i : i + step] for i in range(0, len(digests), step)]
+
+    def root(self, namespace: Namespace = None) -> bytes:
+        """Give the root of a namespace, under which all its blocks are."""
+        return self._root(namespace_parts(namespace))
 
     def namespace_hash(self, namespace: Namespace) -> str:
         """Give a short name of a namespace that does not tell it; empty for none."""
         parts = namespace_parts(namespace)
         return self._root(parts)[:4].hex() if parts else ""
+
+
+def block_keys(keys: bytes) -> list[BlockKey]:
+    """Give the key of each block, without the root."""
+    step = BLOCK_KEY_BYTES
+    return [keys[at : at + step] for at in range(step, len(keys), step)]
 
 
 def fingerprint(model: ModelConfig, tokens_per_block: int) -> bytes:

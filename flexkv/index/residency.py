@@ -1,17 +1,28 @@
-"""Where the blocks of a prompt are: the prefix match across tiers, and every claim on them."""
+"""Where the blocks of a prompt are: the one table of every tier, and every claim on it.
+
+The table is `_ext.BlockIndex` (see `ext/README.md`, "Index"): states, eviction and the laws between
+tiers are there. This gives its calls the core's words. Keys come as one buffer: the namespace's
+root, then a key for each block. Blocks come as positions in the prompt and places in a tier.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
-from flexkv.common.errors import InvariantError
-from flexkv.common.terms import BlockKey, Tier
+from flexkv import _ext
+from flexkv.common.errors import CapacityError, InvariantError
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
 from flexkv.index.claims import Claims, Holding
-from flexkv.index.tier import TierIndex
+from flexkv.index.eviction import Eviction
+
+ABSENT, PENDING, READY = 0, 1, 2
+"""Where a block is in one tier: nowhere, being filled, there."""
 
 
 class PrefixMatch(msgspec.Struct, frozen=True):
@@ -25,11 +36,63 @@ class PrefixMatch(msgspec.Struct, frozen=True):
     pending_tokens: int
 
 
-class Placement(NamedTuple):
-    """Some positions of a prompt, and the block ids that they have in one tier."""
+class Positions(NamedTuple):
+    """Some blocks of a prompt, in order; unbroken when `places` is None."""
 
-    positions: list[int]
-    block_ids: list[int]
+    first: int
+    block_count: int
+    places: BlockIds | None = None
+
+    def part(self, begin: int, end: int) -> Positions:
+        """Give those from the begin-th to the end-th."""
+        if self.places is None:
+            return Positions(self.first + begin, end - begin)
+        places = self.places[begin:end]
+        return Positions(int(places[0]) if end > begin else self.first, end - begin, places)
+
+    def number_before(self, last: int) -> int:
+        """Count those before a position."""
+        if self.places is None:
+            return max(0, min(self.block_count, last - self.first))
+        return int(np.searchsorted(self.places, last))
+
+    def at(self, number: int) -> int:
+        """Give the position of one of them."""
+        return self.first + number if self.places is None else int(self.places[number])
+
+    def within(self, values: NDArray[np.int64], first: int) -> NDArray[np.int64]:
+        """Give the values of these positions, of an array whose first is position `first`'s."""
+        if self.places is None:
+            begin = self.first - first
+            return values[begin : begin + self.block_count]
+        return values[self.places - first]
+
+
+class Placement(NamedTuple):
+    """Some blocks of a prompt, and where they are in one tier."""
+
+    positions: Positions
+    block_ids: BlockIds
+
+    @property
+    def block_count(self) -> int:
+        """Count the blocks."""
+        return self.positions.block_count
+
+    def before(self, last: int) -> Placement:
+        """Give the part before a position."""
+        count = self.positions.number_before(last)
+        if count == self.positions.block_count:
+            return self
+        return Placement(self.positions.part(0, count), self.block_ids[:count])
+
+
+class Group(NamedTuple):
+    """The blocks of a prompt that are alike in every tier: `states` and ids, nearest tier first."""
+
+    states: tuple[int, ...]
+    positions: Positions
+    block_ids: tuple[BlockIds | None, ...]
 
 
 class Found(NamedTuple):
@@ -38,13 +101,15 @@ class Found(NamedTuple):
     first: int
     last: int
     ready: dict[Tier, Placement]
-    pending: Placement
+    """Only tiers that are the nearest of some block."""
+    pending: Placement | None = None
     """Host blocks that are being filled."""
 
     @property
     def host_only(self) -> bool:
         """Tell whether every block found is ready in host memory."""
-        return len(self.ready[Tier.HOST].positions) == self.last - self.first
+        host = self.ready.get(Tier.HOST)
+        return (host.positions.block_count if host else 0) == self.last - self.first
 
     @property
     def holdings(self) -> list[Holding]:
@@ -52,85 +117,202 @@ class Found(NamedTuple):
         return [Holding(tier, place.block_ids) for tier, place in self.ready.items()]
 
 
+class TierCounts(NamedTuple):
+    """The places of one tier by state, now."""
+
+    capacity: int
+    free: int
+    reserved: int
+    ready: int
+    draining: int
+    pinned: int
+    evicted: int
+    """Since the start."""
+
+
 class Residency:
-    """Every tier's index, nearest first, and the claims on them. The one source of truth."""
+    """Every tier's blocks, nearest first, and the claims on them. The one source of truth.
 
-    def __init__(self, tiers: Iterable[TierIndex]) -> None:
-        self.tiers = {index.tier: index for index in sorted(tiers, key=lambda index: index.tier)}
-        self.claims = Claims(self.tiers)
+    Only the scheduler changes it. A call that breaks a law raises InvariantError.
+    """
 
-    def find(self, keys: Sequence[BlockKey], first: int = 0) -> Found:
-        """Give the longest resident run that starts at position `first`. Changes nothing."""
-        ready = {tier: Placement([], []) for tier in self.tiers}
-        pending = Placement([], [])
-        last = first
-        for position in range(first, len(keys)):
-            place = self._place(keys[position])
-            if place is None:
-                break
-            tier, block_id, is_ready = place
-            positions, block_ids = ready[tier] if is_ready else pending
-            positions.append(position)
-            block_ids.append(block_id)
-            last = position + 1
+    def __init__(self, capacities: dict[Tier, int], eviction: Eviction | None = None) -> None:
+        """Take tiers by capacity in blocks, and how they evict: the same for each."""
+        eviction = eviction or Eviction()
+        self.tiers = tuple(sorted(capacities))
+        self._number = {tier: number for number, tier in enumerate(self.tiers)}
+        self._table = _ext.BlockIndex(
+            tuple(eviction.options(capacities[tier]) for tier in self.tiers), InvariantError
+        )
+        count = len(self.tiers)
+        self._states = [
+            tuple(pattern // 3**number % 3 for number in range(count))
+            for pattern in range(3**count)
+        ]
+        self._nearest = {
+            state * 3**number: (number, tier, state == READY)
+            for tier, number in self._number.items()
+            for state in (PENDING, READY)
+        }
+        self.claims = Claims(self._table, self._number)
+        self.timed = eviction.timed
+
+    # -- looking --------------------------------------------------------------------------------
+
+    def find(self, keys: bytes, first: int = 0, use: bool = False) -> Found:
+        """Give the longest resident run that starts at position `first`.
+
+        Args:
+            keys: root and keys of the prompt's blocks.
+            first: where the run starts.
+            use: count a use of every block from the root to the end of the run, in every tier.
+        """
+        ready: dict[Tier, Placement] = {}
+        pending, last = None, first
+        blocks = len(keys) // BLOCK_KEY_BYTES - 1
+        if blocks <= first:
+            return Found(first, first, ready)
+        for pattern, begin, count, places, ids in self._table.survey(
+            keys, first, blocks, True, use
+        ):
+            last += count
+            number, tier, is_ready = self._nearest[pattern]
+            block_ids = _array(ids[number])
+            assert block_ids is not None, pattern
+            placement = Placement(Positions(begin, count, _array(places)), block_ids)
+            if is_ready:
+                ready[tier] = placement
+            else:
+                pending = placement
         return Found(first, last, ready, pending)
 
-    def _place(self, key: BlockKey) -> tuple[Tier, int, bool] | None:
-        """Give the nearest tier that has a block, its place, and whether it is ready.
+    def survey(self, keys: bytes, first: int, last: int) -> list[Group]:
+        """Give every block from `first` to `last` by where it is; counts a use of those there."""
+        return [
+            Group(
+                self._states[pattern],
+                Positions(begin, count, _array(places)),
+                tuple([_array(blob) for blob in ids]),
+            )
+            for pattern, begin, count, places, ids in self._table.survey(
+                keys, first, last, False, True
+            )
+        ]
 
-        Below the host only what is ready counts: what is being written there is in host memory.
+    def counts(self, tier: Tier) -> TierCounts:
+        """Count the places of a tier by state."""
+        return TierCounts(*self._table.counts(self._number[tier]))
+
+    def shortfall(self, tier: Tier, wanted_blocks: int) -> CapacityError:
+        """Give the error that says that a tier has no room for so many."""
+        counts = self.counts(tier)
+        evictable = max(0, counts.ready - counts.pinned)
+        return CapacityError(tier.label, wanted_blocks, counts.free, evictable)
+
+    def keys_of(self, tier: Tier, block_ids: BlockIds) -> bytes:
+        """Give the keys of blocks of a tier, 16 bytes each."""
+        return self._table.keys_of(self._number[tier], block_ids)
+
+    def namespace_blocks(self, root: bytes) -> dict[Tier, int]:
+        """Count the blocks of a namespace by tier."""
+        return dict(zip(self.tiers, self._table.root_blocks(root), strict=True))
+
+    # -- filling --------------------------------------------------------------------------------
+
+    def reserve(
+        self, tier: Tier, keys: bytes, positions: Positions, atomic: bool = False
+    ) -> BlockIds:
+        """Take places for blocks whose parents are there, evicting what must go.
+
+        Gives int64[n], the places, RESERVED: all or, unless `atomic`, those of a prefix.
         """
-        for tier, index in self.tiers.items():
-            block_id = index.find(key)
-            if block_id is not None:
-                is_ready = index.is_ready(block_id)
-                if is_ready or tier is Tier.HOST:
-                    return tier, block_id, is_ready
-        return None
+        last = len(keys) // BLOCK_KEY_BYTES - 1
+        begin, places = 0, positions.places
+        if places is None:
+            begin, last = positions.first, positions.first + positions.block_count
+        number = self._number[tier]
+        return np.frombuffer(
+            self._table.reserve(number, keys, begin, last, places, atomic), np.int64
+        )
 
-    def touch(self, found: Found) -> None:
-        """Count one use of every block found."""
-        for tier, placement in found.ready.items():
-            self.tiers[tier].touch(placement.block_ids)
+    def commit(self, tier: Tier, block_ids: BlockIds) -> None:
+        """The bytes are there: RESERVED becomes READY, or goes when its key was forgotten."""
+        self._table.commit(self._number[tier], block_ids)
+
+    def abort(self, tier: Tier, block_ids: BlockIds) -> None:
+        """The bytes will not come: RESERVED goes, and what continues it with it."""
+        self._table.abort(self._number[tier], block_ids)
+
+    # -- holding --------------------------------------------------------------------------------
 
     @contextmanager
-    def holding(self, holdings: Iterable[Holding]) -> Iterator[None]:
-        """Keep blocks from eviction while something is planned; counts as their use."""
-        held = [(self.tiers[tier], block_ids) for tier, block_ids in holdings]
-        for index, block_ids in held:
-            index.pin(block_ids)
+    def holding(self, holdings: Sequence[Holding]) -> Iterator[None]:
+        """Keep blocks from eviction while something is planned."""
+        table, number = self._table, self._number
+        for tier, block_ids in holdings:
+            table.pin(number[tier], block_ids)
         try:
             yield
         finally:
-            for index, block_ids in held:
-                index.unpin(block_ids)
+            for tier, block_ids in holdings:
+                table.unpin(number[tier], block_ids)
 
-    def clear(self) -> int:
-        """Forget every block of every tier, and count them."""
-        return sum(index.clear() for index in self.tiers.values())
+    # -- dropping -------------------------------------------------------------------------------
+
+    def tick(self, now_s: int) -> None:
+        """Tell the time, in seconds from any start; it never goes back."""
+        self._table.tick(now_s)
+
+    def evict(self, tier: Tier, blocks: int) -> int:
+        """Evict up to so many blocks of a tier, and count them."""
+        return self._table.evict(self._number[tier], blocks)
+
+    def forget(self, tier: Tier, block_ids: BlockIds) -> None:
+        """Make blocks unfindable in a tier; without another copy, what continues them too."""
+        self._table.forget(self._number[tier], block_ids)
+
+    def clear(self, tier: Tier | None = None, root: bytes | None = None) -> int:
+        """Forget every block of a tier, of a namespace, or all, and count the places."""
+        if root is not None:
+            return self._table.clear_root(root)
+        tiers = self.tiers if tier is None else (tier,)
+        return sum(self._table.clear(self._number[tier]) for tier in tiers)
+
+    def resize(self, tier: Tier, capacity_blocks: int) -> int:
+        """Change how many blocks a tier may hold, up to those it was made for; gives the result.
+
+        More than asked for when too many are pinned or being filled.
+        """
+        return self._table.resize(self._number[tier], capacity_blocks)
 
     def validate(self) -> None:
-        """Check the laws of every tier, and that what is reserved or pinned has a claim.
+        """Check every law of the table, and that what is reserved or pinned has a claim.
 
         Raises:
             InvariantError: one does not hold.
         """
-        for index in self.tiers.values():
-            index.validate()
-        if not self.claims:
-            for index in self.tiers.values():
-                reserved, pinned = index.reserved_blocks, index.pinned_blocks
-                if reserved or pinned:
-                    raise InvariantError(
-                        f"{index.tier.label}: no claim is open, yet {reserved} blocks are "
-                        f"reserved and {pinned} pinned"
-                    )
+        self._table.validate()
+        if self.claims:
+            return
+        for tier in self.tiers:
+            counts = self.counts(tier)
+            if counts.reserved or counts.pinned:
+                raise InvariantError(
+                    f"{tier.label}: no claim is open, yet {counts.reserved} blocks are "
+                    f"reserved and {counts.pinned} pinned"
+                )
 
 
-def prefix_match(found: Found, tokens_per_block: int) -> PrefixMatch:
+def _array(blob: bytes | None) -> BlockIds | None:
+    """Give the table's bytes as int64[n]."""
+    return None if blob is None else np.frombuffer(blob, np.int64)
+
+
+def prefix_match(found: Found, tiers: Sequence[Tier], tokens_per_block: int) -> PrefixMatch:
     """Give what was found in tokens."""
-    pending_tokens = len(found.pending.positions) * tokens_per_block
-    by_tier = {
-        tier: len(placement.positions) * tokens_per_block for tier, placement in found.ready.items()
-    }
-    return PrefixMatch((found.last - found.first) * tokens_per_block, by_tier, pending_tokens)
+    pending = found.pending.block_count if found.pending else 0
+    by_tier = dict.fromkeys(tiers, 0)
+    for tier, placement in found.ready.items():
+        by_tier[tier] = placement.block_count * tokens_per_block
+    tokens = (found.last - found.first) * tokens_per_block
+    return PrefixMatch(tokens, by_tier, pending * tokens_per_block)

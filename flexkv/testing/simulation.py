@@ -27,6 +27,7 @@ from flexkv.common.errors import TransferError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import BLOCK_KEY_BYTES
 from flexkv.engine import Engine
+from flexkv.index.keys import block_keys
 from flexkv.io.ports import DurablePort
 from flexkv.testing.fakes import FakePort
 from flexkv.testing.faults import FaultPlan
@@ -141,7 +142,7 @@ class Simulation:
         self, request: Request, slots: list[int], give_up_s: float | None
     ) -> None:
         first = request.span.first_block
-        contents = [np.frombuffer(key, np.uint8) for key in request.keys[first:]]
+        contents = [np.frombuffer(key, np.uint8) for key in block_keys(request.keys)[first:]]
         if request.operation is Operation.PUT:
             for slot, content in zip(slots, contents, strict=True):
                 self.device[slot] = content

@@ -17,8 +17,8 @@ PARENT = bytes(range(16))
 
 
 def reference_keys(tokens: NDArray[np.int64], tokens_per_block: int, parent: bytes) -> bytes:
-    """Chain the keys of the whole blocks with python-xxhash."""
-    keys = []
+    """Give the parent, and chain the keys of the whole blocks with python-xxhash."""
+    keys = [parent]
     for end in range(tokens_per_block, len(tokens) + 1, tokens_per_block):
         block = tokens[end - tokens_per_block : end].astype("<i8").tobytes()
         parent = xxhash.xxh3_128_digest(parent + block)

@@ -1,0 +1,38 @@
+/* The Python face of the block index, in two files: the type, and its calls. */
+#ifndef FLEXKV_INDEX_H
+#define FLEXKV_INDEX_H
+
+#include "ext.h"
+
+#include "index_core.h"
+
+typedef struct {
+    PyObject_HEAD
+    struct block_index index;
+    PyObject *broken_error; /* raised when a call breaks a law */
+    ref *nodes;             /* scratch: of one request */
+    uint8_t *kinds;
+    size_t scratch;
+} BlockIndex;
+
+/* Raise what the index says was broken; gives NULL. */
+PyObject *index_broken(BlockIndex *self, const char *law);
+
+/* Hold the keys of a request, the root first, and check the range of positions. 0 or -1. */
+int request_hold(PyObject *keys, PyObject *begin, PyObject *end, Py_buffer *buffer,
+                 size_t range[2]);
+int tier_read(const BlockIndex *self, PyObject *object, unsigned *tier);
+int scratch_take(BlockIndex *self, size_t count);
+
+PyObject *index_survey(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *index_call_reserve(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *index_call_lease(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *index_call_fillers(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *index_call_pin(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *index_call_unpin(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *index_call_commit(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *index_call_abort(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *index_call_forget(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *index_call_keys(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
+
+#endif

@@ -1,0 +1,119 @@
+/* Every law of the index, checked one by one: for tests, and for the end of an engine. */
+#include "index_core.h"
+
+static const char *place_check(const struct block_index *index, unsigned t, ref id)
+{
+    const struct tier *tier = &index->tier[t];
+    const struct place *place = &tier->places[id];
+
+    if (place->state == PLACE_FREE)
+        return place->pins ? "a FREE place is pinned" : NULL;
+    if (place->node != NONE && node_at(index, place->node)->place[t] != id)
+        return "a place is under a wrong node";
+    if (place->state == PLACE_DRAINING && (place->node != NONE || !place->pins))
+        return "a place drains for nobody";
+    if (place->state == PLACE_READY && place->node == NONE)
+        return "a READY place is under no key";
+    if ((place->list != LIST_NONE) != (place->state == PLACE_READY))
+        return "a place is in a list and not READY, or the other way round";
+    if (place->list == LIST_PARKED && !place->pins) {
+        const struct node *node = node_at(index, place->node);
+
+        if (node->child == NONE)
+            return "a place is parked that could go";
+    }
+    return NULL;
+}
+
+static const char *tier_check(const struct block_index *index, unsigned t)
+{
+    const struct tier *tier = &index->tier[t];
+    uint32_t states[4] = {0}, pinned = 0, stacked = 0;
+
+    for (ref id = 0; id < tier->unused; id++) {
+        const char *broken = place_check(index, t, id);
+
+        if (broken)
+            return broken;
+        states[tier->places[id].state]++;
+        pinned += tier->places[id].pins > 0;
+    }
+    for (ref id = tier->free_places; id != NONE; id = tier->places[id].older)
+        if (tier->places[id].state != PLACE_FREE || ++stacked > tier->unused)
+            return "the stack of free places is broken";
+    if (stacked != states[PLACE_FREE])
+        return "a free place is not on the stack";
+    if (states[PLACE_RESERVED] != tier->reserved || states[PLACE_READY] != tier->ready ||
+        states[PLACE_DRAINING] != tier->draining || pinned != tier->pinned)
+        return "a tier's counters and its places differ";
+    if (tier->free + tier->reserved + tier->ready + tier->draining != tier->capacity)
+        return "a tier's counters do not add up to its capacity";
+    return policy_check(tier);
+}
+
+static const char *node_check(struct block_index *index, ref number)
+{
+    const struct node *node = node_at(index, number);
+    uint32_t places = 0;
+
+    if (node->parent == NODE_FREE)
+        return NULL;
+    if (node_find(index, node->key, node->bucket) != number)
+        return "a node is not found under its key";
+    for (ref child = node->child, before = NONE; child != NONE;
+         child = node_at(index, child)->after) {
+        if (node_at(index, child)->parent != number || node_at(index, child)->before != before)
+            return "a family is broken";
+        before = child;
+    }
+    if (node->parent == NONE)
+        return node->child == NONE ? "a root has no child" : NULL;
+    if (node_at(index, node->parent)->parent == NODE_FREE)
+        return "a block's parent is nowhere";
+    for (unsigned t = 0; t < index->tiers; t++) {
+        if (node->place[t] == NONE)
+            continue;
+        places++;
+        if (index->tier[t].places[node->place[t]].node != number)
+            return "a node has another's place";
+    }
+    return places ? NULL : "a node has no place";
+}
+
+static const char *roots_check(struct block_index *index)
+{
+    for (unsigned t = 0; t < index->tiers; t++) {
+        int64_t blocks = 0;
+
+        for (ref number = 0; number < index->nodes_unused; number++) {
+            const struct node *node = node_at(index, number);
+
+            if (node->parent == NODE_FREE)
+                continue;
+            if (node->parent == NONE)
+                blocks -= node->place[t];
+            else
+                blocks += node->place[t] != NONE;
+        }
+        if (blocks)
+            return "the blocks that namespaces count are not those there are";
+    }
+    return NULL;
+}
+
+const char *index_check(struct block_index *index)
+{
+    for (unsigned t = 0; t < index->tiers; t++) {
+        const char *broken = tier_check(index, t);
+
+        if (broken)
+            return broken;
+    }
+    for (ref number = 0; number < index->nodes_unused; number++) {
+        const char *broken = node_check(index, number);
+
+        if (broken)
+            return broken;
+    }
+    return roots_check(index);
+}

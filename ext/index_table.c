@@ -1,0 +1,228 @@
+/* Nodes: memory that is taken as it is touched, a chained hash table, and families. */
+#include "index_core.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+
+/* Zeroed memory that costs nothing until it is touched, on huge pages where they can be had. */
+static void *memory_take(size_t bytes)
+{
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+    if (memory == MAP_FAILED)
+        return NULL;
+    madvise(memory, bytes, MADV_HUGEPAGE);
+    return memory;
+}
+
+static bool tier_open(struct tier *tier, uint32_t capacity)
+{
+    tier->places_max = tier->capacity = tier->free = capacity;
+    tier->free_places = NONE;
+    tier->places_bytes = ((size_t)capacity + 1) * sizeof(struct place);
+    tier->places = memory_take(tier->places_bytes);
+    return tier->places;
+}
+
+bool index_open(struct block_index *index, unsigned tiers, const uint32_t *capacities)
+{
+    uint64_t blocks = 0, buckets = 4 * PAGE;
+
+    memset(index, 0, sizeof(*index));
+    for (unsigned t = 0; t < tiers; t++) {
+        if (!tier_open(&index->tier[t], capacities[t]))
+            return false;
+        index->tiers = t + 1;
+        blocks += capacities[t];
+    }
+    while (buckets < blocks)
+        buckets *= 2;
+    /* Each node has a place or, as a root, a child. */
+    if (2 * blocks >= NODE_FREE) {
+        errno = EOVERFLOW;
+        return false;
+    }
+    index->node_bytes = sizeof(struct node) + tiers * sizeof(ref);
+    index->nodes_bytes = (2 * (size_t)blocks + 2) * index->node_bytes;
+    index->buckets_bytes = (size_t)buckets * sizeof(ref);
+    index->free_nodes = NONE;
+    index->page_mask = (uint32_t)(buckets / PAGE - 1);
+    index->nodes = memory_take(index->nodes_bytes);
+    index->buckets = memory_take(index->buckets_bytes);
+    return index->nodes && index->buckets;
+}
+
+void index_close(struct block_index *index)
+{
+    for (unsigned t = 0; t < TIERS_MAX; t++)
+        if (index->tier[t].places)
+            munmap(index->tier[t].places, index->tier[t].places_bytes);
+    if (index->nodes)
+        munmap(index->nodes, index->nodes_bytes);
+    if (index->buckets)
+        munmap(index->buckets, index->buckets_bytes);
+    memset(index, 0, sizeof(*index));
+}
+
+uint32_t bucket_at(const struct block_index *index, const unsigned char *keys, int64_t position)
+{
+    struct key first = key_at(keys, position - position % PAGE);
+
+    /* Short prompts leave the end of their page empty: it begins somewhere in the line. */
+    return (first.word[0] & index->page_mask) * PAGE + ((first.word[1] + position) & (PAGE - 1));
+}
+
+uint32_t bucket_of_root(const struct block_index *index, struct key key)
+{
+    return (key.word[0] & index->page_mask) * PAGE;
+}
+
+void bucket_expect(const struct block_index *index, const unsigned char *keys, int64_t position)
+{
+    if (position % PAGE == 0)
+        __builtin_prefetch(&index->buckets[bucket_at(index, keys, position)], 1);
+}
+
+static bool key_is(const struct node *node, struct key key)
+{
+    return memcmp(&node->key, &key, sizeof(key)) == 0;
+}
+
+bool node_has(const struct block_index *index, ref number, struct key key)
+{
+    const struct node *node;
+
+    if (number >= index->nodes_unused)
+        return false;
+    node = node_at(index, number);
+    return key_is(node, key) && node->parent != NODE_FREE;
+}
+
+ref node_guess(const struct block_index *index, struct key key, ref before)
+{
+    if (before == NONE)
+        return NONE;
+    if (node_has(index, before + 1, key))
+        return before + 1;
+    before = node_at(index, before)->child;
+    return node_has(index, before, key) ? before : NONE;
+}
+
+/* A bucket holds a node's number plus one, so that untouched memory is empty buckets. */
+ref node_find(const struct block_index *index, struct key key, uint32_t bucket)
+{
+    ref at = index->buckets[bucket] - 1;
+
+    while (at != NONE && !key_is(node_at(index, at), key))
+        at = node_at(index, at)->chain;
+    return at;
+}
+
+/* Ask for what looking up the blocks after this one will need. */
+static void nodes_expect(const struct block_index *index, const unsigned char *keys, size_t i,
+                         size_t end)
+{
+    size_t soon = i + EXPECT_AHEAD, sooner = i + EXPECT_AHEAD / 4;
+
+    if (soon < end)
+        bucket_expect(index, keys, (int64_t)soon);
+    if (sooner < end) {
+        ref near = index->buckets[bucket_at(index, keys, (int64_t)sooner)] - 1;
+
+        if (near != NONE)
+            __builtin_prefetch(node_at(index, near));
+    }
+}
+
+size_t nodes_find(const struct block_index *index, const unsigned char *keys, size_t begin,
+                  size_t end, ref *nodes)
+{
+    ref last = NONE;
+
+    for (size_t i = begin; i < end; i++) {
+        struct key key = key_at(keys, (int64_t)i);
+        ref found = node_guess(index, key, last);
+
+        if (found == NONE) {
+            nodes_expect(index, keys, i, end);
+            found = node_find(index, key, bucket_at(index, keys, (int64_t)i));
+        }
+        if (found == NONE)
+            return i - begin;
+        nodes[i - begin] = found;
+        last = found;
+    }
+    return end - begin;
+}
+
+void node_join(struct block_index *index, ref number)
+{
+    struct node *node = node_at(index, number);
+
+    node->before = NONE;
+    node->after = NONE;
+    if (node->parent == NONE)
+        return;
+    node->after = node_at(index, node->parent)->child;
+    if (node->after != NONE)
+        node_at(index, node->after)->before = number;
+    node_at(index, node->parent)->child = number;
+}
+
+void node_leave(struct block_index *index, ref number)
+{
+    struct node *node = node_at(index, number);
+
+    if (node->parent == NONE)
+        return;
+    if (node->before == NONE)
+        node_at(index, node->parent)->child = node->after;
+    else
+        node_at(index, node->before)->after = node->after;
+    if (node->after != NONE)
+        node_at(index, node->after)->before = node->before;
+}
+
+ref node_add(struct block_index *index, struct key key, uint32_t bucket, ref parent)
+{
+    ref number = index->free_nodes;
+    struct node *node;
+
+    if (number == NONE)
+        number = index->nodes_unused++;
+    else
+        index->free_nodes = node_at(index, number)->chain;
+    node = node_at(index, number);
+    node->key = key;
+    node->bucket = bucket;
+    node->chain = index->buckets[bucket] - 1;
+    index->buckets[bucket] = number + 1;
+    node->parent = parent;
+    node->child = NONE;
+    node->root = parent == NONE ? number : node_at(index, parent)->root;
+    for (unsigned t = 0; t < index->tiers; t++)
+        node->place[t] = parent == NONE ? 0 : NONE;
+    node_join(index, number);
+    return number;
+}
+
+void node_free(struct block_index *index, ref number)
+{
+    struct node *node = node_at(index, number);
+    ref *link = &index->buckets[node->bucket];
+
+    if (*link - 1 == number) {
+        *link = node->chain + 1;
+    } else {
+        ref at = *link - 1;
+
+        while (node_at(index, at)->chain != number)
+            at = node_at(index, at)->chain;
+        node_at(index, at)->chain = node->chain;
+    }
+    node->parent = NODE_FREE;
+    node->chain = index->free_nodes;
+    index->free_nodes = number;
+}

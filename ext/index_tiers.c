@@ -1,0 +1,395 @@
+/* The states of places, and the laws between tiers.
+ *
+ *     FREE --reserve--> RESERVED --commit--> READY --evict, forget--> FREE
+ *       ^                  | abort             | forget while pinned
+ *       |                  v                   v
+ *       +--last unpin-- DRAINING <-------------+
+ *
+ * A node lives while some tier has a place for it. What is aborted or forgotten takes along the
+ * blocks that continue it, when it was the last copy: no block is left whose parent is nowhere.
+ */
+#include "index_core.h"
+
+void place_free(struct tier *tier, ref id)
+{
+    struct place *place = &tier->places[id];
+
+    if (place->state == PLACE_DRAINING)
+        tier->draining--;
+    place->state = PLACE_FREE;
+    place->node = NONE;
+    place->older = tier->free_places;
+    tier->free_places = id;
+    tier->free++;
+}
+
+static ref place_take(struct tier *tier)
+{
+    ref id = tier->free_places;
+
+    if (id == NONE)
+        id = tier->unused++;
+    else
+        tier->free_places = tier->places[id].older;
+    tier->free--;
+    return id;
+}
+
+/* Whether a tier other than `tier` has the block READY. */
+bool ready_elsewhere(const struct block_index *index, const struct node *node, unsigned tier)
+{
+    for (unsigned t = 0; t < index->tiers; t++)
+        if (t != tier && node->place[t] != NONE &&
+            index->tier[t].places[node->place[t]].state == PLACE_READY)
+            return true;
+    return false;
+}
+
+bool has_place(const struct block_index *index, const struct node *node)
+{
+    for (unsigned t = 0; t < index->tiers; t++)
+        if (node->place[t] != NONE)
+            return true;
+    return false;
+}
+
+/* Let the block's places that were found unfit to go be candidates again. */
+void unpark(struct block_index *index, const struct node *node)
+{
+    for (unsigned t = 0; t < index->tiers; t++) {
+        struct tier *tier = &index->tier[t];
+        ref id = node->place[t];
+
+        if (id != NONE && tier->places[id].list == LIST_PARKED && !tier->places[id].pins)
+            policy_return(tier, id);
+    }
+}
+
+/* The node's parent may have lost its last child: a root goes then, a block may be evicted. */
+void parent_lost_child(struct block_index *index, ref parent)
+{
+    struct node *node = node_at(index, parent);
+
+    if (node->child != NONE)
+        return;
+    if (node->parent == NONE)
+        node_free(index, parent);
+    else
+        unpark(index, node);
+}
+
+/* Take a place from its node: READY and pinned it drains, RESERVED it is settled by its filler. */
+static void place_detach(struct block_index *index, unsigned t, ref id)
+{
+    struct tier *tier = &index->tier[t];
+    struct place *place = &tier->places[id];
+    struct node *node = node_at(index, place->node);
+
+    node->place[t] = NONE;
+    node_at(index, node->root)->place[t]--;
+    place->node = NONE;
+    if (place->state != PLACE_READY)
+        return;
+    policy_remove(tier, id);
+    tier->ready--;
+    if (place->pins) {
+        place->state = PLACE_DRAINING;
+        tier->draining++;
+    } else {
+        place_free(tier, id);
+    }
+}
+
+/* Remove a node that has no child, with its places. */
+static void node_remove(struct block_index *index, ref number)
+{
+    struct node *node = node_at(index, number);
+    ref parent = node->parent;
+
+    for (unsigned t = 0; t < index->tiers; t++)
+        if (node->place[t] != NONE)
+            place_detach(index, t, node->place[t]);
+    node_leave(index, number);
+    node_free(index, number);
+    parent_lost_child(index, parent);
+}
+
+/* Remove a node and all that continues it. */
+static void family_remove(struct block_index *index, ref top)
+{
+    ref at = top;
+
+    for (;;) {
+        ref parent;
+
+        while (node_at(index, at)->child != NONE)
+            at = node_at(index, at)->child;
+        parent = node_at(index, at)->parent;
+        node_remove(index, at);
+        if (at == top)
+            return;
+        at = parent;
+    }
+}
+
+/* Take a place from its node; without any place left the node goes, and what continues it. */
+static void place_drop(struct block_index *index, unsigned t, ref id)
+{
+    ref number = index->tier[t].places[id].node;
+
+    place_detach(index, t, id);
+    if (!has_place(index, node_at(index, number)))
+        family_remove(index, number);
+}
+
+/* -- filling ----------------------------------------------------------------------------------- */
+
+static int64_t broke(struct block_index *index, const char *law)
+{
+    index->broken = law;
+    return -1;
+}
+
+/* The node of the block at a position, made if need be under its parent. `last` is the node of the
+ * position before, if it is known, and `fresh` tells whether it was made just now: a block without
+ * a parent is nowhere, so what continues a fresh node need not be looked up. */
+static ref node_take(struct block_index *index, const unsigned char *keys, int64_t position,
+                     ref last, bool *fresh)
+{
+    struct key key = key_at(keys, position), above = key_at(keys, position - 1);
+    uint32_t bucket = bucket_at(index, keys, position);
+    bool follows = node_has(index, last, above);
+    ref number = follows && *fresh ? NONE : node_find(index, key, bucket), parent = last;
+
+    *fresh = number == NONE;
+    if (!*fresh)
+        return number;
+    if (!follows)
+        parent = node_find(index, above, position ? bucket_at(index, keys, position - 1)
+                                                  : bucket_of_root(index, above));
+    if (parent == NONE) {
+        if (position)
+            return NONE;
+        parent = node_add(index, above, bucket_of_root(index, above), NONE);
+    }
+    return node_add(index, key, bucket, parent);
+}
+
+int64_t index_reserve(struct block_index *index, unsigned t, const unsigned char *keys,
+                      const int64_t *positions, size_t n, bool atomic, int64_t *ids)
+{
+    struct tier *tier = &index->tier[t];
+    bool fresh = false;
+    ref last = NONE;
+
+    if (n > tier->free) {
+        size_t lacking = n - tier->free;
+
+        index_evict(index, t, atomic ? lacking : 0,
+                    lacking > tier->evict_blocks ? lacking : tier->evict_blocks);
+        if (n > tier->free) {
+            if (atomic)
+                return 0;
+            n = tier->free;
+        }
+    }
+    for (size_t i = 0; i < n; i++) {
+        struct place *place;
+        struct node *node;
+
+        if (i + EXPECT_AHEAD < n)
+            bucket_expect(index, keys, positions[i + EXPECT_AHEAD]);
+        last = node_take(index, keys, positions[i], last, &fresh);
+        if (last == NONE)
+            return broke(index, "a block is reserved whose parent is nowhere");
+        node = node_at(index, last);
+        if (node->place[t] != NONE)
+            return broke(index, "a block is reserved that has a place already");
+        node->place[t] = place_take(tier);
+        ids[i] = node->place[t];
+        node_at(index, node->root)->place[t]++;
+        place = &tier->places[ids[i]];
+        *place = (struct place){.node = last, .state = PLACE_RESERVED, .list = LIST_NONE};
+    }
+    tier->reserved += (uint32_t)n;
+    return (int64_t)n;
+}
+
+static struct place *expect(struct block_index *index, unsigned t, int64_t id,
+                            enum place_state state, const char *law)
+{
+    struct tier *tier = &index->tier[t];
+
+    if (id < 0 || id >= tier->unused || tier->places[id].state != state) {
+        index->broken = law;
+        return NULL;
+    }
+    return &tier->places[id];
+}
+
+bool index_lease(struct block_index *index, unsigned t, const int64_t *ids, size_t n,
+                 int64_t token)
+{
+    for (size_t i = 0; i < n; i++) {
+        struct place *place = expect(index, t, ids[i], PLACE_RESERVED,
+                                     "a lease of what is not RESERVED");
+
+        if (!place)
+            return false;
+        place->older = (ref)token;
+        place->newer = (ref)((uint64_t)token >> 32);
+    }
+    return true;
+}
+
+int64_t place_filler(const struct place *place)
+{
+    return (int64_t)((uint64_t)place->newer << 32 | place->older);
+}
+
+/* A RESERVED place that nobody wants any more: free, or draining while it is pinned. */
+static void reserved_leave(struct tier *tier, ref id)
+{
+    struct place *place = &tier->places[id];
+
+    tier->reserved--;
+    if (place->pins) {
+        place->state = PLACE_DRAINING;
+        tier->draining++;
+    } else {
+        place_free(tier, id);
+    }
+}
+
+/* Leaf first, so that a leaf is always older than its parents. */
+bool index_commit(struct block_index *index, unsigned t, const int64_t *ids, size_t n)
+{
+    struct tier *tier = &index->tier[t];
+
+    while (n--) {
+        struct place *place = expect(index, t, ids[n], PLACE_RESERVED,
+                                     "a commit of what is not RESERVED");
+
+        if (!place)
+            return false;
+        if (place->node == NONE) {
+            reserved_leave(tier, (ref)ids[n]);
+            continue;
+        }
+        tier->reserved--;
+        tier->ready++;
+        place->state = PLACE_READY;
+        policy_insert(tier, (ref)ids[n], index->clock_s);
+        unpark(index, node_at(index, place->node));
+    }
+    return true;
+}
+
+bool index_abort(struct block_index *index, unsigned t, const int64_t *ids, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        struct place *place = expect(index, t, ids[i], PLACE_RESERVED,
+                                     "an abort of what is not RESERVED");
+
+        if (!place)
+            return false;
+        if (place->node != NONE)
+            place_drop(index, t, (ref)ids[i]);
+        reserved_leave(&index->tier[t], (ref)ids[i]);
+    }
+    return true;
+}
+
+/* -- holding ----------------------------------------------------------------------------------- */
+
+bool index_pin(struct block_index *index, unsigned t, const int64_t *ids, size_t n)
+{
+    struct tier *tier = &index->tier[t];
+
+    for (size_t i = 0; i < n; i++) {
+        if (ids[i] < 0 || ids[i] >= tier->unused || tier->places[ids[i]].state == PLACE_FREE) {
+            index->broken = "a pin of a FREE block";
+            return false;
+        }
+        tier->pinned += !tier->places[ids[i]].pins++;
+    }
+    return true;
+}
+
+bool index_unpin(struct block_index *index, unsigned t, const int64_t *ids, size_t n)
+{
+    struct tier *tier = &index->tier[t];
+
+    while (n--) {
+        struct place *place = &tier->places[ids[n]];
+
+        if (ids[n] < 0 || ids[n] >= tier->unused || !place->pins) {
+            index->broken = "an unpin of what nobody pins";
+            return false;
+        }
+        if (--place->pins)
+            continue;
+        tier->pinned--;
+        if (place->state == PLACE_DRAINING)
+            place_free(tier, (ref)ids[n]);
+        else if (place->list == LIST_PARKED)
+            policy_unpark(tier, (ref)ids[n], index->clock_s);
+    }
+    return true;
+}
+
+void index_use(struct block_index *index, const ref *nodes, size_t n)
+{
+    while (n--) {
+        const struct node *node;
+
+        if (nodes[n] == NONE)
+            continue;
+        node = node_at(index, nodes[n]);
+        for (unsigned t = 0; t < index->tiers; t++) {
+            ref id = node->place[t];
+
+            if (id != NONE && index->tier[t].places[id].state == PLACE_READY)
+                policy_use(&index->tier[t], id, index->clock_s);
+        }
+    }
+}
+
+/* -- dropping ---------------------------------------------------------------------------------- */
+
+bool index_forget(struct block_index *index, unsigned t, const int64_t *ids, size_t n)
+{
+    struct tier *tier = &index->tier[t];
+
+    for (size_t i = 0; i < n; i++) {
+        if (ids[i] < 0 || ids[i] >= tier->unused) {
+            index->broken = "a block is forgotten that never was";
+            return false;
+        }
+        if (tier->places[ids[i]].state != PLACE_FREE && tier->places[ids[i]].node != NONE)
+            place_drop(index, t, (ref)ids[i]);
+    }
+    return true;
+}
+
+void index_clear(struct block_index *index, unsigned t)
+{
+    struct tier *tier = &index->tier[t];
+
+    for (ref id = 0; id < tier->unused; id++)
+        if (tier->places[id].state != PLACE_FREE && tier->places[id].node != NONE)
+            place_drop(index, t, id);
+}
+
+/* The root goes with its last child. */
+void index_clear_root(struct block_index *index, ref root)
+{
+    ref child = node_at(index, root)->child;
+
+    while (child != NONE) {
+        ref after = node_at(index, child)->after;
+
+        family_remove(index, child);
+        child = after;
+    }
+}

@@ -1,0 +1,277 @@
+"""The index as dicts and sets, and a driver that holds the real one against it after every step.
+
+Which block an eviction takes is the policy's matter, so the model asks the index what went, and
+judges: nothing pinned, nothing being filled, no block whose continuation would lose its last
+parent; all that was needed or nothing; and nothing only when there really was too little.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+
+from flexkv import _ext
+from flexkv.common.terms import Tier
+from flexkv.index.eviction import Eviction
+from flexkv.index.residency import ABSENT, PENDING, READY, Positions, Residency
+
+Path = tuple[int, ...]
+"""A block by the whole prompt up to it; the first number is the namespace."""
+
+TIERS = (Tier.HOST, Tier.DISK)
+NAMESPACES, BRANCHES, DEPTH = 2, 2, 4
+PATHS = [
+    (space, *rest)
+    for space in range(NAMESPACES)
+    for depth in range(1, DEPTH + 1)
+    for rest in product(range(BRANCHES), repeat=depth)
+]
+
+
+class Place:
+    """One block's place in one tier."""
+
+    def __init__(self, block_id: int) -> None:
+        self.block_id, self.state, self.pins = block_id, PENDING, 0
+
+
+class Lease(NamedTuple):
+    """Places being filled together."""
+
+    tier: Tier
+    places: list[Place]
+
+
+def key_of(path: Path) -> bytes:
+    """Give the key of a block, or of a namespace's root."""
+    return _ext.hash128(repr(path).encode())
+
+
+def keys_of(path: Path) -> bytes:
+    """Give root and keys of a prompt."""
+    return b"".join(key_of(path[: length + 1]) for length in range(len(path)))
+
+
+class Driver:
+    """Does each operation on the index and on the model, and compares."""
+
+    def __init__(self, eviction: Eviction, host: int = 5, disk: int = 7) -> None:
+        self.index = Residency({Tier.HOST: host, Tier.DISK: disk}, eviction)
+        self.capacity = {Tier.HOST: host, Tier.DISK: disk}
+        self.most = dict(self.capacity)
+        self.blocks: dict[Path, dict[Tier, Place]] = {}
+        self.nameless: dict[Tier, set[Place]] = {tier: set() for tier in TIERS}
+        self.leases: list[Lease] = []
+        self.pins: list[tuple[Tier, Place]] = []
+        self.now_s = 0
+
+    # -- the model ------------------------------------------------------------------------------
+
+    def ready_places(self, tier: Tier) -> dict[Path, Place]:
+        """Give the READY blocks of a tier."""
+        return {
+            path: places[tier]
+            for path, places in self.blocks.items()
+            if tier in places and places[tier].state == READY
+        }
+
+    def used(self, tier: Tier) -> int:
+        """Count the places of a tier that are not free."""
+        named = sum(tier in places for places in self.blocks.values())
+        return named + len(self.nameless[tier])
+
+    def may_go(self, path: Path, tier: Tier) -> bool:
+        """Tell whether a READY place may be evicted now."""
+        places = self.blocks[path]
+        if places[tier].pins:
+            return False
+        if any(p.state == READY for other, p in places.items() if other is not tier):
+            return True
+        return not any(len(p) > len(path) and p[: len(path)] == path for p in self.blocks)
+
+    def _drop(self, path: Path, tier: Tier) -> None:
+        """Take a place from its block; a block without places takes along what continues it."""
+        place = self.blocks[path].pop(tier)
+        if place.state == PENDING or place.pins:
+            self.nameless[tier].add(place)
+        if not self.blocks[path]:
+            for other in [p for p in self.blocks if p[: len(path)] == path]:
+                for of in list(self.blocks.get(other, ())):
+                    place = self.blocks[other].pop(of)
+                    if place.state == PENDING or place.pins:
+                        self.nameless[of].add(place)
+                del self.blocks[other]
+
+    def _evictable(self, tier: Tier) -> int:
+        """Count what could be evicted one after the other."""
+        saved = {path: dict(places) for path, places in self.blocks.items()}
+        count = 0
+        while victim := next((p for p in self.ready_places(tier) if self.may_go(p, tier)), None):
+            self._drop(victim, tier)
+            count += 1
+        self.blocks = saved
+        return count
+
+    def _note_evictions(self, tier: Tier) -> int:
+        """Take over what the index has evicted, leaf first, and check that each might go."""
+        number = TIERS.index(tier)
+        gone = [p for p in self.ready_places(tier) if self._states(p)[number] == ABSENT]
+        for path in sorted(gone, key=len, reverse=True):
+            assert self.may_go(path, tier), f"{path} was evicted from {tier.label}"
+            self._drop(path, tier)
+        return len(gone)
+
+    def _states(self, path: Path) -> tuple[int, ...]:
+        """Give where the index has a block."""
+        pattern = self.index._table.survey(
+            keys_of(path), len(path) - 2, len(path) - 1, False, False
+        )
+        return self.index._states[pattern[0][0]]
+
+    # -- operations -----------------------------------------------------------------------------
+
+    def reserve(self, tier: Tier, path: Path, begin: int, atomic: bool) -> None:
+        """Reserve what a prompt lacks in a tier from `begin` on, if its parent is somewhere."""
+        prompts = [path[: n + 1] for n in range(1, len(path))]
+        lacking = [
+            n
+            for n in range(begin, len(prompts))
+            if prompts[n] not in self.blocks or tier not in self.blocks[prompts[n]]
+        ]
+        first = lacking[0] if lacking else 0
+        if not lacking or (first and prompts[first - 1] not in self.blocks):
+            return
+        # As the planner does: what the prompt has is kept while places are taken for the rest.
+        held = [
+            (of, self.blocks[p][of]) for p in prompts if p in self.blocks for of in self.blocks[p]
+        ]
+        for of, place in held:
+            self._pin(of, place)
+        free = self.capacity[tier] - self.used(tier)
+        evictable = self._evictable(tier)
+        positions = Positions(first, len(lacking), np.array(lacking, np.int64))
+        if lacking == list(range(first, first + len(lacking))):
+            positions = Positions(first, len(lacking))
+        ids = self.index.reserve(tier, keys_of(path), positions, atomic)
+        self._note_evictions(tier)
+        possible = max(0, min(len(lacking), free + evictable))
+        assert len(ids) == (possible if possible == len(lacking) or not atomic else 0)
+        places = [Place(block_id) for block_id in ids.tolist()]
+        for number, place in zip(lacking, places, strict=False):
+            self.blocks.setdefault(prompts[number], {})[tier] = place
+        if places:
+            self.leases.append(Lease(tier, places))
+        for of, place in held:
+            self._unpin(of, place)
+
+    def settle(self, number: int, filled: bool) -> None:
+        """End a lease."""
+        if not self.leases:
+            return
+        tier, places = self.leases.pop(number % len(self.leases))
+        ids = np.array([place.block_id for place in places])
+        (self.index.commit if filled else self.index.abort)(tier, ids)
+        for place in places:
+            path = next((p for p, at in self.blocks.items() if at.get(tier) is place), None)
+            if path is not None and not filled:
+                self._drop(path, tier)
+            place.state = READY
+            if path is None or not filled:
+                self.nameless[tier].discard(place)
+                if place.pins:
+                    self.nameless[tier].add(place)
+
+    def _pin(self, tier: Tier, place: Place) -> None:
+        self.index._table.pin(self.index._number[tier], np.array([place.block_id]))
+        place.pins += 1
+
+    def _unpin(self, tier: Tier, place: Place) -> None:
+        self.index._table.unpin(self.index._number[tier], np.array([place.block_id]))
+        place.pins -= 1
+        if not place.pins and place.state == READY:
+            self.nameless[tier].discard(place)
+
+    def pin(self, tier: Tier, path: Path) -> None:
+        """Pin a block's place."""
+        place = self.blocks.get(path, {}).get(tier)
+        if place is not None and len(self.pins) < 6:
+            self._pin(tier, place)
+            self.pins.append((tier, place))
+
+    def unpin(self, number: int) -> None:
+        """Take a pin off."""
+        if self.pins:
+            self._unpin(*self.pins.pop(number % len(self.pins)))
+
+    def use(self, path: Path) -> None:
+        """Find a prompt: the longest run, its ids, and whether all is ready."""
+        found = self.index.find(keys_of(path), use=True)
+        length = 0
+        for n in range(1, len(path)):
+            places = self.blocks.get(path[: n + 1], {})
+            if not any(p.state == READY for p in places.values()) and Tier.HOST not in places:
+                break
+            length = n
+        assert found.last == length
+        self.now_s += 1
+        self.index.tick(self.now_s)
+
+    def evict(self, tier: Tier, blocks: int) -> None:
+        """Evict some."""
+        possible = min(blocks, self._evictable(tier))
+        assert self.index.evict(tier, blocks) == possible
+        assert self._note_evictions(tier) == possible
+
+    def forget(self, tier: Tier, path: Path) -> None:
+        """Forget a block in a tier."""
+        place = self.blocks.get(path, {}).get(tier)
+        if place is not None:
+            self.index.forget(tier, np.array([place.block_id]))
+            self._drop(path, tier)
+
+    def clear(self, tier: Tier | None, space: int | None) -> None:
+        """Forget a tier, a namespace, or all."""
+        self.index.clear(tier, None if space is None else key_of((space,)))
+        for path in list(self.blocks):
+            for of in list(self.blocks.get(path, ())):
+                if tier in (None, of) and space in (None, path[0]):
+                    self._drop(path, of)
+
+    def resize(self, tier: Tier, capacity: int) -> None:
+        """Change a tier's capacity."""
+        capacity = min(capacity, self.most[tier])
+        floor = self.used(tier) - self._evictable(tier)
+        self.capacity[tier] = self.index.resize(tier, capacity)
+        self._note_evictions(tier)
+        assert self.capacity[tier] == max(capacity, min(floor, self.most[tier]))
+
+    # -- comparison -----------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Compare everything that can be seen."""
+        self.index._table.validate()
+        for path in PATHS:
+            places = self.blocks.get(path, {})
+            assert not places or len(path) == 2 or path[:-1] in self.blocks, "a hole"
+            told = self._states(path)
+            assert told == tuple(places[t].state if t in places else ABSENT for t in TIERS), path
+        for tier in TIERS:
+            counts = self.index.counts(tier)
+            assert counts.free == self.capacity[tier] - self.used(tier)
+            assert counts.ready == len(self.ready_places(tier))
+            for space in range(NAMESPACES):
+                blocks = sum(p[0] == space and tier in at for p, at in self.blocks.items())
+                assert self.index.namespace_blocks(key_of((space,)))[tier] == blocks
+
+    def finish(self) -> None:
+        """End every lease and pin: then nothing is reserved, pinned or draining."""
+        while self.leases:
+            self.settle(0, False)
+        while self.pins:
+            self.unpin(0)
+        self.check()
+        for tier in TIERS:
+            counts = self.index.counts(tier)
+            assert (counts.reserved, counts.pinned, counts.draining) == (0, 0, 0)

@@ -1,0 +1,252 @@
+"""The index against dicts and sets, under every policy and every interleaving."""
+
+from __future__ import annotations
+
+import os
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from flexkv.common.errors import InvariantError
+from flexkv.common.terms import Tier
+from flexkv.index.eviction import POLICIES, Eviction
+from flexkv.index.residency import Positions, Residency
+from tests.property.index_model import DEPTH, NAMESPACES, PATHS, TIERS, Driver, keys_of
+
+OPERATIONS = int(os.environ.get("INDEX_OPERATIONS", "4000"))
+EVICTIONS = [Eviction(name) for name in POLICIES] + [
+    Eviction("lru", hit_reward_seconds=3.0),
+    Eviction("lru", evict_ratio=0.4),
+]
+
+
+class IndexMachine(RuleBasedStateMachine):
+    """Lets hypothesis choose the operations, and shrink what fails."""
+
+    @initialize(eviction=st.sampled_from(EVICTIONS))
+    def open(self, eviction: Eviction) -> None:
+        """Start with an empty index."""
+        self.driver = Driver(eviction)
+
+    @rule(
+        tier=st.sampled_from(TIERS),
+        path=st.sampled_from(PATHS),
+        begin=st.integers(0, DEPTH),
+        atomic=st.booleans(),
+    )
+    def reserve(self, tier: Tier, path: tuple[int, ...], begin: int, atomic: bool) -> None:
+        """Take places for what lacks."""
+        self.driver.reserve(tier, path, begin, atomic)
+
+    @rule(number=st.integers(0, 9), filled=st.booleans())
+    def settle(self, number: int, filled: bool) -> None:
+        """Commit or abort."""
+        self.driver.settle(number, filled)
+
+    @rule(tier=st.sampled_from(TIERS), path=st.sampled_from(PATHS))
+    def pin(self, tier: Tier, path: tuple[int, ...]) -> None:
+        """Forbid eviction."""
+        self.driver.pin(tier, path)
+
+    @rule(number=st.integers(0, 9))
+    def unpin(self, number: int) -> None:
+        """Permit it again."""
+        self.driver.unpin(number)
+
+    @rule(path=st.sampled_from(PATHS))
+    def use(self, path: tuple[int, ...]) -> None:
+        """Find a prompt."""
+        self.driver.use(path)
+
+    @rule(tier=st.sampled_from(TIERS), blocks=st.integers(0, 8))
+    def evict(self, tier: Tier, blocks: int) -> None:
+        """Evict ahead of need."""
+        self.driver.evict(tier, blocks)
+
+    @rule(tier=st.sampled_from(TIERS), path=st.sampled_from(PATHS))
+    def forget(self, tier: Tier, path: tuple[int, ...]) -> None:
+        """Drop one block, as one whose bytes are bad."""
+        self.driver.forget(tier, path)
+
+    @rule(tier=st.sampled_from((*TIERS, None)))
+    def clear(self, tier: Tier | None) -> None:
+        """Forget a tier, or all."""
+        self.driver.clear(tier, None)
+
+    @rule(space=st.integers(0, NAMESPACES - 1))
+    def clear_namespace(self, space: int) -> None:
+        """Forget a namespace."""
+        self.driver.clear(None, space)
+
+    @rule(tier=st.sampled_from(TIERS), capacity=st.integers(1, 8))
+    def resize(self, tier: Tier, capacity: int) -> None:
+        """Change a budget."""
+        self.driver.resize(tier, capacity)
+
+    @invariant()
+    def agrees(self) -> None:
+        """Nothing that can be seen differs."""
+        if hasattr(self, "driver"):
+            self.driver.check()
+
+    def teardown(self) -> None:
+        """Whatever happened, nothing is left when every holder is done."""
+        if hasattr(self, "driver"):
+            self.driver.finish()
+
+
+TestIndex = IndexMachine.TestCase
+TestIndex.settings = settings(max_examples=80, stateful_step_count=40)
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
+def test_random_operations_agree_with_the_model(eviction: Eviction) -> None:
+    """INDEX_OPERATIONS seeded operations for each policy, in runs that fill, churn and drain."""
+    for seed in range(OPERATIONS // 200):
+        random = Random(seed)
+        driver = Driver(eviction, random.randint(1, 8), random.randint(1, 12))
+        try:
+            for _ in range(200):
+                random_step(driver, random)
+                driver.check()
+            driver.finish()
+        except BaseException as error:
+            error.add_note(f"seed {seed}")
+            raise
+
+
+def random_step(driver: Driver, random: Random) -> None:
+    """Do one operation; what fills and finds is likelier than what drops."""
+    tier, path = random.choice(TIERS), random.choice(PATHS)
+    choice = random.random()
+    if choice < 0.35:
+        driver.reserve(tier, path, random.choice([0, 0, 0, 1, 2]), random.random() < 0.5)
+    elif choice < 0.6:
+        driver.settle(random.randrange(9), random.random() < 0.8)
+    elif choice < 0.75:
+        driver.use(path)
+    elif choice < 0.82:
+        driver.pin(tier, path)
+    elif choice < 0.89:
+        driver.unpin(random.randrange(9))
+    elif choice < 0.93:
+        driver.evict(tier, random.randint(0, 6))
+    elif choice < 0.96:
+        driver.forget(tier, path)
+    elif choice < 0.98:
+        driver.resize(tier, random.randint(1, 12))
+    else:
+        driver.clear(random.choice([tier, None]), None)
+
+
+# -- the order in which blocks go ----------------------------------------------------------------
+
+
+def filled(policy: str, *prompts: tuple[int, ...], **changes: int) -> Residency:
+    """Give an index of one tier of six blocks, these prompts put one after the other."""
+    index = Residency({Tier.HOST: 6}, Eviction(policy, **changes))
+    for prompt in prompts:
+        keys = keys_of(prompt)
+        found = index.find(keys)
+        ids = index.reserve(Tier.HOST, keys, Positions(found.last, len(prompt) - 1 - found.last))
+        index.commit(Tier.HOST, ids)
+    return index
+
+
+def lengths(index: Residency, *prompts: tuple[int, ...]) -> list[int]:
+    """Give how many blocks of each prompt are there."""
+    return [index.find(keys_of(prompt)).last for prompt in prompts]
+
+
+A, B, C = (0, 0, 0), (0, 1, 0), (0, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "left"),
+    [
+        ("lru", [2, 0, 1]),  # B was used longest ago, then the leaf of C
+        ("mru", [0, 2, 1]),  # A was used last
+        ("fifo", [0, 1, 2]),  # A came first, used or not
+        ("filo", [2, 1, 0]),  # C came last
+        ("lfu", [2, 0, 1]),  # A was used most, then C
+        ("slru", [2, 0, 1]),  # A and C are protected, B is not
+    ],
+)
+def test_each_policy_takes_its_victims_leaf_first(policy: str, left: list[int]) -> None:
+    """Three of six blocks go: one prompt, then the leaf of the next."""
+    index = filled(policy, A, B, C)
+    for prompt in (C, C, A, A, A):
+        index.find(keys_of(prompt), use=True)
+    assert index.evict(Tier.HOST, 3) == 3
+    assert lengths(index, A, B, C) == left
+    index.validate()
+
+
+def test_a_reward_keeps_what_was_hit() -> None:
+    """Under hit_reward_seconds a use counts as having come later than it did."""
+    index = Residency({Tier.HOST: 6}, Eviction("lru", hit_reward_seconds=10.0))
+    for now, prompt in enumerate((A, B)):
+        index.tick(now * 20)
+        index.commit(Tier.HOST, index.reserve(Tier.HOST, keys_of(prompt), Positions(0, 2)))
+        for _ in range(4 * (prompt == A)):
+            index.find(keys_of(prompt), use=True)
+    index.evict(Tier.HOST, 2)
+    assert lengths(index, A, B) == [2, 0]
+    index.tick(1000)
+    index.commit(Tier.HOST, index.reserve(Tier.HOST, keys_of(C), Positions(0, 2)))
+    index.evict(Tier.HOST, 2)
+    assert lengths(index, A, C) == [0, 2]
+
+
+def test_slru_bounds_what_it_protects() -> None:
+    """When nearly all is protected, the least recently used of it goes back on probation."""
+    index = filled("slru", A, B, C, slru_protected_threshold=1)
+    for prompt in (A, B, C):
+        index.find(keys_of(prompt), use=True)
+    index.evict(Tier.HOST, 2)
+    assert lengths(index, A, B, C) == [0, 2, 2]
+
+
+def test_an_eviction_frees_at_least_the_configured_part() -> None:
+    """evict_ratio of the tier goes at once, however few blocks are wanted."""
+    index = Residency({Tier.HOST: 10}, Eviction("lru", evict_ratio=0.3))
+    for number in range(5):
+        prompt = (0, number, 0)
+        index.commit(Tier.HOST, index.reserve(Tier.HOST, keys_of(prompt), Positions(0, 2)))
+    index.reserve(Tier.HOST, keys_of((1, 0)), Positions(0, 1))
+    assert index.counts(Tier.HOST).evicted == 3
+    assert index.counts(Tier.HOST).free == 2
+
+
+# -- our own mistakes ----------------------------------------------------------------------------
+
+
+def test_breaking_a_law_is_an_invariant_error() -> None:
+    """What cannot happen is caught where it is done."""
+    index = Residency({Tier.HOST: 4})
+    keys = keys_of((0, 0, 0))
+    with pytest.raises(InvariantError, match="parent is nowhere"):
+        index.reserve(Tier.HOST, keys, Positions(1, 1))
+    ids = index.reserve(Tier.HOST, keys, Positions(0, 1))
+    with pytest.raises(InvariantError, match="has a place already"):
+        index.reserve(Tier.HOST, keys, Positions(0, 1))
+    with pytest.raises(InvariantError, match="unpin"):
+        index._table.unpin(0, ids)
+    with pytest.raises(InvariantError, match="pin of a FREE"):
+        index._table.pin(0, ids + 1)
+    index.commit(Tier.HOST, ids)
+    for call in (index.commit, index.abort):
+        with pytest.raises(InvariantError, match="not RESERVED"):
+            call(Tier.HOST, ids)
+    with pytest.raises(InvariantError, match="lease"):
+        index._table.lease(0, ids, 1)
+    with pytest.raises(InvariantError, match="filler"):
+        index._table.fillers(0, ids)
+    with pytest.raises(InvariantError, match="key of a place"):
+        index.keys_of(Tier.HOST, np.array([3]))
+    with pytest.raises(InvariantError, match="never was"):
+        index.forget(Tier.HOST, np.array([-1]))
