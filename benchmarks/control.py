@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.harness import Figures, Options, median_ratio
 from benchmarks.rigs import LARGE, SMALL, cache_of, kv_caches, prompt, slots_of
 from flexkv import _ext
-from flexkv.actors.actor import OpEnd, Supervisor, TransferActor, Window
+from flexkv.actors.actor import Supervisor, TransferActor, Window
 from flexkv.backend import LocalBackend
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.ports import Completion
@@ -125,7 +125,7 @@ async def _empty(rounds: int) -> Figures:
     """Empty ops through an actor: from post to an awaited future."""
     waiting: dict[int, asyncio.Future[None]] = {}
 
-    def report(ends: list[OpEnd]) -> None:
+    def report(ends: list[Completion]) -> None:
         for end in ends:
             waiting.pop(end.token).set_result(None)
 

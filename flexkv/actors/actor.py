@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, TypeVar
 import structlog
 
 from flexkv.actors.mailbox import Cursor, Lane, Mailbox
-from flexkv.common.errors import RecalledError, TransferError
+from flexkv.common.errors import RecalledError
 from flexkv.common.terms import Tier, Transfer
-from flexkv.io.ports import TransferPort
+from flexkv.io.ports import Completion, TransferPort
 
 log = structlog.get_logger(__name__)
 
@@ -28,13 +28,6 @@ T = TypeVar("T")
 
 PIECE_TOKENS = 1 << 62
 """Tokens of pieces count from here; those of whole transfers, which their runs give, are below."""
-
-
-class OpEnd(NamedTuple):
-    """What an actor reports: an op is over, with every byte moved, or with an error."""
-
-    token: int
-    error: TransferError | None
 
 
 class Window(NamedTuple):
@@ -91,11 +84,11 @@ class TransferActor:
         self._block_bytes = port.block_bytes
         self._recalled: list[Cursor] = []
         self._bell = Bell()
-        self._report: Callable[[list[OpEnd]], None] | None = None
+        self._report: Callable[[list[Completion]], None] | None = None
 
     # -- the scheduler's side -------------------------------------------------------------------
 
-    def attach(self, report: Callable[[list[OpEnd]], None]) -> None:
+    def attach(self, report: Callable[[list[Completion]], None]) -> None:
         """Connect to the running loop; ends of ops go to `report`, in batches."""
         self._report = report
         self._port.connect(self._bell.ring)
@@ -140,7 +133,7 @@ class TransferActor:
         self._port.close()
 
     def _turn(self) -> None:
-        ends: list[OpEnd] = []
+        ends: list[Completion] = []
         progress = True
         while progress:
             self._reap(ends)
@@ -188,9 +181,10 @@ class TransferActor:
             whole.target_ids[begin : begin + blocks],
         )
 
-    def _reap(self, ends: list[OpEnd]) -> None:
+    def _reap(self, ends: list[Completion]) -> None:
         pieces, in_flight = self._pieces, self.in_flight_bytes
-        for token, error in self._port.reap():
+        for completion in self._port.reap():
+            token, error = completion
             cursor, blocks = pieces.pop(token)
             in_flight[cursor.inbound] -= blocks * self._block_bytes
             cursor.pieces_in_flight -= 1
@@ -198,12 +192,17 @@ class TransferActor:
                 cursor.error = error
                 if cursor.queued:
                     self._mailbox.lane(cursor).remove(cursor)
-            if not cursor.pieces_in_flight and not cursor.queued:
+            if cursor.pieces_in_flight or cursor.queued:
+                continue
+            if token < PIECE_TOKENS:  # it was one piece: the port's word is the actor's
+                self._mailbox.forget(cursor)
+                ends.append(completion)
+            else:
                 self._end(cursor, ends)
 
-    def _end(self, cursor: Cursor, ends: list[OpEnd]) -> None:
+    def _end(self, cursor: Cursor, ends: list[Completion]) -> None:
         self._mailbox.forget(cursor)
-        ends.append(OpEnd(cursor.transfer.token, cursor.error))
+        ends.append(Completion(cursor.transfer.token, cursor.error))
 
 
 class Supervisor:

@@ -110,7 +110,8 @@ class Mailbox:
         """
         if len(self._cursors) >= self._transfers_max:
             raise InvariantError(f"mailbox full: {self._transfers_max} transfers are waiting")
-        inbound = transfer.route.inbound
+        source, target = transfer.route
+        inbound = target < source
         cursor = Cursor(transfer, transfer.owner, inbound, len(transfer.source_ids))
         self._cursors[transfer.token] = cursor
         (self.inbound if inbound else self.outbound).append(cursor)

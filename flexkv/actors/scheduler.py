@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import structlog
 
-from flexkv.actors.actor import OpEnd, TransferActor
+from flexkv.actors.actor import TransferActor
 from flexkv.actors.observer import Observer
 from flexkv.actors.outcome import response_of
 from flexkv.common.errors import InternalError, InvariantError, TransferError
@@ -39,6 +39,7 @@ from flexkv.graph.run import (
 )
 from flexkv.index.claims import Claim
 from flexkv.index.residency import Found, Residency
+from flexkv.io.ports import Completion
 
 log = structlog.get_logger(__name__)
 
@@ -187,7 +188,7 @@ class Scheduler:
         for flight in list(self._flights.values()):
             self.cancel(flight)
 
-    def report(self, ends: Iterable[OpEnd]) -> None:
+    def report(self, ends: Iterable[Completion]) -> None:
         """Take the ends of ops from an actor."""
         for token, error in ends:
             run_id, op = divmod(token, OPS_MAX)
