@@ -87,13 +87,16 @@ class _Rig:
         assert moved >= 0.7 * self.bulk * BLOCK_BYTES, "the blocks were not cold"
         return moved / took_s / 1e9
 
+    async def put_bulk(self) -> None:
+        """Put a new prompt; its write-behind goes on."""
+        self._next_new += 1
+        await self.manager.put(prompt(5000 + self._next_new, self.bulk), self.slots)
+
     async def write_bulk(self) -> float:
-        """Put a new prompt, and give the GB/s of the write-behind that goes on after it.
+        """Give the GB/s of the write-behind of a prompt that was just put.
 
         What is in flight when the clock starts counts as not moved.
         """
-        self._next_new += 1
-        await self.manager.put(prompt(5000 + self._next_new, self.bulk), self.slots)
         begin = time.perf_counter()
         under_way = self.manager.statistics().queues["disk"].outbound_bytes_in_flight
         before = self._moved("host→disk") + under_way
@@ -107,7 +110,7 @@ class _Rig:
 
     async def reads_against_limits(self, repeats: int) -> Figures:
         """Bulk reads in alternation with fio's and the bare ring's; the first round warms up."""
-        reads, cpu, fios, rings = [], [], [], []
+        reads, cpu, fios, rings, few = [], [], [], [], []
         with huge_pages(64) as huge, ExitStack() as stack:
             fio, ring = Fio(self.file, self.bulk, huge), BareRing(self.file, self.bulk)
             stack.callback(ring.close)
@@ -116,6 +119,7 @@ class _Rig:
                     reads.append(await self._timed(self.read_bulk, cpu))
                 fios.append(fio.read(self._read_depth))
                 rings.append(ring.read(self._read_depth))
+                few.append(ring.read(self._read_depth, self._read_depth))
                 if not round_number % 2:
                     reads.append(await self._timed(self.read_bulk, cpu))
         return {
@@ -123,6 +127,7 @@ class _Rig:
             "read / fio": median_ratio(reads[1:], fios[1:]),
             "read / bare ring": median_ratio(reads[1:], rings[1:]),
             "bare ring read / fio": median_ratio(rings[1:], fios[1:]),
+            "bare ring read into as few buffers as fio / fio": median_ratio(few[1:], fios[1:]),
             "read, GB/s": statistics.median(reads[1:]),
             "fio read, GB/s": statistics.median(fios[1:]),
             "read, share of a core": statistics.median(cpu[1:]),
@@ -136,15 +141,17 @@ class _Rig:
             stack.callback(fio.close)
             for round_number in range(repeats + 1):
                 if round_number % 2:
+                    await self.put_bulk()
                     writes.append(await self._timed(self.write_bulk, cpu))
                 fios.append(fio.write(self._write_depth))
                 if not round_number % 2:
+                    await self.put_bulk()
                     writes.append(await self._timed(self.write_bulk, cpu))
         return {
             "write / fio": median_ratio(writes[1:], fios[1:]),
             "write, GB/s": statistics.median(writes[1:]),
             "fio write, GB/s": statistics.median(fios[1:]),
-            "put and write, share of a core": statistics.median(cpu[1:]),
+            "write, share of a core": statistics.median(cpu[1:]),
         }
 
     async def _timed(self, work: Callable[[], Awaitable[float]], cpu: list[float]) -> float:
@@ -200,8 +207,7 @@ class _Rig:
         idle, beside = [], []
         for _ in range(repeats * 2):
             idle += [await self._get_ms(hit, slots) for _ in range(50)]
-            self._next_new += 1
-            await self.manager.put(prompt(5000 + self._next_new, self.bulk), self.slots)
+            await self.put_bulk()
             async with asyncio.TaskGroup() as group:
                 writing = group.create_task(self.manager.flush())
                 while not writing.done():

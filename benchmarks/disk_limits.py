@@ -72,11 +72,11 @@ class BareRing:
         self._ring.register_files([self._fd])
         self._random = np.random.default_rng(0)
 
-    def read(self, depth: int) -> float:
-        """Give the GB/s of random reads of 2 MiB."""
+    def read(self, depth: int, buffers: int | None = None) -> float:
+        """Give the GB/s of random reads of 2 MiB, into so many buffers in turn; all when None."""
         ring, count = self._ring, self._blocks
         offsets = self._random.permutation(self._span)[:count] * BLOCK_BYTES
-        targets = self._arena.address + np.arange(count) * BLOCK_BYTES
+        targets = self._arena.address + np.arange(count) % (buffers or count) * BLOCK_BYTES
         zeros = np.zeros(count, np.int64)
         extents = np.stack((zeros, offsets, targets, zeros + BLOCK_BYTES), axis=1)
         begin, taken, ended = time.perf_counter(), 0, 0

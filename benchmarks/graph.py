@@ -23,7 +23,7 @@ from flexkv.common.terms import Route, Tier
 from flexkv.graph.compile import build, compile_shape
 from flexkv.graph.ops import Leg, Shape
 from flexkv.graph.plan import Plan
-from flexkv.graph.planner import Draft, PlanLimits
+from flexkv.graph.planner import Draft, PlanLimits, template_of
 from flexkv.graph.run import Done, Issue, Launch, Run
 from flexkv.index.residency import Positions
 
@@ -101,6 +101,7 @@ def _compile_us(rounds: int) -> float:
     took = []
     for _ in range(rounds):
         compile_shape.cache_clear()
+        template_of.cache_clear()
         begin = time.perf_counter()
         _fill(Operation.GET, LEGS["get"][1])
         took.append((time.perf_counter() - begin) * 1e6)

@@ -6,8 +6,9 @@ import numpy as np
 
 from flexkv.common.errors import CapacityError, FlexKVError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request, TokenMask
+from flexkv.graph.ops import OpState
 from flexkv.graph.planner import Planned
-from flexkv.graph.run import OpState, Run
+from flexkv.graph.run import Run
 
 
 def response_of(request: Request, planned: Planned, run: Run) -> KVResponse:

@@ -14,7 +14,7 @@ import networkx as nx
 from flexkv.common.errors import InvariantError
 from flexkv.common.terms import Tier
 from flexkv.graph import passes
-from flexkv.graph.ops import Node, OpSpec, Shape, answers, check_shape
+from flexkv.graph.ops import Node, OpSpec, OpState, Shape, answers, check_shape
 from flexkv.graph.plan import Template
 
 TEMPLATES_MAX = 1024
@@ -90,12 +90,14 @@ def freeze(graph: nx.DiGraph[Node], shape: Shape) -> Template:
         )
         for node in order
     )
+    blockers = tuple(graph.in_degree(node) for node in order)
     return Template(
         shape=shape,
         ops=ops,
         successors=tuple(
             tuple(sorted(number[after] for after in graph.successors(node))) for node in order
         ),
-        blockers=tuple(graph.in_degree(node) for node in order),
+        blockers=blockers,
         answer_count=sum(1 for op in ops if op.answers),
+        start_states=tuple(OpState.BLOCKED if n else OpState.READY for n in blockers),
     )

@@ -7,6 +7,7 @@ that is particular to one request. So a shape is compiled and checked once.
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import msgspec
@@ -44,6 +45,18 @@ class Shape(NamedTuple):
 
     goal: Operation
     legs: tuple[Leg, ...]
+
+
+class OpState(IntEnum):
+    """Where one op of a run stands."""
+
+    BLOCKED = 0
+    READY = 1
+    IN_FLIGHT = 2
+    DONE = 3
+    FAILED = 4
+    SKIPPED = 5
+    DRAINING = 6
 
 
 class Node(NamedTuple):

@@ -8,7 +8,7 @@ import msgspec
 
 from flexkv.common.errors import InvariantError
 from flexkv.common.terms import BlockIds, Tier, Transfer
-from flexkv.graph.ops import OpSpec, Shape
+from flexkv.graph.ops import OpSpec, OpState, Shape
 from flexkv.index.residency import Positions
 
 OPS_MAX = 4096
@@ -23,6 +23,7 @@ class Template(msgspec.Struct, frozen=True):
     successors: tuple[tuple[int, ...], ...]
     blockers: tuple[int, ...]
     answer_count: int
+    start_states: tuple[OpState, ...]
 
     def __post_init__(self) -> None:
         if len(self.ops) > OPS_MAX:

@@ -15,7 +15,7 @@ import numpy as np
 from flexkv.common.errors import CapacityError
 from flexkv.common.request import Operation, Request
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Route, Tier
-from flexkv.graph.compile import compile_shape
+from flexkv.graph.compile import TEMPLATES_MAX, compile_shape
 from flexkv.graph.ops import CHUNKS_MAX, Leg, Shape
 from flexkv.graph.plan import OPS_MAX, LegFill, Plan, Template, even_bounds
 from flexkv.index.claims import Claim, Holding
@@ -62,7 +62,7 @@ class Draft:
         """Add a leg over blocks that are there; `ids` is the draft's from then on."""
         leg, bounds = _chunked(hops, positions.block_count, self._chunk_blocks)
         self._legs.append(leg)
-        self._fills.append(_fill(self._request, positions, ids, bounds, ()))
+        self._fills.append(_fill(self._request, positions, ids, bounds))
 
     def add_waiting(
         self, hops: tuple[Route, ...], pending: Placement, starts: list[int], fillers: list[int]
@@ -75,7 +75,7 @@ class Draft:
 
     def plan(self, run_id: int) -> Plan:
         """Give the plan: the shape's template with these fills."""
-        template = compile_shape(Shape(self._request.operation, tuple(self._legs)))
+        template = template_of(self._request.operation, tuple(self._legs))
         return Plan(template, run_id, tuple(self._fills))
 
 
@@ -84,7 +84,7 @@ def _fill(
     positions: Positions,
     ids: dict[Tier, BlockIds],
     bounds: tuple[int, ...],
-    fillers: tuple[int, ...],
+    fillers: tuple[int, ...] = (),
 ) -> LegFill:
     """Give the blocks of a leg, the device's places among them."""
     if request.device_ids is not None:
@@ -119,11 +119,11 @@ class Planner:
     def _from_host(self, request: Request, found: Found, run_id: int) -> Plan:
         """Plan the common case: all is in host memory, nothing to reserve, nobody to wait for."""
         if found.last == found.first or request.operation is not Operation.GET:
-            return Plan(_empty_template(request.operation), run_id, ())
+            return Plan(template_of(request.operation, ()), run_id, ())
         positions, block_ids = found.ready[Tier.HOST]
         leg, bounds = _chunked(_ONWARD, positions.block_count, self._limits.chunk_blocks)
-        fill = _fill(request, positions, {Tier.HOST: block_ids}, bounds, ())
-        return Plan(_load_template(leg.chunks), run_id, (fill,))
+        fill = _fill(request, positions, {Tier.HOST: block_ids}, bounds)
+        return Plan(template_of(Operation.GET, (leg,)), run_id, (fill,))
 
     # -- loads: get and prefetch ----------------------------------------------------------------
 
@@ -309,16 +309,10 @@ def _chunked(
     return Leg(hops, chunks), even_bounds(block_count, chunks)
 
 
-@cache
-def _load_template(chunks: int) -> Template:
-    """Give the template of a get whose blocks are all in host memory."""
-    return compile_shape(Shape(Operation.GET, (Leg(_ONWARD, chunks),)))
-
-
-@cache
-def _empty_template(operation: Operation) -> Template:
-    """Give the template of a request that moves nothing."""
-    return compile_shape(Shape(operation, ()))
+@lru_cache(maxsize=TEMPLATES_MAX)
+def template_of(operation: Operation, legs: tuple[Leg, ...]) -> Template:
+    """Give the template of a request with these legs."""
+    return compile_shape(Shape(operation, legs))
 
 
 def chunks_of(hops: tuple[Route, ...], block_count: int, chunk_blocks: int) -> int:

@@ -17,26 +17,13 @@ when every op that the caller waits for is over; by then no hardware touches the
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import IntEnum
 from typing import Any, TypeAlias
 
 import msgspec
 
 from flexkv.common.errors import InvalidTransition, InvariantError, TransferError
+from flexkv.graph.ops import OpState
 from flexkv.graph.plan import Template
-
-
-class OpState(IntEnum):
-    """Where one op of a run stands."""
-
-    BLOCKED = 0
-    READY = 1
-    IN_FLIGHT = 2
-    DONE = 3
-    FAILED = 4
-    SKIPPED = 5
-    DRAINING = 6
-
 
 # -- events -------------------------------------------------------------------------------------
 
@@ -110,7 +97,7 @@ class Run:
 
     def __init__(self, template: Template) -> None:
         self.template = template
-        self.states = [OpState.BLOCKED if count else OpState.READY for count in template.blockers]
+        self.states = list(template.start_states)
         self.errors: list[TransferError] = []
         self.story: list[Event] = []
         self.launched = False
