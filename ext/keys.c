@@ -46,8 +46,9 @@ PyObject *keys_hash128(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ss
     return PyBytes_FromStringAndSize((const char *)digest, (Py_ssize_t)KEY_BYTES);
 }
 
-/* Copy tokens as little-endian; gives whether one of them is negative. */
-static bool tokens_copy(uint64_t *target, const char *source, size_t count)
+/* Copy tokens as little-endian, four bytes each; gives all their bits: they fit when no bit above
+ * the 32nd is set. */
+static uint64_t tokens_pack(uint32_t *target, const char *source, size_t count)
 {
     uint64_t all = 0;
 
@@ -56,33 +57,49 @@ static bool tokens_copy(uint64_t *target, const char *source, size_t count)
 
         memcpy(&token, source + i * sizeof(token), sizeof(token));
         all |= token;
-        target[i] = htole64(token);
+        target[i] = htole32((uint32_t)token);
     }
-    return all >> 63;
+    return all;
 }
 
-/* Write the keys of `blocks` blocks. `scratch` holds the parent, then room for one block.
- * Gives the number of blocks before the first with a negative token. */
+static void tokens_copy(uint64_t *target, const char *source, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        uint64_t token;
+
+        memcpy(&token, source + i * sizeof(token), sizeof(token));
+        target[i] = htole64(token);
+    }
+}
+
+/* Write the keys of `blocks` blocks. `scratch` holds the parent, then room for one block. Tokens
+ * take four bytes each, or eight when one of the block does not fit: the lengths differ, so no two
+ * blocks give the same bytes. Gives the number of blocks before the first with a negative token. */
 static size_t keys_write(const char *tokens, size_t blocks, size_t block_tokens, char *scratch,
                          unsigned char *keys)
 {
-    size_t block_bytes = block_tokens * sizeof(uint64_t);
-
     for (size_t block = 0; block < blocks; block++) {
-        if (tokens_copy((uint64_t *)(scratch + KEY_BYTES), tokens + block * block_bytes,
-                        block_tokens))
+        const char *source = tokens + block * block_tokens * sizeof(uint64_t);
+        uint64_t all = tokens_pack((uint32_t *)(scratch + KEY_BYTES), source, block_tokens);
+        size_t bytes = block_tokens * sizeof(uint32_t);
+
+        if (all >> 63)
             return block;
-        digest128(scratch, KEY_BYTES + block_bytes, 0, keys + block * KEY_BYTES);
+        if (all >> 32) {
+            tokens_copy((uint64_t *)(scratch + KEY_BYTES), source, block_tokens);
+            bytes *= 2;
+        }
+        digest128(scratch, KEY_BYTES + bytes, 0, keys + block * KEY_BYTES);
         memcpy(scratch, keys + block * KEY_BYTES, KEY_BYTES);
     }
     return blocks;
 }
 
 /* Raise ValueError(index, token) for the first negative token from `first` on, if there is one. */
-static int negative_raise(const struct int64_view *tokens, Py_ssize_t first)
+static int negative_raise(const char *tokens, Py_ssize_t count, Py_ssize_t first)
 {
-    for (Py_ssize_t i = first; i < tokens->count; i++) {
-        int64_t token = int64_at(tokens, i);
+    for (Py_ssize_t i = first; i < count; i++) {
+        int64_t token = int64_load(tokens, i);
 
         if (token < 0) {
             PyObject *values = Py_BuildValue("(nL)", i, (long long)token);
@@ -97,10 +114,10 @@ static int negative_raise(const struct int64_view *tokens, Py_ssize_t first)
 }
 
 /* Give the parent and the keys of the whole blocks; NULL with an exception. */
-static PyObject *keys_of_blocks(const struct int64_view *tokens, size_t block_tokens,
+static PyObject *keys_of_blocks(const char *tokens, Py_ssize_t count, size_t block_tokens,
                                 const char *parent)
 {
-    size_t blocks = (size_t)tokens->count / block_tokens, done = 0;
+    size_t blocks = (size_t)count / block_tokens, done = 0;
     PyObject *result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)((blocks + 1) * KEY_BYTES));
 
     if (result) {
@@ -113,18 +130,39 @@ static PyObject *keys_of_blocks(const struct int64_view *tokens, size_t block_to
         }
         memcpy(PyBytes_AsString(result), parent, KEY_BYTES);
         memcpy(scratch, parent, KEY_BYTES);
-        if ((size_t)tokens->buffer.len > GIL_HOLD_BYTES_MAX) {
+        if ((size_t)count * sizeof(int64_t) > GIL_HOLD_BYTES_MAX) {
             Py_BEGIN_ALLOW_THREADS
-            done = keys_write(tokens->buffer.buf, blocks, block_tokens, scratch, keys);
+            done = keys_write(tokens, blocks, block_tokens, scratch, keys);
             Py_END_ALLOW_THREADS
         } else {
-            done = keys_write(tokens->buffer.buf, blocks, block_tokens, scratch, keys);
+            done = keys_write(tokens, blocks, block_tokens, scratch, keys);
         }
         PyMem_Free(scratch);
     }
-    if (result && negative_raise(tokens, (Py_ssize_t)(done * block_tokens)) < 0)
+    if (result && negative_raise(tokens, count, (Py_ssize_t)(done * block_tokens)) < 0)
         Py_CLEAR(result);
     return result;
+}
+
+/* The tokens of a list as int64: half the time of an array made of it first. NULL with an
+ * exception. */
+static char *tokens_of_list(PyObject *list, Py_ssize_t count)
+{
+    int64_t *tokens = PyMem_Malloc(((size_t)count + 1) * sizeof(int64_t));
+
+    if (!tokens)
+        return (char *)PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < count; i++) {
+        /* An __index__ may have made the list shorter. */
+        PyObject *item = PyList_GetItem(list, i);
+
+        tokens[i] = item ? PyLong_AsLongLong(item) : -1;
+        if (tokens[i] == -1 && PyErr_Occurred()) {
+            PyMem_Free(tokens);
+            return NULL;
+        }
+    }
+    return (char *)tokens;
 }
 
 PyObject *keys_chain(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count,
@@ -132,22 +170,31 @@ PyObject *keys_chain(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssiz
 {
     static const char *const names[] = {"tokens", "tokens_per_block", "parent"};
     static const struct signature signature = {"chain_keys", names, 3, 3};
-    PyObject *values[3], *result;
+    PyObject *values[3], *result = NULL;
     int64_t block_tokens;
-    struct int64_view tokens;
-    char *parent;
+    struct int64_view view;
     Py_ssize_t parent_bytes;
+    char *parent, *tokens;
 
     if (args_unpack(&signature, args, count, keywords, values) < 0 ||
-        integer_read(values[1], "tokens_per_block", 1, PY_SSIZE_T_MAX, &block_tokens) < 0 ||
+        integer_read(values[1], "tokens_per_block", 1, PY_SSIZE_T_MAX / 16, &block_tokens) < 0 ||
         PyBytes_AsStringAndSize(values[2], &parent, &parent_bytes) < 0)
         return NULL;
     if (parent_bytes != (Py_ssize_t)KEY_BYTES)
         return PyErr_Format(PyExc_ValueError, "parent has %zd bytes, not 16", parent_bytes);
-    if (int64_view_hold(values[0], "tokens", &tokens) < 0)
+    if (PyList_Check(values[0])) {
+        Py_ssize_t length = PyList_Size(values[0]);
+
+        tokens = tokens_of_list(values[0], length);
+        if (tokens)
+            result = keys_of_blocks(tokens, length, (size_t)block_tokens, parent);
+        PyMem_Free(tokens);
+        return result;
+    }
+    if (int64_view_hold(values[0], "tokens", &view) < 0)
         return NULL;
-    result = keys_of_blocks(&tokens, (size_t)block_tokens, parent);
-    PyBuffer_Release(&tokens.buffer);
+    result = keys_of_blocks(view.buffer.buf, view.count, (size_t)block_tokens, parent);
+    PyBuffer_Release(&view.buffer);
     return result;
 }
 

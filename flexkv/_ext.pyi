@@ -18,14 +18,20 @@ def features() -> dict[str, str | int]:
 def hash128(data: Memory, seed: int = 0) -> bytes:
     """Give the canonical (big-endian) XXH3-128 digest of `data`: 16 bytes."""
 
-def chain_keys(tokens: Memory, tokens_per_block: int, parent: bytes) -> bytes:
-    """Give `parent`, then the chained key of each whole block of `tokens` (int64[n]).
+def chain_keys(tokens: Memory | list[int], tokens_per_block: int, parent: bytes) -> bytes:
+    """Give `parent`, then the chained key of each whole block of `tokens`: 16 bytes each.
 
-    Each has 16 bytes:
-    key[i] = XXH3-128(key[i-1] || tokens of block i as little-endian int64), key[-1] = `parent`.
+    key[i] = XXH3-128(key[i-1] || tokens of block i), key[-1] = `parent`. Tokens are little-endian,
+    four bytes each, or eight where one of the block does not fit.
+
+    Args:
+        tokens: int64[n], or a list of integers.
+        tokens_per_block: at least 1.
+        parent: 16 bytes.
 
     Raises:
         ValueError: args (index, token): a token is negative, be it in the tail.
+        TypeError, OverflowError: an item of the list is no integer of 64 bits.
     """
 
 def block_slots(slots: Memory, tokens_per_block: int, num_blocks: int) -> bytes:

@@ -196,11 +196,12 @@ class Planner:
         if parent is None:
             return None
         groups = residency.survey(request.keys, span.first_block, span.last_block)
-        groups.sort(key=_first_position)
+        if len(groups) > 1:
+            groups.sort(key=_first_position)
         held = [
-            Holding(Tier.HOST, ids)
-            for states, _, (ids, *_) in groups
-            if states[0] == READY and ids is not None
+            Holding(Tier.HOST, group.block_ids[0])
+            for group in groups
+            if group.states[0] == READY and group.block_ids[0] is not None
         ]
         with residency.holding([*parent, *held]):
             stores, shortfall = self._in_host(request, groups)
@@ -244,6 +245,9 @@ class Planner:
     def _behind(self, request: Request, draft: Draft, store: _Store) -> None:
         """Draft one store and the writes behind it, as many as there may and can be."""
         positions, host_ids, is_new, lacking = store
+        if not lacking:
+            draft.add(_hops(is_new, ()), positions, {Tier.HOST: host_ids})
+            return
         taken: dict[Tier, BlockIds] = {}
         for tier in lacking:
             waiting = self._residency.counts(tier).reserved

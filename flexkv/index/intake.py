@@ -43,7 +43,8 @@ class Intake:
         Raises:
             ConfigError: an argument breaks a rule.
         """
-        tokens = as_int64("token_ids", token_ids)
+        # A list of integers is read as it is: an array of it would cost more than the hashing.
+        tokens = token_ids if type(token_ids) is list else as_int64("token_ids", token_ids)
         per_block = self.tokens_per_block
         span = whole_blocks(token_mask, len(tokens), per_block)
         keys = self._keys.keys(tokens, namespace)

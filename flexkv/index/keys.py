@@ -4,7 +4,11 @@
     key[0] = H(root ‖ tokens of block 0)
     key[i] = H(key[i-1] ‖ tokens of block i)
 
-H is XXH3-128. The fingerprint holds everything that changes the bytes of a block, so that two
+H is XXH3-128. Tokens take four bytes each, little-endian, or eight where one of the block needs
+more. Before a block that an extra key touches, its parent is replaced by H(parent ‖ those extra
+keys, each with its range relative to the block). `docs/key-vectors.json` has examples.
+
+The fingerprint holds everything that changes the bytes of a block, so that two
 models never share one; the same prompt gives the same keys in every process and after every
 restart.
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +27,20 @@ from flexkv.common.config import ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey
 
-KEY_VERSION = 1
+KEY_VERSION = 2
 """Changes whenever the same tokens would give other keys or other bytes."""
 
-Namespace = str | Sequence[str] | None
+
+class Scope(NamedTuple):
+    """What besides its tokens a prompt's KV hangs on; may be given wherever a namespace may."""
+
+    parts: tuple[str, ...] = ()
+    """The namespace: LoRA adapter, tenant's salt, anything."""
+    extra_keys: tuple[tuple[int, int, str], ...] = ()
+    """(first token, last token exclusive, content hash): what stands behind placeholder tokens."""
+
+
+Namespace = str | Sequence[str] | Scope | None
 
 
 class KeyChain:
@@ -39,26 +54,70 @@ class KeyChain:
             lambda parts: _ext.hash128(prefix + _framed([part.encode() for part in parts]))
         )
 
-    def keys(self, tokens: NDArray[np.int64], namespace: Namespace = None) -> bytes:
-        """Give the root, and the key of every whole block of `tokens`, int64[n]: 16 bytes each.
+    def keys(self, tokens: NDArray[np.int64] | list[int], namespace: Namespace = None) -> bytes:
+        """Give the root, and the key of every whole block of `tokens`: 16 bytes each.
 
         Raises:
-            ConfigError: a token is negative, or the namespace is not made of strings.
+            ConfigError: a token is negative or no integer, or the namespace is not what it may be.
         """
-        root = self._root(namespace_parts(namespace))
+        scope = scope_of(namespace)
+        root = self._root(scope.parts)
         try:
+            if scope.extra_keys:
+                return self._keys_with_extras(tokens, root, scope.extra_keys)
             return _ext.chain_keys(tokens, self._tokens_per_block, root)
         except ValueError as error:
             index, token = error.args
             raise ConfigError(f"token_ids[{index}]", token, "must not be negative") from error
+        except (TypeError, OverflowError) as error:
+            raise ConfigError("token_ids", "a list", f"must be integers: {error}") from error
+
+    def extend(self, keys: bytes, tokens: NDArray[np.int64]) -> bytes:
+        """Give the keys of a prompt that has grown, hashing only its new blocks.
+
+        Args:
+            keys: root and keys of its first whole blocks, under a namespace without extra keys.
+            tokens: int64[n], the whole prompt, which begins with the tokens of those blocks.
+        """
+        known = len(keys) - BLOCK_KEY_BYTES
+        rest = tokens[known // BLOCK_KEY_BYTES * self._tokens_per_block :]
+        return keys[:known] + _ext.chain_keys(rest, self._tokens_per_block, keys[known:])
+
+    def _keys_with_extras(
+        self,
+        tokens: NDArray[np.int64] | list[int],
+        root: bytes,
+        extra_keys: tuple[tuple[int, int, str], ...],
+    ) -> bytes:
+        """Chain block by block where extra keys are, and in one go between them."""
+        per_block, size = self._tokens_per_block, BLOCK_KEY_BYTES
+        blocks = len(tokens) // per_block
+        touched: dict[int, list[tuple[int, int, str]]] = {}
+        for first, last, text in sorted(extra_keys):
+            for block in range(first // per_block, min(blocks, -(-last // per_block))):
+                start = block * per_block
+                touched.setdefault(block, []).append((first - start, last - start, text))
+        keys, done = root, 0
+        for block in (*sorted(touched), blocks):
+            between = tokens[done * per_block : block * per_block]
+            keys += _ext.chain_keys(between, per_block, keys[-size:])[size:]
+            if block < blocks:
+                parent = _ext.hash128(keys[-size:] + _framed_extras(touched[block]))
+                own = tokens[block * per_block : (block + 1) * per_block]
+                keys += _ext.chain_keys(own, per_block, parent)[size:]
+            done = block + 1
+        _ext.chain_keys(tokens[blocks * per_block :], per_block, root)  # checks the tail
+        return keys
 
     def root(self, namespace: Namespace = None) -> bytes:
         """Give the root of a namespace, under which all its blocks are."""
-        return self._root(namespace_parts(namespace))
+        return self._root(scope_of(namespace).parts)
 
     def namespace_hash(self, namespace: Namespace) -> str:
         """Give a short name of a namespace that does not tell it; empty for none."""
-        parts = namespace_parts(namespace)
+        if namespace is None:
+            return ""
+        parts = scope_of(namespace).parts
         return self._root(parts)[:4].hex() if parts else ""
 
 
@@ -83,19 +142,36 @@ def fingerprint(model: ModelConfig, tokens_per_block: int) -> bytes:
     return ";".join(f"{name}={value}" for name, value in facts.items()).encode()
 
 
-def namespace_parts(namespace: Namespace) -> tuple[str, ...]:
-    """Give a namespace as a tuple; an absent one is empty, a string is one part.
+_NOWHERE = Scope()
+
+
+def scope_of(namespace: Namespace) -> Scope:
+    """Give a namespace as a scope; an absent one is empty, a string is one part.
 
     Raises:
-        ConfigError: a part is not a string.
+        ConfigError: a part is not a string, or an extra key's range is none.
     """
     if namespace is None:
-        return ()
+        return _NOWHERE
+    if isinstance(namespace, Scope):
+        for first, last, text in namespace.extra_keys:
+            if not 0 <= first < last or not isinstance(text, str):
+                why = "must be (first token, later token, string)"
+                raise ConfigError("namespace.extra_keys", (first, last, text), why)
+        return Scope(_parts(namespace.parts), tuple(namespace.extra_keys))
+    return Scope(_parts(namespace))
+
+
+def _parts(namespace: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(namespace, str):
         return (namespace,)
     if not isinstance(namespace, Sequence) or not all(isinstance(p, str) for p in namespace):
         raise ConfigError("namespace", namespace, "must be a string or a list of strings")
     return tuple(namespace)
+
+
+def _framed_extras(extras: list[tuple[int, int, str]]) -> bytes:
+    return _framed([f"{first}:{last}:{text}".encode() for first, last, text in extras])
 
 
 def _framed(parts: Sequence[bytes]) -> bytes:

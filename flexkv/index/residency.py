@@ -7,8 +7,8 @@ root, then a key for each block. Blocks come as positions in the prompt and plac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import msgspec
@@ -115,6 +115,23 @@ class Found(NamedTuple):
     def holdings(self) -> list[Holding]:
         """Give the ready blocks, tier by tier."""
         return [Holding(tier, place.block_ids) for tier, place in self.ready.items()]
+
+
+class _Held:
+    """Pins blocks while it is entered."""
+
+    __slots__ = ("_holdings", "_table")
+
+    def __init__(self, table: _ext.BlockIndex, holdings: list[tuple[int, BlockIds]]) -> None:
+        self._table, self._holdings = table, holdings
+
+    def __enter__(self) -> None:
+        for number, block_ids in self._holdings:
+            self._table.pin(number, block_ids)
+
+    def __exit__(self, *_: object) -> None:
+        for number, block_ids in self._holdings:
+            self._table.unpin(number, block_ids)
 
 
 class TierCounts(NamedTuple):
@@ -245,17 +262,9 @@ class Residency:
 
     # -- holding --------------------------------------------------------------------------------
 
-    @contextmanager
-    def holding(self, holdings: Sequence[Holding]) -> Iterator[None]:
+    def holding(self, holdings: Sequence[Holding]) -> AbstractContextManager[None]:
         """Keep blocks from eviction while something is planned."""
-        table, number = self._table, self._number
-        for tier, block_ids in holdings:
-            table.pin(number[tier], block_ids)
-        try:
-            yield
-        finally:
-            for tier, block_ids in holdings:
-                table.unpin(number[tier], block_ids)
+        return _Held(self._table, [(self._number[tier], ids) for tier, ids in holdings])
 
     # -- dropping -------------------------------------------------------------------------------
 

@@ -20,7 +20,8 @@ def reference_keys(tokens: NDArray[np.int64], tokens_per_block: int, parent: byt
     """Give the parent, and chain the keys of the whole blocks with python-xxhash."""
     keys = [parent]
     for end in range(tokens_per_block, len(tokens) + 1, tokens_per_block):
-        block = tokens[end - tokens_per_block : end].astype("<i8").tobytes()
+        numbers = tokens[end - tokens_per_block : end]
+        block = numbers.astype("<u4" if numbers.max() < 2**32 else "<i8").tobytes()
         parent = xxhash.xxh3_128_digest(parent + block)
         keys.append(parent)
     return b"".join(keys)
