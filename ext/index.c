@@ -52,6 +52,7 @@ static int index_set_up(BlockIndex *self, PyObject *tiers)
         policy_open(&tier->policy, (enum policy_kind)options[t][1], options[t][2], capacities[t]);
         tier->evict_blocks = options[t][3];
     }
+    nearest_tell(self);
     return 0;
 }
 

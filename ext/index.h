@@ -6,6 +6,8 @@
 
 #include "index_core.h"
 
+#define PATTERNS_MAX 81 /* 3 to the power of TIERS_MAX */
+
 typedef struct {
     PyObject_HEAD
     struct block_index index;
@@ -13,6 +15,7 @@ typedef struct {
     ref *nodes;             /* scratch: of one request */
     uint8_t *kinds;
     size_t scratch;
+    uint8_t nearest[PATTERNS_MAX]; /* a pattern's nearest tier that will do, as a pattern */
 } BlockIndex;
 
 /* Raise what the index says was broken; gives NULL. */
@@ -22,6 +25,8 @@ PyObject *index_broken(BlockIndex *self, const char *law);
 int request_hold(PyObject *keys, PyObject *begin, PyObject *end, Py_buffer *buffer,
                  size_t range[2]);
 int tier_read(const BlockIndex *self, PyObject *object, unsigned *tier);
+/* Work out, for each pattern, the nearest tier that will do. */
+void nearest_tell(BlockIndex *self);
 int scratch_take(BlockIndex *self, size_t count);
 
 PyObject *index_survey(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);

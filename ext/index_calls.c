@@ -61,10 +61,8 @@ int scratch_take(BlockIndex *self, size_t count)
 
 /* -- survey ------------------------------------------------------------------------------------ */
 
-#define PATTERNS_MAX 81 /* 3 to the power of TIERS_MAX */
-
 struct group {
-    size_t count, first, last;
+    size_t count, first, last, run;
     int64_t *positions, *ids[TIERS_MAX];
 };
 
@@ -93,28 +91,54 @@ static unsigned nearest_of(unsigned pattern, unsigned tiers)
     return 0;
 }
 
+static void run_begin(struct group *group, size_t position)
+{
+    if (!group->count)
+        group->first = position;
+    group->run = position;
+}
+
+static void run_end(struct group *group, size_t position)
+{
+    if (!group)
+        return;
+    group->count += position - group->run;
+    group->last = position - 1;
+}
+
+void nearest_tell(BlockIndex *self)
+{
+    for (unsigned pattern = 0; pattern < PATTERNS_MAX; pattern++)
+        self->nearest[pattern] = (uint8_t)nearest_of(pattern, self->index.tiers);
+}
+
 /* Tell the pattern of each block before `known`, and count them; gives where the walk ended. From
  * `known` on the blocks are nowhere. */
 static size_t patterns_tell(BlockIndex *self, const size_t range[2], size_t known, bool nearest,
                             struct group *groups)
 {
-    const struct block_index *index = &self->index;
+    unsigned last = PATTERNS_MAX;
+    struct group *group = NULL;
 
     for (size_t position = range[0]; position < known; position++) {
-        unsigned pattern = pattern_of(index, self->nodes[position]);
-        struct group *group;
+        unsigned pattern = pattern_of(&self->index, self->nodes[position]);
 
         if (nearest) {
-            pattern = nearest_of(pattern, index->tiers);
-            if (!pattern)
-                return position;
+            pattern = self->nearest[pattern];
+            if (!pattern) {
+                known = position;
+                break;
+            }
         }
         self->kinds[position] = (uint8_t)pattern;
-        group = &groups[pattern];
-        if (!group->count++)
-            group->first = position;
-        group->last = position;
+        if (pattern != last) {
+            run_end(group, position);
+            group = &groups[pattern];
+            run_begin(group, position);
+            last = pattern;
+        }
     }
+    run_end(group, known);
     if (!nearest && known < range[1])
         groups[0] = (struct group){.count = range[1] - known, .first = known, .last = range[1] - 1};
     return known;
@@ -156,20 +180,40 @@ failed:
     return NULL;
 }
 
-static void groups_fill(BlockIndex *self, size_t begin, size_t end, struct group *groups)
+/* Write the positions and ids of a run of blocks that are alike. */
+static void run_fill(const BlockIndex *self, size_t begin, size_t end, struct group *group)
 {
     const struct block_index *index = &self->index;
+    const ref *nodes = self->nodes;
 
-    for (size_t position = begin; position < end; position++) {
-        struct group *group = &groups[self->kinds[position]];
-        const struct node *node;
+    if (group->positions) {
+        int64_t *positions = group->positions;
 
-        if (group->positions)
-            *group->positions++ = (int64_t)position;
-        node = node_at(index, self->nodes[position]);
-        for (unsigned t = 0; t < index->tiers; t++)
-            if (group->ids[t])
-                *group->ids[t]++ = node->place[t];
+        for (size_t position = begin; position < end; position++)
+            *positions++ = (int64_t)position;
+        group->positions = positions;
+    }
+    for (unsigned t = 0; t < index->tiers; t++) {
+        int64_t *ids = group->ids[t];
+
+        if (!ids)
+            continue;
+        for (size_t position = begin; position < end; position++)
+            *ids++ = node_at(index, nodes[position])->place[t];
+        group->ids[t] = ids;
+    }
+}
+
+static void groups_fill(const BlockIndex *self, size_t begin, size_t end, struct group *groups)
+{
+    while (begin < end) {
+        uint8_t kind = self->kinds[begin];
+        size_t next = begin + 1;
+
+        while (next < end && self->kinds[next] == kind)
+            next++;
+        run_fill(self, begin, next, &groups[kind]);
+        begin = next;
     }
 }
 

@@ -37,7 +37,7 @@ bool index_open(struct block_index *index, unsigned tiers, const uint32_t *capac
         index->tiers = t + 1;
         blocks += capacities[t];
     }
-    while (buckets < blocks)
+    while (buckets < blocks + blocks / 2)
         buckets *= 2;
     /* Each node has a place or, as a root, a child. */
     if (2 * blocks >= NODE_FREE) {
