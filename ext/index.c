@@ -153,6 +153,43 @@ static PyObject *index_root_blocks(BlockIndex *self, PyObject *object)
     return result;
 }
 
+/* The next node in the order parents before children, or NONE behind the last below `root`. */
+static ref family_next(const struct block_index *index, ref root, ref at)
+{
+    if (node_at(index, at)->child != NONE)
+        return node_at(index, at)->child;
+    while (at != root && node_at(index, at)->after == NONE)
+        at = node_at(index, at)->parent;
+    return at == root ? NONE : node_at(index, at)->after;
+}
+
+static PyObject *index_root_ids(BlockIndex *self, PyObject *args)
+{
+    PyObject *tier_object, *root_object, *result;
+    unsigned number;
+    int64_t root, *ids;
+    Py_ssize_t count = 0;
+
+    if (!PyArg_UnpackTuple(args, "root_ids", 2, 2, &tier_object, &root_object) ||
+        tier_read(self, tier_object, &number) < 0 || (root = root_read(self, root_object)) < 0)
+        return NULL;
+    if (root == NONE)
+        return PyBytes_FromStringAndSize(NULL, 0);
+    ids = PyMem_Malloc(node_at(&self->index, (ref)root)->place[number] * sizeof(*ids) + 1);
+    if (!ids)
+        return PyErr_NoMemory();
+    for (ref at = node_at(&self->index, (ref)root)->child; at != NONE;
+         at = family_next(&self->index, (ref)root, at)) {
+        ref id = node_at(&self->index, at)->place[number];
+
+        if (id != NONE && self->index.tier[number].places[id].state == PLACE_READY)
+            ids[count++] = id;
+    }
+    result = PyBytes_FromStringAndSize((char *)ids, count * (Py_ssize_t)sizeof(*ids));
+    PyMem_Free(ids);
+    return result;
+}
+
 static PyObject *index_pair_call(BlockIndex *self, const char *name, PyObject *args, bool resize)
 {
     PyObject *tier_object, *count_object;
@@ -224,6 +261,7 @@ static PyMethodDef index_methods[] = {
     {"clear", METHOD(index_clear_call), METH_O, "Forget all blocks of a tier."},
     {"clear_root", METHOD(index_clear_root_call), METH_O, "Forget a namespace."},
     {"root_blocks", METHOD(index_root_blocks), METH_O, "Count a namespace's blocks by tier."},
+    {"root_ids", METHOD(index_root_ids), METH_VARARGS, "Tell a namespace's READY places."},
     {"evict", METHOD(index_evict_call), METH_VARARGS, "Evict up to a number of blocks."},
     {"resize", METHOD(index_resize_call), METH_VARARGS, "Change a tier's capacity."},
     {"counts", METHOD(index_counts), METH_O, "Count a tier's places by state."},

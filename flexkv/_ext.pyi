@@ -257,6 +257,9 @@ class BlockIndex:
     def root_blocks(self, root: bytes, /) -> tuple[int, ...]:
         """Count the blocks of a namespace by tier."""
 
+    def root_ids(self, tier: int, root: bytes, /) -> bytes:
+        """Give the READY places of a namespace in a tier, parents before children: int64[n]."""
+
     def evict(self, tier: int, count: int, /) -> int:
         """Evict up to `count` blocks, and count them."""
 

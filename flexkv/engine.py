@@ -41,6 +41,7 @@ from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
 from flexkv.index.residency import PrefixMatch, Residency, TierCounts, prefix_match
 from flexkv.io.ports import TransferPort
+from flexkv.pins import Pins
 from flexkv.statistics import QueueStatistics, RouteStatistics, Statistics, TierStatistics
 from flexkv.trace.recorder import Recorder
 
@@ -88,6 +89,7 @@ class Engine:
             cache.evict_ratio,
             cache.slru_protected_threshold,
             cache.hit_reward_seconds,
+            cache.evict_start_threshold,
         )
         return Residency({tier: count for tier, count in counts.items() if count}, eviction)
 
@@ -134,6 +136,7 @@ class Engine:
         )
         planner = Planner(self._residency, self.limits)
         self._scheduler = Scheduler(self._residency, planner, self._actors, self._observer)
+        self._pins = Pins(self._scheduler)
 
     def _open_trace(self, undo: ExitStack) -> Recorder | None:
         cache = self.cache
@@ -196,6 +199,7 @@ class Engine:
             return
         self._open = False
         self._admission.close()
+        self._pins.close()
         self._scheduler.cancel_all()
         if self._failure is None:
             await self._drain()
@@ -322,10 +326,50 @@ class Engine:
         if failures:
             raise failures[0]
 
-    def reset(self) -> int:
-        """Forget every block of every tier, and count them. Requests under way end as they will."""
+    def clear(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
+        """Forget the blocks of a tier, of a namespace, or all, and count the places they had.
+
+        Requests under way end as they will.
+        """
         self._check_open()
-        return self._residency.clear()
+        self._check_tier(tier)
+        root = None if namespace is None else self._intake.root(namespace)
+        if root is not None and tier is not None:
+            raise ConfigError("tier", tier.label, "must not be given together with a namespace")
+        return self._residency.clear(tier, root)
+
+    def resize(self, tier: Tier, capacity_blocks: int) -> int:
+        """Change how many blocks a tier may hold, up to what it was opened with."""
+        self._check_open()
+        self._check_tier(tier)
+        most = {
+            Tier.HOST: self.sizes.num_host_blocks, Tier.DISK: self.sizes.num_disk_blocks
+        }[tier]  # fmt: skip
+        if not 1 <= capacity_blocks <= most:
+            why = f"must be from 1 to what {tier.label} was opened with: {most}"
+            raise ConfigError("capacity_blocks", capacity_blocks, why)
+        return self._residency.resize(tier, capacity_blocks)
+
+    def _check_tier(self, tier: Tier | None) -> None:
+        if tier is not None and tier not in self._residency.tiers:
+            have = ", ".join(tier.label for tier in self._residency.tiers)
+            raise ConfigError("tier", tier.label, f"must be one of those there are: {have}")
+
+    def pin(self, token_ids: Any, namespace: Namespace, ttl_s: float, owner: str) -> int:
+        """Keep the resident prefix of a prompt, or without one a namespace, from eviction."""
+        self._check_open()
+        if token_ids is None:
+            holdings = self._residency.namespace_holdings(self._intake.root(namespace))
+        else:
+            request = self.intake(Operation.PREFETCH, token_ids, None, namespace)
+            holdings = self._residency.find(request.keys).holdings
+        return self._pins.pin(holdings, ttl_s, owner)
+
+    @property
+    def pins(self) -> Pins:
+        """Give the pins that callers hold."""
+        self._check_open()
+        return self._pins
 
     # -- looking --------------------------------------------------------------------------------
 

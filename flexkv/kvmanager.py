@@ -18,6 +18,7 @@ from flexkv.backend import Progress
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ClosedError
 from flexkv.common.request import KVResponse, Operation, TokenMask
+from flexkv.common.terms import Tier
 from flexkv.engine import Engine
 from flexkv.graph.explain import Explanation, explain
 from flexkv.index.keys import Namespace
@@ -204,7 +205,55 @@ class KVManager:
 
     def reset(self) -> int:
         """Forget every block of every tier, and give their number."""
-        return self._call(self._engine.reset)
+        return self._call(self._engine.clear)
+
+    def clear(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
+        """Forget the blocks of one tier, or of one namespace; traffic may go on.
+
+        Gives how many places they had, in all tiers. Without arguments it is `reset`.
+
+        Raises:
+            ConfigError: both are given, or there is no such tier.
+        """
+        return self._call(lambda: self._engine.clear(tier, namespace))
+
+    def resize(self, tier: Tier, capacity_blocks: int) -> int:
+        """Change how many blocks a tier may hold, and give how many it may now.
+
+        More than asked for when too many are pinned or under way. The memory or files stay taken.
+
+        Raises:
+            ConfigError: there is no such tier, or it was opened with fewer.
+        """
+        return self._call(lambda: self._engine.resize(tier, capacity_blocks))
+
+    def pin(
+        self,
+        token_ids: Any = None,
+        namespace: Namespace = None,
+        ttl_s: float = 3600.0,
+        owner: str = "",
+    ) -> int:
+        """Keep what is resident of a prompt from eviction, and give the pin's id.
+
+        Args:
+            token_ids: integer[tokens]; None for everything that the namespace has now.
+            namespace: as for `match`.
+            ttl_s: after so many seconds the pin ends by itself.
+            owner: names who pins, for `unpin_owner`.
+
+        Raises:
+            ConfigError: an argument breaks a rule.
+        """
+        return self._call(lambda: self._engine.pin(token_ids, namespace, ttl_s, owner))
+
+    def unpin(self, pin_id: int) -> bool:
+        """End a pin; tell whether it had not ended before."""
+        return self._call(lambda: self._engine.pins.unpin(pin_id))
+
+    def unpin_owner(self, owner: str) -> int:
+        """End every pin of an owner that is gone, and count them."""
+        return self._call(lambda: self._engine.pins.unpin_owner(owner))
 
     def statistics(self) -> Statistics:
         """Give a frozen snapshot: per tier capacity, use and pins; hits, bytes, queues."""

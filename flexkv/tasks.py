@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from flexkv.actors.scheduler import Flight, Hold
+from flexkv.actors.scheduler import Flight
 from flexkv.common.errors import ConfigError, FlexKVError
 from flexkv.common.request import (
     KVResponse,
@@ -36,7 +36,7 @@ class _Task:
 
     __slots__ = ("flight", "hold", "request", "response", "work")
 
-    def __init__(self, request: Request, hold: Hold | None = None) -> None:
+    def __init__(self, request: Request, hold: tuple[int, ...] = ()) -> None:
         self.request = request
         self.hold = hold
         self.work: asyncio.Task[None] | None = None
@@ -59,8 +59,9 @@ class TaskTable:
         """Find what a get would load and keep it from eviction until launch or cancel."""
         request = self._engine.intake(Operation.GET, token_ids, token_mask, namespace)
         self._check_room()
-        hold = self._engine.scheduler.hold(request)
-        request = _narrowed(request, hold.found.first, hold.found.last)
+        found = self._engine.residency.find(request.keys, request.span.first_block)
+        hold = self._engine.scheduler.hold(found.holdings)
+        request = _narrowed(request, found.first, found.last)
         return self._add(_Task(request, hold)), _mask_of(request)
 
     def put_match(
@@ -201,9 +202,8 @@ class TaskTable:
                 task.response = _response(task.request, KVResponseStatus.CANCELLED)
 
     def _release(self, task: _Task) -> None:
-        if task.hold is not None:
-            hold, task.hold = task.hold, None
-            self._engine.scheduler.release(hold)
+        hold, task.hold = task.hold, ()
+        self._engine.scheduler.release(hold)
 
     def _check_room(self) -> None:
         if len(self._tasks) >= TASKS_MAX:

@@ -28,7 +28,7 @@ FLOORS = [
     {"trace"},
     {"io"},
     {"actors"},
-    {"admission", "statistics", "backend", "settings", "logs"},
+    {"admission", "statistics", "backend", "settings", "logs", "pins"},
     {"engine"},
     {"tasks", "loop_thread", "server"},
     {"kvmanager"},

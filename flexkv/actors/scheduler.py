@@ -37,8 +37,8 @@ from flexkv.graph.run import (
     Run,
     Settle,
 )
-from flexkv.index.claims import Claim
-from flexkv.index.residency import Found, Residency
+from flexkv.index.claims import Claim, Holding
+from flexkv.index.residency import Residency
 from flexkv.io.ports import Completion
 
 log = structlog.get_logger(__name__)
@@ -117,13 +117,6 @@ def _wake(waiters: list[asyncio.Future[None]]) -> None:
         if not waiter.done():
             waiter.set_result(None)
     waiters.clear()
-
-
-class Hold(NamedTuple):
-    """What a prepared request keeps from eviction until it is launched or cancelled."""
-
-    found: Found
-    tokens: tuple[int, ...]
 
 
 class _Joiner(NamedTuple):
@@ -206,20 +199,19 @@ class Scheduler:
             self._idle.append(waiter)
             await waiter
 
-    def hold(self, request: Request) -> Hold:
-        """Pin what a request would find now, until `release`."""
+    def hold(self, holdings: Iterable[Holding]) -> tuple[int, ...]:
+        """Keep blocks from eviction until `release` gets the tokens that this gives."""
         run_id = self._next_run
         self._next_run += 1
-        found = self._residency.find(request.keys, request.span.first_block)
         tokens = []
-        for number, holding in enumerate(found.holdings):
+        for number, holding in enumerate(holdings):
             tokens.append(run_id * OPS_MAX + number)
             self._residency.claims.open(tokens[-1], Claim(run_id, holding, None))
-        return Hold(found, tuple(tokens))
+        return tuple(tokens)
 
-    def release(self, hold: Hold) -> None:
+    def release(self, tokens: Iterable[int]) -> None:
         """End a hold."""
-        for token in hold.tokens:
+        for token in tokens:
             self._residency.claims.settle(token, filled=False)
 
     def fail(self, failure: InternalError) -> None:
@@ -297,6 +289,7 @@ class Scheduler:
     def _end(self, flight: Flight) -> None:
         del self._flights[flight.plan.run_id]
         flight.end()
+        self._residency.evict_ahead()
         if not self._flights:
             _wake(self._idle)
         if self._residency.claims.of_owner(flight.plan.run_id):

@@ -173,11 +173,9 @@ class CacheConfig(ConfigModel):
     )
     evict_start_threshold: float = key(
         1.0,
-        "Used part of a tier from which eviction starts; 1 = when it is full.",
+        "Used part of a tier from which blocks are evicted ahead of need; 1 = never.",
         gt=0,
         le=1,
-        part="the background eviction part",
-        built=(1.0,),
     )
     eviction_policy: EvictionPolicy = key("lru", "Which block goes first.")
     hit_reward_seconds: float = key(

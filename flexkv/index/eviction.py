@@ -27,6 +27,9 @@ class Eviction(NamedTuple):
     hit_reward_seconds: float = 0.0
     """With lru: each use counts as having come so much later."""
 
+    start_threshold: float = 1.0
+    """Used part of a tier from which blocks are evicted ahead of need."""
+
     @property
     def timed(self) -> bool:
         """Tell whether the table must be told the time."""

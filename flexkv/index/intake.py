@@ -59,6 +59,10 @@ class Intake:
             self._keys.namespace_hash(namespace),
         )
 
+    def root(self, namespace: Namespace) -> bytes:
+        """Give the root of a namespace."""
+        return self._keys.root(namespace)
+
     def device_ids(self, slot_mapping: Any, span: Span, device_blocks: int) -> BlockIds:
         """Give the device block of every whole block of a span: int64[blocks].
 

@@ -173,6 +173,8 @@ class Residency:
         }
         self.claims = Claims(self._table, self._number)
         self.timed = eviction.timed
+        self._start_threshold = eviction.start_threshold
+        self._evict_ratio = eviction.evict_ratio
 
     # -- looking --------------------------------------------------------------------------------
 
@@ -234,6 +236,13 @@ class Residency:
         """Count the blocks of a namespace by tier."""
         return dict(zip(self.tiers, self._table.root_blocks(root), strict=True))
 
+    def namespace_holdings(self, root: bytes) -> list[Holding]:
+        """Give every ready block of a namespace, tier by tier."""
+        return [
+            Holding(tier, np.frombuffer(self._table.root_ids(number, root), np.int64))
+            for tier, number in self._number.items()
+        ]
+
     # -- filling --------------------------------------------------------------------------------
 
     def reserve(
@@ -271,6 +280,17 @@ class Residency:
     def tick(self, now_s: int) -> None:
         """Tell the time, in seconds from any start; it never goes back."""
         self._table.tick(now_s)
+
+    def evict_ahead(self) -> None:
+        """Free places where more of a tier is used than the eviction's start threshold allows."""
+        if self._start_threshold >= 1.0:
+            return
+        for tier, number in self._number.items():
+            counts = self.counts(tier)
+            allowed = int(counts.capacity * self._start_threshold)
+            if (over := counts.capacity - counts.free - allowed) > 0:
+                batch = int(counts.capacity * self._evict_ratio)
+                self._table.evict(number, max(over, batch))
 
     def evict(self, tier: Tier, blocks: int) -> int:
         """Evict up to so many blocks of a tier, and count them."""

@@ -25,8 +25,9 @@ from flexkv.backend import Device, Progress
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import TransferError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
-from flexkv.common.terms import BLOCK_KEY_BYTES
+from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine import Engine
+from flexkv.index.eviction import POLICIES
 from flexkv.index.keys import block_keys
 from flexkv.io.ports import DurablePort
 from flexkv.testing.fakes import FakePort
@@ -76,12 +77,15 @@ class Simulation:
             num_ssd_blocks=disk_blocks,
             ssd_cache_dir="unused",
             evict_ratio=random.choice([0.0, 0.05, 0.3]),
+            evict_start_threshold=random.choice([1.0, 1.0, 0.7]),
+            eviction_policy=random.choice(list(POLICIES)),
             requests_max=random.choice([1, 3, 64]),
             chunk_mb=random.choice([1, 4]) * 4096 / 2**20,
             device_window_mb=4 * BLOCK_KEY_BYTES / 2**20,
             disk_read_window_mb=4 * BLOCK_KEY_BYTES / 2**20,
             disk_write_window_mb=2 * BLOCK_KEY_BYTES / 2**20,
         )
+        self.capacity = {Tier.HOST: host_blocks, Tier.DISK: disk_blocks}
         backend = FakeBackend(host_blocks, disk_blocks, faults)
         self.engine = Engine(MODEL, cache, backend)
         self.device = np.full((64, BLOCK_KEY_BYTES), GARBAGE, np.uint8)
@@ -117,8 +121,7 @@ class Simulation:
     async def _request(self, start_s: float) -> None:
         await asyncio.sleep(start_s)
         random, engine = self.random, self.engine
-        if random.random() < 0.03:
-            engine.reset()
+        self._disturb()
         prompt = random.choice(self.prompts)
         operation = random.choice([Operation.GET, Operation.GET, Operation.PUT, Operation.PREFETCH])
         mask = np.ones(len(prompt), np.bool_)
@@ -137,6 +140,21 @@ class Simulation:
         await self._with_slots(request, slots, give_up_s)
         self.device[slots] = GARBAGE
         self.free_slots.extend(slots)
+
+    def _disturb(self) -> None:
+        """Now and then clear, resize or pin, whatever is under way."""
+        random, engine = self.random, self.engine
+        chance = random.random()
+        if chance < 0.03:
+            engine.clear(random.choice([None, *engine.residency.tiers]))
+        elif chance < 0.06:
+            tier = random.choice(engine.residency.tiers)
+            engine.resize(tier, random.randint(1, self.capacity[tier]))
+        elif chance < 0.12:
+            prompt = random.choice([None, random.choice(self.prompts)])
+            engine.pin(prompt, None, random.uniform(0.001, 0.05), random.choice("ab"))
+        elif chance < 0.14:
+            engine.pins.unpin_owner(random.choice("ab"))
 
     async def _with_slots(
         self, request: Request, slots: list[int], give_up_s: float | None

@@ -321,7 +321,6 @@ async def test_bad_arguments_are_named_and_change_nothing(
     [
         ({"enable_remote": True}, "enable_remote"),
         ({"enable_gds": True}, "enable_gds"),
-        ({"evict_start_threshold": 0.5}, "evict_start_threshold"),
         ({"enable_cpu": False}, "enable_cpu"),
     ],
 )

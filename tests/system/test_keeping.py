@@ -1,0 +1,157 @@
+"""What callers can do to what is resident: clear, resize, pin; and eviction ahead of need."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexkv.common.config import CacheConfig
+from flexkv.common.errors import ConfigError
+from flexkv.common.request import Operation
+from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
+from flexkv.engine import Engine
+from flexkv.testing.faults import FaultPlan
+from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK, FakeBackend
+from flexkv.testing.virtual_time import run_virtual
+
+A, B = np.arange(4 * TOKENS_PER_BLOCK), np.arange(4 * TOKENS_PER_BLOCK) + 1000
+
+
+def on_engine(
+    work: Callable[[Engine], Awaitable[None]], host: int = 8, disk: int = 0, **changes: Any
+) -> None:
+    """Run something on an open engine over fakes, on a virtual clock, and close it."""
+
+    async def run() -> None:
+        cache = CacheConfig(
+            tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=host, num_ssd_blocks=disk,
+            ssd_cache_dir="unused", evict_ratio=0.0, **changes,
+        )  # fmt: skip
+        backend = FakeBackend(host, disk, FaultPlan(1, 0.0, 0.0001, 0.001))
+        engine = Engine(MODEL, cache, backend)
+        await engine.open()
+        engine.register_kv_caches([np.zeros((16, BLOCK_KEY_BYTES), np.uint8)])
+        await work(engine)
+        await engine.close()
+
+    run_virtual(run())
+
+
+async def put(engine: Engine, tokens: Any, namespace: Any = None) -> None:
+    """Store a prompt and wait for its write-behind."""
+    request = engine.intake(Operation.PUT, tokens, None, namespace)
+    ready = engine.with_slots(request, np.arange(len(tokens)))
+    assert ready is not None
+    await engine.perform(ready)
+    await engine.flush()
+
+
+def resident(engine: Engine, tokens: Any, namespace: Any = None) -> int:
+    """Count the leading blocks of a prompt that are resident."""
+    return engine.match(tokens, namespace).tokens // TOKENS_PER_BLOCK
+
+
+def test_a_namespace_is_cleared_alone() -> None:
+    """Other namespaces keep their blocks; the places in every tier are counted."""
+
+    async def work(engine: Engine) -> None:
+        await put(engine, A, "one")
+        await put(engine, A, "two")
+        assert engine.clear(namespace="one") == 8
+        assert (resident(engine, A, "one"), resident(engine, A, "two")) == (0, 4)
+        assert engine.clear(namespace="never seen") == 0
+
+    on_engine(work, disk=8)
+
+
+def test_a_tier_is_cleared_alone() -> None:
+    """Clearing the host leaves what is on disk; clearing the disk then leaves nothing."""
+
+    async def work(engine: Engine) -> None:
+        await put(engine, A)
+        assert engine.clear(Tier.HOST) == 4
+        assert engine.match(A).tokens_by_tier == {Tier.HOST: 0, Tier.DISK: len(A)}
+        assert engine.clear(Tier.DISK) == 4
+        assert resident(engine, A) == 0
+        with pytest.raises(ConfigError, match="namespace"):
+            engine.clear(Tier.HOST, "a")
+        with pytest.raises(ConfigError, match="remote"):
+            engine.clear(Tier.REMOTE)
+
+    on_engine(work, disk=8)
+
+
+def test_a_pin_keeps_a_prefix_until_it_expires() -> None:
+    """Pinned blocks survive a stream of others; after the time they go like any."""
+
+    async def work(engine: Engine) -> None:
+        await put(engine, A)
+        engine.pin(A, None, 5.0, "")
+        for number in range(3, 9):
+            await put(engine, A + 1000 * number)
+        assert resident(engine, A) == 4
+        assert engine.residency.counts(Tier.HOST).pinned == 4
+        await asyncio.sleep(6.0)  # virtual
+        assert engine.residency.counts(Tier.HOST).pinned == 0
+        for number in range(3, 9):
+            await put(engine, B + 1000 * number)
+        assert resident(engine, A) == 0
+
+    on_engine(work)
+
+
+def test_pins_end_with_their_owner_or_by_id() -> None:
+    """An owner that is gone has no pins; an id ends one; the rest end at close."""
+
+    async def work(engine: Engine) -> None:
+        await put(engine, A)
+        await put(engine, B, "ns")
+        ids = [engine.pin(A, None, 60, owner) for owner in ("dead", "dead", "alive")]
+        whole = engine.pin(None, "ns", 60, "alive")
+        assert engine.residency.counts(Tier.HOST).pinned == 8
+        assert engine.pins.unpin_owner("dead") == 2
+        assert not engine.pins.unpin(ids[0])
+        assert engine.pins.unpin(whole)
+        assert engine.residency.counts(Tier.HOST).pinned == 4
+        assert len(engine.pins) == 1
+        with pytest.raises(ConfigError, match="ttl_s"):
+            engine.pin(A, None, 0, "")
+
+    on_engine(work)
+
+
+def test_a_tier_is_resized_while_it_is_used() -> None:
+    """A smaller budget evicts; what is pinned stays; growing again gives the places back."""
+
+    async def work(engine: Engine) -> None:
+        await put(engine, A)
+        await put(engine, B)
+        assert engine.resize(Tier.HOST, 4) == 4
+        assert (resident(engine, A), resident(engine, B)) == (0, 4)
+        engine.pin(B, None, 60, "")
+        assert engine.resize(Tier.HOST, 2) == 4
+        assert engine.statistics().tiers["host"].capacity_blocks == 4
+        assert engine.resize(Tier.HOST, 8) == 8
+        await put(engine, A)
+        assert resident(engine, A) == 4
+        for wrong in (0, 9):
+            with pytest.raises(ConfigError, match="capacity_blocks"):
+                engine.resize(Tier.HOST, wrong)
+
+    on_engine(work)
+
+
+def test_places_are_freed_ahead_of_need() -> None:
+    """With a start threshold, a tier is never full when a request comes."""
+
+    async def work(engine: Engine) -> None:
+        for number in range(5):
+            await put(engine, A + 1000 * number)
+            assert engine.residency.counts(Tier.HOST).free >= 4
+        assert resident(engine, A + 4000) == 4
+
+    on_engine(work, evict_start_threshold=0.5)
