@@ -11,6 +11,7 @@ from flexkv import __version__
 from flexkv.cli.demo import demo
 from flexkv.cli.doctor import doctor
 from flexkv.cli.explain import explain
+from flexkv.cli.replay_hits import replay_hits
 from flexkv.common.errors import FlexKVError
 from flexkv.logs import configure_logging
 
@@ -21,6 +22,7 @@ commands = typer.Typer(
 commands.command()(demo)
 commands.command()(doctor)
 commands.command()(explain)
+commands.command()(replay_hits)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,151 @@
+"""`flexkv replay-hits`: hit rate by capacity and policy, as a table, a picture and a page."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from flexkv.common.errors import BackendUnavailableError, ConfigError
+from flexkv.index.eviction import POLICIES, Eviction
+from flexkv.trace.hits import Hits, Prompt, belady, infinite, prompts_of, replay
+from flexkv.trace.mooncake import read_trace
+
+Rates = dict[str, list[float]]
+"""Policy or bound -> hit rate at each capacity."""
+
+
+def replay_hits(
+    trace: Annotated[Path, typer.Argument(help="Requests in the Mooncake format, as JSON lines.")],
+    blocks: Annotated[
+        str, typer.Option(help="Capacities in blocks of the trace, separated by commas.")
+    ] = "1000,5000,10000,30000",
+    policy: Annotated[
+        str, typer.Option(help=f"all, or some of {', '.join(POLICIES)}, separated by commas.")
+    ] = "all",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write STEM.png and STEM.html.", metavar="STEM")
+    ] = Path("replay-hits"),
+    no_plot: Annotated[bool, typer.Option("--no-plot", help="Write no picture.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
+) -> None:
+    """Replay a trace against the index, and show the hit rate beside Belady's and an endless tier.
+
+    A hit is a requested block inside the unbroken resident prefix.
+    """
+    capacities, policies = _capacities(blocks), _policies(policy)
+    draw = None if no_plot or plot is None else _drawing()
+    prompts = prompts_of(read_trace(trace, limit))
+    rates = _rates(prompts, capacities, policies, quiet=as_json)
+    if as_json:
+        asked = sum(len(prompt.ids) for prompt in prompts)
+        told = {"trace": str(trace), "requests": len(prompts), "blocks": asked}
+        typer.echo(json.dumps({**told, "capacities": capacities, "hit_rate": rates}, indent=2))
+    else:
+        _print(capacities, rates)
+    if draw is not None and plot is not None:
+        title = f"{trace.name}: {len(prompts)} requests"
+        svg = draw(capacities, rates, title, plot.with_suffix(".png"))
+        plot.with_suffix(".html").write_text(_page(capacities, rates, title, svg))
+        if not as_json:
+            typer.echo(f"wrote {plot.with_suffix('.png')} and {plot.with_suffix('.html')}")
+
+
+def _capacities(text: str) -> list[int]:
+    try:
+        capacities = sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise ConfigError("blocks", text, "must be numbers separated by commas") from error
+    if capacities[0] < 1:
+        raise ConfigError("blocks", text, "must be positive")
+    return capacities
+
+
+def _policies(text: str) -> list[str]:
+    names = list(POLICIES) if text == "all" else text.split(",")
+    for name in names:
+        if name not in POLICIES:
+            raise ConfigError("policy", name, f"must be all, or of {', '.join(POLICIES)}")
+    # LRU stands beside whatever is asked for.
+    return names if "lru" in names else ["lru", *names]
+
+
+def _rates(prompts: list[Prompt], capacities: list[int], policies: list[str], quiet: bool) -> Rates:
+    def under(name: str) -> Callable[[int], Hits]:
+        return lambda capacity: replay(prompts, capacity, Eviction(name))
+
+    contestants = {name: under(name) for name in policies}
+    contestants["belady"] = lambda capacity: belady(prompts, capacity)
+    contestants["infinite"] = lambda capacity: infinite(prompts)
+    rates: Rates = {name: [] for name in contestants}
+    with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
+        task = progress.add_task("replaying", total=len(contestants) * len(capacities))
+        for name, contestant in contestants.items():
+            for capacity in capacities:
+                rates[name].append(contestant(capacity).rate)
+                progress.advance(task)
+    return rates
+
+
+def _print(capacities: list[int], rates: Rates) -> None:
+    table = Table("policy", title="hit rate by capacity in blocks")
+    for capacity in capacities:
+        table.add_column(f"{capacity:,}", justify="right")
+    for name, values in rates.items():
+        table.add_row(name, *(f"{value:.2%}" for value in values))
+    Console().print(table)
+
+
+def _drawing() -> Callable[[list[int], Rates, str, Path], str]:
+    """Give the function that draws, or say that what it needs is not installed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        why = "pip install 'flexkv[plot]', or ask for --no-plot"
+        raise BackendUnavailableError("matplotlib", why) from error
+
+    def draw(capacities: list[int], rates: Rates, title: str, file: Path) -> str:
+        figure, axes = pyplot.subplots(figsize=(8, 5))
+        for name, values in rates.items():
+            bound = name in ("belady", "infinite")
+            percent = [100 * value for value in values]
+            axes.plot(capacities, percent, "--" if bound else "o-", label=name)
+        axes.set(xscale="log", xlabel="blocks", ylabel="hit rate, %", title=title)
+        axes.set_xticks(capacities, [f"{capacity:,}" for capacity in capacities])
+        axes.legend()
+        axes.grid(alpha=0.3)
+        drawn = io.StringIO()
+        figure.savefig(file, dpi=120)
+        figure.savefig(drawn, format="svg")
+        pyplot.close(figure)
+        return drawn.getvalue()
+
+    return draw
+
+
+def _page(capacities: list[int], rates: Rates, title: str, svg: str) -> str:
+    """Give the picture and the figures as one page that needs nothing else."""
+
+    def row(cells: list[Any], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
+
+    rows = [row(["policy", *(f"{capacity:,}" for capacity in capacities)], "th")]
+    rows += [row([name, *(f"{v:.2%}" for v in values)], "td") for name, values in rates.items()]
+    style = "body{font:15px sans-serif;margin:2em}td,th{padding:.3em 1em;text-align:right}"
+    return (
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>"
+        f"<style>{style}</style><h1>{html.escape(title)}</h1>{svg[svg.index('<svg') :]}"
+        f"<table>{''.join(rows)}</table>\n"
+    )
