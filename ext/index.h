@@ -18,6 +18,9 @@ typedef struct {
     uint8_t nearest[PATTERNS_MAX]; /* a pattern's nearest tier that will do, as a pattern */
 } BlockIndex;
 
+/* Whether a survey counts a use: of blocks that are asked for, or stored after they were. */
+enum use { USE_NONE, USE_ASKED, USE_STORED };
+
 /* Raise what the index says was broken; gives NULL. */
 PyObject *index_broken(BlockIndex *self, const char *law);
 

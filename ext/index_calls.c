@@ -218,7 +218,7 @@ static void groups_fill(const BlockIndex *self, size_t begin, size_t end, struct
 }
 
 static PyObject *survey(BlockIndex *self, const unsigned char *keys, const size_t range[2],
-                        bool nearest, bool use)
+                        bool nearest, int64_t use)
 {
     struct group groups[PATTERNS_MAX] = {0};
     size_t begin = range[0], from = use ? 0 : begin, known, end;
@@ -226,6 +226,8 @@ static PyObject *survey(BlockIndex *self, const unsigned char *keys, const size_
 
     if (scratch_take(self, range[1]) < 0)
         return NULL;
+    if (use && self->index.adapt.memories)
+        adapt_request(&self->index.adapt, keys, range[1], use == USE_ASKED, self->index.clock_s);
     known = from + nodes_find(&self->index, keys, from, range[1], self->nodes + from);
     end = patterns_tell(self, range, known > begin ? known : begin, nearest, groups);
     result = PyList_New(0);
@@ -255,13 +257,14 @@ PyObject *index_survey(BlockIndex *self, PyObject *const *args, Py_ssize_t count
     PyObject *values[5], *result = NULL;
     Py_buffer keys;
     size_t range[2];
-    int nearest, use;
+    int nearest;
+    int64_t use;
 
     if (args_unpack(&signature, args, count, keywords, values) < 0)
         return NULL;
     nearest = PyObject_IsTrue(values[3]);
-    use = PyObject_IsTrue(values[4]);
-    if (nearest < 0 || use < 0 || request_hold(values[0], values[1], values[2], &keys, range) < 0)
+    if (nearest < 0 || integer_read(values[4], "use", 0, USE_STORED, &use) < 0 ||
+        request_hold(values[0], values[1], values[2], &keys, range) < 0)
         return NULL;
     result = survey(self, keys.buf, range, nearest, use);
     PyBuffer_Release(&keys);
@@ -303,14 +306,14 @@ static int64_t *positions_new(PyObject *object, const size_t range[2], size_t *n
 }
 
 static PyObject *reserve(BlockIndex *self, unsigned tier, const unsigned char *keys,
-                         const int64_t *positions, size_t n, bool atomic)
+                         const int64_t *positions, size_t n, enum reserve_how how)
 {
     int64_t *ids = PyMem_Malloc((n + 1) * sizeof(int64_t)), taken;
     PyObject *result = NULL;
 
     if (!ids)
         return PyErr_NoMemory();
-    taken = index_reserve(&self->index, tier, keys, positions, n, atomic, ids);
+    taken = index_reserve(&self->index, tier, keys, positions, n, how, ids);
     if (taken < 0)
         index_broken(self, self->index.broken);
     else
@@ -323,24 +326,24 @@ static PyObject *reserve(BlockIndex *self, unsigned tier, const unsigned char *k
 PyObject *index_call_reserve(BlockIndex *self, PyObject *const *args, Py_ssize_t count,
                              PyObject *keywords)
 {
-    static const char *const names[] = {"tier", "keys", "begin", "end", "positions", "atomic"};
+    static const char *const names[] = {"tier", "keys", "begin", "end", "positions", "how"};
     static const struct signature signature = {"reserve", names, 6, 6};
     PyObject *values[6], *result = NULL;
     int64_t *positions;
     unsigned tier;
     Py_buffer keys;
     size_t range[2], n;
-    int atomic;
+    int64_t how;
 
     if (args_unpack(&signature, args, count, keywords, values) < 0 ||
-        tier_read(self, values[0], &tier) < 0)
+        tier_read(self, values[0], &tier) < 0 ||
+        integer_read(values[5], "how", 0, RESERVE_HOWS - 1, &how) < 0)
         return NULL;
-    atomic = PyObject_IsTrue(values[5]);
-    if (atomic < 0 || request_hold(values[1], values[2], values[3], &keys, range) < 0)
+    if (request_hold(values[1], values[2], values[3], &keys, range) < 0)
         return NULL;
     positions = positions_new(values[4], range, &n);
     if (positions)
-        result = reserve(self, tier, keys.buf, positions, n, atomic);
+        result = reserve(self, tier, keys.buf, positions, n, (enum reserve_how)how);
     PyMem_Free(positions);
     PyBuffer_Release(&keys);
     return result;

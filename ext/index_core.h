@@ -47,7 +47,9 @@ struct place {
     ref node;           /* NONE: it is under no key */
     ref older, newer;   /* in the policy's list while READY; the filler's token while RESERVED */
     uint32_t pins;
-    uint8_t state, list, uses;
+    uint32_t used_s;    /* LIFETIME: when it was last used, by the clock */
+    uint8_t state, list;
+    uint8_t uses;       /* LIFETIME: its class */
 };
 
 struct list {
@@ -56,7 +58,34 @@ struct list {
 };
 
 enum policy_kind { POLICY_LRU, POLICY_FIFO, POLICY_MRU, POLICY_FILO, POLICY_LFU, POLICY_SLRU,
-                   POLICY_REWARD, POLICY_KINDS };
+                   POLICY_REWARD, POLICY_LIFETIME, POLICY_KINDS };
+
+/* -- what LIFETIME learns from: index_adapt.c -------------------------------------------------- */
+
+#define TURNS_MAX 7
+#define SHARED_CHILDREN 3
+#define CLASS_SHARED (TURNS_MAX * 4)
+#define CLASSES (CLASS_SHARED + 1)
+#define AGE_BINS 26
+#define MEMORIES_MIN (UINT64_C(1) << 18)
+#define MEMORIES_MAX (UINT64_C(1) << 22)
+
+struct memory {
+    uint32_t tag, used_s;
+    uint8_t turn;       /* from 1 on; 0 when the slot is empty */
+    uint8_t class, children;
+};
+
+struct ages {
+    uint64_t count[AGE_BINS], sum_s[AGE_BINS];
+};
+
+struct adapt {
+    struct memory *memories;     /* NULL: nothing is learnt */
+    uint32_t mask;
+    uint64_t uses[CLASSES], hits[CLASSES][AGE_BINS];
+    struct ages ended[CLASSES];
+};
 
 struct policy {
     enum policy_kind kind;
@@ -64,6 +93,7 @@ struct policy {
     uint32_t protected_max;      /* SLRU */
     uint64_t first_bucket;       /* REWARD: the bucket of time in which the clock is */
     uint64_t occupied;           /* which lists have members */
+    float lifetime_s[CLASSES];   /* LIFETIME: how long each class is worth its place */
     struct list lists[LISTS_MAX];
 };
 
@@ -90,6 +120,7 @@ struct block_index {
     size_t buckets_bytes;
     uint32_t page_mask;
     uint32_t clock_s;
+    struct adapt adapt;
     struct tier tier[TIERS_MAX];
     const char *broken;          /* the law that a failed call broke */
 };
@@ -143,12 +174,32 @@ void node_join(struct block_index *index, ref node);
 /* Free a node that has left its family. */
 void node_free(struct block_index *index, ref node);
 
+/* -- index_adapt.c ----------------------------------------------------------------------------- */
+
+bool adapt_open(struct adapt *adapt, uint64_t blocks);
+unsigned age_bin(uint32_t age_s);
+
+/* A prompt is asked for: remember its blocks. `use`: it is a turn of its own, not the second half
+ * of one whose use was counted before. */
+void adapt_request(struct adapt *adapt, const unsigned char *keys, size_t blocks, bool use,
+                   uint32_t now_s);
+unsigned adapt_class(const struct adapt *adapt, struct key key);
+
+/* Count the memories that have not ended, by class and age. */
+void adapt_living(const struct adapt *adapt, uint32_t now_s, struct ages *living);
+
 /* -- index_policy.c: which READY place goes next ----------------------------------------------- */
 
 void policy_open(struct policy *policy, enum policy_kind kind, uint32_t parameter,
                  uint32_t capacity);
 void policy_insert(struct tier *tier, ref place, uint32_t clock_s);
 void policy_use(struct tier *tier, ref place, uint32_t clock_s);
+
+/* LIFETIME: tell a place's class, before it is inserted or used. */
+void policy_classify(struct tier *tier, ref place, unsigned class);
+
+/* LIFETIME: whether the next victim has outlived what it was worth. */
+bool policy_expired(struct tier *tier, uint32_t clock_s);
 void policy_remove(struct tier *tier, ref place);
 
 /* Put a place back where the next victim is taken from. */
@@ -182,10 +233,18 @@ void unpark(struct block_index *index, const struct node *node);
 /* The node may have lost its last child: a root goes then, a block may be evicted. */
 void parent_lost_child(struct block_index *index, ref parent);
 
+/* How much of a batch is reserved when there is too little room, or the blocks are worth little. */
+enum reserve_how {
+    RESERVE_PREFIX,  /* as many as there is room for */
+    RESERVE_ALL,     /* all, or none */
+    RESERVE_WORTHY,  /* as many as there is room for, or are worth an eviction */
+    RESERVE_HOWS,
+};
+
 /* Take places for n positions of keys (the root first), which become RESERVED; evict for them.
- * Gives how many were taken: all or, unless `atomic`, a prefix. -1 with `broken`. */
+ * Gives how many were taken. -1 with `broken`. */
 int64_t index_reserve(struct block_index *index, unsigned tier, const unsigned char *keys,
-                      const int64_t *positions, size_t n, bool atomic, int64_t *ids);
+                      const int64_t *positions, size_t n, enum reserve_how how, int64_t *ids);
 
 /* Each gives false with `broken` when an id is not in the state it must be in; those before it
  * have been done then. */

@@ -4,6 +4,8 @@
  *   FIFO, FILO   list 0 by arrival; the oldest, or the newest, goes
  *   LFU          list u: those used u times, by last use; the lowest list goes first
  *   SLRU         list 0 on probation, list 1 protected: used often enough, at most 4/5 of the tier
+ *   LIFETIME     list c: those of class c by last use; of the oldest of each class goes the one
+ *                that has lived longest for what its class is worth
  *   REWARD       a calendar: each use keeps a place for some seconds more. List 0 is overdue; the
  *                others are a ring of buckets of time, from `first_bucket` on
  */
@@ -24,6 +26,8 @@ void policy_open(struct policy *policy, enum policy_kind kind, uint32_t paramete
     policy->occupied = 0;
     for (unsigned i = 0; i < LISTS_MAX; i++)
         policy->lists[i] = (struct list){NONE, NONE, 0};
+    for (unsigned i = 0; i < CLASSES; i++)
+        policy->lifetime_s[i] = 1;
 }
 
 static void link_newest(struct tier *tier, unsigned number, ref place)
@@ -150,6 +154,8 @@ static unsigned list_of(struct tier *tier, ref place, uint32_t clock_s)
         return uses < LISTS_MAX ? uses : LISTS_MAX - 1;
     case POLICY_SLRU:
         return uses >= policy->parameter;
+    case POLICY_LIFETIME:
+        return uses;
     case POLICY_REWARD:
         calendar_turn(tier, clock_s);
         return calendar_list(tier, place, clock_s);
@@ -171,8 +177,52 @@ static void bound_protected(struct tier *tier)
     }
 }
 
+/* How long a place has lived, as a multiple of what its class is worth. */
+static float share_lived(const struct tier *tier, ref place, uint32_t clock_s)
+{
+    const struct place *at = &tier->places[place];
+
+    return ((float)(clock_s - at->used_s) + 0.001f) /
+           (tier->policy.lifetime_s[at->uses] + 0.001f);
+}
+
+static ref lifetime_victim(const struct tier *tier, uint32_t clock_s, float *share)
+{
+    ref victim = NONE;
+
+    *share = -1;
+    for (uint64_t left = tier->policy.occupied; left; left &= left - 1) {
+        ref oldest = tier->policy.lists[__builtin_ctzll(left)].oldest;
+        float lived = share_lived(tier, oldest, clock_s);
+
+        if (lived > *share) {
+            *share = lived;
+            victim = oldest;
+        }
+    }
+    return victim;
+}
+
+void policy_classify(struct tier *tier, ref place, unsigned class)
+{
+    if (tier->policy.kind != POLICY_LIFETIME)
+        return;
+    if (tier->places[place].list < LISTS_MAX)
+        policy_remove(tier, place);
+    tier->places[place].uses = (uint8_t)class;
+}
+
+bool policy_expired(struct tier *tier, uint32_t clock_s)
+{
+    float share;
+
+    return tier->policy.kind == POLICY_LIFETIME &&
+           lifetime_victim(tier, clock_s, &share) != NONE && share >= 1;
+}
+
 void policy_insert(struct tier *tier, ref place, uint32_t clock_s)
 {
+    tier->places[place].used_s = clock_s;
     link_newest(tier, list_of(tier, place, clock_s), place);
     bound_protected(tier);
 }
@@ -186,7 +236,8 @@ void policy_use(struct tier *tier, ref place, uint32_t clock_s)
 {
     struct place *at = &tier->places[place];
 
-    if (at->uses < USES_MAX)
+    at->used_s = clock_s;
+    if (at->uses < USES_MAX && tier->policy.kind != POLICY_LIFETIME)
         at->uses++;
     if (by_arrival(&tier->policy))
         return;
@@ -204,6 +255,8 @@ void policy_return(struct tier *tier, ref place)
 {
     if (newest_goes(&tier->policy))
         link_newest(tier, 0, place);
+    else if (tier->policy.kind == POLICY_LIFETIME)
+        link_oldest(tier, tier->places[place].uses, place);
     else
         link_oldest(tier, 0, place);
 }
@@ -228,6 +281,8 @@ ref policy_victim(struct tier *tier, uint32_t clock_s)
         return policy->lists[0].newest;
     if (policy->kind == POLICY_REWARD)
         return policy->lists[calendar_first(policy)].oldest;
+    if (policy->kind == POLICY_LIFETIME)
+        return lifetime_victim(tier, clock_s, &(float){0});
     return policy->lists[__builtin_ctzll(policy->occupied)].oldest;
 }
 

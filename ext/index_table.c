@@ -2,6 +2,7 @@
 #include "index_core.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -59,6 +60,7 @@ void index_close(struct block_index *index)
     for (unsigned t = 0; t < TIERS_MAX; t++)
         if (index->tier[t].places)
             munmap(index->tier[t].places, index->tier[t].places_bytes);
+    free(index->adapt.memories);
     if (index->nodes)
         munmap(index->nodes, index->nodes_bytes);
     if (index->buckets)

@@ -175,23 +175,52 @@ static ref node_take(struct block_index *index, const unsigned char *keys, int64
     return node_add(index, key, bucket, parent);
 }
 
+/* How many leading blocks of a batch are worth an eviction: up to the last whose class has any
+ * lifetime. What is behind is taken only where there is room, or something has outlived its own. */
+static size_t worthy_blocks(const struct block_index *index, const struct tier *tier,
+                            const unsigned char *keys, const int64_t *positions, size_t n)
+{
+    if (tier->policy.kind != POLICY_LIFETIME)
+        return n;
+    while (n && tier->policy.lifetime_s[adapt_class(&index->adapt,
+                                                    key_at(keys, positions[n - 1]))] < 0.5f)
+        n--;
+    return n;
+}
+
+/* Make room for n blocks as far as it can or should be made; gives how many there is room for. */
+static size_t room_make(struct block_index *index, unsigned t, size_t n, size_t worthy,
+                        enum reserve_how how)
+{
+    struct tier *tier = &index->tier[t];
+
+    if (worthy > tier->free) {
+        size_t lacking = worthy - tier->free;
+
+        index_evict(index, t, how == RESERVE_ALL ? lacking : 0,
+                    lacking > tier->evict_blocks ? lacking : tier->evict_blocks);
+    }
+    while (n > tier->free && worthy < n && policy_expired(tier, index->clock_s))
+        if (!index_evict(index, t, 0, 1))
+            break;
+    if (n <= tier->free)
+        return n;
+    return how == RESERVE_ALL ? 0 : tier->free;
+}
+
 int64_t index_reserve(struct block_index *index, unsigned t, const unsigned char *keys,
-                      const int64_t *positions, size_t n, bool atomic, int64_t *ids)
+                      const int64_t *positions, size_t n, enum reserve_how how, int64_t *ids)
 {
     struct tier *tier = &index->tier[t];
     bool fresh = false;
     ref last = NONE;
 
     if (n > tier->free) {
-        size_t lacking = n - tier->free;
+        size_t worthy = n;
 
-        index_evict(index, t, atomic ? lacking : 0,
-                    lacking > tier->evict_blocks ? lacking : tier->evict_blocks);
-        if (n > tier->free) {
-            if (atomic)
-                return 0;
-            n = tier->free;
-        }
+        if (how == RESERVE_WORTHY)
+            worthy = worthy_blocks(index, tier, keys, positions, n);
+        n = room_make(index, t, n, worthy, how);
     }
     for (size_t i = 0; i < n; i++) {
         struct place *place;
@@ -279,6 +308,9 @@ bool index_commit(struct block_index *index, unsigned t, const int64_t *ids, siz
         tier->reserved--;
         tier->ready++;
         place->state = PLACE_READY;
+        if (index->adapt.memories)
+            policy_classify(tier, (ref)ids[n],
+                            adapt_class(&index->adapt, node_at(index, place->node)->key));
         policy_insert(tier, (ref)ids[n], index->clock_s);
         unpark(index, node_at(index, place->node));
     }
@@ -349,8 +381,11 @@ void index_use(struct block_index *index, const ref *nodes, size_t n)
         for (unsigned t = 0; t < index->tiers; t++) {
             ref id = node->place[t];
 
-            if (id != NONE && index->tier[t].places[id].state == PLACE_READY)
-                policy_use(&index->tier[t], id, index->clock_s);
+            if (id == NONE || index->tier[t].places[id].state != PLACE_READY)
+                continue;
+            if (index->adapt.memories)
+                policy_classify(&index->tier[t], id, adapt_class(&index->adapt, node->key));
+            policy_use(&index->tier[t], id, index->clock_s);
         }
     }
 }

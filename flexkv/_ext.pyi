@@ -193,7 +193,7 @@ class BlockIndex:
         """Take tiers as (capacity in blocks, policy, its parameter, blocks an eviction takes)."""
 
     def survey(
-        self, keys: bytes, begin: int, end: int, nearest: bool, use: bool
+        self, keys: bytes, begin: int, end: int, nearest: bool, use: int
     ) -> list[tuple[int, int, int, bytes | None, tuple[bytes | None, ...]]]:
         """Tell where the blocks from `begin` to `end` are, alike ones together.
 
@@ -207,7 +207,8 @@ class BlockIndex:
             end: last position, exclusive.
             nearest: tell only the nearest tier that has a block ready, or is the first and fills
                 it; stop before the first block for which there is none.
-            use: count a use of each block found from the root on, in every tier.
+            use: 1: count a use of each block found from the root on, in every tier; 2: the same,
+                of blocks that are stored after they were asked for; 0: count none.
         """
 
     def reserve(
@@ -217,11 +218,12 @@ class BlockIndex:
         begin: int,
         end: int,
         positions: Memory | None,
-        atomic: bool,
+        how: int,
     ) -> bytes:
         """Take places for the blocks from `begin` to `end`, or for those at `positions` of them.
 
-        Gives their ids: of all or, unless `atomic`, of the first ones.
+        Gives their ids. `how` says of how many when there is too little room: 0 the first ones,
+        1 all or none, 2 the first ones that are worth an eviction.
         """
 
     def lease(self, tier: int, ids: Memory, token: int) -> None:
@@ -268,6 +270,15 @@ class BlockIndex:
 
     def counts(self, tier: int, /) -> tuple[int, int, int, int, int, int, int]:
         """Count places: capacity, free, reserved, ready, draining, pinned, evicted so far."""
+
+    def observed(self) -> tuple[bytes, bytes, bytes, bytes]:
+        """Tell what lifetimes follow from: uses, hits, ended and living memories, as uint64.
+
+        By class; hits by class and age; the others count and sum of ages, by class and age.
+        """
+
+    def set_lifetimes(self, tier: int, lifetimes_s: list[float], /) -> None:
+        """Set how long blocks of each class are worth a place of a tier."""
 
     def tick(self, now_s: int, /) -> None:
         """Tell the time, in seconds; it never goes back."""

@@ -19,7 +19,16 @@ from flexkv.graph.compile import TEMPLATES_MAX, compile_shape
 from flexkv.graph.ops import CHUNKS_MAX, Leg, Shape
 from flexkv.graph.plan import OPS_MAX, LegFill, Plan, Template, even_bounds
 from flexkv.index.claims import Claim, Holding
-from flexkv.index.residency import ABSENT, READY, Found, Group, Placement, Positions, Residency
+from flexkv.index.residency import (
+    ABSENT,
+    READY,
+    WORTHY,
+    Found,
+    Group,
+    Placement,
+    Positions,
+    Residency,
+)
 
 LOAD = Route(Tier.HOST, Tier.DEVICE)
 STORE = Route(Tier.DEVICE, Tier.HOST)
@@ -234,7 +243,7 @@ class Planner:
             if states[0] == READY and host_ids is not None and lacking:
                 stores.append(_Store(positions, host_ids, False, lacking))
             elif states[0] == ABSENT and shortfall is None:
-                host_ids = self._residency.reserve(Tier.HOST, request.keys, positions)
+                host_ids = self._residency.reserve(Tier.HOST, request.keys, positions, WORTHY)
                 if len(host_ids) < positions.block_count:
                     shortfall = self._residency.shortfall(Tier.HOST, positions.block_count)
                     positions = positions.part(0, len(host_ids))
@@ -254,7 +263,7 @@ class Planner:
             room = min(
                 positions.block_count, max(0, self._limits.write_behind_blocks_max - waiting)
             )
-            ids = self._residency.reserve(tier, request.keys, positions.part(0, room))
+            ids = self._residency.reserve(tier, request.keys, positions.part(0, room), WORTHY)
             if len(ids):
                 taken[tier] = ids
         # Each tier took a prefix: between two ends the same tiers are behind.

@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 from flexkv.common.errors import ConfigError
 
-POLICIES = {"lru": 0, "fifo": 1, "mru": 2, "filo": 3, "lfu": 4, "slru": 5}
+POLICIES = {"lru": 0, "fifo": 1, "mru": 2, "filo": 3, "lfu": 4, "slru": 5, "lifetime": 7}
 """Which block goes first. `ext/index_policy.c` has the numbers and the rules.
 
 lru: the least recently used; mru: the most recently used. fifo: the first that came; filo: the last
 that came. lfu: the least often used, and of those the least recently. slru: those used fewer than
-`slru_protected_threshold` times, then the others, each by last use.
+`slru_protected_threshold` times, then the others, each by last use. lifetime: what has lived
+longest for what its class is worth, which is learnt (`lifetimes.py`); blocks that are worth nothing
+are not stored when the tier is full.
 """
 
 _REWARD = 6
@@ -33,7 +35,12 @@ class Eviction(NamedTuple):
     @property
     def timed(self) -> bool:
         """Tell whether the table must be told the time."""
-        return self.hit_reward_seconds > 0
+        return self.hit_reward_seconds > 0 or self.learns
+
+    @property
+    def learns(self) -> bool:
+        """Tell whether lifetimes are learnt."""
+        return self.policy == "lifetime"
 
     def options(self, capacity_blocks: int) -> tuple[int, int, int, int]:
         """Give a tier's options as the table takes them.
@@ -45,7 +52,7 @@ class Eviction(NamedTuple):
             why = f"must be one of {', '.join(POLICIES)}"
             raise ConfigError("eviction_policy", self.policy, why)
         number, parameter = POLICIES[self.policy], self.slru_protected_threshold
-        if self.timed:
+        if self.hit_reward_seconds > 0:
             if self.policy != "lru":
                 why = f"needs eviction_policy lru, not {self.policy}"
                 raise ConfigError("hit_reward_seconds", self.hit_reward_seconds, why)

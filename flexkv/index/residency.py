@@ -20,9 +20,18 @@ from flexkv.common.errors import CapacityError, InvariantError
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
 from flexkv.index.claims import Claims, Holding
 from flexkv.index.eviction import Eviction
+from flexkv.index.lifetimes import lifetimes, observed
 
 ABSENT, PENDING, READY = 0, 1, 2
 """Where a block is in one tier: nowhere, being filled, there."""
+
+_UNUSED, _ASKED, _STORED = 0, 1, 2
+"""How a survey counts a use."""
+
+PREFIX, ALL, WORTHY = 0, 1, 2
+"""How much `reserve` takes when room is short: what fits; all or nothing; what is worth it."""
+
+LEARN_EVERY_REQUESTS = 256
 
 
 class PrefixMatch(msgspec.Struct, frozen=True):
@@ -173,6 +182,10 @@ class Residency:
         }
         self.claims = Claims(self._table, self._number)
         self.timed = eviction.timed
+        self._learns = eviction.learns
+        self._requests = 0
+        self._begin_s: int | None = None
+        self._now_s = 0
         self._start_threshold = eviction.start_threshold
         self._evict_ratio = eviction.evict_ratio
 
@@ -191,8 +204,10 @@ class Residency:
         blocks = len(keys) // BLOCK_KEY_BYTES - 1
         if blocks <= first:
             return Found(first, first, ready)
+        if use and self._learns:
+            self._learn()
         for pattern, begin, count, places, ids in self._table.survey(
-            keys, first, blocks, True, use
+            keys, first, blocks, True, _ASKED if use else _UNUSED
         ):
             last += count
             number, tier, is_ready = self._nearest[pattern]
@@ -214,7 +229,7 @@ class Residency:
                 tuple([_array(blob) for blob in ids]),
             )
             for pattern, begin, count, places, ids in self._table.survey(
-                keys, first, last, False, True
+                keys, first, last, False, _STORED
             )
         ]
 
@@ -245,21 +260,17 @@ class Residency:
 
     # -- filling --------------------------------------------------------------------------------
 
-    def reserve(
-        self, tier: Tier, keys: bytes, positions: Positions, atomic: bool = False
-    ) -> BlockIds:
+    def reserve(self, tier: Tier, keys: bytes, positions: Positions, how: int = PREFIX) -> BlockIds:
         """Take places for blocks whose parents are there, evicting what must go.
 
-        Gives int64[n], the places, RESERVED: all or, unless `atomic`, those of a prefix.
+        Gives int64[n], the places, RESERVED: as many of the first as `how` says.
         """
         last = len(keys) // BLOCK_KEY_BYTES - 1
         begin, places = 0, positions.places
         if places is None:
             begin, last = positions.first, positions.first + positions.block_count
         number = self._number[tier]
-        return np.frombuffer(
-            self._table.reserve(number, keys, begin, last, places, atomic), np.int64
-        )
+        return np.frombuffer(self._table.reserve(number, keys, begin, last, places, how), np.int64)
 
     def commit(self, tier: Tier, block_ids: BlockIds) -> None:
         """The bytes are there: RESERVED becomes READY, or goes when its key was forgotten."""
@@ -279,7 +290,20 @@ class Residency:
 
     def tick(self, now_s: int) -> None:
         """Tell the time, in seconds from any start; it never goes back."""
-        self._table.tick(now_s)
+        if self._begin_s is None:
+            self._begin_s = now_s
+        self._now_s = now_s - self._begin_s
+        self._table.tick(self._now_s)
+
+    def _learn(self) -> None:
+        """Now and then, work out again how long blocks of each class are worth their places."""
+        self._requests += 1
+        if self._requests % LEARN_EVERY_REQUESTS:
+            return
+        seen = observed(self._table.observed())
+        for tier, number in self._number.items():
+            found = lifetimes(seen, self.counts(tier).capacity, self._now_s + 1.0)
+            self._table.set_lifetimes(number, found)
 
     def evict_ahead(self) -> None:
         """Free places where more of a tier is used than the eviction's start threshold allows."""

@@ -15,7 +15,7 @@ import numpy as np
 from flexkv import _ext
 from flexkv.common.terms import Tier
 from flexkv.index.eviction import Eviction
-from flexkv.index.residency import Positions, Residency
+from flexkv.index.residency import WORTHY, Positions, Residency
 from flexkv.trace.mooncake import TraceLine
 
 _ROOT = bytes(16)
@@ -69,7 +69,7 @@ def replay(prompts: Iterable[Prompt], capacity_blocks: int, eviction: Eviction) 
         if found.last < blocks:
             with index.holding(found.holdings):
                 rest = Positions(found.last, blocks - found.last)
-                index.commit(Tier.HOST, index.reserve(Tier.HOST, prompt.keys, rest))
+                index.commit(Tier.HOST, index.reserve(Tier.HOST, prompt.keys, rest, WORTHY))
     return Hits(hit, asked)
 
 

@@ -15,7 +15,15 @@ import numpy as np
 from flexkv import _ext
 from flexkv.common.terms import Tier
 from flexkv.index.eviction import Eviction
-from flexkv.index.residency import ABSENT, PENDING, READY, Positions, Residency
+from flexkv.index.residency import (
+    ABSENT,
+    ALL,
+    PENDING,
+    PREFIX,
+    READY,
+    Positions,
+    Residency,
+)
 
 Path = tuple[int, ...]
 """A block by the whole prompt up to it; the first number is the namespace."""
@@ -154,7 +162,7 @@ class Driver:
         positions = Positions(first, len(lacking), np.array(lacking, np.int64))
         if lacking == list(range(first, first + len(lacking))):
             positions = Positions(first, len(lacking))
-        ids = self.index.reserve(tier, keys_of(path), positions, atomic)
+        ids = self.index.reserve(tier, keys_of(path), positions, ALL if atomic else PREFIX)
         self._note_evictions(tier)
         possible = max(0, min(len(lacking), free + evictable))
         assert len(ids) == (possible if possible == len(lacking) or not atomic else 0)
