@@ -29,8 +29,6 @@ from flexkv.common.errors import (
     ConfigError,
     InternalError,
     InvariantError,
-    RecalledError,
-    TransferError,
 )
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import Tier
@@ -78,7 +76,7 @@ class Engine:
         self._resources = ExitStack()
         self._device: Device | None = None
         self._failure: InternalError | None = None
-        self._open = False
+        self._open = self._used = False
         self._next_request = 0
 
     def _empty_residency(self) -> Residency:
@@ -100,7 +98,10 @@ class Engine:
 
         Raises:
             ConfigError: memory, directory or disk space is not there.
+            ClosedError: it was open before.
         """
+        if self._used:
+            raise ClosedError("an engine is opened once: make a new one")
         self._supervisor = Supervisor(self._failed)
         with ExitStack() as undo:
             self._compose(undo, progress)
@@ -108,7 +109,7 @@ class Engine:
             for actor in self._actors.values():
                 self._start(actor)
             self._resources = undo.pop_all()
-        self._open = True
+        self._open = self._used = True
         log.info("engine open", **self._backing_by_name(), block_bytes=self.sizes.block_bytes)
 
     def _compose(self, undo: ExitStack, progress: Progress | None) -> None:
@@ -288,22 +289,30 @@ class Engine:
         if not self._admission.enter_nowait():
             await self._admission.enter()
         try:
-            flight = self._scheduler.begin(request)
-            if begun is not None:
-                begun()
-            if flight.response is None:
-                try:
-                    await flight.wait_answered()
-                except asyncio.CancelledError:
-                    self._scheduler.cancel(flight)
-                    await flight.wait_drained()
-                    raise
+            flight = await self._fly(request, begun)
+            if flight.waited_in_vain:
+                # Who was filling its blocks gave up: they may be elsewhere, or be had again.
+                flight = await self._fly(request, None)
             return flight
         finally:
             self._admission.leave()
 
+    async def _fly(self, request: Request, begun: Callable[[], None] | None) -> Flight:
+        flight = self._scheduler.begin(request)
+        if begun is not None:
+            begun()
+        if flight.response is None:
+            try:
+                await flight.wait_answered()
+            except asyncio.CancelledError:
+                self._scheduler.cancel(flight)
+                await flight.wait_drained()
+                raise
+        return flight
+
     def unready(self, request: Request) -> KVResponse:
         """Give the response to a request that needs a device while none is registered."""
+        self._observer.requests[request.operation][KVResponseStatus.UNREADY] += 1
         why = ClosedError("no KV caches are registered")
         mask = np.zeros(request.token_count, np.bool_)
         return KVResponse(KVResponseStatus.UNREADY, request.request_id, mask, why)
@@ -312,17 +321,15 @@ class Engine:
         """Return once every write-behind under way is done and on stable storage.
 
         Raises:
-            TransferError: a block could not be written, or the disk refused to sync; what could
-                be written is.
+            TransferError: a block could not be written since the last flush, or the disk refused to
+                sync; what could be written is.
         """
         self._check_open()
-        failures: list[TransferError] = []
         for flight in self._scheduler.under_way():
             await flight.wait_ended()
-            if flight.request.operation is Operation.PUT:
-                failures += [e for e in flight.run.errors if not isinstance(e, RecalledError)]
         if self._backend.disk is not None:
             await self._backend.disk.sync()
+        failures = self._scheduler.take_failures()
         if failures:
             raise failures[0]
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from flexkv.backend import Progress
 from flexkv.common.config import CacheConfig, ModelConfig
-from flexkv.common.errors import ClosedError
+from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.common.request import KVResponse, Operation, TokenMask
 from flexkv.common.terms import Tier
 from flexkv.engine import Engine
@@ -55,6 +55,9 @@ class KVManager:
     # -- life -----------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
+        if self._thread is not None:
+            why = "is used with `async with` or with `start`, not with both"
+            raise ConfigError("manager", "started already", why)
         await self._engine.open(self._progress)
         self._loop = asyncio.get_running_loop()
         return self
@@ -74,7 +77,7 @@ class KVManager:
         Raises:
             ConfigError: memory, directory or disk space is not there.
         """
-        if self._loop is not None or self._thread is not None:
+        if self._thread is not None or self._engine.is_open:
             return
         thread = LoopThread()
         thread.start()
@@ -261,6 +264,9 @@ class KVManager:
 
     def explain(self, operation: str, token_ids: Any, namespace: Namespace = None) -> Explanation:
         """Give the plan that a request would run now, without running it."""
+        names = [kind.label for kind in Operation]
+        if operation not in names:
+            raise ConfigError("operation", operation, f"must be one of {', '.join(names)}")
         return self._call(
             lambda: explain(
                 self._engine.intake(Operation[operation.upper()], token_ids, None, namespace),

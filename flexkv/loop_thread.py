@@ -20,6 +20,7 @@ class LoopThread:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._calls: set[concurrent.futures.Future[Any]] = set()
         self._unanswered: dict[concurrent.futures.Future[Any], Callable[[], object]] = {}
 
     def start(self) -> None:
@@ -44,6 +45,8 @@ class LoopThread:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop = self._thread = None
+        for future in list(self._calls):
+            future.cancel()  # came between the loop's last turn and its end
         for outcome, wake in list(self._unanswered.items()):
             if not outcome.done():
                 outcome.set_exception(ClosedError("the engine was shut down during the call"))
@@ -55,10 +58,15 @@ class LoopThread:
         Raises:
             ClosedError: the thread is not running, or was stopped meanwhile.
         """
+        future = asyncio.run_coroutine_threadsafe(_awaited(work), self._running())
+        self._calls.add(future)
         try:
-            return asyncio.run_coroutine_threadsafe(_awaited(work), self._running()).result()
+            return future.result()
         except concurrent.futures.CancelledError as error:
             raise ClosedError("the engine was shut down during the call") from error
+        finally:
+            self._calls.discard(future)
+            future.cancel()  # when a signal ended the wait, the work ends too
 
     async def call_async(self, work: Callable[[], Awaitable[T]]) -> T:
         """Run `work` on the loop, and await its result on the caller's.

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from flexkv.actors.scheduler import Flight
-from flexkv.common.errors import ConfigError, FlexKVError
+from flexkv.common.errors import ConfigError, FlexKVError, TransferError
 from flexkv.common.request import (
     KVResponse,
     KVResponseStatus,
@@ -34,7 +35,7 @@ TASKS_MAX = 1 << 16
 class _Task:
     """One request by its id."""
 
-    __slots__ = ("flight", "hold", "request", "response", "work")
+    __slots__ = ("_over", "flight", "hold", "request", "response", "work")
 
     def __init__(self, request: Request, hold: tuple[int, ...] = ()) -> None:
         self.request = request
@@ -42,6 +43,17 @@ class _Task:
         self.work: asyncio.Task[None] | None = None
         self.flight: Flight | None = None
         self.response: KVResponse | None = None
+        self._over = asyncio.Event()
+
+    def answer(self, response: KVResponse) -> None:
+        """Keep the response, and tell who waits; the first one stands."""
+        if self.response is None:
+            self.response = response
+        self._over.set()
+
+    async def wait_answered(self) -> None:
+        """Return once there is a response, however the task came to it."""
+        await self._over.wait()
 
 
 class TaskTable:
@@ -90,7 +102,7 @@ class TaskTable:
         if operation is not Operation.PREFETCH:
             ready = self._engine.with_slots(request, slot_mapping)
             if ready is None:
-                task.response = self._engine.unready(request)
+                task.answer(self._engine.unready(request))
                 return self._add(task)
             task.request = ready
         self._launch(task)
@@ -106,15 +118,15 @@ class TaskTable:
         if len(task_ids) != len(slot_mappings):
             why = f"must have one entry per task id: {len(task_ids)}"
             raise ConfigError("slot_mappings", f"{len(slot_mappings)} entries", why)
-        ready: list[tuple[_Task, Request | None]] = []
+        ready: dict[_Task, Request | None] = {}
         for task_id, slots in zip(task_ids, slot_mappings, strict=True):
             task = self._find(task_id)
-            if task.work is None and task.response is None:
-                ready.append((task, self._engine.with_slots(task.request, slots)))
-        for task, request in ready:
+            if task.work is None and task.response is None and task not in ready:
+                ready[task] = self._engine.with_slots(task.request, slots)
+        for task, request in ready.items():
             if request is None:
                 self._release(task)
-                task.response = self._engine.unready(task.request)
+                task.answer(self._engine.unready(task.request))
             else:
                 task.request = request
                 self._launch(task)
@@ -128,7 +140,7 @@ class TaskTable:
                 continue
             self._release(task)
             if task.work is None:
-                task.response = _response(task.request, KVResponseStatus.CANCELLED)
+                task.answer(_response(task.request, KVResponseStatus.CANCELLED))
             else:
                 task.work.cancel()
 
@@ -153,21 +165,31 @@ class TaskTable:
         try:
             async with asyncio.timeout(timeout):
                 for task in tasks.values():
-                    while task.response is None:
-                        await self._progress(task)
+                    await task.wait_answered()
                     if completely and task.flight is not None:
                         await task.flight.wait_ended()
         except TimeoutError:
             late = [task_id for task_id, task in tasks.items() if task.response is None]
-            await self.cancel_and_drain(late)
-            for task in (tasks[task_id] for task_id in late):
-                task.response = _response(task.request, KVResponseStatus.TIMEOUT)
-        return {task_id: self._collect(task_id) for task_id in tasks}
+            await self._cancel_late(late)
+        return {
+            task_id: self._collect(task_id, task, completely) for task_id, task in tasks.items()
+        }
+
+    async def _cancel_late(self, task_ids: Sequence[int]) -> None:
+        """End tasks that were not over in time: they are answered with TIMEOUT."""
+        tasks = [self._find(task_id) for task_id in task_ids]
+        await self.cancel_and_drain(task_ids)
+        for task in tasks:
+            task.response = _response(task.request, KVResponseStatus.TIMEOUT)
 
     def try_wait(self, task_ids: Sequence[int]) -> dict[int, KVResponse]:
         """Give the responses of those tasks that are over."""
-        over = [task_id for task_id in task_ids if self._find(task_id).response is not None]
-        return {task_id: self._collect(task_id) for task_id in over}
+        tasks = {task_id: self._find(task_id) for task_id in task_ids}
+        return {
+            task_id: self._collect(task_id, task)
+            for task_id, task in tasks.items()
+            if task.response is not None
+        }
 
     def close(self) -> None:
         """Release what prepared tasks hold."""
@@ -177,29 +199,23 @@ class TaskTable:
     # -- inside ---------------------------------------------------------------------------------
 
     def _launch(self, task: _Task) -> None:
+        def over(work: asyncio.Task[None]) -> None:
+            # A task that is cancelled before its first step runs none of its own code.
+            self._release(task)
+            task.answer(_response(task.request, KVResponseStatus.CANCELLED))
+
         task.work = self._engine.supervisor.spawn("task", self._work(task))
+        task.work.add_done_callback(over)
 
     async def _work(self, task: _Task) -> None:
         """Run a task's request; every end becomes a response."""
         try:
             task.flight = await self._engine.perform(task.request, lambda: self._release(task))
-            task.response = task.flight.response
-        except asyncio.CancelledError:
-            if task.response is None:
-                task.response = _response(task.request, KVResponseStatus.CANCELLED)
         except FlexKVError as error:
-            task.response = _response(task.request, KVResponseStatus.FAILED, error)
-        finally:
-            self._release(task)
-
-    async def _progress(self, task: _Task) -> None:
-        """Return once a task's work is over; a task that was never launched just waits."""
-        if task.work is None:
-            await asyncio.get_running_loop().create_future()
+            task.answer(_response(task.request, KVResponseStatus.FAILED, error))
         else:
-            await asyncio.wait([task.work])
-            if task.response is None:
-                task.response = _response(task.request, KVResponseStatus.CANCELLED)
+            assert task.flight.response is not None
+            task.answer(task.flight.response)
 
     def _release(self, task: _Task) -> None:
         hold, task.hold = task.hold, ()
@@ -220,10 +236,21 @@ class TaskTable:
             raise ConfigError("task_ids", task_id, "was never issued, or is collected already")
         return task
 
-    def _collect(self, task_id: int) -> KVResponse:
-        response = self._tasks.pop(task_id).response
+    def _collect(self, task_id: int, task: _Task, completely: bool = False) -> KVResponse:
+        """Give a task's response, with what failed behind it if that was waited for, too.
+
+        Of several who wait for one task each gets it.
+        """
+        self._tasks.pop(task_id, None)
+        response = task.response
         assert response is not None
-        return response
+        if not completely or task.flight is None or response.error is not None:
+            return response
+        run = task.flight.run
+        error = run.errors[0] if run.errors else None
+        if not run.ended:
+            error = TransferError(0, "write-behind", 0, "was not done in time")
+        return response if error is None else structs.replace(response, error=error)
 
 
 def _narrowed(request: Request, first_block: int, last_block: int) -> Request:

@@ -109,6 +109,10 @@ class Observer:
         found = planned.found
         if request.operation is Operation.GET:
             self.asked_blocks += request.span.last_block - request.span.first_block
+            if response.status is not KVResponseStatus.SUCCESS or response.error is not None:
+                # Hits are what was loaded, not what was found.
+                loaded = int(response.return_mask.sum()) // request.tokens_per_block
+                found = found.before(found.first + loaded)
             for tier, placement in found.ready.items():
                 self.hit_blocks[tier] += placement.block_count
             if found.pending is not None:

@@ -17,11 +17,17 @@ import structlog
 from flexkv.actors.actor import TransferActor
 from flexkv.actors.observer import Observer
 from flexkv.actors.outcome import response_of
-from flexkv.common.errors import InternalError, InvariantError, TransferError
-from flexkv.common.request import KVResponse, Request
+from flexkv.common.errors import (
+    InternalError,
+    InvariantError,
+    RecalledError,
+    TransferError,
+    UnfilledError,
+)
+from flexkv.common.request import KVResponse, Operation, Request
 from flexkv.common.terms import Tier
 from flexkv.graph.ops import OpSpec
-from flexkv.graph.plan import OPS_MAX
+from flexkv.graph.plan import OPS_MAX, Plan
 from flexkv.graph.planner import Planned, Planner
 from flexkv.graph.run import (
     Answer,
@@ -42,6 +48,8 @@ from flexkv.index.residency import Residency
 from flexkv.io.ports import Completion
 
 log = structlog.get_logger(__name__)
+
+FAILURES_MAX = 100
 
 
 class Flight:
@@ -88,6 +96,13 @@ class Flight:
         """
         while not self.run.ended:
             await self._waiter(self._end_waiters)
+
+    @property
+    def waited_in_vain(self) -> bool:
+        """Tell whether the flight was answered short because another gave up filling its blocks."""
+        if self.response is None or self.run.cancelled:
+            return False
+        return any(isinstance(error, UnfilledError) for error in self.run.errors)
 
     def _waiter(self, waiters: list[asyncio.Future[None]]) -> asyncio.Future[None]:
         if self.failure is not None:
@@ -144,6 +159,7 @@ class Scheduler:
         self._busy = False
         self._failed: InternalError | None = None
         self._next_run = 0
+        self._failures: list[TransferError] = []
         self._idle: list[asyncio.Future[None]] = []
         self._on: dict[type, Callable[[Flight, int, Command], None]] = {
             Issue: self._issue,
@@ -190,7 +206,16 @@ class Scheduler:
                 flight.request, flight.plan, flight.plan.template.ops[op], error
             )
             self._events.append((flight, Done(op) if error is None else Failed(op, error)))
+            if error is not None and not isinstance(error, RecalledError):
+                self._distrust(flight.plan, flight.plan.template.ops[op])
         self._work()
+
+    def _distrust(self, plan: Plan, op: OpSpec) -> None:
+        """Forget blocks of a lower tier that could not be read: a put brings them anew."""
+        if op.route is None or op.route.source <= Tier.HOST:
+            return
+        begin, end = plan.bounds(op)
+        self._residency.forget(op.route.source, plan.fills[op.leg].ids[op.route.source][begin:end])
 
     async def wait_idle(self) -> None:
         """Return once no flight is left, write-behind included, or the engine has failed."""
@@ -220,6 +245,11 @@ class Scheduler:
         for flight in self._flights.values():
             flight.fail(failure)
         _wake(self._idle)
+
+    def take_failures(self) -> list[TransferError]:
+        """Give what failed of puts since the last call, write-behind included; the first ones."""
+        failures, self._failures = self._failures, []
+        return failures
 
     def under_way(self) -> list[Flight]:
         """Give the flights under way: what a flush has to wait for."""
@@ -289,6 +319,9 @@ class Scheduler:
     def _end(self, flight: Flight) -> None:
         del self._flights[flight.plan.run_id]
         flight.end()
+        if flight.run.errors and flight.request.operation is Operation.PUT:
+            real = [error for error in flight.run.errors if not isinstance(error, RecalledError)]
+            self._failures += real[: FAILURES_MAX - len(self._failures)]
         self._residency.evict_ahead()
         if not self._flights:
             _wake(self._idle)
@@ -300,4 +333,4 @@ def _news(op: int, filled: bool) -> Event:
     """Tell a barrier how the op that it waits for ended."""
     if filled:
         return Done(op)
-    return Failed(op, TransferError(op, "wait", 0, "the blocks it waits for were not filled"))
+    return Failed(op, UnfilledError(op, "wait", 0, "the blocks it waits for were not filled"))

@@ -49,6 +49,10 @@ class RecalledError(TransferError):
     """A transfer op was recalled before all of its bytes were on their way: no fault of any."""
 
 
+class UnfilledError(TransferError):
+    """Another request was filling the blocks that this one waited for, and gave up."""
+
+
 class StorageError(TransferError):
     """A file operation failed with an errno."""
 

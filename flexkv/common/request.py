@@ -112,6 +112,8 @@ def as_int64(field: str, values: Any) -> NDArray[np.int64]:
         return np.empty(0, np.int64)
     if array.dtype.kind not in "iu":
         raise ConfigError(field, f"dtype {array.dtype}", "must have an integer dtype")
+    if array.dtype.kind == "u" and array.itemsize == 8 and int(array.max()) >= 1 << 63:
+        raise ConfigError(field, int(array.max()), "must fit in 63 bits")
     return np.ascontiguousarray(array, dtype=np.int64)
 
 

@@ -59,13 +59,15 @@ class Planned(NamedTuple):
 class Draft:
     """Legs and fills under construction."""
 
-    __slots__ = ("_chunk_blocks", "_fills", "_legs", "_request")
+    __slots__ = ("_chunk_blocks", "_fills", "_legs", "_request", "reserved")
 
     def __init__(self, request: Request, limits: PlanLimits) -> None:
         self._request = request
         self._chunk_blocks = limits.chunk_blocks
         self._legs: list[Leg] = []
         self._fills: list[LegFill] = []
+        self.reserved: list[BlockIds] = []
+        """Host places that were taken for it."""
 
     def add(self, hops: tuple[Route, ...], positions: Positions, ids: dict[Tier, BlockIds]) -> None:
         """Add a leg over blocks that are there; `ids` is the draft's from then on."""
@@ -119,11 +121,43 @@ class Planner:
         found = self._residency.find(request.keys, request.span.first_block, use=True)
         if found.host_only:
             return Planned(self._claimed(self._from_host(request, found, run_id)), found, None)
-        draft = Draft(request, self._limits)
-        with self._residency.holding(found.holdings):
-            last, shortfall = self._load(request, found, draft)
-            plan = self._claimed(draft.plan(run_id))
-        return Planned(plan, found._replace(last=last), shortfall)
+        last, told = found.last, None
+        while True:
+            draft, wanted = Draft(request, self._limits), found.before(last)
+            with self._residency.holding(wanted.holdings):
+                last, shortfall = self._load(request, wanted, draft)
+                told = told or shortfall
+                if shortfall is None or wanted is not found:
+                    plan = self._claimed(draft.plan(run_id))
+                    return Planned(plan, wanted._replace(last=last), told)
+                self._drop(draft)
+            # What lies behind the blocks for which there is no place holds places itself: give up
+            # as much of it as brings the end of the run furthest.
+            last = min(self._furthest(found, last), found.last - 1)
+
+    def _drop(self, draft: Draft) -> None:
+        """Give back the host places that a draft has taken."""
+        for ids in draft.reserved:
+            self._residency.abort(Tier.HOST, ids)
+
+    def _furthest(self, found: Found, last: int) -> int:
+        """Give where a run ends for which there are places, when what is behind gives up its own.
+
+        Places were found for the blocks before `last`, all of the run's own host blocks being kept.
+        """
+        host = found.ready.get(Tier.HOST)
+        places = sum(
+            placement.before(last).block_count
+            for tier, placement in found.ready.items()
+            if tier is not Tier.HOST
+        )
+        for end in range(found.last, last, -1):
+            kept = host.positions.number_before(end) if host else 0
+            given_up = (host.block_count if host else 0) - kept
+            wanted = end - found.first - kept
+            if wanted <= places + given_up:
+                return end
+        return last
 
     def _from_host(self, request: Request, found: Found, run_id: int) -> Plan:
         """Plan the common case: all is in host memory, nothing to reserve, nobody to wait for."""
@@ -147,6 +181,7 @@ class Planner:
         if pending is not None:
             last, starts, fillers = self._fillers(pending, last)
         host_ids, last, shortfall = self._host_places(request, found, last)
+        draft.reserved.extend(host_ids.values())
         for tier, placement in found.ready.items():
             placed = placement.before(last)
             if not placed.block_count:
@@ -210,7 +245,9 @@ class Planner:
         held = [
             Holding(Tier.HOST, group.block_ids[0])
             for group in groups
-            if group.states[0] == READY and group.block_ids[0] is not None
+            if group.states[0] == READY
+            and READY not in group.states[1:]  # else the block stays, whatever happens here
+            and group.block_ids[0] is not None
         ]
         with residency.holding([*parent, *held]):
             stores, shortfall = self._in_host(request, groups)

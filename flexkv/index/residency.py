@@ -120,6 +120,19 @@ class Found(NamedTuple):
         host = self.ready.get(Tier.HOST)
         return (host.positions.block_count if host else 0) == self.last - self.first
 
+    def before(self, last: int) -> Found:
+        """Give the part of the run before a position."""
+        if last >= self.last:
+            return self
+        ready = {tier: placed.before(last) for tier, placed in self.ready.items()}
+        pending = self.pending and self.pending.before(last)
+        return Found(
+            self.first,
+            last,
+            {tier: placed for tier, placed in ready.items() if placed.block_count},
+            pending if pending and pending.block_count else None,
+        )
+
     @property
     def holdings(self) -> list[Holding]:
         """Give the ready blocks, tier by tier."""
