@@ -293,6 +293,8 @@ class Engine:
             if flight.waited_in_vain:
                 # Who was filling its blocks gave up: they may be elsewhere, or be had again.
                 flight = await self._fly(request, None)
+                if flight.waited_in_vain:
+                    self._scheduler.tell(flight)
             return flight
         finally:
             self._admission.leave()

@@ -58,3 +58,14 @@ class Statistics(msgspec.Struct, frozen=True):
     def hit_rate(self) -> float:
         """Give the share of the blocks asked for by gets that some tier had."""
         return sum(self.hit_blocks.values()) / self.asked_blocks if self.asked_blocks else 0.0
+
+    @property
+    def disk_written_per_hit(self) -> float:
+        """Give the blocks written to SSD for each block that a get found there: its wear.
+
+        Infinite when nothing was found there yet, and 0 when nothing was written.
+        """
+        route = self.routes.get("host→disk")
+        written = route.blocks if route else 0
+        hits = self.hit_blocks.get("disk", 0)
+        return written / hits if hits else float("inf") if written else 0.0

@@ -312,9 +312,16 @@ class Scheduler:
         self._joiners.setdefault(filler, []).append(_Joiner(flight, spec.index))
 
     def _answer(self, flight: Flight) -> None:
-        response = response_of(flight.request, flight.planned, flight.run)
-        flight.answer(response)
-        self._observer.request_ended(flight.request, flight.planned, response, flight.begin_ns)
+        flight.answer(response_of(flight.request, flight.planned, flight.run))
+        if not flight.waited_in_vain:  # else it may be tried again: a request counts once
+            self.tell(flight)
+
+    def tell(self, flight: Flight) -> None:
+        """Count an answered flight as the end of its request."""
+        assert flight.response is not None
+        self._observer.request_ended(
+            flight.request, flight.planned, flight.response, flight.begin_ns
+        )
 
     def _end(self, flight: Flight) -> None:
         del self._flights[flight.plan.run_id]

@@ -128,7 +128,11 @@ def whole_blocks(token_mask: Any, token_count: int, tokens_per_block: int) -> Sp
     """
     first_token, last_token = 0, token_count
     if token_mask is not None:
-        first_token, last_token = _run_of_true(np.asarray(token_mask), token_count)
+        try:
+            mask = np.asarray(token_mask)
+        except ValueError as error:
+            raise ConfigError("token_mask", type(token_mask).__name__, str(error)) from error
+        first_token, last_token = _run_of_true(mask, token_count)
     first_block = -(-first_token // tokens_per_block)
     last_block = last_token // tokens_per_block
     return Span(first_block, max(first_block, last_block), first_token, last_token)

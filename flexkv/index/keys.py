@@ -163,11 +163,14 @@ def scope_of(namespace: Namespace) -> Scope:
 
 
 def _parts(namespace: str | Sequence[str]) -> tuple[str, ...]:
-    if isinstance(namespace, str):
-        return (namespace,)
-    if not isinstance(namespace, Sequence) or not all(isinstance(p, str) for p in namespace):
+    parts = (namespace,) if isinstance(namespace, str) else namespace
+    if not isinstance(parts, Sequence) or not all(isinstance(part, str) for part in parts):
         raise ConfigError("namespace", namespace, "must be a string or a list of strings")
-    return tuple(namespace)
+    try:
+        "".join(parts).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("namespace", ascii(namespace), f"is not UTF-8: {error.reason}") from error
+    return tuple(parts)
 
 
 def _framed_extras(extras: list[tuple[int, int, str]]) -> bytes:

@@ -46,6 +46,9 @@ async def test_a_prefix_whose_tail_fills_the_host_is_loaded_as_far_as_it_fits(
             task, mask = manager.put_match(tokens)
             first = int(mask.argmax()) // PER_BLOCK
             manager.launch([task], [slots_of(range(first, blocks))])
+            work = manager._tasks._find(task).work
+            assert work is not None
+            await asyncio.wait([work])
             await manager.flush()
             assert task in manager.try_wait([task])
         assert manager.match(PROMPT).tokens > 8 * PER_BLOCK
@@ -54,6 +57,7 @@ async def test_a_prefix_whose_tail_fills_the_host_is_loaded_as_far_as_it_fits(
         assert response.status is KVResponseStatus.SUCCESS
         assert int(response.return_mask.sum()) >= 8 * PER_BLOCK
         assert np.array_equal(bytes_of(caches, range(32, 40)), expected)
+        assert 1 <= manager.statistics().disk_written_per_hit <= 16
 
 
 async def test_a_put_longer_than_the_host_reaches_the_ssd_in_parts(tmp_path: Path) -> None:
@@ -192,6 +196,9 @@ async def test_a_get_whose_filler_gave_up_finds_the_blocks_elsewhere(tmp_path: P
         await asyncio.sleep(0)
         put.cancel()
         assert (await get).return_mask.all()
+        statistics = manager.statistics()
+        assert statistics.requests["get"] == {"success": 1}
+        assert statistics.hit_rate == 1
 
 
 def test_a_manager_is_used_once_and_in_one_form(tmp_path: Path) -> None:
@@ -217,6 +224,8 @@ def test_a_manager_is_used_once_and_in_one_form(tmp_path: Path) -> None:
     [
         (lambda m: m.explain("load", PROMPT), "operation"),
         (lambda m: m.match(np.array([1, 2**63 + 5], np.uint64)), "token_ids"),
+        (lambda m: m.match(PROMPT, "\ud800"), "namespace"),
+        (lambda m: m.get_match(PROMPT, [[True], [True, False]]), "token_mask"),
     ],
 )
 def test_bad_input_names_its_field(
