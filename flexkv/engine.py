@@ -289,28 +289,26 @@ class Engine:
         if not self._admission.enter_nowait():
             await self._admission.enter()
         try:
-            flight = await self._fly(request, begun)
+            for is_last in (False, True):
+                flight = self._scheduler.begin(request)
+                if begun is not None:
+                    begun()
+                    begun = None
+                if flight.response is None:
+                    try:
+                        await flight.wait_answered()
+                    except asyncio.CancelledError:
+                        self._scheduler.cancel(flight)
+                        await flight.wait_drained()
+                        raise
+                # Where another gave up filling its blocks they may be elsewhere: once more.
+                if is_last or not flight.waited_in_vain:
+                    break
             if flight.waited_in_vain:
-                # Who was filling its blocks gave up: they may be elsewhere, or be had again.
-                flight = await self._fly(request, None)
-                if flight.waited_in_vain:
-                    self._scheduler.tell(flight)
+                self._scheduler.tell(flight)
             return flight
         finally:
             self._admission.leave()
-
-    async def _fly(self, request: Request, begun: Callable[[], None] | None) -> Flight:
-        flight = self._scheduler.begin(request)
-        if begun is not None:
-            begun()
-        if flight.response is None:
-            try:
-                await flight.wait_answered()
-            except asyncio.CancelledError:
-                self._scheduler.cancel(flight)
-                await flight.wait_drained()
-                raise
-        return flight
 
     def unready(self, request: Request) -> KVResponse:
         """Give the response to a request that needs a device while none is registered."""

@@ -100,7 +100,7 @@ class Flight:
     @property
     def waited_in_vain(self) -> bool:
         """Tell whether the flight was answered short because another gave up filling its blocks."""
-        if self.response is None or self.run.cancelled:
+        if not self.run.errors or self.response is None or self.run.cancelled:
             return False
         return any(isinstance(error, UnfilledError) for error in self.run.errors)
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from msgspec import structs
 
 from flexkv.common.errors import CapacityError
 from flexkv.common.request import Operation, Request
@@ -129,7 +130,7 @@ class Planner:
                 told = told or shortfall
                 if shortfall is None or wanted is not found:
                     plan = self._claimed(draft.plan(run_id))
-                    return Planned(plan, wanted._replace(last=last), told)
+                    return Planned(plan, structs.replace(wanted, last=last), told)
                 self._drop(draft)
             # What lies behind the blocks for which there is no place holds places itself: give up
             # as much of it as brings the end of the run furthest.
@@ -163,7 +164,8 @@ class Planner:
         """Plan the common case: all is in host memory, nothing to reserve, nobody to wait for."""
         if found.last == found.first or request.operation is not Operation.GET:
             return Plan(template_of(request.operation, ()), run_id, ())
-        positions, block_ids = found.ready[Tier.HOST]
+        placement = found.ready[Tier.HOST]
+        positions, block_ids = placement.positions, placement.block_ids
         leg, bounds = _chunked(_ONWARD, positions.block_count, self._limits.chunk_blocks)
         fill = _fill(request, positions, {Tier.HOST: block_ids}, bounds)
         return Plan(template_of(Operation.GET, (leg,)), run_id, (fill,))

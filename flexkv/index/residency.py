@@ -45,7 +45,7 @@ class PrefixMatch(msgspec.Struct, frozen=True):
     pending_tokens: int
 
 
-class Positions(NamedTuple):
+class Positions(msgspec.Struct, frozen=True):
     """Some blocks of a prompt, in order; unbroken when `places` is None."""
 
     first: int
@@ -77,7 +77,7 @@ class Positions(NamedTuple):
         return values[self.places - first]
 
 
-class Placement(NamedTuple):
+class Placement(msgspec.Struct, frozen=True):
     """Some blocks of a prompt, and where they are in one tier."""
 
     positions: Positions
@@ -104,7 +104,7 @@ class Group(NamedTuple):
     block_ids: tuple[BlockIds | None, ...]
 
 
-class Found(NamedTuple):
+class Found(msgspec.Struct, frozen=True):
     """The resident run of a prompt from `first` to `last` (exclusive), by nearest tier."""
 
     first: int
