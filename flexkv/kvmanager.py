@@ -8,7 +8,7 @@ which runs the engine's loop in a thread of its own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -275,12 +275,12 @@ class KVManager:
             )
         )
 
-    async def _perform(self, *arguments: Any) -> KVResponse:
-        """Run a request on the engine's loop, from there or from another."""
+    def _perform(self, *arguments: Any) -> Coroutine[Any, Any, KVResponse]:
+        """Give what runs a request on the engine's loop, from there or from another."""
         if self._thread is not None:
-            return await self._thread.call_async(lambda: self._perform_here(*arguments))
+            return self._thread.call_async(lambda: self._perform_here(*arguments))
         self._check_loop()
-        return await self._perform_here(*arguments)
+        return self._perform_here(*arguments)
 
     async def _perform_here(
         self,
