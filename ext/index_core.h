@@ -212,6 +212,19 @@ void policy_unpark(struct tier *tier, ref place, uint32_t clock_s);
 ref policy_victim(struct tier *tier, uint32_t clock_s);
 const char *policy_check(const struct tier *tier);
 
+/* -- index_places.c ---------------------------------------------------------------------------- */
+
+ref place_take(struct tier *tier);
+void place_free(struct tier *tier, ref place);
+bool ready_elsewhere(const struct block_index *index, const struct node *node, unsigned tier);
+bool has_place(const struct block_index *index, const struct node *node);
+
+/* Let the block's places that were found unfit to go be candidates again. */
+void unpark(struct block_index *index, const struct node *node);
+
+/* The node may have lost its last child: a root goes then, a block may be evicted. */
+void parent_lost_child(struct block_index *index, ref parent);
+
 /* -- index_evict.c ----------------------------------------------------------------------------- */
 
 /* Evict `wanted` blocks; when there are not even `needed`, none. Gives how many. */
@@ -222,16 +235,6 @@ size_t index_evict(struct block_index *index, unsigned tier, size_t needed, size
 uint32_t index_resize(struct block_index *index, unsigned tier, uint32_t capacity);
 
 /* -- index_tiers.c: states of places ----------------------------------------------------------- */
-
-void place_free(struct tier *tier, ref place);
-bool ready_elsewhere(const struct block_index *index, const struct node *node, unsigned tier);
-bool has_place(const struct block_index *index, const struct node *node);
-
-/* Let the block's places that were found unfit to go be candidates again. */
-void unpark(struct block_index *index, const struct node *node);
-
-/* The node may have lost its last child: a root goes then, a block may be evicted. */
-void parent_lost_child(struct block_index *index, ref parent);
 
 /* How much of a batch is reserved when there is too little room, or the blocks are worth little. */
 enum reserve_how {

@@ -1,0 +1,70 @@
+/* Places and what they say about their nodes: below both the states of places and eviction. */
+#include "index_core.h"
+
+void place_free(struct tier *tier, ref id)
+{
+    struct place *place = &tier->places[id];
+
+    if (place->state == PLACE_DRAINING)
+        tier->draining--;
+    place->state = PLACE_FREE;
+    place->node = NONE;
+    place->older = tier->free_places;
+    tier->free_places = id;
+    tier->free++;
+}
+
+ref place_take(struct tier *tier)
+{
+    ref id = tier->free_places;
+
+    if (id == NONE)
+        id = tier->unused++;
+    else
+        tier->free_places = tier->places[id].older;
+    tier->free--;
+    return id;
+}
+
+/* Whether a tier other than `tier` has the block READY. */
+bool ready_elsewhere(const struct block_index *index, const struct node *node, unsigned tier)
+{
+    for (unsigned t = 0; t < index->tiers; t++)
+        if (t != tier && node->place[t] != NONE &&
+            index->tier[t].places[node->place[t]].state == PLACE_READY)
+            return true;
+    return false;
+}
+
+bool has_place(const struct block_index *index, const struct node *node)
+{
+    for (unsigned t = 0; t < index->tiers; t++)
+        if (node->place[t] != NONE)
+            return true;
+    return false;
+}
+
+/* Let the block's places that were found unfit to go be candidates again. */
+void unpark(struct block_index *index, const struct node *node)
+{
+    for (unsigned t = 0; t < index->tiers; t++) {
+        struct tier *tier = &index->tier[t];
+        ref id = node->place[t];
+
+        if (id != NONE && tier->places[id].list == LIST_PARKED && !tier->places[id].pins)
+            policy_return(tier, id);
+    }
+}
+
+/* The node's parent may have lost its last child: a root goes then, a block may be evicted. */
+void parent_lost_child(struct block_index *index, ref parent)
+{
+    struct node *node = node_at(index, parent);
+
+    if (node->child != NONE)
+        return;
+    if (node->parent == NONE)
+        node_free(index, parent);
+    else
+        unpark(index, node);
+}
