@@ -12,6 +12,7 @@
 #include <stdlib.h>
 
 #define WAYS 4
+#define TURN_SECONDS_MIN 1
 
 static bool remembers(const struct memory *memory, struct key key)
 {
@@ -74,9 +75,10 @@ static unsigned class_of(const struct memory *memory, uint8_t turn, bool tail, b
     return (turn - 1u) * 4 + (tail ? 2 : 0) + known;
 }
 
-/* How many leading blocks are remembered, and which turn of their conversation this is. */
+/* How many leading blocks are remembered, and which turn of their conversation this is. Asked for
+ * again within the same second it is the same turn: a match before its get, or a retry. */
 static size_t known_blocks(const struct adapt *adapt, const unsigned char *keys, size_t blocks,
-                           bool next_turn, uint8_t *turn)
+                           bool use, uint32_t now_s, uint8_t *turn)
 {
     size_t known = 0;
 
@@ -90,7 +92,7 @@ static size_t known_blocks(const struct adapt *adapt, const unsigned char *keys,
         *turn = memory->turn;
         if (memory->children >= SHARED_CHILDREN)
             *turn = 1;
-        else if (next_turn && *turn < TURNS_MAX)
+        else if (use && now_s - memory->used_s >= TURN_SECONDS_MIN && *turn < TURNS_MAX)
             ++*turn;
         known++;
     }
@@ -102,7 +104,7 @@ void adapt_request(struct adapt *adapt, const unsigned char *keys, size_t blocks
 {
     struct memory *parent = NULL;
     uint8_t turn;
-    size_t known = known_blocks(adapt, keys, blocks, use, &turn);
+    size_t known = known_blocks(adapt, keys, blocks, use, now_s, &turn);
 
     for (size_t position = 0; position < blocks; position++) {
         struct key key = key_at(keys, (int64_t)position);
