@@ -76,12 +76,6 @@ static void place_drop(struct block_index *index, unsigned t, ref id)
 
 /* -- filling ----------------------------------------------------------------------------------- */
 
-static int64_t broke(struct block_index *index, const char *law)
-{
-    index->broken = law;
-    return -1;
-}
-
 /* The node of the block at a position, made if need be under its parent. `last` is the node of the
  * position before, if it is known, and `fresh` tells whether it was made just now: a block without
  * a parent is nowhere, so what continues a fresh node need not be looked up. */
@@ -140,6 +134,15 @@ static size_t room_make(struct block_index *index, unsigned t, size_t n, size_t 
     return how == RESERVE_ALL ? 0 : tier->free;
 }
 
+/* A batch that breaks a law gives back what it took: its first `taken` places. */
+static int64_t refuse(struct block_index *index, unsigned t, const int64_t *ids, size_t taken,
+                      const char *law)
+{
+    index_abort(index, t, ids, taken);
+    index->broken = law;
+    return -1;
+}
+
 int64_t index_reserve(struct block_index *index, unsigned t, const unsigned char *keys,
                       const int64_t *positions, size_t n, enum reserve_how how, int64_t *ids)
 {
@@ -162,17 +165,17 @@ int64_t index_reserve(struct block_index *index, unsigned t, const unsigned char
             bucket_expect(index, keys, positions[i + EXPECT_AHEAD]);
         last = node_take(index, keys, positions[i], last, &fresh);
         if (last == NONE)
-            return broke(index, "a block is reserved whose parent is nowhere");
+            return refuse(index, t, ids, i, "a block is reserved whose parent is nowhere");
         node = node_at(index, last);
         if (node->place[t] != NONE)
-            return broke(index, "a block is reserved that has a place already");
+            return refuse(index, t, ids, i, "a block is reserved that has a place already");
         node->place[t] = place_take(tier);
         ids[i] = node->place[t];
         node_at(index, node->root)->place[t]++;
         place = &tier->places[ids[i]];
         *place = (struct place){.node = last, .state = PLACE_RESERVED, .list = LIST_NONE};
+        tier->reserved++;
     }
-    tier->reserved += (uint32_t)n;
     return (int64_t)n;
 }
 

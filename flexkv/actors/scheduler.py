@@ -299,11 +299,14 @@ class Scheduler:
         spec = flight.plan.template.ops[op]
         if spec.route is None:
             filler = flight.plan.fills[spec.leg].fillers[spec.chunk]
-            self._joiners[filler].remove(_Joiner(flight, op))
+            joiners = self._joiners[filler]
+            joiners.remove(_Joiner(flight, op))
+            if not joiners:
+                del self._joiners[filler]
             self._events.append((flight, _news(op, False)))
             return
         token = flight.plan.token(spec)
-        if token not in self._joiners:
+        if not spec.keeps or token not in self._joiners:  # else somebody waits for its bytes
             self._actors[spec.route.outer].recall(token)
 
     def _join(self, flight: Flight, spec: OpSpec) -> None:

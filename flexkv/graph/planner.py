@@ -6,6 +6,7 @@ longest prefix that it can (get, prefetch) or as many leading blocks as there is
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from functools import cache, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -152,13 +153,13 @@ class Planner:
             for tier, placement in found.ready.items()
             if tier is not Tier.HOST
         )
-        for end in range(found.last, last, -1):
-            kept = host.positions.number_before(end) if host else 0
-            given_up = (host.block_count if host else 0) - kept
-            wanted = end - found.first - kept
-            if wanted <= places + given_up:
-                return end
-        return last
+        room = places + (host.block_count if host else 0)
+        pending = found.pending
+
+        def wanted(end: int) -> int:
+            return end - found.first - (pending.positions.number_before(end) if pending else 0)
+
+        return last + bisect_right(range(last + 1, found.last + 1), room, key=wanted)
 
     def _from_host(self, request: Request, found: Found, run_id: int) -> Plan:
         """Plan the common case: all is in host memory, nothing to reserve, nobody to wait for."""
@@ -248,7 +249,8 @@ class Planner:
             Holding(Tier.HOST, group.block_ids[0])
             for group in groups
             if group.states[0] == READY
-            and READY not in group.states[1:]  # else the block stays, whatever happens here
+            # Else the block stays, whatever happens here, and its host place is not read.
+            and (READY not in group.states[1:] or ABSENT in group.states[1:])
             and group.block_ids[0] is not None
         ]
         with residency.holding([*parent, *held]):

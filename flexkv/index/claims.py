@@ -50,13 +50,13 @@ class Claims:
         """Pin what the op reads, and note who fills what it fills (reserved already)."""
         if token in self._open:
             raise InvariantError(f"token {token} has a claim already: {self._open[token]}")
-        self._open[token] = claim
         owner, pinned, leased = claim
-        self._owned[owner] = self._owned.get(owner, 0) + 1
-        if pinned is not None:
-            self._table.pin(self._number[pinned.tier], pinned.block_ids)
         if leased is not None:
             self._table.lease(self._number[leased.tier], leased.block_ids, token)
+        if pinned is not None:
+            self._table.pin(self._number[pinned.tier], pinned.block_ids)
+        self._open[token] = claim
+        self._owned[owner] = self._owned.get(owner, 0) + 1
 
     def settle(self, token: int, filled: bool) -> None:
         """End a claim: commit or abort its lease, take its pins off.

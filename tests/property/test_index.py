@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from flexkv.common.errors import InvariantError
 from flexkv.common.terms import Tier
+from flexkv.index.claims import Claim, Holding
 from flexkv.index.eviction import POLICIES, Eviction
 from flexkv.index.residency import Positions, Residency
 from tests.property.index_model import DEPTH, NAMESPACES, PATHS, TIERS, Driver, keys_of
@@ -250,3 +251,23 @@ def test_breaking_a_law_is_an_invariant_error() -> None:
         index.keys_of(Tier.HOST, np.array([3]))
     with pytest.raises(InvariantError, match="never was"):
         index.forget(Tier.HOST, np.array([-1]))
+
+
+def test_a_refused_reserve_gives_back_what_it_took() -> None:
+    """A batch with a mistake behind good blocks leaves no place taken, nor counted."""
+    index = Residency({Tier.HOST: 4})
+    keys = keys_of((0, 0, 0))
+    with pytest.raises(InvariantError, match="has a place already"):
+        index.reserve(Tier.HOST, keys, Positions(0, 2, np.array([0, 0])))
+    assert index.counts(Tier.HOST) == (4, 4, 0, 0, 0, 0, 0)
+    index.validate()
+
+
+def test_a_claim_that_breaks_a_law_is_not_open() -> None:
+    """A pin of a FREE block raises, and nothing is left to settle."""
+    index = Residency({Tier.HOST: 4})
+    claim = Claim(1, Holding(Tier.HOST, np.array([0])), None)
+    with pytest.raises(InvariantError, match="pin of a FREE"):
+        index.claims.open(5, claim)
+    assert not index.claims
+    assert not index.claims.of_owner(1)

@@ -1,0 +1,93 @@
+"""What the planner makes of a request, whatever the tiers have and have room for."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+
+from flexkv.common.errors import CapacityError
+from flexkv.common.request import Operation, Span
+from flexkv.common.terms import Tier
+from flexkv.graph.planner import Planned, Planner
+from flexkv.index.residency import Residency
+from tests.unit.prompts import LIMITS, filled, keys, request, residency, resident
+
+
+def run(tiers: Residency, planned: Planned) -> None:
+    """Let every op of a plan succeed."""
+    for op in planned.plan.template.ops:
+        tiers.claims.settle(planned.plan.token(op), filled=True)
+
+
+def test_a_get_is_cut_where_host_places_end() -> None:
+    """Disk blocks for which the host has no place are left out, and the shortfall is told."""
+    tiers = residency(host=4)
+    filled(tiers, Tier.DISK, *range(8))
+    planned = Planner(tiers, LIMITS).plan(request(Operation.GET, *range(8)), 1)
+    assert planned.found.last == 4
+    assert isinstance(planned.shortfall, CapacityError)
+    assert planned.shortfall.wanted_blocks == 8
+
+
+def test_a_get_never_evicts_what_it_found() -> None:
+    """Host hits of the request stay while places for its disk blocks are made."""
+    tiers = residency(host=4)
+    filled(tiers, Tier.HOST, 0, 1)
+    filled(tiers, Tier.HOST, 90, 91)
+    filled(tiers, Tier.DISK, 0, 1, 2, 3, 4, first=2)
+    planned = Planner(tiers, LIMITS).plan(request(Operation.GET, *range(5)), 1)
+    assert planned.found.last == 4
+    assert (resident(tiers, 0, 1), resident(tiers, 90, 91)) == (2, 0)
+
+
+def test_a_put_counts_as_a_use_of_what_lower_tiers_have() -> None:
+    """A prompt that grows keeps its first blocks on disk: eviction takes another prompt's."""
+    tiers = residency(host=8, disk=4)
+    filled(tiers, Tier.HOST, 0, 1, 2)
+    filled(tiers, Tier.DISK, 0, 1)
+    filled(tiers, Tier.DISK, 90, 91)
+    Planner(tiers, LIMITS).plan(request(Operation.PUT, 0, 1, 2), 1)
+    assert tiers.counts(Tier.DISK).reserved == 1
+    assert (resident(tiers, 90, 91), tiers.namespace_blocks(keys())[Tier.DISK]) == (1, 4)
+
+
+def test_a_put_whose_parent_is_nowhere_stores_nothing() -> None:
+    """No get could reach the blocks: a store has no holes."""
+    tiers = residency()
+    behind = request(Operation.PUT, 0, 1, 2)
+    behind = msgspec.structs.replace(
+        behind, span=Span(1, 3, 1, 3), device_ids=np.arange(2, dtype=np.int64)
+    )
+    assert not Planner(tiers, LIMITS).plan(behind, 1).plan.template.ops
+    filled(tiers, Tier.HOST, 0)
+    assert Planner(tiers, LIMITS).plan(behind, 2).plan.template.ops
+    assert resident(tiers, 0, 1, 2) == 3
+
+
+def test_a_put_keeps_the_host_blocks_that_it_writes_to_one_of_two_lower_tiers() -> None:
+    """What one lower tier has and another lacks is read from its host places: they stay."""
+    tiers = Residency({Tier.HOST: 2, Tier.DISK: 8, Tier.REMOTE: 8})
+    planner = Planner(tiers, LIMITS)
+    run(tiers, planner.plan(request(Operation.PUT, 0, 1), 1))
+    remote = tiers.namespace_holdings(keys())[2]
+    assert len(remote.block_ids) == 2
+    tiers.forget(*remote)
+    plan = planner.plan(request(Operation.PUT, 0, 1, 2, 3), 2).plan
+    read = {int(b) for fill in plan.fills for b in fill.ids[Tier.HOST]}
+    assert read == {0, 1}
+    assert not any(Tier.DEVICE in op.route for op in plan.template.ops if op.route)
+
+
+def test_blocks_that_others_bring_want_no_host_places() -> None:
+    """A get behind a prefetch of its prefix is as long as one behind blocks that are there."""
+    tiers = residency(host=10, disk=20)
+    planner = Planner(tiers, LIMITS)
+    run(tiers, planner.plan(request(Operation.PUT, *range(10)), 1))
+    host, disk = tiers.namespace_holdings(keys())
+    tiers.forget(Tier.HOST, host.block_ids[:8])
+    tiers.forget(Tier.DISK, disk.block_ids[8:])
+    tiers.resize(Tier.HOST, 6)
+    planner.plan(request(Operation.PREFETCH, *range(4)), 2)
+    planned = planner.plan(request(Operation.GET, *range(10)), 3)
+    assert planned.found.pending is not None
+    assert planned.found.last == 6
