@@ -32,8 +32,6 @@ static int index_set_up(BlockIndex *self, PyObject *tiers)
 {
     uint32_t options[TIERS_MAX][4], capacities[TIERS_MAX];
     Py_ssize_t count = PyTuple_Size(tiers);
-    uint64_t blocks = 0;
-    bool learns = false;
 
     if (count < 1 || count > TIERS_MAX) {
         PyErr_Format(PyExc_ValueError, "%zd tiers, not 1..%d", count, TIERS_MAX);
@@ -51,14 +49,12 @@ static int index_set_up(BlockIndex *self, PyObject *tiers)
     for (Py_ssize_t t = 0; t < count; t++) {
         struct tier *tier = &self->index.tier[t];
 
-        policy_open(&tier->policy, (enum policy_kind)options[t][1], options[t][2], capacities[t]);
         tier->evict_blocks = options[t][3];
-        blocks += capacities[t];
-        learns |= options[t][1] == POLICY_LIFETIME;
-    }
-    if (learns && !adapt_open(&self->index.adapt, blocks)) {
-        PyErr_NoMemory();
-        return -1;
+        if (!policy_open(&tier->policy, (enum policy_kind)options[t][1], options[t][2],
+                         capacities[t])) {
+            PyErr_NoMemory();
+            return -1;
+        }
     }
     nearest_tell(self);
     return 0;
@@ -245,47 +241,6 @@ static PyObject *index_tick(BlockIndex *self, PyObject *object)
     return Py_NewRef(Py_None);
 }
 
-static PyObject *index_observed(BlockIndex *self, PyObject *Py_UNUSED(none))
-{
-    const struct adapt *adapt = &self->index.adapt;
-    struct ages *living = PyMem_Calloc(CLASSES, sizeof(*living));
-    PyObject *result = NULL;
-
-    if (!living)
-        return PyErr_NoMemory();
-    if (adapt->memories) {
-        adapt_living(adapt, self->index.clock_s, living);
-        result = Py_BuildValue("(y#y#y#y#)", (char *)adapt->uses, (Py_ssize_t)sizeof(adapt->uses),
-                               (char *)adapt->hits, (Py_ssize_t)sizeof(adapt->hits),
-                               (char *)adapt->ended, (Py_ssize_t)sizeof(adapt->ended),
-                               (char *)living, (Py_ssize_t)(CLASSES * sizeof(*living)));
-    } else {
-        index_broken(self, "no tier evicts by lifetime");
-    }
-    PyMem_Free(living);
-    return result;
-}
-
-static PyObject *index_set_lifetimes(BlockIndex *self, PyObject *args)
-{
-    PyObject *tier_object, *list;
-    unsigned tier;
-
-    if (!PyArg_UnpackTuple(args, "set_lifetimes", 2, 2, &tier_object, &list) ||
-        tier_read(self, tier_object, &tier) < 0)
-        return NULL;
-    if (!PyList_Check(list) || PyList_Size(list) != CLASSES)
-        return PyErr_Format(PyExc_ValueError, "lifetimes must be a list of %d", CLASSES);
-    for (Py_ssize_t i = 0; i < CLASSES; i++) {
-        double lifetime_s = PyFloat_AsDouble(PyList_GetItem(list, i));
-
-        if (PyErr_Occurred())
-            return NULL;
-        self->index.tier[tier].policy.lifetime_s[i] = (float)lifetime_s;
-    }
-    return Py_NewRef(Py_None);
-}
-
 static PyObject *index_validate(BlockIndex *self, PyObject *Py_UNUSED(none))
 {
     const char *law = index_check(&self->index);
@@ -314,8 +269,6 @@ static PyMethodDef index_methods[] = {
     {"evict", METHOD(index_evict_call), METH_VARARGS, "Evict up to a number of blocks."},
     {"resize", METHOD(index_resize_call), METH_VARARGS, "Change a tier's capacity."},
     {"counts", METHOD(index_counts), METH_O, "Count a tier's places by state."},
-    {"observed", METHOD(index_observed), METH_NOARGS, "Tell what lifetimes follow from."},
-    {"set_lifetimes", METHOD(index_set_lifetimes), METH_VARARGS, "Set a tier's lifetimes."},
     {"tick", METHOD(index_tick), METH_O, "Tell the time."},
     {"validate", METHOD(index_validate), METH_NOARGS, "Check every law."},
     {NULL, NULL, 0, NULL},

@@ -226,8 +226,6 @@ static PyObject *survey(BlockIndex *self, const unsigned char *keys, const size_
 
     if (scratch_take(self, range[1]) < 0)
         return NULL;
-    if (use && self->index.adapt.memories)
-        adapt_request(&self->index.adapt, keys, range[1], use == USE_ASKED, self->index.clock_s);
     known = from + nodes_find(&self->index, keys, from, range[1], self->nodes + from);
     end = patterns_tell(self, range, known > begin ? known : begin, nearest, groups);
     result = PyList_New(0);
@@ -246,6 +244,11 @@ static PyObject *survey(BlockIndex *self, const unsigned char *keys, const size_
     groups_fill(self, begin, end, groups);
     if (use)
         index_use(&self->index, self->nodes, known < end ? known : end);
+    if (use == USE_ASKED)
+        for (unsigned t = 0; t < self->index.tiers; t++)
+            if (self->index.tier[t].policy.density)
+                density_asked(&self->index, t, &(struct batch){.keys = keys, .blocks = range[1]},
+                              self->nodes, known < end ? known : end);
     return result;
 }
 
@@ -305,15 +308,20 @@ static int64_t *positions_new(PyObject *object, const size_t range[2], size_t *n
     return positions;
 }
 
-static PyObject *reserve(BlockIndex *self, unsigned tier, const unsigned char *keys,
-                         const int64_t *positions, size_t n, enum reserve_how how)
+static size_t blocks_in(const Py_buffer *keys)
 {
-    int64_t *ids = PyMem_Malloc((n + 1) * sizeof(int64_t)), taken;
+    return (size_t)keys->len / INDEX_KEY_BYTES - 1;
+}
+
+static PyObject *reserve(BlockIndex *self, unsigned tier, const struct batch *batch,
+                         enum reserve_how how)
+{
+    int64_t *ids = PyMem_Malloc((batch->n + 1) * sizeof(int64_t)), taken;
     PyObject *result = NULL;
 
     if (!ids)
         return PyErr_NoMemory();
-    taken = index_reserve(&self->index, tier, keys, positions, n, how, ids);
+    taken = index_reserve(&self->index, tier, batch, how, ids);
     if (taken < 0)
         index_broken(self, self->index.broken);
     else
@@ -343,7 +351,9 @@ PyObject *index_call_reserve(BlockIndex *self, PyObject *const *args, Py_ssize_t
         return NULL;
     positions = positions_new(values[4], range, &n);
     if (positions)
-        result = reserve(self, tier, keys.buf, positions, n, (enum reserve_how)how);
+        result = reserve(self, tier,
+                         &(struct batch){keys.buf, blocks_in(&keys), positions, n},
+                         (enum reserve_how)how);
     PyMem_Free(positions);
     PyBuffer_Release(&keys);
     return result;
@@ -364,9 +374,9 @@ static int ids_hold(BlockIndex *self, PyObject *const *values, unsigned *tier,
     return -1;
 }
 
-typedef bool batch(struct block_index *index, unsigned tier, const int64_t *ids, size_t n);
+typedef bool ids_call(struct block_index *index, unsigned tier, const int64_t *ids, size_t n);
 
-static PyObject *batch_do(BlockIndex *self, batch *work, const char *name, PyObject *const *args,
+static PyObject *batch_do(BlockIndex *self, ids_call *work, const char *name, PyObject *const *args,
                           Py_ssize_t count, PyObject *keywords)
 {
     static const char *const names[] = {"tier", "ids"};

@@ -12,7 +12,7 @@
 #include <string.h>
 
 #define TIERS_MAX 4
-#define LISTS_MAX 64
+#define LISTS_MAX 64 /* of a policy that keeps its occupied lists in one word */
 #define NONE UINT32_MAX
 #define INDEX_KEY_BYTES ((size_t)16)
 
@@ -21,9 +21,9 @@ typedef uint32_t ref;
 enum place_state { PLACE_FREE, PLACE_RESERVED, PLACE_READY, PLACE_DRAINING };
 
 /* Where a READY place is when it is in no list: found unfit to go, waiting to be fit again. */
-#define LIST_PARKED 254
+#define LIST_PARKED 0xfffe
 /* What is not READY is in no list. */
-#define LIST_NONE 255
+#define LIST_NONE 0xffff
 
 struct key {
     uint32_t word[4];
@@ -47,9 +47,11 @@ struct place {
     ref node;           /* NONE: it is under no key */
     ref older, newer;   /* in the policy's list while READY; the filler's token while RESERVED */
     uint32_t pins;
-    uint32_t used_s;    /* LIFETIME: when it was last used, by the clock */
-    uint8_t state, list;
-    uint8_t uses;       /* LIFETIME: its class */
+    uint16_t list;
+    uint8_t state;
+    uint8_t uses;
+    uint16_t epoch;     /* LHD: of the last use */
+    uint8_t class;      /* LHD */
 };
 
 struct list {
@@ -58,33 +60,55 @@ struct list {
 };
 
 enum policy_kind { POLICY_LRU, POLICY_FIFO, POLICY_MRU, POLICY_FILO, POLICY_LFU, POLICY_SLRU,
-                   POLICY_REWARD, POLICY_LIFETIME, POLICY_KINDS };
+                   POLICY_REWARD, POLICY_LHD, POLICY_KINDS };
 
-/* -- what LIFETIME learns from: index_adapt.c -------------------------------------------------- */
+/* -- what remembers keys that are gone: index_recent.c ----------------------------------------- */
 
-#define TURNS_MAX 7
-#define SHARED_CHILDREN 3
-#define CLASS_SHARED (TURNS_MAX * 4)
-#define CLASSES (CLASS_SHARED + 1)
-#define AGE_BINS 26
-#define MEMORIES_MIN (UINT64_C(1) << 18)
-#define MEMORIES_MAX (UINT64_C(1) << 22)
-
-struct memory {
-    uint32_t tag, used_s;
-    uint8_t turn;       /* from 1 on; 0 when the slot is empty */
-    uint8_t class, children;
+struct recent_entry {
+    uint32_t tag[2];
+    ref chain, older, newer;
+    uint32_t value;
 };
 
-struct ages {
-    uint64_t count[AGE_BINS], sum_s[AGE_BINS];
+struct recent {
+    struct recent_entry *entries;
+    ref *buckets;
+    uint32_t mask, count, capacity;
+    ref oldest, newest, free;
 };
 
-struct adapt {
-    struct memory *memories;     /* NULL: nothing is learnt */
-    uint32_t mask;
-    uint64_t uses[CLASSES], hits[CLASSES][AGE_BINS];
-    struct ages ended[CLASSES];
+bool recent_open(struct recent *recent, uint32_t capacity);
+void recent_close(struct recent *recent);
+struct recent_entry *recent_find(const struct recent *recent, struct key key);
+void recent_touch(struct recent *recent, struct recent_entry *entry);
+void recent_drop(struct recent *recent, struct recent_entry *entry);
+
+/* Add a key that is not there, in the place of the oldest when it is full. */
+struct recent_entry *recent_add(struct recent *recent, struct key key, uint32_t value);
+
+/* -- what LHD learns: index_density.c ---------------------------------------------------------- */
+
+#define CLASSES 11
+#define CLASS_LAST (CLASSES - 1)
+#define EPOCHS 256u
+#define CELLS_OF_CLASS (EPOCHS + 1) /* one more for the ancient */
+#define CELLS (CLASSES * CELLS_OF_CLASS)
+#define BUCKETS 20
+#define ASKED_LAST 64
+
+struct density {
+    uint32_t epoch;
+    uint64_t asked;              /* blocks, in this epoch */
+    double hits[CLASSES][BUCKETS], exposed[CLASSES][BUCKETS];
+    uint32_t living[CLASSES][EPOCHS]; /* samples that have not ended, by class and epoch */
+    struct recent samples, markers;
+    uint32_t samples_max, share;
+    float worth[CELLS];          /* hits an epoch */
+    uint16_t order[CELLS], rank[CELLS];
+    unsigned cells, cursor;      /* no cell before the cursor has members */
+    float bound;                 /* what is worth more is no victim */
+    uint64_t asked_last[ASKED_LAST];
+    unsigned asked_next;
 };
 
 struct policy {
@@ -92,9 +116,10 @@ struct policy {
     uint32_t parameter;          /* SLRU: uses that protect; REWARD: seconds a use is worth */
     uint32_t protected_max;      /* SLRU */
     uint64_t first_bucket;       /* REWARD: the bucket of time in which the clock is */
-    uint64_t occupied;           /* which lists have members */
-    float lifetime_s[CLASSES];   /* LIFETIME: how long each class is worth its place */
-    struct list lists[LISTS_MAX];
+    uint64_t occupied;           /* which lists have members; not of LHD */
+    struct density *density;     /* LHD */
+    struct list *lists;
+    unsigned list_count;
 };
 
 struct tier {
@@ -120,7 +145,6 @@ struct block_index {
     size_t buckets_bytes;
     uint32_t page_mask;
     uint32_t clock_s;
-    struct adapt adapt;
     struct tier tier[TIERS_MAX];
     const char *broken;          /* the law that a failed call broke */
 };
@@ -174,36 +198,48 @@ void node_join(struct block_index *index, ref node);
 /* Free a node that has left its family. */
 void node_free(struct block_index *index, ref node);
 
-/* -- index_adapt.c ----------------------------------------------------------------------------- */
+/* -- index_density.c --------------------------------------------------------------------------- */
 
-bool adapt_open(struct adapt *adapt, uint64_t blocks);
-unsigned age_bin(uint32_t age_s);
+/* Blocks of one request, by position, in ascending order. */
+struct batch {
+    const unsigned char *keys;   /* the root first */
+    size_t blocks;               /* of the whole request */
+    const int64_t *positions;
+    size_t n;
+};
 
-/* A prompt is asked for: remember its blocks. `use`: it is a turn of its own, not the second half
- * of one whose use was counted before. */
-void adapt_request(struct adapt *adapt, const unsigned char *keys, size_t blocks, bool use,
-                   uint32_t now_s);
-unsigned adapt_class(const struct adapt *adapt, struct key key);
+/* Whether a block of the batch is the last of its request. */
+static inline bool is_last(const struct batch *batch, size_t i)
+{
+    return batch->positions[i] + 1 == (int64_t)batch->blocks;
+}
 
-/* Count the memories that have not ended, by class and age. */
-void adapt_living(const struct adapt *adapt, uint32_t now_s, struct ages *living);
+struct density *density_new(uint32_t capacity);
+void density_free(struct density *density);
+void density_learn(struct density *density);
+unsigned density_cell(const struct density *density, const struct place *place);
+void density_asked(struct block_index *index, unsigned tier, const struct batch *prompt,
+                   const ref *nodes, size_t known);
+void density_foresee(struct density *density, const struct batch *batch, int64_t *uses);
+void density_class(const struct density *density, struct place *place, uint32_t uses, bool last);
+float density_of_new(const struct density *density, uint32_t uses, bool last);
+const char *density_check(const struct density *density);
 
 /* -- index_policy.c: which READY place goes next ----------------------------------------------- */
 
-void policy_open(struct policy *policy, enum policy_kind kind, uint32_t parameter,
+bool policy_open(struct policy *policy, enum policy_kind kind, uint32_t parameter,
                  uint32_t capacity);
+void policy_close(struct policy *policy);
 void policy_insert(struct tier *tier, ref place, uint32_t clock_s);
 void policy_use(struct tier *tier, ref place, uint32_t clock_s);
 
-/* LIFETIME: tell a place's class, before it is inserted or used. */
-void policy_classify(struct tier *tier, ref place, unsigned class);
-
-/* LIFETIME: whether the next victim has outlived what it was worth. */
-bool policy_expired(struct tier *tier, uint32_t clock_s);
 void policy_remove(struct tier *tier, ref place);
 
 /* Put a place back where the next victim is taken from. */
 void policy_return(struct tier *tier, ref place);
+
+/* Append all of one list to another. */
+void policy_splice(struct tier *tier, unsigned from, unsigned to);
 
 /* Put a place back that was pinned when its turn came. */
 void policy_unpark(struct tier *tier, ref place, uint32_t clock_s);
@@ -244,10 +280,10 @@ enum reserve_how {
     RESERVE_HOWS,
 };
 
-/* Take places for n positions of keys (the root first), which become RESERVED; evict for them.
+/* Take places for a batch, which become RESERVED; evict for them.
  * Gives how many were taken. -1 with `broken`. */
-int64_t index_reserve(struct block_index *index, unsigned tier, const unsigned char *keys,
-                      const int64_t *positions, size_t n, enum reserve_how how, int64_t *ids);
+int64_t index_reserve(struct block_index *index, unsigned tier, const struct batch *batch,
+                      enum reserve_how how, int64_t *ids);
 
 /* Each gives false with `broken` when an id is not in the state it must be in; those before it
  * have been done then. */
@@ -260,7 +296,7 @@ bool index_unpin(struct block_index *index, unsigned tier, const int64_t *ids, s
 bool index_forget(struct block_index *index, unsigned tier, const int64_t *ids, size_t n);
 int64_t place_filler(const struct place *place);
 
-/* Count a use of every READY place of nodes that are given from the root on. */
+/* Count a use of every READY place of nodes that are given from the root on; not under LHD. */
 void index_use(struct block_index *index, const ref *nodes, size_t n);
 void index_clear(struct block_index *index, unsigned tier);
 void index_clear_root(struct block_index *index, ref root);

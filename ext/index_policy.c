@@ -4,30 +4,54 @@
  *   FIFO, FILO   list 0 by arrival; the oldest, or the newest, goes
  *   LFU          list u: those used u times, by last use; the lowest list goes first
  *   SLRU         list 0 on probation, list 1 protected: used often enough, at most 4/5 of the tier
- *   LIFETIME     list c: those of class c by last use; of the oldest of each class goes the one
- *                that has lived longest for what its class is worth
+ *   LHD          a list for each class and epoch of last use; that whose places are worth least
+ *                goes first (index_density.c)
  *   REWARD       a calendar: each use keeps a place for some seconds more. List 0 is overdue; the
  *                others are a ring of buckets of time, from `first_bucket` on
  */
 #include "index_core.h"
+
+#include <stdlib.h>
 
 #define USES_MAX UINT8_MAX
 #define RING (LISTS_MAX - 1)
 #define BUCKETS_A_USE 4
 #define REWARD_USES_MAX ((RING - 2) / BUCKETS_A_USE)
 
-void policy_open(struct policy *policy, enum policy_kind kind, uint32_t parameter,
+bool policy_open(struct policy *policy, enum policy_kind kind, uint32_t parameter,
                  uint32_t capacity)
 {
-    policy->kind = kind;
-    policy->parameter = parameter;
+    *policy = (struct policy){.kind = kind, .parameter = parameter,
+                              .list_count = kind == POLICY_LHD ? CELLS : LISTS_MAX};
     policy->protected_max = (uint32_t)((uint64_t)capacity * 4 / 5);
-    policy->first_bucket = 0;
-    policy->occupied = 0;
-    for (unsigned i = 0; i < LISTS_MAX; i++)
+    policy->lists = malloc(policy->list_count * sizeof(*policy->lists));
+    if (kind == POLICY_LHD)
+        policy->density = density_new(capacity);
+    if (!policy->lists || (kind == POLICY_LHD && !policy->density))
+        return false;
+    for (unsigned i = 0; i < policy->list_count; i++)
         policy->lists[i] = (struct list){NONE, NONE, 0};
-    for (unsigned i = 0; i < CLASSES; i++)
-        policy->lifetime_s[i] = 1;
+    return true;
+}
+
+void policy_close(struct policy *policy)
+{
+    free(policy->lists);
+    density_free(policy->density);
+}
+
+/* A list has its first member, or lost its last. */
+static void occupy(struct policy *policy, unsigned number, bool occupied)
+{
+    struct density *density = policy->density;
+
+    if (!density) {
+        policy->occupied = (policy->occupied & ~(UINT64_C(1) << number)) |
+                           (uint64_t)occupied << number;
+        return;
+    }
+    if (occupied && density->rank[number] < density->cursor)
+        density->cursor = density->rank[number];
 }
 
 static void link_newest(struct tier *tier, unsigned number, ref place)
@@ -35,7 +59,7 @@ static void link_newest(struct tier *tier, unsigned number, ref place)
     struct list *list = &tier->policy.lists[number];
     struct place *at = &tier->places[place];
 
-    at->list = (uint8_t)number;
+    at->list = (uint16_t)number;
     at->older = list->newest;
     at->newer = NONE;
     if (list->newest == NONE)
@@ -43,8 +67,8 @@ static void link_newest(struct tier *tier, unsigned number, ref place)
     else
         tier->places[list->newest].newer = place;
     list->newest = place;
-    list->count++;
-    tier->policy.occupied |= UINT64_C(1) << number;
+    if (!list->count++)
+        occupy(&tier->policy, number, true);
 }
 
 static void link_oldest(struct tier *tier, unsigned number, ref place)
@@ -52,7 +76,7 @@ static void link_oldest(struct tier *tier, unsigned number, ref place)
     struct list *list = &tier->policy.lists[number];
     struct place *at = &tier->places[place];
 
-    at->list = (uint8_t)number;
+    at->list = (uint16_t)number;
     at->older = NONE;
     at->newer = list->oldest;
     if (list->oldest == NONE)
@@ -60,8 +84,8 @@ static void link_oldest(struct tier *tier, unsigned number, ref place)
     else
         tier->places[list->oldest].older = place;
     list->oldest = place;
-    list->count++;
-    tier->policy.occupied |= UINT64_C(1) << number;
+    if (!list->count++)
+        occupy(&tier->policy, number, true);
 }
 
 void policy_remove(struct tier *tier, ref place)
@@ -69,7 +93,7 @@ void policy_remove(struct tier *tier, ref place)
     struct place *at = &tier->places[place];
     struct list *list;
 
-    if (at->list >= LISTS_MAX) {
+    if (at->list >= LIST_PARKED) {
         at->list = LIST_NONE;
         return;
     }
@@ -83,8 +107,18 @@ void policy_remove(struct tier *tier, ref place)
     else
         tier->places[at->newer].older = at->older;
     if (!--list->count)
-        tier->policy.occupied &= ~(UINT64_C(1) << at->list);
+        occupy(&tier->policy, at->list, false);
     at->list = LIST_NONE;
+}
+
+void policy_splice(struct tier *tier, unsigned from, unsigned to)
+{
+    while (tier->policy.lists[from].oldest != NONE) {
+        ref place = tier->policy.lists[from].oldest;
+
+        policy_remove(tier, place);
+        link_newest(tier, to, place);
+    }
 }
 
 /* -- the calendar of REWARD -------------------------------------------------------------------- */
@@ -105,16 +139,8 @@ static void calendar_turn(struct tier *tier, uint32_t clock_s)
     struct policy *policy = &tier->policy;
     uint64_t now = bucket_of_second(policy, clock_s), bucket = policy->first_bucket;
 
-    for (unsigned turns = 0; bucket < now && turns < RING; bucket++, turns++) {
-        const struct list *list = &policy->lists[list_of_bucket(bucket)];
-
-        while (list->oldest != NONE) {
-            ref place = list->oldest;
-
-            policy_remove(tier, place);
-            link_newest(tier, 0, place);
-        }
-    }
+    for (unsigned turns = 0; bucket < now && turns < RING; bucket++, turns++)
+        policy_splice(tier, list_of_bucket(bucket), 0);
     if (now > policy->first_bucket)
         policy->first_bucket = now;
 }
@@ -154,8 +180,8 @@ static unsigned list_of(struct tier *tier, ref place, uint32_t clock_s)
         return uses < LISTS_MAX ? uses : LISTS_MAX - 1;
     case POLICY_SLRU:
         return uses >= policy->parameter;
-    case POLICY_LIFETIME:
-        return uses;
+    case POLICY_LHD:
+        return density_cell(policy->density, &tier->places[place]);
     case POLICY_REWARD:
         calendar_turn(tier, clock_s);
         return calendar_list(tier, place, clock_s);
@@ -177,52 +203,21 @@ static void bound_protected(struct tier *tier)
     }
 }
 
-/* How long a place has lived, as a multiple of what its class is worth. */
-static float share_lived(const struct tier *tier, ref place, uint32_t clock_s)
+static ref densest_last(struct policy *policy)
 {
-    const struct place *at = &tier->places[place];
+    struct density *density = policy->density;
 
-    return ((float)(clock_s - at->used_s) + 0.001f) /
-           (tier->policy.lifetime_s[at->uses] + 0.001f);
-}
-
-static ref lifetime_victim(const struct tier *tier, uint32_t clock_s, float *share)
-{
-    ref victim = NONE;
-
-    *share = -1;
-    for (uint64_t left = tier->policy.occupied; left; left &= left - 1) {
-        ref oldest = tier->policy.lists[__builtin_ctzll(left)].oldest;
-        float lived = share_lived(tier, oldest, clock_s);
-
-        if (lived > *share) {
-            *share = lived;
-            victim = oldest;
-        }
-    }
-    return victim;
-}
-
-void policy_classify(struct tier *tier, ref place, unsigned class)
-{
-    if (tier->policy.kind != POLICY_LIFETIME)
-        return;
-    if (tier->places[place].list < LISTS_MAX)
-        policy_remove(tier, place);
-    tier->places[place].uses = (uint8_t)class;
-}
-
-bool policy_expired(struct tier *tier, uint32_t clock_s)
-{
-    float share;
-
-    return tier->policy.kind == POLICY_LIFETIME &&
-           lifetime_victim(tier, clock_s, &share) != NONE && share >= 1;
+    while (density->cursor < density->cells &&
+           !policy->lists[density->order[density->cursor]].count)
+        density->cursor++;
+    if (density->cursor == density->cells ||
+        density->worth[density->order[density->cursor]] > density->bound)
+        return NONE;
+    return policy->lists[density->order[density->cursor]].oldest;
 }
 
 void policy_insert(struct tier *tier, ref place, uint32_t clock_s)
 {
-    tier->places[place].used_s = clock_s;
     link_newest(tier, list_of(tier, place, clock_s), place);
     bound_protected(tier);
 }
@@ -236,8 +231,7 @@ void policy_use(struct tier *tier, ref place, uint32_t clock_s)
 {
     struct place *at = &tier->places[place];
 
-    at->used_s = clock_s;
-    if (at->uses < USES_MAX && tier->policy.kind != POLICY_LIFETIME)
+    if (at->uses < USES_MAX)
         at->uses++;
     if (by_arrival(&tier->policy))
         return;
@@ -255,8 +249,8 @@ void policy_return(struct tier *tier, ref place)
 {
     if (newest_goes(&tier->policy))
         link_newest(tier, 0, place);
-    else if (tier->policy.kind == POLICY_LIFETIME)
-        link_oldest(tier, tier->places[place].uses, place);
+    else if (tier->policy.kind == POLICY_LHD)
+        link_oldest(tier, list_of(tier, place, 0), place);
     else
         link_oldest(tier, 0, place);
 }
@@ -275,20 +269,20 @@ ref policy_victim(struct tier *tier, uint32_t clock_s)
 
     if (policy->kind == POLICY_REWARD)
         calendar_turn(tier, clock_s);
+    if (policy->kind == POLICY_LHD)
+        return densest_last(policy);
     if (!policy->occupied)
         return NONE;
     if (newest_goes(policy))
         return policy->lists[0].newest;
     if (policy->kind == POLICY_REWARD)
         return policy->lists[calendar_first(policy)].oldest;
-    if (policy->kind == POLICY_LIFETIME)
-        return lifetime_victim(tier, clock_s, &(float){0});
     return policy->lists[__builtin_ctzll(policy->occupied)].oldest;
 }
 
 const char *policy_check(const struct tier *tier)
 {
-    for (unsigned number = 0; number < LISTS_MAX; number++) {
+    for (unsigned number = 0; number < tier->policy.list_count; number++) {
         const struct list *list = &tier->policy.lists[number];
         uint32_t count = 0;
         ref older = NONE;
@@ -304,8 +298,13 @@ const char *policy_check(const struct tier *tier)
         }
         if (list->newest != older || count != list->count)
             return "a policy's list is shorter than its count";
+        if (tier->policy.density) {
+            if (count && tier->policy.density->rank[number] < tier->policy.density->cursor)
+                return "a cell has members before the cursor";
+            continue;
+        }
         if ((tier->policy.occupied >> number & 1) != (count > 0))
             return "a policy's list is wrongly marked as occupied";
     }
-    return NULL;
+    return tier->policy.density ? density_check(tier->policy.density) : NULL;
 }

@@ -2,7 +2,6 @@
 #include "index_core.h"
 
 #include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -60,7 +59,8 @@ void index_close(struct block_index *index)
     for (unsigned t = 0; t < TIERS_MAX; t++)
         if (index->tier[t].places)
             munmap(index->tier[t].places, index->tier[t].places_bytes);
-    free(index->adapt.memories);
+    for (unsigned t = 0; t < TIERS_MAX; t++)
+        policy_close(&index->tier[t].policy);
     if (index->nodes)
         munmap(index->nodes, index->nodes_bytes);
     if (index->buckets)

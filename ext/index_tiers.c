@@ -101,36 +101,39 @@ static ref node_take(struct block_index *index, const unsigned char *keys, int64
     return node_add(index, key, bucket, parent);
 }
 
-/* How many leading blocks of a batch are worth an eviction: up to the last whose class has any
- * lifetime. What is behind is taken only where there is room, or something has outlived its own. */
-static size_t worthy_blocks(const struct block_index *index, const struct tier *tier,
-                            const unsigned char *keys, const int64_t *positions, size_t n)
+/* Make room for one block after the other, as long as something is worth less than it. */
+static void room_if_worthy(struct block_index *index, unsigned t, const struct batch *batch,
+                           const int64_t *uses)
 {
-    if (tier->policy.kind != POLICY_LIFETIME)
-        return n;
-    while (n && tier->policy.lifetime_s[adapt_class(&index->adapt,
-                                                    key_at(keys, positions[n - 1]))] < 0.5f)
-        n--;
-    return n;
+    struct density *density = index->tier[t].policy.density;
+    float bound = density->bound;
+
+    for (size_t i = index->tier[t].free, end = i; i < batch->n; i = end) {
+        density->bound = density_of_new(density, (uint32_t)uses[i], is_last(batch, i));
+        while (end < batch->n && uses[end] == uses[i] && is_last(batch, end) == is_last(batch, i))
+            end++;
+        if (index_evict(index, t, 0, end - i) < end - i)
+            break;
+    }
+    density->bound = bound;
 }
 
-/* Make room for n blocks as far as it can or should be made; gives how many there is room for. */
-static size_t room_make(struct block_index *index, unsigned t, size_t n, size_t worthy,
-                        enum reserve_how how)
+/* Make room for a batch as far as it can or should be made; gives for how much there is room. */
+static size_t room_make(struct block_index *index, unsigned t, const struct batch *batch,
+                        enum reserve_how how, const int64_t *uses)
 {
     struct tier *tier = &index->tier[t];
 
-    if (worthy > tier->free) {
-        size_t lacking = worthy - tier->free;
+    if (how == RESERVE_WORTHY && tier->policy.density) {
+        room_if_worthy(index, t, batch, uses);
+    } else {
+        size_t lacking = batch->n - tier->free;
 
         index_evict(index, t, how == RESERVE_ALL ? lacking : 0,
                     lacking > tier->evict_blocks ? lacking : tier->evict_blocks);
     }
-    while (n > tier->free && worthy < n && policy_expired(tier, index->clock_s))
-        if (!index_evict(index, t, 0, 1))
-            break;
-    if (n <= tier->free)
-        return n;
+    if (batch->n <= tier->free)
+        return batch->n;
     return how == RESERVE_ALL ? 0 : tier->free;
 }
 
@@ -143,27 +146,29 @@ static int64_t refuse(struct block_index *index, unsigned t, const int64_t *ids,
     return -1;
 }
 
-int64_t index_reserve(struct block_index *index, unsigned t, const unsigned char *keys,
-                      const int64_t *positions, size_t n, enum reserve_how how, int64_t *ids)
+/* Under LHD `ids` carries each block's uses until the block has its place. */
+int64_t index_reserve(struct block_index *index, unsigned t, const struct batch *batch,
+                      enum reserve_how how, int64_t *ids)
 {
     struct tier *tier = &index->tier[t];
+    struct density *density = tier->policy.density;
+    const int64_t *positions = batch->positions;
+    size_t n = batch->n;
     bool fresh = false;
     ref last = NONE;
 
-    if (n > tier->free) {
-        size_t worthy = n;
-
-        if (how == RESERVE_WORTHY)
-            worthy = worthy_blocks(index, tier, keys, positions, n);
-        n = room_make(index, t, n, worthy, how);
-    }
+    if (density)
+        density_foresee(density, batch, ids);
+    if (n > tier->free)
+        n = room_make(index, t, batch, how, ids);
     for (size_t i = 0; i < n; i++) {
         struct place *place;
         struct node *node;
+        uint32_t uses = density ? (uint32_t)ids[i] : 0;
 
         if (i + EXPECT_AHEAD < n)
-            bucket_expect(index, keys, positions[i + EXPECT_AHEAD]);
-        last = node_take(index, keys, positions[i], last, &fresh);
+            bucket_expect(index, batch->keys, positions[i + EXPECT_AHEAD]);
+        last = node_take(index, batch->keys, positions[i], last, &fresh);
         if (last == NONE)
             return refuse(index, t, ids, i, "a block is reserved whose parent is nowhere");
         node = node_at(index, last);
@@ -174,6 +179,8 @@ int64_t index_reserve(struct block_index *index, unsigned t, const unsigned char
         node_at(index, node->root)->place[t]++;
         place = &tier->places[ids[i]];
         *place = (struct place){.node = last, .state = PLACE_RESERVED, .list = LIST_NONE};
+        if (density)
+            density_class(density, place, uses, is_last(batch, i));
         tier->reserved++;
     }
     return (int64_t)n;
@@ -243,9 +250,6 @@ bool index_commit(struct block_index *index, unsigned t, const int64_t *ids, siz
         tier->reserved--;
         tier->ready++;
         place->state = PLACE_READY;
-        if (index->adapt.memories)
-            policy_classify(tier, (ref)ids[n],
-                            adapt_class(&index->adapt, node_at(index, place->node)->key));
         policy_insert(tier, (ref)ids[n], index->clock_s);
         unpark(index, node_at(index, place->node));
     }
@@ -316,11 +320,9 @@ void index_use(struct block_index *index, const ref *nodes, size_t n)
         for (unsigned t = 0; t < index->tiers; t++) {
             ref id = node->place[t];
 
-            if (id == NONE || index->tier[t].places[id].state != PLACE_READY)
-                continue;
-            if (index->adapt.memories)
-                policy_classify(&index->tier[t], id, adapt_class(&index->adapt, node->key));
-            policy_use(&index->tier[t], id, index->clock_s);
+            if (id != NONE && index->tier[t].places[id].state == PLACE_READY &&
+                !index->tier[t].policy.density)
+                policy_use(&index->tier[t], id, index->clock_s);
         }
     }
 }

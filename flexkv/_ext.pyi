@@ -271,15 +271,6 @@ class BlockIndex:
     def counts(self, tier: int, /) -> tuple[int, int, int, int, int, int, int]:
         """Count places: capacity, free, reserved, ready, draining, pinned, evicted so far."""
 
-    def observed(self) -> tuple[bytes, bytes, bytes, bytes]:
-        """Tell what lifetimes follow from: uses, hits, ended and living memories, as uint64.
-
-        By class; hits by class and age; the others count and sum of ages, by class and age.
-        """
-
-    def set_lifetimes(self, tier: int, lifetimes_s: list[float], /) -> None:
-        """Set how long blocks of each class are worth a place of a tier."""
-
     def tick(self, now_s: int, /) -> None:
         """Tell the time, in seconds; it never goes back."""
 

@@ -60,7 +60,7 @@ Paths = Annotated[tuple[Path, ...], BeforeValidator(_joined)]
 Addresses = Annotated[tuple[str, ...], BeforeValidator(_joined)]
 Layout = Annotated[Literal["BLOCKFIRST"], BeforeValidator(_block_first)]
 CustomConfig = Annotated[Secret[dict[str, Any]], BeforeValidator(_object)]
-EvictionPolicy = Literal["lru", "lfu", "fifo", "mru", "filo", "slru", "lifetime"]
+EvictionPolicy = Literal["lru", "lfu", "fifo", "mru", "filo", "slru", "lhd"]
 
 
 @dataclass(frozen=True, slots=True)

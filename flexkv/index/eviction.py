@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 from flexkv.common.errors import ConfigError
 
-POLICIES = {"lru": 0, "fifo": 1, "mru": 2, "filo": 3, "lfu": 4, "slru": 5, "lifetime": 7}
+POLICIES = {"lru": 0, "fifo": 1, "mru": 2, "filo": 3, "lfu": 4, "slru": 5, "lhd": 7}
 """Which block goes first. `ext/index_policy.c` has the numbers and the rules.
 
 lru: the least recently used; mru: the most recently used. fifo: the first that came; filo: the last
 that came. lfu: the least often used, and of those the least recently. slru: those used fewer than
-`slru_protected_threshold` times, then the others, each by last use. lifetime: what has lived
-longest for what its class is worth, which is learnt (`lifetimes.py`); blocks that are worth nothing
-are not stored when the tier is full.
+`slru_protected_threshold` times, then the others, each by last use. lhd, least hit density: what
+promises the fewest hits for its place and time, which is learnt (`ext/index_density.c`); blocks
+that promise less than all that is there are not stored.
 """
 
 _REWARD = 6
@@ -35,12 +35,7 @@ class Eviction(NamedTuple):
     @property
     def timed(self) -> bool:
         """Tell whether the table must be told the time."""
-        return self.hit_reward_seconds > 0 or self.learns
-
-    @property
-    def learns(self) -> bool:
-        """Tell whether lifetimes are learnt."""
-        return self.policy == "lifetime"
+        return self.hit_reward_seconds > 0
 
     def options(self, capacity_blocks: int) -> tuple[int, int, int, int]:
         """Give a tier's options as the table takes them.

@@ -20,7 +20,6 @@ from flexkv.common.errors import CapacityError, InvariantError
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
 from flexkv.index.claims import Claims, Holding
 from flexkv.index.eviction import Eviction
-from flexkv.index.lifetimes import lifetimes, observed
 
 ABSENT, PENDING, READY = 0, 1, 2
 """Where a block is in one tier: nowhere, being filled, there."""
@@ -30,8 +29,6 @@ _UNUSED, _ASKED, _STORED = 0, 1, 2
 
 PREFIX, ALL, WORTHY = 0, 1, 2
 """How much `reserve` takes when room is short: what fits; all or nothing; what is worth it."""
-
-LEARN_EVERY_REQUESTS = 256
 
 
 class PrefixMatch(msgspec.Struct, frozen=True):
@@ -195,10 +192,7 @@ class Residency:
         }
         self.claims = Claims(self._table, self._number)
         self.timed = eviction.timed
-        self._learns = eviction.learns
-        self._requests = 0
         self._begin_s: int | None = None
-        self._now_s = 0
         self._start_threshold = eviction.start_threshold
         self._evict_ratio = eviction.evict_ratio
 
@@ -217,8 +211,6 @@ class Residency:
         blocks = len(keys) // BLOCK_KEY_BYTES - 1
         if blocks <= first:
             return Found(first, first, ready)
-        if use and self._learns:
-            self._learn()
         for pattern, begin, count, places, ids in self._table.survey(
             keys, first, blocks, True, _ASKED if use else _UNUSED
         ):
@@ -305,18 +297,7 @@ class Residency:
         """Tell the time, in seconds from any start; it never goes back."""
         if self._begin_s is None:
             self._begin_s = now_s
-        self._now_s = now_s - self._begin_s
-        self._table.tick(self._now_s)
-
-    def _learn(self) -> None:
-        """Now and then, work out again how long blocks of each class are worth their places."""
-        self._requests += 1
-        if self._requests % LEARN_EVERY_REQUESTS:
-            return
-        seen = observed(self._table.observed())
-        for tier, number in self._number.items():
-            found = lifetimes(seen, self.counts(tier).capacity, self._now_s + 1.0)
-            self._table.set_lifetimes(number, found)
+        self._table.tick(now_s - self._begin_s)
 
     def evict_ahead(self) -> None:
         """Free places where more of a tier is used than the eviction's start threshold allows."""

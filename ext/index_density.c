@@ -1,0 +1,460 @@
+/* What the policy LHD learns: how many hits a block of a class and age is worth, for the places and
+ * the time that it will take. "LHD: Improving Cache Hit Rate by Maximizing Hit Density" (Beckmann,
+ * Chen, Cidon, NSDI 2018) has the idea; classes, prior and markers are made for prefixes.
+ *
+ *   age      in epochs, of as many asked blocks as an eighth of the tier: no clock is read, and no
+ *            workload's pace is built in
+ *   class    how often the block's path was asked for before; or that it ends a new prompt
+ *   marker   a prompt's second-to-last block, remembered when the prompt is gone: when it is asked
+ *            for again, what leads to it is known to come back
+ *   sample   a block out of a part of all keys, resident or not: when it comes back (a hit at some
+ *            age), or is not seen again, its class is judged by it
+ *
+ * The chance of a hit in each bucket of ages begins as what is known of all classes together, and
+ * that as 1 / age, under which the order is LRU's. A cell is the places of one class and epoch.
+ */
+#include "index_core.h"
+
+#include <float.h>
+#include <stdlib.h>
+
+#define EPOCH_PART 8
+#define ANCIENT EPOCHS
+#define SAMPLES_MAX 65536u
+#define MARKERS_MAX (1u << 20)
+#define SHARE_BITS 24
+#define PRIOR_HITS 0.1
+#define PRIOR_ALL 16.0
+#define PRIOR_CLASS 8.0
+#define DEVIATION_MAX 4.0
+
+/* Where each bucket of ages begins, in epochs; the last is that of the ancient, too. */
+static const uint16_t edges[BUCKETS + 1] = {0,  1,  2,  3,  4,  5,  6,   8,   11,  14, 19,
+                                            25, 32, 42, 55, 71, 93, 121, 157, 205, EPOCHS - 1};
+
+static unsigned bucket_of(unsigned age)
+{
+    unsigned bucket = 0;
+
+    while (bucket + 1 < BUCKETS && age >= edges[bucket + 1])
+        bucket++;
+    return bucket;
+}
+
+static double width(unsigned bucket)
+{
+    return edges[bucket + 1] - edges[bucket];
+}
+
+static double middle(unsigned bucket)
+{
+    return (edges[bucket + 1] + edges[bucket]) / 2.0;
+}
+
+static unsigned age_of(const struct density *density, uint16_t epoch)
+{
+    unsigned age = (uint16_t)(density->epoch - epoch);
+
+    return age < EPOCHS - 1 ? age : EPOCHS - 1;
+}
+
+unsigned density_cell(const struct density *density, const struct place *place)
+{
+    unsigned age = age_of(density, place->epoch);
+
+    return place->class * CELLS_OF_CLASS + (age < EPOCHS - 1 ? place->epoch % EPOCHS : ANCIENT);
+}
+
+static unsigned class_of(unsigned uses, bool last)
+{
+    static const uint8_t most[] = {0, 1, 2, 3, 4, 6, 12, 30, 100};
+    unsigned class = 0;
+
+    if (last && !uses)
+        return CLASS_LAST;
+    while (class < sizeof(most) && uses > most[class])
+        class++;
+    return class;
+}
+
+static uint32_t smaller(uint32_t a, uint32_t b)
+{
+    return a < b ? a : b;
+}
+
+struct density *density_new(uint32_t capacity)
+{
+    struct density *density = calloc(1, sizeof(*density));
+    uint32_t half = capacity / 2 > 8 ? capacity / 2 : 8;
+
+    if (!density)
+        return NULL;
+    density->samples_max = smaller(half, SAMPLES_MAX);
+    /* One in four; fewer where that is certainly too many. */
+    density->share = (uint32_t)((UINT64_C(1) << (SHARE_BITS - 2)) * density->samples_max / half);
+    density->bound = FLT_MAX;
+    if (!recent_open(&density->samples, density->samples_max + 1) ||
+        !recent_open(&density->markers, smaller(half, MARKERS_MAX))) {
+        density_free(density);
+        return NULL;
+    }
+    density_learn(density);
+    return density;
+}
+
+void density_free(struct density *density)
+{
+    if (!density)
+        return;
+    recent_close(&density->samples);
+    recent_close(&density->markers);
+    free(density);
+}
+
+/* -- samples ----------------------------------------------------------------------------------- */
+
+static bool word_is_sampled(const struct density *density, uint32_t word)
+{
+    return (word & ((1u << SHARE_BITS) - 1)) < density->share;
+}
+
+static bool is_sampled(const struct density *density, struct key key)
+{
+    return word_is_sampled(density, key.word[3]);
+}
+
+static uint32_t sample_value(unsigned class, uint32_t epoch)
+{
+    return class << 16 | (epoch & UINT16_MAX);
+}
+
+static uint32_t *living_of(struct density *density, uint32_t value)
+{
+    return &density->living[value >> 16][value % EPOCHS];
+}
+
+/* A sample that was not seen again has been exposed to every age. */
+static void sample_expire(struct density *density, struct recent_entry *sample)
+{
+    for (unsigned bucket = 0; bucket < BUCKETS; bucket++)
+        density->exposed[sample->value >> 16][bucket]++;
+    --*living_of(density, sample->value);
+    recent_drop(&density->samples, sample);
+}
+
+/* Sample fewer keys from now on, and scale what was counted as if it had been so all along. */
+static void samples_thin(struct density *density)
+{
+    struct recent *samples = &density->samples;
+
+    density->share -= density->share / 8 + 1;
+    for (ref at = samples->oldest, newer; at != NONE; at = newer) {
+        struct recent_entry *sample = &samples->entries[at];
+
+        newer = sample->newer;
+        if (word_is_sampled(density, sample->tag[1]))
+            continue;
+        --*living_of(density, sample->value);
+        recent_drop(samples, sample);
+    }
+    for (unsigned class = 0; class < CLASSES; class++)
+        for (unsigned bucket = 0; bucket < BUCKETS; bucket++) {
+            density->hits[class][bucket] *= 7.0 / 8;
+            density->exposed[class][bucket] *= 7.0 / 8;
+        }
+}
+
+static void sample_see(struct density *density, struct key key, unsigned class, bool asked)
+{
+    struct recent_entry *sample = recent_find(&density->samples, key);
+
+    if (sample && !asked)
+        return;
+    if (sample) {
+        unsigned was = sample->value >> 16;
+        unsigned bucket = bucket_of(age_of(density, (uint16_t)sample->value));
+
+        density->hits[was][bucket]++;
+        for (unsigned b = 0; b <= bucket; b++)
+            density->exposed[was][b]++;
+        --*living_of(density, sample->value);
+        sample->value = sample_value(class, density->epoch);
+        recent_touch(&density->samples, sample);
+    } else {
+        sample = recent_add(&density->samples, key, sample_value(class, density->epoch));
+    }
+    ++*living_of(density, sample->value);
+    while (density->samples.count > density->samples_max)
+        samples_thin(density);
+}
+
+/* -- learning ---------------------------------------------------------------------------------- */
+
+/* How many samples have been exposed to each bucket of ages: those that ended, and those that live,
+ * which count half in the bucket in which they are. */
+static void exposures(const struct density *density, unsigned class, double exposed[BUCKETS])
+{
+    double in[BUCKETS] = {0}, older = 0;
+
+    for (unsigned age = 0; age < EPOCHS && age <= density->epoch; age++)
+        in[bucket_of(age)] += density->living[class][(density->epoch - age) % EPOCHS];
+    for (unsigned b = BUCKETS; b-- > 0; older += in[b])
+        exposed[b] = density->exposed[class][b] + older + in[b] / 2;
+}
+
+/* The chance of a hit in each bucket for all classes together. Where little is known it continues
+ * from the younger bucket as 1 / age. */
+static void chances_of_all(const struct density *density, double exposed[CLASSES][BUCKETS],
+                           double chance[BUCKETS])
+{
+    double rate = PRIOR_HITS / width(0), at = middle(0);
+
+    for (unsigned b = 0; b < BUCKETS; b++) {
+        double hits = 0, seen = 0, prior = rate * width(b) * at / middle(b);
+
+        for (unsigned class = 0; class < CLASSES; class++) {
+            hits += density->hits[class][b];
+            seen += exposed[class][b];
+        }
+        if (prior > 0.9)
+            prior = 0.9;
+        chance[b] = (hits + PRIOR_ALL * prior) / (seen + PRIOR_ALL);
+        rate = chance[b] / width(b);
+        at = middle(b);
+    }
+}
+
+static double clamp(double value, double low, double high)
+{
+    return value < low ? low : value > high ? high : value;
+}
+
+/* The same for one class. Where little is known it deviates from all as in the younger bucket. */
+static void chances_of_class(const double hits[BUCKETS], const double exposed[BUCKETS],
+                             const double all[BUCKETS], double chance[BUCKETS])
+{
+    double deviation = 1;
+
+    for (unsigned b = 0; b < BUCKETS; b++) {
+        double prior = clamp(all[b] * deviation, 0, 0.95);
+
+        chance[b] = clamp((hits[b] + PRIOR_CLASS * prior) / (exposed[b] + PRIOR_CLASS), 0, 1);
+        deviation = clamp(chance[b] / all[b], 1 / DEVIATION_MAX, DEVIATION_MAX);
+    }
+}
+
+/* Hits for each epoch that a place is kept, when it is kept as long as is best. */
+static float density_from(const double chance[BUCKETS], unsigned bucket)
+{
+    double lives = 1, hits = 0, epochs = 0, best = 0;
+
+    for (unsigned b = bucket; b < BUCKETS; b++) {
+        hits += lives * chance[b];
+        epochs += lives * width(b) * (1 - chance[b] / 2);
+        lives *= 1 - chance[b];
+        if (hits / epochs > best)
+            best = hits / epochs;
+    }
+    return (float)best;
+}
+
+/* A group is the cells of one class and bucket: alike in worth, the oldest first. */
+struct group {
+    float worth;
+    uint8_t class, bucket;
+};
+
+static int group_compare(const void *left, const void *right)
+{
+    const struct group *a = left, *b = right;
+
+    if (a->worth != b->worth)
+        return a->worth < b->worth ? -1 : 1;
+    if (a->bucket != b->bucket)
+        return a->bucket > b->bucket ? -1 : 1;
+    return (int)a->class - (int)b->class;
+}
+
+static void cell_append(struct density *density, unsigned *rank, unsigned cell, float worth)
+{
+    density->order[*rank] = (uint16_t)cell;
+    density->rank[cell] = (uint16_t)(*rank)++;
+    density->worth[cell] = worth;
+}
+
+static void cells_order(struct density *density, struct group *groups)
+{
+    unsigned rank = 0;
+
+    qsort(groups, CLASSES * BUCKETS, sizeof(*groups), group_compare);
+    for (const struct group *group = groups; group < groups + CLASSES * BUCKETS; group++) {
+        unsigned first = group->class * CELLS_OF_CLASS;
+
+        if (group->bucket == BUCKETS - 1)
+            cell_append(density, &rank, first + ANCIENT, group->worth);
+        for (unsigned age = edges[group->bucket + 1]; age-- > edges[group->bucket];)
+            cell_append(density, &rank, first + (density->epoch - age) % EPOCHS, group->worth);
+    }
+    density->cells = rank;
+    density->cursor = 0;
+}
+
+void density_learn(struct density *density)
+{
+    double exposed[CLASSES][BUCKETS], all[BUCKETS], chance[BUCKETS];
+    struct group groups[CLASSES * BUCKETS];
+
+    for (unsigned class = 0; class < CLASSES; class++)
+        exposures(density, class, exposed[class]);
+    chances_of_all(density, exposed, all);
+    for (unsigned class = 0; class < CLASSES; class++) {
+        chances_of_class(density->hits[class], exposed[class], all, chance);
+        for (unsigned b = 0; b < BUCKETS; b++)
+            groups[class * BUCKETS + b] =
+                (struct group){density_from(chance, b), (uint8_t)class, (uint8_t)b};
+    }
+    cells_order(density, groups);
+}
+
+/* -- the tier's side --------------------------------------------------------------------------- */
+
+/* One epoch later: what has the age of the ancient joins them, and old samples end. */
+static void epoch_turn(struct tier *tier)
+{
+    struct density *density = tier->policy.density;
+    struct recent *samples = &density->samples;
+    uint32_t leaves;
+
+    density->epoch++;
+    leaves = density->epoch - (EPOCHS - 1);
+    for (unsigned class = 0; class < CLASSES; class++)
+        policy_splice(tier, class * CELLS_OF_CLASS + leaves % EPOCHS,
+                      class * CELLS_OF_CLASS + ANCIENT);
+    while (samples->oldest != NONE) {
+        struct recent_entry *oldest = &samples->entries[samples->oldest];
+
+        if ((uint16_t)(density->epoch - oldest->value) < EPOCHS)
+            break;
+        sample_expire(density, oldest);
+    }
+}
+
+/* Whether the prompt was among those asked for last: a second look at it, or a retry. */
+static bool asked_again(struct density *density, const struct batch *prompt)
+{
+    uint64_t name = prompt->blocks;
+
+    if (!prompt->blocks)
+        return true;
+    name = name << 32 | key_at(prompt->keys, (int64_t)prompt->blocks - 1).word[3];
+    for (unsigned i = 0; i < ASKED_LAST; i++)
+        if (density->asked_last[i] == name)
+            return true;
+    density->asked_last[density->asked_next++ % ASKED_LAST] = name;
+    return false;
+}
+
+static void place_asked(struct tier *tier, ref id)
+{
+    struct density *density = tier->policy.density;
+    struct place *place = &tier->places[id];
+    bool listed = place->list < LIST_PARKED;
+
+    if (listed)
+        policy_remove(tier, id);
+    if (place->uses < UINT8_MAX)
+        place->uses++;
+    place->class = (uint8_t)class_of(place->uses, false);
+    place->epoch = (uint16_t)density->epoch;
+    if (listed)
+        policy_insert(tier, id, 0);
+}
+
+/* Learn from a prompt: `nodes` are those of its first `known` blocks. */
+void density_asked(struct block_index *index, unsigned t, const struct batch *prompt,
+                   const ref *nodes, size_t known)
+{
+    struct tier *tier = &index->tier[t];
+    struct density *density = tier->policy.density;
+    uint32_t turn_at = tier->capacity < EPOCH_PART ? 1 : tier->capacity / EPOCH_PART;
+    uint32_t uses = 0;
+
+    if (asked_again(density, prompt))
+        return;
+    for (size_t j = prompt->blocks; j-- > 0;) {
+        struct key key = key_at(prompt->keys, (int64_t)j);
+        ref id = j < known && nodes[j] != NONE ? node_at(index, nodes[j])->place[t] : NONE;
+        unsigned class;
+
+        if (id != NONE && tier->places[id].state == PLACE_READY) {
+            place_asked(tier, id);
+            class = tier->places[id].class;
+        } else {
+            struct recent_entry *marker = recent_find(&density->markers, key);
+
+            if (marker) {
+                if (marker->value < UINT8_MAX)
+                    marker->value++;
+                if (marker->value > uses)
+                    uses = marker->value;
+                recent_touch(&density->markers, marker);
+            } else if (j + 2 == prompt->blocks) {
+                recent_add(&density->markers, key, uses);
+            }
+            class = class_of(uses, j + 1 == prompt->blocks);
+        }
+        if (is_sampled(density, key))
+            sample_see(density, key, class, true);
+    }
+    density->asked += prompt->blocks;
+    if (density->asked < turn_at)
+        return;
+    for (; density->asked >= turn_at; density->asked -= turn_at)
+        epoch_turn(tier);
+    density_learn(density);
+}
+
+/* Tell the uses of a batch's blocks, by what is marked behind them: uses[i] for each. */
+void density_foresee(struct density *density, const struct batch *batch, int64_t *uses)
+{
+    int64_t at = batch->n ? batch->positions[batch->n - 1] + 1 : 0;
+    uint32_t most = 0;
+
+    for (size_t i = batch->n; i-- > 0;) {
+        struct key key = key_at(batch->keys, batch->positions[i]);
+
+        while (at > batch->positions[i]) {
+            const struct recent_entry *marker =
+                recent_find(&density->markers, key_at(batch->keys, --at));
+
+            if (marker && marker->value > most)
+                most = marker->value;
+        }
+        uses[i] = most;
+        if (is_sampled(density, key))
+            sample_see(density, key, class_of(most, is_last(batch, i)), false);
+    }
+}
+
+void density_class(const struct density *density, struct place *place, uint32_t uses, bool last)
+{
+    place->uses = (uint8_t)uses;
+    place->class = (uint8_t)class_of(uses, last);
+    place->epoch = (uint16_t)density->epoch;
+}
+
+/* How many hits an epoch a block that comes now is worth. */
+float density_of_new(const struct density *density, uint32_t uses, bool last)
+{
+    return density->worth[class_of(uses, last) * CELLS_OF_CLASS + density->epoch % EPOCHS];
+}
+
+const char *density_check(const struct density *density)
+{
+    uint64_t living = 0;
+
+    for (unsigned class = 0; class < CLASSES; class++)
+        for (unsigned epoch = 0; epoch < EPOCHS; epoch++)
+            living += density->living[class][epoch];
+    return living == density->samples.count ? NULL : "samples are counted that are not there";
+}

@@ -1,0 +1,104 @@
+"""LHD: what is learnt from when blocks are asked for again, and what it is good for."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from flexkv.common.terms import Tier
+from flexkv.index.eviction import Eviction
+from flexkv.index.residency import WORTHY, Positions, Residency
+from flexkv.trace.hits import Prompt, prompts_of, replay
+from flexkv.trace.mooncake import TraceLine
+
+
+def prompts(walks: list[list[int]]) -> list[Prompt]:
+    """Give prompts of blocks by number."""
+    return prompts_of(TraceLine(0.0, 1, 1, walk) for walk in walks)
+
+
+def ask(index: Residency, prompt: Prompt) -> int:
+    """Ask for a prompt and store what lacks, as far as it is worth it; count the hits."""
+    found, blocks = index.find(prompt.keys, use=True), len(prompt.ids)
+    with index.holding(found.holdings):
+        rest = Positions(found.last, blocks - found.last)
+        index.commit(Tier.HOST, index.reserve(Tier.HOST, prompt.keys, rest, WORTHY))
+    return found.last
+
+
+def chats(seed: int, loyal: float) -> list[Prompt]:
+    """Give conversations: most have one turn, those that have a second have many more."""
+    random = Random(seed)
+    live: list[tuple[float, list[int], int]] = []
+    walks, fresh = [], 1000
+    for now in range(3000):
+        due = [chat for chat in live if chat[0] <= now]
+        live = [chat for chat in live if chat[0] > now]
+        fresh += 40
+        due.append((now, [1, *range(fresh, fresh + 8)], 0))
+        for _, walk, turn in due:
+            walks.append(walk)
+            if random.random() < (loyal if turn else 0.15):
+                fresh += 40
+                again = now + random.uniform(20, 60)
+                live.append((again, [*walk, *range(fresh, fresh + 2)], turn + 1))
+    return prompts(walks)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_history_beats_recency_where_it_tells(seed: int) -> None:
+    """Loyal conversations are kept over one-shot prompts, in a tier far too small for all."""
+    asked = chats(seed, loyal=0.9)
+    assert replay(asked, 600, Eviction("lhd")).rate > 1.1 * replay(asked, 600, Eviction()).rate
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_is_no_worse_where_nothing_tells(seed: int) -> None:
+    """Uniformly random prompts: no class is better than another, and little is lost."""
+    random = Random(seed)
+    asked = prompts([[n, n + 10_000] for n in (random.randrange(400) for _ in range(6000))])
+    assert replay(asked, 400, Eviction("lhd")).rate > replay(asked, 400, Eviction()).rate - 0.03
+
+
+def test_what_is_asked_for_in_a_circle_is_kept_in_part() -> None:
+    """LRU has no hit on a circle larger than the tier; keeping a part of it has."""
+    asked = prompts([[n, n + 10_000] for _ in range(20) for n in range(400)])
+    assert replay(asked, 400, Eviction()).rate == 0
+    assert replay(asked, 400, Eviction("lhd")).rate > 0.3
+
+
+def test_a_second_look_is_not_a_use() -> None:
+    """A match before its get, or a retry of it, teaches nothing: the twin stays equal."""
+    once, twice = (Residency({Tier.HOST: 300}, Eviction("lhd")) for _ in range(2))
+    hits = [0, 0]
+    for prompt in chats(1, loyal=0.9)[:1500]:
+        twice.find(prompt.keys, use=True)
+        hits[0] += ask(once, prompt)
+        hits[1] += ask(twice, prompt)
+    assert hits[0] == hits[1] > 0
+
+
+def test_a_tier_of_any_size_learns_and_stays_whole() -> None:
+    """Tiny tiers turn many epochs a prompt; what is older than all epochs can still go."""
+    for capacity in (1, 2, 7, 40, 400):
+        index = Residency({Tier.HOST: capacity}, Eviction("lhd"))
+        ends = [ask(index, prompt) for prompt in chats(2, loyal=0.9)[:700]]
+        index.validate()
+        assert max(ends) > 0
+        ready = index.counts(Tier.HOST).ready
+        assert index.evict(Tier.HOST, capacity) == ready
+        index.validate()
+
+
+def test_old_blocks_stay_in_order_behind_the_horizon() -> None:
+    """Blocks that nobody asks for over hundreds of epochs are kept while there is room."""
+    index = Residency({Tier.HOST: 64}, Eviction("lhd"))
+    old, hot = prompts([[1, 2, 3], [5, 6]])
+    ask(index, old)
+    for _ in range(300):
+        for prompt in (hot, *prompts([[n] for n in range(100, 170)])):
+            ask(index, prompt)
+        index.validate()
+    assert ask(index, hot) == 2
+    assert index.evict(Tier.HOST, 64) == 64
