@@ -50,8 +50,7 @@ static int index_set_up(BlockIndex *self, PyObject *tiers)
         struct tier *tier = &self->index.tier[t];
 
         tier->evict_blocks = options[t][3];
-        if (!policy_open(&tier->policy, (enum policy_kind)options[t][1], options[t][2],
-                         capacities[t])) {
+        if (!tier_policy_open(tier, (enum policy_kind)options[t][1], options[t][2])) {
             PyErr_NoMemory();
             return -1;
         }
@@ -111,13 +110,10 @@ static PyObject *index_clear_call(BlockIndex *self, PyObject *object)
     return PyLong_FromUnsignedLongLong(before - places_held(&self->index));
 }
 
-/* The number of a namespace's root, NONE when it has no blocks; -1 with an exception. */
-static int64_t root_read(const BlockIndex *self, PyObject *object)
+static int key_read(PyObject *object, struct key *key)
 {
-    struct key key;
     char *text;
     Py_ssize_t bytes;
-    ref root;
 
     if (PyBytes_AsStringAndSize(object, &text, &bytes) < 0)
         return -1;
@@ -125,9 +121,16 @@ static int64_t root_read(const BlockIndex *self, PyObject *object)
         PyErr_Format(PyExc_ValueError, "root has %zd bytes, not 16", bytes);
         return -1;
     }
-    memcpy(&key, text, sizeof(key));
-    root = node_find(&self->index, key, bucket_of_root(&self->index, key));
-    return root != NONE && node_at(&self->index, root)->parent == NONE ? root : NONE;
+    memcpy(key, text, sizeof(*key));
+    return 0;
+}
+
+/* The number of a namespace's root, NONE when it has no blocks; -1 with an exception. */
+static int64_t root_read(const BlockIndex *self, PyObject *object)
+{
+    struct key key;
+
+    return key_read(object, &key) < 0 ? -1 : (int64_t)root_find(&self->index, key);
 }
 
 static PyObject *index_clear_root_call(BlockIndex *self, PyObject *object)
@@ -206,7 +209,7 @@ static PyObject *index_pair_call(BlockIndex *self, const char *name, PyObject *a
         return NULL;
     if (resize)
         return PyLong_FromUnsignedLong(index_resize(&self->index, tier, (uint32_t)count));
-    return PyLong_FromSize_t(index_evict(&self->index, tier, 0, (size_t)count));
+    return PyLong_FromSize_t(index_evict(&self->index, tier, ANY_QUOTA, 0, (size_t)count));
 }
 
 static PyObject *index_evict_call(BlockIndex *self, PyObject *args)
@@ -217,6 +220,28 @@ static PyObject *index_evict_call(BlockIndex *self, PyObject *args)
 static PyObject *index_resize_call(BlockIndex *self, PyObject *args)
 {
     return index_pair_call(self, "resize", args, true);
+}
+
+static PyObject *index_set_quota(BlockIndex *self, PyObject *args)
+{
+    PyObject *tier_object, *root_object, *blocks_object;
+    struct key root;
+    unsigned tier;
+    int64_t blocks;
+
+    if (!PyArg_UnpackTuple(args, "set_quota", 3, 3, &tier_object, &root_object,
+                           &blocks_object) ||
+        tier_read(self, tier_object, &tier) < 0 || key_read(root_object, &root) < 0 ||
+        integer_read(blocks_object, "blocks", 0, UINT32_MAX, &blocks) < 0)
+        return NULL;
+    switch (quota_set(&self->index, tier, root, (uint32_t)blocks)) {
+    case 0:
+        return Py_NewRef(Py_None);
+    case -1:
+        return PyErr_Format(PyExc_ValueError, "%d namespaces have quotas already", QUOTAS_MAX);
+    default:
+        return PyErr_NoMemory();
+    }
 }
 
 static PyObject *index_counts(BlockIndex *self, PyObject *object)
@@ -266,6 +291,7 @@ static PyMethodDef index_methods[] = {
     {"clear_root", METHOD(index_clear_root_call), METH_O, "Forget a namespace."},
     {"root_blocks", METHOD(index_root_blocks), METH_O, "Count a namespace's blocks by tier."},
     {"root_ids", METHOD(index_root_ids), METH_VARARGS, "Tell a namespace's READY places."},
+    {"set_quota", METHOD(index_set_quota), METH_VARARGS, "Bound a namespace in a tier."},
     {"evict", METHOD(index_evict_call), METH_VARARGS, "Evict up to a number of blocks."},
     {"resize", METHOD(index_resize_call), METH_VARARGS, "Change a tier's capacity."},
     {"counts", METHOD(index_counts), METH_O, "Count a tier's places by state."},

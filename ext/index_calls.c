@@ -246,7 +246,7 @@ static PyObject *survey(BlockIndex *self, const unsigned char *keys, const size_
         index_use(&self->index, self->nodes, known < end ? known : end);
     if (use == USE_ASKED)
         for (unsigned t = 0; t < self->index.tiers; t++)
-            if (self->index.tier[t].policy.density)
+            if (self->index.tier[t].density)
                 density_asked(&self->index, t, &(struct batch){.keys = keys, .blocks = range[1]},
                               self->nodes, known < end ? known : end);
     return result;

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #define TIERS_MAX 4
+#define QUOTAS_MAX 64
 #define LISTS_MAX 64 /* of a policy that keeps its occupied lists in one word */
 #define NONE UINT32_MAX
 #define INDEX_KEY_BYTES ((size_t)16)
@@ -50,8 +51,9 @@ struct place {
     uint16_t list;
     uint8_t state;
     uint8_t uses;
-    uint16_t epoch;     /* LHD: of the last use */
+    uint16_t epoch;     /* of the last use; under FIFO and FILO of the arrival */
     uint8_t class;      /* LHD */
+    uint8_t quota;      /* the namespace's, 0 when it has none: whose lists it is in */
 };
 
 struct list {
@@ -105,7 +107,7 @@ struct density {
     uint32_t samples_max, share;
     float worth[CELLS];          /* hits an epoch */
     uint16_t order[CELLS], rank[CELLS];
-    unsigned cells, cursor;      /* no cell before the cursor has members */
+    unsigned cells;
     float bound;                 /* what is worth more is no victim */
     uint64_t asked_last[ASKED_LAST];
     unsigned asked_next;
@@ -117,7 +119,7 @@ struct policy {
     uint32_t protected_max;      /* SLRU */
     uint64_t first_bucket;       /* REWARD: the bucket of time in which the clock is */
     uint64_t occupied;           /* which lists have members; not of LHD */
-    struct density *density;     /* LHD */
+    unsigned cursor;             /* LHD: no cell before it, in the density's order, has members */
     struct list *lists;
     unsigned list_count;
 };
@@ -131,7 +133,12 @@ struct tier {
     uint32_t free, reserved, ready, draining, pinned;
     uint32_t evict_blocks;       /* an eviction takes at least so many */
     uint64_t evicted;
-    struct policy policy;
+    uint64_t touched;            /* insertions and uses; not under LHD */
+    unsigned epoch_shift;        /* an epoch is so many of them, as a power of two */
+    struct density *density;     /* LHD */
+    struct policy policies[QUOTAS_MAX + 1]; /* by quota */
+    unsigned policy_count;
+    uint32_t quota_blocks[QUOTAS_MAX + 1];
 };
 
 struct block_index {
@@ -145,6 +152,8 @@ struct block_index {
     size_t buckets_bytes;
     uint32_t page_mask;
     uint32_t clock_s;
+    unsigned quotas;             /* numbers 1 to this */
+    struct key quota_root[QUOTAS_MAX + 1];
     struct tier tier[TIERS_MAX];
     const char *broken;          /* the law that a failed call broke */
 };
@@ -184,6 +193,9 @@ bool node_has(const struct block_index *index, ref number, struct key key);
  * after `before`, the node of the block before, is a good guess; its first child is the second. */
 ref node_guess(const struct block_index *index, struct key key, ref before);
 ref node_find(const struct block_index *index, struct key key, uint32_t bucket);
+
+/* The root of a namespace, or NONE when it has no blocks. */
+ref root_find(const struct block_index *index, struct key key);
 
 /* The nodes of the blocks from begin to end, up to the first that is nowhere: behind it none is
  * anywhere. Gives how many. */
@@ -230,6 +242,7 @@ const char *density_check(const struct density *density);
 bool policy_open(struct policy *policy, enum policy_kind kind, uint32_t parameter,
                  uint32_t capacity);
 void policy_close(struct policy *policy);
+bool tier_policy_open(struct tier *tier, enum policy_kind kind, uint32_t parameter);
 void policy_insert(struct tier *tier, ref place, uint32_t clock_s);
 void policy_use(struct tier *tier, ref place, uint32_t clock_s);
 
@@ -239,13 +252,17 @@ void policy_remove(struct tier *tier, ref place);
 void policy_return(struct tier *tier, ref place);
 
 /* Append all of one list to another. */
-void policy_splice(struct tier *tier, unsigned from, unsigned to);
+void policy_splice(struct tier *tier, struct policy *policy, unsigned from, unsigned to);
+
+/* Move a place to another quota's lists, as the newest of the same list. */
+void policy_move(struct tier *tier, ref place, uint8_t quota);
 
 /* Put a place back that was pinned when its turn came. */
 void policy_unpark(struct tier *tier, ref place, uint32_t clock_s);
 
-/* The next victim, or NONE. */
+/* The next victim of all, or of one quota, or NONE. */
 ref policy_victim(struct tier *tier, uint32_t clock_s);
+ref policy_victim_of(struct tier *tier, unsigned quota, uint32_t clock_s);
 const char *policy_check(const struct tier *tier);
 
 /* -- index_places.c ---------------------------------------------------------------------------- */
@@ -263,12 +280,31 @@ void parent_lost_child(struct block_index *index, ref parent);
 
 /* -- index_evict.c ----------------------------------------------------------------------------- */
 
-/* Evict `wanted` blocks; when there are not even `needed`, none. Gives how many. */
-size_t index_evict(struct block_index *index, unsigned tier, size_t needed, size_t wanted);
+#define ANY_QUOTA UINT32_MAX
+
+/* Evict `wanted` blocks, of one quota or of any; when there are not even `needed`, none. Gives how
+ * many. */
+size_t index_evict(struct block_index *index, unsigned tier, unsigned quota, size_t needed,
+                   size_t wanted);
+
+/* The same with `own` of them, first, from one quota: all `needed`, or none. */
+size_t index_evict_all(struct block_index *index, unsigned tier, unsigned quota, size_t own,
+                       size_t needed, size_t wanted);
 
 /* Change how many places a tier may use, up to those it was opened with; gives what it is now:
  * more than asked for when too many are held. */
 uint32_t index_resize(struct block_index *index, unsigned tier, uint32_t capacity);
+
+/* -- index_quota.c ----------------------------------------------------------------------------- */
+
+/* The number of a namespace's quota, 0 when it has none. */
+unsigned quota_of(const struct block_index *index, struct key root);
+
+/* Set how many places of a tier a namespace may have, and evict what it has beyond. 0; -1 when
+ * there are too many quotas, -2 without memory. */
+int quota_set(struct block_index *index, unsigned tier, struct key root, uint32_t blocks);
+uint32_t quota_used(const struct block_index *index, unsigned tier, struct key root);
+uint32_t quota_left(const struct block_index *index, unsigned tier, unsigned quota);
 
 /* -- index_tiers.c: states of places ----------------------------------------------------------- */
 

@@ -296,7 +296,6 @@ static void cells_order(struct density *density, struct group *groups)
             cell_append(density, &rank, first + (density->epoch - age) % EPOCHS, group->worth);
     }
     density->cells = rank;
-    density->cursor = 0;
 }
 
 void density_learn(struct density *density)
@@ -321,15 +320,17 @@ void density_learn(struct density *density)
 /* One epoch later: what has the age of the ancient joins them, and old samples end. */
 static void epoch_turn(struct tier *tier)
 {
-    struct density *density = tier->policy.density;
+    struct density *density = tier->density;
     struct recent *samples = &density->samples;
     uint32_t leaves;
 
     density->epoch++;
     leaves = density->epoch - (EPOCHS - 1);
-    for (unsigned class = 0; class < CLASSES; class++)
-        policy_splice(tier, class * CELLS_OF_CLASS + leaves % EPOCHS,
-                      class * CELLS_OF_CLASS + ANCIENT);
+    for (unsigned quota = 0; quota < tier->policy_count; quota++)
+        for (unsigned class = 0; class < CLASSES; class++)
+            policy_splice(tier, &tier->policies[quota],
+                          class * CELLS_OF_CLASS + leaves % EPOCHS,
+                          class * CELLS_OF_CLASS + ANCIENT);
     while (samples->oldest != NONE) {
         struct recent_entry *oldest = &samples->entries[samples->oldest];
 
@@ -356,7 +357,7 @@ static bool asked_again(struct density *density, const struct batch *prompt)
 
 static void place_asked(struct tier *tier, ref id)
 {
-    struct density *density = tier->policy.density;
+    struct density *density = tier->density;
     struct place *place = &tier->places[id];
     bool listed = place->list < LIST_PARKED;
 
@@ -375,7 +376,7 @@ void density_asked(struct block_index *index, unsigned t, const struct batch *pr
                    const ref *nodes, size_t known)
 {
     struct tier *tier = &index->tier[t];
-    struct density *density = tier->policy.density;
+    struct density *density = tier->density;
     uint32_t turn_at = tier->capacity < EPOCH_PART ? 1 : tier->capacity / EPOCH_PART;
     uint32_t uses = 0;
 
@@ -412,6 +413,8 @@ void density_asked(struct block_index *index, unsigned t, const struct batch *pr
     for (; density->asked >= turn_at; density->asked -= turn_at)
         epoch_turn(tier);
     density_learn(density);
+    for (unsigned quota = 0; quota < tier->policy_count; quota++)
+        tier->policies[quota].cursor = 0;
 }
 
 /* Tell the uses of a batch's blocks, by what is marked behind them: uses[i] for each. */

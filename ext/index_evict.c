@@ -26,12 +26,13 @@ static void family_leave(struct block_index *index, ref number)
 
 /* Find a victim and take it out of its list, and its node out of its family if it is the last
  * copy. What may not go is parked: it comes back when it may. */
-static ref victim_take(struct block_index *index, unsigned t)
+static ref victim_take(struct block_index *index, unsigned t, unsigned quota)
 {
     struct tier *tier = &index->tier[t];
     ref id;
 
-    while ((id = policy_victim(tier, index->clock_s)) != NONE) {
+    while ((id = quota == ANY_QUOTA ? policy_victim(tier, index->clock_s)
+                                    : policy_victim_of(tier, quota, index->clock_s)) != NONE) {
         struct place *place = &tier->places[id];
         struct node *node = node_at(index, place->node);
 
@@ -79,7 +80,8 @@ static void victim_free(struct block_index *index, unsigned t, ref id)
 
 /* Victims are in no list, so `older` and `newer` chain them in the order in which they were taken.
  * When there are too few they go back, last taken first: that restores the policy's order. */
-size_t index_evict(struct block_index *index, unsigned t, size_t needed, size_t wanted)
+size_t index_evict_all(struct block_index *index, unsigned t, unsigned quota, size_t own,
+                       size_t needed, size_t wanted)
 {
     struct place *places = index->tier[t].places;
     ref first = NONE, last = NONE, id;
@@ -87,7 +89,8 @@ size_t index_evict(struct block_index *index, unsigned t, size_t needed, size_t 
 
     if (needed > index->tier[t].ready)
         return 0;
-    while (taken < wanted && (id = victim_take(index, t)) != NONE) {
+    while (taken < wanted &&
+           (id = victim_take(index, t, taken < own ? quota : ANY_QUOTA)) != NONE) {
         __builtin_prefetch(&index->buckets[node_at(index, places[id].node)->bucket], 1);
         places[id].older = last;
         places[id].newer = NONE;
@@ -112,6 +115,12 @@ size_t index_evict(struct block_index *index, unsigned t, size_t needed, size_t 
     return taken;
 }
 
+size_t index_evict(struct block_index *index, unsigned t, unsigned quota, size_t needed,
+                   size_t wanted)
+{
+    return index_evict_all(index, t, quota, quota == ANY_QUOTA ? 0 : wanted, needed, wanted);
+}
+
 /* Places are taken off the tier or given back to it: which ones does not matter. */
 uint32_t index_resize(struct block_index *index, unsigned t, uint32_t capacity)
 {
@@ -121,7 +130,7 @@ uint32_t index_resize(struct block_index *index, unsigned t, uint32_t capacity)
         uint32_t fewer = tier->capacity - capacity;
 
         if (fewer > tier->free)
-            index_evict(index, t, 0, fewer - tier->free);
+            index_evict(index, t, ANY_QUOTA, 0, fewer - tier->free);
         if (fewer > tier->free)
             fewer = tier->free;
         tier->capacity -= fewer;

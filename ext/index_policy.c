@@ -8,6 +8,9 @@
  *                goes first (index_density.c)
  *   REWARD       a calendar: each use keeps a place for some seconds more. List 0 is overdue; the
  *                others are a ring of buckets of time, from `first_bucket` on
+ *
+ * A tier has one such set of lists, and one more for each namespace with a quota. The victim of all
+ * is the one of their victims that goes first by its epoch, or under LHD by its worth.
  */
 #include "index_core.h"
 
@@ -17,46 +20,56 @@
 #define RING (LISTS_MAX - 1)
 #define BUCKETS_A_USE 4
 #define REWARD_USES_MAX ((RING - 2) / BUCKETS_A_USE)
+#define EPOCHS_A_TIER 64
 
 bool policy_open(struct policy *policy, enum policy_kind kind, uint32_t parameter,
                  uint32_t capacity)
 {
-    *policy = (struct policy){.kind = kind, .parameter = parameter,
-                              .list_count = kind == POLICY_LHD ? CELLS : LISTS_MAX};
+    unsigned count = kind == POLICY_LHD ? CELLS : LISTS_MAX;
+
+    *policy = (struct policy){.kind = kind, .parameter = parameter, .list_count = count};
     policy->protected_max = (uint32_t)((uint64_t)capacity * 4 / 5);
-    policy->lists = malloc(policy->list_count * sizeof(*policy->lists));
-    if (kind == POLICY_LHD)
-        policy->density = density_new(capacity);
-    if (!policy->lists || (kind == POLICY_LHD && !policy->density))
-        return false;
-    for (unsigned i = 0; i < policy->list_count; i++)
+    policy->lists = malloc(count * sizeof(*policy->lists));
+    for (unsigned i = 0; policy->lists && i < count; i++)
         policy->lists[i] = (struct list){NONE, NONE, 0};
-    return true;
+    return policy->lists;
 }
 
 void policy_close(struct policy *policy)
 {
     free(policy->lists);
-    density_free(policy->density);
+    policy->lists = NULL;
+}
+
+bool tier_policy_open(struct tier *tier, enum policy_kind kind, uint32_t parameter)
+{
+    while ((uint64_t)EPOCHS_A_TIER << tier->epoch_shift < tier->capacity)
+        tier->epoch_shift++;
+    if (kind == POLICY_LHD && !(tier->density = density_new(tier->capacity)))
+        return false;
+    tier->policy_count = 1;
+    return policy_open(&tier->policies[0], kind, parameter, tier->capacity);
+}
+
+static struct policy *policy_of(struct tier *tier, ref place)
+{
+    return &tier->policies[tier->places[place].quota];
 }
 
 /* A list has its first member, or lost its last. */
-static void occupy(struct policy *policy, unsigned number, bool occupied)
+static void occupy(const struct tier *tier, struct policy *policy, unsigned number, bool occupied)
 {
-    struct density *density = policy->density;
-
-    if (!density) {
+    if (!tier->density)
         policy->occupied = (policy->occupied & ~(UINT64_C(1) << number)) |
                            (uint64_t)occupied << number;
-        return;
-    }
-    if (occupied && density->rank[number] < density->cursor)
-        density->cursor = density->rank[number];
+    else if (occupied && tier->density->rank[number] < policy->cursor)
+        policy->cursor = tier->density->rank[number];
 }
 
 static void link_newest(struct tier *tier, unsigned number, ref place)
 {
-    struct list *list = &tier->policy.lists[number];
+    struct policy *policy = policy_of(tier, place);
+    struct list *list = &policy->lists[number];
     struct place *at = &tier->places[place];
 
     at->list = (uint16_t)number;
@@ -68,12 +81,13 @@ static void link_newest(struct tier *tier, unsigned number, ref place)
         tier->places[list->newest].newer = place;
     list->newest = place;
     if (!list->count++)
-        occupy(&tier->policy, number, true);
+        occupy(tier, policy, number, true);
 }
 
 static void link_oldest(struct tier *tier, unsigned number, ref place)
 {
-    struct list *list = &tier->policy.lists[number];
+    struct policy *policy = policy_of(tier, place);
+    struct list *list = &policy->lists[number];
     struct place *at = &tier->places[place];
 
     at->list = (uint16_t)number;
@@ -85,11 +99,12 @@ static void link_oldest(struct tier *tier, unsigned number, ref place)
         tier->places[list->oldest].older = place;
     list->oldest = place;
     if (!list->count++)
-        occupy(&tier->policy, number, true);
+        occupy(tier, policy, number, true);
 }
 
 void policy_remove(struct tier *tier, ref place)
 {
+    struct policy *policy = policy_of(tier, place);
     struct place *at = &tier->places[place];
     struct list *list;
 
@@ -97,7 +112,7 @@ void policy_remove(struct tier *tier, ref place)
         at->list = LIST_NONE;
         return;
     }
-    list = &tier->policy.lists[at->list];
+    list = &policy->lists[at->list];
     if (at->older == NONE)
         list->oldest = at->newer;
     else
@@ -107,18 +122,31 @@ void policy_remove(struct tier *tier, ref place)
     else
         tier->places[at->newer].older = at->older;
     if (!--list->count)
-        occupy(&tier->policy, at->list, false);
+        occupy(tier, policy, at->list, false);
     at->list = LIST_NONE;
 }
 
-void policy_splice(struct tier *tier, unsigned from, unsigned to)
+void policy_splice(struct tier *tier, struct policy *policy, unsigned from, unsigned to)
 {
-    while (tier->policy.lists[from].oldest != NONE) {
-        ref place = tier->policy.lists[from].oldest;
+    while (policy->lists[from].oldest != NONE) {
+        ref place = policy->lists[from].oldest;
 
         policy_remove(tier, place);
         link_newest(tier, to, place);
     }
+}
+
+void policy_move(struct tier *tier, ref place, uint8_t quota)
+{
+    unsigned list = tier->places[place].list;
+
+    if (list >= LIST_PARKED) {
+        tier->places[place].quota = quota;
+        return;
+    }
+    policy_remove(tier, place);
+    tier->places[place].quota = quota;
+    link_newest(tier, list, place);
 }
 
 /* -- the calendar of REWARD -------------------------------------------------------------------- */
@@ -134,22 +162,18 @@ static unsigned list_of_bucket(uint64_t bucket)
 }
 
 /* Let what is due by now join the overdue, in the order of their buckets. */
-static void calendar_turn(struct tier *tier, uint32_t clock_s)
+static void calendar_turn(struct tier *tier, struct policy *policy, uint32_t clock_s)
 {
-    struct policy *policy = &tier->policy;
     uint64_t now = bucket_of_second(policy, clock_s), bucket = policy->first_bucket;
 
     for (unsigned turns = 0; bucket < now && turns < RING; bucket++, turns++)
-        policy_splice(tier, list_of_bucket(bucket), 0);
+        policy_splice(tier, policy, list_of_bucket(bucket), 0);
     if (now > policy->first_bucket)
         policy->first_bucket = now;
 }
 
-static unsigned calendar_list(const struct tier *tier, ref place, uint32_t clock_s)
+static unsigned calendar_list(const struct policy *policy, uint64_t uses, uint32_t clock_s)
 {
-    const struct policy *policy = &tier->policy;
-    uint64_t uses = tier->places[place].uses;
-
     if (uses > REWARD_USES_MAX)
         uses = REWARD_USES_MAX;
     return list_of_bucket(bucket_of_second(policy, clock_s + uses * policy->parameter));
@@ -172,7 +196,7 @@ static unsigned calendar_first(const struct policy *policy)
 /* In which list a place belongs, now. */
 static unsigned list_of(struct tier *tier, ref place, uint32_t clock_s)
 {
-    struct policy *policy = &tier->policy;
+    struct policy *policy = policy_of(tier, place);
     uint8_t uses = tier->places[place].uses;
 
     switch (policy->kind) {
@@ -181,20 +205,18 @@ static unsigned list_of(struct tier *tier, ref place, uint32_t clock_s)
     case POLICY_SLRU:
         return uses >= policy->parameter;
     case POLICY_LHD:
-        return density_cell(policy->density, &tier->places[place]);
+        return density_cell(tier->density, &tier->places[place]);
     case POLICY_REWARD:
-        calendar_turn(tier, clock_s);
-        return calendar_list(tier, place, clock_s);
+        calendar_turn(tier, policy, clock_s);
+        return calendar_list(policy, uses, clock_s);
     default:
         return 0;
     }
 }
 
 /* The protected ones that are too many go back on probation, the least recently used first. */
-static void bound_protected(struct tier *tier)
+static void bound_protected(struct tier *tier, struct policy *policy)
 {
-    struct policy *policy = &tier->policy;
-
     while (policy->kind == POLICY_SLRU && policy->lists[1].count > policy->protected_max) {
         ref place = policy->lists[1].oldest;
 
@@ -203,28 +225,22 @@ static void bound_protected(struct tier *tier)
     }
 }
 
-static ref densest_last(struct policy *policy)
+static void link_used(struct tier *tier, ref place, uint32_t clock_s)
 {
-    struct density *density = policy->density;
-
-    while (density->cursor < density->cells &&
-           !policy->lists[density->order[density->cursor]].count)
-        density->cursor++;
-    if (density->cursor == density->cells ||
-        density->worth[density->order[density->cursor]] > density->bound)
-        return NONE;
-    return policy->lists[density->order[density->cursor]].oldest;
+    if (!tier->density)
+        tier->places[place].epoch = (uint16_t)(tier->touched++ >> tier->epoch_shift);
+    link_newest(tier, list_of(tier, place, clock_s), place);
+    bound_protected(tier, policy_of(tier, place));
 }
 
 void policy_insert(struct tier *tier, ref place, uint32_t clock_s)
 {
-    link_newest(tier, list_of(tier, place, clock_s), place);
-    bound_protected(tier);
+    link_used(tier, place, clock_s);
 }
 
-static bool by_arrival(const struct policy *policy)
+static bool by_arrival(const struct tier *tier)
 {
-    return policy->kind == POLICY_FIFO || policy->kind == POLICY_FILO;
+    return tier->policies[0].kind == POLICY_FIFO || tier->policies[0].kind == POLICY_FILO;
 }
 
 void policy_use(struct tier *tier, ref place, uint32_t clock_s)
@@ -233,64 +249,104 @@ void policy_use(struct tier *tier, ref place, uint32_t clock_s)
 
     if (at->uses < USES_MAX)
         at->uses++;
-    if (by_arrival(&tier->policy))
+    if (by_arrival(tier))
         return;
     policy_remove(tier, place);
-    link_newest(tier, list_of(tier, place, clock_s), place);
-    bound_protected(tier);
+    link_used(tier, place, clock_s);
 }
 
-static bool newest_goes(const struct policy *policy)
+static bool newest_goes(const struct tier *tier)
 {
-    return policy->kind == POLICY_MRU || policy->kind == POLICY_FILO;
+    return tier->policies[0].kind == POLICY_MRU || tier->policies[0].kind == POLICY_FILO;
 }
 
 void policy_return(struct tier *tier, ref place)
 {
-    if (newest_goes(&tier->policy))
+    if (newest_goes(tier))
         link_newest(tier, 0, place);
-    else if (tier->policy.kind == POLICY_LHD)
-        link_oldest(tier, list_of(tier, place, 0), place);
+    else if (tier->density)
+        link_oldest(tier, density_cell(tier->density, &tier->places[place]), place);
     else
         link_oldest(tier, 0, place);
 }
 
 void policy_unpark(struct tier *tier, ref place, uint32_t clock_s)
 {
-    if (by_arrival(&tier->policy))
+    if (by_arrival(tier))
         policy_return(tier, place);
     else
         policy_insert(tier, place, clock_s);
 }
 
-ref policy_victim(struct tier *tier, uint32_t clock_s)
-{
-    struct policy *policy = &tier->policy;
+/* -- victims ----------------------------------------------------------------------------------- */
 
+static ref densest_last(const struct tier *tier, struct policy *policy)
+{
+    const struct density *density = tier->density;
+
+    while (policy->cursor < density->cells && !policy->lists[density->order[policy->cursor]].count)
+        policy->cursor++;
+    if (policy->cursor == density->cells ||
+        density->worth[density->order[policy->cursor]] > density->bound)
+        return NONE;
+    return policy->lists[density->order[policy->cursor]].oldest;
+}
+
+ref policy_victim_of(struct tier *tier, unsigned quota, uint32_t clock_s)
+{
+    struct policy *policy = &tier->policies[quota];
+
+    if (tier->density)
+        return densest_last(tier, policy);
     if (policy->kind == POLICY_REWARD)
-        calendar_turn(tier, clock_s);
-    if (policy->kind == POLICY_LHD)
-        return densest_last(policy);
+        calendar_turn(tier, policy, clock_s);
     if (!policy->occupied)
         return NONE;
-    if (newest_goes(policy))
+    if (newest_goes(tier))
         return policy->lists[0].newest;
     if (policy->kind == POLICY_REWARD)
         return policy->lists[calendar_first(policy)].oldest;
     return policy->lists[__builtin_ctzll(policy->occupied)].oldest;
 }
 
-const char *policy_check(const struct tier *tier)
+/* Whether one victim goes before another. */
+static bool goes_before(const struct tier *tier, ref one, ref other)
 {
-    for (unsigned number = 0; number < tier->policy.list_count; number++) {
-        const struct list *list = &tier->policy.lists[number];
+    const struct place *a = &tier->places[one], *b = &tier->places[other];
+    uint16_t now = (uint16_t)(tier->touched >> tier->epoch_shift);
+
+    if (tier->density)
+        return tier->density->worth[a->list] < tier->density->worth[b->list];
+    return ((uint16_t)(now - a->epoch) > (uint16_t)(now - b->epoch)) != newest_goes(tier);
+}
+
+ref policy_victim(struct tier *tier, uint32_t clock_s)
+{
+    ref victim = policy_victim_of(tier, 0, clock_s);
+
+    for (unsigned quota = 1; quota < tier->policy_count; quota++) {
+        ref own = policy_victim_of(tier, quota, clock_s);
+
+        if (own != NONE && (victim == NONE || goes_before(tier, own, victim)))
+            victim = own;
+    }
+    return victim;
+}
+
+static const char *lists_check(const struct tier *tier, unsigned quota)
+{
+    const struct policy *policy = &tier->policies[quota];
+
+    for (unsigned number = 0; number < policy->list_count; number++) {
+        const struct list *list = &policy->lists[number];
         uint32_t count = 0;
         ref older = NONE;
 
         for (ref at = list->oldest; at != NONE; at = tier->places[at].newer) {
             const struct place *place = &tier->places[at];
 
-            if (place->older != older || place->list != number || place->state != PLACE_READY)
+            if (place->older != older || place->list != number || place->quota != quota ||
+                place->state != PLACE_READY)
                 return "a policy's list is broken";
             older = at;
             if (++count > list->count)
@@ -298,13 +354,21 @@ const char *policy_check(const struct tier *tier)
         }
         if (list->newest != older || count != list->count)
             return "a policy's list is shorter than its count";
-        if (tier->policy.density) {
-            if (count && tier->policy.density->rank[number] < tier->policy.density->cursor)
-                return "a cell has members before the cursor";
-            continue;
-        }
-        if ((tier->policy.occupied >> number & 1) != (count > 0))
+        if (!tier->density && (policy->occupied >> number & 1) != (count > 0))
             return "a policy's list is wrongly marked as occupied";
+        if (tier->density && count && tier->density->rank[number] < policy->cursor)
+            return "a cell has members before the cursor";
     }
-    return tier->policy.density ? density_check(tier->policy.density) : NULL;
+    return NULL;
+}
+
+const char *policy_check(const struct tier *tier)
+{
+    for (unsigned quota = 0; quota < tier->policy_count; quota++) {
+        const char *broken = lists_check(tier, quota);
+
+        if (broken)
+            return broken;
+    }
+    return tier->density ? density_check(tier->density) : NULL;
 }

@@ -59,8 +59,11 @@ void index_close(struct block_index *index)
     for (unsigned t = 0; t < TIERS_MAX; t++)
         if (index->tier[t].places)
             munmap(index->tier[t].places, index->tier[t].places_bytes);
-    for (unsigned t = 0; t < TIERS_MAX; t++)
-        policy_close(&index->tier[t].policy);
+    for (unsigned t = 0; t < TIERS_MAX; t++) {
+        for (unsigned quota = 0; quota < index->tier[t].policy_count; quota++)
+            policy_close(&index->tier[t].policies[quota]);
+        density_free(index->tier[t].density);
+    }
     if (index->nodes)
         munmap(index->nodes, index->nodes_bytes);
     if (index->buckets)
@@ -120,6 +123,13 @@ ref node_find(const struct block_index *index, struct key key, uint32_t bucket)
     while (at != NONE && !key_is(node_at(index, at), key))
         at = node_at(index, at)->chain;
     return at;
+}
+
+ref root_find(const struct block_index *index, struct key key)
+{
+    ref root = node_find(index, key, bucket_of_root(index, key));
+
+    return root != NONE && node_at(index, root)->parent == NONE ? root : NONE;
 }
 
 /* Ask for what looking up the blocks after this one will need. */

@@ -101,40 +101,83 @@ static ref node_take(struct block_index *index, const unsigned char *keys, int64
     return node_add(index, key, bucket, parent);
 }
 
-/* Make room for one block after the other, as long as something is worth less than it. */
-static void room_if_worthy(struct block_index *index, unsigned t, const struct batch *batch,
-                           const int64_t *uses)
+/* For how many blocks there is room, in the tier and in the quota. */
+static size_t room_of(const struct block_index *index, unsigned t, unsigned quota)
 {
-    struct density *density = index->tier[t].policy.density;
-    float bound = density->bound;
+    uint32_t left = quota_left(index, t, quota), free = index->tier[t].free;
 
-    for (size_t i = index->tier[t].free, end = i; i < batch->n; i = end) {
+    return left < free ? left : free;
+}
+
+/* Make room for so many blocks, a quota's own going first where it is used up. `least` is what an
+ * eviction takes at least. Gives for how many there is room. */
+static size_t room_grow(struct block_index *index, unsigned t, unsigned quota, size_t wanted,
+                      size_t least)
+{
+    const struct tier *tier = &index->tier[t];
+    size_t left = quota_left(index, t, quota);
+
+    if (wanted > left) {
+        index_evict(index, t, quota, 0, wanted - left);
+        left = quota_left(index, t, quota);
+        if (wanted > left)
+            wanted = left;
+    }
+    if (wanted > tier->free) {
+        size_t lacking = wanted - tier->free;
+
+        index_evict(index, t, ANY_QUOTA, 0, lacking > least ? lacking : least);
+    }
+    return room_of(index, t, quota);
+}
+
+/* Make room for one block after the other, as long as something is worth less than it. */
+static void room_if_worthy(struct block_index *index, unsigned t, unsigned quota,
+                           const struct batch *batch, const int64_t *uses)
+{
+    struct density *density = index->tier[t].density;
+    float bound = density->bound;
+    bool grows = true;
+
+    for (size_t i = room_of(index, t, quota), end = i; grows && i < batch->n; i = end) {
         density->bound = density_of_new(density, (uint32_t)uses[i], is_last(batch, i));
         while (end < batch->n && uses[end] == uses[i] && is_last(batch, end) == is_last(batch, i))
             end++;
-        if (index_evict(index, t, 0, end - i) < end - i)
-            break;
+        grows = room_grow(index, t, quota, end, 0) >= end;
     }
     density->bound = bound;
+}
+
+static void room_for_all(struct block_index *index, unsigned t, unsigned quota, size_t n)
+{
+    const struct tier *tier = &index->tier[t];
+    size_t left = quota_left(index, t, quota), own = n > left ? n - left : 0;
+    size_t lacking = n > tier->free ? n - tier->free : 0;
+    size_t needed = own > lacking ? own : lacking;
+
+    index_evict_all(index, t, quota, own, needed,
+                    needed > tier->evict_blocks ? needed : tier->evict_blocks);
 }
 
 /* Make room for a batch as far as it can or should be made; gives for how much there is room. */
 static size_t room_make(struct block_index *index, unsigned t, const struct batch *batch,
                         enum reserve_how how, const int64_t *uses)
 {
-    struct tier *tier = &index->tier[t];
+    unsigned quota = index->quotas ? quota_of(index, key_at(batch->keys, -1)) : 0;
+    size_t room = room_of(index, t, quota);
 
-    if (how == RESERVE_WORTHY && tier->policy.density) {
-        room_if_worthy(index, t, batch, uses);
-    } else {
-        size_t lacking = batch->n - tier->free;
-
-        index_evict(index, t, how == RESERVE_ALL ? lacking : 0,
-                    lacking > tier->evict_blocks ? lacking : tier->evict_blocks);
-    }
-    if (batch->n <= tier->free)
+    if (batch->n <= room)
         return batch->n;
-    return how == RESERVE_ALL ? 0 : tier->free;
+    if (how == RESERVE_ALL)
+        room_for_all(index, t, quota, batch->n);
+    else if (how == RESERVE_WORTHY && index->tier[t].density)
+        room_if_worthy(index, t, quota, batch, uses);
+    else
+        room_grow(index, t, quota, batch->n, index->tier[t].evict_blocks);
+    room = room_of(index, t, quota);
+    if (batch->n <= room)
+        return batch->n;
+    return how == RESERVE_ALL ? 0 : room;
 }
 
 /* A batch that breaks a law gives back what it took: its first `taken` places. */
@@ -151,16 +194,17 @@ int64_t index_reserve(struct block_index *index, unsigned t, const struct batch 
                       enum reserve_how how, int64_t *ids)
 {
     struct tier *tier = &index->tier[t];
-    struct density *density = tier->policy.density;
+    struct density *density = tier->density;
     const int64_t *positions = batch->positions;
-    size_t n = batch->n;
+    size_t n;
+    uint8_t quota;
     bool fresh = false;
     ref last = NONE;
 
     if (density)
         density_foresee(density, batch, ids);
-    if (n > tier->free)
-        n = room_make(index, t, batch, how, ids);
+    n = room_make(index, t, batch, how, ids);
+    quota = index->quotas ? (uint8_t)quota_of(index, key_at(batch->keys, -1)) : 0;
     for (size_t i = 0; i < n; i++) {
         struct place *place;
         struct node *node;
@@ -178,7 +222,8 @@ int64_t index_reserve(struct block_index *index, unsigned t, const struct batch 
         ids[i] = node->place[t];
         node_at(index, node->root)->place[t]++;
         place = &tier->places[ids[i]];
-        *place = (struct place){.node = last, .state = PLACE_RESERVED, .list = LIST_NONE};
+        *place = (struct place){.node = last, .state = PLACE_RESERVED, .list = LIST_NONE,
+                                .quota = quota};
         if (density)
             density_class(density, place, uses, is_last(batch, i));
         tier->reserved++;
@@ -321,7 +366,7 @@ void index_use(struct block_index *index, const ref *nodes, size_t n)
             ref id = node->place[t];
 
             if (id != NONE && index->tier[t].places[id].state == PLACE_READY &&
-                !index->tier[t].policy.density)
+                !index->tier[t].density)
                 policy_use(&index->tier[t], id, index->clock_s);
         }
     }

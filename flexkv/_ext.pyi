@@ -262,6 +262,13 @@ class BlockIndex:
     def root_ids(self, tier: int, root: bytes, /) -> bytes:
         """Give the READY places of a namespace in a tier, parents before children: int64[n]."""
 
+    def set_quota(self, tier: int, root: bytes, blocks: int, /) -> None:
+        """Bound how many places of a tier a namespace may have, and evict what it has beyond.
+
+        Raises:
+            ValueError: too many namespaces have quotas.
+        """
+
     def evict(self, tier: int, count: int, /) -> int:
         """Evict up to `count` blocks, and count them."""
 

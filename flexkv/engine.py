@@ -37,7 +37,7 @@ from flexkv.graph.planner import PlanLimits, Planner
 from flexkv.index.eviction import Eviction
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
-from flexkv.index.residency import PrefixMatch, Residency, TierCounts, prefix_match
+from flexkv.index.residency import NO_QUOTA, PrefixMatch, Residency, TierCounts, prefix_match
 from flexkv.io.ports import TransferPort
 from flexkv.pins import Pins
 from flexkv.statistics import QueueStatistics, RouteStatistics, Statistics, TierStatistics
@@ -356,6 +356,22 @@ class Engine:
             why = f"must be from 1 to what {tier.label} was opened with: {most}"
             raise ConfigError("capacity_blocks", capacity_blocks, why)
         return self._residency.resize(tier, capacity_blocks)
+
+    def set_quota(self, namespace: Namespace, tier: Tier, blocks: int | None) -> None:
+        """Bound how many blocks of a tier a namespace may have; None takes the bound away."""
+        self._check_open()
+        self._check_tier(tier)
+        if blocks is not None and not 0 <= blocks < NO_QUOTA:
+            raise ConfigError("blocks", blocks, f"must be None, or from 0 to {NO_QUOTA - 1}")
+        try:
+            self._residency.set_quota(self._intake.root(namespace), tier, blocks)
+        except ValueError as error:
+            raise ConfigError("namespace", namespace, str(error)) from error
+
+    def namespace_blocks(self, namespace: Namespace) -> dict[Tier, int]:
+        """Count the blocks of a namespace by tier, those being filled among them."""
+        self._check_open()
+        return self._residency.namespace_blocks(self._intake.root(namespace))
 
     def _check_tier(self, tier: Tier | None) -> None:
         if tier is not None and tier not in self._residency.tiers:

@@ -230,6 +230,27 @@ class KVManager:
         """
         return self._call(lambda: self._engine.resize(tier, capacity_blocks))
 
+    def set_quota(self, namespace: Namespace, tier: Tier, blocks: int | None) -> None:
+        """Bound how many blocks of a tier a namespace may have; None takes the bound away.
+
+        What it has beyond goes at once, as far as it is not in use. What it stores beyond costs its
+        own blocks, by the tier's policy, and nobody else's. A quota reserves nothing: other
+        namespaces may take what this one does not use.
+
+        Args:
+            namespace: as for `match`; None is the namespace of those who name none.
+            tier: HOST or DISK.
+            blocks: from 0 on.
+
+        Raises:
+            ConfigError: an argument breaks a rule, or 64 namespaces have quotas.
+        """
+        self._call(lambda: self._engine.set_quota(namespace, tier, blocks))
+
+    def namespace_blocks(self, namespace: Namespace) -> dict[Tier, int]:
+        """Count the blocks of a namespace by tier, those being filled among them."""
+        return self._call(lambda: self._engine.namespace_blocks(namespace))
+
     def pin(
         self,
         token_ids: Any = None,

@@ -27,6 +27,8 @@ ABSENT, PENDING, READY = 0, 1, 2
 _UNUSED, _ASKED, _STORED = 0, 1, 2
 """How a survey counts a use."""
 
+NO_QUOTA = 2**32 - 1
+
 PREFIX, ALL, WORTHY = 0, 1, 2
 """How much `reserve` takes when room is short: what fits; all or nothing; what is worth it."""
 
@@ -255,6 +257,17 @@ class Residency:
     def namespace_blocks(self, root: bytes) -> dict[Tier, int]:
         """Count the blocks of a namespace by tier."""
         return dict(zip(self.tiers, self._table.root_blocks(root), strict=True))
+
+    def set_quota(self, root: bytes, tier: Tier, blocks: int | None) -> None:
+        """Bound how many places of a tier a namespace may have; None takes the bound away.
+
+        What it has beyond goes, as far as it may; what it stores beyond costs its own blocks.
+
+        Raises:
+            ValueError: too many namespaces have quotas.
+        """
+        bound = NO_QUOTA if blocks is None else blocks
+        self._table.set_quota(self._number[tier], root, bound)
 
     def namespace_holdings(self, root: bytes) -> list[Holding]:
         """Give every ready block of a namespace, tier by tier."""

@@ -142,7 +142,7 @@ class Simulation:
         self.free_slots.extend(slots)
 
     def _disturb(self) -> None:
-        """Now and then clear, resize or pin, whatever is under way."""
+        """Now and then clear, resize, bound or pin, whatever is under way."""
         random, engine = self.random, self.engine
         chance = random.random()
         if chance < 0.03:
@@ -153,7 +153,10 @@ class Simulation:
         elif chance < 0.12:
             prompt = random.choice([None, random.choice(self.prompts)])
             engine.pin(prompt, None, random.uniform(0.001, 0.05), random.choice("ab"))
-        elif chance < 0.14:
+        elif chance < 0.13:
+            blocks = random.choice([None, random.randint(0, 30)])
+            engine.set_quota(None, random.choice(engine.residency.tiers), blocks)
+        elif chance < 0.15:
             engine.pins.unpin_owner(random.choice("ab"))
 
     async def _with_slots(

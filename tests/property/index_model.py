@@ -70,6 +70,7 @@ class Driver:
         self.capacity = {Tier.HOST: host, Tier.DISK: disk}
         self.most = dict(self.capacity)
         self.blocks: dict[Path, dict[Tier, Place]] = {}
+        self.quota: dict[tuple[Tier, int], int] = {}
         self.nameless: dict[Tier, set[Place]] = {tier: set() for tier in TIERS}
         self.leases: list[Lease] = []
         self.pins: list[tuple[Tier, Place]] = []
@@ -112,11 +113,26 @@ class Driver:
                         self.nameless[of].add(place)
                 del self.blocks[other]
 
-    def _evictable(self, tier: Tier) -> int:
-        """Count what could be evicted one after the other."""
+    def used_by(self, tier: Tier, space: int) -> int:
+        """Count the places of a tier that a namespace has."""
+        return sum(p[0] == space and tier in at for p, at in self.blocks.items())
+
+    def left_of(self, tier: Tier, space: int) -> int:
+        """Count the places that a namespace may still take by its quota."""
+        return max(0, self.quota.get((tier, space), 1 << 30) - self.used_by(tier, space))
+
+    def _evictable(self, tier: Tier, space: int | None = None) -> int:
+        """Count what could be evicted one after the other, of one namespace or of all."""
         saved = {path: dict(places) for path, places in self.blocks.items()}
         count = 0
-        while victim := next((p for p in self.ready_places(tier) if self.may_go(p, tier)), None):
+        while victim := next(
+            (
+                path
+                for path in self.ready_places(tier)
+                if space in (None, path[0]) and self.may_go(path, tier)
+            ),
+            None,
+        ):
             self._drop(victim, tier)
             count += 1
         self.blocks = saved
@@ -158,13 +174,14 @@ class Driver:
         for of, place in held:
             self._pin(of, place)
         free = self.capacity[tier] - self.used(tier)
-        evictable = self._evictable(tier)
+        evictable, own = self._evictable(tier), self._evictable(tier, path[0])
+        left = self.left_of(tier, path[0])
         positions = Positions(first, len(lacking), np.array(lacking, np.int64))
         if lacking == list(range(first, first + len(lacking))):
             positions = Positions(first, len(lacking))
         ids = self.index.reserve(tier, keys_of(path), positions, ALL if atomic else PREFIX)
         self._note_evictions(tier)
-        possible = max(0, min(len(lacking), free + evictable))
+        possible = max(0, min(len(lacking), free + evictable, left + own))
         assert len(ids) == (possible if possible == len(lacking) or not atomic else 0)
         places = [Place(block_id) for block_id in ids.tolist()]
         for number, place in zip(lacking, places, strict=False):
@@ -255,6 +272,14 @@ class Driver:
         self._note_evictions(tier)
         assert self.capacity[tier] == max(capacity, min(floor, self.most[tier]))
 
+    def set_quota(self, tier: Tier, space: int, blocks: int | None) -> None:
+        """Bound a namespace, or let it be: what it has beyond goes, as far as it may."""
+        self.quota[tier, space] = 1 << 30 if blocks is None else blocks
+        beyond = self.used_by(tier, space) - self.quota[tier, space]
+        possible = max(0, min(beyond, self._evictable(tier, space)))
+        self.index.set_quota(key_of((space,)), tier, blocks)
+        assert self._note_evictions(tier) == possible
+
     # -- comparison -----------------------------------------------------------------------------
 
     def check(self) -> None:
@@ -270,8 +295,8 @@ class Driver:
             assert counts.free == self.capacity[tier] - self.used(tier)
             assert counts.ready == len(self.ready_places(tier))
             for space in range(NAMESPACES):
-                blocks = sum(p[0] == space and tier in at for p, at in self.blocks.items())
-                assert self.index.namespace_blocks(key_of((space,)))[tier] == blocks
+                told = self.index.namespace_blocks(key_of((space,)))[tier]
+                assert told == self.used_by(tier, space)
 
     def finish(self) -> None:
         """End every lease and pin: then nothing is reserved, pinned or draining."""

@@ -88,6 +88,15 @@ class IndexMachine(RuleBasedStateMachine):
         """Change a budget."""
         self.driver.resize(tier, capacity)
 
+    @rule(
+        tier=st.sampled_from(TIERS),
+        space=st.integers(0, NAMESPACES - 1),
+        blocks=st.none() | st.integers(0, 6),
+    )
+    def set_quota(self, tier: Tier, space: int, blocks: int | None) -> None:
+        """Bound a namespace."""
+        self.driver.set_quota(tier, space, blocks)
+
     @invariant()
     def agrees(self) -> None:
         """Nothing that can be seen differs."""
@@ -138,6 +147,9 @@ def random_step(driver: Driver, random: Random) -> None:
         driver.evict(tier, random.randint(0, 6))
     elif choice < 0.96:
         driver.forget(tier, path)
+    elif choice < 0.97:
+        space = random.randrange(NAMESPACES)
+        driver.set_quota(tier, space, random.choice([None, random.randint(0, 6)]))
     elif choice < 0.98:
         driver.resize(tier, random.randint(1, 12))
     else:

@@ -145,6 +145,61 @@ def test_a_tier_is_resized_while_it_is_used() -> None:
     on_engine(work)
 
 
+@pytest.mark.parametrize("policy", ["lru", "fifo", "mru", "slru", "lfu", "lhd"])
+def test_a_namespace_beyond_its_quota_costs_its_own_blocks(policy: Any) -> None:
+    """Nobody else's go for it; without the bound everybody's may; a lower bound evicts at once."""
+
+    async def work(engine: Engine) -> None:
+        await put(engine, B, "other")
+        engine.set_quota("tenant", Tier.HOST, 4)
+        await put(engine, A, "tenant")
+        assert resident(engine, A, "tenant") == 4
+        await put(engine, np.concatenate([A, B]), "tenant")
+        assert engine.namespace_blocks("tenant")[Tier.HOST] == 4
+        assert resident(engine, B, "other") == 4
+        engine.set_quota("tenant", Tier.HOST, 1)
+        assert engine.namespace_blocks("tenant")[Tier.HOST] == 1
+        assert resident(engine, A, "tenant") == 1
+        await put(engine, A + 5000, "third")
+        assert engine.residency.counts(Tier.HOST).ready == 8
+        engine.set_quota("tenant", Tier.HOST, 0)
+        await put(engine, A, "tenant")
+        assert resident(engine, A, "tenant") == 0
+
+    on_engine(work, eviction_policy=policy)
+
+
+def test_a_quota_on_what_is_there_keeps_its_order() -> None:
+    """A bound that is set late finds the namespace's blocks as the tier has them: oldest first."""
+
+    async def work(engine: Engine) -> None:
+        for tokens in (A, B):
+            await put(engine, tokens, "tenant")
+        engine.match(A, "tenant")
+        engine.set_quota("tenant", Tier.HOST, 4)
+        assert (resident(engine, A, "tenant"), resident(engine, B, "tenant")) == (4, 0)
+        engine.set_quota("tenant", Tier.HOST, None)
+        await put(engine, B, "tenant")
+        assert engine.namespace_blocks("tenant")[Tier.HOST] == 8
+
+    on_engine(work)
+
+
+def test_quotas_have_rules() -> None:
+    """What is no number of blocks, and one namespace too many, are told."""
+
+    async def work(engine: Engine) -> None:
+        with pytest.raises(ConfigError, match="blocks"):
+            engine.set_quota("tenant", Tier.HOST, -1)
+        for number in range(64):
+            engine.set_quota(str(number), Tier.HOST, 4)
+        engine.set_quota("63", Tier.HOST, 5)
+        with pytest.raises(ConfigError, match="64 namespaces"):
+            engine.set_quota("one more", Tier.HOST, 4)
+
+    on_engine(work)
+
+
 def test_places_are_freed_ahead_of_need() -> None:
     """With a start threshold, a tier is never full when a request comes."""
 

@@ -1,0 +1,99 @@
+/* Quotas: how many places of a tier a namespace may have. A namespace that has one keeps its own
+ * lists, so that what it stores beyond its quota costs its own blocks, by the tier's policy. */
+#include "index_core.h"
+
+unsigned quota_of(const struct block_index *index, struct key root)
+{
+    for (unsigned quota = 1; quota <= index->quotas; quota++)
+        if (memcmp(&index->quota_root[quota], &root, sizeof(root)) == 0)
+            return quota;
+    return 0;
+}
+
+/* Let the places that a namespace has join its own lists, in the order in which they are. */
+static void quota_adopt(struct block_index *index, struct tier *tier, ref root, uint8_t quota)
+{
+    struct policy *common = &tier->policies[0];
+
+    for (unsigned number = 0; number < common->list_count; number++)
+        for (ref at = common->lists[number].oldest, newer; at != NONE; at = newer) {
+            newer = tier->places[at].newer;
+            if (node_at(index, tier->places[at].node)->root == root)
+                policy_move(tier, at, quota);
+        }
+    for (ref at = 0; at < tier->unused; at++) {
+        const struct place *place = &tier->places[at];
+
+        if (place->state != PLACE_FREE && place->node != NONE &&
+            node_at(index, place->node)->root == root && place->quota != quota)
+            policy_move(tier, at, quota); /* in no list */
+    }
+}
+
+static bool quota_open(struct block_index *index, struct key key)
+{
+    ref root = root_find(index, key);
+    unsigned quota = index->quotas + 1;
+
+    for (unsigned t = 0; t < index->tiers; t++) {
+        struct tier *tier = &index->tier[t];
+        const struct policy *common = &tier->policies[0];
+
+        if (!policy_open(&tier->policies[quota], common->kind, common->parameter,
+                         tier->places_max)) {
+            while (t-- > 0)
+                policy_close(&index->tier[t].policies[quota]);
+            return false;
+        }
+    }
+    index->quota_root[quota] = key;
+    index->quotas = quota;
+    for (unsigned t = 0; t < index->tiers; t++) {
+        index->tier[t].policy_count = quota + 1;
+        index->tier[t].quota_blocks[quota] = UINT32_MAX;
+        if (root != NONE)
+            quota_adopt(index, &index->tier[t], root, (uint8_t)quota);
+    }
+    return true;
+}
+
+int quota_set(struct block_index *index, unsigned t, struct key root, uint32_t blocks)
+{
+    unsigned quota = quota_of(index, root);
+    uint64_t most = (uint64_t)blocks * 4 / 5;
+    struct tier *tier = &index->tier[t];
+    uint32_t has;
+
+    if (!quota) {
+        if (index->quotas == QUOTAS_MAX)
+            return -1;
+        if (!quota_open(index, root))
+            return -2;
+        quota = index->quotas;
+    }
+    tier->quota_blocks[quota] = blocks;
+    tier->policies[quota].protected_max = most < tier->places_max ? (uint32_t)most
+                                                                  : tier->places_max;
+    has = quota_used(index, t, root);
+    if (has > blocks)
+        index_evict(index, t, quota, 0, has - blocks);
+    return 0;
+}
+
+uint32_t quota_used(const struct block_index *index, unsigned t, struct key root)
+{
+    ref number = root_find(index, root);
+
+    return number == NONE ? 0 : node_at(index, number)->place[t];
+}
+
+uint32_t quota_left(const struct block_index *index, unsigned t, unsigned quota)
+{
+    uint32_t has, most;
+
+    if (!quota)
+        return UINT32_MAX;
+    has = quota_used(index, t, index->quota_root[quota]);
+    most = index->tier[t].quota_blocks[quota];
+    return most > has ? most - has : 0;
+}
