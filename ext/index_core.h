@@ -304,7 +304,9 @@ unsigned quota_of(const struct block_index *index, struct key root);
  * there are too many quotas, -2 without memory. */
 int quota_set(struct block_index *index, unsigned tier, struct key root, uint32_t blocks);
 uint32_t quota_used(const struct block_index *index, unsigned tier, struct key root);
-uint32_t quota_left(const struct block_index *index, unsigned tier, unsigned quota);
+
+/* How many places a quota leaves; below 0 while some that must go are held. */
+int64_t quota_left(const struct block_index *index, unsigned tier, unsigned quota);
 
 /* -- index_tiers.c: states of places ----------------------------------------------------------- */
 

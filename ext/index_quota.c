@@ -87,13 +87,10 @@ uint32_t quota_used(const struct block_index *index, unsigned t, struct key root
     return number == NONE ? 0 : node_at(index, number)->place[t];
 }
 
-uint32_t quota_left(const struct block_index *index, unsigned t, unsigned quota)
+int64_t quota_left(const struct block_index *index, unsigned t, unsigned quota)
 {
-    uint32_t has, most;
-
     if (!quota)
-        return UINT32_MAX;
-    has = quota_used(index, t, index->quota_root[quota]);
-    most = index->tier[t].quota_blocks[quota];
-    return most > has ? most - has : 0;
+        return INT64_MAX;
+    return (int64_t)index->tier[t].quota_blocks[quota] -
+           quota_used(index, t, index->quota_root[quota]);
 }

@@ -104,9 +104,9 @@ static ref node_take(struct block_index *index, const unsigned char *keys, int64
 /* For how many blocks there is room, in the tier and in the quota. */
 static size_t room_of(const struct block_index *index, unsigned t, unsigned quota)
 {
-    uint32_t left = quota_left(index, t, quota), free = index->tier[t].free;
+    int64_t left = quota_left(index, t, quota), free = index->tier[t].free;
 
-    return left < free ? left : free;
+    return left < 0 ? 0 : (size_t)(left < free ? left : free);
 }
 
 /* Make room for so many blocks, a quota's own going first where it is used up. `least` is what an
@@ -115,13 +115,13 @@ static size_t room_grow(struct block_index *index, unsigned t, unsigned quota, s
                       size_t least)
 {
     const struct tier *tier = &index->tier[t];
-    size_t left = quota_left(index, t, quota);
+    int64_t left = quota_left(index, t, quota);
 
-    if (wanted > left) {
-        index_evict(index, t, quota, 0, wanted - left);
+    if ((int64_t)wanted > left) {
+        index_evict(index, t, quota, 0, (size_t)((int64_t)wanted - left));
         left = quota_left(index, t, quota);
-        if (wanted > left)
-            wanted = left;
+        if ((int64_t)wanted > left)
+            wanted = left > 0 ? (size_t)left : 0;
     }
     if (wanted > tier->free) {
         size_t lacking = wanted - tier->free;
@@ -151,7 +151,8 @@ static void room_if_worthy(struct block_index *index, unsigned t, unsigned quota
 static void room_for_all(struct block_index *index, unsigned t, unsigned quota, size_t n)
 {
     const struct tier *tier = &index->tier[t];
-    size_t left = quota_left(index, t, quota), own = n > left ? n - left : 0;
+    int64_t left = quota_left(index, t, quota);
+    size_t own = (int64_t)n > left ? (size_t)((int64_t)n - left) : 0;
     size_t lacking = n > tier->free ? n - tier->free : 0;
     size_t needed = own > lacking ? own : lacking;
 

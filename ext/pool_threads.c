@@ -194,6 +194,8 @@ bool pool_close(struct pool *pool)
 {
     pthread_mutex_lock(&pool->lock);
     if (pool->closing) {
+        while (pool->eventfd >= 0) /* until whoever closes has joined the threads */
+            pthread_cond_wait(&pool->ended, &pool->lock);
         pthread_mutex_unlock(&pool->lock);
         return false;
     }
@@ -205,6 +207,7 @@ bool pool_close(struct pool *pool)
     pthread_mutex_lock(&pool->lock);
     close(pool->eventfd);
     pool->eventfd = -1;
+    pthread_cond_broadcast(&pool->ended);
     pthread_mutex_unlock(&pool->lock);
     return true;
 }

@@ -51,7 +51,8 @@ bool pool_run(struct pool *pool, struct pool_job *job);
 /* Give the list of the jobs that ended, and clear the eventfd. */
 struct pool_job *pool_reap(struct pool *pool);
 
-/* Finish what is queued, join the threads, close the eventfd. False if someone else does. */
+/* Finish what is queued, join the threads, close the eventfd. False if someone else does, or did,
+ * when that is done. */
 bool pool_close(struct pool *pool);
 
 #endif

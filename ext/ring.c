@@ -55,6 +55,9 @@ static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *keywords
     self = (Ring *)PyType_GenericAlloc(type, 0);
     if (!self)
         return NULL;
+    /* Without this flag nobody would learn of a completion that the kernel has not posted yet. */
+    if (flags & IORING_SETUP_DEFER_TASKRUN)
+        flags |= IORING_SETUP_TASKRUN_FLAG;
     self->pid = getpid();
     pthread_mutex_init(&self->lock, NULL);
     error = queue_open(&self->queue, (unsigned)entries, flags);
@@ -95,12 +98,20 @@ static int ring_shut(Ring *self)
     return 0;
 }
 
+/* In a forked child, whoever held the mutex is not there to give it back. */
+static void ring_inherit(Ring *self)
+{
+    if (getpid() != self->pid)
+        pthread_mutex_init(&self->lock, NULL);
+}
+
 static PyObject *ring_close(Ring *self, PyObject *Py_UNUSED(none))
 {
     Py_buffer *lent = NULL;
     Py_ssize_t lent_count = 0;
     int error = 0;
 
+    ring_inherit(self);
     ring_lock(self);
     if (self->open) {
         Py_BEGIN_ALLOW_THREADS
@@ -289,6 +300,7 @@ static PyObject *ring_in_flight(Ring *self, void *Py_UNUSED(closure))
 {
     unsigned in_flight;
 
+    ring_inherit(self);
     ring_lock(self);
     in_flight = self->queue.running + self->queue.ended_count;
     ring_unlock(self);

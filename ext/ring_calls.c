@@ -193,13 +193,19 @@ static PyObject *ended_tell(struct ring_queue *queue)
 PyObject *ring_reap(Ring *self, PyObject *Py_UNUSED(none))
 {
     PyObject *list;
+    int collects;
 
     ring_lock(self);
     if (self->open) {
         queue_hush(&self->queue);
         queue_absorb(&self->queue);
     }
+    /* Python 3.11 collects garbage in PyList_New: a finalizer that uses this ring would wait for
+     * the mutex that we hold. */
+    collects = PyGC_Disable();
     list = ended_tell(&self->queue);
+    if (collects)
+        PyGC_Enable();
     ring_unlock(self);
     return list;
 }

@@ -31,6 +31,8 @@ log = structlog.get_logger(__name__)
 
 ALIGNMENT_BYTES = 2 << 20
 """The arena starts on such a boundary: the usual huge page."""
+_MADV_WIPEONFORK = 18
+"""The kernel's number; `mmap` has no name for it. A child finds zeros, and copies nothing."""
 TOUCH_BYTES = 1 << 30
 """Memory touched between two calls of `progress`."""
 
@@ -183,7 +185,7 @@ def _map_hugetlb(total_bytes: int, hugepage_bytes: int) -> _Mapping:
     try:
         os.ftruncate(fd, length)
         memory = mmap.mmap(fd, length)
-    except OSError:
+    except (OSError, OverflowError):
         os.close(fd)
         raise
     return _Mapping(memory, fd, "hugetlb", f"hugetlb pages of {hugepage_bytes >> 10} KiB")
@@ -197,7 +199,7 @@ def _map_pages(num_blocks: int, total_bytes: int, shared: bool) -> _Mapping:
         if fd is None:
             memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             # A fork would make every page copy-on-write under I/O that is in flight.
-            memory.madvise(mmap.MADV_DONTFORK)
+            memory.madvise(_MADV_WIPEONFORK)
         else:
             os.ftruncate(fd, length)
             memory = mmap.mmap(fd, length)
@@ -228,7 +230,11 @@ def _check_headroom(num_blocks: int, total_bytes: int) -> None:
 def _huge_bytes(address: int) -> int:
     """Give the bytes in huge pages of the memory area that holds `address`."""
     inside, huge_kib = False, 0
-    for line in Path("/proc/self/smaps").read_text().splitlines():
+    try:
+        areas = Path("/proc/self/smaps").read_text(errors="replace")
+    except OSError:
+        return 0  # not told: the arena works all the same
+    for line in areas.splitlines():
         head, _, rest = line.partition(" ")
         if not head.endswith(":"):
             low, _, high = head.partition("-")

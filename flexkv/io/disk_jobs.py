@@ -93,7 +93,8 @@ class DiskGeometry:
         self._files = files
         self._host_blocks = arena.num_blocks
         self._host_address = arena.address
-        self._blocks_max = max(1, io_bytes_max // stride)
+        # A block that is too large for one I/O is cut by itself.
+        self._blocks_max = max(1, io_bytes_max // stride) if stride <= BLOCK_IO_BYTES_MAX else 1
         self._slice_blocks = max(1, SLICE_BYTES_MAX // stride)
 
     def slices(self, arena: Arena) -> list[memoryview]:

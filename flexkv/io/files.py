@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import stat
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -155,22 +156,17 @@ class StripedFiles:
         ]
         for folder in folders:
             for leftover in set(folder.glob(FILE_PATTERN)).difference(paths):
-                leftover.unlink()
+                _unlink(leftover)
         for path in paths:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            try:
-                fd = os.open(path, flags, 0o600)
-            except OSError as error:
-                raise ConfigError("ssd_cache_dir", str(path), error.strerror or "") from error
+            fd = _open_regular(path)
             self._closing.callback(os.close, fd)
-            os.fchmod(fd, 0o600)
             self.fds.append(fd)
             self.paths.append(str(path))
         self._check_space(wanted)
         for fd, path, size in zip(self.fds, paths, wanted, strict=True):
-            if os.fstat(fd).st_size != size:
-                os.truncate(fd, size)
             try:
+                if os.fstat(fd).st_size != size:
+                    os.truncate(fd, size)
                 os.posix_fallocate(fd, 0, size)
             except OSError as error:
                 if error.errno in (ENOSPC, EDQUOT):
@@ -181,9 +177,9 @@ class StripedFiles:
         """Check that each filesystem has room for what its files still lack."""
         missing: dict[int, int] = {}
         for fd, size in zip(self.fds, wanted, strict=True):
-            stat = os.fstat(fd)
-            allocated_bytes = stat.st_blocks * 512
-            missing[stat.st_dev] = missing.get(stat.st_dev, 0) + size - allocated_bytes
+            file = os.fstat(fd)
+            allocated_bytes = file.st_blocks * 512
+            missing[file.st_dev] = missing.get(file.st_dev, 0) + size - allocated_bytes
         for fd, path in zip(self.fds, self.paths, strict=True):
             wanted_bytes, free_bytes = missing[os.fstat(fd).st_dev], _free_bytes(fd)
             if wanted_bytes > free_bytes:
@@ -229,13 +225,32 @@ def _prepare(folder: Path) -> None:
         raise ConfigError("ssd_cache_dir", str(folder), why) from error
 
 
-def _lock(folder: Path) -> int:
-    """Take the lock of `folder`, and give the descriptor that holds it."""
+def _open_regular(path: Path) -> int:
+    """Open or create a file of ours: never a link, a pipe or a directory in its place."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        fd = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, flags, 0o600)
     except OSError as error:
         why = f"is not writable ({error.strerror})"
-        raise ConfigError("ssd_cache_dir", str(folder), why) from error
+        raise ConfigError("ssd_cache_dir", str(path), why) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ConfigError("ssd_cache_dir", str(path), "is not a regular file")
+    os.fchmod(fd, 0o600)
+    return fd
+
+
+def _unlink(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError as error:
+        why = f"cannot be removed ({error.strerror})"
+        raise ConfigError("ssd_cache_dir", str(path), why) from error
+
+
+def _lock(folder: Path) -> int:
+    """Take the lock of `folder`, and give the descriptor that holds it."""
+    fd = _open_regular(folder / LOCK_NAME)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.truncate(fd, 0)
@@ -252,5 +267,5 @@ def _lock(folder: Path) -> int:
 
 
 def _free_bytes(fd: int) -> int:
-    stat = os.fstatvfs(fd)
-    return stat.f_bavail * stat.f_frsize
+    filesystem = os.fstatvfs(fd)
+    return filesystem.f_bavail * filesystem.f_frsize

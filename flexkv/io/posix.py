@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from errno import EIO
+from errno import EAGAIN, EIO
 
 from flexkv.common.errors import ClosedError, InvariantError
 from flexkv.common.terms import Transfer
@@ -72,7 +72,10 @@ class ThreadDiskPort:
         self._next_name += job.remaining
         for name in range(job.base, self._next_name):
             self._jobs[name] = job
-            self._threads.submit(self._carry_out, name, job)
+            try:
+                self._threads.submit(self._carry_out, name, job)
+            except RuntimeError:  # no thread could be started: none of them may run it
+                self._end(name, -EAGAIN)
 
     def _carry_out(self, name: int, job: DiskJob) -> None:
         """Do one I/O, in a thread, and announce its end."""
@@ -91,20 +94,24 @@ class ThreadDiskPort:
         except OSError as error:
             moved = -(error.errno or EIO)
         finally:
-            self._moved.append((name, moved))
-            os.eventfd_write(self._event_fd, 1)
+            self._end(name, moved)
+
+    def _end(self, name: int, moved: int) -> None:
+        self._moved.append((name, moved))
+        os.eventfd_write(self._event_fd, 1)
 
     def reap(self) -> list[Completion]:
         """Give every transfer that ended since the last call, each exactly once."""
-        if self._jobs:
-            with suppress(BlockingIOError):
+        # Jobs or none: an end may have been taken before its eventfd was written.
+        with suppress(BlockingIOError):
+            if not self._closed:
                 os.eventfd_read(self._event_fd)
-            while self._moved:
-                name, moved = self._moved.popleft()
-                job = self._jobs.pop(name)
-                path = self._files.paths[job.extent(name).file_index]
-                if job.end_one(name, moved, path):
-                    self._ended.append(job.completion)
+        while self._moved:
+            name, moved = self._moved.popleft()
+            job = self._jobs.pop(name)
+            path = self._files.paths[job.extent(name).file_index]
+            if job.end_one(name, moved, path):
+                self._ended.append(job.completion)
         ended, self._ended = self._ended, []
         return ended
 
@@ -121,6 +128,14 @@ class ThreadDiskPort:
             raise ClosedError("the thread disk port is closed")
         await asyncio.get_running_loop().run_in_executor(self._threads, self._files.sync)
 
+    def _join(self) -> None:
+        """Wait for every thread, interrupted or not: until then the files are in use."""
+        try:
+            self._threads.shutdown()
+        except BaseException:
+            self._join()
+            raise
+
     def close(self) -> None:
         """Detach from the loop, join the threads and close the eventfd. Idempotent.
 
@@ -132,7 +147,7 @@ class ThreadDiskPort:
         self._closed = True
         if self._loop is not None:
             self._loop.remove_reader(self._event_fd)
-        self._threads.shutdown()
+        self._join()
         os.close(self._event_fd)
         if unreaped := len(self._jobs) + len(self._ended):
             raise InvariantError(f"thread disk port closed with {unreaped} I/Os unreaped")

@@ -132,13 +132,13 @@ class UringDiskPort:
 
     def reap(self) -> list[Completion]:
         """Give every transfer that ended since the last call, each exactly once."""
-        if self._jobs:
-            for name, moved in self._ring.reap():
-                job = self._jobs.pop(name)
-                path = self._files.paths[job.extent(name).file_index]
-                if job.end_one(name, moved, path):
-                    self._ended.append(job.completion)
-            self._fill_ring()
+        # Jobs or none: an end may have been taken before its eventfd was written.
+        for name, moved in self._ring.reap():
+            job = self._jobs.pop(name)
+            path = self._files.paths[job.extent(name).file_index]
+            if job.end_one(name, moved, path):
+                self._ended.append(job.completion)
+        self._fill_ring()
         ended, self._ended = self._ended, []
         return ended
 

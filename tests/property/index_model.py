@@ -118,8 +118,8 @@ class Driver:
         return sum(p[0] == space and tier in at for p, at in self.blocks.items())
 
     def left_of(self, tier: Tier, space: int) -> int:
-        """Count the places that a namespace may still take by its quota."""
-        return max(0, self.quota.get((tier, space), 1 << 30) - self.used_by(tier, space))
+        """Count the places that its quota leaves a namespace; below 0 when it is beyond."""
+        return self.quota.get((tier, space), 1 << 30) - self.used_by(tier, space)
 
     def _evictable(self, tier: Tier, space: int | None = None) -> int:
         """Count what could be evicted one after the other, of one namespace or of all."""

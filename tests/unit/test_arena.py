@@ -2,6 +2,8 @@
 
 import mmap
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -200,3 +202,23 @@ def test_a_failing_progress_leaves_nothing():
     with pytest.raises(KeyboardInterrupt):
         Arena.open(2, MIB, shared=True, progress=fail)
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_forked_child_keeps_its_own_memory() -> None:
+    """A child that drops the arena unmaps nothing of its own."""
+    code = """
+import gc, mmap, os
+from flexkv.io.arena import Arena
+arena = Arena.open(64, 1 << 20)
+child = os.fork()
+if child == 0:
+    own = [mmap.mmap(-1, 64 << 20) for _ in range(8)]
+    for map in own:
+        map[0] = map[-1] = 7
+    del arena
+    gc.collect()
+    os._exit(sum(map[0] + map[-1] for map in own) - 8 * 14)
+assert os.waitpid(child, 0)[1] == 0
+arena.close()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

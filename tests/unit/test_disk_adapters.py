@@ -353,3 +353,58 @@ async def test_a_refused_sync_is_told(make, tmp_path, monkeypatch):
         monkeypatch.setattr(os, "fdatasync", refuse_sync)
         with pytest.raises(StorageError, match="EIO"):
             await port.sync()
+
+
+@every_port
+async def test_an_idle_port_wakes_nobody(make, tmp_path):
+    """An end that was taken before its eventfd was written does not leave the fd readable."""
+    with tiers(tmp_path) as (arena, files), opened(make(arena, files)) as (port, woken):
+        for turn in range(200):
+            ids = np.arange(4) * 7 + turn % 8
+            assert await run(port, woken, transfer(WRITE, ids, ids), transfer(READ, ids, ids, 2))
+            woken.clear()
+        await asyncio.sleep(0.01)
+        port.reap()
+        await asyncio.sleep(0.01)
+        woken.clear()
+        await asyncio.sleep(0.01)
+        assert not woken.is_set()
+
+
+def test_runs_of_large_blocks_keep_their_tails(tmp_path):
+    """Blocks that are cut for being large go one by one, however large an I/O may be."""
+    with tiers(tmp_path, num_blocks=4, stride=10 << 20) as (arena, files):
+        job = DiskGeometry(arena, files, 32 << 20).job(transfer(WRITE, range(3), range(3)), 0)
+    assert int(job.extents[:, 3].sum()) == 30 << 20
+
+
+async def test_a_thread_that_cannot_start_fails_the_transfer(tmp_path, monkeypatch):
+    """With no thread to be had, the transfer ends all the same."""
+
+    def refuse(*_args):
+        raise RuntimeError("can't start new thread")
+
+    with tiers(tmp_path) as (arena, files), opened(ThreadDiskPort(arena, files)) as (port, woken):
+        monkeypatch.setattr(port._threads, "submit", refuse)
+        (error,) = await run(port, woken, transfer(WRITE, [0], [0]))
+    assert isinstance(error, StorageError)
+    assert error.errno == errno.EAGAIN
+
+
+def test_an_interrupted_close_waits_for_its_threads(tmp_path, monkeypatch):
+    """Ctrl-C does not let files be closed while threads write to them."""
+    with tiers(tmp_path) as (arena, files):
+        port, shutdowns = ThreadDiskPort(arena, files), []
+        shut = port._threads.shutdown
+
+        def interrupted():
+            shutdowns.append(None)
+            if len(shutdowns) == 1:
+                raise KeyboardInterrupt
+            shut()
+
+        monkeypatch.setattr(port._threads, "shutdown", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            port.close()
+        assert len(shutdowns) == 2
+        port.close()

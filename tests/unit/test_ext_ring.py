@@ -365,3 +365,19 @@ assert (ring.reap(), bytes(memory)) == ([(1, 8)], b"12345678")
 """
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", script]
     subprocess.run(command, check=True, timeout=60)
+
+
+def test_deferred_work_is_announced(memory: NDArray[np.uint8], tmp_path: Path) -> None:
+    """A ring that runs completions in its owner's calls tells when there are some."""
+    opened = Ring(8, SINGLE_ISSUER | DEFER_TASKRUN)
+    opened.lend([memory], False)
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    os.posix_fallocate(fd, 0, PAGE)
+    opened.register_files([fd])
+    address = memory.__array_interface__["data"][0]
+    for write in (True, False) * 4:
+        assert opened.submit(7, write, np.array([[0, 0, address, PAGE]], np.int64)) == 1
+        assert select.select([opened.fileno()], [], [], 20)[0]
+        assert opened.reap() == [(7, PAGE)]
+    opened.close()
+    os.close(fd)

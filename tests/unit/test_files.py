@@ -168,6 +168,29 @@ def test_a_directory_that_takes_no_files_is_named():
     assert "is not writable" in refused(["/sys/kernel"]).why
 
 
+@pytest.mark.parametrize("name", ["lock.flexkv", "blocks-0000.flexkv"])
+def test_nothing_is_written_through_what_is_no_file_of_ours(folders, tmp_path, name):
+    """A link is not followed; a pipe or a directory is refused."""
+    folders[0].mkdir(exist_ok=True)
+    other, place = tmp_path / "other", folders[0] / name
+    other.write_text("precious")
+    place.symlink_to(other)
+    assert "is not writable" in refused(folders[:1]).why
+    assert other.read_text() == "precious"
+    place.unlink()
+    os.mkfifo(place)
+    assert "regular" in refused(folders[:1]).why
+    place.unlink()
+    place.mkdir()
+    assert refused(folders[:1]).field == "ssd_cache_dir"
+
+
+def test_a_leftover_that_cannot_be_removed_is_named(folders):
+    """A directory that looks like a file of ours stays, and is told."""
+    (folders[0] / "blocks-0009.flexkv").mkdir(parents=True)
+    assert "cannot be removed" in refused(folders[:1]).why
+
+
 def test_no_directory_is_an_error():
     """An SSD tier needs a place."""
     assert refused([]).field == "ssd_cache_dir"
