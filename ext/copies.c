@@ -3,6 +3,11 @@
 
 #include "moves.h"
 
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#define UNIT_BYTES ((size_t)512 << 10)
+
 /* Find the piece that holds byte `at` of a block. */
 static size_t piece_of(const struct layout *layout, size_t at)
 {
@@ -19,7 +24,7 @@ static size_t piece_of(const struct layout *layout, size_t at)
     return low;
 }
 
-void copy_range(const struct copy_work *work, size_t first, size_t last)
+static void pieces_copy(const struct copy_work *work, size_t first, size_t last)
 {
     const struct layout *layout = work->layout;
     size_t pair = first / layout->block_bytes, within = first % layout->block_bytes;
@@ -47,4 +52,31 @@ void copy_range(const struct copy_work *work, size_t first, size_t last)
         }
     }
     moves_publish();
+}
+
+size_t unit_bytes(const struct copy_work *work)
+{
+    size_t block = work->layout->block_bytes;
+
+    if (work->direction != CHECKSUM)
+        return UNIT_BYTES;
+    return block < UNIT_BYTES ? UNIT_BYTES / block * block : block;
+}
+
+static void sum_range(const struct copy_work *work, size_t first, size_t last)
+{
+    const struct layout *layout = work->layout;
+
+    for (size_t pair = first / layout->block_bytes; pair < last / layout->block_bytes; pair++)
+        work->sums[pair] = XXH3_64bits(
+            layout->host + (size_t)work->host_ids[pair] * layout->host_stride,
+            layout->block_bytes);
+}
+
+void copy_range(const struct copy_work *work, size_t first, size_t last)
+{
+    if (work->direction == CHECKSUM)
+        sum_range(work, first, last);
+    else
+        pieces_copy(work, first, last);
 }

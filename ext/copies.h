@@ -1,4 +1,5 @@
-/* Copies between device pages and host blocks: what to copy, and any byte range of it.
+/* Copies between device pages and host blocks, and checksums of host blocks: what to do, and any
+ * byte range of it.
  *
  * A device block is scattered in pieces; a host block is contiguous. Work is n pairs of blocks.
  * Its bytes are numbered in order of pair and piece, so that any range of the numbers is a unit
@@ -10,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum direction { TO_HOST = 0, TO_DEVICE = 1 };
+enum direction { TO_HOST = 0, TO_DEVICE = 1, CHECKSUM = 2 };
 
 struct piece {
     char *base;    /* where the piece of device block 0 is */
@@ -36,9 +37,13 @@ struct copy_work {
     size_t bytes; /* of all pairs together */
     const int64_t *device_ids;
     const int64_t *host_ids;
+    uint64_t *sums; /* CHECKSUM: XXH3-64 of each pair's host block */
 };
 
-/* Copy the bytes numbered [first, last), and publish them. */
+/* How many bytes to do at a time: whole blocks when they are summed. */
+size_t unit_bytes(const struct copy_work *work);
+
+/* Copy the bytes numbered [first, last), and publish them; or sum their blocks. */
 void copy_range(const struct copy_work *work, size_t first, size_t last);
 
 #endif

@@ -292,6 +292,8 @@ static PyMethodDef index_methods[] = {
     {"root_blocks", METHOD(index_root_blocks), METH_O, "Count a namespace's blocks by tier."},
     {"root_ids", METHOD(index_root_ids), METH_VARARGS, "Tell a namespace's READY places."},
     {"set_quota", METHOD(index_set_quota), METH_VARARGS, "Bound a namespace in a tier."},
+    {"export", METHOD(index_call_export), METH_VARARGS, "Tell what READY places hold."},
+    {"restore", METHOD(index_call_restore), METH_VARARGS, "Fill a tier as it was."},
     {"evict", METHOD(index_evict_call), METH_VARARGS, "Evict up to a number of blocks."},
     {"resize", METHOD(index_resize_call), METH_VARARGS, "Change a tier's capacity."},
     {"counts", METHOD(index_counts), METH_O, "Count a tier's places by state."},

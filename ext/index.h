@@ -32,6 +32,8 @@ int tier_read(const BlockIndex *self, PyObject *object, unsigned *tier);
 void nearest_tell(BlockIndex *self);
 int scratch_take(BlockIndex *self, size_t count);
 
+PyObject *index_call_export(BlockIndex *, PyObject *);
+PyObject *index_call_restore(BlockIndex *, PyObject *);
 PyObject *index_survey(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *index_call_reserve(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *index_call_lease(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);

@@ -180,6 +180,7 @@ static inline struct key key_at(const unsigned char *keys, int64_t position)
 /* The bucket of a block. The buckets of PAGE consecutive blocks of a prompt are in one cache line,
  * which the key of the first of them chooses; so neighbours share the miss. */
 uint32_t bucket_at(const struct block_index *index, const unsigned char *keys, int64_t position);
+uint32_t bucket_in_page(const struct block_index *index, struct key first, uint32_t position);
 uint32_t bucket_of_root(const struct block_index *index, struct key key);
 #define PAGE 16
 
@@ -307,6 +308,30 @@ uint32_t quota_used(const struct block_index *index, unsigned tier, struct key r
 
 /* How many places a quota leaves; below 0 while some that must go are held. */
 int64_t quota_left(const struct block_index *index, unsigned tier, unsigned quota);
+
+/* -- index_persist.c --------------------------------------------------------------------------- */
+
+/* What a READY block is: enough to make it known again. */
+struct block_record {
+    struct key key, parent; /* the root's key for the first block of a prompt */
+    uint32_t is_first;
+};
+
+/* Tell what is in a place; false when it is not READY. */
+bool index_export(const struct block_index *index, unsigned tier, int64_t id,
+                  struct block_record *record);
+
+/* Blocks that were found in a tier of an earlier run, parents before children. */
+struct restored {
+    size_t n;
+    const struct block_record *records;
+    const int64_t *parents; /* which of the blocks is the parent; -1 for the first of a prompt */
+    const int64_t *ids;     /* their places, each once */
+};
+
+/* Fill a tier that was never used. The last three are scratch of n each. */
+void index_restore(struct block_index *index, unsigned tier, const struct restored *restored,
+                   ref *nodes, uint32_t *positions, size_t *page_first);
 
 /* -- index_tiers.c: states of places ----------------------------------------------------------- */
 

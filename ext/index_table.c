@@ -71,12 +71,15 @@ void index_close(struct block_index *index)
     memset(index, 0, sizeof(*index));
 }
 
-uint32_t bucket_at(const struct block_index *index, const unsigned char *keys, int64_t position)
+uint32_t bucket_in_page(const struct block_index *index, struct key first, uint32_t position)
 {
-    struct key first = key_at(keys, position - position % PAGE);
-
     /* Short prompts leave the end of their page empty: it begins somewhere in the line. */
     return (first.word[0] & index->page_mask) * PAGE + ((first.word[1] + position) & (PAGE - 1));
+}
+
+uint32_t bucket_at(const struct block_index *index, const unsigned char *keys, int64_t position)
+{
+    return bucket_in_page(index, key_at(keys, position - position % PAGE), (uint32_t)position);
 }
 
 uint32_t bucket_of_root(const struct block_index *index, struct key key)

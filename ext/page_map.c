@@ -197,7 +197,7 @@ PyObject *page_map_copy_now(PyObject *module, PyObject *const *args, Py_ssize_t 
         PyErr_NoMemory();
     } else if (page_ids_copy(map, &ids, id_copies, id_copies + pairs) == 0) {
         struct copy_work work = {&map->layout, (enum direction)direction, ids.bytes, id_copies,
-                                 id_copies + pairs};
+                                 id_copies + pairs, NULL};
 
         if (work.bytes > COPY_NOW_HOLD_BYTES_MAX) {
             Py_BEGIN_ALLOW_THREADS

@@ -43,6 +43,10 @@ static PyObject *copy_pool_new(PyTypeObject *type, PyObject *args, PyObject *key
 static void job_free(struct pool_job *job)
 {
     Py_XDECREF((PyObject *)job->owner);
+    if (job->sums) {
+        PyBuffer_Release(job->sums);
+        PyMem_Free(job->sums);
+    }
     PyMem_Free(job);
 }
 
@@ -98,7 +102,7 @@ static struct pool_job *job_new(PageMap *map, const struct page_ids *ids, int64_
         return NULL;
     }
     job->work = (struct copy_work){&map->layout, (enum direction)direction, ids->bytes, id_copies,
-                                   id_copies + pairs};
+                                   id_copies + pairs, NULL};
     job->token = token;
     job->owner = Py_NewRef((PyObject *)map);
     return job;
@@ -129,6 +133,66 @@ static PyObject *copy_pool_submit(CopyPool *self, PyObject *const *args, Py_ssiz
     if (urgent < 0 || page_ids_hold((PageMap *)values[1], values[3], values[4], &ids) < 0)
         return NULL;
     job = job_new((PageMap *)values[1], &ids, token, direction);
+    page_ids_release(&ids);
+    if (!job)
+        return NULL;
+    if (!pool_submit(&self->pool, job, urgent)) {
+        job_free(job);
+        return pool_closed();
+    }
+    return Py_NewRef(Py_None);
+}
+
+/* Let a job write its sums to a buffer of uint64[n], held until the job is freed. 0 or -1. */
+static int job_sums_to(struct pool_job *job, PyObject *sums, size_t count)
+{
+    Py_buffer *buffer = PyMem_Calloc(1, sizeof(*buffer));
+
+    if (!buffer) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    if (PyObject_GetBuffer(sums, buffer, PyBUF_WRITABLE) < 0) {
+        PyMem_Free(buffer);
+        return -1;
+    }
+    job->sums = buffer;
+    job->work.sums = buffer->buf;
+    if ((size_t)buffer->len == count * sizeof(uint64_t) &&
+        (uintptr_t)buffer->buf % sizeof(uint64_t) == 0)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "sums has %zd bytes, not %zu, or is not aligned", buffer->len,
+                 count * sizeof(uint64_t));
+    return -1;
+}
+
+static PyObject *copy_pool_checksum(CopyPool *self, PyObject *const *args, Py_ssize_t count,
+                                    PyObject *keywords)
+{
+    static const char *const names[] = {"token", "pages", "host_ids", "sums", "urgent"};
+    static const struct signature signature = {"checksum", names, 5, 5};
+    struct ext_state *state = PyType_GetModuleState(Py_TYPE((PyObject *)self));
+    PyObject *values[5];
+    struct page_ids ids;
+    struct pool_job *job;
+    int64_t token;
+    int urgent;
+
+    if (args_unpack(&signature, args, count, keywords, values) < 0 ||
+        integer_read(values[0], "token", INT64_MIN, INT64_MAX, &token) < 0)
+        return NULL;
+    if (!PyObject_TypeCheck(values[1], state->page_map)) {
+        PyErr_SetString(PyExc_TypeError, "pages must be a PageMap");
+        return NULL;
+    }
+    urgent = PyObject_IsTrue(values[4]);
+    if (urgent < 0 || page_ids_hold((PageMap *)values[1], values[2], values[2], &ids) < 0)
+        return NULL;
+    job = job_new((PageMap *)values[1], &ids, token, CHECKSUM);
+    if (job && job_sums_to(job, values[3], (size_t)ids.host.count) < 0) {
+        job_free(job);
+        job = NULL;
+    }
     page_ids_release(&ids);
     if (!job)
         return NULL;
@@ -170,7 +234,7 @@ static bool run_copy(struct pool *pool, const Py_buffer *target, const Py_buffer
                             .host = target->buf,
                             .host_stride = bytes,
                             .host_blocks = 1};
-    struct pool_job job = {.work = {&layout, TO_HOST, bytes, &zero, &zero}};
+    struct pool_job job = {.work = {&layout, TO_HOST, bytes, &zero, &zero, NULL}};
 
     return pool_run(pool, &job);
 }
@@ -225,6 +289,8 @@ static PyMethodDef copy_pool_methods[] = {
      "fileno()\n--\n\nGive an eventfd, readable while reap has something."},
     {"submit", FAST(copy_pool_submit), METH_FASTCALL | METH_KEYWORDS,
      "submit(token, pages, direction, device_ids, host_ids, urgent)\n--\n\nQueue one job."},
+    {"checksum", FAST(copy_pool_checksum), METH_FASTCALL | METH_KEYWORDS,
+     "checksum(token, pages, host_ids, sums, urgent)\n--\n\nQueue the XXH3-64 of host blocks."},
     {"reap", (PyCFunction)copy_pool_reap, METH_NOARGS,
      "reap()\n--\n\nGive the tokens of the jobs that ended since the last call."},
     {"copy", FAST(copy_pool_copy), METH_FASTCALL | METH_KEYWORDS,

@@ -5,7 +5,7 @@
  *                                                  eventfd, once a batch
  *
  * One lock guards everything; a thread holds it for the claim of a unit only and copies without.
- * A unit is UNIT_BYTES of a job, whatever its pieces are, so that one job uses all threads and an
+ * A unit is unit_bytes of a job, whatever its pieces are, so that one job uses all threads and an
  * urgent job waits for no more than the units being copied when it comes. The jobs of one list take
  * turns, a unit each. A job whose last unit is claimed leaves its list; the thread that ends its
  * last byte moves it to `done`.
@@ -17,8 +17,6 @@
 #include <signal.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
-
-#define UNIT_BYTES ((size_t)512 << 10)
 
 static void list_append(struct job_list *list, struct pool_job *job)
 {
@@ -57,9 +55,10 @@ static void unit_run(struct pool *pool, struct job_list *list)
 {
     struct pool_job *job = list->first;
     size_t first = job->claimed_bytes, bytes = job->work.bytes - first;
+    size_t unit = unit_bytes(&job->work);
 
-    if (bytes > UNIT_BYTES)
-        bytes = UNIT_BYTES;
+    if (bytes > unit)
+        bytes = unit;
     job->claimed_bytes += bytes;
     list_drop_first(list);
     if (job->claimed_bytes < job->work.bytes)
@@ -135,7 +134,7 @@ static void job_queue(struct pool *pool, struct job_list *list, struct pool_job 
     list_append(list, job);
     if (pool->sleepers == 0)
         return;
-    if (job->work.bytes <= UNIT_BYTES)
+    if (job->work.bytes <= unit_bytes(&job->work))
         pthread_cond_signal(&pool->work);
     else
         pthread_cond_broadcast(&pool->work);

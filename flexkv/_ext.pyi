@@ -94,6 +94,18 @@ class CopyPool:
             RuntimeError: the pool is closed.
         """
 
+    def checksum(
+        self, token: int, pages: PageMap, host_ids: Memory, sums: Memory, urgent: bool
+    ) -> None:
+        """Queue the XXH3-64 of host blocks, one job; `sums` (uint64[n]) is held until it is reaped.
+
+        Of each block are summed as many bytes as a device block of `pages` has.
+
+        Raises:
+            ValueError: an id out of range, or `sums` of another size.
+            RuntimeError: the pool is closed.
+        """
+
     def reap(self) -> list[int]:
         """Give the tokens of the jobs that ended since the last call, and clear the eventfd."""
 
@@ -267,6 +279,23 @@ class BlockIndex:
 
         Raises:
             ValueError: too many namespaces have quotas.
+        """
+
+    def export(self, tier: int, ids: Memory, /) -> bytes:
+        """Tell what places hold: 36 bytes each, zeros for those that are not READY.
+
+        The block's key and its parent's (16 bytes each; the root's for the first of a prompt), and
+        whether it is the first (uint32).
+        """
+
+    def restore(self, tier: int, records: Memory, parents: Memory, ids: Memory, /) -> None:
+        """Fill a tier that was never used with blocks that are READY.
+
+        Args:
+            tier: by number.
+            records: as `export` gives them, parents before children.
+            parents: int64[n], which of the blocks is the parent; -1 for the first of a prompt.
+            ids: int64[n], their places, each once.
         """
 
     def evict(self, tier: int, count: int, /) -> int:

@@ -9,18 +9,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import PagedLayout, infer_layout
+from flexkv.index.keys import blocks_are
 from flexkv.io.arena import Arena
 from flexkv.io.cpu import CpuDevicePort
-from flexkv.io.disk import open_disk
 from flexkv.io.files import StripedFiles
 from flexkv.io.ports import DurablePort, TransferPort
+from flexkv.io.ssd import open_journals, open_ssd, present
+from flexkv.io.superblock import FORMAT_VERSION, Superblock
 from flexkv.io.tensors import describe, kv_cache_list
 from flexkv.io.uring import RingOptions
+from flexkv.ledger import Ledger
 
 Progress = Callable[[int, int], None]
 
@@ -39,6 +43,9 @@ class Backend(Protocol):
     host: str
     """What holds the host blocks."""
     disk: DurablePort | None
+    disk_blocks: int
+    ledger: Ledger | None
+    """What makes the SSD tier survive; None when nothing does."""
 
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
         """Take memory and files; `undo` gets what releases them."""
@@ -55,6 +62,8 @@ class LocalBackend:
     def __init__(self, model: ModelConfig, cache: CacheConfig, sizes: CacheSizes) -> None:
         self.host = ""
         self.disk: DurablePort | None = None
+        self.disk_blocks = 0
+        self.ledger: Ledger | None = None
         self._model, self._cache, self._sizes = model, cache, sizes
 
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
@@ -74,17 +83,39 @@ class LocalBackend:
         undo.callback(self._arena.close)
         self.host = self._arena.backing
         if sizes.num_disk_blocks:
+            folders = present([Path(folder) for folder in cache.ssd_cache_dir])
+            self.disk_blocks = max(
+                1, sizes.num_disk_blocks * len(folders) // len(cache.ssd_cache_dir)
+            )
             per_file = sizes.max_file_blocks
             files = StripedFiles.open(
-                cache.ssd_cache_dir,
-                sizes.num_disk_blocks,
+                folders,
+                self.disk_blocks,
                 sizes.block_stride_bytes,
                 None if per_file is None else per_file * sizes.block_stride_bytes,
             )
             undo.callback(files.close)
             options = RingOptions(entries=cache.iouring_entries, flags=cache.iouring_flags)
-            self.disk = open_disk(self._arena, files, options)
-            undo.callback(self.disk.close)
+            port = self.disk = open_ssd(self._arena, files, options, self._copy_threads, undo)
+            if cache.ssd_warm_restart:
+                journals = open_journals(folders, self._superblock(), cache.ssd_on_mismatch, undo)
+                self.ledger = Ledger(journals, self.disk_blocks, port.sums)
+                undo.callback(self.ledger.close)
+                port.forget = self.ledger.forget
+
+    @property
+    def _copy_threads(self) -> int:
+        return self._cache.copy_threads or min(4, os.cpu_count() or 1)
+
+    def _superblock(self) -> Superblock:
+        cache, sizes = self._cache, self._sizes
+        secret = cache.key_secret.get_secret_value()
+        return Superblock(
+            FORMAT_VERSION,
+            blocks_are(self._model, cache.tokens_per_block, secret),
+            sizes.block_stride_bytes,
+            sizes.max_file_blocks,
+        )
 
     def device(self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None) -> Device:
         """Open the port to per-layer tensors in CPU memory.
@@ -99,7 +130,7 @@ class LocalBackend:
             self._arena.buffer,
             self._sizes.block_stride_bytes,
             owner=tuple(tensors),
-            threads=self._cache.copy_threads or min(4, os.cpu_count() or 1),
+            threads=self._copy_threads,
         )
         return Device(port, pages.num_blocks, pages.name)
 

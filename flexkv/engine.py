@@ -38,7 +38,9 @@ from flexkv.index.eviction import Eviction
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
 from flexkv.index.residency import NO_QUOTA, PrefixMatch, Residency, TierCounts, prefix_match
+from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.ports import TransferPort
+from flexkv.ledger import Ledger
 from flexkv.pins import Pins
 from flexkv.statistics import QueueStatistics, RouteStatistics, Statistics, TierStatistics
 from flexkv.trace.recorder import Recorder
@@ -78,10 +80,11 @@ class Engine:
         self._failure: InternalError | None = None
         self._open = self._used = False
         self._next_request = 0
+        self._restored_blocks = 0
 
     def _empty_residency(self) -> Residency:
         cache, sizes = self.cache, self.sizes
-        counts = {Tier.HOST: sizes.num_host_blocks, Tier.DISK: sizes.num_disk_blocks}
+        counts = {Tier.HOST: sizes.num_host_blocks, Tier.DISK: self._backend.disk_blocks}
         eviction = Eviction(
             cache.eviction_policy,
             cache.evict_ratio,
@@ -108,15 +111,24 @@ class Engine:
             await self._supervisor.start()
             for actor in self._actors.values():
                 self._start(actor)
+            if self._backend.ledger is not None:
+                self._supervisor.keep("ledger", self._backend.ledger.run())
             self._resources = undo.pop_all()
         self._open = self._used = True
-        log.info("engine open", **self._backing_by_name(), block_bytes=self.sizes.block_bytes)
+        log.info(
+            "engine open",
+            **self._backing_by_name(),
+            block_bytes=self.sizes.block_bytes,
+            restored_blocks=self._restored_blocks,
+        )
 
     def _compose(self, undo: ExitStack, progress: Progress | None) -> None:
         cache, sizes = self.cache, self.sizes
         backend = self._backend
         backend.open(undo, progress)
         self._residency = self._empty_residency()
+        if backend.ledger is not None:
+            self._restored_blocks = backend.ledger.restore(self._residency)
         self._backing[Tier.HOST] = backend.host
         if backend.disk is not None:
             self._actors[Tier.DISK] = self._actor(
@@ -125,7 +137,9 @@ class Engine:
                 Window(int(cache.disk_read_window_mb * MB), DISK_READ_PIECE_BYTES),
                 Window(int(cache.disk_write_window_mb * MB), DISK_WRITE_PIECE_BYTES),
             )
-            self._backing[Tier.DISK] = type(backend.disk).__name__
+            disk = backend.disk
+            named = disk.adapter if isinstance(disk, CheckedDiskPort) else type(disk).__name__
+            self._backing[Tier.DISK] = named
         self._observer = Observer(
             sizes.block_bytes,
             self._open_trace(undo),
@@ -136,7 +150,9 @@ class Engine:
             write_behind_blocks_max=self._write_behind_blocks_max(),
         )
         planner = Planner(self._residency, self.limits)
-        self._scheduler = Scheduler(self._residency, planner, self._actors, self._observer)
+        self._scheduler = Scheduler(
+            self._residency, planner, self._actors, self._observer, backend.ledger
+        )
         self._pins = Pins(self._scheduler)
 
     def _open_trace(self, undo: ExitStack) -> Recorder | None:
@@ -329,6 +345,8 @@ class Engine:
             await flight.wait_ended()
         if self._backend.disk is not None:
             await self._backend.disk.sync()
+        if self._backend.ledger is not None:
+            await self._backend.ledger.flush()
         failures = self._scheduler.take_failures()
         if failures:
             raise failures[0]
@@ -343,14 +361,26 @@ class Engine:
         root = None if namespace is None else self._intake.root(namespace)
         if root is not None and tier is not None:
             raise ConfigError("tier", tier.label, "must not be given together with a namespace")
+        if self._backend.ledger is not None:
+            self._unsay(self._backend.ledger, tier, root)
         return self._residency.clear(tier, root)
+
+    def _unsay(self, ledger: Ledger, tier: Tier | None, root: bytes | None) -> None:
+        """Let no later run believe in what is about to be cleared."""
+        if root is not None:
+            for of, block_ids in self._residency.namespace_holdings(root):
+                if of is Tier.DISK:
+                    ledger.erased(block_ids)
+        elif tier is None or tier is Tier.DISK:
+            ledger.cleared()
+        ledger.write_now()
 
     def resize(self, tier: Tier, capacity_blocks: int) -> int:
         """Change how many blocks a tier may hold, up to what it was opened with."""
         self._check_open()
         self._check_tier(tier)
         most = {
-            Tier.HOST: self.sizes.num_host_blocks, Tier.DISK: self.sizes.num_disk_blocks
+            Tier.HOST: self.sizes.num_host_blocks, Tier.DISK: self._backend.disk_blocks
         }[tier]  # fmt: skip
         if not 1 <= capacity_blocks <= most:
             why = f"must be from 1 to what {tier.label} was opened with: {most}"
@@ -439,6 +469,8 @@ class Engine:
             requests_waiting=self._admission.waiting,
             runs_in_flight=self._scheduler.flights,
             claims=len(self._residency.claims),
+            corrupt_blocks=observer.corrupt_blocks,
+            restored_blocks=self._restored_blocks,
         )
 
     def _backing_by_name(self) -> dict[str, str]:

@@ -53,6 +53,10 @@ class Statistics(msgspec.Struct, frozen=True):
     requests_waiting: int
     runs_in_flight: int
     claims: int
+    corrupt_blocks: int = 0
+    """Blocks that came back from SSD with other bytes than they left with: dropped, never given."""
+    restored_blocks: int = 0
+    """Blocks of an earlier run that the SSD tier began with."""
 
     @property
     def hit_rate(self) -> float:

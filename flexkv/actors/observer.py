@@ -13,7 +13,7 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from flexkv.common.errors import RecalledError, TransferError
+from flexkv.common.errors import CorruptBlockError, RecalledError, TransferError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import Route, Tier
 from flexkv.graph.ops import OpSpec
@@ -57,12 +57,23 @@ class Observer:
         }
         self.routes: dict[Route, RouteCount] = {}
         self.asked_blocks = 0
+        self.corrupt_blocks = 0
         self.hit_blocks: dict[Tier, int] = dict.fromkeys(Tier, 0)
         self._block_bytes = block_bytes
         self._sink = sink
         self._log_every = log_every_requests
         self._ended = 0
         self._issued_ns: dict[int, int] = {}
+
+    def corrupt(self, error: CorruptBlockError) -> None:
+        """Blocks came back with other bytes than they left with."""
+        self.corrupt_blocks += len(error.block_ids)
+        log.error(
+            "corrupt_block",
+            path=error.path,
+            offset_bytes=error.offset_bytes,
+            blocks=len(error.block_ids),
+        )
 
     def op_issued(self, token: int) -> None:
         """An op went to its actor."""
@@ -86,7 +97,10 @@ class Observer:
             count.bytes += blocks * self._block_bytes
         elif not isinstance(error, RecalledError):
             count.failed_ops += 1
-            log.warning("op failed", request=request.request_id, route=op.label, error=str(error))
+            if not isinstance(error, CorruptBlockError):  # told by `corrupt`, with its place
+                log.warning(
+                    "op failed", request=request.request_id, route=op.label, error=str(error)
+                )
         if self._sink is not None:
             self._sink.record(
                 OpRecord(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flexkv.common.errors import CapacityError, FlexKVError
+from flexkv.common.errors import CapacityError, CorruptBlockError, FlexKVError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request, TokenMask
 from flexkv.graph.ops import OpState
 from flexkv.graph.planner import Planned
@@ -37,6 +37,8 @@ def _status(request: Request, planned: Planned, run: Run, moved: bool) -> KVResp
         return KVResponseStatus.CANCELLED
     if moved:
         return KVResponseStatus.SUCCESS
+    if run.errors and all(isinstance(error, CorruptBlockError) for error in run.errors):
+        return KVResponseStatus.NOTFOUND  # what is not what it was is not there
     if run.errors:
         return KVResponseStatus.FAILED
     loads = request.operation is not Operation.PUT

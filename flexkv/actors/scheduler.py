@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import structlog
 
 from flexkv.actors.actor import TransferActor
 from flexkv.actors.observer import Observer
 from flexkv.actors.outcome import response_of
 from flexkv.common.errors import (
+    CorruptBlockError,
     InternalError,
     InvariantError,
     RecalledError,
@@ -25,7 +27,7 @@ from flexkv.common.errors import (
     UnfilledError,
 )
 from flexkv.common.request import KVResponse, Operation, Request
-from flexkv.common.terms import Tier
+from flexkv.common.terms import BlockIds, Tier
 from flexkv.graph.ops import OpSpec
 from flexkv.graph.plan import OPS_MAX, Plan
 from flexkv.graph.planner import Planned, Planner
@@ -139,6 +141,18 @@ class _Joiner(NamedTuple):
     op: int
 
 
+class Notes(Protocol):
+    """Who is told what the SSD tier holds, so that a later run knows."""
+
+    def stored(self, block_ids: BlockIds) -> None:
+        """Take blocks that became READY, unless they were forgotten meanwhile."""
+        ...
+
+    def erased(self, block_ids: BlockIds) -> None:
+        """Take blocks that shall not come back."""
+        ...
+
+
 class Scheduler:
     """Plans requests, runs their state machines, and gives their ops to the actors."""
 
@@ -148,11 +162,13 @@ class Scheduler:
         planner: Planner,
         actors: Mapping[Tier, TransferActor],
         observer: Observer,
+        notes: Notes | None = None,
     ) -> None:
         self._residency = residency
         self._planner = planner
         self._actors = actors
         self._observer = observer
+        self._notes = notes
         self._flights: dict[int, Flight] = {}
         self._joiners: dict[int, list[_Joiner]] = {}
         self._events: deque[tuple[Flight, Event]] = deque()
@@ -207,15 +223,23 @@ class Scheduler:
             )
             self._events.append((flight, Done(op) if error is None else Failed(op, error)))
             if error is not None and not isinstance(error, RecalledError):
-                self._distrust(flight.plan, flight.plan.template.ops[op])
+                self._distrust(flight.plan, flight.plan.template.ops[op], error)
         self._work()
 
-    def _distrust(self, plan: Plan, op: OpSpec) -> None:
+    def _distrust(self, plan: Plan, op: OpSpec, error: TransferError) -> None:
         """Forget blocks of a lower tier that could not be read: a put brings them anew."""
         if op.route is None or op.route.source <= Tier.HOST:
             return
-        begin, end = plan.bounds(op)
-        self._residency.forget(op.route.source, plan.fills[op.leg].ids[op.route.source][begin:end])
+        source = op.route.source
+        if isinstance(error, CorruptBlockError):
+            block_ids = np.array(error.block_ids, np.int64)
+            self._observer.corrupt(error)
+        else:
+            begin, end = plan.bounds(op)
+            block_ids = plan.fills[op.leg].ids[source][begin:end]
+        self._residency.forget(source, block_ids)
+        if self._notes is not None and source is Tier.DISK:
+            self._notes.erased(block_ids)
 
     async def wait_idle(self) -> None:
         """Return once no flight is left, write-behind included, or the engine has failed."""
@@ -292,8 +316,16 @@ class Scheduler:
         token = flight.plan.run_id * OPS_MAX + op
         assert isinstance(command, Settle)
         self._residency.claims.settle(token, command.filled)
+        if command.filled and self._notes is not None:
+            self._note(flight.plan, flight.plan.template.ops[op])
         for joiner in self._joiners.pop(token, ()):
             self._events.append((joiner.flight, _news(joiner.op, command.filled)))
+
+    def _note(self, plan: Plan, op: OpSpec) -> None:
+        assert self._notes is not None
+        if op.route is not None and op.route.target is Tier.DISK:
+            begin, end = plan.bounds(op)
+            self._notes.stored(plan.fills[op.leg].ids[Tier.DISK][begin:end])
 
     def _recall(self, flight: Flight, op: int, command: Command) -> None:
         spec = flight.plan.template.ops[op]

@@ -110,6 +110,13 @@ class CacheConfig(ConfigModel):
     ssd_cache_dir: Paths = key(
         (), "Directory of the SSD tier; several (`;`-separated or a list) are striped."
     )
+    ssd_warm_restart: bool = key(
+        True, "Keep a journal, so that the SSD tier is warm after a restart or a crash."
+    )
+    ssd_on_mismatch: Literal["empty", "refuse"] = key(
+        "empty",
+        "What to do with a directory whose blocks are of another model, layout, secret or version.",
+    )
     max_file_size_gb: float = key(-1.0, "Cap of one SSD file; -1 = none.", unit="GB", ge=-1)
     max_blocks_per_file: int | None = key(
         None,

@@ -81,11 +81,13 @@ class DeviceError(TransferError):
 
 
 class CorruptBlockError(TransferError):
-    """A block came back with bytes that are not those that left."""
+    """Blocks came back with bytes that are not those that left."""
 
-    def __init__(self, key: bytes) -> None:
-        FlexKVError.__init__(self, f"block {key.hex()}: checksum mismatch")
-        self.key = key
+    def __init__(self, path: str, offset_bytes: int, block_ids: Sequence[int]) -> None:
+        FlexKVError.__init__(
+            self, f"{path} at byte {offset_bytes}: checksum mismatch ({len(block_ids)} blocks)"
+        )
+        self.path, self.offset_bytes, self.block_ids = path, offset_bytes, tuple(block_ids)
 
 
 class BackendUnavailableError(FlexKVError):

@@ -129,7 +129,18 @@ def block_keys(keys: bytes) -> list[BlockKey]:
 
 def fingerprint(model: ModelConfig, tokens_per_block: int) -> bytes:
     """Name everything that changes the bytes of a block, one `name=value` after the other."""
-    facts = {
+    facts = _facts(model, tokens_per_block)
+    return ";".join(f"{name}={value}" for name, value in facts.items()).encode()
+
+
+def blocks_are(model: ModelConfig, tokens_per_block: int, secret: str) -> dict[str, int | str]:
+    """Tell what blocks are and under which keys, for who keeps them; not the secret itself."""
+    digest = _ext.hash128(_framed([b"secret", secret.encode()])).hex()
+    return {**_facts(model, tokens_per_block), "key_secret_digest": digest}
+
+
+def _facts(model: ModelConfig, tokens_per_block: int) -> dict[str, int | str]:
+    return {
         "key_version": KEY_VERSION,
         "model_id": model.model_id,
         "num_layers": model.num_layers,
@@ -139,7 +150,6 @@ def fingerprint(model: ModelConfig, tokens_per_block: int) -> bytes:
         "dtype": model.dtype,
         "tokens_per_block": tokens_per_block,
     }
-    return ";".join(f"{name}={value}" for name, value in facts.items()).encode()
 
 
 _NOWHERE = Scope()

@@ -254,6 +254,28 @@ class Residency:
         """Give the keys of blocks of a tier, 16 bytes each."""
         return self._table.keys_of(self._number[tier], block_ids)
 
+    def export(self, tier: Tier, block_ids: BlockIds) -> NDArray[np.uint8]:
+        """Tell what places hold, for `restore`: uint8[n, 36], zeros for those that are not READY.
+
+        The block's key, its parent's (the root's for the first of a prompt), and as uint32 whether
+        it is the first.
+        """
+        blob = self._table.export(self._number[tier], block_ids)
+        return np.frombuffer(blob, np.uint8).reshape(len(block_ids), -1)
+
+    def restore(
+        self, tier: Tier, blocks: NDArray[np.uint8], parents: BlockIds, block_ids: BlockIds
+    ) -> None:
+        """Fill a tier that was never used with blocks of an earlier run, parents before children.
+
+        Args:
+            tier: which.
+            blocks: as `export` gives them.
+            parents: int64[n], which of the blocks is the parent; -1 for the first of a prompt.
+            block_ids: their places.
+        """
+        self._table.restore(self._number[tier], blocks, parents, block_ids)
+
     def namespace_blocks(self, root: bytes) -> dict[Tier, int]:
         """Count the blocks of a namespace by tier."""
         return dict(zip(self.tiers, self._table.root_blocks(root), strict=True))

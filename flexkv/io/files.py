@@ -126,6 +126,11 @@ class StripedFiles:
         file_index, place = self._striping.file_of(ids)
         return file_index, place * self.block_stride_bytes
 
+    def locate_one(self, block_id: int) -> tuple[int, int]:
+        """Give the file index and the byte offset of one block."""
+        file_index, offset = self.locate(np.array([block_id]))
+        return int(file_index[0]), int(offset[0])
+
     def positions(self, ids: BlockIds) -> NDArray[np.int64]:
         """Give numbers that count up by one exactly where blocks are neighbours in one file."""
         file_index, place = self._striping.file_of(ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,14 +44,19 @@ class FakePort:
         host: NDArray[np.uint8],
         faults: FaultPlan,
         block_bytes: int,
+        flips: bool = False,
     ) -> None:
-        """Move `block_bytes` of each row between `store` and `host`, both uint8[blocks, bytes]."""
+        """Move `block_bytes` of each row between `store` and `host`, both uint8[blocks, bytes].
+
+        With `flips`, bits of what is written to the store flip as the fault plan says.
+        """
         assert store.shape[1] >= block_bytes, (store.shape, block_bytes)
         assert host.shape[1] >= block_bytes, (host.shape, block_bytes)
         self._store = store
         self._host = host
         self._faults = faults
         self._block_bytes = block_bytes
+        self._flips = flips
         self._jobs: dict[int, _Job] = {}
         self._ended: list[Completion] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -122,6 +128,11 @@ class FakePort:
         source, target = (self._store, self._host) if to_host else (self._host, self._store)
         span = slice(self._block_bytes)
         target[transfer.target_ids[which], span] = source[transfer.source_ids[which], span]
+        if self._flips and not to_host:
+            for block_id in transfer.target_ids[which].tolist():
+                if self._faults.flips():
+                    bit = self._faults.bit(8 * self._block_bytes)
+                    self._store[block_id, bit // 8] ^= 1 << bit % 8
 
     def _end(self, job: _Job) -> None:
         """Make a transfer reapable."""
@@ -160,3 +171,34 @@ class FakePort:
                 job.timer.cancel()
         if unreaped := len(self._jobs) + len(self._ended):
             raise InvariantError(f"fake port closed with {unreaped} transfers unreaped")
+
+
+class FakeSummer:
+    """Sums blocks of an array at once: `reap` has the end when `submit` returns."""
+
+    def __init__(self, host: NDArray[np.uint8]) -> None:
+        """Sum rows of `host`, uint8[blocks, bytes]."""
+        self._host = host
+        self._ended: list[int] = []
+        self._wake: Callable[[], None] | None = None
+
+    def connect(self, wake: Callable[[], None]) -> None:
+        """Attach to the running event loop."""
+        self._wake = wake
+
+    def submit(
+        self, token: int, host_ids: BlockIds, sums: NDArray[np.uint64], urgent: bool
+    ) -> None:
+        """Sum host blocks into `sums`."""
+        sums[:] = [zlib.crc32(self._host[block_id].tobytes()) for block_id in host_ids.tolist()]
+        self._ended.append(token)
+        assert self._wake is not None
+        self._wake()
+
+    def reap(self) -> list[int]:
+        """Give the tokens that ended since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def close(self) -> None:
+        """End."""

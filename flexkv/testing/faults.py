@@ -17,11 +17,14 @@ class FaultPlan:
         failure_probability: float = 0.0,
         delay_min_s: float = 0.0001,
         delay_max_s: float = 0.01,
+        flip_probability: float = 0.0,
     ) -> None:
         assert 0.0 <= failure_probability <= 1.0, failure_probability
+        assert 0.0 <= flip_probability <= 1.0, flip_probability
         assert 0.0 <= delay_min_s <= delay_max_s, (delay_min_s, delay_max_s)
         self.seed = seed
         self.failure_probability = failure_probability
+        self.flip_probability = flip_probability
         self.delay_min_s = delay_min_s
         self.delay_max_s = delay_max_s
         self._random = Random(seed)
@@ -29,7 +32,8 @@ class FaultPlan:
     def __repr__(self) -> str:
         return (
             f"FaultPlan(seed={self.seed}, failure_probability={self.failure_probability}, "
-            f"delay_min_s={self.delay_min_s}, delay_max_s={self.delay_max_s})"
+            f"delay_min_s={self.delay_min_s}, delay_max_s={self.delay_max_s}, "
+            f"flip_probability={self.flip_probability})"
         )
 
     def delay_s(self) -> float:
@@ -39,6 +43,14 @@ class FaultPlan:
     def fails(self) -> bool:
         """Tell whether the next operation fails."""
         return self._random.random() < self.failure_probability
+
+    def flips(self) -> bool:
+        """Tell whether a bit of the next block that is written flips, unnoticed."""
+        return self.flip_probability > 0 and self._random.random() < self.flip_probability
+
+    def bit(self, count: int) -> int:
+        """Give a number below `count`."""
+        return self._random.randrange(count)
 
     def moment_s(self, delay_s: float) -> float:
         """Give a moment between now and `delay_s` from now."""

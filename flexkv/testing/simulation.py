@@ -29,8 +29,10 @@ from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine import Engine
 from flexkv.index.eviction import POLICIES
 from flexkv.index.keys import block_keys
+from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.ports import DurablePort
-from flexkv.testing.fakes import FakePort
+from flexkv.ledger import Ledger
+from flexkv.testing.fakes import FakePort, FakeSummer
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.virtual_time import run_virtual
 
@@ -47,6 +49,8 @@ class FakeBackend:
     def __init__(self, host_blocks: int, disk_blocks: int, faults: FaultPlan) -> None:
         self.host = "fake"
         self.disk: DurablePort | None = None
+        self.disk_blocks = disk_blocks
+        self.ledger: Ledger | None = None
         self._faults = faults
         self._memory = np.zeros((host_blocks, BLOCK_KEY_BYTES), np.uint8)
         self._store = np.zeros((disk_blocks, BLOCK_KEY_BYTES), np.uint8)
@@ -54,7 +58,10 @@ class FakeBackend:
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
         """Open the disk port."""
         if len(self._store):
-            self.disk = FakePort(self._store, self._memory, self._faults, BLOCK_KEY_BYTES)
+            port = FakePort(self._store, self._memory, self._faults, BLOCK_KEY_BYTES, flips=True)
+            self.disk = CheckedDiskPort(
+                port, FakeSummer(self._memory), self.disk_blocks, lambda block: ("fake", block)
+            )
             undo.callback(self.disk.close)
 
     def device(self, kv_caches: Any, layout: str | None) -> Device:
@@ -69,7 +76,13 @@ class Simulation:
 
     def __init__(self, seed: int) -> None:
         self.random = random = Random(seed)
-        faults = FaultPlan(random.randrange(1 << 30), random.choice([0.0, 0.02, 0.2]), 0.0001, 0.01)
+        faults = FaultPlan(
+            random.randrange(1 << 30),
+            random.choice([0.0, 0.02, 0.2]),
+            0.0001,
+            0.01,
+            flip_probability=random.choice([0.0, 0.05]),
+        )
         host_blocks, disk_blocks = random.randint(4, 24), random.choice([0, 8, 48])
         cache = CacheConfig(
             tokens_per_block=TOKENS_PER_BLOCK,

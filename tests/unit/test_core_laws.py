@@ -111,5 +111,7 @@ def test_errors_carry_their_values_and_say_them() -> None:
     short = ShortTransferError("/ssd/blocks-0", 0, 100, 60)
     assert "60 of 100 bytes" in str(short)
     assert "cuMemcpy failed with code 700" in str(DeviceError("cuMemcpy", 700))
-    assert "ab00" in str(CorruptBlockError(bytes.fromhex("ab00")))
+    corrupt = CorruptBlockError("/ssd/blocks-0", 8192, [3, 4])
+    assert "/ssd/blocks-0 at byte 8192: checksum mismatch (2 blocks)" in str(corrupt)
+    assert corrupt.block_ids == (3, 4)
     assert "cuda is not available: no driver" in str(BackendUnavailableError("cuda", "no driver"))

@@ -1,0 +1,92 @@
+"""Finds families among blocks of an earlier run: who continues whom, without holes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.common.terms import BLOCK_KEY_BYTES
+
+DOUBLINGS_MAX = 40
+"""Prompts of up to 2**40 blocks: what takes longer is a circle."""
+
+
+class Forest(NamedTuple):
+    """Blocks that the first block of a prompt leads to, parents before children."""
+
+    order: NDArray[np.int64]
+    """int64[m]: which of the blocks these are."""
+    parents: NDArray[np.int64]
+    """int64[m]: which of these continues each; -1 for the first of a prompt."""
+
+
+def forest(blocks: NDArray[np.uint8]) -> Forest:
+    """Give the blocks that can be reached.
+
+    Args:
+        blocks: uint8[n, 36]: key, parent's key, whether it is the first of a prompt (uint32). Of
+            blocks with the same key the last counts.
+    """
+    size = BLOCK_KEY_BYTES
+    keys, above = _words(blocks[:, :size]), _words(blocks[:, size : 2 * size])
+    is_first = blocks[:, 2 * size] > 0
+    last = _last_of_each(keys)
+    parent = np.where(is_first, -1, _find(keys, last, above))
+    stays = np.zeros(len(keys), np.bool_)
+    stays[last] = True
+    stays &= is_first | (parent >= 0)
+    depth = _depths(parent, is_first)
+    order = np.flatnonzero(stays & (depth >= 0))
+    order = order[np.argsort(depth[order], kind="stable")]
+    number = np.full(len(keys) + 1, -1)
+    number[order] = np.arange(len(order))
+    return Forest(order, number[parent[order]])
+
+
+def _words(keys: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """Give keys as two words each: uint64[n, 2]."""
+    return np.ascontiguousarray(keys).view(np.uint64)
+
+
+def _last_of_each(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Give where each key is last, in the order of the keys."""
+    if not len(keys):
+        return np.zeros(0, np.int64)
+    order = np.lexsort((np.arange(len(keys)), keys[:, 1], keys[:, 0]))
+    ordered = keys[order]
+    ends = np.append(np.any(ordered[1:] != ordered[:-1], axis=1), True)
+    return np.asarray(order[ends])
+
+
+def _find(
+    keys: NDArray[np.uint64], last: NDArray[np.int64], wanted: NDArray[np.uint64]
+) -> NDArray[np.int64]:
+    """Give where each wanted key is, or -1; `last` has the known ones, in order."""
+    if not len(last):
+        return np.full(len(wanted), -1)
+    kinds = np.dtype([("high", np.uint64), ("low", np.uint64)])
+    known = np.ascontiguousarray(keys[last]).view(kinds)[:, 0]
+    # The first word nearly always decides; where it does not, the keys are as good as lost.
+    at = np.searchsorted(known["high"], wanted[:, 0])
+    at = np.minimum(at, len(last) - 1)
+    found = last[at]
+    return np.where(np.all(keys[found] == wanted, axis=1), found, -1)
+
+
+def _depths(parent: NDArray[np.int64], is_first: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Give how deep each block is, -1 where no first block leads to it: by doubling steps."""
+    nowhere = len(parent)
+    step = np.append(np.where(is_first, np.arange(nowhere), parent), -1)
+    step[step < 0] = nowhere
+    depth = np.append(np.where(is_first, 0, 1), 0)
+    for _ in range(DOUBLINGS_MAX):
+        further = step[step]
+        if np.array_equal(further, step):
+            break
+        depth = depth + depth[step]
+        step = further
+    reached = step[:-1] < nowhere
+    reached &= np.append(is_first, False)[step[:-1]]
+    return np.where(reached, depth[:-1], -1)

@@ -1,0 +1,244 @@
+"""The journal of one directory of the SSD tier: which block is in which row, and its checksum.
+
+    file  = frame*                      journal.flexkv, appended to
+    frame = length, crc32 of the payload (uint32 each, little-endian), payload
+    payload = msgpack of a record: Stored, Erased or Cleared
+
+The last record about a row is what counts. Replay ends at the first frame that is not whole; what
+is behind it is cut off. A journal that has grown is written anew beside the old one, and takes its
+place by a rename.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.common.errors import StorageError
+
+NAME, NEW_NAME = "journal.flexkv", "journal.new.flexkv"
+RECORD_BYTES = 36
+"""One block as the index exports it: key, parent's key, whether it is the first of a prompt."""
+FRAME_BYTES_MAX = 64 << 20
+
+_HEAD = struct.Struct("<II")
+
+
+class Stored(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """Blocks whose bytes are in these rows."""
+
+    rows: bytes
+    """uint32[n]."""
+    sums: bytes
+    """uint64[n], XXH3-64 of each row's bytes."""
+    blocks: bytes
+    """36 bytes each."""
+
+
+class Erased(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """Rows in which nobody shall believe any more."""
+
+    rows: bytes
+
+
+class Cleared(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """No row holds anything."""
+
+
+Record: TypeAlias = Stored | Erased | Cleared
+
+_DECODER = msgspec.msgpack.Decoder(Record)
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+class Live(NamedTuple):
+    """What a journal says: rows, and what is in each."""
+
+    rows: NDArray[np.int64]
+    """int64[n], each once, in the order in which they were stored."""
+    sums: NDArray[np.uint64]
+    blocks: NDArray[np.uint8]
+    """uint8[n, 36]."""
+
+
+def frame(record: Record) -> bytes:
+    """Give a record as it stands in the file."""
+    payload = _ENCODER.encode(record)
+    return _HEAD.pack(len(payload), zlib.crc32(payload)) + payload
+
+
+def stored(rows: NDArray[np.int64], sums: NDArray[np.uint64], blocks: NDArray[np.uint8]) -> bytes:
+    """Give the frame that says what rows hold."""
+    return frame(
+        Stored(rows.astype("<u4").tobytes(), sums.astype("<u8").tobytes(), blocks.tobytes())
+    )
+
+
+def erased(rows: NDArray[np.int64]) -> bytes:
+    """Give the frame that says that rows hold nothing."""
+    return frame(Erased(rows.astype("<u4").tobytes()))
+
+
+def records(content: bytes | memoryview) -> Iterator[tuple[Record, int]]:
+    """Give each whole record of a journal and where it ends, up to the first that is not whole."""
+    view, at = memoryview(content), 0
+    while at + _HEAD.size <= len(view):
+        length, crc = _HEAD.unpack_from(view, at)
+        payload = view[at + _HEAD.size : at + _HEAD.size + length]
+        if length > FRAME_BYTES_MAX or len(payload) < length or zlib.crc32(payload) != crc:
+            return
+        try:
+            record = _DECODER.decode(payload)
+        except msgspec.DecodeError:
+            return
+        at += _HEAD.size + length
+        yield record, at
+
+
+def replay(content: bytes | memoryview) -> tuple[Live, int]:
+    """Give what a journal says, and how many of its bytes are whole."""
+    rows, sums, blocks = [_none(np.int64)], [_none(np.uint64)], [_none(np.uint8)]
+    end = 0
+    for record, end in records(content):  # noqa: B007 -- the last end is what is whole
+        if isinstance(record, Cleared):
+            rows, sums, blocks = [_none(np.int64)], [_none(np.uint64)], [_none(np.uint8)]
+            continue
+        named = np.frombuffer(record.rows, "<u4").astype(np.int64)
+        if isinstance(record, Stored):
+            rows.append(named)
+            sums.append(np.frombuffer(record.sums, "<u8").astype(np.uint64))
+            blocks.append(np.frombuffer(record.blocks, np.uint8))
+        else:  # as a store of nothing, marked by the row's complement
+            rows.append(~named)
+            sums.append(np.zeros(len(named), np.uint64))
+            blocks.append(np.zeros(len(named) * RECORD_BYTES, np.uint8))
+    all_rows, all_sums = np.concatenate(rows), np.concatenate(sums)
+    all_blocks = np.concatenate(blocks).reshape(-1, RECORD_BYTES)
+    named = np.where(all_rows < 0, ~all_rows, all_rows)
+    # The last record about each row: the first one from behind.
+    _, from_behind = np.unique(named[::-1], return_index=True)
+    last = np.sort(len(named) - 1 - from_behind)
+    last = last[all_rows[last] >= 0]
+    return Live(all_rows[last], all_sums[last], all_blocks[last]), end
+
+
+def _none(kind: type[np.generic]) -> NDArray[np.generic]:
+    return np.zeros(0, kind)
+
+
+class Journal:
+    """The open journal of one directory. Its calls block: they are for a thread."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open or create it; `live` is what it says.
+
+        Raises:
+            OSError: the file cannot be read or cut.
+        """
+        self.folder = folder
+        self.path = folder / NAME
+        (folder / NEW_NAME).unlink(missing_ok=True)
+        self._fd = _open(self.path)
+        self._new_fd: int | None = None
+        try:
+            content = self.path.read_bytes()
+            self.live, self.bytes = replay(content)
+            os.ftruncate(self._fd, self.bytes)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def forget_live(self) -> None:
+        """Let go of what the journal said when it was opened."""
+        self.live = replay(b"")[0]
+
+    def append(self, frames: bytes) -> None:
+        """Write frames behind the others, and behind those of the new journal if there is one.
+
+        Raises:
+            StorageError: the file takes no more.
+        """
+        self._write(self._fd, frames)
+        self.bytes += len(frames)
+        if self._new_fd is not None:
+            self.append_new(frames)
+
+    def append_new(self, frames: bytes) -> None:
+        """Write frames to the new journal alone."""
+        assert self._new_fd is not None
+        self._write(self._new_fd, frames)
+
+    def _write(self, fd: int, frames: bytes) -> None:
+        view, at = memoryview(frames), os.lseek(fd, 0, os.SEEK_END)
+        try:
+            while view:
+                view = view[os.write(fd, view) :]
+        except OSError as error:
+            os.ftruncate(fd, at)  # a torn frame would hide those behind it
+            raise StorageError(str(self.path), at, error.errno or 0) from error
+
+    def begin_new(self) -> None:
+        """Start a new journal beside this one."""
+        self.drop_new()
+        self._new_fd = _open(self.folder / NEW_NAME)
+
+    def drop_new(self) -> None:
+        """Give the new journal up."""
+        if self._new_fd is not None:
+            os.close(self._new_fd)
+            self._new_fd = None
+            (self.folder / NEW_NAME).unlink(missing_ok=True)
+
+    def take_new(self) -> None:
+        """Let the new journal take the place of this one, for good."""
+        assert self._new_fd is not None
+        os.fdatasync(self._new_fd)
+        os.rename(self.folder / NEW_NAME, self.path)
+        sync_folder(self.folder)
+        os.close(self._fd)
+        self._fd, self._new_fd = self._new_fd, None
+        self.bytes = os.fstat(self._fd).st_size
+
+    def sync(self) -> None:
+        """Return once all that was appended is on stable storage.
+
+        Raises:
+            StorageError: the device refused.
+        """
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise StorageError(str(self.path), 0, error.errno or 0) from error
+
+    def close(self) -> None:
+        """Close the files. Idempotent."""
+        self.drop_new()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def sync_folder(folder: Path) -> None:
+    """Return once the names in a directory are on stable storage."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def cleared() -> bytes:
+    """Give the frame that says that no row holds anything."""
+    return frame(Cleared())

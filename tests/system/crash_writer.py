@@ -1,0 +1,72 @@
+"""A process that puts known blocks and tells what was flushed, until somebody kills it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from random import Random
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.common.config import CacheConfig, ModelConfig
+from flexkv.index.keys import KeyChain, block_keys
+from flexkv.kvmanager import KVManager
+from flexkv.testing.known_bytes import KnownDevice
+
+PER_BLOCK, DEVICE_BLOCKS, PROMPT_BLOCKS = 4, 256, 24
+MODEL = ModelConfig(num_layers=3, num_kv_heads=2, head_size=32, dtype="float16")
+CHAIN = KeyChain(MODEL, PER_BLOCK)
+
+
+def config(directory: str, ssd_blocks: int) -> CacheConfig:
+    """Give a tier that is written to as soon as possible."""
+    return CacheConfig(
+        tokens_per_block=PER_BLOCK, num_cpu_blocks=256, num_ssd_blocks=ssd_blocks,
+        ssd_cache_dir=directory, chunk_mb=4096 * 4 / 2**20,
+    )  # fmt: skip
+
+
+def prompt(seed: int, number: int) -> NDArray[np.int64]:
+    """Give a prompt; every fourth one continues the one before it."""
+    random = Random(f"{seed} {number // 4}")
+    start = random.randrange(1 << 40)
+    length = PER_BLOCK * (PROMPT_BLOCKS // 4) * (1 + number % 4)
+    return np.arange(start, start + length)
+
+
+def slots_of(first: int, blocks: int) -> NDArray[np.int64]:
+    """Give the slots of neighbouring device blocks."""
+    return np.arange(first * PER_BLOCK, (first + blocks) * PER_BLOCK)
+
+
+def say(*words: object) -> None:
+    """Tell who may kill us any moment."""
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
+    sys.stdout.flush()
+
+
+async def write(directory: str, seed: int, ssd_blocks: int) -> None:
+    """Put one prompt after the other; flush now and then, and say which are safe."""
+    random = Random(seed)
+    device = KnownDevice(MODEL, PER_BLOCK, DEVICE_BLOCKS)
+    async with KVManager(MODEL, config(directory, ssd_blocks)) as manager:
+        manager.register_kv_caches(device.kv_caches)
+        say("open")
+        number = 0
+        while True:
+            tokens = prompt(seed, number)
+            keys = block_keys(CHAIN.keys(tokens))
+            device.fill(range(len(keys)), keys)
+            await manager.put(tokens, slots_of(0, len(keys)))
+            say("put", number)
+            number += 1
+            if random.random() < 0.2:
+                await manager.flush()
+                say("flushed", number)
+            elif random.random() < 0.3:
+                await asyncio.sleep(random.random() * 0.03)
+
+
+if __name__ == "__main__":
+    asyncio.run(write(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

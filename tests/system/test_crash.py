@@ -1,0 +1,115 @@
+"""`kill -9` of a real process at random moments, and what the next one finds: KILLS times."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+from typing import IO
+
+import pytest
+
+from flexkv.index.keys import block_keys
+from flexkv.kvmanager import KVManager
+from flexkv.testing.known_bytes import KnownDevice
+from tests.system.crash_writer import (
+    CHAIN,
+    DEVICE_BLOCKS,
+    MODEL,
+    PER_BLOCK,
+    PROMPT_BLOCKS,
+    config,
+    prompt,
+    slots_of,
+)
+
+KILLS = int(os.environ.get("KILLS", "6"))
+ROOMY, TIGHT = 20_000, 200
+"""Blocks of a tier that holds all of one life, and of one that is written over all the time."""
+
+
+class Life:
+    """What one process said before it was killed: when it put each prompt, how many are flushed."""
+
+    def __init__(self, directory: Path, seed: int, ssd_blocks: int, seconds: float) -> None:
+        self.put_s: list[float] = []
+        self.flushed = 0
+        command = [sys.executable, "-m", "tests.system.crash_writer"]
+        process = subprocess.Popen(
+            [*command, str(directory), str(seed), str(ssd_blocks)],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        assert process.stdout is not None
+        assert self._until_open(process.stdout), "the writer did not start"
+        self._read(process, time.monotonic() + seconds)
+        self.killed_s = time.monotonic()
+        process.kill()
+        process.wait()
+        for line in process.stdout:  # told before it died
+            self._take(line)
+        process.stdout.close()
+
+    @staticmethod
+    def _until_open(lines: IO[str]) -> bool:
+        return any(line.startswith("open") for line in iter(lines.readline, ""))
+
+    def _read(self, process: subprocess.Popen[str], until_s: float) -> None:
+        assert process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while (left := until_s - time.monotonic()) > 0:
+                if selector.select(left):
+                    self._take(process.stdout.readline())
+
+    def _take(self, line: str) -> None:
+        words = line.split()
+        if words[:1] == ["put"] and len(words) == 2:
+            self.put_s.append(time.monotonic())
+        elif words[:1] == ["flushed"] and len(words) == 2:
+            self.flushed = int(words[1])
+
+
+async def check(directory: Path, seed: int, ssd_blocks: int, life: Life) -> tuple[int, int]:
+    """Open the tier and get every prompt: how many blocks were there of those that must be.
+
+    Those put more than a second before the kill.
+    """
+    device = KnownDevice(MODEL, PER_BLOCK, DEVICE_BLOCKS)
+    old = found = 0
+    async with KVManager(MODEL, config(str(directory), ssd_blocks)) as manager:
+        manager.register_kv_caches(device.kv_caches)
+        for number, put_s in enumerate(life.put_s):
+            tokens = prompt(seed, number)
+            keys = block_keys(CHAIN.keys(tokens))
+            device.clear(range(PROMPT_BLOCKS))
+            response = await manager.get(tokens, slots_of(0, len(keys)))
+            blocks = int(response.return_mask.sum()) // PER_BLOCK
+            assert device.mismatches(range(blocks), keys[:blocks]) == 0, "wrong bytes"
+            if number < life.flushed and ssd_blocks == ROOMY:
+                assert blocks == len(keys), f"prompt {number} was flushed and is lost"
+            if life.killed_s - put_s > 1.0:
+                old, found = old + len(keys), found + blocks
+        assert manager.statistics().corrupt_blocks == 0, "a torn block was believed in"
+    return found, old
+
+
+@pytest.mark.parametrize("ssd_blocks", [ROOMY, TIGHT])
+async def test_a_killed_process_loses_nothing_that_was_flushed(
+    tmp_path: Path, ssd_blocks: int
+) -> None:
+    """No wrong byte, no flushed block lost, no restart that fails, few of the others lost."""
+    random = Random(ssd_blocks)
+    all_found = all_old = 0
+    for kill in range(KILLS // 2):
+        seed = random.randrange(1 << 30)
+        directory = tmp_path / f"tier-{kill // 5}"  # some lives each
+        seconds = 3.0 if kill % 10 == 9 else random.uniform(0.0, 0.6)
+        life = Life(directory, seed, ssd_blocks, seconds)
+        found, old = await check(directory, seed, ssd_blocks, life)
+        all_found, all_old = all_found + found, all_old + old
+    if ssd_blocks == ROOMY and all_old:
+        assert all_found >= 0.99 * all_old, f"{all_found} of {all_old}"

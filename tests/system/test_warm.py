@@ -1,0 +1,238 @@
+"""The SSD tier across restarts: warm, checked, and never of another kind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from structlog.testing import capture_logs
+
+from flexkv.common.config import ModelConfig
+from flexkv.common.errors import ConfigError
+from flexkv.common.request import KVResponseStatus
+from flexkv.common.terms import Tier
+from flexkv.io import journal
+from flexkv.kvmanager import KVManager
+from tests.system.conftest import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches, slots_of
+
+PROMPT = np.arange(16 * PER_BLOCK)
+OTHER = PROMPT + 10_000
+
+
+async def put(directory: Path, *prompts: Any, **changes: Any) -> Any:
+    """Store prompts in one life of the tier, and give the bytes of sixteen blocks of the device."""
+    async with KVManager(MODEL, cache_config(directory, **changes)) as manager:
+        caches = kv_caches()
+        manager.register_kv_caches(caches)
+        for prompt in prompts:
+            await manager.put(prompt, slots_of(range(len(prompt) // PER_BLOCK)))
+            await manager.flush()
+        return bytes_of(caches, range(16))
+
+
+async def got(directory: Path, prompt: Any = PROMPT, **changes: Any) -> tuple[int, Any, int]:
+    """Get a prompt in the next life: how many blocks, the bytes, how many were found corrupt."""
+    async with KVManager(MODEL, cache_config(directory, **changes)) as manager:
+        caches = kv_caches(seed=9)
+        manager.register_kv_caches(caches)
+        response = await manager.get(prompt, slots_of(range(16, 16 + len(prompt) // PER_BLOCK)))
+        assert response.status in (KVResponseStatus.SUCCESS, KVResponseStatus.NOTFOUND)
+        blocks = int(response.return_mask.sum()) // PER_BLOCK
+        corrupt = manager.statistics().corrupt_blocks
+        return blocks, bytes_of(caches, range(16, 16 + blocks)), corrupt
+
+
+async def test_a_tier_comes_back_warm(tmp_path: Path) -> None:
+    """What was put is found by the next process, at its first request."""
+    wanted = await put(tmp_path, PROMPT)
+    blocks, found, corrupt = await got(tmp_path)
+    assert (blocks, corrupt) == (16, 0)
+    assert np.array_equal(found, wanted)
+
+
+async def test_namespaces_and_branches_come_back(tmp_path: Path) -> None:
+    """Prompts that share a prefix share it again, each namespace under its own root."""
+    branch = np.concatenate([PROMPT[: 8 * PER_BLOCK], OTHER[: 4 * PER_BLOCK]])
+    await put(tmp_path, PROMPT, branch)
+    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
+        assert manager.statistics().restored_blocks == 20
+        assert manager.match(branch).tokens == 12 * PER_BLOCK
+        assert manager.match(PROMPT).tokens == 16 * PER_BLOCK
+        assert manager.match(PROMPT, "tenant").tokens == 0
+        assert manager.namespace_blocks(None)[Tier.DISK] == 20
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"tokens_per_block": 8}, "tokens_per_block was 4, is 8"),
+        ({"key_secret": "other"}, "key_secret_digest"),
+        ({"max_file_size_gb": 0.0001}, "rows_per_file was None"),
+    ],
+)
+async def test_another_kind_of_blocks_starts_empty_or_refuses(
+    tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    """The difference is named; with ssd_on_mismatch=refuse nothing is touched."""
+    await put(tmp_path, PROMPT)
+    with pytest.raises(ConfigError, match="another kind") as caught:
+        async with KVManager(MODEL, cache_config(tmp_path, ssd_on_mismatch="refuse", **change)):
+            pass
+    assert told in caught.value.why
+    assert (await got(tmp_path))[0] == 16
+    with capture_logs() as logs:
+        async with KVManager(MODEL, cache_config(tmp_path, **change)) as manager:
+            assert manager.statistics().restored_blocks == 0
+    assert any(told in str(entry.get("differences")) for entry in logs)
+
+
+async def test_another_model_starts_empty(tmp_path: Path) -> None:
+    """The same bytes mean nothing to a model of another shape."""
+    await put(tmp_path, PROMPT)
+    other = ModelConfig(num_layers=3, num_kv_heads=4, head_size=8, dtype="float16")
+    async with KVManager(other, cache_config(tmp_path)) as manager:
+        assert manager.statistics().restored_blocks == 0
+
+
+async def test_cleared_blocks_do_not_come_back(tmp_path: Path) -> None:
+    """Neither by tier nor by namespace, though their bytes are still in the files."""
+    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
+        manager.register_kv_caches(kv_caches())
+        for namespace in (None, "tenant"):
+            await manager.put(PROMPT, slots_of(range(16)), namespace=namespace)
+            await manager.flush()
+        manager.clear(namespace="tenant")
+    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
+        assert manager.match(PROMPT, "tenant").tokens == 0
+        assert manager.match(PROMPT).tokens == len(PROMPT)
+        manager.reset()
+    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
+        assert manager.statistics().restored_blocks == 0
+
+
+@pytest.mark.parametrize(("before", "after", "fits"), [(64, 8, 8), (16, 128, 16)])
+async def test_another_size_keeps_what_fits(
+    tmp_path: Path, before: int, after: int, fits: int
+) -> None:
+    """Rows beyond a smaller tier are lost, and stay lost when it grows again."""
+    wanted = await put(tmp_path, PROMPT, num_ssd_blocks=before)
+    blocks, found, corrupt = await got(tmp_path, num_ssd_blocks=after)
+    assert (blocks, corrupt) == (fits, 0)
+    assert np.array_equal(found, wanted[:, :, :fits])
+    again, found, corrupt = await got(tmp_path, num_ssd_blocks=before + after)
+    assert (again, corrupt) == (fits, 0)
+    assert np.array_equal(found, wanted[:, :, :fits])
+
+
+async def test_another_set_of_directories_keeps_what_fits(tmp_path: Path) -> None:
+    """Each directory knows its own blocks: one more, in another order, or one that is missing."""
+    names = [str(tmp_path / name) for name in "abc"]
+    wanted = await put(tmp_path, PROMPT, ssd_cache_dir=names[:2], num_ssd_blocks=64)
+    more = {"ssd_cache_dir": [names[2], names[1], names[0]], "num_ssd_blocks": 96}
+    blocks, found, corrupt = await got(tmp_path, **more)
+    assert (blocks, corrupt) == (16, 0)
+    assert np.array_equal(found, wanted)
+    (tmp_path / "a").rename(tmp_path / "gone")
+    missing = str(tmp_path / "nowhere" / "a")
+    with capture_logs() as logs:
+        blocks, _, corrupt = await got(
+            tmp_path, ssd_cache_dir=[missing, names[1]], num_ssd_blocks=64
+        )
+    assert (blocks, corrupt) == (0, 0), "the first block is in the directory that is missing"
+    assert any(entry["event"] == "ssd_directory_missing" for entry in logs)
+
+
+async def test_a_journal_that_is_no_journal_costs_its_blocks_only(tmp_path: Path) -> None:
+    """Rubbish where the journal was is an empty tier."""
+    await put(tmp_path, PROMPT)
+    (tmp_path / journal.NAME).write_bytes(os.urandom(4096))
+    assert (await got(tmp_path))[0] == 0
+    await put(tmp_path, PROMPT)
+    assert (await got(tmp_path))[0] == 16
+
+
+async def test_the_journal_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long an engine writes, the journal has no more than what is live, a few times."""
+    monkeypatch.setattr("flexkv.ledger.JOURNAL_BYTES_MIN", 4096)
+    monkeypatch.setattr("flexkv.ledger.SNAPSHOT_BLOCKS", 8)
+    async with KVManager(MODEL, cache_config(tmp_path, num_ssd_blocks=32)) as manager:
+        manager.register_kv_caches(kv_caches())
+        for number in range(60):
+            await manager.put(PROMPT + 100 * number, slots_of(range(16)))
+            await manager.flush()
+        last = PROMPT + 100 * 59
+        assert (tmp_path / journal.NAME).stat().st_size < 16 << 10
+    blocks, _, corrupt = await got(tmp_path, last, num_ssd_blocks=32)
+    assert (blocks, corrupt) == (16, 0)
+
+
+# -- bytes that changed --------------------------------------------------------------------------
+
+
+async def test_a_flipped_bit_is_a_miss(tmp_path: Path) -> None:
+    """The block is dropped, counted, logged once with its place; the prefix before it is given."""
+    wanted = await put(tmp_path, PROMPT)
+    file = tmp_path / "blocks-0000.flexkv"
+    with file.open("r+b") as content:
+        content.seek(5 * 4096 + 77)
+        byte = content.read(1)
+        content.seek(-1, os.SEEK_CUR)
+        content.write(bytes([byte[0] ^ 4]))
+    with capture_logs() as logs:
+        blocks, found, corrupt = await got(tmp_path, chunk_mb=4096 / 2**20)
+    assert (blocks, corrupt) == (5, 1)
+    assert np.array_equal(found, wanted[:, :, :5])
+    (entry,) = [entry for entry in logs if entry["event"] == "corrupt_block"]
+    assert (entry["path"], entry["offset_bytes"]) == (str(file), 5 * 4096)
+    assert (await got(tmp_path))[0] == 5, "dropped for good"
+
+
+def empty(directory: Path) -> None:
+    """Remove every file."""
+    for leftover in directory.iterdir():
+        leftover.unlink()
+
+
+DAMAGES = int(os.environ.get("DAMAGES", "300"))
+
+
+async def test_damaged_files_never_give_wrong_bytes(tmp_path: Path) -> None:
+    """DAMAGES flips, cuts and swaps, each before a get: 0 wrong bytes, all that were read told."""
+    random = np.random.default_rng(1)
+    file, stride = tmp_path / "blocks-0000.flexkv", 4096
+    damaged = read_damaged = told = 0
+    while damaged < DAMAGES:
+        empty(tmp_path)
+        wanted = await put(tmp_path, PROMPT, num_ssd_blocks=16)
+        content = bytearray(file.read_bytes())
+        before = bytes(content)
+        for _ in range(random.integers(1, 20)):
+            kind, row = random.integers(4), int(random.integers(16)) * stride
+            if kind < 2:
+                for _ in range(random.integers(1, 4)):
+                    content[row + int(random.integers(stride))] ^= 1 << int(random.integers(8))
+            elif kind == 2:
+                other = int(random.integers(16)) * stride
+                content[row : row + stride], content[other : other + stride] = (
+                    content[other : other + stride],
+                    content[row : row + stride],
+                )
+            else:
+                cut = row + int(random.integers(stride))
+                content[cut:] = bytes(len(content) - cut)
+            damaged += 1
+        file.write_bytes(content)
+        bad = [
+            row
+            for row in range(16)
+            if content[row * stride :][:stride] != before[row * stride :][:stride]
+        ]
+        blocks, found, corrupt = await got(tmp_path, num_ssd_blocks=16, chunk_mb=stride / 2**20)
+        assert np.array_equal(found, wanted[:, :, :blocks]), "wrong bytes"
+        assert blocks == (min(bad) if bad else 16)
+        read_damaged += bool(bad)
+        told += bool(corrupt)
+    assert told == read_damaged

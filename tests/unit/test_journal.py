@@ -1,0 +1,244 @@
+"""The journal against a dict, whole and cut at any byte; superblocks; families of blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from flexkv.common.errors import ConfigError, StorageError
+from flexkv.index.forest import forest
+from flexkv.io import journal, superblock
+from flexkv.io.journal import RECORD_BYTES, Journal
+from flexkv.io.ssd import open_journals
+from flexkv.io.superblock import Superblock
+
+Model = dict[int, tuple[int, bytes]]
+"""Row -> sum and block."""
+
+
+def random_frames(seed: int, count: int = 30) -> list[tuple[bytes, Model]]:
+    """Give frames, and what is live behind each."""
+    random, live = Random(seed), Model()
+    told = []
+    for _ in range(count):
+        rows = random.sample(range(40), random.randint(1, 6))
+        kind = random.random()
+        if kind < 0.65:
+            sums = [random.getrandbits(64) for _ in rows]
+            blocks = [random.randbytes(RECORD_BYTES) for _ in rows]
+            for row in rows:
+                live.pop(row, None)
+            live |= {row: (s, b) for row, s, b in zip(rows, sums, blocks, strict=True)}
+            content = np.frombuffer(b"".join(blocks), np.uint8)
+            frame = journal.stored(np.array(rows), np.array(sums, np.uint64), content)
+        elif kind < 0.95:
+            for row in rows:
+                live.pop(row, None)
+            frame = journal.erased(np.array(rows))
+        else:
+            live = Model()
+            frame = journal.cleared()
+        told.append((frame, dict(live)))
+    return told
+
+
+def model_of(live: journal.Live) -> Model:
+    """Give what a replay found as a dict."""
+    return {
+        row: (int(s), block.tobytes())
+        for row, s, block in zip(live.rows.tolist(), live.sums, live.blocks, strict=True)
+    }
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_replay_gives_the_last_word_on_every_row(seed: int) -> None:
+    """Whatever was stored, erased and cleared, in whatever order."""
+    told = random_frames(seed)
+    content = b"".join(frame for frame, _ in told)
+    live, whole = journal.replay(content)
+    assert model_of(live) == told[-1][1]
+    assert list(model_of(live)) == list(told[-1][1]), "not in the order in which they were stored"
+    assert whole == len(content)
+
+
+def test_replay_ends_where_the_file_does() -> None:
+    """Cut at any byte, the journal says what it said at the last whole frame before it."""
+    told = random_frames(1, 6)
+    content, ends = b"".join(frame for frame, _ in told), [0]
+    for frame, _ in told:
+        ends.append(ends[-1] + len(frame))
+    for cut in range(len(content) + 1):
+        live, whole = journal.replay(content[:cut])
+        frames = max(n for n, end in enumerate(ends) if end <= cut)
+        assert whole == ends[frames]
+        assert model_of(live) == (told[frames - 1][1] if frames else {})
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_flipped_bit_hides_its_frame_and_what_follows(seed: int) -> None:
+    """No flipped bit makes anybody believe in what was never written."""
+    random, told = Random(seed), random_frames(seed, 8)
+    content = bytearray(b"".join(frame for frame, _ in told))
+    at = random.randrange(len(content))
+    content[at] ^= 1 << random.randrange(8)
+    live, whole = journal.replay(bytes(content))
+    assert whole <= at
+    assert model_of(live) in [{}, *(model for _, model in told)]
+
+
+def test_a_torn_tail_is_cut_and_written_over(tmp_path: Path) -> None:
+    """What is appended after a crash is found behind what was whole."""
+    told = random_frames(3, 4)
+    content = b"".join(frame for frame, _ in told)
+    (tmp_path / journal.NAME).write_bytes(content[:-3])
+    opened = Journal(tmp_path)
+    assert model_of(opened.live) == told[2][1]
+    opened.append(told[3][0])
+    opened.sync()
+    opened.close()
+    again = Journal(tmp_path)
+    assert model_of(again.live) == told[3][1]
+    again.close()
+    again.close()
+
+
+def test_a_new_journal_takes_the_place_of_the_old(tmp_path: Path) -> None:
+    """What is appended meanwhile is in both; a half-written new one is not looked at."""
+    told = random_frames(4, 9)
+    opened = Journal(tmp_path)
+    for frame, _ in told[:5]:
+        opened.append(frame)
+    opened.begin_new()
+    kept = journal.replay((tmp_path / journal.NAME).read_bytes())[0]
+    opened.append_new(journal.stored(*kept))
+    opened.append(told[5][0])
+    before = opened.bytes
+    opened.take_new()
+    assert opened.bytes != before
+    for frame, _ in told[6:]:
+        opened.append(frame)
+    opened.begin_new()
+    opened.append_new(journal.cleared())
+    opened.close()
+    again = Journal(tmp_path)
+    assert model_of(again.live) == told[-1][1]
+    again.close()
+
+
+def test_a_journal_that_takes_no_more_keeps_what_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frame that could be written in part only is cut off again."""
+    told = random_frames(5, 3)
+    opened = Journal(tmp_path)
+    opened.append(told[0][0])
+    write = journal.os.write
+    calls = []
+
+    def failing(fd: int, data: bytes) -> int:
+        calls.append(None)
+        if len(calls) == 1:
+            return write(fd, data[:5])
+        raise OSError(28, "no space")
+
+    monkeypatch.setattr(journal.os, "write", failing)
+    with pytest.raises(StorageError, match="ENOSPC"):
+        opened.append(told[1][0])
+    monkeypatch.undo()
+    opened.append(told[2][0])
+    opened.close()
+    again = Journal(tmp_path)
+    assert len(list(journal.records((tmp_path / journal.NAME).read_bytes()))) == 2
+    again.close()
+
+
+# -- superblocks ---------------------------------------------------------------------------------
+
+WANTED = Superblock(1, {"dtype": "float16", "num_layers": 2}, 4096, None)
+
+
+def opened(folder: Path, wanted: Superblock, on_mismatch: str = "empty") -> journal.Live:
+    """Give what the journal of a directory says to an engine that wants these blocks."""
+    from contextlib import ExitStack
+
+    with ExitStack() as undo:
+        (one,) = open_journals([folder], wanted, on_mismatch, undo)  # type: ignore[arg-type]
+        if not len(one.live.rows):
+            one.append(random_frames(1, 3)[0][0])
+        return one.live
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Superblock(2, WANTED.blocks_are, 4096, None),
+        Superblock(1, {"dtype": "bfloat16", "num_layers": 2}, 4096, None),
+        Superblock(1, {"dtype": "float16"}, 4096, None),
+        Superblock(1, WANTED.blocks_are, 8192, None),
+        Superblock(1, WANTED.blocks_are, 4096, 7),
+    ],
+)
+def test_blocks_of_another_kind_are_not_believed_in(tmp_path: Path, other: Superblock) -> None:
+    """A directory of another model, stride, file size or version is emptied, or refused."""
+    opened(tmp_path, WANTED)
+    assert len(opened(tmp_path, WANTED).rows)
+    with pytest.raises(ConfigError, match="another kind") as caught:
+        opened(tmp_path, other, "refuse")
+    assert " was " in caught.value.why
+    assert len(opened(tmp_path, WANTED).rows), "a refusal changes nothing"
+    assert not len(opened(tmp_path, other).rows)
+    assert superblock.read(tmp_path) == other
+
+
+def test_a_journal_without_a_superblock_is_not_believed_in(tmp_path: Path) -> None:
+    """Nobody knows what its blocks are."""
+    opened(tmp_path, WANTED)
+    (tmp_path / superblock.NAME).write_bytes(b"{ torn")
+    assert not len(opened(tmp_path, WANTED).rows)
+
+
+# -- families ------------------------------------------------------------------------------------
+
+
+def blocks_of(tree: list[tuple[int, int, bool]]) -> NDArray[np.uint8]:
+    """Give (key, parent's key, whether it is the first) as the index exports them."""
+    content = b"".join(
+        key.to_bytes(8, "little") * 2 + above.to_bytes(8, "little") * 2
+        + bytes([first, 0, 0, 0])
+        for key, above, first in tree
+    )  # fmt: skip
+    return np.frombuffer(content, np.uint8).reshape(-1, RECORD_BYTES)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_forest_is_what_first_blocks_lead_to(seed: int) -> None:
+    """Orphans and circles are left out; of a key that is there twice, the last counts."""
+    random = Random(seed)
+    keys = range(1, random.randint(2, 60))
+    tree = [
+        (key, random.choice([0, key - 1, random.choice(keys), 99]), random.random() < 0.2)
+        for key in random.sample(keys, len(keys))
+    ]
+    tree += random.choices(tree, k=random.randint(0, 5))
+    last = {key: n for n, (key, _, _) in enumerate(tree)}
+    reached: set[int] = set()
+    for key, n in last.items():
+        path, at = set(), key
+        while at in last and at not in path and not tree[last[at]][2]:
+            path.add(at)
+            at = tree[last[at]][1]
+        if at in last and tree[last[at]][2]:
+            reached.add(n)
+    found = forest(blocks_of(tree))
+    assert set(found.order.tolist()) == reached
+    for number, (at, parent) in enumerate(zip(found.order, found.parents, strict=True)):
+        assert parent < number
+        if tree[at][2]:
+            assert parent == -1
+        else:
+            assert tree[found.order[parent]][0] == tree[at][1]
+    assert len(forest(blocks_of([])).order) == 0
