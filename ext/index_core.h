@@ -152,7 +152,8 @@ struct block_index {
     size_t buckets_bytes;
     uint32_t page_mask;
     uint32_t clock_s;
-    unsigned quotas;             /* numbers 1 to this */
+    unsigned quotas;             /* numbers 1 to this, as far as they are taken */
+    bool quota_taken[QUOTAS_MAX + 1];
     struct key quota_root[QUOTAS_MAX + 1];
     struct tier tier[TIERS_MAX];
     const char *broken;          /* the law that a failed call broke */
@@ -301,8 +302,11 @@ uint32_t index_resize(struct block_index *index, unsigned tier, uint32_t capacit
 /* The number of a namespace's quota, 0 when it has none. */
 unsigned quota_of(const struct block_index *index, struct key root);
 
-/* Set how many places of a tier a namespace may have, and evict what it has beyond. 0; -1 when
- * there are too many quotas, -2 without memory. */
+#define NO_QUOTA UINT32_MAX
+
+/* Set how many places of a tier a namespace may have, and evict what it has beyond. A namespace
+ * that has NO_QUOTA in every tier is like the others again. 0; -1 when there are too many quotas,
+ * -2 without memory. */
 int quota_set(struct block_index *index, unsigned tier, struct key root, uint32_t blocks);
 uint32_t quota_used(const struct block_index *index, unsigned tier, struct key root);
 

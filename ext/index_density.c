@@ -27,6 +27,8 @@
 #define PRIOR_ALL 16.0
 #define PRIOR_CLASS 8.0
 #define DEVIATION_MAX 4.0
+/* What was seen so many epochs ago counts a third. */
+#define MEMORY_EPOCHS 512
 
 /* Where each bucket of ages begins, in epochs; the last is that of the ancient, too. */
 static const uint16_t edges[BUCKETS + 1] = {0,  1,  2,  3,  4,  5,  6,   8,   11,  14, 19,
@@ -317,6 +319,17 @@ void density_learn(struct density *density)
 
 /* -- the tier's side --------------------------------------------------------------------------- */
 
+static void counts_age(struct density *density)
+{
+    const double left = 1 - 1.0 / MEMORY_EPOCHS;
+
+    for (unsigned class = 0; class < CLASSES; class++)
+        for (unsigned bucket = 0; bucket < BUCKETS; bucket++) {
+            density->hits[class][bucket] *= left;
+            density->exposed[class][bucket] *= left;
+        }
+}
+
 /* One epoch later: what has the age of the ancient joins them, and old samples end. */
 static void epoch_turn(struct tier *tier)
 {
@@ -325,6 +338,7 @@ static void epoch_turn(struct tier *tier)
     uint32_t leaves;
 
     density->epoch++;
+    counts_age(density);
     leaves = density->epoch - (EPOCHS - 1);
     for (unsigned quota = 0; quota < tier->policy_count; quota++)
         for (unsigned class = 0; class < CLASSES; class++)
@@ -340,7 +354,8 @@ static void epoch_turn(struct tier *tier)
     }
 }
 
-/* Whether the prompt was among those asked for last: a second look at it, or a retry. */
+/* Whether the prompt was among those asked for last, and this is the second look at it: a match
+ * before its get, or a retry. The third is a use again. */
 static bool asked_again(struct density *density, const struct batch *prompt)
 {
     uint64_t name = prompt->blocks;
@@ -349,8 +364,10 @@ static bool asked_again(struct density *density, const struct batch *prompt)
         return true;
     name = name << 32 | key_at(prompt->keys, (int64_t)prompt->blocks - 1).word[3];
     for (unsigned i = 0; i < ASKED_LAST; i++)
-        if (density->asked_last[i] == name)
+        if (density->asked_last[i] == name) {
+            density->asked_last[i] = 0;
             return true;
+        }
     density->asked_last[density->asked_next++ % ASKED_LAST] = name;
     return false;
 }
@@ -410,8 +427,11 @@ void density_asked(struct block_index *index, unsigned t, const struct batch *pr
     density->asked += prompt->blocks;
     if (density->asked < turn_at)
         return;
-    for (; density->asked >= turn_at; density->asked -= turn_at)
+    for (unsigned turns = 0; density->asked >= turn_at && turns < EPOCHS; turns++) {
+        density->asked -= turn_at;
         epoch_turn(tier);
+    }
+    density->asked %= turn_at;
     density_learn(density);
     for (unsigned quota = 0; quota < tier->policy_count; quota++)
         tier->policies[quota].cursor = 0;

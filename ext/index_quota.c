@@ -5,9 +5,20 @@
 unsigned quota_of(const struct block_index *index, struct key root)
 {
     for (unsigned quota = 1; quota <= index->quotas; quota++)
-        if (memcmp(&index->quota_root[quota], &root, sizeof(root)) == 0)
+        if (index->quota_taken[quota] &&
+            memcmp(&index->quota_root[quota], &root, sizeof(root)) == 0)
             return quota;
     return 0;
+}
+
+/* A number that is not taken; QUOTAS_MAX + 1 when all are. */
+static unsigned quota_free(const struct block_index *index)
+{
+    unsigned quota = 1;
+
+    while (quota <= index->quotas && index->quota_taken[quota])
+        quota++;
+    return quota;
 }
 
 /* Let the places that a namespace has join its own lists, in the order in which they are. */
@@ -30,31 +41,55 @@ static void quota_adopt(struct block_index *index, struct tier *tier, ref root, 
     }
 }
 
-static bool quota_open(struct block_index *index, struct key key)
+static bool lists_open(struct tier *tier, unsigned quota)
+{
+    const struct policy *common = &tier->policies[0];
+    struct policy *own = &tier->policies[quota];
+
+    if (quota >= tier->policy_count) {
+        if (!policy_open(own, common->kind, common->parameter, tier->places_max))
+            return false;
+        tier->policy_count = quota + 1;
+    }
+    own->first_bucket = common->first_bucket;
+    own->cursor = 0;
+    tier->quota_blocks[quota] = NO_QUOTA;
+    return true;
+}
+
+static bool quota_open(struct block_index *index, struct key key, unsigned quota)
 {
     ref root = root_find(index, key);
-    unsigned quota = index->quotas + 1;
 
+    for (unsigned t = 0; t < index->tiers; t++)
+        if (!lists_open(&index->tier[t], quota))
+            return false;
+    index->quota_root[quota] = key;
+    index->quota_taken[quota] = true;
+    if (index->quotas < quota)
+        index->quotas = quota;
+    for (unsigned t = 0; root != NONE && t < index->tiers; t++)
+        quota_adopt(index, &index->tier[t], root, (uint8_t)quota);
+    return true;
+}
+
+/* Let the places of a quota that bounds nothing any more join the common lists, as the newest. */
+static void quota_close(struct block_index *index, unsigned quota)
+{
+    for (unsigned t = 0; t < index->tiers; t++)
+        if (index->tier[t].quota_blocks[quota] != NO_QUOTA)
+            return;
     for (unsigned t = 0; t < index->tiers; t++) {
         struct tier *tier = &index->tier[t];
-        const struct policy *common = &tier->policies[0];
 
-        if (!policy_open(&tier->policies[quota], common->kind, common->parameter,
-                         tier->places_max)) {
-            while (t-- > 0)
-                policy_close(&index->tier[t].policies[quota]);
-            return false;
-        }
+        for (unsigned number = 0; number < tier->policies[quota].list_count; number++)
+            while (tier->policies[quota].lists[number].oldest != NONE)
+                policy_move(tier, tier->policies[quota].lists[number].oldest, 0);
+        for (ref at = 0; at < tier->unused; at++)
+            if (tier->places[at].quota == quota)
+                tier->places[at].quota = 0; /* in no list */
     }
-    index->quota_root[quota] = key;
-    index->quotas = quota;
-    for (unsigned t = 0; t < index->tiers; t++) {
-        index->tier[t].policy_count = quota + 1;
-        index->tier[t].quota_blocks[quota] = UINT32_MAX;
-        if (root != NONE)
-            quota_adopt(index, &index->tier[t], root, (uint8_t)quota);
-    }
-    return true;
+    index->quota_taken[quota] = false;
 }
 
 int quota_set(struct block_index *index, unsigned t, struct key root, uint32_t blocks)
@@ -65,11 +100,13 @@ int quota_set(struct block_index *index, unsigned t, struct key root, uint32_t b
     uint32_t has;
 
     if (!quota) {
-        if (index->quotas == QUOTAS_MAX)
+        if (blocks == NO_QUOTA)
+            return 0;
+        quota = quota_free(index);
+        if (quota > QUOTAS_MAX)
             return -1;
-        if (!quota_open(index, root))
+        if (!quota_open(index, root, quota))
             return -2;
-        quota = index->quotas;
     }
     tier->quota_blocks[quota] = blocks;
     tier->policies[quota].protected_max = most < tier->places_max ? (uint32_t)most
@@ -77,6 +114,8 @@ int quota_set(struct block_index *index, unsigned t, struct key root, uint32_t b
     has = quota_used(index, t, root);
     if (has > blocks)
         index_evict(index, t, quota, 0, has - blocks);
+    if (blocks == NO_QUOTA)
+        quota_close(index, quota);
     return 0;
 }
 

@@ -157,7 +157,7 @@ static void room_for_all(struct block_index *index, unsigned t, unsigned quota, 
     size_t needed = own > lacking ? own : lacking;
 
     index_evict_all(index, t, quota, own, needed,
-                    needed > tier->evict_blocks ? needed : tier->evict_blocks);
+                    lacking > own && needed < tier->evict_blocks ? tier->evict_blocks : needed);
 }
 
 /* Make room for a batch as far as it can or should be made; gives for how much there is room. */

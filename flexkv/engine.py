@@ -390,8 +390,10 @@ class Engine:
     def set_quota(self, namespace: Namespace, tier: Tier, blocks: int | None) -> None:
         """Bound how many blocks of a tier a namespace may have; None takes the bound away."""
         self._check_open()
+        if not isinstance(tier, Tier):
+            raise ConfigError("tier", tier, "must be a tier")
         self._check_tier(tier)
-        if blocks is not None and not 0 <= blocks < NO_QUOTA:
+        if blocks is not None and not (isinstance(blocks, int) and 0 <= blocks < NO_QUOTA):
             raise ConfigError("blocks", blocks, f"must be None, or from 0 to {NO_QUOTA - 1}")
         try:
             self._residency.set_quota(self._intake.root(namespace), tier, blocks)

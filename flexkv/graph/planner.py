@@ -23,6 +23,7 @@ from flexkv.graph.plan import OPS_MAX, LegFill, Plan, Template, even_bounds
 from flexkv.index.claims import Claim, Holding
 from flexkv.index.residency import (
     ABSENT,
+    PREFIX,
     READY,
     WORTHY,
     Found,
@@ -284,7 +285,9 @@ class Planner:
             if states[0] == READY and host_ids is not None and lacking:
                 stores.append(_Store(positions, host_ids, False, lacking))
             elif states[0] == ABSENT and shortfall is None:
-                host_ids = self._residency.reserve(Tier.HOST, request.keys, positions, WORTHY)
+                # What host memory would not keep may be worth a place below, and comes through it.
+                how = PREFIX if lacking else WORTHY
+                host_ids = self._residency.reserve(Tier.HOST, request.keys, positions, how)
                 if len(host_ids) < positions.block_count:
                     shortfall = self._residency.shortfall(Tier.HOST, positions.block_count)
                     positions = positions.part(0, len(host_ids))

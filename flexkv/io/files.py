@@ -233,15 +233,17 @@ def _prepare(folder: Path) -> None:
 def _open_regular(path: Path) -> int:
     """Open or create a file of ours: never a link, a pipe or a directory in its place."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
-        fd = os.open(path, flags, 0o600)
-    except OSError as error:
-        why = f"is not writable ({error.strerror})"
-        raise ConfigError("ssd_cache_dir", str(path), why) from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise ConfigError("ssd_cache_dir", str(path), "is not a regular file")
-    os.fchmod(fd, 0o600)
+    with ExitStack() as undo:
+        try:
+            fd = os.open(path, flags, 0o600)
+            undo.callback(os.close, fd)
+            os.fchmod(fd, 0o600)
+        except OSError as error:
+            why = f"is not writable ({error.strerror})"
+            raise ConfigError("ssd_cache_dir", str(path), why) from error
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ConfigError("ssd_cache_dir", str(path), "is not a regular file")
+        undo.pop_all()
     return fd
 
 

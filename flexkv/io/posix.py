@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from errno import EAGAIN, EIO
+from threading import Barrier
 
 from flexkv.common.errors import ClosedError, InvariantError
 from flexkv.common.terms import Transfer
@@ -16,6 +17,25 @@ from flexkv.io.arena import Arena
 from flexkv.io.disk_jobs import DiskGeometry, DiskJob
 from flexkv.io.files import DIRECT_ALIGNMENT_BYTES, StripedFiles
 from flexkv.io.ports import Completion
+
+
+def _started(count: int) -> ThreadPoolExecutor:
+    """Give threads that run already: one that cannot be started later would leave its work queued.
+
+    Raises:
+        OSError: they cannot be started.
+    """
+    threads = ThreadPoolExecutor(count, thread_name_prefix="flexkv-disk")
+    all_run = Barrier(count + 1)
+    try:
+        for _ in range(count):
+            threads.submit(all_run.wait)
+    except RuntimeError as error:
+        all_run.abort()
+        threads.shutdown()
+        raise OSError(EAGAIN, str(error)) from error
+    all_run.wait()
+    return threads
 
 
 class ThreadDiskPort:
@@ -31,7 +51,11 @@ class ThreadDiskPort:
         threads: int = 4,
         io_bytes_max: int = 2 << 20,
     ) -> None:
-        """Set up the threads; the port owns neither `arena` nor `files`."""
+        """Set up the threads; the port owns neither `arena` nor `files`.
+
+        Raises:
+            OSError: the threads could not be started.
+        """
         self._files = files
         self._geometry = DiskGeometry(arena, files, io_bytes_max)
         self._memory = arena.buffer
@@ -40,8 +64,8 @@ class ThreadDiskPort:
         self._moved: deque[tuple[int, int]] = deque()
         self._ended: list[Completion] = []
         self._next_name = 0
+        self._threads = _started(threads)
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="flexkv-disk")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
@@ -72,10 +96,7 @@ class ThreadDiskPort:
         self._next_name += job.remaining
         for name in range(job.base, self._next_name):
             self._jobs[name] = job
-            try:
-                self._threads.submit(self._carry_out, name, job)
-            except RuntimeError:  # no thread could be started: none of them may run it
-                self._end(name, -EAGAIN)
+            self._threads.submit(self._carry_out, name, job)
 
     def _carry_out(self, name: int, job: DiskJob) -> None:
         """Do one I/O, in a thread, and announce its end."""
@@ -94,11 +115,8 @@ class ThreadDiskPort:
         except OSError as error:
             moved = -(error.errno or EIO)
         finally:
-            self._end(name, moved)
-
-    def _end(self, name: int, moved: int) -> None:
-        self._moved.append((name, moved))
-        os.eventfd_write(self._event_fd, 1)
+            self._moved.append((name, moved))
+            os.eventfd_write(self._event_fd, 1)
 
     def reap(self) -> list[Completion]:
         """Give every transfer that ended since the last call, each exactly once."""

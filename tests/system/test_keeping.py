@@ -189,13 +189,19 @@ def test_quotas_have_rules() -> None:
     """What is no number of blocks, and one namespace too many, are told."""
 
     async def work(engine: Engine) -> None:
-        with pytest.raises(ConfigError, match="blocks"):
-            engine.set_quota("tenant", Tier.HOST, -1)
+        for wrong in (-1, 1.5, "7"):
+            with pytest.raises(ConfigError, match="blocks"):
+                engine.set_quota("tenant", Tier.HOST, wrong)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="tier"):
+            engine.set_quota("tenant", None, 4)  # type: ignore[arg-type]
         for number in range(64):
             engine.set_quota(str(number), Tier.HOST, 4)
         engine.set_quota("63", Tier.HOST, 5)
         with pytest.raises(ConfigError, match="64 namespaces"):
             engine.set_quota("one more", Tier.HOST, 4)
+        engine.set_quota("nobody", Tier.HOST, None)
+        engine.set_quota("5", Tier.HOST, None)
+        engine.set_quota("one more", Tier.HOST, 4)
 
     on_engine(work)
 

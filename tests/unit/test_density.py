@@ -68,6 +68,51 @@ def test_what_is_asked_for_in_a_circle_is_kept_in_part() -> None:
     assert replay(asked, 400, Eviction("lhd")).rate > 0.3
 
 
+def test_the_same_prompts_again_and_again_are_uses() -> None:
+    """A few documents asked for all the time: as good as LRU, which sees each use."""
+    random = Random(5)
+    walks = [[n * 1000 + block for block in range(100)] for n in range(60)]
+    asked = prompts([walks[int(random.paretovariate(0.7)) % 60] for _ in range(2500)])
+    lru = replay(asked, 1000, Eviction()).rate
+    assert replay(asked, 1000, Eviction("lhd")).rate > lru - 0.03
+
+
+def hot_and_cold(random: Random, count: int) -> list[list[int]]:
+    """Give prompts of which most continue one of a few, and the others are asked for once."""
+    walks = []
+    for n in range(count):
+        hot = random.randrange(80)
+        shared = [hot * 100 + block for block in range(10)] if random.random() < 0.9 else []
+        walks.append([*shared, *range(10**6 + n * 20, 10**6 + n * 20 + 11 - len(shared))])
+    return walks
+
+
+def soon_again(random: Random, count: int) -> list[list[int]]:
+    """Give prompts that are continued a few times soon after they came, and never again."""
+    recent: list[list[int]] = []
+    walks = []
+    for n in range(count):
+        if not recent or random.random() > 0.66:
+            recent = [*recent[-59:], list(range(10**8 + n * 20, 10**8 + n * 20 + 10))]
+            walk = recent[-1]
+        else:
+            walk = random.choice(recent)
+        walks.append([*walk, 2 * 10**8 + n])
+    return walks
+
+
+def test_a_workload_that_changed_is_learnt() -> None:
+    """What was right for long is forgotten in time: a few hot prompts first, then recency."""
+    random = Random(6)
+    early, late = hot_and_cold(random, 30_000), soon_again(random, 5000)
+    rates = []
+    for eviction in (Eviction(), Eviction("lhd")):
+        whole, before = (replay(prompts(walks), 1000, eviction) for walks in (early + late, early))
+        hits = whole.hit_blocks - before.hit_blocks
+        rates.append(hits / (whole.asked_blocks - before.asked_blocks))
+    assert rates[1] > rates[0] - 0.04
+
+
 def test_a_second_look_is_not_a_use() -> None:
     """A match before its get, or a retry of it, teaches nothing: the twin stays equal."""
     once, twice = (Residency({Tier.HOST: 300}, Eviction("lhd")) for _ in range(2))

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import threading
 from contextlib import contextmanager
 from functools import partial
 
@@ -378,17 +379,22 @@ def test_runs_of_large_blocks_keep_their_tails(tmp_path):
     assert int(job.extents[:, 3].sum()) == 30 << 20
 
 
-async def test_a_thread_that_cannot_start_fails_the_transfer(tmp_path, monkeypatch):
-    """With no thread to be had, the transfer ends all the same."""
+def test_threads_that_cannot_start_refuse_the_port(tmp_path, monkeypatch):
+    """The second of four threads is not to be had: nothing is left behind."""
+    start, started = threading.Thread.start, []
 
-    def refuse(*_args):
-        raise RuntimeError("can't start new thread")
+    def refuse(thread):
+        started.append(thread)
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
 
-    with tiers(tmp_path) as (arena, files), opened(ThreadDiskPort(arena, files)) as (port, woken):
-        monkeypatch.setattr(port._threads, "submit", refuse)
-        (error,) = await run(port, woken, transfer(WRITE, [0], [0]))
-    assert isinstance(error, StorageError)
-    assert error.errno == errno.EAGAIN
+    with tiers(tmp_path) as (arena, files):
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(OSError, match="can't start"):
+            ThreadDiskPort(arena, files)
+        monkeypatch.undo()
+    assert not started[0].is_alive()
 
 
 def test_an_interrupted_close_waits_for_its_threads(tmp_path, monkeypatch):

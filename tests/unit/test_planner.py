@@ -9,6 +9,7 @@ from flexkv.common.errors import CapacityError
 from flexkv.common.request import Operation, Span
 from flexkv.common.terms import Tier
 from flexkv.graph.planner import Planned, Planner
+from flexkv.index.eviction import Eviction
 from flexkv.index.residency import Residency
 from tests.unit.prompts import LIMITS, filled, keys, request, residency, resident
 
@@ -91,3 +92,16 @@ def test_blocks_that_others_bring_want_no_host_places() -> None:
     planned = planner.plan(request(Operation.GET, *range(10)), 3)
     assert planned.found.pending is not None
     assert planned.found.last == 6
+
+
+def test_what_host_memory_would_not_keep_still_reaches_the_ssd() -> None:
+    """Under lhd a full host is full of hot blocks; a cold put goes through it to an empty SSD."""
+    tiers = Residency({Tier.HOST: 4, Tier.DISK: 64}, Eviction("lhd"))
+    planner = Planner(tiers, LIMITS)
+    for turn in range(60):
+        for n in (0, 10):
+            run(tiers, planner.plan(request(Operation.GET, n, n + 1), 1000 + turn))
+            run(tiers, planner.plan(request(Operation.PUT, n, n + 1), 2000 + turn))
+    run(tiers, planner.plan(request(Operation.GET, 50, 51), 1))
+    run(tiers, planner.plan(request(Operation.PUT, 50, 51), 2))
+    assert resident(tiers, 50, 51) == 2
