@@ -37,7 +37,7 @@ from flexkv.graph.planner import PlanLimits, Planner
 from flexkv.index.eviction import Eviction
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
-from flexkv.index.residency import NO_QUOTA, PrefixMatch, Residency, TierCounts, prefix_match
+from flexkv.index.residency import NO_QUOTA, PrefixMatch, Residency, prefix_match
 from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.ports import TransferPort
 from flexkv.ledger import Ledger
@@ -149,9 +149,14 @@ class Engine:
             chunk_blocks=max(1, int(cache.chunk_mb * MB) // sizes.block_stride_bytes),
             write_behind_blocks_max=self._write_behind_blocks_max(),
         )
-        planner = Planner(self._residency, self.limits)
+        self._planner = Planner(self._residency, self.limits)
         self._scheduler = Scheduler(
-            self._residency, planner, self._actors, self._observer, backend.ledger
+            self._residency,
+            self._planner,
+            self._actors,
+            self._observer,
+            backend.ledger,
+            cache.io_deadline_s,
         )
         self._pins = Pins(self._scheduler)
 
@@ -220,6 +225,7 @@ class Engine:
         self._scheduler.cancel_all()
         if self._failure is None:
             await self._drain()
+        self._scheduler.watch.close()
         await self._supervisor.stop()
         self._resources.close()
         if self._failure is None:
@@ -291,7 +297,8 @@ class Engine:
     def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
         """Give how much of a prompt is resident. No I/O; recency is the only trace it leaves."""
         request = self.intake(Operation.PREFETCH, token_ids, None, namespace)
-        found = self._residency.find(request.keys, use=True)
+        self._scheduler.look_out()
+        found = self._planner.visible(self._residency.find(request.keys, use=True))
         return prefix_match(found, self._residency.tiers, self.tokens_per_block)
 
     async def perform(self, request: Request, begun: Callable[[], None] | None = None) -> Flight:
@@ -448,10 +455,7 @@ class Engine:
         self._check_open()
         observer = self._observer
         return Statistics(
-            tiers={
-                tier.label: _tier_statistics(self._residency.counts(tier), self._backing[tier])
-                for tier in self._residency.tiers
-            },
+            tiers={tier.label: self._tier_statistics(tier) for tier in self._residency.tiers},
             routes={
                 str(route): RouteStatistics(c.ops, c.blocks, c.bytes, c.failed_ops)
                 for route, c in observer.routes.items()
@@ -478,15 +482,17 @@ class Engine:
     def _backing_by_name(self) -> dict[str, str]:
         return {tier.label: backing for tier, backing in self._backing.items()}
 
-
-def _tier_statistics(counts: TierCounts, backing: str) -> TierStatistics:
-    return TierStatistics(
-        capacity_blocks=counts.capacity,
-        ready_blocks=counts.ready,
-        reserved_blocks=counts.reserved,
-        draining_blocks=counts.draining,
-        pinned_blocks=counts.pinned,
-        free_blocks=counts.free,
-        evicted_blocks=counts.evicted,
-        backing=backing,
-    )
+    def _tier_statistics(self, tier: Tier) -> TierStatistics:
+        counts, watch = self._residency.counts(tier), self._scheduler.watch
+        return TierStatistics(
+            capacity_blocks=counts.capacity,
+            ready_blocks=counts.ready,
+            reserved_blocks=counts.reserved,
+            draining_blocks=counts.draining,
+            pinned_blocks=counts.pinned,
+            free_blocks=counts.free,
+            evicted_blocks=counts.evicted,
+            backing=self._backing[tier],
+            reads=watch.breaker(tier, True).health.value,
+            writes=watch.breaker(tier, False).health.value,
+        )

@@ -17,6 +17,9 @@ class TierStatistics(msgspec.Struct, frozen=True):
     evicted_blocks: int
     backing: str
     """What holds the blocks: the kind of memory, or the disk adapter."""
+    reads: str = "up"
+    """up; down: it failed again and again and is left alone for a while; hung: I/O does not end."""
+    writes: str = "up"
 
     @property
     def used_blocks(self) -> int:

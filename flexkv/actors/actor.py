@@ -79,7 +79,8 @@ class TransferActor:
         self._port = port
         self._windows = {True: inbound, False: outbound}
         self._mailbox = Mailbox(transfers_max)
-        self._pieces: dict[int, tuple[Cursor, int]] = {}
+        self._pieces: dict[int, tuple[Cursor, int, float]] = {}
+        self._now_s: Callable[[], float] = lambda: 0.0
         self._next_piece = PIECE_TOKENS
         self._block_bytes = port.block_bytes
         self._recalled: list[Cursor] = []
@@ -91,6 +92,7 @@ class TransferActor:
     def attach(self, report: Callable[[list[Completion]], None]) -> None:
         """Connect to the running loop; ends of ops go to `report`, in batches."""
         self._report = report
+        self._now_s = asyncio.get_running_loop().time
         self._port.connect(self._bell.ring)
 
     def post(self, transfer: Transfer) -> None:
@@ -114,6 +116,12 @@ class TransferActor:
             if cursor.over:
                 self._recalled.append(cursor)
                 self._bell.ring()
+
+    def oldest_s(self) -> float:
+        """Give for how many seconds the oldest I/O in flight has been so; 0 when there is none."""
+        for _, _, begin_s in self._pieces.values():
+            return self._now_s() - begin_s
+        return 0.0
 
     @property
     def depth(self) -> int:
@@ -153,7 +161,7 @@ class TransferActor:
         block_bytes, pieces, submit = self._block_bytes, self._pieces, self._port.submit
         limit, piece_bytes_max = self._windows[inbound]
         piece_blocks = max(1, piece_bytes_max // block_bytes)
-        in_flight, submitted = self.in_flight_bytes[inbound], 0
+        in_flight, submitted, now_s = self.in_flight_bytes[inbound], 0, self._now_s()
         while submitted != pieces_max:
             # Whatever its size, one piece may always be in flight.
             room = (limit - in_flight) // block_bytes if in_flight else piece_blocks
@@ -165,7 +173,7 @@ class TransferActor:
             self.in_flight_bytes[inbound] = in_flight
             whole = cursor.transfer
             piece = whole if blocks == cursor.block_count else self._piece(whole, begin, blocks)
-            pieces[piece.token] = (cursor, blocks)
+            pieces[piece.token] = (cursor, blocks, now_s)
             submit(piece)
             submitted += 1
         return submitted > 0
@@ -185,7 +193,7 @@ class TransferActor:
         pieces, in_flight = self._pieces, self.in_flight_bytes
         for completion in self._port.reap():
             token, error = completion
-            cursor, blocks = pieces.pop(token)
+            cursor, blocks, _ = pieces.pop(token)
             in_flight[cursor.inbound] -= blocks * self._block_bytes
             cursor.pieces_in_flight -= 1
             if error is not None and cursor.error is None:

@@ -18,8 +18,10 @@ import structlog
 from flexkv.actors.actor import TransferActor
 from flexkv.actors.observer import Observer
 from flexkv.actors.outcome import response_of
+from flexkv.actors.watch import Watch
 from flexkv.common.errors import (
     CorruptBlockError,
+    DeadlineError,
     InternalError,
     InvariantError,
     RecalledError,
@@ -28,9 +30,9 @@ from flexkv.common.errors import (
 )
 from flexkv.common.request import KVResponse, Operation, Request
 from flexkv.common.terms import BlockIds, Tier
-from flexkv.graph.ops import OpSpec
+from flexkv.graph.ops import OpSpec, OpState
 from flexkv.graph.plan import OPS_MAX, Plan
-from flexkv.graph.planner import Planned, Planner
+from flexkv.graph.planner import Avoid, Planned, Planner
 from flexkv.graph.run import (
     Answer,
     Cancel,
@@ -41,6 +43,7 @@ from flexkv.graph.run import (
     Failed,
     Issue,
     Launch,
+    Overdue,
     Recall,
     Run,
     Settle,
@@ -57,8 +60,8 @@ FAILURES_MAX = 100
 class Flight:
     """One request under way: its plan, its run, and what its caller will be told."""
 
-    __slots__ = ("_answer_waiters", "_end_waiters", "begin_ns", "failure", "plan", "planned",
-                 "request", "response", "run")  # fmt: skip
+    __slots__ = ("_answer_waiters", "_end_waiters", "begin_ns", "failure", "late", "plan",
+                 "planned", "request", "response", "run")  # fmt: skip
 
     def __init__(self, request: Request, planned: Planned, begin_ns: int) -> None:
         self.request = request
@@ -68,6 +71,8 @@ class Flight:
         self.begin_ns = begin_ns
         self.response: KVResponse | None = None
         self.failure: InternalError | None = None
+        self.late: DeadlineError | None = None
+        """Why nobody should wait for the end: an op hangs."""
         self._answer_waiters: list[asyncio.Future[None]] = []
         self._end_waiters: list[asyncio.Future[None]] = []
 
@@ -91,12 +96,15 @@ class Flight:
         return self.response
 
     async def wait_ended(self) -> None:
-        """Return once every op is over, write-behind included.
+        """Return once every op is over, write-behind included, or one of them hangs.
 
         Raises:
             InternalError: the engine failed.
+            DeadlineError: an op has not ended in time.
         """
         while not self.run.ended:
+            if self.late is not None:
+                raise self.late
             await self._waiter(self._end_waiters)
 
     @property
@@ -120,6 +128,11 @@ class Flight:
 
     def end(self) -> None:
         """Tell who waits for the end."""
+        _wake(self._end_waiters)
+
+    def hang(self, error: DeadlineError) -> None:
+        """An op hangs: nobody shall wait for the end."""
+        self.late = error
         _wake(self._end_waiters)
 
     def fail(self, failure: InternalError) -> None:
@@ -163,12 +176,15 @@ class Scheduler:
         actors: Mapping[Tier, TransferActor],
         observer: Observer,
         notes: Notes | None = None,
+        io_deadline_s: float = 10.0,
     ) -> None:
         self._residency = residency
         self._planner = planner
         self._actors = actors
         self._observer = observer
         self._notes = notes
+        self.watch = Watch(actors, io_deadline_s, self._give_up)
+        self._stuck: set[int] = set()
         self._flights: dict[int, Flight] = {}
         self._joiners: dict[int, list[_Joiner]] = {}
         self._events: deque[tuple[Flight, Event]] = deque()
@@ -197,11 +213,42 @@ class Scheduler:
             self._residency.tick(begin_ns // 1_000_000_000)
         run_id = self._next_run
         self._next_run += 1
+        self.look_out()
         planned = self._planner.plan(request, run_id)
         flight = Flight(request, planned, begin_ns)
         self._flights[run_id] = flight
         self._take(flight, Launch())
         return flight
+
+    def look_out(self) -> None:
+        """Tell the planner what to do without: tiers that are down, ops that hang."""
+        avoid = None
+        if not self.watch.all_up or self._stuck:
+            avoid = Avoid(*self.watch.unusable(), frozenset(self._stuck))
+        self._planner.avoid = avoid
+
+    def _give_up(self, tier: Tier) -> None:
+        """Answer whoever waits for ops of a tier that hangs. Hardware keeps their buffers."""
+        for flight in list(self._flights.values()):
+            for op in flight.plan.template.ops:
+                if op.route is None or op.route.outer is not tier:
+                    continue
+                if flight.run.states[op.index] in (OpState.IN_FLIGHT, OpState.DRAINING):
+                    self._overdue(flight, op)
+        self._work()
+
+    def _overdue(self, flight: Flight, op: OpSpec) -> None:
+        assert op.route is not None
+        token = flight.plan.token(op)
+        begin, end = flight.plan.bounds(op)
+        error = DeadlineError(token, str(op.route), end - begin, "did not end in time")
+        flight.hang(error)
+        self._events.append((flight, Overdue(op.index, error)))
+        if op.route.inbound:
+            self._stuck.add(token)
+        for joiner in self._joiners.pop(token, ()):
+            self._events.append((joiner.flight, _news(joiner.op, False)))
+        self._actors[op.route.outer].recall(token)  # what hardware has not begun
 
     def cancel(self, flight: Flight) -> None:
         """End a flight early. It is answered once no hardware touches its device slots."""
@@ -222,6 +269,10 @@ class Scheduler:
                 flight.request, flight.plan, flight.plan.template.ops[op], error
             )
             self._events.append((flight, Done(op) if error is None else Failed(op, error)))
+            route = flight.plan.template.ops[op].route
+            if route is not None and route.outer > Tier.HOST:
+                self.watch.ended(route, error)
+                self._stuck.discard(token)
             if error is not None and not isinstance(error, RecalledError):
                 self._distrust(flight.plan, flight.plan.template.ops[op], error)
         self._work()
@@ -276,8 +327,9 @@ class Scheduler:
         return failures
 
     def under_way(self) -> list[Flight]:
-        """Give the flights under way: what a flush has to wait for."""
-        return list(self._flights.values())
+        """Give the puts under way: what a flush has to wait for."""
+        flights = self._flights.values()
+        return [flight for flight in flights if flight.request.operation is Operation.PUT]
 
     # -- work -----------------------------------------------------------------------------------
 
@@ -310,6 +362,8 @@ class Scheduler:
             self._join(flight, spec)
             return
         self._observer.op_issued(flight.plan.token(spec))
+        if spec.route.outer > Tier.HOST:
+            self.watch.begun()
         self._actors[spec.route.outer].post(flight.plan.transfer(spec))
 
     def _settle(self, flight: Flight, op: int, command: Command) -> None:
@@ -362,7 +416,8 @@ class Scheduler:
         del self._flights[flight.plan.run_id]
         flight.end()
         if flight.run.errors and flight.request.operation is Operation.PUT:
-            real = [error for error in flight.run.errors if not isinstance(error, RecalledError)]
+            told = RecalledError | DeadlineError  # the latter by the flush that did not wait
+            real = [error for error in flight.run.errors if not isinstance(error, told)]
             self._failures += real[: FAILURES_MAX - len(self._failures)]
         self._residency.evict_ahead()
         if not self._flights:

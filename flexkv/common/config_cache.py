@@ -117,6 +117,12 @@ class CacheConfig(ConfigModel):
         "empty",
         "What to do with a directory whose blocks are of another model, layout, secret or version.",
     )
+    io_deadline_s: float = key(
+        10.0,
+        "How long I/O of a lower tier may take; then nobody waits for it, and it is left alone.",
+        unit="s",
+        gt=0,
+    )
     max_file_size_gb: float = key(-1.0, "Cap of one SSD file; -1 = none.", unit="GB", ge=-1)
     max_blocks_per_file: int | None = key(
         None,

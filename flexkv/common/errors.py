@@ -49,6 +49,10 @@ class RecalledError(TransferError):
     """A transfer op was recalled before all of its bytes were on their way: no fault of any."""
 
 
+class DeadlineError(TransferError):
+    """A transfer op did not end in time; hardware may still be at it."""
+
+
 class UnfilledError(TransferError):
     """Another request was filling the blocks that this one waited for, and gave up."""
 

@@ -57,6 +57,7 @@ class OpState(IntEnum):
     FAILED = 4
     SKIPPED = 5
     DRAINING = 6
+    OVERDUE = 7
 
 
 class Node(NamedTuple):

@@ -51,6 +51,15 @@ class PlanLimits(NamedTuple):
     """Blocks of one lower tier that may wait to be written; more are not written at all."""
 
 
+class Avoid(NamedTuple):
+    """What a plan must do without for now."""
+
+    unreadable: frozenset[Tier] = frozenset()
+    unwritable: frozenset[Tier] = frozenset()
+    fillers: frozenset[int] = frozenset()
+    """Ops that fill host blocks, and for which nobody shall wait."""
+
+
 class Planned(NamedTuple):
     """A plan whose claims are open, what was found, and what did not fit."""
 
@@ -112,6 +121,7 @@ class Planner:
     def __init__(self, residency: Residency, limits: PlanLimits) -> None:
         self._residency = residency
         self._limits = limits
+        self.avoid: Avoid | None = None
         self._lower = [(n, tier) for n, tier in enumerate(residency.tiers) if tier != Tier.HOST]
 
     def plan(self, request: Request, run_id: int) -> Planned:
@@ -121,7 +131,7 @@ class Planner:
             shortfall = self._store(request, draft)
             first = request.span.first_block
             return Planned(self._claimed(draft.plan(run_id)), Found(first, first, {}), shortfall)
-        found = self._residency.find(request.keys, request.span.first_block, use=True)
+        found = self.visible(self._residency.find(request.keys, request.span.first_block, use=True))
         if found.host_only:
             return Planned(self._claimed(self._from_host(request, found, run_id)), found, None)
         last, told = found.last, None
@@ -137,6 +147,20 @@ class Planner:
             # What lies behind the blocks for which there is no place holds places itself: give up
             # as much of it as brings the end of the run furthest.
             last = min(self._furthest(found, last), found.last - 1)
+
+    def visible(self, found: Found) -> Found:
+        """Give the part of a run that can be had with what there is to avoid."""
+        avoid = self.avoid
+        if avoid is None:
+            return found
+        for tier in avoid.unreadable & found.ready.keys():
+            found = found.before(found.ready[tier].positions.first)
+        if avoid.fillers and found.pending is not None:
+            tokens = self._residency.claims.fillers(Tier.HOST, found.pending.block_ids)
+            stuck = np.flatnonzero(np.isin(tokens, list(avoid.fillers)))
+            if len(stuck):
+                found = found.before(found.pending.positions.at(int(stuck[0])))
+        return found
 
     def _drop(self, draft: Draft) -> None:
         """Give back the host places that a draft has taken."""
@@ -279,8 +303,11 @@ class Planner:
         """Give what is, or will be, in host memory and lacks in lower tiers, host places taken."""
         stores: list[_Store] = []
         shortfall = None
+        lower = self._lower
+        if self.avoid is not None:
+            lower = [(n, tier) for n, tier in lower if tier not in self.avoid.unwritable]
         for states, positions, block_ids in groups:
-            lacking = tuple([tier for number, tier in self._lower if states[number] == ABSENT])
+            lacking = tuple([tier for number, tier in lower if states[number] == ABSENT])
             host_ids = block_ids[0]
             if states[0] == READY and host_ids is not None and lacking:
                 stores.append(_Store(positions, host_ids, False, lacking))

@@ -7,11 +7,14 @@
        ▼          ▼             │ Cancel
     SKIPPED    SKIPPED          ▼           Done, Failed
                              DRAINING ─────────────────▶ SKIPPED
+                                            Done, Failed
+   IN_FLIGHT, DRAINING ── Overdue ──▶ OVERDUE ──────────▶ SKIPPED    successors: SKIPPED
 
-A cancelled op in flight drains: hardware owns its buffers until it says Done or Failed. Every op
-that claimed something is settled exactly once, on leaving its last live state. `Answer` comes once,
-when every op that the caller waits for is over; by then no hardware touches the device slots.
-`End` comes once, last.
+An overdue op is given up: nobody waits for it any more. Like a cancelled op in flight, which
+drains, it is live until hardware, which owns its buffers, says Done or Failed. Every op that
+claimed something is settled exactly once, on leaving its last live state. `Answer` comes once, when
+every op that the caller waits for is over or overdue; by then no hardware touches the device slots,
+for ops that do are never given up. `End` comes once, last.
 """
 
 from __future__ import annotations
@@ -45,11 +48,18 @@ class Failed(msgspec.Struct, frozen=True, gc=False):
     error: TransferError
 
 
+class Overdue(msgspec.Struct, frozen=True, gc=False):
+    """An op in flight has not ended in time: whoever waits for it is told that it failed."""
+
+    op: int
+    error: TransferError
+
+
 class Cancel(msgspec.Struct, frozen=True, gc=False):
     """Nobody wants the run's result any more."""
 
 
-Event: TypeAlias = Launch | Done | Failed | Cancel
+Event: TypeAlias = Launch | Done | Failed | Overdue | Cancel
 
 # -- commands -----------------------------------------------------------------------------------
 
@@ -83,7 +93,8 @@ class End(msgspec.Struct, frozen=True, gc=False):
 
 Command: TypeAlias = Issue | Settle | Recall | Answer | End
 
-_LIVE = (OpState.BLOCKED, OpState.READY, OpState.IN_FLIGHT, OpState.DRAINING)
+_WAITED_FOR = (OpState.BLOCKED, OpState.READY, OpState.IN_FLIGHT, OpState.DRAINING)
+_LIVE = (*_WAITED_FOR, OpState.OVERDUE)
 _LAUNCH, _CANCEL, _ANSWER, _END = Launch(), Cancel(), Answer(), End()
 
 
@@ -186,6 +197,17 @@ class Run:
         filled = type(event) is Done and self.template.ops[op].keeps
         self._over(op, OpState.SKIPPED, filled, commands)
 
+    def _overdue(self, op: int, event: Overdue, commands: list[Command]) -> None:
+        self.errors.append(event.error)
+        self._skip_after(op, commands)
+        self.states[op] = OpState.OVERDUE
+        if self.template.ops[op].answers:
+            self._answered(commands)
+
+    def _failed_late(self, op: int, event: Failed, commands: list[Command]) -> None:
+        self.errors.append(event.error)
+        self._drained(op, event, commands)
+
     def _skip_after(self, op: int, commands: list[Command]) -> None:
         for after in self.template.successors[op]:
             if self.states[after] is OpState.BLOCKED:
@@ -193,17 +215,21 @@ class Run:
                 self._over(after, OpState.SKIPPED, False, commands)
 
     def _over(self, op: int, state: OpState, filled: bool, commands: list[Command]) -> None:
-        self.states[op] = state
+        was, self.states[op] = self.states[op], state
         self._live -= 1
         spec = self.template.ops[op]
         if spec.route is not None:
             commands.append(Settle(op, filled))
-        if spec.answers:
-            self._answers_left -= 1
-            if not self._answers_left:
-                commands.append(_ANSWER)
+        if spec.answers and was is not OpState.OVERDUE:
+            self._answered(commands)
         if not self._live:
             commands.append(_END)
+
+    def _answered(self, commands: list[Command]) -> None:
+        """One op less that the caller waits for."""
+        self._answers_left -= 1
+        if not self._answers_left:
+            commands.append(_ANSWER)
 
     def validate(self) -> None:
         """Check that counters and states agree.
@@ -213,16 +239,20 @@ class Run:
         """
         live = sum(1 for state in self.states if state in _LIVE)
         waiting = sum(
-            1 for op in self.template.ops if op.answers and self.states[op.index] in _LIVE
+            1 for op in self.template.ops if op.answers and self.states[op.index] in _WAITED_FOR
         )
         if (live, waiting) != (self._live, self._answers_left):
             raise InvariantError(f"run counts {self._live}/{self._answers_left}: {self.states}")
 
 
-_OP_EVENTS = (Done, Failed)
+_OP_EVENTS = (Done, Failed, Overdue)
 _ON_OP: dict[tuple[OpState, type[Event]], Callable[[Run, int, Any, list[Command]], None]] = {
     (OpState.IN_FLIGHT, Done): Run._done,
     (OpState.IN_FLIGHT, Failed): Run._failed,
+    (OpState.IN_FLIGHT, Overdue): Run._overdue,
+    (OpState.DRAINING, Overdue): Run._overdue,
+    (OpState.OVERDUE, Done): Run._drained,
+    (OpState.OVERDUE, Failed): Run._failed_late,
     (OpState.DRAINING, Done): Run._drained,
     (OpState.DRAINING, Failed): Run._drained,
 }

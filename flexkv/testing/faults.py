@@ -5,6 +5,10 @@ from __future__ import annotations
 from random import Random
 
 
+HANG_DELAYS = 50
+"""How many of the longest delays an operation that hangs takes at most."""
+
+
 class FaultPlan:
     """Delays and failures, drawn in the order of the questions from one seed.
 
@@ -18,13 +22,16 @@ class FaultPlan:
         delay_min_s: float = 0.0001,
         delay_max_s: float = 0.01,
         flip_probability: float = 0.0,
+        hang_probability: float = 0.0,
     ) -> None:
+        assert 0.0 <= hang_probability <= 1.0, hang_probability
         assert 0.0 <= failure_probability <= 1.0, failure_probability
         assert 0.0 <= flip_probability <= 1.0, flip_probability
         assert 0.0 <= delay_min_s <= delay_max_s, (delay_min_s, delay_max_s)
         self.seed = seed
         self.failure_probability = failure_probability
         self.flip_probability = flip_probability
+        self.hang_probability = hang_probability
         self.delay_min_s = delay_min_s
         self.delay_max_s = delay_max_s
         self._random = Random(seed)
@@ -33,11 +40,13 @@ class FaultPlan:
         return (
             f"FaultPlan(seed={self.seed}, failure_probability={self.failure_probability}, "
             f"delay_min_s={self.delay_min_s}, delay_max_s={self.delay_max_s}, "
-            f"flip_probability={self.flip_probability})"
+            f"flip_probability={self.flip_probability}, hang_probability={self.hang_probability})"
         )
 
     def delay_s(self) -> float:
-        """Give how long the next operation takes."""
+        """Give how long the next operation takes: some hang, much longer."""
+        if self.hang_probability > 0 and self._random.random() < self.hang_probability:
+            return self._random.uniform(self.delay_max_s, HANG_DELAYS * self.delay_max_s)
         return self._random.uniform(self.delay_min_s, self.delay_max_s)
 
     def fails(self) -> bool:

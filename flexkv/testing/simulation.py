@@ -82,6 +82,7 @@ class Simulation:
             0.0001,
             0.01,
             flip_probability=random.choice([0.0, 0.05]),
+            hang_probability=random.choice([0.0, 0.0, 0.05]),
         )
         host_blocks, disk_blocks = random.randint(4, 24), random.choice([0, 8, 48])
         cache = CacheConfig(
@@ -93,6 +94,7 @@ class Simulation:
             evict_start_threshold=random.choice([1.0, 1.0, 0.7]),
             eviction_policy=random.choice(list(POLICIES)),
             requests_max=random.choice([1, 3, 64]),
+            io_deadline_s=random.choice([0.02, 0.2, 10.0]),
             chunk_mb=random.choice([1, 4]) * 4096 / 2**20,
             device_window_mb=4 * BLOCK_KEY_BYTES / 2**20,
             disk_read_window_mb=4 * BLOCK_KEY_BYTES / 2**20,

@@ -20,6 +20,7 @@ from flexkv.graph.run import (
     Issue,
     Launch,
     OpState,
+    Overdue,
     Recall,
     Run,
     Settle,
@@ -59,6 +60,7 @@ def test_every_run_ends_once_and_settles_everything_once(shape: Shape, data: st.
     run = Run(template)
     commands = run.handle(Launch())
     in_flight: set[int] = set()
+    overdue: set[int] = set()
     log = []
     predecessors = {
         op.index: [b for b, after in enumerate(template.successors) if op.index in after]
@@ -73,13 +75,17 @@ def test_every_run_ends_once_and_settles_everything_once(shape: Shape, data: st.
                 assert all(done)
             if isinstance(command, Answer):
                 answering = {op.index for op in template.ops if op.answers}
-                assert not answering & in_flight
+                assert not answering & (in_flight - overdue)
         run.validate()
         if not in_flight:
             break
-        event = data.draw(st.sampled_from(["done", "failed", "cancel"]))
+        event = data.draw(st.sampled_from(["done", "failed", "cancel", "overdue"]))
         if event == "cancel":
             commands = run.handle(Cancel())
+        elif event == "overdue":
+            late = sorted(in_flight - overdue)
+            overdue.update(late)
+            commands = run.handle(*(Overdue(op, error(op)) for op in late))
         else:
             op = data.draw(st.sampled_from(sorted(in_flight)))
             in_flight.remove(op)

@@ -45,7 +45,7 @@ def scheduler_of(tiers: Residency, actor: Posted) -> Scheduler:
     return Scheduler(tiers, Planner(tiers, LIMITS), actors, Observer(16))
 
 
-def test_an_op_whose_joiner_left_is_recalled(actor: Posted) -> None:
+async def test_an_op_whose_joiner_left_is_recalled(actor: Posted) -> None:
     """A prefetch that a get joined and left is as cancellable as if nobody had."""
     tiers = residency()
     filled(tiers, Tier.DISK, 0, 1)
@@ -58,7 +58,7 @@ def test_an_op_whose_joiner_left_is_recalled(actor: Posted) -> None:
     assert actor.recalled == [transfer.token for transfer in actor.posted]
 
 
-def test_an_op_whose_bytes_are_waited_for_goes_on(actor: Posted) -> None:
+async def test_an_op_whose_bytes_are_waited_for_goes_on(actor: Posted) -> None:
     """A cancelled prefetch brings what a get has joined."""
     tiers = residency()
     filled(tiers, Tier.DISK, 0, 1)
@@ -69,7 +69,7 @@ def test_an_op_whose_bytes_are_waited_for_goes_on(actor: Posted) -> None:
     assert not actor.recalled
 
 
-def test_bytes_that_will_not_stay_good_are_recalled_though_one_waits(actor: Posted) -> None:
+async def test_bytes_that_will_not_stay_good_are_recalled_though_one_waits(actor: Posted) -> None:
     """A cancelled put's slots are about to change: the get that joined it learns so at once."""
     scheduler = scheduler_of(residency(), actor)
     put = scheduler.begin(request(Operation.PUT, 0, 1))

@@ -1,0 +1,97 @@
+"""Watches the tiers below host memory: which of them may be used, and whether their I/O ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+import structlog
+
+from flexkv.actors.actor import TransferActor
+from flexkv.actors.health import Breaker, Health
+from flexkv.common.errors import RecalledError, ShortTransferError, StorageError, TransferError
+from flexkv.common.terms import Route, Tier
+
+log = structlog.get_logger(__name__)
+
+LOOKS_A_DEADLINE = 4
+"""How often within a deadline it is looked whether it has passed."""
+
+
+class Watch:
+    """The breakers of every lower tier, fed with the ends of ops.
+
+    Attributes:
+        all_up: whether nothing has to be avoided.
+    """
+
+    def __init__(
+        self,
+        actors: Mapping[Tier, TransferActor],
+        deadline_s: float,
+        overdue: Callable[[Tier], None],
+    ) -> None:
+        """Take the actors; a look tells `overdue` of the tiers whose I/O is past its deadline."""
+        self.all_up = True
+        self._actors = actors
+        self._deadline_s = deadline_s
+        self._overdue = overdue
+        self._breakers: dict[tuple[Tier, bool], Breaker] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def breaker(self, tier: Tier, inbound: bool) -> Breaker:
+        """Give the breaker of one direction of a tier."""
+        return self._breakers.setdefault((tier, inbound), Breaker())
+
+    def begun(self) -> None:
+        """An op went to a lower tier: look whether it ends."""
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._deadline_s / LOOKS_A_DEADLINE, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        lower = [actor for actor in self._actors.values() if actor.tier > Tier.HOST]
+        for actor in lower:
+            if actor.oldest_s() > self._deadline_s:
+                self._hang(actor)
+        if any(actor.depth for actor in lower):
+            self.begun()
+
+    def _hang(self, actor: TransferActor) -> None:
+        news = [self.breaker(actor.tier, inbound).hung() for inbound in (True, False)]
+        self.all_up = False
+        if any(news):
+            log.error("tier_hung", tier=actor.name, oldest_s=round(actor.oldest_s(), 3))
+        self._overdue(actor.tier)
+
+    def ended(self, route: Route, error: TransferError | None) -> None:
+        """Take the end of an op of a lower tier."""
+        if isinstance(error, RecalledError):
+            return
+        now_s, tier = asyncio.get_running_loop().time(), route.outer
+        for inbound in (True, False):
+            if not self.all_up and self.breaker(tier, inbound).came_back(now_s):
+                log.info("tier_on_trial", tier=tier.label, reads=inbound)
+        breaker = self.breaker(tier, route.inbound)
+        if isinstance(error, StorageError | ShortTransferError):
+            if breaker.failed(now_s):
+                self.all_up = False
+                log.error("tier_down", tier=tier.label, reads=route.inbound, error=str(error))
+        elif breaker.succeeded():
+            self.all_up = all(b.health is Health.UP for b in self._breakers.values())
+            log.info("tier_up", tier=tier.label, reads=route.inbound)
+
+    def unusable(self) -> tuple[frozenset[Tier], frozenset[Tier]]:
+        """Give the tiers that may not be read now, and those that may not be written."""
+        now_s = asyncio.get_running_loop().time()
+        down = [key for key, breaker in self._breakers.items() if not breaker.usable(now_s)]
+        return (
+            frozenset(tier for tier, inbound in down if inbound),
+            frozenset(tier for tier, inbound in down if not inbound),
+        )
+
+    def close(self) -> None:
+        """Look no more."""
+        if self._timer is not None:
+            self._timer.cancel()

@@ -1,0 +1,164 @@
+"""A tier that fails or hangs: the others serve, the caller is told in time, it comes back."""
+
+from __future__ import annotations
+
+import asyncio
+from errno import EIO, ENOSPC
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexkv.common.errors import DeadlineError, StorageError
+from flexkv.common.request import KVResponseStatus, Operation
+from flexkv.common.terms import Tier
+from flexkv.engine import Engine
+from flexkv.io.checked import CheckedDiskPort
+from flexkv.io.ports import Completion
+from flexkv.testing.fakes import FakePort
+from flexkv.testing.faults import FaultPlan
+from flexkv.testing.simulation import TOKENS_PER_BLOCK
+from tests.system.test_keeping import A, B, on_engine, put, resident
+
+C = A + 5000
+QUICK = FaultPlan(1, 0.0, 0.0001, 0.001)
+
+
+def disk_of(engine: Engine) -> FakePort:
+    """Give the fake that moves the bytes."""
+    port = engine._backend.disk
+    assert isinstance(port, CheckedDiskPort)
+    assert isinstance(port._inner, FakePort)
+    return port._inner
+
+
+async def get(engine: Engine, tokens: Any, seconds: float = 5.0) -> tuple[KVResponseStatus, int]:
+    """Get a prompt within some seconds: status, and how many blocks came."""
+    request = engine.with_slots(engine.intake(Operation.GET, tokens, None), np.arange(len(tokens)))
+    assert request is not None
+    async with asyncio.timeout(seconds):
+        response = (await engine.perform(request)).response
+    assert response is not None
+    return response.status, int(response.return_mask.sum()) // TOKENS_PER_BLOCK
+
+
+async def on_disk_only(engine: Engine, *prompts: Any) -> None:
+    """Store prompts, and let host memory forget them."""
+    for tokens in prompts:
+        await put(engine, tokens)
+    engine.clear(Tier.HOST)
+
+
+def test_a_disk_that_hangs_costs_its_own_blocks_only() -> None:
+    """For 30 s: gets of it are answered at the deadline, then at once; host hits go on; it returns.
+
+    The host places of the hung reads stay lent all the while.
+    """
+
+    async def work(engine: Engine) -> None:
+        await on_disk_only(engine, A, B)
+        await put(engine, C)
+        disk = disk_of(engine)
+        disk._faults = FaultPlan(1, 0.0, 30.0, 30.0)
+        first, joined = (asyncio.ensure_future(get(engine, A)) for _ in range(2))
+        assert await first == (KVResponseStatus.FAILED, 0)
+        assert (await joined)[1] == 0
+        statistics = engine.statistics().tiers["disk"]
+        assert (statistics.reads, statistics.writes) == ("hung", "hung")
+        assert engine.residency.counts(Tier.HOST).reserved == 4
+        disk._faults = QUICK  # what is submitted from now on is quick: nothing may be
+        submitted = disk.in_flight
+        for _ in range(5):
+            assert await get(engine, B, 0.1) == (KVResponseStatus.NOTFOUND, 0)
+            assert await get(engine, A, 0.1) == (KVResponseStatus.NOTFOUND, 0)
+            assert await get(engine, C, 0.1) == (KVResponseStatus.SUCCESS, 4)
+            assert engine.match(A).tokens == 0
+        await put(engine, C + 9000)
+        assert disk.in_flight == submitted
+        await asyncio.sleep(31)
+        assert await get(engine, A) == (KVResponseStatus.SUCCESS, 4)
+        assert await get(engine, B) == (KVResponseStatus.SUCCESS, 4)
+        assert engine.statistics().tiers["disk"].reads == "up"
+        await put(engine, C + 12_000)
+        assert engine.statistics().tiers["disk"].writes == "up"
+
+    on_engine(work, host=32, disk=64, io_deadline_s=2.0)
+
+
+def test_a_write_that_hangs_is_told_by_flush() -> None:
+    """flush does not wait for a disk that hangs; the put was answered long before."""
+
+    async def work(engine: Engine) -> None:
+        disk_of(engine)._faults = FaultPlan(1, 0.0, 30.0, 30.0)
+        with pytest.raises(DeadlineError):
+            await put(engine, A)
+        assert resident(engine, A) == 4
+        disk_of(engine)._faults = QUICK
+        await asyncio.sleep(31)
+        await put(engine, B)
+
+    on_engine(work, host=32, disk=64, io_deadline_s=2.0)
+
+
+def fail_with(engine: Engine, errno: int) -> Any:
+    """Let every transfer of the disk end in an error; gives what takes that back."""
+    disk = disk_of(engine)
+    reap, error = disk.reap, StorageError("planted", 0, errno)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(disk, "reap", lambda: [Completion(token, error) for token, _ in reap()])
+    return patch.undo
+
+
+def test_a_disk_that_fails_again_and_again_is_left_alone_for_a_while() -> None:
+    """Reads: three failures, then no more are tried; after the pause one is, and it is back."""
+
+    async def work(engine: Engine) -> None:
+        prompts = [A + 100 * number for number in range(6)]
+        await on_disk_only(engine, *prompts)
+        repair = fail_with(engine, EIO)
+        for tokens in prompts[:3]:
+            assert (await get(engine, tokens))[0] is KVResponseStatus.FAILED
+        assert engine.statistics().tiers["disk"].reads == "down"
+        assert engine.statistics().tiers["disk"].writes == "up"
+        assert (await get(engine, prompts[3]))[0] is KVResponseStatus.NOTFOUND
+        repair()
+        await asyncio.sleep(1.1)
+        assert await get(engine, prompts[3]) == (KVResponseStatus.SUCCESS, 4)
+        assert engine.statistics().tiers["disk"].reads == "up"
+
+    on_engine(work, host=32, disk=64)
+
+
+def test_a_full_disk_stops_writes_and_not_reads() -> None:
+    """Puts stop at the host; what is on the disk is still read."""
+
+    async def work(engine: Engine) -> None:
+        await put(engine, A)
+        repair = fail_with(engine, ENOSPC)
+        for number in range(1, 4):
+            with pytest.raises(StorageError):
+                await put(engine, A + 100 * number)
+        repair()
+        assert engine.statistics().tiers["disk"].writes == "down"
+        written = engine.statistics().routes["host→disk"].ops
+        await put(engine, A + 900)
+        assert engine.statistics().routes["host→disk"].ops == written
+        assert resident(engine, A + 900) == 4
+        engine.clear(Tier.HOST)
+        assert await get(engine, A) == (KVResponseStatus.SUCCESS, 4)
+        await asyncio.sleep(1.1)
+        await put(engine, B)
+        assert engine.statistics().tiers["disk"].writes == "up"
+
+    on_engine(work, host=32, disk=64)
+
+
+def test_closing_while_a_read_is_late_waits_for_it() -> None:
+    """Nothing is released that hardware may still write to."""
+
+    async def work(engine: Engine) -> None:
+        await on_disk_only(engine, A)
+        disk_of(engine)._faults = FaultPlan(1, 0.0, 10.0, 10.0)
+        assert (await get(engine, A))[0] is KVResponseStatus.FAILED
+
+    on_engine(work, host=32, disk=64, io_deadline_s=0.5)

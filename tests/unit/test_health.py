@@ -1,0 +1,57 @@
+"""Breakers: when a direction of a tier is left alone, tried again, and believed in again."""
+
+from __future__ import annotations
+
+from flexkv.actors.health import BACKOFF_MAX_S, BACKOFF_MIN_S, FAILURES_MAX, Breaker, Health
+
+
+def down(now_s: float = 0.0) -> Breaker:
+    """Give a breaker that has just opened."""
+    breaker = Breaker()
+    assert [breaker.failed(now_s) for _ in range(FAILURES_MAX)] == [False] * (FAILURES_MAX - 1) + [
+        True
+    ]
+    return breaker
+
+
+def test_failures_in_a_row_open_it_and_single_ones_do_not() -> None:
+    """A success between failures starts the count anew."""
+    breaker = Breaker()
+    for _ in range(10):
+        assert not breaker.failed(0.0)
+        assert not breaker.succeeded()
+    assert breaker.usable(0.0)
+    assert not down().usable(BACKOFF_MIN_S / 2)
+
+
+def test_each_trial_that_fails_doubles_the_pause() -> None:
+    """Up to a bound; failures of what was begun before count for nothing."""
+    breaker, now_s, pause_s = down(), 0.0, BACKOFF_MIN_S
+    for _ in range(10):
+        assert not breaker.failed(now_s + pause_s / 2)
+        now_s += pause_s
+        assert breaker.usable(now_s)
+        assert breaker.failed(now_s)
+        pause_s = min(2 * pause_s, BACKOFF_MAX_S)
+        assert not breaker.usable(now_s + pause_s * 0.99)
+    assert pause_s == BACKOFF_MAX_S
+
+
+def test_a_trial_that_succeeds_closes_it() -> None:
+    """And the next pause is the shortest again."""
+    breaker = down()
+    assert breaker.succeeded()
+    assert breaker.health is Health.UP
+    assert down().usable(BACKOFF_MIN_S)
+
+
+def test_what_hangs_is_left_alone_until_something_comes_back() -> None:
+    """However long that takes; then it is tried at once."""
+    breaker = Breaker()
+    assert breaker.hung()
+    assert not breaker.hung()
+    assert not breaker.usable(1e9)
+    assert breaker.came_back(5.0)
+    assert not breaker.came_back(5.0)
+    assert breaker.usable(5.0)
+    assert breaker.succeeded()
