@@ -12,6 +12,7 @@ from flexkv.cli.demo import demo
 from flexkv.cli.doctor import doctor
 from flexkv.cli.explain import explain
 from flexkv.cli.replay_hits import replay_hits
+from flexkv.cli.ssd import ssd
 from flexkv.common.errors import FlexKVError
 from flexkv.logs import configure_logging
 
@@ -23,6 +24,7 @@ commands.command()(demo)
 commands.command()(doctor)
 commands.command()(explain)
 commands.command()(replay_hits)
+commands.add_typer(ssd, name="ssd")
 
 
 def _version(wanted: bool) -> None:

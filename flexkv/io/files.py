@@ -114,7 +114,7 @@ class StripedFiles:
             files = cls(striping, block_stride_bytes, closing)
             for folder in folders:
                 _prepare(folder)
-                closing.callback(os.close, _lock(folder))
+                closing.callback(os.close, lock(folder))
             files._open_all(folders)
             files.why = files._go_direct()
             files.direct = not files.why
@@ -255,7 +255,7 @@ def _unlink(path: Path) -> None:
         raise ConfigError("ssd_cache_dir", str(path), why) from error
 
 
-def _lock(folder: Path) -> int:
+def lock(folder: Path) -> int:
     """Take the lock of `folder`, and give the descriptor that holds it."""
     fd = _open_regular(folder / LOCK_NAME)
     try:

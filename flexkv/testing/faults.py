@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from random import Random
 
-
 HANG_DELAYS = 50
 """How many of the longest delays an operation that hangs takes at most."""
 

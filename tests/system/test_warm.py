@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from structlog.testing import capture_logs
+from typer.testing import CliRunner, Result
 
+from flexkv.cli.main import commands
 from flexkv.common.config import ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import KVResponseStatus
@@ -167,6 +170,39 @@ async def test_the_journal_stays_bounded(tmp_path: Path, monkeypatch: pytest.Mon
         assert (tmp_path / journal.NAME).stat().st_size < 16 << 10
     blocks, _, corrupt = await got(tmp_path, last, num_ssd_blocks=32)
     assert (blocks, corrupt) == (16, 0)
+
+
+# -- offline --------------------------------------------------------------------------------------
+
+
+async def test_the_command_looks_at_a_stopped_tier(tmp_path: Path) -> None:
+    """inspect counts, verify finds what was damaged and drops it, clear forgets; offline only."""
+    await put(tmp_path, PROMPT)
+    inspected = json.loads(flexkv("inspect", tmp_path, "--json").stdout)
+    assert (inspected["blocks"], inspected["namespaces"], inspected["dtype"]) == (16, 1, "float16")
+    assert flexkv("verify", tmp_path).exit_code == 0
+    with (tmp_path / "blocks-0000.flexkv").open("r+b") as content:
+        content.seek(7 * 4096)
+        content.write(b"other bytes")
+    result = flexkv("verify", tmp_path, "--drop", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["rows not sound"] == [7]
+    assert (await got(tmp_path))[::2] == (7, 0), "known before it is read"
+    assert flexkv("clear", tmp_path, "--yes").exit_code == 0
+    assert (await got(tmp_path))[0] == 0
+    async with KVManager(MODEL, cache_config(tmp_path)):
+        with pytest.raises(ConfigError, match="in use"):
+            flexkv("inspect", tmp_path)
+    with pytest.raises(ConfigError, match="no superblock"):
+        flexkv("inspect", tmp_path.parent)
+
+
+def flexkv(verb: str, directory: Path, *options: str) -> Result:
+    """Run `flexkv ssd`; what it raises is raised."""
+    result = CliRunner().invoke(commands, ["ssd", verb, str(directory), *options])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
 
 
 # -- bytes that changed --------------------------------------------------------------------------

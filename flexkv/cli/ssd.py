@@ -1,0 +1,99 @@
+"""`flexkv ssd`: what is in a directory of the SSD tier, whether it is sound, and to empty it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from flexkv.io.stopped import StoppedTier
+
+ssd = typer.Typer(no_args_is_help=True, help="Look at a directory of the SSD tier, offline.")
+
+Folder = Annotated[Path, typer.Argument(help="A directory of ssd_cache_dir; no engine has it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@ssd.command()
+def inspect(directory: Folder, as_json: AsJson = False) -> None:
+    """Say what a directory holds."""
+    with StoppedTier(directory) as tier:
+        blocks = tier.live.blocks
+        firsts = blocks[blocks[:, 32] > 0] if len(blocks) else blocks
+        figures: dict[str, Any] = {
+            **tier.superblock.blocks_are,
+            "format version": tier.superblock.version,
+            "block stride bytes": tier.superblock.block_stride_bytes,
+            "blocks": len(tier.live.rows),
+            "block bytes": len(tier.live.rows) * tier.superblock.block_stride_bytes,
+            "prompts' first blocks": len(firsts),
+            "namespaces": len(np.unique(firsts[:, 16:32], axis=0)) if len(firsts) else 0,
+            "bytes of block files": tier.file_bytes,
+            "bytes of the journal": tier.journal_bytes,
+        }
+    _show(figures, f"{directory}", as_json)
+
+
+@ssd.command()
+def verify(
+    directory: Folder,
+    drop: Annotated[
+        bool, typer.Option("--drop", help="Let no engine believe in what is not sound.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read every block and compare its checksum; exit status 1 when one is not sound."""
+    begin, read = time.monotonic(), 0
+    bad: list[int] = []
+    console = Console(stderr=True)
+    with StoppedTier(directory) as tier, Progress(console=console, disable=as_json) as progress:
+        bar = progress.add_task("blocks", total=len(tier.live.rows))
+        for checked in tier.verify():
+            read += len(checked.rows)
+            bad += checked.bad.tolist()
+            progress.advance(bar, len(checked.rows))
+        if drop and bad:
+            tier.drop(np.array(bad, np.int64))
+        stride = tier.superblock.block_stride_bytes
+    seconds = time.monotonic() - begin
+    figures = {
+        "blocks read": read,
+        "GB/s": round(read * stride / 1e9 / max(seconds, 1e-9), 3),
+        "not sound": len(bad),
+        "rows not sound": bad[:20],
+        "dropped": len(bad) if drop else 0,
+    }
+    _show(figures, f"{directory}", as_json)
+    if bad:
+        raise typer.Exit(1)
+
+
+@ssd.command()
+def clear(
+    directory: Folder,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Forget every block of a directory; its files stay, to be written over."""
+    with StoppedTier(directory) as tier:
+        count = len(tier.live.rows)
+        if not yes:
+            typer.confirm(f"Forget {count} blocks of {directory}?", abort=True)
+        tier.clear()
+    typer.echo(f"forgot {count} blocks")
+
+
+def _show(figures: dict[str, Any], title: str, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(figures, indent=2))
+        return
+    table = Table("what", "value", title=title)
+    for name, value in figures.items():
+        table.add_row(name.replace("_", " "), str(value))
+    Console().print(table)
