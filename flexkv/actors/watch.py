@@ -55,6 +55,8 @@ class Watch:
         for actor in lower:
             if actor.oldest_s() > self._deadline_s:
                 self._hang(actor)
+            else:
+                self._came_back(actor)
         if any(actor.depth for actor in lower):
             self.begun()
 
@@ -65,14 +67,23 @@ class Watch:
             log.error("tier_hung", tier=actor.name, oldest_s=round(actor.oldest_s(), 3))
         self._overdue(actor.tier)
 
+    def _came_back(self, actor: TransferActor) -> None:
+        """Nothing in flight is late any more: what hung may be tried."""
+        if self.all_up:
+            return
+        now_s = asyncio.get_running_loop().time()
+        for inbound in (True, False):
+            if self.breaker(actor.tier, inbound).came_back(now_s):
+                log.info("tier_on_trial", tier=actor.name, reads=inbound)
+
     def ended(self, route: Route, error: TransferError | None) -> None:
         """Take the end of an op of a lower tier."""
+        tier = route.outer
+        if not self.all_up and self._actors[tier].oldest_s() <= self._deadline_s:
+            self._came_back(self._actors[tier])
         if isinstance(error, RecalledError):
             return
-        now_s, tier = asyncio.get_running_loop().time(), route.outer
-        for inbound in (True, False):
-            if not self.all_up and self.breaker(tier, inbound).came_back(now_s):
-                log.info("tier_on_trial", tier=tier.label, reads=inbound)
+        now_s = asyncio.get_running_loop().time()
         breaker = self.breaker(tier, route.inbound)
         if isinstance(error, StorageError | ShortTransferError):
             if breaker.failed(now_s):

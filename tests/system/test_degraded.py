@@ -85,6 +85,25 @@ def test_a_disk_that_hangs_costs_its_own_blocks_only() -> None:
     on_engine(work, host=32, disk=64, io_deadline_s=2.0)
 
 
+def test_a_disk_that_hung_comes_back_whatever_became_of_its_ops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Though all that was late ends as recalled: part of each op was still queued when it hung."""
+    monkeypatch.setattr("flexkv.engine.DISK_READ_PIECE_BYTES", 16)
+
+    async def work(engine: Engine) -> None:
+        await on_disk_only(engine, A)
+        disk_of(engine)._faults = FaultPlan(1, 0.0, 30.0, 30.0)
+        assert (await get(engine, A))[0] is KVResponseStatus.FAILED
+        disk_of(engine)._faults = QUICK
+        assert engine.statistics().tiers["disk"].reads == "hung"
+        await asyncio.sleep(31)
+        assert await get(engine, A) == (KVResponseStatus.SUCCESS, 4)
+
+    window_mb = 16 / 2**20
+    on_engine(work, host=32, disk=64, io_deadline_s=2.0, disk_read_window_mb=window_mb)
+
+
 def test_a_write_that_hangs_is_told_by_flush() -> None:
     """flush does not wait for a disk that hangs; the put was answered long before."""
 
