@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
+from flexkv.common.config import MB, CacheConfig, CacheSizes, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import PagedLayout, infer_layout
 from flexkv.index.keys import blocks_are
@@ -96,16 +96,14 @@ class LocalBackend:
             )
             undo.callback(files.close)
             options = RingOptions(entries=cache.iouring_entries, flags=cache.iouring_flags)
-            port = self.disk = open_ssd(self._arena, files, options, self._copy_threads, undo)
+            port = self.disk = open_ssd(
+                self._arena, files, options, int(cache.disk_write_window_mb * MB), undo
+            )
             if cache.ssd_warm_restart:
                 journals = open_journals(folders, self._superblock(), cache.ssd_on_mismatch, undo)
                 self.ledger = Ledger(journals, self.disk_blocks, port.sums)
                 undo.callback(self.ledger.close)
                 port.forget = self.ledger.forget
-
-    @property
-    def _copy_threads(self) -> int:
-        return self._cache.copy_threads or min(4, os.cpu_count() or 1)
 
     def _superblock(self) -> Superblock:
         cache, sizes = self._cache, self._sizes
@@ -130,7 +128,7 @@ class LocalBackend:
             self._arena.buffer,
             self._sizes.block_stride_bytes,
             owner=tuple(tensors),
-            threads=self._copy_threads,
+            threads=self._cache.copy_threads or min(4, os.cpu_count() or 1),
         )
         return Device(port, pages.num_blocks, pages.name)
 

@@ -45,6 +45,11 @@ class Ledger:
         self._journals = tuple(journals)
         self._sums = sums
         self._believed = np.zeros(num_blocks, np.bool_)
+        self._unwritten = np.zeros(num_blocks, np.bool_)
+        """Erased, and the journal does not say so yet."""
+        self._erased: list[BlockIds] = []
+        self._live = np.zeros(len(journals), np.int64)
+        """How many blocks of each journal are believed in."""
         self._frames: list[list[bytes]] = [[] for _ in journals]
         self._after: list[Callable[[], None]] = []
         self._flushes: list[asyncio.Future[None]] = []
@@ -70,6 +75,7 @@ class Ledger:
         block_ids, sums, blocks = block_ids[fits], sums[fits], blocks[fits]
         # Whatever a journal says of a row has to be unsaid before the row is written.
         self._believed[block_ids] = True
+        self._live += np.bincount(block_ids % count, minlength=count)
         self._sums[block_ids] = sums
         reached = forest(blocks)
         residency.restore(
@@ -107,13 +113,20 @@ class Ledger:
         there = blocks.any(axis=1)
         if not there.any():
             return b""
-        self._believed[ids[there]] = True
+        fresh = ids[there][~self._believed[ids[there]]]
+        self._believed[fresh] = True
+        self._live += np.bincount(fresh % len(self._live), minlength=len(self._live))
         return journal.stored(rows[there], self._sums[ids[there]], blocks[there])
 
     def erased(self, block_ids: BlockIds) -> None:
         """Note that blocks are gone, those that anybody would believe in."""
         believed = block_ids[self._believed[block_ids]]
         self._believed[believed] = False
+        if not len(believed):
+            return
+        self._unwritten[believed] = True
+        self._erased.append(believed)
+        self._live -= np.bincount(believed % len(self._live), minlength=len(self._live))
         for number, (rows, _) in enumerate(self._by_journal(believed)):
             if len(rows):
                 self._frames[number].append(journal.erased(rows))
@@ -122,6 +135,7 @@ class Ledger:
     def cleared(self) -> None:
         """Note that all blocks are gone."""
         self._believed[:] = False
+        self._live[:] = 0
         for frames in self._frames:
             frames.append(journal.cleared())
 
@@ -137,6 +151,7 @@ class Ledger:
             self._note_failure(failure)
 
     def _take_frames(self) -> list[bytes]:
+        """Give what is to be written, and note that it is: writes come in this order."""
         frames = [b"".join(of_one) for of_one in self._frames]
         self._frames = [[] for _ in self._journals]
         return frames
@@ -144,11 +159,11 @@ class Ledger:
     def forget(self, disk_ids: BlockIds, then: Callable[[], None]) -> bool:
         """Unsay what the journals say of places that are about to be written.
 
-        Tells whether nothing was said; else `then` is called once it is unsaid.
+        Tells whether nothing is said; else `then` is called once it is unsaid.
         """
-        if not self._believed[disk_ids].any():
-            return True
         self.erased(disk_ids)
+        if not self._unwritten[disk_ids].any():
+            return True
         self._after.append(then)
         self._bell.ring()
         return False
@@ -174,7 +189,8 @@ class Ledger:
     async def _write(self) -> None:
         """Write what is noted by now, and tell who waits for it."""
         loop = asyncio.get_running_loop()
-        frames = self._take_frames()
+        frames, erased = self._take_frames(), self._erased
+        self._erased = []
         after, self._after = self._after, []
         flushes, self._flushes = self._flushes, []
         error: StorageError | None = None
@@ -184,6 +200,8 @@ class Ledger:
         except StorageError as failure:
             error = failure
             self._note_failure(failure)
+        for block_ids in erased:
+            self._unwritten[block_ids] = False
         for then in after:
             then()  # the checksums stand where the journal does not
         for flush in flushes:
@@ -209,8 +227,8 @@ class Ledger:
         for number, each in enumerate(self._journals):
             at = self._snapshot[number]
             if at is None:
-                live = int(self._believed[number::count].sum())
-                if each.bytes < max(JOURNAL_BYTES_MIN, 4 * live * (RECORD_BYTES + 12)):
+                live_bytes = int(self._live[number]) * (RECORD_BYTES + 12)
+                if each.bytes < max(JOURNAL_BYTES_MIN, 4 * live_bytes):
                     continue
                 await loop.run_in_executor(self._thread, each.begin_new)
                 at = 0

@@ -215,6 +215,10 @@ class Scheduler:
         self._next_run += 1
         self.look_out()
         planned = self._planner.plan(request, run_id)
+        if self._notes is not None and request.operation is Operation.PUT:
+            for fill in planned.plan.fills:
+                if Tier.DISK in fill.ids:  # ahead of the write, which must wait for it
+                    self._notes.erased(fill.ids[Tier.DISK])
         flight = Flight(request, planned, begin_ns)
         self._flights[run_id] = flight
         self._take(flight, Launch())

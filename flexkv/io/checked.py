@@ -1,14 +1,18 @@
 """A disk port that checks: every block is summed before it is written and after it was read.
 
-    write   submit ─▶ sum ─▶ the ledger forgets what was there ─▶ inner port ─▶ the sum is kept
+    write   submit ─▶ sum, and the ledger forgets what was there ─▶ (window) ─▶ inner port
+            ─▶ the sum is kept
     read    submit ─▶ inner port ─▶ sum ─▶ equal to what was kept? else CorruptBlockError
 
-The sums are XXH3-64 over the whole stride of a block, made by standing threads.
+Writes are summed ahead: the port takes more than its inner one may have in flight, so that the
+device never waits for a sum. The sums are XXH3-64 over the whole stride of a block, made by
+standing threads.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -22,6 +26,9 @@ from flexkv.io.arena import Arena
 from flexkv.io.ports import Completion, DurablePort
 
 Sums = NDArray[np.uint64]
+
+SUM_AHEAD = 2
+"""An actor's window for writes, over what the inner port may have in flight."""
 
 
 class Summer(Protocol):
@@ -104,6 +111,7 @@ class CheckedDiskPort:
         summer: Summer,
         num_blocks: int,
         place_of: Callable[[int], tuple[str, int]],
+        write_bytes_max: int = 32 << 20,
     ) -> None:
         """Take both ports, which are closed with this one.
 
@@ -112,6 +120,7 @@ class CheckedDiskPort:
             summer: sums host blocks.
             num_blocks: of the disk.
             place_of: gives path and byte offset of a disk block, for errors.
+            write_bytes_max: bytes that the inner port is given to write at once.
         """
         self.sums: Sums = np.zeros(num_blocks, np.uint64)
         self.forget: Forget | None = None
@@ -120,9 +129,13 @@ class CheckedDiskPort:
         self._place_of = place_of
         self._reading: dict[int, Transfer] = {}
         self._checking: dict[int, _Work] = {}
-        self._summing: dict[int, _Work] = {}
+        self._preparing: dict[int, _Work] = {}
+        self._steps_left: dict[int, int] = {}
         self._writing: dict[int, _Work] = {}
-        self._forgotten: list[_Work] = []
+        self._writing_bytes = 0
+        self._write_bytes_max = write_bytes_max
+        self._summed_ahead: deque[_Work] = deque()
+        self._forgotten: list[int] = []
         self._ended: list[Completion] = []
         self._wake: Callable[[], None] = lambda: None
 
@@ -153,7 +166,17 @@ class CheckedDiskPort:
             self._inner.submit(transfer)
             self._reading[transfer.token] = transfer
             return
-        self._sum(self._summing, transfer, transfer.source_ids, urgent=False)
+        token = transfer.token
+        self._steps_left[token] = 2
+        self._sum(self._preparing, transfer, transfer.source_ids, urgent=False)
+        if self.forget is None or self.forget(
+            transfer.target_ids, lambda: self._was_forgotten(token)
+        ):
+            self._steps_left[token] -= 1
+
+    def _was_forgotten(self, token: int) -> None:
+        self._forgotten.append(token)
+        self._wake()
 
     def _sum(
         self, works: dict[int, _Work], transfer: Transfer, host_ids: BlockIds, urgent: bool
@@ -169,13 +192,15 @@ class CheckedDiskPort:
         progress = True
         while progress:  # what one stage ends, another may begin, and end at once
             forgotten, self._forgotten = self._forgotten, []
-            for work in forgotten:
-                self._write(work)
+            for token in forgotten:
+                self._prepared(token)
+            self._write()
             moved, summed = self._inner.reap(), self._summer.reap()
             for completion in moved:
                 self._moved(completion)
             for token in summed:
                 self._summed(token)
+            self._write()
             progress = bool(moved or summed or self._forgotten)
         ended, self._ended = self._ended, []
         return ended
@@ -185,6 +210,7 @@ class CheckedDiskPort:
         transfer = self._reading.pop(token, None)
         if transfer is None:
             work = self._writing.pop(token)
+            self._writing_bytes -= work.transfer.block_count * self.block_bytes
             if error is None:
                 self.sums[work.transfer.target_ids] = work.sums
             self._ended.append(completion)
@@ -196,24 +222,30 @@ class CheckedDiskPort:
     def _summed(self, token: int) -> None:
         work = self._checking.pop(token, None)
         if work is None:
-            self._before_write(self._summing.pop(token))
+            self._prepared(token)
             return
         disk_ids = work.transfer.source_ids
         bad = disk_ids[work.sums != self.sums[disk_ids]].tolist()
         error = CorruptBlockError(*self._place_of(bad[0]), bad) if bad else None
         self._ended.append(Completion(token, error))
 
-    def _before_write(self, work: _Work) -> None:
-        def then() -> None:
-            self._forgotten.append(work)
-            self._wake()
+    def _prepared(self, token: int) -> None:
+        """One step less before a write: it is summed, or what was there is forgotten."""
+        self._steps_left[token] -= 1
+        if not self._steps_left[token]:
+            del self._steps_left[token]
+            self._summed_ahead.append(self._preparing.pop(token))
 
-        if self.forget is None or self.forget(work.transfer.target_ids, then):
-            self._write(work)
-
-    def _write(self, work: _Work) -> None:
-        self._writing[work.transfer.token] = work
-        self._inner.submit(work.transfer)
+    def _write(self) -> None:
+        """Give the inner port what is summed, as far as its window has room; one always has."""
+        while self._summed_ahead:
+            transfer = self._summed_ahead[0].transfer
+            more_bytes = transfer.block_count * self.block_bytes
+            if self._writing and self._writing_bytes + more_bytes > self._write_bytes_max:
+                return
+            self._writing[transfer.token] = self._summed_ahead.popleft()
+            self._writing_bytes += more_bytes
+            self._inner.submit(transfer)
 
     async def sync(self) -> None:
         """Return once every completed write is on stable storage."""
@@ -227,6 +259,6 @@ class CheckedDiskPort:
         """
         self._summer.close()
         self._inner.close()
-        left = len(self._checking) + len(self._summing) + len(self._ended) + len(self._forgotten)
-        if left:
+        stages = (self._checking, self._preparing, self._ended, self._summed_ahead)
+        if left := sum(map(len, stages)):
             raise InvariantError(f"checked disk port closed with {left} transfers unreaped")

@@ -37,7 +37,7 @@ def present(folders: list[Path]) -> list[Path]:
 
 
 def open_ssd(
-    arena: Arena, files: StripedFiles, options: RingOptions, threads: int, undo: ExitStack
+    arena: Arena, files: StripedFiles, options: RingOptions, write_bytes_max: int, undo: ExitStack
 ) -> CheckedDiskPort:
     """Give the port to open files; `undo` gets what closes it."""
 
@@ -46,7 +46,7 @@ def open_ssd(
         return files.paths[index], offset
 
     inner = open_disk(arena, files, options)
-    port = CheckedDiskPort(inner, PoolSummer(arena, threads), files.num_blocks, place_of)
+    port = CheckedDiskPort(inner, PoolSummer(arena), files.num_blocks, place_of, write_bytes_max)
     undo.callback(port.close)
     return port
 
