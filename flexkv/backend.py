@@ -93,6 +93,7 @@ class LocalBackend:
                 self.disk_blocks,
                 sizes.block_stride_bytes,
                 None if per_file is None else per_file * sizes.block_stride_bytes,
+                cache.ssd_preallocate,
             )
             undo.callback(files.close)
             options = RingOptions(entries=cache.iouring_entries, flags=cache.iouring_flags)

@@ -110,6 +110,9 @@ class CacheConfig(ConfigModel):
     ssd_cache_dir: Paths = key(
         (), "Directory of the SSD tier; several (`;`-separated or a list) are striped."
     )
+    ssd_preallocate: bool = key(
+        True, "Take all the space of the SSD tier at the start; else as it is written to."
+    )
     ssd_warm_restart: bool = key(
         True, "Keep a journal, so that the SSD tier is warm after a restart or a crash."
     )

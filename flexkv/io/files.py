@@ -88,6 +88,7 @@ class StripedFiles:
         num_blocks: int,
         block_stride_bytes: int,
         max_file_size_bytes: int | None = None,
+        preallocate: bool = True,
     ) -> StripedFiles:
         """Lock the directories, and create, adopt or resize the files in them.
 
@@ -98,6 +99,7 @@ class StripedFiles:
             num_blocks: blocks over all directories.
             block_stride_bytes: bytes from one block to the next.
             max_file_size_bytes: bound of one file; at least one block is in each.
+            preallocate: take all the space now; else as it is written to, and a write may fail.
 
         Raises:
             ConfigError: a directory is missing, read-only, in use or full, or is none.
@@ -115,7 +117,7 @@ class StripedFiles:
             for folder in folders:
                 _prepare(folder)
                 closing.callback(os.close, lock(folder))
-            files._open_all(folders)
+            files._open_all(folders, preallocate)
             files.why = files._go_direct()
             files.direct = not files.why
             files._closing = closing.pop_all()
@@ -152,8 +154,8 @@ class StripedFiles:
         """Close the files and unlock the directories. Idempotent."""
         self._closing.close()
 
-    def _open_all(self, folders: list[Path]) -> None:
-        """Open every file at its size, with all its space allocated."""
+    def _open_all(self, folders: list[Path], preallocate: bool) -> None:
+        """Open every file at its size, with all its space allocated if that is wanted."""
         wanted = [count * self.block_stride_bytes for count in self._striping.blocks_by_file()]
         paths = [
             folders[index % len(folders)] / f"blocks-{index // len(folders):04d}.flexkv"
@@ -167,12 +169,14 @@ class StripedFiles:
             self._closing.callback(os.close, fd)
             self.fds.append(fd)
             self.paths.append(str(path))
-        self._check_space(wanted)
+        if preallocate:
+            self._check_space(wanted)
         for fd, path, size in zip(self.fds, paths, wanted, strict=True):
             try:
                 if os.fstat(fd).st_size != size:
                     os.truncate(fd, size)
-                os.posix_fallocate(fd, 0, size)
+                if preallocate:
+                    os.posix_fallocate(fd, 0, size)
             except OSError as error:
                 if error.errno in (ENOSPC, EDQUOT):
                     raise self._no_space(path.parent, size, _free_bytes(fd)) from error

@@ -152,6 +152,7 @@ class Journal:
             content = self.path.read_bytes()
             self.live, self.bytes = replay(content)
             os.ftruncate(self._fd, self.bytes)
+            sync_folder(folder)  # this file's name, and those of the block files
         except BaseException:
             os.close(self._fd)
             raise

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+from collections.abc import Iterator
 from errno import EIO, ENOSPC
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from flexkv.common.errors import DeadlineError, StorageError
+from flexkv.common.config import CacheConfig
+from flexkv.common.errors import ConfigError, DeadlineError, StorageError
 from flexkv.common.request import KVResponseStatus, Operation
 from flexkv.common.terms import Tier
 from flexkv.engine import Engine
 from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.ports import Completion
+from flexkv.kvmanager import KVManager
 from flexkv.testing.fakes import FakePort
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.simulation import TOKENS_PER_BLOCK
+from tests.system.conftest import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches, slots_of
 from tests.system.test_keeping import A, B, on_engine, put, resident
 
 C = A + 5000
@@ -170,6 +176,57 @@ def test_a_full_disk_stops_writes_and_not_reads() -> None:
         assert engine.statistics().tiers["disk"].writes == "up"
 
     on_engine(work, host=32, disk=64)
+
+
+@pytest.fixture
+def small_filesystem(tmp_path: Path) -> Iterator[Path]:
+    """Give a real filesystem of 1 MiB."""
+    mounted = tmp_path / "small"
+    mounted.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mounted)]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("this process may not mount")
+    yield mounted
+    # Lazily: the kernel lets go of an io_uring's files a little after the ring is closed.
+    subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+
+
+async def test_a_filesystem_that_is_full_stops_writes_alone(small_filesystem: Path) -> None:
+    """Sparse files on a real full filesystem: puts stop at the host, what is written stays good."""
+    cache = cache_config(
+        small_filesystem, num_cpu_blocks=512, num_ssd_blocks=2048, ssd_preallocate=False
+    )
+    prompt = np.arange(8 * PER_BLOCK)
+    async with KVManager(MODEL, cache) as manager:
+        caches = kv_caches()
+        manager.register_kv_caches(caches)
+        failed: list[int] = []
+        for number in range(60):
+            await manager.put(prompt + 1000 * number, slots_of(range(8)))
+            try:
+                await manager.flush()
+            except StorageError as error:
+                failed.append(error.errno)
+        assert set(failed) == {ENOSPC}
+        assert manager.statistics().tiers["disk"].writes == "down"
+        on_disk = manager.statistics().tiers["disk"].ready_blocks
+        assert 64 <= on_disk < 480
+        manager.clear(Tier.HOST)
+        response = await manager.get(prompt, slots_of(range(32, 40)))
+        assert response.return_mask.all()
+        assert np.array_equal(bytes_of(caches, range(32, 40)), bytes_of(caches, range(8)))
+
+
+def test_preallocation_that_does_not_fit_is_refused(small_filesystem: Path) -> None:
+    """By default a tier that cannot be filled is not opened."""
+    with pytest.raises(ConfigError, match="more bytes"):
+        asyncio.run(opened(cache_config(small_filesystem, num_ssd_blocks=2048)))
+
+
+async def opened(cache: CacheConfig) -> None:
+    """Open a manager, and close it."""
+    async with KVManager(MODEL, cache):
+        pass
 
 
 def test_closing_while_a_read_is_late_waits_for_it() -> None:
