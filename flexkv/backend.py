@@ -20,7 +20,7 @@ from flexkv.io.arena import Arena
 from flexkv.io.cpu import CpuDevicePort
 from flexkv.io.files import StripedFiles
 from flexkv.io.ports import DurablePort, TransferPort
-from flexkv.io.ssd import open_journals, open_ssd, present
+from flexkv.io.ssd import forget_earlier, open_journals, open_ssd, present, refuse
 from flexkv.io.superblock import FORMAT_VERSION, Superblock
 from flexkv.io.tensors import describe, kv_cache_list
 from flexkv.io.uring import RingOptions
@@ -87,6 +87,8 @@ class LocalBackend:
             self.disk_blocks = max(
                 1, sizes.num_disk_blocks * len(folders) // len(cache.ssd_cache_dir)
             )
+            if cache.ssd_on_mismatch == "refuse":
+                refuse(folders, self._superblock())
             per_file = sizes.max_file_blocks
             files = StripedFiles.open(
                 folders,
@@ -100,8 +102,10 @@ class LocalBackend:
             port = self.disk = open_ssd(
                 self._arena, files, options, int(cache.disk_write_window_mb * MB), undo
             )
-            if cache.ssd_warm_restart:
-                journals = open_journals(folders, self._superblock(), cache.ssd_on_mismatch, undo)
+            if not cache.ssd_warm_restart:
+                forget_earlier(folders)
+            else:
+                journals = open_journals(folders, self._superblock(), undo)
                 self.ledger = Ledger(journals, self.disk_blocks, port.sums)
                 undo.callback(self.ledger.close)
                 port.forget = self.ledger.forget

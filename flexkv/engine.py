@@ -27,6 +27,7 @@ from flexkv.common.config import GB, MB, CacheConfig, CacheSizes, ModelConfig
 from flexkv.common.errors import (
     ClosedError,
     ConfigError,
+    DeadlineError,
     InternalError,
     InvariantError,
 )
@@ -40,15 +41,19 @@ from flexkv.index.keys import KeyChain, Namespace
 from flexkv.index.residency import NO_QUOTA, PrefixMatch, Residency, prefix_match
 from flexkv.io.checked import SUM_AHEAD, CheckedDiskPort
 from flexkv.io.ports import TransferPort
-from flexkv.ledger import Ledger
 from flexkv.pins import Pins
-from flexkv.statistics import QueueStatistics, RouteStatistics, Statistics, TierStatistics
+from flexkv.statistics import (
+    QueueStatistics,
+    RouteStatistics,
+    Statistics,
+    tier_statistics,
+)
 from flexkv.trace.recorder import Recorder
 
 log = structlog.get_logger(__name__)
 
-DRAIN_TIMEOUT_S = 60.0
-"""How long closing waits for hardware to give buffers back."""
+DRAIN_TIMEOUT_S = SYNC_TIMEOUT_S = 60.0
+"""How long closing waits for hardware to give buffers back, and a flush for the device."""
 
 DISK_READ_PIECE_BYTES, DISK_WRITE_PIECE_BYTES = 2 * MB, 8 * MB
 """One submission to the disk. Reads: small enough for others to cut in; nobody waits for writes."""
@@ -78,7 +83,7 @@ class Engine:
         self._resources = ExitStack()
         self._device: Device | None = None
         self._failure: InternalError | None = None
-        self._open = self._used = False
+        self._open = self._used = self._closed = False
         self._next_request = 0
         self._restored_blocks = 0
 
@@ -117,7 +122,7 @@ class Engine:
         self._open = self._used = True
         log.info(
             "engine open",
-            **self._backing_by_name(),
+            **{tier.label: backing for tier, backing in self._backing.items()},
             block_bytes=self.sizes.block_bytes,
             restored_blocks=self._restored_blocks,
         )
@@ -217,7 +222,7 @@ class Engine:
             InvariantError: something was left behind: our own mistake.
             InternalError: hardware did not give its buffers back in time; they stay mapped.
         """
-        if not self._open:
+        if not self._used or self._closed:
             return
         self._open = False
         self._admission.close()
@@ -227,6 +232,7 @@ class Engine:
             await self._drain()
         self._scheduler.watch.close()
         await self._supervisor.stop()
+        self._closed = True
         self._resources.close()
         if self._failure is None:
             self._check_nothing_left()
@@ -238,6 +244,7 @@ class Engine:
             async with asyncio.timeout(DRAIN_TIMEOUT_S):
                 await self._scheduler.wait_idle()
         except TimeoutError as error:
+            self._scheduler.watch.close()
             await self._supervisor.stop()
             depths = {actor.name: actor.depth for actor in self._actors.values()}
             raise InternalError(f"still in flight after {DRAIN_TIMEOUT_S} s: {depths}") from error
@@ -348,39 +355,44 @@ class Engine:
                 sync; what could be written is.
         """
         self._check_open()
+        late: DeadlineError | None = None
         for flight in self._scheduler.under_way():
-            await flight.wait_ended()
-        if self._backend.disk is not None:
-            await self._backend.disk.sync()
-        if self._backend.ledger is not None:
-            await self._backend.ledger.flush()
+            try:
+                await flight.wait_ended()
+            except DeadlineError as error:  # what is written all the same shall be safe
+                late = error
+        try:
+            async with asyncio.timeout(max(SYNC_TIMEOUT_S, self.cache.io_deadline_s)):
+                if self._backend.disk is not None:
+                    await self._backend.disk.sync()
+                if self._backend.ledger is not None:
+                    await self._backend.ledger.flush()
+        except TimeoutError as error:
+            raise DeadlineError(-1, "sync", 0, "the device did not sync in time") from error
         failures = self._scheduler.take_failures()
-        if failures:
-            raise failures[0]
+        if late is not None or failures:
+            raise late or failures[0]
 
     def clear(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
         """Forget the blocks of a tier, of a namespace, or all, and count the places they had.
 
         Requests under way end as they will.
+
+        Raises:
+            StorageError: all is cleared, but the next run may find blocks on SSD: its journal could
+                not be told.
         """
         self._check_open()
         self._check_tier(tier)
         root = None if namespace is None else self._intake.root(namespace)
         if root is not None and tier is not None:
             raise ConfigError("tier", tier.label, "must not be given together with a namespace")
-        if self._backend.ledger is not None:
-            self._unsay(self._backend.ledger, tier, root)
-        return self._residency.clear(tier, root)
-
-    def _unsay(self, ledger: Ledger, tier: Tier | None, root: bytes | None) -> None:
-        """Let no later run believe in what is about to be cleared."""
-        if root is not None:
-            for of, block_ids in self._residency.namespace_holdings(root):
-                if of is Tier.DISK:
-                    ledger.erased(block_ids)
-        elif tier is None or tier is Tier.DISK:
-            ledger.cleared()
-        ledger.write_now()
+        try:
+            if self._backend.ledger is not None and tier is not Tier.HOST:
+                self._backend.ledger.clear(root)
+        finally:
+            places = self._residency.clear(tier, root)
+        return places
 
     def resize(self, tier: Tier, capacity_blocks: int) -> int:
         """Change how many blocks a tier may hold, up to what it was opened with."""
@@ -455,7 +467,12 @@ class Engine:
         self._check_open()
         observer = self._observer
         return Statistics(
-            tiers={tier.label: self._tier_statistics(tier) for tier in self._residency.tiers},
+            tiers={
+                tier.label: tier_statistics(
+                    self._residency.counts(tier), self._backing[tier], self._scheduler.watch, tier
+                )
+                for tier in self._residency.tiers
+            },
             routes={
                 str(route): RouteStatistics(c.ops, c.blocks, c.bytes, c.failed_ops)
                 for route, c in observer.routes.items()
@@ -477,22 +494,4 @@ class Engine:
             claims=len(self._residency.claims),
             corrupt_blocks=observer.corrupt_blocks,
             restored_blocks=self._restored_blocks,
-        )
-
-    def _backing_by_name(self) -> dict[str, str]:
-        return {tier.label: backing for tier, backing in self._backing.items()}
-
-    def _tier_statistics(self, tier: Tier) -> TierStatistics:
-        counts, watch = self._residency.counts(tier), self._scheduler.watch
-        return TierStatistics(
-            capacity_blocks=counts.capacity,
-            ready_blocks=counts.ready,
-            reserved_blocks=counts.reserved,
-            draining_blocks=counts.draining,
-            pinned_blocks=counts.pinned,
-            free_blocks=counts.free,
-            evicted_blocks=counts.evicted,
-            backing=self._backing[tier],
-            reads=watch.breaker(tier, True).health.value,
-            writes=watch.breaker(tier, False).health.value,
         )

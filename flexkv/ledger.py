@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
 from flexkv.actors.actor import Bell
-from flexkv.common.errors import StorageError
+from flexkv.common.errors import ClosedError, StorageError
 from flexkv.common.terms import BlockIds, Tier
 from flexkv.index.forest import forest
 from flexkv.index.residency import Residency
@@ -30,6 +31,8 @@ GATHER_S = 0.01
 """How long notes are gathered before they are written."""
 SNAPSHOT_BLOCKS = 8192
 """Blocks noted anew in one step, while a journal is written anew."""
+KEPT_BYTES_MAX = 16 << 20
+"""What is kept for a journal that takes no more at the moment; with more it is emptied."""
 JOURNAL_BYTES_MIN = 8 << 20
 """A journal smaller than this is not written anew."""
 
@@ -55,10 +58,13 @@ class Ledger:
         self._flushes: list[asyncio.Future[None]] = []
         self._snapshot: list[int | None] = [None] * len(self._journals)
         self._bell = Bell()
+        self._sequence = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="flexkv-journal")
+        # A thread of its own: nobody who only writes waits for a device that syncs.
+        self._syncing = ThreadPoolExecutor(1, thread_name_prefix="flexkv-journal-sync")
         self._residency: Residency | None = None
         self._closed = False
-        self.failed: StorageError | None = None
+        self._told = False
 
     # -- coming back ----------------------------------------------------------------------------
 
@@ -66,10 +72,15 @@ class Ledger:
         """Fill the SSD tier of an empty index with what the journals say; gives how many blocks."""
         self._residency = residency
         count = len(self._journals)
-        ids = [live.rows * count + n for n, live in enumerate(self._lives())]
-        sums = np.concatenate([live.sums for live in self._lives()])
-        blocks = np.concatenate([live.blocks for live in self._lives()])
-        block_ids = np.concatenate(ids)
+        lives = self._lives()
+        block_ids = np.concatenate([live.rows * count + n for n, live in enumerate(lives)])
+        # In the order in which they were stored: of blocks that are there twice the last counts.
+        sequences = np.concatenate([live.sequences for live in lives])
+        self._sequence = int(sequences.max(initial=0)) + 1
+        order = np.argsort(sequences, kind="stable")
+        block_ids = block_ids[order]
+        sums = np.concatenate([live.sums for live in lives])[order]
+        blocks = np.concatenate([live.blocks for live in lives])[order]
         fits = block_ids < len(self._believed)
         self._unsay_what_does_not_fit()
         block_ids, sums, blocks = block_ids[fits], sums[fits], blocks[fits]
@@ -116,7 +127,8 @@ class Ledger:
         fresh = ids[there][~self._believed[ids[there]]]
         self._believed[fresh] = True
         self._live += np.bincount(fresh % len(self._live), minlength=len(self._live))
-        return journal.stored(rows[there], self._sums[ids[there]], blocks[there])
+        self._sequence += 1
+        return journal.stored(rows[there], self._sums[ids[there]], blocks[there], self._sequence)
 
     def erased(self, block_ids: BlockIds) -> None:
         """Note that blocks are gone, those that anybody would believe in."""
@@ -132,29 +144,101 @@ class Ledger:
                 self._frames[number].append(journal.erased(rows))
                 self._bell.ring()
 
-    def cleared(self) -> None:
-        """Note that all blocks are gone."""
+    def clear(self, root: bytes | None) -> None:
+        """Let no later run find any block, or any of a namespace that is about to be cleared.
+
+        Blocks, for as long as a file is cut or written to.
+
+        Raises:
+            StorageError: a journal could not be told.
+        """
+        if root is not None:
+            assert self._residency is not None
+            for tier, block_ids in self._residency.namespace_holdings(root):
+                if tier is Tier.DISK:
+                    self.erased(block_ids)
+            self._forget_evicted(self._residency)
+            self.write_now()
+            return
         self._believed[:] = False
         self._live[:] = 0
-        for frames in self._frames:
-            frames.append(journal.cleared())
+        self._frames = [[] for _ in self._journals]
+        failures = self._thread.submit(self._each, Journal.clear).result()
+        if failures:
+            raise failures[0]
+
+    def _forget_evicted(self, residency: Residency) -> None:
+        """Unsay what is not READY any more, though its bytes, of any namespace, may be there."""
+        believed = np.flatnonzero(self._believed)
+        for at in range(0, len(believed), SNAPSHOT_BLOCKS):
+            block_ids = believed[at : at + SNAPSHOT_BLOCKS]
+            there = residency.export(Tier.DISK, block_ids).any(axis=1)
+            self.erased(block_ids[~there])
 
     def write_now(self) -> None:
         """Return once all that was noted is in the journals: a crash brings nothing of it back.
 
-        Blocks. What a device has not got yet, a loss of power may bring back.
+        Blocks, for as long as a write to a file takes. What a device has not got yet, a loss of
+        power may bring back.
+
+        Raises:
+            StorageError: a journal takes no more; it is tried again with what is noted next.
         """
         frames = self._take_frames()
-        try:
-            self._thread.submit(self._append, frames, False).result()
-        except StorageError as failure:
-            self._note_failure(failure)
+        self._keep_failed(frames, self._thread.submit(self._append, frames).result())
 
     def _take_frames(self) -> list[bytes]:
         """Give what is to be written, and note that it is: writes come in this order."""
         frames = [b"".join(of_one) for of_one in self._frames]
         self._frames = [[] for _ in self._journals]
         return frames
+
+    def _each(self, work: Callable[[Journal], None]) -> list[StorageError]:
+        """Do something with every journal, and give what failed."""
+        failures = []
+        for each in self._journals:
+            try:
+                work(each)
+            except StorageError as failure:
+                failures.append(failure)
+        return failures
+
+    def _append(self, frames: Sequence[bytes]) -> list[StorageError | None]:
+        failures: list[StorageError | None] = []
+        for each, of_one in zip(self._journals, frames, strict=True):
+            failures.append(None)
+            try:
+                if of_one:
+                    each.append(of_one)
+            except StorageError as failure:
+                failures[-1] = failure
+        return failures
+
+    def _keep_failed(
+        self, frames: Sequence[bytes], failures: Sequence[StorageError | None]
+    ) -> None:
+        """Keep what could not be written before what is noted next; too much empties a journal.
+
+        Raises:
+            StorageError: something could not be written.
+        """
+        failed = [n for n, failure in enumerate(failures) if failure is not None]
+        for number in failed:
+            if len(frames[number]) <= KEPT_BYTES_MAX:
+                self._frames[number].insert(0, frames[number])
+                continue
+            self._believed[number :: len(self._journals)] = False
+            self._live[number] = 0
+            self._thread.submit(self._journals[number].clear)
+        if not failed:
+            self._told = False
+            return
+        failure = failures[failed[0]]
+        assert failure is not None
+        if not self._told:
+            log.error("journal_failed", path=failure.path, error=str(failure))
+        self._told = True
+        raise failure
 
     def forget(self, disk_ids: BlockIds, then: Callable[[], None]) -> bool:
         """Unsay what the journals say of places that are about to be written.
@@ -193,32 +277,32 @@ class Ledger:
         self._erased = []
         after, self._after = self._after, []
         flushes, self._flushes = self._flushes, []
-        error: StorageError | None = None
+        error: Exception = ClosedError("the engine was closed before the flush was done")
         try:
-            await loop.run_in_executor(self._thread, self._append, frames, bool(flushes))
+            failures = await loop.run_in_executor(self._thread, self._append, frames)
+            for block_ids in erased:
+                self._unwritten[block_ids] = False
+            for then in after:
+                then()  # the checksums stand where the journal does not
+            self._keep_failed(frames, failures)
+            for flush in flushes:
+                _settle(flush, None)
             await self._renew()
         except StorageError as failure:
             error = failure
-            self._note_failure(failure)
-        for block_ids in erased:
-            self._unwritten[block_ids] = False
-        for then in after:
-            then()  # the checksums stand where the journal does not
-        for flush in flushes:
-            if not flush.done():
-                flush.set_exception(error) if error else flush.set_result(None)
+        except asyncio.CancelledError:
+            for number, of_one in enumerate(frames):  # written twice is as good as once
+                self._frames[number].insert(0, of_one)
+            raise
+        finally:
+            for flush in flushes:
+                _settle(flush, error)
 
-    def _append(self, frames: Sequence[bytes], durable: bool) -> None:
-        for each, of_one in zip(self._journals, frames, strict=True):
-            if of_one:
-                each.append(of_one)
-            if durable:
-                each.sync()
-
-    def _note_failure(self, failure: StorageError) -> None:
-        if self.failed is None:
-            log.error("journal_failed", path=failure.path, error=str(failure))
-        self.failed = failure
+    async def _sync(self) -> None:
+        loop = asyncio.get_running_loop()
+        failures = await loop.run_in_executor(self._syncing, self._each, Journal.sync)
+        if failures:
+            raise failures[0]
 
     async def _renew(self) -> None:
         """Go on writing anew the journals that have grown: a step of each."""
@@ -232,6 +316,9 @@ class Ledger:
                     continue
                 await loop.run_in_executor(self._thread, each.begin_new)
                 at = 0
+            if not each.has_new:  # the directory takes none, or not so much
+                self._snapshot[number] = None
+                continue
             ids = np.arange(at, min(at + SNAPSHOT_BLOCKS * count, len(self._believed)))
             ids = ids[(ids % count == number) & self._believed[ids]]
             frames = self._stored_frames(ids // count, ids)
@@ -250,18 +337,39 @@ class Ledger:
 
         Raises:
             StorageError: a journal takes no more, or its device refused.
+            ClosedError: the engine was closed meanwhile.
         """
-        flush = asyncio.get_running_loop().create_future()
-        self._flushes.append(flush)
+        self._check_open()
+        written = asyncio.get_running_loop().create_future()
+        self._flushes.append(written)
         self._bell.ring()
-        await flush
+        await written
+        self._check_open()
+        await self._sync()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the engine was closed before the flush was done")
 
     def close(self) -> None:
         """Write what is noted, without waiting for the device, and close. Idempotent."""
         if self._closed:
             return
         self._closed = True
-        self.write_now()
+        with suppress(StorageError):  # told when it was noted
+            self.write_now()
         self._thread.shutdown()
+        self._syncing.shutdown(wait=False, cancel_futures=True)
+        for flush in self._flushes:
+            _settle(flush, ClosedError("the engine was closed before the flush was done"))
         for each in self._journals:
             each.close()
+
+
+def _settle(flush: asyncio.Future[None], error: Exception | None) -> None:
+    if flush.done():
+        return
+    if error is None:
+        flush.set_result(None)
+    else:
+        flush.set_exception(error)

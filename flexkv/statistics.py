@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
+from flexkv.actors.watch import Watch
+from flexkv.common.terms import Tier
+from flexkv.index.residency import TierCounts
+
 
 class TierStatistics(msgspec.Struct, frozen=True):
     """One tier, in blocks."""
@@ -25,6 +29,22 @@ class TierStatistics(msgspec.Struct, frozen=True):
     def used_blocks(self) -> int:
         """Give the blocks that hold or receive something."""
         return self.capacity_blocks - self.free_blocks
+
+
+def tier_statistics(counts: TierCounts, backing: str, watch: Watch, tier: Tier) -> TierStatistics:
+    """Give the snapshot of one tier."""
+    return TierStatistics(
+        capacity_blocks=counts.capacity,
+        ready_blocks=counts.ready,
+        reserved_blocks=counts.reserved,
+        draining_blocks=counts.draining,
+        pinned_blocks=counts.pinned,
+        free_blocks=counts.free,
+        evicted_blocks=counts.evicted,
+        backing=backing,
+        reads=watch.breaker(tier, True).health.value,
+        writes=watch.breaker(tier, False).health.value,
+    )
 
 
 class RouteStatistics(msgspec.Struct, frozen=True):

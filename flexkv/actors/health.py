@@ -1,7 +1,7 @@
 """Whether a tier may be used: a breaker for each direction, and a watch for I/O that does not end.
 
     UP ── FAILURES_MAX failures in a row ──▶ DOWN for a while ──▶ on trial ── success ──▶ UP
-     ╲                                          ▲                     │
+     ╲                                          ▲        (one op)     │
       ╲                                         ╰── failure, ×2 ──────╯
        ── I/O past its deadline ──▶ HUNG ── anything comes back ──▶ on trial
 
@@ -33,6 +33,7 @@ class Breaker:
         self._failures = 0
         self._backoff_s = BACKOFF_MIN_S
         self._down_until_s = 0.0
+        self._on_trial = False
 
     def usable(self, now_s: float) -> bool:
         """Tell whether the direction may be used: when it is up, or due for a trial."""
@@ -40,10 +41,17 @@ class Breaker:
             return now_s >= self._down_until_s
         return self.health is Health.UP
 
+    def begun(self, now_s: float) -> None:
+        """Take that an op goes through: while it is down that is the trial, and nobody else's."""
+        if self.health is Health.DOWN:
+            self._on_trial = True
+            self._down_until_s = now_s + self._backoff_s
+
     def succeeded(self) -> bool:
         """Take a success; tells whether that changed anything."""
         changed = self.health is not Health.UP
         self.health, self._failures, self._backoff_s = Health.UP, 0, BACKOFF_MIN_S
+        self._on_trial = False
         return changed
 
     def failed(self, now_s: float) -> bool:
@@ -51,11 +59,11 @@ class Breaker:
         self._failures += 1
         if self.health is Health.UP and self._failures < FAILURES_MAX:
             return False
-        if self.health is Health.DOWN and now_s < self._down_until_s:
+        if self.health is Health.DOWN and not self._on_trial:
             return False  # begun before it went down
-        if self.health is Health.DOWN:
+        if self._on_trial:
             self._backoff_s = min(self._backoff_s * 2, BACKOFF_MAX_S)
-        self.health = Health.DOWN
+        self.health, self._on_trial = Health.DOWN, False
         self._down_until_s = now_s + self._backoff_s
         return True
 
@@ -69,5 +77,5 @@ class Breaker:
         """Take that I/O ended after all; tells whether the direction was hung."""
         if self.health is not Health.HUNG:
             return False
-        self.health, self._down_until_s = Health.DOWN, now_s
+        self.health, self._down_until_s, self._on_trial = Health.DOWN, now_s, False
         return True

@@ -289,11 +289,14 @@ class Scheduler:
         if isinstance(error, CorruptBlockError):
             block_ids = np.array(error.block_ids, np.int64)
             self._observer.corrupt(error)
+            corrupt = True
         else:
             begin, end = plan.bounds(op)
             block_ids = plan.fills[op.leg].ids[source][begin:end]
+            corrupt = False
         self._residency.forget(source, block_ids)
-        if self._notes is not None and source is Tier.DISK:
+        # What could not be read may be readable in the next life.
+        if corrupt and self._notes is not None and source is Tier.DISK:
             self._notes.erased(block_ids)
 
     async def wait_idle(self) -> None:
@@ -367,7 +370,7 @@ class Scheduler:
             return
         self._observer.op_issued(flight.plan.token(spec))
         if spec.route.outer > Tier.HOST:
-            self.watch.begun()
+            self.watch.begun(spec.route)
         self._actors[spec.route.outer].post(flight.plan.transfer(spec))
 
     def _settle(self, flight: Flight, op: int, command: Command) -> None:

@@ -38,19 +38,32 @@ class Watch:
         self._overdue = overdue
         self._breakers: dict[tuple[Tier, bool], Breaker] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._due_s = 0.0
+        self._closed = False
 
     def breaker(self, tier: Tier, inbound: bool) -> Breaker:
         """Give the breaker of one direction of a tier."""
         return self._breakers.setdefault((tier, inbound), Breaker())
 
-    def begun(self) -> None:
+    def begun(self, route: Route) -> None:
         """An op went to a lower tier: look whether it ends."""
-        if self._timer is None:
+        self._arm()
+        if not self.all_up:
+            now_s = asyncio.get_running_loop().time()
+            self.breaker(route.outer, route.inbound).begun(now_s)
+
+    def _arm(self) -> None:
+        if self._timer is None and not self._closed:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._deadline_s / LOOKS_A_DEADLINE, self._look)
+            self._due_s = loop.time() + self._deadline_s / LOOKS_A_DEADLINE
+            self._timer = loop.call_at(self._due_s, self._look)
 
     def _look(self) -> None:
         self._timer = None
+        late_s = asyncio.get_running_loop().time() - self._due_s
+        if late_s > self._deadline_s / LOOKS_A_DEADLINE:
+            self._arm()  # the loop was held: what has ended has not been reaped
+            return
         lower = [actor for actor in self._actors.values() if actor.tier > Tier.HOST]
         for actor in lower:
             if actor.oldest_s() > self._deadline_s:
@@ -58,7 +71,7 @@ class Watch:
             else:
                 self._came_back(actor)
         if any(actor.depth for actor in lower):
-            self.begun()
+            self._arm()
 
     def _hang(self, actor: TransferActor) -> None:
         news = [self.breaker(actor.tier, inbound).hung() for inbound in (True, False)]
@@ -104,5 +117,6 @@ class Watch:
 
     def close(self) -> None:
         """Look no more."""
+        self._closed = True
         if self._timer is not None:
             self._timer.cancel()

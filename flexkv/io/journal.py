@@ -15,6 +15,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -28,6 +29,7 @@ NAME, NEW_NAME = "journal.flexkv", "journal.new.flexkv"
 RECORD_BYTES = 36
 """One block as the index exports it: key, parent's key, whether it is the first of a prompt."""
 FRAME_BYTES_MAX = 64 << 20
+FRAME_ROWS_MAX = 1 << 20
 
 _HEAD = struct.Struct("<II")
 
@@ -41,6 +43,15 @@ class Stored(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """uint64[n], XXH3-64 of each row's bytes."""
     blocks: bytes
     """36 bytes each."""
+    sequence: int = 0
+    """Grows over all journals of a tier: of two rows with the same key the later counts."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether the three lists have the same length."""
+        count = len(self.rows) // 4
+        lengths = (len(self.rows), len(self.sums), len(self.blocks))
+        return lengths == (4 * count, 8 * count, RECORD_BYTES * count)
 
 
 class Erased(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -48,9 +59,19 @@ class Erased(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
     rows: bytes
 
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether the list is one of rows."""
+        return len(self.rows) % 4 == 0
+
 
 class Cleared(msgspec.Struct, frozen=True, array_like=True, tag=3):
     """No row holds anything."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Tell that nothing can be missing."""
+        return True
 
 
 Record: TypeAlias = Stored | Erased | Cleared
@@ -67,6 +88,7 @@ class Live(NamedTuple):
     sums: NDArray[np.uint64]
     blocks: NDArray[np.uint8]
     """uint8[n, 36]."""
+    sequences: NDArray[np.int64]
 
 
 def frame(record: Record) -> bytes:
@@ -75,16 +97,28 @@ def frame(record: Record) -> bytes:
     return _HEAD.pack(len(payload), zlib.crc32(payload)) + payload
 
 
-def stored(rows: NDArray[np.int64], sums: NDArray[np.uint64], blocks: NDArray[np.uint8]) -> bytes:
-    """Give the frame that says what rows hold."""
-    return frame(
-        Stored(rows.astype("<u4").tobytes(), sums.astype("<u8").tobytes(), blocks.tobytes())
+def stored(
+    rows: NDArray[np.int64],
+    sums: NDArray[np.uint64],
+    blocks: NDArray[np.uint8],
+    sequence: int = 0,
+) -> bytes:
+    """Give the frames that say what rows hold."""
+    names, sums, blocks = rows.astype("<u4"), sums.astype("<u8"), blocks.reshape(-1, RECORD_BYTES)
+    return b"".join(
+        frame(Stored(names[at].tobytes(), sums[at].tobytes(), blocks[at].tobytes(), sequence))
+        for at in _parts(len(rows))
     )
 
 
 def erased(rows: NDArray[np.int64]) -> bytes:
-    """Give the frame that says that rows hold nothing."""
-    return frame(Erased(rows.astype("<u4").tobytes()))
+    """Give the frames that say that rows hold nothing."""
+    names = rows.astype("<u4")
+    return b"".join(frame(Erased(names[at].tobytes())) for at in _parts(len(rows)))
+
+
+def _parts(count: int) -> list[slice]:
+    return [slice(at, at + FRAME_ROWS_MAX) for at in range(0, count, FRAME_ROWS_MAX)]
 
 
 def records(content: bytes | memoryview) -> Iterator[tuple[Record, int]]:
@@ -97,7 +131,9 @@ def records(content: bytes | memoryview) -> Iterator[tuple[Record, int]]:
             return
         try:
             record = _DECODER.decode(payload)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
+            return
+        if not record.is_whole:
             return
         at += _HEAD.size + length
         yield record, at
@@ -106,20 +142,24 @@ def records(content: bytes | memoryview) -> Iterator[tuple[Record, int]]:
 def replay(content: bytes | memoryview) -> tuple[Live, int]:
     """Give what a journal says, and how many of its bytes are whole."""
     rows, sums, blocks = [_none(np.int64)], [_none(np.uint64)], [_none(np.uint8)]
+    sequences = [_none(np.int64)]
     end = 0
     for record, end in records(content):  # noqa: B007 -- the last end is what is whole
         if isinstance(record, Cleared):
-            rows, sums, blocks = [_none(np.int64)], [_none(np.uint64)], [_none(np.uint8)]
+            for each in (rows, sums, blocks, sequences):
+                del each[1:]
             continue
         named = np.frombuffer(record.rows, "<u4").astype(np.int64)
         if isinstance(record, Stored):
             rows.append(named)
             sums.append(np.frombuffer(record.sums, "<u8").astype(np.uint64))
             blocks.append(np.frombuffer(record.blocks, np.uint8))
+            sequences.append(np.full(len(named), record.sequence))
         else:  # as a store of nothing, marked by the row's complement
             rows.append(~named)
             sums.append(np.zeros(len(named), np.uint64))
             blocks.append(np.zeros(len(named) * RECORD_BYTES, np.uint8))
+            sequences.append(np.zeros(len(named), np.int64))
     all_rows, all_sums = np.concatenate(rows), np.concatenate(sums)
     all_blocks = np.concatenate(blocks).reshape(-1, RECORD_BYTES)
     named = np.where(all_rows < 0, ~all_rows, all_rows)
@@ -127,7 +167,8 @@ def replay(content: bytes | memoryview) -> tuple[Live, int]:
     _, from_behind = np.unique(named[::-1], return_index=True)
     last = np.sort(len(named) - 1 - from_behind)
     last = last[all_rows[last] >= 0]
-    return Live(all_rows[last], all_sums[last], all_blocks[last]), end
+    all_sequences = np.concatenate(sequences)
+    return Live(all_rows[last], all_sums[last], all_blocks[last], all_sequences[last]), end
 
 
 def _none(kind: type[np.generic]) -> NDArray[np.generic]:
@@ -169,13 +210,34 @@ class Journal:
         """
         self._write(self._fd, frames)
         self.bytes += len(frames)
-        if self._new_fd is not None:
-            self.append_new(frames)
+        self.append_new(frames)
 
     def append_new(self, frames: bytes) -> None:
-        """Write frames to the new journal alone."""
-        assert self._new_fd is not None
-        self._write(self._new_fd, frames)
+        """Write frames to the new journal alone; one that takes no more is given up."""
+        if self._new_fd is None:
+            return
+        try:
+            self._write(self._new_fd, frames)
+        except StorageError:
+            self.drop_new()
+
+    def clear(self) -> None:
+        """Say nothing any more. Works on a full disk.
+
+        Raises:
+            StorageError: the file cannot be cut.
+        """
+        self.drop_new()
+        try:
+            os.ftruncate(self._fd, 0)
+        except OSError as error:
+            raise StorageError(str(self.path), 0, error.errno or 0) from error
+        self.bytes = 0
+
+    @property
+    def has_new(self) -> bool:
+        """Tell whether a new journal is being written."""
+        return self._new_fd is not None
 
     def _write(self, fd: int, frames: bytes) -> None:
         view, at = memoryview(frames), os.lseek(fd, 0, os.SEEK_END)
@@ -183,27 +245,36 @@ class Journal:
             while view:
                 view = view[os.write(fd, view) :]
         except OSError as error:
-            os.ftruncate(fd, at)  # a torn frame would hide those behind it
+            with suppress(OSError):
+                os.ftruncate(fd, at)  # a torn frame would hide those behind it
             raise StorageError(str(self.path), at, error.errno or 0) from error
 
     def begin_new(self) -> None:
-        """Start a new journal beside this one."""
+        """Start a new journal beside this one, if the directory takes one."""
         self.drop_new()
-        self._new_fd = _open(self.folder / NEW_NAME)
+        with suppress(OSError):
+            self._new_fd = _open(self.folder / NEW_NAME)
 
     def drop_new(self) -> None:
         """Give the new journal up."""
         if self._new_fd is not None:
             os.close(self._new_fd)
             self._new_fd = None
-            (self.folder / NEW_NAME).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.folder / NEW_NAME).unlink(missing_ok=True)
 
     def take_new(self) -> None:
-        """Let the new journal take the place of this one, for good."""
-        assert self._new_fd is not None
-        os.fdatasync(self._new_fd)
-        os.rename(self.folder / NEW_NAME, self.path)
-        sync_folder(self.folder)
+        """Let the new journal take the place of this one, for good; or give it up."""
+        if self._new_fd is None:
+            return
+        try:
+            os.fdatasync(self._new_fd)
+            os.rename(self.folder / NEW_NAME, self.path)
+        except OSError:
+            self.drop_new()
+            return
+        with suppress(OSError):
+            sync_folder(self.folder)
         os.close(self._fd)
         self._fd, self._new_fd = self._new_fd, None
         self.bytes = os.fstat(self._fd).st_size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
 
 import structlog
 
@@ -21,19 +20,42 @@ from flexkv.io.uring import RingOptions
 
 log = structlog.get_logger(__name__)
 
-OnMismatch = Literal["empty", "refuse"]
-
 
 def present(folders: list[Path]) -> list[Path]:
     """Give the directories that are there, or can be made; all of them when none is.
 
     A directory that is missing costs its part of the tier, not the engine.
     """
-    found = [folder for folder in folders if folder.is_dir() or folder.parent.is_dir()]
+    found = [folder for folder in folders if _is_there(folder)]
     for folder in folders:
         if found and folder not in found:
             log.error("ssd_directory_missing", directory=str(folder))
     return found or folders
+
+
+def _is_there(folder: Path) -> bool:
+    try:
+        return folder.is_dir() or folder.parent.is_dir()
+    except OSError:  # a mount whose device is gone
+        return False
+
+
+def refuse(folders: list[Path], wanted: Superblock) -> None:
+    """Refuse directories that hold blocks of another kind, before anything in them is touched.
+
+    Raises:
+        ConfigError: one does.
+    """
+    for folder in folders:
+        if differences := _differences(folder, wanted):
+            why = f"holds blocks of another kind: {'; '.join(differences)}"
+            raise ConfigError("ssd_cache_dir", str(folder), why)
+
+
+def forget_earlier(folders: list[Path]) -> None:
+    """Let no later run believe in what this one, which keeps no journal, will write over."""
+    for folder in folders:
+        (folder / JOURNAL_NAME).unlink(missing_ok=True)
 
 
 def open_ssd(
@@ -51,19 +73,16 @@ def open_ssd(
     return port
 
 
-def open_journals(
-    folders: list[Path], wanted: Superblock, on_mismatch: OnMismatch, undo: ExitStack
-) -> list[Journal]:
-    """Give the journal of each directory, empty where the blocks in it are of no use.
+def open_journals(folders: list[Path], wanted: Superblock, undo: ExitStack) -> list[Journal]:
+    """Give the journal of each directory, empty where the blocks in it are of another kind.
 
     Raises:
-        ConfigError: a directory holds blocks of another kind, and `on_mismatch` is refuse; or its
-            journal cannot be read or written.
+        ConfigError: a journal cannot be read or written.
     """
     journals = []
     for folder in folders:
         try:
-            _admit(folder, wanted, on_mismatch)
+            _admit(folder, wanted)
             journals.append(Journal(folder))
         except OSError as error:
             why = f"its journal cannot be used ({error.strerror})"
@@ -72,19 +91,19 @@ def open_journals(
     return journals
 
 
-def _admit(folder: Path, wanted: Superblock, on_mismatch: OnMismatch) -> None:
+def _admit(folder: Path, wanted: Superblock) -> None:
     """Empty a directory whose blocks are of another kind, and say which it holds from now on."""
-    found = superblock.read(folder)
-    if found == wanted:
+    if superblock.read(folder) == wanted:
         return
-    journal = folder / JOURNAL_NAME
-    if found is not None:
-        differences = superblock.differences(found, wanted)
-        if on_mismatch == "refuse":
-            why = f"holds blocks of another kind: {'; '.join(differences)}"
-            raise ConfigError("ssd_cache_dir", str(folder), why)
+    if differences := _differences(folder, wanted):
         log.warning("ssd_emptied", directory=str(folder), differences=differences)
-    elif journal.exists():
-        log.warning("ssd_emptied", directory=str(folder), differences=["no superblock"])
-    journal.unlink(missing_ok=True)
+    (folder / JOURNAL_NAME).unlink(missing_ok=True)
     superblock.write(folder, wanted)
+
+
+def _differences(folder: Path, wanted: Superblock) -> list[str]:
+    """Say in what the blocks of a directory differ from those that are wanted."""
+    found = superblock.read(folder)
+    if found is not None:
+        return superblock.differences(found, wanted)
+    return ["no superblock that can be read"] if (folder / JOURNAL_NAME).exists() else []

@@ -71,11 +71,7 @@ class StoppedTier:
         return sum(file.stat().st_blocks * 512 for file in self.folder.glob("blocks-*.flexkv"))
 
     def verify(self) -> Iterator[Checked]:
-        """Read every row that the journal believes in, and compare its checksum.
-
-        Raises:
-            OSError: a file cannot be opened.
-        """
+        """Read every row that the journal believes in, and compare its checksum."""
         stride = self.superblock.block_stride_bytes
         arena = Arena.open(max(1, BATCH_BYTES // stride), stride)
         pieces = np.array([[arena.address, stride, stride, 0]], np.int64)
@@ -106,11 +102,11 @@ class StoppedTier:
         """Read one row into a block of memory; tells whether the file ended or failed before."""
         stride, per_file = self.superblock.block_stride_bytes, self.superblock.rows_per_file
         index, place = divmod(int(row), per_file) if per_file else (0, int(row))
-        if index not in fds:
-            fds[index] = os.open(self.folder / f"blocks-{index:04d}.flexkv", os.O_RDONLY)
-            files.callback(os.close, fds[index])
         block = arena.buffer[number * stride : (number + 1) * stride]
         try:
+            if index not in fds:
+                fds[index] = os.open(self.folder / f"blocks-{index:04d}.flexkv", os.O_RDONLY)
+                files.callback(os.close, fds[index])
             return os.preadv(fds[index], [block], place * stride) < stride
         except OSError:
             return True

@@ -33,7 +33,7 @@ def read(folder: Path) -> Superblock | None:
     """Give a directory's superblock; None when it has none that can be read."""
     try:
         return msgspec.json.decode((folder / NAME).read_bytes(), type=Superblock)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, RecursionError):
         return None
 
 

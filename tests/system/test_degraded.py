@@ -238,3 +238,19 @@ def test_closing_while_a_read_is_late_waits_for_it() -> None:
         assert (await get(engine, A))[0] is KVResponseStatus.FAILED
 
     on_engine(work, host=32, disk=64, io_deadline_s=0.5)
+
+
+def test_a_close_that_was_cancelled_can_be_done_again() -> None:
+    """Whoever gave up waiting for hardware may come back: everything is released then."""
+
+    async def work(engine: Engine) -> None:
+        await on_disk_only(engine, A)
+        disk_of(engine)._faults = FaultPlan(1, 0.0, 10.0, 10.0)
+        assert (await get(engine, A))[0] is KVResponseStatus.FAILED
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.close(), 1.0)
+        assert not engine.is_open
+        await engine.close()
+        assert disk_of(engine)._closed
+
+    on_engine(work, host=32, disk=64, io_deadline_s=0.5)

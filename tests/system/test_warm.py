@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from flexkv.cli.main import commands
 from flexkv.common.config import ModelConfig
-from flexkv.common.errors import ConfigError
+from flexkv.common.errors import ConfigError, FlexKVError, StorageError
 from flexkv.common.request import KVResponseStatus
 from flexkv.common.terms import Tier
 from flexkv.io import journal
@@ -170,6 +171,95 @@ async def test_the_journal_stays_bounded(tmp_path: Path, monkeypatch: pytest.Mon
         assert (tmp_path / journal.NAME).stat().st_size < 16 << 10
     blocks, _, corrupt = await got(tmp_path, last, num_ssd_blocks=32)
     assert (blocks, corrupt) == (16, 0)
+
+
+async def test_a_run_without_a_journal_leaves_none_behind(tmp_path: Path) -> None:
+    """What it writes over, and what it clears, nobody believes in later."""
+    await put(tmp_path, PROMPT)
+    await put(tmp_path, OTHER, ssd_warm_restart=False)
+    assert (await got(tmp_path))[::2] == (0, 0)
+
+
+async def test_a_refusal_leaves_every_file_as_it_was(tmp_path: Path) -> None:
+    """Also where the other tier would be smaller."""
+    wanted = await put(tmp_path, PROMPT)
+    with pytest.raises(ConfigError, match="another kind"):
+        await put(tmp_path, key_secret="other", num_ssd_blocks=4, ssd_on_mismatch="refuse")
+    blocks, found, _ = await got(tmp_path)
+    assert blocks == 16
+    assert np.array_equal(found, wanted)
+
+
+async def test_evicted_blocks_of_a_cleared_namespace_stay_away(tmp_path: Path) -> None:
+    """Their bytes are still in the files, and the journal knew them."""
+    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
+        manager.register_kv_caches(kv_caches())
+        await manager.put(PROMPT, slots_of(range(16)), namespace="tenant")
+        await manager.flush()
+        manager.set_quota("tenant", Tier.DISK, 0)
+        manager.set_quota("tenant", Tier.HOST, 0)
+        manager.clear(namespace="tenant")
+    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
+        assert manager.match(PROMPT, "tenant").tokens == 0
+
+
+def fail_writes(patch: pytest.MonkeyPatch, directory: Path) -> None:
+    """Let nothing be written to files that are opened as journals are."""
+    write, name = os.write, str(directory / journal.NAME)
+
+    def full(fd: int, data: Any) -> int:
+        if os.readlink(f"/proc/self/fd/{fd}") == name:
+            raise OSError(28, "no space")
+        return write(fd, data)
+
+    patch.setattr(journal.os, "write", full)
+
+
+async def test_what_a_full_journal_did_not_take_is_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flush says so; the next one that succeeds vouches for all of it."""
+    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
+        manager.register_kv_caches(kv_caches())
+        with monkeypatch.context() as patch:
+            fail_writes(patch, tmp_path)
+            await manager.put(PROMPT, slots_of(range(16)))
+            with pytest.raises(StorageError, match="ENOSPC"):
+                await manager.flush()
+            assert manager.match(PROMPT).tokens == len(PROMPT)
+        await manager.flush()
+    assert (await got(tmp_path))[0] == 16
+
+
+async def test_a_clear_works_on_a_full_disk_or_says_that_it_did_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all: the journal is cut. Of a namespace: the caller is told what may come back."""
+    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
+        manager.register_kv_caches(kv_caches())
+        for namespace in (None, "tenant"):
+            await manager.put(PROMPT, slots_of(range(16)), namespace=namespace)
+            await manager.flush()
+        with monkeypatch.context() as patch:
+            fail_writes(patch, tmp_path)
+            with pytest.raises(StorageError):
+                manager.clear(namespace="tenant")
+            assert manager.match(PROMPT, "tenant").tokens == 0
+            manager.reset()
+    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
+        assert manager.statistics().restored_blocks == 0
+
+
+async def test_a_flush_ends_when_the_engine_is_closed(tmp_path: Path) -> None:
+    """Whoever waits for it is told."""
+    manager = KVManager(MODEL, cache_config(tmp_path))
+    async with manager:
+        manager.register_kv_caches(kv_caches())
+        await manager.put(PROMPT, slots_of(range(16)))
+        flushes = [asyncio.ensure_future(manager.flush()) for _ in range(3)]
+        await asyncio.sleep(0)
+    done = await asyncio.wait_for(asyncio.gather(*flushes, return_exceptions=True), 10)
+    assert all(result is None or isinstance(result, FlexKVError) for result in done)
 
 
 # -- offline --------------------------------------------------------------------------------------

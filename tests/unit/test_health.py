@@ -31,6 +31,8 @@ def test_each_trial_that_fails_doubles_the_pause() -> None:
         assert not breaker.failed(now_s + pause_s / 2)
         now_s += pause_s
         assert breaker.usable(now_s)
+        breaker.begun(now_s)
+        assert not breaker.usable(now_s), "one trial at a time"
         assert breaker.failed(now_s)
         pause_s = min(2 * pause_s, BACKOFF_MAX_S)
         assert not breaker.usable(now_s + pause_s * 0.99)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 
@@ -13,7 +14,7 @@ from flexkv.common.errors import ConfigError, StorageError
 from flexkv.index.forest import forest
 from flexkv.io import journal, superblock
 from flexkv.io.journal import RECORD_BYTES, Journal
-from flexkv.io.ssd import open_journals
+from flexkv.io.ssd import open_journals, present, refuse
 from flexkv.io.superblock import Superblock
 
 Model = dict[int, tuple[int, bytes]]
@@ -114,7 +115,7 @@ def test_a_new_journal_takes_the_place_of_the_old(tmp_path: Path) -> None:
         opened.append(frame)
     opened.begin_new()
     kept = journal.replay((tmp_path / journal.NAME).read_bytes())[0]
-    opened.append_new(journal.stored(*kept))
+    opened.append_new(journal.stored(*kept[:3]))
     opened.append(told[5][0])
     before = opened.bytes
     opened.take_new()
@@ -161,12 +162,10 @@ def test_a_journal_that_takes_no_more_keeps_what_is_whole(
 WANTED = Superblock(1, {"dtype": "float16", "num_layers": 2}, 4096, None)
 
 
-def opened(folder: Path, wanted: Superblock, on_mismatch: str = "empty") -> journal.Live:
+def opened(folder: Path, wanted: Superblock) -> journal.Live:
     """Give what the journal of a directory says to an engine that wants these blocks."""
-    from contextlib import ExitStack
-
     with ExitStack() as undo:
-        (one,) = open_journals([folder], wanted, on_mismatch, undo)  # type: ignore[arg-type]
+        (one,) = open_journals([folder], wanted, undo)
         if not len(one.live.rows):
             one.append(random_frames(1, 3)[0][0])
         return one.live
@@ -187,7 +186,7 @@ def test_blocks_of_another_kind_are_not_believed_in(tmp_path: Path, other: Super
     opened(tmp_path, WANTED)
     assert len(opened(tmp_path, WANTED).rows)
     with pytest.raises(ConfigError, match="another kind") as caught:
-        opened(tmp_path, other, "refuse")
+        refuse([tmp_path], other)
     assert " was " in caught.value.why
     assert len(opened(tmp_path, WANTED).rows), "a refusal changes nothing"
     assert not len(opened(tmp_path, other).rows)
@@ -197,8 +196,73 @@ def test_blocks_of_another_kind_are_not_believed_in(tmp_path: Path, other: Super
 def test_a_journal_without_a_superblock_is_not_believed_in(tmp_path: Path) -> None:
     """Nobody knows what its blocks are."""
     opened(tmp_path, WANTED)
-    (tmp_path / superblock.NAME).write_bytes(b"{ torn")
+    (tmp_path / superblock.NAME).write_bytes(b"[" * 100_000)
+    with pytest.raises(ConfigError, match="no superblock"):
+        refuse([tmp_path], WANTED)
     assert not len(opened(tmp_path, WANTED).rows)
+
+
+def test_a_record_that_is_not_whole_ends_the_replay() -> None:
+    """Though its frame is: lists of different lengths are nobody's."""
+    good = random_frames(2, 1)[0][0]
+    for record in (
+        journal.Stored(b"1234", b"12345678", b"short"),
+        journal.Stored(b"12345", b"", b""),
+        journal.Erased(b"123"),
+    ):
+        live, whole = journal.replay(good + journal.frame(record) + good)
+        assert (whole, model_of(live)) == (len(good), random_frames(2, 1)[0][1])
+
+
+def test_what_is_too_long_for_a_frame_goes_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows are noted at once."""
+    monkeypatch.setattr(journal, "FRAME_ROWS_MAX", 3)
+    rows, blocks = np.arange(8), np.arange(8 * RECORD_BYTES, dtype=np.uint8)
+    content = journal.stored(rows, rows.astype(np.uint64), blocks, 5)
+    assert len(list(journal.records(content))) == 3
+    live = journal.replay(content)[0]
+    assert live.rows.tolist() == rows.tolist()
+    assert live.sequences.tolist() == [5] * 8
+    assert np.array_equal(live.blocks.ravel(), blocks)
+    assert not len(journal.replay(content + journal.erased(rows))[0].rows)
+
+
+def test_a_new_journal_that_takes_no_more_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old one goes on; a half-written one never takes its place."""
+    told = random_frames(7, 6)
+    one = Journal(tmp_path)
+    one.append(told[0][0])
+    one.begin_new()
+    new_fd, write = one._new_fd, journal.os.write
+
+    def full(fd: int, data: bytes) -> int:
+        if fd == new_fd:
+            raise OSError(28, "no space")
+        return write(fd, data)
+
+    monkeypatch.setattr(journal.os, "write", full)
+    one.append(told[1][0])
+    assert not one.has_new
+    one.take_new()
+    one.append(told[2][0])
+    one.close()
+    assert model_of(Journal(tmp_path).live) == told[2][1]
+
+
+def test_a_mount_whose_device_is_gone_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs its part of the tier."""
+
+    def dead(folder: Path) -> bool:
+        if folder.name == "dead":
+            raise OSError(5, "input/output error")
+        return True
+
+    monkeypatch.setattr(Path, "is_dir", dead)
+    assert present([tmp_path / "dead", tmp_path]) == [tmp_path]
 
 
 # -- families ------------------------------------------------------------------------------------
