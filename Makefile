@@ -55,8 +55,11 @@ sanitize: $(VENV)/.setup-dev  ## The extension's tests under ASan and UBSan
 bench: $(VENV)/.setup-dev  ## Benchmarks, side by side with their limits; ARGS="disk --repeats 5"
 	$(BIN)/python -m benchmarks $(ARGS)
 
-soak: $(VENV)/.setup-dev  ## Ten thousand simulations and long property tests
-	SIMULATION_SEEDS=10000 HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -q tests/simulation tests/property
+soak: $(VENV)/.setup-dev  ## Fresh simulations, long property tests, many crashes; about 15 minutes
+	SIMULATION_SEEDS=10000 SIMULATION_FIRST=$${SIMULATION_FIRST:-$$(date +%s)00} \
+	KILLS=200 DAMAGES=10000 POWER_LOSSES=1000 HYPOTHESIS_PROFILE=soak \
+	$(BIN)/python -m pytest -q tests/simulation tests/property tests/system/test_warm.py \
+	tests/system/test_crash.py tests/system/test_power_loss.py
 
 wheel: $(VENV)/.setup  ## One abi3 wheel, in dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
