@@ -247,8 +247,8 @@ static PyObject *survey(BlockIndex *self, const unsigned char *keys, const size_
     if (use == USE_ASKED)
         for (unsigned t = 0; t < self->index.tiers; t++)
             if (self->index.tier[t].density)
-                density_asked(&self->index, t, &(struct batch){.keys = keys, .blocks = range[1]},
-                              self->nodes, known < end ? known : end);
+                lhd_asked(&self->index, t, &(struct batch){.keys = keys, .blocks = range[1]},
+                          self->nodes, known < end ? known : end);
     return result;
 }
 

@@ -93,6 +93,7 @@ struct recent_entry *recent_add(struct recent *recent, struct key key, uint32_t 
 #define CLASSES 11
 #define CLASS_LAST (CLASSES - 1)
 #define EPOCHS 256u
+#define ANCIENT EPOCHS
 #define CELLS_OF_CLASS (EPOCHS + 1) /* one more for the ancient */
 #define CELLS (CLASSES * CELLS_OF_CLASS)
 #define BUCKETS 20
@@ -232,12 +233,23 @@ struct density *density_new(uint32_t capacity);
 void density_free(struct density *density);
 void density_learn(struct density *density);
 unsigned density_cell(const struct density *density, const struct place *place);
-void density_asked(struct block_index *index, unsigned tier, const struct batch *prompt,
-                   const ref *nodes, size_t known);
+unsigned density_class_of(unsigned uses, bool last);
+
+/* See a key: asked for, or stored after it was; nothing happens unless it is sampled. */
+void density_sample(struct density *density, struct key key, unsigned class, bool asked);
+
+/* One epoch later: counts age, and samples that were not seen again end. */
+void density_age(struct density *density);
 void density_foresee(struct density *density, const struct batch *batch, int64_t *uses);
 void density_class(const struct density *density, struct place *place, uint32_t uses, bool last);
 float density_of_new(const struct density *density, uint32_t uses, bool last);
 const char *density_check(const struct density *density);
+
+/* -- index_lhd.c ------------------------------------------------------------------------------- */
+
+/* Learn from a prompt: `nodes` are those of its first `known` blocks. */
+void lhd_asked(struct block_index *index, unsigned tier, const struct batch *prompt,
+               const ref *nodes, size_t known);
 
 /* -- index_policy.c: which READY place goes next ----------------------------------------------- */
 

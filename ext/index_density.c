@@ -18,8 +18,6 @@
 #include <float.h>
 #include <stdlib.h>
 
-#define EPOCH_PART 8
-#define ANCIENT EPOCHS
 #define SAMPLES_MAX 65536u
 #define MARKERS_MAX (1u << 20)
 #define SHARE_BITS 24
@@ -67,7 +65,7 @@ unsigned density_cell(const struct density *density, const struct place *place)
     return place->class * CELLS_OF_CLASS + (age < EPOCHS - 1 ? place->epoch % EPOCHS : ANCIENT);
 }
 
-static unsigned class_of(unsigned uses, bool last)
+unsigned density_class_of(unsigned uses, bool last)
 {
     static const uint8_t most[] = {0, 1, 2, 3, 4, 6, 12, 30, 100};
     unsigned class = 0;
@@ -166,10 +164,13 @@ static void samples_thin(struct density *density)
         }
 }
 
-static void sample_see(struct density *density, struct key key, unsigned class, bool asked)
+void density_sample(struct density *density, struct key key, unsigned class, bool asked)
 {
-    struct recent_entry *sample = recent_find(&density->samples, key);
+    struct recent_entry *sample;
 
+    if (!is_sampled(density, key))
+        return;
+    sample = recent_find(&density->samples, key);
     if (sample && !asked)
         return;
     if (sample) {
@@ -317,7 +318,7 @@ void density_learn(struct density *density)
     cells_order(density, groups);
 }
 
-/* -- the tier's side --------------------------------------------------------------------------- */
+/* -- what the tier asks for -------------------------------------------------------------------- */
 
 static void counts_age(struct density *density)
 {
@@ -330,21 +331,12 @@ static void counts_age(struct density *density)
         }
 }
 
-/* One epoch later: what has the age of the ancient joins them, and old samples end. */
-static void epoch_turn(struct tier *tier)
+void density_age(struct density *density)
 {
-    struct density *density = tier->density;
     struct recent *samples = &density->samples;
-    uint32_t leaves;
 
     density->epoch++;
     counts_age(density);
-    leaves = density->epoch - (EPOCHS - 1);
-    for (unsigned quota = 0; quota < tier->policy_count; quota++)
-        for (unsigned class = 0; class < CLASSES; class++)
-            policy_splice(tier, &tier->policies[quota],
-                          class * CELLS_OF_CLASS + leaves % EPOCHS,
-                          class * CELLS_OF_CLASS + ANCIENT);
     while (samples->oldest != NONE) {
         struct recent_entry *oldest = &samples->entries[samples->oldest];
 
@@ -352,89 +344,6 @@ static void epoch_turn(struct tier *tier)
             break;
         sample_expire(density, oldest);
     }
-}
-
-/* Whether the prompt was among those asked for last, and this is the second look at it: a match
- * before its get, or a retry. The third is a use again. */
-static bool asked_again(struct density *density, const struct batch *prompt)
-{
-    uint64_t name = prompt->blocks;
-
-    if (!prompt->blocks)
-        return true;
-    name = name << 32 | key_at(prompt->keys, (int64_t)prompt->blocks - 1).word[3];
-    for (unsigned i = 0; i < ASKED_LAST; i++)
-        if (density->asked_last[i] == name) {
-            density->asked_last[i] = 0;
-            return true;
-        }
-    density->asked_last[density->asked_next++ % ASKED_LAST] = name;
-    return false;
-}
-
-static void place_asked(struct tier *tier, ref id)
-{
-    struct density *density = tier->density;
-    struct place *place = &tier->places[id];
-    bool listed = place->list < LIST_PARKED;
-
-    if (listed)
-        policy_remove(tier, id);
-    if (place->uses < UINT8_MAX)
-        place->uses++;
-    place->class = (uint8_t)class_of(place->uses, false);
-    place->epoch = (uint16_t)density->epoch;
-    if (listed)
-        policy_insert(tier, id, 0);
-}
-
-/* Learn from a prompt: `nodes` are those of its first `known` blocks. */
-void density_asked(struct block_index *index, unsigned t, const struct batch *prompt,
-                   const ref *nodes, size_t known)
-{
-    struct tier *tier = &index->tier[t];
-    struct density *density = tier->density;
-    uint32_t turn_at = tier->capacity < EPOCH_PART ? 1 : tier->capacity / EPOCH_PART;
-    uint32_t uses = 0;
-
-    if (asked_again(density, prompt))
-        return;
-    for (size_t j = prompt->blocks; j-- > 0;) {
-        struct key key = key_at(prompt->keys, (int64_t)j);
-        ref id = j < known && nodes[j] != NONE ? node_at(index, nodes[j])->place[t] : NONE;
-        unsigned class;
-
-        if (id != NONE && tier->places[id].state == PLACE_READY) {
-            place_asked(tier, id);
-            class = tier->places[id].class;
-        } else {
-            struct recent_entry *marker = recent_find(&density->markers, key);
-
-            if (marker) {
-                if (marker->value < UINT8_MAX)
-                    marker->value++;
-                if (marker->value > uses)
-                    uses = marker->value;
-                recent_touch(&density->markers, marker);
-            } else if (j + 2 == prompt->blocks) {
-                recent_add(&density->markers, key, uses);
-            }
-            class = class_of(uses, j + 1 == prompt->blocks);
-        }
-        if (is_sampled(density, key))
-            sample_see(density, key, class, true);
-    }
-    density->asked += prompt->blocks;
-    if (density->asked < turn_at)
-        return;
-    for (unsigned turns = 0; density->asked >= turn_at && turns < EPOCHS; turns++) {
-        density->asked -= turn_at;
-        epoch_turn(tier);
-    }
-    density->asked %= turn_at;
-    density_learn(density);
-    for (unsigned quota = 0; quota < tier->policy_count; quota++)
-        tier->policies[quota].cursor = 0;
 }
 
 /* Tell the uses of a batch's blocks, by what is marked behind them: uses[i] for each. */
@@ -454,22 +363,21 @@ void density_foresee(struct density *density, const struct batch *batch, int64_t
                 most = marker->value;
         }
         uses[i] = most;
-        if (is_sampled(density, key))
-            sample_see(density, key, class_of(most, is_last(batch, i)), false);
+        density_sample(density, key, density_class_of(most, is_last(batch, i)), false);
     }
 }
 
 void density_class(const struct density *density, struct place *place, uint32_t uses, bool last)
 {
     place->uses = (uint8_t)uses;
-    place->class = (uint8_t)class_of(uses, last);
+    place->class = (uint8_t)density_class_of(uses, last);
     place->epoch = (uint16_t)density->epoch;
 }
 
 /* How many hits an epoch a block that comes now is worth. */
 float density_of_new(const struct density *density, uint32_t uses, bool last)
 {
-    return density->worth[class_of(uses, last) * CELLS_OF_CLASS + density->epoch % EPOCHS];
+    return density->worth[density_class_of(uses, last) * CELLS_OF_CLASS + density->epoch % EPOCHS];
 }
 
 const char *density_check(const struct density *density)
