@@ -25,6 +25,7 @@ from flexkv.io.superblock import FORMAT_VERSION, Superblock
 from flexkv.io.tensors import describe, kv_cache_list
 from flexkv.io.uring import RingOptions
 from flexkv.ledger import Ledger
+from flexkv.scrub import Scrubber
 
 Progress = Callable[[int, int], None]
 
@@ -46,6 +47,8 @@ class Backend(Protocol):
     disk_blocks: int
     ledger: Ledger | None
     """What makes the SSD tier survive; None when nothing does."""
+    scrubber: Scrubber | None
+    """What reads the SSD tier in idle time; None when nothing does."""
 
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
         """Take memory and files; `undo` gets what releases them."""
@@ -64,6 +67,7 @@ class LocalBackend:
         self.disk: DurablePort | None = None
         self.disk_blocks = 0
         self.ledger: Ledger | None = None
+        self.scrubber: Scrubber | None = None
         self._model, self._cache, self._sizes = model, cache, sizes
 
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
@@ -109,6 +113,10 @@ class LocalBackend:
                 self.ledger = Ledger(journals, self.disk_blocks, port.sums)
                 undo.callback(self.ledger.close)
                 port.forget = self.ledger.forget
+                if cache.ssd_scrub_mb_per_s:
+                    rate = cache.ssd_scrub_mb_per_s * MB
+                    self.scrubber = Scrubber(files, port.sums, self.ledger, rate)
+                    undo.callback(self.scrubber.close)
 
     def _superblock(self) -> Superblock:
         cache, sizes = self._cache, self._sizes

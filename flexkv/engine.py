@@ -118,6 +118,9 @@ class Engine:
                 self._start(actor)
             if self._backend.ledger is not None:
                 self._supervisor.keep("ledger", self._backend.ledger.run())
+            if self._backend.scrubber is not None:
+                disk, drop = self._actors[Tier.DISK], self._scheduler.drop_corrupt
+                self._supervisor.keep("scrub", self._backend.scrubber.run(disk.is_idle, drop))
             self._resources = undo.pop_all()
         self._open = self._used = True
         log.info(

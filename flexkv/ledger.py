@@ -33,6 +33,8 @@ SNAPSHOT_BLOCKS = 8192
 """Blocks noted anew in one step, while a journal is written anew."""
 KEPT_BYTES_MAX = 16 << 20
 """What is kept for a journal that takes no more at the moment; with more it is emptied."""
+SCAN_BLOCKS = 1 << 16
+"""Rows that are looked at in one go for blocks to check."""
 JOURNAL_BYTES_MIN = 8 << 20
 """A journal smaller than this is not written anew."""
 
@@ -107,6 +109,18 @@ class Ledger:
 
     def _lives(self) -> list[journal.Live]:
         return [each.live for each in self._journals]
+
+    def believed(self, first: int, count: int) -> BlockIds:
+        """Give the next blocks from `first` on, round the end, that a later run would believe in.
+
+        Few, or none, where few are within the blocks that are looked at.
+        """
+        places = (first + np.arange(min(SCAN_BLOCKS, len(self._believed)))) % len(self._believed)
+        return places[self._believed[places]][:count]
+
+    def believes(self, block_ids: BlockIds) -> NDArray[np.bool_]:
+        """Tell of which blocks a later run would believe that they are there."""
+        return self._believed[block_ids]
 
     # -- notes ----------------------------------------------------------------------------------
 

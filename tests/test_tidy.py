@@ -28,7 +28,7 @@ FLOORS = [
     {"trace"},
     {"io"},
     {"actors"},
-    {"admission", "statistics", "backend", "settings", "logs", "pins", "ledger"},
+    {"admission", "statistics", "backend", "settings", "logs", "pins", "ledger", "scrub"},
     {"engine"},
     {"tasks", "loop_thread", "server"},
     {"kvmanager"},

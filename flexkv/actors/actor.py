@@ -128,6 +128,10 @@ class TransferActor:
         """Count the transfers that are queued or in flight."""
         return len(self._mailbox)
 
+    def is_idle(self) -> bool:
+        """Tell whether nothing is queued or in flight."""
+        return not self.depth
+
     # -- the task -------------------------------------------------------------------------------
 
     async def run(self) -> None:

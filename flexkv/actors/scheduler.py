@@ -281,23 +281,25 @@ class Scheduler:
                 self._distrust(flight.plan, flight.plan.template.ops[op], error)
         self._work()
 
+    def drop_corrupt(self, error: CorruptBlockError) -> None:
+        """Forget blocks of the SSD tier that are not what they were, in this life and the next."""
+        block_ids = np.array(error.block_ids, np.int64)
+        self._observer.corrupt(error)
+        self._residency.forget(Tier.DISK, block_ids)
+        if self._notes is not None:
+            self._notes.erased(block_ids)
+
     def _distrust(self, plan: Plan, op: OpSpec, error: TransferError) -> None:
         """Forget blocks of a lower tier that could not be read: a put brings them anew."""
         if op.route is None or op.route.source <= Tier.HOST:
             return
-        source = op.route.source
         if isinstance(error, CorruptBlockError):
-            block_ids = np.array(error.block_ids, np.int64)
-            self._observer.corrupt(error)
-            corrupt = True
-        else:
-            begin, end = plan.bounds(op)
-            block_ids = plan.fills[op.leg].ids[source][begin:end]
-            corrupt = False
-        self._residency.forget(source, block_ids)
-        # What could not be read may be readable in the next life.
-        if corrupt and self._notes is not None and source is Tier.DISK:
-            self._notes.erased(block_ids)
+            self.drop_corrupt(error)
+            return
+        # What could not be read may be readable in the next life: the journal keeps it.
+        begin, end = plan.bounds(op)
+        source = op.route.source
+        self._residency.forget(source, plan.fills[op.leg].ids[source][begin:end])
 
     async def wait_idle(self) -> None:
         """Return once no flight is left, write-behind included, or the engine has failed."""

@@ -120,6 +120,12 @@ class CacheConfig(ConfigModel):
         "empty",
         "What to do with a directory whose blocks are of another model, layout, secret or version.",
     )
+    ssd_scrub_mb_per_s: float = key(
+        0.0,
+        "How fast to read what rests on SSD, in idle time, to find what has changed; 0 = off.",
+        unit="MB/s",
+        ge=0,
+    )
     io_deadline_s: float = key(
         10.0,
         "How long I/O of a lower tier may take; then nobody waits for it, and it is left alone.",

@@ -66,6 +66,10 @@ class PoolSummer:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._pool.fileno(), wake)
 
+    def fileno(self) -> int:
+        """Give an eventfd, readable while `reap` has something."""
+        return self._pool.fileno()
+
     def submit(self, token: int, host_ids: BlockIds, sums: Sums, urgent: bool) -> None:
         """Sum host blocks into `sums`."""
         assert self._pages is not None

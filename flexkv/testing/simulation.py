@@ -32,6 +32,7 @@ from flexkv.index.keys import block_keys
 from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.ports import DurablePort
 from flexkv.ledger import Ledger
+from flexkv.scrub import Scrubber
 from flexkv.testing.fakes import FakePort, FakeSummer
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.virtual_time import run_virtual
@@ -51,6 +52,7 @@ class FakeBackend:
         self.disk: DurablePort | None = None
         self.disk_blocks = disk_blocks
         self.ledger: Ledger | None = None
+        self.scrubber: Scrubber | None = None
         self._faults = faults
         self._memory = np.zeros((host_blocks, BLOCK_KEY_BYTES), np.uint8)
         self._store = np.zeros((disk_blocks, BLOCK_KEY_BYTES), np.uint8)

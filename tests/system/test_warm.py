@@ -322,6 +322,23 @@ def empty(directory: Path) -> None:
         leftover.unlink()
 
 
+async def test_what_rests_is_read_in_idle_time(tmp_path: Path) -> None:
+    """A changed block is dropped before anybody asks for it; sound ones stay."""
+    await put(tmp_path, PROMPT)
+    with (tmp_path / "blocks-0000.flexkv").open("r+b") as content:
+        content.seek(9 * 4096 + 5)
+        content.write(b"changed")
+    async with KVManager(MODEL, cache_config(tmp_path, ssd_scrub_mb_per_s=4000)) as manager:
+        scrubber = manager._engine._backend.scrubber
+        assert scrubber is not None
+        async with asyncio.timeout(20):
+            while scrubber.checked_blocks < 40:  # noqa: ASYNC110 -- nobody tells
+                await asyncio.sleep(0.005)
+        assert manager.match(PROMPT).tokens == 9 * PER_BLOCK
+        assert manager.statistics().corrupt_blocks == 1
+    assert (await got(tmp_path))[::2] == (9, 0)
+
+
 DAMAGES = int(os.environ.get("DAMAGES", "300"))
 
 

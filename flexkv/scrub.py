@@ -1,0 +1,95 @@
+"""Reads what rests on SSD, in idle time and at a bounded rate, and drops what is not what it was.
+
+A row that the ledger believes in is not written: what is read of it is whole. If it stopped being
+believed in meanwhile, or got another checksum, what was read says nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import structlog
+
+from flexkv.common.errors import CorruptBlockError
+from flexkv.common.terms import BlockIds
+from flexkv.io.arena import Arena
+from flexkv.io.checked import PoolSummer, Sums
+from flexkv.io.files import StripedFiles
+from flexkv.ledger import SCAN_BLOCKS, Ledger
+
+log = structlog.get_logger(__name__)
+
+BATCH_BYTES = 8 << 20
+
+
+class Scrubber:
+    """Goes over the blocks of the SSD tier, again and again.
+
+    Attributes:
+        checked_blocks: read and compared since the start.
+    """
+
+    def __init__(self, files: StripedFiles, sums: Sums, ledger: Ledger, bytes_per_s: float) -> None:
+        """Take the files, the sums that the port keeps, and who knows which of them count."""
+        self.checked_blocks = 0
+        self._files, self._sums, self._ledger = files, sums, ledger
+        self._stride = files.block_stride_bytes
+        self._memory = Arena.open(max(1, BATCH_BYTES // self._stride), self._stride)
+        self._summer = PoolSummer(self._memory)
+        self._pause_s = self._memory.num_blocks * self._stride / bytes_per_s
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="flexkv-scrub")
+        self._next = 0
+
+    async def run(
+        self, is_idle: Callable[[], bool], bad: Callable[[CorruptBlockError], None]
+    ) -> None:
+        """Work until cancelled; `bad` is told of blocks that have changed."""
+        while True:
+            await asyncio.sleep(self._pause_s)
+            if is_idle() and (error := await self.step()) is not None:
+                bad(error)
+
+    async def step(self) -> CorruptBlockError | None:
+        """Check the next blocks; gives those that have changed."""
+        ids = self._ledger.believed(self._next, self._memory.num_blocks)
+        if not len(ids):
+            self._next += SCAN_BLOCKS
+            return None
+        self._next = int(ids[-1]) + 1
+        expected = self._sums[ids]
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._thread, self._read, ids, expected)
+        self.checked_blocks += len(ids)
+        same = self._ledger.believes(ids) & (self._sums[ids] == expected)
+        changed = ids[same & (found != expected)].tolist()
+        if not changed:
+            return None
+        file, offset = self._files.locate_one(changed[0])
+        return CorruptBlockError(self._files.paths[file], offset, changed)
+
+    def _read(self, ids: BlockIds, expected: Sums) -> Sums:
+        """Read blocks and sum them; one that cannot be read counts as right: others see to that."""
+        found, unread = np.empty(len(ids), np.uint64), np.zeros(len(ids), np.bool_)
+        for number, (file, offset) in enumerate(zip(*self._files.locate(ids), strict=True)):
+            block = self._memory.buffer[number * self._stride : (number + 1) * self._stride]
+            try:
+                moved = os.preadv(self._files.fds[int(file)], [block], int(offset))
+            except OSError:
+                moved = -1
+            unread[number] = moved < self._stride
+        self._summer.submit(0, np.arange(len(ids)), found, urgent=False)
+        select.select([self._summer.fileno()], [], [])
+        self._summer.reap()
+        found[unread] = expected[unread]
+        return found
+
+    def close(self) -> None:
+        """Wait for the read under way, and let go of all memory. Idempotent."""
+        self._thread.shutdown()
+        self._summer.close()
+        self._memory.close()
