@@ -86,37 +86,39 @@ class LocalBackend:
         )
         undo.callback(self._arena.close)
         self.host = self._arena.backing
-        if sizes.num_disk_blocks:
-            folders = present([Path(folder) for folder in cache.ssd_cache_dir])
-            self.disk_blocks = max(
-                1, sizes.num_disk_blocks * len(folders) // len(cache.ssd_cache_dir)
-            )
-            if cache.ssd_on_mismatch == "refuse":
-                refuse(folders, self._superblock())
-            per_file = sizes.max_file_blocks
-            files = StripedFiles.open(
-                folders,
-                self.disk_blocks,
-                sizes.block_stride_bytes,
-                None if per_file is None else per_file * sizes.block_stride_bytes,
-                cache.ssd_preallocate,
-            )
-            undo.callback(files.close)
-            options = RingOptions(entries=cache.iouring_entries, flags=cache.iouring_flags)
-            port = self.disk = open_ssd(
-                self._arena, files, options, int(cache.disk_write_window_mb * MB), undo
-            )
-            if not cache.ssd_warm_restart:
-                forget_earlier(folders)
-            else:
-                journals = open_journals(folders, self._superblock(), undo)
-                self.ledger = Ledger(journals, self.disk_blocks, port.sums)
-                undo.callback(self.ledger.close)
-                port.forget = self.ledger.forget
-                if cache.ssd_scrub_mb_per_s:
-                    rate = cache.ssd_scrub_mb_per_s * MB
-                    self.scrubber = Scrubber(files, port.sums, self.ledger, rate)
-                    undo.callback(self.scrubber.close)
+        folders = present([Path(folder) for folder in cache.ssd_cache_dir])
+        if sizes.num_disk_blocks and folders:
+            self._open_ssd(folders, undo)
+
+    def _open_ssd(self, folders: list[Path], undo: ExitStack) -> None:
+        cache, sizes = self._cache, self._sizes
+        if cache.ssd_on_mismatch == "refuse":
+            refuse(folders, self._superblock())
+        # Each directory has its part, whatever became of the others.
+        self.disk_blocks = sizes.num_disk_blocks * len(folders) // len(cache.ssd_cache_dir) or 1
+        per_file = sizes.max_file_blocks
+        files = StripedFiles.open(
+            folders,
+            self.disk_blocks,
+            sizes.block_stride_bytes,
+            None if per_file is None else per_file * sizes.block_stride_bytes,
+            cache.ssd_preallocate,
+        )
+        undo.callback(files.close)
+        options = RingOptions(entries=cache.iouring_entries, flags=cache.iouring_flags)
+        window_bytes = int(cache.disk_write_window_mb * MB)
+        port = self.disk = open_ssd(self._arena, files, options, window_bytes, undo)
+        if not cache.ssd_warm_restart:
+            forget_earlier(folders)
+            return
+        journals = open_journals(folders, self._superblock(), undo)
+        self.ledger = Ledger(journals, self.disk_blocks, port.sums)
+        undo.callback(self.ledger.close)
+        port.forget = self.ledger.forget
+        if cache.ssd_scrub_mb_per_s:
+            rate = cache.ssd_scrub_mb_per_s * MB
+            self.scrubber = Scrubber(files, port.sums, self.ledger, rate)
+            undo.callback(self.scrubber.close)
 
     def _superblock(self) -> Superblock:
         cache, sizes = self._cache, self._sizes

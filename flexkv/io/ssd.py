@@ -22,15 +22,15 @@ log = structlog.get_logger(__name__)
 
 
 def present(folders: list[Path]) -> list[Path]:
-    """Give the directories that are there, or can be made; all of them when none is.
+    """Give the directories that are there, or can be made.
 
-    A directory that is missing costs its part of the tier, not the engine.
+    A directory that is missing costs its part of the tier, or all of it, but not the engine.
     """
     found = [folder for folder in folders if _is_there(folder)]
     for folder in folders:
-        if found and folder not in found:
+        if folder not in found:
             log.error("ssd_directory_missing", directory=str(folder))
-    return found or folders
+    return found
 
 
 def _is_there(folder: Path) -> bool:

@@ -337,7 +337,7 @@ def test_parts_that_are_not_built_refuse_to_start(
     [
         ({"num_cpu_blocks": 1 << 40}, "num_cpu_blocks"),
         ({"num_ssd_blocks": 1 << 40}, "num_ssd_blocks"),
-        ({"ssd_cache_dir": "/proc/nowhere/flexkv"}, "ssd_cache_dir"),
+        ({"ssd_cache_dir": "/proc/flexkv"}, "ssd_cache_dir"),
         ({"ssd_cache_dir": "/proc/version"}, "ssd_cache_dir"),
     ],
 )

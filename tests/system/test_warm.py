@@ -149,6 +149,18 @@ async def test_another_set_of_directories_keeps_what_fits(tmp_path: Path) -> Non
     assert any(entry["event"] == "ssd_directory_missing" for entry in logs)
 
 
+async def test_without_any_directory_the_engine_goes_on(tmp_path: Path) -> None:
+    """The disk that held the tier is gone: host memory serves, and the log says so."""
+    with capture_logs() as logs:
+        async with KVManager(MODEL, cache_config(tmp_path / "gone" / "ssd")) as manager:
+            manager.register_kv_caches(kv_caches())
+            await manager.put(PROMPT, slots_of(range(16)))
+            await manager.flush()
+            assert manager.match(PROMPT).tokens == len(PROMPT)
+            assert list(manager.statistics().tiers) == ["host"]
+    assert any(entry["event"] == "ssd_directory_missing" for entry in logs)
+
+
 async def test_a_journal_that_is_no_journal_costs_its_blocks_only(tmp_path: Path) -> None:
     """Rubbish where the journal was is an empty tier."""
     await put(tmp_path, PROMPT)
