@@ -165,7 +165,7 @@ class StripedFiles:
             for leftover in set(folder.glob(FILE_PATTERN)).difference(paths):
                 _unlink(leftover)
         for path in paths:
-            fd = _open_regular(path)
+            fd = open_regular(path)
             self._closing.callback(os.close, fd)
             self.fds.append(fd)
             self.paths.append(str(path))
@@ -234,9 +234,9 @@ def _prepare(folder: Path) -> None:
         raise ConfigError("ssd_cache_dir", str(folder), why) from error
 
 
-def _open_regular(path: Path) -> int:
+def open_regular(path: Path, more_flags: int = 0) -> int:
     """Open or create a file of ours: never a link, a pipe or a directory in its place."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | more_flags
     with ExitStack() as undo:
         try:
             fd = os.open(path, flags, 0o600)
@@ -261,7 +261,7 @@ def _unlink(path: Path) -> None:
 
 def lock(folder: Path) -> int:
     """Take the lock of `folder`, and give the descriptor that holds it."""
-    fd = _open_regular(folder / LOCK_NAME)
+    fd = open_regular(folder / LOCK_NAME)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.truncate(fd, 0)

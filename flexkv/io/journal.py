@@ -23,7 +23,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv.common.errors import StorageError
+from flexkv.common.errors import ConfigError, StorageError
+from flexkv.io.files import open_regular
 
 NAME, NEW_NAME = "journal.flexkv", "journal.new.flexkv"
 RECORD_BYTES = 36
@@ -182,12 +183,13 @@ class Journal:
         """Open or create it; `live` is what it says.
 
         Raises:
-            OSError: the file cannot be read or cut.
+            ConfigError: the file cannot be opened, or is no file of ours.
+            OSError: it cannot be read or cut.
         """
         self.folder = folder
         self.path = folder / NAME
         (folder / NEW_NAME).unlink(missing_ok=True)
-        self._fd = _open(self.path)
+        self._fd = open_regular(self.path, os.O_APPEND)
         self._new_fd: int | None = None
         try:
             content = self.path.read_bytes()
@@ -252,8 +254,8 @@ class Journal:
     def begin_new(self) -> None:
         """Start a new journal beside this one, if the directory takes one."""
         self.drop_new()
-        with suppress(OSError):
-            self._new_fd = _open(self.folder / NEW_NAME)
+        with suppress(ConfigError):
+            self._new_fd = open_regular(self.folder / NEW_NAME, os.O_APPEND)
 
     def drop_new(self) -> None:
         """Give the new journal up."""
@@ -296,10 +298,6 @@ class Journal:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 def sync_folder(folder: Path) -> None:

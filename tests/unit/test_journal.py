@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
@@ -249,6 +250,18 @@ def test_a_new_journal_that_takes_no_more_is_given_up(
     one.append(told[2][0])
     one.close()
     assert model_of(Journal(tmp_path).live) == told[2][1]
+
+
+def test_a_journal_is_a_file_of_ours(tmp_path: Path) -> None:
+    """Nothing is read from a pipe in its place, nor written through a link."""
+    place = tmp_path / journal.NAME
+    os.mkfifo(place)
+    with pytest.raises(ConfigError, match="regular"):
+        Journal(tmp_path)
+    place.unlink()
+    place.symlink_to(tmp_path / "other")
+    with pytest.raises(ConfigError, match="not writable"):
+        Journal(tmp_path)
 
 
 def test_a_mount_whose_device_is_gone_is_missing(
