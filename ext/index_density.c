@@ -142,6 +142,15 @@ static void sample_expire(struct density *density, struct recent_entry *sample)
     recent_drop(&density->samples, sample);
 }
 
+static void counts_scale(struct density *density, double factor)
+{
+    for (unsigned class = 0; class < CLASSES; class++)
+        for (unsigned bucket = 0; bucket < BUCKETS; bucket++) {
+            density->hits[class][bucket] *= factor;
+            density->exposed[class][bucket] *= factor;
+        }
+}
+
 /* Sample fewer keys from now on, and scale what was counted as if it had been so all along. */
 static void samples_thin(struct density *density)
 {
@@ -157,11 +166,7 @@ static void samples_thin(struct density *density)
         --*living_of(density, sample->value);
         recent_drop(samples, sample);
     }
-    for (unsigned class = 0; class < CLASSES; class++)
-        for (unsigned bucket = 0; bucket < BUCKETS; bucket++) {
-            density->hits[class][bucket] *= 7.0 / 8;
-            density->exposed[class][bucket] *= 7.0 / 8;
-        }
+    counts_scale(density, 7.0 / 8);
 }
 
 void density_sample(struct density *density, struct key key, unsigned class, bool asked)
@@ -320,23 +325,12 @@ void density_learn(struct density *density)
 
 /* -- what the tier asks for -------------------------------------------------------------------- */
 
-static void counts_age(struct density *density)
-{
-    const double left = 1 - 1.0 / MEMORY_EPOCHS;
-
-    for (unsigned class = 0; class < CLASSES; class++)
-        for (unsigned bucket = 0; bucket < BUCKETS; bucket++) {
-            density->hits[class][bucket] *= left;
-            density->exposed[class][bucket] *= left;
-        }
-}
-
 void density_age(struct density *density)
 {
     struct recent *samples = &density->samples;
 
     density->epoch++;
-    counts_age(density);
+    counts_scale(density, 1 - 1.0 / MEMORY_EPOCHS);
     while (samples->oldest != NONE) {
         struct recent_entry *oldest = &samples->entries[samples->oldest];
 

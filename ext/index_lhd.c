@@ -53,7 +53,7 @@ static void place_asked(struct tier *tier, ref id)
 
 /* Learn from a prompt: `nodes` are those of its first `known` blocks. */
 void lhd_asked(struct block_index *index, unsigned t, const struct batch *prompt,
-                   const ref *nodes, size_t known)
+               const ref *nodes, size_t known)
 {
     struct tier *tier = &index->tier[t];
     struct density *density = tier->density;

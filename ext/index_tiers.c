@@ -161,10 +161,9 @@ static void room_for_all(struct block_index *index, unsigned t, unsigned quota, 
 }
 
 /* Make room for a batch as far as it can or should be made; gives for how much there is room. */
-static size_t room_make(struct block_index *index, unsigned t, const struct batch *batch,
-                        enum reserve_how how, const int64_t *uses)
+static size_t room_make(struct block_index *index, unsigned t, unsigned quota,
+                        const struct batch *batch, enum reserve_how how, const int64_t *uses)
 {
-    unsigned quota = index->quotas ? quota_of(index, key_at(batch->keys, -1)) : 0;
     size_t room = room_of(index, t, quota);
 
     if (batch->n <= room)
@@ -197,15 +196,14 @@ int64_t index_reserve(struct block_index *index, unsigned t, const struct batch 
     struct tier *tier = &index->tier[t];
     struct density *density = tier->density;
     const int64_t *positions = batch->positions;
+    unsigned quota = index->quotas ? quota_of(index, key_at(batch->keys, -1)) : 0;
     size_t n;
-    uint8_t quota;
     bool fresh = false;
     ref last = NONE;
 
     if (density)
         density_foresee(density, batch, ids);
-    n = room_make(index, t, batch, how, ids);
-    quota = index->quotas ? (uint8_t)quota_of(index, key_at(batch->keys, -1)) : 0;
+    n = room_make(index, t, quota, batch, how, ids);
     for (size_t i = 0; i < n; i++) {
         struct place *place;
         struct node *node;
@@ -224,7 +222,7 @@ int64_t index_reserve(struct block_index *index, unsigned t, const struct batch 
         node_at(index, node->root)->place[t]++;
         place = &tier->places[ids[i]];
         *place = (struct place){.node = last, .state = PLACE_RESERVED, .list = LIST_NONE,
-                                .quota = quota};
+                                .quota = (uint8_t)quota};
         if (density)
             density_class(density, place, uses, is_last(batch, i));
         tier->reserved++;

@@ -108,13 +108,35 @@ static struct pool_job *job_new(PageMap *map, const struct page_ids *ids, int64_
     return job;
 }
 
+/* Queue a job, if there is one; the pool has it then. */
+static PyObject *job_start(CopyPool *self, struct pool_job *job, bool urgent)
+{
+    if (!job)
+        return NULL;
+    if (pool_submit(&self->pool, job, urgent))
+        return Py_NewRef(Py_None);
+    job_free(job);
+    return pool_closed();
+}
+
+/* The PageMap of an argument, or NULL with an exception. */
+static PageMap *pages_read(CopyPool *self, PyObject *object)
+{
+    struct ext_state *state = PyType_GetModuleState(Py_TYPE((PyObject *)self));
+
+    if (PyObject_TypeCheck(object, state->page_map))
+        return (PageMap *)object;
+    PyErr_SetString(PyExc_TypeError, "pages must be a PageMap");
+    return NULL;
+}
+
 static PyObject *copy_pool_submit(CopyPool *self, PyObject *const *args, Py_ssize_t count,
                                   PyObject *keywords)
 {
     static const char *const names[] = {"token",      "pages",    "direction",
                                         "device_ids", "host_ids", "urgent"};
     static const struct signature signature = {"submit", names, 6, 6};
-    struct ext_state *state = PyType_GetModuleState(Py_TYPE((PyObject *)self));
+    PageMap *pages;
     PyObject *values[6];
     int64_t token, direction;
     struct page_ids ids;
@@ -125,22 +147,14 @@ static PyObject *copy_pool_submit(CopyPool *self, PyObject *const *args, Py_ssiz
         integer_read(values[0], "token", INT64_MIN, INT64_MAX, &token) < 0 ||
         integer_read(values[2], "direction", TO_HOST, TO_DEVICE, &direction) < 0)
         return NULL;
-    if (!PyObject_TypeCheck(values[1], state->page_map)) {
-        PyErr_SetString(PyExc_TypeError, "pages must be a PageMap");
+    if (!(pages = pages_read(self, values[1])))
         return NULL;
-    }
     urgent = PyObject_IsTrue(values[5]);
-    if (urgent < 0 || page_ids_hold((PageMap *)values[1], values[3], values[4], &ids) < 0)
+    if (urgent < 0 || page_ids_hold(pages, values[3], values[4], &ids) < 0)
         return NULL;
-    job = job_new((PageMap *)values[1], &ids, token, direction);
+    job = job_new(pages, &ids, token, direction);
     page_ids_release(&ids);
-    if (!job)
-        return NULL;
-    if (!pool_submit(&self->pool, job, urgent)) {
-        job_free(job);
-        return pool_closed();
-    }
-    return Py_NewRef(Py_None);
+    return job_start(self, job, urgent);
 }
 
 /* Let a job write its sums to a buffer of uint64[n], held until the job is freed. 0 or -1. */
@@ -171,7 +185,7 @@ static PyObject *copy_pool_checksum(CopyPool *self, PyObject *const *args, Py_ss
 {
     static const char *const names[] = {"token", "pages", "host_ids", "sums", "urgent"};
     static const struct signature signature = {"checksum", names, 5, 5};
-    struct ext_state *state = PyType_GetModuleState(Py_TYPE((PyObject *)self));
+    PageMap *pages;
     PyObject *values[5];
     struct page_ids ids;
     struct pool_job *job;
@@ -181,26 +195,18 @@ static PyObject *copy_pool_checksum(CopyPool *self, PyObject *const *args, Py_ss
     if (args_unpack(&signature, args, count, keywords, values) < 0 ||
         integer_read(values[0], "token", INT64_MIN, INT64_MAX, &token) < 0)
         return NULL;
-    if (!PyObject_TypeCheck(values[1], state->page_map)) {
-        PyErr_SetString(PyExc_TypeError, "pages must be a PageMap");
+    if (!(pages = pages_read(self, values[1])))
         return NULL;
-    }
     urgent = PyObject_IsTrue(values[4]);
-    if (urgent < 0 || page_ids_hold((PageMap *)values[1], values[2], values[2], &ids) < 0)
+    if (urgent < 0 || page_ids_hold(pages, values[2], values[2], &ids) < 0)
         return NULL;
-    job = job_new((PageMap *)values[1], &ids, token, CHECKSUM);
+    job = job_new(pages, &ids, token, CHECKSUM);
     if (job && job_sums_to(job, values[3], (size_t)ids.host.count) < 0) {
         job_free(job);
         job = NULL;
     }
     page_ids_release(&ids);
-    if (!job)
-        return NULL;
-    if (!pool_submit(&self->pool, job, urgent)) {
-        job_free(job);
-        return pool_closed();
-    }
-    return Py_NewRef(Py_None);
+    return job_start(self, job, urgent);
 }
 
 static PyObject *copy_pool_reap(CopyPool *self, PyObject *Py_UNUSED(none))

@@ -86,8 +86,7 @@ class LocalBackend:
         )
         undo.callback(self._arena.close)
         self.host = self._arena.backing
-        folders = present([Path(folder) for folder in cache.ssd_cache_dir])
-        if sizes.num_disk_blocks and folders:
+        if sizes.num_disk_blocks and (folders := present(map(Path, cache.ssd_cache_dir))):
             self._open_ssd(folders, undo)
 
     def _open_ssd(self, folders: list[Path], undo: ExitStack) -> None:

@@ -7,22 +7,17 @@ believed in meanwhile, or got another checksum, what was read says nothing.
 from __future__ import annotations
 
 import asyncio
-import os
-import select
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import structlog
 
 from flexkv.common.errors import CorruptBlockError
 from flexkv.common.terms import BlockIds
-from flexkv.io.arena import Arena
-from flexkv.io.checked import PoolSummer, Sums
+from flexkv.io.checked import Sums
 from flexkv.io.files import StripedFiles
+from flexkv.io.reread import Rereader
 from flexkv.ledger import SCAN_BLOCKS, Ledger
-
-log = structlog.get_logger(__name__)
 
 BATCH_BYTES = 8 << 20
 
@@ -38,10 +33,8 @@ class Scrubber:
         """Take the files, the sums that the port keeps, and who knows which of them count."""
         self.checked_blocks = 0
         self._files, self._sums, self._ledger = files, sums, ledger
-        self._stride = files.block_stride_bytes
-        self._memory = Arena.open(max(1, BATCH_BYTES // self._stride), self._stride)
-        self._summer = PoolSummer(self._memory)
-        self._pause_s = self._memory.num_blocks * self._stride / bytes_per_s
+        self._reader = Rereader(files.block_stride_bytes, BATCH_BYTES)
+        self._pause_s = self._reader.num_blocks * files.block_stride_bytes / bytes_per_s
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="flexkv-scrub")
         self._next = 0
 
@@ -56,7 +49,7 @@ class Scrubber:
 
     async def step(self) -> CorruptBlockError | None:
         """Check the next blocks; gives those that have changed."""
-        ids = self._ledger.believed(self._next, self._memory.num_blocks)
+        ids = self._ledger.believed(self._next, self._reader.num_blocks)
         if not len(ids):
             self._next += SCAN_BLOCKS
             return None
@@ -74,22 +67,12 @@ class Scrubber:
 
     def _read(self, ids: BlockIds, expected: Sums) -> Sums:
         """Read blocks and sum them; one that cannot be read counts as right: others see to that."""
-        found, unread = np.empty(len(ids), np.uint64), np.zeros(len(ids), np.bool_)
-        for number, (file, offset) in enumerate(zip(*self._files.locate(ids), strict=True)):
-            block = self._memory.buffer[number * self._stride : (number + 1) * self._stride]
-            try:
-                moved = os.preadv(self._files.fds[int(file)], [block], int(offset))
-            except OSError:
-                moved = -1
-            unread[number] = moved < self._stride
-        self._summer.submit(0, np.arange(len(ids)), found, urgent=False)
-        select.select([self._summer.fileno()], [], [])
-        self._summer.reap()
-        found[unread] = expected[unread]
-        return found
+        files, offsets = self._files.locate(ids)
+        fds = [self._files.fds[file] for file in files.tolist()]
+        found, whole = self._reader.sums(zip(fds, offsets.tolist(), strict=True))
+        return np.where(whole, found, expected)
 
     def close(self) -> None:
         """Wait for the read under way, and let go of all memory. Idempotent."""
         self._thread.shutdown()
-        self._summer.close()
-        self._memory.close()
+        self._reader.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,14 +22,16 @@ from flexkv.io.uring import RingOptions
 log = structlog.get_logger(__name__)
 
 
-def present(folders: list[Path]) -> list[Path]:
+def present(folders: Iterable[Path]) -> list[Path]:
     """Give the directories that are there, or can be made.
 
     A directory that is missing costs its part of the tier, or all of it, but not the engine.
     """
-    found = [folder for folder in folders if _is_there(folder)]
+    found = []
     for folder in folders:
-        if folder not in found:
+        if _is_there(folder):
+            found.append(folder)
+        else:
             log.error("ssd_directory_missing", directory=str(folder))
     return found
 

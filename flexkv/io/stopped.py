@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import select
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -13,12 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._ext import CopyPool, PageMap
 from flexkv.common.errors import ConfigError
 from flexkv.io import superblock
-from flexkv.io.arena import Arena
 from flexkv.io.files import lock
 from flexkv.io.journal import Journal, cleared, erased
+from flexkv.io.reread import Rereader
 
 BATCH_BYTES = 64 << 20
 
@@ -43,10 +41,11 @@ class StoppedTier:
         if found is None:
             raise ConfigError("directory", str(folder), "has no superblock of an SSD tier")
         self.folder, self.superblock = folder, found
-        self._closing = ExitStack()
-        self._closing.callback(os.close, lock(folder))
-        self._journal = Journal(folder)
-        self._closing.callback(self._journal.close)
+        with ExitStack() as undo:
+            undo.callback(os.close, lock(folder))
+            self._journal = Journal(folder)
+            undo.callback(self._journal.close)
+            self._closing = undo.pop_all()
         self.live = self._journal.live
 
     def __enter__(self) -> StoppedTier:
@@ -72,44 +71,31 @@ class StoppedTier:
 
     def verify(self) -> Iterator[Checked]:
         """Read every row that the journal believes in, and compare its checksum."""
-        stride = self.superblock.block_stride_bytes
-        arena = Arena.open(max(1, BATCH_BYTES // stride), stride)
-        pieces = np.array([[arena.address, stride, stride, 0]], np.int64)
-        pages = PageMap(pieces, arena.num_blocks, arena.buffer, stride, None)
-        pool = CopyPool(min(4, os.cpu_count() or 1))
         order = np.argsort(self.live.rows)
         rows, sums = self.live.rows[order], self.live.sums[order]
-        try:
-            with ExitStack() as files:
-                fds: dict[int, int] = {}
-                for at in range(0, len(rows), arena.num_blocks):
-                    batch = rows[at : at + arena.num_blocks]
-                    short = [self._read(fds, files, row, arena, n) for n, row in enumerate(batch)]
-                    found = np.empty(len(batch), np.uint64)
-                    pool.checksum(0, pages, np.arange(len(batch)), found, False)
-                    select.select([pool.fileno()], [], [])
-                    pool.reap()
-                    bad = (found != sums[at : at + arena.num_blocks]) | np.array(short)
-                    yield Checked(batch, batch[bad])
-        finally:
-            pool.close()
-            del pages
-            arena.close()
+        with ExitStack() as closing:
+            reader = Rereader(self.superblock.block_stride_bytes, BATCH_BYTES)
+            closing.callback(reader.close)
+            fds: dict[int, int | None] = {}
+            for at in range(0, len(rows), reader.num_blocks):
+                batch = rows[at : at + reader.num_blocks]
+                found, whole = reader.sums(self._place(row, fds, closing) for row in batch.tolist())
+                bad = (found != sums[at : at + reader.num_blocks]) | ~whole
+                yield Checked(batch, batch[bad])
 
-    def _read(
-        self, fds: dict[int, int], files: ExitStack, row: int, arena: Arena, number: int
-    ) -> bool:
-        """Read one row into a block of memory; tells whether the file ended or failed before."""
+    def _place(
+        self, row: int, fds: dict[int, int | None], closing: ExitStack
+    ) -> tuple[int | None, int]:
+        """Give the descriptor and the byte offset of a row; files are opened as they are met."""
         stride, per_file = self.superblock.block_stride_bytes, self.superblock.rows_per_file
-        index, place = divmod(int(row), per_file) if per_file else (0, int(row))
-        block = arena.buffer[number * stride : (number + 1) * stride]
-        try:
-            if index not in fds:
-                fds[index] = os.open(self.folder / f"blocks-{index:04d}.flexkv", os.O_RDONLY)
-                files.callback(os.close, fds[index])
-            return os.preadv(fds[index], [block], place * stride) < stride
-        except OSError:
-            return True
+        index, place = divmod(row, per_file) if per_file else (0, row)
+        if index not in fds:
+            fds[index] = None
+            with suppress(OSError):
+                fd = os.open(self.folder / f"blocks-{index:04d}.flexkv", os.O_RDONLY)
+                closing.callback(os.close, fd)
+                fds[index] = fd
+        return fds[index], place * stride
 
     def drop(self, rows: NDArray[np.int64]) -> None:
         """Let nobody believe in some rows."""
