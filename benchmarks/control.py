@@ -95,7 +95,7 @@ async def _small(rounds: int) -> Figures:
 class _EmptyPort:
     """Ends every transfer as it is submitted."""
 
-    block_bytes = 1
+    block_bytes, arrived_bytes = 1, 0
 
     def __init__(self) -> None:
         self._ended: list[Completion] = []
@@ -132,7 +132,7 @@ async def _empty(rounds: int) -> Figures:
     window = Window(1 << 30, 1 << 20)
     actor = TransferActor(Tier.DEVICE, _EmptyPort(), window, window, 1 << 16)
     actor.attach(report)
-    supervisor = Supervisor(lambda error: None)
+    supervisor = Supervisor(lambda error: [f.set_exception(error) for f in waiting.values()])
     await supervisor.start()
     supervisor.keep("empty", actor.run())
     ids, loop, token = np.zeros(1, np.int64), asyncio.get_running_loop(), 0

@@ -9,7 +9,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ import numpy as np
 from benchmarks.disk_limits import BLOCK_BYTES
 from benchmarks.harness import Figures, Options, median_ratio, percentile
 from benchmarks.rigs import LARGE, SMALL, cache_of, kv_caches, prompt, slots_of
+from flexkv.backend import LocalBackend
 from flexkv.common.terms import Tier
 from flexkv.io import journal
-from flexkv.io.checked import SUM_AHEAD, CheckedDiskPort
+from flexkv.io.checked import CheckedDiskPort
+from flexkv.io.cpu import CpuDevicePort
 from flexkv.kvmanager import KVManager
 
 CHAIN_BLOCKS = 64
@@ -43,18 +45,31 @@ def _port_of(manager: KVManager) -> CheckedDiskPort:
     return port
 
 
+def _unsummed_pages(manager: KVManager, caches: Any) -> Any:
+    """Give the device's pages for copies that keep no sums."""
+    backend = manager._engine._backend
+    assert isinstance(backend, LocalBackend)
+    sums, backend._sums = backend._sums, None
+    port = backend.device(caches, None).port
+    backend._sums = sums
+    assert isinstance(port, CpuDevicePort)
+    pages = port._pages
+    port.close()
+    return pages
+
+
 @contextmanager
-def _unchecked(manager: KVManager) -> Iterator[None]:
-    """Let transfers pass by the checksums, with as much in flight; only while the port is idle."""
-    port, windows = _port_of(manager), manager._engine._actors[Tier.DISK]._windows
-    vars(port).update(submit=port._inner.submit, reap=port._inner.reap)
-    ahead = windows[False]
-    windows[False] = ahead._replace(bytes_max=ahead.bytes_max // SUM_AHEAD)
+def _unchecked(manager: KVManager, unsummed: Any) -> Iterator[None]:
+    """Let transfers pass by the checksums; only while nothing is in flight."""
+    disk, device = _port_of(manager), manager._engine._device.port
+    assert isinstance(device, CpuDevicePort)
+    vars(disk).update(submit=disk._inner.submit, reap=disk._inner.reap)
+    summed, device._pages = device._pages, unsummed
     try:
         yield
     finally:
-        windows[False] = ahead
-        del port.submit, port.reap
+        device._pages = summed
+        del disk.submit, disk.reap
 
 
 # -- checksums -----------------------------------------------------------------------------------
@@ -69,7 +84,9 @@ async def _checksums(directory: Path, options: Options) -> Figures:
         write_behind_max_gb=bulk * BLOCK_BYTES / 2**30,
     )
     async with KVManager(LARGE, cache) as manager:
-        manager.register_kv_caches(kv_caches(LARGE, bulk))
+        caches = kv_caches(LARGE, bulk)
+        manager.register_kv_caches(caches)
+        unsummed = _unsummed_pages(manager, caches)
         slots, fresh = slots_of(range(bulk)), iter(range(5000, 9000))
         for number in range(3):
             await manager.put(prompt(number, bulk), slots)
@@ -81,7 +98,13 @@ async def _checksums(directory: Path, options: Options) -> Figures:
             await manager.prefetch(prompt(next(turn) % 3, bulk))
             return time.perf_counter() - begin
 
-        async def write() -> float:  # what is left when the put, which copies, is answered
+        async def write() -> float:
+            begin = time.perf_counter()
+            await manager.put(prompt(next(fresh), bulk), slots)
+            await manager.flush()
+            return time.perf_counter() - begin
+
+        async def behind() -> float:  # what is left when the put, which copies, is answered
             await manager.put(prompt(next(fresh), bulk), slots)
             begin = time.perf_counter()
             await manager.flush()
@@ -94,14 +117,21 @@ async def _checksums(directory: Path, options: Options) -> Figures:
             return time.perf_counter() - begin
 
         figures: Figures = {}
-        for name, work in (("read", read), ("host-hit get", hit), ("write", write)):
+        works = {"read": read, "host-hit get": hit, "put and flush": write, "write-behind": behind}
+        for name, work in works.items():
             figures[f"{name} rate with checksums / without"] = await _ratio(
-                manager, work, options.repeats * (20 if work is hit else 2)
+                work,
+                lambda: _unchecked(manager, unsummed),
+                options.repeats * (20 if work is hit else 2),
             )
         return figures
 
 
-async def _ratio(manager: KVManager, work: Callable[[], Awaitable[float]], repeats: int) -> float:
+async def _ratio(
+    work: Callable[[], Awaitable[float]],
+    without: Callable[[], AbstractContextManager[None]],
+    repeats: int,
+) -> float:
     """Give the rate with checksums over that without, in alternation; the first pair warms up."""
     checked, bare = [], []
     for number in range(repeats + 1):
@@ -109,7 +139,7 @@ async def _ratio(manager: KVManager, work: Callable[[], Awaitable[float]], repea
             if with_sums:
                 checked.append(await work())
             else:
-                with _unchecked(manager):
+                with without():
                     bare.append(await work())
     return median_ratio(bare[1:], checked[1:])
 

@@ -1,12 +1,15 @@
-/* Copies any range of a job's bytes, piece by piece. */
+/* Copies any range of a job's bytes, piece by piece, and sums what lands in host memory. */
 #include "copies.h"
 
 #include "moves.h"
+#include "sums.h"
 
-#define XXH_INLINE_ALL
-#include <xxhash.h>
+#include <string.h>
 
-#define UNIT_BYTES ((size_t)512 << 10)
+#define LINE_BYTES 64
+/* At a time, when bytes are summed and copied. Measured: 1 KiB 0.95 of the copy alone, 4 KiB 0.86,
+ * 32 KiB 0.71. */
+#define STEP_BYTES 1024
 
 /* Find the piece that holds byte `at` of a block. */
 static size_t piece_of(const struct layout *layout, size_t at)
@@ -54,29 +57,90 @@ static void pieces_copy(const struct copy_work *work, size_t first, size_t last)
     moves_publish();
 }
 
-size_t unit_bytes(const struct copy_work *work)
+static size_t smaller(size_t one, size_t other)
 {
-    size_t block = work->layout->block_bytes;
-
-    if (work->direction != CHECKSUM)
-        return UNIT_BYTES;
-    return block < UNIT_BYTES ? UNIT_BYTES / block * block : block;
+    return one < other ? one : other;
 }
 
-static void sum_range(const struct copy_work *work, size_t first, size_t last)
+size_t unit_end(const struct copy_work *work, size_t first)
+{
+    size_t block = work->layout->block_bytes, end;
+
+    if (block <= SUM_CHUNK_BYTES)
+        end = first + SUM_CHUNK_BYTES / block * block;
+    else
+        end = smaller(first + SUM_CHUNK_BYTES, (first / block + 1) * block);
+    return smaller(end, work->bytes);
+}
+
+void sums_begin(const struct copy_work *work)
 {
     const struct layout *layout = work->layout;
 
-    for (size_t pair = first / layout->block_bytes; pair < last / layout->block_bytes; pair++)
-        work->sums[pair] = XXH3_64bits(
-            layout->host + (size_t)work->host_ids[pair] * layout->host_stride,
-            layout->block_bytes);
+    if (layout->sums && work->direction != TO_DEVICE)
+        for (size_t pair = 0; pair < work->bytes / layout->block_bytes; pair++)
+            layout->sums[work->host_ids[pair]] = 0;
+}
+
+/* Copy the bytes from `within` on of a block, and sum them on the way: in steps so small that the
+ * CPU sums, loads and stores at the same time. */
+static void block_copy(const struct layout *layout, int64_t device_id, size_t within, size_t bytes,
+                       char *host, struct sum *sum)
+{
+    size_t index = piece_of(layout, within);
+
+    while (bytes > 0) {
+        const struct piece *piece = &layout->pieces[index];
+        size_t skip = within - piece->start;
+        size_t step = smaller(STEP_BYTES - (uintptr_t)host % LINE_BYTES, bytes);
+        const char *device = piece->base + (size_t)device_id * piece->stride + skip;
+
+        step = smaller(step, piece->bytes - skip);
+        sum_add(sum, device, step);
+        move_bytes(host, device, step);
+        index += skip + step == piece->bytes;
+        host += step;
+        within += step;
+        bytes -= step;
+    }
+}
+
+/* Sum the bytes numbered [first, last) and what pads their blocks; copy them if need be. */
+static void summed_range(const struct copy_work *work, size_t first, size_t last)
+{
+    const struct layout *layout = work->layout;
+    size_t block = layout->block_bytes, stride = layout->host_stride;
+    struct sum sum;
+
+    while (first < last) {
+        int64_t id = work->host_ids[first / block], device_id = work->device_ids[first / block];
+        char *host = layout->host + (size_t)id * stride;
+        size_t at = first % block, bytes = smaller(block - at, last - first);
+        size_t copied = at + bytes, end = copied == block ? stride : copied;
+        uint64_t all = 0;
+
+        first += bytes;
+        for (size_t next; at < end; at = next) {
+            next = smaller(at + SUM_CHUNK_BYTES, end);
+            sum_begin(&sum, at);
+            if (work->direction == TO_HOST && at < copied) {
+                bytes = smaller(next, copied) - at;
+                block_copy(layout, device_id, at, bytes, host + at, &sum);
+                sum_add(&sum, host + at + bytes, next - at - bytes);
+            } else {
+                sum_add(&sum, host + at, next - at);
+            }
+            all += sum_end(&sum);
+        }
+        __atomic_fetch_add(&layout->sums[id], all, __ATOMIC_RELAXED);
+    }
+    moves_publish();
 }
 
 void copy_range(const struct copy_work *work, size_t first, size_t last)
 {
-    if (work->direction == CHECKSUM)
-        sum_range(work, first, last);
+    if (work->layout->sums && work->direction != TO_DEVICE)
+        summed_range(work, first, last);
     else
         pieces_copy(work, first, last);
 }

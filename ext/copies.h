@@ -4,12 +4,19 @@
  * A device block is scattered in pieces; a host block is contiguous. Work is n pairs of blocks.
  * Its bytes are numbered in order of pair and piece, so that any range of the numbers is a unit
  * that a thread can copy, however large or small the pieces are.
+ *
+ * The sum of a host block is over its whole stride: of each chunk of SUM_CHUNK_BYTES the XXH3-64,
+ * seeded with the chunk's place, all added up. So the chunks of a block can be summed by different
+ * threads, while their bytes are in the cache because they are being copied.
  */
 #ifndef FLEXKV_COPIES_H
 #define FLEXKV_COPIES_H
 
 #include <stddef.h>
 #include <stdint.h>
+
+/* Bytes of a block that are summed in one go, and of a unit at most. */
+#define SUM_CHUNK_BYTES ((size_t)512 << 10)
 
 enum direction { TO_HOST = 0, TO_DEVICE = 1, CHECKSUM = 2 };
 
@@ -29,6 +36,7 @@ struct layout {
     char *host;
     size_t host_stride;
     size_t host_blocks;
+    uint64_t *sums; /* of each host block; NULL: nobody asks for them */
 };
 
 struct copy_work {
@@ -37,13 +45,17 @@ struct copy_work {
     size_t bytes; /* of all pairs together */
     const int64_t *device_ids;
     const int64_t *host_ids;
-    uint64_t *sums; /* CHECKSUM: XXH3-64 of each pair's host block */
 };
 
-/* How many bytes to do at a time: whole blocks when they are summed. */
-size_t unit_bytes(const struct copy_work *work);
+/* Where the unit ends that begins at byte `first`. A unit is one or more whole blocks, or a part of
+ * one that begins at a chunk. */
+size_t unit_end(const struct copy_work *work, size_t first);
 
-/* Copy the bytes numbered [first, last), and publish them; or sum their blocks. */
+/* Begin the sums of the blocks that the work will sum; before the first copy_range. */
+void sums_begin(const struct copy_work *work);
+
+/* Copy the bytes numbered [first, last), units all of them, and publish them; sum what lands in
+ * host memory when sums are kept, or what is there. */
 void copy_range(const struct copy_work *work, size_t first, size_t last);
 
 #endif

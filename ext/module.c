@@ -3,6 +3,7 @@
 
 #include "copies.h"
 #include "moves.h"
+#include "sums.h"
 
 #include <errno.h>
 #include <sys/mman.h>
@@ -100,6 +101,7 @@ static int module_exec(PyObject *module)
     struct ext_state *state = PyModule_GetState(module);
 
     moves_choose();
+    sums_choose();
     if (type_add(module, &page_map_spec, &state->page_map) < 0 ||
         type_add(module, &copy_pool_spec, &state->copy_pool) < 0 ||
         type_add(module, &ring_spec, &state->ring) < 0 ||

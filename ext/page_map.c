@@ -64,15 +64,38 @@ release:
     return result;
 }
 
+/* Let the map keep sums in a buffer of uint64[host blocks]. 0, or -1 with an exception. */
+static int sums_hold(PageMap *map, PyObject *sums)
+{
+    struct layout *layout = &map->layout;
+
+    if (PyObject_GetBuffer(sums, &map->sums, PyBUF_WRITABLE) < 0)
+        return -1;
+    if ((size_t)map->sums.len != layout->host_blocks * sizeof(uint64_t) ||
+        (uintptr_t)map->sums.buf % sizeof(uint64_t) != 0) {
+        PyErr_Format(PyExc_ValueError, "sums has %zd bytes, not %zu, or is not aligned",
+                     map->sums.len, layout->host_blocks * sizeof(uint64_t));
+        return -1;
+    }
+    for (size_t i = 0; i < layout->piece_count; i++)
+        if (layout->pieces[i].offset != layout->pieces[i].start) {
+            PyErr_Format(PyExc_ValueError, "piece %zu: with sums there are no gaps", i);
+            return -1;
+        }
+    layout->sums = map->sums.buf;
+    return 0;
+}
+
 static PyObject *page_map_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"pieces", "device_blocks", "host", "host_stride", "owner", NULL};
-    PyObject *pieces, *host, *owner;
+    static char *names[] = {"pieces", "device_blocks", "host", "host_stride",
+                            "owner",  "sums",          NULL};
+    PyObject *pieces, *host, *owner, *sums = NULL;
     long long device_blocks, host_stride;
     PageMap *self;
 
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OLOLO:PageMap", names, &pieces,
-                                     &device_blocks, &host, &host_stride, &owner))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OLOLO|O:PageMap", names, &pieces,
+                                     &device_blocks, &host, &host_stride, &owner, &sums))
         return NULL;
     if (device_blocks < 1 || host_stride < 1) {
         PyErr_SetString(PyExc_ValueError, "device_blocks and host_stride must be 1 or more");
@@ -90,7 +113,8 @@ static PyObject *page_map_new(PyTypeObject *type, PyObject *args, PyObject *keyw
     self->layout.host = self->host.buf;
     self->layout.host_stride = (size_t)host_stride;
     self->layout.host_blocks = (size_t)self->host.len / (size_t)host_stride;
-    if (layout_read(&self->layout, pieces) < 0) {
+    if (layout_read(&self->layout, pieces) < 0 ||
+        (sums && !Py_IsNone(sums) && sums_hold(self, sums) < 0)) {
         Py_DECREF(self);
         return NULL;
     }
@@ -116,6 +140,7 @@ static void page_map_dealloc(PageMap *self)
     PyObject_GC_UnTrack(self);
     PyMem_Free(self->layout.pieces);
     PyBuffer_Release(&self->host);
+    PyBuffer_Release(&self->sums);
     Py_CLEAR(self->owner);
     instance_free((PyObject *)self);
 }
@@ -158,7 +183,8 @@ static int ids_copy(const struct int64_view *view, const char *name, size_t limi
 int page_ids_copy(const PageMap *map, const struct page_ids *ids, int64_t *device_ids,
                   int64_t *host_ids)
 {
-    if (ids_copy(&ids->device, "device_ids", map->layout.device_blocks, device_ids) < 0)
+    if (device_ids &&
+        ids_copy(&ids->device, "device_ids", map->layout.device_blocks, device_ids) < 0)
         return -1;
     return ids_copy(&ids->host, "host_ids", map->layout.host_blocks, host_ids);
 }
@@ -197,8 +223,9 @@ PyObject *page_map_copy_now(PyObject *module, PyObject *const *args, Py_ssize_t 
         PyErr_NoMemory();
     } else if (page_ids_copy(map, &ids, id_copies, id_copies + pairs) == 0) {
         struct copy_work work = {&map->layout, (enum direction)direction, ids.bytes, id_copies,
-                                 id_copies + pairs, NULL};
+                                 id_copies + pairs};
 
+        sums_begin(&work);
         if (work.bytes > COPY_NOW_HOLD_BYTES_MAX) {
             Py_BEGIN_ALLOW_THREADS
             copy_range(&work, 0, work.bytes);
@@ -224,7 +251,7 @@ static PyGetSetDef page_map_properties[] = {
 };
 
 static PyType_Slot page_map_slots[] = {
-    {Py_tp_doc, "PageMap(pieces, device_blocks, host, host_stride, owner)\n--\n\n"
+    {Py_tp_doc, "PageMap(pieces, device_blocks, host, host_stride, owner, sums=None)\n--\n\n"
                 "Where the pieces of a device block are, and where they go in a host block."},
     {Py_tp_new, page_map_new},
     {Py_tp_dealloc, page_map_dealloc},

@@ -9,6 +9,7 @@ typedef struct {
     PyObject_HEAD
     struct layout layout;
     Py_buffer host;
+    Py_buffer sums; /* none: its bytes are NULL */
     PyObject *owner;
 } PageMap;
 
@@ -22,7 +23,8 @@ struct page_ids {
 /* Hold both id buffers. 0, or -1 with an exception. */
 int page_ids_hold(const PageMap *map, PyObject *device, PyObject *host, struct page_ids *ids);
 
-/* Copy the ids to device_ids[n] and host_ids[n], checked. 0, or -1 with ValueError. */
+/* Copy the ids to device_ids[n], unless it is NULL, and host_ids[n], checked. 0, or -1 with
+ * ValueError. */
 int page_ids_copy(const PageMap *map, const struct page_ids *ids, int64_t *device_ids,
                   int64_t *host_ids);
 

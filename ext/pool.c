@@ -43,10 +43,6 @@ static PyObject *copy_pool_new(PyTypeObject *type, PyObject *args, PyObject *key
 static void job_free(struct pool_job *job)
 {
     Py_XDECREF((PyObject *)job->owner);
-    if (job->sums) {
-        PyBuffer_Release(job->sums);
-        PyMem_Free(job->sums);
-    }
     PyMem_Free(job);
 }
 
@@ -91,18 +87,19 @@ static struct pool_job *job_new(PageMap *map, const struct page_ids *ids, int64_
 {
     size_t pairs = (size_t)ids->device.count;
     struct pool_job *job = PyMem_Calloc(1, sizeof(*job) + 2 * pairs * sizeof(int64_t));
-    int64_t *id_copies = (int64_t *)(job + 1);
+    int64_t *host_ids = (int64_t *)(job + 1), *device_ids = host_ids + pairs;
 
     if (!job) {
         PyErr_NoMemory();
         return NULL;
     }
-    if (page_ids_copy(map, ids, id_copies, id_copies + pairs) < 0) {
+    if (page_ids_copy(map, ids, direction == CHECKSUM ? NULL : device_ids, host_ids) < 0) {
         PyMem_Free(job);
         return NULL;
     }
-    job->work = (struct copy_work){&map->layout, (enum direction)direction, ids->bytes, id_copies,
-                                   id_copies + pairs, NULL};
+    job->work = (struct copy_work){&map->layout, (enum direction)direction, ids->bytes, device_ids,
+                                   host_ids};
+    sums_begin(&job->work);
     job->token = token;
     job->owner = Py_NewRef((PyObject *)map);
     return job;
@@ -157,36 +154,13 @@ static PyObject *copy_pool_submit(CopyPool *self, PyObject *const *args, Py_ssiz
     return job_start(self, job, urgent);
 }
 
-/* Let a job write its sums to a buffer of uint64[n], held until the job is freed. 0 or -1. */
-static int job_sums_to(struct pool_job *job, PyObject *sums, size_t count)
-{
-    Py_buffer *buffer = PyMem_Calloc(1, sizeof(*buffer));
-
-    if (!buffer) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    if (PyObject_GetBuffer(sums, buffer, PyBUF_WRITABLE) < 0) {
-        PyMem_Free(buffer);
-        return -1;
-    }
-    job->sums = buffer;
-    job->work.sums = buffer->buf;
-    if ((size_t)buffer->len == count * sizeof(uint64_t) &&
-        (uintptr_t)buffer->buf % sizeof(uint64_t) == 0)
-        return 0;
-    PyErr_Format(PyExc_ValueError, "sums has %zd bytes, not %zu, or is not aligned", buffer->len,
-                 count * sizeof(uint64_t));
-    return -1;
-}
-
 static PyObject *copy_pool_checksum(CopyPool *self, PyObject *const *args, Py_ssize_t count,
                                     PyObject *keywords)
 {
-    static const char *const names[] = {"token", "pages", "host_ids", "sums", "urgent"};
-    static const struct signature signature = {"checksum", names, 5, 5};
+    static const char *const names[] = {"token", "pages", "host_ids", "urgent"};
+    static const struct signature signature = {"checksum", names, 4, 4};
     PageMap *pages;
-    PyObject *values[5];
+    PyObject *values[4];
     struct page_ids ids;
     struct pool_job *job;
     int64_t token;
@@ -197,14 +171,14 @@ static PyObject *copy_pool_checksum(CopyPool *self, PyObject *const *args, Py_ss
         return NULL;
     if (!(pages = pages_read(self, values[1])))
         return NULL;
-    urgent = PyObject_IsTrue(values[4]);
+    if (!pages->layout.sums) {
+        PyErr_SetString(PyExc_ValueError, "the pages keep no sums");
+        return NULL;
+    }
+    urgent = PyObject_IsTrue(values[3]);
     if (urgent < 0 || page_ids_hold(pages, values[2], values[2], &ids) < 0)
         return NULL;
     job = job_new(pages, &ids, token, CHECKSUM);
-    if (job && job_sums_to(job, values[3], (size_t)ids.host.count) < 0) {
-        job_free(job);
-        job = NULL;
-    }
     page_ids_release(&ids);
     return job_start(self, job, urgent);
 }
@@ -240,7 +214,7 @@ static bool run_copy(struct pool *pool, const Py_buffer *target, const Py_buffer
                             .host = target->buf,
                             .host_stride = bytes,
                             .host_blocks = 1};
-    struct pool_job job = {.work = {&layout, TO_HOST, bytes, &zero, &zero, NULL}};
+    struct pool_job job = {.work = {&layout, TO_HOST, bytes, &zero, &zero}};
 
     return pool_run(pool, &job);
 }
@@ -296,7 +270,7 @@ static PyMethodDef copy_pool_methods[] = {
     {"submit", FAST(copy_pool_submit), METH_FASTCALL | METH_KEYWORDS,
      "submit(token, pages, direction, device_ids, host_ids, urgent)\n--\n\nQueue one job."},
     {"checksum", FAST(copy_pool_checksum), METH_FASTCALL | METH_KEYWORDS,
-     "checksum(token, pages, host_ids, sums, urgent)\n--\n\nQueue the XXH3-64 of host blocks."},
+     "checksum(token, pages, host_ids, urgent)\n--\n\nQueue the sums of host blocks."},
     {"reap", (PyCFunction)copy_pool_reap, METH_NOARGS,
      "reap()\n--\n\nGive the tokens of the jobs that ended since the last call."},
     {"copy", FAST(copy_pool_copy), METH_FASTCALL | METH_KEYWORDS,

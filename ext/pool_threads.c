@@ -5,7 +5,7 @@
  *                                                  eventfd, once a batch
  *
  * One lock guards everything; a thread holds it for the claim of a unit only and copies without.
- * A unit is unit_bytes of a job, whatever its pieces are, so that one job uses all threads and an
+ * A unit is half a MiB of a job, whatever its pieces are, so that one job uses all threads and an
  * urgent job waits for no more than the units being copied when it comes. The jobs of one list take
  * turns, a unit each. A job whose last unit is claimed leaves its list; the thread that ends its
  * last byte moves it to `done`.
@@ -54,19 +54,16 @@ static void job_advance(struct pool *pool, struct pool_job *job, size_t bytes)
 static void unit_run(struct pool *pool, struct job_list *list)
 {
     struct pool_job *job = list->first;
-    size_t first = job->claimed_bytes, bytes = job->work.bytes - first;
-    size_t unit = unit_bytes(&job->work);
+    size_t first = job->claimed_bytes, last = unit_end(&job->work, first);
 
-    if (bytes > unit)
-        bytes = unit;
-    job->claimed_bytes += bytes;
+    job->claimed_bytes = last;
     list_drop_first(list);
     if (job->claimed_bytes < job->work.bytes)
         list_append(list, job);
     pthread_mutex_unlock(&pool->lock);
-    copy_range(&job->work, first, first + bytes);
+    copy_range(&job->work, first, last);
     pthread_mutex_lock(&pool->lock);
-    job_advance(pool, job, bytes);
+    job_advance(pool, job, last - first);
 }
 
 static void *thread_main(void *argument)
@@ -134,7 +131,7 @@ static void job_queue(struct pool *pool, struct job_list *list, struct pool_job 
     list_append(list, job);
     if (pool->sleepers == 0)
         return;
-    if (job->work.bytes <= unit_bytes(&job->work))
+    if (unit_end(&job->work, 0) == job->work.bytes)
         pthread_cond_signal(&pool->work);
     else
         pthread_cond_broadcast(&pool->work);

@@ -17,8 +17,7 @@ struct pool_job {
     size_t ended_bytes;   /* copied and published */
     bool waited;          /* somebody waits in pool_run: not for reap */
     int64_t token;
-    void *owner; /* what the submitter keeps alive until the job is reaped, and its sums */
-    void *sums;
+    void *owner; /* what the submitter keeps alive until the job is reaped */
 };
 
 struct job_list {

@@ -55,6 +55,7 @@ class PageMap:
         host: Memory,
         host_stride: int,
         owner: object,
+        sums: Memory | None = None,
     ) -> None:
         """Describe one device's pages.
 
@@ -65,6 +66,13 @@ class PageMap:
             host: the writable host arena, held until the map is gone.
             host_stride: bytes between host blocks; ids are checked against its length.
             owner: whatever keeps the device memory alive, held until the map is gone.
+            sums: writable uint64[host blocks], held until the map is gone: of each host block that
+                a copy fills or `CopyPool.checksum` looks at. The sum is over all `host_stride`
+                bytes: the XXH3-64 of each 512 KiB of them, seeded with their place, added up.
+
+        Raises:
+            ValueError: a row, a size or an address that cannot be; pieces that leave gaps in the
+                host block although sums are kept.
         """
 
     @property
@@ -94,15 +102,11 @@ class CopyPool:
             RuntimeError: the pool is closed.
         """
 
-    def checksum(
-        self, token: int, pages: PageMap, host_ids: Memory, sums: Memory, urgent: bool
-    ) -> None:
-        """Queue the XXH3-64 of host blocks, one job; `sums` (uint64[n]) is held until it is reaped.
-
-        Of each block are summed as many bytes as a device block of `pages` has.
+    def checksum(self, token: int, pages: PageMap, host_ids: Memory, urgent: bool) -> None:
+        """Queue the summing of host blocks, each once, into the sums that `pages` keeps.
 
         Raises:
-            ValueError: an id out of range, or `sums` of another size.
+            ValueError: an id out of range, or `pages` keeps no sums.
             RuntimeError: the pool is closed.
         """
 

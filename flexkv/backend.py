@@ -21,6 +21,7 @@ from flexkv.io.cpu import CpuDevicePort
 from flexkv.io.files import StripedFiles
 from flexkv.io.ports import DurablePort, TransferPort
 from flexkv.io.ssd import forget_earlier, open_journals, open_ssd, present, refuse
+from flexkv.io.sums import PoolSummer, Sums
 from flexkv.io.superblock import FORMAT_VERSION, Superblock
 from flexkv.io.tensors import describe, kv_cache_list
 from flexkv.io.uring import RingOptions
@@ -69,6 +70,7 @@ class LocalBackend:
         self.ledger: Ledger | None = None
         self.scrubber: Scrubber | None = None
         self._model, self._cache, self._sizes = model, cache, sizes
+        self._sums: Sums | None = None
 
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
         """Take memory and files.
@@ -105,8 +107,9 @@ class LocalBackend:
         )
         undo.callback(files.close)
         options = RingOptions(entries=cache.iouring_entries, flags=cache.iouring_flags)
-        window_bytes = int(cache.disk_write_window_mb * MB)
-        port = self.disk = open_ssd(self._arena, files, options, window_bytes, undo)
+        summer = PoolSummer(self._arena)
+        self._sums = summer.sums
+        port = self.disk = open_ssd(self._arena, files, options, summer, undo)
         if not cache.ssd_warm_restart:
             forget_earlier(folders)
             return
@@ -139,10 +142,10 @@ class LocalBackend:
         pages = self._pages(tensors, layout)
         port = CpuDevicePort(
             pages,
-            self._arena.buffer,
-            self._sizes.block_stride_bytes,
+            self._arena,
             owner=tuple(tensors),
             threads=self._cache.copy_threads or min(4, os.cpu_count() or 1),
+            sums=self._sums,
         )
         return Device(port, pages.num_blocks, pages.name)
 

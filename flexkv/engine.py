@@ -39,7 +39,7 @@ from flexkv.index.eviction import Eviction
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
 from flexkv.index.residency import NO_QUOTA, PrefixMatch, Residency, prefix_match
-from flexkv.io.checked import SUM_AHEAD, CheckedDiskPort
+from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.ports import TransferPort
 from flexkv.pins import Pins
 from flexkv.statistics import (
@@ -143,7 +143,7 @@ class Engine:
                 Tier.DISK,
                 backend.disk,
                 Window(int(cache.disk_read_window_mb * MB), DISK_READ_PIECE_BYTES),
-                Window(int(SUM_AHEAD * cache.disk_write_window_mb * MB), DISK_WRITE_PIECE_BYTES),
+                Window(int(cache.disk_write_window_mb * MB), DISK_WRITE_PIECE_BYTES),
             )
             disk = backend.disk
             named = disk.adapter if isinstance(disk, CheckedDiskPort) else type(disk).__name__

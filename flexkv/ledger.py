@@ -22,8 +22,8 @@ from flexkv.common.terms import BlockIds, Tier
 from flexkv.index.forest import forest
 from flexkv.index.residency import Residency
 from flexkv.io import journal
-from flexkv.io.checked import Sums
 from flexkv.io.journal import RECORD_BYTES, Journal
+from flexkv.io.sums import Sums
 
 log = structlog.get_logger(__name__)
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from flexkv.common.errors import CorruptBlockError
 from flexkv.common.terms import BlockIds
-from flexkv.io.checked import Sums
 from flexkv.io.files import StripedFiles
 from flexkv.io.reread import Rereader
+from flexkv.io.sums import Sums
 from flexkv.ledger import SCAN_BLOCKS, Ledger
 
 BATCH_BYTES = 8 << 20

@@ -166,9 +166,11 @@ class TransferActor:
         limit, piece_bytes_max = self._windows[inbound]
         piece_blocks = max(1, piece_bytes_max // block_bytes)
         in_flight, submitted, now_s = self.in_flight_bytes[inbound], 0, self._now_s()
+        arrived = self._port.arrived_bytes if inbound else 0
         while submitted != pieces_max:
             # Whatever its size, one piece may always be in flight.
-            room = (limit - in_flight) // block_bytes if in_flight else piece_blocks
+            busy = in_flight - arrived
+            room = (limit - busy) // block_bytes if busy else piece_blocks
             taken = lane.take(piece_blocks, room)
             if taken is None:
                 break

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from typing_extensions import Buffer
-
 from flexkv._ext import TO_DEVICE, TO_HOST, CopyPool, PageMap, copy_now
 from flexkv.common.errors import ClosedError, InvariantError
 from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import Tier, Transfer
+from flexkv.io.arena import Arena
 from flexkv.io.ports import Completion
+from flexkv.io.sums import Sums
 
 INLINE_BYTES_MAX = 64 << 10
 """Up to here a copy in the calling thread costs less than waking another one."""
@@ -25,25 +25,32 @@ INLINE_BYTES_MAX = 64 << 10
 class CpuDevicePort:
     """A transfer port between KV caches in ordinary memory and the host arena."""
 
+    arrived_bytes = 0
+
     def __init__(
         self,
         layout: PagedLayout,
-        host: Buffer,
-        host_stride_bytes: int,
+        arena: Arena,
         owner: object,
         threads: int = 2,
+        sums: Sums | None = None,
     ) -> None:
         """Take the pages of `layout`.
 
         Args:
             layout: where the device blocks are.
-            host: the writable arena, held until `close`.
-            host_stride_bytes: bytes between host blocks.
+            arena: the host blocks, held until `close`.
             owner: whatever keeps the KV caches alive (the tensors), held until `close`.
             threads: standing copy threads.
+            sums: uint64[host blocks], gets the sum of each that a copy fills.
         """
         self._pages: PageMap | None = PageMap(
-            layout.pieces, layout.num_blocks, host, host_stride_bytes, owner
+            layout.pieces,
+            layout.num_blocks,
+            arena.buffer,
+            arena.block_stride_bytes,
+            owner,
+            sums,
         )
         self._block_bytes = layout.block_bytes
         self._inline_blocks_max = INLINE_BYTES_MAX // layout.block_bytes

@@ -34,6 +34,14 @@ class TransferPort(Protocol):
         """Bytes moved for one block."""
         ...
 
+    @property
+    def arrived_bytes(self) -> int:
+        """Bytes that came from the device or tier, of transfers that have not ended yet.
+
+        A window, which is there to keep the device busy and no busier, does not count them.
+        """
+        ...
+
     def connect(self, wake: Callable[[], None]) -> None:
         """Attach to the running event loop; `wake` is called on it when `reap` has something."""
         ...

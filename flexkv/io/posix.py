@@ -44,6 +44,8 @@ class ThreadDiskPort:
     Ends enter as those of io_uring do: a deque behind an eventfd, all reaped at once.
     """
 
+    arrived_bytes = 0
+
     def __init__(
         self,
         arena: Arena,

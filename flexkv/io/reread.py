@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.io.arena import Arena
-from flexkv.io.checked import PoolSummer, Sums
+from flexkv.io.sums import PoolSummer, Sums
 
 
 class Rereader:
@@ -33,11 +33,10 @@ class Rereader:
         Gives the sum of each, and whether it could be read whole.
         """
         whole = np.array([self._read(n, *place) for n, place in enumerate(places)], np.bool_)
-        found = np.empty(len(whole), np.uint64)
-        self._summer.submit(0, np.arange(len(whole)), found, urgent=False)
+        self._summer.submit(0, np.arange(len(whole)), urgent=False)
         select.select([self._summer.fileno()], [], [])
         self._summer.reap()
-        return found, whole
+        return self._summer.sums[: len(whole)].copy(), whole
 
     def _read(self, number: int, fd: int | None, offset_bytes: int) -> bool:
         if fd is None:

@@ -11,11 +11,12 @@ import structlog
 from flexkv.common.errors import ConfigError
 from flexkv.io import superblock
 from flexkv.io.arena import Arena
-from flexkv.io.checked import CheckedDiskPort, PoolSummer
+from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.disk import open_disk
 from flexkv.io.files import StripedFiles
 from flexkv.io.journal import NAME as JOURNAL_NAME
 from flexkv.io.journal import Journal
+from flexkv.io.sums import Summer
 from flexkv.io.superblock import Superblock
 from flexkv.io.uring import RingOptions
 
@@ -62,16 +63,17 @@ def forget_earlier(folders: list[Path]) -> None:
 
 
 def open_ssd(
-    arena: Arena, files: StripedFiles, options: RingOptions, write_bytes_max: int, undo: ExitStack
+    arena: Arena, files: StripedFiles, options: RingOptions, summer: Summer, undo: ExitStack
 ) -> CheckedDiskPort:
-    """Give the port to open files; `undo` gets what closes it."""
+    """Give the port to open files, which closes the summer too; `undo` gets what closes it."""
 
     def place_of(block_id: int) -> tuple[str, int]:
         index, offset = files.locate_one(block_id)
         return files.paths[index], offset
 
+    undo.callback(summer.close)
     inner = open_disk(arena, files, options)
-    port = CheckedDiskPort(inner, PoolSummer(arena), files.num_blocks, place_of, write_bytes_max)
+    port = CheckedDiskPort(inner, summer, files.num_blocks, place_of)
     undo.callback(port.close)
     return port
 

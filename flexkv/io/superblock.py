@@ -15,7 +15,7 @@ import msgspec
 from flexkv.io.journal import sync_folder
 
 NAME = "superblock.flexkv"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Superblock(msgspec.Struct, frozen=True):

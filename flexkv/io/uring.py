@@ -40,6 +40,8 @@ class UringDiskPort:
         why: why not, when it does not.
     """
 
+    arrived_bytes = 0
+
     def __init__(self, arena: Arena, files: StripedFiles, options: RingOptions) -> None:
         """Set up the ring; the port owns neither `arena` nor `files`.
 

@@ -38,6 +38,8 @@ class FakePort:
     its completion was reaped shows as wrong bytes. A transfer that fails moves the first part only.
     """
 
+    arrived_bytes = 0
+
     def __init__(
         self,
         store: NDArray[np.uint8],
@@ -45,10 +47,12 @@ class FakePort:
         faults: FaultPlan,
         block_bytes: int,
         flips: bool = False,
+        sums: NDArray[np.uint64] | None = None,
     ) -> None:
         """Move `block_bytes` of each row between `store` and `host`, both uint8[blocks, bytes].
 
-        With `flips`, bits of what is written to the store flip as the fault plan says.
+        With `flips`, bits of what is written to the store flip as the fault plan says. `sums`,
+        uint64[host blocks], gets the sum of each host block that is filled.
         """
         assert store.shape[1] >= block_bytes, (store.shape, block_bytes)
         assert host.shape[1] >= block_bytes, (host.shape, block_bytes)
@@ -57,6 +61,7 @@ class FakePort:
         self._faults = faults
         self._block_bytes = block_bytes
         self._flips = flips
+        self._sums = sums
         self._jobs: dict[int, _Job] = {}
         self._ended: list[Completion] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -128,6 +133,9 @@ class FakePort:
         source, target = (self._store, self._host) if to_host else (self._host, self._store)
         span = slice(self._block_bytes)
         target[transfer.target_ids[which], span] = source[transfer.source_ids[which], span]
+        if to_host and self._sums is not None:
+            host_ids = transfer.target_ids[which]
+            self._sums[host_ids] = sums_of(self._host[host_ids])
         if self._flips and not to_host:
             for block_id in transfer.target_ids[which].tolist():
                 if self._faults.flips():
@@ -173,11 +181,17 @@ class FakePort:
             raise InvariantError(f"fake port closed with {unreaped} transfers unreaped")
 
 
+def sums_of(blocks: NDArray[np.uint8]) -> list[int]:
+    """Give a sum of each row of uint8[n, bytes], another than the real one."""
+    return [zlib.crc32(block.tobytes()) for block in blocks]
+
+
 class FakeSummer:
     """Sums blocks of an array at once: `reap` has the end when `submit` returns."""
 
     def __init__(self, host: NDArray[np.uint8]) -> None:
         """Sum rows of `host`, uint8[blocks, bytes]."""
+        self.sums = np.zeros(len(host), np.uint64)
         self._host = host
         self._ended: list[int] = []
         self._wake: Callable[[], None] | None = None
@@ -186,11 +200,9 @@ class FakeSummer:
         """Attach to the running event loop."""
         self._wake = wake
 
-    def submit(
-        self, token: int, host_ids: BlockIds, sums: NDArray[np.uint64], urgent: bool
-    ) -> None:
+    def submit(self, token: int, host_ids: BlockIds, urgent: bool) -> None:
         """Sum host blocks into `sums`."""
-        sums[:] = [zlib.crc32(self._host[block_id].tobytes()) for block_id in host_ids.tolist()]
+        self.sums[host_ids] = sums_of(self._host[host_ids])
         self._ended.append(token)
         assert self._wake is not None
         self._wake()

@@ -54,6 +54,7 @@ class FakeBackend:
         self.ledger: Ledger | None = None
         self.scrubber: Scrubber | None = None
         self._faults = faults
+        self._sums: NDArray[np.uint64] | None = None
         self._memory = np.zeros((host_blocks, BLOCK_KEY_BYTES), np.uint8)
         self._store = np.zeros((disk_blocks, BLOCK_KEY_BYTES), np.uint8)
 
@@ -61,15 +62,17 @@ class FakeBackend:
         """Open the disk port."""
         if len(self._store):
             port = FakePort(self._store, self._memory, self._faults, BLOCK_KEY_BYTES, flips=True)
+            summer = FakeSummer(self._memory)
+            self._sums = summer.sums
             self.disk = CheckedDiskPort(
-                port, FakeSummer(self._memory), self.disk_blocks, lambda block: ("fake", block)
+                port, summer, self.disk_blocks, lambda block: ("fake", block)
             )
             undo.callback(self.disk.close)
 
     def device(self, kv_caches: Any, layout: str | None) -> Device:
         """Open a port to the one array of `kv_caches`, uint8[blocks, 16]."""
         (store,) = kv_caches
-        port = FakePort(store, self._memory, self._faults, BLOCK_KEY_BYTES)
+        port = FakePort(store, self._memory, self._faults, BLOCK_KEY_BYTES, sums=self._sums)
         return Device(port, len(store), "fake")
 
 

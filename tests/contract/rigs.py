@@ -89,7 +89,7 @@ def cpu_rig(tokens_per_block: int) -> Rig:
     specs = [describe(layer) for layer in layers]
     layout = infer_layout(specs, tokens_per_block, num_kv_heads=4, head_size=64, kv_dim=2)
     arena = Arena.open(HOST_BLOCKS, layout.block_bytes)
-    port = CpuDevicePort(layout, arena.buffer, arena.block_stride_bytes, layers)
+    port = CpuDevicePort(layout, arena, layers)
     rig = Rig(port, arena.array, Tier.DEVICE)
     rig.resources.callback(arena.close)
     return rig
