@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
@@ -35,18 +35,38 @@ KEPT_BYTES_MAX = 16 << 20
 """What is kept for a journal that takes no more at the moment; with more it is emptied."""
 SCAN_BLOCKS = 1 << 16
 """Rows that are looked at in one go for blocks to check."""
-JOURNAL_BYTES_MIN = 8 << 20
-"""A journal smaller than this is not written anew."""
+
+
+def _thread(name: str) -> Executor:
+    return ThreadPoolExecutor(1, thread_name_prefix=name)
 
 
 class Ledger:
     """Notes what the SSD tier holds, in one journal for each directory.
 
     Block i of the tier is row i // n of directory i % n.
+
+    Attributes:
+        journal_bytes_min: a journal smaller than this is not written anew.
     """
 
-    def __init__(self, journals: Sequence[Journal], num_blocks: int, sums: Sums) -> None:
-        """Take open journals, which the ledger closes, and the sums that the port keeps."""
+    journal_bytes_min = 8 << 20
+
+    def __init__(
+        self,
+        journals: Sequence[Journal],
+        num_blocks: int,
+        sums: Sums,
+        thread: Callable[[str], Executor] = _thread,
+    ) -> None:
+        """Take open journals, which the ledger closes.
+
+        Args:
+            journals: one for each directory.
+            num_blocks: of the tier.
+            sums: uint64[num_blocks], that the port keeps.
+            thread: gives a thread of that name, on which calls that block are made in turn.
+        """
         self._journals = tuple(journals)
         self._sums = sums
         self._believed = np.zeros(num_blocks, np.bool_)
@@ -61,9 +81,9 @@ class Ledger:
         self._snapshot: list[int | None] = [None] * len(self._journals)
         self._bell = Bell()
         self._sequence = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="flexkv-journal")
+        self._thread = thread("flexkv-journal")
         # A thread of its own: nobody who only writes waits for a device that syncs.
-        self._syncing = ThreadPoolExecutor(1, thread_name_prefix="flexkv-journal-sync")
+        self._syncing = thread("flexkv-journal-sync")
         self._residency: Residency | None = None
         self._closed = False
         self._told = False
@@ -326,7 +346,7 @@ class Ledger:
             at = self._snapshot[number]
             if at is None:
                 live_bytes = int(self._live[number]) * (RECORD_BYTES + 12)
-                if each.bytes < max(JOURNAL_BYTES_MIN, 4 * live_bytes):
+                if each.bytes < max(self.journal_bytes_min, 4 * live_bytes):
                     continue
                 await loop.run_in_executor(self._thread, each.begin_new)
                 at = 0

@@ -11,7 +11,6 @@ place by a rename.
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.common.errors import ConfigError, StorageError
-from flexkv.io.files import open_regular
+from flexkv.io.file_calls import KERNEL, FileCalls
 
 NAME, NEW_NAME = "journal.flexkv", "journal.new.flexkv"
 RECORD_BYTES = 36
@@ -179,7 +178,7 @@ def _none(kind: type[np.generic]) -> NDArray[np.generic]:
 class Journal:
     """The open journal of one directory. Its calls block: they are for a thread."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, calls: FileCalls = KERNEL) -> None:
         """Open or create it; `live` is what it says.
 
         Raises:
@@ -188,16 +187,16 @@ class Journal:
         """
         self.folder = folder
         self.path = folder / NAME
-        (folder / NEW_NAME).unlink(missing_ok=True)
-        self._fd = open_regular(self.path, os.O_APPEND)
+        self._calls = calls
+        calls.remove(folder / NEW_NAME)
+        self._fd = calls.open(self.path)
         self._new_fd: int | None = None
         try:
-            content = self.path.read_bytes()
-            self.live, self.bytes = replay(content)
-            os.ftruncate(self._fd, self.bytes)
-            sync_folder(folder)  # this file's name, and those of the block files
+            self.live, self.bytes = replay(calls.read(self._fd))
+            calls.cut(self._fd, self.bytes)
+            calls.sync_folder(folder)  # this file's name, and those of the block files
         except BaseException:
-            os.close(self._fd)
+            calls.close(self._fd)
             raise
 
     def forget_live(self) -> None:
@@ -231,7 +230,7 @@ class Journal:
         """
         self.drop_new()
         try:
-            os.ftruncate(self._fd, 0)
+            self._calls.cut(self._fd, 0)
         except OSError as error:
             raise StorageError(str(self.path), 0, error.errno or 0) from error
         self.bytes = 0
@@ -242,44 +241,44 @@ class Journal:
         return self._new_fd is not None
 
     def _write(self, fd: int, frames: bytes) -> None:
-        view, at = memoryview(frames), os.lseek(fd, 0, os.SEEK_END)
+        view, at = memoryview(frames), self._calls.size(fd)
         try:
             while view:
-                view = view[os.write(fd, view) :]
+                view = view[self._calls.write(fd, view) :]
         except OSError as error:
             with suppress(OSError):
-                os.ftruncate(fd, at)  # a torn frame would hide those behind it
+                self._calls.cut(fd, at)  # a torn frame would hide those behind it
             raise StorageError(str(self.path), at, error.errno or 0) from error
 
     def begin_new(self) -> None:
         """Start a new journal beside this one, if the directory takes one."""
         self.drop_new()
         with suppress(ConfigError):
-            self._new_fd = open_regular(self.folder / NEW_NAME, os.O_APPEND)
+            self._new_fd = self._calls.open(self.folder / NEW_NAME)
 
     def drop_new(self) -> None:
         """Give the new journal up."""
         if self._new_fd is not None:
-            os.close(self._new_fd)
+            self._calls.close(self._new_fd)
             self._new_fd = None
             with suppress(OSError):
-                (self.folder / NEW_NAME).unlink(missing_ok=True)
+                self._calls.remove(self.folder / NEW_NAME)
 
     def take_new(self) -> None:
         """Let the new journal take the place of this one, for good; or give it up."""
         if self._new_fd is None:
             return
         try:
-            os.fdatasync(self._new_fd)
-            os.rename(self.folder / NEW_NAME, self.path)
+            self._calls.sync(self._new_fd)
+            self._calls.rename(self.folder / NEW_NAME, self.path)
         except OSError:
             self.drop_new()
             return
         with suppress(OSError):
-            sync_folder(self.folder)
-        os.close(self._fd)
+            self._calls.sync_folder(self.folder)
+        self._calls.close(self._fd)
         self._fd, self._new_fd = self._new_fd, None
-        self.bytes = os.fstat(self._fd).st_size
+        self.bytes = self._calls.size(self._fd)
 
     def sync(self) -> None:
         """Return once all that was appended is on stable storage.
@@ -288,7 +287,7 @@ class Journal:
             StorageError: the device refused.
         """
         try:
-            os.fdatasync(self._fd)
+            self._calls.sync(self._fd)
         except OSError as error:
             raise StorageError(str(self.path), 0, error.errno or 0) from error
 
@@ -296,17 +295,8 @@ class Journal:
         """Close the files. Idempotent."""
         self.drop_new()
         if self._fd >= 0:
-            os.close(self._fd)
+            self._calls.close(self._fd)
             self._fd = -1
-
-
-def sync_folder(folder: Path) -> None:
-    """Return once the names in a directory are on stable storage."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def cleared() -> bytes:

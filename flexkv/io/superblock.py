@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from flexkv.io.journal import sync_folder
+from flexkv.io.file_calls import KERNEL
 
 NAME = "superblock.flexkv"
 FORMAT_VERSION = 2
@@ -49,7 +49,7 @@ def write(folder: Path, superblock: Superblock) -> None:
         file.flush()
         os.fdatasync(file.fileno())
     new.rename(folder / NAME)
-    sync_folder(folder)
+    KERNEL.sync_folder(folder)
 
 
 def differences(found: Superblock, wanted: Superblock) -> list[str]:

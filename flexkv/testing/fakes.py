@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from errno import EIO
+from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from flexkv.common.extents import check_ids
 from flexkv.common.terms import BlockIds, Tier, Transfer
 from flexkv.io.ports import Completion
 from flexkv.testing.faults import FaultPlan
+
+SECTOR_BYTES = 4
+"""What a fake disk writes at once: less than a block of a simulation."""
 
 
 @dataclass(slots=True)
@@ -46,13 +50,13 @@ class FakePort:
         host: NDArray[np.uint8],
         faults: FaultPlan,
         block_bytes: int,
-        flips: bool = False,
         sums: NDArray[np.uint64] | None = None,
     ) -> None:
         """Move `block_bytes` of each row between `store` and `host`, both uint8[blocks, bytes].
 
-        With `flips`, bits of what is written to the store flip as the fault plan says. `sums`,
-        uint64[host blocks], gets the sum of each host block that is filled.
+        Bits of what is written to a store that is a disk flip as the fault plan says. `sums`,
+        uint64[host blocks], gets the sum of each host block that is filled. `on_io` is called
+        before each step.
         """
         assert store.shape[1] >= block_bytes, (store.shape, block_bytes)
         assert host.shape[1] >= block_bytes, (host.shape, block_bytes)
@@ -60,7 +64,11 @@ class FakePort:
         self._host = host
         self._faults = faults
         self._block_bytes = block_bytes
-        self._flips = flips
+        self.on_io: Callable[[], None] = lambda: None
+        self.touched: list[int] = []
+        """Blocks of the store that somebody began to write."""
+        self._durable = store.copy()
+        self._syncs = self._synced = 0
         self._sums = sums
         self._jobs: dict[int, _Job] = {}
         self._ended: list[Completion] = []
@@ -111,6 +119,8 @@ class FakePort:
         copies = deque([(start_s + early_s, first)])
         if error is None:
             copies.append((start_s + late_s, rest))
+        if not to_host:
+            self.touched += transfer.target_ids.tolist()
         job = self._jobs[transfer.token] = _Job(transfer, error, copies, start_s + delay_s)
         self._await_next(loop, job)
 
@@ -129,6 +139,7 @@ class FakePort:
 
     def _copy(self, transfer: Transfer, which: BlockIds) -> None:
         """Copy some blocks of a transfer now."""
+        self.on_io()
         to_host = transfer.route.target is Tier.HOST
         source, target = (self._store, self._host) if to_host else (self._host, self._store)
         span = slice(self._block_bytes)
@@ -136,7 +147,7 @@ class FakePort:
         if to_host and self._sums is not None:
             host_ids = transfer.target_ids[which]
             self._sums[host_ids] = sums_of(self._host[host_ids])
-        if self._flips and not to_host:
+        if transfer.route.target is Tier.DISK:
             for block_id in transfer.target_ids[which].tolist():
                 if self._faults.flips():
                     bit = self._faults.bit(8 * self._block_bytes)
@@ -160,10 +171,35 @@ class FakePort:
         Raises:
             StorageError: the fault plan says so.
         """
+        self._syncs += 1
+        number, content = self._syncs, self._store.copy()
         # Sleeping is the work of a fake disk; on a virtual clock it takes no time.
         await asyncio.sleep(self._faults.delay_s())
+        self.on_io()
         if self._faults.fails():
             raise StorageError("fake", 0, EIO)
+        if number > self._synced:
+            self._synced, self._durable = number, content
+
+    def remains(self, random: Random, power_loss: bool) -> NDArray[np.uint8]:
+        """Give what a crash at this moment leaves of the store, uint8[blocks, bytes].
+
+        Of each block that is being written any part is there. Without power, of each block that was
+        written since the last sync: each sector is the old one or the new one.
+        """
+        left = self._store.copy()
+        for job in self._jobs.values():
+            if job.transfer.route.target is not Tier.HOST:
+                for block in np.concatenate([[], *(which for _, which in job.copies)]):
+                    place = int(job.transfer.target_ids[int(block)])
+                    source = self._host[int(job.transfer.source_ids[int(block)])]
+                    written = random.choice([0, self._block_bytes, random.randint(0, source.size)])
+                    left[place, :written] = source[:written]
+        if power_loss:
+            sectors = np.array([random.random() < 0.5 for _ in range(left.size // SECTOR_BYTES)])
+            old = np.repeat(sectors, SECTOR_BYTES).reshape(left.shape)
+            left[old] = self._durable[old]
+        return left
 
     def close(self) -> None:
         """Stop every timer. Idempotent.

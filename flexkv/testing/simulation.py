@@ -6,6 +6,9 @@ resets, and gives up at random moments. The oracles:
 - every block that a response claims has exactly the bytes that belong to its key;
 - device slots that were given back are never written again, and what was read from them after
   they were given back is never served;
+- after a crash in front of any step of the disk or a journal, with or without loss of power, what
+  was flushed and not written over since is there, and a journal lies only where bits flipped,
+  power was lost, or it could not be told what went;
 - every request ends, and at the end nothing is left: no claim, no pin, no transfer.
 
 `simulate(seed)` replays a failure.
@@ -15,27 +18,31 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import ExitStack, suppress
+from itertools import takewhile
+from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.backend import Device, Progress
 from flexkv.common.config import CacheConfig, ModelConfig
-from flexkv.common.errors import TransferError
+from flexkv.common.errors import StorageError, TransferError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine import Engine
 from flexkv.index.eviction import POLICIES
 from flexkv.index.keys import block_keys
 from flexkv.io.checked import CheckedDiskPort
+from flexkv.io.journal import Journal
 from flexkv.io.ports import DurablePort
 from flexkv.ledger import Ledger
 from flexkv.scrub import Scrubber
 from flexkv.testing.fakes import FakePort, FakeSummer
 from flexkv.testing.faults import FaultPlan
-from flexkv.testing.virtual_time import run_virtual
+from flexkv.testing.lossy_files import LossyFiles
+from flexkv.testing.virtual_time import VirtualThread, run_virtual
 
 TOKENS_PER_BLOCK = 2
 MODEL = ModelConfig(num_layers=1, num_kv_heads=1, head_size=4, dtype="int8")
@@ -43,31 +50,61 @@ MODEL = ModelConfig(num_layers=1, num_kv_heads=1, head_size=4, dtype="int8")
 
 GARBAGE = 0xEE
 
+MIXES = [
+    [Operation.GET, Operation.GET, Operation.PUT, Operation.PREFETCH],
+    [Operation.PUT, Operation.PUT, Operation.PUT, Operation.GET],
+]
+"""What is asked for, one as often as the other."""
+
+
+class Remains(NamedTuple):
+    """What a crash, or a clean end, leaves of an SSD tier."""
+
+    store: NDArray[np.uint8]
+    journals: list[dict[str, bytes]]
+    flushed: set[tuple[bytes, int]]
+    """Keys and places of blocks that have to be there."""
+    is_trusted: bool
+    """What a journal says is so: nothing ever failed, no bit flipped, power was never lost."""
+
 
 class FakeBackend:
-    """Host memory, disk and device as plain arrays behind fake ports."""
+    """Host memory, disk and device as plain arrays behind fake ports; journals in lossy files."""
 
-    def __init__(self, host_blocks: int, disk_blocks: int, faults: FaultPlan) -> None:
+    def __init__(self, host_blocks: int, faults: FaultPlan, remains: Remains) -> None:
         self.host = "fake"
         self.disk: DurablePort | None = None
-        self.disk_blocks = disk_blocks
+        self.disk_blocks = len(remains.store)
         self.ledger: Ledger | None = None
         self.scrubber: Scrubber | None = None
+        self.port: FakePort | None = None
+        self.files = [LossyFiles(faults, contents) for contents in remains.journals]
         self._faults = faults
         self._sums: NDArray[np.uint64] | None = None
         self._memory = np.zeros((host_blocks, BLOCK_KEY_BYTES), np.uint8)
-        self._store = np.zeros((disk_blocks, BLOCK_KEY_BYTES), np.uint8)
+        self._store = remains.store
 
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
-        """Open the disk port."""
-        if len(self._store):
-            port = FakePort(self._store, self._memory, self._faults, BLOCK_KEY_BYTES, flips=True)
-            summer = FakeSummer(self._memory)
-            self._sums = summer.sums
-            self.disk = CheckedDiskPort(
-                port, summer, self.disk_blocks, lambda block: ("fake", block)
+        """Open the disk port and its journals."""
+        if not self.disk_blocks:
+            return
+        self.port = FakePort(self._store, self._memory, self._faults, BLOCK_KEY_BYTES)
+        summer = FakeSummer(self._memory)
+        self._sums = summer.sums
+        disk = self.disk = CheckedDiskPort(
+            self.port, summer, self.disk_blocks, lambda block: ("fake", block)
+        )
+        undo.callback(disk.close)
+        if self.files:
+            self.ledger = Ledger(
+                [Journal(Path("fake"), files) for files in self.files],
+                self.disk_blocks,
+                disk.sums,
+                lambda _: VirtualThread(self._faults.delay_s),
             )
-            undo.callback(self.disk.close)
+            self.ledger.journal_bytes_min = 300
+            undo.callback(self.ledger.close)
+            disk.forget = self.ledger.forget
 
     def device(self, kv_caches: Any, layout: str | None) -> Device:
         """Open a port to the one array of `kv_caches`, uint8[blocks, 16]."""
@@ -77,19 +114,26 @@ class FakeBackend:
 
 
 class Simulation:
-    """One seeded run of a simulated inference engine against the real one."""
+    """One seeded life of a simulated inference engine with the real one, up to a crash or an end.
 
-    def __init__(self, seed: int) -> None:
-        self.random = random = Random(seed)
+    Attributes:
+        remains: what the next life begins with; None while there is no SSD tier that lasts.
+    """
+
+    def __init__(self, random: Random, prompts: list[list[int]], remains: Remains) -> None:
+        self.random, self.prompts, self.begun_with = random, prompts, remains
         faults = FaultPlan(
             random.randrange(1 << 30),
-            random.choice([0.0, 0.02, 0.2]),
+            random.choice([0.0, 0.0, 0.02, 0.2]),
             0.0001,
             0.01,
-            flip_probability=random.choice([0.0, 0.05]),
+            flip_probability=random.choice([0.0, 0.0, 0.05]),
             hang_probability=random.choice([0.0, 0.0, 0.05]),
         )
-        host_blocks, disk_blocks = random.randint(4, 24), random.choice([0, 8, 48])
+        self.is_sound = not faults.flip_probability
+        self.is_faultless = self.is_sound and not faults.failure_probability
+        self.is_trusted = remains.is_trusted and self.is_faultless
+        host_blocks, disk_blocks = random.randint(4, 24), len(remains.store)
         cache = CacheConfig(
             tokens_per_block=TOKENS_PER_BLOCK,
             num_cpu_blocks=host_blocks,
@@ -106,44 +150,123 @@ class Simulation:
             disk_write_window_mb=2 * BLOCK_KEY_BYTES / 2**20,
         )
         self.capacity = {Tier.HOST: host_blocks, Tier.DISK: disk_blocks}
-        backend = FakeBackend(host_blocks, disk_blocks, faults)
-        self.engine = Engine(MODEL, cache, backend)
+        self.backend = FakeBackend(host_blocks, faults, remains)
+        self.engine = Engine(MODEL, cache, self.backend)
         self.device = np.full((64, BLOCK_KEY_BYTES), GARBAGE, np.uint8)
         self.free_slots = list(range(64))
-        self.prompts = [self._prompt() for _ in range(random.randint(1, 6))]
         self.moved_blocks = 0
+        self.operations = random.choice(MIXES)
+        self.remains: Remains | None = None
+        self._ios = 0
+        self._power_loss = random.random() < 0.5
+        self._crash_at = random.choice([0, random.randint(1, 10), random.randint(1, 60)])
+        self._counts = random.random() < (0.2 if self._power_loss else 0.7)
+        """Whether steps are counted already, or only once a flush was done."""
+        self._flushed: set[tuple[bytes, int]] = set()
+        self._touched_before: int | None = 0
+        self._clears = 0
 
-    def _prompt(self) -> list[int]:
-        """Give a prompt that shares a prefix with others: few tokens, few first choices."""
-        random = self.random
-        return [0] * random.randint(0, 8) + [
-            random.randint(0, 1) for _ in range(random.randint(0, 30))
-        ]
+    # -- crashes --------------------------------------------------------------------------------
+
+    def _on_io(self) -> None:
+        """Count a step of the disk or of a journal; in front of one of them the world stops."""
+        self._ios += self._counts
+        if self._ios == self._crash_at and self.remains is None and self._counts:
+            self.remains = self._crash(self._power_loss)
+
+    def _crash(self, power_loss: bool) -> Remains:
+        port, random = self.backend.port, self.random
+        assert port is not None
+        begin = self._touched_before
+        touched = set(port.touched[begin:] if begin is not None else ())
+        flushed = {(key, at) for key, at in self._flushed & self._on_disk() if at not in touched}
+        return Remains(
+            port.remains(random, power_loss),
+            [files.remains(random, power_loss) for files in self.backend.files],
+            flushed,
+            self.is_trusted and not power_loss,
+        )
+
+    def _on_disk(self, all_of_it: bool = False) -> set[tuple[bytes, int]]:
+        """Give key and place of the blocks that the SSD tier has, and that have to be right."""
+        port = self.backend.port
+        if port is None or not ((self.is_sound or all_of_it) and self.backend.files):
+            return set()
+        # What an earlier life left may be wrong, if it could not be trusted.
+        places = sorted(set(port.touched))
+        if self.begun_with.is_trusted:
+            places = list(range(self.capacity[Tier.DISK]))
+        if not places:
+            return set()
+        exported = self.engine.residency.export(Tier.DISK, np.array(places, np.int64))
+        pairs = zip(exported, places, strict=True)
+        return {(record[:16].tobytes(), at) for record, at in pairs if record.any()}
+
+    def _check_restored(self) -> None:
+        """Check that what was flushed is there, as far as the next block can be asked for."""
+        if self.begun_with.is_trusted and self.backend.files:
+            for key, at in self._on_disk(all_of_it=True):
+                assert self.begun_with.store[at].tobytes() == key, "a journal lied"
+        kept = [(key, at) for key, at in self.begun_with.flushed if at < self.capacity[Tier.DISK]]
+        for key, at in kept:
+            assert self.begun_with.store[at].tobytes() == key, "a flushed block was not synced"
+        there = {key for key, _ in kept}
+        for prompt in self.prompts:
+            request = self.engine.intake(Operation.PREFETCH, prompt)
+            wanted = list(takewhile(there.__contains__, block_keys(request.keys)))
+            found = self.engine.residency.find(request.keys).last
+            assert found >= len(wanted), f"{len(wanted) - found} flushed blocks are lost"
+
+    # -- a life ---------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Run every request to its end, close, and check that nothing is left."""
-        engine = self.engine
+        engine, random = self.engine, self.random
+        for files in self.backend.files:
+            files.faulty = False
         await engine.open()
+        for files in self.backend.files:
+            files.faulty, files.on_io = True, self._on_io
+        if self.backend.port is not None:
+            self.backend.port.on_io = self._on_io
+        self._check_restored()
         engine.register_kv_caches([self.device])
         async with asyncio.TaskGroup() as group:
-            for _ in range(self.random.randint(5, 30)):
-                group.create_task(self._request(self.random.uniform(0.0, 0.1)))
-        if self.random.random() < 0.5:
-            await self._flush()
+            for _ in range(random.randint(5, 30)):
+                group.create_task(self._request(random.uniform(0.0, 0.1)))
+            for _ in range(random.choice([0, 1, 5])):
+                group.create_task(self._flush(random.uniform(0.0, 0.1)))
+        if random.random() < 0.5:
+            await self._flush(0.0)
         engine.residency.validate()
+        if self.is_trusted:
+            assert engine.statistics().corrupt_blocks == 0, "a journal lied"
         await engine.close()
         assert np.all(self.device == GARBAGE), "a device slot was written after it was given back"
+        assert not any(files.open_files for files in self.backend.files), "a file was left open"
+        if self.remains is None and self.backend.port is not None:
+            if self.is_faultless:
+                self._flushed, self._touched_before = self._on_disk(), None
+            self.remains = self._crash(power_loss=False)
 
-    async def _flush(self) -> None:
-        with suppress(TransferError):  # injected: a write or the sync failed
+    async def _flush(self, start_s: float) -> None:
+        await asyncio.sleep(start_s)
+        port = self.backend.port
+        ready, touched = self._on_disk(), len(port.touched) if port is not None else 0
+        clears = self._clears
+        try:
             await self.engine.flush()
+        except TransferError:  # injected: a write or the sync failed
+            return
+        if clears == self._clears:
+            self._flushed, self._touched_before, self._counts = ready, touched, True
 
     async def _request(self, start_s: float) -> None:
         await asyncio.sleep(start_s)
         random, engine = self.random, self.engine
         self._disturb()
         prompt = random.choice(self.prompts)
-        operation = random.choice([Operation.GET, Operation.GET, Operation.PUT, Operation.PREFETCH])
+        operation = random.choice(self.operations)
         mask = np.ones(len(prompt), np.bool_)
         mask[: random.choice([0, 0, random.randint(0, len(prompt))])] = False
         request = engine.intake(
@@ -166,7 +289,9 @@ class Simulation:
         random, engine = self.random, self.engine
         chance = random.random()
         if chance < 0.03:
-            engine.clear(random.choice([None, *engine.residency.tiers]))
+            self._flushed, self._clears = set(), self._clears + 1
+            with suppress(StorageError):  # injected
+                engine.clear(random.choice([None, *engine.residency.tiers]))
         elif chance < 0.06:
             tier = random.choice(engine.residency.tiers)
             engine.resize(tier, random.randint(1, self.capacity[tier]))
@@ -221,16 +346,48 @@ class Simulation:
         return response
 
 
+def _prompt(random: Random) -> list[int]:
+    """Give a prompt that shares a prefix with others: few tokens, few first choices."""
+    return [0] * random.randint(0, 8) + [random.randint(0, 1) for _ in range(random.randint(0, 30))]
+
+
+def empty(disk_blocks: int, journals: int = 0) -> Remains:
+    """Give what the first life of an SSD tier begins with."""
+    store = np.zeros((disk_blocks, BLOCK_KEY_BYTES), np.uint8)
+    return Remains(store, [{} for _ in range(journals)], set(), True)
+
+
+def _resized(remains: Remains, disk_blocks: int) -> Remains:
+    store = np.zeros((disk_blocks, BLOCK_KEY_BYTES), np.uint8)
+    kept = min(disk_blocks, len(remains.store))
+    store[:kept] = remains.store[:kept]
+    return remains._replace(store=store)
+
+
 def simulate(seed: int) -> int:
     """Run one simulation, and give the number of blocks that gets brought back.
+
+    An SSD tier with journals goes through several lives, each begun with what a crash of the one
+    before, or its end, left.
 
     Raises:
         AssertionError: an oracle failed; the message names the seed.
     """
-    simulation = Simulation(seed)
+    random = Random(seed)
+    prompts = [_prompt(random) for _ in range(random.choice([1, 3, 6, 20]))]
+    remains = empty(random.choice([0, 8, 24, 48]), random.choice([0, 1, 1, 2, 3]))
+    moved_blocks = 0
     try:
-        run_virtual(simulation.run())
+        for _ in range(random.choice([1, 2, 4])):
+            simulation = Simulation(random, prompts, remains)
+            run_virtual(simulation.run())
+            moved_blocks += simulation.moved_blocks
+            if simulation.remains is None or not simulation.remains.journals:
+                break
+            remains = simulation.remains
+            if random.random() < 0.3:
+                remains = _resized(remains, random.choice([8, 20, 48]))
     except BaseException as error:
         error.add_note(f"replay with: flexkv.testing.simulation.simulate({seed})")
         raise
-    return simulation.moved_blocks
+    return moved_blocks

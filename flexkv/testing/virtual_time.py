@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections import deque
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor, Future
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
+
+from flexkv.common.errors import FlexKVError
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class DeadlockError(AssertionError):
@@ -56,3 +62,59 @@ def run_virtual(main: Coroutine[Any, Any, T]) -> T:
     """
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         return runner.run(main)
+
+
+class VirtualThread(Executor):
+    """A thread of the virtual-time loop: calls are made one after the other, each a delay later.
+
+    Whoever waits for a call from the loop's own thread has it made, and those before it, at once.
+    """
+
+    def __init__(self, delay_s: Callable[[], float]) -> None:
+        self._delay_s = delay_s
+        self._calls: deque[Callable[[], None]] = deque()
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Queue a call."""
+        made: _Made[T] = _Made(self._drain)
+        self._calls.append(partial(_make, made, partial(fn, *args, **kwargs)))
+        asyncio.get_running_loop().call_later(self._delay_s(), self._next)
+        return made
+
+    def _next(self) -> None:
+        if self._calls:
+            self._calls.popleft()()
+
+    def _drain(self) -> None:
+        while self._calls:
+            self._next()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Make the calls that are queued, or drop them."""
+        if cancel_futures:
+            self._calls.clear()
+        elif wait:
+            self._drain()
+
+
+class _Made(Future[T]):
+    """The result of a call, which is made at the latest when it is asked for."""
+
+    def __init__(self, drain: Callable[[], None]) -> None:
+        super().__init__()
+        self._drain = drain
+
+    def result(self, timeout: float | None = None) -> T:
+        """Give what the call gave."""
+        self._drain()
+        return super().result(timeout)
+
+
+def _make(made: Future[T], call: Callable[[], T]) -> None:
+    """Make a call, as a thread of a pool does."""
+    if not made.set_running_or_notify_cancel():
+        return
+    try:
+        made.set_result(call())
+    except (OSError, FlexKVError) as error:  # others are mistakes: the loop is told
+        made.set_exception(error)

@@ -15,7 +15,7 @@ from flexkv.common.request import Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine import Engine
 from flexkv.testing.faults import FaultPlan
-from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK, FakeBackend
+from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK, FakeBackend, empty
 from flexkv.testing.virtual_time import run_virtual
 
 A, B = np.arange(4 * TOKENS_PER_BLOCK), np.arange(4 * TOKENS_PER_BLOCK) + 1000
@@ -31,7 +31,7 @@ def on_engine(
             tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=host, num_ssd_blocks=disk,
             ssd_cache_dir="unused", evict_ratio=0.0, **changes,
         )  # fmt: skip
-        backend = FakeBackend(host, disk, FaultPlan(1, 0.0, 0.0001, 0.001))
+        backend = FakeBackend(host, FaultPlan(1, 0.0, 0.0001, 0.001), empty(disk))
         engine = Engine(MODEL, cache, backend)
         await engine.open()
         engine.register_kv_caches([np.zeros((16, BLOCK_KEY_BYTES), np.uint8)])

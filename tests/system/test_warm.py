@@ -18,7 +18,7 @@ from flexkv.common.config import ModelConfig
 from flexkv.common.errors import ConfigError, FlexKVError, StorageError
 from flexkv.common.request import KVResponseStatus
 from flexkv.common.terms import Tier
-from flexkv.io import journal
+from flexkv.io import file_calls, journal
 from flexkv.kvmanager import KVManager
 from tests.system.conftest import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches, slots_of
 
@@ -172,7 +172,7 @@ async def test_a_journal_that_is_no_journal_costs_its_blocks_only(tmp_path: Path
 
 async def test_the_journal_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long an engine writes, the journal has no more than what is live, a few times."""
-    monkeypatch.setattr("flexkv.ledger.JOURNAL_BYTES_MIN", 4096)
+    monkeypatch.setattr("flexkv.ledger.Ledger.journal_bytes_min", 4096)
     monkeypatch.setattr("flexkv.ledger.SNAPSHOT_BLOCKS", 8)
     async with KVManager(MODEL, cache_config(tmp_path, num_ssd_blocks=32)) as manager:
         manager.register_kv_caches(kv_caches())
@@ -224,7 +224,7 @@ def fail_writes(patch: pytest.MonkeyPatch, directory: Path) -> None:
             raise OSError(28, "no space")
         return write(fd, data)
 
-    patch.setattr(journal.os, "write", full)
+    patch.setattr(file_calls.os, "write", full)
 
 
 async def test_what_a_full_journal_did_not_take_is_written_later(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
@@ -13,10 +14,13 @@ from numpy.typing import NDArray
 
 from flexkv.common.errors import ConfigError, StorageError
 from flexkv.index.forest import forest
-from flexkv.io import journal, superblock
+from flexkv.io import file_calls, journal, superblock
+from flexkv.io.file_calls import KERNEL, FileCalls
 from flexkv.io.journal import RECORD_BYTES, Journal
 from flexkv.io.ssd import open_journals, present, refuse
 from flexkv.io.superblock import Superblock
+from flexkv.testing.faults import FaultPlan
+from flexkv.testing.lossy_files import LossyFiles
 
 Model = dict[int, tuple[int, bytes]]
 """Row -> sum and block."""
@@ -138,7 +142,7 @@ def test_a_journal_that_takes_no_more_keeps_what_is_whole(
     told = random_frames(5, 3)
     opened = Journal(tmp_path)
     opened.append(told[0][0])
-    write = journal.os.write
+    write = file_calls.os.write
     calls = []
 
     def failing(fd: int, data: bytes) -> int:
@@ -147,7 +151,7 @@ def test_a_journal_that_takes_no_more_keeps_what_is_whole(
             return write(fd, data[:5])
         raise OSError(28, "no space")
 
-    monkeypatch.setattr(journal.os, "write", failing)
+    monkeypatch.setattr(file_calls.os, "write", failing)
     with pytest.raises(StorageError, match="ENOSPC"):
         opened.append(told[1][0])
     monkeypatch.undo()
@@ -156,6 +160,93 @@ def test_a_journal_that_takes_no_more_keeps_what_is_whole(
     again = Journal(tmp_path)
     assert len(list(journal.records((tmp_path / journal.NAME).read_bytes()))) == 2
     again.close()
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_a_loss_of_power_keeps_what_was_synced(seed: int) -> None:
+    """Whatever is written anew meanwhile: the journal says what it said at the last sync or later.
+
+    The world stops in front of any call to the file system.
+    """
+    random, told = Random(seed), random_frames(seed, 30)
+    states, synced, calls = [{}, *(model for _, model in told)], 0, 0
+    stop_at, left = random.randint(1, 100), None
+    files = LossyFiles(FaultPlan(seed))
+
+    def on_io() -> None:
+        nonlocal calls, left
+        calls += 1
+        if calls == stop_at:
+            left = (synced, files.remains(random, power_loss=True))
+
+    one = Journal(Path("fake"), files)
+    files.on_io = on_io
+    for number, (frame, _) in enumerate(told, 1):
+        one.append(frame)
+        action = random.random()
+        if action < 0.2:
+            one.sync()
+            synced = number
+        elif action < 0.3 and not one.has_new:
+            kept = journal.replay(files.read(one._fd))[0]
+            one.begin_new()
+            one.append_new(journal.stored(*kept[:3]))
+        elif action < 0.4:
+            one.take_new()
+    one.close()
+    assert files.open_files == 0
+    must, contents = left or (synced, files.remains(random, power_loss=True))
+    again = Journal(Path("fake"), LossyFiles(FaultPlan(seed), contents))
+    assert model_of(again.live) in states[must:]
+    again.close()
+
+
+def call_at_random(calls: FileCalls, folder: Path, random: Random) -> Iterator[object]:
+    """Make calls, as one seed says, and give what every file has after each."""
+    names, fds = [folder / "a", folder / "b"], [calls.open(folder / "a")]
+    there = {names[0]}
+
+    def rename() -> None:
+        if names[0] in there:
+            calls.rename(*names)
+            there.symmetric_difference_update(names if names[1] not in there else names[:1])
+
+    def remove() -> None:
+        calls.remove(names[1])
+        there.discard(names[1])
+
+    def reopen() -> None:
+        name = random.choice(names)
+        fds.append(calls.open(name))
+        there.add(name)
+
+    def close() -> None:
+        if len(fds) > 1:
+            calls.close(fds.pop(random.randrange(len(fds))))
+
+    actions = [
+        lambda fd: calls.write(fd, memoryview(random.randbytes(random.randint(1, 50)))),
+        lambda fd: calls.cut(fd, calls.size(fd) // 2),
+        lambda fd: calls.sync(fd),
+        lambda _: calls.sync_folder(folder),
+        lambda _: rename(),
+        lambda _: remove(),
+        lambda _: reopen(),
+        lambda _: close(),
+    ]
+    for _ in range(80):
+        gave = random.choice(actions)(random.choice(fds))
+        yield gave, [(calls.size(fd), calls.read(fd)) for fd in fds]
+    for fd in fds:
+        calls.close(fd)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_lossy_files_are_like_the_kernel_s(tmp_path: Path, seed: int) -> None:
+    """The same calls to both give and leave the same."""
+    real = call_at_random(KERNEL, tmp_path, Random(seed))
+    fake = call_at_random(LossyFiles(FaultPlan(0)), tmp_path, Random(seed))
+    assert list(real) == list(fake)
 
 
 # -- superblocks ---------------------------------------------------------------------------------
@@ -236,14 +327,14 @@ def test_a_new_journal_that_takes_no_more_is_given_up(
     one = Journal(tmp_path)
     one.append(told[0][0])
     one.begin_new()
-    new_fd, write = one._new_fd, journal.os.write
+    new_fd, write = one._new_fd, file_calls.os.write
 
     def full(fd: int, data: bytes) -> int:
         if fd == new_fd:
             raise OSError(28, "no space")
         return write(fd, data)
 
-    monkeypatch.setattr(journal.os, "write", full)
+    monkeypatch.setattr(file_calls.os, "write", full)
     one.append(told[1][0])
     assert not one.has_new
     one.take_new()

@@ -1,0 +1,120 @@
+"""Files of one directory that fail by a fault plan and lose, in a crash, what was not synced.
+
+They stand in for the kernel under a real `Journal`; a contract test runs both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from errno import EIO, ENOSPC
+from itertools import count
+from pathlib import Path
+from random import Random
+
+from flexkv.testing.faults import FaultPlan
+
+
+class _File:
+    def __init__(self, content: bytes = b"") -> None:
+        self.content = bytearray(content)
+        self.durable = content
+
+
+class LossyFiles:
+    """The calls of a journal, over files in memory, by name."""
+
+    def __init__(self, faults: FaultPlan, contents: dict[str, bytes] | None = None) -> None:
+        """Begin with some files, all of them durable."""
+        self.on_io: Callable[[], None] = lambda: None
+        self.faulty = True
+        self._faults = faults
+        self._names = {name: _File(content) for name, content in (contents or {}).items()}
+        self._durable_names = dict(self._names)
+        self._open: dict[int, _File] = {}
+        self._fds = count(3)
+
+    def _call(self, errno: int | None = None) -> None:
+        self.on_io()
+        if errno is not None and self.faulty and self._faults.fails():
+            raise OSError(errno, f"injected by {self._faults!r}")
+
+    def open(self, path: Path) -> int:
+        """Open a file, or create it."""
+        self._call()
+        fd = next(self._fds)
+        self._open[fd] = self._names.setdefault(path.name, _File())
+        return fd
+
+    def read(self, fd: int) -> bytes:
+        """Give all that is in a file."""
+        return bytes(self._open[fd].content)
+
+    def write(self, fd: int, data: memoryview) -> int:
+        """Append a part of it, most often all."""
+        self._call(ENOSPC)
+        written = len(data)
+        if self._faults.fails():
+            written = 1 + self._faults.bit(written)
+        self._open[fd].content += data[:written]
+        return written
+
+    def size(self, fd: int) -> int:
+        """Give how many bytes a file has."""
+        return len(self._open[fd].content)
+
+    def cut(self, fd: int, size: int) -> None:
+        """Drop what is behind the first `size` bytes."""
+        self._call()
+        del self._open[fd].content[size:]
+
+    def sync(self, fd: int) -> None:
+        """Make the content of a file durable."""
+        self._call(EIO)
+        self._open[fd].durable = bytes(self._open[fd].content)
+
+    def close(self, fd: int) -> None:
+        """Close a file."""
+        del self._open[fd]
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Let a file take the place of another."""
+        self._call(EIO)
+        self._names[new.name] = self._names.pop(old.name)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file, if it is there."""
+        self._call()
+        self._names.pop(path.name, None)
+
+    def sync_folder(self, folder: Path) -> None:
+        """Make the names durable."""
+        self._call(EIO)
+        self._durable_names = dict(self._names)
+
+    @property
+    def open_files(self) -> int:
+        """Count the descriptors that were not closed."""
+        return len(self._open)
+
+    def remains(self, random: Random, power_loss: bool) -> dict[str, bytes]:
+        """Give what a crash at this moment leaves, by name.
+
+        Without power the names are the old or the new ones, and of what was not synced each sector
+        is there or not, up to any length.
+        """
+        if not power_loss:
+            return {name: bytes(file.content) for name, file in self._names.items()}
+        names = random.choice([self._names, self._durable_names])
+        return {name: _lose(file, random) for name, file in names.items()}
+
+
+def _lose(file: _File, random: Random) -> bytes:
+    old, new = file.durable, bytes(file.content)
+    kept = random.choice([0.0, 0.5, 0.9, 1.0])
+    length = random.randint(min(len(old), len(new)), max(len(old), len(new)))
+    left, sector = bytearray(), random.choice([1, 16, 512])
+    for at in range(0, length, sector):
+        end = min(at + sector, length)
+        source = new if at < len(new) and random.random() < kept else old
+        left += source[at:end].ljust(end - at, b"\0")
+    return bytes(left)
