@@ -1,0 +1,126 @@
+"""The SSD tier on a real file system that fails and hangs: it is the kernel that says so."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flexkv.common.errors import DeadlineError, StorageError
+from flexkv.common.terms import Tier
+from flexkv.kvmanager import KVManager
+from tests.system.conftest import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches, slots_of
+
+ROOT = Path(__file__).parents[2]
+PROMPT = np.arange(8 * PER_BLOCK)
+PATIENCE_S = 20.0
+
+
+class Disk:
+    """A mounted file system, and what it suffers from."""
+
+    def __init__(self, mounted: Path, control: Path) -> None:
+        self.mounted, self._control = mounted, control
+
+    def suffers_from(self, words: str) -> None:
+        """Let it fail, or hang, from now on."""
+        new = self._control.with_suffix(".new")
+        new.write_text(words)
+        new.rename(self._control)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """Mount one, where the machine permits."""
+    if not Path("/dev/fuse").exists() or shutil.which("fusermount3") is None:
+        pytest.skip("this machine has no FUSE")
+    mounted, directory, control = (tmp_path / name for name in ("mounted", "real", "control"))
+    mounted.mkdir()
+    directory.mkdir()
+    disk = Disk(mounted, control)
+    disk.suffers_from("")
+    command = [sys.executable, "-m", "tests.system.failing_disk"]
+    with subprocess.Popen(
+        [*command, str(mounted), str(directory), str(control)], cwd=ROOT
+    ) as serving:
+        until = time.monotonic() + PATIENCE_S
+        while not mounted.is_mount():
+            if serving.poll() is not None or time.monotonic() > until:
+                serving.kill()
+                pytest.skip("this process may not mount")
+            time.sleep(0.01)
+        yield disk
+        disk.suffers_from("")
+        subprocess.run(["fusermount3", "-u", "-z", str(mounted)], check=True)
+
+
+async def until_got(manager: KVManager, blocks: range) -> None:
+    """Ask for the prompt until all of it comes from SSD."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not (await manager.get(PROMPT, slots_of(blocks))).return_mask.all():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+async def test_reads_that_fail_are_misses_and_the_tier_comes_back(disk: Disk) -> None:
+    """EIO from the kernel: a shorter hit, then none is asked for; later the bytes are there."""
+    async with KVManager(MODEL, cache_config(disk.mounted)) as manager:
+        caches = kv_caches()
+        manager.register_kv_caches(caches)
+        for number in range(4):
+            await manager.put(PROMPT + 1000 * number, slots_of(range(8)))
+            await manager.flush()
+        manager.clear(Tier.HOST)
+        disk.suffers_from("read")
+        for number in range(1, 4):  # each a prompt that is dropped
+            response = await manager.get(PROMPT + 1000 * number, slots_of(range(8, 16)))
+            assert not response.return_mask.any()
+        assert manager.statistics().tiers["disk"].reads == "down"
+        disk.suffers_from("")
+        await until_got(manager, range(16, 24))
+        assert np.array_equal(bytes_of(caches, range(16, 24)), bytes_of(caches, range(8)))
+
+
+async def test_writes_that_fail_are_told_by_flush_and_served_from_host(disk: Disk) -> None:
+    """EIO from the kernel for blocks and journal alike."""
+    async with KVManager(MODEL, cache_config(disk.mounted)) as manager:
+        caches = kv_caches()
+        manager.register_kv_caches(caches)
+        disk.suffers_from("write sync")
+        await manager.put(PROMPT, slots_of(range(8)))
+        with pytest.raises(StorageError, match="EIO"):
+            await manager.flush()
+        assert (await manager.get(PROMPT, slots_of(range(8, 16)))).return_mask.all()
+        assert np.array_equal(bytes_of(caches, range(8, 16)), bytes_of(caches, range(8)))
+        disk.suffers_from("")
+
+
+async def test_a_disk_that_hangs_in_the_kernel_costs_its_own_blocks_only(disk: Disk) -> None:
+    """The get is answered at the deadline, host hits go on, and the tier comes back by itself."""
+    cache = cache_config(disk.mounted, io_deadline_s=0.3)
+    other = PROMPT + 1000
+    async with KVManager(MODEL, cache) as manager:
+        caches = kv_caches()
+        manager.register_kv_caches(caches)
+        await manager.put(PROMPT, slots_of(range(8)))
+        await manager.flush()
+        manager.clear(Tier.HOST)
+        await manager.put(other, slots_of(range(8)))
+        await manager.flush()
+        disk.suffers_from("hang")
+        begin = time.monotonic()
+        response = await manager.get(PROMPT, slots_of(range(8, 16)))
+        assert not response.return_mask.any()
+        assert isinstance(response.error, DeadlineError)
+        assert time.monotonic() - begin < 5
+        assert manager.statistics().tiers["disk"].reads == "hung"
+        assert (await manager.get(other, slots_of(range(24, 32)))).return_mask.all()
+        disk.suffers_from("")
+        await until_got(manager, range(16, 24))
+        assert np.array_equal(bytes_of(caches, range(16, 24)), bytes_of(caches, range(8)))
