@@ -87,6 +87,11 @@ static PyMethodDef module_functions[] = {
      "Give the device block id of every whole block of slots."},
     {"copy_now", FAST(page_map_copy_now), METH_FASTCALL | METH_KEYWORDS,
      "copy_now(pages, direction, device_ids, host_ids)\n--\n\nDo one job in the calling thread."},
+    {"list_runs", FAST(page_map_list_runs), METH_FASTCALL | METH_KEYWORDS,
+     "list_runs(pages, direction, device_ids, host_ids, out)\n--\n\n"
+     "List a job's runs of bytes: targets, sources, sizes."},
+    {"notify_address", notify_address, METH_NOARGS,
+     "notify_address()\n--\n\nGive the address of a C function that adds to an eventfd."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -245,7 +245,13 @@ static PyObject *page_map_block_bytes(PageMap *self, void *Py_UNUSED(closure))
     return PyLong_FromSize_t(self->layout.block_bytes);
 }
 
+static PyObject *page_map_piece_count(PageMap *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromSize_t(self->layout.piece_count);
+}
+
 static PyGetSetDef page_map_properties[] = {
+    {"piece_count", (getter)page_map_piece_count, NULL, "Pieces of one block.", NULL},
     {"block_bytes", (getter)page_map_block_bytes, NULL, "Bytes of all pieces of one block.", NULL},
     {0},
 };

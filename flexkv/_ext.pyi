@@ -77,6 +77,8 @@ class PageMap:
 
     @property
     def block_bytes(self) -> int: ...
+    @property
+    def piece_count(self) -> int: ...
 
 @final
 class CopyPool:
@@ -128,6 +130,32 @@ class CopyPool:
 
 def copy_now(pages: PageMap, direction: int, device_ids: Memory, host_ids: Memory) -> None:
     """Do one job in the calling thread; the GIL is released when it is more than 64 KiB."""
+
+def list_runs(
+    pages: PageMap, direction: int, device_ids: Memory, host_ids: Memory, out: Memory
+) -> int:
+    """List the runs of bytes of a job for a copy engine; neighbours on both ends are one run.
+
+    Args:
+        pages: what the ids are of. Its memory is not touched.
+        direction: TO_HOST or TO_DEVICE.
+        device_ids: int64[n].
+        host_ids: int64[n].
+        out: writable uint64[3, m], m at least n times `pages.piece_count`: gets the addresses of
+            targets and sources, and the bytes of each.
+
+    Returns:
+        How many runs there are.
+
+    Raises:
+        ValueError: an id out of range, lengths that differ, `out` too small.
+    """
+
+def notify_address() -> int:
+    """Give the address of `void notify(void *eventfd)`, which any thread may call without the GIL.
+
+    It adds 1 to the eventfd whose descriptor, not whose address, it gets.
+    """
 
 @final
 class Ring:

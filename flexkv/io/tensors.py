@@ -31,9 +31,14 @@ def describe(tensor: Any, field: str = "kv_caches") -> TensorSpec:
         raise ConfigError(field, type(tensor).__name__, "neither a numpy array nor a torch tensor")
     kind = tensor.device.type
     if kind == "cuda":
-        raise BackendUnavailableError("cuda", "the CUDA device part is not built yet")
+        raise BackendUnavailableError("cuda", "the CUDA device has run on no GPU yet")
     if kind != "cpu":
         raise BackendUnavailableError(kind, "no adapter for this kind of device")
+    return spec_of(tensor)
+
+
+def spec_of(tensor: Any) -> TensorSpec:
+    """Give address, shape and strides of a torch tensor, wherever it is."""
     itemsize = tensor.element_size()
     return TensorSpec(
         address=tensor.data_ptr(),

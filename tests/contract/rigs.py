@@ -16,11 +16,13 @@ from flexkv.common.layout import infer_layout
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.arena import Arena
 from flexkv.io.cpu import CpuDevicePort
+from flexkv.io.cuda.port import Choice, CudaDevicePort
 from flexkv.io.files import StripedFiles
 from flexkv.io.ports import Completion, TransferPort
 from flexkv.io.posix import ThreadDiskPort
 from flexkv.io.tensors import describe
 from flexkv.io.uring import RingOptions, UringDiskPort
+from flexkv.testing.fake_cuda import FakeCuda
 from flexkv.testing.fakes import FakePort
 from flexkv.testing.faults import FaultPlan
 
@@ -95,6 +97,36 @@ def cpu_rig(tokens_per_block: int) -> Rig:
     return rig
 
 
+def cuda_rig(choice: Choice) -> Rig:
+    """Give a CUDA device port over a fake driver, with blocks of three pieces."""
+    shape = (OUTER_BLOCKS, 16, 4, 24)
+    layers = [np.zeros(shape, np.int16) for _ in range(3)]
+    layout = infer_layout([describe(layer) for layer in layers], 16, 4, 24, kv_dim=1)
+    arena = Arena.open(HOST_BLOCKS, layout.block_bytes)
+    driver = FakeCuda(layers)
+    rig = Rig(
+        CudaDevicePort(layout, arena, layers, driver, (choice, choice)), arena.array, Tier.DEVICE
+    )
+    rig.resources.callback(lambda: assert_nothing_left(driver))
+    rig.resources.callback(arena.close)
+    return rig
+
+
+def assert_nothing_left(driver: FakeCuda) -> None:
+    """Check that the port let go of all that it took."""
+    assert driver.left == 0
+
+
+def cuda_engine_rig(_: Path) -> Rig:
+    """Give a CUDA device port that copies by the copy engine."""
+    return cuda_rig(Choice(engine_run_bytes_min=0))
+
+
+def cuda_kernel_rig(_: Path) -> Rig:
+    """Give a CUDA device port that copies by the kernel."""
+    return cuda_rig(Choice(engine_run_bytes_min=1 << 30))
+
+
 def cpu_inline_rig(_: Path) -> Rig:
     """Give a CPU device port whose blocks are so small that single ones are copied in place."""
     return cpu_rig(tokens_per_block=2)
@@ -138,6 +170,8 @@ RIGS: dict[str, Callable[[Path], Rig]] = {
     "fake": fake_rig,
     "cpu-inline": cpu_inline_rig,
     "cpu-pooled": cpu_pooled_rig,
+    "cuda-engine": cuda_engine_rig,
+    "cuda-kernel": cuda_kernel_rig,
     "uring": uring_rig,
     "uring-striped": uring_striped_rig,
     "threads": threads_rig,

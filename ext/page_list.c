@@ -1,0 +1,114 @@
+/* A job as a list of runs of bytes, for copy engines that take addresses; and the C function by
+ * which a foreign thread tells an event loop. Neither touches the memory that addresses name. */
+#include "page_map.h"
+
+#include <sys/eventfd.h>
+
+struct run_list {
+    uint64_t *targets, *sources, *sizes;
+    size_t count;
+};
+
+/* Append a run, to the last one where it goes on both here and there. */
+static void run_append(struct run_list *runs, uint64_t target, uint64_t source, uint64_t bytes)
+{
+    size_t last = runs->count - 1;
+
+    if (runs->count > 0 && runs->targets[last] + runs->sizes[last] == target &&
+        runs->sources[last] + runs->sizes[last] == source) {
+        runs->sizes[last] += bytes;
+        return;
+    }
+    runs->targets[runs->count] = target;
+    runs->sources[runs->count] = source;
+    runs->sizes[runs->count++] = bytes;
+}
+
+static void runs_list(const struct copy_work *work, struct run_list *runs)
+{
+    const struct layout *layout = work->layout;
+
+    for (size_t pair = 0; pair < work->bytes / layout->block_bytes; pair++)
+        for (size_t index = 0; index < layout->piece_count; index++) {
+            const struct piece *piece = &layout->pieces[index];
+            uint64_t device = (uintptr_t)piece->base + work->device_ids[pair] * piece->stride;
+            uint64_t host = (uintptr_t)layout->host + work->host_ids[pair] * layout->host_stride +
+                            piece->offset;
+
+            if (work->direction == TO_HOST)
+                run_append(runs, host, device, piece->bytes);
+            else
+                run_append(runs, device, host, piece->bytes);
+        }
+}
+
+/* List the runs of a job into a held buffer of three equal parts; the number of runs, or NULL. */
+static PyObject *runs_into(PageMap *map, int64_t direction, struct page_ids *ids, Py_buffer *out)
+{
+    size_t pairs = (size_t)ids->device.count, most = pairs * map->layout.piece_count;
+    size_t part = (size_t)out->len / 3 / sizeof(uint64_t);
+    int64_t *copies;
+    PyObject *result = NULL;
+
+    if ((size_t)out->len != 3 * part * sizeof(uint64_t) || part < most ||
+        (uintptr_t)out->buf % sizeof(uint64_t) != 0)
+        return PyErr_Format(PyExc_ValueError, "out has %zd bytes, not three times %zu or more",
+                            out->len, most * sizeof(uint64_t));
+    copies = PyMem_Malloc(2 * pairs * sizeof(*copies));
+    if (!copies)
+        return PyErr_NoMemory();
+    if (page_ids_copy(map, ids, copies, copies + pairs) == 0) {
+        struct copy_work work = {&map->layout, (enum direction)direction, ids->bytes, copies,
+                                 copies + pairs};
+        uint64_t *first = out->buf;
+        struct run_list runs = {first, first + part, first + 2 * part, 0};
+
+        runs_list(&work, &runs);
+        result = PyLong_FromSize_t(runs.count);
+    }
+    PyMem_Free(copies);
+    return result;
+}
+
+PyObject *page_map_list_runs(PyObject *module, PyObject *const *args, Py_ssize_t count,
+                             PyObject *keywords)
+{
+    static const char *const names[] = {"pages", "direction", "device_ids", "host_ids", "out"};
+    static const struct signature signature = {"list_runs", names, 5, 5};
+    struct ext_state *state = PyModule_GetState(module);
+    PyObject *values[5], *result;
+    struct page_ids ids;
+    int64_t direction;
+    Py_buffer out;
+    PageMap *map;
+
+    if (args_unpack(&signature, args, count, keywords, values) < 0)
+        return NULL;
+    if (!PyObject_TypeCheck(values[0], state->page_map)) {
+        PyErr_SetString(PyExc_TypeError, "pages must be a PageMap");
+        return NULL;
+    }
+    map = (PageMap *)values[0];
+    if (integer_read(values[1], "direction", TO_HOST, TO_DEVICE, &direction) < 0 ||
+        page_ids_hold(map, values[2], values[3], &ids) < 0)
+        return NULL;
+    if (PyObject_GetBuffer(values[4], &out, PyBUF_WRITABLE) < 0) {
+        page_ids_release(&ids);
+        return NULL;
+    }
+    result = runs_into(map, direction, &ids, &out);
+    PyBuffer_Release(&out);
+    page_ids_release(&ids);
+    return result;
+}
+
+/* What a foreign thread calls: `eventfd` is the descriptor itself. */
+static void eventfd_notify(void *eventfd)
+{
+    eventfd_write((int)(intptr_t)eventfd, 1);
+}
+
+PyObject *notify_address(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    return PyLong_FromVoidPtr((void *)(uintptr_t)eventfd_notify);
+}

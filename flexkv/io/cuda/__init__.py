@@ -1,0 +1,1 @@
+"""The CUDA device: its driver, its kernel, its transfer port."""

@@ -1,0 +1,90 @@
+"""The paged-copy kernel: its source, its tables, and its compilation with NVRTC, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import suppress
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from flexkv.common.errors import BackendUnavailableError
+
+log = structlog.get_logger(__name__)
+
+NAME = "paged_copy"
+PART_BYTES = 32768
+"""As in the source: what a thread block copies at a time."""
+THREADS = 512
+
+
+def source() -> str:
+    """Give the CUDA C++ source of the kernel."""
+    return (files(__package__) / f"{NAME}.cu").read_text()
+
+
+def part_starts(piece_bytes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Give how many parts of a block are before each piece, and of all: int64[pieces + 1]."""
+    return np.concatenate([[0], np.cumsum(-(-piece_bytes // PART_BYTES))]).astype(np.int64)
+
+
+def cubin(architecture: str, cache: Path | None = None) -> bytes:
+    """Give the kernel's machine code for an architecture such as "sm_90".
+
+    It is compiled once for each source, architecture and compiler, and kept in `cache`, by default
+    $XDG_CACHE_HOME/flexkv; a cache that cannot be written costs the compilation only.
+
+    Raises:
+        BackendUnavailableError: NVRTC is not installed, or does not know the architecture.
+    """
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        raise BackendUnavailableError("nvrtc", "install flexkv[cuda]") from error
+    version = _checked(nvrtc, nvrtc.nvrtcVersion())
+    text = source()
+    named = hashlib.sha256(f"{text}{architecture}{version}".encode()).hexdigest()[:32]
+    kept = (cache or _cache()) / f"{NAME}-{architecture}-{named}.cubin"
+    with suppress(OSError):
+        return kept.read_bytes()
+    code = _compile(nvrtc, text, architecture)
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        new = kept.with_suffix(f".{os.getpid()}")
+        new.write_bytes(code)
+        new.rename(kept)
+    log.info("kernel_compiled", kernel=NAME, architecture=architecture, bytes=len(code))
+    return code
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flexkv"
+
+
+def _compile(nvrtc: Any, text: str, architecture: str) -> bytes:
+    program = _checked(nvrtc, nvrtc.nvrtcCreateProgram(text.encode(), b"paged_copy.cu", 0, [], []))
+    try:
+        options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
+        (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            notes = b" " * _checked(nvrtc, nvrtc.nvrtcGetProgramLogSize(program))
+            _checked(nvrtc, nvrtc.nvrtcGetProgramLog(program, notes))
+            why = f"{architecture}: {result.name} {notes.decode(errors='replace').strip()}"
+            raise BackendUnavailableError("nvrtc", why)
+        code = bytes(_checked(nvrtc, nvrtc.nvrtcGetCUBINSize(program)))
+        _checked(nvrtc, nvrtc.nvrtcGetCUBIN(program, code))  # fills it
+        return code
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _checked(nvrtc: Any, answer: tuple[Any, ...]) -> Any:
+    result, *values = answer
+    if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise BackendUnavailableError("nvrtc", result.name)
+    return values[0] if len(values) == 1 else tuple(values)
