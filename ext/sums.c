@@ -1,6 +1,8 @@
 /* The choice of the kernel, and the one for every CPU. */
 #include "sums.h"
 
+#include <string.h>
+
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
@@ -8,6 +10,7 @@ _Static_assert(sizeof(XXH3_state_t) <= sizeof(struct sum), "the state of XXH3 ha
 
 void sum_begin(struct sum *sum, uint64_t seed)
 {
+    memset(sum, 0, sizeof(*sum)); /* a reset looks at what was there */
     XXH3_64bits_reset_withSeed((XXH3_state_t *)sum, seed);
 }
 

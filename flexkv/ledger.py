@@ -8,7 +8,7 @@ that but `flush`, and the write that is about to replace blocks in which a later
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 
@@ -29,8 +29,6 @@ log = structlog.get_logger(__name__)
 
 GATHER_S = 0.01
 """How long notes are gathered before they are written."""
-SNAPSHOT_BLOCKS = 8192
-"""Blocks noted anew in one step, while a journal is written anew."""
 KEPT_BYTES_MAX = 16 << 20
 """What is kept for a journal that takes no more at the moment; with more it is emptied."""
 SCAN_BLOCKS = 1 << 16
@@ -48,9 +46,11 @@ class Ledger:
 
     Attributes:
         journal_bytes_min: a journal smaller than this is not written anew.
+        snapshot_blocks: noted anew in one step, while a journal is written anew.
     """
 
     journal_bytes_min = 8 << 20
+    snapshot_blocks = 8192
 
     def __init__(
         self,
@@ -76,6 +76,8 @@ class Ledger:
         self._live = np.zeros(len(journals), np.int64)
         """How many blocks of each journal are believed in."""
         self._frames: list[list[bytes]] = [[] for _ in journals]
+        self._kept = [b"" for _ in journals]
+        """What journals did not take, in front of what is noted next; the thread's."""
         self._after: list[Callable[[], None]] = []
         self._flushes: list[asyncio.Future[None]] = []
         self._snapshot: list[int | None] = [None] * len(self._journals)
@@ -197,15 +199,15 @@ class Ledger:
         self._believed[:] = False
         self._live[:] = 0
         self._frames = [[] for _ in self._journals]
-        failures = self._thread.submit(self._each, Journal.clear).result()
+        failures = self._thread.submit(self._each, self._clear).result()
         if failures:
             raise failures[0]
 
     def _forget_evicted(self, residency: Residency) -> None:
         """Unsay what is not READY any more, though its bytes, of any namespace, may be there."""
         believed = np.flatnonzero(self._believed)
-        for at in range(0, len(believed), SNAPSHOT_BLOCKS):
-            block_ids = believed[at : at + SNAPSHOT_BLOCKS]
+        for at in range(0, len(believed), self.snapshot_blocks):
+            block_ids = believed[at : at + self.snapshot_blocks]
             there = residency.export(Tier.DISK, block_ids).any(axis=1)
             self.erased(block_ids[~there])
 
@@ -218,8 +220,7 @@ class Ledger:
         Raises:
             StorageError: a journal takes no more; it is tried again with what is noted next.
         """
-        frames = self._take_frames()
-        self._keep_failed(frames, self._thread.submit(self._append, frames).result())
+        self._told_failures(self._thread.submit(self._append, self._take_frames()).result())
 
     def _take_frames(self) -> list[bytes]:
         """Give what is to be written, and note that it is: writes come in this order."""
@@ -237,38 +238,42 @@ class Ledger:
                 failures.append(failure)
         return failures
 
-    def _append(self, frames: Sequence[bytes]) -> list[StorageError | None]:
-        failures: list[StorageError | None] = []
-        for each, of_one in zip(self._journals, frames, strict=True):
-            failures.append(None)
+    def _append(self, frames: Sequence[bytes]) -> dict[int, StorageError]:
+        """Write, on the thread, what was kept and what was noted; keep what is not taken.
+
+        Gives what failed, by journal.
+        """
+        failures = {}
+        for number, of_one in enumerate(frames):
+            if not (wanted := self._kept[number] + of_one):
+                continue
+            self._kept[number] = b""
             try:
-                if of_one:
-                    each.append(of_one)
+                self._journals[number].append(wanted)
             except StorageError as failure:
-                failures[-1] = failure
+                failures[number] = failure
+                self._kept[number] = wanted
         return failures
 
-    def _keep_failed(
-        self, frames: Sequence[bytes], failures: Sequence[StorageError | None]
-    ) -> None:
-        """Keep what could not be written before what is noted next; too much empties a journal.
+    def _clear(self, each: Journal) -> None:
+        self._kept[self._journals.index(each)] = b""
+        each.clear()
+
+    def _told_failures(self, failures: Mapping[int, StorageError]) -> None:
+        """Empty the journals that have kept too much, and tell of what failed.
 
         Raises:
             StorageError: something could not be written.
         """
-        failed = [n for n, failure in enumerate(failures) if failure is not None]
-        for number in failed:
-            if len(frames[number]) <= KEPT_BYTES_MAX:
-                self._frames[number].insert(0, frames[number])
-                continue
-            self._believed[number :: len(self._journals)] = False
-            self._live[number] = 0
-            self._thread.submit(self._journals[number].clear)
-        if not failed:
+        for number in failures:
+            if len(self._kept[number]) > KEPT_BYTES_MAX:
+                self._believed[number :: len(self._journals)] = False
+                self._live[number] = 0
+                self._thread.submit(self._clear, self._journals[number])
+        if not failures:
             self._told = False
             return
-        failure = failures[failed[0]]
-        assert failure is not None
+        failure = next(iter(failures.values()))
         if not self._told:
             log.error("journal_failed", path=failure.path, error=str(failure))
         self._told = True
@@ -313,21 +318,20 @@ class Ledger:
         flushes, self._flushes = self._flushes, []
         error: Exception = ClosedError("the engine was closed before the flush was done")
         try:
-            failures = await loop.run_in_executor(self._thread, self._append, frames)
+            appended, ended = self._thread.submit(self._append, frames), loop.create_future()
+            appended.add_done_callback(lambda _: loop.call_soon_threadsafe(_settle, ended, None))
+            await ended  # whoever stops waiting for it: it is written in its turn, and once
+            failures = appended.result()
             for block_ids in erased:
                 self._unwritten[block_ids] = False
             for then in after:
                 then()  # the checksums stand where the journal does not
-            self._keep_failed(frames, failures)
+            self._told_failures(failures)
             for flush in flushes:
                 _settle(flush, None)
             await self._renew()
         except StorageError as failure:
             error = failure
-        except asyncio.CancelledError:
-            for number, of_one in enumerate(frames):  # written twice is as good as once
-                self._frames[number].insert(0, of_one)
-            raise
         finally:
             for flush in flushes:
                 _settle(flush, error)
@@ -353,12 +357,12 @@ class Ledger:
             if not each.has_new:  # the directory takes none, or not so much
                 self._snapshot[number] = None
                 continue
-            ids = np.arange(at, min(at + SNAPSHOT_BLOCKS * count, len(self._believed)))
+            ids = np.arange(at, min(at + self.snapshot_blocks * count, len(self._believed)))
             ids = ids[(ids % count == number) & self._believed[ids]]
             frames = self._stored_frames(ids // count, ids)
             if frames:
                 await loop.run_in_executor(self._thread, each.append_new, frames)
-            at += SNAPSHOT_BLOCKS * count
+            at += self.snapshot_blocks * count
             if at >= len(self._believed):
                 await loop.run_in_executor(self._thread, each.take_new)
                 self._snapshot[number] = None

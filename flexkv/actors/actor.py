@@ -166,7 +166,8 @@ class TransferActor:
         limit, piece_bytes_max = self._windows[inbound]
         piece_blocks = max(1, piece_bytes_max // block_bytes)
         in_flight, submitted, now_s = self.in_flight_bytes[inbound], 0, self._now_s()
-        arrived = self._port.arrived_bytes if inbound else 0
+        # As much again at most: who is slower than the device shall not hold ever more.
+        arrived = min(self._port.arrived_bytes, limit) if inbound else 0
         while submitted != pieces_max:
             # Whatever its size, one piece may always be in flight.
             busy = in_flight - arrived

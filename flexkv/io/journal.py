@@ -12,6 +12,7 @@ place by a rename.
 from __future__ import annotations
 
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -188,9 +189,13 @@ class Journal:
         self.folder = folder
         self.path = folder / NAME
         self._calls = calls
+        self._new_bytes = 0
         calls.remove(folder / NEW_NAME)
         self._fd = calls.open(self.path)
         self._new_fd: int | None = None
+        self._fd_lock = threading.Lock()
+        """Held while the file is synced, or another takes its place: these are two threads."""
+        self._folder_is_synced = True
         try:
             self.live, self.bytes = replay(calls.read(self._fd))
             calls.cut(self._fd, self.bytes)
@@ -209,7 +214,7 @@ class Journal:
         Raises:
             StorageError: the file takes no more.
         """
-        self._write(self._fd, frames)
+        self._write(self._fd, self.bytes, frames)
         self.bytes += len(frames)
         self.append_new(frames)
 
@@ -218,7 +223,8 @@ class Journal:
         if self._new_fd is None:
             return
         try:
-            self._write(self._new_fd, frames)
+            self._write(self._new_fd, self._new_bytes, frames)
+            self._new_bytes += len(frames)
         except StorageError:
             self.drop_new()
 
@@ -240,9 +246,12 @@ class Journal:
         """Tell whether a new journal is being written."""
         return self._new_fd is not None
 
-    def _write(self, fd: int, frames: bytes) -> None:
-        view, at = memoryview(frames), self._calls.size(fd)
+    def _write(self, fd: int, at: int, frames: bytes) -> None:
+        """Write frames behind the first `at` bytes, which are whole."""
+        view = memoryview(frames)
         try:
+            if self._calls.size(fd) > at:  # of a torn frame that could not be cut off
+                self._calls.cut(fd, at)
             while view:
                 view = view[self._calls.write(fd, view) :]
         except OSError as error:
@@ -254,13 +263,14 @@ class Journal:
         """Start a new journal beside this one, if the directory takes one."""
         self.drop_new()
         with suppress(ConfigError):
-            self._new_fd = self._calls.open(self.folder / NEW_NAME)
+            self._new_fd, self._new_bytes = self._calls.open(self.folder / NEW_NAME), 0
 
     def drop_new(self) -> None:
         """Give the new journal up."""
         if self._new_fd is not None:
-            self._calls.close(self._new_fd)
-            self._new_fd = None
+            fd, self._new_fd = self._new_fd, None
+            with suppress(OSError):
+                self._calls.close(fd)
             with suppress(OSError):
                 self._calls.remove(self.folder / NEW_NAME)
 
@@ -274,11 +284,18 @@ class Journal:
         except OSError:
             self.drop_new()
             return
+        self._folder_is_synced = False
         with suppress(OSError):
-            self._calls.sync_folder(self.folder)
-        self._calls.close(self._fd)
-        self._fd, self._new_fd = self._new_fd, None
-        self.bytes = self._calls.size(self._fd)
+            self._sync_folder()
+        with self._fd_lock:
+            fd, self._fd, self._new_fd = self._fd, self._new_fd, None
+            self.bytes = self._new_bytes
+            with suppress(OSError):
+                self._calls.close(fd)
+
+    def _sync_folder(self) -> None:
+        self._calls.sync_folder(self.folder)
+        self._folder_is_synced = True
 
     def sync(self) -> None:
         """Return once all that was appended is on stable storage.
@@ -287,7 +304,10 @@ class Journal:
             StorageError: the device refused.
         """
         try:
-            self._calls.sync(self._fd)
+            with self._fd_lock:
+                self._calls.sync(self._fd)
+                if not self._folder_is_synced:
+                    self._sync_folder()
         except OSError as error:
             raise StorageError(str(self.path), 0, error.errno or 0) from error
 
@@ -295,8 +315,9 @@ class Journal:
         """Close the files. Idempotent."""
         self.drop_new()
         if self._fd >= 0:
-            self._calls.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            with suppress(OSError):
+                self._calls.close(fd)
 
 
 def cleared() -> bytes:

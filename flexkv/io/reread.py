@@ -34,7 +34,9 @@ class Rereader:
         """
         whole = np.array([self._read(n, *place) for n, place in enumerate(places)], np.bool_)
         self._summer.submit(0, np.arange(len(whole)), urgent=False)
-        select.select([self._summer.fileno()], [], [])
+        ended = select.poll()
+        ended.register(self._summer.fileno(), select.POLLIN)
+        ended.poll()
         self._summer.reap()
         return self._summer.sums[: len(whole)].copy(), whole
 

@@ -223,10 +223,11 @@ def sums_of(blocks: NDArray[np.uint8]) -> list[int]:
 
 
 class FakeSummer:
-    """Sums blocks of an array at once: `reap` has the end when `submit` returns."""
+    """Sums blocks of an array after a delay; until then their sums are wrong."""
 
-    def __init__(self, host: NDArray[np.uint8]) -> None:
-        """Sum rows of `host`, uint8[blocks, bytes]."""
+    def __init__(self, host: NDArray[np.uint8], faults: FaultPlan) -> None:
+        """Sum rows of `host`, uint8[blocks, bytes], with the delays of a fault plan."""
+        self._faults = faults
         self.sums = np.zeros(len(host), np.uint64)
         self._host = host
         self._ended: list[int] = []
@@ -238,6 +239,11 @@ class FakeSummer:
 
     def submit(self, token: int, host_ids: BlockIds, urgent: bool) -> None:
         """Sum host blocks into `sums`."""
+        self.sums[host_ids] = 0
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._faults.delay_s(), self._end, token, host_ids)
+
+    def _end(self, token: int, host_ids: BlockIds) -> None:
         self.sums[host_ids] = sums_of(self._host[host_ids])
         self._ended.append(token)
         assert self._wake is not None

@@ -60,11 +60,12 @@ class LossyFiles:
 
     def size(self, fd: int) -> int:
         """Give how many bytes a file has."""
+        self._call(EIO)
         return len(self._open[fd].content)
 
     def cut(self, fd: int, size: int) -> None:
         """Drop what is behind the first `size` bytes."""
-        self._call()
+        self._call(EIO)
         del self._open[fd].content[size:]
 
     def sync(self, fd: int) -> None:
@@ -73,8 +74,9 @@ class LossyFiles:
         self._open[fd].durable = bytes(self._open[fd].content)
 
     def close(self, fd: int) -> None:
-        """Close a file."""
+        """Close a file, whatever is said of it."""
         del self._open[fd]
+        self._call(EIO)
 
     def rename(self, old: Path, new: Path) -> None:
         """Let a file take the place of another."""
@@ -83,7 +85,7 @@ class LossyFiles:
 
     def remove(self, path: Path) -> None:
         """Remove a file, if it is there."""
-        self._call()
+        self._call(EIO)
         self._names.pop(path.name, None)
 
     def sync_folder(self, folder: Path) -> None:

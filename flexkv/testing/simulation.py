@@ -89,7 +89,7 @@ class FakeBackend:
         if not self.disk_blocks:
             return
         self.port = FakePort(self._store, self._memory, self._faults, BLOCK_KEY_BYTES)
-        summer = FakeSummer(self._memory)
+        summer = FakeSummer(self._memory, self._faults)
         self._sums = summer.sums
         disk = self.disk = CheckedDiskPort(
             self.port, summer, self.disk_blocks, lambda block: ("fake", block)
@@ -102,7 +102,7 @@ class FakeBackend:
                 disk.sums,
                 lambda _: VirtualThread(self._faults.delay_s),
             )
-            self.ledger.journal_bytes_min = 300
+            self.ledger.journal_bytes_min, self.ledger.snapshot_blocks = 300, 4
             undo.callback(self.ledger.close)
             disk.forget = self.ledger.forget
 

@@ -173,7 +173,7 @@ async def test_a_journal_that_is_no_journal_costs_its_blocks_only(tmp_path: Path
 async def test_the_journal_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long an engine writes, the journal has no more than what is live, a few times."""
     monkeypatch.setattr("flexkv.ledger.Ledger.journal_bytes_min", 4096)
-    monkeypatch.setattr("flexkv.ledger.SNAPSHOT_BLOCKS", 8)
+    monkeypatch.setattr("flexkv.ledger.Ledger.snapshot_blocks", 8)
     async with KVManager(MODEL, cache_config(tmp_path, num_ssd_blocks=32)) as manager:
         manager.register_kv_caches(kv_caches())
         for number in range(60):

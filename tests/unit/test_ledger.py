@@ -1,0 +1,177 @@
+"""What the ledger keeps when a journal does not take it, and what becomes of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from flexkv.common.errors import StorageError
+from flexkv.common.terms import Tier
+from flexkv.io.journal import RECORD_BYTES, Journal
+from flexkv.ledger import Ledger
+from flexkv.testing.faults import FaultPlan
+from flexkv.testing.lossy_files import LossyFiles
+from flexkv.testing.virtual_time import VirtualThread, run_virtual
+
+BLOCKS, DELAY_S = 8, 0.01
+
+
+class Index:
+    """Says of every block that it is there, under a key that is its number."""
+
+    def export(self, tier: Tier, block_ids: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Give a record for each block."""
+        return np.repeat(block_ids[:, None] + 1, RECORD_BYTES, axis=1).astype(np.uint8)
+
+    def namespace_holdings(self, root: bytes) -> list[tuple[Tier, NDArray[np.int64]]]:
+        """Give all blocks."""
+        return [(Tier.DISK, np.arange(BLOCKS))]
+
+    def restore(self, *args: Any) -> None:
+        """Take nothing."""
+
+
+class Rig:
+    """A ledger of one journal on lossy files; its thread takes 10 ms for each call."""
+
+    def __init__(self, failing_writes: int) -> None:
+        self.files = LossyFiles(FaultPlan(0))
+        self.journal = Journal(Path("fake"), self.files)
+        write, self.failing = self.files.write, failing_writes
+        self.on_failure: Callable[[], object] = lambda: None
+
+        def failing(fd: int, data: memoryview) -> int:
+            if self.failing > 0:
+                self.failing -= 1
+                self.on_failure()
+                raise OSError(28, "full")
+            return write(fd, data)
+
+        vars(self.files)["write"] = failing
+        sums = np.arange(BLOCKS, dtype=np.uint64)
+        self.ledger = Ledger([self.journal], BLOCKS, sums, lambda _: VirtualThread(lambda: DELAY_S))
+        self.ledger._residency = Index()  # type: ignore[assignment]
+
+    def rows(self) -> list[int]:
+        """Give what a next run would believe in."""
+        contents = {name: bytes(file.content) for name, file in self.files._names.items()}
+        again = Journal(Path("fake"), LossyFiles(FaultPlan(0), contents))
+        return sorted(again.live.rows.tolist())
+
+
+@pytest.mark.parametrize("root", [None, b"namespace"])
+def test_what_a_full_journal_kept_does_not_survive_a_clear(root: bytes | None) -> None:
+    """The clear comes in the very moment in which the append fails."""
+
+    async def work() -> None:
+        rig = Rig(failing_writes=1)
+        writing = asyncio.ensure_future(rig.ledger.run())
+        rig.ledger.stored(np.array([3]))
+        loop = asyncio.get_running_loop()
+        # The thread is at it: the loop has not heard of the end.
+        rig.on_failure = lambda: loop.call_soon(rig.ledger.clear, root)
+        await asyncio.sleep(1)
+        assert rig.rows() == []
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+        rig.ledger.close()
+        assert rig.rows() == []
+
+    run_virtual(work())
+
+
+def test_what_a_full_journal_kept_comes_before_what_is_noted_next() -> None:
+    """However often it fails; and `write_now` waits for a write under way."""
+
+    async def work() -> None:
+        rig = Rig(failing_writes=3)
+        writing = asyncio.ensure_future(rig.ledger.run())
+        rig.ledger.stored(np.array([1, 2]))
+        await asyncio.sleep(0.1)
+        with pytest.raises(StorageError):
+            await rig.ledger.flush()
+        rig.ledger.erased(np.array([2]))
+        with pytest.raises(StorageError):
+            rig.ledger.write_now()
+        rig.ledger.stored(np.array([5]))
+        await rig.ledger.flush()
+        assert rig.rows() == [1, 5]
+        rig.ledger.erased(np.array([1]))
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+        rig.ledger.close()
+        assert rig.rows() == [5]
+
+    run_virtual(work())
+
+
+def test_a_write_that_nobody_waits_for_any_more_is_made_once() -> None:
+    """The loop stops in the middle of it."""
+
+    async def work() -> None:
+        rig = Rig(failing_writes=0)
+        writing = asyncio.ensure_future(rig.ledger.run())
+        rig.ledger.stored(np.array([4]))
+        await asyncio.sleep(DELAY_S * 1.5)  # gathered, given to the thread, not written
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+        rig.ledger.close()
+        assert rig.rows() == [4]
+        assert rig.files.open_files == 0
+
+    run_virtual(work())
+
+
+def test_a_journal_cut_short_or_not_is_whole_again() -> None:
+    """A torn frame that could not be cut off is, before the next one; else that is refused."""
+    files = LossyFiles(FaultPlan(0))
+    one = Journal(Path("fake"), files)
+    write, cut, fails = files.write, files.cut, [True]
+
+    def torn(fd: int, data: memoryview) -> int:
+        if fails[0]:
+            write(fd, data[:3])
+            raise OSError(28, "full")
+        return write(fd, data)
+
+    def stuck(fd: int, size: int) -> None:
+        if fails[0]:
+            raise OSError(5, "no")
+        cut(fd, size)
+
+    vars(files).update(write=torn, cut=stuck)
+    for _ in range(2):
+        with pytest.raises(StorageError):
+            one.append(b"frame")
+    fails[0] = False
+    one.append(b"good")
+    assert bytes(files._names["journal.flexkv"].content) == b"good"
+    one.close()
+
+
+def test_a_sync_makes_good_what_a_renaming_could_not() -> None:
+    """The name of a journal that was written anew is on stable storage, or the sync says not."""
+    files = LossyFiles(FaultPlan(0))
+    one = Journal(Path("fake"), files)
+    one.begin_new()
+    one.append_new(b"new")
+    sync_folder = files.sync_folder
+
+    def refused(folder: Path) -> None:
+        raise OSError(5, "no")
+
+    vars(files)["sync_folder"] = refused
+    one.take_new()
+    with pytest.raises(StorageError):
+        one.sync()
+    vars(files)["sync_folder"] = sync_folder
+    one.sync()
+    assert files._durable_names["journal.flexkv"].durable == b"new"
+    one.close()
+    assert files.open_files == 0
