@@ -57,9 +57,10 @@ class PoolSummer:
         sums: uint64[blocks of the arena].
     """
 
-    def __init__(self, arena: Arena, threads: int = 2) -> None:
+    def __init__(self, arena: Arena, threads: int = 2, sums: Sums | None = None) -> None:
+        """Start threads; `sums` is another summer's array, to keep the same sums."""
         stride = arena.block_stride_bytes
-        self.sums: Sums = np.zeros(arena.num_blocks, np.uint64)
+        self.sums: Sums = np.zeros(arena.num_blocks, np.uint64) if sums is None else sums
         pieces = np.array([[arena.address, stride, stride, 0]], np.int64)
         self._pages: PageMap | None = PageMap(
             pieces, arena.num_blocks, arena.buffer, stride, None, self.sums

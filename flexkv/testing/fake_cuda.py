@@ -21,8 +21,8 @@ from flexkv._ext import notify_address
 from flexkv.common.errors import DeviceError
 from flexkv.io.cuda.driver import Launch, Runs
 
-ILLEGAL_ADDRESS = 700
-"""CUDA_ERROR_ILLEGAL_ADDRESS, which breaks a context."""
+ILLEGAL_ADDRESS, OUT_OF_MEMORY = 700, 2
+"""CUDA_ERROR_ILLEGAL_ADDRESS breaks a context."""
 
 _NOTIFY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(notify_address())
 
@@ -47,6 +47,8 @@ class FakeCuda:
         """Take the arrays that are the device's memory."""
         self.refuses: dict[str, int] = {}
         """Calls that fail, and the codes that they give."""
+        self.registers_at_most = 1 << 62
+        """Bytes of host memory in one go."""
         self.calls: list[str] = []
         self.broken: int | None = None
         """The code of what broke the context: no stream goes on."""
@@ -94,6 +96,8 @@ class FakeCuda:
     def register(self, address: int, size: int) -> None:
         """Allow host memory."""
         self._call("cuMemHostRegister")
+        if size > self.registers_at_most:
+            raise DeviceError("cuMemHostRegister", OUT_OF_MEMORY)
         assert address not in self._ranges, "registered twice"
         self._ranges[address] = size
 

@@ -20,10 +20,11 @@ from flexkv.io.cuda.port import Choice, CudaDevicePort
 from flexkv.io.files import StripedFiles
 from flexkv.io.ports import Completion, TransferPort
 from flexkv.io.posix import ThreadDiskPort
+from flexkv.io.summed import SummedPort
 from flexkv.io.tensors import describe
 from flexkv.io.uring import RingOptions, UringDiskPort
 from flexkv.testing.fake_cuda import FakeCuda
-from flexkv.testing.fakes import FakePort
+from flexkv.testing.fakes import FakePort, FakeSummer
 from flexkv.testing.faults import FaultPlan
 
 HOST_BLOCKS = 48
@@ -95,6 +96,13 @@ def cpu_rig(tokens_per_block: int) -> Rig:
     rig = Rig(port, arena.array, Tier.DEVICE)
     rig.resources.callback(arena.close)
     return rig
+
+
+def summed_rig(_: Path) -> Rig:
+    """Give a port that sums, over the fake and a summer that takes its time."""
+    rig, faults = fake_rig(_), FaultPlan(2, delay_max_s=0.002)
+    assert rig.host is not None
+    return Rig(SummedPort(rig.port, FakeSummer(rig.host, faults)), rig.host, Tier.DISK)
 
 
 def cuda_rig(choice: Choice) -> Rig:
@@ -170,6 +178,7 @@ RIGS: dict[str, Callable[[Path], Rig]] = {
     "fake": fake_rig,
     "cpu-inline": cpu_inline_rig,
     "cpu-pooled": cpu_pooled_rig,
+    "summed": summed_rig,
     "cuda-engine": cuda_engine_rig,
     "cuda-kernel": cuda_kernel_rig,
     "uring": uring_rig,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from flexkv._ext import TO_DEVICE, TO_HOST, PageMap, list_runs, notify_address
-from flexkv.common.errors import BackendUnavailableError, DeviceError
+from flexkv.common.errors import BackendUnavailableError, ConfigError, DeviceError
 from flexkv.common.layout import infer_layout
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.arena import Arena
@@ -24,6 +24,8 @@ from flexkv.io.cuda import kernel
 from flexkv.io.cuda.driver import BoundDriver
 from flexkv.io.cuda.port import IDS_MAX, Choice, CudaDevicePort
 from flexkv.io.ports import Completion
+from flexkv.io.summed import SummedPort
+from flexkv.io.sums import PoolSummer
 from flexkv.io.tensors import describe
 from flexkv.testing.fake_cuda import FakeCuda
 
@@ -122,8 +124,8 @@ async def test_an_open_that_is_refused_leaves_nothing() -> None:
         layout = infer_layout([describe(layers[0])], 4, 2, 8, kv_dim=1)
         driver, arena = FakeCuda(layers), Arena.open(BLOCKS, 4096)
         before = len(os.listdir("/proc/self/fd"))
-        driver.refuses = {call: 2}
-        with pytest.raises(DeviceError, match=f"{call} failed with code 2"):
+        driver.refuses = {call: 3}
+        with pytest.raises(DeviceError, match=f"{call} failed with code 3"):
             CudaDevicePort(layout, arena, layers, driver)
         assert driver.left == 0
         assert len(os.listdir("/proc/self/fd")) == before
@@ -145,6 +147,63 @@ async def test_ids_of_many_launches_go_round(monkeypatch: pytest.MonkeyPatch) ->
         assert np.array_equal(host[:, :64], rig.layers[0].reshape(BLOCKS, -1))
     assert {"cuLaunchKernel", "cuMemcpyBatchAsync"} <= set(rig.driver.calls)
     assert IDS_MAX > 100
+    rig.close()
+
+
+async def test_an_arena_is_registered_in_parts_where_it_must(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No copy spans two of them: the fake device would break."""
+    layer = np.arange(BLOCKS * 256, dtype=np.int64).view(np.int16).reshape(BLOCKS, 4, 2, 128)
+    layout = infer_layout([describe(layer)], 4, 2, 128, kv_dim=1)
+    driver, arena = FakeCuda([layer]), Arena.open(BLOCKS, layout.block_bytes)
+    driver.registers_at_most = 5 * layout.block_bytes
+    monkeypatch.setattr("flexkv.io.cuda.port.IDS_MAX", 16)
+    port = CudaDevicePort(layout, arena, layer, driver, (ENGINE, ENGINE))
+    assert driver.calls.count("cuMemHostRegister") >= 4 + 2
+    woken = asyncio.Event()
+    port.connect(woken.set)
+    ids = np.arange(BLOCKS)
+    port.submit(Transfer(1, 1, TO[True], ids, ids))
+    assert await reaped(port, woken) == [Completion(1, None)]
+    assert np.array_equal(arena.array.ravel(), layer.reshape(-1).view(np.uint8))
+    port.close()
+    assert driver.left == 0
+    driver.registers_at_most = 100
+    with pytest.raises(ConfigError, match="ulimit -l"):
+        CudaDevicePort(layout, arena, layer, driver)
+    assert driver.left == 0
+    arena.close()
+
+
+async def reaped(port: Any, woken: asyncio.Event) -> list[Any]:
+    """Give what ends next."""
+    async with asyncio.timeout(10):
+        while not (ended := port.reap()):
+            await woken.wait()
+            woken.clear()
+    return list(ended)
+
+
+async def test_what_a_device_brings_is_summed() -> None:
+    """As a summer would find it."""
+    rig = Rig(ENGINE)
+    for layer in rig.layers:
+        layer[:] = np.random.default_rng(1).integers(0, 1000, layer.shape)
+    summer = PoolSummer(rig.arena)
+    port = SummedPort(rig.port, PoolSummer(rig.arena, 1, summer.sums))
+    for each in (port, summer):
+        each.connect(rig.woken.set)
+    ids = np.arange(BLOCKS)
+    port.submit(Transfer(1, 1, TO[True], ids, ids))
+    assert await reaped(port, rig.woken) == [Completion(1, None)]
+    found = summer.sums.copy()
+    summer.submit(2, ids, urgent=True)
+    assert await reaped(summer, rig.woken) == [2]
+    assert found.all()
+    assert np.array_equal(summer.sums, found)
+    summer.close()
+    port.close()
     rig.close()
 
 

@@ -27,7 +27,7 @@ from flexkv.common.extents import check_ids
 from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import BlockIds, Tier, Transfer
 from flexkv.io.arena import Arena
-from flexkv.io.cuda import kernel
+from flexkv.io.cuda import kernel, pinned
 from flexkv.io.cuda.driver import CudaDriver, Launch
 from flexkv.io.ports import Completion
 
@@ -117,6 +117,7 @@ class CudaDevicePort:
 
         Raises:
             DeviceError: the driver refused.
+            ConfigError: it takes not so much host memory.
         """
         self._driver, self._block_bytes = driver, layout.block_bytes
         self._host_blocks, self._device_blocks = arena.num_blocks, layout.num_blocks
@@ -131,9 +132,7 @@ class CudaDevicePort:
         self._failure: DeviceError | None = None
         with ExitStack() as undo:
             undo.callback(driver.close)
-            size = arena.num_blocks * arena.block_stride_bytes
-            driver.register(arena.address, size)
-            undo.callback(driver.unregister, arena.address)
+            self._bounds = pinned.register(driver, arena, undo)
             parts = kernel.part_starts(layout.pieces[:, 2])
             tables = [driver.upload(np.ascontiguousarray(layout.pieces))]
             undo.callback(driver.free, tables[0])
@@ -214,7 +213,7 @@ class CudaDevicePort:
         assert self._pages is not None
         out = np.empty((3, len(device_ids) * self._pages.piece_count), np.uint64)
         count = list_runs(self._pages, direction, device_ids, host_ids, out)
-        return out[:, :count]
+        return pinned.split(out[:, :count], self._bounds)
 
     def _watch(self) -> None:
         """Ask the streams now and then, while they have work, whether they have failed."""

@@ -1,0 +1,72 @@
+"""A port over another that keeps no sums: what it brings to host memory is summed behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flexkv.common.errors import InvariantError
+from flexkv.common.terms import Tier, Transfer
+from flexkv.io.ports import Completion, TransferPort
+from flexkv.io.sums import Summer
+
+
+class SummedPort:
+    """A transfer port whose transfers to the host end when their blocks have sums."""
+
+    def __init__(self, inner: TransferPort, summer: Summer) -> None:
+        """Take both, which are closed with this one."""
+        self._inner, self._summer = inner, summer
+        self._moving: dict[int, Transfer] = {}
+        self._summing: set[int] = set()
+
+    @property
+    def block_bytes(self) -> int:
+        """Give the bytes moved for one block."""
+        return self._inner.block_bytes
+
+    @property
+    def arrived_bytes(self) -> int:
+        """Give what the inner port says."""
+        return self._inner.arrived_bytes
+
+    def connect(self, wake: Callable[[], None]) -> None:
+        """Attach to the running event loop."""
+        self._inner.connect(wake)
+        self._summer.connect(wake)
+
+    def submit(self, transfer: Transfer) -> None:
+        """Start one transfer.
+
+        Raises:
+            ClosedError: after `close`.
+            InvariantError: ids out of range, or of unequal length.
+        """
+        self._inner.submit(transfer)
+        if transfer.route.target is Tier.HOST:
+            self._moving[transfer.token] = transfer
+
+    def reap(self) -> list[Completion]:
+        """Give every transfer that ended since the last call, each exactly once."""
+        ended = []
+        for completion in self._inner.reap():
+            transfer = self._moving.pop(completion.token, None)
+            if transfer is None or completion.error is not None:
+                ended.append(completion)
+                continue
+            self._summing.add(transfer.token)
+            self._summer.submit(transfer.token, transfer.target_ids, urgent=True)
+        for token in self._summer.reap():
+            self._summing.remove(token)
+            ended.append(Completion(token, None))
+        return ended
+
+    def close(self) -> None:
+        """Close both. Only legal with nothing in flight. Idempotent.
+
+        Raises:
+            InvariantError: transfers were in flight; nobody was told of their ends.
+        """
+        self._summer.close()
+        self._inner.close()
+        if left := len(self._moving) + len(self._summing):
+            raise InvariantError(f"summed port closed with {left} transfers unreaped")
