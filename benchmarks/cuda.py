@@ -17,14 +17,15 @@ from flexkv.common.errors import BackendUnavailableError
 from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.arena import Arena
+from flexkv.io.cuda.choice import Choice
 from flexkv.io.cuda.driver import BoundDriver
-from flexkv.io.cuda.port import Choice, CudaDevicePort
+from flexkv.io.cuda.port import CudaDevicePort
 
 Ids = NDArray[np.int64]
 
 CHUNKS = 10_000
 SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10)
-WAYS = {"engine": Choice(engine_run_bytes_min=0), "kernel": Choice(engine_run_bytes_min=1 << 40)}
+WAYS = {"engine": Choice(by_engine=True), "kernel": Choice(by_engine=False)}
 
 
 def measure(options: Options) -> Figures:

@@ -47,6 +47,8 @@ class FakeCuda:
         """Take the arrays that are the device's memory."""
         self.refuses: dict[str, int] = {}
         """Calls that fail, and the codes that they give."""
+        self.takes_s: dict[str, float] = {}
+        """How long the work of a call takes more."""
         self.registers_at_most = 1 << 62
         """Bytes of host memory in one go."""
         self.calls: list[str] = []
@@ -66,6 +68,7 @@ class FakeCuda:
 
     def _do(self, stream: int, work: Callable[[], None]) -> None:
         delay_s = self._random.uniform(0.0, self._delay_max_s)
+        delay_s += self.takes_s.get(self.calls[-1], 0.0)
 
         def later() -> None:
             time.sleep(delay_s)
@@ -164,6 +167,17 @@ class FakeCuda:
         """Queue the call of the function that the driver would call."""
         self._call("cuLaunchHostFunc")
         self._do(stream, lambda: _NOTIFY(eventfd))
+
+    def order(self, stream: int, after: int) -> None:
+        """Let one thread wait for another."""
+        self._call("cuStreamWaitEvent")
+        reached = threading.Event()
+        self._streams[after].work.put(reached.set)
+
+        def wait() -> None:
+            reached.wait()
+
+        self._streams[stream].work.put(wait)
 
     def check(self, stream: int) -> None:
         """Say whether the context is broken."""

@@ -16,7 +16,8 @@ from flexkv.common.layout import infer_layout
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.arena import Arena
 from flexkv.io.cpu import CpuDevicePort
-from flexkv.io.cuda.port import Choice, CudaDevicePort
+from flexkv.io.cuda.choice import Choice
+from flexkv.io.cuda.port import CudaDevicePort
 from flexkv.io.files import StripedFiles
 from flexkv.io.ports import Completion, TransferPort
 from flexkv.io.posix import ThreadDiskPort
@@ -127,12 +128,12 @@ def assert_nothing_left(driver: FakeCuda) -> None:
 
 def cuda_engine_rig(_: Path) -> Rig:
     """Give a CUDA device port that copies by the copy engine."""
-    return cuda_rig(Choice(engine_run_bytes_min=0))
+    return cuda_rig(Choice(by_engine=True))
 
 
 def cuda_kernel_rig(_: Path) -> Rig:
     """Give a CUDA device port that copies by the kernel."""
-    return cuda_rig(Choice(engine_run_bytes_min=1 << 30))
+    return cuda_rig(Choice(by_engine=False))
 
 
 def cpu_inline_rig(_: Path) -> Rig:

@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import os
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ from flexkv.common.layout import infer_layout
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.arena import Arena
 from flexkv.io.cuda import kernel
+from flexkv.io.cuda.choice import ENGINE as BY_ENGINE
+from flexkv.io.cuda.choice import Choice, decide
+from flexkv.io.cuda.copier import IDS_MAX
 from flexkv.io.cuda.driver import BoundDriver
-from flexkv.io.cuda.port import IDS_MAX, Choice, CudaDevicePort
+from flexkv.io.cuda.port import CudaDevicePort
 from flexkv.io.ports import Completion
 from flexkv.io.summed import SummedPort
 from flexkv.io.sums import PoolSummer
@@ -67,7 +71,7 @@ class Rig:
         assert self.driver.left == 0
 
 
-ENGINE, KERNEL = Choice(engine_run_bytes_min=0), Choice(engine_run_bytes_min=1 << 30)
+ENGINE, KERNEL = Choice(by_engine=True), Choice(by_engine=False)
 every_way = pytest.mark.parametrize("choice", [ENGINE, KERNEL], ids=["engine", "kernel"])
 
 
@@ -134,7 +138,7 @@ async def test_an_open_that_is_refused_leaves_nothing() -> None:
 
 async def test_ids_of_many_launches_go_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch's ids stay until it has run; where there is no room the copy engine does it."""
-    monkeypatch.setattr("flexkv.io.cuda.port.IDS_MAX", 100)
+    monkeypatch.setattr("flexkv.io.cuda.copier.IDS_MAX", 100)
     rig = Rig(KERNEL)
     random = np.random.default_rng(0)
     for round_number in range(30):
@@ -158,7 +162,7 @@ async def test_an_arena_is_registered_in_parts_where_it_must(
     layout = infer_layout([describe(layer)], 4, 2, 128, kv_dim=1)
     driver, arena = FakeCuda([layer]), Arena.open(BLOCKS, layout.block_bytes)
     driver.registers_at_most = 5 * layout.block_bytes
-    monkeypatch.setattr("flexkv.io.cuda.port.IDS_MAX", 16)
+    monkeypatch.setattr("flexkv.io.cuda.copier.IDS_MAX", 16)
     port = CudaDevicePort(layout, arena, layer, driver, (ENGINE, ENGINE))
     assert driver.calls.count("cuMemHostRegister") >= 4 + 2
     woken = asyncio.Event()
@@ -204,6 +208,54 @@ async def test_what_a_device_brings_is_summed() -> None:
     assert np.array_equal(summer.sums, found)
     summer.close()
     port.close()
+    rig.close()
+
+
+async def test_what_is_faster_is_measured_and_the_device_is_as_it_was() -> None:
+    """A device whose engine is slow gets kernels; the other way round the engine."""
+    for slow, by_engine in (("cuMemcpyBatchAsync", False), ("cuLaunchKernel", True)):
+        layers = [np.random.default_rng(n).integers(0, 99, (BLOCKS, 4, 2, 8)) for n in range(2)]
+        before = [layer.copy() for layer in layers]
+        layout = infer_layout([describe(layer) for layer in layers], 4, 2, 8, kv_dim=1)
+        arena, driver = Arena.open(BLOCKS, 4096), FakeCuda(layers, delay_max_s=0.0)
+        driver.takes_s = {slow: 0.02}
+        port = CudaDevicePort(layout, arena, layers, driver)
+        assert [way.choice.by_engine for way in port._ways] == [by_engine] * 2
+        assert all(np.array_equal(*pair) for pair in zip(layers, before, strict=True))
+        assert not arena.array.any()
+        port.close()
+        arena.close()
+        assert driver.left == 0
+
+
+def test_the_way_that_costs_least_is_taken() -> None:
+    """Of those that are as good as the best: the engine, then few thread blocks."""
+    assert decide({BY_ENGINE: 95.0, 4: 100.0, 8: 99.0}) == Choice(True, 4)
+    assert decide({BY_ENGINE: 90.0, 2: 50.0, 4: 96.0, 8: 100.0}) == Choice(False, 4)
+    assert decide({2: 1.0, 4: 3.0, 8: 3.0}) == Choice(False, 4)
+    assert decide({BY_ENGINE: 1.0}) == Choice(True)
+
+
+async def test_a_put_reads_what_the_engine_has_written() -> None:
+    """Copies to the host wait for what the engine's stream has queued; others do not."""
+    rig = Rig(ENGINE)
+    stream = rig.driver.open_stream(urgent=False)
+    written = threading.Event()
+
+    def write() -> None:
+        written.wait(10)
+        for layer in rig.layers:
+            layer[:] = 7
+
+    rig.driver._streams[stream].work.put(write)
+    rig.port.order_after(stream)
+    rig.submit(1)
+    rig.submit(2, to_host=False)
+    assert [c.token for c in await rig.reap(1)] == [2]
+    written.set()
+    assert [c.token for c in await rig.reap(1)] == [1]
+    assert (rig.arena.array[:, : rig.port.block_bytes].view(np.int16) == 7).all()
+    rig.driver.close_stream(stream)
     rig.close()
 
 

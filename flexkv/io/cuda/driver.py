@@ -73,6 +73,10 @@ class CudaDriver(Protocol):
         """Add 1 to an eventfd once all that is queued by now has ended well."""
         ...
 
+    def order(self, stream: int, after: int) -> None:
+        """Let a stream wait, from now on, for what is queued on another by now."""
+        ...
+
     def check(self, stream: int) -> None:
         """Raise DeviceError if a stream will never end what is queued."""
         ...
@@ -244,6 +248,17 @@ class BoundDriver:
         self._enter()
         if code := int(self._notify(stream, notify_address(), eventfd)):
             raise DeviceError("cuLaunchHostFunc", code)
+
+    def order(self, stream: int, after: int) -> None:
+        """Let a stream wait for another, by an event that lives as long as it is waited for."""
+        self._enter()
+        flags = int(self._api.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+        event = self._call(self._api.cuEventCreate, flags)
+        try:
+            self._call(self._api.cuEventRecord, event, after)
+            self._call(self._api.cuStreamWaitEvent, stream, event, 0)
+        finally:
+            self._call(self._api.cuEventDestroy, event)
 
     def check(self, stream: int) -> None:
         """Raise DeviceError if a stream will never end what is queued."""

@@ -4,93 +4,29 @@
           └─▶ ids           ─▶ kernel      ─┴▶ stream ─▶ host function ─▶ eventfd ─▶ reap
 
 One stream brings bytes to the device and goes first, one takes them away. A stream ends its work in
-order, so its eventfd need only count. Large runs go by the copy engine, which costs the device
-nothing but wants a descriptor for each; small ones by the kernel.
+order, so its eventfd need only count. The copy engine costs the device nothing but wants a
+descriptor for each run; the kernel takes runs of any size. What is faster here is measured.
 """
 
 from __future__ import annotations
 
 import asyncio
-import mmap
-import os
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from flexkv._ext import TO_DEVICE, TO_HOST, PageMap, list_runs
+from flexkv._ext import TO_DEVICE, TO_HOST
 from flexkv.common.errors import ClosedError, DeviceError, InvariantError
 from flexkv.common.extents import check_ids
 from flexkv.common.layout import PagedLayout
-from flexkv.common.terms import BlockIds, Tier, Transfer
+from flexkv.common.terms import Tier, Transfer
 from flexkv.io.arena import Arena
-from flexkv.io.cuda import kernel, pinned
-from flexkv.io.cuda.driver import CudaDriver, Launch
+from flexkv.io.cuda.choice import Choice
+from flexkv.io.cuda.copier import Copier, Tables, Way, Work, measured
+from flexkv.io.cuda.driver import CudaDriver
 from flexkv.io.ports import Completion
 
 CHECK_S = 0.5
 """How often a stream with work is asked whether it has failed: then it never tells."""
-IDS_MAX = 1 << 17
-"""Block ids of kernel launches in flight on one stream; with more, the copy engine does it."""
-
-
-class Choice(NamedTuple):
-    """How one direction is copied."""
-
-    engine_run_bytes_min: int = 64 << 10
-    """Runs of this many bytes go by the copy engine, on average."""
-    thread_blocks: int = 8
-
-
-class _Work(NamedTuple):
-    token: int
-    ids_end: int
-    """Where in the ids of the stream the space that the kernel reads ends; ever growing."""
-    error: DeviceError | None
-
-
-class _Way:
-    """One direction: a stream, what is under way on it, and the ids that its kernels read."""
-
-    def __init__(self, driver: CudaDriver, urgent: bool, choice: Choice, undo: ExitStack) -> None:
-        self.choice = choice
-        self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        undo.callback(os.close, self.eventfd)
-        memory = mmap.mmap(-1, 8 * IDS_MAX)
-        self.ids = np.frombuffer(memory, np.int64)
-        driver.register(self.ids.ctypes.data, self.ids.nbytes)
-        undo.callback(driver.unregister, self.ids.ctypes.data)
-        self.stream = driver.open_stream(urgent)
-        undo.callback(driver.close_stream, self.stream)  # waits: a kernel may read the ids
-        self.ids_begin = self.ids_end = 0
-        self.under_way: deque[_Work] = deque()
-
-    def take_ids(self, device_ids: BlockIds, host_ids: BlockIds) -> int | None:
-        """Put ids where a kernel reads them, and give the address; None when there is no room."""
-        wanted = 2 * len(device_ids)
-        begin = self.ids_end
-        if begin % IDS_MAX + wanted > IDS_MAX:  # not over the end: from the start
-            begin += IDS_MAX - begin % IDS_MAX
-        if begin + wanted - self.ids_begin > IDS_MAX:
-            return None
-        at = begin % IDS_MAX
-        self.ids[at : at + len(device_ids)] = device_ids
-        self.ids[at + len(device_ids) : at + wanted] = host_ids
-        self.ids_end = begin + wanted
-        return int(self.ids.ctypes.data) + 8 * at
-
-    def ended(self) -> list[_Work]:
-        """Give what has ended since the last call."""
-        try:
-            count = os.eventfd_read(self.eventfd)
-        except BlockingIOError:
-            return []
-        works = [self.under_way.popleft() for _ in range(count)]
-        self.ids_begin = works[-1].ids_end
-        return works
 
 
 class CudaDevicePort:
@@ -104,7 +40,7 @@ class CudaDevicePort:
         arena: Arena,
         owner: object,
         driver: CudaDriver,
-        choices: tuple[Choice, Choice] = (Choice(), Choice()),
+        choices: Sequence[Choice] | None = None,
     ) -> None:
         """Open streams, and register the arena with the device.
 
@@ -113,7 +49,8 @@ class CudaDevicePort:
             arena: the host blocks, held until `close`.
             owner: whatever keeps the KV caches alive (the tensors), held until `close`.
             driver: of the device, closed with the port.
-            choices: how to copy to the host, and to the device.
+            choices: how to copy to the host, and to the device; None: measured now, with bytes
+                of the device that go there and back.
 
         Raises:
             DeviceError: the driver refused.
@@ -121,10 +58,6 @@ class CudaDevicePort:
         """
         self._driver, self._block_bytes = driver, layout.block_bytes
         self._host_blocks, self._device_blocks = arena.num_blocks, layout.num_blocks
-        self._pages: PageMap | None = PageMap(
-            layout.pieces, layout.num_blocks, arena.buffer, arena.block_stride_bytes, owner
-        )
-        self._run_bytes = layout.block_bytes // len(layout.pieces)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: Callable[[], None] = lambda: None
         self._watching: asyncio.TimerHandle | None = None
@@ -132,20 +65,14 @@ class CudaDevicePort:
         self._failure: DeviceError | None = None
         with ExitStack() as undo:
             undo.callback(driver.close)
-            self._bounds = pinned.register(driver, arena, undo)
-            parts = kernel.part_starts(layout.pieces[:, 2])
-            tables = [driver.upload(np.ascontiguousarray(layout.pieces))]
-            undo.callback(driver.free, tables[0])
-            tables.append(driver.upload(parts))
-            undo.callback(driver.free, tables[1])
-            self._launch = Launch(
-                tables[0], tables[1], len(layout.pieces), 0, 0,
-                arena.address, arena.block_stride_bytes, 0,
-            )  # fmt: skip
-            self._ways = [
-                _Way(driver, urgent, choice, undo)
-                for urgent, choice in zip((False, True), choices, strict=True)
-            ]
+            pages = layout, Tables.of(layout, driver, undo), owner
+            self._copier: Copier | None = Copier(driver, pages, arena, undo)
+            undo.callback(self._copier.close)
+            self._ways = [Way(driver, urgent, undo) for urgent in (False, True)]
+            if choices is None:
+                choices = measured(driver, pages, self._ways)
+            for way, choice in zip(self._ways, choices, strict=True):
+                way.choice = choice
             self._resources = undo.pop_all()
 
     @property
@@ -164,6 +91,16 @@ class CudaDevicePort:
         for way in self._ways:
             self._loop.add_reader(way.eventfd, wake)
 
+    def order_after(self, engine_stream: int) -> None:
+        """Let later copies to the host wait for what is queued on another stream by now.
+
+        So a put reads what the engine's kernels have written. From any thread.
+
+        Raises:
+            DeviceError: the driver refused.
+        """
+        self._driver.order(self._ways[False].stream, engine_stream)
+
     def submit(self, transfer: Transfer) -> None:
         """Start one transfer.
 
@@ -171,7 +108,8 @@ class CudaDevicePort:
             ClosedError: after `close`.
             InvariantError: ids out of range, or of unequal length.
         """
-        if self._pages is None:
+        copier = self._copier
+        if copier is None:
             raise ClosedError("the CUDA device port is closed")
         to_device = transfer.route.target is Tier.DEVICE
         limits = (self._host_blocks, self._device_blocks)
@@ -183,37 +121,18 @@ class CudaDevicePort:
         error: DeviceError | None = None
         try:
             if to_device:
-                self._queue(way, TO_DEVICE, transfer.target_ids, transfer.source_ids)
+                copier.queue(way, TO_DEVICE, transfer.target_ids, transfer.source_ids)
             else:
-                self._queue(way, TO_HOST, transfer.source_ids, transfer.target_ids)
+                copier.queue(way, TO_HOST, transfer.source_ids, transfer.target_ids)
         except DeviceError as failure:  # some of it may be under way: it ends in its turn
             error = failure
-        way.under_way.append(_Work(transfer.token, way.ids_end, error))
+        way.under_way.append(Work(transfer.token, way.ids_end, error))
         try:
             self._driver.notify(way.stream, way.eventfd)
         except DeviceError as failure:
             self._fail(error or failure)
         if self._watching is None:
             self._watch()
-
-    def _queue(self, way: _Way, direction: int, device_ids: BlockIds, host_ids: BlockIds) -> None:
-        ids = None
-        if self._run_bytes < way.choice.engine_run_bytes_min:
-            ids = way.take_ids(device_ids, host_ids)
-        if ids is None:
-            self._driver.copy(self._runs(direction, device_ids, host_ids), way.stream)
-            return
-        launch = self._launch._replace(
-            ids=ids, pairs=len(device_ids), to_host=int(direction == TO_HOST)
-        )
-        if launch.pairs:
-            self._driver.launch(launch, way.choice.thread_blocks, way.stream)
-
-    def _runs(self, direction: int, device_ids: BlockIds, host_ids: BlockIds) -> NDArray[np.uint64]:
-        assert self._pages is not None
-        out = np.empty((3, len(device_ids) * self._pages.piece_count), np.uint64)
-        count = list_runs(self._pages, direction, device_ids, host_ids, out)
-        return pinned.split(out[:, :count], self._bounds)
 
     def _watch(self) -> None:
         """Ask the streams now and then, while they have work, whether they have failed."""
@@ -250,14 +169,14 @@ class CudaDevicePort:
             InvariantError: transfers were in flight; they have ended, nobody was told.
             DeviceError: the driver refused to let go of something.
         """
-        if self._pages is None:
+        if self._copier is None:
             return
         if self._watching is not None:
             self._watching.cancel()
         if self._loop is not None:
             for way in self._ways:
                 self._loop.remove_reader(way.eventfd)
-        self._pages = None
+        self._copier = None
         with suppress(DeviceError) if self._failure else nullcontext():
             self._resources.close()
         if left := sum(len(way.under_way) for way in self._ways) + len(self._ended):
