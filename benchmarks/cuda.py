@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.harness import Figures, Options, median_ratio
-from flexkv.common.errors import BackendUnavailableError
+from flexkv.common.errors import BackendUnavailableError, DeviceError
 from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.arena import Arena
@@ -32,7 +32,7 @@ def measure(options: Options) -> Figures:
     """Give the figures of the case; without a GPU, why there are none."""
     try:
         driver = BoundDriver(0)
-    except BackendUnavailableError as error:
+    except (BackendUnavailableError, DeviceError) as error:
         return {"GPU copies": f"not measured: {error}"}
     driver.close()
     figures: Figures = {}

@@ -66,7 +66,9 @@ class SummedPort:
         Raises:
             InvariantError: transfers were in flight; nobody was told of their ends.
         """
-        self._summer.close()
-        self._inner.close()
+        try:
+            self._summer.close()
+        finally:
+            self._inner.close()
         if left := len(self._moving) + len(self._summing):
             raise InvariantError(f"summed port closed with {left} transfers unreaped")

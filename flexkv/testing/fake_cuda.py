@@ -89,6 +89,15 @@ class FakeCuda:
         self._streams[handle] = _Stream(f"fake-cuda-{handle}")
         return handle
 
+    def synchronize(self, stream: int) -> None:
+        """Wait for a thread."""
+        self._call("cuStreamSynchronize")
+        reached = threading.Event()
+        self._streams[stream].work.put(reached.set)
+        reached.wait()
+        if self.broken:
+            raise DeviceError("cuStreamSynchronize", self.broken)
+
     def close_stream(self, stream: int) -> None:
         """Wait for a thread, and join it."""
         found = self._streams.pop(stream)
@@ -116,9 +125,16 @@ class FakeCuda:
         self._tables[kept.ctypes.data] = kept
         return int(kept.ctypes.data)
 
+    def allocate(self, size: int) -> int:
+        """Give memory."""
+        memory = self.upload(np.zeros(-(-size // 8), np.int64))
+        self._ranges[memory] = size
+        return memory
+
     def free(self, address: int) -> None:
         """Drop it."""
         del self._tables[address]
+        self._ranges.pop(address, None)
         self._call("cuMemFree")
 
     def copy(self, runs: Runs, stream: int) -> None:

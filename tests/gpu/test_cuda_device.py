@@ -97,6 +97,7 @@ async def test_bytes_come_back(shape: str, dtype: str, tokens: int, choice: Choi
 async def test_both_directions_at_once() -> None:
     """Many transfers on both streams, each whole."""
     rig = Rig("kv-blocks", "bfloat16", 16, Choice())
+    before = rig.bytes()
     to_host = [
         Transfer(n, 1, Route(Tier.DEVICE, Tier.HOST), np.arange(8), np.arange(8)) for n in range(20)
     ]
@@ -105,4 +106,39 @@ async def test_both_directions_at_once() -> None:
         for n in range(20)
     ]
     await rig.run(*(each for pair in zip(to_host, to_device, strict=True) for each in pair))
+    for number, (old, new) in enumerate(zip(before, rig.bytes(), strict=True)):
+        assert np.array_equal(np.delete(new, range(8, 16), 1), np.delete(old, range(8, 16), 1))
+        page = old[0, :8].reshape(8, -1).shape[1]
+        host = rig.arena.array[:8, 2 * number * page : (2 * number + 1) * page]
+        assert np.array_equal(host, old[0, :8].reshape(8, -1))
+    rig.close()
+
+
+async def test_what_is_faster_is_measured() -> None:
+    """In memory of its own: the caches are as they were."""
+    rig = Rig("kv-blocks", "bfloat16", 16, Choice())
+    before = rig.bytes()
+    driver = BoundDriver(0)
+    specs = [spec_of(layer) for layer in rig.layers]
+    layout = infer_layout(specs, 16, 4, 64, 2)
+    arena = Arena.open(HOST_BLOCKS, layout.block_bytes)
+    port = CudaDevicePort(layout, arena, rig.layers, driver)
+    for old, new in zip(before, rig.bytes(), strict=True):
+        assert np.array_equal(old, new)
+    port.close()
+    arena.close()
+    rig.close()
+
+
+async def test_a_put_reads_what_a_stream_has_queued() -> None:
+    """A long kernel that writes the pages comes first."""
+    rig = Rig("kv-blocks", "float32", 16, Choice())
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        rig.layers[0].fill_(3.0)
+    rig.port.order_after(stream.cuda_stream)
+    await rig.run(Transfer(1, 1, Route(Tier.DEVICE, Tier.HOST), np.arange(8), np.arange(8)))
+    page = 16 * 4 * 64 * 4
+    assert (rig.arena.array[:8, :page].copy().view(np.float32) == 3.0).all()
     rig.close()

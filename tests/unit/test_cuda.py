@@ -7,6 +7,7 @@ import ctypes
 import os
 import subprocess
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,53 @@ async def test_a_device_that_breaks_fails_all_that_is_under_way(
     rig.close()
 
 
+async def test_a_device_that_cannot_tell_of_an_end_is_waited_for() -> None:
+    """Nothing is told to have ended while it is copied, on either stream."""
+    rig = Rig(ENGINE)
+    rig.driver.takes_s = {"cuMemcpyBatchAsync": 0.1}
+    rig.layers[0][:] = 5
+    rig.submit(1, to_host=False, blocks=1)
+    rig.driver.refuses = {"cuLaunchHostFunc": 900}
+    rig.submit(2)
+    assert [(c.token, c.error) for c in rig.port.reap()] == [(2, None)]
+    assert (rig.arena.array[1:, : rig.port.block_bytes // 2].view(np.int16) == 5).all()
+    rig.driver.refuses = {}
+    assert [c.token for c in await rig.reap(1)] == [1]
+    assert rig.port.failure is None
+    rig.close()
+
+
+async def test_a_broken_device_leaves_the_loop_alone() -> None:
+    """What it told before is read by nobody: the loop is not woken by it for ever."""
+    rig = Rig(ENGINE)
+    rig.submit(1)
+    rig.driver.synchronize(rig.port._ways[0].stream)
+    rig.driver.broken = 719
+    rig.submit(2)
+    assert {c.token for c in await rig.reap(2)} == {1, 2}
+    woken = []
+    rig.port._wake = lambda: woken.append(None)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not woken
+    rig.close()
+
+
+async def test_a_measurement_that_fails_leaves_nothing_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The device is done with the memory before it goes."""
+    monkeypatch.setattr("flexkv.io.cuda.copier.MEASURED_S_MAX", 0.01)
+    layers = [np.zeros((BLOCKS, 4, 2, 8), np.int16)]
+    layout = infer_layout([describe(layers[0])], 4, 2, 8, kv_dim=1)
+    driver, arena = FakeCuda(layers), Arena.open(BLOCKS, 4096)
+    driver.takes_s = {"cuMemcpyBatchAsync": 0.2}
+    with pytest.raises(DeviceError, match="measures"):
+        CudaDevicePort(layout, arena, layers, driver)
+    assert (driver.left, driver.broken) == (0, None)
+    arena.close()
+
+
 async def test_an_open_that_is_refused_leaves_nothing() -> None:
     """Whatever call it is that fails."""
     rig = Rig(ENGINE)
@@ -211,8 +259,11 @@ async def test_what_a_device_brings_is_summed() -> None:
     rig.close()
 
 
-async def test_what_is_faster_is_measured_and_the_device_is_as_it_was() -> None:
+async def test_what_is_faster_is_measured_and_the_device_is_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A device whose engine is slow gets kernels; the other way round the engine."""
+    monkeypatch.setattr("flexkv.io.cuda.copier.MEASURED_BYTES", 8192)
     for slow, by_engine in (("cuMemcpyBatchAsync", False), ("cuLaunchKernel", True)):
         layers = [np.random.default_rng(n).integers(0, 99, (BLOCKS, 4, 2, 8)) for n in range(2)]
         before = [layer.copy() for layer in layers]
@@ -305,11 +356,9 @@ def test_runs_cover_a_job_and_are_few(
         for byte in range(size)
     ]
     assert found == [(b, a) if direction == TO_HOST else (a, b) for a, b in expected]
-    ends = [(t + s, f + s) for t, f, s in out[:, :count].T.tolist()]
-    assert not set(ends[:-1]) & {(t, f) for t, f, _ in out[:, 1:count].T.tolist()} or any(
-        end not in [(t, f)]
-        for end, (t, f, _) in zip(ends, out[:, 1:count].T.tolist(), strict=False)
-    )
+    runs = out[:, :count].T.tolist()
+    for (target, source, size), following in pairwise(runs):
+        assert (target + size, source + size) != tuple(following[:2]), "two runs are one"
 
 
 def test_runs_that_do_not_fit_are_refused() -> None:

@@ -7,7 +7,7 @@ import os
 import select
 import time
 from collections import deque
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ IDS_MAX = 1 << 17
 
 MEASURED_BYTES, MEASURED_S_MAX = 32 << 20, 5
 """What is copied at a time to measure a way, and how long that may take at most."""
+PAGE_BYTES = 4096
 
 
 class Work(NamedTuple):
@@ -58,6 +59,8 @@ class Way:
     def take_ids(self, device_ids: BlockIds, host_ids: BlockIds) -> int | None:
         """Put ids where a kernel reads them, and give the address; None when there is no room."""
         wanted = 2 * len(device_ids)
+        if not self.under_way:
+            self.ids_begin = self.ids_end = 0
         begin = self.ids_end
         if begin % IDS_MAX + wanted > IDS_MAX:  # not over the end: from the start
             begin += IDS_MAX - begin % IDS_MAX
@@ -155,28 +158,41 @@ class Copier:
         self._pages = None
 
 
-def measured(
-    driver: CudaDriver, pages: tuple[PagedLayout, Tables, object], ways: list[Way]
-) -> list[Choice]:
-    """Give the choice for each way: some device blocks are copied to the host and back.
+def settle(driver: CudaDriver, way: Way) -> bool:
+    """Wait until a stream has ended all that is queued, or never will; tells whether it has."""
+    try:
+        driver.synchronize(way.stream)
+    except DeviceError:
+        return False
+    with suppress(BlockingIOError):
+        os.eventfd_read(way.eventfd)
+    return True
 
-    Nobody else may write to them meanwhile.
+
+def measured(driver: CudaDriver, layout: PagedLayout, ways: list[Way]) -> list[Choice]:
+    """Give the choice for each way, from copies of memory that is as the device's blocks are.
 
     Raises:
         DeviceError: the driver refused, or a copy did not end.
     """
-    layout = pages[0]
-    blocks = min(max(1, MEASURED_BYTES // layout.block_bytes), layout.num_blocks)
-    device_ids = np.arange(blocks) * (layout.num_blocks // blocks)
+    blocks = min(max(2, MEASURED_BYTES // layout.block_bytes), IDS_MAX // 4)
+    scattered = np.random.default_rng(0).permutation(blocks)
     with ExitStack() as undo:
-        arena = Arena.open(blocks, layout.block_bytes)
+        arena = Arena.open(blocks, -(-layout.block_bytes // PAGE_BYTES) * PAGE_BYTES)
         undo.callback(arena.close)
-        copier = Copier(driver, pages, arena, undo)
+        scratch = driver.allocate(blocks * layout.block_bytes)
+        undo.callback(driver.free, scratch)
+        rows = layout.pieces.copy()
+        rows[:, 0], rows[:, 1] = scratch + blocks * rows[:, 3], rows[:, 2]
+        like = PagedLayout(rows, blocks, layout.block_bytes, layout.name)
+        copier = Copier(driver, (like, Tables.of(like, driver, undo), None), arena, undo)
         undo.callback(copier.close)
+        for each in ways:
+            undo.callback(settle, driver, each)  # whatever happens: nothing is under way then
 
         def timed(way: Way, direction: int, choice: Choice) -> float:
             way.choice, begin_s = choice, time.perf_counter()
-            copier.queue(way, direction, device_ids, np.arange(blocks)[::-1].copy())
+            copier.queue(way, direction, scattered, np.arange(blocks))
             driver.notify(way.stream, way.eventfd)
             ended = select.poll()
             ended.register(way.eventfd, select.POLLIN)
@@ -187,7 +203,6 @@ def measured(
             way.ids_begin = way.ids_end
             return time.perf_counter() - begin_s
 
-        # To the host first: what goes back to the device must be what was there.
         return [
             measure(partial(timed, way, direction))
             for way, direction in zip(ways, (TO_HOST, TO_DEVICE), strict=True)

@@ -7,7 +7,8 @@ three arrays and one call, without the GIL.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,6 +20,11 @@ from flexkv.io.cuda import kernel
 
 Runs = NDArray[np.uint64]
 """uint64[3, n]: addresses of targets and sources, and bytes of each."""
+
+
+NOT_FOUND, NOT_READY = 500, 600
+CAPTURING = range(900, 908)
+"""What the driver says while another thread captures a graph: nothing is wrong with the stream."""
 
 
 class Launch(NamedTuple):
@@ -41,6 +47,10 @@ class CudaDriver(Protocol):
         """Give a new stream that orders itself against no other; urgent work goes first."""
         ...
 
+    def synchronize(self, stream: int) -> None:
+        """Return once all that is queued has ended."""
+        ...
+
     def close_stream(self, stream: int) -> None:
         """Wait for a stream, and close it."""
         ...
@@ -57,8 +67,12 @@ class CudaDriver(Protocol):
         """Give the device address of a copy of a table."""
         ...
 
+    def allocate(self, size: int) -> int:
+        """Give the address of so many bytes of device memory."""
+        ...
+
     def free(self, address: int) -> None:
-        """Let go of what `upload` gave."""
+        """Let go of what `upload` or `allocate` gave."""
         ...
 
     def copy(self, runs: Runs, stream: int) -> None:
@@ -131,9 +145,18 @@ class BoundDriver:
             self._call(driver.cuInit, 0)
         except (ImportError, RuntimeError) as error:  # what it raises where there is no driver
             raise BackendUnavailableError("cuda", f"{error}; install flexkv[cuda]") from error
+        self._version = int(self._call(driver.cuDriverGetVersion))
         self._device = self._call(driver.cuDeviceGet, ordinal)
-        self._context: Any = self._call(driver.cuDevicePrimaryCtxRetain, self._device)
-        self._enter()
+        with ExitStack() as undo:
+            self._context: Any = self._call(driver.cuDevicePrimaryCtxRetain, self._device)
+            undo.callback(self._call, driver.cuDevicePrimaryCtxRelease, self._device)
+            with self._inside():
+                self._load()
+            self._resources = undo.pop_all()
+
+    def _load(self) -> None:
+        """Load the kernel, and find the functions that are called by address."""
+        driver = self._api
         capability = driver.CUdevice_attribute
         major, minor = (
             self._call(driver.cuDeviceGetAttribute, attribute, self._device)
@@ -153,10 +176,16 @@ class BoundDriver:
         result, *values = function(*args)
         if result != self._api.CUresult.CUDA_SUCCESS:
             raise DeviceError(function.__name__, int(result))
-        return values[0] if values else None
+        return tuple(values) if len(values) > 1 else values[0] if values else None
 
     def _address(self, name: str, version: int) -> int:
-        return int(self._call(self._api.cuGetProcAddress, name.encode(), version, 0) or 0)
+        if version > self._version:
+            raise DeviceError(name, NOT_FOUND)
+        answer = self._call(self._api.cuGetProcAddress, name.encode(), version, 0)
+        address = int((answer[0] if isinstance(answer, tuple) else answer) or 0)
+        if not address:  # a success all the same
+            raise DeviceError(name, NOT_FOUND)
+        return address
 
     def _find_batch(self) -> Callable[[Runs, int], int]:
         """Give the call for many copies: one of the driver's two forms, or a loop."""
@@ -164,19 +193,20 @@ class BoundDriver:
         order = self._api.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
         attributes.srcAccessOrder = order
         first = ctypes.c_size_t(0)
-        held = (attributes, first)  # as long as the calls below
+        fail_index = ctypes.c_size_t(0)
+        held = (attributes, first, fail_index)  # as long as the calls below
         at, zero = attributes.getPtr(), ctypes.addressof(first)
-        for version, form, more in ((13000, _BATCH, ()), (12080, _BATCH_12, (1,))):
+        more_of_12 = (ctypes.addressof(fail_index),)
+        for version, form, more in ((13000, _BATCH, ()), (12080, _BATCH_12, more_of_12)):
             try:
                 function = form(self._address("cuMemcpyBatchAsync", version))
             except DeviceError:
                 continue
 
             def batch(runs: Runs, stream: int, function: Any = function, more: Any = more) -> int:
-                fail_index = (ctypes.addressof(ctypes.c_size_t(0)),) if more else ()
                 rows = [row.ctypes.data for row in runs]
                 assert held
-                return int(function(*rows, runs.shape[1], at, zero, 1, *fail_index, stream))
+                return int(function(*rows, runs.shape[1], at, zero, 1, *more, stream))
 
             return batch
         return self._copy_each
@@ -187,92 +217,108 @@ class BoundDriver:
                 return code
         return 0
 
-    def _enter(self) -> None:
-        """Make the context this thread's: another library may have changed it."""
-        self._call(self._api.cuCtxSetCurrent, self._context)
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """Make the context this thread's, and give back the one that was."""
+        self._call(self._api.cuCtxPushCurrent, self._context)
+        try:
+            yield
+        finally:
+            self._call(self._api.cuCtxPopCurrent)
 
     def open_stream(self, urgent: bool) -> int:
         """Give a new stream."""
-        self._enter()
-        result, least, greatest = self._api.cuCtxGetStreamPriorityRange()
-        if result != self._api.CUresult.CUDA_SUCCESS:
-            raise DeviceError("cuCtxGetStreamPriorityRange", int(result))
-        flags = int(self._api.CUstream_flags.CU_STREAM_NON_BLOCKING)
-        priority = greatest if urgent else least
-        return int(self._call(self._api.cuStreamCreateWithPriority, flags, priority))
+        with self._inside():
+            least, greatest = self._call(self._api.cuCtxGetStreamPriorityRange)
+            flags = int(self._api.CUstream_flags.CU_STREAM_NON_BLOCKING)
+            priority = greatest if urgent else least
+            return int(self._call(self._api.cuStreamCreateWithPriority, flags, priority))
+
+    def synchronize(self, stream: int) -> None:
+        """Return once all that is queued has ended."""
+        with self._inside():
+            self._call(self._api.cuStreamSynchronize, stream)
 
     def close_stream(self, stream: int) -> None:
         """Wait for a stream, and close it."""
-        self._enter()
-        self._call(self._api.cuStreamSynchronize, stream)
-        self._call(self._api.cuStreamDestroy, stream)
+        with self._inside():
+            self._call(self._api.cuStreamSynchronize, stream)
+            self._call(self._api.cuStreamDestroy, stream)
 
     def register(self, address: int, size: int) -> None:
         """Let the device read and write host memory, from any context."""
-        self._enter()
-        flags = self._api.CU_MEMHOSTREGISTER_PORTABLE | self._api.CU_MEMHOSTREGISTER_DEVICEMAP
-        self._call(self._api.cuMemHostRegister, address, size, flags)
+        with self._inside():
+            flags = self._api.CU_MEMHOSTREGISTER_PORTABLE | self._api.CU_MEMHOSTREGISTER_DEVICEMAP
+            self._call(self._api.cuMemHostRegister, address, size, flags)
 
     def unregister(self, address: int) -> None:
         """Take that back."""
-        self._enter()
-        self._call(self._api.cuMemHostUnregister, address)
+        with self._inside():
+            self._call(self._api.cuMemHostUnregister, address)
 
     def upload(self, table: NDArray[np.int64]) -> int:
         """Give the device address of a copy of a table."""
-        self._enter()
-        address = int(self._call(self._api.cuMemAlloc, table.nbytes))
-        self._call(self._api.cuMemcpyHtoD, address, table.ctypes.data, table.nbytes)
+        with self._inside():
+            address = int(self._call(self._api.cuMemAlloc, table.nbytes))
+            self._call(self._api.cuMemcpyHtoD, address, table.ctypes.data, table.nbytes)
+            # From pageable memory the call may return before the bytes are there.
+            self._call(self._api.cuStreamSynchronize, 0)
         return address
+
+    def allocate(self, size: int) -> int:
+        """Give device memory."""
+        with self._inside():
+            return int(self._call(self._api.cuMemAlloc, size))
 
     def free(self, address: int) -> None:
         """Let go of it."""
-        self._enter()
-        self._call(self._api.cuMemFree, address)
+        with self._inside():
+            self._call(self._api.cuMemFree, address)
 
     def copy(self, runs: Runs, stream: int) -> None:
         """Queue copies."""
-        self._enter()
-        if runs.shape[1] and (code := self._batch(runs, stream)):
-            raise DeviceError("cuMemcpyBatchAsync", code)
+        with self._inside():
+            if runs.shape[1] and (code := self._batch(runs, stream)):
+                raise DeviceError("cuMemcpyBatchAsync", code)
 
     def launch(self, launch: Launch, thread_blocks: int, stream: int) -> None:
         """Queue a paged copy by the kernel."""
-        self._enter()
-        grid, block = (thread_blocks, 1, 1), (kernel.THREADS, 1, 1)
-        arguments = (tuple(launch), _TYPES)
-        self._call(self._api.cuLaunchKernel, self._kernel, *grid, *block, 0, stream, arguments, 0)
+        with self._inside():
+            shape = (thread_blocks, 1, 1, kernel.THREADS, 1, 1, 0)
+            arguments = (tuple(launch), _TYPES)
+            self._call(self._api.cuLaunchKernel, self._kernel, *shape, stream, arguments, 0)
 
     def notify(self, stream: int, eventfd: int) -> None:
         """Add 1 to an eventfd once all that is queued by now has ended well."""
-        self._enter()
-        if code := int(self._notify(stream, notify_address(), eventfd)):
-            raise DeviceError("cuLaunchHostFunc", code)
+        with self._inside():
+            if code := int(self._notify(stream, notify_address(), eventfd)):
+                raise DeviceError("cuLaunchHostFunc", code)
 
     def order(self, stream: int, after: int) -> None:
         """Let a stream wait for another, by an event that lives as long as it is waited for."""
-        self._enter()
-        flags = int(self._api.CUevent_flags.CU_EVENT_DISABLE_TIMING)
-        event = self._call(self._api.cuEventCreate, flags)
-        try:
-            self._call(self._api.cuEventRecord, event, after)
-            self._call(self._api.cuStreamWaitEvent, stream, event, 0)
-        finally:
-            self._call(self._api.cuEventDestroy, event)
+        with self._inside():
+            flags = int(self._api.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+            event = self._call(self._api.cuEventCreate, flags)
+            try:
+                self._call(self._api.cuEventRecord, event, after)
+                self._call(self._api.cuStreamWaitEvent, stream, event, 0)
+            finally:
+                self._call(self._api.cuEventDestroy, event)
 
     def check(self, stream: int) -> None:
         """Raise DeviceError if a stream will never end what is queued."""
-        self._enter()
-        (result,) = self._api.cuStreamQuery(stream)
-        codes = self._api.CUresult
-        if result not in (codes.CUDA_SUCCESS, codes.CUDA_ERROR_NOT_READY):
+        with self._inside():
+            (result,) = self._api.cuStreamQuery(stream)
+        if int(result) not in (0, NOT_READY, *CAPTURING):
             raise DeviceError("cuStreamQuery", int(result))
 
     def close(self) -> None:
         """Let go of the device. Idempotent."""
         if self._context is None:
             return
-        self._enter()
-        self._context = None
-        self._call(self._api.cuModuleUnload, self._module)
-        self._call(self._api.cuDevicePrimaryCtxRelease, self._device)
+        try:
+            with self._inside():
+                self._call(self._api.cuModuleUnload, self._module)
+        finally:
+            self._context = None
+            self._resources.close()

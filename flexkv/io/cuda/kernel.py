@@ -46,7 +46,10 @@ def cubin(architecture: str, cache: Path | None = None) -> bytes:
         from cuda.bindings import nvrtc
     except ImportError as error:
         raise BackendUnavailableError("nvrtc", "install flexkv[cuda]") from error
-    version = _checked(nvrtc, nvrtc.nvrtcVersion())
+    try:
+        version = _checked(nvrtc, nvrtc.nvrtcVersion())
+    except RuntimeError as error:  # the bindings are there, the library is not
+        raise BackendUnavailableError("nvrtc", f"{error}; install flexkv[cuda]") from error
     text = source()
     named = hashlib.sha256(f"{text}{architecture}{version}".encode()).hexdigest()[:32]
     kept = (cache or _cache()) / f"{NAME}-{architecture}-{named}.cubin"
@@ -63,7 +66,8 @@ def cubin(architecture: str, cache: Path | None = None) -> bytes:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flexkv"
+    # Without a home there is no cache: "~" cannot be written to, and nothing is kept.
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "flexkv"
 
 
 def _compile(nvrtc: Any, text: str, architecture: str) -> bytes:

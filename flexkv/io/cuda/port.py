@@ -21,7 +21,7 @@ from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import Tier, Transfer
 from flexkv.io.arena import Arena
 from flexkv.io.cuda.choice import Choice
-from flexkv.io.cuda.copier import Copier, Tables, Way, Work, measured
+from flexkv.io.cuda.copier import Copier, Tables, Way, Work, measured, settle
 from flexkv.io.cuda.driver import CudaDriver
 from flexkv.io.ports import Completion
 
@@ -49,8 +49,8 @@ class CudaDevicePort:
             arena: the host blocks, held until `close`.
             owner: whatever keeps the KV caches alive (the tensors), held until `close`.
             driver: of the device, closed with the port.
-            choices: how to copy to the host, and to the device; None: measured now, with bytes
-                of the device that go there and back.
+            choices: how to copy to the host, and to the device; None: measured now, in memory of
+                its own.
 
         Raises:
             DeviceError: the driver refused.
@@ -70,7 +70,7 @@ class CudaDevicePort:
             undo.callback(self._copier.close)
             self._ways = [Way(driver, urgent, undo) for urgent in (False, True)]
             if choices is None:
-                choices = measured(driver, pages, self._ways)
+                choices = measured(driver, layout, self._ways)
             for way, choice in zip(self._ways, choices, strict=True):
                 way.choice = choice
             self._resources = undo.pop_all()
@@ -91,15 +91,16 @@ class CudaDevicePort:
         for way in self._ways:
             self._loop.add_reader(way.eventfd, wake)
 
-    def order_after(self, engine_stream: int) -> None:
-        """Let later copies to the host wait for what is queued on another stream by now.
+    def order_after(self, engine_stream: int, to_device: bool = False) -> None:
+        """Let later copies one way wait for what is queued on another stream by now.
 
-        So a put reads what the engine's kernels have written. From any thread.
+        So a put reads what the engine's kernels have written, and a get writes what they no longer
+        use. From any thread.
 
         Raises:
             DeviceError: the driver refused.
         """
-        self._driver.order(self._ways[False].stream, engine_stream)
+        self._driver.order(self._ways[to_device].stream, engine_stream)
 
     def submit(self, transfer: Transfer) -> None:
         """Start one transfer.
@@ -129,10 +130,18 @@ class CudaDevicePort:
         way.under_way.append(Work(transfer.token, way.ids_end, error))
         try:
             self._driver.notify(way.stream, way.eventfd)
-        except DeviceError as failure:
-            self._fail(error or failure)
+        except DeviceError as failure:  # there will be no word of the end: wait for it now
+            self._end_now(way, error or failure)
         if self._watching is None:
             self._watch()
+
+    def _end_now(self, way: Way, failure: DeviceError) -> None:
+        """Wait for all that is under way on a stream that cannot tell; it may be broken."""
+        if not settle(self._driver, way):
+            self._fail(failure)
+            return
+        self._ended += [Completion(work.token, work.error) for work in way.under_way]
+        way.under_way.clear()
 
     def _watch(self) -> None:
         """Ask the streams now and then, while they have work, whether they have failed."""
@@ -150,6 +159,9 @@ class CudaDevicePort:
         """The device is broken: it touches no memory any more, and will not tell of any end."""
         self._failure = failure
         for way in self._ways:
+            settle(self._driver, way)
+            if self._loop is not None:
+                self._loop.remove_reader(way.eventfd)
             self._ended += [Completion(work.token, failure) for work in way.under_way]
             way.under_way.clear()
         self._wake()
