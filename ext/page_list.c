@@ -75,7 +75,6 @@ PyObject *page_map_list_runs(PyObject *module, PyObject *const *args, Py_ssize_t
 {
     static const char *const names[] = {"pages", "direction", "device_ids", "host_ids", "out"};
     static const struct signature signature = {"list_runs", names, 5, 5};
-    struct ext_state *state = PyModule_GetState(module);
     PyObject *values[5], *result;
     struct page_ids ids;
     int64_t direction;
@@ -84,13 +83,8 @@ PyObject *page_map_list_runs(PyObject *module, PyObject *const *args, Py_ssize_t
 
     if (args_unpack(&signature, args, count, keywords, values) < 0)
         return NULL;
-    if (!PyObject_TypeCheck(values[0], state->page_map)) {
-        PyErr_SetString(PyExc_TypeError, "pages must be a PageMap");
-        return NULL;
-    }
-    map = (PageMap *)values[0];
-    if (integer_read(values[1], "direction", TO_HOST, TO_DEVICE, &direction) < 0 ||
-        page_ids_hold(map, values[2], values[3], &ids) < 0)
+    map = page_job_read(PyModule_GetState(module), values, &direction, &ids);
+    if (!map)
         return NULL;
     if (PyObject_GetBuffer(values[4], &out, PyBUF_WRITABLE) < 0) {
         page_ids_release(&ids);

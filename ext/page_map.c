@@ -167,6 +167,25 @@ int page_ids_hold(const PageMap *map, PyObject *device, PyObject *host, struct p
     return 0;
 }
 
+PageMap *page_map_read(const struct ext_state *state, PyObject *object)
+{
+    if (PyObject_TypeCheck(object, state->page_map))
+        return (PageMap *)object;
+    PyErr_SetString(PyExc_TypeError, "pages must be a PageMap");
+    return NULL;
+}
+
+PageMap *page_job_read(const struct ext_state *state, PyObject *const *values, int64_t *direction,
+                       struct page_ids *ids)
+{
+    PageMap *map = page_map_read(state, values[0]);
+
+    if (!map || integer_read(values[1], "direction", TO_HOST, TO_DEVICE, direction) < 0 ||
+        page_ids_hold(map, values[2], values[3], ids) < 0)
+        return NULL;
+    return map;
+}
+
 static int ids_copy(const struct int64_view *view, const char *name, size_t limit, int64_t *ids)
 {
     for (Py_ssize_t i = 0; i < view->count; i++) {
@@ -200,7 +219,6 @@ PyObject *page_map_copy_now(PyObject *module, PyObject *const *args, Py_ssize_t 
 {
     static const char *const names[] = {"pages", "direction", "device_ids", "host_ids"};
     static const struct signature signature = {"copy_now", names, 4, 4};
-    struct ext_state *state = PyModule_GetState(module);
     PyObject *values[4], *result = NULL;
     struct page_ids ids;
     int64_t direction, *id_copies;
@@ -209,13 +227,8 @@ PyObject *page_map_copy_now(PyObject *module, PyObject *const *args, Py_ssize_t 
 
     if (args_unpack(&signature, args, count, keywords, values) < 0)
         return NULL;
-    if (!PyObject_TypeCheck(values[0], state->page_map)) {
-        PyErr_SetString(PyExc_TypeError, "pages must be a PageMap");
-        return NULL;
-    }
-    map = (PageMap *)values[0];
-    if (integer_read(values[1], "direction", TO_HOST, TO_DEVICE, &direction) < 0 ||
-        page_ids_hold(map, values[2], values[3], &ids) < 0)
+    map = page_job_read(PyModule_GetState(module), values, &direction, &ids);
+    if (!map)
         return NULL;
     pairs = (size_t)ids.device.count;
     id_copies = PyMem_Malloc(2 * pairs * sizeof(*id_copies));

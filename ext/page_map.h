@@ -20,6 +20,13 @@ struct page_ids {
     size_t bytes; /* that the job copies */
 };
 
+/* The PageMap of an argument, or NULL with TypeError. */
+PageMap *page_map_read(const struct ext_state *state, PyObject *object);
+
+/* Read pages, direction, device_ids and host_ids; the ids are held. NULL with an exception. */
+PageMap *page_job_read(const struct ext_state *state, PyObject *const *values, int64_t *direction,
+                       struct page_ids *ids);
+
 /* Hold both id buffers. 0, or -1 with an exception. */
 int page_ids_hold(const PageMap *map, PyObject *device, PyObject *host, struct page_ids *ids);
 

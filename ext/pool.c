@@ -116,15 +116,9 @@ static PyObject *job_start(CopyPool *self, struct pool_job *job, bool urgent)
     return pool_closed();
 }
 
-/* The PageMap of an argument, or NULL with an exception. */
-static PageMap *pages_read(CopyPool *self, PyObject *object)
+static const struct ext_state *pool_state(CopyPool *self)
 {
-    struct ext_state *state = PyType_GetModuleState(Py_TYPE((PyObject *)self));
-
-    if (PyObject_TypeCheck(object, state->page_map))
-        return (PageMap *)object;
-    PyErr_SetString(PyExc_TypeError, "pages must be a PageMap");
-    return NULL;
+    return PyType_GetModuleState(Py_TYPE((PyObject *)self));
 }
 
 static PyObject *copy_pool_submit(CopyPool *self, PyObject *const *args, Py_ssize_t count,
@@ -141,13 +135,10 @@ static PyObject *copy_pool_submit(CopyPool *self, PyObject *const *args, Py_ssiz
     int urgent;
 
     if (args_unpack(&signature, args, count, keywords, values) < 0 ||
-        integer_read(values[0], "token", INT64_MIN, INT64_MAX, &token) < 0 ||
-        integer_read(values[2], "direction", TO_HOST, TO_DEVICE, &direction) < 0)
-        return NULL;
-    if (!(pages = pages_read(self, values[1])))
+        integer_read(values[0], "token", INT64_MIN, INT64_MAX, &token) < 0)
         return NULL;
     urgent = PyObject_IsTrue(values[5]);
-    if (urgent < 0 || page_ids_hold(pages, values[3], values[4], &ids) < 0)
+    if (urgent < 0 || !(pages = page_job_read(pool_state(self), values + 1, &direction, &ids)))
         return NULL;
     job = job_new(pages, &ids, token, direction);
     page_ids_release(&ids);
@@ -169,7 +160,7 @@ static PyObject *copy_pool_checksum(CopyPool *self, PyObject *const *args, Py_ss
     if (args_unpack(&signature, args, count, keywords, values) < 0 ||
         integer_read(values[0], "token", INT64_MIN, INT64_MAX, &token) < 0)
         return NULL;
-    if (!(pages = pages_read(self, values[1])))
+    if (!(pages = page_map_read(pool_state(self), values[1])))
         return NULL;
     if (!pages->layout.sums) {
         PyErr_SetString(PyExc_ValueError, "the pages keep no sums");
