@@ -18,6 +18,7 @@ from flexkv.common.errors import CorruptBlockError, InvariantError
 from flexkv.common.extents import check_ids
 from flexkv.common.terms import BlockIds, Tier, Transfer
 from flexkv.io.ports import Completion, DurablePort
+from flexkv.io.summed import SummedPort
 from flexkv.io.sums import Summer, Sums
 
 
@@ -40,7 +41,6 @@ class CheckedDiskPort:
     Attributes:
         sums: uint64[disk blocks], of what was last written to each place.
         forget: asked before every write; None where nobody would believe in anything.
-        arrived_bytes: read, and being summed.
     """
 
     def __init__(
@@ -61,19 +61,22 @@ class CheckedDiskPort:
         self.sums: Sums = np.zeros(num_blocks, np.uint64)
         self.forget: Forget | None = None
         self._inner = inner
-        self._summer = summer
+        self._summed = SummedPort(inner, summer)
         self._place_of = place_of
         self._reading: dict[int, Transfer] = {}
-        self._checking: dict[int, Transfer] = {}
         self._writing: dict[int, _Write] = {}
         self._forgotten: list[Transfer] = []
         self._wake: Callable[[], None] = lambda: None
-        self.arrived_bytes = 0
 
     @property
     def block_bytes(self) -> int:
         """Give the bytes moved for one block."""
         return self._inner.block_bytes
+
+    @property
+    def arrived_bytes(self) -> int:
+        """Give the bytes that were read and are being summed."""
+        return self._summed.arrived_bytes
 
     @property
     def adapter(self) -> str:
@@ -83,8 +86,7 @@ class CheckedDiskPort:
     def connect(self, wake: Callable[[], None]) -> None:
         """Attach to the running event loop."""
         self._wake = wake
-        self._inner.connect(wake)
-        self._summer.connect(wake)
+        self._summed.connect(wake)
 
     def submit(self, transfer: Transfer) -> None:
         """Start one transfer.
@@ -94,16 +96,16 @@ class CheckedDiskPort:
             InvariantError: ids out of range, or of unequal length.
         """
         if transfer.route.source is not Tier.HOST:
-            self._inner.submit(transfer)
+            self._summed.submit(transfer)
             self._reading[transfer.token] = transfer
             return
-        check_ids(transfer, len(self._summer.sums), len(self.sums))
-        sums = self._summer.sums[transfer.source_ids]
+        check_ids(transfer, len(self._summed.sums), len(self.sums))
+        sums = self._summed.sums[transfer.source_ids]
         self._writing[transfer.token] = _Write(transfer.target_ids, sums)
         if self.forget is None or self.forget(
             transfer.target_ids, lambda: self._was_forgotten(transfer)
         ):
-            self._inner.submit(transfer)
+            self._summed.submit(transfer)
 
     def _was_forgotten(self, transfer: Transfer) -> None:
         self._forgotten.append(transfer)
@@ -111,16 +113,13 @@ class CheckedDiskPort:
 
     def reap(self) -> list[Completion]:
         """Give every transfer that ended since the last call, each exactly once."""
-        ended: list[Completion] = []
         forgotten, self._forgotten = self._forgotten, []
         for transfer in forgotten:
-            self._inner.submit(transfer)
-        for completion in self._inner.reap():
-            self._moved(completion, ended)
-        ended += [self._checked(self._checking.pop(token)) for token in self._summer.reap()]
-        return ended
+            self._summed.submit(transfer)
+        return [self._ended(completion) for completion in self._summed.reap()]
 
-    def _moved(self, completion: Completion, ended: list[Completion]) -> None:
+    def _ended(self, completion: Completion) -> Completion:
+        """Compare what was read, and keep the sums of what was written."""
         token, error = completion
         transfer = self._reading.pop(token, None)
         if transfer is None:
@@ -128,16 +127,12 @@ class CheckedDiskPort:
             if error is None:
                 self.sums[write.disk_ids] = write.sums
         elif error is None:
-            self._checking[token] = transfer
-            self.arrived_bytes += transfer.block_count * self.block_bytes
-            self._summer.submit(token, transfer.target_ids, urgent=True)
-            return
-        ended.append(completion)
+            return self._checked(transfer)
+        return completion
 
     def _checked(self, transfer: Transfer) -> Completion:
-        self.arrived_bytes -= transfer.block_count * self.block_bytes
         disk_ids = transfer.source_ids
-        wrong = self._summer.sums[transfer.target_ids] != self.sums[disk_ids]
+        wrong = self._summed.sums[transfer.target_ids] != self.sums[disk_ids]
         bad = disk_ids[wrong].tolist()
         error = CorruptBlockError(*self._place_of(bad[0]), bad) if bad else None
         return Completion(transfer.token, error)
@@ -152,7 +147,6 @@ class CheckedDiskPort:
         Raises:
             InvariantError: transfers were in flight; nobody was told of their ends.
         """
-        self._summer.close()
-        self._inner.close()
-        if left := len(self._checking) + len(self._writing) + len(self._reading):
+        self._summed.close()
+        if left := len(self._writing) + len(self._reading):
             raise InvariantError(f"checked disk port closed with {left} transfers unreaped")

@@ -11,13 +11,19 @@ from flexkv.io.sums import Summer
 
 
 class SummedPort:
-    """A transfer port whose transfers to the host end when their blocks have sums."""
+    """A transfer port whose transfers to the host end when their blocks have sums.
+
+    Attributes:
+        sums: uint64[host blocks].
+    """
 
     def __init__(self, inner: TransferPort, summer: Summer) -> None:
         """Take both, which are closed with this one."""
+        self.sums = summer.sums
         self._inner, self._summer = inner, summer
         self._moving: dict[int, Transfer] = {}
-        self._summing: set[int] = set()
+        self._summing: dict[int, Transfer] = {}
+        self._summing_inbound_bytes = 0
 
     @property
     def block_bytes(self) -> int:
@@ -26,8 +32,8 @@ class SummedPort:
 
     @property
     def arrived_bytes(self) -> int:
-        """Give what the inner port says."""
-        return self._inner.arrived_bytes
+        """Bytes that came nearer to the device and are being summed."""
+        return self._inner.arrived_bytes + self._summing_inbound_bytes
 
     def connect(self, wake: Callable[[], None]) -> None:
         """Attach to the running event loop."""
@@ -53,12 +59,17 @@ class SummedPort:
             if transfer is None or completion.error is not None:
                 ended.append(completion)
                 continue
-            self._summing.add(transfer.token)
+            self._summing[transfer.token] = transfer
+            self._count(transfer, 1)
             self._summer.submit(transfer.token, transfer.target_ids, urgent=True)
         for token in self._summer.reap():
-            self._summing.remove(token)
+            self._count(self._summing.pop(token), -1)
             ended.append(Completion(token, None))
         return ended
+
+    def _count(self, transfer: Transfer, sign: int) -> None:
+        if transfer.route.inbound:
+            self._summing_inbound_bytes += sign * transfer.block_count * self.block_bytes
 
     def close(self) -> None:
         """Close both. Only legal with nothing in flight. Idempotent.
