@@ -73,3 +73,10 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
     def block_count(self) -> int:
         """Give the number of blocks to copy."""
         return len(self.source_ids)
+
+    @property
+    def sides(self) -> tuple[BlockIds, BlockIds]:
+        """Give the ids in host memory, and those in the tier at the other end."""
+        if self.route.target is Tier.HOST:
+            return self.target_ids, self.source_ids
+        return self.source_ids, self.target_ids

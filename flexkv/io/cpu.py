@@ -80,10 +80,8 @@ class CpuDevicePort:
         if pages is None:
             raise ClosedError("the CPU device port is closed")
         urgent = transfer.route.target is Tier.DEVICE
-        if urgent:
-            direction, device_ids, host_ids = TO_DEVICE, transfer.target_ids, transfer.source_ids
-        else:
-            direction, device_ids, host_ids = TO_HOST, transfer.source_ids, transfer.target_ids
+        direction = TO_DEVICE if urgent else TO_HOST
+        host_ids, device_ids = transfer.sides
         try:
             if len(device_ids) <= self._inline_blocks_max:
                 copy_now(pages, direction, device_ids, host_ids)

@@ -109,10 +109,7 @@ class DiskGeometry:
             InvariantError: ids out of range, or of unequal length.
         """
         write = transfer.route.source is Tier.HOST
-        if write:
-            host_ids, disk_ids = transfer.source_ids, transfer.target_ids
-        else:
-            host_ids, disk_ids = transfer.target_ids, transfer.source_ids
+        host_ids, disk_ids = transfer.sides
         limits = (self._host_blocks, self._files.num_blocks)
         check_ids(transfer, *(limits if write else limits[::-1]))
         if len(host_ids) == 1:

@@ -163,7 +163,7 @@ class Simulation:
         self._counts = random.random() < (0.2 if self._power_loss else 0.7)
         """Whether steps are counted already, or only once a flush was done."""
         self._flushed: set[tuple[bytes, int]] = set()
-        self._touched_before: int | None = 0
+        self._touched_before = 0
         self._clears = 0
 
     # -- crashes --------------------------------------------------------------------------------
@@ -177,8 +177,7 @@ class Simulation:
     def _crash(self, power_loss: bool) -> Remains:
         port, random = self.backend.port, self.random
         assert port is not None
-        begin = self._touched_before
-        touched = set(port.touched[begin:] if begin is not None else ())
+        touched = set(port.touched[self._touched_before :])
         flushed = {(key, at) for key, at in self._flushed & self._on_disk() if at not in touched}
         return Remains(
             port.remains(random, power_loss),
@@ -246,7 +245,8 @@ class Simulation:
         assert not any(files.open_files for files in self.backend.files), "a file was left open"
         if self.remains is None and self.backend.port is not None:
             if self.is_faultless:
-                self._flushed, self._touched_before = self._on_disk(), None
+                port = self.backend.port
+                self._flushed, self._touched_before = self._on_disk(), len(port.touched)
             self.remains = self._crash(power_loss=False)
 
     async def _flush(self, start_s: float) -> None:

@@ -24,15 +24,12 @@ class Choice(NamedTuple):
     thread_blocks: int = 8
 
 
-def decide(rates: Mapping[int, float], wish: Choice | None = None) -> Choice:
+def decide(rates: Mapping[int, float]) -> Choice:
     """Give the way that costs the device least among those that are as good as the best.
 
     Args:
         rates: bytes per second, by number of thread blocks; `ENGINE` for the copy engine.
-        wish: what a user asked for, where it is not to be measured.
     """
-    if wish is not None:
-        return wish
     best = max(rates.values())
     ways = sorted(way for way, rate in rates.items() if rate >= AS_GOOD * best)
     if ways[0] == ENGINE:

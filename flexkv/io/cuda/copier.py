@@ -24,8 +24,6 @@ from flexkv.io.cuda.driver import CudaDriver, Launch
 
 IDS_MAX = 1 << 17
 """Block ids of kernel launches in flight on one stream; with more, the copy engine does it."""
-
-
 MEASURED_BYTES, MEASURED_S_MAX = 32 << 20, 5
 """What is copied at a time to measure a way, and how long that may take at most."""
 PAGE_BYTES = 4096
@@ -200,7 +198,6 @@ def measured(driver: CudaDriver, layout: PagedLayout, ways: list[Way]) -> list[C
                 driver.check(way.stream)
                 raise DeviceError("a copy that measures the device", 0)
             os.eventfd_read(way.eventfd)
-            way.ids_begin = way.ids_end
             return time.perf_counter() - begin_s
 
         return [

@@ -44,11 +44,9 @@ def cubin(architecture: str, cache: Path | None = None) -> bytes:
     """
     try:
         from cuda.bindings import nvrtc
-    except ImportError as error:
-        raise BackendUnavailableError("nvrtc", "install flexkv[cuda]") from error
-    try:
+
         version = _checked(nvrtc, nvrtc.nvrtcVersion())
-    except RuntimeError as error:  # the bindings are there, the library is not
+    except (ImportError, RuntimeError) as error:  # what it raises where the library is not there
         raise BackendUnavailableError("nvrtc", f"{error}; install flexkv[cuda]") from error
     text = source()
     named = hashlib.sha256(f"{text}{architecture}{version}".encode()).hexdigest()[:32]

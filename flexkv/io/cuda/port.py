@@ -121,10 +121,8 @@ class CudaDevicePort:
         way = self._ways[to_device]
         error: DeviceError | None = None
         try:
-            if to_device:
-                copier.queue(way, TO_DEVICE, transfer.target_ids, transfer.source_ids)
-            else:
-                copier.queue(way, TO_HOST, transfer.source_ids, transfer.target_ids)
+            host_ids, device_ids = transfer.sides
+            copier.queue(way, TO_DEVICE if to_device else TO_HOST, device_ids, host_ids)
         except DeviceError as failure:  # some of it may be under way: it ends in its turn
             error = failure
         way.under_way.append(Work(transfer.token, way.ids_end, error))
