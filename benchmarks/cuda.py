@@ -17,15 +17,16 @@ from flexkv.common.errors import BackendUnavailableError, DeviceError
 from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.arena import Arena
-from flexkv.io.cuda.choice import Choice
+from flexkv.io.cuda.choice import Choices, How, Wish
 from flexkv.io.cuda.driver import BoundDriver
+from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
 
 Ids = NDArray[np.int64]
 
 CHUNKS = 10_000
 SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10)
-WAYS = {"engine": Choice(by_engine=True), "kernel": Choice(by_engine=False)}
+WAYS = {how.value: Choices.always(how) for how in How}
 
 
 def measure(options: Options) -> Figures:
@@ -37,28 +38,29 @@ def measure(options: Options) -> Figures:
     driver.close()
     figures: Figures = {}
     for size in SIZES[:1] if options.quick else SIZES:
-        for name, choice in WAYS.items():
-            figures |= asyncio.run(_measure(size, name, choice, options.repeats))
+        for name, choices in WAYS.items():
+            figures |= asyncio.run(_measure(size, name, choices, options.repeats))
     return figures
 
 
-async def _measure(size: int, name: str, choice: Choice, repeats: int) -> Figures:
+async def _measure(size: int, name: str, choices: Choices, repeats: int) -> Figures:
     import torch
 
     chunks = min(CHUNKS, (2 << 30) // size)
     memory = torch.zeros(chunks * size, dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
     address = memory.data_ptr()
-    layout = PagedLayout(np.array([[address, size, size, 0]], np.int64), chunks, size, "bench")
+    rows = np.array([[address, size, size, 0]], np.int64)
+    layout = PagedLayout(rows, chunks, size, "bench", (rows,))
     arena, driver = Arena.open(chunks, size), BoundDriver(0)
-    port = CudaDevicePort(layout, arena, memory, driver, (choice, choice))
+    port = CudaDevicePort(layout, Pinned(arena), memory, driver, (Wish(use_engine=True),) * 2)
     woken = asyncio.Event()
     port.connect(woken.set)
     random = np.random.default_rng(0)
     figures: Figures = {}
 
-    async def moved(route: Route, way: Choice, ids: tuple[Ids, Ids]) -> float:
-        port._ways[route.target is Tier.DEVICE].choice = way
+    async def moved(route: Route, way: Choices, ids: tuple[Ids, Ids]) -> float:
+        port._ways[route.target is Tier.DEVICE].choices = way
         begin = time.perf_counter()
         port.submit(Transfer(0, 0, route, *ids))
         ended = port.reap()
@@ -73,7 +75,7 @@ async def _measure(size: int, name: str, choice: Choice, repeats: int) -> Figure
         scattered, contiguous = [], []
         for _ in range(repeats + 1):
             ids = random.permutation(chunks), random.permutation(chunks)
-            scattered.append(await moved(route, choice, ids))
+            scattered.append(await moved(route, choices, ids))
             # Neighbours on both ends are one run: one copy.
             ids = np.arange(chunks), np.arange(chunks)
             contiguous.append(await moved(route, WAYS["engine"], ids))

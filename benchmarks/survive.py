@@ -50,7 +50,7 @@ def _unsummed_pages(manager: KVManager, caches: Any) -> Any:
     backend = manager._engine._backend
     assert isinstance(backend, LocalBackend)
     sums, backend._sums = backend._sums, None
-    port = backend.device(caches, None).port
+    port = backend.device(caches, None, 0).port
     backend._sums = sums
     assert isinstance(port, CpuDevicePort)
     pages = port._pages
@@ -61,7 +61,7 @@ def _unsummed_pages(manager: KVManager, caches: Any) -> Any:
 @contextmanager
 def _unchecked(manager: KVManager, unsummed: Any) -> Iterator[None]:
     """Let transfers pass by the checksums; only while nothing is in flight."""
-    disk, device = _port_of(manager), manager._engine._device.port
+    disk, device = _port_of(manager), manager._engine._devices._by_rank[0].port
     assert isinstance(device, CpuDevicePort)
     vars(disk).update(submit=disk._inner.submit, reap=disk._inner.reap)
     summed, device._pages = device._pages, unsummed

@@ -12,31 +12,48 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import structlog
+
 from flexkv.common.config import MB, CacheConfig, CacheSizes, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import PagedLayout, infer_layout
 from flexkv.index.keys import blocks_are
 from flexkv.io.arena import Arena
 from flexkv.io.cpu import CpuDevicePort
+from flexkv.io.cuda.choice import Wish
+from flexkv.io.cuda.driver import BoundDriver
+from flexkv.io.cuda.pinned import Pinned
+from flexkv.io.cuda.port import CudaDevicePort
 from flexkv.io.files import StripedFiles
-from flexkv.io.ports import DurablePort, TransferPort
+from flexkv.io.ports import DevicePort, DurablePort, TransferPort
+from flexkv.io.ranks import RanksPort
 from flexkv.io.ssd import forget_earlier, open_journals, open_ssd, present, refuse
+from flexkv.io.summed import SummedPort
 from flexkv.io.sums import PoolSummer, Sums
 from flexkv.io.superblock import FORMAT_VERSION, Superblock
-from flexkv.io.tensors import describe, kv_cache_list
+from flexkv.io.tensors import describe, device_of, kv_cache_list
 from flexkv.io.uring import RingOptions
 from flexkv.ledger import Ledger
 from flexkv.scrub import Scrubber
+
+log = structlog.get_logger(__name__)
 
 Progress = Callable[[int, int], None]
 
 
 class Device(NamedTuple):
-    """A registered device: the port to its blocks, how many there are, how they lie."""
+    """A registered device: the port to its blocks, how many there are, how they lie, and where."""
 
-    port: TransferPort
+    port: DevicePort
     num_blocks: int
     layout: str
+    place: tuple[str, int] = ("cpu", 0)
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """Give what a log tells of it."""
+        kind, number = self.place
+        return {"device": f"{kind}:{number}", "layout": self.layout, "blocks": self.num_blocks}
 
 
 class Backend(Protocol):
@@ -55,13 +72,21 @@ class Backend(Protocol):
         """Take memory and files; `undo` gets what releases them."""
         ...
 
-    def device(self, kv_caches: Any, layout: str | None) -> Device:
-        """Open the port to a device's KV caches."""
+    def device(self, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:
+        """Open the port to a rank's KV caches."""
+        ...
+
+    def resumed(self, device: Device, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:
+        """Let a suspended device's port take KV caches again."""
+        ...
+
+    def joined(self, devices: Sequence[Device]) -> TransferPort:
+        """Give one port over the devices of all ranks, in their order."""
         ...
 
 
 class LocalBackend:
-    """The adapters of this machine: an arena, SSD files over io_uring, KV caches in CPU memory."""
+    """The adapters of this machine: an arena, SSD files over io_uring, KV caches on CPU or GPU."""
 
     def __init__(self, model: ModelConfig, cache: CacheConfig, sizes: CacheSizes) -> None:
         self.host = ""
@@ -87,6 +112,7 @@ class LocalBackend:
             progress=progress,
         )
         undo.callback(self._arena.close)
+        self._pinned = Pinned(self._arena)
         self.host = self._arena.backing
         if sizes.num_disk_blocks and (folders := present(map(Path, cache.ssd_cache_dir))):
             self._open_ssd(folders, undo)
@@ -132,38 +158,88 @@ class LocalBackend:
             sizes.max_file_blocks,
         )
 
-    def device(self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None) -> Device:
-        """Open the port to per-layer tensors in CPU memory.
+    def device(
+        self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None, tp_rank: int
+    ) -> Device:
+        """Open the port to a rank's per-layer tensors, in CPU memory or on a CUDA device.
 
         Raises:
             ConfigError: the tensors do not fit the model, or their layout is ambiguous.
+            BackendUnavailableError: no adapter, or no driver, for where they are.
+            DeviceError: the driver refused.
         """
         tensors = kv_cache_list(kv_caches)
-        pages = self._pages(tensors, layout)
+        kind, ordinal = device_of(tensors)
+        pages = self._pages(tensors, layout, tp_rank)
+        if kind == "cuda":
+            port: DevicePort = self._cuda(ordinal, pages, tensors, tp_rank)
+            return Device(port, pages.num_blocks, pages.name, (kind, ordinal))
         port = CpuDevicePort(
             pages,
             self._arena,
             owner=tuple(tensors),
             threads=self._cache.copy_threads or min(4, os.cpu_count() or 1),
-            sums=self._sums,
+            sums=self._sums if self._model.parts == 1 else None,
         )
         return Device(port, pages.num_blocks, pages.name)
 
-    def _pages(self, tensors: Sequence[Any], layout: str | None) -> PagedLayout:
+    def _cuda(
+        self, ordinal: int, pages: PagedLayout, tensors: Sequence[Any], tp_rank: int
+    ) -> CudaDevicePort:
+        log.warning(
+            "the CUDA device has run on no GPU yet: check what it gives before relying on it"
+        )
+        cache = self._cache
+        wishes = (
+            Wish(cache.use_ce_transfer_d2h, cache.transfer_num_cta_d2h),
+            Wish(cache.use_ce_transfer_h2d, cache.transfer_num_cta_h2d),
+        )
+        driver = BoundDriver(ordinal)
+        port = CudaDevicePort(pages, self._pinned, tuple(tensors), driver, wishes)
+        port.rank = tp_rank
+        return port
+
+    def resumed(
+        self,
+        device: Device,
+        kv_caches: Mapping[str, Any] | Sequence[Any],
+        layout: str | None,
+        tp_rank: int,
+    ) -> Device:
+        """Let a suspended device's port take KV caches again.
+
+        Raises:
+            ConfigError: the tensors do not fit, or are on another device.
+            DeviceError: the driver refused.
+        """
+        tensors = kv_cache_list(kv_caches)
+        if (place := device_of(tensors)) != device.place:
+            where, before = (":".join(map(str, each)) for each in (place, device.place))
+            raise ConfigError("kv_caches", where, f"must be where they were: on {before}")
+        pages = self._pages(tensors, layout, tp_rank)
+        device.port.resume(pages, tuple(tensors))
+        return Device(device.port, pages.num_blocks, pages.name, place)
+
+    def joined(self, devices: Sequence[Device]) -> TransferPort:
+        """Give one port over the devices of all ranks, which keeps the sums that the SSD needs."""
+        port: TransferPort = devices[0].port
+        if len(devices) > 1:
+            parts: list[list[TransferPort]] = [[] for _ in range(self._model.parts)]
+            for rank, device in enumerate(devices):
+                parts[self._model.part_of(rank).number].append(device.port)
+            blocks = min(device.num_blocks for device in devices)
+            port = RanksPort(parts, self._arena.num_blocks, blocks)
+        if self._sums is None:
+            return port
+        # A CPU device that brings whole blocks has summed them as it copied.
+        summed = self._model.parts == 1 and {each.place[0] for each in devices} == {"cpu"}
+        return SummedPort(port, PoolSummer(self._arena, sums=self._sums), has_summed=summed)
+
+    def _pages(self, tensors: Sequence[Any], layout: str | None, tp_rank: int) -> PagedLayout:
         model = self._model
         if len(tensors) != model.num_layers:
             why = f"must have one tensor per layer: {model.num_layers}"
             raise ConfigError("kv_caches", f"{len(tensors)} tensors", why)
         specs = [describe(tensor, f"kv_caches[{i}]") for i, tensor in enumerate(tensors)]
-        pages = infer_layout(
-            specs,
-            self._cache.tokens_per_block,
-            model.num_kv_heads,
-            model.head_size,
-            model.kv_dim,
-            layout,
-        )
-        if pages.block_bytes != self._sizes.block_bytes:
-            why = f"a block of this model has {self._sizes.block_bytes} bytes (dtype {model.dtype})"
-            raise ConfigError("kv_caches", f"blocks of {pages.block_bytes} bytes", why)
-        return pages
+        shapes = model.shapes(self._cache.tokens_per_block)
+        return infer_layout(specs, shapes, layout, model.part_of(tp_rank))

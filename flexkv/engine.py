@@ -22,25 +22,26 @@ from flexkv.actors.actor import Supervisor, TransferActor, Window
 from flexkv.actors.observer import Observer
 from flexkv.actors.scheduler import Flight, Scheduler
 from flexkv.admission import Admission
-from flexkv.backend import Backend, Device, LocalBackend, Progress
+from flexkv.backend import Backend, LocalBackend, Progress
 from flexkv.common.config import GB, MB, CacheConfig, CacheSizes, ModelConfig
 from flexkv.common.errors import (
     ClosedError,
-    ConfigError,
     DeadlineError,
     InternalError,
     InvariantError,
 )
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import Tier
+from flexkv.devices import Devices
 from flexkv.graph.ops import CHUNKS_MAX, LEGS_MAX
 from flexkv.graph.planner import PlanLimits, Planner
 from flexkv.index.eviction import Eviction
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
-from flexkv.index.residency import NO_QUOTA, PrefixMatch, Residency, prefix_match
+from flexkv.index.residency import PrefixMatch, Residency, prefix_match
 from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.ports import TransferPort
+from flexkv.keeping import Keeping
 from flexkv.pins import Pins
 from flexkv.statistics import (
     QueueStatistics,
@@ -81,7 +82,7 @@ class Engine:
         self._actors: dict[Tier, TransferActor] = {}
         self._backing: dict[Tier, str] = {}
         self._resources = ExitStack()
-        self._device: Device | None = None
+        self._devices = Devices(model.tp_size, cache.io_deadline_s, self._backend, self._resources)
         self._failure: InternalError | None = None
         self._open = self._used = self._closed = False
         self._next_request = 0
@@ -121,7 +122,7 @@ class Engine:
             if self._backend.scrubber is not None:
                 disk, drop = self._actors[Tier.DISK], self._scheduler.drop_corrupt
                 self._supervisor.keep("scrub", self._backend.scrubber.run(disk.is_idle, drop))
-            self._resources = undo.pop_all()
+            self._resources.push(undo.pop_all())
         self._open = self._used = True
         log.info(
             "engine open",
@@ -166,7 +167,10 @@ class Engine:
             backend.ledger,
             cache.io_deadline_s,
         )
-        self._pins = Pins(self._scheduler)
+        opened_with = {Tier.HOST: sizes.num_host_blocks, Tier.DISK: backend.disk_blocks}
+        self._keeping = Keeping(
+            self._intake, self._residency, opened_with, backend.ledger, Pins(self._scheduler)
+        )
 
     def _open_trace(self, undo: ExitStack) -> Recorder | None:
         cache = self.cache
@@ -199,24 +203,33 @@ class Engine:
         self._supervisor.keep(f"{actor.name} actor", actor.run())
 
     def register_kv_caches(
-        self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None = None
+        self,
+        kv_caches: Mapping[str, Any] | Sequence[Any],
+        layout: str | None = None,
+        tp_rank: int = 0,
     ) -> None:
-        """Take the engine's per-layer KV tensors; they stay the caller's and must outlive us.
+        """Take a rank's per-layer KV tensors; they stay the caller's and must outlive us.
 
         Raises:
             ConfigError: the tensors do not fit the model, or their layout is ambiguous.
             ClosedError: not open.
         """
         self._check_open()
-        if self._device is not None:
-            raise ConfigError("kv_caches", "a second registration", "one device is registered")
-        self._device = self._backend.device(kv_caches, layout)
-        port = self._device.port
-        self._resources.callback(port.close)
-        window = Window(int(self.cache.device_window_mb * MB), DEVICE_PIECE_BYTES)
-        actor = self._actors[Tier.DEVICE] = self._actor(Tier.DEVICE, port, window, window)
-        self._start(actor)
-        log.info("device registered", layout=self._device.layout, blocks=self._device.num_blocks)
+        port = self._devices.register(kv_caches, layout, tp_rank)
+        if port is not None:
+            window = Window(int(self.cache.device_window_mb * MB), DEVICE_PIECE_BYTES)
+            actor = self._actors[Tier.DEVICE] = self._actor(Tier.DEVICE, port, window, window)
+            self._start(actor)
+
+    @property
+    def devices(self) -> Devices:
+        """Give the registered devices.
+
+        Raises:
+            ClosedError: not open.
+        """
+        self._check_open()
+        return self._devices
 
     async def close(self) -> None:
         """Stop admitting, cancel what runs, wait for hardware, release everything. Idempotent.
@@ -229,7 +242,7 @@ class Engine:
             return
         self._open = False
         self._admission.close()
-        self._pins.close()
+        self._keeping.pins.close()
         self._scheduler.cancel_all()
         if self._failure is None:
             await self._drain()
@@ -277,8 +290,8 @@ class Engine:
 
     @property
     def has_device(self) -> bool:
-        """Tell whether KV caches are registered: before, get and put answer UNREADY."""
-        return self._device is not None
+        """Tell whether get and put can move bytes: else they answer UNREADY."""
+        return self._devices.missing is None
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -295,10 +308,10 @@ class Engine:
         return self._intake.request(operation, self._next_request, token_ids, token_mask, namespace)
 
     def with_slots(self, request: Request, slot_mapping: Any) -> Request | None:
-        """Give the request with its device blocks; None while no device is registered."""
-        if self._device is None:
+        """Give the request with its device blocks; None while there is no device to use."""
+        if self._devices.missing is not None:
             return None
-        ids = self._intake.device_ids(slot_mapping, request.span, self._device.num_blocks)
+        ids = self._intake.device_ids(slot_mapping, request.span, self._devices.num_blocks)
         return Request(
             request.operation, request.request_id, request.token_count, request.tokens_per_block,
             request.span, request.keys, ids, request.namespace_hash,
@@ -319,6 +332,12 @@ class Engine:
         Cancellation: the request is cancelled, and CancelledError raised once no hardware touches
         its device slots any more; their content is undefined then.
         """
+        if request.device_ids is None:
+            return await self._performed(request, begun)
+        with self._devices.used():
+            return await self._performed(request, begun)
+
+    async def _performed(self, request: Request, begun: Callable[[], None] | None) -> Flight:
         if not self._admission.enter_nowait():
             await self._admission.enter()
         try:
@@ -344,11 +363,18 @@ class Engine:
             self._admission.leave()
 
     def unready(self, request: Request) -> KVResponse:
-        """Give the response to a request that needs a device while none is registered."""
+        """Give the response to a request that needs a device while there is none to use."""
         self._observer.requests[request.operation][KVResponseStatus.UNREADY] += 1
-        why = ClosedError("no KV caches are registered")
         mask = np.zeros(request.token_count, np.bool_)
-        return KVResponse(KVResponseStatus.UNREADY, request.request_id, mask, why)
+        return KVResponse(KVResponseStatus.UNREADY, request.request_id, mask, self._devices.missing)
+
+    def order_after(self, operation: Operation) -> None:
+        """Let the copies of later requests wait for what the calling thread's streams have queued.
+
+        From any thread. A put reads what was written, a get writes what is no longer used.
+        """
+        if operation is not Operation.PREFETCH:
+            self._devices.order_after(operation is Operation.GET)
 
     async def flush(self) -> None:
         """Return once every write-behind under way is done and on stable storage.
@@ -376,79 +402,17 @@ class Engine:
         if late is not None or failures:
             raise late or failures[0]
 
-    def clear(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
-        """Forget the blocks of a tier, of a namespace, or all, and count the places they had.
-
-        Requests under way end as they will.
-
-        Raises:
-            StorageError: all is cleared, but the next run may find blocks on SSD: its journal could
-                not be told.
-        """
-        self._check_open()
-        self._check_tier(tier)
-        root = None if namespace is None else self._intake.root(namespace)
-        if root is not None and tier is not None:
-            raise ConfigError("tier", tier.label, "must not be given together with a namespace")
-        try:
-            if self._backend.ledger is not None and tier is not Tier.HOST:
-                self._backend.ledger.clear(root)
-        finally:
-            places = self._residency.clear(tier, root)
-        return places
-
-    def resize(self, tier: Tier, capacity_blocks: int) -> int:
-        """Change how many blocks a tier may hold, up to what it was opened with."""
-        self._check_open()
-        self._check_tier(tier)
-        most = {
-            Tier.HOST: self.sizes.num_host_blocks, Tier.DISK: self._backend.disk_blocks
-        }[tier]  # fmt: skip
-        if not 1 <= capacity_blocks <= most:
-            why = f"must be from 1 to what {tier.label} was opened with: {most}"
-            raise ConfigError("capacity_blocks", capacity_blocks, why)
-        return self._residency.resize(tier, capacity_blocks)
-
-    def set_quota(self, namespace: Namespace, tier: Tier, blocks: int | None) -> None:
-        """Bound how many blocks of a tier a namespace may have; None takes the bound away."""
-        self._check_open()
-        if not isinstance(tier, Tier):
-            raise ConfigError("tier", tier, "must be a tier")
-        self._check_tier(tier)
-        if blocks is not None and not (isinstance(blocks, int) and 0 <= blocks < NO_QUOTA):
-            raise ConfigError("blocks", blocks, f"must be None, or from 0 to {NO_QUOTA - 1}")
-        try:
-            self._residency.set_quota(self._intake.root(namespace), tier, blocks)
-        except ValueError as error:
-            raise ConfigError("namespace", namespace, str(error)) from error
-
-    def namespace_blocks(self, namespace: Namespace) -> dict[Tier, int]:
-        """Count the blocks of a namespace by tier, those being filled among them."""
-        self._check_open()
-        return self._residency.namespace_blocks(self._intake.root(namespace))
-
-    def _check_tier(self, tier: Tier | None) -> None:
-        if tier is not None and tier not in self._residency.tiers:
-            have = ", ".join(tier.label for tier in self._residency.tiers)
-            raise ConfigError("tier", tier.label, f"must be one of those there are: {have}")
-
-    def pin(self, token_ids: Any, namespace: Namespace, ttl_s: float, owner: str) -> int:
-        """Keep the resident prefix of a prompt, or without one a namespace, from eviction."""
-        self._check_open()
-        if token_ids is None:
-            holdings = self._residency.namespace_holdings(self._intake.root(namespace))
-        else:
-            request = self.intake(Operation.PREFETCH, token_ids, None, namespace)
-            holdings = self._residency.find(request.keys).holdings
-        return self._pins.pin(holdings, ttl_s, owner)
+    # -- looking --------------------------------------------------------------------------------
 
     @property
-    def pins(self) -> Pins:
-        """Give the pins that callers hold."""
-        self._check_open()
-        return self._pins
+    def keeping(self) -> Keeping:
+        """Give what says what is kept.
 
-    # -- looking --------------------------------------------------------------------------------
+        Raises:
+            ClosedError: not open.
+        """
+        self._check_open()
+        return self._keeping
 
     @property
     def scheduler(self) -> Scheduler:

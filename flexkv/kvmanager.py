@@ -8,7 +8,7 @@ which runs the engine's loop in a thread of its own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -107,19 +107,63 @@ class KVManager:
         return self._engine.is_open and self._engine.has_device
 
     def register_kv_caches(
-        self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None = None
+        self,
+        kv_caches: Mapping[str, Any] | Sequence[Any],
+        layout: str | None = None,
+        tp_rank: int = 0,
     ) -> None:
-        """Take the engine's per-layer KV tensors.
+        """Take one rank's per-layer KV tensors. With the last rank's, requests are taken.
 
         Args:
-            kv_caches: a dict (in layer order) or list of one tensor per layer, numpy or torch.
+            kv_caches: a dict (in layer order) or list of one tensor per layer: numpy, or torch in
+                CPU or CUDA memory.
             layout: one of `flexkv.common.layout.LAYOUT_NAMES`, when the shape is ambiguous.
+            tp_rank: whose they are, from 0 to `tp_size` - 1.
 
         Raises:
             ConfigError: the tensors do not fit the model, or the layout must be given.
+            BackendUnavailableError: no adapter, or no driver, for where they are.
+            DeviceError: the device refused.
             ClosedError: not started.
         """
-        self._call(lambda: self._engine.register_kv_caches(kv_caches, layout))
+        self._call(lambda: self._engine.register_kv_caches(kv_caches, layout, tp_rank))
+
+    async def suspend_device(self) -> None:
+        """Let go of all KV tensors, for an engine that frees their memory.
+
+        Requests under way are finished first; later ones are answered UNREADY, but `match` and
+        `prefetch` go on. The host memory stays registered with the device.
+
+        Raises:
+            ClosedError: no device is registered, or it sleeps.
+            DeadlineError: something did not end within `io_deadline_s`; the devices go on.
+        """
+        await self._async(lambda: self._engine.devices.suspend())
+
+    def suspend_device_blocking(self) -> None:
+        """Do what `suspend_device` does, waiting in this thread.
+
+        Raises:
+            ClosedError: not started with `start()`, no device is registered, or it sleeps.
+            DeadlineError: something did not end within `io_deadline_s`; the devices go on.
+        """
+        if self._thread is None:
+            raise ClosedError("suspend_device_blocking() blocks: it needs start(); else use await")
+        self._thread.call(lambda: self._engine.devices.suspend())
+
+    def resume_device(
+        self,
+        kv_caches: Mapping[str, Any] | Sequence[Any],
+        layout: str | None = None,
+        tp_rank: int = 0,
+    ) -> None:
+        """Take a suspended rank's KV tensors again; the arguments are as for the registration.
+
+        Raises:
+            ConfigError: the tensors do not fit the model, or the rank is not suspended.
+            DeviceError: the device refused.
+        """
+        self._call(lambda: self._engine.devices.resume(kv_caches, layout, tp_rank))
 
     # -- async form -----------------------------------------------------------------------------
 
@@ -200,15 +244,11 @@ class KVManager:
         Raises:
             TransferError: a block could not be written, or the disk refused (StorageError).
         """
-        if self._thread is not None:
-            await self._thread.call_async(self._engine.flush)
-        else:
-            self._check_loop()
-            await self._engine.flush()
+        await self._async(self._engine.flush)
 
     def reset(self) -> int:
         """Forget every block of every tier, and give their number."""
-        return self._call(self._engine.clear)
+        return self._call(lambda: self._engine.keeping.clear())
 
     def clear(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
         """Forget the blocks of one tier, or of one namespace; traffic may go on.
@@ -218,7 +258,7 @@ class KVManager:
         Raises:
             ConfigError: both are given, or there is no such tier.
         """
-        return self._call(lambda: self._engine.clear(tier, namespace))
+        return self._call(lambda: self._engine.keeping.clear(tier, namespace))
 
     def resize(self, tier: Tier, capacity_blocks: int) -> int:
         """Change how many blocks a tier may hold, and give how many it may now.
@@ -228,7 +268,7 @@ class KVManager:
         Raises:
             ConfigError: there is no such tier, or it was opened with fewer.
         """
-        return self._call(lambda: self._engine.resize(tier, capacity_blocks))
+        return self._call(lambda: self._engine.keeping.resize(tier, capacity_blocks))
 
     def set_quota(self, namespace: Namespace, tier: Tier, blocks: int | None) -> None:
         """Bound how many blocks of a tier a namespace may have; None takes the bound away.
@@ -245,11 +285,11 @@ class KVManager:
         Raises:
             ConfigError: an argument breaks a rule, or 64 namespaces have quotas.
         """
-        self._call(lambda: self._engine.set_quota(namespace, tier, blocks))
+        self._call(lambda: self._engine.keeping.set_quota(namespace, tier, blocks))
 
     def namespace_blocks(self, namespace: Namespace) -> dict[Tier, int]:
         """Count the blocks of a namespace by tier, those being filled among them."""
-        return self._call(lambda: self._engine.namespace_blocks(namespace))
+        return self._call(lambda: self._engine.keeping.namespace_blocks(namespace))
 
     def pin(
         self,
@@ -269,15 +309,15 @@ class KVManager:
         Raises:
             ConfigError: an argument breaks a rule.
         """
-        return self._call(lambda: self._engine.pin(token_ids, namespace, ttl_s, owner))
+        return self._call(lambda: self._engine.keeping.pin(token_ids, namespace, ttl_s, owner))
 
     def unpin(self, pin_id: int) -> bool:
         """End a pin; tell whether it had not ended before."""
-        return self._call(lambda: self._engine.pins.unpin(pin_id))
+        return self._call(lambda: self._engine.keeping.pins.unpin(pin_id))
 
     def unpin_owner(self, owner: str) -> int:
         """End every pin of an owner that is gone, and count them."""
-        return self._call(lambda: self._engine.pins.unpin_owner(owner))
+        return self._call(lambda: self._engine.keeping.pins.unpin_owner(owner))
 
     def statistics(self) -> Statistics:
         """Give a frozen snapshot: per tier capacity, use and pins; hits, bytes, queues."""
@@ -296,12 +336,17 @@ class KVManager:
             )
         )
 
-    def _perform(self, *arguments: Any) -> Coroutine[Any, Any, KVResponse]:
-        """Give what runs a request on the engine's loop, from there or from another."""
+    async def _async(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Run work on the engine's loop, from there or from another."""
         if self._thread is not None:
-            return self._thread.call_async(lambda: self._perform_here(*arguments))
+            return await self._thread.call_async(work)
         self._check_loop()
-        return self._perform_here(*arguments)
+        return await work()
+
+    async def _perform(self, operation: Operation, *arguments: Any) -> KVResponse:
+        """Run a request on the engine's loop, from there or from another."""
+        self._engine.order_after(operation)
+        return await self._async(lambda: self._perform_here(operation, *arguments))
 
     async def _perform_here(
         self,
@@ -376,6 +421,8 @@ class KVManager:
         if isinstance(task_ids, int):
             task_ids, slot_mappings = [task_ids], [slot_mappings]
         ids, slots = list(task_ids), list(slot_mappings)
+        for operation in (Operation.GET, Operation.PUT):
+            self._engine.order_after(operation)
         self._call(lambda: self._tasks.launch(ids, slots))
 
     def cancel(self, task_ids: int | Sequence[int]) -> None:
@@ -418,6 +465,7 @@ class KVManager:
         return self._call(lambda: self._tasks.try_wait(ids))
 
     def _start(self, operation: Operation, *arguments: Any) -> int:
+        self._engine.order_after(operation)
         return self._call(lambda: self._tasks.start(operation, *arguments))
 
     # -- crossing -------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ FLOORS = [
     {"io"},
     {"actors"},
     {"admission", "statistics", "backend", "settings", "logs", "pins", "ledger", "scrub"},
+    {"keeping", "devices"},
     {"engine"},
     {"tasks", "loop_thread", "server"},
     {"kvmanager"},

@@ -9,6 +9,7 @@ from pydantic_core.core_schema import ValidationInfo
 
 from flexkv.common.config_keys import ConfigModel, key
 from flexkv.common.errors import ConfigError
+from flexkv.common.layout import KVShape, Part
 
 ITEM_BYTES = {
     "float64": 8,
@@ -93,7 +94,7 @@ class ModelConfig(ConfigModel):
         le=2,
         shown_default="1 with use_mla, else 2",
     )
-    tp_size: int = key(1, "Tensor-parallel ranks.", ge=1, part=_RANKS_PART, built=(1,))
+    tp_size: int = key(1, "Tensor-parallel ranks.", ge=1)
     pp_size: int = key(1, "Pipeline-parallel ranks.", ge=1, part=_RANKS_PART, built=(1,))
     dp_size: int = key(1, "Data-parallel ranks.", ge=1, part=_RANKS_PART, built=(1,))
     cp_size: int = key(1, "Context-parallel ranks.", ge=1, part=_RANKS_PART, built=(1,))
@@ -112,10 +113,7 @@ class ModelConfig(ConfigModel):
         built=(1,),
     )
     layer_groups: tuple[LayerGroup, ...] | None = key(
-        None,
-        "Groups of layers whose KV shapes differ.",
-        part="the layout part for layers of different shapes",
-        built=(None,),
+        None, "Groups of layers whose KV shapes differ; in place of heads and dtype above."
     )
     model_id: str = key("", "Name of the weights: caches of different models never mix.")
 
@@ -126,13 +124,34 @@ class ModelConfig(ConfigModel):
             return 1 if info.data.get("use_mla") else 2
         return value
 
+    @property
+    def _groups(self) -> tuple[LayerGroup, ...]:
+        """Give the groups, or all layers as one."""
+        whole = LayerGroup(
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            compress_ratio=1,
+        )
+        return self.layer_groups or (whole,)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.use_mla and self.kv_dim != 1:
             raise ConfigError("kv_dim", self.kv_dim, "contradicts use_mla, which has one vector")
+        for group in self._groups:
+            heads = group.num_kv_heads
+            if not self.use_mla and heads % self.tp_size and self.tp_size % heads:
+                why = f"must divide {heads} KV heads, or be a multiple of them"
+                raise ConfigError("tp_size", self.tp_size, why)
+            if heads % self.parts:
+                why = f"its {heads} heads are not divided as those of other groups, in {self.parts}"
+                raise ConfigError("layer_groups", group, why)
         groups = self.layer_groups
         if groups is None:
             return self
+        if len({bool(group.layer_indices) for group in groups}) > 1:
+            raise ConfigError("layer_groups", groups, "give layer_indices for all or for none")
         layers = sum(group.num_layers for group in groups)
         if layers != self.num_layers:
             why = f"the groups have {layers} layers, the model has {self.num_layers}"
@@ -144,11 +163,41 @@ class ModelConfig(ConfigModel):
         return self
 
     @property
-    def bytes_per_token(self) -> int:
-        """Give the bytes of one token's KV, all layers and all TP ranks."""
-        elements = self.kv_dim * self.num_layers * self.num_kv_heads * self.head_size
-        return elements * ITEM_BYTES[self.dtype]
+    def parts(self) -> int:
+        """Give into how many parts the TP ranks divide a block.
+
+        Ranks that have the same heads (MLA's one latent, or fewer heads than ranks) have one part.
+        """
+        if self.use_mla:
+            return 1
+        return min(self.tp_size, *(group.num_kv_heads for group in self._groups))
+
+    def part_of(self, tp_rank: int) -> Part:
+        """Give the part of a block that a rank has; ranks of one part are neighbours."""
+        return Part(tp_rank * self.parts // self.tp_size, self.parts)
+
+    def shapes(self, tokens_per_block: int) -> tuple[KVShape, ...]:
+        """Give what each layer of one rank holds of a block.
+
+        Raises:
+            ConfigError: a group's compress_ratio does not divide the tokens of a block.
+        """
+        layers: dict[int, KVShape] = {}
+        for group in self._groups:
+            tokens, rest = divmod(tokens_per_block, group.compress_ratio)
+            if rest:
+                why = f"compress_ratio {group.compress_ratio} must divide it"
+                raise ConfigError("tokens_per_block", tokens_per_block, why)
+            heads, item_bytes = (
+                group.num_kv_heads // self.parts,
+                ITEM_BYTES[group.dtype or self.dtype],
+            )
+            shape = KVShape(tokens, heads, group.head_size, self.kv_dim, item_bytes)
+            begin = len(layers)
+            indices = group.layer_indices or range(begin, begin + group.num_layers)
+            layers |= dict.fromkeys(indices, shape)
+        return tuple(layers[index] for index in range(self.num_layers))
 
     def block_bytes(self, tokens_per_block: int) -> int:
-        """Give the bytes of one block of this many tokens."""
-        return self.bytes_per_token * tokens_per_block
+        """Give the bytes of one block of this many tokens, all layers and all parts."""
+        return self.parts * sum(shape.block_bytes for shape in self.shapes(tokens_per_block))

@@ -14,7 +14,7 @@ two contiguous extents. Their order inside an extent is the engine's own affair.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -34,18 +34,47 @@ class TensorSpec(NamedTuple):
     itemsize: int
 
 
+class KVShape(NamedTuple):
+    """What one rank's tensor of one layer holds of a block."""
+
+    tokens: int
+    heads: int
+    head_size: int
+    kv_dim: int
+    """2 when K and V are kept apart, 1 when a token has one latent (MLA)."""
+    item_bytes: int
+
+    @property
+    def block_bytes(self) -> int:
+        """Give the bytes of one block in one layer."""
+        return prod(self)
+
+
+class Part(NamedTuple):
+    """Which of the equal parts of a host block a rank fills."""
+
+    number: int
+    of: int
+
+
+WHOLE = Part(0, 1)
+
+
 @dataclass(frozen=True, slots=True)
 class PagedLayout:
     """The pages of one device: int64[n, 4] `pieces`, in the order of the host block.
 
     A row is: address of block 0, stride in bytes between blocks, bytes of the piece, offset of
-    the piece inside the host block. The pieces fill the host block without a gap.
+    the piece inside the host block. The pieces fill the device's part of the host block without a
+    gap. `layers` has the same for each layer, int64[1 or 2, 4]: what adjoins there is one piece in
+    `pieces`. `block_bytes` are those of the device's part.
     """
 
     pieces: NDArray[np.int64]
     num_blocks: int
     block_bytes: int
     name: str
+    layers: tuple[NDArray[np.int64], ...]
 
 
 SHAPES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -75,21 +104,17 @@ class _Piece(NamedTuple):
 
 def infer_layout(
     specs: Sequence[TensorSpec],
-    tokens_per_block: int,
-    num_kv_heads: int,
-    head_size: int,
-    kv_dim: int,
+    shapes: Sequence[KVShape],
     layout: str | None = None,
+    part: Part = WHOLE,
 ) -> PagedLayout:
     """Give the pages of per-layer tensors, from their shapes and strides.
 
     Args:
         specs: one per layer, in the order of the layers.
-        tokens_per_block: tokens of one block.
-        num_kv_heads: heads that these tensors hold.
-        head_size: elements of one head of one token.
-        kv_dim: 2 when K and V are kept apart, 1 when a token has one latent (MLA).
+        shapes: what each holds of a block; one stands for all.
         layout: one of `LAYOUT_NAMES`, for shapes that fit more than one.
+        part: of the host block, which these tensors fill.
 
     Raises:
         ConfigError: a shape fits no layout or several, layers disagree, or the bytes of one
@@ -99,37 +124,70 @@ def infer_layout(
         raise ConfigError("layout", layout, f"not one of {', '.join(LAYOUT_NAMES)}")
     if not specs:
         raise ConfigError("kv_caches", [], "no layer is given")
-    sizes = {
-        "kv": kv_dim,
-        "tokens": tokens_per_block,
-        "heads": num_kv_heads,
-        "dim": head_size,
-    }
-    fit = _fit(specs[0], sizes, layout)
-    pieces: list[_Piece] = []
-    for index, spec in enumerate(specs):
-        if (spec.shape, spec.itemsize) != (specs[0].shape, specs[0].itemsize):
-            raise ConfigError(
-                f"kv_caches[{index}]",
-                spec.shape,
-                f"has {spec.itemsize} bytes an element; kv_caches[0] has shape "
-                f"{specs[0].shape} and {specs[0].itemsize} bytes: all layers must agree",
-            )
-        for piece in _block_pieces(spec, fit.block_axis, f"kv_caches[{index}]"):
-            _append_merged(pieces, piece)
-    rows = np.array([(*piece, 0) for piece in pieces], dtype=np.int64)
-    rows[1:, 3] = np.cumsum(rows[:-1, 2])
+    wanted = shapes if len(shapes) > 1 else tuple(shapes) * len(specs)
+    firsts: dict[KVShape, tuple[int, _Fit]] = {}
+    layers: list[list[_Piece]] = []
+    for index, (spec, shape) in enumerate(zip(specs, wanted, strict=True)):
+        field = f"kv_caches[{index}]"
+        if shape not in firsts:
+            firsts[shape] = index, _fit(spec, shape, layout, field)
+        first, fit = firsts[shape]
+        _check_alike(spec, field, specs[first], f"kv_caches[{first}]")
+        layers.append(_block_pieces(spec, fit.block_axis, field))
+    counts = {specs[first].shape[fit.block_axis]: first for first, fit in firsts.values()}
+    if len(counts) > 1:
+        told = ", ".join(f"{count} in kv_caches[{first}]" for count, first in counts.items())
+        raise ConfigError("kv_caches", told, "all layers must have as many blocks")
+    block_bytes = sum(piece.bytes for pieces in layers for piece in pieces)
+    return _pages(layers, part.number * block_bytes, counts.popitem()[0], _named(firsts.values()))
+
+
+def _named(firsts: Iterable[tuple[int, _Fit]]) -> str:
+    return "+".join(dict.fromkeys(fit.name for _, fit in firsts))
+
+
+def _check_alike(spec: TensorSpec, field: str, first: TensorSpec, first_field: str) -> None:
+    """Check that a tensor is as the first one of the same shape."""
+    if (spec.shape, spec.itemsize) != (first.shape, first.itemsize):
+        raise ConfigError(
+            field,
+            spec.shape,
+            f"has {spec.itemsize} bytes an element; {first_field} has shape "
+            f"{first.shape} and {first.itemsize} bytes: all layers must agree",
+        )
+
+
+def _pages(layers: list[list[_Piece]], offset: int, num_blocks: int, name: str) -> PagedLayout:
+    """Lay the pieces of all layers one behind the other, from an offset in the host block on."""
+    merged: list[_Piece] = []
+    for pieces in layers:
+        for piece in pieces:
+            _append_merged(merged, piece)
+    by_layer, begin = [], offset
+    for pieces in layers:
+        by_layer.append(_rows(pieces, begin))
+        begin += sum(piece.bytes for piece in pieces)
+    return PagedLayout(_rows(merged, offset), num_blocks, begin - offset, name, tuple(by_layer))
+
+
+def _rows(pieces: list[_Piece], offset: int) -> NDArray[np.int64]:
+    rows = np.array([(*piece, offset) for piece in pieces], dtype=np.int64)
+    rows[1:, 3] += np.cumsum(rows[:-1, 2])
     rows.flags.writeable = False
-    return PagedLayout(
-        pieces=rows,
-        num_blocks=specs[0].shape[fit.block_axis],
-        block_bytes=int(rows[:, 2].sum()),
-        name=fit.name,
-    )
+    return rows
 
 
-def _fit(spec: TensorSpec, sizes: dict[str, int], layout: str | None) -> _Fit:
+def _fit(spec: TensorSpec, shape: KVShape, layout: str | None, field: str) -> _Fit:
     """Give the one known shape that `spec` has."""
+    if spec.itemsize != shape.item_bytes:
+        why = f"has {spec.itemsize} bytes an element, the model's dtype has {shape.item_bytes}"
+        raise ConfigError(field, spec.shape, why)
+    sizes = {
+        "kv": shape.kv_dim,
+        "tokens": shape.tokens,
+        "heads": shape.heads,
+        "dim": shape.head_size,
+    }
     fits = [
         _Fit(name, axes.index("blocks"))
         for name, axes in SHAPES
@@ -142,12 +200,12 @@ def _fit(spec: TensorSpec, sizes: dict[str, int], layout: str | None) -> _Fit:
             if layout is None or name == layout
         )
         expected = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        raise ConfigError("kv_caches[0]", spec.shape, f"fits none of: {known}, with {expected}")
+        raise ConfigError(field, spec.shape, f"fits none of: {known}, with {expected}")
     if len({fit.block_axis for fit in fits}) > 1:
         names = ", ".join(dict.fromkeys(fit.name for fit in fits))
         raise ConfigError("layout", layout, f"shape {spec.shape} is ambiguous: name one of {names}")
     if spec.shape[fits[0].block_axis] < 1:
-        raise ConfigError("kv_caches[0]", spec.shape, "holds no blocks")
+        raise ConfigError(field, spec.shape, "holds no blocks")
     return fits[0]
 
 

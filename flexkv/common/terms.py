@@ -6,7 +6,7 @@ See `docs/glossary.md` for what each word means and does not mean.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
@@ -56,11 +56,56 @@ class Route(NamedTuple):
         return self.target < self.source
 
 
-class Transfer(msgspec.Struct, frozen=True, gc=False):
+class LayerWatch(Protocol):
+    """Who follows a request that is moved layer by layer, and says how far it may go."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        ...
+
+    @property
+    def ready(self) -> int:
+        """How many layers, from the first on, may be moved by now."""
+        ...
+
+    def queued(self, rank: int, token: int, last: int, event: StreamEvent) -> None:
+        """Hear that the layers before `last` of a transfer are queued on a rank's stream."""
+        ...
+
+    def moved(self, token: int, last: int) -> None:
+        """Hear that the layers before `last` of a transfer are where they should be."""
+        ...
+
+
+class StreamEvent(Protocol):
+    """A point on a device's stream."""
+
+    def hold_back(self, stream: int) -> None:
+        """Let another stream of the device wait for it."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it; who waits for it still does."""
+        ...
+
+
+class Layers(NamedTuple):
+    """The layers from `first` to `last`, exclusive, as a piece of a transfer `whole`."""
+
+    first: int
+    last: int
+    whole: int
+    left: list[int]
+    """One number, shared by all pieces of the transfer: for who counts the layers that ended."""
+
+
+class Transfer(msgspec.Struct, frozen=True):
     """A batch of block copies on one route, as an actor and its port receive it.
 
     `source_ids` and `target_ids` are int64[n], the same n; `owner` groups the transfers of one
-    request, so that a queue can be fair between requests; `token` names this one.
+    request, so that a queue can be fair between requests; `token` names this one. With `watch` it
+    is moved layer by layer, in pieces that have `layers`.
     """
 
     token: int
@@ -68,11 +113,18 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
     route: Route
     source_ids: BlockIds
     target_ids: BlockIds
+    watch: LayerWatch | None = None
+    layers: Layers | None = None
 
     @property
     def block_count(self) -> int:
         """Give the number of blocks to copy."""
         return len(self.source_ids)
+
+    def part(self, begin: int, end: int) -> Transfer:
+        """Give the transfer of some of the blocks, under the same token."""
+        source_ids, target_ids = self.source_ids[begin:end], self.target_ids[begin:end]
+        return msgspec.structs.replace(self, source_ids=source_ids, target_ids=target_ids)
 
     @property
     def sides(self) -> tuple[BlockIds, BlockIds]:

@@ -140,6 +140,12 @@ def blocks_are(model: ModelConfig, tokens_per_block: int, secret: str) -> dict[s
 
 
 def _facts(model: ModelConfig, tokens_per_block: int) -> dict[str, int | str]:
+    # What is as it is for most models is not named, so that their keys stay what they were.
+    rest: dict[str, int | str] = {}
+    if model.parts > 1:
+        rest["parts"] = model.parts
+    if model.layer_groups:
+        rest["layer_groups"] = repr(model.layer_groups)
     return {
         "key_version": KEY_VERSION,
         "model_id": model.model_id,
@@ -149,6 +155,7 @@ def _facts(model: ModelConfig, tokens_per_block: int) -> dict[str, int | str]:
         "kv_dim": model.kv_dim,
         "dtype": model.dtype,
         "tokens_per_block": tokens_per_block,
+        **rest,
     }
 
 

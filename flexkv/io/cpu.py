@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from flexkv._ext import TO_DEVICE, TO_HOST, CopyPool, PageMap, copy_now
+from flexkv._ext import TO_DEVICE, TO_HOST, CopyPool, copy_now
 from flexkv.common.errors import ClosedError, InvariantError
 from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import Tier, Transfer
 from flexkv.io.arena import Arena
+from flexkv.io.pages import Pages
 from flexkv.io.ports import Completion
 from flexkv.io.sums import Sums
 
@@ -26,6 +27,7 @@ class CpuDevicePort:
     """A transfer port between KV caches in ordinary memory and the host arena."""
 
     arrived_bytes = 0
+    failure = None
 
     def __init__(
         self,
@@ -42,19 +44,14 @@ class CpuDevicePort:
             arena: the host blocks, held until `close`.
             owner: whatever keeps the KV caches alive (the tensors), held until `close`.
             threads: standing copy threads.
-            sums: uint64[host blocks], gets the sum of each that a copy fills.
+            sums: uint64[host blocks], gets the sum of each that a copy of whole blocks fills.
         """
-        self._pages: PageMap | None = PageMap(
-            layout.pieces,
-            layout.num_blocks,
-            arena.buffer,
-            arena.block_stride_bytes,
-            owner,
-            sums,
-        )
+        self._arena, self._sums = arena, sums
         self._block_bytes = layout.block_bytes
         self._inline_blocks_max = INLINE_BYTES_MAX // layout.block_bytes
-        self._pool = CopyPool(threads)
+        self._pages: Pages | None = None
+        self.resume(layout, owner)
+        self._pool: CopyPool | None = CopyPool(threads)
         self._pooled = 0
         self._ended: list[Completion] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -64,8 +61,20 @@ class CpuDevicePort:
         """Give the bytes moved for one block."""
         return self._block_bytes
 
+    def order_after(self, to_device: bool) -> None:
+        """Do nothing: what the CPU has written is there."""
+
+    def suspend(self) -> None:
+        """Let go of the KV caches. Only legal with nothing in flight."""
+        self._pages = None
+
+    def resume(self, layout: PagedLayout, owner: object) -> None:
+        """Take KV caches again, with blocks of as many bytes."""
+        self._pages = Pages(layout, self._arena, owner, self._sums)
+
     def connect(self, wake: Callable[[], None]) -> None:
         """Attach to the running event loop; `wake` is called on it when `reap` has something."""
+        assert self._pool is not None
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._pool.fileno(), wake)
 
@@ -76,9 +85,9 @@ class CpuDevicePort:
             ClosedError: after `close`.
             InvariantError: ids out of range, or of unequal length.
         """
-        pages = self._pages
-        if pages is None:
-            raise ClosedError("the CPU device port is closed")
+        if self._pages is None or self._pool is None:
+            raise ClosedError("the CPU device port is closed, or suspended")
+        pages = self._pages.of(transfer.layers)
         urgent = transfer.route.target is Tier.DEVICE
         direction = TO_DEVICE if urgent else TO_HOST
         host_ids, device_ids = transfer.sides
@@ -95,7 +104,7 @@ class CpuDevicePort:
     def reap(self) -> list[Completion]:
         """Give every transfer that ended since the last call, each exactly once."""
         ended, self._ended = self._ended, []
-        if self._pooled:
+        if self._pooled and self._pool is not None:
             pooled = self._pool.reap()
             self._pooled -= len(pooled)
             ended += [Completion(token, None) for token in pooled]
@@ -107,11 +116,11 @@ class CpuDevicePort:
         Raises:
             InvariantError: transfers were in flight; they have ended, nobody was told.
         """
-        if self._pages is None:
+        pool, self._pool, self._pages = self._pool, None, None
+        if pool is None:
             return
         if self._loop is not None:
-            self._loop.remove_reader(self._pool.fileno())
-        self._pages = None
-        self._pool.close()
+            self._loop.remove_reader(pool.fileno())
+        pool.close()
         if unreaped := self._pooled + len(self._ended):
             raise InvariantError(f"CPU device port closed with {unreaped} transfers unreaped")

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from flexkv.common.errors import TransferError
+from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import Transfer
 
 
@@ -61,6 +62,33 @@ class TransferPort(Protocol):
 
     def close(self) -> None:
         """Detach from the loop and release everything. Only legal with nothing in flight."""
+        ...
+
+
+class DevicePort(TransferPort, Protocol):
+    """A transfer port to an engine's KV caches."""
+
+    @property
+    def failure(self) -> TransferError | None:
+        """What broke the device, if anything did: every transfer fails with it."""
+        ...
+
+    def order_after(self, to_device: bool) -> None:
+        """Let later copies one way wait for what the calling thread's stream has queued by now.
+
+        From any thread; a device without streams does nothing.
+
+        Raises:
+            DeviceError: the driver refused.
+        """
+        ...
+
+    def suspend(self) -> None:
+        """Let go of the KV caches. Only legal with nothing in flight."""
+        ...
+
+    def resume(self, layout: PagedLayout, owner: object) -> None:
+        """Take KV caches again, with blocks of as many bytes; `owner` keeps them alive."""
         ...
 
 

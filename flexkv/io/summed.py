@@ -17,9 +17,14 @@ class SummedPort:
         sums: uint64[host blocks].
     """
 
-    def __init__(self, inner: TransferPort, summer: Summer) -> None:
-        """Take both, which are closed with this one."""
+    def __init__(self, inner: TransferPort, summer: Summer, has_summed: bool = False) -> None:
+        """Take both, which are closed with this one.
+
+        With `has_summed` the inner port sums whole blocks itself, and only those that come layer by
+        layer are summed here.
+        """
         self.sums = summer.sums
+        self._has_summed = has_summed
         self._inner, self._summer = inner, summer
         self._moving: dict[int, Transfer] = {}
         self._summing: dict[int, Transfer] = {}
@@ -48,15 +53,19 @@ class SummedPort:
             InvariantError: ids out of range, or of unequal length.
         """
         self._inner.submit(transfer)
-        if transfer.route.target is Tier.HOST:
+        if transfer.route.target is Tier.HOST and not (
+            self._has_summed and transfer.layers is None
+        ):
             self._moving[transfer.token] = transfer
 
     def reap(self) -> list[Completion]:
         """Give every transfer that ended since the last call, each exactly once."""
+        if not self._moving and not self._summing:
+            return self._inner.reap()
         ended = []
         for completion in self._inner.reap():
             transfer = self._moving.pop(completion.token, None)
-            if transfer is None or completion.error is not None:
+            if transfer is None or completion.error is not None or not _is_whole(transfer):
                 ended.append(completion)
                 continue
             self._summing[transfer.token] = transfer
@@ -83,3 +92,12 @@ class SummedPort:
             self._inner.close()
         if left := len(self._moving) + len(self._summing):
             raise InvariantError(f"summed port closed with {left} transfers unreaped")
+
+
+def _is_whole(transfer: Transfer) -> bool:
+    """Tell, once for each piece that ended, whether all of its blocks are there now."""
+    layers = transfer.layers
+    if layers is None:
+        return True
+    layers.left[0] -= layers.last - layers.first
+    return not layers.left[0]

@@ -12,7 +12,7 @@ from flexkv.common.layout import TensorSpec
 
 
 def describe(tensor: Any, field: str = "kv_caches") -> TensorSpec:
-    """Give address, shape and strides of a numpy array or of a torch tensor on the CPU.
+    """Give address, shape and strides of a numpy array or of a torch tensor.
 
     Args:
         tensor: stays the caller's; the memory must outlive every use of the answer.
@@ -20,7 +20,6 @@ def describe(tensor: Any, field: str = "kv_caches") -> TensorSpec:
 
     Raises:
         ConfigError: neither a numpy array nor a torch tensor, or memory that is read-only.
-        BackendUnavailableError: the tensor is on a device that has no adapter.
     """
     if isinstance(tensor, np.ndarray):
         if not tensor.flags.writeable:
@@ -29,12 +28,30 @@ def describe(tensor: Any, field: str = "kv_caches") -> TensorSpec:
         return TensorSpec(address, tensor.shape, tensor.strides, tensor.itemsize)
     if not hasattr(tensor, "data_ptr"):
         raise ConfigError(field, type(tensor).__name__, "neither a numpy array nor a torch tensor")
-    kind = tensor.device.type
-    if kind == "cuda":
-        raise BackendUnavailableError("cuda", "the CUDA device has run on no GPU yet")
-    if kind != "cpu":
-        raise BackendUnavailableError(kind, "no adapter for this kind of device")
     return spec_of(tensor)
+
+
+def device_of(tensors: Sequence[Any]) -> tuple[str, int]:
+    """Give the one device on which all tensors are: its kind, "cpu" or "cuda", and its number.
+
+    Raises:
+        ConfigError: they are on several devices.
+        BackendUnavailableError: there is no adapter for the kind.
+    """
+    places = [_place(tensor) for tensor in tensors]
+    for number, place in enumerate(places):
+        if place[0] not in ("cpu", "cuda"):
+            raise BackendUnavailableError(place[0], "no adapter for this kind of device")
+        if place != places[0]:
+            where, first = (":".join(map(str, each)) for each in (place, places[0]))
+            why = f"kv_caches[0] is on {first}: all tensors of a rank must be on one device"
+            raise ConfigError(f"kv_caches[{number}]", where, why)
+    return places[0]
+
+
+def _place(tensor: Any) -> tuple[str, int]:
+    device = getattr(tensor, "device", "cpu")  # numpy has it from 2.0 on, as a string
+    return ("cpu", 0) if isinstance(device, str) else (device.type, device.index or 0)
 
 
 def spec_of(tensor: Any) -> TensorSpec:

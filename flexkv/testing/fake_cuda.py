@@ -13,15 +13,19 @@ import time
 from collections.abc import Callable
 from itertools import count
 from random import Random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._ext import notify_address
 from flexkv.common.errors import DeviceError
-from flexkv.io.cuda.driver import Launch, Runs
+from flexkv.io.cuda.driver import Launch
+from flexkv.io.cuda.grids import Runs
+from flexkv.io.cuda.kernel import part_starts
 
-ILLEGAL_ADDRESS, OUT_OF_MEMORY = 700, 2
+ILLEGAL_ADDRESS, OUT_OF_MEMORY, ALREADY_REGISTERED = 700, 2, 712
 """CUDA_ERROR_ILLEGAL_ADDRESS breaks a context."""
 
 _NOTIFY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(notify_address())
@@ -38,25 +42,61 @@ class _Stream:
             work()
 
 
+class FakeTensor:
+    """An array as a tensor on a CUDA device would show it."""
+
+    def __init__(self, array: NDArray[Any], ordinal: int = 0) -> None:
+        self.array = array
+        self.shape = array.shape
+        self.device = SimpleNamespace(type="cuda", index=ordinal)
+
+    def data_ptr(self) -> int:
+        """Give the address."""
+        return int(self.array.ctypes.data)
+
+    def stride(self) -> tuple[int, ...]:
+        """Give the strides in elements."""
+        return tuple(step // self.array.itemsize for step in self.array.strides)
+
+    def element_size(self) -> int:
+        """Give the bytes of an element."""
+        return self.array.itemsize
+
+
 class FakeCuda:
     """A driver over the memory of this process."""
 
+    named = "fake"
+
     def __init__(
-        self, device_memory: list[NDArray[np.generic]], seed: int = 0, delay_max_s: float = 0.0005
+        self,
+        device_memory: list[NDArray[np.generic]],
+        seed: int = 0,
+        delay_max_s: float = 0.0005,
+        registered: dict[int, int] | None = None,
     ) -> None:
-        """Take the arrays that are the device's memory."""
+        """Take the arrays that are the device's memory.
+
+        What is registered is so for all devices of a process: they share `registered`.
+        """
         self.refuses: dict[str, int] = {}
         """Calls that fail, and the codes that they give."""
         self.takes_s: dict[str, float] = {}
         """How long the work of a call takes more."""
+        self.breaks_at: tuple[str, int] | None = None
+        """The call whose work breaks the context, and the code of that."""
         self.registers_at_most = 1 << 62
         """Bytes of host memory in one go."""
         self.calls: list[str] = []
+        self.current = 0
+        """The stream on which the caller's framework queues work."""
         self.broken: int | None = None
         """The code of what broke the context: no stream goes on."""
-        self._ranges = {array.ctypes.data: array.nbytes for array in device_memory}
+        self._memory = {array.ctypes.data: array.nbytes for array in device_memory}
+        self._registered = {} if registered is None else registered
         self._tables: dict[int, NDArray[np.int64]] = {}
         self._streams: dict[int, _Stream] = {}
+        self._events: dict[int, threading.Event] = {}
         self._handles = count(1)
         self._random, self._delay_max_s = Random(seed), delay_max_s
         self._held = device_memory
@@ -69,9 +109,12 @@ class FakeCuda:
     def _do(self, stream: int, work: Callable[[], None]) -> None:
         delay_s = self._random.uniform(0.0, self._delay_max_s)
         delay_s += self.takes_s.get(self.calls[-1], 0.0)
+        breaks = self.breaks_at if self.breaks_at and self.breaks_at[0] == self.calls[-1] else None
 
         def later() -> None:
             time.sleep(delay_s)
+            if breaks is not None:
+                self.broken = breaks[1]
             if self.broken is None:
                 work()
 
@@ -80,7 +123,8 @@ class FakeCuda:
     @property
     def left(self) -> int:
         """Count what was not closed, freed or unregistered."""
-        return len(self._streams) + len(self._tables) + len(self._ranges) - len(self._held)
+        kept = len(self._streams) + len(self._tables) + len(self._events)
+        return kept + len(self._registered) + len(self._memory) - len(self._held)
 
     def open_stream(self, urgent: bool) -> int:
         """Start a thread."""
@@ -110,12 +154,13 @@ class FakeCuda:
         self._call("cuMemHostRegister")
         if size > self.registers_at_most:
             raise DeviceError("cuMemHostRegister", OUT_OF_MEMORY)
-        assert address not in self._ranges, "registered twice"
-        self._ranges[address] = size
+        if address in self._registered:
+            raise DeviceError("cuMemHostRegister", ALREADY_REGISTERED)
+        self._registered[address] = size
 
     def unregister(self, address: int) -> None:
         """Forbid it again."""
-        del self._ranges[address]
+        del self._registered[address]
         self._call("cuMemHostUnregister")
 
     def upload(self, table: NDArray[np.int64]) -> int:
@@ -128,13 +173,13 @@ class FakeCuda:
     def allocate(self, size: int) -> int:
         """Give memory."""
         memory = self.upload(np.zeros(-(-size // 8), np.int64))
-        self._ranges[memory] = size
+        self._memory[memory] = size
         return memory
 
     def free(self, address: int) -> None:
         """Drop it."""
         del self._tables[address]
-        self._ranges.pop(address, None)
+        self._memory.pop(address, None)
         self._call("cuMemFree")
 
     def copy(self, runs: Runs, stream: int) -> None:
@@ -148,8 +193,9 @@ class FakeCuda:
         """Queue what the kernel would do; it reads the ids when it runs."""
         self._call("cuLaunchKernel")
         assert thread_blocks >= 1
-        pieces = self._tables[launch.pieces].reshape(-1, 4)
-        assert len(self._tables[launch.parts]) == launch.piece_count + 1 == len(pieces) + 1
+        pieces = self._table(launch.pieces, 4 * launch.piece_count).reshape(-1, 4)
+        parts = self._table(launch.parts, launch.piece_count + 1)
+        assert (np.diff(parts) == np.diff(part_starts(pieces[:, 2]))).all()
 
         def run() -> None:
             self._check(launch.ids, 16 * launch.pairs)
@@ -164,6 +210,14 @@ class FakeCuda:
 
         self._do(stream, run)
 
+    def _table(self, address: int, count: int) -> NDArray[np.int64]:
+        """Give a part of an uploaded table."""
+        for begin, table in self._tables.items():
+            first = (address - begin) // table.itemsize
+            if first >= 0 and first + count <= table.size:
+                return table.reshape(-1)[first : first + count]
+        raise AssertionError(f"{address} is in no uploaded table")
+
     def _move(self, moves: list[tuple[int, int, int]]) -> None:
         for target, source, size in moves:
             if not (self._check(target, size) and self._check(source, size)):
@@ -173,7 +227,7 @@ class FakeCuda:
     def _check(self, address: int, size: int) -> bool:
         allowed = any(
             begin <= address and address + size <= begin + length
-            for begin, length in list(self._ranges.items())
+            for begin, length in [*self._memory.items(), *self._registered.items()]
         )
         if not allowed:
             self.broken = ILLEGAL_ADDRESS
@@ -184,16 +238,35 @@ class FakeCuda:
         self._call("cuLaunchHostFunc")
         self._do(stream, lambda: _NOTIFY(eventfd))
 
-    def order(self, stream: int, after: int) -> None:
-        """Let one thread wait for another."""
+    def current_stream(self) -> int:
+        """Give what a test says; 0 is a stream that never has work."""
+        return self.current
+
+    def record(self, stream: int) -> int:
+        """Give an event that a thread will set."""
+        self._call("cuEventRecord")
+        handle = next(self._handles)
+        reached = self._events[handle] = threading.Event()
+        if stream:
+            self._streams[stream].work.put(reached.set)
+        else:
+            reached.set()
+        return handle
+
+    def wait(self, stream: int, event: int) -> None:
+        """Let a thread wait for an event."""
         self._call("cuStreamWaitEvent")
-        reached = threading.Event()
-        self._streams[after].work.put(reached.set)
+        reached = self._events[event]
 
         def wait() -> None:
             reached.wait()
 
         self._streams[stream].work.put(wait)
+
+    def drop(self, event: int) -> None:
+        """Forget an event; who waits for it still does."""
+        del self._events[event]
+        self._call("cuEventDestroy")
 
     def check(self, stream: int) -> None:
         """Say whether the context is broken."""

@@ -65,6 +65,8 @@ class FakePort:
         self._faults = faults
         self._block_bytes = block_bytes
         self.on_io: Callable[[], None] = lambda: None
+        self.failure: TransferError | None = None
+        self.awake = True
         self.touched: list[int] = []
         """Blocks of the store that somebody began to write."""
         self._durable = store.copy()
@@ -86,6 +88,18 @@ class FakePort:
         """Give the number of transfers that have not ended."""
         return len(self._jobs)
 
+    def order_after(self, to_device: bool) -> None:
+        """Do nothing: what is written is there."""
+
+    def suspend(self) -> None:
+        """Take no transfers for now."""
+        assert not self._jobs, "suspended with transfers in flight"
+        self.awake = False
+
+    def resume(self, layout: object, owner: object) -> None:
+        """Take transfers again."""
+        self.awake = True
+
     def connect(self, wake: Callable[[], None]) -> None:
         """Attach to the running event loop, whose clock the delays follow."""
         self._loop = asyncio.get_running_loop()
@@ -99,8 +113,8 @@ class FakePort:
             InvariantError: before `connect`, ids out of range or of unequal length, or a token
                 that is in flight.
         """
-        if self._closed:
-            raise ClosedError("the fake port is closed")
+        if self._closed or not self.awake:
+            raise ClosedError("the fake port is closed, or suspended")
         loop, faults = self._loop, self._faults
         if loop is None or transfer.token in self._jobs:
             raise InvariantError(f"transfer {transfer.token}: not connected, or in flight already")

@@ -17,6 +17,7 @@ resets, and gives up at random moments. The oracles:
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from itertools import takewhile
 from pathlib import Path
@@ -36,7 +37,7 @@ from flexkv.index.eviction import POLICIES
 from flexkv.index.keys import block_keys
 from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.journal import Journal
-from flexkv.io.ports import DurablePort
+from flexkv.io.ports import DurablePort, TransferPort
 from flexkv.ledger import Ledger
 from flexkv.scrub import Scrubber
 from flexkv.testing.fakes import FakePort, FakeSummer
@@ -106,11 +107,21 @@ class FakeBackend:
             undo.callback(self.ledger.close)
             disk.forget = self.ledger.forget
 
-    def device(self, kv_caches: Any, layout: str | None) -> Device:
+    def device(self, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:
         """Open a port to the one array of `kv_caches`, uint8[blocks, 16]."""
         (store,) = kv_caches
         port = FakePort(store, self._memory, self._faults, BLOCK_KEY_BYTES, sums=self._sums)
         return Device(port, len(store), "fake")
+
+    def resumed(self, device: Device, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:
+        """Let the port take its array again."""
+        assert isinstance(device.port, FakePort)
+        device.port.awake = True
+        return device
+
+    def joined(self, devices: Sequence[Device]) -> TransferPort:
+        """Give the one device's port."""
+        return devices[0].port
 
 
 class Simulation:
@@ -291,18 +302,18 @@ class Simulation:
         if chance < 0.03:
             self._flushed, self._clears = set(), self._clears + 1
             with suppress(StorageError):  # injected
-                engine.clear(random.choice([None, *engine.residency.tiers]))
+                engine.keeping.clear(random.choice([None, *engine.residency.tiers]))
         elif chance < 0.06:
             tier = random.choice(engine.residency.tiers)
-            engine.resize(tier, random.randint(1, self.capacity[tier]))
+            engine.keeping.resize(tier, random.randint(1, self.capacity[tier]))
         elif chance < 0.12:
             prompt = random.choice([None, random.choice(self.prompts)])
-            engine.pin(prompt, None, random.uniform(0.001, 0.05), random.choice("ab"))
+            engine.keeping.pin(prompt, None, random.uniform(0.001, 0.05), random.choice("ab"))
         elif chance < 0.13:
             blocks = random.choice([None, random.randint(0, 30)])
-            engine.set_quota(None, random.choice(engine.residency.tiers), blocks)
+            engine.keeping.set_quota(None, random.choice(engine.residency.tiers), blocks)
         elif chance < 0.15:
-            engine.pins.unpin_owner(random.choice("ab"))
+            engine.keeping.pins.unpin_owner(random.choice("ab"))
 
     async def _with_slots(
         self, request: Request, slots: list[int], give_up_s: float | None

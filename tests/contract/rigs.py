@@ -12,15 +12,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv.common.layout import infer_layout
+from flexkv.common.layout import KVShape, Part, infer_layout
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.arena import Arena
 from flexkv.io.cpu import CpuDevicePort
-from flexkv.io.cuda.choice import Choice
+from flexkv.io.cuda.choice import Choices, How, Wish
+from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
 from flexkv.io.files import StripedFiles
 from flexkv.io.ports import Completion, TransferPort
 from flexkv.io.posix import ThreadDiskPort
+from flexkv.io.ranks import RanksPort
 from flexkv.io.summed import SummedPort
 from flexkv.io.tensors import describe
 from flexkv.io.uring import RingOptions, UringDiskPort
@@ -91,7 +93,7 @@ def cpu_rig(tokens_per_block: int) -> Rig:
     shape = (2, OUTER_BLOCKS, tokens_per_block, 4, 64)
     layers = [np.zeros(shape, np.int16) for _ in range(2)]
     specs = [describe(layer) for layer in layers]
-    layout = infer_layout(specs, tokens_per_block, num_kv_heads=4, head_size=64, kv_dim=2)
+    layout = infer_layout(specs, [KVShape(tokens_per_block, 4, 64, 2, item_bytes=2)])
     arena = Arena.open(HOST_BLOCKS, layout.block_bytes)
     port = CpuDevicePort(layout, arena, layers)
     rig = Rig(port, arena.array, Tier.DEVICE)
@@ -106,15 +108,19 @@ def summed_rig(_: Path) -> Rig:
     return Rig(SummedPort(rig.port, FakeSummer(rig.host, faults)), rig.host, Tier.DISK)
 
 
-def cuda_rig(choice: Choice) -> Rig:
+def cuda_rig(wish: Wish) -> Rig:
     """Give a CUDA device port over a fake driver, with blocks of three pieces."""
     shape = (OUTER_BLOCKS, 16, 4, 24)
     layers = [np.zeros(shape, np.int16) for _ in range(3)]
-    layout = infer_layout([describe(layer) for layer in layers], 16, 4, 24, kv_dim=1)
+    layout = infer_layout(
+        [describe(layer) for layer in layers], [KVShape(16, 4, 24, 1, item_bytes=2)]
+    )
     arena = Arena.open(HOST_BLOCKS, layout.block_bytes)
     driver = FakeCuda(layers)
     rig = Rig(
-        CudaDevicePort(layout, arena, layers, driver, (choice, choice)), arena.array, Tier.DEVICE
+        CudaDevicePort(layout, Pinned(arena), layers, driver, (wish, wish)),
+        arena.array,
+        Tier.DEVICE,
     )
     rig.resources.callback(lambda: assert_nothing_left(driver))
     rig.resources.callback(arena.close)
@@ -128,12 +134,44 @@ def assert_nothing_left(driver: FakeCuda) -> None:
 
 def cuda_engine_rig(_: Path) -> Rig:
     """Give a CUDA device port that copies by the copy engine."""
-    return cuda_rig(Choice(by_engine=True))
+    return cuda_rig(Wish(use_engine=True))
+
+
+def cuda_staged_rig(_: Path) -> Rig:
+    """Give a CUDA device port that copies through device memory, few blocks at a time."""
+    rig = cuda_rig(Wish())
+    for way in rig.port._ways:
+        way.choices = Choices.always(How.STAGED)
+    return rig
+
+
+def ranks_rig(_: Path) -> Rig:
+    """Give the port over four ranks: two parts, each of two ranks, on CPU and (fake) CUDA."""
+    shape, part_bytes = KVShape(16, 2, 24, 1, item_bytes=2), 3 * 16 * 2 * 24 * 2
+    arena = Arena.open(HOST_BLOCKS, 2 * part_bytes)
+    pinned, registered = Pinned(arena), {}
+    parts, drivers = [], []
+    resources = ExitStack()
+    resources.callback(arena.close)
+    for part in range(2):
+        layers = [np.zeros((OUTER_BLOCKS, 16, 2, 24), np.int16) for _ in range(3)]
+        layout = infer_layout([describe(layer) for layer in layers], [shape], None, Part(part, 2))
+        drivers.append(FakeCuda(layers, registered=registered))
+        wish = Wish(use_engine=bool(part), thread_blocks=4)
+        cuda = CudaDevicePort(layout, pinned, layers, drivers[-1], (wish, wish))
+        cpu = CpuDevicePort(layout, arena, layers)  # the same memory: what each brings is one's own
+        parts.append([cuda, cpu])
+        for port in parts[-1]:
+            resources.callback(port.close)
+    rig = Rig(RanksPort(parts, HOST_BLOCKS, OUTER_BLOCKS), arena.array, Tier.DEVICE)
+    rig.resources.callback(lambda: [assert_nothing_left(driver) for driver in drivers])
+    rig.resources.push(resources)
+    return rig
 
 
 def cuda_kernel_rig(_: Path) -> Rig:
     """Give a CUDA device port that copies by the kernel."""
-    return cuda_rig(Choice(by_engine=False))
+    return cuda_rig(Wish(use_engine=False, thread_blocks=8))
 
 
 def cpu_inline_rig(_: Path) -> Rig:
@@ -181,6 +219,8 @@ RIGS: dict[str, Callable[[Path], Rig]] = {
     "cpu-pooled": cpu_pooled_rig,
     "summed": summed_rig,
     "cuda-engine": cuda_engine_rig,
+    "cuda-staged": cuda_staged_rig,
+    "ranks": ranks_rig,
     "cuda-kernel": cuda_kernel_rig,
     "uring": uring_rig,
     "uring-striped": uring_striped_rig,

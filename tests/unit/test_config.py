@@ -139,15 +139,50 @@ def test_a_wrong_model_is_named(changes: dict[str, Any], field: str) -> None:
 
 
 def test_layer_groups_must_cover_the_layers_once() -> None:
-    """Counts and indices agree with the model; and the part that serves them is not built."""
+    """Counts and indices agree with the model; some heads are divided by ranks as all are."""
     group = {"num_layers": 1, "num_kv_heads": 1, "head_size": 8}
     with pytest.raises(ConfigError, match="once"):
         ModelConfig(**MODEL, layer_groups=[{**group, "layer_indices": [0]}] * 2)
     with pytest.raises(ConfigError, match="layer_indices"):
         ModelConfig(**MODEL, layer_groups=[{**group, "layer_indices": [0, 1]}] * 2)
-    model = ModelConfig(**MODEL, layer_groups=[group, group])
-    with pytest.raises(ConfigError, match="not built"):
-        model.require_built()
+    with pytest.raises(ConfigError, match="for all or for none"):
+        ModelConfig(**MODEL, layer_groups=[{**group, "layer_indices": [0]}, group])
+    unlike = [{**group, "num_kv_heads": heads} for heads in (3, 2)]
+    with pytest.raises(ConfigError, match="not divided as those"):
+        ModelConfig(**MODEL, tp_size=6, layer_groups=unlike)
+    wide = {**group, "num_kv_heads": 4, "dtype": "float32", "layer_indices": [0]}
+    long = {**group, "num_kv_heads": 2, "compress_ratio": 4, "layer_indices": [1]}
+    model = ModelConfig(**MODEL, tp_size=2, layer_groups=[long, wide])
+    model.require_built()
+    assert model.shapes(16) == ((16, 2, 8, 2, 4), (4, 1, 8, 2, 2))
+    assert model.block_bytes(16) == 2 * (16 * 2 * 8 * 2 * 4 + 4 * 8 * 2 * 2)
+    with pytest.raises(ConfigError, match="tokens_per_block=6: compress_ratio 4"):
+        model.shapes(6)
+
+
+@pytest.mark.parametrize(
+    ("heads", "tp_size", "use_mla", "parts"),
+    [
+        (8, 1, False, [0]),
+        (8, 4, False, [0, 1, 2, 3]),
+        (2, 4, False, [0, 0, 1, 1]),
+        (1, 4, True, [0, 0, 0, 0]),
+    ],
+)
+def test_ranks_have_parts_of_a_block(
+    heads: int, tp_size: int, use_mla: bool, parts: list[int]
+) -> None:
+    """By heads; those with the same heads have the same part."""
+    changes = {"num_kv_heads": heads, "tp_size": tp_size, "use_mla": use_mla}
+    model = ModelConfig(**{**MODEL, **changes})
+    assert [model.part_of(rank).number for rank in range(tp_size)] == parts
+    assert model.block_bytes(16) == 2 * heads * 8 * 16 * (1 if use_mla else 2) * 2
+
+
+def test_heads_that_ranks_cannot_divide_are_refused() -> None:
+    """Six heads over four ranks."""
+    with pytest.raises(ConfigError, match="tp_size=4: must divide 6 KV heads"):
+        ModelConfig(**{**MODEL, "num_kv_heads": 6}, tp_size=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bf16", "bfloat16", "torch.bfloat16"])
@@ -162,7 +197,6 @@ def test_sizes_come_from_blocks_or_gb() -> None:
     """Blocks win where given; GB are counted in whole blocks with their alignment."""
     model = ModelConfig(**MODEL)
     assert model.block_bytes(16) == 2 * 2 * 2 * 8 * 2 * 16
-    assert model.bytes_per_token == 128
     sizes = CacheConfig(cpu_cache_gb=1, ssd_cache_gb=2, ssd_cache_dir="/x").sized(model)
     assert sizes.block_stride_bytes == 4096
     assert sizes.num_host_blocks == GB // 4096

@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 
 from flexkv._ext import TO_DEVICE, TO_HOST, PageMap, list_runs, notify_address
 from flexkv.common.errors import BackendUnavailableError, ConfigError, DeviceError
-from flexkv.common.layout import infer_layout
+from flexkv.common.layout import KVShape, infer_layout
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.arena import Arena
 from flexkv.io.cuda import kernel
-from flexkv.io.cuda.choice import ENGINE as BY_ENGINE
-from flexkv.io.cuda.choice import Choice, decide
-from flexkv.io.cuda.copier import IDS_MAX
+from flexkv.io.cuda.choice import Choice, How, Wish, decide
 from flexkv.io.cuda.driver import BoundDriver
+from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
+from flexkv.io.cuda.way import IDS_MAX
 from flexkv.io.ports import Completion
 from flexkv.io.summed import SummedPort
 from flexkv.io.sums import PoolSummer
@@ -35,18 +35,21 @@ from flexkv.io.tensors import describe
 from flexkv.testing.fake_cuda import FakeCuda
 
 BLOCKS = 16
+SHAPE = KVShape(4, 2, 8, 1, item_bytes=2)
 TO = {True: Route(Tier.DEVICE, Tier.HOST), False: Route(Tier.HOST, Tier.DEVICE)}
 
 
 class Rig:
     """A port over the fake driver, connected to the running loop."""
 
-    def __init__(self, choice: Choice) -> None:
+    def __init__(self, choice: Wish) -> None:
         self.layers = [np.zeros((BLOCKS, 4, 2, 8), np.int16) for _ in range(2)]
-        layout = infer_layout([describe(layer) for layer in self.layers], 4, 2, 8, kv_dim=1)
+        layout = infer_layout([describe(layer) for layer in self.layers], [SHAPE])
         self.driver = FakeCuda(self.layers)
         self.arena = Arena.open(BLOCKS, 4096)
-        self.port = CudaDevicePort(layout, self.arena, self.layers, self.driver, (choice, choice))
+        self.port = CudaDevicePort(
+            layout, Pinned(self.arena), self.layers, self.driver, (choice, choice)
+        )
         self.woken = asyncio.Event()
         self.port.connect(self.woken.set)
 
@@ -72,12 +75,12 @@ class Rig:
         assert self.driver.left == 0
 
 
-ENGINE, KERNEL = Choice(by_engine=True), Choice(by_engine=False)
+ENGINE, KERNEL = Wish(use_engine=True), Wish(use_engine=False, thread_blocks=4)
 every_way = pytest.mark.parametrize("choice", [ENGINE, KERNEL], ids=["engine", "kernel"])
 
 
 @every_way
-async def test_a_call_that_is_refused_fails_its_own_transfer(choice: Choice) -> None:
+async def test_a_call_that_is_refused_fails_its_own_transfer(choice: Wish) -> None:
     """Those before and after it are whole; it ends in its turn, with call and code."""
     rig = Rig(choice)
     rig.submit(1)
@@ -96,7 +99,7 @@ async def test_a_call_that_is_refused_fails_its_own_transfer(choice: Choice) -> 
 
 @every_way
 async def test_a_device_that_breaks_fails_all_that_is_under_way(
-    choice: Choice, monkeypatch: pytest.MonkeyPatch
+    choice: Wish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver does not call back then: the port asks. What comes later fails at once."""
     monkeypatch.setattr("flexkv.io.cuda.port.CHECK_S", 0.01)
@@ -157,11 +160,11 @@ async def test_a_measurement_that_fails_leaves_nothing_under_way(
     """The device is done with the memory before it goes."""
     monkeypatch.setattr("flexkv.io.cuda.copier.MEASURED_S_MAX", 0.01)
     layers = [np.zeros((BLOCKS, 4, 2, 8), np.int16)]
-    layout = infer_layout([describe(layers[0])], 4, 2, 8, kv_dim=1)
+    layout = infer_layout([describe(layers[0])], [SHAPE])
     driver, arena = FakeCuda(layers), Arena.open(BLOCKS, 4096)
     driver.takes_s = {"cuMemcpyBatchAsync": 0.2}
     with pytest.raises(DeviceError, match="measures"):
-        CudaDevicePort(layout, arena, layers, driver)
+        CudaDevicePort(layout, Pinned(arena), layers, driver)
     assert (driver.left, driver.broken) == (0, None)
     arena.close()
 
@@ -173,12 +176,12 @@ async def test_an_open_that_is_refused_leaves_nothing() -> None:
     opening = dict.fromkeys(rig.driver.calls[: rig.driver.calls.index("cuStreamDestroy")])
     for call in opening:
         layers = [np.zeros((BLOCKS, 4, 2, 8), np.int16)]
-        layout = infer_layout([describe(layers[0])], 4, 2, 8, kv_dim=1)
+        layout = infer_layout([describe(layers[0])], [SHAPE])
         driver, arena = FakeCuda(layers), Arena.open(BLOCKS, 4096)
         before = len(os.listdir("/proc/self/fd"))
         driver.refuses = {call: 3}
         with pytest.raises(DeviceError, match=f"{call} failed with code 3"):
-            CudaDevicePort(layout, arena, layers, driver)
+            CudaDevicePort(layout, Pinned(arena), layers, driver)
         assert driver.left == 0
         assert len(os.listdir("/proc/self/fd")) == before
         arena.close()
@@ -186,7 +189,7 @@ async def test_an_open_that_is_refused_leaves_nothing() -> None:
 
 async def test_ids_of_many_launches_go_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch's ids stay until it has run; where there is no room the copy engine does it."""
-    monkeypatch.setattr("flexkv.io.cuda.copier.IDS_MAX", 100)
+    monkeypatch.setattr("flexkv.io.cuda.way.IDS_MAX", 100)
     rig = Rig(KERNEL)
     random = np.random.default_rng(0)
     for round_number in range(30):
@@ -207,11 +210,11 @@ async def test_an_arena_is_registered_in_parts_where_it_must(
 ) -> None:
     """No copy spans two of them: the fake device would break."""
     layer = np.arange(BLOCKS * 256, dtype=np.int64).view(np.int16).reshape(BLOCKS, 4, 2, 128)
-    layout = infer_layout([describe(layer)], 4, 2, 128, kv_dim=1)
+    layout = infer_layout([describe(layer)], [SHAPE._replace(head_size=128)])
     driver, arena = FakeCuda([layer]), Arena.open(BLOCKS, layout.block_bytes)
     driver.registers_at_most = 5 * layout.block_bytes
-    monkeypatch.setattr("flexkv.io.cuda.copier.IDS_MAX", 16)
-    port = CudaDevicePort(layout, arena, layer, driver, (ENGINE, ENGINE))
+    monkeypatch.setattr("flexkv.io.cuda.way.IDS_MAX", 16)
+    port = CudaDevicePort(layout, Pinned(arena), layer, driver, (ENGINE, ENGINE))
     assert driver.calls.count("cuMemHostRegister") >= 4 + 2
     woken = asyncio.Event()
     port.connect(woken.set)
@@ -223,7 +226,7 @@ async def test_an_arena_is_registered_in_parts_where_it_must(
     assert driver.left == 0
     driver.registers_at_most = 100
     with pytest.raises(ConfigError, match="ulimit -l"):
-        CudaDevicePort(layout, arena, layer, driver)
+        CudaDevicePort(layout, Pinned(arena), layer, driver)
     assert driver.left == 0
     arena.close()
 
@@ -260,18 +263,21 @@ async def test_what_a_device_brings_is_summed() -> None:
 
 
 async def test_what_is_faster_is_measured_and_the_device_is_as_it_was(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A device whose engine is slow gets kernels; the other way round the engine."""
     monkeypatch.setattr("flexkv.io.cuda.copier.MEASURED_BYTES", 8192)
     for slow, by_engine in (("cuMemcpyBatchAsync", False), ("cuLaunchKernel", True)):
-        layers = [np.random.default_rng(n).integers(0, 99, (BLOCKS, 4, 2, 8)) for n in range(2)]
+        layers = [
+            np.random.default_rng(n).integers(0, 99, (BLOCKS, 4, 2, 8), np.int16) for n in range(2)
+        ]
         before = [layer.copy() for layer in layers]
-        layout = infer_layout([describe(layer) for layer in layers], 4, 2, 8, kv_dim=1)
+        layout = infer_layout([describe(layer) for layer in layers], [SHAPE])
         arena, driver = Arena.open(BLOCKS, 4096), FakeCuda(layers, delay_max_s=0.0)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / slow))
         driver.takes_s = {slow: 0.02}
-        port = CudaDevicePort(layout, arena, layers, driver)
-        assert [way.choice.by_engine for way in port._ways] == [by_engine] * 2
+        port = CudaDevicePort(layout, Pinned(arena), layers, driver)
+        assert [c.of(1 << 20).how is How.ENGINE for c in port.choices.values()] == [by_engine] * 2
         assert all(np.array_equal(*pair) for pair in zip(layers, before, strict=True))
         assert not arena.array.any()
         port.close()
@@ -281,10 +287,12 @@ async def test_what_is_faster_is_measured_and_the_device_is_as_it_was(
 
 def test_the_way_that_costs_least_is_taken() -> None:
     """Of those that are as good as the best: the engine, then few thread blocks."""
-    assert decide({BY_ENGINE: 95.0, 4: 100.0, 8: 99.0}) == Choice(True, 4)
-    assert decide({BY_ENGINE: 90.0, 2: 50.0, 4: 96.0, 8: 100.0}) == Choice(False, 4)
-    assert decide({2: 1.0, 4: 3.0, 8: 3.0}) == Choice(False, 4)
-    assert decide({BY_ENGINE: 1.0}) == Choice(True)
+    engine, staged = Choice(How.ENGINE), Choice(How.STAGED, 16)
+    few, some, many = (Choice(How.KERNEL, count) for count in (2, 4, 8))
+    assert decide({engine: 95.0, some: 100.0, many: 99.0}) == engine
+    assert decide({engine: 90.0, few: 50.0, some: 96.0, many: 100.0}) == some
+    assert decide({few: 1.0, some: 3.0, many: 3.0}) == some
+    assert decide({engine: 7.0, staged: 48.0, some: 50.0}) == staged
 
 
 async def test_a_put_reads_what_the_engine_has_written() -> None:
@@ -299,7 +307,8 @@ async def test_a_put_reads_what_the_engine_has_written() -> None:
             layer[:] = 7
 
     rig.driver._streams[stream].work.put(write)
-    rig.port.order_after(stream)
+    rig.driver.current = stream
+    rig.port.order_after(to_device=False)
     rig.submit(1)
     rig.submit(2, to_host=False)
     assert [c.token for c in await rig.reap(1)] == [2]

@@ -1,14 +1,15 @@
 """Laws of layouts: the pieces are the bytes of the block, whatever shape and strides they have."""
 
 import ctypes
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from flexkv.common.errors import BackendUnavailableError, ConfigError
-from flexkv.common.layout import infer_layout
-from flexkv.io.tensors import describe, kv_cache_list
+from flexkv.common.layout import KVShape, infer_layout
+from flexkv.io.tensors import describe, device_of, kv_cache_list
 
 LAYERS, BLOCKS, TOKENS, HEADS, DIM = 3, 5, 4, 2, 8
 BLOCK_ELEMENTS = 2 * TOKENS * HEADS * DIM
@@ -36,7 +37,9 @@ def layers_of(shape, dtype=np.int16):
 
 def infer(tensors, layout=None, kv_dim=2, heads=HEADS):
     """Infer the layout of tensors of the sizes above."""
-    return infer_layout([describe(t) for t in tensors], TOKENS, heads, DIM, kv_dim, layout)
+    specs = [describe(tensor) for tensor in tensors]
+    shape = KVShape(TOKENS, heads, DIM, kv_dim, specs[0].itemsize if specs else 2)
+    return infer_layout(specs, [shape], layout)
 
 
 def read_block(layout, block):
@@ -215,23 +218,15 @@ def test_read_only_arrays_are_refused():
 def test_other_devices_are_refused_by_name():
     """A tensor that is not in ordinary memory names the part that is missing."""
     with pytest.raises(BackendUnavailableError, match="meta"):
-        describe(torch.empty(2, device="meta"))
+        device_of([torch.empty(2, device="meta")])
 
 
-class CudaTensor:
-    """As much of a CUDA tensor as is looked at."""
-
-    device = torch.device("cuda", 0)
-
-    def data_ptr(self):
-        """Give an address that is never used."""
-        return 1 << 40
-
-
-def test_cuda_tensors_name_the_missing_part():
-    """CUDA memory is refused with the reason, and is not touched."""
-    with pytest.raises(BackendUnavailableError, match="cuda is not available"):
-        describe(CudaTensor())
+def test_tensors_on_several_devices_are_refused_by_name():
+    """A rank has one device."""
+    cpu, cuda = SimpleNamespace(device="cpu"), SimpleNamespace(device=torch.device("cuda", 1))
+    assert (device_of([cpu]), device_of([cuda, cuda])) == (("cpu", 0), ("cuda", 1))
+    with pytest.raises(ConfigError, match=r"kv_caches\[1\]='cpu:0': kv_caches\[0\] is on cuda:1"):
+        device_of([cuda, cpu])
 
 
 def test_anything_else_is_no_tensor():

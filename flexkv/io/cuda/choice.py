@@ -1,52 +1,140 @@
-"""How to copy: by copy engine or by kernel, and with how many thread blocks, as measured.
+"""How to copy: by copy engine, by kernel, or staged, as measured on the device.
 
-A port has one layout, so what there is to know is few numbers, and measuring them at start-up takes
-a few milliseconds. What is copied for it goes back to where it was.
+A port has one layout, so the bytes of a chunk are given, and what is left to know is a small table:
+for each direction, by how many chunks there are. It is measured once for each device, driver and
+layout, in a good tenth of a second, and kept on disk.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
+from enum import StrEnum
+from itertools import pairwise
 from typing import NamedTuple
 
-ENGINE = 0
-"""Stands for the copy engine where others are numbers of thread blocks."""
-THREAD_BLOCKS = (2, 4, 8, 16, 32)
-AS_GOOD = 0.95
-"""A way that costs the device less is taken when it reaches this of the best one's rate."""
-TRIALS = 3
+import msgspec
+
+
+class How(StrEnum):
+    """A way to copy scattered chunks. Those that cost the device less are before others."""
+
+    ENGINE = "engine"
+    """The copy engine, with a descriptor for each chunk: costs no thread blocks."""
+    STAGED = "staged"
+    """The kernel gathers in device memory, the copy engine moves whole blocks; or the reverse."""
+    KERNEL = "kernel"
+    """The kernel reads or writes pinned host memory itself."""
 
 
 class Choice(NamedTuple):
-    """How one direction is copied: by the engine, or by a kernel of so many thread blocks."""
+    """A way to copy, and how many thread blocks the kernel has."""
 
-    by_engine: bool = True
+    how: How = How.ENGINE
     thread_blocks: int = 8
 
+    @property
+    def cost(self) -> int:
+        """Give what it costs the device: thread blocks that wait for the link, above all."""
+        return {How.ENGINE: 0, How.STAGED: 1, How.KERNEL: self.thread_blocks}[self.how]
 
-def decide(rates: Mapping[int, float]) -> Choice:
+
+WAYS = (
+    Choice(How.ENGINE),
+    Choice(How.STAGED, 16),
+    *(Choice(How.KERNEL, count) for count in (2, 4, 8, 16, 32)),
+)
+AS_GOOD = 0.95
+"""A way that costs the device less is taken when it reaches this of the best one's rate."""
+TRIALS = 3
+COUNTS = (16, 512, 16384)
+"""Numbers of chunks that are measured."""
+
+
+class Choices(NamedTuple):
+    """The choice for one direction by the number of chunks: `choices[i]` up to `counts[i]`."""
+
+    choices: tuple[Choice, ...]
+    counts: tuple[int, ...] = ()
+
+    @classmethod
+    def always(cls, how: How, thread_blocks: int = Choice().thread_blocks) -> Choices:
+        """Give the same choice for any number."""
+        return cls((Choice(how, thread_blocks),))
+
+    def of(self, chunks: int) -> Choice:
+        """Give the choice for so many chunks."""
+        return self.choices[bisect_right(self.counts, chunks - 1)]
+
+
+class Wish(NamedTuple):
+    """What a configuration says of one direction; None leaves it to the measurement."""
+
+    use_engine: bool | None = None
+    thread_blocks: int | None = None
+
+    @property
+    def settled(self) -> Choices | None:
+        """Give the choices where nothing is left to measure."""
+        if self.use_engine:
+            return Choices.always(How.ENGINE)
+        if self.use_engine is False and self.thread_blocks:
+            return Choices.always(How.KERNEL, self.thread_blocks)
+        return None
+
+    def made_of(self, measured: Choices) -> Choices:
+        """Give the choices that were measured, but as is wished."""
+        return measured._replace(choices=tuple(self._made_of(each) for each in measured.choices))
+
+    def _made_of(self, choice: Choice) -> Choice:
+        if self.use_engine is not None:
+            choice = choice._replace(how=How.ENGINE if self.use_engine else How.KERNEL)
+        return choice._replace(thread_blocks=self.thread_blocks or choice.thread_blocks)
+
+
+def decide(rates: Mapping[Choice, float]) -> Choice:
     """Give the way that costs the device least among those that are as good as the best.
 
     Args:
-        rates: bytes per second, by number of thread blocks; `ENGINE` for the copy engine.
+        rates: bytes per second.
     """
     best = max(rates.values())
-    ways = sorted(way for way, rate in rates.items() if rate >= AS_GOOD * best)
-    if ways[0] == ENGINE:
-        kernels = {way: rate for way, rate in rates.items() if way != ENGINE}
-        return Choice(True, decide(kernels).thread_blocks if kernels else Choice().thread_blocks)
-    return Choice(False, ways[0])
+    return min((way for way, rate in rates.items() if rate >= AS_GOOD * best), key=_cost)
 
 
-def measure(timed: Callable[[Choice], float]) -> Choice:
-    """Give the choice for one direction.
+def _cost(choice: Choice) -> int:
+    return choice.cost
+
+
+def measure(timed: Callable[[Choice, int], float], most: int) -> Choices:
+    """Give the choices for one direction.
 
     Args:
-        timed: copies the same bytes the way it is told, and gives the seconds that it took.
+        timed: copies so many chunks the way it is told, and gives the seconds that it took.
+        most: chunks that there are to copy.
     """
-    rates = {}
-    for way in (ENGINE, *THREAD_BLOCKS):
-        choice = Choice(way == ENGINE, way or Choice().thread_blocks)
-        timed(choice)  # warm
-        rates[way] = 1 / min(timed(choice) for _ in range(TRIALS))
-    return decide(rates)
+    counts = [count for count in COUNTS if count < most] + [most]
+    choices = []
+    for count in counts:
+        rates = {}
+        for way in WAYS:
+            timed(way, count)  # warm
+            rates[way] = 1 / min(timed(way, count) for _ in range(TRIALS))
+        choices.append(decide(rates))
+    between = [int((few * many) ** 0.5) for few, many in pairwise(counts)]
+    return Choices(tuple(choices), tuple(between))
+
+
+def encode(choices: list[Choices]) -> bytes:
+    """Give the choices of all directions as JSON."""
+    return msgspec.json.encode(choices)
+
+
+def decode(text: bytes) -> list[Choices] | None:
+    """Give them back; None for anything else."""
+    try:
+        found = msgspec.json.decode(text, type=list[Choices])
+    except msgspec.DecodeError:
+        return None
+    sound = all(len(each.choices) == len(each.counts) + 1 for each in found)
+    return found if sound else None

@@ -1,174 +1,215 @@
-"""Queues copies on a stream, as runs of bytes for the copy engine or ids for the kernel."""
+"""Queues copies on a stream: runs of bytes for the copy engine, ids for the kernel, or both."""
 
 from __future__ import annotations
 
-import mmap
 import os
 import select
 import time
-from collections import deque
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
-from typing import NamedTuple
+from itertools import pairwise
 
 import numpy as np
 
-from flexkv._ext import TO_DEVICE, TO_HOST, PageMap, list_runs
+from flexkv._ext import TO_DEVICE, TO_HOST, list_runs
 from flexkv.common.errors import DeviceError
 from flexkv.common.layout import PagedLayout
-from flexkv.common.terms import BlockIds
+from flexkv.common.terms import BlockIds, Layers
 from flexkv.io.arena import Arena
-from flexkv.io.cuda import kernel, pinned
-from flexkv.io.cuda.choice import Choice, measure
+from flexkv.io.cuda import kept, kernel
+from flexkv.io.cuda.choice import Choice, Choices, How, decode, encode, measure
 from flexkv.io.cuda.driver import CudaDriver, Launch
+from flexkv.io.cuda.grids import Runs
+from flexkv.io.cuda.pinned import Pinned, split
+from flexkv.io.cuda.way import IDS_MAX, STAGE_BYTES, Way
+from flexkv.io.pages import Pages
 
-IDS_MAX = 1 << 17
-"""Block ids of kernel launches in flight on one stream; with more, the copy engine does it."""
 MEASURED_BYTES, MEASURED_S_MAX = 32 << 20, 5
 """What is copied at a time to measure a way, and how long that may take at most."""
 PAGE_BYTES = 4096
+INT64 = 8
 
 
-class Work(NamedTuple):
-    """A transfer under way on a stream, and how it will have ended."""
+class DevicePages:
+    """A device's pages, as the copy engine and the kernel know them."""
 
-    token: int
-    ids_end: int
-    """Where in the ids of the stream the space that the kernel reads ends; ever growing."""
-    error: DeviceError | None
+    def __init__(
+        self, driver: CudaDriver, layout: PagedLayout, arena: Arena, owner: object
+    ) -> None:
+        """Upload the tables that the kernel reads: those of whole blocks, and those by layer.
 
+        Raises:
+            DeviceError: the driver refused.
+        """
+        self.layout, self.pages = layout, Pages(layout, arena, owner)
+        by_layer = np.concatenate(layout.layers)
+        counts = [len(rows) for rows in layout.layers]
+        self._first_piece = np.concatenate([[0], np.cumsum(counts)]).tolist()
+        with ExitStack() as undo:
+            self._whole = self._upload(driver, layout.pieces, undo)
+            self._layers = self._upload(driver, by_layer, undo)
+            self._resources = undo.pop_all()
+        self._begins = [*by_layer[:, 3].tolist(), int(by_layer[-1, 2:].sum())]
 
-class Way:
-    """One direction: a stream, what is under way on it, and the ids that its kernels read."""
-
-    def __init__(self, driver: CudaDriver, urgent: bool, undo: ExitStack) -> None:
-        self.choice = Choice()
-        self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        undo.callback(os.close, self.eventfd)
-        memory = mmap.mmap(-1, 8 * IDS_MAX)
-        self.ids = np.frombuffer(memory, np.int64)
-        driver.register(self.ids.ctypes.data, self.ids.nbytes)
-        undo.callback(driver.unregister, self.ids.ctypes.data)
-        self.stream = driver.open_stream(urgent)
-        undo.callback(driver.close_stream, self.stream)  # waits: a kernel may read the ids
-        self.ids_begin = self.ids_end = 0
-        self.under_way: deque[Work] = deque()
-
-    def take_ids(self, device_ids: BlockIds, host_ids: BlockIds) -> int | None:
-        """Put ids where a kernel reads them, and give the address; None when there is no room."""
-        wanted = 2 * len(device_ids)
-        if not self.under_way:
-            self.ids_begin = self.ids_end = 0
-        begin = self.ids_end
-        if begin % IDS_MAX + wanted > IDS_MAX:  # not over the end: from the start
-            begin += IDS_MAX - begin % IDS_MAX
-        if begin + wanted - self.ids_begin > IDS_MAX:
-            return None
-        at = begin % IDS_MAX
-        self.ids[at : at + len(device_ids)] = device_ids
-        self.ids[at + len(device_ids) : at + wanted] = host_ids
-        self.ids_end = begin + wanted
-        return int(self.ids.ctypes.data) + 8 * at
-
-    def ended(self) -> list[Work]:
-        """Give what has ended since the last call."""
-        try:
-            count = os.eventfd_read(self.eventfd)
-        except BlockingIOError:
-            return []
-        works = [self.under_way.popleft() for _ in range(count)]
-        self.ids_begin = works[-1].ids_end
-        return works
-
-
-class Tables(NamedTuple):
-    """What the kernel knows of a device's pages, in device memory."""
-
-    pieces: int
-    parts: int
-    piece_count: int
-
-    @classmethod
-    def of(cls, layout: PagedLayout, driver: CudaDriver, undo: ExitStack) -> Tables:
-        """Upload them; `undo` gets what frees them."""
+    @staticmethod
+    def _upload(
+        driver: CudaDriver, pieces: np.ndarray[tuple[int, ...], np.dtype[np.int64]], undo: ExitStack
+    ) -> tuple[int, int]:
         addresses = []
-        for table in (np.ascontiguousarray(layout.pieces), kernel.part_starts(layout.pieces[:, 2])):
+        for table in (np.ascontiguousarray(pieces), kernel.part_starts(pieces[:, 2])):
             addresses.append(driver.upload(table))
             undo.callback(driver.free, addresses[-1])
-        return cls(addresses[0], addresses[1], len(layout.pieces))
+        return addresses[0], addresses[1]
+
+    def tables(self, layers: Layers | None) -> tuple[int, int, int]:
+        """Give what a launch has to know of some layers, or of whole blocks."""
+        if layers is None:
+            return *self._whole, len(self.layout.pieces)
+        first, last = self._first_piece[layers.first], self._first_piece[layers.last]
+        pieces, parts = self._layers
+        return pieces + 4 * INT64 * first, parts + INT64 * first, last - first
+
+    def extent(self, layers: Layers | None) -> tuple[int, int]:
+        """Give where some layers, or the device's part, are in a host block: offset, bytes."""
+        first, last = (0, -1) if layers is None else (layers.first, layers.last)
+        begin = self._begins[self._first_piece[first]]
+        return begin, self._begins[self._first_piece[last] if last > 0 else -1] - begin
+
+    def close(self) -> None:
+        """Free the tables, and let go of who keeps the device memory alive.
+
+        Raises:
+            DeviceError: the driver refused.
+        """
+        self.pages.close()
+        self._resources.close()
 
 
 class Copier:
     """Queues copies between a device's pages and one arena, which it registers."""
 
-    def __init__(
-        self,
-        driver: CudaDriver,
-        pages: tuple[PagedLayout, Tables, object],
-        arena: Arena,
-        undo: ExitStack,
-    ) -> None:
-        """Register the arena; `undo` gets what takes that back.
-
-        Args:
-            driver: of the device.
-            pages: where the device blocks are, the tables of that, and who keeps them alive.
-            arena: the host blocks.
-            undo: gets what undoes it.
+    def __init__(self, driver: CudaDriver, pinned: Pinned, undo: ExitStack) -> None:
+        """Hold the arena registered; `undo` gets what takes that back.
 
         Raises:
             ConfigError: CUDA takes not so much host memory.
             DeviceError: the driver refused.
         """
-        layout, tables, owner = pages
-        self._driver = driver
-        self._pages: PageMap | None = PageMap(
-            layout.pieces, layout.num_blocks, arena.buffer, arena.block_stride_bytes, owner
-        )
-        self._bounds = pinned.register(driver, arena, undo)
-        self._launch = Launch(
-            *tables, ids=0, pairs=0, host=arena.address, host_stride=arena.block_stride_bytes,
-            to_host=0,
-        )  # fmt: skip
+        pinned.hold(driver, undo)
+        self._driver, self._arena, self._bounds = driver, pinned.arena, pinned.bounds
+        self.pages: DevicePages | None = None
 
-    def queue(self, way: Way, direction: int, device_ids: BlockIds, host_ids: BlockIds) -> None:
-        """Queue the copies of some blocks.
+    def queue(
+        self,
+        way: Way,
+        direction: int,
+        ids: tuple[BlockIds, BlockIds],
+        layers: Layers | None = None,
+    ) -> None:
+        """Queue the copies of some blocks, or of some of their layers.
+
+        Args:
+            way: where.
+            direction: TO_HOST or TO_DEVICE.
+            ids: in host memory and on the device, as many.
+            layers: those to copy.
 
         Raises:
             DeviceError: the driver refused; some of the copies may be under way.
         """
-        assert self._pages is not None
+        assert self.pages is not None
+        host_ids, device_ids = ids
         if not len(device_ids):
             return
-        ids = None if way.choice.by_engine else way.take_ids(device_ids, host_ids)
-        if ids is None:
-            out = np.empty((3, len(device_ids) * self._pages.piece_count), np.uint64)
-            count = list_runs(self._pages, direction, device_ids, host_ids, out)
-            self._driver.copy(pinned.split(out[:, :count], self._bounds), way.stream)
+        chunks = len(device_ids) * self.pages.pages.of(layers).piece_count
+        choice = way.choices.of(chunks)
+        if choice.how is How.STAGED and self._staged(way, direction, ids, layers, choice):
             return
-        launch = self._launch._replace(
-            ids=ids, pairs=len(device_ids), to_host=int(direction == TO_HOST)
-        )
-        self._driver.launch(launch, way.choice.thread_blocks, way.stream)
+        if choice.how is How.KERNEL:
+            address = way.take_ids(np.concatenate([device_ids, host_ids]))
+            if address is not None:
+                host = self._arena.address, self._arena.block_stride_bytes
+                launch = self._launch(layers, (address, len(device_ids)), host, direction)
+                self._driver.launch(launch, choice.thread_blocks, way.stream)
+                return
+        pages = self.pages.pages.of(layers)
+        out = np.empty((3, chunks), np.uint64)
+        count = list_runs(pages, direction, device_ids, host_ids, out)
+        self._copy(out[:, :count], way)
 
-    def close(self) -> None:
-        """Let go of the arena and of who keeps the device memory alive. Idempotent."""
-        self._pages = None
+    def _copy(self, runs: Runs, way: Way) -> None:
+        self._driver.copy(split(runs, self._bounds), way.stream)
+
+    def _launch(
+        self,
+        layers: Layers | None,
+        ids: tuple[int, int],
+        memory: tuple[int, int],
+        direction: int,
+    ) -> Launch:
+        """Give a launch over ids (address, pairs) and blocks in memory (address, stride)."""
+        assert self.pages is not None
+        return Launch(*self.pages.tables(layers), *ids, *memory, to_host=int(direction == TO_HOST))
+
+    def _staged(
+        self,
+        way: Way,
+        direction: int,
+        ids: tuple[BlockIds, BlockIds],
+        layers: Layers | None,
+        choice: Choice,
+    ) -> bool:
+        """Queue copies through device memory; False where they do not fit, and nothing is queued.
+
+        One stream does it all, in order: gathering takes a fiftieth of what the link takes, so that
+        there is nothing to win by doing both at once.
+        """
+        assert self.pages is not None
+        host_ids, device_ids = ids
+        offset, size = self.pages.extent(layers)
+        at_once = STAGE_BYTES // size
+        if not at_once:
+            return False
+        bounds = [*range(0, len(device_ids), at_once), len(device_ids)]
+        lots = list(pairwise(bounds))
+        flat = [part for a, b in lots for part in (device_ids[a:b], np.arange(b - a))]
+        address = way.take_ids(np.concatenate(flat))
+        if address is None:
+            return False
+        stage = way.take_stage()
+        for begin, end in lots:
+            staged = (address + 2 * INT64 * begin, end - begin)
+            launch = self._launch(layers, staged, (stage - offset, size), direction)
+            host = self._arena.address + offset
+            blocks = host + host_ids[begin:end] * self._arena.block_stride_bytes
+            inside = stage + np.arange(end - begin) * size
+            ends = (blocks, inside) if direction == TO_HOST else (inside, blocks)
+            runs = np.stack([*ends, np.full(end - begin, size)]).astype(np.uint64)
+            if direction == TO_HOST:
+                self._driver.launch(launch, choice.thread_blocks, way.stream)
+            self._copy(runs, way)
+            if direction == TO_DEVICE:
+                self._driver.launch(launch, choice.thread_blocks, way.stream)
+        return True
 
 
-def settle(driver: CudaDriver, way: Way) -> bool:
-    """Wait until a stream has ended all that is queued, or never will; tells whether it has."""
-    try:
-        driver.synchronize(way.stream)
-    except DeviceError:
-        return False
-    with suppress(BlockingIOError):
-        os.eventfd_read(way.eventfd)
-    return True
+def choices_for(driver: CudaDriver, layout: PagedLayout, ways: list[Way]) -> list[Choices]:
+    """Give the choices for each way: those that are kept, or as measured now.
+
+    Raises:
+        DeviceError: the driver refused, or a copy did not end.
+    """
+    facts = kept.name_of(driver.named, layout.pieces[:, 2].tolist(), kernel.source())
+    path = kept.folder() / f"choices-{facts}.json"
+    if (text := kept.read(path)) and (found := decode(text)) and len(found) == len(ways):
+        return found
+    choices = measured(driver, layout, ways)
+    kept.write(path, encode(choices))
+    return choices
 
 
-def measured(driver: CudaDriver, layout: PagedLayout, ways: list[Way]) -> list[Choice]:
-    """Give the choice for each way, from copies of memory that is as the device's blocks are.
+def measured(driver: CudaDriver, layout: PagedLayout, ways: list[Way]) -> list[Choices]:
+    """Give the choices for each way, from copies of memory that is as the device's blocks are.
 
     Raises:
         DeviceError: the driver refused, or a copy did not end.
@@ -181,16 +222,20 @@ def measured(driver: CudaDriver, layout: PagedLayout, ways: list[Way]) -> list[C
         scratch = driver.allocate(blocks * layout.block_bytes)
         undo.callback(driver.free, scratch)
         rows = layout.pieces.copy()
+        rows[:, 3] -= rows[0, 3]
         rows[:, 0], rows[:, 1] = scratch + blocks * rows[:, 3], rows[:, 2]
-        like = PagedLayout(rows, blocks, layout.block_bytes, layout.name)
-        copier = Copier(driver, (like, Tables.of(like, driver, undo), None), arena, undo)
-        undo.callback(copier.close)
+        like = PagedLayout(rows, blocks, layout.block_bytes, layout.name, (rows,))
+        copier = Copier(driver, Pinned(arena), undo)
+        copier.pages = DevicePages(driver, like, arena, None)
+        undo.callback(copier.pages.close)
         for each in ways:
-            undo.callback(settle, driver, each)  # whatever happens: nothing is under way then
+            undo.callback(each.drop_stage)
+            undo.callback(each.settle)  # whatever happens: nothing is under way then
 
-        def timed(way: Way, direction: int, choice: Choice) -> float:
-            way.choice, begin_s = choice, time.perf_counter()
-            copier.queue(way, direction, scattered, np.arange(blocks))
+        def timed(way: Way, direction: int, choice: Choice, chunks: int) -> float:
+            count = max(1, min(blocks, chunks // len(rows)))
+            way.choices, begin_s = Choices((choice,)), time.perf_counter()
+            copier.queue(way, direction, (np.arange(count), scattered[:count]))
             driver.notify(way.stream, way.eventfd)
             ended = select.poll()
             ended.register(way.eventfd, select.POLLIN)
@@ -201,6 +246,6 @@ def measured(driver: CudaDriver, layout: PagedLayout, ways: list[Way]) -> list[C
             return time.perf_counter() - begin_s
 
         return [
-            measure(partial(timed, way, direction))
+            measure(partial(timed, way, direction), blocks * len(rows))
             for way, direction in zip(ways, (TO_HOST, TO_DEVICE), strict=True)
         ]

@@ -7,6 +7,7 @@ three arrays and one call, without the GIL.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -17,10 +18,7 @@ from numpy.typing import NDArray
 from flexkv._ext import notify_address
 from flexkv.common.errors import BackendUnavailableError, DeviceError
 from flexkv.io.cuda import kernel
-
-Runs = NDArray[np.uint64]
-"""uint64[3, n]: addresses of targets and sources, and bytes of each."""
-
+from flexkv.io.cuda.grids import Grid, Runs, grids
 
 NOT_FOUND, NOT_READY = 500, 600
 CAPTURING = range(900, 908)
@@ -41,7 +39,13 @@ class Launch(NamedTuple):
 
 
 class CudaDriver(Protocol):
-    """One device, and work on its streams. Every call may raise DeviceError."""
+    """One device, and work on its streams. Every call may raise DeviceError.
+
+    Attributes:
+        named: the device and its driver, for what is kept of a measurement.
+    """
+
+    named: str
 
     def open_stream(self, urgent: bool) -> int:
         """Give a new stream that orders itself against no other; urgent work goes first."""
@@ -87,8 +91,20 @@ class CudaDriver(Protocol):
         """Add 1 to an eventfd once all that is queued by now has ended well."""
         ...
 
-    def order(self, stream: int, after: int) -> None:
-        """Let a stream wait, from now on, for what is queued on another by now."""
+    def current_stream(self) -> int:
+        """Give the stream on which the calling thread's framework queues work."""
+        ...
+
+    def record(self, stream: int) -> int:
+        """Give an event: what is queued on a stream by now."""
+        ...
+
+    def wait(self, stream: int, event: int) -> None:
+        """Let a stream wait, from now on, for an event."""
+        ...
+
+    def drop(self, event: int) -> None:
+        """Let go of an event; what waits for it still does."""
         ...
 
     def check(self, stream: int) -> None:
@@ -129,6 +145,8 @@ class BoundDriver:
 
     Attributes:
         architecture: of the device, such as "sm_90".
+        ordinal: its number.
+        named: it and its driver, for what is kept of a measurement.
     """
 
     def __init__(self, ordinal: int) -> None:
@@ -145,8 +163,11 @@ class BoundDriver:
             self._call(driver.cuInit, 0)
         except (ImportError, RuntimeError) as error:  # what it raises where there is no driver
             raise BackendUnavailableError("cuda", f"{error}; install flexkv[cuda]") from error
+        self.ordinal = ordinal
         self._version = int(self._call(driver.cuDriverGetVersion))
         self._device = self._call(driver.cuDeviceGet, ordinal)
+        name = bytes(self._call(driver.cuDeviceGetName, 256, self._device)).split(b"\0")[0]
+        self.named = f"{name.decode()}, driver {self._version}"
         with ExitStack() as undo:
             self._context: Any = self._call(driver.cuDevicePrimaryCtxRetain, self._device)
             undo.callback(self._call, driver.cuDevicePrimaryCtxRelease, self._device)
@@ -166,7 +187,11 @@ class BoundDriver:
             )
         )
         self.architecture = f"sm_{major}{minor}"
-        self._module = self._call(driver.cuModuleLoadData, kernel.cubin(self.architecture))
+        try:
+            self._module = self._call(driver.cuModuleLoadData, kernel.cubin(self.architecture))
+        except DeviceError:  # what was kept may be cut short
+            code = kernel.cubin(self.architecture, anew=True)
+            self._module = self._call(driver.cuModuleLoadData, code)
         self._kernel = self._call(driver.cuModuleGetFunction, self._module, kernel.NAME.encode())
         self._copy_one = _COPY(self._address("cuMemcpyAsync", 4000))
         self._notify = _NOTIFY(self._address("cuLaunchHostFunc", 10000))
@@ -212,17 +237,38 @@ class BoundDriver:
         return self._copy_each
 
     def _copy_each(self, runs: Runs, stream: int) -> int:
-        for target, source, size in runs.T.tolist():
-            if code := int(self._copy_one(target, source, size, stream)):
+        """Queue copies where the driver takes no batch: as few as there are grids."""
+        for grid in grids(runs):
+            if grid.height == 1:
+                code = int(self._copy_one(grid.target, grid.source, grid.width, stream))
+            else:
+                (result,) = self._api.cuMemcpy2DAsync(self._grid(grid), stream)
+                code = int(result)
+            if code:
                 return code
         return 0
+
+    def _grid(self, grid: Grid) -> Any:
+        unified = self._api.CUmemorytype.CU_MEMORYTYPE_UNIFIED
+        told = self._api.CUDA_MEMCPY2D()
+        told.srcMemoryType = told.dstMemoryType = unified
+        told.srcDevice, told.srcPitch = grid.source, grid.source_pitch
+        told.dstDevice, told.dstPitch = grid.target, grid.target_pitch
+        told.WidthInBytes, told.Height = grid.width, grid.height
+        return told
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
         """Make the context this thread's, and give back the one that was."""
+        relaxed = self._api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         self._call(self._api.cuCtxPushCurrent, self._context)
         try:
-            yield
+            # Another thread may be capturing a graph: what is called here has no part in it.
+            mode = self._call(self._api.cuThreadExchangeStreamCaptureMode, relaxed)
+            try:
+                yield
+            finally:
+                self._call(self._api.cuThreadExchangeStreamCaptureMode, mode)
         finally:
             self._call(self._api.cuCtxPopCurrent)
 
@@ -294,16 +340,32 @@ class BoundDriver:
             if code := int(self._notify(stream, notify_address(), eventfd)):
                 raise DeviceError("cuLaunchHostFunc", code)
 
-    def order(self, stream: int, after: int) -> None:
-        """Let a stream wait for another, by an event that lives as long as it is waited for."""
+    def current_stream(self) -> int:
+        """Give torch's current stream of this thread and device; without torch the default one."""
+        torch = sys.modules.get("torch")
+        return 0 if torch is None else int(torch.cuda.current_stream(self.ordinal).cuda_stream)
+
+    def record(self, stream: int) -> int:
+        """Give an event: what is queued on a stream by now."""
         with self._inside():
             flags = int(self._api.CUevent_flags.CU_EVENT_DISABLE_TIMING)
             event = self._call(self._api.cuEventCreate, flags)
             try:
-                self._call(self._api.cuEventRecord, event, after)
-                self._call(self._api.cuStreamWaitEvent, stream, event, 0)
-            finally:
+                self._call(self._api.cuEventRecord, event, stream)
+            except DeviceError:
                 self._call(self._api.cuEventDestroy, event)
+                raise
+            return int(event)
+
+    def wait(self, stream: int, event: int) -> None:
+        """Let a stream wait, from now on, for an event."""
+        with self._inside():
+            self._call(self._api.cuStreamWaitEvent, stream, event, 0)
+
+    def drop(self, event: int) -> None:
+        """Let go of an event; what waits for it still does."""
+        with self._inside():
+            self._call(self._api.cuEventDestroy, event)
 
     def check(self, stream: int) -> None:
         """Raise DeviceError if a stream will never end what is queued."""

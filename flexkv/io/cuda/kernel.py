@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import structlog
 from numpy.typing import NDArray
 
 from flexkv.common.errors import BackendUnavailableError
+from flexkv.io.cuda import kept
 
 log = structlog.get_logger(__name__)
 
@@ -33,11 +31,11 @@ def part_starts(piece_bytes: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(-(-piece_bytes // PART_BYTES))]).astype(np.int64)
 
 
-def cubin(architecture: str, cache: Path | None = None) -> bytes:
+def cubin(architecture: str, cache: Path | None = None, anew: bool = False) -> bytes:
     """Give the kernel's machine code for an architecture such as "sm_90".
 
     It is compiled once for each source, architecture and compiler, and kept in `cache`, by default
-    $XDG_CACHE_HOME/flexkv; a cache that cannot be written costs the compilation only.
+    $XDG_CACHE_HOME/flexkv; `anew`, when what is kept was no good, compiles it again.
 
     Raises:
         BackendUnavailableError: NVRTC is not installed, or does not know the architecture.
@@ -49,23 +47,14 @@ def cubin(architecture: str, cache: Path | None = None) -> bytes:
     except (ImportError, RuntimeError) as error:  # what it raises where the library is not there
         raise BackendUnavailableError("nvrtc", f"{error}; install flexkv[cuda]") from error
     text = source()
-    named = hashlib.sha256(f"{text}{architecture}{version}".encode()).hexdigest()[:32]
-    kept = (cache or _cache()) / f"{NAME}-{architecture}-{named}.cubin"
-    with suppress(OSError):
-        return kept.read_bytes()
+    name = f"{NAME}-{architecture}-{kept.name_of(text, version)}.cubin"
+    path = (cache or kept.folder()) / name
+    if not anew and (code := kept.read(path)):
+        return code
     code = _compile(nvrtc, text, architecture)
-    with suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        new = kept.with_suffix(f".{os.getpid()}")
-        new.write_bytes(code)
-        new.rename(kept)
+    kept.write(path, code)
     log.info("kernel_compiled", kernel=NAME, architecture=architecture, bytes=len(code))
     return code
-
-
-def _cache() -> Path:
-    # Without a home there is no cache: "~" cannot be written to, and nothing is kept.
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "flexkv"
 
 
 def _compile(nvrtc: Any, text: str, architecture: str) -> bytes:

@@ -47,16 +47,17 @@ static __device__ bool all_aligned(const char *target, const char *source, int b
 }
 
 // pieces[piece_count]: where block 0's pieces are, and where they go in a host block.
-// parts[piece_count + 1]: parts before each piece, and of a whole block.
+// parts[piece_count + 1]: parts before each piece, and before what follows; parts[0] need not be 0,
+// so that some of a block's pieces can be copied with a part of the tables of all.
 // ids[2 * pairs]: device blocks, then host blocks; in memory that the device can read.
 extern "C" __global__ void paged_copy(const piece *pieces, const long long *parts, int piece_count,
                                       const long long *ids, long long pairs, char *host,
                                       long long host_stride, int to_host)
 {
-    long long of_block = parts[piece_count];
+    long long before = parts[0], of_block = parts[piece_count] - before;
 
     for (long long item = blockIdx.x; item < pairs * of_block; item += gridDim.x) {
-        long long pair = item / of_block, part = item % of_block;
+        long long pair = item / of_block, part = before + item % of_block;
         int low = 0, high = piece_count;
 
         while (high - low > 1) {

@@ -1,4 +1,4 @@
-"""Registers the host arena with CUDA: whole, or in parts where the driver takes no more at once."""
+"""The host arena as CUDA knows it: whole, or in parts where the driver takes no more at once."""
 
 from __future__ import annotations
 
@@ -9,36 +9,63 @@ import numpy as np
 from flexkv.common.config import GB
 from flexkv.common.errors import ConfigError, DeviceError
 from flexkv.io.arena import Arena
-from flexkv.io.cuda.driver import CudaDriver, Runs
+from flexkv.io.cuda.driver import CudaDriver
+from flexkv.io.cuda.grids import Runs
 
 INVALID_VALUE, OUT_OF_MEMORY = 1, 2
 """What the driver says of too much at once."""
 PARTS_MAX = 1024
 
 
-def register(driver: CudaDriver, arena: Arena, undo: ExitStack) -> list[int]:
-    """Register an arena; `undo` gets what takes it back.
+class Pinned:
+    """An arena that is registered while any device of this process holds it, once for all.
 
-    Returns:
-        The addresses at which one registration ends and the next begins: no copy may span them.
-
-    Raises:
-        ConfigError: the driver takes it in no parts; it says how much it took, and what to do.
-        DeviceError: the driver refused for another reason.
+    Attributes:
+        arena: the host blocks.
+        bounds: the addresses at which one registration ends and the next begins: no copy may span
+            them.
     """
-    size = arena.num_blocks * arena.block_stride_bytes
-    part_blocks = arena.num_blocks
-    while True:
-        with ExitStack() as parts:
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
+        self.bounds: list[int] = []
+        self._addresses: list[int] = []
+        self._holders = 0
+
+    def hold(self, driver: CudaDriver, undo: ExitStack) -> None:
+        """Register the arena, unless another device has; `undo` gets what takes it back.
+
+        Raises:
+            ConfigError: the driver takes it in no parts; it says how much it took, what to do.
+            DeviceError: the driver refused for another reason.
+        """
+        if not self._holders:
+            self._register(driver)
+        self._holders += 1
+        undo.callback(self._let_go, driver)
+
+    def _let_go(self, driver: CudaDriver) -> None:
+        self._holders -= 1
+        if not self._holders:
+            with ExitStack() as undo:
+                for address in self._addresses:
+                    undo.callback(driver.unregister, address)
+
+    def _register(self, driver: CudaDriver) -> None:
+        arena = self.arena
+        size, part_blocks = arena.num_blocks * arena.block_stride_bytes, arena.num_blocks
+        while True:
             bounds = list(range(0, arena.num_blocks, part_blocks))
             taken = 0
             try:
-                for first in bounds:
-                    blocks = min(part_blocks, arena.num_blocks - first)
-                    address = arena.address + first * arena.block_stride_bytes
-                    driver.register(address, blocks * arena.block_stride_bytes)
-                    parts.callback(driver.unregister, address)
-                    taken += blocks * arena.block_stride_bytes
+                with ExitStack() as parts:
+                    for first in bounds:
+                        blocks = min(part_blocks, arena.num_blocks - first)
+                        address = arena.address + first * arena.block_stride_bytes
+                        driver.register(address, blocks * arena.block_stride_bytes)
+                        parts.callback(driver.unregister, address)
+                        taken += blocks * arena.block_stride_bytes
+                    parts.pop_all()
             except DeviceError as error:
                 if error.code not in (INVALID_VALUE, OUT_OF_MEMORY):
                     raise
@@ -50,8 +77,9 @@ def register(driver: CudaDriver, arena: Arena, undo: ExitStack) -> list[int]:
                     f"({error}): raise the limit on locked memory (ulimit -l), or give fewer blocks"
                 )
                 raise ConfigError("num_cpu_blocks", arena.num_blocks, why) from error
-            undo.push(parts.pop_all())
-            return [arena.address + first * arena.block_stride_bytes for first in bounds[1:]]
+            self._addresses = [arena.address + first * arena.block_stride_bytes for first in bounds]
+            self.bounds = self._addresses[1:]
+            return
 
 
 def split(runs: Runs, bounds: list[int]) -> Runs:

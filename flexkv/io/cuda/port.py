@@ -12,52 +12,79 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
+
+import structlog
 
 from flexkv._ext import TO_DEVICE, TO_HOST
 from flexkv.common.errors import ClosedError, DeviceError, InvariantError
 from flexkv.common.extents import check_ids
 from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import Tier, Transfer
-from flexkv.io.arena import Arena
-from flexkv.io.cuda.choice import Choice
-from flexkv.io.cuda.copier import Copier, Tables, Way, Work, measured, settle
+from flexkv.io.cuda.choice import Choices, Wish
+from flexkv.io.cuda.copier import Copier, DevicePages, choices_for
 from flexkv.io.cuda.driver import CudaDriver
+from flexkv.io.cuda.pinned import Pinned
+from flexkv.io.cuda.way import Way, Work
 from flexkv.io.ports import Completion
+
+log = structlog.get_logger(__name__)
 
 CHECK_S = 0.5
 """How often a stream with work is asked whether it has failed: then it never tells."""
+
+
+class Mark:
+    """A point on a device's stream, for which other streams may wait."""
+
+    def __init__(self, driver: CudaDriver, event: int) -> None:
+        self._driver, self._event = driver, event
+
+    def hold_back(self, stream: int) -> None:
+        """Let another stream of the device wait for it.
+
+        Raises:
+            DeviceError: the driver refused.
+        """
+        self._driver.wait(stream, self._event)
+
+    def close(self) -> None:
+        """Let go of it; who waits for it still does."""
+        with suppress(DeviceError):  # a device that is broken keeps nothing
+            self._driver.drop(self._event)
 
 
 class CudaDevicePort:
     """A transfer port between KV caches on a CUDA device and the host arena."""
 
     arrived_bytes = 0
+    rank = 0
+    """Which rank's device it is."""
 
     def __init__(
         self,
         layout: PagedLayout,
-        arena: Arena,
+        pinned: Pinned,
         owner: object,
         driver: CudaDriver,
-        choices: Sequence[Choice] | None = None,
+        wishes: Sequence[Wish] = (Wish(), Wish()),
     ) -> None:
-        """Open streams, and register the arena with the device.
+        """Open streams, and hold the arena registered.
 
         Args:
             layout: where the device blocks are.
-            arena: the host blocks, held until `close`.
-            owner: whatever keeps the KV caches alive (the tensors), held until `close`.
+            pinned: the host blocks, held until `close`.
+            owner: whatever keeps the KV caches alive (the tensors), held until `suspend`.
             driver: of the device, closed with the port.
-            choices: how to copy to the host, and to the device; None: measured now, in memory of
-                its own.
+            wishes: how to copy to the host, and to the device. What is left open is measured now,
+                in memory of its own, if it was not before.
 
         Raises:
             DeviceError: the driver refused.
             ConfigError: it takes not so much host memory.
         """
         self._driver, self._block_bytes = driver, layout.block_bytes
-        self._host_blocks, self._device_blocks = arena.num_blocks, layout.num_blocks
+        self._arena, self._device_blocks = pinned.arena, layout.num_blocks
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: Callable[[], None] = lambda: None
         self._watching: asyncio.TimerHandle | None = None
@@ -65,15 +92,47 @@ class CudaDevicePort:
         self._failure: DeviceError | None = None
         with ExitStack() as undo:
             undo.callback(driver.close)
-            pages = layout, Tables.of(layout, driver, undo), owner
-            self._copier: Copier | None = Copier(driver, pages, arena, undo)
-            undo.callback(self._copier.close)
+            self._copier: Copier | None = Copier(driver, pinned, undo)
+            undo.callback(self.suspend)
+            self.resume(layout, owner)
             self._ways = [Way(driver, urgent, undo) for urgent in (False, True)]
-            if choices is None:
-                choices = measured(driver, layout, self._ways)
-            for way, choice in zip(self._ways, choices, strict=True):
-                way.choice = choice
+            self._choose(layout, wishes)
             self._resources = undo.pop_all()
+
+    def _choose(self, layout: PagedLayout, wishes: Sequence[Wish]) -> None:
+        settled = [wish.settled for wish in wishes]
+        if None in settled:
+            found = choices_for(self._driver, layout, self._ways)
+            settled = [wish.made_of(each) for wish, each in zip(wishes, found, strict=True)]
+        for way, choices in zip(self._ways, settled, strict=True):
+            assert choices is not None
+            way.choices = choices
+
+    @property
+    def choices(self) -> dict[str, Choices]:
+        """Give how copies are made, by direction."""
+        to_host, to_device = self._ways
+        return {"to host": to_host.choices, "to device": to_device.choices}
+
+    def suspend(self) -> None:
+        """Let go of the KV caches; streams and the registered arena stay. Idempotent.
+
+        Only legal with nothing in flight.
+        """
+        pages = None if self._copier is None else self._copier.pages
+        if self._copier is not None and pages is not None:
+            self._copier.pages = None
+            pages.close()
+
+    def resume(self, layout: PagedLayout, owner: object) -> None:
+        """Take KV caches again, with blocks of as many bytes.
+
+        Raises:
+            DeviceError: the driver refused.
+        """
+        assert self._copier is not None
+        self._copier.pages = DevicePages(self._driver, layout, self._arena, owner)
+        self._device_blocks = layout.num_blocks
 
     @property
     def block_bytes(self) -> int:
@@ -91,8 +150,8 @@ class CudaDevicePort:
         for way in self._ways:
             self._loop.add_reader(way.eventfd, wake)
 
-    def order_after(self, engine_stream: int, to_device: bool = False) -> None:
-        """Let later copies one way wait for what is queued on another stream by now.
+    def order_after(self, to_device: bool) -> None:
+        """Let later copies one way wait for what the calling thread's stream has queued by now.
 
         So a put reads what the engine's kernels have written, and a get writes what they no longer
         use. From any thread.
@@ -100,7 +159,11 @@ class CudaDevicePort:
         Raises:
             DeviceError: the driver refused.
         """
-        self._driver.order(self._ways[to_device].stream, engine_stream)
+        event = self._driver.record(self._driver.current_stream())
+        try:
+            self._driver.wait(self._ways[to_device].stream, event)
+        finally:
+            self._driver.drop(event)
 
     def submit(self, transfer: Transfer) -> None:
         """Start one transfer.
@@ -110,10 +173,10 @@ class CudaDevicePort:
             InvariantError: ids out of range, or of unequal length.
         """
         copier = self._copier
-        if copier is None:
-            raise ClosedError("the CUDA device port is closed")
+        if copier is None or copier.pages is None:
+            raise ClosedError("the CUDA device port is closed, or suspended")
         to_device = transfer.route.target is Tier.DEVICE
-        limits = (self._host_blocks, self._device_blocks)
+        limits = (self._arena.num_blocks, self._device_blocks)
         check_ids(transfer, *(limits if to_device else limits[::-1]))
         if self._failure is not None:
             self._ended.append(Completion(transfer.token, self._failure))
@@ -121,8 +184,10 @@ class CudaDevicePort:
         way = self._ways[to_device]
         error: DeviceError | None = None
         try:
-            host_ids, device_ids = transfer.sides
-            copier.queue(way, TO_DEVICE if to_device else TO_HOST, device_ids, host_ids)
+            direction = TO_DEVICE if to_device else TO_HOST
+            copier.queue(way, direction, transfer.sides, transfer.layers)
+            if to_device:
+                self._mark(transfer, way)
         except DeviceError as failure:  # some of it may be under way: it ends in its turn
             error = failure
         way.under_way.append(Work(transfer.token, way.ids_end, error))
@@ -133,9 +198,16 @@ class CudaDevicePort:
         if self._watching is None:
             self._watch()
 
+    def _mark(self, transfer: Transfer, way: Way) -> None:
+        """Let streams of the engine wait for the layers that were queued."""
+        layers, watch = transfer.layers, transfer.watch
+        if layers is not None and watch is not None:
+            event = Mark(self._driver, self._driver.record(way.stream))
+            watch.queued(self.rank, layers.whole, layers.last, event)
+
     def _end_now(self, way: Way, failure: DeviceError) -> None:
         """Wait for all that is under way on a stream that cannot tell; it may be broken."""
-        if not settle(self._driver, way):
+        if not way.settle():
             self._fail(failure)
             return
         self._ended += [Completion(work.token, work.error) for work in way.under_way]
@@ -157,7 +229,7 @@ class CudaDevicePort:
         """The device is broken: it touches no memory any more, and will not tell of any end."""
         self._failure = failure
         for way in self._ways:
-            settle(self._driver, way)
+            way.settle()
             if self._loop is not None:
                 self._loop.remove_reader(way.eventfd)
             self._ended += [Completion(work.token, failure) for work in way.under_way]
@@ -177,7 +249,6 @@ class CudaDevicePort:
 
         Raises:
             InvariantError: transfers were in flight; they have ended, nobody was told.
-            DeviceError: the driver refused to let go of something.
         """
         if self._copier is None:
             return
@@ -186,8 +257,10 @@ class CudaDevicePort:
         if self._loop is not None:
             for way in self._ways:
                 self._loop.remove_reader(way.eventfd)
-        self._copier = None
-        with suppress(DeviceError) if self._failure else nullcontext():
+        try:
             self._resources.close()
+        except DeviceError as error:  # of a broken context, which the process cannot mend
+            log.warning("device not released", call=error.call, code=error.code)
+        self._copier = None
         if left := sum(len(way.under_way) for way in self._ways) + len(self._ended):
             raise InvariantError(f"CUDA device port closed with {left} transfers unreaped")

@@ -1,0 +1,154 @@
+"""The devices of one engine: one for each TP rank, which take part in requests once all are there.
+
+register ──▶ awake ──suspend──▶ asleep ──resume──▶ awake
+               └── a port fails ──▶ down, until the engine is closed
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import structlog
+
+from flexkv.backend import Backend, Device
+from flexkv.common.errors import (
+    ClosedError,
+    ConfigError,
+    DeadlineError,
+    DeviceError,
+    FlexKVError,
+    TransferError,
+)
+from flexkv.io.ports import DevicePort, TransferPort
+
+log = structlog.get_logger(__name__)
+
+
+class Devices:
+    """Every registered device, by rank."""
+
+    def __init__(self, tp_size: int, deadline_s: float, backend: Backend, undo: ExitStack) -> None:
+        """Take what opens devices, and how long one is waited for; `undo` gets what closes them."""
+        self._deadline_s = deadline_s
+        self._tp_size, self._backend, self._undo = tp_size, backend, undo
+        self._by_rank: dict[int, Device] = {}
+        self._asleep: set[int] = set()
+        self._with_streams: list[DevicePort] = []
+        self._failure: TransferError | None = None
+        self._users, self._unused = 0, asyncio.Event()
+
+    @property
+    def num_blocks(self) -> int:
+        """Count the blocks that every device has."""
+        return min(device.num_blocks for device in self._by_rank.values())
+
+    @property
+    def missing(self) -> FlexKVError | None:
+        """Tell why no bytes can be moved to or from the devices; None when they can."""
+        if self._failure is not None:
+            return self._failure
+        for port in self._with_streams:
+            if port.failure is not None:
+                return port.failure
+        if len(self._by_rank) < self._tp_size:
+            have = f"{len(self._by_rank)} of {self._tp_size} ranks"
+            return ClosedError(f"no KV caches are registered: {have} have theirs")
+        if self._asleep:
+            return ClosedError("the device is suspended")
+        return None
+
+    def register(self, kv_caches: Any, layout: str | None, tp_rank: int) -> TransferPort | None:
+        """Take a rank's KV caches; gives the port over all devices when it is the last one.
+
+        Raises:
+            ConfigError: the tensors do not fit the model, or the rank has been registered.
+            BackendUnavailableError: no adapter for such a device.
+            DeviceError: the device refused.
+        """
+        self._check_rank(tp_rank)
+        if tp_rank in self._by_rank:
+            why = "has its KV caches registered; after suspend_device use resume_device"
+            raise ConfigError("tp_rank", tp_rank, why)
+        device = self._backend.device(kv_caches, layout, tp_rank)
+        self._undo.callback(device.port.close)
+        self._by_rank[tp_rank] = device
+        log.info("device registered", rank=tp_rank, **device.facts)
+        if device.place[0] != "cpu":
+            self._with_streams.append(device.port)
+        if len(self._by_rank) < self._tp_size:
+            return None
+        port = self._backend.joined([device for _, device in sorted(self._by_rank.items())])
+        self._undo.callback(port.close)
+        return port
+
+    def order_after(self, to_device: bool) -> None:
+        """Let later copies one way wait for what the calling thread's streams have queued by now.
+
+        From any thread. A device that refuses is down from then on: its copies would not wait.
+        """
+        try:
+            for port in self._with_streams:
+                port.order_after(to_device)
+        except DeviceError as error:
+            log.exception("device down", call=error.call, code=error.code)
+            self._failure = error
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Keep the devices from being suspended."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._unused.set()
+
+    async def suspend(self) -> None:
+        """Take no more requests, wait for those under way, and let go of all KV caches.
+
+        Raises:
+            ClosedError: not all devices are registered, or they sleep.
+            DeadlineError: something did not end in time; the devices go on.
+        """
+        if missing := self.missing:
+            raise missing
+        self._asleep = set(self._by_rank)
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                while self._users:
+                    self._unused.clear()
+                    await self._unused.wait()
+        except TimeoutError as error:
+            why = f"{self._users} requests did not end in time"
+            raise DeadlineError(-1, "suspend_device", 0, why) from error
+        finally:
+            if self._users:
+                self._asleep.clear()
+        for device in self._by_rank.values():
+            device.port.suspend()
+        log.info("device suspended")
+
+    def resume(self, kv_caches: Any, layout: str | None, tp_rank: int) -> None:
+        """Take a rank's KV caches again.
+
+        Raises:
+            ConfigError: the tensors do not fit the model, or the rank does not sleep.
+            DeviceError: the device refused.
+        """
+        self._check_rank(tp_rank)
+        if tp_rank not in self._asleep:
+            raise ConfigError("tp_rank", tp_rank, "is not suspended")
+        device = self._by_rank[tp_rank]
+        device = self._backend.resumed(device, kv_caches, layout, tp_rank)
+        self._by_rank[tp_rank] = device
+        log.info("device resumed", rank=tp_rank, **device.facts)
+        self._asleep.discard(tp_rank)
+
+    def _check_rank(self, tp_rank: int) -> None:
+        if not 0 <= tp_rank < self._tp_size:
+            why = f"must be from 0 to tp_size - 1: {self._tp_size - 1}"
+            raise ConfigError("tp_rank", tp_rank, why)

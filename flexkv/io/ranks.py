@@ -1,0 +1,97 @@
+"""One port over the devices of all ranks, each of which has a part of every block.
+
+part 0: ranks 0, 1 ──┐     to the device: every rank reads its part
+part 1: ranks 2, 3 ──┴─▶   to the host: the ranks of one part have the same bytes (MLA, or fewer
+                           heads than ranks), so each writes some of the blocks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from flexkv.common.errors import InvariantError, TransferError
+from flexkv.common.extents import check_ids
+from flexkv.common.terms import Tier, Transfer
+from flexkv.io.ports import Completion, TransferPort
+
+
+class RanksPort:
+    """A transfer port whose transfers end when those of every rank have ended."""
+
+    arrived_bytes = 0
+
+    def __init__(
+        self, parts: Sequence[Sequence[TransferPort]], host_blocks: int, device_blocks: int
+    ) -> None:
+        """Take the ports of each part's ranks, which stay the caller's."""
+        self._parts = parts
+        self._limits = host_blocks, device_blocks
+        self._ports = [port for ranks in parts for port in ranks]
+        self._under_way: dict[int, int] = {}
+        self._errors: dict[int, TransferError] = {}
+
+    @property
+    def block_bytes(self) -> int:
+        """Give the bytes of one block in host memory."""
+        return sum(ranks[0].block_bytes for ranks in self._parts)
+
+    def connect(self, wake: Callable[[], None]) -> None:
+        """Attach to the running event loop."""
+        for port in self._ports:
+            port.connect(wake)
+
+    def submit(self, transfer: Transfer) -> None:
+        """Start one transfer.
+
+        Raises:
+            ClosedError: a rank's port is closed.
+            InvariantError: ids out of range, or of unequal length.
+        """
+        to_device = transfer.route.target is Tier.DEVICE
+        check_ids(transfer, *(self._limits if to_device else self._limits[::-1]))
+        if to_device:
+            shares = [(port, transfer) for port in self._ports]
+        else:
+            shares = [share for ranks in self._parts for share in _divided(transfer, ranks)]
+        for port, share in shares:
+            port.submit(share)
+        self._under_way[transfer.token] = len(shares)
+
+    def reap(self) -> list[Completion]:
+        """Give every transfer that ended since the last call, each exactly once."""
+        ended = []
+        for port in self._ports:
+            for token, error in port.reap():
+                self._under_way[token] -= 1
+                if error is not None:
+                    self._errors.setdefault(token, error)
+                if not self._under_way[token]:
+                    del self._under_way[token]
+                    ended.append(Completion(token, self._errors.pop(token, None)))
+        return ended
+
+    def close(self) -> None:
+        """Check that nothing is in flight. The ranks' ports are closed by who opened them.
+
+        Raises:
+            InvariantError: something is.
+        """
+        if self._under_way:
+            raise InvariantError(f"{len(self._under_way)} transfers of several ranks unreaped")
+
+
+def _divided(
+    transfer: Transfer, ranks: Sequence[TransferPort]
+) -> list[tuple[TransferPort, Transfer]]:
+    """Give each rank its share of the blocks; with fewer blocks than ranks some have none."""
+    count = transfer.block_count
+    if len(ranks) == 1 or not count:
+        return [(ranks[0], transfer)]
+    bounds = np.linspace(0, count, len(ranks) + 1).astype(int).tolist()
+    return [
+        (port, transfer.part(begin, end))
+        for port, begin, end in zip(ranks, bounds, bounds[1:], strict=False)
+        if begin < end
+    ]

@@ -1,0 +1,94 @@
+"""What a caller may say of what is kept: clear, resize, quotas, pins. Traffic may go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flexkv.common.errors import ConfigError
+from flexkv.common.request import Operation
+from flexkv.common.terms import Tier
+from flexkv.index.intake import Intake
+from flexkv.index.keys import Namespace
+from flexkv.index.residency import NO_QUOTA, Residency
+from flexkv.ledger import Ledger
+from flexkv.pins import Pins
+
+
+class Keeping:
+    """Says what an engine keeps. Arguments and errors are those of `KVManager`.
+
+    Attributes:
+        pins: those that callers hold.
+    """
+
+    def __init__(
+        self,
+        intake: Intake,
+        residency: Residency,
+        opened_with: Mapping[Tier, int],
+        ledger: Ledger | None,
+        pins: Pins,
+    ) -> None:
+        """Take the parts of an engine, and how many blocks each tier was opened with."""
+        self._intake, self._residency, self._ledger = intake, residency, ledger
+        self._opened_with, self.pins = opened_with, pins
+
+    def clear(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
+        """Forget the blocks of a tier, of a namespace, or all, and count the places they had.
+
+        Requests under way end as they will.
+
+        Raises:
+            StorageError: all is cleared, but the next run may find blocks on SSD: its journal could
+                not be told.
+        """
+        self._check_tier(tier)
+        root = None if namespace is None else self._intake.root(namespace)
+        if root is not None and tier is not None:
+            raise ConfigError("tier", tier.label, "must not be given together with a namespace")
+        try:
+            if self._ledger is not None and tier is not Tier.HOST:
+                self._ledger.clear(root)
+        finally:
+            places = self._residency.clear(tier, root)
+        return places
+
+    def resize(self, tier: Tier, capacity_blocks: int) -> int:
+        """Change how many blocks a tier may hold, up to what it was opened with."""
+        self._check_tier(tier)
+        most = self._opened_with[tier]
+        if not 1 <= capacity_blocks <= most:
+            why = f"must be from 1 to what {tier.label} was opened with: {most}"
+            raise ConfigError("capacity_blocks", capacity_blocks, why)
+        return self._residency.resize(tier, capacity_blocks)
+
+    def set_quota(self, namespace: Namespace, tier: Tier, blocks: int | None) -> None:
+        """Bound how many blocks of a tier a namespace may have; None takes the bound away."""
+        if not isinstance(tier, Tier):
+            raise ConfigError("tier", tier, "must be a tier")
+        self._check_tier(tier)
+        if blocks is not None and not (isinstance(blocks, int) and 0 <= blocks < NO_QUOTA):
+            raise ConfigError("blocks", blocks, f"must be None, or from 0 to {NO_QUOTA - 1}")
+        try:
+            self._residency.set_quota(self._intake.root(namespace), tier, blocks)
+        except ValueError as error:
+            raise ConfigError("namespace", namespace, str(error)) from error
+
+    def namespace_blocks(self, namespace: Namespace) -> dict[Tier, int]:
+        """Count the blocks of a namespace by tier, those being filled among them."""
+        return self._residency.namespace_blocks(self._intake.root(namespace))
+
+    def _check_tier(self, tier: Tier | None) -> None:
+        if tier is not None and tier not in self._residency.tiers:
+            have = ", ".join(tier.label for tier in self._residency.tiers)
+            raise ConfigError("tier", tier.label, f"must be one of those there are: {have}")
+
+    def pin(self, token_ids: Any, namespace: Namespace, ttl_s: float, owner: str) -> int:
+        """Keep the resident prefix of a prompt, or without one a namespace, from eviction."""
+        if token_ids is None:
+            holdings = self._residency.namespace_holdings(self._intake.root(namespace))
+        else:
+            request = self._intake.request(Operation.PREFETCH, 0, token_ids, None, namespace)
+            holdings = self._residency.find(request.keys).holdings
+        return self.pins.pin(holdings, ttl_s, owner)
