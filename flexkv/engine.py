@@ -314,7 +314,7 @@ class Engine:
         ids = self._intake.device_ids(slot_mapping, request.span, self._devices.num_blocks)
         return Request(
             request.operation, request.request_id, request.token_count, request.tokens_per_block,
-            request.span, request.keys, ids, request.namespace_hash,
+            request.span, request.keys, ids, request.namespace_hash, request.watch,
         )  # fmt: skip
 
     def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
@@ -367,6 +367,11 @@ class Engine:
         self._observer.requests[request.operation][KVResponseStatus.UNREADY] += 1
         mask = np.zeros(request.token_count, np.bool_)
         return KVResponse(KVResponseStatus.UNREADY, request.request_id, mask, self._devices.missing)
+
+    def nudge_device(self) -> None:
+        """Look again at what waits for layers to be written."""
+        if Tier.DEVICE in self._actors:
+            self._actors[Tier.DEVICE].nudge()
 
     def order_after(self, operation: Operation) -> None:
         """Let the copies of later requests wait for what the calling thread's streams have queued.

@@ -8,16 +8,14 @@ which runs the engine's loop in a thread of its own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
-
-import numpy as np
 
 from flexkv.backend import Progress
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ClosedError, ConfigError
-from flexkv.common.request import KVResponse, Operation, TokenMask
+from flexkv.common.request import KVResponse, Operation
 from flexkv.common.terms import Tier
 from flexkv.engine import Engine
 from flexkv.graph.explain import Explanation, explain
@@ -25,12 +23,12 @@ from flexkv.index.keys import Namespace
 from flexkv.index.residency import PrefixMatch
 from flexkv.loop_thread import LoopThread
 from flexkv.statistics import Statistics
-from flexkv.tasks import TaskTable
+from flexkv.task_form import TaskForm
 
 T = TypeVar("T")
 
 
-class KVManager:
+class KVManager(TaskForm):
     """Keeps KV blocks in host memory and on SSD, and gives them back by token prefix."""
 
     def __init__(
@@ -46,11 +44,8 @@ class KVManager:
         Raises:
             ConfigError: a part is enabled that is not built, or a size does not fit.
         """
-        self._engine = Engine(model, cache)
-        self._tasks = TaskTable(self._engine)
+        super().__init__(Engine(model, cache))
         self._progress = progress
-        self._thread: LoopThread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
 
     # -- life -----------------------------------------------------------------------------------
 
@@ -336,13 +331,6 @@ class KVManager:
             )
         )
 
-    async def _async(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Run work on the engine's loop, from there or from another."""
-        if self._thread is not None:
-            return await self._thread.call_async(work)
-        self._check_loop()
-        return await work()
-
     async def _perform(self, operation: Operation, *arguments: Any) -> KVResponse:
         """Run a request on the engine's loop, from there or from another."""
         self._engine.order_after(operation)
@@ -365,134 +353,3 @@ class KVManager:
         response = (await self._engine.perform(request)).response
         assert response is not None
         return response
-
-    # -- task-id form ---------------------------------------------------------------------------
-
-    def get_match(
-        self, token_ids: Any, token_mask: Any = None, namespace: Namespace = None
-    ) -> tuple[int, TokenMask]:
-        """Find what a get would load, and keep it until `launch` or `cancel`.
-
-        Returns:
-            A task id, and bool[tokens]: the tokens that `launch` needs slots for.
-        """
-        return self._call(lambda: self._tasks.get_match(token_ids, token_mask, namespace))
-
-    def put_match(
-        self, token_ids: Any, token_mask: Any = None, namespace: Namespace = None
-    ) -> tuple[int, TokenMask]:
-        """Find what a put would have to store.
-
-        Returns:
-            A task id, and bool[tokens]: the tokens that `launch` needs slots for.
-        """
-        return self._call(lambda: self._tasks.put_match(token_ids, token_mask, namespace))
-
-    def get_async(
-        self,
-        token_ids: Any,
-        slot_mapping: Any,
-        token_mask: Any = None,
-        namespace: Namespace = None,
-    ) -> int:
-        """Start a get, and give its task id."""
-        return self._start(Operation.GET, token_ids, slot_mapping, token_mask, namespace)
-
-    def put_async(
-        self,
-        token_ids: Any,
-        slot_mapping: Any,
-        token_mask: Any = None,
-        namespace: Namespace = None,
-    ) -> int:
-        """Start a put, and give its task id."""
-        return self._start(Operation.PUT, token_ids, slot_mapping, token_mask, namespace)
-
-    def prefetch_async(self, token_ids: Any, namespace: Namespace = None) -> int:
-        """Start a prefetch, and give its task id."""
-        return self._start(Operation.PREFETCH, token_ids, None, None, namespace)
-
-    def launch(self, task_ids: int | Sequence[int], slot_mappings: Any | Sequence[Any]) -> None:
-        """Start tasks that a match prepared; launching a launched one is a no-op.
-
-        Raises:
-            ConfigError: an id never issued, or slots that break a rule; none was launched.
-        """
-        if isinstance(task_ids, int):
-            task_ids, slot_mappings = [task_ids], [slot_mappings]
-        ids, slots = list(task_ids), list(slot_mappings)
-        for operation in (Operation.GET, Operation.PUT):
-            self._engine.order_after(operation)
-        self._call(lambda: self._tasks.launch(ids, slots))
-
-    def cancel(self, task_ids: int | Sequence[int]) -> None:
-        """Cancel tasks; when this returns, no hardware touches their slots any more.
-
-        On the engine's own loop, where nothing may block, it returns at once: there `try_wait`
-        tells when a task is over.
-
-        Raises:
-            ConfigError: an id never issued.
-        """
-        ids = _listed(task_ids)
-        if self._thread is not None:
-            self._thread.call(lambda: self._tasks.cancel_and_drain(ids))
-        else:
-            self._call(lambda: self._tasks.cancel(ids))
-
-    def wait(
-        self, task_ids: int | Sequence[int], timeout: float = 20.0, completely: bool = False
-    ) -> dict[int, KVResponse]:
-        """Wait for tasks in this thread. One that is not over in time is cancelled: TIMEOUT.
-
-        Args:
-            task_ids: one or several.
-            timeout: in seconds, for all of them.
-            completely: wait until the write-behind of puts is done too.
-
-        Raises:
-            ConfigError: an id that was never issued, or is collected already.
-            ClosedError: not started with `start()`: on the engine's own loop, await instead.
-        """
-        if self._thread is None:
-            raise ClosedError("wait() blocks: it needs start(); on the engine's loop use await")
-        ids = _listed(task_ids)
-        return self._thread.call(lambda: self._tasks.wait(ids, timeout, completely))
-
-    def try_wait(self, task_ids: int | Sequence[int]) -> dict[int, KVResponse]:
-        """Give the responses of those tasks that are over; never blocks for the others."""
-        ids = _listed(task_ids)
-        return self._call(lambda: self._tasks.try_wait(ids))
-
-    def _start(self, operation: Operation, *arguments: Any) -> int:
-        self._engine.order_after(operation)
-        return self._call(lambda: self._tasks.start(operation, *arguments))
-
-    # -- crossing -------------------------------------------------------------------------------
-
-    def _call(self, work: Callable[[], T]) -> T:
-        """Do synchronous work on the engine's loop."""
-        if self._thread is None:
-            self._check_loop()
-            return work()
-
-        async def wrapped() -> T:
-            return work()
-
-        return self._thread.call(wrapped)
-
-    def _check_loop(self) -> None:
-        """Refuse a call from a thread that does not run the engine's loop."""
-        if self._loop is None:
-            raise ClosedError("the manager is not started: use `async with` or start()")
-        try:
-            here = asyncio.get_running_loop() is self._loop
-        except RuntimeError:
-            here = False
-        if not here:
-            raise ClosedError("the manager runs on another loop: call it there, or use start()")
-
-
-def _listed(task_ids: int | Sequence[int]) -> list[int]:
-    """Give one id, or several (list or array), as a list of ints."""
-    return [int(task_id) for task_id in np.atleast_1d(np.asarray(task_ids, np.int64))]

@@ -68,6 +68,14 @@ class LoopThread:
             self._calls.discard(future)
             future.cancel()  # when a signal ended the wait, the work ends too
 
+    def post(self, work: Callable[[], None]) -> None:
+        """Do synchronous work on the loop, some time soon.
+
+        Raises:
+            ClosedError: the thread is not running.
+        """
+        self._running().call_soon_threadsafe(work)
+
     async def call_async(self, work: Callable[[], Awaitable[T]]) -> T:
         """Run `work` on the loop, and await its result on the caller's.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from flexkv.common.request import (
     Span,
     TokenMask,
 )
-from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
+from flexkv.common.terms import BLOCK_KEY_BYTES, LayerWatch, Tier
 from flexkv.engine import Engine
 from flexkv.index.keys import Namespace
 from flexkv.index.residency import Placement
@@ -49,6 +50,8 @@ class _Task:
         """Keep the response, and tell who waits; the first one stands."""
         if self.response is None:
             self.response = response
+        if self.request.watch is not None:
+            self.request.watch.end()
         self._over.set()
 
     async def wait_answered(self) -> None:
@@ -94,10 +97,13 @@ class TaskTable:
         slot_mapping: Any,
         token_mask: Any = None,
         namespace: Namespace = None,
+        watch: LayerWatch | None = None,
     ) -> int:
-        """Issue a task and launch it at once."""
+        """Issue a task and launch it at once; `watch` follows it layer by layer."""
         request = self._engine.intake(operation, token_ids, token_mask, namespace)
         self._check_room()
+        if watch is not None:
+            request = structs.replace(request, watch=watch)
         task = _Task(request)
         if operation is not Operation.PREFETCH:
             ready = self._engine.with_slots(request, slot_mapping)
@@ -174,6 +180,23 @@ class TaskTable:
         return {
             task_id: self._collect(task_id, task, completely) for task_id, task in tasks.items()
         }
+
+    async def response(self, task_id: int) -> KVResponse:
+        """Give the response of one task once it has one.
+
+        Cancellation: the task is cancelled, and CancelledError raised once it is over.
+        """
+        task = self._find(task_id)
+        try:
+            await task.wait_answered()
+        except asyncio.CancelledError:
+            self.cancel([task_id])
+            while task.response is None:
+                with suppress(asyncio.CancelledError):
+                    await task.wait_answered()
+            self._collect(task_id, task)
+            raise
+        return self._collect(task_id, task)
 
     async def _cancel_late(self, task_ids: Sequence[int]) -> None:
         """End tasks that were not over in time: they are answered with TIMEOUT."""

@@ -32,6 +32,7 @@ FLOORS = [
     {"keeping", "devices"},
     {"engine"},
     {"tasks", "loop_thread", "server"},
+    {"crossing", "layerwise", "task_form"},
     {"kvmanager"},
     {"integration", "cli", "testing", "metrics"},
 ]

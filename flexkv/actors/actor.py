@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple, TypeVar
 
+import msgspec
 import structlog
 
 from flexkv.actors.mailbox import Cursor, Lane, Mailbox
@@ -26,6 +27,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 
+ANY_BYTES = 1 << 62
 PIECE_TOKENS = 1 << 62
 """Tokens of pieces count from here; those of whole transfers, which their runs give, are below."""
 
@@ -78,11 +80,10 @@ class TransferActor:
         self.in_flight_bytes = {True: 0, False: 0}
         self._port = port
         self._windows = {True: inbound, False: outbound}
-        self._mailbox = Mailbox(transfers_max)
-        self._pieces: dict[int, tuple[Cursor, int, float]] = {}
+        self._mailbox = Mailbox(transfers_max, port.block_bytes)
+        self._pieces: dict[int, tuple[Cursor, int, int, float]] = {}
         self._now_s: Callable[[], float] = lambda: 0.0
         self._next_piece = PIECE_TOKENS
-        self._block_bytes = port.block_bytes
         self._recalled: list[Cursor] = []
         self._bell = Bell()
         self._report: Callable[[list[Completion]], None] | None = None
@@ -104,6 +105,10 @@ class TransferActor:
         self._mailbox.put(transfer)
         self._bell.ring()
 
+    def nudge(self) -> None:
+        """Look again at what waits: a watch may let more of it go."""
+        self._bell.ring()
+
     def recall(self, token: int) -> None:
         """Drop what of a transfer is not in flight yet; its end is reported all the same."""
         cursor = self._mailbox.find(token)
@@ -119,7 +124,7 @@ class TransferActor:
 
     def oldest_s(self) -> float:
         """Give for how many seconds the oldest I/O in flight has been so; 0 when there is none."""
-        for _, _, begin_s in self._pieces.values():
+        for *_, begin_s in self._pieces.values():
             return self._now_s() - begin_s
         return 0.0
 
@@ -162,47 +167,48 @@ class TransferActor:
 
     def _pump(self, lane: Lane, inbound: bool, pieces_max: int | None = None) -> bool:
         """Submit pieces while the window has room; tell whether any was."""
-        block_bytes, pieces, submit = self._block_bytes, self._pieces, self._port.submit
+        pieces, submit = self._pieces, self._port.submit
         limit, piece_bytes_max = self._windows[inbound]
-        piece_blocks = max(1, piece_bytes_max // block_bytes)
         in_flight, submitted, now_s = self.in_flight_bytes[inbound], 0, self._now_s()
         # As much again at most: who is slower than the device shall not hold ever more.
         arrived = min(self._port.arrived_bytes, limit) if inbound else 0
         while submitted != pieces_max:
             # Whatever its size, one piece may always be in flight.
             busy = in_flight - arrived
-            room = (limit - busy) // block_bytes if busy else piece_blocks
-            taken = lane.take(piece_blocks, room)
+            taken = lane.take(piece_bytes_max, limit - busy if busy else ANY_BYTES)
             if taken is None:
                 break
-            cursor, begin, blocks = taken
-            in_flight += blocks * block_bytes
+            cursor, begin, units = taken
+            in_flight += units * cursor.unit_bytes
             self.in_flight_bytes[inbound] = in_flight
             whole = cursor.transfer
-            piece = whole if blocks == cursor.block_count else self._piece(whole, begin, blocks)
-            pieces[piece.token] = (cursor, blocks, now_s)
+            if units == cursor.units and whole.watch is None:
+                piece = whole
+            else:
+                piece = self._piece(cursor, begin, units)
+            pieces[piece.token] = (cursor, begin, units, now_s)
             submit(piece)
             submitted += 1
         return submitted > 0
 
-    def _piece(self, whole: Transfer, begin: int, blocks: int) -> Transfer:
+    def _piece(self, cursor: Cursor, begin: int, units: int) -> Transfer:
         """Give a part of a transfer as a transfer of its own."""
         self._next_piece += 1
-        return Transfer(
-            self._next_piece,
-            whole.owner,
-            whole.route,
-            whole.source_ids[begin : begin + blocks],
-            whole.target_ids[begin : begin + blocks],
-        )
+        whole, token = cursor.transfer, self._next_piece
+        if whole.watch is not None:
+            layers = cursor.layers(begin, units)
+            return msgspec.structs.replace(whole, token=token, layers=layers)
+        return msgspec.structs.replace(whole.part(begin, begin + units), token=token)
 
     def _reap(self, ends: list[Completion]) -> None:
         pieces, in_flight = self._pieces, self.in_flight_bytes
         for completion in self._port.reap():
             token, error = completion
-            cursor, blocks, _ = pieces.pop(token)
-            in_flight[cursor.inbound] -= blocks * self._block_bytes
+            cursor, begin, units, _ = pieces.pop(token)
+            in_flight[cursor.inbound] -= units * cursor.unit_bytes
             cursor.pieces_in_flight -= 1
+            if error is None and cursor.transfer.watch is not None:
+                cursor.end_layers(begin, units)
             if error is not None and cursor.error is None:
                 cursor.error = error
                 if cursor.queued:

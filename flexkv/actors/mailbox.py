@@ -12,25 +12,55 @@ from collections import deque
 import msgspec
 
 from flexkv.common.errors import InvariantError, TransferError
-from flexkv.common.terms import Transfer
+from flexkv.common.terms import Layers, Transfer
+
+LAYERED_PIECES = 16
+"""Into how many pieces at least a transfer goes layer by layer: the first shall be there soon."""
 
 
 class Cursor(msgspec.Struct):
-    """How far an actor is with one transfer: blocks handed out, pieces still in flight."""
+    """How far an actor is with one transfer: units handed out, pieces still in flight.
+
+    A unit is a block; for a transfer that has a watch, it is a layer of all its blocks.
+    """
 
     transfer: Transfer
     owner: int
     inbound: bool
-    block_count: int
-    next_block: int = 0
+    units: int
+    unit_bytes: int
+    next_unit: int = 0
     pieces_in_flight: int = 0
     error: TransferError | None = None
     queued: bool = True
+    layers_left: list[int] = []
+    layers_ended: dict[int, int] = {}
+    """Layers that ended before an earlier one: first to last."""
+    layers_moved: int = 0
 
     @property
     def over(self) -> bool:
         """Tell whether nothing of the transfer is queued or in flight."""
         return not self.queued and not self.pieces_in_flight
+
+    @property
+    def ready(self) -> int:
+        """Give the units that may be handed out by now, those that were among them."""
+        watch = self.transfer.watch
+        return self.units if watch is None else min(self.units, watch.ready)
+
+    def layers(self, first: int, units: int) -> Layers:
+        """Give what a piece of some layers is of the whole."""
+        return Layers(first, first + units, self.transfer.token, self.layers_left)
+
+    def end_layers(self, first: int, units: int) -> None:
+        """Take the end of a piece, and tell the watch how far the layers are there."""
+        self.layers_ended[first] = first + units
+        before = self.layers_moved
+        while self.layers_moved in self.layers_ended:
+            self.layers_moved = self.layers_ended.pop(self.layers_moved)
+        if self.layers_moved > before and self.transfer.watch is not None:
+            self.transfer.watch.moved(self.transfer.token, self.layers_moved)
 
 
 class Lane:
@@ -50,33 +80,59 @@ class Lane:
         else:
             queue.append(cursor)
 
-    def take(self, blocks_max: int, room_blocks: int) -> tuple[Cursor, int, int] | None:
-        """Hand out a piece of the transfer whose turn it is: its cursor, first block and length.
+    def take(self, bytes_max: int, room_bytes: int) -> tuple[Cursor, int, int] | None:
+        """Hand out a piece of the transfer whose turn it is: its cursor, first unit and length.
 
-        None when nothing waits, or the piece has more than `room_blocks`. The next turn is the
-        next owner's.
+        None when nothing waits that may go, or the piece has more than `room_bytes`. The next turn
+        is the next owner's.
         """
         turns = self._turns
         if not turns:
             return None
         owner, queue = next(iter(turns.items()))
         cursor = queue[0]
-        begin = cursor.next_block
-        rest = cursor.block_count - begin
-        blocks = rest if rest < blocks_max else blocks_max
-        if blocks > room_blocks:
+        if cursor.transfer.watch is not None:
+            return self._take_layers(bytes_max, room_bytes)
+        begin = cursor.next_unit
+        rest = cursor.units - begin
+        units = min(rest, bytes_max // cursor.unit_bytes or 1)
+        if units * cursor.unit_bytes > room_bytes:
             return None
-        cursor.next_block = begin + blocks
+        cursor.next_unit = begin + units
         cursor.pieces_in_flight += 1
-        if blocks == rest:
+        if units == rest:
             cursor.queued = False
             queue.popleft()
             if not queue:
                 del turns[owner]
-                return cursor, begin, blocks
+                return cursor, begin, units
         if len(turns) > 1:
             turns[owner] = turns.pop(owner)
-        return cursor, begin, blocks
+        return cursor, begin, units
+
+    def _take_layers(self, bytes_max: int, room_bytes: int) -> tuple[Cursor, int, int] | None:
+        """Hand out a piece where the next in turn goes layer by layer, and may have to wait.
+
+        All transfers of one owner take turns too: their first layers go first.
+        """
+        waiting = (cursor for queue in self._turns.values() for cursor in queue)
+        cursor = next((each for each in waiting if each.next_unit < each.ready), None)
+        if cursor is None:
+            return None
+        begin = cursor.next_unit
+        most = min(bytes_max // cursor.unit_bytes, cursor.units // LAYERED_PIECES) or 1
+        units = min(cursor.ready - begin, most)
+        if units * cursor.unit_bytes > room_bytes:
+            return None
+        cursor.next_unit = begin + units
+        cursor.pieces_in_flight += 1
+        self.remove(cursor)
+        if cursor.next_unit < cursor.units:
+            cursor.queued = True
+            self.append(cursor)
+        if queue := self._turns.pop(cursor.owner, None):
+            self._turns[cursor.owner] = queue
+        return cursor, begin, units
 
     def remove(self, cursor: Cursor) -> None:
         """Take a waiting transfer out."""
@@ -89,7 +145,8 @@ class Lane:
 class Mailbox:
     """Both lanes of an actor, and the bound on what may wait."""
 
-    def __init__(self, transfers_max: int) -> None:
+    def __init__(self, transfers_max: int, block_bytes: int) -> None:
+        self._block_bytes = block_bytes
         self.inbound, self.outbound = Lane(), Lane()
         self._transfers_max = transfers_max
         self._cursors: dict[int, Cursor] = {}
@@ -112,7 +169,11 @@ class Mailbox:
             raise InvariantError(f"mailbox full: {self._transfers_max} transfers are waiting")
         source, target = transfer.route
         inbound = target < source
-        cursor = Cursor(transfer, transfer.owner, inbound, len(transfer.source_ids))
+        blocks, watch = len(transfer.source_ids), transfer.watch
+        cursor = Cursor(transfer, transfer.owner, inbound, blocks, self._block_bytes)
+        if watch is not None:
+            cursor.units, cursor.layers_left = watch.num_layers, [watch.num_layers]
+            cursor.unit_bytes = max(1, blocks * self._block_bytes // watch.num_layers)
         self._cursors[transfer.token] = cursor
         (self.inbound if inbound else self.outbound).append(cursor)
 

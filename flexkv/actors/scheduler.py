@@ -219,6 +219,8 @@ class Scheduler:
             for fill in planned.plan.fills:
                 if Tier.DISK in fill.ids:  # ahead of the write, which must wait for it
                     self._notes.erased(fill.ids[Tier.DISK])
+        if request.watch is not None:
+            request.watch.expect(planned.plan.device_tokens())
         flight = Flight(request, planned, begin_ns)
         self._flights[run_id] = flight
         self._take(flight, Launch())

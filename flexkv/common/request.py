@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.common.errors import ConfigError, FlexKVError
-from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, LayerWatch
 
 TokenMask = NDArray[np.bool_]
 _INT64 = np.dtype(np.int64)
@@ -71,7 +71,8 @@ class Request(msgspec.Struct, frozen=True):
     """A caller's request in the core's terms.
 
     `keys` has 16 bytes for the namespace's root, then for each whole block up to `span.last_block`.
-    `device_ids` is int64, one per block of the span; None for a prefetch.
+    `device_ids` is int64, one per block of the span; None for a prefetch. `watch` follows a request
+    that is moved layer by layer.
     """
 
     operation: Operation
@@ -83,6 +84,7 @@ class Request(msgspec.Struct, frozen=True):
     device_ids: BlockIds | None = None
     namespace_hash: str = ""
     """Names the namespace in traces without telling it."""
+    watch: LayerWatch | None = None
 
     @property
     def block_count(self) -> int:

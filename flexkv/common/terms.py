@@ -5,6 +5,7 @@ See `docs/glossary.md` for what each word means and does not mean.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -69,12 +70,20 @@ class LayerWatch(Protocol):
         """How many layers, from the first on, may be moved by now."""
         ...
 
+    def expect(self, tokens: Sequence[int]) -> None:
+        """Hear which transfers will move its bytes."""
+        ...
+
     def queued(self, rank: int, token: int, last: int, event: StreamEvent) -> None:
         """Hear that the layers before `last` of a transfer are queued on a rank's stream."""
         ...
 
     def moved(self, token: int, last: int) -> None:
         """Hear that the layers before `last` of a transfer are where they should be."""
+        ...
+
+    def end(self) -> None:
+        """Hear that the request has its response."""
         ...
 
 
@@ -100,7 +109,7 @@ class Layers(NamedTuple):
     """One number, shared by all pieces of the transfer: for who counts the layers that ended."""
 
 
-class Transfer(msgspec.Struct, frozen=True):
+class Transfer(msgspec.Struct, frozen=True, gc=False):
     """A batch of block copies on one route, as an actor and its port receive it.
 
     `source_ids` and `target_ids` are int64[n], the same n; `owner` groups the transfers of one

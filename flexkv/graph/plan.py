@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import msgspec
 
 from flexkv.common.errors import InvariantError
-from flexkv.common.terms import BlockIds, Tier, Transfer
+from flexkv.common.terms import BlockIds, LayerWatch, Tier, Transfer
 from flexkv.graph.ops import OpSpec, OpState, Shape
 from flexkv.index.residency import Positions
 
@@ -50,10 +50,16 @@ class Plan(msgspec.Struct, frozen=True):
     template: Template
     run_id: int
     fills: tuple[LegFill, ...]
+    watch: LayerWatch | None = None
 
     def token(self, op: OpSpec) -> int:
         """Give the op's name among all ops of all runs."""
         return self.run_id * OPS_MAX + op.index
+
+    def device_tokens(self) -> list[int]:
+        """Give the names of the ops that move bytes to or from the device."""
+        ops = self.template.ops
+        return [self.token(op) for op in ops if op.route and op.route.outer is Tier.DEVICE]
 
     def bounds(self, op: OpSpec) -> tuple[int, int]:
         """Give where the op's blocks begin and end among those of its leg."""
@@ -72,6 +78,7 @@ class Plan(msgspec.Struct, frozen=True):
             route,
             fill.ids[route.source][begin:end],
             fill.ids[route.target][begin:end],
+            self.watch if route.outer is Tier.DEVICE else None,
         )
 
 

@@ -83,7 +83,8 @@ class Draft:
 
     def add(self, hops: tuple[Route, ...], positions: Positions, ids: dict[Tier, BlockIds]) -> None:
         """Add a leg over blocks that are there; `ids` is the draft's from then on."""
-        leg, bounds = _chunked(hops, positions.block_count, self._chunk_blocks)
+        chunk_blocks = _chunk_blocks(self._request, hops, positions, self._chunk_blocks)
+        leg, bounds = _chunked(hops, positions.block_count, chunk_blocks)
         self._legs.append(leg)
         self._fills.append(_fill(self._request, positions, ids, bounds))
 
@@ -99,7 +100,15 @@ class Draft:
     def plan(self, run_id: int) -> Plan:
         """Give the plan: the shape's template with these fills."""
         template = template_of(self._request.operation, tuple(self._legs))
-        return Plan(template, run_id, tuple(self._fills))
+        return Plan(template, run_id, tuple(self._fills), self._request.watch)
+
+
+def _chunk_blocks(
+    request: Request, hops: tuple[Route, ...], positions: Positions, chunk_blocks: int
+) -> int:
+    """Give how many blocks a chunk has: what goes layer by layer in one hop is one chunk."""
+    is_one = request.watch is not None and len(hops) == 1
+    return max(1, positions.block_count) if is_one else chunk_blocks
 
 
 def _fill(
@@ -192,9 +201,10 @@ class Planner:
             return Plan(template_of(request.operation, ()), run_id, ())
         placement = found.ready[Tier.HOST]
         positions, block_ids = placement.positions, placement.block_ids
-        leg, bounds = _chunked(_ONWARD, positions.block_count, self._limits.chunk_blocks)
+        chunk_blocks = _chunk_blocks(request, _ONWARD, positions, self._limits.chunk_blocks)
+        leg, bounds = _chunked(_ONWARD, positions.block_count, chunk_blocks)
         fill = _fill(request, positions, {Tier.HOST: block_ids}, bounds)
-        return Plan(template_of(Operation.GET, (leg,)), run_id, (fill,))
+        return Plan(template_of(Operation.GET, (leg,)), run_id, (fill,), request.watch)
 
     # -- loads: get and prefetch ----------------------------------------------------------------
 

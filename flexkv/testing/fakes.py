@@ -17,6 +17,7 @@ from flexkv.common.errors import ClosedError, InvariantError, StorageError, Tran
 from flexkv.common.extents import check_ids
 from flexkv.common.terms import BlockIds, Tier, Transfer
 from flexkv.io.ports import Completion
+from flexkv.io.sums import Sums
 from flexkv.testing.faults import FaultPlan
 
 SECTOR_BYTES = 4
@@ -156,9 +157,13 @@ class FakePort:
         self.on_io()
         to_host = transfer.route.target is Tier.HOST
         source, target = (self._store, self._host) if to_host else (self._host, self._store)
-        span = slice(self._block_bytes)
+        layers, size = transfer.layers, self._block_bytes
+        span = slice(size)
+        if layers is not None and transfer.watch is not None:
+            of = transfer.watch.num_layers
+            span = slice(size * layers.first // of, size * layers.last // of)
         target[transfer.target_ids[which], span] = source[transfer.source_ids[which], span]
-        if to_host and self._sums is not None:
+        if to_host and self._sums is not None and layers is None:
             host_ids = transfer.target_ids[which]
             self._sums[host_ids] = sums_of(self._host[host_ids])
         if transfer.route.target is Tier.DISK:
@@ -239,10 +244,15 @@ def sums_of(blocks: NDArray[np.uint8]) -> list[int]:
 class FakeSummer:
     """Sums blocks of an array after a delay; until then their sums are wrong."""
 
-    def __init__(self, host: NDArray[np.uint8], faults: FaultPlan) -> None:
-        """Sum rows of `host`, uint8[blocks, bytes], with the delays of a fault plan."""
+    def __init__(
+        self, host: NDArray[np.uint8], faults: FaultPlan, sums: Sums | None = None
+    ) -> None:
+        """Sum rows of `host`, uint8[blocks, bytes], with the delays of a fault plan.
+
+        `sums` is another summer's array, to keep the same sums.
+        """
         self._faults = faults
-        self.sums = np.zeros(len(host), np.uint64)
+        self.sums: Sums = np.zeros(len(host), np.uint64) if sums is None else sums
         self._host = host
         self._ended: list[int] = []
         self._wake: Callable[[], None] | None = None

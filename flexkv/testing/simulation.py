@@ -25,6 +25,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from flexkv.backend import Device, Progress
@@ -38,6 +39,8 @@ from flexkv.index.keys import block_keys
 from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.journal import Journal
 from flexkv.io.ports import DurablePort, TransferPort
+from flexkv.io.summed import SummedPort
+from flexkv.layerwise import LayerProgress
 from flexkv.ledger import Ledger
 from flexkv.scrub import Scrubber
 from flexkv.testing.fakes import FakePort, FakeSummer
@@ -56,6 +59,10 @@ MIXES = [
     [Operation.PUT, Operation.PUT, Operation.PUT, Operation.GET],
 ]
 """What is asked for, one as often as the other."""
+
+
+LAYERS = 4
+LAYER_BYTES = BLOCK_KEY_BYTES // LAYERS
 
 
 class Remains(NamedTuple):
@@ -120,8 +127,11 @@ class FakeBackend:
         return device
 
     def joined(self, devices: Sequence[Device]) -> TransferPort:
-        """Give the one device's port."""
-        return devices[0].port
+        """Give the one device's port; what comes layer by layer is summed behind it."""
+        if self._sums is None:
+            return devices[0].port
+        summer = FakeSummer(self._memory, self._faults, self._sums)
+        return SummedPort(devices[0].port, summer, has_summed=True)
 
 
 class Simulation:
@@ -325,6 +335,9 @@ class Simulation:
                 self.device[slot] = content
         ready = self.engine.with_slots(request, self._slot_mapping(request, slots))
         assert ready is not None
+        if slots and self.random.random() < 0.3:
+            await self._layer_by_layer(ready, slots, np.array(contents), give_up_s)
+            return
         response = await self._perform(ready, give_up_s)
         if response is None or request.operation is not Operation.GET:
             return
@@ -333,6 +346,69 @@ class Simulation:
             if moved[(first + position) * TOKENS_PER_BLOCK]:
                 self.moved_blocks += 1
                 assert np.array_equal(self.device[slot], content), "wrong bytes"
+
+    async def _layer_by_layer(
+        self,
+        request: Request,
+        slots: list[int],
+        contents: NDArray[np.uint8],
+        give_up_s: float | None,
+    ) -> None:
+        """Write a put's layers one after the other, or look at a get's as they come."""
+        is_put = request.operation is Operation.PUT
+        progress = LayerProgress(LAYERS, 0 if is_put else LAYERS)
+        watched = structs.replace(request, watch=progress)
+        if is_put:
+            self.device[slots] = GARBAGE
+            give_up_s = give_up_s or 1.0  # it may stop in the middle
+        follow = self._write_layers if is_put else self._look_at_layers
+        seen: dict[int, NDArray[np.uint8]] = {}
+        async with asyncio.TaskGroup() as group:
+            follower = group.create_task(follow(progress, slots, contents, seen))
+            response = await self._perform(watched, give_up_s)
+            progress.end()
+            if is_put:
+                follower.cancel()
+        if response is None or is_put:
+            return
+        first, last = request.span.first_block, request.span.last_block
+        moved = response.return_mask[: last * TOKENS_PER_BLOCK : TOKENS_PER_BLOCK][first:]
+        for layer, content in seen.items():
+            columns = slice(layer * LAYER_BYTES, (layer + 1) * LAYER_BYTES)
+            assert np.array_equal(content[moved], contents[moved, columns]), "wrong layer"
+        if moved.all() and len(moved):
+            assert len(seen) == LAYERS, "a layer was not told of"
+        self.moved_blocks += int(moved.sum())
+        at = np.array(slots, np.int64)[moved]
+        assert np.array_equal(self.device[at], contents[moved]), "wrong bytes"
+
+    async def _write_layers(
+        self,
+        progress: LayerProgress,
+        slots: list[int],
+        contents: NDArray[np.uint8],
+        _: dict[int, NDArray[np.uint8]],
+    ) -> None:
+        stop_at = self.random.choice([LAYERS, LAYERS, self.random.randrange(LAYERS)])
+        for layer in range(stop_at):
+            await asyncio.sleep(self.random.uniform(0.0, 0.002))
+            columns = slice(layer * LAYER_BYTES, (layer + 1) * LAYER_BYTES)
+            self.device[slots, columns] = contents[:, columns]
+            progress.ready = layer + 1
+            self.engine.nudge_device()
+
+    async def _look_at_layers(
+        self,
+        progress: LayerProgress,
+        slots: list[int],
+        _: NDArray[np.uint8],
+        seen: dict[int, NDArray[np.uint8]],
+    ) -> None:
+        for layer in range(LAYERS):
+            if not await progress.reached(layer):
+                return
+            columns = slice(layer * LAYER_BYTES, (layer + 1) * LAYER_BYTES)
+            seen[layer] = self.device[slots, columns].copy()
 
     @staticmethod
     def _slot_mapping(request: Request, slots: list[int]) -> NDArray[np.int64]:

@@ -20,52 +20,52 @@ def transfer(token: int, owner: int, blocks: int = 4, route: Route = READ) -> Tr
 
 def test_requests_take_turns_piece_by_piece() -> None:
     """A small request behind a large one is served at the second turn."""
-    mailbox = Mailbox(8)
+    mailbox = Mailbox(8, 1)
     for token, owner in ((1, 1), (2, 1), (3, 2)):
         mailbox.put(transfer(token, owner))
     order = []
-    while (taken := mailbox.inbound.take(2, room_blocks=8)) is not None:
+    while (taken := mailbox.inbound.take(2, room_bytes=8)) is not None:
         order.append(taken[0].transfer.token)
     assert order == [1, 3, 1, 3, 2, 2]
 
 
 def test_directions_have_lanes_of_their_own() -> None:
     """What goes towards the device waits apart from what goes away from it."""
-    mailbox = Mailbox(8)
+    mailbox = Mailbox(8, 1)
     mailbox.put(transfer(1, 1, route=WRITE))
     mailbox.put(transfer(2, 1, route=READ))
     for lane, token in ((mailbox.inbound, 2), (mailbox.outbound, 1)):
-        taken = lane.take(8, room_blocks=8)
+        taken = lane.take(8, room_bytes=8)
         assert taken is not None
         assert taken[0].transfer.token == token
 
 
 def test_a_waiting_transfer_can_be_taken_out() -> None:
     """A recall removes one transfer and leaves its owner's others."""
-    mailbox = Mailbox(8)
+    mailbox = Mailbox(8, 1)
     mailbox.put(transfer(1, 1))
     mailbox.put(transfer(2, 1))
     cursor = mailbox.find(1)
     assert cursor is not None
     mailbox.inbound.remove(cursor)
     assert cursor.over
-    taken = mailbox.inbound.take(8, room_blocks=8)
+    taken = mailbox.inbound.take(8, room_bytes=8)
     assert taken is not None
     assert taken[0].transfer.token == 2
 
 
 def test_what_does_not_fit_the_room_waits() -> None:
     """Nothing is handed out, and nothing loses its turn."""
-    mailbox = Mailbox(8)
+    mailbox = Mailbox(8, 1)
     mailbox.put(transfer(1, 1))
-    assert mailbox.inbound.take(4, room_blocks=3) is None
-    assert mailbox.inbound.take(4, room_blocks=4) is not None
-    assert mailbox.inbound.take(4, room_blocks=4) is None
+    assert mailbox.inbound.take(4, room_bytes=3) is None
+    assert mailbox.inbound.take(4, room_bytes=4) is not None
+    assert mailbox.inbound.take(4, room_bytes=4) is None
 
 
 def test_a_full_mailbox_is_an_invariant_error() -> None:
     """Admission bounds what arrives; more is our own mistake, not a longer queue."""
-    mailbox = Mailbox(1)
+    mailbox = Mailbox(1, 1)
     mailbox.put(transfer(1, 1))
     with pytest.raises(InvariantError):
         mailbox.put(transfer(2, 1))

@@ -1,0 +1,79 @@
+"""How calls reach the engine's loop: on it, from its thread's outside, or from another loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from flexkv.common.errors import ClosedError
+from flexkv.common.request import KVResponse, Operation
+from flexkv.engine import Engine
+from flexkv.loop_thread import LoopThread
+from flexkv.tasks import TaskTable
+
+T = TypeVar("T")
+
+
+class Crossing:
+    """An engine and its tasks, on the caller's loop or in a thread of its own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._tasks = TaskTable(engine)
+        self._thread: LoopThread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Give the layers of the model."""
+        return self._engine.model.num_layers
+
+    def start_task(self, operation: Operation, *arguments: Any) -> int:
+        """Start a request behind what the calling thread's streams have queued; its task id."""
+        self._engine.order_after(operation)
+        return self._call(lambda: self._tasks.start(operation, *arguments))
+
+    async def task_response(self, task_id: int) -> KVResponse:
+        """Give a task's response once it has one.
+
+        Cancellation: the task is cancelled, and CancelledError raised once it is over.
+        """
+        return await self._async(lambda: self._tasks.response(task_id))
+
+    def layers_written(self) -> None:
+        """Let what waits for layers look again, behind what this thread's streams have queued."""
+        self._engine.order_after(Operation.PUT)
+        if self._thread is not None:
+            self._thread.post(self._engine.nudge_device)
+        else:
+            self._call(self._engine.nudge_device)
+
+    def _call(self, work: Callable[[], T]) -> T:
+        """Do synchronous work on the engine's loop."""
+        if self._thread is None:
+            self._check_loop()
+            return work()
+
+        async def wrapped() -> T:
+            return work()
+
+        return self._thread.call(wrapped)
+
+    async def _async(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Run work on the engine's loop, from there or from another."""
+        if self._thread is not None:
+            return await self._thread.call_async(work)
+        self._check_loop()
+        return await work()
+
+    def _check_loop(self) -> None:
+        """Refuse a call from a thread that does not run the engine's loop."""
+        if self._loop is None:
+            raise ClosedError("the manager is not started: use `async with` or start()")
+        try:
+            here = asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            here = False
+        if not here:
+            raise ClosedError("the manager runs on another loop: call it there, or use start()")
