@@ -54,7 +54,10 @@ class Settings(ConfigModel):
     log_level: str = key("info", "Least severity that is logged.")
     logging_prefix: str = key("", "Stands on every log line.")
     enable_layerwise_transfer: bool = key(
-        False, "Hand loads over layer by layer.", part="a connector that loads layer by layer", built=(False,)
+        False,
+        "Hand loads over layer by layer.",
+        part="a connector that loads layer by layer",
+        built=(False,),
     )
     sync_get: bool = key(
         False,
