@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 APT_PACKAGES := gcc python3-dev python3-venv liburing-dev libxxhash-dev
 
-.PHONY: help setup ext demo test check lint types coverage sanitize bench soak wheel clean
+.PHONY: help setup ext demo test check lint types gpu coverage sanitize bench soak wheel clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,12 @@ lint: $(VENV)/.setup-dev  ## ruff
 types: $(VENV)/.setup-dev  ## mypy strict; pyright on the public surface
 	$(BIN)/mypy
 	$(BIN)/pyright
+
+gpu: $(VENV)/.setup-dev  ## The tests that need a GPU, the kernel's under compute-sanitizer too
+	$(BIN)/python -m pytest -m gpu tests/gpu
+	for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 1 \
+		$(BIN)/python -m pytest -q -m gpu tests/gpu \
+		-k 'bytes_come_back and (kernel or staged) and bfloat16' || exit 1; done
 
 coverage: $(VENV)/.setup-dev  ## Branch coverage of the pure folders; fails below 95 %
 	$(BIN)/python -m pytest -q --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 tests

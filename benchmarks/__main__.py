@@ -15,7 +15,7 @@ from rich.table import Table
 
 from benchmarks.harness import Figures, Options, machine, save
 
-CASES = ("control", "graph", "index", "gather", "disk", "survive", "cuda")
+CASES = ("control", "graph", "index", "gather", "disk", "survive", "cuda", "cuda_get", "ttft")
 
 
 def run(

@@ -39,10 +39,10 @@ class Answer(NamedTuple):
     cache: DynamicCache
 
 
-def open_model(path: str | None) -> torch.nn.Module:
+def open_model(path: str | None, device: str = "cpu") -> torch.nn.Module:
     """Load a model, or make a small one of random weights."""
     if path is not None:
-        return AutoModelForCausalLM.from_pretrained(path).eval()
+        return AutoModelForCausalLM.from_pretrained(path).to(device).eval()
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=2000,
@@ -53,7 +53,7 @@ def open_model(path: str | None) -> torch.nn.Module:
         num_key_value_heads=4,
         max_position_embeddings=1 << 15,
     )
-    return LlamaForCausalLM(shape).eval()
+    return LlamaForCausalLM(shape).to(device).eval()
 
 
 class Pages:
@@ -65,7 +65,8 @@ class Pages:
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (2, blocks, TOKENS_PER_BLOCK, heads, dim)
         self.layers = [
-            torch.zeros(shape, dtype=model.dtype) for _ in range(config.num_hidden_layers)
+            torch.zeros(shape, dtype=model.dtype, device=model.device)
+            for _ in range(config.num_hidden_layers)
         ]
         self.model = ModelConfig(
             num_layers=len(self.layers), num_kv_heads=heads, head_size=dim, dtype=model.dtype
@@ -90,14 +91,14 @@ class Pages:
 def answer(model: torch.nn.Module, prompt: list[int], cache: DynamicCache, loaded: int) -> Answer:
     """Compute what the cache lacks of a prompt, and go on greedily."""
     begin_s = time.perf_counter()
-    step = torch.tensor([prompt[loaded:]])
+    step = torch.tensor([prompt[loaded:]], device=model.device)
     tokens: list[int] = []
     first_token_s = 0.0
     while len(tokens) < NEW_TOKENS:
         logits = model(step, past_key_values=cache, use_cache=True).logits[0, -1]
         tokens.append(int(logits.argmax()))
         first_token_s = first_token_s or time.perf_counter() - begin_s
-        step = torch.tensor([[tokens[-1]]])
+        step = torch.tensor([[tokens[-1]]], device=model.device)
     return Answer(tokens, first_token_s, loaded, cache)
 
 
@@ -127,7 +128,7 @@ def conversation(model: torch.nn.Module, turns: int, tokens: int) -> list[list[i
 
 async def main(arguments: argparse.Namespace) -> int:
     """Answer every turn both ways; the exit status says whether they agreed."""
-    model = open_model(arguments.model)
+    model = open_model(arguments.model, arguments.device)
     prompts = conversation(model, arguments.turns, arguments.tokens)
     blocks = -(-len(prompts[-1]) // TOKENS_PER_BLOCK)
     pages = Pages(model, blocks)
@@ -159,6 +160,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a local model; without it, random weights")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=256, help="tokens that each turn adds")
     parser.add_argument("--ssd", type=Path, help="keep blocks in this directory too")

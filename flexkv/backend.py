@@ -21,7 +21,7 @@ from flexkv.index.keys import blocks_are
 from flexkv.io.arena import Arena
 from flexkv.io.cpu import CpuDevicePort
 from flexkv.io.cuda.choice import Wish
-from flexkv.io.cuda.driver import BoundDriver
+from flexkv.io.cuda.driver import BoundDriver, why_no_gds
 from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
 from flexkv.io.files import StripedFiles
@@ -104,6 +104,10 @@ class LocalBackend:
             ConfigError: memory, directory or disk space is not there.
         """
         cache, sizes = self._cache, self._sizes
+        if cache.enable_gds:
+            log.warning(
+                "gds not used", reason=why_no_gds(), instead="SSD blocks go through the host"
+            )
         self._arena = Arena.open(
             sizes.num_host_blocks,
             sizes.block_stride_bytes,

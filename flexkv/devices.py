@@ -46,6 +46,12 @@ class Devices:
         return min(device.num_blocks for device in self._by_rank.values())
 
     @property
+    def kind(self) -> str:
+        """Give what kind of device they are, "cpu" or "cuda"; of several the slower."""
+        kinds = {device.place[0] for device in self._by_rank.values()}
+        return "cpu" if "cpu" in kinds else "cuda"
+
+    @property
     def missing(self) -> FlexKVError | None:
         """Tell why no bytes can be moved to or from the devices; None when they can."""
         if self._failure is not None:

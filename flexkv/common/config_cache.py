@@ -155,10 +155,9 @@ class CacheConfig(ConfigModel):
     )
     enable_gds: bool = key(
         False,
-        "Move between SSD and GPU directly.",
+        "Move between SSD and GPU directly. Not built: blocks go through host memory, where they "
+        "are checked, and a warning says so.",
         old=("use_gds",),
-        part="GPU direct storage",
-        built=(False,),
     )
 
     # remote tier

@@ -83,8 +83,7 @@ class Draft:
 
     def add(self, hops: tuple[Route, ...], positions: Positions, ids: dict[Tier, BlockIds]) -> None:
         """Add a leg over blocks that are there; `ids` is the draft's from then on."""
-        chunk_blocks = _chunk_blocks(self._request, hops, positions, self._chunk_blocks)
-        leg, bounds = _chunked(hops, positions.block_count, chunk_blocks)
+        leg, bounds = _chunked(hops, positions.block_count, self._chunk_blocks)
         self._legs.append(leg)
         self._fills.append(_fill(self._request, positions, ids, bounds))
 
@@ -101,14 +100,6 @@ class Draft:
         """Give the plan: the shape's template with these fills."""
         template = template_of(self._request.operation, tuple(self._legs))
         return Plan(template, run_id, tuple(self._fills), self._request.watch)
-
-
-def _chunk_blocks(
-    request: Request, hops: tuple[Route, ...], positions: Positions, chunk_blocks: int
-) -> int:
-    """Give how many blocks a chunk has: what goes layer by layer in one hop is one chunk."""
-    is_one = request.watch is not None and len(hops) == 1
-    return max(1, positions.block_count) if is_one else chunk_blocks
 
 
 def _fill(
@@ -201,8 +192,7 @@ class Planner:
             return Plan(template_of(request.operation, ()), run_id, ())
         placement = found.ready[Tier.HOST]
         positions, block_ids = placement.positions, placement.block_ids
-        chunk_blocks = _chunk_blocks(request, _ONWARD, positions, self._limits.chunk_blocks)
-        leg, bounds = _chunked(_ONWARD, positions.block_count, chunk_blocks)
+        leg, bounds = _chunked(_ONWARD, positions.block_count, self._limits.chunk_blocks)
         fill = _fill(request, positions, {Tier.HOST: block_ids}, bounds)
         return Plan(template_of(Operation.GET, (leg,)), run_id, (fill,), request.watch)
 
@@ -412,8 +402,11 @@ def template_of(operation: Operation, legs: tuple[Leg, ...]) -> Template:
 def chunks_of(hops: tuple[Route, ...], block_count: int, chunk_blocks: int) -> int:
     """Give into how many chunks to split a leg.
 
-    One hop overlaps nothing: larger chunks, which only bound how long a cancel takes.
+    What only goes to the device is one chunk: nobody joins it, and its actor cuts it in pieces, so
+    that a cancel is not slower. One other hop overlaps nothing: larger chunks.
     """
+    if hops == _ONWARD:
+        return min(1, block_count)
     return chunk_count(block_count, chunk_blocks * (1 if len(hops) > 1 else SINGLE_HOP_CHUNKS))
 
 

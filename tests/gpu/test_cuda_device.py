@@ -1,20 +1,24 @@
-"""The CUDA device port on a real GPU: the same laws, the same bytes. `pytest -m gpu`."""
+"""CUDA devices on a real GPU: the same laws, the same bytes. `make gpu` runs them."""
 
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.layout import infer_layout
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.arena import Arena
-from flexkv.io.cuda.choice import Choice
+from flexkv.io.cuda.choice import Choices, How, Wish
 from flexkv.io.cuda.driver import BoundDriver
+from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
 from flexkv.io.tensors import spec_of
+from flexkv.kvmanager import KVManager
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -22,39 +26,72 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 
-BLOCKS, HOST_BLOCKS = 64, 48
+BLOCKS, HOST_BLOCKS, LAYERS = 64, 48, 6
 DTYPES = ["bfloat16", "float16", "float32", "int8", "float8_e4m3fn"]
 SHAPES: dict[str, Any] = {
-    "kv-blocks": lambda tokens: (2, BLOCKS, tokens, 4, 64),
-    "blocks-kv": lambda tokens: (BLOCKS, 2, tokens, 4, 64),
-    "mla": lambda tokens: (BLOCKS, tokens, 256),
+    "kv-blocks": lambda tokens, heads: (2, BLOCKS, tokens, heads, 64),
+    "blocks-kv": lambda tokens, heads: (BLOCKS, 2, tokens, heads, 64),
+    "blocks-heads": lambda tokens, heads: (BLOCKS, heads, tokens, 128),
+    "fused": lambda tokens, heads: (BLOCKS, tokens, heads, 128),
+    "mla": lambda tokens, heads: (BLOCKS, tokens, 256),
 }
+ENGINE = Wish(use_engine=True)
+every_way = pytest.mark.parametrize("how", How)
+
+
+def model_of(shape: str, dtype: str, tp_size: int = 1) -> ModelConfig:
+    """Give the model whose ranks have such tensors."""
+    mla = shape == "mla"
+    heads, size = (1, 256) if mla else (4, 64)
+    return ModelConfig(
+        num_layers=LAYERS, num_kv_heads=heads, head_size=size, dtype=dtype, use_mla=mla,
+        tp_size=tp_size,
+    )  # fmt: skip
+
+
+def named(shape: str) -> str | None:
+    """Give the name of a layout, where the shape does not tell it."""
+    return None if shape == "mla" else shape
+
+
+def tensors_of(shape: str, model: ModelConfig, tokens: int, seed: int = 0) -> list[Any]:
+    """Give a rank's tensors of random bytes, on the GPU."""
+    heads = max(1, model.num_kv_heads // model.tp_size)
+    *outer, inner = SHAPES[shape](tokens, heads)
+    dtype = getattr(torch, model.dtype)
+    random = torch.Generator(device="cuda").manual_seed(seed)
+    size = (*outer, inner * dtype.itemsize)
+    return [
+        torch.randint(
+            0, 256, size, dtype=torch.uint8, device="cuda", generator=random
+        ).view(dtype)
+        for _ in range(LAYERS)
+    ]  # fmt: skip
+
+
+def blocks_first(shape: str, layers: list[Any]) -> list[Any]:
+    """Give a copy of all layers' bytes, on the CPU, blocks first."""
+    torch.cuda.synchronize()
+    arrays = [layer.view(torch.uint8).cpu().numpy().copy() for layer in layers]
+    return [np.moveaxis(array, 1, 0) if shape == "kv-blocks" else array for array in arrays]
 
 
 class Rig:
     """A port over the real driver, and tensors of known bytes."""
 
-    def __init__(self, shape: str, dtype: str, tokens: int, choice: Choice) -> None:
-        size = SHAPES[shape](tokens)
-        self.layers = [
-            torch.randint(0, 256, (*size[:-1], size[-1] * getattr(torch, dtype).itemsize),
-                          dtype=torch.uint8, device="cuda").view(getattr(torch, dtype))
-            for _ in range(3)
-        ]  # fmt: skip
-        heads, dim, kv = (1, 256, 1) if shape == "mla" else (4, 64, 2)
+    def __init__(self, shape: str, dtype: str, tokens: int, how: How = How.ENGINE) -> None:
+        model = model_of(shape, dtype)
+        self.layers = tensors_of(shape, model, tokens)
         specs = [spec_of(layer) for layer in self.layers]
-        layout = infer_layout(specs, tokens, heads, dim, kv)
+        layout = infer_layout(specs, model.shapes(tokens), named(shape))
         self.arena = Arena.open(HOST_BLOCKS, -(-layout.block_bytes // 4096) * 4096)
-        driver = BoundDriver(0)
-        self.port = CudaDevicePort(layout, self.arena, self.layers, driver, (choice, choice))
+        torch.cuda.synchronize()
+        wishes = (ENGINE, ENGINE)
+        self.port = CudaDevicePort(layout, Pinned(self.arena), self.layers, BoundDriver(0), wishes)
+        for way in self.port._ways:
+            way.choices = Choices.always(how)
         self.woken = asyncio.Event()
         self.port.connect(self.woken.set)
-        torch.cuda.synchronize()
-
-    def bytes(self) -> Any:
-        """Give a copy of all layers' bytes."""
-        torch.cuda.synchronize()
-        return [layer.view(torch.uint8).cpu().numpy().copy() for layer in self.layers]
 
     async def run(self, *transfers: Transfer) -> None:
         """Run transfers to their ends, all of them good."""
@@ -74,30 +111,30 @@ class Rig:
         self.arena.close()
 
 
-@pytest.mark.parametrize("choice", [Choice(True), Choice(False)], ids=["engine", "kernel"])
+@every_way
 @pytest.mark.parametrize("tokens", [1, 16, 64])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-async def test_bytes_come_back(shape: str, dtype: str, tokens: int, choice: Choice) -> None:
+async def test_bytes_come_back(shape: str, dtype: str, tokens: int, how: How) -> None:
     """Scattered blocks that went to the host and came back elsewhere are the same bytes."""
-    rig = Rig(shape, dtype, tokens, choice)
+    rig = Rig(shape, dtype, tokens, how)
     random = np.random.default_rng(tokens)
     device, host, back = (random.permutation(n)[:20] for n in (BLOCKS, HOST_BLOCKS, BLOCKS))
-    before = rig.bytes()
+    before = blocks_first(shape, rig.layers)
     await rig.run(Transfer(1, 1, Route(Tier.DEVICE, Tier.HOST), device, host))
     await rig.run(Transfer(2, 1, Route(Tier.HOST, Tier.DEVICE), host, back))
-    axis = 1 if shape == "kv-blocks" else 0
-    for old, new in zip(before, rig.bytes(), strict=True):
-        expected = np.moveaxis(old.copy(), axis, 0)
-        expected[back] = np.moveaxis(old, axis, 0)[device]
-        assert np.array_equal(np.moveaxis(new, axis, 0), expected)
+    for old, new in zip(before, blocks_first(shape, rig.layers), strict=True):
+        expected = old.copy()
+        expected[back] = old[device]
+        assert np.array_equal(new, expected)
     rig.close()
 
 
-async def test_both_directions_at_once() -> None:
+@every_way
+async def test_both_directions_at_once(how: How) -> None:
     """Many transfers on both streams, each whole."""
-    rig = Rig("kv-blocks", "bfloat16", 16, Choice())
-    before = rig.bytes()
+    rig = Rig("kv-blocks", "bfloat16", 16, how)
+    before = blocks_first("kv-blocks", rig.layers)
     to_host = [
         Transfer(n, 1, Route(Tier.DEVICE, Tier.HOST), np.arange(8), np.arange(8)) for n in range(20)
     ]
@@ -106,39 +143,199 @@ async def test_both_directions_at_once() -> None:
         for n in range(20)
     ]
     await rig.run(*(each for pair in zip(to_host, to_device, strict=True) for each in pair))
-    for number, (old, new) in enumerate(zip(before, rig.bytes(), strict=True)):
-        assert np.array_equal(np.delete(new, range(8, 16), 1), np.delete(old, range(8, 16), 1))
-        page = old[0, :8].reshape(8, -1).shape[1]
-        host = rig.arena.array[:8, 2 * number * page : (2 * number + 1) * page]
-        assert np.array_equal(host, old[0, :8].reshape(8, -1))
+    for number, (old, new) in enumerate(
+        zip(before, blocks_first("kv-blocks", rig.layers), strict=True)
+    ):
+        others = np.r_[0:8, 16:BLOCKS]
+        assert np.array_equal(new[others], old[others])
+        size = old[0].size
+        host = rig.arena.array[:8, number * size : (number + 1) * size]
+        assert np.array_equal(host, old[:8].reshape(8, -1))
     rig.close()
 
 
-async def test_what_is_faster_is_measured() -> None:
-    """In memory of its own: the caches are as they were."""
-    rig = Rig("kv-blocks", "bfloat16", 16, Choice())
-    before = rig.bytes()
-    driver = BoundDriver(0)
+async def test_old_drivers_copy_grids() -> None:
+    """Where there is no batch call, 2-D copies move the same bytes."""
+    rig = Rig("kv-blocks", "bfloat16", 16)
+    rig.port._driver._batch = rig.port._driver._copy_each
+    before = blocks_first("kv-blocks", rig.layers)
+    every = np.arange(0, 40, 2)
+    await rig.run(Transfer(1, 1, Route(Tier.DEVICE, Tier.HOST), every, every + 1))
+    await rig.run(Transfer(2, 1, Route(Tier.HOST, Tier.DEVICE), every + 1, every + 20))
+    for old, new in zip(before, blocks_first("kv-blocks", rig.layers), strict=True):
+        expected = old.copy()
+        expected[every + 20] = old[every]
+        assert np.array_equal(new, expected)
+    rig.close()
+
+
+def kept_choices(folder: Path) -> int:
+    """Count the measurements that were kept."""
+    return len(list(folder.rglob("choices-*.json")))
+
+
+async def test_what_is_faster_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory of its own, in less than a second; the second time it is read."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rig = Rig("kv-blocks", "bfloat16", 16)
+    before = blocks_first("kv-blocks", rig.layers)
     specs = [spec_of(layer) for layer in rig.layers]
-    layout = infer_layout(specs, 16, 4, 64, 2)
-    arena = Arena.open(HOST_BLOCKS, layout.block_bytes)
-    port = CudaDevicePort(layout, arena, rig.layers, driver)
-    for old, new in zip(before, rig.bytes(), strict=True):
+    layout = infer_layout(specs, model_of("kv-blocks", "bfloat16").shapes(16))
+    found = []
+    for _ in range(2):
+        arena = Arena.open(HOST_BLOCKS, layout.block_bytes)
+        port = CudaDevicePort(layout, Pinned(arena), rig.layers, BoundDriver(0))
+        found.append(port.choices)
+        port.close()
+        arena.close()
+    assert found[0] == found[1]
+    assert kept_choices(tmp_path) == 1
+    for old, new in zip(before, blocks_first("kv-blocks", rig.layers), strict=True):
         assert np.array_equal(old, new)
-    port.close()
-    arena.close()
     rig.close()
 
 
-async def test_a_put_reads_what_a_stream_has_queued() -> None:
-    """A long kernel that writes the pages comes first."""
-    rig = Rig("kv-blocks", "float32", 16, Choice())
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)
-        rig.layers[0].fill_(3.0)
-    rig.port.order_after(stream.cuda_stream)
-    await rig.run(Transfer(1, 1, Route(Tier.DEVICE, Tier.HOST), np.arange(8), np.arange(8)))
-    page = 16 * 4 * 64 * 4
-    assert (rig.arena.array[:8, :page].copy().view(np.float32) == 3.0).all()
-    rig.close()
+# -- through the manager -------------------------------------------------------------------------
+
+
+def slots_of(blocks: Any, tokens: int) -> Any:
+    """Give the slots of whole blocks."""
+    return (np.asarray(list(blocks))[:, None] * tokens + np.arange(tokens)).ravel()
+
+
+def cache_of(folder: Path, tokens: int) -> CacheConfig:
+    """Give a configuration with a small SSD tier."""
+    return CacheConfig(
+        tokens_per_block=tokens, num_cpu_blocks=96, num_ssd_blocks=96, ssd_cache_dir=str(folder)
+    )
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_every_rank_gets_its_bytes(
+    shape: str, dtype: str, tp_size: int, tmp_path: Path
+) -> None:
+    """Several ranks on one GPU; from host memory, from SSD, and layer by layer."""
+    tokens, prompt = 16, np.arange(20 * 16)
+    model = model_of(shape, dtype, tp_size)
+    ranks = [
+        tensors_of(shape, model, tokens, model.part_of(rank).number) for rank in range(tp_size)
+    ]
+    before = [[each[:20] for each in blocks_first(shape, layers)] for layers in ranks]
+    async with KVManager(model, cache_of(tmp_path, tokens)) as manager:
+        for rank, layers in enumerate(ranks):
+            manager.register_kv_caches(layers, named(shape), rank)
+        assert (await manager.put(prompt, slots_of(range(20), tokens))).return_mask.all()
+        await manager.flush()
+        for name in ("host", "SSD", "layers"):
+            for layers in ranks:
+                for layer in layers:
+                    layer.view(torch.uint8).zero_()
+            if name == "SSD":
+                manager.clear(Tier.HOST)
+            slots = slots_of(range(40, 60), tokens)
+            if name == "layers":
+                response = await manager.get_layerwise(prompt, slots)
+            else:
+                response = await manager.get(prompt, slots)
+            assert response.return_mask.all()
+            for old, layers in zip(before, ranks, strict=True):
+                for one, new in zip(old, blocks_first(shape, layers), strict=True):
+                    assert np.array_equal(new[40:60], one), name
+
+
+async def test_a_put_reads_what_the_callers_stream_has_queued(tmp_path: Path) -> None:
+    """A long kernel that writes the pages comes first, without a device-wide wait."""
+    tokens, prompt = 16, np.arange(8 * 16)
+    model = model_of("kv-blocks", "float32")
+    layers = tensors_of("kv-blocks", model, tokens)
+    async with KVManager(model, cache_of(tmp_path, tokens)) as manager:
+        manager.register_kv_caches(layers)
+        stream = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)
+            layers[0].fill_(3.0)
+            await manager.put(prompt, slots_of(range(8), tokens))
+        await manager.get(prompt, slots_of(range(20, 28), tokens))
+        assert (layers[0][:, 20:28] == 3.0).all()
+
+
+def test_a_stream_waits_for_layers(tmp_path: Path) -> None:
+    """Work behind the wait sees the layer; the thread did not wait for the copies."""
+    tokens, prompt = 16, np.arange(20 * 16)
+    model = model_of("kv-blocks", "float32")
+    layers = tensors_of("kv-blocks", model, tokens)
+    manager = KVManager(model, cache_of(tmp_path, tokens))
+    manager.start()
+    try:
+        manager.register_kv_caches(layers)
+        put = manager.put_layerwise(prompt, slots_of(range(20), tokens))
+        for number in range(LAYERS):
+            torch.cuda._sleep(1_000_000)
+            layers[number][:, :20] = float(number + 1)
+            put.layer_written(number)
+        assert manager.wait(put.task_id)[put.task_id].return_mask.all()
+        stream = torch.cuda.Stream()
+        get = manager.get_layerwise(prompt, slots_of(range(40, 60), tokens))
+        seen = []
+        with torch.cuda.stream(stream):
+            for number in range(LAYERS):
+                assert get.wait_for_layer(number, stream=stream.cuda_stream)
+                seen.append((layers[number][:, 40:60] == float(number + 1)).all())
+        assert manager.wait(get.task_id)[get.task_id].return_mask.all()
+        assert all(bool(each) for each in seen)
+    finally:
+        manager.shutdown()
+
+
+async def test_a_graph_that_is_captured_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    """Another thread captures while puts and gets are made: both come out right."""
+    tokens, prompt = 16, np.arange(20 * 16)
+    model = model_of("kv-blocks", "float32")
+    layers = tensors_of("kv-blocks", model, tokens)
+    value = torch.zeros(1000, device="cuda")
+    graph, ready, go_on = torch.cuda.CUDAGraph(), asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def capture() -> None:
+        with torch.cuda.graph(graph):
+            value.add_(1.0)
+            loop.call_soon_threadsafe(ready.set)
+            asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(20)
+            value.add_(1.0)
+
+    async with KVManager(model, cache_of(tmp_path, tokens)) as manager:
+        manager.register_kv_caches(layers)
+        captured = asyncio.create_task(asyncio.to_thread(capture))
+        await ready.wait()
+        assert (await manager.put(prompt, slots_of(range(20), tokens))).return_mask.all()
+        assert (await manager.get(prompt, slots_of(range(40, 60), tokens))).return_mask.all()
+        go_on.set()
+        await captured
+        graph.replay()
+        torch.cuda.synchronize()
+        assert (value == 2.0).all()
+
+
+async def test_memory_is_given_back_while_the_device_sleeps(tmp_path: Path) -> None:
+    """The tensors may be freed; new ones take their place."""
+    tokens, prompt = 16, np.arange(20 * 16)
+    model = model_of("kv-blocks", "bfloat16")
+    layers = tensors_of("kv-blocks", model, tokens)
+    before = [each[:20] for each in blocks_first("kv-blocks", layers)]
+    async with KVManager(model, cache_of(tmp_path, tokens)) as manager:
+        manager.register_kv_caches(layers)
+        await manager.put(prompt, slots_of(range(20), tokens))
+        await manager.suspend_device()
+        held = torch.cuda.memory_allocated()
+        del layers[:]
+        assert torch.cuda.memory_allocated() < held
+        layers = tensors_of("kv-blocks", model, tokens, seed=5)
+        manager.resume_device(layers)
+        await manager.get(prompt, slots_of(range(40, 60), tokens))
+        for one, new in zip(before, blocks_first("kv-blocks", layers), strict=True):
+            assert np.array_equal(new[40:60], one)

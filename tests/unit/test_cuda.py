@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
-import subprocess
 import threading
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from flexkv._ext import TO_DEVICE, TO_HOST, PageMap, list_runs, notify_address
 from flexkv.common.errors import BackendUnavailableError, ConfigError, DeviceError
 from flexkv.common.layout import KVShape, infer_layout
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.arena import Arena
-from flexkv.io.cuda import kernel
-from flexkv.io.cuda.choice import Choice, How, Wish, decide
+from flexkv.io.cuda.choice import How, Wish
 from flexkv.io.cuda.driver import BoundDriver
 from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
@@ -285,16 +277,6 @@ async def test_what_is_faster_is_measured_and_the_device_is_as_it_was(
         assert driver.left == 0
 
 
-def test_the_way_that_costs_least_is_taken() -> None:
-    """Of those that are as good as the best: the engine, then few thread blocks."""
-    engine, staged = Choice(How.ENGINE), Choice(How.STAGED, 16)
-    few, some, many = (Choice(How.KERNEL, count) for count in (2, 4, 8))
-    assert decide({engine: 95.0, some: 100.0, many: 99.0}) == engine
-    assert decide({engine: 90.0, few: 50.0, some: 96.0, many: 100.0}) == some
-    assert decide({few: 1.0, some: 3.0, many: 3.0}) == some
-    assert decide({engine: 7.0, staged: 48.0, some: 50.0}) == staged
-
-
 async def test_a_put_reads_what_the_engine_has_written() -> None:
     """Copies to the host wait for what the engine's stream has queued; others do not."""
     rig = Rig(ENGINE)
@@ -319,177 +301,44 @@ async def test_a_put_reads_what_the_engine_has_written() -> None:
     rig.close()
 
 
+async def test_a_device_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found is kept, and read by the next; what is no answer is measured anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("flexkv.io.cuda.copier.MEASURED_BYTES", 8192)
+    calls = []
+    for damaged in (False, False, True):
+        layers = [np.zeros((BLOCKS, 4, 2, 8), np.int16)]
+        layout = infer_layout([describe(layers[0])], [SHAPE])
+        driver, arena = FakeCuda(layers, delay_max_s=0.0), Arena.open(BLOCKS, 4096)
+        if damaged:
+            next((tmp_path / "flexkv").glob("choices-*")).write_bytes(b"[[")
+        port = CudaDevicePort(layout, Pinned(arena), layers, driver)
+        calls.append(driver.calls.count("cuMemcpyBatchAsync") > 0)
+        port.close()
+        arena.close()
+    assert calls == [True, False, True]
+
+
+async def test_devices_of_one_process_register_the_arena_once() -> None:
+    """Whoever comes first does, whoever leaves last takes it back."""
+    registered: dict[int, int] = {}
+    arena = Arena.open(BLOCKS, 4096)
+    pinned, ports = Pinned(arena), []
+    for _ in range(3):
+        layers = [np.zeros((BLOCKS, 4, 2, 8), np.int16)]
+        layout = infer_layout([describe(layers[0])], [SHAPE])
+        driver = FakeCuda(layers, registered=registered)
+        ports.append(CudaDevicePort(layout, pinned, layers, driver, (ENGINE, ENGINE)))
+    for port in ports:
+        assert arena.address in registered
+        port.close()
+    assert not registered
+    arena.close()
+
+
 def test_without_a_driver_the_device_is_not_available() -> None:
     """It says what to install; `import flexkv` needs none of it."""
     if Path("/dev/nvidiactl").exists():
         pytest.skip("there is a driver")
     with pytest.raises(BackendUnavailableError, match="cuda"):
         BoundDriver(0)
-
-
-# -- runs ----------------------------------------------------------------------------------------
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.integers(1, 64), min_size=1, max_size=4),
-    st.lists(st.tuples(st.integers(0, 7), st.integers(0, 9)), max_size=12),
-    st.sampled_from([TO_HOST, TO_DEVICE]),
-    st.booleans(),
-)
-def test_runs_cover_a_job_and_are_few(
-    sizes: list[int], pairs: list[tuple[int, int]], direction: int, dense: bool
-) -> None:
-    """Byte by byte the runs are the job's pieces; neighbours on both ends are never two runs."""
-    stride = sum(sizes) + (0 if dense else 3)
-    host = bytearray(10 * stride)
-    host_at = np.frombuffer(host, np.uint8).ctypes.data
-    offsets = [sum(sizes[:n]) for n in range(len(sizes))]
-    rows = [
-        (4096 * (n + 1), size, size, at)
-        for n, (size, at) in enumerate(zip(sizes, offsets, strict=True))
-    ]
-    pages = PageMap(np.array(rows, np.int64), 8, host, stride, None)
-    device_ids, host_ids = (np.array([pair[n] for pair in pairs], np.int64) for n in (0, 1))
-    out = np.zeros((3, len(pairs) * len(rows) + 1), np.uint64)
-    count = list_runs(pages, direction, device_ids, host_ids, out)
-    found = [
-        (int(target) + byte, int(source) + byte)
-        for target, source, size in out[:, :count].T.tolist()
-        for byte in range(size)
-    ]
-    expected = [
-        (base + device * step + byte, host_at + block * stride + at + byte)
-        for device, block in pairs
-        for base, step, size, at in rows
-        for byte in range(size)
-    ]
-    assert found == [(b, a) if direction == TO_HOST else (a, b) for a, b in expected]
-    runs = out[:, :count].T.tolist()
-    for (target, source, size), following in pairwise(runs):
-        assert (target + size, source + size) != tuple(following[:2]), "two runs are one"
-
-
-def test_runs_that_do_not_fit_are_refused() -> None:
-    """Too little room, an id out of range, a buffer of another kind."""
-    pages = PageMap(np.array([[4096, 8, 8, 0], [8192, 8, 8, 8]]), 4, bytearray(64), 16, None)
-    ids = np.arange(2)
-    with pytest.raises(ValueError, match="not three times 32"):
-        list_runs(pages, TO_HOST, ids, ids, np.zeros((3, 3), np.uint64))
-    with pytest.raises(ValueError, match="device_ids"):
-        list_runs(pages, TO_HOST, ids + 3, ids, np.zeros((3, 4), np.uint64))
-    with pytest.raises(BufferError):
-        list_runs(pages, TO_HOST, ids, ids, bytes(96))
-
-
-def test_a_foreign_thread_adds_to_an_eventfd() -> None:
-    """What the driver calls, called as it would."""
-    eventfd = os.eventfd(0, os.EFD_NONBLOCK)
-    notify = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(notify_address())
-    for _ in range(3):
-        notify(eventfd)
-    assert os.eventfd_read(eventfd) == 3
-    os.close(eventfd)
-
-
-# -- the kernel ----------------------------------------------------------------------------------
-
-SHIM = """
-#define __global__
-#define __device__
-struct dim { int x; };
-static dim blockIdx, gridDim, threadIdx, blockDim;
-#include "paged_copy.cu"
-extern "C" void run(const piece *pieces, const long long *parts, int piece_count,
-                    const long long *ids, long long pairs, char *host, long long stride,
-                    int to_host, int blocks, int threads)
-{
-    gridDim.x = blocks;
-    blockDim.x = threads;
-    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
-        for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++)
-            paged_copy(pieces, parts, piece_count, ids, pairs, host, stride, to_host);
-}
-"""
-
-
-@pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Give the kernel, compiled for this CPU: its threads run one after the other."""
-    folder = tmp_path_factory.mktemp("kernel")
-    (folder / "shim.cpp").write_text(SHIM)
-    (folder / "paged_copy.cu").write_text(kernel.source())
-    library = folder / "kernel.so"
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-shared",
-        "-fPIC",
-        "-Wno-unknown-pragmas",
-        "-fsanitize=undefined",
-    ]
-    subprocess.run(["g++", *flags, "-o", library, folder / "shim.cpp"], check=True)
-    return ctypes.CDLL(str(library)).run
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.sampled_from([1, 12, 16, 4096, 32768, 32784, 70_000]), min_size=1, max_size=4),
-    st.integers(0, 4),
-    st.booleans(),
-    st.sampled_from([0, 1, 4]),
-    st.integers(1, 5),
-)
-def test_the_kernel_moves_the_pieces_and_nothing_else(
-    on_cpu: Any, sizes: list[int], pairs: int, to_host: bool, skew: int, thread_blocks: int
-) -> None:
-    """Its arithmetic, on any alignment: what numpy does, byte by byte."""
-    random = np.random.default_rng(sum(sizes) + pairs)
-    blocks, stride = 5, sum(sizes) + skew
-    device = random.integers(0, 256, skew + blocks * sum(sizes), np.uint8)
-    host = random.integers(0, 256, blocks * stride, np.uint8)
-    starts = skew + blocks * np.cumsum([0, *sizes[:-1]])
-    offsets = np.cumsum([0, *sizes[:-1]])
-    pieces = np.stack([device.ctypes.data + starts, sizes, sizes, offsets], axis=1).astype(np.int64)
-    parts = kernel.part_starts(np.array(sizes, np.int64))
-    ids = np.stack([random.permutation(blocks)[:pairs], random.permutation(blocks)[:pairs]])
-    expected_device, expected_host = device.copy(), host.copy()
-    for device_id, host_id in ids.T.tolist():
-        for start, size, offset in zip(starts.tolist(), sizes, offsets.tolist(), strict=True):
-            page = slice(start + device_id * size, start + (device_id + 1) * size)
-            block = slice(host_id * stride + offset, host_id * stride + offset + size)
-            if to_host:
-                expected_host[block] = device[page]
-            else:
-                expected_device[page] = host[block]
-
-    def address(array: NDArray[np.generic]) -> ctypes.c_void_p:
-        return ctypes.c_void_p(array.ctypes.data)
-
-    flat = np.ascontiguousarray(ids, np.int64)
-    on_cpu(
-        address(pieces), address(parts), len(sizes), address(flat), ctypes.c_longlong(pairs),
-        address(host), ctypes.c_longlong(stride), int(to_host), thread_blocks, 64,
-    )  # fmt: skip
-    assert np.array_equal(device, expected_device)
-    assert np.array_equal(host, expected_host)
-
-
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-def test_the_kernel_compiles_and_is_kept(
-    tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With NVRTC, without a GPU; the second time it is read."""
-    pytest.importorskip("cuda.bindings.nvrtc")
-    code = kernel.cubin(architecture, tmp_path)
-    assert code.startswith(b"\x7fELF")
-    monkeypatch.setattr(kernel, "_compile", None)
-    assert kernel.cubin(architecture, tmp_path) == code
-
-
-def test_an_architecture_that_is_unknown_is_named(tmp_path: Path) -> None:
-    """Nothing is kept of it."""
-    pytest.importorskip("cuda.bindings.nvrtc")
-    with pytest.raises(BackendUnavailableError, match="sm_12: NVRTC_ERROR"):
-        kernel.cubin("sm_12", tmp_path)
-    assert not list(tmp_path.iterdir())

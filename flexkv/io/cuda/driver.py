@@ -384,3 +384,14 @@ class BoundDriver:
         finally:
             self._context = None
             self._resources.close()
+
+
+def why_no_gds() -> str:
+    """Tell why blocks do not go between SSD and GPU directly; asks no device, so cannot hang."""
+    try:
+        from cuda.bindings import cufile
+
+        version = cufile.get_version()
+    except (ImportError, RuntimeError) as error:  # what it raises where the library is not there
+        return f"cuFile is not there: {error}"
+    return f"cuFile {version} is there, but the route is not built: its bytes would not be checked"
