@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from structlog.testing import capture_logs
 
 from flexkv.common.config import ModelConfig
 from flexkv.common.errors import ClosedError, ConfigError, DeadlineError, DeviceError
@@ -280,3 +281,16 @@ async def test_a_stream_that_cannot_be_waited_for_takes_the_device_down(
         assert put.status is KVResponseStatus.UNREADY
         assert isinstance(put.error, DeviceError)
         assert manager.match(PROMPT).tokens == 0
+
+
+async def test_direct_storage_is_refused_by_name_and_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warning says why; blocks go through host memory."""
+    ranks = Ranks(ModelConfig(**SHAPE, num_kv_heads=2), False, monkeypatch)
+    with capture_logs() as lines:
+        async with KVManager(ranks.model, cache_config(tmp_path, enable_gds=True)) as manager:
+            ranks.register(manager)
+            assert (await manager.put(PROMPT, slots_of(range(10)))).return_mask.all()
+    (line,) = [each for each in lines if each["event"] == "gds not used"]
+    assert "cuFile" in line["reason"]

@@ -320,7 +320,6 @@ async def test_bad_arguments_are_named_and_change_nothing(
     ("changes", "field"),
     [
         ({"enable_remote": True}, "enable_remote"),
-        ({"enable_gds": True}, "enable_gds"),
         ({"enable_cpu": False}, "enable_cpu"),
     ],
 )
