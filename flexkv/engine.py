@@ -49,7 +49,7 @@ from flexkv.statistics import (
     Statistics,
     tier_statistics,
 )
-from flexkv.trace.recorder import Recorder
+from flexkv.tracing import Sources, Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -151,9 +151,7 @@ class Engine:
             named = disk.adapter if isinstance(disk, CheckedDiskPort) else type(disk).__name__
             self._backing[Tier.DISK] = named
         self._observer = Observer(
-            sizes.block_bytes,
-            self._open_trace(undo),
-            log_every_requests=cache.num_log_interval_requests,
+            sizes.block_bytes, log_every_requests=cache.num_log_interval_requests
         )
         self.limits = PlanLimits(
             chunk_blocks=max(1, int(cache.chunk_mb * MB) // sizes.block_stride_bytes),
@@ -168,23 +166,17 @@ class Engine:
             backend.ledger,
             cache.io_deadline_s,
         )
+        sources = Sources(
+            self._residency, self._scheduler, self._admission, self._actors, self._backing
+        )
+        self._tracing = Tracing(cache, sizes.block_bytes, self._observer, sources)
+        undo.callback(self._tracing.stop)
+        if cache.enable_trace:
+            self._tracing.start()
         opened_with = {Tier.HOST: sizes.num_host_blocks, Tier.DISK: backend.disk_blocks}
         self._keeping = Keeping(
             self._intake, self._residency, opened_with, backend.ledger, Pins(self._scheduler)
         )
-
-    def _open_trace(self, undo: ExitStack) -> Recorder | None:
-        cache = self.cache
-        if not cache.enable_trace:
-            return None
-        recorder = Recorder(
-            cache.trace_file_path,
-            int(cache.trace_max_file_size_mb * MB),
-            cache.trace_max_files,
-            cache.trace_flush_interval_ms,
-        )
-        undo.callback(recorder.close)
-        return recorder
 
     def _write_behind_blocks_max(self) -> int:
         limit_gb, sizes = self.cache.write_behind_max_gb, self.sizes
@@ -221,6 +213,7 @@ class Engine:
             piece_bytes = DEVICE_PIECE_BYTES[self._devices.kind]
             window = Window(int(self.cache.device_window_mb * MB), piece_bytes)
             actor = self._actors[Tier.DEVICE] = self._actor(Tier.DEVICE, port, window, window)
+            actor.note_begins(self._tracing.path is not None)
             self._start(actor)
 
     @property
@@ -340,11 +333,13 @@ class Engine:
             return await self._performed(request, begun)
 
     async def _performed(self, request: Request, begun: Callable[[], None] | None) -> Flight:
+        arrived_ns = None
         if not self._admission.enter_nowait():
+            arrived_ns = self._observer.now_ns()
             await self._admission.enter()
         try:
             for is_last in (False, True):
-                flight = self._scheduler.begin(request)
+                flight = self._scheduler.begin(request, arrived_ns)
                 if begun is not None:
                     begun()
                     begun = None
@@ -410,6 +405,16 @@ class Engine:
             raise late or failures[0]
 
     # -- looking --------------------------------------------------------------------------------
+
+    @property
+    def tracing(self) -> Tracing:
+        """Give what turns the trace on and off.
+
+        Raises:
+            ClosedError: not open.
+        """
+        self._check_open()
+        return self._tracing
 
     @property
     def keeping(self) -> Keeping:

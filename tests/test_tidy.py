@@ -29,7 +29,7 @@ FLOORS = [
     {"io"},
     {"actors"},
     {"admission", "statistics", "backend", "settings", "logs", "pins", "ledger", "scrub"},
-    {"keeping", "devices"},
+    {"keeping", "devices", "tracing"},
     {"engine"},
     {"tasks", "loop_thread", "server"},
     {"crossing", "layerwise", "task_form"},

@@ -84,6 +84,7 @@ class TransferActor:
         self._pieces: dict[int, tuple[Cursor, int, int, float]] = {}
         self._now_s: Callable[[], float] = lambda: 0.0
         self._next_piece = PIECE_TOKENS
+        self._begun_s: dict[int, float] | None = None
         self._recalled: list[Cursor] = []
         self._bell = Bell()
         self._report: Callable[[list[Completion]], None] | None = None
@@ -104,6 +105,14 @@ class TransferActor:
         """
         self._mailbox.put(transfer)
         self._bell.ring()
+
+    def note_begins(self, on: bool) -> None:
+        """Note from now on when transfers begin, or no more."""
+        self._begun_s = {} if on else None
+
+    def take_begun(self, token: int) -> float | None:
+        """Give, once, when a transfer's first piece went to the port; None if that is not known."""
+        return None if self._begun_s is None else self._begun_s.pop(token, None)
 
     def nudge(self) -> None:
         """Look again at what waits: a watch may let more of it go."""
@@ -182,6 +191,8 @@ class TransferActor:
             in_flight += units * cursor.unit_bytes
             self.in_flight_bytes[inbound] = in_flight
             whole = cursor.transfer
+            if self._begun_s is not None and not begin:
+                self._begun_s[whole.token] = now_s
             if units == cursor.units and whole.watch is None:
                 piece = whole
             else:

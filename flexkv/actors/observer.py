@@ -1,35 +1,26 @@
 """Counts what happens and, when a trace is on, records it. The core tells; this remembers.
 
 Counters are plain integers that only the loop's thread writes; `statistics()` copies them. A trace
-costs one struct per request and one per op, handed to a recorder that never blocks.
+costs some structs per request and one per op, handed to a recorder that never blocks.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import msgspec
 import structlog
 
+from flexkv.actors.tracer import Tracer
 from flexkv.common.errors import CorruptBlockError, RecalledError, TransferError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import Route, Tier
 from flexkv.graph.ops import OpSpec
 from flexkv.graph.plan import Plan
 from flexkv.graph.planner import Planned
-from flexkv.trace.records import OpRecord, Record, RequestRecord
 
 log = structlog.get_logger(__name__)
-
-
-class Sink(Protocol):
-    """Where trace records go."""
-
-    def record(self, record: Record) -> None:
-        """Take a record; never blocks."""
-        ...
 
 
 class RouteCount(msgspec.Struct):
@@ -47,11 +38,11 @@ class Observer:
     def __init__(
         self,
         block_bytes: int,
-        sink: Sink | None = None,
         now_ns: Callable[[], int] = time.monotonic_ns,
         log_every_requests: int = 200,
     ) -> None:
         self.now_ns = now_ns
+        self.tracer: Tracer | None = None
         self.requests: dict[Operation, dict[KVResponseStatus, int]] = {
             operation: dict.fromkeys(KVResponseStatus, 0) for operation in Operation
         }
@@ -60,14 +51,13 @@ class Observer:
         self.corrupt_blocks = 0
         self.hit_blocks: dict[Tier, int] = dict.fromkeys(Tier, 0)
         self._block_bytes = block_bytes
-        self._sink = sink
         self._log_every = log_every_requests
         self._ended = 0
-        self._issued_ns: dict[int, int] = {}
 
     def corrupt(self, error: CorruptBlockError) -> None:
         """Blocks came back with other bytes than they left with."""
         self.corrupt_blocks += len(error.block_ids)
+        self.event("corrupt_block", Tier.DISK, detail=str(error))
         log.error(
             "corrupt_block",
             path=error.path,
@@ -75,10 +65,23 @@ class Observer:
             blocks=len(error.block_ids),
         )
 
+    def event(
+        self, kind: str, tier: Tier | None = None, request_id: int = -1, detail: str = ""
+    ) -> None:
+        """Something changed, failed, or was done to the engine."""
+        if self.tracer is not None:
+            name = "" if tier is None else tier.label
+            self.tracer.event(kind, self.now_ns(), name, request_id, detail)
+
+    def planned(self, request: Request, plan: Plan) -> None:
+        """A request was compiled into a plan."""
+        if self.tracer is not None:
+            self.tracer.planned(request, plan, self.now_ns())
+
     def op_issued(self, token: int) -> None:
         """An op went to its actor."""
-        if self._sink is not None:
-            self._issued_ns[token] = self.now_ns()
+        if self.tracer is not None:
+            self.tracer.issued(token, self.now_ns())
 
     def op_ended(
         self, request: Request, plan: Plan, op: OpSpec, error: TransferError | None
@@ -101,24 +104,13 @@ class Observer:
                 log.warning(
                     "op failed", request=request.request_id, route=op.label, error=str(error)
                 )
-        if self._sink is not None:
-            self._sink.record(
-                OpRecord(
-                    request_id=request.request_id,
-                    op_id=op.index,
-                    route=op.label,
-                    block_count=blocks,
-                    bytes=blocks * self._block_bytes,
-                    issued_ns=self._issued_ns.pop(plan.token(op)),
-                    ended_ns=self.now_ns(),
-                    outcome="done" if error is None else str(error),
-                )
-            )
+        if self.tracer is not None:
+            self.tracer.op_ended(request, plan, op, error, self.now_ns())
 
     def request_ended(
-        self, request: Request, planned: Planned, response: KVResponse, begin_ns: int
+        self, request: Request, planned: Planned, response: KVResponse, since_ns: tuple[int, int]
     ) -> None:
-        """A caller was told."""
+        """A caller was told; `since_ns` is when the request arrived, and when it was planned."""
         self.requests[request.operation][response.status] += 1
         found = planned.found
         if request.operation is Operation.GET:
@@ -134,22 +126,8 @@ class Observer:
         self._ended += 1
         if not self._ended % self._log_every:
             self._summarise()
-        if self._sink is not None:
-            self._sink.record(
-                RequestRecord(
-                    request_id=request.request_id,
-                    kind=request.operation.label,
-                    token_count=request.token_count,
-                    block_count=request.block_count,
-                    namespace_hash=request.namespace_hash,
-                    begin_ns=begin_ns,
-                    end_ns=self.now_ns(),
-                    status=response.status.value,
-                    hit_blocks={t.label: p.block_count for t, p in found.ready.items()},
-                    moved_blocks=int(response.return_mask.sum()) // request.tokens_per_block,
-                    reason="" if response.error is None else str(response.error),
-                )
-            )
+        if self.tracer is not None:
+            self.tracer.request_ended(request, planned, response, (*since_ns, self.now_ns()))
 
     def _summarise(self) -> None:
         asked = max(self.asked_blocks, 1)

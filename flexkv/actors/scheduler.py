@@ -60,15 +60,17 @@ FAILURES_MAX = 100
 class Flight:
     """One request under way: its plan, its run, and what its caller will be told."""
 
-    __slots__ = ("_answer_waiters", "_end_waiters", "begin_ns", "failure", "late", "plan",
-                 "planned", "request", "response", "run")  # fmt: skip
+    __slots__ = (
+        "_answer_waiters", "_end_waiters", "arrived_ns", "begin_ns", "failure", "late", "plan",
+        "planned", "request", "response", "run",
+    )  # fmt: skip
 
-    def __init__(self, request: Request, planned: Planned, begin_ns: int) -> None:
+    def __init__(self, request: Request, planned: Planned, arrived_ns: int, begin_ns: int) -> None:
         self.request = request
         self.planned = planned
         self.plan = planned.plan
         self.run = Run(planned.plan.template)
-        self.begin_ns = begin_ns
+        self.arrived_ns, self.begin_ns = arrived_ns, begin_ns
         self.response: KVResponse | None = None
         self.failure: InternalError | None = None
         self.late: DeadlineError | None = None
@@ -183,7 +185,7 @@ class Scheduler:
         self._actors = actors
         self._observer = observer
         self._notes = notes
-        self.watch = Watch(actors, io_deadline_s, self._give_up)
+        self.watch = Watch(actors, io_deadline_s, self._give_up, observer.event)
         self._stuck: set[int] = set()
         self._flights: dict[int, Flight] = {}
         self._joiners: dict[int, list[_Joiner]] = {}
@@ -206,7 +208,7 @@ class Scheduler:
 
     # -- in -------------------------------------------------------------------------------------
 
-    def begin(self, request: Request) -> Flight:
+    def begin(self, request: Request, arrived_ns: int | None = None) -> Flight:
         """Plan a request and launch it; the flight may have its response already."""
         begin_ns = self._observer.now_ns()
         if self._residency.timed:
@@ -221,7 +223,8 @@ class Scheduler:
                     self._notes.erased(fill.ids[Tier.DISK])
         if request.watch is not None:
             request.watch.expect(planned.plan.device_tokens())
-        flight = Flight(request, planned, begin_ns)
+        self._observer.planned(request, planned.plan)
+        flight = Flight(request, planned, begin_ns if arrived_ns is None else arrived_ns, begin_ns)
         self._flights[run_id] = flight
         self._take(flight, Launch())
         return flight
@@ -259,6 +262,7 @@ class Scheduler:
     def cancel(self, flight: Flight) -> None:
         """End a flight early. It is answered once no hardware touches its device slots."""
         if not flight.run.ended:
+            self._observer.event("cancel", request_id=flight.request.request_id)
             self._take(flight, Cancel())
 
     def cancel_all(self) -> None:
@@ -420,7 +424,10 @@ class Scheduler:
         """Count an answered flight as the end of its request."""
         assert flight.response is not None
         self._observer.request_ended(
-            flight.request, flight.planned, flight.response, flight.begin_ns
+            flight.request,
+            flight.planned,
+            flight.response,
+            (flight.arrived_ns, flight.begin_ns),
         )
 
     def _end(self, flight: Flight) -> None:

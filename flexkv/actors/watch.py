@@ -30,8 +30,13 @@ class Watch:
         actors: Mapping[Tier, TransferActor],
         deadline_s: float,
         overdue: Callable[[Tier], None],
+        tell: Callable[..., None],
     ) -> None:
-        """Take the actors; a look tells `overdue` of the tiers whose I/O is past its deadline."""
+        """Take the actors; a look tells `overdue` of the tiers whose I/O is past its deadline.
+
+        `tell` gets what changes: its kind, the tier, and detail in words.
+        """
+        self._tell = tell
         self.all_up = True
         self._actors = actors
         self._deadline_s = deadline_s
@@ -77,6 +82,7 @@ class Watch:
         news = [self.breaker(actor.tier, inbound).hung() for inbound in (True, False)]
         self.all_up = False
         if any(news):
+            self._tell("tier_hung", actor.tier, detail=f"oldest I/O {actor.oldest_s():.3f} s")
             log.error("tier_hung", tier=actor.name, oldest_s=round(actor.oldest_s(), 3))
         self._overdue(actor.tier)
 
@@ -87,6 +93,7 @@ class Watch:
         now_s = asyncio.get_running_loop().time()
         for inbound in (True, False):
             if self.breaker(actor.tier, inbound).came_back(now_s):
+                self._tell("tier_on_trial", actor.tier, detail=_direction(inbound))
                 log.info("tier_on_trial", tier=actor.name, reads=inbound)
 
     def ended(self, route: Route, error: TransferError | None) -> None:
@@ -101,9 +108,12 @@ class Watch:
         if isinstance(error, StorageError | ShortTransferError):
             if breaker.failed(now_s):
                 self.all_up = False
+                detail = f"{_direction(route.inbound)}: {error}"
+                self._tell("tier_down", tier, detail=detail)
                 log.error("tier_down", tier=tier.label, reads=route.inbound, error=str(error))
         elif breaker.succeeded():
             self.all_up = all(b.health is Health.UP for b in self._breakers.values())
+            self._tell("tier_up", tier, detail=_direction(route.inbound))
             log.info("tier_up", tier=tier.label, reads=route.inbound)
 
     def unusable(self) -> tuple[frozenset[Tier], frozenset[Tier]]:
@@ -120,3 +130,7 @@ class Watch:
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
+
+
+def _direction(inbound: bool) -> str:
+    return "reads" if inbound else "writes"

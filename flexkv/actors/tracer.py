@@ -1,0 +1,146 @@
+"""Makes trace records of what the scheduler does, and hands them to a sink that never blocks.
+
+There is one while a trace is on. What began before it did is recorded as far as it is known.
+"""
+
+from __future__ import annotations
+
+import binascii
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from flexkv.actors.actor import TransferActor
+from flexkv.common.errors import RecalledError, TransferError
+from flexkv.common.request import KVResponse, Request
+from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
+from flexkv.graph.ops import OpSpec
+from flexkv.graph.plan import Plan
+from flexkv.graph.planner import Planned
+from flexkv.trace.records import (
+    EventRecord,
+    OpRecord,
+    PlannedOp,
+    PlanRecord,
+    Record,
+    RequestRecord,
+    SampleRecord,
+)
+
+KEY_BYTES = 6
+"""Of each block's key: enough to tell blocks apart, and to tell nobody what they hold."""
+SAMPLE_NS = 20_000_000
+"""Between two samples at least."""
+
+
+class Sink(Protocol):
+    """Where trace records go."""
+
+    def record(self, record: Record) -> None:
+        """Take a record; never blocks."""
+        ...
+
+
+class Tracer:
+    """The trace of one engine, while it is on."""
+
+    def __init__(
+        self,
+        sink: Sink,
+        block_bytes: int,
+        actors: Mapping[Tier, TransferActor],
+        sample: Callable[[int], SampleRecord],
+    ) -> None:
+        """Take what to ask: the actors for when ops began, `sample` for how full the engine is."""
+        self._sink, self._block_bytes = sink, block_bytes
+        self._actors, self._sample = actors, sample
+        self._issued_ns: dict[int, int] = {}
+        self._sampled_ns = 0
+
+    def planned(self, request: Request, plan: Plan, now_ns: int) -> None:
+        """A request was compiled into a plan."""
+        template = plan.template
+        if not template.ops:
+            return
+        before: list[list[int]] = [[] for _ in template.ops]
+        for op, successors in enumerate(template.successors):
+            for after in successors:
+                before[after].append(op)
+        ops = []
+        for spec in template.ops:
+            begin, end = plan.bounds(spec)
+            ops.append(PlannedOp(spec.label, end - begin, tuple(before[spec.index])))
+        self._sink.record(PlanRecord(request.request_id, plan.run_id, now_ns, tuple(ops)))
+
+    def issued(self, token: int, now_ns: int) -> None:
+        """An op went to its actor."""
+        self._issued_ns[token] = now_ns
+
+    def op_ended(
+        self, request: Request, plan: Plan, op: OpSpec, error: TransferError | None, now_ns: int
+    ) -> None:
+        """An actor reported the end of an op."""
+        assert op.route is not None
+        token, actor = plan.token(op), self._actors[op.route.outer]
+        begin, end = plan.bounds(op)
+        begun_s = actor.take_begun(token)
+        outcome = "done" if error is None else type(error).__name__
+        self._sink.record(
+            OpRecord(
+                request_id=request.request_id,
+                run_id=plan.run_id,
+                op_id=op.index,
+                actor=actor.name,
+                route=op.label,
+                block_count=end - begin,
+                bytes=(end - begin) * self._block_bytes,
+                issued_ns=self._issued_ns.pop(token, now_ns),
+                begun_ns=now_ns if begun_s is None else int(begun_s * 1e9),
+                ended_ns=now_ns,
+                outcome="recalled" if isinstance(error, RecalledError) else outcome,
+                detail="" if error is None else str(error),
+            )
+        )
+        self._look(now_ns)
+
+    def request_ended(
+        self,
+        request: Request,
+        planned: Planned,
+        response: KVResponse,
+        times_ns: tuple[int, int, int],
+    ) -> None:
+        """A caller was told: when the request arrived, was planned, and ended."""
+        span, found = request.span, planned.found
+        keys = np.frombuffer(request.keys, np.uint8).reshape(-1, BLOCK_KEY_BYTES)
+        short = keys[1 : span.last_block + 1, :KEY_BYTES].tobytes()
+        self._sink.record(
+            RequestRecord(
+                request_id=request.request_id,
+                run_id=planned.plan.run_id,
+                kind=request.operation.label,
+                token_count=request.token_count,
+                first_block=span.first_block,
+                last_block=span.last_block,
+                namespace_hash=request.namespace_hash,
+                keys=binascii.b2a_base64(short, newline=False).decode(),
+                arrived_ns=times_ns[0],
+                begun_ns=times_ns[1],
+                ended_ns=times_ns[2],
+                status=response.status.value,
+                hit_blocks={t.label: p.block_count for t, p in found.ready.items()},
+                moved_blocks=int(response.return_mask.sum()) // request.tokens_per_block,
+                reason="" if response.error is None else str(response.error),
+            )
+        )
+        self._look(times_ns[2])
+
+    def event(self, kind: str, now_ns: int, tier: str, request_id: int, detail: str) -> None:
+        """Something changed, failed, or was done to the engine."""
+        self._sink.record(EventRecord(now_ns, kind, tier, request_id, detail))
+
+    def _look(self, now_ns: int) -> None:
+        if now_ns - self._sampled_ns >= SAMPLE_NS:
+            self._sampled_ns = now_ns
+            self._sink.record(self._sample(now_ns))

@@ -1,0 +1,99 @@
+"""Turns the trace of an engine on and off, while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flexkv.actors.actor import TransferActor
+from flexkv.actors.observer import Observer
+from flexkv.actors.scheduler import Scheduler
+from flexkv.actors.tracer import Tracer
+from flexkv.admission import Admission
+from flexkv.common.config import MB, CacheConfig
+from flexkv.common.errors import ConfigError
+from flexkv.common.terms import Tier
+from flexkv.index.residency import Residency
+from flexkv.trace.recorder import Recorder, header
+from flexkv.trace.records import HeaderRecord, SampleRecord
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a trace asks for how full an engine is."""
+
+    residency: Residency
+    scheduler: Scheduler
+    admission: Admission
+    actors: Mapping[Tier, TransferActor]
+    backing: Mapping[Tier, str]
+
+
+class Tracing:
+    """The trace of one engine."""
+
+    def __init__(
+        self, cache: CacheConfig, block_bytes: int, observer: Observer, of: Sources
+    ) -> None:
+        self._cache, self._block_bytes = cache, block_bytes
+        self._observer, self._of = observer, of
+        self._recorder: Recorder | None = None
+
+    @property
+    def path(self) -> str | None:
+        """Give the file that is written; None while no trace is on."""
+        return None if self._recorder is None else self._recorder.path
+
+    def start(self, path: str | None = None) -> None:
+        """Record to a file from now on, by default to `trace_file_path`.
+
+        Raises:
+            ConfigError: a trace is on already, or the file cannot be written.
+        """
+        if self._recorder is not None:
+            raise ConfigError("trace", self.path, "is on already: stop it first")
+        cache = self._cache
+        self._recorder = Recorder(
+            path or cache.trace_file_path,
+            int(cache.trace_max_file_size_mb * MB),
+            cache.trace_max_files,
+            cache.trace_flush_interval_ms,
+            self._header,
+        )
+        for actor in self._of.actors.values():
+            actor.note_begins(True)
+        self._observer.tracer = Tracer(
+            self._recorder, self._block_bytes, self._of.actors, self._sample
+        )
+
+    def stop(self) -> str | None:
+        """Write what is queued and record no more; gives the file, or None when no trace was on."""
+        recorder, self._recorder = self._recorder, None
+        self._observer.tracer = None
+        if recorder is None:
+            return None
+        for actor in self._of.actors.values():
+            actor.note_begins(False)
+        recorder.close()
+        return recorder.path
+
+    def _header(self) -> HeaderRecord:
+        residency = self._of.residency
+        return header(
+            tokens_per_block=self._cache.tokens_per_block,
+            block_bytes=self._block_bytes,
+            capacity_blocks={t.label: residency.counts(t).capacity for t in residency.tiers},
+            backing={tier.label: name for tier, name in self._of.backing.items()},
+        )
+
+    def _sample(self, now_ns: int) -> SampleRecord:
+        of = self._of
+        tiers = {}
+        for tier in of.residency.tiers:
+            counts = of.residency.counts(tier)
+            tiers[tier.label] = counts.capacity - counts.free, counts.pinned, counts.evicted
+        actors = {
+            actor.name: (actor.depth, actor.in_flight_bytes[True], actor.in_flight_bytes[False])
+            for actor in of.actors.values()
+        }
+        return SampleRecord(now_ns, tiers, actors, of.scheduler.flights, of.admission.waiting)
