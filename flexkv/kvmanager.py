@@ -8,7 +8,9 @@ which runs the engine's loop in a thread of its own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -317,6 +319,31 @@ class KVManager(TaskForm):
     def statistics(self) -> Statistics:
         """Give a frozen snapshot: per tier capacity, use and pins; hits, bytes, queues."""
         return self._call(self._engine.statistics)
+
+    @contextmanager
+    def trace(self, path: str | Path | None = None) -> Iterator[None]:
+        """Record every request and transfer to a file, for as long as the block runs.
+
+        Args:
+            path: of the file, which is added to; by default `trace_file_path`.
+
+        Raises:
+            ConfigError: a trace is on already, or the file cannot be written.
+        """
+        self.trace_start(path)
+        try:
+            yield
+        finally:
+            self.trace_stop()
+
+    def trace_start(self, path: str | Path | None = None) -> None:
+        """Record every request and transfer to a file from now on. See `trace`."""
+        name = None if path is None else str(path)
+        self._call(lambda: self._engine.tracing.start(name))
+
+    def trace_stop(self) -> str | None:
+        """Record no more; gives the file, which is whole then, or None when no trace was on."""
+        return self._call(lambda: self._engine.tracing.stop())
 
     def explain(self, operation: str, token_ids: Any, namespace: Namespace = None) -> Explanation:
         """Give the plan that a request would run now, without running it."""

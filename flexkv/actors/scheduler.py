@@ -268,7 +268,8 @@ class Scheduler:
     def cancel_all(self) -> None:
         """Cancel every flight, write-behind included."""
         for flight in list(self._flights.values()):
-            self.cancel(flight)
+            if not flight.run.ended:
+                self._take(flight, Cancel())
 
     def report(self, ends: Iterable[Completion]) -> None:
         """Take the ends of ops from an actor."""

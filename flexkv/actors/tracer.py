@@ -131,6 +131,7 @@ class Tracer:
                 status=response.status.value,
                 hit_blocks={t.label: p.block_count for t, p in found.ready.items()},
                 moved_blocks=int(response.return_mask.sum()) // request.tokens_per_block,
+                error="" if response.error is None else type(response.error).__name__,
                 reason="" if response.error is None else str(response.error),
             )
         )

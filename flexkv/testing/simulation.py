@@ -79,8 +79,16 @@ class Remains(NamedTuple):
 class FakeBackend:
     """Host memory, disk and device as plain arrays behind fake ports; journals in lossy files."""
 
-    def __init__(self, host_blocks: int, faults: FaultPlan, remains: Remains) -> None:
+    def __init__(
+        self,
+        host_blocks: int,
+        faults: FaultPlan,
+        remains: Remains,
+        device_faults: FaultPlan | None = None,
+    ) -> None:
+        """Take the faults of the disk and, if it has others, of the device."""
         self.host = "fake"
+        self._device_faults = device_faults or faults
         self.disk: DurablePort | None = None
         self.disk_blocks = len(remains.store)
         self.ledger: Ledger | None = None
@@ -117,7 +125,8 @@ class FakeBackend:
     def device(self, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:
         """Open a port to the one array of `kv_caches`, uint8[blocks, 16]."""
         (store,) = kv_caches
-        port = FakePort(store, self._memory, self._faults, BLOCK_KEY_BYTES, sums=self._sums)
+        faults = self._device_faults
+        port = FakePort(store, self._memory, faults, BLOCK_KEY_BYTES, sums=self._sums)
         return Device(port, len(store), "fake")
 
     def resumed(self, device: Device, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:

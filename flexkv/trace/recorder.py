@@ -15,9 +15,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 import msgspec
 import structlog
+from msgspec import structs
 
 from flexkv import __version__
 from flexkv.common.errors import ConfigError
@@ -60,6 +62,7 @@ class Recorder:
         self.path = path
         self._path = Path(path)
         self._make_header = make_header or header
+        self._run = uuid4().hex
         self._max_bytes, self._max_files = max_file_size_bytes, max_files
         self._look_s = min(flush_interval_ms / 1000, LOOK_S_MAX)
         self._queue: deque[Record] = deque()
@@ -91,7 +94,8 @@ class Recorder:
 
     def _open(self) -> BinaryIO:
         file = self._path.open("ab")
-        file.write(self._encoder.encode(self._make_header()) + b"\n")
+        first = structs.replace(self._make_header(), run=self._run)
+        file.write(self._encoder.encode(first) + b"\n")
         return file
 
     def _write(self) -> None:

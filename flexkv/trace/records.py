@@ -23,6 +23,8 @@ class HeaderRecord(msgspec.Struct, tag="header", frozen=True):
     wall_ns: int
     """Unix time at the moment that the monotonic clock showed `monotonic_ns`."""
     monotonic_ns: int
+    run: str = ""
+    """Names the run: the files of one have the same."""
     tokens_per_block: int = 0
     block_bytes: int = 0
     capacity_blocks: dict[str, int] = {}
@@ -93,6 +95,8 @@ class RequestRecord(msgspec.Struct, tag="request", frozen=True):
     hit_blocks: dict[str, int]
     """By tier, each block at its nearest one."""
     moved_blocks: int
+    error: str = ""
+    """Name of the error, if there was one."""
     reason: str = ""
     """Why less was moved than could have been; empty when nothing was wrong."""
 

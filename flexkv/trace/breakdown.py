@@ -1,0 +1,130 @@
+"""Where the time of one request went: the path of ops that its caller waited for, step by step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import NamedTuple
+
+from flexkv.trace.load import Trace
+from flexkv.trace.records import OpRecord, PlanRecord, RequestRecord
+
+ADMISSION, PLANNING, JOINED, BETWEEN = (
+    "waiting to be admitted",
+    "planning",
+    "waiting for another request",
+    "between steps",
+)
+
+
+class Step(NamedTuple):
+    """A stretch of a request's time, and what it was."""
+
+    what: str
+    begin_ns: int
+    end_ns: int
+    op_id: int = -1
+
+    @property
+    def ns(self) -> int:
+        """Give its length."""
+        return self.end_ns - self.begin_ns
+
+
+class Breakdown(NamedTuple):
+    """A request's time in steps without gaps, and the ops that it hung on."""
+
+    request: RequestRecord
+    steps: tuple[Step, ...]
+
+    @property
+    def critical_ops(self) -> tuple[int, ...]:
+        """Give the ops of the plan that the caller waited for one after the other."""
+        return tuple(dict.fromkeys(step.op_id for step in self.steps if step.op_id >= 0))
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """Give the nanoseconds of each kind of step, the longest first."""
+        total: dict[str, int] = defaultdict(int)
+        for step in self.steps:
+            total[step.what] += step.ns
+        return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+    @property
+    def words(self) -> str:
+        """Tell in a sentence where the time went."""
+        whole = max(1, self.request.ended_ns - self.request.arrived_ns)
+        parts = [
+            f"{100 * ns / whole:.0f} % {what} ({ns / 1e6:.2f} ms)"
+            for what, ns in self.shares.items()
+            if ns >= 0.01 * whole
+        ]
+        return f"{whole / 1e6:.2f} ms: " + (", ".join(parts) or "nothing to wait for")
+
+
+def queue_name(op: OpRecord) -> str:
+    """Name the time in which an op waited for its turn."""
+    return f"queued for {op.route}"
+
+
+class Breakdowns:
+    """Gives the breakdown of each request of a trace."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._plans = trace.plans
+        self._ops: dict[int, dict[int, OpRecord]] = defaultdict(dict)
+        for op in trace.ops:
+            self._ops[op.run_id][op.op_id] = op
+
+    def ops_of(self, run_id: int) -> dict[int, OpRecord]:
+        """Give the ops of a run that were recorded, by number."""
+        return self._ops.get(run_id, {})
+
+    def of(self, request: RequestRecord) -> Breakdown:
+        """Give where a request's time went, from its arrival to its answer."""
+        steps: list[Step] = []
+        until = request.ended_ns
+        plan = self._plans.get(request.run_id)
+        for op_id in self._path(request, plan):
+            op = self._ops[request.run_id][op_id]
+            ended = min(op.ended_ns, until)
+            if until > ended:
+                steps.append(Step(BETWEEN, ended, until))
+            begun = min(max(op.begun_ns, op.issued_ns), ended)
+            steps.append(Step(op.route, begun, ended, op_id))
+            if begun > op.issued_ns:
+                steps.append(Step(queue_name(op), op.issued_ns, begun, op_id))
+            until = min(op.issued_ns, ended)
+        begun_ns = min(max(request.begun_ns, request.arrived_ns), until)
+        if until > begun_ns:
+            what = JOINED if plan and any(op.route == "wait" for op in plan.ops) else PLANNING
+            steps.append(Step(what, begun_ns, until))
+        if begun_ns > request.arrived_ns:
+            steps.append(Step(ADMISSION, request.arrived_ns, begun_ns))
+        return Breakdown(request, tuple(reversed(steps)))
+
+    def _path(self, request: RequestRecord, plan: PlanRecord | None) -> list[int]:
+        """Give the ops that were waited for, the last one first."""
+        ops = self._ops.get(request.run_id, {})
+        answering = [op for op in ops.values() if _answers(request, op)]
+        if not answering:
+            return []
+        path = [max(answering, key=_ended).op_id]
+        while plan is not None and path[-1] < len(plan.ops):
+            before = [ops[number] for number in plan.ops[path[-1]].after if number in ops]
+            if not before:
+                break
+            path.append(max(before, key=_ended).op_id)
+        return path
+
+
+def _ended(op: OpRecord) -> int:
+    return op.ended_ns
+
+
+def _answers(request: RequestRecord, op: OpRecord) -> bool:
+    """Tell whether the caller waited for an op: those behind its answer it did not."""
+    source, _, target = op.route.partition("→")
+    wanted = {"get": target == "device", "put": source == "device"}.get(
+        request.kind, target == "host"
+    )
+    return wanted and op.issued_ns <= request.ended_ns

@@ -1,0 +1,174 @@
+"""What was wrong in a trace, in words: each finding names its cause, its size and what to look at.
+
+The rules are few and their thresholds are here, so that a finding can be argued with.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from flexkv.trace.breakdown import ADMISSION
+from flexkv.trace.summary import RouteSummary, Summary
+
+SLOW_DISK_RATE = 200e6
+"""Bytes per second of a busy disk below which it is called slow: a tenth of a cheap NVMe drive."""
+SLOW_DISK_MS = 10.0
+"""And its ops have to take so long: small ones are slow in bytes, not in time."""
+STARVED_SHARE = 0.5
+"""Part of a request's time spent waiting for a turn from which a queue is called starved."""
+STARVED_MS = 10.0
+FULL_SHARE = 0.95
+"""Used part of a tier from which it is called full, when requests had to do with less."""
+
+
+class Finding(NamedTuple):
+    """Something that made the engine slower or less useful than it could have been."""
+
+    kind: str
+    """`slow_disk`, `starved_queue`, `cancelled`, `corrupt`, `full_tier`, `tier_down`, `failed`,
+    `lost_records`."""
+    text: str
+    at_ns: int
+    """When it was seen first."""
+    times: int = 1
+
+
+def findings(summary: Summary) -> list[Finding]:
+    """Give what was wrong, the gravest first; empty when nothing was."""
+    return [
+        *_corrupt(summary),
+        *_tiers(summary),
+        *_failed(summary),
+        *_slow_disk(summary),
+        *_starved(summary),
+        *_full(summary),
+        *_cancelled(summary),
+        *_lost(summary),
+    ]
+
+
+def _corrupt(summary: Summary) -> list[Finding]:
+    events = [event for event in summary.trace.events if event.kind == "corrupt_block"]
+    if not events:
+        return []
+    text = (
+        f"{len(events)} reads from SSD brought other bytes than were written: dropped, and told as "
+        f"misses. The first: {events[0].detail}. Check the drive."
+    )
+    return [Finding("corrupt", text, events[0].at_ns, len(events))]
+
+
+def _tiers(summary: Summary) -> list[Finding]:
+    events = [e for e in summary.trace.events if e.kind in ("tier_down", "tier_hung")]
+    found = []
+    for tier, count in Counter(event.tier for event in events).items():
+        first = next(event for event in events if event.tier == tier)
+        word = "hung" if first.kind == "tier_hung" else "went down"
+        text = f"the {tier} tier {word} ({count} times): {first.detail}. It was done without."
+        found.append(Finding("tier_down", text, first.at_ns, count))
+    return found
+
+
+def _failed(summary: Summary) -> list[Finding]:
+    told = ("done", "recalled", "CorruptBlockError")
+    failed = [op for op in summary.trace.ops if op.outcome not in told]
+    found = []
+    for route, count in Counter(op.route for op in failed).most_common():
+        first = next(op for op in failed if op.route == route)
+        text = f"{count} transfers {route} failed. The first: {first.detail}"
+        found.append(Finding("failed", text, first.ended_ns, count))
+    return found
+
+
+def _slow_disk(summary: Summary) -> list[Finding]:
+    found = []
+    for route, facts in summary.routes.items():
+        if "disk" not in route or not _is_slow(facts):
+            continue
+        ops = [op for op in summary.trace.ops if op.route == route]
+        text = (
+            f"{route} is slow: {facts.rate / 1e6:.0f} MB/s while busy, an op takes "
+            f"{facts.service_ms[0]:.1f} ms (p50) and {facts.service_ms[1]:.1f} ms (p99) with the "
+            f"device{_blame(summary, route)}."
+        )
+        found.append(Finding("slow_disk", text, ops[0].begun_ns, len(ops)))
+    return found
+
+
+def _is_slow(facts: RouteSummary) -> bool:
+    return bool(facts.bytes) and facts.rate < SLOW_DISK_RATE and facts.service_ms[0] > SLOW_DISK_MS
+
+
+def _blame(summary: Summary, route: str) -> str:
+    """Tell which part of the time of gets went there, if it did."""
+    steps = summary.time_by_step.get("get", {})
+    whole = sum(steps.values())
+    share = steps.get(route, 0) / whole if whole else 0.0
+    return f"; {100 * share:.0f} % of the time of gets goes there" if share >= 0.1 else ""
+
+
+def _starved(summary: Summary) -> list[Finding]:
+    found = []
+    for kind, steps in summary.time_by_step.items():
+        whole = sum(steps.values())
+        requests = [r for r in summary.trace.requests if r.kind == kind]
+        for what, ns in steps.items():
+            waits = what == ADMISSION or what.startswith("queued for ")
+            mean_ms = ns / 1e6 / len(requests)
+            if not waits or ns < STARVED_SHARE * whole or mean_ms < STARVED_MS:
+                continue
+            remedy = (
+                "more requests at once than `requests_max`"
+                if what == ADMISSION
+                else "others keep the device busy: see its window in the configuration"
+            )
+            text = (
+                f"{kind}s starve: {100 * ns / whole:.0f} % of their time is {what}, "
+                f"{mean_ms:.1f} ms on average; {remedy}."
+            )
+            found.append(Finding("starved_queue", text, requests[0].arrived_ns, len(requests)))
+    return found
+
+
+def _full(summary: Summary) -> list[Finding]:
+    short = [r for r in summary.trace.requests if r.error == "CapacityError"]
+    found = []
+    for tier in sorted({r.reason.partition(":")[0] for r in short}):
+        of_tier = [r for r in short if r.reason.startswith(tier)]
+        used = [s.tiers[tier][0] for s in summary.trace.samples if tier in s.tiers]
+        capacity = summary.trace.header.capacity_blocks.get(tier, 0)
+        most = f", at most {max(used)} of {capacity} blocks used" if used and capacity else ""
+        lacking = sum(r.last_block - r.first_block - r.moved_blocks for r in of_tier)
+        text = (
+            f"the {tier} tier was full: {len(of_tier)} requests moved {lacking} blocks less than "
+            f"they could have{most}. The first: {of_tier[0].reason}"
+        )
+        found.append(Finding("full_tier", text, of_tier[0].begun_ns, len(of_tier)))
+    return found
+
+
+def _cancelled(summary: Summary) -> list[Finding]:
+    events = [event for event in summary.trace.events if event.kind == "cancel"]
+    if not events:
+        return []
+    ids = ", ".join(str(event.request_id) for event in events[:5])
+    more = ", …" if len(events) > 5 else ""
+    lengths = _cancelled_ms(summary, {event.request_id for event in events})
+    text = f"{len(events)} requests were cancelled (ids {ids}{more}){lengths}."
+    return [Finding("cancelled", text, events[0].at_ns, len(events))]
+
+
+def _cancelled_ms(summary: Summary, ids: set[int]) -> str:
+    ms = [(r.ended_ns - r.arrived_ns) / 1e6 for r in summary.trace.requests if r.request_id in ids]
+    return f", {np.median(ms):.1f} ms after their arrival (median)" if ms else ""
+
+
+def _lost(summary: Summary) -> list[Finding]:
+    lost = summary.trace.dropped
+    if not lost:
+        return []
+    text = f"{lost} records are missing: the writer could not keep up, or the file was cut."
+    return [Finding("lost_records", text, summary.trace.begin_ns, lost)]

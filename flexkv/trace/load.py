@@ -1,0 +1,126 @@
+"""Reads traces back: a file and its rotated predecessors, as far as they were written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count, takewhile
+from pathlib import Path
+
+import msgspec
+
+from flexkv.common.errors import ConfigError
+from flexkv.trace.records import (
+    SCHEMA_VERSION,
+    DropRecord,
+    EventRecord,
+    HeaderRecord,
+    OpRecord,
+    PlanRecord,
+    Record,
+    RequestRecord,
+    SampleRecord,
+)
+
+
+@dataclass
+class Trace:
+    """The records of one run, each kind in the order in which it was written."""
+
+    header: HeaderRecord
+    plans: dict[int, PlanRecord] = field(default_factory=dict)
+    """By run."""
+    ops: list[OpRecord] = field(default_factory=list)
+    requests: list[RequestRecord] = field(default_factory=list)
+    events: list[EventRecord] = field(default_factory=list)
+    samples: list[SampleRecord] = field(default_factory=list)
+    dropped: int = 0
+    """Records that the writer lost, and lines that could not be read."""
+    runs: int = 1
+    """Runs that are in the files: only the last one is given."""
+
+    def take(self, record: Record) -> None:
+        """Add a record."""
+        match record:
+            case PlanRecord():
+                self.plans[record.run_id] = record
+            case OpRecord():
+                self.ops.append(record)
+            case RequestRecord():
+                self.requests.append(record)
+            case EventRecord():
+                self.events.append(record)
+            case SampleRecord():
+                self.samples.append(record)
+            case DropRecord():
+                self.dropped += record.count
+            case HeaderRecord():
+                raise AssertionError("a header begins a trace")
+
+    @property
+    def begin_ns(self) -> int:
+        """Give the time of the first thing that was recorded."""
+        firsts = [r.arrived_ns for r in self.requests] + [o.issued_ns for o in self.ops]
+        return min(firsts, default=self.header.monotonic_ns)
+
+    @property
+    def end_ns(self) -> int:
+        """Give the time of the last thing that was recorded."""
+        lasts = [r.ended_ns for r in self.requests] + [o.ended_ns for o in self.ops]
+        return max(lasts, default=self.header.monotonic_ns)
+
+    @property
+    def seconds(self) -> float:
+        """Give the time between the two."""
+        return (self.end_ns - self.begin_ns) / 1e9
+
+
+def load(path: Path) -> Trace:
+    """Give the last run in a trace file and its rotated predecessors (`path.1`, `path.2`, …).
+
+    A line that is cut short, as a crash leaves it, is counted and passed over.
+
+    Raises:
+        ConfigError: there is no such file, it is no trace, or one of another version.
+    """
+    trace: Trace | None = None
+    unread = runs = 0
+    for line in _lines(path):
+        try:
+            record = _DECODER.decode(line)
+        except msgspec.DecodeError:
+            unread += 1
+            continue
+        if not isinstance(record, HeaderRecord):
+            if trace is not None:
+                trace.take(record)
+            continue
+        if record.schema_version != SCHEMA_VERSION:
+            why = f"schema version {record.schema_version}; this program reads {SCHEMA_VERSION}"
+            raise ConfigError("trace", str(path), why)
+        if trace is None or not _goes_on(trace.header, record):
+            trace, runs = Trace(record), runs + 1
+    if trace is None:
+        raise ConfigError("trace", str(path), "is not a FlexKV trace: it has no header")
+    trace.dropped += unread
+    trace.runs = runs
+    return trace
+
+
+_DECODER = msgspec.json.Decoder(Record)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Give the lines of the files, the oldest first."""
+    rotated = takewhile(Path.exists, (Path(f"{path}.{n}") for n in count(1)))
+    for each in (*reversed(list(rotated)), path):
+        try:
+            with each.open("rb") as file:
+                yield from file
+        except OSError as error:
+            raise ConfigError("trace", str(each), f"cannot be read: {error.strerror}") from error
+
+
+def _goes_on(before: HeaderRecord, header: HeaderRecord) -> bool:
+    """Tell whether a header begins the next file of the same run."""
+    return before.run == header.run

@@ -1,0 +1,260 @@
+"""Traces of engines in which something is wrong: what is wrong is named, and nothing else is."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+from collections.abc import Awaitable, Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from flexkv.cli.main import commands
+from flexkv.common.config import CacheConfig
+from flexkv.common.errors import ConfigError
+from flexkv.common.request import Operation
+from flexkv.engine import Engine
+from flexkv.kvmanager import KVManager
+from flexkv.testing.faults import FaultPlan
+from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK, FakeBackend, empty
+from flexkv.trace.breakdown import ADMISSION, Breakdowns
+from flexkv.trace.chrome import chrome
+from flexkv.trace.findings import findings
+from flexkv.trace.load import Trace, load
+from flexkv.trace.records import schema
+from flexkv.trace.summary import Summary, rates
+
+from .conftest import MODEL as REAL_MODEL
+from .conftest import PER_BLOCK, cache_config, kv_caches, slots_of
+
+BLOCKS, DEVICE_BLOCKS = 16, 64
+
+
+class Rig:
+    """An engine over fake ports on the real clock, that writes a trace."""
+
+    def __init__(
+        self, folder: Path, disk: FaultPlan, device_s: float = 0.0005, **changes: Any
+    ) -> None:
+        self.path = folder / "trace"
+        host_blocks = changes.pop("num_cpu_blocks", 256)
+        device = FaultPlan(7, delay_min_s=device_s / 2, delay_max_s=device_s)
+        backend = FakeBackend(host_blocks, disk, empty(96), device)
+        config = CacheConfig(
+            tokens_per_block=TOKENS_PER_BLOCK,
+            num_cpu_blocks=host_blocks,
+            num_ssd_blocks=96,
+            ssd_cache_dir="/fake",
+            enable_trace=True,
+            trace_file_path=str(self.path),
+            **changes,
+        )
+        self.engine = Engine(MODEL, config, backend)
+
+    async def request(self, operation: Operation, prompt: Any, blocks: int = BLOCKS) -> Any:
+        """Run one request over the first device blocks."""
+        request = self.engine.intake(operation, prompt)
+        slots = np.arange(blocks * TOKENS_PER_BLOCK)
+        ready = self.engine.with_slots(request, slots)
+        assert ready is not None
+        return (await self.engine.perform(ready)).response
+
+
+def prompt_of(number: int, blocks: int = BLOCKS) -> Any:
+    """Give a prompt that shares nothing with others."""
+    return np.arange(blocks * TOKENS_PER_BLOCK) + 10_000 * number
+
+
+async def traced(rig: Rig, work: Callable[[Rig], Awaitable[None]]) -> Trace:
+    """Run something, and give the trace that is left."""
+    await rig.engine.open()
+    rig.engine.register_kv_caches([np.zeros((DEVICE_BLOCKS, 16), np.uint8)])
+    await work(rig)
+    await rig.engine.close()
+    return load(rig.path)
+
+
+async def from_disk(rig: Rig) -> None:
+    """Put some prompts, and get them from SSD."""
+    for number in range(3):
+        await rig.request(Operation.PUT, prompt_of(number))
+    await rig.engine.flush()
+    rig.engine.keeping.clear(next(iter(rig.engine.residency.tiers)))
+    for number in range(3):
+        await rig.request(Operation.GET, prompt_of(number))
+
+
+async def many_at_once(rig: Rig) -> None:
+    """More requests than are admitted."""
+    await asyncio.gather(*(rig.request(Operation.PUT, prompt_of(n)) for n in range(12)))
+
+
+async def cancelled(rig: Rig) -> None:
+    """Give one up in the middle."""
+    work = asyncio.create_task(rig.request(Operation.PUT, prompt_of(1)))
+    await asyncio.sleep(0.005)
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+
+
+async def too_long(rig: Rig) -> None:
+    """Put more than there is room for."""
+    await rig.request(Operation.PUT, prompt_of(1, 40), 40)
+
+
+SOUND = FaultPlan(1, delay_max_s=0.001)
+CASES: dict[str, tuple[dict[str, Any], Callable[[Rig], Awaitable[None]]]] = {
+    "slow_disk": ({"disk": FaultPlan(1, delay_min_s=0.03, delay_max_s=0.04)}, from_disk),
+    "starved_queue": ({"disk": SOUND, "device_s": 0.03, "requests_max": 1}, many_at_once),
+    "cancelled": ({"disk": SOUND, "device_s": 0.05}, cancelled),
+    "corrupt": ({"disk": FaultPlan(1, delay_max_s=0.001, flip_probability=1.0)}, from_disk),
+    "full_tier": ({"disk": SOUND, "num_cpu_blocks": 24}, too_long),
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+async def test_what_was_wrong_is_named(kind: str, tmp_path: Path) -> None:
+    """In the findings, and in what `flexkv trace summary` prints."""
+    changes, work = CASES[kind]
+    trace = await traced(Rig(tmp_path, **changes), work)
+    found = findings(Summary(trace))
+    assert {finding.kind for finding in found} == {kind}
+    assert trace.begin_ns <= found[0].at_ns <= trace.end_ns
+    told = CliRunner().invoke(commands, ["trace", "summary", str(tmp_path / "trace")])
+    assert told.exit_code == 0
+    assert kind in told.output
+    assert found[0].text.split()[0] in told.output
+
+
+@pytest.mark.parametrize("work", [from_disk, many_at_once])
+async def test_where_nothing_is_wrong_nothing_is_said(
+    work: Callable[[Rig], Awaitable[None]], tmp_path: Path
+) -> None:
+    """The same work, with a sound device and room for all."""
+    trace = await traced(Rig(tmp_path, SOUND), work)
+    assert findings(Summary(trace)) == []
+
+
+async def test_time_adds_up_to_the_whole_request(tmp_path: Path) -> None:
+    """Steps follow each other without a gap; waits to be admitted are told apart."""
+    trace = await traced(Rig(tmp_path, SOUND, requests_max=2), many_at_once)
+    breakdowns = Breakdowns(trace)
+    waited = 0
+    for request in trace.requests:
+        steps = breakdowns.of(request).steps
+        assert (steps[0].begin_ns, steps[-1].end_ns) == (request.arrived_ns, request.ended_ns)
+        for before, after in pairwise(steps):
+            assert before.end_ns == after.begin_ns
+        waited += any(step.what == ADMISSION for step in steps)
+    assert waited == 10
+
+
+async def test_a_get_from_ssd_hangs_on_the_read_and_then_the_copy(tmp_path: Path) -> None:
+    """Its path through the plan, and the words for it."""
+    trace = await traced(Rig(tmp_path, FaultPlan(1, delay_min_s=0.03, delay_max_s=0.04)), from_disk)
+    get = next(r for r in trace.requests if r.kind == "get")
+    breakdown = Breakdowns(trace).of(get)
+    ops = Breakdowns(trace).ops_of(get.run_id)
+    assert [ops[number].route for number in breakdown.critical_ops] == ["disk→host", "host→device"]
+    assert next(iter(breakdown.shares)) == "disk→host"
+    assert re.search(r"9\d % disk→host \(\d", breakdown.words)
+
+
+async def test_every_line_is_as_the_schema_says(tmp_path: Path) -> None:
+    """The document is up to date, and a trace with everything in it validates."""
+    document = Path(__file__).parents[2] / "docs/trace-schema.json"
+    assert json.loads(document.read_text()) == json.loads(json.dumps(schema()))
+    plan = FaultPlan(1, 0.3, delay_max_s=0.001, flip_probability=0.5)
+
+    async def work(rig: Rig) -> None:
+        for number in range(8):
+            await rig.request(Operation.PUT, prompt_of(number))
+            await rig.request(Operation.GET, prompt_of(number))
+        work = asyncio.create_task(rig.request(Operation.GET, prompt_of(1)))
+        await asyncio.sleep(0.001)
+        work.cancel()
+        await asyncio.wait([work])
+
+    await traced(Rig(tmp_path, plan, device_s=0.02), work)
+    validator = jsonschema.Draft202012Validator(schema())
+    kinds = set()
+    for line in (tmp_path / "trace").read_text().splitlines():
+        validator.validate(json.loads(line))
+        kinds.add(json.loads(line)["type"])
+    assert kinds >= {"header", "plan", "op", "request", "event", "sample"}
+
+
+async def test_a_trace_begins_and_ends_while_the_engine_runs(tmp_path: Path) -> None:
+    """Prompts are not in it; a second one may not begin; the file is whole when it ended."""
+    path = tmp_path / "later"
+    async with KVManager(REAL_MODEL, cache_config(tmp_path)) as manager:
+        manager.register_kv_caches(kv_caches())
+        await manager.put(np.arange(8 * PER_BLOCK), slots_of(range(8)))
+        with manager.trace(path):
+            with pytest.raises(ConfigError, match="is on already"):
+                manager.trace_start(str(path))
+            await manager.get(np.arange(8 * PER_BLOCK), slots_of(range(20, 28)))
+        await manager.get(np.arange(8 * PER_BLOCK), slots_of(range(30, 38)))
+        trace = load(path)
+        assert [request.kind for request in trace.requests] == ["get"]
+        assert [op.route for op in trace.ops] == ["host→device"]
+        assert trace.header.tokens_per_block == PER_BLOCK
+        assert len(base64.b64decode(trace.requests[0].keys)) == 8 * 6
+        assert manager.trace_stop() is None
+
+
+async def test_a_trace_that_was_cut_short_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    """A crash leaves half a line; another version and other files are refused by name."""
+    rig = Rig(tmp_path, SOUND)
+    await traced(rig, from_disk)
+    whole = rig.path.read_bytes()
+    rig.path.write_bytes(whole[:-30])
+    trace = load(rig.path)
+    assert (trace.dropped, len(trace.requests) + len(trace.ops) > 10) == (1, True)
+    for wrong, why in (
+        (b"", "no header"),
+        (b"hello\n", "no header"),
+        (whole.replace(b'"schema_version":2', b'"schema_version":99'), "version 99"),
+    ):
+        rig.path.write_bytes(wrong)
+        with pytest.raises(ConfigError, match=why):
+            load(rig.path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(tmp_path / "nothing")
+
+
+async def test_two_runs_are_compared_and_exported(tmp_path: Path) -> None:
+    """The terminal says what is wrong in one only; Perfetto's format balances."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder, plan in zip(folders, (SOUND, CASES["slow_disk"][0]["disk"]), strict=True):
+        folder.mkdir()
+        await traced(Rig(folder, plan), from_disk)
+    one, two = (str(folder / "trace") for folder in folders)
+    told = CliRunner().invoke(commands, ["trace", "diff", one, two])
+    assert "get p99, ms" in told.output
+    assert "slow_disk" in told.output
+    told = CliRunner().invoke(commands, ["trace", "export", two, "-o", str(tmp_path / "x.json")])
+    assert told.exit_code == 0
+    events = json.loads(chrome(load(Path(two))))["traceEvents"]
+    assert events == json.loads((tmp_path / "x.json").read_text())["traceEvents"]
+    spans = [(e["ph"], e["cat"], e["id"]) for e in events if e["ph"] in "be"]
+    begun = {(cat, number) for phase, cat, number in spans if phase == "b"}
+    ended = {(cat, number) for phase, cat, number in spans if phase == "e"}
+    assert begun == ended
+    assert len(spans) == 2 * len(begun)
+
+
+async def test_rates_spread_bytes_over_the_time_they_took(tmp_path: Path) -> None:
+    """Summed over windows they are what was moved."""
+    trace = await traced(Rig(tmp_path, SOUND), from_disk)
+    ops = [op for op in trace.ops if op.outcome == "done"]
+    _, per_s = rates(ops, 1_000_000)
+    assert per_s.sum() * 0.001 == pytest.approx(sum(op.bytes for op in ops))
