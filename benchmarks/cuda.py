@@ -68,7 +68,7 @@ class Rig:
     def choose(self, choices: list[Choices]) -> None:
         """Let copies be made so: to the host, to the device."""
         for way, each in zip(self.port._ways, choices, strict=True):
-            way.choices = each
+            way.choose(each)
 
     async def moved(self, *jobs: tuple[Route, Ids, Ids]) -> float:
         """Give the seconds that some transfers take that begin at once."""

@@ -16,7 +16,7 @@ import structlog
 
 from flexkv.common.config import MB, CacheConfig, CacheSizes, ModelConfig
 from flexkv.common.errors import ConfigError
-from flexkv.common.layout import PagedLayout, infer_layout
+from flexkv.common.layout import Order, PagedLayout, infer_layout
 from flexkv.index.keys import blocks_are
 from flexkv.io.arena import Arena
 from flexkv.io.cpu import CpuDevicePort
@@ -48,6 +48,7 @@ class Device(NamedTuple):
     num_blocks: int
     layout: str
     place: tuple[str, int] = ("cpu", 0)
+    order: Order = ""
 
     @property
     def facts(self) -> dict[str, object]:
@@ -177,7 +178,7 @@ class LocalBackend:
         pages = self._pages(tensors, layout, tp_rank)
         if kind == "cuda":
             port: DevicePort = self._cuda(ordinal, pages, tensors, tp_rank)
-            return Device(port, pages.num_blocks, pages.name, (kind, ordinal))
+            return Device(port, pages.num_blocks, pages.name, (kind, ordinal), pages.order)
         port = CpuDevicePort(
             pages,
             self._arena,
@@ -185,7 +186,7 @@ class LocalBackend:
             threads=self._cache.copy_threads or min(4, os.cpu_count() or 1),
             sums=self._sums if self._model.parts == 1 else None,
         )
-        return Device(port, pages.num_blocks, pages.name)
+        return Device(port, pages.num_blocks, pages.name, order=pages.order)
 
     def _cuda(
         self, ordinal: int, pages: PagedLayout, tensors: Sequence[Any], tp_rank: int
@@ -221,18 +222,20 @@ class LocalBackend:
             where, before = (":".join(map(str, each)) for each in (place, device.place))
             raise ConfigError("kv_caches", where, f"must be where they were: on {before}")
         pages = self._pages(tensors, layout, tp_rank)
+        if pages.order != device.order:
+            why = f"must lie as they did: {device.order}"
+            raise ConfigError("kv_caches", f"blocks of {pages.order}", why)
         device.port.resume(pages, tuple(tensors))
-        return Device(device.port, pages.num_blocks, pages.name, place)
+        return Device(device.port, pages.num_blocks, pages.name, place, pages.order)
 
     def joined(self, devices: Sequence[Device]) -> TransferPort:
         """Give one port over the devices of all ranks, which keeps the sums that the SSD needs."""
         port: TransferPort = devices[0].port
         if len(devices) > 1:
-            parts: list[list[TransferPort]] = [[] for _ in range(self._model.parts)]
+            parts: list[list[DevicePort]] = [[] for _ in range(self._model.parts)]
             for rank, device in enumerate(devices):
                 parts[self._model.part_of(rank).number].append(device.port)
-            blocks = min(device.num_blocks for device in devices)
-            port = RanksPort(parts, self._arena.num_blocks, blocks)
+            port = RanksPort(parts, self._arena.num_blocks)
         if self._sums is None:
             return port
         # A CPU device that brings whole blocks has summed them as it copied.

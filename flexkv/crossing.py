@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
-from flexkv.common.errors import ClosedError
+from flexkv.common.errors import ClosedError, DeviceError
 from flexkv.common.request import KVResponse, Operation
 from flexkv.engine import Engine
 from flexkv.loop_thread import LoopThread
@@ -31,7 +32,7 @@ class Crossing:
 
     def start_task(self, operation: Operation, *arguments: Any) -> int:
         """Start a request behind what the calling thread's streams have queued; its task id."""
-        self._engine.order_after(operation)
+        self._order_after(operation)
         return self._call(lambda: self._tasks.start(operation, *arguments))
 
     async def task_response(self, task_id: int) -> KVResponse:
@@ -41,13 +42,42 @@ class Crossing:
         """
         return await self._async(lambda: self._tasks.response(task_id))
 
-    def layers_written(self) -> None:
-        """Let what waits for layers look again, behind what this thread's streams have queued."""
-        self._engine.order_after(Operation.PUT)
-        if self._thread is not None:
-            self._thread.post(self._engine.nudge_device)
-        else:
-            self._call(self._engine.nudge_device)
+    def order_after(self, operation: Operation) -> None:
+        """Let later copies wait for what the calling thread's streams have queued by now.
+
+        Raises:
+            DeviceError: a driver refused. The device is down from then on.
+        """
+        self._engine.order_after(operation)
+
+    def _order_after(self, operation: Operation) -> None:
+        """Do so for a request that begins now: it is told UNREADY where a device is down."""
+        with suppress(DeviceError):
+            self._engine.order_after(operation)
+
+    def nudge_device(self) -> None:
+        """Let what waits for layers look again. From any thread.
+
+        Raises:
+            ClosedError: not started, or shut down.
+        """
+        self._post(self._engine.nudge_device)
+
+    def cancel_soon(self, task_id: int) -> None:
+        """Cancel a task, some time soon. From any thread."""
+        self._post(lambda: self._tasks.cancel_if_there(task_id))
+
+    def _post(self, work: Callable[[], None]) -> None:
+        thread, loop = self._thread, self._loop
+        if thread is not None:
+            thread.post(work)
+            return
+        if loop is None:
+            raise ClosedError("the manager is not started, or is shut down")
+        try:
+            loop.call_soon_threadsafe(work)
+        except RuntimeError as error:
+            raise ClosedError("the loop that the manager runs on is closed") from error
 
     def _call(self, work: Callable[[], T]) -> T:
         """Do synchronous work on the engine's loop."""

@@ -7,8 +7,8 @@ register ──▶ awake ──suspend──▶ asleep ──resume──▶ awa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import threading
+from contextlib import ExitStack
 from typing import Any
 
 import structlog
@@ -22,13 +22,47 @@ from flexkv.common.errors import (
     FlexKVError,
     TransferError,
 )
+from flexkv.common.layout import Order
 from flexkv.io.ports import DevicePort, TransferPort
 
 log = structlog.get_logger(__name__)
 
 
+class Use:
+    """Counts who uses the devices; they are not suspended before nobody does. A context manager."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._over = asyncio.Event()
+
+    def enter(self) -> None:
+        """Use the devices; `leave` must follow."""
+        self.count += 1
+
+    def leave(self) -> None:
+        """Use them no more."""
+        self.count -= 1
+        if not self.count:
+            self._over.set()
+
+    __enter__ = enter
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    async def wait_over(self) -> None:
+        """Return once nobody uses them."""
+        while self.count:
+            self._over.clear()
+            await self._over.wait()
+
+
 class Devices:
-    """Every registered device, by rank."""
+    """Every registered device, by rank.
+
+    Attributes:
+        use: who uses them.
+    """
 
     def __init__(self, tp_size: int, deadline_s: float, backend: Backend, undo: ExitStack) -> None:
         """Take what opens devices, and how long one is waited for; `undo` gets what closes them."""
@@ -38,7 +72,9 @@ class Devices:
         self._asleep: set[int] = set()
         self._with_streams: list[DevicePort] = []
         self._failure: TransferError | None = None
-        self._users, self._unused = 0, asyncio.Event()
+        self._falling_asleep = False
+        self._lock = threading.Lock()
+        self.use = Use()
 
     @property
     def num_blocks(self) -> int:
@@ -78,40 +114,46 @@ class Devices:
         if tp_rank in self._by_rank:
             why = "has its KV caches registered; after suspend_device use resume_device"
             raise ConfigError("tp_rank", tp_rank, why)
-        device = self._backend.device(kv_caches, layout, tp_rank)
-        self._undo.callback(device.port.close)
-        self._by_rank[tp_rank] = device
+        with ExitStack() as undo:
+            device = self._backend.device(kv_caches, layout, tp_rank)
+            undo.callback(device.port.close)
+            self._check_order(device)
+            by_rank = {**self._by_rank, tp_rank: device}
+            port = None
+            if len(by_rank) == self._tp_size:
+                port = self._backend.joined([each for _, each in sorted(by_rank.items())])
+                undo.callback(port.close)
+            self._undo.push(undo.pop_all())
+        self._by_rank = by_rank
         log.info("device registered", rank=tp_rank, **device.facts)
         if device.place[0] != "cpu":
-            self._with_streams.append(device.port)
-        if len(self._by_rank) < self._tp_size:
-            return None
-        port = self._backend.joined([device for _, device in sorted(self._by_rank.items())])
-        self._undo.callback(port.close)
+            self._with_streams = [*self._with_streams, device.port]
         return port
 
     def order_after(self, to_device: bool) -> None:
         """Let later copies one way wait for what the calling thread's streams have queued by now.
 
-        From any thread. A device that refuses is down from then on: its copies would not wait.
-        """
-        try:
-            for port in self._with_streams:
-                port.order_after(to_device)
-        except DeviceError as error:
-            log.exception("device down", call=error.call, code=error.code)
-            self._failure = error
+        From any thread.
 
-    @contextmanager
-    def used(self) -> Iterator[None]:
-        """Keep the devices from being suspended."""
-        self._users += 1
-        try:
-            yield
-        finally:
-            self._users -= 1
-            if not self._users:
-                self._unused.set()
+        Raises:
+            DeviceError: a driver refused. The device is down from then on: its copies would not
+                wait.
+        """
+        if not self._with_streams:
+            return
+        with self._lock:
+            try:
+                for port in self._with_streams:
+                    port.order_after(to_device)
+            except DeviceError as error:
+                log.exception("device down", call=error.call, code=error.code)
+                self._failure = error
+                raise
+
+    def detach(self) -> None:
+        """Touch no streams any more: the ports are about to be closed."""
+        with self._lock:
+            self._with_streams = []
 
     async def suspend(self) -> None:
         """Take no more requests, wait for those under way, and let go of all KV caches.
@@ -119,23 +161,25 @@ class Devices:
         Raises:
             ClosedError: not all devices are registered, or they sleep.
             DeadlineError: something did not end in time; the devices go on.
+            DeviceError: a driver refused to free something; all KV caches are let go of.
         """
         if missing := self.missing:
             raise missing
-        self._asleep = set(self._by_rank)
+        self._asleep, self._falling_asleep = set(self._by_rank), True
         try:
             async with asyncio.timeout(self._deadline_s):
-                while self._users:
-                    self._unused.clear()
-                    await self._unused.wait()
-        except TimeoutError as error:
-            why = f"{self._users} requests did not end in time"
-            raise DeadlineError(-1, "suspend_device", 0, why) from error
+                await self.use.wait_over()
+        except BaseException as error:
+            self._asleep = set()
+            if isinstance(error, TimeoutError):
+                why = f"{self.use.count} requests did not end in time"
+                raise DeadlineError(-1, "suspend_device", 0, why) from error
+            raise
         finally:
-            if self._users:
-                self._asleep.clear()
-        for device in self._by_rank.values():
-            device.port.suspend()
+            self._falling_asleep = False
+        with ExitStack() as every:
+            for device in self._by_rank.values():
+                every.callback(device.port.suspend)
         log.info("device suspended")
 
     def resume(self, kv_caches: Any, layout: str | None, tp_rank: int) -> None:
@@ -146,13 +190,24 @@ class Devices:
             DeviceError: the device refused.
         """
         self._check_rank(tp_rank)
-        if tp_rank not in self._asleep:
+        if tp_rank not in self._asleep or self._falling_asleep:
             raise ConfigError("tp_rank", tp_rank, "is not suspended")
         device = self._by_rank[tp_rank]
         device = self._backend.resumed(device, kv_caches, layout, tp_rank)
         self._by_rank[tp_rank] = device
         log.info("device resumed", rank=tp_rank, **device.facts)
         self._asleep.discard(tp_rank)
+
+    @property
+    def order(self) -> Order:
+        """Give the order of a block's elements in host memory, which all ranks share."""
+        return next(iter(self._by_rank.values())).order
+
+    def _check_order(self, device: Device) -> None:
+        """Check that a rank's blocks have their bytes in the order of the others'."""
+        if self._by_rank and device.order != self.order:
+            why = f"must lie as those of the other ranks: {self.order}"
+            raise ConfigError("kv_caches", f"blocks of {device.order}", why)
 
     def _check_rank(self, tp_rank: int) -> None:
         if not 0 <= tp_rank < self._tp_size:

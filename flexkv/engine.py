@@ -30,9 +30,10 @@ from flexkv.common.errors import (
     InternalError,
     InvariantError,
 )
+from flexkv.common.layout import Order, is_natural
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import Tier
-from flexkv.devices import Devices
+from flexkv.devices import Devices, Use
 from flexkv.graph.ops import CHUNKS_MAX, LEGS_MAX
 from flexkv.graph.planner import PlanLimits, Planner
 from flexkv.index.eviction import Eviction
@@ -86,7 +87,7 @@ class Engine:
         self._devices = Devices(model.tp_size, cache.io_deadline_s, self._backend, self._resources)
         self._failure: InternalError | None = None
         self._open = self._used = self._closed = False
-        self._next_request = 0
+        self._next_request = self._rekeyed_at = 0
         self._restored_blocks = 0
 
     def _empty_residency(self) -> Residency:
@@ -210,11 +211,20 @@ class Engine:
         self._check_open()
         port = self._devices.register(kv_caches, layout, tp_rank)
         if port is not None:
+            self._take_order(self._devices.order)
             piece_bytes = DEVICE_PIECE_BYTES[self._devices.kind]
             window = Window(int(self.cache.device_window_mb * MB), piece_bytes)
             actor = self._actors[Tier.DEVICE] = self._actor(Tier.DEVICE, port, window, window)
             actor.note_begins(self._tracing.path is not None)
             self._start(actor)
+
+    def _take_order(self, order: Order) -> None:
+        """Let keys hang on the order of a block's elements; earlier requests' keys did not."""
+        if is_natural(order):
+            return
+        secret = self.cache.key_secret.get_secret_value()
+        self._intake.rekey(KeyChain(self.model, self.tokens_per_block, secret, order))
+        self._rekeyed_at = self._next_request
 
     @property
     def devices(self) -> Devices:
@@ -244,6 +254,7 @@ class Engine:
         self._scheduler.watch.close()
         await self._supervisor.stop()
         self._closed = True
+        self._devices.detach()
         self._resources.close()
         if self._failure is None:
             self._check_nothing_left()
@@ -266,7 +277,9 @@ class Engine:
             raise InvariantError(f"left behind: {self._residency.claims.stories()}")
 
     def _failed(self, cause: BaseException) -> None:
-        """An actor raised: tell every waiter, admit nobody."""
+        """An actor raised: tell every waiter, admit nobody. What is told first stands."""
+        if self._failure is not None:
+            return
         self._failure = InternalError(f"the engine failed: {cause!r}")
         self._failure.__cause__ = cause
         self._admission.close()
@@ -304,7 +317,7 @@ class Engine:
 
     def with_slots(self, request: Request, slot_mapping: Any) -> Request | None:
         """Give the request with its device blocks; None while there is no device to use."""
-        if self._devices.missing is not None:
+        if self._devices.missing is not None or request.request_id <= self._rekeyed_at:
             return None
         ids = self._intake.device_ids(slot_mapping, request.span, self._devices.num_blocks)
         return Request(
@@ -329,7 +342,7 @@ class Engine:
         """
         if request.device_ids is None:
             return await self._performed(request, begun)
-        with self._devices.used():
+        with self._devices.use:
             return await self._performed(request, begun)
 
     async def _performed(self, request: Request, begun: Callable[[], None] | None) -> Flight:
@@ -363,7 +376,8 @@ class Engine:
         """Give the response to a request that needs a device while there is none to use."""
         self._observer.requests[request.operation][KVResponseStatus.UNREADY] += 1
         mask = np.zeros(request.token_count, np.bool_)
-        return KVResponse(KVResponseStatus.UNREADY, request.request_id, mask, self._devices.missing)
+        why = self._devices.missing or ClosedError("it was asked before the device was registered")
+        return KVResponse(KVResponseStatus.UNREADY, request.request_id, mask, why)
 
     def nudge_device(self) -> None:
         """Look again at what waits for layers to be written."""
@@ -374,9 +388,17 @@ class Engine:
         """Let the copies of later requests wait for what the calling thread's streams have queued.
 
         From any thread. A put reads what was written, a get writes what is no longer used.
+
+        Raises:
+            DeviceError: a driver refused. The device is down from then on.
         """
         if operation is not Operation.PREFETCH:
             self._devices.order_after(operation is Operation.GET)
+
+    @property
+    def devices_in_use(self) -> Use:
+        """Give what keeps the devices from being suspended."""
+        return self._devices.use
 
     async def flush(self) -> None:
         """Return once every write-behind under way is done and on stable storage.

@@ -360,7 +360,7 @@ class KVManager(TaskForm):
 
     async def _perform(self, operation: Operation, *arguments: Any) -> KVResponse:
         """Run a request on the engine's loop, from there or from another."""
-        self._engine.order_after(operation)
+        self._order_after(operation)
         return await self._async(lambda: self._perform_here(operation, *arguments))
 
     async def _perform_here(

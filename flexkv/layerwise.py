@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from typing import Any
 
-from flexkv.common.errors import ConfigError
+from flexkv.common.errors import ConfigError, DeviceError
 from flexkv.common.request import KVResponse, Operation
 from flexkv.common.terms import StreamEvent
 from flexkv.crossing import Crossing
@@ -62,8 +63,11 @@ class LayerProgress:
 
     def _tell(self) -> None:
         self._changed.notify_all()
-        for callback in self._callbacks:
-            callback()
+        for callback in list(self._callbacks):
+            try:
+                callback()
+            except RuntimeError:  # the loop of whoever awaits is closed
+                self._callbacks.remove(callback)
 
     def _drop_events(self) -> None:
         for events in self._queued.values():
@@ -72,6 +76,11 @@ class LayerProgress:
         self._queued.clear()
 
     # -- the caller's side ----------------------------------------------------------------------
+
+    def let_go(self, layers: int) -> None:
+        """Let so many layers, from the first on, be moved."""
+        with self._changed:
+            self.ready = max(self.ready, layers)
 
     def has(self, layer: int) -> bool:
         """Tell whether a layer of every block is there."""
@@ -129,13 +138,18 @@ class LayerProgress:
         with self._changed:
             self._callbacks.append(callback)
         try:
-            while not (self.over or self.has(layer)):
+            while not self._decided(layer):
                 await changed.wait()
                 changed.clear()
-            return self.has(layer)
-        finally:
             with self._changed:
+                return self.has(layer)
+        finally:
+            with self._changed, suppress(ValueError):
                 self._callbacks.remove(callback)
+
+    def _decided(self, layer: int) -> bool:
+        with self._changed:
+            return self.over or self.has(layer)
 
 
 class Layerwise:
@@ -215,11 +229,21 @@ class LayerwisePut(Layerwise):
     """A put, whose layers are stored as they are written. All must be, or it is to be cancelled."""
 
     def layer_written(self, layer: int) -> None:
-        """Let the layers up to this one be stored: this thread's stream has queued their writing.
+        """Let the layers up to this one be stored: this thread has queued their writing.
+
+        From any thread, whose current stream of each rank's device the copies wait for; so in a
+        process of several ranks call it when all of them have queued their writes.
 
         Raises:
             ConfigError: no such layer.
+            DeviceError: the copies could not be made to wait. The put is cancelled.
+            ClosedError: the manager is shut down.
         """
         self._check(layer)
-        self._progress.ready = max(self._progress.ready, layer + 1)
-        self._manager.layers_written()
+        try:
+            self._manager.order_after(Operation.PUT)
+        except DeviceError:
+            self._manager.cancel_soon(self.task_id)
+            raise
+        self._progress.let_go(layer + 1)
+        self._manager.nudge_device()

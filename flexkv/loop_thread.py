@@ -74,7 +74,10 @@ class LoopThread:
         Raises:
             ClosedError: the thread is not running.
         """
-        self._running().call_soon_threadsafe(work)
+        try:
+            self._running().call_soon_threadsafe(work)
+        except RuntimeError as error:
+            raise ClosedError("the engine is shut down") from error
 
     async def call_async(self, work: Callable[[], Awaitable[T]]) -> T:
         """Run `work` on the loop, and await its result on the caller's.

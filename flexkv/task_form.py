@@ -102,7 +102,7 @@ class TaskForm(Crossing):
             task_ids, slot_mappings = [task_ids], [slot_mappings]
         ids, slots = list(task_ids), list(slot_mappings)
         for operation in (Operation.GET, Operation.PUT):
-            self._engine.order_after(operation)
+            self._order_after(operation)
         self._call(lambda: self._tasks.launch(ids, slots))
 
     def cancel(self, task_ids: int | Sequence[int]) -> None:

@@ -142,13 +142,21 @@ class TaskTable:
     def cancel(self, task_ids: Sequence[int]) -> None:
         """Cancel tasks; each is answered once no hardware touches its slots. An over one stays."""
         for task in [self._find(task_id) for task_id in task_ids]:
-            if task.response is not None:
-                continue
-            self._release(task)
-            if task.work is None:
-                task.answer(_response(task.request, KVResponseStatus.CANCELLED))
-            else:
-                task.work.cancel()
+            self._cancel(task)
+
+    def cancel_if_there(self, task_id: int) -> None:
+        """Cancel a task, unless it was collected meanwhile."""
+        if task_id in self._tasks:
+            self._cancel(self._tasks[task_id])
+
+    def _cancel(self, task: _Task) -> None:
+        if task.response is not None:
+            return
+        self._release(task)
+        if task.work is None:
+            task.answer(_response(task.request, KVResponseStatus.CANCELLED))
+        else:
+            task.work.cancel()
 
     async def cancel_and_drain(self, task_ids: Sequence[int]) -> None:
         """Cancel tasks, and return once no hardware touches their slots."""
@@ -190,7 +198,7 @@ class TaskTable:
         try:
             await task.wait_answered()
         except asyncio.CancelledError:
-            self.cancel([task_id])
+            self._cancel(task)
             while task.response is None:
                 with suppress(asyncio.CancelledError):
                     await task.wait_answered()
@@ -222,11 +230,17 @@ class TaskTable:
     # -- inside ---------------------------------------------------------------------------------
 
     def _launch(self, task: _Task) -> None:
+        uses_device = task.request.device_ids is not None
+
         def over(work: asyncio.Task[None]) -> None:
             # A task that is cancelled before its first step runs none of its own code.
             self._release(task)
+            if uses_device:
+                self._engine.devices_in_use.leave()
             task.answer(_response(task.request, KVResponseStatus.CANCELLED))
 
+        if uses_device:  # from the step on in which its slots were taken
+            self._engine.devices_in_use.enter()
         task.work = self._engine.supervisor.spawn("task", self._work(task))
         task.work.add_done_callback(over)
 

@@ -259,11 +259,14 @@ class Supervisor:
 
     def spawn(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start a task that ends by itself; one that raises ends the engine."""
-        return self._group.create_task(work, name=f"flexkv {name}")
+        task = self._group.create_task(self._reporting(name, work), name=f"flexkv {name}")
+        # One that is cancelled before its first step never gets to its work.
+        task.add_done_callback(lambda _: work.close())
+        return task
 
     def keep(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         """Start a task that runs until `stop`."""
-        self._permanent.append(self.spawn(name, _reporting(name, work)))
+        self._permanent.append(self.spawn(name, work))
 
     async def stop(self) -> None:
         """Cancel the permanent tasks and return once every task is over."""
@@ -281,14 +284,14 @@ class Supervisor:
         except BaseExceptionGroup as failures:
             self._on_failure(failures.exceptions[0])
 
-
-async def _reporting(name: str, work: Coroutine[Any, Any, None]) -> None:
-    """Run an actor's task; report what it raises, and raise it on."""
-    try:
-        await work
-    except Exception:
-        log.exception("actor failed", actor=name)
-        raise
+    async def _reporting(self, name: str, work: Coroutine[Any, Any, T]) -> T:
+        """Run a task; tell at once what it raises: others may wait for what it will not do."""
+        try:
+            return await work
+        except Exception as error:
+            log.exception("task failed", task=name)
+            self._on_failure(error)
+            raise
 
 
 def spawn_on(

@@ -116,6 +116,13 @@ class Flight:
             return False
         return any(isinstance(error, UnfilledError) for error in self.run.errors)
 
+    def unfed_tokens(self) -> list[int]:
+        """Give the ops that wait for layers to be written."""
+        watch = self.request.watch
+        if watch is None or watch.ready >= watch.num_layers:
+            return []
+        return self.plan.device_tokens()
+
     def _waiter(self, waiters: list[asyncio.Future[None]]) -> asyncio.Future[None]:
         if self.failure is not None:
             raise self.failure
@@ -187,6 +194,8 @@ class Scheduler:
         self._notes = notes
         self.watch = Watch(actors, io_deadline_s, self._give_up, observer.event)
         self._stuck: set[int] = set()
+        self._fed: set[Flight] = set()
+        """Puts that wait for layers to be written: who asks meanwhile shall not wait for them."""
         self._flights: dict[int, Flight] = {}
         self._joiners: dict[int, list[_Joiner]] = {}
         self._events: deque[tuple[Flight, Event]] = deque()
@@ -226,14 +235,17 @@ class Scheduler:
         self._observer.planned(request, planned.plan)
         flight = Flight(request, planned, begin_ns if arrived_ns is None else arrived_ns, begin_ns)
         self._flights[run_id] = flight
+        if request.watch is not None and request.operation is Operation.PUT:
+            self._fed.add(flight)
         self._take(flight, Launch())
         return flight
 
     def look_out(self) -> None:
         """Tell the planner what to do without: tiers that are down, ops that hang."""
         avoid = None
-        if not self.watch.all_up or self._stuck:
-            avoid = Avoid(*self.watch.unusable(), frozenset(self._stuck))
+        if not self.watch.all_up or self._stuck or self._fed:
+            waiting = {token for flight in self._fed for token in flight.unfed_tokens()}
+            avoid = Avoid(*self.watch.unusable(), frozenset(self._stuck | waiting))
         self._planner.avoid = avoid
 
     def _give_up(self, tier: Tier) -> None:
@@ -433,6 +445,7 @@ class Scheduler:
 
     def _end(self, flight: Flight) -> None:
         del self._flights[flight.plan.run_id]
+        self._fed.discard(flight)
         flight.end()
         if flight.run.errors and flight.request.operation is Operation.PUT:
             told = RecalledError | DeadlineError  # the latter by the flush that did not wait

@@ -144,7 +144,7 @@ class ModelConfig(ConfigModel):
             if not self.use_mla and heads % self.tp_size and self.tp_size % heads:
                 why = f"must divide {heads} KV heads, or be a multiple of them"
                 raise ConfigError("tp_size", self.tp_size, why)
-            if heads % self.parts:
+            if not self.use_mla and min(self.tp_size, heads) != self.parts:
                 why = f"its {heads} heads are not divided as those of other groups, in {self.parts}"
                 raise ConfigError("layer_groups", group, why)
         groups = self.layer_groups

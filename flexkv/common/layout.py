@@ -15,9 +15,9 @@ two contiguous extents. Their order inside an extent is the engine's own affair.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,21 @@ class TensorSpec(NamedTuple):
     shape: tuple[int, ...]
     strides_bytes: tuple[int, ...]
     itemsize: int
+
+
+Order: TypeAlias = str
+"""Axes of a block from the slowest to the fastest, such as "kv tokens heads dim"; those of length 1
+are left out. Where layers differ, theirs in turn, with a semicolon between."""
+
+NATURAL = ("kv", "tokens", "heads", "dim")
+
+
+def is_natural(order: Order) -> bool:
+    """Tell whether blocks are as those of most engines: K before V, token after token."""
+    return all(
+        [axis for axis in NATURAL if axis in axes] == axes
+        for axes in (each.split() for each in order.split(";"))
+    )
 
 
 class KVShape(NamedTuple):
@@ -67,7 +82,8 @@ class PagedLayout:
     A row is: address of block 0, stride in bytes between blocks, bytes of the piece, offset of
     the piece inside the host block. The pieces fill the device's part of the host block without a
     gap. `layers` has the same for each layer, int64[1 or 2, 4]: what adjoins there is one piece in
-    `pieces`. `block_bytes` are those of the device's part.
+    `pieces`. `block_bytes` are those of the device's part. `order` tells in which order a block's
+    elements follow each other there: devices of another order do not understand the bytes.
     """
 
     pieces: NDArray[np.int64]
@@ -75,6 +91,7 @@ class PagedLayout:
     block_bytes: int
     name: str
     layers: tuple[NDArray[np.int64], ...]
+    order: Order = ""
 
 
 SHAPES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -93,7 +110,11 @@ LAYOUT_NAMES = tuple(dict.fromkeys(name for name, _ in SHAPES))
 
 class _Fit(NamedTuple):
     name: str
-    block_axis: int
+    axes: tuple[str, ...]
+
+    @property
+    def block_axis(self) -> int:
+        return self.axes.index("blocks")
 
 
 class _Piece(NamedTuple):
@@ -127,6 +148,7 @@ def infer_layout(
     wanted = shapes if len(shapes) > 1 else tuple(shapes) * len(specs)
     firsts: dict[KVShape, tuple[int, _Fit]] = {}
     layers: list[list[_Piece]] = []
+    orders: list[Order] = []
     for index, (spec, shape) in enumerate(zip(specs, wanted, strict=True)):
         field = f"kv_caches[{index}]"
         if shape not in firsts:
@@ -134,12 +156,26 @@ def infer_layout(
         first, fit = firsts[shape]
         _check_alike(spec, field, specs[first], f"kv_caches[{first}]")
         layers.append(_block_pieces(spec, fit.block_axis, field))
+        orders.append(_order(spec, shape, fit.axes))
     counts = {specs[first].shape[fit.block_axis]: first for first, fit in firsts.values()}
     if len(counts) > 1:
         told = ", ".join(f"{count} in kv_caches[{first}]" for count, first in counts.items())
         raise ConfigError("kv_caches", told, "all layers must have as many blocks")
     block_bytes = sum(piece.bytes for pieces in layers for piece in pieces)
-    return _pages(layers, part.number * block_bytes, counts.popitem()[0], _named(firsts.values()))
+    pages = _pages(layers, part.number * block_bytes, counts.popitem()[0], _named(firsts.values()))
+    return replace(pages, order=";".join(orders[:1] if len(set(orders)) == 1 else orders))
+
+
+def _order(spec: TensorSpec, shape: KVShape, axes: tuple[str, ...]) -> Order:
+    """Give the axes of a block in one layer, as its strides say."""
+    sizes = {"kv": shape.kv_dim, "heads": shape.heads}
+    lengths = zip(spec.strides_bytes, spec.shape, axes, strict=True)
+    inner = [(stride, name) for stride, n, name in lengths if name != "blocks" and n > 1]
+    # A factor of length 1 says nothing: MLA's "heads·kv·dim" is its "dim".
+    return " ".join(
+        "·".join(factor for factor in name.split("·") if sizes.get(factor) != 1)
+        for _, name in sorted(inner, reverse=True)
+    )
 
 
 def _named(firsts: Iterable[tuple[int, _Fit]]) -> str:
@@ -189,7 +225,7 @@ def _fit(spec: TensorSpec, shape: KVShape, layout: str | None, field: str) -> _F
         "dim": shape.head_size,
     }
     fits = [
-        _Fit(name, axes.index("blocks"))
+        _Fit(name, axes)
         for name, axes in SHAPES
         if (layout is None or name == layout) and _matches(spec.shape, axes, sizes)
     ]

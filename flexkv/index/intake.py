@@ -30,6 +30,10 @@ class Intake:
         self.tokens_per_block = tokens_per_block
         self._keys = keys
 
+    def rekey(self, keys: KeyChain) -> None:
+        """Give other keys from now on."""
+        self._keys = keys
+
     def request(
         self,
         operation: Operation,

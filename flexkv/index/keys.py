@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from flexkv import _ext
 from flexkv.common.config import ModelConfig
 from flexkv.common.errors import ConfigError
+from flexkv.common.layout import Order, is_natural
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey
 
 KEY_VERSION = 2
@@ -46,9 +47,12 @@ Namespace = str | Sequence[str] | Scope | None
 class KeyChain:
     """Gives the keys of prompts for one model, block size and secret."""
 
-    def __init__(self, model: ModelConfig, tokens_per_block: int, secret: str = "") -> None:
+    def __init__(
+        self, model: ModelConfig, tokens_per_block: int, secret: str = "", order: Order = ""
+    ) -> None:
+        """Take what keys hang on; `order` is that of a block's elements, empty for the natural."""
         self._tokens_per_block = tokens_per_block
-        self.fingerprint = fingerprint(model, tokens_per_block)
+        self.fingerprint = fingerprint(model, tokens_per_block, order)
         prefix = _framed([secret.encode(), self.fingerprint])
         self._root = lru_cache(maxsize=4096)(
             lambda parts: _ext.hash128(prefix + _framed([part.encode() for part in parts]))
@@ -127,9 +131,11 @@ def block_keys(keys: bytes) -> list[BlockKey]:
     return [keys[at : at + step] for at in range(step, len(keys), step)]
 
 
-def fingerprint(model: ModelConfig, tokens_per_block: int) -> bytes:
+def fingerprint(model: ModelConfig, tokens_per_block: int, order: Order = "") -> bytes:
     """Name everything that changes the bytes of a block, one `name=value` after the other."""
     facts = _facts(model, tokens_per_block)
+    if not is_natural(order):
+        facts["order"] = order
     return ";".join(f"{name}={value}" for name, value in facts.items()).encode()
 
 

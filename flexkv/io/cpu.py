@@ -50,6 +50,7 @@ class CpuDevicePort:
         self._block_bytes = layout.block_bytes
         self._inline_blocks_max = INLINE_BYTES_MAX // layout.block_bytes
         self._pages: Pages | None = None
+        self.num_blocks = 0
         self.resume(layout, owner)
         self._pool: CopyPool | None = CopyPool(threads)
         self._pooled = 0
@@ -70,6 +71,7 @@ class CpuDevicePort:
 
     def resume(self, layout: PagedLayout, owner: object) -> None:
         """Take KV caches again, with blocks of as many bytes."""
+        self.num_blocks = layout.num_blocks
         self._pages = Pages(layout, self._arena, owner, self._sums)
 
     def connect(self, wake: Callable[[], None]) -> None:

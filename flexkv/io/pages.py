@@ -11,6 +11,8 @@ from flexkv.common.terms import Layers
 from flexkv.io.arena import Arena
 from flexkv.io.sums import Sums
 
+MAPS_MAX = 256
+
 
 class Pages:
     """Where a device's blocks are, and who keeps them alive."""
@@ -35,6 +37,8 @@ class Pages:
             return self._maps[None]
         bounds = layers.first, layers.last
         if bounds not in self._maps:
+            if len(self._maps) > MAPS_MAX:  # odd rhythms of a prefill
+                self._maps = {None: self._maps[None]}
             rows = np.concatenate(self._layout.layers[slice(*bounds)])
             self._maps[bounds] = self._map(rows, None)
         return self._maps[bounds]

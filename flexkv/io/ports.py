@@ -69,6 +69,11 @@ class DevicePort(TransferPort, Protocol):
     """A transfer port to an engine's KV caches."""
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks of the device, as it was registered or resumed last."""
+        ...
+
+    @property
     def failure(self) -> TransferError | None:
         """What broke the device, if anything did: every transfer fails with it."""
         ...

@@ -14,7 +14,7 @@ import numpy as np
 from flexkv.common.errors import InvariantError, TransferError
 from flexkv.common.extents import check_ids
 from flexkv.common.terms import Tier, Transfer
-from flexkv.io.ports import Completion, TransferPort
+from flexkv.io.ports import Completion, DevicePort
 
 
 class RanksPort:
@@ -22,12 +22,9 @@ class RanksPort:
 
     arrived_bytes = 0
 
-    def __init__(
-        self, parts: Sequence[Sequence[TransferPort]], host_blocks: int, device_blocks: int
-    ) -> None:
+    def __init__(self, parts: Sequence[Sequence[DevicePort]], host_blocks: int) -> None:
         """Take the ports of each part's ranks, which stay the caller's."""
-        self._parts = parts
-        self._limits = host_blocks, device_blocks
+        self._parts, self._host_blocks = parts, host_blocks
         self._ports = [port for ranks in parts for port in ranks]
         self._under_way: dict[int, int] = {}
         self._errors: dict[int, TransferError] = {}
@@ -50,14 +47,16 @@ class RanksPort:
             InvariantError: ids out of range, or of unequal length.
         """
         to_device = transfer.route.target is Tier.DEVICE
-        check_ids(transfer, *(self._limits if to_device else self._limits[::-1]))
+        device_blocks = min(port.num_blocks for port in self._ports)
+        limits = self._host_blocks, device_blocks
+        check_ids(transfer, *(limits if to_device else limits[::-1]))
         if to_device:
             shares = [(port, transfer) for port in self._ports]
         else:
             shares = [share for ranks in self._parts for share in _divided(transfer, ranks)]
-        for port, share in shares:
+        for started, (port, share) in enumerate(shares, 1):
             port.submit(share)
-        self._under_way[transfer.token] = len(shares)
+            self._under_way[transfer.token] = started
 
     def reap(self) -> list[Completion]:
         """Give every transfer that ended since the last call, each exactly once."""
@@ -82,9 +81,7 @@ class RanksPort:
             raise InvariantError(f"{len(self._under_way)} transfers of several ranks unreaped")
 
 
-def _divided(
-    transfer: Transfer, ranks: Sequence[TransferPort]
-) -> list[tuple[TransferPort, Transfer]]:
+def _divided(transfer: Transfer, ranks: Sequence[DevicePort]) -> list[tuple[DevicePort, Transfer]]:
     """Give each rank its share of the blocks; with fewer blocks than ranks some have none."""
     count = transfer.block_count
     if len(ranks) == 1 or not count:

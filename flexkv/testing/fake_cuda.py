@@ -83,13 +83,15 @@ class FakeCuda:
         """Calls that fail, and the codes that they give."""
         self.takes_s: dict[str, float] = {}
         """How long the work of a call takes more."""
+        self.calls_take_s: dict[str, float] = {}
+        """How long a call itself takes: other threads go on meanwhile."""
         self.breaks_at: tuple[str, int] | None = None
         """The call whose work breaks the context, and the code of that."""
         self.registers_at_most = 1 << 62
         """Bytes of host memory in one go."""
+        self.moved_bytes = 0
         self.calls: list[str] = []
-        self.current = 0
-        """The stream on which the caller's framework queues work."""
+        self._current = threading.local()
         self.broken: int | None = None
         """The code of what broke the context: no stream goes on."""
         self._memory = {array.ctypes.data: array.nbytes for array in device_memory}
@@ -103,6 +105,8 @@ class FakeCuda:
 
     def _call(self, name: str) -> None:
         self.calls.append(name)
+        if name in self.calls_take_s:
+            time.sleep(self.calls_take_s[name])
         if code := self.broken or self.refuses.get(name):
             raise DeviceError(name, code)
 
@@ -193,11 +197,11 @@ class FakeCuda:
         """Queue what the kernel would do; it reads the ids when it runs."""
         self._call("cuLaunchKernel")
         assert thread_blocks >= 1
-        pieces = self._table(launch.pieces, 4 * launch.piece_count).reshape(-1, 4)
-        parts = self._table(launch.parts, launch.piece_count + 1)
-        assert (np.diff(parts) == np.diff(part_starts(pieces[:, 2]))).all()
 
         def run() -> None:
+            pieces = self._table(launch.pieces, 4 * launch.piece_count).reshape(-1, 4)
+            parts = self._table(launch.parts, launch.piece_count + 1)
+            assert (np.diff(parts) == np.diff(part_starts(pieces[:, 2]))).all()
             self._check(launch.ids, 16 * launch.pairs)
             ids = (ctypes.c_int64 * (2 * launch.pairs)).from_address(launch.ids)
             moves = []
@@ -223,6 +227,7 @@ class FakeCuda:
             if not (self._check(target, size) and self._check(source, size)):
                 return
             ctypes.memmove(target, source, size)
+            self.moved_bytes += size
 
     def _check(self, address: int, size: int) -> bool:
         allowed = any(
@@ -238,8 +243,17 @@ class FakeCuda:
         self._call("cuLaunchHostFunc")
         self._do(stream, lambda: _NOTIFY(eventfd))
 
+    @property
+    def current(self) -> int:
+        """The stream on which this thread's framework queues work; 0 is one that never has any."""
+        return getattr(self._current, "stream", 0)
+
+    @current.setter
+    def current(self, stream: int) -> None:
+        self._current.stream = stream
+
     def current_stream(self) -> int:
-        """Give what a test says; 0 is a stream that never has work."""
+        """Give what a test says."""
         return self.current
 
     def record(self, stream: int) -> int:

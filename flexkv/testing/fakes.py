@@ -85,6 +85,11 @@ class FakePort:
         return self._block_bytes
 
     @property
+    def num_blocks(self) -> int:
+        """Give the blocks of the store."""
+        return len(self._store)
+
+    @property
     def in_flight(self) -> int:
         """Give the number of transfers that have not ended."""
         return len(self._jobs)

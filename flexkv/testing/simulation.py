@@ -17,36 +17,26 @@ resets, and gives up at random moments. The oracles:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from itertools import takewhile
-from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
 
 import numpy as np
 from msgspec import structs
 from numpy.typing import NDArray
 
-from flexkv.backend import Device, Progress
 from flexkv.common.config import CacheConfig, ModelConfig
-from flexkv.common.errors import StorageError, TransferError
+from flexkv.common.errors import DeadlineError, StorageError, TransferError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine import Engine
 from flexkv.index.eviction import POLICIES
 from flexkv.index.keys import block_keys
-from flexkv.io.checked import CheckedDiskPort
-from flexkv.io.journal import Journal
-from flexkv.io.ports import DurablePort, TransferPort
-from flexkv.io.summed import SummedPort
 from flexkv.layerwise import LayerProgress
-from flexkv.ledger import Ledger
-from flexkv.scrub import Scrubber
-from flexkv.testing.fakes import FakePort, FakeSummer
+from flexkv.testing.fake_backend import FakeBackend, Remains, empty
+from flexkv.testing.fakes import FakePort
 from flexkv.testing.faults import FaultPlan
-from flexkv.testing.lossy_files import LossyFiles
-from flexkv.testing.virtual_time import VirtualThread, run_virtual
+from flexkv.testing.virtual_time import run_virtual
 
 TOKENS_PER_BLOCK = 2
 MODEL = ModelConfig(num_layers=1, num_kv_heads=1, head_size=4, dtype="int8")
@@ -63,84 +53,6 @@ MIXES = [
 
 LAYERS = 4
 LAYER_BYTES = BLOCK_KEY_BYTES // LAYERS
-
-
-class Remains(NamedTuple):
-    """What a crash, or a clean end, leaves of an SSD tier."""
-
-    store: NDArray[np.uint8]
-    journals: list[dict[str, bytes]]
-    flushed: set[tuple[bytes, int]]
-    """Keys and places of blocks that have to be there."""
-    is_trusted: bool
-    """What a journal says is so: nothing ever failed, no bit flipped, power was never lost."""
-
-
-class FakeBackend:
-    """Host memory, disk and device as plain arrays behind fake ports; journals in lossy files."""
-
-    def __init__(
-        self,
-        host_blocks: int,
-        faults: FaultPlan,
-        remains: Remains,
-        device_faults: FaultPlan | None = None,
-    ) -> None:
-        """Take the faults of the disk and, if it has others, of the device."""
-        self.host = "fake"
-        self._device_faults = device_faults or faults
-        self.disk: DurablePort | None = None
-        self.disk_blocks = len(remains.store)
-        self.ledger: Ledger | None = None
-        self.scrubber: Scrubber | None = None
-        self.port: FakePort | None = None
-        self.files = [LossyFiles(faults, contents) for contents in remains.journals]
-        self._faults = faults
-        self._sums: NDArray[np.uint64] | None = None
-        self._memory = np.zeros((host_blocks, BLOCK_KEY_BYTES), np.uint8)
-        self._store = remains.store
-
-    def open(self, undo: ExitStack, progress: Progress | None) -> None:
-        """Open the disk port and its journals."""
-        if not self.disk_blocks:
-            return
-        self.port = FakePort(self._store, self._memory, self._faults, BLOCK_KEY_BYTES)
-        summer = FakeSummer(self._memory, self._faults)
-        self._sums = summer.sums
-        disk = self.disk = CheckedDiskPort(
-            self.port, summer, self.disk_blocks, lambda block: ("fake", block)
-        )
-        undo.callback(disk.close)
-        if self.files:
-            self.ledger = Ledger(
-                [Journal(Path("fake"), files) for files in self.files],
-                self.disk_blocks,
-                disk.sums,
-                lambda _: VirtualThread(self._faults.delay_s),
-            )
-            self.ledger.journal_bytes_min, self.ledger.snapshot_blocks = 300, 4
-            undo.callback(self.ledger.close)
-            disk.forget = self.ledger.forget
-
-    def device(self, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:
-        """Open a port to the one array of `kv_caches`, uint8[blocks, 16]."""
-        (store,) = kv_caches
-        faults = self._device_faults
-        port = FakePort(store, self._memory, faults, BLOCK_KEY_BYTES, sums=self._sums)
-        return Device(port, len(store), "fake")
-
-    def resumed(self, device: Device, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:
-        """Let the port take its array again."""
-        assert isinstance(device.port, FakePort)
-        device.port.awake = True
-        return device
-
-    def joined(self, devices: Sequence[Device]) -> TransferPort:
-        """Give the one device's port; what comes layer by layer is summed behind it."""
-        if self._sums is None:
-            return devices[0].port
-        summer = FakeSummer(self._memory, self._faults, self._sums)
-        return SummedPort(devices[0].port, summer, has_summed=True)
 
 
 class Simulation:
@@ -185,6 +97,7 @@ class Simulation:
         self.device = np.full((64, BLOCK_KEY_BYTES), GARBAGE, np.uint8)
         self.free_slots = list(range(64))
         self.moved_blocks = 0
+        self._asleep = False
         self.operations = random.choice(MIXES)
         self.remains: Remains | None = None
         self._ios = 0
@@ -260,11 +173,15 @@ class Simulation:
             self.backend.port.on_io = self._on_io
         self._check_restored()
         engine.register_kv_caches([self.device])
+        kinds = (
+            (self._request, random.randint(5, 30)),
+            (self._flush, random.choice([0, 1, 5])),
+            (self._sleep_and_wake, random.choice([0, 0, 1, 3])),
+        )
         async with asyncio.TaskGroup() as group:
-            for _ in range(random.randint(5, 30)):
-                group.create_task(self._request(random.uniform(0.0, 0.1)))
-            for _ in range(random.choice([0, 1, 5])):
-                group.create_task(self._flush(random.uniform(0.0, 0.1)))
+            for work, count in kinds:
+                for _ in range(count):
+                    group.create_task(work(random.uniform(0.0, 0.1)))
         if random.random() < 0.5:
             await self._flush(0.0)
         engine.residency.validate()
@@ -278,6 +195,25 @@ class Simulation:
                 port = self.backend.port
                 self._flushed, self._touched_before = self._on_disk(), len(port.touched)
             self.remains = self._crash(power_loss=False)
+
+    async def _sleep_and_wake(self, start_s: float) -> None:
+        """Let the device sleep for a while, as far as no other sleep is under way."""
+        await asyncio.sleep(start_s)
+        if self._asleep:
+            return
+        self._asleep = True
+        try:
+            async with asyncio.timeout(self.random.choice([None, 0.005])):
+                await self.engine.devices.suspend()
+        except (TimeoutError, DeadlineError):  # it goes on
+            self._asleep = False
+            return
+        port = self.engine.devices._by_rank[0].port
+        assert isinstance(port, FakePort)
+        assert not port.in_flight, "the device is used while it sleeps"
+        await asyncio.sleep(self.random.uniform(0.0, 0.02))
+        self.engine.devices.resume([self.device], None, 0)
+        self._asleep = False
 
     async def _flush(self, start_s: float) -> None:
         await asyncio.sleep(start_s)
@@ -343,7 +279,9 @@ class Simulation:
             for slot, content in zip(slots, contents, strict=True):
                 self.device[slot] = content
         ready = self.engine.with_slots(request, self._slot_mapping(request, slots))
-        assert ready is not None
+        if ready is None:
+            assert self._asleep, "a device that was registered is missing"
+            return
         if slots and self.random.random() < 0.3:
             await self._layer_by_layer(ready, slots, np.array(contents), give_up_s)
             return
@@ -445,12 +383,6 @@ class Simulation:
 def _prompt(random: Random) -> list[int]:
     """Give a prompt that shares a prefix with others: few tokens, few first choices."""
     return [0] * random.randint(0, 8) + [random.randint(0, 1) for _ in range(random.randint(0, 30))]
-
-
-def empty(disk_blocks: int, journals: int = 0) -> Remains:
-    """Give what the first life of an SSD tier begins with."""
-    store = np.zeros((disk_blocks, BLOCK_KEY_BYTES), np.uint8)
-    return Remains(store, [{} for _ in range(journals)], set(), True)
 
 
 def _resized(remains: Remains, disk_blocks: int) -> Remains:

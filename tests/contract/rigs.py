@@ -141,7 +141,7 @@ def cuda_staged_rig(_: Path) -> Rig:
     """Give a CUDA device port that copies through device memory, few blocks at a time."""
     rig = cuda_rig(Wish())
     for way in rig.port._ways:
-        way.choices = Choices.always(How.STAGED)
+        way.choose(Choices.always(How.STAGED))
     return rig
 
 
@@ -163,7 +163,7 @@ def ranks_rig(_: Path) -> Rig:
         parts.append([cuda, cpu])
         for port in parts[-1]:
             resources.callback(port.close)
-    rig = Rig(RanksPort(parts, HOST_BLOCKS, OUTER_BLOCKS), arena.array, Tier.DEVICE)
+    rig = Rig(RanksPort(parts, HOST_BLOCKS), arena.array, Tier.DEVICE)
     rig.resources.callback(lambda: [assert_nothing_left(driver) for driver in drivers])
     rig.resources.push(resources)
     return rig

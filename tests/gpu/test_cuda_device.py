@@ -89,7 +89,7 @@ class Rig:
         wishes = (ENGINE, ENGINE)
         self.port = CudaDevicePort(layout, Pinned(self.arena), self.layers, BoundDriver(0), wishes)
         for way in self.port._ways:
-            way.choices = Choices.always(how)
+            way.choose(Choices.always(how))
         self.woken = asyncio.Event()
         self.port.connect(self.woken.set)
 

@@ -22,8 +22,9 @@ from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation
 from flexkv.engine import Engine
 from flexkv.kvmanager import KVManager
+from flexkv.testing.fake_backend import FakeBackend, empty
 from flexkv.testing.faults import FaultPlan
-from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK, FakeBackend, empty
+from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK
 from flexkv.trace.breakdown import ADMISSION, Breakdowns
 from flexkv.trace.chrome import chrome
 from flexkv.trace.findings import findings

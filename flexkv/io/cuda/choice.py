@@ -62,6 +62,13 @@ class Choices(NamedTuple):
         """Give the same choice for any number."""
         return cls((Choice(how, thread_blocks),))
 
+    def without(self, how: How) -> Choices:
+        """Give these with the copy engine in place of one way."""
+        engine = Choice(How.ENGINE)
+        return self._replace(
+            choices=tuple(engine if each.how is how else each for each in self.choices)
+        )
+
     def of(self, chunks: int) -> Choice:
         """Give the choice for so many chunks."""
         return self.choices[bisect_right(self.counts, chunks - 1)]
@@ -136,5 +143,9 @@ def decode(text: bytes) -> list[Choices] | None:
         found = msgspec.json.decode(text, type=list[Choices])
     except msgspec.DecodeError:
         return None
-    sound = all(len(each.choices) == len(each.counts) + 1 for each in found)
+    sound = all(
+        len(each.choices) == len(each.counts) + 1
+        and all(choice.thread_blocks > 0 for choice in each.choices)
+        for each in found
+    )
     return found if sound else None

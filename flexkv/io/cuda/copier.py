@@ -10,6 +10,7 @@ from functools import partial
 from itertools import pairwise
 
 import numpy as np
+import structlog
 
 from flexkv._ext import TO_DEVICE, TO_HOST, list_runs
 from flexkv.common.errors import DeviceError
@@ -20,9 +21,11 @@ from flexkv.io.cuda import kept, kernel
 from flexkv.io.cuda.choice import Choice, Choices, How, decode, encode, measure
 from flexkv.io.cuda.driver import CudaDriver, Launch
 from flexkv.io.cuda.grids import Runs
-from flexkv.io.cuda.pinned import Pinned, split
+from flexkv.io.cuda.pinned import OUT_OF_MEMORY, Pinned, split
 from flexkv.io.cuda.way import IDS_MAX, STAGE_BYTES, Way
 from flexkv.io.pages import Pages
+
+log = structlog.get_logger(__name__)
 
 MEASURED_BYTES, MEASURED_S_MAX = 32 << 20, 5
 """What is copied at a time to measure a way, and how long that may take at most."""
@@ -168,7 +171,7 @@ class Copier:
         host_ids, device_ids = ids
         offset, size = self.pages.extent(layers)
         at_once = STAGE_BYTES // size
-        if not at_once:
+        if not at_once or not way.stage:
             return False
         bounds = [*range(0, len(device_ids), at_once), len(device_ids)]
         lots = list(pairwise(bounds))
@@ -176,7 +179,7 @@ class Copier:
         address = way.take_ids(np.concatenate(flat))
         if address is None:
             return False
-        stage = way.take_stage()
+        stage = way.stage
         for begin, end in lots:
             staged = (address + 2 * INT64 * begin, end - begin)
             launch = self._launch(layers, staged, (stage - offset, size), direction)
@@ -203,7 +206,13 @@ def choices_for(driver: CudaDriver, layout: PagedLayout, ways: list[Way]) -> lis
     path = kept.folder() / f"choices-{facts}.json"
     if (text := kept.read(path)) and (found := decode(text)) and len(found) == len(ways):
         return found
-    choices = measured(driver, layout, ways)
+    try:
+        choices = measured(driver, layout, ways)
+    except DeviceError as error:
+        if error.code != OUT_OF_MEMORY:
+            raise
+        log.warning("device not measured", reason="no device memory to copy from and to")
+        return [Choices.always(How.ENGINE)] * len(ways)
     kept.write(path, encode(choices))
     return choices
 
@@ -234,7 +243,8 @@ def measured(driver: CudaDriver, layout: PagedLayout, ways: list[Way]) -> list[C
 
         def timed(way: Way, direction: int, choice: Choice, chunks: int) -> float:
             count = max(1, min(blocks, chunks // len(rows)))
-            way.choices, begin_s = Choices((choice,)), time.perf_counter()
+            way.choose(Choices((choice,)))
+            begin_s = time.perf_counter()
             copier.queue(way, direction, (np.arange(count), scattered[:count]))
             driver.notify(way.stream, way.eventfd)
             ended = select.poll()

@@ -306,9 +306,13 @@ class BoundDriver:
         """Give the device address of a copy of a table."""
         with self._inside():
             address = int(self._call(self._api.cuMemAlloc, table.nbytes))
-            self._call(self._api.cuMemcpyHtoD, address, table.ctypes.data, table.nbytes)
-            # From pageable memory the call may return before the bytes are there.
-            self._call(self._api.cuStreamSynchronize, 0)
+            try:
+                self._call(self._api.cuMemcpyHtoD, address, table.ctypes.data, table.nbytes)
+                # From pageable memory the call may return before the bytes are there.
+                self._call(self._api.cuStreamSynchronize, 0)
+            except DeviceError:
+                self._call(self._api.cuMemFree, address)
+                raise
         return address
 
     def allocate(self, size: int) -> int:

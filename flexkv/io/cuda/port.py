@@ -84,7 +84,7 @@ class CudaDevicePort:
             ConfigError: it takes not so much host memory.
         """
         self._driver, self._block_bytes = driver, layout.block_bytes
-        self._arena, self._device_blocks = pinned.arena, layout.num_blocks
+        self._arena, self.num_blocks = pinned.arena, layout.num_blocks
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: Callable[[], None] = lambda: None
         self._watching: asyncio.TimerHandle | None = None
@@ -106,7 +106,7 @@ class CudaDevicePort:
             settled = [wish.made_of(each) for wish, each in zip(wishes, found, strict=True)]
         for way, choices in zip(self._ways, settled, strict=True):
             assert choices is not None
-            way.choices = choices
+            way.choose(choices)
 
     @property
     def choices(self) -> dict[str, Choices]:
@@ -131,8 +131,9 @@ class CudaDevicePort:
             DeviceError: the driver refused.
         """
         assert self._copier is not None
+        self.suspend()
         self._copier.pages = DevicePages(self._driver, layout, self._arena, owner)
-        self._device_blocks = layout.num_blocks
+        self.num_blocks = layout.num_blocks
 
     @property
     def block_bytes(self) -> int:
@@ -176,7 +177,7 @@ class CudaDevicePort:
         if copier is None or copier.pages is None:
             raise ClosedError("the CUDA device port is closed, or suspended")
         to_device = transfer.route.target is Tier.DEVICE
-        limits = (self._arena.num_blocks, self._device_blocks)
+        limits = (self._arena.num_blocks, self.num_blocks)
         check_ids(transfer, *(limits if to_device else limits[::-1]))
         if self._failure is not None:
             self._ended.append(Completion(transfer.token, self._failure))

@@ -9,11 +9,14 @@ from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 import numpy as np
+import structlog
 
 from flexkv.common.errors import DeviceError
 from flexkv.common.terms import BlockIds
 from flexkv.io.cuda.choice import Choices, How
 from flexkv.io.cuda.driver import CudaDriver
+
+log = structlog.get_logger(__name__)
 
 IDS_MAX = 1 << 17
 """Block ids of kernel launches in flight on one stream; with more, the copy engine does it."""
@@ -35,7 +38,7 @@ class Way:
 
     Attributes:
         choices: how to copy.
-        stage: address of `STAGE_BYTES` of device memory; 0 until something is staged.
+        stage: address of `STAGE_BYTES` of device memory; 0 while nothing is to be staged.
     """
 
     def __init__(self, driver: CudaDriver, urgent: bool, undo: ExitStack) -> None:
@@ -54,15 +57,18 @@ class Way:
         self.ids_begin = self.ids_end = 0
         self.under_way: deque[Work] = deque()
 
-    def take_stage(self) -> int:
-        """Give the address of the memory to stage in.
+    def choose(self, choices: Choices) -> None:
+        """Copy so from now on; without the memory to stage in, by engine where it would be staged.
 
-        Raises:
-            DeviceError: the driver refused.
+        The memory is taken now: an engine leaves none of it to who comes later.
         """
-        if not self.stage:
-            self.stage = self._driver.allocate(STAGE_BYTES)
-        return self.stage
+        if any(each.how is How.STAGED for each in choices.choices) and not self.stage:
+            try:
+                self.stage = self._driver.allocate(STAGE_BYTES)
+            except DeviceError as error:
+                log.warning("no memory to stage in", bytes=STAGE_BYTES, code=error.code)
+                choices = choices.without(How.STAGED)
+        self.choices = choices
 
     def drop_stage(self) -> None:
         """Free the memory to stage in. Only legal with nothing under way."""

@@ -1,0 +1,108 @@
+"""A backend without hardware: host memory, disk and device as arrays behind fake ports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.backend import Device, Progress
+from flexkv.common.terms import BLOCK_KEY_BYTES
+from flexkv.io.checked import CheckedDiskPort
+from flexkv.io.journal import Journal
+from flexkv.io.ports import DurablePort, TransferPort
+from flexkv.io.summed import SummedPort
+from flexkv.ledger import Ledger
+from flexkv.scrub import Scrubber
+from flexkv.testing.fakes import FakePort, FakeSummer
+from flexkv.testing.faults import FaultPlan
+from flexkv.testing.lossy_files import LossyFiles
+from flexkv.testing.virtual_time import VirtualThread
+
+
+def empty(disk_blocks: int, journals: int = 0) -> Remains:
+    """Give what the first life of an SSD tier begins with."""
+    store = np.zeros((disk_blocks, BLOCK_KEY_BYTES), np.uint8)
+    return Remains(store, [{} for _ in range(journals)], set(), True)
+
+
+class Remains(NamedTuple):
+    """What a crash, or a clean end, leaves of an SSD tier."""
+
+    store: NDArray[np.uint8]
+    journals: list[dict[str, bytes]]
+    flushed: set[tuple[bytes, int]]
+    """Keys and places of blocks that have to be there."""
+    is_trusted: bool
+    """What a journal says is so: nothing ever failed, no bit flipped, power was never lost."""
+
+
+class FakeBackend:
+    """Host memory, disk and device as plain arrays behind fake ports; journals in lossy files."""
+
+    def __init__(
+        self,
+        host_blocks: int,
+        faults: FaultPlan,
+        remains: Remains,
+        device_faults: FaultPlan | None = None,
+    ) -> None:
+        """Take the faults of the disk and, if it has others, of the device."""
+        self.host = "fake"
+        self._device_faults = device_faults or faults
+        self.disk: DurablePort | None = None
+        self.disk_blocks = len(remains.store)
+        self.ledger: Ledger | None = None
+        self.scrubber: Scrubber | None = None
+        self.port: FakePort | None = None
+        self.files = [LossyFiles(faults, contents) for contents in remains.journals]
+        self._faults = faults
+        self._sums: NDArray[np.uint64] | None = None
+        self._memory = np.zeros((host_blocks, BLOCK_KEY_BYTES), np.uint8)
+        self._store = remains.store
+
+    def open(self, undo: ExitStack, progress: Progress | None) -> None:
+        """Open the disk port and its journals."""
+        if not self.disk_blocks:
+            return
+        self.port = FakePort(self._store, self._memory, self._faults, BLOCK_KEY_BYTES)
+        summer = FakeSummer(self._memory, self._faults)
+        self._sums = summer.sums
+        disk = self.disk = CheckedDiskPort(
+            self.port, summer, self.disk_blocks, lambda block: ("fake", block)
+        )
+        undo.callback(disk.close)
+        if self.files:
+            self.ledger = Ledger(
+                [Journal(Path("fake"), files) for files in self.files],
+                self.disk_blocks,
+                disk.sums,
+                lambda _: VirtualThread(self._faults.delay_s),
+            )
+            self.ledger.journal_bytes_min, self.ledger.snapshot_blocks = 300, 4
+            undo.callback(self.ledger.close)
+            disk.forget = self.ledger.forget
+
+    def device(self, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:
+        """Open a port to the one array of `kv_caches`, uint8[blocks, 16]."""
+        (store,) = kv_caches
+        faults = self._device_faults
+        port = FakePort(store, self._memory, faults, BLOCK_KEY_BYTES, sums=self._sums)
+        return Device(port, len(store), "fake")
+
+    def resumed(self, device: Device, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:
+        """Let the port take its array again."""
+        assert isinstance(device.port, FakePort)
+        device.port.resume(layout, kv_caches)
+        return device
+
+    def joined(self, devices: Sequence[Device]) -> TransferPort:
+        """Give the one device's port; what comes layer by layer is summed behind it."""
+        if self._sums is None:
+            return devices[0].port
+        summer = FakeSummer(self._memory, self._faults, self._sums)
+        return SummedPort(devices[0].port, summer, has_summed=True)
