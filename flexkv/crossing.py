@@ -26,6 +26,19 @@ class Crossing:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
+    def engine(self) -> Engine:
+        """Give the engine, for tools; it lives on its own loop."""
+        return self._engine
+
+    def on_loop(self, work: Callable[[], T]) -> T:
+        """Do synchronous work on the engine's loop, for tools.
+
+        Raises:
+            ClosedError: not started, or shut down.
+        """
+        return self._call(work)
+
+    @property
     def num_layers(self) -> int:
         """Give the layers of the model."""
         return self._engine.model.num_layers

@@ -215,7 +215,7 @@ class Engine:
             piece_bytes = DEVICE_PIECE_BYTES[self._devices.kind]
             window = Window(int(self.cache.device_window_mb * MB), piece_bytes)
             actor = self._actors[Tier.DEVICE] = self._actor(Tier.DEVICE, port, window, window)
-            actor.note_begins(self._tracing.path is not None)
+            actor.note_begins(self._tracing.is_on)
             self._start(actor)
 
     def _take_order(self, order: Order) -> None:
@@ -476,13 +476,13 @@ class Engine:
             },
             routes={
                 str(route): RouteStatistics(c.ops, c.blocks, c.bytes, c.failed_ops)
-                for route, c in observer.routes.items()
+                for route, c in list(observer.routes.items())  # metrics look from their own thread
             },
             queues={
                 actor.name: QueueStatistics(
                     actor.depth, actor.in_flight_bytes[True], actor.in_flight_bytes[False]
                 )
-                for actor in self._actors.values()
+                for actor in list(self._actors.values())
             },
             requests={
                 operation.label: {status.value: n for status, n in counts.items() if n}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from flexkv.actors.actor import TransferActor
 from flexkv.actors.observer import Observer
 from flexkv.actors.scheduler import Scheduler
-from flexkv.actors.tracer import Tracer
+from flexkv.actors.tracer import Sink, Tracer
 from flexkv.admission import Admission
 from flexkv.common.config import MB, CacheConfig
 from flexkv.common.errors import ConfigError
@@ -60,22 +60,42 @@ class Tracing:
             cache.trace_flush_interval_ms,
             self._header,
         )
-        for actor in self._of.actors.values():
-            actor.note_begins(True)
-        self._observer.tracer = Tracer(
-            self._recorder, self._block_bytes, self._of.actors, self._sample
-        )
+        self.tell(self._recorder)
 
     def stop(self) -> str | None:
         """Write what is queued and record no more; gives the file, or None when no trace was on."""
         recorder, self._recorder = self._recorder, None
-        self._observer.tracer = None
         if recorder is None:
             return None
-        for actor in self._of.actors.values():
-            actor.note_begins(False)
+        self.tell_no_more(recorder)
         recorder.close()
         return recorder.path
+
+    def tell(self, sink: Sink) -> None:
+        """Give a sink a record of everything from now on."""
+        tracer = self._observer.tracer
+        if tracer is not None:
+            tracer.sinks.append(sink)
+            return
+        for actor in self._of.actors.values():
+            actor.note_begins(True)
+        self._observer.tracer = Tracer([sink], self._block_bytes, self._of.actors, self._sample)
+
+    def tell_no_more(self, sink: Sink) -> None:
+        """Give a sink no more records."""
+        tracer = self._observer.tracer
+        if tracer is None or sink not in tracer.sinks:
+            return
+        tracer.sinks.remove(sink)
+        if not tracer.sinks:
+            self._observer.tracer = None
+            for actor in self._of.actors.values():
+                actor.note_begins(False)
+
+    @property
+    def is_on(self) -> bool:
+        """Tell whether anybody is told."""
+        return self._observer.tracer is not None
 
     def _header(self) -> HeaderRecord:
         residency = self._of.residency

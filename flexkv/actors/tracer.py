@@ -1,6 +1,7 @@
-"""Makes trace records of what the scheduler does, and hands them to a sink that never blocks.
+"""Makes trace records of what the scheduler does, and hands them to sinks that never block.
 
-There is one while a trace is on. What began before it did is recorded as far as it is known.
+There is one while a trace or metrics are on. What began before it did is recorded as far as it is
+known.
 """
 
 from __future__ import annotations
@@ -43,17 +44,21 @@ class Sink(Protocol):
 
 
 class Tracer:
-    """The trace of one engine, while it is on."""
+    """Tells sinks what an engine does, while there are any.
+
+    Attributes:
+        sinks: who is told.
+    """
 
     def __init__(
         self,
-        sink: Sink,
+        sinks: list[Sink],
         block_bytes: int,
         actors: Mapping[Tier, TransferActor],
         sample: Callable[[int], SampleRecord],
     ) -> None:
         """Take what to ask: the actors for when ops began, `sample` for how full the engine is."""
-        self._sink, self._block_bytes = sink, block_bytes
+        self.sinks, self._block_bytes = sinks, block_bytes
         self._actors, self._sample = actors, sample
         self._issued_ns: dict[int, int] = {}
         self._sampled_ns = 0
@@ -71,7 +76,7 @@ class Tracer:
         for spec in template.ops:
             begin, end = plan.bounds(spec)
             ops.append(PlannedOp(spec.label, end - begin, tuple(before[spec.index])))
-        self._sink.record(PlanRecord(request.request_id, plan.run_id, now_ns, tuple(ops)))
+        self._tell(PlanRecord(request.request_id, plan.run_id, now_ns, tuple(ops)))
 
     def issued(self, token: int, now_ns: int) -> None:
         """An op went to its actor."""
@@ -86,7 +91,7 @@ class Tracer:
         begin, end = plan.bounds(op)
         begun_s = actor.take_begun(token)
         outcome = "done" if error is None else type(error).__name__
-        self._sink.record(
+        self._tell(
             OpRecord(
                 request_id=request.request_id,
                 run_id=plan.run_id,
@@ -115,7 +120,7 @@ class Tracer:
         span, found = request.span, planned.found
         keys = np.frombuffer(request.keys, np.uint8).reshape(-1, BLOCK_KEY_BYTES)
         short = keys[1 : span.last_block + 1, :KEY_BYTES].tobytes()
-        self._sink.record(
+        self._tell(
             RequestRecord(
                 request_id=request.request_id,
                 run_id=planned.plan.run_id,
@@ -139,9 +144,13 @@ class Tracer:
 
     def event(self, kind: str, now_ns: int, tier: str, request_id: int, detail: str) -> None:
         """Something changed, failed, or was done to the engine."""
-        self._sink.record(EventRecord(now_ns, kind, tier, request_id, detail))
+        self._tell(EventRecord(now_ns, kind, tier, request_id, detail))
+
+    def _tell(self, record: Record) -> None:
+        for sink in self.sinks:
+            sink.record(record)
 
     def _look(self, now_ns: int) -> None:
         if now_ns - self._sampled_ns >= SAMPLE_NS:
             self._sampled_ns = now_ns
-            self._sink.record(self._sample(now_ns))
+            self._tell(self._sample(now_ns))

@@ -7,7 +7,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +21,7 @@ from flexkv.cli.replay import Outcome, SimulatedEngine
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.index.keys import KeyChain
 from flexkv.kvmanager import KVManager
+from flexkv.metrics import MetricsServer
 from flexkv.statistics import Statistics
 from flexkv.testing.known_bytes import KnownDevice
 from flexkv.testing.workload import ChatShape, Prompt, chat
@@ -53,6 +54,9 @@ def demo(
     enable_trace: Annotated[
         bool, typer.Option("--enable-trace", help="Write ./flexkv_trace.log.")
     ] = False,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics meanwhile.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file too.")
     ] = None,
@@ -71,7 +75,9 @@ def demo(
             enable_trace=enable_trace,
         )
         begin = time.monotonic()
-        outcome, statistics = asyncio.run(_run(cache, list(prompts), time_scale, console))
+        outcome, statistics = asyncio.run(
+            _run(cache, list(prompts), time_scale, console, metrics_port)
+        )
         figures = _figures(outcome, statistics, time.monotonic() - begin)
     console.print(_table(figures))
     if json_file:
@@ -96,7 +102,11 @@ def _of_trace(path: Path, limit: int) -> Iterator[Prompt]:
 
 
 async def _run(
-    cache: CacheConfig, prompts: list[Prompt], time_scale: float, console: Console
+    cache: CacheConfig,
+    prompts: list[Prompt],
+    time_scale: float,
+    console: Console,
+    metrics_port: int | None,
 ) -> tuple[Outcome, Statistics]:
     device = KnownDevice(MODEL, TOKENS_PER_BLOCK, DEVICE_BLOCKS)
     keys = KeyChain(MODEL, TOKENS_PER_BLOCK)
@@ -108,8 +118,11 @@ async def _run(
     )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("requests", total=len(prompts))
-        async with KVManager(MODEL, cache) as manager:
+        async with KVManager(MODEL, cache) as manager, AsyncExitStack() as stack:
             manager.register_kv_caches(device.kv_caches)
+            if metrics_port is not None:
+                server = stack.enter_context(MetricsServer(manager, metrics_port))
+                console.print(f"metrics at {server.url}")
             engine = SimulatedEngine(manager, device, keys, TOKENS_PER_BLOCK)
             outcome = await engine.run(
                 prompts, CONCURRENCY, time_scale, lambda: progress.advance(bar)

@@ -25,7 +25,6 @@ __all__ = [
 ]
 
 _SERVER_PART = "the server for several processes"
-_METRICS_PART = "the metrics endpoint"
 
 
 class Settings(ConfigModel):
@@ -48,7 +47,10 @@ class Settings(ConfigModel):
     )
     instance_id: int = key(0, "Which of them this one is.", ge=0)
     enable_metrics: bool = key(
-        False, "Serve Prometheus metrics.", part=_METRICS_PART, built=(False,)
+        False,
+        "Serve Prometheus metrics; in code, flexkv.metrics.MetricsServer does.",
+        part="a connector or server that serves metrics",
+        built=(False,),
     )
     py_metrics_port: int = key(8080, "Port of the metrics.", ge=1, le=65535)
     log_level: str = key("info", "Least severity that is logged.")

@@ -1,0 +1,273 @@
+"""Prometheus metrics of one engine: served over HTTP, or in a registry of the caller's.
+
+Counters and gauges are read when somebody asks. Histograms are fed with the same records that a
+trace gets, so that both always agree. Times are in seconds, sizes in bytes or blocks, as names say.
+
+    with MetricsServer(manager, port=8080):
+        ...                                   # curl http://127.0.0.1:8080/metrics
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Self, TypeAlias
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from flexkv.common.errors import ConfigError, FlexKVError
+from flexkv.crossing import Crossing
+from flexkv.statistics import Statistics
+from flexkv.trace.records import OpRecord, Record, RequestRecord
+
+BOUNDS_S = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10,
+)  # fmt: skip
+"""Upper bounds of the histograms' buckets."""
+_BOUNDS_NS = tuple(int(bound * 1e9) for bound in BOUNDS_S)
+
+Labels: TypeAlias = tuple[str, ...]
+Values: TypeAlias = Iterable[tuple[Labels, float]]
+
+HISTOGRAMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "flexkv_request_seconds": ("From a request's arrival to its answer.", ("operation",)),
+    "flexkv_transfer_queue_seconds": ("A transfer's wait for its turn.", ("route",)),
+    "flexkv_transfer_seconds": ("A transfer's time with the device.", ("route",)),
+}
+"""Name: what it says, and its labels."""
+
+
+class Histogram:
+    """Counts of times by bucket; the last one has no bound."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BOUNDS_S) + 1)
+        self.sum_ns = 0
+
+    def observe(self, ns: int) -> None:
+        """Count a time."""
+        self.counts[bisect_left(_BOUNDS_NS, ns)] += 1
+        self.sum_ns += ns
+
+
+class Metrics(Collector):
+    """The metrics of one engine, as a collector for any registry. Told of what happens meanwhile.
+
+    Attributes:
+        missed_blocks: that gets asked for and did not load, by reason.
+    """
+
+    def __init__(self, manager: Crossing) -> None:
+        """Take a manager that is started.
+
+        Raises:
+            ClosedError: it is not.
+        """
+        self._manager = manager
+        self._histograms: dict[str, dict[Labels, Histogram]] = {name: {} for name in HISTOGRAMS}
+        self.missed_blocks: dict[str, int] = {}
+        manager.on_loop(lambda: manager.engine.tracing.tell(self))
+
+    def close(self) -> None:
+        """Listen no more."""
+        manager = self._manager
+        manager.on_loop(lambda: manager.engine.tracing.tell_no_more(self))
+
+    # -- what happens, on the engine's loop -----------------------------------------------------
+
+    def record(self, record: Record) -> None:
+        """Take a record."""
+        if isinstance(record, OpRecord):
+            if record.outcome != "recalled":
+                labels = (record.route,)
+                self._observe(
+                    "flexkv_transfer_queue_seconds", labels, record.begun_ns - record.issued_ns
+                )
+                self._observe("flexkv_transfer_seconds", labels, record.ended_ns - record.begun_ns)
+        elif isinstance(record, RequestRecord):
+            took_ns = record.ended_ns - record.arrived_ns
+            self._observe("flexkv_request_seconds", (record.kind,), took_ns)
+            missed = record.last_block - record.first_block - record.moved_blocks
+            if record.kind == "get" and missed > 0:
+                reason = _reason(record)
+                self.missed_blocks[reason] = self.missed_blocks.get(reason, 0) + missed
+
+    def _observe(self, name: str, labels: Labels, ns: int) -> None:
+        of_name = self._histograms[name]
+        histogram = of_name.get(labels)
+        if histogram is None:
+            # A copy: the thread that serves may be looking at it.
+            histogram = Histogram()
+            self._histograms[name] = {**of_name, labels: histogram}
+        histogram.observe(ns)
+
+    # -- what is asked for, in any thread -------------------------------------------------------
+
+    def collect(self) -> Iterator[Metric]:
+        """Give every metric, as it is now; of an engine that is closed only that it is."""
+        try:
+            statistics = self._manager.engine.statistics()
+        except FlexKVError:
+            yield _gauge("flexkv_up", "Whether the engine takes requests.", [((), 0)])
+            return
+        yield _gauge("flexkv_up", "Whether the engine takes requests.", [((), 1)])
+        yield from self._requests(statistics)
+        yield from _tiers(statistics, self._manager.engine.sizes.block_stride_bytes)
+        yield from _routes(statistics)
+        for name, (told, labels) in HISTOGRAMS.items():
+            yield _histogram(name, told, labels, self._histograms[name])
+
+    def describe(self) -> Iterable[Metric]:
+        """Say nothing ahead: what there is hangs on the tiers."""
+        return ()
+
+    def _requests(self, now: Statistics) -> Iterator[Metric]:
+        ended = [
+            ((operation, status), count)
+            for operation, statuses in now.requests.items()
+            for status, count in statuses.items()
+        ]
+        yield _counter("flexkv_requests", "Requests that ended.", ended, ("operation", "status"))
+        yield _gauge("flexkv_requests_running", "Under way.", [((), now.runs_in_flight)])
+        yield _gauge("flexkv_requests_waiting", "To be admitted.", [((), now.requests_waiting)])
+        asked = [((), now.asked_blocks)]
+        yield _counter("flexkv_asked_blocks", "Blocks that gets asked for.", asked)
+        hits = [((tier,), blocks) for tier, blocks in now.hit_blocks.items()]
+        yield _counter("flexkv_hit_blocks", "Of these, found and loaded.", hits, ("tier",))
+        missed = [((reason,), blocks) for reason, blocks in self.missed_blocks.items()]
+        told = "Of these, not loaded, since the metrics were turned on."
+        yield _counter("flexkv_missed_blocks", told, missed, ("reason",))
+        yield _gauge("flexkv_claims", "Pins and leases that ops and pins hold.", [((), now.claims)])
+        corrupt = [((), now.corrupt_blocks)]
+        yield _counter("flexkv_corrupt_blocks", "Came back from SSD with other bytes.", corrupt)
+        restored = [((), now.restored_blocks)]
+        yield _gauge("flexkv_restored_blocks", "Of an earlier run, at the start.", restored)
+
+
+def _reason(record: RequestRecord) -> str:
+    """Tell why a get loaded less than it asked for."""
+    return {
+        "": "not_stored",
+        "CapacityError": "no_room",
+        "CorruptBlockError": "corrupt",
+        "DeadlineError": "late",
+    }.get(record.error, "failed")
+
+
+def _tiers(now: Statistics, block_bytes: int) -> Iterator[Metric]:
+    tiers = now.tiers.items()
+    blocks = [
+        ((name, state), getattr(tier, f"{state}_blocks"))
+        for name, tier in tiers
+        for state in ("free", "reserved", "ready", "draining", "pinned")
+    ]
+    yield _gauge("flexkv_tier_blocks", "Blocks by state; pinned ones are ready too.", blocks,
+                 ("tier", "state"))  # fmt: skip
+    capacity = [((name,), tier.capacity_blocks) for name, tier in tiers]
+    yield _gauge("flexkv_tier_capacity_blocks", "Blocks that a tier may hold.", capacity, ("tier",))
+    size = [((name,), tier.capacity_blocks * block_bytes) for name, tier in tiers]
+    yield _gauge("flexkv_tier_capacity_bytes", "Bytes that they take.", size, ("tier",))
+    evicted = [((name,), tier.evicted_blocks) for name, tier in tiers]
+    yield _counter("flexkv_evicted_blocks", "Blocks that had to go.", evicted, ("tier",))
+    up = [
+        ((name, direction), float(getattr(tier, direction) == "up"))
+        for name, tier in tiers
+        for direction in ("reads", "writes")
+    ]
+    yield _gauge("flexkv_tier_up", "Whether a tier is used.", up, ("tier", "direction"))
+
+
+def _routes(now: Statistics) -> Iterator[Metric]:
+    routes = now.routes.items()
+    for name, told, field in (
+        ("flexkv_transfers", "Transfers that ended.", "ops"),
+        ("flexkv_transfer_blocks", "Blocks that were moved.", "blocks"),
+        ("flexkv_transfer_bytes", "Bytes that were moved.", "bytes"),
+        ("flexkv_transfer_failures", "Transfers that failed.", "failed_ops"),
+    ):
+        yield _counter(name, told, [((r,), getattr(f, field)) for r, f in routes], ("route",))
+    queues = now.queues.items()
+    depth = [((name,), queue.waiting_ops) for name, queue in queues]
+    yield _gauge("flexkv_queue_transfers", "Queued or in flight.", depth, ("actor",))
+    in_flight = [
+        ((name, direction), getattr(queue, f"{direction}_bytes_in_flight"))
+        for name, queue in queues
+        for direction in ("inbound", "outbound")
+    ]
+    yield _gauge("flexkv_in_flight_bytes", "With the device; inbound is towards the GPU.",
+                 in_flight, ("actor", "direction"))  # fmt: skip
+
+
+def _counter(name: str, told: str, values: Values, labels: Labels = ()) -> Metric:
+    family = CounterMetricFamily(name, told, labels=labels)
+    for of, value in values:
+        family.add_metric(of, value)
+    return family
+
+
+def _gauge(name: str, told: str, values: Values, labels: Labels = ()) -> Metric:
+    family = GaugeMetricFamily(name, told, labels=labels)
+    for of, value in values:
+        family.add_metric(of, value)
+    return family
+
+
+def _histogram(
+    name: str, told: str, labels: Labels, histograms: Mapping[Labels, Histogram]
+) -> Metric:
+    family = HistogramMetricFamily(name, told, labels=labels)
+    for of, histogram in histograms.items():
+        counts, below, buckets = list(histogram.counts), 0, []
+        for bound, count in zip((*map(str, BOUNDS_S), "+Inf"), counts, strict=True):
+            below += count
+            buckets.append((bound, below))
+        family.add_metric(of, buckets, histogram.sum_ns / 1e9)
+    return family
+
+
+class MetricsServer:
+    """Serves the metrics of one manager over HTTP, at `/metrics`, until it is closed."""
+
+    def __init__(self, manager: Crossing, port: int = 8080, host: str = "127.0.0.1") -> None:
+        """Listen; `port` 0 takes any that is free.
+
+        Raises:
+            ConfigError: the port is taken, or may not be.
+            ClosedError: the manager is not started.
+        """
+        self.metrics = Metrics(manager)
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(self.metrics)
+        try:
+            self._server, self._thread = start_http_server(port, host, registry)
+        except OSError as error:
+            self.metrics.close()
+            why = f"cannot listen on {host}: {error.strerror}"
+            raise ConfigError("py_metrics_port", port, why) from error
+        self.url = f"http://{host}:{self._server.server_port}/metrics"
+
+    def close(self) -> None:
+        """Serve no more. Before the manager is shut down."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+        self.metrics.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,183 @@
+"""The metrics endpoint, read as Prometheus reads it, and compared with what a trace says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+import urllib.request
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from flexkv.common.errors import ConfigError
+from flexkv.common.terms import Tier
+from flexkv.kvmanager import KVManager
+from flexkv.metrics import HISTOGRAMS, MetricsServer
+from flexkv.trace.load import load
+
+from .conftest import MODEL, PER_BLOCK, cache_config, kv_caches, slots_of
+
+ROOT = Path(__file__).parents[2]
+Samples = dict[str, dict[tuple[tuple[str, str], ...], float]]
+
+
+def scraped(url: str) -> Samples:
+    """Give every sample by its name and labels, as Prometheus' own parser reads them."""
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        text = answer.read().decode()
+    samples: Samples = defaultdict(dict)
+    for family in text_string_to_metric_families(text):
+        assert family.documentation
+        for sample in family.samples:
+            samples[sample.name][tuple(sorted(sample.labels.items()))] = sample.value
+    return samples
+
+
+def prompt(number: int, blocks: int = 8) -> Any:
+    """Give a prompt that shares nothing with others."""
+    return np.arange(blocks * PER_BLOCK) + number * 100_000
+
+
+def worked(manager: KVManager, rounds: int = 12) -> None:
+    """Put and get, from host memory, from SSD, and in vain."""
+    for number in range(rounds):
+        manager.wait(manager.put_async(prompt(number), slots_of(range(8))), completely=True)
+    for number in (0, rounds - 1, 999):
+        manager.wait(manager.get_async(prompt(number), slots_of(range(20, 28))))
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Any:
+    """Give a manager in the form with a thread."""
+    made = KVManager(MODEL, cache_config(tmp_path))
+    made.start()
+    made.register_kv_caches(kv_caches())
+    yield made
+    made.shutdown()
+
+
+def test_metrics_agree_with_the_trace(manager: KVManager, tmp_path: Path) -> None:
+    """Sum and count of every histogram, while somebody reads all the time."""
+    stop, seen = threading.Event(), []
+    with MetricsServer(manager, port=0) as server:
+
+        def read() -> None:
+            while not stop.is_set():
+                seen.append(scraped(server.url)["flexkv_up"][()])
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        with manager.trace(tmp_path / "trace"):
+            worked(manager)
+        stop.set()
+        reader.join()
+        samples = scraped(server.url)
+    assert set(seen) == {1.0}
+    trace = load(tmp_path / "trace")
+    expected: dict[str, dict[str, list[int]]] = {name: defaultdict(list) for name in HISTOGRAMS}
+    for request in trace.requests:
+        took_ns = request.ended_ns - request.arrived_ns
+        expected["flexkv_request_seconds"][request.kind].append(took_ns)
+    for op in trace.ops:
+        if op.outcome != "recalled":
+            waited_ns = op.begun_ns - op.issued_ns
+            expected["flexkv_transfer_queue_seconds"][op.route].append(waited_ns)
+            expected["flexkv_transfer_seconds"][op.route].append(op.ended_ns - op.begun_ns)
+    for name, by_label in expected.items():
+        (label,) = HISTOGRAMS[name][1]
+        assert by_label
+        for value, times_ns in by_label.items():
+            labels = ((label, value),)
+            assert samples[f"{name}_count"][labels] == len(times_ns)
+            assert samples[f"{name}_sum"][labels] == pytest.approx(sum(times_ns) / 1e9)
+            bucket = samples[f"{name}_bucket"][(*labels, ("le", "0.01"))] if label < "le" else None
+            if bucket is not None:
+                assert bucket == sum(ns <= 10_000_000 for ns in times_ns)
+
+
+def test_counters_and_gauges_are_what_the_statistics_say(manager: KVManager) -> None:
+    """Hits by tier, misses by reason, bytes by route, what the tiers hold."""
+    with MetricsServer(manager, port=0) as server:
+        worked(manager)
+        samples, now = scraped(server.url), manager.statistics()
+    for tier, facts in now.tiers.items():
+        of_tier = (("tier", tier),)
+        assert samples["flexkv_tier_capacity_blocks"][of_tier] == facts.capacity_blocks
+        assert samples["flexkv_evicted_blocks_total"][of_tier] == facts.evicted_blocks
+        assert samples["flexkv_tier_blocks"][(("state", "ready"), *of_tier)] == facts.ready_blocks
+        assert samples["flexkv_hit_blocks_total"][of_tier] == now.hit_blocks[tier]
+        assert samples["flexkv_tier_up"][(("direction", "reads"), *of_tier)] == 1
+    assert now.hit_blocks["disk"] > 0
+    for route, moved in now.routes.items():
+        assert samples["flexkv_transfer_bytes_total"][(("route", route),)] == moved.bytes
+    hits = sum(samples["flexkv_hit_blocks_total"].values())
+    missed = samples["flexkv_missed_blocks_total"][(("reason", "not_stored"),)]
+    assert (hits + missed, missed) == (samples["flexkv_asked_blocks_total"][()], 8)
+    gets = samples["flexkv_requests_total"]
+    assert gets[(("operation", "get"), ("status", "success"))] == 2
+    assert gets[(("operation", "get"), ("status", "notfound"))] == 1
+
+
+def test_a_port_that_is_taken_is_named(manager: KVManager) -> None:
+    """At once, and nothing listens twice; without a reader nothing is recorded."""
+    with MetricsServer(manager, port=0) as server:
+        port = int(server.url.split(":")[2].split("/")[0])
+        with pytest.raises(ConfigError, match=f"py_metrics_port={port}: cannot listen"):
+            MetricsServer(manager, port=port)
+        assert manager.engine.tracing.is_on
+    assert not manager.engine.tracing.is_on
+
+
+async def test_an_engine_on_the_callers_loop_is_read_too(tmp_path: Path) -> None:
+    """And one that is closed says so."""
+    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
+        manager.register_kv_caches(kv_caches())
+        server = MetricsServer(manager, port=0)
+        await manager.put(prompt(1), slots_of(range(8)))
+        samples = await asyncio.to_thread(scraped, server.url)
+        put = (("operation", "put"), ("status", "success"))
+        assert samples["flexkv_requests_total"][put] == 1
+        metrics = server.metrics
+        await asyncio.to_thread(server._server.shutdown)
+        server._server.server_close()
+    assert [family.name for family in metrics.collect()] == ["flexkv_up"]
+
+
+def test_the_dashboard_asks_for_what_there_is(manager: KVManager) -> None:
+    """Every name and label in an expression is exposed; no two panels lie upon each other."""
+    with MetricsServer(manager, port=0) as server:
+        worked(manager)
+        samples = scraped(server.url)
+    dashboard = json.loads((ROOT / "docs/grafana-dashboard.json").read_text())
+    panels = dashboard["panels"]
+    asked = set()
+    for panel in panels:
+        for target in panel["targets"]:
+            names = re.findall(r"flexkv_\w+", target["expr"])
+            assert names
+            for name in names:
+                assert name in samples or name == "flexkv_missed_blocks_total", name
+                asked.add(name)
+            labels = {label for name in names for key in samples[name] for label, _ in key}
+            for group in re.findall(r"by \(([^)]*)\)", target["expr"]):
+                assert set(group.split(", ")) <= labels, target["expr"]
+    places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in panels]
+    assert len(set(places)) == len(places)
+    told = {name for name in samples if not name.endswith(("_created", "_sum", "_count"))}
+    assert {"flexkv_request_seconds_bucket", "flexkv_tier_up"} <= asked <= told
+
+
+def test_names_follow_the_convention(manager: KVManager) -> None:
+    """One prefix, units in base units, counters that end in total."""
+    with MetricsServer(manager, port=0) as server:
+        worked(manager, 2)
+        names = set(scraped(server.url))
+    assert all(re.fullmatch(r"flexkv_[a-z_]+", name) for name in names)
+    assert not [name for name in names if re.search(r"_(ms|us|mb|gb)(_|$)", name)]
+    assert {Tier.HOST.label, Tier.DISK.label} <= set(manager.statistics().tiers)
