@@ -24,7 +24,7 @@ $(VENV)/.setup: pyproject.toml setup.py $(wildcard ext/*.c ext/*.h) scripts/syst
 	touch $@
 
 $(VENV)/.setup-dev: $(VENV)/.setup
-	scripts/system-packages fuse3 g++ || echo 'some tests need fuse3 and g++'
+	scripts/system-packages fuse3 g++ chromium || echo 'some tests need fuse3, g++ and chromium'
 	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import webbrowser
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from flexkv.trace.chrome import chrome
 from flexkv.trace.findings import findings
 from flexkv.trace.load import load
 from flexkv.trace.summary import Summary
+from flexkv.trace.view import page
 
 trace = typer.Typer(
     no_args_is_help=True, help="See why it was slow: what a trace file says (enable_trace)."
@@ -143,6 +145,22 @@ def _figures(told: Summary) -> dict[str, float]:
         figures[f"{route}, GB"] = route_facts.bytes / 1e9
         figures[f"{route} while busy, GB/s"] = route_facts.rate / 1e9
     return figures
+
+
+@trace.command("view")
+def view(
+    file: File,
+    to: Annotated[Path, typer.Option("-o", "--output", help="File to write.")] = Path(
+        "flexkv_trace.html"
+    ),
+    open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Make one HTML page: timeline, requests with their plans, curves, what was wrong."""
+    content = page(Summary(load(file)))
+    to.write_text(content)
+    Console().print(f"{to}: {len(content) / 1e6:.1f} MB, needs no network")
+    if open_it:
+        webbrowser.open(to.resolve().as_uri())
 
 
 @trace.command("export")
