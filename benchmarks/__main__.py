@@ -15,7 +15,18 @@ from rich.table import Table
 
 from benchmarks.harness import Figures, Options, machine, save
 
-CASES = ("control", "graph", "index", "gather", "disk", "survive", "cuda", "cuda_get", "ttft")
+CASES = (
+    "control",
+    "graph",
+    "index",
+    "gather",
+    "disk",
+    "survive",
+    "cuda",
+    "cuda_get",
+    "ttft",
+    "tracing",
+)
 
 
 def run(

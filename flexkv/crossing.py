@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from flexkv.common.errors import ClosedError, DeviceError
@@ -65,8 +64,10 @@ class Crossing:
 
     def _order_after(self, operation: Operation) -> None:
         """Do so for a request that begins now: it is told UNREADY where a device is down."""
-        with suppress(DeviceError):
+        try:
             self._engine.order_after(operation)
+        except DeviceError:
+            return
 
     def nudge_device(self) -> None:
         """Let what waits for layers look again. From any thread.

@@ -62,6 +62,7 @@ class Devices:
 
     Attributes:
         use: who uses them.
+        num_blocks: that every device has.
     """
 
     def __init__(self, tp_size: int, deadline_s: float, backend: Backend, undo: ExitStack) -> None:
@@ -75,11 +76,8 @@ class Devices:
         self._falling_asleep = False
         self._lock = threading.Lock()
         self.use = Use()
-
-    @property
-    def num_blocks(self) -> int:
-        """Count the blocks that every device has."""
-        return min(device.num_blocks for device in self._by_rank.values())
+        self.num_blocks = 0
+        self._is_ready = False
 
     @property
     def kind(self) -> str:
@@ -90,6 +88,8 @@ class Devices:
     @property
     def missing(self) -> FlexKVError | None:
         """Tell why no bytes can be moved to or from the devices; None when they can."""
+        if self._is_ready and not self._with_streams:
+            return None
         if self._failure is not None:
             return self._failure
         for port in self._with_streams:
@@ -125,6 +125,7 @@ class Devices:
                 undo.callback(port.close)
             self._undo.push(undo.pop_all())
         self._by_rank = by_rank
+        self._look()
         log.info("device registered", rank=tp_rank, **device.facts)
         if device.place[0] != "cpu":
             self._with_streams = [*self._with_streams, device.port]
@@ -166,11 +167,13 @@ class Devices:
         if missing := self.missing:
             raise missing
         self._asleep, self._falling_asleep = set(self._by_rank), True
+        self._look()
         try:
             async with asyncio.timeout(self._deadline_s):
                 await self.use.wait_over()
         except BaseException as error:
             self._asleep = set()
+            self._look()
             if isinstance(error, TimeoutError):
                 why = f"{self.use.count} requests did not end in time"
                 raise DeadlineError(-1, "suspend_device", 0, why) from error
@@ -197,6 +200,17 @@ class Devices:
         self._by_rank[tp_rank] = device
         log.info("device resumed", rank=tp_rank, **device.facts)
         self._asleep.discard(tp_rank)
+        self._look()
+
+    def _look(self) -> None:
+        """Note what hangs on which devices there are, and which sleep."""
+        self._is_ready = len(self._by_rank) == self._tp_size and not self._asleep
+        self.num_blocks = min(device.num_blocks for device in self._by_rank.values())
+
+    @property
+    def have_streams(self) -> bool:
+        """Tell whether any is a GPU: the streams of which copies have to wait for."""
+        return bool(self._with_streams)
 
     @property
     def order(self) -> Order:

@@ -340,16 +340,15 @@ class Engine:
         Cancellation: the request is cancelled, and CancelledError raised once no hardware touches
         its device slots any more; their content is undefined then.
         """
-        if request.device_ids is None:
-            return await self._performed(request, begun)
-        with self._devices.use:
-            return await self._performed(request, begun)
-
-    async def _performed(self, request: Request, begun: Callable[[], None] | None) -> Flight:
-        arrived_ns = None
-        if not self._admission.enter_nowait():
-            arrived_ns = self._observer.now_ns()
-            await self._admission.enter()
+        arrived_ns, use = None, self._devices.use
+        use.count += 1
+        try:
+            if not self._admission.enter_nowait():
+                arrived_ns = self._observer.now_ns()
+                await self._admission.enter()
+        except BaseException:
+            use.leave()
+            raise
         try:
             for is_last in (False, True):
                 flight = self._scheduler.begin(request, arrived_ns)
@@ -371,6 +370,7 @@ class Engine:
             return flight
         finally:
             self._admission.leave()
+            use.leave()
 
     def unready(self, request: Request) -> KVResponse:
         """Give the response to a request that needs a device while there is none to use."""
@@ -392,7 +392,7 @@ class Engine:
         Raises:
             DeviceError: a driver refused. The device is down from then on.
         """
-        if operation is not Operation.PREFETCH:
+        if self._devices.have_streams and operation is not Operation.PREFETCH:
             self._devices.order_after(operation is Operation.GET)
 
     @property

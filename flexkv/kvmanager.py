@@ -8,7 +8,7 @@ which runs the engine's loop in a thread of its own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -358,10 +358,13 @@ class KVManager(TaskForm):
             )
         )
 
-    async def _perform(self, operation: Operation, *arguments: Any) -> KVResponse:
-        """Run a request on the engine's loop, from there or from another."""
+    def _perform(self, operation: Operation, *arguments: Any) -> Coroutine[Any, Any, KVResponse]:
+        """Give what runs a request on the engine's loop, from there or from another."""
         self._order_after(operation)
-        return await self._async(lambda: self._perform_here(operation, *arguments))
+        if self._thread is not None:
+            return self._thread.call_async(lambda: self._perform_here(operation, *arguments))
+        self._check_loop()
+        return self._perform_here(operation, *arguments)
 
     async def _perform_here(
         self,

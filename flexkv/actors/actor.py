@@ -176,7 +176,7 @@ class TransferActor:
 
     def _pump(self, lane: Lane, inbound: bool, pieces_max: int | None = None) -> bool:
         """Submit pieces while the window has room; tell whether any was."""
-        pieces, submit = self._pieces, self._port.submit
+        pieces, submit, begun_s = self._pieces, self._port.submit, self._begun_s
         limit, piece_bytes_max = self._windows[inbound]
         in_flight, submitted, now_s = self.in_flight_bytes[inbound], 0, self._now_s()
         # As much again at most: who is slower than the device shall not hold ever more.
@@ -190,12 +190,10 @@ class TransferActor:
             cursor, begin, units = taken
             in_flight += units * cursor.unit_bytes
             self.in_flight_bytes[inbound] = in_flight
-            whole = cursor.transfer
-            if self._begun_s is not None and not begin:
-                self._begun_s[whole.token] = now_s
-            if units == cursor.units and whole.watch is None:
-                piece = whole
-            else:
+            piece = cursor.transfer
+            if begun_s is not None and not begin:
+                begun_s[piece.token] = now_s
+            if units != cursor.units or cursor.watch is not None:
                 piece = self._piece(cursor, begin, units)
             pieces[piece.token] = (cursor, begin, units, now_s)
             submit(piece)
@@ -218,7 +216,7 @@ class TransferActor:
             cursor, begin, units, _ = pieces.pop(token)
             in_flight[cursor.inbound] -= units * cursor.unit_bytes
             cursor.pieces_in_flight -= 1
-            if error is None and cursor.transfer.watch is not None:
+            if cursor.watch is not None and error is None:
                 cursor.end_layers(begin, units)
             if error is not None and cursor.error is None:
                 cursor.error = error

@@ -12,7 +12,7 @@ from collections import deque
 import msgspec
 
 from flexkv.common.errors import InvariantError, TransferError
-from flexkv.common.terms import Layers, Transfer
+from flexkv.common.terms import Layers, LayerWatch, Transfer
 
 LAYERED_PIECES = 16
 """Into how many pieces at least a transfer goes layer by layer: the first shall be there soon."""
@@ -29,12 +29,13 @@ class Cursor(msgspec.Struct):
     inbound: bool
     units: int
     unit_bytes: int
+    watch: LayerWatch | None = None
     next_unit: int = 0
     pieces_in_flight: int = 0
     error: TransferError | None = None
     queued: bool = True
-    layers_left: list[int] = []
-    layers_ended: dict[int, int] = {}
+    layers_left: list[int] | None = None
+    layers_ended: dict[int, int] | None = None
     """Layers that ended before an earlier one: first to last."""
     layers_moved: int = 0
 
@@ -46,21 +47,23 @@ class Cursor(msgspec.Struct):
     @property
     def ready(self) -> int:
         """Give the units that may be handed out by now, those that were among them."""
-        watch = self.transfer.watch
-        return self.units if watch is None else min(self.units, watch.ready)
+        return self.units if self.watch is None else min(self.units, self.watch.ready)
 
     def layers(self, first: int, units: int) -> Layers:
         """Give what a piece of some layers is of the whole."""
+        assert self.layers_left is not None
         return Layers(first, first + units, self.transfer.token, self.layers_left)
 
     def end_layers(self, first: int, units: int) -> None:
         """Take the end of a piece, and tell the watch how far the layers are there."""
-        self.layers_ended[first] = first + units
+        ended = self.layers_ended
+        assert ended is not None
+        ended[first] = first + units
         before = self.layers_moved
-        while self.layers_moved in self.layers_ended:
-            self.layers_moved = self.layers_ended.pop(self.layers_moved)
-        if self.layers_moved > before and self.transfer.watch is not None:
-            self.transfer.watch.moved(self.transfer.token, self.layers_moved)
+        while self.layers_moved in ended:
+            self.layers_moved = ended.pop(self.layers_moved)
+        if self.layers_moved > before and self.watch is not None:
+            self.watch.moved(self.transfer.token, self.layers_moved)
 
 
 class Lane:
@@ -91,12 +94,13 @@ class Lane:
             return None
         owner, queue = next(iter(turns.items()))
         cursor = queue[0]
-        if cursor.transfer.watch is not None:
+        if cursor.watch is not None:
             return self._take_layers(bytes_max, room_bytes)
-        begin = cursor.next_unit
-        rest = cursor.units - begin
-        units = min(rest, bytes_max // cursor.unit_bytes or 1)
-        if units * cursor.unit_bytes > room_bytes:
+        begin, unit_bytes = cursor.next_unit, cursor.unit_bytes
+        units = rest = cursor.units - begin
+        if rest * unit_bytes > bytes_max:
+            units = bytes_max // unit_bytes or 1
+        if units * unit_bytes > room_bytes:
             return None
         cursor.next_unit = begin + units
         cursor.pieces_in_flight += 1
@@ -170,9 +174,10 @@ class Mailbox:
         source, target = transfer.route
         inbound = target < source
         blocks, watch = len(transfer.source_ids), transfer.watch
-        cursor = Cursor(transfer, transfer.owner, inbound, blocks, self._block_bytes)
+        cursor = Cursor(transfer, transfer.owner, inbound, blocks, self._block_bytes, watch)
         if watch is not None:
-            cursor.units, cursor.layers_left = watch.num_layers, [watch.num_layers]
+            cursor.units = watch.num_layers
+            cursor.layers_left, cursor.layers_ended = [watch.num_layers], {}
             cursor.unit_bytes = max(1, blocks * self._block_bytes // watch.num_layers)
         self._cursors[transfer.token] = cursor
         (self.inbound if inbound else self.outbound).append(cursor)

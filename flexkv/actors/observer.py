@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 import msgspec
+import numpy as np
 import structlog
 
 from flexkv.actors.tracer import Tracer
@@ -117,7 +118,7 @@ class Observer:
             self.asked_blocks += request.span.last_block - request.span.first_block
             if response.status is not KVResponseStatus.SUCCESS or response.error is not None:
                 # Hits are what was loaded, not what was found.
-                loaded = int(response.return_mask.sum()) // request.tokens_per_block
+                loaded = int(np.count_nonzero(response.return_mask)) // request.tokens_per_block
                 found = found.before(found.first + loaded)
             for tier, placement in found.ready.items():
                 self.hit_blocks[tier] += placement.block_count

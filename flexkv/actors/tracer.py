@@ -6,7 +6,6 @@ known.
 
 from __future__ import annotations
 
-import binascii
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -19,6 +18,7 @@ from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.graph.ops import OpSpec
 from flexkv.graph.plan import Plan
 from flexkv.graph.planner import Planned
+from flexkv.index.residency import Found
 from flexkv.trace.records import (
     EventRecord,
     OpRecord,
@@ -64,18 +64,14 @@ class Tracer:
         self._sampled_ns = 0
 
     def planned(self, request: Request, plan: Plan, now_ns: int) -> None:
-        """A request was compiled into a plan."""
+        """A request was compiled into a plan; of one op its own record tells all."""
         template = plan.template
-        if not template.ops:
+        if len(template.ops) < 2:
             return
-        before: list[list[int]] = [[] for _ in template.ops]
-        for op, successors in enumerate(template.successors):
-            for after in successors:
-                before[after].append(op)
         ops = []
-        for spec in template.ops:
+        for spec, before in zip(template.ops, template.predecessors, strict=True):
             begin, end = plan.bounds(spec)
-            ops.append(PlannedOp(spec.label, end - begin, tuple(before[spec.index])))
+            ops.append(PlannedOp(spec.label, end - begin, before))
         self._tell(PlanRecord(request.request_id, plan.run_id, now_ns, tuple(ops)))
 
     def issued(self, token: int, now_ns: int) -> None:
@@ -90,23 +86,18 @@ class Tracer:
         token, actor = plan.token(op), self._actors[op.route.outer]
         begin, end = plan.bounds(op)
         begun_s = actor.take_begun(token)
-        outcome = "done" if error is None else type(error).__name__
+        begun_ns = now_ns if begun_s is None else int(begun_s * 1e9)
+        outcome, detail = "done", ""
+        if error is not None:
+            detail = str(error)
+            outcome = "recalled" if isinstance(error, RecalledError) else type(error).__name__
         self._tell(
             OpRecord(
-                request_id=request.request_id,
-                run_id=plan.run_id,
-                op_id=op.index,
-                actor=actor.name,
-                route=op.label,
-                block_count=end - begin,
-                bytes=(end - begin) * self._block_bytes,
-                issued_ns=self._issued_ns.pop(token, now_ns),
-                begun_ns=now_ns if begun_s is None else int(begun_s * 1e9),
-                ended_ns=now_ns,
-                outcome="recalled" if isinstance(error, RecalledError) else outcome,
-                detail="" if error is None else str(error),
+                request.request_id, plan.run_id, op.index, actor.name, op.label, end - begin,
+                (end - begin) * self._block_bytes, self._issued_ns.pop(token, now_ns), begun_ns,
+                now_ns, outcome, detail,
             )
-        )
+        )  # fmt: skip
         self._look(now_ns)
 
     def request_ended(
@@ -120,6 +111,7 @@ class Tracer:
         span, found = request.span, planned.found
         keys = np.frombuffer(request.keys, np.uint8).reshape(-1, BLOCK_KEY_BYTES)
         short = keys[1 : span.last_block + 1, :KEY_BYTES].tobytes()
+        moved_tokens = int(np.count_nonzero(response.return_mask))
         self._tell(
             RequestRecord(
                 request_id=request.request_id,
@@ -129,13 +121,13 @@ class Tracer:
                 first_block=span.first_block,
                 last_block=span.last_block,
                 namespace_hash=request.namespace_hash,
-                keys=binascii.b2a_base64(short, newline=False).decode(),
+                keys=short,
                 arrived_ns=times_ns[0],
                 begun_ns=times_ns[1],
                 ended_ns=times_ns[2],
                 status=response.status.value,
-                hit_blocks={t.label: p.block_count for t, p in found.ready.items()},
-                moved_blocks=int(response.return_mask.sum()) // request.tokens_per_block,
+                hit_blocks=_hits(found),
+                moved_blocks=moved_tokens // request.tokens_per_block,
                 error="" if response.error is None else type(response.error).__name__,
                 reason="" if response.error is None else str(response.error),
             )
@@ -154,3 +146,12 @@ class Tracer:
         if now_ns - self._sampled_ns >= SAMPLE_NS:
             self._sampled_ns = now_ns
             self._tell(self._sample(now_ns))
+
+
+def _hits(found: Found) -> dict[str, int]:
+    """Count what was found by tier; what was on its way to host memory is found there."""
+    hits = {tier.label: place.block_count for tier, place in found.ready.items()}
+    if found.pending is not None:
+        host = Tier.HOST.label
+        hits[host] = hits.get(host, 0) + found.pending.block_count
+    return hits

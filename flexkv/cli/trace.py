@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flexkv.cli.trace_replay import replay
 from flexkv.trace.chrome import chrome
 from flexkv.trace.findings import findings
 from flexkv.trace.load import load
@@ -172,3 +173,6 @@ def export(
     content = chrome(load(file))
     to.write_bytes(content)
     Console().print(f"{to}: {len(content) / 1e6:.1f} MB; open it in ui.perfetto.dev")
+
+
+trace.command("replay")(replay)

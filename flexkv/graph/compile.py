@@ -97,6 +97,9 @@ def freeze(graph: nx.DiGraph[Node], shape: Shape) -> Template:
         successors=tuple(
             tuple(sorted(number[after] for after in graph.successors(node))) for node in order
         ),
+        predecessors=tuple(
+            tuple(sorted(number[before] for before in graph.predecessors(node))) for node in order
+        ),
         blockers=blockers,
         answer_count=sum(1 for op in ops if op.answers),
         start_states=tuple(OpState.BLOCKED if n else OpState.READY for n in blockers),

@@ -21,6 +21,7 @@ class Template(msgspec.Struct, frozen=True):
     shape: Shape
     ops: tuple[OpSpec, ...]
     successors: tuple[tuple[int, ...], ...]
+    predecessors: tuple[tuple[int, ...], ...]
     blockers: tuple[int, ...]
     answer_count: int
     start_states: tuple[OpState, ...]

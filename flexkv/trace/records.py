@@ -15,7 +15,7 @@ import msgspec
 SCHEMA_VERSION = 2
 
 
-class HeaderRecord(msgspec.Struct, tag="header", frozen=True):
+class HeaderRecord(msgspec.Struct, tag="header", frozen=True, gc=False):
     """The first line of every file, and of every run that adds to one."""
 
     schema_version: int
@@ -33,7 +33,7 @@ class HeaderRecord(msgspec.Struct, tag="header", frozen=True):
     """What holds the blocks of each tier."""
 
 
-class PlannedOp(msgspec.Struct, frozen=True, array_like=True):
+class PlannedOp(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One op of a plan: its route ("wait" for one that waits for another request), and what for."""
 
     route: str
@@ -42,8 +42,8 @@ class PlannedOp(msgspec.Struct, frozen=True, array_like=True):
     """The ops of the plan that end before this one begins."""
 
 
-class PlanRecord(msgspec.Struct, tag="plan", frozen=True):
-    """The ops that a request was compiled into, when they were."""
+class PlanRecord(msgspec.Struct, tag="plan", frozen=True, gc=False):
+    """The ops that a request was compiled into, when they were; none for plans of one op."""
 
     request_id: int
     run_id: int
@@ -51,7 +51,7 @@ class PlanRecord(msgspec.Struct, tag="plan", frozen=True):
     ops: tuple[PlannedOp, ...]
 
 
-class OpRecord(msgspec.Struct, tag="op", frozen=True):
+class OpRecord(msgspec.Struct, tag="op", frozen=True, gc=False):
     """One transfer op, when its actor reported its end."""
 
     request_id: int
@@ -73,7 +73,7 @@ class OpRecord(msgspec.Struct, tag="op", frozen=True):
     """What went wrong, in words."""
 
 
-class RequestRecord(msgspec.Struct, tag="request", frozen=True):
+class RequestRecord(msgspec.Struct, tag="request", frozen=True, gc=False):
     """One request, when its caller was told."""
 
     request_id: int
@@ -85,8 +85,8 @@ class RequestRecord(msgspec.Struct, tag="request", frozen=True):
     last_block: int
     """Exclusive."""
     namespace_hash: str
-    keys: str
-    """Base64 of the first six bytes of each block's key, up to `last_block`."""
+    keys: bytes
+    """The first six bytes of each block's key, up to `last_block`; base64 in the file."""
     arrived_ns: int
     begun_ns: int
     """When it was planned: until then it waited to be admitted."""
@@ -101,7 +101,7 @@ class RequestRecord(msgspec.Struct, tag="request", frozen=True):
     """Why less was moved than could have been; empty when nothing was wrong."""
 
 
-class EventRecord(msgspec.Struct, tag="event", frozen=True):
+class EventRecord(msgspec.Struct, tag="event", frozen=True, gc=False):
     """A change of state, a fault, or something that was done to the engine."""
 
     at_ns: int
@@ -112,7 +112,7 @@ class EventRecord(msgspec.Struct, tag="event", frozen=True):
     detail: str = ""
 
 
-class SampleRecord(msgspec.Struct, tag="sample", frozen=True):
+class SampleRecord(msgspec.Struct, tag="sample", frozen=True, gc=False):
     """How full the engine is, now and then while it works."""
 
     at_ns: int
@@ -125,7 +125,7 @@ class SampleRecord(msgspec.Struct, tag="sample", frozen=True):
     """Requests under way, and those that wait to be admitted."""
 
 
-class DropRecord(msgspec.Struct, tag="dropped", frozen=True):
+class DropRecord(msgspec.Struct, tag="dropped", frozen=True, gc=False):
     """Records that were lost, since the writer could not keep up."""
 
     count: int

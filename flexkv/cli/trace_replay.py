@@ -1,0 +1,237 @@
+"""`flexkv trace replay`: the recorded requests again, against any configuration, without a GPU.
+
+A request is issued when all that had ended before it in the recording have ended again: so what is
+compared is the configuration, not the order of things. Prompts are not in a trace; equal blocks are
+made of equal tokens, from the keys that are. Cancelled requests are left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from flexkv.actors.scheduler import Flight
+from flexkv.actors.tracer import KEY_BYTES
+from flexkv.common.config import CacheConfig, ModelConfig
+from flexkv.common.errors import ConfigError
+from flexkv.common.request import Operation
+from flexkv.kvmanager import KVManager
+from flexkv.trace.load import Trace, load
+from flexkv.trace.records import HeaderRecord, RequestRecord
+from flexkv.trace.summary import Summary
+
+LEFT_OUT = ("cancelled", "timeout")
+DEVICE_BYTES_MAX = 1 << 30
+"""Memory that stands for the device; requests wait for slots when it is not enough."""
+
+
+class Moment(NamedTuple):
+    """Something of the recording that has to happen again before what comes after it."""
+
+    at_ns: int
+    kind: int
+    """0: its writes behind were done, 1: it was answered, 2: it arrived."""
+    request: RequestRecord
+
+
+def replay(
+    file: Annotated[Path, typer.Argument(help="A trace file.")],
+    host_blocks: Annotated[
+        int | None, typer.Option(min=1, help="Blocks of the host tier; else as recorded.")
+    ] = None,
+    ssd_blocks: Annotated[
+        int | None, typer.Option(min=0, help="Blocks of the SSD tier; else as recorded.")
+    ] = None,
+    ssd_dir: Annotated[
+        Path | None, typer.Option(help="Directory of the SSD tier; the default is temporary.")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="Eviction policy.")] = "lru",
+    time_scale: Annotated[
+        float, typer.Option(min=0, help="1 = with the recorded pauses, 0 = as fast as it goes.")
+    ] = 0.0,
+    to: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Trace of the replay, for diff and view.")
+    ] = None,
+) -> None:
+    """Issue the recorded requests again, and compare."""
+    console, recorded = Console(), load(file)
+    if not recorded.requests or not recorded.header.block_bytes:
+        raise ConfigError("trace", str(file), "has no requests to replay")
+    capacity = recorded.header.capacity_blocks
+    with ExitStack() as stack:
+        temporary = tempfile.TemporaryDirectory(prefix=".flexkv-replay-", dir=".")
+        directory = stack.enter_context(temporary)
+        again = to or Path(directory) / "trace"
+        cache = CacheConfig(
+            tokens_per_block=recorded.header.tokens_per_block,
+            num_cpu_blocks=host_blocks or capacity["host"],
+            num_ssd_blocks=capacity.get("disk", 0) if ssd_blocks is None else ssd_blocks,
+            ssd_cache_dir=str(ssd_dir or directory),
+            eviction_policy=policy,
+            enable_trace=True,
+            trace_file_path=str(again),
+        )
+        left_out = asyncio.run(Replayer(recorded, cache, time_scale).run(console))
+        replayed = load(again)
+    console.print(_compared(recorded, replayed))
+    told = f"; {left_out} cancelled ones left out" if left_out else ""
+    issued = len(recorded.requests) - left_out
+    alike = _alike(recorded, replayed)
+    console.print(f"{alike} of {issued} requests ended as recorded, with the same hits{told}")
+
+
+class Replayer:
+    """Issues the requests of a trace again."""
+
+    def __init__(self, trace: Trace, cache: CacheConfig, time_scale: float) -> None:
+        self._trace, self._cache, self._time_scale = trace, cache, time_scale
+        self._per_block = trace.header.tokens_per_block
+        self._model = _model_of(trace.header)
+        longest = max(request.last_block for request in trace.requests)
+        fitting = DEVICE_BYTES_MAX // trace.header.block_bytes
+        self._device_blocks = max(longest, min(fitting, 64 * longest), 1)
+        self._free = list(range(self._device_blocks))
+        self._freed = asyncio.Condition()
+
+    async def run(self, console: Console) -> int:
+        """Run all of it; gives how many requests were left out."""
+        moments = list(_moments(self._trace))
+        tasks: dict[int, asyncio.Task[Flight | None]] = {}
+        begin_s, first_ns = time.monotonic(), self._trace.begin_ns
+        async with KVManager(self._model, self._cache) as manager:
+            manager.register_kv_caches(self._caches())
+            with Progress(console=console, transient=True) as progress:
+                bar = progress.add_task("replaying", total=len(moments))
+                async with asyncio.TaskGroup() as group:
+                    for moment in moments:
+                        request = moment.request
+                        if moment.kind == 2:
+                            after_s = (moment.at_ns - first_ns) / 1e9 * self._time_scale
+                            await asyncio.sleep(max(0.0, begin_s + after_s - time.monotonic()))
+                            issued = group.create_task(self._issue(manager, request))
+                            tasks[request.request_id] = issued
+                            await asyncio.sleep(0)
+                        else:
+                            flight = await tasks[request.request_id]
+                            if moment.kind == 0 and flight is not None:
+                                await flight.wait_ended()
+                        progress.advance(bar)
+        return len(self._trace.requests) - len(tasks)
+
+    async def _issue(self, manager: KVManager, record: RequestRecord) -> Flight | None:
+        """Issue one request, with slots of its own as long as it has no answer."""
+        engine, operation = manager.engine, Operation[record.kind.upper()]
+        tokens = self._tokens(record)
+        mask = np.arange(len(tokens)) >= record.first_block * self._per_block
+        namespace = record.namespace_hash or None
+        selected = None if operation is Operation.PREFETCH else mask
+        request = engine.intake(operation, tokens, selected, namespace)
+        if operation is Operation.PREFETCH:
+            return await engine.perform(request)
+        blocks = await self._take(record.last_block - record.first_block)
+        try:
+            slots = np.array(blocks, np.int64)[:, None] * self._per_block
+            ready = engine.with_slots(request, (slots + np.arange(self._per_block)).ravel())
+            return None if ready is None else await engine.perform(ready)
+        finally:
+            async with self._freed:
+                self._free.extend(blocks)
+                self._freed.notify_all()
+
+    async def _take(self, count: int) -> list[int]:
+        if len(self._free) >= count:  # no other may come between: the order is to be kept
+            return [self._free.pop() for _ in range(count)]
+        async with self._freed:
+            await self._freed.wait_for(lambda: len(self._free) >= count)
+            return [self._free.pop() for _ in range(count)]
+
+    def _tokens(self, record: RequestRecord) -> NDArray[np.int64]:
+        """Give a prompt whose blocks are equal where those of the recorded one were."""
+        keys = np.frombuffer(record.keys, np.uint8).reshape(-1, KEY_BYTES)
+        wide = np.zeros((len(keys), 8), np.uint8)
+        wide[:, :KEY_BYTES] = keys
+        tokens = np.zeros((len(keys), self._per_block), np.int64)
+        tokens[:, 0] = wide.view(np.int64)[:, 0]
+        return tokens.ravel()
+
+    def _caches(self) -> list[NDArray[np.uint8]]:
+        model = self._model
+        shape = (self._device_blocks, self._per_block, model.num_kv_heads, model.head_size)
+        return [np.zeros(shape, np.uint8)]
+
+
+def _model_of(header: HeaderRecord) -> ModelConfig:
+    """Give a model whose blocks have as many bytes: one layer of one vector a token."""
+    size, rest = divmod(header.block_bytes, header.tokens_per_block)
+    if rest:
+        why = f"blocks of {header.block_bytes} bytes are not divided by the tokens of a block"
+        raise ConfigError("trace", header.tokens_per_block, why)
+    return ModelConfig(
+        num_layers=1, num_kv_heads=1, head_size=size, dtype="uint8", kv_dim=1, model_id="replay"
+    )
+
+
+def _moments(trace: Trace) -> Iterator[Moment]:
+    """Give what happened to each request, in the order of time."""
+    last_ns: dict[int, int] = {}
+    for op in trace.ops:
+        last_ns[op.run_id] = max(op.ended_ns, last_ns.get(op.run_id, 0))
+    found = []
+    for request in trace.requests:
+        if request.status in LEFT_OUT:
+            continue
+        found.append(Moment(request.arrived_ns, 2, request))
+        found.append(Moment(request.ended_ns, 1, request))
+        if last_ns.get(request.run_id, 0) > request.ended_ns:
+            found.append(Moment(last_ns[request.run_id], 0, request))
+    yield from sorted(found, key=_in_order)
+
+
+def _in_order(moment: Moment) -> tuple[int, int, int]:
+    return moment.at_ns, moment.kind, moment.request.request_id
+
+
+def _alike(recorded: Trace, replayed: Trace) -> int:
+    """Count the requests that ended as they did before, with the same hits in every tier."""
+    pairs = zip(_issued(recorded), _issued(replayed), strict=False)
+    return sum(
+        (old.kind, old.status, old.moved_blocks, old.hit_blocks)
+        == (new.kind, new.status, new.moved_blocks, new.hit_blocks)
+        for old, new in pairs
+    )
+
+
+def _issued(trace: Trace) -> list[RequestRecord]:
+    """Give the requests in the order in which they were issued."""
+    kept = [r for r in trace.requests if r.status not in LEFT_OUT]
+    return sorted(kept, key=lambda request: request.request_id)
+
+
+def _compared(recorded: Trace, replayed: Trace) -> Table:
+    table = Table("figure", "recorded", "replayed")
+    old, new = Summary(recorded), Summary(replayed)
+    table.add_row("seconds", f"{recorded.seconds:.2f}", f"{replayed.seconds:.2f}")
+    table.add_row("requests", str(len(recorded.requests)), str(len(replayed.requests)))
+    for kind in sorted(old.kinds.keys() | new.kinds.keys()):
+        for name, at in (("p50", 0), ("p99", 2)):
+            row = [f"{s.kinds[kind].ms[at]:.3f}" if kind in s.kinds else "" for s in (old, new)]
+            table.add_row(f"{kind} {name}, ms", *row)
+    for tier in sorted(old.hits.keys() | new.hits.keys()):
+        row = [f"{100 * each.hits.get(tier, 0.0):.2f}" for each in (old, new)]
+        table.add_row(f"hits in {tier}, %", *row)
+    for route in sorted(old.routes.keys() | new.routes.keys()):
+        row = [str(s.routes[route].blocks) if route in s.routes else "0" for s in (old, new)]
+        table.add_row(f"{route}, blocks", *row)
+    return table
