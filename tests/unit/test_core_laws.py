@@ -55,7 +55,7 @@ def test_limits_on_shapes_and_templates_hold() -> None:
         compile_shape(Shape(Operation.GET, (load._replace(chunks=CHUNKS_MAX + 1),)))
     template = compile_shape(Shape(Operation.GET, (load._replace(waits=True),)))
     with pytest.raises(InvariantError, match="ops"):
-        Template(template.shape, template.ops * OPS_MAX, (), (), 0, ())
+        Template(template.shape, template.ops * OPS_MAX, (), (), (), 0, ())
     plan = Plan(template, 0, (LegFill(Positions(0, 1), {}, (0, 1), (5,)),))
     with pytest.raises(InvariantError, match="barrier"):
         plan.transfer(template.ops[0])
