@@ -8,12 +8,19 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
+from collections.abc import Callable
 
 import structlog
 
 from flexkv.common.errors import ConfigError
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+
+
+REPEATS_MAX, REPEATS_S = 10, 10.0
+"""Lines of one event about one thing that pass in so many seconds."""
+SEEN_MAX = 1024
 
 
 def configure_logging(
@@ -46,6 +53,7 @@ def configure_logging(
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            _Repeats(),
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             add_prefix,
@@ -56,6 +64,32 @@ def configure_logging(
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
+
+
+class _Repeats:
+    """Drops lines that say the same too often; the next one that passes tells how many."""
+
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._now_s = now_s
+        self._seen: dict[tuple[object, ...], tuple[float, int, int]] = {}
+
+    def __call__(
+        self, _logger: object, name: str, event: structlog.typing.EventDict
+    ) -> structlog.typing.EventDict:
+        about = tuple(event.get(key) for key in ("event", "tier", "route", "actor", "path"))
+        now_s, key = self._now_s(), (name, *map(str, about))
+        since_s, passed, dropped = self._seen.get(key, (now_s, 0, 0))
+        if now_s - since_s >= REPEATS_S:
+            since_s, passed = now_s, 0
+        if passed >= REPEATS_MAX:
+            self._seen[key] = since_s, passed, dropped + 1
+            raise structlog.DropEvent
+        if dropped:
+            event["repeats_dropped"] = dropped
+        if len(self._seen) >= SEEN_MAX:
+            self._seen.clear()
+        self._seen[key] = since_s, passed + 1, 0
+        return event
 
 
 def _as_it_is(

@@ -13,6 +13,7 @@ from flexkv.cli.doctor import doctor
 from flexkv.cli.explain import explain
 from flexkv.cli.replay_hits import replay_hits
 from flexkv.cli.ssd import ssd
+from flexkv.cli.top import stats, top
 from flexkv.cli.trace import trace
 from flexkv.common.errors import FlexKVError
 from flexkv.logs import configure_logging
@@ -25,6 +26,8 @@ commands.command()(demo)
 commands.command()(doctor)
 commands.command()(explain)
 commands.command()(replay_hits)
+commands.command()(stats)
+commands.command()(top)
 commands.add_typer(ssd, name="ssd")
 commands.add_typer(trace, name="trace")
 

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from typer.testing import CliRunner
 
+from flexkv.cli.main import commands
 from flexkv.common.errors import ConfigError
 from flexkv.common.terms import Tier
 from flexkv.kvmanager import KVManager
@@ -181,3 +183,23 @@ def test_names_follow_the_convention(manager: KVManager) -> None:
     assert all(re.fullmatch(r"flexkv_[a-z_]+", name) for name in names)
     assert not [name for name in names if re.search(r"_(ms|us|mb|gb)(_|$)", name)]
     assert {Tier.HOST.label, Tier.DISK.label} <= set(manager.statistics().tiers)
+
+
+def test_a_running_engine_is_watched_in_the_terminal(manager: KVManager) -> None:
+    """Once as JSON, once in tables, and as rates; what is not there is named."""
+    run = CliRunner().invoke
+    with MetricsServer(manager, port=0) as server:
+        worked(manager)
+        told = json.loads(run(commands, ["stats", "--json", "--url", server.url]).output)
+        assert told["flexkv_tier_capacity_blocks"]["host"] == 32
+        assert told["flexkv_requests_total"]["get,success"] == 2
+        table = run(commands, ["stats", "--url", server.url]).output
+        assert re.search(r"host .* of 32", table)
+        assert "disk→host" in table
+        options = ["--interval", "0.1", "--count", "2"]
+        rates = run(commands, ["top", "--url", server.url, *options])
+        assert rates.exit_code == 0
+        assert "/s" in rates.output
+    gone = run(commands, ["top", "--url", server.url])
+    assert isinstance(gone.exception, ConfigError)
+    assert "gives no metrics" in str(gone.exception)

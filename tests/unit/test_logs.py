@@ -8,7 +8,7 @@ import pytest
 import structlog
 
 from flexkv.common.errors import ConfigError
-from flexkv.logs import configure_logging
+from flexkv.logs import REPEATS_MAX, REPEATS_S, _Repeats, configure_logging
 
 
 def test_json_lines_have_level_time_and_prefix(
@@ -45,3 +45,24 @@ def test_an_unknown_level_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLEXKV_LOG_LEVEL", "loud")
     with pytest.raises(ConfigError, match="FLEXKV_LOG_LEVEL"):
         configure_logging()
+
+
+def test_a_line_that_is_repeated_too_often_is_dropped_and_counted() -> None:
+    """By what it says and about what; others pass, and after a while so does it."""
+    now = [0.0]
+    repeats = _Repeats(lambda: now[0])
+
+    def passes(**event: object) -> bool:
+        try:
+            repeats(None, "warning", {"event": "op failed", **event})
+        except structlog.DropEvent:
+            return False
+        return True
+
+    assert sum(passes(route="host→disk") for _ in range(50)) == REPEATS_MAX
+    assert passes(route="disk→host")
+    now[0] = REPEATS_S
+    told = repeats(None, "warning", {"event": "op failed", "route": "host→disk"})
+    assert told["repeats_dropped"] == 50 - REPEATS_MAX
+    told = repeats(None, "warning", {"event": "op failed", "route": "host→disk"})
+    assert "repeats_dropped" not in told

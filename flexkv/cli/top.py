@@ -1,0 +1,163 @@
+"""`flexkv top` and `flexkv stats`: a running engine as its metrics endpoint tells of it."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Annotated, TypeAlias
+
+import typer
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+
+from flexkv.common.errors import ConfigError
+
+Samples: TypeAlias = Mapping[str, Mapping[tuple[str, ...], float]]
+"""By name, then by the values of the labels in the order of their names."""
+
+Url = Annotated[str, typer.Option(help="Where the engine serves its metrics.")]
+URL = "http://127.0.0.1:8080/metrics"
+
+
+def scrape(url: str) -> Samples:
+    """Give what an endpoint tells.
+
+    Raises:
+        ConfigError: nobody answers there, or not with FlexKV's metrics.
+    """
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            text = answer.read().decode()
+        families = list(text_string_to_metric_families(text))
+    except (OSError, ValueError) as error:
+        why = f"gives no metrics ({error}): is enable_metrics on, and the port right?"
+        raise ConfigError("url", url, why) from error
+    samples: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
+    for family in families:
+        for sample in family.samples:
+            labels = tuple(value for _, value in sorted(sample.labels.items()))
+            samples[sample.name][labels] = sample.value
+    if "flexkv_up" not in samples:
+        raise ConfigError("url", url, "does not serve FlexKV's metrics")
+    return samples
+
+
+def stats(
+    url: Url = URL,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")] = False,
+) -> None:
+    """Show once what a running engine tells of itself."""
+    samples = scrape(url)
+    if as_json:
+        told = {
+            name: {",".join(labels): value for labels, value in of.items()}
+            for name, of in samples.items()
+            if not name.endswith(("_bucket", "_created"))
+        }
+        typer.echo(json.dumps(told, indent=2))
+    else:
+        Console().print(screen(samples, None, 0.0))
+
+
+def top(
+    url: Url = URL,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    count: Annotated[int, typer.Option(min=0, help="Looks; 0 = until interrupted.")] = 0,
+) -> None:
+    """Watch a running engine: rates, hits, tiers, queues."""
+    before, at_s = scrape(url), time.monotonic()
+    looks = 0
+    with Live(screen(before, None, 0.0), console=Console(), auto_refresh=False) as live:
+        while not count or looks < count:
+            time.sleep(interval)
+            now, now_s = scrape(url), time.monotonic()
+            live.update(screen(now, before, now_s - at_s), refresh=True)
+            before, at_s, looks = now, now_s, looks + 1
+
+
+def screen(now: Samples, before: Samples | None, seconds: float) -> Group:
+    """Give the tables: per second since an earlier look, or since the start when there is none."""
+    return Group(_requests(now, before, seconds), _tiers(now, before, seconds),
+                 _routes(now, before, seconds))  # fmt: skip
+
+
+def _per_s(
+    name: str, labels: tuple[str, ...], now: Samples, before: Samples | None, seconds: float
+) -> str:
+    """Give a counter's rate; its value when there is no earlier look."""
+    value = now.get(name, {}).get(labels, 0.0)
+    if before is None or not seconds:
+        return f"{value:,.0f}"
+    return f"{(value - before.get(name, {}).get(labels, 0.0)) / seconds:,.1f} /s"
+
+
+def _requests(now: Samples, before: Samples | None, seconds: float) -> Table:
+    running, waiting = (
+        now.get(f"flexkv_requests_{what}", {}).get((), 0) for what in ("running", "waiting")
+    )
+    up = "up" if now["flexkv_up"].get(()) else "CLOSED"
+    title = f"FlexKV {up}: {running:.0f} requests under way, {waiting:.0f} waiting"
+    table = Table("request", "answered", "mean ms", title=title)
+    for labels in sorted(now.get("flexkv_request_seconds_count", {})):
+        table.add_row(
+            labels[0],
+            _per_s("flexkv_request_seconds_count", labels, now, before, seconds),
+            _mean_ms("flexkv_request_seconds", labels, now, before),
+        )
+    return table
+
+
+def _mean_ms(name: str, labels: tuple[str, ...], now: Samples, before: Samples | None) -> str:
+    total, count = (
+        now.get(f"{name}_{part}", {}).get(labels, 0.0)
+        - (before or {}).get(f"{name}_{part}", {}).get(labels, 0.0)
+        for part in ("sum", "count")
+    )
+    return f"{1e3 * total / count:.2f}" if count else ""
+
+
+def _tiers(now: Samples, before: Samples | None, seconds: float) -> Table:
+    table = Table("tier", "used", "pinned", "hits", "evicted", "reads", "writes")
+    blocks = now.get("flexkv_tier_blocks", {})
+    for (tier,), capacity in sorted(now.get("flexkv_tier_capacity_blocks", {}).items()):
+        used = capacity - blocks.get(("free", tier), 0.0)
+        ups = (now["flexkv_tier_up"].get((direction, tier)) for direction in ("reads", "writes"))
+        table.add_row(
+            tier,
+            f"{used:,.0f} of {capacity:,.0f} ({100 * used / max(1, capacity):.0f} %)",
+            f"{blocks.get(('pinned', tier), 0.0):,.0f}",
+            _per_s("flexkv_hit_blocks_total", (tier,), now, before, seconds),
+            _per_s("flexkv_evicted_blocks_total", (tier,), now, before, seconds),
+            *("up" if up else "[bold red]down" for up in ups),
+        )
+    return table
+
+
+def _routes(now: Samples, before: Samples | None, seconds: float) -> Table:
+    table = Table("route", "MB", "transfers", "mean ms queued", "mean ms with device", "failed")
+    for labels in sorted(now.get("flexkv_transfers_total", {})):
+        table.add_row(
+            labels[0],
+            _megabytes(labels, now, before, seconds),
+            _per_s("flexkv_transfers_total", labels, now, before, seconds),
+            _mean_ms("flexkv_transfer_queue_seconds", labels, now, before),
+            _mean_ms("flexkv_transfer_seconds", labels, now, before),
+            f"{now.get('flexkv_transfer_failures_total', {}).get(labels, 0.0):,.0f}",
+        )
+    return table
+
+
+def _megabytes(
+    labels: tuple[str, ...], now: Samples, before: Samples | None, seconds: float
+) -> str:
+    name = "flexkv_transfer_bytes_total"
+    value = now.get(name, {}).get(labels, 0.0)
+    if before is None or not seconds:
+        return f"{value / 1e6:,.0f}"
+    return f"{(value - before.get(name, {}).get(labels, 0.0)) / 1e6 / seconds:,.0f} /s"
