@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from flexkv.common.errors import ClosedError, DeviceError
@@ -64,10 +65,9 @@ class Crossing:
 
     def _order_after(self, operation: Operation) -> None:
         """Do so for a request that begins now: it is told UNREADY where a device is down."""
-        try:
-            self._engine.order_after(operation)
-        except DeviceError:
-            return
+        if self._engine.streams:
+            with suppress(DeviceError):
+                self._engine.order_after(operation)
 
     def nudge_device(self) -> None:
         """Let what waits for layers look again. From any thread.

@@ -63,6 +63,7 @@ class Devices:
     Attributes:
         use: who uses them.
         num_blocks: that every device has.
+        streams: the ports that are GPUs': their copies have to wait for the caller's streams.
     """
 
     def __init__(self, tp_size: int, deadline_s: float, backend: Backend, undo: ExitStack) -> None:
@@ -71,7 +72,7 @@ class Devices:
         self._tp_size, self._backend, self._undo = tp_size, backend, undo
         self._by_rank: dict[int, Device] = {}
         self._asleep: set[int] = set()
-        self._with_streams: list[DevicePort] = []
+        self.streams: list[DevicePort] = []
         self._failure: TransferError | None = None
         self._falling_asleep = False
         self._lock = threading.Lock()
@@ -88,11 +89,11 @@ class Devices:
     @property
     def missing(self) -> FlexKVError | None:
         """Tell why no bytes can be moved to or from the devices; None when they can."""
-        if self._is_ready and not self._with_streams:
+        if self._is_ready and not self.streams:
             return None
         if self._failure is not None:
             return self._failure
-        for port in self._with_streams:
+        for port in self.streams:
             if port.failure is not None:
                 return port.failure
         if len(self._by_rank) < self._tp_size:
@@ -128,7 +129,8 @@ class Devices:
         self._look()
         log.info("device registered", rank=tp_rank, **device.facts)
         if device.place[0] != "cpu":
-            self._with_streams = [*self._with_streams, device.port]
+            with self._lock:
+                self.streams.append(device.port)
         return port
 
     def order_after(self, to_device: bool) -> None:
@@ -140,11 +142,11 @@ class Devices:
             DeviceError: a driver refused. The device is down from then on: its copies would not
                 wait.
         """
-        if not self._with_streams:
+        if not self.streams:
             return
         with self._lock:
             try:
-                for port in self._with_streams:
+                for port in self.streams:
                     port.order_after(to_device)
             except DeviceError as error:
                 log.exception("device down", call=error.call, code=error.code)
@@ -154,7 +156,7 @@ class Devices:
     def detach(self) -> None:
         """Touch no streams any more: the ports are about to be closed."""
         with self._lock:
-            self._with_streams = []
+            self.streams.clear()
 
     async def suspend(self) -> None:
         """Take no more requests, wait for those under way, and let go of all KV caches.
@@ -206,11 +208,6 @@ class Devices:
         """Note what hangs on which devices there are, and which sleep."""
         self._is_ready = len(self._by_rank) == self._tp_size and not self._asleep
         self.num_blocks = min(device.num_blocks for device in self._by_rank.values())
-
-    @property
-    def have_streams(self) -> bool:
-        """Tell whether any is a GPU: the streams of which copies have to wait for."""
-        return bool(self._with_streams)
 
     @property
     def order(self) -> Order:

@@ -85,6 +85,7 @@ class Engine:
         self._backing: dict[Tier, str] = {}
         self._resources = ExitStack()
         self._devices = Devices(model.tp_size, cache.io_deadline_s, self._backend, self._resources)
+        self.streams = self._devices.streams
         self._failure: InternalError | None = None
         self._open = self._used = self._closed = False
         self._next_request = self._rekeyed_at = 0
@@ -392,7 +393,7 @@ class Engine:
         Raises:
             DeviceError: a driver refused. The device is down from then on.
         """
-        if self._devices.have_streams and operation is not Operation.PREFETCH:
+        if operation is not Operation.PREFETCH:
             self._devices.order_after(operation is Operation.GET)
 
     @property

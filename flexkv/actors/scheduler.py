@@ -232,7 +232,8 @@ class Scheduler:
                     self._notes.erased(fill.ids[Tier.DISK])
         if request.watch is not None:
             request.watch.expect(planned.plan.device_tokens())
-        self._observer.planned(request, planned.plan)
+        if self._observer.tracer is not None:
+            self._observer.planned(request, planned.plan)
         flight = Flight(request, planned, begin_ns if arrived_ns is None else arrived_ns, begin_ns)
         self._flights[run_id] = flight
         if request.watch is not None and request.operation is Operation.PUT:
@@ -389,7 +390,8 @@ class Scheduler:
         if spec.route is None:
             self._join(flight, spec)
             return
-        self._observer.op_issued(flight.plan.token(spec))
+        if self._observer.tracer is not None:
+            self._observer.op_issued(flight.plan.token(spec))
         if spec.route.outer > Tier.HOST:
             self.watch.begun(spec.route)
         self._actors[spec.route.outer].post(flight.plan.transfer(spec))
@@ -445,7 +447,8 @@ class Scheduler:
 
     def _end(self, flight: Flight) -> None:
         del self._flights[flight.plan.run_id]
-        self._fed.discard(flight)
+        if self._fed:
+            self._fed.discard(flight)
         flight.end()
         if flight.run.errors and flight.request.operation is Operation.PUT:
             told = RecalledError | DeadlineError  # the latter by the flush that did not wait
