@@ -353,6 +353,7 @@ class Engine:
         try:
             for is_last in (False, True):
                 flight = self._scheduler.begin(request, arrived_ns)
+                arrived_ns = flight.arrived_ns
                 if begun is not None:
                     begun()
                     begun = None

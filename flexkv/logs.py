@@ -66,6 +66,9 @@ def configure_logging(
     )
 
 
+_ABOUT = ("event", "tier", "route", "actor", "path", "task", "reason", "call", "code")
+
+
 class _Repeats:
     """Drops lines that say the same too often; the next one that passes tells how many."""
 
@@ -76,8 +79,10 @@ class _Repeats:
     def __call__(
         self, _logger: object, name: str, event: structlog.typing.EventDict
     ) -> structlog.typing.EventDict:
-        about = tuple(event.get(key) for key in ("event", "tier", "route", "actor", "path"))
+        about = tuple(event.get(key) for key in _ABOUT)
         now_s, key = self._now_s(), (name, *map(str, about))
+        if name in ("error", "critical", "exception"):
+            return event
         since_s, passed, dropped = self._seen.get(key, (now_s, 0, 0))
         if now_s - since_s >= REPEATS_S:
             since_s, passed = now_s, 0
@@ -86,8 +91,8 @@ class _Repeats:
             raise structlog.DropEvent
         if dropped:
             event["repeats_dropped"] = dropped
-        if len(self._seen) >= SEEN_MAX:
-            self._seen.clear()
+        if len(self._seen) >= SEEN_MAX and key not in self._seen:
+            del self._seen[next(iter(self._seen))]
         self._seen[key] = since_s, passed + 1, 0
         return event
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeAlias
 
@@ -23,7 +24,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from flexkv.common.errors import ConfigError, FlexKVError
+from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
 from flexkv.crossing import Crossing
 from flexkv.statistics import Statistics
 from flexkv.trace.records import OpRecord, Record, RequestRecord
@@ -79,7 +80,8 @@ class Metrics(Collector):
     def close(self) -> None:
         """Listen no more."""
         manager = self._manager
-        manager.on_loop(lambda: manager.engine.tracing.tell_no_more(self))
+        with suppress(ClosedError):  # who is closed tells nobody any more
+            manager.on_loop(lambda: manager.engine.tracing.tell_no_more(self))
 
     # -- what happens, on the engine's loop -----------------------------------------------------
 
@@ -142,7 +144,7 @@ class Metrics(Collector):
         yield _counter("flexkv_asked_blocks", "Blocks that gets asked for.", asked)
         hits = [((tier,), blocks) for tier, blocks in now.hit_blocks.items()]
         yield _counter("flexkv_hit_blocks", "Of these, found and loaded.", hits, ("tier",))
-        missed = [((reason,), blocks) for reason, blocks in self.missed_blocks.items()]
+        missed = [((reason,), blocks) for reason, blocks in list(self.missed_blocks.items())]
         told = "Of these, not loaded, since the metrics were turned on."
         yield _counter("flexkv_missed_blocks", told, missed, ("reason",))
         yield _gauge("flexkv_claims", "Pins and leases that ops and pins hold.", [((), now.claims)])
@@ -154,6 +156,8 @@ class Metrics(Collector):
 
 def _reason(record: RequestRecord) -> str:
     """Tell why a get loaded less than it asked for."""
+    if record.status in ("cancelled", "timeout"):
+        return record.status
     return {
         "": "not_stored",
         "CapacityError": "no_room",
@@ -248,9 +252,9 @@ class MetricsServer:
         registry.register(self.metrics)
         try:
             self._server, self._thread = start_http_server(port, host, registry)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             self.metrics.close()
-            why = f"cannot listen on {host}: {error.strerror}"
+            why = f"cannot listen on {host}: {error}"
             raise ConfigError("py_metrics_port", port, why) from error
         self.url = f"http://{host}:{self._server.server_port}/metrics"
 

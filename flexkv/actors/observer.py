@@ -128,7 +128,8 @@ class Observer:
         if not self._ended % self._log_every:
             self._summarise()
         if self.tracer is not None:
-            self.tracer.request_ended(request, planned, response, (*since_ns, self.now_ns()))
+            ended = planned.plan.run_id, found, response
+            self.tracer.request_ended(request, ended, (*since_ns, self.now_ns()))
 
     def _summarise(self) -> None:
         asked = max(self.asked_blocks, 1)

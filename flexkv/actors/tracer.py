@@ -6,6 +6,7 @@ known.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -17,7 +18,6 @@ from flexkv.common.request import KVResponse, Request
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.graph.ops import OpSpec
 from flexkv.graph.plan import Plan
-from flexkv.graph.planner import Planned
 from flexkv.index.residency import Found
 from flexkv.trace.records import (
     EventRecord,
@@ -30,7 +30,7 @@ from flexkv.trace.records import (
 )
 
 KEY_BYTES = 6
-"""Of each block's key: enough to tell blocks apart, and to tell nobody what they hold."""
+"""Of each block's key: enough to tell blocks apart. Who knows `key_secret` can test guesses."""
 SAMPLE_NS = 20_000_000
 """Between two samples at least."""
 
@@ -85,7 +85,9 @@ class Tracer:
         assert op.route is not None
         token, actor = plan.token(op), self._actors[op.route.outer]
         begin, end = plan.bounds(op)
-        begun_s = actor.take_begun(token)
+        begun_s, issued_ns = actor.take_begun(token), self._issued_ns.pop(token, None)
+        if issued_ns is None:
+            return  # begun before anybody listened: its times are not known
         begun_ns = now_ns if begun_s is None else int(begun_s * 1e9)
         outcome, detail = "done", ""
         if error is not None:
@@ -94,7 +96,7 @@ class Tracer:
         self._tell(
             OpRecord(
                 request.request_id, plan.run_id, op.index, actor.name, op.label, end - begin,
-                (end - begin) * self._block_bytes, self._issued_ns.pop(token, now_ns), begun_ns,
+                (end - begin) * self._block_bytes, issued_ns, begun_ns,
                 now_ns, outcome, detail,
             )
         )  # fmt: skip
@@ -103,19 +105,21 @@ class Tracer:
     def request_ended(
         self,
         request: Request,
-        planned: Planned,
-        response: KVResponse,
+        ended: tuple[int, Found, KVResponse],
         times_ns: tuple[int, int, int],
     ) -> None:
-        """A caller was told: when the request arrived, was planned, and ended."""
-        span, found = request.span, planned.found
+        """A caller was told, of a run with what it found and loaded.
+
+        The times are those at which the request arrived, was planned, and ended.
+        """
+        span, (run_id, found, response) = request.span, ended
         keys = np.frombuffer(request.keys, np.uint8).reshape(-1, BLOCK_KEY_BYTES)
         short = keys[1 : span.last_block + 1, :KEY_BYTES].tobytes()
         moved_tokens = int(np.count_nonzero(response.return_mask))
         self._tell(
             RequestRecord(
                 request_id=request.request_id,
-                run_id=planned.plan.run_id,
+                run_id=run_id,
                 kind=request.operation.label,
                 token_count=request.token_count,
                 first_block=span.first_block,
@@ -137,6 +141,10 @@ class Tracer:
     def event(self, kind: str, now_ns: int, tier: str, request_id: int, detail: str) -> None:
         """Something changed, failed, or was done to the engine."""
         self._tell(EventRecord(now_ns, kind, tier, request_id, detail))
+
+    def sample(self, sink: Sink) -> None:
+        """Tell a sink how full the engine is, at its begin and its end."""
+        sink.record(self._sample(time.monotonic_ns()))
 
     def _tell(self, record: Record) -> None:
         for sink in self.sinks:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
-import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ def scrape(url: str) -> Samples:
         with urllib.request.urlopen(url, timeout=5) as answer:
             text = answer.read().decode()
         families = list(text_string_to_metric_families(text))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         why = f"gives no metrics ({error}): is enable_metrics on, and the port right?"
         raise ConfigError("url", url, why) from error
     samples: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)

@@ -32,10 +32,9 @@ def summary(
 ) -> None:
     """Say what was wrong, where time went, and how fast every route was."""
     told, console = Summary(load(file)), Console()
-    if not told.trace.requests and not told.trace.ops:
-        console.print("The trace has no requests.")
-        return
     _print_findings(told, console)
+    if not told.trace.requests and not told.trace.ops:
+        return
     for table in (_requests(told), _hits(told), _time(told), _routes(told)):
         console.print(table)
     if slowest:
@@ -86,7 +85,7 @@ def _routes(told: Summary) -> Table:
     table = Table("route", "ops", "GB", *columns, "failed")
     for route, facts in told.routes.items():
         table.add_row(
-            route,
+            escape(route),
             str(facts.ops),
             f"{facts.bytes / 1e9:.3f}",
             " / ".join(f"{ms:.2f}" for ms in facts.queue_ms),
@@ -104,7 +103,7 @@ def _slowest(told: Summary, count: int) -> Table:
         request = breakdown.request
         blocks = f"{request.moved_blocks} of {request.last_block - request.first_block}"
         table.add_row(
-            request.kind, str(request.request_id), blocks, request.status, breakdown.words
+            request.kind, str(request.request_id), blocks, request.status, escape(breakdown.words)
         )
     return table
 
@@ -158,7 +157,7 @@ def view(
 ) -> None:
     """Make one HTML page: timeline, requests with their plans, curves, what was wrong."""
     content = page(Summary(load(file)))
-    to.write_text(content)
+    to.write_text(content, "utf-8")
     Console().print(f"{to}: {len(content) / 1e6:.1f} MB, needs no network")
     if open_it:
         webbrowser.open(to.resolve().as_uri())

@@ -67,8 +67,10 @@ def replay(
 ) -> None:
     """Issue the recorded requests again, and compare."""
     console, recorded = Console(), load(file)
-    if not recorded.requests or not recorded.header.block_bytes:
+    if not recorded.requests or "host" not in recorded.header.capacity_blocks:
         raise ConfigError("trace", str(file), "has no requests to replay")
+    if to is not None and to.exists():
+        raise ConfigError("output", str(to), "exists: a trace is added to, never written over")
     capacity = recorded.header.capacity_blocks
     with ExitStack() as stack:
         temporary = tempfile.TemporaryDirectory(prefix=".flexkv-replay-", dir=".")
@@ -193,7 +195,7 @@ def _moments(trace: Trace) -> Iterator[Moment]:
         if request.status in LEFT_OUT:
             continue
         found.append(Moment(request.arrived_ns, 2, request))
-        found.append(Moment(request.ended_ns, 1, request))
+        found.append(Moment(max(request.ended_ns, request.arrived_ns + 1), 1, request))
         if last_ns.get(request.run_id, 0) > request.ended_ns:
             found.append(Moment(last_ns[request.run_id], 0, request))
     yield from sorted(found, key=_in_order)

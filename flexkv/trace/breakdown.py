@@ -110,7 +110,8 @@ class Breakdowns:
             return []
         path = [max(answering, key=_ended).op_id]
         while plan is not None and path[-1] < len(plan.ops):
-            before = [ops[number] for number in plan.ops[path[-1]].after if number in ops]
+            after = plan.ops[path[-1]].after
+            before = [ops[number] for number in after if number in ops and number not in path]
             if not before:
                 break
             path.append(max(before, key=_ended).op_id)

@@ -94,7 +94,7 @@ def _slow_disk(summary: Summary) -> list[Finding]:
             f"{facts.service_ms[0]:.1f} ms (p50) and {facts.service_ms[1]:.1f} ms (p99) with the "
             f"device{_blame(summary, route)}."
         )
-        found.append(Finding("slow_disk", text, ops[0].begun_ns, len(ops)))
+        found.append(Finding("slow_disk", text, min(op.begun_ns for op in ops), len(ops)))
     return found
 
 
@@ -129,7 +129,9 @@ def _starved(summary: Summary) -> list[Finding]:
                 f"{kind}s starve: {100 * ns / whole:.0f} % of their time is {what}, "
                 f"{mean_ms:.1f} ms on average; {remedy}."
             )
-            found.append(Finding("starved_queue", text, requests[0].arrived_ns, len(requests)))
+            found.append(
+                Finding("starved_queue", text, min(r.arrived_ns for r in requests), len(requests))
+            )
     return found
 
 

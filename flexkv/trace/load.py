@@ -88,7 +88,7 @@ def load(path: Path) -> Trace:
     for line in _lines(path):
         try:
             record = _DECODER.decode(line)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             unread += 1
             continue
         if not isinstance(record, HeaderRecord):
@@ -99,7 +99,7 @@ def load(path: Path) -> Trace:
             why = f"schema version {record.schema_version}; this program reads {SCHEMA_VERSION}"
             raise ConfigError("trace", str(path), why)
         if trace is None or not _goes_on(trace.header, record):
-            trace, runs = Trace(record), runs + 1
+            trace, runs, unread = Trace(record), runs + 1, 0
     if trace is None:
         raise ConfigError("trace", str(path), "is not a FlexKV trace: it has no header")
     trace.dropped += unread

@@ -8,6 +8,7 @@ begins with a header that has both clocks.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -89,11 +90,14 @@ class Recorder:
         if self._thread.is_alive():
             self._closing.set()
             self._thread.join()
-            with suppress(OSError):  # what could not be written is lost, and the log says so
-                self._file.close()
+        with suppress(OSError):  # what could not be written is lost, and the log says so
+            self._file.close()
 
     def _open(self) -> BinaryIO:
-        file = self._path.open("ab")
+        descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600)
+        file = os.fdopen(descriptor, "ab")
+        if file.tell() and os.pread(descriptor, 1, file.tell() - 1) != b"\n":
+            file.write(b"\n")  # a crash has cut the last line: it shall not take ours along
         first = structs.replace(self._make_header(), run=self._run)
         file.write(self._encoder.encode(first) + b"\n")
         return file
@@ -115,11 +119,17 @@ class Recorder:
         while queue:
             self._tell_drops()
             batch = [queue.popleft() for _ in range(min(BATCH_RECORDS, len(queue)))]
-            self._file.write(self._encoder.encode_lines(batch))
+            self._file.write(self._lines(batch))
             if self._file.tell() >= self._max_bytes:
                 self._rotate()
         self._tell_drops()
         self._file.flush()
+
+    def _lines(self, batch: list[Record]) -> bytes:
+        try:
+            return self._encoder.encode_lines(batch)
+        except UnicodeEncodeError:  # a path that is no text, in somebody's error
+            return self._encoder.encode_lines([_as_text(record) for record in batch])
 
     def _tell_drops(self) -> None:
         if self._dropped:
@@ -136,3 +146,13 @@ class Recorder:
         if self._max_files == 1:
             self._path.unlink()
         self._file = self._open()
+
+
+def _as_text(record: Record) -> Record:
+    """Give a record whose strings can all be written."""
+    strings = {
+        name: value.encode(errors="backslashreplace").decode()
+        for name, value in structs.asdict(record).items()
+        if isinstance(value, str)
+    }
+    return structs.replace(record, **strings)

@@ -38,9 +38,9 @@ def page(summary: Summary) -> str:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise BackendUnavailableError("plotly", f"{error}; install flexkv[viewer]") from error
-    text = (files(__package__) / "page.html").read_text()
-    # In a script element only this ends it early.
-    content = msgspec.json.encode(data(summary)).decode().replace("</", "<\\/")
+    text = (files(__package__) / "page.html").read_text("utf-8")
+    # Nothing in the data may look like markup to the parser of the page.
+    content = msgspec.json.encode(data(summary)).decode().replace("<", "\\u003c")
     head, _, rest = text.partition("/*PLOTLY*/")
     middle, _, tail = rest.partition("/*DATA*/")
     return "".join([head, get_plotlyjs(), middle, content, tail])

@@ -8,13 +8,27 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from msgspec import structs
 from structlog.testing import capture_logs
 
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.kvmanager import KVManager
-from flexkv.trace.recorder import BATCH_RECORDS, Recorder
-from flexkv.trace.records import DropRecord, HeaderRecord, OpRecord, Record, RequestRecord
+from flexkv.trace.breakdown import Breakdowns
+from flexkv.trace.load import Trace, load
+from flexkv.trace.recorder import BATCH_RECORDS, Recorder, header
+from flexkv.trace.records import (
+    DropRecord,
+    EventRecord,
+    HeaderRecord,
+    OpRecord,
+    PlannedOp,
+    PlanRecord,
+    Record,
+    RequestRecord,
+)
+from flexkv.trace.summary import Summary
+from flexkv.trace.view import page
 
 DECODER = msgspec.json.Decoder(Record)
 
@@ -110,3 +124,51 @@ def test_an_engine_records_every_request_and_op(tmp_path: Path) -> None:
     ]
     assert all(o.issued_ns <= o.ended_ns and o.begun_ns <= o.ended_ns for o in ops)
     assert "tenant" not in path.read_text()
+
+
+def test_a_line_that_a_crash_has_cut_takes_nothing_along(tmp_path: Path) -> None:
+    """The next run's header begins a line; only whose file it is may read it."""
+    path = tmp_path / "trace"
+    for number in range(2):
+        recorder = Recorder(str(path), 1 << 20, 2, 1000)
+        recorder.record(op(number))
+        recorder.close()
+        if not number:
+            path.write_bytes(path.read_bytes()[:-20])
+    trace = load(path)
+    assert (trace.runs, trace.ops, trace.dropped) == (2, [op(1)], 0)
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_an_error_that_is_no_text_is_written_all_the_same(tmp_path: Path) -> None:
+    """As a path with a byte that is not UTF-8 gives it."""
+    path = tmp_path / "trace"
+    recorder = Recorder(str(path), 1 << 20, 2, 1000)
+    recorder.record(EventRecord(1, "tier_down", detail="/mnt/\udcff"))
+    recorder.record(op(1))
+    recorder.close()
+    _, event, after = read(path)
+    assert isinstance(event, EventRecord)
+    assert (event.detail, after) == ("/mnt/\\udcff", op(1))
+
+
+def test_plans_that_go_round_are_followed_once() -> None:
+    """A file that somebody made up hangs nobody."""
+    request = RequestRecord(1, 1, "get", 16, 0, 1, "", b"", 10, 11, 30, "success", {"host": 1}, 1)
+    trace = Trace(header())
+    ops = PlannedOp("host→device", 1, (1,)), PlannedOp("disk→host", 1, (0,))
+    plan = PlanRecord(1, 1, 11, ops)
+    first = OpRecord(1, 1, 0, "device", "host→device", 1, 16, 12, 13, 20, "done")
+    for record in (plan, first, structs.replace(first, op_id=1), request):
+        trace.take(record)
+    assert Breakdowns(trace).of(request).critical_ops in ((0, 1), (1, 0))
+
+
+def test_nothing_in_a_trace_is_markup_of_its_page() -> None:
+    """An error may say anything."""
+    pytest.importorskip("plotly")
+    trace = Trace(header())
+    trace.take(EventRecord(1, "tier_down", "disk", detail="<!--<script></script>"))
+    content = page(Summary(trace)).partition('type="application/json">')[2]
+    assert "<!--" not in content.partition("</script>")[0]
+    assert "\\u003c!--\\u003cscript" in content
