@@ -142,8 +142,6 @@ class Devices:
             DeviceError: a driver refused. The device is down from then on: its copies would not
                 wait.
         """
-        if not self.streams:
-            return
         with self._lock:
             try:
                 for port in self.streams:

@@ -61,21 +61,17 @@ class Tracing:
             self._header,
         )
         self.tell(self._recorder)
-        self._sample_to(self._recorder)
+        self._recorder.record(self._sample(self._observer.now_ns()))
 
     def stop(self) -> str | None:
         """Write what is queued and record no more; gives the file, or None when no trace was on."""
         recorder, self._recorder = self._recorder, None
         if recorder is None:
             return None
-        self._sample_to(recorder)
+        recorder.record(self._sample(self._observer.now_ns()))
         self.tell_no_more(recorder)
         recorder.close()
         return recorder.path
-
-    def _sample_to(self, sink: Sink) -> None:
-        if self._observer.tracer is not None:
-            self._observer.tracer.sample(sink)
 
     def tell(self, sink: Sink) -> None:
         """Give a sink a record of everything from now on."""

@@ -6,7 +6,6 @@ known.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -141,10 +140,6 @@ class Tracer:
     def event(self, kind: str, now_ns: int, tier: str, request_id: int, detail: str) -> None:
         """Something changed, failed, or was done to the engine."""
         self._tell(EventRecord(now_ns, kind, tier, request_id, detail))
-
-    def sample(self, sink: Sink) -> None:
-        """Tell a sink how full the engine is, at its begin and its end."""
-        sink.record(self._sample(time.monotonic_ns()))
 
     def _tell(self, record: Record) -> None:
         for sink in self.sinks:

@@ -55,6 +55,11 @@ class Summary:
         self.breakdowns = Breakdowns(trace)
 
     @cached_property
+    def by_request(self) -> list[Breakdown]:
+        """Give where the time of each request went, in the order of the trace."""
+        return [self.breakdowns.of(request) for request in self.trace.requests]
+
+    @cached_property
     def kinds(self) -> dict[str, KindSummary]:
         """Give what became of each kind of request."""
         by_kind: dict[str, list[RequestRecord]] = defaultdict(list)
@@ -99,14 +104,17 @@ class Summary:
     def time_by_step(self) -> dict[str, dict[str, int]]:
         """Give the nanoseconds of each kind of step, by kind of request, the longest first."""
         total: dict[str, Counter[str]] = defaultdict(Counter)
-        for request in self.trace.requests:
-            total[request.kind].update(self.breakdowns.of(request).shares)
+        for breakdown in self.by_request:
+            total[breakdown.request.kind].update(breakdown.shares)
         return {kind: dict(steps.most_common()) for kind, steps in sorted(total.items())}
 
     def slowest(self, count: int) -> list[Breakdown]:
         """Give where the time of the slowest requests went."""
-        requests = sorted(self.trace.requests, key=lambda r: r.arrived_ns - r.ended_ns)
-        return [self.breakdowns.of(request) for request in requests[:count]]
+        return sorted(self.by_request, key=_took_ns, reverse=True)[:count]
+
+
+def _took_ns(breakdown: Breakdown) -> int:
+    return breakdown.request.ended_ns - breakdown.request.arrived_ns
 
 
 def _route(ops: list[OpRecord]) -> RouteSummary:

@@ -151,7 +151,6 @@ def _ops(ops: list[OpRecord], routes: list[str], origin: int) -> dict[str, Any]:
 
 def _requests(summary: Summary, origin: int) -> dict[str, Any]:
     requests = summary.trace.requests
-    breakdowns = [summary.breakdowns.of(request) for request in requests]
     order = sorted(range(len(requests)), key=lambda at: _took_ns(summary, at), reverse=True)
     columns = {
         "id": [r.request_id for r in requests],
@@ -163,8 +162,8 @@ def _requests(summary: Summary, origin: int) -> dict[str, Any]:
         "arrived": [(r.arrived_ns - origin) // 1000 for r in requests],
         "ended": [(r.ended_ns - origin) // 1000 for r in requests],
         "reason": [r.reason for r in requests],
-        "words": [breakdown.words for breakdown in breakdowns],
-        "critical": [breakdown.critical_ops for breakdown in breakdowns],
+        "words": [breakdown.words for breakdown in summary.by_request],
+        "critical": [breakdown.critical_ops for breakdown in summary.by_request],
     }
     return {"requests": columns, "slowest": order[:SLOWEST]}
 
