@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flexkv.cli.trace_replay import replay
+from flexkv.common.errors import ConfigError
 from flexkv.trace.chrome import chrome
 from flexkv.trace.findings import findings
 from flexkv.trace.load import load
@@ -156,9 +157,7 @@ def view(
     open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
     """Make one HTML page: timeline, requests with their plans, curves, what was wrong."""
-    content = page(Summary(load(file)))
-    to.write_text(content, "utf-8")
-    Console().print(f"{to}: {len(content) / 1e6:.1f} MB, needs no network")
+    _write(to, page(Summary(load(file))).encode(), "needs no network")
     if open_it:
         webbrowser.open(to.resolve().as_uri())
 
@@ -169,9 +168,16 @@ def export(
     to: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
 ) -> None:
     """Write a trace for Perfetto (ui.perfetto.dev) or chrome://tracing."""
-    content = chrome(load(file))
-    to.write_bytes(content)
-    Console().print(f"{to}: {len(content) / 1e6:.1f} MB; open it in ui.perfetto.dev")
+    _write(to, chrome(load(file)), "open it in ui.perfetto.dev")
+
+
+def _write(to: Path, content: bytes, what_now: str) -> None:
+    """Write a file, and say what to do with it."""
+    try:
+        to.write_bytes(content)
+    except OSError as error:
+        raise ConfigError("output", str(to), f"cannot be written: {error.strerror}") from error
+    Console().print(f"{to}: {len(content) / 1e6:.1f} MB, {what_now}")
 
 
 trace.command("replay")(replay)

@@ -243,6 +243,9 @@ async def test_two_runs_are_compared_and_exported(tmp_path: Path) -> None:
     assert "slow_disk" in told.output
     told = CliRunner().invoke(commands, ["trace", "export", two, "-o", str(tmp_path / "x.json")])
     assert told.exit_code == 0
+    for verb in ("view", "export"):
+        told = CliRunner().invoke(commands, ["trace", verb, two, "-o", "/nowhere/x"])
+        assert "output='/nowhere/x': cannot be written: No such file" in str(told.exception)
     events = json.loads(chrome(load(Path(two))))["traceEvents"]
     assert events == json.loads((tmp_path / "x.json").read_text())["traceEvents"]
     spans = [(e["ph"], e["cat"], e["id"]) for e in events if e["ph"] in "be"]
