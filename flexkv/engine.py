@@ -44,13 +44,8 @@ from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.ports import TransferPort
 from flexkv.keeping import Keeping
 from flexkv.pins import Pins
-from flexkv.statistics import (
-    QueueStatistics,
-    RouteStatistics,
-    Statistics,
-    tier_statistics,
-)
-from flexkv.tracing import Sources, Tracing
+from flexkv.statistics import Sources, Statistics, snapshot
+from flexkv.tracing import Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -168,10 +163,11 @@ class Engine:
             backend.ledger,
             cache.io_deadline_s,
         )
-        sources = Sources(
-            self._residency, self._scheduler, self._admission, self._actors, self._backing
-        )
-        self._tracing = Tracing(cache, sizes.block_bytes, self._observer, sources)
+        self._sources = Sources(
+            self._residency, self._scheduler, self._admission, self._actors, self._backing,
+            self._restored_blocks,
+        )  # fmt: skip
+        self._tracing = Tracing(cache, sizes.block_bytes, self._observer, self._sources)
         undo.callback(self._tracing.stop)
         if cache.enable_trace:
             self._tracing.start()
@@ -269,6 +265,7 @@ class Engine:
         except TimeoutError as error:
             self._scheduler.watch.close()
             await self._supervisor.stop()
+            self._tracing.stop()
             depths = {actor.name: actor.depth for actor in self._actors.values()}
             raise InternalError(f"still in flight after {DRAIN_TIMEOUT_S} s: {depths}") from error
 
@@ -314,7 +311,10 @@ class Engine:
         """Check a caller's arguments and make the request, still without device slots."""
         self._check_open()
         self._next_request += 1
-        return self._intake.request(operation, self._next_request, token_ids, token_mask, namespace)
+        number = self._next_request
+        request = self._intake.request(operation, number, token_ids, token_mask, namespace)
+        self._tracing.asked(number, token_ids)
+        return request
 
     def with_slots(self, request: Request, slot_mapping: Any) -> Request | None:
         """Give the request with its device blocks; None while there is no device to use."""
@@ -376,10 +376,11 @@ class Engine:
 
     def unready(self, request: Request) -> KVResponse:
         """Give the response to a request that needs a device while there is none to use."""
-        self._observer.requests[request.operation][KVResponseStatus.UNREADY] += 1
         mask = np.zeros(request.token_count, np.bool_)
         why = self._devices.missing or ClosedError("it was asked before the device was registered")
-        return KVResponse(KVResponseStatus.UNREADY, request.request_id, mask, why)
+        response = KVResponse(KVResponseStatus.UNREADY, request.request_id, mask, why)
+        self._observer.refused(request, response)
+        return response
 
     def nudge_device(self) -> None:
         """Look again at what waits for layers to be written."""
@@ -468,33 +469,4 @@ class Engine:
     def statistics(self) -> Statistics:
         """Give a frozen snapshot of every counter."""
         self._check_open()
-        observer = self._observer
-        return Statistics(
-            tiers={
-                tier.label: tier_statistics(
-                    self._residency.counts(tier), self._backing[tier], self._scheduler.watch, tier
-                )
-                for tier in self._residency.tiers
-            },
-            routes={
-                str(route): RouteStatistics(c.ops, c.blocks, c.bytes, c.failed_ops)
-                for route, c in list(observer.routes.items())  # metrics look from their own thread
-            },
-            queues={
-                actor.name: QueueStatistics(
-                    actor.depth, actor.in_flight_bytes[True], actor.in_flight_bytes[False]
-                )
-                for actor in list(self._actors.values())
-            },
-            requests={
-                operation.label: {status.value: n for status, n in counts.items() if n}
-                for operation, counts in observer.requests.items()
-            },
-            asked_blocks=observer.asked_blocks,
-            hit_blocks={t.label: n for t, n in observer.hit_blocks.items() if t in self._backing},
-            requests_waiting=self._admission.waiting,
-            runs_in_flight=self._scheduler.flights,
-            claims=len(self._residency.claims),
-            corrupt_blocks=observer.corrupt_blocks,
-            restored_blocks=self._restored_blocks,
-        )
+        return snapshot(self._sources, self._observer)

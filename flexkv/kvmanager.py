@@ -321,28 +321,34 @@ class KVManager(TaskForm):
         return self._call(self._engine.statistics)
 
     @contextmanager
-    def trace(self, path: str | Path | None = None) -> Iterator[None]:
+    def trace(
+        self, path: str | Path | None = None, *, tokens: bool | None = None
+    ) -> Iterator[None]:
         """Record every request and transfer to a file, for as long as the block runs.
 
         Args:
             path: of the file, which is added to; by default `trace_file_path`.
+            tokens: whether prompts are recorded in clear; by default as `trace_tokens` says.
 
         Raises:
             ConfigError: a trace is on already, or the file cannot be written.
         """
-        self.trace_start(path)
+        self.trace_start(path, tokens=tokens)
         try:
             yield
         finally:
             self.trace_stop()
 
-    def trace_start(self, path: str | Path | None = None) -> None:
+    def trace_start(self, path: str | Path | None = None, *, tokens: bool | None = None) -> None:
         """Record every request and transfer to a file from now on. See `trace`."""
         name = None if path is None else str(path)
-        self._call(lambda: self._engine.tracing.start(name))
+        self._call(lambda: self._engine.tracing.start(name, tokens))
 
     def trace_stop(self) -> str | None:
-        """Record no more; gives the file, which is whole then, or None when no trace was on."""
+        """Record no more; gives the file, which is whole then, or None when no trace was on.
+
+        Waits until the last records are written: some milliseconds, on the loop.
+        """
         return self._call(lambda: self._engine.tracing.stop())
 
     def explain(self, operation: str, token_ids: Any, namespace: Namespace = None) -> Explanation:

@@ -9,6 +9,7 @@ trace gets, so that both always agree. Times are in seconds, sizes in bytes or b
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -32,6 +33,8 @@ BOUNDS_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10,
 )  # fmt: skip
 """Upper bounds of the histograms' buckets."""
+SLOWEST_NS = 60_000_000_000
+"""How long a slow request is remembered at least."""
 _BOUNDS_NS = tuple(int(bound * 1e9) for bound in BOUNDS_S)
 
 Labels: TypeAlias = tuple[str, ...]
@@ -58,6 +61,34 @@ class Histogram:
         self.sum_ns += ns
 
 
+class Slowest:
+    """The slowest request of the last minute or two, of each kind."""
+
+    def __init__(self) -> None:
+        self._begun_ns = 0
+        self._now: dict[str, RequestRecord] = {}
+        self._before: dict[str, RequestRecord] = {}
+
+    def take(self, record: RequestRecord) -> None:
+        """Take a request that ended."""
+        if record.ended_ns - self._begun_ns >= SLOWEST_NS:
+            self._begun_ns, self._before, self._now = record.ended_ns, self._now, {}
+        slowest = self._now.get(record.kind)
+        if slowest is None or _took_ns(record) > _took_ns(slowest):
+            self._now[record.kind] = record
+
+    def by_kind(self) -> dict[str, RequestRecord]:
+        """Give them."""
+        return {
+            kind: max((of[kind] for of in (self._now, self._before) if kind in of), key=_took_ns)
+            for kind in sorted(self._now | self._before)
+        }
+
+
+def _took_ns(record: RequestRecord) -> int:
+    return record.ended_ns - record.arrived_ns
+
+
 class Metrics(Collector):
     """The metrics of one engine, as a collector for any registry. Told of what happens meanwhile.
 
@@ -74,6 +105,8 @@ class Metrics(Collector):
         self._manager = manager
         self._histograms: dict[str, dict[Labels, Histogram]] = {name: {} for name in HISTOGRAMS}
         self.missed_blocks: dict[str, int] = {}
+        self._slowest = Slowest()
+        self._lock = threading.Lock()
         manager.on_loop(lambda: manager.engine.tracing.tell(self))
 
     def close(self) -> None:
@@ -86,6 +119,10 @@ class Metrics(Collector):
 
     def record(self, record: Record) -> None:
         """Take a record."""
+        with self._lock:  # who serves looks from another thread
+            self._take(record)
+
+    def _take(self, record: Record) -> None:
         if isinstance(record, OpRecord):
             if record.outcome != "recalled":
                 labels = (record.route,)
@@ -94,8 +131,8 @@ class Metrics(Collector):
                 )
                 self._observe("flexkv_transfer_seconds", labels, record.ended_ns - record.begun_ns)
         elif isinstance(record, RequestRecord):
-            took_ns = record.ended_ns - record.arrived_ns
-            self._observe("flexkv_request_seconds", (record.kind,), took_ns)
+            self._observe("flexkv_request_seconds", (record.kind,), _took_ns(record))
+            self._slowest.take(record)
             missed = record.last_block - record.first_block - record.moved_blocks
             if record.kind == "get" and missed > 0:
                 reason = _reason(record)
@@ -105,9 +142,7 @@ class Metrics(Collector):
         of_name = self._histograms[name]
         histogram = of_name.get(labels)
         if histogram is None:
-            # A copy: the thread that serves may be looking at it.
-            histogram = Histogram()
-            self._histograms[name] = {**of_name, labels: histogram}
+            histogram = of_name[labels] = Histogram()
         histogram.observe(ns)
 
     # -- what is asked for, in any thread -------------------------------------------------------
@@ -123,8 +158,19 @@ class Metrics(Collector):
         yield from self._requests(statistics)
         yield from _tiers(statistics, self._manager.engine.sizes.block_stride_bytes)
         yield from _routes(statistics)
-        for name, (told, labels) in HISTOGRAMS.items():
-            yield _histogram(name, told, labels, self._histograms[name])
+        with self._lock:
+            told_so_far = [
+                _histogram(name, told, labels, self._histograms[name])
+                for name, (told, labels) in HISTOGRAMS.items()
+            ]
+            slowest = self._slowest.by_kind()
+        yield from told_so_far
+        took = [((kind,), _took_ns(record) / 1e9) for kind, record in slowest.items()]
+        told = "The slowest request of the last minute."
+        yield _gauge("flexkv_slowest_request_seconds", told, took, ("operation",))
+        ids = [((kind,), record.request_id) for kind, record in slowest.items()]
+        told = "Its id, as in logs and traces."
+        yield _gauge("flexkv_slowest_request_id", told, ids, ("operation",))
 
     def describe(self) -> Iterable[Metric]:
         """Say nothing ahead: what there is hangs on the tiers."""
@@ -143,7 +189,8 @@ class Metrics(Collector):
         yield _counter("flexkv_asked_blocks", "Blocks that gets asked for.", asked)
         hits = [((tier,), blocks) for tier, blocks in now.hit_blocks.items()]
         yield _counter("flexkv_hit_blocks", "Of these, found and loaded.", hits, ("tier",))
-        missed = [((reason,), blocks) for reason, blocks in list(self.missed_blocks.items())]
+        with self._lock:
+            missed = [((reason,), blocks) for reason, blocks in self.missed_blocks.items()]
         told = "Of these, not loaded, since the metrics were turned on."
         yield _counter("flexkv_missed_blocks", told, missed, ("reason",))
         yield _gauge("flexkv_claims", "Pins and leases that ops and pins hold.", [((), now.claims)])
@@ -228,8 +275,8 @@ def _histogram(
 ) -> Metric:
     family = HistogramMetricFamily(name, told, labels=labels)
     for of, histogram in histograms.items():
-        counts, below, buckets = list(histogram.counts), 0, []
-        for bound, count in zip((*map(str, BOUNDS_S), "+Inf"), counts, strict=True):
+        below, buckets = 0, []
+        for bound, count in zip((*map(str, BOUNDS_S), "+Inf"), histogram.counts, strict=True):
             below += count
             buckets.append((bound, below))
         family.add_metric(of, buckets, histogram.sum_ns / 1e9)

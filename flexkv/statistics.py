@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import msgspec
 
+from flexkv.actors.actor import TransferActor
+from flexkv.actors.observer import Observer
+from flexkv.actors.scheduler import Scheduler
 from flexkv.actors.watch import Watch
+from flexkv.admission import Admission
 from flexkv.common.terms import Tier
-from flexkv.index.residency import TierCounts
+from flexkv.index.residency import Residency, TierCounts
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What is asked for how full an engine is."""
+
+    residency: Residency
+    scheduler: Scheduler
+    admission: Admission
+    actors: Mapping[Tier, TransferActor]
+    backing: Mapping[Tier, str]
+    restored_blocks: int
 
 
 class TierStatistics(msgspec.Struct, frozen=True):
@@ -96,3 +115,36 @@ class Statistics(msgspec.Struct, frozen=True):
         written = route.blocks if route else 0
         hits = self.hit_blocks.get("disk", 0)
         return written / hits if hits else float("inf") if written else 0.0
+
+
+def snapshot(of: Sources, observer: Observer) -> Statistics:
+    """Take one. From any thread: metrics look from their own."""
+    return Statistics(
+        tiers={
+            tier.label: tier_statistics(
+                of.residency.counts(tier), of.backing[tier], of.scheduler.watch, tier
+            )
+            for tier in of.residency.tiers
+        },
+        routes={
+            str(route): RouteStatistics(c.ops, c.blocks, c.bytes, c.failed_ops)
+            for route, c in list(observer.routes.items())
+        },
+        queues={
+            actor.name: QueueStatistics(
+                actor.depth, actor.in_flight_bytes[True], actor.in_flight_bytes[False]
+            )
+            for actor in list(of.actors.values())
+        },
+        requests={
+            operation.label: {status.value: n for status, n in counts.items() if n}
+            for operation, counts in observer.requests.items()
+        },
+        asked_blocks=observer.asked_blocks,
+        hit_blocks={t.label: n for t, n in observer.hit_blocks.items() if t in of.backing},
+        requests_waiting=of.admission.waiting,
+        runs_in_flight=of.scheduler.flights,
+        claims=len(of.residency.claims),
+        corrupt_blocks=observer.corrupt_blocks,
+        restored_blocks=of.restored_blocks,
+    )

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
-from flexkv.actors.actor import TransferActor
+import numpy as np
+
 from flexkv.actors.observer import Observer
-from flexkv.actors.scheduler import Scheduler
 from flexkv.actors.tracer import Sink, Tracer
-from flexkv.admission import Admission
 from flexkv.common.config import MB, CacheConfig
 from flexkv.common.errors import ConfigError
-from flexkv.common.terms import Tier
-from flexkv.index.residency import Residency
+from flexkv.statistics import Sources
 from flexkv.trace.recorder import Recorder, header
-from flexkv.trace.records import HeaderRecord, SampleRecord
-
-
-@dataclass(frozen=True)
-class Sources:
-    """What a trace asks for how full an engine is."""
-
-    residency: Residency
-    scheduler: Scheduler
-    admission: Admission
-    actors: Mapping[Tier, TransferActor]
-    backing: Mapping[Tier, str]
+from flexkv.trace.records import HeaderRecord, SampleRecord, TokensRecord
 
 
 class Tracing:
@@ -38,14 +24,17 @@ class Tracing:
         self._cache, self._block_bytes = cache, block_bytes
         self._observer, self._of = observer, of
         self._recorder: Recorder | None = None
+        self._with_tokens = False
 
     @property
     def path(self) -> str | None:
         """Give the file that is written; None while no trace is on."""
         return None if self._recorder is None else self._recorder.path
 
-    def start(self, path: str | None = None) -> None:
+    def start(self, path: str | None = None, with_tokens: bool | None = None) -> None:
         """Record to a file from now on, by default to `trace_file_path`.
+
+        With prompts in clear or without; by default as `trace_tokens` says.
 
         Raises:
             ConfigError: a trace is on already, or the file cannot be written.
@@ -60,6 +49,7 @@ class Tracing:
             cache.trace_flush_interval_ms,
             self._header,
         )
+        self._with_tokens = cache.trace_tokens if with_tokens is None else with_tokens
         self.tell(self._recorder)
         self._recorder.record(self._sample(self._observer.now_ns()))
 
@@ -73,6 +63,12 @@ class Tracing:
         recorder.close()
         return recorder.path
 
+    def asked(self, request_id: int, token_ids: Any) -> None:
+        """Record a request's prompt in clear, where that was asked for."""
+        if self._recorder is not None and self._with_tokens:
+            tokens = tuple(np.asarray(token_ids).tolist())
+            self._recorder.record(TokensRecord(request_id, tokens))
+
     def tell(self, sink: Sink) -> None:
         """Give a sink a record of everything from now on."""
         tracer = self._observer.tracer
@@ -81,7 +77,10 @@ class Tracing:
             return
         for actor in self._of.actors.values():
             actor.note_begins(True)
-        self._observer.tracer = Tracer([sink], self._block_bytes, self._of.actors, self._sample)
+        of = self._of
+        self._observer.tracer = Tracer(
+            [sink], self._block_bytes, of.actors, of.residency, self._sample
+        )
 
     def tell_no_more(self, sink: Sink) -> None:
         """Give a sink no more records."""

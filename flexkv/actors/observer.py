@@ -55,12 +55,13 @@ class Observer:
         self._log_every = log_every_requests
         self._ended = 0
 
-    def corrupt(self, error: CorruptBlockError) -> None:
-        """Blocks came back with other bytes than they left with."""
+    def corrupt(self, error: CorruptBlockError, request_id: int = -1) -> None:
+        """Blocks came back with other bytes than they left with, to a request or to a scrub."""
         self.corrupt_blocks += len(error.block_ids)
-        self.event("corrupt_block", Tier.DISK, detail=str(error))
+        self.event("corrupt_block", Tier.DISK, request_id, str(error))
         log.error(
             "corrupt_block",
+            request=request_id,
             path=error.path,
             offset_bytes=error.offset_bytes,
             blocks=len(error.block_ids),
@@ -93,13 +94,13 @@ class Observer:
         count = self.routes.get(op.route)
         if count is None:
             count = self.routes[op.route] = RouteCount()
-        begin, end = plan.bounds(op)
-        blocks = end - begin
-        count.ops += 1
         if error is None:
-            count.blocks += blocks
-            count.bytes += blocks * self._block_bytes
+            begin, end = plan.bounds(op)
+            count.ops += 1
+            count.blocks += end - begin
+            count.bytes += (end - begin) * self._block_bytes
         elif not isinstance(error, RecalledError):
+            count.ops += 1
             count.failed_ops += 1
             if not isinstance(error, CorruptBlockError):  # told by `corrupt`, with its place
                 log.warning(
@@ -107,6 +108,12 @@ class Observer:
                 )
         if self.tracer is not None:
             self.tracer.op_ended(request, plan, op, error, self.now_ns())
+
+    def refused(self, request: Request, response: KVResponse) -> None:
+        """A request was answered without a plan."""
+        self.requests[request.operation][response.status] += 1
+        if self.tracer is not None:
+            self.tracer.refused(request, response, self.now_ns())
 
     def request_ended(
         self, request: Request, planned: Planned, response: KVResponse, since_ns: tuple[int, int]

@@ -298,28 +298,28 @@ class Scheduler:
                 self.watch.ended(route, error)
                 self._stuck.discard(token)
             if error is not None and not isinstance(error, RecalledError):
-                self._distrust(flight.plan, flight.plan.template.ops[op], error)
+                self._distrust(flight, flight.plan.template.ops[op], error)
         self._work()
 
-    def drop_corrupt(self, error: CorruptBlockError) -> None:
+    def drop_corrupt(self, error: CorruptBlockError, request_id: int = -1) -> None:
         """Forget blocks of the SSD tier that are not what they were, in this life and the next."""
         block_ids = np.array(error.block_ids, np.int64)
-        self._observer.corrupt(error)
+        self._observer.corrupt(error, request_id)
         self._residency.forget(Tier.DISK, block_ids)
         if self._notes is not None:
             self._notes.erased(block_ids)
 
-    def _distrust(self, plan: Plan, op: OpSpec, error: TransferError) -> None:
+    def _distrust(self, flight: Flight, op: OpSpec, error: TransferError) -> None:
         """Forget blocks of a lower tier that could not be read: a put brings them anew."""
         if op.route is None or op.route.source <= Tier.HOST:
             return
         if isinstance(error, CorruptBlockError):
-            self.drop_corrupt(error)
+            self.drop_corrupt(error, flight.request.request_id)
             return
         # What could not be read may be readable in the next life: the journal keeps it.
-        begin, end = plan.bounds(op)
+        begin, end = flight.plan.bounds(op)
         source = op.route.source
-        self._residency.forget(source, plan.fills[op.leg].ids[source][begin:end])
+        self._residency.forget(source, flight.plan.fills[op.leg].ids[source][begin:end])
 
     async def wait_idle(self) -> None:
         """Return once no flight is left, write-behind included, or the engine has failed."""

@@ -13,11 +13,11 @@ import numpy as np
 
 from flexkv.actors.actor import TransferActor
 from flexkv.common.errors import RecalledError, TransferError
-from flexkv.common.request import KVResponse, Request
+from flexkv.common.request import KVResponse, Operation, Request
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.graph.ops import OpSpec
-from flexkv.graph.plan import Plan
-from flexkv.index.residency import Found
+from flexkv.graph.plan import Plan, Template
+from flexkv.index.residency import Found, Residency
 from flexkv.trace.records import (
     EventRecord,
     OpRecord,
@@ -30,6 +30,8 @@ from flexkv.trace.records import (
 
 KEY_BYTES = 6
 """Of each block's key: enough to tell blocks apart. Who knows `key_secret` can test guesses."""
+PLANS_MAX = 1024
+"""Remembered, to be told again at no cost."""
 SAMPLE_NS = 20_000_000
 """Between two samples at least."""
 
@@ -54,24 +56,39 @@ class Tracer:
         sinks: list[Sink],
         block_bytes: int,
         actors: Mapping[Tier, TransferActor],
+        residency: Residency,
         sample: Callable[[int], SampleRecord],
     ) -> None:
         """Take what to ask: the actors for when ops began, `sample` for how full the engine is."""
         self.sinks, self._block_bytes = sinks, block_bytes
-        self._actors, self._sample = actors, sample
+        self._actors, self._residency, self._sample = actors, residency, sample
+        self._evicted = residency.evicted
         self._issued_ns: dict[int, int] = {}
         self._sampled_ns = 0
+        self._plans: dict[tuple[object, ...], tuple[Template, tuple[PlannedOp, ...]]] = {}
 
     def planned(self, request: Request, plan: Plan, now_ns: int) -> None:
         """A request was compiled into a plan; of one op its own record tells all."""
-        template = plan.template
-        if len(template.ops) < 2:
-            return
-        ops = []
-        for spec, before in zip(template.ops, template.predecessors, strict=True):
-            begin, end = plan.bounds(spec)
-            ops.append(PlannedOp(spec.label, end - begin, before))
-        self._tell(PlanRecord(request.request_id, plan.run_id, now_ns, tuple(ops)))
+        several = len(plan.template.ops) > 1
+        needs_room = several or request.operation is Operation.PUT
+        if needs_room and self._evicted != (evicted := self._residency.evicted):
+            self._tell_evicted(evicted, request.request_id, now_ns)
+        if several:
+            self._tell(PlanRecord(request.request_id, plan.run_id, now_ns, self._ops_of(plan)))
+
+    def _ops_of(self, plan: Plan) -> tuple[PlannedOp, ...]:
+        """Give the ops of a plan for its record: few plans differ in anything but places."""
+        key = (id(plan.template), *[fill.bounds for fill in plan.fills])
+        known = self._plans.get(key)
+        if known is None:
+            template, ops = plan.template, []
+            for spec, before in zip(template.ops, template.predecessors, strict=True):
+                begin, end = plan.bounds(spec)
+                ops.append(PlannedOp(spec.label, end - begin, before))
+            if len(self._plans) >= PLANS_MAX:
+                self._plans.clear()
+            known = self._plans[key] = template, tuple(ops)
+        return known[1]
 
     def issued(self, token: int, now_ns: int) -> None:
         """An op went to its actor."""
@@ -99,7 +116,8 @@ class Tracer:
                 now_ns, outcome, detail,
             )
         )  # fmt: skip
-        self._look(now_ns)
+        if now_ns - self._sampled_ns >= SAMPLE_NS:
+            self._look(now_ns)
 
     def request_ended(
         self,
@@ -113,42 +131,45 @@ class Tracer:
         """
         span, (run_id, found, response) = request.span, ended
         keys = np.frombuffer(request.keys, np.uint8).reshape(-1, BLOCK_KEY_BYTES)
-        short = keys[1 : span.last_block + 1, :KEY_BYTES].tobytes()
+        error, arrived_ns, begun_ns, ended_ns = response.error, *times_ns
         moved_tokens = int(np.count_nonzero(response.return_mask))
         self._tell(
-            RequestRecord(
-                request_id=request.request_id,
-                run_id=run_id,
-                kind=request.operation.label,
-                token_count=request.token_count,
-                first_block=span.first_block,
-                last_block=span.last_block,
-                namespace_hash=request.namespace_hash,
-                keys=short,
-                arrived_ns=times_ns[0],
-                begun_ns=times_ns[1],
-                ended_ns=times_ns[2],
-                status=response.status.value,
-                hit_blocks=_hits(found),
-                moved_blocks=moved_tokens // request.tokens_per_block,
-                error="" if response.error is None else type(response.error).__name__,
-                reason="" if response.error is None else str(response.error),
+            RequestRecord(  # by position: names would cost more than all else
+                request.request_id, run_id, request.operation.label, request.token_count,
+                span.first_block, span.last_block, request.namespace_hash,
+                keys[1 : span.last_block + 1, :KEY_BYTES].tobytes(),
+                arrived_ns, begun_ns, ended_ns, response.status.value, _hits(found),
+                moved_tokens // request.tokens_per_block,
+                "" if error is None else type(error).__name__,
+                "" if error is None else str(error),
             )
-        )
-        self._look(times_ns[2])
+        )  # fmt: skip
+        if ended_ns - self._sampled_ns >= SAMPLE_NS:
+            self._look(ended_ns)
+
+    def refused(self, request: Request, response: KVResponse, now_ns: int) -> None:
+        """A request was answered without a plan."""
+        nothing = Found(0, 0, {})
+        self.request_ended(request, (-1, nothing, response), (now_ns, now_ns, now_ns))
 
     def event(self, kind: str, now_ns: int, tier: str, request_id: int, detail: str) -> None:
         """Something changed, failed, or was done to the engine."""
         self._tell(EventRecord(now_ns, kind, tier, request_id, detail))
+
+    def _tell_evicted(self, evicted: list[int], request_id: int, now_ns: int) -> None:
+        """Tell what has gone to make room for a request, or ahead of it."""
+        for tier, now, before in zip(self._residency.tiers, evicted, self._evicted, strict=True):
+            if now > before:
+                self.event("evicted", now_ns, tier.label, request_id, f"{now - before} blocks")
+        self._evicted = evicted
 
     def _tell(self, record: Record) -> None:
         for sink in self.sinks:
             sink.record(record)
 
     def _look(self, now_ns: int) -> None:
-        if now_ns - self._sampled_ns >= SAMPLE_NS:
-            self._sampled_ns = now_ns
-            self._tell(self._sample(now_ns))
+        self._sampled_ns = now_ns
+        self._tell(self._sample(now_ns))
 
 
 def _hits(found: Found) -> dict[str, int]:

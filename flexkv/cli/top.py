@@ -70,7 +70,7 @@ def top(
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
     count: Annotated[int, typer.Option(min=0, help="Looks; 0 = until interrupted.")] = 0,
 ) -> None:
-    """Watch a running engine: rates, hits, tiers, queues."""
+    """Watch a running engine: rates, hits, tiers, queues, the slowest request."""
     before, at_s = scrape(url), time.monotonic()
     looks = 0
     with Live(screen(before, None, 0.0), console=Console(), auto_refresh=False) as live:
@@ -103,12 +103,15 @@ def _requests(now: Samples, before: Samples | None, seconds: float) -> Table:
     )
     up = "up" if now["flexkv_up"].get(()) else "CLOSED"
     title = f"FlexKV {up}: {running:.0f} requests under way, {waiting:.0f} waiting"
-    table = Table("request", "answered", "mean ms", title=title)
+    table = Table("request", "answered", "mean ms", "slowest ms (id)", title=title)
+    slowest = now.get("flexkv_slowest_request_seconds", {})
+    ids = now.get("flexkv_slowest_request_id", {})
     for labels in sorted(now.get("flexkv_request_seconds_count", {})):
         table.add_row(
             labels[0],
             _per_s("flexkv_request_seconds_count", labels, now, before, seconds),
             _mean_ms("flexkv_request_seconds", labels, now, before),
+            f"{1e3 * slowest[labels]:,.2f} ({ids[labels]:.0f})" if labels in slowest else "",
         )
     return table
 

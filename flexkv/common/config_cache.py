@@ -300,6 +300,9 @@ class CacheConfig(ConfigModel):
     trace_max_file_size_mb: float = key(
         100.0, "Size at which the trace starts a new file.", unit="MB", gt=0
     )
+    trace_tokens: bool = key(
+        False, "Whether the trace has the prompts in clear: else only their lengths and keys."
+    )
     trace_max_files: int = key(5, "Trace files kept, the current one included.", ge=1)
     trace_flush_interval_ms: int = key(
         1000, "How long a record may wait before it is in the file.", unit="ms", ge=1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum, IntEnum
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import msgspec
@@ -23,7 +24,7 @@ class Operation(IntEnum):
     PUT = 1
     PREFETCH = 2
 
-    @property
+    @cached_property
     def label(self) -> str:
         """Give the lower-case name, as it stands in records and messages."""
         return self.name.lower()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import cached_property
 from typing import NamedTuple, Protocol, TypeAlias
 
 import msgspec
@@ -31,7 +32,7 @@ class Tier(IntEnum):
     REMOTE = 3
     PEER = 4
 
-    @property
+    @cached_property
     def label(self) -> str:
         """Give the lower-case name, as it stands in records and messages."""
         return self.name.lower()

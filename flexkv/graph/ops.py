@@ -84,11 +84,8 @@ class OpSpec(msgspec.Struct, frozen=True):
     route: Route | None
     answers: bool
     keeps: bool
-
-    @property
-    def label(self) -> str:
-        """Name the op in one word, for pictures and records."""
-        return "wait" if self.route is None else str(self.route)
+    label: str
+    """Names the op in one word, for pictures and records."""
 
 
 def answers(goal: Operation, leg: Leg, route: Route | None) -> bool:

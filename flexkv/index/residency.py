@@ -244,6 +244,11 @@ class Residency:
         """Count the places of a tier by state."""
         return TierCounts(*self._table.counts(self._number[tier]))
 
+    @property
+    def evicted(self) -> list[int]:
+        """Count the blocks evicted since the start, by tier in the order of `tiers`."""
+        return [self._table.counts(number)[-1] for number in self._number.values()]
+
     def shortfall(self, tier: Tier, wanted_blocks: int) -> CapacityError:
         """Give the error that says that a tier has no room for so many."""
         counts = self.counts(tier)

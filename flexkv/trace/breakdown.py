@@ -84,7 +84,8 @@ class Breakdowns:
         steps: list[Step] = []
         until = request.ended_ns
         plan = self._plans.get(request.run_id)
-        for op_id in self._path(request, plan):
+        path = self._path(request, plan)
+        for op_id in path:
             op = self._ops[request.run_id][op_id]
             ended = min(op.ended_ns, until)
             if until > ended:
@@ -96,7 +97,7 @@ class Breakdowns:
             until = min(op.issued_ns, ended)
         begun_ns = min(max(request.begun_ns, request.arrived_ns), until)
         if until > begun_ns:
-            what = JOINED if plan and any(op.route == "wait" for op in plan.ops) else PLANNING
+            what = JOINED if plan and _joined(plan, path) else PLANNING
             steps.append(Step(what, begun_ns, until))
         if begun_ns > request.arrived_ns:
             steps.append(Step(ADMISSION, request.arrived_ns, begun_ns))
@@ -116,6 +117,12 @@ class Breakdowns:
                 break
             path.append(max(before, key=_ended).op_id)
         return path
+
+
+def _joined(plan: PlanRecord, path: list[int]) -> bool:
+    """Tell whether a request waited for another one's op before its own first."""
+    after = plan.ops[path[-1]].after if path and path[-1] < len(plan.ops) else range(len(plan.ops))
+    return any(plan.ops[number].route == "wait" for number in after)
 
 
 def _ended(op: OpRecord) -> int:

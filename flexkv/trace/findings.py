@@ -169,8 +169,17 @@ def _cancelled_ms(summary: Summary, ids: set[int]) -> str:
 
 
 def _lost(summary: Summary) -> list[Finding]:
-    lost = summary.trace.dropped
-    if not lost:
-        return []
-    text = f"{lost} records are missing: the writer could not keep up, or the file was cut."
-    return [Finding("lost_records", text, summary.trace.begin_ns, lost)]
+    trace, found = summary.trace, []
+    if trace.dropped:
+        text = (
+            f"{trace.dropped} records are missing: the writer could not keep up, or the file was "
+            "cut."
+        )
+        found.append(Finding("lost_records", text, trace.begin_ns, trace.dropped))
+    if trace.begins_late:
+        text = (
+            f"The first {trace.header.part} files of the run are gone (trace_max_files, "
+            "trace_max_file_size_mb): what they told is missing here."
+        )
+        found.append(Finding("rotated_away", text, trace.begin_ns, trace.header.part))
+    return found

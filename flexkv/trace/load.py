@@ -20,6 +20,7 @@ from flexkv.trace.records import (
     Record,
     RequestRecord,
     SampleRecord,
+    TokensRecord,
 )
 
 
@@ -38,6 +39,8 @@ class Trace:
     """Records that the writer lost, and lines that could not be read."""
     runs: int = 1
     """Runs that are in the files: only the last one is given."""
+    tokens: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """Prompts by request, where the trace has them."""
 
     def take(self, record: Record) -> None:
         """Add a record."""
@@ -52,10 +55,17 @@ class Trace:
                 self.events.append(record)
             case SampleRecord():
                 self.samples.append(record)
+            case TokensRecord():
+                self.tokens[record.request_id] = record.token_ids
             case DropRecord():
                 self.dropped += record.count
             case HeaderRecord():
                 raise AssertionError("a header begins a trace")
+
+    @property
+    def begins_late(self) -> bool:
+        """Tell whether the first files of the run are gone."""
+        return self.header.part > 0
 
     @property
     def begin_ns(self) -> int:
@@ -81,10 +91,11 @@ def load(path: Path) -> Trace:
     A line that is cut short, as a crash leaves it, is counted and passed over.
 
     Raises:
-        ConfigError: there is no such file, it is no trace, or one of another version.
+        ConfigError: there is no such file, it is no trace, or its last run is of another version.
     """
     trace: Trace | None = None
     unread = runs = 0
+    other_version: int | None = None
     for line in _lines(path):
         try:
             record = _DECODER.decode(line)
@@ -96,10 +107,13 @@ def load(path: Path) -> Trace:
                 trace.take(record)
             continue
         if record.schema_version != SCHEMA_VERSION:
-            why = f"schema version {record.schema_version}; this program reads {SCHEMA_VERSION}"
-            raise ConfigError("trace", str(path), why)
+            other_version, trace, runs = record.schema_version, None, runs + 1
+            continue
         if trace is None or not _goes_on(trace.header, record):
             trace, runs, unread = Trace(record), runs + 1, 0
+    if trace is None and other_version is not None:
+        why = f"has schema version {other_version}; this program reads {SCHEMA_VERSION}"
+        raise ConfigError("trace", str(path), why)
     if trace is None:
         raise ConfigError("trace", str(path), "is not a FlexKV trace: it has no header")
     trace.dropped += unread

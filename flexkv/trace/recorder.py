@@ -8,6 +8,7 @@ begins with a header that has both clocks.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 import time
@@ -63,7 +64,7 @@ class Recorder:
         self.path = path
         self._path = Path(path)
         self._make_header = make_header or header
-        self._run = uuid4().hex
+        self._run, self._part = uuid4().hex, 0
         self._max_bytes, self._max_files = max_file_size_bytes, max_files
         self._look_s = min(flush_interval_ms / 1000, LOOK_S_MAX)
         self._queue: deque[Record] = deque()
@@ -96,9 +97,15 @@ class Recorder:
     def _open(self) -> BinaryIO:
         descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600)
         file = os.fdopen(descriptor, "ab")
+        try:
+            _take_alone(descriptor)
+        except OSError:
+            file.close()
+            raise
         if file.tell() and os.pread(descriptor, 1, file.tell() - 1) != b"\n":
             file.write(b"\n")  # a crash has cut the last line: it shall not take ours along
-        first = structs.replace(self._make_header(), run=self._run)
+        first = structs.replace(self._make_header(), run=self._run, part=self._part)
+        self._part += 1
         file.write(self._encoder.encode(first) + b"\n")
         return file
 
@@ -146,6 +153,20 @@ class Recorder:
         if self._max_files == 1:
             self._path.unlink()
         self._file = self._open()
+
+
+def _take_alone(descriptor: int) -> None:
+    """Keep other engines out of a file; where files cannot be locked, trust the user.
+
+    Raises:
+        BlockingIOError: another one writes it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(error.errno, "another engine writes its trace there") from error
+    except OSError:
+        return
 
 
 def _as_text(record: Record) -> Record:

@@ -1,4 +1,6 @@
-"""The records of a trace, as JSON lines tagged by `type`. Prompts never stand in them.
+"""The records of a trace, as JSON lines tagged by `type`.
+
+Prompts stand in them in clear by explicit option only.
 
 Times are nanoseconds of the monotonic clock; a file's header anchors them to the wall clock.
 `docs/trace-schema.json` is the JSON Schema of a line (`python -m flexkv.trace.records`).
@@ -12,7 +14,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class HeaderRecord(msgspec.Struct, tag="header", frozen=True, gc=False):
@@ -31,6 +33,8 @@ class HeaderRecord(msgspec.Struct, tag="header", frozen=True, gc=False):
     """By tier, as it was opened."""
     backing: dict[str, str] = {}
     """What holds the blocks of each tier."""
+    part: int = 0
+    """Which file of the run this one is: those before it may be rotated away."""
 
 
 class PlannedOp(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -106,7 +110,10 @@ class EventRecord(msgspec.Struct, tag="event", frozen=True, gc=False):
 
     at_ns: int
     kind: str
-    """`tier_down`, `tier_hung`, `tier_on_trial`, `tier_up`, `corrupt_block`, `cancel`."""
+    """`tier_down`, `tier_hung`, `tier_on_trial`, `tier_up`, `corrupt_block`, `cancel`, `evicted`.
+
+    `evicted` is told with the request for which room was made, as far as one was planned since.
+    """
     tier: str = ""
     request_id: int = -1
     detail: str = ""
@@ -125,6 +132,13 @@ class SampleRecord(msgspec.Struct, tag="sample", frozen=True, gc=False):
     """Requests under way, and those that wait to be admitted."""
 
 
+class TokensRecord(msgspec.Struct, tag="tokens", frozen=True, gc=False):
+    """The prompt of a request in clear: only where `trace_tokens` asks for it."""
+
+    request_id: int
+    token_ids: tuple[int, ...]
+
+
 class DropRecord(msgspec.Struct, tag="dropped", frozen=True, gc=False):
     """Records that were lost, since the writer could not keep up."""
 
@@ -132,7 +146,14 @@ class DropRecord(msgspec.Struct, tag="dropped", frozen=True, gc=False):
 
 
 Record: TypeAlias = (
-    HeaderRecord | PlanRecord | OpRecord | RequestRecord | EventRecord | SampleRecord | DropRecord
+    HeaderRecord
+    | PlanRecord
+    | OpRecord
+    | RequestRecord
+    | EventRecord
+    | SampleRecord
+    | TokensRecord
+    | DropRecord
 )
 
 

@@ -78,7 +78,8 @@ class Summary:
         """Give what each route did."""
         by_route: dict[str, list[OpRecord]] = defaultdict(list)
         for op in self.trace.ops:
-            by_route[op.route].append(op)
+            if op.outcome != "recalled":  # it was taken back before the device had it
+                by_route[op.route].append(op)
         return {route: _route(ops) for route, ops in sorted(by_route.items())}
 
     @cached_property
@@ -129,7 +130,7 @@ def _route(ops: list[OpRecord]) -> RouteSummary:
         ops=len(ops),
         blocks=sum(op.block_count for op in done),
         bytes=size,
-        failed_ops=sum(op.outcome not in ("done", "recalled") for op in ops),
+        failed_ops=len(ops) - len(done),
         busy_s=busy_s,
         queue_ms=_p50_p99((begun - issued) / 1e6),
         service_ms=_p50_p99((ended - begun) / 1e6),

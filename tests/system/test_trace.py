@@ -28,7 +28,7 @@ from flexkv.trace.breakdown import ADMISSION, Breakdowns
 from flexkv.trace.chrome import chrome
 from flexkv.trace.findings import findings
 from flexkv.trace.load import Trace, load
-from flexkv.trace.records import schema
+from flexkv.trace.records import SCHEMA_VERSION, schema
 from flexkv.trace.summary import Summary, rates
 
 from .conftest import MODEL as REAL_MODEL
@@ -222,13 +222,69 @@ async def test_a_trace_that_was_cut_short_is_read_as_far_as_it_goes(tmp_path: Pa
     for wrong, why in (
         (b"", "no header"),
         (b"hello\n", "no header"),
-        (whole.replace(b'"schema_version":2', b'"schema_version":99'), "version 99"),
+        (_of_another_version(whole), "version 99"),
     ):
         rig.path.write_bytes(wrong)
         with pytest.raises(ConfigError, match=why):
             load(rig.path)
     with pytest.raises(ConfigError, match="cannot be read"):
         load(tmp_path / "nothing")
+    rig.path.write_bytes(_of_another_version(whole) + whole)
+    assert (load(rig.path).runs, load(rig.path).requests) == (2, trace.requests)
+
+
+def _of_another_version(whole: bytes) -> bytes:
+    ours = f'"schema_version":{SCHEMA_VERSION}'.encode()
+    assert ours in whole
+    return whole.replace(ours, b'"schema_version":99')
+
+
+async def test_files_that_were_rotated_away_are_told(tmp_path: Path) -> None:
+    """And the file that is written is nobody else's meanwhile."""
+    rig = Rig(tmp_path, SOUND, trace_max_file_size_mb=0.004, trace_max_files=1)
+
+    async def with_another(rig: Rig) -> None:
+        for _ in range(4):
+            await from_disk(rig)
+        with pytest.raises(ConfigError, match="another engine writes its trace there"):
+            await Rig(tmp_path, SOUND).engine.open()
+
+    trace = await traced(rig, with_another)
+    assert trace.begins_late
+    assert [found.kind for found in findings(Summary(trace))] == ["rotated_away"]
+
+
+async def test_evictions_are_told_with_the_request_that_needed_room(tmp_path: Path) -> None:
+    """Tier by tier, and their sum is what the samples say."""
+    rig = Rig(tmp_path, SOUND, num_cpu_blocks=40)
+
+    async def more_than_fits(rig: Rig) -> None:
+        for number in range(8):
+            await rig.request(Operation.PUT, prompt_of(number))
+
+    trace = await traced(rig, more_than_fits)
+    evicted = [event for event in trace.events if event.kind == "evicted"]
+    assert {event.tier for event in evicted} >= {"host"}
+    assert {event.request_id for event in evicted} <= {r.request_id for r in trace.requests}
+    told = sum(int(event.detail.split()[0]) for event in evicted if event.tier == "host")
+    assert 0 < told <= Summary(trace).evicted["host"]
+
+
+async def test_prompts_are_recorded_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    """A request that no device could serve is in the trace, too."""
+    rig = Rig(tmp_path, SOUND, trace_tokens=True)
+    await rig.engine.open()
+    request = rig.engine.intake(Operation.GET, prompt_of(3))
+    assert rig.engine.with_slots(request, np.arange(BLOCKS * TOKENS_PER_BLOCK)) is None
+    rig.engine.unready(request)
+    rig.engine.tracing.stop()
+    trace = load(rig.path)
+    assert [r.status for r in trace.requests] == ["unready"]
+    assert trace.tokens == {request.request_id: tuple(prompt_of(3).tolist())}
+    rig.engine.tracing.start(str(tmp_path / "silent"), False)
+    rig.engine.intake(Operation.GET, prompt_of(3))
+    await rig.engine.close()
+    assert load(tmp_path / "silent").tokens == {}
 
 
 async def test_two_runs_are_compared_and_exported(tmp_path: Path) -> None:
