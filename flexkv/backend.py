@@ -68,6 +68,8 @@ class Backend(Protocol):
     """What makes the SSD tier survive; None when nothing does."""
     scrubber: Scrubber | None
     """What reads the SSD tier in idle time; None when nothing does."""
+    ranks: int
+    """How many devices have to be registered before requests are taken."""
 
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
         """Take memory and files; `undo` gets what releases them."""
@@ -89,7 +91,11 @@ class Backend(Protocol):
 class LocalBackend:
     """The adapters of this machine: an arena, SSD files over io_uring, KV caches on CPU or GPU."""
 
+    shared = False
+    """Whether other processes map the host memory."""
+
     def __init__(self, model: ModelConfig, cache: CacheConfig, sizes: CacheSizes) -> None:
+        self.ranks = model.tp_size
         self.host = ""
         self.disk: DurablePort | None = None
         self.disk_blocks = 0
@@ -113,7 +119,7 @@ class LocalBackend:
             sizes.num_host_blocks,
             sizes.block_stride_bytes,
             cache.hugepage_size_bytes if cache.use_hugepage_cpu_buffer else None,
-            shared=False,
+            shared=self.shared,
             progress=progress,
         )
         undo.callback(self._arena.close)
@@ -121,6 +127,16 @@ class LocalBackend:
         self.host = self._arena.backing
         if sizes.num_disk_blocks and (folders := present(map(Path, cache.ssd_cache_dir))):
             self._open_ssd(folders, undo)
+
+    def attach(self, arena: Arena) -> None:
+        """Stand on host memory that another process has opened; there is no SSD then."""
+        self._arena, self._pinned = arena, Pinned(arena)
+        self.host = arena.backing
+
+    @property
+    def arena(self) -> Arena:
+        """Give the host memory."""
+        return self._arena
 
     def _open_ssd(self, folders: list[Path], undo: ExitStack) -> None:
         cache, sizes = self._cache, self._sizes
@@ -175,7 +191,7 @@ class LocalBackend:
         """
         tensors = kv_cache_list(kv_caches)
         kind, ordinal = device_of(tensors)
-        pages = self._pages(tensors, layout, tp_rank)
+        pages = self.pages_of(tensors, layout, tp_rank)
         if kind == "cuda":
             port: DevicePort = self._cuda(ordinal, pages, tensors, tp_rank)
             return Device(port, pages.num_blocks, pages.name, (kind, ordinal), pages.order)
@@ -221,7 +237,7 @@ class LocalBackend:
         if (place := device_of(tensors)) != device.place:
             where, before = (":".join(map(str, each)) for each in (place, device.place))
             raise ConfigError("kv_caches", where, f"must be where they were: on {before}")
-        pages = self._pages(tensors, layout, tp_rank)
+        pages = self.pages_of(tensors, layout, tp_rank)
         if pages.order != device.order:
             why = f"must lie as they did: {device.order}"
             raise ConfigError("kv_caches", f"blocks of {pages.order}", why)
@@ -230,19 +246,31 @@ class LocalBackend:
 
     def joined(self, devices: Sequence[Device]) -> TransferPort:
         """Give one port over the devices of all ranks, which keeps the sums that the SSD needs."""
+        # A CPU device that brings whole blocks has summed them as it copied.
+        summed = self._model.parts == 1 and {each.place[0] for each in devices} == {"cpu"}
+        return self.summed(self._over_ranks(devices), summed)
+
+    def summed(self, port: TransferPort, has_summed: bool = False) -> TransferPort:
+        """Give a port that keeps the sums that the SSD needs, if there is one."""
+        if self._sums is None:
+            return port
+        return SummedPort(port, PoolSummer(self._arena, sums=self._sums), has_summed)
+
+    def _over_ranks(self, devices: Sequence[Device]) -> TransferPort:
         port: TransferPort = devices[0].port
         if len(devices) > 1:
             parts: list[list[DevicePort]] = [[] for _ in range(self._model.parts)]
             for rank, device in enumerate(devices):
                 parts[self._model.part_of(rank).number].append(device.port)
             port = RanksPort(parts, self._arena.num_blocks)
-        if self._sums is None:
-            return port
-        # A CPU device that brings whole blocks has summed them as it copied.
-        summed = self._model.parts == 1 and {each.place[0] for each in devices} == {"cpu"}
-        return SummedPort(port, PoolSummer(self._arena, sums=self._sums), has_summed=summed)
+        return port
 
-    def _pages(self, tensors: Sequence[Any], layout: str | None, tp_rank: int) -> PagedLayout:
+    def pages_of(self, tensors: Sequence[Any], layout: str | None, tp_rank: int) -> PagedLayout:
+        """Give where a rank's blocks are in its tensors.
+
+        Raises:
+            ConfigError: the tensors do not fit the model, or their layout is ambiguous.
+        """
         model = self._model
         if len(tensors) != model.num_layers:
             why = f"must have one tensor per layer: {model.num_layers}"

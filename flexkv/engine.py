@@ -79,7 +79,9 @@ class Engine:
         self._actors: dict[Tier, TransferActor] = {}
         self._backing: dict[Tier, str] = {}
         self._resources = ExitStack()
-        self._devices = Devices(model.tp_size, cache.io_deadline_s, self._backend, self._resources)
+        self._devices = Devices(
+            self._backend.ranks, cache.io_deadline_s, self._backend, self._resources
+        )
         self.streams = self._devices.streams
         self._failure: InternalError | None = None
         self._open = self._used = self._closed = False
@@ -309,9 +311,7 @@ class Engine:
         namespace: Namespace = None,
     ) -> Request:
         """Check a caller's arguments and make the request, still without device slots."""
-        self._check_open()
-        self._next_request += 1
-        number = self._next_request
+        number = self.next_request_id()
         request = self._intake.request(operation, number, token_ids, token_mask, namespace)
         self._tracing.asked(number, token_ids)
         return request
@@ -328,10 +328,20 @@ class Engine:
 
     def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
         """Give how much of a prompt is resident. No I/O; recency is the only trace it leaves."""
-        request = self.intake(Operation.PREFETCH, token_ids, None, namespace)
+        return self.match_keys(self.intake(Operation.PREFETCH, token_ids, None, namespace).keys)
+
+    def match_keys(self, keys: bytes) -> PrefixMatch:
+        """Do so for a prompt by its root and the keys of its whole blocks, 16 bytes each."""
+        self._check_open()
         self._scheduler.look_out()
-        found = self._planner.visible(self._residency.find(request.keys, use=True))
+        found = self._planner.visible(self._residency.find(keys, use=True))
         return prefix_match(found, self._residency.tiers, self.tokens_per_block)
+
+    def next_request_id(self) -> int:
+        """Give the number of a request that is made elsewhere than in `intake`."""
+        self._check_open()
+        self._next_request += 1
+        return self._next_request
 
     async def perform(self, request: Request, begun: Callable[[], None] | None = None) -> Flight:
         """Run a request to its answer; the flight that is given has its response.

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from flexkv.backend import Progress
+from flexkv.backend import Backend, Progress
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.common.request import KVResponse, Operation
@@ -34,7 +34,12 @@ class KVManager(TaskForm):
     """Keeps KV blocks in host memory and on SSD, and gives them back by token prefix."""
 
     def __init__(
-        self, model: ModelConfig, cache: CacheConfig, *, progress: Progress | None = None
+        self,
+        model: ModelConfig,
+        cache: CacheConfig,
+        *,
+        progress: Progress | None = None,
+        backend: Backend | None = None,
     ) -> None:
         """Check the configuration; nothing is allocated before `start` or `async with`.
 
@@ -42,11 +47,12 @@ class KVManager(TaskForm):
             model: shape of the KV cache.
             cache: tiers and their sizes.
             progress: called with (done, total) bytes while host memory is touched.
+            backend: what to stand on, in place of this machine's memory, files and devices.
 
         Raises:
             ConfigError: a part is enabled that is not built, or a size does not fit.
         """
-        super().__init__(Engine(model, cache))
+        super().__init__(Engine(model, cache, backend))
         self._progress = progress
 
     # -- life -----------------------------------------------------------------------------------

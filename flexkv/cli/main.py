@@ -12,6 +12,8 @@ from flexkv.cli.demo import demo
 from flexkv.cli.doctor import doctor
 from flexkv.cli.explain import explain
 from flexkv.cli.replay_hits import replay_hits
+from flexkv.cli.serve import serve
+from flexkv.cli.server import server
 from flexkv.cli.ssd import ssd
 from flexkv.cli.top import stats, top
 from flexkv.cli.trace import trace
@@ -26,8 +28,10 @@ commands.command()(demo)
 commands.command()(doctor)
 commands.command()(explain)
 commands.command()(replay_hits)
+commands.command()(serve)
 commands.command()(stats)
 commands.command()(top)
+commands.add_typer(server, name="server")
 commands.add_typer(ssd, name="ssd")
 commands.add_typer(trace, name="trace")
 
@@ -60,3 +64,7 @@ def app() -> None:
     except KeyboardInterrupt:
         typer.echo("flexkv: interrupted", err=True)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    app()

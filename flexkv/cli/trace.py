@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flexkv.cli.server import trace_start, trace_stop
 from flexkv.cli.trace_replay import replay
 from flexkv.common.errors import ConfigError
 from flexkv.trace.chrome import chrome
@@ -181,3 +182,5 @@ def _write(to: Path, content: bytes, what_now: str) -> None:
 
 
 trace.command("replay")(replay)
+trace.command("start")(trace_start)
+trace.command("stop")(trace_stop)

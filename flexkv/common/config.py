@@ -24,8 +24,6 @@ __all__ = [
     "variable_keys",
 ]
 
-_SERVER_PART = "the server for several processes"
-
 
 class Settings(ConfigModel):
     """What a process reads from its file and environment, beside the cache's own keys."""
@@ -37,20 +35,15 @@ class Settings(ConfigModel):
         "ipc:///tmp/flexkv_server", "Address at which device agents and clients find the server."
     )
     server_client_mode: bool = key(
-        False, "Use a server in another process.", part=_SERVER_PART, built=(False,)
+        False, "Accepted: the connectors of engines always use a server in another process."
     )
     server_launch_mode: Literal["embedded", "external"] = key(
         "embedded", "Whether the first instance runs the server, or `flexkv serve` does."
     )
-    instance_num: int = key(
-        1, "Engine instances that share one server.", ge=1, part=_SERVER_PART, built=(1,)
-    )
+    instance_num: int = key(1, "Engine instances that share one server.", ge=1)
     instance_id: int = key(0, "Which of them this one is.", ge=0)
     enable_metrics: bool = key(
-        False,
-        "Serve Prometheus metrics; in code, flexkv.metrics.MetricsServer does.",
-        part="a connector or server that serves metrics",
-        built=(False,),
+        False, "The server serves Prometheus metrics; in code, flexkv.metrics.MetricsServer does."
     )
     py_metrics_port: int = key(8080, "Port of the metrics.", ge=1, le=65535)
     log_level: str = key("info", "Least severity that is logged.")

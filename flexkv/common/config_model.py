@@ -109,8 +109,6 @@ class ModelConfig(ConfigModel):
         1,
         "Engine instances that share one cache.",
         ge=1,
-        part="the server for several instances",
-        built=(1,),
     )
     layer_groups: tuple[LayerGroup, ...] | None = key(
         None, "Groups of layers whose KV shapes differ; in place of heads and dtype above."

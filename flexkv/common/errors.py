@@ -84,6 +84,10 @@ class DeviceError(TransferError):
         self.call, self.code = call, code
 
 
+class AgentGoneError(TransferError):
+    """The process that has the device memory is gone, or no longer connected."""
+
+
 class CorruptBlockError(TransferError):
     """Blocks came back with bytes that are not those that left."""
 

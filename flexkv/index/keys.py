@@ -83,9 +83,18 @@ class KeyChain:
             keys: root and keys of its first whole blocks, under a namespace without extra keys.
             tokens: int64[n], the whole prompt, which begins with the tokens of those blocks.
         """
+        known_blocks = len(keys) // BLOCK_KEY_BYTES - 1
+        return self.grown(keys, tokens[known_blocks * self._tokens_per_block :])
+
+    def grown(self, keys: bytes, new_tokens: NDArray[np.int64] | list[int]) -> bytes:
+        """Give the keys of a prompt that has grown.
+
+        Args:
+            keys: root and keys of its whole blocks, under a namespace without extra keys.
+            new_tokens: what came behind those blocks; what fills no block is left out.
+        """
         known = len(keys) - BLOCK_KEY_BYTES
-        rest = tokens[known // BLOCK_KEY_BYTES * self._tokens_per_block :]
-        return keys[:known] + _ext.chain_keys(rest, self._tokens_per_block, keys[known:])
+        return keys[:known] + _ext.chain_keys(new_tokens, self._tokens_per_block, keys[known:])
 
     def _keys_with_extras(
         self,

@@ -15,7 +15,7 @@ import mmap
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from errno import errorcode
+from errno import EINVAL, errorcode
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,13 +59,21 @@ class Arena:
         why: what was asked for, refused and got, in words.
     """
 
-    def __init__(self, mapping: _Mapping, num_blocks: int, block_stride_bytes: int) -> None:
+    def __init__(
+        self,
+        mapping: _Mapping,
+        num_blocks: int,
+        block_stride_bytes: int,
+        fd_offset_bytes: int | None = None,
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_stride_bytes = block_stride_bytes
         self.fd = mapping.fd
         self.backing, self.why = mapping.backing, mapping.why
         start = _address(mapping.memory)
-        self.fd_offset_bytes = -start % ALIGNMENT_BYTES
+        self.fd_offset_bytes = (
+            -start % ALIGNMENT_BYTES if fd_offset_bytes is None else fd_offset_bytes
+        )
         self.address = start + self.fd_offset_bytes
         end = self.fd_offset_bytes + num_blocks * block_stride_bytes
         self._memory: mmap.mmap | None = mapping.memory
@@ -116,6 +124,23 @@ class Arena:
             undo.pop_all()
         arena.why = refused + arena.why
         return arena
+
+    @classmethod
+    def attach(
+        cls, fd: int, num_blocks: int, block_stride_bytes: int, fd_offset_bytes: int
+    ) -> Arena:
+        """Map an arena that another process has opened to be shared; `fd` becomes the arena's.
+
+        Raises:
+            OSError: it cannot be mapped.
+        """
+        try:
+            memory = mmap.mmap(fd, fd_offset_bytes + num_blocks * block_stride_bytes)
+        except (OSError, ValueError) as error:  # the latter: it is smaller than it is said to be
+            os.close(fd)
+            raise OSError(EINVAL, f"the arena cannot be mapped: {error}") from error
+        mapping = _Mapping(memory, fd, "shared", "opened by another process")
+        return cls(mapping, num_blocks, block_stride_bytes, fd_offset_bytes)
 
     @property
     def array(self) -> NDArray[np.uint8]:

@@ -52,7 +52,7 @@ class FakeBackend:
         device_faults: FaultPlan | None = None,
     ) -> None:
         """Take the faults of the disk and, if it has others, of the device."""
-        self.host = "fake"
+        self.host, self.ranks = "fake", 1
         self._device_faults = device_faults or faults
         self.disk: DurablePort | None = None
         self.disk_blocks = len(remains.store)

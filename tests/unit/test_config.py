@@ -243,7 +243,9 @@ def test_a_size_in_the_file_wins_in_whatever_unit() -> None:
     assert settings.cache_config.sized(ModelConfig(**MODEL)).num_host_blocks == 5
 
 
-@pytest.mark.parametrize("file", [{"instance_num": 4}, {"sync_get": True}, {"enable_remote": True}])
+@pytest.mark.parametrize(
+    "file", [{"enable_layerwise_transfer": True}, {"sync_get": True}, {"enable_remote": True}]
+)
 def test_settings_of_parts_that_are_not_built_are_refused(file: dict[str, Any]) -> None:
     """Accepted while loading, refused by name when something would start with them."""
     with pytest.raises(ConfigError, match="not built yet"):

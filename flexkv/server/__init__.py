@@ -1,0 +1,1 @@
+"""One engine for several processes: the server, its clients, and the agents of devices."""

@@ -1,0 +1,291 @@
+"""The agent of a device: copies between its KV caches and the server's host memory.
+
+It lives in the process that owns the KV caches, on a loop in a thread of its own. It connects when
+there is a server, and again when there is one again; whatever it was copying then is finished
+first, so that no copy ever outlives the connection that asked for it.
+
+    connecting ──welcome──▶ serving ──end──▶ draining ──▶ connecting
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import structlog
+
+from flexkv.actors.actor import Supervisor
+from flexkv.backend import LocalBackend
+from flexkv.common.config import CacheConfig, ModelConfig
+from flexkv.common.errors import ClosedError, ConfigError, DeviceError, FlexKVError
+from flexkv.common.terms import Route, Tier, Transfer
+from flexkv.index.keys import blocks_are
+from flexkv.io.arena import Arena
+from flexkv.io.ports import DevicePort
+from flexkv.io.tensors import kv_cache_list
+from flexkv.loop_thread import LoopThread
+from flexkv.server.fleet import ids_from
+from flexkv.server.greet import Connected, connect
+from flexkv.server.link import Link
+from flexkv.server.wire import (
+    FROM_SERVER,
+    PROTOCOL_VERSION,
+    Copied,
+    Copy,
+    FromServer,
+    Hello,
+    ProtocolError,
+    Ready,
+    Settle,
+    Settled,
+)
+
+log = structlog.get_logger(__name__)
+
+RETRY_S, RETRY_REFUSED_S = 0.1, 2.0
+"""Between two attempts to connect: while nobody listens, and after a refusal."""
+TELL_EVERY = 100
+"""Attempts in vain between two log lines."""
+
+
+class Agent:
+    """Lends one rank's KV caches to a server."""
+
+    def __init__(
+        self,
+        address: str,
+        model: ModelConfig,
+        cache: CacheConfig,
+        instance: int = 0,
+        tp_rank: int = 0,
+    ) -> None:
+        """Take where the server is, and whose rank this is.
+
+        Args:
+            address: as in `server_recv_port`.
+            model: as the server's.
+            cache: of it, the block size, `key_secret` and how devices copy.
+            instance: which of the engines that share the server.
+            tp_rank: of the KV caches.
+        """
+        self._address, self._model, self._cache = address, model, cache
+        self._instance, self._tp_rank = instance, tp_rank
+        self._thread = LoopThread()
+        self._supervisor: Supervisor | None = None
+        self._link: Link[FromServer] | None = None
+        self._port: DevicePort | None = None
+        self._under_way: dict[int, Transfer] = {}
+        self._drained = asyncio.Event()
+        self._settling: dict[int, asyncio.Event] = {}
+        self._next_settle = 0
+
+    # -- the caller's side, from any thread -----------------------------------------------------
+
+    def start(
+        self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None = None
+    ) -> None:
+        """Lend KV caches from now on; returns at once, and connects when there is a server.
+
+        Args:
+            kv_caches: per-layer tensors, as for `KVManager.register_kv_caches`.
+            layout: when the shape is ambiguous.
+
+        Raises:
+            ConfigError: the tensors do not fit the model, or the layout must be given.
+        """
+        tensors = kv_cache_list(kv_caches)
+        sizes = self._cache.sized(self._model)
+        backend = LocalBackend(self._model, self._cache, sizes)
+        pages = backend.pages_of(tensors, layout, self._tp_rank)
+        secret = self._cache.key_secret.get_secret_value()
+        hello = Hello(
+            PROTOCOL_VERSION,
+            "agent",
+            os.getpid(),
+            blocks_are(self._model, self._cache.tokens_per_block, secret),
+            self._instance,
+            self._tp_rank,
+            pages.num_blocks,
+            pages.order,
+        )
+        self._thread.start()
+
+        async def begin() -> None:
+            self._supervisor = Supervisor(self._failed)
+            await self._supervisor.start()
+            self._supervisor.keep("agent", self._run(backend, tensors, layout, hello))
+
+        self._thread.call(begin)
+
+    def ready(self, numbers: Sequence[int]) -> None:
+        """Tell that what these puts read is written: what the calling thread's stream has queued.
+
+        Raises:
+            ClosedError: closed.
+        """
+        if not numbers:
+            return
+        port = self._port
+        if port is not None:
+            try:
+                port.order_after(False)
+            except DeviceError as error:
+                log.exception("device down", call=error.call, code=error.code)
+                return  # nobody hears of it: the puts end with this agent's connection
+        message = Ready(tuple(numbers))
+        self._thread.post(lambda: self._send(message))
+
+    def settle(self, numbers: Sequence[int]) -> None:
+        """Return once no copy of these requests touches the KV caches any more.
+
+        Raises:
+            ClosedError: closed.
+        """
+        if numbers:
+            self._thread.call(lambda: self._settle(tuple(numbers)))
+
+    @property
+    def is_connected(self) -> bool:
+        """Tell whether a server has the KV caches."""
+        return self._link is not None
+
+    def close(self) -> None:
+        """Finish the copies under way, and take the KV caches back. Idempotent."""
+        if self._supervisor is None:
+            return
+        supervisor, self._supervisor = self._supervisor, None
+        try:
+            self._thread.call(supervisor.stop)
+        finally:
+            self._thread.stop()
+
+    # -- on the loop ----------------------------------------------------------------------------
+
+    def _failed(self, cause: BaseException) -> None:
+        log.error("agent_failed", cause=repr(cause))
+
+    async def _run(
+        self, backend: LocalBackend, tensors: list[Any], layout: str | None, hello: Hello
+    ) -> None:
+        attempts = 0
+        while True:
+            wait_s, reason = RETRY_S, ""
+            try:
+                connected = connect(self._address, hello)
+            except ConfigError as error:
+                wait_s, reason = RETRY_REFUSED_S, str(error)
+            except (OSError, ClosedError) as error:
+                reason = str(error)
+            else:
+                attempts = 0
+                await self._serve(backend, tensors, layout, connected)
+                continue
+            if attempts % TELL_EVERY == (0 if wait_s > RETRY_S else TELL_EVERY // 2):
+                log.warning("no_server", path=self._address, reason=reason)
+            attempts += 1
+            await asyncio.sleep(wait_s)
+
+    async def _serve(
+        self, backend: LocalBackend, tensors: list[Any], layout: str | None, connected: Connected
+    ) -> None:
+        """Serve one connection to its end."""
+        welcome, fd = connected.welcome, connected.arena_fd
+        assert fd is not None
+        connected.socket.setblocking(False)
+        with ExitStack() as undo:
+            try:
+                arena = Arena.attach(
+                    fd,
+                    welcome.num_host_blocks,
+                    welcome.block_stride_bytes,
+                    welcome.fd_offset_bytes,
+                )
+                undo.callback(arena.close)
+                backend.attach(arena)
+                device = backend.device(tensors, layout, self._tp_rank)
+            except (OSError, FlexKVError) as error:
+                log.warning("not_lent", path=self._address, reason=str(error))
+                connected.socket.close()
+                await asyncio.sleep(RETRY_REFUSED_S)
+                return
+            port = self._port = device.port
+            undo.callback(port.close)
+            undo.callback(self._forget)
+            port.connect(self._reap)
+            link = self._link = await Link.over(connected.socket, FROM_SERVER)
+            undo.callback(link.close)
+            log.info("device lent", path=self._address, server=welcome.pid, **device.facts)
+            try:
+                while (message := await link.receive()) is not None:
+                    self._take(message)
+            except ProtocolError as error:
+                log.warning("server_misunderstood", reason=str(error))
+            finally:
+                # Copies end before the connection does: then nobody waits for them in vain.
+                while self._under_way:
+                    self._drained.clear()
+                    await self._drained.wait()
+        log.info("device taken back", path=self._address)
+
+    def _forget(self) -> None:
+        self._link = self._port = None
+        for settled in self._settling.values():
+            settled.set()
+
+    def _take(self, message: FromServer) -> None:
+        match message:
+            case Copy():
+                self._copy(message)
+            case Settled():
+                if (settled := self._settling.get(message.number)) is not None:
+                    settled.set()
+            case _:
+                raise ProtocolError(f"an agent is not sent {type(message).__name__}")
+
+    def _copy(self, message: Copy) -> None:
+        assert self._port is not None
+        host_ids, device_ids = ids_from(message.host_ids), ids_from(message.device_ids)
+        route = _TO_DEVICE if message.to_device else _TO_HOST
+        sides = (host_ids, device_ids) if message.to_device else (device_ids, host_ids)
+        transfer = Transfer(message.token, 0, route, *sides)
+        self._under_way[message.token] = transfer
+        try:
+            self._port.submit(transfer)
+        except FlexKVError as error:
+            self._end(message.token, str(error))
+        else:
+            self._reap()
+
+    def _reap(self) -> None:
+        if self._port is not None:
+            for token, error in self._port.reap():
+                self._end(token, "" if error is None else str(error))
+
+    def _end(self, token: int, error: str) -> None:
+        del self._under_way[token]
+        if not self._under_way:
+            self._drained.set()
+        self._send(Copied(token, error))
+
+    def _send(self, message: Copied | Ready | Settle) -> None:
+        if self._link is not None:
+            self._link.send(message)
+
+    async def _settle(self, numbers: tuple[int, ...]) -> None:
+        if self._link is None:
+            return
+        self._next_settle += 1
+        number = self._next_settle
+        settled = self._settling[number] = asyncio.Event()
+        self._send(Settle(number, numbers))
+        try:
+            await settled.wait()
+        finally:
+            del self._settling[number]
+
+
+_TO_DEVICE = Route(Tier.HOST, Tier.DEVICE)
+_TO_HOST = Route(Tier.DEVICE, Tier.HOST)

@@ -1,0 +1,271 @@
+"""An engine's scheduler at a server: synchronous, in one thread, and never waiting for I/O.
+
+`match` asks and waits for the answer, some tens of microseconds; `start` only sends, and `poll`
+gives what has ended meanwhile. A server that is gone costs hits, never a request: matches find
+nothing, what was under way is told as failed, and the client connects again by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from secrets import randbits
+from typing import Any
+
+import msgspec
+import structlog
+
+from flexkv.common.config import ModelConfig
+from flexkv.common.errors import ClosedError, ConfigError
+from flexkv.common.request import Operation
+from flexkv.common.terms import BlockIds
+from flexkv.index.keys import KeyChain, Namespace, blocks_are
+from flexkv.server.greet import connect
+from flexkv.server.wire import (
+    FROM_SERVER,
+    LENGTH_BYTES,
+    PROTOCOL_VERSION,
+    Cancel,
+    Done,
+    FromServer,
+    Hello,
+    Match,
+    Matched,
+    Message,
+    ProtocolError,
+    Start,
+    State,
+    framed,
+    length_of,
+)
+
+log = structlog.get_logger(__name__)
+
+MATCH_S = 0.25
+"""How long a match may take; later it is none, and the server is asked no more for a while."""
+RETRY_S = 1.0
+"""Between two attempts to connect."""
+READ_BYTES = 1 << 18
+
+
+class Client:
+    """One instance's requests to a server.
+
+    Attributes:
+        is_ready: whether the instance's devices are all connected: else nothing can be moved.
+        num_blocks: that they have.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        model: ModelConfig,
+        tokens_per_block: int,
+        secret: str = "",
+        instance: int = 0,
+    ) -> None:
+        """Take where the server is; nothing is connected before it is needed.
+
+        Args:
+            address: as in `server_recv_port`.
+            model: as the server's.
+            tokens_per_block: as the server's.
+            secret: `key_secret`, as the server's.
+            instance: which of the engines that share the server.
+        """
+        self._address, self._instance = address, instance
+        self._model, self._tokens_per_block, self._secret = model, tokens_per_block, secret
+        self._keys = KeyChain(model, tokens_per_block, secret)
+        self._socket: socket.socket | None = None
+        self._unread = bytearray()
+        self._matched: Matched | None = None
+        self._ended: list[Done] = []
+        self._under_way: set[int] = set()
+        self._retry_s = 0.0
+        # Numbers of a scheduler that was here before mean nothing of ours.
+        self._next = randbits(31) << 32
+        self.is_ready, self.num_blocks = False, 0
+
+    # -- keys -----------------------------------------------------------------------------------
+
+    def keys(self, tokens: Any, namespace: Namespace = None) -> bytes:
+        """Give the root, and the key of every whole block of a prompt: 16 bytes each.
+
+        They hang on the order of the devices' blocks, which is known when `is_ready`.
+        """
+        return self._keys.keys(tokens, namespace)
+
+    def extended(self, keys: bytes, tokens: Any) -> bytes:
+        """Give the keys of a prompt that has grown by `tokens`, from a whole block on."""
+        return self._keys.grown(keys, tokens)
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def match(self, keys: bytes) -> Matched:
+        """Give how many blocks of a prompt are resident; none when the server does not answer."""
+        number = self._number()
+        self._matched = None
+        if self._send(Match(number, keys)):
+            until_s = time.monotonic() + MATCH_S
+            while self._matched is None or self._matched.number != number:
+                if not self._receive(max(0.0, until_s - time.monotonic())):
+                    break
+            else:
+                return self._matched
+            if self._socket is not None:
+                self._lost(f"it did not answer within {MATCH_S} s")
+        return Matched(number, 0, {})
+
+    def start(
+        self,
+        operation: Operation,
+        keys: bytes,
+        first: int,
+        device_ids: BlockIds | None,
+        when_ready: bool = False,
+    ) -> int:
+        """Begin a request of the blocks from `first` on, and give its number.
+
+        Args:
+            operation: get, put or prefetch.
+            keys: of the prompt up to the last block that is meant.
+            first: of the blocks.
+            device_ids: int64, one for each; None for a prefetch.
+            when_ready: a put waits until every rank's agent has told that it is `ready`.
+        """
+        number = self._number()
+        self._under_way.add(number)
+        ids = b"" if device_ids is None else device_ids.tobytes()
+        message = Start(number, operation.label, keys, first, ids, when_ready)
+        if not self._send(message) and number in self._under_way:
+            self._fail(number, "there is no server")
+        return number
+
+    def cancel(self, numbers: Sequence[int]) -> None:
+        """Give requests up; `poll` gives their ends all the same."""
+        wanted = tuple(number for number in numbers if number in self._under_way)
+        if wanted:
+            self._send(Cancel(wanted))
+
+    def poll(self) -> list[Done]:
+        """Give the requests that ended since the last call, each exactly once. Never waits."""
+        if self._connected():
+            while self._receive(0.0):
+                pass
+        ended, self._ended = self._ended, []
+        return ended
+
+    def close(self) -> None:
+        """Disconnect; the server cancels what is under way. Idempotent."""
+        self._retry_s = float("inf")
+        self._drop()
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _number(self) -> int:
+        self._next += 1
+        return self._next
+
+    def _connected(self) -> bool:
+        """Connect if that is due; tell whether there is a connection."""
+        if self._socket is not None:
+            return True
+        now_s = time.monotonic()
+        if now_s < self._retry_s:
+            return False
+        self._retry_s = now_s + RETRY_S
+        facts = blocks_are(self._model, self._tokens_per_block, self._secret)
+        hello = Hello(PROTOCOL_VERSION, "client", os.getpid(), facts, self._instance)
+        try:
+            self._socket = connect(self._address, hello).socket
+        except ConfigError as error:
+            log.warning("refused_by_server", path=self._address, reason=str(error))
+        except (OSError, ClosedError) as error:
+            log.warning("no_server", path=self._address, reason=str(error))
+        else:
+            log.info("connected", path=self._address, instance=self._instance)
+        return self._socket is not None
+
+    def _send(self, message: Message) -> bool:
+        """Send; a server that reads nothing for as long as a match may take is as good as gone."""
+        if not self._connected():
+            return False
+        assert self._socket is not None
+        try:
+            self._socket.settimeout(MATCH_S)
+            self._socket.sendall(framed(message))
+        except OSError as error:
+            self._lost(str(error))
+            return False
+        return True
+
+    def _receive(self, wait_s: float) -> bool:
+        """Take what has come, after so long at most; tell whether anything has."""
+        if self._socket is None:
+            return False
+        try:
+            self._socket.settimeout(wait_s)
+            more = self._socket.recv(READ_BYTES)
+        except (BlockingIOError, TimeoutError):
+            return False
+        except OSError as error:
+            self._lost(str(error))
+            return False
+        if not more:
+            self._lost("it closed the connection")
+            return False
+        self._unread += more
+        try:
+            self._take_all()
+        except (ProtocolError, msgspec.MsgspecError) as error:
+            self._lost(f"it is not understood: {error}")
+            return False
+        return True
+
+    def _take_all(self) -> None:
+        unread, at = self._unread, 0
+        while len(unread) - at >= LENGTH_BYTES:
+            end = at + LENGTH_BYTES + length_of(bytes(unread[at : at + LENGTH_BYTES]))
+            if len(unread) < end:
+                break
+            self._take(FROM_SERVER.decode(unread[at + LENGTH_BYTES : end]))
+            at = end
+        del unread[:at]
+
+    def _take(self, message: FromServer) -> None:
+        match message:
+            case Matched():
+                self._matched = message
+            case Done():
+                if message.number in self._under_way:
+                    self._under_way.discard(message.number)
+                    self._ended.append(message)
+            case State():
+                self.is_ready, self.num_blocks = message.ready, message.num_blocks
+                if message.ready:
+                    self._keys = KeyChain(
+                        self._model, self._tokens_per_block, self._secret, message.order
+                    )
+            case _:
+                raise ProtocolError(f"a client is not sent {type(message).__name__}")
+
+    def _lost(self, reason: str) -> None:
+        log.warning("server_lost", path=self._address, reason=reason, failed=len(self._under_way))
+        self._retry_s = time.monotonic() + RETRY_S
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.close()
+        self._socket, self.is_ready = None, False
+        self._unread.clear()
+        for number in list(self._under_way):
+            self._fail(number, "the server is gone")
+
+    def _fail(self, number: int, why: str) -> None:
+        self._under_way.discard(number)
+        self._ended.append(Done(number, "failed", 0, why))

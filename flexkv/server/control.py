@@ -1,0 +1,70 @@
+"""What an operator may ask a running server: `flexkv trace start`, `flexkv server …`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from flexkv.common.errors import ConfigError
+from flexkv.engine import Engine
+from flexkv.server.fleet import FleetPort
+
+
+class Control:
+    """Performs commands on an engine."""
+
+    def __init__(self, engine: Engine, clients: Mapping[int, object], fleet: FleetPort) -> None:
+        self._engine, self._clients, self._fleet = engine, clients, fleet
+        self._verbs: dict[str, Callable[..., Any]] = {
+            "trace_start": self._trace_start,
+            "trace_stop": self._trace_stop,
+            "status": self._status,
+            "clear": self._clear,
+            "flush": self._flush,
+        }
+
+    async def perform(self, verb: str, arguments: dict[str, Any]) -> Any:
+        """Do what a command says, and give what it gives.
+
+        Raises:
+            ConfigError: there is no such command, or it does not take such arguments.
+            FlexKVError: it cannot be done.
+        """
+        work = self._verbs.get(verb)
+        if work is None:
+            raise ConfigError("command", verb, f"must be one of {', '.join(self._verbs)}")
+        try:
+            given = work(**arguments)
+        except TypeError as error:
+            raise ConfigError("arguments", arguments, str(error)) from error
+        return await given if inspect.isawaitable(given) else given
+
+    def _trace_start(self, path: str | None = None, tokens: bool | None = None) -> str | None:
+        self._engine.tracing.start(path, tokens)
+        return self._engine.tracing.path
+
+    def _trace_stop(self) -> str | None:
+        return self._engine.tracing.stop()
+
+    def _clear(self) -> int:
+        return self._engine.keeping.clear()
+
+    async def _flush(self) -> None:
+        await self._engine.flush()
+
+    def _status(self) -> Any:
+        return {
+            "instances": {
+                str(number): {
+                    "ranks": sorted(instance.ports),
+                    "ready": instance.slot is not None,
+                    "blocks": instance.num_blocks,
+                    "client": number in self._clients,
+                }
+                for number, instance in self._fleet.instances.items()
+            },
+            "statistics": msgspec.to_builtins(self._engine.statistics()),
+        }

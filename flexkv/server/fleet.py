@@ -1,0 +1,281 @@
+"""The devices of every instance, which live in the instances' own processes.
+
+    FleetPort ──slot of the device ids──▶ RanksPort ──▶ AgentPort ──link──▶ agent of rank 0
+                                                   └──▶ AgentPort ──link──▶ agent of rank 1
+
+An instance has a slot while all its ranks are connected: its device blocks have ids of their own,
+`slot << SLOT_SHIFT | block`. When a rank goes, so does the slot, for good: what is under way on it
+fails, and ids that were made for it can mean nothing else later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import structlog
+
+from flexkv.common.config import ModelConfig
+from flexkv.common.errors import AgentGoneError, ConfigError, TransferError
+from flexkv.common.layout import PagedLayout
+from flexkv.common.terms import BlockIds, Tier, Transfer
+from flexkv.io.ports import Completion
+from flexkv.io.ranks import RanksPort
+from flexkv.server.link import Link
+from flexkv.server.wire import Copied, Copy, ProtocolError, ToServer
+
+log = structlog.get_logger(__name__)
+
+SLOT_SHIFT = 40
+BLOCK_MASK = (1 << SLOT_SHIFT) - 1
+
+
+class AgentPort:
+    """The port to the device of one rank, by its agent."""
+
+    arrived_bytes = 0
+    failure: TransferError | None = None
+
+    def __init__(self, link: Link[ToServer], block_bytes: int, num_blocks: int) -> None:
+        """Take what an agent has told of its device; `block_bytes` are those of its part."""
+        self.block_bytes, self.num_blocks = block_bytes, num_blocks
+        self._link = link
+        self._under_way: dict[int, Transfer] = {}
+        self._ended: list[Completion] = []
+        self._wake: Callable[[], None] | None = None
+
+    def connect(self, wake: Callable[[], None]) -> None:
+        """Attach to the running event loop."""
+        self._wake = wake
+
+    def submit(self, transfer: Transfer) -> None:
+        """Send a transfer to the agent; without one it has failed when this returns."""
+        self._under_way[transfer.token] = transfer
+        if not self._link.is_open:
+            self._end(transfer.token, "it is not connected")
+            return
+        host_ids, device_ids = transfer.sides
+        to_device = transfer.route.target is Tier.DEVICE
+        self._link.send(Copy(transfer.token, to_device, host_ids.tobytes(), device_ids.tobytes()))
+
+    def copied(self, message: Copied) -> None:
+        """Hear from the agent that a copy has ended.
+
+        Raises:
+            ProtocolError: of one that it was not asked for.
+        """
+        if message.token not in self._under_way:
+            raise ProtocolError(f"copy {message.token} is not under way")
+        self._end(message.token, message.error)
+
+    def dismiss(self) -> None:
+        """Let the agent end what it does, and connect anew if it likes."""
+        self._link.end()
+
+    def gone(self) -> None:
+        """Hear that the agent's process has ended, or copies nothing any more."""
+        for token in list(self._under_way):
+            self._end(token, "it is gone")
+
+    def _end(self, token: int, error: str) -> None:
+        transfer, failure = self._under_way.pop(token), None
+        if error:
+            failure = AgentGoneError(token, str(transfer.route), transfer.block_count, error)
+        self._ended.append(Completion(token, failure))
+        if self._wake is not None:
+            self._wake()
+
+    def reap(self) -> list[Completion]:
+        """Give every transfer that ended since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def order_after(self, to_device: bool) -> None:
+        """Do nothing: agents order their copies themselves."""
+
+    def suspend(self) -> None:
+        """Do nothing: an agent that sleeps disconnects."""
+
+    def resume(self, layout: PagedLayout, owner: object) -> None:
+        """Do nothing: an agent that wakes connects anew."""
+
+    def close(self) -> None:
+        """Do nothing: the link is the session's."""
+
+
+class Instance:
+    """The ranks of one instance that are connected.
+
+    Attributes:
+        slot: of its device blocks; None while a rank is missing.
+        num_blocks: that every rank has.
+    """
+
+    def __init__(self) -> None:
+        self.ports: dict[int, AgentPort] = {}
+        self.slot: int | None = None
+        self.num_blocks = 0
+
+
+class FleetPort:
+    """A transfer port over the devices of every instance."""
+
+    arrived_bytes = 0
+    failure: TransferError | None = None
+    num_blocks = 1 << SLOT_SHIFT
+
+    def __init__(self, model: ModelConfig, host_blocks: int, block_bytes: int) -> None:
+        self._model, self._host_blocks = model, host_blocks
+        self.block_bytes = block_bytes
+        self.instances: dict[int, Instance] = {}
+        self.order: str | None = None
+        self._slots: dict[int, RanksPort] = {}
+        self._under_way: dict[int, int] = {}
+        self._busy: dict[int, int] = {}
+        self._next_slot = 1
+        self._ended: list[Completion] = []
+        self._wake: Callable[[], None] | None = None
+
+    # -- ranks come and go ----------------------------------------------------------------------
+
+    def check(self, number: int, tp_rank: int, order: str) -> None:
+        """Check that a rank may join.
+
+        Raises:
+            ConfigError: there is no such rank, it is there already, or its blocks are otherwise.
+        """
+        tp_size = self._model.tp_size
+        if not 0 <= tp_rank < tp_size:
+            raise ConfigError("tp_rank", tp_rank, f"must be from 0 to tp_size - 1: {tp_size - 1}")
+        instance = self.instances.get(number)
+        if instance is not None and tp_rank in instance.ports:
+            why = f"is connected already for instance {number}: see instance_id"
+            raise ConfigError("tp_rank", tp_rank, why)
+        if any(each.ports for each in self.instances.values()) and order != self.order:
+            raise ConfigError("kv_caches", order, f"must lie as those of the others: {self.order}")
+
+    def join(self, number: int, tp_rank: int, port: AgentPort, order: str) -> Instance:
+        """Take a rank; with the last one its instance has a slot.
+
+        Raises:
+            ConfigError: it may not.
+        """
+        self.check(number, tp_rank, order)
+        instance = self.instances.setdefault(number, Instance())
+        self.order = order
+        instance.ports[tp_rank] = port
+        if len(instance.ports) == self._model.tp_size:
+            self._open_slot(instance)
+        return instance
+
+    def leave(self, number: int, tp_rank: int) -> Instance:
+        """Let a rank go: its instance has no slot until it is back."""
+        instance = self.instances[number]
+        port, instance.slot = instance.ports.pop(tp_rank), None
+        port.gone()
+        for other in instance.ports.values():
+            other.dismiss()
+        if not instance.ports:
+            del self.instances[number]
+        return instance
+
+    def _open_slot(self, instance: Instance) -> None:
+        parts: list[list[AgentPort]] = [[] for _ in range(self._model.parts)]
+        for rank, port in sorted(instance.ports.items()):
+            parts[self._model.part_of(rank).number].append(port)
+        slot = instance.slot = self._next_slot
+        self._next_slot += 1
+        instance.num_blocks = min(port.num_blocks for port in instance.ports.values())
+        ranks = self._slots[slot] = RanksPort(parts, self._host_blocks)
+        if self._wake is not None:
+            ranks.connect(self._wake)
+
+    def ids_of(self, instance: Instance, local_ids: BlockIds) -> BlockIds:
+        """Give an instance's device blocks their ids among those of all.
+
+        Raises:
+            ConfigError: one is no block of its devices.
+        """
+        assert instance.slot is not None
+        if len(local_ids) and not 0 <= local_ids.min() <= local_ids.max() < instance.num_blocks:
+            wrong = next(int(i) for i in local_ids if not 0 <= i < instance.num_blocks)
+            why = f"is not a device block of the instance: it has {instance.num_blocks}"
+            raise ConfigError("device_ids", wrong, why)
+        return local_ids | (instance.slot << SLOT_SHIFT)
+
+    # -- the port -------------------------------------------------------------------------------
+
+    def connect(self, wake: Callable[[], None]) -> None:
+        """Attach to the running event loop; `wake` is called on it when `reap` has something."""
+        self._wake = wake
+        for ranks in self._slots.values():
+            ranks.connect(wake)
+
+    def submit(self, transfer: Transfer) -> None:
+        """Start one transfer, of one instance."""
+        assert transfer.watch is None
+        source_ids, target_ids = transfer.source_ids, transfer.target_ids
+        to_device = transfer.route.target is Tier.DEVICE
+        theirs = target_ids if to_device else source_ids
+        slot = int(theirs[0]) >> SLOT_SHIFT
+        ranks = self._slots.get(slot)
+        if ranks is None or not self._is_live(slot):
+            why = "the instance is gone"
+            error = AgentGoneError(transfer.token, str(transfer.route), len(theirs), why)
+            self._ended.append(Completion(transfer.token, error))
+            if self._wake is not None:
+                self._wake()
+            return
+        local = theirs & BLOCK_MASK
+        self._under_way[transfer.token] = slot
+        self._busy[slot] = self._busy.get(slot, 0) + 1
+        ranks.submit(
+            Transfer(
+                transfer.token,
+                transfer.owner,
+                transfer.route,
+                source_ids if to_device else local,
+                local if to_device else target_ids,
+            )
+        )
+
+    def _is_live(self, slot: int) -> bool:
+        return any(instance.slot == slot for instance in self.instances.values())
+
+    def reap(self) -> list[Completion]:
+        """Give every transfer that ended since the last call, each exactly once."""
+        ended, self._ended = self._ended, []
+        for slot, ranks in list(self._slots.items()):
+            for completion in ranks.reap():
+                del self._under_way[completion.token]
+                self._busy[slot] -= 1
+                ended.append(completion)
+            if not self._busy.get(slot) and not self._is_live(slot):
+                del self._slots[slot]
+                self._busy.pop(slot, None)
+        return ended
+
+    def order_after(self, to_device: bool) -> None:
+        """Do nothing: agents order their copies themselves."""
+
+    def suspend(self) -> None:
+        """Do nothing: agents sleep each for itself."""
+
+    def resume(self, layout: PagedLayout, owner: object) -> None:
+        """Do nothing: agents wake each for itself."""
+
+    def close(self) -> None:
+        """Let go of everything. Only legal with nothing in flight."""
+        self._slots.clear()
+
+
+def ids_from(blob: bytes) -> BlockIds:
+    """Give ids as they were sent.
+
+    Raises:
+        ProtocolError: not whole ones.
+    """
+    try:
+        return np.frombuffer(blob, np.int64)
+    except ValueError as error:
+        raise ProtocolError(f"{len(blob)} bytes are no ids") from error

@@ -1,0 +1,107 @@
+"""How clients and agents connect: a blocking socket, a greeting, and the server's answer."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import NamedTuple
+
+import msgspec
+
+from flexkv.common.errors import ClosedError, ConfigError
+from flexkv.server.wire import (
+    FROM_SERVER,
+    LENGTH_BYTES,
+    PROTOCOL_VERSION,
+    FromServer,
+    Hello,
+    ProtocolError,
+    Welcome,
+    framed,
+    length_of,
+    socket_path,
+)
+
+ANSWER_S = 5.0
+"""How long a server may take to answer."""
+
+
+class Connected(NamedTuple):
+    """A socket to a server that takes us."""
+
+    socket: socket.socket
+    welcome: Welcome
+    arena_fd: int | None
+    """Names the host memory, where the server gave it."""
+
+
+def connect(address: str, hello: Hello) -> Connected:
+    """Connect to the server at an address.
+
+    Raises:
+        OSError: nobody listens there, or nobody answers.
+        ConfigError: the server refuses us, and says why.
+        ClosedError: it is closing.
+    """
+    peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    fds: list[int] = []
+    try:
+        peer.settimeout(ANSWER_S)
+        peer.connect(str(socket_path(address)))
+        peer.sendall(framed(hello))
+        head, fds, _, _ = socket.recv_fds(peer, LENGTH_BYTES, 1)
+        head += read(peer, LENGTH_BYTES - len(head))
+        welcome = _taken(FROM_SERVER.decode(read(peer, length_of(head))))
+    except BaseException as error:
+        peer.close()
+        for fd in fds:
+            os.close(fd)
+        if isinstance(error, ProtocolError | msgspec.MsgspecError):
+            why = "no FlexKV server listens there"
+            raise ConfigError("server_recv_port", address, why) from error
+        raise
+    return Connected(peer, welcome, fds[0] if fds else None)
+
+
+def _taken(answer: FromServer) -> Welcome:
+    """Give the answer of a server that takes us.
+
+    Raises:
+        ConfigError: it does not, or speaks another version.
+        ProtocolError: it is no answer.
+    """
+    if not isinstance(answer, Welcome):
+        raise ProtocolError("no answer to a greeting")
+    if answer.refusal is not None:
+        raise ConfigError(*answer.refusal)
+    if answer.version != PROTOCOL_VERSION:
+        why = f"this FlexKV speaks {PROTOCOL_VERSION}: use the same one everywhere"
+        raise ConfigError("protocol_version", answer.version, why)
+    return answer
+
+
+def read(peer: socket.socket, count: int) -> bytes:
+    """Read so many bytes.
+
+    Raises:
+        OSError: the peer did not send them in time.
+        ClosedError: it closed instead.
+    """
+    got = bytearray()
+    while len(got) < count:
+        more = peer.recv(count - len(got))
+        if not more:
+            raise ClosedError("the server closed the connection")
+        got += more
+    return bytes(got)
+
+
+def message(peer: socket.socket) -> FromServer:
+    """Read one message.
+
+    Raises:
+        OSError: the server did not send it in time.
+        ClosedError: it closed instead.
+        ProtocolError: it sent something else.
+    """
+    return FROM_SERVER.decode(read(peer, length_of(read(peer, LENGTH_BYTES))))

@@ -1,0 +1,167 @@
+"""The requests of clients, from their start to the answer.
+
+A put may come with `when_ready`: it is planned once every rank has said that what it reads is
+written. Ranks speak over other sockets than the client, so what they say may come first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+import structlog
+
+from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
+from flexkv.common.request import KVResponse, Operation, Request, Span
+from flexkv.common.terms import BLOCK_KEY_BYTES
+from flexkv.engine import Engine
+from flexkv.server.fleet import FleetPort, Instance, ids_from
+from flexkv.server.wire import Done, Start
+
+log = structlog.get_logger(__name__)
+
+JOBS_MAX = 1 << 16
+"""Requests of one client that may be under way, and numbers that are ready ahead of them."""
+
+Answered: TypeAlias = Callable[[Done], None]
+
+
+class Job:
+    """A request of a client.
+
+    Attributes:
+        over: set once no device touches its blocks any more.
+    """
+
+    def __init__(self, start: Start, answered: Answered) -> None:
+        self.start, self.answered = start, answered
+        self.ready = asyncio.Event()
+        self.over = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+        self.ranks_ready: set[int] = set()
+
+
+class Jobs:
+    """The requests of one instance's client."""
+
+    def __init__(self, engine: Engine, fleet: FleetPort, instance: int) -> None:
+        self._engine, self._fleet, self._instance = engine, fleet, instance
+        self._jobs: dict[int, Job] = {}
+        self._ready_early: dict[int, set[int]] = {}
+
+    def start(self, start: Start, answered: Answered) -> None:
+        """Begin a request; `answered` gets its end, in any case and once.
+
+        Raises:
+            ConfigError: its number is under way already.
+        """
+        if start.number in self._jobs:
+            raise ConfigError("number", start.number, "is under way already")
+        if len(self._jobs) >= JOBS_MAX:
+            answered(Done(start.number, "failed", 0, f"at most {JOBS_MAX} requests at once"))
+            return
+        job = self._jobs[start.number] = Job(start, answered)
+        job.ranks_ready = self._ready_early.pop(start.number, set())
+        if not start.when_ready or self._is_ready(job):
+            job.ready.set()
+        job.task = self._engine.supervisor.spawn("request", self._work(job))
+        job.task.add_done_callback(lambda _: self._end(job))
+
+    def ready(self, numbers: tuple[int, ...], tp_rank: int) -> None:
+        """Hear that what these puts read is written on a rank."""
+        for number in numbers:
+            job = self._jobs.get(number)
+            if job is None:
+                if len(self._ready_early) >= JOBS_MAX:  # nobody will start the oldest any more
+                    del self._ready_early[next(iter(self._ready_early))]
+                self._ready_early.setdefault(number, set()).add(tp_rank)
+                continue
+            job.ranks_ready.add(tp_rank)
+            if self._is_ready(job):
+                job.ready.set()
+
+    def cancel(self, numbers: tuple[int, ...] | None = None) -> None:
+        """Give requests up, by default all."""
+        for number in list(self._jobs) if numbers is None else numbers:
+            job = self._jobs.get(number)
+            if job is not None and job.task is not None:
+                job.task.cancel()
+
+    def cancel_unready(self) -> None:
+        """Give up the puts that no rank will say anything of any more."""
+        self.cancel(tuple(n for n, job in self._jobs.items() if not job.ready.is_set()))
+
+    async def settled(self, numbers: tuple[int, ...]) -> None:
+        """Return once no device touches the blocks of these requests any more."""
+        for number in numbers:
+            job = self._jobs.get(number)
+            if job is not None:
+                await job.over.wait()
+
+    def _is_ready(self, job: Job) -> bool:
+        return len(job.ranks_ready) >= self._engine.model.tp_size
+
+    async def _work(self, job: Job) -> None:
+        try:
+            await job.ready.wait()
+            request = self._request(job.start)
+            response = (await self._engine.perform(request)).response
+            assert response is not None
+            job.answered(_done(job.start, request, response))
+        except FlexKVError as error:
+            job.answered(Done(job.start.number, "failed", 0, str(error)))
+
+    def _end(self, job: Job) -> None:
+        """Clear away what has ended; a task may be cancelled before its first step."""
+        del self._jobs[job.start.number]
+        if job.task is not None and job.task.cancelled():
+            job.answered(Done(job.start.number, "cancelled", 0))
+        job.over.set()
+
+    def _request(self, start: Start) -> Request:
+        """Give a request in the core's terms.
+
+        Raises:
+            ClosedError: the instance's devices are not there.
+            ConfigError: it breaks a rule.
+        """
+        engine, fleet = self._engine, self._fleet
+        operation = _OPERATIONS.get(start.operation)
+        if operation is None:
+            raise ConfigError("operation", start.operation, f"one of {', '.join(_OPERATIONS)}")
+        blocks, rest = divmod(len(start.keys), BLOCK_KEY_BYTES)
+        last = blocks - 1
+        if rest or not 0 <= start.first <= last:
+            why = f"must be from 0 to the number of keys, {last}"
+            raise ConfigError("first", start.first, why)
+        ids = None
+        if operation is not Operation.PREFETCH:
+            instance: Instance | None = fleet.instances.get(self._instance)
+            if instance is None or instance.slot is None:
+                raise ClosedError("the devices of the instance are not all connected")
+            ids = fleet.ids_of(instance, ids_from(start.device_ids))
+            if len(ids) != last - start.first:
+                why = f"must be one for each block: {last - start.first}"
+                raise ConfigError("device_ids", len(ids), why)
+        per_block = engine.tokens_per_block
+        return Request(
+            operation,
+            engine.next_request_id(),
+            last * per_block,
+            per_block,
+            Span(start.first, last, start.first * per_block, last * per_block),
+            start.keys,
+            ids,
+            start.namespace_hash,
+        )
+
+
+_OPERATIONS = {operation.label: operation for operation in Operation}
+
+
+def _done(start: Start, request: Request, response: KVResponse) -> Done:
+    moved = int(np.count_nonzero(response.return_mask)) // request.tokens_per_block
+    error = "" if response.error is None else str(response.error)
+    return Done(start.number, response.status.value, moved, error)

@@ -1,0 +1,85 @@
+"""One connection, from either end, on an event loop: frames out and in."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+import msgspec
+
+from flexkv.server.wire import LENGTH_BYTES, Message, ProtocolError, framed, length_of
+
+T = TypeVar("T")
+
+
+class Link(Generic[T]):
+    """A connected socket, of which whole messages are read."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        decoder: msgspec.msgpack.Decoder[T],
+    ) -> None:
+        self._reader, self._writer, self._decoder = reader, writer, decoder
+        self._ended = False
+
+    @classmethod
+    async def over(cls, connected: socket.socket, decoder: msgspec.msgpack.Decoder[T]) -> Link[T]:
+        """Take a connected socket."""
+        reader, writer = await asyncio.open_unix_connection(sock=connected)
+        return cls(reader, writer, decoder)
+
+    @property
+    def is_open(self) -> bool:
+        """Tell whether anything can be sent."""
+        return not self._ended and not self._writer.is_closing()
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Give how much the peer has not read yet, beyond what the kernel holds."""
+        return self._writer.transport.get_write_buffer_size()
+
+    def send(self, message: Message) -> None:
+        """Send, some time soon; over a link that is closed nothing happens."""
+        if self.is_open:
+            self._writer.write(framed(message))
+
+    def end(self) -> None:
+        """Send what is queued, then the end. What the peer still sends is received."""
+        if self.is_open:
+            self._ended = True
+            with suppress(OSError):
+                self._writer.write_eof()
+
+    def abort(self) -> None:
+        """Be gone at once."""
+        self._writer.transport.abort()
+
+    async def receive(self) -> T | None:
+        """Give the next message; None when there will be none.
+
+        Raises:
+            ProtocolError: the peer sends something else than messages.
+        """
+        try:
+            length = length_of(await self._reader.readexactly(LENGTH_BYTES))
+            body = await self._reader.readexactly(length)
+        except (OSError, asyncio.IncompleteReadError):
+            return None
+        try:
+            return self._decoder.decode(body)
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(str(error)) from error
+
+    def close(self) -> None:
+        """Send what is queued, and neither send nor receive more."""
+        with suppress(OSError):
+            self._writer.close()
+
+    async def wait_closed(self) -> None:
+        """Return once the socket is gone."""
+        with suppress(OSError):
+            await self._writer.wait_closed()

@@ -1,0 +1,33 @@
+"""An operator's connection to a running server."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from flexkv.common.errors import BackendUnavailableError, ConfigError
+from flexkv.server.greet import connect, message
+from flexkv.server.wire import PROTOCOL_VERSION, Answer, Command, Hello, framed
+
+COMMAND_S = 60.0
+
+
+def command(address: str, verb: str, **arguments: Any) -> Any:
+    """Have a server perform a command, and give what it gives.
+
+    Raises:
+        BackendUnavailableError: no server listens there.
+        ConfigError: it refuses.
+    """
+    try:
+        connected = connect(address, Hello(PROTOCOL_VERSION, "control", os.getpid()))
+        with connected.socket as peer:
+            peer.settimeout(COMMAND_S)
+            peer.sendall(framed(Command(1, verb, arguments)))
+            answer = message(peer)
+    except OSError as error:
+        raise BackendUnavailableError(f"the server at {address}", str(error)) from error
+    assert isinstance(answer, Answer)
+    if answer.error:
+        raise ConfigError("command", verb, answer.error)
+    return answer.value

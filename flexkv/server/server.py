@@ -1,0 +1,303 @@
+"""The server: one engine for the schedulers and workers of several processes.
+
+accept ─▶ Hello ─▶ client   one for an instance: match, start, cancel; gone, its requests are
+                │           cancelled
+                ├▶ agent    one for a rank of an instance: copies; gone, its copies have failed
+                └▶ control  what an operator wants
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from contextlib import ExitStack, suppress
+
+import msgspec
+import structlog
+
+from flexkv.common.errors import ConfigError, FlexKVError
+from flexkv.engine import Engine
+from flexkv.index.keys import blocks_are
+from flexkv.server.backend import ServerBackend
+from flexkv.server.control import Control
+from flexkv.server.fleet import AgentPort
+from flexkv.server.jobs import Jobs
+from flexkv.server.link import Link
+from flexkv.server.listen import Listener, is_same_user
+from flexkv.server.wire import (
+    LENGTH_BYTES,
+    PROTOCOL_VERSION,
+    TO_SERVER,
+    Answer,
+    Cancel,
+    Command,
+    Copied,
+    Hello,
+    Match,
+    Matched,
+    ProtocolError,
+    Ready,
+    Settle,
+    Settled,
+    Start,
+    State,
+    ToServer,
+    Welcome,
+    framed,
+    length_of,
+)
+
+log = structlog.get_logger(__name__)
+
+HELLO_S = 5.0
+"""How long who connects may take to say who it is."""
+CLOSE_S = 10.0
+"""How long agents may take to end their copies when the server closes."""
+UNSENT_BYTES_MAX = 16 << 20
+"""A client that does not read what it is sent is cut off there: nobody else waits for it."""
+
+
+class Server:
+    """Serves an open engine at a socket, until it is closed."""
+
+    def __init__(self, engine: Engine, backend: ServerBackend, listener: Listener) -> None:
+        """Take an engine that stands on `backend`; all three stay the caller's to close."""
+        self._engine, self._backend, self._listener = engine, backend, listener
+        cache = engine.cache
+        secret = cache.key_secret.get_secret_value()
+        self._facts = blocks_are(engine.model, cache.tokens_per_block, secret)
+        self._clients: dict[int, Link[ToServer]] = {}
+        self._jobs: dict[int, Jobs] = {}
+        self._links: set[Link[ToServer]] = set()
+        self._control = Control(engine, self._clients, backend.fleet)
+        self._closing = False
+        self._idle = asyncio.Event()
+
+    def start(self) -> None:
+        """Take connections from now on."""
+        self._engine.register_kv_caches([])
+        self._engine.supervisor.keep("server", self._accept())
+        log.info("server listens", path=str(self._listener.path), pid=os.getpid())
+
+    async def close(self) -> None:
+        """Take no more connections, and let the agents end what they do."""
+        self._closing = True
+        for jobs in self._jobs.values():
+            jobs.cancel()
+        for link in list(self._links):
+            link.end()
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                while self._links:
+                    self._idle.clear()
+                    await self._idle.wait()
+        except TimeoutError:
+            log.warning("peers_cut_off", count=len(self._links), reason="they did not end in time")
+            for link in list(self._links):
+                link.abort()
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                peer, _ = await loop.sock_accept(self._listener.socket)
+            except OSError as error:  # out of descriptors: it may get better
+                log.warning("connection_refused", reason=str(error))
+                await asyncio.sleep(1.0)
+                continue
+            peer.setblocking(False)
+            self._engine.supervisor.spawn("session", self._session(peer))
+
+    async def _session(self, peer: socket.socket) -> None:
+        """Serve one connection to its end; what goes wrong with it is its own affair."""
+        with ExitStack() as undo:
+            undo.callback(peer.close)
+            try:
+                async with asyncio.timeout(HELLO_S):
+                    hello = await _hello(peer)
+                if self._closing or not is_same_user(peer):
+                    return
+                self._check(hello)
+                self._welcome(peer, hello)
+                link = await Link.over(peer, TO_SERVER)
+                undo.pop_all()  # the link closes it
+                await self._serve(link, hello)
+            except ConfigError as error:
+                refusal = error.field, str(error.value), error.why
+                log.warning("peer_refused", field=error.field, reason=error.why)
+                with suppress(OSError):  # where there is a link it is closed by now
+                    peer.send(framed(Welcome(PROTOCOL_VERSION, os.getpid(), refusal)))
+            except (OSError, ProtocolError, TimeoutError) as error:
+                log.warning("peer_dropped", reason=str(error) or type(error).__name__)
+
+    def _check(self, hello: Hello) -> None:
+        """Check that who connects may.
+
+        Raises:
+            ConfigError: it speaks another protocol, has other blocks, or is there already.
+        """
+        if hello.version != PROTOCOL_VERSION:
+            why = f"this server speaks {PROTOCOL_VERSION}: use the same FlexKV everywhere"
+            raise ConfigError("protocol_version", hello.version, why)
+        if hello.role != "control":
+            self._check_facts(hello)
+        if hello.role == "client" and hello.instance in self._clients:
+            raise ConfigError("instance_id", hello.instance, "has a client already")
+        if hello.role == "agent":
+            self._backend.fleet.check(hello.instance, hello.tp_rank, hello.order)
+
+    async def _serve(self, link: Link[ToServer], hello: Hello) -> None:
+        self._links.add(link)
+        try:
+            match hello.role:
+                case "client":
+                    await self._client(link, hello.instance)
+                case "agent":
+                    await self._agent(link, hello)
+                case "control":
+                    await self._commands(link)
+        finally:
+            link.close()
+            self._links.discard(link)
+            self._idle.set()
+
+    def _check_facts(self, hello: Hello) -> None:
+        for name in self._facts.keys() | hello.facts.keys():
+            ours, theirs = self._facts.get(name), hello.facts.get(name)
+            if ours != theirs:
+                raise ConfigError(name, theirs, f"the server's blocks have {ours!r}")
+
+    def _welcome(self, peer: socket.socket, hello: Hello) -> None:
+        arena = self._backend.arena
+        assert arena.fd is not None
+        welcome = Welcome(
+            PROTOCOL_VERSION,
+            os.getpid(),
+            None,
+            arena.num_blocks,
+            arena.block_stride_bytes,
+            arena.fd_offset_bytes,
+        )
+        fds = [arena.fd] if hello.role == "agent" else []
+        socket.send_fds(peer, [framed(welcome)], fds)
+
+    # -- clients --------------------------------------------------------------------------------
+
+    async def _client(self, link: Link[ToServer], instance: int) -> None:
+        # Those of an earlier client may be ending still.
+        fresh = Jobs(self._engine, self._backend.fleet, instance)
+        jobs = self._jobs.setdefault(instance, fresh)
+        self._clients[instance] = link
+        log.info("client connected", instance=instance)
+        self._tell_state(instance)
+        try:
+            while (message := await link.receive()) is not None:
+                if link.unsent_bytes > UNSENT_BYTES_MAX:
+                    raise ProtocolError("it does not read what it is sent")
+                match message:
+                    case Match():
+                        found = self._engine.match_keys(message.keys)
+                        per_block = self._engine.tokens_per_block
+                        by_tier = {t.label: n // per_block for t, n in found.tokens_by_tier.items()}
+                        link.send(Matched(message.number, found.tokens // per_block, by_tier))
+                    case Start():
+                        jobs.start(message, link.send)
+                    case Cancel():
+                        jobs.cancel(message.numbers)
+                    case _:
+                        raise ProtocolError(f"a client does not send {type(message).__name__}")
+        except ConfigError as error:
+            raise ProtocolError(str(error)) from error
+        finally:
+            del self._clients[instance]
+            jobs.cancel()
+            # Its devices may still be written by what is under way: agents ask for that.
+            log.info("client gone", instance=instance)
+
+    def _tell_state(self, number: int) -> None:
+        """Tell an instance's client what its devices are."""
+        link, fleet = self._clients.get(number), self._backend.fleet
+        if link is None:
+            return
+        instance = fleet.instances.get(number)
+        if instance is None or instance.slot is None:
+            link.send(State(False, 0, ""))
+        else:
+            link.send(State(True, instance.num_blocks, fleet.order or ""))
+
+    # -- agents ---------------------------------------------------------------------------------
+
+    async def _agent(self, link: Link[ToServer], hello: Hello) -> None:
+        fleet, number, rank = self._backend.fleet, hello.instance, hello.tp_rank
+        part_bytes = fleet.block_bytes // self._engine.model.parts
+        port = AgentPort(link, part_bytes, hello.num_blocks)
+        fleet.join(number, rank, port, hello.order)
+        log.info("agent connected", instance=number, rank=rank, blocks=hello.num_blocks)
+        self._tell_state(number)
+        try:
+            while (message := await link.receive()) is not None:
+                match message:
+                    case Copied():
+                        port.copied(message)
+                    case Ready():
+                        if (jobs := self._jobs.get(number)) is not None:
+                            jobs.ready(message.numbers, rank)
+                    case Settle():
+                        work = self._settle(link, message, number)
+                        self._engine.supervisor.spawn("settle", work)
+                    case _:
+                        raise ProtocolError(f"an agent does not send {type(message).__name__}")
+        finally:
+            fleet.leave(number, rank)
+            if (jobs := self._jobs.get(number)) is not None:
+                jobs.cancel_unready()
+            self._tell_state(number)
+            log.info("agent gone", instance=number, rank=rank)
+
+    async def _settle(self, link: Link[ToServer], message: Settle, number: int) -> None:
+        if (jobs := self._jobs.get(number)) is not None:
+            await jobs.settled(message.requests)
+        link.send(Settled(message.number))
+
+    # -- control --------------------------------------------------------------------------------
+
+    async def _commands(self, link: Link[ToServer]) -> None:
+        while (message := await link.receive()) is not None:
+            if not isinstance(message, Command):
+                raise ProtocolError("an operator sends commands")
+            try:
+                value = await self._control.perform(message.verb, dict(message.arguments))
+            except FlexKVError as error:
+                link.send(Answer(message.number, None, str(error)))
+            else:
+                link.send(Answer(message.number, value))
+
+
+async def _hello(peer: socket.socket) -> Hello:
+    """Give the first message of who connects.
+
+    Raises:
+        ProtocolError: it is something else.
+    """
+    loop = asyncio.get_running_loop()
+
+    async def read(count: int) -> bytes:
+        got = b""
+        while len(got) < count:
+            more = await loop.sock_recv(peer, count - len(got))
+            if not more:
+                raise ProtocolError("it said nothing")
+            got += more
+        return got
+
+    length = length_of(await read(LENGTH_BYTES))
+    if length > UNSENT_BYTES_MAX:
+        raise ProtocolError(f"a greeting of {length} bytes")
+    try:
+        hello = TO_SERVER.decode(await read(length))
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(str(error)) from error
+    if not isinstance(hello, Hello):
+        raise ProtocolError("it did not say who it is")
+    return hello

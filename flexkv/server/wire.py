@@ -1,0 +1,217 @@
+"""What goes between the server and its clients and agents, over a unix socket.
+
+    client (an engine's scheduler) ──match, start, cancel──▶ server ──copy──▶ agent (its workers)
+                                   ◀──matched, state, done──        ◀─copied, ready, settle──
+
+A frame is four bytes of length, little-endian, and a message in MessagePack. The first message is
+`Hello`, the answer to it `Welcome`; agents get the descriptor of the host memory along with it.
+A request is named by its instance and a number that the client gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+from flexkv.common.errors import ConfigError, FlexKVError
+
+PROTOCOL_VERSION = 1
+FRAME_BYTES_MAX = 64 << 20
+LENGTH_BYTES = 4
+
+Role: TypeAlias = Literal["client", "agent", "control"]
+
+
+class ProtocolError(FlexKVError):
+    """A peer sent what it may not."""
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Anything that is sent."""
+
+
+class Hello(Message, tag="hello", frozen=True):
+    """Who connects, and what it takes blocks to be."""
+
+    version: int
+    role: Role
+    pid: int
+    facts: Mapping[str, int | str] = {}
+    """As of `blocks_are`: who means other blocks is refused. Nothing for control."""
+    instance: int = 0
+    tp_rank: int = 0
+    num_blocks: int = 0
+    """Of an agent's device."""
+    order: str = ""
+    """Of the elements of its blocks."""
+
+
+class Welcome(Message, tag="welcome", frozen=True):
+    """The server's answer: who it is, and to agents where the host memory is."""
+
+    version: int
+    pid: int
+    refusal: tuple[str, str, str] | None = None
+    """Field, value, and rule that was broken: nothing follows."""
+    num_host_blocks: int = 0
+    block_stride_bytes: int = 0
+    fd_offset_bytes: int = 0
+
+
+class State(Message, tag="state", frozen=True):
+    """Whether an instance's devices are all there, and how their blocks are."""
+
+    ready: bool
+    num_blocks: int
+    order: str
+
+
+class Match(Message, tag="match", frozen=True):
+    """How much is resident of a prompt: its root and block keys, 16 bytes each."""
+
+    number: int
+    keys: bytes
+
+
+class Matched(Message, tag="matched", frozen=True):
+    """The answer, in blocks."""
+
+    number: int
+    blocks: int
+    by_tier: Mapping[str, int]
+
+
+class Start(Message, tag="start", frozen=True):
+    """Begin a get, put or prefetch of the blocks from `first` to the end of `keys`."""
+
+    number: int
+    operation: str
+    keys: bytes
+    first: int
+    device_ids: bytes
+    """int64, one for each block."""
+    when_ready: bool = False
+    """Wait until every rank has said `Ready`: what is put has to be written first."""
+    namespace_hash: str = ""
+
+
+class Done(Message, tag="done", frozen=True):
+    """A request has ended: no device touches its blocks any more."""
+
+    number: int
+    status: str
+    moved: int
+    """Blocks: for a get, so many from `first` on are there."""
+    error: str = ""
+
+
+class Cancel(Message, tag="cancel", frozen=True):
+    """Give requests up; each is answered all the same, with `Done`."""
+
+    numbers: tuple[int, ...]
+
+
+class Copy(Message, tag="copy", frozen=True):
+    """Copy blocks between host memory and a rank's device; ids are int64."""
+
+    token: int
+    to_device: bool
+    host_ids: bytes
+    device_ids: bytes
+
+
+class Copied(Message, tag="copied", frozen=True):
+    """A copy has ended."""
+
+    token: int
+    error: str = ""
+
+
+class Ready(Message, tag="ready", frozen=True):
+    """What these puts read is written, on this rank."""
+
+    numbers: tuple[int, ...]
+
+
+class Settle(Message, tag="settle", frozen=True):
+    """Tell when no device touches the blocks of these requests any more."""
+
+    number: int
+    requests: tuple[int, ...]
+
+
+class Settled(Message, tag="settled", frozen=True):
+    """None does."""
+
+    number: int
+
+
+class Command(Message, tag="command", frozen=True):
+    """What an operator wants: see `flexkv.server.control`."""
+
+    number: int
+    verb: str
+    arguments: Mapping[str, Any] = {}
+
+
+class Answer(Message, tag="answer", frozen=True):
+    """The outcome of a command."""
+
+    number: int
+    value: Any = None
+    error: str = ""
+
+
+ToServer: TypeAlias = (
+    Hello | Match | Start | Cancel | Copied | Ready | Settle | Command
+)  # fmt: skip
+FromServer: TypeAlias = Welcome | State | Matched | Done | Copy | Settled | Answer
+
+_ENCODER = msgspec.msgpack.Encoder()
+TO_SERVER: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
+FROM_SERVER: msgspec.msgpack.Decoder[FromServer] = msgspec.msgpack.Decoder(FromServer)
+
+
+def framed(message: Message) -> bytes:
+    """Give a message as it is sent.
+
+    Raises:
+        ConfigError: it is longer than anybody takes.
+    """
+    body = _ENCODER.encode(message)
+    if len(body) > FRAME_BYTES_MAX:
+        raise ConfigError("message", f"{len(body)} bytes", f"at most {FRAME_BYTES_MAX} can be sent")
+    return len(body).to_bytes(LENGTH_BYTES, "little") + body
+
+
+def length_of(head: bytes) -> int:
+    """Give the length of the message that follows a frame's head.
+
+    Raises:
+        ProtocolError: nobody sends that much.
+    """
+    length = int.from_bytes(head, "little")
+    if length > FRAME_BYTES_MAX:
+        raise ProtocolError(f"a frame of {length} bytes")
+    return length
+
+
+def socket_path(address: str) -> Path:
+    """Give the path of the unix socket that an address names.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    scheme, separator, rest = address.partition("://")
+    if not separator:
+        rest = address
+    elif scheme not in ("ipc", "unix"):
+        why = "must be a unix socket: ipc:///path; processes on other machines share by other means"
+        raise ConfigError("server_recv_port", address, why)
+    path = Path(rest)
+    if not path.is_absolute() or len(rest.encode()) > 100:  # sun_path has 108 bytes
+        raise ConfigError("server_recv_port", address, "must be an absolute path of ≤ 100 bytes")
+    return path

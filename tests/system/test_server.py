@@ -1,0 +1,282 @@
+"""A real server in a process of its own, with clients and agents of several instances."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from typer.testing import CliRunner
+
+from flexkv.cli.main import commands
+from flexkv.common.config import ModelConfig, Settings
+from flexkv.common.errors import BackendUnavailableError, ConfigError
+from flexkv.common.request import Operation
+from flexkv.server.agent import Agent
+from flexkv.server.client import Client
+from flexkv.server.launch import Launched
+from flexkv.server.operator import command
+from flexkv.server.wire import Done
+from flexkv.trace.load import load
+
+from .conftest import DEVICE_BLOCKS, MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches
+
+BLOCKS = 8
+
+
+def settings_in(folder: Path, **changes: Any) -> Settings:
+    """Give the settings of a server with its files in a folder."""
+    cache = cache_config(folder, **changes)
+    return Settings(server_recv_port=f"ipc://{folder}/socket", cache_config=cache)
+
+
+def eventually(what: Callable[[], Any], within_s: float = 10.0) -> Any:
+    """Wait until something is true, and give it."""
+    until_s = time.monotonic() + within_s
+    while not (found := what()):
+        assert time.monotonic() < until_s, "it did not come about"
+        time.sleep(0.005)
+    return found
+
+
+class Instance:
+    """An engine's scheduler and its workers, in this process."""
+
+    def __init__(self, settings: Settings, model: ModelConfig = MODEL, number: int = 0) -> None:
+        cache = settings.cache_config
+        address, per_block = settings.server_recv_port, cache.tokens_per_block
+        self.caches = [self._cache_of(model, number * 16 + rank) for rank in range(model.tp_size)]
+        self.agents = [Agent(address, model, cache, number, rank) for rank in range(model.tp_size)]
+        self.client = Client(address, model, per_block, instance=number)
+        self._begun = False
+        self.ends: dict[int, Done] = {}
+
+    @staticmethod
+    def _cache_of(model: ModelConfig, seed: int) -> list[NDArray[np.float16]]:
+        heads = model.num_kv_heads // model.parts
+        return [layer[:, :, :, :heads].copy() for layer in kv_caches(seed)]
+
+    def begin(self) -> None:
+        """Lend the caches, and wait until the server has them."""
+        for agent, caches in zip(self.agents, self.caches, strict=True):
+            agent.start(caches)
+        self.wait_ready()
+
+    def wait_ready(self) -> None:
+        """Return once requests can be served."""
+        eventually(lambda: (self.client.poll(), self.client.is_ready)[1])
+
+    def keys(self, prompt: int, blocks: int = BLOCKS) -> bytes:
+        """Give the keys of a prompt that shares nothing with others."""
+        return self.client.keys(np.arange(blocks * PER_BLOCK) + prompt * 10_000)
+
+    def end_of(self, number: int) -> Done:
+        """Give the end of a request once it has come."""
+
+        def look() -> bool:
+            self.ends |= {done.number: done for done in self.client.poll()}
+            return number in self.ends
+
+        eventually(look)
+        return self.ends[number]
+
+    def request(self, operation: Operation, prompt: int, device: range) -> Done:
+        """Run a request of a whole prompt to its end."""
+        keys = self.keys(prompt, len(device))
+        ids = np.array(device, np.int64)
+        return self.end_of(self.client.start(operation, keys, 0, ids))
+
+    def content(self, device: range) -> list[NDArray[np.uint16]]:
+        """Give the bytes of device blocks, by rank."""
+        return [bytes_of(caches, device) for caches in self.caches]
+
+    def close(self) -> None:
+        """Disconnect."""
+        self.client.close()
+        for agent in self.agents:
+            agent.close()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Give settings."""
+    return settings_in(tmp_path)
+
+
+@pytest.fixture
+def launched(settings: Settings) -> Iterator[Launched]:
+    """Give a running server."""
+    server = Launched(MODEL, settings)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def instance(settings: Settings, launched: Launched) -> Iterator[Instance]:
+    """Give an instance that is connected."""
+    made = Instance(settings)
+    made.begin()
+    yield made
+    made.close()
+
+
+def test_bytes_come_back_over_processes(instance: Instance) -> None:
+    """From host memory into other device blocks; a prefix of it too; nothing of another prompt."""
+    before = instance.content(range(BLOCKS))
+    put = instance.request(Operation.PUT, 1, range(BLOCKS))
+    assert (put.status, put.moved) == ("success", BLOCKS)
+    assert instance.client.match(instance.keys(1)).blocks == BLOCKS
+    assert instance.client.match(instance.keys(2)).blocks == 0
+    got = instance.request(Operation.GET, 1, range(20, 20 + BLOCKS))
+    assert (got.status, got.moved) == ("success", BLOCKS)
+    np.testing.assert_array_equal(instance.content(range(20, 20 + BLOCKS)), before)
+    assert instance.request(Operation.GET, 2, range(30, 30 + BLOCKS)).status == "notfound"
+
+
+def test_two_instances_share_one_cache_and_ranks_have_their_heads(tmp_path: Path) -> None:
+    """What one has put the other gets, rank by rank; device blocks are each one's own."""
+    model = MODEL.model_copy(update={"tp_size": 2})
+    settings = settings_in(tmp_path)
+    server = Launched(model, settings)
+    one, two = (Instance(settings, model, number) for number in (0, 1))
+    try:
+        one.begin()
+        two.begin()
+        assert one.request(Operation.PUT, 1, range(BLOCKS)).moved == BLOCKS
+        untouched = one.content(range(40, 40 + BLOCKS))
+        assert two.request(Operation.GET, 1, range(40, 40 + BLOCKS)).moved == BLOCKS
+        np.testing.assert_array_equal(
+            two.content(range(40, 40 + BLOCKS)), one.content(range(BLOCKS))
+        )
+        np.testing.assert_array_equal(one.content(range(40, 40 + BLOCKS)), untouched)
+    finally:
+        one.close()
+        two.close()
+        server.close()
+
+
+def test_a_put_waits_until_its_ranks_are_ready(instance: Instance) -> None:
+    """What they have written by then is stored, whoever speaks first; a cancelled one ends."""
+    ids = np.arange(BLOCKS)
+    number = instance.client.start(Operation.PUT, instance.keys(1), 0, ids, when_ready=True)
+    time.sleep(0.05)
+    assert instance.client.poll() == []
+    for layer in instance.caches[0]:
+        layer[:, :BLOCKS] = 1.5
+    instance.agents[0].ready([number])
+    assert instance.end_of(number).moved == BLOCKS
+    instance.agents[0].settle([number])
+    assert instance.request(Operation.GET, 1, range(20, 20 + BLOCKS)).moved == BLOCKS
+    assert all((layer[:, 20 : 20 + BLOCKS] == 1.5).all() for layer in instance.caches[0])
+
+    ahead = instance.client._next + 1
+    instance.agents[0].ready([ahead])
+    time.sleep(0.05)
+    assert instance.client.start(Operation.PUT, instance.keys(2), 0, ids, True) == ahead
+    assert instance.end_of(ahead).moved == BLOCKS
+
+    waiting = instance.client.start(Operation.PUT, instance.keys(3), 0, ids, True)
+    instance.client.cancel([waiting])
+    assert instance.end_of(waiting).status == "cancelled"
+
+
+def test_what_breaks_a_rule_is_refused_by_name(
+    instance: Instance, settings: Settings, tmp_path: Path
+) -> None:
+    """Other blocks, a second client, a second server; ids that are none fail their request only."""
+    with pytest.raises(ConfigError, match="is in use by another server"):
+        Launched(MODEL, settings)
+    wrong = np.arange(DEVICE_BLOCKS, DEVICE_BLOCKS + BLOCKS)
+    number = instance.client.start(Operation.GET, instance.keys(1), 0, wrong)
+    assert "is not a device block" in instance.end_of(number).error
+    number = instance.client.start(Operation.GET, instance.keys(1), 0, np.arange(3))
+    assert "must be one for each block" in instance.end_of(number).error
+    other = MODEL.model_copy(update={"num_layers": 2})
+    assert Client(settings.server_recv_port, other, PER_BLOCK).match(b"x" * 32).blocks == 0
+    assert not Client(settings.server_recv_port, MODEL, PER_BLOCK).poll()
+    assert instance.request(Operation.PUT, 1, range(BLOCKS)).moved == BLOCKS
+    for nonsense in (b"hello, world", b"\xff" * 64, b"\x04\x00\x00\x00\x93\x01\x02\x03"):
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(f"{tmp_path}/socket")
+            peer.sendall(nonsense)
+    assert instance.request(Operation.GET, 1, range(BLOCKS)).moved == BLOCKS
+
+
+def test_the_cache_survives_who_uses_it(settings: Settings, launched: Launched) -> None:
+    """An instance that goes, and comes back, finds what it had put."""
+    one = Instance(settings)
+    one.begin()
+    assert one.request(Operation.PUT, 1, range(BLOCKS)).moved == BLOCKS
+    before = one.content(range(BLOCKS))
+    one.close()
+    again = Instance(settings)
+    again.begin()
+    assert again.request(Operation.GET, 1, range(30, 30 + BLOCKS)).moved == BLOCKS
+    np.testing.assert_array_equal(again.content(range(30, 30 + BLOCKS)), before)
+    again.close()
+
+
+def test_a_server_that_is_killed_costs_hits_only(settings: Settings) -> None:
+    """What was under way fails, the next server is found, and it is warm from SSD."""
+    server = Launched(MODEL, settings)
+    instance = Instance(settings)
+    instance.begin()
+    before = instance.content(range(BLOCKS))
+    assert instance.request(Operation.PUT, 1, range(BLOCKS)).moved == BLOCKS
+    command(settings.server_recv_port, "flush")
+    waiting = instance.client.start(Operation.PUT, instance.keys(3), 0, np.arange(BLOCKS), True)
+    os.kill(server.pid, signal.SIGKILL)
+    assert instance.end_of(waiting).status == "failed"
+    instance.agents[0].settle([waiting])
+    assert instance.client.match(instance.keys(1)).blocks == 0
+    server.close()
+    server = Launched(MODEL, settings)
+    try:
+        instance.wait_ready()
+        assert instance.client.match(instance.keys(1)).by_tier == {"host": 0, "disk": BLOCKS}
+        assert instance.request(Operation.GET, 1, range(20, 20 + BLOCKS)).moved == BLOCKS
+        np.testing.assert_array_equal(instance.content(range(20, 20 + BLOCKS)), before)
+    finally:
+        instance.close()
+        server.close()
+    assert list(Path(settings.server_recv_port.removeprefix("ipc://")).parent.glob("socket*")) == []
+
+
+def test_an_operator_traces_a_running_server(
+    instance: Instance, settings: Settings, tmp_path: Path
+) -> None:
+    """And reads how it is; without a server he is told so."""
+    path = str(tmp_path / "trace")
+    assert command(settings.server_recv_port, "trace_start", path=path) == path
+    instance.request(Operation.PUT, 1, range(BLOCKS))
+    command(settings.server_recv_port, "flush")
+    with pytest.raises(ConfigError, match="is on already"):
+        command(settings.server_recv_port, "trace_start")
+    with pytest.raises(ConfigError, match="must be one of"):
+        command(settings.server_recv_port, "dance")
+    assert command(settings.server_recv_port, "trace_stop") == path
+    assert [request.kind for request in load(Path(path)).requests] == ["put"]
+    at = ["--server", settings.server_recv_port]
+    for words, answer in (
+        (["trace", "start", path, *at], f"tracing to {path}"),
+        (["trace", "stop", *at], f"traced to {path}"),
+        (["trace", "stop", *at], "no trace was on"),
+        (["server", "flush", *at], ""),
+        (["server", "clear", *at], "16 blocks forgotten"),
+        (["server", "status", *at], '"instances"'),
+    ):
+        said = CliRunner().invoke(commands, words)
+        assert (said.exit_code, answer in said.output) == (0, True), said.output
+    status = command(settings.server_recv_port, "status")
+    assert status["instances"] == {
+        "0": {"ranks": [0], "ready": True, "blocks": DEVICE_BLOCKS, "client": True}
+    }
+    with pytest.raises(BackendUnavailableError, match="no-such-socket"):
+        command("ipc:///tmp/no-such-socket", "status")
