@@ -42,7 +42,7 @@ async def _large(repeats: int, blocks: int) -> Figures:
         manager.register_kv_caches(caches)
         await manager.put(prompt(0, blocks), slots_of(places))
         sizes = cache.sized(LARGE)
-        pieces = LocalBackend(LARGE, cache, sizes)._pages(caches, None, 0).pieces
+        pieces = LocalBackend(LARGE, cache, sizes).pages_of(caches, None, 0).pieces
         host = np.ones((blocks, sizes.block_stride_bytes), np.uint8)
         pages = _ext.PageMap(pieces, 2 * blocks, host, sizes.block_stride_bytes, caches)
         pool = _ext.CopyPool(2)

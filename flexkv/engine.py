@@ -39,7 +39,7 @@ from flexkv.graph.planner import PlanLimits, Planner
 from flexkv.index.eviction import Eviction
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
-from flexkv.index.residency import PrefixMatch, Residency, prefix_match
+from flexkv.index.residency import Found, PrefixMatch, Residency, prefix_match
 from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.ports import TransferPort
 from flexkv.keeping import Keeping
@@ -332,10 +332,13 @@ class Engine:
 
     def match_keys(self, keys: bytes) -> PrefixMatch:
         """Do so for a prompt by its root and the keys of its whole blocks, 16 bytes each."""
+        return prefix_match(self.find(keys), self._residency.tiers, self.tokens_per_block)
+
+    def find(self, keys: bytes) -> Found:
+        """Give where the blocks of a prompt are."""
         self._check_open()
         self._scheduler.look_out()
-        found = self._planner.visible(self._residency.find(keys, use=True))
-        return prefix_match(found, self._residency.tiers, self.tokens_per_block)
+        return self._planner.visible(self._residency.find(keys, use=True))
 
     def next_request_id(self) -> int:
         """Give the number of a request that is made elsewhere than in `intake`."""

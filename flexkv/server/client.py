@@ -36,6 +36,7 @@ from flexkv.server.wire import (
     Matched,
     Message,
     ProtocolError,
+    Release,
     Start,
     State,
     framed,
@@ -104,11 +105,14 @@ class Client:
 
     # -- requests -------------------------------------------------------------------------------
 
-    def match(self, keys: bytes) -> Matched:
-        """Give how many blocks of a prompt are resident; none when the server does not answer."""
+    def match(self, keys: bytes, hold: bool = False) -> Matched:
+        """Give how many blocks of a prompt are resident; none when the server does not answer.
+
+        With `hold` they are kept from eviction, until `start` or `release` gets its number.
+        """
         number = self._number()
         self._matched = None
-        if self._send(Match(number, keys)):
+        if self._send(Match(number, keys, hold)):
             until_s = time.monotonic() + MATCH_S
             while self._matched is None or self._matched.number != number:
                 if not self._receive(max(0.0, until_s - time.monotonic())):
@@ -119,6 +123,11 @@ class Client:
                 self._lost(f"it did not answer within {MATCH_S} s")
         return Matched(number, 0, {})
 
+    def release(self, numbers: Sequence[int]) -> None:
+        """Let go of what matches hold."""
+        if numbers and self._socket is not None:
+            self._send(Release(tuple(numbers)))
+
     def start(
         self,
         operation: Operation,
@@ -126,6 +135,7 @@ class Client:
         first: int,
         device_ids: BlockIds | None,
         when_ready: bool = False,
+        held: int = 0,
     ) -> int:
         """Begin a request of the blocks from `first` on, and give its number.
 
@@ -135,11 +145,12 @@ class Client:
             first: of the blocks.
             device_ids: int64, one for each; None for a prefetch.
             when_ready: a put waits until every rank's agent has told that it is `ready`.
+            held: the match whose hold ends when this request is planned.
         """
         number = self._number()
         self._under_way.add(number)
         ids = b"" if device_ids is None else device_ids.tobytes()
-        message = Start(number, operation.label, keys, first, ids, when_ready)
+        message = Start(number, operation.label, keys, first, ids, when_ready, held)
         if not self._send(message) and number in self._under_way:
             self._fail(number, "there is no server")
         return number

@@ -18,7 +18,7 @@ from flexkv.common.request import KVResponse, Operation, Request, Span
 from flexkv.common.terms import BLOCK_KEY_BYTES
 from flexkv.engine import Engine
 from flexkv.server.fleet import FleetPort, Instance, ids_from
-from flexkv.server.wire import Done, Start
+from flexkv.server.wire import Done, Match, Matched, Start
 
 log = structlog.get_logger(__name__)
 
@@ -50,6 +50,23 @@ class Jobs:
         self._engine, self._fleet, self._instance = engine, fleet, instance
         self._jobs: dict[int, Job] = {}
         self._ready_early: dict[int, set[int]] = {}
+        self._holds: dict[int, tuple[int, ...]] = {}
+
+    def match(self, message: Match) -> Matched:
+        """Tell how much is resident of a prompt, and hold it if that is wanted."""
+        engine = self._engine
+        found = engine.find(message.keys)
+        if message.hold and found.last > found.first:
+            self._holds[message.number] = engine.scheduler.hold(found.holdings)
+            if len(self._holds) > JOBS_MAX:
+                self.release((next(iter(self._holds)),))
+        by_tier = {tier.label: place.block_count for tier, place in found.ready.items()}
+        return Matched(message.number, found.last - found.first, by_tier)
+
+    def release(self, numbers: tuple[int, ...] | None = None) -> None:
+        """End holds, by default all."""
+        for number in list(self._holds) if numbers is None else numbers:
+            self._engine.scheduler.release(self._holds.pop(number, ()))
 
     def start(self, start: Start, answered: Answered) -> None:
         """Begin a request; `answered` gets its end, in any case and once.
@@ -107,7 +124,8 @@ class Jobs:
         try:
             await job.ready.wait()
             request = self._request(job.start)
-            response = (await self._engine.perform(request)).response
+            flight = await self._engine.perform(request, lambda: self.release((job.start.held,)))
+            response = flight.response
             assert response is not None
             job.answered(_done(job.start, request, response))
         except FlexKVError as error:
@@ -116,6 +134,7 @@ class Jobs:
     def _end(self, job: Job) -> None:
         """Clear away what has ended; a task may be cancelled before its first step."""
         del self._jobs[job.start.number]
+        self.release((job.start.held,))
         if job.task is not None and job.task.cancelled():
             job.answered(Done(job.start.number, "cancelled", 0))
         job.over.set()

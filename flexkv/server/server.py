@@ -35,9 +35,9 @@ from flexkv.server.wire import (
     Copied,
     Hello,
     Match,
-    Matched,
     ProtocolError,
     Ready,
+    Release,
     Settle,
     Settled,
     Start,
@@ -85,6 +85,7 @@ class Server:
         self._closing = True
         for jobs in self._jobs.values():
             jobs.cancel()
+            jobs.release()
         for link in list(self._links):
             link.end()
         try:
@@ -197,10 +198,9 @@ class Server:
                     raise ProtocolError("it does not read what it is sent")
                 match message:
                     case Match():
-                        found = self._engine.match_keys(message.keys)
-                        per_block = self._engine.tokens_per_block
-                        by_tier = {t.label: n // per_block for t, n in found.tokens_by_tier.items()}
-                        link.send(Matched(message.number, found.tokens // per_block, by_tier))
+                        link.send(jobs.match(message))
+                    case Release():
+                        jobs.release(message.numbers)
                     case Start():
                         jobs.start(message, link.send)
                     case Cancel():
@@ -212,6 +212,7 @@ class Server:
         finally:
             del self._clients[instance]
             jobs.cancel()
+            jobs.release()
             # Its devices may still be written by what is under way: agents ask for that.
             log.info("client gone", instance=instance)
 

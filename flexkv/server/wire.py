@@ -74,6 +74,14 @@ class Match(Message, tag="match", frozen=True):
 
     number: int
     keys: bytes
+    hold: bool = False
+    """Keep what is found from eviction, until a `Start` or a `Release` names this number."""
+
+
+class Release(Message, tag="release", frozen=True):
+    """Let go of what matches hold."""
+
+    numbers: tuple[int, ...]
 
 
 class Matched(Message, tag="matched", frozen=True):
@@ -95,6 +103,8 @@ class Start(Message, tag="start", frozen=True):
     """int64, one for each block."""
     when_ready: bool = False
     """Wait until every rank has said `Ready`: what is put has to be written first."""
+    held: int = 0
+    """The match whose hold ends when this request is planned."""
     namespace_hash: str = ""
 
 
@@ -166,7 +176,7 @@ class Answer(Message, tag="answer", frozen=True):
 
 
 ToServer: TypeAlias = (
-    Hello | Match | Start | Cancel | Copied | Ready | Settle | Command
+    Hello | Match | Release | Start | Cancel | Copied | Ready | Settle | Command
 )  # fmt: skip
 FromServer: TypeAlias = Welcome | State | Matched | Done | Copy | Settled | Answer
 

@@ -73,7 +73,7 @@ class Recorder:
         self._broken = False
         self._encoder = msgspec.json.Encoder()
         try:
-            self._file = self._open()
+            self._file = self._open(self._path)
         except OSError as error:
             raise ConfigError("trace_file_path", path, f"cannot be written: {error}") from error
         self._thread = threading.Thread(target=self._write, name="flexkv-trace", daemon=True)
@@ -94,8 +94,8 @@ class Recorder:
         with suppress(OSError):  # what could not be written is lost, and the log says so
             self._file.close()
 
-    def _open(self) -> BinaryIO:
-        descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600)
+    def _open(self, path: Path) -> BinaryIO:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600)
         file = os.fdopen(descriptor, "ab")
         try:
             _take_alone(descriptor)
@@ -144,15 +144,24 @@ class Recorder:
             self._file.write(self._encoder.encode(DropRecord(dropped)) + b"\n")
 
     def _rotate(self) -> None:
-        """Begin a new file; the oldest one beyond the limit goes."""
-        self._file.close()
-        numbered = [self._path, *(Path(f"{self._path}.{n}") for n in range(1, self._max_files))]
+        """Begin a new file; the oldest one beyond the limit goes.
+
+        The new one is ours before it has the name, and the name is never free: no other engine can
+        take it meanwhile.
+        """
+        numbered = [Path(f"{self._path}.{n}") for n in range(1, self._max_files)]
         for older, newer in zip(reversed(numbered), reversed(numbered[:-1]), strict=False):
             if newer.exists():
                 newer.replace(older)
-        if self._max_files == 1:
-            self._path.unlink()
-        self._file = self._open()
+        if numbered:
+            numbered[0].unlink(missing_ok=True)
+            os.link(self._path, numbered[0])
+        fresh = Path(f"{self._path}.new")
+        fresh.unlink(missing_ok=True)
+        file = self._open(fresh)
+        fresh.replace(self._path)
+        self._file.close()
+        self._file = file
 
 
 def _take_alone(descriptor: int) -> None:

@@ -240,7 +240,7 @@ def test_a_server_that_is_killed_costs_hits_only(settings: Settings) -> None:
     server = Launched(MODEL, settings)
     try:
         instance.wait_ready()
-        assert instance.client.match(instance.keys(1)).by_tier == {"host": 0, "disk": BLOCKS}
+        assert instance.client.match(instance.keys(1)).by_tier == {"disk": BLOCKS}
         assert instance.request(Operation.GET, 1, range(20, 20 + BLOCKS)).moved == BLOCKS
         np.testing.assert_array_equal(instance.content(range(20, 20 + BLOCKS)), before)
     finally:
