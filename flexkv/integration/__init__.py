@@ -1,1 +1,1 @@
-"""Where the words of inference engines end."""
+"""Connectors to engines: their words end here."""

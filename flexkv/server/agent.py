@@ -47,6 +47,8 @@ log = structlog.get_logger(__name__)
 
 RETRY_S, RETRY_REFUSED_S = 0.1, 2.0
 """Between two attempts to connect: while nobody listens, and after a refusal."""
+SETTLE_S = 1.0
+"""How long the server may take to say that requests are over; then it is left."""
 TELL_EVERY = 100
 """Attempts in vain between two log lines."""
 
@@ -81,6 +83,7 @@ class Agent:
         self._drained = asyncio.Event()
         self._settling: dict[int, asyncio.Event] = {}
         self._next_settle = 0
+        self._leaving = False
 
     # -- the caller's side, from any thread -----------------------------------------------------
 
@@ -225,20 +228,25 @@ class Agent:
                 log.warning("server_misunderstood", reason=str(error))
             finally:
                 # Copies end before the connection does: then nobody waits for them in vain.
-                while self._under_way:
-                    self._drained.clear()
-                    await self._drained.wait()
+                await self._wait_drained()
         log.info("device taken back", path=self._address)
+
+    async def _wait_drained(self) -> None:
+        while self._under_way:
+            self._drained.clear()
+            await self._drained.wait()
 
     def _forget(self) -> None:
         self._link = self._port = None
+        self._leaving = False
         for settled in self._settling.values():
             settled.set()
 
     def _take(self, message: FromServer) -> None:
         match message:
             case Copy():
-                self._copy(message)
+                if not self._leaving:
+                    self._copy(message)
             case Settled():
                 if (settled := self._settling.get(message.number)) is not None:
                     settled.set()
@@ -278,10 +286,17 @@ class Agent:
         if self._link is None:
             return
         self._next_settle += 1
-        number = self._next_settle
+        number, link = self._next_settle, self._link
         settled = self._settling[number] = asyncio.Event()
         self._send(Settle(number, numbers))
         try:
+            async with asyncio.timeout(SETTLE_S):
+                await settled.wait()
+        except TimeoutError:
+            log.warning("server_left", path=self._address, reason=f"no answer in {SETTLE_S} s")
+            self._leaving = True  # what it still asks for is not done, nor answered
+            await self._wait_drained()
+            link.abort()
             await settled.wait()
         finally:
             del self._settling[number]

@@ -1,0 +1,26 @@
+"""What vLLM carries from the scheduler's connector to those of the workers, each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):
+    """What workers do and report in one step.
+
+    Attributes:
+        puts: numbers of requests that read what this step's forward writes.
+        received: vLLM's requests whose loads are over.
+        sent: vLLM's requests that have ended, and whose blocks nobody reads any more.
+        failed_blocks: device blocks that were to be loaded and are not.
+        settle: numbers of requests that failed: no copy of theirs may be left before that is told.
+    """
+
+    puts: list[int] = field(default_factory=list)
+    received: set[str] = field(default_factory=set)
+    sent: set[str] = field(default_factory=set)
+    failed_blocks: set[int] = field(default_factory=set)
+    settle: list[int] = field(default_factory=list)

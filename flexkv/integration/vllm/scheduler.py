@@ -1,0 +1,383 @@
+"""The scheduler's side: what to load, what to store, and when which block is free.
+
+Per request, from vLLM's hooks:
+
+    get_num_new_matched_tokens ─▶ match, held ──update_state_after_alloc──▶ load ─Done─▶ received
+    build_connector_meta       ─▶ whole blocks of this step: a put, which reads them after the
+                                  forward; Done ─▶ its blocks may be used anew
+    request_finished           ─▶ blocks stay until the puts that read them are done
+
+Hazards, and what meets them:
+- A block is freed (preemption, sliding window) while a put reads it, and given to another request:
+  the step that would write it waits for that put; a load into it starts after the put.
+- A load comes short: the rest of its blocks are reported as failed, and the request claims nothing
+  again (vLLM would ask, get the same claim, and go round for ever).
+- The server dies: everything under way is told as failed, after each worker has made sure that no
+  copy is left.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import structlog
+
+from flexkv.common.errors import ConfigError, FlexKVError
+from flexkv.common.request import Operation
+from flexkv.common.terms import BLOCK_KEY_BYTES
+from flexkv.integration.vllm.metadata import StepMetadata
+from flexkv.integration.vllm.prompt import scope_of
+from flexkv.integration.vllm.setup import Setup
+from flexkv.server.client import Client
+from flexkv.server.launch import Launched
+from flexkv.server.operator import command
+from flexkv.server.wire import Done
+
+log = structlog.get_logger(__name__)
+
+RELAUNCH_S = 10.0
+"""Between two launches of a server that ends."""
+REUSE_S = 30.0
+"""How long a step waits for puts that read blocks which it would write: some milliseconds."""
+
+
+class _Load:
+    """A get that is wanted, or under way."""
+
+    __slots__ = ("block_ids", "first", "held", "keys", "number")
+
+    def __init__(self, keys: bytes, first: int, block_ids: list[int], held: int) -> None:
+        self.keys, self.first, self.block_ids, self.held = keys, first, block_ids, held
+        self.number: int | None = None
+
+
+class _Put(NamedTuple):
+    """A put under way: from which block on, and the device blocks that it reads."""
+
+    first: int
+    block_ids: list[int]
+
+
+class _Tracked:
+    """What is known of one of vLLM's requests."""
+
+    __slots__ = (
+        "block_ids", "finished", "held", "keys", "load", "local_blocks", "may_claim", "puts",
+        "request", "scope", "stored_blocks",
+    )  # fmt: skip
+
+    def __init__(self, request: Any) -> None:
+        self.request, self.scope = request, scope_of(request)
+        self.keys = b""
+        self.block_ids: list[int] = []
+        self.local_blocks = 0
+        """That the device had when a load was offered."""
+        self.stored_blocks = 0
+        self.may_claim = True
+        self.load: _Load | None = None
+        self.held = 0
+        self.puts: dict[int, _Put] = {}
+        self.finished = False
+
+
+class SchedulerSide:
+    """The loads and puts of one engine."""
+
+    def __init__(self, setup: Setup) -> None:
+        """Launch the server, if that is ours to do.
+
+        Raises:
+            ConfigError: the server cannot be launched: its address is in use.
+        """
+        cache, settings = setup.cache, setup.settings
+        self._setup = setup
+        self._launched = Launched(setup.model, settings) if setup.launches else None
+        self._launched_s = time.monotonic()
+        self.client = Client(
+            settings.server_recv_port,
+            setup.model,
+            cache.tokens_per_block,
+            cache.key_secret.get_secret_value(),
+            setup.instance,
+        )
+        self._per_block = cache.tokens_per_block
+        self._tracked: dict[str, _Tracked] = {}
+        self._of_number: dict[int, str] = {}
+        self._read_by: dict[int, set[int]] = {}
+        """Device blocks that puts read, and which."""
+        self._waiting: list[str] = []
+        """Requests whose load waits for puts: their own, or such as read its blocks."""
+        self._step = StepMetadata()
+
+    # -- loads ----------------------------------------------------------------------------------
+
+    def get_num_new_matched_tokens(self, request: Any, computed: int) -> tuple[int, bool]:
+        """Give how many tokens behind the computed ones can be loaded, and that it takes a while.
+
+        Args:
+            request: vLLM's.
+            computed: tokens, whole blocks, that the device has.
+        """
+        tracked = self._track(request)
+        if not tracked.may_claim or tracked.scope is None or not self._ready():
+            return 0, False
+        # One token at least has to be computed: the last.
+        blocks = (request.num_tokens - 1) // self._per_block
+        if blocks * self._per_block <= computed:
+            return 0, False
+        keys = self._keys(tracked, blocks)
+        self._release(tracked)
+        found = self.client.match(keys, hold=True)
+        tracked.local_blocks = computed // self._per_block
+        extra = found.blocks * self._per_block - computed
+        if extra <= 0:
+            if found.blocks:
+                self.client.release([found.number])
+            return 0, False
+        tracked.held = found.number
+        return extra, True
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, external: int) -> None:
+        """Begin to load into the blocks that were given, if any are to be loaded.
+
+        Args:
+            request: vLLM's.
+            blocks: all blocks that it has now.
+            external: tokens to load, behind those that the device has.
+        """
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or not external:
+            return
+        (ids,) = blocks.get_block_ids()
+        first = tracked.local_blocks
+        last = first + external // self._per_block
+        keys = tracked.keys[: (last + 1) * BLOCK_KEY_BYTES]
+        tracked.load = _Load(keys, first, list(ids[first:last]), tracked.held)
+        tracked.held = 0
+        self._start(request.request_id, tracked, tracked.load)
+
+    def _start(self, request_id: str, tracked: _Tracked, load: _Load) -> None:
+        """Begin a load, unless a put of its own is under way, or one that reads its blocks.
+
+        So no request ever loads and stores at once, and vLLM is told of one end only.
+        """
+        if tracked.puts or not self._read_by.keys().isdisjoint(load.block_ids):
+            self._waiting.append(request_id)
+            return
+        ids = np.array(load.block_ids, np.int64)
+        load.number = self.client.start(Operation.GET, load.keys, load.first, ids, held=load.held)
+        self._of_number[load.number] = request_id
+
+    # -- puts, and each step --------------------------------------------------------------------
+
+    def build_connector_meta(self, output: Any) -> StepMetadata:
+        """Give what the workers do in this step.
+
+        Args:
+            output: vLLM's `SchedulerOutput`.
+        """
+        self._poll()
+        fresh: list[int] = []
+        for new in output.scheduled_new_reqs:
+            tracked = self._tracked.get(new.req_id)
+            if tracked is not None:
+                tracked.block_ids = list(new.block_ids[0])
+                fresh += tracked.block_ids[new.num_computed_tokens // self._per_block :]
+                self._put(tracked, new.num_computed_tokens, output)
+        cached = output.scheduled_cached_reqs
+        for request_id, new_ids, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            tracked = self._tracked.get(request_id)
+            if tracked is None:
+                continue
+            if new_ids is not None:
+                resumed = request_id in cached.resumed_req_ids
+                tracked.block_ids = ([] if resumed else tracked.block_ids) + list(new_ids[0])
+                fresh += new_ids[0][computed // self._per_block if resumed else 0 :]
+            self._put(tracked, computed, output)
+        if self._read_by:
+            self._wait_for_readers(fresh)
+        step, self._step = self._step, StepMetadata()
+        return step
+
+    def _put(self, tracked: _Tracked, computed: int, output: Any) -> None:
+        """Let the whole blocks that a step completes be stored behind it."""
+        if tracked.scope is None or not self.client.is_ready:
+            return
+        request_id = tracked.request.request_id
+        after = computed + output.num_scheduled_tokens[request_id]
+        # Drafts may be rejected.
+        after -= len(output.scheduled_spec_decode_tokens.get(request_id, ()))
+        known = min(after, len(tracked.request.all_token_ids))
+        blocks, first = known // self._per_block, tracked.stored_blocks
+        if blocks <= first or blocks > len(tracked.block_ids):
+            return
+        keys = self._keys(tracked, blocks)[: (blocks + 1) * BLOCK_KEY_BYTES]
+        ids = tracked.block_ids[first:blocks]
+        number = self.client.start(
+            Operation.PUT, keys, first, np.array(ids, np.int64), when_ready=True
+        )
+        tracked.stored_blocks = blocks
+        tracked.puts[number] = _Put(first, ids)
+        self._of_number[number] = request_id
+        for block_id in ids:
+            self._read_by.setdefault(block_id, set()).add(number)
+        self._step.puts.append(number)
+
+    def _wait_for_readers(self, fresh: list[int]) -> None:
+        """Return once no earlier put reads blocks that this step is the first to write.
+
+        Raises:
+            TimeoutError: one reads on: what it stores would be another request's bytes.
+        """
+        own, until_s = set(self._step.puts), time.monotonic() + REUSE_S
+        while True:
+            readers = set[int]().union(*(self._read_by.get(i, ()) for i in fresh)) - own
+            if not readers:
+                return
+            if time.monotonic() > until_s:
+                raise TimeoutError(f"{len(readers)} puts did not end in {REUSE_S} s")
+            self.client.cancel(list(readers))
+            time.sleep(0.0001)
+            self._poll()
+
+    def _poll(self) -> None:
+        """Take what has ended, and start the loads that waited for it."""
+        for done in self.client.poll():
+            request_id = self._of_number.pop(done.number, None)
+            if request_id is not None:
+                self._ended(request_id, self._tracked[request_id], done)
+        waiting, self._waiting = self._waiting, []
+        for request_id in waiting:
+            tracked = self._tracked[request_id]
+            assert tracked.load is not None
+            if tracked.finished and not tracked.puts:
+                self._load_over(request_id, tracked)
+            else:
+                self._start(request_id, tracked, tracked.load)
+        if self._launched is not None and self._launched.has_ended:
+            self._relaunch()
+
+    def _ended(self, request_id: str, tracked: _Tracked, done: Done) -> None:
+        if done.number in tracked.puts:
+            self._put_ended(request_id, tracked, done)
+            return
+        load = tracked.load
+        assert load is not None
+        if done.moved < len(load.block_ids):
+            if not tracked.finished:
+                log.warning("load_came_short", request=request_id, wanted=len(load.block_ids),
+                            loaded=done.moved, status=done.status, reason=done.error)  # fmt: skip
+            self._step.failed_blocks.update(load.block_ids[done.moved :])
+            self._step.settle.append(done.number)
+            tracked.may_claim = False
+        elif not load.first:
+            tracked.stored_blocks = len(load.block_ids)
+        self._load_over(request_id, tracked)
+
+    def _load_over(self, request_id: str, tracked: _Tracked) -> None:
+        tracked.load = None
+        self._step.received.add(request_id)
+        if tracked.finished:
+            del self._tracked[request_id]
+
+    def _put_ended(self, request_id: str, tracked: _Tracked, done: Done) -> None:
+        put = tracked.puts.pop(done.number)
+        for block_id in put.block_ids:
+            readers = self._read_by[block_id]
+            readers.discard(done.number)
+            if not readers:
+                del self._read_by[block_id]
+        if done.status != "success":  # what follows would have no parents: once more
+            tracked.stored_blocks = min(tracked.stored_blocks, put.first)
+            self._step.settle.append(done.number)
+        if tracked.finished and not tracked.puts:
+            self._step.sent.add(request_id)
+            del self._tracked[request_id]
+
+    def request_finished(self, request: Any) -> bool:
+        """Tell whether puts read the request's blocks still: `sent` follows when they do not.
+
+        Of a request that is loading vLLM keeps the blocks by itself, until `received`.
+        """
+        request_id = request.request_id
+        tracked = self._tracked.get(request_id)
+        if tracked is None:
+            return False
+        self._release(tracked)
+        tracked.finished = True
+        load = tracked.load
+        if load is not None and load.number is None:
+            # It waits for puts: the last of its own, or another's, lets the blocks go.
+            if load.held:
+                self.client.release([load.held])
+            load.block_ids, load.held = [], 0
+        elif load is not None and load.number is not None:
+            self.client.cancel([load.number])
+        elif tracked.puts:
+            return True
+        else:
+            del self._tracked[request_id]
+        return False
+
+    def reset_cache(self) -> bool:
+        """Forget every block of every tier, of all instances; tell whether that was done."""
+        try:
+            command(self._setup.settings.server_recv_port, "clear")
+        except FlexKVError as error:
+            log.warning("not_cleared", reason=str(error))
+            return False
+        return True
+
+    def close(self) -> None:
+        """Disconnect, and let our server end."""
+        self.client.close()
+        if self._launched is not None:
+            self._launched.close()
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _ready(self) -> bool:
+        """Tell whether the workers' devices are all lent to the server."""
+        if not self.client.is_ready:
+            self._poll()
+        return self.client.is_ready
+
+    def _track(self, request: Any) -> _Tracked:
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            tracked = self._tracked[request.request_id] = _Tracked(request)
+        return tracked
+
+    def _release(self, tracked: _Tracked) -> None:
+        if tracked.held:
+            self.client.release([tracked.held])
+            tracked.held = 0
+
+    def _keys(self, tracked: _Tracked, blocks: int) -> bytes:
+        """Give the keys of so many blocks of a request; those that are known are not made again."""
+        known = max(0, len(tracked.keys) // BLOCK_KEY_BYTES - 1)
+        if known < blocks:
+            tokens, end = tracked.request.all_token_ids, blocks * self._per_block
+            assert tracked.scope is not None
+            if tracked.keys and not tracked.scope.extra_keys:
+                new_tokens = list(tokens[known * self._per_block : end])
+                tracked.keys = self.client.extended(tracked.keys, new_tokens)
+            else:
+                tracked.keys = self.client.keys(list(tokens[:end]), tracked.scope)
+        return tracked.keys
+
+    def _relaunch(self) -> None:
+        """Launch a server in place of one that ended, now and then."""
+        if time.monotonic() < self._launched_s + RELAUNCH_S:
+            return
+        self._launched_s = time.monotonic()
+        try:
+            assert self._launched is not None
+            self._launched.close()
+            self._launched = Launched(self._setup.model, self._setup.settings)
+        except ConfigError as error:
+            log.warning("not_relaunched", reason=str(error))

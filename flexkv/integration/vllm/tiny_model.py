@@ -1,0 +1,81 @@
+"""A small random Llama, made offline: for demos and tests whose output hangs on the KV cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Shape(NamedTuple):
+    """Of a model."""
+
+    layers: int = 4
+    hidden: int = 256
+    heads: int = 4
+    kv_heads: int = 2
+    vocabulary: int = 1024
+    max_tokens: int = 16384
+
+    @property
+    def head_size(self) -> int:
+        """Give the elements of one head."""
+        return self.hidden // self.heads
+
+
+WEIGHT_STD = 0.2
+"""Wide enough that greedy tokens hang on what was attended to."""
+
+
+LLAMA = Shape()
+
+
+def make_tiny_model(
+    folder: Path, shape: Shape = LLAMA, dtype: str = "float32", seed: int = 0
+) -> Path:
+    """Write a model that vLLM loads, the same for the same seed, and give its folder.
+
+    Needs torch and safetensors, which come with every engine.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    random = torch.Generator().manual_seed(seed)
+    wanted = getattr(torch, dtype)
+
+    def weight(*size: int) -> Any:
+        return (torch.randn(*size, generator=random) * WEIGHT_STD).to(wanted)
+
+    width, kv_width = shape.hidden, shape.kv_heads * shape.head_size
+    inner = 2 * width
+    tensors = {"model.embed_tokens.weight": weight(shape.vocabulary, width),
+               "lm_head.weight": weight(shape.vocabulary, width),
+               "model.norm.weight": torch.ones(width, dtype=wanted)}  # fmt: skip
+    for layer in range(shape.layers):
+        at = f"model.layers.{layer}"
+        for name, size in (
+            ("self_attn.q_proj", (width, width)), ("self_attn.k_proj", (kv_width, width)),
+            ("self_attn.v_proj", (kv_width, width)), ("self_attn.o_proj", (width, width)),
+            ("mlp.gate_proj", (inner, width)), ("mlp.up_proj", (inner, width)),
+            ("mlp.down_proj", (width, inner)),
+        ):  # fmt: skip
+            tensors[f"{at}.{name}.weight"] = weight(*size)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{at}.{name}.weight"] = torch.ones(width, dtype=wanted)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(_config(shape, inner, dtype), indent=2))
+    return folder
+
+
+def _config(shape: Shape, inner: int, dtype: str) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+        "hidden_size": shape.hidden, "intermediate_size": inner,
+        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_size,
+        "vocab_size": shape.vocabulary, "max_position_embeddings": shape.max_tokens,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
+        "tie_word_embeddings": False, "torch_dtype": dtype, "bos_token_id": 1, "eos_token_id": 2,
+        "attention_bias": False, "mlp_bias": False,
+    }  # fmt: skip

@@ -1,0 +1,134 @@
+"""What vLLM's built-in `FlexKVConnectorV1` delegates to.
+
+    vllm serve … --kv-transfer-config '{"kv_connector":"FlexKVConnectorV1","kv_role":"kv_both"}'
+
+The shim hands over no metadata and forwards only some hooks; `flexkv.integration.vllm.connector`
+is the connector with all of them. Both are this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+from flexkv.integration.vllm.metadata import StepMetadata
+from flexkv.integration.vllm.scheduler import SchedulerSide
+from flexkv.integration.vllm.setup import setup_of
+from flexkv.integration.vllm.worker import WorkerSide
+from flexkv.logs import configure_logging
+
+
+class FlexKVConnectorV1Impl:
+    """One role of the connector, as the shim calls it."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole) -> None:
+        """Take vLLM's configuration, and FlexKV's from FLEXKV_CONFIG_PATH and the environment.
+
+        Raises:
+            ConfigError: FlexKV cannot serve such an engine, or its server cannot be launched.
+        """
+        setup = setup_of(vllm_config)
+        configure_logging(setup.settings.log_level, setup.settings.logging_prefix)
+        self._enabled = setup.settings.enable_flexkv
+        self.scheduler: SchedulerSide | None = None
+        self.worker: WorkerSide | None = None
+        self._step = StepMetadata()
+        if not self._enabled:
+            return
+        if role is KVConnectorRole.SCHEDULER:
+            self.scheduler = SchedulerSide(setup)
+        else:
+            self.worker = WorkerSide(setup, _tp_rank())
+
+    def shutdown(self) -> None:
+        """Disconnect; the scheduler's side ends the server that it has launched."""
+        if self.scheduler is not None:
+            self.scheduler.close()
+        if self.worker is not None:
+            self.worker.close()
+
+    # -- worker ---------------------------------------------------------------------------------
+
+    def bound_step(self) -> StepMetadata:
+        """Give the step's metadata, which the shim keeps to itself."""
+        step = get_kv_transfer_group()._get_connector_metadata()
+        assert isinstance(step, StepMetadata)
+        return step
+
+    def register_kv_caches(self, kv_caches: Mapping[str, Any]) -> None:
+        """Lend the KV tensors."""
+        if self.worker is not None:
+            self.worker.register_kv_caches(kv_caches)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Do nothing: loads are under way since they were scheduled."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Do nothing: a request runs when all of its layers are there."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Do nothing: whole blocks are stored when the step is done."""
+
+    def wait_for_save(self) -> None:
+        """Tell that what this step's puts read is written."""
+        if self.worker is not None:
+            self.worker.wait_for_save(self.bound_step())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Give the requests that are done with sending, and with receiving."""
+        if self.worker is None:
+            return None, None
+        return self.worker.get_finished(self.bound_step())
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Give the blocks that were to be loaded and are not."""
+        return set() if self.worker is None else self.bound_step().failed_blocks
+
+    # -- scheduler ------------------------------------------------------------------------------
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int, bool]:
+        """Give how many more tokens can be loaded, and that it takes a while."""
+        if self.scheduler is None:
+            return 0, False
+        return self.scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Begin the load."""
+        if self.scheduler is not None:
+            self.scheduler.update_state_after_alloc(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
+        """Give what the workers do in this step."""
+        if self.scheduler is None:
+            return StepMetadata()
+        return self.scheduler.build_connector_meta(scheduler_output)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Do nothing: workers report what this side has told them."""
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Tell whether the request's blocks have to stay for a while."""
+        return self.scheduler is not None and self.scheduler.request_finished(request), None
+
+    def take_events(self) -> Iterable[Any]:
+        """Give the KV events since the last call."""
+        return ()
+
+    def get_kv_connector_stats(self) -> Any:
+        """Give the statistics since the last call."""
+        return None
+
+
+def _tp_rank() -> int:
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    return int(get_tensor_model_parallel_rank())
