@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 # Only the tests need torch. On PyPI its Linux wheels bring CUDA along; for the CPU build:
 #   make test TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"
@@ -9,7 +10,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 APT_PACKAGES := gcc python3-dev python3-venv liburing-dev libxxhash-dev
 
-.PHONY: help setup ext demo test check lint types gpu coverage sanitize bench soak wheel clean
+.PHONY: help setup ext demo test test-vllm check lint types gpu coverage sanitize bench soak wheel clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +53,14 @@ gpu: $(VENV)/.setup-dev  ## The tests that need a GPU, the kernel's under comput
 	for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 1 \
 		$(BIN)/python -m pytest -q -m gpu tests/gpu \
 		-k 'bytes_come_back and (kernel or staged) and bfloat16' || exit 1; done
+
+$(VLLM_VENV)/.setup: pyproject.toml scripts/vllm-venv
+	scripts/system-packages $(APT_PACKAGES)
+	scripts/vllm-venv $(VLLM_VENV) $(PYTHON)
+	touch $@
+
+test-vllm: $(VLLM_VENV)/.setup  ## Real vLLM engines on the CPU, with and without FlexKV (0.7 GB to install)
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
 
 coverage: $(VENV)/.setup-dev  ## Branch coverage of the pure folders; fails below 95 %
 	$(BIN)/python -m pytest -q --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 tests

@@ -17,6 +17,7 @@ from flexkv.cli.server import server
 from flexkv.cli.ssd import ssd
 from flexkv.cli.top import stats, top
 from flexkv.cli.trace import trace
+from flexkv.cli.vllm_demo import vllm_demo
 from flexkv.common.errors import FlexKVError
 from flexkv.logs import configure_logging
 
@@ -31,6 +32,7 @@ commands.command()(replay_hits)
 commands.command()(serve)
 commands.command()(stats)
 commands.command()(top)
+commands.command()(vllm_demo)
 commands.add_typer(server, name="server")
 commands.add_typer(ssd, name="ssd")
 commands.add_typer(trace, name="trace")

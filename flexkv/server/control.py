@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -57,6 +58,7 @@ class Control:
 
     def _status(self) -> Any:
         return {
+            "pid": os.getpid(),
             "instances": {
                 str(number): {
                     "ranks": sorted(instance.ports),

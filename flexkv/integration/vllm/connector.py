@@ -11,6 +11,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from flexkv.integration.vllm.metadata import StepMetadata
+from flexkv.integration.vllm.stats import FlexKVPromMetrics, FlexKVStats
 from flexkv.integration.vllm.vllm_v1_adapter import FlexKVConnectorV1Impl
 
 
@@ -40,6 +41,26 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1):
     def requires_kv_delivery(self) -> bool:
         """Say no: what is not stored can be computed again."""
         return False
+
+    def get_kv_connector_stats(self) -> FlexKVStats | None:
+        """Give the counts since the last call: the scheduler's side has them."""
+        return None if self.scheduler is None else self.scheduler.take_stats()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> FlexKVStats:
+        """Give counts as they were sent."""
+        return FlexKVStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> FlexKVPromMetrics:
+        """Give what counts on vLLM's own endpoint."""
+        return FlexKVPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def reset_cache(self) -> bool:
         """Forget every block of every tier, of all instances."""

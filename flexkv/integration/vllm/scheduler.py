@@ -30,6 +30,7 @@ from flexkv.common.terms import BLOCK_KEY_BYTES
 from flexkv.integration.vllm.metadata import StepMetadata
 from flexkv.integration.vllm.prompt import scope_of
 from flexkv.integration.vllm.setup import Setup
+from flexkv.integration.vllm.stats import FlexKVStats
 from flexkv.server.client import Client
 from flexkv.server.launch import Launched
 from flexkv.server.operator import command
@@ -39,6 +40,8 @@ log = structlog.get_logger(__name__)
 
 RELAUNCH_S = 10.0
 """Between two launches of a server that ends."""
+ROOM_S, ROOM_AGAIN_S = 2.0, 0.002
+"""How long a load is tried for which host memory has no room, and how often."""
 REUSE_S = 30.0
 """How long a step waits for puts that read blocks which it would write: some milliseconds."""
 
@@ -46,11 +49,12 @@ REUSE_S = 30.0
 class _Load:
     """A get that is wanted, or under way."""
 
-    __slots__ = ("block_ids", "first", "held", "keys", "number")
+    __slots__ = ("again_s", "block_ids", "first", "held", "keys", "number", "until_s")
 
     def __init__(self, keys: bytes, first: int, block_ids: list[int], held: int) -> None:
         self.keys, self.first, self.block_ids, self.held = keys, first, block_ids, held
         self.number: int | None = None
+        self.again_s, self.until_s = 0.0, time.monotonic() + ROOM_S
 
 
 class _Put(NamedTuple):
@@ -110,6 +114,7 @@ class SchedulerSide:
         self._waiting: list[str] = []
         """Requests whose load waits for puts: their own, or such as read its blocks."""
         self._step = StepMetadata()
+        self.stats = FlexKVStats()
 
     # -- loads ----------------------------------------------------------------------------------
 
@@ -131,12 +136,15 @@ class SchedulerSide:
         self._release(tracked)
         found = self.client.match(keys, hold=True)
         tracked.local_blocks = computed // self._per_block
+        self.stats.count("matches")
         extra = found.blocks * self._per_block - computed
         if extra <= 0:
             if found.blocks:
                 self.client.release([found.number])
             return 0, False
         tracked.held = found.number
+        self.stats.count("hits")
+        self.stats.count("offered_blocks", extra // self._per_block)
         return extra, True
 
     def update_state_after_alloc(self, request: Any, blocks: Any, external: int) -> None:
@@ -163,7 +171,8 @@ class SchedulerSide:
 
         So no request ever loads and stores at once, and vLLM is told of one end only.
         """
-        if tracked.puts or not self._read_by.keys().isdisjoint(load.block_ids):
+        reused = not self._read_by.keys().isdisjoint(load.block_ids)
+        if tracked.puts or reused or load.again_s > time.monotonic():
             self._waiting.append(request_id)
             return
         ids = np.array(load.block_ids, np.int64)
@@ -267,10 +276,19 @@ class SchedulerSide:
             return
         load = tracked.load
         assert load is not None
+        now_s = time.monotonic()
+        if done.status == "unready" and not tracked.finished and now_s < load.until_s:
+            # No room in host memory for what comes from SSD: others will be done soon.
+            load.number, load.again_s = None, now_s + ROOM_AGAIN_S
+            self._waiting.append(request_id)
+            return
+        self.stats.count("loads")
+        self.stats.count("loaded_blocks", done.moved)
         if done.moved < len(load.block_ids):
             if not tracked.finished:
                 log.warning("load_came_short", request=request_id, wanted=len(load.block_ids),
                             loaded=done.moved, status=done.status, reason=done.error)  # fmt: skip
+            self.stats.count("failed_blocks", len(load.block_ids) - done.moved)
             self._step.failed_blocks.update(load.block_ids[done.moved :])
             self._step.settle.append(done.number)
             tracked.may_claim = False
@@ -286,14 +304,18 @@ class SchedulerSide:
 
     def _put_ended(self, request_id: str, tracked: _Tracked, done: Done) -> None:
         put = tracked.puts.pop(done.number)
+        self.stats.count("puts")
+        self.stats.count("stored_blocks", done.moved)
         for block_id in put.block_ids:
             readers = self._read_by[block_id]
             readers.discard(done.number)
             if not readers:
                 del self._read_by[block_id]
-        if done.status != "success":  # what follows would have no parents: once more
-            tracked.stored_blocks = min(tracked.stored_blocks, put.first)
+        if done.status != "success":
+            self.stats.count("failed_puts")
             self._step.settle.append(done.number)
+        if done.error:  # what follows would have no parents: once more, with the next blocks
+            tracked.stored_blocks = min(tracked.stored_blocks, put.first)
         if tracked.finished and not tracked.puts:
             self._step.sent.add(request_id)
             del self._tracked[request_id]
@@ -322,6 +344,13 @@ class SchedulerSide:
         else:
             del self._tracked[request_id]
         return False
+
+    def take_stats(self) -> FlexKVStats | None:
+        """Give the counts since the last call; None when there are none."""
+        if self.stats.is_empty():
+            return None
+        stats, self.stats = self.stats, FlexKVStats()
+        return stats
 
     def reset_cache(self) -> bool:
         """Forget every block of every tier, of all instances; tell whether that was done."""

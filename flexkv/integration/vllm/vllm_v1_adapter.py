@@ -124,7 +124,7 @@ class FlexKVConnectorV1Impl:
         return ()
 
     def get_kv_connector_stats(self) -> Any:
-        """Give the statistics since the last call."""
+        """Give nothing: the shim can neither log nor export statistics."""
         return None
 
 

@@ -1,0 +1,108 @@
+"""`flexkv vllm-demo`: a real vLLM engine on this machine, with and without FlexKV."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flexkv.common.errors import BackendUnavailableError
+from flexkv.integration.vllm.tiny_model import Shape, make_tiny_model
+
+MODEL = Shape(layers=8, hidden=512, heads=8, kv_heads=4)
+BLOCK_SIZE = 32
+ENGINE_S = 600.0
+
+
+def vllm_demo(
+    conversations: Annotated[int, typer.Option(min=1, help="Held at once, in turns.")] = 6,
+    turns: Annotated[int, typer.Option(min=2, help="Of each.")] = 4,
+    first_tokens: Annotated[int, typer.Option(min=32, help="Of the first prompt.")] = 3000,
+    turn_tokens: Annotated[int, typer.Option(min=1, help="That each turn adds.")] = 100,
+    host_blocks: Annotated[int, typer.Option(min=1, help="FlexKV's in host memory.")] = 600,
+    ssd_blocks: Annotated[int, typer.Option(min=0, help="FlexKV's on SSD.")] = 4000,
+) -> None:
+    """Hold conversations whose KV is more than vLLM's own cache takes: how soon answers begin."""
+    if importlib.util.find_spec("vllm") is None:
+        raise BackendUnavailableError("vllm", "install it: scripts/vllm-venv makes a CPU one")
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix=".flexkv-demo-", dir=".") as name:
+        folder = Path(name).absolute()
+        with console.status("making a model"):
+            model = make_tiny_model(folder / "model", MODEL)
+        # Room for one conversation and a half.
+        longest = first_tokens + turns * (turn_tokens + 8)
+        token_bytes = MODEL.layers * 2 * MODEL.kv_heads * MODEL.head_size * 4
+        wanted: dict[str, Any] = {
+            "model": str(model), "conversations": conversations, "turns": turns,
+            "first_tokens": first_tokens, "turn_tokens": turn_tokens, "block_size": BLOCK_SIZE,
+            "pool_bytes": longest * token_bytes * 3 // 2, "address": f"ipc://{folder}/socket",
+        }  # fmt: skip
+        settings = {
+            "server_recv_port": wanted["address"],
+            "log_level": "warning",
+            "cache_config": {
+                "num_cpu_blocks": host_blocks,
+                "num_ssd_blocks": ssd_blocks,
+                "enable_ssd": bool(ssd_blocks),
+                "ssd_cache_dir": str(folder),
+            },
+        }
+        (folder / "flexkv.json").write_text(json.dumps(settings))
+        told = []
+        for with_flexkv in (False, True):
+            with console.status(f"vLLM {'with' if with_flexkv else 'without'} FlexKV"):
+                told.append(_engine({**wanted, "with_flexkv": with_flexkv}, folder))
+    console.print(_table(*told))
+    if [turn["answers"] for turn in told[0]] != [turn["answers"] for turn in told[1]]:
+        console.print("[bold red]the answers differ")
+        raise typer.Exit(1)
+    console.print("the answers are equal")
+
+
+def _engine(wanted: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Run one engine in a process of its own, and give its turns."""
+    environment = {**os.environ, "FLEXKV_CONFIG_PATH": str(folder / "flexkv.json")}
+    done = subprocess.run(
+        [sys.executable, "-m", "flexkv.integration.vllm.demo",
+         msgspec.json.encode(wanted).decode()],
+        capture_output=True, env=environment, timeout=ENGINE_S,
+        check=False,
+    )  # fmt: skip
+    if done.returncode:
+        why = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise BackendUnavailableError("vllm", why[0] if why else f"it ended {done.returncode}")
+    turns: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return turns
+
+
+def _table(without: list[dict[str, Any]], having: list[dict[str, Any]]) -> Table:
+    table = Table(
+        "turn", "prompt tokens", "TTFT ms without", "with", "ratio", "cached tokens without",
+        "with", "FlexKV hits, tokens", title="vLLM without and with FlexKV",
+    )  # fmt: skip
+    for number, (one, two) in enumerate(zip(without, having, strict=True), 1):
+        before_ms, after_ms = (1e3 * median(turn["ttft_s"]) for turn in (one, two))
+        hits = (f"{t} {n * BLOCK_SIZE:,}" for t, n in two["hit_blocks"].items() if n)
+        table.add_row(
+            str(number),
+            f"{one['prompt_tokens']:,}",
+            f"{before_ms:.0f}",
+            f"{after_ms:.0f}",
+            f"{before_ms / after_ms:.1f}",
+            f"{one['cached_tokens']:,}",
+            f"{two['cached_tokens']:,}",
+            ", ".join(hits),
+        )
+    return table

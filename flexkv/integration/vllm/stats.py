@@ -1,0 +1,79 @@
+"""What a connector tells vLLM of itself: per interval to its log, in sum to its Prometheus."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+
+COUNTS: dict[str, str] = {
+    "matches": "Prompts that were looked up.",
+    "hits": "Of these, such that could be loaded from.",
+    "offered_blocks": "Blocks that were found beyond the engine's own.",
+    "loads": "Loads that ended.",
+    "loaded_blocks": "Blocks that they brought.",
+    "failed_blocks": "Blocks that they should have brought and did not: computed anew.",
+    "puts": "Puts that ended.",
+    "stored_blocks": "Blocks that they stored.",
+    "failed_puts": "Puts that stored nothing for a fault.",
+}
+"""Everything that is counted, and what it is."""
+
+
+class FlexKVStats(KVConnectorStats):
+    """Counts of one interval, by name."""
+
+    def count(self, name: str, by: int = 1) -> None:
+        """Count something."""
+        assert name in COUNTS, name
+        self.data[name] = self.data.get(name, 0) + by
+
+    def reset(self) -> None:
+        """Begin a new interval."""
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> FlexKVStats:
+        """Add another's counts: of another rank, or of a later step."""
+        for name, value in other.data.items():
+            self.data[name] = self.data.get(name, 0) + value
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """Give what one line of a log tells."""
+        told: dict[str, int | float] = dict(self.data)
+        if matches := self.data.get("matches"):
+            told["hit_rate"] = round(self.data.get("hits", 0) / matches, 3)
+        return told
+
+    def is_empty(self) -> bool:
+        """Tell whether nothing was counted."""
+        return not self.data
+
+
+class FlexKVPromMetrics(KVConnectorPromMetrics):
+    """The same counts on vLLM's own endpoint: `flexkv_connector_*_total`, by engine."""
+
+    def __init__(
+        self, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._counters = {
+            name: {
+                engine: counter.labels(*values) for engine, values in per_engine_labelvalues.items()
+            }
+            for name, told in COUNTS.items()
+            for counter in [
+                self._counter_cls(
+                    name=f"flexkv_connector_{name}", documentation=told, labelnames=labelnames
+                )
+            ]
+        }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add an interval's counts."""
+        for name, value in transfer_stats_data.items():
+            if name in self._counters:
+                self._counters[name][engine_idx].inc(value)

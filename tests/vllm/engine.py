@@ -1,0 +1,248 @@
+"""Runs conversations on a real vLLM engine in this process, and tells what came out, as JSON.
+
+    python -m tests.vllm.engine '{"model": …, "connector": "shim", …}' > answers.json
+
+One run is one process: an engine does not come back in the same one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+CONNECTORS = {
+    "none": None,
+    "shim": {"kv_connector": "FlexKVConnectorV1"},
+    "own": {
+        "kv_connector": "FlexKVConnector",
+        "kv_connector_module_path": "flexkv.integration.vllm.connector",
+    },
+}
+
+
+@dataclass
+class Plan:
+    """What to run."""
+
+    model: str
+    connector: str = "none"
+    settings: dict[str, Any] = field(default_factory=dict)
+    """FlexKV's."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Arguments of vLLM's `LLM`, over the usual ones."""
+    conversations: int = 8
+    turns: int = 8
+    first_tokens: int = 500
+    turn_tokens: int = 60
+    answer_tokens: int = 12
+    seed: int = 0
+    corrupt_loads: bool = False
+    """The negative control: what is loaded is overwritten."""
+    failed_loads: float = 0.0
+    """Of the copies to the device, which part fails."""
+    cut_links: float = 0.0
+    """How often, for each copy, the agent's connection is cut."""
+    flip_files: str = ""
+    """A folder in whose files bits are flipped after each turn."""
+    aborts: float = 0.0
+    """Of the requests, which part is given up in the middle, and asked again."""
+    pause_s: float = 0.0
+    """Before each turn: for what is written behind."""
+    stay: bool = False
+    """Do not end, but wait to be killed."""
+
+
+def sabotage(plan: Plan) -> None:
+    """Let the agent do wrong what the plan says."""
+    from flexkv.common.terms import Tier
+    from flexkv.server.agent import Agent
+
+    chance = random.Random(plan.seed)
+    started, ended, copied = Agent.start, Agent._end, Agent._copy
+
+    def start(self: Any, kv_caches: Any, layout: str | None = None) -> None:
+        self.lent = list(kv_caches.values())
+        started(self, kv_caches, layout)
+
+    def end(self: Any, token: int, error: str) -> None:
+        transfer = self._under_way[token]
+        if plan.corrupt_loads and transfer.route.target is Tier.DEVICE:
+            for tensor in self.lent:
+                tensor[transfer.target_ids] += 0.25
+        ended(self, token, error)
+
+    def copy(self: Any, message: Any) -> None:
+        if message.to_device and chance.random() < plan.failed_loads:
+            self._under_way[message.token] = type("Failed", (), {"route": _nowhere()})()
+            self._end(message.token, "the copy was made to fail")
+            return
+        copied(self, message)
+        if chance.random() < plan.cut_links and self._link is not None:
+            self._link.end()
+
+    Agent.start, Agent._end, Agent._copy = start, end, copy  # type: ignore[method-assign]
+
+
+def _nowhere() -> Any:
+    from flexkv.common.terms import Route, Tier
+
+    return Route(Tier.DEVICE, Tier.HOST)
+
+
+def flip(folder: str, chance: random.Random) -> None:
+    """Flip bits in the files of the SSD tier, one in each of many blocks."""
+    for path in sorted(Path(folder).glob("*.flexkv")):
+        size = path.stat().st_size
+        if path.name.startswith("blocks") and size:
+            with path.open("r+b") as file:
+                for _ in range(64):
+                    at = chance.randrange(size)
+                    file.seek(at)
+                    byte = file.read(1)
+                    file.seek(at)
+                    file.write(bytes([byte[0] ^ 0x10]))
+
+
+class Conversations:
+    """Prompts that grow by the answers to them."""
+
+    def __init__(self, plan: Plan, llm: Any) -> None:
+        from vllm import SamplingParams
+
+        self._plan, self._llm = plan, llm
+        self._words = random.Random(plan.seed)
+        self._chance = random.Random(plan.seed + 1)
+        self._prompts = [self._said(plan.first_tokens) for _ in range(plan.conversations)]
+        self._sampling = SamplingParams(
+            temperature=0, max_tokens=plan.answer_tokens, ignore_eos=True, detokenize=False
+        )
+        self.answers: list[list[list[int]]] = []
+        self.cached: list[list[int]] = []
+        self.aborted = 0
+
+    def _said(self, count: int) -> list[int]:
+        return [self._words.randrange(3, 1000) for _ in range(count)]
+
+    def turn(self) -> None:
+        """Ask in every conversation, all at once."""
+        engine = self._llm.llm_engine
+        number = len(self.answers)
+        wanted = {f"{number}-{i}": prompt for i, prompt in enumerate(self._prompts)}
+        for name, prompt in wanted.items():
+            engine.add_request(name, {"prompt_token_ids": prompt}, self._sampling)
+        to_abort = [name for name in wanted if self._chance.random() < self._plan.aborts]
+        done: dict[str, Any] = {}
+        steps = 0
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    done[output.request_id] = output
+                    if output.request_id in to_abort:
+                        to_abort.remove(output.request_id)  # too late
+            steps += 1
+            if to_abort and steps >= 3:
+                name = to_abort.pop()
+                done.pop(name, None)
+                engine.abort_request([name])
+                self.aborted += 1
+                engine.add_request(name + "b", {"prompt_token_ids": wanted[name]}, self._sampling)
+        outputs = [done.get(name) or done[name + "b"] for name in wanted]
+        self.answers.append([list(output.outputs[0].token_ids) for output in outputs])
+        self.cached.append([output.num_cached_tokens or 0 for output in outputs])
+        for prompt, answer in zip(self._prompts, self.answers[-1], strict=True):
+            prompt += answer + self._said(self._plan.turn_tokens)
+
+
+def run(plan: Plan) -> dict[str, Any]:
+    """Run the plan, and give what came out."""
+    if plan.connector != "none":
+        config = Path(plan.settings["cache_config"]["ssd_cache_dir"]) / "flexkv.json"
+        config.write_text(json.dumps(plan.settings))
+        os.environ["FLEXKV_CONFIG_PATH"] = str(config)
+        sabotage(plan)
+    from vllm import LLM
+
+    from flexkv.server.operator import command
+
+    engine = {
+        "model": plan.model, "skip_tokenizer_init": True, "dtype": "float32",
+        "enforce_eager": True, "kv_cache_memory_bytes": 16 << 20, "block_size": 32,
+        "max_model_len": 1536, "max_num_seqs": 4, "disable_log_stats": False,
+    }  # fmt: skip
+    chosen = CONNECTORS[plan.connector]
+    if chosen is not None:
+        engine["kv_transfer_config"] = {
+            **chosen, "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
+        }  # fmt: skip
+    llm = LLM(**{**engine, **plan.engine})
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    if chosen is not None:
+        wait_ready(scheduler)
+    conversations = Conversations(plan, llm)
+    flips = random.Random(plan.seed + 2)
+    begin = time.monotonic()
+    for _ in range(plan.turns):
+        time.sleep(plan.pause_s)
+        conversations.turn()
+        if plan.flip_files:
+            flip(plan.flip_files, flips)
+    steps = 0
+    while scheduler.has_requests():
+        llm.llm_engine.step()
+        steps += 1
+        assert steps < 100_000, "the engine goes round for ever"
+    pool = scheduler.kv_cache_manager.block_pool
+    told = {
+        "answers": conversations.answers,
+        "cached": conversations.cached,
+        "aborted": conversations.aborted,
+        "seconds": time.monotonic() - begin,
+        "leaked_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+        "preemptions": preemptions(llm),
+    }
+    if chosen is not None:
+        address = plan.settings["server_recv_port"]
+        command(address, "flush")
+        told["server"] = command(address, "status")
+    return told
+
+
+def wait_ready(scheduler: Any) -> None:
+    """Wait until the worker's device is lent."""
+    connector = scheduler.connector
+    side = getattr(connector, "_flexkv_connector", connector).scheduler
+    until = time.monotonic() + 20
+    while not side._ready():
+        assert time.monotonic() < until, "the device was never lent"
+        time.sleep(0.02)
+
+
+def preemptions(llm: Any) -> int:
+    """Count the requests that were pushed back for want of blocks."""
+    return sum(
+        int(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
+    )
+
+
+if __name__ == "__main__":
+    asked = Plan(**json.loads(sys.argv[1]))
+    try:
+        said = json.dumps(run(asked))
+    except BaseException:
+        traceback.print_exc()  # vLLM would not show it
+        raise
+    sys.stdout.write(f"\nANSWER {said}\n")
+    sys.stdout.flush()
+    if asked.stay:
+        time.sleep(600)

@@ -1,0 +1,134 @@
+"""What a real engine says with FlexKV is what it says without, and it had to compute less.
+
+fp32, greedy, weights so wide that a wrong block changes the answer: the negative control shows it.
+Eight conversations of eight turns, whose KV is many times what the engine's own cache holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def expected(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Give the answers of an engine without a connector."""
+    from .conftest import Started, planned
+
+    folder = tmp_path_factory.mktemp("without")
+    return Started(planned(model, folder, {"connector": "none"})).answer()
+
+
+def moved(told: dict[str, Any]) -> dict[str, int]:
+    """Give the blocks that each route has moved."""
+    routes = told["server"]["statistics"]["routes"]
+    return {route: counts["blocks"] for route, counts in routes.items()}
+
+
+def check_sound(told: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Check the answers, and that nothing is left."""
+    assert told["answers"] == expected["answers"]
+    assert told["leaked_blocks"] == 0
+    statistics = told["server"]["statistics"]
+    assert statistics["claims"] == 0
+    assert statistics["runs_in_flight"] == 0
+
+
+@pytest.mark.parametrize("connector", ["shim", "own"])
+def test_answers_are_equal_and_later_turns_hit(
+    run: Run, expected: dict[str, Any], connector: str
+) -> None:
+    """From host memory, in every conversation at every turn but the first."""
+    told = run(connector=connector)
+    check_sound(told, expected)
+    assert min(min(turn) for turn in told["cached"][1:]) > 0
+    # The engine's own cache alone gives less.
+    assert sum(map(sum, told["cached"])) > 2 * sum(map(sum, expected["cached"]))
+    assert moved(told)["host→device"] > 1000
+
+
+def test_answers_are_equal_from_ssd(run: Run, expected: dict[str, Any]) -> None:
+    """Where host memory holds next to nothing."""
+    told = run(connector="shim", cache={"num_cpu_blocks": 80}, pause_s=0.3)
+    check_sound(told, expected)
+    assert min(min(turn) for turn in told["cached"][1:]) > 0
+    assert moved(told)["disk→host"] > 500
+
+
+def test_corrupt_blocks_change_the_answers(run: Run, expected: dict[str, Any]) -> None:
+    """The negative control: equal answers mean equal KV."""
+    told = run(connector="shim", corrupt_loads=True)
+    wrong = [
+        one != other
+        for ours, theirs in zip(told["answers"][1:], expected["answers"][1:], strict=True)
+        for one, other in zip(ours, theirs, strict=True)
+    ]
+    assert sum(wrong) > len(wrong) // 2
+
+
+def test_an_engine_that_was_killed_is_warm_from_ssd(
+    run: Run, start: Callable[..., Any], expected: dict[str, Any]
+) -> None:
+    """`kill -9` of all its processes, and a new one on the same directory."""
+    first = start(connector="shim", stay=True, pause_s=0.3)
+    told = first.first_answer()
+    os.kill(told["server"]["pid"], signal.SIGKILL)
+    first.kill()
+    again = run(connector="shim")
+    check_sound(again, expected)
+    assert again["server"]["statistics"]["restored_blocks"] > 100
+    assert min(again["cached"][0]) > 0
+    assert moved(again)["disk→host"] > 50
+
+
+LONG: dict[str, Any] = {
+    "turns": 3, "first_tokens": 200, "turn_tokens": 40, "answer_tokens": 150,
+    "engine": {"max_model_len": 1024, "max_num_batched_tokens": 256},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("faults", [{}, {"failed_loads": 0.1, "aborts": 0.2}], ids=["", "faults"])
+def test_preempted_requests_answer_the_same(run: Run, faults: dict[str, Any]) -> None:
+    """In a pool so small that running requests are pushed back, again and again."""
+    expected = run(connector="none", **LONG)
+    engine = {**LONG["engine"], "kv_cache_memory_bytes": 5 << 20}
+    told = run(connector="shim", **{**LONG, **faults, "engine": engine})
+    check_sound(told, expected)
+    assert told["preemptions"] > 5
+
+
+FAULTS: dict[str, dict[str, Any]] = {
+    "failed_loads": {"failed_loads": 0.2},
+    "cut_links": {"cut_links": 0.02},
+    "flipped_bits": {"cache": {"num_cpu_blocks": 80}, "flip": True, "pause_s": 0.2},
+    "full_tiers": {"cache": {"num_cpu_blocks": 48, "num_ssd_blocks": 64}},
+    "small_pool": {"engine": {"kv_cache_memory_bytes": 8 << 20, "max_num_batched_tokens": 256}},
+    "aborts": {"aborts": 0.4, "engine": {"max_num_batched_tokens": 256}},
+    "everything": {
+        "failed_loads": 0.1, "cut_links": 0.01, "aborts": 0.3,
+        "cache": {"num_cpu_blocks": 80, "num_ssd_blocks": 256},
+        "engine": {"kv_cache_memory_bytes": 8 << 20, "max_num_batched_tokens": 256},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_cost_time_never_answers(
+    run: Run, expected: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    """Every block is free at the end, and nothing goes round for ever."""
+    plan = dict(FAULTS[name])
+    if plan.pop("flip", False):
+        plan["flip_files"] = str(tmp_path)
+    told = run(connector="shim", **plan)
+    check_sound(told, expected)
+    seen = {what: told[what] for what in ("aborted", "preemptions", "seconds")}
+    (tmp_path / "seen.json").write_text(json.dumps({**seen, **moved(told)}))
