@@ -42,12 +42,12 @@ def vllm_demo(
         with console.status("making a model"):
             model = make_tiny_model(folder / "model", MODEL)
         # Room for one conversation and a half.
-        longest = first_tokens + turns * (turn_tokens + 8)
+        longest = first_tokens + turns * (turn_tokens + 8) + BLOCK_SIZE
         token_bytes = MODEL.layers * 2 * MODEL.kv_heads * MODEL.head_size * 4
         wanted: dict[str, Any] = {
             "model": str(model), "conversations": conversations, "turns": turns,
             "first_tokens": first_tokens, "turn_tokens": turn_tokens, "block_size": BLOCK_SIZE,
-            "pool_bytes": longest * token_bytes * 3 // 2, "address": f"ipc://{folder}/socket",
+            "tokens_max": longest, "pool_bytes": longest * token_bytes * 3 // 2, "address": f"ipc://{folder}/socket",
         }  # fmt: skip
         settings = {
             "server_recv_port": wanted["address"],

@@ -29,6 +29,7 @@ class Wanted(msgspec.Struct):
     turns: int
     first_tokens: int
     turn_tokens: int
+    tokens_max: int
     pool_bytes: int
     block_size: int
 
@@ -60,7 +61,7 @@ def run(wanted: Wanted) -> list[Turn]:
     llm = LLM(
         model=wanted.model, skip_tokenizer_init=True, enforce_eager=True, dtype="float32",
         kv_cache_memory_bytes=wanted.pool_bytes, block_size=wanted.block_size,
-        max_model_len=8192, max_num_seqs=4, **more,
+        max_model_len=wanted.tokens_max, max_num_seqs=4, **more,
     )  # fmt: skip
     sampling = SamplingParams(
         temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True, detokenize=False

@@ -26,6 +26,8 @@ COUNTS: dict[str, str] = {
 class FlexKVStats(KVConnectorStats):
     """Counts of one interval, by name."""
 
+    data: dict[str, Any]
+
     def count(self, name: str, by: int = 1) -> None:
         """Count something."""
         assert name in COUNTS, name
