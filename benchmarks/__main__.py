@@ -26,6 +26,8 @@ CASES = (
     "cuda_get",
     "ttft",
     "tracing",
+    "vllm",
+    "vllm_steps",
 )
 
 

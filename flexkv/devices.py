@@ -82,9 +82,9 @@ class Devices:
 
     @property
     def kind(self) -> str:
-        """Give what kind of device they are, "cpu" or "cuda"; of several the slower."""
+        """Give what kind of device they are: "cpu", "cuda" or "agents"; of several the slower."""
         kinds = {device.place[0] for device in self._by_rank.values()}
-        return "cpu" if "cpu" in kinds else "cuda"
+        return next(kind for kind in ("agents", "cpu", "cuda") if kind in kinds)
 
     @property
     def missing(self) -> FlexKVError | None:
@@ -128,7 +128,7 @@ class Devices:
         self._by_rank = by_rank
         self._look()
         log.info("device registered", rank=tp_rank, **device.facts)
-        if device.place[0] != "cpu":
+        if device.place[0] == "cuda":
             with self._lock:
                 self.streams.append(device.port)
         return port

@@ -55,8 +55,11 @@ DRAIN_TIMEOUT_S = SYNC_TIMEOUT_S = 60.0
 DISK_READ_PIECE_BYTES, DISK_WRITE_PIECE_BYTES = 2 * MB, 8 * MB
 """One submission to the disk. Reads: small enough for others to cut in; nobody waits for writes."""
 
-DEVICE_PIECE_BYTES = {"cpu": 64 * MB, "cuda": 512 * MB}
+DEVICE_PIECE_BYTES = {"cpu": 64 * MB, "cuda": 512 * MB, "agents": 64 * MB}
 """One submission to a device: what it copies in 10 ms. Each costs some 10 µs of Python."""
+DEVICE_WINDOWS = {"cpu": 1, "cuda": 1, "agents": 256}
+"""How many `device_window_mb` may be in flight: agents of many instances have queues of their own,
+and one that does not answer shall not fill the window for the others."""
 
 
 class Engine:
@@ -84,6 +87,7 @@ class Engine:
         )
         self.streams = self._devices.streams
         self._failure: InternalError | None = None
+        self.on_failure: Callable[[], None] | None = None
         self._open = self._used = self._closed = False
         self._next_request = self._rekeyed_at = 0
         self._restored_blocks = 0
@@ -211,8 +215,9 @@ class Engine:
         port = self._devices.register(kv_caches, layout, tp_rank)
         if port is not None:
             self._take_order(self._devices.order)
-            piece_bytes = DEVICE_PIECE_BYTES[self._devices.kind]
-            window = Window(int(self.cache.device_window_mb * MB), piece_bytes)
+            kind = self._devices.kind
+            window_bytes = int(self.cache.device_window_mb * MB) * DEVICE_WINDOWS[kind]
+            window = Window(window_bytes, DEVICE_PIECE_BYTES[kind])
             actor = self._actors[Tier.DEVICE] = self._actor(Tier.DEVICE, port, window, window)
             actor.note_begins(self._tracing.is_on)
             self._start(actor)
@@ -284,12 +289,23 @@ class Engine:
         self._failure.__cause__ = cause
         self._admission.close()
         self._scheduler.fail(self._failure)
+        if self.on_failure is not None:
+            self.on_failure()
 
     def _check_open(self) -> None:
         if self._failure is not None:
             raise self._failure
         if not self._open:
             raise ClosedError("the engine is not open: not started yet, or shut down")
+
+    def check_sound(self) -> None:
+        """Return if the engine has not failed.
+
+        Raises:
+            InternalError: it has.
+        """
+        if self._failure is not None:
+            raise self._failure
 
     @property
     def is_open(self) -> bool:

@@ -28,6 +28,8 @@ from flexkv.settings import load_settings
 
 log = structlog.get_logger(__name__)
 
+LOOK_S = 1.0
+"""Between two looks whether the parent lives."""
 FLUSH_S = 30.0
 """How long what was put may take to reach stable storage when the server ends."""
 
@@ -92,9 +94,11 @@ async def run(model: ModelConfig, settings: Settings, until_eof: bool = False) -
             metrics = stack.enter_context(MetricsServer(manager, settings.py_metrics_port))
             log.info("metrics", url=metrics.url)
         server = Server(manager.engine, backend, listener)
+        manager.engine.on_failure = ended.set
         server.start()
         await ended.wait()
         log.info("server ends")
+        manager.engine.check_sound()
         await server.close()
         try:
             async with asyncio.timeout(FLUSH_S):
@@ -108,6 +112,7 @@ def _on_end(ended: Callable[[], None], until_eof: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended)
     if until_eof:
+        _on_orphaned(loop, os.getppid(), ended)
 
         def look() -> None:
             with suppress(BlockingIOError):
@@ -118,3 +123,11 @@ def _on_end(ended: Callable[[], None], until_eof: bool) -> None:
         stdin = sys.stdin.fileno()
         os.set_blocking(stdin, False)
         loop.add_reader(stdin, look)
+
+
+def _on_orphaned(loop: asyncio.AbstractEventLoop, parent: int, ended: Callable[[], None]) -> None:
+    """End when the parent has died: a child of its may keep our stdin open."""
+    if os.getppid() != parent:
+        ended()
+    else:
+        loop.call_later(LOOK_S, _on_orphaned, loop, parent, ended)

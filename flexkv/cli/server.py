@@ -37,9 +37,12 @@ def flush(address: Address = None) -> None:
 
 
 @server.command("clear")
-def clear(address: Address = None) -> None:
-    """Forget every block of every tier."""
-    typer.echo(f"{command(_at(address), 'clear')} blocks forgotten")
+def clear(
+    tier: Annotated[str | None, typer.Option(help="host or disk; both when not given.")] = None,
+    address: Address = None,
+) -> None:
+    """Forget every block of a tier, or of every one."""
+    typer.echo(f"{command(_at(address), 'clear', tier=tier)} blocks forgotten")
 
 
 def trace_start(

@@ -47,6 +47,8 @@ log = structlog.get_logger(__name__)
 
 RETRY_S, RETRY_REFUSED_S = 0.1, 2.0
 """Between two attempts to connect: while nobody listens, and after a refusal."""
+GREET_S = 0.25
+"""How long a server may take to answer; the loop has nothing else to do meanwhile."""
 SETTLE_S = 1.0
 """How long the server may take to say that requests are over; then it is left."""
 TELL_EVERY = 100
@@ -137,7 +139,8 @@ class Agent:
                 port.order_after(False)
             except DeviceError as error:
                 log.exception("device down", call=error.call, code=error.code)
-                return  # nobody hears of it: the puts end with this agent's connection
+                self._thread.post(self._end_link)  # its puts end with this connection
+                return
         message = Ready(tuple(numbers))
         self._thread.post(lambda: self._send(message))
 
@@ -177,7 +180,7 @@ class Agent:
         while True:
             wait_s, reason = RETRY_S, ""
             try:
-                connected = connect(self._address, hello)
+                connected = connect(self._address, hello, GREET_S)
             except ConfigError as error:
                 wait_s, reason = RETRY_REFUSED_S, str(error)
             except (OSError, ClosedError) as error:
@@ -229,7 +232,14 @@ class Agent:
             finally:
                 # Copies end before the connection does: then nobody waits for them in vain.
                 await self._wait_drained()
+                link.close()
+            await link.wait_closed()
         log.info("device taken back", path=self._address)
+
+    def _end_link(self) -> None:
+        self._leaving = True
+        if self._link is not None:
+            self._link.end()
 
     async def _wait_drained(self) -> None:
         while self._under_way:

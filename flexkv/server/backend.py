@@ -19,13 +19,13 @@ class ServerBackend(LocalBackend):
     def __init__(self, model: ModelConfig, cache: CacheConfig, sizes: CacheSizes) -> None:
         super().__init__(model, cache, sizes)
         self.ranks = 1
-        self.fleet = FleetPort(model, sizes.num_host_blocks, sizes.block_bytes)
+        self.fleet = FleetPort(model, sizes.num_host_blocks, sizes.block_bytes, cache.io_deadline_s)
 
     def device(
         self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None, tp_rank: int
     ) -> Device:
         """Give the port over all agents; the server registers it once."""
-        return Device(self.fleet, self.fleet.num_blocks, "agents")
+        return Device(self.fleet, self.fleet.num_blocks, "agents", ("agents", 0))
 
     def joined(self, devices: Sequence[Device]) -> TransferPort:
         """Give the port, which keeps the sums that the SSD needs: agents have none."""

@@ -47,8 +47,10 @@ log = structlog.get_logger(__name__)
 
 MATCH_S = 0.25
 """How long a match may take; later it is none, and the server is asked no more for a while."""
-RETRY_S = 1.0
-"""Between two attempts to connect."""
+RETRY_S, RETRY_S_MAX = 0.5, 30.0
+"""Between two attempts to connect; doubled each time."""
+HANG_S = 60.0
+"""With requests under way, a server that says nothing for so long is as good as gone."""
 READ_BYTES = 1 << 18
 
 
@@ -88,7 +90,8 @@ class Client:
         self._retry_s = 0.0
         # Numbers of a scheduler that was here before mean nothing of ours.
         self._next = randbits(31) << 32
-        self.is_ready, self.num_blocks = False, 0
+        self.is_ready, self.num_blocks, self._slot = False, 0, 0
+        self._wait_s, self._heard_s = RETRY_S, 0.0
 
     # -- keys -----------------------------------------------------------------------------------
 
@@ -148,9 +151,11 @@ class Client:
             held: the match whose hold ends when this request is planned.
         """
         number = self._number()
+        if not self._under_way:
+            self._heard_s = time.monotonic()
         self._under_way.add(number)
         ids = b"" if device_ids is None else device_ids.tobytes()
-        message = Start(number, operation.label, keys, first, ids, when_ready, held)
+        message = Start(number, operation.label, keys, first, ids, self._slot, when_ready, held)
         if not self._send(message) and number in self._under_way:
             self._fail(number, "there is no server")
         return number
@@ -166,8 +171,15 @@ class Client:
         if self._connected():
             while self._receive(0.0):
                 pass
+            if self._under_way and time.monotonic() > self._heard_s + HANG_S:
+                self._lost(f"it said nothing for {HANG_S} s")
         ended, self._ended = self._ended, []
         return ended
+
+    def give_up(self, reason: str) -> None:
+        """Disconnect for a while: what puts under way have read will not be believed."""
+        if self._socket is not None:
+            self._lost(reason)
 
     def close(self) -> None:
         """Disconnect; the server cancels what is under way. Idempotent."""
@@ -184,21 +196,28 @@ class Client:
         """Connect if that is due; tell whether there is a connection."""
         if self._socket is not None:
             return True
-        now_s = time.monotonic()
-        if now_s < self._retry_s:
+        if time.monotonic() < self._retry_s:
             return False
-        self._retry_s = now_s + RETRY_S
         facts = blocks_are(self._model, self._tokens_per_block, self._secret)
         hello = Hello(PROTOCOL_VERSION, "client", os.getpid(), facts, self._instance)
         try:
-            self._socket = connect(self._address, hello).socket
+            self._socket = connect(self._address, hello, MATCH_S).socket
         except ConfigError as error:
             log.warning("refused_by_server", path=self._address, reason=str(error))
         except (OSError, ClosedError) as error:
             log.warning("no_server", path=self._address, reason=str(error))
         else:
             log.info("connected", path=self._address, instance=self._instance)
-        return self._socket is not None
+            self._wait_s, self._heard_s = RETRY_S, time.monotonic()
+            self._receive(MATCH_S)  # the server tells at once whether the devices are there
+            return self._socket is not None
+        self._back_off()
+        return False
+
+    def _back_off(self) -> None:
+        """Leave the server alone for a while: longer, the longer it does not answer."""
+        self._retry_s = time.monotonic() + self._wait_s
+        self._wait_s = min(2 * self._wait_s, RETRY_S_MAX)
 
     def _send(self, message: Message) -> bool:
         """Send; a server that reads nothing for as long as a match may take is as good as gone."""
@@ -229,6 +248,7 @@ class Client:
             self._lost("it closed the connection")
             return False
         self._unread += more
+        self._heard_s = time.monotonic()
         try:
             self._take_all()
         except (ProtocolError, msgspec.MsgspecError) as error:
@@ -256,6 +276,7 @@ class Client:
                     self._ended.append(message)
             case State():
                 self.is_ready, self.num_blocks = message.ready, message.num_blocks
+                self._slot = message.slot
                 if message.ready:
                     self._keys = KeyChain(
                         self._model, self._tokens_per_block, self._secret, message.order
@@ -265,7 +286,7 @@ class Client:
 
     def _lost(self, reason: str) -> None:
         log.warning("server_lost", path=self._address, reason=reason, failed=len(self._under_way))
-        self._retry_s = time.monotonic() + RETRY_S
+        self._back_off()
         self._drop()
 
     def _drop(self) -> None:

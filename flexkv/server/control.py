@@ -39,7 +39,7 @@ class Control:
             raise ConfigError("command", verb, f"must be one of {', '.join(self._verbs)}")
         try:
             given = work(**arguments)
-        except TypeError as error:
+        except (TypeError, ValueError, OSError) as error:
             raise ConfigError("arguments", arguments, str(error)) from error
         return await given if inspect.isawaitable(given) else given
 
@@ -50,8 +50,11 @@ class Control:
     def _trace_stop(self) -> str | None:
         return self._engine.tracing.stop()
 
-    def _clear(self) -> int:
-        return self._engine.keeping.clear()
+    def _clear(self, tier: str | None = None) -> int:
+        names = {each.label: each for each in self._engine.residency.tiers}
+        if tier is not None and tier not in names:
+            raise ConfigError("tier", tier, f"must be one of {', '.join(names)}")
+        return self._engine.keeping.clear(None if tier is None else names[tier])
 
     async def _flush(self) -> None:
         await self._engine.flush()

@@ -3,14 +3,18 @@
     FleetPort ──slot of the device ids──▶ RanksPort ──▶ AgentPort ──link──▶ agent of rank 0
                                                    └──▶ AgentPort ──link──▶ agent of rank 1
 
-An instance has a slot while all its ranks are connected: its device blocks have ids of their own,
-`slot << SLOT_SHIFT | block`. When a rank goes, so does the slot, for good: what is under way on it
-fails, and ids that were made for it can mean nothing else later.
+An instance has a slot while its client and all its ranks are connected: its device blocks have ids
+of their own, `slot << SLOT_SHIFT | block`. When one of them goes, so does the slot, for good: ids
+that were made for it can mean nothing else later, and what was being read for a put on it is not
+believed. A client that has given its device blocks to others, because it does not hear of the puts
+that read them, closes its connection first; that is looked at whenever such a read has ended.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import structlog
@@ -30,6 +34,11 @@ SLOT_SHIFT = 40
 BLOCK_MASK = (1 << SLOT_SHIFT) - 1
 
 
+class _UnderWay(NamedTuple):
+    transfer: Transfer
+    since_s: float
+
+
 class AgentPort:
     """The port to the device of one rank, by its agent."""
 
@@ -40,6 +49,7 @@ class AgentPort:
         """Take what an agent has told of its device; `block_bytes` are those of its part."""
         self.block_bytes, self.num_blocks = block_bytes, num_blocks
         self._link = link
+        self.is_dismissed = False
         self._under_way: dict[int, Transfer] = {}
         self._ended: list[Completion] = []
         self._wake: Callable[[], None] | None = None
@@ -70,6 +80,7 @@ class AgentPort:
 
     def dismiss(self) -> None:
         """Let the agent end what it does, and connect anew if it likes."""
+        self.is_dismissed = True
         self._link.end()
 
     def gone(self) -> None:
@@ -113,6 +124,7 @@ class Instance:
 
     def __init__(self) -> None:
         self.ports: dict[int, AgentPort] = {}
+        self.client: Link[ToServer] | None = None
         self.slot: int | None = None
         self.num_blocks = 0
 
@@ -124,21 +136,23 @@ class FleetPort:
     failure: TransferError | None = None
     num_blocks = 1 << SLOT_SHIFT
 
-    def __init__(self, model: ModelConfig, host_blocks: int, block_bytes: int) -> None:
+    def __init__(
+        self, model: ModelConfig, host_blocks: int, block_bytes: int, deadline_s: float
+    ) -> None:
         self._model, self._host_blocks = model, host_blocks
         self.block_bytes = block_bytes
         self.instances: dict[int, Instance] = {}
         self.order: str | None = None
         self._slots: dict[int, RanksPort] = {}
-        self._under_way: dict[int, int] = {}
-        self._busy: dict[int, int] = {}
+        self._under_way: dict[int, dict[int, _UnderWay]] = {}
+        self._deadline_s = deadline_s
         self._next_slot = 1
         self._ended: list[Completion] = []
         self._wake: Callable[[], None] | None = None
 
     # -- ranks come and go ----------------------------------------------------------------------
 
-    def check(self, number: int, tp_rank: int, order: str) -> None:
+    def check(self, number: int, tp_rank: int, num_blocks: int, order: str) -> None:
         """Check that a rank may join.
 
         Raises:
@@ -147,6 +161,8 @@ class FleetPort:
         tp_size = self._model.tp_size
         if not 0 <= tp_rank < tp_size:
             raise ConfigError("tp_rank", tp_rank, f"must be from 0 to tp_size - 1: {tp_size - 1}")
+        if not 0 < num_blocks <= BLOCK_MASK:
+            raise ConfigError("num_blocks", num_blocks, f"must be from 1 to {BLOCK_MASK}")
         instance = self.instances.get(number)
         if instance is not None and tp_rank in instance.ports:
             why = f"is connected already for instance {number}: see instance_id"
@@ -160,12 +176,11 @@ class FleetPort:
         Raises:
             ConfigError: it may not.
         """
-        self.check(number, tp_rank, order)
+        self.check(number, tp_rank, port.num_blocks, order)
         instance = self.instances.setdefault(number, Instance())
         self.order = order
         instance.ports[tp_rank] = port
-        if len(instance.ports) == self._model.tp_size:
-            self._open_slot(instance)
+        self._open_slot(instance)
         return instance
 
     def leave(self, number: int, tp_rank: int) -> Instance:
@@ -173,13 +188,34 @@ class FleetPort:
         instance = self.instances[number]
         port, instance.slot = instance.ports.pop(tp_rank), None
         port.gone()
-        for other in instance.ports.values():
-            other.dismiss()
-        if not instance.ports:
-            del self.instances[number]
+        if not port.is_dismissed:  # else the others are, too, or came after it
+            for other in instance.ports.values():
+                other.dismiss()
+        self._forget_if_empty(number)
         return instance
 
+    def attach(self, number: int, client: Link[ToServer]) -> None:
+        """Take an instance's client: what an earlier one has begun is over."""
+        instance = self.instances.setdefault(number, Instance())
+        instance.client = client
+        self._open_slot(instance)
+
+    def detach(self, number: int) -> None:
+        """Let an instance's client go."""
+        instance = self.instances[number]
+        instance.client = instance.slot = None
+        self._forget_if_empty(number)
+
+    def _forget_if_empty(self, number: int) -> None:
+        instance = self.instances[number]
+        if not instance.ports and instance.client is None:
+            del self.instances[number]
+
     def _open_slot(self, instance: Instance) -> None:
+        if len(instance.ports) < self._model.tp_size or instance.client is None:
+            return
+        if any(port.is_dismissed for port in instance.ports.values()):
+            return
         parts: list[list[AgentPort]] = [[] for _ in range(self._model.parts)]
         for rank, port in sorted(instance.ports.items()):
             parts[self._model.part_of(rank).number].append(port)
@@ -220,15 +256,13 @@ class FleetPort:
         slot = int(theirs[0]) >> SLOT_SHIFT
         ranks = self._slots.get(slot)
         if ranks is None or not self._is_live(slot):
-            why = "the instance is gone"
-            error = AgentGoneError(transfer.token, str(transfer.route), len(theirs), why)
-            self._ended.append(Completion(transfer.token, error))
+            self._ended.append(Completion(transfer.token, _gone(transfer)))
             if self._wake is not None:
                 self._wake()
             return
         local = theirs & BLOCK_MASK
-        self._under_way[transfer.token] = slot
-        self._busy[slot] = self._busy.get(slot, 0) + 1
+        under_way = self._under_way.setdefault(slot, {})
+        under_way[transfer.token] = _UnderWay(transfer, time.monotonic())
         ranks.submit(
             Transfer(
                 transfer.token,
@@ -239,20 +273,30 @@ class FleetPort:
             )
         )
 
+    def is_stuck(self, slot: int) -> bool:
+        """Tell whether a slot's devices do not end what they have begun."""
+        oldest = next(iter(self._under_way.get(slot, {}).values()), None)
+        return oldest is not None and time.monotonic() - oldest.since_s > self._deadline_s
+
     def _is_live(self, slot: int) -> bool:
-        return any(instance.slot == slot for instance in self.instances.values())
+        return any(
+            each.slot == slot and each.client is not None and not each.client.has_hung_up
+            for each in self.instances.values()
+        )
 
     def reap(self) -> list[Completion]:
         """Give every transfer that ended since the last call, each exactly once."""
         ended, self._ended = self._ended, []
         for slot, ranks in list(self._slots.items()):
-            for completion in ranks.reap():
-                del self._under_way[completion.token]
-                self._busy[slot] -= 1
-                ended.append(completion)
-            if not self._busy.get(slot) and not self._is_live(slot):
+            under_way = self._under_way.get(slot, {})
+            for token, error in ranks.reap():
+                transfer = under_way.pop(token).transfer
+                if error is None and transfer.route.target is Tier.HOST and not self._is_live(slot):
+                    error = _gone(transfer)  # its blocks may have been others' by then
+                ended.append(Completion(token, error))
+            if not under_way and not self._is_live(slot):
                 del self._slots[slot]
-                self._busy.pop(slot, None)
+                self._under_way.pop(slot, None)
         return ended
 
     def order_after(self, to_device: bool) -> None:
@@ -267,6 +311,11 @@ class FleetPort:
     def close(self) -> None:
         """Let go of everything. Only legal with nothing in flight."""
         self._slots.clear()
+
+
+def _gone(transfer: Transfer) -> AgentGoneError:
+    why = "the instance is gone"
+    return AgentGoneError(transfer.token, str(transfer.route), transfer.block_count, why)
 
 
 def ids_from(blob: bytes) -> BlockIds:

@@ -35,8 +35,8 @@ class Connected(NamedTuple):
     """Names the host memory, where the server gave it."""
 
 
-def connect(address: str, hello: Hello) -> Connected:
-    """Connect to the server at an address.
+def connect(address: str, hello: Hello, answer_s: float = ANSWER_S) -> Connected:
+    """Connect to the server at an address, which may take so long to answer.
 
     Raises:
         OSError: nobody listens there, or nobody answers.
@@ -46,10 +46,10 @@ def connect(address: str, hello: Hello) -> Connected:
     peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     fds: list[int] = []
     try:
-        peer.settimeout(ANSWER_S)
+        peer.settimeout(answer_s)
         peer.connect(str(socket_path(address)))
         peer.sendall(framed(hello))
-        head, fds, _, _ = socket.recv_fds(peer, LENGTH_BYTES, 1)
+        head, fds, _, _ = socket.recv_fds(peer, LENGTH_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
         head += read(peer, LENGTH_BYTES - len(head))
         welcome = _taken(FROM_SERVER.decode(read(peer, length_of(head))))
     except BaseException as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import structlog
@@ -50,13 +50,19 @@ class Jobs:
         self._engine, self._fleet, self._instance = engine, fleet, instance
         self._jobs: dict[int, Job] = {}
         self._ready_early: dict[int, set[int]] = {}
+        self._settled_early: dict[int, None] = {}
         self._holds: dict[int, tuple[int, ...]] = {}
 
     def match(self, message: Match) -> Matched:
         """Tell how much is resident of a prompt, and hold it if that is wanted."""
         engine = self._engine
+        if not message.keys or len(message.keys) % BLOCK_KEY_BYTES:
+            raise ConfigError(
+                "keys", f"{len(message.keys)} bytes", "must be 16 for each, with the root"
+            )
         found = engine.find(message.keys)
         if message.hold and found.last > found.first:
+            self.release((message.number,))
             self._holds[message.number] = engine.scheduler.hold(found.holdings)
             if len(self._holds) > JOBS_MAX:
                 self.release((next(iter(self._holds)),))
@@ -76,8 +82,9 @@ class Jobs:
         """
         if start.number in self._jobs:
             raise ConfigError("number", start.number, "is under way already")
-        if len(self._jobs) >= JOBS_MAX:
-            answered(Done(start.number, "failed", 0, f"at most {JOBS_MAX} requests at once"))
+        if why := self._refusal(start):
+            self.release((start.held,))
+            answered(Done(start.number, "failed", 0, why))
             return
         job = self._jobs[start.number] = Job(start, answered)
         job.ranks_ready = self._ready_early.pop(start.number, set())
@@ -86,14 +93,25 @@ class Jobs:
         job.task = self._engine.supervisor.spawn("request", self._work(job))
         job.task.add_done_callback(lambda _: self._end(job))
 
+    def _refusal(self, start: Start) -> str:
+        """Tell why a request cannot begin; empty when it can."""
+        if len(self._jobs) >= JOBS_MAX:
+            return f"at most {JOBS_MAX} requests at once"
+        if start.number in self._settled_early:
+            return "it was given up before it came"
+        try:
+            self._instance_of(start)
+        except ClosedError as error:
+            return str(error)
+        return ""
+
     def ready(self, numbers: tuple[int, ...], tp_rank: int) -> None:
         """Hear that what these puts read is written on a rank."""
         for number in numbers:
             job = self._jobs.get(number)
             if job is None:
-                if len(self._ready_early) >= JOBS_MAX:  # nobody will start the oldest any more
-                    del self._ready_early[next(iter(self._ready_early))]
                 self._ready_early.setdefault(number, set()).add(tp_rank)
+                _bound(self._ready_early)  # nobody will start the oldest any more
                 continue
             job.ranks_ready.add(tp_rank)
             if self._is_ready(job):
@@ -111,11 +129,14 @@ class Jobs:
         self.cancel(tuple(n for n, job in self._jobs.items() if not job.ready.is_set()))
 
     async def settled(self, numbers: tuple[int, ...]) -> None:
-        """Return once no device touches the blocks of these requests any more."""
+        """Return once no device touches the blocks of these requests any more, or ever will."""
         for number in numbers:
             job = self._jobs.get(number)
             if job is not None:
                 await job.over.wait()
+            else:  # it may be on its way still
+                self._settled_early[number] = None
+                _bound(self._settled_early)
 
     def _is_ready(self, job: Job) -> bool:
         return len(job.ranks_ready) >= self._engine.model.tp_size
@@ -139,6 +160,19 @@ class Jobs:
             job.answered(Done(job.start.number, "cancelled", 0))
         job.over.set()
 
+    def _instance_of(self, start: Start) -> Instance:
+        """Give the instance that a request is for.
+
+        Raises:
+            ClosedError: its devices are not there, or do not answer, or others are there now.
+        """
+        instance = self._fleet.instances.get(self._instance)
+        if instance is None or instance.slot is None or instance.slot != start.slot:
+            raise ClosedError("the devices of the instance are not those of the request")
+        if self._fleet.is_stuck(instance.slot):
+            raise ClosedError("the devices of the instance do not answer")
+        return instance
+
     def _request(self, start: Start) -> Request:
         """Give a request in the core's terms.
 
@@ -157,9 +191,7 @@ class Jobs:
             raise ConfigError("first", start.first, why)
         ids = None
         if operation is not Operation.PREFETCH:
-            instance: Instance | None = fleet.instances.get(self._instance)
-            if instance is None or instance.slot is None:
-                raise ClosedError("the devices of the instance are not all connected")
+            instance = self._instance_of(start)
             ids = fleet.ids_of(instance, ids_from(start.device_ids))
             if len(ids) != last - start.first:
                 why = f"must be one for each block: {last - start.first}"
@@ -175,6 +207,12 @@ class Jobs:
             ids,
             start.namespace_hash,
         )
+
+
+def _bound(numbers: dict[int, Any]) -> None:
+    """Forget the oldest of too many."""
+    if len(numbers) > JOBS_MAX:
+        del numbers[next(iter(numbers))]
 
 
 _OPERATIONS = {operation.label: operation for operation in Operation}

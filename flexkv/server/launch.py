@@ -18,7 +18,7 @@ log = structlog.get_logger(__name__)
 
 LISTENING = b"listening\n"
 """What the server says on stdout once the address is its own; before it takes memory."""
-END_S = 45.0
+END_S = 90.0
 """How long it may take to end: it writes what is not on SSD yet."""
 
 
@@ -66,6 +66,7 @@ class Launched:
         assert process.stdout is not None
         with suppress(BrokenPipeError):
             process.stdin.close()
+        process.terminate()  # a child of ours may have the other end of the pipe, too
         try:
             process.wait(END_S)
         except subprocess.TimeoutExpired:

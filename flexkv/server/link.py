@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 from contextlib import suppress
 from typing import Generic, TypeVar
@@ -23,8 +24,11 @@ class Link(Generic[T]):
         writer: asyncio.StreamWriter,
         decoder: msgspec.msgpack.Decoder[T],
     ) -> None:
+        self.unsent_bytes_max: int | None = None
         self._reader, self._writer, self._decoder = reader, writer, decoder
         self._ended = False
+        self._poll = select.poll()
+        self._poll.register(writer.get_extra_info("socket").fileno(), select.POLLRDHUP)
 
     @classmethod
     async def over(cls, connected: socket.socket, decoder: msgspec.msgpack.Decoder[T]) -> Link[T]:
@@ -38,14 +42,29 @@ class Link(Generic[T]):
         return not self._ended and not self._writer.is_closing()
 
     @property
-    def unsent_bytes(self) -> int:
-        """Give how much the peer has not read yet, beyond what the kernel holds."""
-        return self._writer.transport.get_write_buffer_size()
+    def has_hung_up(self) -> bool:
+        """Tell whether the peer has closed its end, whatever of it is still to be received."""
+        if self._writer.is_closing():
+            return True
+        return bool(self._poll.poll(0))
 
     def send(self, message: Message) -> None:
-        """Send, some time soon; over a link that is closed nothing happens."""
-        if self.is_open:
-            self._writer.write(framed(message))
+        """Send, some time soon; over a link that is closed nothing happens.
+
+        A peer that has left `unsent_bytes_max` unread is cut off: nobody else waits for it.
+        """
+        if not self.is_open:
+            return
+        self._writer.write(framed(message))
+        unsent = self._writer.transport.get_write_buffer_size()
+        if self.unsent_bytes_max is not None and unsent > self.unsent_bytes_max:
+            self.abort()
+
+    async def ignore(self) -> None:
+        """Return once the peer has ended, whatever it sends until then."""
+        with suppress(OSError):
+            while await self._reader.read(1 << 16):
+                pass
 
     def end(self) -> None:
         """Send what is queued, then the end. What the peer still sends is received."""
@@ -71,7 +90,7 @@ class Link(Generic[T]):
             return None
         try:
             return self._decoder.decode(body)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise ProtocolError(str(error)) from error
 
     def close(self) -> None:

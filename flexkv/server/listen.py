@@ -19,7 +19,7 @@ class Listener:
     """A listening unix socket, and the lock that says whose it is."""
 
     def __init__(self, path: Path) -> None:
-        """Listen, in place of a server that died; `path` is made with mode 0600.
+        """Take the address, in place of a server that died; `path` is made with mode 0600.
 
         Raises:
             ConfigError: another server listens there, or it cannot be made.
@@ -27,6 +27,7 @@ class Listener:
         self.path = path
         self._lock_path = path.with_name(path.name + ".lock")
         self._lock = _locked(self._lock_path, path)
+        self._is_bound = False
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._bind(path)
@@ -43,12 +44,16 @@ class Listener:
             self.socket.bind(str(path))
         finally:
             os.umask(before)
+        self._is_bound = True
+
+    def listen(self) -> None:
+        """Take connections: until then they are refused, as if nobody were there."""
         self.socket.listen(BACKLOG)
         self.socket.setblocking(False)
 
     def close(self) -> None:
         """Listen no more."""
-        for path in (self.path, self._lock_path):
+        for path in (self.path, self._lock_path) if self._is_bound else (self._lock_path,):
             with suppress(OSError):
                 path.unlink()
         self.socket.close()

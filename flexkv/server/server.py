@@ -16,7 +16,7 @@ from contextlib import ExitStack, suppress
 import msgspec
 import structlog
 
-from flexkv.common.errors import ConfigError, FlexKVError
+from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
 from flexkv.engine import Engine
 from flexkv.index.keys import blocks_are
 from flexkv.server.backend import ServerBackend
@@ -70,6 +70,7 @@ class Server:
         self._clients: dict[int, Link[ToServer]] = {}
         self._jobs: dict[int, Jobs] = {}
         self._links: set[Link[ToServer]] = set()
+        self._agents: set[Link[ToServer]] = set()
         self._control = Control(engine, self._clients, backend.fleet)
         self._closing = False
         self._idle = asyncio.Event()
@@ -77,6 +78,7 @@ class Server:
     def start(self) -> None:
         """Take connections from now on."""
         self._engine.register_kv_caches([])
+        self._listener.listen()
         self._engine.supervisor.keep("server", self._accept())
         log.info("server listens", path=str(self._listener.path), pid=os.getpid())
 
@@ -87,7 +89,10 @@ class Server:
             jobs.cancel()
             jobs.release()
         for link in list(self._links):
-            link.end()
+            if link in self._agents:
+                link.end()
+            else:
+                link.close()
         try:
             async with asyncio.timeout(CLOSE_S):
                 while self._links:
@@ -146,10 +151,17 @@ class Server:
         if hello.role == "client" and hello.instance in self._clients:
             raise ConfigError("instance_id", hello.instance, "has a client already")
         if hello.role == "agent":
-            self._backend.fleet.check(hello.instance, hello.tp_rank, hello.order)
+            self._backend.fleet.check(hello.instance, hello.tp_rank, hello.num_blocks, hello.order)
 
     async def _serve(self, link: Link[ToServer], hello: Hello) -> None:
+        if self._closing:
+            link.close()
+            return
         self._links.add(link)
+        if hello.role == "agent":
+            self._agents.add(link)
+        else:
+            link.unsent_bytes_max = UNSENT_BYTES_MAX
         try:
             match hello.role:
                 case "client":
@@ -161,6 +173,7 @@ class Server:
         finally:
             link.close()
             self._links.discard(link)
+            self._agents.discard(link)
             self._idle.set()
 
     def _check_facts(self, hello: Hello) -> None:
@@ -186,16 +199,15 @@ class Server:
     # -- clients --------------------------------------------------------------------------------
 
     async def _client(self, link: Link[ToServer], instance: int) -> None:
-        # Those of an earlier client may be ending still.
-        fresh = Jobs(self._engine, self._backend.fleet, instance)
-        jobs = self._jobs.setdefault(instance, fresh)
+        if instance in self._clients:  # two came at once
+            raise ProtocolError(f"instance {instance} has a client already")
+        jobs = self._jobs_of(instance)
         self._clients[instance] = link
+        self._backend.fleet.attach(instance, link)
         log.info("client connected", instance=instance)
         self._tell_state(instance)
         try:
             while (message := await link.receive()) is not None:
-                if link.unsent_bytes > UNSENT_BYTES_MAX:
-                    raise ProtocolError("it does not read what it is sent")
                 match message:
                     case Match():
                         link.send(jobs.match(message))
@@ -207,14 +219,22 @@ class Server:
                         jobs.cancel(message.numbers)
                     case _:
                         raise ProtocolError(f"a client does not send {type(message).__name__}")
-        except ConfigError as error:
+        except (ConfigError, ClosedError) as error:
             raise ProtocolError(str(error)) from error
         finally:
             del self._clients[instance]
+            self._backend.fleet.detach(instance)
             jobs.cancel()
             jobs.release()
             # Its devices may still be written by what is under way: agents ask for that.
             log.info("client gone", instance=instance)
+
+    def _jobs_of(self, number: int) -> Jobs:
+        """Give the requests of an instance: those of an earlier client may be ending still."""
+        jobs = self._jobs.get(number)
+        if jobs is None:
+            jobs = self._jobs[number] = Jobs(self._engine, self._backend.fleet, number)
+        return jobs
 
     def _tell_state(self, number: int) -> None:
         """Tell an instance's client what its devices are."""
@@ -225,7 +245,7 @@ class Server:
         if instance is None or instance.slot is None:
             link.send(State(False, 0, ""))
         else:
-            link.send(State(True, instance.num_blocks, fleet.order or ""))
+            link.send(State(True, instance.num_blocks, fleet.order or "", instance.slot))
 
     # -- agents ---------------------------------------------------------------------------------
 
@@ -238,27 +258,36 @@ class Server:
         self._tell_state(number)
         try:
             while (message := await link.receive()) is not None:
-                match message:
-                    case Copied():
-                        port.copied(message)
-                    case Ready():
-                        if (jobs := self._jobs.get(number)) is not None:
-                            jobs.ready(message.numbers, rank)
-                    case Settle():
-                        work = self._settle(link, message, number)
-                        self._engine.supervisor.spawn("settle", work)
-                    case _:
-                        raise ProtocolError(f"an agent does not send {type(message).__name__}")
+                self._hear(link, port, message, (number, rank))
+        except ProtocolError as error:
+            # It may be copying still: its copies end before its connection does.
+            log.warning("agent_dismissed", instance=number, rank=rank, reason=str(error))
+            link.end()
+            await link.ignore()
         finally:
             fleet.leave(number, rank)
-            if (jobs := self._jobs.get(number)) is not None:
-                jobs.cancel_unready()
+            self._jobs_of(number).cancel_unready()
             self._tell_state(number)
             log.info("agent gone", instance=number, rank=rank)
 
+    def _hear(
+        self, link: Link[ToServer], port: AgentPort, message: ToServer, who: tuple[int, int]
+    ) -> None:
+        """Take what an agent, of an instance and a rank, has said."""
+        number, rank = who
+        match message:
+            case Copied():
+                port.copied(message)
+            case Ready():
+                self._jobs_of(number).ready(message.numbers, rank)
+            case Settle():
+                work = self._settle(link, message, number)
+                self._engine.supervisor.spawn("settle", work)
+            case _:
+                raise ProtocolError(f"an agent does not send {type(message).__name__}")
+
     async def _settle(self, link: Link[ToServer], message: Settle, number: int) -> None:
-        if (jobs := self._jobs.get(number)) is not None:
-            await jobs.settled(message.requests)
+        await self._jobs_of(number).settled(message.requests)
         link.send(Settled(message.number))
 
     # -- control --------------------------------------------------------------------------------
@@ -297,7 +326,7 @@ async def _hello(peer: socket.socket) -> Hello:
         raise ProtocolError(f"a greeting of {length} bytes")
     try:
         hello = TO_SERVER.decode(await read(length))
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise ProtocolError(str(error)) from error
     if not isinstance(hello, Hello):
         raise ProtocolError("it did not say who it is")

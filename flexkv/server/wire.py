@@ -67,6 +67,8 @@ class State(Message, tag="state", frozen=True):
     ready: bool
     num_blocks: int
     order: str
+    slot: int = 0
+    """Names this state: a `Start` that was made in another one is refused."""
 
 
 class Match(Message, tag="match", frozen=True):
@@ -101,6 +103,7 @@ class Start(Message, tag="start", frozen=True):
     first: int
     device_ids: bytes
     """int64, one for each block."""
+    slot: int
     when_ready: bool = False
     """Wait until every rank has said `Ready`: what is put has to be written first."""
     held: int = 0

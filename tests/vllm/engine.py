@@ -173,6 +173,7 @@ def run(plan: Plan) -> dict[str, Any]:
         sabotage(plan)
     from vllm import LLM
 
+    from flexkv.common.errors import ConfigError
     from flexkv.server.operator import command
 
     engine = {
@@ -213,7 +214,10 @@ def run(plan: Plan) -> dict[str, Any]:
     }
     if chosen is not None:
         address = plan.settings["server_recv_port"]
-        command(address, "flush")
+        try:
+            command(address, "flush")
+        except ConfigError:  # what could not be stored is told once
+            command(address, "flush")
         told["server"] = command(address, "status")
     return told
 

@@ -13,6 +13,7 @@ class StepMetadata(KVConnectorMetadata):
 
     Attributes:
         puts: numbers of requests that read what this step's forward writes.
+        loads: numbers of requests that may write once the steps before this one are done.
         received: vLLM's requests whose loads are over.
         sent: vLLM's requests that have ended, and whose blocks nobody reads any more.
         failed_blocks: device blocks that were to be loaded and are not.
@@ -20,6 +21,7 @@ class StepMetadata(KVConnectorMetadata):
     """
 
     puts: list[int] = field(default_factory=list)
+    loads: list[int] = field(default_factory=list)
     received: set[str] = field(default_factory=set)
     sent: set[str] = field(default_factory=set)
     failed_blocks: set[int] = field(default_factory=set)

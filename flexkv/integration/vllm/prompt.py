@@ -28,3 +28,8 @@ def scope_of(request: Any) -> Scope | None:
         first = feature.mm_position.offset
         extras.append((first, first + feature.mm_position.length, str(feature.identifier)))
     return Scope(tuple(parts), tuple(extras))
+
+
+def features_of(request: Any) -> int:
+    """Count a request's images and sounds: those of a session become more."""
+    return len(getattr(request, "mm_features", None) or ())

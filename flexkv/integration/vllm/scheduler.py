@@ -26,9 +26,9 @@ import structlog
 
 from flexkv.common.errors import ConfigError, FlexKVError
 from flexkv.common.request import Operation
-from flexkv.common.terms import BLOCK_KEY_BYTES
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
 from flexkv.integration.vllm.metadata import StepMetadata
-from flexkv.integration.vllm.prompt import scope_of
+from flexkv.integration.vllm.prompt import features_of, scope_of
 from flexkv.integration.vllm.setup import Setup
 from flexkv.integration.vllm.stats import FlexKVStats
 from flexkv.server.client import Client
@@ -42,7 +42,7 @@ RELAUNCH_S = 10.0
 """Between two launches of a server that ends."""
 ROOM_S, ROOM_AGAIN_S = 2.0, 0.002
 """How long a load is tried for which host memory has no room, and how often."""
-REUSE_S = 30.0
+REUSE_S = 0.25
 """How long a step waits for puts that read blocks which it would write: some milliseconds."""
 
 
@@ -61,19 +61,20 @@ class _Put(NamedTuple):
     """A put under way: from which block on, and the device blocks that it reads."""
 
     first: int
-    block_ids: list[int]
+    block_ids: BlockIds
 
 
 class _Tracked:
     """What is known of one of vLLM's requests."""
 
     __slots__ = (
-        "block_ids", "finished", "held", "keys", "load", "local_blocks", "may_claim", "puts",
-        "request", "scope", "stored_blocks",
+        "block_ids", "features", "finished", "held", "keys", "load", "local_blocks", "may_claim",
+        "puts", "request", "scope", "stored_blocks",
     )  # fmt: skip
 
     def __init__(self, request: Any) -> None:
         self.request, self.scope = request, scope_of(request)
+        self.features = features_of(request)
         self.keys = b""
         self.block_ids: list[int] = []
         self.local_blocks = 0
@@ -109,8 +110,10 @@ class SchedulerSide:
         self._per_block = cache.tokens_per_block
         self._tracked: dict[str, _Tracked] = {}
         self._of_number: dict[int, str] = {}
-        self._read_by: dict[int, set[int]] = {}
-        """Device blocks that puts read, and which."""
+        self._readers = np.zeros(0, np.uint16)
+        """Of each device block, how many puts read it."""
+        self._fresh_puts: dict[int, BlockIds] = {}
+        self._puts_under_way = 0
         self._waiting: list[str] = []
         """Requests whose load waits for puts: their own, or such as read its blocks."""
         self._step = StepMetadata()
@@ -127,6 +130,8 @@ class SchedulerSide:
         """
         tracked = self._track(request)
         if not tracked.may_claim or tracked.scope is None or not self._ready():
+            return 0, False
+        if getattr(request, "skip_reading_prefix_cache", False):  # it wants every token's logits
             return 0, False
         # One token at least has to be computed: the last.
         blocks = (request.num_tokens - 1) // self._per_block
@@ -171,13 +176,17 @@ class SchedulerSide:
 
         So no request ever loads and stores at once, and vLLM is told of one end only.
         """
-        reused = not self._read_by.keys().isdisjoint(load.block_ids)
-        if tracked.puts or reused or load.again_s > time.monotonic():
+        ids = np.array(load.block_ids, np.int64)
+        if tracked.puts or self._are_read(ids) or load.again_s > time.monotonic():
             self._waiting.append(request_id)
             return
-        ids = np.array(load.block_ids, np.int64)
-        load.number = self.client.start(Operation.GET, load.keys, load.first, ids, held=load.held)
+        gated = self._setup.gates_loads
+        load.number = self.client.start(
+            Operation.GET, load.keys, load.first, ids, when_ready=gated, held=load.held
+        )
         self._of_number[load.number] = request_id
+        if gated:
+            self._step.loads.append(load.number)
 
     # -- puts, and each step --------------------------------------------------------------------
 
@@ -207,8 +216,9 @@ class SchedulerSide:
                 tracked.block_ids = ([] if resumed else tracked.block_ids) + list(new_ids[0])
                 fresh += new_ids[0][computed // self._per_block if resumed else 0 :]
             self._put(tracked, computed, output)
-        if self._read_by:
-            self._wait_for_readers(fresh)
+        if fresh and self._puts_under_way:
+            self._wait_for_readers(np.array(fresh, np.int64))
+        self._note_readers()
         step, self._step = self._step, StepMetadata()
         return step
 
@@ -218,38 +228,55 @@ class SchedulerSide:
             return
         request_id = tracked.request.request_id
         after = computed + output.num_scheduled_tokens[request_id]
+        first = tracked.stored_blocks
+        if after < (first + 1) * self._per_block:
+            return
         # Drafts may be rejected.
         after -= len(output.scheduled_spec_decode_tokens.get(request_id, ()))
-        known = min(after, len(tracked.request.all_token_ids))
-        blocks, first = known // self._per_block, tracked.stored_blocks
-        if blocks <= first or blocks > len(tracked.block_ids):
+        blocks = min(after, len(tracked.request.all_token_ids)) // self._per_block
+        if not first < blocks <= len(tracked.block_ids):
             return
         keys = self._keys(tracked, blocks)[: (blocks + 1) * BLOCK_KEY_BYTES]
-        ids = tracked.block_ids[first:blocks]
-        number = self.client.start(
-            Operation.PUT, keys, first, np.array(ids, np.int64), when_ready=True
-        )
+        ids = np.array(tracked.block_ids[first:blocks], np.int64)
+        number = self.client.start(Operation.PUT, keys, first, ids, when_ready=True)
         tracked.stored_blocks = blocks
         tracked.puts[number] = _Put(first, ids)
         self._of_number[number] = request_id
-        for block_id in ids:
-            self._read_by.setdefault(block_id, set()).add(number)
+        self._fresh_puts[number] = ids
         self._step.puts.append(number)
 
-    def _wait_for_readers(self, fresh: list[int]) -> None:
+    def _note_readers(self) -> None:
+        """Count the puts of this step among those that read: they read what it writes itself."""
+        if len(self._readers) < self.client.num_blocks:
+            missing = self.client.num_blocks - len(self._readers)
+            self._readers = np.concatenate([self._readers, np.zeros(missing, np.uint16)])
+        puts, self._fresh_puts = self._fresh_puts, {}
+        for ids in puts.values():
+            self._readers[ids] += 1
+        self._puts_under_way += len(puts)
+
+    def _are_read(self, ids: BlockIds) -> bool:
+        """Tell whether a put reads any of these blocks."""
+        return bool(self._puts_under_way) and bool(self._readers[ids].any())
+
+    def _wait_for_readers(self, fresh: BlockIds) -> None:
         """Return once no earlier put reads blocks that this step is the first to write.
 
-        Raises:
-            TimeoutError: one reads on: what it stores would be another request's bytes.
+        They are cancelled. Of one that does not end soon what it has read is not believed: the
+        server looks whether we are there still before it stores anything.
         """
-        own, until_s = set(self._step.puts), time.monotonic() + REUSE_S
-        while True:
-            readers = set[int]().union(*(self._read_by.get(i, ()) for i in fresh)) - own
-            if not readers:
-                return
+        cancelled, until_s = set[int](), time.monotonic() + REUSE_S
+        while self._are_read(fresh):
+            readers = {
+                number
+                for tracked in self._tracked.values()
+                for number, put in tracked.puts.items()
+                if number not in self._fresh_puts and np.isin(put.block_ids, fresh).any()
+            }
+            self.client.cancel(list(readers - cancelled))
+            cancelled |= readers
             if time.monotonic() > until_s:
-                raise TimeoutError(f"{len(readers)} puts did not end in {REUSE_S} s")
-            self.client.cancel(list(readers))
+                self.client.give_up(f"{len(readers)} puts did not end in {REUSE_S} s")
             time.sleep(0.0001)
             self._poll()
 
@@ -267,7 +294,7 @@ class SchedulerSide:
                 self._load_over(request_id, tracked)
             else:
                 self._start(request_id, tracked, tracked.load)
-        if self._launched is not None and self._launched.has_ended:
+        if self._launched is not None and not self.client.is_ready:
             self._relaunch()
 
     def _ended(self, request_id: str, tracked: _Tracked, done: Done) -> None:
@@ -306,17 +333,18 @@ class SchedulerSide:
         put = tracked.puts.pop(done.number)
         self.stats.count("puts")
         self.stats.count("stored_blocks", done.moved)
-        for block_id in put.block_ids:
-            readers = self._read_by[block_id]
-            readers.discard(done.number)
-            if not readers:
-                del self._read_by[block_id]
+        if self._fresh_puts.pop(done.number, None) is None:
+            self._readers[put.block_ids] -= 1
+            self._puts_under_way -= 1
         if done.status != "success":
             self.stats.count("failed_puts")
             self._step.settle.append(done.number)
-        if done.error:  # what follows would have no parents: once more, with the next blocks
+        # What follows would have no parents: once more, with the next blocks.
+        if done.error or done.status != "success":
             tracked.stored_blocks = min(tracked.stored_blocks, put.first)
-        if tracked.finished and not tracked.puts:
+        elif not done.moved and put.first:
+            tracked.stored_blocks = 0
+        if tracked.finished and not tracked.puts and tracked.load is None:
             self._step.sent.add(request_id)
             del self._tracked[request_id]
 
@@ -388,6 +416,10 @@ class SchedulerSide:
 
     def _keys(self, tracked: _Tracked, blocks: int) -> bytes:
         """Give the keys of so many blocks of a request; those that are known are not made again."""
+        if tracked.features != (features := features_of(tracked.request)):
+            # A session that has got another image: keys behind it are others.
+            tracked.features, tracked.scope = features, scope_of(tracked.request)
+            tracked.keys = b""
         known = max(0, len(tracked.keys) // BLOCK_KEY_BYTES - 1)
         if known < blocks:
             tokens, end = tracked.request.all_token_ids, blocks * self._per_block
@@ -401,11 +433,11 @@ class SchedulerSide:
 
     def _relaunch(self) -> None:
         """Launch a server in place of one that ended, now and then."""
-        if time.monotonic() < self._launched_s + RELAUNCH_S:
+        assert self._launched is not None
+        if time.monotonic() < self._launched_s + RELAUNCH_S or not self._launched.has_ended:
             return
         self._launched_s = time.monotonic()
         try:
-            assert self._launched is not None
             self._launched.close()
             self._launched = Launched(self._setup.model, self._setup.settings)
         except ConfigError as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import structlog
@@ -13,6 +16,10 @@ from flexkv.settings import load_settings
 log = structlog.get_logger(__name__)
 
 
+INSTANCE_SHIFT = 16
+DRAFTS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
+
+
 class Setup(NamedTuple):
     """An engine, in FlexKV's terms."""
 
@@ -21,6 +28,8 @@ class Setup(NamedTuple):
     instance: int
     launches: bool
     """Whether this instance's scheduler launches the server."""
+    gates_loads: bool = False
+    """Whether loads wait until the workers have done the step under way."""
 
     @property
     def cache(self) -> CacheConfig:
@@ -39,6 +48,23 @@ def setup_of(vllm_config: Any) -> Setup:
     """
     settings = load_settings()
     parallel = vllm_config.parallel_config
+    _check(vllm_config)
+    cache = _with_block_size(settings.cache_config, int(vllm_config.cache_config.block_size))
+    dp_rank = int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
+    # vLLM may say of a data-parallel engine that it is alone: ids of different ones never meet.
+    instance = settings.instance_id << INSTANCE_SHIFT | dp_rank
+    return Setup(
+        _model(vllm_config),
+        settings.model_copy(update={"cache_config": cache}),
+        instance,
+        settings.server_launch_mode == "embedded" and instance == 0,
+        _gates_loads(vllm_config),
+    )
+
+
+def _check(vllm_config: Any) -> None:
+    """Refuse by name what would give wrong blocks."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
     for name, what in (
         ("pipeline_parallel_size", "pipeline parallelism"),
         ("decode_context_parallel_size", "context parallelism"),
@@ -46,15 +72,35 @@ def setup_of(vllm_config: Any) -> Setup:
     ):
         if getattr(parallel, name, 1) != 1:
             raise ConfigError(name, getattr(parallel, name), f"FlexKV does not serve {what} yet")
-    cache = _with_block_size(settings.cache_config, int(vllm_config.cache_config.block_size))
-    dp_rank = int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
-    instance = settings.instance_id * parallel.data_parallel_size + dp_rank
-    return Setup(
-        _model(vllm_config),
-        settings.model_copy(update={"cache_config": cache}),
-        instance,
-        settings.server_launch_mode == "embedded" and instance == 0,
-    )
+    if getattr(model, "is_hybrid", False):
+        raise ConfigError("model", model.model, "FlexKV does not serve models with state layers")
+    window = model.get_sliding_window()
+    uses_it = getattr(model.hf_text_config, "use_sliding_window", True)
+    if window is not None and uses_it:
+        why = "FlexKV does not serve layers that forget: vLLM's --disable-sliding-window, if it may"
+        raise ConfigError("sliding_window", window, why)
+    chunk = getattr(model, "attention_chunk_size", None)
+    if chunk:
+        raise ConfigError("attention_chunk_size", chunk, "FlexKV does not serve chunked attention")
+    role = vllm_config.kv_transfer_config.kv_role
+    if role != "kv_both":
+        raise ConfigError("kv_role", role, "must be kv_both: FlexKV both stores and loads")
+    drafts = getattr(vllm_config, "speculative_config", None)
+    if drafts is not None and drafts.method not in DRAFTS_WITHOUT_KV:
+        why = f"drafts with a KV cache of their own are not served: {', '.join(DRAFTS_WITHOUT_KV)}"
+        raise ConfigError("speculative_config.method", drafts.method, why)
+
+
+def _gates_loads(vllm_config: Any) -> bool:
+    """Tell whether loads have to wait for the step that is under way.
+
+    With asynchronous scheduling a freed block may be written by it still. Later vLLMs do not give
+    such a block away before; of earlier ones the workers say when the step is done.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    fenced = hasattr(Scheduler, "_drain_deferred_frees")
+    return bool(getattr(vllm_config.scheduler_config, "async_scheduling", False)) and not fenced
 
 
 def _with_block_size(cache: CacheConfig, block_size: int) -> CacheConfig:
@@ -66,8 +112,6 @@ def _with_block_size(cache: CacheConfig, block_size: int) -> CacheConfig:
 
 def _model(vllm_config: Any) -> ModelConfig:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    if getattr(model, "is_hybrid", False):
-        raise ConfigError("model", model.model, "FlexKV does not serve models with state layers")
     return ModelConfig(
         num_layers=model.get_num_layers(parallel),
         num_kv_heads=1 if model.use_mla else model.get_total_num_kv_heads(),
@@ -101,5 +145,25 @@ def _model_id(vllm_config: Any) -> str:
     facts = (
         "vllm", model.model, model.revision or "", model.quantization or "",
         vllm_config.cache_config.cache_dtype, device, getattr(backend, "name", backend) or "",
+        _digest(model),
     )  # fmt: skip
     return "|".join(map(str, facts))
+
+
+def _digest(model: Any) -> str:
+    """Give a digest of what the model is, overrides and all, and of which weights lie where.
+
+    Weights that are exchanged under the same name are others if their files' sizes or times are.
+    """
+    facts = model.hf_config.to_dict()
+    for name in ("transformers_version", "_name_or_path"):
+        facts.pop(name, None)
+    folder = Path(model.model)
+    files = sorted(folder.glob("*")) if folder.is_dir() else []
+    weights = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in files
+        if path.suffix in (".safetensors", ".bin", ".pt", ".gguf")
+    ]
+    text = json.dumps([facts, weights], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

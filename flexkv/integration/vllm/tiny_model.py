@@ -65,7 +65,25 @@ def make_tiny_model(
             tensors[f"{at}.{name}.weight"] = torch.ones(width, dtype=wanted)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(_config(shape, inner, dtype), indent=2))
+    _write_tokenizer(folder, shape.vocabulary)
     return folder
+
+
+def _write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """Let every token be a word: token 17 is "w17"."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{n}": n for n in range(3, vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    facts = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts))
 
 
 def _config(shape: Shape, inner: int, dtype: str) -> dict[str, Any]:

@@ -28,12 +28,12 @@ class WorkerSide:
         self._agent.start(kv_caches)
 
     def wait_for_save(self, step: StepMetadata) -> None:
-        """Tell that the step's forward has written what its puts read. Does not wait.
+        """Tell that the step's forward has written what its puts read, and is done. Does not wait.
 
         vLLM calls this when the forward has raised, too: then nothing may be read.
         """
-        if step.puts and sys.exc_info()[0] is None:
-            self._agent.ready(step.puts)
+        if sys.exc_info()[0] is None:
+            self._agent.ready([*step.loads, *step.puts])
 
     def get_finished(self, step: StepMetadata) -> tuple[set[str] | None, set[str] | None]:
         """Give the requests that are done with sending, and with receiving."""

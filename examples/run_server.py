@@ -1,0 +1,33 @@
+"""Runs a FlexKV server from code: what `flexkv serve model.json` does.
+
+    python examples/run_server.py /tmp/flexkv-example
+
+Then, in another terminal, `python examples/scheduler_server_example.py /tmp/flexkv-example`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from flexkv.cli.serve import run
+from flexkv.common.config import CacheConfig, ModelConfig, Settings
+from flexkv.logs import configure_logging
+
+MODEL = ModelConfig(num_layers=8, num_kv_heads=4, head_size=64, dtype="float16", tp_size=2)
+
+
+def settings_in(folder: Path) -> Settings:
+    """Give the settings that server, scheduler and workers share; files and socket in a folder."""
+    cache = CacheConfig(
+        tokens_per_block=16, num_cpu_blocks=1024, num_ssd_blocks=4096, ssd_cache_dir=str(folder)
+    )
+    return Settings(server_recv_port=f"ipc://{folder.absolute()}/socket", cache_config=cache)
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[1])
+    where.mkdir(exist_ok=True)
+    configure_logging()
+    asyncio.run(run(MODEL, settings_in(where)))
