@@ -344,14 +344,11 @@ class Engine:
 
     def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
         """Give how much of a prompt is resident. No I/O; recency is the only trace it leaves."""
-        return self.match_keys(self.intake(Operation.PREFETCH, token_ids, None, namespace).keys)
-
-    def match_keys(self, keys: bytes) -> PrefixMatch:
-        """Do so for a prompt by its root and the keys of its whole blocks, 16 bytes each."""
-        return prefix_match(self.find(keys), self._residency.tiers, self.tokens_per_block)
+        found = self.find(self.intake(Operation.PREFETCH, token_ids, None, namespace).keys)
+        return prefix_match(found, self._residency.tiers, self.tokens_per_block)
 
     def find(self, keys: bytes) -> Found:
-        """Give where the blocks of a prompt are."""
+        """Give where the blocks of a prompt are, by its root and their keys, 16 bytes each."""
         self._check_open()
         self._scheduler.look_out()
         return self._planner.visible(self._residency.find(keys, use=True))

@@ -47,7 +47,8 @@ def vllm_demo(
         wanted: dict[str, Any] = {
             "model": str(model), "conversations": conversations, "turns": turns,
             "first_tokens": first_tokens, "turn_tokens": turn_tokens, "block_size": BLOCK_SIZE,
-            "tokens_max": longest, "pool_bytes": longest * token_bytes * 3 // 2, "address": f"ipc://{folder}/socket",
+            "tokens_max": longest, "pool_bytes": longest * token_bytes * 3 // 2,
+            "address": f"ipc://{folder}/socket",
         }  # fmt: skip
         settings = {
             "server_recv_port": wanted["address"],

@@ -1,8 +1,9 @@
 """An engine's scheduler at a server: synchronous, in one thread, and never waiting for I/O.
 
-`match` asks and waits for the answer, some tens of microseconds; `start` only sends, and `poll`
-gives what has ended meanwhile. A server that is gone costs hits, never a request: matches find
-nothing, what was under way is told as failed, and the client connects again by itself.
+`match` asks and waits for the answer, some tens of microseconds; `start` only queues, `flush`
+sends what is queued, and `poll` does so too and gives what has ended meanwhile. A server that is
+gone costs hits, never a request: matches find nothing, what was under way is told as failed, and
+the client connects again by itself.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Client:
         self._model, self._tokens_per_block, self._secret = model, tokens_per_block, secret
         self._keys = KeyChain(model, tokens_per_block, secret)
         self._socket: socket.socket | None = None
-        self._unread = bytearray()
+        self._unread, self._unsent = bytearray(), bytearray()
         self._matched: Matched | None = None
         self._ended: list[Done] = []
         self._under_way: set[int] = set()
@@ -116,6 +117,7 @@ class Client:
         number = self._number()
         self._matched = None
         if self._send(Match(number, keys, hold)):
+            self.flush()
             until_s = time.monotonic() + MATCH_S
             while self._matched is None or self._matched.number != number:
                 if not self._receive(max(0.0, until_s - time.monotonic())):
@@ -156,7 +158,7 @@ class Client:
         self._under_way.add(number)
         ids = b"" if device_ids is None else device_ids.tobytes()
         message = Start(number, operation.label, keys, first, ids, self._slot, when_ready, held)
-        if not self._send(message) and number in self._under_way:
+        if not self._send(message):
             self._fail(number, "there is no server")
         return number
 
@@ -169,6 +171,7 @@ class Client:
     def poll(self) -> list[Done]:
         """Give the requests that ended since the last call, each exactly once. Never waits."""
         if self._connected():
+            self.flush()
             while self._receive(0.0):
                 pass
             if self._under_way and time.monotonic() > self._heard_s + HANG_S:
@@ -220,17 +223,25 @@ class Client:
         self._wait_s = min(2 * self._wait_s, RETRY_S_MAX)
 
     def _send(self, message: Message) -> bool:
-        """Send; a server that reads nothing for as long as a match may take is as good as gone."""
+        """Queue a message for `flush`; tell whether there is a connection."""
         if not self._connected():
             return False
-        assert self._socket is not None
+        self._unsent += framed(message)
+        return True
+
+    def flush(self) -> None:
+        """Send what was asked for since the last call: one system call for a step of a scheduler.
+
+        A server that reads nothing for as long as a match may take is as good as gone.
+        """
+        if self._socket is None or not self._unsent:
+            return
+        unsent, self._unsent = self._unsent, bytearray()
         try:
             self._socket.settimeout(MATCH_S)
-            self._socket.sendall(framed(message))
+            self._socket.sendall(unsent)
         except OSError as error:
             self._lost(str(error))
-            return False
-        return True
 
     def _receive(self, wait_s: float) -> bool:
         """Take what has come, after so long at most; tell whether anything has."""
@@ -295,6 +306,7 @@ class Client:
                 self._socket.close()
         self._socket, self.is_ready = None, False
         self._unread.clear()
+        self._unsent.clear()
         for number in list(self._under_way):
             self._fail(number, "the server is gone")
 

@@ -55,6 +55,11 @@ class Launched:
         return self._process.pid
 
     @property
+    def exit_status(self) -> int | None:
+        """Give how it ended; None while it runs."""
+        return self._process.poll()
+
+    @property
     def has_ended(self) -> bool:
         """Tell whether it has."""
         return self._process.poll() is not None

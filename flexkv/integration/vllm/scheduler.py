@@ -219,6 +219,7 @@ class SchedulerSide:
         if fresh and self._puts_under_way:
             self._wait_for_readers(np.array(fresh, np.int64))
         self._note_readers()
+        self.client.flush()
         step, self._step = self._step, StepMetadata()
         return step
 
@@ -274,6 +275,7 @@ class SchedulerSide:
                 if number not in self._fresh_puts and np.isin(put.block_ids, fresh).any()
             }
             self.client.cancel(list(readers - cancelled))
+            self.client.flush()
             cancelled |= readers
             if time.monotonic() > until_s:
                 self.client.give_up(f"{len(readers)} puts did not end in {REUSE_S} s")

@@ -1,0 +1,94 @@
+"""A real server in a process of its own, with instances of engines in this one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.common.config import ModelConfig, Settings
+from flexkv.common.request import Operation
+from flexkv.server.agent import Agent
+from flexkv.server.client import Client
+from flexkv.server.wire import Done
+
+from .conftest import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches
+
+BLOCKS = 8
+
+
+def settings_in(folder: Path, **changes: Any) -> Settings:
+    """Give the settings of a server with its files in a folder."""
+    cache = cache_config(folder, **changes)
+    return Settings(server_recv_port=f"ipc://{folder}/socket", cache_config=cache)
+
+
+def eventually(what: Callable[[], Any], within_s: float = 10.0) -> Any:
+    """Wait until something is true, and give it."""
+    until_s = time.monotonic() + within_s
+    while not (found := what()):
+        assert time.monotonic() < until_s, "it did not come about"
+        time.sleep(0.005)
+    return found
+
+
+class Instance:
+    """An engine's scheduler and its workers, in this process."""
+
+    def __init__(self, settings: Settings, model: ModelConfig = MODEL, number: int = 0) -> None:
+        cache = settings.cache_config
+        address, per_block = settings.server_recv_port, cache.tokens_per_block
+        self.caches = [self._cache_of(model, number * 16 + rank) for rank in range(model.tp_size)]
+        self.agents = [Agent(address, model, cache, number, rank) for rank in range(model.tp_size)]
+        self.client = Client(address, model, per_block, instance=number)
+        self._begun = False
+        self.ends: dict[int, Done] = {}
+
+    @staticmethod
+    def _cache_of(model: ModelConfig, seed: int) -> list[NDArray[np.float16]]:
+        heads = model.num_kv_heads // model.parts
+        return [layer[:, :, :, :heads].copy() for layer in kv_caches(seed)]
+
+    def begin(self) -> None:
+        """Lend the caches, and wait until the server has them."""
+        for agent, caches in zip(self.agents, self.caches, strict=True):
+            agent.start(caches)
+        self.wait_ready()
+
+    def wait_ready(self) -> None:
+        """Return once requests can be served."""
+        eventually(lambda: (self.client.poll(), self.client.is_ready)[1])
+
+    def keys(self, prompt: int, blocks: int = BLOCKS) -> bytes:
+        """Give the keys of a prompt that shares nothing with others."""
+        return self.client.keys(np.arange(blocks * PER_BLOCK) + prompt * 10_000)
+
+    def end_of(self, number: int) -> Done:
+        """Give the end of a request once it has come."""
+
+        def look() -> bool:
+            self.ends |= {done.number: done for done in self.client.poll()}
+            return number in self.ends
+
+        eventually(look)
+        return self.ends[number]
+
+    def request(self, operation: Operation, prompt: int, device: range) -> Done:
+        """Run a request of a whole prompt to its end."""
+        keys = self.keys(prompt, len(device))
+        ids = np.array(device, np.int64)
+        return self.end_of(self.client.start(operation, keys, 0, ids))
+
+    def content(self, device: range) -> list[NDArray[np.uint16]]:
+        """Give the bytes of device blocks, by rank."""
+        return [bytes_of(caches, device) for caches in self.caches]
+
+    def close(self) -> None:
+        """Disconnect."""
+        self.client.close()
+        for agent in self.agents:
+            agent.close()

@@ -1,0 +1,385 @@
+"""Peers of a server that stop, leave in the middle, or say what they may not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexkv.common.config import ModelConfig, Settings
+from flexkv.common.errors import ConfigError
+from flexkv.common.request import Operation
+from flexkv.index.keys import blocks_are
+from flexkv.io.arena import Arena
+from flexkv.server.agent import Agent
+from flexkv.server.greet import Connected, connect, message
+from flexkv.server.launch import Launched
+from flexkv.server.listen import Listener
+from flexkv.server.operator import command
+from flexkv.server.wire import (
+    LENGTH_BYTES,
+    PROTOCOL_VERSION,
+    Copied,
+    Copy,
+    Done,
+    Hello,
+    Match,
+    Matched,
+    Settle,
+    Settled,
+    Start,
+    State,
+    framed,
+)
+
+from .conftest import MODEL, PER_BLOCK
+from .serving import BLOCKS, Instance, eventually, settings_in
+
+TWO_RANKS = MODEL.model_copy(update={"tp_size": 2})
+ORDER = "kv tokens heads dim"
+
+
+class Peer:
+    """A client or an agent of which the test says every word."""
+
+    def __init__(
+        self, settings: Settings, role: Any, instance: int = 0, tp_rank: int = 0, **more: Any
+    ) -> None:
+        model: ModelConfig = more.pop("model", MODEL)
+        facts = blocks_are(model, PER_BLOCK, "")
+        words = {"num_blocks": 64, "order": ORDER, **more}
+        hello = Hello(
+            PROTOCOL_VERSION, role, os.getpid(), facts, instance, tp_rank, **words
+        )  # fmt: skip
+        self.connected: Connected = eventually(lambda: _try(settings, hello))
+        self._socket = self.connected.socket
+        self._socket.settimeout(10)
+        self.slot = 0
+
+    def say(self, said: Any) -> None:
+        """Send a message."""
+        self._socket.sendall(framed(said))
+
+    def say_bytes(self, said: bytes) -> None:
+        """Send a frame with anything in it."""
+        self._socket.sendall(len(said).to_bytes(LENGTH_BYTES, "little") + said)
+
+    def hear(self, kind: type) -> Any:
+        """Give the next message of a kind."""
+        while True:
+            heard = message(self._socket)
+            if isinstance(heard, State):
+                self.slot = heard.slot
+            if isinstance(heard, kind):
+                return heard
+
+    def hear_ready(self) -> None:
+        """Return once the instance's devices are there."""
+        while not self.hear(State).ready:
+            pass
+
+    def put(self, number: int, keys: bytes | None = None) -> None:
+        """Start a put of the first blocks."""
+        keys = keys or os.urandom(16 * (BLOCKS + 1))
+        self.say(Start(number, "put", keys, 0, np.arange(BLOCKS).tobytes(), self.slot))
+
+    def close(self) -> None:
+        """Be gone."""
+        self._socket.close()
+        if self.connected.arena_fd is not None:
+            os.close(self.connected.arena_fd)
+
+
+def _try(settings: Settings, hello: Hello) -> Connected | None:
+    try:
+        return connect(settings.server_recv_port, hello)
+    except OSError:
+        return None
+
+
+def is_sound(settings: Settings) -> bool:
+    """Tell whether the server's engine takes requests."""
+    return "statistics" in command(settings.server_recv_port, "status")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Give settings."""
+    return settings_in(tmp_path)
+
+
+@pytest.fixture
+def launched(settings: Settings, request: Any) -> Iterator[Launched]:
+    """Give a running server, and check at last that it ended well: nothing was left in it."""
+    server = Launched(getattr(request, "param", MODEL), settings)
+    yield server
+    server.close()
+    assert server.exit_status == 0
+
+
+def test_a_put_that_its_client_has_given_up_is_not_believed(
+    settings: Settings, launched: Launched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server was stopped; the client gave up, and had its blocks overwritten meanwhile."""
+    copy, delay_s = Agent._copy, [0.6]
+
+    def slow(self: Agent, asked: Copy) -> None:
+        time.sleep(delay_s[0])
+        copy(self, asked)
+
+    monkeypatch.setattr(Agent, "_copy", slow)
+    instance = Instance(settings)
+    instance.begin()
+    for layer in instance.caches[0]:
+        layer[:, :BLOCKS] = 1.0
+    number = instance.client.start(Operation.PUT, instance.keys(1), 0, np.arange(BLOCKS))
+    instance.client.flush()
+    time.sleep(0.1)
+    os.kill(launched.pid, signal.SIGSTOP)
+    instance.client.match(instance.keys(99))
+    assert instance.end_of(number).status == "failed"
+    for layer in instance.caches[0]:
+        layer[:, :BLOCKS] = 7.0
+    time.sleep(1.0)
+    os.kill(launched.pid, signal.SIGCONT)
+    delay_s[0] = 0.0
+    instance.wait_ready()
+    time.sleep(0.3)
+    assert instance.client.match(instance.keys(1)).blocks == 0
+    instance.close()
+
+
+def test_what_is_settled_before_it_came_is_refused(settings: Settings, launched: Launched) -> None:
+    """A settle over the agent's socket may be faster than the start over the client's."""
+    agent, client = Peer(settings, "agent"), Peer(settings, "client")
+    client.hear_ready()
+    agent.say(Settle(1, (42,)))
+    agent.hear(Settled)
+    client.put(42)
+    assert "given up before it came" in client.hear(Done).error
+    agent.close()
+    client.close()
+
+
+def test_a_start_for_other_devices_is_refused(settings: Settings, launched: Launched) -> None:
+    """Its ids were made for those that were there before."""
+    agent, client = Peer(settings, "agent"), Peer(settings, "client")
+    client.hear_ready()
+    before = client.slot
+    agent.close()
+    again = Peer(settings, "agent")
+    client.hear_ready()
+    client.slot, now = before, client.slot
+    assert now != before
+    client.put(1)
+    assert "are not those of the request" in client.hear(Done).error
+    again.close()
+    client.close()
+
+
+def test_blocks_stay_lent_until_an_agent_that_errs_has_ended(
+    settings: Settings, launched: Launched
+) -> None:
+    """It says what it may not, and goes on copying: nobody gets the blocks meanwhile."""
+    agent, client = Peer(settings, "agent"), Peer(settings, "client")
+    client.hear_ready()
+    client.put(1)
+    ids = np.frombuffer(agent.hear(Copy).host_ids, np.int64)
+    agent.say(Copied(999_999))
+    time.sleep(0.2)
+    tier = command(settings.server_recv_port, "status")["statistics"]["tiers"]["host"]
+    assert tier["reserved_blocks"] + tier["draining_blocks"] == BLOCKS
+    other = Instance(settings, number=1)
+    other.begin()
+    for prompt in range(4):
+        assert other.request(Operation.PUT, prompt, range(BLOCKS)).moved == BLOCKS
+    welcome, fd = agent.connected.welcome, agent.connected.arena_fd
+    assert fd is not None
+    arena = Arena.attach(
+        os.dup(fd), welcome.num_host_blocks, welcome.block_stride_bytes, welcome.fd_offset_bytes
+    )
+    arena.array[ids] = 0x55  # only now its copy ends
+    arena.close()
+    agent.close()
+    before = other.content(range(BLOCKS))
+    for prompt in range(4):
+        other.request(Operation.GET, prompt, range(20, 20 + BLOCKS))
+        np.testing.assert_array_equal(other.content(range(20, 20 + BLOCKS)), before)
+    assert client.hear(Done).status == "failed"
+    other.close()
+    client.close()
+
+
+@pytest.mark.parametrize("launched", [TWO_RANKS], indirect=True)
+def test_a_rank_that_comes_back_waits_for_the_other_to_drain(
+    settings: Settings, launched: Launched
+) -> None:
+    """Rank 1 dies while rank 0 copies: the instance is whole again when both have come anew."""
+    agents = [Peer(settings, "agent", 0, rank, model=TWO_RANKS) for rank in range(2)]
+    client = Peer(settings, "client", model=TWO_RANKS)
+    client.hear_ready()
+    client.put(1)
+    asked = [agent.hear(Copy) for agent in agents]
+    agents[1].close()
+    assert client.hear(State).ready is False
+    back = Peer(settings, "agent", 0, 1, model=TWO_RANKS)
+    client.put(2)
+    assert client.hear(Done).number == 2
+    status = command(settings.server_recv_port, "status")["instances"]["0"]
+    assert (status["ranks"], status["ready"]) == ([0, 1], False)
+    agents[0].say(Copied(asked[0].token))
+    agents[0].close()
+    assert client.hear(Done).number == 1
+    fresh = Peer(settings, "agent", 0, 0, model=TWO_RANKS)
+    client.hear_ready()
+    client.put(3)
+    for agent in (back, fresh):
+        agent.say(Copied(agent.hear(Copy).token))
+    assert client.hear(Done) == Done(3, "success", BLOCKS)
+    for peer in (back, fresh, client):
+        peer.close()
+
+
+def test_one_instance_that_does_not_answer_stalls_no_other(
+    tmp_path: Path,
+) -> None:
+    """Its agent takes copies and never ends them; after a while nothing is begun there any more."""
+    settings = settings_in(tmp_path, io_deadline_s=0.5, num_cpu_blocks=256)
+    server = Launched(MODEL, settings)
+    stuck, client = Peer(settings, "agent", 1), Peer(settings, "client", 1)
+    client.hear_ready()
+    client.put(1)
+    stuck.hear(Copy)
+    time.sleep(0.7)
+    client.put(2)
+    assert "do not answer" in client.hear(Done).error
+    sound = Instance(settings)
+    sound.begin()
+    assert sound.request(Operation.PUT, 1, range(BLOCKS)).moved == BLOCKS
+    assert sound.request(Operation.GET, 1, range(20, 20 + BLOCKS)).moved == BLOCKS
+    for peer in (stuck, client, sound):
+        peer.close()
+    server.close()
+
+
+def test_nonsense_ends_its_connection_only(settings: Settings, launched: Launched) -> None:
+    """Keys that are none, nested arrays, odd paths, ids beyond the device, words of other roles."""
+    for keys in (b"", b"x", b"x" * 17, b"x" * 40):
+        peer = Peer(settings, "client")
+        peer.say(Match(1, keys))
+        with pytest.raises(Exception, match="closed"):
+            peer.hear(Matched)
+        peer.close()
+        eventually(lambda: "0" not in command(settings.server_recv_port, "status")["instances"])
+    for role, words in (
+        ("control", b"\x95\xa7command\x01\xa6status" + b"\x91" * 100_000),
+        ("agent", b"\x93\xa6copied\x05\xa0"),
+        ("client", b"\x93\xa6copied\x05\xa0"),
+    ):
+        peer = Peer(settings, role)
+        peer.say_bytes(words)
+        with pytest.raises(Exception, match="closed"):
+            peer.hear(Done)
+        peer.close()
+    with socket.socket(socket.AF_UNIX) as deep:
+        deep.connect(settings.server_recv_port.removeprefix("ipc://"))
+        deep.sendall(b"\xa0\x86\x01\x00" + b"\x91" * 100_000)
+    with pytest.raises(ConfigError, match="null"):
+        command(settings.server_recv_port, "trace_start", path="a\0b")
+    with pytest.raises(ConfigError, match="num_blocks"):
+        connect_agent_of(settings, 1 << 50)
+    assert is_sound(settings)
+
+
+def connect_agent_of(settings: Settings, num_blocks: int) -> None:
+    """Connect an agent whose device has so many blocks."""
+    facts = blocks_are(MODEL, PER_BLOCK, "")
+    hello = Hello(PROTOCOL_VERSION, "agent", 1, facts, 5, 0, num_blocks, ORDER)
+    connect(settings.server_recv_port, hello)
+
+
+def test_what_a_client_held_is_let_go_when_it_leaves(
+    settings: Settings, launched: Launched
+) -> None:
+    """However often it held under one number."""
+    instance = Instance(settings)
+    instance.begin()
+    assert instance.request(Operation.PUT, 1, range(BLOCKS)).moved == BLOCKS
+    keys = instance.keys(1)
+    instance.close()
+    eventually(lambda: not command(settings.server_recv_port, "status")["instances"])
+    command(settings.server_recv_port, "flush")
+    client = Peer(settings, "client")
+    for _ in range(5):
+        client.say(Match(1, keys, hold=True))
+        assert client.hear(Matched).blocks == BLOCKS
+    statistics = command(settings.server_recv_port, "status")["statistics"]
+    assert statistics["tiers"]["host"]["pinned_blocks"] == BLOCKS
+    client.close()
+    eventually(lambda: not command(settings.server_recv_port, "status")["statistics"]["claims"])
+
+
+def test_two_clients_of_one_instance_at_once(settings: Settings, launched: Launched) -> None:
+    """One is taken, whoever of them; the other's leaving takes nothing from it."""
+    path = settings.server_recv_port.removeprefix("ipc://")
+    Peer(settings, "control").close()  # once it is there
+    hello = framed(Hello(PROTOCOL_VERSION, "client", 1, blocks_are(MODEL, PER_BLOCK, "")))
+    os.kill(launched.pid, signal.SIGSTOP)
+    sockets = [socket.socket(socket.AF_UNIX) for _ in range(4)]
+    for each in sockets:
+        each.connect(path)
+        each.sendall(hello)
+    os.kill(launched.pid, signal.SIGCONT)
+    time.sleep(0.3)
+    assert is_sound(settings)
+    for each in sockets:
+        each.close()
+    time.sleep(0.2)
+    assert is_sound(settings)
+
+
+def test_a_server_ends_soon_whoever_is_connected(settings: Settings) -> None:
+    """A client that is idle, and one that never says who it is."""
+    server = Launched(MODEL, settings)
+    client = Peer(settings, "client")
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(settings.server_recv_port.removeprefix("ipc://"))
+        begin = time.monotonic()
+        server.close()
+        assert time.monotonic() - begin < 8
+    client.close()
+    assert server.exit_status == 0
+
+
+def test_an_address_that_is_a_file_is_left_alone(tmp_path: Path) -> None:
+    """It may be dear to somebody."""
+    path = tmp_path / "file"
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match="is no socket"):
+        Listener(path)
+    assert path.read_text() == "mine"
+
+
+def test_a_stopped_server_costs_the_scheduler_little(
+    settings: Settings, launched: Launched
+) -> None:
+    """It is asked again after a while, longer each time; and found when it goes on."""
+    instance = Instance(settings)
+    instance.begin()
+    os.kill(launched.pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    for _ in range(100):
+        assert instance.client.match(instance.keys(1)).blocks == 0
+        instance.client.poll()
+    took_s = time.monotonic() - begin
+    os.kill(launched.pid, signal.SIGCONT)
+    assert took_s < 2.0
+    instance.wait_ready()
+    instance.close()
