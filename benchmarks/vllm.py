@@ -1,7 +1,8 @@
 """Time to the first token of real `vllm serve` engines over HTTP, with and without FlexKV.
 
 Peers: no connector, and vLLM's own ExampleConnector (files). Limit: vLLM's own device cache. All
-engines run at once and are asked in turn. Needs vLLM in this Python: `scripts/vllm-venv`.
+engines run at once and are asked in turn, prompts whole: ExampleConnector fails with chunks. Needs
+vLLM in this Python: `scripts/vllm-venv`.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class Engine:
     def __init__(self, model: Path, folder: Path, connector: dict[str, Any] | None) -> None:
         self._model, self._connector = model, connector
         self._folder = folder
+        name = connector["kv_connector"] if connector else "none"
+        self._log = folder / f"{name}.log"
         self.address = f"ipc://{folder}/socket"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -82,19 +85,25 @@ class Engine:
             str(Path(sys.executable).parent / "vllm"), "serve", str(self._model),
             "--served-model-name", "model", "--enforce-eager", "--dtype", "bfloat16",
             "--kv-cache-memory-bytes", str(1 << 30), "--block-size", str(BLOCK_SIZE),
-            "--max-model-len", "8192", "--port", str(self._port), "--host", "127.0.0.1",
+            "--max-model-len", "8192", "--max-num-batched-tokens", "8192",
+            "--port", str(self._port), "--host", "127.0.0.1",
         ]  # fmt: skip
         if self._connector is not None:
             config_json = json.dumps({**self._connector, "kv_role": "kv_both"})
             command_line += ["--kv-transfer-config", config_json]
         environment = {
             **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_SERVER_DEV_MODE": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR", "FLEXKV_CONFIG_PATH": str(config),
+            "VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_LOGGING_LEVEL": "ERROR",
+            "FLEXKV_CONFIG_PATH": str(config),
         }  # fmt: skip
-        self._process = subprocess.Popen(
-            command_line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(command_line, env=environment, stdout=log, stderr=log)
         return self
+
+    def _failed(self, error: OSError) -> RuntimeError:
+        said = self._log.read_text(errors="replace").splitlines()
+        wrong = next((i for i, line in enumerate(said) if "Traceback" in line), len(said) - 30)
+        return RuntimeError("\n".join([f"{self._log.name}: {error}", *said[wrong : wrong + 40]]))
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
@@ -139,9 +148,12 @@ class Engine:
             wanted = urllib.request.Request(
                 f"http://127.0.0.1:{self._port}/reset_prefix_cache", method="POST"
             )
-            with urllib.request.urlopen(wanted, timeout=30) as answer:
-                if b"true" in answer.read():
-                    return
+            try:
+                with urllib.request.urlopen(wanted, timeout=30) as answer:
+                    if b"true" in answer.read():
+                        return
+            except OSError as error:
+                raise self._failed(error) from error
             time.sleep(0.05)
         raise TimeoutError("the engine's cache is in use still")
 

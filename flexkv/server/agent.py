@@ -24,6 +24,7 @@ from flexkv.common.errors import ClosedError, ConfigError, DeviceError, FlexKVEr
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.index.keys import blocks_are
 from flexkv.io.arena import Arena
+from flexkv.io.cpus import widen_affinity
 from flexkv.io.ports import DevicePort
 from flexkv.io.tensors import kv_cache_list
 from flexkv.loop_thread import LoopThread
@@ -119,6 +120,7 @@ class Agent:
         self._thread.start()
 
         async def begin() -> None:
+            widen_affinity()
             self._supervisor = Supervisor(self._failed)
             await self._supervisor.start()
             self._supervisor.keep("agent", self._run(backend, tensors, layout, hello))

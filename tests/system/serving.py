@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,11 @@ from numpy.typing import NDArray
 
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.request import Operation
+from flexkv.index.keys import blocks_are
 from flexkv.server.agent import Agent
 from flexkv.server.client import Client
-from flexkv.server.wire import Done
+from flexkv.server.greet import Connected, connect, message
+from flexkv.server.wire import LENGTH_BYTES, PROTOCOL_VERSION, Done, Hello, Start, State, framed
 
 from .conftest import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches
 
@@ -92,3 +95,64 @@ class Instance:
         self.client.close()
         for agent in self.agents:
             agent.close()
+
+
+ORDER = "kv tokens heads dim"
+
+
+class Peer:
+    """A client or an agent of which the test says every word."""
+
+    def __init__(
+        self, settings: Settings, role: Any, instance: int = 0, tp_rank: int = 0, **more: Any
+    ) -> None:
+        model: ModelConfig = more.pop("model", MODEL)
+        facts = blocks_are(model, PER_BLOCK, "")
+        words = {"num_blocks": 64, "order": ORDER, **more}
+        hello = Hello(
+            PROTOCOL_VERSION, role, os.getpid(), facts, instance, tp_rank, **words
+        )  # fmt: skip
+        self.connected: Connected = eventually(lambda: _try(settings, hello))
+        self._socket = self.connected.socket
+        self._socket.settimeout(10)
+        self.slot = 0
+
+    def say(self, said: Any) -> None:
+        """Send a message."""
+        self._socket.sendall(framed(said))
+
+    def say_bytes(self, said: bytes) -> None:
+        """Send a frame with anything in it."""
+        self._socket.sendall(len(said).to_bytes(LENGTH_BYTES, "little") + said)
+
+    def hear(self, kind: type) -> Any:
+        """Give the next message of a kind."""
+        while True:
+            heard = message(self._socket)
+            if isinstance(heard, State):
+                self.slot = heard.slot
+            if isinstance(heard, kind):
+                return heard
+
+    def hear_ready(self) -> None:
+        """Return once the instance's devices are there."""
+        while not self.hear(State).ready:
+            pass
+
+    def put(self, number: int, keys: bytes | None = None) -> None:
+        """Start a put of the first blocks."""
+        keys = keys or os.urandom(16 * (BLOCKS + 1))
+        self.say(Start(number, "put", keys, 0, np.arange(BLOCKS).tobytes(), self.slot))
+
+    def close(self) -> None:
+        """Be gone."""
+        self._socket.close()
+        if self.connected.arena_fd is not None:
+            os.close(self.connected.arena_fd)
+
+
+def _try(settings: Settings, hello: Hello) -> Connected | None:
+    try:
+        return connect(settings.server_recv_port, hello)
+    except OSError:
+        return None

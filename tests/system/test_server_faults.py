@@ -13,18 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexkv.common.config import ModelConfig, Settings
+from flexkv.common.config import Settings
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation
 from flexkv.index.keys import blocks_are
 from flexkv.io.arena import Arena
 from flexkv.server.agent import Agent
-from flexkv.server.greet import Connected, connect, message
+from flexkv.server.greet import connect
 from flexkv.server.launch import Launched
 from flexkv.server.listen import Listener
 from flexkv.server.operator import command
 from flexkv.server.wire import (
-    LENGTH_BYTES,
     PROTOCOL_VERSION,
     Copied,
     Copy,
@@ -34,74 +33,14 @@ from flexkv.server.wire import (
     Matched,
     Settle,
     Settled,
-    Start,
     State,
     framed,
 )
 
 from .conftest import MODEL, PER_BLOCK
-from .serving import BLOCKS, Instance, eventually, settings_in
+from .serving import BLOCKS, ORDER, Instance, Peer, eventually, settings_in
 
 TWO_RANKS = MODEL.model_copy(update={"tp_size": 2})
-ORDER = "kv tokens heads dim"
-
-
-class Peer:
-    """A client or an agent of which the test says every word."""
-
-    def __init__(
-        self, settings: Settings, role: Any, instance: int = 0, tp_rank: int = 0, **more: Any
-    ) -> None:
-        model: ModelConfig = more.pop("model", MODEL)
-        facts = blocks_are(model, PER_BLOCK, "")
-        words = {"num_blocks": 64, "order": ORDER, **more}
-        hello = Hello(
-            PROTOCOL_VERSION, role, os.getpid(), facts, instance, tp_rank, **words
-        )  # fmt: skip
-        self.connected: Connected = eventually(lambda: _try(settings, hello))
-        self._socket = self.connected.socket
-        self._socket.settimeout(10)
-        self.slot = 0
-
-    def say(self, said: Any) -> None:
-        """Send a message."""
-        self._socket.sendall(framed(said))
-
-    def say_bytes(self, said: bytes) -> None:
-        """Send a frame with anything in it."""
-        self._socket.sendall(len(said).to_bytes(LENGTH_BYTES, "little") + said)
-
-    def hear(self, kind: type) -> Any:
-        """Give the next message of a kind."""
-        while True:
-            heard = message(self._socket)
-            if isinstance(heard, State):
-                self.slot = heard.slot
-            if isinstance(heard, kind):
-                return heard
-
-    def hear_ready(self) -> None:
-        """Return once the instance's devices are there."""
-        while not self.hear(State).ready:
-            pass
-
-    def put(self, number: int, keys: bytes | None = None) -> None:
-        """Start a put of the first blocks."""
-        keys = keys or os.urandom(16 * (BLOCKS + 1))
-        self.say(Start(number, "put", keys, 0, np.arange(BLOCKS).tobytes(), self.slot))
-
-    def close(self) -> None:
-        """Be gone."""
-        self._socket.close()
-        if self.connected.arena_fd is not None:
-            os.close(self.connected.arena_fd)
-
-
-def _try(settings: Settings, hello: Hello) -> Connected | None:
-    try:
-        return connect(settings.server_recv_port, hello)
-    except OSError:
-        return None
 
 
 def is_sound(settings: Settings) -> bool:

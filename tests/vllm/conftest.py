@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+if importlib.util.find_spec("vllm") is not None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its dependencies
+        importlib.import_module("flexkv.integration.vllm.scheduler")
 
 ROOT = Path(__file__).parents[2]
 RUN_S = 240.0

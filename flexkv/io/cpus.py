@@ -1,0 +1,36 @@
+"""Which CPUs a thread may run on."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+NODES = Path("/sys/devices/system/node")
+
+
+def widen_affinity() -> set[int]:
+    """Let the calling thread, and those that it starts, run on every CPU of its NUMA nodes.
+
+    An engine pins its own threads, to one CPU each; what is started from them would share that one.
+    Gives the CPUs that it may run on now.
+    """
+    own = os.sched_getaffinity(0)
+    wanted = set(own)
+    for path in NODES.glob("node[0-9]*/cpulist"):
+        with suppress(OSError, ValueError):
+            cpus = _parsed(path.read_text())
+            if cpus & own:
+                wanted |= cpus
+    with suppress(OSError):  # a container that allows none of them: as it was
+        os.sched_setaffinity(0, wanted)
+    return os.sched_getaffinity(0)
+
+
+def _parsed(text: str) -> set[int]:
+    """Give the CPUs of a list such as "0-3,8"."""
+    cpus: set[int] = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        cpus.update(range(int(first), int(last or first) + 1))
+    return cpus

@@ -1,0 +1,38 @@
+"""Threads that are started from pinned ones run wherever their NUMA node lets them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from flexkv.io import cpus
+
+
+def test_a_thread_gets_the_cpus_of_its_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not those of others; where nothing is known it stays as it is."""
+    everywhere = os.sched_getaffinity(0)
+    if len(everywhere) < 2:
+        pytest.skip("there is one CPU only")
+    first, *rest = sorted(everywhere)
+    monkeypatch.setattr(cpus, "NODES", tmp_path)
+    seen: list[set[int]] = []
+
+    def pinned() -> None:
+        os.sched_setaffinity(0, {first})
+        seen.append(cpus.widen_affinity())
+        (tmp_path / "node0").mkdir()
+        (tmp_path / "node0/cpulist").write_text(f"{first},{rest[0]}\n")
+        (tmp_path / "node1").mkdir()
+        (tmp_path / "node1/cpulist").write_text("900-907")
+        seen.append(cpus.widen_affinity())
+
+    thread = threading.Thread(target=pinned)
+    thread.start()
+    thread.join()
+    assert seen == [{first}, {first, rest[0]}]
+    assert os.sched_getaffinity(0) == everywhere

@@ -1,0 +1,211 @@
+"""The scheduler's side against a real server, with an agent of which the test says every word."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexkv.server.wire import Copied, Copy, Ready
+from tests.system.conftest import MODEL, PER_BLOCK
+from tests.system.serving import Peer, eventually, settings_in
+
+pytest.importorskip("vllm")
+
+from flexkv.integration.vllm import setup as vllm_setup
+from flexkv.integration.vllm.scheduler import SchedulerSide
+from flexkv.integration.vllm.setup import Setup
+
+TOKENS = 3 * PER_BLOCK + 1
+
+
+@dataclass
+class Request:
+    """As much of vLLM's as is looked at."""
+
+    request_id: str
+    seed: int = 0
+    lora_request: Any = None
+    cache_salt: Any = None
+    prompt_embeds: Any = None
+    mm_features: list[Any] = field(default_factory=list)
+
+    @property
+    def all_token_ids(self) -> list[int]:
+        """Give its tokens."""
+        return list(range(self.seed, self.seed + TOKENS))
+
+    @property
+    def num_tokens(self) -> int:
+        """Count them."""
+        return TOKENS
+
+
+def output(*new: tuple[str, list[int]]) -> Any:
+    """Give a step that prefills requests into blocks."""
+    return SimpleNamespace(
+        scheduled_new_reqs=[
+            SimpleNamespace(req_id=name, block_ids=(blocks,), num_computed_tokens=0)
+            for name, blocks in new
+        ],
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set()
+        ),
+        num_scheduled_tokens={name: TOKENS for name, _ in new},
+        scheduled_spec_decode_tokens={},
+    )  # fmt: skip
+
+
+class Rig:
+    """A scheduler's side, its server, and the agent of its one rank."""
+
+    def __init__(self, folder: Path) -> None:
+        settings = settings_in(folder)
+        self.side = SchedulerSide(Setup(MODEL, settings, 0, launches=True))
+        self.agent = Peer(settings, "agent")
+        eventually(self.side._ready)
+
+    def begin(self, name: str, blocks: list[int], seed: int = 0) -> Copy:
+        """Prefill a request, and give the copy that stores it, under way."""
+        self.side.get_num_new_matched_tokens(Request(name, seed), 0)
+        step = self.side.build_connector_meta(output((name, blocks)))
+        self.agent.say(Ready(tuple(step.puts)))
+        copy: Copy = self.agent.hear(Copy)
+        return copy
+
+    def step_until(self, what: str) -> Any:
+        """Give the first step that reports something."""
+        return eventually(
+            lambda: (s := self.side.build_connector_meta(output())) and getattr(s, what) and s
+        )
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    """Give one."""
+    made = Rig(tmp_path)
+    yield made
+    made.agent.close()
+    made.side.close()
+
+
+def test_an_aborted_load_that_waits_for_its_puts_is_over_once(rig: Rig) -> None:
+    """It was preempted, asked again, and given up: `received`, and never `sent` too."""
+    copy = rig.begin("a", [1, 2, 3, 4])
+    request = Request("a")
+    extra, later = rig.side.get_num_new_matched_tokens(request, 0)
+    assert (extra, later) == (3 * PER_BLOCK, True)
+    blocks = SimpleNamespace(get_block_ids=lambda: ([5, 6, 7, 8],))
+    rig.side.update_state_after_alloc(request, blocks, extra)
+    assert rig.side.request_finished(request) is False
+    assert not rig.side.build_connector_meta(output()).received
+    rig.agent.say(Copied(copy.token))
+    step = rig.step_until("received")
+    assert (step.received, step.sent, step.failed_blocks) == ({"a"}, set(), set())
+    assert rig.side._tracked == {}
+
+
+def test_blocks_stay_until_the_puts_that_read_them_are_over(rig: Rig) -> None:
+    """Of a request that has ended."""
+    copy = rig.begin("a", [1, 2, 3, 4])
+    assert rig.side.request_finished(Request("a")) is True
+    assert not rig.side.build_connector_meta(output()).sent
+    rig.agent.say(Copied(copy.token))
+    assert rig.step_until("sent").sent == {"a"}
+
+
+def test_a_step_waits_for_puts_that_read_what_it_writes(rig: Rig) -> None:
+    """Another request got the blocks of one that was preempted."""
+    copy = rig.begin("a", [1, 2, 3, 4])
+    rig.side.get_num_new_matched_tokens(Request("b", 1000), 0)
+    threading.Timer(0.1, lambda: rig.agent.say(Copied(copy.token))).start()
+    begin = time.monotonic()
+    rig.side.build_connector_meta(output(("b", [9, 2, 3, 10])))
+    assert 0.09 < time.monotonic() - begin < 0.24
+    begin = time.monotonic()
+    rig.side.get_num_new_matched_tokens(Request("c", 2000), 0)
+    rig.side.build_connector_meta(output(("c", [11, 12, 13, 14])))
+    assert time.monotonic() - begin < 0.09
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_step_does_not_wait_for_a_server_that_is_gone(rig: Rig, number: int) -> None:
+    """What its puts have read is not stored, nor are the step's own."""
+    rig.begin("a", [1, 2, 3, 4])
+    rig.side.get_num_new_matched_tokens(Request("b", 1000), 0)
+    assert rig.side._launched is not None
+    pid = rig.side._launched.pid
+    threading.Timer(0.05, lambda: os.kill(pid, number)).start()
+    begin = time.monotonic()
+    step = rig.side.build_connector_meta(output(("b", [9, 2, 3, 10])))
+    assert time.monotonic() - begin < 1.0
+    assert len(step.puts) == 1
+    os.kill(pid, signal.SIGCONT) if number is signal.SIGSTOP else None
+    for name in ("a", "b"):
+        rig.side.request_finished(Request(name))
+    eventually(lambda: (rig.side.build_connector_meta(output()), not rig.side._tracked)[1])
+    assert not rig.side._readers.any()
+
+
+def test_what_needs_every_tokens_output_loads_nothing(rig: Rig) -> None:
+    """Nor do prompts that are no tokens."""
+    rig.agent.say(Copied(rig.begin("a", [1, 2, 3, 4]).token))
+    eventually(lambda: rig.side.get_num_new_matched_tokens(Request("b"), 0)[0] > 0)
+    wanting = Request("c")
+    wanting.skip_reading_prefix_cache = True  # type: ignore[attr-defined]
+    assert rig.side.get_num_new_matched_tokens(wanting, 0) == (0, False)
+    embedded = Request("d", prompt_embeds=np.zeros(3))
+    assert rig.side.get_num_new_matched_tokens(embedded, 0) == (0, False)
+    salted = Request("e", cache_salt="other")
+    assert rig.side.get_num_new_matched_tokens(salted, 0) == (0, False)
+
+
+def test_a_session_that_gets_an_image_has_other_keys(rig: Rig) -> None:
+    """Those behind the image."""
+    request = Request("a")
+    keys = rig.side._keys(rig.side._track(request), 3)
+    where = SimpleNamespace(offset=PER_BLOCK, length=PER_BLOCK)
+    request.mm_features.append(SimpleNamespace(mm_position=where, identifier="cat"))
+    tracked = rig.side._track(request)
+    tracked.request = request
+    again = rig.side._keys(tracked, 3)
+    assert again[: 2 * 16] == keys[: 2 * 16]
+    assert again[2 * 16 :] != keys[2 * 16 :]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"parallel_config": {"pipeline_parallel_size": 2}}, "pipeline_parallel_size"),
+        ({"model_config": {"is_hybrid": True}}, "model"),
+        ({"model_config": {"get_sliding_window": lambda: 128}}, "sliding_window"),
+        ({"kv_transfer_config": {"kv_role": "kv_producer"}}, "kv_role"),
+        ({"speculative_config": SimpleNamespace(method="eagle")}, "speculative_config.method"),
+    ],
+)
+def test_engines_that_would_get_wrong_blocks_are_refused(
+    changes: dict[str, Any], field: str
+) -> None:
+    """By name, before anything is launched."""
+    config: dict[str, Any] = {
+        "parallel_config": {"pipeline_parallel_size": 1},
+        "model_config": {
+            "model": "m", "is_hybrid": False, "get_sliding_window": lambda: None,
+            "hf_text_config": SimpleNamespace(),
+        },
+        "kv_transfer_config": {"kv_role": "kv_both"},
+    }  # fmt: skip
+    for name, more in changes.items():
+        config[name] = {**config[name], **more} if isinstance(more, dict) else more
+    spaces = {k: SimpleNamespace(**v) if isinstance(v, dict) else v for k, v in config.items()}
+    with pytest.raises(vllm_setup.ConfigError, match=field):
+        vllm_setup._check(SimpleNamespace(**spaces))
