@@ -117,7 +117,8 @@ class SchedulerSide:
         self._waiting: list[str] = []
         """Requests whose load waits for puts: their own, or such as read its blocks."""
         self._step = StepMetadata()
-        self.stats = FlexKVStats()
+        self.stats, self._recent = FlexKVStats(), FlexKVStats()
+        self._log_every, self._finished = cache.num_log_interval_requests, 0
 
     # -- loads ----------------------------------------------------------------------------------
 
@@ -141,15 +142,15 @@ class SchedulerSide:
         self._release(tracked)
         found = self.client.match(keys, hold=True)
         tracked.local_blocks = computed // self._per_block
-        self.stats.count("matches")
+        self._count("matches")
         extra = found.blocks * self._per_block - computed
         if extra <= 0:
             if found.blocks:
                 self.client.release([found.number])
             return 0, False
         tracked.held = found.number
-        self.stats.count("hits")
-        self.stats.count("offered_blocks", extra // self._per_block)
+        self._count("hits")
+        self._count("offered_blocks", extra // self._per_block)
         return extra, True
 
     def update_state_after_alloc(self, request: Any, blocks: Any, external: int) -> None:
@@ -311,13 +312,13 @@ class SchedulerSide:
             load.number, load.again_s = None, now_s + ROOM_AGAIN_S
             self._waiting.append(request_id)
             return
-        self.stats.count("loads")
-        self.stats.count("loaded_blocks", done.moved)
+        self._count("loads")
+        self._count("loaded_blocks", done.moved)
         if done.moved < len(load.block_ids):
             if not tracked.finished:
                 log.warning("load_came_short", request=request_id, wanted=len(load.block_ids),
                             loaded=done.moved, status=done.status, reason=done.error)  # fmt: skip
-            self.stats.count("failed_blocks", len(load.block_ids) - done.moved)
+            self._count("failed_blocks", len(load.block_ids) - done.moved)
             self._step.failed_blocks.update(load.block_ids[done.moved :])
             self._step.settle.append(done.number)
             tracked.may_claim = False
@@ -333,13 +334,13 @@ class SchedulerSide:
 
     def _put_ended(self, request_id: str, tracked: _Tracked, done: Done) -> None:
         put = tracked.puts.pop(done.number)
-        self.stats.count("puts")
-        self.stats.count("stored_blocks", done.moved)
+        self._count("puts")
+        self._count("stored_blocks", done.moved)
         if self._fresh_puts.pop(done.number, None) is None:
             self._readers[put.block_ids] -= 1
             self._puts_under_way -= 1
         if done.status != "success":
-            self.stats.count("failed_puts")
+            self._count("failed_puts")
             self._step.settle.append(done.number)
         # What follows would have no parents: once more, with the next blocks.
         if done.error or done.status != "success":
@@ -360,6 +361,7 @@ class SchedulerSide:
         if tracked is None:
             return False
         self._release(tracked)
+        self._summarise()
         tracked.finished = True
         load = tracked.load
         if load is not None and load.number is None:
@@ -374,6 +376,17 @@ class SchedulerSide:
         else:
             del self._tracked[request_id]
         return False
+
+    def _count(self, name: str, by: int = 1) -> None:
+        self.stats.count(name, by)
+        self._recent.count(name, by)
+
+    def _summarise(self) -> None:
+        """Log what became of the last requests, now and then."""
+        self._finished += 1
+        if not self._finished % self._log_every:
+            log.info("recent requests", requests=self._log_every, **self._recent.reduce())
+            self._recent.reset()
 
     def take_stats(self) -> FlexKVStats | None:
         """Give the counts since the last call; None when there are none."""
