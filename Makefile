@@ -55,7 +55,7 @@ gpu: $(VENV)/.setup-dev  ## The tests that need a GPU, the kernel's under comput
 		-k 'bytes_come_back and (kernel or staged) and bfloat16' || exit 1; done
 
 $(VLLM_VENV)/.setup: pyproject.toml scripts/vllm-venv
-	scripts/system-packages $(APT_PACKAGES)
+	scripts/system-packages $(APT_PACKAGES) libnuma1
 	scripts/vllm-venv $(VLLM_VENV) $(PYTHON)
 	touch $@
 

@@ -1,8 +1,8 @@
 """Runs a FlexKV server from code: what `flexkv serve model.json` does.
 
-    python examples/run_server.py /tmp/flexkv-example
+    python -m examples.run_server /tmp/flexkv-example
 
-Then, in another terminal, `python examples/scheduler_server_example.py /tmp/flexkv-example`.
+Then, in another terminal, `python -m examples.scheduler_server_example /tmp/flexkv-example`.
 """
 
 from __future__ import annotations

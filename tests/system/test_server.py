@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +25,9 @@ from flexkv.server.operator import command
 from flexkv.trace.load import load
 
 from .conftest import DEVICE_BLOCKS, MODEL, PER_BLOCK
-from .serving import BLOCKS, Instance, settings_in
+from .serving import BLOCKS, Instance, eventually, settings_in
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -202,3 +206,22 @@ def test_an_operator_traces_a_running_server(
     }
     with pytest.raises(BackendUnavailableError, match="no-such-socket"):
         command("ipc:///tmp/no-such-socket", "status")
+
+
+def test_the_examples_run(tmp_path: Path) -> None:
+    """A server, and an engine of three processes at it; both end well."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "examples.run_server", str(tmp_path / "files")], cwd=ROOT
+    )
+    example = [sys.executable, "-m", "examples.scheduler_server_example"]
+    try:
+        eventually((tmp_path / "files").is_dir)
+        done = subprocess.run(
+            [*example, str(tmp_path / "files")],
+            cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    finally:
+        server.terminate()
+        assert server.wait(30) == 0
+    assert done.returncode == 0, done.stderr
+    assert "every byte is back" in done.stdout

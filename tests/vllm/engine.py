@@ -57,8 +57,8 @@ class Plan:
     """A folder in whose files bits are flipped after each turn."""
     aborts: float = 0.0
     """Of the requests, which part is given up in the middle, and asked again."""
-    pause_s: float = 0.0
-    """Before each turn: for what is written behind."""
+    flush: bool = False
+    """Before each turn wait until everything is on SSD."""
     stay: bool = False
     """Do not end, but wait to be killed."""
 
@@ -173,7 +173,6 @@ def run(plan: Plan) -> dict[str, Any]:
         sabotage(plan)
     from vllm import LLM
 
-    from flexkv.common.errors import ConfigError
     from flexkv.server.operator import command
 
     engine = {
@@ -194,7 +193,8 @@ def run(plan: Plan) -> dict[str, Any]:
     flips = random.Random(plan.seed + 2)
     begin = time.monotonic()
     for _ in range(plan.turns):
-        time.sleep(plan.pause_s)
+        if plan.flush:
+            flush(plan)
         conversations.turn()
         if plan.flip_files:
             flip(plan.flip_files, flips)
@@ -214,12 +214,20 @@ def run(plan: Plan) -> dict[str, Any]:
     }
     if chosen is not None:
         address = plan.settings["server_recv_port"]
-        try:
-            command(address, "flush")
-        except ConfigError:  # what could not be stored is told once
-            command(address, "flush")
+        flush(plan)
         told["server"] = command(address, "status")
     return told
+
+
+def flush(plan: Plan) -> None:
+    """Wait until what was put is on SSD."""
+    from flexkv.common.errors import ConfigError
+    from flexkv.server.operator import command
+
+    try:
+        command(plan.settings["server_recv_port"], "flush")
+    except ConfigError:  # what could not be stored is told once
+        command(plan.settings["server_recv_port"], "flush")
 
 
 def wait_ready(scheduler: Any) -> None:

@@ -57,7 +57,7 @@ def test_answers_are_equal_and_later_turns_hit(
 
 def test_answers_are_equal_from_ssd(run: Run, expected: dict[str, Any]) -> None:
     """Where host memory holds next to nothing."""
-    told = run(connector="shim", cache={"num_cpu_blocks": 80}, pause_s=0.3)
+    told = run(connector="shim", cache={"num_cpu_blocks": 80}, flush=True)
     check_sound(told, expected)
     assert min(min(turn) for turn in told["cached"][1:]) > 0
     assert moved(told)["disk→host"] > 500
@@ -78,7 +78,7 @@ def test_an_engine_that_was_killed_is_warm_from_ssd(
     run: Run, start: Callable[..., Any], expected: dict[str, Any]
 ) -> None:
     """`kill -9` of all its processes, and a new one on the same directory."""
-    first = start(connector="shim", stay=True, pause_s=0.3)
+    first = start(connector="shim", stay=True, flush=True)
     told = first.first_answer()
     os.kill(told["server"]["pid"], signal.SIGKILL)
     first.kill()
@@ -108,7 +108,7 @@ def test_preempted_requests_answer_the_same(run: Run, faults: dict[str, Any]) ->
 FAULTS: dict[str, dict[str, Any]] = {
     "failed_loads": {"failed_loads": 0.2},
     "cut_links": {"cut_links": 0.02},
-    "flipped_bits": {"cache": {"num_cpu_blocks": 80}, "flip": True, "pause_s": 0.2},
+    "flipped_bits": {"cache": {"num_cpu_blocks": 80}, "flip": True, "flush": True},
     "full_tiers": {"cache": {"num_cpu_blocks": 48, "num_ssd_blocks": 64}},
     "small_pool": {"engine": {"kv_cache_memory_bytes": 8 << 20, "max_num_batched_tokens": 256}},
     "aborts": {"aborts": 0.4, "engine": {"max_num_batched_tokens": 256}},
