@@ -155,11 +155,6 @@ class Agent:
         if numbers:
             self._thread.call(lambda: self._settle(tuple(numbers)))
 
-    @property
-    def is_connected(self) -> bool:
-        """Tell whether a server has the KV caches."""
-        return self._link is not None
-
     def close(self) -> None:
         """Finish the copies under way, and take the KV caches back. Idempotent."""
         if self._supervisor is None:

@@ -39,11 +39,24 @@ class _UnderWay(NamedTuple):
     since_s: float
 
 
-class AgentPort:
-    """The port to the device of one rank, by its agent."""
+class _Elsewhere:
+    """What a port has nothing to do for when the device is in another process."""
 
     arrived_bytes = 0
     failure: TransferError | None = None
+
+    def order_after(self, to_device: bool) -> None:
+        """Do nothing: agents order their copies themselves."""
+
+    def suspend(self) -> None:
+        """Do nothing: an agent that sleeps disconnects."""
+
+    def resume(self, layout: PagedLayout, owner: object) -> None:
+        """Do nothing: an agent that wakes connects anew."""
+
+
+class AgentPort(_Elsewhere):
+    """The port to the device of one rank, by its agent."""
 
     def __init__(self, link: Link[ToServer], block_bytes: int, num_blocks: int) -> None:
         """Take what an agent has told of its device; `block_bytes` are those of its part."""
@@ -101,15 +114,6 @@ class AgentPort:
         ended, self._ended = self._ended, []
         return ended
 
-    def order_after(self, to_device: bool) -> None:
-        """Do nothing: agents order their copies themselves."""
-
-    def suspend(self) -> None:
-        """Do nothing: an agent that sleeps disconnects."""
-
-    def resume(self, layout: PagedLayout, owner: object) -> None:
-        """Do nothing: an agent that wakes connects anew."""
-
     def close(self) -> None:
         """Do nothing: the link is the session's."""
 
@@ -129,11 +133,9 @@ class Instance:
         self.num_blocks = 0
 
 
-class FleetPort:
+class FleetPort(_Elsewhere):
     """A transfer port over the devices of every instance."""
 
-    arrived_bytes = 0
-    failure: TransferError | None = None
     num_blocks = 1 << SLOT_SHIFT
 
     def __init__(
@@ -170,7 +172,7 @@ class FleetPort:
         if any(each.ports for each in self.instances.values()) and order != self.order:
             raise ConfigError("kv_caches", order, f"must lie as those of the others: {self.order}")
 
-    def join(self, number: int, tp_rank: int, port: AgentPort, order: str) -> Instance:
+    def join(self, number: int, tp_rank: int, port: AgentPort, order: str) -> None:
         """Take a rank; with the last one its instance has a slot.
 
         Raises:
@@ -181,9 +183,8 @@ class FleetPort:
         self.order = order
         instance.ports[tp_rank] = port
         self._open_slot(instance)
-        return instance
 
-    def leave(self, number: int, tp_rank: int) -> Instance:
+    def leave(self, number: int, tp_rank: int) -> None:
         """Let a rank go: its instance has no slot until it is back."""
         instance = self.instances[number]
         port, instance.slot = instance.ports.pop(tp_rank), None
@@ -192,7 +193,6 @@ class FleetPort:
             for other in instance.ports.values():
                 other.dismiss()
         self._forget_if_empty(number)
-        return instance
 
     def attach(self, number: int, client: Link[ToServer]) -> None:
         """Take an instance's client: what an earlier one has begun is over."""
@@ -294,19 +294,10 @@ class FleetPort:
                 if error is None and transfer.route.target is Tier.HOST and not self._is_live(slot):
                     error = _gone(transfer)  # its blocks may have been others' by then
                 ended.append(Completion(token, error))
-            if not under_way and not self._is_live(slot):
+            if not under_way and slot not in {each.slot for each in self.instances.values()}:
                 del self._slots[slot]
                 self._under_way.pop(slot, None)
         return ended
-
-    def order_after(self, to_device: bool) -> None:
-        """Do nothing: agents order their copies themselves."""
-
-    def suspend(self) -> None:
-        """Do nothing: agents sleep each for itself."""
-
-    def resume(self, layout: PagedLayout, owner: object) -> None:
-        """Do nothing: agents wake each for itself."""
 
     def close(self) -> None:
         """Let go of everything. Only legal with nothing in flight."""
