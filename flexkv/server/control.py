@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -17,8 +17,8 @@ from flexkv.server.fleet import FleetPort
 class Control:
     """Performs commands on an engine."""
 
-    def __init__(self, engine: Engine, clients: Mapping[int, object], fleet: FleetPort) -> None:
-        self._engine, self._clients, self._fleet = engine, clients, fleet
+    def __init__(self, engine: Engine, fleet: FleetPort) -> None:
+        self._engine, self._fleet = engine, fleet
         self._verbs: dict[str, Callable[..., Any]] = {
             "trace_start": self._trace_start,
             "trace_stop": self._trace_stop,
@@ -67,7 +67,7 @@ class Control:
                     "ranks": sorted(instance.ports),
                     "ready": instance.slot is not None,
                     "blocks": instance.num_blocks,
-                    "client": number in self._clients,
+                    "client": instance.client is not None,
                 }
                 for number, instance in self._fleet.instances.items()
             },

@@ -194,6 +194,11 @@ class FleetPort(_Elsewhere):
                 other.dismiss()
         self._forget_if_empty(number)
 
+    def client_of(self, number: int) -> Link[ToServer] | None:
+        """Give an instance's client, if it has one."""
+        instance = self.instances.get(number)
+        return None if instance is None else instance.client
+
     def attach(self, number: int, client: Link[ToServer]) -> None:
         """Take an instance's client: what an earlier one has begun is over."""
         instance = self.instances.setdefault(number, Instance())

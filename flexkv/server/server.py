@@ -67,11 +67,10 @@ class Server:
         cache = engine.cache
         secret = cache.key_secret.get_secret_value()
         self._facts = blocks_are(engine.model, cache.tokens_per_block, secret)
-        self._clients: dict[int, Link[ToServer]] = {}
         self._jobs: dict[int, Jobs] = {}
         self._links: set[Link[ToServer]] = set()
         self._agents: set[Link[ToServer]] = set()
-        self._control = Control(engine, self._clients, backend.fleet)
+        self._control = Control(engine, backend.fleet)
         self._closing = False
         self._idle = asyncio.Event()
 
@@ -148,7 +147,7 @@ class Server:
             raise ConfigError("protocol_version", hello.version, why)
         if hello.role != "control":
             self._check_facts(hello)
-        if hello.role == "client" and hello.instance in self._clients:
+        if hello.role == "client" and self._backend.fleet.client_of(hello.instance) is not None:
             raise ConfigError("instance_id", hello.instance, "has a client already")
         if hello.role == "agent":
             self._backend.fleet.check(hello.instance, hello.tp_rank, hello.num_blocks, hello.order)
@@ -199,10 +198,9 @@ class Server:
     # -- clients --------------------------------------------------------------------------------
 
     async def _client(self, link: Link[ToServer], instance: int) -> None:
-        if instance in self._clients:  # two came at once
+        if self._backend.fleet.client_of(instance) is not None:  # two came at once
             raise ProtocolError(f"instance {instance} has a client already")
         jobs = self._jobs_of(instance)
-        self._clients[instance] = link
         self._backend.fleet.attach(instance, link)
         log.info("client connected", instance=instance)
         self._tell_state(instance)
@@ -222,7 +220,6 @@ class Server:
         except (ConfigError, ClosedError) as error:
             raise ProtocolError(str(error)) from error
         finally:
-            del self._clients[instance]
             self._backend.fleet.detach(instance)
             jobs.cancel()
             jobs.release()
@@ -238,7 +235,8 @@ class Server:
 
     def _tell_state(self, number: int) -> None:
         """Tell an instance's client what its devices are."""
-        link, fleet = self._clients.get(number), self._backend.fleet
+        fleet = self._backend.fleet
+        link = fleet.client_of(number)
         if link is None:
             return
         instance = fleet.instances.get(number)

@@ -48,7 +48,6 @@ class Instance:
         self.caches = [self._cache_of(model, number * 16 + rank) for rank in range(model.tp_size)]
         self.agents = [Agent(address, model, cache, number, rank) for rank in range(model.tp_size)]
         self.client = Client(address, model, per_block, instance=number)
-        self._begun = False
         self.ends: dict[int, Done] = {}
 
     @staticmethod
