@@ -296,6 +296,8 @@ static PyMethodDef index_methods[] = {
     {"restore", METHOD(index_call_restore), METH_VARARGS, "Fill a tier as it was."},
     {"evict", METHOD(index_evict_call), METH_VARARGS, "Evict up to a number of blocks."},
     {"resize", METHOD(index_resize_call), METH_VARARGS, "Change a tier's capacity."},
+    {"watch", METHOD(index_call_watch), METH_O, "Remember changes from now on."},
+    {"changes", METHOD(index_call_changes), METH_NOARGS, "Take the changes remembered."},
     {"counts", METHOD(index_counts), METH_O, "Count a tier's places by state."},
     {"tick", METHOD(index_tick), METH_O, "Tell the time."},
     {"validate", METHOD(index_validate), METH_NOARGS, "Check every law."},

@@ -34,6 +34,8 @@ int scratch_take(BlockIndex *self, size_t count);
 
 PyObject *index_call_export(BlockIndex *, PyObject *);
 PyObject *index_call_restore(BlockIndex *, PyObject *);
+PyObject *index_call_watch(BlockIndex *, PyObject *);
+PyObject *index_call_changes(BlockIndex *, PyObject *);
 PyObject *index_survey(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *index_call_reserve(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *index_call_lease(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);

@@ -142,6 +142,18 @@ struct tier {
     uint32_t quota_blocks[QUOTAS_MAX + 1];
 };
 
+/* A block that became READY in a tier, or is so no more. */
+struct change {
+    struct key key;
+    uint32_t tier, is_ready;
+};
+
+struct changes {
+    struct change *kept;
+    uint32_t count, limit;
+    bool lost;                   /* there were more than the limit since they were taken */
+};
+
 struct block_index {
     unsigned tiers;
     size_t node_bytes;
@@ -157,6 +169,7 @@ struct block_index {
     bool quota_taken[QUOTAS_MAX + 1];
     struct key quota_root[QUOTAS_MAX + 1];
     struct tier tier[TIERS_MAX];
+    struct changes changes;
     const char *broken;          /* the law that a failed call broke */
 };
 
@@ -212,6 +225,12 @@ void node_join(struct block_index *index, ref node);
 
 /* Free a node that has left its family. */
 void node_free(struct block_index *index, ref node);
+
+/* -- index_changes.c --------------------------------------------------------------------------- */
+
+bool changes_watch(struct changes *changes, uint32_t limit);
+void changes_close(struct changes *changes);
+void changes_note(struct block_index *index, ref node, unsigned tier, bool is_ready);
 
 /* -- index_density.c --------------------------------------------------------------------------- */
 

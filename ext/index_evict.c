@@ -66,6 +66,7 @@ static void victim_free(struct block_index *index, unsigned t, ref id)
     struct node *node = node_at(index, number);
     ref parent = node->parent;
 
+    changes_note(index, number, t, false);
     node->place[t] = NONE;
     node_at(index, node->root)->place[t]--;
     tier->ready--;

@@ -55,6 +55,7 @@ static void place_set(struct block_index *index, unsigned t, ref id, ref node)
     node_at(index, at->root)->place[t]++;
     tier->free--;
     tier->ready++;
+    changes_note(index, node, t, true);
 }
 
 void index_restore(struct block_index *index, unsigned t, const struct restored *restored,

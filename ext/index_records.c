@@ -1,4 +1,4 @@
-/* BlockIndex: the calls that make blocks known across runs. */
+/* BlockIndex: the calls that make blocks known to others: across runs, and as they change. */
 #include "index.h"
 
 static int ids_of_tier(PyObject *object, const char *name, int64_t most, int64_t least,
@@ -115,5 +115,32 @@ no_parents:
     PyBuffer_Release(&ids.buffer);
 no_ids:
     PyBuffer_Release(&records);
+    return result;
+}
+
+PyObject *index_call_watch(BlockIndex *self, PyObject *object)
+{
+    int64_t limit;
+
+    if (integer_read(object, "limit", 0, UINT32_MAX / sizeof(struct change), &limit) < 0)
+        return NULL;
+    if (!changes_watch(&self->index.changes, (uint32_t)limit))
+        return PyErr_NoMemory();
+    return Py_NewRef(Py_None);
+}
+
+PyObject *index_call_changes(BlockIndex *self, PyObject *Py_UNUSED(none))
+{
+    struct changes *changes = &self->index.changes;
+    PyObject *result = changes->lost
+                           ? Py_NewRef(Py_None)
+                           : PyBytes_FromStringAndSize(
+                                 (char *)changes->kept,
+                                 (Py_ssize_t)(changes->count * sizeof(struct change)));
+
+    if (!result)
+        return NULL;
+    changes->count = 0;
+    changes->lost = false;
     return result;
 }

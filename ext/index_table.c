@@ -68,6 +68,7 @@ void index_close(struct block_index *index)
         munmap(index->nodes, index->nodes_bytes);
     if (index->buckets)
         munmap(index->buckets, index->buckets_bytes);
+    changes_close(&index->changes);
     memset(index, 0, sizeof(*index));
 }
 

@@ -17,6 +17,8 @@ static void place_detach(struct block_index *index, unsigned t, ref id)
     struct place *place = &tier->places[id];
     struct node *node = node_at(index, place->node);
 
+    if (place->state == PLACE_READY)
+        changes_note(index, place->node, t, false);
     node->place[t] = NONE;
     node_at(index, node->root)->place[t]--;
     place->node = NONE;
@@ -276,10 +278,11 @@ static void reserved_leave(struct tier *tier, ref id)
     }
 }
 
-/* Leaf first, so that a leaf is always older than its parents. */
+/* Leaf first, so that a leaf is always older than its parents; told parents first. */
 bool index_commit(struct block_index *index, unsigned t, const int64_t *ids, size_t n)
 {
     struct tier *tier = &index->tier[t];
+    size_t count = n;
 
     while (n--) {
         struct place *place = expect(index, t, ids[n], PLACE_RESERVED,
@@ -297,6 +300,9 @@ bool index_commit(struct block_index *index, unsigned t, const int64_t *ids, siz
         policy_insert(tier, (ref)ids[n], index->clock_s);
         unpark(index, node_at(index, place->node));
     }
+    for (size_t i = 0; i < count && index->changes.limit; i++)
+        if (tier->places[ids[i]].state == PLACE_READY)
+            changes_note(index, tier->places[ids[i]].node, t, true);
     return true;
 }
 

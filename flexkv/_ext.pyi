@@ -330,6 +330,15 @@ class BlockIndex:
             ids: int64[n], their places, each once.
         """
 
+    def watch(self, limit: int, /) -> None:
+        """Remember up to `limit` changes from now on, or none with 0; earlier ones are gone."""
+
+    def changes(self) -> bytes | None:
+        """Take the changes since the last call, 24 bytes each; None: too many, they are lost.
+
+        A block's key (16 bytes), its tier, and whether it became READY or is so no more (uint32).
+        """
+
     def evict(self, tier: int, count: int, /) -> int:
         """Evict up to `count` blocks, and count them."""
 

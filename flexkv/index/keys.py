@@ -134,10 +134,15 @@ class KeyChain:
         return self._root(parts)[:4].hex() if parts else ""
 
 
-def block_keys(keys: bytes) -> list[BlockKey]:
-    """Give the key of each block, without the root."""
+def key_list(keys: bytes) -> list[BlockKey]:
+    """Give keys that stand one behind the other."""
     step = BLOCK_KEY_BYTES
-    return [keys[at : at + step] for at in range(step, len(keys), step)]
+    return [keys[at : at + step] for at in range(0, len(keys), step)]
+
+
+def block_keys(keys: bytes) -> list[BlockKey]:
+    """Give the key of each block of a prompt, without the root."""
+    return key_list(keys[BLOCK_KEY_BYTES:])
 
 
 def fingerprint(model: ModelConfig, tokens_per_block: int, order: Order = "") -> bytes:

@@ -7,6 +7,7 @@ root, then a key for each block. Blocks come as positions in the prompt and plac
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -168,6 +169,17 @@ class TierCounts(NamedTuple):
     """Since the start."""
 
 
+class Change(NamedTuple):
+    """A block that became READY in a tier, or is so no more."""
+
+    key: bytes
+    tier: Tier
+    is_ready: bool
+
+
+_CHANGE = struct.Struct("=16sII")
+
+
 class Residency:
     """Every tier's blocks, nearest first, and the claims on them. The one source of truth.
 
@@ -324,6 +336,22 @@ class Residency:
     def abort(self, tier: Tier, block_ids: BlockIds) -> None:
         """The bytes will not come: RESERVED goes, and what continues it with it."""
         self._table.abort(self._number[tier], block_ids)
+
+    # -- watching -------------------------------------------------------------------------------
+
+    def watch(self, limit: int) -> None:
+        """Remember up to so many changes from now on, or none with 0."""
+        self._table.watch(limit)
+
+    def changes(self) -> list[Change] | None:
+        """Take what became READY, or is so no more, since the last call; None: it was too much."""
+        blob = self._table.changes()
+        if blob is None:
+            return None
+        return [
+            Change(key, self.tiers[tier], bool(is_ready))
+            for key, tier, is_ready in _CHANGE.iter_unpack(blob)
+        ]
 
     # -- holding --------------------------------------------------------------------------------
 

@@ -75,6 +75,9 @@ class Driver:
         self.leases: list[Lease] = []
         self.pins: list[tuple[Tier, Place]] = []
         self.now_s = 0
+        self.index.watch(1000)
+        self.told: set[tuple[Tier, bytes]] = set()
+        """What is READY by the changes alone."""
 
     # -- the model ------------------------------------------------------------------------------
 
@@ -290,6 +293,7 @@ class Driver:
             assert not places or len(path) == 2 or path[:-1] in self.blocks, "a hole"
             told = self._states(path)
             assert told == tuple(places[t].state if t in places else ABSENT for t in TIERS), path
+        self._check_changes()
         for tier in TIERS:
             counts = self.index.counts(tier)
             assert counts.free == self.capacity[tier] - self.used(tier)
@@ -297,6 +301,15 @@ class Driver:
             for space in range(NAMESPACES):
                 told = self.index.namespace_blocks(key_of((space,)))[tier]
                 assert told == self.used_by(tier, space)
+
+    def _check_changes(self) -> None:
+        changes = self.index.changes()
+        assert changes is not None
+        for key, tier, is_ready in changes:
+            assert ((tier, key) in self.told) != is_ready, "told twice"
+            (self.told.add if is_ready else self.told.remove)((tier, key))
+        ready = {(tier, key_of(path)) for tier in TIERS for path in self.ready_places(tier)}
+        assert self.told == ready
 
     def finish(self) -> None:
         """End every lease and pin: then nothing is reserved, pinned or draining."""

@@ -15,8 +15,8 @@ from flexkv.common.errors import InvariantError
 from flexkv.common.terms import Tier
 from flexkv.index.claims import Claim, Holding
 from flexkv.index.eviction import POLICIES, Eviction
-from flexkv.index.residency import Positions, Residency
-from tests.property.index_model import DEPTH, NAMESPACES, PATHS, TIERS, Driver, keys_of
+from flexkv.index.residency import Change, Positions, Residency
+from tests.property.index_model import DEPTH, NAMESPACES, PATHS, TIERS, Driver, key_of, keys_of
 
 OPERATIONS = int(os.environ.get("INDEX_OPERATIONS", "4000"))
 EVICTIONS = [Eviction(name) for name in POLICIES] + [
@@ -283,3 +283,18 @@ def test_a_claim_that_breaks_a_law_is_not_open() -> None:
         index.claims.open(5, claim)
     assert not index.claims
     assert not index.claims.of_owner(1)
+
+
+def test_changes_beyond_the_limit_are_told_as_lost() -> None:
+    """And then those that follow are told again."""
+    index = Residency({Tier.HOST: 4}, Eviction())
+    keys = keys_of((0, 1, 1))
+    index.watch(1)
+    index.commit(Tier.HOST, index.reserve(Tier.HOST, keys, Positions(0, 2)))
+    assert index.changes() is None
+    assert index.changes() == []
+    index.evict(Tier.HOST, 1)
+    assert index.changes() == [Change(key_of((0, 1, 1)), Tier.HOST, False)]
+    index.watch(0)
+    index.evict(Tier.HOST, 1)
+    assert index.changes() == []

@@ -1,0 +1,37 @@
+/* What became READY, and what is so no more: remembered for who watches, up to a limit. */
+#include "index_core.h"
+
+#include <stdlib.h>
+
+/* Remember up to `limit` changes from now on; none with 0. False without memory. */
+bool changes_watch(struct changes *changes, uint32_t limit)
+{
+    struct change *kept = limit ? malloc(limit * sizeof(*kept)) : NULL;
+
+    if (limit && !kept)
+        return false;
+    changes_close(changes);
+    changes->kept = kept;
+    changes->limit = limit;
+    return true;
+}
+
+void changes_close(struct changes *changes)
+{
+    free(changes->kept);
+    *changes = (struct changes){0};
+}
+
+void changes_note(struct block_index *index, ref node, unsigned tier, bool is_ready)
+{
+    struct changes *changes = &index->changes;
+
+    if (!changes->limit)
+        return;
+    if (changes->count == changes->limit) {
+        changes->lost = true;
+        return;
+    }
+    changes->kept[changes->count++] =
+        (struct change){node_at(index, node)->key, tier, is_ready};
+}
