@@ -42,6 +42,21 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1):
         """Say no: what is not stored can be computed again."""
         return False
 
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """Say yes: what is in host memory and on SSD stays while an engine sleeps."""
+        return True
+
+    def unregister_kv_caches(self) -> None:
+        """Let no copy touch the KV tensors any more: the engine goes to sleep."""
+        if self.worker is not None:
+            self.worker.suspend()
+
+    def restore_kv_caches(self) -> None:
+        """Lend the KV tensors again: the engine is awake."""
+        if self.worker is not None:
+            self.worker.resume()
+
     def get_kv_connector_stats(self) -> FlexKVStats | None:
         """Give the counts since the last call: the scheduler's side has them."""
         return None if self.scheduler is None else self.scheduler.take_stats()
