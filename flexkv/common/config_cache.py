@@ -308,6 +308,9 @@ class CacheConfig(ConfigModel):
         1000, "How long a record may wait before it is in the file.", unit="ms", ge=1
     )
 
+    load_if_faster: bool = key(
+        True, "Whether engines load only what takes longer to compute again, by what was measured."
+    )
     num_log_interval_requests: int = key(
         200, "How often the summary line is logged.", unit="requests", ge=1
     )

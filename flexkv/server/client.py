@@ -30,6 +30,7 @@ from flexkv.server.wire import (
     LENGTH_BYTES,
     PROTOCOL_VERSION,
     Cancel,
+    Changed,
     Done,
     FromServer,
     Hello,
@@ -49,7 +50,7 @@ log = structlog.get_logger(__name__)
 MATCH_S = 0.25
 """How long a match may take; later it is none, and the server is asked no more for a while."""
 RETRY_S, RETRY_S_MAX = 0.5, 30.0
-"""Between two attempts to connect; doubled each time."""
+"""Between two attempts to connect; doubled each time while something is there and fails us."""
 HANG_S = 60.0
 """With requests under way, a server that says nothing for so long is as good as gone."""
 READ_BYTES = 1 << 18
@@ -70,6 +71,7 @@ class Client:
         tokens_per_block: int,
         secret: str = "",
         instance: int = 0,
+        watches: bool = False,
     ) -> None:
         """Take where the server is; nothing is connected before it is needed.
 
@@ -79,8 +81,10 @@ class Client:
             tokens_per_block: as the server's.
             secret: `key_secret`, as the server's.
             instance: which of the engines that share the server.
+            watches: whether `changes` are wanted.
         """
-        self._address, self._instance = address, instance
+        self._address, self._instance, self._watches = address, instance, watches
+        self._changes: list[Changed] = []
         self._model, self._tokens_per_block, self._secret = model, tokens_per_block, secret
         self._keys = KeyChain(model, tokens_per_block, secret)
         self._socket: socket.socket | None = None
@@ -109,14 +113,15 @@ class Client:
 
     # -- requests -------------------------------------------------------------------------------
 
-    def match(self, keys: bytes, hold: bool = False) -> Matched:
+    def match(self, keys: bytes, first: int = 0, hold: bool = False) -> Matched:
         """Give how many blocks of a prompt are resident; none when the server does not answer.
 
-        With `hold` they are kept from eviction, until `start` or `release` gets its number.
+        Of those from `first` on it tells where they are. With `hold` they are kept from eviction,
+        until `start` or `release` gets its number.
         """
         number = self._number()
         self._matched = None
-        if self._send(Match(number, keys, hold)):
+        if self._send(Match(number, keys, first, hold)):
             self.flush()
             until_s = time.monotonic() + MATCH_S
             while self._matched is None or self._matched.number != number:
@@ -179,6 +184,11 @@ class Client:
         ended, self._ended = self._ended, []
         return ended
 
+    def changes(self) -> list[Changed]:
+        """Give what became resident or is so no more, as far as it has been told, each once."""
+        changes, self._changes = self._changes, []
+        return changes
+
     def give_up(self, reason: str) -> None:
         """Disconnect for a while: what puts under way have read will not be believed."""
         if self._socket is not None:
@@ -202,11 +212,18 @@ class Client:
         if time.monotonic() < self._retry_s:
             return False
         facts = blocks_are(self._model, self._tokens_per_block, self._secret)
-        hello = Hello(PROTOCOL_VERSION, "client", os.getpid(), facts, self._instance)
+        hello = Hello(
+            PROTOCOL_VERSION, "client", os.getpid(), facts, self._instance, watches=self._watches
+        )
         try:
             self._socket = connect(self._address, hello, MATCH_S).socket
         except ConfigError as error:
             log.warning("refused_by_server", path=self._address, reason=str(error))
+        except (ConnectionRefusedError, FileNotFoundError) as error:
+            # It may be starting. To ask again costs microseconds.
+            log.debug("no_server", path=self._address, reason=str(error))
+            self._retry_s = time.monotonic() + RETRY_S
+            return False
         except (OSError, ClosedError) as error:
             log.warning("no_server", path=self._address, reason=str(error))
         else:
@@ -281,6 +298,8 @@ class Client:
         match message:
             case Matched():
                 self._matched = message
+            case Changed():
+                self._changes.append(message)
             case Done():
                 if message.number in self._under_way:
                     self._under_way.discard(message.number)
@@ -304,6 +323,7 @@ class Client:
         if self._socket is not None:
             with suppress(OSError):
                 self._socket.close()
+            self._changes.append(Changed((), lost=True))
         self._socket, self.is_ready = None, False
         self._unread.clear()
         self._unsent.clear()

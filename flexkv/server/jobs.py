@@ -66,7 +66,10 @@ class Jobs:
             self._holds[message.number] = engine.scheduler.hold(found.holdings)
             if len(self._holds) > JOBS_MAX:
                 self.release((next(iter(self._holds)),))
-        by_tier = {tier.label: place.block_count for tier, place in found.ready.items()}
+        by_tier = {
+            tier.label: place.block_count - place.positions.number_before(message.first)
+            for tier, place in found.ready.items()
+        }
         return Matched(message.number, found.last - found.first, by_tier)
 
     def release(self, numbers: tuple[int, ...] | None = None) -> None:

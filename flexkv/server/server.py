@@ -20,6 +20,7 @@ from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
 from flexkv.engine import Engine
 from flexkv.index.keys import blocks_are
 from flexkv.server.backend import ServerBackend
+from flexkv.server.changes import Watchers
 from flexkv.server.control import Control
 from flexkv.server.fleet import AgentPort
 from flexkv.server.jobs import Jobs
@@ -33,6 +34,7 @@ from flexkv.server.wire import (
     Cancel,
     Command,
     Copied,
+    Done,
     Hello,
     Match,
     ProtocolError,
@@ -71,6 +73,7 @@ class Server:
         self._links: set[Link[ToServer]] = set()
         self._agents: set[Link[ToServer]] = set()
         self._control = Control(engine, backend.fleet)
+        self._watchers = Watchers(engine.residency)
         self._closing = False
         self._idle = asyncio.Event()
 
@@ -79,6 +82,7 @@ class Server:
         self._engine.register_kv_caches([])
         self._listener.listen()
         self._engine.supervisor.keep("server", self._accept())
+        self._engine.supervisor.keep("changes", self._watchers.run())
         log.info("server listens", path=str(self._listener.path), pid=os.getpid())
 
     async def close(self) -> None:
@@ -164,7 +168,7 @@ class Server:
         try:
             match hello.role:
                 case "client":
-                    await self._client(link, hello.instance)
+                    await self._client(link, hello)
                 case "agent":
                     await self._agent(link, hello)
                 case "control":
@@ -197,34 +201,49 @@ class Server:
 
     # -- clients --------------------------------------------------------------------------------
 
-    async def _client(self, link: Link[ToServer], instance: int) -> None:
+    async def _client(self, link: Link[ToServer], hello: Hello) -> None:
+        instance = hello.instance
         if self._backend.fleet.client_of(instance) is not None:  # two came at once
             raise ProtocolError(f"instance {instance} has a client already")
         jobs = self._jobs_of(instance)
         self._backend.fleet.attach(instance, link)
         log.info("client connected", instance=instance)
         self._tell_state(instance)
+        if hello.watches:
+            self._watchers.add(link)
         try:
             while (message := await link.receive()) is not None:
-                match message:
-                    case Match():
-                        link.send(jobs.match(message))
-                    case Release():
-                        jobs.release(message.numbers)
-                    case Start():
-                        jobs.start(message, link.send)
-                    case Cancel():
-                        jobs.cancel(message.numbers)
-                    case _:
-                        raise ProtocolError(f"a client does not send {type(message).__name__}")
+                self._ask(link, jobs, message)
+                if hello.watches and isinstance(message, Match):
+                    link.send(self._watchers.resident(message.keys))
         except (ConfigError, ClosedError) as error:
             raise ProtocolError(str(error)) from error
         finally:
+            self._watchers.discard(link)
             self._backend.fleet.detach(instance)
             jobs.cancel()
             jobs.release()
             # Its devices may still be written by what is under way: agents ask for that.
             log.info("client gone", instance=instance)
+
+    def _ask(self, link: Link[ToServer], jobs: Jobs, message: ToServer) -> None:
+        """Take what a client has asked for."""
+
+        def answered(done: Done) -> None:
+            self._watchers.tell()
+            link.send(done)
+
+        match message:
+            case Match():
+                link.send(jobs.match(message))
+            case Release():
+                jobs.release(message.numbers)
+            case Start():
+                jobs.start(message, answered)
+            case Cancel():
+                jobs.cancel(message.numbers)
+            case _:
+                raise ProtocolError(f"a client does not send {type(message).__name__}")
 
     def _jobs_of(self, number: int) -> Jobs:
         """Give the requests of an instance: those of an earlier client may be ending still."""

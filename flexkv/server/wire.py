@@ -18,7 +18,7 @@ import msgspec
 
 from flexkv.common.errors import ConfigError, FlexKVError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 FRAME_BYTES_MAX = 64 << 20
 LENGTH_BYTES = 4
 
@@ -47,6 +47,8 @@ class Hello(Message, tag="hello", frozen=True):
     """Of an agent's device."""
     order: str = ""
     """Of the elements of its blocks."""
+    watches: bool = False
+    """Of a client: whether it wants to be told what is `Changed`."""
 
 
 class Welcome(Message, tag="welcome", frozen=True):
@@ -76,6 +78,8 @@ class Match(Message, tag="match", frozen=True):
 
     number: int
     keys: bytes
+    first: int = 0
+    """Who asks has the blocks before: of where they are nothing is told."""
     hold: bool = False
     """Keep what is found from eviction, until a `Start` or a `Release` names this number."""
 
@@ -92,6 +96,7 @@ class Matched(Message, tag="matched", frozen=True):
     number: int
     blocks: int
     by_tier: Mapping[str, int]
+    """Of those from `first` on."""
 
 
 class Start(Message, tag="start", frozen=True):
@@ -119,6 +124,15 @@ class Done(Message, tag="done", frozen=True):
     moved: int
     """Blocks: for a get, so many from `first` on are there."""
     error: str = ""
+
+
+class Changed(Message, tag="changed", frozen=True):
+    """What became resident, or is so no more, in that order; a `Done` comes after its blocks."""
+
+    changes: tuple[tuple[bytes, str, bool], ...]
+    """Block key, tier, whether it is there now."""
+    lost: bool = False
+    """Some changes before these are unknown: what was told means nothing any more."""
 
 
 class Cancel(Message, tag="cancel", frozen=True):
@@ -181,7 +195,7 @@ class Answer(Message, tag="answer", frozen=True):
 ToServer: TypeAlias = (
     Hello | Match | Release | Start | Cancel | Copied | Ready | Settle | Command
 )  # fmt: skip
-FromServer: TypeAlias = Welcome | State | Matched | Done | Copy | Settled | Answer
+FromServer: TypeAlias = Welcome | State | Matched | Done | Changed | Copy | Settled | Answer
 
 _ENCODER = msgspec.msgpack.Encoder()
 TO_SERVER: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)

@@ -19,6 +19,7 @@ from flexkv.cli.main import commands
 from flexkv.common.config import Settings
 from flexkv.common.errors import BackendUnavailableError, ConfigError
 from flexkv.common.request import Operation
+from flexkv.index.keys import block_keys
 from flexkv.server.client import Client
 from flexkv.server.launch import Launched
 from flexkv.server.operator import command
@@ -225,3 +226,40 @@ def test_the_examples_run(tmp_path: Path) -> None:
         assert server.wait(30) == 0
     assert done.returncode == 0, done.stderr
     assert "every byte is back" in done.stdout
+
+
+def test_a_client_that_watches_hears_what_is_there(settings: Settings, launched: Launched) -> None:
+    """Each tier's blocks, before the end of the put; what is cleared; and that a server is gone."""
+    made = Instance(settings)
+    made.client.close()
+    made.client = Client(settings.server_recv_port, MODEL, PER_BLOCK, watches=True)
+    made.begin()
+    known: set[tuple[bytes, str]] = set()
+
+    def hear() -> bool:
+        """Take what has been told; tell whether something was lost."""
+        heard = made.client.changes()
+        for changed in heard:
+            for key, tier, there in changed.changes:
+                assert ((key, tier) in known) != there
+                (known.add if there else known.remove)((key, tier))
+        return any(changed.lost for changed in heard)
+
+    try:
+        made.request(Operation.PUT, 1, range(BLOCKS))
+        keys = block_keys(made.keys(1))
+        assert not hear()
+        assert {(key, "host") for key in keys} <= known
+        command(settings.server_recv_port, "flush")
+        eventually(lambda: (made.client.poll(), hear(), len(known) == 2 * BLOCKS)[-1])
+        command(settings.server_recv_port, "clear", tier="host")
+        eventually(lambda: (made.client.poll(), hear(), len(known) == BLOCKS)[-1])
+        assert known == {(key, "disk") for key in keys}
+        known.clear()
+        assert made.client.match(made.keys(1)).by_tier == {"disk": BLOCKS}
+        eventually(lambda: (made.client.poll(), hear(), known)[-1])
+        assert known == {(key, "disk") for key in keys}
+        os.kill(launched.pid, signal.SIGKILL)
+        eventually(lambda: (made.client.poll(), hear())[-1])
+    finally:
+        made.close()

@@ -21,6 +21,8 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+READY_S = 60.0
+
 CONNECTORS = {
     "none": None,
     "shim": {"kv_connector": "FlexKVConnectorV1"},
@@ -59,6 +61,10 @@ class Plan:
     """Of the requests, which part is given up in the middle, and asked again."""
     flush: bool = False
     """Before each turn wait until everything is on SSD."""
+    naps: bool = False
+    """Between turns the engine's memory is taken back from FlexKV, overwritten, and lent again."""
+    events: str = ""
+    """Where KV events are published."""
     stay: bool = False
     """Do not end, but wait to be killed."""
 
@@ -124,7 +130,7 @@ class Conversations:
         self._words = random.Random(plan.seed)
         self._chance = random.Random(plan.seed + 1)
         self._prompts = [self._said(plan.first_tokens) for _ in range(plan.conversations)]
-        self._sampling = SamplingParams(
+        self.sampling = SamplingParams(
             temperature=0, max_tokens=plan.answer_tokens, ignore_eos=True, detokenize=False
         )
         self.answers: list[list[list[int]]] = []
@@ -140,7 +146,7 @@ class Conversations:
         number = len(self.answers)
         wanted = {f"{number}-{i}": prompt for i, prompt in enumerate(self._prompts)}
         for name, prompt in wanted.items():
-            engine.add_request(name, {"prompt_token_ids": prompt}, self._sampling)
+            engine.add_request(name, {"prompt_token_ids": prompt}, self.sampling)
         to_abort = [name for name in wanted if self._chance.random() < self._plan.aborts]
         done: dict[str, Any] = {}
         steps = 0
@@ -156,7 +162,7 @@ class Conversations:
                 done.pop(name, None)
                 engine.abort_request([name])
                 self.aborted += 1
-                engine.add_request(name + "b", {"prompt_token_ids": wanted[name]}, self._sampling)
+                engine.add_request(name + "b", {"prompt_token_ids": wanted[name]}, self.sampling)
         outputs = [done.get(name) or done[name + "b"] for name in wanted]
         self.answers.append([list(output.outputs[0].token_ids) for output in outputs])
         self.cached.append([output.num_cached_tokens or 0 for output in outputs])
@@ -164,16 +170,14 @@ class Conversations:
             prompt += answer + self._said(self._plan.turn_tokens)
 
 
-def run(plan: Plan) -> dict[str, Any]:
-    """Run the plan, and give what came out."""
+def started(plan: Plan) -> Any:
+    """Start an engine, and give it when its device is lent."""
     if plan.connector != "none":
         config = Path(plan.settings["cache_config"]["ssd_cache_dir"]) / "flexkv.json"
         config.write_text(json.dumps(plan.settings))
         os.environ["FLEXKV_CONFIG_PATH"] = str(config)
         sabotage(plan)
     from vllm import LLM
-
-    from flexkv.server.operator import command
 
     engine = {
         "model": plan.model, "skip_tokenizer_init": True, "dtype": "float32",
@@ -185,17 +189,33 @@ def run(plan: Plan) -> dict[str, Any]:
         engine["kv_transfer_config"] = {
             **chosen, "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
         }  # fmt: skip
+    if plan.events:
+        engine["kv_events_config"] = {
+            "enable_kv_cache_events": True, "publisher": "zmq", "endpoint": plan.events,
+        }  # fmt: skip
     llm = LLM(**{**engine, **plan.engine})
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     if chosen is not None:
-        wait_ready(scheduler)
-    conversations = Conversations(plan, llm)
+        wait_ready(scheduler_of(llm))
+    return llm
+
+
+def scheduler_of(llm: Any) -> Any:
+    """Give the scheduler of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def run(plan: Plan) -> dict[str, Any]:
+    """Run the plan, and give what came out."""
+    llm = started(plan)
+    conversations, scheduler = Conversations(plan, llm), scheduler_of(llm)
     flips = random.Random(plan.seed + 2)
     begin = time.monotonic()
     for _ in range(plan.turns):
         if plan.flush:
             flush(plan)
         conversations.turn()
+        if plan.naps:
+            nap(llm)
         if plan.flip_files:
             flip(plan.flip_files, flips)
     steps = 0
@@ -212,11 +232,31 @@ def run(plan: Plan) -> dict[str, Any]:
         "leaked_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
         "preemptions": preemptions(llm),
     }
-    if chosen is not None:
-        address = plan.settings["server_recv_port"]
+    if plan.connector != "none":
+        from flexkv.server.operator import command
+
         flush(plan)
-        told["server"] = command(address, "status")
+        if plan.events:  # vLLM tells of what has changed at the end of a step
+            time.sleep(0.1)
+            llm.generate({"prompt_token_ids": [5, 6, 7]}, conversations.sampling)
+        told["server"] = command(plan.settings["server_recv_port"], "status")
     return told
+
+
+def nap(llm: Any) -> None:
+    """Let an engine sleep as vLLM does, and wake up with nothing in its own cache."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    scheduler, connector = scheduler_of(llm), get_kv_transfer_group()
+    while scheduler.has_requests():
+        llm.llm_engine.step()
+    assert llm.reset_prefix_cache()
+    connector.unregister_kv_caches()
+    connector.unregister_kv_caches()
+    for tensor in connector.worker._lent.values():
+        tensor.fill_(7.0)
+    connector.restore_kv_caches()
+    wait_ready(scheduler)
 
 
 def flush(plan: Plan) -> None:
@@ -234,9 +274,9 @@ def wait_ready(scheduler: Any) -> None:
     """Wait until the worker's device is lent."""
     connector = scheduler.connector
     side = getattr(connector, "_flexkv_connector", connector).scheduler
-    until = time.monotonic() + 20
+    until = time.monotonic() + READY_S
     while not side._ready():
-        assert time.monotonic() < until, "the device was never lent"
+        assert time.monotonic() < until, f"the device was not lent within {READY_S} s"
         time.sleep(0.02)
 
 

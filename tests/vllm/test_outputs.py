@@ -89,6 +89,13 @@ def test_an_engine_that_was_killed_is_warm_from_ssd(
     assert moved(again)["disk→host"] > 50
 
 
+def test_an_engine_that_slept_loads_what_it_had(run: Run, expected: dict[str, Any]) -> None:
+    """Its KV tensors were taken back, and others' in between."""
+    told = run(connector="own", naps=True)
+    check_sound(told, expected)
+    assert min(min(turn) for turn in told["cached"][1:]) > 0
+
+
 LONG: dict[str, Any] = {
     "turns": 3, "first_tokens": 200, "turn_tokens": 40, "answer_tokens": 150,
     "engine": {"max_model_len": 1024, "max_num_batched_tokens": 256},

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flexkv.server.operator import command
 from flexkv.server.wire import Copied, Copy, Ready
 from tests.system.conftest import MODEL, PER_BLOCK
 from tests.system.serving import Peer, eventually, settings_in
@@ -61,6 +62,7 @@ def output(*new: tuple[str, list[int]]) -> Any:
             req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set()
         ),
         num_scheduled_tokens={name: TOKENS for name, _ in new},
+        total_num_scheduled_tokens=TOKENS * len(new),
         scheduled_spec_decode_tokens={},
     )  # fmt: skip
 
@@ -154,6 +156,32 @@ def test_a_step_does_not_wait_for_a_server_that_is_gone(rig: Rig, number: int) -
         rig.side.request_finished(Request(name))
     eventually(lambda: (rig.side.build_connector_meta(output()), not rig.side._tracked)[1])
     assert not rig.side._readers.any()
+
+
+def test_a_load_slower_than_computing_is_not_offered(rig: Rig) -> None:
+    """By what loads took, and steps; and nothing is held for it."""
+    rig.agent.say(Copied(rig.begin("a", [1, 2, 3, 4]).token))
+    eventually(lambda: (rig.side._poll(), not rig.side._tracked["a"].puts)[1])
+    asked = Request("b")
+    extra, _ = rig.side.get_num_new_matched_tokens(asked, 0)
+    blocks = SimpleNamespace(get_block_ids=lambda: ([5, 6, 7, 8],))
+    rig.side.update_state_after_alloc(asked, blocks, extra)
+    rig.side.client.flush()
+    copy = rig.agent.hear(Copy)
+    time.sleep(0.05)
+    rig.agent.say(Copied(copy.token))
+    rig.step_until("received")
+    step = output()
+    step.total_num_scheduled_tokens = 1000
+    rig.side.build_connector_meta(step)
+    for _ in range(4):  # those before, of which the test has not told the ends
+        rig.side.step_ended()
+    assert rig.side.get_num_new_matched_tokens(Request("c"), 0) == (0, False)
+    assert rig.side.take_stats().reduce()["declined_blocks"] == 3
+    rig.side.build_connector_meta(output())
+    assert rig.side._launched is not None
+    status = command(rig.side._setup.settings.server_recv_port, "status")
+    assert status["statistics"]["claims"] == 0
 
 
 def test_what_needs_every_tokens_output_loads_nothing(rig: Rig) -> None:

@@ -19,7 +19,8 @@ Hazards, and what meets them:
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import structlog
@@ -27,64 +28,26 @@ import structlog
 from flexkv.common.errors import ConfigError, FlexKVError
 from flexkv.common.request import Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
+from flexkv.integration.vllm.costs import Costs
+from flexkv.integration.vllm.events import KVEvents
 from flexkv.integration.vllm.metadata import StepMetadata
 from flexkv.integration.vllm.prompt import features_of, scope_of
 from flexkv.integration.vllm.setup import Setup
 from flexkv.integration.vllm.stats import FlexKVStats
+from flexkv.integration.vllm.tracked import Load, Put, Tracked
 from flexkv.server.client import Client
 from flexkv.server.launch import Launched
 from flexkv.server.operator import command
-from flexkv.server.wire import Done
+from flexkv.server.wire import Done, Matched
 
 log = structlog.get_logger(__name__)
 
 RELAUNCH_S = 10.0
 """Between two launches of a server that ends."""
-ROOM_S, ROOM_AGAIN_S = 2.0, 0.002
-"""How long a load is tried for which host memory has no room, and how often."""
+ROOM_AGAIN_S = 0.002
+"""How often a load is tried for which host memory has no room."""
 REUSE_S = 0.25
 """How long a step waits for puts that read blocks which it would write: some milliseconds."""
-
-
-class _Load:
-    """A get that is wanted, or under way."""
-
-    __slots__ = ("again_s", "block_ids", "first", "held", "keys", "number", "until_s")
-
-    def __init__(self, keys: bytes, first: int, block_ids: list[int], held: int) -> None:
-        self.keys, self.first, self.block_ids, self.held = keys, first, block_ids, held
-        self.number: int | None = None
-        self.again_s, self.until_s = 0.0, time.monotonic() + ROOM_S
-
-
-class _Put(NamedTuple):
-    """A put under way: from which block on, and the device blocks that it reads."""
-
-    first: int
-    block_ids: BlockIds
-
-
-class _Tracked:
-    """What is known of one of vLLM's requests."""
-
-    __slots__ = (
-        "block_ids", "features", "finished", "held", "keys", "load", "local_blocks", "may_claim",
-        "puts", "request", "scope", "stored_blocks",
-    )  # fmt: skip
-
-    def __init__(self, request: Any) -> None:
-        self.request, self.scope = request, scope_of(request)
-        self.features = features_of(request)
-        self.keys = b""
-        self.block_ids: list[int] = []
-        self.local_blocks = 0
-        """That the device had when a load was offered."""
-        self.stored_blocks = 0
-        self.may_claim = True
-        self.load: _Load | None = None
-        self.held = 0
-        self.puts: dict[int, _Put] = {}
-        self.finished = False
 
 
 class SchedulerSide:
@@ -106,9 +69,12 @@ class SchedulerSide:
             cache.tokens_per_block,
             cache.key_secret.get_secret_value(),
             setup.instance,
+            setup.tells_events,
         )
+        self._events = KVEvents(cache.tokens_per_block) if setup.tells_events else None
+        self._costs = Costs() if cache.load_if_faster else None
         self._per_block = cache.tokens_per_block
-        self._tracked: dict[str, _Tracked] = {}
+        self._tracked: dict[str, Tracked] = {}
         self._of_number: dict[int, str] = {}
         self._readers = np.zeros(0, np.uint16)
         """Of each device block, how many puts read it."""
@@ -140,18 +106,22 @@ class SchedulerSide:
             return 0, False
         keys = self._keys(tracked, blocks)
         self._release(tracked)
-        found = self.client.match(keys, hold=True)
         tracked.local_blocks = computed // self._per_block
+        tracked.found = found = self.client.match(keys, tracked.local_blocks, hold=True)
         self._count("matches")
         extra = found.blocks * self._per_block - computed
-        if extra <= 0:
-            if found.blocks:
-                self.client.release([found.number])
-            return 0, False
-        tracked.held = found.number
-        self._count("hits")
-        self._count("offered_blocks", extra // self._per_block)
-        return extra, True
+        if extra > 0 and self._is_worth_it(found, extra):
+            self._count("hits")
+            self._count("offered_blocks", extra // self._per_block)
+            return extra, True
+        self._release(tracked)
+        return 0, False
+
+    def _is_worth_it(self, found: Matched, tokens: int) -> bool:
+        if self._costs is None or self._costs.is_worth_it(found.by_tier, tokens):
+            return True
+        self._count("declined_blocks", tokens // self._per_block)
+        return False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, external: int) -> None:
         """Begin to load into the blocks that were given, if any are to be loaded.
@@ -162,17 +132,16 @@ class SchedulerSide:
             external: tokens to load, behind those that the device has.
         """
         tracked = self._tracked.get(request.request_id)
-        if tracked is None or not external:
+        if tracked is None or tracked.found is None or not external:
             return
         (ids,) = blocks.get_block_ids()
         first = tracked.local_blocks
         last = first + external // self._per_block
         keys = tracked.keys[: (last + 1) * BLOCK_KEY_BYTES]
-        tracked.load = _Load(keys, first, list(ids[first:last]), tracked.held)
-        tracked.held = 0
+        tracked.load, tracked.found = Load(keys, first, list(ids[first:last]), tracked.found), None
         self._start(request.request_id, tracked, tracked.load)
 
-    def _start(self, request_id: str, tracked: _Tracked, load: _Load) -> None:
+    def _start(self, request_id: str, tracked: Tracked, load: Load) -> None:
         """Begin a load, unless a put of its own is under way, or one that reads its blocks.
 
         So no request ever loads and stores at once, and vLLM is told of one end only.
@@ -181,7 +150,7 @@ class SchedulerSide:
         if tracked.puts or self._are_read(ids) or load.again_s > time.monotonic():
             self._waiting.append(request_id)
             return
-        gated = self._setup.gates_loads
+        gated, load.begin_s = self._setup.gates_loads, time.monotonic()
         load.number = self.client.start(
             Operation.GET, load.keys, load.first, ids, when_ready=gated, held=load.held
         )
@@ -221,10 +190,12 @@ class SchedulerSide:
             self._wait_for_readers(np.array(fresh, np.int64))
         self._note_readers()
         self.client.flush()
+        if self._costs is not None:
+            self._costs.step_begins(output.total_num_scheduled_tokens)
         step, self._step = self._step, StepMetadata()
         return step
 
-    def _put(self, tracked: _Tracked, computed: int, output: Any) -> None:
+    def _put(self, tracked: Tracked, computed: int, output: Any) -> None:
         """Let the whole blocks that a step completes be stored behind it."""
         if tracked.scope is None or not self.client.is_ready:
             return
@@ -242,7 +213,7 @@ class SchedulerSide:
         ids = np.array(tracked.block_ids[first:blocks], np.int64)
         number = self.client.start(Operation.PUT, keys, first, ids, when_ready=True)
         tracked.stored_blocks = blocks
-        tracked.puts[number] = _Put(first, ids)
+        tracked.puts[number] = Put(first, ids)
         self._of_number[number] = request_id
         self._fresh_puts[number] = ids
         self._step.puts.append(number)
@@ -300,7 +271,7 @@ class SchedulerSide:
         if self._launched is not None and not self.client.is_ready:
             self._relaunch()
 
-    def _ended(self, request_id: str, tracked: _Tracked, done: Done) -> None:
+    def _ended(self, request_id: str, tracked: Tracked, done: Done) -> None:
         if done.number in tracked.puts:
             self._put_ended(request_id, tracked, done)
             return
@@ -322,17 +293,20 @@ class SchedulerSide:
             self._step.failed_blocks.update(load.block_ids[done.moved :])
             self._step.settle.append(done.number)
             tracked.may_claim = False
-        elif not load.first:
-            tracked.stored_blocks = len(load.block_ids)
+        else:
+            if self._costs is not None:
+                self._costs.loaded(load.found.by_tier, now_s - load.begin_s)
+            if not load.first:
+                tracked.stored_blocks = len(load.block_ids)
         self._load_over(request_id, tracked)
 
-    def _load_over(self, request_id: str, tracked: _Tracked) -> None:
+    def _load_over(self, request_id: str, tracked: Tracked) -> None:
         tracked.load = None
         self._step.received.add(request_id)
         if tracked.finished:
-            del self._tracked[request_id]
+            self._forget(request_id)
 
-    def _put_ended(self, request_id: str, tracked: _Tracked, done: Done) -> None:
+    def _put_ended(self, request_id: str, tracked: Tracked, done: Done) -> None:
         put = tracked.puts.pop(done.number)
         self._count("puts")
         self._count("stored_blocks", done.moved)
@@ -349,7 +323,7 @@ class SchedulerSide:
             tracked.stored_blocks = 0
         if tracked.finished and not tracked.puts and tracked.load is None:
             self._step.sent.add(request_id)
-            del self._tracked[request_id]
+            self._forget(request_id)
 
     def request_finished(self, request: Any) -> bool:
         """Tell whether puts read the request's blocks still: `sent` follows when they do not.
@@ -374,7 +348,7 @@ class SchedulerSide:
         elif tracked.puts:
             return True
         else:
-            del self._tracked[request_id]
+            self._forget(request_id)
         return False
 
     def _count(self, name: str, by: int = 1) -> None:
@@ -394,6 +368,16 @@ class SchedulerSide:
             return None
         stats, self.stats = self.stats, FlexKVStats()
         return stats
+
+    def step_ended(self) -> Iterable[Any]:
+        """Hear that a step is done, and give the KV events since the one before."""
+        if self._costs is not None:
+            self._costs.step_ends()
+        if self._events is None:
+            return ()
+        for changed in self.client.changes():
+            self._events.hear(changed)
+        return self._events.take()
 
     def reset_cache(self) -> bool:
         """Forget every block of every tier, of all instances; tell whether that was done."""
@@ -418,23 +402,30 @@ class SchedulerSide:
             self._poll()
         return self.client.is_ready
 
-    def _track(self, request: Any) -> _Tracked:
+    def _track(self, request: Any) -> Tracked:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            tracked = self._tracked[request.request_id] = _Tracked(request)
+            tracked = self._tracked[request.request_id] = Tracked(request)
         return tracked
 
-    def _release(self, tracked: _Tracked) -> None:
-        if tracked.held:
-            self.client.release([tracked.held])
-            tracked.held = 0
+    def _forget(self, request_id: str) -> None:
+        tracked = self._tracked.pop(request_id)
+        if self._events is not None:
+            self._events.forget(tracked.keys, tracked.noted)
 
-    def _keys(self, tracked: _Tracked, blocks: int) -> bytes:
+    def _release(self, tracked: Tracked) -> None:
+        found, tracked.found = tracked.found, None
+        if found is not None and found.blocks:
+            self.client.release([found.number])
+
+    def _keys(self, tracked: Tracked, blocks: int) -> bytes:
         """Give the keys of so many blocks of a request; those that are known are not made again."""
         if tracked.features != (features := features_of(tracked.request)):
             # A session that has got another image: keys behind it are others.
+            if self._events is not None:
+                self._events.forget(tracked.keys, tracked.noted)
             tracked.features, tracked.scope = features, scope_of(tracked.request)
-            tracked.keys = b""
+            tracked.keys, tracked.noted = b"", 0
         known = max(0, len(tracked.keys) // BLOCK_KEY_BYTES - 1)
         if known < blocks:
             tokens, end = tracked.request.all_token_ids, blocks * self._per_block
@@ -444,6 +435,8 @@ class SchedulerSide:
                 tracked.keys = self.client.extended(tracked.keys, new_tokens)
             else:
                 tracked.keys = self.client.keys(list(tokens[:end]), tracked.scope)
+            if self._events is not None:
+                tracked.noted = self._events.note(tracked.request, tracked.keys, tracked.noted)
         return tracked.keys
 
     def _relaunch(self) -> None:

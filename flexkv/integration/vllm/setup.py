@@ -30,6 +30,8 @@ class Setup(NamedTuple):
     """Whether this instance's scheduler launches the server."""
     gates_loads: bool = False
     """Whether loads wait until the workers have done the step under way."""
+    tells_events: bool = False
+    """Whether KV events are wanted."""
 
     @property
     def cache(self) -> CacheConfig:
@@ -59,6 +61,7 @@ def setup_of(vllm_config: Any) -> Setup:
         instance,
         settings.server_launch_mode == "embedded" and instance == 0,
         _gates_loads(vllm_config),
+        bool(getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False)),
     )
 
 

@@ -120,8 +120,8 @@ class FlexKVConnectorV1Impl:
         return self.scheduler is not None and self.scheduler.request_finished(request), None
 
     def take_events(self) -> Iterable[Any]:
-        """Give the KV events since the last call."""
-        return ()
+        """Give the KV events since the last call. vLLM asks when a step is done."""
+        return () if self.scheduler is None else self.scheduler.step_ended()
 
     def get_kv_connector_stats(self) -> Any:
         """Give nothing: the shim can neither log nor export statistics."""

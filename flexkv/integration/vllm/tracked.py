@@ -1,0 +1,68 @@
+"""What the scheduler's side knows of each of vLLM's requests."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+from flexkv.common.terms import BlockIds
+from flexkv.integration.vllm.prompt import features_of, scope_of
+from flexkv.server.wire import Matched
+
+ROOM_S = 2.0
+"""How long a load is tried for which host memory has no room."""
+
+
+class Load:
+    """A get that is wanted, or under way."""
+
+    __slots__ = (
+        "again_s",
+        "begin_s",
+        "block_ids",
+        "first",
+        "found",
+        "held",
+        "keys",
+        "number",
+        "until_s",
+    )  # fmt: skip
+
+    def __init__(self, keys: bytes, first: int, block_ids: list[int], found: Matched) -> None:
+        self.keys, self.first, self.block_ids = keys, first, block_ids
+        self.found, self.held = found, found.number
+        self.number: int | None = None
+        self.again_s, self.begin_s, self.until_s = 0.0, 0.0, time.monotonic() + ROOM_S
+
+
+class Put(NamedTuple):
+    """A put under way: from which block on, and the device blocks that it reads."""
+
+    first: int
+    block_ids: BlockIds
+
+
+class Tracked:
+    """What is known of one of vLLM's requests."""
+
+    __slots__ = (
+        "block_ids", "features", "finished", "found", "keys", "load", "local_blocks", "may_claim",
+        "noted", "puts", "request", "scope", "stored_blocks",
+    )  # fmt: skip
+
+    def __init__(self, request: Any) -> None:
+        self.request, self.scope = request, scope_of(request)
+        self.features = features_of(request)
+        self.keys = b""
+        self.block_ids: list[int] = []
+        self.local_blocks = 0
+        """That the device had when a load was offered."""
+        self.stored_blocks = 0
+        self.may_claim = True
+        self.load: Load | None = None
+        self.found: Matched | None = None
+        """What is offered to it, and held."""
+        self.noted = 0
+        """Blocks that the KV events know."""
+        self.puts: dict[int, Put] = {}
+        self.finished = False
