@@ -215,6 +215,7 @@ class Server:
             while (message := await link.receive()) is not None:
                 self._ask(link, jobs, message)
                 if hello.watches and isinstance(message, Match):
+                    self._watchers.tell()
                     link.send(self._watchers.resident(message.keys))
         except (ConfigError, ClosedError) as error:
             raise ProtocolError(str(error)) from error

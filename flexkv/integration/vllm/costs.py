@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from flexkv.common.terms import Tier
 
 WEIGHT = 0.2
-"""Of what is new in an average."""
-FORGIVEN = 0.98
+"""Of what is new in an average; an outlier counts as twice the average."""
+FORGIVEN = 0.9
 """What is left of a tier's cost whenever it was the reason not to load."""
 STEPS_MAX = 4
 """That an engine has under way: with asynchronous scheduling two."""
@@ -71,4 +71,4 @@ _ORDER = [tier.label for tier in sorted(Tier)]
 
 
 def _average(known: float | None, fresh: float) -> float:
-    return fresh if known is None else known + WEIGHT * (fresh - known)
+    return fresh if known is None else known + WEIGHT * (min(fresh, 2 * known) - known)

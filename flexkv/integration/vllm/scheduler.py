@@ -38,7 +38,7 @@ from flexkv.integration.vllm.tracked import Load, Put, Tracked
 from flexkv.server.client import Client
 from flexkv.server.launch import Launched
 from flexkv.server.operator import command
-from flexkv.server.wire import Done, Matched
+from flexkv.server.wire import Done
 
 log = structlog.get_logger(__name__)
 
@@ -110,18 +110,15 @@ class SchedulerSide:
         tracked.found = found = self.client.match(keys, tracked.local_blocks, hold=True)
         self._count("matches")
         extra = found.blocks * self._per_block - computed
-        if extra > 0 and self._is_worth_it(found, extra):
+        if extra > 0 and self._costs and not self._costs.is_worth_it(found.by_tier, extra):
+            self._count("declined_blocks", extra // self._per_block)
+            tracked.may_claim = False
+        elif extra > 0:
             self._count("hits")
             self._count("offered_blocks", extra // self._per_block)
             return extra, True
         self._release(tracked)
         return 0, False
-
-    def _is_worth_it(self, found: Matched, tokens: int) -> bool:
-        if self._costs is None or self._costs.is_worth_it(found.by_tier, tokens):
-            return True
-        self._count("declined_blocks", tokens // self._per_block)
-        return False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, external: int) -> None:
         """Begin to load into the blocks that were given, if any are to be loaded.

@@ -13,7 +13,7 @@ COUNTS: dict[str, str] = {
     "matches": "Prompts that were looked up.",
     "hits": "Of these, such that could be loaded from.",
     "offered_blocks": "Blocks that were found beyond the engine's own.",
-    "declined_blocks": "Of these, such that are faster computed than loaded.",
+    "declined_blocks": "Blocks that were found, and are faster computed than loaded.",
     "loads": "Loads that ended.",
     "loaded_blocks": "Blocks that they brought.",
     "failed_blocks": "Blocks that they should have brought and did not: computed anew.",
