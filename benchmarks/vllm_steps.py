@@ -127,6 +127,7 @@ class _Scheduler:
                 )
             )  # fmt: skip
             self._running[request.request_id] = request
+        output.total_num_scheduled_tokens = sum(output.num_scheduled_tokens.values())
         begin = time.perf_counter()
         step = self._side.build_connector_meta(output)
         took += time.perf_counter() - begin
@@ -164,7 +165,9 @@ class _Scheduler:
                     self._held[name] = request
                 else:
                     self._free += request.block_ids
-        return took
+        begin = time.perf_counter()
+        self._side.step_ended()
+        return took + time.perf_counter() - begin
 
 
 def _measure(folder: Path, steps: int) -> Figures:

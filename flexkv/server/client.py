@@ -54,6 +54,7 @@ RETRY_S, RETRY_S_MAX = 0.5, 30.0
 HANG_S = 60.0
 """With requests under way, a server that says nothing for so long is as good as gone."""
 READ_BYTES = 1 << 18
+UNSENT_BYTES_MAX = 16 << 20
 
 
 class Client:
@@ -122,8 +123,8 @@ class Client:
         number = self._number()
         self._matched = None
         if self._send(Match(number, keys, first, hold)):
-            self.flush()
             until_s = time.monotonic() + MATCH_S
+            self.flush(MATCH_S)
             while self._matched is None or self._matched.number != number:
                 if not self._receive(max(0.0, until_s - time.monotonic())):
                     break
@@ -246,19 +247,23 @@ class Client:
         self._unsent += framed(message)
         return True
 
-    def flush(self) -> None:
+    def flush(self, wait_s: float = 0.0) -> None:
         """Send what was asked for since the last call: one system call for a step of a scheduler.
 
-        A server that reads nothing for as long as a match may take is as good as gone.
+        What the server does not take within `wait_s` is sent with the next call. A server that is
+        `UNSENT_BYTES_MAX` behind is as good as gone.
         """
-        if self._socket is None or not self._unsent:
-            return
-        unsent, self._unsent = self._unsent, bytearray()
-        try:
-            self._socket.settimeout(MATCH_S)
-            self._socket.sendall(unsent)
-        except OSError as error:
-            self._lost(str(error))
+        until_s = time.monotonic() + wait_s
+        while self._socket is not None and self._unsent:
+            try:
+                self._socket.settimeout(max(0.0, until_s - time.monotonic()))
+                del self._unsent[: self._socket.send(self._unsent)]
+            except (BlockingIOError, TimeoutError):
+                if len(self._unsent) > UNSENT_BYTES_MAX:
+                    self._lost(f"it has {len(self._unsent)} bytes to read")
+                return
+            except OSError as error:
+                self._lost(str(error))
 
     def _receive(self, wait_s: float) -> bool:
         """Take what has come, after so long at most; tell whether anything has."""

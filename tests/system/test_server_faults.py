@@ -322,3 +322,21 @@ def test_a_stopped_server_costs_the_scheduler_little(
     assert took_s < 2.0
     instance.wait_ready()
     instance.close()
+
+
+def test_a_client_never_waits_for_a_server_that_reads_late(
+    settings: Settings, launched: Launched
+) -> None:
+    """Much more than a socket holds is sent bit by bit, and everything ends."""
+    instance = Instance(settings)
+    instance.begin()
+    keys = instance.client.keys(np.arange(4096 * PER_BLOCK))
+    ids = np.zeros(0, np.int64)
+    os.kill(launched.pid, signal.SIGSTOP)
+    numbers = []
+    for _ in range(64):  # 4 MiB
+        numbers.append(instance.client.start(Operation.GET, keys, 4096, ids))
+        assert instance.client.poll() == []
+    os.kill(launched.pid, signal.SIGCONT)
+    assert {instance.end_of(number).status for number in numbers} <= {"notfound", "success"}
+    instance.close()
