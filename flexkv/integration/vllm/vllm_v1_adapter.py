@@ -54,8 +54,10 @@ class FlexKVConnectorV1Impl:
 
     def bound_step(self) -> StepMetadata:
         """Give the step's metadata, which the shim keeps to itself."""
-        step = get_kv_transfer_group()._get_connector_metadata()
-        assert isinstance(step, StepMetadata)
+        metadata = get_kv_transfer_group()._get_connector_metadata()
+        # Of several connectors vLLM's own `MultiConnector` has one each.
+        each = getattr(metadata, "metadata", (metadata,))
+        (step,) = [one for one in each if isinstance(one, StepMetadata)]
         return step
 
     def register_kv_caches(self, kv_caches: Mapping[str, Any]) -> None:
