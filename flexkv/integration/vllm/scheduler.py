@@ -129,7 +129,11 @@ class SchedulerSide:
             external: tokens to load, behind those that the device has.
         """
         tracked = self._tracked.get(request.request_id)
-        if tracked is None or tracked.found is None or not external:
+        if tracked is None or tracked.found is None:
+            return
+        if not external:  # another connector's offer was taken
+            self._release(tracked)
+            return
             return
         (ids,) = blocks.get_block_ids()
         first = tracked.local_blocks
