@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from flexkv.integration.vllm.metadata import StepMetadata
@@ -80,3 +81,10 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1):
     def reset_cache(self) -> bool:
         """Forget every block of every tier, of all instances."""
         return self.scheduler is None or self.scheduler.reset_cache()
+
+
+# `MultiConnector` finds what reads its children's statistics by their class's name alone.
+if FlexKVConnector.__name__ not in KVConnectorFactory._registry:
+    KVConnectorFactory.register_connector(
+        FlexKVConnector.__name__, __name__, FlexKVConnector.__name__
+    )
