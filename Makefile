@@ -54,9 +54,10 @@ gpu: $(VENV)/.setup-dev  ## The tests that need a GPU, the kernel's under comput
 		$(BIN)/python -m pytest -q -m gpu tests/gpu \
 		-k 'bytes_come_back and (kernel or staged) and bfloat16' || exit 1; done
 
-$(VLLM_VENV)/.setup: pyproject.toml scripts/vllm-venv
+$(VLLM_VENV)/.setup: pyproject.toml scripts/vllm-venv scripts/vllm-tests
 	scripts/system-packages $(APT_PACKAGES) libnuma1
 	scripts/vllm-venv $(VLLM_VENV) $(PYTHON)
+	scripts/vllm-tests $(VLLM_VENV)/upstream $(VLLM_VENV)
 	touch $@
 
 test-vllm: $(VLLM_VENV)/.setup  ## Real vLLM engines on the CPU, with and without FlexKV (0.7 GB to install)

@@ -24,6 +24,8 @@ if importlib.util.find_spec("vllm") is not None:
 
 ROOT = Path(__file__).parents[2]
 RUN_S = 240.0
+collect_ignore = ["upstream"]
+"""Scenarios over vLLM's own test utilities, which are called `tests` too: see `test_upstream`."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,99 @@
+"""vLLM's own tests of connectors, and scenarios of ours over their utilities.
+
+Both run in processes of their own, in the folder where `scripts/vllm-tests` has laid out vLLM's
+tests: those are a package `tests`, as these are.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import pytest
+
+from .upstream import opt
+
+WORK = Path(sys.prefix) / "upstream"
+SCENARIOS = Path(__file__).parent / "upstream"
+RUN_S = 900.0
+CASE_S = 90
+
+pytestmark = pytest.mark.skipif(
+    not (WORK / "version").exists(), reason="vLLM's tests are not here: make test-vllm"
+)
+
+
+class Ran(NamedTuple):
+    """What came of a run: how many cases of each file passed, and what the others said."""
+
+    passed: dict[str, int]
+    others: dict[str, list[str]]
+    said: str
+
+
+@pytest.fixture(scope="session")
+def work() -> Path:
+    """Give the folder with vLLM's tests, our scenarios beside them, and the model they name."""
+    link = WORK / "scenarios"
+    if not (link.is_symlink() and link.readlink() == SCENARIOS):
+        link.unlink(missing_ok=True)
+        link.symlink_to(SCENARIOS)
+    opt.write(WORK)
+    return WORK
+
+
+def run(work: Path, report: Path, *arguments: str) -> Ran:
+    """Run pytest there, and read its report."""
+    command = [
+        sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider",
+        "-o", "asyncio_default_fixture_loop_scope=function", f"--timeout={CASE_S}",
+        f"--junit-xml={report}", *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    done = subprocess.run(
+        command, cwd=work, env=environment, capture_output=True, text=True, timeout=RUN_S
+    )
+    said = (done.stdout + done.stderr)[-8000:]
+    assert report.exists(), said
+    passed: dict[str, int] = {}
+    others: dict[str, list[str]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        file = _file_of(case.get("classname") or case.get("name") or "")
+        if not len(found := [part for part in case if part.tag in ("failure", "error", "skipped")]):
+            passed[file] = passed.get(file, 0) + 1
+        for part in found:
+            text = f"{case.get('name')} {part.tag}: {part.text or part.get('message')}"
+            others.setdefault(file, []).append(text)
+    return Ran(passed, others, said)
+
+
+def _file_of(classname: str) -> str:
+    """Give the module's own name of a case's class."""
+    return next((part for part in classname.split(".") if part.startswith("test_")), classname)
+
+
+def test_vllms_own_tests_of_the_shim(work: Path, tmp_path: Path) -> None:
+    """As they are: they have a mock for FlexKV, and want that it cannot be imported else."""
+    ran = run(
+        work, tmp_path / "report.xml", "-p", "scenarios.hidden",
+        "tests/v1/kv_connector/unit/test_flexkv_connector.py",
+    )  # fmt: skip
+    assert not ran.others, ran.said
+    assert ran.passed == {"test_flexkv_connector": 16}
+
+
+@pytest.fixture(scope="session")
+def scenarios(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """Run all scenarios, once: vLLM's import is what takes the time."""
+    return run(work, tmp_path_factory.mktemp("upstream") / "report.xml", "scenarios")
+
+
+@pytest.mark.parametrize("file", sorted(path.stem for path in SCENARIOS.glob("test_*.py")))
+def test_scenarios(scenarios: Ran, file: str) -> None:
+    """Every case of the file has passed; none was skipped."""
+    assert file not in scenarios.others, "\n".join(scenarios.others[file])
+    assert scenarios.passed.get(file), scenarios.said

@@ -1,0 +1,60 @@
+"""What becomes of the copies that the server asks an agent for: done, failed, or done later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from flexkv.common.terms import Route, Tier, Transfer
+from flexkv.server.agent import Agent
+from flexkv.server.fleet import ids_from
+from flexkv.server.wire import Copy
+
+
+class Copies:
+    """The copies of all agents of this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.loads_fail: Callable[[set[int]], bool] = lambda blocks: False
+        """Tells of the device blocks of a load whether it fails."""
+        self.holds_loads = self.holds_puts = False
+        self.held: list[tuple[Agent, Copy]] = []
+        self.device_blocks: list[set[int]] = []
+        """Those of each load, in turn."""
+        self._copy = Agent._copy
+        monkeypatch.setattr(Agent, "_copy", lambda agent, copy: self._asked(agent, copy))
+
+    def _asked(self, agent: Agent, copy: Copy) -> None:
+        if self.holds_loads if copy.to_device else self.holds_puts:
+            self.held.append((agent, copy))
+        else:
+            self._do(agent, copy)
+
+    def held_blocks(self) -> list[set[int]]:
+        """Give the device blocks of each copy that is held."""
+        return [_blocks_of(copy) for _, copy in self.held]
+
+    def _do(self, agent: Agent, copy: Copy) -> None:
+        blocks = _blocks_of(copy)
+        if copy.to_device:
+            self.device_blocks.append(blocks)
+        if copy.to_device and self.loads_fail(blocks):
+            nothing: Any = ids_from(b"")
+            route = Route(Tier.HOST, Tier.DEVICE)
+            agent._under_way[copy.token] = Transfer(copy.token, 0, route, nothing, nothing)
+            agent._end(copy.token, "the copy was made to fail")
+        else:
+            self._copy(agent, copy)
+
+    def release(self) -> None:
+        """Do what was held, and hold nothing any more."""
+        self.holds_loads = self.holds_puts = False
+        held, self.held = self.held, []
+        for agent, copy in held:
+            agent._thread.post(lambda agent=agent, copy=copy: self._do(agent, copy))
+
+
+def _blocks_of(copy: Copy) -> set[int]:
+    return set(ids_from(copy.device_ids).tolist())

@@ -1,0 +1,235 @@
+"""vLLM's scheduler and its runner's connector hooks, over FlexKV, without a model.
+
+Real: vLLM's `Scheduler`, both roles of the connector, the server, its tiers, and the copies.
+Played: the forward. It writes into the KV tensors what depends on the token and on all before it,
+and before that checks that what was computed earlier, by whomever, is there, as attention would
+read it.
+
+    step: schedule ─▶ handle_preemptions, bind ─▶ forward ─▶ wait_for_save, get_finished … ─▶ update
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.distributed import parallel_state
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer.kv_transfer_state import (
+    ensure_kv_transfer_initialized,
+    ensure_kv_transfer_shutdown,
+)
+from vllm.forward_context import set_forward_context
+from vllm.v1.outputs import KVConnectorOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
+
+from flexkv.server.operator import command
+from tests.v1.kv_connector.unit.utils import (
+    assert_scheduler_empty,
+    create_model_runner_output,
+    create_request,
+    create_scheduler,
+    create_vllm_config,
+)
+
+from .copies import Copies
+from .opt import HEAD_SIZE, HEADS, LAYERS
+
+PER_BLOCK = 16
+WITHIN_S = 20.0
+MODULE = "flexkv.integration.vllm.connector"
+CONNECTORS: dict[str, dict[str, Any]] = {
+    "shim": {"kv_connector": "FlexKVConnectorV1"},
+    "own": {"kv_connector": "FlexKVConnector", "kv_connector_module_path": MODULE},
+}
+WAITING = RequestStatus.WAITING_FOR_REMOTE_KVS
+
+
+class Stand:
+    """One engine without a model."""
+
+    def __init__(
+        self,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        connector: dict[str, Any],
+        num_blocks: int = 64,
+        cache: dict[str, Any] | None = None,
+        **config: Any,
+    ) -> None:
+        """Begin.
+
+        Args:
+            folder: for the server's socket and its SSD tier.
+            monkeypatch: ends with the test.
+            connector: how vLLM is told of it.
+            num_blocks: of the device; one of them is nobody's.
+            cache: keys of FlexKV's `cache_config`.
+            config: more for vLLM's `create_vllm_config`.
+        """
+        self.address = f"ipc://{folder}/socket"
+        tiers = {"num_cpu_blocks": 64, "num_ssd_blocks": 256, "ssd_cache_dir": str(folder)}
+        settings = {"server_recv_port": self.address, "log_level": "warning",
+                    "cache_config": {**tiers, **(cache or {})}}  # fmt: skip
+        (folder / "flexkv.json").write_text(json.dumps(settings))
+        monkeypatch.setenv("FLEXKV_CONFIG_PATH", str(folder / "flexkv.json"))
+        # Of the tensor-parallel group only this is asked.
+        group = SimpleNamespace(rank_in_group=0, broadcast_object=lambda value, src=0: value)
+        monkeypatch.setattr(parallel_state, "get_tp_group", lambda: group)
+        self.copies = Copies(monkeypatch)
+        wanted = {"max_num_batched_tokens": 1024, "max_model_len": 1024, **connector, **config}
+        self.config = create_vllm_config(kv_role="kv_both", block_size=PER_BLOCK, **wanted)
+        self.scheduler = create_scheduler(self.config, num_blocks)
+        try:
+            ensure_kv_transfer_initialized(self.config, self.scheduler.kv_cache_config)
+            shape = (num_blocks, HEADS, PER_BLOCK, 2 * HEAD_SIZE)
+            self.layers = [torch.zeros(shape, dtype=torch.float16) for _ in range(LAYERS)]
+            self.worker = get_kv_transfer_group()
+            self.worker.register_kv_caches({f"layer.{i}": t for i, t in enumerate(self.layers)})
+            self.until(self.side._ready)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def side(self) -> Any:
+        """Give FlexKV's own scheduler side, wherever vLLM keeps it."""
+        found = self.scheduler.connector
+        for child in getattr(found, "sub_connectors", ()):
+            found = child if "FlexKV" in type(child).__name__ else found
+        return getattr(found, "_flexkv_connector", found).scheduler
+
+    @property
+    def free_blocks(self) -> int:
+        """Count the device's free blocks."""
+        return int(self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+
+    def close(self) -> None:
+        """End all that there is."""
+        self.copies.release()
+        ensure_kv_transfer_shutdown()
+        self.scheduler.shutdown()
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def add(self, request_id: int, num_tokens: int, **more: Any) -> Request:
+        """Let a request come; another of the same number and length asks the same."""
+        more.setdefault("max_tokens", 1)
+        name = more.pop("name", f"id-{request_id}")
+        request = create_request(request_id, num_tokens, block_size=PER_BLOCK, **more)
+        request.request_id = name
+        self.scheduler.add_request(request)
+        return request
+
+    def store(self, request_id: int, num_tokens: int, **more: Any) -> None:
+        """Have a prompt computed and stored, and forgotten by the device alone."""
+        self.add(request_id, num_tokens, name=f"first-{request_id}", **more)
+        self.run()
+        assert self.scheduler.reset_prefix_cache()
+
+    def blocks_of(self, request: Request) -> list[int]:
+        """Give the device blocks of a request, in order."""
+        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request.request_id)
+        return list(blocks)
+
+    def is_hashed(self, block: int) -> bool:
+        """Tell whether the device's own cache would give a block to others."""
+        pool = self.scheduler.kv_cache_manager.block_pool
+        return pool.blocks[block].block_hash is not None
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    def step(self) -> SimpleNamespace:
+        """Do one step; give what was scheduled, what the worker told, and what came out."""
+        output = self.scheduler.schedule()
+        self.worker.handle_preemptions(output.kv_connector_metadata)
+        runner = KVConnectorModelRunnerMixin
+        if not output.total_num_scheduled_tokens:
+            result = runner.kv_connector_no_forward(output, self.config)
+        else:
+            with (
+                set_forward_context(None, self.config),
+                runner._get_kv_connector_output(output) as told,
+            ):
+                requests = [self.scheduler.requests[name] for name in output.num_scheduled_tokens]
+                for request in requests:
+                    self._forward(request, output.num_scheduled_tokens[request.request_id])
+            result = create_model_runner_output(requests, token_id=7)
+            for at, request in enumerate(requests):
+                if request.num_computed_tokens < request.num_tokens:
+                    result.sampled_token_ids[at] = []  # of a prompt that has more chunks
+            result.kv_connector_output = told
+        told = result.kv_connector_output or KVConnectorOutput()
+        outputs = self.scheduler.update_from_output(output, result)
+        given = outputs[0] if outputs else SimpleNamespace(outputs=[], scheduler_stats=None)
+        return SimpleNamespace(output=output, told=told, given=given)
+
+    def _forward(self, request: Request, count: int) -> None:
+        """Compute some tokens of a request, for which those before them are read."""
+        end = request.num_computed_tokens
+        values = _values(request.all_token_ids[:end])
+        blocks = np.array(self.blocks_of(request))
+        at = np.arange(end)
+        where = torch.from_numpy(blocks[at // PER_BLOCK]), torch.from_numpy(at % PER_BLOCK)
+        for number, layer in enumerate(self.layers):
+            bits = layer.view(torch.int16)
+            wanted = (torch.from_numpy(values) + number)[:, None, None]
+            found = bits[where[0], :, where[1]]
+            wrong = (found != wanted).flatten(1).any(1)[: end - count]
+            assert not wrong.any(), f"{request.request_id}: tokens {wrong.nonzero().flatten()}"
+            new = slice(end - count, end)
+            bits[where[0][new], :, where[1][new]] = wanted[new].expand_as(found[new])
+
+    def until(self, what: Callable[[], Any], step: bool = False) -> Any:
+        """Wait until something is so, stepping or not, and give it."""
+        until_s = time.monotonic() + WITHIN_S
+        while not (found := what()):
+            assert time.monotonic() < until_s, "it did not come about"
+            if step:
+                self.step()
+            time.sleep(0.001)
+        return found
+
+    def run(self) -> list[Any]:
+        """Step until nothing is left to do; give what came out, request by request."""
+        given: list[Any] = []
+        self.until(
+            lambda: (given.extend(self.step().given.outputs), not self.scheduler.has_requests())[1]
+        )
+        return given
+
+    def check_freed(self) -> None:
+        """Check that neither the scheduler nor our side keeps anything."""
+        self.step()
+        assert_scheduler_empty(self.scheduler)
+        assert self.side._tracked == {}
+        assert not self.side._readers.any()
+
+    def check_empty(self) -> None:
+        """Check that nothing is kept, by the server neither."""
+        self.check_freed()
+        self.until(lambda: self.statistics()["claims"] == 0)
+        assert self.statistics()["runs_in_flight"] == 0
+
+    def statistics(self) -> dict[str, Any]:
+        """Give the server's own."""
+        told: dict[str, Any] = command(self.address, "status")["statistics"]
+        return told
+
+
+def _values(tokens: Any) -> np.ndarray[Any, np.dtype[np.int16]]:
+    """Give for each token a number of it and all tokens before it."""
+    values, digest = np.empty(len(tokens), np.int16), 0
+    for at, token in enumerate(tokens):
+        digest = zlib.crc32(int(token).to_bytes(8, "little", signed=True), digest)
+        values[at] = digest & 0x3FFF
+    return values

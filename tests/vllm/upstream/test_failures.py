@@ -1,0 +1,194 @@
+"""Loads that fail: copies that really do, and bytes that were really not loaded.
+
+After `test_kv_load_failure_recovery`, `test_invalid_blocks_correctness`,
+`test_cache_pollution_prevention` and `test_error_propagation`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+from vllm.v1.request import FinishReason, Request, RequestStatus
+
+from .conftest import Make
+from .stand import PER_BLOCK, WAITING, Stand
+
+BLOCKS = 9
+TOKENS = BLOCKS * PER_BLOCK + 1
+
+
+@pytest.fixture
+def recomputing(make: Make) -> Stand:
+    """Give an engine that computes what could not be loaded."""
+    return make(kv_load_failure_policy="recompute")
+
+
+@pytest.fixture
+def failing(make: Make) -> Stand:
+    """Give an engine whose requests fail with their loads."""
+    return make(kv_load_failure_policy="fail")
+
+
+def begin(stand: Stand, *numbers: int) -> list[Request]:
+    """Give requests whose loads are held."""
+    stand.copies.holds_loads = True
+    requests = [stand.add(number, TOKENS) for number in numbers]
+    stand.step()
+    assert [request.status for request in requests] == [WAITING] * len(numbers)
+    assert {request.num_computed_tokens for request in requests} == {BLOCKS * PER_BLOCK}
+    stand.until(lambda: sum(map(len, stand.copies.held_blocks())) == BLOCKS * len(numbers))
+    return requests
+
+
+def fail(stand: Stand, blocks: set[int]) -> set[int]:
+    """Do the copies, those of some blocks not; give the blocks that the worker told of."""
+    stand.copies.loads_fail = lambda of_copy: bool(of_copy & blocks)
+    stand.copies.release()
+    told: set[int] = stand.until(lambda: stand.step().told.invalid_block_ids)
+    return told
+
+
+def test_what_was_not_loaded_is_computed(recomputing: Stand) -> None:
+    """Of one request; others keep what they have."""
+    stand = recomputing
+    for number in (1, 2, 3):
+        stand.store(number, TOKENS)
+    one, failed, other = begin(stand, 1, 2, 3)
+    blocks = stand.blocks_of(failed)
+    assert fail(stand, set(blocks)) == set(blocks[:BLOCKS])
+    assert stand.scheduler.failed_recving_kv_req_ids == {failed.request_id}
+    assert failed.num_computed_tokens == 0
+    assert min(one.num_computed_tokens, other.num_computed_tokens) >= BLOCKS * PER_BLOCK
+    given = stand.run()
+    assert [e.finish_reason for e in given if e.finish_reason] == [FinishReason.LENGTH] * 3
+    assert len(stand.copies.device_blocks) == 3
+    stand.check_empty()
+
+
+def test_nothing_is_claimed_again_for_a_request_whose_load_failed(recomputing: Stand) -> None:
+    """vLLM asks again; the same claim would let it go round for ever."""
+    stand = recomputing
+    stand.store(1, TOKENS)
+    (failed,) = begin(stand, 1)
+    fail(stand, set(stand.blocks_of(failed)))
+    given = stand.run()
+    assert [e.finish_reason for e in given] == [FinishReason.LENGTH]
+    assert len(stand.copies.device_blocks) == 1
+    stand.check_empty()
+
+
+@pytest.fixture
+def split(make: Make) -> Stand:
+    """Give an engine whose host memory has lost part of a prompt, which is on SSD."""
+    stand = make(kv_load_failure_policy="recompute", cache={"num_cpu_blocks": 14})
+    stand.store(1, TOKENS)
+    stand.store(2, 8 * PER_BLOCK + 1)
+    return stand
+
+
+def test_what_was_loaded_before_a_failure_is_kept(split: Stand) -> None:
+    """A load of two copies, from host memory and from SSD: the later part fails."""
+    stand = split
+    (failed,) = begin(stand, 1)
+    blocks = stand.blocks_of(failed)
+    first = max(min(map(blocks.index, of_copy)) for of_copy in stand.copies.held_blocks())
+    assert first > 0, "the load is one copy"
+    assert fail(stand, {blocks[first]}) == set(blocks[first:BLOCKS])
+    assert failed.num_computed_tokens == first * PER_BLOCK
+    stand.run()
+    stand.check_empty()
+
+
+def test_what_comes_behind_a_failure_is_not_believed(split: Stand) -> None:
+    """The earlier part fails, the later one does not."""
+    stand = split
+    (failed,) = begin(stand, 1)
+    blocks = stand.blocks_of(failed)
+    assert fail(stand, {blocks[0]}) == set(blocks[:BLOCKS])
+    assert failed.num_computed_tokens == 0
+    stand.run()
+    stand.check_empty()
+
+
+def test_blocks_that_failed_are_given_to_nobody(recomputing: Stand) -> None:
+    """Not before they have been computed; then they are right, and hit."""
+    stand = recomputing
+    stand.store(1, TOKENS)
+    (failed,) = begin(stand, 1)
+    blocks = stand.blocks_of(failed)
+    fail(stand, set(blocks))
+    assert not any(map(stand.is_hashed, blocks))
+    stand.until(lambda: stand.step().output.num_scheduled_tokens)
+    assert all(stand.is_hashed(block) for block in blocks[:BLOCKS])
+    again = stand.add(1, TOKENS, name="again")
+    assert stand.step().output.num_scheduled_tokens == {again.request_id: 1}
+    stand.run()
+    stand.check_empty()
+
+
+def test_one_of_two_loads_of_the_same_prompt_fails(recomputing: Stand) -> None:
+    """The other request has what it has."""
+    stand = recomputing
+    stand.store(1, TOKENS)
+    stand.copies.holds_loads = True
+    failed, other = stand.add(1, TOKENS), stand.add(1, TOKENS, name="other")
+    stand.step()
+    fail(stand, set(stand.blocks_of(failed)))
+    assert failed.num_computed_tokens == 0
+    assert other.num_computed_tokens >= BLOCKS * PER_BLOCK
+    assert len([each for each in stand.run() if each.finish_reason]) == 2
+    stand.check_empty()
+
+
+def test_a_request_fails_with_its_load(failing: Stand) -> None:
+    """By name, where vLLM is told so; its blocks are free, and in nobody's cache."""
+    stand = failing
+    for number in (1, 2):
+        stand.store(number, TOKENS)
+    free = stand.free_blocks
+    failed, other = begin(stand, 1, 2)
+    blocks = stand.blocks_of(failed)
+    stand.copies.loads_fail = lambda of_copy: bool(of_copy & set(blocks))
+    stand.copies.release()
+    ends = {each.request_id: each.finish_reason for each in stand.run() if each.finish_reason}
+    assert ends == {failed.request_id: FinishReason.ERROR, other.request_id: FinishReason.LENGTH}
+    assert failed.status is RequestStatus.FINISHED_ERROR
+    assert not any(map(stand.is_hashed, blocks))
+    assert stand.free_blocks == free
+    stand.check_empty()
+    stand.copies.loads_fail = lambda of_copy: False
+    stand.add(1, TOKENS, name="again")
+    assert [each.finish_reason for each in stand.run()] == [FinishReason.LENGTH]
+    stand.check_empty()
+
+
+def test_a_load_that_fails_after_its_request_was_given_up(recomputing: Stand) -> None:
+    """Its blocks come back like others."""
+    stand = recomputing
+    stand.store(1, TOKENS)
+    (failed,) = begin(stand, 1)
+    blocks = set(stand.blocks_of(failed))
+    stand.scheduler.finish_requests(failed.request_id, RequestStatus.FINISHED_ABORTED)
+    stand.step()
+    stand.copies.loads_fail = lambda of_copy: bool(of_copy & blocks)
+    stand.copies.release()
+    stand.run()
+    stand.check_empty()
+
+
+@pytest.mark.parametrize("policy", ["recompute", "fail"])
+def test_loads_of_a_server_that_is_killed_fail(make: Make, policy: str) -> None:
+    """After the copies that it asked for; then the engine goes on without."""
+    stand = make(kv_load_failure_policy=policy)
+    stand.store(1, TOKENS)
+    (failed,) = begin(stand, 1)
+    os.kill(stand.side._launched.pid, signal.SIGKILL)
+    stand.copies.release()
+    (end,) = stand.run()
+    assert end.finish_reason is (FinishReason.ERROR if policy == "fail" else FinishReason.LENGTH)
+    assert failed.is_finished()
+    stand.add(2, TOKENS)
+    assert [each.finish_reason for each in stand.run()] == [FinishReason.LENGTH]
+    stand.check_freed()
