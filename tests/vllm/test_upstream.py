@@ -23,7 +23,7 @@ RUN_S = 900.0
 CASE_S = 90
 
 pytestmark = pytest.mark.skipif(
-    not (WORK / "version").exists(), reason="vLLM's tests are not here: make test-vllm"
+    not (WORK / "stamp").exists(), reason="vLLM's tests are not here: make test-vllm"
 )
 
 

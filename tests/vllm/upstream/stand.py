@@ -13,10 +13,11 @@ from __future__ import annotations
 import json
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -45,13 +46,25 @@ from .copies import Copies
 from .opt import HEAD_SIZE, HEADS, LAYERS
 
 PER_BLOCK = 16
-WITHIN_S = 20.0
+WITHIN_S = 60.0
 MODULE = "flexkv.integration.vllm.connector"
 CONNECTORS: dict[str, dict[str, Any]] = {
     "shim": {"kv_connector": "FlexKVConnectorV1"},
     "own": {"kv_connector": "FlexKVConnector", "kv_connector_module_path": MODULE},
 }
+TOKEN = 7
+"""What every step gives."""
 WAITING = RequestStatus.WAITING_FOR_REMOTE_KVS
+
+
+class _Row(NamedTuple):
+    """A request's part of a step, as it was when the step was scheduled."""
+
+    request: Request
+    count: int
+    end: int
+    blocks: np.ndarray[Any, np.dtype[np.int64]]
+    samples: bool
 
 
 class Stand:
@@ -74,8 +87,11 @@ class Stand:
             connector: how vLLM is told of it.
             num_blocks: of the device; one of them is nobody's.
             cache: keys of FlexKV's `cache_config`.
-            config: more for vLLM's `create_vllm_config`.
+            config: more for vLLM's `create_vllm_config`; and `behind`, the steps that are under way
+                when the next is scheduled.
         """
+        self._behind = config.pop("behind", 0)
+        self._under_way: deque[tuple[Any, list[_Row]]] = deque()
         self.address = f"ipc://{folder}/socket"
         tiers = {"num_cpu_blocks": 64, "num_ssd_blocks": 256, "ssd_cache_dir": str(folder)}
         settings = {"server_recv_port": self.address, "log_level": "warning",
@@ -88,6 +104,7 @@ class Stand:
         self.copies = Copies(monkeypatch)
         wanted = {"max_num_batched_tokens": 1024, "max_model_len": 1024, **connector, **config}
         self.config = create_vllm_config(kv_role="kv_both", block_size=PER_BLOCK, **wanted)
+        self.config.scheduler_config.async_scheduling = self._behind > 0
         self.scheduler = create_scheduler(self.config, num_blocks)
         try:
             ensure_kv_transfer_initialized(self.config, self.scheduler.kv_cache_config)
@@ -112,6 +129,11 @@ class Stand:
     def free_blocks(self) -> int:
         """Count the device's free blocks."""
         return int(self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+
+    @property
+    def is_idle(self) -> bool:
+        """Tell whether nothing is left to do."""
+        return not self.scheduler.has_requests() and not self._under_way
 
     def close(self) -> None:
         """End all that there is."""
@@ -149,44 +171,62 @@ class Stand:
     # -- steps ----------------------------------------------------------------------------------
 
     def step(self) -> SimpleNamespace:
-        """Do one step; give what was scheduled, what the worker told, and what came out."""
-        output = self.scheduler.schedule()
-        self.worker.handle_preemptions(output.kv_connector_metadata)
-        runner = KVConnectorModelRunnerMixin
-        if not output.total_num_scheduled_tokens:
-            result = runner.kv_connector_no_forward(output, self.config)
-        else:
-            with (
-                set_forward_context(None, self.config),
-                runner._get_kv_connector_output(output) as told,
-            ):
-                requests = [self.scheduler.requests[name] for name in output.num_scheduled_tokens]
-                for request in requests:
-                    self._forward(request, output.num_scheduled_tokens[request.request_id])
-            result = create_model_runner_output(requests, token_id=7)
-            for at, request in enumerate(requests):
-                if request.num_computed_tokens < request.num_tokens:
-                    result.sampled_token_ids[at] = []  # of a prompt that has more chunks
-            result.kv_connector_output = told
-        told = result.kv_connector_output or KVConnectorOutput()
-        outputs = self.scheduler.update_from_output(output, result)
-        given = outputs[0] if outputs else SimpleNamespace(outputs=[], scheduler_stats=None)
-        return SimpleNamespace(output=output, told=told, given=given)
+        """Do one step; give what was scheduled, what the worker told, and what came out.
 
-    def _forward(self, request: Request, count: int) -> None:
-        """Compute some tokens of a request, for which those before them are read."""
+        With steps under way it is the oldest that is done, and there may be none yet.
+        """
+        if not self._under_way or self.scheduler.has_requests():
+            output = self.scheduler.schedule()
+            rows = [self._row(name, count) for name, count in output.num_scheduled_tokens.items()]
+            self._under_way.append((output, rows))
+            if len(self._under_way) <= self._behind and self.scheduler.has_requests():
+                return SimpleNamespace(output=output, told=KVConnectorOutput(), given=_nothing())
+        output, rows = self._under_way.popleft()
+        result = self._execute(output, rows)
+        outputs = self.scheduler.update_from_output(output, result)
+        told = result.kv_connector_output or KVConnectorOutput()
+        return SimpleNamespace(
+            output=output, told=told, given=outputs[0] if outputs else _nothing()
+        )
+
+    def _row(self, name: str, count: int) -> _Row:
+        request = self.scheduler.requests[name]
         end = request.num_computed_tokens
-        values = _values(request.all_token_ids[:end])
         blocks = np.array(self.blocks_of(request))
-        at = np.arange(end)
-        where = torch.from_numpy(blocks[at // PER_BLOCK]), torch.from_numpy(at % PER_BLOCK)
+        return _Row(request, count, end, blocks, samples=end >= request.num_tokens)
+
+    def _execute(self, output: Any, rows: list[_Row]) -> Any:
+        """Do what the runner does in a step."""
+        runner = KVConnectorModelRunnerMixin
+        self.worker.handle_preemptions(output.kv_connector_metadata)
+        if not rows:
+            return runner.kv_connector_no_forward(output, self.config)
+        with (
+            set_forward_context(None, self.config),
+            runner._get_kv_connector_output(output) as told,
+        ):
+            for row in rows:
+                self._forward(row)
+        result = create_model_runner_output([row.request for row in rows], token_id=TOKEN)
+        for at, row in enumerate(rows):
+            if not row.samples:
+                result.sampled_token_ids[at] = []  # of a prompt that has more chunks
+        result.kv_connector_output = told
+        return result
+
+    def _forward(self, row: _Row) -> None:
+        """Compute some tokens of a request, for which those before them are read."""
+        tokens = list(row.request.all_token_ids[: row.end])
+        values = _values(tokens + [TOKEN] * (row.end - len(tokens)))
+        at = np.arange(row.end)
+        where = torch.from_numpy(row.blocks[at // PER_BLOCK]), torch.from_numpy(at % PER_BLOCK)
+        new = slice(row.end - row.count, row.end)
         for number, layer in enumerate(self.layers):
             bits = layer.view(torch.int16)
             wanted = (torch.from_numpy(values) + number)[:, None, None]
             found = bits[where[0], :, where[1]]
-            wrong = (found != wanted).flatten(1).any(1)[: end - count]
-            assert not wrong.any(), f"{request.request_id}: tokens {wrong.nonzero().flatten()}"
-            new = slice(end - count, end)
+            wrong = (found != wanted).flatten(1).any(1)[: new.start]
+            assert not wrong.any(), f"{row.request.request_id}: tokens {wrong.nonzero().flatten()}"
             bits[where[0][new], :, where[1][new]] = wanted[new].expand_as(found[new])
 
     def until(self, what: Callable[[], Any], step: bool = False) -> Any:
@@ -202,9 +242,7 @@ class Stand:
     def run(self) -> list[Any]:
         """Step until nothing is left to do; give what came out, request by request."""
         given: list[Any] = []
-        self.until(
-            lambda: (given.extend(self.step().given.outputs), not self.scheduler.has_requests())[1]
-        )
+        self.until(lambda: (given.extend(self.step().given.outputs), self.is_idle)[1])
         return given
 
     def check_freed(self) -> None:
@@ -224,6 +262,10 @@ class Stand:
         """Give the server's own."""
         told: dict[str, Any] = command(self.address, "status")["statistics"]
         return told
+
+
+def _nothing() -> SimpleNamespace:
+    return SimpleNamespace(outputs=[], scheduler_stats=None)
 
 
 def _values(tokens: Any) -> np.ndarray[Any, np.dtype[np.int16]]:

@@ -11,6 +11,7 @@ from unittest.mock import MagicMock, create_autospec
 
 import pytest
 import torch
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.flexkv_connector import FlexKVConnectorV1
@@ -21,7 +22,7 @@ from flexkv.integration.vllm.connector import FlexKVConnector
 from flexkv.integration.vllm.vllm_v1_adapter import FlexKVConnectorV1Impl
 from tests.v1.kv_connector.unit.test_flexkv_connector import TestFlexKVConnectorDelegation
 
-from .stand import CONNECTORS, PER_BLOCK, Stand
+from .stand import PER_BLOCK, Stand
 
 
 class TestDelegation(TestFlexKVConnectorDelegation):
@@ -121,7 +122,7 @@ def test_ranks_tell_the_same_in_the_same_step(stand: Stand) -> None:
     stand.run()
 
 
-def test_an_engine_of_either_connector_is_ours() -> None:
-    """By the names that users give."""
-    assert set(CONNECTORS) == {"shim", "own"}
-    assert issubclass(FlexKVConnector, KVConnectorBase_V1 | FlexKVConnectorV1Impl)
+def test_vllm_keeps_one_group_of_blocks(stand: Stand) -> None:
+    """Neither connector says that it serves several, and vLLM goes without them by itself."""
+    assert not KVConnectorFactory.supports_hma_config(stand.config.kv_transfer_config)
+    assert stand.config.scheduler_config.disable_hybrid_kv_cache_manager

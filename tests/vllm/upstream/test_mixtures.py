@@ -1,0 +1,58 @@
+"""Everything at once, by chance: what is read is right at every step, and nothing is left.
+
+Requests that share prefixes, in a pool so small that they are preempted; loads that fail, copies
+that take long, requests that are given up. Also where a step is scheduled while the one before it
+runs.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+from vllm.v1.request import RequestStatus
+
+from .conftest import Make
+from .stand import PER_BLOCK, Stand
+
+REQUESTS = 60
+SEEDS = int(os.environ.get("MIXTURE_SEEDS", "2"))
+
+
+def go(stand: Stand, chance: random.Random) -> int:
+    """Run requests that come and go; give how often one was preempted."""
+    requests, alive = [], []
+    while len(requests) < REQUESTS or not stand.is_idle:
+        if len(requests) < REQUESTS and chance.random() < 0.4:
+            tokens = chance.randrange(2, 7 * PER_BLOCK)
+            name, most = f"r{len(requests)}", chance.randrange(1, 2 * PER_BLOCK)
+            requests.append(stand.add(chance.randrange(1, 6), tokens, name=name, max_tokens=most))
+        alive = [request for request in requests if not request.is_finished()]
+        if alive and chance.random() < 0.03:
+            name = chance.choice(alive).request_id
+            stand.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+        if chance.random() < 0.05:
+            stand.copies.holds_loads = chance.random() < 0.5
+            stand.copies.holds_puts = chance.random() < 0.5
+        elif chance.random() < 0.2 or not alive:
+            stand.copies.release()
+        stand.step()
+    return sum(request.num_preemptions for request in requests)
+
+
+@pytest.mark.parametrize("behind", [0, 1], ids=["", "a_step_behind"])
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_whatever_comes(make: Make, behind: int, seed: int) -> None:
+    """The same seed asks the same; when copies end is not its to say."""
+    stand = make(
+        num_blocks=20, behind=behind, max_num_batched_tokens=4 * PER_BLOCK, max_num_seqs=4,
+        kv_load_failure_policy="recompute", cache={"num_cpu_blocks": 32, "num_ssd_blocks": 64},
+    )  # fmt: skip
+    chance = random.Random(seed)
+    failures = random.Random(seed)
+    stand.copies.loads_fail = lambda blocks: failures.random() < 0.15
+    preempted = go(stand, chance)
+    assert preempted > 0
+    assert len(stand.copies.device_blocks) > 5
+    stand.check_empty()
