@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
-import os
-import signal
-import subprocess
-import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from .fork import Forked
 
 if importlib.util.find_spec("vllm") is not None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its dependencies
         importlib.import_module("flexkv.integration.vllm.scheduler")
 
-ROOT = Path(__file__).parents[2]
-RUN_S = 240.0
 collect_ignore = ["upstream"]
 """Scenarios over vLLM's own test utilities, which are called `tests` too: see `test_upstream`."""
 
@@ -45,65 +41,79 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Started:
-    """An engine's process."""
+    """An engine that runs a plan."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.vllm.engine", json.dumps(plan)],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )  # fmt: skip
+        folder = Path(plan["settings"]["cache_config"]["ssd_cache_dir"])
+        self._process = Forked(folder / "engine.log", run_plan, plan)
 
     def answer(self) -> dict[str, Any]:
-        """Give what it says."""
-        said, errors = self._process.communicate(timeout=RUN_S)
-        for line in said.splitlines():
-            if line.startswith("ANSWER "):
-                told: dict[str, Any] = json.loads(line.removeprefix("ANSWER "))
-                return told
-        raise AssertionError(f"the engine ended with {self._process.returncode}: {errors[-4000:]}")
-
-    def first_answer(self) -> dict[str, Any]:
-        """Give what it says, while it stays."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("ANSWER "):
-                told: dict[str, Any] = json.loads(line.removeprefix("ANSWER "))
-                return told
-        raise AssertionError("the engine said nothing")
+        """Give what it says, and stay."""
+        told: dict[str, Any] = self._process.told()
+        return told
 
     def kill(self) -> None:
         """Kill it, and everything that belongs to its session."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.communicate()
+        self._process.kill()
 
 
-@pytest.fixture
-def run(model: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Give what runs a plan to its end; with keywords over the usual ones."""
-    return lambda **plan: Started(planned(model, tmp_path, plan)).answer()
+def run_plan(plan: dict[str, Any]) -> dict[str, Any]:
+    """Run a plan in this process."""
+    from .engine import Plan, run
+
+    return run(Plan(**plan))
+
+
+@pytest.fixture(scope="session")
+def expected(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Give the answers of an engine without a connector."""
+    engine = Started(planned(model, tmp_path_factory.mktemp("without"), {"connector": "none"}))
+    answer = engine.answer()
+    engine.kill()
+    return answer
 
 
 @pytest.fixture
 def start(model: str, tmp_path: Path) -> Iterator[Callable[..., Started]]:
-    """Give what starts a plan, and kills it at last."""
-    started: list[Started] = []
+    """Give what starts a plan, with keywords over the usual ones; kill it at last."""
+    with ExitStack() as stack:
 
-    def begin(**plan: Any) -> Started:
-        started.append(Started(planned(model, tmp_path, plan)))
-        return started[-1]
+        def begin(**plan: Any) -> Started:
+            engine = Started(planned(plan.pop("model", model), tmp_path, plan))
+            stack.callback(engine.kill)
+            return engine
 
-    yield begin
-    for each in started:
-        each.kill()
+        yield begin
+
+
+@pytest.fixture
+def run(start: Callable[..., Started]) -> Callable[..., dict[str, Any]]:
+    """Give what runs a plan to its end, and lets FlexKV's server end after it."""
+
+    def once(**plan: Any) -> dict[str, Any]:
+        engine = start(**plan)
+        answer = engine.answer()
+        engine.kill()
+        if "server" in answer:
+            wait_gone(answer["server"]["pid"])
+        return answer
+
+    return once
+
+
+def wait_gone(pid: int, within_s: float = 60.0) -> None:
+    """Return once a process of another's has ended: it writes what is not on SSD yet."""
+    until_s = time.monotonic() + within_s
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < until_s, f"process {pid} did not end"
+        time.sleep(0.05)
 
 
 def planned(model: str, folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """Give a whole plan, with FlexKV's files in a folder."""
     cache = {
         "num_cpu_blocks": 1024, "num_ssd_blocks": 2048, "ssd_cache_dir": str(folder),
-        "load_if_faster": False, **plan.pop("cache", {}),
+        **plan.pop("cache", {}),
     }  # fmt: skip
     settings = {"server_recv_port": f"ipc://{folder}/socket", "log_level": "warning"}
     return {"model": model, "settings": {**settings, "cache_config": cache}, **plan}

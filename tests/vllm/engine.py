@@ -1,8 +1,6 @@
-"""Runs conversations on a real vLLM engine in this process, and tells what came out, as JSON.
+"""Runs conversations on a real vLLM engine in this process, and tells what came out.
 
-    python -m tests.vllm.engine '{"model": …, "connector": "shim", …}' > answers.json
-
-One run is one process: an engine does not come back in the same one.
+One run is one process (`fork.py`): an engine does not come back in the same one.
 """
 
 from __future__ import annotations
@@ -10,31 +8,23 @@ from __future__ import annotations
 import json
 import os
 import random
-import sys
 import time
-import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ["HF_HUB_OFFLINE"] = "1"
+from flexkv.common.errors import ConfigError
+from flexkv.integration.vllm.served import OWN, SHIM
+from flexkv.server.operator import command
+from tests.vllm.conversations import Conversations, Sizes
 
-READY_S = 60.0
-
-CONNECTORS = {
-    "none": None,
-    "shim": {"kv_connector": "FlexKVConnectorV1"},
-    "own": {
-        "kv_connector": "FlexKVConnector",
-        "kv_connector_module_path": "flexkv.integration.vllm.connector",
-    },
-}
+CONNECTORS = {"none": None, "shim": SHIM, "own": OWN}
+KEPT: list[Any] = []
+"""Engines: one that nobody has would end, and its server with it."""
 
 
-@dataclass
-class Plan:
+@dataclass(kw_only=True)
+class Plan(Sizes):
     """What to run."""
 
     model: str
@@ -43,12 +33,6 @@ class Plan:
     """FlexKV's."""
     engine: dict[str, Any] = field(default_factory=dict)
     """Arguments of vLLM's `LLM`, over the usual ones."""
-    conversations: int = 8
-    turns: int = 8
-    first_tokens: int = 500
-    turn_tokens: int = 60
-    answer_tokens: int = 12
-    seed: int = 0
     corrupt_loads: bool = False
     """The negative control: what is loaded is overwritten."""
     failed_loads: float = 0.0
@@ -61,12 +45,8 @@ class Plan:
     """Of the requests, which part is given up in the middle, and asked again."""
     flush: bool = False
     """Before each turn wait until everything is on SSD."""
-    naps: bool = False
-    """Between turns the engine's memory is taken back from FlexKV, overwritten, and lent again."""
-    events: str = ""
-    """Where KV events are published."""
-    stay: bool = False
-    """Do not end, but wait to be killed."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Over the process's own."""
 
 
 def sabotage(plan: Plan) -> None:
@@ -120,33 +100,27 @@ def flip(folder: str, chance: random.Random) -> None:
                     file.write(bytes([byte[0] ^ 0x10]))
 
 
-class Conversations:
-    """Prompts that grow by the answers to them."""
+class Asking:
+    """Asks an engine in this process, in every conversation at once."""
 
     def __init__(self, plan: Plan, llm: Any) -> None:
         from vllm import SamplingParams
 
-        self._plan, self._llm = plan, llm
-        self._words = random.Random(plan.seed)
+        self._plan, self._engine = plan, llm.llm_engine
         self._chance = random.Random(plan.seed + 1)
-        self._prompts = [self._said(plan.first_tokens) for _ in range(plan.conversations)]
-        self.sampling = SamplingParams(
+        self._sampling = SamplingParams(
             temperature=0, max_tokens=plan.answer_tokens, ignore_eos=True, detokenize=False
         )
-        self.answers: list[list[list[int]]] = []
-        self.cached: list[list[int]] = []
+        self.conversations = Conversations(plan)
         self.aborted = 0
 
-    def _said(self, count: int) -> list[int]:
-        return [self._words.randrange(3, 1000) for _ in range(count)]
-
     def turn(self) -> None:
-        """Ask in every conversation, all at once."""
-        engine = self._llm.llm_engine
-        number = len(self.answers)
-        wanted = {f"{number}-{i}": prompt for i, prompt in enumerate(self._prompts)}
+        """Ask for the next answers."""
+        engine, conversations = self._engine, self.conversations
+        number = len(conversations.answers)
+        wanted = {f"{number}-{i}": prompt for i, prompt in enumerate(conversations.prompts)}
         for name, prompt in wanted.items():
-            engine.add_request(name, {"prompt_token_ids": prompt}, self.sampling)
+            self._ask(name, prompt)
         to_abort = [name for name in wanted if self._chance.random() < self._plan.aborts]
         done: dict[str, Any] = {}
         steps = 0
@@ -162,16 +136,21 @@ class Conversations:
                 done.pop(name, None)
                 engine.abort_request([name])
                 self.aborted += 1
-                engine.add_request(name + "b", {"prompt_token_ids": wanted[name]}, self.sampling)
+                self._ask(name + "b", wanted[name])
         outputs = [done.get(name) or done[name + "b"] for name in wanted]
-        self.answers.append([list(output.outputs[0].token_ids) for output in outputs])
-        self.cached.append([output.num_cached_tokens or 0 for output in outputs])
-        for prompt, answer in zip(self._prompts, self.answers[-1], strict=True):
-            prompt += answer + self._said(self._plan.turn_tokens)
+        conversations.answered(
+            [list(output.outputs[0].token_ids) for output in outputs],
+            [output.num_cached_tokens or 0 for output in outputs],
+        )
+
+    def _ask(self, name: str, prompt: list[int]) -> None:
+        # A copy: the prompt grows.
+        self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, self._sampling)
 
 
-def started(plan: Plan) -> Any:
-    """Start an engine, and give it when its device is lent."""
+def run(plan: Plan) -> dict[str, Any]:
+    """Run the plan, and give what came out."""
+    os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **plan.environment})
     if plan.connector != "none":
         config = Path(plan.settings["cache_config"]["ssd_cache_dir"]) / "flexkv.json"
         config.write_text(json.dumps(plan.settings))
@@ -186,36 +165,19 @@ def started(plan: Plan) -> Any:
     }  # fmt: skip
     chosen = CONNECTORS[plan.connector]
     if chosen is not None:
-        engine["kv_transfer_config"] = {
-            **chosen, "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
-        }  # fmt: skip
-    if plan.events:
-        engine["kv_events_config"] = {
-            "enable_kv_cache_events": True, "publisher": "zmq", "endpoint": plan.events,
-        }  # fmt: skip
+        engine["kv_transfer_config"] = {**chosen, "kv_role": "kv_both"}
     llm = LLM(**{**engine, **plan.engine})
+    KEPT.append(llm)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     if chosen is not None:
-        wait_ready(scheduler_of(llm))
-    return llm
-
-
-def scheduler_of(llm: Any) -> Any:
-    """Give the scheduler of an engine in this process."""
-    return llm.llm_engine.engine_core.engine_core.scheduler
-
-
-def run(plan: Plan) -> dict[str, Any]:
-    """Run the plan, and give what came out."""
-    llm = started(plan)
-    conversations, scheduler = Conversations(plan, llm), scheduler_of(llm)
+        wait_ready(scheduler)
+    asking = Asking(plan, llm)
     flips = random.Random(plan.seed + 2)
     begin = time.monotonic()
     for _ in range(plan.turns):
         if plan.flush:
             flush(plan)
-        conversations.turn()
-        if plan.naps:
-            nap(llm)
+        asking.turn()
         if plan.flip_files:
             flip(plan.flip_files, flips)
     steps = 0
@@ -225,45 +187,21 @@ def run(plan: Plan) -> dict[str, Any]:
         assert steps < 100_000, "the engine goes round for ever"
     pool = scheduler.kv_cache_manager.block_pool
     told = {
-        "answers": conversations.answers,
-        "cached": conversations.cached,
-        "aborted": conversations.aborted,
+        "answers": asking.conversations.answers,
+        "cached": asking.conversations.cached,
+        "aborted": asking.aborted,
         "seconds": time.monotonic() - begin,
         "leaked_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
         "preemptions": preemptions(llm),
     }
-    if plan.connector != "none":
-        from flexkv.server.operator import command
-
+    if chosen is not None:
         flush(plan)
-        if plan.events:  # vLLM tells of what has changed at the end of a step
-            time.sleep(0.1)
-            llm.generate({"prompt_token_ids": [5, 6, 7]}, conversations.sampling)
         told["server"] = command(plan.settings["server_recv_port"], "status")
     return told
 
 
-def nap(llm: Any) -> None:
-    """Let an engine sleep as vLLM does, and wake up with nothing in its own cache."""
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-    scheduler, connector = scheduler_of(llm), get_kv_transfer_group()
-    while scheduler.has_requests():
-        llm.llm_engine.step()
-    assert llm.reset_prefix_cache()
-    connector.unregister_kv_caches()
-    connector.unregister_kv_caches()
-    for tensor in connector.worker._lent.values():
-        tensor.fill_(7.0)
-    connector.restore_kv_caches()
-    wait_ready(scheduler)
-
-
 def flush(plan: Plan) -> None:
     """Wait until what was put is on SSD."""
-    from flexkv.common.errors import ConfigError
-    from flexkv.server.operator import command
-
     try:
         command(plan.settings["server_recv_port"], "flush")
     except ConfigError:  # what could not be stored is told once
@@ -274,9 +212,9 @@ def wait_ready(scheduler: Any) -> None:
     """Wait until the worker's device is lent."""
     connector = scheduler.connector
     side = getattr(connector, "_flexkv_connector", connector).scheduler
-    until = time.monotonic() + READY_S
+    until = time.monotonic() + 20
     while not side._ready():
-        assert time.monotonic() < until, f"the device was not lent within {READY_S} s"
+        assert time.monotonic() < until, "the device was never lent"
         time.sleep(0.02)
 
 
@@ -285,16 +223,3 @@ def preemptions(llm: Any) -> int:
     return sum(
         int(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
     )
-
-
-if __name__ == "__main__":
-    asked = Plan(**json.loads(sys.argv[1]))
-    try:
-        said = json.dumps(run(asked))
-    except BaseException:
-        traceback.print_exc()  # vLLM would not show it
-        raise
-    sys.stdout.write(f"\nANSWER {said}\n")
-    sys.stdout.flush()
-    if asked.stay:
-        time.sleep(600)

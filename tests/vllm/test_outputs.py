@@ -18,15 +18,6 @@ import pytest
 Run = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(scope="session")
-def expected(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Give the answers of an engine without a connector."""
-    from .conftest import Started, planned
-
-    folder = tmp_path_factory.mktemp("without")
-    return Started(planned(model, folder, {"connector": "none"})).answer()
-
-
 def moved(told: dict[str, Any]) -> dict[str, int]:
     """Give the blocks that each route has moved."""
     routes = told["server"]["statistics"]["routes"]
@@ -78,8 +69,8 @@ def test_an_engine_that_was_killed_is_warm_from_ssd(
     run: Run, start: Callable[..., Any], expected: dict[str, Any]
 ) -> None:
     """`kill -9` of all its processes, and a new one on the same directory."""
-    first = start(connector="shim", stay=True, flush=True)
-    told = first.first_answer()
+    first = start(connector="shim", flush=True)
+    told = first.answer()
     os.kill(told["server"]["pid"], signal.SIGKILL)
     first.kill()
     again = run(connector="shim")

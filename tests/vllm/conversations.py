@@ -1,0 +1,39 @@
+"""Prompts that grow by the answers to them: the same for every kind of engine."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+
+@dataclass
+class Sizes:
+    """Of conversations, in tokens."""
+
+    conversations: int = 8
+    turns: int = 8
+    first_tokens: int = 500
+    turn_tokens: int = 60
+    answer_tokens: int = 12
+    seed: int = 0
+
+
+class Conversations:
+    """What is asked next, what was answered, and how much of it was not computed."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self._sizes = sizes
+        self._words = random.Random(sizes.seed)
+        self.prompts = [self._said(sizes.first_tokens) for _ in range(sizes.conversations)]
+        self.answers: list[list[list[int]]] = []
+        self.cached: list[list[int]] = []
+
+    def _said(self, count: int) -> list[int]:
+        return [self._words.randrange(3, 1000) for _ in range(count)]
+
+    def answered(self, answers: list[list[int]], cached: list[int]) -> None:
+        """Take a turn's answers, and the tokens that were hit; say more in every conversation."""
+        self.answers.append(answers)
+        self.cached.append(cached)
+        for prompt, answer in zip(self.prompts, answers, strict=True):
+            prompt += answer + self._said(self._sizes.turn_tokens)

@@ -1,0 +1,115 @@
+"""A real `vllm serve`, asked over HTTP: the stock flags, and nothing of vLLM patched."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexkv.integration.vllm.served import (
+    OWN,
+    SHIM,
+    Served,
+    VllmServe,
+    cached_tokens,
+    completion,
+    token_ids,
+)
+from flexkv.server.operator import command
+
+from .conversations import Conversations, Sizes
+
+ARGUMENTS = (
+    "--dtype", "float32", "--kv-cache-memory-bytes", str(16 << 20), "--block-size", "32",
+    "--max-model-len", "1536", "--max-num-seqs", "4", "--enable-prompt-tokens-details",
+)  # fmt: skip
+SIZES = Sizes()
+
+Serve = Callable[[dict[str, Any]], VllmServe]
+
+
+@pytest.fixture
+def serve(model: str, tmp_path: Path) -> Iterator[Serve]:
+    """Give what serves the model with a connector, always over the same folder."""
+    settings = {"cache_config": {"num_cpu_blocks": 1024, "num_ssd_blocks": 2048}}
+    with ExitStack() as stack:
+
+        def begin(connector: dict[str, Any]) -> VllmServe:
+            served = Served(Path(model), connector, settings, ARGUMENTS)
+            engine = stack.enter_context(VllmServe(served, tmp_path))
+            engine.wait_ready()
+            return engine
+
+        yield begin
+
+
+def by_curl(engine: VllmServe, prompt: list[int]) -> tuple[list[int], int]:
+    """Ask as the documents do."""
+    told = subprocess.run(
+        ["curl", "-sS", "--fail-with-body", f"http://127.0.0.1:{engine.port}/v1/completions",
+         "-H", "Content-Type: application/json",
+         "-d", json.dumps(completion(prompt, SIZES.answer_tokens))],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    answer = json.loads(told.stdout)
+    return token_ids(answer), cached_tokens(answer)
+
+
+def converse(engine: VllmServe) -> Conversations:
+    """Ask in every conversation at once, turn by turn; in the first by curl."""
+    conversations = Conversations(SIZES)
+
+    def ask(number: int) -> tuple[list[int], int]:
+        prompt = conversations.prompts[number]
+        if number == 0:
+            return by_curl(engine, prompt)
+        return engine.complete(prompt, SIZES.answer_tokens)
+
+    with ThreadPoolExecutor(SIZES.conversations) as pool:
+        for _ in range(SIZES.turns):
+            answered = list(pool.map(ask, range(SIZES.conversations)))
+            conversations.answered([ids for ids, _ in answered], [hit for _, hit in answered])
+    return conversations
+
+
+def counted(engine: VllmServe, name: str) -> float:
+    """Give a counter of vLLM's own endpoint."""
+    said = engine.request("GET", "/metrics").decode()
+    values = re.findall(rf"^{name}{{[^}}]*}} (\S+)$", said, re.MULTILINE)
+    assert values, f"{name} is not among the metrics"
+    return sum(map(float, values))
+
+
+def test_answers_over_http_are_equal_and_a_killed_engine_is_warm(
+    serve: Serve, expected: dict[str, Any]
+) -> None:
+    """64 requests, `kill -9` of every process, and once more from SSD, with FlexKV's connector."""
+    engine = serve(SHIM)
+    first = converse(engine)
+    assert first.answers == expected["answers"]
+    assert min(map(min, first.cached[1:])) > 0
+    assert counted(engine, "vllm:external_prefix_cache_hits_total") > 1000
+    command(engine.address, "flush")
+    server = command(engine.address, "status")
+    engine.kill()
+    os.kill(server["pid"], signal.SIGKILL)
+
+    engine = serve(OWN)
+    again = converse(engine)
+    assert again.answers == expected["answers"]
+    assert min(map(min, again.cached)) > 0
+    statistics = command(engine.address, "status")["statistics"]
+    assert statistics["restored_blocks"] > 100
+    assert statistics["routes"]["disk→host"]["blocks"] > 50
+    assert counted(engine, "vllm:external_prefix_cache_hits_total") > 1000
+    assert counted(engine, "flexkv_connector_loaded_blocks_total") > 100
+    assert counted(engine, "flexkv_connector_failed_blocks_total") == 0
