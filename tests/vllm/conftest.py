@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from flexkv.common.errors import BackendUnavailableError
+from flexkv.server.operator import command
 
 from .fork import Forked
 
@@ -117,3 +124,55 @@ def planned(model: str, folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     settings = {"server_recv_port": f"ipc://{folder}/socket", "log_level": "warning"}
     return {"model": model, "settings": {**settings, "cache_config": cache}, **plan}
+
+
+class External:
+    """A server that is started as `flexkv serve` is, and belongs to no engine."""
+
+    def __init__(self, model_file: Path, settings: dict[str, Any]) -> None:
+        self.address = settings["server_recv_port"]
+        folder = Path(settings["cache_config"]["ssd_cache_dir"])
+        config = folder / "server.json"
+        config.write_text(json.dumps(settings))
+        self._log = folder / "server.log"
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "flexkv.cli.main", "serve", str(model_file)],
+                env={**os.environ, "FLEXKV_CONFIG_PATH": str(config)}, stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def status(self, within_s: float = 30.0) -> dict[str, Any]:
+        """Give what it says of itself, once it listens."""
+        until_s = time.monotonic() + within_s
+        while True:
+            try:
+                told: dict[str, Any] = command(self.address, "status")
+            except BackendUnavailableError:
+                ended = self._process.poll() is not None
+                assert not ended, self._log.read_text()
+                assert time.monotonic() < until_s, self._log.read_text()
+                time.sleep(0.02)
+            else:
+                return told
+
+    def kill(self) -> None:
+        """Let it end at once."""
+        self._process.kill()
+        self._process.wait()
+
+    def end(self) -> int:
+        """Let it end in good order, and give its exit status."""
+        self._process.terminate()
+        return self._process.wait(60)
+
+
+@pytest.fixture(scope="session")
+def model_file(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the file that tells a server of the model, made as a user makes it."""
+    file = tmp_path_factory.mktemp("server") / "model.json"
+    words = [sys.executable, "-m", "flexkv.integration.vllm.model", model, "--dtype", "float32"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    told = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    file.write_text(told.stdout)
+    return file

@@ -17,6 +17,7 @@ from flexkv.common.errors import ConfigError
 from flexkv.integration.vllm.served import OWN, SHIM
 from flexkv.server.operator import command
 from tests.vllm.conversations import Conversations, Sizes
+from tests.vllm.fork import fork_workers
 
 CONNECTORS = {"none": None, "shim": SHIM, "own": OWN}
 KEPT: list[Any] = []
@@ -158,6 +159,7 @@ def run(plan: Plan) -> dict[str, Any]:
         sabotage(plan)
     from vllm import LLM
 
+    fork_workers()
     engine = {
         "model": plan.model, "skip_tokenizer_init": True, "dtype": "float32",
         "enforce_eager": True, "kv_cache_memory_bytes": 16 << 20, "block_size": 32,

@@ -28,6 +28,8 @@ Work = Callable[..., Any]
 def _context() -> ForkServerContext:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # Threads that wait for each other in a loop cost more than they give where others run, too.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.vllm.preload"])
     return context
@@ -87,3 +89,13 @@ def _work(pipe: Connection, log: str, work: Work, arguments: tuple[Any, ...]) ->
         raise
     finally:
         pipe.close()
+
+
+def fork_workers() -> None:
+    """Let vLLM fork its processes, too: on the CPU it would have them import everything again."""
+    import vllm.v1.engine.utils
+    import vllm.v1.executor.multiproc_executor
+
+    context = multiprocessing.get_context("fork")
+    for module in (vllm.v1.engine.utils, vllm.v1.executor.multiproc_executor):
+        module.get_mp_context = lambda: context

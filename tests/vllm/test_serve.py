@@ -32,6 +32,7 @@ ARGUMENTS = (
     "--dtype", "float32", "--kv-cache-memory-bytes", str(16 << 20), "--block-size", "32",
     "--max-model-len", "1536", "--max-num-seqs", "4", "--enable-prompt-tokens-details",
 )  # fmt: skip
+ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 SIZES = Sizes()
 
 Serve = Callable[[dict[str, Any]], VllmServe]
@@ -44,7 +45,7 @@ def serve(model: str, tmp_path: Path) -> Iterator[Serve]:
     with ExitStack() as stack:
 
         def begin(connector: dict[str, Any]) -> VllmServe:
-            served = Served(Path(model), connector, settings, ARGUMENTS)
+            served = Served(Path(model), connector, settings, ARGUMENTS, ENVIRONMENT)
             engine = stack.enter_context(VllmServe(served, tmp_path))
             engine.wait_ready()
             return engine

@@ -1,0 +1,43 @@
+"""Tells what a server has to be given of a model, for engines that do not launch it themselves.
+
+python -m flexkv.integration.vllm.model MODEL --dtype float16 > model.json   # as `vllm serve`
+flexkv serve model.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+
+from flexkv.common.config import ModelConfig
+from flexkv.integration.vllm.served import SHIM
+from flexkv.integration.vllm.setup import setup_of
+from flexkv.server.launch import told_of
+
+
+def model_of(arguments: Sequence[str]) -> ModelConfig:
+    """Give the model of an engine that `vllm serve` would start with such arguments.
+
+    Raises:
+        ConfigError: FlexKV cannot serve such an engine.
+    """
+    from vllm.config import KVTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    words = list(arguments)
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--model")
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    known, _ = parser.parse_known_args(words)  # what is not the engine's is its HTTP server's
+    engine = EngineArgs.from_cli_args(known)
+    engine.kv_transfer_config = KVTransferConfig(**SHIM, kv_role="kv_both")
+    return setup_of(engine.create_engine_config()).model
+
+
+if __name__ == "__main__":
+    with redirect_stdout(sys.stderr):  # vLLM may log there
+        told = told_of(model_of(sys.argv[1:]))
+    sys.stdout.write(json.dumps(told, indent=2) + "\n")
