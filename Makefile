@@ -55,7 +55,8 @@ gpu: $(VENV)/.setup-dev  ## The tests that need a GPU, the kernel's under comput
 		-k 'bytes_come_back and (kernel or staged) and bfloat16' || exit 1; done
 
 $(VLLM_VENV)/.setup: pyproject.toml scripts/vllm-venv scripts/vllm-tests
-	scripts/system-packages $(APT_PACKAGES) libnuma1
+	scripts/system-packages $(APT_PACKAGES) libnuma1 curl
+	scripts/system-packages fuse3 || echo 'some tests need fuse3'
 	scripts/vllm-venv $(VLLM_VENV) $(PYTHON)
 	scripts/vllm-tests $(VLLM_VENV)/upstream $(VLLM_VENV)
 	touch $@

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,48 +14,17 @@ from flexkv.common.errors import DeadlineError, StorageError
 from flexkv.common.terms import Tier
 from flexkv.kvmanager import KVManager
 from tests.system.conftest import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches, slots_of
+from tests.system.mounted import Disk, mounted_disk
 
-ROOT = Path(__file__).parents[2]
 PROMPT = np.arange(8 * PER_BLOCK)
 PATIENCE_S = 20.0
 
 
-class Disk:
-    """A mounted file system, and what it suffers from."""
-
-    def __init__(self, mounted: Path, control: Path) -> None:
-        self.mounted, self._control = mounted, control
-
-    def suffers_from(self, words: str) -> None:
-        """Let it fail, or hang, from now on."""
-        new = self._control.with_suffix(".new")
-        new.write_text(words)
-        new.rename(self._control)
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    """Mount one, where the machine permits."""
-    if not Path("/dev/fuse").exists() or shutil.which("fusermount3") is None:
-        pytest.skip("this machine has no FUSE")
-    mounted, directory, control = (tmp_path / name for name in ("mounted", "real", "control"))
-    mounted.mkdir()
-    directory.mkdir()
-    disk = Disk(mounted, control)
-    disk.suffers_from("")
-    command = [sys.executable, "-m", "tests.system.failing_disk"]
-    with subprocess.Popen(
-        [*command, str(mounted), str(directory), str(control)], cwd=ROOT
-    ) as serving:
-        until = time.monotonic() + PATIENCE_S
-        while not mounted.is_mount():
-            if serving.poll() is not None or time.monotonic() > until:
-                serving.kill()
-                pytest.skip("this process may not mount")
-            time.sleep(0.01)
+    """A disk that fails on demand."""
+    with mounted_disk(tmp_path) as disk:
         yield disk
-        disk.suffers_from("")
-        subprocess.run(["fusermount3", "-u", "-z", str(mounted)], check=True)
 
 
 async def until_got(manager: KVManager, blocks: range) -> None:

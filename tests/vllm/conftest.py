@@ -20,6 +20,8 @@ import pytest
 from flexkv.common.errors import BackendUnavailableError
 from flexkv.server.operator import command
 
+from .engine import Plan, folder_of
+from .engine import run as run_here
 from .fork import Forked
 
 if importlib.util.find_spec("vllm") is not None:
@@ -51,8 +53,8 @@ class Started:
     """An engine that runs a plan."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
-        folder = Path(plan["settings"]["cache_config"]["ssd_cache_dir"])
-        self._process = Forked(folder / "engine.log", run_plan, plan)
+        log = folder_of(plan["settings"]) / "engine.log"
+        self._process = Forked(log, run_plan, plan)
 
     def answer(self) -> dict[str, Any]:
         """Give what it says, and stay."""
@@ -66,9 +68,7 @@ class Started:
 
 def run_plan(plan: dict[str, Any]) -> dict[str, Any]:
     """Run a plan in this process."""
-    from .engine import Plan, run
-
-    return run(Plan(**plan))
+    return run_here(Plan(**plan))
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +131,7 @@ class External:
 
     def __init__(self, model_file: Path, settings: dict[str, Any]) -> None:
         self.address = settings["server_recv_port"]
-        folder = Path(settings["cache_config"]["ssd_cache_dir"])
+        folder = folder_of(settings)
         config = folder / "server.json"
         config.write_text(json.dumps(settings))
         self._log = folder / "server.log"

@@ -16,6 +16,7 @@ from typing import Any
 from flexkv.common.errors import ConfigError
 from flexkv.integration.vllm.served import OWN, SHIM
 from flexkv.server.operator import command
+from tests.system.mounted import Disk
 from tests.vllm.conversations import Conversations, Sizes
 from tests.vllm.fork import fork_workers
 
@@ -42,12 +43,20 @@ class Plan(Sizes):
     """How often, for each copy, the agent's connection is cut."""
     flip_files: str = ""
     """A folder in whose files bits are flipped after each turn."""
+    disk: str = ""
+    """What says how the SSD tier's disk suffers: in every other turn its reads fail with EIO."""
     aborts: float = 0.0
     """Of the requests, which part is given up in the middle, and asked again."""
     flush: bool = False
     """Before each turn wait until everything is on SSD."""
     environment: dict[str, str] = field(default_factory=dict)
     """Over the process's own."""
+
+
+def folder_of(settings: dict[str, Any]) -> Path:
+    """Give the folder of FlexKV's socket."""
+    address: str = settings["server_recv_port"]
+    return Path(address.removeprefix("ipc://")).parent
 
 
 def sabotage(plan: Plan) -> None:
@@ -153,7 +162,7 @@ def run(plan: Plan) -> dict[str, Any]:
     """Run the plan, and give what came out."""
     os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **plan.environment})
     if plan.connector != "none":
-        config = Path(plan.settings["cache_config"]["ssd_cache_dir"]) / "flexkv.json"
+        config = folder_of(plan.settings) / "flexkv.json"
         config.write_text(json.dumps(plan.settings))
         os.environ["FLEXKV_CONFIG_PATH"] = str(config)
         sabotage(plan)
@@ -176,9 +185,11 @@ def run(plan: Plan) -> dict[str, Any]:
     asking = Asking(plan, llm)
     flips = random.Random(plan.seed + 2)
     begin = time.monotonic()
-    for _ in range(plan.turns):
+    for number in range(plan.turns):
         if plan.flush:
             flush(plan)
+        if plan.disk:
+            Disk(Path(), Path(plan.disk)).suffers_from("read" if number % 2 else "")
         asking.turn()
         if plan.flip_files:
             flip(plan.flip_files, flips)

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.system.mounted import mounted_disk
+
 Run = Callable[..., dict[str, Any]]
 
 
@@ -130,3 +132,15 @@ def test_faults_cost_time_never_answers(
     check_sound(told, expected)
     seen = {what: told[what] for what in ("aborted", "preemptions", "seconds")}
     (tmp_path / "seen.json").write_text(json.dumps({**seen, **moved(told)}))
+
+
+def test_a_disk_that_fails_costs_time_never_answers(
+    run: Run, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """EIO from the kernel for every read of the SSD tier, in every other turn."""
+    with mounted_disk(tmp_path) as disk:
+        cache = {"num_cpu_blocks": 80, "ssd_cache_dir": str(disk.mounted)}
+        told = run(connector="shim", cache=cache, flush=True, disk=str(disk.control))
+        check_sound(told, expected)
+        assert told["server"]["statistics"]["routes"]["disk→host"]["failed_ops"] > 0
+        assert moved(told)["disk→host"] > 0
