@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,9 @@ class Started:
         self._process.kill()
 
 
-def run_plan(plan: dict[str, Any]) -> dict[str, Any]:
-    """Run a plan in this process."""
-    return run_here(Plan(**plan))
+def run_plan(plan: dict[str, Any]) -> Generator[dict[str, Any], Any, None]:
+    """Run a plan in this process, and stay."""
+    yield run_here(Plan(**plan))
 
 
 @pytest.fixture(scope="session")

@@ -37,3 +37,12 @@ class Conversations:
         self.cached.append(cached)
         for prompt, answer in zip(self.prompts, answers, strict=True):
             prompt += answer + self._said(self._sizes.turn_tokens)
+
+
+def asked_in(sizes: Sizes, answers: list[list[list[int]]]) -> list[list[int]]:
+    """Give every prompt of conversations that were answered so, turn by turn."""
+    conversations, asked = Conversations(sizes), []
+    for answered in answers:
+        asked += [list(prompt) for prompt in conversations.prompts]
+        conversations.answered(answered, [])
+    return asked

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from functools import cache
 from multiprocessing.connection import Connection
@@ -21,7 +21,7 @@ from typing import Any
 
 RUN_S, LOG_BYTES = 240.0, 4000
 
-Work = Callable[..., Any]
+Work = Callable[..., Generator[Any, Any, None]]
 
 
 @cache
@@ -36,12 +36,12 @@ def _context() -> ForkServerContext:
 
 
 class Forked:
-    """A process that does some work, tells what came out, and waits until it is killed."""
+    """A process that tells what a generator yields, and sends it what it is asked."""
 
     def __init__(self, log: Path, work: Work, *arguments: Any) -> None:
         """Let it begin; what it says goes to a file."""
         self._log = log
-        self.pipe, theirs = _context().Pipe()
+        self._pipe, theirs = _context().Pipe()
         self._process = _context().Process(
             target=_work, args=(theirs, str(log), work, arguments), name=work.__name__
         )
@@ -54,11 +54,16 @@ class Forked:
         assert self._process.pid is not None
         return self._process.pid
 
+    def ask(self, what: Any) -> None:
+        """Let it go on with this: what it yields then is told. One that has ended hears nothing."""
+        with suppress(OSError):
+            self._pipe.send(what)
+
     def told(self, within_s: float = RUN_S) -> Any:
         """Give what it tells next."""
         try:
-            if self.pipe.poll(within_s):
-                return self.pipe.recv()
+            if self._pipe.poll(within_s):
+                return self._pipe.recv()
             why = f"nothing in {within_s} s"
         except (EOFError, ConnectionResetError):
             why = "it has ended"
@@ -71,7 +76,7 @@ class Forked:
         with suppress(ValueError):
             self._process.join()
             self._process.close()
-        self.pipe.close()
+        self._pipe.close()
 
 
 def _work(pipe: Connection, log: str, work: Work, arguments: tuple[Any, ...]) -> None:
@@ -79,10 +84,16 @@ def _work(pipe: Connection, log: str, work: Work, arguments: tuple[Any, ...]) ->
     said = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
     for descriptor in (1, 2):
         os.dup2(said, descriptor)
+    works = work(*arguments)
     try:
-        pipe.send(work(*arguments))
-        with suppress(EOFError):
-            pipe.recv()  # until it is killed, or nobody is left to do so
+        said = next(works)
+        while True:
+            pipe.send(said)
+            try:
+                asked = pipe.recv()
+            except EOFError:  # nobody is left to ask
+                break
+            said = works.send(asked)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
