@@ -120,7 +120,7 @@ def planned(model: str, folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """Give a whole plan, with FlexKV's files in a folder."""
     cache = {
         "num_cpu_blocks": 1024, "num_ssd_blocks": 2048, "ssd_cache_dir": str(folder),
-        **plan.pop("cache", {}),
+        "load_if_faster": False, **plan.pop("cache", {}),
     }  # fmt: skip
     settings = {"server_recv_port": f"ipc://{folder}/socket", "log_level": "warning"}
     return {"model": model, "settings": {**settings, "cache_config": cache}, **plan}

@@ -21,6 +21,7 @@ from tests.vllm.conversations import Conversations, Sizes
 from tests.vllm.fork import fork_workers
 
 CONNECTORS = {"none": None, "shim": SHIM, "own": OWN}
+READY_S = 60.0
 KEPT: list[Any] = []
 """Engines: one that nobody has would end, and its server with it."""
 
@@ -49,6 +50,10 @@ class Plan(Sizes):
     """Of the requests, which part is given up in the middle, and asked again."""
     flush: bool = False
     """Before each turn wait until everything is on SSD."""
+    naps: bool = False
+    """Between turns the engine's memory is taken back from FlexKV, overwritten, and lent again."""
+    events: str = ""
+    """Where KV events are published."""
     environment: dict[str, str] = field(default_factory=dict)
     """Over the process's own."""
 
@@ -118,7 +123,7 @@ class Asking:
 
         self._plan, self._engine = plan, llm.llm_engine
         self._chance = random.Random(plan.seed + 1)
-        self._sampling = SamplingParams(
+        self.sampling = SamplingParams(
             temperature=0, max_tokens=plan.answer_tokens, ignore_eos=True, detokenize=False
         )
         self.conversations = Conversations(plan)
@@ -155,11 +160,11 @@ class Asking:
 
     def _ask(self, name: str, prompt: list[int]) -> None:
         # A copy: the prompt grows.
-        self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, self._sampling)
+        self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, self.sampling)
 
 
-def run(plan: Plan) -> dict[str, Any]:
-    """Run the plan, and give what came out."""
+def started(plan: Plan) -> Any:
+    """Start an engine, and give it when its device is lent."""
     os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **plan.environment})
     if plan.connector != "none":
         config = folder_of(plan.settings) / "flexkv.json"
@@ -177,12 +182,26 @@ def run(plan: Plan) -> dict[str, Any]:
     chosen = CONNECTORS[plan.connector]
     if chosen is not None:
         engine["kv_transfer_config"] = {**chosen, "kv_role": "kv_both"}
+    if plan.events:
+        engine["kv_events_config"] = {
+            "enable_kv_cache_events": True, "publisher": "zmq", "endpoint": plan.events,
+        }  # fmt: skip
     llm = LLM(**{**engine, **plan.engine})
     KEPT.append(llm)
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     if chosen is not None:
-        wait_ready(scheduler)
-    asking = Asking(plan, llm)
+        wait_ready(scheduler_of(llm))
+    return llm
+
+
+def scheduler_of(llm: Any) -> Any:
+    """Give the scheduler of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def run(plan: Plan) -> dict[str, Any]:
+    """Run the plan, and give what came out."""
+    llm = started(plan)
+    scheduler, asking = scheduler_of(llm), Asking(plan, llm)
     flips = random.Random(plan.seed + 2)
     begin = time.monotonic()
     for number in range(plan.turns):
@@ -191,6 +210,8 @@ def run(plan: Plan) -> dict[str, Any]:
         if plan.disk:
             Disk(Path(), Path(plan.disk)).suffers_from("read" if number % 2 else "")
         asking.turn()
+        if plan.naps:
+            nap(llm)
         if plan.flip_files:
             flip(plan.flip_files, flips)
     steps = 0
@@ -207,10 +228,29 @@ def run(plan: Plan) -> dict[str, Any]:
         "leaked_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
         "preemptions": preemptions(llm),
     }
-    if chosen is not None:
+    if plan.connector != "none":
         flush(plan)
+        if plan.events:  # vLLM tells of what has changed at the end of a step
+            time.sleep(0.1)
+            llm.generate({"prompt_token_ids": [5, 6, 7]}, asking.sampling)
         told["server"] = command(plan.settings["server_recv_port"], "status")
     return told
+
+
+def nap(llm: Any) -> None:
+    """Let an engine sleep as vLLM does, and wake up with nothing in its own cache."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    scheduler, connector = scheduler_of(llm), get_kv_transfer_group()
+    while scheduler.has_requests():
+        llm.llm_engine.step()
+    assert llm.reset_prefix_cache()
+    connector.unregister_kv_caches()
+    connector.unregister_kv_caches()
+    for tensor in connector.worker._lent.values():
+        tensor.fill_(7.0)
+    connector.restore_kv_caches()
+    wait_ready(scheduler)
 
 
 def flush(plan: Plan) -> None:
@@ -225,9 +265,9 @@ def wait_ready(scheduler: Any) -> None:
     """Wait until the worker's device is lent."""
     connector = scheduler.connector
     side = getattr(connector, "_flexkv_connector", connector).scheduler
-    until = time.monotonic() + 20
+    until = time.monotonic() + READY_S
     while not side._ready():
-        assert time.monotonic() < until, "the device was never lent"
+        assert time.monotonic() < until, f"the device was not lent within {READY_S} s"
         time.sleep(0.02)
 
 

@@ -41,7 +41,8 @@ Serve = Callable[[dict[str, Any]], VllmServe]
 @pytest.fixture
 def serve(model: str, tmp_path: Path) -> Iterator[Serve]:
     """Give what serves the model with a connector, always over the same folder."""
-    settings = {"cache_config": {"num_cpu_blocks": 1024, "num_ssd_blocks": 2048}}
+    cache = {"num_cpu_blocks": 1024, "num_ssd_blocks": 2048, "load_if_faster": False}
+    settings = {"cache_config": cache}
     with ExitStack() as stack:
 
         def begin(connector: dict[str, Any]) -> VllmServe:

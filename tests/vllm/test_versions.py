@@ -123,7 +123,7 @@ def test_what_is_imported_is_there(version: str) -> None:
 LOOKED_AT = {
     ("vllm/v1/core/sched/output.py", "SchedulerOutput"): {
         "scheduled_new_reqs", "scheduled_cached_reqs", "num_scheduled_tokens",
-        "scheduled_spec_decode_tokens",
+        "scheduled_spec_decode_tokens", "total_num_scheduled_tokens",
     },
     ("vllm/v1/core/sched/output.py", "NewRequestData"): {
         "req_id", "block_ids", "num_computed_tokens",
@@ -133,7 +133,14 @@ LOOKED_AT = {
     },
     ("vllm/v1/request.py", "Request"): {
         "request_id", "num_tokens", "all_token_ids", "lora_request", "cache_salt", "mm_features",
+        "block_hashes",
     },
+    ("vllm/config/vllm.py", "VllmConfig"): {"kv_events_config", "kv_transfer_config"},
+    ("vllm/distributed/kv_events.py", "BlockStored"): {
+        "block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium",
+        "lora_name", "extra_keys",
+    },
+    ("vllm/distributed/kv_events.py", "BlockRemoved"): {"block_hashes", "medium"},
     ("vllm/config/parallel.py", "ParallelConfig"): {
         "pipeline_parallel_size", "tensor_parallel_size", "data_parallel_rank",
     },

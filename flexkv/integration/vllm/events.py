@@ -7,14 +7,20 @@ seen the tokens (another's, or an earlier run's) are announced when a prompt ask
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
-from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, maybe_convert_block_hash
 
 from flexkv.index.keys import block_keys
 from flexkv.server.wire import Changed
+
+# Later vLLMs tag them for their hashes, and do not in events.
+_untagged = getattr(
+    sys.modules[generate_block_hash_extra_keys.__module__], "to_event_extra_keys", list
+)
 
 MEDIA = {"host": "CPU", "disk": "STORAGE"}
 """vLLM's names of FlexKV's tiers."""
@@ -61,11 +67,10 @@ class _Block:
 
 
 def _facts(request: Any, number: int, block_size: int) -> _Facts:
-    convert = kv_cache_utils.maybe_convert_block_hash
+    convert = maybe_convert_block_hash
     first, last = number * block_size, (number + 1) * block_size
-    extra_keys, _ = kv_cache_utils.generate_block_hash_extra_keys(request, first, last, 0)
-    # Later vLLMs tag them for their hashes, and do not in events.
-    untagged = getattr(kv_cache_utils, "to_event_extra_keys", list)([extra_keys])
+    extra_keys, _ = generate_block_hash_extra_keys(request, first, last, 0)
+    untagged = _untagged([extra_keys])
     lora = request.lora_request
     return _Facts(
         convert(request.block_hashes[number]),
