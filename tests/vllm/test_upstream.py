@@ -19,8 +19,8 @@ from .upstream import opt
 
 WORK = Path(sys.prefix) / "upstream"
 SCENARIOS = Path(__file__).parent / "upstream"
-RUN_S = 900.0
-CASE_S = 90
+RUN_S = 1800.0
+CASE_S = 180
 
 pytestmark = pytest.mark.skipif(
     not (WORK / "stamp").exists(), reason="vLLM's tests are not here: make test-vllm"

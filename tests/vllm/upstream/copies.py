@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -11,6 +12,9 @@ from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.server.agent import Agent
 from flexkv.server.fleet import ids_from
 from flexkv.server.wire import Copy
+
+_ROUTE, _NOTHING = Route(Tier.HOST, Tier.DEVICE), ids_from(b"")
+"""Of a copy that has not begun: the agent must wait for it before it leaves."""
 
 
 class Copies:
@@ -20,15 +24,24 @@ class Copies:
         self.loads_fail: Callable[[set[int]], bool] = lambda blocks: False
         """Tells of the device blocks of a load whether it fails."""
         self.holds_loads = self.holds_puts = False
+        self.lasts_s: Callable[[], float] = lambda: 0.0
+        """Tells how long a copy takes."""
         self.held: list[tuple[Agent, Copy]] = []
         self.device_blocks: list[set[int]] = []
         """Those of each load, in turn."""
+        self._lock = threading.Lock()
         self._copy = Agent._copy
         monkeypatch.setattr(Agent, "_copy", lambda agent, copy: self._asked(agent, copy))
 
     def _asked(self, agent: Agent, copy: Copy) -> None:
-        if self.holds_loads if copy.to_device else self.holds_puts:
-            self.held.append((agent, copy))
+        agent._under_way[copy.token] = Transfer(copy.token, 0, _ROUTE, _NOTHING, _NOTHING)
+        with self._lock:
+            if holds := self.holds_loads if copy.to_device else self.holds_puts:
+                self.held.append((agent, copy))
+        if holds:
+            return
+        if lasts_s := self.lasts_s():
+            asyncio.get_running_loop().call_later(lasts_s, self._do, agent, copy)
         else:
             self._do(agent, copy)
 
@@ -41,17 +54,16 @@ class Copies:
         if copy.to_device:
             self.device_blocks.append(blocks)
         if copy.to_device and self.loads_fail(blocks):
-            nothing: Any = ids_from(b"")
-            route = Route(Tier.HOST, Tier.DEVICE)
-            agent._under_way[copy.token] = Transfer(copy.token, 0, route, nothing, nothing)
             agent._end(copy.token, "the copy was made to fail")
         else:
+            del agent._under_way[copy.token]
             self._copy(agent, copy)
 
     def release(self) -> None:
         """Do what was held, and hold nothing any more."""
-        self.holds_loads = self.holds_puts = False
-        held, self.held = self.held, []
+        with self._lock:
+            self.holds_loads = self.holds_puts = False
+            held, self.held = self.held, []
         for agent, copy in held:
             agent._thread.post(lambda agent=agent, copy=copy: self._do(agent, copy))
 

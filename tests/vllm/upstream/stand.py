@@ -33,6 +33,8 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
+from flexkv.integration.vllm import scheduler
+from flexkv.server import client
 from flexkv.server.operator import command
 from tests.v1.kv_connector.unit.utils import (
     assert_scheduler_empty,
@@ -101,6 +103,9 @@ class Stand:
         # Of the tensor-parallel group only this is asked.
         group = SimpleNamespace(rank_in_group=0, broadcast_object=lambda value, src=0: value)
         monkeypatch.setattr(parallel_state, "get_tp_group", lambda: group)
+        # A slow machine is no fault here.
+        monkeypatch.setattr(client, "MATCH_S", WITHIN_S / 4)
+        monkeypatch.setattr(scheduler, "REUSE_S", WITHIN_S / 4)
         self.copies = Copies(monkeypatch)
         wanted = {"max_num_batched_tokens": 1024, "max_model_len": 1024, **connector, **config}
         self.config = create_vllm_config(kv_role="kv_both", block_size=PER_BLOCK, **wanted)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
+import pytest
 from vllm.v1.request import FinishReason, Request, RequestStatus
 
+from .conftest import Make
 from .stand import PER_BLOCK, Stand
 
 TOKENS = 2 * PER_BLOCK + PER_BLOCK // 2
@@ -87,3 +91,55 @@ def test_a_request_given_up_while_it_runs_is_stored_and_freed(stand: Stand) -> N
     stand.copies.release()
     stand.run()
     stand.check_empty()
+
+
+@pytest.fixture
+def pushed_back(make: Make) -> Stand:
+    """Give an engine whose two requests have no blocks any more, but puts that read them."""
+    stand = make(num_blocks=9)
+    stand.store(3, 6 * PER_BLOCK + 1)
+    stand.copies.holds_puts = True
+    for number in (1, 2):
+        stand.add(number, TOKENS, max_tokens=3)
+    stand.step()
+    stand.until(lambda: len(stand.copies.held) == 2)
+    stand.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert stand.free_blocks == 8
+    return stand
+
+
+def check_stored(stand: Stand) -> None:
+    """Check that both prompts can be loaded: the forward looks whether their bytes are right."""
+    stand.check_empty()
+    assert stand.scheduler.reset_prefix_cache()
+    loads = len(stand.copies.device_blocks)
+    for number in (1, 2):
+        stand.add(number, TOKENS, name=f"again-{number}")
+    stand.run()
+    assert len(stand.copies.device_blocks) == loads + 2
+    stand.check_empty()
+
+
+def test_blocks_of_a_put_are_not_computed_anew_before_it_is_over(pushed_back: Stand) -> None:
+    """Both run again, each in blocks that a put of the other reads."""
+    stand = pushed_back
+    threading.Timer(0.1, stand.copies.release).start()
+    stand.run()
+    check_stored(stand)
+
+
+def test_blocks_of_a_put_are_not_loaded_into_before_it_is_over(pushed_back: Stand) -> None:
+    """Another prompt gets them, when both are given up."""
+    stand = pushed_back
+    stand.scheduler.finish_requests(["id-1", "id-2"], RequestStatus.FINISHED_ABORTED)
+    loaded = stand.add(3, 6 * PER_BLOCK + 1)
+    for _ in range(10):
+        stand.step()
+        stand.statistics()  # meanwhile the server would have asked for the copies
+    assert loaded.num_computed_tokens == 6 * PER_BLOCK
+    assert set.union(*stand.copies.held_blocks()) & set(stand.blocks_of(loaded))
+    assert not stand.copies.device_blocks
+    stand.copies.release()
+    stand.run()
+    assert stand.copies.device_blocks
+    check_stored(stand)
