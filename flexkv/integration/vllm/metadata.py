@@ -17,6 +17,7 @@ class StepMetadata(KVConnectorMetadata):
         received: vLLM's requests whose loads are over.
         sent: vLLM's requests that have ended, and whose blocks nobody reads any more.
         failed_blocks: device blocks that were to be loaded and are not.
+        dropped: numbers of puts whose blocks another connector has failed to load.
         settle: numbers of requests that failed: no copy of theirs may be left before that is told.
     """
 
@@ -25,4 +26,5 @@ class StepMetadata(KVConnectorMetadata):
     received: set[str] = field(default_factory=set)
     sent: set[str] = field(default_factory=set)
     failed_blocks: set[int] = field(default_factory=set)
+    dropped: set[int] = field(default_factory=set)
     settle: list[int] = field(default_factory=list)

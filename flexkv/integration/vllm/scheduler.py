@@ -19,7 +19,7 @@ Hazards, and what meets them:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -218,6 +218,14 @@ class SchedulerSide:
         self._of_number[number] = request_id
         self._fresh_puts[number] = ids
         self._step.puts.append(number)
+
+    def drop_puts_of(self, invalid: Collection[int]) -> None:
+        """Give up the puts of requests that have blocks which could not be loaded."""
+        for tracked in self._tracked.values():
+            if tracked.puts and not set(tracked.block_ids).isdisjoint(invalid):
+                self.client.cancel(list(tracked.puts))
+                self._step.dropped.update(tracked.puts)
+                tracked.stored_blocks = min(put.first for put in tracked.puts.values())
 
     def _note_readers(self) -> None:
         """Count the puts of this step among those that read: they read what it writes itself."""

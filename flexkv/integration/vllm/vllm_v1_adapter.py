@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 
 from flexkv.integration.vllm.metadata import StepMetadata
 from flexkv.integration.vllm.scheduler import SchedulerSide
@@ -63,6 +64,7 @@ class FlexKVConnectorV1Impl:
     def register_kv_caches(self, kv_caches: Mapping[str, Any]) -> None:
         """Lend the KV tensors."""
         if self.worker is not None:
+            self.worker.beside_others = isinstance(get_kv_transfer_group(), MultiConnector)
             self.worker.register_kv_caches(kv_caches)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -113,7 +115,9 @@ class FlexKVConnectorV1Impl:
         return self.scheduler.build_connector_meta(scheduler_output)
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """Do nothing: workers report what this side has told them."""
+        """Take which blocks could not be loaded, by whatever connector."""
+        if self.scheduler is not None and connector_output.invalid_block_ids:
+            self.scheduler.drop_puts_of(connector_output.invalid_block_ids)
 
     def request_finished(
         self, request: Any, block_ids: list[int]

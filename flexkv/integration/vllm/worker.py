@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -12,6 +13,9 @@ from flexkv.integration.vllm.metadata import StepMetadata
 from flexkv.integration.vllm.setup import Setup
 from flexkv.server.agent import Agent
 
+STEPS_BEHIND = 2
+"""After how many steps the scheduler has certainly heard of one, with asynchronous scheduling."""
+
 
 class WorkerSide:
     """One rank of an engine."""
@@ -20,6 +24,10 @@ class WorkerSide:
         self._setup, self._tp_rank = setup, tp_rank
         self._agent = self._new_agent()
         self._lent: Mapping[str, Any] = {}
+        self.beside_others = False
+        """Whether the engine has other connectors, too."""
+        self._written: list[int] = []
+        self._unread = deque[list[int]]()
 
     def _new_agent(self) -> Agent:
         setup = self._setup
@@ -37,6 +45,7 @@ class WorkerSide:
 
     def suspend(self) -> None:
         """Take the KV tensors back for a while: their memory may go. Idempotent."""
+        self._unread.clear()
         self._agent.close()
 
     def resume(self) -> None:
@@ -46,19 +55,34 @@ class WorkerSide:
         self._agent.start(self._lent)
 
     def wait_for_save(self, step: StepMetadata) -> None:
-        """Tell that the step's forward has written what its puts read, and is done. Does not wait.
+        """Take that the step's forward has written what its puts read, and is done.
 
         vLLM calls this when the forward has raised, too: then nothing may be read.
         """
         if sys.exc_info()[0] is None:
-            with suppress(ClosedError):  # it sleeps: its requests have ended
-                self._agent.ready([*step.loads, *step.puts])
+            self._ready(step.loads)
+            self._written = step.puts
 
     def get_finished(self, step: StepMetadata) -> tuple[set[str] | None, set[str] | None]:
-        """Give the requests that are done with sending, and with receiving."""
+        """Give the requests that are done with sending, and with receiving.
+
+        Beside other connectors a load of theirs may have failed, of which the scheduler hears only
+        at the end of the step: puts are let go two steps later, those that it drops never.
+        """
+        self._unread.append(self._written)
+        self._written = []
+        for puts in self._unread:
+            puts[:] = [number for number in puts if number not in step.dropped]
+        while len(self._unread) > (STEPS_BEHIND if self.beside_others else 0):
+            self._ready(self._unread.popleft())
         with suppress(ClosedError):  # then no copy is left
             self._agent.settle(step.settle)
         return step.sent or None, step.received or None
+
+    def _ready(self, numbers: list[int]) -> None:
+        """Tell that what these requests wait for is done. Does not wait."""
+        with suppress(ClosedError):  # it sleeps: its requests have ended
+            self._agent.ready(numbers)
 
     def close(self) -> None:
         """Finish copies under way, and take the KV tensors back."""

@@ -94,6 +94,8 @@ class Stand:
         """
         self._behind = config.pop("behind", 0)
         self._under_way: deque[tuple[Any, list[_Row]]] = deque()
+        self.unchecked = False
+        """Whether a forward may read what is wrong."""
         self.address = f"ipc://{folder}/socket"
         tiers = {"num_cpu_blocks": 64, "num_ssd_blocks": 256, "ssd_cache_dir": str(folder)}
         settings = {"server_recv_port": self.address, "log_level": "warning",
@@ -231,7 +233,9 @@ class Stand:
             wanted = (torch.from_numpy(values) + number)[:, None, None]
             found = bits[where[0], :, where[1]]
             wrong = (found != wanted).flatten(1).any(1)[: new.start]
-            assert not wrong.any(), f"{row.request.request_id}: tokens {wrong.nonzero().flatten()}"
+            assert self.unchecked or not wrong.any(), (
+                f"{row.request.request_id}: tokens {wrong.nonzero().flatten()}"
+            )
             bits[where[0][new], :, where[1][new]] = wanted[new].expand_as(found[new])
 
     def until(self, what: Callable[[], Any], step: bool = False) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,56 @@ def test_failures_are_told_beside_another(several: Stand) -> None:
     stand.add(1, TOKENS)
     assert stand.until(lambda: stand.step().told.invalid_block_ids)
     stand.run()
+    stand.check_empty()
+
+
+class Sync:
+    """A connector that loads within the step, and whose loads fail, put in another's place."""
+
+    def __init__(self, stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._stand, self._found, self._wanted = stand, 3 * PER_BLOCK, True
+        (scheduler,) = _others(stand.scheduler.connector)
+        (worker,) = _others(stand.worker)
+        monkeypatch.setattr(scheduler, "get_num_new_matched_tokens", self.match)
+        monkeypatch.setattr(scheduler, "update_state_after_alloc", lambda *_: None)
+        monkeypatch.setattr(worker, "start_load_kv", lambda *_, **__: None)
+        monkeypatch.setattr(worker, "get_block_ids_with_load_errors", self.failed)
+        self._blocks: set[int] = set()
+
+    def match(self, request: Any, computed: int) -> tuple[int, bool]:
+        """Claim three blocks, once."""
+        found = self._found if self._wanted else 0
+        self._wanted, self._request = False, request
+        return found, False
+
+    def failed(self) -> set[int]:
+        """Tell, at the end of the step, that all three are not there."""
+        if self._found:
+            self._found = 0
+            time.sleep(0.2)  # whatever is told to be stored is stored by now
+            return set(self._stand.blocks_of(self._request)[:3])
+        return set()
+
+
+def _others(connectors: Any) -> list[Any]:
+    return [c._connector for c in connectors.sub_connectors if hasattr(c, "call_record")]
+
+
+def test_what_another_failed_to_load_is_not_stored(
+    several: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step in which it is told stores its blocks too: under keys of what should be there."""
+    stand = several
+    Sync(stand, monkeypatch)
+    stand.unchecked = True
+    stand.add(1, TOKENS)
+    assert stand.step().told.invalid_block_ids
+    stand.unchecked = False
+    stand.run()
+    assert stand.scheduler.reset_prefix_cache()
+    stand.add(1, TOKENS, name="again")  # the forward checks what is loaded
+    stand.run()
+    assert len(stand.copies.device_blocks) == 1
     stand.check_empty()
 
 
