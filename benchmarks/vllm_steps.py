@@ -127,7 +127,6 @@ class _Scheduler:
                 )
             )  # fmt: skip
             self._running[request.request_id] = request
-        output.total_num_scheduled_tokens = sum(output.num_scheduled_tokens.values())
         begin = time.perf_counter()
         step = self._side.build_connector_meta(output)
         took += time.perf_counter() - begin

@@ -239,8 +239,8 @@ class Residency:
                 pending = placement
         return Found(first, last, ready, pending)
 
-    def survey(self, keys: bytes, first: int, last: int) -> list[Group]:
-        """Give every block from `first` to `last` by where it is; counts a use of those there."""
+    def survey(self, keys: bytes, first: int, last: int, use: bool = True) -> list[Group]:
+        """Give every block from `first` to `last` by where it is; count a use of those there."""
         return [
             Group(
                 self._states[pattern],
@@ -248,7 +248,7 @@ class Residency:
                 tuple([_array(blob) for blob in ids]),
             )
             for pattern, begin, count, places, ids in self._table.survey(
-                keys, first, last, False, _STORED
+                keys, first, last, False, _STORED if use else _UNUSED
             )
         ]
 

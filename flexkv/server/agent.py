@@ -38,6 +38,7 @@ from flexkv.server.wire import (
     Copy,
     FromServer,
     Hello,
+    Lent,
     ProtocolError,
     Ready,
     Settle,
@@ -220,6 +221,7 @@ class Agent:
             port.connect(self._reap)
             link = self._link = await Link.over(connected.socket, FROM_SERVER)
             undo.callback(link.close)
+            link.send(Lent())
             log.info("device lent", path=self._address, server=welcome.pid, **device.facts)
             try:
                 while (message := await link.receive()) is not None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 
+from flexkv.common.request import Operation
 from flexkv.index.keys import key_list
-from flexkv.index.residency import Residency
+from flexkv.index.residency import READY, Residency
 from flexkv.server.link import Link
-from flexkv.server.wire import Changed, ToServer
+from flexkv.server.wire import Changed, Done, Start, ToServer
 
 EVERY_S = 0.01
 """How long a change may wait until it is told."""
 CHANGES_MAX = 1 << 16
 """In between; of more it is only told that there were some."""
+UNREAD_BYTES_MAX = 256 << 10
+"""To who has so much to read still, nothing is told until it has read."""
 
 
 class Watchers:
@@ -20,23 +23,21 @@ class Watchers:
 
     def __init__(self, residency: Residency) -> None:
         self._residency = residency
-        self._links: set[Link[ToServer]] = set()
+        self._is_behind: dict[Link[ToServer], bool] = {}
         self._some = asyncio.Event()
 
     def add(self, link: Link[ToServer]) -> None:
         """Tell a client every change from now on."""
-        if not self._links:
+        if not self._is_behind:
             self._residency.watch(CHANGES_MAX)
-        self._links.add(link)
+        self._is_behind[link] = False
         self._some.set()
 
     def discard(self, link: Link[ToServer]) -> None:
         """Tell a client nothing any more."""
-        if link in self._links:
-            self._links.remove(link)
-            if not self._links:
-                self._residency.watch(0)
-                self._some.clear()
+        if self._is_behind.pop(link, None) is not None and not self._is_behind:
+            self._residency.watch(0)
+            self._some.clear()
 
     async def run(self) -> None:
         """Tell changes as they come, for ever."""
@@ -46,24 +47,39 @@ class Watchers:
             await asyncio.sleep(EVERY_S)
 
     def tell(self) -> None:
-        """Tell what has changed."""
-        if not self._links:
+        """Tell what has changed. An engine that is idle reads nothing: it loses track."""
+        if not self._is_behind:
             return
         changes = self._residency.changes()
-        if changes is None:
-            message = Changed((), lost=True)
-        elif changes:
-            message = Changed(tuple((key, tier.label, there) for key, tier, there in changes))
-        else:
-            return
-        for link in self._links:
-            link.send(message)
+        told = tuple((key, tier.label, there) for key, tier, there in changes or ())
+        for link, is_behind in self._is_behind.items():
+            lost = is_behind or changes is None
+            if link.unsent_bytes > UNREAD_BYTES_MAX:
+                self._is_behind[link] = lost or bool(told)
+            elif lost or told:
+                self._is_behind[link] = False
+                link.send(Changed(told, lost))
 
-    def resident(self, keys: bytes) -> Changed:
-        """Give where the blocks of a prompt are: who asks may never have been told."""
+    def tell_of(self, link: Link[ToServer], keys: bytes) -> None:
+        """Tell a client where the blocks of a prompt are: it may never have heard of them."""
+        self.tell()
+        if self._is_behind.get(link, True):
+            return
+        residency = self._residency
+        count = len(key_list(keys)) - 1
         there = [
             (key, tier.label, True)
-            for tier, placement in self._residency.find(keys).ready.items()
-            for key in key_list(self._residency.keys_of(tier, placement.block_ids))
+            for group in residency.survey(keys, 0, count, use=False)
+            for tier, state, ids in zip(residency.tiers, group.states, group.block_ids, strict=True)
+            if state == READY and ids is not None
+            for key in key_list(residency.keys_of(tier, ids))
         ]
-        return Changed(tuple(there))
+        if there:
+            link.send(Changed(tuple(there)))
+
+    def answer(self, link: Link[ToServer], start: Start, done: Done) -> None:
+        """Tell a client the end of a request, behind what has changed by it."""
+        self.tell()
+        if not done.moved and start.operation == Operation.PUT.label:  # another has stored them
+            self.tell_of(link, start.keys)
+        link.send(done)

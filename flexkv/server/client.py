@@ -114,15 +114,15 @@ class Client:
 
     # -- requests -------------------------------------------------------------------------------
 
-    def match(self, keys: bytes, first: int = 0, hold: bool = False) -> Matched:
+    def match(self, keys: bytes, first: int = 0, hold: bool = False, tell: bool = False) -> Matched:
         """Give how many blocks of a prompt are resident; none when the server does not answer.
 
         Of those from `first` on it tells where they are. With `hold` they are kept from eviction,
-        until `start` or `release` gets its number.
+        until `start` or `release` gets its number; with `tell` where they are comes by `changes`.
         """
         number = self._number()
         self._matched = None
-        if self._send(Match(number, keys, first, hold)):
+        if self._send(Match(number, keys, first, hold, tell)):
             until_s = time.monotonic() + MATCH_S
             self.flush(MATCH_S)
             while self._matched is None or self._matched.number != number:
@@ -164,7 +164,7 @@ class Client:
         self._under_way.add(number)
         ids = b"" if device_ids is None else device_ids.tobytes()
         message = Start(number, operation.label, keys, first, ids, self._slot, when_ready, held)
-        if not self._send(message):
+        if not self._send(message) and number in self._under_way:
             self._fail(number, "there is no server")
         return number
 
@@ -328,7 +328,8 @@ class Client:
         if self._socket is not None:
             with suppress(OSError):
                 self._socket.close()
-            self._changes.append(Changed((), lost=True))
+            if self._watches:
+                self._changes.append(Changed((), lost=True))
         self._socket, self.is_ready = None, False
         self._unread.clear()
         self._unsent.clear()

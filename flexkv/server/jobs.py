@@ -7,6 +7,7 @@ written. Ranks speak over other sockets than the client, so what they say may co
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -147,11 +148,12 @@ class Jobs:
     async def _work(self, job: Job) -> None:
         try:
             await job.ready.wait()
+            begin_s = time.monotonic()
             request = self._request(job.start)
             flight = await self._engine.perform(request, lambda: self.release((job.start.held,)))
             response = flight.response
             assert response is not None
-            job.answered(_done(job.start, request, response))
+            job.answered(_done(job.start, request, response, time.monotonic() - begin_s))
         except FlexKVError as error:
             job.answered(Done(job.start.number, "failed", 0, str(error)))
 
@@ -221,7 +223,7 @@ def _bound(numbers: dict[int, Any]) -> None:
 _OPERATIONS = {operation.label: operation for operation in Operation}
 
 
-def _done(start: Start, request: Request, response: KVResponse) -> Done:
+def _done(start: Start, request: Request, response: KVResponse, took_s: float) -> Done:
     moved = int(np.count_nonzero(response.return_mask)) // request.tokens_per_block
     error = "" if response.error is None else str(response.error)
-    return Done(start.number, response.status.value, moved, error)
+    return Done(start.number, response.status.value, moved, error, took_s)

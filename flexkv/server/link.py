@@ -56,9 +56,13 @@ class Link(Generic[T]):
         if not self.is_open:
             return
         self._writer.write(framed(message))
-        unsent = self._writer.transport.get_write_buffer_size()
-        if self.unsent_bytes_max is not None and unsent > self.unsent_bytes_max:
+        if self.unsent_bytes_max is not None and self.unsent_bytes > self.unsent_bytes_max:
             self.abort()
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Count what the peer's socket does not take yet."""
+        return self._writer.transport.get_write_buffer_size()
 
     async def ignore(self) -> None:
         """Return once the peer has ended, whatever it sends until then."""

@@ -34,8 +34,8 @@ from flexkv.server.wire import (
     Cancel,
     Command,
     Copied,
-    Done,
     Hello,
+    Lent,
     Match,
     ProtocolError,
     Ready,
@@ -214,9 +214,6 @@ class Server:
         try:
             while (message := await link.receive()) is not None:
                 self._ask(link, jobs, message)
-                if hello.watches and isinstance(message, Match):
-                    self._watchers.tell()
-                    link.send(self._watchers.resident(message.keys))
         except (ConfigError, ClosedError) as error:
             raise ProtocolError(str(error)) from error
         finally:
@@ -230,17 +227,16 @@ class Server:
     def _ask(self, link: Link[ToServer], jobs: Jobs, message: ToServer) -> None:
         """Take what a client has asked for."""
 
-        def answered(done: Done) -> None:
-            self._watchers.tell()
-            link.send(done)
-
+        watchers = self._watchers
         match message:
             case Match():
                 link.send(jobs.match(message))
+                if message.tell:
+                    watchers.tell_of(link, message.keys)
             case Release():
                 jobs.release(message.numbers)
             case Start():
-                jobs.start(message, answered)
+                jobs.start(message, lambda done: watchers.answer(link, message, done))
             case Cancel():
                 jobs.cancel(message.numbers)
             case _:
@@ -269,6 +265,10 @@ class Server:
 
     async def _agent(self, link: Link[ToServer], hello: Hello) -> None:
         fleet, number, rank = self._backend.fleet, hello.instance, hello.tp_rank
+        if (message := await link.receive()) is None:
+            return
+        if not isinstance(message, Lent):
+            raise ProtocolError("an agent's first word is that its device is lent")
         part_bytes = fleet.block_bytes // self._engine.model.parts
         port = AgentPort(link, part_bytes, hello.num_blocks)
         fleet.join(number, rank, port, hello.order)

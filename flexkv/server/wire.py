@@ -82,6 +82,8 @@ class Match(Message, tag="match", frozen=True):
     """Who asks has the blocks before: of where they are nothing is told."""
     hold: bool = False
     """Keep what is found from eviction, until a `Start` or a `Release` names this number."""
+    tell: bool = False
+    """Tell where each block is, too, by `Changed`."""
 
 
 class Release(Message, tag="release", frozen=True):
@@ -124,6 +126,8 @@ class Done(Message, tag="done", frozen=True):
     moved: int
     """Blocks: for a get, so many from `first` on are there."""
     error: str = ""
+    took_s: float = 0.0
+    """From when it could begin."""
 
 
 class Changed(Message, tag="changed", frozen=True):
@@ -148,6 +152,10 @@ class Copy(Message, tag="copy", frozen=True):
     to_device: bool
     host_ids: bytes
     device_ids: bytes
+
+
+class Lent(Message, tag="lent", frozen=True):
+    """A rank's device is set up: copies may be asked for."""
 
 
 class Copied(Message, tag="copied", frozen=True):
@@ -193,7 +201,7 @@ class Answer(Message, tag="answer", frozen=True):
 
 
 ToServer: TypeAlias = (
-    Hello | Match | Release | Start | Cancel | Copied | Ready | Settle | Command
+    Hello | Match | Release | Start | Cancel | Lent | Copied | Ready | Settle | Command
 )  # fmt: skip
 FromServer: TypeAlias = Welcome | State | Matched | Done | Changed | Copy | Settled | Answer
 

@@ -17,7 +17,16 @@ from flexkv.index.keys import blocks_are
 from flexkv.server.agent import Agent
 from flexkv.server.client import Client
 from flexkv.server.greet import Connected, connect, message
-from flexkv.server.wire import LENGTH_BYTES, PROTOCOL_VERSION, Done, Hello, Start, State, framed
+from flexkv.server.wire import (
+    LENGTH_BYTES,
+    PROTOCOL_VERSION,
+    Done,
+    Hello,
+    Lent,
+    Start,
+    State,
+    framed,
+)
 
 from .conftest import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches
 
@@ -115,6 +124,8 @@ class Peer:
         self._socket = self.connected.socket
         self._socket.settimeout(10)
         self.slot = 0
+        if role == "agent":
+            self.say(Lent())
 
     def say(self, said: Any) -> None:
         """Send a message."""

@@ -256,7 +256,7 @@ def test_a_client_that_watches_hears_what_is_there(settings: Settings, launched:
         eventually(lambda: (made.client.poll(), hear(), len(known) == BLOCKS)[-1])
         assert known == {(key, "disk") for key in keys}
         known.clear()
-        assert made.client.match(made.keys(1)).by_tier == {"disk": BLOCKS}
+        assert made.client.match(made.keys(1), tell=True).by_tier == {"disk": BLOCKS}
         eventually(lambda: (made.client.poll(), hear(), known)[-1])
         assert known == {(key, "disk") for key in keys}
         os.kill(launched.pid, signal.SIGKILL)

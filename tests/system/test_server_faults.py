@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flexkv.backend import LocalBackend
 from flexkv.common.config import Settings
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation
-from flexkv.index.keys import blocks_are
+from flexkv.index.keys import block_keys, blocks_are
 from flexkv.io.arena import Arena
 from flexkv.server.agent import Agent
 from flexkv.server.greet import connect
@@ -25,6 +26,7 @@ from flexkv.server.listen import Listener
 from flexkv.server.operator import command
 from flexkv.server.wire import (
     PROTOCOL_VERSION,
+    Changed,
     Copied,
     Copy,
     Done,
@@ -171,8 +173,11 @@ def test_a_rank_that_comes_back_waits_for_the_other_to_drain(
     back = Peer(settings, "agent", 0, 1, model=TWO_RANKS)
     client.put(2)
     assert client.hear(Done).number == 2
-    status = command(settings.server_recv_port, "status")["instances"]["0"]
-    assert (status["ranks"], status["ready"]) == ([0, 1], False)
+
+    def instance() -> Any:
+        return command(settings.server_recv_port, "status")["instances"]["0"]
+
+    assert eventually(lambda: (seen := instance())["ranks"] == [0, 1] and seen)["ready"] is False
     agents[0].say(Copied(asked[0].token))
     agents[0].close()
     assert client.hear(Done).number == 1
@@ -181,7 +186,8 @@ def test_a_rank_that_comes_back_waits_for_the_other_to_drain(
     client.put(3)
     for agent in (back, fresh):
         agent.say(Copied(agent.hear(Copy).token))
-    assert client.hear(Done) == Done(3, "success", BLOCKS)
+    done = client.hear(Done)
+    assert (done.number, done.status, done.moved) == (3, "success", BLOCKS)
     for peer in (back, fresh, client):
         peer.close()
 
@@ -340,3 +346,42 @@ def test_a_client_never_waits_for_a_server_that_reads_late(
     os.kill(launched.pid, signal.SIGCONT)
     assert {instance.end_of(number).status for number in numbers} <= {"notfound", "success"}
     instance.close()
+
+
+def test_a_rank_is_there_once_its_device_is_set_up(
+    settings: Settings, launched: Launched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its worker says of puts meanwhile would be lost."""
+    device = LocalBackend.device
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.4)
+        return device(*arguments)
+
+    monkeypatch.setattr(LocalBackend, "device", slowly)
+    instance = Instance(settings)
+    instance.begin()
+    ids = np.arange(BLOCKS)
+    put = instance.client.start(Operation.PUT, instance.keys(1), 0, ids, when_ready=True)
+    instance.client.flush()
+    instance.agents[0].ready([put])
+    assert instance.end_of(put).status == "success"
+    instance.close()
+
+
+def test_a_client_that_watches_and_does_not_read_loses_track(
+    settings: Settings, launched: Launched
+) -> None:
+    """Nothing piles up for it, and it hears that it has missed something."""
+    idle, busy = Peer(settings, "client", 1, watches=True), Instance(settings)
+    busy.begin()
+    for prompt in range(1500):
+        busy.request(Operation.PUT, prompt, range(BLOCKS))
+    while not idle.hear(Changed).lost:
+        pass
+    busy.request(Operation.PUT, 5000, range(BLOCKS))
+    keys = set(block_keys(busy.keys(5000)))
+    while not keys & {key for key, _, there in idle.hear(Changed).changes if there}:
+        pass
+    idle.close()
+    busy.close()

@@ -50,6 +50,11 @@ class Request:
         """Count them."""
         return TOKENS
 
+    @property
+    def block_hashes(self) -> list[bytes]:
+        """Give vLLM's hashes of its blocks."""
+        return [f"{self.seed} {n}".encode().ljust(32) for n in range(TOKENS // PER_BLOCK)]
+
 
 def output(*new: tuple[str, list[int]]) -> Any:
     """Give a step that prefills requests into blocks."""
@@ -62,7 +67,6 @@ def output(*new: tuple[str, list[int]]) -> Any:
             req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set()
         ),
         num_scheduled_tokens={name: TOKENS for name, _ in new},
-        total_num_scheduled_tokens=TOKENS * len(new),
         scheduled_spec_decode_tokens={},
     )  # fmt: skip
 
@@ -72,7 +76,8 @@ class Rig:
 
     def __init__(self, folder: Path) -> None:
         settings = settings_in(folder)
-        self.side = SchedulerSide(Setup(MODEL, settings, 0, launches=True))
+        setup = Setup(MODEL, settings, 0, launches=True, tells_events=True)
+        self.side = SchedulerSide(setup)
         self.agent = Peer(settings, "agent")
         eventually(self.side._ready)
 
@@ -125,6 +130,17 @@ def test_blocks_stay_until_the_puts_that_read_them_are_over(rig: Rig) -> None:
     assert rig.step_until("sent").sent == {"a"}
 
 
+def test_what_a_request_stores_last_is_announced(rig: Rig) -> None:
+    """It has ended by then: its blocks are there before its put is over."""
+    copy = rig.begin("a", [1, 2, 3, 4])
+    rig.side.request_finished(Request("a"))
+    rig.agent.say(Copied(copy.token))
+    rig.step_until("sent")
+    (stored,) = [event for event in rig.side.step_ended() if event.medium == "CPU"]
+    assert len(stored.block_hashes) == 3
+    assert rig.side._tracked == {}
+
+
 def test_a_step_waits_for_puts_that_read_what_it_writes(rig: Rig) -> None:
     """Another request got the blocks of one that was preempted."""
     copy = rig.begin("a", [1, 2, 3, 4])
@@ -159,27 +175,20 @@ def test_a_step_does_not_wait_for_a_server_that_is_gone(rig: Rig, number: int) -
 
 
 def test_a_load_slower_than_computing_is_not_offered(rig: Rig) -> None:
-    """By what loads took, and steps; and nothing is held for it."""
+    """The request is told once; and nothing is held for it."""
     rig.agent.say(Copied(rig.begin("a", [1, 2, 3, 4]).token))
     eventually(lambda: (rig.side._poll(), not rig.side._tracked["a"].puts)[1])
-    asked = Request("b")
-    extra, _ = rig.side.get_num_new_matched_tokens(asked, 0)
-    blocks = SimpleNamespace(get_block_ids=lambda: ([5, 6, 7, 8],))
-    rig.side.update_state_after_alloc(asked, blocks, extra)
-    rig.side.client.flush()
-    copy = rig.agent.hear(Copy)
-    time.sleep(0.05)
-    rig.agent.say(Copied(copy.token))
-    rig.step_until("received")
-    step = output()
-    step.total_num_scheduled_tokens = 1000
-    rig.side.build_connector_meta(step)
-    for _ in range(4):  # those before, of which the test has not told the ends
-        rig.side.step_ended()
-    assert rig.side.get_num_new_matched_tokens(Request("c"), 0) == (0, False)
+    costs = rig.side._costs
+    assert costs is not None
+    for _ in range(3):
+        costs.loaded({"host": 20}, 2.0)
+        costs.step_begins(1000)
+        for _ in range(4):  # those before, of which the test has not told the ends
+            costs.step_ends()
+    for _ in range(2):
+        assert rig.side.get_num_new_matched_tokens(Request("c"), 0) == (0, False)
     assert rig.side.take_stats().reduce()["declined_blocks"] == 3
     rig.side.build_connector_meta(output())
-    assert rig.side._launched is not None
     status = command(rig.side._setup.settings.server_recv_port, "status")
     assert status["statistics"]["claims"] == 0
 

@@ -123,7 +123,7 @@ def test_what_is_imported_is_there(version: str) -> None:
 LOOKED_AT = {
     ("vllm/v1/core/sched/output.py", "SchedulerOutput"): {
         "scheduled_new_reqs", "scheduled_cached_reqs", "num_scheduled_tokens",
-        "scheduled_spec_decode_tokens", "total_num_scheduled_tokens",
+        "scheduled_spec_decode_tokens",
     },
     ("vllm/v1/core/sched/output.py", "NewRequestData"): {
         "req_id", "block_ids", "num_computed_tokens",

@@ -45,7 +45,10 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1):
 
     @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
-        """Say yes: what is in host memory and on SSD stays while an engine sleeps."""
+        """Say yes: an engine takes its memory back, from vLLM 0.33 on, and lends it again.
+
+        vLLM resets the cache of an engine that sleeps, FlexKV's too: its weights may be others.
+        """
         return True
 
     def unregister_kv_caches(self) -> None:

@@ -8,6 +8,7 @@ seen the tokens (another's, or an earlier run's) are announced when a prompt ask
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ _untagged = getattr(
 
 MEDIA = {"host": "CPU", "disk": "STORAGE"}
 """vLLM's names of FlexKV's tiers."""
+TAKEN_MAX = 8192
+"""Removals of a lost server's blocks that one step tells."""
 
 
 class _Facts(NamedTuple):
@@ -31,7 +34,7 @@ class _Facts(NamedTuple):
 
     block_hash: Any
     parent_hash: Any
-    tokens: list[int]
+    tokens: array[int]
     extra_keys: Any
     lora_id: int | None
     lora_name: str | None
@@ -45,25 +48,19 @@ class _Block:
         announced: those of which that was told.
         children: the blocks that continue it.
         requests: how many that are running have it.
+        facts: what there is to tell; None until it is needed, while a request has the block.
     """
 
-    __slots__ = ("_facts", "_source", "announced", "children", "parent", "requests", "there")
+    __slots__ = ("announced", "children", "facts", "parent", "requests", "source", "there")
 
-    def __init__(self, request: Any, number: int, block_size: int, parent: bytes | None) -> None:
-        self._source: tuple[Any, int, int] | None = (request, number, block_size)
-        self._facts: _Facts | None = None
+    def __init__(self, source: tuple[Any, int], parent: bytes | None) -> None:
+        self.source: tuple[Any, int] | None = source
+        self.facts: _Facts | None = None
         self.parent = parent
-        self.there, self.announced = dict[str, None](), set[str]()
-        self.children = dict[bytes, None]()
+        self.there: tuple[str, ...] = ()
+        self.announced: tuple[str, ...] = ()
+        self.children: set[bytes] | None = None
         self.requests = 0
-
-    @property
-    def facts(self) -> _Facts:
-        """Give what there is to tell; asked for once at least while a request has the block."""
-        if self._facts is None:
-            assert self._source is not None
-            self._facts, self._source = _facts(*self._source), None
-        return self._facts
 
 
 def _facts(request: Any, number: int, block_size: int) -> _Facts:
@@ -75,7 +72,7 @@ def _facts(request: Any, number: int, block_size: int) -> _Facts:
     return _Facts(
         convert(request.block_hashes[number]),
         convert(request.block_hashes[number - 1]) if number else None,
-        list(request.all_token_ids[first:last]),
+        array("q", request.all_token_ids[first:last]),
         untagged[0] if untagged else None,
         None if lora is None else lora.adapter_id,
         None if lora is None else lora.name,
@@ -90,6 +87,8 @@ class KVEvents:
         self._block_size = block_size
         self._blocks: dict[bytes, _Block] = {}
         self._events: list[Any] = []
+        self._stale: dict[tuple[Any, str], None] = {}
+        """What was announced of a server that is lost: hash and medium."""
 
     def note(self, request: Any, keys: bytes, known: int) -> int:
         """Take the blocks of a request from the `known`-th on; gives how many are known then.
@@ -104,44 +103,59 @@ class KVEvents:
             key, parent = names[number], names[number - 1] if number else None
             block = self._blocks.get(key)
             if block is None:
-                block = _Block(request, number, self._block_size, parent)
-                self._blocks[key] = block
+                block = self._blocks[key] = _Block((request, number), parent)
                 if parent is not None:
-                    self._blocks[parent].children[key] = None
+                    above = self._blocks[parent]
+                    above.children = above.children or set()
+                    above.children.add(key)
             block.requests += 1
         return max(known, len(names))
 
-    def forget(self, keys: bytes, noted: int) -> None:
+    def forget(self, request: Any, keys: bytes, noted: int) -> None:
         """Take that a request is over which has noted so many blocks."""
         for key in reversed(block_keys(keys)[:noted]):
-            self._blocks[key].requests -= 1
-            self._drop_if_nowhere(key)
+            block = self._blocks[key]
+            block.requests -= 1
+            self._settle(key)
+            if block.source is not None and block.source[0] is request and key in self._blocks:
+                self._facts_of(block)  # others have the block, too
 
     def hear(self, changed: Changed) -> None:
         """Take what the server has told."""
         if changed.lost:
-            self._take_all_back()
+            self._lose_all()
         for key, tier, is_there in changed.changes:
             block = self._blocks.get(key)
             if block is None:
                 continue
             medium = MEDIA[tier]
             if is_there:
-                block.there[medium] = None
-                self._announce(block)
+                if medium not in block.there:
+                    block.there += (medium,)
+                    self._announce(block)
                 continue
-            block.there.pop(medium, None)
+            block.there = tuple(other for other in block.there if other != medium)
             if medium in block.announced:
-                block.announced.remove(medium)
-                self._tell_removed(block.facts, medium)
-            self._drop_if_nowhere(key)
+                block.announced = tuple(other for other in block.announced if other != medium)
+                self._tell_removed(self._facts_of(block).block_hash, medium)
+            self._settle(key)
 
     def take(self) -> Iterable[Any]:
         """Give the events since the last call."""
+        for _ in range(min(TAKEN_MAX, len(self._stale))):
+            block_hash, medium = next(iter(self._stale))
+            del self._stale[block_hash, medium]
+            self._tell_removed(block_hash, medium)
         events, self._events = self._events, []
         return events
 
     # -- inside ---------------------------------------------------------------------------------
+
+    def _facts_of(self, block: _Block) -> _Facts:
+        if block.facts is None:
+            assert block.source is not None
+            block.facts, block.source = _facts(*block.source, self._block_size), None
+        return block.facts
 
     def _announce(self, block: _Block) -> None:
         """Announce a block where it is, if its parent is announced; then what waited for that."""
@@ -152,12 +166,14 @@ class KVEvents:
                 continue
             fresh = [medium for medium in block.there if medium not in block.announced]
             if fresh and not block.announced:
-                waiting += [self._blocks[child] for child in block.children]
+                waiting += [self._blocks[child] for child in block.children or ()]
             for medium in fresh:
-                block.announced.add(medium)
-                self._tell_stored(block.facts, medium)
+                block.announced += (medium,)
+                self._tell_stored(self._facts_of(block), medium)
 
     def _tell_stored(self, facts: _Facts, medium: str) -> None:
+        if self._stale.pop((facts.block_hash, medium), self) is None:
+            return  # it is known still
         last = self._events[-1] if self._events else None
         if (
             isinstance(last, BlockStored)
@@ -181,30 +197,30 @@ class KVEvents:
             )
         )
 
-    def _tell_removed(self, facts: _Facts, medium: str) -> None:
+    def _tell_removed(self, block_hash: Any, medium: str) -> None:
         last = self._events[-1] if self._events else None
         if isinstance(last, BlockRemoved) and last.medium == medium:
-            last.block_hashes.append(facts.block_hash)
+            last.block_hashes.append(block_hash)
         else:
-            self._events.append(BlockRemoved(block_hashes=[facts.block_hash], medium=medium))
+            self._events.append(BlockRemoved(block_hashes=[block_hash], medium=medium))
 
-    def _take_all_back(self) -> None:
+    def _lose_all(self) -> None:
+        """Take everything back, some of it in each step: there may be very much."""
         for block in self._blocks.values():
             for medium in block.announced:
-                self._tell_removed(block.facts, medium)
-            block.announced.clear()
-            block.there.clear()
+                self._stale[self._facts_of(block).block_hash, medium] = None
+            block.announced = block.there = ()
         for key in list(self._blocks):
             if key in self._blocks:
-                self._drop_if_nowhere(key)
+                self._settle(key)
 
-    def _drop_if_nowhere(self, key: bytes) -> None:
+    def _settle(self, key: bytes) -> None:
         """Forget a block that is nowhere and that nothing needs, and so its parents."""
         while not ((block := self._blocks[key]).requests or block.there or block.children):
             del self._blocks[key]
             if block.parent is None:
                 return
-            del self._blocks[block.parent].children[key]
+            children = self._blocks[block.parent].children
+            assert children is not None
+            children.remove(key)
             key = block.parent
-        if not block.requests:
-            _ = block.facts  # its request goes

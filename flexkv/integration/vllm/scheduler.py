@@ -107,7 +107,9 @@ class SchedulerSide:
         keys = self._keys(tracked, blocks)
         self._release(tracked)
         tracked.local_blocks = computed // self._per_block
-        tracked.found = found = self.client.match(keys, tracked.local_blocks, hold=True)
+        asks, tracked.is_told = self._events is not None and not tracked.is_told, True
+        found = self.client.match(keys, tracked.local_blocks, hold=True, tell=asks)
+        tracked.found = found
         self._count("matches")
         extra = found.blocks * self._per_block - computed
         if extra > 0 and self._costs and not self._costs.is_worth_it(found.by_tier, extra):
@@ -151,7 +153,7 @@ class SchedulerSide:
         if tracked.puts or self._are_read(ids) or load.again_s > time.monotonic():
             self._waiting.append(request_id)
             return
-        gated, load.begin_s = self._setup.gates_loads, time.monotonic()
+        gated = self._setup.gates_loads
         load.number = self.client.start(
             Operation.GET, load.keys, load.first, ids, when_ready=gated, held=load.held
         )
@@ -192,7 +194,8 @@ class SchedulerSide:
         self._note_readers()
         self.client.flush()
         if self._costs is not None:
-            self._costs.step_begins(output.total_num_scheduled_tokens)
+            scheduled = output.num_scheduled_tokens.values()
+            self._costs.step_begins(sum(count for count in scheduled if count > 1))
         step, self._step = self._step, StepMetadata()
         return step
 
@@ -265,7 +268,9 @@ class SchedulerSide:
 
     def _poll(self) -> None:
         """Take what has ended, and start the loads that waited for it."""
-        for done in self.client.poll():
+        ended = self.client.poll()
+        self._hear()  # before requests are forgotten that the changes are of
+        for done in ended:
             request_id = self._of_number.pop(done.number, None)
             if request_id is not None:
                 self._ended(request_id, self._tracked[request_id], done)
@@ -304,7 +309,7 @@ class SchedulerSide:
             tracked.may_claim = False
         else:
             if self._costs is not None:
-                self._costs.loaded(load.found.by_tier, now_s - load.begin_s)
+                self._costs.loaded(load.found.by_tier, done.took_s)
             if not load.first:
                 tracked.stored_blocks = len(load.block_ids)
         self._load_over(request_id, tracked)
@@ -384,9 +389,13 @@ class SchedulerSide:
             self._costs.step_ends()
         if self._events is None:
             return ()
-        for changed in self.client.changes():
-            self._events.hear(changed)
+        self._hear()
         return self._events.take()
+
+    def _hear(self) -> None:
+        if self._events is not None:
+            for changed in self.client.changes():
+                self._events.hear(changed)
 
     def reset_cache(self) -> bool:
         """Forget every block of every tier, of all instances; tell whether that was done."""
@@ -420,7 +429,7 @@ class SchedulerSide:
     def _forget(self, request_id: str) -> None:
         tracked = self._tracked.pop(request_id)
         if self._events is not None:
-            self._events.forget(tracked.keys, tracked.noted)
+            self._events.forget(tracked.request, tracked.keys, tracked.noted)
 
     def _release(self, tracked: Tracked) -> None:
         found, tracked.found = tracked.found, None
@@ -432,7 +441,7 @@ class SchedulerSide:
         if tracked.features != (features := features_of(tracked.request)):
             # A session that has got another image: keys behind it are others.
             if self._events is not None:
-                self._events.forget(tracked.keys, tracked.noted)
+                self._events.forget(tracked.request, tracked.keys, tracked.noted)
             tracked.features, tracked.scope = features, scope_of(tracked.request)
             tracked.keys, tracked.noted = b"", 0
         known = max(0, len(tracked.keys) // BLOCK_KEY_BYTES - 1)

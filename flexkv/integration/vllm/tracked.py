@@ -16,23 +16,13 @@ ROOM_S = 2.0
 class Load:
     """A get that is wanted, or under way."""
 
-    __slots__ = (
-        "again_s",
-        "begin_s",
-        "block_ids",
-        "first",
-        "found",
-        "held",
-        "keys",
-        "number",
-        "until_s",
-    )  # fmt: skip
+    __slots__ = ("again_s", "block_ids", "first", "found", "held", "keys", "number", "until_s")
 
     def __init__(self, keys: bytes, first: int, block_ids: list[int], found: Matched) -> None:
         self.keys, self.first, self.block_ids = keys, first, block_ids
         self.found, self.held = found, found.number
         self.number: int | None = None
-        self.again_s, self.begin_s, self.until_s = 0.0, 0.0, time.monotonic() + ROOM_S
+        self.again_s, self.until_s = 0.0, time.monotonic() + ROOM_S
 
 
 class Put(NamedTuple):
@@ -46,8 +36,8 @@ class Tracked:
     """What is known of one of vLLM's requests."""
 
     __slots__ = (
-        "block_ids", "features", "finished", "found", "keys", "load", "local_blocks", "may_claim",
-        "noted", "puts", "request", "scope", "stored_blocks",
+        "block_ids", "features", "finished", "found", "is_told", "keys", "load", "local_blocks",
+        "may_claim", "noted", "puts", "request", "scope", "stored_blocks",
     )  # fmt: skip
 
     def __init__(self, request: Any) -> None:
@@ -62,6 +52,8 @@ class Tracked:
         self.load: Load | None = None
         self.found: Matched | None = None
         """What is offered to it, and held."""
+        self.is_told = False
+        """Whether the KV events know where its blocks are."""
         self.noted = 0
         """Blocks that the KV events know."""
         self.puts: dict[int, Put] = {}

@@ -40,7 +40,8 @@ class WorkerSide:
         Raises:
             ConfigError: they do not fit the model.
         """
-        self._lent = kv_caches
+        self._agent.close()
+        self._agent, self._lent = self._new_agent(), kv_caches
         self._agent.start(kv_caches)
 
     def suspend(self) -> None:
@@ -50,9 +51,7 @@ class WorkerSide:
 
     def resume(self) -> None:
         """Lend them again."""
-        self._agent.close()
-        self._agent = self._new_agent()
-        self._agent.start(self._lent)
+        self.register_kv_caches(self._lent)
 
     def wait_for_save(self, step: StepMetadata) -> None:
         """Take that the step's forward has written what its puts read, and is done.

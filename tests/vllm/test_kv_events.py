@@ -1,0 +1,152 @@
+"""What KV events say, against what is there, whatever the order in which things happen."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from flexkv import _ext
+from flexkv.integration.vllm.events import MEDIA, KVEvents
+from flexkv.server.wire import Changed
+
+PER_BLOCK, DEPTH = 4, 5
+Path = tuple[int, ...]
+
+
+def key_of(path: Path) -> bytes:
+    """Give FlexKV's key of a block, by the choices up to it."""
+    return _ext.hash128(repr(path).encode())
+
+
+def prompt(path: Path) -> Any:
+    """Give a request of vLLM's with a block for each choice."""
+    return SimpleNamespace(
+        block_hashes=[hash_of(path[: i + 1]) for i in range(len(path))],
+        all_token_ids=[token for choice in path for token in [choice] * PER_BLOCK],
+        lora_request=None, mm_features=[], cache_salt=None, prompt_embeds=None,
+    )  # fmt: skip
+
+
+def hash_of(path: Path) -> bytes:
+    """Give vLLM's hash of a block."""
+    return _ext.hash128(b"vllm" + repr(path).encode()) * 2
+
+
+class Story:
+    """Requests that come and go, blocks that do, and a router that believes the events."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self.chance = chance
+        self.events = KVEvents(PER_BLOCK)
+        self.live: list[tuple[Any, Path, int]] = []
+        self.there: set[tuple[Path, str]] = set()
+        self.announced: dict[Any, set[str]] = {}
+
+    def come(self) -> None:
+        """Let a request come, of which some hashes may be known later only."""
+        path = tuple(self.chance.randrange(2) for _ in range(self.chance.randrange(DEPTH)))
+        request = prompt(path)
+        hashes = request.block_hashes
+        request.block_hashes = hashes[: self.chance.randrange(len(path) + 1)]
+        keys = bytes(16) + b"".join(key_of(path[: i + 1]) for i in range(len(path)))
+        noted = self.events.note(request, keys, 0)
+        if self.chance.random() < 0.5:
+            request.block_hashes = hashes
+            noted = self.events.note(request, keys, noted)
+        self.live.append((request, path, noted))
+
+    def go(self) -> None:
+        """Let a request end."""
+        if self.live:
+            request, path, noted = self.live.pop(self.chance.randrange(len(self.live)))
+            keys = bytes(16) + b"".join(key_of(path[: i + 1]) for i in range(len(path)))
+            self.events.forget(request, keys, noted)
+
+    def store(self) -> None:
+        """Let the blocks of a prompt come into a tier, in any order, some of them again."""
+        path = tuple(self.chance.randrange(2) for _ in range(DEPTH))
+        tier = self.chance.choice(list(MEDIA))
+        blocks = [path[: i + 1] for i in range(self.chance.randrange(DEPTH))]
+        self.chance.shuffle(blocks)
+        self.there |= {(block, tier) for block in blocks}
+        self.tell(*((block, tier, True) for block in blocks))
+
+    def drop(self) -> None:
+        """Let a block go from a tier; where it is nowhere any more, what continues it goes too."""
+        if not self.there:
+            return
+        path, tier = self.chance.choice(sorted(self.there))
+        gone = [(path, tier)]
+        if not any((path, other) in self.there for other in MEDIA if other != tier):
+            gone = sorted(one for one in self.there if one[0][: len(path)] == path)[::-1]
+        self.there -= set(gone)
+        self.tell(*((*one, False) for one in gone))
+
+    def lose(self) -> None:
+        """Let the server be lost."""
+        self.there.clear()
+        self.events.hear(Changed((), lost=True))
+
+    def tell(self, *changes: tuple[Path, str, bool]) -> None:
+        """Let the server tell."""
+        self.events.hear(Changed(tuple((key_of(path), *rest) for path, *rest in changes)))
+
+    def check(self) -> None:
+        """Take the events as a router does."""
+        for event in self.events.take():
+            if type(event).__name__ == "BlockRemoved":
+                for name in event.block_hashes:
+                    self.announced[name].remove(event.medium)
+                continue
+            parent = event.parent_block_hash
+            for name in event.block_hashes:
+                assert parent is None or self.announced[parent], "stored before its parent"
+                media = self.announced.setdefault(name, set())
+                assert event.medium not in media, "stored twice"
+                media.add(event.medium)
+                parent = name
+            assert len(event.token_ids) == PER_BLOCK * len(event.block_hashes)
+            assert len(event.extra_keys) == len(event.block_hashes)
+        told = sum(map(len, self.announced.values()))
+        assert told <= len(self.there)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_a_router_believes_nothing_that_is_not_so(seed: int) -> None:
+    """And nothing is kept of what is over."""
+    story = Story(random.Random(seed))
+    steps = [story.come, story.go, story.store, story.drop, story.lose]
+    for _ in range(150):
+        story.chance.choices(steps, [4, 3, 6, 4, 0.2])[0]()
+        story.check()
+    while story.live:
+        story.go()
+    while story.there:
+        story.drop()
+    story.check()
+    assert not any(story.announced.values())
+    assert story.events._blocks == {}
+
+
+def test_what_was_lost_is_taken_back_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what comes again meanwhile needs not be told."""
+    monkeypatch.setattr("flexkv.integration.vllm.events.TAKEN_MAX", 1)
+    events, request = KVEvents(PER_BLOCK), prompt((0, 1, 0))
+    keys = [key_of((0, 1, 0)[: i + 1]) for i in range(3)]
+    assert events.note(request, bytes(16) + b"".join(keys), 0) == 3
+    everything = Changed(tuple((key, "host", True) for key in keys))
+    events.hear(everything)
+    (stored,) = events.take()
+    assert len(stored.block_hashes) == 3
+    events.hear(Changed((), lost=True))
+    (removed,) = events.take()
+    assert removed.block_hashes == stored.block_hashes[:1]
+    events.hear(everything)
+    (again,) = events.take()
+    assert again.block_hashes == stored.block_hashes[:1]
+    assert events.take() == []
