@@ -72,7 +72,7 @@ def main(folder: Path) -> bool:
     for each in workers:
         each.start()
     ours = [mine for mine, _ in pipes]
-    client = Client(settings.server_recv_port, MODEL, settings.cache_config.tokens_per_block)
+    client = Client(settings, MODEL)
     while not client.is_ready:
         client.poll()
         time.sleep(0.01)

@@ -34,6 +34,12 @@ class Settings(ConfigModel):
     server_recv_port: str = key(
         "ipc:///tmp/flexkv_server", "Address at which device agents and clients find the server."
     )
+    server_answer_ms: int = key(
+        250,
+        "How long an engine's scheduler waits for the server; later it goes on without, a while.",
+        unit="ms",
+        ge=1,
+    )
     server_client_mode: bool = key(
         False, "Accepted: the connectors of engines always use a server in another process."
     )

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from flexkv.common.config import ModelConfig
+from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.common.request import Operation
 from flexkv.common.terms import BlockIds
@@ -47,8 +47,6 @@ from flexkv.server.wire import (
 
 log = structlog.get_logger(__name__)
 
-MATCH_S = 0.25
-"""How long a match may take; later it is none, and the server is asked no more for a while."""
 RETRY_S, RETRY_S_MAX = 0.5, 30.0
 """Between two attempts to connect; doubled each time while something is there and fails us."""
 HANG_S = 60.0
@@ -67,27 +65,27 @@ class Client:
 
     def __init__(
         self,
-        address: str,
+        settings: Settings,
         model: ModelConfig,
-        tokens_per_block: int,
-        secret: str = "",
         instance: int = 0,
         watches: bool = False,
     ) -> None:
         """Take where the server is; nothing is connected before it is needed.
 
         Args:
-            address: as in `server_recv_port`.
+            settings: of it, where the server is and how long it may take to answer; and, as the
+                server's, block size and `key_secret`.
             model: as the server's.
-            tokens_per_block: as the server's.
-            secret: `key_secret`, as the server's.
             instance: which of the engines that share the server.
             watches: whether `changes` are wanted.
         """
-        self._address, self._instance, self._watches = address, instance, watches
+        self._address, self._instance, self._watches = settings.server_recv_port, instance, watches
+        self._answer_s = settings.server_answer_ms / 1e3
         self._changes: list[Changed] = []
-        self._model, self._tokens_per_block, self._secret = model, tokens_per_block, secret
-        self._keys = KeyChain(model, tokens_per_block, secret)
+        cache = settings.cache_config
+        self._model, self._tokens_per_block = model, cache.tokens_per_block
+        self._secret = cache.key_secret.get_secret_value()
+        self._keys = KeyChain(model, self._tokens_per_block, self._secret)
         self._socket: socket.socket | None = None
         self._unread, self._unsent = bytearray(), bytearray()
         self._matched: Matched | None = None
@@ -123,15 +121,15 @@ class Client:
         number = self._number()
         self._matched = None
         if self._send(Match(number, keys, first, hold, tell)):
-            until_s = time.monotonic() + MATCH_S
-            self.flush(MATCH_S)
+            until_s = time.monotonic() + self._answer_s
+            self.flush(self._answer_s)
             while self._matched is None or self._matched.number != number:
                 if not self._receive(max(0.0, until_s - time.monotonic())):
                     break
             else:
                 return self._matched
             if self._socket is not None:
-                self._lost(f"it did not answer within {MATCH_S} s")
+                self._lost(f"it did not answer within {self._answer_s} s")
         return Matched(number, 0, {})
 
     def release(self, numbers: Sequence[int]) -> None:
@@ -217,7 +215,7 @@ class Client:
             PROTOCOL_VERSION, "client", os.getpid(), facts, self._instance, watches=self._watches
         )
         try:
-            self._socket = connect(self._address, hello, MATCH_S).socket
+            self._socket = connect(self._address, hello, self._answer_s).socket
         except ConfigError as error:
             log.warning("refused_by_server", path=self._address, reason=str(error))
         except (ConnectionRefusedError, FileNotFoundError) as error:
@@ -230,7 +228,7 @@ class Client:
         else:
             log.info("connected", path=self._address, instance=self._instance)
             self._wait_s, self._heard_s = RETRY_S, time.monotonic()
-            self._receive(MATCH_S)  # the server tells at once whether the devices are there
+            self._receive(self._answer_s)  # the server tells at once whether the devices are there
             return self._socket is not None
         self._back_off()
         return False

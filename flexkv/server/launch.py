@@ -69,15 +69,16 @@ class Launched:
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
-        with suppress(BrokenPipeError):
-            process.stdin.close()
-        process.terminate()  # a child of ours may have the other end of the pipe, too
+        process.terminate()
         try:
             process.wait(END_S)
         except subprocess.TimeoutExpired:
             log.warning("server killed", pid=process.pid, reason=f"not ended in {END_S} s")
             process.kill()
             process.wait()
+        # Only now: told twice, it would be killed by the signal when it has just ended.
+        with suppress(BrokenPipeError):
+            process.stdin.close()
         process.stdout.close()
 
 

@@ -52,11 +52,10 @@ class Instance:
     """An engine's scheduler and its workers, in this process."""
 
     def __init__(self, settings: Settings, model: ModelConfig = MODEL, number: int = 0) -> None:
-        cache = settings.cache_config
-        address, per_block = settings.server_recv_port, cache.tokens_per_block
+        cache, address = settings.cache_config, settings.server_recv_port
         self.caches = [self._cache_of(model, number * 16 + rank) for rank in range(model.tp_size)]
         self.agents = [Agent(address, model, cache, number, rank) for rank in range(model.tp_size)]
-        self.client = Client(address, model, per_block, instance=number)
+        self.client = Client(settings, model, number)
         self.ends: dict[int, Done] = {}
 
     @staticmethod

@@ -25,7 +25,7 @@ from flexkv.server.launch import Launched
 from flexkv.server.operator import command
 from flexkv.trace.load import load
 
-from .conftest import DEVICE_BLOCKS, MODEL, PER_BLOCK
+from .conftest import DEVICE_BLOCKS, MODEL
 from .serving import BLOCKS, Instance, eventually, settings_in
 
 ROOT = Path(__file__).parents[2]
@@ -126,8 +126,8 @@ def test_what_breaks_a_rule_is_refused_by_name(
     number = instance.client.start(Operation.GET, instance.keys(1), 0, np.arange(3))
     assert "must be one for each block" in instance.end_of(number).error
     other = MODEL.model_copy(update={"num_layers": 2})
-    assert Client(settings.server_recv_port, other, PER_BLOCK).match(b"x" * 32).blocks == 0
-    assert not Client(settings.server_recv_port, MODEL, PER_BLOCK).poll()
+    assert Client(settings, other).match(b"x" * 32).blocks == 0
+    assert not Client(settings, MODEL).poll()
     assert instance.request(Operation.PUT, 1, range(BLOCKS)).moved == BLOCKS
     for nonsense in (b"hello, world", b"\xff" * 64, b"\x04\x00\x00\x00\x93\x01\x02\x03"):
         with socket.socket(socket.AF_UNIX) as peer:
@@ -232,7 +232,7 @@ def test_a_client_that_watches_hears_what_is_there(settings: Settings, launched:
     """Each tier's blocks, before the end of the put; what is cleared; and that a server is gone."""
     made = Instance(settings)
     made.client.close()
-    made.client = Client(settings.server_recv_port, MODEL, PER_BLOCK, watches=True)
+    made.client = Client(settings, MODEL, watches=True)
     made.begin()
     known: set[tuple[bytes, str]] = set()
 

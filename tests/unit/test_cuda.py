@@ -117,7 +117,7 @@ async def test_a_device_that_breaks_fails_all_that_is_under_way(
 async def test_a_device_that_cannot_tell_of_an_end_is_waited_for() -> None:
     """Nothing is told to have ended while it is copied, on either stream."""
     rig = Rig(ENGINE)
-    rig.driver.takes_s = {"cuMemcpyBatchAsync": 0.1}
+    rig.driver.takes_s = {"cuMemcpyBatchAsync": 1.0}
     rig.layers[0][:] = 5
     rig.submit(1, to_host=False, blocks=1)
     rig.driver.refuses = {"cuLaunchHostFunc": 900}

@@ -122,7 +122,10 @@ def planned(model: str, folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         "num_cpu_blocks": 1024, "num_ssd_blocks": 2048, "ssd_cache_dir": str(folder),
         "load_if_faster": False, **plan.pop("cache", {}),
     }  # fmt: skip
-    settings = {"server_recv_port": f"ipc://{folder}/socket", "log_level": "warning"}
+    settings = {
+        "server_recv_port": f"ipc://{folder}/socket", "log_level": "warning",
+        "server_answer_ms": 10_000,
+    }  # fmt: skip
     return {"model": model, "settings": {**settings, "cache_config": cache}, **plan}
 
 

@@ -7,14 +7,16 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flexkv.common.errors import BackendUnavailableError
 from flexkv.integration.vllm.served import (
     OWN,
     SHIM,
@@ -42,16 +44,29 @@ Serve = Callable[[dict[str, Any]], VllmServe]
 def serve(model: str, tmp_path: Path) -> Iterator[Serve]:
     """Give what serves the model with a connector, always over the same folder."""
     cache = {"num_cpu_blocks": 1024, "num_ssd_blocks": 2048, "load_if_faster": False}
-    settings = {"cache_config": cache}
+    settings = {"cache_config": cache, "server_answer_ms": 10_000}
     with ExitStack() as stack:
 
         def begin(connector: dict[str, Any]) -> VllmServe:
             served = Served(Path(model), connector, settings, ARGUMENTS, ENVIRONMENT)
             engine = stack.enter_context(VllmServe(served, tmp_path))
             engine.wait_ready()
+            wait_lent(engine)
             return engine
 
         yield begin
+
+
+def wait_lent(engine: VllmServe) -> None:
+    """Return once FlexKV has the engine's memory: it answers without, too."""
+    until_s = time.monotonic() + 60
+    ranks: list[int] = []
+    while ranks != [0]:
+        assert time.monotonic() < until_s, "the engine's memory was not lent"
+        time.sleep(0.05)
+        with suppress(BackendUnavailableError):
+            instances = command(engine.address, "status")["instances"]
+            ranks = instances.get("0", {}).get("ranks", [])
 
 
 def by_curl(engine: VllmServe, prompt: list[int]) -> tuple[list[int], int]:

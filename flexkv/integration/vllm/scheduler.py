@@ -46,8 +46,6 @@ RELAUNCH_S = 10.0
 """Between two launches of a server that ends."""
 ROOM_AGAIN_S = 0.002
 """How often a load is tried for which host memory has no room."""
-REUSE_S = 0.25
-"""How long a step waits for puts that read blocks which it would write: some milliseconds."""
 
 
 class SchedulerSide:
@@ -63,14 +61,7 @@ class SchedulerSide:
         self._setup = setup
         self._launched = Launched(setup.model, settings) if setup.launches else None
         self._launched_s = time.monotonic()
-        self.client = Client(
-            settings.server_recv_port,
-            setup.model,
-            cache.tokens_per_block,
-            cache.key_secret.get_secret_value(),
-            setup.instance,
-            setup.tells_events,
-        )
+        self.client = Client(settings, setup.model, setup.instance, setup.tells_events)
         self._events = KVEvents(cache.tokens_per_block) if setup.tells_events else None
         self._costs = Costs() if cache.load_if_faster else None
         self._per_block = cache.tokens_per_block
@@ -250,7 +241,8 @@ class SchedulerSide:
         They are cancelled. Of one that does not end soon what it has read is not believed: the
         server looks whether we are there still before it stores anything.
         """
-        cancelled, until_s = set[int](), time.monotonic() + REUSE_S
+        wait_s = self._setup.settings.server_answer_ms / 1e3  # it takes some milliseconds
+        cancelled, until_s = set[int](), time.monotonic() + wait_s
         while self._are_read(fresh):
             readers = {
                 number
@@ -262,7 +254,7 @@ class SchedulerSide:
             self.client.flush()
             cancelled |= readers
             if time.monotonic() > until_s:
-                self.client.give_up(f"{len(readers)} puts did not end in {REUSE_S} s")
+                self.client.give_up(f"{len(readers)} puts did not end in {wait_s} s")
             time.sleep(0.0001)
             self._poll()
 

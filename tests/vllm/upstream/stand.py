@@ -33,8 +33,6 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
-from flexkv.integration.vllm import scheduler
-from flexkv.server import client
 from flexkv.server.operator import command
 from tests.v1.kv_connector.unit.utils import (
     assert_scheduler_empty,
@@ -98,16 +96,14 @@ class Stand:
         """Whether a forward may read what is wrong."""
         self.address = f"ipc://{folder}/socket"
         tiers = {"num_cpu_blocks": 64, "num_ssd_blocks": 256, "ssd_cache_dir": str(folder)}
-        settings = {"server_recv_port": self.address, "log_level": "warning",
-                    "cache_config": {**tiers, **(cache or {})}}  # fmt: skip
+        # A slow machine is no fault here.
+        settings = {"server_recv_port": self.address, "server_answer_ms": int(WITHIN_S / 4 * 1e3),
+                    "log_level": "warning", "cache_config": {**tiers, **(cache or {})}}  # fmt: skip
         (folder / "flexkv.json").write_text(json.dumps(settings))
         monkeypatch.setenv("FLEXKV_CONFIG_PATH", str(folder / "flexkv.json"))
         # Of the tensor-parallel group only this is asked.
         group = SimpleNamespace(rank_in_group=0, broadcast_object=lambda value, src=0: value)
         monkeypatch.setattr(parallel_state, "get_tp_group", lambda: group)
-        # A slow machine is no fault here.
-        monkeypatch.setattr(client, "MATCH_S", WITHIN_S / 4)
-        monkeypatch.setattr(scheduler, "REUSE_S", WITHIN_S / 4)
         self.copies = Copies(monkeypatch)
         wanted = {"max_num_batched_tokens": 1024, "max_model_len": 1024, **connector, **config}
         self.config = create_vllm_config(kv_role="kv_both", block_size=PER_BLOCK, **wanted)
