@@ -1,8 +1,8 @@
 """Time to the first token of real `vllm serve` engines over HTTP, with and without FlexKV.
 
-Peers: no connector, and vLLM's own ExampleConnector (files). Limit: vLLM's own device cache. All
-engines run at once and are asked in turn, prompts whole: ExampleConnector fails with chunks. Needs
-vLLM in this Python: `scripts/vllm-venv`.
+Peers: no connector, vLLM's own ExampleConnector (files), and LMCache where it is installed. Limit:
+vLLM's own device cache. All engines run at once and are asked in turn, prompts whole:
+ExampleConnector fails with chunks. Needs vLLM in this Python: `scripts/vllm-venv`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from benchmarks import lmcache
 from benchmarks.harness import Figures, Options, median_ratio
 from flexkv.integration.vllm.served import SHIM, Served, VllmServe
 from flexkv.integration.vllm.tiny_model import Shape, make_tiny_model
@@ -23,6 +24,11 @@ from flexkv.server.operator import command
 
 MODEL = Shape(layers=12, hidden=1024, heads=16, kv_heads=16)
 BLOCK_SIZE, PROMPT_TOKENS = 32, 6000
+HOST_PROMPTS = 4
+"""So many prompts fit into FlexKV's host memory; LMCache, which evicts now and then, gets twice."""
+PROMPT_BYTES = PROMPT_TOKENS * MODEL.layers * 2 * MODEL.kv_heads * MODEL.head_size * 2
+PEERS = {"Example": "ExampleConnector", "LMCache": "LMCache"}
+"""What they are called in the figures."""
 
 
 def measure(options: Options) -> Figures:
@@ -33,8 +39,13 @@ def measure(options: Options) -> Figures:
     with tempfile.TemporaryDirectory(dir=options.directory) as name, ExitStack() as stack:
         folder = Path(name).absolute()
         model = make_tiny_model(folder / "model", MODEL, "bfloat16")
+        connectors = _connectors(folder)
+        if lmcache.is_installed():
+            host_gb = 2 * HOST_PROMPTS * PROMPT_BYTES / 2**30
+            server = lmcache.LMCacheServer(folder, BLOCK_SIZE, host_gb)
+            connectors["LMCache"] = stack.enter_context(server).connector
         engines = {}
-        for name, connector in _connectors(folder).items():
+        for name, connector in connectors.items():
             (folder / name).mkdir()
             engine = VllmServe(_served(model, connector), folder / name)
             engines[name] = stack.enter_context(engine)
@@ -65,10 +76,17 @@ def _served(model: Path, connector: dict[str, Any] | None) -> Served:
     return Served(
         model,
         connector,
-        {"cache_config": {"num_cpu_blocks": 4 * blocks, "num_ssd_blocks": 12 * blocks}},
+        {"cache_config": {"num_cpu_blocks": HOST_PROMPTS * blocks, "num_ssd_blocks": 12 * blocks}},
         arguments,
-        {"VLLM_CPU_OMP_THREADS_BIND": "0"},
+        {"VLLM_CPU_OMP_THREADS_BIND": "0", "LMCACHE_TRACK_USAGE": "false"},
     )
+
+
+def _loaded_tokens(engine: VllmServe) -> float:
+    """Give how many tokens the connector has brought."""
+    lines = engine.request("GET", "/metrics").decode().splitlines()
+    hits = [line for line in lines if line.startswith("vllm:external_prefix_cache_hits_total")]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in hits)
 
 
 def _throughput_s(engine: VllmServe, prompts: list[list[int]]) -> float:
@@ -97,7 +115,10 @@ def _measure(engines: dict[str, VllmServe], repeats: int, prompt_tokens: int) ->
                 command(engine.address, "flush")
             engine.forget()
             if name != "none":
+                before = _loaded_tokens(engine)
                 seconds["host"] = engine.first_token_s(prompt)
+                if _loaded_tokens(engine) - before < prompt_tokens // 2:
+                    raise RuntimeError(f"{name} computed what it was to load")
             if name == "FlexKV":
                 command(engine.address, "clear", tier="host")
                 engine.forget()
@@ -107,17 +128,23 @@ def _measure(engines: dict[str, VllmServe], repeats: int, prompt_tokens: int) ->
             if turn:  # the first warms up
                 for what, value in seconds.items():
                     note(f"{name} {what}", value)
+    return _figures(took, repeats)
+
+
+def _figures(took: dict[str, list[float]], repeats: int) -> Figures:
     ours = {what: took[f"FlexKV {what}"] for what in ("cold", "device", "host", "disk", "many")}
-    return {
+    figures: Figures = {
         "recompute, ms": 1e3 * sorted(ours["cold"])[repeats // 2],
         "device hit, ms": 1e3 * sorted(ours["device"])[repeats // 2],
         "host / device hit": median_ratio(ours["host"], ours["device"]),
         "SSD / device hit": median_ratio(ours["disk"], ours["device"]),
         "recompute / host": median_ratio(ours["cold"], ours["host"]),
-        "ExampleConnector / its device hit": median_ratio(
-            took["Example host"], took["Example device"]
-        ),
-        "ExampleConnector / FlexKV from host": median_ratio(took["Example host"], ours["host"]),
+    }
+    for name, shown in PEERS.items():
+        if (host := took.get(f"{name} host")) is not None:
+            figures[f"{shown} / its device hit"] = median_ratio(host, took[f"{name} device"])
+            figures[f"{shown} / FlexKV from host"] = median_ratio(host, ours["host"])
+    return figures | {
         "no hit: TTFT / without a connector": median_ratio(ours["cold"], took["none cold"]),
         "no hit: time of 16 prompts / without": median_ratio(ours["many"], took["none many"]),
     }

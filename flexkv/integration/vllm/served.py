@@ -59,7 +59,7 @@ class VllmServe:
         self._served, self._folder = served, folder
         self.address = f"ipc://{folder}/socket"
         """FlexKV's."""
-        self.port = _free_port()
+        self.port = free_port()
         self._log = folder / "vllm.log"
 
     def __enter__(self) -> Self:
@@ -194,7 +194,8 @@ def cached_tokens(answer: Any) -> int:
     return details.get("cached_tokens") or 0
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Give a port of this machine that nobody has, for now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
