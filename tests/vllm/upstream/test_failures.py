@@ -12,6 +12,8 @@ import signal
 import pytest
 from vllm.v1.request import FinishReason, Request, RequestStatus
 
+from flexkv.server.operator import command
+
 from .conftest import Make
 from .stand import PER_BLOCK, WAITING, Stand
 
@@ -84,6 +86,7 @@ def split(make: Make) -> Stand:
     """Give an engine whose host memory has lost part of a prompt, which is on SSD."""
     stand = make(kv_load_failure_policy="recompute", cache={"num_cpu_blocks": 14})
     stand.store(1, TOKENS)
+    command(stand.address, "flush")  # what is nowhere else would be lost
     stand.store(2, 8 * PER_BLOCK + 1)
     return stand
 
