@@ -10,16 +10,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
-import time
 import urllib.request
 from pathlib import Path
 from typing import Any, Self
 
-from flexkv.integration.vllm.served import free_port
-
-READY_S, END_S = 120.0, 60.0
+from flexkv.integration.vllm.served import Program, free_port
 
 
 def is_installed() -> bool:
@@ -27,46 +22,28 @@ def is_installed() -> bool:
     return importlib.util.find_spec("lmcache") is not None
 
 
-class LMCacheServer:
+class LMCacheServer(Program):
     """An `lmcache server` of this machine."""
 
     def __init__(self, folder: Path, chunk_tokens: int, host_gb: float) -> None:
         """Take where its log goes, and its sizes. A full one drops what comes."""
-        self._log = folder / "lmcache.log"
+        super().__init__(folder / "lmcache.log")
         self._chunk_tokens, self._host_gb = chunk_tokens, host_gb
         self._port, self._health_port = free_port(), free_port()
 
     def __enter__(self) -> Self:
         command_line = [
-            str(Path(sys.executable).parent / "lmcache"), "server",
+            "lmcache", "server",
             "--host", "127.0.0.1", "--port", str(self._port),
             "--http-host", "127.0.0.1", "--http-port", str(self._health_port),
             "--l1-size-gb", str(self._host_gb), "--eviction-policy", "LRU",
             "--chunk-size", str(self._chunk_tokens), "--shm-name", f"flexkv-peer-{os.getpid()}",
             "--supported-transfer-mode", "engine_driven",
         ]  # fmt: skip
-        environment = os.environ | {"LMCACHE_TRACK_USAGE": "false"}
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(command_line, env=environment, stdout=log, stderr=log)
-        until_s = time.monotonic() + READY_S
-        while True:
-            try:
-                healthy = f"http://127.0.0.1:{self._health_port}/healthcheck"
-                urllib.request.urlopen(healthy, timeout=5).close()
-            except OSError as error:
-                if self._process.poll() is not None or time.monotonic() > until_s:
-                    raise RuntimeError(self._log.read_text(errors="replace")[-4000:]) from error
-                time.sleep(0.5)
-            else:
-                return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._start(command_line, {"LMCACHE_TRACK_USAGE": "false"})
+        healthy = f"http://127.0.0.1:{self._health_port}/healthcheck"
+        self.wait_healthy(lambda: urllib.request.urlopen(healthy, timeout=5).close())
+        return self
 
     @property
     def connector(self) -> dict[str, Any]:

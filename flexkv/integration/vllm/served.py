@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,39 +53,20 @@ class Served:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-class VllmServe:
-    """Its processes, and what can be asked of it."""
+class Program:
+    """A server of this machine, from a command that was installed with this Python."""
 
-    def __init__(self, served: Served, folder: Path) -> None:
-        self._served, self._folder = served, folder
-        self.address = f"ipc://{folder}/socket"
-        """FlexKV's."""
-        self.port = free_port()
-        self._log = folder / "vllm.log"
+    def __init__(self, log: Path) -> None:
+        self._log = log
 
-    def __enter__(self) -> Self:
-        served, config = self._served, self._folder / "flexkv.json"
-        cache = {"ssd_cache_dir": str(self._folder), **served.settings.get("cache_config", {})}
-        settings = {"server_recv_port": self.address, "log_level": "warning", **served.settings}
-        config.write_text(json.dumps({**settings, "cache_config": cache}))
-        command_line = [
-            str(Path(sys.executable).parent / "vllm"), "serve", str(served.model),
-            "--served-model-name", MODEL_NAME, "--enforce-eager",
-            "--host", "127.0.0.1", "--port", str(self.port), *served.arguments,
-        ]  # fmt: skip
-        if served.connector is not None:
-            connector = json.dumps({"kv_role": "kv_both", **served.connector})
-            command_line += ["--kv-transfer-config", connector]
-        environment = {
-            **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_SERVER_DEV_MODE": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR", "FLEXKV_CONFIG_PATH": str(config),
-            **served.environment,
-        }  # fmt: skip
+    def _start(self, command_line: Sequence[str], environment: Mapping[str, str]) -> None:
+        name, *words = command_line
+        command_line = [str(Path(sys.executable).parent / name), *words]
+        environment = {**os.environ, **environment}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command_line, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
@@ -99,8 +81,8 @@ class VllmServe:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def wait_ready(self) -> None:
-        """Return once requests are taken.
+    def wait_healthy(self, look: Callable[[], object]) -> None:
+        """Return once a look at it raises no OSError.
 
         Raises:
             RuntimeError: it has ended, or takes too long; with what it said.
@@ -108,7 +90,7 @@ class VllmServe:
         until_s = time.monotonic() + READY_S
         while True:
             try:
-                self.request("GET", "/health")
+                look()
             except OSError as error:
                 if self._process.poll() is not None or time.monotonic() > until_s:
                     raise self.failed(error) from error
@@ -123,6 +105,45 @@ class VllmServe:
         wrong = next((i for i, line in enumerate(said) if "Traceback" in line), max(last, 0))
         lines = [f"{self._log}: {error}", *said[wrong : wrong + LOG_LINES]]
         return RuntimeError("\n".join(lines))
+
+
+class VllmServe(Program):
+    """Its processes, and what can be asked of it."""
+
+    def __init__(self, served: Served, folder: Path) -> None:
+        super().__init__(folder / "vllm.log")
+        self._served, self._folder = served, folder
+        self.address = f"ipc://{folder}/socket"
+        """FlexKV's."""
+        self.port = free_port()
+
+    def __enter__(self) -> Self:
+        served, config = self._served, self._folder / "flexkv.json"
+        cache = {"ssd_cache_dir": str(self._folder), **served.settings.get("cache_config", {})}
+        settings = {"server_recv_port": self.address, "log_level": "warning", **served.settings}
+        config.write_text(json.dumps({**settings, "cache_config": cache}))
+        command_line = [
+            "vllm", "serve", str(served.model),
+            "--served-model-name", MODEL_NAME, "--enforce-eager",
+            "--host", "127.0.0.1", "--port", str(self.port), *served.arguments,
+        ]  # fmt: skip
+        if served.connector is not None:
+            connector = json.dumps({"kv_role": "kv_both", **served.connector})
+            command_line += ["--kv-transfer-config", connector]
+        environment = {
+            "HF_HUB_OFFLINE": "1", "VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+            "FLEXKV_CONFIG_PATH": str(config), **served.environment,
+        }  # fmt: skip
+        self._start(command_line, environment)
+        return self
+
+    def wait_ready(self) -> None:
+        """Return once requests are taken.
+
+        Raises:
+            RuntimeError: it has ended, or takes too long; with what it said.
+        """
+        self.wait_healthy(lambda: self.request("GET", "/health"))
 
     def request(self, method: str, path: str, body: Any = None) -> bytes:
         """Give the body of an answer.
