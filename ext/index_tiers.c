@@ -15,15 +15,15 @@ static void place_detach(struct block_index *index, unsigned t, ref id)
 {
     struct tier *tier = &index->tier[t];
     struct place *place = &tier->places[id];
-    struct node *node = node_at(index, place->node);
+    ref number = place->node;
+    struct node *node = node_at(index, number);
 
-    if (place->state == PLACE_READY)
-        changes_note(index, place->node, t, false);
     node->place[t] = NONE;
     node_at(index, node->root)->place[t]--;
     place->node = NONE;
     if (place->state != PLACE_READY)
         return;
+    changes_note(index, number, t, false);
     policy_remove(tier, id);
     tier->ready--;
     if (place->pins) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from flexkv.common.request import Operation
+from flexkv.common.terms import BLOCK_KEY_BYTES
 from flexkv.index.keys import key_list
 from flexkv.index.residency import READY, Residency
 from flexkv.server.link import Link
@@ -66,7 +67,7 @@ class Watchers:
         if self._is_behind.get(link, True):
             return
         residency = self._residency
-        count = len(key_list(keys)) - 1
+        count = len(keys) // BLOCK_KEY_BYTES - 1
         there = [
             (key, tier.label, True)
             for group in residency.survey(keys, 0, count, use=False)
