@@ -36,6 +36,7 @@ BLOCK_MASK = (1 << SLOT_SHIFT) - 1
 
 class _UnderWay(NamedTuple):
     transfer: Transfer
+    slot: int
     since_s: float
 
 
@@ -122,12 +123,14 @@ class Instance:
     """The ranks of one instance that are connected.
 
     Attributes:
-        slot: of its device blocks; None while a rank is missing.
+        ranks: all of them; None while one is missing. A client that comes back finds the same.
+        slot: of its device blocks; None while a rank or the client is missing.
         num_blocks: that every rank has.
     """
 
     def __init__(self) -> None:
         self.ports: dict[int, AgentPort] = {}
+        self.ranks: RanksPort | None = None
         self.client: Link[ToServer] | None = None
         self.slot: int | None = None
         self.num_blocks = 0
@@ -146,7 +149,7 @@ class FleetPort(_Elsewhere):
         self.instances: dict[int, Instance] = {}
         self.order: str | None = None
         self._slots: dict[int, RanksPort] = {}
-        self._under_way: dict[int, dict[int, _UnderWay]] = {}
+        self._under_way: dict[int, _UnderWay] = {}
         self._deadline_s = deadline_s
         self._next_slot = 1
         self._ended: list[Completion] = []
@@ -187,7 +190,7 @@ class FleetPort(_Elsewhere):
     def leave(self, number: int, tp_rank: int) -> None:
         """Let a rank go: its instance has no slot until it is back."""
         instance = self.instances[number]
-        port, instance.slot = instance.ports.pop(tp_rank), None
+        port, instance.ranks, instance.slot = instance.ports.pop(tp_rank), None, None
         port.gone()
         if not port.is_dismissed:  # else the others are, too, or came after it
             for other in instance.ports.values():
@@ -221,15 +224,21 @@ class FleetPort(_Elsewhere):
             return
         if any(port.is_dismissed for port in instance.ports.values()):
             return
-        parts: list[list[AgentPort]] = [[] for _ in range(self._model.parts)]
-        for rank, port in sorted(instance.ports.items()):
-            parts[self._model.part_of(rank).number].append(port)
-        slot = instance.slot = self._next_slot
-        self._next_slot += 1
+        if instance.ranks is None:
+            instance.ranks = self._joined(instance.ports)
         instance.num_blocks = min(port.num_blocks for port in instance.ports.values())
-        ranks = self._slots[slot] = RanksPort(parts, self._host_blocks)
+        instance.slot = self._next_slot
+        self._slots[instance.slot] = instance.ranks
+        self._next_slot += 1
+
+    def _joined(self, ports: dict[int, AgentPort]) -> RanksPort:
+        parts: list[list[AgentPort]] = [[] for _ in range(self._model.parts)]
+        for rank, port in sorted(ports.items()):
+            parts[self._model.part_of(rank).number].append(port)
+        ranks = RanksPort(parts, self._host_blocks)
         if self._wake is not None:
             ranks.connect(self._wake)
+        return ranks
 
     def ids_of(self, instance: Instance, local_ids: BlockIds) -> BlockIds:
         """Give an instance's device blocks their ids among those of all.
@@ -266,8 +275,7 @@ class FleetPort(_Elsewhere):
                 self._wake()
             return
         local = theirs & BLOCK_MASK
-        under_way = self._under_way.setdefault(slot, {})
-        under_way[transfer.token] = _UnderWay(transfer, time.monotonic())
+        self._under_way[transfer.token] = _UnderWay(transfer, slot, time.monotonic())
         ranks.submit(
             Transfer(
                 transfer.token,
@@ -280,7 +288,7 @@ class FleetPort(_Elsewhere):
 
     def is_stuck(self, slot: int) -> bool:
         """Tell whether a slot's devices do not end what they have begun."""
-        oldest = next(iter(self._under_way.get(slot, {}).values()), None)
+        oldest = next((each for each in self._under_way.values() if each.slot == slot), None)
         return oldest is not None and time.monotonic() - oldest.since_s > self._deadline_s
 
     def _is_live(self, slot: int) -> bool:
@@ -292,16 +300,15 @@ class FleetPort(_Elsewhere):
     def reap(self) -> list[Completion]:
         """Give every transfer that ended since the last call, each exactly once."""
         ended, self._ended = self._ended, []
-        for slot, ranks in list(self._slots.items()):
-            under_way = self._under_way.get(slot, {})
+        for ranks in dict.fromkeys(self._slots.values()):  # several slots may have the same
             for token, error in ranks.reap():
-                transfer = under_way.pop(token).transfer
+                transfer, slot, _ = self._under_way.pop(token)
                 if error is None and transfer.route.target is Tier.HOST and not self._is_live(slot):
                     error = _gone(transfer)  # its blocks may have been others' by then
                 ended.append(Completion(token, error))
-            if not under_way and slot not in {each.slot for each in self.instances.values()}:
+        if over := self._slots.keys() - {each.slot for each in self.instances.values()}:
+            for slot in over - {each.slot for each in self._under_way.values()}:
                 del self._slots[slot]
-                self._under_way.pop(slot, None)
         return ended
 
     def close(self) -> None:

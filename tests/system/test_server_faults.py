@@ -125,6 +125,29 @@ def test_a_start_for_other_devices_is_refused(settings: Settings, launched: Laun
     client.close()
 
 
+def test_a_client_that_comes_back_uses_devices_that_still_copy_for_it(
+    settings: Settings, launched: Launched
+) -> None:
+    """What the devices end then is told to whom it is of, in whatever order."""
+    agent, client = Peer(settings, "agent"), Peer(settings, "client")
+    client.hear_ready()
+    client.put(1)
+    before = agent.hear(Copy)
+    client.close()
+    client = Peer(settings, "client")
+    client.hear_ready()
+    client.put(2)
+    agent.say(Copied(agent.hear(Copy).token))
+    assert client.hear(Done).status == "success"
+    agent.say(Copied(before.token))
+    client.put(3)
+    agent.say(Copied(agent.hear(Copy).token))
+    assert client.hear(Done).status == "success"
+    assert is_sound(settings)
+    agent.close()
+    client.close()
+
+
 def test_blocks_stay_lent_until_an_agent_that_errs_has_ended(
     settings: Settings, launched: Launched
 ) -> None:
