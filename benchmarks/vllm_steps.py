@@ -64,11 +64,12 @@ class _Scheduler:
         self._held: dict[str, _Request] = {}
         self._running: dict[str, _Request] = {}
         self._loading: dict[str, _Request] = {}
+        self._waiting: list[_Request] = []
         self._words = np.random.default_rng(0)
         self._known: list[list[int]] = []
         self._arrived = 0
         self.steps_s: list[float] = []
-        self.loads = 0
+        self.loads = self.put_off = 0
 
     def _prompt(self) -> list[int]:
         if self._arrived % 2 and self._known:
@@ -97,7 +98,8 @@ class _Scheduler:
             cached.new_block_ids.append((fresh,) if fresh else None)
             output.num_scheduled_tokens[request.request_id] = min(left, CHUNK_TOKENS)
         if len(self._running) + len(self._loading) < RUNNING and not self._prefilling():
-            new.append(self._arrive())
+            self._waiting = self._waiting or [self._arrive()]
+            new += self._waiting
         for request in [r for r in self._loading.values() if not r.waits]:
             del self._loading[request.request_id]
             new.append(request)
@@ -105,6 +107,11 @@ class _Scheduler:
             begin = time.perf_counter()
             if not request.num_computed_tokens:
                 extra, _ = self._side.get_num_new_matched_tokens(request, 0)
+                if extra is None:
+                    self.put_off += 1
+                    took += time.perf_counter() - begin
+                    continue
+                self._waiting.remove(request)
                 blocks = -(-(extra or CHUNK_TOKENS) // BLOCK)
                 request.block_ids = [self._free.pop() for _ in range(blocks)]
                 told = SimpleNamespace(get_block_ids=lambda r=request: (r.block_ids,))
@@ -204,4 +211,5 @@ def _measure(folder: Path, steps: int) -> Figures:
         "most, us": 1e6 * max(counted),
         "p99 / 1 ms": percentile(counted, 99) / 1e-3,
         "loads": float(scheduler.loads),
+        "prompts put off a step": float(scheduler.put_off),
     }

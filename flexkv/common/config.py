@@ -40,6 +40,13 @@ class Settings(ConfigModel):
         unit="ms",
         ge=1,
     )
+    match_wait_ms: float = key(
+        0.25,
+        "How long a scheduler's step waits for what the server finds of its new prompts, all in"
+        " all; a prompt of which it has not heard by then is looked at in the next step.",
+        unit="ms",
+        ge=0,
+    )
     server_client_mode: bool = key(
         False, "Accepted: the connectors of engines always use a server in another process."
     )

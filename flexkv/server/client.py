@@ -1,9 +1,9 @@
 """An engine's scheduler at a server: synchronous, in one thread, and never waiting for I/O.
 
-`match` asks and waits for the answer, some tens of microseconds; `start` only queues, `flush`
-sends what is queued, and `poll` does so too and gives what has ended meanwhile. A server that is
-gone costs hits, never a request: matches find nothing, what was under way is told as failed, and
-the client connects again by itself.
+`ask` sends a question, and `answer` gives what comes of it, some tens of microseconds later;
+`start` only queues, `flush` sends what is queued, and `poll` does so too and gives what has ended
+meanwhile. A server that is gone costs hits, never a request: matches find nothing, what was under
+way is told as failed, and the client connects again by itself.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class Client:
         self._keys = KeyChain(model, self._tokens_per_block, self._secret)
         self._socket: socket.socket | None = None
         self._unread, self._unsent = bytearray(), bytearray()
-        self._matched: Matched | None = None
+        self._asked: dict[int, float] = {}
+        self._matched: dict[int, Matched] = {}
         self._ended: list[Done] = []
         self._under_way: set[int] = set()
         self._retry_s = 0.0
@@ -118,22 +119,44 @@ class Client:
         Of those from `first` on it tells where they are. With `hold` they are kept from eviction,
         until `start` or `release` gets its number; with `tell` where they are comes by `changes`.
         """
+        number = self.ask(keys, first, hold, tell)
+        self.flush(self._answer_s)
+        while (matched := self.answer(number)) is None:
+            self._receive(self._answer_s)
+        return matched
+
+    def ask(self, keys: bytes, first: int = 0, hold: bool = False, tell: bool = False) -> int:
+        """Ask as `match` does, and give the number of the question for `answer`, or `release`."""
         number = self._number()
-        self._matched = None
         if self._send(Match(number, keys, first, hold, tell)):
-            until_s = time.monotonic() + self._answer_s
-            self.flush(self._answer_s)
-            while self._matched is None or self._matched.number != number:
-                if not self._receive(max(0.0, until_s - time.monotonic())):
-                    break
-            else:
-                return self._matched
-            if self._socket is not None:
+            self._asked[number] = time.monotonic()
+            self.flush()
+        return number
+
+    def answer(self, number: int, wait_s: float = 0.0) -> Matched | None:
+        """Give what came of a question, once; None if that is not known within `wait_s`.
+
+        It waits as for a lock that is held briefly: a thread that slept would be woken later than
+        that. A server that has not answered after `server_answer_ms` is as good as gone.
+        """
+        until_s = time.monotonic() + wait_s
+        while number in self._asked:
+            self.flush()
+            if self._receive(0.0):
+                continue
+            now_s = time.monotonic()
+            if now_s > self._asked.get(number, now_s) + self._answer_s:
                 self._lost(f"it did not answer within {self._answer_s} s")
-        return Matched(number, 0, {})
+            elif now_s >= until_s:
+                return None
+            os.sched_yield()
+        return self._matched.pop(number, None) or Matched(number, 0, {})
 
     def release(self, numbers: Sequence[int]) -> None:
-        """Let go of what matches hold."""
+        """Let go of what matches hold, or of questions."""
+        for number in numbers:
+            self._asked.pop(number, None)
+            self._matched.pop(number, None)
         if numbers and self._socket is not None:
             self._send(Release(tuple(numbers)))
 
@@ -300,7 +323,8 @@ class Client:
     def _take(self, message: FromServer) -> None:
         match message:
             case Matched():
-                self._matched = message
+                if self._asked.pop(message.number, None) is not None:
+                    self._matched[message.number] = message
             case Changed():
                 self._changes.append(message)
             case Done():
@@ -331,6 +355,8 @@ class Client:
         self._socket, self.is_ready = None, False
         self._unread.clear()
         self._unsent.clear()
+        self._asked.clear()
+        self._matched.clear()
         for number in list(self._under_way):
             self._fail(number, "the server is gone")
 

@@ -74,12 +74,18 @@ def output(*new: tuple[str, list[int]]) -> Any:
 class Rig:
     """A scheduler's side, its server, and the agent of its one rank."""
 
-    def __init__(self, folder: Path) -> None:
-        settings = settings_in(folder)
+    def __init__(self, folder: Path, match_wait_ms: float = 10_000) -> None:
+        settings = settings_in(folder).model_copy(update={"match_wait_ms": match_wait_ms})
         setup = Setup(MODEL, settings, 0, launches=True, tells_events=True)
         self.side = SchedulerSide(setup)
         self.agent = Peer(settings, "agent")
         eventually(self.side._ready)
+        assert self.side._launched is not None
+        self.pid = self.side._launched.pid
+
+    def status(self) -> Any:
+        """Give what the server says of itself."""
+        return command(self.side._setup.settings.server_recv_port, "status")["statistics"]
 
     def begin(self, name: str, blocks: list[int], seed: int = 0) -> Copy:
         """Prefill a request, and give the copy that stores it, under way."""
@@ -97,9 +103,9 @@ class Rig:
 
 
 @pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    """Give one."""
-    made = Rig(tmp_path)
+def rig(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
+    """Give one, whose steps wait for the server for as long as they have to, or else."""
+    made = Rig(tmp_path, *([request.param] if hasattr(request, "param") else []))
     yield made
     made.agent.close()
     made.side.close()
@@ -160,24 +166,79 @@ def test_a_step_does_not_wait_for_a_server_that_is_gone(rig: Rig, number: int) -
     """What its puts have read is not stored, nor are the step's own."""
     rig.begin("a", [1, 2, 3, 4])
     rig.side.get_num_new_matched_tokens(Request("b", 1000), 0)
-    assert rig.side._launched is not None
-    pid = rig.side._launched.pid
-    threading.Timer(0.05, lambda: os.kill(pid, number)).start()
+    threading.Timer(0.05, lambda: os.kill(rig.pid, number)).start()
     begin = time.monotonic()
     step = rig.side.build_connector_meta(output(("b", [9, 2, 3, 10])))
     assert time.monotonic() - begin < 1.0
     assert len(step.puts) == 1
-    os.kill(pid, signal.SIGCONT) if number is signal.SIGSTOP else None
+    os.kill(rig.pid, signal.SIGCONT) if number is signal.SIGSTOP else None
     for name in ("a", "b"):
         rig.side.request_finished(Request(name))
     eventually(lambda: (rig.side.build_connector_meta(output()), not rig.side._tracked)[1])
     assert not rig.side._readers.any()
 
 
-def test_a_load_slower_than_computing_is_not_offered(rig: Rig) -> None:
-    """The request is told once; and nothing is held for it."""
+def stored(rig: Rig) -> None:
+    """Store what request "a" has, and wait for that."""
     rig.agent.say(Copied(rig.begin("a", [1, 2, 3, 4]).token))
     eventually(lambda: (rig.side._poll(), not rig.side._tracked["a"].puts)[1])
+    rig.side.take_stats()
+
+
+def answered(rig: Rig, request: Request) -> tuple[int, bool]:
+    """Give what is told of a request at last."""
+    told: tuple[int | None, bool] = None, False
+
+    def asked() -> bool:
+        nonlocal told
+        told = rig.side.get_num_new_matched_tokens(request, 0)
+        return told[0] is not None
+
+    eventually(asked)
+    assert told[0] is not None
+    return told[0], told[1]
+
+
+@pytest.mark.parametrize("rig", [0.25], indirect=True)
+def test_a_prompt_of_which_the_server_says_nothing_is_put_off(rig: Rig) -> None:
+    """To the next step, and with the same question; what it holds goes with the request."""
+    stored(rig)
+    os.kill(rig.pid, signal.SIGSTOP)
+    requests = [Request("b"), Request("c"), Request("d", 1000)]
+    for _ in range(2):
+        asked = [rig.side.get_num_new_matched_tokens(request, 0) for request in requests]
+        assert asked == [(None, False)] * 3
+        rig.side.build_connector_meta(output())
+    os.kill(rig.pid, signal.SIGCONT)
+    assert rig.side.request_finished(requests[1]) is False
+    told = [answered(rig, request) for request in (requests[2], requests[0])]
+    assert told == [(0, False), (3 * PER_BLOCK, True)]
+    counts = rig.side.take_stats().reduce()
+    assert (counts["matches"], counts["late_matches"] >= 6) == (2, True)
+    assert rig.status()["tiers"]["host"]["pinned_blocks"] == 3
+    rig.side.request_finished(requests[0])
+    rig.side.build_connector_meta(output())
+    eventually(lambda: rig.status()["tiers"]["host"]["pinned_blocks"] == 0)
+
+
+@pytest.mark.parametrize("rig", [0.25], indirect=True)
+def test_a_server_that_says_nothing_for_long_is_left(rig: Rig) -> None:
+    """What was asked for is computed."""
+    stored(rig)
+    os.kill(rig.pid, signal.SIGSTOP)
+    requests = [Request("b"), Request("c")]
+    asked = [rig.side.get_num_new_matched_tokens(request, 0) for request in requests]
+    assert asked == [(None, False)] * 2
+    for request in requests:
+        eventually(lambda r=request: rig.side.get_num_new_matched_tokens(r, 0) == (0, False))
+    assert not rig.side.client.is_ready
+    os.kill(rig.pid, signal.SIGCONT)
+    eventually(lambda: rig.side.get_num_new_matched_tokens(Request("d"), 0)[0])
+
+
+def test_a_load_slower_than_computing_is_not_offered(rig: Rig) -> None:
+    """The request is told once; and nothing is held for it."""
+    stored(rig)
     costs = rig.side._costs
     assert costs is not None
     for _ in range(3):
@@ -189,8 +250,7 @@ def test_a_load_slower_than_computing_is_not_offered(rig: Rig) -> None:
         assert rig.side.get_num_new_matched_tokens(Request("c"), 0) == (0, False)
     assert rig.side.take_stats().reduce()["declined_blocks"] == 3
     rig.side.build_connector_meta(output())
-    status = command(rig.side._setup.settings.server_recv_port, "status")
-    assert status["statistics"]["claims"] == 0
+    assert rig.status()["claims"] == 0
 
 
 def test_what_needs_every_tokens_output_loads_nothing(rig: Rig) -> None:

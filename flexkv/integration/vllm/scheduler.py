@@ -3,6 +3,7 @@
 Per request, from vLLM's hooks:
 
     get_num_new_matched_tokens ─▶ match, held ──update_state_after_alloc──▶ load ─Done─▶ received
+                                  or "ask again": no step waits longer than `match_wait_ms`
     build_connector_meta       ─▶ whole blocks of this step: a put, which reads them after the
                                   forward; Done ─▶ its blocks may be used anew
     request_finished           ─▶ blocks stay until the puts that read them are done
@@ -34,7 +35,7 @@ from flexkv.integration.vllm.metadata import StepMetadata
 from flexkv.integration.vllm.prompt import features_of, scope_of
 from flexkv.integration.vllm.setup import Setup
 from flexkv.integration.vllm.stats import FlexKVStats
-from flexkv.integration.vllm.tracked import Load, Put, Tracked
+from flexkv.integration.vllm.tracked import Asked, Load, Put, Tracked
 from flexkv.server.client import Client
 from flexkv.server.launch import Launched
 from flexkv.server.operator import command
@@ -64,6 +65,7 @@ class SchedulerSide:
         self.client = Client(settings, setup.model, setup.instance, setup.tells_events)
         self._events = KVEvents(cache.tokens_per_block) if setup.tells_events else None
         self._costs = Costs() if cache.load_if_faster else None
+        self._wait_s = self._wait_left_s = settings.match_wait_ms / 1e3
         self._per_block = cache.tokens_per_block
         self._tracked: dict[str, Tracked] = {}
         self._of_number: dict[int, str] = {}
@@ -79,28 +81,27 @@ class SchedulerSide:
 
     # -- loads ----------------------------------------------------------------------------------
 
-    def get_num_new_matched_tokens(self, request: Any, computed: int) -> tuple[int, bool]:
+    def get_num_new_matched_tokens(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Give how many tokens behind the computed ones can be loaded, and that it takes a while.
+
+        None for the tokens when the server has not answered yet: to be asked again.
 
         Args:
             request: vLLM's.
             computed: tokens, whole blocks, that the device has.
         """
         tracked = self._track(request)
-        if not tracked.may_claim or tracked.scope is None or not self._ready():
+        self._ask(tracked, self._wanted(tracked, computed), computed // self._per_block)
+        if tracked.asked is None:
             return 0, False
-        if getattr(request, "skip_reading_prefix_cache", False):  # it wants every token's logits
-            return 0, False
-        # One token at least has to be computed: the last.
-        blocks = (request.num_tokens - 1) // self._per_block
-        if blocks * self._per_block <= computed:
-            return 0, False
-        keys = self._keys(tracked, blocks)
-        self._release(tracked)
+        begin_s = time.monotonic()
+        found = self.client.answer(tracked.asked.number, self._wait_left_s)
+        self._wait_left_s = max(0.0, self._wait_left_s - (time.monotonic() - begin_s))
+        if found is None:
+            self._count("late_matches")
+            return None, False
+        tracked.asked, tracked.found = None, found
         tracked.local_blocks = computed // self._per_block
-        asks, tracked.is_told = self._events is not None and not tracked.is_told, True
-        found = self.client.match(keys, tracked.local_blocks, hold=True, tell=asks)
-        tracked.found = found
         self._count("matches")
         extra = found.blocks * self._per_block - computed
         if extra > 0 and self._costs and not self._costs.is_worth_it(found.by_tier, extra):
@@ -112,6 +113,29 @@ class SchedulerSide:
             return extra, True
         self._release(tracked)
         return 0, False
+
+    def _wanted(self, tracked: Tracked, computed: int) -> int:
+        """Count the blocks of a prompt that could be loaded; 0 when none behind those computed."""
+        request = tracked.request
+        if not tracked.may_claim or tracked.scope is None or not self._ready():
+            return 0
+        if getattr(request, "skip_reading_prefix_cache", False):  # it wants every token's logits
+            return 0
+        # One token at least has to be computed: the last.
+        blocks: int = (request.num_tokens - 1) // self._per_block
+        return blocks if blocks * self._per_block > computed else 0
+
+    def _ask(self, tracked: Tracked, blocks: int, local_blocks: int) -> None:
+        """Ask what of so many blocks is resident, unless that is asked already."""
+        asked = tracked.asked
+        if asked is not None and asked[1:] == (blocks, local_blocks):
+            return
+        self._release(tracked)
+        if blocks:
+            keys = self._keys(tracked, blocks)
+            tell, tracked.is_told = self._events is not None and not tracked.is_told, True
+            number = self.client.ask(keys, local_blocks, hold=True, tell=tell)
+            tracked.asked = Asked(number, blocks, local_blocks)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, external: int) -> None:
         """Begin to load into the blocks that were given, if any are to be loaded.
@@ -184,6 +208,7 @@ class SchedulerSide:
             self._wait_for_readers(np.array(fresh, np.int64))
         self._note_readers()
         self.client.flush()
+        self._wait_left_s = self._wait_s
         if self._costs is not None:
             scheduled = output.num_scheduled_tokens.values()
             self._costs.step_begins(sum(count for count in scheduled if count > 1))
@@ -424,7 +449,11 @@ class SchedulerSide:
             self._events.forget(tracked.request, tracked.keys, tracked.noted)
 
     def _release(self, tracked: Tracked) -> None:
-        found, tracked.found = tracked.found, None
+        """Give up what a request asks for, or is offered."""
+        asked, found = tracked.asked, tracked.found
+        tracked.asked = tracked.found = None
+        if asked is not None:
+            self.client.release([asked.number])
         if found is not None and found.blocks:
             self.client.release([found.number])
 
@@ -441,10 +470,10 @@ class SchedulerSide:
             tokens, end = tracked.request.all_token_ids, blocks * self._per_block
             assert tracked.scope is not None
             if tracked.keys and not tracked.scope.extra_keys:
-                new_tokens = list(tokens[known * self._per_block : end])
-                tracked.keys = self.client.extended(tracked.keys, new_tokens)
+                behind = tokens[known * self._per_block : end]  # a list, whatever vLLM slices
+                tracked.keys = self.client.extended(tracked.keys, behind)
             else:
-                tracked.keys = self.client.keys(list(tokens[:end]), tracked.scope)
+                tracked.keys = self.client.keys(tokens[:end], tracked.scope)
             if self._events is not None:
                 tracked.noted = self._events.note(tracked.request, tracked.keys, tracked.noted)
         return tracked.keys

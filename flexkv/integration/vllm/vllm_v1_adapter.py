@@ -97,8 +97,8 @@ class FlexKVConnectorV1Impl:
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
-    ) -> tuple[int, bool]:
-        """Give how many more tokens can be loaded, and that it takes a while."""
+    ) -> tuple[int | None, bool]:
+        """Give how many more tokens can be loaded, and that it takes a while; None: ask again."""
         if self.scheduler is None:
             return 0, False
         return self.scheduler.get_num_new_matched_tokens(request, num_computed_tokens)

@@ -97,8 +97,11 @@ class Stand:
         self.address = f"ipc://{folder}/socket"
         tiers = {"num_cpu_blocks": 64, "num_ssd_blocks": 256, "ssd_cache_dir": str(folder)}
         # A slow machine is no fault here.
-        settings = {"server_recv_port": self.address, "server_answer_ms": int(WITHIN_S / 4 * 1e3),
-                    "log_level": "warning", "cache_config": {**tiers, **(cache or {})}}  # fmt: skip
+        settings = {
+            "server_recv_port": self.address, "server_answer_ms": int(WITHIN_S / 4 * 1e3),
+            "match_wait_ms": config.pop("match_wait_ms", WITHIN_S / 4 * 1e3),
+            "log_level": "warning", "cache_config": {**tiers, **(cache or {})},
+        }  # fmt: skip
         (folder / "flexkv.json").write_text(json.dumps(settings))
         monkeypatch.setenv("FLEXKV_CONFIG_PATH", str(folder / "flexkv.json"))
         # Of the tensor-parallel group only this is asked.
