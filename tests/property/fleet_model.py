@@ -1,0 +1,107 @@
+"""Instances as they should be in the server's fleet, with agents that the test answers for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from flexkv.common.config import ModelConfig
+from flexkv.common.terms import Tier, Transfer
+from flexkv.server.fleet import AgentPort, ids_from
+from flexkv.server.link import Link
+from flexkv.server.wire import Copy, Message, ToServer
+
+PART_BYTES = 64
+ONE_RANK = ModelConfig(num_layers=1, num_kv_heads=2, head_size=8, dtype="float16")
+MODELS = {
+    "one rank": ONE_RANK,
+    "two parts": ONE_RANK.model_copy(update={"tp_size": 2}),
+    "one part": ONE_RANK.model_copy(update={"tp_size": 3, "use_mla": True, "kv_dim": 1}),
+}
+
+
+class Wire(Link[ToServer]):
+    """A link without a socket: keeps what is asked until it is answered."""
+
+    is_open, has_hung_up = True, False
+
+    def __init__(self) -> None:
+        self.asked: dict[int, Copy] = {}
+
+    def send(self, message: Message) -> None:
+        """Keep a copy that is asked for."""
+        assert isinstance(message, Copy)
+        assert self.is_open
+        assert message.token not in self.asked
+        self.asked[message.token] = message
+
+    def end(self) -> None:
+        """Send no more."""
+        self.is_open = False
+
+
+class Rank:
+    """An agent: its port in the server, and what it is asked."""
+
+    def __init__(self, part: int, num_blocks: int) -> None:
+        self.part, self.wire, self.is_heard = part, Wire(), True
+        self.port = AgentPort(self.wire, PART_BYTES, num_blocks)
+
+
+class Place:
+    """An instance, as it should be in the fleet."""
+
+    def __init__(self) -> None:
+        self.client: Wire | None = None
+        self.ranks: dict[int, Rank] = {}
+        self.slot: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.client is not None or bool(self.ranks)
+
+    @property
+    def shape(self) -> tuple[Wire | None, int | None, dict[int, AgentPort]]:
+        """Give client, slot and ports."""
+        return self.client, self.slot, {rank: each.port for rank, each in self.ranks.items()}
+
+
+class Slot:
+    """What is an instance's, or was: with the ranks that it had."""
+
+    def __init__(self, number: int, place: Place) -> None:
+        self.number, self.place = number, place
+        self.ranks = list(place.ranks.values())
+        self.num_blocks = min(rank.port.num_blocks for rank in self.ranks)
+
+    @property
+    def is_live(self) -> bool:
+        """Tell whether it is its instance's now, and what is put may be believed."""
+        client = self.place.client
+        return self.place.slot == self.number and client is not None and not client.has_hung_up
+
+
+class Sent:
+    """A transfer, and which of its blocks were moved, by part or by rank."""
+
+    def __init__(self, transfer: Transfer, slot: Slot, pairs: list[tuple[int, int]]) -> None:
+        self.transfer, self.slot, self.pairs = transfer, slot, pairs
+        self.is_taken = slot.is_live
+        self.to_device = transfer.route.target is Tier.DEVICE
+        keys = slot.ranks if self.to_device else {rank.part for rank in slot.ranks}
+        self.moved: dict[Any, Counter[Any]] = {key: Counter() for key in keys}
+
+    def note_moved(self, rank: Rank, copy: Copy) -> None:
+        """Take what a rank has copied."""
+        assert copy.to_device == self.to_device
+        sides = ids_from(copy.host_ids).tolist(), ids_from(copy.device_ids).tolist()
+        self.moved[rank if self.to_device else rank.part].update(zip(*sides, strict=True))
+
+    @property
+    def is_over(self) -> bool:
+        """Tell whether nobody will say anything of it any more."""
+        return not any(self.transfer.token in rank.wire.asked for rank in self.slot.ranks)
+
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether every block was moved, on every rank or from every part, once."""
+        return all(moved == Counter(self.pairs) for moved in self.moved.values())

@@ -1,0 +1,252 @@
+"""The devices of instances whose clients and ranks come and go while transfers are under way.
+
+The fleet and its ports are real, and are called as the server calls them. Agents and clients are
+the test's: what an agent is asked stays with it until a rule answers it, in any order.
+"""
+
+from __future__ import annotations
+
+import os
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from flexkv.common.config import ModelConfig
+from flexkv.common.errors import ConfigError
+from flexkv.common.terms import Route, Tier, Transfer
+from flexkv.server.fleet import SLOT_SHIFT, FleetPort
+from flexkv.server.wire import Copied, ProtocolError
+from tests.property.fleet_model import MODELS, PART_BYTES, Place, Rank, Sent, Slot, Wire
+
+ORDER, HOST_BLOCKS, INSTANCES = "kv tokens heads dim", 1000, 2
+TO_DEVICE, TO_HOST = Route(Tier.HOST, Tier.DEVICE), Route(Tier.DEVICE, Tier.HOST)
+
+RUNS = int(os.environ.get("FLEET_RUNS", "100"))
+INSTANCE, BLOCKS = st.integers(0, INSTANCES - 1), st.integers(1, 5)
+ROUTE, ERROR = st.sampled_from((TO_HOST, TO_DEVICE)), st.sampled_from(("", "", "", "it cannot"))
+
+
+class FleetMachine(RuleBasedStateMachine):
+    """Lets hypothesis choose who comes, goes and answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = [Place() for _ in range(INSTANCES)]
+        self.slots: list[Slot] = []
+        self.sent: dict[int, Sent] = {}
+        self.next_token = 0
+        self.is_woken = False
+
+    @initialize(model=st.sampled_from(list(MODELS.values())))
+    def open(self, model: ModelConfig) -> None:
+        """Start with every instance whole. What is under way is late at once."""
+        self.model = model
+        self.fleet = FleetPort(model, HOST_BLOCKS, model.parts * PART_BYTES, deadline_s=-1.0)
+        self.fleet.connect(lambda: setattr(self, "is_woken", True))
+        for instance in range(INSTANCES):
+            self.mend(instance)
+
+    # -- who comes and goes ---------------------------------------------------------------------
+
+    @rule(instance=INSTANCE, hangs_up=st.booleans())
+    def client_goes(self, instance: int, hangs_up: bool) -> None:
+        """A client goes; if it only hangs up, the server has yet to receive that."""
+        place = self.places[instance]
+        if hangs_up and place.client is not None:
+            place.client.has_hung_up = True
+        elif place.client is not None:
+            place.client = place.slot = None
+            self.fleet.detach(instance)
+
+    @rule(instance=INSTANCE)
+    def client_comes(self, instance: int) -> None:
+        """A client connects, or comes back: the server has heard that the one before has gone."""
+        self.client_goes(instance, False)
+        assert self.fleet.client_of(instance) is None
+        client = self.places[instance].client = Wire()
+        self.fleet.attach(instance, client)
+        self._note_slot(instance)
+
+    @rule(instance=INSTANCE)
+    def mend(self, instance: int) -> None:
+        """Whoever is not there, or of no use any more, comes anew."""
+        place = self.places[instance]
+        for rank in range(self.model.tp_size):
+            if rank in place.ranks and not place.ranks[rank].wire.is_open:
+                self.rank_leaves(instance, rank)
+        for rank in range(self.model.tp_size):
+            if rank not in place.ranks:
+                self.rank_joins(instance, rank, 8)
+        if place.client is None or place.client.has_hung_up:
+            self.client_comes(instance)
+
+    @rule(instance=INSTANCE, rank=st.integers(0, 2), blocks=st.integers(5, 9))
+    def rank_joins(self, instance: int, rank: int, blocks: int) -> None:
+        """An agent connects; a second one of a rank is refused."""
+        place, number = self.places[instance], rank % self.model.tp_size
+        joining = Rank(self.model.part_of(number).number, blocks)
+        if number in place.ranks:
+            with pytest.raises(ConfigError, match="is connected already"):
+                self.fleet.join(instance, number, joining.port, ORDER)
+            return
+        self.fleet.join(instance, number, joining.port, ORDER)
+        place.ranks[number] = joining
+        self._note_slot(instance)
+
+    @rule(instance=INSTANCE, rank=st.integers(0, 2))
+    def rank_leaves(self, instance: int, rank: int) -> None:
+        """An agent's connection ends, whatever it was asked; the others are to come anew."""
+        place, number = self.places[instance], rank % self.model.tp_size
+        if (leaving := place.ranks.pop(number, None)) is not None:
+            others = [each.port for each in place.ranks.values()]
+            dismissed = [not leaving.port.is_dismissed or port.is_dismissed for port in others]
+            place.slot = None
+            self.fleet.leave(instance, number)
+            leaving.wire.asked.clear()
+            assert [port.is_dismissed for port in others] == dismissed
+
+    @rule(instance=INSTANCE, rank=st.integers(0, 2))
+    def rank_errs(self, instance: int, rank: int) -> None:
+        """An agent says what it may not: nothing that it says later is heard."""
+        erring = self.places[instance].ranks.get(rank)
+        if erring is not None and erring.is_heard:
+            with pytest.raises(ProtocolError, match="not under way"):
+                erring.port.copied(Copied(-1))
+            erring.wire.end()
+            erring.is_heard = False
+
+    def _note_slot(self, number: int) -> None:
+        """Check that an instance has a slot when it should, and one that none had before."""
+        place, instance = self.places[number], self.fleet.instances[number]
+        ranks = place.ranks.values()
+        assert place.slot is None
+        is_whole = place.client is not None and len(ranks) == self.model.tp_size
+        if not is_whole or any(rank.port.is_dismissed for rank in ranks):
+            assert instance.slot is None
+            return
+        assert instance.slot is not None
+        assert instance.slot not in {slot.number for slot in self.slots}
+        place.slot = instance.slot
+        self.slots.append(Slot(place.slot, place))
+        assert instance.num_blocks == self.slots[-1].num_blocks
+
+    # -- transfers ------------------------------------------------------------------------------
+
+    @rule(ages=st.lists(st.integers(0, 3), min_size=1, max_size=3), route=ROUTE, blocks=BLOCKS)
+    def submit(self, ages: list[int], route: Route, blocks: int) -> None:
+        """The engine begins transfers of slots, which may be gone by now."""
+        for age in ages:
+            self._submit(self.slots[-1 - age % len(self.slots)], route, blocks)
+
+    def _submit(self, slot: Slot, route: Route, blocks: int) -> None:
+        token = self.next_token
+        self.next_token += 1
+        host = np.arange(blocks) + token % (HOST_BLOCKS - blocks)
+        local = (np.arange(blocks) + token) % slot.num_blocks
+        device = local | (slot.number << SLOT_SHIFT)
+        sides = (host, device) if route == TO_DEVICE else (device, host)
+        transfer = Transfer(token, 0, route, *sides)
+        pairs = list(zip(host.tolist(), local.tolist(), strict=True))
+        self.sent[token] = Sent(transfer, slot, pairs)
+        self.fleet.submit(transfer)
+        assert self.sent[token].is_taken or self.sent[token].is_over
+
+    @rule(numbers=st.lists(st.integers(0, 99), min_size=1, max_size=4), error=ERROR)
+    def answer(self, numbers: list[int], error: str) -> None:
+        """Agents end some of the copies that they were asked for, be they dismissed meanwhile."""
+        ranks = [rank for place in self.places for rank in place.ranks.values() if rank.is_heard]
+        for number in numbers:
+            asked = [(rank, token) for rank in ranks for token in rank.wire.asked]
+            if asked:
+                rank, token = asked[number % len(asked)]
+                copy = rank.wire.asked.pop(token)
+                if not error:
+                    self.sent[token].note_moved(rank, copy)
+                rank.port.copied(Copied(token, error))
+
+    @rule()
+    def reap(self) -> None:
+        """The engine takes exactly the ends that there are, and believes what it may."""
+        self.is_woken = False
+        ended = self.fleet.reap()
+        over = {token for token, sent in self.sent.items() if sent.is_over}
+        assert sorted(token for token, _ in ended) == sorted(over)
+        for token, error in ended:
+            sent = self.sent.pop(token)
+            is_believed = sent.is_whole and (sent.to_device or sent.slot.is_live)
+            assert (error is None) == is_believed, (token, error)
+        kept = {sent.slot.number for sent in self.sent.values()}
+        kept |= {place.slot for place in self.places if place.slot is not None}
+        assert self.fleet._slots.keys() == kept
+
+    @invariant()
+    def agrees(self) -> None:
+        """Who waits for an end is woken; slots are those of who is there, and late ones known."""
+        assert self.is_woken or not any(sent.is_over for sent in self.sent.values())
+        instances = self.fleet.instances.items()
+        seen = {number: (each.client, each.slot, each.ports) for number, each in instances}
+        assert seen == {number: each.shape for number, each in enumerate(self.places) if each}
+        busy = {sent.slot.number for sent in self.sent.values() if sent.is_taken}
+        for slot in self.slots:
+            assert self.fleet.is_stuck(slot.number) == (slot.number in busy)
+
+    def teardown(self) -> None:
+        """The server closes: when everybody has gone, nothing is left."""
+        for number, place in enumerate(self.places):
+            self.client_goes(number, False)
+            for rank in list(place.ranks):
+                place.ranks[rank].wire.end()
+                self.rank_leaves(number, rank)
+        if hasattr(self, "fleet"):
+            self.reap()
+            left = self.sent, self.fleet._slots, self.fleet._under_way, self.fleet.instances
+            assert left == ({}, {}, {}, {})
+            self.fleet.close()
+
+
+TestFleet = FleetMachine.TestCase
+TestFleet.settings = settings(max_examples=100, stateful_step_count=40)
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_random_comings_and_goings(model: ModelConfig) -> None:
+    """FLEET_RUNS seeded runs for each model, in which answers are likelier than farewells."""
+    for seed in range(RUNS):
+        random, machine = Random(seed), FleetMachine()
+        machine.open(model)
+        try:
+            for _ in range(200):
+                random_step(machine, random)
+                machine.agrees()
+            machine.teardown()
+        except BaseException as error:
+            error.add_note(f"seed {seed}")
+            raise
+
+
+def random_step(machine: FleetMachine, random: Random) -> None:
+    """Do one thing."""
+    choice, instance, rank = random.random(), random.randrange(INSTANCES), random.randrange(3)
+    if choice < 0.25:
+        ages = random.choices(range(4), k=2)
+        machine.submit(ages, random.choice((TO_HOST, TO_DEVICE)), random.randint(1, 5))
+    elif choice < 0.5:
+        machine.answer(random.choices(range(100), k=3), random.choice(("", "", "", "it cannot")))
+    elif choice < 0.7:
+        machine.reap()
+    elif choice < 0.8:
+        machine.mend(instance)
+    elif choice < 0.86:
+        machine.client_goes(instance, random.random() < 0.5)
+    elif choice < 0.92:
+        machine.client_comes(instance)
+    elif choice < 0.95:
+        machine.rank_joins(instance, rank, random.randint(5, 9))
+    elif choice < 0.98:
+        machine.rank_leaves(instance, rank)
+    else:
+        machine.rank_errs(instance, rank)
