@@ -64,13 +64,13 @@ class Watchers:
     def tell_of(self, link: Link[ToServer], keys: bytes) -> None:
         """Tell a client where the blocks of a prompt are: it may never have heard of them."""
         self.tell()
-        if self._is_behind.get(link, True):
+        count, rest = divmod(len(keys), BLOCK_KEY_BYTES)
+        if rest or not count or self._is_behind.get(link, True):  # they may be no keys
             return
         residency = self._residency
-        count = len(keys) // BLOCK_KEY_BYTES - 1
         there = [
             (key, tier.label, True)
-            for group in residency.survey(keys, 0, count, use=False)
+            for group in residency.survey(keys, 0, count - 1, use=False)
             for tier, state, ids in zip(residency.tiers, group.states, group.block_ids, strict=True)
             if state == READY and ids is not None
             for key in key_list(residency.keys_of(tier, ids))

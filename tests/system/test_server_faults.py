@@ -35,6 +35,7 @@ from flexkv.server.wire import (
     Matched,
     Settle,
     Settled,
+    Start,
     State,
     framed,
 )
@@ -264,6 +265,21 @@ def test_nonsense_ends_its_connection_only(settings: Settings, launched: Launche
     with pytest.raises(ConfigError, match="num_blocks"):
         connect_agent_of(settings, 1 << 50)
     assert is_sound(settings)
+
+
+@pytest.mark.parametrize("keys", [b"", b"x" * 15, b"x" * 37])
+def test_a_put_of_what_are_no_keys_fails(
+    settings: Settings, launched: Launched, keys: bytes
+) -> None:
+    """Who watches is told where the blocks are of a put that moved none: here there are none."""
+    agent, client = Peer(settings, "agent"), Peer(settings, "client", watches=True)
+    client.hear_ready()
+    for slot in (client.slot, client.slot + 1):
+        client.say(Start(1, "put", keys, 0, b"", slot))
+        assert client.hear(Done).status == "failed"
+    assert is_sound(settings)
+    agent.close()
+    client.close()
 
 
 def connect_agent_of(settings: Settings, num_blocks: int) -> None:
