@@ -302,6 +302,8 @@ class Agent:
             async with asyncio.timeout(SETTLE_S):
                 await settled.wait()
         except TimeoutError:
+            if settled.is_set():  # just now; if its connection ended, the next may be here by now
+                return
             log.warning("server_left", path=self._address, reason=f"no answer in {SETTLE_S} s")
             self._leaving = True  # what it still asks for is not done, nor answered
             await self._wait_drained()

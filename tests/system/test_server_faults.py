@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -22,9 +23,11 @@ from flexkv.io.arena import Arena
 from flexkv.server.agent import Agent
 from flexkv.server.greet import connect
 from flexkv.server.launch import Launched
+from flexkv.server.link import Link
 from flexkv.server.listen import Listener
 from flexkv.server.operator import command
 from flexkv.server.wire import (
+    FROM_SERVER,
     PROTOCOL_VERSION,
     Changed,
     Copied,
@@ -180,6 +183,25 @@ def test_blocks_stay_lent_until_an_agent_that_errs_has_ended(
     assert client.hear(Done).status == "failed"
     other.close()
     client.close()
+
+
+async def test_a_settle_that_ends_with_its_connection_leaves_no_other(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is late in the very turn in which the connection ends: the next one is served."""
+    monkeypatch.setattr("flexkv.server.agent.SETTLE_S", 0.0)
+    agent, loop = Agent("unix:///nowhere", MODEL, settings.cache_config), asyncio.get_running_loop()
+    ours, theirs = socket.socketpair()
+    link = agent._link = await Link.over(ours, FROM_SERVER)
+    settling = loop.create_task(agent._settle((1,)))
+    await asyncio.sleep(0)
+    loop.call_soon(agent._forget)
+    await settling
+    assert not agent._leaving
+    assert link.is_open
+    link.close()
+    await link.wait_closed()
+    theirs.close()
 
 
 @pytest.mark.parametrize("launched", [TWO_RANKS], indirect=True)
