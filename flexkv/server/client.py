@@ -136,8 +136,9 @@ class Client:
     def answer(self, number: int, wait_s: float = 0.0) -> Matched | None:
         """Give what came of a question, once; None if that is not known within `wait_s`.
 
-        It waits as for a lock that is held briefly: a thread that slept would be woken later than
-        that. A server that has not answered after `server_answer_ms` is as good as gone.
+        It waits in a loop, as for a lock that is held briefly: a thread that sleeps, or yields its
+        CPU, may get it back a millisecond later. A server that has not
+        answered after `server_answer_ms` is as good as gone.
         """
         until_s = time.monotonic() + wait_s
         while number in self._asked:
@@ -149,7 +150,6 @@ class Client:
                 self._lost(f"it did not answer within {self._answer_s} s")
             elif now_s >= until_s:
                 return None
-            os.sched_yield()
         return self._matched.pop(number, None) or Matched(number, 0, {})
 
     def release(self, numbers: Sequence[int]) -> None:
