@@ -37,36 +37,37 @@ ARGUMENTS = (
 ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 SIZES = Sizes()
 
-Serve = Callable[[dict[str, Any]], VllmServe]
+Serve = Callable[..., VllmServe]
 
 
 @pytest.fixture
 def serve(model: str, tmp_path: Path) -> Iterator[Serve]:
     """Give what serves the model with a connector, always over the same folder."""
     cache = {"num_cpu_blocks": 1024, "num_ssd_blocks": 2048, "load_if_faster": False}
-    settings = {"cache_config": cache, "server_answer_ms": 10_000}
+    settings = {"cache_config": cache, "server_answer_ms": 60_000}
     with ExitStack() as stack:
 
-        def begin(connector: dict[str, Any]) -> VllmServe:
-            served = Served(Path(model), connector, settings, ARGUMENTS, ENVIRONMENT)
+        def begin(connector: dict[str, Any], engines: int = 1) -> VllmServe:
+            arguments = *ARGUMENTS, "--data-parallel-size", str(engines)
+            served = Served(Path(model), connector, settings, arguments, ENVIRONMENT)
             engine = stack.enter_context(VllmServe(served, tmp_path))
             engine.wait_ready()
-            wait_lent(engine)
+            wait_lent(engine, engines)
             return engine
 
         yield begin
 
 
-def wait_lent(engine: VllmServe) -> None:
-    """Return once FlexKV has the engine's memory: it answers without, too."""
+def wait_lent(engine: VllmServe, engines: int) -> None:
+    """Return once FlexKV has the memory of every engine: they answer without, too."""
     until_s = time.monotonic() + 60
-    ranks: list[int] = []
-    while ranks != [0]:
-        assert time.monotonic() < until_s, "the engine's memory was not lent"
+    lent: dict[str, list[int]] = {}
+    while lent != {str(number): [0] for number in range(engines)}:
+        assert time.monotonic() < until_s, f"memory was not lent: {lent}"
         time.sleep(0.05)
         with suppress(BackendUnavailableError):
             instances = command(engine.address, "status")["instances"]
-            ranks = instances.get("0", {}).get("ranks", [])
+            lent = {number: instance["ranks"] for number, instance in instances.items()}
 
 
 def by_curl(engine: VllmServe, prompt: list[int]) -> tuple[list[int], int]:
@@ -81,7 +82,7 @@ def by_curl(engine: VllmServe, prompt: list[int]) -> tuple[list[int], int]:
     return token_ids(answer), cached_tokens(answer)
 
 
-def converse(engine: VllmServe) -> Conversations:
+def converse(engine: VllmServe, turns: int = SIZES.turns) -> Conversations:
     """Ask in every conversation at once, turn by turn; in the first by curl."""
     conversations = Conversations(SIZES)
 
@@ -92,7 +93,7 @@ def converse(engine: VllmServe) -> Conversations:
         return engine.complete(prompt, SIZES.answer_tokens)
 
     with ThreadPoolExecutor(SIZES.conversations) as pool:
-        for _ in range(SIZES.turns):
+        for _ in range(turns):
             answered = list(pool.map(ask, range(SIZES.conversations)))
             conversations.answered([ids for ids, _ in answered], [hit for _, hit in answered])
     return conversations
@@ -130,3 +131,30 @@ def test_answers_over_http_are_equal_and_a_killed_engine_is_warm(
     assert counted(engine, "vllm:external_prefix_cache_hits_total") > 1000
     assert counted(engine, "flexkv_connector_loaded_blocks_total") > 100
     assert counted(engine, "flexkv_connector_failed_blocks_total") == 0
+
+
+def until_idle(engine: VllmServe) -> None:
+    """Return once nothing is under way any more."""
+    until_s = time.monotonic() + 100
+    while command(engine.address, "status")["statistics"]["claims"]:
+        assert time.monotonic() < until_s, "puts are under way still"
+        time.sleep(0.05)
+
+
+def test_engines_of_one_vllm_share_a_server(serve: Serve, expected: dict[str, Any]) -> None:
+    """Data parallel: each engine answers as one does, and hits what the other has stored."""
+    engine = serve(SHIM, engines=2)
+    conversations = converse(engine, turns=3)
+    assert conversations.answers == expected["answers"][:3]
+    cached = 0
+    for seed in range(1, 6):  # the kernel may keep a process from the CPU for a minute
+        prompt = Conversations(Sizes(seed=seed)).prompts[0]
+        answer, _ = engine.complete(prompt, SIZES.answer_tokens, dp_rank=0)
+        until_idle(engine)
+        again, cached = engine.complete(prompt, SIZES.answer_tokens, dp_rank=1)
+        assert again == answer
+        if cached:
+            break
+    assert cached == len(prompt) // 32 * 32
+    instances = command(engine.address, "status")["instances"]
+    assert [each["client"] for each in instances.values()] == [True, True]

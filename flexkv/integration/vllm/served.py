@@ -145,8 +145,8 @@ class VllmServe(Program):
         """
         self.wait_healthy(lambda: self.request("GET", "/health"))
 
-    def request(self, method: str, path: str, body: Any = None) -> bytes:
-        """Give the body of an answer.
+    def request(self, method: str, path: str, body: Any = None, **headers: str) -> bytes:
+        """Give the body of an answer; in the names of headers "_" stands for "-".
 
         Raises:
             OSError: nobody answers, or with another status than 200.
@@ -154,7 +154,8 @@ class VllmServe(Program):
         peer = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_S)
         try:
             told = None if body is None else json.dumps(body)
-            peer.request(method, path, told, {"Content-Type": "application/json"})
+            more = {name.replace("_", "-"): value for name, value in headers.items()}
+            peer.request(method, path, told, {"Content-Type": "application/json", **more})
             with peer.getresponse() as answer:
                 said = answer.read()
         finally:
@@ -163,9 +164,16 @@ class VllmServe(Program):
             raise OSError(f"{path}: {answer.status} {said[:400].decode(errors='replace')}")
         return said
 
-    def complete(self, prompt: list[int], tokens: int) -> tuple[list[int], int]:
-        """Give the greedy answer to a prompt, and how many of its tokens were not computed."""
-        answer = json.loads(self.request("POST", "/v1/completions", completion(prompt, tokens)))
+    def complete(
+        self, prompt: list[int], tokens: int, dp_rank: int | None = None
+    ) -> tuple[list[int], int]:
+        """Give the greedy answer to a prompt, and how many of its tokens were not computed.
+
+        With `dp_rank` that data-parallel engine answers, else whichever.
+        """
+        headers = {} if dp_rank is None else {"X_data_parallel_rank": str(dp_rank)}
+        body = completion(prompt, tokens)
+        answer = json.loads(self.request("POST", "/v1/completions", body, **headers))
         return token_ids(answer), cached_tokens(answer)
 
     def first_token_s(self, prompt: list[int], tokens: int = 4) -> float:
