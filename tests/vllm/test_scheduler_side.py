@@ -22,6 +22,7 @@ from tests.system.serving import Peer, eventually, settings_in
 
 pytest.importorskip("vllm")
 
+from flexkv.integration.vllm import questions
 from flexkv.integration.vllm import setup as vllm_setup
 from flexkv.integration.vllm.scheduler import SchedulerSide
 from flexkv.integration.vllm.setup import Setup
@@ -219,6 +220,25 @@ def test_a_prompt_of_which_the_server_says_nothing_is_put_off(rig: Rig) -> None:
     rig.side.request_finished(requests[0])
     rig.side.build_connector_meta(output())
     eventually(lambda: rig.status()["tiers"]["host"]["pinned_blocks"] == 0)
+
+
+@pytest.mark.parametrize("rig", [0.25], indirect=True)
+def test_prompts_that_wait_in_line_hold_little_and_not_for_long(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM goes through all of them while each is put off, and comes back to the first ones."""
+    stored(rig)
+    os.kill(rig.pid, signal.SIGSTOP)
+    requests = [Request(f"{n}") for n in range(3 * questions.ASKED_MAX)]
+    asked = [rig.side.get_num_new_matched_tokens(request, 0) for request in requests]
+    assert asked == [(None, False)] * len(requests)
+    os.kill(rig.pid, signal.SIGCONT)
+    rig.side.build_connector_meta(output())
+    eventually(lambda: rig.status()["claims"] == questions.ASKED_MAX)
+    monkeypatch.setattr(questions, "KEPT_S", 0.0)
+    rig.side.build_connector_meta(output())
+    eventually(lambda: rig.status()["claims"] == 0)
+    assert answered(rig, requests[-1]) == answered(rig, requests[0]) == (3 * PER_BLOCK, True)
 
 
 @pytest.mark.parametrize("rig", [0.25], indirect=True)

@@ -33,9 +33,10 @@ from flexkv.integration.vllm.costs import Costs
 from flexkv.integration.vllm.events import KVEvents
 from flexkv.integration.vllm.metadata import StepMetadata
 from flexkv.integration.vllm.prompt import features_of, scope_of
+from flexkv.integration.vllm.questions import Questions
 from flexkv.integration.vllm.setup import Setup
 from flexkv.integration.vllm.stats import FlexKVStats
-from flexkv.integration.vllm.tracked import Asked, Load, Put, Tracked
+from flexkv.integration.vllm.tracked import Load, Put, Tracked
 from flexkv.server.client import Client
 from flexkv.server.launch import Launched
 from flexkv.server.operator import command
@@ -65,7 +66,7 @@ class SchedulerSide:
         self.client = Client(settings, setup.model, setup.instance, setup.tells_events)
         self._events = KVEvents(cache.tokens_per_block) if setup.tells_events else None
         self._costs = Costs() if cache.load_if_faster else None
-        self._wait_s = self._wait_left_s = settings.match_wait_ms / 1e3
+        self._questions = Questions(self.client, settings.match_wait_ms)
         self._per_block = cache.tokens_per_block
         self._tracked: dict[str, Tracked] = {}
         self._of_number: dict[int, str] = {}
@@ -90,18 +91,19 @@ class SchedulerSide:
             request: vLLM's.
             computed: tokens, whole blocks, that the device has.
         """
-        tracked = self._track(request)
-        self._ask(tracked, self._wanted(tracked, computed), computed // self._per_block)
-        if tracked.asked is None:
-            return 0, False
-        begin_s = time.monotonic()
-        found = self.client.answer(tracked.asked.number, self._wait_left_s)
-        self._wait_left_s = max(0.0, self._wait_left_s - (time.monotonic() - begin_s))
+        tracked, local_blocks = self._track(request), computed // self._per_block
+        blocks = self._wanted(tracked, computed)
+        if not self._questions.has(request.request_id, blocks, local_blocks):
+            self._release(tracked)
+            if not blocks:
+                return 0, False
+            if not self._questions.is_full:
+                self._ask(tracked, blocks, local_blocks)
+        found = self._questions.answer(request.request_id)
         if found is None:
             self._count("late_matches")
             return None, False
-        tracked.asked, tracked.found = None, found
-        tracked.local_blocks = computed // self._per_block
+        tracked.found, tracked.local_blocks = found, local_blocks
         self._count("matches")
         extra = found.blocks * self._per_block - computed
         if extra > 0 and self._costs and not self._costs.is_worth_it(found.by_tier, extra):
@@ -126,16 +128,10 @@ class SchedulerSide:
         return blocks if blocks * self._per_block > computed else 0
 
     def _ask(self, tracked: Tracked, blocks: int, local_blocks: int) -> None:
-        """Ask what of so many blocks is resident, unless that is asked already."""
-        asked = tracked.asked
-        if asked is not None and asked[1:] == (blocks, local_blocks):
-            return
-        self._release(tracked)
-        if blocks:
-            keys = self._keys(tracked, blocks)
-            tell, tracked.is_told = self._events is not None and not tracked.is_told, True
-            number = self.client.ask(keys, local_blocks, hold=True, tell=tell)
-            tracked.asked = Asked(number, blocks, local_blocks)
+        """Ask what of so many blocks is resident."""
+        keys = self._keys(tracked, blocks)[: (blocks + 1) * BLOCK_KEY_BYTES]
+        tell, tracked.is_told = self._events is not None and not tracked.is_told, True
+        self._questions.ask(tracked.request.request_id, keys, local_blocks, tell)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, external: int) -> None:
         """Begin to load into the blocks that were given, if any are to be loaded.
@@ -150,7 +146,6 @@ class SchedulerSide:
             return
         if not external:  # another connector's offer was taken
             self._release(tracked)
-            return
             return
         (ids,) = blocks.get_block_ids()
         first = tracked.local_blocks
@@ -207,8 +202,8 @@ class SchedulerSide:
         if fresh and self._puts_under_way:
             self._wait_for_readers(np.array(fresh, np.int64))
         self._note_readers()
+        self._questions.step_is_made()
         self.client.flush()
-        self._wait_left_s = self._wait_s
         if self._costs is not None:
             scheduled = output.num_scheduled_tokens.values()
             self._costs.step_begins(sum(count for count in scheduled if count > 1))
@@ -450,10 +445,8 @@ class SchedulerSide:
 
     def _release(self, tracked: Tracked) -> None:
         """Give up what a request asks for, or is offered."""
-        asked, found = tracked.asked, tracked.found
-        tracked.asked = tracked.found = None
-        if asked is not None:
-            self.client.release([asked.number])
+        self._questions.give_up(tracked.request.request_id)
+        found, tracked.found = tracked.found, None
         if found is not None and found.blocks:
             self.client.release([found.number])
 

@@ -25,14 +25,6 @@ class Load:
         self.again_s, self.until_s = 0.0, time.monotonic() + ROOM_S
 
 
-class Asked(NamedTuple):
-    """A question under way: its number, and how many blocks it is about, behind which ones."""
-
-    number: int
-    blocks: int
-    local_blocks: int
-
-
 class Put(NamedTuple):
     """A put under way: from which block on, and the device blocks that it reads."""
 
@@ -44,8 +36,8 @@ class Tracked:
     """What is known of one of vLLM's requests."""
 
     __slots__ = (
-        "asked", "block_ids", "features", "finished", "found", "is_told", "keys", "load",
-        "local_blocks", "may_claim", "noted", "puts", "request", "scope", "stored_blocks",
+        "block_ids", "features", "finished", "found", "is_told", "keys", "load", "local_blocks",
+        "may_claim", "noted", "puts", "request", "scope", "stored_blocks",
     )  # fmt: skip
 
     def __init__(self, request: Any) -> None:
@@ -58,7 +50,6 @@ class Tracked:
         self.stored_blocks = 0
         self.may_claim = True
         self.load: Load | None = None
-        self.asked: Asked | None = None
         self.found: Matched | None = None
         """What is offered to it, and held."""
         self.is_told = False

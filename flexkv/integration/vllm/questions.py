@@ -1,0 +1,84 @@
+"""What the server is asked of prompts: a step waits for the answers briefly, the next one again.
+
+An answer holds blocks and grows old, and vLLM may not come back to a request for minutes. So few
+questions are under way at once, and none for long.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from flexkv.common.terms import BLOCK_KEY_BYTES
+from flexkv.server.client import Client
+from flexkv.server.wire import Matched
+
+ASKED_MAX = 16
+"""Questions under way at once. vLLM goes through all that wait when each is put off."""
+KEPT_S = 1.0
+"""How long a question is kept that is not come back to: many steps, in which the server answers."""
+
+
+class _Asked(NamedTuple):
+    number: int
+    blocks: int
+    local_blocks: int
+    since_s: float
+
+
+class Questions:
+    """The questions under way, at most one of each request."""
+
+    def __init__(self, client: Client, wait_ms: float) -> None:
+        """Take whom to ask, and how long a step waits for it, all in all."""
+        self._client = client
+        self._wait_s = self._wait_left_s = wait_ms / 1e3
+        self._asked: dict[str, _Asked] = {}
+
+    @property
+    def is_full(self) -> bool:
+        """Tell whether no more may be asked now."""
+        return len(self._asked) >= ASKED_MAX
+
+    def has(self, request_id: str, blocks: int, local_blocks: int) -> bool:
+        """Tell whether this very thing has been asked for a request."""
+        asked = self._asked.get(request_id)
+        return asked is not None and (asked.blocks, asked.local_blocks) == (blocks, local_blocks)
+
+    def ask(self, request_id: str, keys: bytes, local_blocks: int, tell: bool) -> None:
+        """Ask what is resident, and hold that; `tell` as for `Client.ask`."""
+        assert request_id not in self._asked
+        assert not self.is_full
+        number = self._client.ask(keys, local_blocks, hold=True, tell=tell)
+        blocks = len(keys) // BLOCK_KEY_BYTES - 1
+        self._asked[request_id] = _Asked(number, blocks, local_blocks, time.monotonic())
+
+    def answer(self, request_id: str) -> Matched | None:
+        """Give the answer to a request's question, once; None if there is none in this step."""
+        asked = self._asked.get(request_id)
+        if asked is None:
+            return None
+        begin_s = time.monotonic()
+        found = self._client.answer(asked.number, self._wait_left_s)
+        self._wait_left_s = max(0.0, self._wait_left_s - (time.monotonic() - begin_s))
+        if found is not None:
+            del self._asked[request_id]
+        return found
+
+    def give_up(self, request_id: str) -> None:
+        """Let go of a request's question, if there is one, and of what its answer holds."""
+        asked = self._asked.pop(request_id, None)
+        if asked is not None:
+            self._client.release([asked.number])
+
+    def give_up_all(self) -> None:
+        """Let go of every question."""
+        for request_id in list(self._asked):
+            self.give_up(request_id)
+
+    def step_is_made(self) -> None:
+        """Hear that a step is scheduled: the next one may wait again."""
+        self._wait_left_s = self._wait_s
+        until_s = time.monotonic() - KEPT_S
+        for request_id in [name for name, each in self._asked.items() if each.since_s < until_s]:
+            self.give_up(request_id)
