@@ -242,6 +242,20 @@ def test_prompts_that_wait_in_line_hold_little_and_not_for_long(
 
 
 @pytest.mark.parametrize("rig", [0.25], indirect=True)
+def test_what_was_asked_before_a_reset_is_asked_anew(rig: Rig) -> None:
+    """Nothing is offered that is gone by then: to load it would fail the request."""
+    stored(rig)
+    os.kill(rig.pid, signal.SIGSTOP)
+    request = Request("b")
+    assert rig.side.get_num_new_matched_tokens(request, 0) == (None, False)
+    os.kill(rig.pid, signal.SIGCONT)
+    eventually(lambda: rig.status()["claims"])
+    assert rig.side.reset_cache()
+    assert answered(rig, request) == (0, False)
+    eventually(lambda: rig.status()["claims"] == 0)
+
+
+@pytest.mark.parametrize("rig", [0.25], indirect=True)
 def test_a_server_that_says_nothing_for_long_is_left(rig: Rig) -> None:
     """What was asked for is computed."""
     stored(rig)

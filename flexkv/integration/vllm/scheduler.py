@@ -411,6 +411,7 @@ class SchedulerSide:
 
     def reset_cache(self) -> bool:
         """Forget every block of every tier, of all instances; tell whether that was done."""
+        self._questions.give_up_all()  # the answers are of before
         try:
             command(self._setup.settings.server_recv_port, "clear")
         except FlexKVError as error:
