@@ -89,6 +89,8 @@ class Client:
         self._socket: socket.socket | None = None
         self._unread, self._unsent = bytearray(), bytearray()
         self._asked: dict[int, float] = {}
+        """Since when the server has had the time to answer."""
+        self._is_behind = False
         self._matched: dict[int, Matched] = {}
         self._ended: list[Done] = []
         self._under_way: set[int] = set()
@@ -137,8 +139,8 @@ class Client:
         """Give what came of a question, once; None if that is not known within `wait_s`.
 
         It waits in a loop, as for a lock that is held briefly: a thread that sleeps, or yields its
-        CPU, may get it back a millisecond later. A server that has not
-        answered after `server_answer_ms` is as good as gone.
+        CPU, may get it back a millisecond later. A server that has neither answered nor read more
+        of what it is sent for `server_answer_ms` is as good as gone.
         """
         until_s = time.monotonic() + wait_s
         while number in self._asked:
@@ -279,12 +281,19 @@ class Client:
             try:
                 self._socket.settimeout(max(0.0, until_s - time.monotonic()))
                 del self._unsent[: self._socket.send(self._unsent)]
+                self._reads_on()
             except (BlockingIOError, TimeoutError):
+                self._is_behind = True
                 if len(self._unsent) > UNSENT_BYTES_MAX:
                     self._lost(f"it has {len(self._unsent)} bytes to read")
                 return
             except OSError as error:
                 self._lost(str(error))
+
+    def _reads_on(self) -> None:
+        """Hear that the server has taken more: if it was behind, so were we in sending the rest."""
+        if self._is_behind:
+            self._is_behind, self._asked = False, dict.fromkeys(self._asked, time.monotonic())
 
     def _receive(self, wait_s: float) -> bool:
         """Take what has come, after so long at most; tell whether anything has."""
@@ -352,7 +361,7 @@ class Client:
                 self._socket.close()
             if self._watches:
                 self._changes.append(Changed((), lost=True))
-        self._socket, self.is_ready = None, False
+        self._socket, self.is_ready, self._is_behind = None, False, False
         self._unread.clear()
         self._unsent.clear()
         self._asked.clear()

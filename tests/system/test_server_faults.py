@@ -21,6 +21,7 @@ from flexkv.common.request import Operation
 from flexkv.index.keys import block_keys, blocks_are
 from flexkv.io.arena import Arena
 from flexkv.server.agent import Agent
+from flexkv.server.client import Client
 from flexkv.server.greet import connect
 from flexkv.server.launch import Launched
 from flexkv.server.link import Link
@@ -407,6 +408,30 @@ def test_a_client_never_waits_for_a_server_that_reads_late(
     os.kill(launched.pid, signal.SIGCONT)
     assert {instance.end_of(number).status for number in numbers} <= {"notfound", "success"}
     instance.close()
+
+
+def test_a_long_question_has_its_time_from_when_the_server_reads_on(
+    settings: Settings, launched: Launched
+) -> None:
+    """It is sent in several steps; between two of them, however long, nobody sends more of it."""
+    agent, client = Peer(settings, "agent"), Client(settings, MODEL)
+    eventually(lambda: (client.poll(), client.is_ready)[1])
+    os.kill(launched.pid, signal.SIGSTOP)
+    number = client.ask(os.urandom(1 << 20))
+    os.kill(launched.pid, signal.SIGCONT)
+    time.sleep(settings.server_answer_ms / 1e3 + 0.05)  # a long step
+    os.kill(launched.pid, signal.SIGSTOP)
+    assert client.answer(number) is None
+    os.kill(launched.pid, signal.SIGCONT)
+    assert eventually(lambda: client.answer(number)).blocks == 0
+    assert client.is_ready
+    os.kill(launched.pid, signal.SIGSTOP)
+    number = client.ask(os.urandom(1 << 20))
+    assert eventually(lambda: client.answer(number)).blocks == 0
+    assert not client.is_ready
+    os.kill(launched.pid, signal.SIGCONT)
+    client.close()
+    agent.close()
 
 
 def test_a_rank_is_there_once_its_device_is_set_up(
