@@ -228,6 +228,8 @@ def test_prompts_that_wait_in_line_hold_little_and_not_for_long(
 ) -> None:
     """vLLM goes through all of them while each is put off, and comes back to the first ones."""
     stored(rig)
+    monkeypatch.setattr(questions, "KEPT_S", 60.0)
+    rig.side.client._answer_s = 60.0  # a slow machine is no fault here
     os.kill(rig.pid, signal.SIGSTOP)
     requests = [Request(f"{n}") for n in range(3 * questions.ASKED_MAX)]
     asked = [rig.side.get_num_new_matched_tokens(request, 0) for request in requests]

@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 
 COUNTS: dict[str, str] = {
     "matches": "Prompts that were looked up.",
-    "late_matches": "Times that one was put off to the next step: the server had not answered.",
+    "late_matches": "Times that one was put off to the next step: no answer, or too many open.",
     "hits": "Of these, such that could be loaded from.",
     "offered_blocks": "Blocks that were found beyond the engine's own.",
     "declined_blocks": "Blocks that were found, and are faster computed than loaded.",
