@@ -90,7 +90,8 @@ class Rig:
 
     def begin(self, name: str, blocks: list[int], seed: int = 0) -> Copy:
         """Prefill a request, and give the copy that stores it, under way."""
-        self.side.get_num_new_matched_tokens(Request(name, seed), 0)
+        request = Request(name, seed)
+        eventually(lambda: self.side.get_num_new_matched_tokens(request, 0)[0] is not None)
         step = self.side.build_connector_meta(output((name, blocks)))
         self.agent.say(Ready(tuple(step.puts)))
         copy: Copy = self.agent.hear(Copy)

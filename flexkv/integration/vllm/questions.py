@@ -16,14 +16,14 @@ from flexkv.server.wire import Matched
 ASKED_MAX = 16
 """Questions under way at once. vLLM goes through all that wait when each is put off."""
 KEPT_S = 1.0
-"""How long a question is kept that is not come back to: many steps, in which the server answers."""
+"""How long a question is kept that is not come back to."""
 
 
 class _Asked(NamedTuple):
     number: int
     blocks: int
     local_blocks: int
-    since_s: float
+    seen_s: float
 
 
 class Questions:
@@ -63,6 +63,8 @@ class Questions:
         self._wait_left_s = max(0.0, self._wait_left_s - (time.monotonic() - begin_s))
         if found is not None:
             del self._asked[request_id]
+        else:
+            self._asked[request_id] = asked._replace(seen_s=begin_s)
         return found
 
     def give_up(self, request_id: str) -> None:
@@ -80,5 +82,5 @@ class Questions:
         """Hear that a step is scheduled: the next one may wait again."""
         self._wait_left_s = self._wait_s
         until_s = time.monotonic() - KEPT_S
-        for request_id in [name for name, each in self._asked.items() if each.since_s < until_s]:
+        for request_id in [name for name, each in self._asked.items() if each.seen_s < until_s]:
             self.give_up(request_id)
