@@ -124,7 +124,7 @@ def planned(model: str, folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     settings = {
         "server_recv_port": f"ipc://{folder}/socket", "log_level": "warning",
-        "server_answer_ms": 60_000,
+        "server_answer_ms": 60_000, "match_wait_ms": 50, **plan.pop("settings", {}),
     }  # fmt: skip
     return {"model": model, "settings": {**settings, "cache_config": cache}, **plan}
 

@@ -48,6 +48,15 @@ def test_answers_are_equal_and_later_turns_hit(
     assert moved(told)["host→device"] > 1000
 
 
+def test_answers_are_equal_where_prompts_are_put_off(run: Run, expected: dict[str, Any]) -> None:
+    """No step waits for the server at all: whose answer comes first is scheduled first."""
+    told = run(connector="own", settings={"match_wait_ms": 0})
+    check_sound(told, expected)
+    assert min(min(turn) for turn in told["cached"][1:]) > 0
+    assert sum(map(sum, told["cached"])) > 2 * sum(map(sum, expected["cached"]))
+    assert moved(told)["host→device"] > 500
+
+
 def test_answers_are_equal_from_ssd(run: Run, expected: dict[str, Any]) -> None:
     """Where host memory holds next to nothing."""
     told = run(connector="shim", cache={"num_cpu_blocks": 80}, flush=True)
