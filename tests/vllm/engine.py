@@ -275,6 +275,7 @@ def nap(llm: Any) -> None:
     assert llm.reset_prefix_cache()
     connector.unregister_kv_caches()
     connector.unregister_kv_caches()
+    wait_ready(scheduler, False)
     for tensor in connector.worker._lent.values():
         tensor.fill_(7.0)
     connector.restore_kv_caches()
@@ -289,13 +290,14 @@ def flush(plan: Plan) -> None:
         command(plan.settings["server_recv_port"], "flush")
 
 
-def wait_ready(scheduler: Any) -> None:
-    """Wait until the worker's device is lent."""
+def wait_ready(scheduler: Any, ready: bool = True) -> None:
+    """Wait until the worker's device is lent, or until it is not, as far as the scheduler knows."""
     connector = scheduler.connector
     side = getattr(connector, "_flexkv_connector", connector).scheduler
     until = time.monotonic() + READY_S
-    while not side._ready():
-        assert time.monotonic() < until, f"the device was not lent within {READY_S} s"
+    while side._ready() is not ready:
+        side._poll()
+        assert time.monotonic() < until, f"lent is not {ready} within {READY_S} s"
         time.sleep(0.02)
 
 

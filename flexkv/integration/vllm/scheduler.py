@@ -106,6 +106,8 @@ class SchedulerSide:
         tracked.found, tracked.local_blocks = found, local_blocks
         self._count("matches")
         extra = found.blocks * self._per_block - computed
+        if not self.client.is_ready:  # it said so before it answered: nothing can be loaded
+            extra = 0
         if extra > 0 and self._costs and not self._costs.is_worth_it(found.by_tier, extra):
             self._count("declined_blocks", extra // self._per_block)
             tracked.may_claim = False
