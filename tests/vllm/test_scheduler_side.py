@@ -90,8 +90,7 @@ class Rig:
 
     def begin(self, name: str, blocks: list[int], seed: int = 0) -> Copy:
         """Prefill a request, and give the copy that stores it, under way."""
-        request = Request(name, seed)
-        eventually(lambda: self.side.get_num_new_matched_tokens(request, 0)[0] is not None)
+        answered(self, Request(name, seed))
         step = self.side.build_connector_meta(output((name, blocks)))
         self.agent.say(Ready(tuple(step.puts)))
         copy: Copy = self.agent.hear(Copy)
