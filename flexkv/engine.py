@@ -11,6 +11,7 @@ runs, waits for hardware to let go, and checks that nothing is left.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -24,18 +25,15 @@ from flexkv.actors.scheduler import Flight, Scheduler
 from flexkv.admission import Admission
 from flexkv.backend import Backend, LocalBackend, Progress
 from flexkv.common.config import GB, MB, CacheConfig, CacheSizes, ModelConfig
-from flexkv.common.errors import (
-    ClosedError,
-    DeadlineError,
-    InternalError,
-    InvariantError,
-)
+from flexkv.common.errors import ClosedError, InternalError, InvariantError
 from flexkv.common.layout import Order, is_natural
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import Tier
 from flexkv.devices import Devices, Use
+from flexkv.durability import Durability
 from flexkv.graph.ops import CHUNKS_MAX, LEGS_MAX
 from flexkv.graph.planner import PlanLimits, Planner
+from flexkv.index.clears import ClearHistory
 from flexkv.index.eviction import Eviction
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
@@ -49,8 +47,8 @@ from flexkv.tracing import Tracing
 
 log = structlog.get_logger(__name__)
 
-DRAIN_TIMEOUT_S = SYNC_TIMEOUT_S = 60.0
-"""How long closing waits for hardware to give buffers back, and a flush for the device."""
+DRAIN_TIMEOUT_S = 60.0
+"""How long closing waits for hardware to give buffers back."""
 
 DISK_READ_PIECE_BYTES, DISK_WRITE_PIECE_BYTES = 2 * MB, 8 * MB
 """One submission to the disk. Reads: small enough for others to cut in; nobody waits for writes."""
@@ -74,9 +72,11 @@ class Engine:
         self.sizes: CacheSizes = cache.sized(model)
         self._backend = backend or LocalBackend(model, cache, self.sizes)
         self.tokens_per_block = cache.tokens_per_block
+        self.clears = ClearHistory(time.time_ns())
         self._intake = Intake(
             KeyChain(model, cache.tokens_per_block, cache.key_secret.get_secret_value()),
             cache.tokens_per_block,
+            self.clears,
         )
         self._admission = Admission(cache.requests_max)
         self._actors: dict[Tier, TransferActor] = {}
@@ -102,7 +102,8 @@ class Engine:
             cache.hit_reward_seconds,
             cache.evict_start_threshold,
         )
-        return Residency({tier: count for tier, count in counts.items() if count}, eviction)
+        capacities = {tier: count for tier, count in counts.items() if count}
+        return Residency(capacities, eviction, self.clears)
 
     # -- life -----------------------------------------------------------------------------------
 
@@ -168,6 +169,9 @@ class Engine:
             self._observer,
             backend.ledger,
             cache.io_deadline_s,
+        )
+        self._durability = Durability(
+            self._scheduler, backend, self._supervisor, cache.io_deadline_s
         )
         self._sources = Sources(
             self._residency, self._scheduler, self._admission, self._actors, self._backing,
@@ -256,6 +260,9 @@ class Engine:
         if self._failure is None:
             await self._drain()
         self._scheduler.watch.close()
+        self._durability.close()
+        if self._failure is None and self._backend.ledger is not None:
+            await self._backend.ledger.finish()
         await self._supervisor.stop()
         self._closed = True
         self._devices.detach()
@@ -271,6 +278,7 @@ class Engine:
                 await self._scheduler.wait_idle()
         except TimeoutError as error:
             self._scheduler.watch.close()
+            self._durability.close()
             await self._supervisor.stop()
             self._tracing.stop()
             depths = {actor.name: actor.depth for actor in self._actors.values()}
@@ -340,6 +348,7 @@ class Engine:
         return Request(
             request.operation, request.request_id, request.token_count, request.tokens_per_block,
             request.span, request.keys, ids, request.namespace_hash, request.watch,
+            request.generation,
         )  # fmt: skip
 
     def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
@@ -437,23 +446,7 @@ class Engine:
                 sync; what could be written is.
         """
         self._check_open()
-        late: DeadlineError | None = None
-        for flight in self._scheduler.under_way():
-            try:
-                await flight.wait_ended()
-            except DeadlineError as error:  # what is written all the same shall be safe
-                late = error
-        try:
-            async with asyncio.timeout(max(SYNC_TIMEOUT_S, self.cache.io_deadline_s)):
-                if self._backend.disk is not None:
-                    await self._backend.disk.sync()
-                if self._backend.ledger is not None:
-                    await self._backend.ledger.flush()
-        except TimeoutError as error:
-            raise DeadlineError(-1, "sync", 0, "the device did not sync in time") from error
-        failures = self._scheduler.take_failures()
-        if late is not None or failures:
-            raise late or failures[0]
+        await self._durability.flush()
 
     # -- looking --------------------------------------------------------------------------------
 

@@ -37,21 +37,27 @@ class Keeping:
     def clear(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
         """Forget the blocks of a tier, of a namespace, or all, and count the places they had.
 
-        Requests under way end as they will.
-
-        Raises:
-            StorageError: all is cleared, but the next run may find blocks on SSD: its journal could
-                not be told.
+        Puts that began before store nothing any more. The journals of the SSD tier are told in the
+        background: `clear_durably` waits for that, and so does a flush.
         """
         self._check_tier(tier)
         root = None if namespace is None else self._intake.root(namespace)
         if root is not None and tier is not None:
             raise ConfigError("tier", tier.label, "must not be given together with a namespace")
-        try:
-            if self._ledger is not None and tier is not Tier.HOST:
-                self._ledger.clear(root)
-        finally:
-            places = self._residency.clear(tier, root)
+        if self._ledger is not None and tier is not Tier.HOST:
+            self._ledger.clear(root)
+        return self._residency.clear(tier, root)
+
+    async def clear_durably(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
+        """Do what `clear` does, and return once a crash brings nothing of it back.
+
+        Raises:
+            StorageError: all is cleared, but the next run may find blocks on SSD: its journal could
+                not be told.
+        """
+        places = self.clear(tier, namespace)
+        if self._ledger is not None:
+            await self._ledger.written()
         return places
 
     def resize(self, tier: Tier, capacity_blocks: int) -> int:

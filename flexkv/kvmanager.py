@@ -250,18 +250,28 @@ class KVManager(TaskForm):
         await self._async(self._engine.flush)
 
     def reset(self) -> int:
-        """Forget every block of every tier, and give their number."""
-        return self._call(lambda: self._engine.keeping.clear())
+        """Forget every block of every tier, and return their number: see `clear`."""
+        return self.clear()
 
     def clear(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
         """Forget the blocks of one tier, or of one namespace; traffic may go on.
 
-        Gives how many places they had, in all tiers. Without arguments it is `reset`.
+        Puts that began before store nothing any more: they end as CANCELLED. On the engine's own
+        loop this returns before the journal of the SSD tier says so; `flush` waits for that. Else a
+        crash brings nothing back once it has returned.
+
+        Returns:
+            How many places the blocks had, in all tiers. Without arguments it is `reset`.
 
         Raises:
             ConfigError: both are given, or there is no such tier.
+            StorageError: everything is cleared, but the next run may find blocks on SSD: the
+                journal could not be written.
         """
-        return self._call(lambda: self._engine.keeping.clear(tier, namespace))
+        keeping = self._engine.keeping
+        if self._thread is not None:
+            return self._thread.call(lambda: keeping.clear_durably(tier, namespace))
+        return self._call(lambda: keeping.clear(tier, namespace))
 
     def resize(self, tier: Tier, capacity_blocks: int) -> int:
         """Change how many blocks a tier may hold, and give how many it may now.

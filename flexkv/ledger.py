@@ -11,6 +11,8 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
+from errno import EIO
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import structlog
@@ -23,14 +25,18 @@ from flexkv.index.forest import forest
 from flexkv.index.residency import Residency
 from flexkv.io import journal
 from flexkv.io.journal import RECORD_BYTES, Journal
+from flexkv.io.journals import Journals
 from flexkv.io.sums import Sums
 
 log = structlog.get_logger(__name__)
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 GATHER_S = 0.01
 """How long notes are gathered before they are written."""
-KEPT_BYTES_MAX = 16 << 20
-"""What is kept for a journal that takes no more at the moment; with more it is emptied."""
+FINISH_S, CLOSE_S = 5.0, 1.0
+"""How long closing waits for the journals to take what is noted: on the loop, the latter."""
 SCAN_BLOCKS = 1 << 16
 """Rows that are looked at in one go for blocks to check."""
 
@@ -67,20 +73,25 @@ class Ledger:
             sums: uint64[num_blocks], that the port keeps.
             thread: gives a thread of that name, on which calls that block are made in turn.
         """
-        self._journals = tuple(journals)
+        self._journals = Journals(journals)
         self._sums = sums
         self._believed = np.zeros(num_blocks, np.bool_)
+        self._unsynced = np.zeros(num_blocks, np.bool_)
+        """Stored since the device last synced, and believed in."""
         self._unwritten = np.zeros(num_blocks, np.bool_)
         """Erased, and the journal does not say so yet."""
         self._erased: list[BlockIds] = []
+        self._clears = False
+        """Whether the journals have to be emptied before what is noted now."""
+        self._forgets_evicted = False
         self._live = np.zeros(len(journals), np.int64)
         """How many blocks of each journal are believed in."""
         self._frames: list[list[bytes]] = [[] for _ in journals]
-        self._kept = [b"" for _ in journals]
-        """What journals did not take, in front of what is noted next; the thread's."""
         self._after: list[Callable[[], None]] = []
         self._flushes: list[asyncio.Future[None]] = []
-        self._snapshot: list[int | None] = [None] * len(self._journals)
+        self._snapshot: list[int | None] = [None] * len(journals)
+        self._renewals: list[asyncio.Future[None]] = []
+        """Who waits for the journals that cannot be trusted to be written anew."""
         self._bell = Bell()
         self._sequence = 0
         self._thread = thread("flexkv-journal")
@@ -88,7 +99,7 @@ class Ledger:
         self._syncing = thread("flexkv-journal-sync")
         self._residency: Residency | None = None
         self._closed = False
-        self._told = False
+        self._is_told = False
 
     # -- coming back ----------------------------------------------------------------------------
 
@@ -96,7 +107,7 @@ class Ledger:
         """Fill the SSD tier of an empty index with what the journals say; gives how many blocks."""
         self._residency = residency
         count = len(self._journals)
-        lives = self._lives()
+        lives = self._journals.lives()
         block_ids = np.concatenate([live.rows * count + n for n, live in enumerate(lives)])
         # In the order in which they were stored: of blocks that are there twice the last counts.
         sequences = np.concatenate([live.sequences for live in lives])
@@ -116,21 +127,17 @@ class Ledger:
         residency.restore(
             Tier.DISK, blocks[reached.order], reached.parents, block_ids[reached.order]
         )
-        for each in self._journals:
-            each.forget_live()
+        self._journals.forget_lives()
         return len(reached.order)
 
     def _unsay_what_does_not_fit(self) -> None:
         """Let a tier that is larger again not believe in rows that this one has cut off."""
         count = len(self._journals)
-        for number, live in enumerate(self._lives()):
+        for number, live in enumerate(self._journals.lives()):
             beyond = live.rows[live.rows * count + number >= len(self._believed)]
             if len(beyond):
                 self._frames[number].append(journal.erased(beyond))
                 self._bell.ring()
-
-    def _lives(self) -> list[journal.Live]:
-        return [each.live for each in self._journals]
 
     def believed(self, first: int, count: int) -> BlockIds:
         """Give the next blocks from `first` on, round the end, that a later run would believe in.
@@ -152,6 +159,7 @@ class Ledger:
             if frames := self._stored_frames(rows, ids):
                 self._frames[number].append(frames)
                 self._bell.ring()
+        self._unsynced[block_ids] = self._believed[block_ids]
 
     def _stored_frames(self, rows: NDArray[np.int64], ids: BlockIds) -> bytes:
         if not len(ids) or self._residency is None:
@@ -169,7 +177,7 @@ class Ledger:
     def erased(self, block_ids: BlockIds) -> None:
         """Note that blocks are gone, those that anybody would believe in."""
         believed = block_ids[self._believed[block_ids]]
-        self._believed[believed] = False
+        self._believed[believed] = self._unsynced[believed] = False
         if not len(believed):
             return
         self._unwritten[believed] = True
@@ -183,101 +191,53 @@ class Ledger:
     def clear(self, root: bytes | None) -> None:
         """Let no later run find any block, or any of a namespace that is about to be cleared.
 
-        Blocks, for as long as a file is cut or written to.
-
-        Raises:
-            StorageError: a journal could not be told.
+        The journals are told in the background: `written` returns once they are. Until then a
+        crash may bring blocks back.
         """
+        self._bell.ring()
         if root is not None:
             assert self._residency is not None
             for tier, block_ids in self._residency.namespace_holdings(root):
                 if tier is Tier.DISK:
                     self.erased(block_ids)
-            self._forget_evicted(self._residency)
-            self.write_now()
+            self._forgets_evicted = True
             return
-        self._believed[:] = False
+        believed = np.flatnonzero(self._believed)
+        self._erased.append(believed)
+        self._unwritten[believed] = True
+        self._believed[:] = self._unsynced[:] = False
         self._live[:] = 0
-        self._frames = [[] for _ in self._journals]
-        failures = self._thread.submit(self._each, self._clear).result()
-        if failures:
-            raise failures[0]
+        self._frames = [[] for _ in self._journals.each]
+        self._clears = True
 
-    def _forget_evicted(self, residency: Residency) -> None:
+    async def _forget_evicted(self) -> None:
         """Unsay what is not READY any more, though its bytes, of any namespace, may be there."""
+        assert self._residency is not None
         believed = np.flatnonzero(self._believed)
         for at in range(0, len(believed), self.snapshot_blocks):
             block_ids = believed[at : at + self.snapshot_blocks]
-            there = residency.export(Tier.DISK, block_ids).any(axis=1)
+            there = self._residency.export(Tier.DISK, block_ids).any(axis=1)
             self.erased(block_ids[~there])
-
-    def write_now(self) -> None:
-        """Return once all that was noted is in the journals: a crash brings nothing of it back.
-
-        Blocks, for as long as a write to a file takes. What a device has not got yet, a loss of
-        power may bring back.
-
-        Raises:
-            StorageError: a journal takes no more; it is tried again with what is noted next.
-        """
-        self._told_failures(self._thread.submit(self._append, self._take_frames()).result())
+            await asyncio.sleep(0)
 
     def _take_frames(self) -> list[bytes]:
-        """Give what is to be written, and note that it is: writes come in this order."""
+        """Return what is to be written, and note that it is: writes come in this order."""
         frames = [b"".join(of_one) for of_one in self._frames]
-        self._frames = [[] for _ in self._journals]
+        self._frames = [[] for _ in self._journals.each]
         return frames
 
-    def _each(self, work: Callable[[Journal], None]) -> list[StorageError]:
-        """Do something with every journal, and give what failed."""
-        failures = []
-        for each in self._journals:
-            try:
-                work(each)
-            except StorageError as failure:
-                failures.append(failure)
-        return failures
-
-    def _append(self, frames: Sequence[bytes]) -> dict[int, StorageError]:
-        """Write, on the thread, what was kept and what was noted; keep what is not taken.
-
-        Gives what failed, by journal.
-        """
-        failures = {}
-        for number, of_one in enumerate(frames):
-            if not (wanted := self._kept[number] + of_one):
-                continue
-            self._kept[number] = b""
-            try:
-                self._journals[number].append(wanted)
-            except StorageError as failure:
-                failures[number] = failure
-                self._kept[number] = wanted
-        return failures
-
-    def _clear(self, each: Journal) -> None:
-        self._kept[self._journals.index(each)] = b""
-        each.clear()
-
-    def _told_failures(self, failures: Mapping[int, StorageError]) -> None:
-        """Empty the journals that have kept too much, and tell of what failed.
-
-        Raises:
-            StorageError: something could not be written.
-        """
+    def _told(self, failures: Mapping[int, StorageError]) -> StorageError | None:
+        """Empty the journals that have kept too much, log a new failure, and return the first."""
         for number in failures:
-            if len(self._kept[number]) > KEPT_BYTES_MAX:
+            if self._journals.has_kept_too_much(number):
                 self._believed[number :: len(self._journals)] = False
                 self._live[number] = 0
-                self._thread.submit(self._clear, self._journals[number])
-        if not failures:
-            self._told = False
-            return
-        failure = next(iter(failures.values()))
-        if not self._told:
+                self._thread.submit(self._journals.empty, number)
+        failure = next(iter(failures.values()), None)
+        if failure is not None and not self._is_told:
             log.error("journal_failed", path=failure.path, error=str(failure))
-        self._told = True
-        raise failure
+        self._is_told = failure is not None
+        return failure
 
     def forget(self, disk_ids: BlockIds, then: Callable[[], None]) -> bool:
         """Unsay what the journals say of places that are about to be written.
@@ -305,70 +265,99 @@ class Ledger:
         """Write notes until cancelled."""
         while True:
             await self._bell.wait()
-            if not self._flushes and not self._after:
+            if not self._flushes and not self._after and not self._renewals:
                 await asyncio.sleep(GATHER_S)
             await self._write()
 
     async def _write(self) -> None:
         """Write what is noted by now, and tell who waits for it."""
-        loop = asyncio.get_running_loop()
-        frames, erased = self._take_frames(), self._erased
-        self._erased = []
+        if self._forgets_evicted:
+            self._forgets_evicted = False
+            await self._forget_evicted()
+        frames, erased, clears = self._take_frames(), self._erased, self._clears
+        self._erased, self._clears = [], False
         after, self._after = self._after, []
         flushes, self._flushes = self._flushes, []
-        error: Exception = ClosedError("the engine was closed before the flush was done")
+        error: Exception | None = ClosedError("the engine was closed before the flush was done")
         try:
-            appended, ended = self._thread.submit(self._append, frames), loop.create_future()
-            appended.add_done_callback(lambda _: loop.call_soon_threadsafe(_settle, ended, None))
-            await ended  # whoever stops waiting for it: it is written in its turn, and once
-            failures = appended.result()
+            failures = await self._on_thread(self._journals.append, frames, clears)
             for block_ids in erased:
                 self._unwritten[block_ids] = False
             for then in after:
                 then()  # the checksums stand where the journal does not
-            self._told_failures(failures)
-            for flush in flushes:
-                _settle(flush, None)
-            await self._renew()
-        except StorageError as failure:
-            error = failure
+            error = self._told(failures)
         finally:
             for flush in flushes:
                 _settle(flush, error)
+        await self._renew()
 
-    async def _sync(self) -> None:
+    async def _on_thread(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Make a call on the thread of the journals.
+
+        Cancellation: the wait ends; the call is made in its turn, and once.
+        """
         loop = asyncio.get_running_loop()
-        failures = await loop.run_in_executor(self._syncing, self._each, Journal.sync)
-        if failures:
-            raise failures[0]
+        made, ended = self._thread.submit(call, *args, **kwargs), loop.create_future()
+        made.add_done_callback(lambda _: loop.call_soon_threadsafe(_settle, ended, None))
+        await ended
+        return made.result()
 
     async def _renew(self) -> None:
-        """Go on writing anew the journals that have grown: a step of each."""
-        loop = asyncio.get_running_loop()
-        count = len(self._journals)
-        for number, each in enumerate(self._journals):
+        """Go on writing anew the journals that have grown or cannot be trusted: a step of each."""
+        error: StorageError | None = None
+        for number, each in enumerate(self._journals.each):
             at = self._snapshot[number]
             if at is None:
                 live_bytes = int(self._live[number]) * (RECORD_BYTES + 12)
-                if each.bytes < max(self.journal_bytes_min, 4 * live_bytes):
+                has_grown = each.bytes >= max(self.journal_bytes_min, 4 * live_bytes)
+                if not has_grown and not (each.is_suspect and self._renewals):
                     continue
-                await loop.run_in_executor(self._thread, each.begin_new)
+                await self._on_thread(each.begin_new)
                 at = 0
-            if not each.has_new:  # the directory takes none, or not so much
-                self._snapshot[number] = None
-                continue
-            ids = np.arange(at, min(at + self.snapshot_blocks * count, len(self._believed)))
-            ids = ids[(ids % count == number) & self._believed[ids]]
-            frames = self._stored_frames(ids // count, ids)
-            if frames:
-                await loop.run_in_executor(self._thread, each.append_new, frames)
-            at += self.snapshot_blocks * count
-            if at >= len(self._believed):
-                await loop.run_in_executor(self._thread, each.take_new)
-                self._snapshot[number] = None
-            else:
-                self._snapshot[number] = at
-                self._bell.ring()
+            self._snapshot[number] = await self._renew_step(number, at)
+            if each.is_suspect and self._snapshot[number] is None:
+                error = StorageError(str(each.path), 0, EIO)
+        if self._renewals and all(at is None for at in self._snapshot):
+            renewals, self._renewals = self._renewals, []
+            for renewal in renewals:
+                _settle(renewal, error)
+
+    async def _renew_step(self, number: int, at: int) -> int | None:
+        """Write the blocks from `at` on to a new journal; return where to go on, or None."""
+        each, count = self._journals.each[number], len(self._journals)
+        if not each.has_new:  # the directory takes none, or not so much
+            return None
+        ids = np.arange(at, min(at + self.snapshot_blocks * count, len(self._believed)))
+        ids = ids[(ids % count == number) & self._believed[ids]]
+        if frames := self._stored_frames(ids // count, ids):
+            await self._on_thread(each.append_new, frames)
+        at += self.snapshot_blocks * count
+        if at < len(self._believed):
+            self._bell.ring()
+            return at
+        await self._on_thread(each.take_new)
+        return None
+
+    # -- stable storage -------------------------------------------------------------------------
+
+    async def written(self) -> None:
+        """Return once all that was noted is in the journals: a crash brings nothing of it back.
+
+        What a device has not got yet, a loss of power may bring back.
+
+        Raises:
+            StorageError: a journal takes no more; it is tried again with what is noted next.
+            ClosedError: the engine was closed meanwhile.
+        """
+        await self._noted(self._flushes)
+
+    async def _noted(self, waiting: list[asyncio.Future[None]]) -> None:
+        self._check_open()
+        noted = asyncio.get_running_loop().create_future()
+        waiting.append(noted)
+        self._bell.ring()
+        await noted
+        self._check_open()
 
     async def flush(self) -> None:
         """Return once all that was noted is on stable storage.
@@ -377,31 +366,60 @@ class Ledger:
             StorageError: a journal takes no more, or its device refused.
             ClosedError: the engine was closed meanwhile.
         """
-        self._check_open()
-        written = asyncio.get_running_loop().create_future()
-        self._flushes.append(written)
-        self._bell.ring()
-        await written
-        self._check_open()
-        await self._sync()
+        await self.written()
+        if any(each.is_suspect for each in self._journals.each):
+            await self._noted(self._renewals)
+        loop = asyncio.get_running_loop()
+        failures = await loop.run_in_executor(self._syncing, self._journals.sync)
+        if failures:
+            raise next(iter(failures.values()))
+
+    def begin_sync(self) -> BlockIds:
+        """Return the blocks stored since the device last synced: it is about to sync again."""
+        unsynced = np.flatnonzero(self._unsynced)
+        self._unsynced[unsynced] = False
+        return unsynced
+
+    def sync_failed(self, unsynced: BlockIds) -> BlockIds:
+        """Unsay, and return, the blocks that the device may have lost in a sync that failed.
+
+        They are those that `begin_sync` returned, and those stored since: the kernel takes what it
+        could not write for written.
+        """
+        self._unsynced[unsynced] = True
+        lost = np.flatnonzero(self._unsynced & self._believed)
+        self.erased(lost)
+        self._unsynced[:] = False
+        return lost
+
+    # -- the end --------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the engine was closed before the flush was done")
 
+    async def finish(self) -> None:
+        """Let the journals take what is noted, as far as they do within some seconds."""
+        try:
+            async with asyncio.timeout(FINISH_S):
+                await self.written()
+        except (StorageError, TimeoutError) as error:
+            log.warning("journal_not_finished", reason=str(error) or f"not within {FINISH_S} s")
+
     def close(self) -> None:
-        """Write what is noted, without waiting for the device, and close. Idempotent."""
+        """Close the journals. A thread that a device holds up is left to itself. Idempotent."""
         if self._closed:
             return
         self._closed = True
-        with suppress(StorageError):  # told when it was noted
-            self.write_now()
-        self._thread.shutdown()
-        self._syncing.shutdown(wait=False, cancel_futures=True)
-        for flush in self._flushes:
+        for flush in (*self._flushes, *self._renewals):
             _settle(flush, ClosedError("the engine was closed before the flush was done"))
-        for each in self._journals:
-            each.close()
+        self._syncing.shutdown(wait=False, cancel_futures=True)
+        self._thread.submit(self._journals.append, self._take_frames(), self._clears)
+        # Behind what the thread is at: its files are in use until then.
+        closing = self._thread.submit(self._journals.close)
+        with suppress(TimeoutError):
+            closing.result(CLOSE_S)
+        self._thread.shutdown(wait=False)
 
 
 def _settle(flush: asyncio.Future[None], error: Exception | None) -> None:

@@ -294,10 +294,8 @@ def _narrowed(request: Request, first_block: int, last_block: int) -> Request:
     """Give the request over fewer blocks: its slots begin and end with them."""
     per_block = request.tokens_per_block
     span = Span(first_block, last_block, first_block * per_block, last_block * per_block)
-    return Request(
-        request.operation, request.request_id, request.token_count, per_block, span,
-        request.keys[: (last_block + 1) * BLOCK_KEY_BYTES], None, request.namespace_hash,
-    )  # fmt: skip
+    keys = request.keys[: (last_block + 1) * BLOCK_KEY_BYTES]
+    return structs.replace(request, span=span, keys=keys)
 
 
 def _mask_of(request: Request) -> TokenMask:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flexkv.common.errors import CapacityError, CorruptBlockError, FlexKVError
+from flexkv.common.errors import CapacityError, ClearedError, CorruptBlockError, FlexKVError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request, TokenMask
 from flexkv.graph.ops import OpState
 from flexkv.graph.planner import Planned
@@ -33,7 +33,7 @@ def response_of(request: Request, planned: Planned, run: Run) -> KVResponse:
 
 
 def _status(request: Request, planned: Planned, run: Run, moved: bool) -> KVResponseStatus:
-    if run.cancelled:
+    if run.cancelled or isinstance(planned.shortfall, ClearedError):
         return KVResponseStatus.CANCELLED
     if moved:
         return KVResponseStatus.SUCCESS

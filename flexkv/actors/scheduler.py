@@ -309,6 +309,10 @@ class Scheduler:
         if self._notes is not None:
             self._notes.erased(block_ids)
 
+    def drop(self, tier: Tier, block_ids: BlockIds) -> None:
+        """Forget blocks of a lower tier that may be lost: a failed sync, for instance."""
+        self._residency.forget(tier, block_ids)
+
     def _distrust(self, flight: Flight, op: OpSpec, error: TransferError) -> None:
         """Forget blocks of a lower tier that could not be read: a put brings them anew."""
         if op.route is None or op.route.source <= Tier.HOST:

@@ -37,6 +37,13 @@ class CapacityError(FlexKVError):
         self.evictable_blocks = evictable_blocks
 
 
+class ClearedError(FlexKVError):
+    """The cache was cleared after a put had begun: nothing of it is stored."""
+
+    def __init__(self) -> None:
+        super().__init__("the cache was cleared after the put began: nothing of it is stored")
+
+
 class TransferError(FlexKVError):
     """A transfer op ended without moving all its bytes."""
 

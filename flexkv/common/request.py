@@ -86,6 +86,8 @@ class Request(msgspec.Struct, frozen=True):
     namespace_hash: str = ""
     """Names the namespace in traces without telling it."""
     watch: LayerWatch | None = None
+    generation: int = 0
+    """The engine's, when the request began: see `flexkv.index.clears`."""
 
     @property
     def block_count(self) -> int:

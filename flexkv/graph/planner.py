@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from msgspec import structs
 
-from flexkv.common.errors import CapacityError
+from flexkv.common.errors import CapacityError, ClearedError
 from flexkv.common.request import Operation, Request
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Route, Tier
 from flexkv.graph.compile import TEMPLATES_MAX, compile_shape
@@ -61,11 +61,11 @@ class Avoid(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """A plan whose claims are open, what was found, and what did not fit."""
+    """A plan whose claims are open, what was found, and why not all of it is planned."""
 
     plan: Plan
     found: Found
-    shortfall: CapacityError | None
+    shortfall: CapacityError | ClearedError | None
 
 
 class Draft:
@@ -259,11 +259,13 @@ class Planner:
 
     # -- stores: put ----------------------------------------------------------------------------
 
-    def _store(self, request: Request, draft: Draft) -> CapacityError | None:
+    def _store(self, request: Request, draft: Draft) -> CapacityError | ClearedError | None:
         """Draft what no tier has yet: device → host, and host → each tier that lacks it."""
         span, residency = request.span, self._residency
         if span.last_block == span.first_block:
             return None
+        if residency.clears.is_stale(request.generation, request.keys[:BLOCK_KEY_BYTES]):
+            return ClearedError()
         parent = self._parent(request)
         if parent is None:
             return None

@@ -14,6 +14,7 @@ from flexkv import _ext
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation, Request, Span, as_int64, whole_blocks
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
+from flexkv.index.clears import ClearHistory
 from flexkv.index.keys import KeyChain, Namespace
 
 _WHY = {
@@ -26,9 +27,12 @@ _WHY = {
 class Intake:
     """Checks arguments and makes requests for one model and block size."""
 
-    def __init__(self, keys: KeyChain, tokens_per_block: int) -> None:
+    def __init__(
+        self, keys: KeyChain, tokens_per_block: int, clears: ClearHistory | None = None
+    ) -> None:
         self.tokens_per_block = tokens_per_block
         self._keys = keys
+        self._clears = clears or ClearHistory()
 
     def rekey(self, keys: KeyChain) -> None:
         """Give other keys from now on."""
@@ -61,6 +65,8 @@ class Intake:
             keys[: (span.last_block + 1) * BLOCK_KEY_BYTES],
             None,
             self._keys.namespace_hash(namespace),
+            None,
+            self._clears.generation,
         )
 
     def root(self, namespace: Namespace) -> bytes:

@@ -20,6 +20,7 @@ from flexkv import _ext
 from flexkv.common.errors import CapacityError, InvariantError
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
 from flexkv.index.claims import Claims, Holding
+from flexkv.index.clears import ClearHistory
 from flexkv.index.eviction import Eviction
 
 ABSENT, PENDING, READY = 0, 1, 2
@@ -186,9 +187,15 @@ class Residency:
     Only the scheduler changes it. A call that breaks a law raises InvariantError.
     """
 
-    def __init__(self, capacities: dict[Tier, int], eviction: Eviction | None = None) -> None:
-        """Take tiers by capacity in blocks, and how they evict: the same for each."""
+    def __init__(
+        self,
+        capacities: dict[Tier, int],
+        eviction: Eviction | None = None,
+        clears: ClearHistory | None = None,
+    ) -> None:
+        """Take tiers by capacity in blocks, how they evict (all alike), and where clears go."""
         eviction = eviction or Eviction()
+        self.clears = clears or ClearHistory()
         self.tiers = tuple(sorted(capacities))
         self._number = {tier: number for number, tier in enumerate(self.tiers)}
         self._table = _ext.BlockIndex(
@@ -387,7 +394,11 @@ class Residency:
         self._table.forget(self._number[tier], block_ids)
 
     def clear(self, tier: Tier | None = None, root: bytes | None = None) -> int:
-        """Forget every block of a tier, of a namespace, or all, and count the places."""
+        """Forget every block of a tier, of a namespace, or all, and count the places.
+
+        Puts that began before store nothing any more.
+        """
+        self.clears.note(root)
         if root is not None:
             return self._table.clear_root(root)
         tiers = self.tiers if tier is None else (tier,)

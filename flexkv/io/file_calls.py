@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -65,7 +66,14 @@ class KernelCalls:
         return open_regular(path, os.O_APPEND)
 
     def read(self, fd: int) -> bytes:
-        """Give all that is in a file."""
+        """Return all that is in a file, from the device where the kernel lets us.
+
+        An earlier process's sync may have failed. What it could not write is still cached, and
+        taken for written: it is dropped before the file is read.
+        """
+        with suppress(OSError):
+            os.fdatasync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         with open(fd, "rb", closefd=False) as file:
             file.seek(0)
             return file.read()

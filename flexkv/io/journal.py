@@ -16,6 +16,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
+from errno import EIO
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -182,6 +183,10 @@ class Journal:
     def __init__(self, folder: Path, calls: FileCalls = KERNEL) -> None:
         """Open or create it; `live` is what it says.
 
+        `is_suspect` is set once a sync has failed. The kernel then takes what it could not write
+        for written, so a later sync that succeeds proves nothing: only a journal written anew is
+        trusted again.
+
         Raises:
             ConfigError: the file cannot be opened, or is no file of ours.
             OSError: it cannot be read or cut.
@@ -195,7 +200,7 @@ class Journal:
         self._new_fd: int | None = None
         self._fd_lock = threading.Lock()
         """Held while the file is synced, or another takes its place: these are two threads."""
-        self._folder_is_synced = True
+        self.is_suspect = False
         try:
             self.live, self.bytes = replay(calls.read(self._fd))
             calls.cut(self._fd, self.bytes)
@@ -284,32 +289,31 @@ class Journal:
         except OSError:
             self.drop_new()
             return
-        self._folder_is_synced = False
-        with suppress(OSError):
-            self._sync_folder()
+        is_named = True
+        try:
+            self._calls.sync_folder(self.folder)
+        except OSError:
+            is_named = False
         with self._fd_lock:
             fd, self._fd, self._new_fd = self._fd, self._new_fd, None
-            self.bytes = self._new_bytes
+            self.bytes, self.is_suspect = self._new_bytes, not is_named
             with suppress(OSError):
                 self._calls.close(fd)
-
-    def _sync_folder(self) -> None:
-        self._calls.sync_folder(self.folder)
-        self._folder_is_synced = True
 
     def sync(self) -> None:
         """Return once all that was appended is on stable storage.
 
         Raises:
-            StorageError: the device refused.
+            StorageError: the device refused, now or before: the journal has to be written anew.
         """
-        try:
-            with self._fd_lock:
+        with self._fd_lock:
+            if self.is_suspect:
+                raise StorageError(str(self.path), 0, EIO)
+            try:
                 self._calls.sync(self._fd)
-                if not self._folder_is_synced:
-                    self._sync_folder()
-        except OSError as error:
-            raise StorageError(str(self.path), 0, error.errno or 0) from error
+            except OSError as error:
+                self.is_suspect = True
+                raise StorageError(str(self.path), 0, error.errno or 0) from error
 
     def close(self) -> None:
         """Close the files. Idempotent."""

@@ -61,6 +61,7 @@ class Client:
     Attributes:
         is_ready: whether the instance's devices are all connected: else nothing can be moved.
         num_blocks: that they have.
+        generation: of the server's cache, as it was told last. It grows with each clear.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Client:
         # Numbers of a scheduler that was here before mean nothing of ours.
         self._next = randbits(31) << 32
         self.is_ready, self.num_blocks, self._slot = False, 0, 0
+        self.generation = 0
         self._wait_s, self._heard_s = RETRY_S, 0.0
 
     # -- keys -----------------------------------------------------------------------------------
@@ -181,15 +183,35 @@ class Client:
             when_ready: a put waits until every rank's agent has told that it is `ready`.
             held: the match whose hold ends when this request is planned.
         """
+        ids = b"" if device_ids is None else device_ids.tobytes()
         number = self._number()
+        return self._begin(
+            Start(number, operation.label, keys, first, ids, self._slot, when_ready, held)
+        )
+
+    def put(self, keys: bytes, first: int, device_ids: BlockIds, generation: int) -> int:
+        """Begin a put that waits until every rank's agent has told that it is `ready`.
+
+        Args:
+            keys: of the prompt up to the last block that is put.
+            first: the first block that is put.
+            device_ids: int64, one for each block that is put.
+            generation: the client's, when the blocks began to be computed. If the cache has been
+                cleared since then, nothing is stored, and the end says `is_stale`.
+        """
+        number, operation = self._number(), Operation.PUT.label
+        ids = device_ids.tobytes()
+        return self._begin(
+            Start(number, operation, keys, first, ids, self._slot, True, generation=generation)
+        )
+
+    def _begin(self, start: Start) -> int:
         if not self._under_way:
             self._heard_s = time.monotonic()
-        self._under_way.add(number)
-        ids = b"" if device_ids is None else device_ids.tobytes()
-        message = Start(number, operation.label, keys, first, ids, self._slot, when_ready, held)
-        if not self._send(message) and number in self._under_way:
-            self._fail(number, "there is no server")
-        return number
+        self._under_way.add(start.number)
+        if not self._send(start) and start.number in self._under_way:
+            self._fail(start.number, "there is no server")
+        return start.number
 
     def cancel(self, numbers: Sequence[int]) -> None:
         """Give requests up; `poll` gives their ends all the same."""
@@ -342,7 +364,7 @@ class Client:
                     self._ended.append(message)
             case State():
                 self.is_ready, self.num_blocks = message.ready, message.num_blocks
-                self._slot = message.slot
+                self._slot, self.generation = message.slot, message.generation
                 if message.ready:
                     self._keys = KeyChain(
                         self._model, self._tokens_per_block, self._secret, message.order

@@ -50,11 +50,11 @@ class Control:
     def _trace_stop(self) -> str | None:
         return self._engine.tracing.stop()
 
-    def _clear(self, tier: str | None = None) -> int:
+    async def _clear(self, tier: str | None = None) -> int:
         names = {each.label: each for each in self._engine.residency.tiers}
         if tier is not None and tier not in names:
             raise ConfigError("tier", tier, f"must be one of {', '.join(names)}")
-        return self._engine.keeping.clear(None if tier is None else names[tier])
+        return await self._engine.keeping.clear_durably(None if tier is None else names[tier])
 
     async def _flush(self) -> None:
         await self._engine.flush()

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import structlog
 
-from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
+from flexkv.common.errors import ClearedError, ClosedError, ConfigError, FlexKVError
 from flexkv.common.request import KVResponse, Operation, Request, Span
 from flexkv.common.terms import BLOCK_KEY_BYTES
 from flexkv.engine import Engine
@@ -36,8 +36,8 @@ class Job:
         over: set once no device touches its blocks any more.
     """
 
-    def __init__(self, start: Start, answered: Answered) -> None:
-        self.start, self.answered = start, answered
+    def __init__(self, start: Start, answered: Answered, generation: int) -> None:
+        self.start, self.answered, self.generation = start, answered, generation
         self.ready = asyncio.Event()
         self.over = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
@@ -90,7 +90,9 @@ class Jobs:
             self.release((start.held,))
             answered(Done(start.number, "failed", 0, why))
             return
-        job = self._jobs[start.number] = Job(start, answered)
+        now = self._engine.clears.generation
+        generation = now if start.generation is None else min(now, start.generation)
+        job = self._jobs[start.number] = Job(start, answered, generation)
         job.ranks_ready = self._ready_early.pop(start.number, set())
         if not start.when_ready or self._is_ready(job):
             job.ready.set()
@@ -149,7 +151,7 @@ class Jobs:
         try:
             await job.ready.wait()
             begin_s = time.monotonic()
-            request = self._request(job.start)
+            request = self._request(job.start, job.generation)
             flight = await self._engine.perform(request, lambda: self.release((job.start.held,)))
             response = flight.response
             assert response is not None
@@ -178,8 +180,8 @@ class Jobs:
             raise ClosedError("the devices of the instance do not answer")
         return instance
 
-    def _request(self, start: Start) -> Request:
-        """Give a request in the core's terms.
+    def _request(self, start: Start, generation: int) -> Request:
+        """Return a request in the core's terms.
 
         Raises:
             ClosedError: the instance's devices are not there.
@@ -211,6 +213,8 @@ class Jobs:
             start.keys,
             ids,
             start.namespace_hash,
+            None,
+            generation,
         )
 
 
@@ -226,4 +230,5 @@ _OPERATIONS = {operation.label: operation for operation in Operation}
 def _done(start: Start, request: Request, response: KVResponse, took_s: float) -> Done:
     moved = int(np.count_nonzero(response.return_mask)) // request.tokens_per_block
     error = "" if response.error is None else str(response.error)
-    return Done(start.number, response.status.value, moved, error, took_s)
+    is_stale = isinstance(response.error, ClearedError)
+    return Done(start.number, response.status.value, moved, error, took_s, is_stale)

@@ -80,6 +80,7 @@ class Server:
     def start(self) -> None:
         """Take connections from now on."""
         self._engine.register_kv_caches([])
+        self._engine.clears.on_clear = self._tell_states
         self._listener.listen()
         self._engine.supervisor.keep("server", self._accept())
         self._engine.supervisor.keep("changes", self._watchers.run())
@@ -255,11 +256,17 @@ class Server:
         link = fleet.client_of(number)
         if link is None:
             return
-        instance = fleet.instances.get(number)
+        instance, generation = fleet.instances.get(number), self._engine.clears.generation
         if instance is None or instance.slot is None:
-            link.send(State(False, 0, ""))
+            link.send(State(False, 0, "", generation=generation))
         else:
-            link.send(State(True, instance.num_blocks, fleet.order or "", instance.slot))
+            order = fleet.order or ""
+            link.send(State(True, instance.num_blocks, order, instance.slot, generation))
+
+    def _tell_states(self) -> None:
+        """Tell every client that the cache was cleared."""
+        for number in self._backend.fleet.instances:
+            self._tell_state(number)
 
     # -- agents ---------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import msgspec
 
 from flexkv.common.errors import ConfigError, FlexKVError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 FRAME_BYTES_MAX = 64 << 20
 LENGTH_BYTES = 4
 
@@ -71,6 +71,8 @@ class State(Message, tag="state", frozen=True):
     order: str
     slot: int = 0
     """Names this state: a `Start` that was made in another one is refused."""
+    generation: int = 0
+    """Grows with each clear: see `flexkv.index.clears`."""
 
 
 class Match(Message, tag="match", frozen=True):
@@ -116,6 +118,8 @@ class Start(Message, tag="start", frozen=True):
     held: int = 0
     """The match whose hold ends when this request is planned."""
     namespace_hash: str = ""
+    generation: int | None = None
+    """When what is put was computed: of a clear since then nothing is stored. None: now."""
 
 
 class Done(Message, tag="done", frozen=True):
@@ -128,6 +132,8 @@ class Done(Message, tag="done", frozen=True):
     error: str = ""
     took_s: float = 0.0
     """From when it could begin."""
+    is_stale: bool = False
+    """Whether a put stored nothing because the cache was cleared after what it reads was made."""
 
 
 class Changed(Message, tag="changed", frozen=True):

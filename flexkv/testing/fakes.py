@@ -71,6 +71,8 @@ class FakePort:
         self.touched: list[int] = []
         """Blocks of the store that somebody began to write."""
         self._durable = store.copy()
+        self._lost = np.zeros(len(store), np.bool_)
+        """Rows that a failed sync has lost: only a new write can make them durable."""
         self._syncs = self._synced = 0
         self._sums = sums
         self._jobs: dict[int, _Job] = {}
@@ -168,6 +170,8 @@ class FakePort:
             of = transfer.watch.num_layers
             span = slice(size * layers.first // of, size * layers.last // of)
         target[transfer.target_ids[which], span] = source[transfer.source_ids[which], span]
+        if not to_host:
+            self._lost[transfer.target_ids[which]] = False
         if to_host and self._sums is not None and layers is None:
             host_ids = transfer.target_ids[which]
             self._sums[host_ids] = sums_of(self._host[host_ids])
@@ -190,20 +194,22 @@ class FakePort:
         return ended
 
     async def sync(self) -> None:
-        """Return after a delay of the fault plan.
+        """Return after a delay of the fault plan; what a failed sync did not write is lost.
 
         Raises:
             StorageError: the fault plan says so.
         """
         self._syncs += 1
-        number, content = self._syncs, self._store.copy()
+        number, content, kept = self._syncs, self._store.copy(), ~self._lost
         # Sleeping is the work of a fake disk; on a virtual clock it takes no time.
         await asyncio.sleep(self._faults.delay_s())
         self.on_io()
         if self._faults.fails():
+            self._lost |= (self._store != self._durable).any(axis=1)
             raise StorageError("fake", 0, EIO)
         if number > self._synced:
-            self._synced, self._durable = number, content
+            self._synced = number
+            self._durable[kept] = content[kept]
 
     def remains(self, random: Random, power_loss: bool) -> NDArray[np.uint8]:
         """Give what a crash at this moment leaves of the store, uint8[blocks, bytes].

@@ -1,5 +1,8 @@
 """Files of one directory that fail by a fault plan and lose, in a crash, what was not synced.
 
+A sync that fails loses what it should have written, as on Linux: whoever reads the file sees it
+still, but no later sync makes it durable.
+
 They stand in for the kernel under a real `Journal`; a contract test runs both.
 """
 
@@ -15,9 +18,30 @@ from flexkv.testing.faults import FaultPlan
 
 
 class _File:
+    """A file: what readers see, what the device has, and what it will have once synced."""
+
     def __init__(self, content: bytes = b"") -> None:
         self.content = bytearray(content)
         self.durable = content
+        self.dirty = bytearray(content)
+
+    def append(self, data: bytes | memoryview) -> None:
+        """Write at the end."""
+        self.dirty = self.dirty.ljust(len(self.content), b"\0")
+        self.content += data
+        self.dirty += data
+
+    def cut(self, size: int) -> None:
+        """Drop what is behind the first `size` bytes."""
+        del self.content[size:]
+        del self.dirty[size:]
+
+    def sync(self, fails: bool) -> None:
+        """Make durable what was written since the last sync, or lose it."""
+        if fails:
+            self.dirty = bytearray(self.durable[: len(self.content)])
+        else:
+            self.durable = bytes(self.dirty)
 
 
 class LossyFiles:
@@ -30,19 +54,25 @@ class LossyFiles:
         self._faults = faults
         self._names = {name: _File(content) for name, content in (contents or {}).items()}
         self._durable_names = dict(self._names)
+        self._dirty_names = dict(self._names)
+        """As in the directory, but for the changes that a failed sync of it has lost."""
         self._open: dict[int, _File] = {}
         self._fds = count(3)
 
     def _call(self, errno: int | None = None) -> None:
         self.on_io()
-        if errno is not None and self.faulty and self._faults.fails():
+        if errno is not None and self._fails():
             raise OSError(errno, f"injected by {self._faults!r}")
+
+    def _fails(self) -> bool:
+        return self.faulty and self._faults.fails()
 
     def open(self, path: Path) -> int:
         """Open a file, or create it."""
         self._call()
         fd = next(self._fds)
         self._open[fd] = self._names.setdefault(path.name, _File())
+        self._dirty_names[path.name] = self._open[fd]
         return fd
 
     def read(self, fd: int) -> bytes:
@@ -55,7 +85,7 @@ class LossyFiles:
         written = len(data)
         if self._faults.fails():
             written = 1 + self._faults.bit(written)
-        self._open[fd].content += data[:written]
+        self._open[fd].append(data[:written])
         return written
 
     def size(self, fd: int) -> int:
@@ -66,12 +96,15 @@ class LossyFiles:
     def cut(self, fd: int, size: int) -> None:
         """Drop what is behind the first `size` bytes."""
         self._call(EIO)
-        del self._open[fd].content[size:]
+        self._open[fd].cut(size)
 
     def sync(self, fd: int) -> None:
         """Make the content of a file durable."""
-        self._call(EIO)
-        self._open[fd].durable = bytes(self._open[fd].content)
+        self._call()
+        fails = self._fails()
+        self._open[fd].sync(fails)
+        if fails:
+            raise OSError(EIO, f"injected by {self._faults!r}")
 
     def close(self, fd: int) -> None:
         """Close a file, whatever is said of it."""
@@ -81,17 +114,23 @@ class LossyFiles:
     def rename(self, old: Path, new: Path) -> None:
         """Let a file take the place of another."""
         self._call(EIO)
-        self._names[new.name] = self._names.pop(old.name)
+        file = self._names.pop(old.name)
+        self._dirty_names.pop(old.name, None)
+        self._names[new.name] = self._dirty_names[new.name] = file
 
     def remove(self, path: Path) -> None:
         """Remove a file, if it is there."""
         self._call(EIO)
         self._names.pop(path.name, None)
+        self._dirty_names.pop(path.name, None)
 
     def sync_folder(self, folder: Path) -> None:
-        """Make the names durable."""
-        self._call(EIO)
-        self._durable_names = dict(self._names)
+        """Make the names durable, or lose the changes since they last were."""
+        self._call()
+        if self._fails():
+            self._dirty_names = dict(self._durable_names)
+            raise OSError(EIO, f"injected by {self._faults!r}")
+        self._durable_names = dict(self._dirty_names)
 
     @property
     def open_files(self) -> int:
@@ -99,19 +138,20 @@ class LossyFiles:
         return len(self._open)
 
     def remains(self, random: Random, power_loss: bool) -> dict[str, bytes]:
-        """Give what a crash at this moment leaves, by name.
+        """Return what a crash at this moment leaves, by name.
 
-        Without power the names are the old or the new ones, and of what was not synced each sector
-        is there or not, up to any length.
+        After a loss of power the names are the old or the new ones, and of what was not synced each
+        sector is there or not, up to any length. Else everything is there but what a failed sync
+        has lost: whoever opens a file reads what the device has.
         """
         if not power_loss:
-            return {name: bytes(file.content) for name, file in self._names.items()}
-        names = random.choice([self._names, self._durable_names])
+            return {name: bytes(file.dirty) for name, file in self._names.items()}
+        names = random.choice([self._dirty_names, self._durable_names])
         return {name: _lose(file, random) for name, file in names.items()}
 
 
 def _lose(file: _File, random: Random) -> bytes:
-    old, new = file.durable, bytes(file.content)
+    old, new = file.durable, bytes(file.dirty)
     kept = random.choice([0.0, 0.5, 0.9, 1.0])
     length = random.randint(min(len(old), len(new)), max(len(old), len(new)))
     left, sector = bytearray(), random.choice([1, 16, 512])

@@ -6,6 +6,7 @@ resets, and gives up at random moments. The oracles:
 - every block that a response claims has exactly the bytes that belong to its key;
 - device slots that were given back are never written again, and what was read from them after
   they were given back is never served;
+- nothing that began to be put before everything was cleared is stored after it;
 - after a crash in front of any step of the disk or a journal, with or without loss of power, what
   was flushed and not written over since is there, and a journal lies only where bits flipped,
   power was lost, or it could not be told what went;
@@ -17,7 +18,6 @@ resets, and gives up at random moments. The oracles:
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from itertools import takewhile
 from random import Random
 
@@ -26,7 +26,7 @@ from msgspec import structs
 from numpy.typing import NDArray
 
 from flexkv.common.config import CacheConfig, ModelConfig
-from flexkv.common.errors import DeadlineError, StorageError, TransferError
+from flexkv.common.errors import ClearedError, DeadlineError, TransferError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine import Engine
@@ -108,6 +108,8 @@ class Simulation:
         self._flushed: set[tuple[bytes, int]] = set()
         self._touched_before = 0
         self._clears = 0
+        self._put_since_clear: set[bytes] | None = None
+        """Keys of the puts that began after everything was cleared; None while it never was."""
 
     # -- crashes --------------------------------------------------------------------------------
 
@@ -159,6 +161,15 @@ class Simulation:
             found = self.engine.residency.find(request.keys).last
             assert found >= len(wanted), f"{len(wanted) - found} flushed blocks are lost"
 
+    def _check_cleared(self) -> None:
+        """Check that nothing is there which was put before everything was cleared."""
+        if self._put_since_clear is None:
+            return
+        for prompt in self.prompts:
+            keys = self.engine.intake(Operation.PREFETCH, prompt).keys
+            there = block_keys(keys)[: self.engine.residency.find(keys).last]
+            assert self._put_since_clear.issuperset(there), "a cleared block came back"
+
     # -- a life ---------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -185,6 +196,7 @@ class Simulation:
         if random.random() < 0.5:
             await self._flush(0.0)
         engine.residency.validate()
+        self._check_cleared()
         if self.is_trusted:
             assert engine.statistics().corrupt_blocks == 0, "a journal lied"
         await engine.close()
@@ -239,6 +251,8 @@ class Simulation:
             operation, prompt, mask if operation != Operation.PREFETCH else None
         )
         give_up_s = random.choice([None, random.uniform(0.0, 0.03)])
+        if operation is Operation.PUT and self._put_since_clear is not None:
+            self._put_since_clear.update(block_keys(request.keys))
         if operation is Operation.PREFETCH:
             await self._perform(request, give_up_s)
             return
@@ -256,8 +270,10 @@ class Simulation:
         chance = random.random()
         if chance < 0.03:
             self._flushed, self._clears = set(), self._clears + 1
-            with suppress(StorageError):  # injected
-                engine.keeping.clear(random.choice([None, *engine.residency.tiers]))
+            tier = random.choice([None, *engine.residency.tiers])
+            engine.keeping.clear(tier)
+            if tier is None:
+                self._put_since_clear = set()
         elif chance < 0.06:
             tier = random.choice(engine.residency.tiers)
             engine.keeping.resize(tier, random.randint(1, self.capacity[tier]))
@@ -376,7 +392,9 @@ class Simulation:
         except TimeoutError:
             return None
         assert response is not None
-        assert response.status is not KVResponseStatus.CANCELLED
+        if response.status is KVResponseStatus.CANCELLED:
+            assert isinstance(response.error, ClearedError)
+            assert request.generation < self.engine.clears.generation, "nothing was cleared"
         return response
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ def test_what_a_full_journal_kept_does_not_survive_a_clear(root: bytes | None) -
 
 
 def test_what_a_full_journal_kept_comes_before_what_is_noted_next() -> None:
-    """However often it fails; and `write_now` waits for a write under way."""
+    """However often it fails; and `written` tells of the failure."""
 
     async def work() -> None:
         rig = Rig(failing_writes=3)
@@ -98,7 +99,7 @@ def test_what_a_full_journal_kept_comes_before_what_is_noted_next() -> None:
             await rig.ledger.flush()
         rig.ledger.erased(np.array([2]))
         with pytest.raises(StorageError):
-            rig.ledger.write_now()
+            await rig.ledger.written()
         rig.ledger.stored(np.array([5]))
         await rig.ledger.flush()
         assert rig.rows() == [1, 5]
@@ -155,8 +156,8 @@ def test_a_journal_cut_short_or_not_is_whole_again() -> None:
     one.close()
 
 
-def test_a_sync_makes_good_what_a_renaming_could_not() -> None:
-    """The name of a journal that was written anew is on stable storage, or the sync says not."""
+def test_a_name_that_could_not_be_synced_is_not_believed_by_a_later_sync() -> None:
+    """A journal whose name is not on stable storage is written anew before a sync succeeds."""
     files = LossyFiles(FaultPlan(0))
     one = Journal(Path("fake"), files)
     one.begin_new()
@@ -164,14 +165,84 @@ def test_a_sync_makes_good_what_a_renaming_could_not() -> None:
     sync_folder = files.sync_folder
 
     def refused(folder: Path) -> None:
+        files._dirty_names = dict(files._durable_names)
         raise OSError(5, "no")
 
     vars(files)["sync_folder"] = refused
     one.take_new()
-    with pytest.raises(StorageError):
-        one.sync()
     vars(files)["sync_folder"] = sync_folder
+    for _ in range(2):
+        with pytest.raises(StorageError):
+            one.sync()
+    one.begin_new()
+    one.append_new(b"newer")
+    one.take_new()
     one.sync()
-    assert files._durable_names["journal.flexkv"].durable == b"new"
+    assert files._durable_names["journal.flexkv"].durable == b"newer"
     one.close()
     assert files.open_files == 0
+
+
+@pytest.mark.parametrize("fails", ["file", "folder"])
+def test_what_a_failed_sync_lost_is_written_anew_before_a_flush_succeeds(fails: str) -> None:
+    """The flush says that it failed; the next one succeeds, and a loss of power takes nothing."""
+
+    async def work() -> None:
+        rig = Rig(failing_writes=0)
+        writing = asyncio.ensure_future(rig.ledger.run())
+        rig.ledger.stored(np.array([1, 2]))
+        await rig.ledger.flush()
+        rig.ledger.stored(np.array([3]))
+        await asyncio.sleep(0.1)
+        faults = rig.files._faults
+        faults.failure_probability = 1.0
+        with pytest.raises(StorageError):
+            await rig.ledger.flush()
+        if fails == "folder":  # the journal is written anew, and its name is lost
+            sync_folder = rig.files.sync_folder
+            vars(rig.files)["sync_folder"] = lambda folder: _refuse(rig.files)
+            faults.failure_probability = 0.0
+            with pytest.raises(StorageError):
+                await rig.ledger.flush()
+            vars(rig.files)["sync_folder"] = sync_folder
+        faults.failure_probability = 0.0
+        await rig.ledger.flush()
+        for seed in range(20):
+            left = rig.files.remains(Random(seed), power_loss=True)
+            again = Journal(Path("fake"), LossyFiles(FaultPlan(0), left))
+            assert sorted(again.live.rows.tolist()) == [1, 2, 3]
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+        rig.ledger.close()
+        assert rig.files.open_files == 0
+
+    run_virtual(work())
+
+
+def _refuse(files: LossyFiles) -> None:
+    files._dirty_names = dict(files._durable_names)
+    raise OSError(5, "no")
+
+
+def test_blocks_that_a_failed_sync_may_have_lost_are_unsaid() -> None:
+    """Those stored since the last good one, and those stored while it went on; no others."""
+
+    async def work() -> None:
+        rig = Rig(failing_writes=0)
+        ledger = rig.ledger
+        writing = asyncio.ensure_future(ledger.run())
+        ledger.stored(np.array([1]))
+        assert ledger.begin_sync().tolist() == [1]
+        ledger.stored(np.array([2, 3, 4]))
+        unsynced = ledger.begin_sync()
+        ledger.erased(np.array([3]))
+        ledger.stored(np.array([5]))
+        assert ledger.sync_failed(unsynced).tolist() == [2, 4, 5]
+        await ledger.written()
+        assert rig.rows() == [1]
+        assert ledger.begin_sync().tolist() == []
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+        ledger.close()
+
+    run_virtual(work())

@@ -1,0 +1,100 @@
+"""Flushing: returns once what was put is on stable storage, or says what is not."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import structlog
+
+from flexkv.actors.actor import Supervisor
+from flexkv.actors.scheduler import Scheduler
+from flexkv.backend import Backend
+from flexkv.common.errors import DeadlineError, FlexKVError, StorageError
+from flexkv.common.terms import Tier
+from flexkv.io.ports import DurablePort
+
+log = structlog.get_logger(__name__)
+
+NO_BLOCKS = np.zeros(0, np.int64)
+SYNC_TIMEOUT_S = 60.0
+"""How long a flush waits for the device at least."""
+
+
+class Durability:
+    """Makes what an engine holds survive."""
+
+    def __init__(
+        self, scheduler: Scheduler, backend: Backend, supervisor: Supervisor, deadline_s: float
+    ) -> None:
+        self._scheduler, self._backend, self._supervisor = scheduler, backend, supervisor
+        self._sync_timeout_s = max(SYNC_TIMEOUT_S, deadline_s)
+        self._syncing: asyncio.Task[FlexKVError | None] | None = None
+        self._syncs = 0
+
+    async def flush(self) -> None:
+        """Return once every write-behind under way is done and on stable storage.
+
+        Raises:
+            TransferError: a block could not be written since the last flush, or the disk refused to
+                sync; what could be written is.
+        """
+        late: DeadlineError | None = None
+        for flight in self._scheduler.under_way():
+            try:
+                await flight.wait_ended()
+            except DeadlineError as error:  # what is written all the same shall be safe
+                late = error
+        failed = await self._synced()
+        failures = self._scheduler.take_failures()
+        if failed is not None:
+            raise failed
+        if late is not None or failures:
+            raise late or failures[0]
+
+    async def _synced(self) -> FlexKVError | None:
+        """Sync the device and the journals from now on; return what went wrong."""
+        loop = asyncio.get_running_loop()
+        until_s, first = loop.time() + self._sync_timeout_s, self._syncs + 1
+        while True:
+            if self._syncing is None:
+                self._syncs += 1
+                self._syncing = self._supervisor.spawn("sync", self._sync())
+            syncing, number = self._syncing, self._syncs
+            ended, _ = await asyncio.wait([syncing], timeout=max(0.0, until_s - loop.time()))
+            if not ended:
+                return DeadlineError(-1, "sync", 0, "the device did not sync in time")
+            if number >= first:  # else it began before what has to be synced was written
+                return syncing.result()
+
+    async def _sync(self) -> FlexKVError | None:
+        """Sync once, to its end, whoever stops waiting: a failure must not go unseen."""
+        disk, ledger = self._backend.disk, self._backend.ledger
+        try:
+            if disk is not None:
+                await self._sync_disk(disk)
+            if ledger is not None:
+                await ledger.flush()
+        except FlexKVError as error:
+            return error
+        finally:
+            self._syncing = None
+        return None
+
+    async def _sync_disk(self, disk: DurablePort) -> None:
+        """Sync the disk; after a failure nothing is believed that was stored since it last did."""
+        ledger = self._backend.ledger
+        unsynced = NO_BLOCKS if ledger is None else ledger.begin_sync()
+        try:
+            await disk.sync()
+        except StorageError as error:
+            if ledger is not None:
+                lost = ledger.sync_failed(unsynced)
+                log.warning("sync_failed", path=error.path, error=str(error), lost_blocks=len(lost))
+                self._scheduler.drop(Tier.DISK, lost)
+            raise
+
+    def close(self) -> None:
+        """Wait for no sync any more."""
+        if self._syncing is not None:
+            self._syncing.cancel()

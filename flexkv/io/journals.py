@@ -1,0 +1,90 @@
+"""The journals of one SSD tier as one: what is written to them together, on the ledger's thread.
+
+A journal that does not take its frames keeps them, and they go in front of what is written next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from flexkv.common.errors import StorageError
+from flexkv.io.journal import Journal, Live, cleared
+
+KEPT_BYTES_MAX = 16 << 20
+"""What is kept for a journal that takes no more at the moment; with more it is emptied."""
+
+
+class Journals:
+    """One journal for each directory. All calls block, and are for one thread, but where said."""
+
+    def __init__(self, journals: Sequence[Journal]) -> None:
+        """Take open journals, which are closed with this object."""
+        self.each = tuple(journals)
+        self._kept = [b"" for _ in journals]
+
+    def __len__(self) -> int:
+        return len(self.each)
+
+    def lives(self) -> list[Live]:
+        """Return what each journal said when it was opened."""
+        return [journal.live for journal in self.each]
+
+    def forget_lives(self) -> None:
+        """Let go of what the journals said when they were opened."""
+        for journal in self.each:
+            journal.forget_live()
+
+    def append(self, frames: Sequence[bytes], clears: bool = False) -> dict[int, StorageError]:
+        """Write what was kept and then `frames`, one for each journal; keep what is not taken.
+
+        With `clears`, all that the journals said before these frames is void.
+
+        Returns:
+            What failed, by the number of the journal.
+        """
+        failures = {}
+        for number, of_one in enumerate(frames):
+            wanted = self._kept[number] + of_one
+            if clears:
+                wanted = self._emptied(number) + of_one
+            if not wanted:
+                continue
+            self._kept[number] = b""
+            try:
+                self.each[number].append(wanted)
+            except StorageError as failure:
+                failures[number] = failure
+                self._kept[number] = wanted
+        return failures
+
+    def _emptied(self, number: int) -> bytes:
+        """Empty a journal; return what has to stand in front of its next frames if it refuses."""
+        self._kept[number] = b""
+        try:
+            self.each[number].clear()
+        except StorageError:
+            return cleared()
+        return b""
+
+    def has_kept_too_much(self, number: int) -> bool:
+        """Return whether a journal has not taken so much that it should be emptied."""
+        return len(self._kept[number]) > KEPT_BYTES_MAX
+
+    def empty(self, number: int) -> None:
+        """Let a journal say nothing any more; a crash brings none of its blocks back."""
+        self._kept[number] = self._emptied(number)
+
+    def sync(self) -> Mapping[int, StorageError]:
+        """Sync every journal, on a thread of its own; return what failed, by number."""
+        failures = {}
+        for number, journal in enumerate(self.each):
+            try:
+                journal.sync()
+            except StorageError as failure:
+                failures[number] = failure
+        return failures
+
+    def close(self) -> None:
+        """Close every journal. Idempotent."""
+        for journal in self.each:
+            journal.close()
