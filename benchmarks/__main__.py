@@ -22,6 +22,7 @@ CASES = (
     "gather",
     "disk",
     "survive",
+    "write_behind",
     "cuda",
     "cuda_get",
     "ttft",

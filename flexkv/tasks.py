@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from msgspec import structs
 
-from flexkv.actors.scheduler import Flight
+from flexkv.actors.flight import Flight
 from flexkv.common.errors import ConfigError, FlexKVError, TransferError
 from flexkv.common.request import (
     KVResponse,

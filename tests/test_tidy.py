@@ -28,7 +28,7 @@ FLOORS = [
     {"trace"},
     {"io"},
     {"actors"},
-    {"admission", "statistics", "backend", "settings", "logs", "pins", "ledger", "scrub"},
+    {"admission", "statistics", "backend", "settings", "logs", "pins", "ledger", "scrub", "limits"},
     {"keeping", "devices", "tracing", "durability"},
     {"engine"},
     {"tasks", "loop_thread", "server"},

@@ -16,9 +16,11 @@ import numpy as np
 import structlog
 
 from flexkv.actors.actor import TransferActor
+from flexkv.actors.flight import Flight, wake
 from flexkv.actors.observer import Observer
 from flexkv.actors.outcome import response_of
 from flexkv.actors.watch import Watch
+from flexkv.actors.write_behind import WriteBehind
 from flexkv.common.errors import (
     CorruptBlockError,
     DeadlineError,
@@ -28,8 +30,8 @@ from flexkv.common.errors import (
     TransferError,
     UnfilledError,
 )
-from flexkv.common.request import KVResponse, Operation, Request
-from flexkv.common.terms import BlockIds, Tier
+from flexkv.common.request import Operation, Request, Span
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
 from flexkv.graph.ops import OpSpec, OpState
 from flexkv.graph.plan import OPS_MAX, Plan
 from flexkv.graph.planner import Avoid, Planned, Planner
@@ -45,117 +47,17 @@ from flexkv.graph.run import (
     Launch,
     Overdue,
     Recall,
-    Run,
     Settle,
 )
 from flexkv.index.claims import Claim, Holding
-from flexkv.index.residency import Residency
+from flexkv.index.owed import Taken
+from flexkv.index.residency import Found, Residency
 from flexkv.io.ports import Completion
 
 log = structlog.get_logger(__name__)
 
-FAILURES_MAX = 100
-
-
-class Flight:
-    """One request under way: its plan, its run, and what its caller will be told."""
-
-    __slots__ = (
-        "_answer_waiters", "_end_waiters", "arrived_ns", "begin_ns", "failure", "late", "plan",
-        "planned", "request", "response", "run",
-    )  # fmt: skip
-
-    def __init__(self, request: Request, planned: Planned, arrived_ns: int, begin_ns: int) -> None:
-        self.request = request
-        self.planned = planned
-        self.plan = planned.plan
-        self.run = Run(planned.plan.template)
-        self.arrived_ns, self.begin_ns = arrived_ns, begin_ns
-        self.response: KVResponse | None = None
-        self.failure: InternalError | None = None
-        self.late: DeadlineError | None = None
-        """Why nobody should wait for the end: an op hangs."""
-        self._answer_waiters: list[asyncio.Future[None]] = []
-        self._end_waiters: list[asyncio.Future[None]] = []
-
-    async def wait_answered(self) -> KVResponse:
-        """Return the response once there is one. Cancelling the wait cancels nothing else.
-
-        Raises:
-            InternalError: the engine failed.
-        """
-        while self.response is None:
-            await self._waiter(self._answer_waiters)
-        return self.response
-
-    async def wait_drained(self) -> KVResponse:
-        """Return the response once there is one, whatever cancels come: hardware has the slots."""
-        while self.response is None:
-            try:
-                await self._waiter(self._answer_waiters)
-            except asyncio.CancelledError:
-                continue
-        return self.response
-
-    async def wait_ended(self) -> None:
-        """Return once every op is over, write-behind included, or one of them hangs.
-
-        Raises:
-            InternalError: the engine failed.
-            DeadlineError: an op has not ended in time.
-        """
-        while not self.run.ended:
-            if self.late is not None:
-                raise self.late
-            await self._waiter(self._end_waiters)
-
-    @property
-    def waited_in_vain(self) -> bool:
-        """Tell whether the flight was answered short because another gave up filling its blocks."""
-        if not self.run.errors or self.response is None or self.run.cancelled:
-            return False
-        return any(isinstance(error, UnfilledError) for error in self.run.errors)
-
-    def unfed_tokens(self) -> list[int]:
-        """Give the ops that wait for layers to be written."""
-        watch = self.request.watch
-        if watch is None or watch.ready >= watch.num_layers:
-            return []
-        return self.plan.device_tokens()
-
-    def _waiter(self, waiters: list[asyncio.Future[None]]) -> asyncio.Future[None]:
-        if self.failure is not None:
-            raise self.failure
-        waiter = asyncio.get_running_loop().create_future()
-        waiters.append(waiter)
-        return waiter
-
-    def answer(self, response: KVResponse) -> None:
-        """Keep the response, then tell who waits."""
-        self.response = response
-        _wake(self._answer_waiters)
-
-    def end(self) -> None:
-        """Tell who waits for the end."""
-        _wake(self._end_waiters)
-
-    def hang(self, error: DeadlineError) -> None:
-        """An op hangs: nobody shall wait for the end."""
-        self.late = error
-        _wake(self._end_waiters)
-
-    def fail(self, failure: InternalError) -> None:
-        """The engine failed: there will be no answer, and no end."""
-        self.failure = failure
-        _wake(self._answer_waiters)
-        _wake(self._end_waiters)
-
-
-def _wake(waiters: list[asyncio.Future[None]]) -> None:
-    for waiter in waiters:
-        if not waiter.done():
-            waiter.set_result(None)
-    waiters.clear()
+_BEHIND = Request(Operation.PREFETCH, -1, 0, 1, Span(0, 0, 0, 0), bytes(BLOCK_KEY_BYTES))
+"""Stands for the writing of owed blocks, which no caller has asked for."""
 
 
 class _Joiner(NamedTuple):
@@ -200,9 +102,10 @@ class Scheduler:
         self._joiners: dict[int, list[_Joiner]] = {}
         self._events: deque[tuple[Flight, Event]] = deque()
         self._busy = False
+        self.behind: WriteBehind | None = None
+        """Writes what lower tiers are owed; None where there is none."""
         self._failed: InternalError | None = None
         self._next_run = 0
-        self._failures: list[TransferError] = []
         self._idle: list[asyncio.Future[None]] = []
         self._on: dict[type, Callable[[Flight, int, Command], None]] = {
             Issue: self._issue,
@@ -238,8 +141,27 @@ class Scheduler:
         self._flights[run_id] = flight
         if request.watch is not None and request.operation is Operation.PUT:
             self._fed.add(flight)
+        if self.behind is not None and (planned.owed or planned.declined):
+            self.behind.declined(planned.declined)
+            for owed in planned.owed:
+                self.behind.owe(owed.tier, owed.host_ids)
         self._take(flight, Launch())
         return flight
+
+    def write_behind(self, taken: Taken) -> None:
+        """Begin to write blocks to a tier that is owed them."""
+        run_id = self._next_run
+        self._next_run += 1
+        plan = self._planner.plan_behind(taken, run_id)
+        if taken.hold is not None:  # the plan has a claim of its own
+            self._residency.claims.settle(taken.hold, filled=False)
+        if self._observer.tracer is not None:
+            self._observer.planned(_BEHIND, plan)
+        now_ns = self._observer.now_ns()
+        flight = Flight(_BEHIND, Planned(plan, Found(0, 0, {}), None), now_ns, now_ns)
+        flight.taken = taken
+        self._flights[run_id] = flight
+        self._take(flight, Launch())
 
     def look_out(self) -> None:
         """Tell the planner what to do without: tiers that are down, ops that hang."""
@@ -278,6 +200,12 @@ class Scheduler:
             self._observer.event("cancel", request_id=flight.request.request_id)
             self._take(flight, Cancel())
 
+    def cancel_unanswered(self) -> None:
+        """Cancel every flight whose caller still waits; what is written behind others goes on."""
+        for flight in list(self._flights.values()):
+            if flight.response is None:
+                self._take(flight, Cancel())
+
     def cancel_all(self) -> None:
         """Cancel every flight, write-behind included."""
         for flight in list(self._flights.values()):
@@ -297,9 +225,20 @@ class Scheduler:
             if route is not None and route.outer > Tier.HOST:
                 self.watch.ended(route, error)
                 self._stuck.discard(token)
-            if error is not None and not isinstance(error, RecalledError):
-                self._distrust(flight, flight.plan.template.ops[op], error)
+            if error is not None:
+                if route is not None and route.source is Tier.HOST and route.outer > Tier.HOST:
+                    self._unwritten(flight, flight.plan.template.ops[op], error)
+                if not isinstance(error, RecalledError):
+                    self._distrust(flight, flight.plan.template.ops[op], error)
         self._work()
+
+    def _unwritten(self, flight: Flight, op: OpSpec, error: TransferError) -> None:
+        """Owe anew what could not be written to a lower tier."""
+        if self.behind is None or op.route is None:
+            return
+        begin, end = flight.plan.bounds(op)
+        host_ids = flight.plan.fills[op.leg].ids[Tier.HOST][begin:end]
+        self.behind.failed(op.route.target, host_ids, flight.taken, error)
 
     def drop_corrupt(self, error: CorruptBlockError, request_id: int = -1) -> None:
         """Forget blocks of the SSD tier that are not what they were, in this life and the next."""
@@ -347,17 +286,17 @@ class Scheduler:
         for token in tokens:
             self._residency.claims.settle(token, filled=False)
 
+    @property
+    def failure(self) -> InternalError | None:
+        """Return why the engine has failed; None while it has not."""
+        return self._failed
+
     def fail(self, failure: InternalError) -> None:
         """The engine failed: nobody will be answered."""
         self._failed = failure
         for flight in self._flights.values():
             flight.fail(failure)
-        _wake(self._idle)
-
-    def take_failures(self) -> list[TransferError]:
-        """Give what failed of puts since the last call, write-behind included; the first ones."""
-        failures, self._failures = self._failures, []
-        return failures
+        wake(self._idle)
 
     def under_way(self) -> list[Flight]:
         """Give the puts under way: what a flush has to wait for."""
@@ -388,6 +327,8 @@ class Scheduler:
                         self._on[kind](flight, command.op, command)  # type: ignore[union-attr]
         finally:
             self._busy = False
+        if self.behind is not None and self.behind.is_active:
+            self.behind.pump()
 
     def _issue(self, flight: Flight, op: int, command: Command) -> None:
         spec = flight.plan.template.ops[op]
@@ -404,16 +345,22 @@ class Scheduler:
         token = flight.plan.run_id * OPS_MAX + op
         assert isinstance(command, Settle)
         self._residency.claims.settle(token, command.filled)
-        if command.filled and self._notes is not None:
-            self._note(flight.plan, flight.plan.template.ops[op])
+        if command.filled:
+            self._filled(flight.plan, flight.plan.template.ops[op])
         for joiner in self._joiners.pop(token, ()):
             self._events.append((joiner.flight, _news(joiner.op, command.filled)))
 
-    def _note(self, plan: Plan, op: OpSpec) -> None:
-        assert self._notes is not None
-        if op.route is not None and op.route.target is Tier.DISK:
+    def _filled(self, plan: Plan, op: OpSpec) -> None:
+        """Note what became READY on SSD, and owe what became READY in host memory only."""
+        assert op.route is not None
+        target, fill = op.route.target, plan.fills[op.leg]
+        if target is Tier.DISK and self._notes is not None:
             begin, end = plan.bounds(op)
-            self._notes.stored(plan.fills[op.leg].ids[Tier.DISK][begin:end])
+            self._notes.stored(fill.ids[target][begin:end])
+        elif fill.owed_to and target is Tier.HOST and self.behind is not None:
+            begin, end = plan.bounds(op)
+            for tier in fill.owed_to:
+                self.behind.owe(tier, fill.ids[target][begin:end])
 
     def _recall(self, flight: Flight, op: int, command: Command) -> None:
         spec = flight.plan.template.ops[op]
@@ -436,7 +383,7 @@ class Scheduler:
 
     def _answer(self, flight: Flight) -> None:
         flight.answer(response_of(flight.request, flight.planned, flight.run))
-        if not flight.waited_in_vain:  # else it may be tried again: a request counts once
+        if flight.taken is None and not flight.waited_in_vain:  # it may be tried again
             self.tell(flight)
 
     def tell(self, flight: Flight) -> None:
@@ -454,13 +401,11 @@ class Scheduler:
         if self._fed:
             self._fed.discard(flight)
         flight.end()
-        if flight.run.errors and flight.request.operation is Operation.PUT:
-            told = RecalledError | DeadlineError  # the latter by the flush that did not wait
-            real = [error for error in flight.run.errors if not isinstance(error, told)]
-            self._failures += real[: FAILURES_MAX - len(self._failures)]
+        if flight.taken is not None and self.behind is not None:
+            self.behind.ended(flight.taken)
         self._residency.evict_ahead()
         if not self._flights:
-            _wake(self._idle)
+            wake(self._idle)
         if self._residency.claims.of_owner(flight.plan.run_id):
             raise InvariantError(f"run {flight.plan.run_id} ended and left claims")
 

@@ -241,7 +241,24 @@ class CacheConfig(ConfigModel):
         128.0, "Bytes being copied to or from the device at once.", unit="MB", gt=0
     )
     write_behind_max_gb: float = key(
-        -1.0, "Bytes waiting to be written to SSD; -1 = half of the host tier.", unit="GB", ge=-1
+        -1.0,
+        "Bytes that puts may queue for the SSD; -1 = half of the host tier. What is more waits in "
+        "host memory and is written later.",
+        unit="GB",
+        ge=-1,
+    )
+    write_behind_wait_s: float = key(
+        2.0,
+        "How long a burst of puts may wait in all while host memory is full of what the SSD lacks; "
+        "then blocks may be evicted before they are written.",
+        unit="s",
+        ge=0,
+    )
+    shutdown_flush_s: float = key(
+        5.0,
+        "How long closing may take to write what the SSD lacks; 0 = not at all.",
+        unit="s",
+        ge=0,
     )
     requests_max: int = key(
         1024, "Requests under way at once; later ones wait to be admitted.", unit="requests", ge=1

@@ -25,11 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.common.errors import ConfigError, StorageError
+from flexkv.common.terms import BLOCK_RECORD_BYTES
 from flexkv.io.file_calls import KERNEL, FileCalls
 
 NAME, NEW_NAME = "journal.flexkv", "journal.new.flexkv"
-RECORD_BYTES = 36
-"""One block as the index exports it: key, parent's key, whether it is the first of a prompt."""
+RECORD_BYTES = BLOCK_RECORD_BYTES
+"""One block as the index exports it."""
 FRAME_BYTES_MAX = 64 << 20
 FRAME_ROWS_MAX = 1 << 20
 

@@ -79,7 +79,8 @@ def test_a_disk_that_hangs_costs_its_own_blocks_only() -> None:
             assert await get(engine, A, 0.1) == (KVResponseStatus.NOTFOUND, 0)
             assert await get(engine, C, 0.1) == (KVResponseStatus.SUCCESS, 4)
             assert engine.match(A).tokens == 0
-        await put(engine, C + 9000)
+        with pytest.raises(DeadlineError):  # it is in host memory, and its flush says where not
+            await put(engine, C + 9000)
         assert disk.in_flight == submitted
         await asyncio.sleep(31)
         assert await get(engine, A) == (KVResponseStatus.SUCCESS, 4)
@@ -95,7 +96,7 @@ def test_a_disk_that_hung_comes_back_whatever_became_of_its_ops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Though all that was late ends as recalled: part of each op was still queued when it hung."""
-    monkeypatch.setattr("flexkv.engine.DISK_READ_PIECE_BYTES", 16)
+    monkeypatch.setattr("flexkv.limits.DISK_READ_PIECE_BYTES", 16)
 
     async def work(engine: Engine) -> None:
         await on_disk_only(engine, A)
@@ -166,7 +167,8 @@ def test_a_full_disk_stops_writes_and_not_reads() -> None:
         repair()
         assert engine.statistics().tiers["disk"].writes == "down"
         written = engine.statistics().routes["host→disk"].ops
-        await put(engine, A + 900)
+        with pytest.raises(StorageError):
+            await put(engine, A + 900)
         assert engine.statistics().routes["host→disk"].ops == written
         assert resident(engine, A + 900) == 4
         engine.keeping.clear(Tier.HOST)
