@@ -158,9 +158,9 @@ class LocalBackend:
         self._sums = summer.sums
         port = self.disk = open_ssd(self._arena, files, options, summer, undo)
         if not cache.ssd_warm_restart:
-            forget_earlier(folders)
+            forget_earlier(files.folders)
             return
-        journals = open_journals(folders, self._superblock(), undo)
+        journals = open_journals(files.folders, self._superblock(), undo)
         self.ledger = Ledger(journals, self.disk_blocks, port.sums)
         undo.callback(self.ledger.close)
         port.forget = self.ledger.forget

@@ -21,6 +21,7 @@ from pathlib import Path
 from flexkv.io.private import open_file
 
 NOTE_NAME = "lock.flexkv"
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _TRIES = 16
 """A directory that is replaced by another each time it has been locked is given up."""
 _CANNOT_LOCK = {EBADF, ENOLCK, ENOTSUP, EOPNOTSUPP}
@@ -73,39 +74,37 @@ def lock_directory(path: Path) -> DirectoryLock:
         OSError: it is no directory, or cannot be opened or locked.
     """
     for _ in range(_TRIES):
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(path, _DIRECTORY)
         try:
-            lock = lock_descriptor(fd, path)
-        except BaseException:
+            lock = lock_open_directory(fd, path)
+        finally:
             os.close(fd)
-            raise
-        if _is_at(path, fd):
+        if _is_at(path, lock.fd):
             return lock
         lock.release()  # another directory took its place before it was locked
     raise BlockingIOError(EAGAIN, "is being replaced again and again", str(path))
 
 
-def lock_descriptor(fd: int, path: Path) -> DirectoryLock:
-    """Lock the directory that is open as `fd`, which becomes the lock's; `path` is for messages.
+def lock_open_directory(folder_fd: int, path: Path) -> DirectoryLock:
+    """Lock a directory that is open; the descriptor stays the caller's, `path` is for messages.
 
     Raises:
         BlockingIOError: another holder has it; its `strerror` says which process.
         OSError: it cannot be locked.
     """
+    fd = note_fd = -1
     try:
+        fd = os.open(".", _DIRECTORY, dir_fd=folder_fd)  # a lock of its own, not a copy's
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BlockingIOError(error.errno, f"is in use by {_holder(fd)}", str(path)) from error
-    note_fd = -1
-    try:
         note_fd = open_file(fd, NOTE_NAME, os.O_RDWR | os.O_CREAT)
         _lock_note(note_fd)
     except BaseException as error:
-        if note_fd >= 0:
-            os.close(note_fd)
-        fcntl.flock(fd, fcntl.LOCK_UN)
+        for each in (fd, note_fd):
+            if each >= 0:
+                os.close(each)
         if isinstance(error, BlockingIOError):
-            raise BlockingIOError(error.errno, f"is in use by {_holder(fd)}", str(path)) from error
+            why = f"is in use by {_holder(folder_fd)}"
+            raise BlockingIOError(error.errno, why, str(path)) from error
         raise
     return DirectoryLock(fd, note_fd)
 

@@ -12,23 +12,39 @@ from __future__ import annotations
 
 import os
 import stat
-from errno import EMLINK, EPERM
+from errno import EPERM
 from pathlib import Path
+from typing import NamedTuple
 
 DIRECTORY_MODE, FILE_MODE = 0o700, 0o600
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+class NotPrivateError(PermissionError):
+    """A file or directory is not ours alone; `strerror` says in what, as a predicate."""
+
+    def __init__(self, why: str, name: str) -> None:
+        super().__init__(EPERM, why, name)
+
+
+class Folder(NamedTuple):
+    """An open directory."""
+
+    path: Path
+    """For messages."""
+    fd: int
 
 
 def open_directory(path: Path) -> int:
     """Return a descriptor of a directory that nobody but us and root may write to.
 
     Raises:
-        PermissionError: somebody else may; `strerror` says why.
+        NotPrivateError: somebody else may.
         OSError: it cannot be opened, or is no directory.
     """
     link = os.lstat(path)
     if stat.S_ISLNK(link.st_mode) and not _is_ours(link):
-        raise PermissionError(EPERM, f"is a link made by user {link.st_uid}", str(path))
+        raise NotPrivateError(f"is a link made by user {link.st_uid}", str(path))
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _check_access(os.fstat(fd), str(path))
@@ -45,7 +61,7 @@ def make_directory(path: Path) -> int:
 
     Raises:
         FileNotFoundError: its parent does not exist.
-        PermissionError: somebody else may write to it; `strerror` says why.
+        NotPrivateError: somebody else may write to it.
         OSError: it cannot be made or opened, or is no directory.
     """
     try:
@@ -69,12 +85,13 @@ def open_file(folder_fd: int, name: str, flags: int) -> int:
     Args:
         folder_fd: the directory, as from `open_directory`.
         name: of the file in it.
-        flags: for `os.open`; it follows no link and does not wait for the other end of a pipe.
+        flags: for `os.open`.
 
     Raises:
         FileNotFoundError: there is none, and `flags` create none.
-        PermissionError: somebody else may write to it; `strerror` says why.
-        OSError: it cannot be opened, or is no regular file, or has another name as well.
+        NotPrivateError: somebody else may write to it, or it is no regular file, or it has
+            another name as well.
+        OSError: it cannot be opened.
     """
     try:
         # Opening a device or a pipe may do something already.
@@ -82,8 +99,7 @@ def open_file(folder_fd: int, name: str, flags: int) -> int:
     except FileNotFoundError:
         if not flags & os.O_CREAT:
             raise
-    flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    fd = os.open(name, flags, FILE_MODE, dir_fd=folder_fd)
+    fd = os.open(name, flags | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE, dir_fd=folder_fd)
     try:
         found = os.fstat(fd)
         _check_file(found, name)
@@ -97,21 +113,21 @@ def open_file(folder_fd: int, name: str, flags: int) -> int:
 
 def _check_file(found: os.stat_result, name: str) -> None:
     if stat.S_ISLNK(found.st_mode):
-        raise PermissionError(EPERM, "is a symbolic link", name)
+        raise NotPrivateError("is a symbolic link", name)
     if not stat.S_ISREG(found.st_mode):
-        raise PermissionError(EPERM, "is not a regular file", name)
+        raise NotPrivateError("is not a regular file", name)
     if found.st_nlink > 1:
-        raise PermissionError(EMLINK, "has another name as well (a hard link)", name)
+        raise NotPrivateError("has another name as well (a hard link)", name)
     _check_access(found, name)
 
 
 def _check_access(found: os.stat_result, name: str) -> None:
     if not _is_ours(found):
         why = f"belongs to user {found.st_uid}, not to us (user {os.geteuid()}) or root"
-        raise PermissionError(EPERM, why, name)
+        raise NotPrivateError(why, name)
     mode = stat.S_IMODE(found.st_mode)
     if mode & _OTHERS_WRITE:
-        raise PermissionError(EPERM, f"may be written to by others (mode {mode:04o})", name)
+        raise NotPrivateError(f"may be written to by others (mode {mode:04o}): chmod go-w", name)
 
 
 def _is_ours(found: os.stat_result) -> bool:

@@ -104,16 +104,17 @@ def test_only_a_directory_is_locked(tmp_path: Path, path: str) -> None:
 
 
 PARENT = """
-import os, sys
+import ctypes, os, sys
 from pathlib import Path
 from flexkv.io.locks import lock_directory
 
 lock = lock_directory(Path(sys.argv[1]))
 released, release = os.pipe()
-child = os.fork()
+child = os.fork() if sys.argv[3] == "python" else ctypes.PyDLL(None).fork()
 if child == 0:
     lock.release()  # as an exit handler of the child would
     os.write(release, b"x")
+    os.close(1)
     sys.stdin.read()  # lives until the test lets it go
     os._exit(0)
 os.read(released, 1)
@@ -126,10 +127,19 @@ os.waitpid(child, 0)
 """
 
 
-@pytest.mark.parametrize("parent", ["holds", "releases", "dies"])
-def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path, parent: str) -> None:
+@pytest.mark.parametrize(
+    ("parent", "fork"),
+    [
+        ("holds", "python"),
+        ("holds", "C"),
+        ("releases", "python"),
+        ("releases", "C"),
+        ("dies", "python"),
+    ],
+)
+def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path, parent: str, fork: str) -> None:
     """A child neither keeps the lock that its parent gives up, nor releases it in its stead."""
-    command = [sys.executable, "-c", PARENT, str(tmp_path), parent]
+    command = [sys.executable, "-c", PARENT, str(tmp_path), parent, fork]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
