@@ -264,7 +264,9 @@ class CacheConfig(ConfigModel):
     # identity, sharing between nodes
     key_secret: SecretStr = key(
         "",
-        "Secret that block keys are derived with: without it, none can be guessed.",
+        "Secret that block keys are derived with, the same in all processes that share blocks: "
+        "who does not know it can neither guess a key nor make prompts that share one. Give 128 "
+        "random bits (`openssl rand -hex 16`) where users do not trust each other.",
         secret=True,
         shown_default="empty",
     )

@@ -50,7 +50,7 @@ def test_any_superblock_is_read_or_passed_over(tmp_path: Path) -> None:
         folder = open_folder(tmp_path, undo)
         superblock.write(folder, WHOLE)
         assert superblock.read(folder) == WHOLE
-        for number in range(2000):
+        for number in range(600):
             some = random.randbytes(random.randrange(200))
             (tmp_path / superblock.NAME).write_bytes(mutated(whole, random) if number % 4 else some)
             found = superblock.read(folder)
@@ -141,7 +141,7 @@ def test_any_journal_is_replayed(tmp_path: Path, seed: int) -> None:
     random = Random(seed)
     with ExitStack() as undo:
         calls = KernelCalls(open_folder(tmp_path, undo))
-        for number in range(150):
+        for number in range(60):
             content = frames(random)
             match number % 3:
                 case 0:
