@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 from structlog.testing import capture_logs
 from typer.testing import CliRunner, Result
 
@@ -333,6 +334,7 @@ async def test_the_command_looks_at_a_stopped_tier(tmp_path: Path) -> None:
 def flexkv(verb: str, directory: Path, *options: str) -> Result:
     """Run `flexkv ssd`; what it raises is raised."""
     result = CliRunner().invoke(commands, ["ssd", verb, str(directory), *options])
+    structlog.reset_defaults()  # the command logs to a stream that is gone with it
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
