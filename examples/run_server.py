@@ -1,8 +1,8 @@
 """Runs a FlexKV server from code: what `flexkv serve model.json` does.
 
-    python -m examples.run_server /tmp/flexkv-example
+    python -m examples.run_server flexkv-example
 
-Then, in another terminal, `python -m examples.scheduler_server_example /tmp/flexkv-example`.
+Then, in another terminal, `python -m examples.scheduler_server_example flexkv-example`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,6 @@ def settings_in(folder: Path) -> Settings:
 
 if __name__ == "__main__":
     where = Path(sys.argv[1])
-    where.mkdir(exist_ok=True)
+    where.mkdir(0o700, exist_ok=True)  # nobody else may write to it
     configure_logging()
     asyncio.run(run(MODEL, settings_in(where)))

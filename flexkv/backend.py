@@ -127,6 +127,13 @@ class LocalBackend:
         self.host = self._arena.backing
         if sizes.num_disk_blocks and (folders := present(map(Path, cache.ssd_cache_dir))):
             self._open_ssd(folders, undo)
+        if not self._model.model_id and (self.shared or self.ledger is not None):
+            log.warning(
+                "model_id_not_given",
+                field="model_id",
+                reason="blocks of any model of this shape are taken for this one's: name the "
+                "weights if others may use this cache, now or after a restart",
+            )
 
     def attach(self, arena: Arena) -> None:
         """Stand on host memory that another process has opened; there is no SSD then."""
@@ -158,9 +165,9 @@ class LocalBackend:
         self._sums = summer.sums
         port = self.disk = open_ssd(self._arena, files, options, summer, undo)
         if not cache.ssd_warm_restart:
-            forget_earlier(folders)
+            forget_earlier(files.folders)
             return
-        journals = open_journals(folders, self._superblock(), undo)
+        journals = open_journals(files.folders, self._superblock(), undo)
         self.ledger = Ledger(journals, self.disk_blocks, port.sums)
         undo.callback(self.ledger.close)
         port.forget = self.ledger.forget

@@ -15,6 +15,9 @@ settings.register_profile(
 settings.register_profile("soak", settings.get_profile("ci"), max_examples=5000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+# Directories that tests make must not be writable by a group: an engine refuses them.
+os.umask(0o022)
+
 
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:

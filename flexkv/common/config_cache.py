@@ -108,7 +108,9 @@ class CacheConfig(ConfigModel):
         None, "Keep blocks on SSD.", shown_default="true when the SSD tier is given a size"
     )
     ssd_cache_dir: Paths = key(
-        (), "Directory of the SSD tier; several (`;`-separated or a list) are striped."
+        (),
+        "Directory of the SSD tier; several (`;`-separated or a list) are striped. Only the user "
+        "who runs the engine, or root, may own it and write to it; a missing one is made.",
     )
     ssd_preallocate: bool = key(
         True, "Take all the space of the SSD tier at the start; else as it is written to."
@@ -279,7 +281,9 @@ class CacheConfig(ConfigModel):
     # identity, sharing between nodes
     key_secret: SecretStr = key(
         "",
-        "Secret that block keys are derived with: without it, none can be guessed.",
+        "Secret that block keys are derived with, the same in all processes that share blocks: "
+        "who does not know it can neither guess a key nor make prompts that share one. Give 128 "
+        "random bits (`openssl rand -hex 16`) where users do not trust each other.",
         secret=True,
         shown_default="empty",
     )

@@ -37,7 +37,7 @@ def config(directory: str, ssd_blocks: int, in_bursts: bool = False) -> CacheCon
 def prompt(seed: int, number: int) -> NDArray[np.int64]:
     """Give a prompt; every fourth one continues the one before it."""
     random = Random(f"{seed} {number // 4}")
-    start = random.randrange(1 << 40)
+    start = random.randrange(1 << 31)
     length = PER_BLOCK * (PROMPT_BLOCKS // 4) * (1 + number % 4)
     return np.arange(start, start + length)
 
