@@ -19,11 +19,11 @@ from flexkv.common.config import ModelConfig, Settings, settings_of
 from flexkv.common.errors import ConfigError, FlexKVError
 from flexkv.kvmanager import KVManager
 from flexkv.metrics import MetricsServer
+from flexkv.server.address import socket_path
 from flexkv.server.backend import ServerBackend
 from flexkv.server.launch import LISTENING
 from flexkv.server.listen import Listener
 from flexkv.server.server import Server
-from flexkv.server.wire import socket_path
 from flexkv.settings import load_settings
 
 log = structlog.get_logger(__name__)

@@ -32,7 +32,10 @@ class Settings(ConfigModel):
         True, "Whether an engine's connector uses FlexKV at all.", variables=("ENABLE_FLEXKV",)
     )
     server_recv_port: str = key(
-        "ipc:///tmp/flexkv_server", "Address at which device agents and clients find the server."
+        "own",
+        "Unix socket at which device agents and clients find the server: `ipc:///path`, in a"
+        " directory to which no other user may write; `own` is a directory of this user alone,"
+        " `flexkv` in `$XDG_RUNTIME_DIR` or `/run/user/UID`, else `/tmp/flexkv-UID`.",
     )
     server_answer_ms: int = key(
         250,
