@@ -39,6 +39,8 @@ LOCK_TRIES, LOCK_PAUSE_S = 20, 0.01
 """Two servers that start at once may each see the other's lock: both let go, and try again."""
 _FLOCK = "hhqqi4x"
 """C's `struct flock`: type, whence, start, length, pid."""
+_UCRED = "iII"
+"""C's `struct ucred`: pid, uid, gid."""
 _RANGE = 1 << 32
 
 
@@ -298,9 +300,9 @@ def _holder(fd: int, start: int) -> int | None:
 
 def peer_of(connected: socket.socket) -> Peer:
     """Return who was at the other end of a unix socket when it connected, or began to listen."""
-    size = struct.calcsize("3i")
+    size = struct.calcsize(_UCRED)
     credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-    pid, uid, _ = struct.unpack("3i", credentials)
+    pid, uid, _ = struct.unpack(_UCRED, credentials)
     return Peer(pid, uid)
 
 

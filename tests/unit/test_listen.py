@@ -7,17 +7,20 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from flexkv.common.errors import ConfigError
-from flexkv.server import address, listen
+from flexkv.server import address, greet, listen
 from flexkv.server.address import check_folder, own_folders, socket_path, socket_paths
-from flexkv.server.listen import Listener, peer_of
+from flexkv.server.listen import Listener, is_same_user, peer_of
+from flexkv.server.wire import PROTOCOL_VERSION, Hello
 
 STRANGER = 65_533
 
@@ -380,6 +383,31 @@ def test_the_runtime_directory_is_used_if_it_is_ours(own: Path) -> None:
     assert own_folders({"XDG_RUNTIME_DIR": "told"}) == (shared,)
 
 
+def test_clients_look_in_each_place_where_our_own_server_may_be(own: Path) -> None:
+    """It may have begun when the runtime directory was not there yet, or without its variable."""
+    shared = own / f"flexkv-{os.geteuid()}" / "server"
+    with pytest.raises(FileNotFoundError, match=str(shared)):
+        greet._reached("own", 1.0)
+    listener = Listener(shared)
+    with pytest.raises(ConnectionRefusedError, match=str(shared)):
+        greet._reached("own", 1.0)
+    listener.listen()
+    runtime = own / "run" / str(os.geteuid())
+    runtime.mkdir(0o700, parents=True)
+    for _ in range(2):
+        ours, path = greet._reached("own", 1.0)
+        ours.close()
+        assert path == shared
+        (runtime / "flexkv").mkdir(exist_ok=True)
+    listener.close()
+    other = Listener(runtime / "flexkv" / "server")
+    other.listen()
+    ours, path = greet._reached("", 1.0)
+    ours.close()
+    assert path == other.path
+    other.close()
+
+
 def _squatted(kind: str, folder: Path, elsewhere: Path) -> None:
     elsewhere.mkdir(0o700)
     if kind == "link":
@@ -407,6 +435,35 @@ def test_what_is_no_unix_socket_is_refused(text: str) -> None:
     """By name."""
     with pytest.raises(ConfigError, match="server_recv_port"):
         socket_paths(text)
+
+
+@pytest.mark.parametrize(
+    ("uid", "is_same"), [(os.geteuid(), True), (0, True), (STRANGER, False), (2**32 - 2, False)]
+)
+def test_only_our_user_and_root_are_trusted(uid: int, is_same: bool) -> None:
+    """Whoever else is at the other end is a stranger."""
+
+    class Connected:
+        def getsockopt(self, level: int, option: int, size: int) -> bytes:
+            assert (level, option) == (socket.SOL_SOCKET, socket.SO_PEERCRED)
+            return struct.pack("iII", 77, uid, 5)[:size]
+
+    connected = cast("socket.socket", Connected())
+    assert peer_of(connected) == (77, uid)
+    assert is_same_user(connected) is is_same
+
+
+def test_nothing_is_said_to_who_is_not_trusted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection ends before the first byte, and the error names path, process and user."""
+    monkeypatch.setattr(greet, "is_same_user", lambda peer: False)
+    listener = Listener(path)
+    listener.socket.listen()
+    with pytest.raises(ConfigError, match=f"{path}.*served by user.*process {os.getpid()}"):
+        greet.connect(f"ipc://{path}", Hello(PROTOCOL_VERSION, "client", 1))
+    theirs, _ = listener.socket.accept()
+    assert theirs.recv(1) == b""
+    theirs.close()
+    listener.close()
 
 
 def test_credentials_are_those_of_who_listens(path: Path) -> None:
