@@ -108,5 +108,5 @@ def test_a_file_of_a_stranger_that_is_to_be_replaced_is_not_written_through(
     _made(home / "ssd" / "superblock.flexkv.new", STRANGER, "link", dear)
     settings = settings_at(f"ipc://{home}/socket", home)
     with process(OWNER, "serve", settings) as server:
-        eventually(lambda: answers(settings) or server, 30.0)
+        eventually(lambda: answers(settings) or server.has_ended, 30.0)
     assert dear.read_text() == "dear"

@@ -86,6 +86,11 @@ class Process:
         self._said += more
         return not more
 
+    @property
+    def has_ended(self) -> bool:
+        """Return whether it is over."""
+        return self._read(0.0)
+
     def result(self) -> Any:
         """Return what came of it; what it waits for comes now."""
         os.close(self._stdin)
