@@ -17,7 +17,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-import structlog
 
 from flexkv.actors.actor import Supervisor, TransferActor, Window
 from flexkv.actors.observer import Observer
@@ -41,11 +40,12 @@ from flexkv.index.residency import Found, PrefixMatch, Residency, prefix_match
 from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.ports import TransferPort
 from flexkv.keeping import Keeping
+from flexkv.logs import get_logger
 from flexkv.pins import Pins
 from flexkv.statistics import Sources, Statistics, snapshot
 from flexkv.tracing import Tracing
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 DRAIN_TIMEOUT_S = 60.0
 """How long closing waits for hardware to give buffers back."""

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import structlog
 
 from flexkv.actors.actor import TransferActor
 from flexkv.actors.observer import Observer
@@ -51,8 +50,9 @@ from flexkv.graph.run import (
 from flexkv.index.claims import Claim, Holding
 from flexkv.index.residency import Residency
 from flexkv.io.ports import Completion
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 FAILURES_MAX = 100
 

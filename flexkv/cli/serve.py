@@ -11,13 +11,13 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-import structlog
 import typer
 
 from flexkv.common.config import ModelConfig, Settings, settings_of
 from flexkv.common.config_keys import kind_of
 from flexkv.common.errors import ConfigError, FlexKVError
 from flexkv.kvmanager import KVManager
+from flexkv.logs import get_logger
 from flexkv.metrics import MetricsServer
 from flexkv.server.address import socket_path
 from flexkv.server.backend import ServerBackend
@@ -26,7 +26,7 @@ from flexkv.server.listen import Listener
 from flexkv.server.server import Server
 from flexkv.settings import load_file, load_object, load_settings
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 LOOK_S = 1.0
 """Between two looks whether the parent lives."""

@@ -26,12 +26,11 @@ from pathlib import Path
 from random import uniform
 from typing import NamedTuple
 
-import structlog
-
 from flexkv.common.errors import ConfigError
+from flexkv.logs import get_logger
 from flexkv.server.address import own_folders, prepare_folder
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 BACKLOG = 128
 SOCKET_MODE = 0o600

@@ -14,11 +14,11 @@ import socket
 from contextlib import ExitStack, suppress
 
 import msgspec
-import structlog
 
 from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
 from flexkv.engine import Engine
 from flexkv.index.keys import blocks_are
+from flexkv.logs import get_logger
 from flexkv.server.backend import ServerBackend
 from flexkv.server.changes import Watchers
 from flexkv.server.control import Control
@@ -50,7 +50,7 @@ from flexkv.server.wire import (
     length_of,
 )
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 LOOK_S = 1.0
 """Between two looks whether the socket's file is there still."""
