@@ -19,7 +19,11 @@ MODEL = ModelConfig(num_layers=8, num_kv_heads=4, head_size=64, dtype="float16",
 
 
 def settings_in(folder: Path) -> Settings:
-    """Give the settings that server, scheduler and workers share; files and socket in a folder."""
+    """Return the settings that server, scheduler and workers share; files and socket in a folder.
+
+    The address is given only so that the example meets no other server: the default is a directory
+    of this user.
+    """
     cache = CacheConfig(
         tokens_per_block=16, num_cpu_blocks=1024, num_ssd_blocks=4096, ssd_cache_dir=str(folder)
     )

@@ -12,8 +12,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import structlog
-
 from flexkv.common.config import MB, CacheConfig, CacheSizes, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import Order, PagedLayout, infer_layout
@@ -34,9 +32,10 @@ from flexkv.io.superblock import FORMAT_VERSION, Superblock
 from flexkv.io.tensors import describe, device_of, kv_cache_list
 from flexkv.io.uring import RingOptions
 from flexkv.ledger import Ledger
+from flexkv.logs import get_logger
 from flexkv.scrub import Scrubber
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 Progress = Callable[[int, int], None]
 

@@ -6,7 +6,6 @@ import asyncio
 
 import msgspec
 import numpy as np
-import structlog
 
 from flexkv.actors.actor import Supervisor
 from flexkv.actors.scheduler import Scheduler
@@ -15,8 +14,9 @@ from flexkv.backend import Backend
 from flexkv.common.errors import DeadlineError, FlexKVError, StorageError, TransferError
 from flexkv.common.terms import Tier
 from flexkv.io.ports import DurablePort
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 NO_BLOCKS = np.zeros(0, np.int64)
 SYNC_TIMEOUT_S = 60.0

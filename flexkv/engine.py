@@ -17,7 +17,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-import structlog
 
 from flexkv.actors.actor import Supervisor, TransferActor, Window
 from flexkv.actors.flight import Flight
@@ -44,11 +43,12 @@ from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.ports import TransferPort
 from flexkv.keeping import Keeping
 from flexkv.limits import behind_limits, device_window, disk_windows, plan_limits
+from flexkv.logs import get_logger
 from flexkv.pins import Pins
 from flexkv.statistics import Sources, Statistics, snapshot
 from flexkv.tracing import Tracing
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 DRAIN_TIMEOUT_S = 60.0
 """How long closing waits for hardware to give buffers back."""

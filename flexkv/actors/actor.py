@@ -15,14 +15,14 @@ from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
-import structlog
 
 from flexkv.actors.mailbox import Cursor, Lane, Mailbox
 from flexkv.common.errors import RecalledError
 from flexkv.common.terms import Tier, Transfer
 from flexkv.io.ports import Completion, TransferPort
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 T = TypeVar("T")
 

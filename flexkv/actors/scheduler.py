@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import structlog
 
 from flexkv.actors.actor import TransferActor
 from flexkv.actors.flight import Flight, wake
@@ -53,8 +52,9 @@ from flexkv.index.claims import Claim, Holding
 from flexkv.index.owed import Taken
 from flexkv.index.residency import Found, Residency
 from flexkv.io.ports import Completion
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 _BEHIND = Request(Operation.PREFETCH, -1, 0, 1, Span(0, 0, 0, 0), bytes(BLOCK_KEY_BYTES))
 """Stands for the writing of owed blocks, which no caller has asked for."""

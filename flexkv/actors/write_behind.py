@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
-import structlog
 
 from flexkv.actors.flight import wake
 from flexkv.actors.health import Health
@@ -27,8 +26,9 @@ from flexkv.common.terms import BlockIds, Tier
 from flexkv.graph.planner import Planner
 from flexkv.index.owed import EVICTED, FAILED, NO_PLACE, NOT_WORTH_IT, OwedBlocks, Taken
 from flexkv.index.residency import ABSENT, READY, Residency
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 ATTEMPTS_MAX = 5
 """How often writing a block may fail before it is given up."""

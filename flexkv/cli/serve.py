@@ -11,22 +11,22 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-import json5
-import structlog
 import typer
 
 from flexkv.common.config import ModelConfig, Settings, settings_of
+from flexkv.common.config_keys import kind_of
 from flexkv.common.errors import ConfigError, FlexKVError
 from flexkv.kvmanager import KVManager
+from flexkv.logs import get_logger
 from flexkv.metrics import MetricsServer
+from flexkv.server.address import socket_path
 from flexkv.server.backend import ServerBackend
 from flexkv.server.launch import LISTENING
 from flexkv.server.listen import Listener
 from flexkv.server.server import Server
-from flexkv.server.wire import socket_path
-from flexkv.settings import load_settings
+from flexkv.settings import load_file, load_object, load_settings
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 LOOK_S = 1.0
 """Between two looks whether the parent lives."""
@@ -47,12 +47,12 @@ def serve(
 ) -> None:
     """Serve one engine at `server_recv_port` until SIGTERM; settings as from FLEXKV_CONFIG_PATH."""
     if with_parent:
-        told = json5.loads(sys.stdin.readline())
-        config, settings = ModelConfig(**told["model"]), settings_of(told["settings"])
+        told = load_object(sys.stdin.buffer.readline(), "stdin", "what the parent says")
+        config, settings = ModelConfig(**_part(told, "model")), settings_of(_part(told, "settings"))
     elif model is None:
         raise ConfigError("model", None, "must name a file, or --with-parent be given")
     else:
-        config, settings = ModelConfig(**_read(model)), load_settings()
+        config, settings = ModelConfig(**load_file(model, "model")), load_settings()
     try:
         asyncio.run(run(config, settings, until_eof=with_parent))
     except FlexKVError as error:
@@ -61,16 +61,11 @@ def serve(
         raise
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json5.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError("model", str(path), error.strerror or "cannot be read") from error
-    except ValueError as error:
-        raise ConfigError("model", str(path), f"syntax: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError("model", str(path), "must hold an object of keys")
-    return content
+def _part(told: dict[str, Any], name: str) -> dict[str, Any]:
+    part = told.get(name)
+    if not isinstance(part, dict):
+        raise ConfigError(name, kind_of(part), "must be an object of keys")
+    return part
 
 
 async def run(model: ModelConfig, settings: Settings, until_eof: bool = False) -> None:

@@ -53,7 +53,13 @@ def _block_first(value: object) -> object:
 
 def _object(value: object) -> object:
     """Take a JSON text, as it stands in an environment variable, for the object it describes."""
-    return json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        fault = ValueError("must be an object, in JSON")
+    raise fault  # raised here it has no context, which would hold the text
 
 
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_joined)]

@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import structlog
 from numpy.typing import NDArray
 
 from flexkv import _ext
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.io.host_memory import headroom
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 ALIGNMENT_BYTES = 2 << 20
 """The arena starts on such a boundary: the usual huge page."""

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-import structlog
-
 from flexkv.common.errors import ConfigError
 from flexkv.io import superblock
 from flexkv.io.arena import Arena
@@ -22,8 +20,9 @@ from flexkv.io.private import Folder, open_directory
 from flexkv.io.sums import Summer
 from flexkv.io.superblock import Superblock
 from flexkv.io.uring import RingOptions
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 def present(folders: Iterable[Path]) -> list[Path]:

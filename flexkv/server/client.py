@@ -17,13 +17,13 @@ from secrets import randbits
 from typing import Any
 
 import msgspec
-import structlog
 
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.common.request import Operation
 from flexkv.common.terms import BlockIds
 from flexkv.index.keys import KeyChain, Namespace, blocks_are
+from flexkv.logs import get_logger
 from flexkv.server.greet import connect
 from flexkv.server.wire import (
     FROM_SERVER,
@@ -45,7 +45,7 @@ from flexkv.server.wire import (
     length_of,
 )
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 RETRY_S, RETRY_S_MAX = 0.5, 30.0
 """Between two attempts to connect; doubled each time while something is there and fails us."""

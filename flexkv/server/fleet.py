@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import structlog
 
 from flexkv.common.config import ModelConfig
 from flexkv.common.errors import AgentGoneError, ConfigError, TransferError
@@ -25,10 +24,11 @@ from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import BlockIds, Tier, Transfer
 from flexkv.io.ports import Completion
 from flexkv.io.ranks import RanksPort
+from flexkv.logs import get_logger
 from flexkv.server.link import Link
 from flexkv.server.wire import Copied, Copy, ProtocolError, ToServer
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 SLOT_SHIFT = 40
 BLOCK_MASK = (1 << SLOT_SHIFT) - 1

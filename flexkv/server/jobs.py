@@ -12,16 +12,16 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
-import structlog
 
 from flexkv.common.errors import ClearedError, ClosedError, ConfigError, FlexKVError
 from flexkv.common.request import KVResponse, Operation, Request, Span
 from flexkv.common.terms import BLOCK_KEY_BYTES
 from flexkv.engine import Engine
+from flexkv.logs import get_logger
 from flexkv.server.fleet import FleetPort, Instance, ids_from
 from flexkv.server.wire import Done, Match, Matched, Start
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 JOBS_MAX = 1 << 16
 """Requests of one client that may be under way, and numbers that are ready ahead of them."""

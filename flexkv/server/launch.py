@@ -8,13 +8,13 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-import structlog
 from pydantic import BaseModel, Secret, SecretStr
 
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import ConfigError
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 LISTENING = b"listening\n"
 """What the server says on stdout once the address is its own; before it takes memory."""

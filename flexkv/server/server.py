@@ -14,11 +14,11 @@ import socket
 from contextlib import ExitStack, suppress
 
 import msgspec
-import structlog
 
 from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
 from flexkv.engine import Engine
 from flexkv.index.keys import blocks_are
+from flexkv.logs import get_logger
 from flexkv.server.backend import ServerBackend
 from flexkv.server.changes import Watchers
 from flexkv.server.control import Control
@@ -50,8 +50,10 @@ from flexkv.server.wire import (
     length_of,
 )
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
+LOOK_S = 1.0
+"""Between two looks whether the socket's file is there still."""
 HELLO_S = 5.0
 """How long who connects may take to say who it is."""
 CLOSE_S = 10.0
@@ -82,7 +84,7 @@ class Server:
         self._engine.register_kv_caches([])
         self._engine.clears.on_clear = self._tell_states
         self._listener.listen()
-        self._engine.supervisor.keep("server", self._accept())
+        self._engine.supervisor.keep("server", self._listen())
         self._engine.supervisor.keep("changes", self._watchers.run())
         log.info("server listens", path=str(self._listener.path), pid=os.getpid())
 
@@ -107,11 +109,26 @@ class Server:
             for link in list(self._links):
                 link.abort()
 
-    async def _accept(self) -> None:
+    async def _listen(self) -> None:
+        """Take connections; at a new socket when the file of the old one was removed."""
+        while True:
+            listening = self._listener.socket
+            accepting = self._engine.supervisor.spawn("accept", self._accept(listening))
+            try:
+                while True:
+                    await asyncio.sleep(LOOK_S)
+                    if self._listener.renew():
+                        break
+            finally:
+                accepting.cancel()
+            await asyncio.wait([accepting])
+            listening.close()
+
+    async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                peer, _ = await loop.sock_accept(self._listener.socket)
+                peer, _ = await loop.sock_accept(listening)
             except OSError as error:  # out of descriptors: it may get better
                 log.warning("connection_refused", reason=str(error))
                 await asyncio.sleep(1.0)

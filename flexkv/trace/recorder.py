@@ -22,14 +22,14 @@ from typing import Any, BinaryIO
 from uuid import uuid4
 
 import msgspec
-import structlog
 from msgspec import structs
 
 from flexkv import __version__
 from flexkv.common.errors import ConfigError
+from flexkv.logs import get_logger
 from flexkv.trace.records import SCHEMA_VERSION, DropRecord, HeaderRecord, Record
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 QUEUE_RECORDS_MAX = 1 << 18
 BATCH_RECORDS = 64

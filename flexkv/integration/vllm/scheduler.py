@@ -24,7 +24,6 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
-import structlog
 
 from flexkv.common.errors import ConfigError, FlexKVError
 from flexkv.common.request import Operation
@@ -37,12 +36,13 @@ from flexkv.integration.vllm.questions import Questions
 from flexkv.integration.vllm.setup import Setup
 from flexkv.integration.vllm.stats import FlexKVStats
 from flexkv.integration.vllm.tracked import Load, Put, Tracked
+from flexkv.logs import get_logger
 from flexkv.server.client import Client
 from flexkv.server.launch import Launched
 from flexkv.server.operator import command
 from flexkv.server.wire import Done
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 RELAUNCH_S = 10.0
 """Between two launches of a server that ends."""

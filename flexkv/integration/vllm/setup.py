@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import structlog
-
 from flexkv.common.config import CacheConfig, ModelConfig, Settings
 from flexkv.common.errors import ConfigError
+from flexkv.logs import get_logger
 from flexkv.settings import load_settings
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 INSTANCE_SHIFT = 16
