@@ -103,6 +103,7 @@ def test_a_request_has_no_more_chunks_than_it_may(blocks: int) -> None:
         routes = bench.engine.statistics().routes
         for name in ("device→host", "host→disk", "disk→host", "host→device"):
             assert routes[name].blocks == blocks
+            assert routes[name].bytes == blocks * BLOCK_KEY_BYTES
             assert routes[name].ops <= CHUNKS_MAX
         await bench.engine.close()
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from flexkv.common.config import CacheConfig, ModelConfig
+from flexkv.common.request import KVResponseStatus
 from flexkv.common.terms import BLOCK_KEY_BYTES
 from flexkv.kvmanager import KVManager
 from flexkv.testing.fake_backend import FakeBackend, empty
@@ -120,5 +121,41 @@ def test_the_first_layers_are_there_long_before_the_last(layers: int) -> None:
                 moments.add(asyncio.get_running_loop().time())
             assert (await get).return_mask.all()
             assert len(moments) == -(-layers // (layers // 16))
+
+    run_virtual(run())
+
+
+def test_nobody_waits_for_a_put_whose_layers_are_not_written() -> None:
+    """A get, a prefetch and a match of its prompt take the put's blocks for absent, for the engine
+    that asks may be the one that is to write them; not those of another put before it. Once all are
+    written they wait for them."""
+    model = ModelConfig(num_layers=32, num_kv_heads=1, head_size=4, dtype="int8")
+    cache = CacheConfig(tokens_per_block=PER_BLOCK, num_cpu_blocks=64, num_ssd_blocks=0)
+    device = np.zeros((40, BLOCK_KEY_BYTES), np.uint8)
+    backend = FakeBackend(64, FaultPlan(1, 0.0, 0.001, 0.002), empty(0))
+
+    async def run() -> None:
+        async with KVManager(model, cache, backend=backend) as manager:
+            manager.register_kv_caches([device])
+            before = np.arange(2 * PER_BLOCK)
+            first = asyncio.create_task(manager.put(before, slots(0, 2)))
+            await asyncio.sleep(0)
+            tokens = np.arange(BLOCKS * PER_BLOCK)
+            put = manager.put_layerwise(tokens, slots(0))
+            put.layer_written(30)
+            await asyncio.sleep(0.0001)  # virtual: the put begins, the other one does not end
+            match = manager.match(tokens)
+            assert (match.tokens, match.pending_tokens) == (len(before), len(before))
+            async with asyncio.timeout(10.0):
+                got = await manager.get(tokens, slots(20))
+                assert got.return_mask.sum() == len(before)
+                brought = await manager.prefetch(tokens)
+                assert brought.status is KVResponseStatus.SUCCESS
+            put.layer_written(31)
+            await asyncio.sleep(0)  # the engine hears of it
+            assert manager.match(tokens).pending_tokens == len(tokens) - len(before)
+            assert (await manager.get(tokens, slots(20))).return_mask.all()
+            assert (await put).return_mask[len(before) :].all()
+            assert (await first).return_mask.all()
 
     run_virtual(run())
