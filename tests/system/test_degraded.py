@@ -315,3 +315,26 @@ def test_one_request_tries_a_disk_that_was_left_alone_and_others_wait_for_its_en
         assert await get(engine, prompts[4]) == (KVResponseStatus.SUCCESS, 4)
 
     on_engine(work, host=32, disk=64)
+
+
+def test_one_read_that_hangs_is_noticed_among_others_that_do_not() -> None:
+    """However many begin after it: the deadline is that of the oldest."""
+
+    async def work(engine: Engine) -> None:
+        others = [A + 100 * number for number in range(1, 15)]
+        await on_disk_only(engine, A, *others)
+        disk = disk_of(engine)
+        disk._faults = FaultPlan(1, 0.0, 30.0, 30.0)
+        hangs = asyncio.ensure_future(get(engine, A, 10.0))
+        await asyncio.sleep(0.1)
+        disk._faults = FaultPlan(1, 0.0, 0.5, 0.5)
+        reads = []
+        for tokens in others:  # another one is always under way
+            reads.append(asyncio.ensure_future(get(engine, tokens, 10.0)))
+            await asyncio.sleep(0.2)
+        assert hangs.done()
+        assert await hangs == (KVResponseStatus.FAILED, 0)
+        for read in reads:
+            await read
+
+    on_engine(work, host=80, disk=80, io_deadline_s=2.0)
