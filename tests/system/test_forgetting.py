@@ -186,3 +186,27 @@ def test_a_run_that_ends_and_leaves_a_claim_ends_the_engine() -> None:
         await engine.close()
 
     run_virtual(run())
+
+
+def test_failures_that_nobody_asks_for_are_kept_up_to_a_bound() -> None:
+    """However many puts fail before the next flush, which tells of the first one."""
+
+    async def run() -> None:
+        broken = FaultPlan(1, 1.0, 0.0001, 0.0002)
+        backend = FakeBackend(HOST_BLOCKS, FaultPlan(1), empty(0), device_faults=broken)
+        cache = CacheConfig(
+            tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=HOST_BLOCKS, num_ssd_blocks=0
+        )
+        async with KVManager(MODEL, cache, backend=backend) as manager:
+            manager.register_kv_caches([np.zeros((BLOCKS_MAX, BLOCK_KEY_BYTES), np.uint8)])
+            sizes = []
+            for _ in range(3):
+                for _ in range(150):
+                    await manager.put([1, 2], [0, 1])
+                sizes.append(sum(size for _, size in containers(manager)))
+            assert sizes[0] == sizes[1] == sizes[2]
+            with pytest.raises(TransferError, match="op 0 "):
+                await manager.flush()
+            await manager.flush()
+
+    run_virtual(run())

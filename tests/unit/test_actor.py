@@ -26,11 +26,14 @@ class Bench:
         window = Window(BLOCK_BYTES, BLOCK_BYTES)
         self.actor = TransferActor(Tier.DISK, port, window, window, 8)
         self.ended: dict[int, float] = {}
+        self._ended = asyncio.Event()
 
     def _report(self, ends: list[Completion]) -> None:
         for token, error in ends:
             assert error is None
             self.ended[token] = asyncio.get_running_loop().time()
+        if self.actor.is_idle():
+            self._ended.set()
 
     async def run(self, *block_counts: int) -> None:
         """Post a transfer of each size, of owners in turn, and wait until all have ended."""
@@ -39,8 +42,7 @@ class Bench:
             ids = np.arange(count)
             self.actor.post(Transfer(token, token, READ, ids, ids))
         task = asyncio.create_task(self.actor.run())
-        while not self.actor.is_idle():
-            await asyncio.sleep(0.01)
+        await self._ended.wait()
         task.cancel()
         self.actor.close()
 
