@@ -338,3 +338,23 @@ def test_one_read_that_hangs_is_noticed_among_others_that_do_not() -> None:
             await read
 
     on_engine(work, host=80, disk=80, io_deadline_s=2.0)
+
+
+def test_a_write_that_hung_is_told_by_one_flush_only() -> None:
+    """When it ends after all, the flush that did not wait for it has told of it."""
+
+    async def work(engine: Engine) -> None:
+        disk_of(engine)._faults = FaultPlan(1, 0.0, 30.0, 30.0)
+        request = engine.with_slots(engine.intake(Operation.PUT, A), np.arange(len(A)))
+        assert request is not None
+        await engine.perform(request)
+        await asyncio.sleep(0.1)
+        disk_of(engine)._faults = QUICK
+        with pytest.raises(DeadlineError):
+            await engine.flush()
+        assert disk_of(engine).in_flight
+        await asyncio.sleep(31)
+        assert not disk_of(engine).in_flight
+        await engine.flush()
+
+    on_engine(work, host=32, disk=64, io_deadline_s=2.0)
