@@ -340,8 +340,12 @@ def test_one_read_that_hangs_is_noticed_among_others_that_do_not() -> None:
     on_engine(work, host=80, disk=80, io_deadline_s=2.0)
 
 
-def test_a_write_that_hung_is_told_by_one_flush_only() -> None:
-    """When it ends after all, the flush that did not wait for it has told of it."""
+@pytest.mark.parametrize("piece_bytes", [16, 1024])
+def test_a_write_that_hung_is_told_by_one_flush_only(
+    piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it ends after all, whole or with a part taken back, that has been told already."""
+    monkeypatch.setattr("flexkv.engine.DISK_WRITE_PIECE_BYTES", piece_bytes)
 
     async def work(engine: Engine) -> None:
         disk_of(engine)._faults = FaultPlan(1, 0.0, 30.0, 30.0)
@@ -357,4 +361,5 @@ def test_a_write_that_hung_is_told_by_one_flush_only() -> None:
         assert not disk_of(engine).in_flight
         await engine.flush()
 
-    on_engine(work, host=32, disk=64, io_deadline_s=2.0)
+    window_mb = piece_bytes / 2**20
+    on_engine(work, host=32, disk=64, io_deadline_s=2.0, disk_write_window_mb=window_mb)
