@@ -70,8 +70,10 @@ class Bench:
             tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=HOST_BLOCKS, evict_ratio=0.0,
             num_ssd_blocks=DISK_BLOCKS, ssd_cache_dir="unused", requests_max=8,
             device_window_mb=4 * BLOCK_KEY_BYTES / 2**20, chunk_mb=4096 / 2**20,
+            io_deadline_s=0.01,
         )  # fmt: skip
-        faults = FaultPlan(1, failure_probability, 0.0001, 0.002)
+        hangs = failure_probability / 5
+        faults = FaultPlan(1, failure_probability, 0.0001, 0.002, hang_probability=hangs)
         self.backend = FakeBackend(HOST_BLOCKS, faults, empty(DISK_BLOCKS, journals=2))
         self.manager = KVManager(MODEL, cache, backend=self.backend)
         for files in self.backend.files:  # until the tier is open
