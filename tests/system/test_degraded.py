@@ -285,11 +285,15 @@ def test_a_disk_that_hung_is_tried_as_soon_as_what_hung_has_ended(
         disk = disk_of(engine)
         disk._faults = FaultPlan(1, 0.0, 1010.0, 1010.0)
         assert (await get(engine, A, 1000.0))[0] is KVResponseStatus.FAILED
+        assert engine.statistics().queues["disk"].inbound_bytes_in_flight == 16
         disk._faults = QUICK
+        submit, submitted = disk.submit, []
+        monkeypatch.setattr(disk, "submit", lambda each: (submitted.append(each), submit(each)))
         while disk.in_flight:
             assert engine.statistics().tiers["disk"].reads == "hung"
             assert (await get(engine, B))[0] is KVResponseStatus.NOTFOUND
             await asyncio.sleep(0.5)
+        assert not submitted, "what hung is begun anew"
         assert await get(engine, B) == (KVResponseStatus.SUCCESS, 4)
 
     window_mb = 16 / 2**20
