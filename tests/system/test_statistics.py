@@ -180,7 +180,7 @@ def test_a_get_that_waits_in_vain_twice_counts_once() -> None:
         assert response.status is KVResponseStatus.FAILED
         assert isinstance(response.error, UnfilledError)
         told = engine.statistics()
-        assert told.requests["get"] == {"failed": 1}
+        assert told.requests == {"get": {"failed": 1}, "put": {"cancelled": 2}, "prefetch": {}}
         assert (told.asked_blocks, told.hit_rate) == (4, 0.0)
 
     on_engine(work, host=32)
