@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from flexkv.common.config import CacheConfig, ModelConfig
+from flexkv.common.errors import ConfigError
 from flexkv.common.request import KVResponseStatus
 from flexkv.common.terms import BLOCK_KEY_BYTES
 from flexkv.kvmanager import KVManager
@@ -120,6 +121,9 @@ def test_the_first_layers_are_there_long_before_the_last(layers: int) -> None:
                 assert await get.layer(layer)
                 moments.add(asyncio.get_running_loop().time())
             assert (await get).return_mask.all()
+            for missing in (-1, layers):
+                with pytest.raises(ConfigError, match=f"layer={missing}: must be from 0"):
+                    await get.layer(missing)
             assert len(moments) == -(-layers // (layers // 16))
 
     run_virtual(run())
