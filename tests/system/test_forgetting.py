@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from flexkv.common.config import CacheConfig
-from flexkv.common.errors import InternalError, TransferError
+from flexkv.common.errors import InternalError, InvariantError, TransferError
 from flexkv.common.terms import BLOCK_KEY_BYTES
 from flexkv.index.claims import Claim
 from flexkv.kvmanager import KVManager
@@ -210,5 +210,46 @@ def test_failures_that_nobody_asks_for_are_kept_up_to_a_bound() -> None:
             with pytest.raises(TransferError, match="op 0 "):
                 await manager.flush()
             await manager.flush()
+
+    run_virtual(run())
+
+
+def test_the_first_failure_is_what_everybody_is_told() -> None:
+    """Once; what fails behind it does not hide where it began."""
+
+    async def run() -> None:
+        bench = Bench(0.0)
+        async with bench.manager as manager:
+            told: list[str] = []
+            manager.engine.on_failure = lambda: told.append("failed")
+
+            async def fail(why: str) -> None:
+                raise InvariantError(why)
+
+            for why in ("the first", "the second"):
+                manager.engine.supervisor.spawn(why, fail(why))
+            await asyncio.sleep(0.01)
+            for _ in range(2):
+                with pytest.raises(InternalError, match="the first"):
+                    await manager.prefetch([1, 2])
+            assert told == ["failed"]
+
+    run_virtual(run())
+
+
+def test_closing_gives_up_hardware_that_keeps_its_buffers() -> None:
+    """After a minute it says what is still in flight, instead of waiting for ever."""
+
+    async def run() -> None:
+        bench = Bench(0.0)
+        manager = await bench.manager.__aenter__()
+        manager.register_kv_caches([np.zeros((BLOCKS_MAX, BLOCK_KEY_BYTES), np.uint8)])
+        assert bench.backend.port is not None
+        bench.backend.port._faults = FaultPlan(1, 0.0, 1000.0, 1000.0)
+        await manager.put([1, 2, 3, 4], np.arange(4))
+        began_s = asyncio.get_running_loop().time()
+        with pytest.raises(InternalError, match=r"still in flight after .*'disk': 1"):
+            await manager.__aexit__(None, None, None)
+        assert asyncio.get_running_loop().time() - began_s < 100.0
 
     run_virtual(run())

@@ -7,6 +7,7 @@ from errno import EIO
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from flexkv.common.errors import UnfilledError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation
@@ -184,3 +185,20 @@ def test_a_get_that_waits_in_vain_twice_counts_once() -> None:
         assert (told.asked_blocks, told.hit_rate) == (4, 0.0)
 
     on_engine(work, host=32)
+
+
+def test_a_line_of_the_log_sums_up_so_many_requests() -> None:
+    """One for each `num_log_interval_requests` that ended, with the share that each tier had."""
+
+    async def work(engine: Engine) -> None:
+        for number in range(3):
+            await perform(engine, Operation.PUT, A + 100 * number)
+            for _ in range(2):
+                await perform(engine, Operation.GET, A + 100 * number)
+        await perform(engine, Operation.GET, LONG)
+
+    with capture_logs() as logs:
+        on_engine(work, host=32, num_log_interval_requests=5)
+    told = [entry for entry in logs if entry["event"] == "requests"]
+    assert [entry["ended"] for entry in told] == [5, 10]
+    assert [entry["hit_rate"] for entry in told] == [{"host": 1.0}, {"host": 0.75}]
