@@ -12,11 +12,12 @@ LOCKED := install --quiet --no-deps --requirement
 #   make test TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_INDEX ?=
 APT_PACKAGES := gcc python3-dev python3-venv liburing-dev libxxhash-dev
+TEST_APT_PACKAGES := fuse3 g++ chromium
 
 .PHONY: help setup ext demo test test-latest test-vllm lock check lint types gpu coverage sanitize bench soak wheel clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 setup: $(VENV)/.setup  ## System packages, venv, dependencies, the extension
 
@@ -30,7 +31,7 @@ $(VENV)/.setup: pyproject.toml setup.py $(wildcard ext/*.c ext/*.h) scripts/syst
 	touch $@
 
 $(VENV)/.setup-dev: $(VENV)/.setup requirements/dev.txt requirements/torch.txt
-	scripts/system-packages fuse3 g++ chromium || echo 'some tests need fuse3, g++ and chromium'
+	scripts/system-packages $(TEST_APT_PACKAGES) || echo 'some tests need $(TEST_APT_PACKAGES)'
 	$(BIN)/python -m pip $(LOCKED) requirements/dev.txt
 	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) --constraint requirements/torch.txt torch
 	touch $@
@@ -44,7 +45,8 @@ demo: $(VENV)/.setup  ## Run the main job and verify every byte; TRACE=file.json
 test: $(VENV)/.setup-dev  ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-test-latest: $(VENV)/.setup  ## The tests with the newest releases of everything, in a venv of their own
+test-latest:  ## The tests with the newest releases of everything, in a venv of their own
+	scripts/system-packages $(APT_PACKAGES) $(TEST_APT_PACKAGES)
 	test -x $(LATEST_VENV)/bin/python || $(PYTHON) -m venv $(LATEST_VENV)
 	$(LATEST_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
 	$(LATEST_VENV)/bin/python -m pip install --quiet --upgrade $(TORCH_INDEX) torch
