@@ -14,7 +14,8 @@ TORCH_INDEX ?=
 APT_PACKAGES := gcc python3-dev python3-venv liburing-dev libxxhash-dev
 TEST_APT_PACKAGES := fuse3 g++ chromium
 
-.PHONY: help setup ext demo test test-latest test-vllm lock check lint types gpu coverage sanitize bench soak wheel clean
+.PHONY: help setup ext demo test test-latest test-vllm lock check lint types gpu mutants coverage \
+	sanitize bench soak wheel clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -81,6 +82,9 @@ $(VLLM_VENV)/.setup: pyproject.toml scripts/vllm-venv scripts/vllm-tests \
 
 test-vllm: $(VLLM_VENV)/.setup  ## Real vLLM engines on the CPU, with and without FlexKV (0.7 GB to install)
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm tests/test_locks.py $(ARGS)
+
+mutants: $(VENV)/.setup-dev $(VLLM_VENV)/.setup  ## Small changes that a test should notice; ARGS="--sample 50 --seed 7"
+	$(BIN)/python -m tests.mutation $(ARGS)
 
 coverage: $(VENV)/.setup-dev  ## Branch coverage of the pure folders; fails below 95 %
 	$(BIN)/python -m pytest -q --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 tests
