@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from flexkv.integration.vllm.tiny_model import make_tiny_model
 from tests.system.mounted import mounted_disk
 
 Run = Callable[..., dict[str, Any]]
@@ -89,6 +91,25 @@ def test_an_engine_that_was_killed_is_warm_from_ssd(
     assert again["server"]["statistics"]["restored_blocks"] > 100
     assert min(again["cached"][0]) > 0
     assert moved(again)["disk→host"] > 50
+
+
+def test_weights_that_were_exchanged_find_nothing_of_the_old_ones(
+    run: Run, model: str, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """In the same folder, of the same size and time: a new engine, over the warm SSD tier."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    run(model=str(folder), connector="shim", flush=True)
+    file = folder / "model.safetensors"
+    before = file.stat()
+    make_tiny_model(folder, seed=1)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    without = run(model=str(folder), connector="none")
+    assert without["answers"] != expected["answers"]
+    told = run(model=str(folder), connector="shim")
+    check_sound(told, without)
+    assert told["server"]["statistics"]["restored_blocks"] == 0
 
 
 def test_an_engine_that_slept_loads_what_it_had(run: Run, expected: dict[str, Any]) -> None:

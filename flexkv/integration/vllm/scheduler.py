@@ -32,7 +32,7 @@ from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
 from flexkv.integration.vllm.costs import Costs
 from flexkv.integration.vllm.events import KVEvents
 from flexkv.integration.vllm.metadata import StepMetadata
-from flexkv.integration.vllm.prompt import features_of, scope_of
+from flexkv.integration.vllm.prompt import Scopes, features_of
 from flexkv.integration.vllm.questions import Questions
 from flexkv.integration.vllm.setup import Setup
 from flexkv.integration.vllm.stats import FlexKVStats
@@ -67,6 +67,7 @@ class SchedulerSide:
         self._events = KVEvents(cache.tokens_per_block) if setup.tells_events else None
         self._costs = Costs() if cache.load_if_faster else None
         self._questions = Questions(self.client, settings.match_wait_ms)
+        self._scopes = Scopes(setup.names_media, setup.lora)
         self._per_block = cache.tokens_per_block
         self._tracked: dict[str, Tracked] = {}
         self._of_number: dict[int, str] = {}
@@ -121,7 +122,7 @@ class SchedulerSide:
     def _wanted(self, tracked: Tracked, computed: int) -> int:
         """Count the blocks of a prompt that could be loaded; 0 when none behind those computed."""
         request = tracked.request
-        if not tracked.may_claim or tracked.scope is None or not self._ready():
+        if not tracked.may_claim or not self._is_named(tracked) or not self._ready():
             return 0
         if getattr(request, "skip_reading_prefix_cache", False):  # it wants every token's logits
             return 0
@@ -214,7 +215,7 @@ class SchedulerSide:
 
     def _put(self, tracked: Tracked, computed: int, output: Any) -> None:
         """Let the whole blocks that a step completes be stored behind it."""
-        if tracked.scope is None or not self.client.is_ready:
+        if not self.client.is_ready or not self._is_named(tracked):
             return
         request_id = tracked.request.request_id
         after = computed + output.num_scheduled_tokens[request_id]
@@ -365,6 +366,9 @@ class SchedulerSide:
         self._release(tracked)
         self._summarise()
         tracked.finished = True
+        lora = getattr(request, "lora_request", None)
+        if lora is not None and request.num_output_tokens:
+            self._scopes.adapters.has_run(lora)
         load = tracked.load
         if load is not None and load.number is None:
             # It waits for puts: the last of its own, or another's, lets the blocks go.
@@ -438,7 +442,7 @@ class SchedulerSide:
     def _track(self, request: Any) -> Tracked:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            tracked = self._tracked[request.request_id] = Tracked(request)
+            tracked = self._tracked[request.request_id] = Tracked(request, self._scopes)
         return tracked
 
     def _forget(self, request_id: str) -> None:
@@ -453,14 +457,19 @@ class SchedulerSide:
         if found is not None and found.blocks:
             self.client.release([found.number])
 
-    def _keys(self, tracked: Tracked, blocks: int) -> bytes:
-        """Give the keys of so many blocks of a request; those that are known are not made again."""
+    def _is_named(self, tracked: Tracked) -> bool:
+        """Tell whether a request's blocks have keys: those of a session may change, or go."""
         if tracked.features != (features := features_of(tracked.request)):
             # A session that has got another image: keys behind it are others.
             if self._events is not None:
                 self._events.forget(tracked.request, tracked.keys, tracked.noted)
-            tracked.features, tracked.scope = features, scope_of(tracked.request)
+            tracked.features = features
+            tracked.scope = self._scopes.scope_of(tracked.request, tracked.parts)
             tracked.keys, tracked.noted = b"", 0
+        return tracked.scope is not None
+
+    def _keys(self, tracked: Tracked, blocks: int) -> bytes:
+        """Give the keys of so many blocks of a request; those that are known are not made again."""
         known = max(0, len(tracked.keys) // BLOCK_KEY_BYTES - 1)
         if known < blocks:
             tokens, end = tracked.request.all_token_ids, blocks * self._per_block

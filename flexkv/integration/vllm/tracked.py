@@ -6,7 +6,7 @@ import time
 from typing import Any, NamedTuple
 
 from flexkv.common.terms import BlockIds
-from flexkv.integration.vllm.prompt import features_of, scope_of
+from flexkv.integration.vllm.prompt import Scopes, features_of
 from flexkv.server.wire import Matched
 
 ROOM_S = 2.0
@@ -37,11 +37,12 @@ class Tracked:
 
     __slots__ = (
         "block_ids", "features", "finished", "found", "is_told", "keys", "load", "local_blocks",
-        "may_claim", "noted", "puts", "request", "scope", "stored_blocks",
+        "may_claim", "noted", "parts", "puts", "request", "scope", "stored_blocks",
     )  # fmt: skip
 
-    def __init__(self, request: Any) -> None:
-        self.request, self.scope = request, scope_of(request)
+    def __init__(self, request: Any, scopes: Scopes) -> None:
+        self.request, self.parts = request, scopes.parts_of(request)
+        self.scope = scopes.scope_of(request, self.parts)
         self.features = features_of(request)
         self.keys = b""
         self.block_ids: list[int] = []

@@ -21,7 +21,7 @@ class WorkerSide:
     """One rank of an engine."""
 
     def __init__(self, setup: Setup, tp_rank: int) -> None:
-        self._setup, self._tp_rank = setup, tp_rank
+        self.setup, self._tp_rank = setup, tp_rank
         self._agent = self._new_agent()
         self._lent: Mapping[str, Any] = {}
         self.beside_others = False
@@ -30,7 +30,7 @@ class WorkerSide:
         self._unread = deque[list[int]]()
 
     def _new_agent(self) -> Agent:
-        setup = self._setup
+        setup = self.setup
         address = setup.settings.server_recv_port
         return Agent(address, setup.model, setup.cache, setup.instance, self._tp_rank)
 
