@@ -19,6 +19,8 @@ import pytest
 from flexkv.integration.vllm.tiny_model import make_tiny_model
 from tests.system.mounted import mounted_disk
 
+from .conversations import Sizes
+
 Run = Callable[..., dict[str, Any]]
 
 
@@ -117,6 +119,20 @@ def test_an_engine_that_slept_loads_what_it_had(run: Run, expected: dict[str, An
     told = run(connector="own", naps=True)
     check_sound(told, expected)
     assert min(min(turn) for turn in told["cached"][1:]) > 0
+
+
+def test_answers_are_equal_where_drafts_are_made(run: Run, expected: dict[str, Any]) -> None:
+    """Of words that came before; every block is stored, that of a request's last step too."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2,
+              "prompt_lookup_min": 1}  # fmt: skip
+    told = run(connector="shim", engine={"speculative_config": drafts})
+    check_sound(told, expected)
+    # A turn's prompt is the one before, and its answer, of which the last token is not computed.
+    sizes = Sizes()
+    for turn in range(1, sizes.turns):
+        before = sizes.first_tokens + (turn - 1) * (sizes.turn_tokens + sizes.answer_tokens)
+        stored = (before + sizes.answer_tokens - 1) // 32 * 32
+        assert min(told["cached"][turn]) >= stored
 
 
 LONG: dict[str, Any] = {

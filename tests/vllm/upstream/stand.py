@@ -88,9 +88,10 @@ class Stand:
             num_blocks: of the device; one of them is nobody's.
             cache: keys of FlexKV's `cache_config`.
             config: more for vLLM's `create_vllm_config`; and `behind`, the steps that are under way
-                when the next is scheduled.
+                when the next is scheduled, and `drafts`, whether the runner makes drafts after each
+                forward, before which it does not tell the connector that the step is done.
         """
-        self._behind = config.pop("behind", 0)
+        self._behind, self._drafts = config.pop("behind", 0), config.pop("drafts", False)
         self._under_way: deque[tuple[Any, list[_Row]]] = deque()
         self.unchecked = False
         """Whether a forward may read what is wrong."""
@@ -209,10 +210,12 @@ class Stand:
             return runner.kv_connector_no_forward(output, self.config)
         with (
             set_forward_context(None, self.config),
-            runner._get_kv_connector_output(output) as told,
+            runner._get_kv_connector_output(output, defer_finalize=self._drafts) as told,
         ):
             for row in rows:
                 self._forward(row)
+        if self._drafts:
+            runner.finalize_kv_connector()
         result = create_model_runner_output([row.request for row in rows], token_id=TOKEN)
         for at, row in enumerate(rows):
             if not row.samples:
