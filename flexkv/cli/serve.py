@@ -55,7 +55,8 @@ def serve(
         told = json5.loads(sys.stdin.readline())
         config, settings = ModelConfig(**told["model"]), settings_of(told["settings"])
         watch = ProcessWatch(parent or os.getppid(), parent_fd)
-        _outwait(settings.server_recv_port)
+        if told["waits"]:
+            _outwait(settings.server_recv_port)
     elif model is None:
         raise ConfigError("model", None, "must name a file, or --with-parent be given")
     else:

@@ -116,8 +116,13 @@ class ProcessWatch:
 class Launched:
     """A server of ours."""
 
-    def __init__(self, model: ModelConfig, settings: Settings) -> None:
+    def __init__(self, model: ModelConfig, settings: Settings, waits: bool = True) -> None:
         """Start it; when this returns the address is its own.
+
+        Args:
+            model: what it serves.
+            settings: the same as ours.
+            waits: whether it may wait for another server that has the address and is ending.
 
         Raises:
             ConfigError: it could not begin: its reason is on stderr, and in the error.
@@ -136,7 +141,7 @@ class Launched:
         between.wait()
         self.pid = int(said) if said.strip().isdigit() else 0
         self._watch = ProcessWatch(self.pid)
-        told = {"model": told_of(model), "settings": told_of(settings)}
+        told = {"model": told_of(model), "settings": told_of(settings), "waits": waits}
         with suppress(BrokenPipeError):  # it has ended: it says why below
             self._stdin.write(json.dumps(told).encode() + b"\n")
             self._stdin.flush()

@@ -168,6 +168,14 @@ def test_a_server_waits_for_one_that_is_ending(settings: Settings) -> None:
     check_ends_well(server)
 
 
+def test_a_server_that_may_not_wait_is_refused_at_once(settings: Settings) -> None:
+    """In place of one that died it is launched within a step of the engine's scheduler."""
+    ending = Listener(Path(settings.server_recv_port.removeprefix("ipc://")))
+    with pytest.raises(ConfigError, match="in use by another server"):
+        Launched(MODEL, settings, waits=False)
+    ending.close()
+
+
 def test_a_server_does_not_wait_for_an_address_that_it_cannot_have(tmp_path: Path) -> None:
     """Nor for one at which somebody answers: that is said at once."""
     (tmp_path / "socket").write_text("mine")

@@ -95,6 +95,8 @@ class Stand:
         self._under_way: deque[tuple[Any, list[_Row]]] = deque()
         self.unchecked = False
         """Whether a forward may read what is wrong."""
+        self.weights = 0
+        """The model's: what a forward writes depends on them."""
         self.address = f"ipc://{folder}/socket"
         tiers = {"num_cpu_blocks": 64, "num_ssd_blocks": 256, "ssd_cache_dir": str(folder)}
         # A slow machine is no fault here.
@@ -226,7 +228,7 @@ class Stand:
     def _forward(self, row: _Row) -> None:
         """Compute some tokens of a request, for which those before them are read."""
         tokens = list(row.request.all_token_ids[: row.end])
-        values = _values(tokens + [TOKEN] * (row.end - len(tokens)))
+        values = _values([self.weights, *tokens, *[TOKEN] * (row.end - len(tokens))])[1:]
         at = np.arange(row.end)
         where = torch.from_numpy(row.blocks[at // PER_BLOCK]), torch.from_numpy(at % PER_BLOCK)
         new = slice(row.end - row.count, row.end)
