@@ -44,21 +44,17 @@ class Request:
     prompt_embeds: Any = None
     mm_features: list[Any] = field(default_factory=list)
     num_output_tokens: int = 0
+    num_tokens: int = TOKENS
 
     @property
     def all_token_ids(self) -> list[int]:
         """Give its tokens."""
-        return list(range(self.seed, self.seed + TOKENS))
-
-    @property
-    def num_tokens(self) -> int:
-        """Count them."""
-        return TOKENS
+        return list(range(self.seed, self.seed + self.num_tokens))
 
     @property
     def block_hashes(self) -> list[bytes]:
         """Give vLLM's hashes of its blocks."""
-        return [f"{self.seed} {n}".encode().ljust(32) for n in range(TOKENS // PER_BLOCK)]
+        return [f"{self.seed} {n}".encode().ljust(32) for n in range(self.num_tokens // PER_BLOCK)]
 
 
 def output(*new: tuple[str, list[int]]) -> Any:
@@ -79,8 +75,10 @@ def output(*new: tuple[str, list[int]]) -> Any:
 class Rig:
     """A scheduler's side, its server, and the agent of its one rank."""
 
-    def __init__(self, folder: Path, match_wait_ms: float = 10_000) -> None:
-        settings = settings_in(folder).model_copy(update={"match_wait_ms": match_wait_ms})
+    def __init__(self, folder: Path, match_wait_ms: float = 10_000, **cache: Any) -> None:
+        settings = settings_in(folder, **cache).model_copy(
+            update={"match_wait_ms": match_wait_ms}
+        )
         setup = Setup(MODEL, settings, 0, launches=True, tells_events=True)
         self.side = SchedulerSide(setup)
         self.agent = Peer(settings, "agent")
