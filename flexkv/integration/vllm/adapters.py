@@ -46,6 +46,7 @@ class _Look:
     def __init__(self, path: str, before: _Seen | None) -> None:
         self.seen = before
         self.error = ""
+        self.is_of_hub = False
         self.over = threading.Event()
         threading.Thread(
             target=self._look, args=(path,), name="flexkv-adapter", daemon=True
@@ -53,7 +54,8 @@ class _Look:
 
     def _look(self, path: str) -> None:
         try:
-            folder = folder_of(path)
+            self.is_of_hub = is_of_hub(path)
+            folder = snapshot_of(path, None) if self.is_of_hub else Path(path).expanduser()
             self.seen = _look_at(folder, self.seen)
         except (OSError, ValueError) as error:
             self.seen, self.error = None, str(error)
@@ -79,9 +81,9 @@ class Adapters:
             lora: vLLM's `LoRARequest`.
         """
         path, number = str(lora.lora_path), int(lora.lora_int_id)
-        if is_of_hub(path) and number not in self._has_run:
-            return None
         look = self._look(path)
+        if look is not None and look.is_of_hub and number not in self._has_run:
+            return None
         if look is None or look.seen is None:
             reason = "its files do not answer" if look is None else look.error
             self._tell("adapter_not_cached", lora, reason)
@@ -128,17 +130,6 @@ class Adapters:
 def is_of_hub(path: str) -> bool:
     """Tell whether vLLM would take a path for a repository of the hub."""
     return not (path.startswith(("/", "~")) or Path(path).exists())
-
-
-def folder_of(path: str) -> Path:
-    """Return where vLLM has an adapter's files.
-
-    Raises:
-        OSError: a repository of the hub is not on this machine.
-    """
-    if is_of_hub(path):
-        return snapshot_of(path, None)
-    return Path(path).expanduser()
 
 
 def _look_at(folder: Path, before: _Seen | None) -> _Seen:
