@@ -387,6 +387,14 @@ def test_weights_that_cannot_be_looked_at_are_named_by_their_engine(
     assert named != identity.model_id(config)
 
 
+def test_kv_whose_scales_an_engine_measures_is_of_no_use_to_another(config: Any) -> None:
+    """By its first prompt, in earlier versions of vLLM; whatever the weights are called."""
+    config.kv_transfer_config.engine_id = "this"
+    config.kv_transfer_config.kv_connector_extra_config = {"weights_id": "v1"}
+    put(config, "cache_config", "calculate_kv_scales", True)
+    assert identity.model_id(config) != identity.model_id(restarted(config))
+
+
 def test_files_that_options_name_are_looked_at(config: Any, tmp_path: Path) -> None:
     """Scales and serialised tensors, one file for each rank."""
     file = tmp_path / "model-000.tensors"

@@ -261,8 +261,13 @@ def _weights(vllm_config: Any) -> list[Any]:
             why = f"nothing is known of the load format {_load_format(load)}"
     except OSError as error:
         why = str(error)
-    if why and named is None:
-        facts.append(["engine", _OF_RANK.sub("", str(transfer.engine_id))])
+    engine = ["engine", _OF_RANK.sub("", str(transfer.engine_id))]
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        facts.append(engine)
+        why = "an engine measures the scales of its KV by the first prompt that it computes"
+        log.warning("kv_kept_for_one_engine", reason=why)
+    elif why and named is None:
+        facts.append(engine)
         remedy = f"name them by {WEIGHTS_ID} in kv_connector_extra_config"
         log.warning("weights_not_named", model=model.model, reason=why, remedy=remedy)
     return facts

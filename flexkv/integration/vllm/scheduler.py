@@ -339,7 +339,7 @@ class SchedulerSide:
         if self._fresh_puts.pop(done.number, None) is None:
             self._blocks.end_put(put.block_ids)
         if done.status != "success":
-            self._counts.count("failed_puts")
+            self._counts.count("failed_puts", 0 if done.is_stale else 1)
             self._step.settle.append(done.number)
         if done.is_stale:  # the cache was cleared since it began, by whomever
             tracked.is_stale |= put.generation == tracked.generation
