@@ -20,8 +20,9 @@ from flexkv.graph.ops import CHUNKS_MAX, Leg, Shape
 from flexkv.graph.plan import OPS_MAX, LegFill, Plan, Template
 from flexkv.graph.run import Launch, Run
 from flexkv.index.claims import Claim, Holding
-from flexkv.index.residency import Positions, prefix_match
-from tests.unit.prompts import LIMITS, filled, keys, request, residency
+from flexkv.index.eviction import Eviction
+from flexkv.index.residency import Positions, Residency, prefix_match
+from tests.unit.prompts import LIMITS, filled, keys, request, residency, resident
 
 
 def test_validate_sees_a_pin_without_a_claim() -> None:
@@ -115,3 +116,19 @@ def test_errors_carry_their_values_and_say_them() -> None:
     assert "/ssd/blocks-0 at byte 8192: checksum mismatch (2 blocks)" in str(corrupt)
     assert corrupt.block_ids == (3, 4)
     assert "cuda is not available: no driver" in str(BackendUnavailableError("cuda", "no driver"))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "threshold", "used", "left"),
+    [(0.0, 0.5, 8, 5), (0.4, 0.5, 6, 2), (0.4, 0.5, 5, 5), (0.2, 0.5, 9, 5), (0.4, 1.0, 10, 10)],
+)
+def test_eviction_ahead_of_need_frees_what_is_over_and_a_batch_at_least(
+    ratio: float, threshold: float, used: int, left: int
+) -> None:
+    """Nothing up to the threshold; beyond it down to the threshold, or by the least part of the
+    tier that one eviction frees, whichever is more."""
+    tiers = Residency({Tier.HOST: 10}, Eviction(evict_ratio=ratio, start_threshold=threshold))
+    filled(tiers, Tier.HOST, *range(used))
+    tiers.evict_ahead()
+    assert tiers.counts(Tier.HOST).ready == left
+    assert resident(tiers, *range(used)) == left
