@@ -32,6 +32,8 @@ log = get_logger(__name__)
 
 ATTEMPTS_MAX = 5
 """How often writing a block may fail before it is given up."""
+UNTOLD_MAX = 100
+"""Failures that are kept for the next flush: the first ones."""
 RETRY_S = 1.0
 """Between two looks whether a tier that is down is due for a trial."""
 LOAD_WAIT_S = 0.1
@@ -135,7 +137,8 @@ class WriteBehind:
         if attempts < ATTEMPTS_MAX:
             self._add(tier, host_ids, attempts, epoch)
         else:
-            self._failures_untold.append(error)
+            if len(self._failures_untold) < UNTOLD_MAX:
+                self._failures_untold.append(error)
             self._queues[tier].given_up[FAILED] += len(host_ids)
             self.is_active = True
 

@@ -115,9 +115,7 @@ def _part(told: dict[str, Any], name: str) -> dict[str, Any]:
     return part
 
 
-async def run(
-    model: ModelConfig, settings: Settings, parent: ProcessWatch | None = None
-) -> None:
+async def run(model: ModelConfig, settings: Settings, parent: ProcessWatch | None = None) -> None:
     """Serve until a signal; with a parent, until it has ended or closed our stdin.
 
     Raises:

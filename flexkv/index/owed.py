@@ -101,9 +101,7 @@ class OwedBlocks:
         ids, hold = batch.block_ids, batch.hold
         if hold is not None:
             self.kept_blocks -= len(ids)
-        outcomes, target_ids = self._residency.reserve_copies(
-            Tier.HOST, self.tier, ids, batch.keys
-        )
+        outcomes, target_ids = self._residency.reserve_copies(Tier.HOST, self.tier, ids, batch.keys)
         self.given_up[EVICTED] += int(np.count_nonzero(outcomes == GONE))
         refused = outcomes == NO_ROOM
         if refused.any() and self._residency.selective:

@@ -76,7 +76,7 @@ async def test_every_corrupt_block_of_a_read_is_counted_and_dropped_for_good(
 ) -> None:
     """However many of one read are wrong, in one piece of it or in several: the statistics and the
     log have them all, and no later life believes in any, though what is before them comes back."""
-    monkeypatch.setattr("flexkv.engine.DISK_READ_PIECE_BYTES", piece_blocks * STRIDE)
+    monkeypatch.setattr("flexkv.limits.DISK_READ_PIECE_BYTES", piece_blocks * STRIDE)
     random = np.random.default_rng(seed)
     bad = set(random.permutation(BLOCKS)[: random.integers(2, 8)].tolist())
     async with Life(tmp_path) as life:
@@ -103,7 +103,7 @@ def test_what_a_cancelled_read_finds_corrupt_is_dropped_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The part that hardware had begun is read to its end, and looked at as any other."""
-    monkeypatch.setattr("flexkv.engine.DISK_READ_PIECE_BYTES", BLOCK_KEY_BYTES)
+    monkeypatch.setattr("flexkv.limits.DISK_READ_PIECE_BYTES", BLOCK_KEY_BYTES)
 
     async def work(engine: Engine) -> None:
         await put(engine, A)

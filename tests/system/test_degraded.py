@@ -186,7 +186,7 @@ def small_filesystem(tmp_path: Path) -> Iterator[Path]:
     """Give a real filesystem of 1 MiB."""
     mounted = tmp_path / "small"
     mounted.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mounted)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(mounted)]
     if subprocess.run(command, check=False, capture_output=True).returncode:
         pytest.skip("this process may not mount")
     yield mounted
@@ -280,7 +280,7 @@ def test_a_disk_that_hung_is_tried_as_soon_as_what_hung_has_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Though it ends as recalled, and the next look may be long after."""
-    monkeypatch.setattr("flexkv.engine.DISK_READ_PIECE_BYTES", 16)
+    monkeypatch.setattr("flexkv.limits.DISK_READ_PIECE_BYTES", 16)
 
     async def work(engine: Engine) -> None:
         await on_disk_only(engine, A, B)
@@ -351,7 +351,7 @@ def test_a_write_that_hung_is_told_by_one_flush_only(
     piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When it ends after all, whole or with a part taken back, that has been told already."""
-    monkeypatch.setattr("flexkv.engine.DISK_WRITE_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("flexkv.limits.DISK_WRITE_PIECE_BYTES", piece_bytes)
 
     async def work(engine: Engine) -> None:
         disk_of(engine)._faults = FaultPlan(1, 0.0, 30.0, 30.0)

@@ -191,25 +191,26 @@ def test_a_run_that_ends_and_leaves_a_claim_ends_the_engine() -> None:
 
 
 def test_failures_that_nobody_asks_for_are_kept_up_to_a_bound() -> None:
-    """However many puts fail before the next flush, which tells of the first one."""
+    """However often the SSD refuses what is put, while nobody flushes; then a flush tells of it."""
 
     async def run() -> None:
-        broken = FaultPlan(1, 1.0, 0.0001, 0.0002)
-        backend = FakeBackend(HOST_BLOCKS, FaultPlan(1), empty(0), device_faults=broken)
+        broken, sound = FaultPlan(1, 1.0, 0.0001, 0.0002), FaultPlan(1, 0.0, 0.0001, 0.0002)
+        backend = FakeBackend(HOST_BLOCKS, broken, empty(DISK_BLOCKS), device_faults=sound)
         cache = CacheConfig(
-            tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=HOST_BLOCKS, num_ssd_blocks=0
-        )
+            tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=HOST_BLOCKS, evict_ratio=0.0,
+            num_ssd_blocks=DISK_BLOCKS, ssd_cache_dir="unused",
+        )  # fmt: skip
         async with KVManager(MODEL, cache, backend=backend) as manager:
             manager.register_kv_caches([np.zeros((BLOCKS_MAX, BLOCK_KEY_BYTES), np.uint8)])
             sizes = []
-            for _ in range(3):
-                for _ in range(150):
-                    await manager.put([1, 2], [0, 1])
+            for _ in range(4):
+                for number in range(200):
+                    await manager.put([number % 50, 2], [0, 1])
+                    await asyncio.sleep(1.0)  # virtual
                 sizes.append(sum(size for _, size in containers(manager)))
-            assert sizes[0] == sizes[1] == sizes[2]
-            with pytest.raises(TransferError, match="op 0 "):
+            assert sizes[0] == sizes[-1]
+            with pytest.raises(TransferError, match="failed"):
                 await manager.flush()
-            await manager.flush()
 
     run_virtual(run())
 
@@ -248,7 +249,7 @@ def test_closing_gives_up_hardware_that_keeps_its_buffers() -> None:
         bench.backend.port._faults = FaultPlan(1, 0.0, 1000.0, 1000.0)
         await manager.put([1, 2, 3, 4], np.arange(4))
         began_s = asyncio.get_running_loop().time()
-        with pytest.raises(InternalError, match=r"still in flight after .*'disk': 1"):
+        with pytest.raises(InternalError, match=r"still in flight after .*'disk': [1-9]"):
             await manager.__aexit__(None, None, None)
         assert asyncio.get_running_loop().time() - began_s < 100.0
 

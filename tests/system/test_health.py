@@ -82,7 +82,8 @@ def test_reads_that_work_again_do_not_vouch_for_writes() -> None:
         assert await get(engine, PROMPTS[3]) == (KVResponseStatus.SUCCESS, 4)
         assert health(engine) == ("up", "down")
         written = engine.statistics().routes["host→disk"].ops
-        await put(engine, PROMPTS[7])
+        with pytest.raises(StorageError):
+            await put(engine, PROMPTS[7])
         assert engine.statistics().routes["host→disk"].ops == written
         assert await get(engine, PROMPTS[4]) == (KVResponseStatus.SUCCESS, 4)
         await asyncio.sleep(2.1)

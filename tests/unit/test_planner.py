@@ -105,3 +105,20 @@ def test_what_host_memory_would_not_keep_still_reaches_the_ssd() -> None:
     run(tiers, planner.plan(request(Operation.GET, 50, 51), 1))
     run(tiers, planner.plan(request(Operation.PUT, 50, 51), 2))
     assert resident(tiers, 50, 51) == 2
+
+
+def test_what_waits_to_be_written_counts_against_what_may_be_written_behind_a_put() -> None:
+    """Puts have no more blocks with a lower tier at once than they may, however many puts; the
+    rest is owed to it. What has been written makes room."""
+    tiers = residency(host=32, disk=64)
+    planner = Planner(tiers, LIMITS)
+    first = planner.plan(request(Operation.PUT, *range(6)), 1)
+    assert tiers.counts(Tier.DISK).reserved == 6
+    planner.plan(request(Operation.PUT, *range(100, 106)), 2)
+    assert tiers.counts(Tier.DISK).reserved == LIMITS.write_behind_blocks_max
+    planner.plan(request(Operation.PUT, *range(200, 206)), 3)
+    assert tiers.counts(Tier.DISK).reserved == LIMITS.write_behind_blocks_max
+    run(tiers, first)
+    planner.plan(request(Operation.PUT, *range(300, 310)), 4)
+    assert tiers.counts(Tier.DISK).reserved == LIMITS.write_behind_blocks_max
+    assert tiers.counts(Tier.HOST).reserved == 22

@@ -76,9 +76,7 @@ class Rig:
     """A scheduler's side, its server, and the agent of its one rank."""
 
     def __init__(self, folder: Path, match_wait_ms: float = 10_000, **cache: Any) -> None:
-        settings = settings_in(folder, **cache).model_copy(
-            update={"match_wait_ms": match_wait_ms}
-        )
+        settings = settings_in(folder, **cache).model_copy(update={"match_wait_ms": match_wait_ms})
         setup = Setup(MODEL, settings, 0, launches=True, tells_events=True)
         self.side = SchedulerSide(setup)
         self.agent = Peer(settings, "agent")
