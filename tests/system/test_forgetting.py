@@ -209,7 +209,7 @@ def test_failures_that_nobody_asks_for_are_kept_up_to_a_bound() -> None:
                     await asyncio.sleep(1.0)  # virtual
                 sizes.append(sum(size for _, size in containers(manager)))
             assert sizes[0] == sizes[-1]
-            with pytest.raises(TransferError, match="failed"):
+            with pytest.raises(TransferError):
                 await manager.flush()
 
     run_virtual(run())
