@@ -11,7 +11,13 @@ from flexkv.actors.actor import Supervisor
 from flexkv.actors.scheduler import Scheduler
 from flexkv.actors.write_behind import WriteBehind
 from flexkv.backend import Backend
-from flexkv.common.errors import DeadlineError, FlexKVError, StorageError, TransferError
+from flexkv.common.errors import (
+    ClosedError,
+    DeadlineError,
+    FlexKVError,
+    StorageError,
+    TransferError,
+)
 from flexkv.common.terms import Tier
 from flexkv.io.ports import DurablePort
 from flexkv.logs import get_logger
@@ -51,6 +57,7 @@ class Durability:
         self._sync_timeout_s = max(SYNC_TIMEOUT_S, deadline_s)
         self._syncing: asyncio.Task[FlexKVError | None] | None = None
         self._syncs = 0
+        self._is_closed = False
 
     async def flush(self) -> FlushReport:
         """Return once all that is resident and was put before is on stable storage.
@@ -102,7 +109,7 @@ class Durability:
         """Sync the device and the journals from now on; return what went wrong."""
         loop = asyncio.get_running_loop()
         until_s, first = loop.time() + self._sync_timeout_s, self._syncs + 1
-        while True:
+        while not self._is_closed:
             if self._syncing is None:
                 self._syncs += 1
                 self._syncing = self._supervisor.spawn("sync", self._sync())
@@ -110,8 +117,11 @@ class Durability:
             ended, _ = await asyncio.wait([syncing], timeout=max(0.0, until_s - loop.time()))
             if not ended:
                 return DeadlineError(-1, "sync", 0, "the device did not sync in time")
+            if syncing.cancelled():
+                break
             if number >= first:  # else it began before what has to be synced was written
                 return syncing.result()
+        return ClosedError("the engine was closed before the flush was done")
 
     async def _sync(self) -> FlexKVError | None:
         """Sync once, to its end, whoever stops waiting: a failure must not go unseen."""
@@ -142,5 +152,6 @@ class Durability:
 
     def close(self) -> None:
         """Wait for no sync any more."""
+        self._is_closed = True
         if self._syncing is not None:
             self._syncing.cancel()

@@ -21,6 +21,7 @@ from flexkv.common.config import ModelConfig
 from flexkv.common.errors import ConfigError, FlexKVError, StorageError
 from flexkv.common.request import KVResponseStatus
 from flexkv.common.terms import Tier
+from flexkv.durability import FlushReport
 from flexkv.io import file_calls, journal
 from flexkv.kvmanager import KVManager
 from flexkv.server.backend import ServerBackend
@@ -250,7 +251,7 @@ async def test_what_a_full_journal_did_not_take_is_written_later(
 async def test_a_clear_works_on_a_full_disk_or_says_that_it_did_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of all: the journal is cut. Of a namespace: the caller is told what may come back."""
+    """Of all: the journal is cut. Of a namespace: whoever waits is told what may come back."""
     async with KVManager(MODEL, cache_config(tmp_path)) as manager:
         manager.register_kv_caches(kv_caches())
         for namespace in (None, "tenant"):
@@ -259,8 +260,10 @@ async def test_a_clear_works_on_a_full_disk_or_says_that_it_did_not(
         with monkeypatch.context() as patch:
             fail_writes(patch, tmp_path)
             with pytest.raises(StorageError):
-                manager.clear(namespace="tenant")
+                await manager.engine.keeping.clear_durably(namespace="tenant")
             assert manager.match(PROMPT, "tenant").tokens == 0
+            with pytest.raises(StorageError):
+                await manager.flush()
             manager.reset()
     async with KVManager(MODEL, cache_config(tmp_path)) as manager:
         assert manager.statistics().restored_blocks == 0
@@ -275,7 +278,7 @@ async def test_a_flush_ends_when_the_engine_is_closed(tmp_path: Path) -> None:
         flushes = [asyncio.ensure_future(manager.flush()) for _ in range(3)]
         await asyncio.sleep(0)
     done = await asyncio.wait_for(asyncio.gather(*flushes, return_exceptions=True), 10)
-    assert all(result is None or isinstance(result, FlexKVError) for result in done)
+    assert all(isinstance(result, FlushReport | FlexKVError) for result in done)
 
 
 @pytest.mark.parametrize(
