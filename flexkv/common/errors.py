@@ -105,6 +105,14 @@ class CorruptBlockError(TransferError):
         self.path, self.offset_bytes, self.block_ids = path, offset_bytes, tuple(block_ids)
 
 
+class MalformedError(FlexKVError):
+    """Bytes from a file or a peer do not stand for what they should."""
+
+    def __init__(self, length_bytes: int, why: str) -> None:
+        super().__init__(f"{length_bytes} bytes cannot be decoded: {why}")
+        self.length_bytes, self.why = length_bytes, why
+
+
 class BackendUnavailableError(FlexKVError):
     """A backend that the configuration asks for is not there."""
 
