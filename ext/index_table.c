@@ -111,12 +111,14 @@ bool node_has(const struct block_index *index, ref number, struct key key)
 
 ref node_guess(const struct block_index *index, struct key key, ref before)
 {
+    ref child;
+
     if (before == NONE)
         return NONE;
-    if (node_has(index, before + 1, key))
+    if (node_has(index, before + 1, key) && node_at(index, before + 1)->parent == before)
         return before + 1;
-    before = node_at(index, before)->child;
-    return node_has(index, before, key) ? before : NONE;
+    child = node_at(index, before)->child;
+    return node_has(index, child, key) ? child : NONE;
 }
 
 /* A bucket holds a node's number plus one, so that untouched memory is empty buckets. */
@@ -171,6 +173,26 @@ size_t nodes_find(const struct block_index *index, const unsigned char *keys, si
         last = found;
     }
     return end - begin;
+}
+
+/* A block of a chain must not be known under another parent, and a root must not be a block. */
+size_t chain_agrees(const struct block_index *index, const unsigned char *keys, size_t blocks)
+{
+    struct key key = key_at(keys, -1);
+    ref parent = node_find(index, key, bucket_of_root(index, key));
+
+    if (parent != NONE && node_at(index, parent)->parent != NONE)
+        return 0;
+    for (size_t i = 0; i < blocks; i++) {
+        ref found;
+
+        nodes_expect(index, keys, i, blocks);
+        found = node_find(index, key_at(keys, (int64_t)i), bucket_at(index, keys, (int64_t)i));
+        if (found != NONE && (parent == NONE || node_at(index, found)->parent != parent))
+            return i;
+        parent = found;
+    }
+    return blocks;
 }
 
 void node_join(struct block_index *index, ref number)

@@ -270,6 +270,13 @@ class BlockIndex:
         1 all or none, 2 the first ones that are worth an eviction.
         """
 
+    def agreeing(self, keys: bytes, /) -> int:
+        """Return how many of the first blocks could follow each other as `keys` says.
+
+        A block that is known under another parent ends them. Keys that were derived from tokens
+        always agree; keys from another process are checked before `reserve` gets them.
+        """
+
     def lease(self, tier: int, ids: Memory, token: int) -> None:
         """Name who fills RESERVED places."""
 

@@ -29,7 +29,7 @@ FLOORS = [
     {"io"},
     {"actors"},
     {"admission", "statistics", "backend", "settings", "logs", "pins", "ledger", "scrub"},
-    {"keeping", "devices", "tracing", "durability"},
+    {"keeping", "devices", "tracing", "durability", "runner"},
     {"engine"},
     {"tasks", "loop_thread", "server"},
     {"crossing", "layerwise", "task_form"},

@@ -16,6 +16,7 @@ import numpy as np
 import structlog
 
 from flexkv.actors.actor import TransferActor
+from flexkv.actors.flight import Flight, wake
 from flexkv.actors.observer import Observer
 from flexkv.actors.outcome import response_of
 from flexkv.actors.watch import Watch
@@ -28,11 +29,11 @@ from flexkv.common.errors import (
     TransferError,
     UnfilledError,
 )
-from flexkv.common.request import KVResponse, Operation, Request
+from flexkv.common.request import Operation, Request
 from flexkv.common.terms import BlockIds, Tier
 from flexkv.graph.ops import OpSpec, OpState
 from flexkv.graph.plan import OPS_MAX, Plan
-from flexkv.graph.planner import Avoid, Planned, Planner
+from flexkv.graph.planner import Avoid, Planner
 from flexkv.graph.run import (
     Answer,
     Cancel,
@@ -45,7 +46,6 @@ from flexkv.graph.run import (
     Launch,
     Overdue,
     Recall,
-    Run,
     Settle,
 )
 from flexkv.index.claims import Claim, Holding
@@ -55,107 +55,6 @@ from flexkv.io.ports import Completion
 log = structlog.get_logger(__name__)
 
 FAILURES_MAX = 100
-
-
-class Flight:
-    """One request under way: its plan, its run, and what its caller will be told."""
-
-    __slots__ = (
-        "_answer_waiters", "_end_waiters", "arrived_ns", "begin_ns", "failure", "late", "plan",
-        "planned", "request", "response", "run",
-    )  # fmt: skip
-
-    def __init__(self, request: Request, planned: Planned, arrived_ns: int, begin_ns: int) -> None:
-        self.request = request
-        self.planned = planned
-        self.plan = planned.plan
-        self.run = Run(planned.plan.template)
-        self.arrived_ns, self.begin_ns = arrived_ns, begin_ns
-        self.response: KVResponse | None = None
-        self.failure: InternalError | None = None
-        self.late: DeadlineError | None = None
-        """Why nobody should wait for the end: an op hangs."""
-        self._answer_waiters: list[asyncio.Future[None]] = []
-        self._end_waiters: list[asyncio.Future[None]] = []
-
-    async def wait_answered(self) -> KVResponse:
-        """Return the response once there is one. Cancelling the wait cancels nothing else.
-
-        Raises:
-            InternalError: the engine failed.
-        """
-        while self.response is None:
-            await self._waiter(self._answer_waiters)
-        return self.response
-
-    async def wait_drained(self) -> KVResponse:
-        """Return the response once there is one, whatever cancels come: hardware has the slots."""
-        while self.response is None:
-            try:
-                await self._waiter(self._answer_waiters)
-            except asyncio.CancelledError:
-                continue
-        return self.response
-
-    async def wait_ended(self) -> None:
-        """Return once every op is over, write-behind included, or one of them hangs.
-
-        Raises:
-            InternalError: the engine failed.
-            DeadlineError: an op has not ended in time.
-        """
-        while not self.run.ended:
-            if self.late is not None:
-                raise self.late
-            await self._waiter(self._end_waiters)
-
-    @property
-    def waited_in_vain(self) -> bool:
-        """Tell whether the flight was answered short because another gave up filling its blocks."""
-        if not self.run.errors or self.response is None or self.run.cancelled:
-            return False
-        return any(isinstance(error, UnfilledError) for error in self.run.errors)
-
-    def unfed_tokens(self) -> list[int]:
-        """Give the ops that wait for layers to be written."""
-        watch = self.request.watch
-        if watch is None or watch.ready >= watch.num_layers:
-            return []
-        return self.plan.device_tokens()
-
-    def _waiter(self, waiters: list[asyncio.Future[None]]) -> asyncio.Future[None]:
-        if self.failure is not None:
-            raise self.failure
-        waiter = asyncio.get_running_loop().create_future()
-        waiters.append(waiter)
-        return waiter
-
-    def answer(self, response: KVResponse) -> None:
-        """Keep the response, then tell who waits."""
-        self.response = response
-        _wake(self._answer_waiters)
-
-    def end(self) -> None:
-        """Tell who waits for the end."""
-        _wake(self._end_waiters)
-
-    def hang(self, error: DeadlineError) -> None:
-        """An op hangs: nobody shall wait for the end."""
-        self.late = error
-        _wake(self._end_waiters)
-
-    def fail(self, failure: InternalError) -> None:
-        """The engine failed: there will be no answer, and no end."""
-        self.failure = failure
-        _wake(self._answer_waiters)
-        _wake(self._end_waiters)
-
-
-def _wake(waiters: list[asyncio.Future[None]]) -> None:
-    for waiter in waiters:
-        if not waiter.done():
-            waiter.set_result(None)
-    waiters.clear()
 
 
 class _Joiner(NamedTuple):
@@ -193,6 +92,8 @@ class Scheduler:
         self._observer = observer
         self._notes = notes
         self.watch = Watch(actors, io_deadline_s, self._give_up, observer.event)
+        self.on_hang: Callable[[Flight], None] = lambda flight: None
+        """Told of each flight whose device does not answer."""
         self._stuck: set[int] = set()
         self._fed: set[Flight] = set()
         """Puts that wait for layers to be written: who asks meanwhile shall not wait for them."""
@@ -272,6 +173,35 @@ class Scheduler:
             self._events.append((joiner.flight, _news(joiner.op, False)))
         self._actors[op.route.outer].recall(token)  # what hardware has not begun
 
+    def strand(self, group: int, why: str) -> None:
+        """Let nobody wait for the device transfers of a group: its devices do not answer.
+
+        A device may come back to a transfer at any time, so the blocks stay claimed, and the caller
+        is answered, when its port says that it has ended. Who only waits for the blocks, for a
+        flush or for admission does not wait for that.
+        """
+        for flight in list(self._flights.values()):
+            if flight.group != group:
+                continue
+            for op in flight.plan.template.ops:
+                states = (OpState.IN_FLIGHT, OpState.DRAINING)
+                if op.route is None or op.route.outer is not Tier.DEVICE:
+                    continue
+                if flight.run.states[op.index] in states:
+                    self._strand(flight, op, why)
+        self._work()
+
+    def _strand(self, flight: Flight, op: OpSpec, why: str) -> None:
+        assert op.route is not None
+        token = flight.plan.token(op)
+        begin, end = flight.plan.bounds(op)
+        flight.hang(DeadlineError(token, str(op.route), end - begin, why))
+        if op.route.target is Tier.HOST:
+            self._stuck.add(token)
+        for joiner in self._joiners.pop(token, ()):
+            self._events.append((joiner.flight, _news(joiner.op, False)))
+        self.on_hang(flight)
+
     def cancel(self, flight: Flight) -> None:
         """End a flight early. It is answered once no hardware touches its device slots."""
         if not flight.run.ended:
@@ -294,9 +224,11 @@ class Scheduler:
             )
             self._events.append((flight, Done(op) if error is None else Failed(op, error)))
             route = flight.plan.template.ops[op].route
+            self._stuck.discard(token)
             if route is not None and route.outer > Tier.HOST:
                 self.watch.ended(route, error)
-                self._stuck.discard(token)
+            elif flight.late is not None and flight.late.op_id == token:
+                flight.late = None  # its device answers again
             if error is not None and not isinstance(error, RecalledError):
                 self._distrust(flight, flight.plan.template.ops[op], error)
         self._work()
@@ -352,7 +284,7 @@ class Scheduler:
         self._failed = failure
         for flight in self._flights.values():
             flight.fail(failure)
-        _wake(self._idle)
+        wake(self._idle)
 
     def take_failures(self) -> list[TransferError]:
         """Give what failed of puts since the last call, write-behind included; the first ones."""
@@ -460,7 +392,7 @@ class Scheduler:
             self._failures += real[: FAILURES_MAX - len(self._failures)]
         self._residency.evict_ahead()
         if not self._flights:
-            _wake(self._idle)
+            wake(self._idle)
         if self._residency.claims.of_owner(flight.plan.run_id):
             raise InvariantError(f"run {flight.plan.run_id} ended and left claims")
 

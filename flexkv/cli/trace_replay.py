@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from flexkv.actors.scheduler import Flight
+from flexkv.actors.flight import Flight
 from flexkv.actors.tracer import KEY_BYTES
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ConfigError

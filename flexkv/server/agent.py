@@ -13,6 +13,7 @@ import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import structlog
@@ -43,16 +44,21 @@ from flexkv.server.wire import (
     Ready,
     Settle,
     Settled,
+    parts_of,
 )
 
 log = structlog.get_logger(__name__)
 
 RETRY_S, RETRY_REFUSED_S = 0.1, 2.0
 """Between two attempts to connect: while nobody listens, and after a refusal."""
+AGAIN_S = 0.01
+"""Between the end of a connection and the next attempt: a server may end each one at once."""
 GREET_S = 0.25
 """How long a server may take to answer; the loop has nothing else to do meanwhile."""
 SETTLE_S = 1.0
 """How long the server may take to say that requests are over; then it is left."""
+ARENA_BYTES_MAX = 1 << 56
+"""What a process can map at all."""
 TELL_EVERY = 100
 """Attempts in vain between two log lines."""
 
@@ -144,8 +150,13 @@ class Agent:
                 log.exception("device down", call=error.call, code=error.code)
                 self._thread.post(self._end_link)  # its puts end with this connection
                 return
-        message = Ready(tuple(numbers))
-        self._thread.post(lambda: self._send(message))
+        messages = [Ready(part) for part in parts_of(numbers)]
+
+        def send() -> None:
+            for message in messages:
+                self._send(message)
+
+        self._thread.post(send)
 
     def settle(self, numbers: Sequence[int]) -> None:
         """Return once no copy of these requests touches the KV caches any more.
@@ -153,8 +164,8 @@ class Agent:
         Raises:
             ClosedError: closed.
         """
-        if numbers:
-            self._thread.call(lambda: self._settle(tuple(numbers)))
+        for part in parts_of(numbers):
+            self._thread.call(partial(self._settle, part))
 
     def close(self) -> None:
         """Finish the copies under way, and take the KV caches back. Idempotent."""
@@ -185,7 +196,10 @@ class Agent:
                 reason = str(error)
             else:
                 attempts = 0
-                await self._serve(backend, tensors, layout, connected)
+                assert self._supervisor is not None
+                work = self._serve(backend, tensors, layout, connected)
+                await self._supervisor.spawn_session("connection", work)
+                await asyncio.sleep(AGAIN_S)
                 continue
             if attempts % TELL_EVERY == (0 if wait_s > RETRY_S else TELL_EVERY // 2):
                 log.warning("no_server", path=self._address, reason=reason)
@@ -196,23 +210,16 @@ class Agent:
         self, backend: LocalBackend, tensors: list[Any], layout: str | None, connected: Connected
     ) -> None:
         """Serve one connection to its end."""
-        welcome, fd = connected.welcome, connected.arena_fd
-        assert fd is not None
         connected.socket.setblocking(False)
-        with ExitStack() as undo:
+        with ExitStack() as undo, ExitStack() as unless_linked:
+            unless_linked.callback(connected.socket.close)
             try:
-                arena = Arena.attach(
-                    fd,
-                    welcome.num_host_blocks,
-                    welcome.block_stride_bytes,
-                    welcome.fd_offset_bytes,
-                )
+                arena = _attached(connected)
                 undo.callback(arena.close)
                 backend.attach(arena)
                 device = backend.device(tensors, layout, self._tp_rank)
             except (OSError, FlexKVError) as error:
                 log.warning("not_lent", path=self._address, reason=str(error))
-                connected.socket.close()
                 await asyncio.sleep(RETRY_REFUSED_S)
                 return
             port = self._port = device.port
@@ -220,13 +227,15 @@ class Agent:
             undo.callback(self._forget)
             port.connect(self._reap)
             link = self._link = await Link.over(connected.socket, FROM_SERVER)
+            unless_linked.pop_all()
             undo.callback(link.close)
             link.send(Lent())
-            log.info("device lent", path=self._address, server=welcome.pid, **device.facts)
+            server = connected.welcome.pid
+            log.info("device lent", path=self._address, server=server, **device.facts)
             try:
                 while (message := await link.receive()) is not None:
                     self._take(message)
-            except ProtocolError as error:
+            except (FlexKVError, ValueError, OverflowError) as error:
                 log.warning("server_misunderstood", reason=str(error))
             finally:
                 # Copies end before the connection does: then nobody waits for them in vain.
@@ -264,6 +273,8 @@ class Agent:
 
     def _copy(self, message: Copy) -> None:
         assert self._port is not None
+        if message.token in self._under_way:
+            raise ProtocolError(f"copy {message.token} is under way already")
         host_ids, device_ids = ids_from(message.host_ids), ids_from(message.device_ids)
         route = _TO_DEVICE if message.to_device else _TO_HOST
         sides = (host_ids, device_ids) if message.to_device else (device_ids, host_ids)
@@ -273,6 +284,9 @@ class Agent:
             self._port.submit(transfer)
         except FlexKVError as error:
             self._end(message.token, str(error))
+        except BaseException:
+            del self._under_way[message.token]  # nobody will say that it has ended
+            raise
         else:
             self._reap()
 
@@ -311,6 +325,24 @@ class Agent:
             await settled.wait()
         finally:
             del self._settling[number]
+
+
+def _attached(connected: Connected) -> Arena:
+    """Map the host memory of a server.
+
+    Raises:
+        OSError: it cannot be mapped.
+        ProtocolError: what the server says of it cannot be.
+    """
+    welcome, fd = connected.welcome, connected.arena_fd
+    if fd is None:
+        raise ProtocolError("it gave no host memory")
+    blocks, stride_bytes = welcome.num_host_blocks, welcome.block_stride_bytes
+    offset_bytes = welcome.fd_offset_bytes
+    if not 0 < blocks * stride_bytes < ARENA_BYTES_MAX - offset_bytes:
+        os.close(fd)
+        raise ProtocolError(f"its host memory has {blocks} blocks of {stride_bytes} bytes")
+    return Arena.attach(fd, blocks, stride_bytes, offset_bytes)
 
 
 _TO_DEVICE = Route(Tier.HOST, Tier.DEVICE)

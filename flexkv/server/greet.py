@@ -6,8 +6,6 @@ import os
 import socket
 from typing import NamedTuple
 
-import msgspec
-
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.server.wire import (
     FROM_SERVER,
@@ -20,6 +18,7 @@ from flexkv.server.wire import (
     framed,
     length_of,
     socket_path,
+    understood,
 )
 
 ANSWER_S = 5.0
@@ -51,12 +50,12 @@ def connect(address: str, hello: Hello, answer_s: float = ANSWER_S) -> Connected
         peer.sendall(framed(hello))
         head, fds, _, _ = socket.recv_fds(peer, LENGTH_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
         head += read(peer, LENGTH_BYTES - len(head))
-        welcome = _taken(FROM_SERVER.decode(read(peer, length_of(head))))
+        welcome = _taken(understood(FROM_SERVER, read(peer, length_of(head))))
     except BaseException as error:
         peer.close()
         for fd in fds:
             os.close(fd)
-        if isinstance(error, ProtocolError | msgspec.MsgspecError):
+        if isinstance(error, ProtocolError):
             why = "no FlexKV server listens there"
             raise ConfigError("server_recv_port", address, why) from error
         raise
@@ -104,4 +103,4 @@ def message(peer: socket.socket) -> FromServer:
         ClosedError: it closed instead.
         ProtocolError: it sent something else.
     """
-    return FROM_SERVER.decode(read(peer, length_of(read(peer, LENGTH_BYTES))))
+    return understood(FROM_SERVER, read(peer, length_of(read(peer, LENGTH_BYTES))))

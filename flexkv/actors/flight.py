@@ -1,0 +1,114 @@
+"""One request under way: its plan, its run, and who waits for its answer or its end."""
+
+from __future__ import annotations
+
+import asyncio
+
+from flexkv.common.errors import DeadlineError, InternalError, UnfilledError
+from flexkv.common.request import KVResponse, Request
+from flexkv.graph.planner import Planned
+from flexkv.graph.run import Run
+
+
+class Flight:
+    """One request under way: its plan, its run, and what its caller will be told."""
+
+    __slots__ = (
+        "_answer_waiters", "_end_waiters", "arrived_ns", "begin_ns", "failure", "group",
+        "has_place", "late", "plan", "planned", "request", "response", "run",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, planned: Planned, arrived_ns: int, begin_ns: int) -> None:
+        self.request = request
+        self.planned = planned
+        self.plan = planned.plan
+        self.run = Run(planned.plan.template)
+        self.arrived_ns, self.begin_ns = arrived_ns, begin_ns
+        self.response: KVResponse | None = None
+        self.failure: InternalError | None = None
+        self.late: DeadlineError | None = None
+        """Why nobody should wait for the end: an op hangs."""
+        self.group, self.has_place = 0, True
+        """Which group it was admitted with, and whether it still takes one of its places."""
+        self._answer_waiters: list[asyncio.Future[None]] = []
+        self._end_waiters: list[asyncio.Future[None]] = []
+
+    async def wait_answered(self) -> KVResponse:
+        """Return the response once there is one. Cancelling the wait cancels nothing else.
+
+        Raises:
+            InternalError: the engine failed.
+        """
+        while self.response is None:
+            await self._waiter(self._answer_waiters)
+        return self.response
+
+    async def wait_drained(self) -> KVResponse:
+        """Return the response once there is one, whatever cancels come: hardware has the slots."""
+        while self.response is None:
+            try:
+                await self._waiter(self._answer_waiters)
+            except asyncio.CancelledError:
+                continue
+        return self.response
+
+    async def wait_ended(self) -> None:
+        """Return once every op is over, write-behind included, or one of them hangs.
+
+        Raises:
+            InternalError: the engine failed.
+            DeadlineError: an op has not ended in time.
+        """
+        while not self.run.ended:
+            if self.late is not None:
+                raise self.late
+            await self._waiter(self._end_waiters)
+
+    @property
+    def waited_in_vain(self) -> bool:
+        """Tell whether the flight was answered short because another gave up filling its blocks."""
+        if not self.run.errors or self.response is None or self.run.cancelled:
+            return False
+        return any(isinstance(error, UnfilledError) for error in self.run.errors)
+
+    def unfed_tokens(self) -> list[int]:
+        """Give the ops that wait for layers to be written."""
+        watch = self.request.watch
+        if watch is None or watch.ready >= watch.num_layers:
+            return []
+        return self.plan.device_tokens()
+
+    def _waiter(self, waiters: list[asyncio.Future[None]]) -> asyncio.Future[None]:
+        if self.failure is not None:
+            raise self.failure
+        waiter = asyncio.get_running_loop().create_future()
+        waiters.append(waiter)
+        return waiter
+
+    def answer(self, response: KVResponse) -> None:
+        """Keep the response, then tell who waits."""
+        self.response = response
+        wake(self._answer_waiters)
+
+    def end(self) -> None:
+        """Tell who waits for the end."""
+        wake(self._end_waiters)
+
+    def hang(self, error: DeadlineError) -> None:
+        """An op hangs: nobody shall wait for the end."""
+        self.late = error
+        wake(self._end_waiters)
+
+    def fail(self, failure: InternalError) -> None:
+        """The engine failed: there will be no answer, and no end."""
+        self.failure = failure
+        wake(self._answer_waiters)
+        wake(self._end_waiters)
+
+
+def wake(waiters: list[asyncio.Future[None]]) -> None:
+    """Let every waiter go on, once."""
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)
+    waiters.clear()
