@@ -13,6 +13,7 @@ connection is never cut: that would stop no copy.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import structlog
 
@@ -28,8 +29,18 @@ LOOKS_A_DEADLINE = 4
 class DeviceDeadlines:
     """Finds the instances of a fleet that are stuck, as long as agents have something to do."""
 
-    def __init__(self, fleet: FleetPort, runner: RequestRunner, deadline_s: float) -> None:
-        """Take the fleet, what runs its requests, and how long a copy may take."""
+    def __init__(
+        self,
+        fleet: FleetPort,
+        runner: RequestRunner,
+        deadline_s: float,
+        on_stuck: Callable[[int, str], None],
+    ) -> None:
+        """Take the fleet, what runs its requests, and how long a copy may take.
+
+        `on_stuck` is told of the instances that are found stuck, and why they are.
+        """
+        self._on_stuck = on_stuck
         self._fleet, self._runner, self._deadline_s = fleet, runner, deadline_s
         self._stuck: set[int] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -72,6 +83,7 @@ class DeviceDeadlines:
         instance.stuck = why
         for port in instance.ports.values():
             port.fail_unsent(why)
+        self._on_stuck(number, why)
         self._runner.turn_away(number, why)
 
     def _end(self, number: int) -> None:

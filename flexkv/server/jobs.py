@@ -15,19 +15,23 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from flexkv.actors.flight import Flight
 from flexkv.common.errors import ClearedError, ClosedError, ConfigError, FlexKVError
 from flexkv.common.request import KVResponse, Operation, Request, Span
-from flexkv.common.terms import BLOCK_KEY_BYTES
+from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine import Engine
 from flexkv.index.keys import key_list
 from flexkv.runner import Turn
 from flexkv.server.fleet import FleetPort, Instance, ids_from
+from flexkv.server.put_share import PutShare
 from flexkv.server.wire import Done, Match, Matched, Start
 
 log = structlog.get_logger(__name__)
 
 JOBS_MAX = 1 << 16
 """Requests of one client that may be under way, and numbers that are ready ahead of them."""
+PUTS_SHARE = 2
+"""The puts of one instance may be filling this part of host memory, a half."""
 JOBS_BYTES_MAX = 256 << 20
 """Of keys and ids that the requests of one client may have under way."""
 
@@ -64,6 +68,8 @@ class Jobs:
         self._on_idle = on_idle
         self._jobs: dict[int, Job] = {}
         self._jobs_bytes = 0
+        host_blocks = engine.residency.counts(Tier.HOST).capacity
+        self._puts = PutShare(host_blocks // PUTS_SHARE)
         self._ready_early: dict[int, set[int]] = {}
         self._settled_early: dict[int, None] = {}
 
@@ -186,17 +192,32 @@ class Jobs:
             await job.ready.wait()
             begin_s = time.monotonic()
             request = self._request(job.start, job.generation)
-            turn = Turn(
-                self._instance,
-                lambda: self._check_chain(request.keys),
-                lambda: self.release((job.start.held,)),
-            )
-            flight = await self._engine.perform(request, turn)
+            flight = await self._perform(job, request)
             response = flight.response
             assert response is not None
             job.answered(_done(job.start, request, response, time.monotonic() - begin_s))
         except FlexKVError as error:
             job.answered(Done(job.start.number, "failed", 0, str(error)))
+
+    async def _perform(self, job: Job, request: Request) -> Flight:
+        """Run a request; a put waits until its instance is not filling too many blocks."""
+        turn = Turn(
+            self._instance,
+            lambda: self._check_chain(request.keys),
+            lambda: self.release((job.start.held,)),
+        )
+        if request.operation is not Operation.PUT:
+            return await self._engine.perform(request, turn)
+        blocks = request.span.last_block - request.span.first_block
+        await self._puts.enter(blocks)
+        try:
+            return await self._engine.perform(request, turn)
+        finally:
+            self._puts.leave(blocks)
+
+    def turn_away(self, why: str) -> None:
+        """Refuse the puts that wait for others to end: the devices do not answer."""
+        self._puts.turn_away(ClosedError(why))
 
     def _end(self, job: Job) -> None:
         """Clear away what has ended; a task may be cancelled before its first step."""

@@ -88,7 +88,9 @@ class Server:
         self._facts = blocks_are(engine.model, cache.tokens_per_block, secret)
         self._jobs: dict[int, Jobs] = {}
         self._guests = Guests(engine.supervisor)
-        self._deadlines = DeviceDeadlines(backend.fleet, engine.runner, cache.io_deadline_s)
+        self._deadlines = DeviceDeadlines(
+            backend.fleet, engine.runner, cache.io_deadline_s, self._turn_away
+        )
         self._control = Control(engine, backend.fleet)
         self._watchers = Watchers(engine.residency)
         self._closing = False
@@ -281,6 +283,11 @@ class Server:
             )
             self._jobs[number] = jobs
         return jobs
+
+    def _turn_away(self, number: int, why: str) -> None:
+        """Refuse what waits of an instance that does not answer."""
+        if number in self._jobs:
+            self._jobs[number].turn_away(why)
 
     def _forget_idle(self, number: int) -> None:
         """Keep nothing of an instance that is not there and has no request under way."""
