@@ -22,6 +22,8 @@ CASES = (
     "gather",
     "disk",
     "survive",
+    "neighbours",
+    "fuzz",
     "cuda",
     "cuda_get",
     "ttft",

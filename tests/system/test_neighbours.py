@@ -19,8 +19,8 @@ from flexkv.server.client import Client
 from flexkv.server.launch import Launched
 from flexkv.server.operator import command
 from flexkv.server.wire import Cancel, Copied, Copy, Done, Match, Matched, Start
+from flexkv.testing.agent_process import AgentProcess
 
-from .agent_alone import AgentProcess
 from .conftest import MODEL
 from .serving import BLOCKS, Instance, Peer, eventually, settings_in
 
@@ -95,11 +95,9 @@ def test_puts_of_a_stuck_instance_starve_nobody(sound: Instance, stuck: tuple[Pe
 
 
 @pytest.mark.parametrize("settings", [0.3, 60.0], indirect=True)
-def test_a_stopped_process_starves_nobody(
-    settings: Settings, sound: Instance, tmp_path: Path
-) -> None:
+def test_a_stopped_process_starves_nobody(settings: Settings, sound: Instance) -> None:
     """A worker is stopped by a signal in the middle of its copies; when it goes on, so they do."""
-    worker, client = AgentProcess(settings, 1, tmp_path), Client(settings, MODEL, 1)
+    worker, client = AgentProcess(settings, MODEL, 64, 1), Client(settings, MODEL, 1)
     eventually(lambda: (client.poll(), client.is_ready)[1])
     ids = np.arange(BLOCKS)
     keys = [client.keys(np.arange(32) + 1_000_000 + number * 1000) for number in range(PUTS)]
