@@ -228,6 +228,7 @@ class Engine:
             window = Window(window_bytes, DEVICE_PIECE_BYTES[kind])
             actor = self._actors[Tier.DEVICE] = self._actor(Tier.DEVICE, port, window, window)
             actor.note_begins(self._tracing.is_on)
+            self._scheduler.watch.watches_device = kind != "agents"
             self._start(actor)
 
     def _take_order(self, order: Order) -> None:

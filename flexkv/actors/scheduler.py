@@ -152,6 +152,9 @@ class Scheduler:
 
     def _give_up(self, tier: Tier) -> None:
         """Answer whoever waits for ops of a tier that hangs. Hardware keeps their buffers."""
+        if tier is Tier.DEVICE:
+            self.strand(None, "the device does not end it in time")
+            return
         for flight in list(self._flights.values()):
             for op in flight.plan.template.ops:
                 if op.route is None or op.route.outer is not tier:
@@ -173,15 +176,18 @@ class Scheduler:
             self._events.append((joiner.flight, _news(joiner.op, False)))
         self._actors[op.route.outer].recall(token)  # what hardware has not begun
 
-    def strand(self, group: int, why: str) -> None:
+    def strand(self, group: int | None, why: str) -> None:
         """Let nobody wait for the device transfers of a group: its devices do not answer.
+
+        Without a group all are meant; then they keep their places, since there is no other device
+        for which others could use them.
 
         A device may come back to a transfer at any time, so the blocks stay claimed, and the caller
         is answered, when its port says that it has ended. Who only waits for the blocks, for a
         flush or for admission does not wait for that.
         """
         for flight in list(self._flights.values()):
-            if flight.group != group:
+            if group is not None and flight.group != group:
                 continue
             for op in flight.plan.template.ops:
                 states = (OpState.IN_FLIGHT, OpState.DRAINING)
@@ -189,6 +195,8 @@ class Scheduler:
                     continue
                 if flight.run.states[op.index] in states:
                     self._strand(flight, op, why)
+                    if group is not None:
+                        self.on_hang(flight)
         self._work()
 
     def _strand(self, flight: Flight, op: OpSpec, why: str) -> None:
@@ -200,7 +208,6 @@ class Scheduler:
             self._stuck.add(token)
         for joiner in self._joiners.pop(token, ()):
             self._events.append((joiner.flight, _news(joiner.op, False)))
-        self.on_hang(flight)
 
     def cancel(self, flight: Flight) -> None:
         """End a flight early. It is answered once no hardware touches its device slots."""
@@ -330,6 +337,8 @@ class Scheduler:
             self._observer.op_issued(flight.plan.token(spec))
         if spec.route.outer > Tier.HOST:
             self.watch.begun(spec.route)
+        elif self.watch.watches_device:
+            self.watch.arm()
         self._actors[spec.route.outer].post(flight.plan.transfer(spec))
 
     def _settle(self, flight: Flight, op: int, command: Command) -> None:

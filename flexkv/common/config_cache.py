@@ -128,7 +128,8 @@ class CacheConfig(ConfigModel):
     )
     io_deadline_s: float = key(
         10.0,
-        "How long I/O of a lower tier may take; then nobody waits for it, and it is left alone.",
+        "How long I/O of a lower tier, or a copy to or from a device, may take; then nobody waits "
+        "for it, and it is left alone.",
         unit="s",
         gt=0,
     )
@@ -244,7 +245,11 @@ class CacheConfig(ConfigModel):
         -1.0, "Bytes waiting to be written to SSD; -1 = half of the host tier.", unit="GB", ge=-1
     )
     requests_max: int = key(
-        1024, "Requests under way at once; later ones wait to be admitted.", unit="requests", ge=1
+        1024,
+        "Requests under way at once; later ones wait to be admitted, the instances of a server "
+        "in turns.",
+        unit="requests",
+        ge=1,
     )
 
     # layouts

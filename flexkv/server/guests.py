@@ -28,7 +28,7 @@ from flexkv.server.wire import ToServer
 
 log = structlog.get_logger(__name__)
 
-STRANGERS_MAX = 64
+STRANGERS_MAX = 256
 """Connections that have not said yet who they are, or agents that have not lent their device."""
 CONTROLS_MAX = 32
 """Operators' connections."""
