@@ -22,6 +22,8 @@ HELD_SHARE = 2
 """All holds together keep at most this part of a tier: a half."""
 HOLDS_MAX = 1024
 """Holds of one group; the oldest goes first."""
+HELD_BLOCKS_MAX = 1 << 22
+"""Blocks of one group's holds, those of each counted: what it takes to remember them."""
 
 
 class _Pin(NamedTuple):
@@ -115,7 +117,9 @@ class Holds:
         self._holds.setdefault(group, {})[number] = hold
         self._by_age.append((expiry_s, group, number))
         self._count(group, hold, 1)
-        if len(self._holds[group]) > HOLDS_MAX:
+        while len(self._holds[group]) > HOLDS_MAX or (
+            self._held_by[group] > HELD_BLOCKS_MAX and len(self._holds[group]) > 1
+        ):
             self.release(group, next(iter(self._holds[group])))
         while self._is_over():
             most = max(self._held_by, key=self._held_by.__getitem__)

@@ -69,6 +69,9 @@ class Watchers:
         count, rest = divmod(len(keys), BLOCK_KEY_BYTES)
         if rest or not count or self._is_behind.get(link, True):  # they may be no keys
             return
+        if link.unsent_bytes > UNREAD_BYTES_MAX:
+            self._is_behind[link] = True  # it is told that it has missed something
+            return
         residency = self._residency
         there = [
             (key, tier.label, True)

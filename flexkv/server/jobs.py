@@ -16,7 +16,13 @@ import structlog
 from numpy.typing import NDArray
 
 from flexkv.actors.flight import Flight
-from flexkv.common.errors import ClearedError, ClosedError, ConfigError, FlexKVError
+from flexkv.common.errors import (
+    ClearedError,
+    ClosedError,
+    ConfigError,
+    FlexKVError,
+    InternalError,
+)
 from flexkv.common.request import KVResponse, Operation, Request, Span
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine import Engine
@@ -32,7 +38,7 @@ JOBS_MAX = 1 << 16
 """Requests of one client that may be under way, and numbers that are ready ahead of them."""
 PUTS_SHARE = 2
 """The puts of one instance may be filling this part of host memory, a half."""
-JOBS_BYTES_MAX = 256 << 20
+JOBS_BYTES_MAX = 64 << 20
 """Of keys and ids that the requests of one client may have under way."""
 
 Answered: TypeAlias = Callable[[Done], None]
@@ -198,6 +204,8 @@ class Jobs:
             job.answered(_done(job.start, request, response, time.monotonic() - begin_s))
         except FlexKVError as error:
             job.answered(Done(job.start.number, "failed", 0, str(error)))
+            if isinstance(error, InternalError):
+                raise  # the engine's state is wrong: nobody should be served with it
 
     async def _perform(self, job: Job, request: Request) -> Flight:
         """Run a request; a put waits until its instance is not filling too many blocks."""

@@ -20,7 +20,7 @@ from contextlib import ExitStack, suppress
 import structlog
 
 from flexkv.common.config import MB
-from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
+from flexkv.common.errors import ClosedError, ConfigError, FlexKVError, InternalError
 from flexkv.engine import Engine
 from flexkv.index.keys import blocks_are
 from flexkv.server.agent_port import AgentPort
@@ -405,6 +405,8 @@ class Server:
             guest.is_busy = True
             try:
                 value = await self._control.perform(message.verb, dict(message.arguments))
+            except InternalError:
+                raise  # the engine's state is wrong: it is not an answer
             except FlexKVError as error:
                 link.send(Answer(message.number, None, str(error)))
             else:

@@ -22,7 +22,7 @@ from flexkv.common.errors import ConfigError, FlexKVError, MalformedError
 T = TypeVar("T")
 
 PROTOCOL_VERSION = 3
-FRAME_BYTES_MAX = 16 << 20
+FRAME_BYTES_MAX = 8 << 20
 """Of any message; the server takes no more than `FRAME_BYTES_OF` from a peer of a role."""
 LENGTH_BYTES = 4
 HELLO_BYTES_MAX = 64 << 10

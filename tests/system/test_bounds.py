@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,6 +39,7 @@ from .conftest import MODEL
 from .serving import BLOCKS, Instance, Peer, eventually, settings_in
 
 GROWTH_BYTES_MAX = 24 << 20
+FLOOD = 100_000
 
 
 @pytest.fixture
@@ -86,17 +86,16 @@ def serves(settings: Settings, number: int = 0) -> None:
         instance.close()
 
 
-def flood(peer: Peer, said: Any, seconds: float = 1.5) -> int:
-    """Say something without reading, until the server takes no more of it or hangs up."""
-    sent, frames, until_s = 0, framed(said) * 64, time.monotonic() + seconds
-    peer.connected.socket.settimeout(0.2)
-    while time.monotonic() < until_s:
-        try:
+def flood(peer: Peer, said: Any) -> bool:
+    """Say something FLOOD times without reading; tell whether the server took it all."""
+    frames = framed(said) * 64
+    peer.connected.socket.settimeout(1.0)
+    try:
+        for _ in range(FLOOD // 64):
             peer.connected.socket.sendall(frames)
-        except OSError:
-            break
-        sent += 64
-    return sent
+    except OSError:
+        return False
+    return True
 
 
 def _hear_for_ever(peer: Peer) -> None:
@@ -134,14 +133,12 @@ def test_questions_that_wait_for_an_answer_are_bounded(
     assert client.hear(Done).status == "failed"
 
 
-def test_an_agent_that_does_not_read_is_not_answered(
-    settings: Settings, launched: Launched, pair: tuple[Peer, Peer]
+def test_an_agent_that_does_not_read_is_not_heard(
+    settings: Settings, pair: tuple[Peer, Peer]
 ) -> None:
-    """What it is told of questions that are over waits in its own socket."""
+    """Else what it is told of questions that are over would pile up."""
     agent, _ = pair
-    before = memory_of(launched)
-    flood(agent, Settle(1, tuple(range(100))))
-    assert memory_of(launched) - before < GROWTH_BYTES_MAX
+    assert not flood(agent, Settle(1, tuple(range(20))))
     serves(settings)
 
 
@@ -179,7 +176,7 @@ def test_a_question_of_very_many_blocks_is_answered_soon(
     client.put(1, keys)
     agent.say(Copied(agent.hear(Copy).token))
     client.hear(Done)
-    client.say(Match(2, keys + os.urandom(15 << 20), tell=True))
+    client.say(Match(2, keys + os.urandom(7 << 20), tell=True))
     assert client.hear(Matched).blocks == BLOCKS
     assert _is_cut_off(client, (64 << 20).to_bytes(4, "little") + bytes(64 << 20))
     serves(settings)

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexkv.common.errors import DeadlineError
+from flexkv.common.errors import ClosedError, DeadlineError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation
 from flexkv.common.terms import Tier
 from flexkv.engine import Engine
+from flexkv.runner import Turn
 from flexkv.testing.faults import FaultPlan
 from tests.system.test_keeping import A, B, on_engine, put, resident
 
@@ -24,14 +25,16 @@ def hang(engine: Engine, seconds: float) -> None:
     port._faults = FaultPlan(1, 0.0, seconds, seconds)
 
 
-async def begun(engine: Engine, operation: Operation, tokens: Any) -> asyncio.Task[KVResponse]:
+async def begun(
+    engine: Engine, operation: Operation, tokens: Any, group: int = 0
+) -> asyncio.Task[KVResponse]:
     """Return the task of a request that has begun."""
 
     async def perform() -> KVResponse:
         made = engine.intake(operation, tokens, None)
         request = engine.with_slots(made, np.arange(len(tokens)))
         assert request is not None
-        response = (await engine.perform(request)).response
+        response = (await engine.perform(request, Turn(group))).response
         assert response is not None
         return response
 
@@ -74,3 +77,28 @@ def test_a_device_that_is_slow_but_ends_its_copies_is_no_fault() -> None:
         await engine.flush()
 
     on_engine(work, host=32, disk=64, io_deadline_s=DEADLINE_S)
+
+
+def test_requests_of_a_stuck_group_give_their_places_back_and_are_answered_later() -> None:
+    """Others use the places meanwhile; what waits of the group is refused, and served later."""
+
+    async def work(engine: Engine) -> None:
+        admission = engine.runner.admission
+        hang(engine, DEADLINE_S)
+        stuck = [await begun(engine, Operation.PUT, A + 1000 * n, group=1) for n in range(2)]
+        late = await begun(engine, Operation.PUT, B + 9000, group=1)
+        assert admission.waiting == 1
+        engine.runner.turn_away(1, "its devices do not answer")
+        with pytest.raises(ClosedError, match="do not answer"):
+            await late
+        assert [admission.enter_nowait(2) for _ in range(3)] == [True, True, False]
+        for _ in range(2):
+            admission.leave(2)
+        responses = [await each for each in stuck]
+        assert {each.status for each in responses} == {KVResponseStatus.SUCCESS}
+        engine.runner.take_back(1)
+        assert [admission.enter_nowait(1) for _ in range(3)] == [True, True, False]
+        for _ in range(2):
+            admission.leave(1)
+
+    on_engine(work, host=32, requests_max=2, io_deadline_s=100.0)

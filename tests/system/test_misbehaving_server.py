@@ -209,7 +209,7 @@ def test_a_request_that_is_longer_than_a_frame_fails_by_itself(
     client: Client, server: FakeServer
 ) -> None:
     """The others go on; a question has no answer."""
-    keys = bytes(17 << 20)
+    keys = bytes(9 << 20)
     number = client.start(Operation.GET, keys, 0, IDS)
     (done,) = client.poll()
     assert (done.number, done.status) == (number, "failed")

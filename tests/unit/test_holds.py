@@ -6,7 +6,9 @@ import asyncio
 from typing import cast
 
 import numpy as np
+import pytest
 
+from flexkv import pins
 from flexkv.actors.scheduler import Scheduler
 from flexkv.common.terms import Tier
 from flexkv.index.claims import Claim, Holding
@@ -151,6 +153,21 @@ def test_the_number_of_holds_is_bounded() -> None:
             rig.hold(3, number, 0, 1)
             rig.holds.release(3, number)
         assert len(rig.holds._by_age) <= 4 * HOLDS_MAX
+        rig.holds.close()
+
+    run_virtual(check())
+
+
+def test_what_it_takes_to_remember_holds_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many holds of the same blocks count once in the tier, and each for itself here."""
+    monkeypatch.setattr(pins, "HELD_BLOCKS_MAX", 20)
+
+    async def check() -> None:
+        rig = Rig()
+        for number in range(10):
+            rig.hold(1, number, 0, 5)
+            assert len(rig.holds) <= 4
+        assert rig.pinned == 5
         rig.holds.close()
 
     run_virtual(check())
