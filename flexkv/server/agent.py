@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -128,9 +128,14 @@ class Agent:
 
         async def begin() -> None:
             widen_affinity()
-            self._supervisor = Supervisor(self._failed)
-            await self._supervisor.start()
-            self._supervisor.keep("agent", self._run(backend, tensors, layout, hello))
+            supervisor = self._supervisor = Supervisor(self._failed)
+            await supervisor.start()
+
+            def serve(connected: Connected, unstarted: ExitStack) -> asyncio.Task[None]:
+                work = self._serve(backend, tensors, layout, connected, unstarted)
+                return supervisor.spawn_session("connection", work)
+
+            supervisor.keep("agent", self._run(hello, serve))
 
         self._thread.call(begin)
 
@@ -183,8 +188,9 @@ class Agent:
         log.error("agent_failed", cause=repr(cause))
 
     async def _run(
-        self, backend: LocalBackend, tensors: list[Any], layout: str | None, hello: Hello
+        self, hello: Hello, serve: Callable[[Connected, ExitStack], asyncio.Task[None]]
     ) -> None:
+        """Connect again and again; `serve` starts the task that serves a connection."""
         attempts = 0
         while True:
             wait_s, reason = RETRY_S, ""
@@ -196,9 +202,11 @@ class Agent:
                 reason = str(error)
             else:
                 attempts = 0
-                assert self._supervisor is not None
-                work = self._serve(backend, tensors, layout, connected)
-                await self._supervisor.spawn_session("connection", work)
+                with ExitStack() as unstarted:  # the task may be cancelled before its first step
+                    unstarted.callback(connected.socket.close)
+                    if connected.arena_fd is not None:
+                        unstarted.callback(os.close, connected.arena_fd)
+                    await serve(connected, unstarted)
                 await asyncio.sleep(AGAIN_S)
                 continue
             if attempts % TELL_EVERY == (0 if wait_s > RETRY_S else TELL_EVERY // 2):
@@ -207,9 +215,15 @@ class Agent:
             await asyncio.sleep(wait_s)
 
     async def _serve(
-        self, backend: LocalBackend, tensors: list[Any], layout: str | None, connected: Connected
+        self,
+        backend: LocalBackend,
+        tensors: list[Any],
+        layout: str | None,
+        connected: Connected,
+        unstarted: ExitStack,
     ) -> None:
-        """Serve one connection to its end."""
+        """Serve one connection to its end; what `unstarted` would close is ours from now on."""
+        unstarted.pop_all()
         connected.socket.setblocking(False)
         with ExitStack() as undo, ExitStack() as unless_linked:
             unless_linked.callback(connected.socket.close)
