@@ -283,8 +283,9 @@ static PyObject *index_call_agreeing(BlockIndex *self, PyObject *object)
         return NULL;
     if (request_hold(object, zero, zero, &keys, range) == 0) {
         size_t blocks = (size_t)keys.len / INDEX_KEY_BYTES - 1;
+        int64_t agreeing = chain_agrees(&self->index, keys.buf, blocks);
 
-        result = PyLong_FromSize_t(chain_agrees(&self->index, keys.buf, blocks));
+        result = agreeing < 0 ? PyErr_NoMemory() : PyLong_FromLongLong(agreeing);
         PyBuffer_Release(&keys);
     }
     Py_DECREF(zero);

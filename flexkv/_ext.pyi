@@ -273,8 +273,9 @@ class BlockIndex:
     def agreeing(self, keys: bytes, /) -> int:
         """Return how many of the first blocks could follow each other as `keys` says.
 
-        A block that is known under another parent ends them. Keys that were derived from tokens
-        always agree; keys from another process are checked before `reserve` gets them.
+        A block that is named twice, or known under another parent, ends them. Keys that were
+        derived from tokens always agree; keys from another process are checked before `reserve`
+        gets them.
         """
 
     def lease(self, tier: int, ids: Memory, token: int) -> None:

@@ -263,7 +263,8 @@ class Residency:
         """Return how many of the first blocks could follow each other as `keys` says.
 
         Keys that were derived from tokens always agree. Keys that another process made up may name
-        a block under another parent than its own, and planning with them would break the index.
+        a block twice or under another parent than its own, and planning with them would break the
+        index.
         """
         return self._table.agreeing(keys)
 

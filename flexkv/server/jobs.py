@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import structlog
-from numpy.typing import NDArray
 
 from flexkv.actors.flight import Flight
 from flexkv.common.errors import (
@@ -24,9 +23,8 @@ from flexkv.common.errors import (
     InternalError,
 )
 from flexkv.common.request import KVResponse, Operation, Request, Span
-from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
 from flexkv.engine import Engine
-from flexkv.index.keys import key_list
 from flexkv.runner import Turn
 from flexkv.server.fleet import FleetPort, Instance, ids_from
 from flexkv.server.put_share import PutShare
@@ -40,6 +38,7 @@ PUTS_SHARE = 2
 """The puts of one instance may be filling this part of host memory, a half."""
 JOBS_BYTES_MAX = 64 << 20
 """Of keys and ids that the requests of one client may have under way."""
+FEW = 64
 
 Answered: TypeAlias = Callable[[Done], None]
 
@@ -255,12 +254,14 @@ class Jobs:
         """Check that the index can take these keys: right before a request is planned.
 
         Raises:
-            ConfigError: a block is known under another parent, which keys of tokens never are.
+            ConfigError: a block is named twice, or known under another parent. Keys that were
+                derived from tokens never are.
         """
         blocks = len(keys) // BLOCK_KEY_BYTES - 1
         agreeing = self._engine.residency.agreeing(keys)
         if agreeing < blocks:
-            raise ConfigError(f"keys[{agreeing + 1}]", "a block", "is known under another parent")
+            why = "is named twice, or known under another parent"
+            raise ConfigError(f"keys[{agreeing + 1}]", "a block", why)
 
     def _request(self, start: Start, generation: int) -> Request:
         """Return a request in the core's terms.
@@ -321,10 +322,6 @@ def _check(start: Start) -> None:
     last = blocks - 1
     if rest or not 0 <= start.first <= last:
         raise ConfigError("first", start.first, f"must be from 0 to the number of keys, {last}")
-    if _has_twice(np.frombuffer(start.keys, np.uint64)[::2]):
-        keys = key_list(start.keys)
-        if len(set(keys)) < len(keys):  # not only their first halves are alike
-            raise ConfigError("keys", f"{blocks} keys", "must not name a block twice")
     if start.operation == Operation.PREFETCH.label:
         return
     ids, wanted = start.device_ids, last - start.first
@@ -335,9 +332,11 @@ def _check(start: Start) -> None:
         raise ConfigError("device_ids", f"{wanted} ids", "must not name a block twice")
 
 
-def _has_twice(values: NDArray[Any]) -> bool:
-    """Return whether a value is there twice."""
-    ordered = np.sort(values)
+def _has_twice(ids: BlockIds) -> bool:
+    """Return whether an id is there twice."""
+    if len(ids) <= FEW:  # a set of few is quicker than a sorted array
+        return len(set(ids.tolist())) < len(ids)
+    ordered = np.sort(ids)
     return bool((ordered[1:] == ordered[:-1]).any())
 
 

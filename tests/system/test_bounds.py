@@ -207,7 +207,7 @@ def test_a_request_that_names_a_block_twice_is_refused(
         assert (done.status, "device_ids" in done.error) == ("failed", True)
         for keys in (root + one + one, root + root + one, root + one + root):
             done = start(client, 2, keys, [0, 1], operation=operation)
-            assert (done.status, "block twice" in done.error) == ("failed", True)
+            assert (done.status, "named twice" in done.error) == ("failed", True)
     serves(settings)
 
 

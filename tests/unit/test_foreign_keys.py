@@ -42,11 +42,15 @@ def stored(residency: Residency, keys: bytes) -> None:
         (chain(0, 2), 1),  # at another position: its line of the table is another one
         (chain(0, 1, 9, 3), 2),
         (chain(7, 1), 0),
+        (chain(0, 1, 2, 1), 2),
+        (chain(0, 5, 5), 1),
+        (chain(0, 5, 0), 1),
+        (chain(8, 8), 0),
         (chain(0), 0),
     ],
 )
 def test_a_block_that_is_known_has_one_parent(keys: bytes, agreeing: int) -> None:
-    """Whoever names another one is stopped before it; new blocks agree with everything."""
+    """Whoever names another one, or a block twice, is stopped there; new blocks agree."""
     residency = Residency({Tier.HOST: BLOCKS})
     stored(residency, chain(0, 1, 2, 3))
     assert residency.agreeing(keys) == agreeing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -69,8 +69,8 @@ def test_a_hold_ends_by_itself() -> None:
         rig.hold(1, 1, 0, 2)
         await asyncio.sleep(HOLD_S / 2)
         rig.hold(1, 2, 2, 5)
-        timers = [each for each in loop._scheduled if not each._cancelled]  # type: ignore[attr-defined]
-        assert len(timers) == 1
+        scheduled: Any = vars(loop)["_scheduled"]
+        assert len([timer for timer in scheduled if not timer.cancelled()]) == 1
         await asyncio.sleep(HOLD_S / 2 + 0.1)
         assert rig.pinned == 3
         await asyncio.sleep(HOLD_S / 2)
