@@ -22,8 +22,8 @@ from flexkv.testing.hostile import Hostile
 
 def measure(options: Options) -> Figures:
     """Return the figures of the case."""
-    with tempfile.TemporaryDirectory(prefix=".flexkv-bench-", dir=options.directory) as directory:
-        return _measure(Path(directory).resolve(), options)
+    with tempfile.TemporaryDirectory(prefix="flexkv-") as directory:  # a socket's path is short
+        return _measure(Path(directory), options)
 
 
 def _measure(folder: Path, options: Options) -> Figures:

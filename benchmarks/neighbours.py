@@ -6,7 +6,6 @@ while it copies, with many more puts waiting; it goes on after each round.
 
 from __future__ import annotations
 
-import os
 import signal
 import statistics
 import tempfile
@@ -27,10 +26,8 @@ PUTS = 1100
 
 def measure(options: Options) -> Figures:
     """Return the figures of the case."""
-    with tempfile.TemporaryDirectory(prefix=".flexkv-bench-", dir=options.directory) as directory:
-        # The path of a socket has 108 bytes at most: relative to the directory it is short.
-        folder = Path(os.path.relpath(directory)).resolve()
-        return _measure(folder, options)
+    with tempfile.TemporaryDirectory(prefix="flexkv-") as directory:  # a socket's path is short
+        return _measure(Path(directory), options)
 
 
 def _measure(folder: Path, options: Options) -> Figures:

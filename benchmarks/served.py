@@ -11,7 +11,7 @@ from types import TracebackType
 
 import numpy as np
 
-from benchmarks.rigs import PER_BLOCK, cache_of, prompt
+from benchmarks.rigs import cache_of, prompt
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.request import Operation
 from flexkv.server.client import Client
@@ -95,6 +95,3 @@ class Served:
         for agent in self._agents:
             agent.close()
         self.server.close()
-
-
-__all__ = ["DEVICE_BLOCKS", "GET_BLOCKS", "MODEL", "PER_BLOCK", "Served"]
