@@ -44,13 +44,13 @@ FLOOD = 100_000
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    """Give settings."""
+    """Return settings."""
     return settings_in(tmp_path)
 
 
 @pytest.fixture
 def launched(settings: Settings) -> Iterator[Launched]:
-    """Give a running server, and check at last that it ended well: nothing was left in it."""
+    """Return a running server, and check at last that it ended well: nothing was left in it."""
     server = Launched(MODEL, settings)
     yield server
     server.close()
@@ -59,7 +59,7 @@ def launched(settings: Settings) -> Iterator[Launched]:
 
 @pytest.fixture
 def pair(settings: Settings, launched: Launched) -> Iterator[tuple[Peer, Peer]]:
-    """Give agent and client of instance 1."""
+    """Return agent and client of instance 1."""
     agent, client = Peer(settings, "agent", 1), Peer(settings, "client", 1)
     client.hear_ready()
     yield agent, client
@@ -68,7 +68,7 @@ def pair(settings: Settings, launched: Launched) -> Iterator[tuple[Peer, Peer]]:
 
 
 def memory_of(server: Launched) -> int:
-    """Give the bytes that a server has in memory."""
+    """Return the bytes that a server has in memory."""
     return int(psutil.Process(server.pid).memory_info().rss)
 
 
@@ -87,7 +87,7 @@ def serves(settings: Settings, number: int = 0) -> None:
 
 
 def flood(peer: Peer, said: Any) -> bool:
-    """Say something FLOOD times without reading; tell whether the server took it all."""
+    """Say something FLOOD times without reading; return whether the server took it all."""
     frames = framed(said) * 64
     peer.connected.socket.settimeout(1.0)
     try:
@@ -104,7 +104,7 @@ def _hear_for_ever(peer: Peer) -> None:
 
 
 def _is_cut_off(peer: Peer, said: bytes) -> bool:
-    """Tell whether a peer is not connected any more once it has said something."""
+    """Return whether a peer is not connected any more once it has said something."""
     try:
         peer.connected.socket.sendall(said)
         peer.hear(Done)
@@ -186,7 +186,7 @@ def test_a_question_of_very_many_blocks_is_answered_soon(
 
 
 def start(client: Peer, number: int, keys: bytes, ids: Any, **more: Any) -> Done:
-    """Start a put, and give its end."""
+    """Start a put, and return its end."""
     blob = np.array(ids, np.int64).tobytes()
     words = {"operation": "put", "first": 0, **more}
     client.say(

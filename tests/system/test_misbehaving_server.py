@@ -45,13 +45,13 @@ NOT_TEXT = b"\x91\xa5\xff\xfe\xfd\xfc\xfb"
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    """Give settings."""
+    """Return settings."""
     return settings_in(tmp_path, num_cpu_blocks=16)
 
 
 @pytest.fixture
 def server(settings: Settings) -> Iterator[FakeServer]:
-    """Give a server that says what the test says."""
+    """Return a server that says what the test says."""
     made = FakeServer(settings)
     yield made
     made.close()
@@ -59,7 +59,7 @@ def server(settings: Settings) -> Iterator[FakeServer]:
 
 @pytest.fixture
 def client(settings: Settings, server: FakeServer) -> Iterator[Client]:
-    """Give a client that is connected."""
+    """Return a client that is connected."""
     made = Client(settings, MODEL)
     eventually(lambda: (made.poll(), made.is_ready)[1])
     yield made
@@ -124,7 +124,7 @@ def test_the_numbers_of_a_client_are_not_those_of_the_one_before(
 
 
 def nonsense(number: int) -> dict[str, Any]:
-    """Give what no server says, or not to a client that has asked under a number."""
+    """Return what no server says, or not to a client that has asked under a number."""
     done = ["done", number, "success", 1, "", float("nan"), False]
     return {
         "a name that is not text": NOT_TEXT,
@@ -251,7 +251,7 @@ def test_changes_that_nobody_fetches_are_bounded(
 
 @pytest.fixture
 def agent(settings: Settings, server: FakeServer) -> Iterator[Agent]:
-    """Give an agent that has begun to connect."""
+    """Return an agent that has begun to connect."""
     made = Agent(settings.server_recv_port, MODEL, settings.cache_config)
     made.start(kv_caches())
     yield made
@@ -259,7 +259,7 @@ def agent(settings: Settings, server: FakeServer) -> Iterator[Agent]:
 
 
 def ids(*numbers: int) -> bytes:
-    """Give ids as they are sent."""
+    """Return ids as they are sent."""
     return np.array(numbers, np.int64).tobytes()
 
 

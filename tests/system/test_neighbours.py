@@ -30,7 +30,7 @@ REQUESTS_MAX = 32
 
 @pytest.fixture
 def settings(tmp_path: Path, request: Any) -> Settings:
-    """Give settings whose deadline for I/O is the parameter, or short."""
+    """Return settings whose deadline for I/O is the parameter, or short."""
     deadline_s = getattr(request, "param", 0.5)
     return settings_in(
         tmp_path, io_deadline_s=deadline_s, num_cpu_blocks=512, requests_max=REQUESTS_MAX
@@ -39,7 +39,7 @@ def settings(tmp_path: Path, request: Any) -> Settings:
 
 @pytest.fixture
 def launched(settings: Settings) -> Iterator[Launched]:
-    """Give a running server, and check at last that nothing was left in it."""
+    """Return a running server, and check at last that nothing was left in it."""
     server = Launched(MODEL, settings)
     yield server
     server.close()
@@ -48,7 +48,7 @@ def launched(settings: Settings) -> Iterator[Launched]:
 
 @pytest.fixture
 def sound(settings: Settings, launched: Launched) -> Iterator[Instance]:
-    """Give an instance that works."""
+    """Return an instance that works."""
     made = Instance(settings)
     made.begin()
     yield made
@@ -57,7 +57,7 @@ def sound(settings: Settings, launched: Launched) -> Iterator[Instance]:
 
 @pytest.fixture
 def stuck(settings: Settings, launched: Launched) -> Iterator[tuple[Peer, Peer]]:
-    """Give agent and client of instance 1, whose agent takes copies and never ends them."""
+    """Return agent and client of instance 1, whose agent takes copies and never ends them."""
     agent, client = Peer(settings, "agent", 1), Peer(settings, "client", 1)
     client.hear_ready()
     yield agent, client
@@ -75,12 +75,12 @@ def serves(instance: Instance, rounds: int = 20) -> None:
 
 
 def status(settings: Settings) -> Any:
-    """Give what the server says of itself."""
+    """Return what the server says of itself."""
     return command(settings.server_recv_port, "status")
 
 
 def is_stuck(settings: Settings) -> bool:
-    """Tell whether the server has noticed that instance 1 does not answer."""
+    """Return whether the server has noticed that instance 1 does not answer."""
     return bool(status(settings)["instances"]["1"]["stuck"])
 
 

@@ -66,7 +66,7 @@ async def test_a_put_of_which_a_part_found_room_is_a_success(make_manager: MakeM
 
 @pytest.fixture
 def manager(make_manager: MakeManager) -> KVManager:
-    """Give a manager for the task-id form, not started."""
+    """Return a manager for the task-id form, not started."""
     return make_manager()
 
 

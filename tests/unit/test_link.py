@@ -14,7 +14,7 @@ from flexkv.server.wire import TO_SERVER, Cancel, ProtocolError, Settled, ToServ
 
 @pytest.fixture
 async def ends() -> AsyncIterator[tuple[Link[ToServer], socket.socket]]:
-    """Give a link, and the socket at its other end."""
+    """Return a link, and the socket at its other end."""
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     link = await Link.over(ours, TO_SERVER)
