@@ -33,7 +33,11 @@ class Served:
     def __init__(self, directory: Path, host_blocks: int, model: ModelConfig = MODEL) -> None:
         cache = cache_of(host_blocks)
         self.model = model
-        self.settings = Settings(server_recv_port=f"ipc://{directory}/socket", cache_config=cache)
+        self.settings = Settings(
+            server_recv_port=f"ipc://{directory}/socket",
+            cache_config=cache,
+            server_answer_ms=int(1e3 * PATIENCE_S),  # a busy machine is no lost server here
+        )
         self.server = Launched(model, self.settings)
         self._agents = [AgentProcess(self.settings, model, DEVICE_BLOCKS, 0)]
         self.client = self.client_of(0)

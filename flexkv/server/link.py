@@ -21,7 +21,7 @@ from flexkv.server.wire import (
 
 T = TypeVar("T")
 
-MESSAGES_A_TURN = 16
+MESSAGES_A_TURN = 4
 """After so many that were there already, a receiver lets the other tasks of the loop go on."""
 
 
