@@ -3,31 +3,38 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+LATEST_VENV ?= .venv-latest
+LOCK_VENV ?= .venv-lock
 BIN := $(VENV)/bin
+# A lock names every package, so pip shall not add one.
+LOCKED := install --quiet --no-deps --requirement
 # Only the tests need torch. On PyPI its Linux wheels bring CUDA along; for the CPU build:
 #   make test TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"
-TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 APT_PACKAGES := gcc python3-dev python3-venv liburing-dev libxxhash-dev
+TEST_APT_PACKAGES := fuse3 g++ chromium
 
-.PHONY: help setup ext demo test test-vllm check lint types gpu coverage sanitize bench soak wheel clean
+.PHONY: help setup ext demo test test-latest test-vllm lock check lint types gpu mutants coverage \
+	sanitize bench soak wheel clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 setup: $(VENV)/.setup  ## System packages, venv, dependencies, the extension
 
-$(VENV)/.setup: pyproject.toml setup.py $(wildcard ext/*.c ext/*.h) scripts/system-packages
+$(VENV)/.setup: pyproject.toml setup.py $(wildcard ext/*.c ext/*.h) scripts/system-packages \
+		requirements/run.txt
 	scripts/system-packages $(APT_PACKAGES)
 	$(PYTHON) -c 'import sys; sys.exit("FlexKV needs Python 3.11 or later") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip $(LOCKED) requirements/run.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/.setup-dev: $(VENV)/.setup
-	scripts/system-packages fuse3 g++ chromium || echo 'some tests need fuse3, g++ and chromium'
-	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+$(VENV)/.setup-dev: $(VENV)/.setup requirements/dev.txt requirements/torch.txt
+	scripts/system-packages $(TEST_APT_PACKAGES) || echo 'some tests need $(TEST_APT_PACKAGES)'
+	$(BIN)/python -m pip $(LOCKED) requirements/dev.txt
+	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) --constraint requirements/torch.txt torch
 	touch $@
 
 ext: $(VENV)/.setup  ## Build the extension again, in place
@@ -38,6 +45,17 @@ demo: $(VENV)/.setup  ## Run the main job and verify every byte; TRACE=file.json
 
 test: $(VENV)/.setup-dev  ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-latest:  ## The tests with the newest releases of everything, in a venv of their own
+	scripts/system-packages $(APT_PACKAGES) $(TEST_APT_PACKAGES)
+	test -x $(LATEST_VENV)/bin/python || $(PYTHON) -m venv $(LATEST_VENV)
+	$(LATEST_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
+	$(LATEST_VENV)/bin/python -m pip install --quiet --upgrade $(TORCH_INDEX) torch
+	$(LATEST_VENV)/bin/python -m pip list
+	$(LATEST_VENV)/bin/python -m pytest $(ARGS)
+
+lock:  ## Renew the locks; ARGS="--upgrade-package ruff" renews one package
+	scripts/lock $(LOCK_VENV) $(ARGS)
 
 check: lint types test  ## Format, lint, types, tests
 
@@ -54,15 +72,19 @@ gpu: $(VENV)/.setup-dev  ## The tests that need a GPU, the kernel's under comput
 		$(BIN)/python -m pytest -q -m gpu tests/gpu \
 		-k 'bytes_come_back and (kernel or staged) and bfloat16' || exit 1; done
 
-$(VLLM_VENV)/.setup: pyproject.toml scripts/vllm-venv scripts/vllm-tests
+$(VLLM_VENV)/.setup: pyproject.toml scripts/vllm-venv scripts/vllm-tests \
+		requirements/vllm.txt requirements/vllm-sources.txt
 	scripts/system-packages $(APT_PACKAGES) libnuma1 curl
 	scripts/system-packages fuse3 || echo 'some tests need fuse3'
-	scripts/vllm-venv $(VLLM_VENV) $(PYTHON)
+	TORCH_INDEX='$(TORCH_INDEX)' scripts/vllm-venv $(VLLM_VENV) $(PYTHON)
 	scripts/vllm-tests $(VLLM_VENV)/upstream $(VLLM_VENV)
 	touch $@
 
 test-vllm: $(VLLM_VENV)/.setup  ## Real vLLM engines on the CPU, with and without FlexKV (0.7 GB to install)
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm tests/test_locks.py $(ARGS)
+
+mutants: $(VENV)/.setup-dev $(VLLM_VENV)/.setup  ## Small changes that a test should notice; ARGS="--sample 50 --seed 7"
+	$(BIN)/python -m tests.mutation $(ARGS)
 
 coverage: $(VENV)/.setup-dev  ## Branch coverage of the pure folders; fails below 95 %
 	$(BIN)/python -m pytest -q --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 tests
@@ -80,7 +102,7 @@ soak: $(VENV)/.setup-dev  ## Fresh simulations, long property tests, many crashe
 	tests/system/test_crash.py tests/system/test_power_loss.py tests/system/test_fuzz.py
 
 wheel: $(VENV)/.setup  ## One abi3 wheel, in dist/
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:  ## Remove what the targets made
-	rm -rf $(VENV) build dist *.egg-info flexkv/_ext*.so
+	rm -rf $(VENV) $(LATEST_VENV) $(LOCK_VENV) build dist *.egg-info flexkv/_ext*.so

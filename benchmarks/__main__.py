@@ -24,6 +24,7 @@ CASES = (
     "survive",
     "neighbours",
     "fuzz",
+    "write_behind",
     "cuda",
     "cuda_get",
     "ttft",

@@ -24,11 +24,12 @@ from flexkv.common.request import Operation
 from flexkv.common.terms import Tier
 from flexkv.engine import Engine
 from flexkv.index.residency import Positions, Residency
+from flexkv.index.secret import derived
 from flexkv.kvmanager import KVManager
 
 TOKENS, PER_BLOCK = 32_768, 16
 BLOCKS = TOKENS // PER_BLOCK
-ROOT = bytes(16)
+ROOT, HASH_SECRET = bytes(16), derived("").hash_secret
 TINY = ModelConfig(num_layers=1, num_kv_heads=1, head_size=8, dtype="float16")
 
 
@@ -63,10 +64,10 @@ def _keys(rounds: int) -> Figures:
     as_list = tokens.tolist()
     return {
         "keys of 32k tokens, array, us": _median_us(
-            lambda: _ext.chain_keys(tokens, PER_BLOCK, ROOT), rounds
+            lambda: _ext.chain_keys(tokens, PER_BLOCK, ROOT, HASH_SECRET), rounds
         ),
         "keys of 32k tokens, list, us": _median_us(
-            lambda: _ext.chain_keys(as_list, PER_BLOCK, ROOT), rounds
+            lambda: _ext.chain_keys(as_list, PER_BLOCK, ROOT, HASH_SECRET), rounds
         ),
     }
 

@@ -18,7 +18,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import Figures, Options, median_ratio
-from examples.transformers_prefix_cache import TOKENS_PER_BLOCK, Pages, open_model
+from examples.transformers_prefix_cache import TOKENS_PER_BLOCK, Pages, compute, open_model
 from flexkv.common.config import CacheConfig
 from flexkv.common.terms import Tier
 from flexkv.kvmanager import KVManager
@@ -108,5 +108,5 @@ async def _timed(
 
 @torch.inference_mode()
 def _first_token(model: Any, words: torch.Tensor, cache: DynamicCache) -> int:
-    logits = model(words, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits = compute(model, words, cache, logits_to_keep=1)
     return int(logits[0, -1].argmax())  # waits for the device

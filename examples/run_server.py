@@ -1,8 +1,8 @@
 """Runs a FlexKV server from code: what `flexkv serve model.json` does.
 
-    python -m examples.run_server /tmp/flexkv-example
+    python -m examples.run_server flexkv-example
 
-Then, in another terminal, `python -m examples.scheduler_server_example /tmp/flexkv-example`.
+Then, in another terminal, `python -m examples.scheduler_server_example flexkv-example`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ MODEL = ModelConfig(num_layers=8, num_kv_heads=4, head_size=64, dtype="float16",
 
 
 def settings_in(folder: Path) -> Settings:
-    """Give the settings that server, scheduler and workers share; files and socket in a folder."""
+    """Return the settings that server, scheduler and workers share; files and socket in a folder.
+
+    The address is given only so that the example meets no other server: the default is a directory
+    of this user.
+    """
     cache = CacheConfig(
         tokens_per_block=16, num_cpu_blocks=1024, num_ssd_blocks=4096, ssd_cache_dir=str(folder)
     )
@@ -28,6 +32,6 @@ def settings_in(folder: Path) -> Settings:
 
 if __name__ == "__main__":
     where = Path(sys.argv[1])
-    where.mkdir(exist_ok=True)
+    where.mkdir(0o700, exist_ok=True)  # nobody else may write to it
     configure_logging()
     asyncio.run(run(MODEL, settings_in(where)))

@@ -1,6 +1,6 @@
 """An engine of several processes at a FlexKV server: a scheduler, and a worker for each TP rank.
 
-    python -m examples.scheduler_server_example /tmp/flexkv-example
+    python -m examples.scheduler_server_example flexkv-example
 
 The scheduler stores a prompt's KV, overwrites it on the devices as an engine would, loads it back
 into other blocks, and has the workers compare every byte.

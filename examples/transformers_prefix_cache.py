@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import inspect
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +55,18 @@ def open_model(path: str | None, device: str = "cpu") -> torch.nn.Module:
         max_position_embeddings=1 << 15,
     )
     return LlamaForCausalLM(shape).to(device).eval()
+
+
+def compute(
+    model: torch.nn.Module, words: torch.Tensor, cache: DynamicCache, **options: int
+) -> torch.Tensor:
+    """Return the logits of words behind those in the cache, and extend the cache by them.
+
+    Later releases of transformers call the argument `cache`, earlier ones `past_key_values`.
+    """
+    names = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in names else "past_key_values"
+    return model(words, **{name: cache}, use_cache=True, **options).logits
 
 
 class Pages:
@@ -95,7 +108,7 @@ def answer(model: torch.nn.Module, prompt: list[int], cache: DynamicCache, loade
     tokens: list[int] = []
     first_token_s = 0.0
     while len(tokens) < NEW_TOKENS:
-        logits = model(step, past_key_values=cache, use_cache=True).logits[0, -1]
+        logits = compute(model, step, cache)[0, -1]
         tokens.append(int(logits.argmax()))
         first_token_s = first_token_s or time.perf_counter() - begin_s
         step = torch.tensor([[tokens[-1]]], device=model.device)

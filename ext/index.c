@@ -298,6 +298,9 @@ static PyObject *index_call_agreeing(BlockIndex *self, PyObject *object)
 static PyMethodDef index_methods[] = {
     {"survey", FAST(index_survey), METH_FASTCALL | METH_KEYWORDS, "Tell where blocks are."},
     {"reserve", FAST(index_call_reserve), METH_FASTCALL | METH_KEYWORDS, "Take places."},
+    {"reserve_copies", FAST(index_call_reserve_copies), METH_FASTCALL | METH_KEYWORDS,
+     "Take places for what another tier holds."},
+    {"lacking", METHOD(index_call_lacking), METH_VARARGS, "Tell what another tier lacks."},
     {"lease", FAST(index_call_lease), METH_FASTCALL | METH_KEYWORDS, "Name the filler."},
     {"fillers", FAST(index_call_fillers), METH_FASTCALL | METH_KEYWORDS, "Tell the fillers."},
     {"pin", FAST(index_call_pin), METH_FASTCALL | METH_KEYWORDS, "Forbid eviction."},

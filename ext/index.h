@@ -1,4 +1,4 @@
-/* The Python face of the block index, in two files: the type, and its calls. */
+/* The Python face of the block index, in a few files: the type, and its calls. */
 #ifndef FLEXKV_INDEX_H
 #define FLEXKV_INDEX_H
 
@@ -34,10 +34,12 @@ int scratch_take(BlockIndex *self, size_t count);
 
 PyObject *index_call_export(BlockIndex *, PyObject *);
 PyObject *index_call_restore(BlockIndex *, PyObject *);
+PyObject *index_call_lacking(BlockIndex *, PyObject *);
 PyObject *index_call_watch(BlockIndex *, PyObject *);
 PyObject *index_call_changes(BlockIndex *, PyObject *);
 PyObject *index_survey(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *index_call_reserve(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *index_call_reserve_copies(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *index_call_lease(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *index_call_fillers(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *index_call_pin(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);

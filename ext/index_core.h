@@ -385,6 +385,11 @@ enum reserve_how {
     RESERVE_HOWS,
 };
 
+/* Make room for a batch as far as it can or should be made; gives for how much there is room.
+ * Under LHD `uses` has each block's. */
+size_t room_make(struct block_index *index, unsigned tier, unsigned quota,
+                 const struct batch *batch, enum reserve_how how, const int64_t *uses);
+
 /* Take places for a batch, which become RESERVED; evict for them.
  * Gives how many were taken. -1 with `broken`. */
 int64_t index_reserve(struct block_index *index, unsigned tier, const struct batch *batch,

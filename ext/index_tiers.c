@@ -162,9 +162,8 @@ static void room_for_all(struct block_index *index, unsigned t, unsigned quota, 
                     lacking > own && needed < tier->evict_blocks ? tier->evict_blocks : needed);
 }
 
-/* Make room for a batch as far as it can or should be made; gives for how much there is room. */
-static size_t room_make(struct block_index *index, unsigned t, unsigned quota,
-                        const struct batch *batch, enum reserve_how how, const int64_t *uses)
+size_t room_make(struct block_index *index, unsigned t, unsigned quota, const struct batch *batch,
+                 enum reserve_how how, const int64_t *uses)
 {
     size_t room = room_of(index, t, quota);
 

@@ -46,7 +46,7 @@ PyObject *keys_hash128(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ss
     return PyBytes_FromStringAndSize((const char *)digest, (Py_ssize_t)KEY_BYTES);
 }
 
-/* Copy tokens as little-endian, four bytes each; gives all their bits: they fit when no bit above
+/* Copy tokens as little-endian, four bytes each; returns all their bits: they fit when no bit above
  * the 32nd is set. */
 static uint64_t tokens_pack(uint32_t *target, const char *source, size_t count)
 {
@@ -62,46 +62,47 @@ static uint64_t tokens_pack(uint32_t *target, const char *source, size_t count)
     return all;
 }
 
-static void tokens_copy(uint64_t *target, const char *source, size_t count)
-{
-    for (size_t i = 0; i < count; i++) {
-        uint64_t token;
+/* The constants of the hash, derived from the user's secret, in place of the public ones. */
+struct hash_secret {
+    const char *bytes;
+    size_t size;
+};
 
-        memcpy(&token, source + i * sizeof(token), sizeof(token));
-        target[i] = htole64(token);
-    }
+static void key_write(const char *data, size_t size, struct hash_secret secret, unsigned char *key)
+{
+    XXH128_canonical_t canonical;
+
+    XXH128_canonicalFromHash(&canonical,
+                             XXH3_128bits_withSecret(data, size, secret.bytes, secret.size));
+    memcpy(key, canonical.digest, KEY_BYTES);
 }
 
-/* Write the keys of `blocks` blocks. `scratch` holds the parent, then room for one block. Tokens
- * take four bytes each, or eight when one of the block does not fit: the lengths differ, so no two
- * blocks give the same bytes. Gives the number of blocks before the first with a negative token. */
+/* Write the keys of `blocks` blocks. `scratch` holds the parent, then room for one block. Returns
+ * the number of blocks before the first with a token of more than 32 bits: negative ones have. */
 static size_t keys_write(const char *tokens, size_t blocks, size_t block_tokens, char *scratch,
-                         unsigned char *keys)
+                         struct hash_secret secret, unsigned char *keys)
 {
+    size_t bytes = KEY_BYTES + block_tokens * sizeof(uint32_t);
+
     for (size_t block = 0; block < blocks; block++) {
         const char *source = tokens + block * block_tokens * sizeof(uint64_t);
-        uint64_t all = tokens_pack((uint32_t *)(scratch + KEY_BYTES), source, block_tokens);
-        size_t bytes = block_tokens * sizeof(uint32_t);
 
-        if (all >> 63)
+        if (tokens_pack((uint32_t *)(scratch + KEY_BYTES), source, block_tokens) >> 32)
             return block;
-        if (all >> 32) {
-            tokens_copy((uint64_t *)(scratch + KEY_BYTES), source, block_tokens);
-            bytes *= 2;
-        }
-        digest128(scratch, KEY_BYTES + bytes, 0, keys + block * KEY_BYTES);
+        key_write(scratch, bytes, secret, keys + block * KEY_BYTES);
         memcpy(scratch, keys + block * KEY_BYTES, KEY_BYTES);
     }
     return blocks;
 }
 
-/* Raise ValueError(index, token) for the first negative token from `first` on, if there is one. */
-static int negative_raise(const char *tokens, Py_ssize_t count, Py_ssize_t first)
+/* Raise ValueError(index, token) for the first token from `first` on that has no 32 bits, if there
+ * is one. */
+static int token_raise(const char *tokens, Py_ssize_t count, Py_ssize_t first)
 {
     for (Py_ssize_t i = first; i < count; i++) {
         int64_t token = int64_load(tokens, i);
 
-        if (token < 0) {
+        if ((uint64_t)token >> 32) {
             PyObject *values = Py_BuildValue("(nL)", i, (long long)token);
 
             if (values)
@@ -115,14 +116,14 @@ static int negative_raise(const char *tokens, Py_ssize_t count, Py_ssize_t first
 
 /* Give the parent and the keys of the whole blocks; NULL with an exception. */
 static PyObject *keys_of_blocks(const char *tokens, Py_ssize_t count, size_t block_tokens,
-                                const char *parent)
+                                const char *parent, struct hash_secret secret)
 {
     size_t blocks = (size_t)count / block_tokens, done = 0;
     PyObject *result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)((blocks + 1) * KEY_BYTES));
 
     if (result) {
         unsigned char *keys = (unsigned char *)PyBytes_AsString(result) + KEY_BYTES;
-        char *scratch = PyMem_Malloc(KEY_BYTES + block_tokens * sizeof(uint64_t));
+        char *scratch = PyMem_Malloc(KEY_BYTES + block_tokens * sizeof(uint32_t));
 
         if (!scratch) {
             Py_DECREF(result);
@@ -132,16 +133,30 @@ static PyObject *keys_of_blocks(const char *tokens, Py_ssize_t count, size_t blo
         memcpy(scratch, parent, KEY_BYTES);
         if ((size_t)count * sizeof(int64_t) > GIL_HOLD_BYTES_MAX) {
             Py_BEGIN_ALLOW_THREADS
-            done = keys_write(tokens, blocks, block_tokens, scratch, keys);
+            done = keys_write(tokens, blocks, block_tokens, scratch, secret, keys);
             Py_END_ALLOW_THREADS
         } else {
-            done = keys_write(tokens, blocks, block_tokens, scratch, keys);
+            done = keys_write(tokens, blocks, block_tokens, scratch, secret, keys);
         }
         PyMem_Free(scratch);
     }
-    if (result && negative_raise(tokens, count, (Py_ssize_t)(done * block_tokens)) < 0)
+    if (result && token_raise(tokens, count, (Py_ssize_t)(done * block_tokens)) < 0)
         Py_CLEAR(result);
     return result;
+}
+
+/* Replace OverflowError, for an integer of more than 64 bits, by ValueError(index, integer). */
+static void overflow_raise(Py_ssize_t index, PyObject *item)
+{
+    PyObject *values;
+
+    if (!PyErr_ExceptionMatches(PyExc_OverflowError))
+        return;
+    PyErr_Clear();
+    values = Py_BuildValue("(nO)", index, item);
+    if (values)
+        PyErr_SetObject(PyExc_ValueError, values);
+    Py_XDECREF(values);
 }
 
 /* The tokens of a list as int64: half the time of an array made of it first. NULL with an
@@ -153,24 +168,47 @@ static char *tokens_of_list(PyObject *list, Py_ssize_t count)
     if (!tokens)
         return (char *)PyErr_NoMemory();
     for (Py_ssize_t i = 0; i < count; i++) {
-        /* An __index__ may have made the list shorter. */
+        /* An __index__ may have made the list shorter, or drop the item. */
         PyObject *item = PyList_GetItem(list, i);
 
+        Py_XINCREF(item);
         tokens[i] = item ? PyLong_AsLongLong(item) : -1;
         if (tokens[i] == -1 && PyErr_Occurred()) {
+            if (item)
+                overflow_raise(i, item);
+            Py_XDECREF(item);
             PyMem_Free(tokens);
             return NULL;
         }
+        Py_DECREF(item);
     }
     return (char *)tokens;
+}
+
+/* Read a bytes object that is long enough to be the secret of XXH3. 0, or -1 with an exception. */
+static int secret_read(PyObject *object, struct hash_secret *secret)
+{
+    Py_ssize_t size;
+    char *bytes;
+
+    if (PyBytes_AsStringAndSize(object, &bytes, &size) < 0)
+        return -1;
+    if (size < XXH3_SECRET_SIZE_MIN) {
+        PyErr_Format(PyExc_ValueError, "secret has %zd bytes, fewer than %d", size,
+                     XXH3_SECRET_SIZE_MIN);
+        return -1;
+    }
+    *secret = (struct hash_secret){bytes, (size_t)size};
+    return 0;
 }
 
 PyObject *keys_chain(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count,
                      PyObject *keywords)
 {
-    static const char *const names[] = {"tokens", "tokens_per_block", "parent"};
-    static const struct signature signature = {"chain_keys", names, 3, 3};
-    PyObject *values[3], *result = NULL;
+    static const char *const names[] = {"tokens", "tokens_per_block", "parent", "secret"};
+    static const struct signature signature = {"chain_keys", names, 4, 4};
+    PyObject *values[4], *result = NULL;
+    struct hash_secret secret;
     int64_t block_tokens;
     struct int64_view view;
     Py_ssize_t parent_bytes;
@@ -178,7 +216,8 @@ PyObject *keys_chain(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssiz
 
     if (args_unpack(&signature, args, count, keywords, values) < 0 ||
         integer_read(values[1], "tokens_per_block", 1, PY_SSIZE_T_MAX / 16, &block_tokens) < 0 ||
-        PyBytes_AsStringAndSize(values[2], &parent, &parent_bytes) < 0)
+        PyBytes_AsStringAndSize(values[2], &parent, &parent_bytes) < 0 ||
+        secret_read(values[3], &secret) < 0)
         return NULL;
     if (parent_bytes != (Py_ssize_t)KEY_BYTES)
         return PyErr_Format(PyExc_ValueError, "parent has %zd bytes, not 16", parent_bytes);
@@ -187,13 +226,13 @@ PyObject *keys_chain(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssiz
 
         tokens = tokens_of_list(values[0], length);
         if (tokens)
-            result = keys_of_blocks(tokens, length, (size_t)block_tokens, parent);
+            result = keys_of_blocks(tokens, length, (size_t)block_tokens, parent, secret);
         PyMem_Free(tokens);
         return result;
     }
     if (int64_view_hold(values[0], "tokens", &view) < 0)
         return NULL;
-    result = keys_of_blocks(view.buffer.buf, view.count, (size_t)block_tokens, parent);
+    result = keys_of_blocks(view.buffer.buf, view.count, (size_t)block_tokens, parent, secret);
     PyBuffer_Release(&view.buffer);
     return result;
 }

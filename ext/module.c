@@ -80,7 +80,7 @@ static PyMethodDef module_functions[] = {
     {"hash128", FAST(keys_hash128), METH_FASTCALL | METH_KEYWORDS,
      "hash128(data, seed=0)\n--\n\nGive the canonical XXH3-128 digest of data."},
     {"chain_keys", FAST(keys_chain), METH_FASTCALL | METH_KEYWORDS,
-     "chain_keys(tokens, tokens_per_block, parent)\n--\n\n"
+     "chain_keys(tokens, tokens_per_block, parent, secret)\n--\n\n"
      "Give the chained keys of every whole block of tokens."},
     {"block_slots", FAST(keys_block_slots), METH_FASTCALL | METH_KEYWORDS,
      "block_slots(slots, tokens_per_block, num_blocks)\n--\n\n"

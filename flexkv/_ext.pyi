@@ -18,20 +18,24 @@ def features() -> dict[str, str | int]:
 def hash128(data: Memory, seed: int = 0) -> bytes:
     """Give the canonical (big-endian) XXH3-128 digest of `data`: 16 bytes."""
 
-def chain_keys(tokens: Memory | list[int], tokens_per_block: int, parent: bytes) -> bytes:
-    """Give `parent`, then the chained key of each whole block of `tokens`: 16 bytes each.
+def chain_keys(
+    tokens: Memory | list[int], tokens_per_block: int, parent: bytes, secret: bytes
+) -> bytes:
+    """Return `parent`, then the chained key of each whole block of `tokens`: 16 bytes each.
 
     key[i] = XXH3-128(key[i-1] || tokens of block i), key[-1] = `parent`. Tokens are little-endian,
-    four bytes each, or eight where one of the block does not fit.
+    four bytes each.
 
     Args:
-        tokens: int64[n], or a list of integers.
+        tokens: int64[n], or a list of integers; each of 0 to 2**32 - 1.
         tokens_per_block: at least 1.
         parent: 16 bytes.
+        secret: at least 136 bytes, which take the place of XXH3's public constants
+            (`XXH3_128bits_withSecret`); as good as random.
 
     Raises:
-        ValueError: args (index, token): a token is negative, be it in the tail.
-        TypeError, OverflowError: an item of the list is no integer of 64 bits.
+        ValueError: a token is out of range, with (its index, the token).
+        TypeError: `tokens` are not 8-byte integers, or a list of integers.
     """
 
 def block_slots(slots: Memory, tokens_per_block: int, num_blocks: int) -> bytes:
@@ -277,6 +281,27 @@ class BlockIndex:
         derived from tokens always agree; keys from another process are checked before `reserve`
         gets them.
         """
+
+    def reserve_copies(
+        self, source: int, target: int, ids: Memory, keys: Memory, how: int
+    ) -> tuple[bytes, bytes]:
+        """Take places in `target` for blocks that are READY in `source`.
+
+        Args:
+            source: the tier that has them.
+            target: the tier that lacks them.
+            ids: int64[n], their places in `source`.
+            keys: 16 bytes each, to know them again: the places may hold other blocks by now.
+            how: as for `reserve`; blocks of one namespace that follow each other are one batch.
+
+        Returns:
+            For each block, as uint8[n]: 0 it has a place, RESERVED; 1 `source` does not have it any
+            more; 2 `target` had it or is being given it; 3 there is no room, or it is not worth an
+            eviction. And the places of the first kind, in order: int64.
+        """
+
+    def lacking(self, source: int, target: int, begin: int, end: int, /) -> bytes:
+        """Return the places from `begin` to `end` of `source` whose READY blocks `target` lacks."""
 
     def lease(self, tier: int, ids: Memory, token: int) -> None:
         """Name who fills RESERVED places."""

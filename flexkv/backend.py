@@ -12,8 +12,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import structlog
-
 from flexkv.common.config import MB, CacheConfig, CacheSizes, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import Order, PagedLayout, infer_layout
@@ -34,9 +32,10 @@ from flexkv.io.superblock import FORMAT_VERSION, Superblock
 from flexkv.io.tensors import describe, device_of, kv_cache_list
 from flexkv.io.uring import RingOptions
 from flexkv.ledger import Ledger
+from flexkv.logs import get_logger
 from flexkv.scrub import Scrubber
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -127,6 +126,13 @@ class LocalBackend:
         self.host = self._arena.backing
         if sizes.num_disk_blocks and (folders := present(map(Path, cache.ssd_cache_dir))):
             self._open_ssd(folders, undo)
+        if not self._model.model_id and (self.shared or self.ledger is not None):
+            log.warning(
+                "model_id_not_given",
+                field="model_id",
+                reason="blocks of any model of this shape are taken for this one's: name the "
+                "weights if others may use this cache, now or after a restart",
+            )
 
     def attach(self, arena: Arena) -> None:
         """Stand on host memory that another process has opened; there is no SSD then."""
@@ -158,9 +164,9 @@ class LocalBackend:
         self._sums = summer.sums
         port = self.disk = open_ssd(self._arena, files, options, summer, undo)
         if not cache.ssd_warm_restart:
-            forget_earlier(folders)
+            forget_earlier(files.folders)
             return
-        journals = open_journals(folders, self._superblock(), undo)
+        journals = open_journals(files.folders, self._superblock(), undo)
         self.ledger = Ledger(journals, self.disk_blocks, port.sums)
         undo.callback(self.ledger.close)
         port.forget = self.ledger.forget

@@ -11,8 +11,6 @@ import threading
 from contextlib import ExitStack
 from typing import Any
 
-import structlog
-
 from flexkv.backend import Backend, Device
 from flexkv.common.errors import (
     ClosedError,
@@ -24,8 +22,9 @@ from flexkv.common.errors import (
 )
 from flexkv.common.layout import Order
 from flexkv.io.ports import DevicePort, TransferPort
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class Use:

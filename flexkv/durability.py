@@ -4,53 +4,99 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import numpy as np
-import structlog
 
 from flexkv.actors.actor import Supervisor
 from flexkv.actors.scheduler import Scheduler
+from flexkv.actors.write_behind import WriteBehind
 from flexkv.backend import Backend
-from flexkv.common.errors import DeadlineError, FlexKVError, StorageError
+from flexkv.common.errors import DeadlineError, FlexKVError, StorageError, TransferError
 from flexkv.common.terms import Tier
 from flexkv.io.ports import DurablePort
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 NO_BLOCKS = np.zeros(0, np.int64)
 SYNC_TIMEOUT_S = 60.0
 """How long a flush waits for the device at least."""
 
 
+class FlushReport(msgspec.Struct, frozen=True):
+    """What a flush left unwritten.
+
+    Attributes:
+        lacking_blocks: by the name of a tier, how many blocks host memory holds and the tier lacks:
+            it has no free place for them, or refuses them as worth less than what it has. Blocks
+            that were put while the flush went on may be among them.
+    """
+
+    lacking_blocks: dict[str, int] = {}
+
+
 class Durability:
     """Makes what an engine holds survive."""
 
     def __init__(
-        self, scheduler: Scheduler, backend: Backend, supervisor: Supervisor, deadline_s: float
+        self,
+        scheduler: Scheduler,
+        behind: WriteBehind,
+        backend: Backend,
+        supervisor: Supervisor,
+        deadline_s: float,
     ) -> None:
         self._scheduler, self._backend, self._supervisor = scheduler, backend, supervisor
+        self._behind = behind
         self._sync_timeout_s = max(SYNC_TIMEOUT_S, deadline_s)
         self._syncing: asyncio.Task[FlexKVError | None] | None = None
         self._syncs = 0
 
-    async def flush(self) -> None:
-        """Return once every write-behind under way is done and on stable storage.
+    async def flush(self) -> FlushReport:
+        """Return once all that is resident and was put before is on stable storage.
+
+        Returns:
+            What is not, because the tier has no place for it or refuses it.
 
         Raises:
-            TransferError: a block could not be written since the last flush, or the disk refused to
-                sync; what could be written is.
+            TransferError: a block could not be written, or the disk refused to sync; what could be
+                written is safe.
         """
-        late: DeadlineError | None = None
+        failed: FlexKVError | None = await self._write_all()
+        if self._scheduler.failure is not None:
+            raise self._scheduler.failure
+        failed = await self._synced() or failed  # what is written all the same shall be safe
+        if failed is not None:
+            raise failed
+        return FlushReport({tier.label: n for tier, n in self._behind.left_blocks().items() if n})
+
+    async def _write_all(self) -> TransferError | None:
+        """Write what host memory holds and lower tiers lack; return what went wrong."""
         for flight in self._scheduler.under_way():
             try:
                 await flight.wait_ended()
-            except DeadlineError as error:  # what is written all the same shall be safe
-                late = error
-        failed = await self._synced()
-        failures = self._scheduler.take_failures()
-        if failed is not None:
-            raise failed
-        if late is not None or failures:
-            raise late or failures[0]
+            except DeadlineError as late:
+                return late
+        for owes_all in (False, True):
+            if owes_all:
+                await self._behind.owe_all()
+            error = await self._behind.drain()
+            failures = self._behind.take_failures()
+            if error is not None or failures:
+                return error or failures[0]
+        return None
+
+    async def finish(self, timeout_s: float) -> None:
+        """Flush for a bounded time: the engine is about to be closed."""
+        if timeout_s <= 0 or self._backend.disk is None:
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.flush()
+        except (FlexKVError, TimeoutError) as error:
+            left = {tier.label: n for tier, n in self._behind.left_blocks().items() if n}
+            reason = str(error) or f"not within {timeout_s} s"
+            log.warning("closed_unflushed", reason=reason, lacking_blocks=left)
 
     async def _synced(self) -> FlexKVError | None:
         """Sync the device and the journals from now on; return what went wrong."""

@@ -17,23 +17,23 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-import structlog
 
 from flexkv.actors.actor import Supervisor, TransferActor, Window
 from flexkv.actors.flight import Flight
 from flexkv.actors.observer import Observer
 from flexkv.actors.scheduler import Scheduler
+from flexkv.actors.write_behind import WriteBehind
 from flexkv.admission import Admission
 from flexkv.backend import Backend, LocalBackend, Progress
-from flexkv.common.config import GB, MB, CacheConfig, CacheSizes, ModelConfig
+from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
 from flexkv.common.errors import ClosedError, InternalError, InvariantError
 from flexkv.common.layout import Order, is_natural
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import Tier
 from flexkv.devices import Devices, Use
-from flexkv.durability import Durability
+from flexkv.durability import Durability, FlushReport
 from flexkv.graph.ops import CHUNKS_MAX, LEGS_MAX
-from flexkv.graph.planner import PlanLimits, Planner
+from flexkv.graph.planner import Planner
 from flexkv.index.clears import ClearHistory
 from flexkv.index.eviction import Eviction
 from flexkv.index.intake import Intake
@@ -42,24 +42,17 @@ from flexkv.index.residency import Found, PrefixMatch, Residency, prefix_match
 from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.ports import TransferPort
 from flexkv.keeping import Keeping
+from flexkv.limits import behind_limits, device_window, disk_windows, plan_limits
+from flexkv.logs import get_logger
 from flexkv.pins import Holds, Pins
 from flexkv.runner import ALONE, RequestRunner, Turn
 from flexkv.statistics import Sources, Statistics, snapshot
 from flexkv.tracing import Tracing
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 DRAIN_TIMEOUT_S = 60.0
 """How long closing waits for hardware to give buffers back."""
-
-DISK_READ_PIECE_BYTES, DISK_WRITE_PIECE_BYTES = 2 * MB, 8 * MB
-"""One submission to the disk. Reads: small enough for others to cut in; nobody waits for writes."""
-
-DEVICE_PIECE_BYTES = {"cpu": 64 * MB, "cuda": 512 * MB, "agents": 64 * MB}
-"""One submission to a device: what it copies in 10 ms. Each costs some 10 µs of Python."""
-DEVICE_WINDOWS = {"cpu": 1, "cuda": 1, "agents": 1 << 30}
-"""How many `device_window_mb` may be in flight. Each agent has a window of its own behind this one,
-so that an instance that does not answer cannot fill it for the others."""
 
 
 class Engine:
@@ -150,8 +143,7 @@ class Engine:
             self._actors[Tier.DISK] = self._actor(
                 Tier.DISK,
                 backend.disk,
-                Window(int(cache.disk_read_window_mb * MB), DISK_READ_PIECE_BYTES),
-                Window(int(cache.disk_write_window_mb * MB), DISK_WRITE_PIECE_BYTES),
+                *disk_windows(cache),
             )
             disk = backend.disk
             named = disk.adapter if isinstance(disk, CheckedDiskPort) else type(disk).__name__
@@ -159,10 +151,7 @@ class Engine:
         self._observer = Observer(
             sizes.block_bytes, log_every_requests=cache.num_log_interval_requests
         )
-        self.limits = PlanLimits(
-            chunk_blocks=max(1, int(cache.chunk_mb * MB) // sizes.block_stride_bytes),
-            write_behind_blocks_max=self._write_behind_blocks_max(),
-        )
+        self.limits = plan_limits(cache, sizes)
         self._planner = Planner(self._residency, self.limits)
         self._scheduler = Scheduler(
             self._residency,
@@ -172,14 +161,22 @@ class Engine:
             backend.ledger,
             cache.io_deadline_s,
         )
-        self._durability = Durability(
-            self._scheduler, backend, self._supervisor, cache.io_deadline_s
+        self._behind = self._scheduler.behind = WriteBehind(
+            self._residency,
+            self._planner,
+            self._scheduler.watch,
+            behind_limits(cache, sizes),
+            self._scheduler.write_behind,
+            self._observer.event,
         )
-        self._runner = RequestRunner(self._admission, self._scheduler, self._observer)
+        self._durability = Durability(
+            self._scheduler, self._behind, backend, self._supervisor, cache.io_deadline_s
+        )
+        self._runner = RequestRunner(self._admission, self._scheduler, self._observer, self._behind)
         self._holds = Holds(self._scheduler, self._residency)
         self._sources = Sources(
             self._residency, self._scheduler, self._admission, self._actors, self._backing,
-            self._restored_blocks,
+            self._behind, self._restored_blocks,
         )  # fmt: skip
         self._tracing = Tracing(cache, sizes.block_bytes, self._observer, self._sources)
         undo.callback(self._tracing.stop)
@@ -189,12 +186,7 @@ class Engine:
         self._keeping = Keeping(
             self._intake, self._residency, opened_with, backend.ledger, Pins(self._scheduler)
         )
-
-    def _write_behind_blocks_max(self) -> int:
-        limit_gb, sizes = self.cache.write_behind_max_gb, self.sizes
-        if limit_gb < 0:
-            return max(1, sizes.num_host_blocks // 2)
-        return int(limit_gb * GB) // sizes.block_stride_bytes
+        self._keeping.on_clear = self._behind.cleared
 
     def _actor(
         self, tier: Tier, port: TransferPort, inbound: Window, outbound: Window
@@ -223,12 +215,10 @@ class Engine:
         port = self._devices.register(kv_caches, layout, tp_rank)
         if port is not None:
             self._take_order(self._devices.order)
-            kind = self._devices.kind
-            window_bytes = int(self.cache.device_window_mb * MB) * DEVICE_WINDOWS[kind]
-            window = Window(window_bytes, DEVICE_PIECE_BYTES[kind])
+            window = device_window(self.cache, self._devices.kind)
             actor = self._actors[Tier.DEVICE] = self._actor(Tier.DEVICE, port, window, window)
             actor.note_begins(self._tracing.is_on)
-            self._scheduler.watch.watches_device = kind != "agents"
+            self._scheduler.watch.watches_device = self._devices.kind != "agents"
             self._start(actor)
 
     def _take_order(self, order: Order) -> None:
@@ -262,6 +252,10 @@ class Engine:
         self._admission.close()
         self._keeping.pins.close()
         self._holds.close()
+        if self._failure is None:
+            self._scheduler.cancel_unanswered()
+            await self._durability.finish(self.cache.shutdown_flush_s)
+        self._behind.close()
         self._scheduler.cancel_all()
         if self._failure is None:
             await self._drain()
@@ -302,6 +296,7 @@ class Engine:
         self._failure = InternalError(f"the engine failed: {cause!r}")
         self._failure.__cause__ = cause
         self._admission.close()
+        self._behind.abandon()
         self._scheduler.fail(self._failure)
         if self.on_failure is not None:
             self.on_failure()
@@ -407,15 +402,18 @@ class Engine:
         """Give what keeps the devices from being suspended."""
         return self._devices.use
 
-    async def flush(self) -> None:
-        """Return once every write-behind under way is done and on stable storage.
+    async def flush(self) -> FlushReport:
+        """Return once all that is resident and was put before is on stable storage.
+
+        Returns:
+            What is not, because the SSD has no place for it or refuses it.
 
         Raises:
-            TransferError: a block could not be written since the last flush, or the disk refused to
-                sync; what could be written is.
+            TransferError: a block could not be written, or the disk refused to sync; what could be
+                written is safe.
         """
         self._check_open()
-        await self._durability.flush()
+        return await self._durability.flush()
 
     # -- looking --------------------------------------------------------------------------------
 

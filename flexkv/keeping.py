@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flexkv.common.errors import ConfigError
@@ -33,6 +33,8 @@ class Keeping:
         """Take the parts of an engine, and how many blocks each tier was opened with."""
         self._intake, self._residency, self._ledger = intake, residency, ledger
         self._opened_with, self.pins = opened_with, pins
+        self.on_clear: Callable[[Tier | None], None] = lambda tier: None
+        """Called with the tier that was cleared; None for a namespace, or for all."""
 
     def clear(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
         """Forget the blocks of a tier, of a namespace, or all, and count the places they had.
@@ -46,7 +48,9 @@ class Keeping:
             raise ConfigError("tier", tier.label, "must not be given together with a namespace")
         if self._ledger is not None and tier is not Tier.HOST:
             self._ledger.clear(root)
-        return self._residency.clear(tier, root)
+        places = self._residency.clear(tier, root)
+        self.on_clear(tier)
+        return places
 
     async def clear_durably(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
         """Do what `clear` does, and return once a crash brings nothing of it back.

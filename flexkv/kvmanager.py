@@ -19,6 +19,7 @@ from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.common.request import KVResponse, Operation
 from flexkv.common.terms import Tier
+from flexkv.durability import FlushReport
 from flexkv.engine import Engine
 from flexkv.graph.explain import Explanation, explain
 from flexkv.index.keys import Namespace
@@ -243,13 +244,18 @@ class KVManager(TaskForm):
         """
         return await self._perform(Operation.PREFETCH, token_ids, None, None, namespace)
 
-    async def flush(self) -> None:
-        """Return once everything put before is on stable storage too.
+    async def flush(self) -> FlushReport:
+        """Return once all that is resident and was put before is on stable storage.
+
+        Returns:
+            What is not, because the SSD has no place for it or refuses it as worth less than what
+            it has.
 
         Raises:
-            TransferError: a block could not be written, or the disk refused (StorageError).
+            TransferError: a block could not be written, or the disk refused (StorageError); what
+                could be written is safe.
         """
-        await self._async(self._engine.flush)
+        return await self._async(self._engine.flush)
 
     def reset(self) -> int:
         """Forget every block of every tier, and return their number: see `clear`."""

@@ -15,7 +15,6 @@ from errno import EIO
 from typing import ParamSpec, TypeVar
 
 import numpy as np
-import structlog
 from numpy.typing import NDArray
 
 from flexkv.actors.actor import Bell
@@ -27,8 +26,9 @@ from flexkv.io import journal
 from flexkv.io.journal import RECORD_BYTES, Journal
 from flexkv.io.journals import Journals
 from flexkv.io.sums import Sums
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")

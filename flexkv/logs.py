@@ -1,15 +1,22 @@
-"""Logging set-up: structlog events as console lines on a terminal, as JSON lines otherwise.
+"""Logging: structlog events as console lines on a terminal, as JSON lines otherwise.
 
-A library does not configure logging by itself: programs call `configure_logging`.
+A library does not configure logging by itself: programs call `configure_logging`. Whoever did or
+did not, a line that cannot be written is lost, and nothing else happens: modules log by
+`get_logger`, whose loggers drop what the sink raises, and our own sink never waits for a reader.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import select
+import stat
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TextIO
 
 import structlog
 
@@ -21,12 +28,60 @@ LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 REPEATS_MAX, REPEATS_S = 10, 10.0
 """Lines of one event about one thing that pass in so many seconds."""
 SEEN_MAX = 1024
+PIECE_BYTES = select.PIPE_BUF
+"""What a pipe that can be written to takes without waiting."""
+
+_SINK_FAULTS = (OSError, ValueError, RuntimeError, TypeError, AttributeError)
+"""A closed pipe or a full disk; a closed file or an encoding; a signal handler that logs while a
+line is written; no stream at all, or something else in its place."""
+
+
+class Logger:
+    """structlog's logger of a module, as it is configured when it is used, that never raises."""
+
+    __slots__ = ("_inner",)
+
+    def __init__(self, name: str) -> None:
+        self._inner: Any = structlog.get_logger(name)
+
+    def debug(self, event: str, **facts: Any) -> None:
+        """Log what helps to find an error."""
+        self._log("debug", event, facts)
+
+    def info(self, event: str, **facts: Any) -> None:
+        """Log what is as it should be."""
+        self._log("info", event, facts)
+
+    def warning(self, event: str, **facts: Any) -> None:
+        """Log what is worse than it could be."""
+        self._log("warning", event, facts)
+
+    def error(self, event: str, **facts: Any) -> None:
+        """Log what went wrong."""
+        self._log("error", event, facts)
+
+    def exception(self, event: str, **facts: Any) -> None:
+        """Log what went wrong, with the traceback of the exception that is being handled.
+
+        The traceback is made here: some renderers show the variables of each frame, too, and with
+        them secrets and prompts.
+        """
+        self._log("error", event, {**facts, "exception": traceback.format_exc().rstrip()})
+
+    def _log(self, level: str, event: str, facts: dict[str, Any]) -> None:
+        with suppress(*_SINK_FAULTS):
+            getattr(self._inner, level)(event, **facts)
+
+
+def get_logger(name: str) -> Logger:
+    """Return the logger of a module."""
+    return Logger(name)
 
 
 def configure_logging(
     level: str | None = None, prefix: str | None = None, as_json: bool | None = None
 ) -> None:
-    """Send events to stderr from here on.
+    """Send events to stderr from here on; a line that it does not take at once is dropped.
 
     Args:
         level: least severity; FLEXKV_LOG_LEVEL when None, "info" when that is unset.
@@ -40,7 +95,8 @@ def configure_logging(
     if chosen not in LEVELS:
         raise ConfigError("FLEXKV_LOG_LEVEL", chosen, f"must be one of {', '.join(LEVELS)}")
     label = prefix if prefix is not None else os.environ.get("FLEXKV_LOGGING_PREFIX", "")
-    to_json = not sys.stderr.isatty() if as_json is None else as_json
+    sink = _Sink(sys.stderr)
+    to_json = not sink.is_terminal if as_json is None else as_json
 
     def add_prefix(
         _logger: object, _name: str, event: structlog.typing.EventDict
@@ -49,7 +105,19 @@ def configure_logging(
             event["prefix"] = label
         return event
 
-    renderer = structlog.processors.JSONRenderer() if to_json else structlog.dev.ConsoleRenderer()
+    def add_dropped(
+        _logger: object, _name: str, event: structlog.typing.EventDict
+    ) -> structlog.typing.EventDict:
+        if sink.lines_dropped:
+            event["lines_dropped"] = sink.lines_dropped
+        return event
+
+    renderer = (
+        structlog.processors.JSONRenderer()
+        if to_json
+        # The default one shows the variables of each frame.
+        else structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    )
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -57,13 +125,74 @@ def configure_logging(
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             add_prefix,
+            add_dropped,
             structlog.processors.format_exc_info if to_json else _as_it_is,
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, chosen.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: sink,
         cache_logger_on_first_use=False,
     )
+
+
+class _Sink:
+    """Writes lines to a stream, past its buffer: what could not be written is not tried again.
+
+    Attributes:
+        is_terminal: whether somebody reads along.
+        lines_dropped: since the last one that was written whole.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream, self._fd = stream, -1
+        self._encoding = getattr(stream, "encoding", None) or "utf-8"
+        self.is_terminal, self.lines_dropped, self._torn = False, 0, False
+        if stream is not None:
+            with suppress(*_SINK_FAULTS):  # there may be no descriptor behind it, or it is closed
+                self.is_terminal = stream.isatty()
+                self._fd = stream.fileno()
+                stream.flush()
+
+    def msg(self, line: str) -> None:
+        """Write a line, or drop it."""
+        try:
+            self._write(line)
+        except _SINK_FAULTS:
+            self.lines_dropped += 1
+        else:
+            self.lines_dropped = 0
+
+    debug = info = warning = warn = error = critical = fatal = exception = log = failure = msg
+
+    def _write(self, line: str) -> None:
+        """Write a line.
+
+        Raises:
+            OSError: it is not taken, or not at once.
+            ValueError: the stream is closed.
+        """
+        if self._fd < 0:
+            if self._stream is not None:
+                print(line, file=self._stream, flush=True)
+            return
+        content = memoryview(f"{line}\n".encode(self._encoding, "backslashreplace"))
+        waits = not stat.S_ISREG(os.fstat(self._fd).st_mode)
+        if self._torn:
+            content = memoryview(b"\n" + bytes(content))
+        begun = False
+        try:
+            while content:
+                if waits and not self._is_ready():
+                    raise BlockingIOError
+                content = content[os.write(self._fd, content[:PIECE_BYTES] if waits else content) :]
+                begun = True
+        finally:
+            self._torn = bool(content) and (begun or self._torn)
+
+    def _is_ready(self) -> bool:
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        return bool(poll.poll(0))
 
 
 _ABOUT = ("event", "tier", "route", "actor", "path", "task", "reason", "call", "code")

@@ -157,6 +157,7 @@ class Metrics(Collector):
         yield _gauge("flexkv_up", "Whether the engine takes requests.", [((), 1)])
         yield from self._requests(statistics)
         yield from _tiers(statistics, self._manager.engine.sizes.block_stride_bytes)
+        yield from _behind(statistics)
         yield from _routes(statistics)
         with self._lock:
             told_so_far = [
@@ -233,6 +234,24 @@ def _tiers(now: Statistics, block_bytes: int) -> Iterator[Metric]:
         for direction in ("reads", "writes")
     ]
     yield _gauge("flexkv_tier_up", "Whether a tier is used.", up, ("tier", "direction"))
+
+
+def _behind(now: Statistics) -> Iterator[Metric]:
+    tiers = now.write_behind.items()
+    owed = [
+        ((name, state), getattr(behind, f"{state}_blocks"))
+        for name, behind in tiers
+        for state in ("owed", "kept", "writing")
+    ]
+    told = "Blocks of host memory that a tier lacks; kept ones are owed, and stay until written."
+    yield _gauge("flexkv_write_behind_blocks", told, owed, ("tier", "state"))
+    given_up = [
+        ((name, reason.replace(" ", "_")), blocks)
+        for name, behind in tiers
+        for reason, blocks in behind.given_up_blocks.items()
+    ]
+    told = "Blocks that were never written to a tier, by the reason."
+    yield _counter("flexkv_given_up_blocks", told, given_up, ("tier", "reason"))
 
 
 def _routes(now: Statistics) -> Iterator[Metric]:

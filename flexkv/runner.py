@@ -15,9 +15,10 @@ from typing import NamedTuple
 from flexkv.actors.flight import Flight
 from flexkv.actors.observer import Observer
 from flexkv.actors.scheduler import Scheduler
+from flexkv.actors.write_behind import WriteBehind
 from flexkv.admission import Admission
 from flexkv.common.errors import ClosedError
-from flexkv.common.request import Request
+from flexkv.common.request import Operation, Request
 from flexkv.devices import Use
 
 
@@ -40,8 +41,15 @@ ALONE = Turn()
 class RequestRunner:
     """Runs the requests of one engine."""
 
-    def __init__(self, admission: Admission, scheduler: Scheduler, observer: Observer) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        scheduler: Scheduler,
+        observer: Observer,
+        behind: WriteBehind,
+    ) -> None:
         """Take the parts of an engine; what hangs gives its place in `admission` back."""
+        self._behind = behind
         self.admission = admission
         self._scheduler, self._observer = scheduler, observer
         scheduler.on_hang = self._give_place_back
@@ -58,6 +66,8 @@ class RequestRunner:
         arrived_ns = None
         use.count += 1
         try:
+            if self._behind.is_active or request.operation is Operation.PUT:
+                await self._behind.admit(request)
             if not self.admission.enter_nowait(turn.group):
                 arrived_ns = self._observer.now_ns()
                 await self.admission.enter(turn.group)

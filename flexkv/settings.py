@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from flexkv.common.config import CacheConfig, ModelConfig, Settings, settings_of, variable_keys
-from flexkv.common.config_keys import announce, current_names, facts_of, nearest, shown
+from flexkv.common.config_keys import HIDDEN, announce, current_names, facts_of, nearest
 from flexkv.common.errors import ConfigError
 
 PATH_VARIABLE = "FLEXKV_CONFIG_PATH"
 
 
 def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
-    """Give the settings of this process: file over environment over defaults.
+    """Return the settings of this process: file over environment over defaults.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value breaks a rule.
@@ -32,29 +33,90 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     return settings_of(load_file(Path(path)) if path else {}, _from_environment(environ))
 
 
-def load_file(path: Path) -> dict[str, Any]:
-    """Give the content of a configuration file: YAML by its suffix, else JSON with comments.
+def load_file(path: Path, field: str = PATH_VARIABLE) -> dict[str, Any]:
+    """Return the content of a file: YAML by its suffix, else JSON with comments.
+
+    Args:
+        path: of the file.
+        field: names it in errors.
 
     Raises:
         ConfigError: missing, not to be read, or not an object; with the place of a syntax error.
     """
     try:
-        text = path.read_text()
-        is_yaml = path.suffix in (".yaml", ".yml")
-        content = yaml.safe_load(text) if is_yaml else json5.loads(text)
+        content = path.read_bytes()
     except OSError as error:
-        raise ConfigError(PATH_VARIABLE, str(path), error.strerror or "unreadable") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(PATH_VARIABLE, str(path), f"syntax: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(PATH_VARIABLE, str(path), "must hold an object of keys")
-    return content
+        raise ConfigError(field, str(path), error.strerror or "unreadable") from error
+    return load_object(content, field, str(path), path.suffix in (".yaml", ".yml"))
+
+
+def load_object(
+    content: bytes, field: str, told: str = "", is_yaml: bool = False
+) -> dict[str, Any]:
+    """Return the object that a YAML or JSON text holds; an empty YAML text is an empty object.
+
+    Nothing of the text is in the error, nor in its context: it may hold secrets.
+
+    Args:
+        content: UTF-8.
+        field: names the text in errors.
+        told: stands for the text in errors.
+        is_yaml: else JSON with comments.
+
+    Raises:
+        ConfigError: it is none; with the place of a syntax error.
+    """
+    why = ""
+    try:
+        text = content.decode()
+        found = yaml.safe_load(text) if is_yaml else json5.loads(text)
+    except _FAULTS as error:
+        why = f"syntax: {_fault(error)}"
+    del content  # tools that show the variables of a traceback show it, too
+    if not why:
+        if found is None and is_yaml:
+            return {}
+        if isinstance(found, dict):
+            return found
+        why = "must hold an object of keys"
+    text = found = ""
+    raise ConfigError(field, told, why)
+
+
+_FAULTS = (
+    yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+    ValueError,
+)  # fmt: skip
+"""YAML's parser lets through what its constructors raise: `!!bool x` is a KeyError, for one."""
+
+
+def _fault(error: BaseException) -> str:
+    """Return what is wrong with a text, and where, without a word of the text."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        # The parser's own words end where the first quotation, or another error's text, begins.
+        words = re.split("['\":]", error.problem or "", maxsplit=1)[0]
+        words = re.sub(", but (found|got) *$|, *$", "", words).strip()
+        return (words or "is not YAML") + place
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    if isinstance(error, RecursionError):
+        return "nests too deeply"
+    if (
+        found := re.search(r":(\d+) Unexpected .* at column (\d+)$", str(error), re.DOTALL)
+    ) is not None:
+        words = (
+            "ends too soon"
+            if "Unexpected end of input" in str(error)[:60]
+            else "unexpected character"
+        )
+        return f"{words} at line {found[1]}, column {found[2]}"
+    return "a value is not what its tag or form says"
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Give the keys that environment variables set, by their current names."""
+    """Return the keys that environment variables set, by their current names."""
     known = variable_keys()
     found: dict[str, Any] = {}
     for variable, value in environ.items():
@@ -62,8 +124,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             found[known[variable]] = value
         elif variable.startswith("FLEXKV_") and variable != PATH_VARIABLE:
             guess = nearest(variable, known)
-            told = shown(known[guess], value, (Settings, CacheConfig))
-            raise ConfigError(variable, told, f"unknown variable; the nearest known is {guess}")
+            raise ConfigError(variable, HIDDEN, f"unknown variable; the nearest known is {guess}")
     values, renames = current_names(found, (Settings, CacheConfig))
     announce(renames)
     return values

@@ -11,6 +11,7 @@ from flexkv.actors.actor import TransferActor
 from flexkv.actors.observer import Observer
 from flexkv.actors.scheduler import Scheduler
 from flexkv.actors.watch import Watch
+from flexkv.actors.write_behind import BehindCounts, WriteBehind
 from flexkv.admission import Admission
 from flexkv.common.terms import Tier
 from flexkv.index.residency import Residency, TierCounts
@@ -25,6 +26,7 @@ class Sources:
     admission: Admission
     actors: Mapping[Tier, TransferActor]
     backing: Mapping[Tier, str]
+    behind: WriteBehind
     restored_blocks: int
 
 
@@ -93,12 +95,15 @@ class Statistics(msgspec.Struct, frozen=True):
     asked_blocks: int
     hit_blocks: dict[str, int]
     requests_waiting: int
+    """To be admitted, or for room in host memory."""
     runs_in_flight: int
     claims: int
     corrupt_blocks: int = 0
     """Blocks that came back from SSD with other bytes than they left with: dropped, never given."""
     restored_blocks: int = 0
     """Blocks of an earlier run that the SSD tier began with."""
+    write_behind: dict[str, BehindCounts] = {}
+    """By lower tier, what it is owed by host memory."""
 
     @property
     def hit_rate(self) -> float:
@@ -142,9 +147,12 @@ def snapshot(of: Sources, observer: Observer) -> Statistics:
         },
         asked_blocks=observer.asked_blocks,
         hit_blocks={t.label: n for t, n in observer.hit_blocks.items() if t in of.backing},
-        requests_waiting=of.admission.waiting,
+        requests_waiting=of.admission.waiting + of.behind.waiting_requests,
         runs_in_flight=of.scheduler.flights,
         claims=len(of.residency.claims),
         corrupt_blocks=observer.corrupt_blocks,
         restored_blocks=of.restored_blocks,
+        write_behind={
+            tier.label: of.behind.counts(tier) for tier in of.residency.tiers if tier > Tier.HOST
+        },
     )

@@ -10,6 +10,7 @@ from flexkv.actors.observer import Observer
 from flexkv.actors.tracer import Sink, Tracer
 from flexkv.common.config import MB, CacheConfig
 from flexkv.common.errors import ConfigError
+from flexkv.common.terms import Tier
 from flexkv.statistics import Sources
 from flexkv.trace.recorder import Recorder, header
 from flexkv.trace.records import HeaderRecord, SampleRecord, TokensRecord
@@ -117,4 +118,12 @@ class Tracing:
             actor.name: (actor.depth, actor.in_flight_bytes[True], actor.in_flight_bytes[False])
             for actor in of.actors.values()
         }
-        return SampleRecord(now_ns, tiers, actors, of.scheduler.flights, of.admission.waiting)
+        behind = {tier: of.behind.counts(tier) for tier in of.residency.tiers if tier > Tier.HOST}
+        return SampleRecord(
+            now_ns,
+            tiers,
+            actors,
+            of.scheduler.flights,
+            of.admission.waiting + of.behind.waiting_requests,
+            {tier.label: (each.owed_blocks, each.writing_blocks) for tier, each in behind.items()},
+        )

@@ -9,11 +9,16 @@ import pytest
 import structlog
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["tests.warning_policy"]
+
 settings.register_profile(
     "ci", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("soak", settings.get_profile("ci"), max_examples=5000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# Directories that tests make must not be writable by a group: an engine refuses them.
+os.umask(0o022)
 
 
 @pytest.fixture(autouse=True)

@@ -15,14 +15,19 @@ from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple, TypeVar, cast
 
 import msgspec
-import structlog
 
 from flexkv.actors.mailbox import Cursor, Lane, Mailbox
-from flexkv.common.errors import InternalError, RecalledError
+from flexkv.common.errors import (
+    CorruptBlockError,
+    InternalError,
+    RecalledError,
+    TransferError,
+)
 from flexkv.common.terms import Tier, Transfer
 from flexkv.io.ports import Completion, TransferPort
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -218,10 +223,8 @@ class TransferActor:
             cursor.pieces_in_flight -= 1
             if cursor.watch is not None and error is None:
                 cursor.end_layers(begin, units)
-            if error is not None and cursor.error is None:
-                cursor.error = error
-                if cursor.queued:
-                    self._mailbox.lane(cursor).remove(cursor)
+            if error is not None:
+                self._fail(cursor, error)
             if cursor.pieces_in_flight or cursor.queued:
                 continue
             if token < PIECE_TOKENS:  # it was one piece: the port's word is the actor's
@@ -229,6 +232,19 @@ class TransferActor:
                 ends.append(completion)
             else:
                 self._end(cursor, ends)
+
+    def _fail(self, cursor: Cursor, error: TransferError) -> None:
+        """Keep why a transfer fails: the first error, and every block that is corrupt."""
+        before = cursor.error
+        if before is None:
+            cursor.error = error
+            if cursor.queued:
+                self._mailbox.lane(cursor).remove(cursor)
+        elif isinstance(error, CorruptBlockError):
+            if isinstance(before, CorruptBlockError):
+                cursor.error = before.joined(error)
+            elif isinstance(before, RecalledError):
+                cursor.error = error
 
     def _end(self, cursor: Cursor, ends: list[Completion]) -> None:
         self._mailbox.forget(cursor)

@@ -1,4 +1,4 @@
-"""One request under way: its plan, its run, and who waits for its answer or its end."""
+"""A request under way: its plan, its run, and who waits for its answer or its end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from flexkv.common.errors import DeadlineError, InternalError, UnfilledError
 from flexkv.common.request import KVResponse, Request
 from flexkv.graph.planner import Planned
 from flexkv.graph.run import Run
+from flexkv.index.owed import Taken
 
 
 class Flight:
@@ -15,7 +16,7 @@ class Flight:
 
     __slots__ = (
         "_answer_waiters", "_end_waiters", "arrived_ns", "begin_ns", "failure", "group",
-        "has_place", "late", "plan", "planned", "request", "response", "run",
+        "has_place", "late", "plan", "planned", "request", "response", "run", "taken",
     )  # fmt: skip
 
     def __init__(self, request: Request, planned: Planned, arrived_ns: int, begin_ns: int) -> None:
@@ -30,6 +31,8 @@ class Flight:
         """Why nobody should wait for the end: an op hangs."""
         self.group, self.has_place = 0, True
         """Which group it was admitted with, and whether it still takes one of its places."""
+        self.taken: Taken | None = None
+        """What it writes to a lower tier that is owed it; None for a caller's request."""
         self._answer_waiters: list[asyncio.Future[None]] = []
         self._end_waiters: list[asyncio.Future[None]] = []
 
@@ -107,7 +110,7 @@ class Flight:
 
 
 def wake(waiters: list[asyncio.Future[None]]) -> None:
-    """Let every waiter go on, once."""
+    """Tell everyone who waits, and forget them."""
     for waiter in waiters:
         if not waiter.done():
             waiter.set_result(None)

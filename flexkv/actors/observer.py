@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import msgspec
 import numpy as np
-import structlog
 
 from flexkv.actors.tracer import Tracer
 from flexkv.common.errors import CorruptBlockError, RecalledError, TransferError
@@ -20,8 +19,9 @@ from flexkv.common.terms import Route, Tier
 from flexkv.graph.ops import OpSpec
 from flexkv.graph.plan import Plan
 from flexkv.graph.planner import Planned
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class RouteCount(msgspec.Struct):

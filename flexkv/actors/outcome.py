@@ -51,26 +51,29 @@ def _status(request: Request, planned: Planned, run: Run, moved: bool) -> KVResp
 
 
 def _moved_blocks(request: Request, planned: Planned, run: Run) -> TokenMask:
-    """Give bool[span blocks]: those whose answering op is DONE.
+    """Return bool[span blocks]: those whose answering op is DONE, up to the first one that is not.
 
-    For a load only the unbroken run from the first block counts: what is behind a gap is of no use
-    to an engine.
+    What is behind a block that did not come is dropped with it: no request could reach it. Of a get
+    only the unbroken run from the first block counts: an engine has no use for the others.
     """
     first = request.span.first_block
     moved = np.zeros(request.span.last_block - first, np.bool_)
     if run.cancelled:
         return moved
-    plan = planned.plan
+    plan, last = planned.plan, request.span.last_block
     for op in plan.template.ops:
-        if op.answers and op.route is not None and run.states[op.index] is OpState.DONE:
-            begin, end = plan.bounds(op)
-            positions = plan.fills[op.leg].positions.part(begin, end)
-            if positions.places is None:
-                moved[positions.first - first : positions.first - first + positions.block_count] = (
-                    True
-                )
-            else:
-                moved[positions.places - first] = True
+        if not op.answers or op.route is None:
+            continue
+        begin, end = plan.bounds(op)
+        positions = plan.fills[op.leg].positions.part(begin, end)
+        if run.states[op.index] is not OpState.DONE:
+            last = min(last, positions.first)
+        elif positions.places is None:
+            begin = positions.first - first
+            moved[begin : begin + positions.block_count] = True
+        else:
+            moved[positions.places - first] = True
+    moved[last - first :] = False
     if request.operation is Operation.GET and not moved.all():
         moved[int(moved.argmin()) :] = False
     return moved

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import structlog
 
 from flexkv.actors.actor import TransferActor
 from flexkv.actors.flight import Flight, wake
 from flexkv.actors.observer import Observer
 from flexkv.actors.outcome import response_of
 from flexkv.actors.watch import Watch
+from flexkv.actors.write_behind import WriteBehind
 from flexkv.common.errors import (
     CorruptBlockError,
     DeadlineError,
@@ -29,11 +29,11 @@ from flexkv.common.errors import (
     TransferError,
     UnfilledError,
 )
-from flexkv.common.request import Operation, Request
-from flexkv.common.terms import BlockIds, Tier
+from flexkv.common.request import Operation, Request, Span
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
 from flexkv.graph.ops import OpSpec, OpState
 from flexkv.graph.plan import OPS_MAX, Plan
-from flexkv.graph.planner import Avoid, Planner
+from flexkv.graph.planner import Avoid, Planned, Planner
 from flexkv.graph.run import (
     Answer,
     Cancel,
@@ -49,12 +49,15 @@ from flexkv.graph.run import (
     Settle,
 )
 from flexkv.index.claims import Claim, Holding
-from flexkv.index.residency import Residency
+from flexkv.index.owed import Taken
+from flexkv.index.residency import Found, Residency
 from flexkv.io.ports import Completion
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
-FAILURES_MAX = 100
+_BEHIND = Request(Operation.PREFETCH, -1, 0, 1, Span(0, 0, 0, 0), bytes(BLOCK_KEY_BYTES))
+"""Stands for the writing of owed blocks, which no caller has asked for."""
 
 
 class _Joiner(NamedTuple):
@@ -101,9 +104,10 @@ class Scheduler:
         self._joiners: dict[int, list[_Joiner]] = {}
         self._events: deque[tuple[Flight, Event]] = deque()
         self._busy = False
+        self.behind: WriteBehind | None = None
+        """Writes what lower tiers are owed; None where there is none."""
         self._failed: InternalError | None = None
         self._next_run = 0
-        self._failures: list[TransferError] = []
         self._idle: list[asyncio.Future[None]] = []
         self._on: dict[type, Callable[[Flight, int, Command], None]] = {
             Issue: self._issue,
@@ -139,8 +143,27 @@ class Scheduler:
         self._flights[run_id] = flight
         if request.watch is not None and request.operation is Operation.PUT:
             self._fed.add(flight)
+        if self.behind is not None and (planned.owed or planned.declined):
+            self.behind.declined(planned.declined)
+            for owed in planned.owed:
+                self.behind.owe(owed.tier, owed.host_ids)
         self._take(flight, Launch())
         return flight
+
+    def write_behind(self, taken: Taken) -> None:
+        """Begin to write blocks to a tier that is owed them."""
+        run_id = self._next_run
+        self._next_run += 1
+        plan = self._planner.plan_behind(taken, run_id)
+        if taken.hold is not None:  # the plan has a claim of its own
+            self._residency.claims.settle(taken.hold, filled=False)
+        if self._observer.tracer is not None:
+            self._observer.planned(_BEHIND, plan)
+        now_ns = self._observer.now_ns()
+        flight = Flight(_BEHIND, Planned(plan, Found(0, 0, {}), None), now_ns, now_ns)
+        flight.taken = taken
+        self._flights[run_id] = flight
+        self._take(flight, Launch())
 
     def look_out(self) -> None:
         """Tell the planner what to do without: tiers that are down, ops that hang."""
@@ -215,6 +238,12 @@ class Scheduler:
             self._observer.event("cancel", request_id=flight.request.request_id)
             self._take(flight, Cancel())
 
+    def cancel_unanswered(self) -> None:
+        """Cancel every flight whose caller still waits; what is written behind others goes on."""
+        for flight in list(self._flights.values()):
+            if flight.response is None:
+                self._take(flight, Cancel())
+
     def cancel_all(self) -> None:
         """Cancel every flight, write-behind included."""
         for flight in list(self._flights.values()):
@@ -236,9 +265,20 @@ class Scheduler:
                 self.watch.ended(route, error)
             elif flight.late is not None and flight.late.op_id == token:
                 flight.late = None  # its device answers again
-            if error is not None and not isinstance(error, RecalledError):
-                self._distrust(flight, flight.plan.template.ops[op], error)
+            if error is not None:
+                if route is not None and route.source is Tier.HOST and route.outer > Tier.HOST:
+                    self._unwritten(flight, flight.plan.template.ops[op], error)
+                if not isinstance(error, RecalledError):
+                    self._distrust(flight, flight.plan.template.ops[op], error)
         self._work()
+
+    def _unwritten(self, flight: Flight, op: OpSpec, error: TransferError) -> None:
+        """Owe anew what could not be written to a lower tier."""
+        if self.behind is None or op.route is None:
+            return
+        begin, end = flight.plan.bounds(op)
+        host_ids = flight.plan.fills[op.leg].ids[Tier.HOST][begin:end]
+        self.behind.failed(op.route.target, host_ids, flight.taken, error)
 
     def drop_corrupt(self, error: CorruptBlockError, request_id: int = -1) -> None:
         """Forget blocks of the SSD tier that are not what they were, in this life and the next."""
@@ -286,17 +326,17 @@ class Scheduler:
         for token in tokens:
             self._residency.claims.settle(token, filled=False)
 
+    @property
+    def failure(self) -> InternalError | None:
+        """Return why the engine has failed; None while it has not."""
+        return self._failed
+
     def fail(self, failure: InternalError) -> None:
         """The engine failed: nobody will be answered."""
         self._failed = failure
         for flight in self._flights.values():
             flight.fail(failure)
         wake(self._idle)
-
-    def take_failures(self) -> list[TransferError]:
-        """Give what failed of puts since the last call, write-behind included; the first ones."""
-        failures, self._failures = self._failures, []
-        return failures
 
     def under_way(self) -> list[Flight]:
         """Give the puts under way: what a flush has to wait for."""
@@ -327,6 +367,8 @@ class Scheduler:
                         self._on[kind](flight, command.op, command)  # type: ignore[union-attr]
         finally:
             self._busy = False
+        if self.behind is not None and self.behind.is_active:
+            self.behind.pump()
 
     def _issue(self, flight: Flight, op: int, command: Command) -> None:
         spec = flight.plan.template.ops[op]
@@ -345,16 +387,22 @@ class Scheduler:
         token = flight.plan.run_id * OPS_MAX + op
         assert isinstance(command, Settle)
         self._residency.claims.settle(token, command.filled)
-        if command.filled and self._notes is not None:
-            self._note(flight.plan, flight.plan.template.ops[op])
+        if command.filled:
+            self._filled(flight.plan, flight.plan.template.ops[op])
         for joiner in self._joiners.pop(token, ()):
             self._events.append((joiner.flight, _news(joiner.op, command.filled)))
 
-    def _note(self, plan: Plan, op: OpSpec) -> None:
-        assert self._notes is not None
-        if op.route is not None and op.route.target is Tier.DISK:
+    def _filled(self, plan: Plan, op: OpSpec) -> None:
+        """Note what became READY on SSD, and owe what became READY in host memory only."""
+        assert op.route is not None
+        target, fill = op.route.target, plan.fills[op.leg]
+        if target is Tier.DISK and self._notes is not None:
             begin, end = plan.bounds(op)
-            self._notes.stored(plan.fills[op.leg].ids[Tier.DISK][begin:end])
+            self._notes.stored(fill.ids[target][begin:end])
+        elif fill.owed_to and target is Tier.HOST and self.behind is not None:
+            begin, end = plan.bounds(op)
+            for tier in fill.owed_to:
+                self.behind.owe(tier, fill.ids[target][begin:end])
 
     def _recall(self, flight: Flight, op: int, command: Command) -> None:
         spec = flight.plan.template.ops[op]
@@ -377,7 +425,7 @@ class Scheduler:
 
     def _answer(self, flight: Flight) -> None:
         flight.answer(response_of(flight.request, flight.planned, flight.run))
-        if not flight.waited_in_vain:  # else it may be tried again: a request counts once
+        if flight.taken is None and not flight.waited_in_vain:  # it may be tried again
             self.tell(flight)
 
     def tell(self, flight: Flight) -> None:
@@ -395,10 +443,8 @@ class Scheduler:
         if self._fed:
             self._fed.discard(flight)
         flight.end()
-        if flight.run.errors and flight.request.operation is Operation.PUT:
-            told = RecalledError | DeadlineError  # the latter by the flush that did not wait
-            real = [error for error in flight.run.errors if not isinstance(error, told)]
-            self._failures += real[: FAILURES_MAX - len(self._failures)]
+        if flight.taken is not None and self.behind is not None:
+            self.behind.ended(flight.taken)
         self._residency.evict_ahead()
         if not self._flights:
             wake(self._idle)

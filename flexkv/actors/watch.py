@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 
-import structlog
-
 from flexkv.actors.actor import TransferActor
 from flexkv.actors.health import Breaker, Health
 from flexkv.common.errors import RecalledError, ShortTransferError, StorageError, TransferError
 from flexkv.common.terms import Route, Tier
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 LOOKS_A_DEADLINE = 4
 """How often within a deadline it is looked whether it has passed."""

@@ -95,8 +95,10 @@ def _temporary() -> tempfile.TemporaryDirectory[str]:
 def _of_trace(path: Path, limit: int) -> Iterator[Prompt]:
     """Give a trace's requests, scaled down: each hash id becomes one block."""
     offsets = np.arange(TOKENS_PER_BLOCK)
+    numbers: dict[int, int] = {}  # hash ids may be larger than token ids
     for line in read_trace(path, limit):
-        ids = np.array(line.hash_ids[: DEVICE_BLOCKS // 4], np.int64)
+        of_line = line.hash_ids[: DEVICE_BLOCKS // 4]
+        ids = np.array([numbers.setdefault(each, len(numbers)) for each in of_line], np.int64)
         tokens = (ids[:, None] * TOKENS_PER_BLOCK + offsets).ravel()
         yield Prompt(line.timestamp / 1000, tokens)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
-from typing import Annotated
+from contextlib import suppress
+from errno import ENOSPC
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 
@@ -56,16 +60,72 @@ def _main(
     configure_logging(level=log_level)
 
 
-def app() -> None:
-    """Run the command; an error of FlexKV is one line and exit status 2, ctrl-C is 130."""
+def app() -> NoReturn:
+    """Run the command; an error of FlexKV is one line and exit status 2, ctrl-C is 130.
+
+    An output that goes away (`flexkv … | head`) ends the command without a word, exit status 1.
+    """
+    _prepare_streams()
+    status: int | str | None
     try:
         commands()
+        status = 0
+    except SystemExit as ended:
+        status = ended.code
     except FlexKVError as error:
-        typer.echo(f"flexkv: {error}", err=True)
-        sys.exit(2)
+        status = _failed(str(error), 2)
     except KeyboardInterrupt:
-        typer.echo("flexkv: interrupted", err=True)
-        sys.exit(130)
+        status = _failed("interrupted", 130)
+    except OSError as error:
+        if error.errno != ENOSPC:
+            raise
+        status = _failed(f"the output cannot be written: {error.strerror}", 1)
+    for stream in (sys.stdout, sys.stderr):
+        if (error_of_stream := _finish(stream)) is not None and not status:
+            status = 1
+            if not isinstance(error_of_stream, BrokenPipeError) and stream is sys.stdout:
+                _failed(f"the output cannot be written: {error_of_stream.strerror}", 1)
+    sys.exit(status)
+
+
+def _prepare_streams() -> None:
+    """Let no character and no missing stream be an error.
+
+    With a standard stream closed, the first file that is opened would get its number, and whatever
+    is said there.
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 -- as long as the process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _failed(why: str, status: int) -> int:
+    with suppress(OSError, ValueError):
+        typer.echo(f"flexkv: {why}", err=True)
+    return status
+
+
+def _finish(stream: TextIO) -> OSError | None:
+    """Write what a stream still holds; drop what it does not take, or Python complains at exit."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return None
+    try:
+        stream.flush()
+    except OSError as error:
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+            stream.flush()
+        return error
+    except ValueError:  # it is closed
+        return None
+    return None
 
 
 if __name__ == "__main__":

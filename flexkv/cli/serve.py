@@ -6,30 +6,33 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-import json5
-import structlog
 import typer
 
 from flexkv.common.config import ModelConfig, Settings, settings_of
-from flexkv.common.errors import ConfigError, FlexKVError
+from flexkv.common.config_keys import kind_of
+from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
 from flexkv.kvmanager import KVManager
+from flexkv.logs import get_logger
 from flexkv.metrics import MetricsServer
+from flexkv.server.address import socket_path
 from flexkv.server.backend import ServerBackend
-from flexkv.server.launch import LISTENING
+from flexkv.server.greet import connect
+from flexkv.server.launch import END_S, ENDED, LISTENING, ProcessWatch
 from flexkv.server.listen import Listener
 from flexkv.server.server import Server
-from flexkv.server.wire import socket_path
-from flexkv.settings import load_settings
+from flexkv.server.wire import PROTOCOL_VERSION, Hello
+from flexkv.settings import load_file, load_object, load_settings
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 LOOK_S = 1.0
-"""Between two looks whether the parent lives."""
+"""Between two looks whether the parent lives, or the address is free."""
 FLUSH_S = 30.0
 """How long what was put may take to reach stable storage when the server ends."""
 
@@ -44,50 +47,88 @@ def serve(
             "--with-parent", help="Read model and settings from stdin, and end when it does."
         ),
     ] = False,
+    parent: Annotated[int, typer.Option(hidden=True, help="Its process id.")] = 0,
+    parent_fd: Annotated[int, typer.Option(hidden=True, help="A descriptor of it.")] = -1,
 ) -> None:
     """Serve one engine at `server_recv_port` until SIGTERM; settings as from FLEXKV_CONFIG_PATH."""
+    watch = None
     if with_parent:
-        told = json5.loads(sys.stdin.readline())
-        config, settings = ModelConfig(**told["model"]), settings_of(told["settings"])
+        told = load_object(sys.stdin.buffer.readline(), "stdin", "what the parent says")
+        config, settings = ModelConfig(**_part(told, "model")), settings_of(_part(told, "settings"))
+        watch = ProcessWatch(parent or os.getppid(), parent_fd)
+        if told.get("waits"):
+            _outwait(settings.server_recv_port)
     elif model is None:
         raise ConfigError("model", None, "must name a file, or --with-parent be given")
     else:
-        config, settings = ModelConfig(**_read(model)), load_settings()
+        config, settings = ModelConfig(**load_file(model, "model")), load_settings()
     try:
-        asyncio.run(run(config, settings, until_eof=with_parent))
+        asyncio.run(run(config, settings, watch))
     except FlexKVError as error:
         if with_parent:
-            typer.echo(str(error))  # to who has started us
+            _say(f"{error}\n".encode())
         raise
+    if with_parent:
+        _say(ENDED)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _say(line: bytes) -> None:
+    """Tell who has launched us, if it is there still."""
+    with suppress(BrokenPipeError):
+        sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
+
+
+def _outwait(address: str) -> None:
+    """Return once no server that is ending has the address: it writes what is not on SSD yet.
+
+    An engine that is started again at once would be refused by what is left of the one before.
+    """
+    until_s = time.monotonic() + END_S
+    while time.monotonic() < until_s:
+        try:
+            Listener(socket_path(address)).close()
+        except ConfigError as error:
+            if not error.why.startswith("is in use") or _answers(address):
+                return  # it is refused, and why, when it is taken in earnest
+            log.info("address_is_in_use", path=address, reason="its server is ending, or starting")
+            time.sleep(LOOK_S)
+        else:
+            return
+
+
+def _answers(address: str) -> bool:
+    """Tell whether a server at an address serves still."""
     try:
-        content = json5.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError("model", str(path), error.strerror or "cannot be read") from error
-    except ValueError as error:
-        raise ConfigError("model", str(path), f"syntax: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError("model", str(path), "must hold an object of keys")
-    return content
+        connect(address, Hello(PROTOCOL_VERSION, "control", os.getpid())).socket.close()
+    except (OSError, ClosedError):
+        return False
+    except ConfigError:  # it says no
+        return True
+    return True
 
 
-async def run(model: ModelConfig, settings: Settings, until_eof: bool = False) -> None:
-    """Serve until a signal, or until stdin ends.
+def _part(told: dict[str, Any], name: str) -> dict[str, Any]:
+    part = told.get(name)
+    if not isinstance(part, dict):
+        raise ConfigError(name, kind_of(part), "must be an object of keys")
+    return part
+
+
+async def run(model: ModelConfig, settings: Settings, parent: ProcessWatch | None = None) -> None:
+    """Serve until a signal; with a parent, until it has ended or closed our stdin.
 
     Raises:
         ConfigError: another server has the address, or memory or files are not there.
     """
     ended = asyncio.Event()
-    _on_end(ended.set, until_eof)
+    _on_end(ended.set, parent)
     cache = settings.cache_config
     async with AsyncExitStack() as stack:
         listener = Listener(socket_path(settings.server_recv_port))  # first: it is cheap to refuse
         stack.callback(listener.close)
-        if until_eof:
-            sys.stdout.buffer.write(LISTENING)
-            sys.stdout.buffer.flush()
+        if parent is not None:
+            _say(LISTENING)
         backend = ServerBackend(model, cache, cache.sized(model))
         manager = await stack.enter_async_context(KVManager(model, cache, backend=backend))
         if settings.enable_metrics:
@@ -107,27 +148,38 @@ async def run(model: ModelConfig, settings: Settings, until_eof: bool = False) -
             log.warning("not_flushed", reason=str(error) or "in time")
 
 
-def _on_end(ended: Callable[[], None], until_eof: bool) -> None:
+def _on_end(ended: Callable[[], None], parent: ProcessWatch | None) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended)
-    if until_eof:
-        _on_orphaned(loop, os.getppid(), ended)
+    if parent is None:
+        return
+    # A child of the parent's may keep our stdin open, so that its end is not enough.
+    if parent.fd >= 0:
+        loop.add_reader(parent.fd, _gone, loop, parent.fd, ended)
+    else:
+        _look_at(loop, parent, ended)
 
-        def look() -> None:
-            with suppress(BlockingIOError):
-                if not os.read(stdin, 4096):
-                    loop.remove_reader(stdin)
-                    ended()
+    def look() -> None:
+        with suppress(BlockingIOError):
+            if not os.read(stdin, 4096):
+                _gone(loop, stdin, ended)
 
-        stdin = sys.stdin.fileno()
-        os.set_blocking(stdin, False)
-        loop.add_reader(stdin, look)
+    stdin = sys.stdin.fileno()
+    os.set_blocking(stdin, False)
+    loop.add_reader(stdin, look)
 
 
-def _on_orphaned(loop: asyncio.AbstractEventLoop, parent: int, ended: Callable[[], None]) -> None:
-    """End when the parent has died: a child of its may keep our stdin open."""
-    if os.getppid() != parent:
+def _gone(loop: asyncio.AbstractEventLoop, fd: int, ended: Callable[[], None]) -> None:
+    loop.remove_reader(fd)
+    ended()
+
+
+def _look_at(
+    loop: asyncio.AbstractEventLoop, parent: ProcessWatch, ended: Callable[[], None]
+) -> None:
+    """Say so when the parent has died, of which this kernel does not tell."""
+    if parent.has_ended:
         ended()
     else:
-        loop.call_later(LOOK_S, _on_orphaned, loop, parent, ended)
+        loop.call_later(LOOK_S, _look_at, loop, parent, ended)

@@ -100,6 +100,7 @@ class Replayer:
     def __init__(self, trace: Trace, cache: CacheConfig, time_scale: float) -> None:
         self._trace, self._cache, self._time_scale = trace, cache, time_scale
         self._per_block = trace.header.tokens_per_block
+        self._numbers: dict[bytes, int] = {}
         self._model = _model_of(trace.header)
         longest = max(request.last_block for request in trace.requests)
         fitting = DEVICE_BYTES_MAX // trace.header.block_bytes
@@ -161,11 +162,10 @@ class Replayer:
 
     def _tokens(self, record: RequestRecord) -> NDArray[np.int64]:
         """Give a prompt whose blocks are equal where those of the recorded one were."""
-        keys = np.frombuffer(record.keys, np.uint8).reshape(-1, KEY_BYTES)
-        wide = np.zeros((len(keys), 8), np.uint8)
-        wide[:, :KEY_BYTES] = keys
+        keys = [record.keys[at : at + KEY_BYTES] for at in range(0, len(record.keys), KEY_BYTES)]
         tokens = np.zeros((len(keys), self._per_block), np.int64)
-        tokens[:, 0] = wide.view(np.int64)[:, 0]
+        # A key is too long for a token id.
+        tokens[:, 0] = [self._numbers.setdefault(key, len(self._numbers)) for key in keys]
         return tokens.ravel()
 
     def _caches(self) -> list[NDArray[np.uint8]]:

@@ -8,7 +8,16 @@ from typing import Any, Literal
 from pydantic import Field
 
 from flexkv.common.config_cache import GB, MB, SIZE_PAIRS, CacheConfig, CacheSizes
-from flexkv.common.config_keys import ConfigModel, announce, current_names, facts_of, key, shown
+from flexkv.common.config_keys import (
+    ConfigModel,
+    announce,
+    check_no_key_swallowed,
+    current_names,
+    facts_of,
+    key,
+    kind_of,
+    shown,
+)
 from flexkv.common.config_model import LayerGroup, ModelConfig
 from flexkv.common.errors import ConfigError
 
@@ -32,7 +41,10 @@ class Settings(ConfigModel):
         True, "Whether an engine's connector uses FlexKV at all.", variables=("ENABLE_FLEXKV",)
     )
     server_recv_port: str = key(
-        "ipc:///tmp/flexkv_server", "Address at which device agents and clients find the server."
+        "own",
+        "Unix socket at which device agents and clients find the server: `ipc:///path`, in a"
+        " directory to which no other user may write; `own` is a directory of this user alone,"
+        " `flexkv` in `$XDG_RUNTIME_DIR` or `/run/user/UID`, else `/tmp/flexkv-UID`.",
     )
     server_answer_ms: int = key(
         250,
@@ -91,7 +103,7 @@ class Settings(ConfigModel):
 
 
 def settings_of(file: Mapping[str, Any], environment: Mapping[str, Any] | None = None) -> Settings:
-    """Give the settings of a file's content and of values from the environment; the file wins.
+    """Return the settings of a file's content and of values from the environment; the file wins.
 
     Args:
         file: flat, or with the cache's keys nested under `cache_config`.
@@ -103,10 +115,10 @@ def settings_of(file: Mapping[str, Any], environment: Mapping[str, Any] | None =
     models = (Settings, CacheConfig)
     nested = file.get("cache_config") or {}
     if not isinstance(nested, Mapping):
-        raise ConfigError("cache_config", nested, "must be an object of keys")
+        raise ConfigError("cache_config", kind_of(nested), "must be an object of keys")
     for name in (*file, *nested):
         if not isinstance(name, str):
-            raise ConfigError("key", name, "must be a string")
+            raise ConfigError("key", kind_of(name), "must be a string")
     flat = {name: value for name, value in file.items() if name != "cache_config"}
     outer, outer_renames = current_names(flat, models)
     inner, inner_renames = current_names(nested, (CacheConfig,))
@@ -116,6 +128,7 @@ def settings_of(file: Mapping[str, Any], environment: Mapping[str, Any] | None =
             raise ConfigError(name, shown(name, outer[name], models), why)
     announce({**outer_renames, **inner_renames})
     chosen = {**outer, **inner}
+    check_no_key_swallowed(chosen, models)
     merged = {**_without_rivals(environment or {}, chosen), **chosen}
     own = {name: merged.pop(name) for name in list(merged) if name in Settings.model_fields}
     return Settings(**own, cache_config=CacheConfig(**merged))

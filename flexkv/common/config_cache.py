@@ -53,7 +53,13 @@ def _block_first(value: object) -> object:
 
 def _object(value: object) -> object:
     """Take a JSON text, as it stands in an environment variable, for the object it describes."""
-    return json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        fault = ValueError("must be an object, in JSON")
+    raise fault  # raised here it has no context, which would hold the text
 
 
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_joined)]
@@ -108,7 +114,9 @@ class CacheConfig(ConfigModel):
         None, "Keep blocks on SSD.", shown_default="true when the SSD tier is given a size"
     )
     ssd_cache_dir: Paths = key(
-        (), "Directory of the SSD tier; several (`;`-separated or a list) are striped."
+        (),
+        "Directory of the SSD tier; several (`;`-separated or a list) are striped. Only the user "
+        "who runs the engine, or root, may own it and write to it; a missing one is made.",
     )
     ssd_preallocate: bool = key(
         True, "Take all the space of the SSD tier at the start; else as it is written to."
@@ -242,7 +250,24 @@ class CacheConfig(ConfigModel):
         128.0, "Bytes being copied to or from the device at once.", unit="MB", gt=0
     )
     write_behind_max_gb: float = key(
-        -1.0, "Bytes waiting to be written to SSD; -1 = half of the host tier.", unit="GB", ge=-1
+        -1.0,
+        "Bytes that puts may queue for the SSD; -1 = half of the host tier. What is more waits in "
+        "host memory and is written later.",
+        unit="GB",
+        ge=-1,
+    )
+    write_behind_wait_s: float = key(
+        2.0,
+        "How long a burst of puts may wait in all while host memory is full of what the SSD lacks; "
+        "then blocks may be evicted before they are written.",
+        unit="s",
+        ge=0,
+    )
+    shutdown_flush_s: float = key(
+        5.0,
+        "How long closing may take to write what the SSD lacks; 0 = not at all.",
+        unit="s",
+        ge=0,
     )
     requests_max: int = key(
         1024,
@@ -267,7 +292,9 @@ class CacheConfig(ConfigModel):
     # identity, sharing between nodes
     key_secret: SecretStr = key(
         "",
-        "Secret that block keys are derived with: without it, none can be guessed.",
+        "Secret that block keys are derived with, the same in all processes that share blocks: "
+        "who does not know it can neither guess a key nor make prompts that share one. Give 128 "
+        "random bits (`openssl rand -hex 16`) where users do not trust each other.",
         secret=True,
         shown_default="empty",
     )

@@ -3,13 +3,19 @@
 The pydantic field definitions are the only table of keys. `key` adds to a field what pydantic has
 no word for (its unit, its old names, the part of the system that serves it), and everything else
 reads it from there: the checks below, the loader of files, and `docs/configuration.md`.
+
+An error never quotes a secret, wherever a broken file has put it: values of secret keys are masked,
+those of unknown keys and those that hold other values are described, and the name of an unknown key
+is told only if it is much like a known one (a file without its colons has secrets for keys).
 """
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from difflib import SequenceMatcher, get_close_matches
+from pathlib import PurePath
 from typing import Any, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,6 +28,25 @@ MASK = "**********"
 
 Renames: TypeAlias = dict[str, str]
 """Old name → current name."""
+
+
+_PLAIN_TEXT = re.compile(r"[\w./:+-]{0,80}")
+_TELLING = re.compile("secret|password|passwd|credential|token_|api_?key", re.IGNORECASE)
+_USER_OF_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+LIKENESS_MIN, LIKENESS_OF_SECRETS_MIN = 0.6, 0.85
+"""How much an unknown key must be like a known one for its name to be told."""
+
+
+class Described(str):
+    """Words that stand in an error for a value that it does not show."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+HIDDEN = Described("…")
 
 
 class RetiredKeyWarning(FutureWarning):
@@ -79,16 +104,68 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 
-def shown(name: str, value: object, models: Iterable[type[BaseModel]]) -> object:
-    """Give the value as an error may show it: a secret is masked."""
+def is_secret(name: str, models: Iterable[type[BaseModel]]) -> bool:
+    """Return whether a key's values must not be shown."""
     fields = (model.model_fields.get(name) for model in models)
-    return MASK if any(field and facts_of(field).secret for field in fields) else value
+    return any(field and facts_of(field).secret for field in fields)
+
+
+def shown(name: str, value: object, models: Iterable[type[BaseModel]]) -> object:
+    """Return a key's value as an error may show it: a secret is masked."""
+    return MASK if is_secret(name, models) else described(value)
+
+
+def described(value: object) -> object:
+    """Return a value of a key that is not secret, in words unless it is short and plain.
+
+    A wrong indentation or a forgotten quote puts secrets into the values of other keys.
+    """
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str | PurePath):
+        text = str(value)
+        if _PLAIN_TEXT.fullmatch(text) and not _TELLING.search(text):
+            return value
+    return kind_of(value)
+
+
+def kind_of(value: object) -> Described:
+    """Return in words what kind of value this is, with nothing of its content."""
+    if isinstance(value, str | PurePath):
+        return Described(f"<a text of {len(str(value))} characters>")
+    if isinstance(value, Mapping):
+        return Described(f"<an object of {len(value)} keys>")
+    if isinstance(value, Collection):
+        return Described(f"<a list of {len(value)}>")
+    return Described(f"<{type(value).__name__}>")
+
+
+def unknown_key(
+    given: str, number: int, known: Collection[str], models: Collection[type[BaseModel]]
+) -> ConfigError:
+    """Return the error for a key that no model has.
+
+    Args:
+        given: the key, which is told if it is much like the nearest known one.
+        number: of the key, from 1, among those that were given.
+        known: every name that is taken, old ones too.
+        models: that have them.
+    """
+    aliases = old_names(models)
+    guess = nearest(given, known)
+    name = aliases.get(guess, guess)
+    least = LIKENESS_OF_SECRETS_MIN if is_secret(name, models) else LIKENESS_MIN
+    why = f"unknown key; the nearest known one is {name}"
+    if re.fullmatch(r"\w+", given) and SequenceMatcher(None, given, guess).ratio() >= least:
+        return ConfigError(given, HIDDEN, why)
+    what = Described(f"<a name of {len(given)} characters>")
+    return ConfigError("key", what, f"number {number} is an {why}")
 
 
 def current_names(
     values: Mapping[str, Any], models: tuple[type[BaseModel], ...]
 ) -> tuple[dict[str, Any], Renames]:
-    """Give the values under their keys' current names, and the renames that took.
+    """Return the values under their keys' current names, and the renames that took.
 
     Raises:
         ConfigError: a key that no model has, or an old name beside its current one.
@@ -97,12 +174,9 @@ def current_names(
     known = {name for model in models for name in model.model_fields} | aliases.keys()
     found: dict[str, Any] = {}
     renames: Renames = {}
-    for given, value in values.items():
+    for number, (given, value) in enumerate(values.items(), 1):
         if given not in known:
-            guess = nearest(given, known)
-            guess = aliases.get(guess, guess)
-            why = f"unknown key; the nearest known one is {guess}"
-            raise ConfigError(given, shown(guess, value, models), why)
+            raise unknown_key(given, number, known, models)
         name = aliases.get(given, given)
         if name in found:
             other = next((old for old, new in renames.items() if new == name), name)
@@ -112,6 +186,20 @@ def current_names(
         if given != name:
             renames[given] = name
     return found, renames
+
+
+def check_no_key_swallowed(values: Mapping[str, Any], models: Collection[type[BaseModel]]) -> None:
+    """Return if no value holds the line of a secret key, as it does when a quote is missing.
+
+    Raises:
+        ConfigError: one does: it would be told in errors and logs.
+    """
+    names = {n for model in models for n in model.model_fields if is_secret(n, models)}
+    key_in_text = re.compile(rf"({'|'.join(sorted(names))})[\"']?\s*[:=]")
+    for name, value in values.items():
+        if isinstance(value, str) and name not in names and key_in_text.search(value):
+            why = "holds another key: is a quote missing?"
+            raise ConfigError(name, kind_of(value), why)
 
 
 def announce(renames: Renames) -> None:
@@ -133,7 +221,7 @@ class ConfigModel(BaseModel):
         protected_namespaces=(),
     )
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         known, renames = current_names(values, (type(self),))
         announce(renames)
         fields = type(self).model_fields
@@ -141,10 +229,18 @@ class ConfigModel(BaseModel):
             if retired := facts_of(fields[name]).retired:
                 message = f"configuration key {name} is retired: {retired}"
                 warnings.warn(message, RetiredKeyWarning, stacklevel=2)
+        fault: ConfigError | None = None
         try:
             super().__init__(**known)
         except ValidationError as error:
-            raise _config_error(type(self), error) from error
+            fault = _config_error(type(self), error)
+        if fault is not None:  # raised here it has no context, which would hold the values
+            raise fault
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Return what `repr` shows: no secret, nor who logs in at an address."""
+        for name, value in super().__repr_args__():
+            yield name, _without_users(value)
 
     def require_built(self) -> None:
         """Return if every part of the system that the values ask for exists.
@@ -156,16 +252,27 @@ class ConfigModel(BaseModel):
             facts = facts_of(field)
             value = getattr(self, name)
             if facts.part and value not in facts.built:
-                raise ConfigError(name, value, f"{facts.part} is not built yet")
+                why = f"{facts.part} is not built yet"
+                raise ConfigError(name, shown(name, value, (type(self),)), why)
 
 
 def _config_error(model: type[BaseModel], error: ValidationError) -> ConfigError:
-    """Give pydantic's first complaint as an error of ours."""
+    """Return pydantic's first complaint as an error of ours."""
     first = error.errors(include_url=False)[0]
-    name = str(first["loc"][0])
-    path = name + "".join(
-        f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:]
-    )
+    name, *rest = first["loc"] or ("configuration",)
+    name = str(name)
+    if is_secret(name, (model,)):
+        rest = []
+    elif first["type"] == "extra_forbidden":
+        rest[-1:] = [HIDDEN]  # a key that no model has
+    path = name + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
     value = None if first["type"] == "missing" else first["input"]
     why = first["msg"].removeprefix("Value error, ")
     return ConfigError(path, shown(name, value, (model,)), why)
+
+
+def _without_users(value: Any) -> Any:
+    """Return addresses without the names and passwords that they may begin with."""
+    if isinstance(value, str):
+        return _USER_OF_URL.sub(MASK, value)
+    return tuple(map(_without_users, value)) if type(value) is tuple else value

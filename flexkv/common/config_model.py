@@ -113,7 +113,11 @@ class ModelConfig(ConfigModel):
     layer_groups: tuple[LayerGroup, ...] | None = key(
         None, "Groups of layers whose KV shapes differ; in place of heads and dtype above."
     )
-    model_id: str = key("", "Name of the weights: caches of different models never mix.")
+    model_id: str = key(
+        "",
+        "Name of the weights: blocks of models with different names never mix. Models of one shape "
+        "that have none share blocks, right or wrong.",
+    )
 
     @field_validator("kv_dim", mode="before")
     @classmethod

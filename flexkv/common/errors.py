@@ -104,6 +104,11 @@ class CorruptBlockError(TransferError):
         )
         self.path, self.offset_bytes, self.block_ids = path, offset_bytes, tuple(block_ids)
 
+    def joined(self, other: CorruptBlockError) -> CorruptBlockError:
+        """Return one error for the blocks of both; its place is that of the first."""
+        block_ids = (*self.block_ids, *other.block_ids)
+        return CorruptBlockError(self.path, self.offset_bytes, block_ids)
+
 
 class MalformedError(FlexKVError):
     """Bytes from a file or a peer do not stand for what they should."""

@@ -21,6 +21,8 @@ BlockKey: TypeAlias = bytes
 """Identity of one block: 16 bytes, chained over its whole prefix."""
 
 BLOCK_KEY_BYTES = 16
+BLOCK_RECORD_BYTES = 36
+"""A block's key, its parent's, and whether it is the first of a prompt: what a journal keeps."""
 
 
 class Tier(IntEnum):

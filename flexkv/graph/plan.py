@@ -36,13 +36,15 @@ class LegFill(msgspec.Struct, frozen=True):
 
     `positions` are the blocks' places in the prompt, `ids` their places in each tier the leg
     meets (int64[n] each), `bounds` where each chunk begins, and the end of the last. `fillers` has,
-    for a leg that waits, the token of the op that is filling each chunk.
+    for a leg that waits, the token of the op that is filling each chunk. `owed_to` are tiers that
+    lack the blocks once these are in host memory, and to which no hop of the leg writes them.
     """
 
     positions: Positions
     ids: Mapping[Tier, BlockIds]
     bounds: tuple[int, ...]
     fillers: tuple[int, ...] = ()
+    owed_to: tuple[Tier, ...] = ()
 
 
 class Plan(msgspec.Struct, frozen=True):

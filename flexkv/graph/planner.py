@@ -21,6 +21,7 @@ from flexkv.graph.compile import TEMPLATES_MAX, compile_shape
 from flexkv.graph.ops import CHUNKS_MAX, Leg, Shape
 from flexkv.graph.plan import OPS_MAX, LegFill, Plan, Template, even_bounds
 from flexkv.index.claims import Claim, Holding
+from flexkv.index.owed import Taken
 from flexkv.index.residency import (
     ABSENT,
     PREFIX,
@@ -48,7 +49,7 @@ class PlanLimits(NamedTuple):
     chunk_blocks: int
     """Blocks of one pipelined chunk, about; a leg has at most CHUNKS_MAX of them."""
     write_behind_blocks_max: int
-    """Blocks of one lower tier that may wait to be written; more are not written at all."""
+    """Blocks of one lower tier that puts may have waiting for it; what is more is owed to it."""
 
 
 class Avoid(NamedTuple):
@@ -66,12 +67,25 @@ class Planned(NamedTuple):
     plan: Plan
     found: Found
     shortfall: CapacityError | ClearedError | None
+    owed: tuple[Owed, ...] = ()
+    """What is in host memory already. What comes there is told by the fill of its leg."""
+    declined: tuple[tuple[Tier, int], ...] = ()
+    """How many blocks a lower tier refuses as worth less than what it has."""
+
+
+class Owed(NamedTuple):
+    """Blocks in host memory that a lower tier lacks, and to which the plan does not write them."""
+
+    tier: Tier
+    host_ids: BlockIds
 
 
 class Draft:
     """Legs and fills under construction."""
 
-    __slots__ = ("_chunk_blocks", "_fills", "_legs", "_request", "reserved")
+    __slots__ = (
+        "_chunk_blocks", "_fills", "_legs", "_request", "declined", "owed", "reserved",
+    )  # fmt: skip
 
     def __init__(self, request: Request, limits: PlanLimits) -> None:
         self._request = request
@@ -80,12 +94,21 @@ class Draft:
         self._fills: list[LegFill] = []
         self.reserved: list[BlockIds] = []
         """Host places that were taken for it."""
+        self.owed: list[Owed] = []
+        self.declined: list[tuple[Tier, int]] = []
 
-    def add(self, hops: tuple[Route, ...], positions: Positions, ids: dict[Tier, BlockIds]) -> None:
+    def add(
+        self,
+        hops: tuple[Route, ...],
+        positions: Positions,
+        ids: dict[Tier, BlockIds],
+        owed_to: tuple[Tier, ...] = (),
+    ) -> None:
         """Add a leg over blocks that are there; `ids` is the draft's from then on."""
         leg, bounds = _chunked(hops, positions.block_count, self._chunk_blocks)
         self._legs.append(leg)
-        self._fills.append(_fill(self._request, positions, ids, bounds))
+        fill = _fill(self._request, positions, ids, bounds)
+        self._fills.append(structs.replace(fill, owed_to=owed_to) if owed_to else fill)
 
     def add_waiting(
         self, hops: tuple[Route, ...], pending: Placement, starts: list[int], fillers: list[int]
@@ -122,6 +145,8 @@ class Planner:
         self._residency = residency
         self._limits = limits
         self.avoid: Avoid | None = None
+        self.behindhand: frozenset[Tier] = frozenset()
+        """Lower tiers that are owed blocks: what is put joins them, behind the others."""
         self._lower = [(n, tier) for n, tier in enumerate(residency.tiers) if tier != Tier.HOST]
 
     def plan(self, request: Request, run_id: int) -> Planned:
@@ -130,7 +155,8 @@ class Planner:
             draft = Draft(request, self._limits)
             shortfall = self._store(request, draft)
             first = request.span.first_block
-            return Planned(self._claimed(draft.plan(run_id)), Found(first, first, {}), shortfall)
+            plan, found = self._claimed(draft.plan(run_id)), Found(first, first, {})
+            return Planned(plan, found, shortfall, tuple(draft.owed), tuple(draft.declined))
         found = self.visible(self._residency.find(request.keys, request.span.first_block, use=True))
         if found.host_only:
             return Planned(self._claimed(self._from_host(request, found, run_id)), found, None)
@@ -305,17 +331,14 @@ class Planner:
         """Give what is, or will be, in host memory and lacks in lower tiers, host places taken."""
         stores: list[_Store] = []
         shortfall = None
-        lower = self._lower
-        if self.avoid is not None:
-            lower = [(n, tier) for n, tier in lower if tier not in self.avoid.unwritable]
         for states, positions, block_ids in groups:
-            lacking = tuple([tier for number, tier in lower if states[number] == ABSENT])
+            lacking = tuple([tier for number, tier in self._lower if states[number] == ABSENT])
             host_ids = block_ids[0]
             if states[0] == READY and host_ids is not None and lacking:
                 stores.append(_Store(positions, host_ids, False, lacking))
             elif states[0] == ABSENT and shortfall is None:
                 # What host memory would not keep may be worth a place below, and comes through it.
-                how = PREFIX if lacking else WORTHY
+                how = PREFIX if set(lacking) - self._unwritable else WORTHY
                 host_ids = self._residency.reserve(Tier.HOST, request.keys, positions, how)
                 if len(host_ids) < positions.block_count:
                     shortfall = self._residency.shortfall(Tier.HOST, positions.block_count)
@@ -331,23 +354,49 @@ class Planner:
             draft.add(_hops(is_new, ()), positions, {Tier.HOST: host_ids})
             return
         taken: dict[Tier, BlockIds] = {}
+        owed_from: dict[Tier, int] = {}
         for tier in lacking:
-            waiting = self._residency.counts(tier).reserved
-            room = min(
-                positions.block_count, max(0, self._limits.write_behind_blocks_max - waiting)
-            )
+            room = self._room_behind(tier, positions.block_count)
             ids = self._residency.reserve(tier, request.keys, positions.part(0, room), WORTHY)
             if len(ids):
                 taken[tier] = ids
-        # Each tier took a prefix: between two ends the same tiers are behind.
-        ends = sorted({positions.block_count, *map(len, taken.values())})
+            owed_from[tier] = len(ids)
+            if len(ids) < room and self._residency.selective:
+                draft.declined.append((tier, room - len(ids)))
+                owed_from[tier] = room
+        # Each tier took a prefix, and is owed a suffix: between two ends all blocks are alike.
+        count = positions.block_count
+        ends = sorted({count, *map(len, taken.values()), *owed_from.values()} - {0})
         for begin, end in pairwise((0, *ends)):
             targets = tuple([tier for tier, ids in taken.items() if len(ids) > begin])
+            owed_to = tuple([tier for tier, first in owed_from.items() if first <= begin])
             hops = _hops(is_new, targets)
+            if not is_new:
+                draft.owed += [Owed(tier, host_ids[begin:end]) for tier in owed_to]
             if hops:
                 ids_by_tier = {tier: taken[tier][begin:end] for tier in targets}
                 ids_by_tier[Tier.HOST] = host_ids[begin:end]
-                draft.add(hops, positions.part(begin, end), ids_by_tier)
+                owed_to = owed_to if is_new else ()
+                draft.add(hops, positions.part(begin, end), ids_by_tier, owed_to)
+
+    @property
+    def _unwritable(self) -> frozenset[Tier]:
+        return frozenset() if self.avoid is None else self.avoid.unwritable
+
+    def _room_behind(self, tier: Tier, wanted_blocks: int) -> int:
+        """Return how many blocks of a put may be written behind it at once."""
+        if tier in self.behindhand or tier in self._unwritable:
+            return 0
+        waiting = self._residency.counts(tier).reserved
+        return min(wanted_blocks, max(0, self._limits.write_behind_blocks_max - waiting))
+
+    def plan_behind(self, taken: Taken, run_id: int) -> Plan:
+        """Plan to write blocks of host memory to the places of a lower tier that they have."""
+        tier, count = taken.tier, len(taken.host_ids)
+        leg, bounds = _chunked((Route(Tier.HOST, tier),), count, self._limits.chunk_blocks)
+        ids = {Tier.HOST: taken.host_ids, tier: taken.target_ids}
+        fill = LegFill(Positions(0, count), ids, bounds)
+        return self._claimed(Plan(template_of(Operation.PREFETCH, (leg,)), run_id, (fill,)))
 
     # -- both -----------------------------------------------------------------------------------
 

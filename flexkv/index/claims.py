@@ -41,6 +41,7 @@ class Claims:
         self._table = table
         self._number = tier_numbers
         self._open: dict[int, Claim] = {}
+        self._next_hold = -1
         self._owned: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -57,6 +58,12 @@ class Claims:
             self._table.pin(self._number[pinned.tier], pinned.block_ids)
         self._open[token] = claim
         self._owned[owner] = self._owned.get(owner, 0) + 1
+
+    def hold(self, holding: Holding) -> int:
+        """Keep blocks from eviction until `settle` gets the token that this returns."""
+        token, self._next_hold = self._next_hold, self._next_hold - 1
+        self.open(token, Claim(token, holding, None))
+        return token
 
     def settle(self, token: int, filled: bool) -> None:
         """End a claim: commit or abort its lease, take its pins off.

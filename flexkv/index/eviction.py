@@ -33,6 +33,11 @@ class Eviction(NamedTuple):
     """Used part of a tier from which blocks are evicted ahead of need."""
 
     @property
+    def selective(self) -> bool:
+        """Return whether a tier may refuse blocks that are worth less than what it holds."""
+        return self.policy == "lhd"
+
+    @property
     def timed(self) -> bool:
         """Tell whether the table must be told the time."""
         return self.hit_reward_seconds > 0

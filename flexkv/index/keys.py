@@ -1,12 +1,13 @@
 """Block keys: 128-bit chained hashes over a secret, a fingerprint, a namespace and the tokens.
 
-    root   = H(secret ‖ fingerprint ‖ namespace parts)     each part behind its length
+    root   = N(fingerprint ‖ namespace parts)              each part behind its length
     key[0] = H(root ‖ tokens of block 0)
     key[i] = H(key[i-1] ‖ tokens of block i)
 
-H is XXH3-128. Tokens take four bytes each, little-endian, or eight where one of the block needs
-more. Before a block that an extra key touches, its parent is replaced by H(parent ‖ those extra
-keys, each with its range relative to the block). `docs/key-vectors.json` has examples.
+N is BLAKE2b-128 with a key, and H is XXH3-128 with constants, that are both derived from the
+secret (`secret.py`). Tokens take four bytes each, little-endian. Before a block that an extra key
+touches, its parent is replaced by N(parent ‖ those extra keys, each with its range relative to the
+block). `docs/key-vectors.json` has examples.
 
 The fingerprint holds everything that changes the bytes of a block, so that two
 models never share one; the same prompt gives the same keys in every process and after every
@@ -15,6 +16,7 @@ restart.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -27,9 +29,13 @@ from flexkv.common.config import ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import Order, is_natural
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey
+from flexkv.index.secret import derived
 
-KEY_VERSION = 2
+KEY_VERSION = 3
 """Changes whenever the same tokens would give other keys or other bytes."""
+
+_ROOT, _EXTRAS = b"flexkv root", b"flexkv extras"
+"""Set what N names apart."""
 
 
 class Scope(NamedTuple):
@@ -53,28 +59,21 @@ class KeyChain:
         """Take what keys hang on; `order` is that of a block's elements, empty for the natural."""
         self._tokens_per_block = tokens_per_block
         self.fingerprint = fingerprint(model, tokens_per_block, order)
-        prefix = _framed([secret.encode(), self.fingerprint])
-        self._root = lru_cache(maxsize=4096)(
-            lambda parts: _ext.hash128(prefix + _framed([part.encode() for part in parts]))
-        )
+        self._hash_secret, self._name_key, _ = derived(secret)
+        self._root = lru_cache(maxsize=4096)(self._named_root)
 
     def keys(self, tokens: NDArray[np.int64] | list[int], namespace: Namespace = None) -> bytes:
         """Give the root, and the key of every whole block of `tokens`: 16 bytes each.
 
         Raises:
-            ConfigError: a token is negative or no integer, or the namespace is not what it may be.
+            ConfigError: a token is no integer of 0 to 2**32 - 1, or the namespace is not what it
+                may be.
         """
         scope = scope_of(namespace)
         root = self._root(scope.parts)
-        try:
-            if scope.extra_keys:
-                return self._keys_with_extras(tokens, root, scope.extra_keys)
-            return _ext.chain_keys(tokens, self._tokens_per_block, root)
-        except ValueError as error:
-            index, token = error.args
-            raise ConfigError(f"token_ids[{index}]", token, "must not be negative") from error
-        except (TypeError, OverflowError) as error:
-            raise ConfigError("token_ids", "a list", f"must be integers: {error}") from error
+        if scope.extra_keys:
+            return self._keys_with_extras(tokens, root, scope.extra_keys)
+        return self._chain(tokens, root)
 
     def extend(self, keys: bytes, tokens: NDArray[np.int64]) -> bytes:
         """Give the keys of a prompt that has grown, hashing only its new blocks.
@@ -83,8 +82,8 @@ class KeyChain:
             keys: root and keys of its first whole blocks, under a namespace without extra keys.
             tokens: int64[n], the whole prompt, which begins with the tokens of those blocks.
         """
-        known_blocks = len(keys) // BLOCK_KEY_BYTES - 1
-        return self.grown(keys, tokens[known_blocks * self._tokens_per_block :])
+        known = (len(keys) // BLOCK_KEY_BYTES - 1) * self._tokens_per_block
+        return self.grown(keys, tokens[known:])
 
     def grown(self, keys: bytes, new_tokens: NDArray[np.int64] | list[int]) -> bytes:
         """Give the keys of a prompt that has grown.
@@ -92,9 +91,40 @@ class KeyChain:
         Args:
             keys: root and keys of its whole blocks, under a namespace without extra keys.
             new_tokens: what came behind those blocks; what fills no block is left out.
+
+        Raises:
+            ConfigError: a token is no integer of 0 to 2**32 - 1; its index in the prompt is told.
         """
         known = len(keys) - BLOCK_KEY_BYTES
-        return keys[:known] + _ext.chain_keys(new_tokens, self._tokens_per_block, keys[known:])
+        first = known // BLOCK_KEY_BYTES * self._tokens_per_block
+        return keys[:known] + self._chain(new_tokens, keys[known:], first)
+
+    def _chain(self, tokens: NDArray[np.int64] | list[int], parent: bytes, first: int = 0) -> bytes:
+        """Return a parent and the keys of the blocks behind it; `first` is the first token's index.
+
+        Raises:
+            ConfigError: a token is no integer of 0 to 2**32 - 1.
+        """
+        try:
+            return _ext.chain_keys(tokens, self._tokens_per_block, parent, self._hash_secret)
+        except ValueError as error:
+            match error.args:
+                case (int(index), token):
+                    why = "must not be negative, nor 2**32 or more"
+                    raise ConfigError(f"token_ids[{first + index}]", token, why) from error
+            raise ConfigError("token_ids", type(tokens).__name__, str(error)) from error
+        except (TypeError, BufferError) as error:
+            kind = type(tokens).__name__
+            raise ConfigError("token_ids", kind, f"must be integers: {error}") from error
+
+    def _named_root(self, parts: tuple[str, ...]) -> bytes:
+        return self._named(_ROOT, [self.fingerprint, *(part.encode() for part in parts)])
+
+    def _named(self, kind: bytes, parts: Sequence[bytes]) -> bytes:
+        """Return 16 bytes that stand for some parts; without the secret nobody can tell which."""
+        return hashlib.blake2b(
+            _framed(parts), digest_size=BLOCK_KEY_BYTES, key=self._name_key, person=kind
+        ).digest()
 
     def _keys_with_extras(
         self,
@@ -113,13 +143,13 @@ class KeyChain:
         keys, done = root, 0
         for block in (*sorted(touched), blocks):
             between = tokens[done * per_block : block * per_block]
-            keys += _ext.chain_keys(between, per_block, keys[-size:])[size:]
+            keys += self._chain(between, keys[-size:], done * per_block)[size:]
             if block < blocks:
-                parent = _ext.hash128(keys[-size:] + _framed_extras(touched[block]))
+                parent = self._named(_EXTRAS, [keys[-size:], *map(_as_bytes, touched[block])])
                 own = tokens[block * per_block : (block + 1) * per_block]
-                keys += _ext.chain_keys(own, per_block, parent)[size:]
+                keys += self._chain(own, parent, block * per_block)[size:]
             done = block + 1
-        _ext.chain_keys(tokens[blocks * per_block :], per_block, root)  # checks the tail
+        self._chain(tokens[blocks * per_block :], root, blocks * per_block)  # checks the tail
         return keys
 
     def root(self, namespace: Namespace = None) -> bytes:
@@ -155,8 +185,7 @@ def fingerprint(model: ModelConfig, tokens_per_block: int, order: Order = "") ->
 
 def blocks_are(model: ModelConfig, tokens_per_block: int, secret: str) -> dict[str, int | str]:
     """Tell what blocks are and under which keys, for who keeps them; not the secret itself."""
-    digest = _ext.hash128(_framed([b"secret", secret.encode()])).hex()
-    return {**_facts(model, tokens_per_block), "key_secret_digest": digest}
+    return {**_facts(model, tokens_per_block), "key_secret_digest": derived(secret).digest}
 
 
 def _facts(model: ModelConfig, tokens_per_block: int) -> dict[str, int | str]:
@@ -210,8 +239,9 @@ def _parts(namespace: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(parts)
 
 
-def _framed_extras(extras: list[tuple[int, int, str]]) -> bytes:
-    return _framed([f"{first}:{last}:{text}".encode() for first, last, text in extras])
+def _as_bytes(extra_key: tuple[int, int, str]) -> bytes:
+    first, last, text = extra_key
+    return f"{first}:{last}:{text}".encode()
 
 
 def _framed(parts: Sequence[bytes]) -> bytes:

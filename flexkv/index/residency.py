@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from flexkv import _ext
 from flexkv.common.errors import CapacityError, InvariantError
-from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
+from flexkv.common.terms import BLOCK_KEY_BYTES, BLOCK_RECORD_BYTES, BlockIds, Tier
 from flexkv.index.claims import Claims, Holding
 from flexkv.index.clears import ClearHistory
 from flexkv.index.eviction import Eviction
@@ -33,6 +33,9 @@ NO_QUOTA = 2**32 - 1
 
 PREFIX, ALL, WORTHY = 0, 1, 2
 """How much `reserve` takes when room is short: what fits; all or nothing; what is worth it."""
+
+TAKEN, GONE, THERE, NO_ROOM = 0, 1, 2, 3
+"""What became of a block for which `reserve_copies` was to take a place."""
 
 
 class PrefixMatch(msgspec.Struct, frozen=True):
@@ -185,6 +188,9 @@ class Residency:
     """Every tier's blocks, nearest first, and the claims on them. The one source of truth.
 
     Only the scheduler changes it. A call that breaks a law raises InvariantError.
+
+    Attributes:
+        selective: whether tiers refuse blocks that are worth less than what they hold.
     """
 
     def __init__(
@@ -212,7 +218,7 @@ class Residency:
             for state in (PENDING, READY)
         }
         self.claims = Claims(self._table, self._number)
-        self.timed = eviction.timed
+        self.timed, self.selective = eviction.timed, eviction.selective
         self._begin_s: int | None = None
         self._start_threshold = eviction.start_threshold
         self._evict_ratio = eviction.evict_ratio
@@ -294,7 +300,7 @@ class Residency:
         it is the first.
         """
         blob = self._table.export(self._number[tier], block_ids)
-        return np.frombuffer(blob, np.uint8).reshape(len(block_ids), -1)
+        return np.frombuffer(blob, np.uint8).reshape(len(block_ids), BLOCK_RECORD_BYTES)
 
     def restore(
         self, tier: Tier, blocks: NDArray[np.uint8], parents: BlockIds, block_ids: BlockIds
@@ -344,6 +350,33 @@ class Residency:
             begin, last = positions.first, positions.first + positions.block_count
         number = self._number[tier]
         return np.frombuffer(self._table.reserve(number, keys, begin, last, places, how), np.int64)
+
+    def reserve_copies(
+        self, source: Tier, target: Tier, block_ids: BlockIds, keys: bytes
+    ) -> tuple[NDArray[np.uint8], BlockIds]:
+        """Take places in a tier for blocks that another one has and that are worth them.
+
+        Args:
+            source: the tier that has them.
+            target: the tier that lacks them.
+            block_ids: int64[n], their places in `source`, which may hold other blocks by now.
+            keys: 16 bytes each, to know them again.
+
+        Returns:
+            What became of each block, uint8[n]: TAKEN, GONE, THERE or NO_ROOM. And int64, the
+            places of those that were taken, RESERVED.
+        """
+        numbers = self._number
+        outcomes, ids = self._table.reserve_copies(
+            numbers[source], numbers[target], block_ids, keys, WORTHY
+        )
+        return np.frombuffer(outcomes, np.uint8), np.frombuffer(ids, np.int64)
+
+    def lacking(self, source: Tier, target: Tier, first: int, last: int) -> BlockIds:
+        """Return the places from `first` to `last` of a tier whose READY blocks another lacks."""
+        numbers = self._number
+        blob = self._table.lacking(numbers[source], numbers[target], first, last)
+        return np.frombuffer(blob, np.int64)
 
     def commit(self, tier: Tier, block_ids: BlockIds) -> None:
         """The bytes are there: RESERVED becomes READY, or goes when its key was forgotten."""

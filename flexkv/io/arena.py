@@ -7,30 +7,36 @@
 Large pages matter more than any other choice here: a disk request in 4 KiB pages is hundreds of
 segments, one in a huge page is one. All memory is touched at open, since a first touch costs
 several times a copy.
+
+Memory that other processes map is sealed: nobody can shrink it, which would kill all who touch it
+by SIGBUS, nor grow it, nor take the seals off. Whoever maps it checks the seals first.
 """
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from errno import EINVAL, errorcode
+from errno import EINVAL, EPERM, errorcode
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import structlog
 from numpy.typing import NDArray
 
 from flexkv import _ext
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.io.host_memory import headroom
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 ALIGNMENT_BYTES = 2 << 20
 """The arena starts on such a boundary: the usual huge page."""
+_MEMFD = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MADV_WIPEONFORK = 18
 """The kernel's number; `mmap` has no name for it. A child finds zeros, and copies nothing."""
 TOUCH_BYTES = 1 << 30
@@ -132,11 +138,12 @@ class Arena:
         """Map an arena that another process has opened to be shared; `fd` becomes the arena's.
 
         Raises:
-            OSError: it cannot be mapped.
+            OSError: it cannot be mapped, or could be made smaller while it is.
         """
         try:
-            memory = mmap.mmap(fd, fd_offset_bytes + num_blocks * block_stride_bytes)
-        except (OSError, ValueError) as error:  # the latter: it is smaller than it is said to be
+            length = _checked_length(fd, num_blocks, block_stride_bytes, fd_offset_bytes)
+            memory = mmap.mmap(fd, length)
+        except (OSError, ValueError, OverflowError) as error:
             os.close(fd)
             raise OSError(EINVAL, f"the arena cannot be mapped: {error}") from error
         mapping = _Mapping(memory, fd, "shared", "opened by another process")
@@ -200,15 +207,36 @@ def _address(memory: mmap.mmap) -> int:
     return int(np.frombuffer(memory, np.uint8).__array_interface__["data"][0])
 
 
+def _checked_length(fd: int, num_blocks: int, stride_bytes: int, offset_bytes: int) -> int:
+    """Return how many bytes of another process's memory to map.
+
+    Raises:
+        OSError: it is no sealed memory.
+        ValueError: it is smaller than it is said to be.
+    """
+    if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+        raise OSError(EPERM, "it is not sealed against shrinking")
+    length, size = offset_bytes + num_blocks * stride_bytes, os.fstat(fd).st_size
+    if min(num_blocks, stride_bytes) < 1 or offset_bytes < 0 or length > size:
+        raise ValueError(f"{num_blocks} blocks of {stride_bytes} bytes are not in its {size} bytes")
+    return length
+
+
+def _seal(fd: int) -> None:
+    """Let memory keep its size for ever; its bytes may still be written to."""
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+
+
 def _map_hugetlb(total_bytes: int, hugepage_bytes: int) -> _Mapping:
     """Map memory of the hugetlb pool, all of it reserved. Raises OSError when it has too little."""
     size_flag = (hugepage_bytes.bit_length() - 1) << os.MFD_HUGE_SHIFT
-    fd = os.memfd_create("flexkv-arena", os.MFD_CLOEXEC | os.MFD_HUGETLB | size_flag)
+    fd = os.memfd_create("flexkv-arena", _MEMFD | os.MFD_HUGETLB | size_flag)
     # Only pages below 2 MiB need room to align.
     slack = ALIGNMENT_BYTES if hugepage_bytes < ALIGNMENT_BYTES else 0
     length = -(-(total_bytes + slack) // hugepage_bytes) * hugepage_bytes
     try:
         os.ftruncate(fd, length)
+        _seal(fd)
         memory = mmap.mmap(fd, length)
     except (OSError, OverflowError):
         os.close(fd)
@@ -219,7 +247,7 @@ def _map_hugetlb(total_bytes: int, hugepage_bytes: int) -> _Mapping:
 def _map_pages(num_blocks: int, total_bytes: int, shared: bool) -> _Mapping:
     """Map ordinary memory, with the wish for transparent huge pages."""
     length = total_bytes + ALIGNMENT_BYTES
-    fd = os.memfd_create("flexkv-arena", os.MFD_CLOEXEC) if shared else None
+    fd = os.memfd_create("flexkv-arena", _MEMFD) if shared else None
     try:
         if fd is None:
             memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -227,6 +255,7 @@ def _map_pages(num_blocks: int, total_bytes: int, shared: bool) -> _Mapping:
             memory.madvise(_MADV_WIPEONFORK)
         else:
             os.ftruncate(fd, length)
+            _seal(fd)
             memory = mmap.mmap(fd, length)
     except OSError as error:
         if fd is not None:

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from flexkv.common.errors import CorruptBlockError, InvariantError
+from flexkv.common.errors import ClosedError, CorruptBlockError, InvariantError
 from flexkv.common.extents import check_ids
 from flexkv.common.terms import BlockIds, Tier, Transfer
 from flexkv.io.ports import Completion, DurablePort
@@ -67,6 +67,7 @@ class CheckedDiskPort:
         self._writing: dict[int, _Write] = {}
         self._forgotten: list[Transfer] = []
         self._wake: Callable[[], None] = lambda: None
+        self._closed = False
 
     @property
     def block_bytes(self) -> int:
@@ -95,6 +96,8 @@ class CheckedDiskPort:
             ClosedError: after `close`.
             InvariantError: ids out of range, or of unequal length.
         """
+        if self._closed:
+            raise ClosedError("the checked disk port is closed")
         if transfer.route.source is not Tier.HOST:
             self._summed.submit(transfer)
             self._reading[transfer.token] = transfer
@@ -147,6 +150,7 @@ class CheckedDiskPort:
         Raises:
             InvariantError: transfers were in flight; nobody was told of their ends.
         """
+        self._closed = True
         self._summed.close()
         if left := len(self._writing) + len(self._reading):
             raise InvariantError(f"checked disk port closed with {left} transfers unreaped")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import structlog
-
 from flexkv.io.arena import Arena
 from flexkv.io.files import StripedFiles
 from flexkv.io.posix import ThreadDiskPort
 from flexkv.io.uring import RingOptions, UringDiskPort
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 def open_disk(

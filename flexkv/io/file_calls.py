@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
-from flexkv.io.files import open_regular
+from flexkv.io.files import open_ours
+from flexkv.io.private import Folder, open_directory
 
 
 class FileCalls(Protocol):
@@ -17,7 +19,7 @@ class FileCalls(Protocol):
         """Open a file, or create it; never what is no file of ours.
 
         Raises:
-            ConfigError: it cannot be opened, or is none.
+            ConfigError: it cannot be opened, or others may write to it.
         """
         ...
 
@@ -59,11 +61,32 @@ class FileCalls(Protocol):
 
 
 class KernelCalls:
-    """Calls the kernel."""
+    """Calls the kernel.
+
+    Files are reached through the descriptor of their directory, so that nobody who may rename the
+    directory can put another in its place.
+    """
+
+    def __init__(self, folder: Folder | None = None) -> None:
+        """Take the open directory of all files; without one it is opened for each call."""
+        self._folder = folder
+
+    @contextmanager
+    def _folder_of(self, path: Path) -> Iterator[Folder]:
+        if self._folder is not None:
+            assert path.parent == self._folder.path, path
+            yield self._folder
+            return
+        fd = open_directory(path.parent)
+        try:
+            yield Folder(path.parent, fd)
+        finally:
+            os.close(fd)
 
     def open(self, path: Path) -> int:
         """Open a file, or create it."""
-        return open_regular(path, os.O_APPEND)
+        with self._folder_of(path) as folder:
+            return open_ours(folder, path.name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
 
     def read(self, fd: int) -> bytes:
         """Return all that is in a file, from the device where the kernel lets us.
@@ -99,20 +122,19 @@ class KernelCalls:
         os.close(fd)
 
     def rename(self, old: Path, new: Path) -> None:
-        """Let a file take the place of another."""
-        old.rename(new)
+        """Let a file take the place of another in the same directory."""
+        with self._folder_of(old) as folder:
+            os.rename(old.name, new.name, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
 
     def remove(self, path: Path) -> None:
         """Remove a file, if it is there."""
-        path.unlink(missing_ok=True)
+        with self._folder_of(path) as folder, suppress(FileNotFoundError):
+            os.unlink(path.name, dir_fd=folder.fd)
 
     def sync_folder(self, folder: Path) -> None:
         """Return once the names in a directory are on stable storage."""
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        with self._folder_of(folder / "any") as opened:
+            os.fsync(opened.fd)
 
 
 KERNEL = KernelCalls()

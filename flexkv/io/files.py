@@ -5,7 +5,8 @@
     directory 0    file 0 [0][2][4]    file 2 [6][8]
     directory 1    file 1 [1][3][5]    file 3 [7]
 
-One block is one extent, aligned for O_DIRECT. A lock per directory keeps two engines apart.
+One block is one extent, aligned for O_DIRECT. A lock on each directory keeps two engines apart.
+Directories and files are ours alone, or are refused (`private.py`).
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-import stat
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,11 @@ from numpy.typing import NDArray
 
 from flexkv.common.errors import ConfigError, StorageError
 from flexkv.common.terms import BlockIds
+from flexkv.io.locks import NOTE_NAME, lock_open_directory
+from flexkv.io.private import Folder, NotPrivateError, make_directory, open_directory, open_file
 
 DIRECT_ALIGNMENT_BYTES = 4096
 """What every filesystem that knows O_DIRECT accepts for offset, length and address."""
-LOCK_NAME = "lock.flexkv"
 FILE_PATTERN = "blocks-*.flexkv"
 
 
@@ -66,6 +68,7 @@ class StripedFiles:
         block_stride_bytes: bytes from one block to the next in a file.
         fds: one per file; they stay the property of this object.
         paths: of the files, by the same index.
+        folders: the directories, locked; they stay the property of this object.
         direct: whether I/O goes past the page cache.
         why: why not, when it does not.
     """
@@ -76,6 +79,7 @@ class StripedFiles:
         self.block_stride_bytes = block_stride_bytes
         self.fds: list[int] = []
         self.paths: list[str] = []
+        self.folders: list[Folder] = []
         self.direct = False
         self.why = ""
         self._striping = striping
@@ -102,7 +106,8 @@ class StripedFiles:
             preallocate: take all the space now; else as it is written to, and a write may fail.
 
         Raises:
-            ConfigError: a directory is missing, read-only, in use or full, or is none.
+            ConfigError: a directory is missing, read-only, in use or full, or is none; or others
+                may write to it or to a file in it.
         """
         assert num_blocks >= 1, num_blocks
         if not directories:
@@ -111,13 +116,13 @@ class StripedFiles:
         if max_file_size_bytes is not None:
             blocks_per_file = max(1, max_file_size_bytes // block_stride_bytes)
         striping = _Striping(len(directories), num_blocks, blocks_per_file)
-        folders = [Path(directory) for directory in directories]
         with ExitStack() as closing:
             files = cls(striping, block_stride_bytes, closing)
-            for folder in folders:
-                _prepare(folder)
-                closing.callback(os.close, lock(folder))
-            files._open_all(folders, preallocate)
+            for directory in directories:
+                folder = open_folder(Path(directory), closing, make=True)
+                lock_folder(folder, closing)
+                files.folders.append(folder)
+            files._open_all(preallocate)
             files.why = files._go_direct()
             files.direct = not files.why
             files._closing = closing.pop_all()
@@ -154,21 +159,21 @@ class StripedFiles:
         """Close the files and unlock the directories. Idempotent."""
         self._closing.close()
 
-    def _open_all(self, folders: list[Path], preallocate: bool) -> None:
+    def _open_all(self, preallocate: bool) -> None:
         """Open every file at its size, with all its space allocated if that is wanted."""
         wanted = [count * self.block_stride_bytes for count in self._striping.blocks_by_file()]
-        paths = [
-            folders[index % len(folders)] / f"blocks-{index // len(folders):04d}.flexkv"
+        places = [
+            (self.folders[index % len(self.folders)], file_name(index // len(self.folders)))
             for index in range(len(wanted))
         ]
-        for folder in folders:
-            for leftover in set(folder.glob(FILE_PATTERN)).difference(paths):
-                _unlink(leftover)
-        for path in paths:
-            fd = open_regular(path)
+        paths = [folder.path / name for folder, name in places]
+        for folder in self.folders:
+            _remove_leftovers(folder, paths)
+        for folder, name in places:
+            fd = open_ours(folder, name)
             self._closing.callback(os.close, fd)
             self.fds.append(fd)
-            self.paths.append(str(path))
+            self.paths.append(str(folder.path / name))
         if preallocate:
             self._check_space(wanted)
         for fd, path, size in zip(self.fds, paths, wanted, strict=True):
@@ -219,62 +224,79 @@ class StripedFiles:
         return ""
 
 
-def _prepare(folder: Path) -> None:
-    """Make sure that `folder` is a directory, creating its last component only."""
+def file_name(row_of_files: int) -> str:
+    """Return the name of a directory's n-th block file."""
+    return f"blocks-{row_of_files:04d}.flexkv"
+
+
+def open_folder(path: Path, closing: ExitStack, make: bool = False) -> Folder:
+    """Open a directory of the SSD tier until `closing` ends.
+
+    Args:
+        path: of the directory.
+        closing: gets what closes it.
+        make: whether one that is missing is made (its last component only).
+
+    Raises:
+        ConfigError: it is missing, or no directory, or others may write to it.
+    """
     try:
-        folder.mkdir(mode=0o700)
-    except FileExistsError as error:
-        if not folder.is_dir():
-            raise ConfigError("ssd_cache_dir", str(folder), "is not a directory") from error
-    except FileNotFoundError as error:
-        why = f"{folder.parent} does not exist"
-        raise ConfigError("ssd_cache_dir", str(folder), why) from error
+        fd = make_directory(path) if make else open_directory(path)
     except OSError as error:
-        why = f"cannot be created ({error.strerror})"
-        raise ConfigError("ssd_cache_dir", str(folder), why) from error
+        raise _refusal(path, error) from error
+    closing.callback(os.close, fd)
+    return Folder(path, fd)
 
 
-def open_regular(path: Path, more_flags: int = 0) -> int:
-    """Open or create a file of ours: never a link, a pipe or a directory in its place."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | more_flags
-    with ExitStack() as undo:
-        try:
-            fd = os.open(path, flags, 0o600)
-            undo.callback(os.close, fd)
-            os.fchmod(fd, 0o600)
-        except OSError as error:
-            why = f"is not writable ({error.strerror})"
-            raise ConfigError("ssd_cache_dir", str(path), why) from error
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ConfigError("ssd_cache_dir", str(path), "is not a regular file")
-        undo.pop_all()
-    return fd
+def lock_folder(folder: Folder, closing: ExitStack) -> None:
+    """Lock a directory until `closing` ends.
 
-
-def _unlink(path: Path) -> None:
+    Raises:
+        ConfigError: another process has it, or it cannot be locked.
+    """
     try:
-        path.unlink()
+        lock = lock_open_directory(folder.fd, folder.path)
+    except BlockingIOError as error:
+        raise ConfigError("ssd_cache_dir", str(folder.path), str(error.strerror)) from error
     except OSError as error:
-        why = f"cannot be removed ({error.strerror})"
-        raise ConfigError("ssd_cache_dir", str(path), why) from error
+        raise _refusal(folder.path / NOTE_NAME, error) from error
+    closing.callback(lock.release)
 
 
-def lock(folder: Path) -> int:
-    """Take the lock of `folder`, and give the descriptor that holds it."""
-    fd = open_regular(folder / LOCK_NAME)
+def open_ours(folder: Folder, name: str, flags: int = os.O_RDWR | os.O_CREAT) -> int:
+    """Open or create a file of ours: never a link, a pipe or a directory in its place.
+
+    Raises:
+        ConfigError: it cannot be opened, or others may write to it.
+    """
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.truncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        return open_file(folder.fd, name, flags)
     except OSError as error:
-        holder = os.pread(fd, 32, 0).decode(errors="replace")
-        os.close(fd)
-        if isinstance(error, BlockingIOError):
-            why = f"is in use by process {holder}"
-        else:
-            why = f"cannot be locked ({error.strerror})"
-        raise ConfigError("ssd_cache_dir", str(folder), why) from error
-    return fd
+        raise _refusal(folder.path / name, error) from error
+
+
+def _refusal(path: Path, error: OSError) -> ConfigError:
+    """Say what is wrong with a directory or a file of the SSD tier."""
+    why = f"cannot be used ({error.strerror})"
+    if isinstance(error, NotPrivateError):
+        why = str(error.strerror)
+    elif isinstance(error, NotADirectoryError):
+        why = "is not a directory" if path.exists() else f"{path.parent} is not a directory"
+    elif isinstance(error, FileNotFoundError):
+        why = "does not exist" if path.parent.exists() else f"{path.parent} does not exist"
+    return ConfigError("ssd_cache_dir", str(path), why)
+
+
+def _remove_leftovers(folder: Folder, wanted: list[Path]) -> None:
+    """Remove the block files of a directory that this tier has no use for."""
+    for name in os.listdir(folder.fd):
+        path = folder.path / name
+        if fnmatch(name, FILE_PATTERN) and path not in wanted:
+            try:
+                os.unlink(name, dir_fd=folder.fd)
+            except OSError as error:
+                why = f"cannot be removed ({error.strerror})"
+                raise ConfigError("ssd_cache_dir", str(path), why) from error
 
 
 def _free_bytes(fd: int) -> int:

@@ -18,22 +18,25 @@ from collections.abc import Iterator
 from contextlib import suppress
 from errno import EIO
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Annotated, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv.common.errors import ConfigError, StorageError
+from flexkv.common.decoding import decoded
+from flexkv.common.errors import ConfigError, MalformedError, StorageError
+from flexkv.common.terms import BLOCK_RECORD_BYTES
 from flexkv.io.file_calls import KERNEL, FileCalls
 
 NAME, NEW_NAME = "journal.flexkv", "journal.new.flexkv"
-RECORD_BYTES = 36
-"""One block as the index exports it: key, parent's key, whether it is the first of a prompt."""
+RECORD_BYTES = BLOCK_RECORD_BYTES
+"""One block as the index exports it."""
 FRAME_BYTES_MAX = 64 << 20
 FRAME_ROWS_MAX = 1 << 20
 
 _HEAD = struct.Struct("<II")
+_INT64_MAX = (1 << 63) - 1
 
 
 class Stored(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -45,7 +48,7 @@ class Stored(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """uint64[n], XXH3-64 of each row's bytes."""
     blocks: bytes
     """36 bytes each."""
-    sequence: int = 0
+    sequence: Annotated[int, msgspec.Meta(ge=0, le=_INT64_MAX)] = 0
     """Grows over all journals of a tier: of two rows with the same key the later counts."""
 
     @property
@@ -132,8 +135,8 @@ def records(content: bytes | memoryview) -> Iterator[tuple[Record, int]]:
         if length > FRAME_BYTES_MAX or len(payload) < length or zlib.crc32(payload) != crc:
             return
         try:
-            record = _DECODER.decode(payload)
-        except (msgspec.DecodeError, RecursionError):
+            record = decoded(_DECODER, payload)
+        except MalformedError:
             return
         if not record.is_whole:
             return

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-
-import structlog
 
 from flexkv.common.errors import ConfigError
 from flexkv.io import superblock
 from flexkv.io.arena import Arena
 from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.disk import open_disk
+from flexkv.io.file_calls import KernelCalls
 from flexkv.io.files import StripedFiles
 from flexkv.io.journal import NAME as JOURNAL_NAME
 from flexkv.io.journal import Journal
+from flexkv.io.private import Folder, open_directory
 from flexkv.io.sums import Summer
 from flexkv.io.superblock import Superblock
 from flexkv.io.uring import RingOptions
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 def present(folders: Iterable[Path]) -> list[Path]:
@@ -48,18 +50,26 @@ def refuse(folders: list[Path], wanted: Superblock) -> None:
     """Refuse directories that hold blocks of another kind, before anything in them is touched.
 
     Raises:
-        ConfigError: one does.
+        ConfigError: one does, or others may write to it.
     """
-    for folder in folders:
-        if differences := _differences(folder, wanted):
+    for path in folders:
+        try:
+            fd = open_directory(path)
+        except OSError:
+            continue  # it is made, or refused, when it is opened to be used
+        try:
+            differences = _differences(Folder(path, fd), wanted)
+        finally:
+            os.close(fd)
+        if differences:
             why = f"holds blocks of another kind: {'; '.join(differences)}"
-            raise ConfigError("ssd_cache_dir", str(folder), why)
+            raise ConfigError("ssd_cache_dir", str(path), why)
 
 
-def forget_earlier(folders: list[Path]) -> None:
+def forget_earlier(folders: list[Folder]) -> None:
     """Let no later run believe in what this one, which keeps no journal, will write over."""
     for folder in folders:
-        (folder / JOURNAL_NAME).unlink(missing_ok=True)
+        _forget(folder)
 
 
 def open_ssd(
@@ -78,7 +88,7 @@ def open_ssd(
     return port
 
 
-def open_journals(folders: list[Path], wanted: Superblock, undo: ExitStack) -> list[Journal]:
+def open_journals(folders: list[Folder], wanted: Superblock, undo: ExitStack) -> list[Journal]:
     """Give the journal of each directory, empty where the blocks in it are of another kind.
 
     Raises:
@@ -88,27 +98,33 @@ def open_journals(folders: list[Path], wanted: Superblock, undo: ExitStack) -> l
     for folder in folders:
         try:
             _admit(folder, wanted)
-            journals.append(Journal(folder))
+            journals.append(Journal(folder.path, KernelCalls(folder)))
         except OSError as error:
             why = f"its journal cannot be used ({error.strerror})"
-            raise ConfigError("ssd_cache_dir", str(folder), why) from error
+            raise ConfigError("ssd_cache_dir", str(folder.path), why) from error
         undo.callback(journals[-1].close)
     return journals
 
 
-def _admit(folder: Path, wanted: Superblock) -> None:
+def _admit(folder: Folder, wanted: Superblock) -> None:
     """Empty a directory whose blocks are of another kind, and say which it holds from now on."""
     if superblock.read(folder) == wanted:
         return
     if differences := _differences(folder, wanted):
-        log.warning("ssd_emptied", directory=str(folder), differences=differences)
-    (folder / JOURNAL_NAME).unlink(missing_ok=True)
+        log.warning("ssd_emptied", directory=str(folder.path), differences=differences)
+    _forget(folder)
     superblock.write(folder, wanted)
 
 
-def _differences(folder: Path, wanted: Superblock) -> list[str]:
+def _forget(folder: Folder) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(JOURNAL_NAME, dir_fd=folder.fd)
+
+
+def _differences(folder: Folder, wanted: Superblock) -> list[str]:
     """Say in what the blocks of a directory differ from those that are wanted."""
     found = superblock.read(folder)
     if found is not None:
         return superblock.differences(found, wanted)
-    return ["no superblock that can be read"] if (folder / JOURNAL_NAME).exists() else []
+    has_journal = JOURNAL_NAME in os.listdir(folder.fd)
+    return ["no superblock that can be read"] if has_journal else []

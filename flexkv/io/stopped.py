@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 
 from flexkv.common.errors import ConfigError
 from flexkv.io import superblock
-from flexkv.io.files import lock
+from flexkv.io.file_calls import KernelCalls
+from flexkv.io.files import FILE_PATTERN, file_name, lock_folder, open_folder, open_ours
 from flexkv.io.journal import Journal, cleared, erased
+from flexkv.io.private import open_file
 from flexkv.io.reread import Rereader
 
 BATCH_BYTES = 64 << 20
@@ -35,18 +38,21 @@ class StoppedTier:
         """Lock the directory.
 
         Raises:
-            ConfigError: it is no directory of an SSD tier, or an engine has it.
+            ConfigError: it is no directory of an SSD tier, or an engine has it, or others may
+                write to it or to a file in it.
         """
-        found = superblock.read(folder)
-        if found is None:
-            raise ConfigError("directory", str(folder), "has no superblock of an SSD tier")
-        self.folder, self.superblock = folder, found
         with ExitStack() as undo:
-            undo.callback(os.close, lock(folder))
-            self._journal = Journal(folder)
+            self._folder = open_folder(folder, undo)
+            found = superblock.read(self._folder)
+            if found is None:
+                raise ConfigError("directory", str(folder), "has no superblock of an SSD tier")
+            lock_folder(self._folder, undo)
+            for name in self._block_files():
+                os.close(open_ours(self._folder, name, os.O_RDONLY))
+            self._journal = Journal(folder, KernelCalls(self._folder))
             undo.callback(self._journal.close)
             self._closing = undo.pop_all()
-        self.live = self._journal.live
+        self.superblock, self.live = found, self._journal.live
 
     def __enter__(self) -> StoppedTier:
         return self
@@ -67,7 +73,13 @@ class StoppedTier:
     @property
     def file_bytes(self) -> int:
         """Give what the block files take of the disk."""
-        return sum(file.stat().st_blocks * 512 for file in self.folder.glob("blocks-*.flexkv"))
+        fd, names = self._folder.fd, self._block_files()
+        return sum(
+            os.stat(name, dir_fd=fd, follow_symlinks=False).st_blocks * 512 for name in names
+        )
+
+    def _block_files(self) -> list[str]:
+        return [name for name in os.listdir(self._folder.fd) if fnmatch(name, FILE_PATTERN)]
 
     def verify(self) -> Iterator[Checked]:
         """Read every row that the journal believes in, and compare its checksum."""
@@ -91,8 +103,8 @@ class StoppedTier:
         index, place = divmod(row, per_file) if per_file else (0, row)
         if index not in fds:
             fds[index] = None
-            with suppress(OSError):
-                fd = os.open(self.folder / f"blocks-{index:04d}.flexkv", os.O_RDONLY)
+            with suppress(OSError):  # its rows are not sound
+                fd = open_file(self._folder.fd, file_name(index), os.O_RDONLY)
                 closing.callback(os.close, fd)
                 fds[index] = fd
         return fds[index], place * stride

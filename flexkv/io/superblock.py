@@ -7,15 +7,23 @@ secret or version. It says which field differs.
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Any
+from contextlib import suppress
+from typing import Annotated, Any
 
 import msgspec
 
-from flexkv.io.file_calls import KERNEL
+from flexkv.common.decoding import decoded
+from flexkv.common.errors import ConfigError, MalformedError
+from flexkv.io.private import Folder, NotPrivateError, open_file
 
 NAME = "superblock.flexkv"
+_NEW_NAME = f"{NAME}.new"
+_BYTES_MAX = 1 << 20
+"""No superblock of ours is longer."""
 FORMAT_VERSION = 2
+
+
+_Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Superblock(msgspec.Struct, frozen=True):
@@ -24,32 +32,46 @@ class Superblock(msgspec.Struct, frozen=True):
     version: int
     blocks_are: dict[str, Any]
     """Model, tokens per block, version of the keys, digest of the secret."""
-    block_stride_bytes: int
-    rows_per_file: int | None
+    block_stride_bytes: _Count
+    rows_per_file: _Count | None
     """None: all rows are in one file."""
 
 
-def read(folder: Path) -> Superblock | None:
-    """Give a directory's superblock; None when it has none that can be read."""
+_DECODER = msgspec.json.Decoder(Superblock)
+
+
+def read(folder: Folder) -> Superblock | None:
+    """Return a directory's superblock; None when it has none that can be read.
+
+    Raises:
+        ConfigError: it is a link, or no file, or others may write to it.
+    """
     try:
-        return msgspec.json.decode((folder / NAME).read_bytes(), type=Superblock)
-    except (OSError, msgspec.DecodeError, RecursionError):
+        fd = open_file(folder.fd, NAME, os.O_RDONLY)
+    except NotPrivateError as error:
+        raise ConfigError("ssd_cache_dir", str(folder.path / NAME), str(error.strerror)) from error
+    except OSError:
         return None
+    with open(fd, "rb") as file, suppress(OSError, MalformedError):
+        return decoded(_DECODER, file.read(_BYTES_MAX))
+    return None
 
 
-def write(folder: Path, superblock: Superblock) -> None:
+def write(folder: Folder, superblock: Superblock) -> None:
     """Replace a directory's superblock, at once and for good.
 
     Raises:
         OSError: the directory takes no file.
     """
-    new = folder / f"{NAME}.new"
-    with new.open("wb") as file:
+    with suppress(FileNotFoundError):
+        os.unlink(_NEW_NAME, dir_fd=folder.fd)  # left by a run that was ended here
+    fd = open_file(folder.fd, _NEW_NAME, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    with open(fd, "wb") as file:
         file.write(msgspec.json.format(msgspec.json.encode(superblock)))
         file.flush()
-        os.fdatasync(file.fileno())
-    new.rename(folder / NAME)
-    KERNEL.sync_folder(folder)
+        os.fdatasync(fd)
+    os.rename(_NEW_NAME, NAME, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+    os.fsync(folder.fd)
 
 
 def differences(found: Superblock, wanted: Superblock) -> list[str]:

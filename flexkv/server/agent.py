@@ -16,8 +16,6 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-import structlog
-
 from flexkv.actors.actor import Supervisor
 from flexkv.backend import LocalBackend
 from flexkv.common.config import CacheConfig, ModelConfig
@@ -28,6 +26,7 @@ from flexkv.io.arena import Arena
 from flexkv.io.cpus import widen_affinity
 from flexkv.io.ports import DevicePort
 from flexkv.io.tensors import kv_cache_list
+from flexkv.logs import get_logger
 from flexkv.loop_thread import LoopThread
 from flexkv.server.fleet import ids_from
 from flexkv.server.greet import Connected, connect
@@ -47,7 +46,7 @@ from flexkv.server.wire import (
     parts_of,
 )
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 RETRY_S, RETRY_REFUSED_S = 0.1, 2.0
 """Between two attempts to connect: while nobody listens, and after a refusal."""

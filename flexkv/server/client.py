@@ -16,13 +16,12 @@ from contextlib import suppress
 from secrets import randbits
 from typing import Any
 
-import structlog
-
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.common.request import KVResponseStatus, Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
 from flexkv.index.keys import KeyChain, Namespace, blocks_are
+from flexkv.logs import get_logger
 from flexkv.server.greet import connect
 from flexkv.server.wire import (
     FROM_SERVER,
@@ -46,15 +45,15 @@ from flexkv.server.wire import (
     understood,
 )
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 RETRY_S, RETRY_S_MAX = 0.5, 30.0
 """Between two attempts to connect; doubled each time while something is there and fails us."""
 HANG_S = 60.0
 """With requests under way, a server that says nothing for so long is as good as gone."""
 READ_BYTES = 1 << 18
-READS_MAX = 64
-"""In one `poll`: a server that never stops talking must not hold a step of the scheduler."""
+POLL_S_MAX = 0.02
+"""How long one `poll` may take what comes: a server that never stops talking holds no step."""
 CHANGES_MAX = 1 << 20
 """That `changes` has not fetched yet; of more it only says that they are lost."""
 UNSENT_BYTES_MAX = 16 << 20
@@ -93,6 +92,7 @@ class Client:
         self._model, self._tokens_per_block = model, cache.tokens_per_block
         self._secret = cache.key_secret.get_secret_value()
         self._keys = KeyChain(model, self._tokens_per_block, self._secret)
+        self._order = ""
         self._socket: socket.socket | None = None
         self._unread, self._unsent = bytearray(), bytearray()
         self._asked: dict[int, float] = {}
@@ -232,9 +232,9 @@ class Client:
         """Give the requests that ended since the last call, each exactly once. Never waits."""
         if self._connected():
             self.flush()
-            for _ in range(READS_MAX):
-                if not self._receive(0.0):
-                    break
+            until_s = time.monotonic() + POLL_S_MAX
+            while self._receive(0.0) and time.monotonic() < until_s:
+                pass
             if self._under_way and time.monotonic() > self._heard_s + HANG_S:
                 self._lost(f"it said nothing for {HANG_S} s")
         ended, self._ended = self._ended, []
@@ -386,7 +386,8 @@ class Client:
             case State():
                 self.is_ready, self.num_blocks = message.ready, message.num_blocks
                 self._slot, self.generation = message.slot, message.generation
-                if message.ready:
+                if message.ready and message.order != self._order:
+                    self._order = message.order
                     self._keys = KeyChain(
                         self._model, self._tokens_per_block, self._secret, message.order
                     )

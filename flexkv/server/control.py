@@ -58,8 +58,8 @@ class Control:
             raise ConfigError("tier", tier, f"must be one of {', '.join(names)}")
         return await self._engine.keeping.clear_durably(None if tier is None else names[tier])
 
-    async def _flush(self) -> None:
-        await self._engine.flush()
+    async def _flush(self) -> Any:
+        return msgspec.to_builtins(await self._engine.flush())
 
     def _status(self) -> Any:
         return {

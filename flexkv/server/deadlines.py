@@ -15,12 +15,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-import structlog
-
+from flexkv.logs import get_logger
 from flexkv.runner import RequestRunner
 from flexkv.server.fleet import FleetPort, Instance
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 LOOKS_A_DEADLINE = 4
 """How often within a deadline it is looked whether it has passed."""

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import structlog
 
 from flexkv.common.config import ModelConfig
 from flexkv.common.errors import AgentGoneError, ConfigError
@@ -24,11 +23,12 @@ from flexkv.common.layout import AXES
 from flexkv.common.terms import BlockIds, Tier, Transfer
 from flexkv.io.ports import Completion
 from flexkv.io.ranks import RanksPort
+from flexkv.logs import get_logger
 from flexkv.server.agent_port import AgentPort, Elsewhere
 from flexkv.server.link import Link
 from flexkv.server.wire import ProtocolError, ToServer
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 GONE = "the instance is gone"
 SLOT_SHIFT = 40

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import NamedTuple
 
 from flexkv.common.errors import ClosedError, ConfigError
+from flexkv.server.address import socket_paths
+from flexkv.server.listen import is_same_user, peer_of
 from flexkv.server.wire import (
     FROM_SERVER,
     LENGTH_BYTES,
@@ -17,7 +20,6 @@ from flexkv.server.wire import (
     Welcome,
     framed,
     length_of,
-    socket_path,
     understood,
 )
 
@@ -37,16 +39,17 @@ class Connected(NamedTuple):
 def connect(address: str, hello: Hello, answer_s: float = ANSWER_S) -> Connected:
     """Connect to the server at an address, which may take so long to answer.
 
+    Nothing is said to a server of another user: he would get the KV that ours has.
+
     Raises:
         OSError: nobody listens there, or nobody answers.
-        ConfigError: the server refuses us, and says why.
+        ConfigError: another user serves there, or the server refuses us, and says why.
         ClosedError: it is closing.
     """
-    peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    peer, path = _reached(address, answer_s)
     fds: list[int] = []
     try:
-        peer.settimeout(answer_s)
-        peer.connect(str(socket_path(address)))
+        _check_server(peer, path)
         peer.sendall(framed(hello))
         head, fds, _, _ = socket.recv_fds(peer, LENGTH_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
         head += read(peer, LENGTH_BYTES - len(head))
@@ -62,8 +65,49 @@ def connect(address: str, hello: Hello, answer_s: float = ANSWER_S) -> Connected
     return Connected(peer, welcome, fds[0] if fds else None)
 
 
+def _reached(address: str, answer_s: float) -> tuple[socket.socket, Path]:
+    """Return a socket that is connected to whoever listens at an address, and where that is.
+
+    Raises:
+        OSError: nobody does; the error names the path.
+        ConfigError: the address names none.
+    """
+    *others, last = socket_paths(address)
+    for path in (*others, last):
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            peer.settimeout(answer_s)
+            peer.connect(str(path))
+        except OSError as error:
+            peer.close()
+            is_absent = isinstance(error, FileNotFoundError | ConnectionRefusedError)
+            if is_absent and path != last:
+                continue
+            if error.errno is None:  # it timed out
+                raise
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        else:
+            return peer, path
+    raise AssertionError("an address names at least one socket")
+
+
+def _check_server(peer: socket.socket, path: Path) -> None:
+    """Return if our user or root serves there.
+
+    Raises:
+        ConfigError: somebody else does.
+    """
+    if not is_same_user(peer):
+        pid, uid = peer_of(peer)
+        why = (
+            f"is served by user {uid} (process {pid}), who is neither us (user {os.geteuid()})"
+            " nor root: nothing was said to him"
+        )
+        raise ConfigError("server_recv_port", str(path), why)
+
+
 def _taken(answer: FromServer) -> Welcome:
-    """Give the answer of a server that takes us.
+    """Return the answer of a server that takes us.
 
     Raises:
         ConfigError: it does not, or speaks another version.

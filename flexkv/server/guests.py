@@ -19,14 +19,13 @@ from collections.abc import Coroutine, Iterator
 from contextlib import suppress
 from typing import Any
 
-import structlog
-
 from flexkv.actors.actor import Supervisor
 from flexkv.common.errors import ConfigError
+from flexkv.logs import get_logger
 from flexkv.server.link import Link
 from flexkv.server.wire import ToServer
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 STRANGERS_MAX = 256
 """Connections that have not said yet who they are, or agents that have not lent their device."""

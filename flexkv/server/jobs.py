@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
-import structlog
 
 from flexkv.actors.flight import Flight
 from flexkv.common.errors import (
@@ -25,12 +24,13 @@ from flexkv.common.errors import (
 from flexkv.common.request import KVResponse, Operation, Request, Span
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
 from flexkv.engine import Engine
+from flexkv.logs import get_logger
 from flexkv.runner import Turn
 from flexkv.server.fleet import FleetPort, Instance, ids_from
 from flexkv.server.put_share import PutShare
 from flexkv.server.wire import Done, Match, Matched, Start
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 JOBS_MAX = 1 << 16
 """Requests of one client that may be under way, and numbers that are ready ahead of them."""

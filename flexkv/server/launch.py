@@ -1,85 +1,186 @@
-"""Starts a server in a process of its own, which ends when ours does."""
+"""Starts a server in a process of its own, which ends when ours does.
+
+The server is nobody's child and has a session of its own: who ends an engine may kill every process
+that descends from it (vLLM does, at once when its `--shutdown-timeout` is 0), and the server must
+live on to write what is not on SSD yet. So a process between us and it starts it, and ends:
+
+    engine ── between: hands over a descriptor of the engine's process, tells the server's id, ends
+       ┊         └── server: ends by itself when the engine has ended or closed the pipe to it
+       └ stdin and stdout of the server, and a descriptor that tells when it has ended
+
+Where the kernel has no descriptors of processes they are looked at once a second instead.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import select
+import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from typing import Any
 
-import structlog
+import psutil
 from pydantic import BaseModel, Secret, SecretStr
 
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import ConfigError
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 LISTENING = b"listening\n"
 """What the server says on stdout once the address is its own; before it takes memory."""
+ENDED = b"ended\n"
+"""What it says last, if it ends in good order."""
 END_S = 90.0
 """How long it may take to end: it writes what is not on SSD yet."""
+LOOK_S = 0.05
+
+_BETWEEN = """
+import os, sys
+engine = os.getppid()
+try:
+    watched = os.pidfd_open(engine)
+    os.set_inheritable(watched, True)
+except (AttributeError, OSError):
+    watched = -1
+if os.getppid() != engine or os.fork():
+    os._exit(0)
+os.setsid()
+os.write(1, b"%d\\n" % os.getpid())
+os.execv(sys.argv[1], [*sys.argv[1:], "--parent", str(engine), "--parent-fd", str(watched)])
+"""
+
+
+class ProcessWatch:
+    """Tells when a process, which need not be a child of ours, has ended."""
+
+    def __init__(self, pid: int, fd: int = -1) -> None:
+        """Take its id, and its descriptor if there is one already."""
+        self._fd = fd
+        self._process: psutil.Process | None = None
+        try:
+            if fd < 0:
+                self._fd = os.pidfd_open(pid)
+        except (AttributeError, OSError):
+            with suppress(psutil.NoSuchProcess):
+                self._process = psutil.Process(pid)
+
+    @property
+    def fd(self) -> int:
+        """Return what becomes readable when the process ends; -1 if it has to be looked at."""
+        return self._fd
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether it has, reaped or not."""
+        if self._fd >= 0:
+            return bool(select.select([self._fd], [], [], 0)[0])
+        process = self._process
+        with suppress(psutil.NoSuchProcess):
+            if process is None or not process.is_running():
+                return True
+            return bool(process.status() == psutil.STATUS_ZOMBIE)
+        return True
+
+    def wait(self, within_s: float) -> bool:
+        """Wait until it has ended; tell whether it has within so long."""
+        if self._fd >= 0:
+            return bool(select.select([self._fd], [], [], within_s)[0])
+        until_s = time.monotonic() + within_s
+        while not self.has_ended:
+            if time.monotonic() > until_s:
+                return False
+            time.sleep(LOOK_S)
+        return True
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, if it has not ended."""
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if self._fd >= 0:
+                signal.pidfd_send_signal(self._fd, number)
+            elif self._process is not None:
+                self._process.send_signal(number)
+
+    def close(self) -> None:
+        """Watch no more. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._process = -1, None
 
 
 class Launched:
     """A server of ours."""
 
-    def __init__(self, model: ModelConfig, settings: Settings) -> None:
+    def __init__(self, model: ModelConfig, settings: Settings, waits: bool = True) -> None:
         """Start it; when this returns the address is its own.
+
+        Args:
+            model: what it serves.
+            settings: the same as ours.
+            waits: whether it may wait for another server that has the address and is ending.
 
         Raises:
             ConfigError: it could not begin: its reason is on stderr, and in the error.
         """
         command = [sys.executable, "-m", "flexkv.cli.main", "--log-level", settings.log_level,
                    "serve", "--with-parent"]  # fmt: skip
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        told = {"model": told_of(model), "settings": told_of(settings)}
+        between = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _BETWEEN, *command],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        assert between.stdin is not None
+        assert between.stdout is not None
+        self._stdin, self._stdout = between.stdin, between.stdout
+        self._exit_status: int | None = None
+        said = self._stdout.readline()
+        between.wait()
+        self.pid = int(said) if said.strip().isdigit() else 0
+        self._watch = ProcessWatch(self.pid)
+        told = {"model": told_of(model), "settings": told_of(settings), "waits": waits}
         with suppress(BrokenPipeError):  # it has ended: it says why below
-            self._process.stdin.write(json.dumps(told).encode() + b"\n")
-            self._process.stdin.flush()
-        said = self._process.stdout.readline()
+            self._stdin.write(json.dumps(told).encode() + b"\n")
+            self._stdin.flush()
+        said = self._stdout.readline()
         if said != LISTENING:
             self.close()
             why = said.decode(errors="replace").strip() or "the server did not start: see its log"
             raise ConfigError("server_recv_port", settings.server_recv_port, why)
-        log.info("server launched", pid=self._process.pid, path=settings.server_recv_port)
-
-    @property
-    def pid(self) -> int:
-        """Give its process id."""
-        return self._process.pid
+        log.info("server launched", pid=self.pid, path=settings.server_recv_port)
 
     @property
     def exit_status(self) -> int | None:
-        """Give how it ended; None while it runs."""
-        return self._process.poll()
+        """Return 0 if it ended in good order, 1 if it did not; None while it runs."""
+        if self._exit_status is None and self.has_ended:
+            # All that it said is in the pipe, which nobody else writes to.
+            self._exit_status = 0 if self._stdout.read().endswith(ENDED) else 1
+        return self._exit_status
 
     @property
     def has_ended(self) -> bool:
         """Tell whether it has."""
-        return self._process.poll() is not None
+        return self._exit_status is not None or not self.pid or self._watch.has_ended
 
     def close(self) -> None:
         """Let it end, and wait until it has. Idempotent."""
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.terminate()
-        try:
-            process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            log.warning("server killed", pid=process.pid, reason=f"not ended in {END_S} s")
-            process.kill()
-            process.wait()
+        if self._stdout.closed:
+            return
+        if self.pid:
+            self._watch.signal(signal.SIGTERM)
+            if not self._watch.wait(END_S):
+                log.warning("server killed", pid=self.pid, reason=f"not ended in {END_S} s")
+                self._watch.signal(signal.SIGKILL)
+                self._watch.wait(END_S)
+        _ = self.exit_status
         # Only now: told twice, it would be killed by the signal when it has just ended.
         with suppress(BrokenPipeError):
-            process.stdin.close()
-        process.stdout.close()
+            self._stdin.close()
+        self._stdout.close()
+        self._watch.close()
 
 
 def told_of(config: BaseModel) -> dict[str, Any]:

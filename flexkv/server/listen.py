@@ -1,4 +1,16 @@
-"""The server's socket: one server for an address, readable by its user only."""
+"""The server's socket: one server for an address, readable by its user only.
+
+An address is locked by a read lock on one byte of its *directory*, which removing files does not
+free and the end of the process does. Nobody can have a write lock on a directory, so a lock is
+taken first, and then it is asked whether anybody else has one in the range of this address:
+
+    byte = hash of the socket's name << 32 | process id          (so that an error can name it)
+
+Servers with other names in the directory have other ranges, and an engine whose SSD tier is in it
+uses another kind of lock (`flock`). Two more signs of a live server are looked for, in case that
+the whole directory was removed or locks do not work there: somebody answers at the path, or at a
+name of the abstract namespace, which is no file at all. Only what our user or root answers counts.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +19,35 @@ import os
 import socket
 import stat
 import struct
+import time
 from contextlib import suppress
+from hashlib import blake2b
 from pathlib import Path
+from random import uniform
+from typing import NamedTuple
 
 from flexkv.common.errors import ConfigError
+from flexkv.logs import get_logger
+from flexkv.server.address import own_folders, prepare_folder
+
+log = get_logger(__name__)
 
 BACKLOG = 128
+SOCKET_MODE = 0o600
+LOCK_TRIES, LOCK_PAUSE_S = 20, 0.01
+"""Two servers that start at once may each see the other's lock: both let go, and try again."""
+_FLOCK = "hhqqi4x"
+"""C's `struct flock`: type, whence, start, length, pid."""
+_UCRED = "iII"
+"""C's `struct ucred`: pid, uid, gid."""
+_RANGE = 1 << 32
+
+
+class Peer(NamedTuple):
+    """Who is at the other end of a unix socket."""
+
+    pid: int
+    uid: int
 
 
 class Listener:
@@ -22,70 +57,259 @@ class Listener:
         """Take the address, in place of a server that died; `path` is made with mode 0600.
 
         Raises:
-            ConfigError: another server listens there, or it cannot be made.
+            ConfigError: another server has it, a stranger may write there, or it cannot be made.
         """
         self.path = path
-        self._lock_path = path.with_name(path.name + ".lock")
-        self._lock = _locked(self._lock_path, path)
-        self._is_bound = False
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._process = os.getpid()
+        self._folder_fd = -1
+        self._socket_at: os.stat_result | None = None
+        self._told = ""
+        self.socket = _new_socket()
+        self._witness = _new_socket()
         try:
-            self._bind(path)
-        except OSError as error:
+            self._bind_witness()
+            self._take()
+        except BaseException:
             self.close()
-            raise ConfigError("server_recv_port", str(path), error.strerror or "") from error
-
-    def _bind(self, path: Path) -> None:
-        if path.exists() and not stat.S_ISSOCK(path.lstat().st_mode):
-            raise FileExistsError(17, "is there, and is no socket")
-        path.unlink(missing_ok=True)  # its server is gone: it had the lock
-        before = os.umask(0o177)
-        try:
-            self.socket.bind(str(path))
-        finally:
-            os.umask(before)
-        self._is_bound = True
+            raise
+        _open.add(self)
 
     def listen(self) -> None:
         """Take connections: until then they are refused, as if nobody were there."""
         self.socket.listen(BACKLOG)
         self.socket.setblocking(False)
 
+    def renew(self) -> bool:
+        """Bind anew if the socket's file was removed; return whether `socket` is another one now.
+
+        The old one is then the caller's to close. A file that somebody else has put there is left
+        alone, and told of once.
+        """
+        found = _stat(self.path)
+        if found is not None:
+            is_ours = self._socket_at is not None and os.path.samestat(found, self._socket_at)
+            self._tell("" if is_ours else "another file has taken its place")
+            return False
+        before, self.socket = self.socket, _new_socket()
+        try:
+            self._take()
+            self.listen()
+        except (ConfigError, OSError) as error:
+            self.socket.close()
+            self.socket = before
+            self._tell(str(error))
+            return False
+        log.warning("address_bound_anew", path=str(self.path), reason="its socket was removed")
+        self._told = ""
+        return True
+
+    def _tell(self, what: str) -> None:
+        """Log once what is wrong with the address: nobody new can connect."""
+        if what and what != self._told:
+            log.error("address_lost", path=str(self.path), reason=what)
+        self._told = what
+
     def close(self) -> None:
-        """Listen no more."""
-        for path in (self.path, self._lock_path) if self._is_bound else (self._lock_path,):
-            with suppress(OSError):
-                path.unlink()
+        """Listen no more, whatever children were forked; in a child, only drop its copies."""
+        _open.discard(self)
+        if os.getpid() == self._process:
+            found = _stat(self.path)
+            if found and self._socket_at and os.path.samestat(found, self._socket_at):
+                with suppress(OSError):
+                    self.path.unlink()
+            _end(self.socket)
+            _end(self._witness)
+            if self._folder_fd >= 0:
+                with suppress(OSError):
+                    _set_lock(self._folder_fd, fcntl.F_UNLCK, 0, 0)
+        self._socket_at = None
+        self.drop()
+
+    def drop(self) -> None:
+        """Close the descriptors, and leave the address as it is."""
         self.socket.close()
-        os.close(self._lock)
+        self._witness.close()
+        if self._folder_fd >= 0:
+            os.close(self._folder_fd)
+            self._folder_fd = -1
+
+    # -- taking the address ---------------------------------------------------------------------
+
+    def _take(self) -> None:
+        """Lock the directory that is there now, and bind.
+
+        Raises:
+            ConfigError: another server has the address, or it cannot be made.
+        """
+        try:
+            prepare_folder(self.path.parent)
+            self._look_elsewhere()
+            self._lock_folder()
+            self._bind()
+        except OSError as error:
+            where = f"{error.filename} " if error.filename else ""
+            why = f"{where}{error.strerror or error}"
+            raise ConfigError("server_recv_port", str(self.path), why) from error
+
+    def _look_elsewhere(self) -> None:
+        """Refuse if our user's own server has its socket in another of the places for it."""
+        folders = own_folders()
+        if self.path.parent in folders:
+            for folder in folders:
+                if folder != self.path.parent:
+                    self._refuse_if_served(str(folder / self.path.name))
+
+    def _lock_folder(self) -> None:
+        fd = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if self._folder_fd < 0 or not os.path.samestat(os.fstat(fd), os.fstat(self._folder_fd)):
+                self._lock(fd)
+                fd, self._folder_fd = self._folder_fd, fd
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def _lock(self, fd: int) -> None:
+        start = _range_of(self.path.name)
+        for _ in range(LOCK_TRIES):
+            try:
+                _set_lock(fd, fcntl.F_RDLCK, start + self._process, 1)
+                holder = _holder(fd, start)
+            except OSError as error:
+                log.warning("address_not_locked", path=str(self.path), reason=str(error))
+                return
+            if holder is None:
+                return
+            _set_lock(fd, fcntl.F_UNLCK, 0, 0)
+            time.sleep(uniform(0.5, 1.5) * LOCK_PAUSE_S)
+        who = f"process {holder}"
+        if os.fstat(fd).st_mode & (stat.S_IRGRP | stat.S_IROTH):
+            who += ", or is locked by another user who may read its directory"
+        raise self._in_use(who)
+
+    def _bind(self) -> None:
+        path = self.path
+        if (found := _stat(path)) is not None:
+            if not stat.S_ISSOCK(found.st_mode):
+                raise FileExistsError(17, "is there, and is no socket")
+            if (peer := self._refuse_if_served(str(path))) is not None:
+                why = f"is served by user {peer.uid} (process {peer.pid}), who is not this one"
+                raise ConfigError("server_recv_port", str(path), why)
+            path.unlink()  # its server is gone
+        self.socket.bind(str(path))
+        self._socket_at = path.lstat()
+        # Nobody can connect before `listen`, so that the mode that the umask left does no harm.
+        # (To set the umask instead would show in files that other threads make meanwhile.)
+        path.chmod(SOCKET_MODE)
+
+    def _bind_witness(self) -> None:
+        """Bind the name that is no file, unless somebody has it."""
+        name = _witness_name(self.path)
+        try:
+            self._witness.bind(name)
+            self._witness.listen()
+        except OSError as error:
+            peer = self._refuse_if_served(name)
+            who = str(error) if peer is None else f"user {peer.uid} has its name"
+            log.warning("witness_not_bound", path=str(self.path), reason=who)
+
+    def _refuse_if_served(self, address: str) -> Peer | None:
+        """Return who else listens at an address, if anybody does.
+
+        Raises:
+            ConfigError: our user or root does.
+        """
+        with _new_socket() as ours:
+            ours.setblocking(False)
+            try:
+                ours.connect(address)
+            except BlockingIOError:  # it has as many connections waiting as it may
+                if not address.startswith("\0"):
+                    raise self._in_use("a process that takes no connection") from None
+                return None
+            except OSError:
+                return None
+            peer = peer_of(ours)
+        if is_trusted(peer):
+            raise self._in_use(f"process {peer.pid}")
+        return peer
+
+    def _in_use(self, who: str) -> ConfigError:
+        why = f"is in use by another server ({who}): only one of those that share it may launch it"
+        return ConfigError("server_recv_port", str(self.path), why)
 
 
-def _locked(lock_path: Path, path: Path) -> int:
-    """Give the descriptor of the lock once it is ours.
+_open: set[Listener] = set()
 
-    Raises:
-        ConfigError: another server has it, or it cannot be made.
+
+def _drop_in_child() -> None:
+    for listener in list(_open):
+        listener.drop()
+
+
+os.register_at_fork(after_in_child=_drop_in_child)
+
+
+def _new_socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+
+
+def _end(listening: socket.socket) -> None:
+    """Let nobody connect any more, at the copy of a forked child neither."""
+    with suppress(OSError):
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.lstat()
+    except OSError:
+        return None
+
+
+def _witness_name(path: Path) -> str:
+    """Return a name of the abstract namespace for a path as this user's processes see it.
+
+    Containers may share that namespace (with the host's network) and have files of their own.
     """
-    while True:
-        try:
-            lock = os.open(lock_path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            why = f"its lock cannot be made: {error.strerror}"
-            raise ConfigError("server_recv_port", str(path), why) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(lock)
-            why = "is in use by another server: instances that share it must not launch their own"
-            raise ConfigError("server_recv_port", str(path), why) from error
-        with suppress(FileNotFoundError):
-            if os.fstat(lock).st_ino == lock_path.stat().st_ino:
-                return lock
-        os.close(lock)  # its owner took it away as it ended: once more
+    root = os.stat("/")
+    mounts = 0
+    with suppress(OSError):
+        mounts = os.stat("/proc/self/ns/mnt").st_ino
+    text = f"{os.geteuid()} {mounts} {root.st_dev} {root.st_ino} {path}"
+    return "\0flexkv/" + blake2b(os.fsencode(text), digest_size=16).hexdigest()
+
+
+def _range_of(name: str) -> int:
+    """Return the first byte of the range of a directory that stands for a socket in it."""
+    digest = blake2b(os.fsencode(name), digest_size=4).digest()
+    return (int.from_bytes(digest, "little") >> 2) * _RANGE
+
+
+def _set_lock(fd: int, kind: int, start: int, length: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, kind, 0, start, length, 0))
+
+
+def _holder(fd: int, start: int) -> int | None:
+    """Return the process that has another lock in an address's range."""
+    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, 0, start, _RANGE, 0)
+    kind, _, at, _, _ = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
+    return None if kind == fcntl.F_UNLCK else at - start
+
+
+def peer_of(connected: socket.socket) -> Peer:
+    """Return who was at the other end of a unix socket when it connected, or began to listen."""
+    size = struct.calcsize(_UCRED)
+    credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    pid, uid, _ = struct.unpack(_UCRED, credentials)
+    return Peer(pid, uid)
+
+
+def is_trusted(peer: Peer) -> bool:
+    """Return whether a peer is our user, or root."""
+    return peer.uid in (0, os.geteuid())
 
 
 def is_same_user(peer: socket.socket) -> bool:
-    """Tell whether who connected is our user, or root."""
-    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
-    return uid in (0, os.getuid())
+    """Return whether who is at the other end of a socket is our user, or root."""
+    return is_trusted(peer_of(peer))

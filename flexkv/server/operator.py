@@ -13,7 +13,7 @@ COMMAND_S = 60.0
 
 
 def command(address: str, verb: str, **arguments: Any) -> Any:
-    """Have a server perform a command, and give what it gives.
+    """Have a server perform a command, and return what it answers.
 
     Raises:
         BackendUnavailableError: no server listens there.

@@ -17,12 +17,11 @@ import socket
 import time
 from contextlib import ExitStack, suppress
 
-import structlog
-
 from flexkv.common.config import MB
 from flexkv.common.errors import ClosedError, ConfigError, FlexKVError, InternalError
 from flexkv.engine import Engine
 from flexkv.index.keys import blocks_are
+from flexkv.logs import get_logger
 from flexkv.server.agent_port import AgentPort
 from flexkv.server.backend import ServerBackend
 from flexkv.server.changes import Watchers
@@ -59,8 +58,10 @@ from flexkv.server.wire import (
     understood,
 )
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
+LOOK_S = 1.0
+"""Between two looks whether the socket's file is there still."""
 HELLO_S = 5.0
 """How long who connects may take to say who it is."""
 CLOSE_S = 10.0
@@ -100,7 +101,7 @@ class Server:
         self._engine.register_kv_caches([])
         self._engine.clears.on_clear = self._tell_states
         self._listener.listen()
-        self._engine.supervisor.keep("server", self._accept())
+        self._engine.supervisor.keep("server", self._listen())
         self._engine.supervisor.keep("changes", self._watchers.run())
         log.info("server listens", path=str(self._listener.path), pid=os.getpid())
 
@@ -128,11 +129,26 @@ class Server:
                     guest.link.abort()
         self._deadlines.close()
 
-    async def _accept(self) -> None:
+    async def _listen(self) -> None:
+        """Take connections; at a new socket when the file of the old one was removed."""
+        while True:
+            listening = self._listener.socket
+            accepting = self._engine.supervisor.spawn("accept", self._accept(listening))
+            try:
+                while True:
+                    await asyncio.sleep(LOOK_S)
+                    if self._listener.renew():
+                        break
+            finally:
+                accepting.cancel()
+            await asyncio.wait([accepting])
+            listening.close()
+
+    async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                peer, _ = await loop.sock_accept(self._listener.socket)
+                peer, _ = await loop.sock_accept(listening)
             except OSError as error:  # out of descriptors: it may get better
                 log.warning("connection_refused", reason=str(error))
                 await asyncio.sleep(1.0)
@@ -147,9 +163,11 @@ class Server:
         with ExitStack() as undo:
             undo.callback(peer.close)
             try:
+                if not is_same_user(peer):
+                    return
                 async with asyncio.timeout(HELLO_S):
                     hello = await _hello(peer)
-                if self._closing or not is_same_user(peer):
+                if self._closing:
                     return
                 self._check(hello)
                 self._guests.take_role(guest, "lending" if hello.role == "agent" else hello.role)

@@ -11,7 +11,6 @@ A request is named by its instance and a number that the client gives.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
@@ -273,21 +272,3 @@ def understood(decoder: msgspec.msgpack.Decoder[T], body: bytes | bytearray | me
         return decoded(decoder, body)
     except MalformedError as error:
         raise ProtocolError(str(error)) from error
-
-
-def socket_path(address: str) -> Path:
-    """Give the path of the unix socket that an address names.
-
-    Raises:
-        ConfigError: it names none.
-    """
-    scheme, separator, rest = address.partition("://")
-    if not separator:
-        rest = address
-    elif scheme not in ("ipc", "unix"):
-        why = "must be a unix socket: ipc:///path; processes on other machines share by other means"
-        raise ConfigError("server_recv_port", address, why)
-    path = Path(rest)
-    if not path.is_absolute() or len(rest.encode()) > 100:  # sun_path has 108 bytes
-        raise ConfigError("server_recv_port", address, "must be an absolute path of ≤ 100 bytes")
-    return path

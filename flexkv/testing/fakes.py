@@ -70,6 +70,9 @@ class FakePort:
         self.awake = True
         self.touched: list[int] = []
         """Blocks of the store that somebody began to write."""
+        self._ended_at: dict[int, int] = {}
+        """When the last write of each block ended, counted in writes and syncs."""
+        self._clock = self._synced_at = 0
         self._durable = store.copy()
         self._lost = np.zeros(len(store), np.bool_)
         """Rows that a failed sync has lost: only a new write can make them durable."""
@@ -143,6 +146,8 @@ class FakePort:
             copies.append((start_s + late_s, rest))
         if not to_host:
             self.touched += transfer.target_ids.tolist()
+            for block_id in transfer.target_ids.tolist():
+                self._ended_at.pop(block_id, None)
         job = self._jobs[transfer.token] = _Job(transfer, error, copies, start_s + delay_s)
         self._await_next(loop, job)
 
@@ -184,6 +189,10 @@ class FakePort:
     def _end(self, job: _Job) -> None:
         """Make a transfer reapable."""
         del self._jobs[job.transfer.token]
+        self._clock += 1
+        if job.transfer.route.target is not Tier.HOST:
+            for block_id in job.transfer.target_ids.tolist():
+                self._ended_at[block_id] = self._clock
         self._ended.append(Completion(job.transfer.token, job.error))
         assert self._wake is not None
         self._wake()
@@ -201,6 +210,7 @@ class FakePort:
         """
         self._syncs += 1
         number, content, kept = self._syncs, self._store.copy(), ~self._lost
+        begun_at = self._clock
         # Sleeping is the work of a fake disk; on a virtual clock it takes no time.
         await asyncio.sleep(self._faults.delay_s())
         self.on_io()
@@ -210,6 +220,11 @@ class FakePort:
         if number > self._synced:
             self._synced = number
             self._durable[kept] = content[kept]
+            self._synced_at = begun_at
+
+    def is_synced(self, block_id: int) -> bool:
+        """Return whether a block was written before the last good sync, and not touched since."""
+        return self._ended_at.get(block_id, self._clock + 1) <= self._synced_at
 
     def remains(self, random: Random, power_loss: bool) -> NDArray[np.uint8]:
         """Give what a crash at this moment leaves of the store, uint8[blocks, bytes].

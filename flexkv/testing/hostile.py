@@ -21,6 +21,7 @@ import msgspec
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import FlexKVError
 from flexkv.index.keys import blocks_are
+from flexkv.server.address import socket_path
 from flexkv.server.greet import Connected, connect
 from flexkv.server.wire import (
     FROM_SERVER,
@@ -40,7 +41,6 @@ from flexkv.server.wire import (
     Start,
     State,
     framed,
-    socket_path,
 )
 
 FIRST_INSTANCE, INSTANCES = 1000, 4

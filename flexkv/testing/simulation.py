@@ -90,6 +90,9 @@ class Simulation:
             device_window_mb=4 * BLOCK_KEY_BYTES / 2**20,
             disk_read_window_mb=4 * BLOCK_KEY_BYTES / 2**20,
             disk_write_window_mb=2 * BLOCK_KEY_BYTES / 2**20,
+            write_behind_max_gb=random.choice([-1.0, 0.0, 3 * 4096 / 2**30]),
+            write_behind_wait_s=random.choice([0.0, 0.005, 1.0]),
+            shutdown_flush_s=random.choice([0.0, 0.01, 1.0]),
         )
         self.capacity = {Tier.HOST: host_blocks, Tier.DISK: disk_blocks}
         self.backend = FakeBackend(host_blocks, faults, remains)
@@ -105,8 +108,9 @@ class Simulation:
         self._crash_at = random.choice([0, random.randint(1, 10), random.randint(1, 60)])
         self._counts = random.random() < (0.2 if self._power_loss else 0.7)
         """Whether steps are counted already, or only once a flush was done."""
-        self._flushed: set[tuple[bytes, int]] = set()
-        self._touched_before = 0
+        self._flushed: dict[tuple[bytes, int], int] = {}
+        """Key and place of what has to be there after a crash, and writes begun before that."""
+        self._requests = self._running = 0
         self._clears = 0
         self._put_since_clear: set[bytes] | None = None
         """Keys of the puts that began after everything was cleared; None while it never was."""
@@ -122,8 +126,12 @@ class Simulation:
     def _crash(self, power_loss: bool) -> Remains:
         port, random = self.backend.port, self.random
         assert port is not None
-        touched = set(port.touched[self._touched_before :])
-        flushed = {(key, at) for key, at in self._flushed & self._on_disk() if at not in touched}
+        last_touched = {at: number for number, at in enumerate(port.touched)}
+        flushed = {
+            (key, at)
+            for key, at in self._flushed.keys() & self._on_disk()
+            if last_touched.get(at, -1) < self._flushed[key, at]
+        }
         return Remains(
             port.remains(random, power_loss),
             [files.remains(random, power_loss) for files in self.backend.files],
@@ -205,7 +213,7 @@ class Simulation:
         if self.remains is None and self.backend.port is not None:
             if self.is_faultless:
                 port = self.backend.port
-                self._flushed, self._touched_before = self._on_disk(), len(port.touched)
+                self._flushed = dict.fromkeys(self._on_disk(), len(port.touched))
             self.remains = self._crash(power_loss=False)
 
     async def _sleep_and_wake(self, start_s: float) -> None:
@@ -229,15 +237,29 @@ class Simulation:
 
     async def _flush(self, start_s: float) -> None:
         await asyncio.sleep(start_s)
-        port = self.backend.port
-        ready, touched = self._on_disk(), len(port.touched) if port is not None else 0
-        clears = self._clears
+        port, clears = self.backend.port, self._clears
+        ready, begun = self._on_disk(), len(port.touched) if port is not None else 0
+        in_host, requests = self._keys_in(Tier.HOST), self._requests
         try:
-            await self.engine.flush()
+            report = await self.engine.flush()
         except TransferError:  # injected: a write or the sync failed
             return
-        if clears == self._clears:
-            self._flushed, self._touched_before, self._counts = ready, touched, True
+        if clears != self._clears or port is None:
+            return
+        self._flushed, self._counts = dict.fromkeys(ready, begun), True
+        for key, at in self._on_disk():
+            if key in in_host and port.is_synced(at):
+                self._flushed[key, at] = len(port.touched)
+        if not report.lacking_blocks and not self._running and requests == self._requests:
+            lacking = in_host & self._keys_in(Tier.HOST) - self._keys_in(Tier.DISK)
+            assert not lacking, "a flush returned before all was written"
+
+    def _keys_in(self, tier: Tier) -> set[bytes]:
+        """Return the keys of the blocks that are READY in a tier."""
+        if tier not in self.engine.residency.tiers:
+            return set()
+        exported = self.engine.residency.export(tier, np.arange(self.capacity[tier]))
+        return {record[:BLOCK_KEY_BYTES].tobytes() for record in exported if record.any()}
 
     async def _request(self, start_s: float) -> None:
         await asyncio.sleep(start_s)
@@ -269,7 +291,7 @@ class Simulation:
         random, engine = self.random, self.engine
         chance = random.random()
         if chance < 0.03:
-            self._flushed, self._clears = set(), self._clears + 1
+            self._flushed, self._clears = {}, self._clears + 1
             tier = random.choice([None, *engine.residency.tiers])
             engine.keeping.clear(tier)
             if tier is None:
@@ -386,11 +408,15 @@ class Simulation:
         return mapping
 
     async def _perform(self, request: Request, give_up_s: float | None) -> KVResponse | None:
+        self._requests += 1
+        self._running += 1
         try:
             async with asyncio.timeout(give_up_s):
                 response = (await self.engine.perform(request)).response
         except TimeoutError:
             return None
+        finally:
+            self._running -= 1
         assert response is not None
         if response.status is KVResponseStatus.CANCELLED:
             assert isinstance(response.error, ClearedError)

@@ -29,7 +29,7 @@ class Finding(NamedTuple):
 
     kind: str
     """`slow_disk`, `starved_queue`, `cancelled`, `corrupt`, `full_tier`, `tier_down`, `failed`,
-    `lost_records`."""
+    `given_up`, `lost_records`."""
     text: str
     at_ns: int
     """When it was seen first."""
@@ -42,6 +42,7 @@ def findings(summary: Summary) -> list[Finding]:
         *_corrupt(summary),
         *_tiers(summary),
         *_failed(summary),
+        *_given_up(summary),
         *_slow_disk(summary),
         *_starved(summary),
         *_full(summary),
@@ -80,6 +81,19 @@ def _failed(summary: Summary) -> list[Finding]:
         first = next(op for op in failed if op.route == route)
         text = f"{count} transfers {route} failed. The first: {first.detail}"
         found.append(Finding("failed", text, first.ended_ns, count))
+    return found
+
+
+def _given_up(summary: Summary) -> list[Finding]:
+    events = [event for event in summary.trace.events if event.kind == "given_up"]
+    found = []
+    for tier in sorted({event.tier for event in events}):
+        of_tier = [event for event in events if event.tier == tier]
+        text = (
+            f"blocks were put and never written to the {tier} tier ({of_tier[-1].detail}). If they "
+            "were evicted first, puts come faster than the tier writes: see `write_behind_wait_s`."
+        )
+        found.append(Finding("given_up", text, of_tier[0].at_ns, len(of_tier)))
     return found
 
 

@@ -16,6 +16,7 @@ from flexkv import _ext
 from flexkv.common.terms import Tier
 from flexkv.index.eviction import Eviction
 from flexkv.index.residency import WORTHY, Positions, Residency
+from flexkv.index.secret import derived
 from flexkv.trace.mooncake import TraceLine
 
 _ROOT = bytes(16)
@@ -47,7 +48,8 @@ def prompts_of(lines: Iterable[TraceLine]) -> list[Prompt]:
     numbers: dict[bytes, int] = {}
     prompts = []
     for line in lines:
-        keys = _ext.chain_keys(np.array(line.hash_ids, np.int64), 1, _ROOT)
+        halves = np.array(line.hash_ids, np.int64).view(np.uint32).astype(np.int64)
+        keys = _ext.chain_keys(halves, 2, _ROOT, derived("").hash_secret)
         ids = [
             numbers.setdefault(keys[at : at + 16], len(numbers)) for at in range(16, len(keys), 16)
         ]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from flexkv.common.errors import ConfigError
+from flexkv.common.decoding import decoded
+from flexkv.common.errors import ConfigError, MalformedError
 from flexkv.trace.records import (
     SCHEMA_VERSION,
     DropRecord,
@@ -98,8 +99,8 @@ def load(path: Path) -> Trace:
     other_version: int | None = None
     for line in _lines(path):
         try:
-            record = _DECODER.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+            record = decoded(_DECODER, line)
+        except MalformedError:
             unread += 1
             continue
         if not isinstance(record, HeaderRecord):

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-from flexkv.common.errors import ConfigError
+from flexkv.common.decoding import decoded
+from flexkv.common.errors import ConfigError, MalformedError
 
 TOKENS_PER_HASH_ID = 512
 
@@ -40,8 +41,8 @@ def read_trace(path: Path, limit: int | None = None) -> Iterator[TraceLine]:
         with path.open("rb") as lines:
             for number, line in enumerate(islice(lines, limit), 1):
                 try:
-                    yield decoder.decode(line)
-                except msgspec.DecodeError as error:
-                    raise ConfigError("trace", f"{path} line {number}", str(error)) from error
+                    yield decoded(decoder, line)
+                except MalformedError as error:
+                    raise ConfigError("trace", f"{path} line {number}", error.why) from error
     except OSError as error:
         raise ConfigError("trace", str(path), error.strerror or "cannot be read") from error

@@ -10,24 +10,26 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from errno import EPERM
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
 
 import msgspec
-import structlog
 from msgspec import structs
 
 from flexkv import __version__
 from flexkv.common.errors import ConfigError
+from flexkv.logs import get_logger
 from flexkv.trace.records import SCHEMA_VERSION, DropRecord, HeaderRecord, Record
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 QUEUE_RECORDS_MAX = 1 << 18
 BATCH_RECORDS = 64
@@ -94,8 +96,8 @@ class Recorder:
         with suppress(OSError):  # what could not be written is lost, and the log says so
             self._file.close()
 
-    def _open(self, path: Path) -> BinaryIO:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600)
+    def _open(self, path: Path, more_flags: int = 0) -> BinaryIO:
+        descriptor = _open_ours(path, os.O_CREAT | os.O_RDWR | os.O_APPEND | more_flags)
         file = os.fdopen(descriptor, "ab")
         try:
             _take_alone(descriptor)
@@ -158,10 +160,36 @@ class Recorder:
             os.link(self._path, numbered[0])
         fresh = Path(f"{self._path}.new")
         fresh.unlink(missing_ok=True)
-        file = self._open(fresh)
+        file = self._open(fresh, os.O_EXCL)
         fresh.replace(self._path)
         self._file.close()
         self._file = file
+
+
+def _open_ours(path: Path, flags: int) -> int:
+    """Open a file of which nobody else may decide what is in it, or where it is.
+
+    A link is followed if we or root made it.
+
+    Raises:
+        PermissionError: it is somebody else's, or others may write to it.
+        OSError: it cannot be opened.
+    """
+    ours = (0, os.geteuid())
+    if path.is_symlink():
+        if path.lstat().st_uid not in ours:
+            raise PermissionError(EPERM, "is a link that another user made", str(path))
+        path = path.resolve()
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    found = os.fstat(descriptor)
+    is_device = stat.S_ISCHR(found.st_mode)  # such as /dev/null
+    if not is_device and (
+        found.st_uid not in ours or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    ):
+        os.close(descriptor)
+        why = "belongs to another user, or others may write to it"
+        raise PermissionError(EPERM, why, str(path))
+    return descriptor
 
 
 def _take_alone(descriptor: int) -> None:

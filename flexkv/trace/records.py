@@ -110,7 +110,8 @@ class EventRecord(msgspec.Struct, tag="event", frozen=True, gc=False):
 
     at_ns: int
     kind: str
-    """`tier_down`, `tier_hung`, `tier_on_trial`, `tier_up`, `corrupt_block`, `cancel`, `evicted`.
+    """`tier_down`, `tier_hung`, `tier_on_trial`, `tier_up`, `corrupt_block`, `cancel`, `evicted`,
+    `given_up`: blocks that will not be written to a lower tier.
 
     `evicted` is told with the request for which room was made, as far as one was planned since.
     """
@@ -129,7 +130,10 @@ class SampleRecord(msgspec.Struct, tag="sample", frozen=True, gc=False):
     """Ops queued or in flight, and bytes in flight towards the device and away from it."""
     running: int
     waiting: int
-    """Requests under way, and those that wait to be admitted."""
+    """Requests under way, and those that wait to be admitted or for room in host memory."""
+    owed: dict[str, tuple[int, int]] = {}
+    """By lower tier, the blocks of host memory that it lacks and is owed, and those being written
+    to it."""
 
 
 class TokensRecord(msgspec.Struct, tag="tokens", frozen=True, gc=False):

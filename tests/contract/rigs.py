@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.common.layout import KVShape, Part, infer_layout
-from flexkv.common.terms import Route, Tier, Transfer
+from flexkv.common.terms import BlockIds, Route, Tier, Transfer
 from flexkv.io.arena import Arena
+from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.cpu import CpuDevicePort
 from flexkv.io.cuda.choice import Choices, How, Wish
 from flexkv.io.cuda.pinned import Pinned
@@ -106,6 +107,23 @@ def summed_rig(_: Path) -> Rig:
     rig, faults = fake_rig(_), FaultPlan(2, delay_max_s=0.002)
     assert rig.host is not None
     return Rig(SummedPort(rig.port, FakeSummer(rig.host, faults)), rig.host, Tier.DISK)
+
+
+class BlindSummer(FakeSummer):
+    """A summer to which all blocks are the same: for hosts that are written by hand."""
+
+    def _end(self, token: int, host_ids: BlockIds) -> None:
+        super()._end(token, host_ids)
+        self.sums[host_ids] = 0
+
+
+def checked_rig(_: Path) -> Rig:
+    """Give a port that checks what it reads, over the fake and a summer that takes its time."""
+    rig, faults = fake_rig(_), FaultPlan(2, delay_max_s=0.002)
+    assert rig.host is not None
+    summer = BlindSummer(rig.host, faults)
+    port = CheckedDiskPort(rig.port, summer, OUTER_BLOCKS, lambda at: ("fake", at))
+    return Rig(port, rig.host, Tier.DISK)
 
 
 def cuda_rig(wish: Wish) -> Rig:
@@ -218,6 +236,7 @@ RIGS: dict[str, Callable[[Path], Rig]] = {
     "cpu-inline": cpu_inline_rig,
     "cpu-pooled": cpu_pooled_rig,
     "summed": summed_rig,
+    "checked": checked_rig,
     "cuda-engine": cuda_engine_rig,
     "cuda-staged": cuda_staged_rig,
     "ranks": ranks_rig,

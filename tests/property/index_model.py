@@ -18,9 +18,12 @@ from flexkv.index.eviction import Eviction
 from flexkv.index.residency import (
     ABSENT,
     ALL,
+    GONE,
     PENDING,
     PREFIX,
     READY,
+    TAKEN,
+    THERE,
     Positions,
     Residency,
 )
@@ -194,6 +197,42 @@ class Driver:
         for of, place in held:
             self._unpin(of, place)
 
+    def reserve_copies(self, source: Tier, paths: list[Path]) -> None:
+        """Take places in the other tier for what one has; of some places the block has changed."""
+        (target,) = (tier for tier in TIERS if tier is not source)
+        ready = self.ready_places(source)
+        ids = np.array([ready[p].block_id if p in ready else 0 for p in paths], np.int64)
+        free = self.capacity[target] - self.used(target)
+        evictable = self._evictable(target)
+        outcomes, taken = self.index.reserve_copies(
+            source, target, ids, b"".join(map(key_of, paths))
+        )
+        had = {path for path in paths if target in self.blocks.get(path, {})}
+        told = list(zip(paths, outcomes.tolist(), strict=True))
+        for path in {path for path, outcome in told if outcome == TAKEN} & had:
+            self._drop(path, target)  # to make room for another, and then taken anew
+        self._note_evictions(target)
+        places = iter([Place(block_id) for block_id in taken.tolist()])
+        leased, wanted = [], set[Path]()
+        for path, outcome in told:
+            if path not in ready:
+                assert outcome == GONE
+                continue
+            wanted.add(path)
+            assert outcome == THERE or target not in self.blocks[path]
+            assert outcome != THERE or path in had or target in self.blocks[path]
+            if outcome == TAKEN:
+                place = self.blocks[path][target] = next(places)
+                leased.append(place)
+        assert next(places, None) is None
+        assert len(leased) <= free + evictable
+        lacked = [path for path in wanted - had if target not in self.blocks[path]]
+        bounded = any(self.left_of(target, path[0]) < 1 << 29 for path in lacked)
+        if lacked and not bounded and not self.index.selective:
+            assert len(leased) == free + evictable, "places were left"
+        if leased:
+            self.leases.append(Lease(target, leased))
+
     def settle(self, number: int, filled: bool) -> None:
         """End a lease."""
         if not self.leases:
@@ -298,6 +337,14 @@ class Driver:
             counts = self.index.counts(tier)
             assert counts.free == self.capacity[tier] - self.used(tier)
             assert counts.ready == len(self.ready_places(tier))
+            (other,) = (each for each in TIERS if each is not tier)
+            lacking = {
+                place.block_id
+                for path, place in self.ready_places(tier).items()
+                if other not in self.blocks[path]
+            }
+            assert set(self.index.lacking(tier, other, 0, self.most[tier]).tolist()) == lacking
+            assert self.index.lacking(tier, other, 1, 2).tolist() == [1] * (1 in lacking)
             for space in range(NAMESPACES):
                 told = self.index.namespace_blocks(key_of((space,)))[tier]
                 assert told == self.used_by(tier, space)

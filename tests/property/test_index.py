@@ -43,6 +43,14 @@ class IndexMachine(RuleBasedStateMachine):
         """Take places for what lacks."""
         self.driver.reserve(tier, path, begin, atomic)
 
+    @rule(
+        source=st.sampled_from(TIERS),
+        paths=st.lists(st.sampled_from(PATHS), min_size=1, max_size=6),
+    )
+    def reserve_copies(self, source: Tier, paths: list[tuple[int, ...]]) -> None:
+        """Take places in one tier for what the other has."""
+        self.driver.reserve_copies(source, paths)
+
     @rule(number=st.integers(0, 9), filled=st.booleans())
     def settle(self, number: int, filled: bool) -> None:
         """Commit or abort."""
@@ -121,7 +129,11 @@ def test_random_operations_agree_with_the_model(eviction: Eviction) -> None:
         driver = Driver(eviction, random.randint(1, 8), random.randint(1, 12))
         try:
             for _ in range(200):
-                random_step(driver, random)
+                if random.random() < 0.05:
+                    paths = random.choices(PATHS, k=random.randint(1, 6))
+                    driver.reserve_copies(random.choice(TIERS), paths)
+                else:
+                    random_step(driver, random)
                 driver.check()
             driver.finish()
         except BaseException as error:

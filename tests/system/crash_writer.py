@@ -19,10 +19,17 @@ MODEL = ModelConfig(num_layers=3, num_kv_heads=2, head_size=32, dtype="float16")
 CHAIN = KeyChain(MODEL, PER_BLOCK)
 
 
-def config(directory: str, ssd_blocks: int) -> CacheConfig:
-    """Give a tier that is written to as soon as possible."""
+BURST_PROMPTS, BURST_HOST_BLOCKS = 40, 60
+"""A burst has ten times the blocks of host memory; two of them may be queued for the SSD."""
+
+
+def config(directory: str, ssd_blocks: int, in_bursts: bool = False) -> CacheConfig:
+    """Return a tier that is written to as soon as possible."""
+    more = {}
+    if in_bursts:
+        more = {"num_cpu_blocks": BURST_HOST_BLOCKS, "write_behind_max_gb": 2 * 4096 / 2**30}
     return CacheConfig(
-        tokens_per_block=PER_BLOCK, num_cpu_blocks=256, num_ssd_blocks=ssd_blocks,
+        **{"num_cpu_blocks": 256, **more}, tokens_per_block=PER_BLOCK, num_ssd_blocks=ssd_blocks,
         ssd_cache_dir=directory, chunk_mb=4096 * 4 / 2**20,
     )  # fmt: skip
 
@@ -30,7 +37,7 @@ def config(directory: str, ssd_blocks: int) -> CacheConfig:
 def prompt(seed: int, number: int) -> NDArray[np.int64]:
     """Give a prompt; every fourth one continues the one before it."""
     random = Random(f"{seed} {number // 4}")
-    start = random.randrange(1 << 40)
+    start = random.randrange(1 << 31)
     length = PER_BLOCK * (PROMPT_BLOCKS // 4) * (1 + number % 4)
     return np.arange(start, start + length)
 
@@ -68,5 +75,26 @@ async def write(directory: str, seed: int, ssd_blocks: int) -> None:
                 await asyncio.sleep(random.random() * 0.03)
 
 
+async def write_in_bursts(directory: str, seed: int, ssd_blocks: int) -> None:
+    """Put many prompts at once, flush, and say how many blocks of each are resident then."""
+    device = KnownDevice(MODEL, PER_BLOCK, DEVICE_BLOCKS)
+    async with KVManager(MODEL, config(directory, ssd_blocks, in_bursts=True)) as manager:
+        manager.register_kv_caches(device.kv_caches)
+        say("open")
+        number = 0
+        while True:
+            for _ in range(BURST_PROMPTS):
+                tokens = prompt(seed, number)
+                keys = block_keys(CHAIN.keys(tokens))
+                device.fill(range(len(keys)), keys)
+                await manager.put(tokens, slots_of(0, len(keys)))
+                say("put", number)
+                number += 1
+            await manager.flush()
+            for each in range(number - BURST_PROMPTS, number):
+                say("resident", each, manager.match(prompt(seed, each)).tokens // PER_BLOCK)
+
+
 if __name__ == "__main__":
-    asyncio.run(write(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    work = write_in_bursts if sys.argv[4:] == ["bursts"] else write
+    asyncio.run(work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import selectors
+import shutil
 import subprocess
 import sys
 import time
@@ -35,12 +36,15 @@ ROOMY, TIGHT = 20_000, 200
 class Life:
     """What one process said before it was killed: when it put each prompt, how many are flushed."""
 
-    def __init__(self, directory: Path, seed: int, ssd_blocks: int, seconds: float) -> None:
+    def __init__(
+        self, directory: Path, seed: int, ssd_blocks: int, seconds: float, *mode: str
+    ) -> None:
         self.put_s: list[float] = []
         self.flushed = 0
+        self.resident: dict[int, int] = {}
         command = [sys.executable, "-m", "tests.system.crash_writer"]
         process = subprocess.Popen(
-            [*command, str(directory), str(seed), str(ssd_blocks)],
+            [*command, str(directory), str(seed), str(ssd_blocks), *mode],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
         assert process.stdout is not None
@@ -71,6 +75,8 @@ class Life:
             self.put_s.append(time.monotonic())
         elif words[:1] == ["flushed"] and len(words) == 2:
             self.flushed = int(words[1])
+        elif words[:1] == ["resident"] and len(words) == 3 and line.endswith("\n"):
+            self.resident[int(words[1])] = int(words[2])
 
 
 async def check(directory: Path, seed: int, ssd_blocks: int, life: Life) -> tuple[int, int]:
@@ -113,3 +119,24 @@ async def test_a_killed_process_loses_nothing_that_was_flushed(
         all_found, all_old = all_found + found, all_old + old
     if ssd_blocks == ROOMY and all_old:
         assert all_found >= 0.99 * all_old, f"{all_found} of {all_old}"
+
+
+async def test_every_block_that_is_resident_at_a_returned_flush_comes_back(tmp_path: Path) -> None:
+    """Bursts of ten times host memory, far above what may be queued for the SSD."""
+    random = Random(7)
+    for kill in range(max(1, KILLS // 2)):
+        seed, directory = random.randrange(1 << 30), tmp_path / f"tier-{kill}"
+        life = Life(directory, seed, ROOMY, random.uniform(0.1, 1.0), "bursts")
+        device = KnownDevice(MODEL, PER_BLOCK, DEVICE_BLOCKS)
+        async with KVManager(MODEL, config(str(directory), ROOMY, in_bursts=True)) as manager:
+            manager.register_kv_caches(device.kv_caches)
+            for number, resident in life.resident.items():
+                tokens = prompt(seed, number)
+                keys = block_keys(CHAIN.keys(tokens))
+                assert resident == len(keys), "a put was not stored, or lost before the flush"
+                device.clear(range(PROMPT_BLOCKS))
+                response = await manager.get(tokens, slots_of(0, len(keys)))
+                blocks = int(response.return_mask.sum()) // PER_BLOCK
+                assert device.mismatches(range(blocks), keys[:blocks]) == 0, "wrong bytes"
+                assert blocks >= resident, f"{resident - blocks} flushed blocks of {number}"
+        shutil.rmtree(directory)

@@ -23,6 +23,7 @@ from flexkv.kvmanager import KVManager
 from flexkv.testing.fakes import FakePort
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.simulation import TOKENS_PER_BLOCK
+from flexkv.testing.virtual_time import VirtualTimeLoop
 from tests.system.conftest import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches, slots_of
 from tests.system.test_keeping import A, B, on_engine, put, resident
 
@@ -79,7 +80,8 @@ def test_a_disk_that_hangs_costs_its_own_blocks_only() -> None:
             assert await get(engine, A, 0.1) == (KVResponseStatus.NOTFOUND, 0)
             assert await get(engine, C, 0.1) == (KVResponseStatus.SUCCESS, 4)
             assert engine.match(A).tokens == 0
-        await put(engine, C + 9000)
+        with pytest.raises(DeadlineError):  # it is in host memory, and its flush says where not
+            await put(engine, C + 9000)
         assert disk.in_flight == submitted
         await asyncio.sleep(31)
         assert await get(engine, A) == (KVResponseStatus.SUCCESS, 4)
@@ -95,7 +97,7 @@ def test_a_disk_that_hung_comes_back_whatever_became_of_its_ops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Though all that was late ends as recalled: part of each op was still queued when it hung."""
-    monkeypatch.setattr("flexkv.engine.DISK_READ_PIECE_BYTES", 16)
+    monkeypatch.setattr("flexkv.limits.DISK_READ_PIECE_BYTES", 16)
 
     async def work(engine: Engine) -> None:
         await on_disk_only(engine, A)
@@ -166,7 +168,8 @@ def test_a_full_disk_stops_writes_and_not_reads() -> None:
         repair()
         assert engine.statistics().tiers["disk"].writes == "down"
         written = engine.statistics().routes["host→disk"].ops
-        await put(engine, A + 900)
+        with pytest.raises(StorageError):
+            await put(engine, A + 900)
         assert engine.statistics().routes["host→disk"].ops == written
         assert resident(engine, A + 900) == 4
         engine.keeping.clear(Tier.HOST)
@@ -254,3 +257,115 @@ def test_a_close_that_was_cancelled_can_be_done_again() -> None:
         assert disk_of(engine)._closed
 
     on_engine(work, host=32, disk=64, io_deadline_s=0.5)
+
+
+def test_a_loop_that_was_held_is_not_a_disk_that_hangs() -> None:
+    """Whoever blocked the loop for long made every look late: what has ended is reaped first."""
+
+    async def work(engine: Engine) -> None:
+        await on_disk_only(engine, A)
+        disk_of(engine)._faults = FaultPlan(1, 0.0, 0.9, 0.9)
+        waits = asyncio.ensure_future(get(engine, A, 1000.0))
+        await asyncio.sleep(0.1)
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualTimeLoop)
+        loop._virtual.now_s += 100.0
+        assert await waits == (KVResponseStatus.SUCCESS, 4)
+        assert engine.statistics().tiers["disk"].reads == "up"
+
+    on_engine(work, host=32, disk=64, io_deadline_s=2.0)
+
+
+def test_a_disk_that_hung_is_tried_as_soon_as_what_hung_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Though it ends as recalled, and the next look may be long after."""
+    monkeypatch.setattr("flexkv.engine.DISK_READ_PIECE_BYTES", 16)
+
+    async def work(engine: Engine) -> None:
+        await on_disk_only(engine, A, B)
+        disk = disk_of(engine)
+        disk._faults = FaultPlan(1, 0.0, 1010.0, 1010.0)
+        assert (await get(engine, A, 1000.0))[0] is KVResponseStatus.FAILED
+        assert engine.statistics().queues["disk"].inbound_bytes_in_flight == 16
+        disk._faults = QUICK
+        submit, submitted = disk.submit, []
+        monkeypatch.setattr(disk, "submit", lambda each: (submitted.append(each), submit(each)))
+        while disk.in_flight:
+            assert engine.statistics().tiers["disk"].reads == "hung"
+            assert (await get(engine, B))[0] is KVResponseStatus.NOTFOUND
+            await asyncio.sleep(0.5)
+        assert not submitted, "what hung is begun anew"
+        assert await get(engine, B) == (KVResponseStatus.SUCCESS, 4)
+
+    window_mb = 16 / 2**20
+    on_engine(work, host=32, disk=64, io_deadline_s=100.0, disk_read_window_mb=window_mb)
+
+
+def test_one_request_tries_a_disk_that_was_left_alone_and_others_wait_for_its_end() -> None:
+    """After the pause a single read goes; what else is asked meanwhile is answered without."""
+
+    async def work(engine: Engine) -> None:
+        prompts = [A + 100 * number for number in range(6)]
+        await on_disk_only(engine, *prompts)
+        repair = fail_with(engine, EIO)
+        for tokens in prompts[:3]:
+            assert (await get(engine, tokens))[0] is KVResponseStatus.FAILED
+        repair()
+        await asyncio.sleep(1.1)
+        disk_of(engine)._faults = FaultPlan(1, 0.0, 0.3, 0.3)
+        trial = asyncio.ensure_future(get(engine, prompts[3]))
+        await asyncio.sleep(0.1)
+        assert (await get(engine, prompts[4], 0.1))[0] is KVResponseStatus.NOTFOUND
+        assert await trial == (KVResponseStatus.SUCCESS, 4)
+        assert await get(engine, prompts[4]) == (KVResponseStatus.SUCCESS, 4)
+
+    on_engine(work, host=32, disk=64)
+
+
+def test_one_read_that_hangs_is_noticed_among_others_that_do_not() -> None:
+    """However many begin after it: the deadline is that of the oldest."""
+
+    async def work(engine: Engine) -> None:
+        others = [A + 100 * number for number in range(1, 15)]
+        await on_disk_only(engine, A, *others)
+        disk = disk_of(engine)
+        disk._faults = FaultPlan(1, 0.0, 30.0, 30.0)
+        hangs = asyncio.ensure_future(get(engine, A, 10.0))
+        await asyncio.sleep(0.1)
+        disk._faults = FaultPlan(1, 0.0, 0.5, 0.5)
+        reads = []
+        for tokens in others:  # another one is always under way
+            reads.append(asyncio.ensure_future(get(engine, tokens, 10.0)))
+            await asyncio.sleep(0.2)
+        assert hangs.done()
+        assert await hangs == (KVResponseStatus.FAILED, 0)
+        for read in reads:
+            await read
+
+    on_engine(work, host=80, disk=80, io_deadline_s=2.0)
+
+
+@pytest.mark.parametrize("piece_bytes", [16, 1024])
+def test_a_write_that_hung_is_told_by_one_flush_only(
+    piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it ends after all, whole or with a part taken back, that has been told already."""
+    monkeypatch.setattr("flexkv.engine.DISK_WRITE_PIECE_BYTES", piece_bytes)
+
+    async def work(engine: Engine) -> None:
+        disk_of(engine)._faults = FaultPlan(1, 0.0, 30.0, 30.0)
+        request = engine.with_slots(engine.intake(Operation.PUT, A), np.arange(len(A)))
+        assert request is not None
+        await engine.perform(request)
+        await asyncio.sleep(0.1)
+        disk_of(engine)._faults = QUICK
+        with pytest.raises(DeadlineError):
+            await engine.flush()
+        assert disk_of(engine).in_flight
+        await asyncio.sleep(31)
+        assert not disk_of(engine).in_flight
+        await engine.flush()
+
+    window_mb = piece_bytes / 2**20
+    on_engine(work, host=32, disk=64, io_deadline_s=2.0, disk_write_window_mb=window_mb)

@@ -90,3 +90,25 @@ async def test_a_disk_that_hangs_in_the_kernel_costs_its_own_blocks_only(disk: D
         disk.suffers_from("")
         await until_got(manager, range(16, 24))
         assert np.array_equal(bytes_of(caches, range(16, 24)), bytes_of(caches, range(8)))
+
+
+async def test_a_sync_that_failed_is_not_believed_the_next_time(disk: Disk) -> None:
+    """EIO from the kernel's fsync: what it may have lost is written anew by the next good flush."""
+    async with KVManager(MODEL, cache_config(disk.mounted)) as manager:
+        manager.register_kv_caches(kv_caches())
+        await manager.put(PROMPT, slots_of(range(8)))
+        await manager.flush()
+        written = manager.statistics().routes["host→disk"].blocks
+        await manager.put(PROMPT + 1000, slots_of(range(8)))
+        disk.suffers_from("sync")
+        for _ in range(2):
+            with pytest.raises(StorageError, match="EIO"):
+                await manager.flush()
+        assert manager.match(PROMPT).tokens_by_tier[Tier.HOST] == len(PROMPT)
+        disk.suffers_from("")
+        assert (await manager.flush()).lacking_blocks == {}
+        assert manager.statistics().routes["host→disk"].blocks >= written + 16, "believed"
+        manager.clear(Tier.HOST)
+        assert manager.match(PROMPT + 1000).tokens_by_tier[Tier.DISK] == len(PROMPT)
+    async with KVManager(MODEL, cache_config(disk.mounted)) as manager:
+        assert manager.match(PROMPT + 1000).tokens == manager.match(PROMPT).tokens == len(PROMPT)

@@ -216,3 +216,25 @@ def test_places_are_freed_ahead_of_need() -> None:
         assert resident(engine, A + 4000) == 4
 
     on_engine(work, evict_start_threshold=0.5)
+
+
+def test_a_put_that_was_given_up_is_no_failure() -> None:
+    """What was taken back from the device's queue is not told by a flush, nor counted as failed."""
+
+    async def work(engine: Engine) -> None:
+        puts = []
+        for tokens in (A, B):
+            ready = engine.with_slots(engine.intake(Operation.PUT, tokens), np.arange(len(tokens)))
+            assert ready is not None
+            puts.append(asyncio.create_task(engine.perform(ready)))
+        await asyncio.sleep(0.00005)  # virtual: one is in flight, the other waits for the window
+        puts[1].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await puts[1]
+        await puts[0]
+        await engine.flush()
+        assert (resident(engine, A), resident(engine, B)) == (4, 0)
+        route = engine.statistics().routes["device→host"]
+        assert (route.ops, route.failed_ops) == (1, 0)
+
+    on_engine(work, device_window_mb=4 * BLOCK_KEY_BYTES / 2**20)

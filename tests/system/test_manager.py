@@ -272,6 +272,7 @@ async def test_use_outside_its_life_is_a_closed_error(make_manager: MakeManager)
     async with manager:
         response = await manager.get(PROMPT, slots_of(range(10)))
         assert response.status is KVResponseStatus.UNREADY
+        assert manager.statistics().requests["get"] == {"unready": 1}
         assert not manager.is_ready()
         with pytest.raises(ClosedError, match="await"):
             manager.wait([1])

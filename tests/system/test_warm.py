@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 from structlog.testing import capture_logs
 from typer.testing import CliRunner, Result
 
+from flexkv.backend import LocalBackend
 from flexkv.cli.main import commands
 from flexkv.common.config import ModelConfig
 from flexkv.common.errors import ConfigError, FlexKVError, StorageError
@@ -20,6 +23,7 @@ from flexkv.common.request import KVResponseStatus
 from flexkv.common.terms import Tier
 from flexkv.io import file_calls, journal
 from flexkv.kvmanager import KVManager
+from flexkv.server.backend import ServerBackend
 from tests.system.conftest import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches, slots_of
 
 PROMPT = np.arange(16 * PER_BLOCK)
@@ -274,6 +278,34 @@ async def test_a_flush_ends_when_the_engine_is_closed(tmp_path: Path) -> None:
     assert all(result is None or isinstance(result, FlexKVError) for result in done)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "warned"),
+    [("", {}, 1), ("model", {}, 0), ("", {"ssd_warm_restart": False}, 0)],
+)
+async def test_a_warm_tier_of_a_model_without_a_name_warns(
+    tmp_path: Path, name: str, changes: dict[str, Any], warned: int
+) -> None:
+    """Once, with the key that is missing: another model of the same shape would share blocks."""
+    model = ModelConfig(**{**MODEL.model_dump(), "model_id": name})
+    with capture_logs() as logs:
+        async with KVManager(model, cache_config(tmp_path, **changes)):
+            pass
+    told = [entry for entry in logs if entry["event"] == "model_id_not_given"]
+    assert len(told) == warned
+    assert all((entry["log_level"], entry["field"]) == ("warning", "model_id") for entry in told)
+
+
+@pytest.mark.parametrize(("kind", "warned"), [(LocalBackend, 0), (ServerBackend, 1)])
+def test_host_memory_of_a_model_without_a_name_warns_if_it_is_shared(
+    tmp_path: Path, kind: type[LocalBackend], warned: int
+) -> None:
+    """Memory of one engine ends with it; a server's may be asked for by another model's engine."""
+    cache = cache_config(tmp_path, num_ssd_blocks=0, enable_ssd=False)
+    with capture_logs() as logs, ExitStack() as undo:
+        kind(MODEL, cache, cache.sized(MODEL)).open(undo, None)
+    assert [entry["event"] for entry in logs].count("model_id_not_given") == warned
+
+
 # -- offline --------------------------------------------------------------------------------------
 
 
@@ -302,6 +334,7 @@ async def test_the_command_looks_at_a_stopped_tier(tmp_path: Path) -> None:
 def flexkv(verb: str, directory: Path, *options: str) -> Result:
     """Run `flexkv ssd`; what it raises is raised."""
     result = CliRunner().invoke(commands, ["ssd", verb, str(directory), *options])
+    structlog.reset_defaults()  # the command logs to a stream that is gone with it
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result

@@ -1,5 +1,6 @@
 """Laws of the arena: aligned, touched, bounded by what there is, and gone when closed."""
 
+import fcntl
 import mmap
 import os
 import subprocess
@@ -58,6 +59,115 @@ def test_a_shared_arena_is_the_same_memory_for_another(monkeypatch):
         arena.array[1, 3] = 42
         assert other[arena.fd_offset_bytes + MIB + 3] == 42
     assert arena.close()
+
+
+HOSTILE = """
+import fcntl, mmap, os, sys
+fd, size = int(sys.argv[1]), int(sys.argv[2])
+again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+for each in (fd, again):
+    for attack in (
+        lambda: os.ftruncate(each, 0),
+        lambda: os.ftruncate(each, size - mmap.PAGESIZE),
+        lambda: os.ftruncate(each, size + mmap.PAGESIZE),
+        lambda: os.posix_fallocate(each, 0, size + mmap.PAGESIZE),
+        lambda: fcntl.fcntl(each, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE),
+        lambda: os.open(f"/proc/self/fd/{each}", os.O_RDWR | os.O_TRUNC),
+    ):
+        try:
+            attack()
+        except OSError:
+            continue
+        print("an attack succeeded")
+assert os.fstat(fd).st_size == size
+with mmap.mmap(fd, size) as memory:
+    memory[-1] = 77  # as an agent writes
+print("done")
+"""
+
+
+@pytest.mark.parametrize("hugepage_bytes", [None, 2 * MIB])
+def test_nobody_changes_the_size_of_a_shared_arena(hugepage_bytes: int | None) -> None:
+    """A process that maps it can write to it, and neither shrink nor grow it nor seal it more."""
+    arena = Arena.open(2, MIB, hugepage_bytes=hugepage_bytes, shared=True)
+    if hugepage_bytes is not None and arena.backing != "hugetlb":
+        # The pool is empty: an unmapped file of such pages can be sealed all the same.
+        fd = os.memfd_create("huge", arena_module._MEMFD | os.MFD_HUGETLB)
+        os.ftruncate(fd, 2 * MIB)
+        arena_module._seal(fd)
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, 0)
+        os.close(fd)
+    assert arena.fd is not None
+    size = os.fstat(arena.fd).st_size
+    command = [sys.executable, "-c", HOSTILE, str(arena.fd), str(size)]
+    told = subprocess.run(
+        command, pass_fds=[arena.fd], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert told.stdout.split("\n") == ["done", ""]
+    with mmap.mmap(arena.fd, size) as memory:
+        assert memory[-1] == 77
+    arena.array[:] = 1  # all of it is there
+    assert arena.close()
+
+
+def test_another_process_maps_a_shared_arena() -> None:
+    """By its descriptor, place and size; bytes are the same for both."""
+    arena = Arena.open(2, MIB, shared=True)
+    assert arena.fd is not None
+    other = Arena.attach(os.dup(arena.fd), 2, MIB, arena.fd_offset_bytes)
+    other.array[1, 3] = 42
+    assert arena.array[1, 3] == 42
+    assert other.close()
+    assert arena.close()
+
+
+def unsealed(seals: int | None) -> int:
+    """Return memory of four MiB with these seals; None: that takes none."""
+    fd = os.memfd_create("other", 0 if seals is None else os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 4 * MIB)
+    if seals:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    return fd
+
+
+@pytest.mark.parametrize("seals", [None, 0, fcntl.F_SEAL_GROW, fcntl.F_SEAL_SEAL])
+def test_memory_that_could_shrink_is_not_mapped(seals: int | None) -> None:
+    """A server that is hostile, or none of ours, could end us by SIGBUS."""
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="not sealed against shrinking"):
+        Arena.attach(unsealed(seals), 2, MIB, 0)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_file_is_no_arena(tmp_path: Path) -> None:
+    """Whoever has it may cut it."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4 * MIB))
+    before = os.listdir("/proc/self/fd")
+    for flags in (os.O_RDWR, os.O_RDONLY):
+        with pytest.raises(OSError, match="cannot be mapped"):
+            Arena.attach(os.open(path, flags), 2, MIB, 0)
+    with pytest.raises(OSError, match="cannot be mapped"):
+        Arena.attach(os.open(tmp_path, os.O_RDONLY), 2, MIB, 0)
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize(
+    ("blocks", "stride", "offset"),
+    [
+        (5, MIB, 0), (4, MIB, 1), (2, MIB, 3 * MIB), (0, MIB, 0), (2, 0, 0), (-1, -MIB, 0),
+        (2, MIB, -MIB), (1 << 62, 1 << 62, 0), (1, MIB, 1 << 63),
+    ],
+)  # fmt: skip
+def test_blocks_that_are_not_in_the_memory_are_not_mapped(
+    blocks: int, stride: int, offset: int
+) -> None:
+    """Whatever the other process says of its size."""
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="cannot be mapped"):
+        Arena.attach(unsealed(fcntl.F_SEAL_SHRINK), blocks, stride, offset)
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_private_arena_has_no_descriptor(arena):

@@ -1,8 +1,9 @@
-"""Block keys and block ids of the extension, against python-xxhash and plain loops."""
+"""Block keys and block ids of the extension, against plain Python."""
 
 from __future__ import annotations
 
 from array import array
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,19 +13,30 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from flexkv._ext import block_slots, chain_keys, features, hash128, prefault
+from tests.unit.xxh3 import PUBLIC_SECRET, xxh3_128
 
 PARENT = bytes(range(16))
+SECRET = bytes(range(7, 199))
+SIZES = [1, 2, 4, 16, 28, 29, 32, 56, 57, 64, 128, 300]
+"""Tokens of a block: inputs of 20 to 1,216 bytes, on every path of the hash and at its borders."""
 
 
-def reference_keys(tokens: NDArray[np.int64], tokens_per_block: int, parent: bytes) -> bytes:
-    """Give the parent, and chain the keys of the whole blocks with python-xxhash."""
+def reference_keys(
+    tokens: NDArray[np.int64], tokens_per_block: int, parent: bytes, secret: bytes = SECRET
+) -> bytes:
+    """Give the parent, and chain the keys of the whole blocks in plain Python."""
     keys = [parent]
     for end in range(tokens_per_block, len(tokens) + 1, tokens_per_block):
-        numbers = tokens[end - tokens_per_block : end]
-        block = numbers.astype("<u4" if numbers.max() < 2**32 else "<i8").tobytes()
-        parent = xxhash.xxh3_128_digest(parent + block)
+        block = tokens[end - tokens_per_block : end].astype("<u4").tobytes()
+        parent = xxh3_128(parent + block, secret)
         keys.append(parent)
     return b"".join(keys)
+
+
+@given(st.binary(min_size=17, max_size=2000))
+def test_the_plain_hash_is_that_of_another_implementation(data: bytes) -> None:
+    """Under the public constants, for which there is one."""
+    assert xxh3_128(data) == xxhash.xxh3_128_digest(data)
 
 
 @given(st.binary(max_size=2000), st.integers(0, 2**64 - 1))
@@ -41,42 +53,80 @@ def test_hash128_of_much_data_is_xxh3() -> None:
 
 
 @given(
-    st.lists(st.integers(0, 2**63 - 1), max_size=200),
+    st.lists(st.integers(0, 2**32 - 1), max_size=200),
     st.integers(1, 70),
     st.binary(min_size=16, max_size=16),
+    st.binary(min_size=136, max_size=256),
 )
-def test_keys_are_chained_xxh3(tokens: list[int], tokens_per_block: int, parent: bytes) -> None:
+def test_keys_are_chained_xxh3(
+    tokens: list[int], tokens_per_block: int, parent: bytes, secret: bytes
+) -> None:
     """Every whole block has the digest of its parent's key and its tokens; a tail has none."""
     array_ = np.array(tokens, np.int64)
-    expected = reference_keys(array_, tokens_per_block, parent)
-    assert chain_keys(array_, tokens_per_block, parent) == expected
+    expected = reference_keys(array_, tokens_per_block, parent, secret)
+    assert chain_keys(array_, tokens_per_block, parent, secret) == expected
+    assert chain_keys(tokens, tokens_per_block, parent, secret) == expected
+
+
+@pytest.mark.parametrize("tokens_per_block", SIZES)
+def test_keys_on_every_path_of_the_hash(tokens_per_block: int) -> None:
+    """Short, middle and long blocks take other code, under any secret; so do their borders."""
+    tokens = np.random.default_rng(0).integers(0, 2**32, 5 * tokens_per_block + 1)
+    for secret in (SECRET, PUBLIC_SECRET):
+        expected = reference_keys(tokens, tokens_per_block, PARENT, secret)
+        assert chain_keys(tokens, tokens_per_block, PARENT, secret) == expected
 
 
 def test_keys_of_a_long_prompt_are_chained_xxh3() -> None:
     """A prompt so long that the GIL is released gives the same keys."""
-    tokens = np.random.default_rng(0).integers(0, 1 << 40, 50_001)
-    assert chain_keys(tokens, 16, PARENT) == reference_keys(tokens, 16, PARENT)
+    tokens = np.random.default_rng(0).integers(0, 1 << 32, 50_001)
+    assert chain_keys(tokens, 16, PARENT, SECRET) == reference_keys(tokens, 16, PARENT)
 
 
-@given(st.lists(st.integers(-3, 100), min_size=1, max_size=80), st.integers(1, 20))
-def test_the_first_negative_token_is_named(tokens: list[int], tokens_per_block: int) -> None:
-    """A negative token anywhere, the tail included, raises its index and value."""
-    first = next((i for i, token in enumerate(tokens) if token < 0), None)
-    if first is None:
-        chain_keys(array("q", tokens), tokens_per_block, PARENT)
-        return
-    with pytest.raises(ValueError, match=str(first)) as raised:
-        chain_keys(array("q", tokens), tokens_per_block, PARENT)
-    assert raised.value.args == (first, tokens[first])
+OUT_OF_RANGE = st.sampled_from([-1, -(2**63), 2**32, 2**40, 2**63 - 1])
+
+
+@given(st.lists(st.integers(0, 100) | OUT_OF_RANGE, min_size=1, max_size=80), st.integers(1, 20))
+def test_the_first_token_out_of_range_is_named(tokens: list[int], tokens_per_block: int) -> None:
+    """One that needs more than 32 bits, anywhere, the tail included: its index and value."""
+    first = next((i for i, token in enumerate(tokens) if not 0 <= token < 2**32), None)
+    for each in (array("q", tokens), tokens):
+        if first is None:
+            chain_keys(each, tokens_per_block, PARENT, SECRET)
+            continue
+        with pytest.raises(ValueError, match=str(first)) as raised:
+            chain_keys(each, tokens_per_block, PARENT, SECRET)
+        assert raised.value.args == (first, tokens[first])
+
+
+@pytest.mark.parametrize("huge", [2**63, 2**64, -(2**70), 10**100])
+def test_an_integer_of_more_than_64_bits_is_named(huge: int) -> None:
+    """In a list, where there can be one."""
+    with pytest.raises(ValueError, match=str(huge)) as raised:
+        chain_keys([1, 2, huge, -1], 16, PARENT, SECRET)
+    assert raised.value.args == (2, huge)
+
+
+def test_a_list_that_changes_as_it_is_read_does_no_harm() -> None:
+    """An item's __index__ may empty the list, itself included."""
+
+    class Emptying:
+        def __index__(self) -> int:
+            items.clear()
+            return 2**70
+
+    items: list[Any] = [1, Emptying(), 3]
+    with pytest.raises(ValueError, match="1"):
+        chain_keys(items, 16, PARENT, SECRET)
 
 
 @pytest.mark.parametrize("code", ["q", "l", "Q", "L"])
 def test_every_8_byte_integer_format_is_read(code: str) -> None:
     """The four formats of 8-byte integers give the same keys, and so do unaligned items."""
     expected = reference_keys(np.arange(32), 16, PARENT)
-    assert chain_keys(array(code, range(32)), 16, PARENT) == expected
+    assert chain_keys(array(code, range(32)), 16, PARENT, SECRET) == expected
     unaligned = np.frombuffer(b"x" + array(code, range(32)).tobytes(), np.int64, offset=1)
-    assert chain_keys(unaligned, 16, PARENT) == expected
+    assert chain_keys(unaligned, 16, PARENT, SECRET) == expected
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float64, np.uint8])
@@ -84,7 +134,7 @@ def test_other_items_are_refused(kind: type[np.generic]) -> None:
     """Items that are not 8-byte integers raise TypeError, never a wrong key."""
     items = np.zeros(32, kind)
     with pytest.raises(TypeError, match="8-byte integers"):
-        chain_keys(items, 16, PARENT)
+        chain_keys(items, 16, PARENT, SECRET)
     with pytest.raises(TypeError, match="8-byte integers"):
         block_slots(items, 16, 4)
 
@@ -93,15 +143,19 @@ def test_bad_arguments_are_refused() -> None:
     """Strides, a block of no tokens, a parent of another length and unknown names raise."""
     tokens = np.arange(64)
     with pytest.raises((BufferError, ValueError)):
-        chain_keys(tokens[::2], 16, PARENT)
+        chain_keys(tokens[::2], 16, PARENT, SECRET)
     with pytest.raises(ValueError, match="tokens_per_block"):
-        chain_keys(tokens, 0, PARENT)
+        chain_keys(tokens, 0, PARENT, SECRET)
     with pytest.raises(ValueError, match="15 bytes"):
-        chain_keys(tokens, 16, PARENT[:15])
-    with pytest.raises(TypeError, match="parent"):
-        chain_keys(tokens, 16)  # type: ignore[call-arg]
+        chain_keys(tokens, 16, PARENT[:15], SECRET)
+    with pytest.raises(ValueError, match="135 bytes"):
+        chain_keys(tokens, 16, PARENT, SECRET[:135])
+    with pytest.raises(TypeError, match="secret"):
+        chain_keys(tokens, 16, PARENT)  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        chain_keys(tokens, 16, PARENT, bytearray(SECRET))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="unexpected"):
-        chain_keys(tokens, 16, PARENT, salt=1)  # type: ignore[call-arg]
+        chain_keys(tokens, 16, PARENT, SECRET, salt=1)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="overflows"):
         block_slots(tokens, 2**40, 2**40)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from flexkv.common.config import ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation, Span
 from flexkv.index.intake import Intake
-from flexkv.index.keys import KeyChain, Scope, block_keys
+from flexkv.index.keys import KeyChain, Scope, block_keys, blocks_are
+from flexkv.index.secret import Derived, derived
+from tests.unit.xxh3 import PUBLIC_SECRET, colliding, xxh3_128
 
 BASE: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 2, "head_size": 8, "dtype": "float16"}
 TOKENS = np.arange(100, 164)
+PARENT = bytes(range(16))
 
 
 def chain(per_block: int = 16, secret: str = "", **changes: Any) -> KeyChain:
@@ -32,7 +36,7 @@ def test_keys_are_chained_xxh3_over_parent_and_tokens() -> None:
     """key[i] = XXH3-128(key[i-1] ‖ tokens of block i), by another implementation."""
     keys = block_keys(chain().keys(TOKENS))
     for parent, key, block in zip(keys, keys[1:], TOKENS.reshape(4, 16)[1:], strict=False):
-        assert key == xxhash.xxh3_128_digest(parent + block.astype("<u4").tobytes())
+        assert key == xxh3_128(parent + block.astype("<u4").tobytes(), hash_secret(""))
 
 
 @pytest.mark.parametrize(
@@ -83,11 +87,47 @@ def test_every_form_of_the_same_tokens_gives_the_same_keys(form: Any) -> None:
     assert request.keys == chain().keys(TOKENS)
 
 
-def test_a_negative_token_is_named() -> None:
-    """The error has the index, the value and the rule."""
+SCOPES = [None, "tenant", Scope(extra_keys=((2, 3, "image"),)), Scope(extra_keys=((40, 50, ""),))]
+
+
+@pytest.mark.parametrize("namespace", SCOPES)
+@pytest.mark.parametrize("token", [-5, -1, 2**32, 2**40, 2**63 - 1])
+@pytest.mark.parametrize("index", [0, 17, 63])
+@pytest.mark.parametrize("form", [np.asarray, list])
+def test_a_token_that_is_out_of_range_is_named(
+    form: Any, index: int, token: int, namespace: Any
+) -> None:
+    """The error has the index in the prompt, the value and the rule."""
     tokens = TOKENS.copy()
-    tokens[63] = -5
-    with pytest.raises(ConfigError, match=r"token_ids\[63\]=-5: must not be negative"):
+    tokens[index] = token
+    why = rf"token_ids\[{index}\]={token}: must not be negative, nor 2\*\*32 or more"
+    with pytest.raises(ConfigError, match=why):
+        chain().keys(form(tokens), namespace)
+    with pytest.raises(ConfigError, match=why):
+        Intake(chain(), 16).request(Operation.GET, 1, form(tokens), None, namespace)
+
+
+@pytest.mark.parametrize("token", [-5, 2**32])
+def test_a_token_out_of_range_is_named_in_what_a_prompt_grows_by(token: int) -> None:
+    """By its index in the whole prompt."""
+    keys, tokens = chain().keys(TOKENS[:32]), TOKENS.copy()
+    tokens[50] = token
+    with pytest.raises(ConfigError, match=rf"token_ids\[50\]={token}: must not be negative"):
+        chain().extend(keys, tokens)
+    with pytest.raises(ConfigError, match=rf"token_ids\[50\]={token}: must not be negative"):
+        chain().grown(keys, tokens[32:].tolist())
+
+
+def test_the_largest_token_id_has_keys() -> None:
+    """And they are no other token's."""
+    tokens = np.full(16, 2**32 - 1)
+    assert chain().keys(tokens) != chain().keys(tokens - 1)
+
+
+@pytest.mark.parametrize("tokens", [TOKENS[::2], TOKENS.astype(np.int32), [1, "2"]])
+def test_tokens_of_another_form_are_refused_by_name(tokens: Any) -> None:
+    """Where the caller does not make an array of 8-byte integers of them."""
+    with pytest.raises(ConfigError, match="token_ids"):
         chain().keys(tokens)
 
 
@@ -137,24 +177,144 @@ def test_keys_are_those_of_the_published_vectors(vector: dict[str, Any]) -> None
     assert [key.hex() for key in block_keys(keys)] == vector["keys"]
 
 
-def test_a_vector_follows_from_the_documented_rule() -> None:
-    """The rule at the top of keys.py, followed by another implementation of XXH3."""
-    vector = VECTORS[1]
-    model = vector["model"]
+def hash_secret(secret: str) -> bytes:
+    """Return what takes the place of XXH3's constants, by the documented rule."""
+    return expanded(secret, b"hash secret", 192)
+
+
+def expanded(secret: str, purpose: bytes, size: int) -> bytes:
+    """Return what is derived from a secret for a purpose, by the documented rule."""
+    master = bytes(64)
+    if secret:
+        master = hashlib.scrypt(
+            secret.encode(), salt=b"flexkv key_secret", n=1 << 14, r=8, p=1, dklen=64
+        )
+    return hashlib.shake_256(b"flexkv " + purpose + b"\0" + master).digest(size)
+
+
+def named(secret: str, kind: bytes, parts: list[bytes]) -> bytes:
+    """Return the name of some parts, by the documented rule."""
+    framed = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+    key = expanded(secret, b"name key", 64)
+    return hashlib.blake2b(framed, digest_size=16, key=key, person=kind).digest()
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["name"])
+def test_vectors_follow_from_the_documented_rule(vector: dict[str, Any]) -> None:
+    """The rules at the top of keys.py and secret.py, followed by another implementation."""
+    model = ModelConfig(**vector["model"])
     facts = {
-        "key_version": 2, "model_id": "", **model, "kv_dim": 2,
-        "tokens_per_block": vector["tokens_per_block"],
+        "key_version": 3, "model_id": model.model_id, "num_layers": model.num_layers,
+        "num_kv_heads": model.num_kv_heads, "head_size": model.head_size, "kv_dim": model.kv_dim,
+        "dtype": model.dtype, "tokens_per_block": vector["tokens_per_block"],
     }  # fmt: skip
-    order = ("key_version", "model_id", "num_layers", "num_kv_heads", "head_size", "kv_dim",
-             "dtype", "tokens_per_block")  # fmt: skip
-    fingerprint = ";".join(f"{name}={facts[name]}" for name in order)
-    parts = [vector["secret"], fingerprint, *vector["namespace"]]
-    framed = b"".join(len(part).to_bytes(8, "little") + part.encode() for part in parts)
-    parent = xxhash.xxh3_128_digest(framed)
+    fingerprint = ";".join(f"{name}={value}" for name, value in facts.items()).encode()
+    secret, size = vector["secret"], vector["tokens_per_block"]
+    namespace = [part.encode() for part in vector["namespace"]]
+    parent = named(secret, b"flexkv root", [fingerprint, *namespace])
     assert parent.hex() == vector["root"]
-    for block, key in zip(np.reshape(vector["tokens"], (-1, 4)), vector["keys"], strict=True):
-        parent = xxhash.xxh3_128_digest(parent + block.astype("<u4").tobytes())
+    for number, key in enumerate(vector["keys"]):
+        begin, end = number * size, (number + 1) * size
+        extras = [
+            f"{first - begin}:{last - begin}:{text}".encode()
+            for first, last, text in sorted(vector["extra_keys"])
+            if first < end and last > begin
+        ]
+        if extras:
+            parent = named(secret, b"flexkv extras", [parent, *extras])
+        tokens = np.array(vector["tokens"][begin:end], "<u4")
+        parent = xxh3_128(parent + tokens.tobytes(), hash_secret(secret))
         assert parent.hex() == key
+
+
+# -- the secret ----------------------------------------------------------------------------------
+
+PER_BLOCK = [4, 16, 28, 29, 32, 56, 57, 64, 128]
+"""On every path of the hash, and at its borders."""
+
+
+def last_key(tokens: list[int], per_block: int, secret: str, namespace: Any = None) -> bytes:
+    """Return the key of the last block."""
+    return chain(per_block, secret).keys(tokens, namespace)[-16:]
+
+
+@pytest.mark.parametrize("per_block", PER_BLOCK)
+@pytest.mark.parametrize("secret", ["", "one", "two"])
+def test_blocks_that_collide_under_public_constants_have_keys_of_their_own(
+    per_block: int, secret: str
+) -> None:
+    """Under any secret and none, in any namespace, and anywhere in a prompt."""
+    one, two = colliding(per_block, PUBLIC_SECRET)
+    assert one != two
+    packed = (PARENT + np.array(tokens, "<u4").tobytes() for tokens in (one, two))
+    assert len({xxhash.xxh3_128_digest(data) for data in packed}) == 1, "no longer a test"
+    front = list(range(3 * per_block))
+    for namespace in SCOPES[:2]:
+        for before in ([], front):
+            keys = (last_key(before + each, per_block, secret, namespace) for each in (one, two))
+            assert len(set(keys)) == 2
+
+
+def test_the_collision_of_wide_tokens_is_refused() -> None:
+    """Token ids of 64 bits, which made a product zero with eight bytes each, are none."""
+    one, two = list(range(16)), list(range(16))
+    four, five = 0x78E5C0CC4EE679CB, 0x2172FFCC7DD05A82
+    one[2:4] = four, 5
+    two[2:4] = four + 5 - five, five
+    for tokens in (one, two):
+        with pytest.raises(ConfigError, match=rf"token_ids\[2\]={tokens[2]}"):
+            chain(secret="s3cret").keys(tokens)
+
+
+@pytest.mark.parametrize("per_block", PER_BLOCK)
+def test_who_knows_the_constants_of_one_secret_knows_those_of_no_other(per_block: int) -> None:
+    """Collisions can be made under a known secret, as under none: that is not promised."""
+    secrets = ["", "one", "two"]
+    for known in secrets:
+        one, two = colliding(per_block, hash_secret(known))
+        for secret in secrets:
+            keys = {last_key(each, per_block, secret) for each in (one, two)}
+            assert len(keys) == (1 if secret == known else 2)
+
+
+def test_everything_derived_differs_by_secret_and_purpose() -> None:
+    """No two secrets share anything, and nothing derived is the beginning of anything else."""
+    secrets = ["", "a", "b", "ab", " a", "A", "\0", "ä"]
+    parts = [bytes(part) for each in secrets for part in as_bytes(derived(each))]
+    assert len({part[:16] for part in parts}) == 3 * len(secrets)
+
+
+def as_bytes(found: Derived) -> tuple[bytes, bytes, bytes]:
+    """Return all that is derived."""
+    return found.hash_secret, found.name_key, bytes.fromhex(found.digest)
+
+
+def test_a_secret_is_derived_from_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is slow on purpose is done once in a process, and not at all without a secret."""
+    calls: list[bytes] = []
+    real = hashlib.scrypt
+
+    def counting(password: bytes, **options: Any) -> bytes:
+        calls.append(password)
+        return real(password, **options)
+
+    monkeypatch.setattr(hashlib, "scrypt", counting)
+    for _ in range(3):
+        for secret in ("", "a secret of this test"):
+            chain(secret=secret).keys(TOKENS)
+            block_identity = blocks_are(ModelConfig(**BASE), 16, secret)
+            assert block_identity["key_secret_digest"] == derived(secret).digest
+    assert calls == [b"a secret of this test"]
+
+
+def test_the_digest_is_slow_to_guess_and_tells_nothing_else() -> None:
+    """It follows from the secret by scrypt alone, and is part of no key."""
+    digest = blocks_are(ModelConfig(**BASE), 16, "weak")["key_secret_digest"]
+    assert digest == expanded("weak", b"digest", 16).hex()
+    assert digest != blocks_are(ModelConfig(**BASE), 16, "")["key_secret_digest"]
+    assert digest != xxhash.xxh3_128_hexdigest(b"".join(
+        len(part).to_bytes(8, "little") + part for part in (b"secret", b"weak")
+    ))  # fmt: skip
 
 
 IMAGE = Scope(extra_keys=((2, 30, "image-a"),))
@@ -186,7 +346,7 @@ WEAK: list[tuple[str, dict[str, Any], Any, Any]] = [
     ("another image", {}, TOKENS, Scope(extra_keys=((2, 30, "image-b"),))),
     ("the image elsewhere", {}, TOKENS, Scope(extra_keys=((3, 31, "image-a"),))),
     ("the image as two", {}, TOKENS, Scope(extra_keys=((2, 9, "image-a"), (9, 30, "image-a")))),
-    ("token over 32 bits", {}, TOKENS + 2**32, None),
+    ("tokens of 32 bits", {}, TOKENS + (2**32 - 1000), None),
 ]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
 from flexkv.actors.mailbox import Mailbox
 from flexkv.common.errors import InvariantError
 from flexkv.common.terms import Route, Tier, Transfer
+from flexkv.layerwise import LayerProgress
 
 READ, WRITE = Route(Tier.DISK, Tier.HOST), Route(Tier.HOST, Tier.DISK)
 
@@ -69,3 +71,19 @@ def test_a_full_mailbox_is_an_invariant_error() -> None:
     mailbox.put(transfer(1, 1))
     with pytest.raises(InvariantError):
         mailbox.put(transfer(2, 1))
+
+
+def test_requests_take_turns_layer_by_layer() -> None:
+    """All transfers of one request move a layer before any moves the next, and another request
+    that goes layer by layer has every other turn."""
+    mailbox = Mailbox(8, 1)
+    for token, owner in ((1, 1), (2, 1), (3, 2)):
+        watched = msgspec.structs.replace(transfer(token, owner), watch=LayerProgress(4, 4))
+        mailbox.put(watched)
+    order = []
+    while (taken := mailbox.inbound.take(1, room_bytes=8)) is not None:
+        cursor, layer, count = taken
+        order += [(cursor.transfer.token, layer)] * count
+    of_first = [each for each in order if each[0] != 3]
+    assert of_first == [(token, layer) for layer in range(4) for token in (1, 2)]
+    assert [each[0] == 3 for each in order] == [False, True] * 4 + [False] * 4

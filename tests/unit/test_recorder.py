@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import msgspec
@@ -54,6 +55,45 @@ def test_every_record_is_written_behind_a_header(tmp_path: Path) -> None:
     header, *records = read(path)
     assert isinstance(header, HeaderRecord)
     assert records == [op(number) for number in range(100)]
+
+
+def refused(path: Path) -> str:
+    """Return why a trace cannot be written there."""
+    with pytest.raises(ConfigError) as caught:
+        Recorder(str(path), 1 << 20, 2, 1000)
+    assert caught.value.field == "trace_file_path"
+    return caught.value.why
+
+
+def test_a_trace_is_written_to_files_of_ours_only(tmp_path: Path) -> None:
+    """Neither a file that others may write to, nor a link that another user made, is written to."""
+    path, other = tmp_path / "trace", tmp_path / "other"
+    path.touch()
+    path.chmod(0o666)
+    assert "others may write to it" in refused(path)
+    path.unlink()
+    path.symlink_to(other)
+    Recorder(str(path), 1 << 20, 2, 1000).close()
+    assert len(read(other)) == 1, "a link of ours is followed"
+    if os.geteuid() == 0:
+        os.chown(path, 4321, -1, follow_symlinks=False)
+        assert "is a link that another user made" in refused(path)
+        os.chown(other, 4321, -1)
+        assert "belongs to another user" in refused(other)
+    assert len(read(other)) == 1
+
+
+def test_a_rotated_trace_follows_no_link(tmp_path: Path) -> None:
+    """What stands where the next file begins is removed, not written through."""
+    path, other = tmp_path / "trace", tmp_path / "other"
+    other.write_text("precious")
+    (tmp_path / "trace.new").symlink_to(other)
+    recorder = Recorder(str(path), 1000, 2, 1000)
+    for number in range(100):
+        recorder.record(op(number))
+    recorder.close()
+    assert other.read_text() == "precious"
+    assert (tmp_path / "trace.1").exists()
 
 
 @pytest.mark.parametrize("max_files", [1, 3])

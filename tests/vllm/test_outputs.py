@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,10 @@ from typing import Any
 
 import pytest
 
+from flexkv.integration.vllm.tiny_model import make_tiny_model
 from tests.system.mounted import mounted_disk
+
+from .conversations import Sizes
 
 Run = Callable[..., dict[str, Any]]
 
@@ -91,11 +95,44 @@ def test_an_engine_that_was_killed_is_warm_from_ssd(
     assert moved(again)["disk→host"] > 50
 
 
+def test_weights_that_were_exchanged_find_nothing_of_the_old_ones(
+    run: Run, model: str, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """In the same folder, of the same size and time: a new engine, over the warm SSD tier."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    run(model=str(folder), connector="shim", flush=True)
+    file = folder / "model.safetensors"
+    before = file.stat()
+    make_tiny_model(folder, seed=1)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    without = run(model=str(folder), connector="none")
+    assert without["answers"] != expected["answers"]
+    told = run(model=str(folder), connector="shim")
+    check_sound(told, without)
+    assert told["server"]["statistics"]["restored_blocks"] == 0
+
+
 def test_an_engine_that_slept_loads_what_it_had(run: Run, expected: dict[str, Any]) -> None:
     """Its KV tensors were taken back, and others' in between."""
     told = run(connector="own", naps=True)
     check_sound(told, expected)
     assert min(min(turn) for turn in told["cached"][1:]) > 0
+
+
+def test_answers_are_equal_where_drafts_are_made(run: Run, expected: dict[str, Any]) -> None:
+    """Of words that came before; every block is stored, that of a request's last step too."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2,
+              "prompt_lookup_min": 1}  # fmt: skip
+    told = run(connector="shim", engine={"speculative_config": drafts})
+    check_sound(told, expected)
+    # A turn's prompt is the one before, and its answer, of which the last token is not computed.
+    sizes = Sizes()
+    for turn in range(1, sizes.turns):
+        before = sizes.first_tokens + (turn - 1) * (sizes.turn_tokens + sizes.answer_tokens)
+        stored = (before + sizes.answer_tokens - 1) // 32 * 32
+        assert min(told["cached"][turn]) >= stored
 
 
 LONG: dict[str, Any] = {

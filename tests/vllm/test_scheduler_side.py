@@ -22,6 +22,9 @@ from tests.system.serving import Peer, eventually, settings_in
 
 pytest.importorskip("vllm")
 
+import huggingface_hub
+from vllm.lora.request import LoRARequest
+
 from flexkv.integration.vllm import questions
 from flexkv.integration.vllm import setup as vllm_setup
 from flexkv.integration.vllm.scheduler import SchedulerSide
@@ -40,21 +43,18 @@ class Request:
     cache_salt: Any = None
     prompt_embeds: Any = None
     mm_features: list[Any] = field(default_factory=list)
+    num_output_tokens: int = 0
+    num_tokens: int = TOKENS
 
     @property
     def all_token_ids(self) -> list[int]:
         """Give its tokens."""
-        return list(range(self.seed, self.seed + TOKENS))
-
-    @property
-    def num_tokens(self) -> int:
-        """Count them."""
-        return TOKENS
+        return list(range(self.seed, self.seed + self.num_tokens))
 
     @property
     def block_hashes(self) -> list[bytes]:
         """Give vLLM's hashes of its blocks."""
-        return [f"{self.seed} {n}".encode().ljust(32) for n in range(TOKENS // PER_BLOCK)]
+        return [f"{self.seed} {n}".encode().ljust(32) for n in range(self.num_tokens // PER_BLOCK)]
 
 
 def output(*new: tuple[str, list[int]]) -> Any:
@@ -75,8 +75,8 @@ def output(*new: tuple[str, list[int]]) -> Any:
 class Rig:
     """A scheduler's side, its server, and the agent of its one rank."""
 
-    def __init__(self, folder: Path, match_wait_ms: float = 10_000) -> None:
-        settings = settings_in(folder).model_copy(update={"match_wait_ms": match_wait_ms})
+    def __init__(self, folder: Path, match_wait_ms: float = 10_000, **cache: Any) -> None:
+        settings = settings_in(folder, **cache).model_copy(update={"match_wait_ms": match_wait_ms})
         setup = Setup(MODEL, settings, 0, launches=True, tells_events=True)
         self.side = SchedulerSide(setup)
         self.agent = Peer(settings, "agent")
@@ -88,9 +88,9 @@ class Rig:
         """Give what the server says of itself."""
         return command(self.side._setup.settings.server_recv_port, "status")["statistics"]
 
-    def begin(self, name: str, blocks: list[int], seed: int = 0) -> Copy:
+    def begin(self, name: str, blocks: list[int], seed: int = 0, **more: Any) -> Copy:
         """Prefill a request, and give the copy that stores it, under way."""
-        answered(self, Request(name, seed))
+        answered(self, Request(name, seed, **more))
         step = self.side.build_connector_meta(output((name, blocks)))
         self.agent.say(Ready(tuple(step.puts)))
         copy: Copy = self.agent.hear(Copy)
@@ -302,17 +302,63 @@ def test_what_needs_every_tokens_output_loads_nothing(rig: Rig) -> None:
     assert rig.side.get_num_new_matched_tokens(salted, 0) == (0, False)
 
 
-def test_a_session_that_gets_an_image_has_other_keys(rig: Rig) -> None:
-    """Those behind the image."""
-    request = Request("a")
-    keys = rig.side._keys(rig.side._track(request), 3)
+def image(name: str) -> Any:
+    """Return one that stands behind the second block."""
     where = SimpleNamespace(offset=PER_BLOCK, length=PER_BLOCK)
-    request.mm_features.append(SimpleNamespace(mm_position=where, identifier="cat"))
-    tracked = rig.side._track(request)
-    tracked.request = request
-    again = rig.side._keys(tracked, 3)
-    assert again[: 2 * 16] == keys[: 2 * 16]
-    assert again[2 * 16 :] != keys[2 * 16 :]
+    return SimpleNamespace(mm_position=where, identifier=name)
+
+
+def test_a_session_that_gets_an_image_has_other_keys(rig: Rig) -> None:
+    """Those behind the image; those before it are found."""
+    stored(rig)
+    session = Request("b")
+    assert answered(rig, session) == (3 * PER_BLOCK, True)
+    session.mm_features.append(image("cat"))
+    assert answered(rig, session) == (PER_BLOCK, True)
+
+
+def test_a_session_that_gets_an_image_without_a_name_is_cached_no_more(rig: Rig) -> None:
+    """It goes on, and what it had stored before stays."""
+    stored(rig)
+    session = Request("b")
+    assert answered(rig, session) == (3 * PER_BLOCK, True)
+    session.mm_features.append(image("renderer0-mm-0-image-0"))
+    assert answered(rig, session) == (0, False)
+    assert not rig.side.build_connector_meta(output(("b", [5, 6, 7, 8]))).puts
+    assert answered(rig, Request("c")) == (3 * PER_BLOCK, True)
+
+
+def test_an_adapter_that_was_trained_again_finds_nothing(rig: Rig, tmp_path: Path) -> None:
+    """Of what the one before it has stored, under the same name and path."""
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(bytes(64))
+    adapter = LoRARequest("adapter", 1, str(file))
+    rig.agent.say(Copied(rig.begin("a", [1, 2, 3, 4], lora_request=adapter).token))
+    eventually(lambda: (rig.side._poll(), not rig.side._tracked["a"].puts)[1])
+    assert answered(rig, Request("b", lora_request=adapter)) == (3 * PER_BLOCK, True)
+    assert answered(rig, Request("c")) == (0, False)
+    file.write_bytes(bytes(63) + b"1")
+    for name, again in (("d", adapter), ("e", LoRARequest("adapter", 2, str(file)))):
+        assert answered(rig, Request(name, lora_request=again)) == (0, False)
+
+
+def test_an_adapter_of_the_hub_is_cached_once_it_has_run(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first request of it may have another commit fetched."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repo = tmp_path / "hub" / "models--org--adapter"
+    for folder in (repo / "snapshots" / ("a" * 40), repo / "refs"):
+        folder.mkdir(parents=True)
+    (repo / "snapshots" / ("a" * 40) / "adapter_model.bin").write_bytes(b"1")
+    (repo / "refs" / "main").write_text("a" * 40)
+    adapter = LoRARequest("adapter", 1, "org/adapter")
+    first = Request("a", lora_request=adapter)
+    answered(rig, first)
+    assert not rig.side.build_connector_meta(output(("a", [1, 2, 3, 4]))).puts
+    first.num_output_tokens = 1
+    rig.side.request_finished(first)
+    rig.begin("b", [5, 6, 7, 8], lora_request=adapter)
 
 
 @pytest.mark.parametrize(

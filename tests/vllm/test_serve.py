@@ -28,7 +28,9 @@ from flexkv.integration.vllm.served import (
 )
 from flexkv.server.operator import command
 
+from .conftest import wait_gone
 from .conversations import Conversations, Sizes
+from .test_kills import eventually, processes_of
 
 ARGUMENTS = (
     "--dtype", "float32", "--kv-cache-memory-bytes", str(16 << 20), "--block-size", "32",
@@ -131,6 +133,31 @@ def test_answers_over_http_are_equal_and_a_killed_engine_is_warm(
     assert counted(engine, "vllm:external_prefix_cache_hits_total") > 1000
     assert counted(engine, "flexkv_connector_loaded_blocks_total") > 100
     assert counted(engine, "flexkv_connector_failed_blocks_total") == 0
+
+
+@pytest.mark.parametrize("connector", [SHIM, OWN], ids=["shim", "own"])
+def test_an_engine_that_is_terminated_leaves_what_it_had_on_ssd(
+    serve: Serve, connector: dict[str, Any]
+) -> None:
+    """vLLM kills all its processes then, after no time at all; the server flushes, and ends."""
+    engine = serve(connector)
+    conversations = converse(engine, turns=1)
+    until_idle(engine)
+    server = command(engine.address, "status")
+    folder = Path(engine.address.removeprefix("ipc://")).parent
+    assert server["pid"] not in processes_of(engine.pid)
+    engine.terminate()
+    wait_gone(server["pid"])
+    eventually(lambda: not processes_of(engine.pid))
+    assert list(folder.glob("socket*")) == []
+    assert [path for path in Path("/dev/shm").iterdir() if "flexkv" in path.name] == []
+
+    engine = serve(connector)
+    statistics = command(engine.address, "status")["statistics"]
+    assert statistics["restored_blocks"] == server["statistics"]["tiers"]["host"]["ready_blocks"]
+    again = converse(engine, turns=1)
+    assert again.answers == conversations.answers
+    assert min(map(min, again.cached)) >= SIZES.first_tokens // 32 * 32
 
 
 def until_idle(engine: VllmServe) -> None:

@@ -36,14 +36,14 @@ class Ran(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def work() -> Path:
-    """Give the folder with vLLM's tests, our scenarios beside them, and the model they name."""
-    link = WORK / "scenarios"
-    if not (link.is_symlink() and link.readlink() == SCENARIOS):
-        link.unlink(missing_ok=True)
-        link.symlink_to(SCENARIOS)
-    opt.write(WORK)
-    return WORK
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with vLLM's tests, our scenarios beside them, and the model they name."""
+    folder = tmp_path_factory.mktemp("upstream")
+    for name in ("tests", "pyproject.toml"):
+        (folder / name).symlink_to(WORK / name)
+    (folder / "scenarios").symlink_to(SCENARIOS)
+    opt.write(folder)
+    return folder
 
 
 def run(work: Path, report: Path, *arguments: str) -> Ran:

@@ -148,7 +148,20 @@ LOOKED_AT = {
         "get_num_layers", "get_total_num_kv_heads", "get_head_size", "use_mla", "hf_config",
         "hf_text_config", "get_sliding_window", "is_hybrid", "revision", "quantization",
     },
-    ("vllm/config/kv_transfer.py", "KVTransferConfig"): {"kv_role", "kv_connector"},
+    ("vllm/config/kv_transfer.py", "KVTransferConfig"): {
+        "kv_role", "kv_connector", "kv_connector_extra_config", "engine_id",
+    },
+    ("vllm/config/load.py", "LoadConfig"): {
+        "load_format", "download_dir", "model_loader_extra_config",
+    },
+    ("vllm/config/lora.py", "LoRAConfig"): {"lora_dtype", "enable_tower_connector_lora"},
+    ("vllm/config/multimodal.py", "MultiModalConfig"): {"mm_processor_cache_gb"},
+    ("vllm/lora/request.py", "LoRARequest"): {
+        "lora_name", "lora_int_id", "lora_path", "load_inplace",
+    },
+    ("vllm/multimodal/inputs.py", "MultiModalFeatureSpec"): {
+        "identifier", "modality", "mm_position",
+    },
 }  # fmt: skip
 
 

@@ -12,16 +12,18 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 
 from flexkv.common.config import ModelConfig
+from flexkv.common.errors import ConfigError
+from flexkv.integration.vllm.identity import weights_are_here
 from flexkv.integration.vllm.served import SHIM
 from flexkv.integration.vllm.setup import setup_of
 from flexkv.server.launch import told_of
 
 
 def model_of(arguments: Sequence[str]) -> ModelConfig:
-    """Give the model of an engine that `vllm serve` would start with such arguments.
+    """Return the model of an engine that `vllm serve` would start with such arguments.
 
     Raises:
-        ConfigError: FlexKV cannot serve such an engine.
+        ConfigError: FlexKV cannot serve such an engine, or its weights are not on this machine.
     """
     from vllm.config import KVTransferConfig
     from vllm.engine.arg_utils import EngineArgs
@@ -33,8 +35,16 @@ def model_of(arguments: Sequence[str]) -> ModelConfig:
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     known, _ = parser.parse_known_args(words)  # what is not the engine's is its HTTP server's
     engine = EngineArgs.from_cli_args(known)
-    engine.kv_transfer_config = KVTransferConfig(**SHIM, kv_role="kv_both")
-    return setup_of(engine.create_engine_config()).model
+    asked = engine.kv_transfer_config
+    extra = {} if asked is None else asked.kv_connector_extra_config
+    engine.kv_transfer_config = KVTransferConfig(
+        **SHIM, kv_role="kv_both", kv_connector_extra_config=extra
+    )
+    config = engine.create_engine_config()
+    if not weights_are_here(config):
+        why = "its weights name its blocks, and are not on this machine yet: download them first"
+        raise ConfigError("model", config.model_config.model, why)
+    return setup_of(config).model
 
 
 if __name__ == "__main__":

@@ -24,25 +24,26 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
-import structlog
 
 from flexkv.common.errors import ConfigError, FlexKVError
 from flexkv.common.request import Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
 from flexkv.integration.vllm.costs import Costs
+from flexkv.integration.vllm.device_blocks import DeviceBlocks
 from flexkv.integration.vllm.events import KVEvents
 from flexkv.integration.vllm.metadata import StepMetadata
-from flexkv.integration.vllm.prompt import features_of, scope_of
+from flexkv.integration.vllm.prompt import Scopes, features_of
 from flexkv.integration.vllm.questions import Questions
 from flexkv.integration.vllm.setup import Setup
-from flexkv.integration.vllm.stats import FlexKVStats
+from flexkv.integration.vllm.stats import Counts, FlexKVStats
 from flexkv.integration.vllm.tracked import Load, Put, Tracked
+from flexkv.logs import get_logger
 from flexkv.server.client import Client
 from flexkv.server.launch import Launched
 from flexkv.server.operator import command
 from flexkv.server.wire import Done
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 RELAUNCH_S = 10.0
 """Between two launches of a server that ends."""
@@ -67,18 +68,16 @@ class SchedulerSide:
         self._events = KVEvents(cache.tokens_per_block) if setup.tells_events else None
         self._costs = Costs() if cache.load_if_faster else None
         self._questions = Questions(self.client, settings.match_wait_ms)
+        self._scopes = Scopes(setup.names_media, setup.lora)
         self._per_block = cache.tokens_per_block
         self._tracked: dict[str, Tracked] = {}
         self._of_number: dict[int, str] = {}
-        self._readers = np.zeros(0, np.uint16)
-        """Of each device block, how many puts read it."""
+        self._blocks = DeviceBlocks()
         self._fresh_puts: dict[int, BlockIds] = {}
-        self._puts_under_way = 0
         self._waiting: list[str] = []
         """Requests whose load waits for puts: their own, or such as read its blocks."""
         self._step = StepMetadata()
-        self.stats, self._recent = FlexKVStats(), FlexKVStats()
-        self._log_every, self._finished = cache.num_log_interval_requests, 0
+        self._counts = Counts(cache.num_log_interval_requests)
 
     # -- loads ----------------------------------------------------------------------------------
 
@@ -101,19 +100,19 @@ class SchedulerSide:
                 self._ask(tracked, blocks, local_blocks)
         found = self._questions.answer(request.request_id)
         if found is None:
-            self._count("late_matches")
+            self._counts.count("late_matches")
             return None, False
         tracked.found, tracked.local_blocks = found, local_blocks
-        self._count("matches")
+        self._counts.count("matches")
         extra = found.blocks * self._per_block - computed
         if not self.client.is_ready:  # it said so before it answered: nothing can be loaded
             extra = 0
         if extra > 0 and self._costs and not self._costs.is_worth_it(found.by_tier, extra):
-            self._count("declined_blocks", extra // self._per_block)
+            self._counts.count("declined_blocks", extra // self._per_block)
             tracked.may_claim = False
         elif extra > 0:
-            self._count("hits")
-            self._count("offered_blocks", extra // self._per_block)
+            self._counts.count("hits")
+            self._counts.count("offered_blocks", extra // self._per_block)
             return extra, True
         self._release(tracked)
         return 0, False
@@ -121,7 +120,7 @@ class SchedulerSide:
     def _wanted(self, tracked: Tracked, computed: int) -> int:
         """Count the blocks of a prompt that could be loaded; 0 when none behind those computed."""
         request = tracked.request
-        if not tracked.may_claim or tracked.scope is None or not self._ready():
+        if not tracked.may_claim or not self._is_named(tracked) or not self._ready():
             return 0
         if getattr(request, "skip_reading_prefix_cache", False):  # it wants every token's logits
             return 0
@@ -154,6 +153,8 @@ class SchedulerSide:
         last = first + external // self._per_block
         keys = tracked.keys[: (last + 1) * BLOCK_KEY_BYTES]
         tracked.load, tracked.found = Load(keys, first, list(ids[first:last]), tracked.found), None
+        tracked.has_loaded = True
+        self._blocks.written(list(ids[:last]), first)
         self._start(request.request_id, tracked, tracked.load)
 
     def _start(self, request_id: str, tracked: Tracked, load: Load) -> None:
@@ -162,7 +163,7 @@ class SchedulerSide:
         So no request ever loads and stores at once, and vLLM is told of one end only.
         """
         ids = np.array(load.block_ids, np.int64)
-        if tracked.puts or self._are_read(ids) or load.again_s > time.monotonic():
+        if tracked.puts or self._blocks.are_read(ids) or load.again_s > time.monotonic():
             self._waiting.append(request_id)
             return
         gated = self._setup.gates_loads
@@ -187,7 +188,7 @@ class SchedulerSide:
             tracked = self._tracked.get(new.req_id)
             if tracked is not None:
                 tracked.block_ids = list(new.block_ids[0])
-                fresh += tracked.block_ids[new.num_computed_tokens // self._per_block :]
+                fresh += self._written(tracked, new.num_computed_tokens // self._per_block)
                 self._put(tracked, new.num_computed_tokens, output)
         cached = output.scheduled_cached_reqs
         for request_id, new_ids, computed in zip(
@@ -197,13 +198,17 @@ class SchedulerSide:
             if tracked is None:
                 continue
             if new_ids is not None:
-                resumed = request_id in cached.resumed_req_ids
-                tracked.block_ids = ([] if resumed else tracked.block_ids) + list(new_ids[0])
-                fresh += new_ids[0][computed // self._per_block if resumed else 0 :]
+                first = len(tracked.block_ids)
+                if request_id in cached.resumed_req_ids:
+                    tracked.block_ids, first = [], computed // self._per_block
+                    tracked.begins_anew(self.client.generation)
+                tracked.block_ids += new_ids[0]
+                fresh += self._written(tracked, first)
             self._put(tracked, computed, output)
-        if fresh and self._puts_under_way:
+        if fresh and self._blocks.any_read:
             self._wait_for_readers(np.array(fresh, np.int64))
-        self._note_readers()
+        puts, self._fresh_puts = self._fresh_puts, {}
+        self._blocks.begin_puts(list(puts.values()), self.client.num_blocks)
         self._questions.step_is_made()
         self.client.flush()
         if self._costs is not None:
@@ -212,9 +217,14 @@ class SchedulerSide:
         step, self._step = self._step, StepMetadata()
         return step
 
+    def _written(self, tracked: Tracked, first: int) -> list[int]:
+        """Return a request's blocks from `first` on, which a step is the first to write."""
+        self._blocks.written(tracked.block_ids, first)
+        return tracked.block_ids[first:]
+
     def _put(self, tracked: Tracked, computed: int, output: Any) -> None:
         """Let the whole blocks that a step completes be stored behind it."""
-        if tracked.scope is None or not self.client.is_ready:
+        if tracked.is_stale or not self.client.is_ready or not self._is_named(tracked):
             return
         request_id = tracked.request.request_id
         after = computed + output.num_scheduled_tokens[request_id]
@@ -226,11 +236,13 @@ class SchedulerSide:
         blocks = min(after, len(tracked.request.all_token_ids)) // self._per_block
         if not first < blocks <= len(tracked.block_ids):
             return
+        if self._blocks.are_old(tracked.block_ids[:blocks]):
+            return
         keys = self._keys(tracked, blocks)[: (blocks + 1) * BLOCK_KEY_BYTES]
         ids = np.array(tracked.block_ids[first:blocks], np.int64)
-        number = self.client.start(Operation.PUT, keys, first, ids, when_ready=True)
+        number = self.client.put(keys, first, ids, tracked.generation)
         tracked.stored_blocks = blocks
-        tracked.puts[number] = Put(first, ids)
+        tracked.puts[number] = Put(first, ids, tracked.generation)
         self._of_number[number] = request_id
         self._fresh_puts[number] = ids
         self._step.puts.append(number)
@@ -243,20 +255,6 @@ class SchedulerSide:
                 self._step.dropped.update(tracked.puts)
                 tracked.stored_blocks = min(put.first for put in tracked.puts.values())
 
-    def _note_readers(self) -> None:
-        """Count the puts of this step among those that read: they read what it writes itself."""
-        if len(self._readers) < self.client.num_blocks:
-            missing = self.client.num_blocks - len(self._readers)
-            self._readers = np.concatenate([self._readers, np.zeros(missing, np.uint16)])
-        puts, self._fresh_puts = self._fresh_puts, {}
-        for ids in puts.values():
-            self._readers[ids] += 1
-        self._puts_under_way += len(puts)
-
-    def _are_read(self, ids: BlockIds) -> bool:
-        """Tell whether a put reads any of these blocks."""
-        return bool(self._puts_under_way) and bool(self._readers[ids].any())
-
     def _wait_for_readers(self, fresh: BlockIds) -> None:
         """Return once no earlier put reads blocks that this step is the first to write.
 
@@ -265,7 +263,7 @@ class SchedulerSide:
         """
         wait_s = self._setup.settings.server_answer_ms / 1e3  # it takes some milliseconds
         cancelled, until_s = set[int](), time.monotonic() + wait_s
-        while self._are_read(fresh):
+        while self._blocks.are_read(fresh):
             readers = {
                 number
                 for tracked in self._tracked.values()
@@ -311,13 +309,13 @@ class SchedulerSide:
             load.number, load.again_s = None, now_s + ROOM_AGAIN_S
             self._waiting.append(request_id)
             return
-        self._count("loads")
-        self._count("loaded_blocks", done.moved)
+        self._counts.count("loads")
+        self._counts.count("loaded_blocks", done.moved)
         if done.moved < len(load.block_ids):
             if not tracked.finished:
                 log.warning("load_came_short", request=request_id, wanted=len(load.block_ids),
                             loaded=done.moved, status=done.status, reason=done.error)  # fmt: skip
-            self._count("failed_blocks", len(load.block_ids) - done.moved)
+            self._counts.count("failed_blocks", len(load.block_ids) - done.moved)
             self._step.failed_blocks.update(load.block_ids[done.moved :])
             self._step.settle.append(done.number)
             tracked.may_claim = False
@@ -336,16 +334,17 @@ class SchedulerSide:
 
     def _put_ended(self, request_id: str, tracked: Tracked, done: Done) -> None:
         put = tracked.puts.pop(done.number)
-        self._count("puts")
-        self._count("stored_blocks", done.moved)
+        self._counts.count("puts")
+        self._counts.count("stored_blocks", done.moved)
         if self._fresh_puts.pop(done.number, None) is None:
-            self._readers[put.block_ids] -= 1
-            self._puts_under_way -= 1
+            self._blocks.end_put(put.block_ids)
         if done.status != "success":
-            self._count("failed_puts")
+            self._counts.count("failed_puts", 0 if done.is_stale else 1)
             self._step.settle.append(done.number)
+        if done.is_stale:  # the cache was cleared since it began, by whomever
+            tracked.is_stale |= put.generation == tracked.generation
         # What follows would have no parents: once more, with the next blocks.
-        if done.error or done.status != "success":
+        elif done.error or done.status != "success":
             tracked.stored_blocks = min(tracked.stored_blocks, put.first)
         elif not done.moved and put.first:
             tracked.stored_blocks = 0
@@ -363,8 +362,11 @@ class SchedulerSide:
         if tracked is None:
             return False
         self._release(tracked)
-        self._summarise()
+        self._counts.request_ended()
         tracked.finished = True
+        lora = getattr(request, "lora_request", None)
+        if lora is not None and request.num_output_tokens:
+            self._scopes.adapters.has_run(lora)
         load = tracked.load
         if load is not None and load.number is None:
             # It waits for puts: the last of its own, or another's, lets the blocks go.
@@ -379,23 +381,9 @@ class SchedulerSide:
             self._forget(request_id)
         return False
 
-    def _count(self, name: str, by: int = 1) -> None:
-        self.stats.count(name, by)
-        self._recent.count(name, by)
-
-    def _summarise(self) -> None:
-        """Log what became of the last requests, now and then."""
-        self._finished += 1
-        if not self._finished % self._log_every:
-            log.info("recent requests", requests=self._log_every, **self._recent.reduce())
-            self._recent.reset()
-
     def take_stats(self) -> FlexKVStats | None:
-        """Give the counts since the last call; None when there are none."""
-        if self.stats.is_empty():
-            return None
-        stats, self.stats = self.stats, FlexKVStats()
-        return stats
+        """Return the counts since the last call; None when there are none."""
+        return self._counts.take()
 
     def step_ended(self) -> Iterable[Any]:
         """Hear that a step is done, and give the KV events since the one before."""
@@ -412,13 +400,23 @@ class SchedulerSide:
                 self._events.hear(changed)
 
     def reset_cache(self) -> bool:
-        """Forget every block of every tier, of all instances; tell whether that was done."""
+        """Forget every block of every tier, of all instances; tell whether that was done.
+
+        Nothing that was computed, or loaded, before it is stored after it.
+        """
         self._questions.give_up_all()  # the answers are of before
+        self._blocks.reset()
+        for request_id, tracked in list(self._tracked.items()):
+            tracked.stored_blocks = 0
+            if not (tracked.block_ids or tracked.load or tracked.puts):  # it has not begun
+                self._release(tracked)
+                self._forget(request_id)
         try:
             command(self._setup.settings.server_recv_port, "clear")
         except FlexKVError as error:
             log.warning("not_cleared", reason=str(error))
             return False
+        self._poll()  # the server tells of the clear
         return True
 
     def close(self) -> None:
@@ -429,6 +427,10 @@ class SchedulerSide:
 
     # -- inside ---------------------------------------------------------------------------------
 
+    @property
+    def _readers(self) -> Any:
+        return self._blocks.readers
+
     def _ready(self) -> bool:
         """Tell whether the workers' devices are all lent to the server."""
         if not self.client.is_ready:
@@ -438,7 +440,9 @@ class SchedulerSide:
     def _track(self, request: Any) -> Tracked:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            tracked = self._tracked[request.request_id] = Tracked(request)
+            tracked = self._tracked[request.request_id] = Tracked(
+                request, self._scopes, self.client.generation
+            )
         return tracked
 
     def _forget(self, request_id: str) -> None:
@@ -453,14 +457,19 @@ class SchedulerSide:
         if found is not None and found.blocks:
             self.client.release([found.number])
 
-    def _keys(self, tracked: Tracked, blocks: int) -> bytes:
-        """Give the keys of so many blocks of a request; those that are known are not made again."""
+    def _is_named(self, tracked: Tracked) -> bool:
+        """Tell whether a request's blocks have keys: those of a session may change, or go."""
         if tracked.features != (features := features_of(tracked.request)):
             # A session that has got another image: keys behind it are others.
             if self._events is not None:
                 self._events.forget(tracked.request, tracked.keys, tracked.noted)
-            tracked.features, tracked.scope = features, scope_of(tracked.request)
+            tracked.features = features
+            tracked.scope = self._scopes.scope_of(tracked.request, tracked.parts)
             tracked.keys, tracked.noted = b"", 0
+        return tracked.scope is not None
+
+    def _keys(self, tracked: Tracked, blocks: int) -> bytes:
+        """Give the keys of so many blocks of a request; those that are known are not made again."""
         known = max(0, len(tracked.keys) // BLOCK_KEY_BYTES - 1)
         if known < blocks:
             tokens, end = tracked.request.all_token_ids, blocks * self._per_block
@@ -482,6 +491,6 @@ class SchedulerSide:
         self._launched_s = time.monotonic()
         try:
             self._launched.close()
-            self._launched = Launched(self._setup.model, self._setup.settings)
+            self._launched = Launched(self._setup.model, self._setup.settings, waits=False)
         except ConfigError as error:
             log.warning("not_relaunched", reason=str(error))

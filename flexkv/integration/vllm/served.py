@@ -75,6 +75,20 @@ class Program:
         except subprocess.TimeoutExpired:
             self.kill()
 
+    @property
+    def pid(self) -> int:
+        """Return the id of its first process, which is that of its session, too."""
+        return self._process.pid
+
+    def terminate(self, within_s: float = END_S) -> int:
+        """Send SIGTERM to the first process, as a service manager does; return its exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it does not end in time.
+        """
+        self._process.terminate()
+        return self._process.wait(within_s)
+
     def kill(self) -> None:
         """Let every process of it end at once, as `kill -9` does; not FlexKV's server."""
         with suppress(ProcessLookupError):

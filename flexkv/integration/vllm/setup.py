@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import structlog
 
 from flexkv.common.config import CacheConfig, ModelConfig, Settings
 from flexkv.common.errors import ConfigError
+from flexkv.integration.vllm.identity import lora_facts, model_id
+from flexkv.logs import get_logger
 from flexkv.settings import load_settings
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 INSTANCE_SHIFT = 16
@@ -32,18 +29,23 @@ class Setup(NamedTuple):
     """Whether loads wait until the workers have done the step under way."""
     tells_events: bool = False
     """Whether KV events are wanted."""
+    names_media: bool = True
+    """Whether vLLM names images and sounds by their content."""
+    lora: str = ""
+    """How LoRA adapters are applied, as JSON."""
 
     @property
     def cache(self) -> CacheConfig:
-        """Give the cache's own keys, with vLLM's block size."""
+        """Return the cache's own keys, with vLLM's block size."""
         return self.settings.cache_config
 
 
-def setup_of(vllm_config: Any) -> Setup:
+def setup_of(vllm_config: Any, computation: str = "") -> Setup:
     """Read an engine's configuration, and FlexKV's own (FLEXKV_CONFIG_PATH, environment).
 
     Args:
         vllm_config: vLLM's `VllmConfig`.
+        computation: what is known already of how it computes: see `identity`.
 
     Raises:
         ConfigError: FlexKV cannot serve such an engine; the error says why.
@@ -56,12 +58,14 @@ def setup_of(vllm_config: Any) -> Setup:
     # vLLM may say of a data-parallel engine that it is alone: ids of different ones never meet.
     instance = settings.instance_id << INSTANCE_SHIFT | dp_rank
     return Setup(
-        _model(vllm_config),
+        _model(vllm_config, computation),
         settings.model_copy(update={"cache_config": cache}),
         instance,
         settings.server_launch_mode == "embedded" and instance == 0,
         _gates_loads(vllm_config),
         bool(getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False)),
+        _names_media(vllm_config),
+        lora_facts(vllm_config),
     )
 
 
@@ -113,7 +117,18 @@ def _with_block_size(cache: CacheConfig, block_size: int) -> CacheConfig:
     return cache.model_copy(update={"tokens_per_block": block_size})
 
 
-def _model(vllm_config: Any) -> ModelConfig:
+def _names_media(vllm_config: Any) -> bool:
+    """Tell whether vLLM names images and sounds by their content, or by the user's own names.
+
+    With neither cache of its own that asks for their names it counts them, in each process anew;
+    and earlier versions do so even where the user names them.
+    """
+    media = getattr(vllm_config.model_config, "multimodal_config", None)
+    caches = getattr(vllm_config.cache_config, "enable_prefix_caching", True)
+    return media is None or bool(caches) or media.mm_processor_cache_gb != 0
+
+
+def _model(vllm_config: Any, computation: str) -> ModelConfig:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     return ModelConfig(
         num_layers=model.get_num_layers(parallel),
@@ -122,7 +137,7 @@ def _model(vllm_config: Any) -> ModelConfig:
         dtype=_dtype(vllm_config),
         use_mla=model.use_mla,
         tp_size=parallel.tensor_parallel_size,
-        model_id=_model_id(vllm_config),
+        model_id=model_id(vllm_config, computation),
     )
 
 
@@ -134,39 +149,3 @@ def _dtype(vllm_config: Any) -> str:
     if told.startswith("fp8") or told in ("int8", "uint8"):
         return "uint8"
     return str(told)
-
-
-def _model_id(vllm_config: Any) -> str:
-    """Name everything that makes other KV bytes of the same tokens, beside the shape.
-
-    How a backend lays out a block is its own affair, and so is the kind of device: CPU backends
-    transpose K.
-    """
-    model = vllm_config.model_config
-    device = getattr(vllm_config.device_config, "device_type", "")
-    backend = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
-    facts = (
-        "vllm", model.model, model.revision or "", model.quantization or "",
-        vllm_config.cache_config.cache_dtype, device, getattr(backend, "name", backend) or "",
-        _digest(model),
-    )  # fmt: skip
-    return "|".join(map(str, facts))
-
-
-def _digest(model: Any) -> str:
-    """Give a digest of what the model is, overrides and all, and of which weights lie where.
-
-    Weights that are exchanged under the same name are others if their files' sizes or times are.
-    """
-    facts = model.hf_config.to_dict()
-    for name in ("transformers_version", "_name_or_path"):
-        facts.pop(name, None)
-    folder = Path(model.model)
-    files = sorted(folder.glob("*")) if folder.is_dir() else []
-    weights = [
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-        for path in files
-        if path.suffix in (".safetensors", ".bin", ".pt", ".gguf")
-    ]
-    text = json.dumps([facts, weights], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -9,6 +9,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
+from flexkv.logs import get_logger
+
+log = get_logger(__name__)
+
 COUNTS: dict[str, str] = {
     "matches": "Prompts that were looked up.",
     "late_matches": "Times that one was put off to the next step: no answer, or too many open.",
@@ -55,6 +59,34 @@ class FlexKVStats(KVConnectorStats):
     def is_empty(self) -> bool:
         """Tell whether nothing was counted."""
         return not self.data
+
+
+class Counts:
+    """What the scheduler's side counts: for vLLM, and for a line of the log now and then."""
+
+    def __init__(self, log_every: int) -> None:
+        """Take how many requests a line of the log is about."""
+        self._stats, self._recent = FlexKVStats(), FlexKVStats()
+        self._log_every, self._finished = log_every, 0
+
+    def count(self, name: str, by: int = 1) -> None:
+        """Count something."""
+        self._stats.count(name, by)
+        self._recent.count(name, by)
+
+    def request_ended(self) -> None:
+        """Log what became of the last requests, now and then."""
+        self._finished += 1
+        if not self._finished % self._log_every:
+            log.info("recent requests", requests=self._log_every, **self._recent.reduce())
+            self._recent.reset()
+
+    def take(self) -> FlexKVStats | None:
+        """Return the counts since the last call; None when there are none."""
+        if self._stats.is_empty():
+            return None
+        stats, self._stats = self._stats, FlexKVStats()
+        return stats
 
 
 class FlexKVPromMetrics(KVConnectorPromMetrics):

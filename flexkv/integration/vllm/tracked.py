@@ -6,7 +6,7 @@ import time
 from typing import Any, NamedTuple
 
 from flexkv.common.terms import BlockIds
-from flexkv.integration.vllm.prompt import features_of, scope_of
+from flexkv.integration.vllm.prompt import Scopes, features_of
 from flexkv.server.wire import Matched
 
 ROOM_S = 2.0
@@ -26,22 +26,31 @@ class Load:
 
 
 class Put(NamedTuple):
-    """A put under way: from which block on, and the device blocks that it reads."""
+    """A put under way.
+
+    Attributes:
+        first: the first block of the prompt that it stores.
+        block_ids: the device's, which it reads.
+        generation: of the cache, when they began to be computed.
+    """
 
     first: int
     block_ids: BlockIds
+    generation: int
 
 
 class Tracked:
     """What is known of one of vLLM's requests."""
 
     __slots__ = (
-        "block_ids", "features", "finished", "found", "is_told", "keys", "load", "local_blocks",
-        "may_claim", "noted", "puts", "request", "scope", "stored_blocks",
+        "block_ids", "features", "finished", "found", "generation", "has_loaded", "is_stale",
+        "is_told", "keys", "load", "local_blocks", "may_claim", "noted", "parts", "puts",
+        "request", "scope", "stored_blocks",
     )  # fmt: skip
 
-    def __init__(self, request: Any) -> None:
-        self.request, self.scope = request, scope_of(request)
+    def __init__(self, request: Any, scopes: Scopes, generation: int) -> None:
+        self.request, self.parts = request, scopes.parts_of(request)
+        self.scope = scopes.scope_of(request, self.parts)
         self.features = features_of(request)
         self.keys = b""
         self.block_ids: list[int] = []
@@ -58,3 +67,15 @@ class Tracked:
         """Blocks that the KV events know."""
         self.puts: dict[int, Put] = {}
         self.finished = False
+        self.generation = generation
+        """Of the cache, when its blocks began to be computed, or to be looked for."""
+        self.is_stale = False
+        """Whether the cache was cleared since then: nothing of it is stored."""
+        self.has_loaded = False
+        """Whether it has blocks of the cache, which are no newer than that."""
+
+    def begins_anew(self, generation: int) -> None:
+        """Take that it has new blocks: they are computed from now on, unless some were loaded."""
+        if not self.has_loaded:
+            self.generation, self.is_stale = generation, False
+        self.has_loaded = False

@@ -15,6 +15,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 
+from flexkv.integration.vllm.identity import computation_of
 from flexkv.integration.vllm.metadata import StepMetadata
 from flexkv.integration.vllm.scheduler import SchedulerSide
 from flexkv.integration.vllm.setup import setup_of
@@ -31,7 +32,8 @@ class FlexKVConnectorV1Impl:
         Raises:
             ConfigError: FlexKV cannot serve such an engine, or its server cannot be launched.
         """
-        setup = setup_of(vllm_config)
+        self._vllm_config, self._computation = vllm_config, _computation_of(vllm_config)
+        setup = setup_of(vllm_config, self._computation)
         configure_logging(setup.settings.log_level, setup.settings.logging_prefix)
         self._enabled = setup.settings.enable_flexkv
         self.scheduler: SchedulerSide | None = None
@@ -62,8 +64,9 @@ class FlexKVConnectorV1Impl:
         return step
 
     def register_kv_caches(self, kv_caches: Mapping[str, Any]) -> None:
-        """Lend the KV tensors."""
+        """Lend the KV tensors. By now the model is loaded: its weights are on this machine."""
         if self.worker is not None:
+            self.worker.setup = setup_of(self._vllm_config, self._computation)
             self.worker.beside_others = isinstance(get_kv_transfer_group(), MultiConnector)
             self.worker.register_kv_caches(kv_caches)
 
@@ -132,6 +135,17 @@ class FlexKVConnectorV1Impl:
     def get_kv_connector_stats(self) -> Any:
         """Give nothing: the shim can neither log nor export statistics."""
         return None
+
+
+_computations: dict[int, tuple[Any, str]] = {}
+"""By the id of each model's configuration, which is kept: as it was before the model was loaded."""
+
+
+def _computation_of(vllm_config: Any) -> str:
+    key = vllm_config.model_config.hf_config
+    if id(key) not in _computations:
+        _computations[id(key)] = key, computation_of(vllm_config)
+    return _computations[id(key)][1]
 
 
 def _tp_rank() -> int:

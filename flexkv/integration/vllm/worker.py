@@ -21,7 +21,7 @@ class WorkerSide:
     """One rank of an engine."""
 
     def __init__(self, setup: Setup, tp_rank: int) -> None:
-        self._setup, self._tp_rank = setup, tp_rank
+        self.setup, self._tp_rank = setup, tp_rank
         self._agent = self._new_agent()
         self._lent: Mapping[str, Any] = {}
         self.beside_others = False
@@ -30,7 +30,7 @@ class WorkerSide:
         self._unread = deque[list[int]]()
 
     def _new_agent(self) -> Agent:
-        setup = self._setup
+        setup = self.setup
         address = setup.settings.server_recv_port
         return Agent(address, setup.model, setup.cache, setup.instance, self._tp_rank)
 
@@ -46,6 +46,7 @@ class WorkerSide:
 
     def suspend(self) -> None:
         """Take the KV tensors back for a while: their memory may go. Idempotent."""
+        self._written.clear()
         self._unread.clear()
         self._agent.close()
 
@@ -56,23 +57,28 @@ class WorkerSide:
     def wait_for_save(self, step: StepMetadata) -> None:
         """Take that the step's forward has written what its puts read, and is done.
 
-        vLLM calls this when the forward has raised, too: then nothing may be read.
+        vLLM calls this when the forward has raised, too: then nothing may be read. It calls it
+        before `get_finished`, or after it where drafts are made; a step without a forward comes
+        between as well. So nothing that was written before is forgotten here.
         """
         if sys.exc_info()[0] is None:
             self._ready(step.loads)
-            self._written = step.puts
+            if self.beside_others:
+                self._written += step.puts
+            else:
+                self._ready(step.puts)
 
     def get_finished(self, step: StepMetadata) -> tuple[set[str] | None, set[str] | None]:
-        """Give the requests that are done with sending, and with receiving.
+        """Return the requests that are done with sending, and with receiving.
 
         Beside other connectors a load of theirs may have failed, of which the scheduler hears only
         at the end of the step: puts are let go two steps later, those that it drops never.
         """
-        self._unread.append(self._written)
-        self._written = []
+        written, self._written = self._written, []
+        self._unread.append(written)
         for puts in self._unread:
             puts[:] = [number for number in puts if number not in step.dropped]
-        while len(self._unread) > (STEPS_BEHIND if self.beside_others else 0):
+        while len(self._unread) > STEPS_BEHIND:
             self._ready(self._unread.popleft())
         with suppress(ClosedError):  # then no copy is left
             self._agent.settle(step.settle)

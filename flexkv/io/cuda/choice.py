@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from flexkv.common.decoding import decoded
+from flexkv.common.errors import MalformedError
+
 
 class How(StrEnum):
     """A way to copy scattered chunks. Those that cost the device less are before others."""
@@ -140,8 +143,8 @@ def encode(choices: list[Choices]) -> bytes:
 def decode(text: bytes) -> list[Choices] | None:
     """Give them back; None for anything else."""
     try:
-        found = msgspec.json.decode(text, type=list[Choices])
-    except msgspec.DecodeError:
+        found = decoded(msgspec.json.Decoder(list[Choices]), text)
+    except MalformedError:
         return None
     sound = all(
         len(each.choices) == len(each.counts) + 1

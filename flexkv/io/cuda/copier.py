@@ -10,7 +10,6 @@ from functools import partial
 from itertools import pairwise
 
 import numpy as np
-import structlog
 
 from flexkv._ext import TO_DEVICE, TO_HOST, list_runs
 from flexkv.common.errors import DeviceError
@@ -24,8 +23,9 @@ from flexkv.io.cuda.grids import Runs
 from flexkv.io.cuda.pinned import OUT_OF_MEMORY, Pinned, split
 from flexkv.io.cuda.way import IDS_MAX, STAGE_BYTES, Way
 from flexkv.io.pages import Pages
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 MEASURED_BYTES, MEASURED_S_MAX = 32 << 20, 5
 """What is copied at a time to measure a way, and how long that may take at most."""

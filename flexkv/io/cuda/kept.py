@@ -1,19 +1,22 @@
 """What is found out once for a device and kept on disk: $XDG_CACHE_HOME/flexkv.
 
-A cache that cannot be read or written costs only what it would have saved.
+A cache that cannot be read or written costs only what it would have saved. Neither is one used to
+which others may write: what is kept is run on the device.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from flexkv.io.private import make_directory, open_directory, open_file
 
 
 def folder() -> Path:
-    """Give where things are kept."""
-    # Without a home there is no cache: "~" cannot be written to, and nothing is kept.
+    """Return where things are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "flexkv"
 
 
@@ -23,22 +26,45 @@ def name_of(*facts: object) -> str:
 
 
 def read(path: Path) -> bytes | None:
-    """Give what is kept, or None."""
-    with suppress(OSError):
-        return path.read_bytes()
+    """Return what is kept, or None."""
+    with suppress(OSError), _opened(path.parent) as folder_fd:
+        fd = open_file(folder_fd, path.name, os.O_RDONLY)
+        with open(fd, "rb") as file:
+            return file.read()
     return None
 
 
 def write(path: Path, content: bytes) -> None:
     """Keep something, whole or not at all."""
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(f".{os.getpid()}")
-        new.write_bytes(content)
-        new.rename(path)
+    with suppress(OSError), _opened(path.parent, make=True) as folder_fd:
+        new = f"{path.name}.{os.getpid()}"
+        with suppress(FileNotFoundError):
+            os.unlink(new, dir_fd=folder_fd)  # of a process that was ended here
+        fd = open_file(folder_fd, new, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        with open(fd, "wb") as file:
+            file.write(content)
+        os.rename(new, path.name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
 
 
 def forget(path: Path) -> None:
     """Drop what is kept, if it is."""
-    with suppress(OSError):
-        path.unlink()
+    with suppress(OSError), _opened(path.parent) as folder_fd:
+        os.unlink(path.name, dir_fd=folder_fd)
+
+
+@contextmanager
+def _opened(path: Path, make: bool = False) -> Iterator[int]:
+    """Open a directory of the cache, having made it if that is wanted.
+
+    Raises:
+        OSError: it is not there, or not ours alone, or the user has no home.
+    """
+    if not path.is_absolute():  # without a home "~" stays as it is
+        raise FileNotFoundError(2, "is not absolute", str(path))
+    if make:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = make_directory(path) if make else open_directory(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import structlog
 from numpy.typing import NDArray
 
 from flexkv.common.errors import BackendUnavailableError
 from flexkv.io.cuda import kept
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 NAME = "paged_copy"
 PART_BYTES = 32768

@@ -14,8 +14,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
-import structlog
-
 from flexkv._ext import TO_DEVICE, TO_HOST
 from flexkv.common.errors import ClosedError, DeviceError, InvariantError
 from flexkv.common.extents import check_ids
@@ -27,8 +25,9 @@ from flexkv.io.cuda.driver import CudaDriver
 from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.way import Way, Work
 from flexkv.io.ports import Completion
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 CHECK_S = 0.5
 """How often a stream with work is asked whether it has failed: then it never tells."""

@@ -9,14 +9,14 @@ from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 import numpy as np
-import structlog
 
 from flexkv.common.errors import DeviceError
 from flexkv.common.terms import BlockIds
 from flexkv.io.cuda.choice import Choices, How
 from flexkv.io.cuda.driver import CudaDriver
+from flexkv.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 IDS_MAX = 1 << 17
 """Block ids of kernel launches in flight on one stream; with more, the copy engine does it."""

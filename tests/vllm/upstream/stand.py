@@ -88,12 +88,15 @@ class Stand:
             num_blocks: of the device; one of them is nobody's.
             cache: keys of FlexKV's `cache_config`.
             config: more for vLLM's `create_vllm_config`; and `behind`, the steps that are under way
-                when the next is scheduled.
+                when the next is scheduled, and `drafts`, whether the runner makes drafts after each
+                forward, before which it does not tell the connector that the step is done.
         """
-        self._behind = config.pop("behind", 0)
+        self._behind, self._drafts = config.pop("behind", 0), config.pop("drafts", False)
         self._under_way: deque[tuple[Any, list[_Row]]] = deque()
         self.unchecked = False
         """Whether a forward may read what is wrong."""
+        self.weights = 0
+        """The model's: what a forward writes depends on them."""
         self.address = f"ipc://{folder}/socket"
         tiers = {"num_cpu_blocks": 64, "num_ssd_blocks": 256, "ssd_cache_dir": str(folder)}
         # A slow machine is no fault here.
@@ -209,10 +212,12 @@ class Stand:
             return runner.kv_connector_no_forward(output, self.config)
         with (
             set_forward_context(None, self.config),
-            runner._get_kv_connector_output(output) as told,
+            runner._get_kv_connector_output(output, defer_finalize=self._drafts) as told,
         ):
             for row in rows:
                 self._forward(row)
+        if self._drafts:
+            runner.finalize_kv_connector()
         result = create_model_runner_output([row.request for row in rows], token_id=TOKEN)
         for at, row in enumerate(rows):
             if not row.samples:
@@ -223,7 +228,7 @@ class Stand:
     def _forward(self, row: _Row) -> None:
         """Compute some tokens of a request, for which those before them are read."""
         tokens = list(row.request.all_token_ids[: row.end])
-        values = _values(tokens + [TOKEN] * (row.end - len(tokens)))
+        values = _values([self.weights, *tokens, *[TOKEN] * (row.end - len(tokens))])[1:]
         at = np.arange(row.end)
         where = torch.from_numpy(row.blocks[at // PER_BLOCK]), torch.from_numpy(at % PER_BLOCK)
         new = slice(row.end - row.count, row.end)

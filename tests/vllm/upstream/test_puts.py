@@ -40,6 +40,25 @@ def test_blocks_stay_after_the_end_until_they_are_stored(stand: Stand) -> None:
     stand.check_empty()
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_block_of_the_last_step_before_idle_is_stored_where_drafts_are_made(
+    make: Make, steps: int
+) -> None:
+    """Steps without a forward follow, of which vLLM tells in another order."""
+    stand = make(drafts=True)
+    stand.copies.lasts_s = lambda: 0.01
+    stand.add(1, 3 * PER_BLOCK + 1 - steps, max_tokens=steps)
+    stand.run()
+    stand.check_empty()
+    assert stand.scheduler.reset_prefix_cache()
+    again = stand.add(1, 3 * PER_BLOCK + 1 - steps, name="again")
+    stand.step()
+    assert again.num_computed_tokens == 2 * PER_BLOCK  # of a whole prompt the last is computed
+    stand.run()
+    assert stand.statistics()["routes"]["device→host"]["blocks"] == 3
+    stand.check_empty()
+
+
 def test_a_prompt_of_less_than_a_block_is_not_waited_for(stand: Stand) -> None:
     """There is nothing to store."""
     request = finish(stand, PER_BLOCK // 2)

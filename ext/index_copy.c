@@ -1,0 +1,210 @@
+/* Blocks that one tier holds and another lacks: found, and given places there, without their
+ * prompts. */
+#include "index.h"
+
+#define SAME_ROOT_MAX 1024 /* blocks for which places are taken in one go */
+
+/* What became of each block for which a place in another tier was wanted. */
+enum copy_outcome {
+    COPY_TAKEN,   /* it has a place there now, RESERVED */
+    COPY_GONE,    /* its first tier has it no more */
+    COPY_THERE,   /* it had a place there already */
+    COPY_NO_ROOM, /* there is no room, or it is not worth an eviction */
+};
+
+struct copies {
+    unsigned source, target;
+    const int64_t *source_ids;
+    const unsigned char *keys; /* of each, to know it again */
+    size_t n;
+    enum reserve_how how;
+    unsigned char *outcomes;
+    int64_t *target_ids;       /* of those taken, in order */
+    size_t taken;
+};
+
+static const struct place *ready_place(const struct tier *tier, int64_t id)
+{
+    if (id < 0 || id >= tier->unused || tier->places[id].state != PLACE_READY)
+        return NULL;
+    return &tier->places[id];
+}
+
+static enum copy_outcome copy_judge(const struct block_index *index, const struct copies *copies,
+                                    size_t i)
+{
+    const struct place *place = ready_place(&index->tier[copies->source], copies->source_ids[i]);
+
+    if (!place || !node_has(index, place->node, key_at(copies->keys, (int64_t)i - 1)))
+        return COPY_GONE;
+    return node_at(index, place->node)->place[copies->target] == NONE ? COPY_TAKEN : COPY_THERE;
+}
+
+static ref copy_node(const struct block_index *index, const struct copies *copies, size_t i)
+{
+    return index->tier[copies->source].places[copies->source_ids[i]].node;
+}
+
+/* Take places for candidates of one namespace: `at` are their numbers among the copies. */
+static void copies_take(struct block_index *index, struct copies *copies, const size_t *at,
+                        size_t n)
+{
+    struct tier *tier = &index->tier[copies->target];
+    unsigned char keys[(SAME_ROOT_MAX + 1) * INDEX_KEY_BYTES];
+    int64_t positions[SAME_ROOT_MAX], uses[SAME_ROOT_MAX];
+    struct batch batch = {keys, n + 1, positions, n};
+    ref root = node_at(index, copy_node(index, copies, at[0]))->root;
+    unsigned quota;
+    size_t room, given = 0;
+
+    memcpy(keys, &node_at(index, root)->key, INDEX_KEY_BYTES);
+    for (size_t i = 0; i < n; i++) {
+        memcpy(keys + (i + 1) * INDEX_KEY_BYTES, copies->keys + at[i] * INDEX_KEY_BYTES,
+               INDEX_KEY_BYTES);
+        positions[i] = (int64_t)i;
+    }
+    quota = index->quotas ? quota_of(index, node_at(index, root)->key) : 0;
+    if (tier->density)
+        density_foresee(tier->density, &batch, uses);
+    room = room_make(index, copies->target, quota, &batch, copies->how, uses);
+    for (size_t i = 0; i < n; i++) {
+        ref number = copy_node(index, copies, at[i]), id;
+
+        if (node_at(index, number)->place[copies->target] != NONE) { /* it was named twice */
+            copies->outcomes[at[i]] = COPY_THERE;
+            continue;
+        }
+        if (given++ >= room) {
+            copies->outcomes[at[i]] = COPY_NO_ROOM;
+            continue;
+        }
+        id = place_take(tier);
+        node_at(index, number)->place[copies->target] = id;
+        node_at(index, root)->place[copies->target]++;
+        tier->places[id] = (struct place){.node = number, .state = PLACE_RESERVED,
+                                          .list = LIST_NONE, .quota = (uint8_t)quota};
+        if (tier->density)
+            density_class(tier->density, &tier->places[id], (uint32_t)uses[i], false);
+        tier->reserved++;
+        copies->target_ids[copies->taken++] = id;
+    }
+}
+
+/* Making room for some blocks takes none of the others away: each has a place elsewhere. */
+static void copies_reserve(struct block_index *index, struct copies *copies)
+{
+    size_t at[SAME_ROOT_MAX], n = 0;
+    ref root = NONE;
+
+    for (size_t i = 0; i < copies->n; i++) {
+        ref own;
+
+        copies->outcomes[i] = (unsigned char)copy_judge(index, copies, i);
+        if (copies->outcomes[i] != COPY_TAKEN)
+            continue;
+        own = node_at(index, copy_node(index, copies, i))->root;
+        if (n && (own != root || n == SAME_ROOT_MAX)) {
+            copies_take(index, copies, at, n);
+            n = 0;
+        }
+        root = own;
+        at[n++] = i;
+    }
+    if (n)
+        copies_take(index, copies, at, n);
+}
+
+/* Hold the ids and the keys of copies. 0 or -1. */
+static int copies_hold(PyObject *const *values, struct int64_view *ids, Py_buffer *keys)
+{
+    if (int64_view_hold(values[2], "ids", ids) < 0)
+        return -1;
+    if ((uintptr_t)ids->buffer.buf % sizeof(int64_t)) {
+        PyErr_SetString(PyExc_ValueError, "ids must be aligned to 8 bytes");
+    } else if (PyObject_GetBuffer(values[3], keys, PyBUF_SIMPLE) == 0) {
+        if (keys->len == ids->count * (Py_ssize_t)INDEX_KEY_BYTES)
+            return 0;
+        PyErr_Format(PyExc_ValueError, "keys has %zd bytes, not 16 for each of %zd ids", keys->len,
+                     ids->count);
+        PyBuffer_Release(keys);
+    }
+    PyBuffer_Release(&ids->buffer);
+    return -1;
+}
+
+static PyObject *copies_told(BlockIndex *self, struct copies *copies)
+{
+    PyObject *outcomes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)copies->n), *result = NULL;
+
+    copies->target_ids = PyMem_Malloc((copies->n + 1) * sizeof(int64_t));
+    if (!copies->target_ids) {
+        PyErr_NoMemory();
+    } else if (outcomes) {
+        copies->outcomes = (unsigned char *)PyBytes_AsString(outcomes);
+        copies_reserve(&self->index, copies);
+        result = Py_BuildValue("(Oy#)", outcomes, (const char *)copies->target_ids,
+                               (Py_ssize_t)(copies->taken * sizeof(int64_t)));
+    }
+    PyMem_Free(copies->target_ids);
+    Py_XDECREF(outcomes);
+    return result;
+}
+
+PyObject *index_call_reserve_copies(BlockIndex *self, PyObject *const *args, Py_ssize_t count,
+                                    PyObject *keywords)
+{
+    static const char *const names[] = {"source", "target", "ids", "keys", "how"};
+    static const struct signature signature = {"reserve_copies", names, 5, 5};
+    PyObject *values[5], *result;
+    struct copies copies = {0};
+    struct int64_view ids;
+    Py_buffer keys;
+    int64_t how;
+
+    if (args_unpack(&signature, args, count, keywords, values) < 0 ||
+        tier_read(self, values[0], &copies.source) < 0 ||
+        tier_read(self, values[1], &copies.target) < 0 ||
+        integer_read(values[4], "how", 0, RESERVE_HOWS - 1, &how) < 0 ||
+        copies_hold(values, &ids, &keys) < 0)
+        return NULL;
+    copies.how = (enum reserve_how)how;
+    copies.source_ids = ids.buffer.buf;
+    copies.keys = keys.buf;
+    copies.n = (size_t)ids.count;
+    result = copies_told(self, &copies);
+    PyBuffer_Release(&keys);
+    PyBuffer_Release(&ids.buffer);
+    return result;
+}
+
+PyObject *index_call_lacking(BlockIndex *self, PyObject *args)
+{
+    PyObject *source_object, *target_object, *begin_object, *end_object, *result;
+    const struct tier *tier;
+    unsigned source, target;
+    int64_t begin, end, *ids;
+    Py_ssize_t count = 0;
+
+    if (!PyArg_UnpackTuple(args, "lacking", 4, 4, &source_object, &target_object, &begin_object,
+                           &end_object) ||
+        tier_read(self, source_object, &source) < 0 ||
+        tier_read(self, target_object, &target) < 0 ||
+        integer_read(begin_object, "begin", 0, UINT32_MAX, &begin) < 0 ||
+        integer_read(end_object, "end", begin, UINT32_MAX, &end) < 0)
+        return NULL;
+    tier = &self->index.tier[source];
+    if (end > tier->unused)
+        end = tier->unused;
+    ids = PyMem_Malloc((end > begin ? (size_t)(end - begin) : 1) * sizeof(*ids));
+    if (!ids)
+        return PyErr_NoMemory();
+    for (int64_t id = begin; id < end; id++) {
+        const struct place *place = ready_place(tier, id);
+
+        if (place && node_at(&self->index, place->node)->place[target] == NONE)
+            ids[count++] = id;
+    }
+    result = PyBytes_FromStringAndSize((const char *)ids, count * (Py_ssize_t)sizeof(*ids));
+    PyMem_Free(ids);
+    return result;
+}

@@ -1,0 +1,365 @@
+"""Writes to the lower tiers what host memory owes them, in the background.
+
+    put ──plan──▶ written behind it at once, as much as may wait for the tier
+            └───▶ owed: kept in host memory ──turn──▶ written when there is room
+                                           └─too long─▶ may be evicted first: given up, and counted
+
+A put that finds host memory full of owed blocks waits for room, as long as the burst that it is
+part of may wait in all. A tier that is down is owed, too, but nothing is kept for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from flexkv.actors.flight import wake
+from flexkv.actors.health import Health
+from flexkv.actors.watch import Watch
+from flexkv.common.errors import DeadlineError, RecalledError, TransferError
+from flexkv.common.request import Operation, Request
+from flexkv.common.terms import BlockIds, Tier
+from flexkv.graph.planner import Planner
+from flexkv.index.owed import EVICTED, FAILED, NO_PLACE, NOT_WORTH_IT, OwedBlocks, Taken
+from flexkv.index.residency import ABSENT, READY, Residency
+from flexkv.logs import get_logger
+
+log = get_logger(__name__)
+
+ATTEMPTS_MAX = 5
+"""How often writing a block may fail before it is given up."""
+RETRY_S = 1.0
+"""Between two looks whether a tier that is down is due for a trial."""
+LOAD_WAIT_S = 0.1
+"""How long a load waits at most for room that owed blocks take."""
+SCAN_BLOCKS = 1 << 16
+"""Host places that are looked at in one go for blocks that a lower tier lacks."""
+
+
+class BehindLimits(NamedTuple):
+    """What bounds the writing of owed blocks."""
+
+    batch_blocks: int
+    """Blocks of one transfer."""
+    in_flight_blocks: int
+    """Blocks that may be with the tier at once: enough to keep it busy."""
+    kept_blocks_max: int
+    """Host blocks that may be kept from eviction until they are written."""
+    burst_wait_s: float
+    """How long the puts of a burst may wait, in all, for room in host memory."""
+
+
+class BehindCounts(msgspec.Struct, frozen=True):
+    """What one lower tier is owed, in blocks."""
+
+    owed_blocks: int
+    """In host memory and not with the tier yet; those being written are in `writing_blocks`."""
+    kept_blocks: int
+    """Of the owed ones, those kept from eviction until they are written."""
+    writing_blocks: int
+    """Being written, those written behind puts at once among them."""
+    given_up_blocks: dict[str, int]
+    """Never written, by the reason."""
+
+
+class WriteBehind:
+    """The blocks that each lower tier is owed, and their writing.
+
+    Attributes:
+        waiting_requests: how many wait for room in host memory.
+        is_active: whether `pump` has anything to do.
+    """
+
+    def __init__(
+        self,
+        residency: Residency,
+        planner: Planner,
+        watch: Watch,
+        limits: BehindLimits,
+        begin: Callable[[Taken], None],
+        tell: Callable[..., None],
+    ) -> None:
+        """Take the parts of an engine.
+
+        Args:
+            residency: where blocks are.
+            planner: is told which tiers are behindhand.
+            watch: says which tiers may be written to.
+            limits: what bounds the work.
+            begin: starts a transfer of blocks that were taken.
+            tell: gets what is given up: a kind of event, the tier, and detail in words.
+        """
+        self.waiting_requests, self.is_active = 0, False
+        self._residency, self._planner, self._watch = residency, planner, watch
+        self._limits, self._begin, self._tell = limits, begin, tell
+        lower = [tier for tier in residency.tiers if tier > Tier.HOST]
+        self._queues = {tier: OwedBlocks(residency, tier, limits.batch_blocks) for tier in lower}
+        self._in_flight = dict.fromkeys(lower, 0)
+        self._told = dict.fromkeys(lower, 0)
+        self._host_places = residency.counts(Tier.HOST).capacity  # resizing takes none away
+        self._failures: dict[Tier, TransferError] = {}
+        self._failures_untold: list[TransferError] = []
+        self._burst_until_s: float | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+        self._retry: asyncio.TimerHandle | None = None
+        self._is_pumping = self._is_closed = False
+
+    # -- owing ----------------------------------------------------------------------------------
+
+    def owe(self, tier: Tier, host_ids: BlockIds) -> None:
+        """Owe blocks of host memory to a tier."""
+        if not self._is_closed:
+            self._add(tier, host_ids, 0, None)
+
+    def failed(
+        self, tier: Tier, host_ids: BlockIds, taken: Taken | None, error: TransferError
+    ) -> None:
+        """Owe blocks anew that could not be written.
+
+        Args:
+            tier: that they were written to.
+            host_ids: where they are.
+            taken: what was written, if it was owed before.
+            error: why not. A transfer that was taken back was no attempt.
+        """
+        if self._is_closed:
+            return
+        attempts, epoch = (taken.attempts, taken.epoch) if taken is not None else (0, None)
+        if not isinstance(error, RecalledError):
+            self._failures[tier] = error
+            attempts += 1
+        if attempts < ATTEMPTS_MAX:
+            self._add(tier, host_ids, attempts, epoch)
+        else:
+            self._failures_untold.append(error)
+            self._queues[tier].given_up[FAILED] += len(host_ids)
+            self.is_active = True
+
+    def _add(self, tier: Tier, host_ids: BlockIds, attempts: int, epoch: int | None) -> None:
+        queue = self._queues[tier]
+        room = self._limits.kept_blocks_max - self._residency.counts(tier).reserved
+        queue.add(host_ids, room if self._may_write(tier) else 0, attempts, epoch)
+        if queue.blocks > 2 * self._host_places:
+            queue.drop_gone(EVICTED)
+        self._planner.behindhand |= {tier}
+        self.is_active = True
+
+    def declined(self, declined: Iterable[tuple[Tier, int]]) -> None:
+        """Count blocks of a put that a tier has refused."""
+        for tier, blocks in declined:
+            self._queues[tier].given_up[NOT_WORTH_IT] += blocks
+            self.is_active = True
+
+    def cleared(self, tier: Tier | None) -> None:
+        """Owe nothing of what was cleared: a tier, or a namespace, or all (None)."""
+        for lower, queue in self._queues.items():
+            if tier is lower:
+                queue.clear()
+            else:
+                queue.drop_gone()
+        self.pump()
+
+    # -- writing --------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Begin to write what is owed, as far as there is room; wake who waits for that."""
+        if self._is_pumping or self._is_closed:
+            return
+        self._is_pumping = True
+        try:
+            for tier, queue in self._queues.items():
+                if queue.blocks:
+                    self._pump(tier, queue)
+        finally:
+            self._is_pumping = False
+        behindhand = frozenset(tier for tier, queue in self._queues.items() if queue.blocks)
+        self._planner.behindhand = behindhand
+        self._tell_given_up()
+        pending = sum(q.kept_blocks + self._in_flight[tier] for tier, q in self._queues.items())
+        if pending <= self._limits.kept_blocks_max // 2:
+            self._burst_until_s = None
+        self.is_active = bool(behindhand or pending or self._burst_until_s is not None)
+        wake(self._waiters)
+
+    def _pump(self, tier: Tier, queue: OwedBlocks) -> None:
+        while queue.blocks and self._in_flight[tier] < self._limits.in_flight_blocks:
+            if not self._may_write(tier):
+                queue.unkeep(queue.kept_blocks)
+                self._retry_later()
+                return
+            before = queue.blocks
+            taken = queue.take()
+            if taken is not None:
+                self._in_flight[tier] += len(taken.host_ids)
+                self._begin(taken)
+            elif queue.blocks == before:
+                if self._in_flight[tier] or self._residency.counts(tier).reserved:
+                    return  # there may be room when they are over
+                queue.give_up_next(NO_PLACE)
+
+    def ended(self, taken: Taken) -> None:
+        """Note that a transfer of owed blocks is over, whatever came of it."""
+        self._in_flight[taken.tier] -= len(taken.host_ids)
+        self._queues[taken.tier].ended(taken)
+
+    def _may_write(self, tier: Tier) -> bool:
+        return tier not in self._watch.unusable()[1]
+
+    def _is_on_trial(self, tier: Tier) -> bool:
+        """Return whether a tier that was down is being tried right now."""
+        is_hung = self._watch.breaker(tier, inbound=False).health is Health.HUNG
+        return self._in_flight[tier] > 0 and not is_hung
+
+    def _retry_later(self) -> None:
+        if self._retry is None:
+            self._retry = asyncio.get_running_loop().call_later(RETRY_S, self._try_again)
+
+    def _try_again(self) -> None:
+        self._retry = None
+        self.pump()
+
+    def _tell_given_up(self) -> None:
+        for tier, queue in self._queues.items():
+            if (total := queue.given_up.total()) > self._told[tier]:
+                blocks, self._told[tier] = total - self._told[tier], total
+                so_far = ", ".join(f"{why} {n}" for why, n in sorted(queue.given_up.items()) if n)
+                self._tell("given_up", tier, detail=f"{blocks} blocks; so far: {so_far}")
+                log.warning("blocks_given_up", tier=tier.label, blocks=blocks, so_far=so_far)
+
+    # -- waiting --------------------------------------------------------------------------------
+
+    async def admit(self, request: Request) -> None:
+        """Return when host memory has room for a request beside what is owed, or soon.
+
+        A put waits as long as its burst may; a load, which comes before writes, only a moment. Then
+        as many of the owed blocks as stand in the way may be evicted before they are written.
+        """
+        if not self._missing_room(request):
+            return
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + min(LOAD_WAIT_S, self._limits.burst_wait_s)
+        self.waiting_requests += 1
+        try:
+            while missing := self._missing_room(request):
+                if request.operation is Operation.PUT:
+                    until_s = self._burst_ends_s(loop.time())
+                left_s = until_s - loop.time()
+                if left_s <= 0:
+                    self._unkeep(missing)
+                    return
+                await self._change(left_s)
+        finally:
+            self.waiting_requests -= 1
+
+    def _burst_ends_s(self, now_s: float) -> float:
+        if self._burst_until_s is None:
+            self._burst_until_s = now_s + self._limits.burst_wait_s
+        return self._burst_until_s
+
+    async def _change(self, timeout_s: float) -> None:
+        """Return after a change, or after a while."""
+        changed = asyncio.get_running_loop().create_future()
+        self._waiters.append(changed)
+        self.is_active = True
+        await asyncio.wait([changed], timeout=timeout_s)
+
+    def _missing_room(self, request: Request) -> int:
+        """Return how many blocks a request has more than there is room for beside owed ones."""
+        if self._is_closed or not (pending := self._pending):
+            return 0
+        host = self._residency.counts(Tier.HOST)
+        room = host.capacity - host.pinned - host.reserved - host.draining
+        is_put = request.operation is Operation.PUT
+        if is_put:  # its blocks are to be kept, too
+            room = min(room, self._limits.kept_blocks_max - pending)
+        first, last = request.span.first_block, request.span.last_block
+        if last - first <= max(0, room):
+            return 0
+        wanted = sum(
+            group.positions.block_count
+            for group in self._residency.survey(request.keys, first, last, use=False)
+            if group.states[0] == ABSENT and (is_put or READY in group.states)
+        )
+        return max(0, min(wanted, self._limits.kept_blocks_max) - max(0, room))
+
+    @property
+    def _pending(self) -> int:
+        """Return how many blocks of host memory are kept until they are written."""
+        return max(
+            (
+                queue.kept_blocks + self._residency.counts(tier).reserved
+                for tier, queue in self._queues.items()
+                if self._may_write(tier)
+            ),
+            default=0,
+        )
+
+    def _unkeep(self, blocks: int) -> None:
+        for queue in self._queues.values():
+            kept = queue.kept_blocks
+            queue.unkeep(min(blocks, kept))
+            blocks -= kept - queue.kept_blocks
+
+    async def drain(self) -> TransferError | None:
+        """Return once what is owed by now is written or given up; or why it cannot be now."""
+        epochs = {tier: queue.next_epoch() for tier, queue in self._queues.items()}
+        self.pump()
+        for tier, queue in self._queues.items():
+            while queue.left_of(epochs[tier]) and not self._is_closed:
+                if not (self._may_write(tier) or self._is_on_trial(tier)):
+                    return self._failures.get(tier) or DeadlineError(
+                        -1, f"host→{tier.label}", queue.left_of(epochs[tier]), "it does not end"
+                    )
+                await self._change(RETRY_S)
+        return None
+
+    async def owe_all(self) -> None:
+        """Owe again what host memory holds and lower tiers lack, as far as they have free places.
+
+        That is what they have evicted or refused, or what could not be written before.
+        """
+        for tier, queue in self._queues.items():
+            for first in range(0, self._host_places, SCAN_BLOCKS):
+                lacking = self._residency.lacking(Tier.HOST, tier, first, first + SCAN_BLOCKS)
+                lacking = np.setdiff1d(lacking, queue.host_ids)
+                self.owe(tier, lacking[: self._residency.counts(tier).free])
+                await asyncio.sleep(0)
+
+    def left_blocks(self) -> dict[Tier, int]:
+        """Count the blocks of host memory that are neither in a lower tier nor owed to it."""
+        lacking, last = self._residency.lacking, self._host_places
+        return {
+            tier: len(np.setdiff1d(lacking(Tier.HOST, tier, 0, last), queue.host_ids))
+            for tier, queue in self._queues.items()
+        }
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def take_failures(self) -> list[TransferError]:
+        """Return why blocks were given up since the last call that writing had failed for."""
+        failures, self._failures_untold = self._failures_untold, []
+        return failures
+
+    def counts(self, tier: Tier) -> BehindCounts:
+        """Return what a tier is owed."""
+        queue = self._queues[tier]
+        given_up = {why: n for why, n in list(queue.given_up.items()) if n}
+        writing = self._residency.counts(tier).reserved
+        return BehindCounts(queue.blocks, queue.kept_blocks, writing, given_up)
+
+    def abandon(self) -> None:
+        """Begin nothing more, and let nobody wait: the engine has failed, or is about to close."""
+        self._is_closed = True
+        if self._retry is not None:
+            self._retry.cancel()
+        wake(self._waiters)
+
+    def close(self) -> None:
+        """Owe nothing any more."""
+        self.abandon()
+        for queue in self._queues.values():
+            queue.clear()

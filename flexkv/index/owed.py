@@ -1,0 +1,202 @@
+"""What host memory holds and a lower tier lacks: owed to that tier, the oldest first.
+
+    add ──▶ [batch] [batch] … [batch] ──take──▶ places in the tier, RESERVED ──▶ a transfer
+              kept from eviction, as many as may be
+
+A batch that is not kept may have been evicted when its turn comes: its blocks are known again by
+their keys. Every block that is not written in the end is counted in `given_up`, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
+from flexkv.index.claims import Holding
+from flexkv.index.residency import GONE, NO_ROOM, TAKEN, Residency
+
+EVICTED, NOT_WORTH_IT, NO_PLACE, FAILED = "evicted", "not worth it", "no place", "failed"
+"""Why a block was given up."""
+
+
+class _Batch(msgspec.Struct):
+    block_ids: BlockIds
+    keys: bytes
+    attempts: int
+    epoch: int
+    hold: int | None = None
+
+    def part(self, which: NDArray[np.bool_]) -> _Batch:
+        """Return the batch of some of the blocks, not kept."""
+        keys = np.frombuffer(self.keys, np.uint8).reshape(-1, BLOCK_KEY_BYTES)[which]
+        return _Batch(self.block_ids[which], keys.tobytes(), self.attempts, self.epoch)
+
+
+class Taken(NamedTuple):
+    """Blocks that have a place in the lower tier now, RESERVED, and are about to be written."""
+
+    tier: Tier
+    host_ids: BlockIds
+    target_ids: BlockIds
+    attempts: int
+    """How often writing them has failed."""
+    epoch: int
+    hold: int | None
+    """Settle this claim once the transfer has its own."""
+
+
+class OwedBlocks:
+    """The blocks that one lower tier is owed.
+
+    Attributes:
+        blocks: how many wait.
+        kept_blocks: how many of them are kept from eviction.
+        epoch: marks what is added: `left_of` tells how much of an epoch is not over.
+        given_up: how many were never written, by the reason.
+    """
+
+    def __init__(self, residency: Residency, tier: Tier, batch_blocks_max: int) -> None:
+        self.tier, self.blocks, self.kept_blocks, self.epoch = tier, 0, 0, 0
+        self.given_up: Counter[str] = Counter()
+        self._residency, self._batch_blocks_max = residency, batch_blocks_max
+        self._batches: deque[_Batch] = deque()
+        self._left: Counter[int] = Counter()
+
+    def add(
+        self, host_ids: BlockIds, room_blocks: int, attempts: int = 0, epoch: int | None = None
+    ) -> None:
+        """Owe blocks that are READY in host memory; what is not there any more is left out.
+
+        Args:
+            host_ids: int64[n].
+            room_blocks: how many may be kept from eviction, those that are kept already included.
+            attempts: how often writing them has failed.
+            epoch: when they were first owed; None for now.
+        """
+        records = self._residency.export(Tier.HOST, host_ids)
+        there = records.any(axis=1)
+        ids, keys = host_ids[there], records[there, :BLOCK_KEY_BYTES]
+        epoch = self.epoch if epoch is None else epoch
+        for at in range(0, len(ids), self._batch_blocks_max):
+            part = slice(at, at + self._batch_blocks_max)
+            batch = _Batch(ids[part], keys[part].tobytes(), attempts, epoch)
+            self._count(batch, 1)
+            self._batches.append(batch)
+            if self.kept_blocks + len(batch.block_ids) <= room_blocks:
+                self._keep(batch)
+
+    def take(self) -> Taken | None:
+        """Take the oldest batch, and places for it in the tier; None when no block got one.
+
+        Blocks for which there is no room stay where they were, unless the tier refuses them as
+        worth less than what it has.
+        """
+        batch = self._batches.popleft()
+        self._count(batch, -1)
+        ids, hold = batch.block_ids, batch.hold
+        if hold is not None:
+            self.kept_blocks -= len(ids)
+        outcomes, target_ids = self._residency.reserve_copies(Tier.HOST, self.tier, ids, batch.keys)
+        self.given_up[EVICTED] += int(np.count_nonzero(outcomes == GONE))
+        refused = outcomes == NO_ROOM
+        if refused.any() and self._residency.selective:
+            self.given_up[NOT_WORTH_IT] += int(np.count_nonzero(refused))
+        elif refused.any():
+            rest = batch.part(refused)
+            self._count(rest, 1)
+            self._batches.appendleft(rest)
+            if hold is not None:
+                self._keep(rest)
+        if len(target_ids):
+            self._left[batch.epoch] += len(target_ids)
+            taken_ids = ids[outcomes == TAKEN]
+            return Taken(self.tier, taken_ids, target_ids, batch.attempts, batch.epoch, hold)
+        self._settle(hold)
+        return None
+
+    def ended(self, taken: Taken) -> None:
+        """Note that the blocks that were taken are written, owed anew, or given up."""
+        self._left[taken.epoch] -= len(taken.host_ids)
+
+    @property
+    def host_ids(self) -> BlockIds:
+        """Return the places of all that waits; some may hold other blocks by now."""
+        waiting = [batch.block_ids for batch in self._batches]
+        return np.concatenate(waiting) if waiting else np.zeros(0, np.int64)
+
+    def left_of(self, epoch: int) -> int:
+        """Return how many blocks that were owed up to an epoch are not written or given up."""
+        return sum(count for number, count in self._left.items() if number <= epoch)
+
+    def next_epoch(self) -> int:
+        """Begin another epoch, and return the one before."""
+        self._left = Counter({epoch: count for epoch, count in self._left.items() if count})
+        self.epoch += 1
+        return self.epoch - 1
+
+    def unkeep(self, block_count: int) -> None:
+        """Let so many blocks be evicted, if need be: the last ones, whose turn comes last."""
+        for batch in reversed(self._batches):
+            if block_count <= 0:
+                return
+            if batch.hold is not None:
+                block_count -= len(batch.block_ids)
+                self.kept_blocks -= len(batch.block_ids)
+                self._settle(batch.hold)
+                batch.hold = None
+
+    def drop_gone(self, reason: str | None = None) -> None:
+        """Forget blocks that host memory holds no more; with a reason they were given up."""
+        batches, self._batches = self._batches, deque()
+        for batch in batches:
+            records = self._residency.export(Tier.HOST, batch.block_ids)
+            keys = np.frombuffer(batch.keys, np.uint8).reshape(-1, BLOCK_KEY_BYTES)
+            there = records.any(axis=1) & (records[:, :BLOCK_KEY_BYTES] == keys).all(axis=1)
+            if not there.all():
+                if reason is not None:
+                    self.given_up[reason] += len(there) - int(np.count_nonzero(there))
+                batch = self._narrowed(batch, batch.part(there))
+            if len(batch.block_ids):
+                self._batches.append(batch)
+
+    def _narrowed(self, batch: _Batch, part: _Batch) -> _Batch:
+        """Put a part in the place of a batch."""
+        self._count(batch, -1)
+        self._count(part, 1)
+        if batch.hold is not None:
+            self.kept_blocks -= len(batch.block_ids)
+            if len(part.block_ids):
+                self._keep(part)
+            self._settle(batch.hold)
+        return part
+
+    def give_up_next(self, reason: str) -> None:
+        """Give up the oldest batch."""
+        batch = self._batches.popleft()
+        self.given_up[reason] += len(batch.block_ids)
+        self._narrowed(batch, batch.part(np.zeros(len(batch.block_ids), np.bool_)))
+
+    def clear(self) -> None:
+        """Owe nothing any more."""
+        for batch in self._batches:
+            self._count(batch, -1)
+            self._settle(batch.hold)
+        self._batches.clear()
+        self.kept_blocks = 0
+
+    def _count(self, batch: _Batch, sign: int) -> None:
+        self.blocks += sign * len(batch.block_ids)
+        self._left[batch.epoch] += sign * len(batch.block_ids)
+
+    def _keep(self, batch: _Batch) -> None:
+        batch.hold = self._residency.claims.hold(Holding(Tier.HOST, batch.block_ids))
+        self.kept_blocks += len(batch.block_ids)
+
+    def _settle(self, hold: int | None) -> None:
+        if hold is not None:
+            self._residency.claims.settle(hold, filled=False)

@@ -1,0 +1,62 @@
+"""What is derived from `key_secret`: the constants of the keys' hash, and a digest to compare.
+
+    master = scrypt(secret)                    zeros without a secret
+    each   = SHAKE-256("flexkv" ‖ what it is for ‖ master)
+
+scrypt is slow on purpose: whoever can read a key, or the digest in a superblock or a greeting,
+has to pay it for every guess at a weak secret. It is paid once in a process.
+
+XXH3 multiplies its input by constants. With the public ones, anybody can choose tokens for which
+a factor is zero, so that two prompts have one key. Constants that nobody else knows leave no such
+choice. See `docs/adr/0010-keys-under-a-secret.md` for what is promised, and what is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from typing import NamedTuple
+
+HASH_SECRET_BYTES = 192
+"""As many as XXH3 has public ones."""
+_SALT = b"flexkv key_secret"
+"""The same everywhere: nodes that share blocks must derive the same keys from the secret alone."""
+_SCRYPT_N, _SCRYPT_R = 1 << 14, 8
+_SCRYPT_BYTES_MAX = 32 << 20
+_MASTER_BYTES = 64
+
+
+class Derived(NamedTuple):
+    """What one secret gives."""
+
+    hash_secret: bytes
+    """192 bytes that take the place of XXH3's public constants."""
+    name_key: bytes
+    """64 bytes: the key of BLAKE2b for roots and extra keys."""
+    digest: str
+    """Tells whether two processes have the same secret."""
+
+
+@lru_cache(maxsize=16)
+def derived(secret: str) -> Derived:
+    """Return what a secret gives; the first call with a secret takes a tenth of a second."""
+    master = bytes(_MASTER_BYTES)
+    if secret:
+        master = hashlib.scrypt(
+            secret.encode(),
+            salt=_SALT,
+            n=_SCRYPT_N,
+            r=_SCRYPT_R,
+            p=1,
+            maxmem=_SCRYPT_BYTES_MAX,
+            dklen=_MASTER_BYTES,
+        )
+
+    def expand(purpose: bytes, length: int) -> bytes:
+        return hashlib.shake_256(b"flexkv " + purpose + b"\0" + master).digest(length)
+
+    return Derived(
+        expand(b"hash secret", HASH_SECRET_BYTES),
+        expand(b"name key", hashlib.blake2b.MAX_KEY_SIZE),
+        expand(b"digest", 16).hex(),
+    )

@@ -1,0 +1,134 @@
+"""Directories and files that only we may write to, opened so that nobody can put others there.
+
+A directory is checked once it is open, on its descriptor; files in it are opened by their name
+relative to that descriptor. Whoever may write to one of its parents can therefore move the
+directory away, or keep us from starting, but cannot make us read or write anything else.
+
+A directory given as a symbolic link is followed, if we or root made the link; a file in a
+directory never is.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from errno import EPERM
+from pathlib import Path
+from typing import NamedTuple
+
+DIRECTORY_MODE, FILE_MODE = 0o700, 0o600
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+class NotPrivateError(PermissionError):
+    """A file or directory is not ours alone; `strerror` says in what, as a predicate."""
+
+    def __init__(self, why: str, name: str) -> None:
+        super().__init__(EPERM, why, name)
+
+
+class Folder(NamedTuple):
+    """An open directory."""
+
+    path: Path
+    """For messages."""
+    fd: int
+
+
+def open_directory(path: Path) -> int:
+    """Return a descriptor of a directory that nobody but us and root may write to.
+
+    Raises:
+        NotPrivateError: somebody else may.
+        OSError: it cannot be opened, or is no directory.
+    """
+    link = os.lstat(path)
+    if stat.S_ISLNK(link.st_mode) and not _is_ours(link):
+        raise NotPrivateError(f"is a link made by user {link.st_uid}", str(path))
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _check_access(os.fstat(fd), str(path))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def make_directory(path: Path) -> int:
+    """Return a descriptor of such a directory; one that is missing is made, with mode 0700.
+
+    Only the last component of the path is made.
+
+    Raises:
+        FileNotFoundError: its parent does not exist.
+        NotPrivateError: somebody else may write to it.
+        OSError: it cannot be made or opened, or is no directory.
+    """
+    try:
+        os.mkdir(path, DIRECTORY_MODE)
+    except FileExistsError:
+        return open_directory(path)
+    fd = open_directory(path)
+    try:
+        os.fchmod(fd, DIRECTORY_MODE)  # the umask took bits away
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def open_file(folder_fd: int, name: str, flags: int) -> int:
+    """Return a descriptor of a regular file that nobody but us and root may write to.
+
+    A file that others may read is made private; one that is created (`os.O_CREAT`) has mode 0600.
+
+    Args:
+        folder_fd: the directory, as from `open_directory`.
+        name: of the file in it.
+        flags: for `os.open`.
+
+    Raises:
+        FileNotFoundError: there is none, and `flags` create none.
+        NotPrivateError: somebody else may write to it, or it is no regular file, or it has
+            another name as well.
+        OSError: it cannot be opened.
+    """
+    try:
+        # Opening a device or a pipe may do something already.
+        _check_file(os.stat(name, dir_fd=folder_fd, follow_symlinks=False), name)
+    except FileNotFoundError:
+        if not flags & os.O_CREAT:
+            raise
+    fd = os.open(name, flags | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE, dir_fd=folder_fd)
+    try:
+        found = os.fstat(fd)
+        _check_file(found, name)
+        if stat.S_IMODE(found.st_mode) != FILE_MODE and found.st_uid == os.geteuid():
+            os.fchmod(fd, FILE_MODE)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_file(found: os.stat_result, name: str) -> None:
+    if stat.S_ISLNK(found.st_mode):
+        raise NotPrivateError("is a symbolic link", name)
+    if not stat.S_ISREG(found.st_mode):
+        raise NotPrivateError("is not a regular file", name)
+    if found.st_nlink > 1:
+        raise NotPrivateError("has another name as well (a hard link)", name)
+    _check_access(found, name)
+
+
+def _check_access(found: os.stat_result, name: str) -> None:
+    if not _is_ours(found):
+        why = f"belongs to user {found.st_uid}, not to us (user {os.geteuid()}) or root"
+        raise NotPrivateError(why, name)
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & _OTHERS_WRITE:
+        raise NotPrivateError(f"may be written to by others (mode {mode:04o}): chmod go-w", name)
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    return found.st_uid in (0, os.geteuid())

@@ -1,0 +1,60 @@
+"""The bounds of an engine's work, from its configuration."""
+
+from __future__ import annotations
+
+from flexkv.actors.actor import Window
+from flexkv.actors.write_behind import BehindLimits
+from flexkv.common.config import GB, MB, CacheConfig, CacheSizes
+from flexkv.graph.planner import PlanLimits
+
+WRITE_WINDOWS = 2
+"""Owed blocks that are with a tier at once, in windows of writes: one moves, one waits."""
+KEPT_SHARE_MAX = 0.75
+"""Part of host memory that may be kept for lower tiers: the rest is for reads, and others."""
+
+DISK_READ_PIECE_BYTES, DISK_WRITE_PIECE_BYTES = 2 * MB, 8 * MB
+"""One submission to the disk. Reads: small enough for others to cut in; nobody waits for writes."""
+
+DEVICE_PIECE_BYTES = {"cpu": 64 * MB, "cuda": 512 * MB, "agents": 64 * MB}
+"""One submission to a device: what it copies in 10 ms. Each costs some 10 µs of Python."""
+DEVICE_WINDOWS = {"cpu": 1, "cuda": 1, "agents": 1 << 30}
+"""How many `device_window_mb` may be in flight. Each agent has a window of its own behind this one,
+so that an instance that does not answer cannot fill it for the others."""
+
+
+def disk_windows(cache: CacheConfig) -> tuple[Window, Window]:
+    """Return what may be in flight to read from SSD, and to write to it."""
+    return (
+        Window(int(cache.disk_read_window_mb * MB), DISK_READ_PIECE_BYTES),
+        Window(int(cache.disk_write_window_mb * MB), DISK_WRITE_PIECE_BYTES),
+    )
+
+
+def device_window(cache: CacheConfig, kind: str) -> Window:
+    """Return what may be in flight each way to or from devices of a kind."""
+    window_bytes = int(cache.device_window_mb * MB) * DEVICE_WINDOWS[kind]
+    return Window(window_bytes, DEVICE_PIECE_BYTES[kind])
+
+
+def plan_limits(cache: CacheConfig, sizes: CacheSizes) -> PlanLimits:
+    """Return what bounds a plan."""
+    limit_gb, stride = cache.write_behind_max_gb, sizes.block_stride_bytes
+    if limit_gb < 0:
+        behind_blocks = max(1, sizes.num_host_blocks // 2)
+    else:
+        behind_blocks = int(limit_gb * GB) // stride
+    return PlanLimits(
+        chunk_blocks=max(1, int(cache.chunk_mb * MB) // stride),
+        write_behind_blocks_max=behind_blocks,
+    )
+
+
+def behind_limits(cache: CacheConfig, sizes: CacheSizes) -> BehindLimits:
+    """Return what bounds the writing of owed blocks."""
+    window_blocks = max(1, int(cache.disk_write_window_mb * MB) // sizes.block_stride_bytes)
+    return BehindLimits(
+        batch_blocks=window_blocks,
+        in_flight_blocks=WRITE_WINDOWS * window_blocks,
+        kept_blocks_max=int(KEPT_SHARE_MAX * sizes.num_host_blocks),
+        burst_wait_s=cache.write_behind_wait_s,
+    )

@@ -1,0 +1,1 @@
+"""The mutation run: `python -m tests.mutation`, or `make mutants`."""

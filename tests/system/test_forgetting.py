@@ -1,0 +1,255 @@
+"""What an engine remembers of requests that are over: nothing, and it says so if it does."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections import Counter, deque
+from collections.abc import Iterator
+from random import Random
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexkv.common.config import CacheConfig
+from flexkv.common.errors import InternalError, InvariantError, TransferError
+from flexkv.common.terms import BLOCK_KEY_BYTES
+from flexkv.index.claims import Claim
+from flexkv.kvmanager import KVManager
+from flexkv.layerwise import LayerwisePut
+from flexkv.testing.fake_backend import FakeBackend, empty
+from flexkv.testing.faults import FaultPlan
+from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK
+from flexkv.testing.virtual_time import run_virtual
+from flexkv.trace.records import Record
+
+CONTAINERS = (dict, list, set, deque)
+CACHES = {"Tracer._plans"}
+"""What is kept to save work, and bounded by a limit of its own."""
+BLOCKS_MAX = 16
+HOST_BLOCKS, DISK_BLOCKS = 24, 48
+
+
+def containers(root: object) -> Iterator[tuple[str, int]]:
+    """Give what each table, list or set that an object of ours owns holds, by who has it."""
+    seen: set[int] = set()
+    waiting: list[tuple[str, Any]] = [("root", root)]
+    while waiting:
+        name, each = waiting.pop()
+        if id(each) in seen or isinstance(each, type | ModuleType | FunctionType | MethodType):
+            continue
+        seen.add(id(each))
+        kind = type(each)
+        if isinstance(each, CONTAINERS):
+            yield name, len(each)
+        if isinstance(each, (*CONTAINERS, tuple)):
+            values = [*each.keys(), *each.values()] if isinstance(each, dict) else list(each)
+            waiting += [(name, value) for value in values]
+        elif kind.__module__.startswith("flexkv.") and ".testing." not in kind.__module__:
+            slots = [slot for base in kind.__mro__ for slot in getattr(base, "__slots__", ())]
+            owned = {slot: getattr(each, slot) for slot in slots if hasattr(each, slot)}
+            owned |= getattr(each, "__dict__", {})
+            waiting += [(f"{kind.__name__}.{slot}", value) for slot, value in owned.items()]
+
+
+class Deaf:
+    """A sink of trace records that keeps none."""
+
+    def record(self, record: Record) -> None:
+        """Take a record."""
+
+
+class Bench:
+    """A manager with an SSD tier that lasts, over fakes that fail now and then."""
+
+    def __init__(self, failure_probability: float) -> None:
+        self.random = Random(1)
+        cache = CacheConfig(
+            tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=HOST_BLOCKS, evict_ratio=0.0,
+            num_ssd_blocks=DISK_BLOCKS, ssd_cache_dir="unused", requests_max=8,
+            device_window_mb=4 * BLOCK_KEY_BYTES / 2**20, chunk_mb=4096 / 2**20,
+            io_deadline_s=0.01,
+        )  # fmt: skip
+        hangs = failure_probability / 5
+        faults = FaultPlan(1, failure_probability, 0.0001, 0.002, hang_probability=hangs)
+        self.backend = FakeBackend(HOST_BLOCKS, faults, empty(DISK_BLOCKS, journals=2))
+        self.manager = KVManager(MODEL, cache, backend=self.backend)
+        for files in self.backend.files:  # until the tier is open
+            files.faulty = False
+
+    async def ask(self) -> None:
+        """Ask for something about one of few prompts, in any form, and perhaps give up."""
+        random, manager = self.random, self.manager
+        await asyncio.sleep(random.uniform(0.0, 0.05))
+        first = random.choice([0, 1000, 2000])
+        tokens = list(range(first, first + TOKENS_PER_BLOCK * random.randint(1, BLOCKS_MAX)))
+        slots = np.arange(len(tokens))
+        verb = random.choice(["get", "put", "prefetch", "match", "layers", "pin"])
+        if verb == "match":
+            await self._by_task_id(tokens, slots)
+        elif verb == "pin":
+            pinned = manager.pin(tokens[:4], ttl_s=random.uniform(0.001, 0.02), owner="a")
+            if random.random() < 0.3:
+                manager.unpin(pinned)
+        else:
+            try:
+                async with asyncio.timeout(random.choice([None, random.uniform(0.0, 0.01)])):
+                    if verb == "layers":
+                        await self._by_layers(tokens, slots)
+                    else:
+                        arguments = (tokens,) if verb == "prefetch" else (tokens, slots)
+                        await getattr(manager, verb)(*arguments)
+            except TimeoutError:
+                return
+
+    async def _by_task_id(self, tokens: list[int], slots: Any) -> None:
+        manager, random = self.manager, self.random
+        match = random.choice([manager.get_match, manager.put_match])
+        task, mask = match(tokens)
+        if random.random() < 0.7:
+            manager.launch(task, slots[mask])
+        if random.random() < 0.7:
+            manager.cancel(task)
+        while task not in manager.try_wait(task):
+            await asyncio.sleep(0.01)  # virtual
+            if random.random() < 0.3:
+                manager.cancel(task)
+
+    async def _by_layers(self, tokens: list[int], slots: Any) -> None:
+        manager = self.manager
+        move = self.random.choice([manager.get_layerwise, manager.put_layerwise])(tokens, slots)
+        if isinstance(move, LayerwisePut):
+            move.layer_written(MODEL.num_layers - 1)
+        await move
+
+    async def work(self, requests: int) -> Counter[str]:
+        """Ask often, wait until all is over, and count what each container holds then."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(requests):
+                group.create_task(self.ask())
+        for _ in range(3):  # what failed is told once
+            try:
+                await self.manager.flush()
+            except TransferError:
+                continue
+        await asyncio.sleep(100.0)  # virtual: pins expire, tiers that were down are forgiven
+        gc.collect()
+        found: Counter[str] = Counter()
+        for name, size in containers(self.manager):
+            found[name] += size if name not in CACHES else 0
+        return found
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+@pytest.mark.parametrize("failure_probability", [0.0, 0.1])
+def test_an_idle_engine_holds_no_more_after_many_requests_than_after_few(
+    failure_probability: float, is_traced: bool
+) -> None:
+    """Whatever was asked, failed or was given up: no list, set or table of the engine grows."""
+
+    async def run() -> None:
+        bench = Bench(failure_probability)
+        async with bench.manager as manager:
+            manager.register_kv_caches([np.zeros((BLOCKS_MAX, BLOCK_KEY_BYTES), np.uint8)])
+            if is_traced:
+                manager.engine.tracing.tell(Deaf())
+            before = await bench.work(100)
+            for _ in range(3):
+                after = await bench.work(200)
+                grown = {n: (before[n], size) for n, size in after.items() if size > before[n]}
+                assert not grown
+            assert manager.statistics().claims == 0
+
+    run_virtual(run())
+
+
+def test_a_run_that_ends_and_leaves_a_claim_ends_the_engine() -> None:
+    """What is still claimed could never be evicted: the engine fails, tells everybody, and takes
+    no more."""
+
+    async def run() -> None:
+        bench = Bench(0.0)
+        await bench.manager.__aenter__()
+        engine = bench.manager.engine
+        bench.manager.register_kv_caches([np.zeros((BLOCKS_MAX, BLOCK_KEY_BYTES), np.uint8)])
+        tokens = list(range(4 * TOKENS_PER_BLOCK))
+        put = asyncio.create_task(bench.manager.put(tokens, np.arange(len(tokens))))
+        await asyncio.sleep(0)
+        (flight,) = engine.scheduler.under_way()
+        engine.residency.claims.open(-1, Claim(flight.plan.run_id, None, None))
+        waits = asyncio.create_task(flight.wait_ended())
+        assert (await put).return_mask.all()
+        await waits
+        with pytest.raises(InternalError, match="ended and left claims"):
+            await bench.manager.get(tokens, np.arange(len(tokens)))
+        assert not engine.is_open
+        await engine.close()
+
+    run_virtual(run())
+
+
+def test_failures_that_nobody_asks_for_are_kept_up_to_a_bound() -> None:
+    """However many puts fail before the next flush, which tells of the first one."""
+
+    async def run() -> None:
+        broken = FaultPlan(1, 1.0, 0.0001, 0.0002)
+        backend = FakeBackend(HOST_BLOCKS, FaultPlan(1), empty(0), device_faults=broken)
+        cache = CacheConfig(
+            tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=HOST_BLOCKS, num_ssd_blocks=0
+        )
+        async with KVManager(MODEL, cache, backend=backend) as manager:
+            manager.register_kv_caches([np.zeros((BLOCKS_MAX, BLOCK_KEY_BYTES), np.uint8)])
+            sizes = []
+            for _ in range(3):
+                for _ in range(150):
+                    await manager.put([1, 2], [0, 1])
+                sizes.append(sum(size for _, size in containers(manager)))
+            assert sizes[0] == sizes[1] == sizes[2]
+            with pytest.raises(TransferError, match="op 0 "):
+                await manager.flush()
+            await manager.flush()
+
+    run_virtual(run())
+
+
+def test_the_first_failure_is_what_everybody_is_told() -> None:
+    """Once; what fails behind it does not hide where it began."""
+
+    async def run() -> None:
+        bench = Bench(0.0)
+        async with bench.manager as manager:
+            told: list[str] = []
+            manager.engine.on_failure = lambda: told.append("failed")
+
+            async def fail(why: str) -> None:
+                raise InvariantError(why)
+
+            for why in ("the first", "the second"):
+                manager.engine.supervisor.spawn(why, fail(why))
+            await asyncio.sleep(0.01)
+            for _ in range(2):
+                with pytest.raises(InternalError, match="the first"):
+                    await manager.prefetch([1, 2])
+            assert told == ["failed"]
+
+    run_virtual(run())
+
+
+def test_closing_gives_up_hardware_that_keeps_its_buffers() -> None:
+    """After a minute it says what is still in flight, instead of waiting for ever."""
+
+    async def run() -> None:
+        bench = Bench(0.0)
+        manager = await bench.manager.__aenter__()
+        manager.register_kv_caches([np.zeros((BLOCKS_MAX, BLOCK_KEY_BYTES), np.uint8)])
+        assert bench.backend.port is not None
+        bench.backend.port._faults = FaultPlan(1, 0.0, 1000.0, 1000.0)
+        await manager.put([1, 2, 3, 4], np.arange(4))
+        began_s = asyncio.get_running_loop().time()
+        with pytest.raises(InternalError, match=r"still in flight after .*'disk': 1"):
+            await manager.__aexit__(None, None, None)
+        assert asyncio.get_running_loop().time() - began_s < 100.0
+
+    run_virtual(run())

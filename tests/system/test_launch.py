@@ -1,0 +1,246 @@
+"""A server that an engine has launched outlives whoever kills the engine, and not for long."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from flexkv.cli import serve
+from flexkv.common.config import Settings
+from flexkv.common.errors import ConfigError
+from flexkv.common.request import Operation
+from flexkv.server import launch
+from flexkv.server.launch import Launched, ProcessWatch
+from flexkv.server.listen import Listener
+
+from .conftest import MODEL
+from .serving import BLOCKS, Instance, eventually, settings_in
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Return settings."""
+    return settings_in(tmp_path)
+
+
+def engine(settings: Settings, pipe: Connection) -> None:
+    """Launch a server, put something, and stay; a child of ours holds all that we have open."""
+    server = Launched(MODEL, settings)
+    instance = Instance(settings)
+    instance.begin()
+    assert instance.request(Operation.PUT, 1, range(BLOCKS)).moved == BLOCKS
+    child = os.fork()
+    if not child:
+        time.sleep(600)
+    pipe.send((server.pid, child))
+    time.sleep(600)
+
+
+@pytest.fixture
+def begun(settings: Settings) -> Iterator[tuple[psutil.Process, psutil.Process, psutil.Process]]:
+    """Return an engine in a process of its own, its server, and its child."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=engine, args=(settings, theirs))
+    process.start()
+    theirs.close()
+    assert ours.poll(60)
+    server, child = (psutil.Process(pid) for pid in ours.recv())
+    yield psutil.Process(process.pid), server, child
+    for each in (child, server):
+        if each.is_running():
+            each.kill()
+    process.kill()
+    process.join()
+
+
+def gone(process: psutil.Process) -> bool:
+    """Tell whether a process is no more; one that waits to be reaped does nothing any more."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def check_left_in_order(settings: Settings) -> None:
+    """Check that nothing is left of a server but its SSD tier, which is warm."""
+    folder = Path(settings.server_recv_port.removeprefix("ipc://")).parent
+    assert list(folder.glob("socket*")) == []
+    again = Launched(MODEL, settings)
+    instance = Instance(settings)
+    before = instance.content(range(BLOCKS))
+    instance.begin()
+    assert instance.client.match(instance.keys(1)).by_tier == {"disk": BLOCKS}
+    assert instance.request(Operation.GET, 1, range(20, 20 + BLOCKS)).moved == BLOCKS
+    np.testing.assert_array_equal(instance.content(range(20, 20 + BLOCKS)), before)
+    instance.close()
+    again.close()
+    assert again.exit_status == 0
+
+
+Begun = tuple[psutil.Process, psutil.Process, psutil.Process]
+
+
+def test_a_server_is_in_no_tree_of_its_engine(begun: Begun) -> None:
+    """Nor in its session or group, to which a terminal sends its signals."""
+    engine, server, child = begun
+    assert child in engine.children(recursive=True)
+    assert server not in engine.children(recursive=True)
+    assert os.getsid(server.pid) == os.getpgid(server.pid) == server.pid
+
+
+@pytest.mark.parametrize("whole_tree", [False, True], ids=["engine", "tree"])
+def test_a_server_whose_engine_is_killed_writes_what_it_has_and_ends(
+    begun: Begun, settings: Settings, whole_tree: bool
+) -> None:
+    """With every process that descends from it, or without its child, which has the pipe open."""
+    engine, server, child = begun
+    for each in [*engine.children(recursive=True), engine] if whole_tree else [engine]:
+        each.kill()
+    eventually(lambda: gone(server), within_s=60)
+    assert gone(child) is whole_tree
+    check_left_in_order(settings)
+
+
+def test_a_server_ends_when_its_engine_is_a_zombie(begun: Begun, settings: Settings) -> None:
+    """Whoever should reap it may be stuck, or killed later."""
+    engine, server, _ = begun
+    engine.kill()
+    assert engine.status() == psutil.STATUS_ZOMBIE
+    eventually(lambda: gone(server), within_s=60)
+    check_left_in_order(settings)
+
+
+def test_a_server_that_was_killed_is_told_from_one_that_ended(settings: Settings) -> None:
+    """By who launched it, which is not its parent."""
+    server = Launched(MODEL, settings)
+    assert (server.has_ended, server.exit_status) == (False, None)
+    os.kill(server.pid, signal.SIGKILL)
+    eventually(lambda: server.has_ended)
+    assert server.exit_status == 1
+    server.close()
+    server.close()
+    again = Launched(MODEL, settings)
+    again.close()
+    assert (again.has_ended, again.exit_status) == (True, 0)
+
+
+def test_a_server_that_does_not_end_is_killed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After some time; its address can be taken again."""
+    server = Launched(MODEL, settings)
+    os.kill(server.pid, signal.SIGSTOP)
+    monkeypatch.setattr(launch, "END_S", 0.2)
+    server.close()
+    assert server.exit_status == 1
+    monkeypatch.undo()
+    check_ends_well(Launched(MODEL, settings))
+
+
+def check_ends_well(server: Launched) -> None:
+    """End a server, and check that nothing was wrong with it."""
+    server.close()
+    assert server.exit_status == 0
+
+
+def test_a_server_waits_for_one_that_is_ending(settings: Settings) -> None:
+    """It has the address while it writes; an engine may have been started again at once."""
+    ending = Listener(Path(settings.server_recv_port.removeprefix("ipc://")))
+    timer = threading.Timer(0.5, ending.close)
+    timer.start()
+    server = Launched(MODEL, settings)
+    assert timer.finished.is_set()
+    check_ends_well(server)
+
+
+def test_a_server_that_may_not_wait_is_refused_at_once(settings: Settings) -> None:
+    """In place of one that died it is launched within a step of the engine's scheduler."""
+    ending = Listener(Path(settings.server_recv_port.removeprefix("ipc://")))
+    with pytest.raises(ConfigError, match="in use by another server"):
+        Launched(MODEL, settings, waits=False)
+    ending.close()
+
+
+def test_a_server_does_not_wait_for_an_address_that_it_cannot_have(tmp_path: Path) -> None:
+    """Nor for one at which somebody answers: that is said at once."""
+    (tmp_path / "socket").write_text("mine")
+    with pytest.raises(ConfigError, match="is no socket"):
+        Launched(MODEL, settings_in(tmp_path))
+
+
+@pytest.fixture
+def blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the kernel have no descriptors of processes."""
+
+    def refused(*_: Any) -> int:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, "pidfd_open", refused)
+
+
+@pytest.fixture
+def sleeping() -> Iterator[subprocess.Popen[bytes]]:
+    """Return a process that does nothing."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("descriptors", [True, False])
+def test_a_process_is_watched_with_and_without_its_descriptor(
+    sleeping: subprocess.Popen[bytes], request: pytest.FixtureRequest, descriptors: bool
+) -> None:
+    """One that was killed has ended, whether it was reaped or not."""
+    if not descriptors:
+        request.getfixturevalue("blind")
+    watch = ProcessWatch(sleeping.pid)
+    assert (watch.fd >= 0) is descriptors
+    assert not watch.has_ended
+    assert not watch.wait(0.1)
+    watch.signal(signal.SIGKILL)
+    assert watch.wait(10)
+    assert watch.has_ended
+    sleeping.wait()
+    assert watch.has_ended
+    watch.signal(signal.SIGKILL)
+    watch.close()
+    watch.close()
+
+
+def test_a_process_that_never_was_has_ended(blind: None) -> None:
+    """Its id may be from long ago."""
+    assert ProcessWatch(1 << 22).has_ended
+
+
+async def test_a_parent_is_looked_at_where_the_kernel_does_not_tell_of_it(
+    sleeping: subprocess.Popen[bytes], blind: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Now and then; our stdin stays open."""
+    monkeypatch.setattr(serve, "LOOK_S", 0.01)
+    read, write = os.pipe()
+    with os.fdopen(read) as stdin, os.fdopen(write):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        ended = asyncio.Event()
+        serve._on_end(ended.set, ProcessWatch(sleeping.pid))
+        await asyncio.sleep(0.05)
+        assert not ended.is_set()
+        sleeping.kill()
+        async with asyncio.timeout(10):
+            await ended.wait()
+        asyncio.get_running_loop().remove_reader(read)

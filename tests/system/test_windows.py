@@ -1,0 +1,171 @@
+"""What the disk's actor has in flight: writes go on under reads, slow sums pile nothing up."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+
+from flexkv.backend import Progress
+from flexkv.common.config import CacheConfig
+from flexkv.common.request import KVResponseStatus, Operation
+from flexkv.common.terms import BLOCK_KEY_BYTES, Tier, Transfer
+from flexkv.engine import Engine
+from flexkv.io.checked import CheckedDiskPort
+from flexkv.io.ports import Completion, DurablePort
+from flexkv.testing.fake_backend import FakeBackend, empty
+from flexkv.testing.fakes import FakePort, FakeSummer
+from flexkv.testing.faults import FaultPlan
+from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK
+from flexkv.testing.virtual_time import run_virtual
+
+BLOCK_MB = BLOCK_KEY_BYTES / 2**20
+STRIDE_MB = 4096 / 2**20
+PROMPT_BLOCKS, PROMPTS = 8, 16
+QUICK = FaultPlan(1, 0.0, 0.0001, 0.0002)
+
+
+def prompt(number: int) -> list[int]:
+    """Give one of the prompts, of which no two share a block."""
+    return [1000 * number + n for n in range(PROMPT_BLOCKS * TOKENS_PER_BLOCK)]
+
+
+class Metered:
+    """A port that keeps how many blocks each direction was lent, now and at most."""
+
+    def __init__(self, inner: DurablePort) -> None:
+        self._inner = inner
+        self._lent: dict[int, tuple[bool, int]] = {}
+        self.blocks, self.blocks_max = {True: 0, False: 0}, {True: 0, False: 0}
+        self.connect, self.close, self.sync = inner.connect, inner.close, inner.sync
+
+    @property
+    def block_bytes(self) -> int:
+        """Give what the port moves for a block."""
+        return self._inner.block_bytes
+
+    @property
+    def arrived_bytes(self) -> int:
+        """Give what the port says has arrived."""
+        return self._inner.arrived_bytes
+
+    def submit(self, transfer: Transfer) -> None:
+        """Start one transfer."""
+        inbound, count = transfer.route.inbound, transfer.block_count
+        self._lent[transfer.token] = inbound, count
+        self.blocks[inbound] += count
+        self.blocks_max[inbound] = max(self.blocks_max[inbound], self.blocks[inbound])
+        self._inner.submit(transfer)
+
+    def reap(self) -> list[Completion]:
+        """Give what has ended."""
+        ended = self._inner.reap()
+        for token, _ in ended:
+            inbound, count = self._lent.pop(token)
+            self.blocks[inbound] -= count
+        return ended
+
+
+class MeteredBackend(FakeBackend):
+    """A fake backend with a quick, metered disk whose blocks are summed as slowly as is said."""
+
+    def __init__(self, host_blocks: int, sums: FaultPlan = QUICK) -> None:
+        super().__init__(host_blocks, QUICK, empty(PROMPTS * PROMPT_BLOCKS))
+        self._slow = sums
+
+    def open(self, undo: ExitStack, progress: Progress | None) -> None:
+        """Open the disk port."""
+        self.port = FakePort(self._store, self._memory, self._faults, BLOCK_KEY_BYTES)
+        summer = FakeSummer(self._memory, self._slow)
+        self._sums = summer.sums
+        checked = CheckedDiskPort(self.port, summer, self.disk_blocks, lambda at: ("fake", at))
+        undo.callback(checked.close)
+        self.disk = self.meter = Metered(checked)
+
+
+async def put(engine: Engine, number: int) -> None:
+    """Store a prompt from the first blocks of the device."""
+    tokens = prompt(number)
+    request = engine.with_slots(engine.intake(Operation.PUT, tokens), np.arange(len(tokens)))
+    assert request is not None
+    assert (await engine.perform(request)).response is not None
+
+
+async def prefetch(engine: Engine, number: int) -> None:
+    """Bring a prompt from disk to host memory."""
+    flight = await engine.perform(engine.intake(Operation.PREFETCH, prompt(number)))
+    assert flight.response is not None
+    assert flight.response.status is KVResponseStatus.SUCCESS, flight.response
+
+
+async def opened(backend: MeteredBackend, host: int, **changes: float) -> Engine:
+    """Open an engine whose disk has all prompts but the last, and whose host memory has none."""
+    cache = CacheConfig(
+        tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=host, evict_ratio=0.0,
+        num_ssd_blocks=PROMPTS * PROMPT_BLOCKS, ssd_cache_dir="unused", **changes,
+    )  # fmt: skip
+    engine = Engine(MODEL, cache, backend)
+    await engine.open()
+    engine.register_kv_caches([np.zeros((PROMPT_BLOCKS, BLOCK_KEY_BYTES), np.uint8)])
+    for number in range(PROMPTS - 1):
+        await put(engine, number)
+        await engine.flush()
+    engine.residency.clear(Tier.HOST)
+    return engine
+
+
+def test_writes_go_on_under_reads_that_never_let_up() -> None:
+    """There is always a read that waits for the window, and yet what was put reaches the disk,
+    one write at a time."""
+
+    async def run() -> None:
+        backend = MeteredBackend(PROMPTS * PROMPT_BLOCKS)
+        engine = await opened(
+            backend, PROMPTS * PROMPT_BLOCKS, disk_read_window_mb=BLOCK_MB, chunk_mb=STRIDE_MB
+        )
+        over = asyncio.Event()
+
+        async def read(number: int) -> None:
+            while not over.is_set():
+                await prefetch(engine, number)
+                keys = engine.intake(Operation.PREFETCH, prompt(number)).keys
+                engine.residency.forget(*engine.residency.find(keys).holdings[0])
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(6):
+                group.create_task(read(number))
+            await asyncio.sleep(0.01)
+            backend.meter.blocks_max[False] = 0
+            await put(engine, PROMPTS - 1)
+            async with asyncio.timeout(1.0):
+                await engine.flush()
+            assert backend.meter.blocks[True], "the reads let up"
+            assert backend.meter.blocks_max[False] == 1
+            assert engine.statistics().tiers["disk"].ready_blocks == PROMPTS * PROMPT_BLOCKS
+            over.set()
+        await engine.close()
+
+    run_virtual(run())
+
+
+@pytest.mark.parametrize("window_blocks", [2, 4, 8])
+def test_slow_sums_pile_up_one_window_of_reads_and_no_more(window_blocks: int) -> None:
+    """Blocks that were read and wait for their sums are discounted up to a window, so that at most
+    two windows of host memory are lent; as much is, so that the disk does not wait for sums."""
+
+    async def run() -> None:
+        slow = FaultPlan(2, 0.0, 0.05, 0.1)
+        backend = MeteredBackend(PROMPTS * PROMPT_BLOCKS, slow)
+        window_mb = window_blocks * BLOCK_MB
+        engine = await opened(
+            backend, PROMPTS * PROMPT_BLOCKS, disk_read_window_mb=window_mb, chunk_mb=STRIDE_MB
+        )
+        async with asyncio.TaskGroup() as group:
+            for number in range(PROMPTS - 1):
+                group.create_task(prefetch(engine, number))
+        assert backend.meter.blocks_max[True] == 2 * window_blocks
+        await engine.close()
+
+    run_virtual(run())

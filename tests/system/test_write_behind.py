@@ -1,0 +1,265 @@
+"""What host memory owes the SSD is written, waited for within bounds, or counted as given up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from errno import EIO
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexkv.common.errors import DeadlineError, StorageError, TransferError
+from flexkv.common.request import KVResponse, KVResponseStatus, Operation
+from flexkv.common.terms import Tier
+from flexkv.engine import Engine
+from flexkv.index.owed import EVICTED, FAILED, NOT_WORTH_IT
+from flexkv.io.ports import Completion
+from flexkv.testing.fakes import FakePort
+from flexkv.testing.faults import FaultPlan
+from flexkv.testing.simulation import TOKENS_PER_BLOCK
+from tests.system.test_degraded import disk_of
+from tests.system.test_keeping import on_engine
+
+BLOCKS = 4
+QUICK = FaultPlan(1, 0.0, 0.0001, 0.001)
+SLOW = FaultPlan(1, 0.0, 0.5, 0.5)
+QUEUED_GB = 2 * 4096 / 2**30
+"""Two blocks may be queued for the SSD by puts; what is more is owed."""
+
+
+def prompt(number: int, blocks: int = BLOCKS) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A prompt that shares nothing with others."""
+    return np.arange(blocks * TOKENS_PER_BLOCK) + 1000 * number
+
+
+async def put(engine: Engine, number: int, blocks: int = BLOCKS) -> KVResponse:
+    """Put a prompt; what is written behind it goes on."""
+    tokens = prompt(number, blocks)
+    request = engine.with_slots(engine.intake(Operation.PUT, tokens), np.arange(len(tokens)))
+    assert request is not None
+    response = (await engine.perform(request)).response
+    assert response is not None
+    return response
+
+
+def failing(disk: FakePort) -> Callable[[], list[Completion]]:
+    """Let every transfer of a disk fail; gives what reaps without that."""
+    reap = disk.reap
+
+    def failed() -> list[Completion]:
+        return [Completion(token, StorageError("planted", 0, EIO)) for token, _ in reap()]
+
+    vars(disk)["reap"] = failed
+    return reap
+
+
+def on_disk(engine: Engine, *numbers: int) -> list[int]:
+    """How many leading blocks of prompts are on SSD when host memory has forgotten them."""
+    engine.keeping.clear(Tier.HOST)
+    tokens = [engine.match(prompt(number)).tokens_by_tier[Tier.DISK] for number in numbers]
+    return [count // TOKENS_PER_BLOCK for count in tokens]
+
+
+def test_a_burst_far_above_what_may_be_queued_is_written() -> None:
+    """Ten prompts of four blocks, two blocks at once: a flush brings all of them to the SSD."""
+
+    async def work(engine: Engine) -> None:
+        for number in range(10):
+            await put(engine, number)
+        assert (await engine.flush()).lacking_blocks == {}
+        behind = engine.statistics().write_behind["disk"]
+        assert (behind.owed_blocks, behind.writing_blocks, behind.given_up_blocks) == (0, 0, {})
+        assert on_disk(engine, *range(10)) == [BLOCKS] * 10
+
+    on_engine(work, host=12, disk=64, write_behind_max_gb=QUEUED_GB)
+
+
+def test_what_is_owed_is_written_by_itself() -> None:
+    """Nobody flushes, and nobody puts anything else."""
+
+    async def work(engine: Engine) -> None:
+        for number in range(5):
+            await put(engine, number)
+        await asyncio.sleep(1.0)  # virtual
+        assert engine.statistics().write_behind["disk"].owed_blocks == 0
+        assert on_disk(engine, *range(5)) == [BLOCKS] * 5
+
+    on_engine(work, host=24, disk=64, write_behind_max_gb=0.0)
+
+
+def test_a_burst_waits_for_a_bounded_time_and_no_longer() -> None:
+    """Against a slow disk: then puts go on at once, and what was evicted unwritten is counted."""
+
+    async def work(engine: Engine) -> None:
+        loop = asyncio.get_running_loop()
+        disk_of(engine)._faults = SLOW
+        waits = []
+        for number in range(40):
+            begin_s = loop.time()
+            assert (await put(engine, number)).status is KVResponseStatus.SUCCESS
+            waits.append(loop.time() - begin_s)
+        assert 1.9 < sum(waits) < 2.5, "the burst waited for more than it may, or for less"
+        assert max(waits[-5:]) < 0.1, "a put waited though its burst had waited enough"
+        disk_of(engine)._faults = QUICK
+        await engine.flush()
+        given_up = engine.statistics().write_behind["disk"].given_up_blocks
+        written = sum(on_disk(engine, *range(40)))
+        assert set(given_up) == {EVICTED}
+        assert written + given_up[EVICTED] == 40 * BLOCKS, "blocks were dropped in silence"
+
+    limits = {"write_behind_max_gb": QUEUED_GB, "disk_write_window_mb": 2 * 4096 / 2**20}
+    on_engine(work, host=40, disk=256, write_behind_wait_s=2.0, **limits)
+
+
+def test_a_burst_that_may_wait_loses_nothing() -> None:
+    """The same against the same disk, with time: every block is on SSD."""
+
+    async def work(engine: Engine) -> None:
+        disk_of(engine)._faults = SLOW
+        for number in range(20):
+            await put(engine, number)
+        await engine.flush()
+        assert on_disk(engine, *range(20)) == [BLOCKS] * 20
+
+    on_engine(work, host=12, disk=128, write_behind_max_gb=QUEUED_GB, write_behind_wait_s=600.0)
+
+
+def test_a_tier_that_is_down_gets_what_it_missed() -> None:
+    """Puts meanwhile do not wait; a flush says why nothing is safe; later all of it is written."""
+
+    async def work(engine: Engine) -> None:
+        disk = disk_of(engine)
+        reap = failing(disk)
+        begin_s = asyncio.get_running_loop().time()
+        for number in range(3):
+            await put(engine, number)
+        with pytest.raises(TransferError):
+            await engine.flush()
+        assert asyncio.get_running_loop().time() - begin_s < 1.0
+        assert engine.statistics().tiers["disk"].writes == "down"
+        vars(disk)["reap"] = reap
+        await asyncio.sleep(10.0)  # virtual
+        assert engine.statistics().write_behind["disk"].owed_blocks == 0
+        assert (await engine.flush()).lacking_blocks == {}
+        assert on_disk(engine, *range(3)) == [BLOCKS] * 3
+
+    on_engine(work, host=32, disk=64)
+
+
+def test_a_tier_that_hangs_keeps_no_host_memory() -> None:
+    """Owed blocks may be evicted, puts go on; what is left is written when the disk is back."""
+
+    async def work(engine: Engine) -> None:
+        disk = disk_of(engine)
+        disk._faults = FaultPlan(1, 0.0, 30.0, 30.0)
+        await put(engine, 0)
+        await asyncio.sleep(3.0)  # virtual
+        assert engine.statistics().tiers["disk"].writes == "hung"
+        begin_s = asyncio.get_running_loop().time()
+        for number in range(1, 9):
+            assert (await put(engine, number)).status is KVResponseStatus.SUCCESS
+        assert asyncio.get_running_loop().time() - begin_s < 0.5
+        assert engine.statistics().write_behind["disk"].kept_blocks == 0
+        with pytest.raises(DeadlineError):
+            await engine.flush()
+        disk._faults = QUICK
+        await asyncio.sleep(60.0)  # virtual
+        await engine.flush()
+        assert on_disk(engine, 8) == [BLOCKS]
+
+    on_engine(work, host=16, disk=64, io_deadline_s=1.0)
+
+
+def test_blocks_that_can_never_be_written_are_named() -> None:
+    """After five failures each: the flush raises, once, and they are counted."""
+
+    async def work(engine: Engine) -> None:
+        disk = disk_of(engine)
+        disk._faults = FaultPlan(1, 1.0, 0.0001, 0.001)  # of a kind that no breaker counts
+        await put(engine, 0)
+        with pytest.raises(TransferError):
+            await engine.flush()
+        assert engine.statistics().write_behind["disk"].given_up_blocks == {FAILED: BLOCKS}
+        disk._faults = QUICK
+        assert (await engine.flush()).lacking_blocks == {}
+        assert on_disk(engine, 0) == [BLOCKS], "a flush tries again what had failed"
+
+    on_engine(work, host=64, disk=256)
+
+
+def test_a_flush_tells_what_has_no_place_on_the_ssd() -> None:
+    """An SSD of six blocks for twelve: the flush returns, and says how many lack."""
+
+    async def work(engine: Engine) -> None:
+        for number in range(3):
+            await put(engine, number)
+        report = await engine.flush()
+        assert report.lacking_blocks == {"disk": 6}
+        assert engine.residency.counts(Tier.DISK).ready == 6
+
+    on_engine(work, host=32, disk=6)
+
+
+def test_a_flush_writes_what_the_ssd_has_lost_meanwhile() -> None:
+    """Host memory holds it still: what the SSD has free places for goes there again."""
+
+    async def work(engine: Engine) -> None:
+        await put(engine, 0)
+        await engine.flush()
+        engine.keeping.clear(Tier.DISK)
+        await engine.flush()
+        assert on_disk(engine, 0) == [BLOCKS]
+
+    on_engine(work, host=32, disk=16)
+
+
+def test_what_is_owed_is_not_written_after_it_was_cleared() -> None:
+    """Neither from host memory, which has forgotten it, nor from what waits."""
+
+    async def work(engine: Engine) -> None:
+        disk_of(engine)._faults = SLOW
+        for number in range(4):
+            await put(engine, number)
+        engine.keeping.clear()
+        assert engine.statistics().write_behind["disk"].owed_blocks == 0
+        disk_of(engine)._faults = QUICK
+        await engine.flush()
+        assert engine.residency.counts(Tier.DISK).ready == 0
+        assert engine.statistics().write_behind["disk"].given_up_blocks == {}
+
+    on_engine(work, host=32, disk=64, write_behind_max_gb=QUEUED_GB)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_closing_writes_what_is_owed_for_a_bounded_time(seconds: float) -> None:
+    """With `shutdown_flush_s` of 0 it does not wait; else all is written when it returns."""
+    engines = []
+
+    async def work(engine: Engine) -> None:
+        engines.append(engine)
+        disk_of(engine)._faults = FaultPlan(1, 0.0, 0.05, 0.05)
+        for number in range(5):
+            await put(engine, number)
+
+    on_engine(work, host=32, disk=64, write_behind_max_gb=QUEUED_GB, shutdown_flush_s=seconds)
+    assert (engines[0].residency.counts(Tier.DISK).ready == 5 * BLOCKS) is (seconds > 0)
+
+
+def test_a_tier_that_refuses_blocks_is_counted() -> None:
+    """Under lhd an SSD that holds what is asked for refuses what is not, and says so."""
+
+    async def work(engine: Engine) -> None:
+        for _ in range(40):
+            for number in range(4):
+                await put(engine, number)
+                engine.match(prompt(number))
+        for number in range(100, 160):
+            await put(engine, number)
+        await engine.flush()
+        given_up = engine.statistics().write_behind["disk"].given_up_blocks
+        written = engine.statistics().routes["host→disk"].blocks
+        assert given_up.get(NOT_WORTH_IT, 0) + written >= 64 * BLOCKS - 12
+
+    on_engine(work, host=12, disk=16, eviction_policy="lhd")

@@ -1,0 +1,116 @@
+"""How far a request is that is moved layer by layer, and who waits for what of it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from random import Random
+
+import pytest
+
+from flexkv.layerwise import LayerProgress
+
+
+class Event:
+    """A point on a stream that keeps which streams wait for it."""
+
+    def __init__(self) -> None:
+        self.held: list[int] = []
+        self.closed = False
+
+    def hold_back(self, stream: int) -> None:
+        """Let a stream wait."""
+        assert not self.closed
+        self.held.append(stream)
+
+    def close(self) -> None:
+        """Let go of it."""
+        self.closed = True
+
+
+def test_layers_may_be_told_of_in_any_order() -> None:
+    """What was let go stays so, though a lower layer is told of after a higher one."""
+    random = Random(1)
+    for _ in range(20):
+        progress, told = LayerProgress(8, 0), random.sample(range(1, 9), 8)
+        for count, layers in enumerate(told, 1):
+            progress.let_go(layers)
+            assert progress.ready == max(told[:count])
+
+
+def test_a_layer_is_there_when_every_transfer_has_moved_it() -> None:
+    """The slowest decides; before it is known which transfers there are, none is there."""
+    progress = LayerProgress(4, 4)
+    assert not progress.has(0)
+    progress.expect([1, 2])
+    progress.moved(1, 4)
+    for layers in range(1, 5):
+        assert not progress.has(layers - 1)
+        progress.moved(2, layers)
+        assert progress.has(layers - 1)
+
+
+def test_a_stream_does_not_go_ahead_of_what_is_not_queued() -> None:
+    """Neither before it is known what will be copied, nor where one transfer's layer is neither
+    queued nor there; it waits for the first event behind the layer, and for none where all is."""
+    progress = LayerProgress(4, 4)
+    with pytest.raises(TimeoutError):
+        progress.hold_back(9, 0, 0, 0.001)
+    progress.expect([1, 2])
+    progress.moved(1, 2)
+    progress.moved(2, 4)
+    for layer, is_there in ((1, True), (2, False)):
+        if is_there:
+            assert progress.hold_back(9, 0, layer, 0.001)
+        else:
+            with pytest.raises(TimeoutError):
+                progress.hold_back(9, 0, layer, 0.001)
+    other_rank, events = Event(), [Event() for _ in range(3)]
+    progress.queued(1, 1, 4, other_rank)
+    with pytest.raises(TimeoutError):
+        progress.hold_back(9, 0, 2, 0.001)
+    for last, event in zip((2, 3, 4), events, strict=True):
+        progress.queued(0, 1, last, event)
+    assert progress.hold_back(9, 0, 2, 0.001)
+    assert progress.hold_back(8, 0, 3, 0.001)
+    assert [event.held for event in (*events, other_rank)] == [[], [9], [8], []]
+    progress.end()
+    assert all(event.closed for event in (*events, other_rank))
+    assert not progress.hold_back(9, 0, 3, 0.001), "it ended without"
+
+
+def test_a_loop_that_is_closed_is_told_no_more() -> None:
+    """Whoever awaited a layer there is gone; others are told, in threads and on loops."""
+    progress = LayerProgress(2, 2)
+    progress.expect([1])
+    gone = asyncio.new_event_loop()
+    abandoned = gone.create_task(progress.reached(0))
+    gone.run_until_complete(asyncio.sleep(0))
+    gone.close()
+
+    async def wait() -> bool:
+        waits = asyncio.create_task(progress.reached(1))
+        await asyncio.sleep(0)
+        progress.moved(1, 1)
+        await asyncio.sleep(0)
+        assert not waits.done()
+        progress.moved(1, 2)
+        return await waits
+
+    assert asyncio.run(wait())
+    assert not abandoned.done()
+    assert not progress._callbacks
+    abandoned.get_coro().close()
+
+
+def test_threads_are_told_that_a_layer_will_never_come() -> None:
+    """A request that ends without ends their waits."""
+    progress = LayerProgress(2, 2)
+    told: list[bool] = []
+    waiter = threading.Thread(target=lambda: told.append(progress.wait(1, 20.0)))
+    waiter.start()
+    progress.expect([1])
+    progress.moved(1, 1)
+    progress.end()
+    waiter.join(20.0)
+    assert told == [False]

@@ -1,0 +1,155 @@
+"""Laws of the lock on a directory: one holder, not to be swept away, and no child keeps it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexkv.io.locks import NOTE_NAME, lock_directory
+
+
+def refusal(path: Path) -> str:
+    """Return why a directory cannot be locked, having checked that no descriptor is left."""
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(BlockingIOError) as caught:
+        lock_directory(path)
+    assert os.listdir("/proc/self/fd") == before
+    assert caught.value.filename == str(path)
+    return str(caught.value.strerror)
+
+
+def test_one_holder_at_a_time(tmp_path: Path) -> None:
+    """The second is refused with the holder's process, and succeeds after the release."""
+    before = os.listdir("/proc/self/fd")
+    lock = lock_directory(tmp_path)
+    assert refusal(tmp_path) == f"is in use by process {os.getpid()}"
+    lock.release()
+    lock.release()
+    lock_directory(tmp_path).release()
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize("note", [None, "", "no number", "-1"])
+def test_removing_the_note_frees_nothing(tmp_path: Path, note: str | None) -> None:
+    """A note that was deleted or overwritten costs the holder's number in the message only."""
+    lock = lock_directory(tmp_path)
+    (tmp_path / NOTE_NAME).unlink()
+    if note is not None:
+        (tmp_path / NOTE_NAME).write_text(note)
+    assert refusal(tmp_path) == "is in use by another process"
+    lock.release()
+
+
+def test_a_release_that_locks_the_note_only_is_kept_out(tmp_path: Path) -> None:
+    """Who locked the file, as earlier releases do, is respected, and sees our lock on it."""
+    with (tmp_path / NOTE_NAME).open("w") as note:
+        fcntl.flock(note, fcntl.LOCK_EX)
+        note.write("77")
+        note.flush()
+        assert refusal(tmp_path) == "is in use by process 77"
+    lock = lock_directory(tmp_path)
+    with (tmp_path / NOTE_NAME).open() as note, pytest.raises(BlockingIOError):
+        fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock.release()
+
+
+def test_a_new_directory_of_the_same_name_is_another(tmp_path: Path) -> None:
+    """The lock is on the directory, not on its name."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    lock = lock_directory(folder)
+    folder.rename(tmp_path / "elsewhere")
+    folder.mkdir()
+    other = lock_directory(folder)
+    assert "in use" in refusal(tmp_path / "elsewhere")
+    lock.release()
+    other.release()
+
+
+@pytest.mark.parametrize("kind", ["link", "directory", "pipe", "hard link"])
+def test_a_note_that_is_no_file_of_ours_is_refused(tmp_path: Path, kind: str) -> None:
+    """Nothing is written through a link, and the directory is left unlocked."""
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    folder.mkdir()
+    other.write_text("precious")
+    note = folder / NOTE_NAME
+    {
+        "link": lambda: note.symlink_to(other),
+        "directory": note.mkdir,
+        "pipe": lambda: os.mkfifo(note),
+        "hard link": lambda: note.hardlink_to(other),
+    }[kind]()
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(PermissionError) as caught:
+        lock_directory(folder)
+    assert caught.value.filename == NOTE_NAME
+    assert os.listdir("/proc/self/fd") == before
+    assert other.read_text() == "precious"
+    note.rmdir() if kind == "directory" else note.unlink()
+    lock_directory(folder).release()
+
+
+@pytest.mark.parametrize("path", ["missing", "file"])
+def test_only_a_directory_is_locked(tmp_path: Path, path: str) -> None:
+    """What is missing, or is a file, is an OSError."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises((FileNotFoundError, NotADirectoryError)):
+        lock_directory(tmp_path / path)
+
+
+PARENT = """
+import ctypes, os, sys
+from pathlib import Path
+from flexkv.io.locks import lock_directory
+
+lock = lock_directory(Path(sys.argv[1]))
+released, release = os.pipe()
+child = os.fork() if sys.argv[3] == "python" else ctypes.PyDLL(None).fork()
+if child == 0:
+    lock.release()  # as an exit handler of the child would
+    os.write(release, b"x")
+    os.close(1)
+    sys.stdin.read()  # lives until the test lets it go
+    os._exit(0)
+os.read(released, 1)
+if sys.argv[2] == "releases":
+    lock.release()
+print(child, flush=True)
+if sys.argv[2] == "dies":
+    os.kill(os.getpid(), 9)
+os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("parent", "fork"),
+    [
+        ("holds", "python"),
+        ("holds", "C"),
+        ("releases", "python"),
+        ("releases", "C"),
+        ("dies", "python"),
+    ],
+)
+def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path, parent: str, fork: str) -> None:
+    """A child neither keeps the lock that its parent gives up, nor releases it in its stead."""
+    command = [sys.executable, "-c", PARENT, str(tmp_path), parent, fork]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        if parent == "dies":
+            assert process.wait(60) == -signal.SIGKILL
+        if parent == "holds":
+            assert refusal(tmp_path) == f"is in use by process {process.pid}"
+        else:
+            lock_directory(tmp_path).release()
+        os.kill(child, 0)  # it lives still
+        process.stdin.close()
+        process.wait(60)

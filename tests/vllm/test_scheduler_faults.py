@@ -1,0 +1,319 @@
+"""What goes wrong under way, as vLLM and the server see it: loads, puts, parents.
+
+The rig is that of `test_scheduler_side`: a real server, and an agent that says what tests say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexkv.common.errors import ClosedError
+from flexkv.server.wire import Copied, Copy, Ready
+from tests.system.conftest import PER_BLOCK
+from tests.system.serving import eventually
+
+pytest.importorskip("vllm")
+
+from flexkv.integration.vllm import worker
+from flexkv.integration.vllm.metadata import StepMetadata
+from flexkv.integration.vllm.worker import STEPS_BEHIND, WorkerSide
+
+from .test_scheduler_side import TOKENS, Request, Rig, answered, output, stored
+
+LONG = 8 * PER_BLOCK + 1
+
+
+@pytest.fixture
+def rig(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
+    """Return a scheduler's side with its server and agent; a parameter is for its cache."""
+    made = Rig(tmp_path, **getattr(request, "param", {}))
+    yield made
+    made.agent.close()
+    made.side.close()
+
+
+def goes_on(name: str, computed: int, tokens: int, blocks: list[int], drafts: int = 0) -> Any:
+    """Return a step of a request that runs already, which gets more blocks."""
+    step = output()
+    step.scheduled_cached_reqs = SimpleNamespace(
+        req_ids=[name], new_block_ids=[(blocks,)], num_computed_tokens=[computed],
+        resumed_req_ids=set(),
+    )  # fmt: skip
+    step.num_scheduled_tokens = {name: tokens}
+    step.scheduled_spec_decode_tokens = {name: [7] * drafts} if drafts else {}
+    return step
+
+
+def put_of(rig: Rig, step: Any) -> Copy:
+    """Let the puts of a step go, and return the copy that the server asks for."""
+    made = rig.side.build_connector_meta(step)
+    assert len(made.puts) == 1
+    rig.agent.say(Ready(tuple(made.puts)))
+    copy: Copy = rig.agent.hear(Copy)
+    assert not copy.to_device
+    return copy
+
+
+def device_blocks(copy: Copy) -> list[int]:
+    """Return the device's blocks of a copy, in order."""
+    return sorted(np.frombuffer(copy.device_ids, np.int64) & 0xFFFF)
+
+
+def until_puts_end(rig: Rig, name: str) -> Any:
+    """Return the sum of the steps until a request has no put under way."""
+    total = StepMetadata()
+
+    def over() -> bool:
+        step = rig.side.build_connector_meta(output())
+        total.settle += step.settle
+        total.dropped |= step.dropped
+        return not rig.side._tracked[name].puts
+
+    eventually(over)
+    return total
+
+
+def load(rig: Rig, request: Request, blocks: list[int]) -> None:
+    """Let a request's load begin, as vLLM does once it has blocks."""
+    extra, later = answered(rig, request)
+    assert (extra, later) == (3 * PER_BLOCK, True)
+    given = SimpleNamespace(get_block_ids=lambda: (blocks,))
+    rig.side.update_state_after_alloc(request, given, extra)
+    rig.side.client.flush()
+
+
+def test_a_load_that_came_short_is_settled_and_claims_nothing_again(rig: Rig) -> None:
+    """vLLM asks again, and would go round for ever; no copy may be left when it hears of it."""
+    stored(rig)
+    request = Request("b")
+    load(rig, request, [5, 6, 7, 8])
+    copy = rig.agent.hear(Copy)
+    assert copy.to_device
+    rig.agent.say(Copied(copy.token, "the copy was made to fail"))
+    step = rig.step_until("received")
+    assert (step.received, step.failed_blocks) == ({"b"}, {5, 6, 7})
+    assert len(step.settle) == 1
+    assert answered(rig, request) == (0, False)
+    assert answered(rig, Request("c")) == (3 * PER_BLOCK, True)
+
+
+def test_a_load_that_came_is_not_settled(rig: Rig) -> None:
+    """No block of it is failed, and none of it is stored again."""
+    stored(rig)
+    request = Request("b")
+    load(rig, request, [5, 6, 7, 8])
+    rig.agent.say(Copied(rig.agent.hear(Copy).token))
+    step = rig.step_until("received")
+    assert (step.received, step.failed_blocks, step.settle) == ({"b"}, set(), [])
+    made = rig.side.build_connector_meta(output(("b", [5, 6, 7, 8])))
+    assert not made.puts
+
+
+def test_drafts_are_not_stored(rig: Rig) -> None:
+    """They may be rejected: a block that ends in one is not whole."""
+    answered(rig, Request("a", num_tokens=LONG))
+    copy = put_of(rig, output(("a", [1, 2, 3, 4])))
+    assert device_blocks(copy) == [1, 2, 3]
+    computed = TOKENS
+    step = goes_on("a", computed, 2 * PER_BLOCK, [5, 6], drafts=PER_BLOCK)
+    assert device_blocks(put_of(rig, step)) == [4]
+    step = goes_on("a", computed + PER_BLOCK, PER_BLOCK, [], drafts=PER_BLOCK)
+    assert not rig.side.build_connector_meta(step).puts
+
+
+def test_a_load_waits_for_puts_that_read_its_blocks(rig: Rig) -> None:
+    """It would write what is being stored under other keys."""
+    stored(rig)
+    copy = rig.begin("x", [10, 11, 12, 13], seed=1000)
+    load(rig, Request("b"), [12, 13, 14, 15])
+    for _ in range(3):
+        rig.side.build_connector_meta(output())
+    assert rig.status()["runs_in_flight"] == 1
+    rig.agent.say(Copied(copy.token))
+    eventually(
+        lambda: (rig.side.build_connector_meta(output()), rig.side._tracked["b"].load.number)[1]
+    )
+    assert rig.agent.hear(Copy).to_device
+
+
+def test_a_load_does_not_wait_for_puts_of_other_blocks(rig: Rig) -> None:
+    """It is under way beside them."""
+    stored(rig)
+    rig.begin("x", [10, 11, 12, 13], seed=1000)
+    load(rig, Request("b"), [20, 21, 22, 23])
+    assert rig.agent.hear(Copy).to_device
+
+
+def test_a_put_that_failed_is_made_again_with_the_next_blocks(rig: Rig) -> None:
+    """What follows would have no parents; and it is settled."""
+    answered(rig, Request("a", num_tokens=LONG))
+    copy = put_of(rig, output(("a", [1, 2, 3, 4])))
+    rig.agent.say(Copied(copy.token, "the copy was made to fail"))
+    assert len(until_puts_end(rig, "a").settle) == 1
+    copy = put_of(rig, goes_on("a", TOKENS, PER_BLOCK, [5]))
+    assert device_blocks(copy) == [1, 2, 3, 4]
+    rig.agent.say(Copied(copy.token))
+    assert not until_puts_end(rig, "a").settle
+    copy = put_of(rig, goes_on("a", TOKENS + PER_BLOCK, PER_BLOCK, [6]))
+    assert device_blocks(copy) == [5]
+    assert rig.side.take_stats().reduce()["failed_puts"] == 1
+
+
+@pytest.mark.parametrize(
+    "rig", [{"num_cpu_blocks": 8, "enable_ssd": False}], indirect=True, ids=[""]
+)
+def test_a_put_whose_parents_are_gone_is_made_again_from_the_first_block(rig: Rig) -> None:
+    """They were evicted meanwhile: a block without its parents is stored nowhere."""
+    answered(rig, Request("a", num_tokens=LONG))
+    rig.agent.say(Copied(put_of(rig, output(("a", [1, 2, 3, 4]))).token))
+    until_puts_end(rig, "a")
+    for number in range(4):
+        name = f"other-{number}"
+        rig.agent.say(Copied(rig.begin(name, [10, 11, 12, 13], seed=1000 * (1 + number)).token))
+        until_puts_end(rig, name)
+    step = rig.side.build_connector_meta(goes_on("a", TOKENS, PER_BLOCK, [5]))
+    rig.agent.say(Ready(tuple(step.puts)))
+    until_puts_end(rig, "a")
+    copy = put_of(rig, goes_on("a", TOKENS + PER_BLOCK, PER_BLOCK, [6]))
+    assert device_blocks(copy) == [1, 2, 3, 4, 5]
+    rig.agent.say(Copied(copy.token))
+    until_puts_end(rig, "a")
+    assert answered(rig, Request("b", num_tokens=LONG)) == (5 * PER_BLOCK, True)
+
+
+def test_puts_of_what_another_connector_has_not_loaded_are_dropped(rig: Rig) -> None:
+    """By the server and by the workers; they are made again, and others go on."""
+    answered(rig, Request("a", num_tokens=LONG))
+    answered(rig, Request("x", 1000))
+    both = rig.side.build_connector_meta(output(("a", [1, 2, 3, 4]), ("x", [10, 11, 12, 13])))
+    dropped, kept = both.puts
+    rig.side.drop_puts_of({2, 40})
+    step = rig.side.build_connector_meta(output())
+    assert step.dropped == {dropped}
+    rig.agent.say(Ready((kept,)))
+    copy = rig.agent.hear(Copy)
+    assert device_blocks(copy) == [10, 11, 12]
+    rig.agent.say(Copied(copy.token))
+    until_puts_end(rig, "x")
+    until_puts_end(rig, "a")
+    assert answered(rig, Request("b")) == (0, False)
+    assert answered(rig, Request("c", 1000)) == (3 * PER_BLOCK, True)
+    copy = put_of(rig, goes_on("a", TOKENS, PER_BLOCK, [5]))
+    assert device_blocks(copy) == [1, 2, 3, 4]
+
+
+# -- workers --------------------------------------------------------------------------------------
+
+
+class Agent:
+    """Notes what a worker says to the server."""
+
+    def __init__(self, *_: Any) -> None:
+        self.told: list[int] = []
+        self.settled: list[int] = []
+
+    def ready(self, numbers: list[int]) -> None:
+        """Take that these may be read, or may write."""
+        self.told += numbers
+
+    def settle(self, numbers: list[int]) -> None:
+        """Take that no copy of these may be left."""
+        self.settled += numbers
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@pytest.fixture
+def side(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a worker's side, over such an agent."""
+    monkeypatch.setattr(worker, "Agent", Agent)
+    settings = SimpleNamespace(server_recv_port="ipc:///nowhere")
+    setup: Any = SimpleNamespace(settings=settings, model=None, cache=None, instance=0)
+    return WorkerSide(setup, 0)
+
+
+def ran(side: Any, step: StepMetadata, drafts: bool) -> None:
+    """Tell of a step as vLLM does: in another order where drafts are made."""
+    hooks = [side.wait_for_save, side.get_finished]
+    for hook in reversed(hooks) if drafts else hooks:
+        hook(step)
+
+
+def fail(side: Any, step: StepMetadata, drafts: bool) -> None:
+    """Tell of a step whose forward raises: with drafts vLLM never says that it is over."""
+    hooks = [side.get_finished] if drafts else [side.wait_for_save, side.get_finished]
+    try:
+        _ = 1 // 0
+    except ZeroDivisionError:
+        for hook in hooks:
+            hook(step)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_nothing_is_read_or_written_of_a_forward_that_has_failed(side: Any, drafts: bool) -> None:
+    """Its blocks have what they had before, and so it stays in the steps that follow."""
+    fail(side, StepMetadata(puts=[1], loads=[2], settle=[3]), drafts)
+    for _ in range(STEPS_BEHIND + 2):
+        ran(side, StepMetadata(), drafts=False)
+    assert (side._agent.told, side._agent.settled) == ([], [3])
+    ran(side, StepMetadata(puts=[4], loads=[5]), drafts)
+    assert sorted(side._agent.told) == [4, 5]
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside_others"])
+def test_every_put_is_let_go_once_in_whatever_order_steps_are_told(side: Any, beside: bool) -> None:
+    """With drafts and without a forward, at once or two steps later."""
+    side.beside_others = beside
+    for number, drafts in enumerate([True, True, False, False, True, False], start=1):
+        ran(side, StepMetadata(puts=[number]), drafts)
+        if beside:
+            assert number not in side._agent.told
+    for _ in range(STEPS_BEHIND + 1):
+        ran(side, StepMetadata(), drafts=False)
+    assert side._agent.told == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_puts_that_are_dropped_are_never_let_go_beside_other_connectors(
+    side: Any, drafts: bool
+) -> None:
+    """The scheduler hears of a failed load when the step is done, and says so in the next two."""
+    side.beside_others = True
+    ran(side, StepMetadata(puts=[1, 2]), drafts)
+    ran(side, StepMetadata(puts=[3], dropped={1}), drafts)
+    ran(side, StepMetadata(dropped={3}), drafts)
+    for _ in range(STEPS_BEHIND + 1):
+        ran(side, StepMetadata(), drafts=False)
+    assert side._agent.told == [2]
+
+
+def test_puts_of_before_a_nap_are_not_let_go_after_it(side: Any) -> None:
+    """The memory that they read was taken back."""
+    side.beside_others = True
+    ran(side, StepMetadata(puts=[1]), drafts=True)
+    ran(side, StepMetadata(puts=[2]), drafts=False)
+    side.wait_for_save(StepMetadata(puts=[3]))
+    side.suspend()
+    for _ in range(STEPS_BEHIND + 2):
+        ran(side, StepMetadata(), drafts=False)
+    assert side._agent.told == []
+
+
+def test_a_worker_that_sleeps_tells_nobody(side: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its requests have ended; the step goes on."""
+
+    def closed(_: Any) -> None:
+        raise ClosedError("agent")
+
+    monkeypatch.setattr(side._agent, "ready", closed)
+    monkeypatch.setattr(side._agent, "settle", closed)
+    step = StepMetadata(puts=[1], settle=[2], sent={"a"}, received={"b"})
+    side.wait_for_save(step)
+    assert side.get_finished(step) == ({"a"}, {"b"})
