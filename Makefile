@@ -97,9 +97,9 @@ bench: $(VENV)/.setup-dev  ## Benchmarks, side by side with their limits; ARGS="
 
 soak: $(VENV)/.setup-dev  ## Fresh simulations, long property tests, many crashes; about 15 minutes
 	SIMULATION_SEEDS=10000 SIMULATION_FIRST=$${SIMULATION_FIRST:-$$(date +%s)00} \
-	KILLS=200 DAMAGES=10000 POWER_LOSSES=1000 HYPOTHESIS_PROFILE=soak \
+	KILLS=200 DAMAGES=10000 POWER_LOSSES=1000 HYPOTHESIS_PROFILE=soak FUZZ_FRAMES=100000 FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
 	$(BIN)/python -m pytest -q tests/simulation tests/property tests/system/test_warm.py \
-	tests/system/test_crash.py tests/system/test_power_loss.py
+	tests/system/test_crash.py tests/system/test_power_loss.py tests/system/test_fuzz.py
 
 wheel: $(VENV)/.setup  ## One abi3 wheel, in dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

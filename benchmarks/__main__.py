@@ -22,6 +22,8 @@ CASES = (
     "gather",
     "disk",
     "survive",
+    "neighbours",
+    "fuzz",
     "write_behind",
     "cuda",
     "cuda_get",

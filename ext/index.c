@@ -273,6 +273,25 @@ static PyObject *index_validate(BlockIndex *self, PyObject *Py_UNUSED(none))
     return law ? index_broken(self, law) : Py_NewRef(Py_None);
 }
 
+static PyObject *index_call_agreeing(BlockIndex *self, PyObject *object)
+{
+    PyObject *zero = PyLong_FromLong(0), *result = NULL;
+    Py_buffer keys;
+    size_t range[2];
+
+    if (!zero)
+        return NULL;
+    if (request_hold(object, zero, zero, &keys, range) == 0) {
+        size_t blocks = (size_t)keys.len / INDEX_KEY_BYTES - 1;
+        int64_t agreeing = chain_agrees(&self->index, keys.buf, blocks);
+
+        result = agreeing < 0 ? PyErr_NoMemory() : PyLong_FromLongLong(agreeing);
+        PyBuffer_Release(&keys);
+    }
+    Py_DECREF(zero);
+    return result;
+}
+
 #define FAST(function) ((PyCFunction)(void (*)(void))(function))
 #define METHOD(function) ((PyCFunction)(void (*)(void))(function))
 
@@ -290,6 +309,7 @@ static PyMethodDef index_methods[] = {
     {"abort", FAST(index_call_abort), METH_FASTCALL | METH_KEYWORDS, "They will not come."},
     {"forget", FAST(index_call_forget), METH_FASTCALL | METH_KEYWORDS, "Drop blocks."},
     {"keys_of", FAST(index_call_keys), METH_FASTCALL | METH_KEYWORDS, "Tell keys."},
+    {"agreeing", METHOD(index_call_agreeing), METH_O, "Count the blocks that form a chain."},
     {"clear", METHOD(index_clear_call), METH_O, "Forget all blocks of a tier."},
     {"clear_root", METHOD(index_clear_root_call), METH_O, "Forget a namespace."},
     {"root_blocks", METHOD(index_root_blocks), METH_O, "Count a namespace's blocks by tier."},

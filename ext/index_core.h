@@ -217,6 +217,13 @@ ref root_find(const struct block_index *index, struct key key);
  * anywhere. Gives how many. */
 size_t nodes_find(const struct block_index *index, const unsigned char *keys, size_t begin,
                   size_t end, ref *nodes);
+
+/* How many of the first blocks could follow each other as they are given: a block that is named
+ * twice, or known under another parent, ends them. Keys that were derived from tokens always agree;
+ * those that a stranger made up must not reach index_reserve before they were checked. -1 without
+ * memory. */
+int64_t chain_agrees(const struct block_index *index, const unsigned char *keys, size_t blocks);
+
 ref node_add(struct block_index *index, struct key key, uint32_t bucket, ref parent);
 
 /* Take a node out of its family, and put it back: what an eviction does and undoes. */

@@ -2,6 +2,7 @@
 #include "index_core.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -111,12 +112,14 @@ bool node_has(const struct block_index *index, ref number, struct key key)
 
 ref node_guess(const struct block_index *index, struct key key, ref before)
 {
+    ref child;
+
     if (before == NONE)
         return NONE;
-    if (node_has(index, before + 1, key))
+    if (node_has(index, before + 1, key) && node_at(index, before + 1)->parent == before)
         return before + 1;
-    before = node_at(index, before)->child;
-    return node_has(index, before, key) ? before : NONE;
+    child = node_at(index, before)->child;
+    return node_has(index, child, key) ? child : NONE;
 }
 
 /* A bucket holds a node's number plus one, so that untouched memory is empty buckets. */
@@ -171,6 +174,51 @@ size_t nodes_find(const struct block_index *index, const unsigned char *keys, si
         last = found;
     }
     return end - begin;
+}
+
+/* Whether a key is among those that were seen; if not it is from now on. The table holds positions
+ * plus two, so that zero is empty and the root's is one; its size is a power of two. */
+static bool seen_before(uint32_t *seen, size_t slots, const unsigned char *keys, int64_t position)
+{
+    struct key key = key_at(keys, position);
+    size_t at;
+
+    memcpy(&at, &key, sizeof(at));
+    for (at &= slots - 1; seen[at]; at = (at + 1) & (slots - 1))
+        if (memcmp(keys + (seen[at] - 1) * (size_t)INDEX_KEY_BYTES, &key, sizeof(key)) == 0)
+            return true;
+    seen[at] = (uint32_t)(position + 2);
+    return false;
+}
+
+int64_t chain_agrees(const struct block_index *index, const unsigned char *keys, size_t blocks)
+{
+    struct key key = key_at(keys, -1);
+    ref parent = node_find(index, key, bucket_of_root(index, key));
+    size_t slots = 16, i;
+    uint32_t *seen;
+
+    if (parent != NONE && node_at(index, parent)->parent != NONE)
+        return 0;
+    while (slots < 2 * (blocks + 1))
+        slots *= 2;
+    seen = calloc(slots, sizeof(*seen));
+    if (!seen)
+        return -1;
+    seen_before(seen, slots, keys, -1);
+    for (i = 0; i < blocks; i++) {
+        ref found;
+
+        if (seen_before(seen, slots, keys, (int64_t)i))
+            break;
+        nodes_expect(index, keys, i, blocks);
+        found = node_find(index, key_at(keys, (int64_t)i), bucket_at(index, keys, (int64_t)i));
+        if (found != NONE && (parent == NONE || node_at(index, found)->parent != parent))
+            break;
+        parent = found;
+    }
+    free(seen);
+    return (int64_t)i;
 }
 
 void node_join(struct block_index *index, ref number)

@@ -274,6 +274,14 @@ class BlockIndex:
         1 all or none, 2 the first ones that are worth an eviction.
         """
 
+    def agreeing(self, keys: bytes, /) -> int:
+        """Return how many of the first blocks could follow each other as `keys` says.
+
+        A block that is named twice, or known under another parent, ends them. Keys that were
+        derived from tokens always agree; keys from another process are checked before `reserve`
+        gets them.
+        """
+
     def reserve_copies(
         self, source: int, target: int, ids: Memory, keys: Memory, how: int
     ) -> tuple[bytes, bytes]:

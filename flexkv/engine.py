@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -44,7 +44,8 @@ from flexkv.io.ports import TransferPort
 from flexkv.keeping import Keeping
 from flexkv.limits import behind_limits, device_window, disk_windows, plan_limits
 from flexkv.logs import get_logger
-from flexkv.pins import Pins
+from flexkv.pins import Holds, Pins
+from flexkv.runner import ALONE, RequestRunner, Turn
 from flexkv.statistics import Sources, Statistics, snapshot
 from flexkv.tracing import Tracing
 
@@ -171,6 +172,8 @@ class Engine:
         self._durability = Durability(
             self._scheduler, self._behind, backend, self._supervisor, cache.io_deadline_s
         )
+        self._runner = RequestRunner(self._admission, self._scheduler, self._observer, self._behind)
+        self._holds = Holds(self._scheduler, self._residency)
         self._sources = Sources(
             self._residency, self._scheduler, self._admission, self._actors, self._backing,
             self._behind, self._restored_blocks,
@@ -189,7 +192,7 @@ class Engine:
         self, tier: Tier, port: TransferPort, inbound: Window, outbound: Window
     ) -> TransferActor:
         ops_per_run = (LEGS_MAX + CHUNKS_MAX) * 4
-        waiting_max = self.cache.requests_max * ops_per_run + self.sizes.num_host_blocks
+        waiting_max = self._admission.requests_most * ops_per_run + self.sizes.num_host_blocks
         return TransferActor(tier, port, inbound, outbound, waiting_max)
 
     def _start(self, actor: TransferActor) -> None:
@@ -215,6 +218,7 @@ class Engine:
             window = device_window(self.cache, self._devices.kind)
             actor = self._actors[Tier.DEVICE] = self._actor(Tier.DEVICE, port, window, window)
             actor.note_begins(self._tracing.is_on)
+            self._scheduler.watch.watches_device = self._devices.kind != "agents"
             self._start(actor)
 
     def _take_order(self, order: Order) -> None:
@@ -247,6 +251,7 @@ class Engine:
         self._open = False
         self._admission.close()
         self._keeping.pins.close()
+        self._holds.close()
         if self._failure is None:
             self._scheduler.cancel_unanswered()
             await self._durability.finish(self.cache.shutdown_flush_s)
@@ -364,48 +369,9 @@ class Engine:
         self._next_request += 1
         return self._next_request
 
-    async def perform(self, request: Request, begun: Callable[[], None] | None = None) -> Flight:
-        """Run a request to its answer; the flight that is given has its response.
-
-        `begun` is called once the request is planned: what a match held may be let go.
-
-        Cancellation: the request is cancelled, and CancelledError raised once no hardware touches
-        its device slots any more; their content is undefined then.
-        """
-        arrived_ns, use = None, self._devices.use
-        use.count += 1
-        try:
-            if self._behind.is_active or request.operation is Operation.PUT:
-                await self._behind.admit(request)
-            if not self._admission.enter_nowait():
-                arrived_ns = self._observer.now_ns()
-                await self._admission.enter()
-        except BaseException:
-            use.leave()
-            raise
-        try:
-            for is_last in (False, True):
-                flight = self._scheduler.begin(request, arrived_ns)
-                arrived_ns = flight.arrived_ns
-                if begun is not None:
-                    begun()
-                    begun = None
-                if flight.response is None:
-                    try:
-                        await flight.wait_answered()
-                    except asyncio.CancelledError:
-                        self._scheduler.cancel(flight)
-                        await flight.wait_drained()
-                        raise
-                # Where another gave up filling its blocks they may be elsewhere: once more.
-                if is_last or not flight.waited_in_vain:
-                    break
-            if flight.waited_in_vain:
-                self._scheduler.tell(flight)
-            return flight
-        finally:
-            self._admission.leave()
-            use.leave()
+    def perform(self, request: Request, turn: Turn = ALONE) -> Coroutine[Any, Any, Flight]:
+        """Run a request to its answer: see `RequestRunner.perform`."""
+        return self._runner.perform(request, self._devices.use, turn)
 
     def unready(self, request: Request) -> KVResponse:
         """Give the response to a request that needs a device while there is none to use."""
@@ -473,8 +439,18 @@ class Engine:
 
     @property
     def scheduler(self) -> Scheduler:
-        """Give the scheduler, for holds and for tests."""
+        """Give the scheduler, for tests."""
         return self._scheduler
+
+    @property
+    def runner(self) -> RequestRunner:
+        """Return what runs requests: a server turns an instance's away there."""
+        return self._runner
+
+    @property
+    def holds(self) -> Holds:
+        """Return what matches keep from eviction."""
+        return self._holds
 
     @property
     def residency(self) -> Residency:

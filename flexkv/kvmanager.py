@@ -221,7 +221,9 @@ class KVManager(TaskForm):
         """Store the blocks that host memory lacks; returns once device memory may be reused.
 
         Writing to lower tiers goes on behind. The arguments are as for `get`; the mask's True
-        tokens are those that may be stored. `return_mask` has those that were.
+        tokens are those that may be stored. `return_mask` has those that were: none, with SUCCESS,
+        when all were there already; none, with UNREADY and a CapacityError as `error`, when there
+        was no room for any.
 
         Raises:
             ConfigError: an argument breaks a rule; nothing has been done.

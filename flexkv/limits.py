@@ -17,9 +17,9 @@ DISK_READ_PIECE_BYTES, DISK_WRITE_PIECE_BYTES = 2 * MB, 8 * MB
 
 DEVICE_PIECE_BYTES = {"cpu": 64 * MB, "cuda": 512 * MB, "agents": 64 * MB}
 """One submission to a device: what it copies in 10 ms. Each costs some 10 µs of Python."""
-DEVICE_WINDOWS = {"cpu": 1, "cuda": 1, "agents": 256}
-"""How many `device_window_mb` may be in flight. Agents of many instances have queues of their own,
-and one that does not answer must not fill the window for the others."""
+DEVICE_WINDOWS = {"cpu": 1, "cuda": 1, "agents": 1 << 30}
+"""How many `device_window_mb` may be in flight. Each agent has a window of its own behind this one,
+so that an instance that does not answer cannot fill it for the others."""
 
 
 def disk_windows(cache: CacheConfig) -> tuple[Window, Window]:

@@ -1,13 +1,29 @@
-"""Pins that callers set: prefixes or namespaces that stay resident, until unpinned or expired."""
+"""What callers keep from eviction: pins, which they set, and holds, which their matches make."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from flexkv.actors.scheduler import Scheduler
 from flexkv.common.errors import ConfigError
+from flexkv.common.terms import Tier
 from flexkv.index.claims import Holding
+from flexkv.index.residency import Residency
+
+HOLD_S = 60.0
+"""How long a hold lasts: who takes longer finds what is there by then."""
+HELD_SHARE = 2
+"""All holds together keep at most this part of a tier: a half."""
+HOLDS_MAX = 1024
+"""Holds of one group; the oldest goes first."""
+HELD_BLOCKS_MAX = 1 << 22
+"""Blocks of one group's holds, those of each counted: what it takes to remember them."""
 
 
 class _Pin(NamedTuple):
@@ -58,3 +74,127 @@ class Pins:
         """End every pin."""
         for pin_id in list(self._pins):
             self.unpin(pin_id)
+
+
+class _Hold(NamedTuple):
+    tokens: tuple[int, ...]
+    holdings: list[Holding]
+    expiry_s: float
+
+
+class Holds:
+    """What matches have found and keep from eviction until a request is planned with it.
+
+    A hold is named by its group, such as an instance of a server, and a number. It ends by itself,
+    and all of them together keep no more than a part of each tier: beyond that the group that
+    holds most loses its oldest. A hold that has ended costs its owner hits, and nothing else.
+    """
+
+    def __init__(self, scheduler: Scheduler, residency: Residency) -> None:
+        """Take the parts of an engine. Blocks that several holds keep count once."""
+        self._scheduler, self._residency = scheduler, residency
+        self._holds: dict[int, dict[int, _Hold]] = {}
+        self._by_age: deque[tuple[float, int, int]] = deque()
+        """Expiry, group and number of each hold that was made; some have ended since."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._held: dict[Tier, NDArray[np.uint32]] = {}
+        """How many holds keep each block."""
+        self._held_blocks: dict[Tier, int] = {}
+        self._held_by: dict[int, int] = {}
+        """Blocks that each group holds; those in two of its holds count twice."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self._holds.values()))
+
+    def hold(self, group: int, number: int, holdings: Iterable[Holding]) -> None:
+        """Keep blocks from eviction for `HOLD_S`, in the place of what the number held before."""
+        self.release(group, number)
+        kept = [Holding(tier, ids[: self._blocks_max(tier)]) for tier, ids in holdings if len(ids)]
+        if not kept:
+            return
+        expiry_s = asyncio.get_running_loop().time() + HOLD_S
+        hold = _Hold(self._scheduler.hold(kept), kept, expiry_s)
+        self._holds.setdefault(group, {})[number] = hold
+        self._by_age.append((expiry_s, group, number))
+        self._count(group, hold, 1)
+        while len(self._holds[group]) > HOLDS_MAX or (
+            self._held_by[group] > HELD_BLOCKS_MAX and len(self._holds[group]) > 1
+        ):
+            self.release(group, next(iter(self._holds[group])))
+        while self._is_over():
+            most = max(self._held_by, key=self._held_by.__getitem__)
+            self.release(most, next(iter(self._holds[most])))
+        self._arm()
+
+    def release(self, group: int, number: int) -> None:
+        """End a hold; nothing happens if it has ended."""
+        hold = self._holds.get(group, {}).pop(number, None)
+        if hold is None:
+            return
+        self._count(group, hold, -1)
+        self._scheduler.release(hold.tokens)
+        if not self._holds[group]:
+            del self._holds[group], self._held_by[group]
+        if len(self._by_age) > 2 * len(self) + HOLDS_MAX:  # most of them have ended
+            self._by_age = deque(each for each in self._by_age if self._is_alive(*each))
+
+    def release_group(self, group: int) -> None:
+        """End every hold of a group."""
+        for number in list(self._holds.get(group, ())):
+            self.release(group, number)
+
+    def close(self) -> None:
+        """End every hold."""
+        for group in list(self._holds):
+            self.release_group(group)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _blocks_max(self, tier: Tier) -> int:
+        return max(1, self._residency.counts(tier).capacity // HELD_SHARE)
+
+    def _count(self, group: int, hold: _Hold, sign: int) -> None:
+        for tier, ids in hold.holdings:
+            held = self._held.get(tier)
+            if held is None or len(held) <= ids.max():
+                held = self._held[tier] = _grown(held, int(ids.max()) + 1)
+            blocks = self._held_blocks.get(tier, 0)
+            if sign > 0:
+                self._held_blocks[tier] = blocks + int((held[ids] == 0).sum())
+                held[ids] += 1
+            else:
+                held[ids] -= 1
+                self._held_blocks[tier] = blocks - int((held[ids] == 0).sum())
+            self._held_by[group] = self._held_by.get(group, 0) + sign * len(ids)
+
+    def _is_over(self) -> bool:
+        return any(held > self._blocks_max(tier) for tier, held in self._held_blocks.items())
+
+    def _is_alive(self, expiry_s: float, group: int, number: int) -> bool:
+        hold = self._holds.get(group, {}).get(number)
+        return hold is not None and hold.expiry_s == expiry_s
+
+    def _arm(self) -> None:
+        """Wake when the oldest hold expires: one timer serves all of them."""
+        if self._timer is None and self._by_age:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_at(self._by_age[0][0], self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        now_s = asyncio.get_running_loop().time()
+        while self._by_age and self._by_age[0][0] <= now_s:
+            expiry_s, group, number = self._by_age.popleft()
+            if self._is_alive(expiry_s, group, number):
+                self.release(group, number)
+        self._arm()
+
+
+def _grown(held: NDArray[np.uint32] | None, size: int) -> NDArray[np.uint32]:
+    """Return the counts with room for so many blocks, and for the next ones."""
+    grown = np.zeros(max(1024, 2 * size), np.uint32)
+    if held is not None:
+        grown[: len(held)] = held
+    return grown

@@ -29,18 +29,20 @@ from flexkv.common.terms import BLOCK_KEY_BYTES, LayerWatch, Tier
 from flexkv.engine import Engine
 from flexkv.index.keys import Namespace
 from flexkv.index.residency import Placement
+from flexkv.runner import Turn
 
 TASKS_MAX = 1 << 16
+TASKS = -1
+"""The group of what tasks hold; those of instances are not negative."""
 
 
 class _Task:
     """One request by its id."""
 
-    __slots__ = ("_over", "flight", "hold", "request", "response", "work")
+    __slots__ = ("_over", "flight", "request", "response", "work")
 
-    def __init__(self, request: Request, hold: tuple[int, ...] = ()) -> None:
+    def __init__(self, request: Request) -> None:
         self.request = request
-        self.hold = hold
         self.work: asyncio.Task[None] | None = None
         self.flight: Flight | None = None
         self.response: KVResponse | None = None
@@ -71,13 +73,16 @@ class TaskTable:
     def get_match(
         self, token_ids: Any, token_mask: Any, namespace: Namespace
     ) -> tuple[int, TokenMask]:
-        """Find what a get would load and keep it from eviction until launch or cancel."""
+        """Find what a get would load and keep it from eviction until launch or cancel.
+
+        What is not launched for long loses that: see `Holds`.
+        """
         request = self._engine.intake(Operation.GET, token_ids, token_mask, namespace)
         self._check_room()
         found = self._engine.residency.find(request.keys, request.span.first_block)
-        hold = self._engine.scheduler.hold(found.holdings)
+        self._engine.holds.hold(TASKS, request.request_id, found.holdings)
         request = _narrowed(request, found.first, found.last)
-        return self._add(_Task(request, hold)), _mask_of(request)
+        return self._add(_Task(request)), _mask_of(request)
 
     def put_match(
         self, token_ids: Any, token_mask: Any, namespace: Namespace
@@ -247,7 +252,9 @@ class TaskTable:
     async def _work(self, task: _Task) -> None:
         """Run a task's request; every end becomes a response."""
         try:
-            task.flight = await self._engine.perform(task.request, lambda: self._release(task))
+            task.flight = await self._engine.perform(
+                task.request, Turn(begun=lambda: self._release(task))
+            )
         except FlexKVError as error:
             task.answer(_response(task.request, KVResponseStatus.FAILED, error))
         else:
@@ -255,8 +262,7 @@ class TaskTable:
             task.answer(task.flight.response)
 
     def _release(self, task: _Task) -> None:
-        hold, task.hold = task.hold, ()
-        self._engine.scheduler.release(hold)
+        self._engine.holds.release(TASKS, task.request.request_id)
 
     def _check_room(self) -> None:
         if len(self._tasks) >= TASKS_MAX:

@@ -30,7 +30,7 @@ FLOORS = [
     {"io"},
     {"actors"},
     {"admission", "statistics", "backend", "settings", "pins", "ledger", "scrub", "limits"},
-    {"keeping", "devices", "tracing", "durability"},
+    {"keeping", "devices", "tracing", "durability", "runner"},
     {"engine"},
     {"tasks", "loop_thread", "server"},
     {"crossing", "layerwise", "task_form"},

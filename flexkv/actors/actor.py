@@ -12,12 +12,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import msgspec
 
 from flexkv.actors.mailbox import Cursor, Lane, Mailbox
-from flexkv.common.errors import CorruptBlockError, RecalledError, TransferError
+from flexkv.common.errors import (
+    CorruptBlockError,
+    InternalError,
+    RecalledError,
+    TransferError,
+)
 from flexkv.common.terms import Tier, Transfer
 from flexkv.io.ports import Completion, TransferPort
 from flexkv.logs import get_logger
@@ -250,7 +255,8 @@ class Supervisor:
     """The root task of an engine and the group of all its others; the one place that spawns.
 
     A task that raises is our own mistake: it is reported, the group ends, and `on_failure` hears
-    of it, so that nobody waits for an answer that cannot come.
+    of it, so that nobody waits for an answer that cannot come. A session, which serves one peer
+    and holds no state of the engine, ends alone.
     """
 
     def __init__(self, on_failure: Callable[[BaseException], None]) -> None:
@@ -268,7 +274,21 @@ class Supervisor:
 
     def spawn(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start a task that ends by itself; one that raises ends the engine."""
-        task = self._group.create_task(self._reporting(name, work), name=f"flexkv {name}")
+        return cast("asyncio.Task[T]", self._spawn(name, work, is_session=False))
+
+    def spawn_session(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start a task that serves one peer; whatever it raises is reported and ends it alone.
+
+        Only an InternalError ends the engine, as from every other task: the state of the engine is
+        wrong then, and not what the peer has sent.
+        """
+        return self._spawn(name, work, is_session=True)
+
+    def _spawn(
+        self, name: str, work: Coroutine[Any, Any, T], is_session: bool
+    ) -> asyncio.Task[T | None]:
+        reporting = self._reporting(name, work, is_session)
+        task = self._group.create_task(reporting, name=f"flexkv {name}")
         # One that is cancelled before its first step never gets to its work.
         task.add_done_callback(lambda _: work.close())
         return task
@@ -293,12 +313,16 @@ class Supervisor:
         except BaseExceptionGroup as failures:
             self._on_failure(failures.exceptions[0])
 
-    async def _reporting(self, name: str, work: Coroutine[Any, Any, T]) -> T:
+    async def _reporting(
+        self, name: str, work: Coroutine[Any, Any, T], is_session: bool
+    ) -> T | None:
         """Run a task; tell at once what it raises: others may wait for what it will not do."""
         try:
             return await work
         except Exception as error:
             log.exception("task failed", task=name)
+            if is_session and not isinstance(error, InternalError):
+                return None
             self._on_failure(error)
             raise
 

@@ -15,8 +15,8 @@ class Flight:
     """One request under way: its plan, its run, and what its caller will be told."""
 
     __slots__ = (
-        "_answer_waiters", "_end_waiters", "arrived_ns", "begin_ns", "failure", "late", "plan",
-        "planned", "request", "response", "run", "taken",
+        "_answer_waiters", "_end_waiters", "arrived_ns", "begin_ns", "failure", "group",
+        "has_place", "late", "plan", "planned", "request", "response", "run", "taken",
     )  # fmt: skip
 
     def __init__(self, request: Request, planned: Planned, arrived_ns: int, begin_ns: int) -> None:
@@ -29,6 +29,8 @@ class Flight:
         self.failure: InternalError | None = None
         self.late: DeadlineError | None = None
         """Why nobody should wait for the end: an op hangs."""
+        self.group, self.has_place = 0, True
+        """Which group it was admitted with, and whether it still takes one of its places."""
         self.taken: Taken | None = None
         """What it writes to a lower tier that is owed it; None for a caller's request."""
         self._answer_waiters: list[asyncio.Future[None]] = []

@@ -41,9 +41,11 @@ def _status(request: Request, planned: Planned, run: Run, moved: bool) -> KVResp
         return KVResponseStatus.NOTFOUND  # what is not what it was is not there
     if run.errors:
         return KVResponseStatus.FAILED
-    loads = request.operation is not Operation.PUT
-    if loads and planned.found.last == planned.found.first:
-        full = isinstance(planned.shortfall, CapacityError)
+    full = isinstance(planned.shortfall, CapacityError)
+    if request.operation is Operation.PUT:
+        # Without a shortfall everything was there already.
+        return KVResponseStatus.UNREADY if full else KVResponseStatus.SUCCESS
+    if planned.found.last == planned.found.first:
         return KVResponseStatus.UNREADY if full else KVResponseStatus.NOTFOUND
     return KVResponseStatus.SUCCESS
 

@@ -95,6 +95,8 @@ class Scheduler:
         self._observer = observer
         self._notes = notes
         self.watch = Watch(actors, io_deadline_s, self._give_up, observer.event)
+        self.on_hang: Callable[[Flight], None] = lambda flight: None
+        """Told of each flight whose device does not answer."""
         self._stuck: set[int] = set()
         self._fed: set[Flight] = set()
         """Puts that wait for layers to be written: who asks meanwhile shall not wait for them."""
@@ -173,6 +175,9 @@ class Scheduler:
 
     def _give_up(self, tier: Tier) -> None:
         """Answer whoever waits for ops of a tier that hangs. Hardware keeps their buffers."""
+        if tier is Tier.DEVICE:
+            self.strand(None, "the device does not end it in time")
+            return
         for flight in list(self._flights.values()):
             for op in flight.plan.template.ops:
                 if op.route is None or op.route.outer is not tier:
@@ -193,6 +198,39 @@ class Scheduler:
         for joiner in self._joiners.pop(token, ()):
             self._events.append((joiner.flight, _news(joiner.op, False)))
         self._actors[op.route.outer].recall(token)  # what hardware has not begun
+
+    def strand(self, group: int | None, why: str) -> None:
+        """Let nobody wait for the device transfers of a group: its devices do not answer.
+
+        Without a group all are meant; then they keep their places, since there is no other device
+        for which others could use them.
+
+        A device may come back to a transfer at any time, so the blocks stay claimed, and the caller
+        is answered, when its port says that it has ended. Who only waits for the blocks, for a
+        flush or for admission does not wait for that.
+        """
+        for flight in list(self._flights.values()):
+            if group is not None and flight.group != group:
+                continue
+            for op in flight.plan.template.ops:
+                states = (OpState.IN_FLIGHT, OpState.DRAINING)
+                if op.route is None or op.route.outer is not Tier.DEVICE:
+                    continue
+                if flight.run.states[op.index] in states:
+                    self._strand(flight, op, why)
+                    if group is not None:
+                        self.on_hang(flight)
+        self._work()
+
+    def _strand(self, flight: Flight, op: OpSpec, why: str) -> None:
+        assert op.route is not None
+        token = flight.plan.token(op)
+        begin, end = flight.plan.bounds(op)
+        flight.hang(DeadlineError(token, str(op.route), end - begin, why))
+        if op.route.target is Tier.HOST:
+            self._stuck.add(token)
+        for joiner in self._joiners.pop(token, ()):
+            self._events.append((joiner.flight, _news(joiner.op, False)))
 
     def cancel(self, flight: Flight) -> None:
         """End a flight early. It is answered once no hardware touches its device slots."""
@@ -222,9 +260,11 @@ class Scheduler:
             )
             self._events.append((flight, Done(op) if error is None else Failed(op, error)))
             route = flight.plan.template.ops[op].route
+            self._stuck.discard(token)
             if route is not None and route.outer > Tier.HOST:
                 self.watch.ended(route, error)
-                self._stuck.discard(token)
+            elif flight.late is not None and flight.late.op_id == token:
+                flight.late = None  # its device answers again
             if error is not None:
                 if route is not None and route.source is Tier.HOST and route.outer > Tier.HOST:
                     self._unwritten(flight, flight.plan.template.ops[op], error)
@@ -339,6 +379,8 @@ class Scheduler:
             self._observer.op_issued(flight.plan.token(spec))
         if spec.route.outer > Tier.HOST:
             self.watch.begun(spec.route)
+        elif self.watch.watches_device:
+            self.watch.arm()
         self._actors[spec.route.outer].post(flight.plan.transfer(spec))
 
     def _settle(self, flight: Flight, op: int, command: Command) -> None:

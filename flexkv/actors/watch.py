@@ -22,6 +22,8 @@ class Watch:
 
     Attributes:
         all_up: whether nothing has to be avoided.
+        watches_device: whether what the device has begun has the deadline, too. The devices of
+            other processes have deadlines of their own, one for each process.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class Watch:
         `tell` gets what changes: its kind, the tier, and detail in words.
         """
         self._tell = tell
-        self.all_up = True
+        self.all_up, self.watches_device = True, False
         self._actors = actors
         self._deadline_s = deadline_s
         self._overdue = overdue
@@ -51,12 +53,13 @@ class Watch:
 
     def begun(self, route: Route) -> None:
         """An op went to a lower tier: look whether it ends."""
-        self._arm()
+        self.arm()
         if not self.all_up:
             now_s = asyncio.get_running_loop().time()
             self.breaker(route.outer, route.inbound).begun(now_s)
 
-    def _arm(self) -> None:
+    def arm(self) -> None:
+        """Look in a while whether I/O ends, if that is not due already."""
         if self._timer is None and not self._closed:
             loop = asyncio.get_running_loop()
             self._due_s = loop.time() + self._deadline_s / LOOKS_A_DEADLINE
@@ -66,7 +69,7 @@ class Watch:
         self._timer = None
         late_s = asyncio.get_running_loop().time() - self._due_s
         if late_s > self._deadline_s / LOOKS_A_DEADLINE:
-            self._arm()  # the loop was held: what has ended has not been reaped
+            self.arm()  # the loop was held: what has ended has not been reaped
             return
         lower = [actor for actor in self._actors.values() if actor.tier > Tier.HOST]
         for actor in lower:
@@ -74,8 +77,11 @@ class Watch:
                 self._hang(actor)
             else:
                 self._came_back(actor)
-        if any(actor.depth for actor in lower):
-            self._arm()
+        device = self._actors.get(Tier.DEVICE) if self.watches_device else None
+        if device is not None and device.oldest_s() > self._deadline_s:
+            self._overdue(Tier.DEVICE)
+        if any(actor.depth for actor in lower) or (device is not None and device.depth):
+            self.arm()
 
     def _hang(self, actor: TransferActor) -> None:
         news = [self.breaker(actor.tier, inbound).hung() for inbound in (True, False)]

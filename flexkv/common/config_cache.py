@@ -136,7 +136,8 @@ class CacheConfig(ConfigModel):
     )
     io_deadline_s: float = key(
         10.0,
-        "How long I/O of a lower tier may take; then nobody waits for it, and it is left alone.",
+        "How long I/O of a lower tier, or a copy to or from a device, may take; then nobody waits "
+        "for it, and it is left alone.",
         unit="s",
         gt=0,
     )
@@ -269,7 +270,11 @@ class CacheConfig(ConfigModel):
         ge=0,
     )
     requests_max: int = key(
-        1024, "Requests under way at once; later ones wait to be admitted.", unit="requests", ge=1
+        1024,
+        "Requests under way at once; later ones wait to be admitted, the instances of a server "
+        "in turns.",
+        unit="requests",
+        ge=1,
     )
 
     # layouts

@@ -105,6 +105,7 @@ SHAPES: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Every shape that is known, under the name that `layout` gives it. A new one is a new row."""
 
+AXES = frozenset(axis for _, axes in SHAPES for axis in axes)
 LAYOUT_NAMES = tuple(dict.fromkeys(name for name, _ in SHAPES))
 
 

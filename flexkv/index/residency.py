@@ -265,6 +265,15 @@ class Residency:
             )
         ]
 
+    def agreeing(self, keys: bytes) -> int:
+        """Return how many of the first blocks could follow each other as `keys` says.
+
+        Keys that were derived from tokens always agree. Keys that another process made up may name
+        a block twice or under another parent than its own, and planning with them would break the
+        index.
+        """
+        return self._table.agreeing(keys)
+
     def counts(self, tier: Tier) -> TierCounts:
         """Count the places of a tier by state."""
         return TierCounts(*self._table.counts(self._number[tier]))

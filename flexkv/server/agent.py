@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from flexkv.actors.actor import Supervisor
@@ -42,16 +43,21 @@ from flexkv.server.wire import (
     Ready,
     Settle,
     Settled,
+    parts_of,
 )
 
 log = get_logger(__name__)
 
 RETRY_S, RETRY_REFUSED_S = 0.1, 2.0
 """Between two attempts to connect: while nobody listens, and after a refusal."""
+AGAIN_S = 0.01
+"""Between the end of a connection and the next attempt: a server may end each one at once."""
 GREET_S = 0.25
 """How long a server may take to answer; the loop has nothing else to do meanwhile."""
 SETTLE_S = 1.0
 """How long the server may take to say that requests are over; then it is left."""
+ARENA_BYTES_MAX = 1 << 56
+"""What a process can map at all."""
 TELL_EVERY = 100
 """Attempts in vain between two log lines."""
 
@@ -121,9 +127,14 @@ class Agent:
 
         async def begin() -> None:
             widen_affinity()
-            self._supervisor = Supervisor(self._failed)
-            await self._supervisor.start()
-            self._supervisor.keep("agent", self._run(backend, tensors, layout, hello))
+            supervisor = self._supervisor = Supervisor(self._failed)
+            await supervisor.start()
+
+            def serve(connected: Connected, unstarted: ExitStack) -> asyncio.Task[None]:
+                work = self._serve(backend, tensors, layout, connected, unstarted)
+                return supervisor.spawn_session("connection", work)
+
+            supervisor.keep("agent", self._run(hello, serve))
 
         self._thread.call(begin)
 
@@ -143,8 +154,13 @@ class Agent:
                 log.exception("device down", call=error.call, code=error.code)
                 self._thread.post(self._end_link)  # its puts end with this connection
                 return
-        message = Ready(tuple(numbers))
-        self._thread.post(lambda: self._send(message))
+        messages = [Ready(part) for part in parts_of(numbers)]
+
+        def send() -> None:
+            for message in messages:
+                self._send(message)
+
+        self._thread.post(send)
 
     def settle(self, numbers: Sequence[int]) -> None:
         """Return once no copy of these requests touches the KV caches any more.
@@ -152,8 +168,8 @@ class Agent:
         Raises:
             ClosedError: closed.
         """
-        if numbers:
-            self._thread.call(lambda: self._settle(tuple(numbers)))
+        for part in parts_of(numbers):
+            self._thread.call(partial(self._settle, part))
 
     def close(self) -> None:
         """Finish the copies under way, and take the KV caches back. Idempotent."""
@@ -171,8 +187,9 @@ class Agent:
         log.error("agent_failed", cause=repr(cause))
 
     async def _run(
-        self, backend: LocalBackend, tensors: list[Any], layout: str | None, hello: Hello
+        self, hello: Hello, serve: Callable[[Connected, ExitStack], asyncio.Task[None]]
     ) -> None:
+        """Connect again and again; `serve` starts the task that serves a connection."""
         attempts = 0
         while True:
             wait_s, reason = RETRY_S, ""
@@ -184,7 +201,12 @@ class Agent:
                 reason = str(error)
             else:
                 attempts = 0
-                await self._serve(backend, tensors, layout, connected)
+                with ExitStack() as unstarted:  # the task may be cancelled before its first step
+                    unstarted.callback(connected.socket.close)
+                    if connected.arena_fd is not None:
+                        unstarted.callback(os.close, connected.arena_fd)
+                    await serve(connected, unstarted)
+                await asyncio.sleep(AGAIN_S)
                 continue
             if attempts % TELL_EVERY == (0 if wait_s > RETRY_S else TELL_EVERY // 2):
                 log.warning("no_server", path=self._address, reason=reason)
@@ -192,26 +214,25 @@ class Agent:
             await asyncio.sleep(wait_s)
 
     async def _serve(
-        self, backend: LocalBackend, tensors: list[Any], layout: str | None, connected: Connected
+        self,
+        backend: LocalBackend,
+        tensors: list[Any],
+        layout: str | None,
+        connected: Connected,
+        unstarted: ExitStack,
     ) -> None:
-        """Serve one connection to its end."""
-        welcome, fd = connected.welcome, connected.arena_fd
-        assert fd is not None
+        """Serve one connection to its end; what `unstarted` would close is ours from now on."""
+        unstarted.pop_all()
         connected.socket.setblocking(False)
-        with ExitStack() as undo:
+        with ExitStack() as undo, ExitStack() as unless_linked:
+            unless_linked.callback(connected.socket.close)
             try:
-                arena = Arena.attach(
-                    fd,
-                    welcome.num_host_blocks,
-                    welcome.block_stride_bytes,
-                    welcome.fd_offset_bytes,
-                )
+                arena = _attached(connected)
                 undo.callback(arena.close)
                 backend.attach(arena)
                 device = backend.device(tensors, layout, self._tp_rank)
             except (OSError, FlexKVError) as error:
                 log.warning("not_lent", path=self._address, reason=str(error))
-                connected.socket.close()
                 await asyncio.sleep(RETRY_REFUSED_S)
                 return
             port = self._port = device.port
@@ -219,13 +240,15 @@ class Agent:
             undo.callback(self._forget)
             port.connect(self._reap)
             link = self._link = await Link.over(connected.socket, FROM_SERVER)
+            unless_linked.pop_all()
             undo.callback(link.close)
             link.send(Lent())
-            log.info("device lent", path=self._address, server=welcome.pid, **device.facts)
+            server = connected.welcome.pid
+            log.info("device lent", path=self._address, server=server, **device.facts)
             try:
                 while (message := await link.receive()) is not None:
                     self._take(message)
-            except ProtocolError as error:
+            except (FlexKVError, ValueError, OverflowError) as error:
                 log.warning("server_misunderstood", reason=str(error))
             finally:
                 # Copies end before the connection does: then nobody waits for them in vain.
@@ -263,6 +286,8 @@ class Agent:
 
     def _copy(self, message: Copy) -> None:
         assert self._port is not None
+        if message.token in self._under_way:
+            raise ProtocolError(f"copy {message.token} is under way already")
         host_ids, device_ids = ids_from(message.host_ids), ids_from(message.device_ids)
         route = _TO_DEVICE if message.to_device else _TO_HOST
         sides = (host_ids, device_ids) if message.to_device else (device_ids, host_ids)
@@ -272,6 +297,9 @@ class Agent:
             self._port.submit(transfer)
         except FlexKVError as error:
             self._end(message.token, str(error))
+        except BaseException:
+            del self._under_way[message.token]  # nobody will say that it has ended
+            raise
         else:
             self._reap()
 
@@ -310,6 +338,24 @@ class Agent:
             await settled.wait()
         finally:
             del self._settling[number]
+
+
+def _attached(connected: Connected) -> Arena:
+    """Map the host memory of a server.
+
+    Raises:
+        OSError: it cannot be mapped.
+        ProtocolError: what the server says of it cannot be.
+    """
+    welcome, fd = connected.welcome, connected.arena_fd
+    if fd is None:
+        raise ProtocolError("it gave no host memory")
+    blocks, stride_bytes = welcome.num_host_blocks, welcome.block_stride_bytes
+    offset_bytes = welcome.fd_offset_bytes
+    if not 0 < blocks * stride_bytes < ARENA_BYTES_MAX - offset_bytes:
+        os.close(fd)
+        raise ProtocolError(f"its host memory has {blocks} blocks of {stride_bytes} bytes")
+    return Arena.attach(fd, blocks, stride_bytes, offset_bytes)
 
 
 _TO_DEVICE = Route(Tier.HOST, Tier.DEVICE)

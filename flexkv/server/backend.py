@@ -19,7 +19,7 @@ class ServerBackend(LocalBackend):
     def __init__(self, model: ModelConfig, cache: CacheConfig, sizes: CacheSizes) -> None:
         super().__init__(model, cache, sizes)
         self.ranks = 1
-        self.fleet = FleetPort(model, sizes.num_host_blocks, sizes.block_bytes, cache.io_deadline_s)
+        self.fleet = FleetPort(model, sizes.num_host_blocks, sizes.block_bytes)
 
     def device(
         self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None, tp_rank: int

@@ -26,6 +26,7 @@ class Watchers:
         self._residency = residency
         self._is_behind: dict[Link[ToServer], bool] = {}
         self._some = asyncio.Event()
+        self._blocks_max = sum(residency.counts(tier).capacity for tier in residency.tiers)
 
     def add(self, link: Link[ToServer]) -> None:
         """Tell a client every change from now on."""
@@ -64,8 +65,12 @@ class Watchers:
     def tell_of(self, link: Link[ToServer], keys: bytes) -> None:
         """Tell a client where the blocks of a prompt are: it may never have heard of them."""
         self.tell()
+        keys = keys[: (self._blocks_max + 1) * BLOCK_KEY_BYTES]  # more of a prompt is nowhere
         count, rest = divmod(len(keys), BLOCK_KEY_BYTES)
         if rest or not count or self._is_behind.get(link, True):  # they may be no keys
+            return
+        if link.unsent_bytes > UNREAD_BYTES_MAX:
+            self._is_behind[link] = True  # it is told that it has missed something
             return
         residency = self._residency
         there = [
@@ -75,8 +80,8 @@ class Watchers:
             if state == READY and ids is not None
             for key in key_list(residency.keys_of(tier, ids))
         ]
-        if there:
-            link.send(Changed(tuple(there)))
+        for begin in range(0, len(there), CHANGES_MAX):
+            link.send(Changed(tuple(there[begin : begin + CHANGES_MAX])))
 
     def answer(self, link: Link[ToServer], start: Start, done: Done) -> None:
         """Tell a client the end of a request, behind what has changed by it."""

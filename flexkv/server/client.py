@@ -16,12 +16,10 @@ from contextlib import suppress
 from secrets import randbits
 from typing import Any
 
-import msgspec
-
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import ClosedError, ConfigError
-from flexkv.common.request import Operation
-from flexkv.common.terms import BlockIds
+from flexkv.common.request import KVResponseStatus, Operation
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
 from flexkv.index.keys import KeyChain, Namespace, blocks_are
 from flexkv.logs import get_logger
 from flexkv.server.greet import connect
@@ -43,6 +41,8 @@ from flexkv.server.wire import (
     State,
     framed,
     length_of,
+    parts_of,
+    understood,
 )
 
 log = get_logger(__name__)
@@ -52,6 +52,10 @@ RETRY_S, RETRY_S_MAX = 0.5, 30.0
 HANG_S = 60.0
 """With requests under way, a server that says nothing for so long is as good as gone."""
 READ_BYTES = 1 << 18
+POLL_S_MAX = 0.02
+"""How long one `poll` may take what comes: a server that never stops talking holds no step."""
+CHANGES_MAX = 1 << 20
+"""That `changes` has not fetched yet; of more it only says that they are lost."""
 UNSENT_BYTES_MAX = 16 << 20
 
 
@@ -83,14 +87,18 @@ class Client:
         self._address, self._instance, self._watches = settings.server_recv_port, instance, watches
         self._answer_s = settings.server_answer_ms / 1e3
         self._changes: list[Changed] = []
+        self._changes_kept = 0
         cache = settings.cache_config
         self._model, self._tokens_per_block = model, cache.tokens_per_block
         self._secret = cache.key_secret.get_secret_value()
         self._keys = KeyChain(model, self._tokens_per_block, self._secret)
+        self._order = ""
         self._socket: socket.socket | None = None
         self._unread, self._unsent = bytearray(), bytearray()
         self._asked: dict[int, float] = {}
         """Since when the server has had the time to answer."""
+        self._blocks: dict[int, int] = {}
+        """How many blocks each question and request under way names: the answer has no more."""
         self._is_behind = False
         self._matched: dict[int, Matched] = {}
         self._ended: list[Done] = []
@@ -134,6 +142,7 @@ class Client:
         number = self._number()
         if self._send(Match(number, keys, first, hold, tell)):
             self._asked[number] = time.monotonic()
+            self._blocks[number] = len(keys) // BLOCK_KEY_BYTES
             self.flush()
         return number
 
@@ -147,12 +156,10 @@ class Client:
         until_s = time.monotonic() + wait_s
         while number in self._asked:
             self.flush()
-            if self._receive(0.0):
-                continue
-            now_s = time.monotonic()
+            heard, now_s = self._receive(0.0), time.monotonic()
             if now_s > self._asked.get(number, now_s) + self._answer_s:
                 self._lost(f"it did not answer within {self._answer_s} s")
-            elif now_s >= until_s:
+            elif now_s >= until_s and not heard:
                 return None
         return self._matched.pop(number, None) or Matched(number, 0, {})
 
@@ -161,8 +168,10 @@ class Client:
         for number in numbers:
             self._asked.pop(number, None)
             self._matched.pop(number, None)
-        if numbers and self._socket is not None:
-            self._send(Release(tuple(numbers)))
+            self._blocks.pop(number, None)
+        for part in parts_of(numbers):
+            if self._socket is not None:
+                self._send(Release(part))
 
     def start(
         self,
@@ -209,21 +218,22 @@ class Client:
         if not self._under_way:
             self._heard_s = time.monotonic()
         self._under_way.add(start.number)
+        self._blocks[start.number] = len(start.keys) // BLOCK_KEY_BYTES
         if not self._send(start) and start.number in self._under_way:
             self._fail(start.number, "there is no server")
         return start.number
 
     def cancel(self, numbers: Sequence[int]) -> None:
         """Give requests up; `poll` gives their ends all the same."""
-        wanted = tuple(number for number in numbers if number in self._under_way)
-        if wanted:
-            self._send(Cancel(wanted))
+        for part in parts_of([number for number in numbers if number in self._under_way]):
+            self._send(Cancel(part))
 
     def poll(self) -> list[Done]:
         """Give the requests that ended since the last call, each exactly once. Never waits."""
         if self._connected():
             self.flush()
-            while self._receive(0.0):
+            until_s = time.monotonic() + POLL_S_MAX
+            while self._receive(0.0) and time.monotonic() < until_s:
                 pass
             if self._under_way and time.monotonic() > self._heard_s + HANG_S:
                 self._lost(f"it said nothing for {HANG_S} s")
@@ -232,7 +242,7 @@ class Client:
 
     def changes(self) -> list[Changed]:
         """Give what became resident or is so no more, as far as it has been told, each once."""
-        changes, self._changes = self._changes, []
+        changes, self._changes, self._changes_kept = self._changes, [], 0
         return changes
 
     def give_up(self, reason: str) -> None:
@@ -286,10 +296,17 @@ class Client:
         self._wait_s = min(2 * self._wait_s, RETRY_S_MAX)
 
     def _send(self, message: Message) -> bool:
-        """Queue a message for `flush`; tell whether there is a connection."""
+        """Queue a message for `flush`, and return whether it can be sent.
+
+        It cannot without a connection, or when it is longer than the server takes.
+        """
         if not self._connected():
             return False
-        self._unsent += framed(message)
+        try:
+            self._unsent += framed(message)
+        except ConfigError as error:
+            log.warning("not_asked", reason=str(error))
+            return False
         return True
 
     def flush(self, wait_s: float = 0.0) -> None:
@@ -336,7 +353,7 @@ class Client:
         self._heard_s = time.monotonic()
         try:
             self._take_all()
-        except (ProtocolError, msgspec.MsgspecError) as error:
+        except ProtocolError as error:
             self._lost(f"it is not understood: {error}")
             return False
         return True
@@ -347,7 +364,7 @@ class Client:
             end = at + LENGTH_BYTES + length_of(bytes(unread[at : at + LENGTH_BYTES]))
             if len(unread) < end:
                 break
-            self._take(FROM_SERVER.decode(unread[at + LENGTH_BYTES : end]))
+            self._take(understood(FROM_SERVER, unread[at + LENGTH_BYTES : end]))
             at = end
         del unread[:at]
 
@@ -355,22 +372,46 @@ class Client:
         match message:
             case Matched():
                 if self._asked.pop(message.number, None) is not None:
+                    self._check_blocks(message.number, message.blocks, *message.by_tier.values())
                     self._matched[message.number] = message
             case Changed():
-                self._changes.append(message)
+                self._take_changes(message)
             case Done():
                 if message.number in self._under_way:
+                    if message.status not in _STATUSES:
+                        raise ProtocolError(f"no request ends as {message.status!r}")
+                    self._check_blocks(message.number, message.moved)
                     self._under_way.discard(message.number)
                     self._ended.append(message)
             case State():
                 self.is_ready, self.num_blocks = message.ready, message.num_blocks
                 self._slot, self.generation = message.slot, message.generation
-                if message.ready:
+                if message.ready and message.order != self._order:
+                    self._order = message.order
                     self._keys = KeyChain(
                         self._model, self._tokens_per_block, self._secret, message.order
                     )
             case _:
                 raise ProtocolError(f"a client is not sent {type(message).__name__}")
+
+    def _check_blocks(self, number: int, *blocks: int) -> None:
+        """Check that an answer has no more blocks than were asked for.
+
+        Raises:
+            ProtocolError: it has.
+        """
+        asked = self._blocks.pop(number, 0)
+        if any(count > asked for count in blocks):
+            raise ProtocolError(f"{max(blocks)} blocks of {asked}")
+
+    def _take_changes(self, changed: Changed) -> None:
+        if not self._watches:
+            raise ProtocolError("changes that nobody asked for")
+        self._changes_kept += len(changed.changes)
+        if self._changes_kept > CHANGES_MAX:
+            self._changes, self._changes_kept = [], 0
+            changed = Changed((), lost=True)
+        self._changes.append(changed)
 
     def _lost(self, reason: str) -> None:
         log.warning("server_lost", path=self._address, reason=reason, failed=len(self._under_way))
@@ -388,9 +429,13 @@ class Client:
         self._unsent.clear()
         self._asked.clear()
         self._matched.clear()
+        self._blocks.clear()
         for number in list(self._under_way):
             self._fail(number, "the server is gone")
 
     def _fail(self, number: int, why: str) -> None:
         self._under_way.discard(number)
         self._ended.append(Done(number, "failed", 0, why))
+
+
+_STATUSES = frozenset(status.value for status in KVResponseStatus)

@@ -39,11 +39,13 @@ class Control:
             raise ConfigError("command", verb, f"must be one of {', '.join(self._verbs)}")
         try:
             given = work(**arguments)
+            return await given if inspect.isawaitable(given) else given
         except (TypeError, ValueError, OSError) as error:
             raise ConfigError("arguments", arguments, str(error)) from error
-        return await given if inspect.isawaitable(given) else given
 
     def _trace_start(self, path: str | None = None, tokens: bool | None = None) -> str | None:
+        if not isinstance(path, str | None) or not isinstance(tokens, bool | None):
+            raise TypeError("path must be a string, and tokens true or false")
         self._engine.tracing.start(path, tokens)
         return self._engine.tracing.path
 
@@ -68,6 +70,7 @@ class Control:
                     "ready": instance.slot is not None,
                     "blocks": instance.num_blocks,
                     "client": instance.client is not None,
+                    "stuck": instance.stuck,
                 }
                 for number, instance in self._fleet.instances.items()
             },

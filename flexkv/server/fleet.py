@@ -12,24 +12,25 @@ that read them, closes its connection first; that is looked at whenever such a r
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from flexkv.common.config import ModelConfig
-from flexkv.common.errors import AgentGoneError, ConfigError, TransferError
-from flexkv.common.layout import PagedLayout
+from flexkv.common.errors import AgentGoneError, ConfigError
+from flexkv.common.layout import AXES
 from flexkv.common.terms import BlockIds, Tier, Transfer
 from flexkv.io.ports import Completion
 from flexkv.io.ranks import RanksPort
 from flexkv.logs import get_logger
+from flexkv.server.agent_port import AgentPort, Elsewhere
 from flexkv.server.link import Link
-from flexkv.server.wire import Copied, Copy, ProtocolError, ToServer
+from flexkv.server.wire import ProtocolError, ToServer
 
 log = get_logger(__name__)
 
+GONE = "the instance is gone"
 SLOT_SHIFT = 40
 BLOCK_MASK = (1 << SLOT_SHIFT) - 1
 
@@ -37,86 +38,6 @@ BLOCK_MASK = (1 << SLOT_SHIFT) - 1
 class _UnderWay(NamedTuple):
     transfer: Transfer
     slot: int
-    since_s: float
-
-
-class _Elsewhere:
-    """What a port has nothing to do for when the device is in another process."""
-
-    arrived_bytes = 0
-    failure: TransferError | None = None
-
-    def order_after(self, to_device: bool) -> None:
-        """Do nothing: agents order their copies themselves."""
-
-    def suspend(self) -> None:
-        """Do nothing: an agent that sleeps disconnects."""
-
-    def resume(self, layout: PagedLayout, owner: object) -> None:
-        """Do nothing: an agent that wakes connects anew."""
-
-
-class AgentPort(_Elsewhere):
-    """The port to the device of one rank, by its agent."""
-
-    def __init__(self, link: Link[ToServer], block_bytes: int, num_blocks: int) -> None:
-        """Take what an agent has told of its device; `block_bytes` are those of its part."""
-        self.block_bytes, self.num_blocks = block_bytes, num_blocks
-        self._link = link
-        self.is_dismissed = False
-        self._under_way: dict[int, Transfer] = {}
-        self._ended: list[Completion] = []
-        self._wake: Callable[[], None] | None = None
-
-    def connect(self, wake: Callable[[], None]) -> None:
-        """Attach to the running event loop."""
-        self._wake = wake
-
-    def submit(self, transfer: Transfer) -> None:
-        """Send a transfer to the agent; without one it has failed when this returns."""
-        self._under_way[transfer.token] = transfer
-        if not self._link.is_open:
-            self._end(transfer.token, "it is not connected")
-            return
-        host_ids, device_ids = transfer.sides
-        to_device = transfer.route.target is Tier.DEVICE
-        self._link.send(Copy(transfer.token, to_device, host_ids.tobytes(), device_ids.tobytes()))
-
-    def copied(self, message: Copied) -> None:
-        """Hear from the agent that a copy has ended.
-
-        Raises:
-            ProtocolError: of one that it was not asked for.
-        """
-        if message.token not in self._under_way:
-            raise ProtocolError(f"copy {message.token} is not under way")
-        self._end(message.token, message.error)
-
-    def dismiss(self) -> None:
-        """Let the agent end what it does, and connect anew if it likes."""
-        self.is_dismissed = True
-        self._link.end()
-
-    def gone(self) -> None:
-        """Hear that the agent's process has ended, or copies nothing any more."""
-        for token in list(self._under_way):
-            self._end(token, "it is gone")
-
-    def _end(self, token: int, error: str) -> None:
-        transfer, failure = self._under_way.pop(token), None
-        if error:
-            failure = AgentGoneError(token, str(transfer.route), transfer.block_count, error)
-        self._ended.append(Completion(token, failure))
-        if self._wake is not None:
-            self._wake()
-
-    def reap(self) -> list[Completion]:
-        """Give every transfer that ended since the last call."""
-        ended, self._ended = self._ended, []
-        return ended
-
-    def close(self) -> None:
-        """Do nothing: the link is the session's."""
 
 
 class Instance:
@@ -126,9 +47,12 @@ class Instance:
         ranks: all of them; None while one is missing. A client that comes back finds the same.
         slot: of its device blocks; None while a rank or the client is missing.
         num_blocks: that every rank has.
+        stuck: why nothing is begun on its devices for now: they do not end what they have begun.
+            Empty when they do.
     """
 
     def __init__(self) -> None:
+        self.stuck = ""
         self.ports: dict[int, AgentPort] = {}
         self.ranks: RanksPort | None = None
         self.client: Link[ToServer] | None = None
@@ -136,21 +60,20 @@ class Instance:
         self.num_blocks = 0
 
 
-class FleetPort(_Elsewhere):
+class FleetPort(Elsewhere):
     """A transfer port over the devices of every instance."""
 
     num_blocks = 1 << SLOT_SHIFT
 
-    def __init__(
-        self, model: ModelConfig, host_blocks: int, block_bytes: int, deadline_s: float
-    ) -> None:
+    def __init__(self, model: ModelConfig, host_blocks: int, block_bytes: int) -> None:
         self._model, self._host_blocks = model, host_blocks
         self.block_bytes = block_bytes
         self.instances: dict[int, Instance] = {}
         self.order: str | None = None
         self._slots: dict[int, RanksPort] = {}
         self._under_way: dict[int, _UnderWay] = {}
-        self._deadline_s = deadline_s
+        self.begun: Callable[[], None] = lambda: None
+        """Called when agents have something to do: somebody may watch whether they end it."""
         self._next_slot = 1
         self._ended: list[Completion] = []
         self._wake: Callable[[], None] | None = None
@@ -172,6 +95,8 @@ class FleetPort(_Elsewhere):
         if instance is not None and tp_rank in instance.ports:
             why = f"is connected already for instance {number}: see instance_id"
             raise ConfigError("tp_rank", tp_rank, why)
+        if not {axis for each in order.split(";") for axis in each.split()} <= AXES:
+            raise ConfigError("kv_caches", order, "must name an order of the elements of a block")
         if any(each.ports for each in self.instances.values()) and order != self.order:
             raise ConfigError("kv_caches", order, f"must lie as those of the others: {self.order}")
 
@@ -268,14 +193,15 @@ class FleetPort(_Elsewhere):
         to_device = transfer.route.target is Tier.DEVICE
         theirs = target_ids if to_device else source_ids
         slot = int(theirs[0]) >> SLOT_SHIFT
-        ranks = self._slots.get(slot)
-        if ranks is None or not self._is_live(slot):
-            self._ended.append(Completion(transfer.token, _gone(transfer)))
+        ranks, instance = self._slots.get(slot), self._live(slot)
+        if ranks is None or instance is None or instance.stuck:
+            why = GONE if instance is None else instance.stuck or GONE
+            self._ended.append(Completion(transfer.token, _failed(transfer, why)))
             if self._wake is not None:
                 self._wake()
             return
         local = theirs & BLOCK_MASK
-        self._under_way[transfer.token] = _UnderWay(transfer, slot, time.monotonic())
+        self._under_way[transfer.token] = _UnderWay(transfer, slot)
         ranks.submit(
             Transfer(
                 transfer.token,
@@ -285,26 +211,24 @@ class FleetPort(_Elsewhere):
                 local if to_device else target_ids,
             )
         )
+        self.begun()
 
-    def is_stuck(self, slot: int) -> bool:
-        """Tell whether a slot's devices do not end what they have begun."""
-        oldest = next((each for each in self._under_way.values() if each.slot == slot), None)
-        return oldest is not None and time.monotonic() - oldest.since_s > self._deadline_s
-
-    def _is_live(self, slot: int) -> bool:
-        return any(
-            each.slot == slot and each.client is not None and not each.client.has_hung_up
-            for each in self.instances.values()
-        )
+    def _live(self, slot: int) -> Instance | None:
+        """Return the instance that has a slot, if its client is there."""
+        for each in self.instances.values():
+            if each.slot == slot and each.client is not None:
+                return None if each.client.has_hung_up else each
+        return None
 
     def reap(self) -> list[Completion]:
         """Give every transfer that ended since the last call, each exactly once."""
         ended, self._ended = self._ended, []
         for ranks in dict.fromkeys(self._slots.values()):  # several slots may have the same
             for token, error in ranks.reap():
-                transfer, slot, _ = self._under_way.pop(token)
-                if error is None and transfer.route.target is Tier.HOST and not self._is_live(slot):
-                    error = _gone(transfer)  # its blocks may have been others' by then
+                transfer, slot = self._under_way.pop(token)
+                if error is None and transfer.route.target is Tier.HOST and not self._live(slot):
+                    # Its blocks may have been others' by then.
+                    error = _failed(transfer, GONE)
                 ended.append(Completion(token, error))
         if over := self._slots.keys() - {each.slot for each in self.instances.values()}:
             for slot in over - {each.slot for each in self._under_way.values()}:
@@ -316,18 +240,16 @@ class FleetPort(_Elsewhere):
         self._slots.clear()
 
 
-def _gone(transfer: Transfer) -> AgentGoneError:
-    why = "the instance is gone"
+def _failed(transfer: Transfer, why: str) -> AgentGoneError:
     return AgentGoneError(transfer.token, str(transfer.route), transfer.block_count, why)
 
 
 def ids_from(blob: bytes) -> BlockIds:
-    """Give ids as they were sent.
+    """Return ids as they were sent.
 
     Raises:
         ProtocolError: not whole ones.
     """
-    try:
-        return np.frombuffer(blob, np.int64)
-    except ValueError as error:
-        raise ProtocolError(f"{len(blob)} bytes are no ids") from error
+    if len(blob) % 8:
+        raise ProtocolError(f"{len(blob)} bytes are no ids")
+    return np.frombuffer(blob, np.int64)

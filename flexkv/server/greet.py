@@ -7,8 +7,6 @@ import socket
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.server.address import socket_paths
 from flexkv.server.listen import is_same_user, peer_of
@@ -22,6 +20,7 @@ from flexkv.server.wire import (
     Welcome,
     framed,
     length_of,
+    understood,
 )
 
 ANSWER_S = 5.0
@@ -54,12 +53,12 @@ def connect(address: str, hello: Hello, answer_s: float = ANSWER_S) -> Connected
         peer.sendall(framed(hello))
         head, fds, _, _ = socket.recv_fds(peer, LENGTH_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
         head += read(peer, LENGTH_BYTES - len(head))
-        welcome = _taken(FROM_SERVER.decode(read(peer, length_of(head))))
+        welcome = _taken(understood(FROM_SERVER, read(peer, length_of(head))))
     except BaseException as error:
         peer.close()
         for fd in fds:
             os.close(fd)
-        if isinstance(error, ProtocolError | msgspec.MsgspecError):
+        if isinstance(error, ProtocolError):
             why = "no FlexKV server listens there"
             raise ConfigError("server_recv_port", address, why) from error
         raise
@@ -148,4 +147,4 @@ def message(peer: socket.socket) -> FromServer:
         ClosedError: it closed instead.
         ProtocolError: it sent something else.
     """
-    return FROM_SERVER.decode(read(peer, length_of(read(peer, LENGTH_BYTES))))
+    return understood(FROM_SERVER, read(peer, length_of(read(peer, LENGTH_BYTES))))

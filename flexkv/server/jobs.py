@@ -13,18 +13,32 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from flexkv.common.errors import ClearedError, ClosedError, ConfigError, FlexKVError
+from flexkv.actors.flight import Flight
+from flexkv.common.errors import (
+    ClearedError,
+    ClosedError,
+    ConfigError,
+    FlexKVError,
+    InternalError,
+)
 from flexkv.common.request import KVResponse, Operation, Request, Span
-from flexkv.common.terms import BLOCK_KEY_BYTES
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
 from flexkv.engine import Engine
 from flexkv.logs import get_logger
+from flexkv.runner import Turn
 from flexkv.server.fleet import FleetPort, Instance, ids_from
+from flexkv.server.put_share import PutShare
 from flexkv.server.wire import Done, Match, Matched, Start
 
 log = get_logger(__name__)
 
 JOBS_MAX = 1 << 16
 """Requests of one client that may be under way, and numbers that are ready ahead of them."""
+PUTS_SHARE = 2
+"""The puts of one instance may be filling this part of host memory, a half."""
+JOBS_BYTES_MAX = 64 << 20
+"""Of keys and ids that the requests of one client may have under way."""
+FEW = 64
 
 Answered: TypeAlias = Callable[[Done], None]
 
@@ -47,26 +61,45 @@ class Job:
 class Jobs:
     """The requests of one instance's client."""
 
-    def __init__(self, engine: Engine, fleet: FleetPort, instance: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        fleet: FleetPort,
+        instance: int,
+        on_idle: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Take whose requests these are; `on_idle` is called when none is under way any more."""
         self._engine, self._fleet, self._instance = engine, fleet, instance
+        self._on_idle = on_idle
         self._jobs: dict[int, Job] = {}
+        self._jobs_bytes = 0
+        host_blocks = engine.residency.counts(Tier.HOST).capacity
+        self._puts = PutShare(host_blocks // PUTS_SHARE)
         self._ready_early: dict[int, set[int]] = {}
         self._settled_early: dict[int, None] = {}
-        self._holds: dict[int, tuple[int, ...]] = {}
+
+    @property
+    def is_idle(self) -> bool:
+        """Return whether no request is under way."""
+        return not self._jobs
 
     def match(self, message: Match) -> Matched:
-        """Tell how much is resident of a prompt, and hold it if that is wanted."""
+        """Return how much is resident of a prompt, and hold it if that is wanted.
+
+        Raises:
+            ConfigError: its keys are none.
+        """
         engine = self._engine
         if not message.keys or len(message.keys) % BLOCK_KEY_BYTES:
             raise ConfigError(
                 "keys", f"{len(message.keys)} bytes", "must be 16 for each, with the root"
             )
-        found = engine.find(message.keys)
-        if message.hold and found.last > found.first:
-            self.release((message.number,))
-            self._holds[message.number] = engine.scheduler.hold(found.holdings)
-            if len(self._holds) > JOBS_MAX:
-                self.release((next(iter(self._holds)),))
+        keys = keys_within(engine, message.keys)
+        if message.hold:  # what is held is counted, so no block may be there twice
+            keys = keys[: (engine.residency.agreeing(keys) + 1) * BLOCK_KEY_BYTES]
+        found = engine.find(keys)
+        if message.hold:
+            engine.holds.hold(self._instance, message.number, found.holdings)
         by_tier = {
             tier.label: place.block_count - place.positions.number_before(message.first)
             for tier, place in found.ready.items()
@@ -74,9 +107,12 @@ class Jobs:
         return Matched(message.number, found.last - found.first, by_tier)
 
     def release(self, numbers: tuple[int, ...] | None = None) -> None:
-        """End holds, by default all."""
-        for number in list(self._holds) if numbers is None else numbers:
-            self._engine.scheduler.release(self._holds.pop(number, ()))
+        """End holds, by default all; those that have ended may be named, too."""
+        if numbers is None:
+            self._engine.holds.release_group(self._instance)
+            return
+        for number in numbers:
+            self._engine.holds.release(self._instance, number)
 
     def start(self, start: Start, answered: Answered) -> None:
         """Begin a request; `answered` gets its end, in any case and once.
@@ -96,6 +132,7 @@ class Jobs:
         job.ranks_ready = self._ready_early.pop(start.number, set())
         if not start.when_ready or self._is_ready(job):
             job.ready.set()
+        self._jobs_bytes += _bytes_of(start)
         job.task = self._engine.supervisor.spawn("request", self._work(job))
         job.task.add_done_callback(lambda _: self._end(job))
 
@@ -103,11 +140,14 @@ class Jobs:
         """Tell why a request cannot begin; empty when it can."""
         if len(self._jobs) >= JOBS_MAX:
             return f"at most {JOBS_MAX} requests at once"
+        if self._jobs_bytes + _bytes_of(start) > JOBS_BYTES_MAX:
+            return f"at most {JOBS_BYTES_MAX} bytes of requests at once"
         if start.number in self._settled_early:
             return "it was given up before it came"
         try:
             self._instance_of(start)
-        except ClosedError as error:
+            _check(start)
+        except (ClosedError, ConfigError) as error:
             return str(error)
         return ""
 
@@ -134,15 +174,20 @@ class Jobs:
         """Give up the puts that no rank will say anything of any more."""
         self.cancel(tuple(n for n, job in self._jobs.items() if not job.ready.is_set()))
 
-    async def settled(self, numbers: tuple[int, ...]) -> None:
-        """Return once no device touches the blocks of these requests any more, or ever will."""
+    def unsettled(self, numbers: tuple[int, ...]) -> list[Job]:
+        """Return those of these requests whose blocks a device may touch still.
+
+        Those that are not known may be on their way: they are refused when they come.
+        """
+        jobs = []
         for number in numbers:
             job = self._jobs.get(number)
             if job is not None:
-                await job.over.wait()
-            else:  # it may be on its way still
+                jobs.append(job)
+            else:
                 self._settled_early[number] = None
                 _bound(self._settled_early)
+        return jobs
 
     def _is_ready(self, job: Job) -> bool:
         return len(job.ranks_ready) >= self._engine.model.tp_size
@@ -152,20 +197,45 @@ class Jobs:
             await job.ready.wait()
             begin_s = time.monotonic()
             request = self._request(job.start, job.generation)
-            flight = await self._engine.perform(request, lambda: self.release((job.start.held,)))
+            flight = await self._perform(job, request)
             response = flight.response
             assert response is not None
             job.answered(_done(job.start, request, response, time.monotonic() - begin_s))
         except FlexKVError as error:
             job.answered(Done(job.start.number, "failed", 0, str(error)))
+            if isinstance(error, InternalError):
+                raise  # the engine's state is wrong: nobody should be served with it
+
+    async def _perform(self, job: Job, request: Request) -> Flight:
+        """Run a request; a put waits until its instance is not filling too many blocks."""
+        turn = Turn(
+            self._instance,
+            lambda: self._check_chain(request.keys),
+            lambda: self.release((job.start.held,)),
+        )
+        if request.operation is not Operation.PUT:
+            return await self._engine.perform(request, turn)
+        blocks = request.span.last_block - request.span.first_block
+        await self._puts.enter(blocks)
+        try:
+            return await self._engine.perform(request, turn)
+        finally:
+            self._puts.leave(blocks)
+
+    def turn_away(self, why: str) -> None:
+        """Refuse the puts that wait for others to end: the devices do not answer."""
+        self._puts.turn_away(ClosedError(why))
 
     def _end(self, job: Job) -> None:
         """Clear away what has ended; a task may be cancelled before its first step."""
         del self._jobs[job.start.number]
+        self._jobs_bytes -= _bytes_of(job.start)
         self.release((job.start.held,))
         if job.task is not None and job.task.cancelled():
             job.answered(Done(job.start.number, "cancelled", 0))
         job.over.set()
+        if self.is_idle:
+            self._on_idle()
 
     def _instance_of(self, start: Start) -> Instance:
         """Give the instance that a request is for.
@@ -176,41 +246,47 @@ class Jobs:
         instance = self._fleet.instances.get(self._instance)
         if instance is None or instance.slot is None or instance.slot != start.slot:
             raise ClosedError("the devices of the instance are not those of the request")
-        if self._fleet.is_stuck(instance.slot):
-            raise ClosedError("the devices of the instance do not answer")
+        if instance.stuck:
+            raise ClosedError(instance.stuck)
         return instance
+
+    def _check_chain(self, keys: bytes) -> None:
+        """Check that the index can take these keys: right before a request is planned.
+
+        Raises:
+            ConfigError: a block is named twice, or known under another parent. Keys that were
+                derived from tokens never are.
+        """
+        blocks = len(keys) // BLOCK_KEY_BYTES - 1
+        agreeing = self._engine.residency.agreeing(keys)
+        if agreeing < blocks:
+            why = "is named twice, or known under another parent"
+            raise ConfigError(f"keys[{agreeing + 1}]", "a block", why)
 
     def _request(self, start: Start, generation: int) -> Request:
         """Return a request in the core's terms.
 
         Raises:
             ClosedError: the instance's devices are not there.
-            ConfigError: it breaks a rule.
+            ConfigError: a device block is none of the instance's.
         """
         engine, fleet = self._engine, self._fleet
-        operation = _OPERATIONS.get(start.operation)
-        if operation is None:
-            raise ConfigError("operation", start.operation, f"one of {', '.join(_OPERATIONS)}")
-        blocks, rest = divmod(len(start.keys), BLOCK_KEY_BYTES)
-        last = blocks - 1
-        if rest or not 0 <= start.first <= last:
-            why = f"must be from 0 to the number of keys, {last}"
-            raise ConfigError("first", start.first, why)
+        operation = _OPERATIONS[start.operation]
+        keys = keys_within(engine, start.keys)
+        last = len(keys) // BLOCK_KEY_BYTES - 1
+        first = min(start.first, last)
         ids = None
         if operation is not Operation.PREFETCH:
-            instance = self._instance_of(start)
-            ids = fleet.ids_of(instance, ids_from(start.device_ids))
-            if len(ids) != last - start.first:
-                why = f"must be one for each block: {last - start.first}"
-                raise ConfigError("device_ids", len(ids), why)
+            ids = fleet.ids_of(self._instance_of(start), ids_from(start.device_ids))
+            ids = ids[: last - first]
         per_block = engine.tokens_per_block
         return Request(
             operation,
             engine.next_request_id(),
             last * per_block,
             per_block,
-            Span(start.first, last, start.first * per_block, last * per_block),
-            start.keys,
+            Span(first, last, first * per_block, last * per_block),
+            keys,
             ids,
             start.namespace_hash,
             None,
@@ -222,6 +298,46 @@ def _bound(numbers: dict[int, Any]) -> None:
     """Forget the oldest of too many."""
     if len(numbers) > JOBS_MAX:
         del numbers[next(iter(numbers))]
+
+
+def _bytes_of(start: Start) -> int:
+    return len(start.keys) + len(start.device_ids)
+
+
+def keys_within(engine: Engine, keys: bytes) -> bytes:
+    """Return the keys of as many blocks as all tiers could hold: more of a prompt is nowhere."""
+    blocks_max = sum(engine.residency.counts(tier).capacity for tier in engine.residency.tiers)
+    return keys[: (blocks_max + 1) * BLOCK_KEY_BYTES]
+
+
+def _check(start: Start) -> None:
+    """Check what can be checked of a request without the engine.
+
+    Raises:
+        ConfigError: it breaks a rule.
+    """
+    if start.operation not in _OPERATIONS:
+        raise ConfigError("operation", start.operation, f"one of {', '.join(_OPERATIONS)}")
+    blocks, rest = divmod(len(start.keys), BLOCK_KEY_BYTES)
+    last = blocks - 1
+    if rest or not 0 <= start.first <= last:
+        raise ConfigError("first", start.first, f"must be from 0 to the number of keys, {last}")
+    if start.operation == Operation.PREFETCH.label:
+        return
+    ids, wanted = start.device_ids, last - start.first
+    if len(ids) != wanted * 8:
+        why = f"must be one for each block: {wanted}, of 8 bytes"
+        raise ConfigError("device_ids", f"{len(ids)} bytes", why)
+    if _has_twice(np.frombuffer(ids, np.int64)):
+        raise ConfigError("device_ids", f"{wanted} ids", "must not name a block twice")
+
+
+def _has_twice(ids: BlockIds) -> bool:
+    """Return whether an id is there twice."""
+    if len(ids) <= FEW:  # a set of few is quicker than a sorted array
+        return len(set(ids.tolist())) < len(ids)
+    ordered = np.sort(ids)
+    return bool((ordered[1:] == ordered[:-1]).any())
 
 
 _OPERATIONS = {operation.label: operation for operation in Operation}

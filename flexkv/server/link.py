@@ -10,9 +10,19 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from flexkv.server.wire import LENGTH_BYTES, Message, ProtocolError, framed, length_of
+from flexkv.server.wire import (
+    FRAME_BYTES_MAX,
+    LENGTH_BYTES,
+    Message,
+    framed,
+    length_of,
+    understood,
+)
 
 T = TypeVar("T")
+
+MESSAGES_A_TURN = 4
+"""After so many that were there already, a receiver lets the other tasks of the loop go on."""
 
 
 class Link(Generic[T]):
@@ -25,6 +35,8 @@ class Link(Generic[T]):
         decoder: msgspec.msgpack.Decoder[T],
     ) -> None:
         self.unsent_bytes_max: int | None = None
+        self.frame_bytes_max = FRAME_BYTES_MAX
+        self._taken = 0
         self._reader, self._writer, self._decoder = reader, writer, decoder
         self._ended = False
         self._poll = select.poll()
@@ -82,20 +94,26 @@ class Link(Generic[T]):
         self._writer.transport.abort()
 
     async def receive(self) -> T | None:
-        """Give the next message; None when there will be none.
+        """Return the next message; None when there will be none.
 
         Raises:
-            ProtocolError: the peer sends something else than messages.
+            ProtocolError: the peer sends something else than messages, or longer ones than it may.
         """
+        self._taken += 1
+        if not self._taken % MESSAGES_A_TURN:
+            await asyncio.sleep(0)
         try:
-            length = length_of(await self._reader.readexactly(LENGTH_BYTES))
+            head = await self._reader.readexactly(LENGTH_BYTES)
+            length = length_of(head, self.frame_bytes_max)
             body = await self._reader.readexactly(length)
         except (OSError, asyncio.IncompleteReadError):
             return None
-        try:
-            return self._decoder.decode(body)
-        except (msgspec.MsgspecError, RecursionError) as error:
-            raise ProtocolError(str(error)) from error
+        return understood(self._decoder, body)
+
+    async def wait_read(self) -> None:
+        """Return once the peer has read most of what it was sent, or its connection has ended."""
+        with suppress(OSError):
+            await self._writer.drain()
 
     def close(self) -> None:
         """Send what is queued, and neither send nor receive more."""

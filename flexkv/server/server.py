@@ -4,6 +4,9 @@ accept ─▶ Hello ─▶ client   one for an instance: match, start, cancel; g
                 │           cancelled
                 ├▶ agent    one for a rank of an instance: copies; gone, its copies have failed
                 └▶ control  what an operator wants
+
+Each connection is a session of its own. Whatever goes wrong in one ends that connection and nothing
+else; only a broken law of the engine's state ends the engine.
 """
 
 from __future__ import annotations
@@ -11,22 +14,26 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from contextlib import ExitStack, suppress
 
-import msgspec
-
-from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
+from flexkv.common.config import MB
+from flexkv.common.errors import ClosedError, ConfigError, FlexKVError, InternalError
 from flexkv.engine import Engine
 from flexkv.index.keys import blocks_are
 from flexkv.logs import get_logger
+from flexkv.server.agent_port import AgentPort
 from flexkv.server.backend import ServerBackend
 from flexkv.server.changes import Watchers
 from flexkv.server.control import Control
-from flexkv.server.fleet import AgentPort
+from flexkv.server.deadlines import DeviceDeadlines
+from flexkv.server.guests import INSTANCES_MAX, Guest, Guests
 from flexkv.server.jobs import Jobs
 from flexkv.server.link import Link
 from flexkv.server.listen import Listener, is_same_user
 from flexkv.server.wire import (
+    FRAME_BYTES_OF,
+    HELLO_BYTES_MAX,
     LENGTH_BYTES,
     PROTOCOL_VERSION,
     TO_SERVER,
@@ -48,6 +55,7 @@ from flexkv.server.wire import (
     Welcome,
     framed,
     length_of,
+    understood,
 )
 
 log = get_logger(__name__)
@@ -60,6 +68,14 @@ CLOSE_S = 10.0
 """How long agents may take to end their copies when the server closes."""
 UNSENT_BYTES_MAX = 16 << 20
 """A client that does not read what it is sent is cut off there: nobody else waits for it."""
+CONTROL_IDLE_S = 60.0
+"""How long an operator's connection may say nothing."""
+SETTLES_MAX = 64
+"""Questions of one agent that may wait for their answer."""
+WINDOWS_PER_AGENT = 2
+"""How many `device_window_mb` an agent may have to copy each way, and at most `HOST_SHARE`."""
+HOST_SHARE = 8
+"""An agent that hangs keeps at most this part of host memory, an eighth, in each direction."""
 
 
 class Server:
@@ -72,12 +88,13 @@ class Server:
         secret = cache.key_secret.get_secret_value()
         self._facts = blocks_are(engine.model, cache.tokens_per_block, secret)
         self._jobs: dict[int, Jobs] = {}
-        self._links: set[Link[ToServer]] = set()
-        self._agents: set[Link[ToServer]] = set()
+        self._guests = Guests(engine.supervisor)
+        self._deadlines = DeviceDeadlines(
+            backend.fleet, engine.runner, cache.io_deadline_s, self._turn_away
+        )
         self._control = Control(engine, backend.fleet)
         self._watchers = Watchers(engine.residency)
         self._closing = False
-        self._idle = asyncio.Event()
 
     def start(self) -> None:
         """Take connections from now on."""
@@ -94,20 +111,23 @@ class Server:
         for jobs in self._jobs.values():
             jobs.cancel()
             jobs.release()
-        for link in list(self._links):
-            if link in self._agents:
-                link.end()
+        for guest in self._guests.all():
+            if guest.link is None:
+                guest.leave()
+            elif guest.kind == "agent":
+                guest.link.end()
             else:
-                link.close()
+                guest.link.close()
         try:
             async with asyncio.timeout(CLOSE_S):
-                while self._links:
-                    self._idle.clear()
-                    await self._idle.wait()
+                await self._guests.wait_none()
         except TimeoutError:
-            log.warning("peers_cut_off", count=len(self._links), reason="they did not end in time")
-            for link in list(self._links):
-                link.abort()
+            count = len(self._guests)
+            log.warning("peers_cut_off", count=count, reason="they did not end in time")
+            for guest in self._guests.all():
+                if guest.link is not None:
+                    guest.link.abort()
+        self._deadlines.close()
 
     async def _listen(self) -> None:
         """Take connections; at a new socket when the file of the old one was removed."""
@@ -134,22 +154,27 @@ class Server:
                 await asyncio.sleep(1.0)
                 continue
             peer.setblocking(False)
-            self._engine.supervisor.spawn("session", self._session(peer))
+            guest = Guest(peer)
+            self._guests.arrive(guest, self._session(guest))
 
-    async def _session(self, peer: socket.socket) -> None:
+    async def _session(self, guest: Guest) -> None:
         """Serve one connection to its end; what goes wrong with it is its own affair."""
+        peer = guest.peer
         with ExitStack() as undo:
             undo.callback(peer.close)
             try:
+                if not is_same_user(peer):
+                    return
                 async with asyncio.timeout(HELLO_S):
                     hello = await _hello(peer)
-                if self._closing or not is_same_user(peer):
+                if self._closing:
                     return
                 self._check(hello)
+                self._guests.take_role(guest, "lending" if hello.role == "agent" else hello.role)
                 self._welcome(peer, hello)
-                link = await Link.over(peer, TO_SERVER)
+                link = guest.link = await Link.over(peer, TO_SERVER)
                 undo.pop_all()  # the link closes it
-                await self._serve(link, hello)
+                await self._serve(guest, link, hello)
             except ConfigError as error:
                 refusal = error.field, str(error.value), error.why
                 log.warning("peer_refused", field=error.field, reason=error.why)
@@ -162,40 +187,47 @@ class Server:
         """Check that who connects may.
 
         Raises:
-            ConfigError: it speaks another protocol, has other blocks, or is there already.
+            ConfigError: it speaks another protocol, has other blocks, is there already, or is one
+                instance too many.
         """
         if hello.version != PROTOCOL_VERSION:
             why = f"this server speaks {PROTOCOL_VERSION}: use the same FlexKV everywhere"
             raise ConfigError("protocol_version", hello.version, why)
         if hello.role != "control":
             self._check_facts(hello)
+            self._check_instance(hello.instance)
         if hello.role == "client" and self._backend.fleet.client_of(hello.instance) is not None:
             raise ConfigError("instance_id", hello.instance, "has a client already")
         if hello.role == "agent":
             self._backend.fleet.check(hello.instance, hello.tp_rank, hello.num_blocks, hello.order)
 
-    async def _serve(self, link: Link[ToServer], hello: Hello) -> None:
+    async def _serve(self, guest: Guest, link: Link[ToServer], hello: Hello) -> None:
         if self._closing:
             link.close()
             return
-        self._links.add(link)
-        if hello.role == "agent":
-            self._agents.add(link)
-        else:
+        link.frame_bytes_max = FRAME_BYTES_OF[hello.role]
+        if hello.role != "agent":  # to cut an agent off would not stop its copies
             link.unsent_bytes_max = UNSENT_BYTES_MAX
         try:
             match hello.role:
                 case "client":
                     await self._client(link, hello)
                 case "agent":
-                    await self._agent(link, hello)
+                    await self._agent(guest, link, hello)
                 case "control":
-                    await self._commands(link)
+                    await self._commands(guest, link)
         finally:
             link.close()
-            self._links.discard(link)
-            self._agents.discard(link)
-            self._idle.set()
+            for settling in guest.settling:
+                settling.cancel()
+            self._forget_idle(hello.instance)
+
+    def _check_instance(self, number: int) -> None:
+        if not 0 <= number < 1 << 63:
+            raise ConfigError("instance_id", number, "must be from 0 to 2**63 - 1")
+        known = self._jobs.keys() | self._backend.fleet.instances.keys()
+        if number not in known and len(known) >= INSTANCES_MAX:
+            raise ConfigError("instance_id", number, f"is one too many: at most {INSTANCES_MAX}")
 
     def _check_facts(self, hello: Hello) -> None:
         for name in self._facts.keys() | hello.facts.keys():
@@ -261,11 +293,25 @@ class Server:
                 raise ProtocolError(f"a client does not send {type(message).__name__}")
 
     def _jobs_of(self, number: int) -> Jobs:
-        """Give the requests of an instance: those of an earlier client may be ending still."""
+        """Return the requests of an instance: those of an earlier client may be ending still."""
         jobs = self._jobs.get(number)
         if jobs is None:
-            jobs = self._jobs[number] = Jobs(self._engine, self._backend.fleet, number)
+            jobs = Jobs(
+                self._engine, self._backend.fleet, number, lambda: self._forget_idle(number)
+            )
+            self._jobs[number] = jobs
         return jobs
+
+    def _turn_away(self, number: int, why: str) -> None:
+        """Refuse what waits of an instance that does not answer."""
+        if number in self._jobs:
+            self._jobs[number].turn_away(why)
+
+    def _forget_idle(self, number: int) -> None:
+        """Keep nothing of an instance that is not there and has no request under way."""
+        jobs = self._jobs.get(number)
+        if jobs is not None and jobs.is_idle and number not in self._backend.fleet.instances:
+            del self._jobs[number]
 
     def _tell_state(self, number: int) -> None:
         """Tell an instance's client what its devices are."""
@@ -287,67 +333,108 @@ class Server:
 
     # -- agents ---------------------------------------------------------------------------------
 
-    async def _agent(self, link: Link[ToServer], hello: Hello) -> None:
+    async def _agent(self, guest: Guest, link: Link[ToServer], hello: Hello) -> None:
         fleet, number, rank = self._backend.fleet, hello.instance, hello.tp_rank
         if (message := await link.receive()) is None:
             return
         if not isinstance(message, Lent):
             raise ProtocolError("an agent's first word is that its device is lent")
-        part_bytes = fleet.block_bytes // self._engine.model.parts
-        port = AgentPort(link, part_bytes, hello.num_blocks)
+        port = self._port_of(link, hello)
         fleet.join(number, rank, port, hello.order)
+        self._guests.take_role(guest, "agent")
         log.info("agent connected", instance=number, rank=rank, blocks=hello.num_blocks)
-        self._tell_state(number)
+        may_copy = True
         try:
+            self._tell_state(number)
             while (message := await link.receive()) is not None:
-                self._hear(link, port, message, (number, rank))
+                self._hear(guest, port, message, (number, rank))
+                await link.wait_read()  # one that does not read is not answered either
+            may_copy = False
+        except asyncio.CancelledError:
+            may_copy = False  # the engine has ended: nobody uses its memory any more
+            raise
         except ProtocolError as error:
-            # It may be copying still: its copies end before its connection does.
             log.warning("agent_dismissed", instance=number, rank=rank, reason=str(error))
-            link.end()
-            await link.ignore()
         finally:
+            if may_copy:  # whatever went wrong: its copies end before its connection does
+                port.fail_unsent("its agent was dismissed")
+                link.end()
+                await link.ignore()
             fleet.leave(number, rank)
-            self._jobs_of(number).cancel_unready()
+            self._deadlines.look()
+            if number in self._jobs:
+                self._jobs[number].cancel_unready()
             self._tell_state(number)
             log.info("agent gone", instance=number, rank=rank)
 
-    def _hear(
-        self, link: Link[ToServer], port: AgentPort, message: ToServer, who: tuple[int, int]
-    ) -> None:
+    def _port_of(self, link: Link[ToServer], hello: Hello) -> AgentPort:
+        engine, fleet = self._engine, self._backend.fleet
+        host_bytes = engine.sizes.num_host_blocks * fleet.block_bytes
+        window_bytes = int(engine.cache.device_window_mb * MB) * WINDOWS_PER_AGENT
+        window_bytes = min(window_bytes, host_bytes // HOST_SHARE)
+        parts = engine.model.parts
+        return AgentPort(link, fleet.block_bytes // parts, hello.num_blocks, window_bytes // parts)
+
+    def _hear(self, guest: Guest, port: AgentPort, message: ToServer, who: tuple[int, int]) -> None:
         """Take what an agent, of an instance and a rank, has said."""
         number, rank = who
         match message:
             case Copied():
                 port.copied(message)
+                if self._backend.fleet.instances[number].stuck:
+                    self._deadlines.look()
             case Ready():
                 self._jobs_of(number).ready(message.numbers, rank)
             case Settle():
-                work = self._settle(link, message, number)
-                self._engine.supervisor.spawn("settle", work)
+                self._settle(guest, message, self._jobs_of(number))
             case _:
                 raise ProtocolError(f"an agent does not send {type(message).__name__}")
 
-    async def _settle(self, link: Link[ToServer], message: Settle, number: int) -> None:
-        await self._jobs_of(number).settled(message.requests)
-        link.send(Settled(message.number))
+    def _settle(self, guest: Guest, message: Settle, jobs: Jobs) -> None:
+        """Answer an agent when its requests are over: at once if they are."""
+        link = guest.link
+        assert link is not None
+        unsettled = jobs.unsettled(message.requests)
+        if not unsettled:
+            link.send(Settled(message.number))
+            return
+        if len(guest.settling) >= SETTLES_MAX:
+            raise ProtocolError(f"it waits for {SETTLES_MAX} answers already")
+
+        async def settle() -> None:
+            for job in unsettled:
+                await job.over.wait()
+            link.send(Settled(message.number))
+
+        task = self._engine.supervisor.spawn_session("settle", settle())
+        guest.settling.add(task)
+        task.add_done_callback(guest.settling.discard)
 
     # -- control --------------------------------------------------------------------------------
 
-    async def _commands(self, link: Link[ToServer]) -> None:
-        while (message := await link.receive()) is not None:
+    async def _commands(self, guest: Guest, link: Link[ToServer]) -> None:
+        while True:
+            async with asyncio.timeout(CONTROL_IDLE_S):
+                message = await link.receive()
+            if message is None:
+                return
             if not isinstance(message, Command):
                 raise ProtocolError("an operator sends commands")
+            guest.is_busy = True
             try:
                 value = await self._control.perform(message.verb, dict(message.arguments))
+            except InternalError:
+                raise  # the engine's state is wrong: it is not an answer
             except FlexKVError as error:
                 link.send(Answer(message.number, None, str(error)))
             else:
                 link.send(Answer(message.number, value))
+            guest.is_busy, guest.heard_s = False, time.monotonic()
+            await link.wait_read()
 
 
 async def _hello(peer: socket.socket) -> Hello:
-    """Give the first message of who connects.
+    """Return the first message of who connects.
 
     Raises:
         ProtocolError: it is something else.
@@ -363,13 +450,8 @@ async def _hello(peer: socket.socket) -> Hello:
             got += more
         return got
 
-    length = length_of(await read(LENGTH_BYTES))
-    if length > UNSENT_BYTES_MAX:
-        raise ProtocolError(f"a greeting of {length} bytes")
-    try:
-        hello = TO_SERVER.decode(await read(length))
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise ProtocolError(str(error)) from error
+    length = length_of(await read(LENGTH_BYTES), HELLO_BYTES_MAX)
+    hello = understood(TO_SERVER, await read(length))
     if not isinstance(hello, Hello):
         raise ProtocolError("it did not say who it is")
     return hello

@@ -10,18 +10,35 @@ A request is named by its instance and a number that the client gives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
-from flexkv.common.errors import ConfigError, FlexKVError
+from flexkv.common.decoding import decoded
+from flexkv.common.errors import ConfigError, FlexKVError, MalformedError
+
+T = TypeVar("T")
 
 PROTOCOL_VERSION = 3
-FRAME_BYTES_MAX = 64 << 20
+FRAME_BYTES_MAX = 8 << 20
+"""Of any message; the server takes no more than `FRAME_BYTES_OF` from a peer of a role."""
 LENGTH_BYTES = 4
+HELLO_BYTES_MAX = 64 << 10
+NUMBERS_MAX = 4096
+"""In one message: who has more to say sends several."""
 
 Role: TypeAlias = Literal["client", "agent", "control"]
+FRAME_BYTES_OF: Mapping[Role, int] = {
+    "client": FRAME_BYTES_MAX,
+    "agent": 1 << 20,
+    "control": 64 << 10,
+}
+
+Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Numbers: TypeAlias = Annotated[tuple[Number, ...], msgspec.Meta(max_length=NUMBERS_MAX)]
+Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
+ShortText: TypeAlias = Annotated[str, msgspec.Meta(max_length=4096)]
 
 
 class ProtocolError(FlexKVError):
@@ -38,13 +55,13 @@ class Hello(Message, tag="hello", frozen=True):
     version: int
     role: Role
     pid: int
-    facts: Mapping[str, int | str] = {}
+    facts: Annotated[Mapping[str, int | str], msgspec.Meta(max_length=64)] = {}
     """As of `blocks_are`: who means other blocks is refused. Nothing for control."""
     instance: int = 0
     tp_rank: int = 0
     num_blocks: int = 0
     """Of an agent's device."""
-    order: str = ""
+    order: ShortText = ""
     """Of the elements of its blocks."""
     watches: bool = False
     """Of a client: whether it wants to be told what is `Changed`."""
@@ -57,29 +74,29 @@ class Welcome(Message, tag="welcome", frozen=True):
     pid: int
     refusal: tuple[str, str, str] | None = None
     """Field, value, and rule that was broken: nothing follows."""
-    num_host_blocks: int = 0
-    block_stride_bytes: int = 0
-    fd_offset_bytes: int = 0
+    num_host_blocks: Number = 0
+    block_stride_bytes: Number = 0
+    fd_offset_bytes: Number = 0
 
 
 class State(Message, tag="state", frozen=True):
     """Whether an instance's devices are all there, and how their blocks are."""
 
     ready: bool
-    num_blocks: int
-    order: str
-    slot: int = 0
+    num_blocks: Number
+    order: ShortText
+    slot: Number = 0
     """Names this state: a `Start` that was made in another one is refused."""
-    generation: int = 0
+    generation: Number = 0
     """Grows with each clear: see `flexkv.index.clears`."""
 
 
 class Match(Message, tag="match", frozen=True):
     """How much is resident of a prompt: its root and block keys, 16 bytes each."""
 
-    number: int
+    number: Number
     keys: bytes
-    first: int = 0
+    first: Number = 0
     """Who asks has the blocks before: of where they are nothing is told."""
     hold: bool = False
     """Keep what is found from eviction, until a `Start` or a `Release` names this number."""
@@ -90,46 +107,46 @@ class Match(Message, tag="match", frozen=True):
 class Release(Message, tag="release", frozen=True):
     """Let go of what matches hold."""
 
-    numbers: tuple[int, ...]
+    numbers: Numbers
 
 
 class Matched(Message, tag="matched", frozen=True):
     """The answer, in blocks."""
 
-    number: int
-    blocks: int
-    by_tier: Mapping[str, int]
+    number: Number
+    blocks: Number
+    by_tier: Mapping[str, Number]
     """Of those from `first` on."""
 
 
 class Start(Message, tag="start", frozen=True):
     """Begin a get, put or prefetch of the blocks from `first` to the end of `keys`."""
 
-    number: int
-    operation: str
+    number: Number
+    operation: ShortText
     keys: bytes
-    first: int
+    first: Number
     device_ids: bytes
     """int64, one for each block."""
-    slot: int
+    slot: Number
     when_ready: bool = False
     """Wait until every rank has said `Ready`: what is put has to be written first."""
-    held: int = 0
+    held: Number = 0
     """The match whose hold ends when this request is planned."""
-    namespace_hash: str = ""
-    generation: int | None = None
+    namespace_hash: ShortText = ""
+    generation: Number | None = None
     """When what is put was computed: of a clear since then nothing is stored. None: now."""
 
 
 class Done(Message, tag="done", frozen=True):
     """A request has ended: no device touches its blocks any more."""
 
-    number: int
+    number: Number
     status: str
-    moved: int
+    moved: Number
     """Blocks: for a get, so many from `first` on are there."""
     error: str = ""
-    took_s: float = 0.0
+    took_s: Seconds = 0.0
     """From when it could begin."""
     is_stale: bool = False
     """Whether a put stored nothing because the cache was cleared after what it reads was made."""
@@ -147,13 +164,13 @@ class Changed(Message, tag="changed", frozen=True):
 class Cancel(Message, tag="cancel", frozen=True):
     """Give requests up; each is answered all the same, with `Done`."""
 
-    numbers: tuple[int, ...]
+    numbers: Numbers
 
 
 class Copy(Message, tag="copy", frozen=True):
     """Copy blocks between host memory and a rank's device; ids are int64."""
 
-    token: int
+    token: Number
     to_device: bool
     host_ids: bytes
     device_ids: bytes
@@ -166,41 +183,41 @@ class Lent(Message, tag="lent", frozen=True):
 class Copied(Message, tag="copied", frozen=True):
     """A copy has ended."""
 
-    token: int
-    error: str = ""
+    token: Number
+    error: ShortText = ""
 
 
 class Ready(Message, tag="ready", frozen=True):
     """What these puts read is written, on this rank."""
 
-    numbers: tuple[int, ...]
+    numbers: Numbers
 
 
 class Settle(Message, tag="settle", frozen=True):
     """Tell when no device touches the blocks of these requests any more."""
 
-    number: int
-    requests: tuple[int, ...]
+    number: Number
+    requests: Numbers
 
 
 class Settled(Message, tag="settled", frozen=True):
     """None does."""
 
-    number: int
+    number: Number
 
 
 class Command(Message, tag="command", frozen=True):
     """What an operator wants: see `flexkv.server.control`."""
 
-    number: int
-    verb: str
+    number: Number
+    verb: ShortText
     arguments: Mapping[str, Any] = {}
 
 
 class Answer(Message, tag="answer", frozen=True):
     """The outcome of a command."""
 
-    number: int
+    number: Number
     value: Any = None
     error: str = ""
 
@@ -227,13 +244,31 @@ def framed(message: Message) -> bytes:
     return len(body).to_bytes(LENGTH_BYTES, "little") + body
 
 
-def length_of(head: bytes) -> int:
-    """Give the length of the message that follows a frame's head.
+def parts_of(numbers: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return numbers in as many parts as messages are needed for them."""
+    starts = range(0, len(numbers), NUMBERS_MAX)
+    return [tuple(numbers[start : start + NUMBERS_MAX]) for start in starts]
+
+
+def length_of(head: bytes, bytes_max: int = FRAME_BYTES_MAX) -> int:
+    """Return the length of the message that follows a frame's head.
 
     Raises:
-        ProtocolError: nobody sends that much.
+        ProtocolError: it is more than `bytes_max`.
     """
     length = int.from_bytes(head, "little")
-    if length > FRAME_BYTES_MAX:
+    if length > bytes_max:
         raise ProtocolError(f"a frame of {length} bytes")
     return length
+
+
+def understood(decoder: msgspec.msgpack.Decoder[T], body: bytes | bytearray | memoryview) -> T:
+    """Return the message that a peer sent.
+
+    Raises:
+        ProtocolError: it is none, whatever is wrong with it.
+    """
+    try:
+        return decoded(decoder, body)
+    except MalformedError as error:
+        raise ProtocolError(str(error)) from error

@@ -43,9 +43,9 @@ class FleetMachine(RuleBasedStateMachine):
 
     @initialize(model=st.sampled_from(list(MODELS.values())))
     def open(self, model: ModelConfig) -> None:
-        """Start with every instance whole. What is under way is late at once."""
+        """Start with every instance whole."""
         self.model = model
-        self.fleet = FleetPort(model, HOST_BLOCKS, model.parts * PART_BYTES, deadline_s=-1.0)
+        self.fleet = FleetPort(model, HOST_BLOCKS, model.parts * PART_BYTES)
         self.fleet.connect(lambda: setattr(self, "is_woken", True))
         for instance in range(INSTANCES):
             self.mend(instance)
@@ -185,14 +185,14 @@ class FleetMachine(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self) -> None:
-        """Who waits for an end is woken; slots are those of who is there, and late ones known."""
+        """Who waits for an end is woken; slots are those of who is there; who is busy is known."""
         assert self.is_woken or not any(sent.is_over for sent in self.sent.values())
         instances = self.fleet.instances.items()
         seen = {number: (each.client, each.slot, each.ports) for number, each in instances}
         assert seen == {number: each.shape for number, each in enumerate(self.places) if each}
-        busy = {sent.slot.number for sent in self.sent.values() if sent.is_taken}
-        for slot in self.slots:
-            assert self.fleet.is_stuck(slot.number) == (slot.number in busy)
+        for place in self.places:
+            for rank in place.ranks.values():
+                assert rank.port.is_busy == bool(rank.wire.asked)
 
     def teardown(self) -> None:
         """The server closes: when everybody has gone, nothing is left."""

@@ -154,10 +154,11 @@ class Peer:
         self.say(Start(number, "put", keys, 0, np.arange(BLOCKS).tobytes(), self.slot))
 
     def close(self) -> None:
-        """Be gone."""
+        """Be gone. Idempotent."""
+        fd = self.connected.arena_fd
+        if fd is not None and self._socket.fileno() >= 0:
+            os.close(fd)
         self._socket.close()
-        if self.connected.arena_fd is not None:
-            os.close(self.connected.arena_fd)
 
 
 def _try(settings: Settings, hello: Hello) -> Connected | None:

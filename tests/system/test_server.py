@@ -203,7 +203,7 @@ def test_an_operator_traces_a_running_server(
         assert (said.exit_code, answer in said.output) == (0, True), said.output
     status = command(settings.server_recv_port, "status")
     assert status["instances"] == {
-        "0": {"ranks": [0], "ready": True, "blocks": DEVICE_BLOCKS, "client": True}
+        "0": {"ranks": [0], "ready": True, "blocks": DEVICE_BLOCKS, "client": True, "stuck": ""}
     }
     with pytest.raises(BackendUnavailableError, match="no-such-socket"):
         command("ipc:///tmp/no-such-socket", "status")

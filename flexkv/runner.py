@@ -1,0 +1,132 @@
+"""Takes a request from its arrival to its answer: admission, planning, and waiting.
+
+perform ─▶ Admission ─▶ check ─▶ Scheduler.begin ─▶ answered ─▶ leave
+                                      │
+                                      └─ its device hangs ─▶ the place goes to others;
+                                         the answer comes when hardware has let go
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import NamedTuple
+
+from flexkv.actors.flight import Flight
+from flexkv.actors.observer import Observer
+from flexkv.actors.scheduler import Scheduler
+from flexkv.actors.write_behind import WriteBehind
+from flexkv.admission import Admission
+from flexkv.common.errors import ClosedError
+from flexkv.common.request import Operation, Request
+from flexkv.devices import Use
+
+
+class Turn(NamedTuple):
+    """Whose a request is, and what its owner has to do as it is planned."""
+
+    group: int = 0
+    """Which group of requests it is counted in: see `Admission`."""
+    check: Callable[[], None] | None = None
+    """Called right before the request is planned, and again when it is planned anew.
+
+    It raises if the request may not be planned any more."""
+    begun: Callable[[], None] | None = None
+    """Called whenever the request has been planned: what a match held may be let go."""
+
+
+ALONE = Turn()
+
+
+class RequestRunner:
+    """Runs the requests of one engine."""
+
+    def __init__(
+        self,
+        admission: Admission,
+        scheduler: Scheduler,
+        observer: Observer,
+        behind: WriteBehind,
+    ) -> None:
+        """Take the parts of an engine; what hangs gives its place in `admission` back."""
+        self._behind = behind
+        self.admission = admission
+        self._scheduler, self._observer = scheduler, observer
+        scheduler.on_hang = self._give_place_back
+
+    async def perform(self, request: Request, use: Use, turn: Turn = ALONE) -> Flight:
+        """Run a request to its answer; the flight that is returned has its response.
+
+        Raises:
+            FlexKVError: it was not admitted, or `turn.check` refused it.
+
+        Cancellation: the request is cancelled, and CancelledError raised once no hardware touches
+        its device slots any more; their content is undefined then.
+        """
+        arrived_ns = None
+        use.count += 1
+        try:
+            if self._behind.is_active or request.operation is Operation.PUT:
+                await self._behind.admit(request)
+            if not self.admission.enter_nowait(turn.group):
+                arrived_ns = self._observer.now_ns()
+                await self.admission.enter(turn.group)
+            return await self._run(request, arrived_ns, turn)
+        finally:
+            use.leave()
+
+    async def _run(self, request: Request, arrived_ns: int | None, turn: Turn) -> Flight:
+        """Run a request that was admitted, and give its place back."""
+        flight: Flight | None = None
+        try:
+            for is_last in (False, True):
+                flight = self._begin(request, arrived_ns, turn, flight)
+                arrived_ns = flight.arrived_ns
+                if flight.response is None:
+                    await self._wait_answered(flight)
+                # Where another gave up filling its blocks they may be elsewhere: once more.
+                if is_last or not flight.waited_in_vain:
+                    break
+            assert flight is not None
+            if flight.waited_in_vain:
+                self._scheduler.tell(flight)
+            return flight
+        finally:
+            if flight is None or flight.has_place:
+                self.admission.leave(turn.group)
+
+    async def _wait_answered(self, flight: Flight) -> None:
+        try:
+            await flight.wait_answered()
+        except asyncio.CancelledError:
+            self._scheduler.cancel(flight)
+            await flight.wait_drained()
+            raise
+
+    def _begin(
+        self, request: Request, arrived_ns: int | None, turn: Turn, before: Flight | None
+    ) -> Flight:
+        """Plan a request; the flight before it, if there is one, hands its place on."""
+        if turn.check is not None:
+            turn.check()
+        flight = self._scheduler.begin(request, arrived_ns)
+        flight.group = turn.group
+        if before is not None:
+            flight.has_place = before.has_place
+        if turn.begun is not None:
+            turn.begun()
+        return flight
+
+    def turn_away(self, group: int, why: str) -> None:
+        """Refuse a group's requests, and let nobody wait for its devices: they do not answer."""
+        self.admission.turn_away(group, ClosedError(why))
+        self._scheduler.strand(group, why)
+
+    def take_back(self, group: int) -> None:
+        """Admit a group's requests again: its devices answer."""
+        self.admission.turn_away(group, None)
+
+    def _give_place_back(self, flight: Flight) -> None:
+        if flight.has_place and flight.response is None:
+            flight.has_place = False
+            self.admission.leave(flight.group)

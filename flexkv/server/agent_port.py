@@ -1,0 +1,180 @@
+"""The server's end of one rank's device: copies are sent to its agent, a bounded number at once.
+
+    submit ──▶ queue (to the device first) ──window──▶ sent ──Copied──▶ ended
+                   │                                    │
+                   └── fail_unsent ──▶ failed           └── gone: the connection has ended
+
+A copy that was sent stays under way until the agent answers or its connection ends: a process that
+was stopped may wake up and write into host memory at any later time. What waits behind the window
+was never sent, so it can fail at once when the agent does not answer; and an agent that does not
+read cannot make the server keep more than the window for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from flexkv.common.errors import AgentGoneError, TransferError
+from flexkv.common.layout import PagedLayout
+from flexkv.common.terms import Tier, Transfer
+from flexkv.io.ports import Completion
+from flexkv.server.link import Link
+from flexkv.server.wire import Copied, Copy, ProtocolError, ToServer
+
+COPIES_MIN = 4
+"""So many copies may always be sent, however large: the agent works on one as the next comes."""
+
+
+class Elsewhere:
+    """What a port has nothing to do for when the device is in another process."""
+
+    arrived_bytes = 0
+    failure: TransferError | None = None
+
+    def order_after(self, to_device: bool) -> None:
+        """Do nothing: agents order their copies themselves."""
+
+    def suspend(self) -> None:
+        """Do nothing: an agent that sleeps disconnects."""
+
+    def resume(self, layout: PagedLayout, owner: object) -> None:
+        """Do nothing: an agent that wakes connects anew."""
+
+
+class _Sent(NamedTuple):
+    transfer: Transfer
+    since_s: float
+
+
+class AgentPort(Elsewhere):
+    """The port to the device of one rank, by its agent."""
+
+    def __init__(
+        self,
+        link: Link[ToServer],
+        block_bytes: int,
+        num_blocks: int,
+        window_bytes: int | None = None,
+    ) -> None:
+        """Take what an agent has told of its device; `block_bytes` are those of its part.
+
+        `window_bytes` may be sent and unanswered in each direction; None stands for any number.
+        """
+        self.block_bytes, self.num_blocks = block_bytes, num_blocks
+        self._link, self._window_bytes = link, window_bytes
+        self.is_dismissed = False
+        self._queues: dict[bool, deque[Transfer]] = {True: deque(), False: deque()}
+        self._sent: dict[int, _Sent] = {}
+        self._unanswered = {True: [0, 0], False: [0, 0]}
+        """By direction, true to the device: how many copies, and their bytes."""
+        self._ended: list[Completion] = []
+        self._wake: Callable[[], None] | None = None
+
+    def connect(self, wake: Callable[[], None]) -> None:
+        """Attach to the running event loop."""
+        self._wake = wake
+
+    def submit(self, transfer: Transfer) -> None:
+        """Send a transfer to the agent, some time soon; without one it has failed on return."""
+        if not self._link.is_open:
+            self._end(transfer, "it is not connected")
+            return
+        self._queues[transfer.route.target is Tier.DEVICE].append(transfer)
+        self._pump()
+
+    def copied(self, message: Copied) -> None:
+        """Take from the agent that a copy has ended.
+
+        Raises:
+            ProtocolError: it was not asked for that copy.
+        """
+        if message.token not in self._sent:
+            raise ProtocolError(f"copy {message.token} is not under way")
+        self._answered(message.token, message.error)
+        self._pump()
+
+    def oldest_s(self) -> float:
+        """Return for how long the oldest copy has been unanswered; 0 when there is none."""
+        for _, since_s in self._sent.values():
+            return time.monotonic() - since_s
+        return 0.0
+
+    @property
+    def is_busy(self) -> bool:
+        """Return whether a copy is unanswered."""
+        return bool(self._sent)
+
+    def fail_unsent(self, why: str) -> None:
+        """End what was not sent yet: the agent has never heard of it."""
+        for queue in self._queues.values():
+            while queue:
+                self._end(queue.popleft(), why)
+
+    def dismiss(self) -> None:
+        """Let the agent end what it does, and connect anew if it likes."""
+        self.is_dismissed = True
+        self._link.end()
+        self.fail_unsent("its agent was dismissed")
+
+    def gone(self) -> None:
+        """Take that the agent's process has ended, or copies nothing any more."""
+        self.fail_unsent("it is gone")
+        for token in list(self._sent):
+            self._answered(token, "it is gone")
+
+    def reap(self) -> list[Completion]:
+        """Return every transfer that ended since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def close(self) -> None:
+        """Do nothing: the link is the session's."""
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _pump(self) -> None:
+        """Send what the windows have room for; what goes to the device goes first.
+
+        While some of that waits, one copy at a time goes to the host, so that puts are not starved.
+        """
+        inbound, outbound = self._queues[True], self._queues[False]
+        while inbound and self._has_room(True, inbound[0]):
+            self._send(True, inbound.popleft())
+        while outbound and self._has_room(False, outbound[0]):
+            if inbound and self._unanswered[False][0]:
+                return
+            self._send(False, outbound.popleft())
+
+    def _has_room(self, to_device: bool, transfer: Transfer) -> bool:
+        copies, copies_bytes = self._unanswered[to_device]
+        if self._window_bytes is None or copies < COPIES_MIN:
+            return True
+        return copies_bytes + transfer.block_count * self.block_bytes <= self._window_bytes
+
+    def _send(self, to_device: bool, transfer: Transfer) -> None:
+        self._count(transfer, 1)
+        self._sent[transfer.token] = _Sent(transfer, time.monotonic())
+        host_ids, device_ids = transfer.sides
+        self._link.send(Copy(transfer.token, to_device, host_ids.tobytes(), device_ids.tobytes()))
+
+    def _count(self, transfer: Transfer, sign: int) -> None:
+        unanswered = self._unanswered[transfer.route.target is Tier.DEVICE]
+        unanswered[0] += sign
+        unanswered[1] += sign * transfer.block_count * self.block_bytes
+
+    def _answered(self, token: int, error: str) -> None:
+        transfer = self._sent.pop(token).transfer
+        self._count(transfer, -1)
+        self._end(transfer, error)
+
+    def _end(self, transfer: Transfer, error: str) -> None:
+        failure = None
+        if error:
+            route = str(transfer.route)
+            failure = AgentGoneError(transfer.token, route, transfer.block_count, error)
+        self._ended.append(Completion(transfer.token, failure))
+        if self._wake is not None:
+            self._wake()

@@ -1,0 +1,107 @@
+"""Watches whether agents end the copies they were asked for, and works around those that do not.
+
+    a copy is unanswered for the deadline ──▶ stuck: the instance's requests are refused, what was
+                 │                            not sent fails, nobody waits for the rest
+                 └── answered, or its connection has ended ──▶ served again
+
+An agent that does not answer may be a process that was stopped: it can go on at any time, and then
+it reads and writes host memory. So the blocks of the copies that it was sent stay claimed until it
+answers or its connection ends, which is when the process has ended or has finished them. Its
+connection is never cut: that would stop no copy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from flexkv.logs import get_logger
+from flexkv.runner import RequestRunner
+from flexkv.server.fleet import FleetPort, Instance
+
+log = get_logger(__name__)
+
+LOOKS_A_DEADLINE = 4
+"""How often within a deadline it is looked whether it has passed."""
+
+
+class DeviceDeadlines:
+    """Finds the instances of a fleet that are stuck, as long as agents have something to do."""
+
+    def __init__(
+        self,
+        fleet: FleetPort,
+        runner: RequestRunner,
+        deadline_s: float,
+        on_stuck: Callable[[int, str], None],
+    ) -> None:
+        """Take the fleet, what runs its requests, and how long a copy may take.
+
+        `on_stuck` is told of the instances that are found stuck, and why they are.
+        """
+        self._on_stuck = on_stuck
+        self._fleet, self._runner, self._deadline_s = fleet, runner, deadline_s
+        self._stuck: set[int] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._due_s = 0.0
+        fleet.begun = self._arm
+
+    def look(self) -> None:
+        """Find who is stuck now, and who is so no more."""
+        late = {number: ranks for number, each in self._instances() if (ranks := self._late(each))}
+        for number in late.keys() - self._stuck:
+            self._begin(number, late[number])
+        for number in self._stuck - late.keys():
+            self._end(number)
+        if self._stuck or any(
+            port.is_busy for _, each in self._instances() for port in each.ports.values()
+        ):
+            self._arm()
+
+    def close(self) -> None:
+        """Look no more."""
+        self._fleet.begun = lambda: None
+        if self._timer is not None:
+            self._timer.cancel()
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _instances(self) -> list[tuple[int, Instance]]:
+        return list(self._fleet.instances.items())
+
+    def _late(self, instance: Instance) -> list[int]:
+        """Return the ranks that have not answered in time."""
+        ports = instance.ports.items()
+        return sorted(rank for rank, port in ports if port.oldest_s() > self._deadline_s)
+
+    def _begin(self, number: int, ranks: list[int]) -> None:
+        instance = self._fleet.instances[number]
+        why = f"the devices of instance {number} do not answer (rank {ranks})"
+        log.error("instance_stuck", instance=number, ranks=ranks, deadline_s=self._deadline_s)
+        self._stuck.add(number)
+        instance.stuck = why
+        for port in instance.ports.values():
+            port.fail_unsent(why)
+        self._on_stuck(number, why)
+        self._runner.turn_away(number, why)
+
+    def _end(self, number: int) -> None:
+        self._stuck.discard(number)
+        if (instance := self._fleet.instances.get(number)) is not None:
+            instance.stuck = ""
+        log.info("instance_answers", instance=number)
+        self._runner.take_back(number)
+
+    def _arm(self) -> None:
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._due_s = loop.time() + self._deadline_s / LOOKS_A_DEADLINE
+            self._timer = loop.call_at(self._due_s, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        late_s = asyncio.get_running_loop().time() - self._due_s
+        if late_s > self._deadline_s / LOOKS_A_DEADLINE:
+            self._arm()  # the loop was held: what agents have answered has not been read
+        else:
+            self.look()

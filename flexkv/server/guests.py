@@ -1,0 +1,157 @@
+"""The connections of a server: how many there may be, and which one goes when a new one comes.
+
+    arrive ─▶ stranger ─Hello─▶ client, agent, control
+                 │                               │
+                 └─ too many: the oldest goes    └─ too many: the one that is idle longest goes
+
+Descriptors are kept in reserve, so that no number of connections keeps the engine from opening a
+file. A newcomer is always let in to say who it is; whoever has said nothing for longest makes room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import socket
+import time
+from collections.abc import Coroutine, Iterator
+from contextlib import suppress
+from typing import Any
+
+from flexkv.actors.actor import Supervisor
+from flexkv.common.errors import ConfigError
+from flexkv.logs import get_logger
+from flexkv.server.link import Link
+from flexkv.server.wire import ToServer
+
+log = get_logger(__name__)
+
+STRANGERS_MAX = 256
+"""Connections that have not said yet who they are, or agents that have not lent their device."""
+CONTROLS_MAX = 32
+"""Operators' connections."""
+INSTANCES_MAX = 256
+"""Instances that are connected, or have requests under way."""
+RESERVE = 24
+"""Descriptors that are left to the engine beside those that it had when the server started."""
+CONNECTIONS_MIN = 8
+"""So many connections are served, however few descriptors there are."""
+
+
+class Guest:
+    """One connection.
+
+    Attributes:
+        kind: "stranger", "lending", or its role.
+        link: once there is one, it closes the socket.
+        heard_s: when it was last heard.
+        is_busy: whether it waits for an answer of ours.
+        settling: tasks that it waits for.
+    """
+
+    def __init__(self, peer: socket.socket) -> None:
+        self.peer = peer
+        self.kind = "stranger"
+        self.link: Link[ToServer] | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.heard_s = time.monotonic()
+        self.is_busy = False
+        self.settling: set[asyncio.Task[None]] = set()
+
+    def leave(self) -> None:
+        """End the connection, by ending its task."""
+        if self.task is not None:
+            self.task.cancel()
+
+
+class Guests:
+    """Every connection of a server, oldest first."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        """Take what runs their tasks, and the descriptors that there are by now."""
+        self._supervisor = supervisor
+        self._guests: dict[Guest, None] = {}
+        self._in_use = len(os.listdir("/proc/self/fd"))
+        self._idle = asyncio.Event()
+        _raise_limit()
+
+    def __len__(self) -> int:
+        return len(self._guests)
+
+    @property
+    def room(self) -> int:
+        """Return how many connections there are descriptors for."""
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return max(CONNECTIONS_MIN, limit - self._in_use - RESERVE)
+
+    def arrive(self, guest: Guest, session: Coroutine[Any, Any, None]) -> None:
+        """Serve a new connection by its session; one that is of less use may have to go."""
+        self._guests[guest] = None
+        guest.task = self._supervisor.spawn_session("session", session)
+        guest.task.add_done_callback(lambda _: self._gone(guest))
+        strangers = [each for each in self._guests if each.kind in ("stranger", "lending")]
+        if len(strangers) > STRANGERS_MAX:
+            self._dismiss(strangers[0], "too many have not said who they are")
+        elif len(self._guests) > self.room:
+            self._dismiss(self._least(guest), "there are too few descriptors")
+
+    def take_role(self, guest: Guest, kind: str) -> None:
+        """Note what a connection is for.
+
+        Raises:
+            ConfigError: there are too many of its kind.
+        """
+        guest.kind, guest.heard_s = kind, time.monotonic()
+        if kind != "control":
+            return
+        controls = [each for each in self._guests if each.kind == "control"]
+        if len(controls) > CONTROLS_MAX:
+            idle = [each for each in controls if not each.is_busy and each is not guest]
+            if not idle:
+                why = f"at most {CONTROLS_MAX} at once, and all of them are busy"
+                raise ConfigError("control", f"{len(controls)} connections", why)
+            longest = min(idle, key=lambda each: each.heard_s)
+            self._dismiss(longest, "others want to be operators, too")
+
+    def all(self) -> Iterator[Guest]:
+        """Return every connection."""
+        return iter(list(self._guests))
+
+    async def wait_none(self) -> None:
+        """Return once there is no connection."""
+        while self._guests:
+            self._idle.clear()
+            await self._idle.wait()
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _least(self, newcomer: Guest) -> Guest:
+        """Return the connection of the least use: clients and agents stay."""
+        for kind in ("stranger", "lending", "control"):
+            of_kind = [
+                each
+                for each in self._guests
+                if each.kind == kind and each is not newcomer and not each.is_busy
+            ]
+            if of_kind:
+                return min(of_kind, key=lambda each: each.heard_s)
+        return newcomer
+
+    def _dismiss(self, guest: Guest, why: str) -> None:
+        log.warning("peer_dismissed", kind=guest.kind, reason=why, connections=len(self._guests))
+        del self._guests[guest]
+        guest.leave()
+
+    def _gone(self, guest: Guest) -> None:
+        self._guests.pop(guest, None)
+        if guest.link is None:
+            guest.peer.close()  # its session may have been ended before its first step
+        self._idle.set()
+
+
+def _raise_limit() -> None:
+    """Allow this process as many descriptors as it may have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,0 +1,101 @@
+"""A server of which the test says every word: to see what clients and agents make of it."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import threading
+from contextlib import suppress
+from typing import Any
+
+from flexkv.common.config import Settings
+from flexkv.io.arena import Arena
+from flexkv.server.greet import read
+from flexkv.server.wire import (
+    LENGTH_BYTES,
+    PROTOCOL_VERSION,
+    TO_SERVER,
+    Hello,
+    State,
+    Welcome,
+    framed,
+    length_of,
+    understood,
+)
+
+from .serving import ORDER
+
+HOST_BLOCKS, STRIDE_BYTES = 16, 4096
+
+
+class FakeServer:
+    """Welcomes whoever connects; each connection is the test's from then on.
+
+    Attributes:
+        welcome: what the next one is told; None for the truth.
+        gives_memory: whether agents get the descriptor of host memory.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(settings.server_recv_port.removeprefix("ipc://"))
+        self._listening.listen()
+        self._arena = Arena.open(HOST_BLOCKS, STRIDE_BYTES, shared=True)
+        self._peers: queue.Queue[socket.socket] = queue.Queue()
+        self._welcomed: list[socket.socket] = []
+        self.welcome: Welcome | None = None
+        self.gives_memory = True
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                peer, _ = self._listening.accept()
+                peer.settimeout(10)
+                with suppress(Exception):
+                    self._greet(peer)
+
+    def _greet(self, peer: socket.socket) -> None:
+        hello = self.hear(peer)
+        assert isinstance(hello, Hello)
+        arena = self._arena
+        truth = Welcome(
+            PROTOCOL_VERSION,
+            os.getpid(),
+            None,
+            HOST_BLOCKS,
+            STRIDE_BYTES,
+            arena.fd_offset_bytes,
+        )
+        assert arena.fd is not None
+        fds = [arena.fd] if hello.role == "agent" and self.gives_memory else []
+        socket.send_fds(peer, [framed(self.welcome or truth)], fds)
+        if hello.role == "client":
+            peer.sendall(framed(State(True, 64, ORDER, 1)))
+        self._welcomed.append(peer)
+        self._peers.put(peer)
+
+    def next_peer(self) -> socket.socket:
+        """Return the next connection that was welcomed."""
+        return self._peers.get(timeout=10)
+
+    @staticmethod
+    def hear(peer: socket.socket) -> Any:
+        """Return the next message of a peer."""
+        return understood(TO_SERVER, read(peer, length_of(read(peer, LENGTH_BYTES))))
+
+    @staticmethod
+    def say(peer: socket.socket, said: Any) -> None:
+        """Send a message, or a frame with anything in it."""
+        if isinstance(said, bytes):
+            peer.sendall(len(said).to_bytes(LENGTH_BYTES, "little") + said)
+        else:
+            peer.sendall(framed(said))
+
+    def close(self) -> None:
+        """Hang up everywhere."""
+        self._listening.close()
+        for peer in self._welcomed:
+            peer.close()
+        self._arena.close()

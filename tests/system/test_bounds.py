@@ -1,0 +1,387 @@
+"""What one peer can make a server keep is bounded, and nobody else goes without."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from flexkv.common.config import Settings
+from flexkv.common.errors import ClosedError, ConfigError
+from flexkv.common.request import Operation
+from flexkv.server.guests import CONTROLS_MAX, INSTANCES_MAX, STRANGERS_MAX
+from flexkv.server.launch import Launched
+from flexkv.server.operator import command
+from flexkv.server.wire import (
+    Cancel,
+    Copied,
+    Copy,
+    Done,
+    Match,
+    Matched,
+    Ready,
+    Release,
+    Settle,
+    Settled,
+    Start,
+    framed,
+)
+
+from .conftest import MODEL
+from .serving import BLOCKS, Instance, Peer, eventually, settings_in
+
+GROWTH_BYTES_MAX = 24 << 20
+FLOOD = 100_000
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Return settings."""
+    return settings_in(tmp_path)
+
+
+@pytest.fixture
+def launched(settings: Settings) -> Iterator[Launched]:
+    """Return a running server, and check at last that it ended well: nothing was left in it."""
+    server = Launched(MODEL, settings)
+    yield server
+    server.close()
+    assert server.exit_status == 0
+
+
+@pytest.fixture
+def pair(settings: Settings, launched: Launched) -> Iterator[tuple[Peer, Peer]]:
+    """Return agent and client of instance 1."""
+    agent, client = Peer(settings, "agent", 1), Peer(settings, "client", 1)
+    client.hear_ready()
+    yield agent, client
+    agent.close()
+    client.close()
+
+
+def memory_of(server: Launched) -> int:
+    """Return the bytes that a server has in memory."""
+    return int(psutil.Process(server.pid).memory_info().rss)
+
+
+def serves(settings: Settings, number: int = 0) -> None:
+    """Check that an instance that connects now is served."""
+    instance = Instance(settings, number=number)
+    instance.begin()
+    try:
+        before = instance.content(range(BLOCKS))
+        prompt = 100 + number
+        assert instance.request(Operation.PUT, prompt, range(BLOCKS)).status == "success"
+        assert instance.request(Operation.GET, prompt, range(20, 20 + BLOCKS)).moved == BLOCKS
+        np.testing.assert_array_equal(instance.content(range(20, 20 + BLOCKS)), before)
+    finally:
+        instance.close()
+
+
+def flood(peer: Peer, said: Any) -> bool:
+    """Say something FLOOD times without reading; return whether the server took it all."""
+    frames = framed(said) * 64
+    peer.connected.socket.settimeout(1.0)
+    try:
+        for _ in range(FLOOD // 64):
+            peer.connected.socket.sendall(frames)
+    except OSError:
+        return False
+    return True
+
+
+def _hear_for_ever(peer: Peer) -> None:
+    while True:
+        peer.hear(Settled)
+
+
+def _is_cut_off(peer: Peer, said: bytes) -> bool:
+    """Return whether a peer is not connected any more once it has said something."""
+    try:
+        peer.connected.socket.sendall(said)
+        peer.hear(Done)
+    except (ClosedError, OSError):
+        return True
+    return False
+
+
+# -- what is asked --------------------------------------------------------------------------------
+
+
+def test_questions_that_wait_for_an_answer_are_bounded(
+    launched: Launched, pair: tuple[Peer, Peer]
+) -> None:
+    """An agent asks of a request under way without end: it is dismissed, and nothing is kept."""
+    agent, client = pair
+    client.put(1)
+    agent.hear(Copy)
+    before = memory_of(launched)
+    flood(agent, Settle(1, (1,)))
+    assert memory_of(launched) - before < GROWTH_BYTES_MAX
+    agent.connected.socket.settimeout(10)
+    with pytest.raises((ClosedError, OSError)):
+        _hear_for_ever(agent)
+    agent.close()
+    assert client.hear(Done).status == "failed"
+
+
+def test_an_agent_that_does_not_read_is_not_heard(
+    settings: Settings, pair: tuple[Peer, Peer]
+) -> None:
+    """Else what it is told of questions that are over would pile up."""
+    agent, _ = pair
+    assert not flood(agent, Settle(1, tuple(range(20))))
+    serves(settings)
+
+
+def test_copies_for_an_agent_that_does_not_read_are_bounded(
+    settings: Settings, launched: Launched, pair: tuple[Peer, Peer]
+) -> None:
+    """Those that it was not sent fail when it does not answer; others are served."""
+    _, client = pair
+    before = memory_of(launched)
+    for number in range(3000):
+        client.put(number + 1)
+    serves(settings)
+    assert memory_of(launched) - before < GROWTH_BYTES_MAX
+
+
+@pytest.mark.parametrize("kind", [Release, Cancel, Ready])
+def test_a_message_with_a_million_numbers_ends_its_connection(
+    settings: Settings, pair: tuple[Peer, Peer], kind: Any
+) -> None:
+    """A peer that has so much to say sends several."""
+    peer = pair[0] if kind is Ready else pair[1]
+    numbers = b"\xdd" + (1_000_000).to_bytes(4, "big") + b"\x01" * 1_000_000
+    name = kind.__name__.lower().encode()
+    body = b"\x92" + bytes([0xA0 + len(name)]) + name + numbers
+    assert _is_cut_off(peer, len(body).to_bytes(4, "little") + body)
+    serves(settings)
+
+
+def test_a_question_of_very_many_blocks_is_answered_soon(
+    settings: Settings, pair: tuple[Peer, Peer]
+) -> None:
+    """As far as the index could know them; one that fits no frame ends its connection."""
+    agent, client = pair
+    keys = os.urandom(16 * (BLOCKS + 1))
+    client.put(1, keys)
+    agent.say(Copied(agent.hear(Copy).token))
+    client.hear(Done)
+    client.say(Match(2, keys + os.urandom(7 << 20), tell=True))
+    assert client.hear(Matched).blocks == BLOCKS
+    assert _is_cut_off(client, (64 << 20).to_bytes(4, "little") + bytes(64 << 20))
+    serves(settings)
+
+
+# -- requests that cannot be ----------------------------------------------------------------------
+
+
+def start(client: Peer, number: int, keys: bytes, ids: Any, **more: Any) -> Done:
+    """Start a put, and return its end."""
+    blob = np.array(ids, np.int64).tobytes()
+    words = {"operation": "put", "first": 0, **more}
+    client.say(
+        Start(number, words["operation"], keys, words["first"], blob, client.slot)
+    )  # fmt: skip
+    done: Done = client.hear(Done)
+    return done
+
+
+def test_a_request_that_names_a_block_twice_is_refused(
+    settings: Settings, pair: tuple[Peer, Peer]
+) -> None:
+    """On the device or by its key: the index would not hold its laws with it."""
+    _, client = pair
+    root, one, two = (bytes([number]) * 16 for number in (1, 2, 3))
+    for operation in ("put", "get"):
+        done = start(client, 1, root + one + two, [5, 5], operation=operation)
+        assert (done.status, "device_ids" in done.error) == ("failed", True)
+        for keys in (root + one + one, root + root + one, root + one + root):
+            done = start(client, 2, keys, [0, 1], operation=operation)
+            assert (done.status, "named twice" in done.error) == ("failed", True)
+    serves(settings)
+
+
+def test_a_block_under_another_parent_is_refused(
+    settings: Settings, pair: tuple[Peer, Peer]
+) -> None:
+    """No prompt has such keys, and the index would break with them."""
+    agent, client = pair
+    keys = [bytes([number]) * 16 for number in range(6)]
+    client.say(Start(1, "put", b"".join(keys[:4]), 0, np.arange(3).tobytes(), client.slot))
+    agent.say(Copied(agent.hear(Copy).token))
+    assert client.hear(Done).moved == 3
+    for number, order in enumerate(([0, 1, 5, 3], [5, 1, 4, 3], [1, 0, 2, 3]), 2):
+        done = start(client, number, b"".join(keys[each] for each in order), [0, 1, 2])
+        assert (done.status, "another parent" in done.error) == ("failed", True), order
+    serves(settings)
+
+
+@pytest.mark.parametrize(
+    ("ids", "more"),
+    [
+        ([0, 64], {}),
+        ([-1, 0], {}),
+        ([0], {}),
+        ([0, 1, 2], {}),
+        ([0, (1 << 63) - 1], {}),
+        ([0, 1], {"first": 3}),
+        ([0, 1], {"first": (1 << 63) - 1}),
+        ([0, 1], {"operation": "clear"}),
+    ],
+)
+def test_a_request_of_what_there_is_not_fails_by_itself(
+    pair: tuple[Peer, Peer], ids: list[int], more: dict[str, Any]
+) -> None:
+    """Device blocks, lengths, positions and operations; its client stays connected."""
+    agent, client = pair
+    assert start(client, 1, os.urandom(48), ids, **more).status == "failed"
+    client.put(2)
+    agent.say(Copied(agent.hear(Copy).token))
+    assert client.hear(Done).status == "success"
+
+
+# -- who is there ---------------------------------------------------------------------------------
+
+
+def test_nothing_is_kept_of_instances_that_are_gone(settings: Settings, launched: Launched) -> None:
+    """More of them come and go than may be there at once."""
+    Peer(settings, "control").close()
+    for number in range(INSTANCES_MAX + 40):
+        client = Peer(settings, "client", number)
+        client.say(Match(1, bytes(32), hold=True))
+        client.hear(Matched)
+        client.close()
+        if number % 2:
+            agent = Peer(settings, "agent", 10_000 + number)
+            agent.say(Ready((1,)))
+            agent.say(Settle(1, (2,)))
+            agent.hear(Settled)
+            agent.close()
+    serves(settings)
+
+
+def test_the_instances_that_are_there_are_bounded(settings: Settings, launched: Launched) -> None:
+    """One more is refused by name, and taken when another one has gone."""
+    with ExitStack() as stack:
+        clients = [Peer(settings, "client", number + 1) for number in range(INSTANCES_MAX)]
+        for client in clients:
+            stack.callback(client.close)
+        with pytest.raises(ConfigError, match=r"instance_id.*one too many"):
+            Peer(settings, "client", 5000)
+        clients[0].close()
+        eventually(lambda: "1" not in command(settings.server_recv_port, "status")["instances"])
+        stack.callback(Peer(settings, "client", 5000).close)
+
+
+@pytest.mark.parametrize("number", [-1, -(1 << 63), 1 << 63, (1 << 64) - 1])
+def test_an_instance_has_a_number_that_can_be(
+    settings: Settings, launched: Launched, number: int
+) -> None:
+    """The others are refused by name."""
+    for role in ("client", "agent"):
+        with pytest.raises(ConfigError, match="instance_id"):
+            Peer(settings, role, number)
+
+
+def test_many_connections_keep_nobody_out(settings: Settings, launched: Launched) -> None:
+    """Idle operators, strangers, agents that lend nothing: engines and operators get through."""
+    path = settings.server_recv_port.removeprefix("ipc://")
+    Peer(settings, "control").close()
+    with ExitStack() as stack:
+        for number in range(STRANGERS_MAX + 60):
+            silent = stack.enter_context(socket.socket(socket.AF_UNIX))
+            silent.settimeout(10)
+            silent.connect(path)
+            if number % 6 == 0:
+                stack.callback(Peer(settings, "control").close)
+            if number % 6 == 1:
+                stack.callback(IdleAgent(settings, "agent", number + 100).close)
+        serves(settings)
+        assert "statistics" in command(settings.server_recv_port, "status")
+        connections = psutil.Process(launched.pid).num_fds()
+        assert connections < STRANGERS_MAX + CONTROLS_MAX + 60
+
+
+class IdleAgent(Peer):
+    """An agent that says who it is, and never lends its device."""
+
+    def say(self, said: Any) -> None:
+        """Say nothing."""
+
+
+def test_too_few_descriptors_keep_nobody_out(settings: Settings, launched: Launched) -> None:
+    """Some are kept in reserve: connections that are of no use make room for those that are."""
+    instance = Instance(settings)
+    instance.begin()
+    process = psutil.Process(launched.pid)
+    limit = process.num_fds() + 40
+    _, most = resource.prlimit(launched.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(launched.pid, resource.RLIMIT_NOFILE, (limit, most))
+    before = instance.content(range(BLOCKS))
+    with ExitStack() as stack:
+        for number in range(200):
+            silent = stack.enter_context(socket.socket(socket.AF_UNIX))
+            silent.settimeout(10)
+            silent.connect(settings.server_recv_port.removeprefix("ipc://"))
+            if number % 4 == 0:
+                stack.callback(Peer(settings, "control").close)
+        assert instance.request(Operation.PUT, 1, range(BLOCKS)).status == "success"
+        assert instance.request(Operation.GET, 1, range(20, 20 + BLOCKS)).moved == BLOCKS
+        np.testing.assert_array_equal(instance.content(range(20, 20 + BLOCKS)), before)
+        assert process.num_fds() <= limit - 8
+        assert "statistics" in command(settings.server_recv_port, "status")
+        serves(settings, 7)
+    instance.close()
+
+
+# -- holds ----------------------------------------------------------------------------------------
+
+
+def test_a_client_that_releases_nothing_leaves_room_for_others(
+    settings: Settings, launched: Launched
+) -> None:
+    """It holds all that it finds: half of host memory stays for those who put."""
+    instance = Instance(settings)
+    instance.begin()
+    for prompt in range(4):
+        assert instance.request(Operation.PUT, prompt, range(BLOCKS)).moved == BLOCKS
+    command(settings.server_recv_port, "flush")
+    keys = [instance.keys(prompt) for prompt in range(4)]
+    holder = Peer(settings, "client", 1)
+    for number, each in enumerate(keys):
+        holder.say(Match(number, each, hold=True))
+        assert holder.hear(Matched).blocks == BLOCKS
+    host = command(settings.server_recv_port, "status")["statistics"]["tiers"]["host"]
+    assert host["pinned_blocks"] == 16
+    done = instance.request(Operation.PUT, 9, range(BLOCKS))
+    assert (done.status, done.moved) == ("success", BLOCKS)
+    holder.close()
+    instance.close()
+
+
+def test_a_request_may_name_a_hold_that_has_ended(
+    settings: Settings, pair: tuple[Peer, Peer]
+) -> None:
+    """Or one that never was: it finds what is there by now."""
+    agent, client = pair
+    keys = os.urandom(16 * (BLOCKS + 1))
+    client.put(1, keys)
+    agent.say(Copied(agent.hear(Copy).token))
+    client.hear(Done)
+    ids = np.arange(BLOCKS).tobytes()
+    client.say(Match(5, keys, hold=True))
+    client.say(Release((5, 5, 77)))
+    for number, held in ((2, 5), (3, 99)):
+        client.say(Start(number, "get", keys, 0, ids, client.slot, held=held))
+        agent.say(Copied(agent.hear(Copy).token))
+        assert client.hear(Done).moved == BLOCKS

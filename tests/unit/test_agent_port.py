@@ -1,0 +1,128 @@
+"""Copies that are sent to an agent: a window in each direction, and what was never sent."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flexkv.common.errors import AgentGoneError
+from flexkv.common.terms import Route, Tier, Transfer
+from flexkv.server.agent_port import COPIES_MIN, AgentPort
+from flexkv.server.wire import Copied, ProtocolError
+from tests.property.fleet_model import Wire
+
+TO_DEVICE, TO_HOST = Route(Tier.HOST, Tier.DEVICE), Route(Tier.DEVICE, Tier.HOST)
+BLOCK_BYTES = 16
+
+
+def copy(token: int, route: Route, blocks: int = 1) -> Transfer:
+    """Return a transfer of the first blocks."""
+    ids = np.arange(blocks)
+    return Transfer(token, 0, route, ids, ids)
+
+
+class Rig:
+    """A port with a window of so many blocks, and what its agent was asked."""
+
+    def __init__(self, window_blocks: int) -> None:
+        self.wire = Wire()
+        self.port = AgentPort(self.wire, BLOCK_BYTES, 64, window_blocks * BLOCK_BYTES)
+
+    def submit(self, route: Route, *tokens: int, blocks: int = 1) -> None:
+        """Begin transfers."""
+        for token in tokens:
+            self.port.submit(copy(token, route, blocks))
+
+    def answer(self, *tokens: int) -> None:
+        """Let the agent end some copies."""
+        for token in tokens:
+            del self.wire.asked[token]
+            self.port.copied(Copied(token))
+
+    @property
+    def asked(self) -> list[int]:
+        """Return the copies that the agent has to do."""
+        return list(self.wire.asked)
+
+
+def test_no_more_is_sent_than_the_window_has_room_for() -> None:
+    """Whatever waits: an agent that does not read cannot make the server keep more for it."""
+    rig = Rig(8)
+    rig.submit(TO_HOST, *range(1000))
+    assert rig.asked == list(range(8))
+    rig.answer(3)
+    assert rig.asked == [0, 1, 2, 4, 5, 6, 7, 8]
+
+
+def test_a_few_copies_may_always_be_sent() -> None:
+    """However large they are."""
+    rig = Rig(1)
+    rig.submit(TO_HOST, *range(10), blocks=50)
+    assert rig.asked == list(range(COPIES_MIN))
+
+
+def test_what_goes_to_the_device_goes_first_and_starves_nobody() -> None:
+    """Of what goes to the host one copy at a time is sent while the others wait."""
+    rig = Rig(4)
+    rig.submit(TO_HOST, *range(10))
+    rig.submit(TO_DEVICE, *range(100, 110))
+    assert rig.asked == [0, 1, 2, 3, 100, 101, 102, 103]
+    rig.answer(0, 1, 2)
+    assert [token for token in rig.asked if token < 100] == [3]
+    rig.answer(3)
+    assert [token for token in rig.asked if token < 100] == [4]
+    rig.answer(*range(100, 104))
+    rig.answer(*range(104, 108))
+    assert sorted(rig.asked) == [4, 5, 6, 7, 108, 109]
+
+
+def test_what_was_not_sent_fails_at_once_and_what_was_stays() -> None:
+    """The agent has never heard of the former; the latter it may do at any time."""
+    rig = Rig(4)
+    rig.submit(TO_HOST, *range(10))
+    rig.port.fail_unsent("it does not answer")
+    ended = rig.port.reap()
+    assert [token for token, _ in ended] == list(range(4, 10))
+    assert all("does not answer" in str(error) for _, error in ended)
+    assert rig.port.is_busy
+    rig.answer(0, 1, 2, 3)
+    assert [error for _, error in rig.port.reap()] == [None] * 4
+    assert not rig.port.is_busy
+
+
+def test_everything_ends_with_the_connection() -> None:
+    """Each transfer once, sent or not."""
+    rig = Rig(4)
+    rig.submit(TO_HOST, *range(10))
+    rig.port.gone()
+    ended = rig.port.reap()
+    assert sorted(token for token, _ in ended) == list(range(10))
+    assert all(isinstance(error, AgentGoneError) for _, error in ended)
+
+
+def test_an_agent_ends_only_what_it_was_sent() -> None:
+    """Neither what waits for the window, nor anything twice."""
+    rig = Rig(4)
+    rig.submit(TO_HOST, *range(10))
+    with pytest.raises(ProtocolError, match="not under way"):
+        rig.port.copied(Copied(9))
+    rig.answer(0)
+    with pytest.raises(ProtocolError, match="not under way"):
+        rig.port.copied(Copied(0))
+
+
+def test_the_oldest_copy_tells_for_how_long_nothing_was_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From when it was sent, not from when it began to wait for the window."""
+    now = [100.0]
+    monkeypatch.setattr("flexkv.server.agent_port.time.monotonic", lambda: now[0])
+    rig = Rig(4)
+    assert rig.port.oldest_s() == 0.0
+    rig.submit(TO_HOST, *range(5))
+    now[0] = 107.0
+    assert rig.port.oldest_s() == 7.0
+    rig.answer(0)
+    assert rig.port.oldest_s() == 7.0
+    rig.answer(1, 2, 3)
+    assert rig.port.oldest_s() == 0.0

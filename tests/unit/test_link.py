@@ -1,0 +1,73 @@
+"""A link cuts off who does not read, takes no frame that is too long, and lets others go on."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+
+from flexkv.server.link import MESSAGES_A_TURN, Link
+from flexkv.server.wire import TO_SERVER, Cancel, ProtocolError, Settled, ToServer, framed
+
+
+@pytest.fixture
+async def ends() -> AsyncIterator[tuple[Link[ToServer], socket.socket]]:
+    """Return a link, and the socket at its other end."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    link = await Link.over(ours, TO_SERVER)
+    yield link, theirs
+    link.abort()
+    await link.wait_closed()
+    theirs.close()
+
+
+async def test_who_does_not_read_is_cut_off(ends: tuple[Link[ToServer], socket.socket]) -> None:
+    """Beyond `unsent_bytes_max`; without a bound everything is kept."""
+    link, _ = ends
+    while link.unsent_bytes < 1 << 20:
+        link.send(Settled(1))
+    assert link.is_open
+    link.unsent_bytes_max = 1 << 20
+    while link.is_open:
+        link.send(Settled(1))
+    assert link.unsent_bytes <= (1 << 20) + 4096
+    assert await link.receive() is None
+
+
+async def test_a_frame_that_is_longer_than_the_peer_may_send_is_refused(
+    ends: tuple[Link[ToServer], socket.socket],
+) -> None:
+    """By its length: nothing of it is received."""
+    link, theirs = ends
+    link.frame_bytes_max = 100
+    theirs.send(framed(Cancel((1,))))
+    assert await link.receive() == Cancel((1,))
+    theirs.send((101).to_bytes(4, "little"))
+    with pytest.raises(ProtocolError, match="a frame of 101 bytes"):
+        await link.receive()
+
+
+async def test_who_talks_without_end_holds_nobody_up(
+    ends: tuple[Link[ToServer], socket.socket],
+) -> None:
+    """Between some of its messages, though they are all there, others have their turn."""
+    link, theirs = ends
+    theirs.send(framed(Cancel((1,))) * 200)
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.ensure_future(other())
+    await link.receive()
+    before = turns
+    for _ in range(199):
+        await link.receive()
+    assert turns - before >= 199 // MESSAGES_A_TURN
+    task.cancel()
