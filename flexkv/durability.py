@@ -18,7 +18,7 @@ from flexkv.common.errors import (
     StorageError,
     TransferError,
 )
-from flexkv.common.terms import Tier
+from flexkv.common.terms import Route, Tier
 from flexkv.io.ports import DurablePort
 from flexkv.logs import get_logger
 
@@ -39,6 +39,9 @@ class FlushReport(msgspec.Struct, frozen=True):
     """
 
     lacking_blocks: dict[str, int] = {}
+
+
+_FROM_DEVICE = str(Route(Tier.DEVICE, Tier.HOST))
 
 
 class Durability:
@@ -79,11 +82,14 @@ class Durability:
 
     async def _write_all(self) -> TransferError | None:
         """Write what host memory holds and lower tiers lack; return what went wrong."""
+        stuck: DeadlineError | None = None
         for flight in self._scheduler.under_way():
             try:
                 await flight.wait_ended()
             except DeadlineError as late:
-                return late
+                if late.route != _FROM_DEVICE:
+                    return late
+                stuck = late  # one device hangs: what others have put is written all the same
         for owes_all in (False, True):
             if owes_all:
                 await self._behind.owe_all()
@@ -91,7 +97,7 @@ class Durability:
             failures = self._behind.take_failures()
             if error is not None or failures:
                 return error or failures[0]
-        return None
+        return stuck
 
     async def finish(self, timeout_s: float) -> None:
         """Flush for a bounded time: the engine is about to be closed."""
