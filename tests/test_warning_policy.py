@@ -240,7 +240,8 @@ def test_collection_is_judged_too(outcomes: dict[str, str]) -> None:
 
 def test_the_last_garbage_is_judged_too(tmp_path: Path) -> None:
     """A leak that nothing collects before pytest ends makes the run fail."""
-    done = run(tmp_path, {"it": TEST_MODULE + "\n\ndef test():\n    cycle()\n"})
+    leak = "\n\ndef test():\n    gc.disable()\n    cycle()\n"
+    done = run(tmp_path, {"it": TEST_MODULE + leak})
     assert "1 passed" in done.stdout, done.stdout + done.stderr
     assert done.returncode != 0
     assert "ResourceWarning: unclosed file" in done.stderr
