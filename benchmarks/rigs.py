@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from flexkv.common.config import CacheConfig, ModelConfig
 
 PER_BLOCK = 16
+PROMPT_STRIDE = 400_000
+"""Tokens between the first ones of two prompts: ids have 32 bits, for ten thousand prompts."""
 
 LARGE = ModelConfig(num_layers=32, num_kv_heads=8, head_size=128, dtype="float16")
 """An 8B-shaped model: a block of 16 tokens has 2 MiB, in 64 pieces of 32 KiB."""
@@ -39,7 +41,7 @@ def kv_caches(model: ModelConfig, blocks: int) -> list[NDArray[np.float16]]:
 
 def prompt(number: int, blocks: int) -> NDArray[np.int64]:
     """Give a prompt that shares no block with those of other numbers."""
-    return np.arange(blocks * PER_BLOCK) + number * 1_000_000
+    return np.arange(blocks * PER_BLOCK) + number * PROMPT_STRIDE
 
 
 def slots_of(blocks: Any) -> NDArray[np.int64]:

@@ -85,7 +85,7 @@ class _Rig:
         self.manager, self.file, self.depth = manager, file, depth
         self.host_blocks, self._next = host_blocks, 0
         self._slots = slots_of(range(PUT_BLOCKS))
-        self._hit = prompt(100_000, 8)
+        self._hit = prompt(10_000, 8)
 
     async def put(self) -> None:
         """Put a new prompt."""
