@@ -161,7 +161,9 @@ def test_a_server_of_root_is_trusted_and_serves_root_only(shared: Path, home: Pa
         eventually(lambda: answers(settings, 0), 30.0)
         assert outcome(0, "use", settings)["same"]
         (shared / "socket").chmod(0o666)
-        assert "closed the connection" in outcome(OWNER, "speak", settings)["operator"]
+        said = outcome(OWNER, "speak", settings)["operator"]
+        # It closes before it reads what was said, which the kernel may tell as a reset.
+        assert "closed the connection" in said or "reset by peer" in said
 
 
 SQUATS = ["directory", "writable", "link to a directory of the owner's", "file", "dangling link"]
