@@ -78,7 +78,7 @@ class Durability:
         failed = await self._synced() or failed  # what is written all the same shall be safe
         if failed is not None:
             raise failed
-        return FlushReport({tier.label: n for tier, n in self._behind.left_blocks().items() if n})
+        return FlushReport(await self._behind.left_blocks())
 
     async def _write_all(self) -> TransferError | None:
         """Write what host memory holds and lower tiers lack; return what went wrong."""
@@ -107,7 +107,7 @@ class Durability:
             async with asyncio.timeout(timeout_s):
                 await self.flush()
         except (FlexKVError, TimeoutError) as error:
-            left = {tier.label: n for tier, n in self._behind.left_blocks().items() if n}
+            left = await self._behind.left_blocks()
             reason = str(error) or f"not within {timeout_s} s"
             log.warning("closed_unflushed", reason=reason, lacking_blocks=left)
 
@@ -153,7 +153,8 @@ class Durability:
             if ledger is not None:
                 lost = ledger.sync_failed(unsynced)
                 log.warning("sync_failed", path=error.path, error=str(error), lost_blocks=len(lost))
-                self._scheduler.drop(Tier.DISK, lost)
+                self._scheduler.drop_unsynced(Tier.DISK, lost)
+                await self._behind.owe_all()
             raise
 
     def close(self) -> None:
