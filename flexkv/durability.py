@@ -59,7 +59,8 @@ class Durability:
         self._behind = behind
         self._sync_timeout_s = max(SYNC_TIMEOUT_S, deadline_s)
         self._syncing: asyncio.Task[FlexKVError | None] | None = None
-        self._syncs = 0
+        self._syncs = self._syncs_failed = 0
+        self._sync_failure: FlexKVError | None = None
         self._is_closed = False
 
     async def flush(self) -> FlushReport:
@@ -72,10 +73,13 @@ class Durability:
             TransferError: a block could not be written, or the disk refused to sync; what could be
                 written is safe.
         """
+        failed_before = self._syncs_failed
         failed: FlexKVError | None = await self._write_all()
         if self._scheduler.failure is not None:
             raise self._scheduler.failure
         failed = await self._synced() or failed  # what is written all the same shall be safe
+        if failed is None and self._syncs_failed > failed_before:  # that of another flush
+            failed = self._sync_failure
         if failed is not None:
             raise failed
         return FlushReport(await self._behind.left_blocks())
@@ -151,6 +155,7 @@ class Durability:
             await disk.sync()
         except StorageError as error:
             if ledger is not None:
+                self._syncs_failed, self._sync_failure = self._syncs_failed + 1, error
                 lost = ledger.sync_failed(unsynced)
                 log.warning("sync_failed", path=error.path, error=str(error), lost_blocks=len(lost))
                 self._scheduler.drop_unsynced(Tier.DISK, lost)

@@ -372,6 +372,35 @@ def test_what_a_failed_sync_has_lost_is_owed_anew() -> None:
     on_engine(work, host=16, disk=64, journals=1)
 
 
+@pytest.mark.parametrize("later_s", [0.2, 0.9])
+def test_a_flush_hears_of_the_sync_of_another_that_failed_meanwhile(later_s: float) -> None:
+    """It came while the sync was under way, and what was put before it is not safe."""
+
+    async def work(engine: Engine) -> None:
+        disk = disk_of(engine)
+        await put(engine, 0)
+        await asyncio.sleep(1.0)  # virtual
+
+        async def failed() -> None:
+            await asyncio.sleep(1.0)  # virtual
+            del vars(disk)["sync"]
+            raise StorageError("planted", 0, EIO)
+
+        vars(disk)["sync"] = failed
+        first = asyncio.ensure_future(engine.flush())
+        await asyncio.sleep(later_s)  # virtual
+        disk._faults = FaultPlan(1, 0.0, 0.3, 0.3)
+        await put(engine, 1)
+        second = asyncio.ensure_future(engine.flush())
+        for flush in (first, second):
+            with pytest.raises(StorageError):
+                await flush
+        assert (await engine.flush()).lacking_blocks == {}
+        assert on_disk(engine, 0, 1) == [BLOCKS] * 2
+
+    on_engine(work, host=32, disk=64, journals=1)
+
+
 def test_what_is_being_written_while_a_sync_fails_is_not_believed() -> None:
     """The kernel had its bytes before the sync, its end is told after; it is written once more."""
 
