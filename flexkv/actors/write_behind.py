@@ -202,12 +202,12 @@ class WriteBehind:
 
     def _pump(self, tier: Tier, queue: OwedBlocks) -> None:
         while queue.blocks and self._in_flight[tier] < self._limits.in_flight_blocks:
-            if self._residency.counts(tier).reserved >= self._limits.kept_blocks_max > 0:
-                return  # nobody gets the room of what is being written: puts' own is enough
             if not self._may_write(tier):
                 queue.unkeep(queue.kept_blocks)
                 self._retry_later()
                 return
+            if self._residency.counts(tier).reserved >= self._limits.kept_blocks_max > 0:
+                return  # nobody gets the room of what is being written: puts' own is enough
             before = queue.blocks
             taken = queue.take()
             if taken is not None:
