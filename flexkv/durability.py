@@ -59,7 +59,8 @@ class Durability:
         self._behind = behind
         self._sync_timeout_s = max(SYNC_TIMEOUT_S, deadline_s)
         self._syncing: asyncio.Task[FlexKVError | None] | None = None
-        self._syncs = 0
+        self._syncs = self._syncs_failed = 0
+        self._sync_failure: FlexKVError | None = None
         self._is_closed = False
 
     async def flush(self) -> FlushReport:
@@ -72,13 +73,16 @@ class Durability:
             TransferError: a block could not be written, or the disk refused to sync; what could be
                 written is safe.
         """
+        failed_before = self._syncs_failed
         failed: FlexKVError | None = await self._write_all()
         if self._scheduler.failure is not None:
             raise self._scheduler.failure
         failed = await self._synced() or failed  # what is written all the same shall be safe
+        if failed is None and self._syncs_failed > failed_before:  # that of another flush
+            failed = self._sync_failure
         if failed is not None:
             raise failed
-        return FlushReport({tier.label: n for tier, n in self._behind.left_blocks().items() if n})
+        return FlushReport(await self._behind.left_blocks())
 
     async def _write_all(self) -> TransferError | None:
         """Write what host memory holds and lower tiers lack; return what went wrong."""
@@ -107,7 +111,7 @@ class Durability:
             async with asyncio.timeout(timeout_s):
                 await self.flush()
         except (FlexKVError, TimeoutError) as error:
-            left = {tier.label: n for tier, n in self._behind.left_blocks().items() if n}
+            left = await self._behind.left_blocks()
             reason = str(error) or f"not within {timeout_s} s"
             log.warning("closed_unflushed", reason=reason, lacking_blocks=left)
 
@@ -151,9 +155,11 @@ class Durability:
             await disk.sync()
         except StorageError as error:
             if ledger is not None:
+                self._syncs_failed, self._sync_failure = self._syncs_failed + 1, error
                 lost = ledger.sync_failed(unsynced)
                 log.warning("sync_failed", path=error.path, error=str(error), lost_blocks=len(lost))
-                self._scheduler.drop(Tier.DISK, lost)
+                self._scheduler.drop_unsynced(Tier.DISK, lost)
+                await self._behind.owe_all()
             raise
 
     def close(self) -> None:

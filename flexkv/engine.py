@@ -186,6 +186,7 @@ class Engine:
         self._keeping = Keeping(
             self._intake, self._residency, opened_with, backend.ledger, Pins(self._scheduler)
         )
+        self._keeping.about_to_clear = self._behind.about_to_clear
         self._keeping.on_clear = self._behind.cleared
 
     def _actor(

@@ -33,6 +33,8 @@ class Keeping:
         """Take the parts of an engine, and how many blocks each tier was opened with."""
         self._intake, self._residency, self._ledger = intake, residency, ledger
         self._opened_with, self.pins = opened_with, pins
+        self.about_to_clear: Callable[[], None] = lambda: None
+        """Called in front of each clear."""
         self.on_clear: Callable[[Tier | None], None] = lambda tier: None
         """Called with the tier that was cleared; None for a namespace, or for all."""
 
@@ -46,6 +48,7 @@ class Keeping:
         root = None if namespace is None else self._intake.root(namespace)
         if root is not None and tier is not None:
             raise ConfigError("tier", tier.label, "must not be given together with a namespace")
+        self.about_to_clear()
         if self._ledger is not None and tier is not Tier.HOST:
             self._ledger.clear(root)
         places = self._residency.clear(tier, root)

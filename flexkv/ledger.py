@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
-from errno import EIO
+from errno import EIO, ENOSPC
 from typing import ParamSpec, TypeVar
 
 import numpy as np
@@ -81,6 +81,8 @@ class Ledger:
         self._unwritten = np.zeros(num_blocks, np.bool_)
         """Erased, and the journal does not say so yet."""
         self._erased: list[BlockIds] = []
+        self._emptied: set[int] = set()
+        """Journals that took too little and were emptied: they lack what the tier holds."""
         self._clears = False
         """Whether the journals have to be emptied before what is noted now."""
         self._forgets_evicted = False
@@ -232,6 +234,7 @@ class Ledger:
             if self._journals.has_kept_too_much(number):
                 self._believed[number :: len(self._journals)] = False
                 self._live[number] = 0
+                self._emptied.add(number)
                 self._thread.submit(self._journals.empty, number)
         failure = next(iter(failures.values()), None)
         if failure is not None and not self._is_told:
@@ -366,13 +369,27 @@ class Ledger:
             StorageError: a journal takes no more, or its device refused.
             ClosedError: the engine was closed meanwhile.
         """
+        await self._note_anew()
         await self.written()
+        for number in self._emptied:
+            raise StorageError(str(self._journals.each[number].path), 0, ENOSPC)
         if any(each.is_suspect for each in self._journals.each):
             await self._noted(self._renewals)
         loop = asyncio.get_running_loop()
         failures = await loop.run_in_executor(self._syncing, self._journals.sync)
         if failures:
             raise next(iter(failures.values()))
+
+    async def _note_anew(self) -> None:
+        """Note what the tier holds and journals lack that were emptied: they may take it now."""
+        count = len(self._journals)
+        for number in list(self._emptied):
+            self._emptied.discard(number)
+            for at in range(number, len(self._believed), self.snapshot_blocks * count):
+                end = min(at + self.snapshot_blocks * count, len(self._believed))
+                ids = np.arange(at, end, count)
+                self.stored(ids[~self._believed[ids]])
+                await asyncio.sleep(0)
 
     def begin_sync(self) -> BlockIds:
         """Return the blocks stored since the device last synced: it is about to sync again."""

@@ -11,6 +11,8 @@ WRITE_WINDOWS = 2
 """Owed blocks that are with a tier at once, in windows of writes: one moves, one waits."""
 KEPT_SHARE_MAX = 0.75
 """Part of host memory that may be kept for lower tiers: the rest is for reads, and others."""
+WRITE_SHARE_MAX = 0.125
+"""Part of host memory that may be one window: nobody gets the room of blocks being written."""
 
 DISK_READ_PIECE_BYTES, DISK_WRITE_PIECE_BYTES = 2 * MB, 8 * MB
 """One submission to the disk. Reads: small enough for others to cut in; nobody waits for writes."""
@@ -51,7 +53,8 @@ def plan_limits(cache: CacheConfig, sizes: CacheSizes) -> PlanLimits:
 
 def behind_limits(cache: CacheConfig, sizes: CacheSizes) -> BehindLimits:
     """Return what bounds the writing of owed blocks."""
-    window_blocks = max(1, int(cache.disk_write_window_mb * MB) // sizes.block_stride_bytes)
+    window_blocks = int(cache.disk_write_window_mb * MB) // sizes.block_stride_bytes
+    window_blocks = max(1, min(window_blocks, int(WRITE_SHARE_MAX * sizes.num_host_blocks)))
     return BehindLimits(
         batch_blocks=window_blocks,
         in_flight_blocks=WRITE_WINDOWS * window_blocks,

@@ -30,7 +30,7 @@ from flexkv.common.errors import (
     UnfilledError,
 )
 from flexkv.common.request import Operation, Request, Span
-from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Route, Tier
 from flexkv.graph.ops import OpSpec, OpState
 from flexkv.graph.plan import OPS_MAX, Plan
 from flexkv.graph.planner import Avoid, Planned, Planner
@@ -58,6 +58,7 @@ log = get_logger(__name__)
 
 _BEHIND = Request(Operation.PREFETCH, -1, 0, 1, Span(0, 0, 0, 0), bytes(BLOCK_KEY_BYTES))
 """Stands for the writing of owed blocks, which no caller has asked for."""
+_BEGUN = (OpState.IN_FLIGHT, OpState.DRAINING, OpState.OVERDUE)
 
 
 class _Joiner(NamedTuple):
@@ -143,10 +144,8 @@ class Scheduler:
         self._flights[run_id] = flight
         if request.watch is not None and request.operation is Operation.PUT:
             self._fed.add(flight)
-        if self.behind is not None and (planned.owed or planned.declined):
-            self.behind.declined(planned.declined)
-            for owed in planned.owed:
-                self.behind.owe(owed.tier, owed.host_ids)
+        if self.behind is not None and request.operation is Operation.PUT:
+            self.behind.planned(planned)
         self._take(flight, Launch())
         return flight
 
@@ -288,9 +287,23 @@ class Scheduler:
         if self._notes is not None:
             self._notes.erased(block_ids)
 
-    def drop(self, tier: Tier, block_ids: BlockIds) -> None:
-        """Forget blocks of a lower tier that may be lost: a failed sync, for instance."""
+    def drop_unsynced(self, tier: Tier, block_ids: BlockIds) -> None:
+        """Forget blocks of a lower tier that a failed sync may have lost, and owe it anew.
+
+        What is being written may be lost as well, if it came to the kernel before the sync: its
+        end proves nothing.
+        """
         self._residency.forget(tier, block_ids)
+        route = Route(Tier.HOST, tier)
+        for flight in self._flights.values():
+            for op in flight.plan.template.ops:
+                if op.route == route and flight.run.states[op.index] in _BEGUN:
+                    begin, end = flight.plan.bounds(op)
+                    ids = flight.plan.fills[op.leg].ids
+                    self._residency.forget(tier, ids[tier][begin:end])
+                    if self.behind is not None:
+                        self.behind.owe(tier, ids[Tier.HOST][begin:end])
+        self._work()
 
     def _distrust(self, flight: Flight, op: OpSpec, error: TransferError) -> None:
         """Forget blocks of a lower tier that could not be read: a put brings them anew."""
@@ -387,21 +400,21 @@ class Scheduler:
         token = flight.plan.run_id * OPS_MAX + op
         assert isinstance(command, Settle)
         self._residency.claims.settle(token, command.filled)
-        if command.filled:
-            self._filled(flight.plan, flight.plan.template.ops[op])
+        self._settled(flight.plan, flight.plan.template.ops[op], command.filled)
         for joiner in self._joiners.pop(token, ()):
             self._events.append((joiner.flight, _news(joiner.op, command.filled)))
 
-    def _filled(self, plan: Plan, op: OpSpec) -> None:
+    def _settled(self, plan: Plan, op: OpSpec, filled: bool) -> None:
         """Note what became READY on SSD, and owe what became READY in host memory only."""
         assert op.route is not None
         target, fill = op.route.target, plan.fills[op.leg]
-        if target is Tier.DISK and self._notes is not None:
+        if filled and target is Tier.DISK and self._notes is not None:
             begin, end = plan.bounds(op)
             self._notes.stored(fill.ids[target][begin:end])
         elif fill.owed_to and target is Tier.HOST and self.behind is not None:
             begin, end = plan.bounds(op)
-            for tier in fill.owed_to:
+            self.behind.coming_blocks -= end - begin
+            for tier in fill.owed_to if filled else ():
                 self.behind.owe(tier, fill.ids[target][begin:end])
 
     def _recall(self, flight: Flight, op: int, command: Command) -> None:

@@ -11,11 +11,10 @@ part of may wait in all. A tier that is down is owed, too, but nothing is kept f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
-import numpy as np
 
 from flexkv.actors.flight import wake
 from flexkv.actors.health import Health
@@ -23,7 +22,7 @@ from flexkv.actors.watch import Watch
 from flexkv.common.errors import DeadlineError, RecalledError, TransferError
 from flexkv.common.request import Operation, Request
 from flexkv.common.terms import BlockIds, Tier
-from flexkv.graph.planner import Planner
+from flexkv.graph.planner import Planned, Planner
 from flexkv.index.owed import EVICTED, FAILED, NO_PLACE, NOT_WORTH_IT, OwedBlocks, Taken
 from flexkv.index.residency import ABSENT, READY, Residency
 from flexkv.logs import get_logger
@@ -74,6 +73,7 @@ class WriteBehind:
     Attributes:
         waiting_requests: how many wait for room in host memory.
         is_active: whether `pump` has anything to do.
+        coming_blocks: on their way to host memory, and owed once they are there.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class WriteBehind:
             begin: starts a transfer of blocks that were taken.
             tell: gets what is given up: a kind of event, the tier, and detail in words.
         """
-        self.waiting_requests, self.is_active = 0, False
+        self.waiting_requests, self.is_active, self.coming_blocks = 0, False, 0
         self._residency, self._planner, self._watch = residency, planner, watch
         self._limits, self._begin, self._tell = limits, begin, tell
         lower = [tier for tier in residency.tiers if tier > Tier.HOST]
@@ -151,11 +151,21 @@ class WriteBehind:
         self._planner.behindhand |= {tier}
         self.is_active = True
 
-    def declined(self, declined: Iterable[tuple[Tier, int]]) -> None:
-        """Count blocks of a put that a tier has refused."""
-        for tier, blocks in declined:
+    def about_to_clear(self) -> None:
+        """Count what was evicted by now: of what is cleared nothing is given up."""
+        for queue in self._queues.values():
+            queue.drop_gone(EVICTED)
+
+    def planned(self, planned: Planned) -> None:
+        """Take the plan of a put: owe what it leaves unwritten, count what tiers have refused."""
+        for fill in planned.plan.fills:
+            if fill.owed_to:
+                self.coming_blocks += fill.positions.block_count
+        for tier, blocks in planned.declined:
             self._queues[tier].given_up[NOT_WORTH_IT] += blocks
             self.is_active = True
+        for owed in planned.owed:
+            self.owe(owed.tier, owed.host_ids)
 
     def cleared(self, tier: Tier | None) -> None:
         """Owe nothing of what was cleared: a tier, or a namespace, or all (None)."""
@@ -182,7 +192,9 @@ class WriteBehind:
         behindhand = frozenset(tier for tier, queue in self._queues.items() if queue.blocks)
         self._planner.behindhand = behindhand
         self._tell_given_up()
-        pending = sum(q.kept_blocks + self._in_flight[tier] for tier, q in self._queues.items())
+        # All that is owed counts, and not only what is kept: to let it be evicted ends no burst.
+        pending = sum(q.blocks + self._in_flight[tier] for tier, q in self._queues.items())
+        pending += self.coming_blocks
         if pending <= self._limits.kept_blocks_max // 2:
             self._burst_until_s = None
         self.is_active = bool(behindhand or pending or self._burst_until_s is not None)
@@ -194,6 +206,8 @@ class WriteBehind:
                 queue.unkeep(queue.kept_blocks)
                 self._retry_later()
                 return
+            if self._residency.counts(tier).reserved >= self._limits.kept_blocks_max > 0:
+                return  # nobody gets the room of what is being written: puts' own is enough
             before = queue.blocks
             taken = queue.take()
             if taken is not None:
@@ -291,10 +305,10 @@ class WriteBehind:
 
     @property
     def _pending(self) -> int:
-        """Return how many blocks of host memory are kept until they are written."""
+        """Return how many blocks of host memory are, or will be, kept until they are written."""
         return max(
             (
-                queue.kept_blocks + self._residency.counts(tier).reserved
+                queue.kept_blocks + self._residency.counts(tier).reserved + self.coming_blocks
                 for tier, queue in self._queues.items()
                 if self._may_write(tier)
             ),
@@ -326,19 +340,26 @@ class WriteBehind:
         That is what they have evicted or refused, or what could not be written before.
         """
         for tier, queue in self._queues.items():
+            free = self._residency.counts(tier).free
             for first in range(0, self._host_places, SCAN_BLOCKS):
                 lacking = self._residency.lacking(Tier.HOST, tier, first, first + SCAN_BLOCKS)
-                lacking = np.setdiff1d(lacking, queue.host_ids)
-                self.owe(tier, lacking[: self._residency.counts(tier).free])
+                lacking = queue.not_owed(lacking)[:free]
+                free -= len(lacking)
+                self.owe(tier, lacking)
                 await asyncio.sleep(0)
 
-    def left_blocks(self) -> dict[Tier, int]:
-        """Count the blocks of host memory that are neither in a lower tier nor owed to it."""
-        lacking, last = self._residency.lacking, self._host_places
-        return {
-            tier: len(np.setdiff1d(lacking(Tier.HOST, tier, 0, last), queue.host_ids))
-            for tier, queue in self._queues.items()
-        }
+    async def left_blocks(self) -> dict[str, int]:
+        """Count by the tier's name the blocks of host memory that it lacks, and is not owed."""
+        left = {}
+        for tier, queue in self._queues.items():
+            blocks = 0
+            for first in range(0, self._host_places, SCAN_BLOCKS):
+                lacking = self._residency.lacking(Tier.HOST, tier, first, first + SCAN_BLOCKS)
+                blocks += len(queue.not_owed(lacking))
+                await asyncio.sleep(0)
+            if blocks:
+                left[tier.label] = blocks
+        return left
 
     # -- the end --------------------------------------------------------------------------------
 

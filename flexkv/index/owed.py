@@ -23,6 +23,19 @@ from flexkv.index.residency import GONE, NO_ROOM, TAKEN, Residency
 EVICTED, NOT_WORTH_IT, NO_PLACE, FAILED = "evicted", "not worth it", "no place", "failed"
 """Why a block was given up."""
 
+_KEY_WORDS = BLOCK_KEY_BYTES // 8
+
+
+def _words(keys: bytes) -> NDArray[np.uint64]:
+    """Return keys of 16 bytes each as numbers, uint64[n, 2], which are compared faster."""
+    return np.frombuffer(keys, np.uint64).reshape(-1, _KEY_WORDS)
+
+
+def _equal(some: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Return which keys are equal, row by row: faster than `all` over an axis of two."""
+    equal: NDArray[np.bool_] = (some[:, 0] == others[:, 0]) & (some[:, 1] == others[:, 1])
+    return equal
+
 
 class _Batch(msgspec.Struct):
     block_ids: BlockIds
@@ -66,11 +79,14 @@ class OwedBlocks:
         self._residency, self._batch_blocks_max = residency, batch_blocks_max
         self._batches: deque[_Batch] = deque()
         self._left: Counter[int] = Counter()
+        places = residency.counts(Tier.HOST).capacity  # resizing takes none away
+        self._key_at = np.zeros((places, _KEY_WORDS), np.uint64)
+        """The block that waits at each place of host memory; zeros where none does."""
 
     def add(
         self, host_ids: BlockIds, room_blocks: int, attempts: int = 0, epoch: int | None = None
     ) -> None:
-        """Owe blocks that are READY in host memory; what is not there any more is left out.
+        """Owe blocks that are READY in host memory, and that are not owed yet.
 
         Args:
             host_ids: int64[n].
@@ -79,8 +95,9 @@ class OwedBlocks:
             epoch: when they were first owed; None for now.
         """
         records = self._residency.export(Tier.HOST, host_ids)
-        there = records.any(axis=1)
-        ids, keys = host_ids[there], records[there, :BLOCK_KEY_BYTES]
+        keys = _words(records[:, :BLOCK_KEY_BYTES].tobytes())
+        wanted = (keys[:, 0] | keys[:, 1]).astype(np.bool_) & ~_equal(keys, self._key_at[host_ids])
+        ids, keys = host_ids[wanted], keys[wanted]
         epoch = self.epoch if epoch is None else epoch
         for at in range(0, len(ids), self._batch_blocks_max):
             part = slice(at, at + self._batch_blocks_max)
@@ -113,7 +130,7 @@ class OwedBlocks:
             if hold is not None:
                 self._keep(rest)
         if len(target_ids):
-            self._left[batch.epoch] += len(target_ids)
+            self._leave(batch.epoch, len(target_ids))
             taken_ids = ids[outcomes == TAKEN]
             return Taken(self.tier, taken_ids, target_ids, batch.attempts, batch.epoch, hold)
         self._settle(hold)
@@ -121,13 +138,16 @@ class OwedBlocks:
 
     def ended(self, taken: Taken) -> None:
         """Note that the blocks that were taken are written, owed anew, or given up."""
-        self._left[taken.epoch] -= len(taken.host_ids)
+        self._leave(taken.epoch, -len(taken.host_ids))
 
-    @property
-    def host_ids(self) -> BlockIds:
-        """Return the places of all that waits; some may hold other blocks by now."""
-        waiting = [batch.block_ids for batch in self._batches]
-        return np.concatenate(waiting) if waiting else np.zeros(0, np.int64)
+    def not_owed(self, host_ids: BlockIds) -> BlockIds:
+        """Return those of some places of host memory whose READY blocks do not wait."""
+        waiting = self._key_at[host_ids]
+        may_wait = (waiting[:, 0] | waiting[:, 1]).astype(np.bool_)
+        some = host_ids[may_wait]
+        keys = _words(self._residency.keys_of(Tier.HOST, some))
+        others = ~_equal(keys, waiting[may_wait])
+        return np.concatenate([host_ids[~may_wait], some[others]])
 
     def left_of(self, epoch: int) -> int:
         """Return how many blocks that were owed up to an epoch are not written or given up."""
@@ -135,7 +155,6 @@ class OwedBlocks:
 
     def next_epoch(self) -> int:
         """Begin another epoch, and return the one before."""
-        self._left = Counter({epoch: count for epoch, count in self._left.items() if count})
         self.epoch += 1
         return self.epoch - 1
 
@@ -152,15 +171,21 @@ class OwedBlocks:
 
     def drop_gone(self, reason: str | None = None) -> None:
         """Forget blocks that host memory holds no more; with a reason they were given up."""
+        if not self._batches:
+            return
         batches, self._batches = self._batches, deque()
+        ids = np.concatenate([batch.block_ids for batch in batches])
+        keys = _words(b"".join([batch.keys for batch in batches]))
+        records = self._residency.export(Tier.HOST, ids)
+        there = _equal(_words(records[:, :BLOCK_KEY_BYTES].tobytes()), keys)
+        end = 0
         for batch in batches:
-            records = self._residency.export(Tier.HOST, batch.block_ids)
-            keys = np.frombuffer(batch.keys, np.uint8).reshape(-1, BLOCK_KEY_BYTES)
-            there = records.any(axis=1) & (records[:, :BLOCK_KEY_BYTES] == keys).all(axis=1)
-            if not there.all():
+            begin, end = end, end + len(batch.block_ids)
+            still = there[begin:end]
+            if not still.all():
                 if reason is not None:
-                    self.given_up[reason] += len(there) - int(np.count_nonzero(there))
-                batch = self._narrowed(batch, batch.part(there))
+                    self.given_up[reason] += len(still) - int(np.count_nonzero(still))
+                batch = self._narrowed(batch, batch.part(still))
             if len(batch.block_ids):
                 self._batches.append(batch)
 
@@ -184,14 +209,26 @@ class OwedBlocks:
     def clear(self) -> None:
         """Owe nothing any more."""
         for batch in self._batches:
-            self._count(batch, -1)
+            self._leave(batch.epoch, -len(batch.block_ids))
             self._settle(batch.hold)
         self._batches.clear()
-        self.kept_blocks = 0
+        self.blocks = self.kept_blocks = 0
+        self._key_at[:] = 0
 
     def _count(self, batch: _Batch, sign: int) -> None:
         self.blocks += sign * len(batch.block_ids)
-        self._left[batch.epoch] += sign * len(batch.block_ids)
+        self._leave(batch.epoch, sign * len(batch.block_ids))
+        ids, keys = batch.block_ids, _words(batch.keys)
+        if sign > 0:
+            self._key_at[ids] = keys
+        else:  # another block may wait at the same place, since this one was evicted
+            self._key_at[ids[_equal(self._key_at[ids], keys)]] = 0
+
+    def _leave(self, epoch: int, blocks: int) -> None:
+        """Count blocks of an epoch that are not over; an epoch without any is forgotten."""
+        self._left[epoch] += blocks
+        if not self._left[epoch]:
+            del self._left[epoch]
 
     def _keep(self, batch: _Batch) -> None:
         batch.hold = self._residency.claims.hold(Holding(Tier.HOST, batch.block_ids))

@@ -22,7 +22,11 @@ A, B = np.arange(4 * TOKENS_PER_BLOCK), np.arange(4 * TOKENS_PER_BLOCK) + 1000
 
 
 def on_engine(
-    work: Callable[[Engine], Awaitable[None]], host: int = 8, disk: int = 0, **changes: Any
+    work: Callable[[Engine], Awaitable[None]],
+    host: int = 8,
+    disk: int = 0,
+    journals: int = 0,
+    **changes: Any,
 ) -> None:
     """Run something on an open engine over fakes, on a virtual clock, and close it."""
 
@@ -31,7 +35,7 @@ def on_engine(
             tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=host, num_ssd_blocks=disk,
             ssd_cache_dir="unused", evict_ratio=0.0, **changes,
         )  # fmt: skip
-        backend = FakeBackend(host, FaultPlan(1, 0.0, 0.0001, 0.001), empty(disk))
+        backend = FakeBackend(host, FaultPlan(1, 0.0, 0.0001, 0.001), empty(disk, journals))
         engine = Engine(MODEL, cache, backend)
         await engine.open()
         engine.register_kv_caches([np.zeros((16, BLOCK_KEY_BYTES), np.uint8)])

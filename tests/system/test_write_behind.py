@@ -126,6 +126,76 @@ def test_a_burst_that_may_wait_loses_nothing() -> None:
     on_engine(work, host=12, disk=128, write_behind_max_gb=QUEUED_GB, write_behind_wait_s=600.0)
 
 
+def test_a_burst_of_prompts_of_half_the_host_memory_waits_once() -> None:
+    """To give up what is kept, since the burst has waited enough, begins no other burst."""
+
+    async def work(engine: Engine) -> None:
+        loop = asyncio.get_running_loop()
+        disk_of(engine)._faults = FaultPlan(1, 0.0, 5.0, 5.0)
+        begin_s = loop.time()
+        for number in range(15):
+            assert (await put(engine, number, 16)).status is KVResponseStatus.SUCCESS
+        assert 1.9 < loop.time() - begin_s < 2.5
+
+    limits = {"write_behind_max_gb": QUEUED_GB, "write_behind_wait_s": 2.0}
+    on_engine(work, host=24, disk=1024, io_deadline_s=100.0, **limits)
+
+
+def test_puts_at_once_lose_nothing_if_they_may_wait() -> None:
+    """Sixty puts side by side: what comes to host memory is counted before it is there."""
+
+    async def work(engine: Engine) -> None:
+        disk_of(engine)._faults = FaultPlan(1, 0.0, 0.02, 0.02)
+        await asyncio.gather(*(put(engine, number) for number in range(60)))
+        await engine.flush()
+        assert engine.statistics().write_behind["disk"].given_up_blocks == {}
+        assert engine._behind.coming_blocks == 0
+        assert on_disk(engine, *range(60)) == [BLOCKS] * 60
+
+    limits = {"write_behind_max_gb": QUEUED_GB, "write_behind_wait_s": 600.0}
+    on_engine(work, host=40, disk=512, **limits)
+
+
+def test_what_comes_to_host_memory_in_vain_is_counted_no_more() -> None:
+    """Transfers from the device that fail, and puts that are cancelled or cleared under way."""
+
+    async def work(engine: Engine) -> None:
+        device = engine.devices._by_rank[0].port
+        assert isinstance(device, FakePort)
+        device._faults = FaultPlan(5, 0.3, 0.0001, 0.001)
+        disk_of(engine)._faults = FaultPlan(1, 0.0, 0.01, 0.02)
+        for number in range(60):
+            putting = asyncio.ensure_future(put(engine, number))
+            await asyncio.sleep(0.0001 * (number % 12))  # virtual
+            if number % 3:
+                putting.cancel()
+            elif number % 2:
+                engine.keeping.clear()
+            await asyncio.gather(putting, return_exceptions=True)
+        await engine.flush()
+        assert engine._behind.coming_blocks == 0
+
+    on_engine(work, host=40, disk=512, write_behind_max_gb=QUEUED_GB)
+
+
+def test_a_clear_does_not_hide_what_was_given_up() -> None:
+    """What the SSD, which is down, missed for good is counted, though a namespace is cleared."""
+
+    async def work(engine: Engine) -> None:
+        disk = disk_of(engine)
+        reap = failing(disk)
+        for number in range(13):
+            await put(engine, number)
+        engine.keeping.clear(namespace="another")
+        vars(disk)["reap"] = reap
+        await asyncio.sleep(200.0)  # virtual
+        given_up = engine.statistics().write_behind["disk"].given_up_blocks
+        assert set(given_up) == {EVICTED}
+        assert given_up[EVICTED] + engine.residency.counts(Tier.DISK).ready == 13 * BLOCKS
+
+    on_engine(work, host=16, disk=256)
+
+
 def test_a_tier_that_is_down_gets_what_it_missed() -> None:
     """Puts meanwhile do not wait; a flush says why nothing is safe; later all of it is written."""
 
@@ -213,6 +283,63 @@ def test_a_flush_writes_what_the_ssd_has_lost_meanwhile() -> None:
         assert on_disk(engine, 0) == [BLOCKS]
 
     on_engine(work, host=32, disk=16)
+
+
+def test_what_is_put_again_is_owed_once() -> None:
+    """While the SSD is down the same prompts come again and again; a new one is owed, too."""
+
+    async def work(engine: Engine) -> None:
+        disk = disk_of(engine)
+        reap = failing(disk)
+        for _ in range(50):
+            for number in range(4):
+                await put(engine, number)
+        assert engine.statistics().tiers["disk"].writes == "down"
+        behind = engine.statistics().write_behind["disk"]
+        assert behind.owed_blocks + behind.writing_blocks == 4 * BLOCKS
+        await put(engine, 4)
+        behind = engine.statistics().write_behind["disk"]
+        assert behind.owed_blocks + behind.writing_blocks == 5 * BLOCKS
+        vars(disk)["reap"] = reap
+        await asyncio.sleep(100.0)  # virtual
+        assert on_disk(engine, *range(5)) == [BLOCKS] * 5
+
+    on_engine(work, host=64, disk=128)
+
+
+def test_another_block_at_the_place_of_one_that_is_owed_is_owed_too() -> None:
+    """The first was evicted unwritten, since the SSD hangs, and another has its place."""
+
+    async def work(engine: Engine) -> None:
+        disk_of(engine)._faults = FaultPlan(1, 0.0, 30.0, 30.0)
+        await put(engine, 0, 1)
+        await asyncio.sleep(3.0)  # virtual
+        disk_of(engine)._faults = QUICK
+        for number in range(1, 9):
+            await put(engine, number)
+        await asyncio.sleep(100.0)  # virtual
+        behind = engine.statistics().write_behind["disk"]
+        in_host = engine.residency.counts(Tier.HOST).ready
+        assert not len(engine.residency.lacking(Tier.HOST, Tier.DISK, 0, 16))
+        assert engine.residency.counts(Tier.DISK).ready == 8 * BLOCKS + 1 - sum(
+            behind.given_up_blocks.values()
+        )
+        assert in_host == 16
+
+    on_engine(work, host=16, disk=64, io_deadline_s=1.0)
+
+
+def test_writes_leave_host_memory_for_others() -> None:
+    """A window of writes that is larger than host memory, on a slow disk: every put gets places."""
+
+    async def work(engine: Engine) -> None:
+        disk_of(engine)._faults = FaultPlan(1, 0.0, 5.0, 5.0)
+        for number in range(20):
+            assert (await put(engine, number)).status is KVResponseStatus.SUCCESS
+            assert engine.residency.counts(Tier.HOST).pinned <= 36
+
+    limits = {"write_behind_max_gb": QUEUED_GB, "write_behind_wait_s": 2.0}
+    on_engine(work, host=40, disk=256, io_deadline_s=100.0, **limits)
 
 
 def test_what_is_owed_is_not_written_after_it_was_cleared() -> None:
