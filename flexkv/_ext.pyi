@@ -291,17 +291,17 @@ class BlockIndex:
             source: the tier that has them.
             target: the tier that lacks them.
             ids: int64[n], their places in `source`.
-            keys: 16 bytes each, to know them again: the places may hold other blocks by now.
+            keys: 16 bytes each: the places may hold other blocks by now.
             how: as for `reserve`; blocks of one namespace that follow each other are one batch.
 
         Returns:
-            For each block, as uint8[n]: 0 it has a place, RESERVED; 1 `source` does not have it any
-            more; 2 `target` had it or is being given it; 3 there is no room, or it is not worth an
-            eviction. And the places of the first kind, in order: int64.
+            For each block, as uint8[n]: 0 it has a place now, RESERVED; 1 `source` lost it; 2
+            `target` has it, or it is on its way there; 3 there is no room, or it is not worth an
+            eviction. Then the places of the blocks with outcome 0, in order: int64.
         """
 
     def lacking(self, source: int, target: int, begin: int, end: int, /) -> bytes:
-        """Return the places from `begin` to `end` of `source` whose READY blocks `target` lacks."""
+        """Return the places of `source` in a range whose READY blocks `target` lacks."""
 
     def lease(self, tier: int, ids: Memory, token: int) -> None:
         """Name who fills RESERVED places."""

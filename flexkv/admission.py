@@ -2,8 +2,8 @@
 
 Requests belong to groups: a server's instances, or the one group of a library's caller. Each group
 has a queue of its own, first come first served, and a free place goes to the groups in turns. A
-group that has less than its share inside is admitted even if others have taken every place, so
-that nobody waits behind an instance that hangs. A group can be turned away as a whole.
+group that uses less than its share is admitted even if others have taken every place, so that
+nobody waits behind an instance that hangs. A group can be turned away as a whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flexkv.common.errors import ClosedError, FlexKVError
 SHARES = 16
 """A group's share is the bound divided by this, and at least one place."""
 GROUPS_MAX = 256
-"""Groups of one engine. More are served, too; the mailboxes' bounds count on so many."""
+"""How many groups the bounds of the mailboxes allow for; more are served, too."""
 
 
 class Admission:
@@ -31,7 +31,7 @@ class Admission:
         self._inside = 0
         self._inside_of: dict[int, int] = {}
         self._queues: dict[int, deque[asyncio.Future[None]]] = {}
-        """Groups that have waiters; the first one's turn is next."""
+        """The waiters by group, in the order of the groups' turns."""
         self._turned_away: dict[int, FlexKVError] = {}
         self._closed = False
 
@@ -76,7 +76,7 @@ class Admission:
             await waiter
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self.leave(group)  # admitted and cancelled in the same turn: hand the place on
+                self.leave(group)  # admitted and cancelled at once: pass the place on
             elif (queue := self._queues.get(group)) is not None and waiter in queue:
                 queue.remove(waiter)
                 if not queue:
@@ -94,7 +94,7 @@ class Admission:
             self._admit()
 
     def turn_away(self, group: int, reason: FlexKVError | None) -> None:
-        """Refuse a group's requests, those that wait among them, or with None admit it again."""
+        """Refuse a group's requests, including those that wait; with None, admit it again."""
         if reason is None:
             self._turned_away.pop(group, None)
             return
@@ -119,7 +119,7 @@ class Admission:
         self._inside_of[group] = self._inside_of.get(group, 0) + 1
 
     def _admit(self) -> None:
-        """Admit waiters, the groups in turns, as long as one may enter."""
+        """Admit waiters, taking the groups in turns, until none may enter."""
         refused = 0
         while self._queues and refused < len(self._queues):
             group, queue = next(iter(self._queues.items()))

@@ -1,4 +1,4 @@
-"""Flushing: returns once what was put is on stable storage, or says what is not."""
+"""Flushing: brings what was put to stable storage, and reports what could not be."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = get_logger(__name__)
 
 NO_BLOCKS = np.zeros(0, np.int64)
 SYNC_TIMEOUT_S = 60.0
-"""How long a flush waits for the device at least."""
+"""How long a flush waits for the disk to sync, or `io_deadline_s` if that is longer."""
 
 
 class FlushReport(msgspec.Struct, frozen=True):
@@ -64,10 +64,10 @@ class Durability:
         self._is_closed = False
 
     async def flush(self) -> FlushReport:
-        """Return once all that is resident and was put before is on stable storage.
+        """Return once everything resident that was put before is on stable storage.
 
         Returns:
-            What is not, because the tier has no place for it or refuses it.
+            What is not, because a tier has no place for it or refuses it.
 
         Raises:
             TransferError: a block could not be written, or the disk refused to sync; what could be
@@ -116,7 +116,7 @@ class Durability:
             log.warning("closed_unflushed", reason=reason, lacking_blocks=left)
 
     async def _synced(self) -> FlexKVError | None:
-        """Sync the device and the journals from now on; return what went wrong."""
+        """Sync the disk and the journals, beginning now or later; return what went wrong."""
         loop = asyncio.get_running_loop()
         until_s, first = loop.time() + self._sync_timeout_s, self._syncs + 1
         while not self._is_closed:
@@ -129,12 +129,12 @@ class Durability:
                 return DeadlineError(-1, "sync", 0, "the device did not sync in time")
             if syncing.cancelled():
                 break
-            if number >= first:  # else it began before what has to be synced was written
+            if number >= first:  # an earlier sync may have missed recent writes
                 return syncing.result()
         return ClosedError("the engine was closed before the flush was done")
 
     async def _sync(self) -> FlexKVError | None:
-        """Sync once, to its end, whoever stops waiting: a failure must not go unseen."""
+        """Sync once, to the end, even if nobody waits any more: a failure must not go unseen."""
         disk, ledger = self._backend.disk, self._backend.ledger
         try:
             if disk is not None:
@@ -148,7 +148,7 @@ class Durability:
         return None
 
     async def _sync_disk(self, disk: DurablePort) -> None:
-        """Sync the disk; after a failure nothing is believed that was stored since it last did."""
+        """Sync the disk; after a failure, drop the blocks stored since the last good sync."""
         ledger = self._backend.ledger
         unsynced = NO_BLOCKS if ledger is None else ledger.begin_sync()
         try:
@@ -163,7 +163,7 @@ class Durability:
             raise
 
     def close(self) -> None:
-        """Wait for no sync any more."""
+        """Stop waiting for a sync."""
         self._is_closed = True
         if self._syncing is not None:
             self._syncing.cancel()

@@ -404,7 +404,7 @@ class Engine:
         return self._devices.use
 
     async def flush(self) -> FlushReport:
-        """Return once all that is resident and was put before is on stable storage.
+        """Return once everything resident that was put before is on stable storage.
 
         Returns:
             What is not, because the SSD has no place for it or refuses it.
@@ -440,12 +440,12 @@ class Engine:
 
     @property
     def scheduler(self) -> Scheduler:
-        """Give the scheduler, for tests."""
+        """Return the scheduler, for tests."""
         return self._scheduler
 
     @property
     def runner(self) -> RequestRunner:
-        """Return what runs requests: a server turns an instance's away there."""
+        """Return what runs requests; a server uses it to turn away those of one instance."""
         return self._runner
 
     @property

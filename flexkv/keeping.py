@@ -36,13 +36,13 @@ class Keeping:
         self.about_to_clear: Callable[[], None] = lambda: None
         """Called in front of each clear."""
         self.on_clear: Callable[[Tier | None], None] = lambda tier: None
-        """Called with the tier that was cleared; None for a namespace, or for all."""
+        """Called with the tier that was cleared; None for a namespace or everything."""
 
     def clear(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
-        """Forget the blocks of a tier, of a namespace, or all, and count the places they had.
+        """Forget the blocks of a tier, of a namespace, or all; return how many places they had.
 
-        Puts that began before store nothing any more. The journals of the SSD tier are told in the
-        background: `clear_durably` waits for that, and so does a flush.
+        Puts that began before store nothing any more. The journals of the SSD tier are written in
+        the background: `clear_durably` waits for that, and so does a flush.
         """
         self._check_tier(tier)
         root = None if namespace is None else self._intake.root(namespace)
@@ -59,8 +59,8 @@ class Keeping:
         """Do what `clear` does, and return once a crash brings nothing of it back.
 
         Raises:
-            StorageError: all is cleared, but the next run may find blocks on SSD: its journal could
-                not be told.
+            StorageError: all is cleared, but the next run may find blocks on SSD, because a journal
+            could not be written.
         """
         places = self.clear(tier, namespace)
         if self._ledger is not None:

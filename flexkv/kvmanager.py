@@ -221,9 +221,9 @@ class KVManager(TaskForm):
         """Store the blocks that host memory lacks; returns once device memory may be reused.
 
         Writing to lower tiers goes on behind. The arguments are as for `get`; the mask's True
-        tokens are those that may be stored. `return_mask` has those that were: none, with SUCCESS,
-        when all were there already; none, with UNREADY and a CapacityError as `error`, when there
-        was no room for any.
+        tokens are those that may be stored. `return_mask` has those that were stored. If all were
+        there already it is empty, with SUCCESS; if there was no room for any it is empty, with
+        UNREADY and a CapacityError as `error`.
 
         Raises:
             ConfigError: an argument breaks a rule; nothing has been done.
@@ -245,7 +245,7 @@ class KVManager(TaskForm):
         return await self._perform(Operation.PREFETCH, token_ids, None, None, namespace)
 
     async def flush(self) -> FlushReport:
-        """Return once all that is resident and was put before is on stable storage.
+        """Return once everything resident that was put before is on stable storage.
 
         Returns:
             What is not, because the SSD has no place for it or refuses it as worth less than what
@@ -264,9 +264,9 @@ class KVManager(TaskForm):
     def clear(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
         """Forget the blocks of one tier, or of one namespace; traffic may go on.
 
-        Puts that began before store nothing any more: they end as CANCELLED. On the engine's own
-        loop this returns before the journal of the SSD tier says so; `flush` waits for that. Else a
-        crash brings nothing back once it has returned.
+        Puts that began before store nothing any more: they end as CANCELLED. Called on
+        the engine's own loop, this returns before the clear is in the journal of the SSD tier, and
+        `flush` waits for that. Called elsewhere, it returns once no crash can bring blocks back.
 
         Returns:
             How many places the blocks had, in all tiers. Without arguments it is `reset`.

@@ -36,7 +36,7 @@ T = TypeVar("T")
 GATHER_S = 0.01
 """How long notes are gathered before they are written."""
 FINISH_S, CLOSE_S = 5.0, 1.0
-"""How long closing waits for the journals to take what is noted: on the loop, the latter."""
+"""How long closing waits for the journals to take what is noted, and how long on the loop."""
 SCAN_BLOCKS = 1 << 16
 """Rows that are looked at in one go for blocks to check."""
 
@@ -77,14 +77,14 @@ class Ledger:
         self._sums = sums
         self._believed = np.zeros(num_blocks, np.bool_)
         self._unsynced = np.zeros(num_blocks, np.bool_)
-        """Stored since the device last synced, and believed in."""
+        """The blocks stored since the disk last synced that the journals name."""
         self._unwritten = np.zeros(num_blocks, np.bool_)
         """Erased, and the journal does not say so yet."""
         self._erased: list[BlockIds] = []
         self._emptied: set[int] = set()
         """Journals that took too little and were emptied: they lack what the tier holds."""
         self._clears = False
-        """Whether the journals have to be emptied before what is noted now."""
+        """Whether the journals have to be emptied before the notes are written."""
         self._forgets_evicted = False
         self._live = np.zeros(len(journals), np.int64)
         """How many blocks of each journal are believed in."""
@@ -93,7 +93,7 @@ class Ledger:
         self._flushes: list[asyncio.Future[None]] = []
         self._snapshot: list[int | None] = [None] * len(journals)
         self._renewals: list[asyncio.Future[None]] = []
-        """Who waits for the journals that cannot be trusted to be written anew."""
+        """Callers that wait until suspect journals are written anew."""
         self._bell = Bell()
         self._sequence = 0
         self._thread = thread("flexkv-journal")
@@ -191,10 +191,10 @@ class Ledger:
                 self._bell.ring()
 
     def clear(self, root: bytes | None) -> None:
-        """Let no later run find any block, or any of a namespace that is about to be cleared.
+        """Remove all blocks, or those of a namespace about to be cleared, from the journals.
 
-        The journals are told in the background: `written` returns once they are. Until then a
-        crash may bring blocks back.
+        They are written in the background; `written` returns once they are. Until then a crash
+        may bring blocks back.
         """
         self._bell.ring()
         if root is not None:
@@ -223,7 +223,7 @@ class Ledger:
             await asyncio.sleep(0)
 
     def _take_frames(self) -> list[bytes]:
-        """Return what is to be written, and note that it is: writes come in this order."""
+        """Return what is to be written, and count it as written: writes come in this order."""
         frames = [b"".join(of_one) for of_one in self._frames]
         self._frames = [[] for _ in self._journals.each]
         return frames
@@ -306,7 +306,7 @@ class Ledger:
         return made.result()
 
     async def _renew(self) -> None:
-        """Go on writing anew the journals that have grown or cannot be trusted: a step of each."""
+        """Go one step on with writing anew each journal that has grown or is suspect."""
         error: StorageError | None = None
         for number, each in enumerate(self._journals.each):
             at = self._snapshot[number]
@@ -328,7 +328,7 @@ class Ledger:
     async def _renew_step(self, number: int, at: int) -> int | None:
         """Write the blocks from `at` on to a new journal; return where to go on, or None."""
         each, count = self._journals.each[number], len(self._journals)
-        if not each.has_new:  # the directory takes none, or not so much
+        if not each.has_new:  # the directory takes no new journal
             return None
         ids = np.arange(at, min(at + self.snapshot_blocks * count, len(self._believed)))
         ids = ids[(ids % count == number) & self._believed[ids]]
@@ -344,9 +344,9 @@ class Ledger:
     # -- stable storage -------------------------------------------------------------------------
 
     async def written(self) -> None:
-        """Return once all that was noted is in the journals: a crash brings nothing of it back.
+        """Return once all that was noted is in the journals, so that no crash undoes it.
 
-        What a device has not got yet, a loss of power may bring back.
+        A loss of power may still undo what the disk has not synced.
 
         Raises:
             StorageError: a journal takes no more; it is tried again with what is noted next.
@@ -363,7 +363,7 @@ class Ledger:
         self._check_open()
 
     async def flush(self) -> None:
-        """Return once all that was noted is on stable storage.
+        """Return once everything that was noted is on stable storage.
 
         Raises:
             StorageError: a journal takes no more, or its device refused.
@@ -392,16 +392,16 @@ class Ledger:
                 await asyncio.sleep(0)
 
     def begin_sync(self) -> BlockIds:
-        """Return the blocks stored since the device last synced: it is about to sync again."""
+        """Return the blocks stored since the disk last synced; call it right before a sync."""
         unsynced = np.flatnonzero(self._unsynced)
         self._unsynced[unsynced] = False
         return unsynced
 
     def sync_failed(self, unsynced: BlockIds) -> BlockIds:
-        """Unsay, and return, the blocks that the device may have lost in a sync that failed.
+        """Remove from the journals, and return, the blocks that a failed sync may have lost.
 
-        They are those that `begin_sync` returned, and those stored since: the kernel takes what it
-        could not write for written.
+        They are the blocks that `begin_sync` returned and those stored since: the kernel takes
+        what it could not write for written.
         """
         self._unsynced[unsynced] = True
         lost = np.flatnonzero(self._unsynced & self._believed)
@@ -416,7 +416,7 @@ class Ledger:
             raise ClosedError("the engine was closed before the flush was done")
 
     async def finish(self) -> None:
-        """Let the journals take what is noted, as far as they do within some seconds."""
+        """Write to the journals what is noted, as far as that takes no more than some seconds."""
         try:
             async with asyncio.timeout(FINISH_S):
                 await self.written()
@@ -424,7 +424,7 @@ class Ledger:
             log.warning("journal_not_finished", reason=str(error) or f"not within {FINISH_S} s")
 
     def close(self) -> None:
-        """Close the journals. A thread that a device holds up is left to itself. Idempotent."""
+        """Close the journals; do not wait for a thread that a disk holds up. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -432,7 +432,7 @@ class Ledger:
             _settle(flush, ClosedError("the engine was closed before the flush was done"))
         self._syncing.shutdown(wait=False, cancel_futures=True)
         self._thread.submit(self._journals.append, self._take_frames(), self._clears)
-        # Behind what the thread is at: its files are in use until then.
+        # Queued behind the thread's current call, which uses the files.
         closing = self._thread.submit(self._journals.close)
         with suppress(TimeoutError):
             closing.result(CLOSE_S)

@@ -8,14 +8,14 @@ from flexkv.common.config import GB, MB, CacheConfig, CacheSizes
 from flexkv.graph.planner import PlanLimits
 
 WRITE_WINDOWS = 2
-"""Owed blocks that are with a tier at once, in windows of writes: one moves, one waits."""
+"""Windows of owed blocks that are with a tier at once: one is written, one waits."""
 KEPT_SHARE_MAX = 0.75
 """Part of host memory that may be kept for lower tiers: the rest is for reads, and others."""
 WRITE_SHARE_MAX = 0.125
 """Part of host memory that may be one window: nobody gets the room of blocks being written."""
 
 DISK_READ_PIECE_BYTES, DISK_WRITE_PIECE_BYTES = 2 * MB, 8 * MB
-"""One submission to the disk. Reads: small enough for others to cut in; nobody waits for writes."""
+"""One submission to the disk. Reads are small, so that others can cut in."""
 
 DEVICE_PIECE_BYTES = {"cpu": 64 * MB, "cuda": 512 * MB, "agents": 64 * MB}
 """One submission to a device: what it copies in 10 ms. Each costs some 10 µs of Python."""

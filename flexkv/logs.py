@@ -1,8 +1,8 @@
 """Logging: structlog events as console lines on a terminal, as JSON lines otherwise.
 
-A library does not configure logging by itself: programs call `configure_logging`. Whoever did or
-did not, a line that cannot be written is lost, and nothing else happens: modules log by
-`get_logger`, whose loggers drop what the sink raises, and our own sink never waits for a reader.
+A library does not configure logging by itself: programs call `configure_logging`. With or without
+it, a line that cannot be written is dropped, and nothing else happens: modules log by `get_logger`,
+whose loggers ignore what the sink raises, and our own sink never waits for a reader.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ REPEATS_MAX, REPEATS_S = 10, 10.0
 """Lines of one event about one thing that pass in so many seconds."""
 SEEN_MAX = 1024
 PIECE_BYTES = select.PIPE_BUF
-"""What a pipe that can be written to takes without waiting."""
+"""How many bytes a writable pipe takes without waiting."""
 
 _SINK_FAULTS = (OSError, ValueError, RuntimeError, TypeError, AttributeError)
 """A closed pipe or a full disk; a closed file or an encoding; a signal handler that logs while a
@@ -37,7 +37,7 @@ line is written; no stream at all, or something else in its place."""
 
 
 class Logger:
-    """structlog's logger of a module, as it is configured when it is used, that never raises."""
+    """A logger that never raises: structlog's, as it is configured when a line is logged."""
 
     __slots__ = ("_inner",)
 
@@ -49,11 +49,11 @@ class Logger:
         self._log("debug", event, facts)
 
     def info(self, event: str, **facts: Any) -> None:
-        """Log what is as it should be."""
+        """Log normal events."""
         self._log("info", event, facts)
 
     def warning(self, event: str, **facts: Any) -> None:
-        """Log what is worse than it could be."""
+        """Log what is not as it should be, but harmless."""
         self._log("warning", event, facts)
 
     def error(self, event: str, **facts: Any) -> None:
@@ -63,8 +63,8 @@ class Logger:
     def exception(self, event: str, **facts: Any) -> None:
         """Log what went wrong, with the traceback of the exception that is being handled.
 
-        The traceback is made here: some renderers show the variables of each frame, too, and with
-        them secrets and prompts.
+        The traceback is formatted here, because some renderers also show the variables of each
+        frame, and with them secrets and prompts.
         """
         self._log("error", event, {**facts, "exception": traceback.format_exc().rstrip()})
 
@@ -81,7 +81,7 @@ def get_logger(name: str) -> Logger:
 def configure_logging(
     level: str | None = None, prefix: str | None = None, as_json: bool | None = None
 ) -> None:
-    """Send events to stderr from here on; a line that it does not take at once is dropped.
+    """Send events to stderr from now on; a line that it does not take at once is dropped.
 
     Args:
         level: least severity; FLEXKV_LOG_LEVEL when None, "info" when that is unset.
@@ -115,7 +115,7 @@ def configure_logging(
     renderer = (
         structlog.processors.JSONRenderer()
         if to_json
-        # The default one shows the variables of each frame.
+        # The default formatter shows the variables of each frame.
         else structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
     )
     structlog.configure(
@@ -136,10 +136,10 @@ def configure_logging(
 
 
 class _Sink:
-    """Writes lines to a stream, past its buffer: what could not be written is not tried again.
+    """Writes lines to a stream, past its buffer; a line that fails is not tried again.
 
     Attributes:
-        is_terminal: whether somebody reads along.
+        is_terminal: whether the stream is a terminal.
         lines_dropped: since the last one that was written whole.
     """
 
@@ -168,7 +168,7 @@ class _Sink:
         """Write a line.
 
         Raises:
-            OSError: it is not taken, or not at once.
+            OSError: the stream does not take it, or not at once.
             ValueError: the stream is closed.
         """
         if self._fd < 0:

@@ -250,7 +250,7 @@ def _behind(now: Statistics) -> Iterator[Metric]:
         for name, behind in tiers
         for reason, blocks in behind.given_up_blocks.items()
     ]
-    told = "Blocks that were never written to a tier, by the reason."
+    told = "Blocks given up, so never written to a tier, by the reason."
     yield _counter("flexkv_given_up_blocks", told, given_up, ("tier", "reason"))
 
 

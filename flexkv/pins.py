@@ -17,13 +17,13 @@ from flexkv.index.claims import Holding
 from flexkv.index.residency import Residency
 
 HOLD_S = 60.0
-"""How long a hold lasts: who takes longer finds what is there by then."""
+"""How long a hold lasts; after that, its blocks may be evicted."""
 HELD_SHARE = 2
-"""All holds together keep at most this part of a tier: a half."""
+"""All holds together keep at most a tier's capacity divided by this."""
 HOLDS_MAX = 1024
-"""Holds of one group; the oldest goes first."""
+"""How many holds one group may have; the oldest goes first."""
 HELD_BLOCKS_MAX = 1 << 22
-"""Blocks of one group's holds, those of each counted: what it takes to remember them."""
+"""Bound on the blocks of all holds of a group, repeated ones counted: it bounds our memory."""
 
 
 class _Pin(NamedTuple):
@@ -83,15 +83,15 @@ class _Hold(NamedTuple):
 
 
 class Holds:
-    """What matches have found and keep from eviction until a request is planned with it.
+    """Blocks that matches found and keep from eviction until a request is planned with them.
 
-    A hold is named by its group, such as an instance of a server, and a number. It ends by itself,
-    and all of them together keep no more than a part of each tier: beyond that the group that
-    holds most loses its oldest. A hold that has ended costs its owner hits, and nothing else.
+    A hold is named by its group, such as an instance of a server, and a number. It ends by itself
+    after a time. All holds together keep no more than a part of each tier; beyond that, the group
+    that holds most loses its oldest. When a hold has ended its owner may lose hits, nothing else.
     """
 
     def __init__(self, scheduler: Scheduler, residency: Residency) -> None:
-        """Take the parts of an engine. Blocks that several holds keep count once."""
+        """Take the parts of an engine. A block that several holds keep counts once."""
         self._scheduler, self._residency = scheduler, residency
         self._holds: dict[int, dict[int, _Hold]] = {}
         self._by_age: deque[tuple[float, int, int]] = deque()
@@ -107,7 +107,7 @@ class Holds:
         return sum(map(len, self._holds.values()))
 
     def hold(self, group: int, number: int, holdings: Iterable[Holding]) -> None:
-        """Keep blocks from eviction for `HOLD_S`, in the place of what the number held before."""
+        """Keep blocks from eviction for `HOLD_S`, instead of what the number held before."""
         self.release(group, number)
         kept = [Holding(tier, ids[: self._blocks_max(tier)]) for tier, ids in holdings if len(ids)]
         if not kept:

@@ -26,13 +26,13 @@ class Turn(NamedTuple):
     """Whose a request is, and what its owner has to do as it is planned."""
 
     group: int = 0
-    """Which group of requests it is counted in: see `Admission`."""
+    """The group that it is admitted with: see `Admission`."""
     check: Callable[[], None] | None = None
     """Called right before the request is planned, and again when it is planned anew.
 
     It raises if the request may not be planned any more."""
     begun: Callable[[], None] | None = None
-    """Called whenever the request has been planned: what a match held may be let go."""
+    """Called whenever the request has been planned: a match's hold may be released then."""
 
 
 ALONE = Turn()
@@ -48,14 +48,14 @@ class RequestRunner:
         observer: Observer,
         behind: WriteBehind,
     ) -> None:
-        """Take the parts of an engine; what hangs gives its place in `admission` back."""
+        """Take the parts of an engine; a request that hangs gives back its place in `admission`."""
         self._behind = behind
         self.admission = admission
         self._scheduler, self._observer = scheduler, observer
         scheduler.on_hang = self._give_place_back
 
     async def perform(self, request: Request, use: Use, turn: Turn = ALONE) -> Flight:
-        """Run a request to its answer; the flight that is returned has its response.
+        """Run a request to its answer; the returned flight has its response.
 
         Raises:
             FlexKVError: it was not admitted, or `turn.check` refused it.
@@ -76,7 +76,7 @@ class RequestRunner:
             use.leave()
 
     async def _run(self, request: Request, arrived_ns: int | None, turn: Turn) -> Flight:
-        """Run a request that was admitted, and give its place back."""
+        """Run a request that was admitted, and give back its place."""
         flight: Flight | None = None
         try:
             for is_last in (False, True):
@@ -84,7 +84,7 @@ class RequestRunner:
                 arrived_ns = flight.arrived_ns
                 if flight.response is None:
                     await self._wait_answered(flight)
-                # Where another gave up filling its blocks they may be elsewhere: once more.
+                # If a request that filled its blocks was given up, look for them once more.
                 if is_last or not flight.waited_in_vain:
                     break
             assert flight is not None
@@ -106,7 +106,7 @@ class RequestRunner:
     def _begin(
         self, request: Request, arrived_ns: int | None, turn: Turn, before: Flight | None
     ) -> Flight:
-        """Plan a request; the flight before it, if there is one, hands its place on."""
+        """Plan a request; it takes the place of the flight of its first try, if there is one."""
         if turn.check is not None:
             turn.check()
         flight = self._scheduler.begin(request, arrived_ns)

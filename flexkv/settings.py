@@ -38,10 +38,11 @@ def load_file(path: Path, field: str = PATH_VARIABLE) -> dict[str, Any]:
 
     Args:
         path: of the file.
-        field: names it in errors.
+        field: the file's name in errors.
 
     Raises:
-        ConfigError: missing, not to be read, or not an object; with the place of a syntax error.
+        ConfigError: it is missing, cannot be read, or is not an object; a syntax error has
+            its place.
     """
     try:
         content = path.read_bytes()
@@ -55,16 +56,16 @@ def load_object(
 ) -> dict[str, Any]:
     """Return the object that a YAML or JSON text holds; an empty YAML text is an empty object.
 
-    Nothing of the text is in the error, nor in its context: it may hold secrets.
+    Neither the error nor its context has any of the text, which may hold secrets.
 
     Args:
         content: UTF-8.
-        field: names the text in errors.
-        told: stands for the text in errors.
+        field: the text's name in errors.
+        told: replaces the text in errors.
         is_yaml: else JSON with comments.
 
     Raises:
-        ConfigError: it is none; with the place of a syntax error.
+        ConfigError: it is not an object; a syntax error has its place.
     """
     why = ""
     try:
@@ -72,7 +73,7 @@ def load_object(
         found = yaml.safe_load(text) if is_yaml else json5.loads(text)
     except _FAULTS as error:
         why = f"syntax: {_fault(error)}"
-    del content  # tools that show the variables of a traceback show it, too
+    del content  # tools that show the variables of a traceback would show it
     if not why:
         if found is None and is_yaml:
             return {}
@@ -87,11 +88,11 @@ _FAULTS = (
     yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
     ValueError,
 )  # fmt: skip
-"""YAML's parser lets through what its constructors raise: `!!bool x` is a KeyError, for one."""
+"""YAML's parser lets errors of its constructors through: `!!bool x` is a KeyError."""
 
 
 def _fault(error: BaseException) -> str:
-    """Return what is wrong with a text, and where, without a word of the text."""
+    """Return what is wrong with a text, and where, without quoting the text."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""

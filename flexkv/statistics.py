@@ -95,7 +95,7 @@ class Statistics(msgspec.Struct, frozen=True):
     asked_blocks: int
     hit_blocks: dict[str, int]
     requests_waiting: int
-    """To be admitted, or for room in host memory."""
+    """Requests that wait to be admitted, or for room in host memory."""
     runs_in_flight: int
     claims: int
     corrupt_blocks: int = 0
@@ -103,7 +103,7 @@ class Statistics(msgspec.Struct, frozen=True):
     restored_blocks: int = 0
     """Blocks of an earlier run that the SSD tier began with."""
     write_behind: dict[str, BehindCounts] = {}
-    """By lower tier, what it is owed by host memory."""
+    """What host memory owes each lower tier."""
 
     @property
     def hit_rate(self) -> float:

@@ -33,7 +33,7 @@ from flexkv.runner import Turn
 
 TASKS_MAX = 1 << 16
 TASKS = -1
-"""The group of what tasks hold; those of instances are not negative."""
+"""The group of the holds of tasks; groups of instances are not negative."""
 
 
 class _Task:
@@ -75,7 +75,7 @@ class TaskTable:
     ) -> tuple[int, TokenMask]:
         """Find what a get would load and keep it from eviction until launch or cancel.
 
-        What is not launched for long loses that: see `Holds`.
+        A match that is not launched for long is no longer kept: see `Holds`.
         """
         request = self._engine.intake(Operation.GET, token_ids, token_mask, namespace)
         self._check_room()

@@ -254,8 +254,8 @@ class TransferActor:
 class Supervisor:
     """The root task of an engine and the group of all its others; the one place that spawns.
 
-    A task that raises is our own mistake: it is reported, the group ends, and `on_failure` hears
-    of it, so that nobody waits for an answer that cannot come. A session, which serves one peer
+    A task that raises is our own mistake: it is reported, the group ends, and `on_failure` is
+    called, so that nobody waits for an answer that cannot come. A session, which serves one peer
     and holds no state of the engine, ends alone.
     """
 
@@ -279,8 +279,8 @@ class Supervisor:
     def spawn_session(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start a task that serves one peer; whatever it raises is reported and ends it alone.
 
-        Only an InternalError ends the engine, as from every other task: the state of the engine is
-        wrong then, and not what the peer has sent.
+        Only an InternalError ends the engine: then the state of the engine is wrong, and not what
+        the peer has sent.
         """
         return self._spawn(name, work, is_session=True)
 

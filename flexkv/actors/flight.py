@@ -28,11 +28,11 @@ class Flight:
         self.response: KVResponse | None = None
         self.failure: InternalError | None = None
         self.late: DeadlineError | None = None
-        """Why nobody should wait for the end: an op hangs."""
+        """Set when an op hangs: the reason why nobody should wait for the end."""
         self.group, self.has_place = 0, True
-        """Which group it was admitted with, and whether it still takes one of its places."""
+        """The group it was admitted with, and whether it still takes a place of that group."""
         self.taken: Taken | None = None
-        """What it writes to a lower tier that is owed it; None for a caller's request."""
+        """The owed blocks that it writes to a lower tier; None for a caller's request."""
         self._answer_waiters: list[asyncio.Future[None]] = []
         self._end_waiters: list[asyncio.Future[None]] = []
 
@@ -47,7 +47,7 @@ class Flight:
         return self.response
 
     async def wait_drained(self) -> KVResponse:
-        """Return the response once there is one, whatever cancels come: hardware has the slots."""
+        """Return the response once there is one, even if cancelled: hardware uses the slots."""
         while self.response is None:
             try:
                 await self._waiter(self._answer_waiters)
@@ -69,13 +69,13 @@ class Flight:
 
     @property
     def waited_in_vain(self) -> bool:
-        """Tell whether the flight was answered short because another gave up filling its blocks."""
+        """Return whether blocks are missing because the request that filled them was given up."""
         if not self.run.errors or self.response is None or self.run.cancelled:
             return False
         return any(isinstance(error, UnfilledError) for error in self.run.errors)
 
     def unfed_tokens(self) -> list[int]:
-        """Give the ops that wait for layers to be written."""
+        """Return the ops that wait for layers to be written."""
         watch = self.request.watch
         if watch is None or watch.ready >= watch.num_layers:
             return []
@@ -89,28 +89,28 @@ class Flight:
         return waiter
 
     def answer(self, response: KVResponse) -> None:
-        """Keep the response, then tell who waits."""
+        """Keep the response, and wake those who wait for it."""
         self.response = response
         wake(self._answer_waiters)
 
     def end(self) -> None:
-        """Tell who waits for the end."""
+        """Wake those who wait for the end."""
         wake(self._end_waiters)
 
     def hang(self, error: DeadlineError) -> None:
-        """An op hangs: nobody shall wait for the end."""
+        """Note that an op hangs, so that nobody waits for the end."""
         self.late = error
         wake(self._end_waiters)
 
     def fail(self, failure: InternalError) -> None:
-        """The engine failed: there will be no answer, and no end."""
+        """Note that the engine failed: there will be no answer, and no end."""
         self.failure = failure
         wake(self._answer_waiters)
         wake(self._end_waiters)
 
 
 def wake(waiters: list[asyncio.Future[None]]) -> None:
-    """Tell everyone who waits, and forget them."""
+    """Wake everyone who waits, and forget them."""
     for waiter in waiters:
         if not waiter.done():
             waiter.set_result(None)

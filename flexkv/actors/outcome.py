@@ -53,8 +53,8 @@ def _status(request: Request, planned: Planned, run: Run, moved: bool) -> KVResp
 def _moved_blocks(request: Request, planned: Planned, run: Run) -> TokenMask:
     """Return bool[span blocks]: those whose answering op is DONE, up to the first one that is not.
 
-    What is behind a block that did not come is dropped with it: no request could reach it. Of a get
-    only the unbroken run from the first block counts: an engine has no use for the others.
+    Blocks behind one that did not come are dropped with it, since no request could reach them.
+    For a get only the unbroken run from the first block counts: an engine cannot use the others.
     """
     first = request.span.first_block
     moved = np.zeros(request.span.last_block - first, np.bool_)

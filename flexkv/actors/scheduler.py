@@ -97,7 +97,7 @@ class Scheduler:
         self._notes = notes
         self.watch = Watch(actors, io_deadline_s, self._give_up, observer.event)
         self.on_hang: Callable[[Flight], None] = lambda flight: None
-        """Told of each flight whose device does not answer."""
+        """Called with each flight whose device does not answer."""
         self._stuck: set[int] = set()
         self._fed: set[Flight] = set()
         """Puts that wait for layers to be written: who asks meanwhile shall not wait for them."""
@@ -106,7 +106,7 @@ class Scheduler:
         self._events: deque[tuple[Flight, Event]] = deque()
         self._busy = False
         self.behind: WriteBehind | None = None
-        """Writes what lower tiers are owed; None where there is none."""
+        """Writes what lower tiers are owed; None without lower tiers."""
         self._failed: InternalError | None = None
         self._next_run = 0
         self._idle: list[asyncio.Future[None]] = []
@@ -150,7 +150,7 @@ class Scheduler:
         return flight
 
     def write_behind(self, taken: Taken) -> None:
-        """Begin to write blocks to a tier that is owed them."""
+        """Begin to write owed blocks to their tier."""
         run_id = self._next_run
         self._next_run += 1
         plan = self._planner.plan_behind(taken, run_id)
@@ -199,14 +199,14 @@ class Scheduler:
         self._actors[op.route.outer].recall(token)  # what hardware has not begun
 
     def strand(self, group: int | None, why: str) -> None:
-        """Let nobody wait for the device transfers of a group: its devices do not answer.
+        """Stop waiting for the device transfers of a group whose devices do not answer.
 
-        Without a group all are meant; then they keep their places, since there is no other device
-        for which others could use them.
+        Without a group, this is done for all. They then keep their places in admission, since
+        there is no other device for which others could use them.
 
-        A device may come back to a transfer at any time, so the blocks stay claimed, and the caller
-        is answered, when its port says that it has ended. Who only waits for the blocks, for a
-        flush or for admission does not wait for that.
+        A device may go on with a transfer at any time. So the blocks stay claimed, and the caller
+        waits, until the port says that the transfer has ended. Flushes, admission, and requests
+        that only wait for the blocks do not wait for that.
         """
         for flight in list(self._flights.values()):
             if group is not None and flight.group != group:
@@ -238,7 +238,7 @@ class Scheduler:
             self._take(flight, Cancel())
 
     def cancel_unanswered(self) -> None:
-        """Cancel every flight whose caller still waits; what is written behind others goes on."""
+        """Cancel every flight whose caller still waits; write-behind of the others goes on."""
         for flight in list(self._flights.values()):
             if flight.response is None:
                 self._take(flight, Cancel())
@@ -272,7 +272,7 @@ class Scheduler:
         self._work()
 
     def _unwritten(self, flight: Flight, op: OpSpec, error: TransferError) -> None:
-        """Owe anew what could not be written to a lower tier."""
+        """Owe again what could not be written to a lower tier."""
         if self.behind is None or op.route is None:
             return
         begin, end = flight.plan.bounds(op)

@@ -22,8 +22,8 @@ class Watch:
 
     Attributes:
         all_up: whether nothing has to be avoided.
-        watches_device: whether what the device has begun has the deadline, too. The devices of
-            other processes have deadlines of their own, one for each process.
+        watches_device: whether device transfers have the deadline, too. Devices of other processes
+        have deadlines of their own, one for each process.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Watch:
             self.breaker(route.outer, route.inbound).begun(now_s)
 
     def arm(self) -> None:
-        """Look in a while whether I/O ends, if that is not due already."""
+        """Start the timer that checks whether I/O ends, if it is not running."""
         if self._timer is None and not self._closed:
             loop = asyncio.get_running_loop()
             self._due_s = loop.time() + self._deadline_s / LOOKS_A_DEADLINE

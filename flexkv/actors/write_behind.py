@@ -4,8 +4,8 @@
             └───▶ owed: kept in host memory ──turn──▶ written when there is room
                                            └─too long─▶ may be evicted first: given up, and counted
 
-A put that finds host memory full of owed blocks waits for room, as long as the burst that it is
-part of may wait in all. A tier that is down is owed, too, but nothing is kept for it.
+A put that finds host memory full of owed blocks waits for room. The puts of one burst may wait for
+`write_behind_wait_s` in all. A tier that is down is owed blocks, too, but none are kept for it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ log = get_logger(__name__)
 ATTEMPTS_MAX = 5
 """How often writing a block may fail before it is given up."""
 UNTOLD_MAX = 100
-"""Failures that are kept for the next flush: the first ones."""
+"""How many failures are kept for the next flush: the first ones."""
 RETRY_S = 1.0
-"""Between two looks whether a tier that is down is due for a trial."""
+"""Time between two checks whether a tier that is down is due for a trial."""
 LOAD_WAIT_S = 0.1
-"""How long a load waits at most for room that owed blocks take."""
+"""How long a load waits at most for room that is taken by owed blocks."""
 SCAN_BLOCKS = 1 << 16
-"""Host places that are looked at in one go for blocks that a lower tier lacks."""
+"""How many host places are searched in one go for blocks that a lower tier lacks."""
 
 
 class BehindLimits(NamedTuple):
@@ -58,11 +58,11 @@ class BehindCounts(msgspec.Struct, frozen=True):
     """What one lower tier is owed, in blocks."""
 
     owed_blocks: int
-    """In host memory and not with the tier yet; those being written are in `writing_blocks`."""
+    """In host memory, and waiting to be written; not those in `writing_blocks`."""
     kept_blocks: int
-    """Of the owed ones, those kept from eviction until they are written."""
+    """Those of the owed blocks that are kept from eviction until they are written."""
     writing_blocks: int
-    """Being written, those written behind puts at once among them."""
+    """Being written, including those that puts queued at once."""
     given_up_blocks: dict[str, int]
     """Never written, by the reason."""
 
@@ -89,11 +89,11 @@ class WriteBehind:
 
         Args:
             residency: where blocks are.
-            planner: is told which tiers are behindhand.
+            planner: is told which tiers are owed blocks.
             watch: says which tiers may be written to.
             limits: what bounds the work.
             begin: starts a transfer of blocks that were taken.
-            tell: gets what is given up: a kind of event, the tier, and detail in words.
+            tell: called with an event's kind, tier and detail when blocks are given up.
         """
         self.waiting_requests, self.is_active, self.coming_blocks = 0, False, 0
         self._residency, self._planner, self._watch = residency, planner, watch
@@ -120,13 +120,13 @@ class WriteBehind:
     def failed(
         self, tier: Tier, host_ids: BlockIds, taken: Taken | None, error: TransferError
     ) -> None:
-        """Owe blocks anew that could not be written.
+        """Owe blocks again that could not be written.
 
         Args:
-            tier: that they were written to.
+            tier: to which they were being written.
             host_ids: where they are.
-            taken: what was written, if it was owed before.
-            error: why not. A transfer that was taken back was no attempt.
+            taken: the batch, if the blocks were owed before.
+            error: the reason. A recalled transfer does not count as an attempt.
         """
         if self._is_closed:
             return
@@ -168,7 +168,7 @@ class WriteBehind:
             self.owe(owed.tier, owed.host_ids)
 
     def cleared(self, tier: Tier | None) -> None:
-        """Owe nothing of what was cleared: a tier, or a namespace, or all (None)."""
+        """Forget what is owed of a cleared tier; None stands for a namespace or everything."""
         for lower, queue in self._queues.items():
             if tier is lower:
                 queue.clear()
@@ -179,7 +179,7 @@ class WriteBehind:
     # -- writing --------------------------------------------------------------------------------
 
     def pump(self) -> None:
-        """Begin to write what is owed, as far as there is room; wake who waits for that."""
+        """Begin to write what is owed, as far as there is room, and wake those who wait."""
         if self._is_pumping or self._is_closed:
             return
         self._is_pumping = True
@@ -219,7 +219,7 @@ class WriteBehind:
                 queue.give_up_next(NO_PLACE)
 
     def ended(self, taken: Taken) -> None:
-        """Note that a transfer of owed blocks is over, whatever came of it."""
+        """Note that a transfer of owed blocks is over, successful or not."""
         self._in_flight[taken.tier] -= len(taken.host_ids)
         self._queues[taken.tier].ended(taken)
 
@@ -250,10 +250,10 @@ class WriteBehind:
     # -- waiting --------------------------------------------------------------------------------
 
     async def admit(self, request: Request) -> None:
-        """Return when host memory has room for a request beside what is owed, or soon.
+        """Return when host memory has room for a request beside owed blocks, or after a while.
 
-        A put waits as long as its burst may; a load, which comes before writes, only a moment. Then
-        as many of the owed blocks as stand in the way may be evicted before they are written.
+        A put waits as long as its burst may; a load has priority, and waits for a moment only.
+        After that, as many owed blocks as the request needs may be evicted unwritten.
         """
         if not self._missing_room(request):
             return
@@ -278,14 +278,14 @@ class WriteBehind:
         return self._burst_until_s
 
     async def _change(self, timeout_s: float) -> None:
-        """Return after a change, or after a while."""
+        """Return after the next change, or after `timeout_s`."""
         changed = asyncio.get_running_loop().create_future()
         self._waiters.append(changed)
         self.is_active = True
         await asyncio.wait([changed], timeout=timeout_s)
 
     def _missing_room(self, request: Request) -> int:
-        """Return how many blocks a request has more than there is room for beside owed ones."""
+        """Return how many blocks of a request exceed the room that owed blocks leave."""
         if self._is_closed or not (pending := self._pending):
             return 0
         host = self._residency.counts(Tier.HOST)
@@ -322,7 +322,7 @@ class WriteBehind:
             blocks -= kept - queue.kept_blocks
 
     async def drain(self) -> TransferError | None:
-        """Return once what is owed by now is written or given up; or why it cannot be now."""
+        """Return None once what is owed by now is written or given up; else why it cannot be."""
         epochs = {tier: queue.next_epoch() for tier, queue in self._queues.items()}
         self.pump()
         for tier, queue in self._queues.items():
@@ -337,7 +337,7 @@ class WriteBehind:
     async def owe_all(self) -> None:
         """Owe again what host memory holds and lower tiers lack, as far as they have free places.
 
-        That is what they have evicted or refused, or what could not be written before.
+        These are blocks that the tiers have evicted or refused, or that could not be written.
         """
         for tier, queue in self._queues.items():
             free = self._residency.counts(tier).free
@@ -364,7 +364,7 @@ class WriteBehind:
     # -- the end --------------------------------------------------------------------------------
 
     def take_failures(self) -> list[TransferError]:
-        """Return why blocks were given up since the last call that writing had failed for."""
+        """Return the failures for which blocks were given up since the last call."""
         failures, self._failures_untold = self._failures_untold, []
         return failures
 
@@ -383,7 +383,7 @@ class WriteBehind:
         wake(self._waiters)
 
     def close(self) -> None:
-        """Owe nothing any more."""
+        """Forget everything that is owed."""
         self.abandon()
         for queue in self._queues.values():
             queue.clear()

@@ -63,7 +63,7 @@ def _main(
 def app() -> NoReturn:
     """Run the command; an error of FlexKV is one line and exit status 2, ctrl-C is 130.
 
-    An output that goes away (`flexkv … | head`) ends the command without a word, exit status 1.
+    If the reader of the output goes away (`flexkv … | head`), the command ends silently, status 1.
     """
     _prepare_streams()
     status: int | str | None
@@ -89,10 +89,10 @@ def app() -> NoReturn:
 
 
 def _prepare_streams() -> None:
-    """Let no character and no missing stream be an error.
+    """Prepare stdout and stderr, so that no character and no missing stream is an error.
 
-    With a standard stream closed, the first file that is opened would get its number, and whatever
-    is said there.
+    If a standard stream is closed, the first file that is opened would get its number, and so be
+    written to by whatever prints there.
     """
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 -- as long as the process
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
@@ -111,7 +111,7 @@ def _failed(why: str, status: int) -> int:
 
 
 def _finish(stream: TextIO) -> OSError | None:
-    """Write what a stream still holds; drop what it does not take, or Python complains at exit."""
+    """Write what a stream still holds, and drop the rest, or Python complains at exit."""
     if not isinstance(stream, io.TextIOWrapper):
         return None
     try:

@@ -32,9 +32,9 @@ from flexkv.settings import load_file, load_object, load_settings
 log = get_logger(__name__)
 
 LOOK_S = 1.0
-"""Between two looks whether the parent lives, or the address is free."""
+"""Time between two checks whether the parent lives, or the address is free."""
 FLUSH_S = 30.0
-"""How long what was put may take to reach stable storage when the server ends."""
+"""How long the flush may take when the server ends."""
 
 
 def serve(
@@ -47,8 +47,8 @@ def serve(
             "--with-parent", help="Read model and settings from stdin, and end when it does."
         ),
     ] = False,
-    parent: Annotated[int, typer.Option(hidden=True, help="Its process id.")] = 0,
-    parent_fd: Annotated[int, typer.Option(hidden=True, help="A descriptor of it.")] = -1,
+    parent: Annotated[int, typer.Option(hidden=True, help="Process id of the parent.")] = 0,
+    parent_fd: Annotated[int, typer.Option(hidden=True, help="Its pidfd.")] = -1,
 ) -> None:
     """Serve one engine at `server_recv_port` until SIGTERM; settings as from FLEXKV_CONFIG_PATH."""
     watch = None
@@ -73,16 +73,16 @@ def serve(
 
 
 def _say(line: bytes) -> None:
-    """Tell who has launched us, if it is there still."""
+    """Write a line to the process that launched us, if it still reads."""
     with suppress(BrokenPipeError):
         sys.stdout.buffer.write(line)
         sys.stdout.buffer.flush()
 
 
 def _outwait(address: str) -> None:
-    """Return once no server that is ending has the address: it writes what is not on SSD yet.
+    """Wait while a server that is ending still has the address: it may be writing to SSD.
 
-    An engine that is started again at once would be refused by what is left of the one before.
+    Otherwise an engine that is restarted at once would be refused because of its predecessor.
     """
     until_s = time.monotonic() + END_S
     while time.monotonic() < until_s:
@@ -90,7 +90,7 @@ def _outwait(address: str) -> None:
             Listener(socket_path(address)).close()
         except ConfigError as error:
             if not error.why.startswith("is in use") or _answers(address):
-                return  # it is refused, and why, when it is taken in earnest
+                return  # taking it below raises this error again
             log.info("address_is_in_use", path=address, reason="its server is ending, or starting")
             time.sleep(LOOK_S)
         else:
@@ -98,12 +98,12 @@ def _outwait(address: str) -> None:
 
 
 def _answers(address: str) -> bool:
-    """Tell whether a server at an address serves still."""
+    """Return whether the server at an address still serves."""
     try:
         connect(address, Hello(PROTOCOL_VERSION, "control", os.getpid())).socket.close()
     except (OSError, ClosedError):
         return False
-    except ConfigError:  # it says no
+    except ConfigError:  # it refuses us, so it serves
         return True
     return True
 
@@ -145,7 +145,7 @@ async def run(model: ModelConfig, settings: Settings, parent: ProcessWatch | Non
             async with asyncio.timeout(FLUSH_S):
                 await manager.flush()
         except (TimeoutError, FlexKVError) as error:
-            log.warning("not_flushed", reason=str(error) or "in time")
+            log.warning("not_flushed", reason=str(error) or f"not within {FLUSH_S} s")
 
 
 def _on_end(ended: Callable[[], None], parent: ProcessWatch | None) -> None:
@@ -154,7 +154,7 @@ def _on_end(ended: Callable[[], None], parent: ProcessWatch | None) -> None:
         loop.add_signal_handler(number, ended)
     if parent is None:
         return
-    # A child of the parent's may keep our stdin open, so that its end is not enough.
+    # A child of the parent may keep our stdin open, so waiting for its end is not enough.
     if parent.fd >= 0:
         loop.add_reader(parent.fd, _gone, loop, parent.fd, ended)
     else:
@@ -178,7 +178,7 @@ def _gone(loop: asyncio.AbstractEventLoop, fd: int, ended: Callable[[], None]) -
 def _look_at(
     loop: asyncio.AbstractEventLoop, parent: ProcessWatch, ended: Callable[[], None]
 ) -> None:
-    """Say so when the parent has died, of which this kernel does not tell."""
+    """Check repeatedly whether the parent has ended, where the kernel cannot report it."""
     if parent.has_ended:
         ended()
     else:

@@ -136,8 +136,8 @@ class CacheConfig(ConfigModel):
     )
     io_deadline_s: float = key(
         10.0,
-        "How long I/O of a lower tier, or a copy to or from a device, may take; then nobody waits "
-        "for it, and it is left alone.",
+        "How long I/O of a lower tier, or a copy to or from a device, may take; after that "
+        "nobody waits for it, and the tier or device is not used for a while.",
         unit="s",
         gt=0,
     )
@@ -251,8 +251,8 @@ class CacheConfig(ConfigModel):
     )
     write_behind_max_gb: float = key(
         -1.0,
-        "Bytes that puts may queue for the SSD; -1 = half of the host tier. What is more waits in "
-        "host memory and is written later.",
+        "Bytes that puts may queue for the SSD; -1 = half of the host tier. Further blocks wait "
+        "in host memory and are written later.",
         unit="GB",
         ge=-1,
     )
@@ -293,7 +293,7 @@ class CacheConfig(ConfigModel):
     key_secret: SecretStr = key(
         "",
         "Secret that block keys are derived with, the same in all processes that share blocks: "
-        "who does not know it can neither guess a key nor make prompts that share one. Give 128 "
+        "nobody without it can guess a key, or make prompts that share one. Use 128 "
         "random bits (`openssl rand -hex 16`) where users do not trust each other.",
         secret=True,
         shown_default="empty",

@@ -6,7 +6,7 @@ reads it from there: the checks below, the loader of files, and `docs/configurat
 
 An error never quotes a secret, wherever a broken file has put it: values of secret keys are masked,
 those of unknown keys and those that hold other values are described, and the name of an unknown key
-is told only if it is much like a known one (a file without its colons has secrets for keys).
+is shown only if it resembles a known one (a file without its colons has secrets for keys).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _PLAIN_TEXT = re.compile(r"[\w./:+-]{0,80}")
 _TELLING = re.compile("secret|password|passwd|credential|token_|api_?key", re.IGNORECASE)
 _USER_OF_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 LIKENESS_MIN, LIKENESS_OF_SECRETS_MIN = 0.6, 0.85
-"""How much an unknown key must be like a known one for its name to be told."""
+"""How similar an unknown key must be to a known one for its name to be shown."""
 
 
 class Described(str):
-    """Words that stand in an error for a value that it does not show."""
+    """A description that an error shows in place of a value."""
 
     __slots__ = ()
 
@@ -116,7 +116,7 @@ def shown(name: str, value: object, models: Iterable[type[BaseModel]]) -> object
 
 
 def described(value: object) -> object:
-    """Return a value of a key that is not secret, in words unless it is short and plain.
+    """Return a value of a key that is not secret: a description, unless it is short and plain.
 
     A wrong indentation or a forgotten quote puts secrets into the values of other keys.
     """
@@ -130,7 +130,7 @@ def described(value: object) -> object:
 
 
 def kind_of(value: object) -> Described:
-    """Return in words what kind of value this is, with nothing of its content."""
+    """Return a description of the kind of a value, which shows nothing of its content."""
     if isinstance(value, str | PurePath):
         return Described(f"<a text of {len(str(value))} characters>")
     if isinstance(value, Mapping):
@@ -146,10 +146,10 @@ def unknown_key(
     """Return the error for a key that no model has.
 
     Args:
-        given: the key, which is told if it is much like the nearest known one.
-        number: of the key, from 1, among those that were given.
-        known: every name that is taken, old ones too.
-        models: that have them.
+        given: the key, which is shown if it resembles the nearest known one.
+        number: position of the key among those that were given, from 1.
+        known: every valid name, including old ones.
+        models: the models that have these names.
     """
     aliases = old_names(models)
     guess = nearest(given, known)
@@ -189,10 +189,10 @@ def current_names(
 
 
 def check_no_key_swallowed(values: Mapping[str, Any], models: Collection[type[BaseModel]]) -> None:
-    """Return if no value holds the line of a secret key, as it does when a quote is missing.
+    """Check that no value holds the line of a secret key, as it does when a quote is missing.
 
     Raises:
-        ConfigError: one does: it would be told in errors and logs.
+        ConfigError: one does, and so would appear in errors and logs.
     """
     names = {n for model in models for n in model.model_fields if is_secret(n, models)}
     key_in_text = re.compile(rf"({'|'.join(sorted(names))})[\"']?\s*[:=]")
@@ -238,7 +238,7 @@ class ConfigModel(BaseModel):
             raise fault
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        """Return what `repr` shows: no secret, nor who logs in at an address."""
+        """Return what `repr` shows: no secret, and no user or password of an address."""
         for name, value in super().__repr_args__():
             yield name, _without_users(value)
 
@@ -257,7 +257,7 @@ class ConfigModel(BaseModel):
 
 
 def _config_error(model: type[BaseModel], error: ValidationError) -> ConfigError:
-    """Return pydantic's first complaint as an error of ours."""
+    """Return pydantic's first error as a ConfigError."""
     first = error.errors(include_url=False)[0]
     name, *rest = first["loc"] or ("configuration",)
     name = str(name)

@@ -115,8 +115,8 @@ class ModelConfig(ConfigModel):
     )
     model_id: str = key(
         "",
-        "Name of the weights: blocks of models with different names never mix. Models of one shape "
-        "that have none share blocks, right or wrong.",
+        "Name of the weights: blocks of models with different names never mix. Models of one "
+        "shape that have no name would be given each other's blocks.",
     )
 
     @field_validator("kv_dim", mode="before")

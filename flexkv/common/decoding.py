@@ -1,4 +1,4 @@
-"""Decoding of bytes that others wrote: one function, and one error for whatever is wrong.
+"""Decoding of bytes that others wrote: one function, which raises one error for any fault.
 
 A decoder that meets hostile or damaged bytes raises more than its own errors: some releases of
 msgspec raise UnicodeDecodeError for a string that is not UTF-8, deep nesting raises

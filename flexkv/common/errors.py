@@ -105,13 +105,13 @@ class CorruptBlockError(TransferError):
         self.path, self.offset_bytes, self.block_ids = path, offset_bytes, tuple(block_ids)
 
     def joined(self, other: CorruptBlockError) -> CorruptBlockError:
-        """Return one error for the blocks of both; its place is that of the first."""
+        """Return one error for the blocks of both; path and offset are those of the first."""
         block_ids = (*self.block_ids, *other.block_ids)
         return CorruptBlockError(self.path, self.offset_bytes, block_ids)
 
 
 class MalformedError(FlexKVError):
-    """Bytes from a file or a peer do not stand for what they should."""
+    """Bytes from a file or a peer cannot be decoded."""
 
     def __init__(self, length_bytes: int, why: str) -> None:
         super().__init__(f"{length_bytes} bytes cannot be decoded: {why}")

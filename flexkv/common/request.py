@@ -87,7 +87,7 @@ class Request(msgspec.Struct, frozen=True):
     """Names the namespace in traces without telling it."""
     watch: LayerWatch | None = None
     generation: int = 0
-    """The engine's, when the request began: see `flexkv.index.clears`."""
+    """The engine's generation when the request began: see `flexkv.index.clears`."""
 
     @property
     def block_count(self) -> int:

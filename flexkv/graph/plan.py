@@ -34,10 +34,10 @@ class Template(msgspec.Struct, frozen=True):
 class LegFill(msgspec.Struct, frozen=True):
     """One request's blocks of one leg.
 
-    `positions` are the blocks' places in the prompt, `ids` their places in each tier the leg
+    `positions` are the blocks' positions in the prompt, `ids` their places in each tier the leg
     meets (int64[n] each), `bounds` where each chunk begins, and the end of the last. `fillers` has,
-    for a leg that waits, the token of the op that is filling each chunk. `owed_to` are tiers that
-    lack the blocks once these are in host memory, and to which no hop of the leg writes them.
+    for a leg that waits, the token of the op that is filling each chunk. `owed_to` are the tiers
+    that lack the blocks and to which no hop of the leg writes them.
     """
 
     positions: Positions

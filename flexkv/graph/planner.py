@@ -49,7 +49,7 @@ class PlanLimits(NamedTuple):
     chunk_blocks: int
     """Blocks of one pipelined chunk, about; a leg has at most CHUNKS_MAX of them."""
     write_behind_blocks_max: int
-    """Blocks of one lower tier that puts may have waiting for it; what is more is owed to it."""
+    """How many blocks puts may queue for one lower tier; further ones are owed to it."""
 
 
 class Avoid(NamedTuple):
@@ -62,15 +62,15 @@ class Avoid(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """A plan whose claims are open, what was found, and why not all of it is planned."""
+    """A plan whose claims are open, what was found, and why some of it is not planned."""
 
     plan: Plan
     found: Found
     shortfall: CapacityError | ClearedError | None
     owed: tuple[Owed, ...] = ()
-    """What is in host memory already. What comes there is told by the fill of its leg."""
+    """Owed blocks that are in host memory already; see `LegFill.owed_to` for the others."""
     declined: tuple[tuple[Tier, int], ...] = ()
-    """How many blocks a lower tier refuses as worth less than what it has."""
+    """How many blocks each lower tier refuses as worth less than what it has."""
 
 
 class Owed(NamedTuple):
@@ -146,7 +146,7 @@ class Planner:
         self._limits = limits
         self.avoid: Avoid | None = None
         self.behindhand: frozenset[Tier] = frozenset()
-        """Lower tiers that are owed blocks: what is put joins them, behind the others."""
+        """Lower tiers that are owed blocks: blocks of new puts are owed, too, and come last."""
         self._lower = [(n, tier) for n, tier in enumerate(residency.tiers) if tier != Tier.HOST]
 
     def plan(self, request: Request, run_id: int) -> Planned:
@@ -364,7 +364,7 @@ class Planner:
             if len(ids) < room and self._residency.selective:
                 draft.declined.append((tier, room - len(ids)))
                 owed_from[tier] = room
-        # Each tier took a prefix, and is owed a suffix: between two ends all blocks are alike.
+        # Each tier took a prefix and is owed the rest, so all blocks between two ends are alike.
         count = positions.block_count
         ends = sorted({count, *map(len, taken.values()), *owed_from.values()} - {0})
         for begin, end in pairwise((0, *ends)):
@@ -384,7 +384,7 @@ class Planner:
         return frozenset() if self.avoid is None else self.avoid.unwritable
 
     def _room_behind(self, tier: Tier, wanted_blocks: int) -> int:
-        """Return how many blocks of a put may be written behind it at once."""
+        """Return how many blocks of a put may be queued for a tier at once."""
         if tier in self.behindhand or tier in self._unwritable:
             return 0
         waiting = self._residency.counts(tier).reserved

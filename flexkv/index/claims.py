@@ -60,7 +60,7 @@ class Claims:
         self._owned[owner] = self._owned.get(owner, 0) + 1
 
     def hold(self, holding: Holding) -> int:
-        """Keep blocks from eviction until `settle` gets the token that this returns."""
+        """Keep blocks from eviction until `settle` is called with the returned token."""
         token, self._next_hold = self._next_hold, self._next_hold - 1
         self.open(token, Claim(token, holding, None))
         return token

@@ -1,4 +1,4 @@
-"""When what was cleared, so that nothing which began before a clear is stored after it.
+"""The history of clears, so that nothing that began before a clear is stored after it.
 
 The engine counts its clears; the count is its *generation*. A request carries the generation at
 which it began, of this engine or of an earlier one, whose numbers are all lower. A clear of a
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 ROOTS_MAX = 1024
-"""Clears of namespaces that are remembered one by one; the oldest then count as clears of all."""
+"""How many clears of namespaces are remembered; older ones count as clears of everything."""
 
 
 class ClearHistory:
@@ -22,7 +22,7 @@ class ClearHistory:
     """
 
     def __init__(self, first: int = 0) -> None:
-        """Start to count at `first`: above what any earlier engine has reached."""
+        """Start to count at `first`, which is above what any earlier engine has reached."""
         self.generation = first
         self.on_clear: Callable[[], None] = lambda: None
         self._all = 0

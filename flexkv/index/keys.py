@@ -4,13 +4,13 @@
     key[0] = H(root ‖ tokens of block 0)
     key[i] = H(key[i-1] ‖ tokens of block i)
 
-N is BLAKE2b-128 with a key, and H is XXH3-128 with constants, that are both derived from the
-secret (`secret.py`). Tokens take four bytes each, little-endian. Before a block that an extra key
-touches, its parent is replaced by N(parent ‖ those extra keys, each with its range relative to the
+N is BLAKE2b-128 with a key, and H is XXH3-128 with constants; key and constants are derived from
+the secret (`secret.py`). Tokens take four bytes each, little-endian. For a block that an extra key
+touches, the parent is replaced by N(parent ‖ those extra keys, each with its range relative to the
 block). `docs/key-vectors.json` has examples.
 
-The fingerprint holds everything that changes the bytes of a block, so that two
-models never share one; the same prompt gives the same keys in every process and after every
+The fingerprint holds everything that changes the bytes of a block, so that two models never share
+one; the same prompt gives the same keys in every process and after every
 restart.
 """
 
@@ -35,7 +35,7 @@ KEY_VERSION = 3
 """Changes whenever the same tokens would give other keys or other bytes."""
 
 _ROOT, _EXTRAS = b"flexkv root", b"flexkv extras"
-"""Set what N names apart."""
+"""Say which kind of thing N names."""
 
 
 class Scope(NamedTuple):
@@ -63,11 +63,11 @@ class KeyChain:
         self._root = lru_cache(maxsize=4096)(self._named_root)
 
     def keys(self, tokens: NDArray[np.int64] | list[int], namespace: Namespace = None) -> bytes:
-        """Give the root, and the key of every whole block of `tokens`: 16 bytes each.
+        """Return the root, and the key of every whole block of `tokens`: 16 bytes each.
 
         Raises:
-            ConfigError: a token is no integer of 0 to 2**32 - 1, or the namespace is not what it
-                may be.
+            ConfigError: a token is not an integer from 0 to 2**32 - 1, or the namespace breaks
+                a rule.
         """
         scope = scope_of(namespace)
         root = self._root(scope.parts)
@@ -86,14 +86,14 @@ class KeyChain:
         return self.grown(keys, tokens[known:])
 
     def grown(self, keys: bytes, new_tokens: NDArray[np.int64] | list[int]) -> bytes:
-        """Give the keys of a prompt that has grown.
+        """Return the keys of a prompt that has grown.
 
         Args:
             keys: root and keys of its whole blocks, under a namespace without extra keys.
-            new_tokens: what came behind those blocks; what fills no block is left out.
+            new_tokens: the tokens behind those blocks; those that fill no block are left out.
 
         Raises:
-            ConfigError: a token is no integer of 0 to 2**32 - 1; its index in the prompt is told.
+            ConfigError: a token is not an integer from 0 to 2**32 - 1; the error has its index.
         """
         known = len(keys) - BLOCK_KEY_BYTES
         first = known // BLOCK_KEY_BYTES * self._tokens_per_block
@@ -103,7 +103,7 @@ class KeyChain:
         """Return a parent and the keys of the blocks behind it; `first` is the first token's index.
 
         Raises:
-            ConfigError: a token is no integer of 0 to 2**32 - 1.
+            ConfigError: a token is not an integer from 0 to 2**32 - 1.
         """
         try:
             return _ext.chain_keys(tokens, self._tokens_per_block, parent, self._hash_secret)
@@ -121,7 +121,7 @@ class KeyChain:
         return self._named(_ROOT, [self.fingerprint, *(part.encode() for part in parts)])
 
     def _named(self, kind: bytes, parts: Sequence[bytes]) -> bytes:
-        """Return 16 bytes that stand for some parts; without the secret nobody can tell which."""
+        """Return 16 bytes that name some parts; without the secret nobody can tell which."""
         return hashlib.blake2b(
             _framed(parts), digest_size=BLOCK_KEY_BYTES, key=self._name_key, person=kind
         ).digest()

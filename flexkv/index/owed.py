@@ -3,8 +3,8 @@
     add ──▶ [batch] [batch] … [batch] ──take──▶ places in the tier, RESERVED ──▶ a transfer
               kept from eviction, as many as may be
 
-A batch that is not kept may have been evicted when its turn comes: its blocks are known again by
-their keys. Every block that is not written in the end is counted in `given_up`, with the reason.
+A batch that is not kept may have been evicted when its turn comes: the keys of its blocks show
+that. Every block that is not written in the end is counted in `given_up`, with the reason.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class OwedBlocks:
     Attributes:
         blocks: how many wait.
         kept_blocks: how many of them are kept from eviction.
-        epoch: marks what is added: `left_of` tells how much of an epoch is not over.
-        given_up: how many were never written, by the reason.
+        epoch: number of the period in which blocks are owed: see `next_epoch` and `left_of`.
+        given_up: how many will never be written, by the reason.
     """
 
     def __init__(self, residency: Residency, tier: Tier, batch_blocks_max: int) -> None:
@@ -90,7 +90,7 @@ class OwedBlocks:
 
         Args:
             host_ids: int64[n].
-            room_blocks: how many may be kept from eviction, those that are kept already included.
+            room_blocks: how many blocks may be kept from eviction in all.
             attempts: how often writing them has failed.
             epoch: when they were first owed; None for now.
         """
@@ -150,7 +150,7 @@ class OwedBlocks:
         return np.concatenate([host_ids[~may_wait], some[others]])
 
     def left_of(self, epoch: int) -> int:
-        """Return how many blocks that were owed up to an epoch are not written or given up."""
+        """Return how many blocks up to an epoch are neither written nor given up."""
         return sum(count for number, count in self._left.items() if number <= epoch)
 
     def next_epoch(self) -> int:
@@ -159,7 +159,7 @@ class OwedBlocks:
         return self.epoch - 1
 
     def unkeep(self, block_count: int) -> None:
-        """Let so many blocks be evicted, if need be: the last ones, whose turn comes last."""
+        """Allow the eviction of so many kept blocks, starting with those whose turn comes last."""
         for batch in reversed(self._batches):
             if block_count <= 0:
                 return
@@ -190,7 +190,7 @@ class OwedBlocks:
                 self._batches.append(batch)
 
     def _narrowed(self, batch: _Batch, part: _Batch) -> _Batch:
-        """Put a part in the place of a batch."""
+        """Replace a batch by a part of it."""
         self._count(batch, -1)
         self._count(part, 1)
         if batch.hold is not None:
@@ -201,13 +201,13 @@ class OwedBlocks:
         return part
 
     def give_up_next(self, reason: str) -> None:
-        """Give up the oldest batch."""
+        """Count the oldest batch as given up."""
         batch = self._batches.popleft()
         self.given_up[reason] += len(batch.block_ids)
         self._narrowed(batch, batch.part(np.zeros(len(batch.block_ids), np.bool_)))
 
     def clear(self) -> None:
-        """Owe nothing any more."""
+        """Forget everything that is owed."""
         for batch in self._batches:
             self._leave(batch.epoch, -len(batch.block_ids))
             self._settle(batch.hold)

@@ -35,7 +35,7 @@ PREFIX, ALL, WORTHY = 0, 1, 2
 """How much `reserve` takes when room is short: what fits; all or nothing; what is worth it."""
 
 TAKEN, GONE, THERE, NO_ROOM = 0, 1, 2, 3
-"""What became of a block for which `reserve_copies` was to take a place."""
+"""The outcome for a block in `reserve_copies`."""
 
 
 class PrefixMatch(msgspec.Struct, frozen=True):
@@ -199,7 +199,7 @@ class Residency:
         eviction: Eviction | None = None,
         clears: ClearHistory | None = None,
     ) -> None:
-        """Take tiers by capacity in blocks, how they evict (all alike), and where clears go."""
+        """Take each tier's capacity in blocks, how all evict, and the history of clears."""
         eviction = eviction or Eviction()
         self.clears = clears or ClearHistory()
         self.tiers = tuple(sorted(capacities))
@@ -354,17 +354,17 @@ class Residency:
     def reserve_copies(
         self, source: Tier, target: Tier, block_ids: BlockIds, keys: bytes
     ) -> tuple[NDArray[np.uint8], BlockIds]:
-        """Take places in a tier for blocks that another one has and that are worth them.
+        """Take places in a tier for blocks that another tier has, unless they are worth too little.
 
         Args:
             source: the tier that has them.
             target: the tier that lacks them.
             block_ids: int64[n], their places in `source`, which may hold other blocks by now.
-            keys: 16 bytes each, to know them again.
+            keys: 16 bytes each, by which the blocks are recognised.
 
         Returns:
-            What became of each block, uint8[n]: TAKEN, GONE, THERE or NO_ROOM. And int64, the
-            places of those that were taken, RESERVED.
+            The outcome for each block, uint8[n]: TAKEN, GONE, THERE or NO_ROOM; and the places of
+            the TAKEN ones, int64, which are RESERVED.
         """
         numbers = self._number
         outcomes, ids = self._table.reserve_copies(
@@ -373,7 +373,7 @@ class Residency:
         return np.frombuffer(outcomes, np.uint8), np.frombuffer(ids, np.int64)
 
     def lacking(self, source: Tier, target: Tier, first: int, last: int) -> BlockIds:
-        """Return the places from `first` to `last` of a tier whose READY blocks another lacks."""
+        """Return the places of `source` in a range whose READY blocks `target` lacks."""
         numbers = self._number
         blob = self._table.lacking(numbers[source], numbers[target], first, last)
         return np.frombuffer(blob, np.int64)
@@ -436,7 +436,7 @@ class Residency:
         self._table.forget(self._number[tier], block_ids)
 
     def clear(self, tier: Tier | None = None, root: bytes | None = None) -> int:
-        """Forget every block of a tier, of a namespace, or all, and count the places.
+        """Forget the blocks of a tier, of a namespace, or all; return how many places they had.
 
         Puts that began before store nothing any more.
         """

@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 HASH_SECRET_BYTES = 192
-"""As many as XXH3 has public ones."""
+"""As many bytes as XXH3's public constants have."""
 _SALT = b"flexkv key_secret"
 """The same everywhere: nodes that share blocks must derive the same keys from the secret alone."""
 _SCRYPT_N, _SCRYPT_R = 1 << 14, 8
@@ -27,19 +27,19 @@ _MASTER_BYTES = 64
 
 
 class Derived(NamedTuple):
-    """What one secret gives."""
+    """What is derived from one secret."""
 
     hash_secret: bytes
     """192 bytes that take the place of XXH3's public constants."""
     name_key: bytes
     """64 bytes: the key of BLAKE2b for roots and extra keys."""
     digest: str
-    """Tells whether two processes have the same secret."""
+    """Equal in two processes if they have the same secret."""
 
 
 @lru_cache(maxsize=16)
 def derived(secret: str) -> Derived:
-    """Return what a secret gives; the first call with a secret takes a tenth of a second."""
+    """Return what is derived from a secret; the first call for it takes a tenth of a second."""
     master = bytes(_MASTER_BYTES)
     if secret:
         master = hashlib.scrypt(

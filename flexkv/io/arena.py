@@ -8,8 +8,8 @@ Large pages matter more than any other choice here: a disk request in 4 KiB page
 segments, one in a huge page is one. All memory is touched at open, since a first touch costs
 several times a copy.
 
-Memory that other processes map is sealed: nobody can shrink it, which would kill all who touch it
-by SIGBUS, nor grow it, nor take the seals off. Whoever maps it checks the seals first.
+Memory that other processes map is sealed: nobody can grow it, remove the seals, or shrink it, which
+would kill every process that touches it by SIGBUS. Whoever maps it checks the seals first.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def _checked_length(fd: int, num_blocks: int, stride_bytes: int, offset_bytes: i
     """Return how many bytes of another process's memory to map.
 
     Raises:
-        OSError: it is no sealed memory.
+        OSError: it is not sealed memory.
         ValueError: it is smaller than it is said to be.
     """
     if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
@@ -223,7 +223,7 @@ def _checked_length(fd: int, num_blocks: int, stride_bytes: int, offset_bytes: i
 
 
 def _seal(fd: int) -> None:
-    """Let memory keep its size for ever; its bytes may still be written to."""
+    """Fix the size of memory for ever; its bytes may still be written."""
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
 
 

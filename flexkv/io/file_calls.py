@@ -16,7 +16,7 @@ class FileCalls(Protocol):
     """Files of one directory, written at their ends only. Every call may raise OSError."""
 
     def open(self, path: Path) -> int:
-        """Open a file, or create it; never what is no file of ours.
+        """Open a file of ours, or create it.
 
         Raises:
             ConfigError: it cannot be opened, or others may write to it.
@@ -91,8 +91,8 @@ class KernelCalls:
     def read(self, fd: int) -> bytes:
         """Return all that is in a file, from the device where the kernel lets us.
 
-        An earlier process's sync may have failed. What it could not write is still cached, and
-        taken for written: it is dropped before the file is read.
+        If a sync of an earlier process failed, the kernel still caches what it could not write,
+        and takes it for written. So the cached bytes are dropped before the file is read.
         """
         with suppress(OSError):
             os.fdatasync(fd)
@@ -122,7 +122,7 @@ class KernelCalls:
         os.close(fd)
 
     def rename(self, old: Path, new: Path) -> None:
-        """Let a file take the place of another in the same directory."""
+        """Replace a file by another in the same directory."""
         with self._folder_of(old) as folder:
             os.rename(old.name, new.name, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
 

@@ -6,7 +6,7 @@
     directory 1    file 1 [1][3][5]    file 3 [7]
 
 One block is one extent, aligned for O_DIRECT. A lock on each directory keeps two engines apart.
-Directories and files are ours alone, or are refused (`private.py`).
+Directories and files to which others may write are refused (`private.py`).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class StripedFiles:
         paths: of the files, by the same index.
         folders: the directories, locked; they stay the property of this object.
         direct: whether I/O goes past the page cache.
-        why: why not, when it does not.
+        why: the reason if it does not.
     """
 
     def __init__(self, striping: _Striping, block_stride_bytes: int, closing: ExitStack) -> None:
@@ -234,7 +234,7 @@ def open_folder(path: Path, closing: ExitStack, make: bool = False) -> Folder:
 
     Args:
         path: of the directory.
-        closing: gets what closes it.
+        closing: the stack that closes it.
         make: whether one that is missing is made (its last component only).
 
     Raises:
@@ -264,7 +264,7 @@ def lock_folder(folder: Folder, closing: ExitStack) -> None:
 
 
 def open_ours(folder: Folder, name: str, flags: int = os.O_RDWR | os.O_CREAT) -> int:
-    """Open or create a file of ours: never a link, a pipe or a directory in its place.
+    """Open or create a file of ours; refuse a link, a pipe or a directory in its place.
 
     Raises:
         ConfigError: it cannot be opened, or others may write to it.
@@ -276,7 +276,7 @@ def open_ours(folder: Folder, name: str, flags: int = os.O_RDWR | os.O_CREAT) ->
 
 
 def _refusal(path: Path, error: OSError) -> ConfigError:
-    """Say what is wrong with a directory or a file of the SSD tier."""
+    """Return an error that says what is wrong with a directory or a file of the SSD tier."""
     why = f"cannot be used ({error.strerror})"
     if isinstance(error, NotPrivateError):
         why = str(error.strerror)
@@ -288,7 +288,7 @@ def _refusal(path: Path, error: OSError) -> ConfigError:
 
 
 def _remove_leftovers(folder: Folder, wanted: list[Path]) -> None:
-    """Remove the block files of a directory that this tier has no use for."""
+    """Remove the block files of a directory that this tier does not use."""
     for name in os.listdir(folder.fd):
         path = folder.path / name
         if fnmatch(name, FILE_PATTERN) and path not in wanted:

@@ -184,14 +184,14 @@ class Journal:
     """The open journal of one directory. Its calls block: they are for a thread."""
 
     def __init__(self, folder: Path, calls: FileCalls = KERNEL) -> None:
-        """Open or create it; `live` is what it says.
+        """Open or create it; `live` is its content.
 
         `is_suspect` is set once a sync has failed. The kernel then takes what it could not write
         for written, so a later sync that succeeds proves nothing: only a journal written anew is
         trusted again.
 
         Raises:
-            ConfigError: the file cannot be opened, or is no file of ours.
+            ConfigError: the file cannot be opened, or others may write to it.
             OSError: it cannot be read or cut.
         """
         self.folder = folder
@@ -304,7 +304,7 @@ class Journal:
                 self._calls.close(fd)
 
     def sync(self) -> None:
-        """Return once all that was appended is on stable storage.
+        """Return once everything that was appended is on stable storage.
 
         Raises:
             StorageError: the device refused, now or before: the journal has to be written anew.

@@ -1,6 +1,6 @@
-"""The journals of one SSD tier as one: what is written to them together, on the ledger's thread.
+"""The journals of one SSD tier, which are written together on the ledger's thread.
 
-A journal that does not take its frames keeps them, and they go in front of what is written next.
+Frames that a journal does not take are kept, and written in front of its next ones.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from flexkv.common.errors import StorageError
 from flexkv.io.journal import Journal, Live, cleared
 
 KEPT_BYTES_MAX = 16 << 20
-"""What is kept for a journal that takes no more at the moment; with more it is emptied."""
+"""How many bytes are kept for a journal that takes none; beyond that it is emptied."""
 
 
 class Journals:
-    """One journal for each directory. All calls block, and are for one thread, but where said."""
+    """One journal for each directory. All calls block, and come from one thread unless noted."""
 
     def __init__(self, journals: Sequence[Journal]) -> None:
         """Take open journals, which are closed with this object."""
@@ -30,7 +30,7 @@ class Journals:
         return [journal.live for journal in self.each]
 
     def forget_lives(self) -> None:
-        """Let go of what the journals said when they were opened."""
+        """Drop what the journals said when they were opened."""
         for journal in self.each:
             journal.forget_live()
 
@@ -58,7 +58,7 @@ class Journals:
         return failures
 
     def _emptied(self, number: int) -> bytes:
-        """Empty a journal; return what has to stand in front of its next frames if it refuses."""
+        """Empty a journal; return what to write in front of its next frames if it refuses."""
         self._kept[number] = b""
         try:
             self.each[number].clear()
@@ -67,11 +67,11 @@ class Journals:
         return b""
 
     def has_kept_too_much(self, number: int) -> bool:
-        """Return whether a journal has not taken so much that it should be emptied."""
+        """Return whether so much is kept for a journal that it should be emptied."""
         return len(self._kept[number]) > KEPT_BYTES_MAX
 
     def empty(self, number: int) -> None:
-        """Let a journal say nothing any more; a crash brings none of its blocks back."""
+        """Empty a journal, so that a crash brings none of its blocks back."""
         self._kept[number] = self._emptied(number)
 
     def sync(self) -> Mapping[int, StorageError]:

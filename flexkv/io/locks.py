@@ -1,4 +1,4 @@
-"""A lock on a directory: one process has it, and nobody takes it away by removing a file.
+"""A lock on a directory: one process has it, and removing a file does not take it away.
 
 What is locked is the directory itself (`flock` on its descriptor). A file `lock.flexkv` in it
 carries the number of the holder's process for messages, and is locked as well, so that releases
@@ -23,7 +23,7 @@ from flexkv.io.private import open_file
 NOTE_NAME = "lock.flexkv"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _TRIES = 16
-"""A directory that is replaced by another each time it has been locked is given up."""
+"""How often a directory may be replaced while it is being locked, before that is given up."""
 _CANNOT_LOCK = {EBADF, ENOLCK, ENOTSUP, EOPNOTSUPP}
 
 
@@ -35,13 +35,13 @@ class DirectoryLock:
     """
 
     def __init__(self, fd: int, note_fd: int) -> None:
-        """Take locked descriptors, which become this object's."""
+        """Take locked descriptors, which this object closes."""
         self.fd, self._note_fd = fd, note_fd
         self._process = os.getpid()
         _held.add(self)
 
     def release(self) -> None:
-        """Let others lock the directory, whatever children were forked. Idempotent."""
+        """Let others lock the directory, even if children were forked. Idempotent."""
         _held.discard(self)
         for fd in (self._note_fd, self.fd):
             if fd >= 0:
@@ -67,7 +67,7 @@ os.register_at_fork(after_in_child=_drop_in_child)
 def lock_directory(path: Path) -> DirectoryLock:
     """Lock a directory until the lock is released or this process ends.
 
-    Whose it is is not checked: see `private.open_directory`.
+    Its owner is not checked: see `private.open_directory`.
 
     Raises:
         BlockingIOError: another holder has it; its `strerror` says which process.
@@ -110,7 +110,7 @@ def lock_open_directory(folder_fd: int, path: Path) -> DirectoryLock:
 
 
 def _lock_note(note_fd: int) -> None:
-    """Lock the note too, where the file system can, and write in it who has the lock."""
+    """Lock the note too, where the file system can, and write the number of this process to it."""
     try:
         fcntl.flock(note_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -121,7 +121,7 @@ def _lock_note(note_fd: int) -> None:
 
 
 def _holder(fd: int) -> str:
-    """Name the process that has the lock, as far as the note tells."""
+    """Return a name of the process that has the lock, as far as the note shows."""
     with suppress(OSError):
         note_fd = open_file(fd, NOTE_NAME, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Directories and files that only we may write to, opened so that nobody can put others there.
+"""Directories and files that only we may write to, opened so that nobody can swap them.
 
 A directory is checked once it is open, on its descriptor; files in it are opened by their name
 relative to that descriptor. Whoever may write to one of its parents can therefore move the
@@ -21,7 +21,7 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class NotPrivateError(PermissionError):
-    """A file or directory is not ours alone; `strerror` says in what, as a predicate."""
+    """Others can change a file or directory; `strerror` says how: "belongs to user …"."""
 
     def __init__(self, why: str, name: str) -> None:
         super().__init__(EPERM, why, name)

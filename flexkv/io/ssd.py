@@ -56,7 +56,7 @@ def refuse(folders: list[Path], wanted: Superblock) -> None:
         try:
             fd = open_directory(path)
         except OSError:
-            continue  # it is made, or refused, when it is opened to be used
+            continue  # opening it for use makes or refuses it
         try:
             differences = _differences(Folder(path, fd), wanted)
         finally:

@@ -38,8 +38,8 @@ class StoppedTier:
         """Lock the directory.
 
         Raises:
-            ConfigError: it is no directory of an SSD tier, or an engine has it, or others may
-                write to it or to a file in it.
+            ConfigError: it is not a directory of an SSD tier, or an engine has it, or others may
+            write to it or to a file in it.
         """
         with ExitStack() as undo:
             self._folder = open_folder(folder, undo)

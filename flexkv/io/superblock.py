@@ -19,7 +19,7 @@ from flexkv.io.private import Folder, NotPrivateError, open_file
 NAME = "superblock.flexkv"
 _NEW_NAME = f"{NAME}.new"
 _BYTES_MAX = 1 << 20
-"""No superblock of ours is longer."""
+"""The most bytes that a superblock may have."""
 FORMAT_VERSION = 2
 
 
@@ -44,7 +44,7 @@ def read(folder: Folder) -> Superblock | None:
     """Return a directory's superblock; None when it has none that can be read.
 
     Raises:
-        ConfigError: it is a link, or no file, or others may write to it.
+        ConfigError: it is a link or not a file, or others may write to it.
     """
     try:
         fd = open_file(folder.fd, NAME, os.O_RDONLY)
@@ -64,7 +64,7 @@ def write(folder: Folder, superblock: Superblock) -> None:
         OSError: the directory takes no file.
     """
     with suppress(FileNotFoundError):
-        os.unlink(_NEW_NAME, dir_fd=folder.fd)  # left by a run that was ended here
+        os.unlink(_NEW_NAME, dir_fd=folder.fd)  # left by a process that was killed here
     fd = open_file(folder.fd, _NEW_NAME, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     with open(fd, "wb") as file:
         file.write(msgspec.json.format(msgspec.json.encode(superblock)))

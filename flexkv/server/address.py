@@ -72,7 +72,7 @@ def own_folders(environ: Mapping[str, str] = os.environ) -> tuple[Path, ...]:
 
 
 def _is_own(folder: Path) -> bool:
-    """Return whether a directory is ours and nobody else may write to it: `su` keeps others'."""
+    """Return whether a directory is ours alone; after `su` the variable may name another user's."""
     try:
         found = folder.lstat()
     except OSError:
@@ -93,7 +93,7 @@ def prepare_folder(folder: Path, environ: Mapping[str, str] = os.environ) -> Non
 
 
 def _make_own(folder: Path) -> None:
-    """Make a directory with mode 0700; one that is there must be ours, and becomes private."""
+    """Make a directory with mode 0700; an existing one must be ours, and becomes private."""
     fd = make_directory(folder)
     try:
         found = os.fstat(fd)
@@ -108,10 +108,10 @@ def _make_own(folder: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Return if no stranger can put another directory, or another socket, in this one's place.
+    """Check that no stranger can put something else in place of a directory or a socket in it.
 
-    Every directory from the root on, and every symbolic link on the way, must belong to us or root;
-    who else may write to a directory is stopped by its sticky bit only.
+    Every directory from the root on, and every symbolic link on the way, must belong to us or root.
+    If others may write to a directory, it must have the sticky bit.
 
     Raises:
         PermissionError: a stranger can; `strerror` says where and why.
@@ -151,7 +151,7 @@ def _check_entry(path: Path, found: os.stat_result) -> None:
 
 
 def _check_owner(path: Path, found: os.stat_result) -> None:
-    # In a user namespace root may have another number; who owns / can replace everything anyway.
+    # In a user namespace root may have another number: that of the owner of /.
     if found.st_uid not in (0, os.geteuid(), Path("/").lstat().st_uid):
         why = f"belongs to user {found.st_uid}, not to us (user {os.geteuid()}) or root"
         raise PermissionError(EPERM, why, str(path))
@@ -160,8 +160,8 @@ def _check_owner(path: Path, found: os.stat_result) -> None:
 def _others_write(path: Path, found: os.stat_result) -> bool:
     """Return whether another user may write to a directory.
 
-    A group of the owner's own number is the owner's alone, by the custom of `useradd`; but the
-    group's bits stand for an access control list where there is one.
+    A group with the owner's number has no other members, by the custom of `useradd`. But where
+    there is an access control list, the group's bits stand for the list.
     """
     if found.st_mode & stat.S_IWOTH:
         return True

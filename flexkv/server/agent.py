@@ -57,7 +57,7 @@ GREET_S = 0.25
 SETTLE_S = 1.0
 """How long the server may take to say that requests are over; then it is left."""
 ARENA_BYTES_MAX = 1 << 56
-"""What a process can map at all."""
+"""The most bytes that a process can map."""
 TELL_EVERY = 100
 """Attempts in vain between two log lines."""
 
@@ -221,7 +221,7 @@ class Agent:
         connected: Connected,
         unstarted: ExitStack,
     ) -> None:
-        """Serve one connection to its end; what `unstarted` would close is ours from now on."""
+        """Serve one connection to its end, and close what `unstarted` would close."""
         unstarted.pop_all()
         connected.socket.setblocking(False)
         with ExitStack() as undo, ExitStack() as unless_linked:
@@ -298,7 +298,7 @@ class Agent:
         except FlexKVError as error:
             self._end(message.token, str(error))
         except BaseException:
-            del self._under_way[message.token]  # nobody will say that it has ended
+            del self._under_way[message.token]  # its end will not be reported
             raise
         else:
             self._reap()
@@ -345,7 +345,7 @@ def _attached(connected: Connected) -> Arena:
 
     Raises:
         OSError: it cannot be mapped.
-        ProtocolError: what the server says of it cannot be.
+        ProtocolError: the server describes memory that cannot be.
     """
     welcome, fd = connected.welcome, connected.arena_fd
     if fd is None:

@@ -5,9 +5,9 @@
                    └── fail_unsent ──▶ failed           └── gone: the connection has ended
 
 A copy that was sent stays under way until the agent answers or its connection ends: a process that
-was stopped may wake up and write into host memory at any later time. What waits behind the window
-was never sent, so it can fail at once when the agent does not answer; and an agent that does not
-read cannot make the server keep more than the window for it.
+was stopped may wake up and write into host memory at any later time. Copies that wait behind the
+window were never sent, so they can fail at once when the agent does not answer. An agent that does
+not read cannot make the server keep more than the window for it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from flexkv.server.link import Link
 from flexkv.server.wire import Copied, Copy, ProtocolError, ToServer
 
 COPIES_MIN = 4
-"""So many copies may always be sent, however large: the agent works on one as the next comes."""
+"""How many copies may always be sent, however large: one in work, others waiting."""
 
 
 class Elsewhere:
-    """What a port has nothing to do for when the device is in another process."""
+    """The calls of a port that need no action when the device is in another process."""
 
     arrived_bytes = 0
     failure: TransferError | None = None
@@ -59,7 +59,7 @@ class AgentPort(Elsewhere):
         num_blocks: int,
         window_bytes: int | None = None,
     ) -> None:
-        """Take what an agent has told of its device; `block_bytes` are those of its part.
+        """Take what an agent has told of its device; `block_bytes` is its part of a block.
 
         `window_bytes` may be sent and unanswered in each direction; None stands for any number.
         """
@@ -69,7 +69,7 @@ class AgentPort(Elsewhere):
         self._queues: dict[bool, deque[Transfer]] = {True: deque(), False: deque()}
         self._sent: dict[int, _Sent] = {}
         self._unanswered = {True: [0, 0], False: [0, 0]}
-        """By direction, true to the device: how many copies, and their bytes."""
+        """How many copies are sent, and their bytes, by direction: True is to the device."""
         self._ended: list[Completion] = []
         self._wake: Callable[[], None] | None = None
 
@@ -78,7 +78,7 @@ class AgentPort(Elsewhere):
         self._wake = wake
 
     def submit(self, transfer: Transfer) -> None:
-        """Send a transfer to the agent, some time soon; without one it has failed on return."""
+        """Queue a transfer for the agent; without an agent it has failed on return."""
         if not self._link.is_open:
             self._end(transfer, "it is not connected")
             return
@@ -86,7 +86,7 @@ class AgentPort(Elsewhere):
         self._pump()
 
     def copied(self, message: Copied) -> None:
-        """Take from the agent that a copy has ended.
+        """Note that the agent has ended a copy.
 
         Raises:
             ProtocolError: it was not asked for that copy.
@@ -108,19 +108,19 @@ class AgentPort(Elsewhere):
         return bool(self._sent)
 
     def fail_unsent(self, why: str) -> None:
-        """End what was not sent yet: the agent has never heard of it."""
+        """Fail the copies that were not sent: the agent does not know of them."""
         for queue in self._queues.values():
             while queue:
                 self._end(queue.popleft(), why)
 
     def dismiss(self) -> None:
-        """Let the agent end what it does, and connect anew if it likes."""
+        """Tell the agent to end its copies and hang up; it may connect again."""
         self.is_dismissed = True
         self._link.end()
         self.fail_unsent("its agent was dismissed")
 
     def gone(self) -> None:
-        """Take that the agent's process has ended, or copies nothing any more."""
+        """Note that the agent's process has ended, or copies nothing any more."""
         self.fail_unsent("it is gone")
         for token in list(self._sent):
             self._answered(token, "it is gone")
@@ -136,9 +136,9 @@ class AgentPort(Elsewhere):
     # -- inside ---------------------------------------------------------------------------------
 
     def _pump(self) -> None:
-        """Send what the windows have room for; what goes to the device goes first.
+        """Send what the windows have room for, copies to the device first.
 
-        While some of that waits, one copy at a time goes to the host, so that puts are not starved.
+        While copies to the device wait, one at a time goes to the host, so that puts do not starve.
         """
         inbound, outbound = self._queues[True], self._queues[False]
         while inbound and self._has_room(True, inbound[0]):

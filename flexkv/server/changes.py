@@ -65,7 +65,7 @@ class Watchers:
     def tell_of(self, link: Link[ToServer], keys: bytes) -> None:
         """Tell a client where the blocks of a prompt are: it may never have heard of them."""
         self.tell()
-        keys = keys[: (self._blocks_max + 1) * BLOCK_KEY_BYTES]  # more of a prompt is nowhere
+        keys = keys[: (self._blocks_max + 1) * BLOCK_KEY_BYTES]  # no tier can hold more
         count, rest = divmod(len(keys), BLOCK_KEY_BYTES)
         if rest or not count or self._is_behind.get(link, True):  # they may be no keys
             return

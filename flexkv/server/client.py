@@ -53,9 +53,9 @@ HANG_S = 60.0
 """With requests under way, a server that says nothing for so long is as good as gone."""
 READ_BYTES = 1 << 18
 POLL_S_MAX = 0.02
-"""How long one `poll` may take what comes: a server that never stops talking holds no step."""
+"""How long one `poll` may read, so that a server that never stops talking delays no step."""
 CHANGES_MAX = 1 << 20
-"""That `changes` has not fetched yet; of more it only says that they are lost."""
+"""How many changes wait for a call of `changes`; beyond that it reports that some are lost."""
 UNSENT_BYTES_MAX = 16 << 20
 
 
@@ -63,9 +63,9 @@ class Client:
     """One instance's requests to a server.
 
     Attributes:
-        is_ready: whether the instance's devices are all connected: else nothing can be moved.
-        num_blocks: that they have.
-        generation: of the server's cache, as it was told last. It grows with each clear.
+        is_ready: whether all devices of the instance are connected; else nothing can be moved.
+        num_blocks: how many blocks each of its devices has.
+        generation: of the server's cache, as last reported. It grows with each clear.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Client:
         self._asked: dict[int, float] = {}
         """Since when the server has had the time to answer."""
         self._blocks: dict[int, int] = {}
-        """How many blocks each question and request under way names: the answer has no more."""
+        """How many blocks each match and request under way names: an answer has no more."""
         self._is_behind = False
         self._matched: dict[int, Matched] = {}
         self._ended: list[Done] = []
@@ -199,14 +199,14 @@ class Client:
         )
 
     def put(self, keys: bytes, first: int, device_ids: BlockIds, generation: int) -> int:
-        """Begin a put that waits until every rank's agent has told that it is `ready`.
+        """Begin a put that waits until the agent of every rank says that it is `ready`.
 
         Args:
             keys: of the prompt up to the last block that is put.
             first: the first block that is put.
             device_ids: int64, one for each block that is put.
-            generation: the client's, when the blocks began to be computed. If the cache has been
-                cleared since then, nothing is stored, and the end says `is_stale`.
+            generation: the client's `generation` when the blocks began to be computed. If the
+                cache was cleared since then, nothing is stored, and the `Done` has `is_stale`.
         """
         number, operation = self._number(), Operation.PUT.label
         ids = device_ids.tobytes()
@@ -298,7 +298,7 @@ class Client:
     def _send(self, message: Message) -> bool:
         """Queue a message for `flush`, and return whether it can be sent.
 
-        It cannot without a connection, or when it is longer than the server takes.
+        It cannot be sent without a connection, or if it is longer than the server accepts.
         """
         if not self._connected():
             return False
@@ -398,7 +398,7 @@ class Client:
         """Check that an answer has no more blocks than were asked for.
 
         Raises:
-            ProtocolError: it has.
+            ProtocolError: it has more.
         """
         asked = self._blocks.pop(number, 0)
         if any(count > asked for count in blocks):

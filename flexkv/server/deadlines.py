@@ -22,11 +22,11 @@ from flexkv.server.fleet import FleetPort, Instance
 log = get_logger(__name__)
 
 LOOKS_A_DEADLINE = 4
-"""How often within a deadline it is looked whether it has passed."""
+"""How many times per deadline the copies are checked."""
 
 
 class DeviceDeadlines:
-    """Finds the instances of a fleet that are stuck, as long as agents have something to do."""
+    """Finds the stuck instances of a fleet; it runs while agents have something to do."""
 
     def __init__(
         self,
@@ -35,9 +35,9 @@ class DeviceDeadlines:
         deadline_s: float,
         on_stuck: Callable[[int, str], None],
     ) -> None:
-        """Take the fleet, what runs its requests, and how long a copy may take.
+        """Take the fleet, the runner of its requests, and how long a copy may take.
 
-        `on_stuck` is told of the instances that are found stuck, and why they are.
+        `on_stuck` is called with each instance that is found stuck, and the reason.
         """
         self._on_stuck = on_stuck
         self._fleet, self._runner, self._deadline_s = fleet, runner, deadline_s
@@ -47,7 +47,7 @@ class DeviceDeadlines:
         fleet.begun = self._arm
 
     def look(self) -> None:
-        """Find who is stuck now, and who is so no more."""
+        """Find the instances that are stuck now, and those that no longer are."""
         late = {number: ranks for number, each in self._instances() if (ranks := self._late(each))}
         for number in late.keys() - self._stuck:
             self._begin(number, late[number])
@@ -59,7 +59,7 @@ class DeviceDeadlines:
             self._arm()
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop looking."""
         self._fleet.begun = lambda: None
         if self._timer is not None:
             self._timer.cancel()

@@ -44,11 +44,11 @@ class Instance:
     """The ranks of one instance that are connected.
 
     Attributes:
-        ranks: all of them; None while one is missing. A client that comes back finds the same.
+        ranks: the port to all ranks; None while one is missing. A client that returns finds it.
         slot: of its device blocks; None while a rank or the client is missing.
         num_blocks: that every rank has.
-        stuck: why nothing is begun on its devices for now: they do not end what they have begun.
-            Empty when they do.
+        stuck: why no request is begun on its devices: they do not end their copies. Empty if
+        they do.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class FleetPort(Elsewhere):
         self._slots: dict[int, RanksPort] = {}
         self._under_way: dict[int, _UnderWay] = {}
         self.begun: Callable[[], None] = lambda: None
-        """Called when agents have something to do: somebody may watch whether they end it."""
+        """Called when agents get something to do, so that their deadlines are watched."""
         self._next_slot = 1
         self._ended: list[Completion] = []
         self._wake: Callable[[], None] | None = None
@@ -227,7 +227,7 @@ class FleetPort(Elsewhere):
             for token, error in ranks.reap():
                 transfer, slot = self._under_way.pop(token)
                 if error is None and transfer.route.target is Tier.HOST and not self._live(slot):
-                    # Its blocks may have been others' by then.
+                    # Others may have had its blocks by then.
                     error = _failed(transfer, GONE)
                 ended.append(Completion(token, error))
         if over := self._slots.keys() - {each.slot for each in self.instances.values()}:
@@ -245,10 +245,10 @@ def _failed(transfer: Transfer, why: str) -> AgentGoneError:
 
 
 def ids_from(blob: bytes) -> BlockIds:
-    """Return ids as they were sent.
+    """Return the ids in the bytes of a message.
 
     Raises:
-        ProtocolError: not whole ones.
+        ProtocolError: they are not a whole number of ids.
     """
     if len(blob) % 8:
         raise ProtocolError(f"{len(blob)} bytes are no ids")

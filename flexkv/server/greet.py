@@ -37,14 +37,14 @@ class Connected(NamedTuple):
 
 
 def connect(address: str, hello: Hello, answer_s: float = ANSWER_S) -> Connected:
-    """Connect to the server at an address, which may take so long to answer.
+    """Connect to the server at an address, which may take `answer_s` to answer.
 
-    Nothing is said to a server of another user: he would get the KV that ours has.
+    Nothing is said to a server of another user, who would get our KV.
 
     Raises:
         OSError: nobody listens there, or nobody answers.
         ConfigError: another user serves there, or the server refuses us, and says why.
-        ClosedError: it is closing.
+        ClosedError: the server is closing.
     """
     peer, path = _reached(address, answer_s)
     fds: list[int] = []
@@ -69,7 +69,7 @@ def _reached(address: str, answer_s: float) -> tuple[socket.socket, Path]:
     """Return a socket that is connected to whoever listens at an address, and where that is.
 
     Raises:
-        OSError: nobody does; the error names the path.
+        OSError: nobody listens there; the error names the path.
         ConfigError: the address names none.
     """
     *others, last = socket_paths(address)
@@ -92,10 +92,10 @@ def _reached(address: str, answer_s: float) -> tuple[socket.socket, Path]:
 
 
 def _check_server(peer: socket.socket, path: Path) -> None:
-    """Return if our user or root serves there.
+    """Check that our user or root serves there.
 
     Raises:
-        ConfigError: somebody else does.
+        ConfigError: another user does.
     """
     if not is_same_user(peer):
         pid, uid = peer_of(peer)
@@ -110,8 +110,8 @@ def _taken(answer: FromServer) -> Welcome:
     """Return the answer of a server that takes us.
 
     Raises:
-        ConfigError: it does not, or speaks another version.
-        ProtocolError: it is no answer.
+        ConfigError: the server refuses us, or speaks another version.
+        ProtocolError: the message is not an answer.
     """
     if not isinstance(answer, Welcome):
         raise ProtocolError("no answer to a greeting")

@@ -1,11 +1,12 @@
-"""The connections of a server: how many there may be, and which one goes when a new one comes.
+"""The connections of a server: how many there may be, and which one ends for a new one.
 
     arrive ─▶ stranger ─Hello─▶ client, agent, control
                  │                               │
                  └─ too many: the oldest goes    └─ too many: the one that is idle longest goes
 
-Descriptors are kept in reserve, so that no number of connections keeps the engine from opening a
-file. A newcomer is always let in to say who it is; whoever has said nothing for longest makes room.
+Descriptors are kept in reserve, so that the engine can open files however many connections there
+are. A newcomer is always let in to say who it is; the connection that has been silent for longest
+makes room.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from flexkv.server.wire import ToServer
 log = get_logger(__name__)
 
 STRANGERS_MAX = 256
-"""Connections that have not said yet who they are, or agents that have not lent their device."""
+"""Bound on connections that have not said who they are, and on agents that lent no device."""
 CONTROLS_MAX = 32
-"""Operators' connections."""
+"""Bound on the connections of operators."""
 INSTANCES_MAX = 256
-"""Instances that are connected, or have requests under way."""
+"""Bound on instances that are connected or have requests under way."""
 RESERVE = 24
-"""Descriptors that are left to the engine beside those that it had when the server started."""
+"""Descriptors left to the engine, in addition to those that it had at the server's start."""
 CONNECTIONS_MIN = 8
-"""So many connections are served, however few descriptors there are."""
+"""How many connections are served even if there are too few descriptors."""
 
 
 class Guest:
@@ -44,9 +45,9 @@ class Guest:
 
     Attributes:
         kind: "stranger", "lending", or its role.
-        link: once there is one, it closes the socket.
-        heard_s: when it was last heard.
-        is_busy: whether it waits for an answer of ours.
+        link: closes the socket, once there is a link.
+        heard_s: time of its last message.
+        is_busy: whether it waits for our answer.
         settling: tasks that it waits for.
     """
 
@@ -69,7 +70,7 @@ class Guests:
     """Every connection of a server, oldest first."""
 
     def __init__(self, supervisor: Supervisor) -> None:
-        """Take what runs their tasks, and the descriptors that there are by now."""
+        """Take what runs their tasks; count the descriptors that are open now."""
         self._supervisor = supervisor
         self._guests: dict[Guest, None] = {}
         self._in_use = len(os.listdir("/proc/self/fd"))
@@ -86,7 +87,7 @@ class Guests:
         return max(CONNECTIONS_MIN, limit - self._in_use - RESERVE)
 
     def arrive(self, guest: Guest, session: Coroutine[Any, Any, None]) -> None:
-        """Serve a new connection by its session; one that is of less use may have to go."""
+        """Serve a new connection by its session; another one of less use may be ended for it."""
         self._guests[guest] = None
         guest.task = self._supervisor.spawn_session("session", session)
         guest.task.add_done_callback(lambda _: self._gone(guest))
@@ -100,7 +101,7 @@ class Guests:
         """Note what a connection is for.
 
         Raises:
-            ConfigError: there are too many of its kind.
+            ConfigError: there are too many connections of this kind.
         """
         guest.kind, guest.heard_s = kind, time.monotonic()
         if kind != "control":
@@ -127,7 +128,7 @@ class Guests:
     # -- inside ---------------------------------------------------------------------------------
 
     def _least(self, newcomer: Guest) -> Guest:
-        """Return the connection of the least use: clients and agents stay."""
+        """Return the connection of the least use, never a client or an agent."""
         for kind in ("stranger", "lending", "control"):
             of_kind = [
                 each
@@ -146,7 +147,7 @@ class Guests:
     def _gone(self, guest: Guest) -> None:
         self._guests.pop(guest, None)
         if guest.link is None:
-            guest.peer.close()  # its session may have been ended before its first step
+            guest.peer.close()  # its session may end before its first step
         self._idle.set()
 
 

@@ -35,9 +35,9 @@ log = get_logger(__name__)
 JOBS_MAX = 1 << 16
 """Requests of one client that may be under way, and numbers that are ready ahead of them."""
 PUTS_SHARE = 2
-"""The puts of one instance may be filling this part of host memory, a half."""
+"""The puts of one instance may fill at most host memory divided by this."""
 JOBS_BYTES_MAX = 64 << 20
-"""Of keys and ids that the requests of one client may have under way."""
+"""Bytes of keys and ids that the requests of one client may have under way."""
 FEW = 64
 
 Answered: TypeAlias = Callable[[Done], None]
@@ -68,7 +68,7 @@ class Jobs:
         instance: int,
         on_idle: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take whose requests these are; `on_idle` is called when none is under way any more."""
+        """Take the instance; `on_idle` is called when its last request under way has ended."""
         self._engine, self._fleet, self._instance = engine, fleet, instance
         self._on_idle = on_idle
         self._jobs: dict[int, Job] = {}
@@ -84,10 +84,10 @@ class Jobs:
         return not self._jobs
 
     def match(self, message: Match) -> Matched:
-        """Return how much is resident of a prompt, and hold it if that is wanted.
+        """Return how much of a prompt is resident, and hold it if the client asks for that.
 
         Raises:
-            ConfigError: its keys are none.
+            ConfigError: the keys are not valid.
         """
         engine = self._engine
         if not message.keys or len(message.keys) % BLOCK_KEY_BYTES:
@@ -107,7 +107,7 @@ class Jobs:
         return Matched(message.number, found.last - found.first, by_tier)
 
     def release(self, numbers: tuple[int, ...] | None = None) -> None:
-        """End holds, by default all; those that have ended may be named, too."""
+        """End holds, by default all; holds that have ended are ignored."""
         if numbers is None:
             self._engine.holds.release_group(self._instance)
             return
@@ -175,9 +175,9 @@ class Jobs:
         self.cancel(tuple(n for n, job in self._jobs.items() if not job.ready.is_set()))
 
     def unsettled(self, numbers: tuple[int, ...]) -> list[Job]:
-        """Return those of these requests whose blocks a device may touch still.
+        """Return those of these requests whose blocks a device may still touch.
 
-        Those that are not known may be on their way: they are refused when they come.
+        Unknown ones may be on their way: they are refused when they come.
         """
         jobs = []
         for number in numbers:
@@ -223,7 +223,7 @@ class Jobs:
             self._puts.leave(blocks)
 
     def turn_away(self, why: str) -> None:
-        """Refuse the puts that wait for others to end: the devices do not answer."""
+        """Refuse the puts that wait for other puts to end, because the devices do not answer."""
         self._puts.turn_away(ClosedError(why))
 
     def _end(self, job: Job) -> None:
@@ -251,7 +251,7 @@ class Jobs:
         return instance
 
     def _check_chain(self, keys: bytes) -> None:
-        """Check that the index can take these keys: right before a request is planned.
+        """Check right before a request is planned that the index can take these keys.
 
         Raises:
             ConfigError: a block is named twice, or known under another parent. Keys that were
@@ -268,7 +268,7 @@ class Jobs:
 
         Raises:
             ClosedError: the instance's devices are not there.
-            ConfigError: a device block is none of the instance's.
+            ConfigError: a device block does not belong to the instance.
         """
         engine, fleet = self._engine, self._fleet
         operation = _OPERATIONS[start.operation]
@@ -305,13 +305,13 @@ def _bytes_of(start: Start) -> int:
 
 
 def keys_within(engine: Engine, keys: bytes) -> bytes:
-    """Return the keys of as many blocks as all tiers could hold: more of a prompt is nowhere."""
+    """Return the keys of as many blocks as all tiers together can hold: the rest is nowhere."""
     blocks_max = sum(engine.residency.counts(tier).capacity for tier in engine.residency.tiers)
     return keys[: (blocks_max + 1) * BLOCK_KEY_BYTES]
 
 
 def _check(start: Start) -> None:
-    """Check what can be checked of a request without the engine.
+    """Check of a request what can be checked without the engine.
 
     Raises:
         ConfigError: it breaks a rule.
@@ -333,7 +333,7 @@ def _check(start: Start) -> None:
 
 
 def _has_twice(ids: BlockIds) -> bool:
-    """Return whether an id is there twice."""
+    """Return whether an id occurs twice."""
     if len(ids) <= FEW:  # a set of few is quicker than a sorted array
         return len(set(ids.tolist())) < len(ids)
     ordered = np.sort(ids)

@@ -1,14 +1,14 @@
 """Starts a server in a process of its own, which ends when ours does.
 
-The server is nobody's child and has a session of its own: who ends an engine may kill every process
-that descends from it (vLLM does, at once when its `--shutdown-timeout` is 0), and the server must
-live on to write what is not on SSD yet. So a process between us and it starts it, and ends:
+The server is not our child, and has a session of its own. Whoever ends an engine may kill every
+process that descends from it (vLLM does, at once if its `--shutdown-timeout` is 0), and the server
+must live on to write what is not on SSD yet. So an intermediate process starts it, and ends:
 
     engine ── between: hands over a descriptor of the engine's process, tells the server's id, ends
        ┊         └── server: ends by itself when the engine has ended or closed the pipe to it
        └ stdin and stdout of the server, and a descriptor that tells when it has ended
 
-Where the kernel has no descriptors of processes they are looked at once a second instead.
+Where the kernel has no pidfds, the processes are checked once a second instead.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = get_logger(__name__)
 LISTENING = b"listening\n"
 """What the server says on stdout once the address is its own; before it takes memory."""
 ENDED = b"ended\n"
-"""What it says last, if it ends in good order."""
+"""The last line of a server that ends in good order."""
 END_S = 90.0
 """How long it may take to end: it writes what is not on SSD yet."""
 LOOK_S = 0.05
@@ -57,10 +57,10 @@ os.execv(sys.argv[1], [*sys.argv[1:], "--parent", str(engine), "--parent-fd", st
 
 
 class ProcessWatch:
-    """Tells when a process, which need not be a child of ours, has ended."""
+    """Tells when a process has ended, which need not be our child."""
 
     def __init__(self, pid: int, fd: int = -1) -> None:
-        """Take its id, and its descriptor if there is one already."""
+        """Take its id, and its pidfd if one is open already."""
         self._fd = fd
         self._process: psutil.Process | None = None
         try:
@@ -72,12 +72,12 @@ class ProcessWatch:
 
     @property
     def fd(self) -> int:
-        """Return what becomes readable when the process ends; -1 if it has to be looked at."""
+        """Return the pidfd, which becomes readable when the process ends; -1 without one."""
         return self._fd
 
     @property
     def has_ended(self) -> bool:
-        """Tell whether it has, reaped or not."""
+        """Return whether it has ended, reaped or not."""
         if self._fd >= 0:
             return bool(select.select([self._fd], [], [], 0)[0])
         process = self._process
@@ -88,7 +88,7 @@ class ProcessWatch:
         return True
 
     def wait(self, within_s: float) -> bool:
-        """Wait until it has ended; tell whether it has within so long."""
+        """Wait for its end; return whether it has ended within `within_s`."""
         if self._fd >= 0:
             return bool(select.select([self._fd], [], [], within_s)[0])
         until_s = time.monotonic() + within_s
@@ -107,7 +107,7 @@ class ProcessWatch:
                 self._process.send_signal(number)
 
     def close(self) -> None:
-        """Watch no more. Idempotent."""
+        """Stop watching. Idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
         self._fd, self._process = -1, None
@@ -117,15 +117,15 @@ class Launched:
     """A server of ours."""
 
     def __init__(self, model: ModelConfig, settings: Settings, waits: bool = True) -> None:
-        """Start it; when this returns the address is its own.
+        """Start it, and return when it has the address.
 
         Args:
             model: what it serves.
             settings: the same as ours.
-            waits: whether it may wait for another server that has the address and is ending.
+            waits: whether it may wait for another server at the address that is ending.
 
         Raises:
-            ConfigError: it could not begin: its reason is on stderr, and in the error.
+            ConfigError: it could not start; the reason is in the error, and on stderr.
         """
         command = [sys.executable, "-m", "flexkv.cli.main", "--log-level", settings.log_level,
                    "serve", "--with-parent"]  # fmt: skip
@@ -156,7 +156,7 @@ class Launched:
     def exit_status(self) -> int | None:
         """Return 0 if it ended in good order, 1 if it did not; None while it runs."""
         if self._exit_status is None and self.has_ended:
-            # All that it said is in the pipe, which nobody else writes to.
+            # Everything that it said is in the pipe; nobody else writes to it.
             self._exit_status = 0 if self._stdout.read().endswith(ENDED) else 1
         return self._exit_status
 

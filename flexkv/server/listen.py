@@ -1,15 +1,15 @@
 """The server's socket: one server for an address, readable by its user only.
 
-An address is locked by a read lock on one byte of its *directory*, which removing files does not
-free and the end of the process does. Nobody can have a write lock on a directory, so a lock is
-taken first, and then it is asked whether anybody else has one in the range of this address:
+An address is locked by a read lock on one byte of its *directory*. Removing files does not free it;
+the end of the process does. Directories take no write locks, so a server first takes its read lock,
+and then asks whether another process has one in the range of this address:
 
     byte = hash of the socket's name << 32 | process id          (so that an error can name it)
 
 Servers with other names in the directory have other ranges, and an engine whose SSD tier is in it
-uses another kind of lock (`flock`). Two more signs of a live server are looked for, in case that
-the whole directory was removed or locks do not work there: somebody answers at the path, or at a
-name of the abstract namespace, which is no file at all. Only what our user or root answers counts.
+uses another kind of lock (`flock`). If the whole directory was removed, or locks do not work there,
+two more signs show a live server: somebody answers at the path, or at a name in the abstract
+namespace, which is not a file (the *witness*). Only answers of our user or root count.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ class Listener:
         self.socket.setblocking(False)
 
     def renew(self) -> bool:
-        """Bind anew if the socket's file was removed; return whether `socket` is another one now.
+        """Bind anew if the socket's file was removed; return whether `socket` has changed.
 
-        The old one is then the caller's to close. A file that somebody else has put there is left
-        alone, and told of once.
+        The caller then closes the old one. A file that somebody else has put there is left alone,
+        and logged once.
         """
         found = _stat(self.path)
         if found is not None:
@@ -104,13 +104,13 @@ class Listener:
         return True
 
     def _tell(self, what: str) -> None:
-        """Log once what is wrong with the address: nobody new can connect."""
+        """Log once what is wrong with the address, so that nobody new can connect."""
         if what and what != self._told:
             log.error("address_lost", path=str(self.path), reason=what)
         self._told = what
 
     def close(self) -> None:
-        """Listen no more, whatever children were forked; in a child, only drop its copies."""
+        """Stop listening, even if children were forked; in a child, only drop its copies."""
         _open.discard(self)
         if os.getpid() == self._process:
             found = _stat(self.path)
@@ -126,7 +126,7 @@ class Listener:
         self.drop()
 
     def drop(self) -> None:
-        """Close the descriptors, and leave the address as it is."""
+        """Close the descriptors, and leave the files as they are."""
         self.socket.close()
         self._witness.close()
         if self._folder_fd >= 0:
@@ -198,12 +198,12 @@ class Listener:
             path.unlink()  # its server is gone
         self.socket.bind(str(path))
         self._socket_at = path.lstat()
-        # Nobody can connect before `listen`, so that the mode that the umask left does no harm.
-        # (To set the umask instead would show in files that other threads make meanwhile.)
+        # Nobody can connect before `listen`, so the mode that the umask left does no harm.
+        # (Setting the umask instead would affect files that other threads make meanwhile.)
         path.chmod(SOCKET_MODE)
 
     def _bind_witness(self) -> None:
-        """Bind the name that is no file, unless somebody has it."""
+        """Bind the witness, unless somebody has its name."""
         name = _witness_name(self.path)
         try:
             self._witness.bind(name)
@@ -223,7 +223,7 @@ class Listener:
             ours.setblocking(False)
             try:
                 ours.connect(address)
-            except BlockingIOError:  # it has as many connections waiting as it may
+            except BlockingIOError:  # its backlog is full
                 if not address.startswith("\0"):
                     raise self._in_use("a process that takes no connection") from None
                 return None
@@ -255,7 +255,7 @@ def _new_socket() -> socket.socket:
 
 
 def _end(listening: socket.socket) -> None:
-    """Let nobody connect any more, at the copy of a forked child neither."""
+    """Let nobody connect any more, not even at a forked child's copy of the socket."""
     with suppress(OSError):
         listening.shutdown(socket.SHUT_RDWR)
 
@@ -270,7 +270,7 @@ def _stat(path: Path) -> os.stat_result | None:
 def _witness_name(path: Path) -> str:
     """Return a name of the abstract namespace for a path as this user's processes see it.
 
-    Containers may share that namespace (with the host's network) and have files of their own.
+    Containers may share that namespace (with the host's network), but not the files.
     """
     root = os.stat("/")
     mounts = 0
@@ -291,7 +291,7 @@ def _set_lock(fd: int, kind: int, start: int, length: int) -> None:
 
 
 def _holder(fd: int, start: int) -> int | None:
-    """Return the process that has another lock in an address's range."""
+    """Return another process that has a lock in an address's range, if there is one."""
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, 0, start, _RANGE, 0)
     kind, _, at, _, _ = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
     return None if kind == fcntl.F_UNLCK else at - start
@@ -311,5 +311,5 @@ def is_trusted(peer: Peer) -> bool:
 
 
 def is_same_user(peer: socket.socket) -> bool:
-    """Return whether who is at the other end of a socket is our user, or root."""
+    """Return whether the peer of a socket is our user, or root."""
     return is_trusted(peer_of(peer))

@@ -27,10 +27,10 @@ class PutShare:
         self._waiters: deque[_Waiter] = deque()
 
     async def enter(self, blocks: int) -> None:
-        """Return once there is room for a put of so many blocks; `leave` must follow.
+        """Return once there is room for a put of so many blocks; the caller must `leave` later.
 
         Raises:
-            FlexKVError: those that wait were turned away.
+            FlexKVError: the waiting puts were turned away.
         """
         if not self._waiters and self._has_room(blocks):
             self._take(blocks)

@@ -1,12 +1,12 @@
 """The server: one engine for the schedulers and workers of several processes.
 
-accept ─▶ Hello ─▶ client   one for an instance: match, start, cancel; gone, its requests are
-                │           cancelled
-                ├▶ agent    one for a rank of an instance: copies; gone, its copies have failed
+accept ─▶ Hello ─▶ client   one for an instance: match, start, cancel; when it goes,
+                │           its requests are cancelled
+                ├▶ agent    one for a rank of an instance: copies; they fail when it goes
                 └▶ control  what an operator wants
 
-Each connection is a session of its own. Whatever goes wrong in one ends that connection and nothing
-else; only a broken law of the engine's state ends the engine.
+Each connection is a session of its own. An exception in it ends that connection and nothing else;
+only a broken law of the engine's state ends the engine.
 """
 
 from __future__ import annotations
@@ -61,21 +61,21 @@ from flexkv.server.wire import (
 log = get_logger(__name__)
 
 LOOK_S = 1.0
-"""Between two looks whether the socket's file is there still."""
+"""Time between two checks whether the socket's file is still there."""
 HELLO_S = 5.0
-"""How long who connects may take to say who it is."""
+"""How long a newcomer may take to say who it is."""
 CLOSE_S = 10.0
 """How long agents may take to end their copies when the server closes."""
 UNSENT_BYTES_MAX = 16 << 20
 """A client that does not read what it is sent is cut off there: nobody else waits for it."""
 CONTROL_IDLE_S = 60.0
-"""How long an operator's connection may say nothing."""
+"""How long an operator's connection may be silent."""
 SETTLES_MAX = 64
-"""Questions of one agent that may wait for their answer."""
+"""How many questions of one agent may wait for an answer."""
 WINDOWS_PER_AGENT = 2
-"""How many `device_window_mb` an agent may have to copy each way, and at most `HOST_SHARE`."""
+"""How many `device_window_mb` may be sent to an agent each way: see also `HOST_SHARE`."""
 HOST_SHARE = 8
-"""An agent that hangs keeps at most this part of host memory, an eighth, in each direction."""
+"""An agent that hangs keeps at most host memory divided by this, in each direction."""
 
 
 class Server:
@@ -130,7 +130,7 @@ class Server:
         self._deadlines.close()
 
     async def _listen(self) -> None:
-        """Take connections; at a new socket when the file of the old one was removed."""
+        """Accept connections; bind a new socket if the file of the old one was removed."""
         while True:
             listening = self._listener.socket
             accepting = self._engine.supervisor.spawn("accept", self._accept(listening))
@@ -184,11 +184,11 @@ class Server:
                 log.warning("peer_dropped", reason=str(error) or type(error).__name__)
 
     def _check(self, hello: Hello) -> None:
-        """Check that who connects may.
+        """Check that a newcomer may connect.
 
         Raises:
-            ConfigError: it speaks another protocol, has other blocks, is there already, or is one
-                instance too many.
+            ConfigError: it speaks another protocol, has other blocks, is connected already, or is
+                one instance too many.
         """
         if hello.version != PROTOCOL_VERSION:
             why = f"this server speaks {PROTOCOL_VERSION}: use the same FlexKV everywhere"
@@ -206,7 +206,7 @@ class Server:
             link.close()
             return
         link.frame_bytes_max = FRAME_BYTES_OF[hello.role]
-        if hello.role != "agent":  # to cut an agent off would not stop its copies
+        if hello.role != "agent":  # cutting off an agent would not stop its copies
             link.unsent_bytes_max = UNSENT_BYTES_MAX
         try:
             match hello.role:
@@ -293,7 +293,7 @@ class Server:
                 raise ProtocolError(f"a client does not send {type(message).__name__}")
 
     def _jobs_of(self, number: int) -> Jobs:
-        """Return the requests of an instance: those of an earlier client may be ending still."""
+        """Return the requests of an instance; some may be those of an earlier client."""
         jobs = self._jobs.get(number)
         if jobs is None:
             jobs = Jobs(
@@ -303,12 +303,12 @@ class Server:
         return jobs
 
     def _turn_away(self, number: int, why: str) -> None:
-        """Refuse what waits of an instance that does not answer."""
+        """Refuse the waiting requests of an instance that does not answer."""
         if number in self._jobs:
             self._jobs[number].turn_away(why)
 
     def _forget_idle(self, number: int) -> None:
-        """Keep nothing of an instance that is not there and has no request under way."""
+        """Forget an instance that is not connected and has no request under way."""
         jobs = self._jobs.get(number)
         if jobs is not None and jobs.is_idle and number not in self._backend.fleet.instances:
             del self._jobs[number]
@@ -348,15 +348,15 @@ class Server:
             self._tell_state(number)
             while (message := await link.receive()) is not None:
                 self._hear(guest, port, message, (number, rank))
-                await link.wait_read()  # one that does not read is not answered either
+                await link.wait_read()  # an agent that does not read gets no answers
             may_copy = False
         except asyncio.CancelledError:
-            may_copy = False  # the engine has ended: nobody uses its memory any more
+            may_copy = False  # the engine has ended, so its memory is not used again
             raise
         except ProtocolError as error:
             log.warning("agent_dismissed", instance=number, rank=rank, reason=str(error))
         finally:
-            if may_copy:  # whatever went wrong: its copies end before its connection does
+            if may_copy:  # its copies must end before its connection does
                 port.fail_unsent("its agent was dismissed")
                 link.end()
                 await link.ignore()
@@ -391,7 +391,7 @@ class Server:
                 raise ProtocolError(f"an agent does not send {type(message).__name__}")
 
     def _settle(self, guest: Guest, message: Settle, jobs: Jobs) -> None:
-        """Answer an agent when its requests are over: at once if they are."""
+        """Answer an agent once its requests are over, which may be at once."""
         link = guest.link
         assert link is not None
         unsettled = jobs.unsettled(message.requests)
@@ -424,7 +424,7 @@ class Server:
             try:
                 value = await self._control.perform(message.verb, dict(message.arguments))
             except InternalError:
-                raise  # the engine's state is wrong: it is not an answer
+                raise  # the engine's state is wrong, which is no answer
             except FlexKVError as error:
                 link.send(Answer(message.number, None, str(error)))
             else:
@@ -434,10 +434,10 @@ class Server:
 
 
 async def _hello(peer: socket.socket) -> Hello:
-    """Return the first message of who connects.
+    """Return the first message of a new connection.
 
     Raises:
-        ProtocolError: it is something else.
+        ProtocolError: it is not a `Hello`.
     """
     loop = asyncio.get_running_loop()
 

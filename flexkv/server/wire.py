@@ -22,11 +22,11 @@ T = TypeVar("T")
 
 PROTOCOL_VERSION = 3
 FRAME_BYTES_MAX = 8 << 20
-"""Of any message; the server takes no more than `FRAME_BYTES_OF` from a peer of a role."""
+"""Bytes of any message; the server accepts `FRAME_BYTES_OF` at most, by the peer's role."""
 LENGTH_BYTES = 4
 HELLO_BYTES_MAX = 64 << 10
 NUMBERS_MAX = 4096
-"""In one message: who has more to say sends several."""
+"""How many numbers one message may have; more go in several messages."""
 
 Role: TypeAlias = Literal["client", "agent", "control"]
 FRAME_BYTES_OF: Mapping[Role, int] = {
@@ -135,7 +135,7 @@ class Start(Message, tag="start", frozen=True):
     """The match whose hold ends when this request is planned."""
     namespace_hash: ShortText = ""
     generation: Number | None = None
-    """When what is put was computed: of a clear since then nothing is stored. None: now."""
+    """When the blocks were computed: after a later clear they are not stored. None: now."""
 
 
 class Done(Message, tag="done", frozen=True):
@@ -149,7 +149,7 @@ class Done(Message, tag="done", frozen=True):
     took_s: Seconds = 0.0
     """From when it could begin."""
     is_stale: bool = False
-    """Whether a put stored nothing because the cache was cleared after what it reads was made."""
+    """Whether a put stored nothing because the cache was cleared after its blocks were computed."""
 
 
 class Changed(Message, tag="changed", frozen=True):
@@ -245,7 +245,7 @@ def framed(message: Message) -> bytes:
 
 
 def parts_of(numbers: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return numbers in as many parts as messages are needed for them."""
+    """Return numbers split into one part for each message that is needed."""
     starts = range(0, len(numbers), NUMBERS_MAX)
     return [tuple(numbers[start : start + NUMBERS_MAX]) for start in starts]
 
@@ -266,7 +266,7 @@ def understood(decoder: msgspec.msgpack.Decoder[T], body: bytes | bytearray | me
     """Return the message that a peer sent.
 
     Raises:
-        ProtocolError: it is none, whatever is wrong with it.
+        ProtocolError: the bytes are not a message, for whatever reason.
     """
     try:
         return decoded(decoder, body)

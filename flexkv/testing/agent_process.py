@@ -23,7 +23,7 @@ class AgentProcess:
     """An agent with CPU memory of random bytes, whose process is the caller's to stop and end."""
 
     def __init__(self, settings: Settings, model: ModelConfig, blocks: int, number: int) -> None:
-        """Start it, and return once it has begun to connect as instance `number`."""
+        """Start it; return once it has begun to connect as instance `number`."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "flexkv.testing.agent_process"],
             stdin=subprocess.PIPE,
@@ -53,7 +53,7 @@ class AgentProcess:
 
 
 def lend_until_eof() -> None:
-    """Lend a device as stdin says, until it ends."""
+    """Lend the device that stdin describes, until stdin ends."""
     told = json.loads(sys.stdin.readline())
     settings, model = settings_of(told["settings"]), ModelConfig(**told["model"])
     cache, number = settings.cache_config, told["number"]

@@ -75,7 +75,7 @@ class FakePort:
         self._clock = self._synced_at = 0
         self._durable = store.copy()
         self._lost = np.zeros(len(store), np.bool_)
-        """Rows that a failed sync has lost: only a new write can make them durable."""
+        """Rows that a failed sync has lost; only a new write can make them durable."""
         self._syncs = self._synced = 0
         self._sums = sums
         self._jobs: dict[int, _Job] = {}
@@ -203,7 +203,7 @@ class FakePort:
         return ended
 
     async def sync(self) -> None:
-        """Return after a delay of the fault plan; what a failed sync did not write is lost.
+        """Return after a delay from the fault plan; what a failed sync did not write is lost.
 
         Raises:
             StorageError: the fault plan says so.

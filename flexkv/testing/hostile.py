@@ -1,9 +1,9 @@
-"""Peers that say anything to a server, by seed: frames that are none, and odd conversations.
+"""Peers that say anything to a server, by seed: invalid frames, and odd conversations.
 
 Each session has a random generator of its own, seeded with the run's seed and its number, so what
-one session says depends on nothing else. Commands that would change what others are served (clear,
-or a trace to a file) are not among what is said; everything else that a process of the same user
-can send is.
+one session says depends on nothing else. They send
+everything that a process of the same user can send, except commands that change what others are
+served (clear, or a trace to a file).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Hostile:
         self.frames = self.sessions = 0
 
     def run(self, frames: int, going_on: Callable[[], bool] = lambda: True) -> None:
-        """Run sessions until so many more frames have been sent, as long as `going_on()`."""
+        """Run sessions until `frames` more frames have been sent, or `going_on()` is false."""
         until = self.frames + frames
         while self.frames < until and going_on():
             self.session(self.sessions)
@@ -77,13 +77,13 @@ class Hostile:
         self.close()
 
     def close(self) -> None:
-        """Hang up wherever that has not been done."""
+        """Hang up every connection that is still open."""
         for peer in self._open:
             peer.close()
         self._open.clear()
 
     def session(self, number: int) -> None:
-        """Run one session; it has hung up on return, or is left to itself for a while."""
+        """Run one session; on return it has hung up, or stays connected for a while."""
         chance = random.Random(f"{self._seed}:{number}")
         session = chance.choices(
             (self._noise, self._greeting, self._conversation, self._idlers),
@@ -97,7 +97,7 @@ class Hostile:
     # -- kinds of sessions ----------------------------------------------------------------------
 
     def _noise(self, chance: random.Random) -> None:
-        """Say what is no greeting."""
+        """Say something that is not a greeting."""
         with self._dialled() as peer:
             for _ in range(chance.randrange(1, 4)):
                 self._say(peer, _noise(chance), chance)
@@ -191,7 +191,7 @@ class Hostile:
         return connected
 
     def _say(self, peer: socket.socket, body: bytes, chance: random.Random) -> None:
-        """Send a frame, now and then with another length, or cut off."""
+        """Send a frame, sometimes with a wrong length, or cut off."""
         length = len(body)
         if chance.random() < 0.01:
             length = chance.choice((0, length + 1, 1 << 20, (1 << 32) - 1))
@@ -204,7 +204,7 @@ class Hostile:
 
 
 def _listen(peer: socket.socket) -> list[Message]:
-    """Return the messages that come within a moment; what is cut off is lost."""
+    """Return the messages that come within a moment; a message that is cut off is lost."""
     heard: list[Message] = []
     peer.settimeout(READ_S)
     with suppress(OSError, msgspec.MsgspecError):
@@ -238,7 +238,7 @@ def _mangled(body: bytes, chance: random.Random) -> bytes:
 
 
 def _noise(chance: random.Random) -> bytes:
-    """Return a frame's content that is no message, or only by accident."""
+    """Return bytes for a frame that are a message only by accident."""
     match chance.randrange(5):
         case 0:
             return b"\x91\xa5\xff\xfe\xfd\xfc\xfb"  # a name that is not UTF-8
@@ -253,7 +253,7 @@ def _noise(chance: random.Random) -> bytes:
 
 
 def _integer(chance: random.Random, end: int = 32) -> int:
-    """Return a small number mostly: one that no decoder takes ends the conversation at once."""
+    """Return a number, usually a small one: an invalid one ends the conversation at once."""
     return chance.choice(INTEGERS) if chance.random() < 0.01 else chance.randrange(end)
 
 
@@ -263,7 +263,7 @@ def _numbers(chance: random.Random) -> tuple[int, ...]:
 
 
 def _keys(chance: random.Random) -> bytes:
-    """Return keys of few kinds, in an order that no prompt has; or what are none."""
+    """Return keys of few kinds in an order that no prompt has, or bytes that are not keys."""
     count = chance.choices((0, 1, 4, 9, 300), (0.05, 0.1, 0.4, 0.4, 0.05))[0]
     if chance.random() < 0.7:
         kinds = [bytes([kind]) * 16 for kind in range(24)]

@@ -1,7 +1,7 @@
 """Files of one directory that fail by a fault plan and lose, in a crash, what was not synced.
 
-A sync that fails loses what it should have written, as on Linux: whoever reads the file sees it
-still, but no later sync makes it durable.
+A sync that fails loses what it should have written, as on Linux: readers of the file still see it,
+but no later sync makes it durable.
 
 They stand in for the kernel under a real `Journal`; a contract test runs both.
 """
@@ -55,7 +55,7 @@ class LossyFiles:
         self._names = {name: _File(content) for name, content in (contents or {}).items()}
         self._durable_names = dict(self._names)
         self._dirty_names = dict(self._names)
-        """As in the directory, but for the changes that a failed sync of it has lost."""
+        """The files by name, without changes of names that a failed sync has lost."""
         self._open: dict[int, _File] = {}
         self._fds = count(3)
 
@@ -125,7 +125,7 @@ class LossyFiles:
         self._dirty_names.pop(path.name, None)
 
     def sync_folder(self, folder: Path) -> None:
-        """Make the names durable, or lose the changes since they last were."""
+        """Make the names durable, or lose the changes since the last sync."""
         self._call()
         if self._fails():
             self._dirty_names = dict(self._durable_names)
@@ -140,9 +140,9 @@ class LossyFiles:
     def remains(self, random: Random, power_loss: bool) -> dict[str, bytes]:
         """Return what a crash at this moment leaves, by name.
 
-        After a loss of power the names are the old or the new ones, and of what was not synced each
-        sector is there or not, up to any length. Else everything is there but what a failed sync
-        has lost: whoever opens a file reads what the device has.
+        After a loss of power the names are the old or the new ones, and each sector that was not
+        synced is there or not, up to any length. Without one, only what a failed sync has lost is
+        missing: whoever opens a file reads what the device has.
         """
         if not power_loss:
             return {name: bytes(file.dirty) for name, file in self._names.items()}

@@ -6,10 +6,10 @@ resets, and gives up at random moments. The oracles:
 - every block that a response claims has exactly the bytes that belong to its key;
 - device slots that were given back are never written again, and what was read from them after
   they were given back is never served;
-- nothing that began to be put before everything was cleared is stored after it;
+- no put that began before everything was cleared stores anything after it;
 - after a crash in front of any step of the disk or a journal, with or without loss of power, what
-  was flushed and not written over since is there, and a journal lies only where bits flipped,
-  power was lost, or it could not be told what went;
+  was flushed and not written over since is there; and a journal is wrong only where bits flipped,
+  power was lost, or the journal could not be written;
 - every request ends, and at the end nothing is left: no claim, no pin, no transfer.
 
 `simulate(seed)` replays a failure.
@@ -109,11 +109,11 @@ class Simulation:
         self._counts = random.random() < (0.2 if self._power_loss else 0.7)
         """Whether steps are counted already, or only once a flush was done."""
         self._flushed: dict[tuple[bytes, int], int] = {}
-        """Key and place of what has to be there after a crash, and writes begun before that."""
+        """Key and place of each block that must survive a crash, and the writes begun before."""
         self._requests = self._running = 0
         self._clears = 0
         self._put_since_clear: set[bytes] | None = None
-        """Keys of the puts that began after everything was cleared; None while it never was."""
+        """Keys of puts that began after everything was cleared; None before the first clear."""
 
     # -- crashes --------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class Simulation:
             assert found >= len(wanted), f"{len(wanted) - found} flushed blocks are lost"
 
     def _check_cleared(self) -> None:
-        """Check that nothing is there which was put before everything was cleared."""
+        """Check that no block is there that was put before everything was cleared."""
         if self._put_since_clear is None:
             return
         for prompt in self.prompts:

@@ -167,12 +167,12 @@ class Recorder:
 
 
 def _open_ours(path: Path, flags: int) -> int:
-    """Open a file of which nobody else may decide what is in it, or where it is.
+    """Open a file whose content and place nobody else can change.
 
     A link is followed if we or root made it.
 
     Raises:
-        PermissionError: it is somebody else's, or others may write to it.
+        PermissionError: it belongs to another user, or others may write to it.
         OSError: it cannot be opened.
     """
     ours = (0, os.geteuid())

@@ -113,7 +113,7 @@ class EventRecord(msgspec.Struct, tag="event", frozen=True, gc=False):
     """`tier_down`, `tier_hung`, `tier_on_trial`, `tier_up`, `corrupt_block`, `cancel`, `evicted`,
     `given_up`: blocks that will not be written to a lower tier.
 
-    `evicted` is told with the request for which room was made, as far as one was planned since.
+    `evicted` has the request for which room was made, if one was planned since.
     """
     tier: str = ""
     request_id: int = -1
@@ -132,8 +132,7 @@ class SampleRecord(msgspec.Struct, tag="sample", frozen=True, gc=False):
     waiting: int
     """Requests under way, and those that wait to be admitted or for room in host memory."""
     owed: dict[str, tuple[int, int]] = {}
-    """By lower tier, the blocks of host memory that it lacks and is owed, and those being written
-    to it."""
+    """For each lower tier, the blocks that host memory owes it, and those being written to it."""
 
 
 class TokensRecord(msgspec.Struct, tag="tokens", frozen=True, gc=False):

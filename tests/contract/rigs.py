@@ -118,7 +118,7 @@ class BlindSummer(FakeSummer):
 
 
 def checked_rig(_: Path) -> Rig:
-    """Give a port that checks what it reads, over the fake and a summer that takes its time."""
+    """Return a port that checks what it reads, over the fake and a summer that takes its time."""
     rig, faults = fake_rig(_), FaultPlan(2, delay_max_s=0.002)
     assert rig.host is not None
     summer = BlindSummer(rig.host, faults)

@@ -16,7 +16,7 @@ clears = st.lists(st.sampled_from([None, *NAMES]), max_size=30)
 
 
 def is_stale(history: list[bytes | None], begun: int, root: bytes) -> bool:
-    """Tell whether any clear after the first `begun` ones concerns a namespace."""
+    """Return whether any clear after the first `begun` ones concerns a namespace."""
     return any(cleared in (None, root) for cleared in history[begun:])
 
 

@@ -33,7 +33,7 @@ HOST_BLOCKS, DISK_BLOCKS = 24, 48
 
 
 def containers(root: object) -> Iterator[tuple[str, int]]:
-    """Give what each table, list or set that an object of ours owns holds, by who has it."""
+    """Return what each table, list or set that an object of ours owns holds, by who has it."""
     seen: set[int] = set()
     waiting: list[tuple[str, Any]] = [("root", root)]
     while waiting:

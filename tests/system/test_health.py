@@ -20,7 +20,7 @@ PROMPTS = [A + 100 * number for number in range(8)]
 
 
 def health(engine: Engine) -> tuple[str, str]:
-    """Tell how reads and writes of the disk are."""
+    """Return how reads and writes of the disk are."""
     disk = engine.statistics().tiers["disk"]
     return disk.reads, disk.writes
 

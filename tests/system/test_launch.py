@@ -69,7 +69,7 @@ def begun(settings: Settings) -> Iterator[tuple[psutil.Process, psutil.Process, 
 
 
 def gone(process: psutil.Process) -> bool:
-    """Tell whether a process is no more; one that waits to be reaped does nothing any more."""
+    """Return whether a process is no more; one that waits to be reaped does nothing any more."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

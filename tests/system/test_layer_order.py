@@ -25,12 +25,12 @@ UNWRITTEN = 0xEE
 
 
 def slots(first: int, blocks: int = BLOCKS) -> np.ndarray:
-    """Give the slots of neighbouring device blocks."""
+    """Return the slots of neighbouring device blocks."""
     return np.arange(first * PER_BLOCK, (first + blocks) * PER_BLOCK)
 
 
 def columns(begin: int, end: int, layers: int) -> slice:
-    """Give which bytes of a block some layers have: as the fake device moves them."""
+    """Return which bytes of a block some layers have: as the fake device moves them."""
     return slice(BLOCK_KEY_BYTES * begin // layers, BLOCK_KEY_BYTES * end // layers)
 
 

@@ -32,7 +32,7 @@ async def perform(engine: Engine, operation: Operation, tokens: np.ndarray) -> K
 
 
 def moved(response: KVResponse) -> list[bool]:
-    """Give which blocks a response claims."""
+    """Return which blocks a response claims."""
     return response.return_mask.reshape(-1, TOKENS_PER_BLOCK).all(axis=1).tolist()
 
 

@@ -31,7 +31,7 @@ async def perform(engine: Engine, operation: Operation, tokens: np.ndarray) -> K
 
 
 def blocks(count: int, of: np.ndarray = LONG) -> np.ndarray:
-    """Give the first blocks of a prompt."""
+    """Return the first blocks of a prompt."""
     return of[: count * TOKENS_PER_BLOCK]
 
 

@@ -28,7 +28,7 @@ QUICK = FaultPlan(1, 0.0, 0.0001, 0.0002)
 
 
 def prompt(number: int) -> list[int]:
-    """Give one of the prompts, of which no two share a block."""
+    """Return one of the prompts, of which no two share a block."""
     return [1000 * number + n for n in range(PROMPT_BLOCKS * TOKENS_PER_BLOCK)]
 
 
@@ -43,12 +43,12 @@ class Metered:
 
     @property
     def block_bytes(self) -> int:
-        """Give what the port moves for a block."""
+        """Return what the port moves for a block."""
         return self._inner.block_bytes
 
     @property
     def arrived_bytes(self) -> int:
-        """Give what the port says has arrived."""
+        """Return what the port says has arrived."""
         return self._inner.arrived_bytes
 
     def submit(self, transfer: Transfer) -> None:
@@ -60,7 +60,7 @@ class Metered:
         self._inner.submit(transfer)
 
     def reap(self) -> list[Completion]:
-        """Give what has ended."""
+        """Return what has ended."""
         ended = self._inner.reap()
         for token, _ in ended:
             inbound, count = self._lent.pop(token)

@@ -24,7 +24,7 @@ SIZES = [1, 2, 4, 16, 28, 29, 32, 56, 57, 64, 128, 300]
 def reference_keys(
     tokens: NDArray[np.int64], tokens_per_block: int, parent: bytes, secret: bytes = SECRET
 ) -> bytes:
-    """Give the parent, and chain the keys of the whole blocks in plain Python."""
+    """Return the parent, and chain the keys of the whole blocks in plain Python."""
     keys = [parent]
     for end in range(tokens_per_block, len(tokens) + 1, tokens_per_block):
         block = tokens[end - tokens_per_block : end].astype("<u4").tobytes()

@@ -104,7 +104,7 @@ def make_dangling_link(place: Path, other: Path) -> None:
 
 
 def make_hard_link(place: Path, other: Path) -> None:
-    """Give another file a second name there."""
+    """Make a second name there for another file."""
     place.hardlink_to(other)
 
 

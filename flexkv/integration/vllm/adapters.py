@@ -1,9 +1,9 @@
 """Which weights a LoRA adapter has: facts of its files, looked at when a request names it.
 
-vLLM loads an adapter once for each of its own ids, and again when it has dropped it meanwhile.
-Files that change under one id may therefore be the loaded ones or not: from then on requests with
-that id are not cached. An adapter of the hub may be moved to another commit by the load itself, so
-it is looked at only after a request of it has run.
+vLLM loads an adapter once for each of its own ids, and again if it has dropped it meanwhile. So if
+files change under one id, nobody knows whether the loaded weights are the old or the new ones: from
+then on requests with that id are not cached. Loading may move an adapter of the hub to another
+commit, so such an adapter is looked at only after a request with it has run.
 
 The files are looked at in a thread, since a scheduler's step must not wait for a file system that
 hangs. Files that have not changed are not read again.
@@ -26,12 +26,12 @@ log = get_logger(__name__)
 LOOK_S = 0.25
 """How long a step waits for a look at an adapter's files."""
 RACY_NS = 2_000_000_000
-"""Files that were changed so shortly before a look may change again within one tick of a clock."""
+"""Files that changed less than this before a look may change again without a new time stamp."""
 IDS_MAX = 1 << 16
 
 
 class _Seen(NamedTuple):
-    """What files were at a look."""
+    """The state of files at one look."""
 
     stamps: list[Stamp]
     facts: str
@@ -67,12 +67,12 @@ class Adapters:
     def __init__(self) -> None:
         self._looks: dict[str, _Look] = {}
         self._facts: dict[int, str] = {}
-        """Of each of vLLM's ids; empty once they have changed."""
+        """The facts by vLLM's id of the adapter; empty once they have changed."""
         self._has_run: set[int] = set()
         self._told: set[tuple[str, str]] = set()
 
     def facts(self, lora: Any) -> str | None:
-        """Return what names an adapter's weights; None if that is not certain.
+        """Return facts that name an adapter's weights; None if they are not certain.
 
         Waits for `LOOK_S` at most, and not at all while an earlier look is still under way.
 
@@ -84,7 +84,7 @@ class Adapters:
         if look is not None and look.is_of_hub and number not in self._has_run:
             return None
         if look is None or look.seen is None:
-            reason = "its files do not answer" if look is None else look.error
+            reason = "its file system does not answer" if look is None else look.error
             self._tell("adapter_not_cached", lora, reason)
             return None
         fresh = look.seen.facts
@@ -99,12 +99,12 @@ class Adapters:
         return fresh
 
     def has_run(self, lora: Any) -> None:
-        """Take that a request with this adapter has run: its files are on this machine."""
+        """Note that a request with this adapter has run, so its files are on this machine."""
         if len(self._has_run) < IDS_MAX:
             self._has_run.add(int(lora.lora_int_id))
 
     def _look(self, path: str) -> _Look | None:
-        """Return a look that is over; None if it takes too long."""
+        """Return a finished look; None if it takes too long."""
         look = self._looks.get(path)
         if look is not None and not look.over.is_set():
             return None
@@ -127,7 +127,7 @@ class Adapters:
 
 
 def is_of_hub(path: str) -> bool:
-    """Tell whether vLLM would take a path for a repository of the hub."""
+    """Return whether vLLM would take a path for a repository of the hub."""
     return not (path.startswith(("/", "~")) or Path(path).exists())
 
 

@@ -1,7 +1,7 @@
-"""What is known of the device's blocks: which of them puts read, and which are of before a reset.
+"""Which blocks of the device puts read, and which were computed before a reset.
 
-A block is old after a reset until it is written anew, by a request that has no old block before it:
-what is computed behind old KV is old as well. What is old is never stored.
+After a reset each block is old until a request writes it anew that has no old block before it: KV
+that is computed behind old KV is old as well. Old blocks are never stored.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ class DeviceBlocks:
     """The blocks of one engine's device.
 
     Attributes:
-        readers: of each block, how many puts read it.
+        readers: how many puts read each block.
     """
 
     def __init__(self) -> None:
         self.readers: NDArray[np.uint16] = np.zeros(0, np.uint16)
         self._puts = 0
         self._old: NDArray[np.bool_] | None = None
-        """Of each block; None as long as there was no reset."""
+        """For each block, whether it is old; None before the first reset."""
 
     # -- puts -----------------------------------------------------------------------------------
 
     @property
     def any_read(self) -> bool:
-        """Tell whether any put reads any block."""
+        """Return whether any put reads any block."""
         return self._puts > 0
 
     def are_read(self, ids: BlockIds) -> bool:
-        """Tell whether a put reads any of these blocks."""
+        """Return whether a put reads any of these blocks."""
         return self._puts > 0 and bool(self.readers[ids].any())
 
     def begin_puts(self, puts: list[BlockIds], num_blocks: int) -> None:
-        """Count puts that read these blocks, of as many as the device has."""
+        """Count puts that read these blocks; the device has `num_blocks`."""
         if len(self.readers) < num_blocks:
             missing = num_blocks - len(self.readers)
             self.readers = np.concatenate([self.readers, np.zeros(missing, np.uint16)])
@@ -46,24 +46,24 @@ class DeviceBlocks:
         self._puts += len(puts)
 
     def end_put(self, ids: BlockIds) -> None:
-        """Count a put no more."""
+        """Stop counting a put."""
         self.readers[ids] -= 1
         self._puts -= 1
 
     # -- resets ---------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Take that whatever is on the device now is old."""
+        """Note that all blocks of the device are old now."""
         if self._old is None:
             self._old = np.ones(len(self.readers), np.bool_)
         self._old[:] = True
 
     def are_old(self, ids: list[int]) -> bool:
-        """Tell whether any of these blocks is of before the last reset."""
+        """Return whether any of these blocks is from before the last reset."""
         return self._old is not None and bool(self._old_of(ids).any())
 
     def written(self, ids: list[int], first: int) -> None:
-        """Take that a request's blocks from `first` on are written anew, behind those before."""
+        """Note that a request writes its blocks from `first` on anew, behind the ones before."""
         if self._old is not None and len(ids) > first:
             is_old = self.are_old(ids[:first])
             self._old_of(ids)

@@ -1,6 +1,6 @@
-"""What names the bytes of files without reading all of them: of weights, and of LoRA adapters.
+"""Facts that identify files of weights and LoRA adapters without reading all their bytes.
 
-Of each file: its name, its size, when it was changed, and a digest. The digest covers all of a
+For each file: its name, its size, when it was changed, and a digest. The digest covers all of a
 small file, and evenly spread samples of a large one, so that weights that were trained again differ
 in it even where a copy has kept the times. A file of the Hugging Face cache that is a link to a
 blob has the blob's name, which is a digest of its content, in place of the time.
@@ -18,7 +18,7 @@ from pathlib import Path
 WHOLE_BYTES_MAX = 1 << 20
 """A file of at most this size is read as a whole."""
 SAMPLES, SAMPLE_BYTES = 8, 4096
-"""Taken of a larger file, the first and the last bytes among them."""
+"""How many samples of a larger file are read, including its first and last bytes."""
 FILES_MAX = 10_000
 
 BESIDE_WEIGHTS = (
@@ -26,7 +26,7 @@ BESIDE_WEIGHTS = (
     "added_tokens.json", "chat_template*", "tekken.json", "*.tiktoken", "generation_config.json",
     "*.md", "license*",
 )  # fmt: skip
-"""Files that change no KV of given tokens; the caller's tokens are in the keys."""
+"""Files that do not change the KV of given tokens."""
 
 _HUB_FOLDER = re.compile(r"/models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -38,16 +38,16 @@ Stamp = tuple[str, int, int, int, int]
 
 
 def facts_of(place: Path) -> list[FileFacts]:
-    """Return the facts of a file, or of each file below a folder, in the order of their names.
+    """Return the facts of a file, or of each file below a folder, sorted by name.
 
     Raises:
-        OSError: one of them cannot be looked at, there is none, or there are too many.
+        OSError: a file cannot be read, there is none, or there are too many.
     """
     return [_facts(name, path) for name, path in _files(place)]
 
 
 def stamps_of(place: Path) -> list[Stamp]:
-    """Return what tells without reading whether the facts can have changed.
+    """Return stamps that show, without reading files, whether the facts can have changed.
 
     Raises:
         OSError: as for `facts_of`.
@@ -74,7 +74,7 @@ def snapshot_of(repo: str, revision: str | None, cache: str | None = None) -> Pa
         cache: folder; None for the usual one.
 
     Raises:
-        OSError: there is none, or `repo` cannot be the name of one.
+        OSError: there is no snapshot, or `repo` is not a valid name.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -98,7 +98,7 @@ def _files(place: Path) -> Iterator[tuple[str, Path]]:
     seen: set[str] = set()
     for folder, folders, names in os.walk(place, followlinks=True, onerror=_raise):
         real = os.path.realpath(folder)
-        if real in seen:  # a link leads back
+        if real in seen:  # a link to a folder above
             folders.clear()
             continue
         seen.add(real)

@@ -1,12 +1,12 @@
 """Which model an engine serves, and in which way: the name under which its KV is kept.
 
-Everything that makes other KV of the same tokens belongs to it: the weights that are loaded, and
-every option that vLLM computes with. An option that is unknown here counts, so a new one of vLLM's
-costs a warm cache and never a wrong answer. Tokenizers do not count: keys hold tokens.
+The name covers everything that changes the KV of given tokens: the loaded weights, and every option
+that vLLM computes with. Options that are unknown here count, so a new option of vLLM's costs a warm
+cache and never a wrong answer. Tokenizers do not count, since keys are made of tokens.
 
 Weights that cannot be looked at (in an object store, from another process, or exchanged while the
-engine runs) get a name that ends with the engine, unless the user gives them one: `weights_id` in
-vLLM's `kv_connector_extra_config`.
+engine runs) get a name that is valid for the life of the engine, unless the user names them by
+`weights_id` in vLLM's `kv_connector_extra_config`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MODEL_BESIDE = frozenset({
     "enable_cumem_allocator", "logits_processors", "io_processor_plugin", "renderer_num_workers",
     "allow_deprecated_quantization", "config_format", "max_seq_len_to_capture", "pooler_config",
 })  # fmt: skip
-"""Of `ModelConfig`: what changes no KV, or is looked at elsewhere here."""
+"""Fields of `ModelConfig` that change no KV, or are covered elsewhere in this file."""
 LOAD_BESIDE = frozenset({
     "download_dir", "safetensors_prefetch_num_threads", "safetensors_prefetch_block_size",
     "device", "use_tqdm_on_load", "pt_load_map_location",
@@ -56,7 +56,7 @@ CACHE_OF_KV = (
     "cache_dtype", "calculate_kv_scales", "kv_cache_dtype_skip_layers", "sliding_window",
     "kv_sharing_fast_prefill", "swa_bounded_replay", "indexer_kv_dtype",
 )  # fmt: skip
-"""Of `CacheConfig`, whose other options say how much is kept and where."""
+"""Fields of `CacheConfig` that count; its others say how much is kept, and where."""
 ATTENTION_BESIDE = frozenset({
     "device_buffer_size", "eager_host_mirror", "flash_attn_max_num_splits_for_cuda_graph",
     "tokenspeed_mla_min_split_kv", "tq_max_kv_splits_for_cuda_graph",
@@ -84,9 +84,9 @@ _OF_RANK = re.compile(r"_dp\d+$")
 
 
 def model_id(vllm_config: Any, computation: str = "") -> str:
-    """Return the name of an engine's model and of how it computes: for people, then a digest.
+    """Return the name of an engine's model and computation: a readable part, then a digest.
 
-    The weights' files are looked at each time; they have to be on this machine by then.
+    Each call looks at the files of the weights, which have to be on this machine by then.
 
     Args:
         vllm_config: vLLM's `VllmConfig`.
@@ -99,7 +99,7 @@ def model_id(vllm_config: Any, computation: str = "") -> str:
 
 
 def weights_are_here(vllm_config: Any) -> bool:
-    """Tell whether the weights' files are on this machine, if weights are read from files."""
+    """Return whether the weights' files are on this machine, if weights are read from files."""
     model, load = vllm_config.model_config, vllm_config.load_config
     if _load_format(load) not in FROM_FILES or "://" in _where(model):
         return True
@@ -125,9 +125,9 @@ def lora_facts(vllm_config: Any) -> str:
 
 
 def computation_of(vllm_config: Any) -> str:
-    """Return what is computed, whatever the weights, as JSON.
+    """Return everything but the weights that determines the KV, as JSON.
 
-    Some models change their configuration while they are loaded, in the worker's process alone.
+    Some models change their configuration while they are loaded, in the worker's process only.
     """
     return json.dumps(_computation(vllm_config), sort_keys=True)
 
@@ -168,13 +168,13 @@ def _fields(config: Any, beside: frozenset[str]) -> Any:
 
 
 def _longest(model: Any) -> int | str | None:
-    """Return the longest prompt, where attention depends on what that is; else None."""
+    """Return the length of the longest prompt if attention depends on it; else None."""
     kinds = set(_rope_kinds(_plain(model.hf_config)))
     kind_of_model = str(getattr(model.hf_config, "model_type", ""))
     if kinds <= ROPE_OF_ANY_LENGTH and "llama4" not in kind_of_model:  # it tunes its temperature
         return None
     if getattr(model, "original_max_model_len", None) == -1:
-        return "auto"  # what it is cut to later, for want of memory, changes nothing of the model
+        return "auto"  # if it is cut later for want of memory, that does not change the model
     return int(model.max_model_len)
 
 
@@ -223,7 +223,7 @@ def _plain(value: Any) -> Any:
 
 
 def _plain_object(value: Any) -> Any:
-    """Return what an object consists of, or else what it is called; never where it lies."""
+    """Return the content of an object, or else its name; never its address in memory."""
     if isinstance(value, type) or inspect.isroutine(value):
         return f"{value.__module__}.{value.__qualname__}"
     for method in ("to_dict", "model_dump"):
@@ -281,7 +281,7 @@ def _where(model: Any) -> str:
 
 
 def _name_of(model: Any) -> str:
-    """Return the model's name, the same whether vLLM has replaced it by its folder or not."""
+    """Return the model's name, even if vLLM has replaced it by a folder."""
     found = hub_name_of(Path(model.model))
     return str(model.model) if found is None else found[0]
 
@@ -298,7 +298,7 @@ def _place_of(model: Any, load: Any) -> Path:
     place = Path(where).expanduser()
     if place.exists():
         return place
-    # A single file of a repository is named behind it, or behind a colon.
+    # A single file is named behind the repository, after a slash or a colon.
     repo = "/".join(where.partition(":")[0].split("/")[:2])
     return snapshot_of(repo, model.revision, getattr(load, "download_dir", None))
 

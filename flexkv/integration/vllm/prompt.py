@@ -1,4 +1,4 @@
-"""The namespace of a vLLM request: what besides its tokens its KV depends on."""
+"""The namespace of a vLLM request: everything besides its tokens that its KV depends on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flexkv.integration.vllm.adapters import Adapters
 _COUNTED = re.compile(r"renderer\d+-mm-\d+-")
 """How vLLM names an image whose content it does not hash: by a counter of its process."""
 _NOT_WEIGHTS = ("lora_int_id", "load_inplace")
-"""Of a `LoRARequest`: these differ from one process to the next for the same adapter."""
+"""Fields of a `LoRARequest` that differ between processes for the same adapter."""
 
 
 class Scopes:
@@ -49,7 +49,7 @@ class Scopes:
     def scope_of(self, request: Any, parts: tuple[str, ...] | None) -> Scope | None:
         """Return a request's namespace; None for one that cannot be cached.
 
-        Images and sounds are keys of the placeholder tokens that they stand behind.
+        Images and sounds become extra keys of their placeholder tokens.
 
         Args:
             request: vLLM's `Request`.
@@ -74,7 +74,7 @@ def features_of(request: Any) -> int:
 
 
 def _told_of(lora: Any) -> dict[str, Any]:
-    """Return all that a `LoRARequest` says of the adapter, in whatever version of vLLM."""
+    """Return all that a `LoRARequest` says of the adapter, in any version of vLLM."""
     names = getattr(lora, "__struct_fields__", None) or sorted(vars(lora))
     return {name: getattr(lora, name) for name in names if name not in _NOT_WEIGHTS}
 

@@ -218,7 +218,7 @@ class SchedulerSide:
         return step
 
     def _written(self, tracked: Tracked, first: int) -> list[int]:
-        """Return a request's blocks from `first` on, which a step is the first to write."""
+        """Return a request's blocks from `first` on, which this step writes first."""
         self._blocks.written(tracked.block_ids, first)
         return tracked.block_ids[first:]
 
@@ -341,7 +341,7 @@ class SchedulerSide:
         if done.status != "success":
             self._counts.count("failed_puts", 0 if done.is_stale else 1)
             self._step.settle.append(done.number)
-        if done.is_stale:  # the cache was cleared since it began, by whomever
+        if done.is_stale:  # somebody has cleared the cache since it began
             tracked.is_stale |= put.generation == tracked.generation
         # What follows would have no parents: once more, with the next blocks.
         elif done.error or done.status != "success":
@@ -400,9 +400,9 @@ class SchedulerSide:
                 self._events.hear(changed)
 
     def reset_cache(self) -> bool:
-        """Forget every block of every tier, of all instances; tell whether that was done.
+        """Forget every block of every tier, of all instances; return whether that was done.
 
-        Nothing that was computed, or loaded, before it is stored after it.
+        Nothing that was computed or loaded before a reset is stored after it.
         """
         self._questions.give_up_all()  # the answers are of before
         self._blocks.reset()
@@ -458,7 +458,7 @@ class SchedulerSide:
             self.client.release([found.number])
 
     def _is_named(self, tracked: Tracked) -> bool:
-        """Tell whether a request's blocks have keys: those of a session may change, or go."""
+        """Return whether a request's blocks have keys; those of a session may change or vanish."""
         if tracked.features != (features := features_of(tracked.request)):
             # A session that has got another image: keys behind it are others.
             if self._events is not None:
@@ -469,7 +469,7 @@ class SchedulerSide:
         return tracked.scope is not None
 
     def _keys(self, tracked: Tracked, blocks: int) -> bytes:
-        """Give the keys of so many blocks of a request; those that are known are not made again."""
+        """Return the keys of so many blocks of a request, and make only the missing ones."""
         known = max(0, len(tracked.keys) // BLOCK_KEY_BYTES - 1)
         if known < blocks:
             tokens, end = tracked.request.all_token_ids, blocks * self._per_block

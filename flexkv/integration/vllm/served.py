@@ -77,7 +77,7 @@ class Program:
 
     @property
     def pid(self) -> int:
-        """Return the id of its first process, which is that of its session, too."""
+        """Return the id of its first process, which is also the id of its session."""
         return self._process.pid
 
     def terminate(self, within_s: float = END_S) -> int:

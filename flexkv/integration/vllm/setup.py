@@ -45,7 +45,7 @@ def setup_of(vllm_config: Any, computation: str = "") -> Setup:
 
     Args:
         vllm_config: vLLM's `VllmConfig`.
-        computation: what is known already of how it computes: see `identity`.
+        computation: as for `identity.model_id`.
 
     Raises:
         ConfigError: FlexKV cannot serve such an engine; the error says why.
@@ -118,10 +118,10 @@ def _with_block_size(cache: CacheConfig, block_size: int) -> CacheConfig:
 
 
 def _names_media(vllm_config: Any) -> bool:
-    """Tell whether vLLM names images and sounds by their content, or by the user's own names.
+    """Return whether vLLM names images and sounds by their content, or by the user's names.
 
-    With neither cache of its own that asks for their names it counts them, in each process anew;
-    and earlier versions do so even where the user names them.
+    Without prefix caching and a cache of processed media, vLLM only numbers them, in each process
+    anew. Earlier versions do so even where the user names them.
     """
     media = getattr(vllm_config.model_config, "multimodal_config", None)
     caches = getattr(vllm_config.cache_config, "enable_prefix_caching", True)

@@ -62,10 +62,10 @@ class FlexKVStats(KVConnectorStats):
 
 
 class Counts:
-    """What the scheduler's side counts: for vLLM, and for a line of the log now and then."""
+    """Counts of the scheduler's side, for vLLM and for a regular log line."""
 
     def __init__(self, log_every: int) -> None:
-        """Take how many requests a line of the log is about."""
+        """Log a line after each `log_every` requests."""
         self._stats, self._recent = FlexKVStats(), FlexKVStats()
         self._log_every, self._finished = log_every, 0
 
@@ -75,7 +75,7 @@ class Counts:
         self._recent.count(name, by)
 
     def request_ended(self) -> None:
-        """Log what became of the last requests, now and then."""
+        """Count the end of a request; log the counts after each `log_every`."""
         self._finished += 1
         if not self._finished % self._log_every:
             log.info("recent requests", requests=self._log_every, **self._recent.reduce())

@@ -31,7 +31,7 @@ class Put(NamedTuple):
     Attributes:
         first: the first block of the prompt that it stores.
         block_ids: the device's, which it reads.
-        generation: of the cache, when they began to be computed.
+        generation: of the cache when the blocks began to be computed.
     """
 
     first: int
@@ -68,14 +68,14 @@ class Tracked:
         self.puts: dict[int, Put] = {}
         self.finished = False
         self.generation = generation
-        """Of the cache, when its blocks began to be computed, or to be looked for."""
+        """The generation of the cache when its blocks began to be computed or looked for."""
         self.is_stale = False
-        """Whether the cache was cleared since then: nothing of it is stored."""
+        """Whether the cache was cleared since then, so that nothing of it is stored."""
         self.has_loaded = False
-        """Whether it has blocks of the cache, which are no newer than that."""
+        """Whether it has loaded blocks, which are no newer than that generation."""
 
     def begins_anew(self, generation: int) -> None:
-        """Take that it has new blocks: they are computed from now on, unless some were loaded."""
+        """Note that it has new blocks, computed from now on, unless some were loaded."""
         if not self.has_loaded:
             self.generation, self.is_stale = generation, False
         self.has_loaded = False

@@ -55,11 +55,11 @@ class WorkerSide:
         self.register_kv_caches(self._lent)
 
     def wait_for_save(self, step: StepMetadata) -> None:
-        """Take that the step's forward has written what its puts read, and is done.
+        """Note that the step's forward is done and has written what its puts read.
 
-        vLLM calls this when the forward has raised, too: then nothing may be read. It calls it
-        before `get_finished`, or after it where drafts are made; a step without a forward comes
-        between as well. So nothing that was written before is forgotten here.
+        vLLM also calls this when the forward has raised: then nothing may be read. It calls it
+        before `get_finished`, or after it if drafts are made, and a step without a forward may come
+        between them. So nothing that was written before is forgotten here.
         """
         if sys.exc_info()[0] is None:
             self._ready(step.loads)
@@ -71,8 +71,8 @@ class WorkerSide:
     def get_finished(self, step: StepMetadata) -> tuple[set[str] | None, set[str] | None]:
         """Return the requests that are done with sending, and with receiving.
 
-        Beside other connectors a load of theirs may have failed, of which the scheduler hears only
-        at the end of the step: puts are let go two steps later, those that it drops never.
+        A load of another connector may fail, and the scheduler learns that only at the end of
+        the step. So beside other connectors puts are let go two steps later, or never if dropped.
         """
         written, self._written = self._written, []
         self._unread.append(written)

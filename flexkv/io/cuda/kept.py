@@ -1,7 +1,7 @@
-"""What is found out once for a device and kept on disk: $XDG_CACHE_HOME/flexkv.
+"""A cache on disk of what is found out once for a device: $XDG_CACHE_HOME/flexkv.
 
-A cache that cannot be read or written costs only what it would have saved. Neither is one used to
-which others may write: what is kept is run on the device.
+A cache that cannot be read or written costs only what it would have saved. A cache to which others
+may write is not used, since its content is run on the device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flexkv.io.private import make_directory, open_directory, open_file
 
 
 def folder() -> Path:
-    """Return where things are kept."""
+    """Return the directory of the cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "flexkv"
 
 
@@ -39,7 +39,7 @@ def write(path: Path, content: bytes) -> None:
     with suppress(OSError), _opened(path.parent, make=True) as folder_fd:
         new = f"{path.name}.{os.getpid()}"
         with suppress(FileNotFoundError):
-            os.unlink(new, dir_fd=folder_fd)  # of a process that was ended here
+            os.unlink(new, dir_fd=folder_fd)  # left by a process that was killed here
         fd = open_file(folder_fd, new, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         with open(fd, "wb") as file:
             file.write(content)
@@ -54,10 +54,10 @@ def forget(path: Path) -> None:
 
 @contextmanager
 def _opened(path: Path, make: bool = False) -> Iterator[int]:
-    """Open a directory of the cache, having made it if that is wanted.
+    """Open a directory of the cache; with `make`, make it if it is missing.
 
     Raises:
-        OSError: it is not there, or not ours alone, or the user has no home.
+        OSError: it is missing, others may write to it, or the user has no home.
     """
     if not path.is_absolute():  # without a home "~" stays as it is
         raise FileNotFoundError(2, "is not absolute", str(path))
