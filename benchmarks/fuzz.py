@@ -1,6 +1,6 @@
-"""What hostile peers cost the others: random frames and sessions, as fast as they can be said.
+"""What hostile peers cost the others: random frames and sessions, sent as fast as possible.
 
-Limit: the same gets while nobody else is there. The peers run in a process of their own.
+Limit: the same gets without other peers. The peers run in a process of their own.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _while_fuzzed(served: Served, seed: int, gets: int) -> tuple[list[float], in
 
 
 def _talk(settings: Any, model: Any, seed: int, over: Event, said: Any) -> None:
-    """Be hostile until it is over."""
+    """Be hostile until `over` is set."""
     hostile = Hostile(settings_of(settings), ModelConfig(**model), seed)
 
     def going_on() -> bool:

@@ -71,7 +71,7 @@ def _while_stopped(
             other.flush()
             worker.signal(signal.SIGSTOP)
     try:
-        other.match(keys)  # the server has read them all: what is measured is how they wait
+        other.match(keys)  # by the answer the server has read all puts
         took_s = served.gets_s(gets)
     finally:
         worker.signal(signal.SIGCONT)

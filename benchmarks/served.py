@@ -1,4 +1,4 @@
-"""A server and an instance whose gets are measured, for the cases about what others cost it.
+"""A server and an instance whose gets are measured, for the cases about its neighbours.
 
 What is measured is what a scheduler sees: from the start of a get of a resident prompt to its end.
 """
@@ -36,7 +36,7 @@ class Served:
         self.settings = Settings(
             server_recv_port=f"ipc://{directory}/socket",
             cache_config=cache,
-            server_answer_ms=int(1e3 * PATIENCE_S),  # a busy machine is no lost server here
+            server_answer_ms=int(1e3 * PATIENCE_S),  # slow is not lost
         )
         self.server = Launched(model, self.settings)
         self._agents = [AgentProcess(self.settings, model, DEVICE_BLOCKS, 0)]

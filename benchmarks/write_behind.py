@@ -1,4 +1,4 @@
-"""What host memory owes the SSD: whether it gets there, how soon, and what gets pay for it.
+"""What host memory owes the SSD: whether it gets there, how soon, and what that costs gets.
 
 Limit: fio's writes of the same block size, O_DIRECT and depth, in the same run. Host memory holds a
 tenth of what is put, and puts may queue few blocks for the SSD: nearly everything is owed.
@@ -25,7 +25,7 @@ from flexkv.kvmanager import KVManager
 PUT_BLOCKS, QUEUED_BLOCKS = 16, 4
 LOOKS_MAX = 100_000
 RATE_SHARE = 0.8
-"""The mean rate of puts, as a part of what fio writes."""
+"""The mean rate of puts, as a fraction of the rate at which fio writes."""
 
 
 def measure(options: Options) -> Figures:
@@ -93,7 +93,7 @@ class _Rig:
         await self.manager.put(prompt(self._next, PUT_BLOCKS), self._slots)
 
     async def keep_a_hit(self) -> None:
-        """Put what the gets will find in host memory, and pin it there."""
+        """Put the prompt that the gets will find in host memory, and pin it there."""
         await self.manager.put(self._hit, self._slots[: 8 * 16])
         await self.manager.flush()
         self.manager.pin(self._hit)
@@ -102,7 +102,7 @@ class _Rig:
         """Put in bursts of half of host memory, at a mean rate in GB/s.
 
         Returns:
-            The part of the blocks that host memory evicted which the SSD has.
+            The fraction of the blocks evicted from host memory that the SSD has.
         """
         burst = self.host_blocks // 2 // PUT_BLOCKS
         first, begin = self._next, time.perf_counter()
@@ -122,7 +122,7 @@ class _Rig:
         return 1.0 - lost / max(1, evicted)
 
     async def drain(self) -> tuple[float, int]:
-        """Put a burst; return how long it takes from then on until nothing is owed, and of what."""
+        """Put a burst; return how long it takes until nothing is owed, and the bytes owed."""
         for _ in range(self.host_blocks * 5 // 8 // PUT_BLOCKS):
             await self.put()
         begin, blocks = time.perf_counter(), self._owed()

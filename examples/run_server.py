@@ -21,7 +21,7 @@ MODEL = ModelConfig(num_layers=8, num_kv_heads=4, head_size=64, dtype="float16",
 def settings_in(folder: Path) -> Settings:
     """Return the settings that server, scheduler and workers share; files and socket in a folder.
 
-    The address is given only so that the example meets no other server: the default is a directory
+    The address is set only so that the example meets no other server; the default is in a directory
     of this user.
     """
     cache = CacheConfig(

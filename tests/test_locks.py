@@ -22,7 +22,7 @@ UNLOCKED = (r"\$\(LATEST_VENV\)", r"--upgrade uv$")
 
 
 def lines_of(path: Path) -> list[str]:
-    """Return the lines of a file, joined where they go on."""
+    """Return the lines of a file, with continued lines joined."""
     text = path.read_text().replace("\\\n", " ")
     return [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
 
@@ -35,7 +35,7 @@ def locked(name: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", [*LOCKS, "torch"])
 def test_a_lock_has_exact_versions_and_names_no_place(name: str) -> None:
-    """Each line is one version; no index, host or path is in the way of another machine."""
+    """Each line is one exact version, without an index, host or path."""
     for line in lines_of(ROOT / "requirements" / f"{name}.txt"):
         assert re.match(r"[A-Za-z0-9._-]+==[^ ]+( |$)", line), line
         assert not re.search(r"://|file:|@ |--(?!hash=sha256:)", line), line

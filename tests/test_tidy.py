@@ -126,7 +126,7 @@ def test_tasks_are_spawned_in_one_place(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_modules_log_by_loggers_that_never_raise(path: Path) -> None:
-    """A logger of structlog's own raises what its sink raises."""
+    """structlog's own logger would raise what its sink raises."""
     if name_of(path) != "flexkv/logs.py":
         assert "structlog.get_logger" not in path.read_text()
 

@@ -32,9 +32,9 @@ import pytest
 INSTALLED = {"site-packages", "dist-packages"}
 STANDARD_LIBRARY = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
 FORWARDERS = ("/torch/nn/modules/module.py", "/torch/utils/_contextlib.py")
-"""Files of others that call what they are given, with the arguments that they are given."""
+"""Files of libraries that only pass calls on, with the arguments that they get."""
 HARNESS = {"_pytest", "pytest", "pluggy", "pytest_asyncio", "pytest_cov", "hypothesis"}
-"""What calls our tests, and drops what they leave."""
+"""Packages that call our tests, and drop the objects that these leave."""
 
 Place = tuple[str, str]
 """A file, and the dotted name of its module."""

@@ -137,7 +137,7 @@ class CacheConfig(ConfigModel):
     io_deadline_s: float = key(
         10.0,
         "How long I/O of a lower tier, or a copy to or from a device, may take; after that "
-        "nobody waits for it, and the tier or device is not used for a while.",
+        "nobody waits for it, and the tier or device is not used until it works again.",
         unit="s",
         gt=0,
     )

@@ -110,7 +110,7 @@ def summed_rig(_: Path) -> Rig:
 
 
 class BlindSummer(FakeSummer):
-    """A summer to which all blocks are the same: for hosts that are written by hand."""
+    """A summer that finds all blocks equal, for host memory that a test writes by hand."""
 
     def _end(self, token: int, host_ids: BlockIds) -> None:
         super()._end(token, host_ids)

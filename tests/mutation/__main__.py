@@ -1,4 +1,4 @@
-"""`python -m tests.mutation`: workers import `run` by its name, which they cannot do with this."""
+"""`python -m tests.mutation`; workers import `run` by name, so it is a module of its own."""
 
 from tests.mutation.run import main
 

@@ -1,7 +1,7 @@
 """Finds the small changes that a test should notice, as replacements of bytes in a source file.
 
 Comparisons, conditions, arithmetic, numbers, returned values and statements without a value are
-changed. What says nothing about behaviour is left alone: annotations, decorators, bases,
+changed. Code that does not determine behaviour is left alone: annotations, decorators, bases,
 assertions, messages of errors, log lines, `__repr__`.
 """
 
@@ -25,7 +25,7 @@ ARITHMETIC: dict[type[ast.operator], tuple[str, str]] = {
     ast.BitAnd: ("&", "|"), ast.BitOr: ("|", "&"),
 }  # fmt: skip
 BOUNDS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
-"""Comparisons whose change is not their opposite."""
+"""Comparisons whose bound is moved instead of being turned around."""
 FUNCTIONS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 LOGS = {"log", "_log", "logger"}
 UNSEEN = {"__repr__", "__str__"}
@@ -57,7 +57,7 @@ def mutants_of(root: Path, file: str) -> list[Mutant]:
 
 
 def _named(file: str, source: bytes, start: int, end: int, text: str) -> Mutant:
-    """Name a change by the lines that it is on, before and after, however they are indented."""
+    """Return the mutant for a change, named by its lines before and after without indentation."""
     first = source.rfind(b"\n", 0, start) + 1
     last = source.find(b"\n", end)
     last = len(source) if last < 0 else last
@@ -118,7 +118,7 @@ class Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
-        """Exchange arithmetic; texts are no arithmetic."""
+        """Exchange arithmetic operators, but not the `+` of texts."""
         texts = any(
             isinstance(part, ast.JoinedStr) or isinstance(getattr(part, "value", None), str | bytes)
             for part in (node.left, node.right)
@@ -163,15 +163,15 @@ class Finder(ast.NodeVisitor):
             self.generic_visit(node)
 
     def visit_Delete(self, node: ast.Delete) -> None:
-        """Forget nothing."""
+        """Leave out the deletion."""
         self._replace(node, "pass")
 
     def visit_Raise(self, node: ast.Raise) -> None:
-        """Let it pass."""
+        """Leave out the raise."""
         self._replace(node, "pass")
 
     def visit_Break(self, node: ast.Break) -> None:
-        """Go on."""
+        """Turn `break` into `continue`."""
         self._replace(node, "continue")
 
     def visit_Continue(self, node: ast.Continue) -> None:
@@ -196,7 +196,7 @@ class Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_comprehension(self, node: ast.comprehension) -> None:
-        """Choose the others."""
+        """Turn the condition around."""
         for test in node.ifs:
             self._negate(test)
         self.generic_visit(node)
@@ -233,10 +233,10 @@ class Finder(ast.NodeVisitor):
             self.visit(node)
 
     def visit_Assert(self, node: ast.Assert) -> None:
-        """Assertions guard against our own mistakes, which are not there."""
+        """Leave assertions alone: they guard against our own mistakes."""
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        """A message is not behaviour."""
+        """Leave texts alone: a message is not behaviour."""
 
 
 def _is_log(call: ast.Call) -> bool:

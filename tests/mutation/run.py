@@ -1,4 +1,4 @@
-"""Changes the source in small ways, one at a time, and tells which changes no test notices.
+"""Changes the source in small ways, one at a time, and shows which changes no test notices.
 
     make mutants                                         200 changes, by the seed 1
     make mutants ARGS="--sample 50 --seed 7"
@@ -64,7 +64,7 @@ class Target:
 
 
 class Outcome(NamedTuple):
-    """What came of the tests: "passed", "failed" or "timeout"; how long; the test that failed."""
+    """The result of the tests ("passed", "failed", "timeout"), their time, and the failed test."""
 
     word: str
     seconds: float
@@ -141,7 +141,7 @@ class Tree:
         subprocess.run([sys.executable, "-m", "compileall", "-q", "flexkv"], cwd=self.folder)
 
     def run(self, target: Target, mutant: Mutant | None, timeout_s: float) -> Outcome:
-        """Return what came of the tests of a target, with a change or without one."""
+        """Run the tests of a target, with a change or without one, and return the outcome."""
         if mutant is None:
             return self._test(target, timeout_s)
         file = self.folder / mutant.file
@@ -230,7 +230,7 @@ def _run(target: Target, mutant: Mutant | None, timeout_s: float) -> Outcome:
 def run_all(
     mutants: list[Mutant], targets: list[Target], workers: int, more_s: float = TIMEOUT_MORE_S
 ) -> dict[Mutant, Outcome]:
-    """Run the tests of each change, and return what came of it."""
+    """Run the tests of each change, and return the outcomes."""
     outcomes: dict[Mutant, Outcome] = {}
     wanted = {mutant: target for mutant in mutants if (target := target_of(mutant.file, targets))}
     with (
@@ -263,7 +263,7 @@ def run_all(
 
 
 def report(outcomes: dict[Mutant, Outcome], survivors: list[Survivor]) -> int:
-    """Print what came of it, and return the exit status."""
+    """Print the outcomes, and return the exit status."""
     counts: Counter[tuple[str, str]] = Counter()
     unlisted = []
     print(f"\n{'':28} killed  of which by timeout  survived  of which listed")

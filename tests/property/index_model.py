@@ -198,7 +198,7 @@ class Driver:
             self._unpin(of, place)
 
     def reserve_copies(self, source: Tier, paths: list[Path]) -> None:
-        """Take places in the other tier for what one has; of some places the block has changed."""
+        """Take places in the other tier for blocks of one, some of which are replaced by now."""
         (target,) = (tier for tier in TIERS if tier is not source)
         ready = self.ready_places(source)
         ids = np.array([ready[p].block_id if p in ready else 0 for p in paths], np.int64)

@@ -1,4 +1,4 @@
-"""The history of clears against one that remembers every clear."""
+"""The history of clears, compared with one that remembers every clear."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def is_stale(history: list[bytes | None], begun: int, root: bytes) -> bool:
 
 @given(clears, st.integers(0, 1000))
 def test_what_began_before_a_clear_is_always_stale(history: list[bytes | None], first: int) -> None:
-    """Whatever was cleared in whatever order, and however much of it is forgotten; and nothing else
-    is stale while all of it is remembered. Each clear is told of, once."""
+    """This holds for any clears in any order, even those that are forgotten. Nothing else is stale
+    while all clears are remembered. `on_clear` is called once for each."""
     with patch("flexkv.index.clears.ROOTS_MAX", ROOTS_MAX):
         clears, told = ClearHistory(first), []
         clears.on_clear = lambda: told.append(clears.generation)
@@ -44,7 +44,7 @@ def test_what_began_before_a_clear_is_always_stale(history: list[bytes | None], 
 def test_what_an_earlier_engine_began_is_stale_after_a_clear_only(
     history: list[bytes | None],
 ) -> None:
-    """Its generations are lower than all of this engine's."""
+    """The generations of an earlier engine are lower than all of this one's."""
     clears = ClearHistory(1000)
     for root in history:
         clears.note(root)

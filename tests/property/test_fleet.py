@@ -185,7 +185,7 @@ class FleetMachine(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self) -> None:
-        """Who waits for an end is woken; slots are those of who is there; who is busy is known."""
+        """Waiters for an end are woken; slots belong to whole instances; busy ones are known."""
         assert self.is_woken or not any(sent.is_over for sent in self.sent.values())
         instances = self.fleet.instances.items()
         seen = {number: (each.client, each.slot, each.ports) for number, each in instances}

@@ -48,7 +48,7 @@ class IndexMachine(RuleBasedStateMachine):
         paths=st.lists(st.sampled_from(PATHS), min_size=1, max_size=6),
     )
     def reserve_copies(self, source: Tier, paths: list[tuple[int, ...]]) -> None:
-        """Take places in one tier for what the other has."""
+        """Take places in one tier for blocks of the other."""
         self.driver.reserve_copies(source, paths)
 
     @rule(number=st.integers(0, 9), filled=st.booleans())

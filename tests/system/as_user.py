@@ -2,10 +2,10 @@
 
     python -m tests.system.as_user CHANNEL
 
-It imports everything first, for other users may not be able to read this Python. Then for each
-message on the channel it forks a process, which becomes a user, says "begun", does one thing, and
-says as a line of JSON what came of it. A message is [uid, action, arguments] in JSON, with the
-process's standard streams; the answer is its number.
+It imports everything first, because other users may not be able to read this Python. For each
+message on the channel it forks a process, which becomes a user, prints "begun", does one thing, and
+prints the result as a line of JSON. A message is [uid, action, arguments] in JSON, with the
+process's standard streams; the answer is its process id.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def become(uid: int) -> None:
-    """Be a user from here on, as if he had started this process."""
+    """Become a user, as if this user had started the process."""
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
-    os.umask(0)  # the worst that he may have
+    os.umask(0)  # the most permissive one
     os.environ.pop("XDG_RUNTIME_DIR", None)
     os.environ["HOME"] = "/nonexistent"
-    # A change of the user hides a process from its own user, too, which no exec would have done.
+    # A change of the user hides a process from its own user, too, which an exec would undo.
     LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
 
 
 def begun() -> None:
-    """Say that the work begins."""
+    """Print that the work begins."""
     say("begun")
 
 
 def say(line: str) -> None:
-    """Tell the test something."""
+    """Print a line for the test."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
@@ -93,7 +93,7 @@ def listen(path: str) -> Any:
 
 
 def use(settings: Settings) -> Any:
-    """Put and get over a server; tell what became of it, once the devices were ready."""
+    """Put and get over a server once the devices are ready; return the results."""
     begun()
     instance = Instance(settings)
     for agent, caches in zip(instance.agents, instance.caches, strict=True):
@@ -111,7 +111,7 @@ def use(settings: Settings) -> Any:
 
 
 def speak(settings: Settings) -> Any:
-    """Try to use a server that is another's, as client, agent and operator; tell what it did."""
+    """Try to use another user's server, as client, agent and operator; return the results."""
     begun()
     instance = Instance(settings)
     for agent, caches in zip(instance.agents, instance.caches, strict=True):
@@ -132,7 +132,7 @@ def speak(settings: Settings) -> Any:
 
 
 def impersonate(path: str) -> Any:
-    """Listen where a server would; tell how many connected, and all that they said."""
+    """Listen where a server would; return how many connected, and all that they said."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         if not path.startswith("\0"):
@@ -154,7 +154,7 @@ def impersonate(path: str) -> Any:
 
 
 def steal(told: dict[str, Any]) -> Any:
-    """Try everything that a stranger may; return what succeeded, by name."""
+    """Try everything that a stranger might; return the names of what succeeded."""
     begun()
     return [name for name, attempt in _attempts(told).items() if _succeeds(attempt)]
 
@@ -245,7 +245,7 @@ def _pidfd_getfd(pid: int, fd: int) -> bool:
 
 
 def places() -> Any:
-    """Return where this user's own server would be, and the name of it that is no file."""
+    """Return where this user's own server would be, and its name in the abstract namespace."""
     begun()
     folder = own_folders()[0]
     return {"folder": str(folder), "witness": _witness_name(folder / "server")}

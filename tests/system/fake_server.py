@@ -1,4 +1,4 @@
-"""A server of which the test says every word: to see what clients and agents make of it."""
+"""A server whose every message comes from the test, to see how clients and agents react."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ HOST_BLOCKS, STRIDE_BYTES = 16, 4096
 
 
 class FakeServer:
-    """Welcomes whoever connects; each connection is the test's from then on.
+    """Welcomes every connection, and leaves the rest of it to the test.
 
     Attributes:
-        welcome: what the next one is told; None for the truth.
+        welcome: what the next connection is sent; None for a correct welcome.
         gives_memory: whether agents get the descriptor of host memory.
     """
 

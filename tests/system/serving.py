@@ -154,7 +154,7 @@ class Peer:
         self.say(Start(number, "put", keys, 0, np.arange(BLOCKS).tobytes(), self.slot))
 
     def close(self) -> None:
-        """Be gone. Idempotent."""
+        """Hang up. Idempotent."""
         fd = self.connected.arena_fd
         if fd is not None and self._socket.fileno() >= 0:
             os.close(fd)

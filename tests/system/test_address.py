@@ -19,7 +19,7 @@ from .serving import BLOCKS, Instance, eventually, settings_in
 def test_a_socket_that_was_removed_is_there_again(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who is connected notices nothing; others connect; no other server gets in meanwhile."""
+    """Connected peers notice nothing, new ones connect, and no other server takes the address."""
     settings, path = settings_in(tmp_path), tmp_path / "socket"
     if address == "own":
         tmp_path.chmod(0o700)

@@ -1,4 +1,4 @@
-"""What one peer can make a server keep is bounded, and nobody else goes without."""
+"""What one peer can make a server keep is bounded, and the others are still served."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def launched(settings: Settings) -> Iterator[Launched]:
-    """Return a running server, and check at last that it ended well: nothing was left in it."""
+    """Yield a running server; at the end, check that it ended well and nothing was left in it."""
     server = Launched(MODEL, settings)
     yield server
     server.close()
@@ -87,7 +87,7 @@ def serves(settings: Settings, number: int = 0) -> None:
 
 
 def flood(peer: Peer, said: Any) -> bool:
-    """Say something FLOOD times without reading; return whether the server took it all."""
+    """Send something FLOOD times without reading; return whether the server took it all."""
     frames = framed(said) * 64
     peer.connected.socket.settimeout(1.0)
     try:
@@ -104,7 +104,7 @@ def _hear_for_ever(peer: Peer) -> None:
 
 
 def _is_cut_off(peer: Peer, said: bytes) -> bool:
-    """Return whether a peer is not connected any more once it has said something."""
+    """Return whether the server hangs up on a peer that says something."""
     try:
         peer.connected.socket.sendall(said)
         peer.hear(Done)
@@ -113,13 +113,13 @@ def _is_cut_off(peer: Peer, said: bytes) -> bool:
     return False
 
 
-# -- what is asked --------------------------------------------------------------------------------
+# -- questions -----------------------------------------------------------------------------------
 
 
 def test_questions_that_wait_for_an_answer_are_bounded(
     launched: Launched, pair: tuple[Peer, Peer]
 ) -> None:
-    """An agent asks of a request under way without end: it is dismissed, and nothing is kept."""
+    """An agent that asks about a request again and again is dismissed, and nothing is kept."""
     agent, client = pair
     client.put(1)
     agent.hear(Copy)
@@ -136,7 +136,7 @@ def test_questions_that_wait_for_an_answer_are_bounded(
 def test_an_agent_that_does_not_read_is_not_heard(
     settings: Settings, pair: tuple[Peer, Peer]
 ) -> None:
-    """Else what it is told of questions that are over would pile up."""
+    """Otherwise the answers to its questions would pile up."""
     agent, _ = pair
     assert not flood(agent, Settle(1, tuple(range(20))))
     serves(settings)
@@ -145,7 +145,7 @@ def test_an_agent_that_does_not_read_is_not_heard(
 def test_copies_for_an_agent_that_does_not_read_are_bounded(
     settings: Settings, launched: Launched, pair: tuple[Peer, Peer]
 ) -> None:
-    """Those that it was not sent fail when it does not answer; others are served."""
+    """Copies that were not sent fail when it does not answer; other instances are served."""
     _, client = pair
     before = memory_of(launched)
     for number in range(3000):
@@ -158,7 +158,7 @@ def test_copies_for_an_agent_that_does_not_read_are_bounded(
 def test_a_message_with_a_million_numbers_ends_its_connection(
     settings: Settings, pair: tuple[Peer, Peer], kind: Any
 ) -> None:
-    """A peer that has so much to say sends several."""
+    """Peers split long lists of numbers into several messages."""
     peer = pair[0] if kind is Ready else pair[1]
     numbers = b"\xdd" + (1_000_000).to_bytes(4, "big") + b"\x01" * 1_000_000
     name = kind.__name__.lower().encode()
@@ -170,7 +170,7 @@ def test_a_message_with_a_million_numbers_ends_its_connection(
 def test_a_question_of_very_many_blocks_is_answered_soon(
     settings: Settings, pair: tuple[Peer, Peer]
 ) -> None:
-    """As far as the index could know them; one that fits no frame ends its connection."""
+    """Keys beyond the size of all tiers are ignored; too long a frame ends the connection."""
     agent, client = pair
     keys = os.urandom(16 * (BLOCKS + 1))
     client.put(1, keys)
@@ -199,7 +199,7 @@ def start(client: Peer, number: int, keys: bytes, ids: Any, **more: Any) -> Done
 def test_a_request_that_names_a_block_twice_is_refused(
     settings: Settings, pair: tuple[Peer, Peer]
 ) -> None:
-    """On the device or by its key: the index would not hold its laws with it."""
+    """Whether on the device or by its key: it would break the laws of the index."""
     _, client = pair
     root, one, two = (bytes([number]) * 16 for number in (1, 2, 3))
     for operation in ("put", "get"):
@@ -242,7 +242,7 @@ def test_a_block_under_another_parent_is_refused(
 def test_a_request_of_what_there_is_not_fails_by_itself(
     pair: tuple[Peer, Peer], ids: list[int], more: dict[str, Any]
 ) -> None:
-    """Device blocks, lengths, positions and operations; its client stays connected."""
+    """Wrong device blocks, lengths, positions and operations; the client stays connected."""
     agent, client = pair
     assert start(client, 1, os.urandom(48), ids, **more).status == "failed"
     client.put(2)
@@ -254,7 +254,7 @@ def test_a_request_of_what_there_is_not_fails_by_itself(
 
 
 def test_nothing_is_kept_of_instances_that_are_gone(settings: Settings, launched: Launched) -> None:
-    """More of them come and go than may be there at once."""
+    """More instances come and go than may be connected at once."""
     Peer(settings, "control").close()
     for number in range(INSTANCES_MAX + 40):
         client = Peer(settings, "client", number)
@@ -287,14 +287,14 @@ def test_the_instances_that_are_there_are_bounded(settings: Settings, launched: 
 def test_an_instance_has_a_number_that_can_be(
     settings: Settings, launched: Launched, number: int
 ) -> None:
-    """The others are refused by name."""
+    """Instance numbers out of range are refused by name."""
     for role in ("client", "agent"):
         with pytest.raises(ConfigError, match="instance_id"):
             Peer(settings, role, number)
 
 
 def test_many_connections_keep_nobody_out(settings: Settings, launched: Launched) -> None:
-    """Idle operators, strangers, agents that lend nothing: engines and operators get through."""
+    """Beside idle operators, strangers and agents without devices, engines and operators get in."""
     path = settings.server_recv_port.removeprefix("ipc://")
     Peer(settings, "control").close()
     with ExitStack() as stack:
@@ -320,7 +320,7 @@ class IdleAgent(Peer):
 
 
 def test_too_few_descriptors_keep_nobody_out(settings: Settings, launched: Launched) -> None:
-    """Some are kept in reserve: connections that are of no use make room for those that are."""
+    """Some are kept in reserve, and useless connections make room for useful ones."""
     instance = Instance(settings)
     instance.begin()
     process = psutil.Process(launched.pid)
@@ -350,7 +350,7 @@ def test_too_few_descriptors_keep_nobody_out(settings: Settings, launched: Launc
 def test_a_client_that_releases_nothing_leaves_room_for_others(
     settings: Settings, launched: Launched
 ) -> None:
-    """It holds all that it finds: half of host memory stays for those who put."""
+    """It holds everything that it finds, but half of host memory is left for puts."""
     instance = Instance(settings)
     instance.begin()
     for prompt in range(4):
@@ -372,7 +372,7 @@ def test_a_client_that_releases_nothing_leaves_room_for_others(
 def test_a_request_may_name_a_hold_that_has_ended(
     settings: Settings, pair: tuple[Peer, Peer]
 ) -> None:
-    """Or one that never was: it finds what is there by now."""
+    """Or one that never was: the request finds what is resident by now."""
     agent, client = pair
     keys = os.urandom(16 * (BLOCKS + 1))
     client.put(1, keys)

@@ -38,10 +38,10 @@ def clear(manager: KVManager, what: str) -> None:
 async def test_a_put_that_waits_to_be_admitted_stores_nothing(
     make_manager: MakeManager, what: str
 ) -> None:
-    """Whatever is cleared of that which it would store; a later put of the same is stored."""
+    """Whichever clear covers its blocks; a later put of the same blocks is stored."""
     async with make_manager(requests_max=1) as manager:
         manager.register_kv_caches(kv_caches())
-        first = manager.put_layerwise(TOKENS + 1000, SLOTS)  # nothing of it is ever written
+        first = manager.put_layerwise(TOKENS + 1000, SLOTS)  # its layers are never written
         waiting = asyncio.ensure_future(manager.put(TOKENS, SLOTS, namespace="tenant"))
         await asyncio.sleep(0.01)
         clear(manager, what)
@@ -67,7 +67,7 @@ async def test_a_clear_of_a_namespace_concerns_no_other(make_manager: MakeManage
 
 
 def test_a_put_that_was_only_matched_stores_nothing(make_manager: MakeManager) -> None:
-    """A prepared task is of the time of its match."""
+    """A prepared task has the generation of its match."""
     manager = make_manager()
     manager.start()
     try:
@@ -83,7 +83,7 @@ def test_a_put_that_was_only_matched_stores_nothing(make_manager: MakeManager) -
 
 
 def test_the_oldest_clears_of_namespaces_count_for_all() -> None:
-    """What is remembered is bounded; what is forgotten errs on the side of storing nothing."""
+    """The history is bounded, and a forgotten clear counts as one of everything."""
     history = ClearHistory(100)
     for number in range(ROOTS_MAX + 1):
         history.note(number.to_bytes(16, "big"))

@@ -1,4 +1,4 @@
-"""Several blocks of one read that are not what they were: each is counted, and dropped for good."""
+"""Each corrupt block of a read is counted, and dropped for good."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Life:
         await self.manager.flush()
 
     async def get(self) -> int:
-        """Get the prompt: how many blocks came, all of them right."""
+        """Get the prompt; return how many blocks came, and check their bytes."""
         target = range(2 * BLOCKS, 3 * BLOCKS)
         response: KVResponse = await self.manager.get(PROMPT, slots_of(target))
         assert response.status in (KVResponseStatus.SUCCESS, KVResponseStatus.NOTFOUND)
@@ -74,8 +74,8 @@ class Life:
 async def test_every_corrupt_block_of_a_read_is_counted_and_dropped_for_good(
     seed: int, piece_blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many of one read are wrong, in one piece of it or in several: the statistics and the
-    log have them all, and no later life believes in any, though what is before them comes back."""
+    """Whether they are in one piece of the read or in several: the statistics and the log have them
+    all, and no later life finds any of them, though the blocks before them come back."""
     monkeypatch.setattr("flexkv.limits.DISK_READ_PIECE_BYTES", piece_blocks * STRIDE)
     random = np.random.default_rng(seed)
     bad = set(random.permutation(BLOCKS)[: random.integers(2, 8)].tolist())
@@ -88,7 +88,7 @@ async def test_every_corrupt_block_of_a_read_is_counted_and_dropped_for_good(
         assert life.corrupt == len(bad)
         told = [entry["blocks"] for entry in logs if entry["event"] == "corrupt_block"]
         assert told == [len(bad)]
-        # All that continues the first one is gone; the last but one of them is put again.
+        # All blocks behind the first corrupt one are gone; those before the last one are put again.
         again = max(bad)
         await life.put(again)
     async with Life(tmp_path) as life:
@@ -102,7 +102,7 @@ async def test_every_corrupt_block_of_a_read_is_counted_and_dropped_for_good(
 def test_what_a_cancelled_read_finds_corrupt_is_dropped_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The part that hardware had begun is read to its end, and looked at as any other."""
+    """The part that hardware had begun is read to its end, and checked like any other."""
     monkeypatch.setattr("flexkv.limits.DISK_READ_PIECE_BYTES", BLOCK_KEY_BYTES)
 
     async def work(engine: Engine) -> None:

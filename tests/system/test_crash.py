@@ -122,7 +122,7 @@ async def test_a_killed_process_loses_nothing_that_was_flushed(
 
 
 async def test_every_block_that_is_resident_at_a_returned_flush_comes_back(tmp_path: Path) -> None:
-    """Bursts of ten times host memory, far above what may be queued for the SSD."""
+    """Also after bursts of ten times host memory, far more than may be queued for the SSD."""
     random = Random(7)
     for kill in range(max(1, KILLS // 2)):
         seed, directory = random.randrange(1 << 30), tmp_path / f"tier-{kill}"

@@ -80,7 +80,7 @@ def test_a_disk_that_hangs_costs_its_own_blocks_only() -> None:
             assert await get(engine, A, 0.1) == (KVResponseStatus.NOTFOUND, 0)
             assert await get(engine, C, 0.1) == (KVResponseStatus.SUCCESS, 4)
             assert engine.match(A).tokens == 0
-        with pytest.raises(DeadlineError):  # it is in host memory, and its flush says where not
+        with pytest.raises(DeadlineError):  # it is in host memory, but not on SSD
             await put(engine, C + 9000)
         assert disk.in_flight == submitted
         await asyncio.sleep(31)
@@ -260,7 +260,7 @@ def test_a_close_that_was_cancelled_can_be_done_again() -> None:
 
 
 def test_a_loop_that_was_held_is_not_a_disk_that_hangs() -> None:
-    """Whoever blocked the loop for long made every look late: what has ended is reaped first."""
+    """A blocked loop makes every check late, so transfers that have ended are reaped first."""
 
     async def work(engine: Engine) -> None:
         await on_disk_only(engine, A)
@@ -279,7 +279,7 @@ def test_a_loop_that_was_held_is_not_a_disk_that_hangs() -> None:
 def test_a_disk_that_hung_is_tried_as_soon_as_what_hung_has_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Though it ends as recalled, and the next look may be long after."""
+    """Even though the transfer ends as recalled, and the next check may be much later."""
     monkeypatch.setattr("flexkv.limits.DISK_READ_PIECE_BYTES", 16)
 
     async def work(engine: Engine) -> None:
@@ -303,7 +303,7 @@ def test_a_disk_that_hung_is_tried_as_soon_as_what_hung_has_ended(
 
 
 def test_one_request_tries_a_disk_that_was_left_alone_and_others_wait_for_its_end() -> None:
-    """After the pause a single read goes; what else is asked meanwhile is answered without."""
+    """After the pause a single read is tried; other requests are answered without the disk."""
 
     async def work(engine: Engine) -> None:
         prompts = [A + 100 * number for number in range(6)]
@@ -324,7 +324,7 @@ def test_one_request_tries_a_disk_that_was_left_alone_and_others_wait_for_its_en
 
 
 def test_one_read_that_hangs_is_noticed_among_others_that_do_not() -> None:
-    """However many begin after it: the deadline is that of the oldest."""
+    """However many reads begin after it: the deadline is that of the oldest."""
 
     async def work(engine: Engine) -> None:
         others = [A + 100 * number for number in range(1, 15)]
@@ -350,7 +350,7 @@ def test_one_read_that_hangs_is_noticed_among_others_that_do_not() -> None:
 def test_a_write_that_hung_is_told_by_one_flush_only(
     piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When it ends after all, whole or with a part taken back, that has been told already."""
+    """When it ends after all, whole or partly recalled, no later flush reports it again."""
     monkeypatch.setattr("flexkv.limits.DISK_WRITE_PIECE_BYTES", piece_bytes)
 
     async def work(engine: Engine) -> None:

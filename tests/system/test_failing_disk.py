@@ -93,7 +93,7 @@ async def test_a_disk_that_hangs_in_the_kernel_costs_its_own_blocks_only(disk: D
 
 
 async def test_a_sync_that_failed_is_not_believed_the_next_time(disk: Disk) -> None:
-    """EIO from the kernel's fsync: what it may have lost is written anew by the next good flush."""
+    """After EIO from fsync, the next good flush writes anew what may have been lost."""
     async with KVManager(MODEL, cache_config(disk.mounted)) as manager:
         manager.register_kv_caches(kv_caches())
         await manager.put(PROMPT, slots_of(range(8)))

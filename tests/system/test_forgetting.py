@@ -1,4 +1,4 @@
-"""What an engine remembers of requests that are over: nothing, and it says so if it does."""
+"""An engine keeps nothing of requests that are over, and fails loudly if it does."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from flexkv.trace.records import Record
 
 CONTAINERS = (dict, list, set, deque)
 CACHES = {"Tracer._plans"}
-"""What is kept to save work, and bounded by a limit of its own."""
+"""Caches, which are bounded by limits of their own."""
 BLOCKS_MAX = 16
 HOST_BLOCKS, DISK_BLOCKS = 24, 48
 
 
 def containers(root: object) -> Iterator[tuple[str, int]]:
-    """Return what each table, list or set that an object of ours owns holds, by who has it."""
+    """Yield the size of each table, list or set of our objects, by its owner."""
     seen: set[int] = set()
     waiting: list[tuple[str, Any]] = [("root", root)]
     while waiting:
@@ -80,7 +80,7 @@ class Bench:
             files.faulty = False
 
     async def ask(self) -> None:
-        """Ask for something about one of few prompts, in any form, and perhaps give up."""
+        """Make a random request about one of few prompts, and perhaps cancel it."""
         random, manager = self.random, self.manager
         await asyncio.sleep(random.uniform(0.0, 0.05))
         first = random.choice([0, 1000, 2000])
@@ -125,7 +125,7 @@ class Bench:
         await move
 
     async def work(self, requests: int) -> Counter[str]:
-        """Ask often, wait until all is over, and count what each container holds then."""
+        """Make many requests, wait until all are over, and count what each container holds then."""
         async with asyncio.TaskGroup() as group:
             for _ in range(requests):
                 group.create_task(self.ask())
@@ -147,7 +147,7 @@ class Bench:
 def test_an_idle_engine_holds_no_more_after_many_requests_than_after_few(
     failure_probability: float, is_traced: bool
 ) -> None:
-    """Whatever was asked, failed or was given up: no list, set or table of the engine grows."""
+    """Whether requests succeed, fail or are given up: no list, set or table of the engine grows."""
 
     async def run() -> None:
         bench = Bench(failure_probability)
@@ -166,8 +166,8 @@ def test_an_idle_engine_holds_no_more_after_many_requests_than_after_few(
 
 
 def test_a_run_that_ends_and_leaves_a_claim_ends_the_engine() -> None:
-    """What is still claimed could never be evicted: the engine fails, tells everybody, and takes
-    no more."""
+    """Its blocks could never be evicted. So the engine fails, all callers are told, and it takes no
+    more requests."""
 
     async def run() -> None:
         bench = Bench(0.0)
@@ -191,7 +191,7 @@ def test_a_run_that_ends_and_leaves_a_claim_ends_the_engine() -> None:
 
 
 def test_failures_that_nobody_asks_for_are_kept_up_to_a_bound() -> None:
-    """However often the SSD refuses what is put, while nobody flushes; then a flush tells of it."""
+    """However many writes fail while nobody flushes; the next flush reports a failure."""
 
     async def run() -> None:
         broken, sound = FaultPlan(1, 1.0, 0.0001, 0.0002), FaultPlan(1, 0.0, 0.0001, 0.0002)
@@ -216,7 +216,7 @@ def test_failures_that_nobody_asks_for_are_kept_up_to_a_bound() -> None:
 
 
 def test_the_first_failure_is_what_everybody_is_told() -> None:
-    """Once; what fails behind it does not hide where it began."""
+    """It is reported once, and later failures do not hide it."""
 
     async def run() -> None:
         bench = Bench(0.0)

@@ -98,7 +98,7 @@ async def test_a_block_that_cannot_be_read_is_forgotten_and_put_anew(
 async def test_a_flush_tells_of_a_write_that_failed_until_it_is_made_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However long before it failed; once the disk takes writes again, the blocks are on it."""
+    """Even if it failed long before; once the disk takes writes again, the blocks are written."""
     async with manager_of(tmp_path) as manager:
         manager.register_kv_caches(kv_caches())
         with monkeypatch.context() as patch:

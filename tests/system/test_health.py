@@ -1,4 +1,4 @@
-"""What counts for and against a tier: failures of I/O, not what was given up or is corrupt."""
+"""Failures of I/O count against a tier; cancelled reads and corrupt blocks do not."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PROMPTS = [A + 100 * number for number in range(8)]
 
 
 def health(engine: Engine) -> tuple[str, str]:
-    """Return how reads and writes of the disk are."""
+    """Return the health of reads and writes of the disk."""
     disk = engine.statistics().tiers["disk"]
     return disk.reads, disk.writes
 
 
 def test_a_read_that_was_given_up_says_nothing_of_the_disk() -> None:
-    """Two reads fail, one is taken back before it began, one fails: these are three in a row."""
+    """Two reads fail, one is recalled before it began, one fails: these are three in a row."""
 
     async def work(engine: Engine) -> None:
         await on_disk_only(engine, *PROMPTS)
@@ -48,7 +48,7 @@ def test_a_read_that_was_given_up_says_nothing_of_the_disk() -> None:
 
 
 def test_blocks_that_are_corrupt_do_not_take_the_disk_away() -> None:
-    """What was read is not what was written, but the disk reads: others are served from it."""
+    """The bytes are wrong, but the disk works: other reads are served from it."""
 
     async def work(engine: Engine) -> None:
         await on_disk_only(engine, *PROMPTS)
@@ -65,7 +65,7 @@ def test_blocks_that_are_corrupt_do_not_take_the_disk_away() -> None:
 
 
 def test_reads_that_work_again_do_not_vouch_for_writes() -> None:
-    """Both directions were down: one that is back is used, the other is still left alone."""
+    """Both directions were down: the one that works again is used, the other is not."""
 
     async def work(engine: Engine) -> None:
         await on_disk_only(engine, *PROMPTS[:5])

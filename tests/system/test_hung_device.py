@@ -20,7 +20,7 @@ HANG_S, DEADLINE_S = 30.0, 2.0
 
 
 def hang(engine: Engine, seconds: float) -> None:
-    """Let each copy of the device that begins from now on take so long."""
+    """Make each device copy that begins from now on take `seconds`."""
     port: Any = engine.devices._by_rank[0].port
     port._faults = FaultPlan(1, 0.0, seconds, seconds)
 
@@ -44,7 +44,7 @@ async def begun(
 
 
 def test_a_flush_tells_of_a_device_that_hangs_and_nobody_waits_for_its_blocks() -> None:
-    """Its put is answered when the device lets go, with success: its bytes are there then."""
+    """Its put is answered with success when the device has ended, since its bytes are there."""
 
     async def work(engine: Engine) -> None:
         await put(engine, B)
@@ -68,7 +68,7 @@ def test_a_flush_tells_of_a_device_that_hangs_and_nobody_waits_for_its_blocks() 
 
 
 def test_a_device_that_is_slow_but_ends_its_copies_is_no_fault() -> None:
-    """Each takes less than the deadline, all of them together more."""
+    """Each copy takes less than the deadline, and all of them together more."""
 
     async def work(engine: Engine) -> None:
         hang(engine, DEADLINE_S * 0.8)
@@ -80,7 +80,7 @@ def test_a_device_that_is_slow_but_ends_its_copies_is_no_fault() -> None:
 
 
 def test_requests_of_a_stuck_group_give_their_places_back_and_are_answered_later() -> None:
-    """Others use the places meanwhile; what waits of the group is refused, and served later."""
+    """Others use the places; the group's waiting requests are refused until it is taken back."""
 
     async def work(engine: Engine) -> None:
         admission = engine.runner.admission

@@ -1,4 +1,4 @@
-"""Requests that wait for blocks that others bring, however many the others are."""
+"""Requests that wait for blocks that many other requests bring."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Bench:
         return response
 
     async def check_get(self, blocks: int, wanted: int) -> None:
-        """Get a prompt, of which so many blocks shall come, and look at their bytes."""
+        """Get a prompt; check that `wanted` blocks come, and their bytes."""
         response = await self.perform(Operation.GET, blocks)
         assert response.status is KVResponseStatus.SUCCESS
         mask = response.return_mask.reshape(-1, TOKENS_PER_BLOCK).all(axis=1)
@@ -70,8 +70,8 @@ class Bench:
 
 @given(st.lists(st.integers(1, 2), min_size=CHUNKS_MAX - 2, max_size=CHUNKS_MAX + 12))
 def test_a_get_that_joins_many_ends_at_the_last_that_it_may_join(sizes: list[int]) -> None:
-    """Each of many puts under way brings a few blocks of one prompt: a get waits for as many of
-    them as a leg has chunks, gives what these bring, right, and a later one gives all."""
+    """Many puts under way bring a few blocks of one prompt each. A get waits for as many of them
+    as a leg has chunks, and returns their blocks; a later get returns all blocks."""
 
     async def run() -> None:
         bench = Bench()
@@ -90,8 +90,8 @@ def test_a_get_that_joins_many_ends_at_the_last_that_it_may_join(sizes: list[int
 
 @pytest.mark.parametrize("blocks", [1, 31, 32, 33, 63, 64, 65, 120])
 def test_a_request_has_no_more_chunks_than_it_may(blocks: int) -> None:
-    """However small chunks are to be, the blocks of one request are read and written in so many
-    ops at most, and all of them are right."""
+    """However small the chunks are, the number of ops that read and write the blocks of one request
+    is bounded, and all bytes are right."""
 
     async def run() -> None:
         bench = Bench(disk=DEVICE_BLOCKS, chunk_blocks=1)

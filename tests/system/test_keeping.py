@@ -223,7 +223,7 @@ def test_places_are_freed_ahead_of_need() -> None:
 
 
 def test_a_put_that_was_given_up_is_no_failure() -> None:
-    """What was taken back from the device's queue is not told by a flush, nor counted as failed."""
+    """A put recalled from the device's queue is not reported by a flush, nor counted as failed."""
 
     async def work(engine: Engine) -> None:
         puts = []

@@ -1,4 +1,4 @@
-"""A server that an engine has launched outlives whoever kills the engine, and not for long."""
+"""A server that an engine has launched outlives the engine, but not for long."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def engine(settings: Settings, pipe: Connection) -> None:
-    """Launch a server, put something, and stay; a child of ours holds all that we have open."""
+    """Launch a server, put something, and stay; a child of ours inherits what we have open."""
     server = Launched(MODEL, settings)
     instance = Instance(settings)
     instance.begin()
@@ -69,7 +69,7 @@ def begun(settings: Settings) -> Iterator[tuple[psutil.Process, psutil.Process, 
 
 
 def gone(process: psutil.Process) -> bool:
-    """Return whether a process is no more; one that waits to be reaped does nothing any more."""
+    """Return whether a process has ended; one that waits to be reaped has."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -96,7 +96,7 @@ Begun = tuple[psutil.Process, psutil.Process, psutil.Process]
 
 
 def test_a_server_is_in_no_tree_of_its_engine(begun: Begun) -> None:
-    """Nor in its session or group, to which a terminal sends its signals."""
+    """Nor in its session or process group, to which a terminal sends its signals."""
     engine, server, child = begun
     assert child in engine.children(recursive=True)
     assert server not in engine.children(recursive=True)
@@ -107,7 +107,7 @@ def test_a_server_is_in_no_tree_of_its_engine(begun: Begun) -> None:
 def test_a_server_whose_engine_is_killed_writes_what_it_has_and_ends(
     begun: Begun, settings: Settings, whole_tree: bool
 ) -> None:
-    """With every process that descends from it, or without its child, which has the pipe open."""
+    """Whether all its descendants are killed too, or a child lives on that has the pipe open."""
     engine, server, child = begun
     for each in [*engine.children(recursive=True), engine] if whole_tree else [engine]:
         each.kill()
@@ -117,7 +117,7 @@ def test_a_server_whose_engine_is_killed_writes_what_it_has_and_ends(
 
 
 def test_a_server_ends_when_its_engine_is_a_zombie(begun: Begun, settings: Settings) -> None:
-    """Whoever should reap it may be stuck, or killed later."""
+    """The process that should reap it may be stuck, or be killed later."""
     engine, server, _ = begun
     engine.kill()
     assert engine.status() == psutil.STATUS_ZOMBIE
@@ -126,7 +126,7 @@ def test_a_server_ends_when_its_engine_is_a_zombie(begun: Begun, settings: Setti
 
 
 def test_a_server_that_was_killed_is_told_from_one_that_ended(settings: Settings) -> None:
-    """By who launched it, which is not its parent."""
+    """Its launcher can tell, though it is not its parent."""
     server = Launched(MODEL, settings)
     assert (server.has_ended, server.exit_status) == (False, None)
     os.kill(server.pid, signal.SIGKILL)
@@ -142,7 +142,7 @@ def test_a_server_that_was_killed_is_told_from_one_that_ended(settings: Settings
 def test_a_server_that_does_not_end_is_killed(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After some time; its address can be taken again."""
+    """It is killed after some time, and its address can be taken again."""
     server = Launched(MODEL, settings)
     os.kill(server.pid, signal.SIGSTOP)
     monkeypatch.setattr(launch, "END_S", 0.2)
@@ -159,7 +159,7 @@ def check_ends_well(server: Launched) -> None:
 
 
 def test_a_server_waits_for_one_that_is_ending(settings: Settings) -> None:
-    """It has the address while it writes; an engine may have been started again at once."""
+    """A server that ends keeps its address while it writes, and its engine may restart at once."""
     ending = Listener(Path(settings.server_recv_port.removeprefix("ipc://")))
     timer = threading.Timer(0.5, ending.close)
     timer.start()
@@ -169,7 +169,7 @@ def test_a_server_waits_for_one_that_is_ending(settings: Settings) -> None:
 
 
 def test_a_server_that_may_not_wait_is_refused_at_once(settings: Settings) -> None:
-    """In place of one that died it is launched within a step of the engine's scheduler."""
+    """It replaces one that died, and is launched within a step of the engine's scheduler."""
     ending = Listener(Path(settings.server_recv_port.removeprefix("ipc://")))
     with pytest.raises(ConfigError, match="in use by another server"):
         Launched(MODEL, settings, waits=False)
@@ -177,7 +177,7 @@ def test_a_server_that_may_not_wait_is_refused_at_once(settings: Settings) -> No
 
 
 def test_a_server_does_not_wait_for_an_address_that_it_cannot_have(tmp_path: Path) -> None:
-    """Nor for one at which somebody answers: that is said at once."""
+    """Nor for one at which somebody answers: it is refused at once."""
     (tmp_path / "socket").write_text("mine")
     with pytest.raises(ConfigError, match="is no socket"):
         Launched(MODEL, settings_in(tmp_path))
@@ -185,7 +185,7 @@ def test_a_server_does_not_wait_for_an_address_that_it_cannot_have(tmp_path: Pat
 
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the kernel have no descriptors of processes."""
+    """Let the kernel have no pidfds."""
 
     def refused(*_: Any) -> int:
         raise OSError(38, "Function not implemented")
@@ -231,7 +231,7 @@ def test_a_process_that_never_was_has_ended(blind: None) -> None:
 async def test_a_parent_is_looked_at_where_the_kernel_does_not_tell_of_it(
     sleeping: subprocess.Popen[bytes], blind: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Now and then; our stdin stays open."""
+    """It is checked at intervals; our stdin stays open."""
     monkeypatch.setattr(serve, "LOOK_S", 0.01)
     read, write = os.pipe()
     with os.fdopen(read) as stdin, os.fdopen(write):

@@ -1,4 +1,4 @@
-"""Many layers, several in a piece: none is read or told of too early, on a virtual clock."""
+"""Many layers, several in a piece: none is read or reported too early, on a virtual clock."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flexkv.testing.virtual_time import run_virtual
 PER_BLOCK = 2
 BLOCKS = 6
 UNWRITTEN = 0xEE
-"""What is in a device block where the model has not written yet."""
+"""The byte in a device block where the model has not written yet."""
 
 
 def slots(first: int, blocks: int = BLOCKS) -> np.ndarray:
@@ -30,7 +30,7 @@ def slots(first: int, blocks: int = BLOCKS) -> np.ndarray:
 
 
 def columns(begin: int, end: int, layers: int) -> slice:
-    """Return which bytes of a block some layers have: as the fake device moves them."""
+    """Return the bytes of a block that belong to some layers, as the fake device moves them."""
     return slice(BLOCK_KEY_BYTES * begin // layers, BLOCK_KEY_BYTES * end // layers)
 
 
@@ -58,7 +58,7 @@ class Put:
 
 
 async def check(manager: KVManager, put: Put, layers: int, target: np.ndarray) -> None:
-    """Get a prompt into device blocks, and look at each layer once it is said to be there."""
+    """Get a prompt into device blocks, and check each layer once it is reported."""
     target[:] = UNWRITTEN
     get = manager.get_layerwise(put.tokens, slots(30))
     for layer in range(layers):
@@ -72,9 +72,9 @@ async def check(manager: KVManager, put: Put, layers: int, target: np.ndarray) -
 @pytest.mark.parametrize("layers", [16, 32, 33, 48, 80, 128])
 @pytest.mark.parametrize("seed", range(8))
 def test_no_layer_is_read_before_it_is_said_to_be_written(layers: int, seed: int) -> None:
-    """Several puts at once, of models whose layers go one or several in a piece: what is stored is
-    what was written, though a layer had other bytes until it was said to be written; and what
-    comes back is there once it is said to be."""
+    """With one or several layers in a piece, and several puts at once: the stored bytes are those
+    that were written, though each layer had other bytes before it was reported as written; and a
+    layer that comes back is there once it is reported."""
     random = Random(seed)
     model = ModelConfig(num_layers=layers, num_kv_heads=1, head_size=4, dtype="int8")
     cache = CacheConfig(
@@ -100,8 +100,8 @@ def test_no_layer_is_read_before_it_is_said_to_be_written(layers: int, seed: int
 
 @pytest.mark.parametrize("layers", [16, 32, 33, 100])
 def test_the_first_layers_are_there_long_before_the_last(layers: int) -> None:
-    """A get goes in sixteen pieces at least, and they keep to the window: where only one piece may
-    be in flight, layers arrive at as many moments as there are pieces."""
+    """A get has at least sixteen pieces, which keep to the window: if only one piece may be in
+    flight, layers arrive at as many moments as there are pieces."""
     model = ModelConfig(num_layers=layers, num_kv_heads=1, head_size=4, dtype="int8")
     cache = CacheConfig(
         tokens_per_block=PER_BLOCK, num_cpu_blocks=64, num_ssd_blocks=0,
@@ -130,9 +130,9 @@ def test_the_first_layers_are_there_long_before_the_last(layers: int) -> None:
 
 
 def test_nobody_waits_for_a_put_whose_layers_are_not_written() -> None:
-    """A get, a prefetch and a match of its prompt take the put's blocks for absent, for the engine
-    that asks may be the one that is to write them; not those of another put before it. Once all are
-    written they wait for them."""
+    """A get, a prefetch and a match of its prompt treat the put's blocks as absent, since their
+    caller may be the engine that has to write them. They wait for the blocks of an earlier put,
+    and once all layers are written also for these."""
     model = ModelConfig(num_layers=32, num_kv_heads=1, head_size=4, dtype="int8")
     cache = CacheConfig(tokens_per_block=PER_BLOCK, num_cpu_blocks=64, num_ssd_blocks=0)
     device = np.zeros((40, BLOCK_KEY_BYTES), np.uint8)

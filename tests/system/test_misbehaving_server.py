@@ -72,7 +72,7 @@ def client(settings: Settings, server: FakeServer) -> Iterator[Client]:
 def test_a_silent_server_is_lost_while_requests_are_under_way(
     client: Client, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After HANG_S: they fail. Without any, or while it says something, it may be silent."""
+    """After HANG_S the requests fail. Without requests under way, a server may be silent."""
     now = [1e6]
     monkeypatch.setattr(client_module.time, "monotonic", lambda: now[0])
     peer = server.next_peer()
@@ -94,7 +94,7 @@ def test_a_silent_server_is_lost_while_requests_are_under_way(
 def test_a_server_that_does_not_read_is_lost(
     client: Client, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What waits to be sent is bounded: the requests fail instead of piling up."""
+    """The bytes that wait to be sent are bounded: requests fail instead of piling up."""
     monkeypatch.setattr(client_module, "UNSENT_BYTES_MAX", 1 << 20)
     numbers = []
     for _ in range(200):
@@ -110,7 +110,7 @@ def test_a_server_that_does_not_read_is_lost(
 def test_the_numbers_of_a_client_are_not_those_of_the_one_before(
     settings: Settings, server: FakeServer
 ) -> None:
-    """What the server or an agent still says of the earlier one's would be believed."""
+    """Otherwise late messages about requests of the earlier client would be believed."""
     firsts = []
     for _ in range(2):
         one = Client(settings, MODEL)
@@ -124,7 +124,7 @@ def test_the_numbers_of_a_client_are_not_those_of_the_one_before(
 
 
 def nonsense(number: int) -> dict[str, Any]:
-    """Return what no server says, or not to a client that has asked under a number."""
+    """Return messages that no server sends to a client whose request has this number."""
     done = ["done", number, "success", 1, "", float("nan"), False]
     return {
         "a name that is not text": NOT_TEXT,
@@ -151,7 +151,7 @@ def nonsense(number: int) -> dict[str, Any]:
 def test_a_server_that_talks_nonsense_is_lost(
     client: Client, server: FakeServer, kind: str
 ) -> None:
-    """Nothing is raised into a step of the scheduler; what was under way fails, and it goes on."""
+    """No step of the scheduler raises: requests under way fail, and the client goes on."""
     peer = server.next_peer()
     put = client.start(Operation.PUT, KEYS, 0, IDS)
     asked = client.ask(KEYS)
@@ -168,7 +168,7 @@ def test_a_server_that_talks_nonsense_is_lost(
 def test_a_frame_that_is_too_long_or_never_ends_is_no_reason_to_wait(
     client: Client, server: FakeServer
 ) -> None:
-    """The former is refused by its length; the rest of the latter is not waited for."""
+    """The first is refused by its length; for the rest of the second nobody waits."""
     peer = server.next_peer()
     peer.sendall(b"\x40\x00\x00\x00only this")
     assert client.poll() == []
@@ -182,7 +182,7 @@ def test_a_frame_that_is_too_long_or_never_ends_is_no_reason_to_wait(
 def test_a_server_that_never_stops_talking_holds_no_step(
     client: Client, server: FakeServer
 ) -> None:
-    """A step takes so much of it, and goes on."""
+    """A step reads a bounded part of it, and goes on."""
     peer, over = server.next_peer(), threading.Event()
     said = framed(State(True, 64, "kv tokens heads dim", 1)) * 4096
 
@@ -208,7 +208,7 @@ def test_a_server_that_never_stops_talking_holds_no_step(
 def test_a_request_that_is_longer_than_a_frame_fails_by_itself(
     client: Client, server: FakeServer
 ) -> None:
-    """The others go on; a question has no answer."""
+    """The others go on, and a match gets no answer."""
     keys = bytes(9 << 20)
     number = client.start(Operation.GET, keys, 0, IDS)
     (done,) = client.poll()
@@ -218,7 +218,7 @@ def test_a_request_that_is_longer_than_a_frame_fails_by_itself(
 
 
 def test_many_numbers_go_in_several_messages(client: Client, server: FakeServer) -> None:
-    """As many as a server takes in one."""
+    """Each message has as many as a server accepts."""
     peer = server.next_peer()
     client.release(range(10_000))
     client.flush()
@@ -231,7 +231,7 @@ def test_many_numbers_go_in_several_messages(client: Client, server: FakeServer)
 def test_changes_that_nobody_fetches_are_bounded(
     settings: Settings, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of more it is only known that they are lost."""
+    """Beyond the bound the client only knows that some are lost."""
     monkeypatch.setattr(client_module, "CHANGES_MAX", 10)
     client = Client(settings, MODEL, watches=True)
     eventually(lambda: (client.poll(), client.is_ready)[1])
@@ -285,7 +285,7 @@ def lent(server: FakeServer) -> socket.socket:
 def test_an_agent_that_hears_nonsense_connects_again(
     agent: Agent, server: FakeServer, kind: str
 ) -> None:
-    """It finishes what it was asked before, hangs up, and lends its device anew."""
+    """It finishes the copies that it was asked for, hangs up, and lends its device anew."""
     peer = lent(server)
     server.say(peer, Copy(7, False, ids(0, 1), ids(0, 1)))
     server.say(peer, AGENT_NONSENSE[kind])
@@ -304,7 +304,7 @@ def test_an_agent_that_hears_nonsense_connects_again(
 def test_a_copy_that_cannot_be_is_answered_with_an_error(
     agent: Agent, server: FakeServer, host: bytes, device: bytes
 ) -> None:
-    """Blocks that are not there, or not as many on both sides; the next copy is done."""
+    """Unknown blocks, or different counts on the two sides; the next copy is done."""
     peer = lent(server)
     server.say(peer, Copy(1, True, host, device))
     assert server.hear(peer).error
@@ -324,7 +324,7 @@ def test_a_copy_that_cannot_be_is_answered_with_an_error(
 def test_an_agent_asks_again_when_host_memory_cannot_be(
     settings: Settings, server: FakeServer, welcome: Welcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a descriptor, or with sizes that are none: later it lends its device."""
+    """Without a descriptor, or with invalid sizes; later it lends its device."""
     monkeypatch.setattr("flexkv.server.agent.RETRY_REFUSED_S", 0.05)
     server.welcome = welcome
     before = len(os.listdir("/proc/self/fd"))

@@ -1,4 +1,4 @@
-"""One instance whose devices do not answer: the others are served, and what it does is claimed."""
+"""If the devices of one instance do not answer, others are served, and its blocks stay claimed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def settings(tmp_path: Path, request: Any) -> Settings:
 
 @pytest.fixture
 def launched(settings: Settings) -> Iterator[Launched]:
-    """Return a running server, and check at last that nothing was left in it."""
+    """Yield a running server; at the end, check that nothing was left in it."""
     server = Launched(MODEL, settings)
     yield server
     server.close()
@@ -86,7 +86,7 @@ def is_stuck(settings: Settings) -> bool:
 
 @pytest.mark.parametrize("settings", [0.3, 60.0], indirect=True)
 def test_puts_of_a_stuck_instance_starve_nobody(sound: Instance, stuck: tuple[Peer, Peer]) -> None:
-    """Many more than are admitted at once, before their deadline and behind it."""
+    """Many more than are admitted at once, both before their deadline and after it."""
     agent, client = stuck
     for number in range(PUTS):
         client.put(number + 1)
@@ -96,7 +96,7 @@ def test_puts_of_a_stuck_instance_starve_nobody(sound: Instance, stuck: tuple[Pe
 
 @pytest.mark.parametrize("settings", [0.3, 60.0], indirect=True)
 def test_a_stopped_process_starves_nobody(settings: Settings, sound: Instance) -> None:
-    """A worker is stopped by a signal in the middle of its copies; when it goes on, so they do."""
+    """A worker is stopped by a signal in the middle of its copies; they go on when it does."""
     worker, client = AgentProcess(settings, MODEL, 64, 1), Client(settings, MODEL, 1)
     eventually(lambda: (client.poll(), client.is_ready)[1])
     ids = np.arange(BLOCKS)
@@ -143,7 +143,7 @@ def test_a_flush_tells_of_a_stuck_instance_and_waits_no_longer(
 def test_what_was_not_sent_fails_and_what_was_stays_claimed(
     settings: Settings, sound: Instance, stuck: tuple[Peer, Peer]
 ) -> None:
-    """The agent may come back to its copies: their blocks are nobody else's until it is gone."""
+    """The agent may go on with its copies, so nobody else gets their blocks until it is gone."""
     agent, client = stuck
     for number in range(PUTS):
         client.put(number + 1)
@@ -182,7 +182,7 @@ def test_what_was_not_sent_fails_and_what_was_stays_claimed(
 def test_an_instance_that_answers_again_is_served_again(
     settings: Settings, sound: Instance, stuck: tuple[Peer, Peer]
 ) -> None:
-    """Late copies count: nobody was told that they failed."""
+    """Late copies count, since nobody was told that they failed."""
     agent, client = stuck
     keys = os.urandom(16 * (BLOCKS + 1))
     client.put(1, keys)
@@ -219,7 +219,7 @@ def test_nobody_waits_for_blocks_that_a_stuck_instance_fills(
 
 
 def test_a_put_that_waits_for_its_ranks_takes_no_place(settings: Settings, sound: Instance) -> None:
-    """As many as may be admitted at once wait, and the same instance's other requests go on."""
+    """As many puts wait as may be admitted at once, and other requests of the instance go on."""
     ids = np.arange(BLOCKS)
     waiting = [
         sound.client.start(Operation.PUT, sound.keys(1000 + number), 0, ids, when_ready=True)
@@ -233,7 +233,7 @@ def test_a_put_that_waits_for_its_ranks_takes_no_place(settings: Settings, sound
 def test_requests_that_are_given_up_while_stuck_end_with_the_connection(
     settings: Settings, sound: Instance, stuck: tuple[Peer, Peer]
 ) -> None:
-    """They hold their blocks, and no place: a cancel is answered when the agent has gone."""
+    """They keep their blocks, but no place; a cancel is answered when the agent has gone."""
     agent, client = stuck
     client.say(Start(1, "put", os.urandom(16 * 9), 0, np.arange(BLOCKS).tobytes(), client.slot))
     agent.hear(Copy)

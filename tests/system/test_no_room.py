@@ -1,4 +1,4 @@
-"""What a put says when there was no room, and what tasks hold while nobody launches them."""
+"""The response of a put without room, and what tasks hold while nobody launches them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def prompt(number: int, blocks: int = BLOCKS) -> np.ndarray:
 
 
 async def test_a_put_that_found_no_room_does_not_say_success(make_manager: MakeManager) -> None:
-    """Host memory is pinned: nothing was stored, and the response says why; later it is."""
+    """Host memory is pinned: nothing is stored, and the response says why; later it is stored."""
     async with make_manager(num_cpu_blocks=BLOCKS, enable_ssd=False) as manager:
         manager.register_kv_caches(kv_caches())
         await manager.put(prompt(1), slots_of(range(BLOCKS)))
@@ -53,7 +53,7 @@ async def test_a_put_that_lacks_room_for_the_rest_of_what_is_there_says_so(
 
 
 async def test_a_put_of_which_a_part_found_room_is_a_success(make_manager: MakeManager) -> None:
-    """With the shorter mask, and the reason."""
+    """Its mask is shorter, and it has the reason."""
     async with make_manager(num_cpu_blocks=BLOCKS, enable_ssd=False) as manager:
         manager.register_kv_caches(kv_caches())
         await manager.put(prompt(1, 6), slots_of(range(6)))
@@ -73,7 +73,7 @@ def manager(make_manager: MakeManager) -> KVManager:
 def test_what_a_match_holds_is_let_go_when_nobody_launches_it(
     manager: KVManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a while: a launch then moves what is there still, and a cancel is harmless."""
+    """It is let go after a while: then a launch moves what is left, and a cancel is harmless."""
     monkeypatch.setattr(pins, "HOLD_S", 0.05)
     manager.start()
     try:

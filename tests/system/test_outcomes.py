@@ -1,4 +1,4 @@
-"""What a caller is told of a request that went wrong in part: the status, the mask, the error."""
+"""Status, mask and error of requests that fail in part."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONG = np.arange(8 * TOKENS_PER_BLOCK) + 5000
 
 
 async def perform(engine: Engine, operation: Operation, tokens: np.ndarray) -> KVResponse:
-    """Ask for something about a prompt."""
+    """Perform an operation on a prompt."""
     ready = engine.with_slots(engine.intake(operation, tokens), np.arange(len(tokens)))
     assert ready is not None
     response = (await engine.perform(ready)).response
@@ -37,7 +37,7 @@ def moved(response: KVResponse) -> list[bool]:
 
 
 def fail_some(port: Any, *numbers: int) -> None:
-    """Let some of the next transfers that a port is given fail, by their numbers."""
+    """Make some of the next transfers of a port fail, by their numbers."""
     submit, reap, given, failing = port.submit, port.reap, count(), set()
 
     def submitted(transfer: Any) -> None:
@@ -58,7 +58,7 @@ def fail_some(port: Any, *numbers: int) -> None:
 
 @pytest.mark.parametrize("numbers", [(0,), (1,), (2,), (3,), (1, 3), (2, 3)])
 def test_a_put_claims_nothing_behind_a_block_that_was_not_stored(numbers: tuple[int, ...]) -> None:
-    """Of a put in four chunks some fail: what continues the first of them could never be found."""
+    """Some of four chunks fail: blocks behind the first of these could never be found."""
 
     async def work(engine: Engine) -> None:
         port = engine.devices._by_rank[0].port
@@ -78,7 +78,7 @@ def test_a_put_claims_nothing_behind_a_block_that_was_not_stored(numbers: tuple[
 def test_a_load_claims_nothing_behind_a_block_that_did_not_come(
     number: int, operation: Operation
 ) -> None:
-    """Of a load in four chunks one cannot be read: it is dropped, and all that continues it."""
+    """One of four chunks cannot be read: it is dropped, and so is everything behind it."""
 
     async def work(engine: Engine) -> None:
         await put(engine, LONG)
@@ -97,8 +97,8 @@ def test_a_load_claims_nothing_behind_a_block_that_did_not_come(
 
 @pytest.mark.parametrize("operation", [Operation.GET, Operation.PREFETCH])
 def test_a_load_for_which_there_is_no_place_is_not_ready(operation: Operation) -> None:
-    """The blocks are there, but host memory is full of what may not go: not a miss, and the error
-    has the numbers. What is nowhere is a miss all the same."""
+    """The blocks are on SSD, but host memory is full of pinned blocks: this is not a miss, and the
+    error has the numbers. Blocks that are in no tier are still a miss."""
 
     async def work(engine: Engine) -> None:
         await put(engine, A)
@@ -120,7 +120,7 @@ def test_a_load_for_which_there_is_no_place_is_not_ready(operation: Operation) -
 
 @pytest.mark.parametrize("blocks", [-1, NO_QUOTA, 1 << 40, 1.5, "1"])
 def test_a_quota_that_is_none_is_refused(blocks: Any) -> None:
-    """A number that could be none, or that the table would take for no quota, names its field."""
+    """The error for a number that cannot be a quota names its field."""
 
     async def work(engine: Engine) -> None:
         with pytest.raises(ConfigError) as caught:

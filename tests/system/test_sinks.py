@@ -1,4 +1,4 @@
-"""What reads our logs and our output may go away, stop, or take other characters: we go on."""
+"""We go on if the reader of our logs and output goes away, stops, or takes only ASCII."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ open({path!r}, "w").write("went on")
 def test_a_sink_that_fails_costs_the_line_and_nothing_else(
     configured: str, sink: str, tmp_path: Path
 ) -> None:
-    """Whether logging was configured, by us, or not: then structlog prints to stdout."""
+    """Whether logging was configured or not; if not, structlog prints to stdout."""
     path, spoiled = tmp_path / "told", ""
     if sink == "closed file":
         spoiled = "sys.stderr.close(); sys.stdout.close()"
@@ -123,7 +123,7 @@ def test_a_reader_that_stops_delays_nobody() -> None:
 
 
 def test_a_stream_without_a_descriptor_is_printed_to(capsys: pytest.CaptureFixture[str]) -> None:
-    """As tests and notebooks have it; one that is not there takes nothing."""
+    """Tests and notebooks have such streams; a missing one takes nothing."""
     _Sink(sys.stderr).msg("heard")
     assert capsys.readouterr().err == "heard\n"
     nothing = _Sink(None)
@@ -135,7 +135,7 @@ EXPLAIN = ["explain", "get", "--host", "64", "--disk", "32"]
 
 
 def test_a_command_whose_reader_has_gone_ends_quietly() -> None:
-    """As for `flexkv … | head`: not a word, and exit status 1."""
+    """As for `flexkv … | head`: it prints nothing, and the exit status is 1."""
     for words in (EXPLAIN, ["--version"], ["--help"], ["doctor", "--json"]):
         with closed_pipe() as fd:
             done = run([*FLEXKV, *words], stdout=fd, stderr=subprocess.PIPE)
@@ -143,7 +143,7 @@ def test_a_command_whose_reader_has_gone_ends_quietly() -> None:
 
 
 def test_a_command_whose_output_is_full_says_so() -> None:
-    """In one line, and exit status 1."""
+    """In one line; the exit status is 1."""
     for words in (EXPLAIN, ["--version"]):
         with full_disk() as fd:
             done = run([*FLEXKV, *words], stdout=fd, stderr=subprocess.PIPE)

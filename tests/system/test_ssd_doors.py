@@ -24,7 +24,7 @@ async def tier(tmp_path: Path) -> Path:
 
 
 async def refusal(tier: Path) -> ConfigError:
-    """Return why an engine, and each command, refuses a directory: all for the same reason."""
+    """Return why an engine refuses a directory; check that each command gives the same reason."""
     with pytest.raises(ConfigError) as caught:
         async with KVManager(MODEL, cache_config(tier)):
             pass
@@ -70,7 +70,7 @@ async def test_a_shared_directory_is_refused(tier: Path) -> None:
 
 
 async def test_a_new_superblock_is_not_written_through_a_link(tier: Path) -> None:
-    """Who left a link where it is written first gets nothing overwritten."""
+    """A link where the new superblock is written first is not followed."""
     other = tier.parent / "other"
     other.write_text("precious")
     (tier / "superblock.flexkv.new").symlink_to(other)
@@ -91,7 +91,7 @@ async def test_nothing_is_readable_by_others(tmp_path: Path) -> None:
 
 
 async def test_removing_the_lock_file_lets_no_second_engine_in(tier: Path) -> None:
-    """What is locked is the directory: its files may all go."""
+    """The directory itself is locked, so all its files may be removed."""
     async with KVManager(MODEL, cache_config(tier)):
         assert f"in use by process {os.getpid()}" in (await refusal(tier)).why
         (tier / "lock.flexkv").unlink()
@@ -142,7 +142,7 @@ def test_a_forked_child_does_not_keep_the_directory(tmp_path: Path, parent: str)
         if parent == "dies":
             process.wait(60)
         assert asyncio.run(got(tier))[0] == 16
-        os.kill(child, 0)  # it lives still
+        os.kill(child, 0)  # it is still alive
         process.stdin.close()
         process.wait(60)
 

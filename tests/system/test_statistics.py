@@ -1,4 +1,4 @@
-"""What the statistics say happened is what happened."""
+"""The statistics agree with what happened."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LONG = np.arange(8 * TOKENS_PER_BLOCK) + 5000
 
 
 async def perform(engine: Engine, operation: Operation, tokens: np.ndarray) -> KVResponse:
-    """Ask for something about a prompt."""
+    """Perform an operation on a prompt."""
     ready = engine.with_slots(engine.intake(operation, tokens), np.arange(len(tokens)))
     assert ready is not None
     response = (await engine.perform(ready)).response
@@ -36,8 +36,8 @@ def blocks(count: int, of: np.ndarray = LONG) -> np.ndarray:
 
 
 def test_hits_are_counted_by_the_tier_that_had_the_blocks() -> None:
-    """Of all that gets ask for, each block that came counts once, where it was; what is waited for
-    counts as host memory's; puts, prefetches and matches count nothing."""
+    """Each block that a get returns counts once, for the tier that had it; a block that the get
+    waited for counts for host memory. Puts, prefetches and matches do not count."""
 
     async def work(engine: Engine) -> None:
         await put(engine, blocks(6))
@@ -67,7 +67,7 @@ def test_hits_are_counted_by_the_tier_that_had_the_blocks() -> None:
 
 
 def test_what_did_not_come_is_no_hit() -> None:
-    """A get whose read failed, or of what is nowhere, asked and hit nothing."""
+    """A get whose read failed, or of blocks that are in no tier, counts queries and no hits."""
 
     async def work(engine: Engine) -> None:
         await put(engine, A)
@@ -88,7 +88,7 @@ def test_what_did_not_come_is_no_hit() -> None:
 
 
 def test_what_is_under_way_is_told_and_nothing_is_left_of_it() -> None:
-    """Requests that run or wait to be admitted, claims, and bytes in flight; zero when idle."""
+    """Requests that run or wait, claims and bytes in flight are counted, and zero when idle."""
 
     async def work(engine: Engine) -> None:
         disk_of(engine)._faults = FaultPlan(1, 0.0, 0.5, 0.5)
@@ -116,7 +116,7 @@ def test_what_is_under_way_is_told_and_nothing_is_left_of_it() -> None:
 
 @pytest.mark.parametrize(("host", "wanted"), [(4, 4), (3, 3)])
 def test_a_get_that_finds_no_room_says_how_much_it_lacks(host: int, wanted: int) -> None:
-    """What fits is given, and the error has what was wanted and what there was."""
+    """It returns what fits, and the error has the blocks wanted and the blocks there were."""
 
     async def work(engine: Engine) -> None:
         await put(engine, A)
@@ -132,7 +132,7 @@ def test_a_get_that_finds_no_room_says_how_much_it_lacks(host: int, wanted: int)
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_a_get_that_is_tried_again_counts_once(on_disk: bool) -> None:
-    """It waited for a put that was given up, and then looked for the blocks elsewhere."""
+    """The get waits for a put that is given up, and then looks for the blocks elsewhere."""
 
     async def work(engine: Engine) -> None:
         if on_disk:
@@ -156,7 +156,7 @@ def test_a_get_that_is_tried_again_counts_once(on_disk: bool) -> None:
 
 
 def test_a_get_that_waits_in_vain_twice_counts_once() -> None:
-    """Each put that it waits for is given up: it is told so after the second."""
+    """Both puts that it waits for are given up; after the second it is answered."""
 
     async def work(engine: Engine) -> None:
         async def store_twice() -> None:

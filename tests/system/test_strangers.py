@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become 
 
 @pytest.fixture(scope="module", autouse=True)
 def _other_users() -> Iterator[None]:
-    """Have processes of other users begun meanwhile."""
+    """Allow tests to begin processes of other users."""
     with users():
         yield
 
@@ -73,7 +73,7 @@ def _remove(folder: Path) -> None:
 def test_no_stranger_reaches_what_a_server_and_its_engine_share(
     own_folder: Path, home: Path, shared: Path
 ) -> None:
-    """By the socket, the directories, the files, or the processes; the owner gets his bytes."""
+    """Neither socket, directories, files nor processes let him in; the owner gets the bytes."""
     settings = settings_at("own", home)
     with process(OWNER, "serve", settings) as server:
         eventually(lambda: (own_folder / "server").exists(), 30.0)
@@ -113,7 +113,7 @@ def test_a_server_answers_no_stranger_even_if_its_socket_is_open_to_all(
 def test_nothing_is_said_to_a_server_of_another_user(
     uid: int, address: str, shared: Path, home: Path, own_folder: Path
 ) -> None:
-    """Not by clients, agents or operators, nor by root's; each names the user, and goes on."""
+    """Not even by clients, agents or operators of root; each names the user, and goes on."""
     folder, path = shared, str(shared / "socket")
     if address == "own":
         folder = Path(outcome(uid, "places")["folder"])
@@ -155,7 +155,7 @@ def test_a_real_server_of_another_user_is_not_used_either(shared: Path, home: Pa
 
 
 def test_a_server_of_root_is_trusted_and_serves_root_only(shared: Path, home: Path) -> None:
-    """Who may read everything anyway is nobody to be afraid of."""
+    """Root can read everything anyway."""
     settings = settings_at(f"ipc://{shared}/socket", home)
     with process(0, "serve", settings):
         eventually(lambda: answers(settings, 0), 30.0)
@@ -189,7 +189,7 @@ def test_who_makes_the_owners_directory_first_is_named(
 
 
 def test_a_stranger_cannot_keep_an_address_from_its_owner(shared: Path, own_folder: Path) -> None:
-    """In a shared directory his socket is named; the owner's directory he cannot enter."""
+    """In a shared directory the error names his socket; he cannot enter the owner's directory."""
     custom = f"ipc://{shared}/socket"
     with process(STRANGER, "impersonate", f"{shared}/socket"):
         assert f"served by user {STRANGER}" in outcome(OWNER, "listen", custom)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become 
 
 @pytest.fixture(scope="module", autouse=True)
 def _other_users() -> Iterator[None]:
-    """Have processes of other users begun meanwhile."""
+    """Allow tests to begin processes of other users."""
     with users():
         yield
 

@@ -251,7 +251,7 @@ async def test_what_a_full_journal_did_not_take_is_written_later(
 async def test_a_clear_works_on_a_full_disk_or_says_that_it_did_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of all: the journal is cut. Of a namespace: whoever waits is told what may come back."""
+    """A clear of all cuts the journal; one of a namespace reports that blocks may come back."""
     async with KVManager(MODEL, cache_config(tmp_path)) as manager:
         manager.register_kv_caches(kv_caches())
         for namespace in (None, "tenant"):
@@ -302,7 +302,7 @@ async def test_a_warm_tier_of_a_model_without_a_name_warns(
 def test_host_memory_of_a_model_without_a_name_warns_if_it_is_shared(
     tmp_path: Path, kind: type[LocalBackend], warned: int
 ) -> None:
-    """Memory of one engine ends with it; a server's may be asked for by another model's engine."""
+    """Memory of one engine ends with it; engines of another model may connect to a server."""
     cache = cache_config(tmp_path, num_ssd_blocks=0, enable_ssd=False)
     with capture_logs() as logs, ExitStack() as undo:
         kind(MODEL, cache, cache.sized(MODEL)).open(undo, None)

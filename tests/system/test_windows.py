@@ -1,4 +1,4 @@
-"""What the disk's actor has in flight: writes go on under reads, slow sums pile nothing up."""
+"""The disk's window: writes go on under reads, and slow checksums pile up no bytes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ QUICK = FaultPlan(1, 0.0, 0.0001, 0.0002)
 
 
 def prompt(number: int) -> list[int]:
-    """Return one of the prompts, of which no two share a block."""
+    """Return one of the prompts; no two of them share a block."""
     return [1000 * number + n for n in range(PROMPT_BLOCKS * TOKENS_PER_BLOCK)]
 
 
 class Metered:
-    """A port that keeps how many blocks each direction was lent, now and at most."""
+    """A port that counts how many blocks each direction is lent, now and at most."""
 
     def __init__(self, inner: DurablePort) -> None:
         self._inner = inner
@@ -43,12 +43,12 @@ class Metered:
 
     @property
     def block_bytes(self) -> int:
-        """Return what the port moves for a block."""
+        """Return how many bytes the port moves for a block."""
         return self._inner.block_bytes
 
     @property
     def arrived_bytes(self) -> int:
-        """Return what the port says has arrived."""
+        """Return the bytes that the port reports as arrived."""
         return self._inner.arrived_bytes
 
     def submit(self, transfer: Transfer) -> None:
@@ -60,7 +60,7 @@ class Metered:
         self._inner.submit(transfer)
 
     def reap(self) -> list[Completion]:
-        """Return what has ended."""
+        """Return the transfers that have ended."""
         ended = self._inner.reap()
         for token, _ in ended:
             inbound, count = self._lent.pop(token)
@@ -69,7 +69,7 @@ class Metered:
 
 
 class MeteredBackend(FakeBackend):
-    """A fake backend with a quick, metered disk whose blocks are summed as slowly as is said."""
+    """A fake backend with a quick, metered disk whose blocks are summed slowly."""
 
     def __init__(self, host_blocks: int, sums: FaultPlan = QUICK) -> None:
         super().__init__(host_blocks, QUICK, empty(PROMPTS * PROMPT_BLOCKS))
@@ -117,8 +117,7 @@ async def opened(backend: MeteredBackend, host: int, **changes: float) -> Engine
 
 
 def test_writes_go_on_under_reads_that_never_let_up() -> None:
-    """There is always a read that waits for the window, and yet what was put reaches the disk,
-    one write at a time."""
+    """A read always waits for the window, and yet puts reach the disk, one write at a time."""
 
     async def run() -> None:
         backend = MeteredBackend(PROMPTS * PROMPT_BLOCKS)
@@ -152,8 +151,8 @@ def test_writes_go_on_under_reads_that_never_let_up() -> None:
 
 @pytest.mark.parametrize("window_blocks", [2, 4, 8])
 def test_slow_sums_pile_up_one_window_of_reads_and_no_more(window_blocks: int) -> None:
-    """Blocks that were read and wait for their sums are discounted up to a window, so that at most
-    two windows of host memory are lent; as much is, so that the disk does not wait for sums."""
+    """Blocks that were read and wait for their sums are discounted up to one window. So at most two
+    windows of host memory are lent, and the disk does not wait for sums."""
 
     async def run() -> None:
         slow = FaultPlan(2, 0.0, 0.05, 0.1)

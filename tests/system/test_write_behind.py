@@ -26,11 +26,11 @@ BLOCKS = 4
 QUICK = FaultPlan(1, 0.0, 0.0001, 0.001)
 SLOW = FaultPlan(1, 0.0, 0.5, 0.5)
 QUEUED_GB = 2 * 4096 / 2**30
-"""Two blocks may be queued for the SSD by puts; what is more is owed."""
+"""Puts may queue two blocks for the SSD; further ones are owed."""
 
 
 def prompt(number: int, blocks: int = BLOCKS) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """A prompt that shares nothing with others."""
+    """Return a prompt that shares nothing with others."""
     return np.arange(blocks * TOKENS_PER_BLOCK) + 1000 * number
 
 
@@ -45,7 +45,7 @@ async def put(engine: Engine, number: int, blocks: int = BLOCKS) -> KVResponse:
 
 
 def failing(disk: FakePort) -> Callable[[], list[Completion]]:
-    """Let every transfer of a disk fail; gives what reaps without that."""
+    """Make every transfer of a disk fail; return the original `reap`."""
     reap = disk.reap
 
     def failed() -> list[Completion]:
@@ -56,7 +56,7 @@ def failing(disk: FakePort) -> Callable[[], list[Completion]]:
 
 
 def on_disk(engine: Engine, *numbers: int) -> list[int]:
-    """How many leading blocks of prompts are on SSD when host memory has forgotten them."""
+    """Clear host memory; return how many leading blocks of each prompt are on SSD."""
     engine.keeping.clear(Tier.HOST)
     tokens = [engine.match(prompt(number)).tokens_by_tier[Tier.DISK] for number in numbers]
     return [count // TOKENS_PER_BLOCK for count in tokens]
@@ -90,7 +90,7 @@ def test_what_is_owed_is_written_by_itself() -> None:
 
 
 def test_a_burst_waits_for_a_bounded_time_and_no_longer() -> None:
-    """Against a slow disk: then puts go on at once, and what was evicted unwritten is counted."""
+    """With a slow disk: then puts no longer wait, and blocks evicted unwritten are counted."""
 
     async def work(engine: Engine) -> None:
         loop = asyncio.get_running_loop()
@@ -114,7 +114,7 @@ def test_a_burst_waits_for_a_bounded_time_and_no_longer() -> None:
 
 
 def test_a_burst_that_may_wait_loses_nothing() -> None:
-    """The same against the same disk, with time: every block is on SSD."""
+    """The same burst and disk, with enough time: every block is on SSD."""
 
     async def work(engine: Engine) -> None:
         disk_of(engine)._faults = SLOW
@@ -197,7 +197,7 @@ def test_a_clear_does_not_hide_what_was_given_up() -> None:
 
 
 def test_a_tier_that_is_down_gets_what_it_missed() -> None:
-    """Puts meanwhile do not wait; a flush says why nothing is safe; later all of it is written."""
+    """Puts do not wait meanwhile, a flush says why nothing is safe, and later all is written."""
 
     async def work(engine: Engine) -> None:
         disk = disk_of(engine)
@@ -247,7 +247,7 @@ def test_blocks_that_can_never_be_written_are_named() -> None:
 
     async def work(engine: Engine) -> None:
         disk = disk_of(engine)
-        disk._faults = FaultPlan(1, 1.0, 0.0001, 0.001)  # of a kind that no breaker counts
+        disk._faults = FaultPlan(1, 1.0, 0.0001, 0.001)  # failures that no breaker counts
         await put(engine, 0)
         with pytest.raises(TransferError):
             await engine.flush()
@@ -260,7 +260,7 @@ def test_blocks_that_can_never_be_written_are_named() -> None:
 
 
 def test_a_flush_tells_what_has_no_place_on_the_ssd() -> None:
-    """An SSD of six blocks for twelve: the flush returns, and says how many lack."""
+    """With six places for twelve blocks, the flush returns and says how many are lacking."""
 
     async def work(engine: Engine) -> None:
         for number in range(3):
@@ -343,7 +343,7 @@ def test_writes_leave_host_memory_for_others() -> None:
 
 
 def test_what_is_owed_is_not_written_after_it_was_cleared() -> None:
-    """Neither from host memory, which has forgotten it, nor from what waits."""
+    """Neither host memory nor the queue of owed blocks has it any more."""
 
     async def work(engine: Engine) -> None:
         disk_of(engine)._faults = SLOW
@@ -375,7 +375,7 @@ def test_closing_writes_what_is_owed_for_a_bounded_time(seconds: float) -> None:
 
 
 def test_a_tier_that_refuses_blocks_is_counted() -> None:
-    """Under lhd an SSD that holds what is asked for refuses what is not, and says so."""
+    """Under lhd an SSD full of popular blocks refuses others, and this is counted."""
 
     async def work(engine: Engine) -> None:
         for _ in range(40):

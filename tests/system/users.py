@@ -40,7 +40,7 @@ class Users:
         return int(self._channel.recv(32))
 
     def close(self) -> None:
-        """Begin no more."""
+        """Begin no more processes."""
         self._channel.close()
         self._process.wait()
 
@@ -50,7 +50,7 @@ _users: list[Users] = []
 
 @contextmanager
 def users() -> Iterator[None]:
-    """Have processes of other users begun by `Process` meanwhile."""
+    """Allow `Process` to begin processes of other users meanwhile."""
     _users.append(Users())
     try:
         yield
@@ -79,7 +79,7 @@ class Process:
         return os.pread(self._log.fileno(), 1 << 20, 0).decode()
 
     def _read(self, wait_s: float) -> bool:
-        """Take what it says; return whether it has ended."""
+        """Read its output; return whether it has ended."""
         if not select.select([self._stdout], [], [], wait_s)[0]:
             return False
         more = os.read(self._stdout, 1 << 16)
@@ -126,7 +126,7 @@ def process(uid: int, action: str, *arguments: Any) -> Iterator[Process]:
 
 
 def outcome(uid: int, action: str, *arguments: Any) -> Any:
-    """Return what came of what a user has done."""
+    """Return the result of an action of a user."""
     with process(uid, action, *arguments) as made:
         return made.result()
 

@@ -1,4 +1,4 @@
-"""What a transfer actor tells of its transfers, over a fake port on a virtual clock."""
+"""What a transfer actor reports of its transfers, over a fake port on a virtual clock."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Bench:
 
 
 def test_a_transfer_has_begun_when_its_first_piece_has() -> None:
-    """Told once, and only while begins are noted; later pieces change nothing."""
+    """The begin is reported once, if begins are noted; later pieces change nothing."""
 
     async def run() -> None:
         bench = Bench()

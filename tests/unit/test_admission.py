@@ -34,7 +34,7 @@ async def test_one_group_may_use_every_place_and_keeps_no_other_from_its_share()
 
 
 async def test_a_small_bound_gives_everybody_one_place() -> None:
-    """A share has at least one."""
+    """A share has at least one place."""
     admission = Admission(1)
     assert [fill(admission, group) for group in (0, 1, 2)] == [1, 1, 1]
 
@@ -64,7 +64,7 @@ async def test_free_places_go_to_the_groups_in_turns() -> None:
 
 
 async def test_waiters_of_a_group_whose_places_are_stuck_block_no_other() -> None:
-    """A free place goes past the group that has to wait, and to its waiters when it may."""
+    """A free place goes past the group that has to wait, until that group may enter again."""
     admission = Admission(SHARES)
     fill(admission, 1)
     stuck = await waiters_of(admission, 1, 1)

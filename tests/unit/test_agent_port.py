@@ -1,4 +1,4 @@
-"""Copies that are sent to an agent: a window in each direction, and what was never sent."""
+"""Copies that are sent to an agent within a window in each direction, and those that are not."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Rig:
 
 
 def test_no_more_is_sent_than_the_window_has_room_for() -> None:
-    """Whatever waits: an agent that does not read cannot make the server keep more for it."""
+    """However many wait: an agent that does not read cannot make the server keep more for it."""
     rig = Rig(8)
     rig.submit(TO_HOST, *range(1000))
     assert rig.asked == list(range(8))
@@ -62,7 +62,7 @@ def test_a_few_copies_may_always_be_sent() -> None:
 
 
 def test_what_goes_to_the_device_goes_first_and_starves_nobody() -> None:
-    """Of what goes to the host one copy at a time is sent while the others wait."""
+    """While copies to the device wait, one copy at a time goes to the host."""
     rig = Rig(4)
     rig.submit(TO_HOST, *range(10))
     rig.submit(TO_DEVICE, *range(100, 110))
@@ -77,7 +77,7 @@ def test_what_goes_to_the_device_goes_first_and_starves_nobody() -> None:
 
 
 def test_what_was_not_sent_fails_at_once_and_what_was_stays() -> None:
-    """The agent has never heard of the former; the latter it may do at any time."""
+    """The agent does not know of unsent copies; it may perform the sent ones at any time."""
     rig = Rig(4)
     rig.submit(TO_HOST, *range(10))
     rig.port.fail_unsent("it does not answer")

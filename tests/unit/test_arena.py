@@ -88,7 +88,7 @@ print("done")
 
 @pytest.mark.parametrize("hugepage_bytes", [None, 2 * MIB])
 def test_nobody_changes_the_size_of_a_shared_arena(hugepage_bytes: int | None) -> None:
-    """A process that maps it can write to it, and neither shrink nor grow it nor seal it more."""
+    """A process that maps it can write to it, but cannot shrink, grow or seal it."""
     arena = Arena.open(2, MIB, hugepage_bytes=hugepage_bytes, shared=True)
     if hugepage_bytes is not None and arena.backing != "hugetlb":
         # The pool is empty: an unmapped file of such pages can be sealed all the same.
@@ -133,7 +133,7 @@ def unsealed(seals: int | None) -> int:
 
 @pytest.mark.parametrize("seals", [None, 0, fcntl.F_SEAL_GROW, fcntl.F_SEAL_SEAL])
 def test_memory_that_could_shrink_is_not_mapped(seals: int | None) -> None:
-    """A server that is hostile, or none of ours, could end us by SIGBUS."""
+    """A hostile server could end us by SIGBUS."""
     before = os.listdir("/proc/self/fd")
     with pytest.raises(OSError, match="not sealed against shrinking"):
         Arena.attach(unsealed(seals), 2, MIB, 0)
@@ -141,7 +141,7 @@ def test_memory_that_could_shrink_is_not_mapped(seals: int | None) -> None:
 
 
 def test_a_file_is_no_arena(tmp_path: Path) -> None:
-    """Whoever has it may cut it."""
+    """Anybody who has a file open may cut it."""
     path = tmp_path / "file"
     path.write_bytes(bytes(4 * MIB))
     before = os.listdir("/proc/self/fd")

@@ -45,7 +45,7 @@ class Bench:
 
 
 def test_nothing_is_written_before_what_was_there_is_forgotten() -> None:
-    """The places are named; the write begins with the reap after it is told that they are."""
+    """The write begins with the reap after its places are reported as forgotten."""
 
     async def run() -> None:
         bench = Bench()

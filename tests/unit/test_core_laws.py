@@ -125,8 +125,8 @@ def test_errors_carry_their_values_and_say_them() -> None:
 def test_eviction_ahead_of_need_frees_what_is_over_and_a_batch_at_least(
     ratio: float, threshold: float, used: int, left: int
 ) -> None:
-    """Nothing up to the threshold; beyond it down to the threshold, or by the least part of the
-    tier that one eviction frees, whichever is more."""
+    """Up to the threshold nothing is evicted. Beyond it, eviction frees blocks down to the
+    threshold, or the least part of the tier that one eviction frees, whichever is more."""
     tiers = Residency({Tier.HOST: 10}, Eviction(evict_ratio=ratio, start_threshold=threshold))
     filled(tiers, Tier.HOST, *range(used))
     tiers.evict_ahead()

@@ -1,4 +1,4 @@
-"""Laws of damaged superblocks and journals: any bytes are read or passed over; nothing raises."""
+"""Laws of damaged superblocks and journals: any bytes are read or skipped; nothing raises."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ class NotText:
 def test_what_a_release_of_the_decoder_raises_is_no_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error that is none of msgspec's own ends the replay, and is no superblock."""
+    """An error that is not one of msgspec's own ends the replay, or means no superblock."""
     monkeypatch.setattr(journal, "_DECODER", NotText())
     monkeypatch.setattr(superblock, "_DECODER", NotText())
     assert journal.replay(frames(Random(1)))[1] == 0

@@ -24,7 +24,7 @@ SIZES = [1, 2, 4, 16, 28, 29, 32, 56, 57, 64, 128, 300]
 def reference_keys(
     tokens: NDArray[np.int64], tokens_per_block: int, parent: bytes, secret: bytes = SECRET
 ) -> bytes:
-    """Return the parent, and chain the keys of the whole blocks in plain Python."""
+    """Return the parent and the chained keys of the whole blocks, made in plain Python."""
     keys = [parent]
     for end in range(tokens_per_block, len(tokens) + 1, tokens_per_block):
         block = tokens[end - tokens_per_block : end].astype("<u4").tobytes()
@@ -35,7 +35,7 @@ def reference_keys(
 
 @given(st.binary(min_size=17, max_size=2000))
 def test_the_plain_hash_is_that_of_another_implementation(data: bytes) -> None:
-    """Under the public constants, for which there is one."""
+    """Under the public constants, which the other implementation has."""
     assert xxh3_128(data) == xxhash.xxh3_128_digest(data)
 
 
@@ -70,7 +70,7 @@ def test_keys_are_chained_xxh3(
 
 @pytest.mark.parametrize("tokens_per_block", SIZES)
 def test_keys_on_every_path_of_the_hash(tokens_per_block: int) -> None:
-    """Short, middle and long blocks take other code, under any secret; so do their borders."""
+    """Short, middle and long blocks take different code, under any secret; borders count, too."""
     tokens = np.random.default_rng(0).integers(0, 2**32, 5 * tokens_per_block + 1)
     for secret in (SECRET, PUBLIC_SECRET):
         expected = reference_keys(tokens, tokens_per_block, PARENT, secret)
@@ -88,7 +88,7 @@ OUT_OF_RANGE = st.sampled_from([-1, -(2**63), 2**32, 2**40, 2**63 - 1])
 
 @given(st.lists(st.integers(0, 100) | OUT_OF_RANGE, min_size=1, max_size=80), st.integers(1, 20))
 def test_the_first_token_out_of_range_is_named(tokens: list[int], tokens_per_block: int) -> None:
-    """One that needs more than 32 bits, anywhere, the tail included: its index and value."""
+    """The error has index and value of a token of more than 32 bits, also in the tail."""
     first = next((i for i, token in enumerate(tokens) if not 0 <= token < 2**32), None)
     for each in (array("q", tokens), tokens):
         if first is None:
@@ -101,7 +101,7 @@ def test_the_first_token_out_of_range_is_named(tokens: list[int], tokens_per_blo
 
 @pytest.mark.parametrize("huge", [2**63, 2**64, -(2**70), 10**100])
 def test_an_integer_of_more_than_64_bits_is_named(huge: int) -> None:
-    """In a list, where there can be one."""
+    """Lists can hold such integers."""
     with pytest.raises(ValueError, match=str(huge)) as raised:
         chain_keys([1, 2, huge, -1], 16, PARENT, SECRET)
     assert raised.value.args == (2, huge)

@@ -50,7 +50,7 @@ def stored(residency: Residency, keys: bytes) -> None:
     ],
 )
 def test_a_block_that_is_known_has_one_parent(keys: bytes, agreeing: int) -> None:
-    """Whoever names another one, or a block twice, is stopped there; new blocks agree."""
+    """Another parent, or a block named twice, ends the agreement; new blocks agree."""
     residency = Residency({Tier.HOST: BLOCKS})
     stored(residency, chain(0, 1, 2, 3))
     assert residency.agreeing(keys) == agreeing
@@ -71,7 +71,7 @@ def test_chains_that_agree_keep_every_law(seed: int) -> None:
 
 
 def test_chains_that_were_not_checked_break_the_index() -> None:
-    """Which is why they are: the very same chains, taken without a look."""
+    """The same chains, taken unchecked, break it: this is why they are checked."""
     broken = 0
     for seed in range(20):
         chance, residency = random.Random(seed), Residency({Tier.HOST: BLOCKS})
@@ -85,7 +85,7 @@ def test_chains_that_were_not_checked_break_the_index() -> None:
 
 
 def test_keys_of_any_length_are_taken() -> None:
-    """Those that are no keys are refused as everywhere."""
+    """Bytes that are not whole keys are refused as everywhere."""
     residency = Residency({Tier.HOST: BLOCKS})
     assert residency.agreeing(np.random.default_rng(0).bytes(16 * 10_001)) == 10_000
     for keys in (b"", b"x" * 17):

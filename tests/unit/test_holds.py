@@ -20,7 +20,7 @@ BLOCKS = 16
 
 
 class Keeper:
-    """The part of a scheduler that holds use: claims that pin."""
+    """The part of a scheduler that `Holds` uses: claims that pin."""
 
     def __init__(self, residency: Residency) -> None:
         self._claims, self._next = residency.claims, 0
@@ -140,7 +140,7 @@ def test_a_group_that_holds_much_loses_before_one_that_holds_little() -> None:
 
 
 def test_the_number_of_holds_is_bounded() -> None:
-    """Those of one group, even if they all keep the same block; what they leave behind, too."""
+    """Even if all holds of a group keep the same block; what ended holds leave is bounded, too."""
 
     async def check() -> None:
         rig = Rig()

@@ -1,4 +1,4 @@
-"""Laws of what is kept for a device: only files of ours are believed in, and none is needed."""
+"""Laws of the cache for devices: only our own files are used, and none is needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexkv.io.cuda import kept
 
 
 def test_what_is_kept_is_found_again(tmp_path: Path) -> None:
-    """Whole, in a private file of a private directory, until it is forgotten."""
+    """Its file and directory are private, and it is found until it is forgotten."""
     path = tmp_path / "made" / "flexkv" / "code"
     kept.write(path, b"first")
     kept.write(path, b"second")

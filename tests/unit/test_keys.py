@@ -119,7 +119,7 @@ def test_a_token_out_of_range_is_named_in_what_a_prompt_grows_by(token: int) -> 
 
 
 def test_the_largest_token_id_has_keys() -> None:
-    """And they are no other token's."""
+    """And no other token has the same."""
     tokens = np.full(16, 2**32 - 1)
     assert chain().keys(tokens) != chain().keys(tokens - 1)
 
@@ -178,7 +178,7 @@ def test_keys_are_those_of_the_published_vectors(vector: dict[str, Any]) -> None
 
 
 def hash_secret(secret: str) -> bytes:
-    """Return what takes the place of XXH3's constants, by the documented rule."""
+    """Return the bytes that replace XXH3's constants, by the documented rule."""
     return expanded(secret, b"hash secret", 192)
 
 
@@ -243,7 +243,7 @@ def last_key(tokens: list[int], per_block: int, secret: str, namespace: Any = No
 def test_blocks_that_collide_under_public_constants_have_keys_of_their_own(
     per_block: int, secret: str
 ) -> None:
-    """Under any secret and none, in any namespace, and anywhere in a prompt."""
+    """With and without a secret, in any namespace, and anywhere in a prompt."""
     one, two = colliding(per_block, PUBLIC_SECRET)
     assert one != two
     packed = (PARENT + np.array(tokens, "<u4").tobytes() for tokens in (one, two))
@@ -256,7 +256,7 @@ def test_blocks_that_collide_under_public_constants_have_keys_of_their_own(
 
 
 def test_the_collision_of_wide_tokens_is_refused() -> None:
-    """Token ids of 64 bits, which made a product zero with eight bytes each, are none."""
+    """Token ids of 64 bits, which made a product zero at eight bytes each, are refused."""
     one, two = list(range(16)), list(range(16))
     four, five = 0x78E5C0CC4EE679CB, 0x2172FFCC7DD05A82
     one[2:4] = four, 5
@@ -268,7 +268,7 @@ def test_the_collision_of_wide_tokens_is_refused() -> None:
 
 @pytest.mark.parametrize("per_block", PER_BLOCK)
 def test_who_knows_the_constants_of_one_secret_knows_those_of_no_other(per_block: int) -> None:
-    """Collisions can be made under a known secret, as under none: that is not promised."""
+    """Under a known secret, as without one, collisions can be made: nothing else is promised."""
     secrets = ["", "one", "two"]
     for known in secrets:
         one, two = colliding(per_block, hash_secret(known))

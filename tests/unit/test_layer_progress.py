@@ -1,4 +1,4 @@
-"""How far a request is that is moved layer by layer, and who waits for what of it."""
+"""The progress of a request that is moved layer by layer, and those who wait for layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flexkv.layerwise import LayerProgress
 
 
 class Event:
-    """A point on a stream that keeps which streams wait for it."""
+    """A point on a stream that records which streams wait for it."""
 
     def __init__(self) -> None:
         self.held: list[int] = []
@@ -29,7 +29,7 @@ class Event:
 
 
 def test_layers_may_be_told_of_in_any_order() -> None:
-    """What was let go stays so, though a lower layer is told of after a higher one."""
+    """A released layer stays released, though a lower layer is reported after a higher one."""
     random = Random(1)
     for _ in range(20):
         progress, told = LayerProgress(8, 0), random.sample(range(1, 9), 8)
@@ -80,7 +80,7 @@ def test_a_stream_does_not_go_ahead_of_what_is_not_queued() -> None:
 
 
 def test_a_loop_that_is_closed_is_told_no_more() -> None:
-    """Whoever awaited a layer there is gone; others are told, in threads and on loops."""
+    """Nobody waits on that loop any more; those in threads and on other loops are told."""
     progress = LayerProgress(2, 2)
     progress.expect([1])
     gone = asyncio.new_event_loop()
@@ -104,7 +104,7 @@ def test_a_loop_that_is_closed_is_told_no_more() -> None:
 
 
 def test_threads_are_told_that_a_layer_will_never_come() -> None:
-    """A request that ends without ends their waits."""
+    """A request that ends without the layer ends their waits."""
     progress = LayerProgress(2, 2)
     told: list[bool] = []
     waiter = threading.Thread(target=lambda: told.append(progress.wait(1, 20.0)))

@@ -88,7 +88,7 @@ def test_what_a_full_journal_kept_does_not_survive_a_clear(root: bytes | None) -
 
 
 def test_what_a_full_journal_kept_comes_before_what_is_noted_next() -> None:
-    """However often it fails; and `written` tells of the failure."""
+    """However often it fails; and `written` raises the failure."""
 
     async def work() -> None:
         rig = Rig(failing_writes=3)

@@ -1,4 +1,4 @@
-"""A link cuts off who does not read, takes no frame that is too long, and lets others go on."""
+"""A link cuts off peers that do not read, refuses too long frames, and lets other tasks run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def test_a_frame_that_is_longer_than_the_peer_may_send_is_refused(
 async def test_who_talks_without_end_holds_nobody_up(
     ends: tuple[Link[ToServer], socket.socket],
 ) -> None:
-    """Between some of its messages, though they are all there, others have their turn."""
+    """Other tasks run between some of its messages, even if all of these have arrived."""
     link, theirs = ends
     theirs.send(framed(Cancel((1,))) * 200)
     turns = 0

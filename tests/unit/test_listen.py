@@ -35,7 +35,7 @@ def path(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the directory in which the places of our own server are, other than the real ones."""
+    """Return a directory that replaces the real places of our own server."""
     monkeypatch.setattr(address, "RUNTIME", tmp_path / "run")
     monkeypatch.setattr(address, "SHARED", tmp_path)
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
@@ -63,7 +63,7 @@ def answers(path: Path) -> bool:
 
 
 def without_witness(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let servers lock their directories only: as if they had networks of their own."""
+    """Let servers lock their directories only, as if each had its own network namespace."""
     monkeypatch.setattr(Listener, "_bind_witness", lambda self: None)
 
 
@@ -133,7 +133,7 @@ def test_the_lock_of_the_directory_alone_keeps_others_out(
 def test_who_answers_keeps_others_out_where_directories_cannot_be_locked(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A socket is not unlinked while somebody listens at it, even if he is too busy to accept."""
+    """A socket is not unlinked while somebody listens at it, even if too busy to accept."""
 
     def cannot(*_: object) -> None:
         raise OSError(37, "No locks available")
@@ -206,7 +206,7 @@ os.waitpid(child, 0)
 
 @pytest.mark.parametrize("server", ["lives", "closes", "dies"])
 def test_a_forked_child_keeps_no_address(path: Path, server: str) -> None:
-    """It neither holds what its parent gives up, however it ends, nor gives up what it holds."""
+    """It neither keeps an address that its parent gives up, nor frees one that its parent has."""
     command = [sys.executable, "-c", SERVER, str(path), server]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
@@ -267,7 +267,7 @@ def test_a_socket_that_was_removed_is_bound_anew(path: Path) -> None:
 def test_an_address_that_another_has_taken_is_not_taken_back(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where nothing else could tell: the directory was removed, and both have their networks."""
+    """Even if nothing else shows it: the directory was removed, and networks are separate."""
     without_witness(monkeypatch)
     listener = Listener(path)
     listener.listen()
@@ -337,7 +337,7 @@ def test_a_group_of_the_owners_number_is_his_alone(path: Path) -> None:
 
 
 def test_our_own_address_is_in_a_directory_of_ours(own: Path) -> None:
-    """It is made with mode 0700, or made private; a server in another of the places has it too."""
+    """Its mode is 0700, or becomes so; a server in another of the places counts as well."""
     uid = os.geteuid()
     shared = own / f"flexkv-{uid}" / "server"
     assert socket_paths("own") == socket_paths("") == (shared,)
@@ -366,7 +366,7 @@ def test_our_own_address_is_in_a_directory_of_ours(own: Path) -> None:
 
 
 def test_the_runtime_directory_is_used_if_it_is_ours(own: Path) -> None:
-    """One that others may write to, that is a link or missing, or is too long a path, is not."""
+    """It is not used if others may write to it, or if it is a link, missing, or too long."""
     told = own / "told"
     shared = own / f"flexkv-{os.geteuid()}"
     assert own_folders({"XDG_RUNTIME_DIR": str(told)}) == (shared,)

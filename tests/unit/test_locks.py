@@ -1,4 +1,4 @@
-"""Laws of the lock on a directory: one holder, not to be swept away, and no child keeps it."""
+"""Laws of the lock on a directory: one holder, no file that frees it, and no child keeps it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_removing_the_note_frees_nothing(tmp_path: Path, note: str | None) -> No
 
 
 def test_a_release_that_locks_the_note_only_is_kept_out(tmp_path: Path) -> None:
-    """Who locked the file, as earlier releases do, is respected, and sees our lock on it."""
+    """A process that locks only the file, as earlier releases do, keeps us out, and we it."""
     with (tmp_path / NOTE_NAME).open("w") as note:
         fcntl.flock(note, fcntl.LOCK_EX)
         note.write("77")
@@ -150,6 +150,6 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path, parent: str, fork
             assert refusal(tmp_path) == f"is in use by process {process.pid}"
         else:
             lock_directory(tmp_path).release()
-        os.kill(child, 0)  # it lives still
+        os.kill(child, 0)  # it is still alive
         process.stdin.close()
         process.wait(60)

@@ -1,4 +1,4 @@
-"""The mutation run finds the changes that it should, and tells which ones no test notices."""
+"""The mutation run finds the changes that it should, and shows which ones no test notices."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_expressions_are_changed(expression: str, expected: set[str], tmp_path: 
 
 @pytest.mark.parametrize(("statement", "expected"), STATEMENTS)
 def test_statements_are_changed(statement: str, expected: set[str], tmp_path: Path) -> None:
-    """What only has an effect is left out; log lines and assertions stay."""
+    """Statements without a value are left out; log lines and assertions stay."""
     found = afters(tmp_path, f"async def f():\n    {statement}\n")
     assert found - {"return (1 + 1)"} == expected
 
@@ -101,7 +101,7 @@ def test_targets_are_there() -> None:
 
 
 def test_listed_survivors_are_changes_that_are_made() -> None:
-    """An entry whose line has gone goes, too; each says why."""
+    """An entry whose line has gone has to go, too; each has a reason."""
     every = [
         mutant
         for file in mutation.files_of(mutation.load_targets())

@@ -108,8 +108,8 @@ def test_what_host_memory_would_not_keep_still_reaches_the_ssd() -> None:
 
 
 def test_what_waits_to_be_written_counts_against_what_may_be_written_behind_a_put() -> None:
-    """Puts have no more blocks with a lower tier at once than they may, however many puts; the
-    rest is owed to it. What has been written makes room."""
+    """However many puts there are, their blocks that wait for a lower tier are bounded, and further
+    ones are owed to it. Blocks that were written make room."""
     tiers = residency(host=32, disk=64)
     planner = Planner(tiers, LIMITS)
     first = planner.plan(request(Operation.PUT, *range(6)), 1)

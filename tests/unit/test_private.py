@@ -37,7 +37,7 @@ def umask() -> Iterator[None]:
 
 
 def belongs_to_a_stranger(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    """Let a file be another user's: really so for root, else as far as `private` can see."""
+    """Make a file another user's: really if we are root, else as far as `private` can see."""
     if os.geteuid() == 0:
         os.chown(path, STRANGER, -1, follow_symlinks=False)
         return
@@ -166,7 +166,7 @@ def test_what_stands_in_place_of_a_file_is_refused(
 def test_a_file_that_others_may_write_to_is_refused(
     tier: Path, call: Callable[[Path], None], name: str, mode: int
 ) -> None:
-    """By name and mode; making it private now would not unwrite what was written."""
+    """By name and mode: making it private now would not undo what others wrote."""
     (tier / name).chmod(mode)
     error = refusal(call, tier)
     assert error.value == str(tier / name)
@@ -211,7 +211,7 @@ def test_files_that_others_may_read_are_made_private(
 def test_a_half_written_superblock_is_never_followed(
     tier: Path, put: Callable[[Path, Path], None]
 ) -> None:
-    """What stands where the new superblock is written goes, and nothing is written through it."""
+    """Whatever is where the new superblock is written is removed, and not written through."""
     other = tier.parent / "other"
     other.write_text("precious")
     (tier / superblock.NAME).unlink()
@@ -280,7 +280,7 @@ def test_a_directory_that_others_may_read_stays_as_it_is(tier: Path, mode: int) 
 
 
 def test_a_linked_directory_of_ours_is_followed(tier: Path) -> None:
-    """The link may be given in place of the directory, which is checked in its place."""
+    """A link may name the directory, and then its target is checked."""
     link = tier.parent / "link"
     link.symlink_to(tier)
     for call in CALLS:

@@ -52,7 +52,7 @@ async def test_a_put_that_is_given_up_takes_no_room() -> None:
 
 
 async def test_those_that_wait_can_be_turned_away() -> None:
-    """The ones under way stay."""
+    """Puts under way go on."""
     share = PutShare(10)
     _, second = await begun(share, 10, 10)
     share.turn_away(ClosedError("the devices do not answer"))

@@ -1,4 +1,4 @@
-"""Secrets are never quoted: whatever is wrong with a configuration, and wherever that puts them."""
+"""Secrets are never quoted, whatever is wrong with a configuration and wherever that puts them."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def check_settings(content: bytes, name: str, folder: Path) -> ConfigError | Non
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_files_are_sound_as_they_are(name: str, tmp_path: Path) -> None:
-    """Else the tests below would test less than they say; neither `repr` nor a dump has secrets."""
+    """Otherwise the tests below would prove less; neither `repr` nor a dump has secrets."""
     assert check_settings(FILES[name].encode(), name, tmp_path) is None
     settings = load_settings({"FLEXKV_CONFIG_PATH": str(tmp_path / name)})
     cache = settings.cache_config
@@ -280,7 +280,7 @@ def test_addresses_are_shown_without_their_passwords() -> None:
 
 @pytest.mark.parametrize("name", ["num_cpu_blockz", "tokens_per_blok", "layers"])
 def test_the_name_of_an_unknown_key_is_told_if_it_is_like_a_known_one(name: str) -> None:
-    """Else its number is: a secret may have become a key."""
+    """Otherwise its number is shown, since a secret may have become a key."""
     with pytest.raises(ConfigError, match=name):
         (ModelConfig if name == "layers" else CacheConfig)(**{name: 5})
     with pytest.raises(ConfigError, match="number 2 is an unknown key; the nearest known one is"):

@@ -19,7 +19,7 @@ async def raises(error: Exception) -> None:
     "error", [ValueError("x"), KeyError(1), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad")]
 )
 async def test_a_session_that_raises_ends_alone(error: Exception) -> None:
-    """Whatever it raises, the others go on, and nobody is told that the engine has failed."""
+    """Whatever it raises, the others go on, and the engine does not fail."""
     failures: list[BaseException] = []
     supervisor = Supervisor(failures.append)
     await supervisor.start()
@@ -44,7 +44,7 @@ async def test_a_broken_law_in_a_session_ends_the_engine() -> None:
 
 
 async def test_any_other_task_that_raises_ends_the_engine() -> None:
-    """Others may wait for what it will not do."""
+    """Others may wait for its results for ever."""
     failures: list[BaseException] = []
     supervisor = Supervisor(failures.append)
     await supervisor.start()

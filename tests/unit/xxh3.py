@@ -50,7 +50,7 @@ class Mix(NamedTuple):
 
 
 def mixes(size: int) -> list[Mix]:
-    """Return what is mixed, in order, of an input of 17 to 240 bytes."""
+    """Return the mixing steps, in order, for an input of 17 to 240 bytes."""
     if size <= 128:
         steps = range((size - 1) // 32, -1, -1)
         return [Mix(16 * i, size - 16 * (i + 1), 32 * i) for i in steps]

@@ -47,7 +47,7 @@ def configured(model: str) -> Any:
 
 @pytest.fixture
 def config(configured: Any) -> Any:
-    """Return one that a test may change."""
+    """Return a configuration that a test may change."""
     return copy.deepcopy(configured)
 
 
@@ -59,7 +59,7 @@ def folder(config: Any, tmp_path: Path) -> Path:
 
 
 def name_of(config: Any) -> str:
-    """Return the model's name, as a server is told of it."""
+    """Return the model's name, as a server gets it."""
     return setup_of(config).model.model_id
 
 
@@ -71,7 +71,7 @@ class Hub:
         self.repo = cache / "models--org--tiny"
 
     def commit(self, name: str, weights: bytes = b"", branch: str = "main") -> Path:
-        """Let a branch be at a commit, whose weights end with some bytes; return its folder."""
+        """Move a branch to a commit whose weights end with some bytes; return its folder."""
         snapshot = self.repo / "snapshots" / name
         snapshot.mkdir(parents=True, exist_ok=True)
         for file in self._model.iterdir():
@@ -129,7 +129,7 @@ def test_a_commit_has_one_name_however_it_is_asked_for(config: Any, hub: Hub) ->
 def test_a_hub_model_of_the_same_content_has_another_name_at_another_commit(
     config: Any, hub: Hub
 ) -> None:
-    """A commit is all that is known of what was not downloaded."""
+    """The commit alone identifies files that were not downloaded."""
     config.model_config.model = REPO
     hub.commit(COMMITS[0])
     first = name_of(config)
@@ -138,7 +138,7 @@ def test_a_hub_model_of_the_same_content_has_another_name_at_another_commit(
 
 
 def test_a_blob_of_the_hub_that_was_overwritten_has_another_name(config: Any, hub: Hub) -> None:
-    """Though its own name says otherwise."""
+    """Even though the name of the blob stays the same."""
     weights = (hub.commit(COMMITS[0]) / "model.safetensors").resolve()
     config.model_config.model = REPO
     first = name_of(config)
@@ -181,7 +181,7 @@ WEIGHTS: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("change", WEIGHTS)
 def test_other_files_of_weights_are_another_model(config: Any, folder: Path, change: str) -> None:
-    """Under the same path; and the same files are the same model, whoever asks."""
+    """Even under the same path; the same files are the same model in every engine."""
     first = name_of(config)
     assert name_of(copy.deepcopy(config)) == first
     WEIGHTS[change](folder)
@@ -203,7 +203,7 @@ def test_files_beside_the_weights_do_not_matter(config: Any, folder: Path, name:
 def test_a_link_to_a_folder_stands_for_what_it_leads_to(
     config: Any, folder: Path, tmp_path: Path
 ) -> None:
-    """`current` led to one training run, and leads to another; a link in a circle ends nowhere."""
+    """`current` leads to another training run than before; circular links are harmless."""
     other = shutil.copytree(folder, tmp_path / "other")
     _overwrite(other)
     (other / "circle").symlink_to(other)
@@ -218,7 +218,7 @@ def test_a_link_to_a_folder_stands_for_what_it_leads_to(
 
 
 def test_a_single_file_may_be_the_model(config: Any, tmp_path: Path) -> None:
-    """As of the GGUF format."""
+    """For instance in the GGUF format."""
     file = tmp_path / "model.gguf"
     config.model_config.model = str(file)
     names = []
@@ -229,7 +229,7 @@ def test_a_single_file_may_be_the_model(config: Any, tmp_path: Path) -> None:
 
 
 def test_every_sample_of_a_large_file_counts(tmp_path: Path) -> None:
-    """Its first and last bytes, and some between; with times that a copy has kept."""
+    """Its first and last bytes, and some between, even if a copy has kept the times."""
     size = 4 * WHOLE_BYTES_MAX
     file = tmp_path / "large"
     file.write_bytes(bytes(size))
@@ -276,7 +276,7 @@ OPTIONS: list[tuple[str, str, Any]] = [
 
 
 def put(config: Any, where: str, name: str, value: Any) -> None:
-    """Set an option of vLLM's, as if it had been given; it may be one of another version."""
+    """Set an option of vLLM's, which may belong to another version."""
     for part in where.split("."):
         config = getattr(config, part)
     kind = type(config)
@@ -326,7 +326,7 @@ def test_what_computes_the_same_kv_is_the_same_model(
 
 
 def test_random_weights_are_named_by_their_seed(config: Any) -> None:
-    """Nothing else tells one from the other."""
+    """Nothing else distinguishes them."""
     config.load_config.load_format = "dummy"
     first = identity.model_id(config)
     config.model_config.seed = 7
@@ -347,7 +347,7 @@ def test_the_longest_prompt_counts_where_rotary_embeddings_depend_on_it(
 
 
 def test_no_two_lists_of_facts_read_the_same(config: Any) -> None:
-    """What joins them cannot be written in one of them."""
+    """No fact can contain the separator."""
     config.model_config.code_revision, config.model_config.quantization = 'a","b', "c"
     first = identity.model_id(config)
     config.model_config.code_revision, config.model_config.quantization = "a", 'b","c'
@@ -419,7 +419,7 @@ def test_code_of_another_repository_counts(config: Any, hub: Hub) -> None:
 def test_a_model_that_changes_its_configuration_keeps_its_name(
     config: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Some do while they are loaded, in one process of several; files are looked at after it."""
+    """Some models do while they are loaded, in one process of several; files count after it."""
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
     from flexkv.integration.vllm import vllm_v1_adapter
@@ -444,7 +444,7 @@ def test_a_model_that_changes_its_configuration_keeps_its_name(
 def test_a_server_is_not_told_of_a_model_without_its_weights(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No engine would be the same as what it is told."""
+    """No engine would have the name that the server is given."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="download them first"):

@@ -47,7 +47,7 @@ def keys_of(scopes: Scopes, **more: Any) -> bytes | None:
 
 @pytest.fixture
 def scopes() -> Scopes:
-    """Return an engine's, that has seen no adapter yet."""
+    """Return the scopes of an engine that has seen no adapter yet."""
     return Scopes()
 
 
@@ -168,7 +168,7 @@ def test_how_adapters_are_applied_counts(adapter: Path) -> None:
 def test_unchanged_files_are_read_once(
     scopes: Scopes, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once they are so old that they cannot change without another time."""
+    """Once they are so old that a change must change their time stamp."""
     reads: list[Path] = []
 
     def counted(place: Path) -> Any:
@@ -188,7 +188,7 @@ def test_unchanged_files_are_read_once(
 def test_a_file_system_that_hangs_holds_up_no_step(
     scopes: Scopes, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first request waits a little, those behind it not; when it answers again, all is well."""
+    """Only the first request waits, and briefly; when it answers again, adapters are cached."""
     hangs = threading.Event()
 
     def stamps(place: Path) -> Any:
@@ -289,7 +289,7 @@ def rendered(config: Any, number: int, image: Any, uuid: str | None, kwargs: Any
 def test_two_pictures_never_share_a_key(
     prefix_caching: bool, cache_gb: float, uuid: str | None, kwargs: dict[str, Any]
 ) -> None:
-    """Each is the first one of its process; where vLLM counts them nothing is cached."""
+    """Each is the first one of its process; if vLLM only numbers images, nothing is cached."""
     config = media_config(prefix_caching, cache_gb)
     scopes = Scopes(setup._names_media(config))
     one, other, same = (

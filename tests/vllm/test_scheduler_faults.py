@@ -31,7 +31,7 @@ LONG = 8 * PER_BLOCK + 1
 
 @pytest.fixture
 def rig(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
-    """Return a scheduler's side with its server and agent; a parameter is for its cache."""
+    """Return a scheduler's side with its server and agent; a parameter sets its cache."""
     made = Rig(tmp_path, **getattr(request, "param", {}))
     yield made
     made.agent.close()
@@ -39,7 +39,7 @@ def rig(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
 
 
 def goes_on(name: str, computed: int, tokens: int, blocks: list[int], drafts: int = 0) -> Any:
-    """Return a step of a request that runs already, which gets more blocks."""
+    """Return a step in which a running request gets more blocks."""
     step = output()
     step.scheduled_cached_reqs = SimpleNamespace(
         req_ids=[name], new_block_ids=[(blocks,)], num_computed_tokens=[computed],
@@ -89,7 +89,7 @@ def load(rig: Rig, request: Request, blocks: list[int]) -> None:
 
 
 def test_a_load_that_came_short_is_settled_and_claims_nothing_again(rig: Rig) -> None:
-    """vLLM asks again, and would go round for ever; no copy may be left when it hears of it."""
+    """Or vLLM would ask for ever; and no copy may be left when it is told."""
     stored(rig)
     request = Request("b")
     load(rig, request, [5, 6, 7, 8])
@@ -116,7 +116,7 @@ def test_a_load_that_came_is_not_settled(rig: Rig) -> None:
 
 
 def test_drafts_are_not_stored(rig: Rig) -> None:
-    """They may be rejected: a block that ends in one is not whole."""
+    """Drafts may be rejected, so a block that ends in one is not whole."""
     answered(rig, Request("a", num_tokens=LONG))
     copy = put_of(rig, output(("a", [1, 2, 3, 4])))
     assert device_blocks(copy) == [1, 2, 3]
@@ -128,7 +128,7 @@ def test_drafts_are_not_stored(rig: Rig) -> None:
 
 
 def test_a_load_waits_for_puts_that_read_its_blocks(rig: Rig) -> None:
-    """It would write what is being stored under other keys."""
+    """Otherwise it would overwrite blocks that are being stored under other keys."""
     stored(rig)
     copy = rig.begin("x", [10, 11, 12, 13], seed=1000)
     load(rig, Request("b"), [12, 13, 14, 15])
@@ -151,7 +151,7 @@ def test_a_load_does_not_wait_for_puts_of_other_blocks(rig: Rig) -> None:
 
 
 def test_a_put_that_failed_is_made_again_with_the_next_blocks(rig: Rig) -> None:
-    """What follows would have no parents; and it is settled."""
+    """Otherwise later blocks would have no parents; the failed put is settled."""
     answered(rig, Request("a", num_tokens=LONG))
     copy = put_of(rig, output(("a", [1, 2, 3, 4])))
     rig.agent.say(Copied(copy.token, "the copy was made to fail"))
@@ -188,7 +188,7 @@ def test_a_put_whose_parents_are_gone_is_made_again_from_the_first_block(rig: Ri
 
 
 def test_puts_of_what_another_connector_has_not_loaded_are_dropped(rig: Rig) -> None:
-    """By the server and by the workers; they are made again, and others go on."""
+    """The server and the workers drop them; they are made again, and other puts go on."""
     answered(rig, Request("a", num_tokens=LONG))
     answered(rig, Request("x", 1000))
     both = rig.side.build_connector_meta(output(("a", [1, 2, 3, 4]), ("x", [10, 11, 12, 13])))
@@ -219,11 +219,11 @@ class Agent:
         self.settled: list[int] = []
 
     def ready(self, numbers: list[int]) -> None:
-        """Take that these may be read, or may write."""
+        """Note that the blocks of these requests are ready."""
         self.told += numbers
 
     def settle(self, numbers: list[int]) -> None:
-        """Take that no copy of these may be left."""
+        """Note that no copy of these requests may be left."""
         self.settled += numbers
 
     def close(self) -> None:
@@ -240,14 +240,14 @@ def side(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def ran(side: Any, step: StepMetadata, drafts: bool) -> None:
-    """Tell of a step as vLLM does: in another order where drafts are made."""
+    """Report a step as vLLM does, in another order if drafts are made."""
     hooks = [side.wait_for_save, side.get_finished]
     for hook in reversed(hooks) if drafts else hooks:
         hook(step)
 
 
 def fail(side: Any, step: StepMetadata, drafts: bool) -> None:
-    """Tell of a step whose forward raises: with drafts vLLM never says that it is over."""
+    """Report a step whose forward raises: with drafts vLLM never reports its end."""
     hooks = [side.get_finished] if drafts else [side.wait_for_save, side.get_finished]
     try:
         _ = 1 // 0
@@ -258,7 +258,7 @@ def fail(side: Any, step: StepMetadata, drafts: bool) -> None:
 
 @pytest.mark.parametrize("drafts", [False, True])
 def test_nothing_is_read_or_written_of_a_forward_that_has_failed(side: Any, drafts: bool) -> None:
-    """Its blocks have what they had before, and so it stays in the steps that follow."""
+    """Its blocks keep what they had, also in the steps that follow."""
     fail(side, StepMetadata(puts=[1], loads=[2], settle=[3]), drafts)
     for _ in range(STEPS_BEHIND + 2):
         ran(side, StepMetadata(), drafts=False)
@@ -284,7 +284,7 @@ def test_every_put_is_let_go_once_in_whatever_order_steps_are_told(side: Any, be
 def test_puts_that_are_dropped_are_never_let_go_beside_other_connectors(
     side: Any, drafts: bool
 ) -> None:
-    """The scheduler hears of a failed load when the step is done, and says so in the next two."""
+    """The scheduler learns of a failed load after the step, and drops puts in the next two."""
     side.beside_others = True
     ran(side, StepMetadata(puts=[1, 2]), drafts)
     ran(side, StepMetadata(puts=[3], dropped={1}), drafts)
@@ -295,7 +295,7 @@ def test_puts_that_are_dropped_are_never_let_go_beside_other_connectors(
 
 
 def test_puts_of_before_a_nap_are_not_let_go_after_it(side: Any) -> None:
-    """The memory that they read was taken back."""
+    """The memory that they would read is gone."""
     side.beside_others = True
     ran(side, StepMetadata(puts=[1]), drafts=True)
     ran(side, StepMetadata(puts=[2]), drafts=False)

@@ -309,7 +309,7 @@ def image(name: str) -> Any:
 
 
 def test_a_session_that_gets_an_image_has_other_keys(rig: Rig) -> None:
-    """Those behind the image; those before it are found."""
+    """The blocks behind the image do; those before it are found."""
     stored(rig)
     session = Request("b")
     assert answered(rig, session) == (3 * PER_BLOCK, True)
@@ -329,7 +329,7 @@ def test_a_session_that_gets_an_image_without_a_name_is_cached_no_more(rig: Rig)
 
 
 def test_an_adapter_that_was_trained_again_finds_nothing(rig: Rig, tmp_path: Path) -> None:
-    """Of what the one before it has stored, under the same name and path."""
+    """It shares nothing with the earlier one of the same name and path."""
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(bytes(64))
     adapter = LoRARequest("adapter", 1, str(file))
@@ -345,7 +345,7 @@ def test_an_adapter_that_was_trained_again_finds_nothing(rig: Rig, tmp_path: Pat
 def test_an_adapter_of_the_hub_is_cached_once_it_has_run(
     rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first request of it may have another commit fetched."""
+    """The first request may fetch another commit."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     repo = tmp_path / "hub" / "models--org--adapter"
     for folder in (repo / "snapshots" / ("a" * 40), repo / "refs"):

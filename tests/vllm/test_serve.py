@@ -139,7 +139,7 @@ def test_answers_over_http_are_equal_and_a_killed_engine_is_warm(
 def test_an_engine_that_is_terminated_leaves_what_it_had_on_ssd(
     serve: Serve, connector: dict[str, Any]
 ) -> None:
-    """vLLM kills all its processes then, after no time at all; the server flushes, and ends."""
+    """vLLM then kills all its processes at once; the server flushes, and ends."""
     engine = serve(connector)
     conversations = converse(engine, turns=1)
     until_idle(engine)

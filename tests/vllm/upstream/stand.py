@@ -85,18 +85,18 @@ class Stand:
             folder: for the server's socket and its SSD tier.
             monkeypatch: ends with the test.
             connector: how vLLM is told of it.
-            num_blocks: of the device; one of them is nobody's.
+            num_blocks: of the device; one of them is never used.
             cache: keys of FlexKV's `cache_config`.
             config: more for vLLM's `create_vllm_config`; and `behind`, the steps that are under way
                 when the next is scheduled, and `drafts`, whether the runner makes drafts after each
-                forward, before which it does not tell the connector that the step is done.
+                forward, and only then tells the connector that the step is done.
         """
         self._behind, self._drafts = config.pop("behind", 0), config.pop("drafts", False)
         self._under_way: deque[tuple[Any, list[_Row]]] = deque()
         self.unchecked = False
         """Whether a forward may read what is wrong."""
         self.weights = 0
-        """The model's: what a forward writes depends on them."""
+        """The model's weights, which determine what a forward writes."""
         self.address = f"ipc://{folder}/socket"
         tiers = {"num_cpu_blocks": 64, "num_ssd_blocks": 256, "ssd_cache_dir": str(folder)}
         # A slow machine is no fault here.

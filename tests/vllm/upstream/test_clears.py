@@ -32,7 +32,7 @@ def stored_blocks(stand: Stand) -> int:
 
 
 def check_stored(stand: Stand, prompt: int) -> None:
-    """Check that a prompt is stored by who asks for it now, and found by who asks next."""
+    """Check that a request for a prompt now stores it, and that the next one finds it."""
     stand.store(prompt, TOKENS)
     loads = len(stand.copies.device_blocks)
     stand.add(prompt, TOKENS, name=f"again-{prompt}")
@@ -43,7 +43,7 @@ def check_stored(stand: Stand, prompt: int) -> None:
 
 @OWN
 def test_a_request_that_runs_on_over_a_reset_stores_nothing_more(stand: Stand) -> None:
-    """Neither what it had, nor what it computes behind that; nor who finds it on the device."""
+    """Neither its old blocks nor new ones; nor does one that finds them on the device."""
     request = stand.add(1, TOKENS, max_tokens=4 * PER_BLOCK)
     for _ in range(PER_BLOCK + 2):
         stand.step()
@@ -79,7 +79,7 @@ def test_what_is_being_stored_at_a_reset_is_not(stand: Stand) -> None:
 
 @OWN
 def test_requests_that_are_computed_anew_after_a_reset_are_stored(stand: Stand) -> None:
-    """vLLM takes their blocks from them; and those that had not begun."""
+    """They are requests whose blocks vLLM has taken, and requests that had not begun."""
     running = stand.add(1, TOKENS, max_tokens=PER_BLOCK)
     for _ in range(3):
         stand.step()
@@ -100,7 +100,7 @@ def test_requests_that_are_computed_anew_after_a_reset_are_stored(stand: Stand) 
 
 @OWN
 def test_what_was_being_loaded_at_a_reset_is_not_stored_again(stand: Stand) -> None:
-    """The load began before it: what it brings is old, and what is computed behind that."""
+    """The load began before it: its blocks are old, and so are those computed behind them."""
     stand.store(1, TOKENS)
     stand.copies.holds_loads = True
     loading = stand.add(1, TOKENS + PER_BLOCK, max_tokens=2)
@@ -118,7 +118,7 @@ def test_what_was_being_loaded_at_a_reset_is_not_stored_again(stand: Stand) -> N
 
 
 def test_a_request_that_runs_on_over_anothers_clear_stores_nothing_more(stand: Stand) -> None:
-    """The server tells of the clear; it is tried once, and not with every block."""
+    """The server reports the clear after one try, so not every block is tried."""
     request = stand.add(1, TOKENS, max_tokens=6 * PER_BLOCK)
     for _ in range(3):
         stand.step()
@@ -152,7 +152,7 @@ def test_a_request_that_is_new_after_anothers_clear_is_stored(make: Make) -> Non
 
 @OWN
 def test_a_reset_that_the_server_does_not_hear_of_is_told(stand: Stand) -> None:
-    """And nothing of before is stored all the same."""
+    """And still nothing from before is stored."""
     stand.add(1, TOKENS, max_tokens=2 * PER_BLOCK)
     stand.step()
     stand.side._launched.close()

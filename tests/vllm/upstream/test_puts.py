@@ -44,7 +44,7 @@ def test_blocks_stay_after_the_end_until_they_are_stored(stand: Stand) -> None:
 def test_a_block_of_the_last_step_before_idle_is_stored_where_drafts_are_made(
     make: Make, steps: int
 ) -> None:
-    """Steps without a forward follow, of which vLLM tells in another order."""
+    """Steps without a forward follow, which vLLM reports in another order."""
     stand = make(drafts=True)
     stand.copies.lasts_s = lambda: 0.01
     stand.add(1, 3 * PER_BLOCK + 1 - steps, max_tokens=steps)
