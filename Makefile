@@ -6,7 +6,7 @@ VLLM_VENV ?= .venv-vllm
 LATEST_VENV ?= .venv-latest
 LOCK_VENV ?= .venv-lock
 BIN := $(VENV)/bin
-# A lock names every package, so pip shall not add one.
+# A lock names every package, so pip must not add one.
 LOCKED := install --quiet --no-deps --requirement
 # Only the tests need torch. On PyPI its Linux wheels bring CUDA along; for the CPU build:
 #   make test TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"

@@ -7,7 +7,7 @@
 /* What became of each block for which a place in another tier was wanted. */
 enum copy_outcome {
     COPY_TAKEN,   /* it has a place there now, RESERVED */
-    COPY_GONE,    /* its first tier has it no more */
+    COPY_GONE,    /* the source tier no longer has it */
     COPY_THERE,   /* it had a place there already */
     COPY_NO_ROOM, /* there is no room, or it is not worth an eviction */
 };
@@ -15,7 +15,7 @@ enum copy_outcome {
 struct copies {
     unsigned source, target;
     const int64_t *source_ids;
-    const unsigned char *keys; /* of each, to know it again */
+    const unsigned char *keys; /* of each: its place may hold another block by now */
     size_t n;
     enum reserve_how how;
     unsigned char *outcomes;

@@ -176,7 +176,7 @@ size_t nodes_find(const struct block_index *index, const unsigned char *keys, si
     return end - begin;
 }
 
-/* Whether a key is among those that were seen; if not it is from now on. The table holds positions
+/* Return whether a key was seen before, and note it if not. The table holds positions
  * plus two, so that zero is empty and the root's is one; its size is a power of two. */
 static bool seen_before(uint32_t *seen, size_t slots, const unsigned char *keys, int64_t position)
 {
