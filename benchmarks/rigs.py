@@ -12,7 +12,7 @@ from flexkv.common.config import CacheConfig, ModelConfig
 
 PER_BLOCK = 16
 PROMPT_STRIDE = 400_000
-"""Tokens between the first ones of two prompts: ids have 32 bits, for ten thousand prompts."""
+"""Distance of the first tokens of two prompts; ten thousand prompts fit into 32-bit ids."""
 
 LARGE = ModelConfig(num_layers=32, num_kv_heads=8, head_size=128, dtype="float16")
 """An 8B-shaped model: a block of 16 tokens has 2 MiB, in 64 pieces of 32 KiB."""

@@ -95,8 +95,8 @@ static size_t keys_write(const char *tokens, size_t blocks, size_t block_tokens,
     return blocks;
 }
 
-/* Raise ValueError(index, token) for the first token from `first` on that needs more than 32 bits, if
- * there is one. */
+/* Raise ValueError(index, token) for the first token from `first` on that needs more than 32 bits,
+ * if there is one. */
 static int token_raise(const char *tokens, Py_ssize_t count, Py_ssize_t first)
 {
     for (Py_ssize_t i = first; i < count; i++) {

@@ -77,8 +77,8 @@ class Durability:
         failed: FlexKVError | None = await self._write_all()
         if self._scheduler.failure is not None:
             raise self._scheduler.failure
-        failed = await self._synced() or failed  # what is written all the same shall be safe
-        if failed is None and self._syncs_failed > failed_before:  # that of another flush
+        failed = await self._synced() or failed  # make safe what could be written
+        if failed is None and self._syncs_failed > failed_before:  # another flush saw it fail
             failed = self._sync_failure
         if failed is not None:
             raise failed
@@ -93,7 +93,7 @@ class Durability:
             except DeadlineError as late:
                 if late.route != _FROM_DEVICE:
                     return late
-                stuck = late  # one device hangs: what others have put is written all the same
+                stuck = late  # one device hangs: the blocks of other devices are still written
         for owes_all in (False, True):
             if owes_all:
                 await self._behind.owe_all()

@@ -34,7 +34,7 @@ class Keeping:
         self._intake, self._residency, self._ledger = intake, residency, ledger
         self._opened_with, self.pins = opened_with, pins
         self.about_to_clear: Callable[[], None] = lambda: None
-        """Called in front of each clear."""
+        """Called before each clear."""
         self.on_clear: Callable[[Tier | None], None] = lambda tier: None
         """Called with the tier that was cleared; None for a namespace or everything."""
 

@@ -82,7 +82,7 @@ class Ledger:
         """Erased, and the journal does not say so yet."""
         self._erased: list[BlockIds] = []
         self._emptied: set[int] = set()
-        """Journals that took too little and were emptied: they lack what the tier holds."""
+        """Journals that were emptied as they took too little, and so lack blocks of the tier."""
         self._clears = False
         """Whether the journals have to be emptied before the notes are written."""
         self._forgets_evicted = False
@@ -381,7 +381,7 @@ class Ledger:
             raise next(iter(failures.values()))
 
     async def _note_anew(self) -> None:
-        """Note what the tier holds and journals lack that were emptied: they may take it now."""
+        """Note again the blocks of the tier that emptied journals lack; they may take them now."""
         count = len(self._journals)
         for number in list(self._emptied):
             self._emptied.discard(number)

@@ -10,9 +10,9 @@ from flexkv.graph.planner import PlanLimits
 WRITE_WINDOWS = 2
 """Windows of owed blocks that are with a tier at once: one is written, one waits."""
 KEPT_SHARE_MAX = 0.75
-"""Part of host memory that may be kept for lower tiers: the rest is for reads, and others."""
+"""Part of host memory that may be kept for lower tiers; the rest is for loads."""
 WRITE_SHARE_MAX = 0.125
-"""Part of host memory that may be one window: nobody gets the room of blocks being written."""
+"""Bound on one window, as a part of host memory: blocks being written free no room."""
 
 DISK_READ_PIECE_BYTES, DISK_WRITE_PIECE_BYTES = 2 * MB, 8 * MB
 """One submission to the disk. Reads are small, so that others can cut in."""

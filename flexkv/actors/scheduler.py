@@ -288,10 +288,10 @@ class Scheduler:
             self._notes.erased(block_ids)
 
     def drop_unsynced(self, tier: Tier, block_ids: BlockIds) -> None:
-        """Forget blocks of a lower tier that a failed sync may have lost, and owe it anew.
+        """Forget blocks of a lower tier that a failed sync may have lost, and owe them again.
 
-        What is being written may be lost as well, if it came to the kernel before the sync: its
-        end proves nothing.
+        Blocks being written may be lost as well, if they reached the kernel before the sync, so
+        their writes prove nothing when they end.
         """
         self._residency.forget(tier, block_ids)
         route = Route(Tier.HOST, tier)

@@ -73,7 +73,7 @@ class WriteBehind:
     Attributes:
         waiting_requests: how many wait for room in host memory.
         is_active: whether `pump` has anything to do.
-        coming_blocks: on their way to host memory, and owed once they are there.
+        coming_blocks: blocks on their way to host memory, to be owed once they are there.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class WriteBehind:
         self.is_active = True
 
     def about_to_clear(self) -> None:
-        """Count what was evicted by now: of what is cleared nothing is given up."""
+        """Count blocks that were evicted before a clear as given up; cleared ones are not."""
         for queue in self._queues.values():
             queue.drop_gone(EVICTED)
 
@@ -192,7 +192,7 @@ class WriteBehind:
         behindhand = frozenset(tier for tier, queue in self._queues.items() if queue.blocks)
         self._planner.behindhand = behindhand
         self._tell_given_up()
-        # All that is owed counts, and not only what is kept: to let it be evicted ends no burst.
+        # All owed blocks count, not only kept ones: letting them be evicted must not end a burst.
         pending = sum(q.blocks + self._in_flight[tier] for tier, q in self._queues.items())
         pending += self.coming_blocks
         if pending <= self._limits.kept_blocks_max // 2:
@@ -207,7 +207,7 @@ class WriteBehind:
                 self._retry_later()
                 return
             if self._residency.counts(tier).reserved >= self._limits.kept_blocks_max > 0:
-                return  # nobody gets the room of what is being written: puts' own is enough
+                return  # blocks being written free no room, so writes queued by puts are enough
             before = queue.blocks
             taken = queue.take()
             if taken is not None:
@@ -349,7 +349,7 @@ class WriteBehind:
                 await asyncio.sleep(0)
 
     async def left_blocks(self) -> dict[str, int]:
-        """Count by the tier's name the blocks of host memory that it lacks, and is not owed."""
+        """Return how many blocks of host memory each tier lacks and is not owed, by its name."""
         left = {}
         for tier, queue in self._queues.items():
             blocks = 0

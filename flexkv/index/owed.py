@@ -32,7 +32,7 @@ def _words(keys: bytes) -> NDArray[np.uint64]:
 
 
 def _equal(some: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Return which keys are equal, row by row: faster than `all` over an axis of two."""
+    """Return which keys are equal, row by row; this is faster than `all` over two columns."""
     equal: NDArray[np.bool_] = (some[:, 0] == others[:, 0]) & (some[:, 1] == others[:, 1])
     return equal
 
@@ -81,7 +81,7 @@ class OwedBlocks:
         self._left: Counter[int] = Counter()
         places = residency.counts(Tier.HOST).capacity  # resizing takes none away
         self._key_at = np.zeros((places, _KEY_WORDS), np.uint64)
-        """The block that waits at each place of host memory; zeros where none does."""
+        """The key of the block that waits at each place of host memory; zeros where none does."""
 
     def add(
         self, host_ids: BlockIds, room_blocks: int, attempts: int = 0, epoch: int | None = None
@@ -141,7 +141,7 @@ class OwedBlocks:
         self._leave(taken.epoch, -len(taken.host_ids))
 
     def not_owed(self, host_ids: BlockIds) -> BlockIds:
-        """Return those of some places of host memory whose READY blocks do not wait."""
+        """Return those of some host places whose READY blocks are not owed."""
         waiting = self._key_at[host_ids]
         may_wait = (waiting[:, 0] | waiting[:, 1]).astype(np.bool_)
         some = host_ids[may_wait]
@@ -225,7 +225,7 @@ class OwedBlocks:
             self._key_at[ids[_equal(self._key_at[ids], keys)]] = 0
 
     def _leave(self, epoch: int, blocks: int) -> None:
-        """Count blocks of an epoch that are not over; an epoch without any is forgotten."""
+        """Add to the number of an epoch's unfinished blocks; forget an epoch without any."""
         self._left[epoch] += blocks
         if not self._left[epoch]:
             del self._left[epoch]

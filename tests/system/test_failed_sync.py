@@ -1,4 +1,4 @@
-"""A flush returns only when the device and the journals have it, whatever failed before."""
+"""A flush returns only when disk and journals have the blocks, whatever failed before."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.system.test_write_behind import BLOCKS, QUICK, on_disk, put
 
 
 def sync_failing(engine: Engine) -> Callable[[], None]:
-    """Let every sync of the disk fail, and lose what it should have written; gives what ends it."""
+    """Make every sync of the disk fail and lose its writes; return a call that ends this."""
     disk = disk_of(engine)
 
     async def failed() -> None:
@@ -33,7 +33,7 @@ def sync_failing(engine: Engine) -> Callable[[], None]:
 
 
 def test_what_a_failed_sync_has_lost_is_owed_anew() -> None:
-    """It is written again before host memory evicts it, though nobody flushes again."""
+    """The lost blocks are written again before host memory evicts them, without another flush."""
 
     async def work(engine: Engine) -> None:
         await put(engine, 0)
@@ -52,7 +52,7 @@ def test_what_a_failed_sync_has_lost_is_owed_anew() -> None:
 
 @pytest.mark.parametrize("later_s", [0.2, 0.9])
 def test_a_flush_hears_of_the_sync_of_another_that_failed_meanwhile(later_s: float) -> None:
-    """It came while the sync was under way, and what was put before it is not safe."""
+    """The flush came while the sync was under way, and blocks put before it are not safe."""
 
     async def work(engine: Engine) -> None:
         disk = disk_of(engine)
@@ -80,7 +80,7 @@ def test_a_flush_hears_of_the_sync_of_another_that_failed_meanwhile(later_s: flo
 
 
 def test_what_is_being_written_while_a_sync_fails_is_not_believed() -> None:
-    """The kernel had its bytes before the sync, its end is told after; it is written once more."""
+    """The kernel had its bytes before the sync, and it ended after; it is written once more."""
 
     async def work(engine: Engine) -> None:
         disk, device = disk_of(engine), engine.devices._by_rank[0].port
@@ -107,7 +107,7 @@ def test_what_is_being_written_while_a_sync_fails_is_not_believed() -> None:
 def test_a_journal_that_was_emptied_fails_the_flush_until_it_has_all_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It took no more for so long that it was emptied: a later run would find nothing."""
+    """The journal took nothing for so long that it was emptied: a later run would find nothing."""
     monkeypatch.setattr("flexkv.io.journals.KEPT_BYTES_MAX", 300)
 
     async def work(engine: Engine) -> None:

@@ -127,7 +127,7 @@ def test_a_burst_that_may_wait_loses_nothing() -> None:
 
 
 def test_a_burst_of_prompts_of_half_the_host_memory_waits_once() -> None:
-    """To give up what is kept, since the burst has waited enough, begins no other burst."""
+    """When the burst has waited enough and kept blocks are released, no new burst begins."""
 
     async def work(engine: Engine) -> None:
         loop = asyncio.get_running_loop()
@@ -142,7 +142,7 @@ def test_a_burst_of_prompts_of_half_the_host_memory_waits_once() -> None:
 
 
 def test_puts_at_once_lose_nothing_if_they_may_wait() -> None:
-    """Sixty puts side by side: what comes to host memory is counted before it is there."""
+    """Sixty puts side by side: blocks on their way to host memory count before they arrive."""
 
     async def work(engine: Engine) -> None:
         disk_of(engine)._faults = FaultPlan(1, 0.0, 0.02, 0.02)
@@ -179,7 +179,7 @@ def test_what_comes_to_host_memory_in_vain_is_counted_no_more() -> None:
 
 
 def test_a_clear_does_not_hide_what_was_given_up() -> None:
-    """What the SSD, which is down, missed for good is counted, though a namespace is cleared."""
+    """Blocks lost to an SSD that is down are counted, even if a namespace is cleared."""
 
     async def work(engine: Engine) -> None:
         disk = disk_of(engine)
@@ -308,7 +308,7 @@ def test_what_is_put_again_is_owed_once() -> None:
 
 
 def test_another_block_at_the_place_of_one_that_is_owed_is_owed_too() -> None:
-    """The first was evicted unwritten, since the SSD hangs, and another has its place."""
+    """The first block was evicted unwritten, since the SSD hangs, and another has its place."""
 
     async def work(engine: Engine) -> None:
         disk_of(engine)._faults = FaultPlan(1, 0.0, 30.0, 30.0)
