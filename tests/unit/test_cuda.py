@@ -117,9 +117,10 @@ async def test_a_device_that_breaks_fails_all_that_is_under_way(
 async def test_a_device_that_cannot_tell_of_an_end_is_waited_for() -> None:
     """Nothing is told to have ended while it is copied, on either stream."""
     rig = Rig(ENGINE)
-    rig.driver.takes_s = {"cuMemcpyBatchAsync": 1.0}
+    rig.driver.takes_s = {"cuMemcpyBatchAsync": 3.0}
     rig.layers[0][:] = 5
     rig.submit(1, to_host=False, blocks=1)
+    rig.driver.takes_s = {"cuMemcpyBatchAsync": 0.3}  # over long before the first one is
     rig.driver.refuses = {"cuLaunchHostFunc": 900}
     rig.submit(2)
     assert [(c.token, c.error) for c in rig.port.reap()] == [(2, None)]
