@@ -119,7 +119,9 @@ def _memory() -> Finding:
 
 def _disk(directory: Path) -> Finding:
     free = psutil.disk_usage(str(directory)).free
-    return Finding("disk", f"{free / GB:.1f} GB free", free > GB)
+    good = free > GB
+    advice = "" if good else "free some space, or choose another directory with --dir"
+    return Finding("disk", f"{free / GB:.1f} GB free", good, advice)
 
 
 def _cuda() -> Finding:
@@ -139,7 +141,9 @@ def _bandwidth() -> Finding:
         pool.close()
     numpy = _best_gb_per_s(lambda: np.copyto(target, source))
     found = f"{ours:.1f} GB/s with {threads} threads, numpy {numpy:.1f} GB/s"
-    return Finding("memory copy", found, ours > 0.8 * numpy)
+    good = ours > 0.8 * numpy
+    advice = "" if good else "other programs may use the CPUs: measure again while they are idle"
+    return Finding("memory copy", found, good, advice)
 
 
 def _best_gb_per_s(copy: Callable[[], None]) -> float:

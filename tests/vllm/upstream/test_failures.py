@@ -63,8 +63,10 @@ def test_what_was_not_loaded_is_computed(recomputing: Stand) -> None:
     assert stand.scheduler.failed_recving_kv_req_ids == {failed.request_id}
     assert failed.num_computed_tokens == 0
     assert min(one.num_computed_tokens, other.num_computed_tokens) >= BLOCKS * PER_BLOCK
-    given = stand.run()
-    assert [e.finish_reason for e in given if e.finish_reason] == [FinishReason.LENGTH] * 3
+    stand.run()
+    # Whoever's load came first may have been over before the other's was told of.
+    ends = {request.status for request in (one, failed, other)}
+    assert ends == {RequestStatus.FINISHED_LENGTH_CAPPED}
     assert len(stand.copies.device_blocks) == 3
     stand.check_empty()
 
