@@ -19,8 +19,13 @@ from pathlib import Path
 from benchmarks.disk_limits import BLOCK_BYTES, BareRing, Fio, huge_pages
 from benchmarks.harness import Figures, Options, median_ratio, percentile
 from benchmarks.rigs import LARGE, cache_of, kv_caches, prompt, slots_of
+from benchmarks.slow_disk import missing, slow_disk
 from flexkv.common.config import MB, CacheConfig
 from flexkv.kvmanager import KVManager
+
+SLOW_RATE = 0.2e9
+ALLOWED_MS = 2.0
+"""A read behind bulk may take twice its time alone, and this."""
 
 
 def measure(options: Options) -> Figures:
@@ -51,7 +56,28 @@ async def _measure(directory: Path, bulk: int, repeats: int) -> Figures:
         if shutil.which("fio") is not None:
             figures |= await rig.writes_against_limits(repeats)
         figures |= await rig.gets_beside_writes(repeats)
-        return figures
+    return figures | await _on_a_slow_disk(directory, bulk // 4, repeats)
+
+
+async def _on_a_slow_disk(directory: Path, bulk: int, repeats: int) -> Figures:
+    """Small reads behind bulk where the disk reads at `SLOW_RATE`."""
+    name = f"at {SLOW_RATE / 1e9} GB/s: "
+    if why := missing():
+        return {name.rstrip(": "): f"not measured: {why}"}
+    blocks = 12 * bulk
+    with slow_disk(directory, SLOW_RATE) as slow:
+        cache = cache_of(
+            2 * bulk + 8,
+            slow,
+            num_ssd_blocks=blocks,
+            write_behind_max_gb=bulk * BLOCK_BYTES / 2**30,
+        )
+        async with KVManager(LARGE, cache) as manager:
+            manager.register_kv_caches(kv_caches(LARGE, bulk))
+            rig = _Rig(manager, cache, slow, bulk)
+            await rig.fill()
+            figures = await rig.small_behind_bulk(repeats)
+    return {name + figure: value for figure, value in figures.items()}
 
 
 class _Rig:
@@ -164,10 +190,21 @@ class _Rig:
         """Single blocks read one after the other while a bulk prefetch of 512 MiB runs."""
         alone, beside = [], []
         latencies: list[float] = []
-        for _ in range(repeats):
-            alone.append(await self.read_bulk())
-            beside.append(await self._bulk_beside_singles(latencies))
+        idle: list[float] = []
+        for round_number in range(repeats + 1):  # the first warms up
+            idle += [await self._read_single_ms() for _ in range(8)]
+            rate = await self.read_bulk()
+            both = await self._bulk_beside_singles(latencies)
+            if round_number:
+                alone.append(rate)
+                beside.append(both)
+            else:
+                latencies.clear()
+        single_ms = statistics.median(idle)
         return {
+            "2 MiB read alone, p50 ms": single_ms,
+            "2 MiB read behind bulk, p99 / (2 x alone + 2 ms)": percentile(latencies, 99)
+            / (2 * single_ms + ALLOWED_MS),
             "2 MiB read behind bulk, p50 ms": percentile(latencies, 50),
             "2 MiB read behind bulk, p99 ms": percentile(latencies, 99),
             "2 MiB reads behind bulk, samples": float(len(latencies)),
@@ -185,19 +222,25 @@ class _Rig:
             bulk = group.create_task(self.manager.prefetch(prompt(self._next_bulk % 3, self.bulk)))
             await asyncio.sleep(0.005)
             while not bulk.done():
-                tokens = prompt(1000 + self._next_single % self.singles, 1)
-                self._next_single += 1
-                asked = time.perf_counter()
-                response = await self.manager.prefetch(tokens)
-                assert response.return_mask.all(), "a single block is not on disk any more"
+                took_ms = await self._read_single_ms()
                 if not bulk.done():
-                    latencies.append((time.perf_counter() - asked) * 1e3)
+                    latencies.append(took_ms)
                     singles += 1
         took_s = time.perf_counter() - begin
         self._next_bulk += 1
         moved = self._moved("disk→host") - before
         small = singles * BLOCK_BYTES
         return (moved - small) / took_s / 1e9, small / took_s / 1e9
+
+    async def _read_single_ms(self) -> float:
+        """Read the single block that was used longest ago."""
+        tokens = prompt(1000 + self._next_single % self.singles, 1)
+        self._next_single += 1
+        begin = time.perf_counter()
+        response = await self.manager.prefetch(tokens)
+        took_ms = (time.perf_counter() - begin) * 1e3
+        assert response.return_mask.all(), "a single block is not on disk any more"
+        return took_ms
 
     async def gets_beside_writes(self, repeats: int) -> Figures:
         """Host-hit gets of 8 blocks: idle, and while the write-behind of a put goes on."""

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import msgspec
 
 from flexkv.actors.mailbox import Cursor, Lane, Mailbox
+from flexkv.actors.pace import Pace
 from flexkv.common.errors import (
     CorruptBlockError,
     InternalError,
@@ -43,6 +44,8 @@ class Window(NamedTuple):
     bytes_max: int
     piece_bytes_max: int
     """One submission to the port at most, though at least one block."""
+    is_paced: bool = False
+    """Whether less may be in flight if less keeps the disk busy: see `Pace`."""
 
 
 class Bell:
@@ -85,6 +88,11 @@ class TransferActor:
         self.in_flight_bytes = {True: 0, False: 0}
         self._port = port
         self._windows = {True: inbound, False: outbound}
+        self._paces = {
+            is_inbound: Pace(window.bytes_max, window.piece_bytes_max, port.block_bytes)
+            for is_inbound, window in self._windows.items()
+            if window.is_paced
+        }
         self._mailbox = Mailbox(transfers_max, port.block_bytes)
         self._pieces: dict[int, tuple[Cursor, int, int, float]] = {}
         self._now_s: Callable[[], float] = lambda: 0.0
@@ -173,6 +181,8 @@ class TransferActor:
                 progress |= self._pump(self._mailbox.outbound, False)
             elif not self.in_flight_bytes[False]:
                 progress |= self._pump(self._mailbox.outbound, False, pieces_max=1)
+        if self._paces:
+            self._measure()
         for cursor in self._recalled:
             self._end(cursor, ends)
         self._recalled.clear()
@@ -182,7 +192,8 @@ class TransferActor:
     def _pump(self, lane: Lane, inbound: bool, pieces_max: int | None = None) -> bool:
         """Submit pieces while the window has room; tell whether any was."""
         pieces, submit, begun_s = self._pieces, self._port.submit, self._begun_s
-        limit, piece_bytes_max = self._windows[inbound]
+        window = self._paces.get(inbound) or self._windows[inbound]
+        limit, piece_bytes_max = window.bytes_max, window.piece_bytes_max
         in_flight, submitted, now_s = self.in_flight_bytes[inbound], 0, self._now_s()
         # As much again at most: who is slower than the device shall not hold ever more.
         arrived = min(self._port.arrived_bytes, limit) if inbound else 0
@@ -218,8 +229,11 @@ class TransferActor:
         pieces, in_flight = self._pieces, self.in_flight_bytes
         for completion in self._port.reap():
             token, error = completion
-            cursor, begin, units, _ = pieces.pop(token)
-            in_flight[cursor.inbound] -= units * cursor.unit_bytes
+            cursor, begin, units, begin_s = pieces.pop(token)
+            nbytes = units * cursor.unit_bytes
+            in_flight[cursor.inbound] -= nbytes
+            if self._paces and error is None:
+                self._measure_piece(cursor.inbound, nbytes, begin_s)
             cursor.pieces_in_flight -= 1
             if cursor.watch is not None and error is None:
                 cursor.end_layers(begin, units)
@@ -232,6 +246,18 @@ class TransferActor:
                 ends.append(completion)
             else:
                 self._end(cursor, ends)
+
+    def _measure_piece(self, inbound: bool, nbytes: int, begin_s: float) -> None:
+        for pace in self._paces.values():
+            pace.moved(nbytes)
+        self._paces[inbound].ended(nbytes, begin_s, self._now_s())
+
+    def _measure(self) -> None:
+        """Let the windows follow the disk."""
+        now_s, mailbox = self._now_s(), self._mailbox
+        for is_inbound, pace in self._paces.items():
+            lane = mailbox.inbound if is_inbound else mailbox.outbound
+            pace.turned(now_s, bool(lane) and (is_inbound or not mailbox.inbound))
 
     def _fail(self, cursor: Cursor, error: TransferError) -> None:
         """Keep why a transfer fails: the first error, and every block that is corrupt."""

@@ -1,13 +1,15 @@
 """The queue of one transfer actor: inbound before outbound, fair between requests, bounded.
 
-Inbound ops (towards the device) always go first. Within a direction, requests take turns: each
-turn gives one piece of the request whose turn it is, so that a large prefetch never holds a small
-get back by more than what is already in flight.
+Inbound ops (towards the device) always go first. Within a direction, requests take turns of one
+piece each. A request that has just come goes ahead of those that have had a turn, as in fq_codel
+(RFC 8290): so large prefetches, however many, never hold a small get back by more than what is
+already in flight. Many that have just come leave the others every fifth turn.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from itertools import chain
 
 import msgspec
 
@@ -16,6 +18,9 @@ from flexkv.common.terms import Layers, LayerWatch, Transfer
 
 LAYERED_PIECES = 16
 """Into how many pieces at least a transfer goes layer by layer: the first shall be there soon."""
+
+FRESH_TURNS_MAX = 4
+"""Turns in a row of requests that have just come."""
 
 
 class Cursor(msgspec.Struct):
@@ -67,19 +72,25 @@ class Cursor(msgspec.Struct):
 
 
 class Lane:
-    """The waiting transfers of one direction, in turns by owner."""
+    """The waiting transfers of one direction, in turns by owner.
+
+    Owners that have had no turn yet go first, but not for more than a few turns in a row.
+    """
 
     def __init__(self) -> None:
         self._turns: dict[int, deque[Cursor]] = {}
+        self._fresh: dict[int, deque[Cursor]] = {}
+        """The owners that have had no turn yet."""
+        self._fresh_in_row = 0
 
     def __bool__(self) -> bool:
-        return bool(self._turns)
+        return bool(self._turns or self._fresh)
 
     def append(self, cursor: Cursor) -> None:
         """Queue a transfer behind its owner's others."""
-        queue = self._turns.get(cursor.owner)
+        queue = self._turns.get(cursor.owner) or self._fresh.get(cursor.owner)
         if queue is None:
-            self._turns[cursor.owner] = deque((cursor,))
+            self._fresh[cursor.owner] = deque((cursor,))
         else:
             queue.append(cursor)
 
@@ -89,8 +100,10 @@ class Lane:
         None when nothing waits that may go, or the piece has more than `room_bytes`. The next turn
         is the next owner's.
         """
-        turns = self._turns
-        if not turns:
+        turns, fresh = self._turns, self._fresh
+        if fresh and not (turns and self._fresh_in_row == FRESH_TURNS_MAX):
+            turns = fresh
+        elif not turns:
             return None
         owner, queue = next(iter(turns.items()))
         cursor = queue[0]
@@ -107,11 +120,11 @@ class Lane:
         if units == rest:
             cursor.queued = False
             queue.popleft()
-            if not queue:
-                del turns[owner]
-                return cursor, begin, units
-        if len(turns) > 1:
-            turns[owner] = turns.pop(owner)
+        self._fresh_in_row = self._fresh_in_row + 1 if turns is fresh else 0
+        if not queue:
+            del turns[owner]
+        elif turns is fresh or len(turns) > 1:
+            self._turns[owner] = turns.pop(owner)
         return cursor, begin, units
 
     def _take_layers(self, bytes_max: int, room_bytes: int) -> tuple[Cursor, int, int] | None:
@@ -119,7 +132,8 @@ class Lane:
 
         All transfers of one owner take turns too: their first layers go first.
         """
-        waiting = (cursor for queue in self._turns.values() for cursor in queue)
+        queues = chain(self._fresh.values(), self._turns.values())
+        waiting = (cursor for queue in queues for cursor in queue)
         cursor = next((each for each in waiting if each.next_unit < each.ready), None)
         if cursor is None:
             return None
@@ -130,20 +144,27 @@ class Lane:
             return None
         cursor.next_unit = begin + units
         cursor.pieces_in_flight += 1
-        self.remove(cursor)
+        turns = self._turns_of(cursor.owner)
+        queue = turns.pop(cursor.owner)
+        queue.remove(cursor)
         if cursor.next_unit < cursor.units:
-            cursor.queued = True
-            self.append(cursor)
-        if queue := self._turns.pop(cursor.owner, None):
+            queue.append(cursor)
+        else:
+            cursor.queued = False
+        if queue:
             self._turns[cursor.owner] = queue
         return cursor, begin, units
 
     def remove(self, cursor: Cursor) -> None:
         """Take a waiting transfer out."""
-        self._turns[cursor.owner].remove(cursor)
+        turns = self._turns_of(cursor.owner)
+        turns[cursor.owner].remove(cursor)
         cursor.queued = False
-        if not self._turns[cursor.owner]:
-            del self._turns[cursor.owner]
+        if not turns[cursor.owner]:
+            del turns[cursor.owner]
+
+    def _turns_of(self, owner: int) -> dict[int, deque[Cursor]]:
+        return self._turns if owner in self._turns else self._fresh
 
 
 class Mailbox:

@@ -244,8 +244,18 @@ class CacheConfig(ConfigModel):
         ge=0,
         le=256,
     )
-    disk_read_window_mb: float = key(8.0, "Bytes being read from SSD at once.", unit="MB", gt=0)
-    disk_write_window_mb: float = key(32.0, "Bytes being written to SSD at once.", unit="MB", gt=0)
+    disk_read_window_mb: float = key(
+        32.0,
+        "Bytes being read from SSD at once, at most: fewer, if fewer keep it busy.",
+        unit="MB",
+        gt=0,
+    )
+    disk_write_window_mb: float = key(
+        32.0,
+        "Bytes being written to SSD at once, at most: fewer, if fewer keep it busy.",
+        unit="MB",
+        gt=0,
+    )
     device_window_mb: float = key(
         128.0, "Bytes being copied to or from the device at once.", unit="MB", gt=0
     )

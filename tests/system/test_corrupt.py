@@ -77,6 +77,7 @@ async def test_every_corrupt_block_of_a_read_is_counted_and_dropped_for_good(
     """Whether they are in one piece of the read or in several: the statistics and the log have them
     all, and no later life finds any of them, though the blocks before them come back."""
     monkeypatch.setattr("flexkv.limits.DISK_READ_PIECE_BYTES", piece_blocks * STRIDE)
+    monkeypatch.setattr("flexkv.actors.pace.FIRST_PIECES", BLOCKS)  # all are in flight at once
     random = np.random.default_rng(seed)
     bad = set(random.permutation(BLOCKS)[: random.integers(2, 8)].tolist())
     async with Life(tmp_path) as life:

@@ -1,0 +1,81 @@
+"""A file system whose reads go one after the other through a pipe of a given rate.
+
+    python -m benchmarks.slow_disk MOUNTPOINT DIRECTORY BYTES_A_SECOND
+
+It needs FUSE. A cgroup would throttle a real device, but in bursts of many milliseconds.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mfusepy
+
+from tests.system.failing_disk import FailingDisk
+
+PATIENCE_S = 20.0
+
+
+class SlowDisk(FailingDisk):
+    """Passes calls on to a directory; reads wait for their turn in the pipe."""
+
+    def __init__(self, directory: Path, rate: float) -> None:
+        super().__init__(directory, Path(os.devnull))
+        self._rate, self._free_s, self._lock = rate, 0.0, threading.Lock()
+
+    def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
+        """Read, no faster than the pipe."""
+        with self._lock:
+            self._free_s = max(self._free_s, time.monotonic()) + size / self._rate
+            end_s = self._free_s
+        data = os.pread(fh, size, offset)
+        time.sleep(max(0.0, end_s - time.monotonic()))
+        return data
+
+
+def missing() -> str:
+    """Return what this machine lacks for a slow disk; empty if nothing."""
+    if not Path("/dev/fuse").exists() or shutil.which("fusermount3") is None:
+        return "needs FUSE"
+    return ""
+
+
+@contextmanager
+def slow_disk(directory: Path, rate: float) -> Iterator[Path]:
+    """Lend a directory in a slow file system.
+
+    Args:
+        directory: where the bytes really are.
+        rate: bytes a second.
+
+    Raises:
+        RuntimeError: this process may not mount.
+    """
+    mounted, real = (directory.resolve() / name for name in ("slow", "real"))  # it serves from /
+    mounted.mkdir()
+    real.mkdir()
+    command = [sys.executable, "-m", "benchmarks.slow_disk", str(mounted), str(real), str(rate)]
+    with subprocess.Popen(command) as serving:
+        until_s = time.monotonic() + PATIENCE_S
+        while not mounted.is_mount():
+            if serving.poll() is not None or time.monotonic() > until_s:
+                serving.kill()
+                raise RuntimeError(f"{mounted} cannot be mounted")
+            time.sleep(0.01)
+        try:
+            yield mounted
+        finally:
+            subprocess.run(["fusermount3", "-u", "-z", str(mounted)], check=True)
+
+
+if __name__ == "__main__":
+    disk = SlowDisk(Path(sys.argv[2]), float(sys.argv[3]))
+    mfusepy.FUSE(disk, sys.argv[1], foreground=True, nothreads=False)

@@ -1,0 +1,167 @@
+"""How many bytes a disk is given at once: enough to keep it busy, and no more.
+
+A read that arrives waits for all that is in flight, so the bytes in flight are a delay. A disk
+needs `rate x latency` bytes in flight to reach its rate; whatever is beyond that only waits. Both
+are measured, as BBR does for a network path (Cardwell et al., ACM Queue 14(5), 2016):
+
+    STEADY ──after PERIOD_S──▶ RAISING ──no faster any more──▶ DRAINING ──one alone──▶ STEADY
+                                       twice as much                   one piece
+
+The rate is that of the last intervals in which more was waiting than could be given; the latency is
+the shortest time that a piece took beyond its bytes at that rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from enum import Enum
+
+PIECE_S = 0.5e-3
+"""How long a piece takes at most, unless it is one block."""
+DELAY_S = 2e-3
+"""What is in flight may delay a read of one block by as long as the read takes alone, and this."""
+MARGIN = 1.25
+"""By how much more than the shortest latency is filled: others take longer."""
+INTERVAL_PIECES, RAISED_PIECES = 8, 4
+"""Pieces of one measurement of the rate, at least; of one with a larger window: it delays reads."""
+RATES = 4
+"""Measurements of which the largest counts as the rate."""
+FASTER = 1.1
+"""By this much at least a larger window must be faster to be raised further."""
+PERIOD_S, PERIOD_PIECES = 30.0, 2000
+"""Time and pieces between two searches, at least; a latency counts for two such periods at most."""
+FIRST_PIECES = 2
+"""Pieces in flight before anything has been measured."""
+
+
+class _State(Enum):
+    STEADY = "steady"
+    RAISING = "raising"
+    DRAINING = "draining"
+
+
+class Pace:
+    """The window of one direction of a disk.
+
+    Attributes:
+        bytes_max: what may be in flight; one piece always may.
+        piece_bytes_max: one submission at most, though at least one block.
+    """
+
+    def __init__(self, bytes_most: int, piece_bytes_most: int, block_bytes: int) -> None:
+        """Begin with a few pieces in flight.
+
+        Args:
+            bytes_most: bound on `bytes_max`.
+            piece_bytes_most: bound on `piece_bytes_max`.
+            block_bytes: the smallest piece.
+        """
+        self._bytes_most, self._piece_bytes_most = bytes_most, piece_bytes_most
+        self._block_bytes = block_bytes
+        self.piece_bytes_max = piece_bytes_most
+        self.bytes_max = min(bytes_most, FIRST_PIECES * self._piece_bytes)
+        self._state = _State.RAISING
+        self._since_s, self._pieces = -math.inf, 0
+        self._raised_from_rate, self._raised_s = 0.0, -math.inf
+        self._rates: deque[float] = deque(maxlen=RATES)
+        self._quickest = self._quickest_before = (math.inf, 0)
+        """The pieces with the shortest latency, of this period and the last: seconds and bytes."""
+        self._interval_begin_s: float | None = None
+        self._interval_bytes = self._interval_pieces = 0
+
+    @property
+    def rate(self) -> float:
+        """Return the bytes a second that the disk was last seen to do; 0 when that is unknown."""
+        return max(self._rates, default=0.0)
+
+    @property
+    def _piece_bytes(self) -> int:
+        return max(self.piece_bytes_max, self._block_bytes)
+
+    def moved(self, nbytes: int) -> None:
+        """Count what the disk has moved, in either direction."""
+        self._interval_bytes += nbytes
+
+    def ended(self, nbytes: int, begin_s: float, now_s: float) -> None:
+        """Take the end of a piece: its size, and when it was submitted and reaped."""
+        self._interval_pieces += 1
+        self._pieces += 1
+        if begin_s < self._raised_s:  # its interval has not begun
+            self._interval_begin_s = None
+        piece = now_s - begin_s, nbytes
+        if self._latency_s(piece) < self._latency_s(self._quickest):
+            self._quickest = piece
+        if self._state is _State.DRAINING and begin_s > self._since_s:  # it was alone
+            self._be(_State.STEADY, now_s)
+
+    def turned(self, now_s: float, is_full: bool) -> None:
+        """Take the end of an actor's turn.
+
+        Args:
+            now_s: the time.
+            is_full: whether more was waiting than the window lets go; otherwise the rate says
+                nothing about the disk.
+        """
+        if not is_full:
+            self._interval_begin_s = None
+            return
+        if self._interval_begin_s is None:
+            self._begin_interval(now_s)
+            return
+        wanted = RAISED_PIECES if self._state is _State.RAISING else INTERVAL_PIECES
+        wanted = max(wanted, self.bytes_max // self._piece_bytes)
+        if self._interval_pieces < wanted or now_s <= self._interval_begin_s:
+            return
+        rate = self._interval_bytes / (now_s - self._interval_begin_s)
+        self._begin_interval(now_s)
+        if self._state is not _State.DRAINING:
+            self._measured(rate, now_s)
+
+    def _begin_interval(self, now_s: float) -> None:
+        self._interval_begin_s = now_s
+        self._interval_bytes = self._interval_pieces = 0
+
+    def _measured(self, rate: float, now_s: float) -> None:
+        self._rates.append(rate)
+        if self._state is _State.RAISING:
+            if rate >= FASTER * self._raised_from_rate and self.bytes_max < self._bytes_most:
+                self._raise(rate, now_s)
+            else:
+                self._be(_State.DRAINING, now_s)
+        elif now_s - self._since_s >= PERIOD_S and self._pieces >= PERIOD_PIECES:
+            self._quickest_before, self._quickest = self._quickest, (math.inf, 0)
+            self._state = _State.RAISING
+            self._raise(rate, now_s)
+        else:
+            self._follow()
+
+    def _raise(self, rate: float, now_s: float) -> None:
+        """Try a window of twice the size."""
+        self._raised_from_rate, self._raised_s = rate, now_s
+        self.bytes_max = min(self._bytes_most, 2 * self.bytes_max)
+
+    def _be(self, state: _State, now_s: float) -> None:
+        self._state, self._since_s, self._pieces = state, now_s, 0
+        self._interval_begin_s = None
+        self._follow()
+
+    def _latency_s(self, piece: tuple[float, int]) -> float:
+        """Return what a piece took beyond its bytes at the disk's rate."""
+        seconds, nbytes = piece
+        return max(0.0, seconds - nbytes / self.rate) if self._rates else seconds
+
+    def _follow(self) -> None:
+        """Set the window by what was measured."""
+        if self._state is _State.DRAINING:
+            self.bytes_max = 0
+            return
+        rate = self.rate
+        self.piece_bytes_max = min(self._piece_bytes_most, int(rate * PIECE_S))
+        piece_bytes = self._piece_bytes
+        latency_s = min(map(self._latency_s, (self._quickest, self._quickest_before)))
+        needed = rate * (MARGIN * latency_s + PIECE_S) + piece_bytes
+        # What comes waits for one piece to end, and then for all that is in flight.
+        allowed = rate * (2 * latency_s + DELAY_S) + 2 * self._block_bytes - piece_bytes
+        whole = math.ceil(needed / piece_bytes) * piece_bytes
+        self.bytes_max = min(self._bytes_most, whole if whole <= allowed else whole - piece_bytes)
