@@ -179,6 +179,22 @@ def test_a_frame_that_is_too_long_or_never_ends_is_no_reason_to_wait(
     eventually(lambda: (client.poll(), not client.is_ready)[1])
 
 
+@pytest.mark.parametrize("behind", range(6))
+def test_a_frame_that_comes_in_pieces_is_understood(
+    client: Client, server: FakeServer, behind: int
+) -> None:
+    """Behind a whole frame in the same packet, too: its rest is awaited."""
+    peer = server.next_peer()
+    first, second = client.ask(KEYS), client.ask(KEYS)
+    frames = [framed(Matched(number, 2, {})) for number in (first, second)]
+    peer.sendall(frames[0] + frames[1][:behind])
+    eventually(lambda: (client.poll(), client.answer(first))[1])
+    assert client.answer(second) is None
+    peer.sendall(frames[1][behind:])
+    eventually(lambda: (client.poll(), client.answer(second))[1])
+    assert client.is_ready
+
+
 def test_a_server_that_never_stops_talking_holds_no_step(
     client: Client, server: FakeServer
 ) -> None:

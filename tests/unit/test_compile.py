@@ -10,7 +10,7 @@ from flexkv.common.request import Operation
 from flexkv.common.terms import Route, Tier
 from flexkv.graph.compile import build, check, compile_shape
 from flexkv.graph.explain import hypothetical
-from flexkv.graph.ops import Leg, Node, Shape
+from flexkv.graph.ops import CHUNKS_MAX, Leg, Node, Shape
 from flexkv.graph.planner import PlanLimits, chunk_count
 
 LOAD, STORE = Route(Tier.HOST, Tier.DEVICE), Route(Tier.DEVICE, Tier.HOST)
@@ -53,6 +53,15 @@ def test_hops_that_cannot_run_are_refused(hops: tuple[Route, ...]) -> None:
     """A tier filled twice, or a hop from where the blocks are not, is our own mistake."""
     with pytest.raises(InvariantError):
         compile_shape(Shape(Operation.GET, (Leg(hops, 1),)))
+
+
+def test_a_leg_has_a_bound_of_chunks() -> None:
+    """As many as are allowed compile, one more and fewer than none do not."""
+    template = compile_shape(Shape(Operation.GET, (Leg((LOAD,), CHUNKS_MAX),)))
+    assert len(template.ops) == CHUNKS_MAX
+    for chunks in (-1, CHUNKS_MAX + 1):
+        with pytest.raises(InvariantError, match="chunks"):
+            compile_shape(Shape(Operation.GET, (Leg((LOAD,), chunks),)))
 
 
 def test_a_cycle_is_refused() -> None:

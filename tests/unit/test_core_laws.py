@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from flexkv.common.errors import (
@@ -132,3 +133,11 @@ def test_eviction_ahead_of_need_frees_what_is_over_and_a_batch_at_least(
     tiers.evict_ahead()
     assert tiers.counts(Tier.HOST).ready == left
     assert resident(tiers, *range(used)) == left
+
+
+def test_positions_pick_their_values_out_of_an_array() -> None:
+    """Whether they are a run or have gaps, and wherever the array begins."""
+    values = np.arange(100, 110)  # those of the positions 4 to 13
+    assert Positions(6, 3).within(values, 4).tolist() == [102, 103, 104]
+    gaps = Positions(6, 3, np.array([6, 9, 13]))
+    assert gaps.within(values, 4).tolist() == [102, 105, 109]
