@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from flexkv.cli.main import commands
 from flexkv.trace.findings import findings
-from flexkv.trace.load import load
+from flexkv.trace.load import Trace, load
 from flexkv.trace.records import Record
 from flexkv.trace.summary import Summary
 from flexkv.trace.view import SHOWN_MAX
@@ -70,7 +71,7 @@ def _later(record: Record, ids: int, ns: int) -> Record:
 _IDS = ("run_id", "request_id")
 
 
-@pytest.fixture(params=["light", "dark"])
+@pytest.fixture
 def browser(request: pytest.FixtureRequest) -> Iterator[tuple[Page, list[str]]]:
     """Give a page of a laptop's size without a network, and what goes wrong on it."""
     with sync_playwright() as playwright:
@@ -98,7 +99,12 @@ def axis(page: Page) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("is_large", [False, True], ids=["demo", "200,000 transfers"])
+@pytest.mark.parametrize(
+    ("browser", "is_large"),
+    [("light", False), ("dark", False), ("dark", True)],
+    indirect=["browser"],
+    ids=["light, demo", "dark, demo", "dark, 200,000 transfers"],
+)
 def test_a_page_is_zoomed_searched_and_clicked(
     is_large: bool, demo_trace: Path, tmp_path: Path, browser: tuple[Page, list[str]]
 ) -> None:
@@ -147,23 +153,41 @@ def test_a_page_is_zoomed_searched_and_clicked(
 _RANGE = "document.getElementById('timeline').layout.xaxis.range"
 
 
-@pytest.mark.parametrize("kind", CASES)
-def test_what_was_wrong_is_on_the_page(kind: str, tmp_path: Path) -> None:
-    """Its finding in words, and the change of state on the time axis where there was one."""
-    import asyncio
+class Shown(NamedTuple):
+    """A trace, and what its page says."""
 
-    changes, work = CASES[kind]
-    trace = asyncio.run(traced(Rig(tmp_path, **changes), work))
-    found = findings(Summary(trace))
+    trace: Trace
+    findings: str
+    events: str
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Shown]:
+    """Return what one browser shows of each case."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in CASES}
+    traces = {
+        kind: asyncio.run(traced(Rig(folders[kind], **changes), work))
+        for kind, (changes, work) in CASES.items()
+    }
+    pages = {kind: page_of(folder / "trace") for kind, folder in folders.items()}
+    found = {}
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         page = chromium.new_page()
-        opened(page, page_of(tmp_path / "trace"))
-        told = page.inner_text("#findings")
-        events = page.inner_text("#events")
+        for kind, path in pages.items():
+            opened(page, path)
+            told = (page.inner_text("#findings"), page.inner_text("#events"))
+            found[kind] = Shown(traces[kind], *told)
         chromium.close()
-    for finding in found:
-        assert finding.kind in told
-        assert finding.text in told
-    for event in trace.events:
-        assert event.kind in events
+    return found
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_what_was_wrong_is_on_the_page(kind: str, shown: dict[str, Shown]) -> None:
+    """Its finding in words, and the change of state on the time axis where there was one."""
+    page = shown[kind]
+    for finding in findings(Summary(page.trace)):
+        assert finding.kind in page.findings
+        assert finding.text in page.findings
+    for event in page.trace.events:
+        assert event.kind in page.events
