@@ -23,6 +23,8 @@ from benchmarks.slow_disk import missing, slow_disk
 from flexkv.common.config import MB, CacheConfig
 from flexkv.kvmanager import KVManager
 
+TIER_BULKS, FILLED_BULKS, FIRST_ROUNDS = 12, 5, 3
+"""The size of the SSD tier, what `fill` writes of it, and the rounds on files never written to."""
 SLOW_RATE = 0.2e9
 ALLOWED_MS = 2.0
 """A read behind bulk may take twice its time alone, and this."""
@@ -39,7 +41,7 @@ async def _measure(directory: Path, bulk: int, repeats: int) -> Figures:
     cache = cache_of(
         2 * bulk + 8,
         directory,
-        num_ssd_blocks=12 * bulk,
+        num_ssd_blocks=TIER_BULKS * bulk,
         write_behind_max_gb=bulk * BLOCK_BYTES / 2**30,
     )
     async with KVManager(LARGE, cache) as manager:
@@ -64,7 +66,7 @@ async def _on_a_slow_disk(directory: Path, bulk: int, repeats: int) -> Figures:
     name = f"at {SLOW_RATE / 1e9} GB/s: "
     if why := missing():
         return {name.rstrip(": "): f"not measured: {why}"}
-    blocks = 12 * bulk
+    blocks = TIER_BULKS * bulk
     with slow_disk(directory, SLOW_RATE) as slow:
         cache = cache_of(
             2 * bulk + 8,
@@ -160,11 +162,22 @@ class _Rig:
         }
 
     async def writes_against_limits(self, repeats: int) -> Figures:
-        """Write-behind of bulk puts in alternation with fio's writes; the first round warms up."""
+        """Write-behind of bulk puts in alternation with fio's writes; the first round warms up.
+
+        First to blocks of the files that were only preallocated, then to written ones.
+        """
         writes, cpu, fios = [], [], []
+        firsts, fio_firsts = [], []
         with huge_pages(64) as huge, ExitStack() as stack:
             fio = Fio(self.file, self.bulk, huge)
             stack.callback(fio.close)
+            for _ in range(FIRST_ROUNDS):
+                await self.put_bulk()
+                firsts.append(await self.write_bulk())
+                fio_firsts.append(fio.write_first(self._write_depth))
+            for _ in range(TIER_BULKS - FILLED_BULKS - FIRST_ROUNDS):
+                await self.put_bulk()
+                await self.manager.flush()
             for round_number in range(repeats + 1):
                 if round_number % 2:
                     await self.put_bulk()
@@ -174,6 +187,7 @@ class _Rig:
                     await self.put_bulk()
                     writes.append(await self._timed(self.write_bulk, cpu))
         return {
+            "first write / fio's first write": median_ratio(firsts, fio_firsts),
             "write / fio": median_ratio(writes[1:], fios[1:]),
             "write, GB/s": statistics.median(writes[1:]),
             "fio write, GB/s": statistics.median(fios[1:]),

@@ -1,6 +1,7 @@
 """What host memory owes the SSD: whether it gets there, how soon, and what that costs gets.
 
-Limit: fio's writes of the same block size, O_DIRECT and depth, in the same run. Host memory holds a
+Limit: fio's writes of the same block size, O_DIRECT and depth, in the same run; the tier's files
+have been written before, as fio's was. Host memory holds a
 tenth of what is put, and puts may queue few blocks for the SSD: nearly everything is owed.
 """
 
@@ -15,7 +16,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from benchmarks.disk_limits import BLOCK_BYTES, Fio, huge_pages
+from benchmarks.disk_limits import BLOCK_BYTES, Fio, huge_pages, write_once
 from benchmarks.harness import Figures, Options, percentile
 from benchmarks.rigs import LARGE, cache_of, kv_caches, prompt, slots_of
 from flexkv.common.config import MB
@@ -42,6 +43,7 @@ async def _measure(directory: Path, host_blocks: int, repeats: int) -> Figures:
     with huge_pages(64) as huge:
         for number in range(repeats):
             async with _manager(directory / f"{number}", host_blocks) as rig:
+                write_once(rig.file)
                 fio = Fio(rig.file, host_blocks // 2, huge)
                 rates = [fio.write(rig.depth)]
                 await rig.keep_a_hit()
