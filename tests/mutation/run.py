@@ -47,7 +47,7 @@ KILLED_MIN = 0.9
 TIMEOUT_TIMES, TIMEOUT_MORE_S = 2.0, 20.0
 UNCHANGED_MAX_S = 1800.0
 MEMORY_MAX_BYTES = 8 << 30
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,7 @@ _tree: list[Tree] = []
 
 
 def _begin(parent: Path) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # nobody waits any more
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _tree.append(Tree(parent))
 
