@@ -23,6 +23,7 @@ from flexkv.common.config import GB
 from flexkv.common.errors import ConfigError
 from flexkv.io.files import StripedFiles
 from flexkv.io.host_memory import headroom
+from flexkv.io.uring import try_nothing
 
 PROBE_BYTES = 256 << 20
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -66,7 +67,11 @@ def _simd() -> Finding:
 
 def _uring() -> Finding:
     try:
-        _ext.Ring(8).close()
+        ring = _ext.Ring(8)
+        try:
+            try_nothing(ring)
+        finally:
+            ring.close()
     except OSError as error:
         advice = "threads serve; sysctl kernel.io_uring_disabled=0, or a newer kernel"
         return Finding("io_uring", f"refused: {error.strerror}", False, advice)
