@@ -407,6 +407,11 @@ class CacheConfig(ConfigModel):
             disk_given=self._given(*disk),
         )
 
+    @property
+    def host_given(self) -> GivenSize:
+        """Return which key sets the size of the host tier, and to what."""
+        return self._given(*SIZE_PAIRS[0])
+
     def _given(self, blocks_key: str, gb_key: str) -> GivenSize:
         """Return which of two keys sets a size, and to what."""
         count: int | None = getattr(self, blocks_key)

@@ -59,6 +59,10 @@ class FileCalls(Protocol):
         """Return once the names in a directory are on stable storage."""
         ...
 
+    def is_at(self, path: Path, fd: int) -> bool:
+        """Return whether an open file is the one at a path."""
+        ...
+
 
 class KernelCalls:
     """Calls the kernel.
@@ -135,6 +139,15 @@ class KernelCalls:
         """Return once the names in a directory are on stable storage."""
         with self._folder_of(folder / "any") as opened:
             os.fsync(opened.fd)
+
+    def is_at(self, path: Path, fd: int) -> bool:
+        """Return whether an open file is the one at a path."""
+        with self._folder_of(path) as folder:
+            try:
+                there = os.stat(path.name, dir_fd=folder.fd, follow_symlinks=False)
+            except FileNotFoundError:
+                return False
+            return os.path.samestat(there, os.fstat(fd))
 
 
 KERNEL = KernelCalls()

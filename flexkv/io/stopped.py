@@ -49,7 +49,7 @@ class StoppedTier:
             lock_folder(self._folder, undo)
             for name in self._block_files():
                 os.close(open_ours(self._folder, name, os.O_RDONLY))
-            self._journal = Journal(folder, KernelCalls(self._folder))
+            self._journal = Journal(self._folder.path, KernelCalls(self._folder))
             undo.callback(self._journal.close)
             self._closing = undo.pop_all()
         self.superblock, self.live = found, self._journal.live

@@ -57,6 +57,17 @@ def read(folder: Folder) -> Superblock | None:
     return None
 
 
+def is_there(folder: Folder) -> bool:
+    """Return whether a directory still has a superblock. One that cannot be looked at has."""
+    try:
+        os.stat(NAME, dir_fd=folder.fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def write(folder: Folder, superblock: Superblock) -> None:
     """Replace a directory's superblock, at once and for good.
 

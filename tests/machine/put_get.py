@@ -1,6 +1,6 @@
 """Stores a prompt, drops host memory, loads it again, and prints what it stood on, as JSON.
 
-    python tests/machine/put_get.py '{"ssd_cache_dir": "/data/kv"}'
+python tests/machine/put_get.py '{"ssd_cache_dir": "/data/kv"}'
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from tests.system.mounted import ROOT
 from tests.machine.seccomp import (
     FALLOCATE,
     IO_URING_ENTER,
@@ -21,6 +20,7 @@ from tests.machine.seccomp import (
     MADVISE,
     MEMFD_CREATE,
 )
+from tests.system.mounted import ROOT
 
 pytestmark = pytest.mark.machine
 
