@@ -36,13 +36,18 @@ async def run_stoppable(name: str, work: Callable[[Callable[[], None]], T]) -> T
         if stop.is_set():
             raise ClosedError("the engine was closed before it was open")
 
-    with ThreadPoolExecutor(1, thread_name_prefix=f"flexkv-{name}") as thread:
-        working = thread.submit(work, pause)
-        ended = asyncio.wrap_future(working)
-        try:
-            await asyncio.wait([ended])
-        except asyncio.CancelledError:
-            stop.set()
-            ended.cancel()
-            raise  # leaving the block waits for the thread
-        return ended.result()
+    thread = ThreadPoolExecutor(1, thread_name_prefix=f"flexkv-{name}")
+    working = asyncio.get_running_loop().run_in_executor(thread, work, pause)
+    thread.shutdown(wait=False)  # it ends by itself
+    try:
+        await asyncio.wait([working])
+    except asyncio.CancelledError:
+        stop.set()
+        while not working.done():
+            try:
+                await asyncio.wait([working])
+            except asyncio.CancelledError:
+                continue  # what it has taken can be released only once it has ended
+        working.exception()
+        raise
+    return working.result()
