@@ -26,7 +26,7 @@ from flexkv.actors.write_behind import WriteBehind
 from flexkv.admission import Admission
 from flexkv.backend import Backend, LocalBackend, Progress
 from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
-from flexkv.common.errors import ClosedError, InternalError, InvariantError
+from flexkv.common.errors import ClosedError, ConfigError, InternalError, InvariantError
 from flexkv.common.layout import Order, is_natural
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import Tier
@@ -116,7 +116,14 @@ class Engine:
         self._supervisor = Supervisor(self._failed)
         with ExitStack() as undo:
             await self._backend.take(undo, progress)
-            self._compose(undo, progress)
+            try:
+                self._compose(undo, progress)
+            except MemoryError as error:
+                sizes = self.sizes
+                is_disk = sizes.num_disk_blocks > sizes.num_host_blocks
+                given = sizes.disk_given if is_disk else sizes.host_given
+                why = f"there is no memory to keep account of so many blocks: set {given.key} lower"
+                raise ConfigError(*given, why) from error
             await self._supervisor.start()
             for actor in self._actors.values():
                 self._start(actor)
