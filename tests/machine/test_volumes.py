@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from flexkv.common.errors import ConfigError
+from flexkv.common.errors import ConfigError, StorageError
 from flexkv.io.allocation import gaps
 from flexkv.kvmanager import KVManager
-from tests.machine.volumes import MB, fill, read_only, volume
-from tests.system.conftest import MODEL, cache_config
+from tests.machine.volumes import MB, fill, read_only, run, volume
+from tests.system.conftest import MODEL, cache_config, kv_caches, slots_of
 from tests.system.mounted import Disk, mounted_disk
 from tests.system.test_warm import PROMPT, got, put
 
@@ -146,3 +146,21 @@ async def test_a_read_only_volume_costs_the_tier_alone(tmp_path: Path) -> None:
             statistics = manager.statistics()
     assert list(statistics.tiers) == ["host"]
     assert "Read-only file system" in statistics.missing_tiers["disk"]
+
+
+@pytest.mark.parametrize("how", ["unmounted", "hidden"])
+async def test_an_unmount_under_a_running_engine_is_noticed(tmp_path: Path, how: str) -> None:
+    """Its files go on to work, and nobody will find them: flush raises, and the tier is down."""
+    with volume("ext4", tmp_path) as mounted:
+        async with KVManager(MODEL, cache_config(mounted / "kv")) as manager:
+            manager.register_kv_caches(kv_caches())
+            await manager.put(PROMPT, slots_of(range(16)))
+            assert not (await manager.flush()).missing_tiers
+            if how == "unmounted":
+                assert run("umount", "--lazy", str(mounted)).returncode == 0
+            else:
+                assert run("mount", "-t", "tmpfs", "tmpfs", str(mounted)).returncode == 0
+            with pytest.raises(StorageError):
+                await manager.flush()
+            assert str(mounted) in manager.statistics().missing_tiers["disk"]
+        run("umount", "--lazy", str(mounted))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -342,3 +343,18 @@ async def test_doctor_finds_a_directory_in_use(
         assert status == 1
         assert f"is in use by process {os.getpid()}" in found["SSD tier"]["found"]
         assert not (await manager.flush()).missing_tiers
+
+
+def test_the_offline_command_finds_a_directory_however_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `ssd_cache_dir` does; an address elsewhere is refused by name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asyncio.run(put(tmp_path / "kv", PROMPT))
+    for given in ("~/kv", "$HOME/kv", f"file://{tmp_path}/kv"):
+        result = CliRunner().invoke(commands, ["ssd", "inspect", given, "--json"])
+        assert json.loads(result.stdout)["blocks"] == 16
+    with pytest.raises(ConfigError, match="not an address of s3:"):
+        CliRunner().invoke(
+            commands, ["ssd", "inspect", "s3://kv", "--json"], catch_exceptions=False
+        )
