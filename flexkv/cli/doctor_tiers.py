@@ -14,7 +14,8 @@ from flexkv.common.config import GB, CacheConfig
 from flexkv.common.errors import ConfigError
 from flexkv.io.allocation import room
 from flexkv.io.arena import check_memory
-from flexkv.io.files import FILE_PATTERN, StripedFiles, lock_folder, open_folder
+from flexkv.io.files import FILE_PATTERN, StripedFiles
+from flexkv.io.folders import lock_folder, open_folder
 from flexkv.io.locks import NOTE_NAME
 from flexkv.io.paths import shown
 from flexkv.io.private import Folder

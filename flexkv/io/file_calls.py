@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
-from flexkv.io.files import open_ours
+from flexkv.io.folders import open_ours
 from flexkv.io.private import Folder, open_directory
 
 

@@ -17,7 +17,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from errno import EDQUOT, EFBIG, EMFILE, ENFILE, ENOENT, ENOSPC, ENOTDIR, ESTALE
 from fnmatch import fnmatch
@@ -31,9 +31,8 @@ from flexkv.common.config_cache import GivenSize
 from flexkv.common.errors import ConfigError, StorageError
 from flexkv.common.terms import BlockIds
 from flexkv.io.allocation import Gap, allocate, allocated_beyond, gaps, lacking_bytes, room
-from flexkv.io.locks import NOTE_NAME, lock_open_directory
-from flexkv.io.paths import shown
-from flexkv.io.private import Folder, NotPrivateError, make_directory, open_directory, open_file
+from flexkv.io.folders import lock_folder, open_folder, open_ours, refusal
+from flexkv.io.private import Folder
 
 DIRECT_ALIGNMENT_BYTES = 4096
 """What every filesystem that knows O_DIRECT accepts for offset, length and address."""
@@ -246,12 +245,15 @@ class StripedFiles:
             self._check_room(wanted, lacking, leftovers)
         for folder, name in leftovers:
             _remove(folder, name)
+        earlier = [os.fstat(fd).st_size for fd in self.fds]
         for resize in (self._cut, self._grow):  # first all that makes room
             for number, size in enumerate(wanted):
                 try:
                     resize(self.fds[number], size, lacking[number], options.pause)
                 except (OSError, OverflowError) as error:
-                    raise self._refusal(number, size, error) from error
+                    refused = self._refusal(number, size, error)
+                    self._give_back(earlier)
+                    raise refused from error
 
     def _open(self, folder: Folder, name: str, file_count: int) -> int:
         try:
@@ -262,6 +264,13 @@ class StripedFiles:
                 why += " (ulimit -n), or set max_file_size_gb higher"
                 raise ConfigError(*self._given, why) from error
             raise
+
+    def _give_back(self, earlier: list[int]) -> None:
+        """Cut files that have grown to what they had earlier: the tier is not opened."""
+        for fd, size in zip(self.fds, earlier, strict=True):
+            with suppress(OSError):
+                if os.fstat(fd).st_size > size:
+                    os.truncate(fd, size)
 
     @staticmethod
     def _cut(fd: int, size: int, _: list[Gap], __: Callable[[], None]) -> None:
@@ -281,7 +290,7 @@ class StripedFiles:
         try:
             names = sorted(os.listdir(folder.fd))
         except OSError as error:
-            raise _refusal(folder.path, error) from error
+            raise refusal(folder.path, error) from error
         return [(folder, n) for n in names if fnmatch(n, FILE_PATTERN) and n not in used]
 
     def _check_room(
@@ -340,72 +349,6 @@ class StripedFiles:
 def file_name(row_of_files: int) -> str:
     """Return the name of a directory's n-th block file."""
     return f"blocks-{row_of_files:04d}.flexkv"
-
-
-def open_folder(path: Path, closing: ExitStack, make: bool = False) -> Folder:
-    """Open a directory of the SSD tier until `closing` ends.
-
-    Args:
-        path: of the directory.
-        closing: the stack that closes it.
-        make: whether one that is missing is made (its last component only).
-
-    Raises:
-        ConfigError: it is missing, or no directory, or others may write to it.
-    """
-    try:
-        fd = make_directory(path) if make else open_directory(path)
-    except OSError as error:
-        raise _refusal(path, error) from error
-    closing.callback(os.close, fd)
-    return Folder(Path(shown(path)), fd)
-
-
-def lock_folder(folder: Folder, closing: ExitStack) -> None:
-    """Lock a directory until `closing` ends.
-
-    Raises:
-        ConfigError: another process has it, or it cannot be locked.
-    """
-    try:
-        lock = lock_open_directory(folder.fd, folder.path)
-    except BlockingIOError as error:
-        raise ConfigError("ssd_cache_dir", str(folder.path), str(error.strerror)) from error
-    except OSError as error:
-        raise _refusal(folder.path / NOTE_NAME, error, is_made=True) from error
-    closing.callback(lock.release)
-
-
-def open_ours(folder: Folder, name: str, flags: int = os.O_RDWR | os.O_CREAT) -> int:
-    """Open or create a file of ours; refuse a link, a pipe or a directory in its place.
-
-    Raises:
-        ConfigError: it cannot be opened, or others may write to it.
-    """
-    try:
-        return open_file(folder.fd, name, flags)
-    except OSError as error:
-        raise _refusal(folder.path / name, error, bool(flags & os.O_CREAT)) from error
-
-
-def _refusal(path: Path, error: OSError, is_made: bool = False) -> ConfigError:
-    """Return an error that says what is wrong with a directory or a file of the SSD tier."""
-    why = f"cannot be used ({error.strerror})"
-    if isinstance(error, NotPrivateError):
-        why = str(error.strerror)
-    elif isinstance(error, NotADirectoryError):
-        why = "is not a directory" if _exists(path) else f"{shown(path.parent)} is not a directory"
-    elif isinstance(error, FileNotFoundError) and not is_made:
-        parent = path.parent
-        why = "does not exist" if _exists(parent) else f"{shown(parent)} does not exist"
-    return ConfigError("ssd_cache_dir", shown(path), why)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:
-        return False
 
 
 def _remove(folder: Folder, name: str) -> None:

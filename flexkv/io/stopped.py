@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from flexkv.common.errors import ConfigError
 from flexkv.io import superblock
 from flexkv.io.file_calls import KernelCalls
-from flexkv.io.files import FILE_PATTERN, file_name, lock_folder, open_folder, open_ours
+from flexkv.io.files import FILE_PATTERN, file_name
+from flexkv.io.folders import lock_folder, open_folder, open_ours
 from flexkv.io.journal import Journal, cleared, erased
 from flexkv.io.private import open_file
 from flexkv.io.reread import Rereader

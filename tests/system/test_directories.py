@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from tests.system.conftest import MODEL, cache_config, kv_caches, open_fds, slot
 from tests.system.serving import eventually
 from tests.system.test_warm import OTHER, PROMPT, put
 
+NOBODY = 65534
 Spoil = Callable[[Path], object]
 
 
@@ -81,6 +83,26 @@ async def test_a_directory_that_cannot_be_used_costs_its_part(tmp_path: Path, sp
     assert caught.value.field == "ssd_cache_dir"
     assert str(caught.value.value).startswith(str(bad))
     assert open_fds() == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("mode", [0o000, 0o500])
+async def test_a_directory_that_is_forbidden_costs_its_part(mode: int) -> None:
+    """To a user that may not look into one, or not write to it."""
+    with TemporaryDirectory() as folder:
+        bad, good = Path(folder, "bad"), Path(folder, "good")
+        for path in (Path(folder), bad, good):
+            path.mkdir(exist_ok=True)
+            os.chown(path, NOBODY, NOBODY)
+        os.chmod(bad, mode)
+        os.seteuid(NOBODY)
+        try:
+            async with KVManager(MODEL, cache_config(good, ssd_cache_dir=[bad, good])) as manager:
+                statistics = manager.statistics()
+        finally:
+            os.seteuid(0)
+    assert statistics.tiers["disk"].capacity_blocks == 64
+    assert "Permission denied" in statistics.unused_directories[str(bad)]
 
 
 async def test_a_directory_in_use_costs_its_part(tmp_path: Path) -> None:

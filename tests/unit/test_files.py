@@ -222,6 +222,24 @@ def test_a_refused_allocation_is_a_configuration_error(monkeypatch, folders, num
     assert refused(folders[:1]).field == field
 
 
+def test_an_allocation_that_fails_half_way_gives_back_what_it_took(monkeypatch, folders):
+    """Files have the size that they had, and the bytes of an earlier run."""
+    StripedFiles.open(folders, 6, STRIDE).close()
+    before = [(path, path.stat().st_blocks) for folder in folders for path in folder.glob("bl*")]
+    allocate = os.posix_fallocate
+    refusals = iter([None, None, errno.ENOSPC])
+
+    def refuse_the_third(fd, offset, length):
+        allocate(fd, offset, length)
+        if (number := next(refusals)) is not None:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse_the_third)
+    assert refused(folders, num_blocks=600).field == "num_ssd_blocks"
+    assert [(path, path.stat().st_blocks) for path, _ in before] == before
+    assert len(before) == 3
+
+
 def test_sync_reports_the_file_that_failed(monkeypatch, folders):
     """A device that refuses to sync is a storage error with the errno and the path."""
     files = StripedFiles.open(folders[:1], 4, STRIDE)

@@ -16,7 +16,7 @@ from flexkv.common.errors import ConfigError, StorageError
 from flexkv.index.forest import forest
 from flexkv.io import file_calls, journal, superblock
 from flexkv.io.file_calls import KERNEL, FileCalls
-from flexkv.io.files import open_folder
+from flexkv.io.folders import open_folder
 from flexkv.io.journal import RECORD_BYTES, Journal
 from flexkv.io.ssd import open_journals, refuse
 from flexkv.io.superblock import Superblock

@@ -15,7 +15,8 @@ from structlog.testing import capture_logs
 
 from flexkv.common.errors import ConfigError
 from flexkv.io import file_calls, journal, private, superblock
-from flexkv.io.files import StripedFiles, open_folder
+from flexkv.io.files import StripedFiles
+from flexkv.io.folders import open_folder
 from flexkv.io.locks import NOTE_NAME
 from flexkv.io.private import NotPrivateError, make_directory, open_directory, open_file
 from flexkv.io.ssd import open_journals, refuse
