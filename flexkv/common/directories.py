@@ -58,8 +58,9 @@ def _each(values: list[object]) -> tuple[Path, ...]:
 def _directory(value: object) -> Path:
     """Return the directory that one value names."""
     is_text = isinstance(value, str)
-    if hasattr(value, "__fspath__"):
-        value = value.__fspath__()
+    to_path = getattr(type(value), "__fspath__", None)
+    if to_path is not None:
+        value = to_path(value)
     if isinstance(value, bytes):
         value = value.decode("utf-8", "surrogateescape")  # as Python names files that are not UTF-8
     if not isinstance(value, str):

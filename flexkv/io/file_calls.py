@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from flexkv.io.folders import open_ours
-from flexkv.io.private import Folder, open_directory
+from flexkv.io.private import Folder, open_directory, sync_directory
 
 
 class FileCalls(Protocol):
@@ -138,7 +138,7 @@ class KernelCalls:
     def sync_folder(self, folder: Path) -> None:
         """Return once the names in a directory are on stable storage."""
         with self._folder_of(folder / "any") as opened:
-            os.fsync(opened.fd)
+            sync_directory(opened.fd)
 
     def is_at(self, path: Path, fd: int) -> bool:
         """Return whether an open file is the one at a path."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import stat
-from errno import EACCES, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, EROFS
+from errno import EACCES, EBADF, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, EROFS
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ DIRECTORY_MODE, FILE_MODE = 0o700, 0o600
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _OTHERS_READ = stat.S_IRGRP | stat.S_IROTH
 _OTHERS_ENTER = stat.S_IXGRP | stat.S_IXOTH
+_NO_SYNC = {EBADF, EINVAL, ENOSYS, EOPNOTSUPP}
 _NO_CHMOD = {EACCES, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, EROFS}
 
 
@@ -96,6 +97,21 @@ def _set_mode(fd: int, mode: int) -> bool:
             raise
         return False
     return True
+
+
+def sync_directory(fd: int) -> None:
+    """Return once the names in a directory are on stable storage, as far as can be asked for.
+
+    Some file systems have no such sync. Names are then as safe as these make them.
+
+    Raises:
+        OSError: the device refused.
+    """
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
 
 
 def open_file(folder_fd: int, name: str, flags: int) -> int:

@@ -14,7 +14,7 @@ import msgspec
 
 from flexkv.common.decoding import decoded
 from flexkv.common.errors import ConfigError, MalformedError
-from flexkv.io.private import Folder, NotPrivateError, open_file
+from flexkv.io.private import Folder, NotPrivateError, open_file, sync_directory
 
 NAME = "superblock.flexkv"
 _NEW_NAME = f"{NAME}.new"
@@ -82,7 +82,7 @@ def write(folder: Folder, superblock: Superblock) -> None:
         file.flush()
         os.fdatasync(fd)
     os.rename(_NEW_NAME, NAME, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
-    os.fsync(folder.fd)
+    sync_directory(folder.fd)
 
 
 def differences(found: Superblock, wanted: Superblock) -> list[str]:

@@ -7,6 +7,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from errno import EBADF, EINVAL, EIO, ENOSYS
 from pathlib import Path
 
 import numpy as np
@@ -315,6 +316,26 @@ def test_another_directory_of_the_same_name_is_not_used(tmp_path: Path) -> None:
         one.sync()
     assert list(folder.iterdir()) == []
     assert (moved / journal.NAME).read_bytes() == journal.cleared()
+
+
+@pytest.mark.parametrize("number", [EINVAL, ENOSYS, EIO, EBADF])
+def test_a_directory_that_cannot_be_synced_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Some file systems have no sync of names; a device that fails is something else."""
+
+    def refuse(fd: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with ExitStack() as undo:
+        files = StripedFiles.open([tmp_path / "tier"], 4, STRIDE)
+        undo.callback(files.close)
+        monkeypatch.setattr(os, "fsync", refuse)
+        if number == EIO:
+            with pytest.raises(ConfigError, match="journal cannot be used"):
+                open_journals(files.folders, WANTED, undo)
+        else:
+            assert len(open_journals(files.folders, WANTED, undo)) == 1
 
 
 def test_a_directory_is_not_looked_into_before_it_is_checked(tier: Path) -> None:
