@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from flexkv.common.config import MB, CacheConfig, CacheSizes, ModelConfig
@@ -118,7 +119,6 @@ class LocalBackend:
         self.unavailable = Unavailable()
         self._model, self._cache, self._sizes = model, cache, sizes
         self._sums: Sums | None = None
-        self._directories = distinct(cache.ssd_cache_dir) if sizes.num_disk_blocks else ()
         self._taken: TakenSsd | None = None
         self._has_taken = False
 
@@ -140,8 +140,8 @@ class LocalBackend:
         hugepage_bytes = cache.hugepage_size_bytes if cache.use_hugepage_cpu_buffer else None
         host_bytes = sizes.num_host_blocks * sizes.block_stride_bytes
         check_memory(host_bytes, hugepage_bytes, sizes.host_given)
-        if self._directories:
-            self._take_ssd(undo, pause)
+        if sizes.num_disk_blocks:
+            self._take_ssd(distinct(cache.ssd_cache_dir), undo, pause)
 
         def touched(done_bytes: int, all_bytes: int) -> None:
             pause()
@@ -159,13 +159,15 @@ class LocalBackend:
         undo.callback(self._arena.close)
         self._has_taken = True
 
-    def _take_ssd(self, undo: ExitStack, pause: Callable[[], None]) -> None:
+    def _take_ssd(
+        self, directories: tuple[Path, ...], undo: ExitStack, pause: Callable[[], None]
+    ) -> None:
         cache, sizes, superblock = self._cache, self._sizes, self._superblock()
         if cache.ssd_on_mismatch == "refuse":
-            refuse(self._directories, superblock)
+            refuse(directories, superblock)
         options = FileOptions(cache.ssd_preallocate, sizes.disk_given, pause)
         wish = SsdWish(
-            self._directories,
+            directories,
             sizes.num_disk_blocks,
             superblock,
             options,

@@ -287,10 +287,12 @@ def cache_of(directory: Any) -> dict[str, Any]:
         ("", "at least one directory"),
     ],
 )
-def test_what_names_no_directory_is_refused_by_name(given: Any, why: str) -> None:
-    """Before anything is opened."""
+async def test_what_names_no_directory_is_refused_by_name(given: Any, why: str) -> None:
+    """Before anything is opened, in strict configurations and in others."""
+    values = {**cache_of(given), "enable_ssd": True, "strict": False}
     with pytest.raises(ConfigError) as caught:
-        KVManager(MODEL, CacheConfig(**cache_of(given), enable_ssd=True))
+        async with KVManager(MODEL, CacheConfig(**values)):
+            pass
     assert caught.value.field == "ssd_cache_dir"
     assert why in caught.value.why
 
