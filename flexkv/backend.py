@@ -139,9 +139,10 @@ class LocalBackend:
         cache, sizes = self._cache, self._sizes
         hugepage_bytes = cache.hugepage_size_bytes if cache.use_hugepage_cpu_buffer else None
         host_bytes = sizes.num_host_blocks * sizes.block_stride_bytes
-        check_memory(host_bytes, hugepage_bytes, sizes.host_given)
+        reserved_bytes = check_memory(host_bytes, hugepage_bytes, sizes.host_given)
         if sizes.num_disk_blocks:
-            self._take_ssd(distinct(cache.ssd_cache_dir), undo, pause)
+            options = FileOptions(cache.ssd_preallocate, sizes.disk_given, reserved_bytes, pause)
+            self._take_ssd(distinct(cache.ssd_cache_dir), options, undo)
 
         def touched(done_bytes: int, all_bytes: int) -> None:
             pause()
@@ -160,12 +161,11 @@ class LocalBackend:
         self._has_taken = True
 
     def _take_ssd(
-        self, directories: tuple[Path, ...], undo: ExitStack, pause: Callable[[], None]
+        self, directories: tuple[Path, ...], options: FileOptions, undo: ExitStack
     ) -> None:
         cache, sizes, superblock = self._cache, self._sizes, self._superblock()
         if cache.ssd_on_mismatch == "refuse":
             refuse(directories, superblock)
-        options = FileOptions(cache.ssd_preallocate, sizes.disk_given, pause)
         wish = SsdWish(
             directories,
             sizes.num_disk_blocks,

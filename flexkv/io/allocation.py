@@ -90,13 +90,19 @@ def allocated_beyond(status: os.stat_result, size: int) -> int:
     return min(status.st_blocks * _STAT_BLOCK_BYTES, status.st_size - size)
 
 
-def room(fd: int) -> Room | None:
-    """Return what a file system has free; None where it does not say."""
+def room(fd: int, reserved_bytes: int = 0) -> Room | None:
+    """Return what a file system has free; None where it does not say.
+
+    Args:
+        fd: of a file or directory on it.
+        reserved_bytes: memory that others will need, for a file system in memory.
+    """
     filesystem = os.fstatvfs(fd)
     says = filesystem.f_blocks > 0
     found = Room(filesystem.f_bavail * filesystem.f_frsize, "the file system") if says else None
     if _kind(os.fstat(fd).st_dev) in _IN_MEMORY:
-        memory = Room(*headroom())
+        available_bytes, limited_by = headroom()
+        memory = Room(max(0, available_bytes - reserved_bytes), limited_by)
         return memory if found is None else min(found, memory)
     return found
 

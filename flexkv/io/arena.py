@@ -243,8 +243,12 @@ def _seal(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
 
 
-def check_memory(total_bytes: int, hugepage_bytes: int | None, given: GivenSize) -> None:
+def check_memory(total_bytes: int, hugepage_bytes: int | None, given: GivenSize) -> int:
     """Check that there is memory, before any of it is taken.
+
+    Returns:
+        How much of it is to come from what all processes share: nothing if the pool of huge pages
+        has enough.
 
     Raises:
         ConfigError: there is not, or a page size cannot be.
@@ -253,11 +257,12 @@ def check_memory(total_bytes: int, hugepage_bytes: int | None, given: GivenSize)
         if hugepage_bytes < mmap.PAGESIZE or hugepage_bytes.bit_count() != 1:
             raise ConfigError("hugepage_size_bytes", hugepage_bytes, "not a size of huge pages")
         if total_bytes <= free_huge_bytes(hugepage_bytes):
-            return
+            return 0
     available_bytes, limited_by = headroom()
     if total_bytes > available_bytes:
         why = f"needs {total_bytes} bytes of memory, {limited_by} has {available_bytes}: "
         raise ConfigError(*given, f"{why}set {given.key} lower")
+    return total_bytes
 
 
 def _cannot_be_had(

@@ -47,11 +47,13 @@ class FileOptions:
     Attributes:
         preallocate: take all of it now; else as it is written to, and a write may fail.
         given: what an error about the size names; None: the number of blocks.
+        reserved_bytes: memory that is taken later, which files in memory must leave.
         pause: called again and again while files are made; may raise to end that.
     """
 
     preallocate: bool = True
     given: GivenSize | None = None
+    reserved_bytes: int = 0
     pause: Callable[[], None] = lambda: None
 
 
@@ -115,6 +117,7 @@ class StripedFiles:
         self._striping = striping
         self._closing = closing
         self._given = GivenSize("num_ssd_blocks", striping.blocks)
+        self._reserved_bytes = 0
         self._directories: list[Path] = []
         self._names: list[tuple[Folder, str]] = []
         """The directory and the name of each file."""
@@ -154,6 +157,7 @@ class StripedFiles:
         with ExitStack() as closing:
             files = cls(striping, block_stride_bytes, closing)
             files._given = options.given or files._given
+            files._reserved_bytes = options.reserved_bytes
             files._directories = [Path(directory).absolute() for directory in directories]
             for directory in files._directories:
                 folder = open_folder(directory, closing, make=True)
@@ -307,12 +311,13 @@ class StripedFiles:
             missing[file.st_dev] = missing.get(file.st_dev, 0) - allocated_beyond(file, 0)
         for number, fd in enumerate(self.fds):
             wanted_bytes = missing.pop(os.fstat(fd).st_dev, 0)
-            free = room(fd) if wanted_bytes > 0 else None
+            free = room(fd, self._reserved_bytes) if wanted_bytes > 0 else None
             if free is not None and wanted_bytes > free.free_bytes:
                 raise self._no_space(number, wanted_bytes)
 
     def _no_space(self, number: int, wanted_bytes: int) -> ConfigError:
-        free, folder = room(self.fds[number]), self._names[number][0]
+        folder = self._names[number][0]
+        free = room(self.fds[number], self._reserved_bytes)
         has = "is full" if free is None else f"{free.limited_by} has {free.free_bytes}"
         why = (
             f"needs {wanted_bytes} more bytes in {folder.path}, {has}: set {self._given.key} lower"

@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 
 from flexkv.common.errors import ConfigError, StorageError
 from flexkv.io.allocation import gaps
+from flexkv.io.host_memory import headroom
 from flexkv.kvmanager import KVManager
 from tests.machine.volumes import MB, fill, read_only, run, volume
 from tests.system.conftest import MODEL, cache_config, kv_caches, slots_of
@@ -110,6 +111,17 @@ async def test_a_file_system_that_says_nothing_of_its_room_is_used(
         with pytest.raises(ConfigError, match=r"ssd_cache_gb=100000: needs .* has"):
             await got(mounted / "kv", num_ssd_blocks=None, ssd_cache_gb=100_000)
         assert (await got(mounted / "kv"))[::2] == (16, 0)
+
+
+async def test_files_in_memory_leave_room_for_host_memory(tmp_path: Path) -> None:
+    """Both are memory: what does not fit in all is refused before any of it is taken."""
+    gb = headroom().available_bytes * 0.6 / (1 << 30)
+    with volume("tmpfs-unbounded", tmp_path, options="size=0,mode=0700") as mounted:
+        with pytest.raises(ConfigError, match=r"ssd_cache_gb=.*: needs \d+ more bytes"):
+            await got(mounted / "kv", num_ssd_blocks=None, ssd_cache_gb=gb,
+                      num_cpu_blocks=None, cpu_cache_gb=gb)  # fmt: skip
+        assert os.statvfs(mounted).f_blocks == 0
+        assert sum(path.stat().st_blocks for path in files_of(mounted)) == 0
 
 
 @pytest.fixture
