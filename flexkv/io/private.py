@@ -89,14 +89,13 @@ def make_directory(path: Path) -> int:
 
 
 def _set_mode(fd: int, mode: int) -> bool:
-    """Set the mode of a file or directory of ours; return whether its file system lets us."""
+    """Set the mode of a file or directory of ours; return whether it has that mode now."""
     try:
         os.fchmod(fd, mode)
     except OSError as error:
         if error.errno not in _NO_CHMOD:
             raise
-        return False
-    return True
+    return stat.S_IMODE(os.fstat(fd).st_mode) == mode
 
 
 def sync_directory(fd: int) -> None:
@@ -169,7 +168,8 @@ def _check_access(found: os.stat_result, name: str) -> None:
         raise NotPrivateError(why, name)
     mode = stat.S_IMODE(found.st_mode)
     if mode & _OTHERS_WRITE:
-        raise NotPrivateError(f"may be written to by others (mode {mode:04o}): chmod go-w", name)
+        helps = "chmod go-w, or umask=077 if the mount sets the modes"
+        raise NotPrivateError(f"may be written to by others (mode {mode:04o}): {helps}", name)
 
 
 def _is_ours(found: os.stat_result) -> bool:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.machine
 TIER_MB = 220
 """More than what is free behind it: XFS has 320 MB, ext4 370."""
 BLOCKS = TIER_MB * MB // 4096
-KINDS = ["xfs", "ext4", "btrfs", "vfat", "tmpfs"]
+KINDS = ["xfs", "ext4", "btrfs", "tmpfs"]
 
 
 @pytest.fixture(params=KINDS)
@@ -122,6 +122,23 @@ async def test_files_in_memory_leave_room_for_host_memory(tmp_path: Path) -> Non
                       num_cpu_blocks=None, cpu_cache_gb=gb)  # fmt: skip
         assert os.statvfs(mounted).f_blocks == 0
         assert sum(path.stat().st_blocks for path in files_of(mounted)) == 0
+
+
+@pytest.mark.parametrize("kind", ["vfat", "exfat", "ntfs"])
+async def test_a_volume_whose_mount_sets_the_modes_is_used(kind: str, tmp_path: Path) -> None:
+    """If nobody else may write to it; that others may read is told."""
+    other = tmp_path / "other"
+    other.mkdir()
+    with volume(kind, tmp_path, options="umask=022") as mounted:
+        with capture_logs() as logs:
+            await put(mounted / "kv", PROMPT, strict=True)
+            assert (await got(mounted / "kv", strict=True))[::2] == (16, 0)
+        assert "others_may_read" in [entry["event"] for entry in logs]
+    with (
+        volume(kind, other, options="umask=0") as mounted,
+        pytest.raises(ConfigError, match="may be written to by others"),
+    ):
+        await put(mounted / "kv", PROMPT, strict=True)
 
 
 @pytest.fixture

@@ -20,13 +20,27 @@ MAKERS = {
     "btrfs": ["mkfs.btrfs", "-q"],
     "ext4": ["mkfs.ext4", "-q", "-m", "0"],
     "vfat": ["mkfs.vfat"],
+    "exfat": ["mkfs.exfat"],
+    "ntfs": ["mkfs.ntfs", "-F", "-q", "-Q"],
 }
+MOUNTERS = {"exfat": "mount.exfat-fuse", "ntfs": "ntfs-3g"}
+"""What mounts a loop device where the kernel does not."""
 OPTIONS = {"tmpfs": "mode=0700,size=400m", "ramfs": "mode=0700", "tmpfs-unbounded": "size=0"}
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command, and return what it said."""
+    """Run a command, and return what it said; one that is not there has failed."""
+    if shutil.which(command[0]) is None:
+        return subprocess.CompletedProcess(command, 127, "", f"{command[0]} is not installed")
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def loop_device(image: Path) -> str:
+    """Make a block device of a file; skip the test where that is not possible."""
+    made = run("losetup", "-f", "--show", str(image))
+    if made.returncode:
+        pytest.skip(f"no loop device can be had: {made.stderr.strip()}")
+    return made.stdout.strip()
 
 
 @contextmanager
@@ -42,10 +56,15 @@ def volume(kind: str, folder: Path, size_mb: int = SIZE_MB, options: str = "") -
         made = run(*MAKERS[kind], str(image))
         assert made.returncode == 0, made.stderr
         command = ["mount", "-o", ",".join(filter(None, ["loop", options])), str(image)]
+        if kind in MOUNTERS:
+            command = [MOUNTERS[kind], "-o", options or "umask=022", loop_device(image)]
     else:
         name = kind.removesuffix("-unbounded")
         command = ["mount", "-t", name, "-o", options or OPTIONS[kind], name]
-    if (done := run(*command, str(mounted))).returncode:
+    done = run(*command, str(mounted))
+    if kind in MOUNTERS:
+        run("losetup", "-d", command[-1])  # once it is not used any more
+    if done.returncode:
         pytest.skip(f"{kind} cannot be mounted: {done.stderr.strip()}")
     try:
         yield mounted

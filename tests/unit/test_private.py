@@ -172,7 +172,7 @@ def test_a_file_that_others_may_write_to_is_refused(
     (tier / name).chmod(mode)
     error = refusal(call, tier)
     assert error.value == str(tier / name)
-    assert error.why == f"may be written to by others (mode {mode:04o}): chmod go-w"
+    assert error.why.startswith(f"may be written to by others (mode {mode:04o}): chmod go-w")
 
 
 @pytest.mark.parametrize("call", [open_tier, inspect])
@@ -255,10 +255,8 @@ def test_a_directory_that_others_may_write_to_is_refused(
     """By name and mode: /tmp itself is no place for a tier."""
     tier.chmod(mode)
     error = refusal(call, tier)
-    assert (error.value, error.why) == (
-        str(tier),
-        f"may be written to by others (mode {mode:04o}): chmod go-w",
-    )
+    assert error.value == str(tier)
+    assert error.why.startswith(f"may be written to by others (mode {mode:04o}): chmod go-w")
 
 
 @pytest.mark.parametrize("call", CALLS[:2])
