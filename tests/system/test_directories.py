@@ -22,8 +22,9 @@ from flexkv.common.config import CacheConfig
 from flexkv.common.errors import ConfigError, FlexKVError, StorageError
 from flexkv.io.ssd import distinct
 from flexkv.kvmanager import KVManager
+from flexkv.server.launch import Launched
 from tests.system.conftest import MODEL, cache_config, kv_caches, open_fds, slots_of
-from tests.system.serving import eventually
+from tests.system.serving import eventually, settings_in
 from tests.system.test_warm import OTHER, PROMPT, put
 
 NOBODY = 65534
@@ -382,3 +383,16 @@ def test_the_offline_command_finds_a_directory_however_it_is_written(
         CliRunner().invoke(
             commands, ["ssd", "inspect", "s3://kv", "--json"], catch_exceptions=False
         )
+
+
+def test_an_operator_s_flush_prints_what_is_not_there(tmp_path: Path) -> None:
+    """A server whose SSD tier cannot be had flushes nothing, and the exit status says so."""
+    settings = settings_in(tmp_path, ssd_cache_dir=str(tmp_path / "nowhere" / "kv"))
+    server = Launched(MODEL, settings)
+    try:
+        flush = ["server", "flush", "--server", settings.server_recv_port]
+        result = CliRunner().invoke(commands, flush)
+        assert result.exit_code == 1, result.output
+        assert "disk is not there: none of its directories can be used" in result.output
+    finally:
+        server.close()
