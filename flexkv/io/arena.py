@@ -300,7 +300,7 @@ def _memfd(flags: int = 0) -> int:
 
 
 def _map_fd(fd: int, length: int) -> mmap.mmap:
-    """Give a file in memory its size, for ever, and map it; the file is closed on failure."""
+    """Set the size of a file in memory, for ever, and map it; it is closed on failure."""
     try:
         os.ftruncate(fd, length)
         _seal(fd)
@@ -338,7 +338,7 @@ def _map_pages(total_bytes: int, shared: bool, wants_huge: bool) -> _Mapping:
 
 
 def _advised(memory: mmap.mmap, hints: list[tuple[str, int]]) -> Iterator[str]:
-    """Give the kernel hints; return what became of each, in words."""
+    """Advise the kernel; return what became of each hint, in words."""
     for name, number in hints:
         try:
             memory.madvise(number)
