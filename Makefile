@@ -13,8 +13,9 @@ LOCKED := install --quiet --no-deps --requirement
 TORCH_INDEX ?=
 APT_PACKAGES := gcc python3-dev python3-venv liburing-dev libxxhash-dev
 TEST_APT_PACKAGES := fuse3 g++ chromium
+MACHINE_APT_PACKAGES := xfsprogs btrfs-progs dosfstools e2fsprogs exfat-fuse exfatprogs ntfs-3g
 
-.PHONY: help setup ext demo test test-latest test-vllm lock check lint types gpu mutants coverage \
+.PHONY: help setup ext demo test test-system test-latest test-vllm lock check lint types gpu mutants coverage \
 	sanitize bench soak wheel clean
 
 help:  ## List the targets
@@ -45,6 +46,10 @@ demo: $(VENV)/.setup  ## Run the main job and verify every byte; TRACE=file.json
 
 test: $(VENV)/.setup-dev  ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-system: $(VENV)/.setup-dev  ## The tests that mount file systems and make cgroups: as root
+	scripts/system-packages $(MACHINE_APT_PACKAGES) || echo 'some tests need $(MACHINE_APT_PACKAGES)'
+	$(BIN)/python -m pytest tests/machine $(ARGS)
 
 test-latest:  ## The tests with the newest releases of everything, in a venv of their own
 	scripts/system-packages $(APT_PACKAGES) $(TEST_APT_PACKAGES)

@@ -36,6 +36,14 @@ static PyObject *module_features(PyObject *Py_UNUSED(module), PyObject *Py_UNUSE
                          RELEASE(XXH_VERSION_MAJOR, XXH_VERSION_MINOR, XXH_VERSION_RELEASE));
 }
 
+/* Whether an errno of madvise means that the call is refused, and not that a page cannot be had:
+ * kernels before 5.14 say EINVAL, and a seccomp profile says what it likes. */
+static bool is_refused(int error)
+{
+    return error == EINVAL || error == EPERM || error == EACCES || error == ENOSYS ||
+           error == EOPNOTSUPP;
+}
+
 /* Fault in every page of [start, start + bytes) for writing; gives an errno. */
 static int pages_populate(char *start, size_t bytes)
 {
@@ -46,9 +54,9 @@ static int pages_populate(char *start, size_t bytes)
     do
         result = madvise(start - skew, bytes + skew, MADV_POPULATE_WRITE);
     while (result < 0 && (errno == EINTR || errno == EAGAIN));
-    if (result == 0 || errno != EINVAL)
+    if (result == 0 || !is_refused(errno))
         return result ? errno : 0;
-    /* Kernels before 5.14: an atomic no-op writes a byte without losing another writer's. */
+    /* An atomic no-op writes a byte without losing another writer's. */
     for (size_t at = 0; at < bytes; at += page - (uintptr_t)(start + at) % page)
         __atomic_fetch_or(start + at, 0, __ATOMIC_RELAXED);
     return 0;

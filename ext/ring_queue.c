@@ -43,6 +43,20 @@ static int slots_allocate(struct ring_queue *queue)
     return 0;
 }
 
+/* Whether the kernel knows what this ring does; gives a positive errno if not. */
+static int operations_check(struct io_uring *ring)
+{
+    static const int needed[] = {IORING_OP_NOP, IORING_OP_READ, IORING_OP_WRITE,
+                                 IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED};
+    struct io_uring_probe *probe = io_uring_get_probe_ring(ring);
+    bool known = probe != NULL;
+
+    for (size_t i = 0; known && i < sizeof(needed) / sizeof(*needed); i++)
+        known = io_uring_opcode_supported(probe, needed[i]);
+    io_uring_free_probe(probe);
+    return known ? 0 : EOPNOTSUPP;
+}
+
 int queue_open(struct ring_queue *queue, unsigned entries, unsigned flags)
 {
     int error;
@@ -58,6 +72,8 @@ int queue_open(struct ring_queue *queue, unsigned entries, unsigned flags)
         error = errno;
     else
         error = -io_uring_register_eventfd(&queue->ring, queue->eventfd);
+    if (!error)
+        error = operations_check(&queue->ring);
     if (!error)
         error = slots_allocate(queue);
     if (error) {

@@ -166,7 +166,10 @@ class Ring:
     """An io_uring whose completions are announced on an eventfd."""
 
     def __init__(self, entries: int, flags: int = 0) -> None:
-        """Raises OSError when the kernel refuses, or for flags that the ring cannot work with."""
+        """Raises OSError when the kernel refuses, or for flags that the ring cannot work with.
+
+        EOPNOTSUPP: the kernel does not know all operations that a ring does.
+        """
 
     def fileno(self) -> int:
         """Give the eventfd, non-blocking, readable while `reap` has something."""

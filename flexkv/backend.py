@@ -15,17 +15,19 @@ from typing import Any, NamedTuple, Protocol
 from flexkv.common.config import MB, CacheConfig, CacheSizes, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import Order, PagedLayout, infer_layout
+from flexkv.common.terms import Tier
 from flexkv.index.keys import blocks_are
-from flexkv.io.arena import Arena
+from flexkv.io.arena import Arena, check_memory
 from flexkv.io.cpu import CpuDevicePort
 from flexkv.io.cuda.choice import Wish
 from flexkv.io.cuda.driver import BoundDriver, why_no_gds
 from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
-from flexkv.io.files import StripedFiles
+from flexkv.io.files import FileOptions
 from flexkv.io.ports import DevicePort, DurablePort, TransferPort
 from flexkv.io.ranks import RanksPort
-from flexkv.io.ssd import forget_earlier, open_journals, open_ssd, present, refuse
+from flexkv.io.ssd import SsdWish, TakenSsd, distinct, open_ssd, refuse, take_ssd
+from flexkv.io.stoppable import no_pause, run_stoppable
 from flexkv.io.summed import SummedPort
 from flexkv.io.sums import PoolSummer, Sums
 from flexkv.io.superblock import FORMAT_VERSION, Superblock
@@ -33,7 +35,9 @@ from flexkv.io.tensors import describe, device_of, kv_cache_list
 from flexkv.io.uring import RingOptions
 from flexkv.ledger import Ledger
 from flexkv.logs import get_logger
+from flexkv.presence import Presence
 from flexkv.scrub import Scrubber
+from flexkv.unavailable import Unavailable
 
 log = get_logger(__name__)
 
@@ -67,11 +71,22 @@ class Backend(Protocol):
     """What makes the SSD tier survive; None when nothing does."""
     scrubber: Scrubber | None
     """What reads the SSD tier in idle time; None when nothing does."""
+    presence: Presence | None
+    """What notices that files of the SSD tier are gone; None when nothing does."""
+    unavailable: Unavailable
+    """What the configuration asks for and the engine goes on without."""
     ranks: int
     """How many devices have to be registered before requests are taken."""
 
+    async def take(self, undo: ExitStack, progress: Progress | None) -> None:
+        """Take memory and files, which may take minutes; `undo` gets what releases them.
+
+        Cancellation: ends soon; `undo` has what was taken.
+        """
+        ...
+
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
-        """Take memory and files; `undo` gets what releases them."""
+        """Open the adapters over what was taken; what was not, is taken first."""
         ...
 
     def device(self, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:
@@ -100,32 +115,86 @@ class LocalBackend:
         self.disk_blocks = 0
         self.ledger: Ledger | None = None
         self.scrubber: Scrubber | None = None
+        self.presence: Presence | None = None
+        self.unavailable = Unavailable()
         self._model, self._cache, self._sizes = model, cache, sizes
         self._sums: Sums | None = None
+        self._taken: TakenSsd | None = None
+        self._has_taken = False
+
+    async def take(self, undo: ExitStack, progress: Progress | None) -> None:
+        """Take memory and files in a thread: touching and allocating may take minutes.
+
+        Raises:
+            ConfigError: memory, directory or disk space is not there.
+
+        Cancellation: ends soon, and raises when nothing is being taken any more.
+        """
+        await run_stoppable("open", lambda pause: self._take(undo, progress, pause))
+
+    def _take(
+        self, undo: ExitStack, progress: Progress | None, pause: Callable[[], None] = no_pause
+    ) -> None:
+        """Take files, which is quick, and then memory; first make sure that there is memory."""
+        cache, sizes = self._cache, self._sizes
+        hugepage_bytes = cache.hugepage_size_bytes if cache.use_hugepage_cpu_buffer else None
+        host_bytes = sizes.num_host_blocks * sizes.block_stride_bytes
+        reserved_bytes = check_memory(host_bytes, hugepage_bytes, sizes.host_given)
+        if sizes.num_disk_blocks:
+            options = FileOptions(cache.ssd_preallocate, sizes.disk_given, reserved_bytes, pause)
+            self._take_ssd(distinct(cache.ssd_cache_dir), options, undo)
+
+        def touched(done_bytes: int, all_bytes: int) -> None:
+            pause()
+            if progress is not None:
+                progress(done_bytes, all_bytes)
+
+        self._arena = Arena.open(
+            sizes.num_host_blocks,
+            sizes.block_stride_bytes,
+            hugepage_bytes,
+            shared=self.shared,
+            progress=touched,
+            given=sizes.host_given,
+        )
+        undo.callback(self._arena.close)
+        self._has_taken = True
+
+    def _take_ssd(
+        self, directories: tuple[Path, ...], options: FileOptions, undo: ExitStack
+    ) -> None:
+        cache, sizes, superblock = self._cache, self._sizes, self._superblock()
+        if cache.ssd_on_mismatch == "refuse":
+            refuse(directories, superblock)
+        wish = SsdWish(
+            directories,
+            sizes.num_disk_blocks,
+            superblock,
+            options,
+            keeps_journal=cache.ssd_warm_restart,
+            is_strict=cache.strict,
+        )
+        self._taken = take_ssd(wish, self.unavailable.lose_directory, undo)
+        if self._taken is None:
+            faults = "; ".join(f"{at}: {why}" for at, why in self.unavailable.directories.items())
+            self.unavailable.lose_tier(Tier.DISK, f"none of its directories can be used: {faults}")
 
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
-        """Take memory and files.
+        """Open the adapters over memory and files, which are taken if they were not.
 
         Raises:
             ConfigError: memory, directory or disk space is not there.
         """
-        cache, sizes = self._cache, self._sizes
-        if cache.enable_gds:
+        if not self._has_taken:
+            self._take(undo, progress)
+        if self._cache.enable_gds:
             log.warning(
                 "gds not used", reason=why_no_gds(), instead="SSD blocks go through the host"
             )
-        self._arena = Arena.open(
-            sizes.num_host_blocks,
-            sizes.block_stride_bytes,
-            cache.hugepage_size_bytes if cache.use_hugepage_cpu_buffer else None,
-            shared=self.shared,
-            progress=progress,
-        )
-        undo.callback(self._arena.close)
         self._pinned = Pinned(self._arena)
         self.host = self._arena.backing
-        if sizes.num_disk_blocks and (folders := present(map(Path, cache.ssd_cache_dir))):
-            self._open_ssd(folders, undo)
+        if self._taken is not None:
+            self._open_ssd(self._taken, undo)
         if not self._model.model_id and (self.shared or self.ledger is not None):
             log.warning(
                 "model_id_not_given",
@@ -144,36 +213,23 @@ class LocalBackend:
         """Give the host memory."""
         return self._arena
 
-    def _open_ssd(self, folders: list[Path], undo: ExitStack) -> None:
-        cache, sizes = self._cache, self._sizes
-        if cache.ssd_on_mismatch == "refuse":
-            refuse(folders, self._superblock())
-        # Each directory has its part, whatever became of the others.
-        self.disk_blocks = sizes.num_disk_blocks * len(folders) // len(cache.ssd_cache_dir) or 1
-        per_file = sizes.max_file_blocks
-        files = StripedFiles.open(
-            folders,
-            self.disk_blocks,
-            sizes.block_stride_bytes,
-            None if per_file is None else per_file * sizes.block_stride_bytes,
-            cache.ssd_preallocate,
-        )
-        undo.callback(files.close)
+    def _open_ssd(self, taken: TakenSsd, undo: ExitStack) -> None:
+        cache, files = self._cache, taken.files
+        self.disk_blocks = files.num_blocks
         options = RingOptions(entries=cache.iouring_entries, flags=cache.iouring_flags)
         summer = PoolSummer(self._arena)
         self._sums = summer.sums
         port = self.disk = open_ssd(self._arena, files, options, summer, undo)
-        if not cache.ssd_warm_restart:
-            forget_earlier(files.folders)
-            return
-        journals = open_journals(files.folders, self._superblock(), undo)
-        self.ledger = Ledger(journals, self.disk_blocks, port.sums)
-        undo.callback(self.ledger.close)
-        port.forget = self.ledger.forget
-        if cache.ssd_scrub_mb_per_s:
-            rate = cache.ssd_scrub_mb_per_s * MB
-            self.scrubber = Scrubber(files, port.sums, self.ledger, rate)
-            undo.callback(self.scrubber.close)
+        if taken.journals is not None:
+            self.ledger = Ledger(taken.journals, self.disk_blocks, port.sums)
+            undo.callback(self.ledger.close)
+            port.forget = self.ledger.forget
+            if cache.ssd_scrub_mb_per_s:
+                rate = cache.ssd_scrub_mb_per_s * MB
+                self.scrubber = Scrubber(files, port.sums, self.ledger, rate)
+                undo.callback(self.scrubber.close)
+        self.presence = Presence(files, self.ledger, self.unavailable)
+        undo.callback(self.presence.close)
 
     def _superblock(self) -> Superblock:
         cache, sizes = self._cache, self._sizes

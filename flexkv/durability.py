@@ -36,9 +36,15 @@ class FlushReport(msgspec.Struct, frozen=True):
         lacking_blocks: by the name of a tier, how many blocks host memory holds and the tier lacks:
             it has no free place for them, or refuses them as worth less than what it has. Blocks
             that were put while the flush went on may be among them.
+        missing_tiers: by the name of a tier that was asked for and is not there: the reason.
+            Nothing survives there.
+        unused_directories: by the path of a directory of the SSD tier that is not used: the reason.
+            Blocks that were stored there earlier are not there now.
     """
 
     lacking_blocks: dict[str, int] = {}
+    missing_tiers: dict[str, str] = {}
+    unused_directories: dict[str, str] = {}
 
 
 _FROM_DEVICE = str(Route(Tier.DEVICE, Tier.HOST))
@@ -67,11 +73,11 @@ class Durability:
         """Return once everything resident that was put before is on stable storage.
 
         Returns:
-            What is not, because a tier has no place for it or refuses it.
+            What is not, because a tier has no place for it, refuses it, or is not there.
 
         Raises:
             TransferError: a block could not be written, or the disk refused to sync; what could be
-                written is safe.
+                written is safe. Or the files of the tier were removed or unmounted.
         """
         failed_before = self._syncs_failed
         failed: FlexKVError | None = await self._write_all()
@@ -82,7 +88,9 @@ class Durability:
             failed = self._sync_failure
         if failed is not None:
             raise failed
-        return FlushReport(await self._behind.left_blocks())
+        gone = self._backend.unavailable
+        left = await self._behind.left_blocks()
+        return FlushReport(left, dict(gone.tiers), dict(gone.directories))
 
     async def _write_all(self) -> TransferError | None:
         """Write what host memory holds and lower tiers lack; return what went wrong."""
@@ -135,12 +143,16 @@ class Durability:
 
     async def _sync(self) -> FlexKVError | None:
         """Sync once, to the end, even if nobody waits any more: a failure must not go unseen."""
-        disk, ledger = self._backend.disk, self._backend.ledger
+        disk, ledger, presence = self._backend.disk, self._backend.ledger, self._backend.presence
         try:
+            if presence is not None and presence.lost is not None:
+                return presence.lost
             if disk is not None:
                 await self._sync_disk(disk)
             if ledger is not None:
                 await ledger.flush()
+            if presence is not None:
+                return await presence.look()
         except FlexKVError as error:
             return error
         finally:

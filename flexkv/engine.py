@@ -26,7 +26,7 @@ from flexkv.actors.write_behind import WriteBehind
 from flexkv.admission import Admission
 from flexkv.backend import Backend, LocalBackend, Progress
 from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
-from flexkv.common.errors import ClosedError, InternalError, InvariantError
+from flexkv.common.errors import ClosedError, ConfigError, InternalError, InvariantError
 from flexkv.common.layout import Order, is_natural
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import Tier
@@ -108,12 +108,22 @@ class Engine:
         Raises:
             ConfigError: memory, directory or disk space is not there.
             ClosedError: it was open before.
+
+        Cancellation: ends soon, even while memory is touched; nothing is left behind.
         """
         if self._used:
             raise ClosedError("an engine is opened once: make a new one")
         self._supervisor = Supervisor(self._failed)
         with ExitStack() as undo:
-            self._compose(undo, progress)
+            await self._backend.take(undo, progress)
+            try:
+                self._compose(undo, progress)
+            except MemoryError as error:
+                sizes = self.sizes
+                is_disk = sizes.num_disk_blocks > sizes.num_host_blocks
+                given = sizes.disk_given if is_disk else sizes.host_given
+                why = f"there is no memory to keep account of so many blocks: set {given.key} lower"
+                raise ConfigError(*given, why) from error
             await self._supervisor.start()
             for actor in self._actors.values():
                 self._start(actor)
@@ -122,6 +132,9 @@ class Engine:
             if self._backend.scrubber is not None:
                 disk, drop = self._actors[Tier.DISK], self._scheduler.drop_corrupt
                 self._supervisor.keep("scrub", self._backend.scrubber.run(disk.is_idle, drop))
+            if self._backend.presence is not None:
+                self._backend.presence.on_lost = self._lost_ssd
+                self._supervisor.keep("presence", self._backend.presence.run())
             self._resources.push(undo.pop_all())
         self._open = self._used = True
         log.info(
@@ -151,6 +164,7 @@ class Engine:
         self._observer = Observer(
             sizes.block_bytes, log_every_requests=cache.num_log_interval_requests
         )
+        self._observer.remind = backend.unavailable.remind
         self.limits = plan_limits(cache, sizes)
         self._planner = Planner(self._residency, self.limits)
         self._scheduler = Scheduler(
@@ -176,7 +190,7 @@ class Engine:
         self._holds = Holds(self._scheduler, self._residency)
         self._sources = Sources(
             self._residency, self._scheduler, self._admission, self._actors, self._backing,
-            self._behind, self._restored_blocks,
+            self._behind, self._restored_blocks, backend.unavailable,
         )  # fmt: skip
         self._tracing = Tracing(cache, sizes.block_bytes, self._observer, self._sources)
         undo.callback(self._tracing.stop)
@@ -195,6 +209,9 @@ class Engine:
         ops_per_run = (LEGS_MAX + CHUNKS_MAX) * 4
         waiting_max = self._admission.requests_most * ops_per_run + self.sizes.num_host_blocks
         return TransferActor(tier, port, inbound, outbound, waiting_max)
+
+    def _lost_ssd(self, why: str) -> None:
+        self._scheduler.watch.lose(Tier.DISK, why)
 
     def _start(self, actor: TransferActor) -> None:
         actor.attach(self._scheduler.report)

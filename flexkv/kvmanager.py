@@ -47,7 +47,7 @@ class KVManager(TaskForm):
         Args:
             model: shape of the KV cache.
             cache: tiers and their sizes.
-            progress: called with (done, total) bytes while host memory is touched.
+            progress: called with (done, total) bytes while host memory is touched, in a thread.
             backend: what to stand on, in place of this machine's memory, files and devices.
 
         Raises:

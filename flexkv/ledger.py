@@ -23,6 +23,7 @@ from flexkv.common.terms import BlockIds, Tier
 from flexkv.index.forest import forest
 from flexkv.index.residency import Residency
 from flexkv.io import journal
+from flexkv.io.files import Missing
 from flexkv.io.journal import RECORD_BYTES, Journal
 from flexkv.io.journals import Journals
 from flexkv.io.sums import Sums
@@ -408,6 +409,10 @@ class Ledger:
         self.erased(lost)
         self._unsynced[:] = False
         return lost
+
+    async def missing(self) -> Missing | None:
+        """Return the first journal that is not where it was opened; None if all are."""
+        return await self._on_thread(self._journals.missing)
 
     # -- the end --------------------------------------------------------------------------------
 

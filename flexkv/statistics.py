@@ -15,6 +15,7 @@ from flexkv.actors.write_behind import BehindCounts, WriteBehind
 from flexkv.admission import Admission
 from flexkv.common.terms import Tier
 from flexkv.index.residency import Residency, TierCounts
+from flexkv.unavailable import Unavailable
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Sources:
     backing: Mapping[Tier, str]
     behind: WriteBehind
     restored_blocks: int
+    unavailable: Unavailable
 
 
 class TierStatistics(msgspec.Struct, frozen=True):
@@ -43,7 +45,8 @@ class TierStatistics(msgspec.Struct, frozen=True):
     backing: str
     """What holds the blocks: the kind of memory, or the disk adapter."""
     reads: str = "up"
-    """up; down: it failed again and again and is left alone for a while; hung: I/O does not end."""
+    """up; down: it failed again and again and is left alone for a while, or its files are gone;
+    hung: I/O does not end."""
     writes: str = "up"
 
     @property
@@ -104,6 +107,10 @@ class Statistics(msgspec.Struct, frozen=True):
     """Blocks of an earlier run that the SSD tier began with."""
     write_behind: dict[str, BehindCounts] = {}
     """What host memory owes each lower tier."""
+    missing_tiers: dict[str, str] = {}
+    """Tiers that were asked for and are not there, or are lost, with the reason."""
+    unused_directories: dict[str, str] = {}
+    """Directories of the SSD tier that are not used, with the reason."""
 
     @property
     def hit_rate(self) -> float:
@@ -155,4 +162,6 @@ def snapshot(of: Sources, observer: Observer) -> Statistics:
         write_behind={
             tier.label: of.behind.counts(tier) for tier in of.residency.tiers if tier > Tier.HOST
         },
+        missing_tiers=dict(of.unavailable.tiers),
+        unused_directories=dict(of.unavailable.directories),
     )

@@ -5,6 +5,8 @@
       ╲                                         ╰── failure, ×2 ──────╯
        ── I/O past its deadline ──▶ HUNG ── anything comes back ──▶ on trial
 
+A tier that is lost is DOWN for good, whatever becomes of its I/O.
+
 Pure: the time comes with each call, in seconds from any start.
 """
 
@@ -34,9 +36,16 @@ class Breaker:
         self._backoff_s = BACKOFF_MIN_S
         self._down_until_s = 0.0
         self._on_trial = False
+        self._is_lost = False
+
+    def lose(self) -> None:
+        """Take the direction down for good."""
+        self.health, self._is_lost = Health.DOWN, True
 
     def usable(self, now_s: float) -> bool:
         """Tell whether the direction may be used: when it is up, or due for a trial."""
+        if self._is_lost:
+            return False
         if self.health is Health.DOWN:
             return now_s >= self._down_until_s
         return self.health is Health.UP
@@ -49,6 +58,8 @@ class Breaker:
 
     def succeeded(self) -> bool:
         """Take a success; tells whether that changed anything."""
+        if self._is_lost:
+            return False
         changed = self.health is not Health.UP
         self.health, self._failures, self._backoff_s = Health.UP, 0, BACKOFF_MIN_S
         self._on_trial = False
@@ -56,6 +67,8 @@ class Breaker:
 
     def failed(self, now_s: float) -> bool:
         """Take a failure; tells whether the direction went down by it."""
+        if self._is_lost:
+            return False
         self._failures += 1
         if self.health is Health.UP and self._failures < FAILURES_MAX:
             return False
@@ -69,6 +82,8 @@ class Breaker:
 
     def hung(self) -> bool:
         """Take that I/O does not end; tells whether that is news."""
+        if self._is_lost:
+            return False
         changed = self.health is not Health.HUNG
         self.health = Health.HUNG
         return changed

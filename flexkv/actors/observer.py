@@ -44,6 +44,8 @@ class Observer:
     ) -> None:
         self.now_ns = now_ns
         self.tracer: Tracer | None = None
+        self.remind: Callable[[], None] = lambda: None
+        """Called with each summary that is logged."""
         self.requests: dict[Operation, dict[KVResponseStatus, int]] = {
             operation: dict.fromkeys(KVResponseStatus, 0) for operation in Operation
         }
@@ -139,6 +141,7 @@ class Observer:
             self.tracer.request_ended(request, ended, (*since_ns, self.now_ns()))
 
     def _summarise(self) -> None:
+        self.remind()
         asked = max(self.asked_blocks, 1)
         log.info(
             "requests",

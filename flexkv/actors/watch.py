@@ -51,6 +51,13 @@ class Watch:
         """Give the breaker of one direction of a tier."""
         return self._breakers.setdefault((tier, inbound), Breaker())
 
+    def lose(self, tier: Tier, why: str) -> None:
+        """Take a tier down for good."""
+        for inbound in (True, False):
+            self.breaker(tier, inbound).lose()
+            self._tell("tier_down", tier, detail=f"{_direction(inbound)}: for good: {why}")
+        self.all_up = False
+
     def begun(self, route: Route) -> None:
         """An op went to a lower tier: look whether it ends."""
         self.arm()

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
 import psutil
@@ -19,43 +19,55 @@ from rich.markup import escape
 from rich.table import Table
 
 from flexkv import _ext
-from flexkv.common.config import GB
+from flexkv.cli.doctor_tiers import Finding, host_tier, ssd_tier
+from flexkv.common.config import GB, CacheConfig
 from flexkv.common.errors import ConfigError
 from flexkv.io.files import StripedFiles
 from flexkv.io.host_memory import headroom
+from flexkv.io.ssd import distinct
+from flexkv.io.uring import try_nothing
+from flexkv.settings import load_settings
 
 PROBE_BYTES = 256 << 20
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-class Finding(NamedTuple):
-    """One thing that was looked at."""
-
-    name: str
-    found: str
-    good: bool
-    advice: str = ""
-
-
 def doctor(
     directory: Annotated[
-        Path, typer.Option("--dir", help="Directory that the SSD tier would use.")
-    ] = Path(),
+        Path | None, typer.Option("--dir", help="Directory that the SSD tier would use.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what this machine offers, what will be used, and what would help."""
+    """Say what this machine offers, what will be used, and what would help.
+
+    The exit status is 1 when a tier that the configuration asks for cannot be had.
+    """
+    cache = load_settings().cache_config
+    if directory is not None:
+        cache = CacheConfig(ssd_cache_dir=directory, num_ssd_blocks=1)
+    looked_at = distinct(cache.ssd_cache_dir)[0] if cache.enable_ssd else Path()
     looks: list[Callable[[], Finding]] = [
-        _simd, _uring, lambda: _direct(directory), _thp, _hugetlb, _memlock, _memory,
-        lambda: _disk(directory), _cuda, _bandwidth,
+        _simd, _uring, lambda: _direct(looked_at), _thp, _hugetlb, _memlock, _memory,
+        lambda: _disk(looked_at), _cuda, _bandwidth,
     ]  # fmt: skip
     findings = [look() for look in looks]
+    findings += host_tier(cache)
+    if cache.enable_ssd:
+        findings += ssd_tier(cache)
     if as_json:
         typer.echo(json.dumps({f.name: f._asdict() for f in findings}, indent=2))
-        return
+    else:
+        _show(findings)
+    if any(finding.fatal for finding in findings):
+        raise typer.Exit(1)
+
+
+def _show(findings: list[Finding]) -> None:
     table = Table("what", "found", "", "what would help", title="FlexKV doctor")
     for finding in findings:
         mark = "[green]good" if finding.good else "[yellow]could be better"
-        table.add_row(finding.name, escape(finding.found), mark, escape(finding.advice))
+        mark = "[red]cannot be had" if finding.fatal else mark
+        table.add_row(escape(finding.name), escape(finding.found), mark, escape(finding.advice))
     Console().print(table)
 
 
@@ -66,7 +78,11 @@ def _simd() -> Finding:
 
 def _uring() -> Finding:
     try:
-        _ext.Ring(8).close()
+        ring = _ext.Ring(8)
+        try:
+            try_nothing(ring)
+        finally:
+            ring.close()
     except OSError as error:
         advice = "threads serve; sysctl kernel.io_uring_disabled=0, or a newer kernel"
         return Finding("io_uring", f"refused: {error.strerror}", False, advice)
@@ -79,9 +95,11 @@ def _direct(directory: Path) -> Finding:
         files = StripedFiles.open([probe], 1, 4096)
     except ConfigError as error:
         return Finding("O_DIRECT", str(error), False, "choose another directory with --dir")
-    direct, why = files.direct, files.why
-    files.close()
-    shutil.rmtree(probe)
+    else:
+        direct, why = files.direct, files.why
+        files.close()
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
     if direct:
         return Finding("O_DIRECT", f"works in {directory.resolve()}", True)
     return Finding("O_DIRECT", why, False, "buffered files serve; ext4 or XFS has O_DIRECT")
@@ -118,7 +136,11 @@ def _memory() -> Finding:
 
 
 def _disk(directory: Path) -> Finding:
-    free = psutil.disk_usage(str(directory)).free
+    there = next(each for each in (directory, *directory.parents) if each.exists())
+    try:
+        free = psutil.disk_usage(str(there)).free
+    except OSError as error:
+        return Finding("disk", f"cannot be looked at ({error.strerror})", False, "mount it anew")
     good = free > GB
     advice = "" if good else "free some space, or choose another directory with --dir"
     return Finding("disk", f"{free / GB:.1f} GB free", good, advice)

@@ -118,25 +118,43 @@ def _part(told: dict[str, Any], name: str) -> dict[str, Any]:
 async def run(model: ModelConfig, settings: Settings, parent: ProcessWatch | None = None) -> None:
     """Serve until a signal; with a parent, until it has ended or closed our stdin.
 
+    A signal while memory and files are being taken ends that, too.
+
     Raises:
         ConfigError: another server has the address, or memory or files are not there.
     """
     ended = asyncio.Event()
-    _on_end(ended.set, parent)
+    opening = asyncio.current_task()
+    assert opening is not None
+    is_open = False
+
+    def end() -> None:
+        ended.set()
+        if not is_open:
+            opening.cancel()
+
+    _on_end(end, parent)
     cache = settings.cache_config
     async with AsyncExitStack() as stack:
         listener = Listener(socket_path(settings.server_recv_port))  # first: it is cheap to refuse
         stack.callback(listener.close)
-        if parent is not None:
-            _say(LISTENING)
         backend = ServerBackend(model, cache, cache.sized(model))
-        manager = await stack.enter_async_context(KVManager(model, cache, backend=backend))
+        try:
+            manager = await stack.enter_async_context(KVManager(model, cache, backend=backend))
+        except asyncio.CancelledError:
+            if not ended.is_set():
+                raise
+            log.info("server ends", reason="a signal, before memory and files were taken")
+            return
+        is_open = True
         if settings.enable_metrics:
             metrics = stack.enter_context(MetricsServer(manager, settings.py_metrics_port))
             log.info("metrics", url=metrics.url)
         server = Server(manager.engine, backend, listener)
         manager.engine.on_failure = ended.set
         server.start()
+        if parent is not None:
+            _say(LISTENING)
         await ended.wait()
         log.info("server ends")
         manager.engine.check_sound()

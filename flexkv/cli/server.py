@@ -32,8 +32,19 @@ def status(address: Address = None) -> None:
 
 @server.command("flush")
 def flush(address: Address = None) -> None:
-    """Return once everything put before is on stable storage."""
-    command(_at(address), "flush")
+    """Return once everything put before is on stable storage, and print what is not.
+
+    The exit status is 1 when a tier that was asked for is not there.
+    """
+    report = command(_at(address), "flush")
+    for tier, blocks in report["lacking_blocks"].items():
+        typer.echo(f"{tier} lacks {blocks} blocks of host memory")
+    for directory, why in report["unused_directories"].items():
+        typer.echo(f"the directory {directory} is not used: {why}")
+    for tier, why in report["missing_tiers"].items():
+        typer.echo(f"{tier} is not there: {why}")
+    if report["missing_tiers"]:
+        raise typer.Exit(1)
 
 
 @server.command("clear")

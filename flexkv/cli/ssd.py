@@ -13,6 +13,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from flexkv.common.directories import directories_of
+from flexkv.common.errors import ConfigError
+from flexkv.io.paths import expanded, shown
 from flexkv.io.stopped import StoppedTier
 
 ssd = typer.Typer(no_args_is_help=True, help="Look at a directory of the SSD tier, offline.")
@@ -21,10 +24,19 @@ Folder = Annotated[Path, typer.Argument(help="A directory of ssd_cache_dir; no e
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+def _opened(directory: Path) -> StoppedTier:
+    """Open a directory, written as `ssd_cache_dir` may be."""
+    try:
+        (found,) = directories_of(directory)
+    except ValueError as error:
+        raise ConfigError("directory", shown(directory), str(error)) from None
+    return StoppedTier(expanded(found, "directory"))
+
+
 @ssd.command()
 def inspect(directory: Folder, as_json: AsJson = False) -> None:
     """Say what a directory holds."""
-    with StoppedTier(directory) as tier:
+    with _opened(directory) as tier:
         blocks = tier.live.blocks
         firsts = blocks[blocks[:, 32] > 0] if len(blocks) else blocks
         figures: dict[str, Any] = {
@@ -53,7 +65,7 @@ def verify(
     begin, read = time.monotonic(), 0
     bad: list[int] = []
     console = Console(stderr=True)
-    with StoppedTier(directory) as tier, Progress(console=console, disable=as_json) as progress:
+    with _opened(directory) as tier, Progress(console=console, disable=as_json) as progress:
         bar = progress.add_task("blocks", total=len(tier.live.rows))
         for checked in tier.verify():
             read += len(checked.rows)
@@ -81,7 +93,7 @@ def clear(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Forget every block of a directory; its files stay, to be written over."""
-    with StoppedTier(directory) as tier:
+    with _opened(directory) as tier:
         count = len(tier.live.rows)
         if not yes:
             typer.confirm(f"Forget {count} blocks of {directory}?", abort=True)

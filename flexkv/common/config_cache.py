@@ -6,13 +6,14 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Secret, SecretStr, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
 from flexkv.common.config_keys import ConfigModel, RetiredKeyWarning, key
 from flexkv.common.config_model import ModelConfig
+from flexkv.common.directories import directories_of
 from flexkv.common.errors import ConfigError
 
 GB = 1024**3
@@ -30,12 +31,12 @@ SIZE_PAIRS = (
 
 
 def _joined(value: object) -> object:
-    """Take several paths joined by `;`, or one path, for a list of them."""
+    """Take several addresses joined by `;`, or one, for a list of them."""
     if value is None:
         return ()
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(";") if part.strip())
-    return (value,) if isinstance(value, Path) else value
+    return value
 
 
 def _block_first(value: object) -> object:
@@ -62,11 +63,18 @@ def _object(value: object) -> object:
     raise fault  # raised here it has no context, which would hold the text
 
 
-Paths = Annotated[tuple[Path, ...], BeforeValidator(_joined)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(directories_of)]
 Addresses = Annotated[tuple[str, ...], BeforeValidator(_joined)]
 Layout = Annotated[Literal["BLOCKFIRST"], BeforeValidator(_block_first)]
 CustomConfig = Annotated[Secret[dict[str, Any]], BeforeValidator(_object)]
 EvictionPolicy = Literal["lru", "lfu", "fifo", "mru", "filo", "slru", "lhd"]
+
+
+class GivenSize(NamedTuple):
+    """The key that sets the size of a tier, and its value, as the user gave it."""
+
+    key: str
+    value: object
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +86,12 @@ class CacheSizes:
     block_bytes: int
     block_stride_bytes: int
     """Bytes from one block to the next: `block_bytes`, aligned for O_DIRECT."""
-    max_file_blocks: int | None = None
+    max_file_blocks: int | None
     """Most blocks in one SSD file; None = no cap."""
+    host_given: GivenSize
+    """What an error about the size of the host tier names."""
+    disk_given: GivenSize
+    """Likewise, of the SSD tier."""
 
 
 class CacheConfig(ConfigModel):
@@ -116,7 +128,14 @@ class CacheConfig(ConfigModel):
     ssd_cache_dir: Paths = key(
         (),
         "Directory of the SSD tier; several (`;`-separated or a list) are striped. Only the user "
-        "who runs the engine, or root, may own it and write to it; a missing one is made.",
+        "who runs the engine, or root, may own it and write to it; a missing one is made. `~` and "
+        "`$VARIABLE` are expanded, `file:///dir` is a directory. One that cannot be used costs its "
+        "part of the tier, and is named in the log, in `statistics()` and by `flexkv doctor`.",
+    )
+    strict: bool = key(
+        False,
+        "Whether the engine refuses to start when the SSD tier, or a directory of it, cannot be "
+        "used; else it starts without.",
     )
     ssd_preallocate: bool = key(
         True, "Take all the space of the SSD tier at the start; else as it is written to."
@@ -394,7 +413,22 @@ class CacheConfig(ConfigModel):
             block_bytes=block_bytes,
             block_stride_bytes=stride,
             max_file_blocks=None if self._files_uncapped else self._blocks(*file, stride),
+            host_given=self._given(*host),
+            disk_given=self._given(*disk),
         )
+
+    @property
+    def host_given(self) -> GivenSize:
+        """Return which key sets the size of the host tier, and to what."""
+        return self._given(*SIZE_PAIRS[0])
+
+    def _given(self, blocks_key: str, gb_key: str) -> GivenSize:
+        """Return which of two keys sets a size, and to what."""
+        count: int | None = getattr(self, blocks_key)
+        if count is not None:
+            return GivenSize(blocks_key, count)
+        gb: float = getattr(self, gb_key)
+        return GivenSize(gb_key, int(gb) if gb.is_integer() else gb)
 
     @property
     def _files_uncapped(self) -> bool:

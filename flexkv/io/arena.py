@@ -1,12 +1,15 @@
 """The host tier's memory: one block-first mapping, on the largest pages that can be had.
 
-    huge pages asked for    memfd on hugetlb          ─┐ refused: the next, with the reason kept
-    shared                  memfd                      ├ + MADV_HUGEPAGE; plain pages if refused
-    not shared              private anonymous memory  ─┘
+    huge pages asked for    memfd on hugetlb          ─┐ refused, when mapped or when touched:
+    shared                  memfd                      ├ the next, with the reason kept; first
+    not shared              private anonymous memory  ─┘ with MADV_HUGEPAGE, then without
 
 Large pages matter more than any other choice here: a disk request in 4 KiB pages is hundreds of
 segments, one in a huge page is one. All memory is touched at open, since a first touch costs
-several times a copy.
+several times a copy. A cgroup may refuse a huge page only when it is touched: by an error here,
+because pages of hugetlb are allocated in the file first, and a fault would be a SIGBUS.
+
+What is only a hint (`madvise`, seals against executing) costs nothing when the kernel refuses it.
 
 Memory that other processes map is sealed: nobody can grow it, remove the seals, or shrink it, which
 would kill every process that touches it by SIGBUS. Whoever maps it checks the seals first.
@@ -17,9 +20,10 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
-from errno import EINVAL, EPERM, errorcode
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from errno import EINVAL, EMFILE, ENFILE, ENOMEM, EPERM, errorcode
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,20 +31,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv import _ext
+from flexkv.common.config_cache import GivenSize
 from flexkv.common.errors import ClosedError, ConfigError
-from flexkv.io.host_memory import headroom
+from flexkv.io.host_memory import free_huge_bytes, headroom
 from flexkv.logs import get_logger
 
 log = get_logger(__name__)
 
 ALIGNMENT_BYTES = 2 << 20
 """The arena starts on such a boundary: the usual huge page."""
-_MEMFD = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MADV_WIPEONFORK = 18
 """The kernel's number; `mmap` has no name for it. A child finds zeros, and copies nothing."""
-TOUCH_BYTES = 1 << 30
-"""Memory touched between two calls of `progress`."""
+_MFD_NOEXEC_SEAL = 8
+"""The kernel's number. Some machines (`vm.memfd_noexec=2`) allow no memory that lacks this seal."""
+TOUCH_BYTES = 64 << 20
+"""Memory touched between two calls of `progress`, which may end the touching: some 20 ms."""
 
 Progress = Callable[[int, int], None]
 
@@ -94,6 +100,7 @@ class Arena:
         hugepage_bytes: int | None = None,
         shared: bool = False,
         progress: Progress | None = None,
+        given: GivenSize | None = None,
     ) -> Arena:
         """Map and touch the memory of `num_blocks` blocks.
 
@@ -102,7 +109,9 @@ class Arena:
             block_stride_bytes: bytes from one block to the next.
             hugepage_bytes: ask for hugetlb pages of this size first.
             shared: other processes shall be able to map it.
-            progress: called with (touched bytes, all bytes) after each GiB.
+            progress: called with (touched bytes, all bytes) again and again; what it raises ends
+                the touching. It begins anew when pages of one kind are refused.
+            given: what an error about the size names; None: the number of blocks.
 
         Raises:
             ConfigError: more than there is, or a page size that cannot be.
@@ -110,26 +119,28 @@ class Arena:
         assert num_blocks >= 1, num_blocks
         assert block_stride_bytes >= 1, block_stride_bytes
         total_bytes = num_blocks * block_stride_bytes
-        mapping, refused = None, ""
-        if hugepage_bytes is not None:
-            if hugepage_bytes < mmap.PAGESIZE or hugepage_bytes.bit_count() != 1:
-                raise ConfigError("hugepage_size_bytes", hugepage_bytes, "not a size of huge pages")
+        given = given or GivenSize("num_cpu_blocks", num_blocks)
+        check_memory(total_bytes, hugepage_bytes, given)
+        refused: list[str] = []
+        failure: OSError | OverflowError = OSError(ENOMEM, os.strerror(ENOMEM))
+        for kind in ("hugetlb", "thp", "plain")[hugepage_bytes is None :]:
+            if kind == "thp":
+                check_memory(total_bytes, None, given)
             try:
-                mapping = _map_hugetlb(total_bytes, hugepage_bytes)
-            except OSError as error:
-                refused = f"hugetlb refused ({errorcode.get(error.errno or 0, error.errno)}), "
-        if mapping is None:
-            _check_headroom(num_blocks, total_bytes)
-            mapping = _map_pages(num_blocks, total_bytes, shared)
-        arena = cls(mapping, num_blocks, block_stride_bytes)
-        with ExitStack() as undo:
-            undo.callback(arena.close)
-            arena._touch(progress)
-            if arena.backing != "hugetlb":
-                arena._measure_pages()
-            undo.pop_all()
-        arena.why = refused + arena.why
-        return arena
+                with ExitStack() as undo:
+                    mapping = _map(kind, total_bytes, hugepage_bytes, shared)
+                    arena = cls(mapping, num_blocks, block_stride_bytes)
+                    undo.callback(arena.close)
+                    arena._touch(progress)
+                    undo.pop_all()
+            except (OSError, OverflowError) as error:
+                failure = error
+                number = error.errno if isinstance(error, OSError) else None
+                refused.append(f"{kind} refused ({errorcode.get(number or 0, number)}), ")
+            else:
+                arena.why = "".join(refused) + arena.why
+                return arena
+        raise _cannot_be_had(given, total_bytes, failure) from failure
 
     @classmethod
     def attach(
@@ -188,12 +199,17 @@ class Arena:
             raise ClosedError("the arena is closed")
 
     def _touch(self, progress: Progress | None) -> None:
+        """Touch all memory. Raises OSError when a page cannot be had."""
         total_bytes = len(self._buffer)
         for start in range(0, total_bytes, TOUCH_BYTES):
             end = min(start + TOUCH_BYTES, total_bytes)
+            if self.backing == "hugetlb" and self.fd is not None:
+                os.posix_fallocate(self.fd, self.fd_offset_bytes + start, end - start)
             _ext.prefault(self._buffer[start:end])
             if progress is not None:
                 progress(end, total_bytes)
+        if self.backing != "hugetlb":
+            self._measure_pages()
 
     def _measure_pages(self) -> None:
         """Replace what was asked of the kernel by what it did."""
@@ -227,58 +243,109 @@ def _seal(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
 
 
-def _map_hugetlb(total_bytes: int, hugepage_bytes: int) -> _Mapping:
-    """Map memory of the hugetlb pool, all of it reserved. Raises OSError when it has too little."""
-    size_flag = (hugepage_bytes.bit_length() - 1) << os.MFD_HUGE_SHIFT
-    fd = os.memfd_create("flexkv-arena", _MEMFD | os.MFD_HUGETLB | size_flag)
-    # Only pages below 2 MiB need room to align.
-    slack = ALIGNMENT_BYTES if hugepage_bytes < ALIGNMENT_BYTES else 0
-    length = -(-(total_bytes + slack) // hugepage_bytes) * hugepage_bytes
+def check_memory(total_bytes: int, hugepage_bytes: int | None, given: GivenSize) -> int:
+    """Check that there is memory, before any of it is taken.
+
+    Returns:
+        How much of it is to come from what all processes share: nothing if the pool of huge pages
+        has enough.
+
+    Raises:
+        ConfigError: there is not, or a page size cannot be.
+    """
+    if hugepage_bytes is not None:
+        if hugepage_bytes < mmap.PAGESIZE or hugepage_bytes.bit_count() != 1:
+            raise ConfigError("hugepage_size_bytes", hugepage_bytes, "not a size of huge pages")
+        if total_bytes <= free_huge_bytes(hugepage_bytes):
+            return 0
+    available_bytes, limited_by = headroom()
+    if total_bytes > available_bytes:
+        why = f"needs {total_bytes} bytes of memory, {limited_by} has {available_bytes}: "
+        raise ConfigError(*given, f"{why}set {given.key} lower")
+    return total_bytes
+
+
+def _cannot_be_had(
+    given: GivenSize, total_bytes: int, error: OSError | OverflowError
+) -> ConfigError:
+    """Return an error that says what would help against another one."""
+    number = error.errno if isinstance(error, OSError) else ENOMEM
+    limits = {"v": resource.RLIMIT_AS, "d": resource.RLIMIT_DATA}
+    limited = [each for each, limit in limits.items() if resource.getrlimit(limit)[0] >= 0]
+    help_ = f"set {given.key} lower"
+    if number in (EMFILE, ENFILE):
+        help_ = "raise the limit of open files (ulimit -n)"
+    elif number != ENOMEM:
+        help_ = "the kernel, or a seccomp profile, does not allow this process such memory"
+    elif limited:
+        help_ += f", or raise this process's limit of memory (ulimit -{' -'.join(limited)})"
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return ConfigError(*given, f"{total_bytes} bytes of memory cannot be had ({reason}): {help_}")
+
+
+def _map(kind: str, total_bytes: int, hugepage_bytes: int | None, shared: bool) -> _Mapping:
+    """Map memory on pages of a kind. Raises OSError or OverflowError when that is refused."""
+    if kind == "hugetlb":
+        assert hugepage_bytes is not None
+        return _map_hugetlb(total_bytes, hugepage_bytes)
+    return _map_pages(total_bytes, shared, kind == "thp")
+
+
+def _memfd(flags: int = 0) -> int:
+    """Open a file in memory, which cannot be executed where the kernel knows that."""
+    flags |= os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    with suppress(OSError):
+        return os.memfd_create("flexkv-arena", flags | _MFD_NOEXEC_SEAL)
+    return os.memfd_create("flexkv-arena", flags)
+
+
+def _map_fd(fd: int, length: int) -> mmap.mmap:
+    """Set the size of a file in memory, for ever, and map it; it is closed on failure."""
     try:
         os.ftruncate(fd, length)
         _seal(fd)
-        memory = mmap.mmap(fd, length)
-    except (OSError, OverflowError):
+        return mmap.mmap(fd, length)
+    except (OSError, OverflowError, ValueError):
         os.close(fd)
         raise
+
+
+def _map_hugetlb(total_bytes: int, hugepage_bytes: int) -> _Mapping:
+    """Map memory of the hugetlb pool, all of it reserved. Raises OSError when it has too little."""
+    size_flag = (hugepage_bytes.bit_length() - 1) << os.MFD_HUGE_SHIFT
+    fd = _memfd(os.MFD_HUGETLB | size_flag)
+    # Only pages below 2 MiB need room to align.
+    slack = ALIGNMENT_BYTES if hugepage_bytes < ALIGNMENT_BYTES else 0
+    length = -(-(total_bytes + slack) // hugepage_bytes) * hugepage_bytes
+    memory = _map_fd(fd, length)
     return _Mapping(memory, fd, "hugetlb", f"hugetlb pages of {hugepage_bytes >> 10} KiB")
 
 
-def _map_pages(num_blocks: int, total_bytes: int, shared: bool) -> _Mapping:
-    """Map ordinary memory, with the wish for transparent huge pages."""
+def _map_pages(total_bytes: int, shared: bool, wants_huge: bool) -> _Mapping:
+    """Map ordinary memory, with the wish for transparent huge pages or without."""
     length = total_bytes + ALIGNMENT_BYTES
-    fd = os.memfd_create("flexkv-arena", _MEMFD) if shared else None
-    try:
-        if fd is None:
-            memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            # A fork would make every page copy-on-write under I/O that is in flight.
-            memory.madvise(_MADV_WIPEONFORK)
+    fd = _memfd() if shared else None
+    if fd is None:
+        memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        why = "private memory"
+        # A fork would make every page copy-on-write under I/O that is in flight.
+        hints = [("MADV_WIPEONFORK", _MADV_WIPEONFORK)]
+    else:
+        memory, why, hints = _map_fd(fd, length), "shared memory", []
+    if wants_huge:
+        hints.append(("MADV_HUGEPAGE", mmap.MADV_HUGEPAGE))
+    return _Mapping(memory, fd, "plain", why + "".join(_advised(memory, hints)))
+
+
+def _advised(memory: mmap.mmap, hints: list[tuple[str, int]]) -> Iterator[str]:
+    """Advise the kernel; return what became of each hint, in words."""
+    for name, number in hints:
+        try:
+            memory.madvise(number)
+        except OSError as error:
+            yield f", {name} refused ({error.strerror})"
         else:
-            os.ftruncate(fd, length)
-            _seal(fd)
-            memory = mmap.mmap(fd, length)
-    except OSError as error:
-        if fd is not None:
-            os.close(fd)
-        why = f"{total_bytes} bytes cannot be mapped ({error.strerror}): or set cpu_cache_gb lower"
-        raise ConfigError("num_cpu_blocks", num_blocks, why) from error
-    kind = "private memory" if fd is None else "shared memory"
-    try:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError as error:
-        return _Mapping(memory, fd, "plain", f"{kind}, MADV_HUGEPAGE refused ({error.strerror})")
-    return _Mapping(memory, fd, "plain", f"{kind} with MADV_HUGEPAGE")
-
-
-def _check_headroom(num_blocks: int, total_bytes: int) -> None:
-    available_bytes, limited_by = headroom()
-    if total_bytes > available_bytes:
-        raise ConfigError(
-            "num_cpu_blocks",
-            num_blocks,
-            f"needs {total_bytes} bytes of memory, {limited_by} has {available_bytes}: "
-            "lower num_cpu_blocks or cpu_cache_gb",
-        )
+            yield f" with {name}" if number == mmap.MADV_HUGEPAGE else ""
 
 
 def _huge_bytes(address: int) -> int:

@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
-from flexkv.io.files import open_ours
-from flexkv.io.private import Folder, open_directory
+from flexkv.io.folders import open_ours
+from flexkv.io.private import Folder, open_directory, sync_directory
 
 
 class FileCalls(Protocol):
@@ -57,6 +57,10 @@ class FileCalls(Protocol):
 
     def sync_folder(self, folder: Path) -> None:
         """Return once the names in a directory are on stable storage."""
+        ...
+
+    def is_at(self, path: Path, fd: int) -> bool:
+        """Return whether an open file is the one at a path."""
         ...
 
 
@@ -134,7 +138,16 @@ class KernelCalls:
     def sync_folder(self, folder: Path) -> None:
         """Return once the names in a directory are on stable storage."""
         with self._folder_of(folder / "any") as opened:
-            os.fsync(opened.fd)
+            sync_directory(opened.fd)
+
+    def is_at(self, path: Path, fd: int) -> bool:
+        """Return whether an open file is the one at a path."""
+        with self._folder_of(path) as folder:
+            try:
+                there = os.stat(path.name, dir_fd=folder.fd, follow_symlinks=False)
+            except FileNotFoundError:
+                return False
+            return os.path.samestat(there, os.fstat(fd))
 
 
 KERNEL = KernelCalls()

@@ -6,7 +6,9 @@
     directory 1    file 1 [1][3][5]    file 3 [7]
 
 One block is one extent, aligned for O_DIRECT. A lock on each directory keeps two engines apart.
-Directories and files to which others may write are refused (`private.py`).
+Directories and files to which others may write are refused (`private.py`). Room that files have
+from an earlier run is not asked for again (`allocation.py`), and nothing is cut, removed or grown
+before it is known that there is room.
 """
 
 from __future__ import annotations
@@ -14,24 +16,53 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from errno import EDQUOT, ENOSPC
+from errno import EDQUOT, EFBIG, EMFILE, ENFILE, ENOENT, ENOSPC, ENOTDIR, ESTALE
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv.common.config_cache import GivenSize
 from flexkv.common.errors import ConfigError, StorageError
 from flexkv.common.terms import BlockIds
-from flexkv.io.locks import NOTE_NAME, lock_open_directory
-from flexkv.io.private import Folder, NotPrivateError, make_directory, open_directory, open_file
+from flexkv.io.allocation import Gap, allocate, allocated_beyond, gaps, lacking_bytes, room
+from flexkv.io.folders import lock_folder, open_folder, open_ours, refusal
+from flexkv.io.private import Folder
 
 DIRECT_ALIGNMENT_BYTES = 4096
 """What every filesystem that knows O_DIRECT accepts for offset, length and address."""
 FILE_PATTERN = "blocks-*.flexkv"
+_GONE = {ENOENT, ENOTDIR, ESTALE}
+
+
+@dataclass(frozen=True, slots=True)
+class FileOptions:
+    """How files get their room.
+
+    Attributes:
+        preallocate: take all of it now; else as it is written to, and a write may fail.
+        given: what an error about the size names; None: the number of blocks.
+        reserved_bytes: memory that is taken later, which files in memory must leave.
+        pause: called again and again while files are made; may raise to end that.
+    """
+
+    preallocate: bool = True
+    given: GivenSize | None = None
+    reserved_bytes: int = 0
+    pause: Callable[[], None] = lambda: None
+
+
+class Missing(NamedTuple):
+    """A directory, or a file in it, that is not any more where it was opened."""
+
+    directory: str
+    path: str
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +102,7 @@ class StripedFiles:
         folders: the directories, locked; they stay the property of this object.
         direct: whether I/O goes past the page cache.
         why: the reason if it does not.
+        identity_lasts: whether an open file and its name have the same inode number for long.
     """
 
     def __init__(self, striping: _Striping, block_stride_bytes: int, closing: ExitStack) -> None:
@@ -84,6 +116,12 @@ class StripedFiles:
         self.why = ""
         self._striping = striping
         self._closing = closing
+        self._given = GivenSize("num_ssd_blocks", striping.blocks)
+        self._reserved_bytes = 0
+        self._directories: list[Path] = []
+        self._names: list[tuple[Folder, str]] = []
+        """The directory and the name of each file."""
+        self.identity_lasts = True
 
     @classmethod
     def open(
@@ -92,7 +130,7 @@ class StripedFiles:
         num_blocks: int,
         block_stride_bytes: int,
         max_file_size_bytes: int | None = None,
-        preallocate: bool = True,
+        options: FileOptions = FileOptions(),
     ) -> StripedFiles:
         """Lock the directories, and create, adopt or resize the files in them.
 
@@ -103,11 +141,11 @@ class StripedFiles:
             num_blocks: blocks over all directories.
             block_stride_bytes: bytes from one block to the next.
             max_file_size_bytes: bound of one file; at least one block is in each.
-            preallocate: take all the space now; else as it is written to, and a write may fail.
+            options: how the files get their room.
 
         Raises:
-            ConfigError: a directory is missing, read-only, in use or full, or is none; or others
-                may write to it or to a file in it.
+            ConfigError: a directory is missing, read-only or in use, or is none; or others may
+                write to it or to a file in it: `ssd_cache_dir`. Or there is no room: the size.
         """
         assert num_blocks >= 1, num_blocks
         if not directories:
@@ -118,13 +156,17 @@ class StripedFiles:
         striping = _Striping(len(directories), num_blocks, blocks_per_file)
         with ExitStack() as closing:
             files = cls(striping, block_stride_bytes, closing)
-            for directory in directories:
-                folder = open_folder(Path(directory), closing, make=True)
+            files._given = options.given or files._given
+            files._reserved_bytes = options.reserved_bytes
+            files._directories = [Path(directory).absolute() for directory in directories]
+            for directory in files._directories:
+                folder = open_folder(directory, closing, make=True)
                 lock_folder(folder, closing)
                 files.folders.append(folder)
-            files._open_all(preallocate)
+            files._open_all(options)
             files.why = files._go_direct()
             files.direct = not files.why
+            files.identity_lasts = files.missing() is None
             files._closing = closing.pop_all()
         return files
 
@@ -159,53 +201,138 @@ class StripedFiles:
         """Close the files and unlock the directories. Idempotent."""
         self._closing.close()
 
-    def _open_all(self, preallocate: bool) -> None:
+    def missing(self) -> Missing | None:
+        """Return what was removed, replaced, or hidden by a mount; None when all is in place.
+
+        Blocks: call it in a thread.
+        """
+        try:
+            return next(self._all_missing(), None)
+        except OSError:
+            return None  # it cannot be looked at now, which proves nothing
+
+    def _all_missing(self) -> Iterator[Missing]:
+        for directory, folder in zip(self._directories, self.folders, strict=True):
+            if why := self._differs(directory, folder.fd):
+                yield Missing(str(folder.path), str(folder.path), why)
+        for (folder, name), fd, path in zip(self._names, self.fds, self.paths, strict=True):
+            if why := self._differs(Path(name), fd, folder.fd):
+                yield Missing(str(folder.path), path, why)
+
+    def _differs(self, path: Path, fd: int, folder_fd: int | None = None) -> str:
+        """Return why what is open as `fd` is not at a path any more; nothing if it is."""
+        try:
+            there = os.stat(path, dir_fd=folder_fd, follow_symlinks=folder_fd is None)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            return "was removed, or moved away"
+        if self.identity_lasts and not os.path.samestat(there, os.fstat(fd)):
+            return "was replaced, or is hidden by a mount or no longer mounted"
+        return ""
+
+    def _open_all(self, options: FileOptions) -> None:
         """Open every file at its size, with all its space allocated if that is wanted."""
         wanted = [count * self.block_stride_bytes for count in self._striping.blocks_by_file()]
-        places = [
-            (self.folders[index % len(self.folders)], file_name(index // len(self.folders)))
-            for index in range(len(wanted))
-        ]
-        paths = [folder.path / name for folder, name in places]
-        for folder in self.folders:
-            _remove_leftovers(folder, paths)
-        for folder, name in places:
-            fd = open_ours(folder, name)
+        count = len(self.folders)
+        self._names = [(self.folders[i % count], file_name(i // count)) for i in range(len(wanted))]
+        leftovers = [each for folder in self.folders for each in self._leftovers(folder)]
+        for folder, name in self._names:
+            options.pause()
+            fd = self._open(folder, name, len(wanted))
             self._closing.callback(os.close, fd)
             self.fds.append(fd)
             self.paths.append(str(folder.path / name))
-        if preallocate:
-            self._check_space(wanted)
-        for fd, path, size in zip(self.fds, paths, wanted, strict=True):
-            try:
-                if os.fstat(fd).st_size != size:
-                    os.truncate(fd, size)
-                if preallocate:
-                    os.posix_fallocate(fd, 0, size)
-            except OSError as error:
-                if error.errno in (ENOSPC, EDQUOT):
-                    raise self._no_space(path.parent, size, _free_bytes(fd)) from error
-                raise ConfigError("ssd_cache_dir", str(path), error.strerror or "") from error
+        lacking: list[list[Gap]] = [[] for _ in wanted]
+        if options.preallocate:
+            lacking = [gaps(fd, size) for fd, size in zip(self.fds, wanted, strict=True)]
+            self._check_room(wanted, lacking, leftovers)
+        for folder, name in leftovers:
+            _remove(folder, name)
+        earlier = [os.fstat(fd).st_size for fd in self.fds]
+        for resize in (self._cut, self._grow):  # first all that makes room
+            for number, size in enumerate(wanted):
+                try:
+                    resize(self.fds[number], size, lacking[number], options.pause)
+                except (OSError, OverflowError) as error:
+                    refused = self._refusal(number, size, error)
+                    self._give_back(earlier)
+                    raise refused from error
 
-    def _check_space(self, wanted: list[int]) -> None:
+    def _open(self, folder: Folder, name: str, file_count: int) -> int:
+        try:
+            return open_ours(folder, name)
+        except ConfigError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in (EMFILE, ENFILE):
+                why = f"takes {file_count} files, and no more can be opened: raise the limit"
+                why += " (ulimit -n), or set max_file_size_gb higher"
+                raise ConfigError(*self._given, why) from error
+            raise
+
+    def _give_back(self, earlier: list[int]) -> None:
+        """Cut files that have grown to what they had earlier: the tier is not opened."""
+        for fd, size in zip(self.fds, earlier, strict=True):
+            with suppress(OSError):
+                if os.fstat(fd).st_size > size:
+                    os.truncate(fd, size)
+
+    @staticmethod
+    def _cut(fd: int, size: int, _: list[Gap], __: Callable[[], None]) -> None:
+        if os.fstat(fd).st_size > size:
+            os.truncate(fd, size)
+
+    @staticmethod
+    def _grow(fd: int, size: int, lacking: list[Gap], pause: Callable[[], None]) -> None:
+        # A file that grows only with its room tells, after an interruption, what it still lacks.
+        allocate(fd, lacking, pause)
+        if os.fstat(fd).st_size != size:
+            os.truncate(fd, size)
+
+    def _leftovers(self, folder: Folder) -> list[tuple[Folder, str]]:
+        """Return the block files of a directory that this tier does not use."""
+        used = {name for each, name in self._names if each is folder}
+        try:
+            names = sorted(os.listdir(folder.fd))
+        except OSError as error:
+            raise refusal(folder.path, error) from error
+        return [(folder, n) for n in names if fnmatch(n, FILE_PATTERN) and n not in used]
+
+    def _check_room(
+        self, wanted: list[int], lacking: list[list[Gap]], leftovers: list[tuple[Folder, str]]
+    ) -> None:
         """Check that each filesystem has room for what its files still lack."""
         missing: dict[int, int] = {}
-        for fd, size in zip(self.fds, wanted, strict=True):
+        for fd, size, found in zip(self.fds, wanted, lacking, strict=True):
             file = os.fstat(fd)
-            allocated_bytes = file.st_blocks * 512
-            missing[file.st_dev] = missing.get(file.st_dev, 0) + size - allocated_bytes
-        for fd, path in zip(self.fds, self.paths, strict=True):
-            wanted_bytes, free_bytes = missing[os.fstat(fd).st_dev], _free_bytes(fd)
-            if wanted_bytes > free_bytes:
-                raise self._no_space(Path(path).parent, wanted_bytes, free_bytes)
+            change = lacking_bytes(file, size, found) - allocated_beyond(file, size)
+            missing[file.st_dev] = missing.get(file.st_dev, 0) + change
+        for folder, name in leftovers:
+            file = os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
+            missing[file.st_dev] = missing.get(file.st_dev, 0) - allocated_beyond(file, 0)
+        for number, fd in enumerate(self.fds):
+            wanted_bytes = missing.pop(os.fstat(fd).st_dev, 0)
+            free = room(fd, self._reserved_bytes) if wanted_bytes > 0 else None
+            if free is not None and wanted_bytes > free.free_bytes:
+                raise self._no_space(number, wanted_bytes)
 
-    def _no_space(self, folder: Path, wanted_bytes: int, free_bytes: int) -> ConfigError:
-        return ConfigError(
-            "num_ssd_blocks",
-            self.num_blocks,
-            f"needs {wanted_bytes} more bytes in {folder}, {free_bytes} are free: "
-            "lower num_ssd_blocks or ssd_cache_gb",
+    def _no_space(self, number: int, wanted_bytes: int) -> ConfigError:
+        folder = self._names[number][0]
+        free = room(self.fds[number], self._reserved_bytes)
+        has = "is full" if free is None else f"{free.limited_by} has {free.free_bytes}"
+        why = (
+            f"needs {wanted_bytes} more bytes in {folder.path}, {has}: set {self._given.key} lower"
         )
+        return ConfigError(*self._given, why)
+
+    def _refusal(self, number: int, size: int, error: OSError | OverflowError) -> ConfigError:
+        """Return the error for a file that cannot have its size."""
+        if isinstance(error, OverflowError) or error.errno == EFBIG:
+            why = f"a file of {size} bytes is more than {self._names[number][0].path} takes: set "
+            return ConfigError(*self._given, why + f"max_file_size_gb or {self._given.key} lower")
+        if error.errno in (ENOSPC, EDQUOT):
+            return self._no_space(number, size)
+        why = f"cannot be given {size} bytes ({error.strerror})"
+        return ConfigError("ssd_cache_dir", self.paths[number], why)
 
     def _go_direct(self) -> str:
         """Turn O_DIRECT on for all files, or for none; give why not, or nothing."""
@@ -229,76 +356,9 @@ def file_name(row_of_files: int) -> str:
     return f"blocks-{row_of_files:04d}.flexkv"
 
 
-def open_folder(path: Path, closing: ExitStack, make: bool = False) -> Folder:
-    """Open a directory of the SSD tier until `closing` ends.
-
-    Args:
-        path: of the directory.
-        closing: the stack that closes it.
-        make: whether one that is missing is made (its last component only).
-
-    Raises:
-        ConfigError: it is missing, or no directory, or others may write to it.
-    """
+def _remove(folder: Folder, name: str) -> None:
     try:
-        fd = make_directory(path) if make else open_directory(path)
+        os.unlink(name, dir_fd=folder.fd)
     except OSError as error:
-        raise _refusal(path, error) from error
-    closing.callback(os.close, fd)
-    return Folder(path, fd)
-
-
-def lock_folder(folder: Folder, closing: ExitStack) -> None:
-    """Lock a directory until `closing` ends.
-
-    Raises:
-        ConfigError: another process has it, or it cannot be locked.
-    """
-    try:
-        lock = lock_open_directory(folder.fd, folder.path)
-    except BlockingIOError as error:
-        raise ConfigError("ssd_cache_dir", str(folder.path), str(error.strerror)) from error
-    except OSError as error:
-        raise _refusal(folder.path / NOTE_NAME, error) from error
-    closing.callback(lock.release)
-
-
-def open_ours(folder: Folder, name: str, flags: int = os.O_RDWR | os.O_CREAT) -> int:
-    """Open or create a file of ours; refuse a link, a pipe or a directory in its place.
-
-    Raises:
-        ConfigError: it cannot be opened, or others may write to it.
-    """
-    try:
-        return open_file(folder.fd, name, flags)
-    except OSError as error:
-        raise _refusal(folder.path / name, error) from error
-
-
-def _refusal(path: Path, error: OSError) -> ConfigError:
-    """Return an error that says what is wrong with a directory or a file of the SSD tier."""
-    why = f"cannot be used ({error.strerror})"
-    if isinstance(error, NotPrivateError):
-        why = str(error.strerror)
-    elif isinstance(error, NotADirectoryError):
-        why = "is not a directory" if path.exists() else f"{path.parent} is not a directory"
-    elif isinstance(error, FileNotFoundError):
-        why = "does not exist" if path.parent.exists() else f"{path.parent} does not exist"
-    return ConfigError("ssd_cache_dir", str(path), why)
-
-
-def _remove_leftovers(folder: Folder, wanted: list[Path]) -> None:
-    """Remove the block files of a directory that this tier does not use."""
-    for name in os.listdir(folder.fd):
-        path = folder.path / name
-        if fnmatch(name, FILE_PATTERN) and path not in wanted:
-            try:
-                os.unlink(name, dir_fd=folder.fd)
-            except OSError as error:
-                why = f"cannot be removed ({error.strerror})"
-                raise ConfigError("ssd_cache_dir", str(path), why) from error
-
-
-def _free_bytes(fd: int) -> int:
-    filesystem = os.fstatvfs(fd)
-    return filesystem.f_bavail * filesystem.f_frsize
+        why = f"cannot be removed ({error.strerror})"
+        raise ConfigError("ssd_cache_dir", str(folder.path / name), why) from error

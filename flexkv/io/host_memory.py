@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import psutil
 
+HUGE_PAGES = Path("/sys/kernel/mm/hugepages")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 CGROUP_OF_SELF = Path("/proc/self/cgroup")
 
@@ -35,6 +36,17 @@ def headroom() -> Headroom:
     """Give the memory that this process can still take."""
     machine = Headroom(int(psutil.virtual_memory().available), "the machine")
     return min([machine, *_cgroup_headrooms()])
+
+
+def free_huge_bytes(page_bytes: int) -> int:
+    """Return how much of the pool of huge pages of a size is free; 0 where there is none."""
+    pool = HUGE_PAGES / f"hugepages-{page_bytes >> 10}kB"
+    try:
+        free = int((pool / "free_hugepages").read_text())
+        reserved = int((pool / "resv_hugepages").read_text())
+    except (OSError, ValueError):
+        return 0
+    return max(0, free - reserved) * page_bytes
 
 
 def _cgroup_headrooms() -> Iterator[Headroom]:

@@ -16,7 +16,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
-from errno import EIO
+from errno import EDQUOT, EIO, ENOSPC
 from pathlib import Path
 from typing import Annotated, NamedTuple, TypeAlias
 
@@ -206,11 +206,25 @@ class Journal:
         self.is_suspect = False
         try:
             self.live, self.bytes = replay(calls.read(self._fd))
-            calls.cut(self._fd, self.bytes)
-            calls.sync_folder(folder)  # this file's name, and those of the block files
+            if calls.size(self._fd) > self.bytes:
+                calls.cut(self._fd, self.bytes)
+            self._sync_names()
         except BaseException:
             calls.close(self._fd)
             raise
+
+    def _sync_names(self) -> None:
+        """Sync the directory, which has this file's name and those of the block files."""
+        try:
+            self._calls.sync_folder(self.folder)
+        except OSError as error:
+            if error.errno not in (EDQUOT, ENOSPC):
+                raise
+            self.is_suspect = True  # a full disk starts warm, but no flush trusts these names
+
+    def is_in_place(self) -> bool:
+        """Return whether the file is still where it was opened, and so is what a restart reads."""
+        return self._calls.is_at(self.path, self._fd)
 
     def forget_live(self) -> None:
         """Let go of what the journal said when it was opened."""

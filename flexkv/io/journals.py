@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from flexkv.common.errors import StorageError
+from flexkv.io.files import Missing
 from flexkv.io.journal import Journal, Live, cleared
 
 KEPT_BYTES_MAX = 16 << 20
@@ -83,6 +84,17 @@ class Journals:
             except StorageError as failure:
                 failures[number] = failure
         return failures
+
+    def missing(self) -> Missing | None:
+        """Return the first journal that is not where it was opened; None if all are."""
+        for journal in self.each:
+            try:
+                if not journal.is_in_place():
+                    why = "was removed, replaced or moved away"
+                    return Missing(str(journal.folder), str(journal.path), why)
+            except OSError:
+                continue  # it cannot be looked at now, which proves nothing
+        return None
 
     def close(self) -> None:
         """Close every journal. Idempotent."""

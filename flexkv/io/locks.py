@@ -3,7 +3,8 @@
 What is locked is the directory itself (`flock` on its descriptor). A file `lock.flexkv` in it
 carries the number of the holder's process for messages, and is locked as well, so that releases
 which lock only this file, and other machines on a shared file system, are kept out too. Removing
-the file changes nothing.
+the file changes nothing. On a full disk the file may lack, or lack the number; where directories
+cannot be locked (NFS), the file is.
 
 `flock` belongs to the open file, which a forked child shares. Three rules keep a child from
 holding the lock: a child closes its copies as it is forked; `release` unlocks explicitly, which
@@ -15,7 +16,7 @@ from __future__ import annotations
 import fcntl
 import os
 from contextlib import suppress
-from errno import EAGAIN, EBADF, ENOLCK, ENOTSUP, EOPNOTSUPP
+from errno import EAGAIN, EBADF, EDQUOT, EINVAL, ENOLCK, ENOSPC, ENOSYS, ENOTSUP, EOPNOTSUPP
 from pathlib import Path
 
 from flexkv.io.private import open_file
@@ -24,7 +25,8 @@ NOTE_NAME = "lock.flexkv"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _TRIES = 16
 """How often a directory may be replaced while it is being locked, before that is given up."""
-_CANNOT_LOCK = {EBADF, ENOLCK, ENOTSUP, EOPNOTSUPP}
+_CANNOT_LOCK = {EBADF, EINVAL, ENOLCK, ENOSYS, ENOTSUP, EOPNOTSUPP}
+_FULL = {EDQUOT, ENOSPC}
 
 
 class DirectoryLock:
@@ -95,9 +97,9 @@ def lock_open_directory(folder_fd: int, path: Path) -> DirectoryLock:
     fd = note_fd = -1
     try:
         fd = os.open(".", _DIRECTORY, dir_fd=folder_fd)  # a lock of its own, not a copy's
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        note_fd = open_file(fd, NOTE_NAME, os.O_RDWR | os.O_CREAT)
-        _lock_note(note_fd)
+        is_locked = _locks(fd)
+        note_fd = _open_note(fd)
+        _lock_note(note_fd, is_locked)
     except BaseException as error:
         for each in (fd, note_fd):
             if each >= 0:
@@ -109,15 +111,48 @@ def lock_open_directory(folder_fd: int, path: Path) -> DirectoryLock:
     return DirectoryLock(fd, note_fd)
 
 
-def _lock_note(note_fd: int) -> None:
-    """Lock the note too, where the file system can, and write the number of this process to it."""
+def _locks(fd: int) -> bool:
+    """Lock a file or directory; return whether its file system can.
+
+    Raises:
+        BlockingIOError: another holder has it.
+    """
     try:
-        fcntl.flock(note_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in _CANNOT_LOCK:
             raise
-    os.ftruncate(note_fd, 0)
-    os.pwrite(note_fd, str(os.getpid()).encode(), 0)
+        return False
+    return True
+
+
+def _open_note(folder_fd: int) -> int:
+    """Open the note; return -1 if there is none, and no room to make one."""
+    try:
+        return open_file(folder_fd, NOTE_NAME, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        return -1
+
+
+def _lock_note(note_fd: int, is_folder_locked: bool) -> None:
+    """Lock the note, and write the number of this process to it, unless the disk is full.
+
+    Raises:
+        BlockingIOError: another holder has it.
+        OSError: it cannot be locked, and the directory could not be either.
+    """
+    if not (note_fd >= 0 and _locks(note_fd)) and not is_folder_locked:
+        raise OSError(ENOLCK, "neither it nor a file in it can be locked")
+    if note_fd < 0:
+        return
+    try:
+        os.ftruncate(note_fd, 0)
+        os.pwrite(note_fd, str(os.getpid()).encode(), 0)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
 
 
 def _holder(fd: int) -> str:

@@ -6,18 +6,29 @@ directory away, or keep us from starting, but cannot make us read or write anyth
 
 A directory given as a symbolic link is followed, if we or root made the link; a file in a
 directory never is.
+
+Some file systems (FAT, CIFS, some of FUSE) fix the modes when they are mounted, and refuse chmod.
+What nobody else may write to is used there all the same; that others may read it is told.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from errno import EPERM
+from errno import EACCES, EBADF, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, EROFS
 from pathlib import Path
 from typing import NamedTuple
 
+from flexkv.logs import get_logger
+
+log = get_logger(__name__)
+
 DIRECTORY_MODE, FILE_MODE = 0o700, 0o600
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_OTHERS_READ = stat.S_IRGRP | stat.S_IROTH
+_OTHERS_ENTER = stat.S_IXGRP | stat.S_IXOTH
+_NO_SYNC = {EBADF, EINVAL, ENOSYS, EOPNOTSUPP}
+_NO_CHMOD = {EACCES, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, EROFS}
 
 
 class NotPrivateError(PermissionError):
@@ -70,11 +81,36 @@ def make_directory(path: Path) -> int:
         return open_directory(path)
     fd = open_directory(path)
     try:
-        os.fchmod(fd, DIRECTORY_MODE)  # the umask took bits away
+        _set_mode(fd, DIRECTORY_MODE)  # the umask took bits away
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def _set_mode(fd: int, mode: int) -> bool:
+    """Set the mode of a file or directory of ours; return whether it has that mode now."""
+    try:
+        os.fchmod(fd, mode)
+    except OSError as error:
+        if error.errno not in _NO_CHMOD:
+            raise
+    return stat.S_IMODE(os.fstat(fd).st_mode) == mode
+
+
+def sync_directory(fd: int) -> None:
+    """Return once the names in a directory are on stable storage, as far as can be asked for.
+
+    Some file systems have no such sync. Names are then as safe as these make them.
+
+    Raises:
+        OSError: the device refused.
+    """
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
 
 
 def open_file(folder_fd: int, name: str, flags: int) -> int:
@@ -103,8 +139,13 @@ def open_file(folder_fd: int, name: str, flags: int) -> int:
     try:
         found = os.fstat(fd)
         _check_file(found, name)
-        if stat.S_IMODE(found.st_mode) != FILE_MODE and found.st_uid == os.geteuid():
-            os.fchmod(fd, FILE_MODE)
+        mode = stat.S_IMODE(found.st_mode)
+        is_private = mode == FILE_MODE or (
+            found.st_uid == os.geteuid() and _set_mode(fd, FILE_MODE)
+        )
+        if not is_private and mode & _OTHERS_READ and os.fstat(folder_fd).st_mode & _OTHERS_ENTER:
+            why = "its file system refuses chmod, or it belongs to root: mount it with umask=077"
+            log.warning("others_may_read", file=name, mode=f"{mode:04o}", reason=why)
     except BaseException:
         os.close(fd)
         raise
@@ -127,7 +168,8 @@ def _check_access(found: os.stat_result, name: str) -> None:
         raise NotPrivateError(why, name)
     mode = stat.S_IMODE(found.st_mode)
     if mode & _OTHERS_WRITE:
-        raise NotPrivateError(f"may be written to by others (mode {mode:04o}): chmod go-w", name)
+        helps = "chmod go-w, or umask=077 if the mount sets the modes"
+        raise NotPrivateError(f"may be written to by others (mode {mode:04o}): {helps}", name)
 
 
 def _is_ours(found: os.stat_result) -> bool:

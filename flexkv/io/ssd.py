@@ -1,11 +1,16 @@
-"""Opens the SSD tier: files, superblocks and journals of each directory, and the port over them."""
+"""Opens the SSD tier: files, superblocks and journals of each directory, and the port over them.
+
+A directory that cannot be used costs its part of the tier, and nothing else.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from flexkv.common.errors import ConfigError
 from flexkv.io import superblock
@@ -13,9 +18,10 @@ from flexkv.io.arena import Arena
 from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.disk import open_disk
 from flexkv.io.file_calls import KernelCalls
-from flexkv.io.files import StripedFiles
+from flexkv.io.files import FileOptions, StripedFiles
 from flexkv.io.journal import NAME as JOURNAL_NAME
 from flexkv.io.journal import Journal
+from flexkv.io.paths import expanded, shown
 from flexkv.io.private import Folder, open_directory
 from flexkv.io.sums import Summer
 from flexkv.io.superblock import Superblock
@@ -25,32 +31,114 @@ from flexkv.logs import get_logger
 log = get_logger(__name__)
 
 
-def present(folders: Iterable[Path]) -> list[Path]:
-    """Give the directories that are there, or can be made.
+@dataclass(frozen=True, slots=True)
+class SsdWish:
+    """The SSD tier that is asked for.
 
-    A directory that is missing costs its part of the tier, or all of it, but not the engine.
+    Attributes:
+        directories: absolute, each another one.
+        num_blocks: over all directories.
+        superblock: what the blocks are.
+        options: how the files get their room.
+        keeps_journal: whether the tier is to survive a restart.
+        is_strict: whether a directory that cannot be used is an error.
     """
-    found = []
-    for folder in folders:
-        if _is_there(folder):
-            found.append(folder)
-        else:
-            log.error("ssd_directory_missing", directory=str(folder))
-    return found
+
+    directories: tuple[Path, ...]
+    num_blocks: int
+    superblock: Superblock
+    options: FileOptions
+    keeps_journal: bool = True
+    is_strict: bool = False
 
 
-def _is_there(folder: Path) -> bool:
-    try:
-        return folder.is_dir() or folder.parent.is_dir()
-    except OSError:  # a mount whose device is gone
-        return False
+class TakenSsd(NamedTuple):
+    """What is there of it: open files, and their journals if the tier is to survive."""
+
+    files: StripedFiles
+    journals: list[Journal] | None
 
 
-def refuse(folders: list[Path], wanted: Superblock) -> None:
+def distinct(directories: Sequence[Path]) -> tuple[Path, ...]:
+    """Return directories as absolute paths, without `~` and variables.
+
+    Raises:
+        ConfigError: one cannot be expanded, or is another one by another name.
+    """
+    found: dict[object, Path] = {}
+    for directory in map(expanded, directories):
+        names: list[object] = [os.path.realpath(directory)]
+        with suppress(OSError):
+            status = os.stat(directory)
+            names.append((status.st_dev, status.st_ino))
+        for name in names:
+            if (other := found.setdefault(name, directory)) is not directory:
+                why = f"is the same directory as {shown(other)}"
+                raise ConfigError("ssd_cache_dir", shown(directory), why)
+    return tuple(dict.fromkeys(found.values()))
+
+
+def take_ssd(wish: SsdWish, lose: Callable[[str, str], None], undo: ExitStack) -> TakenSsd | None:
+    """Lock and open the directories that can be used; return None if there are none. Blocks.
+
+    Args:
+        wish: what is asked for.
+        lose: told the path and the reason of each directory that is left out.
+        undo: gets what closes the rest.
+
+    Raises:
+        ConfigError: there is no room for the files; or the wish is strict, and a directory cannot
+            be used.
+    """
+    left = list(wish.directories)
+    while left:
+        with ExitStack() as taking:
+            try:
+                taken = _take(wish, left, taking)
+            except ConfigError as error:
+                directory = _blamed(error, left)
+                if directory is None or wish.is_strict:
+                    raise
+                left.remove(directory)
+                at = shown(directory)
+                lose(at, error.why if at == error.value else f"{error.value} {error.why}")
+                continue
+            undo.push(taking.pop_all())
+            return taken
+    return None
+
+
+def _take(wish: SsdWish, directories: list[Path], taking: ExitStack) -> TakenSsd:
+    stride, rows = wish.superblock.block_stride_bytes, wish.superblock.rows_per_file
+    files = StripedFiles.open(
+        directories,
+        # Each directory has its part, whatever became of the others.
+        wish.num_blocks * len(directories) // len(wish.directories) or 1,
+        stride,
+        None if rows is None else rows * stride,
+        wish.options,
+    )
+    taking.callback(files.close)
+    if wish.keeps_journal:
+        return TakenSsd(files, open_journals(files.folders, wish.superblock, taking))
+    forget_earlier(files.folders)
+    return TakenSsd(files, None)
+
+
+def _blamed(error: ConfigError, directories: list[Path]) -> Path | None:
+    """Return the directory that an error is about, if it is about one."""
+    if error.field != "ssd_cache_dir":
+        return None
+    path = Path(str(error.value))
+    holders = [each for each in directories if Path(shown(each)) in (path, *path.parents)]
+    return max(holders, key=lambda each: len(each.parts), default=None)
+
+
+def refuse(folders: Sequence[Path], wanted: Superblock) -> None:
     """Refuse directories that hold blocks of another kind, before anything in them is touched.
 
     Raises:
-        ConfigError: one does, or others may write to it.
+        ConfigError: one does.
     """
     for path in folders:
         try:
@@ -59,17 +147,23 @@ def refuse(folders: list[Path], wanted: Superblock) -> None:
             continue  # opening it for use makes or refuses it
         try:
             differences = _differences(Folder(path, fd), wanted)
+        except (ConfigError, OSError):
+            continue  # likewise
         finally:
             os.close(fd)
         if differences:
             why = f"holds blocks of another kind: {'; '.join(differences)}"
-            raise ConfigError("ssd_cache_dir", str(path), why)
+            raise ConfigError("ssd_cache_dir", shown(path), why)
 
 
 def forget_earlier(folders: list[Folder]) -> None:
     """Let no later run believe in what this one, which keeps no journal, will write over."""
     for folder in folders:
-        _forget(folder)
+        try:
+            _forget(folder)
+        except OSError as error:
+            why = f"its journal cannot be removed ({error.strerror})"
+            raise ConfigError("ssd_cache_dir", str(folder.path), why) from error
 
 
 def open_ssd(

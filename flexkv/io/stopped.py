@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from flexkv.common.errors import ConfigError
 from flexkv.io import superblock
 from flexkv.io.file_calls import KernelCalls
-from flexkv.io.files import FILE_PATTERN, file_name, lock_folder, open_folder, open_ours
+from flexkv.io.files import FILE_PATTERN, file_name
+from flexkv.io.folders import lock_folder, open_folder, open_ours
 from flexkv.io.journal import Journal, cleared, erased
 from flexkv.io.private import open_file
 from flexkv.io.reread import Rereader
@@ -49,7 +50,7 @@ class StoppedTier:
             lock_folder(self._folder, undo)
             for name in self._block_files():
                 os.close(open_ours(self._folder, name, os.O_RDONLY))
-            self._journal = Journal(folder, KernelCalls(self._folder))
+            self._journal = Journal(self._folder.path, KernelCalls(self._folder))
             undo.callback(self._journal.close)
             self._closing = undo.pop_all()
         self.superblock, self.live = found, self._journal.live

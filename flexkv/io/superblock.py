@@ -14,7 +14,7 @@ import msgspec
 
 from flexkv.common.decoding import decoded
 from flexkv.common.errors import ConfigError, MalformedError
-from flexkv.io.private import Folder, NotPrivateError, open_file
+from flexkv.io.private import Folder, NotPrivateError, open_file, sync_directory
 
 NAME = "superblock.flexkv"
 _NEW_NAME = f"{NAME}.new"
@@ -57,6 +57,17 @@ def read(folder: Folder) -> Superblock | None:
     return None
 
 
+def is_there(folder: Folder) -> bool:
+    """Return whether a directory still has a superblock. One that cannot be looked at has."""
+    try:
+        os.stat(NAME, dir_fd=folder.fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def write(folder: Folder, superblock: Superblock) -> None:
     """Replace a directory's superblock, at once and for good.
 
@@ -71,7 +82,7 @@ def write(folder: Folder, superblock: Superblock) -> None:
         file.flush()
         os.fdatasync(fd)
     os.rename(_NEW_NAME, NAME, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
-    os.fsync(folder.fd)
+    sync_directory(folder.fd)
 
 
 def differences(found: Superblock, wanted: Superblock) -> list[str]:

@@ -8,10 +8,14 @@ has come back.
 from __future__ import annotations
 
 import asyncio
+import os
+import select
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from errno import ETIME
 
 from flexkv._ext import Ring
 from flexkv.common.errors import ClosedError, InvariantError, StorageError
@@ -20,6 +24,33 @@ from flexkv.io.arena import Arena
 from flexkv.io.disk_jobs import DiskGeometry, DiskJob
 from flexkv.io.files import StripedFiles
 from flexkv.io.ports import Completion
+
+TRIAL_S = 2.0
+"""How long a ring may take for its first operation, which does nothing."""
+
+
+def try_nothing(ring: Ring) -> None:
+    """Let a new ring do an operation that does nothing.
+
+    A seccomp profile may let a process set up a ring, and not let it hand in any work.
+
+    Raises:
+        OSError: the ring cannot be used.
+    """
+    ring.nop(0, 1)
+    if (result := _first_end(ring)) < 0:
+        raise OSError(-result, os.strerror(-result))
+
+
+def _first_end(ring: Ring) -> int:
+    """Return the result of the one operation that a ring has. Raises OSError if it takes long."""
+    until_s = time.monotonic() + TRIAL_S
+    while not (ended := ring.reap()):
+        left_s = until_s - time.monotonic()
+        if left_s <= 0:
+            raise OSError(ETIME, "its first operation does not end")
+        select.select([ring.fileno()], [], [], left_s)
+    return ended[0][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +77,13 @@ class UringDiskPort:
         """Set up the ring; the port owns neither `arena` nor `files`.
 
         Raises:
-            OSError: the kernel refused io_uring.
+            OSError: the kernel refused io_uring, or what this port does with it.
         """
         self._files = files
         self._geometry = DiskGeometry(arena, files, options.io_bytes_max)
         self._ring = Ring(options.entries, options.flags)
         try:
+            try_nothing(self._ring)
             self.why = self._lend(self._geometry.slices(arena), options.register)
             self.registered = not self.why
             self._ring.register_files(files.fds)

@@ -17,11 +17,13 @@ from flexkv.io.journal import Journal
 from flexkv.io.ports import DurablePort, TransferPort
 from flexkv.io.summed import SummedPort
 from flexkv.ledger import Ledger
+from flexkv.presence import Presence
 from flexkv.scrub import Scrubber
 from flexkv.testing.fakes import FakePort, FakeSummer
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.lossy_files import LossyFiles
 from flexkv.testing.virtual_time import VirtualThread
+from flexkv.unavailable import Unavailable
 
 
 def empty(disk_blocks: int, journals: int = 0) -> Remains:
@@ -58,12 +60,17 @@ class FakeBackend:
         self.disk_blocks = len(remains.store)
         self.ledger: Ledger | None = None
         self.scrubber: Scrubber | None = None
+        self.presence: Presence | None = None
+        self.unavailable = Unavailable()
         self.port: FakePort | None = None
         self.files = [LossyFiles(faults, contents) for contents in remains.journals]
         self._faults = faults
         self._sums: NDArray[np.uint64] | None = None
         self._memory = np.zeros((host_blocks, BLOCK_KEY_BYTES), np.uint8)
         self._store = remains.store
+
+    async def take(self, undo: ExitStack, progress: Progress | None) -> None:
+        """Take nothing: the arrays are there."""
 
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
         """Open the disk port and its journals."""

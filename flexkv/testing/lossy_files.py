@@ -132,6 +132,10 @@ class LossyFiles:
             raise OSError(EIO, f"injected by {self._faults!r}")
         self._durable_names = dict(self._dirty_names)
 
+    def is_at(self, path: Path, fd: int) -> bool:
+        """Return whether an open file is the one at a path."""
+        return self._names.get(path.name) is self._open[fd]
+
     @property
     def open_files(self) -> int:
         """Count the descriptors that were not closed."""

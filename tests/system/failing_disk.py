@@ -3,7 +3,8 @@
     python -m tests.system.failing_disk MOUNTPOINT DIRECTORY CONTROL
 
 The words in the file CONTROL say what goes wrong from now on: `read`, `write`, `sync` give EIO;
-`hang` lets all three wait until the word is gone.
+`hang` lets all three wait until the word is gone; `chmod` refuses that, `modes` shows each file and
+directory as one that others may read (both as FAT and CIFS do), `mute` says nothing of free room.
 """
 
 from __future__ import annotations
@@ -43,7 +44,15 @@ class FailingDisk(mfusepy.Operations):
         except OSError as error:
             raise mfusepy.FuseOSError(error.errno or errno.EIO) from error
         names = ("st_mode", "st_nlink", "st_uid", "st_gid", "st_size", "st_blocks", "st_ino")
-        return {name: getattr(found, name) for name in names}
+        told = {name: getattr(found, name) for name in names}
+        if "modes" in self._control.read_text().split():
+            told["st_mode"] = told["st_mode"] & ~0o777 | 0o755
+        return told
+
+    def mkdir(self, path: str, mode: int) -> int:
+        """Make a directory."""
+        self._real(path).mkdir(mode)
+        return 0
 
     def readdir(self, path: str, fh: int) -> Iterator[str]:
         """Give the names in a directory."""
@@ -94,7 +103,9 @@ class FailingDisk(mfusepy.Operations):
         return 0
 
     def chmod(self, path: str, mode: int) -> int:
-        """Change who may do what."""
+        """Change who may do what, or refuse."""
+        if "chmod" in self._control.read_text().split():
+            raise mfusepy.FuseOSError(errno.EPERM)
         self._real(path).chmod(mode)
         return 0
 
@@ -107,7 +118,8 @@ class FailingDisk(mfusepy.Operations):
         """Give how much room there is."""
         found = os.statvfs(self._directory)
         names = ("f_bavail", "f_bfree", "f_blocks", "f_bsize", "f_frsize", "f_namemax")
-        return {name: getattr(found, name) for name in names}
+        says = "mute" not in self._control.read_text().split()
+        return {name: getattr(found, name) if says else 0 for name in names}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ async def tier(tmp_path: Path) -> Path:
 async def refusal(tier: Path) -> ConfigError:
     """Return why an engine refuses a directory; check that each command gives the same reason."""
     with pytest.raises(ConfigError) as caught:
-        async with KVManager(MODEL, cache_config(tier)):
+        async with KVManager(MODEL, cache_config(tier, strict=True)):
             pass
     for verb in (["inspect"], ["verify"], ["clear", "--yes"]):
         with pytest.raises(ConfigError) as told:
@@ -99,7 +99,7 @@ async def test_removing_the_lock_file_lets_no_second_engine_in(tier: Path) -> No
         for name in os.listdir(tier):
             os.unlink(tier / name)
         with pytest.raises(ConfigError, match="in use"):
-            await put(tier, PROMPT)
+            await put(tier, PROMPT, strict=True)
     await put(tier, PROMPT)
     assert (await got(tier))[0] == 16
 

@@ -151,7 +151,7 @@ async def test_another_set_of_directories_keeps_what_fits(tmp_path: Path) -> Non
             tmp_path, ssd_cache_dir=[missing, names[1]], num_ssd_blocks=64
         )
     assert (blocks, corrupt) == (0, 0), "the first block is in the directory that is missing"
-    assert any(entry["event"] == "ssd_directory_missing" for entry in logs)
+    assert any(entry["event"] == "ssd_directory_not_used" for entry in logs)
 
 
 async def test_without_any_directory_the_engine_goes_on(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ async def test_without_any_directory_the_engine_goes_on(tmp_path: Path) -> None:
             await manager.flush()
             assert manager.match(PROMPT).tokens == len(PROMPT)
             assert list(manager.statistics().tiers) == ["host"]
-    assert any(entry["event"] == "ssd_directory_missing" for entry in logs)
+    assert any(entry["event"] == "ssd_directory_not_used" for entry in logs)
 
 
 async def test_a_journal_that_is_no_journal_costs_its_blocks_only(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from flexkv.index.forest import forest
 from flexkv.index.residency import Residency
 from flexkv.io import journal, superblock
 from flexkv.io.file_calls import KernelCalls
-from flexkv.io.files import open_folder
+from flexkv.io.folders import open_folder
 from flexkv.io.journal import RECORD_BYTES, Journal
 from flexkv.io.superblock import Superblock
 

@@ -200,7 +200,7 @@ def test_more_than_the_disk_has_is_refused_before_it_is_filled(folders):
     error = refused(folders[:2], num_blocks=1 << 40)
     assert (error.field, error.value) == ("num_ssd_blocks", 1 << 40)
     assert f"needs {STRIDE << 40} more bytes" in error.why
-    assert "lower num_ssd_blocks or ssd_cache_gb" in error.why
+    assert "set num_ssd_blocks lower" in error.why
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,8 @@ def test_more_than_the_disk_has_is_refused_before_it_is_filled(folders):
     [
         (errno.ENOSPC, "num_ssd_blocks"),
         (errno.EDQUOT, "num_ssd_blocks"),
-        (errno.EFBIG, "ssd_cache_dir"),
+        (errno.EFBIG, "num_ssd_blocks"),
+        (errno.EIO, "ssd_cache_dir"),
     ],
 )
 def test_a_refused_allocation_is_a_configuration_error(monkeypatch, folders, number, field):
@@ -217,8 +218,26 @@ def test_a_refused_allocation_is_a_configuration_error(monkeypatch, folders, num
     def refuse(fd, offset, length):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(files_module.os, "posix_fallocate", refuse)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
     assert refused(folders[:1]).field == field
+
+
+def test_an_allocation_that_fails_half_way_gives_back_what_it_took(monkeypatch, folders):
+    """Files have the size that they had, and the bytes of an earlier run."""
+    StripedFiles.open(folders, 6, STRIDE).close()
+    before = [(path, path.stat().st_blocks) for folder in folders for path in folder.glob("bl*")]
+    allocate = os.posix_fallocate
+    refusals = iter([None, None, errno.ENOSPC])
+
+    def refuse_the_third(fd, offset, length):
+        allocate(fd, offset, length)
+        if (number := next(refusals)) is not None:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse_the_third)
+    assert refused(folders, num_blocks=600).field == "num_ssd_blocks"
+    assert [(path, path.stat().st_blocks) for path, _ in before] == before
+    assert len(before) == 3
 
 
 def test_sync_reports_the_file_that_failed(monkeypatch, folders):

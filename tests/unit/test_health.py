@@ -57,3 +57,16 @@ def test_what_hangs_is_left_alone_until_something_comes_back() -> None:
     assert not breaker.came_back(5.0)
     assert breaker.usable(5.0)
     assert breaker.succeeded()
+
+
+def test_what_is_lost_stays_down() -> None:
+    """Whatever comes back of it: no trial, no success and no hang changes that."""
+    breaker = Breaker()
+    breaker.lose()
+    assert not breaker.usable(1e9)
+    assert not breaker.succeeded()
+    assert not breaker.failed(1.0)
+    assert not breaker.hung()
+    assert not breaker.came_back(1.0)
+    assert breaker.health is Health.DOWN
+    assert not breaker.usable(1e9)

@@ -16,9 +16,9 @@ from flexkv.common.errors import ConfigError, StorageError
 from flexkv.index.forest import forest
 from flexkv.io import file_calls, journal, superblock
 from flexkv.io.file_calls import KERNEL, FileCalls
-from flexkv.io.files import open_folder
+from flexkv.io.folders import open_folder
 from flexkv.io.journal import RECORD_BYTES, Journal
-from flexkv.io.ssd import open_journals, present, refuse
+from flexkv.io.ssd import open_journals, refuse
 from flexkv.io.superblock import Superblock
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.lossy_files import LossyFiles
@@ -355,20 +355,6 @@ def test_a_journal_is_a_file_of_ours(tmp_path: Path) -> None:
     place.symlink_to(tmp_path / "other")
     with pytest.raises(ConfigError, match="symbolic link"):
         Journal(tmp_path)
-
-
-def test_a_mount_whose_device_is_gone_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It costs its part of the tier."""
-
-    def dead(folder: Path) -> bool:
-        if folder.name == "dead":
-            raise OSError(5, "input/output error")
-        return True
-
-    monkeypatch.setattr(Path, "is_dir", dead)
-    assert present([tmp_path / "dead", tmp_path]) == [tmp_path]
 
 
 # -- families ------------------------------------------------------------------------------------

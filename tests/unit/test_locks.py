@@ -5,12 +5,16 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import stat
 import subprocess
 import sys
+from collections.abc import Callable
+from errno import EBADF, EDQUOT, ENOLCK, ENOSPC, ENOSYS
 from pathlib import Path
 
 import pytest
 
+from flexkv.io import locks
 from flexkv.io.locks import NOTE_NAME, lock_directory
 
 
@@ -153,3 +157,56 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path, parent: str, fork
         os.kill(child, 0)  # it is still alive
         process.stdin.close()
         process.wait(60)
+
+
+def refuse_with(number: int) -> Callable[..., int]:
+    """Return a call that fails with an errno."""
+
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [ENOSPC, EDQUOT])
+def test_a_full_disk_locks_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Without the number of the process, or without the note: nobody else gets in."""
+    for call in ("pwrite", "ftruncate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, refuse_with(number))
+            lock = lock_directory(tmp_path)
+            with pytest.raises(BlockingIOError, match="is in use by"):
+                lock_directory(tmp_path)
+            lock.release()
+    (tmp_path / NOTE_NAME).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(locks, "open_file", refuse_with(number))
+        lock = lock_directory(tmp_path)
+        with pytest.raises(BlockingIOError, match="another process"):
+            lock_directory(tmp_path)
+        lock.release()
+    lock_directory(tmp_path).release()
+
+
+@pytest.mark.parametrize("number", [EBADF, ENOSYS, ENOLCK])
+def test_where_directories_cannot_be_locked_the_note_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """As on NFS. Where neither can, the directory is refused: two engines would share it."""
+    flock = fcntl.flock
+
+    def only_files(fd: int, operation: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(number, os.strerror(number))
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", only_files)
+    lock = lock_directory(tmp_path)
+    with pytest.raises(BlockingIOError, match=f"in use by process {os.getpid()}"):
+        lock_directory(tmp_path)
+    lock.release()
+    monkeypatch.setattr(fcntl, "flock", refuse_with(number))
+    with pytest.raises(OSError, match="can be locked"):
+        lock_directory(tmp_path)

@@ -1,0 +1,120 @@
+"""What `flexkv doctor` says of the tiers that the configuration asks for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+from flexkv.common.config import GB, CacheConfig
+from flexkv.common.errors import ConfigError
+from flexkv.io.allocation import room
+from flexkv.io.arena import check_memory
+from flexkv.io.files import FILE_PATTERN, StripedFiles
+from flexkv.io.folders import lock_folder, open_folder
+from flexkv.io.locks import NOTE_NAME
+from flexkv.io.paths import shown
+from flexkv.io.private import Folder
+from flexkv.io.ssd import distinct
+
+PROBE_NAME = ".flexkv-doctor"
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at."""
+
+    name: str
+    found: str
+    good: bool
+    advice: str = ""
+    fatal: bool = False
+    """Whether something that was asked for cannot be had: the exit status tells."""
+
+
+def host_tier(cache: CacheConfig) -> Iterator[Finding]:
+    """Say whether host memory has room for the host tier, where its size is given in GB."""
+    if not cache.enable_cpu or "cpu_cache_gb" not in cache.model_fields_set:
+        return
+    if cache.num_cpu_blocks is not None:
+        return
+    given = cache.host_given
+    hugepage_bytes = cache.hugepage_size_bytes if cache.use_hugepage_cpu_buffer else None
+    try:
+        check_memory(int(cache.cpu_cache_gb * GB), hugepage_bytes, given)
+    except ConfigError as error:
+        yield Finding("host tier", str(error), False, f"set {error.field} lower", fatal=True)
+    else:
+        yield Finding("host tier", f"{given.key}={given.value} fits", True)
+
+
+def ssd_tier(cache: CacheConfig) -> Iterator[Finding]:
+    """Say which directories of the SSD tier can be used, and whether the tier can be had."""
+    directories = distinct(cache.ssd_cache_dir)
+    faults: dict[Path, str] = {}
+    free_bytes: dict[int, int] = {}
+    for directory in directories:
+        try:
+            device, free = _try(directory)
+        except ConfigError as error:
+            faults[directory] = error.why
+            name = f"SSD directory {shown(directory)}"
+            advice = "its part of the tier is lost"
+            yield Finding(name, error.why, False, advice, fatal=cache.strict)
+        else:
+            free_bytes[device] = free_bytes.get(device, 0) + free
+    usable = len(directories) - len(faults)
+    if not usable:
+        why = "; ".join(f"{shown(path)} {why}" for path, why in faults.items())
+        yield Finding("SSD tier", f"cannot be had: {why}", False, "see each directory", fatal=True)
+        return
+    found = f"{usable} of {len(directories)} directories can be used"
+    wanted = int(cache.ssd_cache_gb * GB) if cache.num_ssd_blocks is None else 0
+    wanted = wanted * usable // len(directories)
+    if cache.ssd_preallocate and wanted > sum(free_bytes.values()):
+        why = f"{found}, with room for {sum(free_bytes.values()) / GB:.1f} GB"
+        yield Finding("SSD tier", why, False, "set ssd_cache_gb lower", fatal=True)
+        return
+    yield Finding("SSD tier", found, not faults)
+
+
+def _try(directory: Path) -> tuple[int, int]:
+    """Use a directory as an engine would, and leave it as it was.
+
+    Returns:
+        The number of its file system, and the bytes that its files have or can have.
+
+    Raises:
+        ConfigError: an engine could not use it.
+    """
+    was_there, had_note = _is_there(directory), _is_there(directory / NOTE_NAME)
+    try:
+        with ExitStack() as undo:
+            folder = open_folder(directory, undo, make=True)
+            lock_folder(folder, undo)
+            StripedFiles.open([directory / PROBE_NAME], 1, 4096).close()
+            found = room(folder.fd)
+            free = (1 << 62) if found is None else found.free_bytes
+            return os.fstat(folder.fd).st_dev, free + _allocated_bytes(folder)
+    finally:
+        shutil.rmtree(directory / PROBE_NAME, ignore_errors=True)
+        with suppress(OSError):
+            if not had_note:
+                os.unlink(directory / NOTE_NAME)
+            if not was_there:
+                directory.rmdir()
+
+
+def _is_there(path: Path) -> bool:
+    with suppress(OSError):
+        path.lstat()
+        return True
+    return False
+
+
+def _allocated_bytes(folder: Folder) -> int:
+    names = [name for name in os.listdir(folder.fd) if fnmatch(name, FILE_PATTERN)]
+    return sum(os.stat(name, dir_fd=folder.fd).st_blocks * 512 for name in names)

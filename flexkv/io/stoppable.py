@@ -1,0 +1,53 @@
+"""Work that takes long, in a thread, which ends soon after the task that waits for it is cancelled.
+
+Memory is touched and files are allocated in C. On the loop's own thread neither ctrl-C nor SIGTERM
+would be noticed before all of it is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from flexkv.common.errors import ClosedError
+
+T = TypeVar("T")
+
+
+def no_pause() -> None:
+    """Go on: nobody can ask this work to stop."""
+
+
+async def run_stoppable(name: str, work: Callable[[Callable[[], None]], T]) -> T:
+    """Run `work` in a thread, and return its result.
+
+    Args:
+        name: of the thread.
+        work: gets a function to call often, which raises ClosedError once it is to stop.
+
+    Cancellation: the work is told to stop; CancelledError is raised when it has.
+    """
+    stop = threading.Event()
+
+    def pause() -> None:
+        if stop.is_set():
+            raise ClosedError("the engine was closed before it was open")
+
+    thread = ThreadPoolExecutor(1, thread_name_prefix=f"flexkv-{name}")
+    working = asyncio.get_running_loop().run_in_executor(thread, work, pause)
+    thread.shutdown(wait=False)  # it ends by itself
+    try:
+        await asyncio.wait([working])
+    except asyncio.CancelledError:
+        stop.set()
+        while not working.done():
+            try:
+                await asyncio.wait([working])
+            except asyncio.CancelledError:
+                continue  # what it has taken can be released only once it has ended
+        working.exception()
+        raise
+    return working.result()

@@ -1,0 +1,105 @@
+"""Laws of allocation: what has room is never asked for again, with and without an extent map."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from errno import EOPNOTSUPP
+from pathlib import Path
+
+import pytest
+
+from flexkv.io import allocation
+from flexkv.io.allocation import Gap, allocate, allocated_beyond, gaps, lacking_bytes, room
+
+KB = 1024
+SIZE = 1024 * KB
+
+
+@pytest.fixture(params=["map", "holes"])
+def fd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
+    """Open an empty file, on a file system with an extent map or without."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "holes":
+
+            def refuse(*_: object) -> int:
+                raise OSError(EOPNOTSUPP, os.strerror(EOPNOTSUPP))
+
+            patch.setattr(fcntl, "ioctl", refuse)
+        descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+        yield descriptor
+        os.close(descriptor)
+
+
+def nothing() -> None:
+    """Go on."""
+
+
+def test_a_file_is_allocated_once(fd: int) -> None:
+    """It grows as it is; what it has then is no gap, written to or not, and growth is one."""
+    assert gaps(fd, SIZE) == [Gap(0, SIZE)]
+    allocate(fd, gaps(fd, SIZE), nothing)
+    assert os.fstat(fd).st_size == SIZE
+    assert gaps(fd, SIZE) == []
+    os.pwrite(fd, b"x" * 4096, 8 * KB)
+    assert gaps(fd, SIZE) == []
+    assert gaps(fd, SIZE // 2) == []
+    assert gaps(fd, 2 * SIZE) == [Gap(SIZE, SIZE)]
+    assert lacking_bytes(os.fstat(fd), 2 * SIZE, gaps(fd, 2 * SIZE)) == SIZE
+    assert allocated_beyond(os.fstat(fd), SIZE // 4) == SIZE - SIZE // 4
+    assert allocated_beyond(os.fstat(fd), 2 * SIZE) == 0
+
+
+def test_a_file_with_holes_gets_room_where_it_has_none(fd: int) -> None:
+    """Its bytes stay as they are."""
+    os.ftruncate(fd, SIZE)
+    os.pwrite(fd, b"x" * 64 * KB, 512 * KB)
+    found = gaps(fd, SIZE)
+    assert found == [Gap(0, 512 * KB), Gap(576 * KB, SIZE - 576 * KB)]
+    allocate(fd, found, nothing)
+    assert gaps(fd, SIZE) == []
+    assert os.pread(fd, SIZE, 0) == bytes(512 * KB) + b"x" * 64 * KB + bytes(SIZE - 576 * KB)
+
+
+def test_an_allocation_stops_between_two_steps(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest is a gap of the next try."""
+    monkeypatch.setattr(allocation, "STEP_BYTES", 256 * KB)
+    steps = iter([None, None, KeyboardInterrupt])
+
+    def pause() -> None:
+        if (error := next(steps)) is not None:
+            raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        allocate(fd, gaps(fd, SIZE), pause)
+    assert gaps(fd, SIZE) == [Gap(512 * KB, SIZE - 512 * KB)]
+
+
+def test_a_file_of_many_pieces_is_seen_whole(fd: int) -> None:
+    """The kernel tells a bounded number of extents at once."""
+    pieces = range(0, 2048 * 8 * KB, 8 * KB)
+    os.ftruncate(fd, 2048 * 8 * KB)
+    for start in pieces:
+        os.pwrite(fd, b"x" * 4096, start)
+    os.fsync(fd)
+    assert gaps(fd, 2048 * 8 * KB) == [Gap(start + 4096, 4096) for start in pieces]
+
+
+def test_a_file_system_that_says_nothing_has_no_bound(
+    fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros are no answer; a file system in memory has the memory that is left."""
+    free = room(fd)
+    assert free is not None
+    assert free.limited_by == "the file system"
+    nothing_said = os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "fstatvfs", lambda _: nothing_said)
+    assert room(fd) is None
+    monkeypatch.setattr(allocation, "_kind", lambda _: "ramfs")
+    memory = room(fd)
+    assert memory is not None
+    assert memory.limited_by != "the file system"
+    half = room(fd, memory.free_bytes // 2)
+    assert half is not None
+    assert half.free_bytes < memory.free_bytes
