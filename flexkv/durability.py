@@ -40,6 +40,10 @@ class FlushReport(msgspec.Struct, frozen=True):
 
     lacking_blocks: dict[str, int] = {}
 
+    def __repr__(self) -> str:
+        lacks = [f"{tier} lacks {count} blocks" for tier, count in self.lacking_blocks.items()]
+        return f"FlushReport({', '.join(lacks) or 'everything is written'})"
+
 
 _FROM_DEVICE = str(Route(Tier.DEVICE, Tier.HOST))
 

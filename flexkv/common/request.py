@@ -55,6 +55,11 @@ class KVResponse(msgspec.Struct, frozen=True, eq=False):
     return_mask: TokenMask
     error: FlexKVError | None = None
 
+    def __repr__(self) -> str:
+        told = f": {self.error}" if self.error is not None else ""
+        moved, asked = np.count_nonzero(self.return_mask), np.size(self.return_mask)
+        return f"KVResponse({self.status.value}, {moved} of {asked} tokens{told})"
+
 
 class Span(NamedTuple):
     """The whole blocks that a mask selects, and where their tokens stand."""
