@@ -171,6 +171,7 @@ class Layerwise:
         return self._manager.task_response(self.task_id).__await__()
 
     def _check(self, layer: int) -> None:
+        self._manager.check_process()
         if not 0 <= layer < self._progress.num_layers:
             why = f"must be from 0 to {self._progress.num_layers - 1}"
             raise ConfigError("layer", layer, why)

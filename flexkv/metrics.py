@@ -24,8 +24,10 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from flexkv import forks
 from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
 from flexkv.crossing import Crossing
+from flexkv.forks import HomeProcess
 from flexkv.statistics import Statistics
 from flexkv.trace.records import OpRecord, Record, RequestRecord
 
@@ -322,9 +324,19 @@ class MetricsServer:
             why = f"cannot listen on {host}: {error}"
             raise ConfigError("py_metrics_port", port, why) from error
         self.url = f"http://{host}:{self._server.server_port}/metrics"
+        self._home = HomeProcess("the metrics' service")
+        forks.on_fork(self._let_go_in_child)
+
+    def _let_go_in_child(self) -> None:
+        forks.close_socket(self._server.socket)
 
     def close(self) -> None:
-        """Serve no more. Before the manager is shut down."""
+        """Serve no more. Before the manager is shut down.
+
+        Raises:
+            ClosedError: this is a forked child of the process that serves.
+        """
+        self._home.check()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -334,4 +346,5 @@ class MetricsServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        if self._home.is_here:
+            self.close()

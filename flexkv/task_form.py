@@ -98,6 +98,7 @@ class TaskForm(Crossing):
         Raises:
             ConfigError: an id never issued, or slots that break a rule; none was launched.
         """
+        self.check_process()
         if isinstance(task_ids, int):
             task_ids, slot_mappings = [task_ids], [slot_mappings]
         ids, slots = list(task_ids), list(slot_mappings)
@@ -114,6 +115,7 @@ class TaskForm(Crossing):
         Raises:
             ConfigError: an id never issued.
         """
+        self.check_process()
         ids = _listed(task_ids)
         if self._thread is not None:
             self._thread.call(lambda: self._tasks.cancel_and_drain(ids))
@@ -134,6 +136,7 @@ class TaskForm(Crossing):
             ConfigError: an id that was never issued, or is collected already.
             ClosedError: not started with `start()`: on the engine's own loop, await instead.
         """
+        self.check_process()
         if self._thread is None:
             raise ClosedError("wait() blocks: it needs start(); on the engine's loop use await")
         ids = _listed(task_ids)

@@ -303,6 +303,11 @@ class Supervisor:
         if self._root is not None:
             await asyncio.wait([self._root])
 
+    def abandon(self) -> None:
+        """Cancel every task, without waiting for its end: the loop may not run any more."""
+        if self._root is not None:
+            self._root.cancel()
+
     async def _main(self) -> None:
         try:
             async with self._group:

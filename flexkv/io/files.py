@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv import forks
 from flexkv.common.errors import ConfigError, StorageError
 from flexkv.common.terms import BlockIds
 from flexkv.io.locks import NOTE_NAME, lock_open_directory
@@ -84,6 +85,8 @@ class StripedFiles:
         self.why = ""
         self._striping = striping
         self._closing = closing
+        self._is_open = True
+        forks.on_fork(self._let_go_in_child)
 
     @classmethod
     def open(
@@ -157,7 +160,13 @@ class StripedFiles:
 
     def close(self) -> None:
         """Close the files and unlock the directories. Idempotent."""
+        self._is_open = False
         self._closing.close()
+
+    def _let_go_in_child(self) -> None:
+        if self._is_open:
+            for fd in (*self.fds, *(folder.fd for folder in self.folders)):
+                forks.replace(fd)
 
     def _open_all(self, preallocate: bool) -> None:
         """Open every file at its size, with all its space allocated if that is wanted."""
