@@ -25,6 +25,7 @@ from flexkv.engine import Engine
 from flexkv.graph.explain import Explanation, explain
 from flexkv.index.keys import Namespace
 from flexkv.index.residency import PrefixMatch
+from flexkv.logs import obey_environment
 from flexkv.loop_thread import LoopThread
 from flexkv.statistics import Statistics
 from flexkv.task_form import TaskForm
@@ -54,6 +55,7 @@ class KVManager(TaskForm):
         Raises:
             ConfigError: a part is enabled that is not built, or a size does not fit.
         """
+        obey_environment()
         super().__init__(Engine(model, cache, backend))
         self._progress = progress
 

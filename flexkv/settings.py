@@ -41,7 +41,7 @@ from flexkv.common.config_keys import (
     without_duplicates,
 )
 from flexkv.common.errors import ConfigError
-from flexkv.logs import get_logger
+from flexkv.logs import get_logger, obey
 
 log = get_logger(__name__)
 
@@ -53,6 +53,8 @@ STORE_OPTIONS = ("endpoint", "bucket", "region", "prefix")
 
 def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     """Return the settings of this process: file over environment over defaults.
+
+    The log lines of this process have the level and prefix that are given there from now on.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value breaks a rule.
@@ -67,6 +69,11 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     else:
         for name, rival in overruled(values, _flat(file)):
             log.warning("overruled", field=variables[name], by=rival, path=path)
+        given = settings.model_fields_set
+        obey(
+            settings.log_level if "log_level" in given else None,
+            settings.logging_prefix if "logging_prefix" in given else None,
+        )
         return settings
     if fault.field in variables and fault.field not in _flat(file):
         fault = ConfigError(variables[fault.field], fault.value, fault.why)

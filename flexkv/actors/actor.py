@@ -266,6 +266,7 @@ class Supervisor:
         self._group = asyncio.TaskGroup()
         self._root: asyncio.Task[None] | None = None
         self._permanent: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
         """Start the root task."""
@@ -291,6 +292,8 @@ class Supervisor:
         task = self._group.create_task(reporting, name=f"flexkv {name}")
         # One that is cancelled before its first step never gets to its work.
         task.add_done_callback(lambda _: work.close())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         return task
 
     def keep(self, name: str, work: Coroutine[Any, Any, None]) -> None:
@@ -304,9 +307,13 @@ class Supervisor:
             await asyncio.wait([self._root])
 
     def abandon(self) -> None:
-        """Cancel every task, without waiting for its end: the loop may not run any more."""
-        if self._root is not None:
-            self._root.cancel()
+        """Cancel every task, without waiting for its end: the loop may not run any more.
+
+        None of them takes another step, not even one that was woken before.
+        """
+        for task in (*self._tasks, self._root):
+            if task is not None:
+                task.cancel()
 
     async def _main(self) -> None:
         try:

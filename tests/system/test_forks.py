@@ -269,6 +269,7 @@ def test_a_client_and_an_agent_belong_to_their_process(tmp_path: Path) -> None:
 
 SCRIPT = """
 import asyncio, atexit, multiprocessing, os, sys, weakref
+os.environ["FLEXKV_LOG_LEVEL"] = "error"
 import numpy as np
 from flexkv.kvmanager import KVManager
 from tests.system.conftest import MODEL, PER_BLOCK, cache_config, kv_caches, slots_of
