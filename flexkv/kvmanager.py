@@ -16,7 +16,9 @@ from typing import Any, Self, TypeVar
 
 from flexkv import forks
 from flexkv.backend import Backend, Progress
+from flexkv.common.arguments import flag, integer, text
 from flexkv.common.config import CacheConfig, ModelConfig
+from flexkv.common.config_keys import kind_of
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.common.request import KVResponse, Operation
 from flexkv.common.terms import Tier
@@ -56,6 +58,11 @@ class KVManager(TaskForm):
             ConfigError: a part is enabled that is not built, or a size does not fit.
         """
         obey_environment()
+        for field, value, kind in (("model", model, ModelConfig), ("cache", cache, CacheConfig)):
+            if not isinstance(value, kind):
+                raise ConfigError(field, kind_of(value), f"must be a {kind.__name__}")
+        if progress is not None and not callable(progress):
+            raise ConfigError("progress", kind_of(progress), "must be a function")
         super().__init__(Engine(model, cache, backend))
         self._progress = progress
 
@@ -364,11 +371,13 @@ class KVManager(TaskForm):
 
     def unpin(self, pin_id: int) -> bool:
         """End a pin; tell whether it had not ended before."""
-        return self._call(lambda: self._engine.keeping.pins.unpin(pin_id))
+        number = integer("pin_id", pin_id)
+        return self._call(lambda: self._engine.keeping.pins.unpin(number))
 
     def unpin_owner(self, owner: str) -> int:
         """End every pin of an owner that is gone, and count them."""
-        return self._call(lambda: self._engine.keeping.pins.unpin_owner(owner))
+        name = text("owner", owner)
+        return self._call(lambda: self._engine.keeping.pins.unpin_owner(name))
 
     def statistics(self) -> Statistics:
         """Give a frozen snapshot: per tier capacity, use and pins; hits, bytes, queues."""
@@ -395,8 +404,11 @@ class KVManager(TaskForm):
 
     def trace_start(self, path: str | Path | None = None, *, tokens: bool | None = None) -> None:
         """Record every request and transfer to a file from now on. See `trace`."""
+        if path is not None and not isinstance(path, str | Path):
+            raise ConfigError("path", kind_of(path), "must be a path")
         name = None if path is None else str(path)
-        self._call(lambda: self._engine.tracing.start(name, tokens))
+        clear = None if tokens is None else flag("tokens", tokens)
+        self._call(lambda: self._engine.tracing.start(name, clear))
 
     def trace_stop(self) -> str | None:
         """Record no more; gives the file, which is whole then, or None when no trace was on.

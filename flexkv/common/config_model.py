@@ -188,6 +188,16 @@ class ModelConfig(ConfigModel):
         """Give the part of a block that a rank has; ranks of one part are neighbours."""
         return Part(tp_rank * self.parts // self.tp_size, self.parts)
 
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The element type of each layer."""
+        found: dict[int, str] = {}
+        for group in self._groups:
+            begin = len(found)
+            indices = group.layer_indices or range(begin, begin + group.num_layers)
+            found |= dict.fromkeys(indices, group.dtype or self.dtype)
+        return tuple(found[index] for index in range(self.num_layers))
+
     def shapes(self, tokens_per_block: int) -> tuple[KVShape, ...]:
         """Give what each layer of one rank holds of a block.
 

@@ -17,9 +17,11 @@ from secrets import randbits
 from typing import Any
 
 from flexkv import forks
+from flexkv.common.arguments import member
 from flexkv.common.config import ModelConfig, Settings
+from flexkv.common.config_keys import kind_of
 from flexkv.common.errors import ClosedError, ConfigError
-from flexkv.common.request import KVResponseStatus, Operation
+from flexkv.common.request import KVResponseStatus, Operation, as_int64
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
 from flexkv.forks import HomeProcess
 from flexkv.index.keys import KeyChain, Namespace, blocks_are
@@ -121,11 +123,11 @@ class Client:
 
         They hang on the order of the devices' blocks, which is known when `is_ready`.
         """
-        return self._keys.keys(tokens, namespace)
+        return self._keys.keys(_integers(tokens), namespace)
 
     def extended(self, keys: bytes, tokens: Any) -> bytes:
         """Give the keys of a prompt that has grown by `tokens`, from a whole block on."""
-        return self._keys.grown(keys, tokens)
+        return self._keys.grown(keys, _integers(tokens))
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -143,6 +145,7 @@ class Client:
 
     def ask(self, keys: bytes, first: int = 0, hold: bool = False, tell: bool = False) -> int:
         """Ask as `match` does, and give the number of the question for `answer`, or `release`."""
+        _check_keys(keys)
         number = self._number()
         if self._send(Match(number, keys, first, hold, tell)):
             self._asked[number] = time.monotonic()
@@ -198,7 +201,9 @@ class Client:
             when_ready: a put waits until every rank's agent has told that it is `ready`.
             held: the match whose hold ends when this request is planned.
         """
-        ids = b"" if device_ids is None else device_ids.tobytes()
+        member("operation", operation, Operation)
+        _check_keys(keys)
+        ids = b"" if device_ids is None else as_int64("device_ids", device_ids).tobytes()
         number = self._number()
         return self._begin(
             Start(number, operation.label, keys, first, ids, self._slot, when_ready, held)
@@ -214,8 +219,9 @@ class Client:
             generation: the client's `generation` when the blocks began to be computed. If the
                 cache was cleared since then, nothing is stored, and the `Done` has `is_stale`.
         """
+        _check_keys(keys)
         number, operation = self._number(), Operation.PUT.label
-        ids = device_ids.tobytes()
+        ids = as_int64("device_ids", device_ids).tobytes()
         return self._begin(
             Start(number, operation, keys, first, ids, self._slot, True, generation=generation)
         )
@@ -465,3 +471,13 @@ class Client:
 
 
 _STATUSES = frozenset(status.value for status in KVResponseStatus)
+
+
+def _integers(tokens: Any) -> Any:
+    # A list of integers is read as it is: an array of it would cost more than the hashing.
+    return tokens if type(tokens) is list else as_int64("token_ids", tokens)
+
+
+def _check_keys(keys: bytes) -> None:
+    if not isinstance(keys, bytes) or not keys or len(keys) % BLOCK_KEY_BYTES:
+        raise ConfigError("keys", kind_of(keys), "must be what `Client.keys` gives")

@@ -76,7 +76,7 @@ class Recorder:
         self._encoder = msgspec.json.Encoder()
         try:
             self._file = self._open(self._path)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ConfigError("trace_file_path", path, f"cannot be written: {error}") from error
         forks.on_fork(self._let_go_in_child)
         self._thread = threading.Thread(target=self._write, name="flexkv-trace", daemon=True)

@@ -220,8 +220,7 @@ def forgotten_on_its_own_loop() -> None:
 
     async def main() -> None:
         await entered()
-        again = made()
-        async with again:
+        async with made():
             pass
 
     asyncio.run(main())
@@ -322,9 +321,7 @@ def signalled() -> None:
         over.append(True)
 
     signal.signal(signal.SIGTERM, handler)
-    # Prefetches of nothing, one after the other, so that the signal comes within a call.
-    killing = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
-    killing.start()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
     with suppress(ClosedError):
         while True:
             manager.wait(manager.prefetch_async(PROMPT))
