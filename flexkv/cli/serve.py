@@ -135,7 +135,9 @@ async def run(model: ModelConfig, settings: Settings, parent: ProcessWatch | Non
         backend = ServerBackend(model, cache, cache.sized(model))
         manager = await stack.enter_async_context(KVManager(model, cache, backend=backend))
         if settings.enable_metrics:
-            metrics = stack.enter_context(MetricsServer(manager, settings.py_metrics_port))
+            port, host = settings.py_metrics_port, settings.metrics_host
+            served = MetricsServer(manager, port, host, instance=settings.instance_id)
+            metrics = stack.enter_context(served)
             log.info("metrics", url=metrics.url)
         server = Server(manager.engine, backend, listener)
         manager.engine.on_failure = ended.set

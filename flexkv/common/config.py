@@ -83,6 +83,12 @@ class Settings(ConfigModel):
         False, "The server serves Prometheus metrics; in code, flexkv.metrics.MetricsServer does."
     )
     py_metrics_port: int = key(8080, "Port of the metrics.", ge=1, le=65535)
+    metrics_host: str = key(
+        "127.0.0.1",
+        "Address at which the metrics are served; `0.0.0.0` lets other machines, such as the"
+        " Prometheus of a cluster, scrape them.",
+        min_length=1,
+    )
     log_level: LogLevel = key("info", "Least severity that is logged, by library and server.")
     logging_prefix: str = key("", "Stands on every log line.")
     enable_layerwise_transfer: bool = key(
