@@ -78,6 +78,20 @@ static PyObject *module_prefault(PyObject *Py_UNUSED(module), PyObject *object)
     return error ? raise_errno(error) : Py_NewRef(Py_None);
 }
 
+/* In a forked child: let go of memory that the parent shares, and put zeros in its place. */
+static PyObject *module_disown(PyObject *Py_UNUSED(module), PyObject *object)
+{
+    Py_buffer buffer;
+    void *start;
+
+    if (PyObject_GetBuffer(object, &buffer, PyBUF_WRITABLE) < 0)
+        return NULL;
+    start = mmap(buffer.buf, (size_t)buffer.len, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
+    PyBuffer_Release(&buffer);
+    return start == MAP_FAILED ? raise_errno(errno) : Py_NewRef(Py_None);
+}
+
 #define FAST(function) ((PyCFunction)(void (*)(void))(function))
 
 static PyMethodDef module_functions[] = {
@@ -85,6 +99,8 @@ static PyMethodDef module_functions[] = {
      "features()\n--\n\nGive what this build and CPU offer."},
     {"prefault", module_prefault, METH_O,
      "prefault(buffer, /)\n--\n\nTouch every page of a writable buffer."},
+    {"disown", module_disown, METH_O,
+     "disown(mapping, /)\n--\n\nReplace a whole mapping by private pages of zeros."},
     {"hash128", FAST(keys_hash128), METH_FASTCALL | METH_KEYWORDS,
      "hash128(data, seed=0)\n--\n\nGive the canonical XXH3-128 digest of data."},
     {"chain_keys", FAST(keys_chain), METH_FASTCALL | METH_KEYWORDS,

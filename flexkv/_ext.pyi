@@ -15,6 +15,13 @@ TO_DEVICE: Final[int]
 def features() -> dict[str, str | int]:
     """Give what this build and CPU offer: simd ("avx512", "avx2", "none"), liburing, xxhash."""
 
+def disown(mapping: Memory) -> None:
+    """Replace a whole memory mapping by private pages of zeros, in a forked child.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+
 def hash128(data: Memory, seed: int = 0) -> bytes:
     """Give the canonical (big-endian) XXH3-128 digest of `data`: 16 bytes."""
 

@@ -31,7 +31,7 @@ from flexkv.io.stoppable import no_pause, run_stoppable
 from flexkv.io.summed import SummedPort
 from flexkv.io.sums import PoolSummer, Sums
 from flexkv.io.superblock import FORMAT_VERSION, Superblock
-from flexkv.io.tensors import describe, device_of, kv_cache_list
+from flexkv.io.tensors import check_dtype, describe, device_of, kv_cache_list
 from flexkv.io.uring import RingOptions
 from flexkv.ledger import Ledger
 from flexkv.logs import get_logger
@@ -337,6 +337,9 @@ class LocalBackend:
         if len(tensors) != model.num_layers:
             why = f"must have one tensor per layer: {model.num_layers}"
             raise ConfigError("kv_caches", f"{len(tensors)} tensors", why)
-        specs = [describe(tensor, f"kv_caches[{i}]") for i, tensor in enumerate(tensors)]
+        fields = [f"kv_caches[{i}]" for i in range(len(tensors))]
+        specs = [describe(*each) for each in zip(tensors, fields, strict=True)]
+        for each in zip(tensors, model.dtypes, fields, strict=True):
+            check_dtype(*each)
         shapes = model.shapes(self._cache.tokens_per_block)
         return infer_layout(specs, shapes, layout, model.part_of(tp_rank))

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from flexkv import unclosed
 from flexkv.common.errors import ClosedError, DeviceError
 from flexkv.common.request import KVResponse, Operation
 from flexkv.engine import Engine
+from flexkv.forks import HomeProcess
+from flexkv.logs import get_logger
 from flexkv.loop_thread import LoopThread
 from flexkv.tasks import TaskTable
+
+log = get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -24,6 +30,66 @@ class Crossing:
         self._tasks = TaskTable(engine)
         self._thread: LoopThread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._home: HomeProcess | None = None
+        self._ending = threading.RLock()
+
+    def check_process(self) -> None:
+        """Return if this process may use the manager.
+
+        Raises:
+            ClosedError: it is a forked child of the one that has started it.
+        """
+        if self._home is not None:
+            self._home.check()
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def _note_started(self) -> None:
+        """Belong to this process, and be ended at its exit if nobody does it before."""
+        self._home = HomeProcess("the manager")
+        unclosed.remember(self)
+
+    async def _close(self) -> None:
+        unclosed.forget(self)
+        self._tasks.close()
+        await self._engine.close()
+
+    def end(self, timeout_s: float | None = None) -> None:
+        """Close the engine, from any thread; if its loop cannot, let go of what it has.
+
+        Idempotent, and safe in a signal handler.
+
+        Raises:
+            TimeoutError: closing took longer than `timeout_s`, and was cut short.
+            InternalError: as `Engine.close`.
+        """
+        unclosed.forget(self)
+        with self._ending:
+            thread, self._thread = self._thread, None
+            try:
+                if thread is not None and not thread.is_this:
+                    thread.call(self._close, timeout_s)
+                elif thread is None and self._loop is not None and _runs_elsewhere(self._loop):
+                    closing = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
+                    closing.result(timeout_s)
+            finally:
+                if thread is not None:
+                    thread.stop()
+                if self._engine.abandon():
+                    log.warning("abandoned", reason="its event loop could not close the engine: "
+                                "what was not flushed is not on SSD")  # fmt: skip
+
+    def __del__(self) -> None:
+        # What `__init__` refused has no engine.
+        if getattr(self, "_home", None) is not None:
+            unclosed.end_forgotten(self)
+
+    @property
+    def is_unclosed(self) -> bool:
+        """Whether this process has to close the engine."""
+        return self._home is not None and self._home.is_here and not self._engine.is_closed
+
+    # -- calls ----------------------------------------------------------------------------------
 
     @property
     def engine(self) -> Engine:
@@ -45,6 +111,7 @@ class Crossing:
 
     def start_task(self, operation: Operation, *arguments: Any) -> int:
         """Start a request behind what the calling thread's streams have queued; its task id."""
+        self.check_process()
         self._order_after(operation)
         return self._call(lambda: self._tasks.start(operation, *arguments))
 
@@ -82,6 +149,7 @@ class Crossing:
         self._post(lambda: self._tasks.cancel_if_there(task_id))
 
     def _post(self, work: Callable[[], None]) -> None:
+        self.check_process()
         thread, loop = self._thread, self._loop
         if thread is not None:
             thread.post(work)
@@ -113,6 +181,7 @@ class Crossing:
 
     def _check_loop(self) -> None:
         """Refuse a call from a thread that does not run the engine's loop."""
+        self.check_process()
         if self._loop is None:
             raise ClosedError("the manager is not started: use `async with` or start()")
         try:
@@ -121,3 +190,11 @@ class Crossing:
             here = False
         if not here:
             raise ClosedError("the manager runs on another loop: call it there, or use start()")
+
+
+def _runs_elsewhere(loop: asyncio.AbstractEventLoop) -> bool:
+    """Return whether another thread runs a loop."""
+    try:
+        return loop.is_running() and asyncio.get_running_loop() is not loop
+    except RuntimeError:  # none runs here
+        return True

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from flexkv.backend import Backend, Device
+from flexkv.common.arguments import integer
 from flexkv.common.errors import (
     ClosedError,
     ConfigError,
@@ -218,6 +219,6 @@ class Devices:
             raise ConfigError("kv_caches", f"blocks of {device.order}", why)
 
     def _check_rank(self, tp_rank: int) -> None:
-        if not 0 <= tp_rank < self._tp_size:
+        if not 0 <= integer("tp_rank", tp_rank) < self._tp_size:
             why = f"must be from 0 to tp_size - 1: {self._tp_size - 1}"
             raise ConfigError("tp_rank", tp_rank, why)

@@ -46,6 +46,10 @@ class FlushReport(msgspec.Struct, frozen=True):
     missing_tiers: dict[str, str] = {}
     unused_directories: dict[str, str] = {}
 
+    def __repr__(self) -> str:
+        lacks = [f"{tier} lacks {count} blocks" for tier, count in self.lacking_blocks.items()]
+        return f"FlushReport({', '.join(lacks) or 'everything is written'})"
+
 
 _FROM_DEVICE = str(Route(Tier.DEVICE, Tier.HOST))
 

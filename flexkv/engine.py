@@ -30,19 +30,20 @@ from flexkv.common.errors import ClosedError, ConfigError, InternalError, Invari
 from flexkv.common.layout import Order, is_natural
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import Tier
+from flexkv.departure import Departure
 from flexkv.devices import Devices, Use
 from flexkv.durability import Durability, FlushReport
+from flexkv.forks import HomeProcess
 from flexkv.graph.ops import CHUNKS_MAX, LEGS_MAX
 from flexkv.graph.planner import Planner
 from flexkv.index.clears import ClearHistory
-from flexkv.index.eviction import Eviction
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
 from flexkv.index.residency import Found, PrefixMatch, Residency, prefix_match
 from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.ports import TransferPort
 from flexkv.keeping import Keeping
-from flexkv.limits import behind_limits, device_window, disk_windows, plan_limits
+from flexkv.limits import behind_limits, device_window, disk_windows, eviction_of, plan_limits
 from flexkv.logs import get_logger
 from flexkv.pins import Holds, Pins
 from flexkv.runner import ALONE, RequestRunner, Turn
@@ -84,21 +85,15 @@ class Engine:
         self._failure: InternalError | None = None
         self.on_failure: Callable[[], None] | None = None
         self._open = self._used = self._closed = False
+        self._home: HomeProcess | None = None
         self._next_request = self._rekeyed_at = 0
         self._restored_blocks = 0
 
     def _empty_residency(self) -> Residency:
         cache, sizes = self.cache, self.sizes
         counts = {Tier.HOST: sizes.num_host_blocks, Tier.DISK: self._backend.disk_blocks}
-        eviction = Eviction(
-            cache.eviction_policy,
-            cache.evict_ratio,
-            cache.slru_protected_threshold,
-            cache.hit_reward_seconds,
-            cache.evict_start_threshold,
-        )
         capacities = {tier: count for tier, count in counts.items() if count}
-        return Residency(capacities, eviction, self.clears)
+        return Residency(capacities, eviction_of(cache), self.clears)
 
     # -- life -----------------------------------------------------------------------------------
 
@@ -137,12 +132,10 @@ class Engine:
                 self._supervisor.keep("presence", self._backend.presence.run())
             self._resources.push(undo.pop_all())
         self._open = self._used = True
-        log.info(
-            "engine open",
-            **{tier.label: backing for tier, backing in self._backing.items()},
-            block_bytes=self.sizes.block_bytes,
-            restored_blocks=self._restored_blocks,
-        )
+        self._home = HomeProcess("the engine")
+        backing = {tier.label: named for tier, named in self._backing.items()}
+        facts = {"block_bytes": self.sizes.block_bytes, "restored_blocks": self._restored_blocks}
+        log.info("engine open", **backing, **facts)
 
     def _compose(self, undo: ExitStack, progress: Progress | None) -> None:
         cache, sizes = self.cache, self.sizes
@@ -153,11 +146,7 @@ class Engine:
             self._restored_blocks = backend.ledger.restore(self._residency)
         self._backing[Tier.HOST] = backend.host
         if backend.disk is not None:
-            self._actors[Tier.DISK] = self._actor(
-                Tier.DISK,
-                backend.disk,
-                *disk_windows(cache),
-            )
+            self._actors[Tier.DISK] = self._actor(Tier.DISK, backend.disk, *disk_windows(cache))
             disk = backend.disk
             named = disk.adapter if isinstance(disk, CheckedDiskPort) else type(disk).__name__
             self._backing[Tier.DISK] = named
@@ -168,13 +157,9 @@ class Engine:
         self.limits = plan_limits(cache, sizes)
         self._planner = Planner(self._residency, self.limits)
         self._scheduler = Scheduler(
-            self._residency,
-            self._planner,
-            self._actors,
-            self._observer,
-            backend.ledger,
+            self._residency, self._planner, self._actors, self._observer, backend.ledger,
             cache.io_deadline_s,
-        )
+        )  # fmt: skip
         self._behind = self._scheduler.behind = WriteBehind(
             self._residency,
             self._planner,
@@ -200,6 +185,13 @@ class Engine:
         self._keeping = Keeping(
             self._intake, self._residency, opened_with, backend.ledger, Pins(self._scheduler)
         )
+        close = (
+            self._admission.close, self._keeping.pins.close, self._holds.close,
+            self._behind.abandon, self._behind.close, self._scheduler.watch.close,
+            self._durability.close,
+        )  # fmt: skip
+        cancel, resources = self._supervisor.abandon, self._resources
+        self._departure = Departure(self._scheduler.fail, close, cancel, resources)
         self._keeping.about_to_clear = self._behind.about_to_clear
         self._keeping.on_clear = self._behind.cleared
 
@@ -264,8 +256,16 @@ class Engine:
             InvariantError: something was left behind: our own mistake.
             InternalError: hardware did not give its buffers back in time; they stay mapped.
         """
-        if not self._used or self._closed:
+        if self.is_closed:
             return
+        self._check_process()
+        try:
+            await self._close()
+        finally:
+            if not self._closed:  # interrupted: nobody else will
+                self.abandon()
+
+    async def _close(self) -> None:
         self._open = False
         self._admission.close()
         self._keeping.pins.close()
@@ -282,12 +282,34 @@ class Engine:
         if self._failure is None and self._backend.ledger is not None:
             await self._backend.ledger.finish()
         await self._supervisor.stop()
-        self._closed = True
+        self._note_closed()
         self._devices.detach()
         self._resources.close()
         if self._failure is None:
             self._check_nothing_left()
         log.info("engine closed")
+
+    def abandon(self) -> bool:
+        """Let go of everything at once, for an engine that its loop cannot close any more.
+
+        Whoever waits gets a ClosedError. What host memory owes the SSD is not written.
+
+        Returns:
+            Whether there was anything to let go of.
+        """
+        if self.is_closed:
+            return False
+        self._open, self._closed = False, True
+        self._devices.detach()
+        return self._departure.abandon()
+
+    def _note_closed(self) -> None:
+        self._closed = True
+        self._departure.note_closed()
+
+    def _check_process(self) -> None:
+        if self._home is not None:
+            self._home.check()
 
     async def _drain(self) -> None:
         """Wait until no run is left. An engine that fails meanwhile has none."""
@@ -299,6 +321,7 @@ class Engine:
             self._durability.close()
             await self._supervisor.stop()
             self._tracing.stop()
+            self._note_closed()  # but for what hardware may still write to
             depths = {actor.name: actor.depth for actor in self._actors.values()}
             raise InternalError(f"still in flight after {DRAIN_TIMEOUT_S} s: {depths}") from error
 
@@ -320,6 +343,7 @@ class Engine:
             self.on_failure()
 
     def _check_open(self) -> None:
+        self._check_process()
         if self._failure is not None:
             raise self._failure
         if not self._open:
@@ -336,8 +360,14 @@ class Engine:
 
     @property
     def is_open(self) -> bool:
-        """Tell whether requests are taken."""
+        """Return whether requests are taken."""
+        self._check_process()
         return self._open and self._failure is None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether everything was released, or nothing was ever taken."""
+        return self._closed or not self._used
 
     @property
     def has_device(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flexkv.common.arguments import integer, member, seconds, text
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation
 from flexkv.common.terms import Tier
@@ -69,19 +70,17 @@ class Keeping:
 
     def resize(self, tier: Tier, capacity_blocks: int) -> int:
         """Change how many blocks a tier may hold, up to what it was opened with."""
-        self._check_tier(tier)
+        self._check_tier(member("tier", tier, Tier))
         most = self._opened_with[tier]
-        if not 1 <= capacity_blocks <= most:
+        if not 1 <= integer("capacity_blocks", capacity_blocks) <= most:
             why = f"must be from 1 to what {tier.label} was opened with: {most}"
             raise ConfigError("capacity_blocks", capacity_blocks, why)
-        return self._residency.resize(tier, capacity_blocks)
+        return self._residency.resize(tier, int(capacity_blocks))
 
     def set_quota(self, namespace: Namespace, tier: Tier, blocks: int | None) -> None:
         """Bound how many blocks of a tier a namespace may have; None takes the bound away."""
-        if not isinstance(tier, Tier):
-            raise ConfigError("tier", tier, "must be a tier")
-        self._check_tier(tier)
-        if blocks is not None and not (isinstance(blocks, int) and 0 <= blocks < NO_QUOTA):
+        self._check_tier(member("tier", tier, Tier))
+        if blocks is not None and not 0 <= (blocks := integer("blocks", blocks)) < NO_QUOTA:
             raise ConfigError("blocks", blocks, f"must be None, or from 0 to {NO_QUOTA - 1}")
         try:
             self._residency.set_quota(self._intake.root(namespace), tier, blocks)
@@ -93,12 +92,13 @@ class Keeping:
         return self._residency.namespace_blocks(self._intake.root(namespace))
 
     def _check_tier(self, tier: Tier | None) -> None:
-        if tier is not None and tier not in self._residency.tiers:
+        if tier is not None and member("tier", tier, Tier) not in self._residency.tiers:
             have = ", ".join(tier.label for tier in self._residency.tiers)
             raise ConfigError("tier", tier.label, f"must be one of those there are: {have}")
 
     def pin(self, token_ids: Any, namespace: Namespace, ttl_s: float, owner: str) -> int:
         """Keep the resident prefix of a prompt, or without one a namespace, from eviction."""
+        ttl_s, owner = seconds("ttl_s", ttl_s), text("owner", owner)
         if token_ids is None:
             holdings = self._residency.namespace_holdings(self._intake.root(namespace))
         else:

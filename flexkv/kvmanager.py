@@ -14,8 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from flexkv import forks
 from flexkv.backend import Backend, Progress
+from flexkv.common.arguments import flag, integer, text
 from flexkv.common.config import CacheConfig, ModelConfig
+from flexkv.common.config_keys import kind_of
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.common.request import KVResponse, Operation
 from flexkv.common.terms import Tier
@@ -24,6 +27,7 @@ from flexkv.engine import Engine
 from flexkv.graph.explain import Explanation, explain
 from flexkv.index.keys import Namespace
 from flexkv.index.residency import PrefixMatch
+from flexkv.logs import obey_environment
 from flexkv.loop_thread import LoopThread
 from flexkv.statistics import Statistics
 from flexkv.task_form import TaskForm
@@ -53,17 +57,25 @@ class KVManager(TaskForm):
         Raises:
             ConfigError: a part is enabled that is not built, or a size does not fit.
         """
+        obey_environment()
+        for field, value, kind in (("model", model, ModelConfig), ("cache", cache, CacheConfig)):
+            if not isinstance(value, kind):
+                raise ConfigError(field, kind_of(value), f"must be a {kind.__name__}")
+        if progress is not None and not callable(progress):
+            raise ConfigError("progress", kind_of(progress), "must be a function")
         super().__init__(Engine(model, cache, backend))
         self._progress = progress
 
     # -- life -----------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
+        self.check_process()
         if self._thread is not None:
             why = "is used with `async with` or with `start`, not with both"
             raise ConfigError("manager", "started already", why)
         await self._engine.open(self._progress)
         self._loop = asyncio.get_running_loop()
+        self._note_started()
         return self
 
     async def __aexit__(
@@ -72,15 +84,31 @@ class KVManager(TaskForm):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._tasks.close()
-        await self._engine.close()
+        if not self.is_unclosed:
+            return  # closed before; or a forked child leaves: it has nothing to release
+        if asyncio.get_running_loop() is self._loop:
+            await self._close()
+            return
+        assert self._loop is not None
+        if self._loop.is_running():
+            closing = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
+            await asyncio.wrap_future(closing)
+            return
+        self.end()
+        if error is None:
+            raise ClosedError(
+                "the manager was left on another event loop than it was entered on, which no longer"
+                " runs: everything is released, but what was not flushed is not on SSD"
+            )
 
     def start(self) -> None:
         """Run the engine's loop in a thread of its own, for callers that are not async.
 
         Raises:
             ConfigError: memory, directory or disk space is not there.
+            ClosedError: it was started before, in this process or in the one that forked it.
         """
+        self.check_process()
         if self._thread is not None or self._engine.is_open:
             return
         thread = LoopThread()
@@ -89,25 +117,33 @@ class KVManager(TaskForm):
             thread.call(lambda: self._engine.open(self._progress))
         except BaseException:
             thread.stop()
+            self._engine.abandon()
             raise
         self._thread = thread
+        self._note_started()
 
     def shutdown(self) -> None:
-        """End what `start` began: cancels what runs, and releases everything. Idempotent."""
-        thread, self._thread = self._thread, None
-        if thread is None:
-            return
-        try:
-            thread.call(self._close)
-        finally:
-            thread.stop()
+        """End what `start` began: cancels what runs, and releases everything. Idempotent.
 
-    async def _close(self) -> None:
-        self._tasks.close()
-        await self._engine.close()
+        From any thread, in a signal handler, and at exit. A manager that runs on the caller's own
+        loop is let go of at once, without the flush that leaving its `async with` does.
+
+        Raises:
+            ClosedError: this is a forked child of the process that has started it.
+        """
+        if forks.is_exiting() and not self.is_unclosed:
+            return  # such as a forked child's, by a callback that its parent has registered
+        self.check_process()
+        if self._home is not None:
+            self.end()
 
     def is_ready(self) -> bool:
-        """Tell whether get and put would move bytes: open, and a device registered."""
+        """Return whether get and put would move bytes: open, and a device registered.
+
+        Raises:
+            ClosedError: this is a forked child of the process that has started it.
+        """
+        self.check_process()
         return self._engine.is_open and self._engine.has_device
 
     def register_kv_caches(
@@ -151,6 +187,7 @@ class KVManager(TaskForm):
             ClosedError: not started with `start()`, no device is registered, or it sleeps.
             DeadlineError: something did not end within `io_deadline_s`; the devices go on.
         """
+        self.check_process()
         if self._thread is None:
             raise ClosedError("suspend_device_blocking() blocks: it needs start(); else use await")
         self._thread.call(lambda: self._engine.devices.suspend())
@@ -334,11 +371,13 @@ class KVManager(TaskForm):
 
     def unpin(self, pin_id: int) -> bool:
         """End a pin; tell whether it had not ended before."""
-        return self._call(lambda: self._engine.keeping.pins.unpin(pin_id))
+        number = integer("pin_id", pin_id)
+        return self._call(lambda: self._engine.keeping.pins.unpin(number))
 
     def unpin_owner(self, owner: str) -> int:
         """End every pin of an owner that is gone, and count them."""
-        return self._call(lambda: self._engine.keeping.pins.unpin_owner(owner))
+        name = text("owner", owner)
+        return self._call(lambda: self._engine.keeping.pins.unpin_owner(name))
 
     def statistics(self) -> Statistics:
         """Give a frozen snapshot: per tier capacity, use and pins; hits, bytes, queues."""
@@ -365,8 +404,11 @@ class KVManager(TaskForm):
 
     def trace_start(self, path: str | Path | None = None, *, tokens: bool | None = None) -> None:
         """Record every request and transfer to a file from now on. See `trace`."""
+        if path is not None and not isinstance(path, str | Path):
+            raise ConfigError("path", kind_of(path), "must be a path")
         name = None if path is None else str(path)
-        self._call(lambda: self._engine.tracing.start(name, tokens))
+        clear = None if tokens is None else flag("tokens", tokens)
+        self._call(lambda: self._engine.tracing.start(name, clear))
 
     def trace_stop(self) -> str | None:
         """Record no more; gives the file, which is whole then, or None when no trace was on.
@@ -390,6 +432,7 @@ class KVManager(TaskForm):
 
     def _perform(self, operation: Operation, *arguments: Any) -> Coroutine[Any, Any, KVResponse]:
         """Give what runs a request on the engine's loop, from there or from another."""
+        self.check_process()
         self._order_after(operation)
         if self._thread is not None:
             return self._thread.call_async(lambda: self._perform_here(operation, *arguments))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from typing import Any
 
+from flexkv.common.arguments import integer, seconds
 from flexkv.common.errors import ConfigError, DeviceError
 from flexkv.common.request import KVResponse, Operation
 from flexkv.common.terms import StreamEvent
@@ -171,7 +172,8 @@ class Layerwise:
         return self._manager.task_response(self.task_id).__await__()
 
     def _check(self, layer: int) -> None:
-        if not 0 <= layer < self._progress.num_layers:
+        self._manager.check_process()
+        if not 0 <= integer("layer", layer) < self._progress.num_layers:
             why = f"must be from 0 to {self._progress.num_layers - 1}"
             raise ConfigError("layer", layer, why)
 
@@ -211,9 +213,11 @@ class LayerwiseGet(Layerwise):
             DeviceError: the driver refused.
         """
         self._check(layer)
+        wait_s = seconds("timeout", timeout)
         if stream is None:
-            return self._progress.wait(layer, timeout)
-        return self._progress.hold_back(stream, tp_rank, layer, timeout)
+            return self._progress.wait(layer, wait_s)
+        number, rank = integer("stream", stream), integer("tp_rank", tp_rank)
+        return self._progress.hold_back(number, rank, layer, wait_s)
 
     async def layer(self, layer: int) -> bool:
         """Return once a layer is in the slots (True), or the get ended without (False).

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import suppress
 from errno import EIO, ENOSPC
 from typing import ParamSpec, TypeVar
@@ -27,6 +27,7 @@ from flexkv.io.files import Missing
 from flexkv.io.journal import RECORD_BYTES, Journal
 from flexkv.io.journals import Journals
 from flexkv.io.sums import Sums
+from flexkv.io.workers import Workers
 from flexkv.logs import get_logger
 
 log = get_logger(__name__)
@@ -43,7 +44,7 @@ SCAN_BLOCKS = 1 << 16
 
 
 def _thread(name: str) -> Executor:
-    return ThreadPoolExecutor(1, thread_name_prefix=name)
+    return Workers(1, name)
 
 
 class Ledger:
@@ -447,7 +448,8 @@ class Ledger:
 def _settle(flush: asyncio.Future[None], error: Exception | None) -> None:
     if flush.done():
         return
-    if error is None:
-        flush.set_result(None)
-    else:
-        flush.set_exception(error)
+    with suppress(RuntimeError):  # its loop may be closed: nobody waits there any more
+        if error is None:
+            flush.set_result(None)
+        else:
+            flush.set_exception(error)

@@ -6,6 +6,7 @@ from flexkv.actors.actor import Window
 from flexkv.actors.write_behind import BehindLimits
 from flexkv.common.config import GB, MB, CacheConfig, CacheSizes
 from flexkv.graph.planner import PlanLimits
+from flexkv.index.eviction import Eviction
 
 WRITE_WINDOWS = 2
 """Windows of owed blocks that are with a tier at once: one is written, one waits."""
@@ -36,6 +37,17 @@ def device_window(cache: CacheConfig, kind: str) -> Window:
     """Return what may be in flight each way to or from devices of a kind."""
     window_bytes = int(cache.device_window_mb * MB) * DEVICE_WINDOWS[kind]
     return Window(window_bytes, DEVICE_PIECE_BYTES[kind])
+
+
+def eviction_of(cache: CacheConfig) -> Eviction:
+    """Return how the tiers evict."""
+    return Eviction(
+        cache.eviction_policy,
+        cache.evict_ratio,
+        cache.slru_protected_threshold,
+        cache.hit_reward_seconds,
+        cache.evict_start_threshold,
+    )
 
 
 def plan_limits(cache: CacheConfig, sizes: CacheSizes) -> PlanLimits:

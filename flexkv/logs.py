@@ -1,8 +1,13 @@
-"""Logging: structlog events as console lines on a terminal, as JSON lines otherwise.
+"""Logging: lines of Python's `logging` in a program of others, events on stderr in our own.
 
-A library does not configure logging by itself: programs call `configure_logging`. With or without
-it, a line that cannot be written is dropped, and nothing else happens: modules log by `get_logger`,
-whose loggers ignore what the sink raises, and our own sink never waits for a reader.
+    library   logger "flexkv.…" of `logging`; the caller's handlers, levels and filters decide
+    command   `configure_logging`: console lines on a terminal, JSON lines otherwise, to stderr
+
+A library adds no handler and writes to no stream. The level and the prefix that the environment
+and the settings give hold in both. A caller that has configured structlog gets events there.
+
+A line that cannot be written is dropped, and nothing else happens: modules log by `get_logger`,
+whose loggers ignore what a handler or a sink raises, and our own sink never waits for a reader.
 """
 
 from __future__ import annotations
@@ -14,16 +19,18 @@ import stat
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import structlog
 
 from flexkv.common.errors import ConfigError
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
-
+LEVEL_VARIABLE, PREFIX_VARIABLE = "FLEXKV_LOG_LEVEL", "FLEXKV_LOGGING_PREFIX"
+ROOT = "flexkv"
+"""The logger of `logging` above all of ours."""
 
 REPEATS_MAX, REPEATS_S = 10, 10.0
 """Lines of one event about one thing that pass in so many seconds."""
@@ -36,13 +43,24 @@ _SINK_FAULTS = (OSError, ValueError, RuntimeError, TypeError, AttributeError)
 line is written; no stream at all, or something else in its place."""
 
 
-class Logger:
-    """A logger that never raises: structlog's, as it is configured when a line is logged."""
+class _Given(NamedTuple):
+    """What the environment or the settings say of a library's lines."""
 
-    __slots__ = ("_inner",)
+    least: int = 0
+    prefix: str = ""
+
+
+_given = _Given()
+
+
+class Logger:
+    """A logger that never raises; where its lines go is decided when a line is logged."""
+
+    __slots__ = ("_inner", "_name")
 
     def __init__(self, name: str) -> None:
         self._inner: Any = structlog.get_logger(name)
+        self._name = name
 
     def debug(self, event: str, **facts: Any) -> None:
         """Log what helps to find an error."""
@@ -69,13 +87,76 @@ class Logger:
         self._log("error", event, {**facts, "exception": traceback.format_exc().rstrip()})
 
     def _log(self, level: str, event: str, facts: dict[str, Any]) -> None:
-        with suppress(*_SINK_FAULTS):
-            getattr(self._inner, level)(event, **facts)
+        # Handlers, filters and processors of others may raise anything.
+        with suppress(Exception, structlog.DropEvent):
+            if structlog.is_configured():
+                if LEVELS[level] >= _given.least:
+                    getattr(self._inner, level)(event, **facts)
+                return
+            logger = logging.getLogger(self._name)
+            if logger.isEnabledFor(LEVELS[level]):
+                told = _repeats(None, level, {"event": event, **facts})
+                # Above this method is that of the level, and above that whoever logs.
+                logger.log(LEVELS[level], _as_line(told), extra={"facts": told}, stacklevel=3)
 
 
 def get_logger(name: str) -> Logger:
     """Return the logger of a module."""
     return Logger(name)
+
+
+def obey(level: str | None, prefix: str | None, field: str = "log_level") -> None:
+    """Take the level and the prefix of a library's lines; None leaves one as it is.
+
+    Handlers stay the caller's affair: they are given the lines from this level on.
+
+    Raises:
+        ConfigError: an unknown level; `field` names it.
+    """
+    global _given
+    if level is not None:
+        _given = _given._replace(least=_number_of(level, field))
+        logging.getLogger(ROOT).setLevel(_given.least)
+    if prefix is not None:
+        _given = _given._replace(prefix=prefix)
+
+
+def obey_environment() -> None:
+    """Take the level and the prefix of a library's lines from the environment, if they are there.
+
+    Raises:
+        ConfigError: an unknown level.
+    """
+    level, prefix = os.environ.get(LEVEL_VARIABLE), os.environ.get(PREFIX_VARIABLE)
+    obey(level or None, prefix, LEVEL_VARIABLE)
+
+
+def forget_configuration() -> None:
+    """Log as if nothing had been configured, for tests."""
+    global _given
+    _given = _Given()
+    logging.getLogger(ROOT).setLevel(logging.NOTSET)
+    structlog.reset_defaults()
+
+
+def _number_of(level: str, field: str) -> int:
+    if level.lower() not in LEVELS:
+        raise ConfigError(field, level, f"must be one of {', '.join(LEVELS)}")
+    return LEVELS[level.lower()]
+
+
+def _as_line(told: Mapping[str, Any]) -> str:
+    """Return an event and its facts as one line, with a traceback on lines of its own."""
+    facts = {name: value for name, value in told.items() if name not in ("event", "exception")}
+    words = [f"[{_given.prefix}]"] if _given.prefix else []
+    words += [str(told["event"]), *(f"{name}={_as_word(fact)}" for name, fact in facts.items())]
+    trace = told.get("exception")
+    return " ".join(words) + (f"\n{trace}" if trace else "")
+
+
+def _as_word(value: object) -> str:
+    text = str(value)
+    return text if text.isprintable() and " " not in text else repr(text)
 
 
 def configure_logging(
@@ -91,10 +172,9 @@ def configure_logging(
     Raises:
         ConfigError: an unknown level.
     """
-    chosen = (level or os.environ.get("FLEXKV_LOG_LEVEL") or "info").lower()
-    if chosen not in LEVELS:
-        raise ConfigError("FLEXKV_LOG_LEVEL", chosen, f"must be one of {', '.join(LEVELS)}")
-    label = prefix if prefix is not None else os.environ.get("FLEXKV_LOGGING_PREFIX", "")
+    chosen = level or os.environ.get(LEVEL_VARIABLE) or "info"
+    least = _number_of(chosen, "log_level" if level else LEVEL_VARIABLE)
+    label = prefix if prefix is not None else os.environ.get(PREFIX_VARIABLE, "")
     sink = _Sink(sys.stderr)
     to_json = not sink.is_terminal if as_json is None else as_json
 
@@ -116,7 +196,10 @@ def configure_logging(
         structlog.processors.JSONRenderer()
         if to_json
         # The default formatter shows the variables of each frame.
-        else structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        else structlog.dev.ConsoleRenderer(
+            colors=sink.is_terminal and _likes_colors(),
+            exception_formatter=structlog.dev.plain_traceback,
+        )
     )
     structlog.configure(
         processors=[
@@ -129,10 +212,15 @@ def configure_logging(
             structlog.processors.format_exc_info if to_json else _as_it_is,
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, chosen.upper())),
+        wrapper_class=structlog.make_filtering_bound_logger(least),
         logger_factory=lambda *_: sink,
         cache_logger_on_first_use=False,
     )
+
+
+def _likes_colors() -> bool:
+    """Return whether a terminal may be sent colours: see https://no-color.org."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 class _Sink:
@@ -224,6 +312,10 @@ class _Repeats:
             del self._seen[next(iter(self._seen))]
         self._seen[key] = since_s, passed + 1, 0
         return event
+
+
+_repeats = _Repeats()
+"""Of a library's lines."""
 
 
 def _as_it_is(

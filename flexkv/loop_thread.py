@@ -6,8 +6,11 @@ import asyncio
 import concurrent.futures
 import threading
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar, cast
 
+from flexkv import forks
 from flexkv.actors.actor import spawn_on
 from flexkv.common.errors import ClosedError
 
@@ -20,64 +23,85 @@ class LoopThread:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._calls: set[concurrent.futures.Future[Any]] = set()
+        self._calls: set[SimpleQueue[asyncio.Task[Any] | None]] = set()
         self._unanswered: dict[concurrent.futures.Future[Any], Callable[[], object]] = {}
+        self._home = forks.HomeProcess("the engine")
 
     def start(self) -> None:
         """Start the thread; returns once its loop takes calls."""
-        ready: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
+        ready: SimpleQueue[asyncio.AbstractEventLoop] = SimpleQueue()
         self._thread = threading.Thread(
             target=self._run, args=(ready,), name="flexkv-loop", daemon=True
         )
         self._thread.start()
-        self._loop = ready.result()
+        self._loop = ready.get()
+        forks.on_fork(self._let_go_in_child)
 
     @staticmethod
-    def _run(ready: concurrent.futures.Future[asyncio.AbstractEventLoop]) -> None:
-        with asyncio.Runner() as runner:
+    def _run(ready: SimpleQueue[asyncio.AbstractEventLoop]) -> None:
+        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
             loop = runner.get_loop()
-            loop.call_soon(ready.set_result, loop)
+            loop.call_soon(ready.put, loop)
             loop.run_forever()
 
+    @property
+    def is_this(self) -> bool:
+        """Whether the caller runs in this thread, which must not wait for itself."""
+        return threading.current_thread() is self._thread
+
     def stop(self) -> None:
-        """Stop the loop and join the thread."""
+        """Stop the loop and join the thread, unless this is it."""
         if self._loop is not None and self._thread is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._loop.stop)
+            if not self.is_this:
+                self._thread.join()
             self._loop = self._thread = None
-        for future in list(self._calls):
-            future.cancel()  # came between the loop's last turn and its end
+        for answer in list(self._calls):
+            answer.put(None)  # came between the loop's last turn and its end
         for outcome, wake in list(self._unanswered.items()):
             if not outcome.done():
                 outcome.set_exception(ClosedError("the engine was shut down during the call"))
                 wake()
 
-    def call(self, work: Callable[[], Awaitable[T]]) -> T:
+    def call(self, work: Callable[[], Awaitable[T]], timeout_s: float | None = None) -> T:
         """Run `work` on the loop, and wait for its result in this thread.
 
-        Raises:
-            ClosedError: the thread is not running, or was stopped meanwhile.
-        """
-        future = asyncio.run_coroutine_threadsafe(_awaited(work), self._running())
-        self._calls.add(future)
-        try:
-            return future.result()
-        except concurrent.futures.CancelledError as error:
-            raise ClosedError("the engine was shut down during the call") from error
-        finally:
-            self._calls.discard(future)
-            future.cancel()  # when a signal ended the wait, the work ends too
+        The wait holds no lock: a signal handler that interrupts it may call, or shut down.
 
-    def post(self, work: Callable[[], None]) -> None:
+        Raises:
+            ClosedError: the thread is not running, or was stopped meanwhile; or this is it.
+            TimeoutError: it was not done within `timeout_s`; it is cancelled.
+        """
+        loop = self._running()
+        if self.is_this:
+            raise ClosedError("called on the engine's own thread, which would wait for itself")
+        answer: SimpleQueue[asyncio.Task[Any] | None] = SimpleQueue()
+        begun: list[asyncio.Task[T]] = []
+        self._calls.add(answer)
+        task = None
+        try:
+            _post(loop, lambda: begun.append(spawn_on(loop, _awaited(work), answer.put)))
+            try:
+                task = answer.get(timeout=timeout_s)
+            except Empty as error:
+                raise TimeoutError(f"not done within {timeout_s} s") from error
+        finally:
+            self._calls.discard(answer)
+            if task is None:  # a signal, or nobody, ended the wait: the work ends too
+                with suppress(ClosedError):
+                    _post(loop, lambda: [each.cancel() for each in begun])
+        if task is None or task.cancelled():
+            raise ClosedError("the engine was shut down during the call")
+        return cast("T", task.result())
+
+    def post(self, work: Callable[[], object]) -> None:
         """Do synchronous work on the loop, some time soon.
 
         Raises:
             ClosedError: the thread is not running.
         """
-        try:
-            self._running().call_soon_threadsafe(work)
-        except RuntimeError as error:
-            raise ClosedError("the engine is shut down") from error
+        _post(self._running(), work)
 
     async def call_async(self, work: Callable[[], Awaitable[T]]) -> T:
         """Run `work` on the loop, and await its result on the caller's.
@@ -108,7 +132,7 @@ class LoopThread:
             inner.append(spawn_on(theirs, _awaited(work), ended))
 
         self._unanswered[outcome] = wake
-        theirs.call_soon_threadsafe(begin)
+        _post(theirs, begin)
         cancelled = False
         try:
             while not over.is_set():
@@ -124,9 +148,22 @@ class LoopThread:
         return outcome.result()
 
     def _running(self) -> asyncio.AbstractEventLoop:
+        self._home.check()
         if self._loop is None:
             raise ClosedError("the engine is not started, or is shut down")
         return self._loop
+
+    def _let_go_in_child(self) -> None:
+        """Cut the loop off from the parent's: they share its selector and its own sockets."""
+        if self._loop is not None:
+            forks.detach_loop(self._loop, is_ours=True)
+
+
+def _post(loop: asyncio.AbstractEventLoop, work: Callable[[], object]) -> None:
+    try:
+        loop.call_soon_threadsafe(work)
+    except RuntimeError as error:
+        raise ClosedError("the engine is shut down") from error
 
 
 async def _awaited(work: Callable[[], Awaitable[T]]) -> T:

@@ -9,6 +9,7 @@ trace gets, so that both always agree. Times are in seconds, sizes in bytes or b
 
 from __future__ import annotations
 
+import socket
 import threading
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,8 +25,10 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from flexkv import forks
 from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
 from flexkv.crossing import Crossing
+from flexkv.forks import HomeProcess
 from flexkv.statistics import Statistics
 from flexkv.trace.records import OpRecord, Record, RequestRecord
 
@@ -96,13 +99,20 @@ class Metrics(Collector):
         missed_blocks: that gets asked for and did not load, by reason.
     """
 
-    def __init__(self, manager: Crossing) -> None:
+    def __init__(self, manager: Crossing, name: str | None = None, instance: int = 0) -> None:
         """Take a manager that is started.
 
+        Args:
+            manager: whose metrics they are.
+            name: the label `engine` of every sample; by default the model's `model_id`.
+            instance: the label `instance`, which tells engines of one name apart.
+
         Raises:
-            ClosedError: it is not.
+            ClosedError: it is not started.
         """
         self._manager = manager
+        engine = manager.engine.model.model_id if name is None else name
+        self._labels = {"engine": engine, "instance": str(instance)}
         self._histograms: dict[str, dict[Labels, Histogram]] = {name: {} for name in HISTOGRAMS}
         self.missed_blocks: dict[str, int] = {}
         self._slowest = Slowest()
@@ -148,7 +158,15 @@ class Metrics(Collector):
     # -- what is asked for, in any thread -------------------------------------------------------
 
     def collect(self) -> Iterator[Metric]:
-        """Give every metric, as it is now; of an engine that is closed only that it is."""
+        """Return every metric, as it is now; of an engine that is closed only that it is."""
+        for family in self._families():
+            family.samples = [
+                sample._replace(labels={**self._labels, **sample.labels})
+                for sample in family.samples
+            ]
+            yield family
+
+    def _families(self) -> Iterator[Metric]:
         try:
             statistics = self._manager.engine.statistics()
         except FlexKVError:
@@ -174,7 +192,7 @@ class Metrics(Collector):
         yield _gauge("flexkv_slowest_request_id", told, ids, ("operation",))
 
     def describe(self) -> Iterable[Metric]:
-        """Say nothing ahead: what there is hangs on the tiers."""
+        """Return nothing: which metrics there are depends on the configured tiers."""
         return ()
 
     def _requests(self, now: Statistics) -> Iterator[Metric]:
@@ -305,26 +323,55 @@ def _histogram(
 class MetricsServer:
     """Serves the metrics of one manager over HTTP, at `/metrics`, until it is closed."""
 
-    def __init__(self, manager: Crossing, port: int = 8080, host: str = "127.0.0.1") -> None:
-        """Listen; `port` 0 takes any that is free.
+    def __init__(
+        self,
+        manager: Crossing,
+        port: int = 8080,
+        host: str = "127.0.0.1",
+        name: str | None = None,
+        instance: int = 0,
+    ) -> None:
+        """Listen.
+
+        Args:
+            manager: a manager that is started.
+            port: 0 takes any that is free.
+            host: the address to listen at; "0.0.0.0" or "::" are all of this machine's, for whoever
+                scrapes from outside. Nothing but the metrics can be had there.
+            name: as for `Metrics`.
+            instance: as for `Metrics`.
 
         Raises:
-            ConfigError: the port is taken, or may not be.
+            ConfigError: the port is taken, or may not be, or the host is not this machine's.
             ClosedError: the manager is not started.
         """
-        self.metrics = Metrics(manager)
+        self.metrics = Metrics(manager, name, instance)
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self.metrics)
         try:
             self._server, self._thread = start_http_server(port, host, registry)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, ValueError, TypeError) as error:
             self.metrics.close()
+            if isinstance(error, socket.gaierror | UnicodeError):
+                why = f"is no address of this machine: {error}"
+                raise ConfigError("metrics_host", host, why) from error
             why = f"cannot listen on {host}: {error}"
             raise ConfigError("py_metrics_port", port, why) from error
-        self.url = f"http://{host}:{self._server.server_port}/metrics"
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._server.server_port}/metrics"
+        self._home = HomeProcess("the metrics' service")
+        forks.on_fork(self._let_go_in_child)
+
+    def _let_go_in_child(self) -> None:
+        forks.close_socket(self._server.socket)
 
     def close(self) -> None:
-        """Serve no more. Before the manager is shut down."""
+        """Serve no more. Before the manager is shut down.
+
+        Raises:
+            ClosedError: this is a forked child of the process that serves.
+        """
+        self._home.check()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -334,4 +381,5 @@ class MetricsServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        if self._home.is_here:
+            self.close()

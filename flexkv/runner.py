@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 from flexkv.actors.flight import Flight
@@ -17,7 +18,7 @@ from flexkv.actors.observer import Observer
 from flexkv.actors.scheduler import Scheduler
 from flexkv.actors.write_behind import WriteBehind
 from flexkv.admission import Admission
-from flexkv.common.errors import ClosedError
+from flexkv.common.errors import ClosedError, FlexKVError
 from flexkv.common.request import Operation, Request
 from flexkv.devices import Use
 
@@ -100,7 +101,8 @@ class RequestRunner:
             await flight.wait_answered()
         except asyncio.CancelledError:
             self._scheduler.cancel(flight)
-            await flight.wait_drained()
+            with suppress(FlexKVError):  # the engine is gone, and with it what the caller gave up
+                await flight.wait_drained()
             raise
 
     def _begin(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from flexkv.common.terms import BlockIds
 from flexkv.io.files import StripedFiles
 from flexkv.io.reread import Rereader
 from flexkv.io.sums import Sums
+from flexkv.io.workers import Workers
 from flexkv.ledger import SCAN_BLOCKS, Ledger
 
 BATCH_BYTES = 8 << 20
@@ -35,7 +35,7 @@ class Scrubber:
         self._files, self._sums, self._ledger = files, sums, ledger
         self._reader = Rereader(files.block_stride_bytes, BATCH_BYTES)
         self._pause_s = self._reader.num_blocks * files.block_stride_bytes / bytes_per_s
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="flexkv-scrub")
+        self._thread = Workers(1, "flexkv-scrub")
         self._next = 0
 
     async def run(

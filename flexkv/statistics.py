@@ -54,6 +54,12 @@ class TierStatistics(msgspec.Struct, frozen=True):
         """Give the blocks that hold or receive something."""
         return self.capacity_blocks - self.free_blocks
 
+    def __repr__(self) -> str:
+        down = [f"{way} {getattr(self, way)}" for way in ("reads", "writes")]
+        told = "".join(f", {each}" for each in down if not each.endswith(" up"))
+        used = f"{self.used_blocks} of {self.capacity_blocks} blocks"
+        return f"TierStatistics({used}, {self.backing}{told})"
+
 
 def tier_statistics(counts: TierCounts, backing: str, watch: Watch, tier: Tier) -> TierStatistics:
     """Give the snapshot of one tier."""
@@ -127,6 +133,16 @@ class Statistics(msgspec.Struct, frozen=True):
         written = route.blocks if route else 0
         hits = self.hit_blocks.get("disk", 0)
         return written / hits if hits else float("inf") if written else 0.0
+
+    def __repr__(self) -> str:
+        tiers = [
+            f"{name} {tier.used_blocks} of {tier.capacity_blocks} blocks"
+            + ("" if tier.reads == tier.writes == "up" else " (down)")
+            for name, tier in self.tiers.items()
+        ]
+        ended = [f"{sum(n.values())} {kind}" for kind, n in self.requests.items() if n]
+        hits = f"hit rate {100 * self.hit_rate:.0f} %"
+        return f"Statistics({', '.join([*tiers, *ended, hits])})"
 
 
 def snapshot(of: Sources, observer: Observer) -> Statistics:

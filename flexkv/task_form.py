@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from flexkv.common.errors import ClosedError
+from flexkv.common.arguments import flag, integers, is_integer, seconds
+from flexkv.common.config_keys import kind_of
+from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.common.request import KVResponse, Operation, TokenMask
 from flexkv.crossing import Crossing
 from flexkv.index.keys import Namespace
@@ -98,9 +98,9 @@ class TaskForm(Crossing):
         Raises:
             ConfigError: an id never issued, or slots that break a rule; none was launched.
         """
-        if isinstance(task_ids, int):
-            task_ids, slot_mappings = [task_ids], [slot_mappings]
-        ids, slots = list(task_ids), list(slot_mappings)
+        self.check_process()
+        ids = integers("task_ids", task_ids)
+        slots = [slot_mappings] if is_integer(task_ids) else _each("slot_mappings", slot_mappings)
         for operation in (Operation.GET, Operation.PUT):
             self._order_after(operation)
         self._call(lambda: self._tasks.launch(ids, slots))
@@ -114,37 +114,44 @@ class TaskForm(Crossing):
         Raises:
             ConfigError: an id never issued.
         """
-        ids = _listed(task_ids)
+        self.check_process()
+        ids = integers("task_ids", task_ids)
         if self._thread is not None:
             self._thread.call(lambda: self._tasks.cancel_and_drain(ids))
         else:
             self._call(lambda: self._tasks.cancel(ids))
 
     def wait(
-        self, task_ids: int | Sequence[int], timeout: float = 20.0, completely: bool = False
+        self, task_ids: int | Sequence[int], timeout: float | None = 20.0, completely: bool = False
     ) -> dict[int, KVResponse]:
         """Wait for tasks in this thread. One that is not over in time is cancelled: TIMEOUT.
 
         Args:
             task_ids: one or several.
-            timeout: in seconds, for all of them.
+            timeout: in seconds, for all of them; None = as long as it takes.
             completely: wait until the write-behind of puts is done too.
 
         Raises:
-            ConfigError: an id that was never issued, or is collected already.
+            ConfigError: an id that was never issued, or is collected already; or an argument of
+                another kind.
             ClosedError: not started with `start()`: on the engine's own loop, await instead.
         """
+        self.check_process()
         if self._thread is None:
             raise ClosedError("wait() blocks: it needs start(); on the engine's loop use await")
-        ids = _listed(task_ids)
-        return self._thread.call(lambda: self._tasks.wait(ids, timeout, completely))
+        ids = integers("task_ids", task_ids)
+        wait_s = None if timeout is None else seconds("timeout", timeout)
+        fully = flag("completely", completely)
+        return self._thread.call(lambda: self._tasks.wait(ids, wait_s, fully))
 
     def try_wait(self, task_ids: int | Sequence[int]) -> dict[int, KVResponse]:
         """Give the responses of those tasks that are over; never blocks for the others."""
-        ids = _listed(task_ids)
+        ids = integers("task_ids", task_ids)
         return self._call(lambda: self._tasks.try_wait(ids))
 
 
-def _listed(task_ids: int | Sequence[int]) -> list[int]:
-    """Give one id, or several (list or array), as a list of ints."""
-    return [int(task_id) for task_id in np.atleast_1d(np.asarray(task_ids, np.int64))]
+def _each(field: str, values: Any) -> list[Any]:
+    """Return the elements of a list or array."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise ConfigError(field, kind_of(values), "must be a list, with one entry per task id")
+    return list(values)

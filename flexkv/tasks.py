@@ -171,13 +171,13 @@ class TaskTable:
             await asyncio.wait(running)
 
     async def wait(
-        self, task_ids: Sequence[int], timeout: float, completely: bool
+        self, task_ids: Sequence[int], timeout: float | None, completely: bool
     ) -> dict[int, KVResponse]:
         """Give the response of each task; one that is not over in time is cancelled: TIMEOUT.
 
         Args:
             task_ids: tasks that were launched (one that was not only times out).
-            timeout: in seconds, for all of them together.
+            timeout: in seconds, for all of them together; None = as long as it takes.
             completely: wait for the write-behind too.
         """
         tasks = {task_id: self._find(task_id) for task_id in task_ids}

@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import structlog
 from hypothesis import HealthCheck, settings
+
+from flexkv.logs import forget_configuration
 
 pytest_plugins = ["tests.warning_policy"]
 
@@ -25,4 +26,4 @@ os.umask(0o022)
 def _logging_as_it_was() -> Iterator[None]:
     """Undo what a test configures: logging belongs to the process."""
     yield
-    structlog.reset_defaults()
+    forget_configuration()

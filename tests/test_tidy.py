@@ -23,7 +23,7 @@ FILE_LINES_MAX, FUNCTION_LINES_MAX, PARAMETERS_MAX, COLUMNS_MAX = 500, 70, 6, 10
 
 FLOORS = [
     {"common"},
-    {"logs"},
+    {"logs", "forks"},
     {"index"},
     {"graph"},
     {"trace"},
@@ -32,9 +32,9 @@ FLOORS = [
     {"admission", "settings", "pins", "ledger", "scrub", "limits", "unavailable"},
     {"statistics", "presence"},
     {"backend"},
-    {"keeping", "devices", "tracing", "durability", "runner"},
+    {"keeping", "devices", "tracing", "durability", "runner", "departure"},
     {"engine"},
-    {"tasks", "loop_thread", "server"},
+    {"tasks", "loop_thread", "unclosed", "server"},
     {"crossing", "layerwise", "task_form"},
     {"kvmanager"},
     {"integration", "cli", "testing", "metrics"},

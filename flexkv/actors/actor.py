@@ -292,6 +292,7 @@ class Supervisor:
         self._group = asyncio.TaskGroup()
         self._root: asyncio.Task[None] | None = None
         self._permanent: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
         """Start the root task."""
@@ -317,6 +318,8 @@ class Supervisor:
         task = self._group.create_task(reporting, name=f"flexkv {name}")
         # One that is cancelled before its first step never gets to its work.
         task.add_done_callback(lambda _: work.close())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         return task
 
     def keep(self, name: str, work: Coroutine[Any, Any, None]) -> None:
@@ -328,6 +331,15 @@ class Supervisor:
         self._stop.set()
         if self._root is not None:
             await asyncio.wait([self._root])
+
+    def abandon(self) -> None:
+        """Cancel every task, without waiting for its end: the loop may not run any more.
+
+        None of them takes another step, not even one that was woken before.
+        """
+        for task in (*self._tasks, self._root):
+            if task is not None:
+                task.cancel()
 
     async def _main(self) -> None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from flexkv.common.errors import DeadlineError, InternalError, UnfilledError
+from flexkv.common.errors import DeadlineError, FlexKVError, UnfilledError
 from flexkv.common.request import KVResponse, Request
 from flexkv.graph.planner import Planned
 from flexkv.graph.run import Run
@@ -26,7 +26,7 @@ class Flight:
         self.run = Run(planned.plan.template)
         self.arrived_ns, self.begin_ns = arrived_ns, begin_ns
         self.response: KVResponse | None = None
-        self.failure: InternalError | None = None
+        self.failure: FlexKVError | None = None
         self.late: DeadlineError | None = None
         """Set when an op hangs: the reason why nobody should wait for the end."""
         self.group, self.has_place = 0, True
@@ -40,7 +40,7 @@ class Flight:
         """Return the response once there is one. Cancelling the wait cancels nothing else.
 
         Raises:
-            InternalError: the engine failed.
+            FlexKVError: the engine failed, or is gone.
         """
         while self.response is None:
             await self._waiter(self._answer_waiters)
@@ -59,7 +59,7 @@ class Flight:
         """Return once every op is over, write-behind included, or one of them hangs.
 
         Raises:
-            InternalError: the engine failed.
+            FlexKVError: the engine failed, or is gone.
             DeadlineError: an op has not ended in time.
         """
         while not self.run.ended:
@@ -102,7 +102,7 @@ class Flight:
         self.late = error
         wake(self._end_waiters)
 
-    def fail(self, failure: InternalError) -> None:
+    def fail(self, failure: FlexKVError) -> None:
         """Note that the engine failed: there will be no answer, and no end."""
         self.failure = failure
         wake(self._answer_waiters)

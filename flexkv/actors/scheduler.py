@@ -23,7 +23,7 @@ from flexkv.actors.write_behind import WriteBehind
 from flexkv.common.errors import (
     CorruptBlockError,
     DeadlineError,
-    InternalError,
+    FlexKVError,
     InvariantError,
     RecalledError,
     TransferError,
@@ -107,7 +107,7 @@ class Scheduler:
         self._busy = False
         self.behind: WriteBehind | None = None
         """Writes what lower tiers are owed; None without lower tiers."""
-        self._failed: InternalError | None = None
+        self._failed: FlexKVError | None = None
         self._next_run = 0
         self._idle: list[asyncio.Future[None]] = []
         self._on: dict[type, Callable[[Flight, int, Command], None]] = {
@@ -340,12 +340,12 @@ class Scheduler:
             self._residency.claims.settle(token, filled=False)
 
     @property
-    def failure(self) -> InternalError | None:
+    def failure(self) -> FlexKVError | None:
         """Return why the engine has failed; None while it has not."""
         return self._failed
 
-    def fail(self, failure: InternalError) -> None:
-        """The engine failed: nobody will be answered."""
+    def fail(self, failure: FlexKVError) -> None:
+        """The engine failed, or is gone: nobody will be answered otherwise."""
         self._failed = failure
         for flight in self._flights.values():
             flight.fail(failure)

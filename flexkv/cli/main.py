@@ -22,8 +22,8 @@ from flexkv.cli.ssd import ssd
 from flexkv.cli.top import stats, top
 from flexkv.cli.trace import trace
 from flexkv.cli.vllm_demo import vllm_demo
-from flexkv.common.errors import FlexKVError
-from flexkv.logs import configure_logging
+from flexkv.common.errors import ConfigError, FlexKVError
+from flexkv.logs import LEVEL_VARIABLE, LEVELS, configure_logging
 
 commands = typer.Typer(
     name="flexkv", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -50,14 +50,21 @@ def _version(wanted: bool) -> None:
 
 @commands.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
     ] = False,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+    log_level: Annotated[
+        str | None,
+        typer.Option(help="debug, info, warning, error or critical; else FLEXKV_LOG_LEVEL's."),
+    ] = None,
 ) -> None:
     """Configure what every subcommand shares."""
-    configure_logging(level=log_level)
+    if log_level is not None and log_level.lower() not in LEVELS:
+        raise ConfigError("--log-level", log_level, f"must be one of {', '.join(LEVELS)}")
+    context.obj = log_level
+    configure_logging(log_level or os.environ.get(LEVEL_VARIABLE) or "warning")
 
 
 def app() -> NoReturn:

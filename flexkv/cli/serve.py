@@ -18,7 +18,7 @@ from flexkv.common.config import ModelConfig, Settings, settings_of
 from flexkv.common.config_keys import kind_of
 from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
 from flexkv.kvmanager import KVManager
-from flexkv.logs import get_logger
+from flexkv.logs import configure_logging, get_logger
 from flexkv.metrics import MetricsServer
 from flexkv.server.address import socket_path
 from flexkv.server.backend import ServerBackend
@@ -38,6 +38,7 @@ FLUSH_S = 30.0
 
 
 def serve(
+    context: typer.Context,
     model: Annotated[
         Path | None, typer.Argument(help="JSON: num_layers, num_kv_heads, head_size, dtype, …")
     ] = None,
@@ -55,6 +56,7 @@ def serve(
     if with_parent:
         told = load_object(sys.stdin.buffer.readline(), "stdin", "what the parent says")
         config, settings = ModelConfig(**_part(told, "model")), settings_of(_part(told, "settings"))
+        configure_logging(context.obj or settings.log_level, settings.logging_prefix)
         watch = ProcessWatch(parent or os.getppid(), parent_fd)
         if told.get("waits"):
             _outwait(settings.server_recv_port)
@@ -62,6 +64,7 @@ def serve(
         raise ConfigError("model", None, "must name a file, or --with-parent be given")
     else:
         config, settings = ModelConfig(**load_file(model, "model")), load_settings()
+        configure_logging(context.obj or settings.log_level, settings.logging_prefix)
     try:
         asyncio.run(run(config, settings, watch))
     except FlexKVError as error:
@@ -148,7 +151,9 @@ async def run(model: ModelConfig, settings: Settings, parent: ProcessWatch | Non
             return
         is_open = True
         if settings.enable_metrics:
-            metrics = stack.enter_context(MetricsServer(manager, settings.py_metrics_port))
+            port, host = settings.py_metrics_port, settings.metrics_host
+            served = MetricsServer(manager, port, host, instance=settings.instance_id)
+            metrics = stack.enter_context(served)
             log.info("metrics", url=metrics.url)
         server = Server(manager.engine, backend, listener)
         manager.engine.on_failure = ended.set

@@ -23,6 +23,9 @@ Samples: TypeAlias = Mapping[str, Mapping[tuple[str, ...], float]]
 
 Url = Annotated[str, typer.Option(help="Where the engine serves its metrics.")]
 URL = "http://127.0.0.1:8080/metrics"
+ANSWER_BYTES_MAX = 64 << 20
+OF_ENGINE = ("engine", "instance")
+"""Labels that every sample of an engine has."""
 
 
 def scrape(url: str) -> Samples:
@@ -31,17 +34,22 @@ def scrape(url: str) -> Samples:
     Raises:
         ConfigError: nobody answers there, or not with FlexKV's metrics.
     """
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError("url", url, "must begin with http:// or https://")
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            text = answer.read().decode()
+        # Whatever proxy the environment names: the engine is near, and a proxy would not find it.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(url, timeout=5) as answer:
+            text = answer.read(ANSWER_BYTES_MAX).decode()
         families = list(text_string_to_metric_families(text))
-    except (OSError, ValueError, http.client.HTTPException) as error:
+    except (OSError, ValueError, OverflowError, LookupError, http.client.HTTPException) as error:
         why = f"gives no metrics ({error}): is enable_metrics on, and the port right?"
         raise ConfigError("url", url, why) from error
     samples: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
     for family in families:
         for sample in family.samples:
-            labels = tuple(value for _, value in sorted(sample.labels.items()))
+            of = sorted(sample.labels.items())
+            labels = tuple(value for name, value in of if name not in OF_ENGINE)
             samples[sample.name][labels] = sample.value
     if "flexkv_up" not in samples:
         raise ConfigError("url", url, "does not serve FlexKV's metrics")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from flexkv.common.config_cache import GB, MB, SIZE_PAIRS, CacheConfig, CacheSizes
 from flexkv.common.config_keys import (
@@ -18,7 +18,7 @@ from flexkv.common.config_keys import (
     kind_of,
     shown,
 )
-from flexkv.common.config_model import LayerGroup, ModelConfig
+from flexkv.common.config_model import RANKS_MAX, LayerGroup, ModelConfig
 from flexkv.common.errors import ConfigError
 
 __all__ = [
@@ -29,8 +29,18 @@ __all__ = [
     "LayerGroup",
     "ModelConfig",
     "Settings",
+    "overruled",
     "settings_of",
     "variable_keys",
+]
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)
 ]
 
 
@@ -51,6 +61,7 @@ class Settings(ConfigModel):
         "How long an engine's scheduler waits for the server; later it goes on without, a while.",
         unit="ms",
         ge=1,
+        le=3_600_000,
     )
     match_wait_ms: float = key(
         0.25,
@@ -58,6 +69,7 @@ class Settings(ConfigModel):
         " all; a prompt of which it has not heard by then is looked at in the next step.",
         unit="ms",
         ge=0,
+        le=3_600_000,
     )
     server_client_mode: bool = key(
         False, "Accepted: the connectors of engines always use a server in another process."
@@ -65,13 +77,19 @@ class Settings(ConfigModel):
     server_launch_mode: Literal["embedded", "external"] = key(
         "embedded", "Whether the first instance runs the server, or `flexkv serve` does."
     )
-    instance_num: int = key(1, "Engine instances that share one server.", ge=1)
-    instance_id: int = key(0, "Which of them this one is.", ge=0)
+    instance_num: int = key(1, "Engine instances that share one server.", ge=1, le=RANKS_MAX)
+    instance_id: int = key(0, "Which of them this one is.", ge=0, lt=RANKS_MAX)
     enable_metrics: bool = key(
         False, "The server serves Prometheus metrics; in code, flexkv.metrics.MetricsServer does."
     )
     py_metrics_port: int = key(8080, "Port of the metrics.", ge=1, le=65535)
-    log_level: str = key("info", "Least severity that is logged.")
+    metrics_host: str = key(
+        "127.0.0.1",
+        "Address at which the metrics are served; `0.0.0.0` lets other machines, such as the"
+        " Prometheus of a cluster, scrape them.",
+        min_length=1,
+    )
+    log_level: LogLevel = key("info", "Least severity that is logged, by library and server.")
     logging_prefix: str = key("", "Stands on every log line.")
     enable_layerwise_transfer: bool = key(
         False,
@@ -129,20 +147,27 @@ def settings_of(file: Mapping[str, Any], environment: Mapping[str, Any] | None =
     announce({**outer_renames, **inner_renames})
     chosen = {**outer, **inner}
     check_no_key_swallowed(chosen, models)
-    merged = {**_without_rivals(environment or {}, chosen), **chosen}
+    merged = {**(environment or {}), **chosen}
+    for name, _ in overruled(environment or {}, chosen):
+        del merged[name]
     own = {name: merged.pop(name) for name in list(merged) if name in Settings.model_fields}
     return Settings(**own, cache_config=CacheConfig(**merged))
 
 
-def _without_rivals(environment: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop sizes from the environment that the file gives in the other unit: the file wins."""
-    rivals = {
-        rival
-        for pair in SIZE_PAIRS
-        for name, rival in (pair, pair[::-1])
-        if name in file and rival not in file
-    }
-    return {name: value for name, value in environment.items() if name not in rivals}
+def overruled(below: Mapping[str, Any], above: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Return the sizes of one source that another, which wins, gives in the other unit.
+
+    Args:
+        below: keys and values of the source that gives way.
+        above: those of the source that wins, under their current names.
+
+    Returns:
+        The key that is void, and the key that takes its place.
+    """
+    for pair in SIZE_PAIRS:
+        for name, rival in (pair, pair[::-1]):
+            if name in below and name not in above and above.get(rival) is not None:
+                yield name, rival
 
 
 def variable_keys() -> dict[str, str]:

@@ -11,7 +11,18 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import BeforeValidator, Secret, SecretStr, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
-from flexkv.common.config_keys import ConfigModel, RetiredKeyWarning, key
+from flexkv.common.config_keys import (
+    BLOCKS_MAX,
+    GB_MAX,
+    MB_MAX,
+    SECONDS_MAX,
+    ConfigModel,
+    DuplicateKeyError,
+    RetiredKeyWarning,
+    check_no_rivals,
+    key,
+    without_duplicates,
+)
 from flexkv.common.config_model import ModelConfig
 from flexkv.common.directories import directories_of
 from flexkv.common.errors import ConfigError
@@ -21,6 +32,7 @@ MB = 1024**2
 
 BLOCK_ALIGNMENT_BYTES = 4096
 """Blocks start on multiples of this, so that each is one O_DIRECT extent."""
+BLOCK_BYTES_MAX = 1 << 40
 
 SIZE_PAIRS = (
     ("num_cpu_blocks", "cpu_cache_gb"),
@@ -57,8 +69,8 @@ def _object(value: object) -> object:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
+        return json.loads(value, object_pairs_hook=without_duplicates)
+    except (ValueError, RecursionError, DuplicateKeyError):
         fault = ValueError("must be an object, in JSON")
     raise fault  # raised here it has no context, which would hold the text
 
@@ -98,7 +110,7 @@ class CacheConfig(ConfigModel):
     """What the cache may use, and how it uses it. Every key has a default."""
 
     tokens_per_block: int = key(
-        16, "Tokens in a block; equals the engine's page size.", unit="tokens", ge=1
+        16, "Tokens in a block; equals the engine's page size.", unit="tokens", ge=1, le=65536
     )
 
     # host tier
@@ -109,19 +121,29 @@ class CacheConfig(ConfigModel):
         built=(True,),
     )
     num_cpu_blocks: int | None = key(
-        None, "Size of the host tier; wins over cpu_cache_gb.", unit="blocks", ge=0
+        None,
+        "Size of the host tier, in place of cpu_cache_gb.",
+        unit="blocks",
+        ge=0,
+        le=BLOCKS_MAX,
     )
-    cpu_cache_gb: float = key(16.0, "Size of the host tier.", unit="GB", ge=0)
+    cpu_cache_gb: float = key(16.0, "Size of the host tier.", unit="GB", ge=0, le=GB_MAX)
     use_hugepage_cpu_buffer: bool = key(
         True, "Ask for huge pages for the host tier; ordinary pages serve when there are none."
     )
-    hugepage_size_bytes: int = key(2 * MB, "Size of a reserved huge page.", unit="bytes", ge=4096)
+    hugepage_size_bytes: int = key(
+        2 * MB, "Size of a reserved huge page: a power of two.", unit="bytes", ge=4096, le=16 * GB
+    )
 
     # SSD tier
     num_ssd_blocks: int | None = key(
-        None, "Size of the SSD tier; wins over ssd_cache_gb.", unit="blocks", ge=0
+        None,
+        "Size of the SSD tier, in place of ssd_cache_gb.",
+        unit="blocks",
+        ge=0,
+        le=BLOCKS_MAX,
     )
-    ssd_cache_gb: float = key(0.0, "Size of the SSD tier; 0 = off.", unit="GB", ge=0)
+    ssd_cache_gb: float = key(0.0, "Size of the SSD tier; 0 = off.", unit="GB", ge=0, le=GB_MAX)
     enable_ssd: bool = key(
         None, "Keep blocks on SSD.", shown_default="true when the SSD tier is given a size"
     )
@@ -152,6 +174,7 @@ class CacheConfig(ConfigModel):
         "How fast to read what rests on SSD, in idle time, to find what has changed; 0 = off.",
         unit="MB/s",
         ge=0,
+        le=MB_MAX,
     )
     io_deadline_s: float = key(
         10.0,
@@ -159,13 +182,17 @@ class CacheConfig(ConfigModel):
         "nobody waits for it, and the tier or device is not used until it works again.",
         unit="s",
         gt=0,
+        le=SECONDS_MAX,
     )
-    max_file_size_gb: float = key(-1.0, "Cap of one SSD file; -1 = none.", unit="GB", ge=-1)
+    max_file_size_gb: float = key(
+        -1.0, "Cap of one SSD file; -1 = none.", unit="GB", ge=-1, le=GB_MAX
+    )
     max_blocks_per_file: int | None = key(
         None,
         "Cap of one SSD file, counted in blocks.",
         unit="blocks",
         ge=-1,
+        le=BLOCKS_MAX,
         retired="use max_file_size_gb; the blocks are converted",
     )
     iouring_entries: int = key(
@@ -179,6 +206,7 @@ class CacheConfig(ConfigModel):
         0,
         "Set-up flags of the io_uring, as the kernel numbers them.",
         ge=0,
+        le=2**32 - 1,
         old=("ssd_cache_iouring_flags",),
     )
     enable_gds: bool = key(
@@ -192,7 +220,9 @@ class CacheConfig(ConfigModel):
     enable_remote: bool = key(
         False, "Keep blocks in remote storage.", part="the remote tier", built=(False,)
     )
-    num_remote_blocks: int | None = key(None, "Size of the remote tier.", unit="blocks", ge=0)
+    num_remote_blocks: int | None = key(
+        None, "Size of the remote tier.", unit="blocks", ge=0, le=BLOCKS_MAX
+    )
     remote_cache_path: Addresses = key(
         (), "Where the remote tier is: `s3://bucket/prefix`, `file:///dir`, …"
     )
@@ -205,8 +235,10 @@ class CacheConfig(ConfigModel):
     remote_cache_size_mode: Literal["file_size", "block_num"] = key(
         "file_size", "What the size of the remote tier is counted in."
     )
-    remote_file_size: int | None = key(None, "Size of one remote file.", unit="bytes", ge=1)
-    remote_file_num: int | None = key(None, "Number of remote files.", ge=1)
+    remote_file_size: int | None = key(
+        None, "Size of one remote file.", unit="bytes", ge=1, le=1 << 50
+    )
+    remote_file_num: int | None = key(None, "Number of remote files.", ge=1, le=BLOCKS_MAX)
     remote_file_prefix: str | None = key(None, "First part of the remote files' names.")
     use_mooncake_store_backend: bool = key(
         False,
@@ -232,9 +264,10 @@ class CacheConfig(ConfigModel):
         "How much younger one hit makes a block under lru.",
         unit="s",
         ge=0,
+        le=SECONDS_MAX,
     )
     slru_protected_threshold: int = key(
-        2, "Hits after which slru protects a block.", unit="hits", ge=1
+        2, "Hits after which slru protects a block.", unit="hits", ge=1, le=2**31
     )
 
     # transfers
@@ -248,15 +281,19 @@ class CacheConfig(ConfigModel):
         None,
         "Thread blocks of the kernel host to GPU; unset = as measured.",
         ge=1,
+        le=65535,
         old=("transfer_sms_h2d",),
     )
     transfer_num_cta_d2h: int | None = key(
         None,
         "Thread blocks of the kernel GPU to host; unset = as measured.",
         ge=1,
+        le=65535,
         old=("transfer_sms_d2h",),
     )
-    chunk_mb: float = key(16.0, "Bytes of one chunk of a pipelined request.", unit="MB", gt=0)
+    chunk_mb: float = key(
+        16.0, "Bytes of one chunk of a pipelined request.", unit="MB", gt=0, le=MB_MAX
+    )
     copy_threads: int = key(
         0,
         "Threads that copy between device and host memory; 0 = the cores, up to 4.",
@@ -268,15 +305,17 @@ class CacheConfig(ConfigModel):
         "Bytes being read from SSD at once, at most: fewer, if fewer keep it busy.",
         unit="MB",
         gt=0,
+        le=MB_MAX,
     )
     disk_write_window_mb: float = key(
         32.0,
         "Bytes being written to SSD at once, at most: fewer, if fewer keep it busy.",
         unit="MB",
         gt=0,
+        le=MB_MAX,
     )
     device_window_mb: float = key(
-        128.0, "Bytes being copied to or from the device at once.", unit="MB", gt=0
+        128.0, "Bytes being copied to or from the device at once.", unit="MB", gt=0, le=MB_MAX
     )
     write_behind_max_gb: float = key(
         -1.0,
@@ -284,6 +323,7 @@ class CacheConfig(ConfigModel):
         "in host memory and are written later.",
         unit="GB",
         ge=-1,
+        le=GB_MAX,
     )
     write_behind_wait_s: float = key(
         2.0,
@@ -291,12 +331,14 @@ class CacheConfig(ConfigModel):
         "then blocks may be evicted before they are written.",
         unit="s",
         ge=0,
+        le=SECONDS_MAX,
     )
     shutdown_flush_s: float = key(
         5.0,
         "How long closing may take to write what the SSD lacks; 0 = not at all.",
         unit="s",
         ge=0,
+        le=SECONDS_MAX,
     )
     requests_max: int = key(
         1024,
@@ -304,6 +346,7 @@ class CacheConfig(ConfigModel):
         "in turns.",
         unit="requests",
         ge=1,
+        le=1 << 20,
     )
 
     # layouts
@@ -347,7 +390,7 @@ class CacheConfig(ConfigModel):
     )
     local_ip: str = key("127.0.0.1", "Address at which other nodes reach this one.")
     node_ttl_seconds: float = key(
-        30.0, "Silence after which a node counts as gone.", unit="s", gt=0
+        30.0, "Silence after which a node counts as gone.", unit="s", gt=0, le=SECONDS_MAX
     )
     mooncake_config_path: str | None = key(
         None,
@@ -359,21 +402,25 @@ class CacheConfig(ConfigModel):
     enable_trace: bool = key(False, "Write a record of every request and transfer op.")
     trace_file_path: str = key("./flexkv_trace.log", "File that the trace goes to.", min_length=1)
     trace_max_file_size_mb: float = key(
-        100.0, "Size at which the trace starts a new file.", unit="MB", gt=0
+        100.0, "Size at which the trace starts a new file.", unit="MB", gt=0, le=MB_MAX
     )
     trace_tokens: bool = key(
         False, "Whether the trace has the prompts in clear: else only their lengths and keys."
     )
-    trace_max_files: int = key(5, "Trace files kept, the current one included.", ge=1)
+    trace_max_files: int = key(5, "Trace files kept, the current one included.", ge=1, le=10_000)
     trace_flush_interval_ms: int = key(
-        1000, "How long a record may wait before it is in the file.", unit="ms", ge=1
+        1000,
+        "How long a record may wait before it is in the file.",
+        unit="ms",
+        ge=1,
+        le=86_400_000,
     )
 
     load_if_faster: bool = key(
         True, "Whether engines load only what takes longer to compute again, by what was measured."
     )
     num_log_interval_requests: int = key(
-        200, "How often the summary line is logged.", unit="requests", ge=1
+        200, "How often the summary line is logged.", unit="requests", ge=1, le=2**53
     )
 
     @field_validator("enable_ssd", mode="before")
@@ -390,21 +437,26 @@ class CacheConfig(ConfigModel):
             raise ConfigError("ssd_cache_dir", "", "enable_ssd needs at least one directory")
         if len(set(directories)) != len(directories):
             raise ConfigError("ssd_cache_dir", directories, "names a directory twice")
+        if self.hugepage_size_bytes.bit_count() != 1:
+            raise ConfigError(
+                "hugepage_size_bytes", self.hugepage_size_bytes, "must be a power of two"
+            )
         for name in ("max_file_size_gb", "write_behind_max_gb"):
             if (value := getattr(self, name)) < 0 and value != -1:
                 raise ConfigError(name, value, "must be -1, 0 or more")
-        if self.max_blocks_per_file is not None and "max_file_size_gb" in self.model_fields_set:
-            why = "is the retired form of max_file_size_gb; give max_file_size_gb alone"
-            raise ConfigError("max_blocks_per_file", self.max_blocks_per_file, why)
+        check_no_rivals({name: getattr(self, name) for name in self.model_fields_set}, SIZE_PAIRS)
         return self
 
     def sized(self, model: ModelConfig) -> CacheSizes:
         """Give the tiers' sizes in blocks of this model.
 
         Raises:
-            ConfigError: a tier has no room for one block, or two sizes of it disagree.
+            ConfigError: a tier has no room for one block, or for too many, or a block is too large.
         """
         block_bytes = model.block_bytes(self.tokens_per_block)
+        if block_bytes > BLOCK_BYTES_MAX:
+            why = f"a block of this model would take {block_bytes} bytes: at most {BLOCK_BYTES_MAX}"
+            raise ConfigError("tokens_per_block", self.tokens_per_block, why)
         stride = -(-block_bytes // BLOCK_ALIGNMENT_BYTES) * BLOCK_ALIGNMENT_BYTES
         host, disk, file = SIZE_PAIRS
         return CacheSizes(
@@ -436,16 +488,15 @@ class CacheConfig(ConfigModel):
         return (self.max_file_size_gb if cap is None else cap) == -1
 
     def _blocks(self, blocks_key: str, gb_key: str, stride_bytes: int) -> int:
-        """Give the size that one of two keys names: a count of blocks wins over GB."""
+        """Return the size in blocks, from whichever of two keys was given."""
         count: int | None = getattr(self, blocks_key)
         gb: float = getattr(self, gb_key)
-        fitting = int(gb * GB) // stride_bytes
         field, value = (gb_key, gb) if count is None else (blocks_key, count)
-        if count is not None and gb_key in self.model_fields_set and fitting != count:
-            why = f"holds {fitting} blocks, but {blocks_key}={count}; give one of the two"
-            raise ConfigError(gb_key, gb, why)
-        blocks = fitting if count is None else count
+        blocks = int(gb * GB) // stride_bytes if count is None else count
         if blocks < 1:
             why = f"must hold at least one block, which takes {stride_bytes / GB:.6g} GB"
+            raise ConfigError(field, value, why)
+        if blocks > BLOCKS_MAX:
+            why = f"holds {blocks} blocks of this model: at most {BLOCKS_MAX}"
             raise ConfigError(field, value, why)
         return blocks

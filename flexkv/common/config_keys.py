@@ -16,10 +16,12 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import SequenceMatcher, get_close_matches
 from pathlib import PurePath
-from typing import Any, NamedTuple, TypeAlias
+from types import UnionType
+from typing import Any, NamedTuple, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
+from pydantic_core.core_schema import ValidationInfo
 
 from flexkv.common.errors import ConfigError
 
@@ -35,6 +37,13 @@ _TELLING = re.compile("secret|password|passwd|credential|token_|api_?key", re.IG
 _USER_OF_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 LIKENESS_MIN, LIKENESS_OF_SECRETS_MIN = 0.6, 0.85
 """How similar an unknown key must be to a known one for its name to be shown."""
+
+BLOCKS_MAX = 1 << 30
+"""Most blocks of a tier, and of a file of it."""
+GB_MAX, MB_MAX, SECONDS_MAX = float(1 << 20), float(1 << 20), 31_536_000.0
+"""Bounds of sizes and times: a PiB, a TiB, a year. What is larger is a mistake in the unit."""
+TEXT_CHARACTERS_MAX = 65_536
+_NUMBER_CHARACTERS_MAX = 64
 
 
 class Described(str):
@@ -202,6 +211,46 @@ def check_no_key_swallowed(values: Mapping[str, Any], models: Collection[type[Ba
             raise ConfigError(name, kind_of(value), why)
 
 
+def check_no_rivals(
+    values: Mapping[str, Any],
+    pairs: Iterable[tuple[str, str]],
+    names: Mapping[str, str] | None = None,
+) -> None:
+    """Check that one source does not give one size in two units.
+
+    Args:
+        values: keys that the source gives, and their values; None is as if it were not given.
+        pairs: of keys that mean one size.
+        names: what the source calls its keys, where they have other names there.
+
+    Raises:
+        ConfigError: both keys of a pair have values.
+    """
+    for pair in pairs:
+        if all(values.get(name) is not None for name in pair):
+            one, two = ((names or {}).get(name, name) for name in pair)
+            why = f"is the same size as {two}={values[pair[1]]!r}; give one of the two"
+            raise ConfigError(one, values[pair[0]], why)
+
+
+class DuplicateKeyError(Exception):
+    """An object has one key twice."""
+
+
+def without_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Return the object of some keys and values.
+
+    Raises:
+        DuplicateKeyError: a key occurs twice; its argument is the key.
+    """
+    found: dict[Any, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise DuplicateKeyError(name)
+        found[name] = value
+    return found
+
+
 def announce(renames: Renames) -> None:
     """Warn once for each old name, on behalf of the caller's caller."""
     for old, name in renames.items():
@@ -209,7 +258,62 @@ def announce(renames: Renames) -> None:
         warnings.warn(message, RetiredKeyWarning, stacklevel=3)
 
 
-class ConfigModel(BaseModel):
+class PlainValues(BaseModel):
+    """A model that takes numbers of any library, and no value that stands for another kind."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        value = _plain_scalar(value)
+        if type(value) in (list, tuple):
+            value = tuple(map(_plain_scalar, value))
+        if _is_number(cls.model_fields[info.field_name].annotation):
+            if isinstance(value, bool):
+                raise ValueError("must be a number, not true or false")
+            if isinstance(value, bytes | bytearray) or (
+                isinstance(value, str) and len(value) > _NUMBER_CHARACTERS_MAX
+            ):
+                raise ValueError("must be a number")
+        _check_text(value)
+        return value
+
+
+def _plain_scalar(value: Any) -> Any:
+    """Return a number or truth value of numpy or torch as Python's own."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    if hasattr(value, "__index__") and not isinstance(value, int) and not hasattr(value, "ndim"):
+        return value.__index__()
+    return value
+
+
+def _is_number(annotation: Any) -> bool:
+    """Return whether a key holds a number, or nothing."""
+    kinds = set(get_args(annotation) if isinstance(annotation, UnionType) else (annotation,))
+    return bool(kinds & {int, float}) and bool not in kinds
+
+
+def _check_text(value: Any) -> None:
+    """Check that every text can be written to a file, a socket and the name of a file."""
+    for text in value if isinstance(value, list | tuple) else (value,):
+        if not isinstance(text, str | PurePath):
+            continue
+        told = str(text)
+        if len(told) > TEXT_CHARACTERS_MAX:
+            raise ValueError(f"must have at most {TEXT_CHARACTERS_MAX} characters")
+        if "\0" in told:
+            raise ValueError("must not have a NUL character")
+        fault = None
+        try:
+            told.encode(errors="surrogateescape")  # names of files need not be UTF-8
+        except UnicodeEncodeError as error:
+            fault = error.reason
+        if fault is not None:  # raised here it has no context, which would hold the text
+            raise ValueError(f"is not text: {fault}")
+
+
+class ConfigModel(PlainValues):
     """A frozen group of configuration keys, in which every fault is a `ConfigError`."""
 
     model_config = ConfigDict(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
-from flexkv.common.config_keys import ConfigModel, key
+from flexkv.common.config_keys import ConfigModel, PlainValues, key
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import KVShape, Part
 
@@ -57,19 +57,21 @@ def dtype_name(dtype: object) -> str:
 
 DTypeName = Annotated[str, BeforeValidator(dtype_name)]
 _RANKS_PART = "the device part for several ranks"
+LAYERS_MAX, HEADS_MAX, RANKS_MAX = 1 << 14, 1 << 16, 1 << 16
+"""More layers, heads (or elements of one), ranks or instances than any model or machine has."""
 
 
-class LayerGroup(BaseModel):
+class LayerGroup(PlainValues):
     """Layers of one model that share a KV shape which other layers do not have."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_layers: int = Field(ge=1)
-    num_kv_heads: int = Field(ge=1)
-    head_size: int = Field(ge=1)
-    layer_indices: tuple[int, ...] = ()
+    num_layers: int = Field(ge=1, le=LAYERS_MAX)
+    num_kv_heads: int = Field(ge=1, le=HEADS_MAX)
+    head_size: int = Field(ge=1, le=HEADS_MAX)
+    layer_indices: tuple[Annotated[int, Field(ge=0, lt=LAYERS_MAX, strict=True)], ...] = ()
     dtype: DTypeName | None = None
-    compress_ratio: int = Field(1, ge=1)
+    compress_ratio: int = Field(1, ge=1, le=HEADS_MAX)
 
     @model_validator(mode="after")
     def _indices_fit(self) -> Self:
@@ -82,9 +84,11 @@ class LayerGroup(BaseModel):
 class ModelConfig(ConfigModel):
     """The shape of a model's KV cache, over all its ranks."""
 
-    num_layers: int = Field(ge=1, description="Layers that have a KV cache.")
-    num_kv_heads: int = Field(ge=1, description="KV heads of a layer, over all TP ranks.")
-    head_size: int = Field(ge=1, description="Elements of one head.")
+    num_layers: int = Field(ge=1, le=LAYERS_MAX, description="Layers that have a KV cache.")
+    num_kv_heads: int = Field(
+        ge=1, le=HEADS_MAX, description="KV heads of a layer, over all TP ranks."
+    )
+    head_size: int = Field(ge=1, le=HEADS_MAX, description="Elements of one head.")
     dtype: DTypeName = Field(description="Element type: a torch or numpy dtype, or its name.")
     use_mla: bool = key(False, "Multi-head latent attention: one vector a token, not K and V.")
     kv_dim: int = key(
@@ -94,14 +98,19 @@ class ModelConfig(ConfigModel):
         le=2,
         shown_default="1 with use_mla, else 2",
     )
-    tp_size: int = key(1, "Tensor-parallel ranks.", ge=1)
-    pp_size: int = key(1, "Pipeline-parallel ranks.", ge=1, part=_RANKS_PART, built=(1,))
-    dp_size: int = key(1, "Data-parallel ranks.", ge=1, part=_RANKS_PART, built=(1,))
-    cp_size: int = key(1, "Context-parallel ranks.", ge=1, part=_RANKS_PART, built=(1,))
+    tp_size: int = key(1, "Tensor-parallel ranks.", ge=1, le=RANKS_MAX)
+    pp_size: int = key(
+        1, "Pipeline-parallel ranks.", ge=1, le=RANKS_MAX, part=_RANKS_PART, built=(1,)
+    )
+    dp_size: int = key(1, "Data-parallel ranks.", ge=1, le=RANKS_MAX, part=_RANKS_PART, built=(1,))
+    cp_size: int = key(
+        1, "Context-parallel ranks.", ge=1, le=RANKS_MAX, part=_RANKS_PART, built=(1,)
+    )
     nnodes: int = key(
         1,
         "Machines that the ranks are spread over.",
         ge=1,
+        le=RANKS_MAX,
         part="the device part for several machines",
         built=(1,),
     )
@@ -109,6 +118,7 @@ class ModelConfig(ConfigModel):
         1,
         "Engine instances that share one cache.",
         ge=1,
+        le=RANKS_MAX,
     )
     layer_groups: tuple[LayerGroup, ...] | None = key(
         None, "Groups of layers whose KV shapes differ; in place of heads and dtype above."
@@ -177,6 +187,16 @@ class ModelConfig(ConfigModel):
     def part_of(self, tp_rank: int) -> Part:
         """Give the part of a block that a rank has; ranks of one part are neighbours."""
         return Part(tp_rank * self.parts // self.tp_size, self.parts)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The element type of each layer."""
+        found: dict[int, str] = {}
+        for group in self._groups:
+            begin = len(found)
+            indices = group.layer_indices or range(begin, begin + group.num_layers)
+            found |= dict.fromkeys(indices, group.dtype or self.dtype)
+        return tuple(found[index] for index in range(self.num_layers))
 
     def shapes(self, tokens_per_block: int) -> tuple[KVShape, ...]:
         """Give what each layer of one rank holds of a block.

@@ -1,16 +1,45 @@
 """One tree of errors. Each carries the values that a handler or a reader needs.
 
-A miss, a full pool on prefetch and a partial hit are outcomes, not errors.
+A miss, a full pool on prefetch and a partial hit are outcomes, not errors. Every error can be
+copied and pickled with its fields, so that it reaches the process that waits for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Mapping, Sequence
 from errno import errorcode
+from typing import Any, TypeVar
+
+E = TypeVar("E", bound=BaseException)
 
 
 class FlexKVError(Exception):
     """Anything that FlexKV raises on purpose."""
+
+    def __reduce__(self) -> tuple[Callable[..., FlexKVError], tuple[Any, ...]]:
+        """Return what makes an equal error; a field that cannot travel is replaced by its text."""
+        fields = {name: _portable(value) for name, value in self.__dict__.items()}
+        return rebuilt, (type(self), tuple(map(_portable, self.args)), fields)
+
+
+def rebuilt(kind: type[E], args: tuple[Any, ...], fields: Mapping[str, Any]) -> E:
+    """Return an error with these fields; its `__init__`, which formats the message, is not run."""
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
+
+
+def _portable(value: Any) -> Any:
+    """Return a value that can be pickled and copied: a generator or a lock as its text."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    try:
+        pickle.dumps(value)
+    except (pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError):
+        return repr(value)
+    return value
 
 
 class ConfigError(FlexKVError):

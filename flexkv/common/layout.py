@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import prod
 from typing import NamedTuple, TypeAlias
 
@@ -162,9 +163,29 @@ def infer_layout(
     if len(counts) > 1:
         told = ", ".join(f"{count} in kv_caches[{first}]" for count, first in counts.items())
         raise ConfigError("kv_caches", told, "all layers must have as many blocks")
+    _check_apart(layers, next(iter(counts)))
     block_bytes = sum(piece.bytes for pieces in layers for piece in pieces)
     pages = _pages(layers, part.number * block_bytes, counts.popitem()[0], _named(firsts.values()))
     return replace(pages, order=";".join(orders[:1] if len(set(orders)) == 1 else orders))
+
+
+def _check_apart(layers: list[list[_Piece]], num_blocks: int) -> None:
+    """Check that no byte of a block belongs to two layers: each would overwrite the other's.
+
+    Raises:
+        ConfigError: two tensors are the same memory, or overlap.
+    """
+    pieces = sorted((*piece, number) for number, layer in enumerate(layers) for piece in layer)
+    for at, (address, stride, size, number) in enumerate(pieces):
+        end = address + (num_blocks - 1) * stride + size
+        for other in islice(pieces, at + 1, None):
+            if other[0] >= end:
+                break
+            apart = (other[0] - address) % max(stride, 1)
+            if stride == other[1] and min(apart - size, stride - apart - other[2]) < 0:
+                first, second = sorted((number, other[3]))
+                why = f"shares memory with kv_caches[{first}]: each layer must have its own"
+                raise ConfigError(f"kv_caches[{second}]", f"address {other[0]:#x}", why)
 
 
 def _order(spec: TensorSpec, shape: KVShape, axes: tuple[str, ...]) -> Order:

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv.common.config_keys import kind_of
 from flexkv.common.errors import ConfigError, FlexKVError
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, LayerWatch
 
@@ -54,6 +55,11 @@ class KVResponse(msgspec.Struct, frozen=True, eq=False):
     task_id: int
     return_mask: TokenMask
     error: FlexKVError | None = None
+
+    def __repr__(self) -> str:
+        told = f": {self.error}" if self.error is not None else ""
+        moved, asked = np.count_nonzero(self.return_mask), np.size(self.return_mask)
+        return f"KVResponse({self.status.value}, {moved} of {asked} tokens{told})"
 
 
 class Span(NamedTuple):
@@ -107,12 +113,7 @@ def as_int64(field: str, values: Any) -> NDArray[np.int64]:
     """
     if type(values) is np.ndarray and values.dtype == _INT64 and values.ndim == 1:
         return np.ascontiguousarray(values)
-    try:
-        array = np.asarray(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            field, type(values).__name__, f"must be host integers: {error}"
-        ) from error
+    array = _array_of(field, values, "host integers")
     if array.ndim != 1:
         raise ConfigError(field, f"shape {array.shape}", "must have one dimension")
     if array.size == 0:
@@ -122,6 +123,21 @@ def as_int64(field: str, values: Any) -> NDArray[np.int64]:
     if array.dtype.kind == "u" and array.itemsize == 8 and int(array.max()) >= 1 << 63:
         raise ConfigError(field, int(array.max()), "must fit in 63 bits")
     return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _array_of(field: str, values: Any, what: str) -> NDArray[Any]:
+    """Return anything as an array, of whatever elements it has.
+
+    Raises:
+        ConfigError: the library that made it refuses, or it is ragged.
+    """
+    try:
+        return np.asarray(values)
+    except (
+        TypeError, ValueError, RuntimeError, AttributeError, LookupError, OverflowError,
+        BufferError, MemoryError,
+    ) as error:  # fmt: skip
+        raise ConfigError(field, kind_of(values), f"must be {what}: {error}") from error
 
 
 def whole_blocks(token_mask: Any, token_count: int, tokens_per_block: int) -> Span:
@@ -135,10 +151,7 @@ def whole_blocks(token_mask: Any, token_count: int, tokens_per_block: int) -> Sp
     """
     first_token, last_token = 0, token_count
     if token_mask is not None:
-        try:
-            mask = np.asarray(token_mask)
-        except ValueError as error:
-            raise ConfigError("token_mask", type(token_mask).__name__, str(error)) from error
+        mask = _array_of("token_mask", token_mask, "truth values in host memory")
         first_token, last_token = _run_of_true(mask, token_count)
     first_block = -(-first_token // tokens_per_block)
     last_block = last_token // tokens_per_block

@@ -41,6 +41,9 @@ class Explanation:
         lines += [f'  "{before}" -> "{after}";' for before, after in graph.edges]
         return "\n".join([*lines, "}"])
 
+    def __repr__(self) -> str:
+        return f"Explanation({self.note}, {len(self.template.ops)} ops)"
+
     def __str__(self) -> str:
         if not self.template.ops:
             return self.note

@@ -32,6 +32,7 @@ class Intake:
     ) -> None:
         self.tokens_per_block = tokens_per_block
         self._keys = keys
+        self._named_by = np.zeros(0, np.int64)
         self._clears = clears or ClearHistory()
 
     def rekey(self, keys: KeyChain) -> None:
@@ -94,7 +95,25 @@ class Intake:
         if skip:
             self._blocks_of(slots[:skip], 1, device_blocks * per_block, 0)
         ids = self._blocks_of(slots[skip:], per_block, device_blocks, skip)
-        return ids[: span.last_block - span.first_block]
+        ids = ids[: span.last_block - span.first_block]
+        self._check_once(ids, device_blocks, skip)
+        return ids
+
+    def _check_once(self, ids: BlockIds, device_blocks: int, skip: int) -> None:
+        """Check that no block is named twice: its content would be undefined."""
+        if len(self._named_by) < device_blocks:
+            self._named_by = np.zeros(device_blocks, np.int64)
+        positions = np.arange(len(ids))
+        # Whoever names a block last is found in its place.
+        self._named_by[ids] = positions
+        last = self._named_by[ids]
+        if (last != positions).any():
+            first = int((last != positions).argmax())
+            one, other = (skip + int(at) * self.tokens_per_block for at in (first, last[first]))
+            why = f"names device block {ids[first]} again, as slot_mapping[{one}] does"
+            raise ConfigError(
+                f"slot_mapping[{other}]", int(ids[first]) * self.tokens_per_block, why
+            )
 
     def _blocks_of(
         self, slots: NDArray[np.int64], per_block: int, blocks: int, offset: int

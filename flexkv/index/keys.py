@@ -19,13 +19,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flexkv import _ext
+from flexkv.common.arguments import integer, text
 from flexkv.common.config import ModelConfig
+from flexkv.common.config_keys import kind_of
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import Order, is_natural
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey
@@ -136,10 +138,10 @@ class KeyChain:
         per_block, size = self._tokens_per_block, BLOCK_KEY_BYTES
         blocks = len(tokens) // per_block
         touched: dict[int, list[tuple[int, int, str]]] = {}
-        for first, last, text in sorted(extra_keys):
+        for first, last, name in sorted(extra_keys):
             for block in range(first // per_block, min(blocks, -(-last // per_block))):
                 start = block * per_block
-                touched.setdefault(block, []).append((first - start, last - start, text))
+                touched.setdefault(block, []).append((first - start, last - start, name))
         keys, done = root, 0
         for block in (*sorted(touched), blocks):
             between = tokens[done * per_block : block * per_block]
@@ -220,18 +222,34 @@ def scope_of(namespace: Namespace) -> Scope:
     if namespace is None:
         return _NOWHERE
     if isinstance(namespace, Scope):
-        for first, last, text in namespace.extra_keys:
-            if not 0 <= first < last or not isinstance(text, str):
-                why = "must be (first token, later token, string)"
-                raise ConfigError("namespace.extra_keys", (first, last, text), why)
-        return Scope(_parts(namespace.parts), tuple(namespace.extra_keys))
+        return Scope(_parts(namespace.parts), _extra_keys(namespace.extra_keys))
     return Scope(_parts(namespace))
+
+
+def _extra_keys(given: Any) -> tuple[tuple[int, int, str], ...]:
+    """Return extra keys with integers of Python's own.
+
+    Raises:
+        ConfigError: one is not (first token, later token, string).
+    """
+    field, why = "namespace.extra_keys", "must be (first token, later token, string)"
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+        raise ConfigError(field, kind_of(given), "must be a list of (first, last, string)")
+    found = []
+    for number, each in enumerate(given):
+        if not isinstance(each, tuple | list) or len(each) != 3:
+            raise ConfigError(f"{field}[{number}]", kind_of(each), why)
+        first, last = (integer(f"{field}[{number}]", token) for token in each[:2])
+        if not 0 <= first < last:
+            raise ConfigError(f"{field}[{number}]", (first, last), why)
+        found.append((first, last, text(f"{field}[{number}]", each[2])))
+    return tuple(found)
 
 
 def _parts(namespace: str | Sequence[str]) -> tuple[str, ...]:
     parts = (namespace,) if isinstance(namespace, str) else namespace
     if not isinstance(parts, Sequence) or not all(isinstance(part, str) for part in parts):
-        raise ConfigError("namespace", namespace, "must be a string or a list of strings")
+        raise ConfigError("namespace", kind_of(namespace), "must be a string or a list of strings")
     try:
         "".join(parts).encode()
     except UnicodeEncodeError as error:

@@ -48,6 +48,11 @@ class PrefixMatch(msgspec.Struct, frozen=True):
     tokens_by_tier: dict[Tier, int]
     pending_tokens: int
 
+    def __repr__(self) -> str:
+        parts = [f"{tier.label} {count}" for tier, count in self.tokens_by_tier.items() if count]
+        parts += [f"{self.pending_tokens} on their way"] if self.pending_tokens else []
+        return f"PrefixMatch({self.tokens} tokens{': ' if parts else ''}{', '.join(parts)})"
+
 
 class Positions(msgspec.Struct, frozen=True):
     """Some blocks of a prompt, in order; unbroken when `places` is None."""

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv import _ext
+from flexkv import _ext, forks
 from flexkv.common.config_cache import GivenSize
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.io.host_memory import free_huge_bytes, headroom
@@ -91,6 +91,7 @@ class Arena:
         self._memory: mmap.mmap | None = mapping.memory
         self._buffer = memoryview(mapping.memory)[self.fd_offset_bytes : end]
         self._array = np.frombuffer(self._buffer, np.uint8).reshape(num_blocks, block_stride_bytes)
+        forks.on_fork(self._let_go_in_child)
 
     @classmethod
     def open(
@@ -193,6 +194,12 @@ class Arena:
             del self._buffer
             return False
         return True
+
+    def _let_go_in_child(self) -> None:
+        """Keep neither the parent's memory nor its descriptor alive."""
+        if self._memory is not None and self.fd is not None:
+            forks.replace_all(self.fd)
+            _ext.disown(self._memory)
 
     def _check_open(self) -> None:
         if self._memory is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from flexkv import forks
 from flexkv._ext import TO_DEVICE, TO_HOST, CopyPool, copy_now
 from flexkv.common.errors import ClosedError, InvariantError
 from flexkv.common.layout import PagedLayout
@@ -53,6 +54,7 @@ class CpuDevicePort:
         self.num_blocks = 0
         self.resume(layout, owner)
         self._pool: CopyPool | None = CopyPool(threads)
+        forks.on_fork(self._let_go_in_child)
         self._pooled = 0
         self._ended: list[Completion] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -111,6 +113,10 @@ class CpuDevicePort:
             self._pooled -= len(pooled)
             ended += [Completion(token, None) for token in pooled]
         return ended
+
+    def _let_go_in_child(self) -> None:
+        if self._pool is not None:
+            forks.replace(self._pool.fileno())
 
     def close(self) -> None:
         """Detach from the loop, join the threads and let go of all memory. Idempotent.

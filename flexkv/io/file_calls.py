@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
+from flexkv import forks
 from flexkv.io.folders import open_ours
 from flexkv.io.private import Folder, open_directory, sync_directory
 
@@ -74,6 +75,12 @@ class KernelCalls:
     def __init__(self, folder: Folder | None = None) -> None:
         """Take the open directory of all files; without one it is opened for each call."""
         self._folder = folder
+        self._fds: set[int] = set()
+        forks.on_fork(self._let_go_in_child)
+
+    def _let_go_in_child(self) -> None:
+        for fd in self._fds:
+            forks.replace(fd)
 
     @contextmanager
     def _folder_of(self, path: Path) -> Iterator[Folder]:
@@ -90,7 +97,9 @@ class KernelCalls:
     def open(self, path: Path) -> int:
         """Open a file, or create it."""
         with self._folder_of(path) as folder:
-            return open_ours(folder, path.name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            fd = open_ours(folder, path.name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        self._fds.add(fd)
+        return fd
 
     def read(self, fd: int) -> bytes:
         """Return all that is in a file, from the device where the kernel lets us.
@@ -123,6 +132,7 @@ class KernelCalls:
 
     def close(self, fd: int) -> None:
         """Close a file."""
+        self._fds.discard(fd)
         os.close(fd)
 
     def rename(self, old: Path, new: Path) -> None:

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv import forks
 from flexkv.common.config_cache import GivenSize
 from flexkv.common.errors import ConfigError, StorageError
 from flexkv.common.terms import BlockIds
@@ -122,6 +123,8 @@ class StripedFiles:
         self._names: list[tuple[Folder, str]] = []
         """The directory and the name of each file."""
         self.identity_lasts = True
+        self._is_open = True
+        forks.on_fork(self._let_go_in_child)
 
     @classmethod
     def open(
@@ -199,7 +202,13 @@ class StripedFiles:
 
     def close(self) -> None:
         """Close the files and unlock the directories. Idempotent."""
+        self._is_open = False
         self._closing.close()
+
+    def _let_go_in_child(self) -> None:
+        if self._is_open:
+            for fd in (*self.fds, *(folder.fd for folder in self.folders)):
+                forks.replace(fd)
 
     def missing(self) -> Missing | None:
         """Return what was removed, replaced, or hidden by a mount; None when all is in place.

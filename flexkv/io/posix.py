@@ -6,36 +6,17 @@ import asyncio
 import os
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from errno import EAGAIN, EIO
-from threading import Barrier
+from errno import EIO
 
+from flexkv import forks
 from flexkv.common.errors import ClosedError, InvariantError
 from flexkv.common.terms import Transfer
 from flexkv.io.arena import Arena
 from flexkv.io.disk_jobs import DiskGeometry, DiskJob
 from flexkv.io.files import DIRECT_ALIGNMENT_BYTES, StripedFiles
 from flexkv.io.ports import Completion
-
-
-def _started(count: int) -> ThreadPoolExecutor:
-    """Give threads that run already: one that cannot be started later would leave its work queued.
-
-    Raises:
-        OSError: they cannot be started.
-    """
-    threads = ThreadPoolExecutor(count, thread_name_prefix="flexkv-disk")
-    all_run = Barrier(count + 1)
-    try:
-        for _ in range(count):
-            threads.submit(all_run.wait)
-    except RuntimeError as error:
-        all_run.abort()
-        threads.shutdown()
-        raise OSError(EAGAIN, str(error)) from error
-    all_run.wait()
-    return threads
+from flexkv.io.workers import Workers
 
 
 class ThreadDiskPort:
@@ -66,8 +47,9 @@ class ThreadDiskPort:
         self._moved: deque[tuple[int, int]] = deque()
         self._ended: list[Completion] = []
         self._next_name = 0
-        self._threads = _started(threads)
+        self._threads = Workers(threads, "flexkv-disk")
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        forks.on_fork(self._let_go_in_child)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
@@ -147,6 +129,10 @@ class ThreadDiskPort:
         if self._closed:
             raise ClosedError("the thread disk port is closed")
         await asyncio.get_running_loop().run_in_executor(self._threads, self._files.sync)
+
+    def _let_go_in_child(self) -> None:
+        if not self._closed:
+            forks.replace(self._event_fd)
 
     def _join(self) -> None:
         """Wait for every thread, interrupted or not: until then the files are in use."""

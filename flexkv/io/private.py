@@ -37,6 +37,9 @@ class NotPrivateError(PermissionError):
     def __init__(self, why: str, name: str) -> None:
         super().__init__(EPERM, why, name)
 
+    def __reduce__(self) -> tuple[type[NotPrivateError], tuple[str, str], dict[str, object]]:
+        return type(self), (str(self.strerror), str(self.filename)), self.__dict__
+
 
 class Folder(NamedTuple):
     """An open directory."""

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv import forks
 from flexkv._ext import CopyPool, PageMap
 from flexkv.common.terms import BlockIds
 from flexkv.io.arena import Arena
@@ -66,6 +67,7 @@ class PoolSummer:
             pieces, arena.num_blocks, arena.buffer, stride, None, self.sums
         )
         self._pool = CopyPool(threads)
+        forks.on_fork(self._let_go_in_child)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def connect(self, wake: Callable[[], None]) -> None:
@@ -85,6 +87,10 @@ class PoolSummer:
     def reap(self) -> list[int]:
         """Give the tokens that ended since the last call."""
         return self._pool.reap()
+
+    def _let_go_in_child(self) -> None:
+        if self._pages is not None:
+            forks.replace(self._pool.fileno())
 
     def close(self) -> None:
         """Detach from the loop, join the threads, let go of the arena. Idempotent."""

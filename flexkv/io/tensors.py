@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from flexkv.common.config_model import ITEM_BYTES
 from flexkv.common.errors import BackendUnavailableError, ConfigError
 from flexkv.common.layout import TensorSpec
 
@@ -24,11 +25,35 @@ def describe(tensor: Any, field: str = "kv_caches") -> TensorSpec:
     if isinstance(tensor, np.ndarray):
         if not tensor.flags.writeable:
             raise ConfigError(field, tensor.shape, "the array is read-only: gets write into it")
+        if tensor.dtype.hasobject:
+            raise ConfigError(field, f"dtype {tensor.dtype}", "must be numbers, not Python objects")
         address = tensor.__array_interface__["data"][0]
         return TensorSpec(address, tensor.shape, tensor.strides, tensor.itemsize)
     if not hasattr(tensor, "data_ptr"):
         raise ConfigError(field, type(tensor).__name__, "neither a numpy array nor a torch tensor")
-    return spec_of(tensor)
+    try:
+        return spec_of(tensor)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        why = f"must be a dense tensor: {error}"
+        raise ConfigError(field, type(tensor).__name__, why) from error
+
+
+def check_dtype(tensor: Any, wanted: str, field: str) -> None:
+    """Check that a tensor has elements of the model's type, or raw bytes.
+
+    Raw are int8 and uint8 in place of another type of one byte (or it in theirs), numpy's void, and
+    uint16 for bfloat16, which numpy does not have.
+
+    Raises:
+        ConfigError: it has others: the model is another one, or the tensor is.
+    """
+    dtype = getattr(tensor, "dtype", "")
+    name = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+    raw = ITEM_BYTES[wanted] == ITEM_BYTES.get(name) == 1 and {name, wanted} & {"int8", "uint8"}
+    void = name.startswith("void") and getattr(dtype, "names", None) is None
+    if name and name != wanted and not (raw or void or (wanted, name) == ("bfloat16", "uint16")):
+        why = f"must be {wanted}, as the model's, or a view of its raw bytes"
+        raise ConfigError(field, f"dtype {name}", why)
 
 
 def device_of(tensors: Sequence[Any]) -> tuple[str, int]:

@@ -13,10 +13,10 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from errno import ETIME
 
+from flexkv import forks
 from flexkv._ext import Ring
 from flexkv.common.errors import ClosedError, InvariantError, StorageError
 from flexkv.common.terms import Transfer
@@ -24,6 +24,7 @@ from flexkv.io.arena import Arena
 from flexkv.io.disk_jobs import DiskGeometry, DiskJob
 from flexkv.io.files import StripedFiles
 from flexkv.io.ports import Completion
+from flexkv.io.workers import Workers
 
 TRIAL_S = 2.0
 """How long a ring may take for its first operation, which does nothing."""
@@ -94,7 +95,8 @@ class UringDiskPort:
         self._waiting: deque[DiskJob] = deque()
         self._ended: list[Completion] = []
         self._next_name = 0
-        self._syncing = ThreadPoolExecutor(1, thread_name_prefix="flexkv-fdatasync")
+        self._syncing = Workers(1, "flexkv-fdatasync")
+        forks.on_fork(self._let_go_in_child)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
@@ -189,6 +191,10 @@ class UringDiskPort:
             raise ClosedError("the io_uring disk port is closed")
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._syncing, self._files.sync)
+
+    def _let_go_in_child(self) -> None:
+        """Release this process's side of the ring: its I/O is the parent's."""
+        self._ring.close()
 
     def close(self) -> None:
         """Detach from the loop, wait for the kernel and release the ring. Idempotent.

@@ -16,10 +16,14 @@ from contextlib import suppress
 from secrets import randbits
 from typing import Any
 
+from flexkv import forks
+from flexkv.common.arguments import member
 from flexkv.common.config import ModelConfig, Settings
+from flexkv.common.config_keys import kind_of
 from flexkv.common.errors import ClosedError, ConfigError
-from flexkv.common.request import KVResponseStatus, Operation
+from flexkv.common.request import KVResponseStatus, Operation, as_int64
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
+from flexkv.forks import HomeProcess
 from flexkv.index.keys import KeyChain, Namespace, blocks_are
 from flexkv.logs import get_logger
 from flexkv.server.greet import connect
@@ -94,6 +98,8 @@ class Client:
         self._keys = KeyChain(model, self._tokens_per_block, self._secret)
         self._order = ""
         self._socket: socket.socket | None = None
+        self._home: HomeProcess | None = None
+        forks.on_fork(self._let_go_in_child)
         self._unread, self._unsent = bytearray(), bytearray()
         self._asked: dict[int, float] = {}
         """Since when the server has had the time to answer."""
@@ -117,11 +123,11 @@ class Client:
 
         They hang on the order of the devices' blocks, which is known when `is_ready`.
         """
-        return self._keys.keys(tokens, namespace)
+        return self._keys.keys(_integers(tokens), namespace)
 
     def extended(self, keys: bytes, tokens: Any) -> bytes:
         """Give the keys of a prompt that has grown by `tokens`, from a whole block on."""
-        return self._keys.grown(keys, tokens)
+        return self._keys.grown(keys, _integers(tokens))
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -139,6 +145,7 @@ class Client:
 
     def ask(self, keys: bytes, first: int = 0, hold: bool = False, tell: bool = False) -> int:
         """Ask as `match` does, and give the number of the question for `answer`, or `release`."""
+        _check_keys(keys)
         number = self._number()
         if self._send(Match(number, keys, first, hold, tell)):
             self._asked[number] = time.monotonic()
@@ -153,6 +160,7 @@ class Client:
         CPU, may get it back a millisecond later. A server that has neither answered nor read more
         of what it is sent for `server_answer_ms` is as good as gone.
         """
+        self._check_process()
         until_s = time.monotonic() + wait_s
         while number in self._asked:
             self.flush()
@@ -165,6 +173,7 @@ class Client:
 
     def release(self, numbers: Sequence[int]) -> None:
         """Let go of what matches hold, or of questions."""
+        self._check_process()
         for number in numbers:
             self._asked.pop(number, None)
             self._matched.pop(number, None)
@@ -192,7 +201,9 @@ class Client:
             when_ready: a put waits until every rank's agent has told that it is `ready`.
             held: the match whose hold ends when this request is planned.
         """
-        ids = b"" if device_ids is None else device_ids.tobytes()
+        member("operation", operation, Operation)
+        _check_keys(keys)
+        ids = b"" if device_ids is None else as_int64("device_ids", device_ids).tobytes()
         number = self._number()
         return self._begin(
             Start(number, operation.label, keys, first, ids, self._slot, when_ready, held)
@@ -208,8 +219,9 @@ class Client:
             generation: the client's `generation` when the blocks began to be computed. If the
                 cache was cleared since then, nothing is stored, and the `Done` has `is_stale`.
         """
+        _check_keys(keys)
         number, operation = self._number(), Operation.PUT.label
-        ids = device_ids.tobytes()
+        ids = as_int64("device_ids", device_ids).tobytes()
         return self._begin(
             Start(number, operation, keys, first, ids, self._slot, True, generation=generation)
         )
@@ -225,6 +237,7 @@ class Client:
 
     def cancel(self, numbers: Sequence[int]) -> None:
         """Give requests up; `poll` gives their ends all the same."""
+        self._check_process()
         for part in parts_of([number for number in numbers if number in self._under_way]):
             self._send(Cancel(part))
 
@@ -242,27 +255,44 @@ class Client:
 
     def changes(self) -> list[Changed]:
         """Give what became resident or is so no more, as far as it has been told, each once."""
+        self._check_process()
         changes, self._changes, self._changes_kept = self._changes, [], 0
         return changes
 
     def give_up(self, reason: str) -> None:
         """Disconnect for a while: what puts under way have read will not be believed."""
+        self._check_process()
         if self._socket is not None:
             self._lost(reason)
 
     def close(self) -> None:
         """Disconnect; the server cancels what is under way. Idempotent."""
+        self._check_process()
         self._retry_s = float("inf")
         self._drop()
 
     # -- inside ---------------------------------------------------------------------------------
+
+    def _check_process(self) -> None:
+        """Refuse a call in a forked child: the connection is its parent's.
+
+        Raises:
+            ClosedError: this is one.
+        """
+        if self._home is not None:
+            self._home.check()
+
+    def _let_go_in_child(self) -> None:
+        if self._socket is not None:
+            forks.close_socket(self._socket)
 
     def _number(self) -> int:
         self._next += 1
         return self._next
 
     def _connected(self) -> bool:
-        """Connect if that is due; tell whether there is a connection."""
+        """Connect if that is due; return whether there is a connection."""
+        self._check_process()
         if self._socket is not None:
             return True
         if time.monotonic() < self._retry_s:
@@ -273,6 +303,7 @@ class Client:
         )
         try:
             self._socket = connect(self._address, hello, self._answer_s).socket
+            self._home = HomeProcess("the connection to the server")
         except ConfigError as error:
             log.warning("refused_by_server", path=self._address, reason=str(error))
         except (ConnectionRefusedError, FileNotFoundError) as error:
@@ -315,6 +346,7 @@ class Client:
         What the server does not take within `wait_s` is sent with the next call. A server that is
         `UNSENT_BYTES_MAX` behind is as good as gone.
         """
+        self._check_process()
         until_s = time.monotonic() + wait_s
         while self._socket is not None and self._unsent:
             try:
@@ -439,3 +471,13 @@ class Client:
 
 
 _STATUSES = frozenset(status.value for status in KVResponseStatus)
+
+
+def _integers(tokens: Any) -> Any:
+    # A list of integers is read as it is: an array of it would cost more than the hashing.
+    return tokens if type(tokens) is list else as_int64("token_ids", tokens)
+
+
+def _check_keys(keys: bytes) -> None:
+    if not isinstance(keys, bytes) or not keys or len(keys) % BLOCK_KEY_BYTES:
+        raise ConfigError("keys", kind_of(keys), "must be what `Client.keys` gives")

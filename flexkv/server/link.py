@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from flexkv import forks
 from flexkv.server.wire import (
     FRAME_BYTES_MAX,
     LENGTH_BYTES,
@@ -41,12 +42,17 @@ class Link(Generic[T]):
         self._ended = False
         self._poll = select.poll()
         self._poll.register(writer.get_extra_info("socket").fileno(), select.POLLRDHUP)
+        forks.on_fork(self._let_go_in_child)
 
     @classmethod
     async def over(cls, connected: socket.socket, decoder: msgspec.msgpack.Decoder[T]) -> Link[T]:
         """Take a connected socket."""
         reader, writer = await asyncio.open_unix_connection(sock=connected)
         return cls(reader, writer, decoder)
+
+    def _let_go_in_child(self) -> None:
+        """Let the peer see the end when the parent ends, whatever the child does."""
+        forks.replace(self._writer.get_extra_info("socket").fileno())
 
     @property
     def is_open(self) -> bool:

@@ -24,7 +24,7 @@ from uuid import uuid4
 import msgspec
 from msgspec import structs
 
-from flexkv import __version__
+from flexkv import __version__, forks
 from flexkv.common.errors import ConfigError
 from flexkv.logs import get_logger
 from flexkv.trace.records import SCHEMA_VERSION, DropRecord, HeaderRecord, Record
@@ -76,8 +76,9 @@ class Recorder:
         self._encoder = msgspec.json.Encoder()
         try:
             self._file = self._open(self._path)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ConfigError("trace_file_path", path, f"cannot be written: {error}") from error
+        forks.on_fork(self._let_go_in_child)
         self._thread = threading.Thread(target=self._write, name="flexkv-trace", daemon=True)
         self._thread.start()
 
@@ -95,6 +96,12 @@ class Recorder:
             self._thread.join()
         with suppress(OSError):  # what could not be written is lost, and the log says so
             self._file.close()
+
+    def _let_go_in_child(self) -> None:
+        """Hold no lock on the file, and write nothing of what is buffered."""
+        self._broken = True
+        if not self._file.closed:
+            forks.replace(self._file.fileno())
 
     def _open(self, path: Path, more_flags: int = 0) -> BinaryIO:
         descriptor = _open_ours(path, os.O_CREAT | os.O_RDWR | os.O_APPEND | more_flags)

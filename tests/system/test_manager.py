@@ -335,8 +335,8 @@ def test_parts_that_are_not_built_refuse_to_start(
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"num_cpu_blocks": 1 << 40}, "num_cpu_blocks"),
-        ({"num_ssd_blocks": 1 << 40}, "num_ssd_blocks"),
+        ({"num_cpu_blocks": 1 << 30}, "num_cpu_blocks"),
+        ({"num_ssd_blocks": 1 << 30}, "num_ssd_blocks"),
         ({"ssd_cache_dir": "/proc/flexkv", "strict": True}, "ssd_cache_dir"),
         ({"ssd_cache_dir": "/proc/version", "strict": True}, "ssd_cache_dir"),
     ],

@@ -17,10 +17,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
 from flexkv.cli.main import commands
+from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import ConfigError
 from flexkv.common.terms import Tier
 from flexkv.kvmanager import KVManager
-from flexkv.metrics import HISTOGRAMS, MetricsServer
+from flexkv.metrics import HISTOGRAMS, Metrics, MetricsServer
 from flexkv.trace.load import load
 
 from .conftest import MODEL, PER_BLOCK, cache_config, kv_caches, slots_of
@@ -37,7 +38,9 @@ def scraped(url: str) -> Samples:
     for family in text_string_to_metric_families(text):
         assert family.documentation
         for sample in family.samples:
-            samples[sample.name][tuple(sorted(sample.labels.items()))] = sample.value
+            labels = dict(sample.labels)
+            assert (labels.pop("engine"), labels.pop("instance")) == ("metrics", "3")
+            samples[sample.name][tuple(sorted(labels.items()))] = sample.value
     return samples
 
 
@@ -67,7 +70,7 @@ def manager(tmp_path: Path) -> Any:
 def test_metrics_agree_with_the_trace(manager: KVManager, tmp_path: Path) -> None:
     """Sum and count of every histogram, while somebody reads all the time."""
     stop, seen = threading.Event(), []
-    with MetricsServer(manager, port=0) as server:
+    with MetricsServer(manager, 0, name="metrics", instance=3) as server:
 
         def read() -> None:
             while not stop.is_set():
@@ -105,7 +108,7 @@ def test_metrics_agree_with_the_trace(manager: KVManager, tmp_path: Path) -> Non
 
 def test_counters_and_gauges_are_what_the_statistics_say(manager: KVManager) -> None:
     """Hits by tier, misses by reason, bytes by route, what the tiers hold."""
-    with MetricsServer(manager, port=0) as server:
+    with MetricsServer(manager, 0, name="metrics", instance=3) as server:
         worked(manager)
         samples, now = scraped(server.url), manager.statistics()
     for tier, facts in now.tiers.items():
@@ -128,7 +131,7 @@ def test_counters_and_gauges_are_what_the_statistics_say(manager: KVManager) -> 
 
 def test_a_port_that_is_taken_is_named(manager: KVManager) -> None:
     """At once, and nothing listens twice; without a reader nothing is recorded."""
-    with MetricsServer(manager, port=0) as server:
+    with MetricsServer(manager, 0, name="metrics", instance=3) as server:
         port = int(server.url.split(":")[2].split("/")[0])
         with pytest.raises(ConfigError, match=f"py_metrics_port={port}: cannot listen"):
             MetricsServer(manager, port=port)
@@ -140,7 +143,7 @@ async def test_an_engine_on_the_callers_loop_is_read_too(tmp_path: Path) -> None
     """And one that is closed says so."""
     async with KVManager(MODEL, cache_config(tmp_path)) as manager:
         manager.register_kv_caches(kv_caches())
-        server = MetricsServer(manager, port=0)
+        server = MetricsServer(manager, 0, name="metrics", instance=3)
         await manager.put(prompt(1), slots_of(range(8)))
         samples = await asyncio.to_thread(scraped, server.url)
         put = (("operation", "put"), ("status", "success"))
@@ -153,7 +156,7 @@ async def test_an_engine_on_the_callers_loop_is_read_too(tmp_path: Path) -> None
 
 def test_the_dashboard_asks_for_what_there_is(manager: KVManager) -> None:
     """Every name and label in an expression is exposed; no two panels lie upon each other."""
-    with MetricsServer(manager, port=0) as server:
+    with MetricsServer(manager, 0, name="metrics", instance=3) as server:
         worked(manager)
         samples = scraped(server.url)
     dashboard = json.loads((ROOT / "docs/grafana-dashboard.json").read_text())
@@ -177,7 +180,7 @@ def test_the_dashboard_asks_for_what_there_is(manager: KVManager) -> None:
 
 def test_names_follow_the_convention(manager: KVManager) -> None:
     """One prefix, units in base units, counters that end in total."""
-    with MetricsServer(manager, port=0) as server:
+    with MetricsServer(manager, 0, name="metrics", instance=3) as server:
         worked(manager, 2)
         names = set(scraped(server.url))
     assert all(re.fullmatch(r"flexkv_[a-z_]+", name) for name in names)
@@ -188,7 +191,7 @@ def test_names_follow_the_convention(manager: KVManager) -> None:
 def test_a_running_engine_is_watched_in_the_terminal(manager: KVManager) -> None:
     """Once as JSON, once in tables, and as rates; what is not there is named."""
     run = CliRunner().invoke
-    with MetricsServer(manager, port=0) as server:
+    with MetricsServer(manager, 0, name="metrics", instance=3) as server:
         worked(manager)
         told = json.loads(run(commands, ["stats", "--json", "--url", server.url]).output)
         assert told["flexkv_tier_capacity_blocks"]["host"] == 32
@@ -203,3 +206,53 @@ def test_a_running_engine_is_watched_in_the_terminal(manager: KVManager) -> None
     gone = run(commands, ["top", "--url", server.url])
     assert isinstance(gone.exception, ConfigError)
     assert "gives no metrics" in str(gone.exception)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::1", "localhost"])
+def test_metrics_are_served_where_the_user_says(manager: KVManager, host: str) -> None:
+    """As a pod needs it to be scraped; the default is this machine alone."""
+    with MetricsServer(manager, 0, host, name="metrics", instance=3) as server:
+        assert scraped(server.url)["flexkv_up"][()] == 1
+    assert Settings().metrics_host == "127.0.0.1"
+
+
+@pytest.mark.parametrize("host", ["not a host", "256.1.1.1", "h" * 300, "\u00e9" * 70, "192.0.2.1"])
+def test_a_host_that_is_none_of_this_machine_is_named(manager: KVManager, host: str) -> None:
+    """By its key, or as what the port cannot be had at."""
+    with pytest.raises(ConfigError, match=r"metrics_host=|cannot listen on 192\.0\.2\.1"):
+        MetricsServer(manager, 0, host)
+    assert not manager.engine.tracing.is_on
+
+
+def test_several_engines_share_a_registry(manager: KVManager, tmp_path: Path) -> None:
+    """Their samples are told apart by name and instance; the name is the model's by default."""
+    named = ModelConfig(**{**MODEL.model_dump(), "model_id": "llama"})
+    other = KVManager(named, cache_config(tmp_path / "other"))
+    other.start()
+    labels = set()
+    for metrics in (Metrics(manager, "a", 0), Metrics(manager, "a", 1), Metrics(other)):
+        labels |= {
+            (sample.labels["engine"], sample.labels["instance"])
+            for family in metrics.collect()
+            for sample in family.samples
+        }
+        metrics.close()
+    assert labels == {("a", "0"), ("a", "1"), ("llama", "0")}
+    other.shutdown()
+
+
+def test_no_proxy_stands_between_a_command_and_its_engine(
+    manager: KVManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever proxies the environment names."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "")
+    with MetricsServer(manager, 0, name="metrics", instance=3) as server:
+        for command in (
+            ["stats"],
+            ["stats", "--json"],
+            ["top", "--interval", "0.1", "--count", "1"],
+        ):
+            told = CliRunner().invoke(commands, [*command, "--url", server.url])
+            assert told.exit_code == 0, told.output

@@ -205,7 +205,7 @@ def test_sizes_come_from_blocks_or_gb() -> None:
     capped = CacheConfig(num_cpu_blocks=5, max_file_size_gb=1).sized(model)
     assert (capped.num_host_blocks, capped.max_file_blocks) == (5, GB // 4096)
     with pytest.raises(ConfigError, match="give one of the two"):
-        CacheConfig(num_cpu_blocks=5, cpu_cache_gb=1).sized(model)
+        CacheConfig(num_cpu_blocks=5, cpu_cache_gb=1)
     with pytest.raises(ConfigError, match="at least one block"):
         CacheConfig(cpu_cache_gb=0).sized(model)
     with pytest.warns(RetiredKeyWarning):
@@ -262,7 +262,7 @@ def test_old_names_in_the_environment_warn() -> None:
     ("environment", "field", "why"),
     [
         ({"FLEXKV_NUM_CPU_BLOCK": "7"}, "FLEXKV_NUM_CPU_BLOCK", "FLEXKV_NUM_CPU_BLOCKS"),
-        ({"FLEXKV_TOKENS_PER_BLOCK": "many"}, "tokens_per_block", "integer"),
+        ({"FLEXKV_TOKENS_PER_BLOCK": "many"}, "FLEXKV_TOKENS_PER_BLOCK", "integer"),
         ({"FLEXKV_CONFIG_PATH": "/nowhere.json"}, "FLEXKV_CONFIG_PATH", "No such file"),
     ],
 )

@@ -1,0 +1,120 @@
+"""Checks of a caller's single arguments: each returns the value, or says what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from math import isnan
+from typing import Any, TypeVar
+
+from flexkv.common.config_keys import kind_of
+from flexkv.common.errors import ConfigError
+
+E = TypeVar("E", bound=Enum)
+
+
+def is_integer(value: Any) -> bool:
+    """Return whether a value is one integer, of Python or of another library."""
+    if isinstance(value, int):
+        return not isinstance(value, bool)
+    if getattr(value, "ndim", 0) != 0 or "bool" in str(getattr(value, "dtype", "")):
+        return False
+    try:
+        value.__index__()
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+def integer(field: str, value: Any) -> int:
+    """Return an integer as Python's own.
+
+    Raises:
+        ConfigError: it is none; `field` names the argument.
+    """
+    if not is_integer(value):
+        raise ConfigError(field, _shown(value), "must be an integer")
+    return int(value)
+
+
+def integers(field: str, values: Any) -> list[int]:
+    """Return one integer, or several, as a list.
+
+    Raises:
+        ConfigError: there is something else among them.
+    """
+    if is_integer(values):
+        return [int(values)]
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise ConfigError(field, _shown(values), "must be an integer, or a list of them")
+    try:
+        found = list(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            field, kind_of(values), f"must be an integer or a list: {error}"
+        ) from error
+    return [integer(f"{field}[{number}]", value) for number, value in enumerate(found)]
+
+
+def seconds(field: str, value: Any) -> float:
+    """Return a time in seconds.
+
+    Raises:
+        ConfigError: it is no number.
+    """
+    if isinstance(value, bool | str | bytes):
+        raise ConfigError(field, _shown(value), "must be a number of seconds")
+    try:
+        found = float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ConfigError(field, _shown(value), "must be a number of seconds") from error
+    if isnan(found):
+        raise ConfigError(field, found, "must be a number of seconds")
+    return found
+
+
+def flag(field: str, value: Any) -> bool:
+    """Return a truth value.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
+        raise ConfigError(field, _shown(value), "must be True or False")
+    return bool(value)
+
+
+def member(field: str, value: Any, kind: type[E]) -> E:
+    """Return a member of an enumeration.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(value, kind):
+        names = ", ".join(f"{kind.__name__}.{each.name}" for each in kind)
+        raise ConfigError(field, _shown(value), f"must be one of {names}")
+    return value
+
+
+def text(field: str, value: Any) -> str:
+    """Return a text.
+
+    Raises:
+        ConfigError: it is none, or cannot be written.
+    """
+    if not isinstance(value, str):
+        raise ConfigError(field, _shown(value), "must be a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(field, ascii(value[:80]), f"is not UTF-8: {error.reason}") from error
+    return value
+
+
+def _shown(value: Any) -> object:
+    """Return what an error shows of a value: a short one itself, of others the kind."""
+    if value is None or isinstance(value, bool | int | float | Enum):
+        return value if not isinstance(value, int) or abs(value) < 1 << 64 else kind_of(value)
+    if isinstance(value, str) and len(value) <= 40:
+        return value
+    return kind_of(value)

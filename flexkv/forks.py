@@ -1,0 +1,138 @@
+"""Forked children: which process an object belongs to, and what a child lets go of at once.
+
+A child that is forked without `exec` has a copy of everything but the threads. Its descriptors are
+the parent's open files: a lock lives on in them, and what is written to them reaches the parent.
+So each object that has descriptors registers a method by `on_fork`, which runs in the child before
+anything else does, and each object that has threads, files or connections holds a `HomeProcess`,
+by which its calls are refused there.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import selectors
+import sys
+import threading
+import weakref
+from asyncio import AbstractEventLoop
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+from flexkv.common.errors import ClosedError
+
+_forks = 0
+"""How many forks lie between this process and the first one."""
+_methods: list[weakref.WeakMethod[Callable[[], object]]] = []
+
+
+class HomeProcess:
+    """The process that made an object; a child of it is another."""
+
+    __slots__ = ("_forks", "_process", "_what")
+
+    def __init__(self, what: str) -> None:
+        """Take this process; `what` names the object in errors."""
+        self._forks, self._process, self._what = _forks, os.getpid(), what
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is that process."""
+        return self._forks == _forks
+
+    def check(self) -> None:
+        """Return if this is that process.
+
+        Raises:
+            ClosedError: it is a forked child.
+        """
+        if self._forks != _forks:
+            raise ClosedError(
+                f"{self._what} belongs to process {self._process}, of which this one is a fork:"
+                " it works there alone. Make one here, or start this process by spawn"
+            )
+
+
+def on_fork(method: Callable[[], object]) -> None:
+    """Call a bound method in each child that is forked, as long as its object lives.
+
+    It may close and replace descriptors. It may use no loop, no lock and no thread: the thread
+    that had them is not there.
+    """
+    _methods[:] = [each for each in _methods if each() is not None]
+    _methods.append(weakref.WeakMethod(method))
+
+
+def replace(fd: int) -> None:
+    """Let a descriptor name /dev/null from now on: what still has its number harms nobody."""
+    if fd >= 0:
+        nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.dup2(nowhere, fd, inheritable=False)
+        finally:
+            os.close(nowhere)
+
+
+def replace_all(fd: int) -> None:
+    """Replace a descriptor, and every copy of it: a memory mapping keeps one of its own."""
+    if fd < 0:
+        return
+    ours = os.fstat(fd)
+    for other in _descriptors():
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(other), ours):
+                replace(other)
+
+
+def close_socket(socket: Any) -> None:
+    """Close this process's copy of a socket; its connection goes on in the parent."""
+    os.close(socket.detach())
+
+
+def detach_loop(loop: AbstractEventLoop, is_ours: bool = False) -> None:
+    """Keep a loop that a forked child has a copy of from changing the parent's.
+
+    Both have one epoll: a descriptor that the copy lets go of would be unheard in the parent, too.
+
+    Args:
+        loop: of any kind; what it does not have is left alone.
+        is_ours: whether nobody in the child has a use for it, and nothing shall be said when it
+            is dropped.
+    """
+    selector = getattr(loop, "_selector", None)
+    if loop.is_closed() or not isinstance(selector, selectors.EpollSelector):
+        return
+    if not is_ours:
+        with select.epoll() as fresh:
+            os.dup2(fresh.fileno(), selector.fileno(), inheritable=False)
+    else:
+        replace(selector.fileno())
+        for name in ("_ssock", "_csock"):
+            if (own := getattr(loop, name, None)) is not None:
+                close_socket(own)
+        loop.__dict__["_closed"] = True
+
+
+def is_exiting() -> bool:
+    """Return whether the interpreter has begun to exit: `atexit`'s callbacks run, or have run."""
+    return sys.is_finalizing() or not threading.main_thread().is_alive()
+
+
+def _descriptors() -> Iterator[int]:
+    with suppress(OSError):
+        yield from map(int, os.listdir("/proc/self/fd"))
+
+
+def _in_child() -> None:
+    global _forks
+    _forks += 1
+    for each in _methods:
+        method = each()
+        if method is not None:
+            # A child has to come to life, whatever an object in it is like.
+            with suppress(Exception):
+                method()
+
+
+os.register_at_fork(after_in_child=_in_child)

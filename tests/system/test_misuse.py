@@ -1,0 +1,382 @@
+"""Arguments that no call should be given: each is refused by its name, and nothing has happened."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flexkv.common.config import CacheConfig, ModelConfig, Settings
+from flexkv.common.errors import ConfigError, FlexKVError
+from flexkv.common.request import KVResponseStatus
+from flexkv.common.terms import Tier
+from flexkv.index.keys import Scope
+from flexkv.kvmanager import KVManager
+from flexkv.server.client import Client
+
+from .conftest import DEVICE_BLOCKS, MODEL, PER_BLOCK, cache_config, kv_caches, slots_of
+
+PROMPT = np.arange(4 * PER_BLOCK)
+SLOTS = slots_of(range(4))
+
+
+class Odd:
+    """Something that claims to be an array, and raises what no array should."""
+
+    def __array__(self, *_: object, **__: object) -> Any:
+        raise LookupError("no array")
+
+
+@pytest.fixture(scope="module")
+def manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVManager]:
+    """Give a manager that has moved nothing."""
+    made = KVManager(MODEL, cache_config(tmp_path_factory.mktemp("misuse")))
+    made.start()
+    made.register_kv_caches(kv_caches())
+    yield made
+    made.shutdown()
+
+
+def refused(field: str, call: Callable[[], Any]) -> None:
+    """Check that a call is refused by the name of its argument, in a line."""
+    with pytest.raises(ConfigError) as caught:
+        call()
+    assert caught.value.field.split("[")[0] == field, caught.value
+    assert len(str(caught.value)) < 400
+
+
+NO_TOKENS = [
+    None, "abc", b"abc", 5, 5.0, 1.5, {}, {1, 2}, object(), Odd(), (n for n in range(8)),
+    [1.0, 2.0], ["a", "b"], [None, 1], [[1, 2], [3]], [[1, 2], [3, 4]], [-1, 2], [2**32],
+    [10**30], np.zeros((2, 4), np.int64), np.zeros(4), np.zeros(4, bool), np.array([1, "a"]),
+    np.array([1, 2], object), np.array([1, None], object), np.array(["1"]), np.float32(3),
+    np.array([-1]), np.array([2**63], np.uint64), np.zeros(4, "V8"), np.zeros(4, np.complex64),
+    np.zeros(4, "M8[s]"), torch.zeros(4), torch.zeros(2, 4, dtype=torch.int64),
+    torch.zeros(4, dtype=torch.bfloat16), torch.zeros(4, requires_grad=True),
+    torch.zeros(4, dtype=torch.int64, device="meta"), torch.zeros(4, dtype=torch.int64).to_sparse(),
+    "x" * 100_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", NO_TOKENS, ids=lambda wrong: repr(wrong)[:30])
+def test_tokens_are_integers_in_one_dimension(manager: KVManager, wrong: Any) -> None:
+    """In every call that takes a prompt."""
+    for call in (
+        lambda: manager.match(wrong), lambda: manager.get_match(wrong),
+        lambda: manager.put_match(wrong), lambda: manager.get_async(wrong, SLOTS),
+        lambda: manager.put_async(wrong, SLOTS), lambda: manager.prefetch_async(wrong),
+        lambda: manager.explain("get", wrong), lambda: manager.get_layerwise(wrong, SLOTS),
+        lambda: asyncio.run(manager.get(wrong, SLOTS)),
+        lambda: asyncio.run(manager.put(wrong, SLOTS)),
+        lambda: asyncio.run(manager.prefetch(wrong)),
+        *((lambda: manager.pin(wrong),) if wrong is not None else ()),
+    ):  # fmt: skip
+        refused("token_ids", call)
+    assert manager.statistics().claims == 0
+
+
+SLOTS_WRONG = [
+    *(wrong for wrong in NO_TOKENS if wrong is not None), None, [], SLOTS[:-1], SLOTS.tolist()[1:],
+    -SLOTS, SLOTS + 1, SLOTS[::-1], SLOTS + 10**9, SLOTS + 2**62, [10**30] * 16, SLOTS * 0,
+    np.concatenate([SLOTS[:8], SLOTS[:8]]), np.concatenate([SLOTS[:12], SLOTS[4:8]]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", SLOTS_WRONG, ids=lambda wrong: repr(wrong)[:30])
+def test_slots_are_those_of_distinct_device_blocks(manager: KVManager, wrong: Any) -> None:
+    """Of the right number, inside the device, and each block once."""
+    for call in (
+        lambda: manager.get_async(PROMPT, wrong), lambda: manager.put_async(PROMPT, wrong),
+        lambda: asyncio.run(manager.get(PROMPT, wrong)),
+        lambda: asyncio.run(manager.put(PROMPT, wrong)),
+        lambda: manager.put_layerwise(PROMPT, wrong),
+    ):  # fmt: skip
+        refused("slot_mapping", call)
+    assert manager.match(PROMPT).tokens == 0
+
+
+def test_a_block_that_is_named_twice_is_told_with_both_places(manager: KVManager) -> None:
+    """By the index of its first slot, behind tokens that fill no block, too."""
+    again = np.concatenate([SLOTS[:12], SLOTS[4:8]])
+    with pytest.raises(ConfigError, match=r"slot_mapping\[12\]=4: .* block 1 .*slot_mapping\[4\]"):
+        manager.put_async(PROMPT, again)
+    mask = np.arange(len(PROMPT)) >= 2
+    with pytest.raises(ConfigError, match=r"slot_mapping\[10\]=4: .* block 1 .*slot_mapping\[2\]"):
+        manager.put_async(PROMPT, again[2:], mask)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "abc", 5, object(), Odd(), [], [True], [1] * 16, [[True], [False, True]], np.ones(16),
+        np.ones(15, bool), np.ones((4, 4), bool), np.array([True] * 16, object),
+        np.array(["True"] * 16), torch.ones(16), torch.ones(16, dtype=torch.bool, device="meta"),
+        [True, False] * 8, (True for _ in range(16)), {}, np.ones(16, np.uint8),
+    ],
+    ids=lambda wrong: repr(wrong)[:30],
+)  # fmt: skip
+def test_masks_are_truth_values_without_holes(manager: KVManager, wrong: Any) -> None:
+    """As many as tokens."""
+    refused("token_mask", lambda: manager.get_async(PROMPT, SLOTS, wrong))
+    refused("token_mask", lambda: manager.get_match(PROMPT, wrong))
+    refused("token_mask", lambda: asyncio.run(manager.put(PROMPT, SLOTS, wrong)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        5, 1.5, b"a", {"a": 1}, [1], ["a", None], "\ud800", ["a", "\ud800"], object(),
+        Scope(extra_keys=5), Scope(extra_keys="abc"), Scope(extra_keys=[5]),
+        Scope(extra_keys=["abc"]), Scope(extra_keys=[(0, 4)]), Scope(extra_keys=[(0, 4, "a", 1)]),
+        Scope(extra_keys=[(4, 0, "a")]), Scope(extra_keys=[(-1, 4, "a")]),
+        Scope(extra_keys=[(0.0, 4, "a")]), Scope(extra_keys=[("0", 4, "a")]),
+        Scope(extra_keys=[(False, True, "a")]), Scope(extra_keys=[(0, 4, 5)]),
+        Scope(extra_keys=[(0, 4, b"a")]), Scope(extra_keys=[(0, 4, "\ud800")]),
+        Scope(extra_keys=[(0, None, "a")]), Scope(extra_keys={(0, 4, "a"): 1}), Scope(parts=5),
+        Scope(parts=(1,)), Scope(extra_keys=None),
+    ],
+    ids=lambda wrong: repr(wrong)[:40],
+)  # fmt: skip
+def test_namespaces_are_strings(manager: KVManager, wrong: Any) -> None:
+    """And extra keys are ranges of tokens with a string."""
+    for call in (
+        lambda: manager.match(PROMPT, wrong), lambda: manager.get_async(PROMPT, SLOTS, None, wrong),
+        lambda: manager.prefetch_async(PROMPT, wrong), lambda: manager.namespace_blocks(wrong),
+        lambda: manager.clear(None, wrong), lambda: manager.set_quota(wrong, Tier.HOST, 5),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError) as caught:
+            call()
+        assert caught.value.field.startswith("namespace"), caught.value
+
+
+def test_extra_keys_may_be_of_any_integers(manager: KVManager) -> None:
+    """Numpy's are Python's; lists serve as tuples."""
+    one = manager._engine.intake  # the keys are the same
+    from flexkv.common.request import Operation
+
+    keys = [
+        one(Operation.PREFETCH, PROMPT, None, Scope((), extra)).keys
+        for extra in (((0, 4, "a"),), [[np.int64(0), np.int32(4), "a"]])
+    ]
+    assert keys[0] == keys[1]
+
+
+IDS_WRONG = ["abc", None, 1.5, {}, {"a": 1}, [1.5], ["1"], [None], [[1]], True, [True], object(),
+             np.array([1.5]), np.zeros((2, 2), np.int64), np.float64(1), b"1", Odd()]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", IDS_WRONG, ids=lambda wrong: repr(wrong)[:30])
+def test_task_ids_are_integers(manager: KVManager, wrong: Any) -> None:
+    """One or several, in every call that takes them."""
+    for call in (
+        lambda: manager.wait(wrong), lambda: manager.try_wait(wrong),
+        lambda: manager.cancel(wrong), lambda: manager.launch(wrong, SLOTS),
+    ):  # fmt: skip
+        refused("task_ids", call)
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.int32, np.uint64, np.array, torch.tensor])
+def test_task_ids_of_any_integer_serve(manager: KVManager, kind: Callable[[int], Any]) -> None:
+    """One alone, or in a list, an array, a range or a generator."""
+    for wrap in (lambda each: each, lambda each: [each], lambda each: (n for n in [each])):
+        task_id, _ = manager.put_match(PROMPT)
+        slots = SLOTS if wrap(5) == 5 else [SLOTS]
+        manager.launch(wrap(kind(task_id)), slots)
+        (response,) = manager.wait(wrap(kind(task_id))).values()
+        assert response.status is KVResponseStatus.SUCCESS
+        manager.reset()
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "abc", {}, b"ab", object()])
+def test_each_task_is_launched_with_its_slots(manager: KVManager, wrong: Any) -> None:
+    """A list of them for a list of ids."""
+    task_id, _ = manager.put_match(PROMPT)
+    with pytest.raises(ConfigError, match="slot_mapping"):
+        manager.launch([task_id], wrong)
+    with pytest.raises(ConfigError, match="slot_mapping"):
+        manager.launch(task_id, wrong)
+    manager.cancel(task_id)
+
+
+@pytest.mark.parametrize("wrong", ["5", b"5", [5], object(), float("nan"), True, 5j, {}])
+def test_times_are_numbers(manager: KVManager, wrong: Any) -> None:
+    """In seconds; a time that is over is no error."""
+    task_id = manager.prefetch_async(PROMPT)
+    refused("timeout", lambda: manager.wait(task_id, timeout=wrong))
+    refused("ttl_s", lambda: manager.pin(PROMPT, ttl_s=wrong))
+    refused("completely", lambda: manager.wait(task_id, completely="no"))  # type: ignore[arg-type]
+    assert manager.wait(task_id, timeout=np.float32(20))
+    assert manager.wait(manager.prefetch_async(PROMPT), timeout=None)
+
+
+@pytest.mark.parametrize(
+    ("field", "call"),
+    [
+        ("tier", lambda m: m.clear("host")),
+        ("tier", lambda m: m.clear(1)),
+        ("tier", lambda m: m.resize("host", 5)),
+        ("tier", lambda m: m.resize(None, 5)),
+        ("tier", lambda m: m.resize(Tier.PEER, 5)),
+        ("tier", lambda m: m.set_quota("a", "host", 5)),
+        ("capacity_blocks", lambda m: m.resize(Tier.HOST, "5")),
+        ("capacity_blocks", lambda m: m.resize(Tier.HOST, 1.5)),
+        ("capacity_blocks", lambda m: m.resize(Tier.HOST, 0)),
+        ("capacity_blocks", lambda m: m.resize(Tier.HOST, 10**30)),
+        ("blocks", lambda m: m.set_quota("a", Tier.HOST, "5")),
+        ("blocks", lambda m: m.set_quota("a", Tier.HOST, True)),
+        ("owner", lambda m: m.pin(PROMPT, owner=5)),
+        ("owner", lambda m: m.unpin_owner(None)),
+        ("pin_id", lambda m: m.unpin("x")),
+        ("operation", lambda m: m.explain("fetch", PROMPT)),
+        ("operation", lambda m: m.explain(5, PROMPT)),
+        ("path", lambda m: m.trace_start(5)),
+        ("tokens", lambda m: m.trace_start("x", tokens="yes")),
+        ("trace_file_path", lambda m: m.trace_start("a\0b")),
+        ("trace_file_path", lambda m: m.trace_start("/")),
+        ("tp_rank", lambda m: m.resume_device(kv_caches(), tp_rank="0")),
+        ("tp_rank", lambda m: m.resume_device(kv_caches(), tp_rank=None)),
+        ("model", lambda m: KVManager({}, CacheConfig())),
+        ("cache", lambda m: KVManager(MODEL, None)),
+        ("cache", lambda m: KVManager(MODEL, MODEL)),
+        ("progress", lambda m: KVManager(MODEL, CacheConfig(), progress=5)),
+    ],
+)
+def test_other_arguments_are_named(
+    manager: KVManager, field: str, call: Callable[[KVManager], Any]
+) -> None:
+    """Each by its own name."""
+    refused(field, lambda: call(manager))
+
+
+def test_layers_are_named(manager: KVManager) -> None:
+    """Of a request that is moved layer by layer."""
+    get = manager.get_layerwise(PROMPT, SLOTS)
+    for wrong in ("0", None, 1.5, -1, 3, True, 10**30):
+        refused("layer", lambda wrong=wrong: get.wait_for_layer(wrong))  # type: ignore[misc]
+    refused("timeout", lambda: get.wait_for_layer(0, "5"))  # type: ignore[arg-type]
+    refused("stream", lambda: get.wait_for_layer(0, 5, "x"))  # type: ignore[arg-type]
+    manager.wait(get.task_id)
+
+
+# -- KV caches ----------------------------------------------------------------------------------
+
+SHAPE = (2, DEVICE_BLOCKS, PER_BLOCK, MODEL.num_kv_heads, MODEL.head_size)
+
+
+def _first(change: Callable[[np.ndarray[Any, Any]], Any]) -> list[Any]:
+    """Give KV caches whose first layer is changed."""
+    caches: list[Any] = list(kv_caches())
+    caches[0] = change(caches[0])
+    return caches
+
+
+def _read_only(layer: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    layer.flags.writeable = False
+    return layer
+
+
+_shared = kv_caches()
+_BIG = np.zeros((2, 2 * DEVICE_BLOCKS, *SHAPE[2:]), np.float16)
+
+CACHES_WRONG: dict[str, Any] = {
+    "none": None, "text": "abc", "number": 5, "empty list": [], "empty dict": {},
+    "one array": np.zeros((3, *SHAPE), np.float16), "one tensor": torch.zeros(3, *SHAPE),
+    "generator": (each for each in kv_caches()), "set": {1, 2, 3},
+    "too few": kv_caches()[:2], "too many": [*kv_caches(), *kv_caches()[:1]],
+    "of none": [None, None, None], "of texts": ["a", "b", "c"], "of lists": [[1], [2], [3]],
+    "int16": [layer.view(np.int16) for layer in kv_caches()],
+    "torch int16": [torch.zeros(SHAPE, dtype=torch.int16)] * 3,
+    "bfloat16": [torch.zeros(SHAPE, dtype=torch.bfloat16) for _ in range(3)],
+    "float32": [np.zeros(SHAPE, np.float32) for _ in range(3)],
+    "one float32": _first(lambda layer: layer.astype(np.float32)),
+    "one int16": _first(lambda layer: layer.view(np.int16)),
+    "raw bytes of another length": [layer.view(np.uint8) for layer in kv_caches()],
+    "objects": [np.zeros(SHAPE, object) for _ in range(3)],
+    "one of objects": _first(lambda layer: layer.astype(object)),
+    "structures": [np.zeros(SHAPE, [("a", np.int8), ("b", np.int8)]) for _ in range(3)],
+    "other heads": [np.zeros((*SHAPE[:3], 3, 8), np.float16) for _ in range(3)],
+    "other tokens": [np.zeros((2, 64, 8, 2, 8), np.float16) for _ in range(3)],
+    "no blocks": [np.zeros((2, 0, *SHAPE[2:]), np.float16) for _ in range(3)],
+    "other block counts": _first(lambda layer: layer[:, :5].copy()),
+    "read-only": _first(_read_only),
+    "broadcast": _first(lambda layer: np.broadcast_to(layer[:, :1], SHAPE)),
+    "backwards": _first(lambda layer: layer[:, ::-1]),
+    "scattered": _first(lambda layer: np.zeros((*SHAPE, 2), np.float16)[..., 0]),
+    "every other token": _first(lambda layer: np.zeros((2, 64, 8, 2, 8), np.float16)[:, :, ::2]),
+    "meta": [torch.zeros(SHAPE, dtype=torch.float16, device="meta") for _ in range(3)],
+    "sparse": [torch.zeros(SHAPE, dtype=torch.float16).to_sparse() for _ in range(3)],
+    "the same tensor": [_shared[0], _shared[0], _shared[1]],
+    "the same tensor, by names": {"a": _shared[0], "b": _shared[1], "c": _shared[0]},
+    "the same memory": [_shared[0], _shared[1], _shared[1][:, :, :, :, :]],
+    "overlapping": [_BIG[:, :DEVICE_BLOCKS], _BIG[:, 3 : DEVICE_BLOCKS + 3], _shared[0]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CACHES_WRONG)
+def test_kv_caches_are_those_of_the_model(tmp_path: Path, name: str) -> None:
+    """Refused by their name, and the manager is as if nothing had been registered."""
+    manager = KVManager(MODEL, cache_config(tmp_path, num_ssd_blocks=0, ssd_cache_dir=()))
+    manager.start()
+    try:
+        with pytest.raises(FlexKVError) as caught:
+            manager.register_kv_caches(CACHES_WRONG[name])
+        if name != "meta":  # no adapter for such a device
+            assert isinstance(caught.value, ConfigError)
+            assert caught.value.field.startswith("kv_caches"), caught.value
+        assert not manager.is_ready()
+        for wrong in ("0", None, 1.5, -1, 1, True):
+            refused("tp_rank", lambda wrong=wrong: manager.register_kv_caches(  # type: ignore[misc]
+                kv_caches(), tp_rank=wrong))  # fmt: skip
+        refused("layout", lambda: manager.register_kv_caches(kv_caches(), layout="diagonal"))
+        manager.register_kv_caches(kv_caches(), tp_rank=np.int64(0))
+        assert manager.is_ready()
+    finally:
+        manager.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "caches"),
+    [
+        ("float16", [np.zeros(SHAPE, np.float16) for _ in range(3)]),
+        ("float16", [np.zeros(SHAPE, "V2") for _ in range(3)]),
+        ("bfloat16", [np.zeros(SHAPE, np.uint16) for _ in range(3)]),
+        ("bfloat16", [torch.zeros(SHAPE, dtype=torch.bfloat16) for _ in range(3)]),
+        ("float8_e4m3fn", [torch.zeros(SHAPE, dtype=torch.uint8) for _ in range(3)]),
+        ("float8_e5m2", [np.zeros(SHAPE, np.int8) for _ in range(3)]),
+        ("int8", [torch.zeros(SHAPE, dtype=torch.int8) for _ in range(3)]),
+        # The layers of one block side by side, as some engines keep them.
+        ("float16", list(np.zeros((DEVICE_BLOCKS, 3, 2, *SHAPE[2:]), np.float16).swapaxes(0, 1))),
+        ("float16", [np.zeros((2, 2 * DEVICE_BLOCKS, *SHAPE[2:]), np.float16)[:, ::2]] * 0
+         + [np.zeros((2, 2 * DEVICE_BLOCKS, *SHAPE[2:]), np.float16)[:, ::2] for _ in range(3)]),
+    ],
+)  # fmt: skip
+def test_views_that_say_what_they_are_serve(tmp_path: Path, dtype: str, caches: list[Any]) -> None:
+    """The model's own type, raw bytes of its size, and any strides that keep a block together."""
+    model = ModelConfig(num_layers=3, num_kv_heads=2, head_size=8, dtype=dtype)
+    manager = KVManager(model, cache_config(tmp_path, num_ssd_blocks=0, ssd_cache_dir=()))
+    manager.start()
+    try:
+        manager.register_kv_caches(caches)
+        (put,) = manager.wait(manager.put_async(PROMPT, SLOTS)).values()
+        assert put.return_mask.all()
+    finally:
+        manager.shutdown()
+
+
+def test_a_client_names_what_is_wrong(tmp_path: Path) -> None:
+    """Before anything is sent: no server is needed."""
+    client = Client(Settings(server_recv_port=f"ipc://{tmp_path}/socket"), MODEL)
+    for wrong in NO_TOKENS:
+        refused("token_ids", lambda wrong=wrong: client.keys(wrong))  # type: ignore[misc]
+    for wrong in (None, 5, "abc", b"", b"abc", [b"a" * 16], bytearray(16)):
+        refused("keys", lambda wrong=wrong: client.match(wrong))  # type: ignore[misc]
+        refused("keys", lambda wrong=wrong: client.put(wrong, 0, SLOTS, 0))  # type: ignore[misc]
+    for wrong in ([1.5], "abc", 5, np.zeros((2, 2), np.int64)):
+        refused("device_ids", lambda wrong=wrong: client.put(b"a" * 32, 0, wrong, 0))  # type: ignore[misc]
+    refused("operation", lambda: client.start("get", b"a" * 32, 0, SLOTS))  # type: ignore[arg-type]
+    client.close()

@@ -1,0 +1,56 @@
+"""What a user prints in a shell is a line to read; arrays and tables are in the fields."""
+
+from __future__ import annotations
+
+import pickle
+import re
+
+import numpy as np
+
+from flexkv.common.errors import CapacityError
+from flexkv.common.request import KVResponse, KVResponseStatus
+from flexkv.common.terms import Tier
+from flexkv.durability import FlushReport
+from flexkv.index.residency import PrefixMatch
+
+from .conftest import PER_BLOCK, MakeManager, kv_caches, slots_of
+
+PROMPT = np.arange(10 * PER_BLOCK)
+
+
+def test_a_response_counts_its_tokens() -> None:
+    """Status, tokens, and why it moved less; the mask stays what it was, pickled too."""
+    mask = np.arange(64) < 48
+    response = KVResponse(KVResponseStatus.SUCCESS, 1, mask)
+    assert str(response) == repr(response) == "KVResponse(success, 48 of 64 tokens)"
+    error = CapacityError("host", 4, 0, 1)
+    told = repr(KVResponse(KVResponseStatus.UNREADY, 1, mask & False, error))
+    assert told == f"KVResponse(unready, 0 of 64 tokens: {error})"
+    again = pickle.loads(pickle.dumps(response))  # noqa: S301 -- our own bytes
+    assert (again.return_mask == mask).all()
+    assert repr(again) == repr(response)
+
+
+def test_a_match_names_its_tiers() -> None:
+    """Those that have something."""
+    assert repr(PrefixMatch(0, {Tier.HOST: 0, Tier.DISK: 0}, 0)) == "PrefixMatch(0 tokens)"
+    match = PrefixMatch(64, {Tier.HOST: 32, Tier.DISK: 16}, 16)
+    assert repr(match) == "PrefixMatch(64 tokens: host 32, disk 16, 16 on their way)"
+
+
+async def test_what_an_engine_answers_is_one_line_each(make_manager: MakeManager) -> None:
+    """Responses, matches, statistics and flushes, as a running engine gives them."""
+    async with make_manager() as manager:
+        manager.register_kv_caches(kv_caches())
+        put = await manager.put(PROMPT, slots_of(range(10)))
+        flushed = await manager.flush()
+        got = await manager.get(PROMPT, slots_of(range(10, 20)))
+        statistics = manager.statistics()
+        answers = [put, got, flushed, manager.match(PROMPT), statistics,
+                   statistics.tiers["host"], manager.explain("get", PROMPT)]  # fmt: skip
+    for answer in answers:
+        assert re.fullmatch(r"\w+\([^\n\[\]]{1,120}\)", repr(answer)), repr(answer)
+    assert repr(put) == repr(got) == "KVResponse(success, 40 of 40 tokens)"
+    assert repr(flushed) == "FlushReport(everything is written)"
+    assert repr(FlushReport({"disk": 3})) == "FlushReport(disk lacks 3 blocks)"
+    assert repr(statistics).startswith("Statistics(host 10 of 32 blocks, disk 10 of 128 blocks, ")
