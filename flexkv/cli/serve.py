@@ -23,7 +23,7 @@ from flexkv.metrics import MetricsServer
 from flexkv.server.address import socket_path
 from flexkv.server.backend import ServerBackend
 from flexkv.server.greet import connect
-from flexkv.server.launch import END_S, ENDED, LISTENING, ProcessWatch
+from flexkv.server.launch import END_S, ENDED, LISTENING, ProcessWatch, refusal_of
 from flexkv.server.listen import Listener
 from flexkv.server.server import Server
 from flexkv.server.wire import PROTOCOL_VERSION, Hello
@@ -64,9 +64,9 @@ def serve(
         config, settings = ModelConfig(**load_file(model, "model")), load_settings()
     try:
         asyncio.run(run(config, settings, watch))
-    except FlexKVError as error:
+    except (FlexKVError, OSError, MemoryError) as error:
         if with_parent:
-            _say(f"{error}\n".encode())
+            _say(refusal_of(error))
         raise
     if with_parent:
         _say(ENDED)
@@ -127,8 +127,6 @@ async def run(model: ModelConfig, settings: Settings, parent: ProcessWatch | Non
     async with AsyncExitStack() as stack:
         listener = Listener(socket_path(settings.server_recv_port))  # first: it is cheap to refuse
         stack.callback(listener.close)
-        if parent is not None:
-            _say(LISTENING)
         backend = ServerBackend(model, cache, cache.sized(model))
         manager = await stack.enter_async_context(KVManager(model, cache, backend=backend))
         if settings.enable_metrics:
@@ -137,6 +135,8 @@ async def run(model: ModelConfig, settings: Settings, parent: ProcessWatch | Non
         server = Server(manager.engine, backend, listener)
         manager.engine.on_failure = ended.set
         server.start()
+        if parent is not None:
+            _say(LISTENING)
         await ended.wait()
         log.info("server ends")
         manager.engine.check_sound()

@@ -83,9 +83,9 @@ class Watchers:
         for begin in range(0, len(there), CHANGES_MAX):
             link.send(Changed(tuple(there[begin : begin + CHANGES_MAX])))
 
-    def answer(self, link: Link[ToServer], start: Start, done: Done) -> None:
+    def answer(self, link: Link[ToServer], start: Start, keys: bytes, done: Done) -> None:
         """Tell a client the end of a request, behind what has changed by it."""
         self.tell()
         if not done.moved and start.operation == Operation.PUT.label:  # another has stored them
-            self.tell_of(link, start.keys)
+            self.tell_of(link, keys)
         link.send(done)

@@ -81,6 +81,11 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1):
         """Give what counts on vLLM's own endpoint."""
         return FlexKVPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
+    def on_new_request(self, request: Any) -> None:
+        """Ask what is resident of a prompt; vLLM calls this from 0.32 on."""
+        if self.scheduler is not None:
+            self.scheduler.on_new_request(request)
+
     def reset_cache(self) -> bool:
         """Forget every block of every tier, of all instances."""
         return self.scheduler is None or self.scheduler.reset_cache()
