@@ -109,6 +109,12 @@ def counted(engine: VllmServe, name: str) -> float:
     return sum(map(float, values))
 
 
+@pytest.mark.support(
+    "feature",
+    "`vllm serve` over HTTP, metrics on its `/metrics`",
+    "served",
+    "FlexKV's own metrics with its own connector",
+)
 def test_answers_over_http_are_equal_and_a_killed_engine_is_warm(
     serve: Serve, expected: dict[str, Any]
 ) -> None:
@@ -168,6 +174,7 @@ def until_idle(engine: VllmServe) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.support("feature", "data parallelism", "served")
 def test_engines_of_one_vllm_share_a_server(serve: Serve, expected: dict[str, Any]) -> None:
     """Data parallel: each engine answers as one does, and hits what the other has stored."""
     engine = serve(SHIM, engines=2)
