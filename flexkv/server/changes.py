@@ -16,7 +16,7 @@ EVERY_S = 0.01
 CHANGES_MAX = 1 << 16
 """In between; of more it is only told that there were some."""
 UNREAD_BYTES_MAX = 256 << 10
-"""To who has so much to read still, nothing is told until it has read."""
+"""A client with this many unread bytes gets no changes until it has read them."""
 
 
 class Watchers:
