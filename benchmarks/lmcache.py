@@ -1,7 +1,11 @@
-"""LMCache's server as a peer of the `vllm` case, where the `lmcache` package is installed.
+"""LMCache's server as a peer of the `vllm` case, where its packages are installed.
 
-`pip install --no-deps lmcache==0.5.6 opentelemetry-exporter-prometheus` is all that it needs beside
-vLLM. Its connector inside the engine cannot copy on a CPU, so the server is measured, with what was
+    pip install --no-deps lmcache==0.5.6 sortedcontainers \\
+        'opentelemetry-exporter-prometheus<=0.61b0'
+
+in an environment with vLLM, which has everything else that the server and the connector import.
+`--no-deps`, because LMCache asks for CUDA packages and for versions that vLLM's do not agree with.
+Its connector inside the engine cannot copy on a CPU, so the server is measured, with what was
 quickest on one (of transfers by pickle, by its own shared memory and by the engine's, in chunks of
 32 and 256 tokens): memory shared by name, and chunks of one block.
 """
@@ -16,10 +20,24 @@ from typing import Any, Self
 
 from flexkv.integration.vllm.served import Program, free_port
 
+NEEDED = {
+    "lmcache": "lmcache",
+    "opentelemetry.exporter.prometheus": "opentelemetry-exporter-prometheus",
+    "sortedcontainers": "sortedcontainers",
+}
+"""What has to be installed beside vLLM: modules, and the packages that have them."""
 
-def is_installed() -> bool:
-    """Tell whether it can be measured."""
-    return importlib.util.find_spec("lmcache") is not None
+
+def missing() -> list[str]:
+    """Return the packages that are missing to measure it; none when it can be measured."""
+    return [package for module, package in NEEDED.items() if not _is_there(module)]
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package that it is in
+        return False
 
 
 class LMCacheServer(Program):

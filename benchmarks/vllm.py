@@ -40,7 +40,7 @@ def measure(options: Options) -> Figures:
         folder = Path(name).absolute()
         model = make_tiny_model(folder / "model", MODEL, "bfloat16")
         connectors = _connectors(folder)
-        if lmcache.is_installed():
+        if not lmcache.missing():
             host_gb = 2 * HOST_PROMPTS * PROMPT_BYTES / 2**30
             server = lmcache.LMCacheServer(folder, BLOCK_SIZE, host_gb)
             connectors["LMCache"] = stack.enter_context(server).connector
@@ -52,7 +52,10 @@ def measure(options: Options) -> Figures:
         for engine in engines.values():
             engine.wait_ready()
             engine.first_token_s([7] * 100)
-        return _measure(engines, repeats, 600 if options.quick else PROMPT_TOKENS)
+        figures = _measure(engines, repeats, 600 if options.quick else PROMPT_TOKENS)
+    if absent := lmcache.missing():
+        figures["LMCache"] = f"is not measured: pip install --no-deps {' '.join(absent)}"
+    return figures
 
 
 def _connectors(folder: Path) -> dict[str, dict[str, Any] | None]:

@@ -7,6 +7,7 @@ everything written back meanwhile. Limit: 1 ms (p99). Needs vLLM in this Python 
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import tempfile
 import time
@@ -41,7 +42,7 @@ class _Request:
     """As much of vLLM's as the connector looks at."""
 
     request_id: str
-    all_token_ids: list[int]
+    prompt_token_ids: list[int]
     block_ids: list[int]
     num_computed_tokens: int = 0
     waits: bool = False
@@ -49,6 +50,9 @@ class _Request:
     cache_salt: Any = None
     prompt_embeds: Any = None
     mm_features: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.all_token_ids = list(self.prompt_token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -67,20 +71,20 @@ class _Scheduler:
         self._waiting: list[_Request] = []
         self._words = np.random.default_rng(0)
         self._known: list[list[int]] = []
-        self._arrived = 0
+        self.arrived = 0
         self.steps_s: list[float] = []
-        self.loads = self.put_off = 0
+        self.loads = self.late = 0
 
     def _prompt(self) -> list[int]:
-        if self._arrived % 2 and self._known:
-            return list(self._known[self._arrived % len(self._known)])
+        if self.arrived % 2 and self._known:
+            return list(self._known[self.arrived % len(self._known)])
         prompt: list[int] = self._words.integers(0, 100_000, PROMPT_TOKENS).tolist()
         self._known = [*self._known[-3:], prompt]
         return prompt
 
     def step(self) -> None:
         """Schedule, run a forward that takes a while, and take its output."""
-        took, new = 0.0, []
+        took, new = self._arrivals(), list(self._waiting)
         output = SimpleNamespace(
             scheduled_new_reqs=[], num_scheduled_tokens={}, scheduled_spec_decode_tokens={},
             scheduled_cached_reqs=SimpleNamespace(
@@ -97,9 +101,6 @@ class _Scheduler:
             request.block_ids += fresh
             cached.new_block_ids.append((fresh,) if fresh else None)
             output.num_scheduled_tokens[request.request_id] = min(left, CHUNK_TOKENS)
-        if len(self._running) + len(self._loading) < RUNNING and not self._prefilling():
-            self._waiting = self._waiting or [self._arrive()]
-            new += self._waiting
         for request in [r for r in self._loading.values() if not r.waits]:
             del self._loading[request.request_id]
             new.append(request)
@@ -108,7 +109,7 @@ class _Scheduler:
             if not request.num_computed_tokens:
                 extra, _ = self._side.get_num_new_matched_tokens(request, 0)
                 if extra is None:
-                    self.put_off += 1
+                    self.late += 1
                     took += time.perf_counter() - begin
                     continue
                 self._waiting.remove(request)
@@ -146,9 +147,20 @@ class _Scheduler:
     def _prefilling(self) -> bool:
         return any(r.num_tokens - r.num_computed_tokens > 1 for r in self._running.values())
 
-    def _arrive(self) -> _Request:
-        self._arrived += 1
-        return _Request(str(self._arrived), self._prompt(), [])
+    def _arrivals(self) -> float:
+        """Let a prompt come if there is room for it; return the seconds of the hook for it.
+
+        As in vLLM's engine, requests that have come during a step are taken right before the next.
+        """
+        is_full = len(self._running) + len(self._loading) >= RUNNING
+        if is_full or self._prefilling() or self._waiting:
+            return 0.0
+        self.arrived += 1
+        request = _Request(str(self.arrived), self._prompt(), [])
+        self._waiting.append(request)
+        begin = time.perf_counter()
+        self._side.on_new_request(request)
+        return time.perf_counter() - begin
 
     def _take(self, output: Any, step: Any) -> float:
         """Take what the step gave; give the seconds of the hooks that were called for it."""
@@ -199,9 +211,12 @@ def _measure(folder: Path, steps: int) -> Figures:
         while not side._ready():
             time.sleep(0.01)
         scheduler = _Scheduler(side, agent, device_blocks)
+        gc.collect()
+        gc.freeze()  # as vLLM does when it has started
         for _ in range(steps):
             scheduler.step()
     finally:
+        gc.unfreeze()
         agent.close()
         side.close()
     counted = scheduler.steps_s[len(scheduler.steps_s) // 10 :]
@@ -211,5 +226,6 @@ def _measure(folder: Path, steps: int) -> Figures:
         "most, us": 1e6 * max(counted),
         "p99 / 1 ms": percentile(counted, 99) / 1e-3,
         "loads": float(scheduler.loads),
-        "prompts put off a step": float(scheduler.put_off),
+        "prompts": float(scheduler.arrived),
+        "late matches / prompts": scheduler.late / scheduler.arrived,
     }

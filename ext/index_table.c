@@ -176,49 +176,95 @@ size_t nodes_find(const struct block_index *index, const unsigned char *keys, si
     return end - begin;
 }
 
-/* Return whether a key was seen before, and note it if not. The table holds positions
- * plus two, so that zero is empty and the root's is one; its size is a power of two. */
-static bool seen_before(uint32_t *seen, size_t slots, const unsigned char *keys, int64_t position)
+/* Keys that were seen, by position: the table holds positions plus two, so that zero is empty and
+ * the root's is one; its size is a power of two. */
+struct seen {
+    uint32_t *table;
+    size_t slots;
+    const unsigned char *keys;
+};
+
+/* The place of the key at a position: where it is, or where it would be. */
+static uint32_t *seen_at(const struct seen *seen, int64_t position)
 {
-    struct key key = key_at(keys, position);
+    struct key key = key_at(seen->keys, position);
     size_t at;
 
     memcpy(&at, &key, sizeof(at));
-    for (at &= slots - 1; seen[at]; at = (at + 1) & (slots - 1))
-        if (memcmp(keys + (seen[at] - 1) * (size_t)INDEX_KEY_BYTES, &key, sizeof(key)) == 0)
-            return true;
-    seen[at] = (uint32_t)(position + 2);
+    for (at &= seen->slots - 1; seen->table[at]; at = (at + 1) & (seen->slots - 1))
+        if (memcmp(seen->keys + (seen->table[at] - 1) * (size_t)INDEX_KEY_BYTES, &key,
+                   sizeof(key)) == 0)
+            break;
+    return &seen->table[at];
+}
+
+/* Return whether a key was seen before, and note it if not. */
+static bool seen_before(const struct seen *seen, int64_t position)
+{
+    uint32_t *at = seen_at(seen, position);
+
+    if (*at)
+        return true;
+    *at = (uint32_t)(position + 2);
     return false;
 }
 
+/* Count the first blocks up to the first from `begin` on that is known or named twice: behind its
+ * last known block a chain has none of both. */
+static int64_t unknown_agree(const struct block_index *index, const unsigned char *keys,
+                             size_t begin, size_t end)
+{
+    struct seen seen = {.slots = 16, .keys = keys};
+    size_t i;
+
+    while (seen.slots < 2 * (end - begin + 1))
+        seen.slots *= 2;
+    seen.table = calloc(seen.slots, sizeof(*seen.table));
+    if (!seen.table)
+        return -1;
+    seen_before(&seen, -1);
+    for (i = begin; i < end; i++) {
+        if (seen_before(&seen, (int64_t)i))
+            break;
+        nodes_expect(index, keys, i, end);
+        if (node_find(index, key_at(keys, (int64_t)i), bucket_at(index, keys, (int64_t)i)) != NONE)
+            break;
+    }
+    for (size_t known = 0; known < begin; known++) {
+        uint32_t twice = *seen_at(&seen, (int64_t)known);
+
+        if (twice > 1 && twice - 2 < i)
+            i = twice - 2;
+    }
+    free(seen.table);
+    return (int64_t)i;
+}
+
+/* A node has one parent, so the known blocks of a chain are different ones, and only the others are
+ * compared with each other. */
 int64_t chain_agrees(const struct block_index *index, const unsigned char *keys, size_t blocks)
 {
-    struct key key = key_at(keys, -1);
-    ref parent = node_find(index, key, bucket_of_root(index, key));
-    size_t slots = 16, i;
-    uint32_t *seen;
+    struct key root = key_at(keys, -1);
+    ref parent = node_find(index, root, bucket_of_root(index, root));
+    size_t i = 0;
 
     if (parent != NONE && node_at(index, parent)->parent != NONE)
         return 0;
-    while (slots < 2 * (blocks + 1))
-        slots *= 2;
-    seen = calloc(slots, sizeof(*seen));
-    if (!seen)
-        return -1;
-    seen_before(seen, slots, keys, -1);
-    for (i = 0; i < blocks; i++) {
-        ref found;
+    for (; parent != NONE && i < blocks; i++) {
+        struct key key = key_at(keys, (int64_t)i);
+        ref found = node_guess(index, key, parent);
 
-        if (seen_before(seen, slots, keys, (int64_t)i))
+        if (found == NONE) {
+            nodes_expect(index, keys, i, blocks);
+            found = node_find(index, key, bucket_at(index, keys, (int64_t)i));
+        }
+        if (found == NONE)
             break;
-        nodes_expect(index, keys, i, blocks);
-        found = node_find(index, key_at(keys, (int64_t)i), bucket_at(index, keys, (int64_t)i));
-        if (found != NONE && (parent == NONE || node_at(index, found)->parent != parent))
-            break;
+        if (node_at(index, found)->parent != parent || memcmp(&key, &root, sizeof(key)) == 0)
+            return (int64_t)i;
         parent = found;
     }
-    free(seen);
-    return (int64_t)i;
+    return i < blocks ? unknown_agree(index, keys, i, blocks) : (int64_t)i;
 }
 
 void node_join(struct block_index *index, ref number)

@@ -185,6 +185,27 @@ static char *tokens_of_list(PyObject *list, Py_ssize_t count)
     return (char *)tokens;
 }
 
+PyObject *keys_pack_int64(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count,
+                          PyObject *keywords)
+{
+    static const char *const names[] = {"values"};
+    static const struct signature signature = {"pack_int64", names, 1, 1};
+    PyObject *values[1], *result = NULL;
+    Py_ssize_t length;
+    char *packed;
+
+    if (args_unpack(&signature, args, count, keywords, values) < 0)
+        return NULL;
+    if (!PyList_Check(values[0]))
+        return PyErr_Format(PyExc_TypeError, "values must be a list");
+    length = PyList_Size(values[0]);
+    packed = tokens_of_list(values[0], length);
+    if (packed)
+        result = PyBytes_FromStringAndSize(packed, length * (Py_ssize_t)sizeof(int64_t));
+    PyMem_Free(packed);
+    return result;
+}
+
 /* Read a bytes object that is long enough to be the secret of XXH3. 0, or -1 with an exception. */
 static int secret_read(PyObject *object, struct hash_secret *secret)
 {

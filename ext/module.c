@@ -109,6 +109,8 @@ static PyMethodDef module_functions[] = {
     {"block_slots", FAST(keys_block_slots), METH_FASTCALL | METH_KEYWORDS,
      "block_slots(slots, tokens_per_block, num_blocks)\n--\n\n"
      "Give the device block id of every whole block of slots."},
+    {"pack_int64", FAST(keys_pack_int64), METH_FASTCALL | METH_KEYWORDS,
+     "pack_int64(values)\n--\n\nReturn a list of integers as int64."},
     {"copy_now", FAST(page_map_copy_now), METH_FASTCALL | METH_KEYWORDS,
      "copy_now(pages, direction, device_ids, host_ids)\n--\n\nDo one job in the calling thread."},
     {"list_runs", FAST(page_map_list_runs), METH_FASTCALL | METH_KEYWORDS,

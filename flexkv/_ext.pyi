@@ -45,6 +45,14 @@ def chain_keys(
         TypeError: `tokens` are not 8-byte integers, or a list of integers.
     """
 
+def pack_int64(values: list[int]) -> bytes:
+    """Return a list of integers as int64[n].
+
+    Raises:
+        ValueError: an integer needs more than 64 bits, with (its index, the integer).
+        TypeError: `values` is not a list of integers.
+    """
+
 def block_slots(slots: Memory, tokens_per_block: int, num_blocks: int) -> bytes:
     """Give the device block id (int64) of every whole block of `slots` (int64[n]).
 

@@ -55,8 +55,10 @@ class Device(NamedTuple):
 
     @property
     def facts(self) -> dict[str, object]:
-        """Give what a log tells of it."""
+        """Return what a log tells of it. Of agents' devices each one tells of its own."""
         kind, number = self.place
+        if kind == "agents":
+            return {"device": kind, "layout": self.layout}
         return {"device": f"{kind}:{number}", "layout": self.layout, "blocks": self.num_blocks}
 
 

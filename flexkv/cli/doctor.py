@@ -148,7 +148,7 @@ def _disk(directory: Path) -> Finding:
 
 def _cuda() -> Finding:
     there = Path("/dev/nvidiactl").exists()
-    found = "a GPU is there, its part is not built yet" if there else "no GPU"
+    found = "a GPU is there; FlexKV's part for it has run on none yet" if there else "no GPU"
     return Finding("CUDA", found, True, "KV caches in CPU memory are served")
 
 

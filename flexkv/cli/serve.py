@@ -23,7 +23,7 @@ from flexkv.metrics import MetricsServer
 from flexkv.server.address import socket_path
 from flexkv.server.backend import ServerBackend
 from flexkv.server.greet import connect
-from flexkv.server.launch import END_S, ENDED, LISTENING, ProcessWatch
+from flexkv.server.launch import END_S, ENDED, LISTENING, ProcessWatch, refusal_of
 from flexkv.server.listen import Listener
 from flexkv.server.server import Server
 from flexkv.server.wire import PROTOCOL_VERSION, Hello
@@ -67,9 +67,9 @@ def serve(
         configure_logging(context.obj or settings.log_level, settings.logging_prefix)
     try:
         asyncio.run(run(config, settings, watch))
-    except FlexKVError as error:
+    except (FlexKVError, OSError, MemoryError) as error:
         if with_parent:
-            _say(f"{error}\n".encode())
+            _say(refusal_of(error))
         raise
     if with_parent:
         _say(ENDED)

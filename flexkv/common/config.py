@@ -100,7 +100,7 @@ class Settings(ConfigModel):
     sync_get: bool = key(
         False,
         "Load in the engine's step instead of beside it.",
-        part="an engine connector",
+        part="a connector that loads in the step",
         built=(False,),
     )
     dynamo_use_flexkv: bool = key(

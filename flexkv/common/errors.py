@@ -1,4 +1,6 @@
-"""One tree of errors. Each carries the values that a handler or a reader needs.
+"""The tree of errors, but for `ProtocolError`, which is beside its protocol (`server/wire.py`).
+
+Each carries the values that a handler or a reader needs.
 
 A miss, a full pool on prefetch and a partial hit are outcomes, not errors. Every error can be
 copied and pickled with its fields, so that it reaches the process that waits for it.

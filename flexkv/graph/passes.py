@@ -1,17 +1,16 @@
 """The passes between a graph of whole legs and a template. Each is graph in, graph out.
 
-`coalesce` is the pass that depends on the block ids of one request, so it works on a filled plan:
-it gives the runs of blocks that are contiguous at both ends, which adapters move as one extent.
+No pass depends on the block ids of a request. Runs of blocks that are contiguous at both ends are
+found by the adapter that moves them as one extent (`common/extents.py`).
 """
 
 from __future__ import annotations
 
 import networkx as nx
 
-from flexkv.common.extents import coalesce
 from flexkv.graph.ops import Node, Shape
 
-__all__ = ["chunk", "coalesce", "drop_noops", "order"]
+__all__ = ["chunk", "drop_noops", "order"]
 
 
 def drop_noops(graph: nx.DiGraph[Node], shape: Shape) -> nx.DiGraph[Node]:

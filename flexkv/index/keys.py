@@ -101,6 +101,12 @@ class KeyChain:
         first = known // BLOCK_KEY_BYTES * self._tokens_per_block
         return keys[:known] + self._chain(new_tokens, keys[known:], first)
 
+    def extend_in_place(self, keys: bytearray, new_tokens: NDArray[np.int64] | list[int]) -> None:
+        """Add the keys of a prompt's new blocks behind those that it has, as for `grown`."""
+        known = len(keys) - BLOCK_KEY_BYTES
+        first = known // BLOCK_KEY_BYTES * self._tokens_per_block
+        keys += self._chain(new_tokens, bytes(keys[known:]), first)[BLOCK_KEY_BYTES:]
+
     def _chain(self, tokens: NDArray[np.int64] | list[int], parent: bytes, first: int = 0) -> bytes:
         """Return a parent and the keys of the blocks behind it; `first` is the first token's index.
 

@@ -1,6 +1,6 @@
-"""The port that every transfer adapter implements, and the two verbs of its protocol.
+"""The port that every transfer adapter implements, and the three verbs of its protocol.
 
-An adapter moves blocks between host memory and one other place. Three verbs:
+An adapter moves blocks between host memory and one other place:
 
     submit(transfer)   the adapter owns the transfer's buffers from here on; never blocks
     wake()             the adapter calls this, on the loop's thread, when reap has something

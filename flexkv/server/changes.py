@@ -16,7 +16,7 @@ EVERY_S = 0.01
 CHANGES_MAX = 1 << 16
 """In between; of more it is only told that there were some."""
 UNREAD_BYTES_MAX = 256 << 10
-"""To who has so much to read still, nothing is told until it has read."""
+"""A client with this many unread bytes gets no changes until it has read them."""
 
 
 class Watchers:
@@ -83,9 +83,9 @@ class Watchers:
         for begin in range(0, len(there), CHANGES_MAX):
             link.send(Changed(tuple(there[begin : begin + CHANGES_MAX])))
 
-    def answer(self, link: Link[ToServer], start: Start, done: Done) -> None:
+    def answer(self, link: Link[ToServer], start: Start, keys: bytes, done: Done) -> None:
         """Tell a client the end of a request, behind what has changed by it."""
         self.tell()
         if not done.moved and start.operation == Operation.PUT.label:  # another has stored them
-            self.tell_of(link, start.keys)
+            self.tell_of(link, keys)
         link.send(done)

@@ -9,12 +9,10 @@ way is told as failed, and the client connects again by itself.
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from secrets import randbits
-from typing import Any
+from typing import Any, TypeAlias
 
 from flexkv import forks
 from flexkv.common.arguments import member
@@ -26,14 +24,15 @@ from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
 from flexkv.forks import HomeProcess
 from flexkv.index.keys import KeyChain, Namespace, blocks_are
 from flexkv.logs import get_logger
+from flexkv.server.frames import FrameSocket
 from flexkv.server.greet import connect
+from flexkv.server.prompts import Prompt, PromptPart, Sent, SentPrompts
 from flexkv.server.wire import (
-    FROM_SERVER,
-    LENGTH_BYTES,
     PROTOCOL_VERSION,
     Cancel,
     Changed,
     Done,
+    Forget,
     FromServer,
     Hello,
     Match,
@@ -43,10 +42,7 @@ from flexkv.server.wire import (
     Release,
     Start,
     State,
-    framed,
-    length_of,
     parts_of,
-    understood,
 )
 
 log = get_logger(__name__)
@@ -55,12 +51,14 @@ RETRY_S, RETRY_S_MAX = 0.5, 30.0
 """Between two attempts to connect; doubled each time while something is there and fails us."""
 HANG_S = 60.0
 """With requests under way, a server that says nothing for so long is as good as gone."""
-READ_BYTES = 1 << 18
 POLL_S_MAX = 0.02
 """How long one `poll` may read, so that a server that never stops talking delays no step."""
 CHANGES_MAX = 1 << 20
 """How many changes wait for a call of `changes`; beyond that it reports that some are lost."""
 UNSENT_BYTES_MAX = 16 << 20
+
+Keys: TypeAlias = bytes | PromptPart
+"""A prompt's root and block keys, all of which are sent; or a part of a prompt."""
 
 
 class Client:
@@ -97,10 +95,10 @@ class Client:
         self._secret = cache.key_secret.get_secret_value()
         self._keys = KeyChain(model, self._tokens_per_block, self._secret)
         self._order = ""
-        self._socket: socket.socket | None = None
+        self._socket: FrameSocket | None = None
         self._home: HomeProcess | None = None
         forks.on_fork(self._let_go_in_child)
-        self._unread, self._unsent = bytearray(), bytearray()
+        self._prompts, self._next_prompt = SentPrompts(), 0
         self._asked: dict[int, float] = {}
         """Since when the server has had the time to answer."""
         self._blocks: dict[int, int] = {}
@@ -125,13 +123,26 @@ class Client:
         """
         return self._keys.keys(_integers(tokens), namespace)
 
-    def extended(self, keys: bytes, tokens: Any) -> bytes:
-        """Give the keys of a prompt that has grown by `tokens`, from a whole block on."""
-        return self._keys.grown(keys, _integers(tokens))
+    def extend(self, prompt: Prompt, tokens: Any) -> None:
+        """Add the keys of `tokens` to a prompt, which follow those of its whole blocks.
+
+        The prompt's namespace may have no extra keys.
+        """
+        self._keys.extend_in_place(prompt.keys, _integers(tokens))
+
+    def new_prompt(self) -> Prompt:
+        """Return a prompt without keys; those that are sent of it are kept by the server."""
+        self._next_prompt += 1
+        return Prompt(self._next_prompt)
+
+    def forget(self, prompt: Prompt) -> None:
+        """Let the server keep the keys of a prompt no longer."""
+        if self._prompts.forget(prompt.number):
+            self._send(Forget((prompt.number,)))
 
     # -- requests -------------------------------------------------------------------------------
 
-    def match(self, keys: bytes, first: int = 0, hold: bool = False, tell: bool = False) -> Matched:
+    def match(self, keys: Keys, first: int = 0, hold: bool = False, tell: bool = False) -> Matched:
         """Give how many blocks of a prompt are resident; none when the server does not answer.
 
         Of those from `first` on it tells where they are. With `hold` they are kept from eviction,
@@ -143,13 +154,17 @@ class Client:
             self._receive(self._answer_s)
         return matched
 
-    def ask(self, keys: bytes, first: int = 0, hold: bool = False, tell: bool = False) -> int:
-        """Ask as `match` does, and give the number of the question for `answer`, or `release`."""
-        _check_keys(keys)
+    def ask(self, keys: Keys, first: int = 0, hold: bool = False, tell: bool = False) -> int:
+        """Ask as `match` does, and return the number of the question for `answer`, or `release`.
+
+        Of a part of a prompt only those keys are sent that the server lacks.
+        """
         number = self._number()
-        if self._send(Match(number, keys, first, hold, tell)):
+        part = self._part_of(keys)
+        message = Match(number, part.keys, first, hold, tell, part.prompt, part.known)
+        if self._send(message):
             self._asked[number] = time.monotonic()
-            self._blocks[number] = len(keys) // BLOCK_KEY_BYTES
+            self._blocks[number] = _blocks_of(keys)
             self.flush()
         return number
 
@@ -202,14 +217,28 @@ class Client:
             held: the match whose hold ends when this request is planned.
         """
         member("operation", operation, Operation)
-        _check_keys(keys)
         ids = b"" if device_ids is None else as_int64("device_ids", device_ids).tobytes()
         number = self._number()
-        return self._begin(
-            Start(number, operation.label, keys, first, ids, self._slot, when_ready, held)
-        )
+        start = Start(number, operation.label, keys, first, ids, self._slot, when_ready, held)
+        return self._begin(start, _blocks_of(keys))
 
-    def put(self, keys: bytes, first: int, device_ids: BlockIds, generation: int) -> int:
+    def get(
+        self,
+        keys: Keys,
+        first: int,
+        device_ids: BlockIds,
+        held: int = 0,
+        when_ready: bool = False,
+    ) -> int:
+        """Begin a get; arguments as for `start` and `ask`."""
+        part, ids = self._part_of(keys), as_int64("device_ids", device_ids).tobytes()
+        start = Start(
+            self._number(), Operation.GET.label, part.keys, first, ids, self._slot, when_ready,
+            held, prompt=part.prompt, known=part.known,
+        )  # fmt: skip
+        return self._begin(start, _blocks_of(keys))
+
+    def put(self, keys: Keys, first: int, device_ids: BlockIds, generation: int) -> int:
         """Begin a put that waits until the agent of every rank says that it is `ready`.
 
         Args:
@@ -219,18 +248,18 @@ class Client:
             generation: the client's `generation` when the blocks began to be computed. If the
                 cache was cleared since then, nothing is stored, and the `Done` has `is_stale`.
         """
-        _check_keys(keys)
-        number, operation = self._number(), Operation.PUT.label
-        ids = as_int64("device_ids", device_ids).tobytes()
-        return self._begin(
-            Start(number, operation, keys, first, ids, self._slot, True, generation=generation)
-        )
+        part, ids = self._part_of(keys), as_int64("device_ids", device_ids).tobytes()
+        start = Start(
+            self._number(), Operation.PUT.label, part.keys, first, ids, self._slot, True,
+            generation=generation, prompt=part.prompt, known=part.known,
+        )  # fmt: skip
+        return self._begin(start, _blocks_of(keys))
 
-    def _begin(self, start: Start) -> int:
+    def _begin(self, start: Start, blocks: int) -> int:
         if not self._under_way:
             self._heard_s = time.monotonic()
         self._under_way.add(start.number)
-        self._blocks[start.number] = len(start.keys) // BLOCK_KEY_BYTES
+        self._blocks[start.number] = blocks
         if not self._send(start) and start.number in self._under_way:
             self._fail(start.number, "there is no server")
         return start.number
@@ -284,7 +313,7 @@ class Client:
 
     def _let_go_in_child(self) -> None:
         if self._socket is not None:
-            forks.close_socket(self._socket)
+            self._socket.let_go_in_child()
 
     def _number(self) -> int:
         self._next += 1
@@ -302,7 +331,7 @@ class Client:
             PROTOCOL_VERSION, "client", os.getpid(), facts, self._instance, watches=self._watches
         )
         try:
-            self._socket = connect(self._address, hello, self._answer_s).socket
+            self._socket = FrameSocket(connect(self._address, hello, self._answer_s).socket)
             self._home = HomeProcess("the connection to the server")
         except ConfigError as error:
             log.warning("refused_by_server", path=self._address, reason=str(error))
@@ -333,12 +362,28 @@ class Client:
         """
         if not self._connected():
             return False
+        assert self._socket is not None
         try:
-            self._unsent += framed(message)
+            self._socket.queue(message)
         except ConfigError as error:
             log.warning("not_asked", reason=str(error))
             return False
         return True
+
+    def _part_of(self, keys: Keys) -> Sent:
+        """Return what is to be sent of keys. It has to be sent: it is noted as what the server has.
+
+        So it is only noted over a connection, and a message with it is never too long to be sent.
+        """
+        if not isinstance(keys, PromptPart):
+            _check_keys(keys)
+            return Sent(keys, 0, 0, [])
+        if not self._connected():
+            return Sent(bytes(keys.prompt.keys[: (keys.blocks + 1) * BLOCK_KEY_BYTES]), 0, 0, [])
+        part = self._prompts.part_of(keys)
+        for each in parts_of(part.outdated):
+            self._send(Forget(each))
+        return part
 
     def flush(self, wait_s: float = 0.0) -> None:
         """Send what was asked for since the last call: one system call for a step of a scheduler.
@@ -347,19 +392,20 @@ class Client:
         `UNSENT_BYTES_MAX` behind is as good as gone.
         """
         self._check_process()
-        until_s = time.monotonic() + wait_s
-        while self._socket is not None and self._unsent:
-            try:
-                self._socket.settimeout(max(0.0, until_s - time.monotonic()))
-                del self._unsent[: self._socket.send(self._unsent)]
-                self._reads_on()
-            except (BlockingIOError, TimeoutError):
-                self._is_behind = True
-                if len(self._unsent) > UNSENT_BYTES_MAX:
-                    self._lost(f"it has {len(self._unsent)} bytes to read")
-                return
-            except OSError as error:
-                self._lost(str(error))
+        line = self._socket
+        if line is None or not line.unsent:
+            return
+        try:
+            has_taken = line.flush(wait_s)
+        except OSError as error:
+            self._lost(str(error))
+            return
+        if has_taken:
+            self._reads_on()
+        if line.unsent:
+            self._is_behind = True
+            if len(line.unsent) > UNSENT_BYTES_MAX:
+                self._lost(f"it has {len(line.unsent)} bytes to read")
 
     def _reads_on(self) -> None:
         """Hear that the server has taken more: if it was behind, so were we in sending the rest."""
@@ -371,34 +417,17 @@ class Client:
         if self._socket is None:
             return False
         try:
-            self._socket.settimeout(wait_s)
-            more = self._socket.recv(READ_BYTES)
-        except (BlockingIOError, TimeoutError):
-            return False
-        except OSError as error:
-            self._lost(str(error))
-            return False
-        if not more:
-            self._lost("it closed the connection")
-            return False
-        self._unread += more
-        self._heard_s = time.monotonic()
-        try:
-            self._take_all()
+            messages = self._socket.receive(wait_s)
+            if messages is None:
+                return False
+            self._heard_s = time.monotonic()
+            for message in messages:
+                self._take(message)
         except ProtocolError as error:
             self._lost(f"it is not understood: {error}")
-            return False
-        return True
-
-    def _take_all(self) -> None:
-        unread, at = self._unread, 0
-        while len(unread) - at >= LENGTH_BYTES:
-            end = at + LENGTH_BYTES + length_of(bytes(unread[at : at + LENGTH_BYTES]))
-            if len(unread) < end:
-                break
-            self._take(understood(FROM_SERVER, unread[at + LENGTH_BYTES : end]))
-            at = end
-        del unread[:at]
+        except (OSError, ClosedError) as error:
+            self._lost(str(error))
+        return self._socket is not None
 
     def _take(self, message: FromServer) -> None:
         match message:
@@ -452,13 +481,11 @@ class Client:
 
     def _drop(self) -> None:
         if self._socket is not None:
-            with suppress(OSError):
-                self._socket.close()
+            self._socket.close()
             if self._watches:
                 self._changes.append(Changed((), lost=True))
         self._socket, self.is_ready, self._is_behind = None, False, False
-        self._unread.clear()
-        self._unsent.clear()
+        self._prompts.clear()
         self._asked.clear()
         self._matched.clear()
         self._blocks.clear()
@@ -468,6 +495,11 @@ class Client:
     def _fail(self, number: int, why: str) -> None:
         self._under_way.discard(number)
         self._ended.append(Done(number, "failed", 0, why))
+
+
+def _blocks_of(keys: Keys) -> int:
+    """Return how many keys a message means: an answer has no more blocks."""
+    return len(keys) // BLOCK_KEY_BYTES if isinstance(keys, bytes) else keys.blocks + 1
 
 
 _STATUSES = frozenset(status.value for status in KVResponseStatus)

@@ -28,6 +28,7 @@ from flexkv.logs import get_logger
 from flexkv.runner import Turn
 from flexkv.server.fleet import FleetPort, Instance, ids_from
 from flexkv.server.put_share import PutShare
+from flexkv.server.turns import LoopTurns
 from flexkv.server.wire import Done, Match, Matched, Start
 
 log = get_logger(__name__)
@@ -47,11 +48,15 @@ class Job:
     """A request of a client.
 
     Attributes:
+        keys: all keys of its prompt up to its last block, whatever of them `start` brought.
+        kept_bytes: what it counts against `JOBS_BYTES_MAX`.
         over: set once no device touches its blocks any more.
     """
 
-    def __init__(self, start: Start, answered: Answered, generation: int) -> None:
-        self.start, self.answered, self.generation = start, answered, generation
+    def __init__(self, start: Start, keys: bytes, answered: Answered, generation: int) -> None:
+        self.start, self.keys = start, keys
+        self.answered, self.generation = answered, generation
+        self.kept_bytes = _bytes_of(start, keys)
         self.ready = asyncio.Event()
         self.over = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
@@ -66,11 +71,20 @@ class Jobs:
         engine: Engine,
         fleet: FleetPort,
         instance: int,
+        turns: LoopTurns,
         on_idle: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take the instance; `on_idle` is called when its last request under way has ended."""
+        """Take the instance.
+
+        Args:
+            engine: that runs the requests.
+            fleet: the devices of all instances.
+            instance: whose requests these are.
+            turns: in which puts are planned, those of all instances.
+            on_idle: called when the last request under way has ended.
+        """
         self._engine, self._fleet, self._instance = engine, fleet, instance
-        self._on_idle = on_idle
+        self._turns, self._on_idle = turns, on_idle
         self._jobs: dict[int, Job] = {}
         self._jobs_bytes = 0
         host_blocks = engine.residency.counts(Tier.HOST).capacity
@@ -83,22 +97,26 @@ class Jobs:
         """Return whether no request is under way."""
         return not self._jobs
 
-    def match(self, message: Match) -> Matched:
+    def match(self, message: Match, keys: bytes) -> Matched:
         """Return how much of a prompt is resident, and hold it if the client asks for that.
+
+        Args:
+            message: the question.
+            keys: the prompt's root and block keys.
 
         Raises:
             ConfigError: the keys are not valid.
         """
         engine = self._engine
-        if not message.keys or len(message.keys) % BLOCK_KEY_BYTES:
-            raise ConfigError(
-                "keys", f"{len(message.keys)} bytes", "must be 16 for each, with the root"
-            )
-        keys = keys_within(engine, message.keys)
-        if message.hold:  # what is held is counted, so no block may be there twice
-            keys = keys[: (engine.residency.agreeing(keys) + 1) * BLOCK_KEY_BYTES]
+        if not keys or len(keys) % BLOCK_KEY_BYTES:
+            why = "must be 16 for each, with the root"
+            raise ConfigError("keys", f"{len(keys)} bytes", why)
+        keys = keys_within(engine, keys)
         found = engine.find(keys)
-        if message.hold:
+        if message.hold:  # what is held is counted, so no block may be there twice
+            agreeing = engine.residency.agreeing(keys[: (found.last + 1) * BLOCK_KEY_BYTES])
+            if agreeing < found.last:  # nobody has derived these keys from tokens
+                found = engine.find(keys[: (agreeing + 1) * BLOCK_KEY_BYTES])
             engine.holds.hold(self._instance, message.number, found.holdings)
         by_tier = {
             tier.label: place.block_count - place.positions.number_before(message.first)
@@ -114,39 +132,44 @@ class Jobs:
         for number in numbers:
             self._engine.holds.release(self._instance, number)
 
-    def start(self, start: Start, answered: Answered) -> None:
+    def start(self, start: Start, keys: bytes, answered: Answered) -> None:
         """Begin a request; `answered` gets its end, in any case and once.
+
+        Args:
+            start: what the client asks for.
+            keys: the prompt's root and block keys up to the last block that is meant.
+            answered: gets the end.
 
         Raises:
             ConfigError: its number is under way already.
         """
         if start.number in self._jobs:
             raise ConfigError("number", start.number, "is under way already")
-        if why := self._refusal(start):
+        if why := self._refusal(start, keys):
             self.release((start.held,))
             answered(Done(start.number, "failed", 0, why))
             return
         now = self._engine.clears.generation
         generation = now if start.generation is None else min(now, start.generation)
-        job = self._jobs[start.number] = Job(start, answered, generation)
+        job = self._jobs[start.number] = Job(start, keys, answered, generation)
         job.ranks_ready = self._ready_early.pop(start.number, set())
         if not start.when_ready or self._is_ready(job):
             job.ready.set()
-        self._jobs_bytes += _bytes_of(start)
+        self._jobs_bytes += job.kept_bytes
         job.task = self._engine.supervisor.spawn("request", self._work(job))
         job.task.add_done_callback(lambda _: self._end(job))
 
-    def _refusal(self, start: Start) -> str:
-        """Tell why a request cannot begin; empty when it can."""
+    def _refusal(self, start: Start, keys: bytes) -> str:
+        """Return why a request cannot begin; empty when it can."""
         if len(self._jobs) >= JOBS_MAX:
             return f"at most {JOBS_MAX} requests at once"
-        if self._jobs_bytes + _bytes_of(start) > JOBS_BYTES_MAX:
+        if self._jobs_bytes + _bytes_of(start, keys) > JOBS_BYTES_MAX:
             return f"at most {JOBS_BYTES_MAX} bytes of requests at once"
         if start.number in self._settled_early:
             return "it was given up before it came"
         try:
             self._instance_of(start)
-            _check(start)
+            _check(start, keys)
         except (ClosedError, ConfigError) as error:
             return str(error)
         return ""
@@ -195,8 +218,10 @@ class Jobs:
     async def _work(self, job: Job) -> None:
         try:
             await job.ready.wait()
+            if job.start.operation == Operation.PUT.label:
+                await self._turns.wait()
             begin_s = time.monotonic()
-            request = self._request(job.start, job.generation)
+            request = self._request(job)
             flight = await self._perform(job, request)
             response = flight.response
             assert response is not None
@@ -229,7 +254,7 @@ class Jobs:
     def _end(self, job: Job) -> None:
         """Clear away what has ended; a task may be cancelled before its first step."""
         del self._jobs[job.start.number]
-        self._jobs_bytes -= _bytes_of(job.start)
+        self._jobs_bytes -= job.kept_bytes
         self.release((job.start.held,))
         if job.task is not None and job.task.cancelled():
             job.answered(Done(job.start.number, "cancelled", 0))
@@ -263,16 +288,16 @@ class Jobs:
             why = "is named twice, or known under another parent"
             raise ConfigError(f"keys[{agreeing + 1}]", "a block", why)
 
-    def _request(self, start: Start, generation: int) -> Request:
+    def _request(self, job: Job) -> Request:
         """Return a request in the core's terms.
 
         Raises:
             ClosedError: the instance's devices are not there.
             ConfigError: a device block does not belong to the instance.
         """
-        engine, fleet = self._engine, self._fleet
+        engine, fleet, start = self._engine, self._fleet, job.start
         operation = _OPERATIONS[start.operation]
-        keys = keys_within(engine, start.keys)
+        keys = keys_within(engine, job.keys)
         last = len(keys) // BLOCK_KEY_BYTES - 1
         first = min(start.first, last)
         ids = None
@@ -290,7 +315,7 @@ class Jobs:
             ids,
             start.namespace_hash,
             None,
-            generation,
+            job.generation,
         )
 
 
@@ -300,8 +325,8 @@ def _bound(numbers: dict[int, Any]) -> None:
         del numbers[next(iter(numbers))]
 
 
-def _bytes_of(start: Start) -> int:
-    return len(start.keys) + len(start.device_ids)
+def _bytes_of(start: Start, keys: bytes) -> int:
+    return len(keys) + len(start.device_ids)
 
 
 def keys_within(engine: Engine, keys: bytes) -> bytes:
@@ -310,7 +335,7 @@ def keys_within(engine: Engine, keys: bytes) -> bytes:
     return keys[: (blocks_max + 1) * BLOCK_KEY_BYTES]
 
 
-def _check(start: Start) -> None:
+def _check(start: Start, keys: bytes) -> None:
     """Check of a request what can be checked without the engine.
 
     Raises:
@@ -318,7 +343,7 @@ def _check(start: Start) -> None:
     """
     if start.operation not in _OPERATIONS:
         raise ConfigError("operation", start.operation, f"one of {', '.join(_OPERATIONS)}")
-    blocks, rest = divmod(len(start.keys), BLOCK_KEY_BYTES)
+    blocks, rest = divmod(len(keys), BLOCK_KEY_BYTES)
     last = blocks - 1
     if rest or not 0 <= start.first <= last:
         raise ConfigError("first", start.first, f"must be from 0 to the number of keys, {last}")

@@ -8,6 +8,7 @@ must live on to write what is not on SSD yet. So an intermediate process starts 
        ┊         └── server: ends by itself when the engine has ended or closed the pipe to it
        └ stdin and stdout of the server, and a descriptor that tells when it has ended
 
+The server says one line when it listens, or why it does not, and one when it has ended.
 Where the kernel has no pidfds, the processes are checked once a second instead.
 """
 
@@ -27,13 +28,15 @@ import psutil
 from pydantic import BaseModel, Secret, SecretStr
 
 from flexkv.common.config import ModelConfig, Settings
-from flexkv.common.errors import ConfigError
+from flexkv.common.errors import BackendUnavailableError, ConfigError, FlexKVError
 from flexkv.logs import get_logger
 
 log = get_logger(__name__)
 
 LISTENING = b"listening\n"
-"""What the server says on stdout once the address is its own; before it takes memory."""
+"""What the server says on stdout once it takes connections: memory and files are taken by then."""
+REFUSED = b"refused "
+"""Begins the line of a server that cannot start; the reason follows, as JSON."""
 ENDED = b"ended\n"
 """The last line of a server that ends in good order."""
 END_S = 90.0
@@ -116,16 +119,21 @@ class ProcessWatch:
 class Launched:
     """A server of ours."""
 
-    def __init__(self, model: ModelConfig, settings: Settings, waits: bool = True) -> None:
-        """Start it, and return when it has the address.
+    def __init__(
+        self, model: ModelConfig, settings: Settings, waits: bool = True, is_awaited: bool = True
+    ) -> None:
+        """Start it, and return when it takes connections.
 
         Args:
             model: what it serves.
             settings: the same as ours.
             waits: whether it may wait for another server at the address that is ending.
+            is_awaited: else return at once; `look` tells how far it is.
 
         Raises:
-            ConfigError: it could not start; the reason is in the error, and on stderr.
+            ConfigError: it could not start, for a reason that the error names: a key of its
+                configuration, or its address.
+            BackendUnavailableError: it could not start for another reason.
         """
         command = [sys.executable, "-m", "flexkv.cli.main", "--log-level", settings.log_level,
                    "serve", "--with-parent"]  # fmt: skip
@@ -136,8 +144,10 @@ class Launched:
         assert between.stdin is not None
         assert between.stdout is not None
         self._stdin, self._stdout = between.stdin, between.stdout
+        self._path, self._said = settings.server_recv_port, b""
         self._exit_status: int | None = None
-        said = self._stdout.readline()
+        self._listens = False
+        said = self._line() or b""
         between.wait()
         self.pid = int(said) if said.strip().isdigit() else 0
         self._watch = ProcessWatch(self.pid)
@@ -145,24 +155,50 @@ class Launched:
         with suppress(BrokenPipeError):  # it has ended: it says why below
             self._stdin.write(json.dumps(told).encode() + b"\n")
             self._stdin.flush()
-        said = self._stdout.readline()
-        if said != LISTENING:
-            self.close()
-            why = said.decode(errors="replace").strip() or "the server did not start: see its log"
-            raise ConfigError("server_recv_port", settings.server_recv_port, why)
-        log.info("server launched", pid=self.pid, path=settings.server_recv_port)
+        if is_awaited:
+            self.look(None)
+
+    def look(self, wait_s: float | None = 0.0) -> bool:
+        """Return whether it takes connections by now.
+
+        Args:
+            wait_s: how long to wait for that; None: until it does, or has ended.
+
+        Raises:
+            ConfigError, BackendUnavailableError: it could not start. It is closed then.
+        """
+        if not self._listens and (said := self._line(wait_s)) is not None:
+            if said != LISTENING:
+                self.close()
+                raise _failure(said)
+            self._listens = True
+            log.info("server launched", pid=self.pid, path=self._path)
+        return self._listens
+
+    def _line(self, wait_s: float | None = None) -> bytes | None:
+        """Return the next line that it says, or all that is left at its end; None: not yet."""
+        while (end := self._said.find(b"\n")) < 0:
+            if not select.select([self._stdout], [], [], wait_s)[0]:
+                return None
+            if not (more := os.read(self._stdout.fileno(), 4096)):
+                break
+            self._said += more
+        end = end + 1 or len(self._said)
+        line, self._said = self._said[:end], self._said[end:]
+        return line
 
     @property
     def exit_status(self) -> int | None:
         """Return 0 if it ended in good order, 1 if it did not; None while it runs."""
         if self._exit_status is None and self.has_ended:
             # Everything that it said is in the pipe; nobody else writes to it.
-            self._exit_status = 0 if self._stdout.read().endswith(ENDED) else 1
+            said = self._said + self._stdout.read()
+            self._exit_status = 0 if said.endswith(ENDED) else 1
         return self._exit_status
 
     @property
     def has_ended(self) -> bool:
-        """Tell whether it has."""
+        """Return whether it has ended."""
         return self._exit_status is not None or not self.pid or self._watch.has_ended
 
     def close(self) -> None:
@@ -181,6 +217,28 @@ class Launched:
             self._stdin.close()
         self._stdout.close()
         self._watch.close()
+
+
+def refusal_of(error: BaseException) -> bytes:
+    """Return the line by which a server says that it cannot start."""
+    if isinstance(error, ConfigError):
+        value = error.value
+        plain = value if isinstance(value, str | int | float | None) else str(value)
+        reason = [error.field, plain, error.why]
+    else:
+        reason = [str(error) or type(error).__name__]
+    return REFUSED + json.dumps(reason).encode() + b"\n"
+
+
+def _failure(said: bytes) -> FlexKVError:
+    """Return the error of a server that said this instead of `LISTENING`."""
+    if said.startswith(REFUSED):
+        field, *rest = json.loads(said.removeprefix(REFUSED))
+        return ConfigError(field, *rest) if rest else BackendUnavailableError("server", field)
+    why = said.decode(errors="replace").strip() or (
+        "it ended before it listened; its log may say why, or the kernel's, if memory ran out"
+    )
+    return BackendUnavailableError("server", why)
 
 
 def told_of(config: BaseModel) -> dict[str, Any]:

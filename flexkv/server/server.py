@@ -31,6 +31,8 @@ from flexkv.server.guests import INSTANCES_MAX, Guest, Guests
 from flexkv.server.jobs import Jobs
 from flexkv.server.link import Link
 from flexkv.server.listen import Listener, is_same_user
+from flexkv.server.prompts import KeptPrompts
+from flexkv.server.turns import LoopTurns
 from flexkv.server.wire import (
     FRAME_BYTES_OF,
     HELLO_BYTES_MAX,
@@ -41,6 +43,7 @@ from flexkv.server.wire import (
     Cancel,
     Command,
     Copied,
+    Forget,
     Hello,
     Lent,
     Match,
@@ -72,6 +75,8 @@ CONTROL_IDLE_S = 60.0
 """How long an operator's connection may be silent."""
 SETTLES_MAX = 64
 """How many questions of one agent may wait for an answer."""
+KEYS_A_TURN = 4096
+"""A client whose message means more keys that are kept lets the other tasks of the loop go on."""
 WINDOWS_PER_AGENT = 2
 """How many `device_window_mb` may be sent to an agent each way: see also `HOST_SHARE`."""
 HOST_SHARE = 8
@@ -94,6 +99,7 @@ class Server:
         )
         self._control = Control(engine, backend.fleet)
         self._watchers = Watchers(engine.residency)
+        self._turns = LoopTurns()
         self._closing = False
 
     def start(self) -> None:
@@ -255,7 +261,7 @@ class Server:
         instance = hello.instance
         if self._backend.fleet.client_of(instance) is not None:  # two came at once
             raise ProtocolError(f"instance {instance} has a client already")
-        jobs = self._jobs_of(instance)
+        jobs, prompts = self._jobs_of(instance), KeptPrompts()
         self._backend.fleet.attach(instance, link)
         log.info("client connected", instance=instance)
         self._tell_state(instance)
@@ -263,7 +269,9 @@ class Server:
             self._watchers.add(link)
         try:
             while (message := await link.receive()) is not None:
-                self._ask(link, jobs, message)
+                self._ask(link, jobs, prompts, message)
+                if isinstance(message, Match | Start) and message.known > KEYS_A_TURN:
+                    await asyncio.sleep(0)
         except (ConfigError, ClosedError) as error:
             raise ProtocolError(str(error)) from error
         finally:
@@ -274,19 +282,24 @@ class Server:
             # Its devices may still be written by what is under way: agents ask for that.
             log.info("client gone", instance=instance)
 
-    def _ask(self, link: Link[ToServer], jobs: Jobs, message: ToServer) -> None:
+    def _ask(
+        self, link: Link[ToServer], jobs: Jobs, prompts: KeptPrompts, message: ToServer
+    ) -> None:
         """Take what a client has asked for."""
-
         watchers = self._watchers
         match message:
             case Match():
-                link.send(jobs.match(message))
+                keys = prompts.keys_of(message)
+                link.send(jobs.match(message, keys))
                 if message.tell:
-                    watchers.tell_of(link, message.keys)
+                    watchers.tell_of(link, keys)
             case Release():
                 jobs.release(message.numbers)
             case Start():
-                jobs.start(message, lambda done: watchers.answer(link, message, done))
+                keys = prompts.keys_of(message)
+                jobs.start(message, keys, lambda done: watchers.answer(link, message, keys, done))
+            case Forget():
+                prompts.forget(message.prompts)
             case Cancel():
                 jobs.cancel(message.numbers)
             case _:
@@ -296,9 +309,8 @@ class Server:
         """Return the requests of an instance; some may be those of an earlier client."""
         jobs = self._jobs.get(number)
         if jobs is None:
-            jobs = Jobs(
-                self._engine, self._backend.fleet, number, lambda: self._forget_idle(number)
-            )
+            fleet, turns = self._backend.fleet, self._turns
+            jobs = Jobs(self._engine, fleet, number, turns, lambda: self._forget_idle(number))
             self._jobs[number] = jobs
         return jobs
 

@@ -6,6 +6,16 @@
 A frame is four bytes of length, little-endian, and a message in MessagePack. The first message is
 `Hello`, the answer to it `Welcome`; agents get the descriptor of the host memory along with it.
 A request is named by its instance and a number that the client gives.
+
+A client names a prompt by a number, too, and the server keeps the prompt's keys under it for as
+long as the connection lives, so that later messages send only keys that are new:
+
+    Match(keys=root, k0, k1, k2                prompt=7, known=0)
+    Start(keys=              k2, k3            prompt=7, known=4)    one more block
+    Start(keys=          k1                    prompt=7, known=3)    fewer: root, k0, k1
+
+The last key that is known comes again. Each key names all that come before it, so the server
+notices if the client means other keys than those that it has (`flexkv.server.prompts`).
 """
 
 from __future__ import annotations
@@ -20,13 +30,15 @@ from flexkv.common.errors import ConfigError, FlexKVError, MalformedError
 
 T = TypeVar("T")
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 FRAME_BYTES_MAX = 8 << 20
 """Bytes of any message; the server accepts `FRAME_BYTES_OF` at most, by the peer's role."""
 LENGTH_BYTES = 4
 HELLO_BYTES_MAX = 64 << 10
 NUMBERS_MAX = 4096
 """How many numbers one message may have; more go in several messages."""
+PROMPTS_MAX, PROMPTS_BYTES_MAX, PROMPT_BYTES_MAX = 8192, 32 << 20, 1 << 20
+"""How many prompts of one client the server keeps, and how many bytes of keys: of all, of one."""
 
 Role: TypeAlias = Literal["client", "agent", "control"]
 FRAME_BYTES_OF: Mapping[Role, int] = {
@@ -96,12 +108,23 @@ class Match(Message, tag="match", frozen=True):
 
     number: Number
     keys: bytes
+    """From the last known one on."""
     first: Number = 0
     """Who asks has the blocks before: of where they are nothing is told."""
     hold: bool = False
     """Keep what is found from eviction, until a `Start` or a `Release` names this number."""
     tell: bool = False
     """Tell where each block is, too, by `Changed`."""
+    prompt: Number = 0
+    """Keep the keys under this number; 0 keeps nothing."""
+    known: Number = 0
+    """How many keys of the prompt the server has already, the root among them."""
+
+
+class Forget(Message, tag="forget", frozen=True):
+    """Keep the keys of these prompts no longer."""
+
+    prompts: Numbers
 
 
 class Release(Message, tag="release", frozen=True):
@@ -136,6 +159,9 @@ class Start(Message, tag="start", frozen=True):
     namespace_hash: ShortText = ""
     generation: Number | None = None
     """When the blocks were computed: after a later clear they are not stored. None: now."""
+    prompt: Number = 0
+    known: Number = 0
+    """Both as in `Match`."""
 
 
 class Done(Message, tag="done", frozen=True):
@@ -223,7 +249,7 @@ class Answer(Message, tag="answer", frozen=True):
 
 
 ToServer: TypeAlias = (
-    Hello | Match | Release | Start | Cancel | Lent | Copied | Ready | Settle | Command
+    Hello | Match | Forget | Release | Start | Cancel | Lent | Copied | Ready | Settle | Command
 )  # fmt: skip
 FromServer: TypeAlias = Welcome | State | Matched | Done | Changed | Copy | Settled | Answer
 
@@ -250,7 +276,7 @@ def parts_of(numbers: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(numbers[start : start + NUMBERS_MAX]) for start in starts]
 
 
-def length_of(head: bytes, bytes_max: int = FRAME_BYTES_MAX) -> int:
+def length_of(head: bytes | bytearray, bytes_max: int = FRAME_BYTES_MAX) -> int:
     """Return the length of the message that follows a frame's head.
 
     Raises:

@@ -31,6 +31,7 @@ from flexkv.server.wire import (
     Command,
     Copied,
     Copy,
+    Forget,
     Hello,
     Lent,
     Match,
@@ -283,6 +284,7 @@ def _start(chance: random.Random, slot: int) -> Start:
         blob = chance.choice(
             (b"", b"1234567", struct.pack("<q", -1) * wanted, chance.randbytes(64))
         )
+    prompt, known = _prompt(chance)
     return Start(
         chance.choice((chance.randrange(1 << 40), chance.randrange(32))),
         chance.choice(("get", "put", "put", "prefetch", "", "clear")),
@@ -292,7 +294,17 @@ def _start(chance: random.Random, slot: int) -> Start:
         slot if chance.random() < 0.95 else _integer(chance),
         chance.random() < 0.3,
         chance.randrange(32),
+        prompt=prompt,
+        known=known,
     )
+
+
+def _prompt(chance: random.Random) -> tuple[int, int]:
+    """Return a prompt under which keys are kept, and how many of them are said to be known."""
+    if chance.random() < 0.5:
+        return 0, 0
+    prompt = _integer(chance, 6)
+    return prompt, chance.choices((0, 1, _integer(chance, 9)), (0.8, 0.15, 0.05))[0]
 
 
 def _client_says(chance: random.Random, slot: int, _: list[int]) -> Message | bytes:
@@ -303,9 +315,12 @@ def _client_says(chance: random.Random, slot: int, _: list[int]) -> Message | by
             return _start(chance, slot)
         case number if number < 15:
             asked, hold = _integer(chance), chance.random() < 0.7
-            return Match(asked, _keys(chance), _integer(chance, 4), hold, chance.random() < 0.3)
+            first, tell = _integer(chance, 4), chance.random() < 0.3
+            return Match(asked, _keys(chance), first, hold, tell, *_prompt(chance))
         case number if number < 17:
             return Release(_numbers(chance))
+        case 17:
+            return Forget(_numbers(chance))
         case _:
             return Cancel(_numbers(chance))
 

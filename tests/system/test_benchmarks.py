@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import lmcache
 from benchmarks.__main__ import CASES
 from benchmarks.harness import Options, machine, percentile, save
 
@@ -34,3 +35,18 @@ def test_results_are_kept_with_the_machine_they_were_made_on(tmp_path: Path) -> 
 def test_percentiles_are_by_nearest_rank() -> None:
     """The 50th of four is the second, the 99th the last."""
     assert [percentile([4.0, 1.0, 3.0, 2.0], percent) for percent in (50, 99, 1)] == [2.0, 4.0, 1.0]
+
+
+def test_a_peer_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each package by the name under which it is installed, also one inside a missing one."""
+    there = {"lmcache"}
+
+    def find(name: str) -> object:
+        if "." in name and name not in there:
+            raise ModuleNotFoundError(name.partition(".")[0])
+        return object() if name in there else None
+
+    monkeypatch.setattr("importlib.util.find_spec", find)
+    assert lmcache.missing() == ["opentelemetry-exporter-prometheus", "sortedcontainers"]
+    there |= set(lmcache.NEEDED)
+    assert lmcache.missing() == []

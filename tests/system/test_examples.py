@@ -11,6 +11,52 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("async_library", ["put: success 64 tokens", "match: 64 tokens", "get: success 64 tokens",
+                           "flushed: 4 blocks on SSD", "every byte is back"]),
+        ("task_ids", ["put: success", "match: 64 tokens", "get: success", "every byte is back"]),
+        ("two_engines", ["first engine, put: success, 32 blocks",
+                         "second engine, match: {'host': 32}",
+                         "second engine, get: success, 32 blocks", "every byte is there"]),
+    ],
+)  # fmt: skip
+def test_an_example_runs_as_it_says(tmp_path: Path, name: str, lines: list[str]) -> None:
+    """From the repository's root, over a directory of its own."""
+    directory = tmp_path / "flexkv-example"
+    directory.mkdir(0o700)
+    command = [sys.executable, "-m", f"examples.{name}", str(directory)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if line in lines]
+    assert said == lines, done.stdout
+
+
+def test_a_server_and_an_engine_of_several_processes_run_as_they_say(tmp_path: Path) -> None:
+    """Each in a terminal of its own."""
+    directory = str(tmp_path / "flexkv-example")
+    server = subprocess.Popen([sys.executable, "-m", "examples.run_server", directory], cwd=ROOT)
+    try:
+        command = [sys.executable, "-m", "examples.scheduler_server_example", directory]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "every byte is back" in done.stdout
+    finally:
+        server.terminate()
+        assert server.wait(60) == 0
+
+
+def test_every_example_is_run_by_a_test() -> None:
+    """And named in the README."""
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_examples.py"))
+    readme = (ROOT / "README.md").read_text()
+    for path in (ROOT / "examples").iterdir():
+        if path.suffix in (".py", ".sh"):
+            assert path.stem in tests, path.name
+            assert path.name in readme, path.name
+
+
 def test_prefixes_of_a_transformers_model_are_kept(tmp_path: Path) -> None:
     """Equal tokens with and without; a second process finds what the first one left on SSD."""
     pytest.importorskip("transformers")

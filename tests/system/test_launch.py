@@ -21,7 +21,7 @@ import pytest
 
 from flexkv.cli import serve
 from flexkv.common.config import Settings
-from flexkv.common.errors import ConfigError
+from flexkv.common.errors import BackendUnavailableError, ConfigError
 from flexkv.common.request import Operation
 from flexkv.server import launch
 from flexkv.server.launch import Launched, ProcessWatch
@@ -244,3 +244,52 @@ async def test_a_parent_is_looked_at_where_the_kernel_does_not_tell_of_it(
         async with asyncio.timeout(10):
             await ended.wait()
         asyncio.get_running_loop().remove_reader(read)
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("cpu", {"num_cpu_blocks": 1 << 40}),
+        ("ssd_cache_dir", {"ssd_cache_dir": "/proc/flexkv"}),
+    ],
+)
+def test_a_server_that_cannot_have_what_it_needs_says_so_at_its_start(
+    tmp_path: Path, field: str, changes: dict[str, Any]
+) -> None:
+    """The launcher gets the error itself, with its field; nobody is told that it listens."""
+    settings = settings_in(tmp_path, **changes)
+    with pytest.raises(ConfigError) as caught:
+        Launched(MODEL, settings)
+    assert field in caught.value.field
+    assert caught.value.field != "server_recv_port"
+    check_ends_well(Launched(MODEL, settings_in(tmp_path)))  # nothing is left of it
+
+
+def test_a_server_listens_when_its_files_are_its_own(settings: Settings, tmp_path: Path) -> None:
+    """The directory of another engine is refused by name, before anybody is told to connect."""
+    first = Launched(MODEL, settings)
+    cache = settings.cache_config
+    other = Settings(server_recv_port=f"ipc://{tmp_path}/other", cache_config=cache)
+    with pytest.raises(ConfigError, match="in use") as caught:
+        Launched(MODEL, other)
+    assert caught.value.field == "ssd_cache_dir"
+    assert not (tmp_path / "other").exists()
+    check_ends_well(first)
+
+
+def test_a_server_that_dies_before_it_listens_is_not_waited_for(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel kills it when memory runs out: nothing is said, and the launcher says what is."""
+    says_its_id = "import os; os.write(1, b'%d\\n' % os.getpid())"
+    monkeypatch.setattr(launch, "_BETWEEN", says_its_id)
+    with pytest.raises(BackendUnavailableError, match="ended before it listened"):
+        Launched(MODEL, settings)
+
+
+def test_a_server_that_is_not_waited_for_tells_later(settings: Settings) -> None:
+    """So a step of an engine's scheduler can launch one."""
+    server = Launched(MODEL, settings, is_awaited=False)
+    eventually(server.look, within_s=60)
+    assert server.look()
+    check_ends_well(server)

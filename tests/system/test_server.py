@@ -20,6 +20,7 @@ from flexkv.common.config import Settings
 from flexkv.common.errors import BackendUnavailableError, ConfigError
 from flexkv.common.request import Operation
 from flexkv.index.keys import block_keys
+from flexkv.server.backend import ServerBackend
 from flexkv.server.client import Client
 from flexkv.server.launch import Launched
 from flexkv.server.operator import command
@@ -263,3 +264,10 @@ def test_a_client_that_watches_hears_what_is_there(settings: Settings, launched:
         eventually(lambda: (made.client.poll(), hear())[-1])
     finally:
         made.close()
+
+
+def test_a_server_tells_no_number_of_blocks_that_no_device_has(tmp_path: Path) -> None:
+    """Its device stands for those of all agents, and each of them tells of its own."""
+    settings = settings_in(tmp_path)
+    backend = ServerBackend(MODEL, settings.cache_config, settings.cache_config.sized(MODEL))
+    assert backend.device([], None, 0).facts == {"device": "agents", "layout": "agents"}

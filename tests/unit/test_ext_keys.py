@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from flexkv._ext import block_slots, chain_keys, features, hash128, prefault
+from flexkv._ext import block_slots, chain_keys, features, hash128, pack_int64, prefault
 from tests.unit.xxh3 import PUBLIC_SECRET, xxh3_128
 
 PARENT = bytes(range(16))
@@ -229,3 +229,15 @@ def test_features_name_the_kernel_and_libraries() -> None:
     told = features()
     assert told.keys() == {"simd", "liburing", "xxhash"}
     assert told["simd"] in {"avx512", "avx2", "none"}
+
+
+def test_a_list_of_integers_is_packed_as_numpy_would() -> None:
+    """Of 64 bits each; what does not fit, or is no integer, is named."""
+    values = [0, 1, -1, 2**63 - 1, -(2**63), 7]
+    assert pack_int64(values) == np.array(values, np.int64).tobytes()
+    assert pack_int64([]) == b""
+    with pytest.raises(ValueError, match=r"\(1, 9223372036854775808\)"):
+        pack_int64([0, 2**63])
+    for wrong in ((1, 2), [1.5], ["1"], b"12345678"):
+        with pytest.raises(TypeError):
+            pack_int64(wrong)  # type: ignore[arg-type]

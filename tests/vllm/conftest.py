@@ -20,6 +20,7 @@ import pytest
 from flexkv.common.errors import BackendUnavailableError
 from flexkv.server.operator import command
 
+from . import support
 from .engine import Plan, folder_of
 from .engine import run as run_here
 from .fork import Forked
@@ -47,6 +48,52 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     from flexkv.integration.vllm.tiny_model import make_tiny_model
 
     return str(make_tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def configured(model: str) -> Any:
+    """Return an engine's configuration, as vLLM makes it."""
+    import huggingface_hub
+    from vllm.config import KVTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    try:
+        arguments = EngineArgs(model=model, dtype="float32", skip_tokenizer_init=True)
+        arguments.kv_transfer_config = KVTransferConfig(
+            kv_connector="FlexKVConnectorV1", kv_role="kv_both"
+        )
+        return arguments.create_engine_config()
+    finally:
+        patch.undo()
+
+
+_shown: dict[support.Row, bool] = {}
+"""The rows of the support table whose tests have run, and whether all of them have passed."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a run write the support table of the documents."""
+    parser.addoption("--write-support", action="store_true", help="write the table of docs/vllm.md")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Note what a test has shown."""
+    report = yield
+    for mark in item.iter_markers("support"):
+        row = support.Row(*mark.args)
+        if report.when == "call" or not report.passed:
+            _shown[row] = _shown.get(row, True) and report.passed
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the table, with the rows that this run has shown."""
+    if session.config.getoption("--write-support", default=False):
+        rows = support.declared()
+        support.write(row for row in rows if row.status == "not tried" or _shown.get(row, False))
 
 
 class Started:

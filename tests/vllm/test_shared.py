@@ -44,6 +44,7 @@ def check_idle(told: dict[str, Any]) -> None:
     assert (statistics["claims"], statistics["runs_in_flight"]) == (0, 0)
 
 
+@pytest.mark.support("feature", "several engines at one server", "served")
 def test_engines_share_a_server(
     start: Callable[..., Started], server: External, expected: dict[str, Any]
 ) -> None:
@@ -63,6 +64,7 @@ def test_engines_share_a_server(
     assert third.answer()["answers"] == expected["answers"]
 
 
+@pytest.mark.support("feature", "tensor parallelism", "served")
 def test_two_ranks_answer_as_without_and_share_nothing_with_one(run: Run, model: str) -> None:
     """TP 2, then TP 1 over the same store, and TP 2 again."""
     expected = run(connector="none", **SHORT, **TP2)

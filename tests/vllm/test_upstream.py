@@ -92,7 +92,25 @@ def scenarios(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return run(work, tmp_path_factory.mktemp("upstream") / "report.xml", "scenarios")
 
 
-@pytest.mark.parametrize("file", sorted(path.stem for path in SCENARIOS.glob("test_*.py")))
+support = pytest.mark.support
+SHOWN = {
+    "test_several": support("feature", "beside other connectors (`MultiConnector`)", "served"),
+    "test_clears": support(
+        "feature",
+        "`/reset_prefix_cache?reset_external=true`; weights that are updated in place",
+        "served",
+        "with its own connector only: see below",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(path.stem, marks=SHOWN.get(path.stem, ()))
+        for path in sorted(SCENARIOS.glob("test_*.py"))
+    ],
+)
 def test_scenarios(scenarios: Ran, file: str) -> None:
     """Every case of the file has passed; none was skipped."""
     assert file not in scenarios.others, "\n".join(scenarios.others[file])

@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from flexkv.integration.vllm.metadata import StepMetadata
+from flexkv.integration.vllm.refusals import check_caches, check_engine
 from flexkv.integration.vllm.stats import FlexKVPromMetrics, FlexKVStats
 from flexkv.integration.vllm.vllm_v1_adapter import FlexKVConnectorV1Impl
 
@@ -27,6 +28,8 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1):
         Raises:
             ConfigError: FlexKV cannot serve such an engine, or its server cannot be launched.
         """
+        check_engine(vllm_config)
+        check_caches(kv_cache_config)
         KVConnectorBase_V1.__init__(
             self, vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config
         )
@@ -80,6 +83,11 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1):
     ) -> FlexKVPromMetrics:
         """Give what counts on vLLM's own endpoint."""
         return FlexKVPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def on_new_request(self, request: Any) -> None:
+        """Ask what is resident of a prompt; vLLM calls this from 0.32 on."""
+        if self.scheduler is not None:
+            self.scheduler.on_new_request(request)
 
     def reset_cache(self) -> bool:
         """Forget every block of every tier, of all instances."""

@@ -52,6 +52,11 @@ class DeviceBlocks:
 
     # -- resets ---------------------------------------------------------------------------------
 
+    @property
+    def was_reset(self) -> bool:
+        """Return whether any block may be old."""
+        return self._old is not None
+
     def reset(self) -> None:
         """Note that all blocks of the device are old now."""
         if self._old is None:

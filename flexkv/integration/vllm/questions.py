@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from flexkv.common.terms import BLOCK_KEY_BYTES
 from flexkv.server.client import Client
+from flexkv.server.prompts import PromptPart
 from flexkv.server.wire import Matched
 
 ASKED_MAX = 16
@@ -22,7 +22,7 @@ KEPT_S = 1.0
 class _Asked(NamedTuple):
     number: int
     blocks: int
-    local_blocks: int
+    first: int
     seen_s: float
 
 
@@ -37,24 +37,28 @@ class Questions:
 
     @property
     def is_full(self) -> bool:
-        """Tell whether no more may be asked now."""
+        """Return whether no more may be asked now."""
         return len(self._asked) >= ASKED_MAX
 
-    def has(self, request_id: str, blocks: int, local_blocks: int) -> bool:
-        """Tell whether this very thing has been asked for a request."""
-        asked = self._asked.get(request_id)
-        return asked is not None and (asked.blocks, asked.local_blocks) == (blocks, local_blocks)
+    def first_of(self, request_id: str, blocks: int) -> int | None:
+        """Return from which block on a request's question asks where they are; None without one.
 
-    def ask(self, request_id: str, keys: bytes, local_blocks: int, tell: bool) -> None:
-        """Ask what is resident, and hold that; `tell` as for `Client.ask`."""
+        Args:
+            request_id: vLLM's.
+            blocks: of so many blocks the question has to be.
+        """
+        asked = self._asked.get(request_id)
+        return asked.first if asked is not None and asked.blocks == blocks else None
+
+    def ask(self, request_id: str, part: PromptPart, first: int, tell: bool = False) -> None:
+        """Ask what is resident, and hold that; `first` and `tell` as for `Client.ask`."""
         assert request_id not in self._asked
         assert not self.is_full
-        number = self._client.ask(keys, local_blocks, hold=True, tell=tell)
-        blocks = len(keys) // BLOCK_KEY_BYTES - 1
-        self._asked[request_id] = _Asked(number, blocks, local_blocks, time.monotonic())
+        number = self._client.ask(part, first, hold=True, tell=tell)
+        self._asked[request_id] = _Asked(number, part.blocks, first, time.monotonic())
 
     def answer(self, request_id: str) -> Matched | None:
-        """Give the answer to a request's question, once; None if there is none in this step."""
+        """Return the answer to a request's question, once; None if there is none in this step."""
         asked = self._asked.get(request_id)
         if asked is None:
             return None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from flexkv.common.config import CacheConfig, ModelConfig, Settings
-from flexkv.common.errors import ConfigError
+from flexkv.integration.vllm.extra_config import with_extra
 from flexkv.integration.vllm.identity import lora_facts, model_id
+from flexkv.integration.vllm.refusals import check_engine
 from flexkv.logs import get_logger
 from flexkv.settings import load_settings
 
@@ -14,7 +15,6 @@ log = get_logger(__name__)
 
 
 INSTANCE_SHIFT = 16
-DRAFTS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
 
 
 class Setup(NamedTuple):
@@ -41,7 +41,10 @@ class Setup(NamedTuple):
 
 
 def setup_of(vllm_config: Any, computation: str = "") -> Setup:
-    """Read an engine's configuration, and FlexKV's own (FLEXKV_CONFIG_PATH, environment).
+    """Read an engine's configuration, and FlexKV's own.
+
+    That is, in the order of precedence, vLLM's `kv_connector_extra_config`, the file of
+    FLEXKV_CONFIG_PATH, and the environment.
 
     Args:
         vllm_config: vLLM's `VllmConfig`.
@@ -50,9 +53,9 @@ def setup_of(vllm_config: Any, computation: str = "") -> Setup:
     Raises:
         ConfigError: FlexKV cannot serve such an engine; the error says why.
     """
-    settings = load_settings()
+    check_engine(vllm_config)
+    settings = with_extra(load_settings(), vllm_config.kv_transfer_config)
     parallel = vllm_config.parallel_config
-    _check(vllm_config)
     cache = _with_block_size(settings.cache_config, int(vllm_config.cache_config.block_size))
     dp_rank = int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
     # vLLM may say of a data-parallel engine that it is alone: ids of different ones never meet.
@@ -67,35 +70,6 @@ def setup_of(vllm_config: Any, computation: str = "") -> Setup:
         _names_media(vllm_config),
         lora_facts(vllm_config),
     )
-
-
-def _check(vllm_config: Any) -> None:
-    """Refuse by name what would give wrong blocks."""
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    for name, what in (
-        ("pipeline_parallel_size", "pipeline parallelism"),
-        ("decode_context_parallel_size", "context parallelism"),
-        ("prefill_context_parallel_size", "context parallelism"),
-    ):
-        if getattr(parallel, name, 1) != 1:
-            raise ConfigError(name, getattr(parallel, name), f"FlexKV does not serve {what} yet")
-    if getattr(model, "is_hybrid", False):
-        raise ConfigError("model", model.model, "FlexKV does not serve models with state layers")
-    window = model.get_sliding_window()
-    uses_it = getattr(model.hf_text_config, "use_sliding_window", True)
-    if window is not None and uses_it:
-        why = "FlexKV does not serve layers that forget: vLLM's --disable-sliding-window, if it may"
-        raise ConfigError("sliding_window", window, why)
-    chunk = getattr(model, "attention_chunk_size", None)
-    if chunk:
-        raise ConfigError("attention_chunk_size", chunk, "FlexKV does not serve chunked attention")
-    role = vllm_config.kv_transfer_config.kv_role
-    if role != "kv_both":
-        raise ConfigError("kv_role", role, "must be kv_both: FlexKV both stores and loads")
-    drafts = getattr(vllm_config, "speculative_config", None)
-    if drafts is not None and drafts.method not in DRAFTS_WITHOUT_KV:
-        why = f"drafts with a KV cache of their own are not served: {', '.join(DRAFTS_WITHOUT_KV)}"
-        raise ConfigError("speculative_config.method", drafts.method, why)
 
 
 def _gates_loads(vllm_config: Any) -> bool:

@@ -6,7 +6,10 @@ import time
 from typing import Any, NamedTuple
 
 from flexkv.common.terms import BlockIds
+from flexkv.integration.vllm.events import KVEvents
 from flexkv.integration.vllm.prompt import Scopes, features_of
+from flexkv.server.client import Client
+from flexkv.server.prompts import Prompt, PromptPart
 from flexkv.server.wire import Matched
 
 ROOM_S = 2.0
@@ -18,7 +21,7 @@ class Load:
 
     __slots__ = ("again_s", "block_ids", "first", "found", "held", "keys", "number", "until_s")
 
-    def __init__(self, keys: bytes, first: int, block_ids: list[int], found: Matched) -> None:
+    def __init__(self, keys: PromptPart, first: int, block_ids: list[int], found: Matched) -> None:
         self.keys, self.first, self.block_ids = keys, first, block_ids
         self.found, self.held = found, found.number
         self.number: int | None = None
@@ -44,15 +47,16 @@ class Tracked:
 
     __slots__ = (
         "block_ids", "features", "finished", "found", "generation", "has_loaded", "is_stale",
-        "is_told", "keys", "load", "local_blocks", "may_claim", "noted", "parts", "puts",
+        "is_told", "load", "local_blocks", "may_claim", "noted", "parts", "prompt", "puts",
         "request", "scope", "stored_blocks",
     )  # fmt: skip
 
-    def __init__(self, request: Any, scopes: Scopes, generation: int) -> None:
+    def __init__(self, request: Any, scopes: Scopes, generation: int, prompt: Prompt) -> None:
+        self.prompt = prompt
+        """The keys of its blocks, as far as they were needed."""
         self.request, self.parts = request, scopes.parts_of(request)
         self.scope = scopes.scope_of(request, self.parts)
         self.features = features_of(request)
-        self.keys = b""
         self.block_ids: list[int] = []
         self.local_blocks = 0
         """That the device had when a load was offered."""
@@ -79,3 +83,75 @@ class Tracked:
         if not self.has_loaded:
             self.generation, self.is_stale = generation, False
         self.has_loaded = False
+
+
+class TrackedRequests:
+    """The requests that the scheduler's side knows, and the keys of their blocks.
+
+    Attributes:
+        by_id: all of them, by vLLM's id.
+    """
+
+    def __init__(
+        self, client: Client, scopes: Scopes, events: KVEvents | None, tokens_per_block: int
+    ) -> None:
+        self._client, self._scopes, self._events = client, scopes, events
+        self._per_block = tokens_per_block
+        self.by_id: dict[str, Tracked] = {}
+
+    def track(self, request: Any) -> Tracked:
+        """Return what is known of a request; it is known from now on."""
+        tracked = self.by_id.get(request.request_id)
+        if tracked is None:
+            client = self._client
+            tracked = self.by_id[request.request_id] = Tracked(
+                request, self._scopes, client.generation, client.new_prompt()
+            )
+        return tracked
+
+    def forget(self, request_id: str) -> None:
+        """Know a request no longer: it is over."""
+        tracked = self.by_id.pop(request_id)
+        self._forget_keys(tracked)
+
+    def _forget_keys(self, tracked: Tracked) -> None:
+        self._client.forget(tracked.prompt)
+        if self._events is not None:
+            self._events.forget(tracked.request, bytes(tracked.prompt.keys), tracked.noted)
+
+    def is_named(self, tracked: Tracked) -> bool:
+        """Return whether a request's blocks have keys; those of a session may change or vanish."""
+        if tracked.features != (features := features_of(tracked.request)):
+            # A session that has got another image: keys behind it are others.
+            self._forget_keys(tracked)
+            tracked.features = features
+            tracked.scope = self._scopes.scope_of(tracked.request, tracked.parts)
+            tracked.prompt, tracked.noted = self._client.new_prompt(), 0
+        return tracked.scope is not None
+
+    def part(self, tracked: Tracked, blocks: int) -> PromptPart:
+        """Return the first blocks of a request's prompt; only the keys that are missing are made.
+
+        What keys there are stands for tokens that do not change any more.
+        """
+        prompt, scope = tracked.prompt, tracked.scope
+        if (known := prompt.blocks) < blocks:
+            request, end = tracked.request, blocks * self._per_block
+            assert scope is not None
+            if prompt.keys and not scope.extra_keys:
+                # A list, whatever vLLM slices.
+                self._client.extend(prompt, request.all_token_ids[known * self._per_block : end])
+            else:
+                prompt.keys[:] = self._client.keys(_first_tokens(request, end), scope)
+            if self._events is not None:
+                tracked.noted = self._events.note(request, bytes(prompt.keys), tracked.noted)
+        return PromptPart(prompt, blocks)
+
+
+def _first_tokens(request: Any, end: int) -> list[int]:
+    """Return a request's tokens up to `end`, or all of its prompt: no copy if it has so many."""
+    prompt = getattr(request, "prompt_token_ids", None)
+    if type(prompt) is list and len(prompt) >= end:
+        return prompt
+    tokens: list[int] = request.all_token_ids[:end]
+    return tokens

@@ -27,7 +27,7 @@ class FlexKVConnectorV1Impl:
     """One role of the connector, as the shim calls it."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole) -> None:
-        """Take vLLM's configuration, and FlexKV's from FLEXKV_CONFIG_PATH and the environment.
+        """Take vLLM's configuration, and FlexKV's: see `setup_of`.
 
         Raises:
             ConfigError: FlexKV cannot serve such an engine, or its server cannot be launched.

@@ -1,0 +1,59 @@
+"""FlexKV in an async program: store the KV of a prompt, and load it for one that begins like it.
+
+    python -m examples.async_library flexkv-example
+
+The "engine" is a list of numpy arrays, one for each layer, in blocks of 16 tokens: FlexKV fills and
+empties them as it would an engine's KV caches (numpy arrays or torch tensors, on the CPU or a GPU).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import numpy as np
+
+from flexkv.common.config import CacheConfig, ModelConfig
+from flexkv.kvmanager import KVManager
+
+MODEL = ModelConfig(num_layers=4, num_kv_heads=8, head_size=64, dtype="float16")
+PER_BLOCK, DEVICE_BLOCKS = 16, 256
+
+
+def slots_of(first_block: int, tokens: int) -> np.ndarray:
+    """Return the slots of tokens that fill device blocks from the first one on."""
+    return np.arange(tokens) + first_block * PER_BLOCK
+
+
+async def main(directory: str) -> bool:
+    """Run the example; return whether every byte came back."""
+    cache = CacheConfig(
+        tokens_per_block=PER_BLOCK, num_cpu_blocks=256, num_ssd_blocks=1024, ssd_cache_dir=directory
+    )
+    random = np.random.default_rng(0)
+    shape = (2, DEVICE_BLOCKS, PER_BLOCK, MODEL.num_kv_heads, MODEL.head_size)
+    kv_caches = [random.random(shape, np.float32).astype(np.float16) for _ in range(4)]
+    async with KVManager(MODEL, cache) as manager:
+        manager.register_kv_caches(kv_caches)
+
+        prompt = np.arange(64)  # token ids; their KV is in device blocks 0 to 3
+        stored = await manager.put(prompt, slots_of(0, 64))
+        print("put:", stored.status.value, int(stored.return_mask.sum()), "tokens")
+
+        longer = np.arange(100)  # begins with the same 64 tokens
+        found = manager.match(longer)
+        print("match:", found.tokens, "tokens")
+
+        # The device has nothing of it: load what is known, and compute the rest.
+        loaded = await manager.get(longer[: found.tokens], slots_of(100, found.tokens))
+        print("get:", loaded.status.value, int(loaded.return_mask.sum()), "tokens")
+        equal = all(np.array_equal(layer[:, 100:104], layer[:, 0:4]) for layer in kv_caches)
+
+        await manager.flush()  # what was stored survives a restart from here on
+        print("flushed:", manager.statistics().tiers["disk"].ready_blocks, "blocks on SSD")
+    print("every byte is back" if equal else "BYTES DIFFER")
+    return equal
+
+
+if __name__ == "__main__":
+    sys.exit(0 if asyncio.run(main(sys.argv[1])) else 1)

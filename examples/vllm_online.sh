@@ -1,0 +1,49 @@
+#!/bin/sh
+# vLLM over HTTP with FlexKV: one prompt is asked three times, by curl.
+#
+#   examples/vllm_online.sh MODEL FOLDER [arguments of `vllm serve`]
+#
+# FOLDER gets FlexKV's SSD tier, its socket and the log. The second time vLLM's own cache has the
+# prompt. Before the third vLLM's cache is emptied, so what is not computed comes from FlexKV.
+set -eu
+
+model=$1 folder=$2
+shift 2
+port=${PORT:-8000}
+mkdir -p -m 700 "$folder"
+folder=$(cd "$folder" && pwd)
+
+# VLLM_SERVER_DEV_MODE: the reset is for developers only.
+VLLM_SERVER_DEV_MODE=1 vllm serve "$model" --served-model-name model --port "$port" \
+	--enable-prompt-tokens-details "$@" --kv-transfer-config '{
+		"kv_connector": "FlexKVConnector",
+		"kv_connector_module_path": "flexkv.integration.vllm.connector",
+		"kv_role": "kv_both",
+		"kv_load_failure_policy": "recompute",
+		"kv_connector_extra_config": {
+			"num_cpu_blocks": 256, "num_ssd_blocks": 256, "ssd_cache_dir": "'"$folder"'",
+			"server_recv_port": "ipc://'"$folder"'/socket", "load_if_faster": false
+		}
+	}' >"$folder/vllm.log" 2>&1 &
+engine=$!
+trap 'kill $engine 2>/dev/null; wait $engine || true' EXIT
+
+echo "vLLM starts; its log is $folder/vllm.log"
+until curl -sf "localhost:$port/health"; do
+	kill -0 $engine || { tail -n 20 "$folder/vllm.log"; exit 1; }
+	sleep 1
+done
+
+ask() {
+	prompt=$(seq -s ' ' -f 'w%g' 10 400)
+	curl -sS --fail-with-body "localhost:$port/v1/completions" -H 'Content-Type: application/json' \
+		-d '{"model": "model", "max_tokens": 4, "temperature": 0, "prompt": "'"$prompt"'"}' |
+		grep -oE '"(prompt_tokens|cached_tokens)": ?[0-9]+' | tr '\n' ' '
+	echo
+}
+
+echo "first:           $(ask)"
+echo "again:           $(ask)"
+until curl -sS -X POST "localhost:$port/reset_prefix_cache" | grep -q true; do sleep 0.1; done
+echo "after a reset:   $(ask)"
+curl -sS "localhost:$port/metrics" | grep -E '^flexkv_connector_loaded_blocks_total' || true

@@ -1,0 +1,78 @@
+"""FlexKV's keys in vLLM's own configuration: `kv_connector_extra_config`.
+
+    vllm serve … --kv-transfer-config '{"kv_connector": "FlexKVConnector", …,
+        "kv_connector_extra_config": {"cpu_cache_gb": 64, "ssd_cache_dir": "/data/flexkv"}}'
+
+It takes every key of a file, flat or under `cache_config`, and wins over the file and the
+environment. `weights_id` stands only here: see `identity.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import BaseModel
+
+from flexkv.common.config import CacheConfig, Settings, settings_of
+from flexkv.common.config_keys import kind_of, old_names
+from flexkv.common.errors import ConfigError
+from flexkv.integration.vllm.identity import WEIGHTS_ID
+
+FIELD = "kv_connector_extra_config"
+ALIKE = 0.75
+"""How similar an unknown key must be to `weights_id` to be taken for it."""
+
+
+def with_extra(settings: Settings, transfer: Any) -> Settings:
+    """Return the settings of a process with those of vLLM's configuration over them.
+
+    Args:
+        settings: of the file and the environment.
+        transfer: vLLM's `KVTransferConfig`.
+
+    Raises:
+        ConfigError: a key is unknown, or its value breaks a rule; the error names the nearest
+            known key.
+    """
+    extra = getattr(transfer, FIELD, None) or {}
+    if not isinstance(extra, Mapping):
+        raise ConfigError(FIELD, kind_of(extra), "must be an object of keys")
+    told = {name: value for name, value in extra.items() if name != WEIGHTS_ID}
+    if not told:
+        return settings
+    _check_spelling(told)
+    try:
+        return settings_of(told, {**_given(settings), **_given(settings.cache_config)})
+    except ConfigError as error:
+        if error.field in (*told, *_nested(told), "key"):
+            fault = ConfigError(f"{FIELD}.{error.field}", error.value, error.why)
+        else:
+            fault = error
+    raise fault  # raised here it has no context, which would hold the values
+
+
+def _check_spelling(told: Mapping[Any, Any]) -> None:
+    """Refuse what is probably meant to be `weights_id`: the other keys are checked elsewhere."""
+    models = (Settings, CacheConfig)
+    known = {*old_names(models), *(name for model in models for name in model.model_fields)}
+    for name in told:
+        is_unknown = isinstance(name, str) and name not in known
+        if is_unknown and get_close_matches(name, [WEIGHTS_ID], cutoff=ALIKE):
+            why = f"unknown key; the nearest known one is {WEIGHTS_ID}"
+            raise ConfigError(f"{FIELD}.{name}", kind_of(told[name]), why)
+
+
+def _nested(told: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    nested = told.get("cache_config")
+    return nested if isinstance(nested, Mapping) else {}
+
+
+def _given(config: BaseModel) -> dict[str, Any]:
+    """Return the keys that somebody has given, under their current names."""
+    return {
+        name: getattr(config, name)
+        for name in type(config).model_fields
+        if name in config.model_fields_set and name != "cache_config"
+    }

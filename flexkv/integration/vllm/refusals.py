@@ -1,0 +1,197 @@
+"""What FlexKV does not serve under vLLM, each by its name: the engine does not start with it.
+
+A block of a model that is refused here would be incomplete, of another shape than FlexKV takes it
+for, or not named by the tokens before it; so what was loaded would be wrong. The rules look at
+vLLM's configuration, and where it is handed over (`KVCacheConfig`) at the KV caches themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from flexkv.common.errors import ConfigError
+
+DRAFTS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
+DTYPES = ("auto", "float16", "bfloat16", "float32", "half", "float", "fp8", "fp8_e4m3", "fp8_e5m2",
+          "fp8_inc", "int8", "uint8")  # fmt: skip
+"""`kv_cache_dtype`s of which a block is an array, and nothing beside it."""
+ATTENTION = {"attention", "full_attention", "global_attention", "sliding_attention"}
+"""Kinds of layers in models' own configurations; windows are looked at apart."""
+WHOLE = ("FullAttentionSpec", "MLAAttentionSpec")
+"""Kinds of KV caches that keep every token, under its own place."""
+_STATE = "has state layers beside its KV cache: FlexKV keeps KV blocks only"
+
+
+class Rule(NamedTuple):
+    """Something that is not served.
+
+    Attributes:
+        field: of vLLM's configuration, as users give it.
+        found: returns the offending value; None if there is none.
+        why: completes "field=value: …".
+    """
+
+    field: str
+    found: Callable[[Any], object]
+    why: str
+
+
+def _of(owner: str, name: str, usual: object = None) -> Callable[[Any], object]:
+    """Return what finds a field's value, unless it is false or the usual one."""
+
+    def found(config: Any) -> object:
+        value = getattr(getattr(config, owner, None), name, usual)
+        return value if value and value != usual else None
+
+    return found
+
+
+def _model_if(*names: str) -> Callable[[Any], object]:
+    """Return what finds the model's name, if any of these facts of it is true."""
+
+    def found(config: Any) -> object:
+        model = config.model_config
+        return model.model if any(getattr(model, name, False) for name in names) else None
+
+    return found
+
+
+def _text(name: str) -> Callable[[Any], object]:
+    """Return what finds a value in the configuration of a model's text part; 0 is no value."""
+
+    def found(config: Any) -> object:
+        for part in ("hf_text_config", "hf_config"):
+            if value := getattr(getattr(config.model_config, part, None), name, None):
+                return value
+        return None
+
+    return found
+
+
+def _layers(config: Any) -> object:
+    """Return the kinds of layers that are no attention, as a model's own configuration has them.
+
+    Where vLLM has no code of its own for a model, it asks no class whether it has state layers.
+    """
+    model, kinds = config.model_config, set[str]()
+    for part in (getattr(model, "hf_config", None), getattr(model, "hf_text_config", None)):
+        for name in ("layer_types", "layers_block_type"):
+            told = getattr(part, name, None)
+            kinds.update(map(str, told if isinstance(told, list | tuple) else ()))
+    return ", ".join(sorted(kinds - ATTENTION)) or None
+
+
+def _pooling(config: Any) -> object:
+    kind = getattr(config.model_config, "runner_type", "generate")
+    return kind if kind != "generate" else None
+
+
+def _window(config: Any) -> object:
+    model = config.model_config
+    uses_it = getattr(getattr(model, "hf_text_config", None), "use_sliding_window", True)
+    window = model.get_sliding_window()
+    return window if uses_it else None
+
+
+def _dtype(config: Any) -> object:
+    told = getattr(config.cache_config, "cache_dtype", "auto")
+    return told if told not in DTYPES else None
+
+
+def _drafts(config: Any) -> object:
+    drafts = getattr(config, "speculative_config", None)
+    if drafts is None or drafts.method in DRAFTS_WITHOUT_KV:
+        return None
+    return drafts.method
+
+
+def _role(config: Any) -> object:
+    role = config.kv_transfer_config.kv_role
+    return role if role != "kv_both" else None
+
+
+_CONTEXT = "context parallelism is not served: a rank has a part of each block's tokens"
+RULES = (
+    Rule("pipeline_parallel_size", _of("parallel_config", "pipeline_parallel_size", 1),
+         "pipeline parallelism is not served: a rank has a part of the layers"),
+    Rule("decode_context_parallel_size",
+         _of("parallel_config", "decode_context_parallel_size", 1), _CONTEXT),
+    Rule("prefill_context_parallel_size",
+         _of("parallel_config", "prefill_context_parallel_size", 1), _CONTEXT),
+    Rule("nnodes", _of("parallel_config", "nnodes_within_dp", 1),
+         "an engine on several machines is not served: its workers reach no server on another"),
+    Rule("model", _model_if("is_attention_free"),
+         "is attention-free: it has no KV cache, so there is nothing to keep"),
+    Rule("model", _model_if("is_hybrid"), f"is a hybrid model: it {_STATE}"),
+    Rule("model", _model_if("is_encoder_decoder"),
+         "is an encoder-decoder model: its cross attention depends on more than the tokens before"),
+    Rule("model", _model_if("is_diffusion"),
+         "is a diffusion model: its tokens change after their KV was computed"),
+    Rule("runner", _pooling,
+         "models that pool instead of generating are not served: many attend in both directions"),
+    Rule("model", _model_if("has_inner_state"), _STATE),
+    Rule("model", _model_if("has_noops"),
+         "has layers without attention: its layers are not all in the KV cache"),
+    Rule("layer_types", _layers, "layers of other kinds than attention are not served"),
+    Rule("sliding_window", _window,
+         "layers that forget are not served: vLLM's --disable-sliding-window, if it may be so"),
+    Rule("attention_chunk_size", _of("model_config", "attention_chunk_size"),
+         "chunked attention is not served: its layers forget"),
+    Rule("index_topk", _text("index_topk"),
+         "sparse attention with an indexer is not served: the indexer has a cache of its own"),
+    Rule("num_kv_shared_layers", _text("num_kv_shared_layers"),
+         "layers that share a KV cache are not served"),
+    Rule("kv_cache_dtype", _dtype,
+         "this KV cache is not served: scales or packed values lie beside its blocks"),
+    Rule("kv_cache_dtype_skip_layers", _of("cache_config", "kv_cache_dtype_skip_layers"),
+         "KV caches whose layers have different dtypes are not served"),
+    Rule("kv_role", _role, "must be kv_both: FlexKV both stores and loads"),
+    Rule("speculative_config.method", _drafts,
+         f"drafts with a KV cache of their own are not served: {', '.join(DRAFTS_WITHOUT_KV)} are"),
+)  # fmt: skip
+"""In this order: the first that holds names what the engine is, and not what follows from it."""
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Check that FlexKV serves an engine.
+
+    Args:
+        vllm_config: vLLM's `VllmConfig`, of any version that is served.
+
+    Raises:
+        ConfigError: it does not; the error has the field, its value, and why.
+    """
+    for rule in RULES:
+        if (value := rule.found(vllm_config)) is not None:
+            raise ConfigError(rule.field, value, f"FlexKV: {rule.why}")
+
+
+def check_caches(kv_cache_config: Any) -> None:
+    """Check that FlexKV serves an engine's KV caches, of which the configuration may say less.
+
+    Args:
+        kv_cache_config: vLLM's `KVCacheConfig`; None where it is not handed over.
+
+    Raises:
+        ConfigError: there are several groups of them, or they do not keep every token.
+    """
+    groups = getattr(kv_cache_config, "kv_cache_groups", None)
+    if groups is None:
+        return
+    if len(groups) != 1:
+        kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
+        why = f"FlexKV serves models whose layers are in one group, not: {kinds or 'none'}"
+        raise ConfigError("kv_cache_groups", len(groups), why)
+    for spec in _specs(groups[0].kv_cache_spec):
+        if (kind := type(spec).__name__) not in WHOLE:
+            raise ConfigError("kv_cache_spec", kind, f"FlexKV serves only {' and '.join(WHOLE)}")
+        for name in ("sliding_window", "attention_chunk_size"):
+            if (value := getattr(spec, name, None)) is not None:
+                raise ConfigError(name, value, "FlexKV does not serve layers that forget")
+
+
+def _specs(spec: Any) -> Iterable[Any]:
+    """Return the kinds of a group's layers: several, where they differ in shape only."""
+    several = getattr(spec, "kv_cache_specs", None)
+    return [spec] if several is None else several.values()

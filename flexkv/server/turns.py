@@ -1,0 +1,41 @@
+"""Lets puts be planned one at a time, so that an engine's question never waits for many of them.
+
+A scheduler's step waits for the answer to a match, and nobody waits for a put. An event loop runs
+whatever is ready before it looks at its sockets again. So of the puts that could be planned, each
+turn of the loop plans one, and a match that has come meanwhile goes before the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+
+class LoopTurns:
+    """Turns of the running loop, handed out in the order in which they were asked for."""
+
+    def __init__(self) -> None:
+        self._waiting = deque[asyncio.Future[None]]()
+        self._is_taken = False
+
+    async def wait(self) -> None:
+        """Return in a turn of the loop in which nobody else does; the first one at once.
+
+        Cancellation: the turn goes to the next one.
+        """
+        loop = asyncio.get_running_loop()
+        if not self._is_taken:
+            self._is_taken = True
+            loop.call_soon(self._hand_out, loop)
+            return
+        mine = loop.create_future()
+        self._waiting.append(mine)
+        await mine
+
+    def _hand_out(self, loop: asyncio.AbstractEventLoop) -> None:
+        while self._waiting:
+            if not (first := self._waiting.popleft()).done():
+                first.set_result(None)
+                loop.call_soon(self._hand_out, loop)
+                return
+        self._is_taken = False

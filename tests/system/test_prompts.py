@@ -1,0 +1,150 @@
+"""Keys of prompts go to the server once, and never the wrong ones, over whatever connection."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from flexkv.common.config import Settings
+from flexkv.common.errors import ClosedError
+from flexkv.common.request import Operation
+from flexkv.server.client import Client
+from flexkv.server.launch import Launched
+from flexkv.server.prompts import Prompt, PromptPart
+from flexkv.server.wire import Done, Match, Matched, Start, framed
+
+from .conftest import MODEL, PER_BLOCK
+from .fake_server import FakeServer
+from .serving import BLOCKS, Instance, Peer, eventually, settings_in
+
+GROWTH_BYTES_MAX = 96 << 20
+"""Twice what the server keeps of one client's prompts, and what a busy allocator adds to it."""
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Return settings."""
+    return settings_in(tmp_path)
+
+
+def grown(client: Client, prompt: Prompt, blocks: int) -> PromptPart:
+    """Return the first blocks of a prompt, of which the tokens are 0, 1, 2, …"""
+    tokens = np.arange(blocks * PER_BLOCK)
+    if prompt.keys:
+        client.extend(prompt, tokens[prompt.blocks * PER_BLOCK :])
+    else:
+        prompt.keys[:] = client.keys(tokens)
+    return PromptPart(prompt, blocks)
+
+
+def test_each_key_is_sent_once(settings: Settings) -> None:
+    """A match sends all of them, and each later put the new ones behind the last known one."""
+    server, client = FakeServer(settings), Client(settings, MODEL)
+    try:
+        eventually(lambda: (client.poll(), client.is_ready)[1])
+        peer, prompt = server.next_peer(), client.new_prompt()
+        client.ask(grown(client, prompt, 100))
+        asked = server.hear(peer)
+        assert (len(asked.keys), asked.known) == (101 * 16, 0)
+        for blocks in (50, 100, 101, 103):
+            part = grown(client, prompt, max(blocks, prompt.blocks))
+            client.put(PromptPart(part.prompt, blocks), 0, np.arange(blocks), 0)
+            client.flush()
+            put = server.hear(peer)
+            assert isinstance(put, Start)
+            assert put.prompt == asked.prompt
+            new = max(0, blocks + 1 - max(101, put.known))
+            assert len(put.keys) == (1 + new) * 16
+            assert put.keys == bytes(prompt.keys[(put.known - 1) * 16 : (blocks + 1) * 16])
+    finally:
+        client.close()
+        server.close()
+
+
+@pytest.mark.parametrize("how", ["ends", "killed", "cut"])
+def test_a_new_connection_means_the_same_blocks(settings: Settings, how: str) -> None:
+    """A server that restarts, or a connection that is lost, costs keys anew and never bytes."""
+    server = Launched(MODEL, settings)
+    instance = Instance(settings)
+    instance.begin()
+    client, prompt = instance.client, instance.client.new_prompt()
+    before = instance.content(range(BLOCKS))
+    try:
+        number = client.put(grown(client, prompt, 4), 0, np.arange(4), client.generation)
+        instance.agents[0].ready([number])
+        assert instance.end_of(number).moved == 4
+        if how == "cut":
+            client.give_up("the test wants it")
+            client._retry_s = 0.0
+        else:
+            if how == "killed":
+                os.kill(server.pid, signal.SIGKILL)
+                eventually(lambda: server.has_ended)
+            server.close()
+            server = Launched(MODEL, settings)
+        eventually(lambda: (client.poll(), not client.is_ready)[1] or how == "cut")
+        client._retry_s = 0.0
+        instance.wait_ready()
+        number = client.put(grown(client, prompt, BLOCKS), 0, np.arange(BLOCKS), client.generation)
+        instance.agents[0].ready([number])
+        assert instance.end_of(number).status == "success"
+        part = PromptPart(prompt, BLOCKS)
+        assert client.match(part).blocks == BLOCKS
+        number = client.get(part, 0, np.arange(20, 20 + BLOCKS))
+        assert instance.end_of(number).moved == BLOCKS
+        np.testing.assert_array_equal(instance.content(range(20, 20 + BLOCKS)), before)
+        assert client.match(instance.keys(0)).blocks == BLOCKS  # by all keys, sent in full
+    finally:
+        instance.close()
+        server.close()
+
+
+@pytest.fixture
+def launched(settings: Settings) -> Iterator[Launched]:
+    """Yield a running server; at the end, check that it ended well."""
+    server = Launched(MODEL, settings)
+    yield server
+    server.close()
+    assert server.exit_status == 0
+
+
+def test_keys_that_do_not_fit_end_the_connection(settings: Settings, launched: Launched) -> None:
+    """And nothing else: another client of the instance is served."""
+    for message in (
+        Match(1, b"k" * 32, prompt=3, known=1),
+        Start(1, "put", b"k" * 32, 0, b"", 0, prompt=3, known=2),
+        Match(1, b"k" * (2 << 20), prompt=3),
+    ):
+        peer = Peer(settings, "client")
+        peer.connected.socket.sendall(framed(message))
+        with pytest.raises((OSError, ClosedError)):
+            peer.hear(Done)
+        peer.close()
+    instance = Instance(settings)
+    instance.begin()
+    assert instance.request(Operation.PUT, 1, range(BLOCKS)).moved == BLOCKS
+    instance.close()
+
+
+def test_what_a_client_makes_the_server_keep_is_bounded(
+    settings: Settings, launched: Launched
+) -> None:
+    """A client that sends prompt after prompt and forgets none is cut off."""
+    process = psutil.Process(launched.pid)
+    before = process.memory_info().rss
+    peer, kept = Peer(settings, "client"), 0
+    with suppress(OSError, ClosedError):
+        for number in range(1, 1000):
+            peer.say(Match(number, os.urandom(256 << 10), prompt=number))
+            peer.hear(Matched)
+            kept = number
+    assert 64 < kept < 256
+    assert process.memory_info().rss - before < GROWTH_BYTES_MAX
+    peer.close()

@@ -1,0 +1,101 @@
+"""A server that an engine has launched is launched again, but not for ever."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from flexkv.common.config import ModelConfig, Settings
+from flexkv.common.errors import BackendUnavailableError, ConfigError
+from flexkv.integration.vllm import own_server
+from flexkv.integration.vllm.own_server import RELAUNCH_S, YOUNG_MAX, YOUNG_S, OwnServer
+
+MODEL = ModelConfig(num_layers=1, num_kv_heads=1, head_size=8, dtype="float16")
+
+
+class World:
+    """A clock, and the servers that were launched so far."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s, self.servers = 0.0, list[Server]()
+        monkeypatch.setattr(own_server.time, "monotonic", lambda: self.now_s)
+        monkeypatch.setattr(own_server, "Launched", self._launch)
+
+    def _launch(self, *_: Any, waits: bool = True, is_awaited: bool = True) -> Server:
+        assert waits is is_awaited  # a step of a scheduler waits for neither
+        self.servers.append(Server(len(self.servers)))
+        return self.servers[-1]
+
+    def passes(self, own: OwnServer, seconds: float) -> None:
+        """Let time pass, with a look at every second, as steps look."""
+        for _ in range(int(seconds)):
+            self.now_s += 1.0
+            own.look()
+
+
+class Server:
+    """One that was launched."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.has_ended, self.closed = pid, False, 0
+        self.refusal: Exception | None = None
+
+    def look(self) -> bool:
+        """Say whether it listens, or why it does not."""
+        if self.refusal is not None:
+            raise self.refusal
+        return True
+
+    def close(self) -> None:
+        """Count it."""
+        self.closed += 1
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    """Return one."""
+    return World(monkeypatch)
+
+
+@pytest.mark.parametrize("ends", ["ended", "refused", "killed"])
+def test_a_server_that_ends_young_is_launched_a_few_times(world: World, ends: str) -> None:
+    """With longer and longer pauses; then the engine goes on without."""
+    own, launched_s = OwnServer(MODEL, Settings()), list[float]()
+    for _ in range(3600):
+        newest = world.servers[-1]
+        newest.has_ended = True
+        if ends == "refused":
+            newest.refusal = ConfigError("cpu_cache_gb", 1000, "is beyond this machine")
+        elif ends == "killed":
+            newest.refusal = BackendUnavailableError("server", "it ended before it listened")
+        count = len(world.servers)
+        world.passes(own, 1)
+        if len(world.servers) > count:
+            launched_s.append(world.now_s)
+    assert len(world.servers) == YOUNG_MAX
+    pauses = [b - a for a, b in zip([0.0, *launched_s], launched_s, strict=False)]
+    assert pauses[0] >= RELAUNCH_S
+    assert pauses == sorted(pauses)
+    assert [each.closed for each in world.servers[:-1]] == [1] * (YOUNG_MAX - 1)
+    own.close()
+    assert world.servers[-1].closed == 1
+
+
+def test_a_server_that_lived_long_is_launched_again_each_time(world: World) -> None:
+    """However often, and soon: what it died of is not how it was started."""
+    own = OwnServer(MODEL, Settings())
+    for count in range(1, 3 * YOUNG_MAX):
+        world.passes(own, YOUNG_S)
+        assert len(world.servers) == count
+        world.servers[-1].has_ended = True
+        world.passes(own, 2)
+    assert own.pid == len(world.servers) - 1
+
+
+def test_a_server_that_runs_is_left_alone(world: World) -> None:
+    """Whether it listens yet or not."""
+    own = OwnServer(MODEL, Settings())
+    world.passes(own, 1000)
+    assert len(world.servers) == 1
+    assert not world.servers[0].closed

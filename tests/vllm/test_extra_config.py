@@ -1,0 +1,91 @@
+"""FlexKV's keys in vLLM's `kv_connector_extra_config`: they win, and are checked like any other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from flexkv.common.config import Settings
+from flexkv.common.errors import ConfigError
+from flexkv.settings import load_settings
+
+pytest.importorskip("vllm")
+
+from flexkv.integration.vllm.extra_config import with_extra
+
+
+def settled(tmp_path: Path, extra: Any, file: Any = None, **environment: str) -> Settings:
+    """Return the settings of an engine with these keys in each of its sources."""
+    if file is not None:
+        path = tmp_path / "flexkv.json"
+        path.write_text(json.dumps(file))
+        environment["FLEXKV_CONFIG_PATH"] = str(path)
+    return with_extra(load_settings(environment), SimpleNamespace(kv_connector_extra_config=extra))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"log_level": "warning", "logging_prefix": "X", "ssd_cache_dir": "/c", "num_cpu_blocks": 7},
+        {"log_level": "warning", "logging_prefix": "X",
+         "cache_config": {"ssd_cache_dir": "/c", "num_cpu_blocks": 7}},
+    ],
+    ids=["flat", "nested"],
+)  # fmt: skip
+def test_it_wins_over_the_file_and_the_environment(tmp_path: Path, extra: dict[str, Any]) -> None:
+    """Whatever it does not name comes from them; a size may be given in another unit."""
+    file = {
+        "log_level": "error", "server_answer_ms": 77,
+        "cache_config": {"cpu_cache_gb": 3, "ssd_cache_dir": "/b;/d", "key_secret": "of the file"},
+    }  # fmt: skip
+    got = settled(tmp_path, extra, file, FLEXKV_NUM_SSD_BLOCKS="99", FLEXKV_LOG_LEVEL="debug")
+    assert (got.log_level, got.logging_prefix, got.server_answer_ms) == ("warning", "X", 77)
+    cache = got.cache_config
+    assert (cache.num_cpu_blocks, cache.num_ssd_blocks) == (7, 99)
+    assert cache.key_secret.get_secret_value() == "of the file"
+    assert [str(each) for each in cache.ssd_cache_dir] in (["/c"], list("/c"))
+
+
+@pytest.mark.parametrize("extra", [None, {}, {"weights_id": "llama"}])
+def test_without_keys_the_other_sources_hold(tmp_path: Path, extra: Any) -> None:
+    """A name of the weights is no key of FlexKV's own."""
+    file = {"log_level": "error", "cache_config": {"num_cpu_blocks": 5, "ssd_cache_dir": "/b"}}
+    with_it = settled(tmp_path, extra, file)
+    assert with_it == load_settings({"FLEXKV_CONFIG_PATH": str(tmp_path / "flexkv.json")})
+
+
+@pytest.mark.parametrize(
+    ("extra", "field", "words"),
+    [
+        ({"cpu_cache_bg": 3}, "cpu_cache_bg", "cpu_cache_gb"),
+        ({"weight_id": "llama"}, "weight_id", "weights_id"),
+        ({"weights-id": "llama"}, "weights-id", "weights_id"),
+        ({"cache_config": {"num_cpu_blokcs": 3}}, "num_cpu_blokcs", "num_cpu_blocks"),
+        ({"server_answer_ms": "soon"}, "server_answer_ms", "integer"),
+        ({"cpu_cache_gb": -1}, "cpu_cache_gb", "greater"),
+        ({"cache_config": 7}, "cache_config", "object"),
+        ([1], "kv_connector_extra_config", "object"),
+    ],
+)
+def test_what_breaks_a_rule_is_refused_by_name(
+    tmp_path: Path, extra: Any, field: str, words: str
+) -> None:
+    """The error says where the key stands, and which known one is nearest."""
+    with pytest.raises(ConfigError, match=words) as caught:
+        settled(tmp_path, extra)
+    assert caught.value.field.startswith("kv_connector_extra_config")
+    assert caught.value.field.endswith(field)
+
+
+def test_a_secret_in_it_is_never_quoted(tmp_path: Path) -> None:
+    """Nor is one in a source below it, whichever of the keys is wrong."""
+    file = {"cache_config": {"key_secret": "hush-hush-hush"}}
+    for extra in ({"key_secret": ["hush-hush-hush"]}, {"cpu_cache_gb": "much"}):
+        with pytest.raises(ConfigError) as caught:
+            settled(tmp_path, extra, file)
+        assert "hush" not in str(caught.value)
+        assert caught.value.__context__ is None

@@ -1,0 +1,219 @@
+"""What FlexKV does not serve under vLLM is refused by its true name, and nothing is launched."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import huggingface_hub
+import torch
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
+
+from flexkv.common.errors import ConfigError
+from flexkv.integration.vllm.connector import FlexKVConnector
+from flexkv.integration.vllm.refusals import check_caches, check_engine
+from flexkv.integration.vllm.vllm_v1_adapter import FlexKVConnectorV1Impl
+
+Change = Callable[[Any], None]
+support = pytest.mark.support
+
+
+def model_is(**facts: bool) -> Change:
+    """Return what lets vLLM know these facts of a model's class."""
+
+    def change(config: Any) -> None:
+        model = config.model_config
+        model._model_info = dataclasses.replace(model._model_info, **facts)
+
+    return change
+
+
+def sets(path: str, value: object) -> Change:
+    """Return what gives a value to a field of the configuration."""
+
+    def change(config: Any) -> None:
+        *owners, name = path.split(".")
+        for owner in owners:
+            config = getattr(config, owner)
+        object.__setattr__(config, name, value)
+
+    return change
+
+
+REFUSED = [
+    pytest.param(
+        model_is(is_attention_free=True, has_inner_state=True), "model", "attention-free",
+        marks=support("model", "attention-free (Mamba)", "refused"),
+    ),
+    pytest.param(
+        model_is(is_hybrid=True, has_inner_state=True), "model", "hybrid",
+        marks=support("model", "hybrid: attention and state layers (Jamba, Bamba, Qwen3-Next)",
+                      "refused", "by vLLM first with `--no-disable-hybrid-kv-cache-manager`"),
+    ),
+    pytest.param(model_is(has_inner_state=True), "model", "state layers"),
+    pytest.param(
+        sets("model_config.hf_config.layer_types", ["full_attention", "linear_attention"]),
+        "layer_types", "linear_attention|other kinds",
+    ),
+    pytest.param(
+        sets("model_config.is_encoder_decoder", True), "model", "encoder-decoder",
+        marks=support("model", "encoder-decoder (Whisper)", "refused"),
+    ),
+    pytest.param(
+        sets("model_config.is_diffusion", True), "model", "diffusion",
+        marks=support("model", "diffusion", "refused"),
+    ),
+    pytest.param(
+        sets("model_config.runner_type", "pooling"), "runner", "pool",
+        marks=support("model", "pooling: embeddings, rewards, classifiers", "refused"),
+    ),
+    pytest.param(
+        model_is(has_noops=True), "model", "without attention",
+        marks=support("model", "with layers that have no attention (Nemotron-NAS)", "refused"),
+    ),
+    pytest.param(
+        sets("model_config.hf_text_config.sliding_window", 128), "sliding_window", "forget",
+        marks=support("model", "with a sliding window (Mistral, Gemma, gpt-oss)", "refused",
+                      "served with vLLM's `--disable-sliding-window`, where the model may do so"),
+    ),
+    pytest.param(
+        sets("model_config.attention_chunk_size", 8192), "attention_chunk_size", "chunked",
+        marks=support("model", "with chunked attention (Llama 4)", "refused"),
+    ),
+    pytest.param(
+        sets("model_config.hf_text_config.index_topk", 64), "index_topk", "indexer",
+        marks=support("model", "with MLA and an indexer (DeepSeek V3.2)", "refused"),
+    ),
+    pytest.param(
+        sets("model_config.hf_text_config.num_kv_shared_layers", 2), "num_kv_shared_layers",
+        "share",
+        marks=support("model", "with layers that share a KV cache (Gemma 3n)", "refused"),
+    ),
+    pytest.param(
+        sets("cache_config.cache_dtype", "nvfp4"), "kv_cache_dtype", "nvfp4",
+        marks=support("feature", "KV caches with scales beside the values (`nvfp4`,"
+                      " `…_per_token_head`, `fp8_ds_mla`, `turboquant_…`)", "refused"),
+    ),
+    pytest.param(sets("cache_config.cache_dtype", "fp8_ds_mla"), "kv_cache_dtype", "beside"),
+    pytest.param(
+        sets("cache_config.kv_cache_dtype_skip_layers", ["0"]), "kv_cache_dtype_skip_layers",
+        "different dtypes",
+        marks=support("feature", "`--kv-cache-dtype-skip-layers`", "refused"),
+    ),
+    pytest.param(
+        sets("parallel_config.pipeline_parallel_size", 2), "pipeline_parallel_size", "pipeline",
+        marks=support("feature", "pipeline parallelism", "refused"),
+    ),
+    pytest.param(
+        sets("parallel_config.decode_context_parallel_size", 2), "decode_context_parallel_size",
+        "context",
+        marks=support("feature", "context parallelism (decode, prefill)", "refused"),
+    ),
+    pytest.param(
+        sets("parallel_config.prefill_context_parallel_size", 2), "prefill_context_parallel_size",
+        "context",
+    ),
+    pytest.param(
+        sets("parallel_config.nnodes", 2), "nnodes", "several machines",
+        marks=support("feature", "one engine on several machines (`--nnodes`)", "refused"),
+    ),
+    pytest.param(
+        sets("speculative_config", SimpleNamespace(method="eagle")), "speculative_config.method",
+        "drafts",
+        marks=support("feature", "drafts with a KV cache of their own (EAGLE, MTP, draft models)",
+                      "refused"),
+    ),
+    pytest.param(sets("speculative_config", SimpleNamespace(method="mtp")),
+                 "speculative_config.method", "drafts"),
+    pytest.param(
+        sets("kv_transfer_config.kv_role", "kv_producer"), "kv_role", "kv_both",
+        marks=support("feature", "`kv_role` other than `kv_both`", "refused"),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "field", "words"), REFUSED)
+def test_what_is_not_served_is_refused_by_its_true_name(
+    configured: Any, change: Change, field: str, words: str
+) -> None:
+    """By both connectors, for either role, before a server is launched or anything connected."""
+    config = copy.deepcopy(configured)
+    change(config)
+    for role in KVConnectorRole:
+        for connector in (FlexKVConnectorV1Impl, FlexKVConnector):
+            with pytest.raises(ConfigError, match=words) as caught:
+                connector(config, role)
+            assert caught.value.field == field
+
+
+def test_a_plain_model_is_not_refused(configured: Any) -> None:
+    """Nor is one whose drafts have no KV cache, or whose configuration names a window unused."""
+    check_engine(configured)
+    config = copy.deepcopy(configured)
+    config.speculative_config = SimpleNamespace(method="ngram")
+    config.model_config.hf_text_config.sliding_window = 128
+    config.model_config.hf_text_config.use_sliding_window = False
+    config.model_config.hf_config.layer_types = ["full_attention", "sliding_attention"]
+    check_engine(config)
+
+
+def caches(*specs: Any) -> KVCacheConfig:
+    """Return KV caches with a group for each of these kinds of layers."""
+    groups = [KVCacheGroupSpec([f"layer {n}"], spec) for n, spec in enumerate(specs)]
+    return SimpleNamespace(kv_cache_groups=groups)  # type: ignore[return-value]
+
+
+def test_kv_caches_that_do_not_keep_every_token_are_refused() -> None:
+    """Whatever the configuration says of the model: a new kind of layer is not served unseen."""
+    shape = {"block_size": 16, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float16}
+    full, window = FullAttentionSpec(**shape), SlidingWindowSpec(**shape, sliding_window=4)
+    check_caches(None)
+    check_caches(caches(full))
+    check_caches(caches(SimpleNamespace(kv_cache_specs={"a": full, "b": full})))
+    for wrong, field in (
+        (caches(), "kv_cache_groups"),
+        (caches(full, window), "kv_cache_groups"),
+        (caches(window), "kv_cache_spec"),
+        (caches(FullAttentionSpec(**shape, sliding_window=4)), "sliding_window"),
+        (caches(FullAttentionSpec(**shape, attention_chunk_size=4)), "attention_chunk_size"),
+        (caches(SimpleNamespace(kv_cache_specs={"a": full, "b": window})), "kv_cache_spec"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check_caches(wrong)
+        assert caught.value.field == field
+
+
+def test_a_real_configuration_without_attention_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM takes the model; FlexKV says what it is, and not that it has no heads."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    facts = {
+        "architectures": ["MambaForCausalLM"], "model_type": "mamba", "hidden_size": 64,
+        "num_hidden_layers": 2, "state_size": 16, "vocab_size": 256, "conv_kernel": 4, "expand": 2,
+        "time_step_rank": 4, "torch_dtype": "float32", "intermediate_size": 128,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    arguments = EngineArgs(model=str(tmp_path), skip_tokenizer_init=True, enforce_eager=True)
+    arguments.kv_transfer_config = KVTransferConfig(
+        kv_connector="FlexKVConnectorV1", kv_role="kv_both"
+    )
+    with pytest.raises(ConfigError, match="attention-free"):
+        check_engine(arguments.create_engine_config())
