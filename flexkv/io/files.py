@@ -329,7 +329,10 @@ class StripedFiles:
         if isinstance(error, OverflowError) or error.errno == EFBIG:
             why = f"a file of {size} bytes is more than {self._names[number][0].path} takes: set "
             return ConfigError(*self._given, why + f"max_file_size_gb or {self._given.key} lower")
-        if error.errno in (ENOSPC, EDQUOT):
+        if error.errno == EDQUOT:
+            why = f"needs {size} bytes in {self._names[number][0].path}, more than the quota allows"
+            return ConfigError(*self._given, f"{why}: set {self._given.key} lower")
+        if error.errno == ENOSPC:
             return self._no_space(number, size)
         why = f"cannot be given {size} bytes ({error.strerror})"
         return ConfigError("ssd_cache_dir", self.paths[number], why)
