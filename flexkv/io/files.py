@@ -30,7 +30,15 @@ from numpy.typing import NDArray
 from flexkv.common.config_cache import GivenSize
 from flexkv.common.errors import ConfigError, StorageError
 from flexkv.common.terms import BlockIds
-from flexkv.io.allocation import Gap, allocate, allocated_beyond, gaps, lacking_bytes, room
+from flexkv.io.allocation import (
+    Gap,
+    allocate,
+    allocated_beyond,
+    gaps,
+    kind_of_file_system,
+    lacking_bytes,
+    room,
+)
 from flexkv.io.folders import lock_folder, open_folder, open_ours, refusal
 from flexkv.io.private import Folder
 
@@ -102,6 +110,8 @@ class StripedFiles:
         folders: the directories, locked; they stay the property of this object.
         direct: whether I/O goes past the page cache.
         why: the reason if it does not.
+        may_block: whether a call that the kernel is told not to wait in may wait all the same: some
+            file systems in user space are as slow as the process behind them.
         identity_lasts: whether an open file and its name have the same inode number for long.
     """
 
@@ -122,6 +132,7 @@ class StripedFiles:
         self._names: list[tuple[Folder, str]] = []
         """The directory and the name of each file."""
         self.identity_lasts = True
+        self.may_block = False
 
     @classmethod
     def open(
@@ -167,6 +178,8 @@ class StripedFiles:
             files.why = files._go_direct()
             files.direct = not files.why
             files.identity_lasts = files.missing() is None
+            kinds = [kind_of_file_system(os.fstat(folder.fd).st_dev) for folder in files.folders]
+            files.may_block = any(kind.startswith("fuse") for kind in kinds)
             files._closing = closing.pop_all()
         return files
 
