@@ -13,7 +13,7 @@ LOCKED := install --quiet --no-deps --requirement
 TORCH_INDEX ?=
 APT_PACKAGES := gcc python3-dev python3-venv liburing-dev libxxhash-dev
 TEST_APT_PACKAGES := fuse3 g++ chromium
-MACHINE_APT_PACKAGES := xfsprogs btrfs-progs dosfstools e2fsprogs exfat-fuse exfatprogs ntfs-3g
+MACHINE_APT_PACKAGES := xfsprogs btrfs-progs dosfstools e2fsprogs ntfs-3g
 
 .PHONY: help setup ext demo test test-system test-latest test-vllm lock check lint types gpu mutants coverage \
 	sanitize bench soak wheel clean

@@ -43,12 +43,13 @@ bool ring_enter(Ring *self)
 
 static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"entries", "flags", NULL};
+    static char *names[] = {"entries", "flags", "in_background", NULL};
     unsigned flags = 0;
-    int entries, error;
+    int entries, error, in_background = 0;
     Ring *self;
 
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "i|I:Ring", names, &entries, &flags))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "i|Ip:Ring", names, &entries, &flags,
+                                     &in_background))
         return NULL;
     if (entries < 1 || flags & ~(unsigned)FLAGS_ALLOWED)
         return raise_errno(EINVAL);
@@ -65,6 +66,7 @@ static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *keywords
         Py_DECREF(self);
         return raise_errno(error);
     }
+    self->queue.in_background = in_background;
     self->open = true;
     self->taken = PyMem_Calloc(self->queue.capacity, sizeof(*self->taken));
     if (!self->taken) {
@@ -339,7 +341,7 @@ static PyMethodDef ring_methods[] = {
 };
 
 static PyType_Slot ring_slots[] = {
-    {Py_tp_doc, "Ring(entries, flags=0)\n--\n\n"
+    {Py_tp_doc, "Ring(entries, flags=0, in_background=False)\n--\n\n"
                 "An io_uring whose completions are announced on an eventfd."},
     {Py_tp_new, ring_new},
     {Py_tp_dealloc, ring_dealloc},

@@ -107,7 +107,8 @@ static void slot_end(struct ring_queue *queue, unsigned index, int64_t result)
 }
 
 /* Write the request for what is left of a slot. */
-static void request_prepare(struct io_uring_sqe *entry, const struct slot *slot, unsigned index)
+static void request_prepare(struct io_uring_sqe *entry, const struct slot *slot, unsigned index,
+                            unsigned flags)
 {
     uint64_t left = slot->bytes - slot->moved;
     unsigned bytes = (unsigned)(left < REQUEST_BYTES_MAX ? left : REQUEST_BYTES_MAX);
@@ -126,7 +127,7 @@ static void request_prepare(struct io_uring_sqe *entry, const struct slot *slot,
     else
         io_uring_prep_write(entry, file, address, bytes, offset);
     if (slot->kind != SLOT_NOP)
-        io_uring_sqe_set_flags(entry, IOSQE_FIXED_FILE);
+        io_uring_sqe_set_flags(entry, flags);
     io_uring_sqe_set_data64(entry, index);
 }
 
@@ -159,6 +160,7 @@ static int flush(struct io_uring *ring)
 /* Hand slots to the kernel, in order. Gives how many it accepted. */
 static unsigned post(struct ring_queue *queue, const unsigned *indices, unsigned count, int *error)
 {
+    unsigned flags = IOSQE_FIXED_FILE | (queue->in_background ? IOSQE_ASYNC : 0);
     unsigned prepared = 0;
 
     *error = 0;
@@ -169,7 +171,7 @@ static unsigned post(struct ring_queue *queue, const unsigned *indices, unsigned
             *error = flush(&queue->ring);
             continue;
         }
-        request_prepare(entry, &queue->slots[indices[prepared]], indices[prepared]);
+        request_prepare(entry, &queue->slots[indices[prepared]], indices[prepared], flags);
         prepared++;
     }
     if (*error == 0)

@@ -27,6 +27,7 @@ struct slot {
 struct ring_queue {
     struct io_uring ring;
     int eventfd;
+    bool in_background; /* requests are handed to kernel threads at once */
     unsigned capacity;
     struct slot *slots;   /* [capacity] */
     unsigned *free;       /* [capacity], a stack */

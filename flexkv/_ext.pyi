@@ -180,8 +180,10 @@ def notify_address() -> int:
 class Ring:
     """An io_uring whose completions are announced on an eventfd."""
 
-    def __init__(self, entries: int, flags: int = 0) -> None:
-        """Raises OSError when the kernel refuses, or for flags that the ring cannot work with.
+    def __init__(self, entries: int, flags: int = 0, in_background: bool = False) -> None:
+        """Make a ring; `in_background` hands all I/O to kernel threads, which costs some speed.
+
+        Raises OSError when the kernel refuses, or for flags that the ring cannot work with.
 
         EOPNOTSUPP: the kernel does not know all operations that a ring does.
         """

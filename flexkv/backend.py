@@ -139,6 +139,7 @@ class LocalBackend:
     ) -> None:
         """Take files, which is quick, and then memory; first make sure that there is memory."""
         cache, sizes = self._cache, self._sizes
+        self.unavailable.forget()  # what an earlier try found
         hugepage_bytes = cache.hugepage_size_bytes if cache.use_hugepage_cpu_buffer else None
         host_bytes = sizes.num_host_blocks * sizes.block_stride_bytes
         reserved_bytes = check_memory(host_bytes, hugepage_bytes, sizes.host_given)

@@ -20,6 +20,11 @@ class Unavailable:
         self.directories: dict[str, str] = {}
         self.tiers: dict[str, str] = {}
 
+    def forget(self) -> None:
+        """Forget what was noted: it is about to be tried anew."""
+        self.directories.clear()
+        self.tiers.clear()
+
     def lose_directory(self, path: str, why: str) -> None:
         """Note that a directory cannot be used, and log it."""
         self.directories[path] = why

@@ -100,14 +100,14 @@ def room(fd: int, reserved_bytes: int = 0) -> Room | None:
     filesystem = os.fstatvfs(fd)
     says = filesystem.f_blocks > 0
     found = Room(filesystem.f_bavail * filesystem.f_frsize, "the file system") if says else None
-    if _kind(os.fstat(fd).st_dev) in _IN_MEMORY:
+    if kind_of_file_system(os.fstat(fd).st_dev) in _IN_MEMORY:
         available_bytes, limited_by = headroom()
         memory = Room(max(0, available_bytes - reserved_bytes), limited_by)
         return memory if found is None else min(found, memory)
     return found
 
 
-def _kind(device: int) -> str:
+def kind_of_file_system(device: int) -> str:
     """Return the name of a file system's type; empty where the kernel does not tell."""
     number = f"{os.major(device)}:{os.minor(device)}"
     try:

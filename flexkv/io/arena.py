@@ -45,8 +45,8 @@ _MADV_WIPEONFORK = 18
 """The kernel's number; `mmap` has no name for it. A child finds zeros, and copies nothing."""
 _MFD_NOEXEC_SEAL = 8
 """The kernel's number. Some machines (`vm.memfd_noexec=2`) allow no memory that lacks this seal."""
-TOUCH_BYTES = 64 << 20
-"""Memory touched between two calls of `progress`, which may end the touching: some 20 ms."""
+TOUCH_BYTES = 16 << 20
+"""Memory touched between two calls of `progress`, which may end the touching: some 5 ms."""
 
 Progress = Callable[[int, int], None]
 

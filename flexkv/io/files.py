@@ -31,7 +31,15 @@ from flexkv import forks
 from flexkv.common.config_cache import GivenSize
 from flexkv.common.errors import ConfigError, StorageError
 from flexkv.common.terms import BlockIds
-from flexkv.io.allocation import Gap, allocate, allocated_beyond, gaps, lacking_bytes, room
+from flexkv.io.allocation import (
+    Gap,
+    allocate,
+    allocated_beyond,
+    gaps,
+    kind_of_file_system,
+    lacking_bytes,
+    room,
+)
 from flexkv.io.folders import lock_folder, open_folder, open_ours, refusal
 from flexkv.io.private import Folder
 
@@ -103,6 +111,8 @@ class StripedFiles:
         folders: the directories, locked; they stay the property of this object.
         direct: whether I/O goes past the page cache.
         why: the reason if it does not.
+        may_block: whether a call that the kernel is told not to wait in may wait all the same: some
+            file systems in user space are as slow as the process behind them.
         identity_lasts: whether an open file and its name have the same inode number for long.
     """
 
@@ -123,6 +133,7 @@ class StripedFiles:
         self._names: list[tuple[Folder, str]] = []
         """The directory and the name of each file."""
         self.identity_lasts = True
+        self.may_block = False
         self._is_open = True
         forks.on_fork(self._let_go_in_child)
 
@@ -170,6 +181,8 @@ class StripedFiles:
             files.why = files._go_direct()
             files.direct = not files.why
             files.identity_lasts = files.missing() is None
+            kinds = [kind_of_file_system(os.fstat(folder.fd).st_dev) for folder in files.folders]
+            files.may_block = any(kind.startswith("fuse") for kind in kinds)
             files._closing = closing.pop_all()
         return files
 
@@ -338,7 +351,10 @@ class StripedFiles:
         if isinstance(error, OverflowError) or error.errno == EFBIG:
             why = f"a file of {size} bytes is more than {self._names[number][0].path} takes: set "
             return ConfigError(*self._given, why + f"max_file_size_gb or {self._given.key} lower")
-        if error.errno in (ENOSPC, EDQUOT):
+        if error.errno == EDQUOT:
+            why = f"needs {size} bytes in {self._names[number][0].path}, more than the quota allows"
+            return ConfigError(*self._given, f"{why}: set {self._given.key} lower")
+        if error.errno == ENOSPC:
             return self._no_space(number, size)
         why = f"cannot be given {size} bytes ({error.strerror})"
         return ConfigError("ssd_cache_dir", self.paths[number], why)

@@ -82,7 +82,7 @@ class UringDiskPort:
         """
         self._files = files
         self._geometry = DiskGeometry(arena, files, options.io_bytes_max)
-        self._ring = Ring(options.entries, options.flags)
+        self._ring = Ring(options.entries, options.flags, files.may_block)
         try:
             try_nothing(self._ring)
             self.why = self._lend(self._geometry.slices(arena), options.register)

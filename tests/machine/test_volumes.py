@@ -124,7 +124,7 @@ async def test_files_in_memory_leave_room_for_host_memory(tmp_path: Path) -> Non
         assert sum(path.stat().st_blocks for path in files_of(mounted)) == 0
 
 
-@pytest.mark.parametrize("kind", ["vfat", "exfat", "ntfs"])
+@pytest.mark.parametrize("kind", ["vfat", "ntfs"])
 async def test_a_volume_whose_mount_sets_the_modes_is_used(kind: str, tmp_path: Path) -> None:
     """If nobody else may write to it; that others may read is told."""
     other = tmp_path / "other"

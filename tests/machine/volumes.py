@@ -20,10 +20,9 @@ MAKERS = {
     "btrfs": ["mkfs.btrfs", "-q"],
     "ext4": ["mkfs.ext4", "-q", "-m", "0"],
     "vfat": ["mkfs.vfat"],
-    "exfat": ["mkfs.exfat"],
     "ntfs": ["mkfs.ntfs", "-F", "-q", "-Q"],
 }
-MOUNTERS = {"exfat": "mount.exfat-fuse", "ntfs": "ntfs-3g"}
+MOUNTERS = {"ntfs": "ntfs-3g"}
 """What mounts a loop device where the kernel does not."""
 OPTIONS = {"tmpfs": "mode=0700,size=400m", "ramfs": "mode=0700", "tmpfs-unbounded": "size=0"}
 

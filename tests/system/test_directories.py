@@ -141,6 +141,28 @@ async def test_a_tier_that_cannot_be_had_is_loud(tmp_path: Path) -> None:
             pass
 
 
+async def test_a_start_that_is_tried_again_forgets_what_the_first_one_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory that is there by now is not reported."""
+    both = [tmp_path / "a", tmp_path / "later" / "b"]
+    manager = KVManager(MODEL, cache_config(tmp_path, ssd_cache_dir=both))
+    with monkeypatch.context() as patch:
+        patch.setattr("flexkv.backend.Arena.open", fail_to_open)
+        with pytest.raises(ConfigError, match="planted"):
+            async with manager:
+                pass
+    os.mkdir(both[1].parent, 0o700)
+    async with manager:
+        assert manager.statistics().unused_directories == {}
+        assert manager.statistics().tiers["disk"].capacity_blocks == 128
+
+
+def fail_to_open(*_: Any, **__: Any) -> None:
+    """Fail as an arena does that is too large."""
+    raise ConfigError("cpu_cache_gb", 1, "planted")
+
+
 # -- under a running engine -----------------------------------------------------------------------
 
 

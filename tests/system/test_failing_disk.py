@@ -12,6 +12,7 @@ import pytest
 
 from flexkv.common.errors import DeadlineError, StorageError
 from flexkv.common.terms import Tier
+from flexkv.io.files import StripedFiles
 from flexkv.kvmanager import KVManager
 from tests.system.conftest import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches, slots_of
 from tests.system.mounted import Disk, mounted_disk
@@ -90,6 +91,14 @@ async def test_a_disk_that_hangs_in_the_kernel_costs_its_own_blocks_only(disk: D
         disk.suffers_from("")
         await until_got(manager, range(16, 24))
         assert np.array_equal(bytes_of(caches, range(16, 24)), bytes_of(caches, range(8)))
+
+
+def test_only_files_in_user_space_may_hold_up_who_submits(disk: Disk, tmp_path: Path) -> None:
+    """Kernel threads do their I/O: some of them wait though they are told not to."""
+    for folder, may_block in ((disk.mounted / "kv", True), (tmp_path / "kv", False)):
+        files = StripedFiles.open([folder], 4, 4096)
+        assert files.may_block == may_block
+        files.close()
 
 
 async def test_a_sync_that_failed_is_not_believed_the_next_time(disk: Disk) -> None:

@@ -65,7 +65,7 @@ def test_an_ssd_directory_that_a_stranger_has_made_is_refused(
     elsewhere = shared / "elsewhere"
     _made(elsewhere, STRANGER, "directory")
     _made(home / "ssd", STRANGER, kind, elsewhere)
-    why = outcome(OWNER, "serve", settings_at(f"ipc://{home}/socket", home))
+    why = outcome(OWNER, "serve", settings_at(f"ipc://{home}/socket", home, strict=True))
     assert str(home / "ssd") in why
     assert f"user {STRANGER}" in why
     assert list(elsewhere.iterdir()) == []
@@ -80,7 +80,7 @@ def test_files_of_a_stranger_in_an_ssd_directory_are_not_adopted(
     name: str, kind: str, home: Path, shared: Path
 ) -> None:
     """Each kind of file that a tier has, as a file of his, or as a link to a file of ours."""
-    settings = settings_at(f"ipc://{home}/socket", home)
+    settings = settings_at(f"ipc://{home}/socket", home, strict=True)
     with process(OWNER, "serve", settings) as server:
         eventually(lambda: answers(settings), 30.0)
         outcome(OWNER, "use", settings)

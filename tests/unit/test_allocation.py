@@ -96,7 +96,7 @@ def test_a_file_system_that_says_nothing_has_no_bound(
     nothing_said = os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255))
     monkeypatch.setattr(os, "fstatvfs", lambda _: nothing_said)
     assert room(fd) is None
-    monkeypatch.setattr(allocation, "_kind", lambda _: "ramfs")
+    monkeypatch.setattr(allocation, "kind_of_file_system", lambda _: "ramfs")
     memory = room(fd)
     assert memory is not None
     assert memory.limited_by != "the file system"

@@ -226,10 +226,10 @@ async def test_a_failed_transfer_drops_what_the_kernel_never_got(tmp_path):
 class RefusingRing:
     """A ring that refuses one call with an errno, and passes on the rest."""
 
-    def __init__(self, refused, number, entries, flags):
+    def __init__(self, refused, number, *arguments):
         if refused == "Ring":
             raise OSError(number, os.strerror(number))
-        self._ring = Ring(entries, flags)
+        self._ring = Ring(*arguments)
         self._refused, self._number = refused, number
 
     def __getattr__(self, name):

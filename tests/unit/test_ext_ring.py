@@ -33,10 +33,10 @@ def memory() -> NDArray[np.uint8]:
     return array
 
 
-@pytest.fixture
-def ring() -> Iterator[Ring]:
+@pytest.fixture(params=[False, True], ids=["at once", "in background"])
+def ring(request: pytest.FixtureRequest) -> Iterator[Ring]:
     """Give a ring of 8 entries."""
-    opened = Ring(8)
+    opened = Ring(8, in_background=request.param)
     yield opened
     opened.close()
 
