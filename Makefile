@@ -6,6 +6,8 @@ VLLM_VENV ?= .venv-vllm
 LATEST_VENV ?= .venv-latest
 LOCK_VENV ?= .venv-lock
 BIN := $(VENV)/bin
+# A file's tests run in one process: they share what is costly to make.
+PARALLEL := --numprocesses 2 --dist loadfile
 # A lock names every package, so pip must not add one.
 LOCKED := install --quiet --no-deps --requirement
 # Only the tests need torch. On PyPI its Linux wheels bring CUDA along; for the CPU build:
@@ -44,8 +46,8 @@ ext: $(VENV)/.setup  ## Build the extension again, in place
 demo: $(VENV)/.setup  ## Run the main job and verify every byte; TRACE=file.jsonl replays a trace
 	$(BIN)/flexkv demo $(if $(TRACE),--trace $(TRACE)) $(ARGS)
 
-test: $(VENV)/.setup-dev  ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.setup-dev  ## Run the tests, on two cores; ARGS="-n 0 tests/unit" for some, in one process
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-system: $(VENV)/.setup-dev  ## The tests that mount file systems and make cgroups: as root
 	scripts/system-packages $(MACHINE_APT_PACKAGES) || echo 'some tests need $(MACHINE_APT_PACKAGES)'
@@ -57,7 +59,7 @@ test-latest:  ## The tests with the newest releases of everything, in a venv of 
 	$(LATEST_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
 	$(LATEST_VENV)/bin/python -m pip install --quiet --upgrade $(TORCH_INDEX) torch
 	$(LATEST_VENV)/bin/python -m pip list
-	$(LATEST_VENV)/bin/python -m pytest $(ARGS)
+	$(LATEST_VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 lock:  ## Renew the locks; ARGS="--upgrade-package ruff" renews one package
 	scripts/lock $(LOCK_VENV) $(ARGS)

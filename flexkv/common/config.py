@@ -64,7 +64,7 @@ class Settings(ConfigModel):
         le=3_600_000,
     )
     match_wait_ms: float = key(
-        0.25,
+        0.4,
         "How long a scheduler's step waits for what the server finds of its new prompts, all in"
         " all; a prompt of which it has not heard by then is looked at in the next step.",
         unit="ms",

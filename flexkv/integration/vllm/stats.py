@@ -71,8 +71,9 @@ class Counts:
 
     def count(self, name: str, by: int = 1) -> None:
         """Count something."""
-        self._stats.count(name, by)
-        self._recent.count(name, by)
+        assert name in COUNTS, name
+        for data in (self._stats.data, self._recent.data):
+            data[name] = data.get(name, 0) + by
 
     def request_ended(self) -> None:
         """Count the end of a request; log the counts after each `log_every`."""
