@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,14 @@ def run(told: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
         sys.argv = ["flexkv", *told["arguments"]]
-        app()
+        code: Any = 1
+        try:
+            app()
+        except SystemExit as ended:
+            code = ended.code
+        except BaseException:  # noqa: BLE001 -- as the interpreter would end
+            os.write(2, traceback.format_exc().encode(errors="replace"))
+        os._exit(code if isinstance(code, int) else 1)
     _, status = os.waitpid(child, 0)
     return {
         "status": os.waitstatus_to_exitcode(status),

@@ -172,7 +172,7 @@ def test_no_command_line_ends_in_a_stack_trace(tmp_path: Path) -> None:
     _fill(tmp_path)
     everything = [*lines(), *rest()]
     random = Random(int(os.environ.get("COMMAND_SEED", "1")))
-    asked = random.sample(everything, int(os.environ.get("COMMAND_LINES", "220")))
+    asked = random.sample(everything, int(os.environ.get("COMMAND_LINES", "120")))
     asked += [line for line in everything if line.get("right")]
     for number in range(5):
         asked.append({"arguments": ["replay-hits", f"mooncake-{number}", "--no-plot"]})
