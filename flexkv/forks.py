@@ -25,6 +25,7 @@ from flexkv.common.errors import ClosedError
 _forks = 0
 """How many forks lie between this process and the first one."""
 _methods: list[weakref.WeakMethod[Callable[[], object]]] = []
+_lock = threading.Lock()
 
 
 class HomeProcess:
@@ -60,8 +61,9 @@ def on_fork(method: Callable[[], object]) -> None:
     It may close and replace descriptors. It may use no loop, no lock and no thread: the thread
     that had them is not there.
     """
-    _methods[:] = [each for each in _methods if each() is not None]
-    _methods.append(weakref.WeakMethod(method))
+    with _lock:
+        _methods[:] = [each for each in _methods if each() is not None]
+        _methods.append(weakref.WeakMethod(method))
 
 
 def replace(fd: int) -> None:
@@ -125,8 +127,8 @@ def _descriptors() -> Iterator[int]:
 
 
 def _in_child() -> None:
-    global _forks
-    _forks += 1
+    global _forks, _lock
+    _forks, _lock = _forks + 1, threading.Lock()  # another thread may have held the old one
     for each in _methods:
         method = each()
         if method is not None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from flexkv.cli.options import finite
 from flexkv.cli.replay import Outcome, SimulatedEngine
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.index.keys import KeyChain
@@ -40,16 +41,17 @@ def demo(
         Path | None, typer.Option(help="Replay this trace in the Mooncake format instead.")
     ] = None,
     requests: Annotated[
-        int | None, typer.Option(min=1, help="Requests to run; the default is 10000.")
+        int | None, typer.Option(min=1, max=10**9, help="Requests to run; the default is 10000.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the chat workload.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the chat workload.")] = 0,
     host_blocks: Annotated[int, typer.Option(min=1, help="Blocks of the host tier.")] = 3000,
     ssd_blocks: Annotated[int, typer.Option(min=0, help="Blocks of the SSD tier.")] = 9000,
     ssd_dir: Annotated[
         Path | None, typer.Option(help="Directory of the SSD tier; the default is temporary.")
     ] = None,
     time_scale: Annotated[
-        float, typer.Option(min=0, help="1 = in the trace's own time, 0 = as fast as it goes.")
+        float,
+        typer.Option(callback=finite, help="1 = in the trace's own time, 0 = as fast as it goes."),
     ] = 0.0,
     enable_trace: Annotated[
         bool, typer.Option("--enable-trace", help="Write ./flexkv_trace.log.")
@@ -81,7 +83,7 @@ def demo(
         figures = _figures(outcome, statistics, time.monotonic() - begin)
     console.print(_table(figures))
     if json_file:
-        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+        json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     if outcome.mismatched_blocks:
         console.print(f"[bold red]{outcome.mismatched_blocks} blocks came back wrong")
         raise typer.Exit(1)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flexkv.common.config_keys import BLOCKS_MAX
 from flexkv.common.request import Operation
 from flexkv.common.terms import Route, Tier
 from flexkv.graph.explain import hypothetical
@@ -23,10 +24,18 @@ class Kind(StrEnum):
 
 def explain(
     kind: Annotated[Kind, typer.Argument(help="What the request wants.")],
-    host: Annotated[int, typer.Option(min=0, help="Blocks that host memory has.")] = 0,
-    disk: Annotated[int, typer.Option(min=0, help="Blocks that only the SSD has.")] = 0,
-    new: Annotated[int, typer.Option(min=0, help="Blocks that no tier has (put).")] = 0,
-    chunk_blocks: Annotated[int, typer.Option(min=1, help="Blocks of one chunk.")] = 8,
+    host: Annotated[
+        int, typer.Option(min=0, max=BLOCKS_MAX, help="Blocks that host memory has.")
+    ] = 0,
+    disk: Annotated[
+        int, typer.Option(min=0, max=BLOCKS_MAX, help="Blocks that only the SSD has.")
+    ] = 0,
+    new: Annotated[
+        int, typer.Option(min=0, max=BLOCKS_MAX, help="Blocks that no tier has (put).")
+    ] = 0,
+    chunk_blocks: Annotated[
+        int, typer.Option(min=1, max=BLOCKS_MAX, help="Blocks of one chunk.")
+    ] = 8,
     dot: Annotated[bool, typer.Option("--dot", help="Draw in Graphviz' DOT language.")] = False,
 ) -> None:
     """Draw what a request over blocks that are so placed would do."""

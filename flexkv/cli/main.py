@@ -6,7 +6,6 @@ import io
 import os
 import sys
 from contextlib import suppress
-from errno import ENOSPC
 from typing import Annotated, NoReturn, TextIO
 
 import typer
@@ -79,14 +78,10 @@ def app() -> NoReturn:
         status = 0
     except SystemExit as ended:
         status = ended.code
-    except FlexKVError as error:
-        status = _failed(str(error), 2)
     except KeyboardInterrupt:
         status = _failed("interrupted", 130)
-    except OSError as error:
-        if error.errno != ENOSPC:
-            raise
-        status = _failed(f"the output cannot be written: {error.strerror}", 1)
+    except (FlexKVError, OSError, MemoryError, BaseExceptionGroup) as error:
+        status = _told(error)
     for stream in (sys.stdout, sys.stderr):
         if (error_of_stream := _finish(stream)) is not None and not status:
             status = 1
@@ -95,12 +90,32 @@ def app() -> NoReturn:
     sys.exit(status)
 
 
+def _told(error: BaseException) -> int:
+    """Tell an error of a command in a line, and return the command's exit status.
+
+    Raises:
+        BaseException: it is our own mistake.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        return _told(error.exceptions[0])
+    if isinstance(error, FlexKVError):
+        return _failed(str(error), 2)
+    if isinstance(error, MemoryError):
+        return _failed("there is not enough memory", 1)
+    if not isinstance(error, OSError):
+        raise error
+    if error.filename is None:
+        return _failed(f"the output cannot be written: {error.strerror or error}", 1)
+    return _failed(f"{error.filename}: {error.strerror}", 1)
+
+
 def _prepare_streams() -> None:
-    """Prepare stdout and stderr, so that no character and no missing stream is an error.
+    """Prepare the standard streams, so that no character and no missing stream is an error.
 
     If a standard stream is closed, the first file that is opened would get its number, and so be
     written to by whatever prints there.
     """
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 -- as long as the process
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from flexkv.common.config_keys import BLOCKS_MAX
 from flexkv.common.errors import BackendUnavailableError, ConfigError
 from flexkv.index.eviction import POLICIES, Eviction
 from flexkv.trace.hits import Hits, Prompt, belady, infinite, prompts_of, replay
@@ -43,6 +44,8 @@ def replay_hits(
     A hit is a requested block inside the unbroken resident prefix.
     """
     capacities, policies = _capacities(blocks), _policies(policy)
+    if not no_plot and plot is not None and not plot.name:
+        raise ConfigError("plot", str(plot), "must be the name of a file, without its suffix")
     draw = None if no_plot or plot is None else _drawing()
     prompts = prompts_of(read_trace(trace, limit))
     rates = _rates(prompts, capacities, policies, quiet=as_json)
@@ -55,7 +58,7 @@ def replay_hits(
     if draw is not None and plot is not None:
         title = f"{trace.name}: {len(prompts)} requests"
         svg = draw(capacities, rates, title, plot.with_suffix(".png"))
-        plot.with_suffix(".html").write_text(_page(capacities, rates, title, svg))
+        plot.with_suffix(".html").write_text(_page(capacities, rates, title, svg), encoding="utf-8")
         if not as_json:
             typer.echo(f"wrote {plot.with_suffix('.png')} and {plot.with_suffix('.html')}")
 
@@ -65,8 +68,8 @@ def _capacities(text: str) -> list[int]:
         capacities = sorted({int(part) for part in text.split(",")})
     except ValueError as error:
         raise ConfigError("blocks", text, "must be numbers separated by commas") from error
-    if capacities[0] < 1:
-        raise ConfigError("blocks", text, "must be positive")
+    if capacities[0] < 1 or capacities[-1] > BLOCKS_MAX:
+        raise ConfigError("blocks", text, f"must be from 1 to {BLOCKS_MAX}")
     return capacities
 
 

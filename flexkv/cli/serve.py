@@ -31,6 +31,7 @@ from flexkv.settings import load_file, load_object, load_settings
 
 log = get_logger(__name__)
 
+INT_MAX = 2**31 - 1
 LOOK_S = 1.0
 """Time between two checks whether the parent lives, or the address is free."""
 FLUSH_S = 30.0
@@ -48,8 +49,12 @@ def serve(
             "--with-parent", help="Read model and settings from stdin, and end when it does."
         ),
     ] = False,
-    parent: Annotated[int, typer.Option(hidden=True, help="Process id of the parent.")] = 0,
-    parent_fd: Annotated[int, typer.Option(hidden=True, help="Its pidfd.")] = -1,
+    parent: Annotated[
+        int, typer.Option(min=0, max=INT_MAX, hidden=True, help="Process id of the parent.")
+    ] = 0,
+    parent_fd: Annotated[
+        int, typer.Option(min=-1, max=INT_MAX, hidden=True, help="Its pidfd.")
+    ] = -1,
 ) -> None:
     """Serve one engine at `server_recv_port` until SIGTERM; settings as from FLEXKV_CONFIG_PATH."""
     watch = None

@@ -16,6 +16,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from flexkv.cli.options import finite
 from flexkv.common.errors import ConfigError
 
 Samples: TypeAlias = Mapping[str, Mapping[tuple[str, ...], float]]
@@ -75,7 +76,9 @@ def stats(
 
 def top(
     url: Url = URL,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    interval: Annotated[
+        float, typer.Option(min=0.1, callback=finite, help="Seconds between two looks.")
+    ] = 2.0,
     count: Annotated[int, typer.Option(min=0, help="Looks; 0 = until interrupted.")] = 0,
 ) -> None:
     """Watch a running engine: rates, hits, tiers, queues, the slowest request."""

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from flexkv.actors.flight import Flight
 from flexkv.actors.tracer import KEY_BYTES
+from flexkv.cli.options import finite
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation
@@ -59,7 +60,8 @@ def replay(
     ] = None,
     policy: Annotated[str, typer.Option(help="Eviction policy.")] = "lru",
     time_scale: Annotated[
-        float, typer.Option(min=0, help="1 = with the recorded pauses, 0 = as fast as it goes.")
+        float,
+        typer.Option(callback=finite, help="1 = with the recorded pauses, 0 = as fast as it goes."),
     ] = 0.0,
     to: Annotated[
         Path | None, typer.Option("-o", "--output", help="Trace of the replay, for diff and view.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count, takewhile
@@ -11,6 +12,7 @@ import msgspec
 
 from flexkv.common.decoding import decoded
 from flexkv.common.errors import ConfigError, MalformedError
+from flexkv.trace.lines import lines_of
 from flexkv.trace.records import (
     SCHEMA_VERSION,
     DropRecord,
@@ -127,13 +129,9 @@ _DECODER = msgspec.json.Decoder(Record)
 
 def _lines(path: Path) -> Iterator[bytes]:
     """Give the lines of the files, the oldest first."""
-    rotated = takewhile(Path.exists, (Path(f"{path}.{n}") for n in count(1)))
+    rotated = takewhile(os.path.exists, (Path(f"{path}.{n}") for n in count(1)))
     for each in (*reversed(list(rotated)), path):
-        try:
-            with each.open("rb") as file:
-                yield from file
-        except OSError as error:
-            raise ConfigError("trace", str(each), f"cannot be read: {error.strerror}") from error
+        yield from lines_of(each, "trace")
 
 
 def _goes_on(before: HeaderRecord, header: HeaderRecord) -> bool:

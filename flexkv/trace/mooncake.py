@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from flexkv.common.decoding import decoded
 from flexkv.common.errors import ConfigError, MalformedError
+from flexkv.trace.lines import lines_of
 
 TOKENS_PER_HASH_ID = 512
 
@@ -23,11 +26,11 @@ TOKENS_PER_HASH_ID = 512
 class TraceLine(msgspec.Struct, frozen=True):
     """One request of a trace."""
 
-    timestamp: float
+    timestamp: Annotated[float, Meta(ge=0, le=1e15)]
     """Milliseconds from the start of the trace."""
     input_length: int
     output_length: int
-    hash_ids: list[int]
+    hash_ids: list[Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]]
 
 
 def read_trace(path: Path, limit: int | None = None) -> Iterator[TraceLine]:
@@ -37,12 +40,8 @@ def read_trace(path: Path, limit: int | None = None) -> Iterator[TraceLine]:
         ConfigError: the file is missing, or a line is not a request; the line is named.
     """
     decoder = msgspec.json.Decoder(TraceLine)
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(islice(lines, limit), 1):
-                try:
-                    yield decoded(decoder, line)
-                except MalformedError as error:
-                    raise ConfigError("trace", f"{path} line {number}", error.why) from error
-    except OSError as error:
-        raise ConfigError("trace", str(path), error.strerror or "cannot be read") from error
+    for number, line in enumerate(islice(lines_of(path, "trace"), limit), 1):
+        try:
+            yield decoded(decoder, line)
+        except MalformedError as error:
+            raise ConfigError("trace", f"{path} line {number}", error.why) from error

@@ -1,0 +1,20 @@
+"""What several commands check of their options."""
+
+from __future__ import annotations
+
+from math import isfinite
+
+import typer
+
+TIMES_MAX = 1e6
+
+
+def finite(value: float) -> float:
+    """Return a number that is finite and not negative, nor so large that nobody can mean it.
+
+    Raises:
+        typer.BadParameter: it is not.
+    """
+    if not isfinite(value) or not 0 <= value <= TIMES_MAX:
+        raise typer.BadParameter(f"{value} is not in the range 0<=x<={TIMES_MAX:g}.")
+    return value
