@@ -57,8 +57,11 @@ class Breaker:
             self._down_until_s = now_s + self._backoff_s
 
     def succeeded(self) -> bool:
-        """Take a success; tells whether that changed anything."""
-        if self._is_lost:
+        """Take a success; return whether that changed anything.
+
+        What hangs is not up because one of its I/Os ended: `came_back` says when none is late.
+        """
+        if self._is_lost or self.health is Health.HUNG:
             return False
         changed = self.health is not Health.UP
         self.health, self._failures, self._backoff_s = Health.UP, 0, BACKOFF_MIN_S
@@ -67,7 +70,7 @@ class Breaker:
 
     def failed(self, now_s: float) -> bool:
         """Take a failure; tells whether the direction went down by it."""
-        if self._is_lost:
+        if self._is_lost or self.health is Health.HUNG:
             return False
         self._failures += 1
         if self.health is Health.UP and self._failures < FAILURES_MAX:

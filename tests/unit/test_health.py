@@ -70,3 +70,15 @@ def test_what_is_lost_stays_down() -> None:
     assert not breaker.came_back(1.0)
     assert breaker.health is Health.DOWN
     assert not breaker.usable(1e9)
+
+
+def test_one_end_does_not_bring_back_what_hangs() -> None:
+    """While another I/O is late the direction stays hung; once none is, a success brings it back."""
+    breaker = Breaker()
+    breaker.hung()
+    assert not breaker.succeeded()
+    assert not breaker.failed(0.0)
+    assert breaker.health is Health.HUNG
+    assert breaker.came_back(1.0)
+    assert breaker.succeeded()
+    assert breaker.health is Health.UP
