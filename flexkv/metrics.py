@@ -284,13 +284,16 @@ def _routes(now: Statistics) -> Iterator[Metric]:
     queues = now.queues.items()
     depth = [((name,), queue.waiting_ops) for name, queue in queues]
     yield _gauge("flexkv_queue_transfers", "Queued or in flight.", depth, ("actor",))
-    in_flight = [
-        ((name, direction), getattr(queue, f"{direction}_bytes_in_flight"))
-        for name, queue in queues
-        for direction in ("inbound", "outbound")
-    ]
-    yield _gauge("flexkv_in_flight_bytes", "With the device; inbound is towards the GPU.",
-                 in_flight, ("actor", "direction"))  # fmt: skip
+    for metric, told, field in (
+        ("flexkv_in_flight_bytes", "Being moved; inbound is towards a GPU.", "bytes_in_flight"),
+        ("flexkv_window_bytes", "How many may be with the device at once.", "window_bytes"),
+    ):
+        values = [
+            ((name, direction), getattr(queue, f"{direction}_{field}"))
+            for name, queue in queues
+            for direction in ("inbound", "outbound")
+        ]
+        yield _gauge(metric, told, values, ("actor", "direction"))
 
 
 def _counter(name: str, told: str, values: Values, labels: Labels = ()) -> Metric:

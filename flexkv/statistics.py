@@ -92,6 +92,9 @@ class QueueStatistics(msgspec.Struct, frozen=True):
     waiting_ops: int
     inbound_bytes_in_flight: int
     outbound_bytes_in_flight: int
+    inbound_window_bytes: int
+    """How many may be in flight now; for a disk this follows its rate. One piece always may."""
+    outbound_window_bytes: int
 
 
 class Statistics(msgspec.Struct, frozen=True):
@@ -160,7 +163,9 @@ def snapshot(of: Sources, observer: Observer) -> Statistics:
         },
         queues={
             actor.name: QueueStatistics(
-                actor.depth, actor.in_flight_bytes[True], actor.in_flight_bytes[False]
+                actor.depth,
+                *(actor.in_flight_bytes[inbound] for inbound in (True, False)),
+                *(actor.window_bytes(inbound) for inbound in (True, False)),
             )
             for actor in list(of.actors.values())
         },

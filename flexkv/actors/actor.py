@@ -150,6 +150,10 @@ class TransferActor:
             return self._now_s() - begin_s
         return 0.0
 
+    def window_bytes(self, inbound: bool) -> int:
+        """Return how many bytes may be in flight in a direction now."""
+        return (self._paces.get(inbound) or self._windows[inbound]).bytes_max
+
     @property
     def depth(self) -> int:
         """Count the transfers that are queued or in flight."""

@@ -73,7 +73,7 @@ def test_what_is_lost_stays_down() -> None:
 
 
 def test_one_end_does_not_bring_back_what_hangs() -> None:
-    """While another I/O is late the direction stays hung; once none is, a success brings it back."""
+    """While another I/O is late, it stays hung; once none is, a success brings it back."""
     breaker = Breaker()
     breaker.hung()
     assert not breaker.succeeded()

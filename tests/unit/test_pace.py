@@ -83,11 +83,11 @@ class Bench:
     """An actor over a simulated disk, and transfers that are awaited."""
 
     def __init__(self, disk: Disk, window: Window) -> None:
-        self._actor = TransferActor(Tier.DISK, disk, window, window, 1 << 16)
+        self.actor = TransferActor(Tier.DISK, disk, window, window, 1 << 16)
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._tokens = itertools.count()
-        self._actor.attach(self._report)
-        self._task = asyncio.create_task(self._actor.run())
+        self.actor.attach(self._report)
+        self._task = asyncio.create_task(self.actor.run())
         self.block_bytes = disk.block_bytes
         self.bulk_blocks = max(BULK_BLOCKS_MIN, BULK_BYTES // disk.block_bytes)
         self._chunk_blocks = CHUNK_BYTES // disk.block_bytes
@@ -105,7 +105,7 @@ class Bench:
             ids, token = np.arange(min(self._chunk_blocks, blocks - chunk)), next(self._tokens)
             self._waiting[token] = loop.create_future()
             ends.append(self._waiting[token])
-            self._actor.post(Transfer(token, owner, route, ids, ids))
+            self.actor.post(Transfer(token, owner, route, ids, ids))
         await asyncio.gather(*ends)
         return loop.time() - begin_s
 
@@ -122,7 +122,7 @@ class Bench:
     def close(self) -> None:
         """Stop the actor."""
         self._task.cancel()
-        self._actor.close()
+        self.actor.close()
 
 
 async def measured(disk: Disk, window: Window, route: Route, requests: int) -> tuple[float, ...]:
@@ -215,6 +215,8 @@ def test_bytes_in_flight_have_a_bound() -> None:
         bench = Bench(disk, PACED)
         for _ in range(3):
             await bench.move(READ, bench.bulk_blocks)
+        assert bench.actor.window_bytes(inbound=True) == PACED.bytes_max
+        assert bench.actor.window_bytes(inbound=False) < PACED.bytes_max
         bench.close()
 
     run_virtual(run())
