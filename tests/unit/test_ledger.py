@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flexkv.common.errors import StorageError
+from flexkv.common.errors import ClosedError, StorageError
 from flexkv.common.terms import Tier
 from flexkv.io.journal import RECORD_BYTES, Journal
 from flexkv.ledger import Ledger
@@ -244,5 +244,18 @@ def test_blocks_that_a_failed_sync_may_have_lost_are_unsaid() -> None:
         writing.cancel()
         await asyncio.gather(writing, return_exceptions=True)
         ledger.close()
+
+    run_virtual(work())
+
+
+def test_a_closed_ledger_promises_nothing() -> None:
+    """Whoever waits then is told at once, and does not wait for a thread that is not there."""
+
+    async def work() -> None:
+        rig = Rig(failing_writes=0)
+        rig.ledger.close()
+        for wait in (rig.ledger.flush, rig.ledger.written):
+            with pytest.raises(ClosedError):
+                await wait()
 
     run_virtual(work())
