@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ from flexkv.settings import load_settings
 pytest.importorskip("vllm")
 
 from flexkv.integration.vllm.extra_config import with_extra
+from flexkv.integration.vllm.setup import setup_of
+from flexkv.server.launch import told_of
 
 
 def settled(tmp_path: Path, extra: Any, file: Any = None, **environment: str) -> Settings:
@@ -89,3 +92,17 @@ def test_a_secret_in_it_is_never_quoted(tmp_path: Path) -> None:
             settled(tmp_path, extra, file)
         assert "hush" not in str(caught.value)
         assert caught.value.__context__ is None
+
+
+def test_it_reaches_the_connector_and_the_server(configured: Any) -> None:
+    """Level and prefix of log lines, too: what the engine's processes and the server are given."""
+    config = copy.deepcopy(configured)
+    config.kv_transfer_config.kv_connector_extra_config = {
+        "log_level": "error", "logging_prefix": "node 7", "num_cpu_blocks": 77, "weights_id": "w",
+    }  # fmt: skip
+    settings = setup_of(config).settings
+    assert (settings.log_level, settings.logging_prefix) == ("error", "node 7")
+    told = told_of(settings)
+    assert (told["log_level"], told["logging_prefix"]) == ("error", "node 7")
+    assert told["cache_config"]["num_cpu_blocks"] == 77
+    assert setup_of(config).model != setup_of(configured).model  # the weights have a name
