@@ -6,8 +6,7 @@ VLLM_VENV ?= .venv-vllm
 LATEST_VENV ?= .venv-latest
 LOCK_VENV ?= .venv-lock
 BIN := $(VENV)/bin
-# A file's tests run in one process: they share what is costly to make.
-PARALLEL := --numprocesses 2 --dist loadfile
+PARALLEL := --numprocesses 2 --dist worksteal
 # A lock names every package, so pip must not add one.
 LOCKED := install --quiet --no-deps --requirement
 # Only the tests need torch. On PyPI its Linux wheels bring CUDA along; for the CPU build:

@@ -14,6 +14,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from flexkv.actors.write_behind import WriteBehind
 from flexkv.admission import Admission
 from flexkv.backend import Backend, LocalBackend, Progress
 from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
-from flexkv.common.errors import ClosedError, ConfigError, InternalError, InvariantError
+from flexkv.common.errors import ClosedError, InternalError, InvariantError
 from flexkv.common.layout import Order, is_natural
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import Tier
@@ -43,7 +44,7 @@ from flexkv.index.residency import Found, PrefixMatch, Residency, prefix_match
 from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.ports import TransferPort
 from flexkv.keeping import Keeping
-from flexkv.limits import behind_limits, device_window, disk_windows, eviction_of, plan_limits
+from flexkv.limits import behind_limits, device_window, disk_windows, empty_index, plan_limits
 from flexkv.logs import get_logger
 from flexkv.pins import Holds, Pins
 from flexkv.runner import ALONE, RequestRunner, Turn
@@ -89,12 +90,6 @@ class Engine:
         self._next_request = self._rekeyed_at = 0
         self._restored_blocks = 0
 
-    def _empty_residency(self) -> Residency:
-        cache, sizes = self.cache, self.sizes
-        counts = {Tier.HOST: sizes.num_host_blocks, Tier.DISK: self._backend.disk_blocks}
-        capacities = {tier: count for tier, count in counts.items() if count}
-        return Residency(capacities, eviction_of(cache), self.clears)
-
     # -- life -----------------------------------------------------------------------------------
 
     async def open(self, progress: Progress | None = None) -> None:
@@ -111,14 +106,7 @@ class Engine:
         self._supervisor = Supervisor(self._failed)
         with ExitStack() as undo:
             await self._backend.take(undo, progress)
-            try:
-                self._compose(undo, progress)
-            except MemoryError as error:
-                sizes = self.sizes
-                is_disk = sizes.num_disk_blocks > sizes.num_host_blocks
-                given = sizes.disk_given if is_disk else sizes.host_given
-                why = f"there is no memory to keep account of so many blocks: set {given.key} lower"
-                raise ConfigError(*given, why) from error
+            self._compose(undo, progress)
             await self._supervisor.start()
             for actor in self._actors.values():
                 self._start(actor)
@@ -128,7 +116,7 @@ class Engine:
                 disk, drop = self._actors[Tier.DISK], self._scheduler.drop_corrupt
                 self._supervisor.keep("scrub", self._backend.scrubber.run(disk.is_idle, drop))
             if self._backend.presence is not None:
-                self._backend.presence.on_lost = self._lost_ssd
+                self._backend.presence.on_lost = partial(self._scheduler.watch.lose, Tier.DISK)
                 self._supervisor.keep("presence", self._backend.presence.run())
             self._resources.push(undo.pop_all())
         self._open = self._used = True
@@ -138,10 +126,9 @@ class Engine:
         log.info("engine open", **backing, **facts)
 
     def _compose(self, undo: ExitStack, progress: Progress | None) -> None:
-        cache, sizes = self.cache, self.sizes
-        backend = self._backend
+        cache, sizes, backend = self.cache, self.sizes, self._backend
         backend.open(undo, progress)
-        self._residency = self._empty_residency()
+        self._residency = empty_index(cache, sizes, backend.disk_blocks, self.clears)
         if backend.ledger is not None:
             self._restored_blocks = backend.ledger.restore(self._residency)
         self._backing[Tier.HOST] = backend.host
@@ -201,9 +188,6 @@ class Engine:
         ops_per_run = (LEGS_MAX + CHUNKS_MAX) * 4
         waiting_max = self._admission.requests_most * ops_per_run + self.sizes.num_host_blocks
         return TransferActor(tier, port, inbound, outbound, waiting_max)
-
-    def _lost_ssd(self, why: str) -> None:
-        self._scheduler.watch.lose(Tier.DISK, why)
 
     def _start(self, actor: TransferActor) -> None:
         actor.attach(self._scheduler.report)

@@ -1,12 +1,16 @@
-"""The bounds of an engine's work, from its configuration."""
+"""The bounds of an engine's work, and its index, from its configuration."""
 
 from __future__ import annotations
 
 from flexkv.actors.actor import Window
 from flexkv.actors.write_behind import BehindLimits
 from flexkv.common.config import GB, MB, CacheConfig, CacheSizes
+from flexkv.common.errors import ConfigError
+from flexkv.common.terms import Tier
 from flexkv.graph.planner import PlanLimits
+from flexkv.index.clears import ClearHistory
 from flexkv.index.eviction import Eviction
+from flexkv.index.residency import Residency
 
 WRITE_WINDOWS = 2
 """Windows of owed blocks that are with a tier at once: one is written, one waits."""
@@ -73,3 +77,22 @@ def behind_limits(cache: CacheConfig, sizes: CacheSizes) -> BehindLimits:
         kept_blocks_max=int(KEPT_SHARE_MAX * sizes.num_host_blocks),
         burst_wait_s=cache.write_behind_wait_s,
     )
+
+
+def empty_index(
+    cache: CacheConfig, sizes: CacheSizes, disk_blocks: int, clears: ClearHistory
+) -> Residency:
+    """Return the index of an engine whose SSD tier has `disk_blocks` blocks.
+
+    Raises:
+        ConfigError: it does not fit in memory.
+    """
+    counts = {Tier.HOST: sizes.num_host_blocks, Tier.DISK: disk_blocks}
+    capacities = {tier: count for tier, count in counts.items() if count}
+    try:
+        return Residency(capacities, eviction_of(cache), clears)
+    except MemoryError as error:
+        is_disk = sizes.num_disk_blocks > sizes.num_host_blocks
+        given = sizes.disk_given if is_disk else sizes.host_given
+        why = f"there is no memory to keep account of so many blocks: set {given.key} lower"
+        raise ConfigError(*given, why) from error

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from errno import ENOENT
 
 from flexkv.common.errors import StorageError
 from flexkv.common.terms import Tier
 from flexkv.io import superblock
 from flexkv.io.files import Missing, StripedFiles
+from flexkv.io.workers import Workers
 from flexkv.ledger import Ledger
 from flexkv.unavailable import Unavailable
 
@@ -38,7 +38,7 @@ class Presence:
         self.on_lost: Callable[[str], None] = lambda why: None
         self._files, self._ledger, self._unavailable = files, ledger, unavailable
         # Of its own: on a file system that hangs, a look does not end.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="flexkv-presence")
+        self._thread = Workers(1, "flexkv-presence")
 
     async def run(self) -> None:
         """Look again and again, until cancelled or until the tier is lost."""

@@ -301,18 +301,10 @@ class CacheConfig(ConfigModel):
         le=256,
     )
     disk_read_window_mb: float = key(
-        32.0,
-        "Bytes being read from SSD at once, at most: fewer, if fewer keep it busy.",
-        unit="MB",
-        gt=0,
-        le=MB_MAX,
+        32.0, "Most bytes being read from SSD at once.", unit="MB", gt=0, le=MB_MAX
     )
     disk_write_window_mb: float = key(
-        32.0,
-        "Bytes being written to SSD at once, at most: fewer, if fewer keep it busy.",
-        unit="MB",
-        gt=0,
-        le=MB_MAX,
+        32.0, "Most bytes being written to SSD at once.", unit="MB", gt=0, le=MB_MAX
     )
     device_window_mb: float = key(
         128.0, "Bytes being copied to or from the device at once.", unit="MB", gt=0, le=MB_MAX

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from flexkv.common.errors import ClosedError
+from flexkv.io.workers import Workers
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ async def run_stoppable(name: str, work: Callable[[Callable[[], None]], T]) -> T
         if stop.is_set():
             raise ClosedError("the engine was closed before it was open")
 
-    thread = ThreadPoolExecutor(1, thread_name_prefix=f"flexkv-{name}")
+    thread = Workers(1, f"flexkv-{name}")
     working = asyncio.get_running_loop().run_in_executor(thread, work, pause)
     thread.shutdown(wait=False)  # it ends by itself
     try:

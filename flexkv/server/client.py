@@ -12,12 +12,11 @@ import os
 import time
 from collections.abc import Sequence
 from secrets import randbits
-from typing import Any, TypeAlias
+from typing import Any
 
 from flexkv import forks
 from flexkv.common.arguments import member
 from flexkv.common.config import ModelConfig, Settings
-from flexkv.common.config_keys import kind_of
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.common.request import KVResponseStatus, Operation, as_int64
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
@@ -26,7 +25,16 @@ from flexkv.index.keys import KeyChain, Namespace, blocks_are
 from flexkv.logs import get_logger
 from flexkv.server.frames import FrameSocket
 from flexkv.server.greet import connect
-from flexkv.server.prompts import Prompt, PromptPart, Sent, SentPrompts
+from flexkv.server.prompts import (
+    Keys,
+    Prompt,
+    PromptPart,
+    Sent,
+    SentPrompts,
+    blocks_of,
+    check_keys,
+    integers,
+)
 from flexkv.server.wire import (
     PROTOCOL_VERSION,
     Cancel,
@@ -57,9 +65,6 @@ CHANGES_MAX = 1 << 20
 """How many changes wait for a call of `changes`; beyond that it reports that some are lost."""
 UNSENT_BYTES_MAX = 16 << 20
 
-Keys: TypeAlias = bytes | PromptPart
-"""A prompt's root and block keys, all of which are sent; or a part of a prompt."""
-
 
 class Client:
     """One instance's requests to a server.
@@ -71,11 +76,7 @@ class Client:
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        model: ModelConfig,
-        instance: int = 0,
-        watches: bool = False,
+        self, settings: Settings, model: ModelConfig, instance: int = 0, watches: bool = False
     ) -> None:
         """Take where the server is; nothing is connected before it is needed.
 
@@ -121,14 +122,14 @@ class Client:
 
         They hang on the order of the devices' blocks, which is known when `is_ready`.
         """
-        return self._keys.keys(_integers(tokens), namespace)
+        return self._keys.keys(integers(tokens), namespace)
 
     def extend(self, prompt: Prompt, tokens: Any) -> None:
         """Add the keys of `tokens` to a prompt, which follow those of its whole blocks.
 
         The prompt's namespace may have no extra keys.
         """
-        self._keys.extend_in_place(prompt.keys, _integers(tokens))
+        self._keys.extend_in_place(prompt.keys, integers(tokens))
 
     def new_prompt(self) -> Prompt:
         """Return a prompt without keys; those that are sent of it are kept by the server."""
@@ -164,7 +165,7 @@ class Client:
         message = Match(number, part.keys, first, hold, tell, part.prompt, part.known)
         if self._send(message):
             self._asked[number] = time.monotonic()
-            self._blocks[number] = _blocks_of(keys)
+            self._blocks[number] = blocks_of(keys)
             self.flush()
         return number
 
@@ -220,15 +221,10 @@ class Client:
         ids = b"" if device_ids is None else as_int64("device_ids", device_ids).tobytes()
         number = self._number()
         start = Start(number, operation.label, keys, first, ids, self._slot, when_ready, held)
-        return self._begin(start, _blocks_of(keys))
+        return self._begin(start, blocks_of(keys))
 
     def get(
-        self,
-        keys: Keys,
-        first: int,
-        device_ids: BlockIds,
-        held: int = 0,
-        when_ready: bool = False,
+        self, keys: Keys, first: int, device_ids: BlockIds, held: int = 0, when_ready: bool = False
     ) -> int:
         """Begin a get; arguments as for `start` and `ask`."""
         part, ids = self._part_of(keys), as_int64("device_ids", device_ids).tobytes()
@@ -236,7 +232,7 @@ class Client:
             self._number(), Operation.GET.label, part.keys, first, ids, self._slot, when_ready,
             held, prompt=part.prompt, known=part.known,
         )  # fmt: skip
-        return self._begin(start, _blocks_of(keys))
+        return self._begin(start, blocks_of(keys))
 
     def put(self, keys: Keys, first: int, device_ids: BlockIds, generation: int) -> int:
         """Begin a put that waits until the agent of every rank says that it is `ready`.
@@ -253,7 +249,7 @@ class Client:
             self._number(), Operation.PUT.label, part.keys, first, ids, self._slot, True,
             generation=generation, prompt=part.prompt, known=part.known,
         )  # fmt: skip
-        return self._begin(start, _blocks_of(keys))
+        return self._begin(start, blocks_of(keys))
 
     def _begin(self, start: Start, blocks: int) -> int:
         if not self._under_way:
@@ -376,7 +372,7 @@ class Client:
         So it is only noted over a connection, and a message with it is never too long to be sent.
         """
         if not isinstance(keys, PromptPart):
-            _check_keys(keys)
+            check_keys(keys)
             return Sent(keys, 0, 0, [])
         if not self._connected():
             return Sent(bytes(keys.prompt.keys[: (keys.blocks + 1) * BLOCK_KEY_BYTES]), 0, 0, [])
@@ -497,19 +493,4 @@ class Client:
         self._ended.append(Done(number, "failed", 0, why))
 
 
-def _blocks_of(keys: Keys) -> int:
-    """Return how many keys a message means: an answer has no more blocks."""
-    return len(keys) // BLOCK_KEY_BYTES if isinstance(keys, bytes) else keys.blocks + 1
-
-
 _STATUSES = frozenset(status.value for status in KVResponseStatus)
-
-
-def _integers(tokens: Any) -> Any:
-    # A list of integers is read as it is: an array of it would cost more than the hashing.
-    return tokens if type(tokens) is list else as_int64("token_ids", tokens)
-
-
-def _check_keys(keys: bytes) -> None:
-    if not isinstance(keys, bytes) or not keys or len(keys) % BLOCK_KEY_BYTES:
-        raise ConfigError("keys", kind_of(keys), "must be what `Client.keys` gives")

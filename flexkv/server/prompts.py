@@ -12,8 +12,11 @@ before it are, and a request never means other blocks than its client does.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+from flexkv.common.config_keys import kind_of
+from flexkv.common.errors import ConfigError
+from flexkv.common.request import as_int64
 from flexkv.common.terms import BLOCK_KEY_BYTES
 from flexkv.server.wire import (
     PROMPT_BYTES_MAX,
@@ -149,3 +152,33 @@ class SentPrompts:
         """Note that the server has nothing: another one, or another connection."""
         self._known.clear()
         self._known_bytes = 0
+
+
+Keys: TypeAlias = bytes | PromptPart
+"""All keys of a prompt, or a part of a prompt whose keys the server keeps."""
+
+
+def blocks_of(keys: Keys) -> int:
+    """Return how many keys a message means: an answer has no more blocks."""
+    return len(keys) // BLOCK_KEY_BYTES if isinstance(keys, bytes) else keys.blocks + 1
+
+
+def check_keys(keys: bytes) -> None:
+    """Check what a caller gives for the keys of a prompt.
+
+    Raises:
+        ConfigError: they are not whole keys.
+    """
+    if not isinstance(keys, bytes) or not keys or len(keys) % BLOCK_KEY_BYTES:
+        raise ConfigError("keys", kind_of(keys), "must be what `Client.keys` gives")
+
+
+def integers(tokens: Any) -> Any:
+    """Return token ids as a list or an array of int64.
+
+    A list is read as it is: an array of it would cost more than the hashing.
+
+    Raises:
+        ConfigError: they are no integers.
+    """
+    return tokens if type(tokens) is list else as_int64("token_ids", tokens)

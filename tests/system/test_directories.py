@@ -374,11 +374,11 @@ def test_doctor_looks_at_what_is_configured(
     assert doctor(monkeypatch, ssd_cache_dir=good)[0] == 0
     assert os.listdir(tmp_path) == []
     monkeypatch.delenv("FLEXKV_NUM_SSD_BLOCKS")
-    status, found = doctor(monkeypatch, ssd_cache_gb=10**7)
+    status, found = doctor(monkeypatch, ssd_cache_gb=10**6)
     assert (status, found["SSD tier"]["advice"]) == (1, "set ssd_cache_gb lower")
-    status, found = doctor(monkeypatch, ssd_cache_gb=0, cpu_cache_gb=10**7)
+    status, found = doctor(monkeypatch, ssd_cache_gb=0, cpu_cache_gb=10**6)
     assert status == 1
-    assert found["host tier"]["found"].startswith("cpu_cache_gb=10000000: needs")
+    assert found["host tier"]["found"].startswith("cpu_cache_gb=1000000: needs")
 
 
 async def test_doctor_finds_a_directory_in_use(

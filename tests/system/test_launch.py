@@ -249,8 +249,8 @@ async def test_a_parent_is_looked_at_where_the_kernel_does_not_tell_of_it(
 @pytest.mark.parametrize(
     ("field", "changes"),
     [
-        ("cpu", {"num_cpu_blocks": 1 << 40}),
-        ("ssd_cache_dir", {"ssd_cache_dir": "/proc/flexkv"}),
+        ("cpu", {"num_cpu_blocks": 1 << 30}),
+        ("ssd_cache_dir", {"ssd_cache_dir": "/proc/flexkv", "strict": True}),
     ],
 )
 def test_a_server_that_cannot_have_what_it_needs_says_so_at_its_start(
@@ -266,9 +266,9 @@ def test_a_server_that_cannot_have_what_it_needs_says_so_at_its_start(
 
 
 def test_a_server_listens_when_its_files_are_its_own(settings: Settings, tmp_path: Path) -> None:
-    """The directory of another engine is refused by name, before anybody is told to connect."""
+    """A strict one refuses another engine's directory by name, before anybody may connect."""
     first = Launched(MODEL, settings)
-    cache = settings.cache_config
+    cache = settings.cache_config.model_copy(update={"strict": True})
     other = Settings(server_recv_port=f"ipc://{tmp_path}/other", cache_config=cache)
     with pytest.raises(ConfigError, match="in use") as caught:
         Launched(MODEL, other)
