@@ -45,8 +45,8 @@ LOUD = {
 """Those that warn of a manager that was not closed."""
 UNFLUSHED = {"forgotten_async", "forgotten_async_collected", "forgotten_on_its_own_loop",
              "forgotten_on_its_own_thread", "left_on_another_loop", "loop_closed", "atexit_async",
-             "interrupted_twice", "shutdown_on_its_own_loop"}  # fmt: skip
-"""Those after which the SSD may lack what was put: no loop was there to write it."""
+             "interrupted_shutdown", "interrupted_twice", "shutdown_on_its_own_loop"}  # fmt: skip
+"""Those after which the SSD may lack what was put: no loop was there to write it, or no time."""
 STATUS = {"forgotten_in_a_failure": 1, "interrupted": 1, "interrupted_twice": 1}
 
 
