@@ -97,8 +97,8 @@ class KVManager(TaskForm):
         self.end()
         if error is None:
             raise ClosedError(
-                "the manager was left on another event loop than it was entered on, which no longer"
-                " runs: everything is released, but what was not flushed is not on SSD"
+                "the manager was left on another event loop than the one that it runs on, which no"
+                " longer runs: everything is released, but what was not flushed is not on SSD"
             )
 
     def start(self) -> None:

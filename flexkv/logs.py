@@ -1,4 +1,4 @@
-"""Logging: lines of Python's `logging` in a program of others, events on stderr in our own.
+"""Logging: Python's `logging` when used as a library, events on stderr in our own commands.
 
     library   logger "flexkv.…" of `logging`; the caller's handlers, levels and filters decide
     command   `configure_logging`: console lines on a terminal, JSON lines otherwise, to stderr
@@ -54,7 +54,7 @@ _given = _Given()
 
 
 class Logger:
-    """A logger that never raises; where its lines go is decided when a line is logged."""
+    """A logger that never raises; each line's destination is decided when it is logged."""
 
     __slots__ = ("_inner", "_name")
 
@@ -87,7 +87,7 @@ class Logger:
         self._log("error", event, {**facts, "exception": traceback.format_exc().rstrip()})
 
     def _log(self, level: str, event: str, facts: dict[str, Any]) -> None:
-        # Handlers, filters and processors of others may raise anything.
+        # Handlers, filters and processors that are not ours may raise anything.
         with suppress(Exception, structlog.DropEvent):
             if structlog.is_configured():
                 if LEVELS[level] >= _given.least:
@@ -96,7 +96,7 @@ class Logger:
             logger = logging.getLogger(self._name)
             if logger.isEnabledFor(LEVELS[level]):
                 told = _repeats(None, level, {"event": event, **facts})
-                # Above this method is that of the level, and above that whoever logs.
+                # The caller is three frames up: this method, the level's method, the caller.
                 logger.log(LEVELS[level], _as_line(told), extra={"facts": told}, stacklevel=3)
 
 
@@ -108,7 +108,7 @@ def get_logger(name: str) -> Logger:
 def obey(level: str | None, prefix: str | None, field: str = "log_level") -> None:
     """Take the level and the prefix of a library's lines; None leaves one as it is.
 
-    Handlers stay the caller's affair: they are given the lines from this level on.
+    Handlers remain the caller's business; they get the lines from this level up.
 
     Raises:
         ConfigError: an unknown level; `field` names it.

@@ -158,7 +158,7 @@ class Metrics(Collector):
     # -- what is asked for, in any thread -------------------------------------------------------
 
     def collect(self) -> Iterator[Metric]:
-        """Return every metric, as it is now; of an engine that is closed only that it is."""
+        """Return every metric as it is now; for a closed engine only that it is closed."""
         for family in self._families():
             family.samples = [
                 sample._replace(labels={**self._labels, **sample.labels})
@@ -285,8 +285,8 @@ def _routes(now: Statistics) -> Iterator[Metric]:
     depth = [((name,), queue.waiting_ops) for name, queue in queues]
     yield _gauge("flexkv_queue_transfers", "Queued or in flight.", depth, ("actor",))
     for metric, told, field in (
-        ("flexkv_in_flight_bytes", "Being moved; inbound is towards a GPU.", "bytes_in_flight"),
-        ("flexkv_window_bytes", "How many may be with the device at once.", "window_bytes"),
+        ("flexkv_in_flight_bytes", "Bytes being moved; inbound is to a GPU.", "bytes_in_flight"),
+        ("flexkv_window_bytes", "Bytes that the device may be given at once.", "window_bytes"),
     ):
         values = [
             ((name, direction), getattr(queue, f"{direction}_{field}"))

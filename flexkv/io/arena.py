@@ -275,7 +275,7 @@ def check_memory(total_bytes: int, hugepage_bytes: int | None, given: GivenSize)
 def _cannot_be_had(
     given: GivenSize, total_bytes: int, error: OSError | OverflowError
 ) -> ConfigError:
-    """Return an error that says what would help against another one."""
+    """Return the error for memory that was refused, with advice."""
     number = error.errno if isinstance(error, OSError) else ENOMEM
     limits = {"v": resource.RLIMIT_AS, "d": resource.RLIMIT_DATA}
     limited = [each for each, limit in limits.items() if resource.getrlimit(limit)[0] >= 0]

@@ -132,12 +132,12 @@ class Client:
         self._keys.extend_in_place(prompt.keys, integers(tokens))
 
     def new_prompt(self) -> Prompt:
-        """Return a prompt without keys; those that are sent of it are kept by the server."""
+        """Return a prompt without keys; the server keeps those that are sent later."""
         self._next_prompt += 1
         return Prompt(self._next_prompt)
 
     def forget(self, prompt: Prompt) -> None:
-        """Let the server keep the keys of a prompt no longer."""
+        """Let the server drop the keys of a prompt."""
         if self._prompts.forget(prompt.number):
             self._send(Forget((prompt.number,)))
 
@@ -158,7 +158,7 @@ class Client:
     def ask(self, keys: Keys, first: int = 0, hold: bool = False, tell: bool = False) -> int:
         """Ask as `match` does, and return the number of the question for `answer`, or `release`.
 
-        Of a part of a prompt only those keys are sent that the server lacks.
+        For a part of a prompt, only the keys that the server lacks are sent.
         """
         number = self._number()
         part = self._part_of(keys)

@@ -110,7 +110,7 @@ class TrackedRequests:
         return tracked
 
     def forget(self, request_id: str) -> None:
-        """Know a request no longer: it is over."""
+        """Forget a request: it is over."""
         tracked = self.by_id.pop(request_id)
         self._forget_keys(tracked)
 
