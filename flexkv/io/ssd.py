@@ -1,6 +1,6 @@
 """Opens the SSD tier: files, superblocks and journals of each directory, and the port over them.
 
-A directory that cannot be used costs its part of the tier, and nothing else.
+A directory that cannot be used costs only its part of the tier.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class SsdWish:
         num_blocks: over all directories.
         superblock: what the blocks are.
         options: how the files get their room.
-        keeps_journal: whether the tier is to survive a restart.
+        keeps_journal: whether the tier survives a restart.
         is_strict: whether a directory that cannot be used is an error.
     """
 
@@ -126,7 +126,7 @@ def _take(wish: SsdWish, directories: list[Path], taking: ExitStack) -> TakenSsd
 
 
 def _blamed(error: ConfigError, directories: list[Path]) -> Path | None:
-    """Return the directory that an error is about, if it is about one."""
+    """Return the directory that caused an error, if one did."""
     if error.field != "ssd_cache_dir":
         return None
     path = Path(str(error.value))

@@ -125,7 +125,7 @@ class Client:
         return self._keys.keys(integers(tokens), namespace)
 
     def extend(self, prompt: Prompt, tokens: Any) -> None:
-        """Add the keys of `tokens` to a prompt, which follow those of its whole blocks.
+        """Add the keys of `tokens` to a prompt; the tokens follow those of its whole blocks.
 
         The prompt's namespace may have no extra keys.
         """
@@ -367,9 +367,9 @@ class Client:
         return True
 
     def _part_of(self, keys: Keys) -> Sent:
-        """Return what is to be sent of keys. It has to be sent: it is noted as what the server has.
+        """Return the keys to send, and note that the server has them: so they must be sent.
 
-        So it is only noted over a connection, and a message with it is never too long to be sent.
+        They are noted only over a connection, and a message with them is never too long to send.
         """
         if not isinstance(keys, PromptPart):
             check_keys(keys)
