@@ -3,8 +3,8 @@
     library   logger "flexkv.…" of `logging`; the caller's handlers, levels and filters decide
     command   `configure_logging`: console lines on a terminal, JSON lines otherwise, to stderr
 
-A library adds no handler and writes to no stream. The level and the prefix that the environment
-and the settings give hold in both. A caller that has configured structlog gets events there.
+A library adds no handler and writes to no stream. The level and the prefix of the environment and
+the settings apply to both. A caller that has configured structlog gets events there.
 
 A line that cannot be written is dropped, and nothing else happens: modules log by `get_logger`,
 whose loggers ignore what a handler or a sink raises, and our own sink never waits for a reader.
@@ -44,7 +44,7 @@ line is written; no stream at all, or something else in its place."""
 
 
 class _Given(NamedTuple):
-    """What the environment or the settings say of a library's lines."""
+    """What the environment or the settings set for a library's lines."""
 
     least: int = 0
     prefix: str = ""
@@ -96,7 +96,7 @@ class Logger:
             logger = logging.getLogger(self._name)
             if logger.isEnabledFor(LEVELS[level]):
                 told = _repeats(None, level, {"event": event, **facts})
-                # The caller is three frames up: this method, the level's method, the caller.
+                # Three frames: this method, the level's method, the caller.
                 logger.log(LEVELS[level], _as_line(told), extra={"facts": told}, stacklevel=3)
 
 
@@ -106,7 +106,7 @@ def get_logger(name: str) -> Logger:
 
 
 def obey(level: str | None, prefix: str | None, field: str = "log_level") -> None:
-    """Take the level and the prefix of a library's lines; None leaves one as it is.
+    """Set the level and the prefix of a library's lines; None leaves one as it is.
 
     Handlers remain the caller's business; they get the lines from this level up.
 
@@ -122,7 +122,7 @@ def obey(level: str | None, prefix: str | None, field: str = "log_level") -> Non
 
 
 def obey_environment() -> None:
-    """Take the level and the prefix of a library's lines from the environment, if they are there.
+    """Set the level and the prefix of a library's lines from the environment, if they are there.
 
     Raises:
         ConfigError: an unknown level.

@@ -168,7 +168,7 @@ def _json(text: str) -> Any:
 
 
 def _name_shown(name: object) -> object:
-    """Return a key as an error may show it: one that no model has may be a secret."""
+    """Return a key as an error may show it: an unknown key may be a secret."""
     known = {*Settings.model_fields, *CacheConfig.model_fields, *ModelConfig.model_fields}
     known |= {*LayerGroup.model_fields, *old_names((Settings, CacheConfig)), *STORE_OPTIONS}
     return name if name in known else kind_of(name)
@@ -244,7 +244,7 @@ def is_of_orchestrator(variable: str, value: str) -> bool:
     """Return whether an orchestrator has set a variable, for a service called flexkv or flexkv-x.
 
     Kubernetes puts the addresses of every service of a namespace into each container. One of
-    these, `FLEXKV_X_PORT`, has the form of a key of ours: then its value, an address, decides.
+    these, `FLEXKV_X_PORT`, looks like a key of ours: then its value, an address, decides.
     """
     if _SERVICE.fullmatch(variable):
         return True
@@ -310,7 +310,7 @@ def _rows(model: type[BaseModel]) -> Iterator[str]:
 
 
 def _bounds(field: FieldInfo) -> str:
-    """Return what a number may be, as a sentence with a space before it."""
+    """Return the bounds of a number, as a sentence with a space before it."""
     bounds = {
         name: getattr(rule, name)
         for rule in field.metadata

@@ -139,7 +139,7 @@ class SchedulerSide:
         return blocks if blocks * self._per_block > computed else 0
 
     def _found(self, tracked: Tracked, blocks: int, local_blocks: int) -> Matched | None:
-        """Return what of so many blocks is resident; None if that is not known in this step.
+        """Return which of the first blocks are resident; None if that is not known in this step.
 
         The tiers that it names are those of the blocks from `local_blocks` on.
         """
