@@ -121,9 +121,9 @@ class _Rig:
         await self.manager.put(prompt(5000 + self._next_new, self.bulk), self.slots)
 
     async def write_bulk(self) -> float:
-        """Give the GB/s of the write-behind of a prompt that was just put.
+        """Return the GB/s of the write-behind of a prompt that was just put.
 
-        What is in flight when the clock starts counts as not moved.
+        Bytes in flight when the clock starts do not count.
         """
         begin = time.perf_counter()
         under_way = self.manager.statistics().queues["disk"].outbound_bytes_in_flight
@@ -229,7 +229,7 @@ class _Rig:
         }
 
     async def _bulk_beside_singles(self, latencies: list[float]) -> tuple[float, float]:
-        """Give the GB/s of a bulk prefetch, and of the single blocks asked for beside it."""
+        """Return the GB/s of a bulk prefetch and of the single blocks that are read beside it."""
         begin, before = time.perf_counter(), self._moved("disk→host")
         singles = 0
         async with asyncio.TaskGroup() as group:

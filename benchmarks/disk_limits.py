@@ -52,11 +52,11 @@ class Fio:
         return self._run("randread", self._file, depth, 4 * self._blocks)
 
     def write(self, depth: int) -> float:
-        """Give the GB/s of random writes, synced, to a file that was written before."""
+        """Return the GB/s of random writes, synced, to a file that was written before."""
         return self._run("randwrite", self._scratch, depth, self._blocks)
 
     def write_first(self, depth: int) -> float:
-        """Give the GB/s of random writes, synced, to a file that was only preallocated.
+        """Return the GB/s of random writes, synced, to a file that was only preallocated.
 
         The file system notes for each extent that it is written now, which takes a third of the
         rate here.

@@ -1,4 +1,4 @@
-"""FlexKV in a synchronous engine: task ids, of which a step starts some and asks what has ended.
+"""FlexKV in a synchronous engine: a step starts tasks by id, and asks which have ended.
 
     python -m examples.task_ids flexkv-example
 

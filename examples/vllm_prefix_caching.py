@@ -4,7 +4,7 @@
     python examples/vllm_prefix_caching.py --model MODEL      # yours
 
 Each prompt is a long document and a question. Before each question vLLM's own cache is emptied, as
-if other requests had pushed the document out: then FlexKV has it still.
+if other requests had pushed the document out; FlexKV still has it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def words(seed: int, count: int) -> list[int]:
 
 
 def connector_in(folder: Path) -> dict[str, Any]:
-    """Return what vLLM is told of FlexKV: its own connector, and its keys in vLLM's configuration.
+    """Return the part of vLLM's configuration that names FlexKV's connector and sets its keys.
 
     The address is set only so that the example meets no other server.
     """

@@ -55,7 +55,7 @@ class Device(NamedTuple):
 
     @property
     def facts(self) -> dict[str, object]:
-        """Return what a log tells of it. Of agents' devices each one tells of its own."""
+        """Return what the log says about the device. Agents log about their own devices."""
         kind, number = self.place
         if kind == "agents":
             return {"device": kind, "layout": self.layout}
@@ -74,7 +74,7 @@ class Backend(Protocol):
     scrubber: Scrubber | None
     """What reads the SSD tier in idle time; None when nothing does."""
     presence: Presence | None
-    """What notices that files of the SSD tier are gone; None when nothing does."""
+    """The check that files of the SSD tier are in place; None if there is none."""
     unavailable: Unavailable
     """What the configuration asks for and the engine goes on without."""
     ranks: int
@@ -88,7 +88,7 @@ class Backend(Protocol):
         ...
 
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
-        """Open the adapters over what was taken; what was not, is taken first."""
+        """Open the adapters over memory and files; take those first that were not taken."""
         ...
 
     def device(self, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:

@@ -1,4 +1,4 @@
-"""How calls reach the engine's loop: on it, from its thread's outside, or from another loop."""
+"""How calls reach the engine's loop: from that loop, from another thread, or from another loop."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Crossing:
     # -- the end --------------------------------------------------------------------------------
 
     def _note_started(self) -> None:
-        """Belong to this process, and be ended at its exit if nobody does it before."""
+        """Bind the manager to this process, and end it at exit if nobody closes it before."""
         self._home = HomeProcess("the manager")
         unclosed.remember(self)
 
@@ -55,7 +55,7 @@ class Crossing:
         await self._engine.close()
 
     def end(self, timeout_s: float | None = None) -> None:
-        """Close the engine, from any thread; if its loop cannot, let go of what it has.
+        """Close the engine, from any thread; if its loop cannot, release everything at once.
 
         Idempotent, and safe in a signal handler.
 
@@ -80,7 +80,7 @@ class Crossing:
                                 "what was not flushed is not on SSD")  # fmt: skip
 
     def __del__(self) -> None:
-        # What `__init__` refused has no engine.
+        # An object that `__init__` refused has no engine.
         if getattr(self, "_home", None) is not None:
             unclosed.end_forgotten(self)
 
@@ -93,7 +93,7 @@ class Crossing:
 
     @property
     def engine(self) -> Engine:
-        """Give the engine, for tools; it lives on its own loop."""
+        """Return the engine, for tools; it lives on its own loop."""
         return self._engine
 
     def on_loop(self, work: Callable[[], T]) -> T:
@@ -106,17 +106,17 @@ class Crossing:
 
     @property
     def num_layers(self) -> int:
-        """Give the layers of the model."""
+        """Return the number of the model's layers."""
         return self._engine.model.num_layers
 
     def start_task(self, operation: Operation, *arguments: Any) -> int:
-        """Start a request behind what the calling thread's streams have queued; its task id."""
+        """Start a request behind what the calling thread's streams have queued; return its id."""
         self.check_process()
         self._order_after(operation)
         return self._call(lambda: self._tasks.start(operation, *arguments))
 
     async def task_response(self, task_id: int) -> KVResponse:
-        """Give a task's response once it has one.
+        """Return a task's response once it has one.
 
         Cancellation: the task is cancelled, and CancelledError raised once it is over.
         """
@@ -131,13 +131,13 @@ class Crossing:
         self._engine.order_after(operation)
 
     def _order_after(self, operation: Operation) -> None:
-        """Do so for a request that begins now: it is told UNREADY where a device is down."""
+        """Likewise for a request that begins now: it ends as UNREADY if a device is down."""
         if self._engine.streams:
             with suppress(DeviceError):
                 self._engine.order_after(operation)
 
     def nudge_device(self) -> None:
-        """Let what waits for layers look again. From any thread.
+        """Let callers that wait for layers check again. From any thread.
 
         Raises:
             ClosedError: not started, or shut down.
@@ -145,7 +145,7 @@ class Crossing:
         self._post(self._engine.nudge_device)
 
     def cancel_soon(self, task_id: int) -> None:
-        """Cancel a task, some time soon. From any thread."""
+        """Cancel a task soon, without waiting for its end. From any thread."""
         self._post(lambda: self._tasks.cancel_if_there(task_id))
 
     def _post(self, work: Callable[[], None]) -> None:

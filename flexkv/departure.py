@@ -1,6 +1,6 @@
-"""How an engine goes when its loop cannot close it: at once, and from any thread.
+"""How an engine is released when its loop cannot close it: at once, and from any thread.
 
-That is so when the loop is closed, or does not run, or when closing was interrupted; and in a
+This happens when the loop is closed, or does not run, or when closing was interrupted; and in a
 forked child, which has a copy of an engine that it must not touch.
 """
 
@@ -15,7 +15,7 @@ from flexkv import forks
 from flexkv.common.errors import ClosedError, FlexKVError
 
 RELEASE_S = 10.0
-"""How long I/O under way is waited for; what it uses stays open then."""
+"""How long to wait for I/O under way; whatever it still uses after that stays open."""
 
 
 class Departure:
@@ -76,7 +76,7 @@ class Departure:
             self._fail(reason)
 
     def _let_go_in_child(self) -> None:
-        """End, in the child, whoever waits there, should it unwind its copy of the loop."""
+        """Answer all waiters in the child, in case it unwinds its copy of the loop."""
         if not self._is_over:
             self._is_over = True
             forks.detach_loop(self._loop)

@@ -274,12 +274,12 @@ class Engine:
         log.info("engine closed")
 
     def abandon(self) -> bool:
-        """Let go of everything at once, for an engine that its loop cannot close any more.
+        """Release everything at once, for an engine that its loop can no longer close.
 
-        Whoever waits gets a ClosedError. What host memory owes the SSD is not written.
+        Waiting callers get a ClosedError. Blocks that are owed to the SSD are not written.
 
         Returns:
-            Whether there was anything to let go of.
+            Whether there was anything to release.
         """
         if self.is_closed:
             return False

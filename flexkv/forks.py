@@ -4,7 +4,7 @@ A child that is forked without `exec` has a copy of everything but the threads. 
 the parent's open files: a lock lives on in them, and what is written to them reaches the parent.
 So each object that has descriptors registers a method by `on_fork`, which runs in the child before
 anything else does, and each object that has threads, files or connections holds a `HomeProcess`,
-by which its calls are refused there.
+which refuses its calls in the child.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class HomeProcess:
     __slots__ = ("_forks", "_process", "_what")
 
     def __init__(self, what: str) -> None:
-        """Take this process; `what` names the object in errors."""
+        """Remember this process; `what` names the object in errors."""
         self._forks, self._process, self._what = _forks, os.getpid(), what
 
     @property
@@ -51,7 +51,7 @@ class HomeProcess:
         if self._forks != _forks:
             raise ClosedError(
                 f"{self._what} belongs to process {self._process}, of which this one is a fork:"
-                " it works there alone. Make one here, or start this process by spawn"
+                " it works only there. Make one here, or start this process by spawn"
             )
 
 
@@ -67,7 +67,7 @@ def on_fork(method: Callable[[], object]) -> None:
 
 
 def replace(fd: int) -> None:
-    """Let a descriptor name /dev/null from now on: what still has its number harms nobody."""
+    """Point a descriptor at /dev/null, so that code that still has its number does no harm."""
     if fd >= 0:
         nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -93,14 +93,14 @@ def close_socket(socket: Any) -> None:
 
 
 def detach_loop(loop: AbstractEventLoop, is_ours: bool = False) -> None:
-    """Keep a loop that a forked child has a copy of from changing the parent's.
+    """Keep a forked child's copy of a loop from changing the parent's loop.
 
-    Both have one epoll: a descriptor that the copy lets go of would be unheard in the parent, too.
+    Both share one epoll: a descriptor that the copy unregisters is lost to the parent, too.
 
     Args:
-        loop: of any kind; what it does not have is left alone.
-        is_ours: whether nobody in the child has a use for it, and nothing shall be said when it
-            is dropped.
+        loop: of any kind; one without an epoll is left alone.
+        is_ours: whether nobody in the child uses the loop; it is then dropped without a
+            warning.
     """
     selector = getattr(loop, "_selector", None)
     if loop.is_closed() or not isinstance(selector, selectors.EpollSelector):
@@ -132,7 +132,7 @@ def _in_child() -> None:
     for each in _methods:
         method = each()
         if method is not None:
-            # A child has to come to life, whatever an object in it is like.
+            # A child has to start, even if the method of one object fails.
             with suppress(Exception):
                 method()
 

@@ -97,8 +97,8 @@ class KVManager(TaskForm):
         self.end()
         if error is None:
             raise ClosedError(
-                "the manager was left on another event loop than it was entered on, which no longer"
-                " runs: everything is released, but what was not flushed is not on SSD"
+                "the manager was left on another event loop than the one that it runs on, which no"
+                " longer runs: everything is released, but what was not flushed is not on SSD"
             )
 
     def start(self) -> None:
@@ -123,10 +123,10 @@ class KVManager(TaskForm):
         self._note_started()
 
     def shutdown(self) -> None:
-        """End what `start` began: cancels what runs, and releases everything. Idempotent.
+        """End what `start` began: cancel what runs, and release everything. Idempotent.
 
-        From any thread, in a signal handler, and at exit. A manager that runs on the caller's own
-        loop is let go of at once, without the flush that leaving its `async with` does.
+        Works from any thread, in a signal handler, and at exit. A manager that runs on the caller's
+        own loop is released at once, without the flush that leaving its `async with` does.
 
         Raises:
             ClosedError: this is a forked child of the process that has started it.

@@ -30,7 +30,7 @@ so that an instance that does not answer cannot fill it for the others."""
 
 
 def disk_windows(cache: CacheConfig) -> tuple[Window, Window]:
-    """Return what may be in flight at most to read from SSD, and to write to it."""
+    """Return the most bytes that may be in flight from SSD, and to it."""
     return (
         Window(int(cache.disk_read_window_mb * MB), DISK_READ_PIECE_BYTES, is_paced=True),
         Window(int(cache.disk_write_window_mb * MB), DISK_WRITE_PIECE_BYTES, is_paced=True),

@@ -1,10 +1,10 @@
-"""Logging: lines of Python's `logging` in a program of others, events on stderr in our own.
+"""Logging: Python's `logging` when used as a library, events on stderr in our own commands.
 
     library   logger "flexkv.…" of `logging`; the caller's handlers, levels and filters decide
     command   `configure_logging`: console lines on a terminal, JSON lines otherwise, to stderr
 
-A library adds no handler and writes to no stream. The level and the prefix that the environment
-and the settings give hold in both. A caller that has configured structlog gets events there.
+A library adds no handler and writes to no stream. The level and the prefix of the environment and
+the settings apply to both. A caller that has configured structlog gets events there.
 
 A line that cannot be written is dropped, and nothing else happens: modules log by `get_logger`,
 whose loggers ignore what a handler or a sink raises, and our own sink never waits for a reader.
@@ -44,7 +44,7 @@ line is written; no stream at all, or something else in its place."""
 
 
 class _Given(NamedTuple):
-    """What the environment or the settings say of a library's lines."""
+    """What the environment or the settings set for a library's lines."""
 
     least: int = 0
     prefix: str = ""
@@ -54,7 +54,7 @@ _given = _Given()
 
 
 class Logger:
-    """A logger that never raises; where its lines go is decided when a line is logged."""
+    """A logger that never raises; each line's destination is decided when it is logged."""
 
     __slots__ = ("_inner", "_name")
 
@@ -87,7 +87,7 @@ class Logger:
         self._log("error", event, {**facts, "exception": traceback.format_exc().rstrip()})
 
     def _log(self, level: str, event: str, facts: dict[str, Any]) -> None:
-        # Handlers, filters and processors of others may raise anything.
+        # Handlers, filters and processors that are not ours may raise anything.
         with suppress(Exception, structlog.DropEvent):
             if structlog.is_configured():
                 if LEVELS[level] >= _given.least:
@@ -96,7 +96,7 @@ class Logger:
             logger = logging.getLogger(self._name)
             if logger.isEnabledFor(LEVELS[level]):
                 told = _repeats(None, level, {"event": event, **facts})
-                # Above this method is that of the level, and above that whoever logs.
+                # Three frames: this method, the level's method, the caller.
                 logger.log(LEVELS[level], _as_line(told), extra={"facts": told}, stacklevel=3)
 
 
@@ -106,9 +106,9 @@ def get_logger(name: str) -> Logger:
 
 
 def obey(level: str | None, prefix: str | None, field: str = "log_level") -> None:
-    """Take the level and the prefix of a library's lines; None leaves one as it is.
+    """Set the level and the prefix of a library's lines; None leaves one as it is.
 
-    Handlers stay the caller's affair: they are given the lines from this level on.
+    Handlers remain the caller's business; they get the lines from this level up.
 
     Raises:
         ConfigError: an unknown level; `field` names it.
@@ -122,7 +122,7 @@ def obey(level: str | None, prefix: str | None, field: str = "log_level") -> Non
 
 
 def obey_environment() -> None:
-    """Take the level and the prefix of a library's lines from the environment, if they are there.
+    """Set the level and the prefix of a library's lines from the environment, if they are there.
 
     Raises:
         ConfigError: an unknown level.

@@ -88,7 +88,7 @@ class LoopThread:
                 raise TimeoutError(f"not done within {timeout_s} s") from error
         finally:
             self._calls.discard(answer)
-            if task is None:  # a signal, or nobody, ended the wait: the work ends too
+            if task is None:  # a timeout, a signal or the loop's end: the work ends, too
                 with suppress(ClosedError):
                     _post(loop, lambda: [each.cancel() for each in begun])
         if task is None or task.cancelled():

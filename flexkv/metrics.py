@@ -158,7 +158,7 @@ class Metrics(Collector):
     # -- what is asked for, in any thread -------------------------------------------------------
 
     def collect(self) -> Iterator[Metric]:
-        """Return every metric, as it is now; of an engine that is closed only that it is."""
+        """Return every metric as it is now; for a closed engine only that it is closed."""
         for family in self._families():
             family.samples = [
                 sample._replace(labels={**self._labels, **sample.labels})
@@ -285,8 +285,8 @@ def _routes(now: Statistics) -> Iterator[Metric]:
     depth = [((name,), queue.waiting_ops) for name, queue in queues]
     yield _gauge("flexkv_queue_transfers", "Queued or in flight.", depth, ("actor",))
     for metric, told, field in (
-        ("flexkv_in_flight_bytes", "Being moved; inbound is towards a GPU.", "bytes_in_flight"),
-        ("flexkv_window_bytes", "How many may be with the device at once.", "window_bytes"),
+        ("flexkv_in_flight_bytes", "Bytes moving; inbound is towards a GPU.", "bytes_in_flight"),
+        ("flexkv_window_bytes", "Bytes that the device may be given at once.", "window_bytes"),
     ):
         values = [
             ((name, direction), getattr(queue, f"{direction}_{field}"))
@@ -339,13 +339,13 @@ class MetricsServer:
         Args:
             manager: a manager that is started.
             port: 0 takes any that is free.
-            host: the address to listen at; "0.0.0.0" or "::" are all of this machine's, for whoever
-                scrapes from outside. Nothing but the metrics can be had there.
+            host: the address to listen at; "0.0.0.0" or "::" are all of this machine's, for
+                scrapers elsewhere. Only the metrics are served there.
             name: as for `Metrics`.
             instance: as for `Metrics`.
 
         Raises:
-            ConfigError: the port is taken, or may not be, or the host is not this machine's.
+            ConfigError: the port is in use or not allowed, or the host is not this machine's.
             ClosedError: the manager is not started.
         """
         self.metrics = Metrics(manager, name, instance)
@@ -369,7 +369,7 @@ class MetricsServer:
         forks.close_socket(self._server.socket)
 
     def close(self) -> None:
-        """Serve no more. Before the manager is shut down.
+        """Stop serving. Call this before the manager is shut down.
 
         Raises:
             ClosedError: this is a forked child of the process that serves.

@@ -1,6 +1,6 @@
-"""Watches that the files of the SSD tier stay where they are: what is removed survives no restart.
+"""Checks that the files of the SSD tier are in place: removed files survive no restart.
 
-A file that is open goes on to work when it was removed, or when its directory was, or was unmounted
+An open file keeps working after it or its directory was removed, or its file system was unmounted
 lazily. Writes to it succeed, and so does a sync; only its name is gone.
 """
 
@@ -19,25 +19,25 @@ from flexkv.ledger import Ledger
 from flexkv.unavailable import Unavailable
 
 LOOK_S = 2.0
-"""Time between two looks, beside those of each flush."""
+"""Time between two looks, in addition to the look in each flush."""
 
 
 class Presence:
-    """Looks whether directories and files are in place; the first that is not ends the tier.
+    """Checks whether directories and files are in place; the first that is not ends the tier.
 
     Attributes:
         lost: the error that a flush raises, once the tier is lost.
-        on_lost: called with the reason when that is found.
+        on_lost: called with the reason when the loss is found.
     """
 
     def __init__(
         self, files: StripedFiles, ledger: Ledger | None, unavailable: Unavailable
     ) -> None:
-        """Take what is watched, and what keeps the reasons; all stay the caller's."""
+        """Take what to watch, and where to note the reasons; all stay the caller's."""
         self.lost: StorageError | None = None
         self.on_lost: Callable[[str], None] = lambda why: None
         self._files, self._ledger, self._unavailable = files, ledger, unavailable
-        # Of its own: on a file system that hangs, a look does not end.
+        # A thread of its own: on a file system that hangs, a look does not end.
         self._thread = Workers(1, "flexkv-presence")
 
     async def run(self) -> None:

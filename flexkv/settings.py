@@ -168,7 +168,7 @@ def _json(text: str) -> Any:
 
 
 def _name_shown(name: object) -> object:
-    """Return a key as an error may show it: one that no model has may be a secret."""
+    """Return a key as an error may show it: an unknown key may be a secret."""
     known = {*Settings.model_fields, *CacheConfig.model_fields, *ModelConfig.model_fields}
     known |= {*LayerGroup.model_fields, *old_names((Settings, CacheConfig)), *STORE_OPTIONS}
     return name if name in known else kind_of(name)
@@ -244,7 +244,7 @@ def is_of_orchestrator(variable: str, value: str) -> bool:
     """Return whether an orchestrator has set a variable, for a service called flexkv or flexkv-x.
 
     Kubernetes puts the addresses of every service of a namespace into each container. One of
-    these, `FLEXKV_X_PORT`, has the form of a key of ours: then its value, an address, decides.
+    these, `FLEXKV_X_PORT`, looks like a key of ours: then its value, an address, decides.
     """
     if _SERVICE.fullmatch(variable):
         return True
@@ -266,15 +266,15 @@ def document() -> str:
         "A key is given in code (`CacheConfig(...)`), in the file that `FLEXKV_CONFIG_PATH` names",
         "(JSON with comments, or YAML; flat, or with the cache's keys under `cache_config`), or as",
         "`FLEXKV_<KEY>` in the environment. The file wins over the environment. Older names are",
-        "accepted with a warning. A file is UTF-8, in every locale, and no object in it may have a",
-        "key twice.",
+        "accepted with a warning. A file is read as UTF-8 in every locale, and no object in it may",
+        "have the same key twice.",
         "",
-        "A size that can be given in two units (`num_cpu_blocks` or `cpu_cache_gb`, and so on) is",
-        "given in one of them: both in one source are refused. If the file has one and the",
-        "environment the other, the file wins, and a log line says so.",
+        "Give a size that has two keys (`num_cpu_blocks` or `cpu_cache_gb`, and so on) by one of",
+        "them: both in one source are refused. If the file has one and the environment the other,",
+        "the file wins, and a log line says so.",
         "",
-        "Kubernetes sets variables such as `FLEXKV_SERVICE_HOST` and `FLEXKV_PORT_80_TCP` by",
-        "itself if a service is called flexkv, or begins with `flexkv-`: these are ignored.",
+        "Kubernetes itself sets variables such as `FLEXKV_SERVICE_HOST` and `FLEXKV_PORT_80_TCP`",
+        "if a service is called flexkv, or its name begins with `flexkv-`: these are ignored.",
     ]
     for title, model in (
         ("ModelConfig", ModelConfig),
@@ -310,7 +310,7 @@ def _rows(model: type[BaseModel]) -> Iterator[str]:
 
 
 def _bounds(field: FieldInfo) -> str:
-    """Return what a number may be, as a sentence with a space before it."""
+    """Return the bounds of a number, as a sentence with a space before it."""
     bounds = {
         name: getattr(rule, name)
         for rule in field.metadata

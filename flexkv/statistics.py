@@ -93,7 +93,7 @@ class QueueStatistics(msgspec.Struct, frozen=True):
     inbound_bytes_in_flight: int
     outbound_bytes_in_flight: int
     inbound_window_bytes: int
-    """How many may be in flight now; for a disk this follows its rate. One piece always may."""
+    """How many may be in flight now; for a disk this follows its rate. One piece always can be."""
     outbound_window_bytes: int
 
 
@@ -117,7 +117,7 @@ class Statistics(msgspec.Struct, frozen=True):
     write_behind: dict[str, BehindCounts] = {}
     """What host memory owes each lower tier."""
     missing_tiers: dict[str, str] = {}
-    """Tiers that were asked for and are not there, or are lost, with the reason."""
+    """Configured tiers that cannot be used, or were lost, with the reason."""
     unused_directories: dict[str, str] = {}
     """Directories of the SSD tier that are not used, with the reason."""
 

@@ -1,4 +1,4 @@
-"""What the configuration asks for and the engine goes on without, kept where people look for it."""
+"""Configured tiers and directories that the engine goes on without, for statistics and the log."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Unavailable:
     """Directories of the SSD tier, and whole tiers, that cannot be used, each with the reason.
 
     Attributes:
-        directories: by path.
-        tiers: by the tier's name.
+        directories: the reasons, by path.
+        tiers: the reasons, by the tier's name.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Unavailable:
         self.tiers: dict[str, str] = {}
 
     def forget(self) -> None:
-        """Forget what was noted: it is about to be tried anew."""
+        """Forget all notes: the tiers are about to be tried again."""
         self.directories.clear()
         self.tiers.clear()
 
@@ -36,7 +36,7 @@ class Unavailable:
         log.error("tier_not_available", tier=tier.label, reason=why)
 
     def remind(self) -> None:
-        """Log again what is not there; called every `num_log_interval_requests`."""
+        """Log again what cannot be used; called every `num_log_interval_requests`."""
         for tier, why in self.tiers.items():
             log.warning("tier_still_not_available", tier=tier, reason=why)
         if not self.tiers:

@@ -15,7 +15,7 @@ from flexkv.logs import get_logger
 log = get_logger(__name__)
 
 END_S = 10.0
-"""How long the end of a forgotten manager may take; its flush is bounded besides."""
+"""How long ending a forgotten manager may take; its flush has a bound of its own, too."""
 
 
 class Unclosed(Protocol):
@@ -40,15 +40,15 @@ def remember(manager: Unclosed) -> None:
 
 
 def forget(manager: Unclosed) -> None:
-    """End a manager at exit no more: it is being closed."""
+    """Do not end a manager at exit: it is being closed."""
     _open.discard(manager)
 
 
 def end_forgotten(manager: Unclosed) -> None:
-    """Warn that a manager was not closed, and end it: its directory is free then.
+    """Warn that a manager was not closed, and end it, which frees its directory.
 
-    Never raises, nor waits for longer than `END_S`. What the interpreter drops once it has
-    finished its own exit, and what a forked child drops, is left as it is.
+    Never raises, and never waits for longer than `END_S`. A manager is left as it is in a
+    forked child, and when the interpreter is finalizing.
     """
     if sys.is_finalizing() or not manager.is_unclosed:
         return

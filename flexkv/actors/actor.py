@@ -45,7 +45,7 @@ class Window(NamedTuple):
     piece_bytes_max: int
     """One submission to the port at most, though at least one block."""
     is_paced: bool = False
-    """Whether less may be in flight if less keeps the disk busy: see `Pace`."""
+    """Whether the window shrinks to what keeps the disk busy: see `Pace`."""
 
 
 class Bell:
@@ -337,7 +337,7 @@ class Supervisor:
             await asyncio.wait([self._root])
 
     def abandon(self) -> None:
-        """Cancel every task, without waiting for its end: the loop may not run any more.
+        """Cancel every task, without waiting for its end: the loop may no longer run.
 
         None of them takes another step, not even one that was woken before.
         """

@@ -59,7 +59,7 @@ class Breaker:
     def succeeded(self) -> bool:
         """Take a success; return whether that changed anything.
 
-        What hangs is not up because one of its I/Os ended: `came_back` says when none is late.
+        A direction that hangs is not up once one of its I/Os ends: see `came_back`.
         """
         if self._is_lost or self.health is Health.HUNG:
             return False

@@ -20,7 +20,7 @@ LAYERED_PIECES = 16
 """Into how many pieces at least a transfer goes layer by layer: the first shall be there soon."""
 
 FRESH_TURNS_MAX = 4
-"""Turns in a row of requests that have just come."""
+"""Most turns in a row that go to new requests."""
 
 
 class Cursor(msgspec.Struct):

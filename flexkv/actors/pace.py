@@ -7,8 +7,8 @@ are measured, as BBR does for a network path (Cardwell et al., ACM Queue 14(5), 
     STEADY ──after PERIOD_S──▶ RAISING ──no faster any more──▶ DRAINING ──one alone──▶ STEADY
                                        twice as much                   one piece
 
-The rate is that of the last intervals in which more was waiting than could be given; the latency is
-the shortest time that a piece took beyond its bytes at that rate.
+The rate is the highest of the last intervals in which more was waiting than the window allowed; the
+latency is the shortest time that a piece took beyond the time for its bytes at that rate.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from enum import Enum
 PIECE_S = 0.5e-3
 """How long a piece takes at most, unless it is one block."""
 DELAY_S = 2e-3
-"""What is in flight may delay a read of one block by as long as the read takes alone, and this."""
+"""Bytes in flight may delay a read of one block by the time that it takes alone, plus this."""
 MARGIN = 1.25
-"""By how much more than the shortest latency is filled: others take longer."""
+"""The window covers this many times the shortest latency, because most pieces take longer."""
 INTERVAL_PIECES, RAISED_PIECES = 8, 4
-"""Pieces of one measurement of the rate, at least; of one with a larger window: it delays reads."""
+"""Fewest pieces in one measurement of the rate; and while raising, since that delays reads."""
 RATES = 4
-"""Measurements of which the largest counts as the rate."""
+"""The rate is the largest of this many measurements."""
 FASTER = 1.1
-"""By this much at least a larger window must be faster to be raised further."""
+"""The window is raised further only if the last raise made the disk faster by this factor."""
 PERIOD_S, PERIOD_PIECES = 30.0, 2000
-"""Time and pieces between two searches, at least; a latency counts for two such periods at most."""
+"""Least time and pieces between two searches; a latency counts for two such periods at most."""
 FIRST_PIECES = 2
 """Pieces in flight before anything has been measured."""
 
@@ -45,8 +45,8 @@ class Pace:
     """The window of one direction of a disk.
 
     Attributes:
-        bytes_max: what may be in flight; one piece always may.
-        piece_bytes_max: one submission at most, though at least one block.
+        bytes_max: how much may be in flight; one piece is always allowed.
+        piece_bytes_max: the largest submission, except that one block is always allowed.
     """
 
     def __init__(self, bytes_most: int, piece_bytes_most: int, block_bytes: int) -> None:
@@ -80,19 +80,19 @@ class Pace:
         return max(self.piece_bytes_max, self._block_bytes)
 
     def moved(self, nbytes: int) -> None:
-        """Count what the disk has moved, in either direction."""
+        """Count bytes that the disk has moved, in either direction."""
         self._interval_bytes += nbytes
 
     def ended(self, nbytes: int, begin_s: float, now_s: float) -> None:
         """Take the end of a piece: its size, and when it was submitted and reaped."""
         self._interval_pieces += 1
         self._pieces += 1
-        if begin_s < self._raised_s:  # its interval has not begun
+        if begin_s < self._raised_s:  # it was submitted before the raise
             self._interval_begin_s = None
         piece = now_s - begin_s, nbytes
         if self._latency_s(piece) < self._latency_s(self._quickest):
             self._quickest = piece
-        if self._state is _State.DRAINING and begin_s > self._since_s:  # it was alone
+        if self._state is _State.DRAINING and begin_s > self._since_s:  # it was submitted alone
             self._be(_State.STEADY, now_s)
 
     def turned(self, now_s: float, is_full: bool) -> None:
@@ -100,7 +100,7 @@ class Pace:
 
         Args:
             now_s: the time.
-            is_full: whether more was waiting than the window lets go; otherwise the rate says
+            is_full: whether more was waiting than the window allows; otherwise the rate says
                 nothing about the disk.
         """
         if not is_full:
@@ -147,7 +147,7 @@ class Pace:
         self._follow()
 
     def _latency_s(self, piece: tuple[float, int]) -> float:
-        """Return what a piece took beyond its bytes at the disk's rate."""
+        """Return how much longer a piece took than its bytes take at the disk's rate."""
         seconds, nbytes = piece
         return max(0.0, seconds - nbytes / self.rate) if self._rates else seconds
 
@@ -161,7 +161,7 @@ class Pace:
         piece_bytes = self._piece_bytes
         latency_s = min(map(self._latency_s, (self._quickest, self._quickest_before)))
         needed = rate * (MARGIN * latency_s + PIECE_S) + piece_bytes
-        # What comes waits for one piece to end, and then for all that is in flight.
+        # A new read waits for one piece to end, and then for all that is in flight.
         allowed = rate * (2 * latency_s + DELAY_S) + 2 * self._block_bytes - piece_bytes
         whole = math.ceil(needed / piece_bytes) * piece_bytes
         self.bytes_max = min(self._bytes_most, whole if whole <= allowed else whole - piece_bytes)

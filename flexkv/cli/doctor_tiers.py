@@ -1,4 +1,4 @@
-"""What `flexkv doctor` says of the tiers that the configuration asks for."""
+"""What `flexkv doctor` reports about the configured tiers."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Finding(NamedTuple):
     good: bool
     advice: str = ""
     fatal: bool = False
-    """Whether something that was asked for cannot be had: the exit status tells."""
+    """Whether something configured cannot be used: the exit status is 1 then."""
 
 
 def host_tier(cache: CacheConfig) -> Iterator[Finding]:
-    """Say whether host memory has room for the host tier, where its size is given in GB."""
+    """Yield whether host memory has room for the host tier, if its size is given in GB."""
     if not cache.enable_cpu or "cpu_cache_gb" not in cache.model_fields_set:
         return
     if cache.num_cpu_blocks is not None:
@@ -52,7 +52,7 @@ def host_tier(cache: CacheConfig) -> Iterator[Finding]:
 
 
 def ssd_tier(cache: CacheConfig) -> Iterator[Finding]:
-    """Say which directories of the SSD tier can be used, and whether the tier can be had."""
+    """Yield which directories of the SSD tier can be used, and whether the tier can."""
     directories = distinct(cache.ssd_cache_dir)
     faults: dict[Path, str] = {}
     free_bytes: dict[int, int] = {}

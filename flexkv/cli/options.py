@@ -1,4 +1,4 @@
-"""What several commands check of their options."""
+"""Checks of options that several commands share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TIMES_MAX = 1e6
 
 
 def finite(value: float) -> float:
-    """Return a number that is finite and not negative, nor so large that nobody can mean it.
+    """Return a number that is finite, not negative, and not absurdly large.
 
     Raises:
         typer.BadParameter: it is not.

@@ -30,7 +30,7 @@ def integer(field: str, value: Any) -> int:
     """Return an integer as Python's own.
 
     Raises:
-        ConfigError: it is none; `field` names the argument.
+        ConfigError: it is not one; `field` names the argument.
     """
     if not is_integer(value):
         raise ConfigError(field, _shown(value), "must be an integer")
@@ -112,7 +112,7 @@ def text(field: str, value: Any) -> str:
 
 
 def _shown(value: Any) -> object:
-    """Return what an error shows of a value: a short one itself, of others the kind."""
+    """Return what an error shows of a value: a short value itself, otherwise its kind."""
     if value is None or isinstance(value, bool | int | float | Enum):
         return value if not isinstance(value, int) or abs(value) < 1 << 64 else kind_of(value)
     if isinstance(value, str) and len(value) <= 40:

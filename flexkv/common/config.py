@@ -58,15 +58,16 @@ class Settings(ConfigModel):
     )
     server_answer_ms: int = key(
         250,
-        "How long an engine's scheduler waits for the server; later it goes on without, a while.",
+        "How long an engine's scheduler waits for the server before it goes on without it, for a"
+        " while.",
         unit="ms",
         ge=1,
         le=3_600_000,
     )
     match_wait_ms: float = key(
         0.4,
-        "How long a scheduler's step waits for what the server finds of its new prompts, all in"
-        " all; a prompt of which it has not heard by then is looked at in the next step.",
+        "How long a scheduler's step waits, in all, for the server's answers about new prompts; a"
+        " prompt without an answer by then is tried again in the next step.",
         unit="ms",
         ge=0,
         le=3_600_000,

@@ -151,13 +151,13 @@ class CacheConfig(ConfigModel):
         (),
         "Directory of the SSD tier; several (`;`-separated or a list) are striped. Only the user "
         "who runs the engine, or root, may own it and write to it; a missing one is made. `~` and "
-        "`$VARIABLE` are expanded, `file:///dir` is a directory. One that cannot be used costs its "
-        "part of the tier, and is named in the log, in `statistics()` and by `flexkv doctor`.",
+        "`$VARIABLE` are expanded, and `file:///dir` is accepted. One that cannot be used costs "
+        "its part of the tier, and is named in the log, in `statistics()` and by `flexkv doctor`.",
     )
     strict: bool = key(
         False,
         "Whether the engine refuses to start when the SSD tier, or a directory of it, cannot be "
-        "used; else it starts without.",
+        "used; otherwise it starts without.",
     )
     ssd_preallocate: bool = key(
         True, "Take all the space of the SSD tier at the start; else as it is written to."

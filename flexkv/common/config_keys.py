@@ -41,7 +41,7 @@ LIKENESS_MIN, LIKENESS_OF_SECRETS_MIN = 0.6, 0.85
 BLOCKS_MAX = 1 << 30
 """Most blocks of a tier, and of a file of it."""
 GB_MAX, MB_MAX, SECONDS_MAX = float(1 << 20), float(1 << 20), 31_536_000.0
-"""Bounds of sizes and times: a PiB, a TiB, a year. What is larger is a mistake in the unit."""
+"""Bounds of sizes and times: a PiB, a TiB, a year. A larger value has the wrong unit."""
 TEXT_CHARACTERS_MAX = 65_536
 _NUMBER_CHARACTERS_MAX = 64
 
@@ -219,9 +219,9 @@ def check_no_rivals(
     """Check that one source does not give one size in two units.
 
     Args:
-        values: keys that the source gives, and their values; None is as if it were not given.
+        values: keys that the source gives, and their values; None counts as not given.
         pairs: of keys that mean one size.
-        names: what the source calls its keys, where they have other names there.
+        names: the source's own names of keys, where they differ.
 
     Raises:
         ConfigError: both keys of a pair have values.
@@ -259,7 +259,7 @@ def announce(renames: Renames) -> None:
 
 
 class PlainValues(BaseModel):
-    """A model that takes numbers of any library, and no value that stands for another kind."""
+    """A model that takes numbers of any library, and never a value of the wrong kind."""
 
     @field_validator("*", mode="before")
     @classmethod

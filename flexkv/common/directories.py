@@ -87,7 +87,7 @@ def _of_address(value: str, scheme: str) -> Path:
             raise ValueError("must name no host: a `file:` address is `file:///dir`")
         rest = slash + path
     if "?" in rest or "#" in rest:
-        raise ValueError("must have neither `?` nor `#`, as an address")
+        raise ValueError("must not have `?` or `#`, as it is an address")
     path = unquote_to_bytes(rest).decode("utf-8", "surrogateescape")
     if not path or "\0" in path:
         raise ValueError("must name a directory")

@@ -1,4 +1,4 @@
-"""The tree of errors, but for `ProtocolError`, which is beside its protocol (`server/wire.py`).
+"""The tree of errors, except `ProtocolError`, which is beside its protocol (`server/wire.py`).
 
 Each carries the values that a handler or a reader needs.
 
@@ -20,7 +20,7 @@ class FlexKVError(Exception):
     """Anything that FlexKV raises on purpose."""
 
     def __reduce__(self) -> tuple[Callable[..., FlexKVError], tuple[Any, ...]]:
-        """Return what makes an equal error; a field that cannot travel is replaced by its text."""
+        """Return how to rebuild the error; fields that cannot be pickled become their text."""
         fields = {name: _portable(value) for name, value in self.__dict__.items()}
         return rebuilt, (type(self), tuple(map(_portable, self.args)), fields)
 

@@ -233,7 +233,7 @@ def scope_of(namespace: Namespace) -> Scope:
 
 
 def _extra_keys(given: Any) -> tuple[tuple[int, int, str], ...]:
-    """Return extra keys with integers of Python's own.
+    """Return extra keys with all integers converted to Python's.
 
     Raises:
         ConfigError: one is not (first token, later token, string).

@@ -1,8 +1,8 @@
-"""Which bytes of a file have room on the disk, and taking room for those that have none.
+"""Finds the bytes of a file that have no room on the disk, and allocates that.
 
-Room that a file has is never asked for again: XFS, for one, needs as much free room to allocate
-what is allocated as it needed the first time. The extent map (FIEMAP) knows what is allocated,
-written or not. File systems without one are asked for holes, behind what the file was long before.
+Room that a file has is never allocated again: XFS, for one, needs as much free room for bytes that
+are allocated already as it needed the first time. The extent map (FIEMAP) shows what is allocated,
+written or not. File systems without one are asked for holes; all beyond the file's end is a gap.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Room(NamedTuple):
 
 
 def gaps(fd: int, size: int) -> list[Gap]:
-    """Return what lacks room of a file that is to have `size` bytes."""
+    """Return the gaps of a file that is to have `size` bytes."""
     status = os.fstat(fd)
     within = min(status.st_size, size)
     try:
@@ -70,7 +70,7 @@ def allocate(fd: int, found: list[Gap], pause: Callable[[], None]) -> None:
 
 
 def lacking_bytes(status: os.stat_result, size: int, found: list[Gap]) -> int:
-    """Return how many bytes of room a file still needs that is to have `size` bytes.
+    """Return how many more bytes of room a file needs to have `size` bytes.
 
     Args:
         status: of the file.
@@ -156,7 +156,7 @@ def _complement(ranges: Iterator[tuple[int, int]], size: int) -> Iterator[Gap]:
 
 
 def _holes(fd: int, size: int) -> Iterator[Gap]:
-    """Return the holes that a file system tells of; it takes one without holes for full."""
+    """Return the holes that the file system reports; none if it cannot report any."""
     at = 0
     try:
         while at < size:

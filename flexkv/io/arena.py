@@ -44,9 +44,9 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MADV_WIPEONFORK = 18
 """The kernel's number; `mmap` has no name for it. A child finds zeros, and copies nothing."""
 _MFD_NOEXEC_SEAL = 8
-"""The kernel's number. Some machines (`vm.memfd_noexec=2`) allow no memory that lacks this seal."""
+"""The kernel's number. Some machines (`vm.memfd_noexec=2`) require this seal."""
 TOUCH_BYTES = 16 << 20
-"""Memory touched between two calls of `progress`, which may end the touching: some 5 ms."""
+"""Memory touched between two calls of `progress`, which may raise to stop: some 5 ms."""
 
 Progress = Callable[[int, int], None]
 
@@ -254,11 +254,11 @@ def check_memory(total_bytes: int, hugepage_bytes: int | None, given: GivenSize)
     """Check that there is memory, before any of it is taken.
 
     Returns:
-        How much of it is to come from what all processes share: nothing if the pool of huge pages
-        has enough.
+        How much of it comes from memory that all processes share: nothing if the pool of huge
+        pages has enough.
 
     Raises:
-        ConfigError: there is not, or a page size cannot be.
+        ConfigError: there is not enough, or the page size is impossible.
     """
     if hugepage_bytes is not None:
         if hugepage_bytes < mmap.PAGESIZE or hugepage_bytes.bit_count() != 1:
@@ -275,7 +275,7 @@ def check_memory(total_bytes: int, hugepage_bytes: int | None, given: GivenSize)
 def _cannot_be_had(
     given: GivenSize, total_bytes: int, error: OSError | OverflowError
 ) -> ConfigError:
-    """Return an error that says what would help against another one."""
+    """Return the error for memory that was refused, with advice."""
     number = error.errno if isinstance(error, OSError) else ENOMEM
     limits = {"v": resource.RLIMIT_AS, "d": resource.RLIMIT_DATA}
     limited = [each for each, limit in limits.items() if resource.getrlimit(limit)[0] >= 0]
@@ -299,7 +299,7 @@ def _map(kind: str, total_bytes: int, hugepage_bytes: int | None, shared: bool) 
 
 
 def _memfd(flags: int = 0) -> int:
-    """Open a file in memory, which cannot be executed where the kernel knows that."""
+    """Open a file in memory; it cannot be executed if the kernel supports that."""
     flags |= os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     with suppress(OSError):
         return os.memfd_create("flexkv-arena", flags | _MFD_NOEXEC_SEAL)
@@ -307,7 +307,7 @@ def _memfd(flags: int = 0) -> int:
 
 
 def _map_fd(fd: int, length: int) -> mmap.mmap:
-    """Set the size of a file in memory, for ever, and map it; it is closed on failure."""
+    """Set and seal the size of a file in memory, and map it; close it on failure."""
     try:
         os.ftruncate(fd, length)
         _seal(fd)
@@ -329,7 +329,7 @@ def _map_hugetlb(total_bytes: int, hugepage_bytes: int) -> _Mapping:
 
 
 def _map_pages(total_bytes: int, shared: bool, wants_huge: bool) -> _Mapping:
-    """Map ordinary memory, with the wish for transparent huge pages or without."""
+    """Map ordinary memory, with or without a request for transparent huge pages."""
     length = total_bytes + ALIGNMENT_BYTES
     fd = _memfd() if shared else None
     if fd is None:

@@ -54,10 +54,10 @@ class FileOptions:
     """How files get their room.
 
     Attributes:
-        preallocate: take all of it now; else as it is written to, and a write may fail.
+        preallocate: take all room now; otherwise it is taken by writes, which may then fail.
         given: what an error about the size names; None: the number of blocks.
         reserved_bytes: memory that is taken later, which files in memory must leave.
-        pause: called again and again while files are made; may raise to end that.
+        pause: called repeatedly while files are made; may raise to stop that.
     """
 
     preallocate: bool = True
@@ -67,7 +67,7 @@ class FileOptions:
 
 
 class Missing(NamedTuple):
-    """A directory, or a file in it, that is not any more where it was opened."""
+    """A directory, or a file in it, that is no longer where it was opened."""
 
     directory: str
     path: str
@@ -111,8 +111,8 @@ class StripedFiles:
         folders: the directories, locked; they stay the property of this object.
         direct: whether I/O goes past the page cache.
         why: the reason if it does not.
-        may_block: whether a call that the kernel is told not to wait in may wait all the same: some
-            file systems in user space are as slow as the process behind them.
+        may_block: whether a call may wait even if the kernel is told not to wait: some file systems
+            in user space are as slow as the process behind them.
         identity_lasts: whether an open file and its name have the same inode number for long.
     """
 
@@ -242,7 +242,7 @@ class StripedFiles:
                 yield Missing(str(folder.path), path, why)
 
     def _differs(self, path: Path, fd: int, folder_fd: int | None = None) -> str:
-        """Return why what is open as `fd` is not at a path any more; nothing if it is."""
+        """Return why the file open as `fd` is no longer at a path; nothing if it is there."""
         try:
             there = os.stat(path, dir_fd=folder_fd, follow_symlinks=folder_fd is None)
         except OSError as error:
@@ -305,7 +305,7 @@ class StripedFiles:
 
     @staticmethod
     def _grow(fd: int, size: int, lacking: list[Gap], pause: Callable[[], None]) -> None:
-        # A file that grows only with its room tells, after an interruption, what it still lacks.
+        # A file grows only as it gets room, so after an interruption its size shows what it lacks.
         allocate(fd, lacking, pause)
         if os.fstat(fd).st_size != size:
             os.truncate(fd, size)

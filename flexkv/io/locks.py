@@ -112,7 +112,7 @@ def lock_open_directory(folder_fd: int, path: Path) -> DirectoryLock:
 
 
 def _locks(fd: int) -> bool:
-    """Lock a file or directory; return whether its file system can.
+    """Lock a file or directory; return False if its file system has no locks.
 
     Raises:
         BlockingIOError: another holder has it.
@@ -127,7 +127,7 @@ def _locks(fd: int) -> bool:
 
 
 def _open_note(folder_fd: int) -> int:
-    """Open the note; return -1 if there is none, and no room to make one."""
+    """Open the note; return -1 if it does not exist and there is no room to make it."""
     try:
         return open_file(folder_fd, NOTE_NAME, os.O_RDWR | os.O_CREAT)
     except OSError as error:

@@ -28,10 +28,10 @@ def expanded(path: Path, field: str = "ssd_cache_dir") -> Path:
     try:
         return found.expanduser().absolute()
     except RuntimeError:
-        why = f"nobody knows the home directory that {found.parts[0]} stands for"
+        why = f"the home directory of {found.parts[0]} is unknown"
         raise ConfigError(field, shown(path), why) from None
     except OSError as error:  # the working directory was removed
-        why = f"the working directory cannot be told ({error.strerror})"
+        why = f"the working directory cannot be found ({error.strerror})"
         raise ConfigError(field, shown(path), why) from error
 
 

@@ -102,9 +102,9 @@ def _set_mode(fd: int, mode: int) -> bool:
 
 
 def sync_directory(fd: int) -> None:
-    """Return once the names in a directory are on stable storage, as far as can be asked for.
+    """Return once the names in a directory are on stable storage, if its file system can sync.
 
-    Some file systems have no such sync. Names are then as safe as these make them.
+    Some file systems cannot. There the names are as safe as the file system makes them.
 
     Raises:
         OSError: the device refused.

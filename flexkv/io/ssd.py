@@ -1,6 +1,6 @@
 """Opens the SSD tier: files, superblocks and journals of each directory, and the port over them.
 
-A directory that cannot be used costs its part of the tier, and nothing else.
+A directory that cannot be used costs only its part of the tier.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class SsdWish:
     """The SSD tier that is asked for.
 
     Attributes:
-        directories: absolute, each another one.
+        directories: absolute, and all different.
         num_blocks: over all directories.
         superblock: what the blocks are.
         options: how the files get their room.
-        keeps_journal: whether the tier is to survive a restart.
+        keeps_journal: whether the tier survives a restart.
         is_strict: whether a directory that cannot be used is an error.
     """
 
@@ -53,7 +53,7 @@ class SsdWish:
 
 
 class TakenSsd(NamedTuple):
-    """What is there of it: open files, and their journals if the tier is to survive."""
+    """The parts of it that can be used: open files, and journals if the tier is to survive."""
 
     files: StripedFiles
     journals: list[Journal] | None
@@ -63,7 +63,7 @@ def distinct(directories: Sequence[Path]) -> tuple[Path, ...]:
     """Return directories as absolute paths, without `~` and variables.
 
     Raises:
-        ConfigError: one cannot be expanded, or is another one by another name.
+        ConfigError: one cannot be expanded, or two are the same directory.
     """
     found: dict[object, Path] = {}
     for directory in map(expanded, directories):
@@ -112,7 +112,7 @@ def _take(wish: SsdWish, directories: list[Path], taking: ExitStack) -> TakenSsd
     stride, rows = wish.superblock.block_stride_bytes, wish.superblock.rows_per_file
     files = StripedFiles.open(
         directories,
-        # Each directory has its part, whatever became of the others.
+        # Each directory keeps its own part, even if others are left out.
         wish.num_blocks * len(directories) // len(wish.directories) or 1,
         stride,
         None if rows is None else rows * stride,
@@ -126,7 +126,7 @@ def _take(wish: SsdWish, directories: list[Path], taking: ExitStack) -> TakenSsd
 
 
 def _blamed(error: ConfigError, directories: list[Path]) -> Path | None:
-    """Return the directory that an error is about, if it is about one."""
+    """Return the directory that caused an error, if one did."""
     if error.field != "ssd_cache_dir":
         return None
     path = Path(str(error.value))

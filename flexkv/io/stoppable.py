@@ -1,7 +1,7 @@
-"""Work that takes long, in a thread, which ends soon after the task that waits for it is cancelled.
+"""Runs long work in a thread, and stops it soon after the task that waits for it is cancelled.
 
 Memory is touched and files are allocated in C. On the loop's own thread neither ctrl-C nor SIGTERM
-would be noticed before all of it is done.
+would be noticed until all of that is done.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def no_pause() -> None:
-    """Go on: nobody can ask this work to stop."""
+    """Do nothing: for work that nobody can stop."""
 
 
 async def run_stoppable(name: str, work: Callable[[Callable[[], None]], T]) -> T:

@@ -41,11 +41,11 @@ def describe(tensor: Any, field: str = "kv_caches") -> TensorSpec:
 def check_dtype(tensor: Any, wanted: str, field: str) -> None:
     """Check that a tensor has elements of the model's type, or raw bytes.
 
-    Raw are int8 and uint8 in place of another type of one byte (or it in theirs), numpy's void, and
-    uint16 for bfloat16, which numpy does not have.
+    Raw bytes are: int8 or uint8 in place of another one-byte type, or the reverse; numpy's void;
+    and uint16 for bfloat16, which numpy does not have.
 
     Raises:
-        ConfigError: it has others: the model is another one, or the tensor is.
+        ConfigError: it has others, so the model or the tensor is the wrong one.
     """
     dtype = getattr(tensor, "dtype", "")
     name = str(getattr(dtype, "name", dtype)).removeprefix("torch.")

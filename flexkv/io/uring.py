@@ -33,7 +33,7 @@ TRIAL_S = 2.0
 def try_nothing(ring: Ring) -> None:
     """Let a new ring do an operation that does nothing.
 
-    A seccomp profile may let a process set up a ring, and not let it hand in any work.
+    A seccomp profile may let a process set up a ring, but not submit any work.
 
     Raises:
         OSError: the ring cannot be used.
@@ -44,7 +44,7 @@ def try_nothing(ring: Ring) -> None:
 
 
 def _first_end(ring: Ring) -> int:
-    """Return the result of the one operation that a ring has. Raises OSError if it takes long."""
+    """Return the result of a ring's only operation. Raises OSError if it takes too long."""
     until_s = time.monotonic() + TRIAL_S
     while not (ended := ring.reap()):
         left_s = until_s - time.monotonic()

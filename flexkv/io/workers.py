@@ -19,8 +19,8 @@ _Call = tuple[Future[Any], Callable[[], Any]]
 class Workers(Executor):
     """Standing threads that take calls in turn, also while the interpreter exits.
 
-    Python's own executor takes no call any more once `atexit` has begun, so that an engine that
-    is closed there could write nothing. These threads do not keep a process alive.
+    Python's own executors accept no calls once the interpreter has begun to exit, so an engine
+    that is closed then could write nothing. These threads do not keep a process alive.
     """
 
     def __init__(self, count: int, name: str) -> None:

@@ -125,19 +125,19 @@ class Client:
         return self._keys.keys(integers(tokens), namespace)
 
     def extend(self, prompt: Prompt, tokens: Any) -> None:
-        """Add the keys of `tokens` to a prompt, which follow those of its whole blocks.
+        """Add the keys of `tokens` to a prompt; the tokens follow those of its whole blocks.
 
         The prompt's namespace may have no extra keys.
         """
         self._keys.extend_in_place(prompt.keys, integers(tokens))
 
     def new_prompt(self) -> Prompt:
-        """Return a prompt without keys; those that are sent of it are kept by the server."""
+        """Return a prompt without keys; the server keeps those that are sent later."""
         self._next_prompt += 1
         return Prompt(self._next_prompt)
 
     def forget(self, prompt: Prompt) -> None:
-        """Let the server keep the keys of a prompt no longer."""
+        """Let the server drop the keys of a prompt."""
         if self._prompts.forget(prompt.number):
             self._send(Forget((prompt.number,)))
 
@@ -158,7 +158,7 @@ class Client:
     def ask(self, keys: Keys, first: int = 0, hold: bool = False, tell: bool = False) -> int:
         """Ask as `match` does, and return the number of the question for `answer`, or `release`.
 
-        Of a part of a prompt only those keys are sent that the server lacks.
+        For a part of a prompt, only the keys that the server lacks are sent.
         """
         number = self._number()
         part = self._part_of(keys)
@@ -367,9 +367,9 @@ class Client:
         return True
 
     def _part_of(self, keys: Keys) -> Sent:
-        """Return what is to be sent of keys. It has to be sent: it is noted as what the server has.
+        """Return the keys to send, and note that the server has them: so they must be sent.
 
-        So it is only noted over a connection, and a message with it is never too long to be sent.
+        They are noted only over a connection, and a message with them is never too long to send.
         """
         if not isinstance(keys, PromptPart):
             check_keys(keys)

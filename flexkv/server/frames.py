@@ -1,7 +1,7 @@
-"""A client's socket to a server: frames out, whole messages in, and no wait that was not asked for.
+"""A client's socket to a server: frames out, whole messages in, and no waits but those asked for.
 
-The socket never blocks, and no call changes its mode: each change would be a system call more, and
-each system call may give the interpreter's lock to another thread.
+The socket never blocks, and no call changes its mode: each change would be one more system call,
+and each system call may let another thread take the interpreter's lock.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class Jobs:
             engine: that runs the requests.
             fleet: the devices of all instances.
             instance: whose requests these are.
-            turns: in which puts are planned, those of all instances.
+            turns: the turns in which the puts of all instances are planned.
             on_idle: called when the last request under way has ended.
         """
         self._engine, self._fleet, self._instance = engine, fleet, instance
@@ -113,9 +113,9 @@ class Jobs:
             raise ConfigError("keys", f"{len(keys)} bytes", why)
         keys = keys_within(engine, keys)
         found = engine.find(keys)
-        if message.hold:  # what is held is counted, so no block may be there twice
+        if message.hold:  # holds are counted, so no block may occur twice
             agreeing = engine.residency.agreeing(keys[: (found.last + 1) * BLOCK_KEY_BYTES])
-            if agreeing < found.last:  # nobody has derived these keys from tokens
+            if agreeing < found.last:  # these keys were not derived from tokens
                 found = engine.find(keys[: (agreeing + 1) * BLOCK_KEY_BYTES])
             engine.holds.hold(self._instance, message.number, found.holdings)
         by_tier = {

@@ -34,7 +34,7 @@ from flexkv.logs import get_logger
 log = get_logger(__name__)
 
 LISTENING = b"listening\n"
-"""What the server says on stdout once it takes connections: memory and files are taken by then."""
+"""The server's line on stdout once it takes connections, after memory and files were taken."""
 REFUSED = b"refused "
 """Begins the line of a server that cannot start; the reason follows, as JSON."""
 ENDED = b"ended\n"
@@ -128,7 +128,7 @@ class Launched:
             model: what it serves.
             settings: the same as ours.
             waits: whether it may wait for another server at the address that is ending.
-            is_awaited: else return at once; `look` tells how far it is.
+            is_awaited: otherwise return at once; `look` then says whether it takes connections.
 
         Raises:
             ConfigError: it could not start, for a reason that the error names: a key of its
@@ -176,7 +176,7 @@ class Launched:
         return self._listens
 
     def _line(self, wait_s: float | None = None) -> bytes | None:
-        """Return the next line that it says, or all that is left at its end; None: not yet."""
+        """Return its next line, or the rest of its output once it has ended; else None."""
         while (end := self._said.find(b"\n")) < 0:
             if not select.select([self._stdout], [], [], wait_s)[0]:
                 return None
@@ -220,7 +220,7 @@ class Launched:
 
 
 def refusal_of(error: BaseException) -> bytes:
-    """Return the line by which a server says that it cannot start."""
+    """Return the line in which a server says why it cannot start."""
     if isinstance(error, ConfigError):
         value = error.value
         plain = value if isinstance(value, str | int | float | None) else str(value)
@@ -231,7 +231,7 @@ def refusal_of(error: BaseException) -> bytes:
 
 
 def _failure(said: bytes) -> FlexKVError:
-    """Return the error of a server that said this instead of `LISTENING`."""
+    """Return the error for a server that printed this instead of `LISTENING`."""
     if said.startswith(REFUSED):
         field, *rest = json.loads(said.removeprefix(REFUSED))
         return ConfigError(field, *rest) if rest else BackendUnavailableError("server", field)

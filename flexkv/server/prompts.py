@@ -65,7 +65,7 @@ class KeptPrompts:
             )
 
     def forget(self, prompts: tuple[int, ...]) -> None:
-        """Keep these no longer; unknown ones are ignored."""
+        """Drop the keys of these prompts; unknown ones are ignored."""
         for prompt in prompts:
             self._kept_bytes -= len(self._keys.pop(prompt, b""))
 
@@ -159,12 +159,12 @@ Keys: TypeAlias = bytes | PromptPart
 
 
 def blocks_of(keys: Keys) -> int:
-    """Return how many keys a message means: an answer has no more blocks."""
+    """Return how many keys a message stands for: an answer has no more blocks."""
     return len(keys) // BLOCK_KEY_BYTES if isinstance(keys, bytes) else keys.blocks + 1
 
 
 def check_keys(keys: bytes) -> None:
-    """Check what a caller gives for the keys of a prompt.
+    """Check the keys of a prompt that a caller gives.
 
     Raises:
         ConfigError: they are not whole keys.
@@ -179,6 +179,6 @@ def integers(tokens: Any) -> Any:
     A list is read as it is: an array of it would cost more than the hashing.
 
     Raises:
-        ConfigError: they are no integers.
+        ConfigError: they are not integers.
     """
     return tokens if type(tokens) is list else as_int64("token_ids", tokens)

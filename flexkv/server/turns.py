@@ -1,8 +1,8 @@
 """Lets puts be planned one at a time, so that an engine's question never waits for many of them.
 
 A scheduler's step waits for the answer to a match, and nobody waits for a put. An event loop runs
-whatever is ready before it looks at its sockets again. So of the puts that could be planned, each
-turn of the loop plans one, and a match that has come meanwhile goes before the next.
+whatever is ready before it looks at its sockets again. So each turn of the loop plans only one of
+the puts that could be planned, and a match that has come meanwhile goes before the next.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class LoopTurns:
         self._is_taken = False
 
     async def wait(self) -> None:
-        """Return in a turn of the loop in which nobody else does; the first one at once.
+        """Return in a turn of the loop that no other caller gets; the first caller returns at once.
 
         Cancellation: the turn goes to the next one.
         """

@@ -38,7 +38,7 @@ HELLO_BYTES_MAX = 64 << 10
 NUMBERS_MAX = 4096
 """How many numbers one message may have; more go in several messages."""
 PROMPTS_MAX, PROMPTS_BYTES_MAX, PROMPT_BYTES_MAX = 8192, 32 << 20, 1 << 20
-"""How many prompts of one client the server keeps, and how many bytes of keys: of all, of one."""
+"""Most prompts that the server keeps of a client, and bytes of keys: in all, and of one prompt."""
 
 Role: TypeAlias = Literal["client", "agent", "control"]
 FRAME_BYTES_OF: Mapping[Role, int] = {
@@ -108,7 +108,7 @@ class Match(Message, tag="match", frozen=True):
 
     number: Number
     keys: bytes
-    """From the last known one on."""
+    """The keys from the last known one on."""
     first: Number = 0
     """Who asks has the blocks before: of where they are nothing is told."""
     hold: bool = False
@@ -118,11 +118,11 @@ class Match(Message, tag="match", frozen=True):
     prompt: Number = 0
     """Keep the keys under this number; 0 keeps nothing."""
     known: Number = 0
-    """How many keys of the prompt the server has already, the root among them."""
+    """How many keys of the prompt the server has already, including the root."""
 
 
 class Forget(Message, tag="forget", frozen=True):
-    """Keep the keys of these prompts no longer."""
+    """Drop the keys of these prompts."""
 
     prompts: Numbers
 

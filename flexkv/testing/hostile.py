@@ -300,7 +300,7 @@ def _start(chance: random.Random, slot: int) -> Start:
 
 
 def _prompt(chance: random.Random) -> tuple[int, int]:
-    """Return a prompt under which keys are kept, and how many of them are said to be known."""
+    """Return a prompt's number, and how many of its keys the message claims are known."""
     if chance.random() < 0.5:
         return 0, 0
     prompt = _integer(chance, 6)

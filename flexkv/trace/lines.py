@@ -1,4 +1,4 @@
-"""Lines of files that may be anything: a device without end, a file without line breaks."""
+"""Reads lines of files that may be anything: an endless device, a file without line breaks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def lines_of(path: Path, field: str) -> Iterator[bytes]:
         with path.open("rb") as file:
             while line := file.readline(LINE_BYTES_MAX):
                 if len(line) == LINE_BYTES_MAX:
-                    raise ConfigError(field, str(path), "is no text: it has a line without end")
+                    raise ConfigError(field, str(path), "is not text: it has an endless line")
                 yield line
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)

@@ -57,7 +57,7 @@ def case(work: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def made() -> KVManager:
-    """Give a manager that is not started."""
+    """Return a manager that is not started."""
     cache = CacheConfig(
         tokens_per_block=PER_BLOCK, num_cpu_blocks=32, num_ssd_blocks=64,
         ssd_cache_dir=os.environ["DIRECTORY"], shutdown_flush_s=2.0,
@@ -66,7 +66,7 @@ def made() -> KVManager:
 
 
 def started() -> KVManager:
-    """Give one that runs in a thread, and has the prompt."""
+    """Return one that runs in a thread, and has the prompt."""
     manager = made()
     manager.start()
     manager.register_kv_caches(CACHES)
@@ -76,7 +76,7 @@ def started() -> KVManager:
 
 
 async def entered() -> KVManager:
-    """Give one on the running loop, which has the prompt."""
+    """Return one on the running loop, which has the prompt."""
     manager = made()
     await manager.__aenter__()
     manager.register_kv_caches(CACHES)
@@ -250,7 +250,7 @@ def left_on_another_loop() -> None:
 
 @contextmanager
 def elsewhere() -> Iterator[KVManager]:
-    """Give a manager on a loop that another thread runs."""
+    """Yield a manager on a loop that another thread runs."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

@@ -62,7 +62,7 @@ SERVED = {"model": {"num_layers": 1, "num_kv_heads": 1, "head_size": 8, "dtype":
 
 
 def leaves(group: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Give every command by its words."""
+    """Return every command by its words."""
     for name, command in group.commands.items():
         words = f"{path} {name}".strip()
         if hasattr(command, "commands"):
@@ -72,7 +72,7 @@ def leaves(group: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def odd_values(words: str, parameter: Any) -> list[str]:
-    """Give what a parameter is tried with."""
+    """Return the values that a parameter is tried with."""
     # Releases of typer have either; both name the type.
     kind = str(getattr(parameter, "type_descriptor", None) or parameter.type).lower()
     if "'int'" in kind or "integer" in kind or "float" in kind:
@@ -85,7 +85,7 @@ def odd_values(words: str, parameter: Any) -> list[str]:
 
 
 def lines() -> Iterator[dict[str, Any]]:
-    """Give the command lines."""
+    """Yield the command lines."""
     found = dict(leaves(typer.main.get_command(commands)))
     assert set(found) == set(BASES)
     for words, command in found.items():
@@ -111,7 +111,7 @@ def lines() -> Iterator[dict[str, Any]]:
 
 
 def rest() -> Iterator[dict[str, Any]]:
-    """Give command lines that name no command, odd input, and odd environments."""
+    """Return command lines that name no command, odd input, and odd environments."""
     yield from ({"arguments": each} for each in (
         [], [""], ["x"], ["--version", "x"], ["--log-level"], ["--log-level", "loud", "explain"],
         ["--log-level", "", "explain", "get"], ["\udcff"], ["server"], ["ssd", "x"],

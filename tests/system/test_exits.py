@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Give how each case has ended."""
+    """Return how each case has ended."""
     folder = tmp_path_factory.mktemp("exits")
     done = subprocess.run(
         [sys.executable, "-W", "always::ResourceWarning", "tests/system/exit_cases.py", folder],
@@ -32,5 +32,5 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_program_ends(name: str, ended: dict[str, dict[str, Any]]) -> None:
-    """With its status, in silence but for the warning of a manager that nobody has closed."""
+    """It ends with its status, and prints only the warning of a manager that nobody closed."""
     assert ended[name]["faults"] == [], ended[name]

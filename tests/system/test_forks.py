@@ -62,7 +62,7 @@ def refused(call: Callable[[], Any]) -> None:
 
 
 def calls_of(manager: KVManager, task_id: int) -> Iterator[Callable[[], Any]]:
-    """Give every call of a manager that is not awaited."""
+    """Return every call of a manager that is not awaited."""
     yield from (
         manager.start, manager.shutdown, manager.is_ready, manager.reset, manager.clear,
         manager.statistics, manager.trace_start, manager.trace_stop, manager.nudge_device,
@@ -95,7 +95,7 @@ def calls_of(manager: KVManager, task_id: int) -> Iterator[Callable[[], Any]]:
 
 
 def awaitables_of(manager: KVManager) -> Iterator[Callable[[], Any]]:
-    """Give every call of a manager that is awaited."""
+    """Return every call of a manager that is awaited."""
     yield from (
         lambda: manager.get(PROMPT, SLOTS),
         lambda: manager.put(PROMPT, SLOTS),

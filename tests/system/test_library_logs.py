@@ -129,7 +129,7 @@ class Refusing(logging.Handler):
 
 @pytest.fixture
 def refusing() -> Iterator[Refusing]:
-    """Give one that gets every line of ours."""
+    """Yield a handler that gets every line of ours."""
     handler = Refusing()
     logging.getLogger("flexkv").addHandler(handler)
     yield handler

@@ -218,7 +218,7 @@ def test_metrics_are_served_where_the_user_says(manager: KVManager, host: str) -
 
 @pytest.mark.parametrize("host", ["not a host", "256.1.1.1", "h" * 300, "\u00e9" * 70, "192.0.2.1"])
 def test_a_host_that_is_none_of_this_machine_is_named(manager: KVManager, host: str) -> None:
-    """By its key, or as what the port cannot be had at."""
+    """What is no address is refused by its key; another machine's, as nothing can listen on it."""
     with pytest.raises(ConfigError, match=r"metrics_host=|cannot listen on 192\.0\.2\.1"):
         MetricsServer(manager, 0, host)
     assert not manager.engine.tracing.is_on

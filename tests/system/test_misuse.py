@@ -35,7 +35,7 @@ class Odd:
 
 @pytest.fixture(scope="module")
 def manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVManager]:
-    """Give a manager that has moved nothing."""
+    """Yield a manager that has moved nothing."""
     made = KVManager(MODEL, cache_config(tmp_path_factory.mktemp("misuse")))
     made.start()
     made.register_kv_caches(kv_caches())

@@ -23,7 +23,7 @@ SHAPE = (2, DEVICE_BLOCKS, PER_BLOCK, MODEL.num_kv_heads, MODEL.head_size)
 
 
 def _first(change: Callable[[np.ndarray[Any, Any]], Any]) -> list[Any]:
-    """Give KV caches whose first layer is changed."""
+    """Return KV caches whose first layer is changed."""
     caches: list[Any] = list(kv_caches())
     caches[0] = change(caches[0])
     return caches

@@ -40,7 +40,7 @@ from flexkv.io.private import NotPrivateError
 from flexkv.server.wire import ProtocolError
 
 FOREIGN = ("flexkv.integration.vllm", "flexkv.cli.main")
-"""What needs another program, or is run."""
+"""Modules that need another program, or are one."""
 
 EXAMPLES: list[Exception] = [
     FlexKVError("anything"),
@@ -77,7 +77,7 @@ def _raise(error: Exception) -> None:
 
 
 def _every_kind() -> Iterator[type[FlexKVError]]:
-    """Give every error class that some module of the package defines."""
+    """Return every error class that some module of the package defines."""
     for module in pkgutil.walk_packages(flexkv.__path__, "flexkv."):
         if not module.name.startswith(FOREIGN):
             importlib.import_module(module.name)

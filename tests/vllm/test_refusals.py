@@ -91,7 +91,7 @@ REFUSED = [
     pytest.param(
         sets("model_config.hf_text_config.sliding_window", 128), "sliding_window", "forget",
         marks=support("model", "with a sliding window (Mistral, Gemma, gpt-oss)", "refused",
-                      "served with vLLM's `--disable-sliding-window`, where the model may do so"),
+                      "served with vLLM's `--disable-sliding-window`, if the model allows it"),
     ),
     pytest.param(
         sets("model_config.attention_chunk_size", 8192), "attention_chunk_size", "chunked",

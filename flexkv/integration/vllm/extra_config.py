@@ -3,8 +3,8 @@
     vllm serve … --kv-transfer-config '{"kv_connector": "FlexKVConnector", …,
         "kv_connector_extra_config": {"cpu_cache_gb": 64, "ssd_cache_dir": "/data/flexkv"}}'
 
-It takes every key of a file, flat or under `cache_config`, and wins over the file and the
-environment. `weights_id` stands only here: see `identity.py`.
+It takes every key that the configuration file takes, flat or under `cache_config`, and wins over
+the file and the environment. `weights_id` may stand only here: see `identity.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ALIKE = 0.75
 
 
 def with_extra(settings: Settings, transfer: Any) -> Settings:
-    """Return the settings of a process with those of vLLM's configuration over them.
+    """Return the settings of a process, overridden by those in vLLM's configuration.
 
     Args:
         settings: of the file and the environment.
@@ -70,7 +70,7 @@ def _nested(told: Mapping[Any, Any]) -> Mapping[Any, Any]:
 
 
 def _given(config: BaseModel) -> dict[str, Any]:
-    """Return the keys that somebody has given, under their current names."""
+    """Return the keys that were given, under their current names."""
     return {
         name: getattr(config, name)
         for name in type(config).model_fields

@@ -1,7 +1,7 @@
 """The server that an engine's scheduler launches, and launches again when it has ended.
 
 The first one has to start, or the engine does not either: the error says why. Later ones are
-started without a wait, since a step of the scheduler must not wait until their memory is taken. A
+started without waiting, since a step of the scheduler must not wait until their memory is taken. A
 server that ends young again and again is not launched any more: something on the machine is wrong,
 and the engine goes on without the cache.
 """
@@ -26,7 +26,7 @@ YOUNG_MAX = 5
 
 
 class OwnServer:
-    """The server of one engine, by whichever process it runs."""
+    """The server of one engine, through all its launches."""
 
     def __init__(self, model: ModelConfig, settings: Settings) -> None:
         """Launch the first one, and return when it takes connections.

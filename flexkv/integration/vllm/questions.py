@@ -41,11 +41,11 @@ class Questions:
         return len(self._asked) >= ASKED_MAX
 
     def first_of(self, request_id: str, blocks: int) -> int | None:
-        """Return from which block on a request's question asks where they are; None without one.
+        """Return the block from which a request's question asks for tiers; None without a question.
 
         Args:
             request_id: vLLM's.
-            blocks: of so many blocks the question has to be.
+            blocks: how many blocks the question must be about.
         """
         asked = self._asked.get(request_id)
         return asked.first if asked is not None and asked.blocks == blocks else None

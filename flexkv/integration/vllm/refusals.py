@@ -1,8 +1,8 @@
 """What FlexKV does not serve under vLLM, each by its name: the engine does not start with it.
 
-A block of a model that is refused here would be incomplete, of another shape than FlexKV takes it
-for, or not named by the tokens before it; so what was loaded would be wrong. The rules look at
-vLLM's configuration, and where it is handed over (`KVCacheConfig`) at the KV caches themselves.
+A block of a model that is refused here would be incomplete, have another shape than FlexKV assumes,
+or depend on more than the tokens before it, so a load would be wrong. The rules look at vLLM's
+configuration, and at the KV caches themselves (`KVCacheConfig`) where vLLM hands that over.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from flexkv.common.errors import ConfigError
 DRAFTS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
 DTYPES = ("auto", "float16", "bfloat16", "float32", "half", "float", "fp8", "fp8_e4m3", "fp8_e5m2",
           "fp8_inc", "int8", "uint8")  # fmt: skip
-"""`kv_cache_dtype`s of which a block is an array, and nothing beside it."""
+"""`kv_cache_dtype`s whose blocks are plain arrays, with nothing beside them."""
 ATTENTION = {"attention", "full_attention", "global_attention", "sliding_attention"}
-"""Kinds of layers in models' own configurations; windows are looked at apart."""
+"""Kinds of layers in models' own configurations; windows are checked by a rule of their own."""
 WHOLE = ("FullAttentionSpec", "MLAAttentionSpec")
 """Kinds of KV caches that keep every token, under its own place."""
 _STATE = "has state layers beside its KV cache: FlexKV keeps KV blocks only"
@@ -38,7 +38,7 @@ class Rule(NamedTuple):
 
 
 def _of(owner: str, name: str, usual: object = None) -> Callable[[Any], object]:
-    """Return what finds a field's value, unless it is false or the usual one."""
+    """Return a function that finds a field's value, unless it is false or the usual one."""
 
     def found(config: Any) -> object:
         value = getattr(getattr(config, owner, None), name, usual)
@@ -48,7 +48,7 @@ def _of(owner: str, name: str, usual: object = None) -> Callable[[Any], object]:
 
 
 def _model_if(*names: str) -> Callable[[Any], object]:
-    """Return what finds the model's name, if any of these facts of it is true."""
+    """Return a function that finds the model's name, if any of these facts of it is true."""
 
     def found(config: Any) -> object:
         model = config.model_config
@@ -58,7 +58,7 @@ def _model_if(*names: str) -> Callable[[Any], object]:
 
 
 def _text(name: str) -> Callable[[Any], object]:
-    """Return what finds a value in the configuration of a model's text part; 0 is no value."""
+    """Return a function that finds a value in a model's text configuration; 0 is no value."""
 
     def found(config: Any) -> object:
         for part in ("hf_text_config", "hf_config"):
@@ -70,9 +70,9 @@ def _text(name: str) -> Callable[[Any], object]:
 
 
 def _layers(config: Any) -> object:
-    """Return the kinds of layers that are no attention, as a model's own configuration has them.
+    """Return the kinds of layers that are not attention, by the model's own configuration.
 
-    Where vLLM has no code of its own for a model, it asks no class whether it has state layers.
+    If vLLM has no code of its own for a model, it has no class to ask about state layers.
     """
     model, kinds = config.model_config, set[str]()
     for part in (getattr(model, "hf_config", None), getattr(model, "hf_text_config", None)):
@@ -135,9 +135,9 @@ RULES = (
          "has layers without attention: its layers are not all in the KV cache"),
     Rule("layer_types", _layers, "layers of other kinds than attention are not served"),
     Rule("sliding_window", _window,
-         "layers that forget are not served: vLLM's --disable-sliding-window, if it may be so"),
+         "layers that forget older tokens are not served: try vLLM's --disable-sliding-window"),
     Rule("attention_chunk_size", _of("model_config", "attention_chunk_size"),
-         "chunked attention is not served: its layers forget"),
+         "chunked attention is not served: its layers forget older tokens"),
     Rule("index_topk", _text("index_topk"),
          "sparse attention with an indexer is not served: the indexer has a cache of its own"),
     Rule("num_kv_shared_layers", _text("num_kv_shared_layers"),
@@ -150,7 +150,7 @@ RULES = (
     Rule("speculative_config.method", _drafts,
          f"drafts with a KV cache of their own are not served: {', '.join(DRAFTS_WITHOUT_KV)} are"),
 )  # fmt: skip
-"""In this order: the first that holds names what the engine is, and not what follows from it."""
+"""Checked in this order, so that an error names the cause, and not a consequence of it."""
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -168,7 +168,7 @@ def check_engine(vllm_config: Any) -> None:
 
 
 def check_caches(kv_cache_config: Any) -> None:
-    """Check that FlexKV serves an engine's KV caches, of which the configuration may say less.
+    """Check that FlexKV serves an engine's KV caches: the configuration may not say it all.
 
     Args:
         kv_cache_config: vLLM's `KVCacheConfig`; None where it is not handed over.
@@ -188,7 +188,7 @@ def check_caches(kv_cache_config: Any) -> None:
             raise ConfigError("kv_cache_spec", kind, f"FlexKV serves only {' and '.join(WHOLE)}")
         for name in ("sliding_window", "attention_chunk_size"):
             if (value := getattr(spec, name, None)) is not None:
-                raise ConfigError(name, value, "FlexKV does not serve layers that forget")
+                raise ConfigError(name, value, "FlexKV does not serve layers that forget tokens")
 
 
 def _specs(spec: Any) -> Iterable[Any]:

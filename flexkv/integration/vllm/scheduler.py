@@ -48,7 +48,7 @@ from flexkv.server.wire import Done, Matched
 log = get_logger(__name__)
 
 STEPS_LATE = 4
-"""How many steps after a token was scheduled the scheduler knows it, at most."""
+"""A scheduled token is known to the scheduler at most this many steps later."""
 ROOM_AGAIN_S = 0.002
 """How often a load is tried for which host memory has no room."""
 
@@ -88,16 +88,16 @@ class SchedulerSide:
     # -- loads ----------------------------------------------------------------------------------
 
     def on_new_request(self, request: Any) -> None:
-        """Ask for a request that has come what is resident: it will be scheduled soon."""
+        """Ask what is resident of a new request, which will be scheduled soon."""
         tracked = self._requests.track(request)
         blocks = self._wanted(tracked, 0)
         if blocks and not self._questions.is_full:
             self._ask(tracked, blocks, 0)
 
     def get_num_new_matched_tokens(self, request: Any, computed: int) -> tuple[int | None, bool]:
-        """Return how many tokens behind the computed ones can be loaded; True: it takes a while.
+        """Return how many tokens after the computed ones can be loaded, and whether that is slow.
 
-        None for the tokens when the server has not answered yet: to be asked again.
+        The number is None if the server has not answered yet: vLLM asks again.
 
         Args:
             request: vLLM's.
@@ -139,7 +139,7 @@ class SchedulerSide:
         return blocks if blocks * self._per_block > computed else 0
 
     def _found(self, tracked: Tracked, blocks: int, local_blocks: int) -> Matched | None:
-        """Return what of so many blocks is resident; None if that is not known in this step.
+        """Return which of the first blocks are resident; None if that is not known in this step.
 
         The tiers that it names are those of the blocks from `local_blocks` on.
         """

@@ -100,7 +100,7 @@ class TrackedRequests:
         self.by_id: dict[str, Tracked] = {}
 
     def track(self, request: Any) -> Tracked:
-        """Return what is known of a request; it is known from now on."""
+        """Return the state of a request; make it if the request is new."""
         tracked = self.by_id.get(request.request_id)
         if tracked is None:
             client = self._client
@@ -110,7 +110,7 @@ class TrackedRequests:
         return tracked
 
     def forget(self, request_id: str) -> None:
-        """Know a request no longer: it is over."""
+        """Forget a request: it is over."""
         tracked = self.by_id.pop(request_id)
         self._forget_keys(tracked)
 
@@ -120,9 +120,9 @@ class TrackedRequests:
             self._events.forget(tracked.request, bytes(tracked.prompt.keys), tracked.noted)
 
     def is_named(self, tracked: Tracked) -> bool:
-        """Return whether a request's blocks have keys; those of a session may change or vanish."""
+        """Return whether a request's blocks have keys; streamed input may change or end that."""
         if tracked.features != (features := features_of(tracked.request)):
-            # A session that has got another image: keys behind it are others.
+            # Streamed input has brought an image: the keys behind it change.
             self._forget_keys(tracked)
             tracked.features = features
             tracked.scope = self._scopes.scope_of(tracked.request, tracked.parts)
@@ -130,9 +130,9 @@ class TrackedRequests:
         return tracked.scope is not None
 
     def part(self, tracked: Tracked, blocks: int) -> PromptPart:
-        """Return the first blocks of a request's prompt; only the keys that are missing are made.
+        """Return the first blocks of a request's prompt, and make the keys that are missing.
 
-        What keys there are stands for tokens that do not change any more.
+        Keys are made only of tokens that do not change any more.
         """
         prompt, scope = tracked.prompt, tracked.scope
         if (known := prompt.blocks) < blocks:
@@ -149,7 +149,7 @@ class TrackedRequests:
 
 
 def _first_tokens(request: Any, end: int) -> list[int]:
-    """Return a request's tokens up to `end`, or all of its prompt: no copy if it has so many."""
+    """Return a request's tokens up to `end`: its prompt itself, uncopied, if that is enough."""
     prompt = getattr(request, "prompt_token_ids", None)
     if type(prompt) is list and len(prompt) >= end:
         return prompt
