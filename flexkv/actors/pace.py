@@ -27,6 +27,9 @@ INTERVAL_PIECES, RAISED_PIECES = 8, 4
 """Fewest pieces in one measurement of the rate; and while raising, since that delays reads."""
 RATES = 4
 """The rate is the largest of this many measurements."""
+HELPS, ENOUGH = 1.05, 0.9
+"""Where latencies vary, the shortest is too short. So the window is made larger while the rate is
+below ENOUGH of what the search has found, and rises by HELPS."""
 FASTER = 1.1
 """The window is raised further only if the last raise made the disk faster by this factor."""
 PERIOD_S, PERIOD_PIECES = 30.0, 2000
@@ -63,10 +66,14 @@ class Pace:
         self.bytes_max = min(bytes_most, FIRST_PIECES * self._piece_bytes)
         self._state = _State.RAISING
         self._since_s, self._pieces = -math.inf, 0
-        self._raised_from_rate, self._raised_s = 0.0, -math.inf
+        self._raised_from_rate, self._raised_s, self._is_doubted = 0.0, -math.inf, False
         self._rates: deque[float] = deque(maxlen=RATES)
         self._quickest = self._quickest_before = (math.inf, 0)
         """The pieces with the shortest latency, of this period and the last: seconds and bytes."""
+        self._best_rate, self._more_bytes, self._tried_bytes = 0.0, 0, 0
+        self._intervals = 0
+        self._tried_from = 0.0
+        """The rate before more was tried; 0 when nothing is being tried."""
         self._interval_begin_s: float | None = None
         self._interval_bytes = self._interval_pieces = 0
 
@@ -110,7 +117,7 @@ class Pace:
             self._begin_interval(now_s)
             return
         wanted = RAISED_PIECES if self._state is _State.RAISING else INTERVAL_PIECES
-        wanted = max(wanted, self.bytes_max // self._piece_bytes)
+        wanted = max(wanted, 2 * self.bytes_max // self._piece_bytes)
         if self._interval_pieces < wanted or now_s <= self._interval_begin_s:
             return
         rate = self._interval_bytes / (now_s - self._interval_begin_s)
@@ -125,43 +132,65 @@ class Pace:
     def _measured(self, rate: float, now_s: float) -> None:
         self._rates.append(rate)
         if self._state is _State.RAISING:
+            self._best_rate = max(self._best_rate, rate)
             if rate >= FASTER * self._raised_from_rate and self.bytes_max < self._bytes_most:
                 self._raise(rate, now_s)
-            else:
+            elif self._is_doubted or self.bytes_max >= self._bytes_most:
                 self._be(_State.DRAINING, now_s)
+            else:  # one measurement may be wrong
+                self._is_doubted = True
         elif now_s - self._since_s >= PERIOD_S and self._pieces >= PERIOD_PIECES:
             self._quickest_before, self._quickest = self._quickest, (math.inf, 0)
             self._state = _State.RAISING
+            self._best_rate, self._more_bytes = rate, self._more_bytes // 2
             self._raise(rate, now_s)
         else:
+            self._intervals += 1
+            if self._intervals % RATES == 0:
+                self._adapt()
             self._follow()
+
+    def _adapt(self) -> None:
+        """Give the disk more while it does less than it could, as far as that helps."""
+        rate = self.rate
+        if self._tried_from and rate < HELPS * self._tried_from:
+            self._more_bytes -= self._tried_bytes
+            self._best_rate = rate  # the disk itself is slower than it was
+        elif rate < ENOUGH * self._best_rate:
+            self._tried_bytes = max(self._piece_bytes, self.bytes_max // 2)
+            self._more_bytes += self._tried_bytes
+            self._tried_from = rate
+            return
+        self._tried_from = 0.0
 
     def _raise(self, rate: float, now_s: float) -> None:
         """Try a window of twice the size."""
-        self._raised_from_rate, self._raised_s = rate, now_s
+        self._raised_from_rate, self._raised_s, self._is_doubted = rate, now_s, False
         self.bytes_max = min(self._bytes_most, 2 * self.bytes_max)
 
     def _be(self, state: _State, now_s: float) -> None:
         self._state, self._since_s, self._pieces = state, now_s, 0
-        self._interval_begin_s = None
+        self._interval_begin_s, self._intervals, self._tried_from = None, 0, 0.0
         self._follow()
 
     def _latency_s(self, piece: tuple[float, int]) -> float:
         """Return how much longer a piece took than its bytes take at the disk's rate."""
         seconds, nbytes = piece
-        return max(0.0, seconds - nbytes / self.rate) if self._rates else seconds
+        rate = max(self.rate, self._best_rate)
+        return max(0.0, seconds - nbytes / rate) if rate else seconds
 
     def _follow(self) -> None:
         """Set the window by what was measured."""
         if self._state is _State.DRAINING:
             self.bytes_max = 0
             return
-        rate = self.rate
+        rate = max(self.rate, self._best_rate)
         self.piece_bytes_max = min(self._piece_bytes_most, int(rate * PIECE_S))
         piece_bytes = self._piece_bytes
         latency_s = min(map(self._latency_s, (self._quickest, self._quickest_before)))
         needed = rate * (MARGIN * latency_s + PIECE_S) + piece_bytes
-        # A new read waits for one piece to end, and then for all that is in flight.
+        # What comes waits for one piece to end, and then for all that is in flight.
         allowed = rate * (2 * latency_s + DELAY_S) + 2 * self._block_bytes - piece_bytes
         whole = math.ceil(needed / piece_bytes) * piece_bytes
-        self.bytes_max = min(self._bytes_most, whole if whole <= allowed else whole - piece_bytes)
+        least = whole if whole <= allowed else whole - piece_bytes
+        self.bytes_max = min(self._bytes_most, least + self._more_bytes)

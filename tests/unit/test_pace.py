@@ -41,6 +41,8 @@ class Disk:
     """Bytes a second of one I/O."""
     jitter: float = 0.0
     """Largest part of an I/O's time that is added at random."""
+    latencies_s: Callable[[random.Random], float] | None = None
+    """The latency of each I/O, where it varies."""
     block_bytes: int = 2 * MIB
     arrived_bytes: int = 0
 
@@ -61,8 +63,9 @@ class Disk:
         self.in_flight_bytes_max = max(self.in_flight_bytes_max, self.in_flight_bytes)
         more = 1 + self.jitter * self._random.random()
         self._free_s = max(self._free_s, loop.time()) + more * nbytes / self.rate
-        alone_s = self.latency_s + nbytes / min(self.rate, self.stream_rate)
-        end_s = max(self._free_s + self.latency_s, loop.time() + more * alone_s)
+        latency_s = self.latencies_s(self._random) if self.latencies_s else self.latency_s
+        alone_s = latency_s + nbytes / min(self.rate, self.stream_rate)
+        end_s = max(self._free_s + latency_s, loop.time() + more * alone_s)
         loop.call_at(end_s + LOOP_TURN_S, self._end, transfer.token, nbytes)
 
     def _end(self, token: int, nbytes: int) -> None:
@@ -187,6 +190,32 @@ def test_the_window_follows_a_disk_whose_rate_changes(rate: float, later: float)
     alone_s, p99_s, all_rate = run_virtual(run())
     assert p99_s <= 2 * alone_s + 2e-3
     assert all_rate >= 0.95 * later
+
+
+VARYING: dict[str, Callable[[random.Random], float]] = {
+    "uniform": lambda draw: draw.uniform(0.5e-3, 2e-3),
+    "lognormal": lambda draw: 1e-3 * draw.lognormvariate(0, 0.8),
+    "some from a cache": lambda draw: 0.2e-3 if draw.random() < 0.1 else 2e-3,
+    "few from a cache": lambda draw: 0.1e-3 if draw.random() < 0.01 else draw.uniform(1.5e-3, 3e-3),
+}
+
+
+@pytest.mark.parametrize("block_bytes", [256 << 10, 2 * MIB])
+@pytest.mark.parametrize("latencies", VARYING.values(), ids=VARYING)
+def test_latencies_that_vary_cost_little_bandwidth(
+    latencies: Callable[[random.Random], float], block_bytes: int
+) -> None:
+    """A disk that is quick now and then is not taken for one that is always quick."""
+
+    async def run(window: Window) -> float:
+        bench = Bench(Disk(2e9, block_bytes=block_bytes, latencies_s=latencies), window)
+        for _ in range(8):
+            await bench.move(READ, bench.bulk_blocks)
+        rate = bench.bulk_blocks * block_bytes / await bench.move(READ, bench.bulk_blocks)
+        bench.close()
+        return rate
+
+    assert run_virtual(run(PACED)) >= 0.85 * run_virtual(run(UNPACED))
 
 
 def test_a_search_for_a_larger_window_is_seldom() -> None:
