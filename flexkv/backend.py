@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from flexkv.common.errors import ConfigError
 from flexkv.common.layout import Order, PagedLayout, infer_layout
 from flexkv.common.terms import Tier
 from flexkv.index.keys import blocks_are
+from flexkv.io import missed_clears
 from flexkv.io.arena import Arena, check_memory
 from flexkv.io.cpu import CpuDevicePort
 from flexkv.io.cuda.choice import Wish
@@ -225,6 +227,8 @@ class LocalBackend:
         port = self.disk = open_ssd(self._arena, files, options, summer, undo)
         if taken.journals is not None:
             self.ledger = Ledger(taken.journals, self.disk_blocks, port.sums)
+            if self.unavailable.directories:
+                self.ledger.note_missed = partial(missed_clears.note, files.folders)
             undo.callback(self.ledger.close)
             port.forget = self.ledger.forget
             if cache.ssd_scrub_mb_per_s:

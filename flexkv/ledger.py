@@ -85,7 +85,9 @@ class Ledger:
         self._erased: list[BlockIds] = []
         self._emptied: set[int] = set()
         """Journals that were emptied as they took too little, and so lack blocks of the tier."""
-        self._clears = False
+        self._clears = self._is_missed = False
+        self.note_missed: Callable[[], None] | None = None
+        """Notes that a directory which is not used misses a clear, if there is one. Blocks."""
         """Whether the journals have to be emptied before the notes are written."""
         self._forgets_evicted = False
         self._live = np.zeros(len(journals), np.int64)
@@ -199,6 +201,7 @@ class Ledger:
         may bring blocks back.
         """
         self._bell.ring()
+        self._is_missed = self.note_missed is not None
         if root is not None:
             assert self._residency is not None
             for tier, block_ids in self._residency.namespace_holdings(root):
@@ -285,16 +288,28 @@ class Ledger:
         flushes, self._flushes = self._flushes, []
         error: Exception | None = ClosedError("the engine was closed before the flush was done")
         try:
+            missed = await self._on_thread(self._note_missed) if self._is_missed else None
             failures = await self._on_thread(self._journals.append, frames, clears)
             for block_ids in erased:
                 self._unwritten[block_ids] = False
             for then in after:
                 then()  # the checksums stand where the journal does not
-            error = self._told(failures)
+            error = self._told(failures) or missed
         finally:
             for flush in flushes:
                 _settle(flush, error)
         await self._renew()
+
+    def _note_missed(self) -> StorageError | None:
+        """Note a clear that an absent directory misses; return what went wrong."""
+        if not self._is_missed or self.note_missed is None:
+            return None
+        try:
+            self.note_missed()
+        except OSError as error:
+            return StorageError(str(self._journals.each[0].path), 0, error.errno or EIO)
+        self._is_missed = False
+        return None
 
     async def _on_thread(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Make a call on the thread of the journals.
@@ -437,6 +452,7 @@ class Ledger:
         for flush in (*self._flushes, *self._renewals):
             _settle(flush, ClosedError("the engine was closed before the flush was done"))
         self._syncing.shutdown(wait=False, cancel_futures=True)
+        self._thread.submit(self._note_missed)
         self._thread.submit(self._journals.append, self._take_frames(), self._clears)
         # Queued behind the thread's current call, which uses the files.
         closing = self._thread.submit(self._journals.close)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from errno import EACCES, EBADF, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, EROFS
 from pathlib import Path
 from typing import NamedTuple
@@ -177,3 +178,21 @@ def _check_access(found: os.stat_result, name: str) -> None:
 
 def _is_ours(found: os.stat_result) -> bool:
     return found.st_uid in (0, os.geteuid())
+
+
+def replace_file(folder: Folder, name: str, content: bytes) -> None:
+    """Give a file in a directory new content, at once and for good.
+
+    Raises:
+        OSError: the directory takes no file.
+    """
+    new = f"{name}.new"
+    with suppress(FileNotFoundError):
+        os.unlink(new, dir_fd=folder.fd)  # left by a process that was killed here
+    fd = open_file(folder.fd, new, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    with open(fd, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fdatasync(fd)
+    os.rename(new, name, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+    sync_directory(folder.fd)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flexkv.common.errors import ConfigError
-from flexkv.io import superblock
+from flexkv.io import missed_clears, superblock
 from flexkv.io.arena import Arena
 from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.disk import open_disk
@@ -182,6 +182,9 @@ def open_ssd(
     return port
 
 
+_MISSED = "the tier was cleared while it was not used"
+
+
 def open_journals(folders: list[Folder], wanted: Superblock, undo: ExitStack) -> list[Journal]:
     """Give the journal of each directory, empty where the blocks in it are of another kind.
 
@@ -189,9 +192,14 @@ def open_journals(folders: list[Folder], wanted: Superblock, undo: ExitStack) ->
         ConfigError: a journal cannot be read or written.
     """
     journals = []
+    late = missed_clears.behind(folders)
     for folder in folders:
         try:
             _admit(folder, wanted)
+            if folder in late:
+                log.warning("ssd_emptied", directory=str(folder.path), differences=[_MISSED])
+                _forget(folder)
+                missed_clears.catch_up(folder, folders)
             journals.append(Journal(folder.path, KernelCalls(folder)))
         except OSError as error:
             why = f"its journal cannot be used ({error.strerror})"

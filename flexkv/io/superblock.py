@@ -14,10 +14,9 @@ import msgspec
 
 from flexkv.common.decoding import decoded
 from flexkv.common.errors import ConfigError, MalformedError
-from flexkv.io.private import Folder, NotPrivateError, open_file, sync_directory
+from flexkv.io.private import Folder, NotPrivateError, open_file, replace_file
 
 NAME = "superblock.flexkv"
-_NEW_NAME = f"{NAME}.new"
 _BYTES_MAX = 1 << 20
 """The most bytes that a superblock may have."""
 FORMAT_VERSION = 2
@@ -74,15 +73,7 @@ def write(folder: Folder, superblock: Superblock) -> None:
     Raises:
         OSError: the directory takes no file.
     """
-    with suppress(FileNotFoundError):
-        os.unlink(_NEW_NAME, dir_fd=folder.fd)  # left by a process that was killed here
-    fd = open_file(folder.fd, _NEW_NAME, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-    with open(fd, "wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(superblock)))
-        file.flush()
-        os.fdatasync(fd)
-    os.rename(_NEW_NAME, NAME, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
-    sync_directory(folder.fd)
+    replace_file(folder, NAME, msgspec.json.format(msgspec.json.encode(superblock)))
 
 
 def differences(found: Superblock, wanted: Superblock) -> list[str]:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +23,7 @@ from flexkv.common.errors import ConfigError, FlexKVError, StorageError
 from flexkv.io.ssd import distinct
 from flexkv.kvmanager import KVManager
 from flexkv.server.launch import Launched
-from tests.system.conftest import MODEL, cache_config, kv_caches, open_fds, slots_of
+from tests.system.conftest import MODEL, PER_BLOCK, cache_config, kv_caches, open_fds, slots_of
 from tests.system.serving import eventually, settings_in
 from tests.system.test_warm import OTHER, PROMPT, put
 
@@ -297,7 +297,7 @@ def cache_of(directory: Any) -> dict[str, Any]:
     [
         ("s3://bucket/kv", "not an address of s3:"),
         ("file://data/kv", "must name no host"),
-        ("file:///kv?mode=0700", "neither"),
+        ("file:///kv?mode=0700", "must not have"),
         (["/data/kv", ""], "directory 2 of 2 must not be empty"),
         (["/data/kv", 7], "directory 2 of 2 must be text or a path"),
         ("/data/a,/data/b", "separate several by `;`"),
@@ -418,3 +418,46 @@ def test_an_operator_s_flush_prints_what_is_not_there(tmp_path: Path) -> None:
         assert "disk is not there: none of its directories can be used" in result.output
     finally:
         server.close()
+
+
+@pytest.mark.parametrize("namespace", [None, "tenant"])
+async def test_a_directory_that_missed_a_clear_brings_nothing_back(
+    tmp_path: Path, namespace: str | None
+) -> None:
+    """It was left out of one run, in which the tier was cleared; later runs find nothing in it."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    config = cache_config(tmp_path, ssd_cache_dir=folders)
+
+    async def run(work: Callable[[KVManager], Awaitable[None]]) -> None:
+        async with KVManager(MODEL, config) as manager:
+            manager.register_kv_caches(kv_caches())
+            await work(manager)
+            await manager.flush()
+
+    async def fill(manager: KVManager) -> None:
+        for number in range(8):
+            prompt = PROMPT[:PER_BLOCK] + 1000 * number
+            await manager.put(prompt, slots_of([number]), namespace=namespace)
+
+    def found(manager: KVManager) -> int:
+        prompts = [PROMPT[:PER_BLOCK] + 1000 * number for number in range(8)]
+        return sum(bool(manager.match(each, namespace).tokens) for each in prompts)
+
+    async def is_there(manager: KVManager) -> None:
+        assert found(manager) == 8
+
+    async def clear(manager: KVManager) -> None:
+        assert 0 < found(manager) < 8
+        manager.clear(namespace=namespace)
+
+    async def is_gone(manager: KVManager) -> None:
+        assert found(manager) == 0
+
+    await run(fill)
+    await run(is_there)
+    folders[1].chmod(0o777)
+    await run(clear)
+    folders[1].chmod(0o700)
+    await run(is_gone)
+    await run(fill)
+    await run(is_there)
