@@ -107,25 +107,25 @@ def test_an_adapter_that_was_trained_again_has_other_keys(adapter: Path, change:
 
 
 def test_an_adapter_whose_files_change_while_it_is_loaded_is_not_cached(
-    scopes: Scopes, adapter: Path, capsys: pytest.CaptureFixture[str]
+    scopes: Scopes, adapter: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The engine may compute with the old ones or the new ones. That is said once."""
     assert keys_of(scopes, lora_request=lora(adapter)) is not None
     retrain(adapter)
     for _ in range(3):
         assert keys_of(scopes, lora_request=lora(adapter)) is None
-    assert capsys.readouterr().out.count("adapter_not_cached") == 1
+    assert caplog.text.count("adapter_not_cached") == 1
 
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "org/not-on-this-machine"])
 def test_an_adapter_whose_files_cannot_be_looked_at_is_not_cached(
-    scopes: Scopes, path: str, capsys: pytest.CaptureFixture[str]
+    scopes: Scopes, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And that is said once."""
     scopes.adapters.has_run(lora(path))
     for _ in range(3):
         assert keys_of(scopes, lora_request=lora(path)) is None
-    assert capsys.readouterr().out.count("adapter_not_cached") == 1
+    assert caplog.text.count("adapter_not_cached") == 1
 
 
 def test_names_and_paths_of_adapters_do_not_run_together(scopes: Scopes, tmp_path: Path) -> None:
