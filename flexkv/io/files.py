@@ -168,8 +168,9 @@ class StripedFiles:
         if max_file_size_bytes is not None:
             blocks_per_file = max(1, max_file_size_bytes // block_stride_bytes)
         striping = _Striping(len(directories), num_blocks, blocks_per_file)
-        with ExitStack() as closing:
+        with ExitStack() as closing, ExitStack() as failing:
             files = cls(striping, block_stride_bytes, closing)
+            failing.callback(files._note_closed)
             files._given = options.given or files._given
             files._reserved_bytes = options.reserved_bytes
             files._directories = [Path(directory).absolute() for directory in directories]
@@ -184,6 +185,7 @@ class StripedFiles:
             kinds = [kind_of_file_system(os.fstat(folder.fd).st_dev) for folder in files.folders]
             files.may_block = any(kind.startswith("fuse") for kind in kinds)
             files._closing = closing.pop_all()
+            failing.pop_all()
         return files
 
     def locate(self, ids: BlockIds) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -215,8 +217,12 @@ class StripedFiles:
 
     def close(self) -> None:
         """Close the files and unlock the directories. Idempotent."""
-        self._is_open = False
+        self._note_closed()
         self._closing.close()
+
+    def _note_closed(self) -> None:
+        """Let no fork touch the numbers of our descriptors: soon they are somebody else's."""
+        self._is_open = False
 
     def _let_go_in_child(self) -> None:
         if self._is_open:

@@ -262,3 +262,28 @@ def test_close_gives_descriptors_back(folders):
     files.close()
     files.close()
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_fork_after_a_refused_open_leaves_the_numbers_alone(monkeypatch, folders):
+    """The descriptors that a failed open had are somebody else's by then: a child keeps those."""
+    seen = []
+    open_all = StripedFiles._open_all
+
+    def refuse(files, options):
+        open_all(files, options)
+        seen.append(files)  # whoever handles the error may keep its frames
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(StripedFiles, "_open_all", refuse)
+    with pytest.raises(OSError, match="error"):
+        StripedFiles.open(folders[:1], 4, STRIDE)
+    (files,) = seen
+    numbers = {*files.fds, *(folder.fd for folder in files.folders)}
+    theirs = [os.open(folders[0], os.O_RDONLY) for _ in numbers]
+    assert numbers & set(theirs)
+    child = os.fork()
+    if not child:  # pragma: no cover -- measured in the parent only
+        os._exit(sum(not os.path.samestat(os.fstat(fd), folders[0].stat()) for fd in theirs))
+    assert os.waitpid(child, 0)[1] == 0
+    for fd in theirs:
+        os.close(fd)
