@@ -16,6 +16,9 @@ from flexkv.common.errors import ClosedError
 
 T = TypeVar("T")
 
+STOP_S, UNWIND_S = 10.0, 1.0
+"""How long a loop may take to end what it is at, and how long if it was late already."""
+
 
 class LoopThread:
     """A thread that runs one event loop from `start` to `stop`."""
@@ -49,13 +52,16 @@ class LoopThread:
         """Whether the caller runs in this thread, which must not wait for itself."""
         return threading.current_thread() is self._thread
 
-    def stop(self) -> None:
-        """Stop the loop and join the thread, unless this is it."""
+    def stop(self, within_s: float = STOP_S) -> None:
+        """Stop the loop and join the thread, unless this is it.
+
+        A thread that does not end within `within_s` is left alone; no process waits for it.
+        """
         if self._loop is not None and self._thread is not None:
             with suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._loop.stop)
             if not self.is_this:
-                self._thread.join()
+                self._thread.join(within_s)
             self._loop = self._thread = None
         for answer in list(self._calls):
             answer.put(None)  # came between the loop's last turn and its end

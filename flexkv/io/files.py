@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from flexkv import forks
 from flexkv.common.config_cache import GivenSize
-from flexkv.common.errors import ConfigError, StorageError
+from flexkv.common.errors import ClosedError, ConfigError, StorageError
 from flexkv.common.terms import BlockIds
 from flexkv.io.allocation import (
     Gap,
@@ -208,8 +208,11 @@ class StripedFiles:
 
         Raises:
             StorageError: a device refused.
+            ClosedError: the files were closed meanwhile.
         """
         for fd, path in zip(self.fds, self.paths, strict=True):
+            if not self._is_open:  # whatever has this number by now is not ours
+                raise ClosedError("the SSD files were closed before they were synced")
             try:
                 os.fdatasync(fd)
             except OSError as error:

@@ -208,6 +208,6 @@ class UringDiskPort:
         if self._loop is not None:
             self._loop.remove_reader(self._ring.fileno())
         self._ring.close()
-        self._syncing.shutdown()
+        self._syncing.shutdown(wait=False, cancel_futures=True)  # a sync may never end
         if unreaped := len(self._jobs) + len(self._ended):
             raise InvariantError(f"io_uring disk port closed with {unreaped} I/Os unreaped")
