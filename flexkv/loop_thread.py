@@ -132,21 +132,23 @@ class LoopThread:
             wake()
 
         def wake() -> None:
-            ours.call_soon_threadsafe(over.set)
+            with suppress(RuntimeError):  # the caller's loop is closed: nobody waits there
+                ours.call_soon_threadsafe(over.set)
 
         def begin() -> None:
             inner.append(spawn_on(theirs, _awaited(work), ended))
 
-        self._unanswered[outcome] = wake
-        _post(theirs, begin)
         cancelled = False
         try:
+            self._unanswered[outcome] = wake
+            _post(theirs, begin)
             while not over.is_set():
                 try:
                     await over.wait()
                 except asyncio.CancelledError:
                     cancelled = True
-                    theirs.call_soon_threadsafe(lambda: inner[0].cancel())
+                    with suppress(ClosedError):  # stopped meanwhile: `stop` tells us
+                        _post(theirs, lambda: inner[0].cancel())
         finally:
             del self._unanswered[outcome]
         if cancelled or outcome.cancelled():
