@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import select
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from errno import ETIME
 from flexkv import forks
 from flexkv._ext import Ring
 from flexkv.common.errors import ClosedError, InvariantError, StorageError
+from flexkv.common.polling import is_readable
 from flexkv.common.terms import Transfer
 from flexkv.io.arena import Arena
 from flexkv.io.disk_jobs import DiskGeometry, DiskJob
@@ -50,7 +50,7 @@ def _first_end(ring: Ring) -> int:
         left_s = until_s - time.monotonic()
         if left_s <= 0:
             raise OSError(ETIME, "its first operation does not end")
-        select.select([ring.fileno()], [], [], left_s)
+        is_readable(ring, left_s)
     return ended[0][1]
 
 
