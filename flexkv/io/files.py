@@ -178,7 +178,7 @@ class StripedFiles:
                 folder = open_folder(directory, closing, make=True)
                 lock_folder(folder, closing)
                 files.folders.append(folder)
-            files._open_all(options)
+            files._open_all(options, failing)
             files.why = files._go_direct()
             files.direct = not files.why
             files.identity_lasts = files.missing() is None
@@ -262,8 +262,11 @@ class StripedFiles:
             return "was replaced, or is hidden by a mount or no longer mounted"
         return ""
 
-    def _open_all(self, options: FileOptions) -> None:
-        """Open every file at its size, with all its space allocated if that is wanted."""
+    def _open_all(self, options: FileOptions, failing: ExitStack) -> None:
+        """Open every file at its size, with all its space allocated if that is wanted.
+
+        `failing` gives back what files have grown by, if the tier is not opened after all.
+        """
         wanted = [count * self.block_stride_bytes for count in self._striping.blocks_by_file()]
         count = len(self.folders)
         self._names = [(self.folders[i % count], file_name(i // count)) for i in range(len(wanted))]
@@ -280,15 +283,13 @@ class StripedFiles:
             self._check_room(wanted, lacking, leftovers)
         for folder, name in leftovers:
             _remove(folder, name)
-        earlier = [os.fstat(fd).st_size for fd in self.fds]
+        failing.callback(self._give_back, [os.fstat(fd).st_size for fd in self.fds])
         for resize in (self._cut, self._grow):  # first all that makes room
             for number, size in enumerate(wanted):
                 try:
                     resize(self.fds[number], size, lacking[number], options.pause)
                 except (OSError, OverflowError) as error:
-                    refused = self._refusal(number, size, error)
-                    self._give_back(earlier)
-                    raise refused from error
+                    raise self._refusal(number, size, error) from error
 
     def _open(self, folder: Folder, name: str, file_count: int) -> int:
         try:
