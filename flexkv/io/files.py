@@ -16,10 +16,11 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from errno import EDQUOT, EFBIG, EMFILE, ENFILE, ENOENT, ENOSPC, ENOTDIR, ESTALE
+from errno import EDQUOT, EFBIG, EISDIR, EMFILE, ENFILE, ENOENT, ENOSPC, ENOTDIR, ESTALE
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -58,12 +59,15 @@ class FileOptions:
         given: what an error about the size names; None: the number of blocks.
         reserved_bytes: memory that is taken later, which files in memory must leave.
         pause: called repeatedly while files are made; may raise to stop that.
+        check: called with each directory once all are locked, before anything in one is changed;
+            raises ConfigError to refuse it.
     """
 
     preallocate: bool = True
     given: GivenSize | None = None
     reserved_bytes: int = 0
     pause: Callable[[], None] = lambda: None
+    check: Callable[[Folder], None] = lambda folder: None
 
 
 class Missing(NamedTuple):
@@ -178,6 +182,8 @@ class StripedFiles:
                 folder = open_folder(directory, closing, make=True)
                 lock_folder(folder, closing)
                 files.folders.append(folder)
+            for folder in files.folders:
+                options.check(folder)
             files._open_all(options, failing)
             files.why = files._go_direct()
             files.direct = not files.why
@@ -271,6 +277,9 @@ class StripedFiles:
         count = len(self.folders)
         self._names = [(self.folders[i % count], file_name(i // count)) for i in range(len(wanted))]
         leftovers = [each for folder in self.folders for each in self._leftovers(folder)]
+        for folder, name in leftovers:
+            if stat.S_ISDIR(os.lstat(name, dir_fd=folder.fd).st_mode):
+                raise _irremovable(folder, name, os.strerror(EISDIR))
         for folder, name in self._names:
             options.pause()
             fd = self._open(folder, name, len(wanted))
@@ -395,5 +404,8 @@ def _remove(folder: Folder, name: str) -> None:
     try:
         os.unlink(name, dir_fd=folder.fd)
     except OSError as error:
-        why = f"cannot be removed ({error.strerror})"
-        raise ConfigError("ssd_cache_dir", str(folder.path / name), why) from error
+        raise _irremovable(folder, name, error.strerror) from error
+
+
+def _irremovable(folder: Folder, name: str, reason: str | None) -> ConfigError:
+    return ConfigError("ssd_cache_dir", str(folder.path / name), f"cannot be removed ({reason})")
