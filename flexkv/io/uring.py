@@ -18,13 +18,13 @@ from errno import ETIME
 from flexkv import forks
 from flexkv._ext import Ring
 from flexkv.common.errors import ClosedError, InvariantError, StorageError
-from flexkv.common.polling import is_readable
 from flexkv.common.terms import Transfer
 from flexkv.io.arena import Arena
 from flexkv.io.disk_jobs import DiskGeometry, DiskJob
 from flexkv.io.files import StripedFiles
 from flexkv.io.ports import Completion
 from flexkv.io.workers import Workers
+from flexkv.polling import is_readable
 
 TRIAL_S = 2.0
 """How long a ring may take for its first operation, which does nothing."""
