@@ -169,7 +169,7 @@ def check_names(folder: Folder, wish: SsdWish) -> None:
     is_kept = wish.keeps_journal and superblock.read(folder) == wish.superblock
     names = [JOURNAL_NAME]
     if wish.keeps_journal:
-        names += [JOURNAL_NEW_NAME] if is_kept else [JOURNAL_NEW_NAME, superblock.NEW_NAME]
+        names += [JOURNAL_NEW_NAME] if is_kept else [JOURNAL_NEW_NAME, f"{superblock.NAME}.new"]
     for name in names:
         try:
             if is_kept and name == JOURNAL_NAME:

@@ -17,7 +17,7 @@ from flexkv.common.errors import ConfigError, MalformedError
 from flexkv.io.private import Folder, NotPrivateError, open_file, sync_directory
 
 NAME = "superblock.flexkv"
-NEW_NAME = f"{NAME}.new"
+_NEW_NAME = f"{NAME}.new"
 _BYTES_MAX = 1 << 20
 """The most bytes that a superblock may have."""
 FORMAT_VERSION = 2
@@ -75,13 +75,13 @@ def write(folder: Folder, superblock: Superblock) -> None:
         OSError: the directory takes no file.
     """
     with suppress(FileNotFoundError):
-        os.unlink(NEW_NAME, dir_fd=folder.fd)  # left by a process that was killed here
-    fd = open_file(folder.fd, NEW_NAME, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        os.unlink(_NEW_NAME, dir_fd=folder.fd)  # left by a process that was killed here
+    fd = open_file(folder.fd, _NEW_NAME, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     with open(fd, "wb") as file:
         file.write(msgspec.json.format(msgspec.json.encode(superblock)))
         file.flush()
         os.fdatasync(fd)
-    os.rename(NEW_NAME, NAME, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+    os.rename(_NEW_NAME, NAME, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
     sync_directory(folder.fd)
 
 

@@ -63,7 +63,7 @@ def public_superblock(folder: Path) -> None:
 
 def no_new_superblock(folder: Path) -> None:
     """Keep the superblock from being replaced."""
-    (folder / superblock.NEW_NAME).mkdir()
+    (folder / f"{superblock.NAME}.new").mkdir()
 
 
 def no_removal(folder: Path) -> None:
