@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from flexkv.common.request import KVResponse, Operation
 from flexkv.engine import Engine
 from flexkv.forks import HomeProcess
 from flexkv.logs import get_logger
-from flexkv.loop_thread import LoopThread
+from flexkv.loop_thread import STOP_S, UNWIND_S, LoopThread
 from flexkv.tasks import TaskTable
 
 log = get_logger(__name__)
@@ -64,6 +65,7 @@ class Crossing:
             InternalError: as `Engine.close`.
         """
         unclosed.forget(self)
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
         with self._ending:
             thread, self._thread = self._thread, None
             try:
@@ -74,7 +76,8 @@ class Crossing:
                     closing.result(timeout_s)
             finally:
                 if thread is not None:
-                    thread.stop()
+                    left_s = STOP_S if until_s is None else until_s - time.monotonic()
+                    thread.stop(max(left_s, UNWIND_S))
                 if self._engine.abandon():
                     log.warning("abandoned", reason="its event loop could not close the engine: "
                                 "what was not flushed is not on SSD")  # fmt: skip

@@ -16,6 +16,9 @@ from flexkv.common.errors import ClosedError
 
 T = TypeVar("T")
 
+STOP_S, UNWIND_S = 10.0, 1.0
+"""How long a loop may take to end what it is at, and how long if it was late already."""
+
 
 class LoopThread:
     """A thread that runs one event loop from `start` to `stop`."""
@@ -49,13 +52,16 @@ class LoopThread:
         """Whether the caller runs in this thread, which must not wait for itself."""
         return threading.current_thread() is self._thread
 
-    def stop(self) -> None:
-        """Stop the loop and join the thread, unless this is it."""
+    def stop(self, within_s: float = STOP_S) -> None:
+        """Stop the loop and join the thread, unless this is it.
+
+        A thread that does not end within `within_s` is left alone; no process waits for it.
+        """
         if self._loop is not None and self._thread is not None:
             with suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._loop.stop)
             if not self.is_this:
-                self._thread.join()
+                self._thread.join(within_s)
             self._loop = self._thread = None
         for answer in list(self._calls):
             answer.put(None)  # came between the loop's last turn and its end
@@ -126,21 +132,23 @@ class LoopThread:
             wake()
 
         def wake() -> None:
-            ours.call_soon_threadsafe(over.set)
+            with suppress(RuntimeError):  # the caller's loop is closed: nobody waits there
+                ours.call_soon_threadsafe(over.set)
 
         def begin() -> None:
             inner.append(spawn_on(theirs, _awaited(work), ended))
 
-        self._unanswered[outcome] = wake
-        _post(theirs, begin)
         cancelled = False
         try:
+            self._unanswered[outcome] = wake
+            _post(theirs, begin)
             while not over.is_set():
                 try:
                     await over.wait()
                 except asyncio.CancelledError:
                     cancelled = True
-                    theirs.call_soon_threadsafe(lambda: inner[0].cancel())
+                    with suppress(ClosedError):  # stopped meanwhile: `stop` tells us
+                        _post(theirs, lambda: inner[0].cancel())
         finally:
             del self._unanswered[outcome]
         if cancelled or outcome.cancelled():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from flexkv.io.files import StripedFiles
 from flexkv.io.reread import Rereader
 from flexkv.io.sums import Sums
 from flexkv.io.workers import Workers
-from flexkv.ledger import SCAN_BLOCKS, Ledger
+from flexkv.ledger import CLOSE_S, SCAN_BLOCKS, Ledger
 
 BATCH_BYTES = 8 << 20
 
@@ -37,6 +38,7 @@ class Scrubber:
         self._pause_s = self._reader.num_blocks * files.block_stride_bytes / bytes_per_s
         self._thread = Workers(1, "flexkv-scrub")
         self._next = 0
+        self._is_closed = False
 
     async def run(
         self, is_idle: Callable[[], bool], bad: Callable[[CorruptBlockError], None]
@@ -73,6 +75,10 @@ class Scrubber:
         return np.where(whole, found, expected)
 
     def close(self) -> None:
-        """Wait for the read under way, and let go of all memory. Idempotent."""
-        self._thread.shutdown()
-        self._reader.close()
+        """Let go of all memory once the read under way has ended. Idempotent."""
+        if not self._is_closed:
+            self._is_closed = True
+            closing = self._thread.submit(self._reader.close)
+            self._thread.shutdown(wait=False)
+            with suppress(TimeoutError):  # a disk that hangs: the thread is left alone
+                closing.result(CLOSE_S)

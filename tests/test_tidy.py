@@ -23,7 +23,7 @@ FILE_LINES_MAX, FUNCTION_LINES_MAX, PARAMETERS_MAX, COLUMNS_MAX = 500, 70, 6, 10
 
 FLOORS = [
     {"common"},
-    {"logs", "forks"},
+    {"logs", "forks", "polling"},
     {"index"},
     {"graph"},
     {"trace"},

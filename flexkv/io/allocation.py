@@ -11,6 +11,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Callable, Iterator
+from errno import EIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,7 +126,7 @@ def _mapped(fd: int, size: int) -> Iterator[tuple[int, int]]:
     """Return the allocated ranges of a file, as start and end, in order.
 
     Raises:
-        OSError: the file system has no extent map.
+        OSError: the file system has no extent map, or one that leads nowhere.
     """
     start = 0
     while start < size:
@@ -135,7 +136,7 @@ def _mapped(fd: int, size: int) -> Iterator[tuple[int, int]]:
         count = _FIEMAP_HEAD.unpack_from(buffer)[3]
         if count == 0:
             return
-        last = 0
+        last, begun = 0, start
         for number in range(count):
             at = _FIEMAP_HEAD.size + number * _FIEMAP_EXTENT.size
             logical, _, length, _, _, last, *_ = _FIEMAP_EXTENT.unpack_from(buffer, at)
@@ -143,6 +144,8 @@ def _mapped(fd: int, size: int) -> Iterator[tuple[int, int]]:
             start = logical + length
         if last & _FIEMAP_LAST:
             return
+        if start <= begun:
+            raise OSError(EIO, "its extent map does not go on")
 
 
 def _complement(ranges: Iterator[tuple[int, int]], size: int) -> Iterator[Gap]:

@@ -16,10 +16,11 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from errno import EDQUOT, EFBIG, EMFILE, ENFILE, ENOENT, ENOSPC, ENOTDIR, ESTALE
+from errno import EDQUOT, EFBIG, EISDIR, EMFILE, ENFILE, ENOENT, ENOSPC, ENOTDIR, ESTALE
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 
 from flexkv import forks
 from flexkv.common.config_cache import GivenSize
-from flexkv.common.errors import ConfigError, StorageError
+from flexkv.common.errors import ClosedError, ConfigError, StorageError
 from flexkv.common.terms import BlockIds
 from flexkv.io.allocation import (
     Gap,
@@ -58,12 +59,15 @@ class FileOptions:
         given: what an error about the size names; None: the number of blocks.
         reserved_bytes: memory that is taken later, which files in memory must leave.
         pause: called repeatedly while files are made; may raise to stop that.
+        check: called with each directory once all are locked, before anything in one is changed;
+            raises ConfigError to refuse it.
     """
 
     preallocate: bool = True
     given: GivenSize | None = None
     reserved_bytes: int = 0
     pause: Callable[[], None] = lambda: None
+    check: Callable[[Folder], None] = lambda folder: None
 
 
 class Missing(NamedTuple):
@@ -168,8 +172,9 @@ class StripedFiles:
         if max_file_size_bytes is not None:
             blocks_per_file = max(1, max_file_size_bytes // block_stride_bytes)
         striping = _Striping(len(directories), num_blocks, blocks_per_file)
-        with ExitStack() as closing:
+        with ExitStack() as closing, ExitStack() as failing:
             files = cls(striping, block_stride_bytes, closing)
+            failing.callback(files._note_closed)
             files._given = options.given or files._given
             files._reserved_bytes = options.reserved_bytes
             files._directories = [Path(directory).absolute() for directory in directories]
@@ -177,13 +182,16 @@ class StripedFiles:
                 folder = open_folder(directory, closing, make=True)
                 lock_folder(folder, closing)
                 files.folders.append(folder)
-            files._open_all(options)
+            for folder in files.folders:
+                options.check(folder)
+            files._open_all(options, failing)
             files.why = files._go_direct()
             files.direct = not files.why
             files.identity_lasts = files.missing() is None
             kinds = [kind_of_file_system(os.fstat(folder.fd).st_dev) for folder in files.folders]
             files.may_block = any(kind.startswith("fuse") for kind in kinds)
             files._closing = closing.pop_all()
+            failing.pop_all()
         return files
 
     def locate(self, ids: BlockIds) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -206,8 +214,11 @@ class StripedFiles:
 
         Raises:
             StorageError: a device refused.
+            ClosedError: the files were closed meanwhile.
         """
         for fd, path in zip(self.fds, self.paths, strict=True):
+            if not self._is_open:  # whatever has this number by now is not ours
+                raise ClosedError("the SSD files were closed before they were synced")
             try:
                 os.fdatasync(fd)
             except OSError as error:
@@ -215,8 +226,12 @@ class StripedFiles:
 
     def close(self) -> None:
         """Close the files and unlock the directories. Idempotent."""
-        self._is_open = False
+        self._note_closed()
         self._closing.close()
+
+    def _note_closed(self) -> None:
+        """Let no fork touch the numbers of our descriptors: soon they are somebody else's."""
+        self._is_open = False
 
     def _let_go_in_child(self) -> None:
         if self._is_open:
@@ -253,12 +268,18 @@ class StripedFiles:
             return "was replaced, or is hidden by a mount or no longer mounted"
         return ""
 
-    def _open_all(self, options: FileOptions) -> None:
-        """Open every file at its size, with all its space allocated if that is wanted."""
+    def _open_all(self, options: FileOptions, failing: ExitStack) -> None:
+        """Open every file at its size, with all its space allocated if that is wanted.
+
+        `failing` gives back what files have grown by, if the tier is not opened after all.
+        """
         wanted = [count * self.block_stride_bytes for count in self._striping.blocks_by_file()]
         count = len(self.folders)
         self._names = [(self.folders[i % count], file_name(i // count)) for i in range(len(wanted))]
         leftovers = [each for folder in self.folders for each in self._leftovers(folder)]
+        for folder, name in leftovers:
+            if stat.S_ISDIR(os.lstat(name, dir_fd=folder.fd).st_mode):
+                raise _irremovable(folder, name, os.strerror(EISDIR))
         for folder, name in self._names:
             options.pause()
             fd = self._open(folder, name, len(wanted))
@@ -271,15 +292,13 @@ class StripedFiles:
             self._check_room(wanted, lacking, leftovers)
         for folder, name in leftovers:
             _remove(folder, name)
-        earlier = [os.fstat(fd).st_size for fd in self.fds]
+        failing.callback(self._give_back, [os.fstat(fd).st_size for fd in self.fds])
         for resize in (self._cut, self._grow):  # first all that makes room
             for number, size in enumerate(wanted):
                 try:
                     resize(self.fds[number], size, lacking[number], options.pause)
                 except (OSError, OverflowError) as error:
-                    refused = self._refusal(number, size, error)
-                    self._give_back(earlier)
-                    raise refused from error
+                    raise self._refusal(number, size, error) from error
 
     def _open(self, folder: Folder, name: str, file_count: int) -> int:
         try:
@@ -385,5 +404,8 @@ def _remove(folder: Folder, name: str) -> None:
     try:
         os.unlink(name, dir_fd=folder.fd)
     except OSError as error:
-        why = f"cannot be removed ({error.strerror})"
-        raise ConfigError("ssd_cache_dir", str(folder.path / name), why) from error
+        raise _irremovable(folder, name, error.strerror) from error
+
+
+def _irremovable(folder: Folder, name: str, reason: str | None) -> ConfigError:
+    return ConfigError("ssd_cache_dir", str(folder.path / name), f"cannot be removed ({reason})")

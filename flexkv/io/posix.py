@@ -47,7 +47,13 @@ class ThreadDiskPort:
         self._moved: deque[tuple[int, int]] = deque()
         self._ended: list[Completion] = []
         self._next_name = 0
-        self._threads = Workers(threads, "flexkv-disk")
+        # Threads of their own: nobody waits for a sync that hangs.
+        self._syncing = Workers(1, "flexkv-fdatasync")
+        try:
+            self._threads = Workers(threads, "flexkv-disk")
+        except OSError:
+            self._syncing.shutdown()
+            raise
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         forks.on_fork(self._let_go_in_child)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -128,14 +134,14 @@ class ThreadDiskPort:
         """
         if self._closed:
             raise ClosedError("the thread disk port is closed")
-        await asyncio.get_running_loop().run_in_executor(self._threads, self._files.sync)
+        await asyncio.get_running_loop().run_in_executor(self._syncing, self._files.sync)
 
     def _let_go_in_child(self) -> None:
         if not self._closed:
             forks.replace(self._event_fd)
 
     def _join(self) -> None:
-        """Wait for every thread, interrupted or not: until then the files are in use."""
+        """Wait for all I/O, interrupted or not: until then the files are in use."""
         try:
             self._threads.shutdown()
         except BaseException:
@@ -143,7 +149,7 @@ class ThreadDiskPort:
             raise
 
     def close(self) -> None:
-        """Detach from the loop, join the threads and close the eventfd. Idempotent.
+        """Detach from the loop, join the threads but a sync's, close the eventfd. Idempotent.
 
         Raises:
             InvariantError: transfers were in flight; the threads are done, nobody was told.
@@ -153,6 +159,7 @@ class ThreadDiskPort:
         self._closed = True
         if self._loop is not None:
             self._loop.remove_reader(self._event_fd)
+        self._syncing.shutdown(wait=False, cancel_futures=True)  # a sync may never end
         self._join()
         os.close(self._event_fd)
         if unreaped := len(self._jobs) + len(self._ended):

@@ -6,9 +6,11 @@ A directory that cannot be used costs only its part of the tier.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from errno import EISDIR
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +21,12 @@ from flexkv.io.checked import CheckedDiskPort
 from flexkv.io.disk import open_disk
 from flexkv.io.file_calls import KernelCalls
 from flexkv.io.files import FileOptions, StripedFiles
+from flexkv.io.folders import refusal
 from flexkv.io.journal import NAME as JOURNAL_NAME
+from flexkv.io.journal import NEW_NAME as JOURNAL_NEW_NAME
 from flexkv.io.journal import Journal
 from flexkv.io.paths import expanded, shown
-from flexkv.io.private import Folder, open_directory
+from flexkv.io.private import Folder, open_directory, open_file
 from flexkv.io.sums import Summer
 from flexkv.io.superblock import Superblock
 from flexkv.io.uring import RingOptions
@@ -116,7 +120,7 @@ def _take(wish: SsdWish, directories: list[Path], taking: ExitStack) -> TakenSsd
         wish.num_blocks * len(directories) // len(wish.directories) or 1,
         stride,
         None if rows is None else rows * stride,
-        wish.options,
+        replace(wish.options, check=lambda folder: check_names(folder, wish)),
     )
     taking.callback(files.close)
     if wish.keeps_journal:
@@ -154,6 +158,28 @@ def refuse(folders: Sequence[Path], wanted: Superblock) -> None:
         if differences:
             why = f"holds blocks of another kind: {'; '.join(differences)}"
             raise ConfigError("ssd_cache_dir", shown(path), why)
+
+
+def check_names(folder: Folder, wish: SsdWish) -> None:
+    """Refuse a directory whose superblock or journal cannot be used; change nothing in it.
+
+    Raises:
+        ConfigError: one can be changed by others, or cannot be opened, or replaced.
+    """
+    is_kept = wish.keeps_journal and superblock.read(folder) == wish.superblock
+    names = [JOURNAL_NAME]
+    if wish.keeps_journal:
+        names += [JOURNAL_NEW_NAME] if is_kept else [JOURNAL_NEW_NAME, f"{superblock.NAME}.new"]
+    for name in names:
+        try:
+            if is_kept and name == JOURNAL_NAME:
+                os.close(open_file(folder.fd, name, os.O_RDWR | os.O_APPEND))
+            elif stat.S_ISDIR(os.lstat(name, dir_fd=folder.fd).st_mode):
+                raise IsADirectoryError(EISDIR, "it is a directory")
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise refusal(folder.path / name, error) from error
 
 
 def forget_earlier(folders: list[Folder]) -> None:

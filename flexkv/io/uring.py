@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import select
 import time
 from collections import deque
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from flexkv.io.disk_jobs import DiskGeometry, DiskJob
 from flexkv.io.files import StripedFiles
 from flexkv.io.ports import Completion
 from flexkv.io.workers import Workers
+from flexkv.polling import is_readable
 
 TRIAL_S = 2.0
 """How long a ring may take for its first operation, which does nothing."""
@@ -50,7 +50,7 @@ def _first_end(ring: Ring) -> int:
         left_s = until_s - time.monotonic()
         if left_s <= 0:
             raise OSError(ETIME, "its first operation does not end")
-        select.select([ring.fileno()], [], [], left_s)
+        is_readable(ring, left_s)
     return ended[0][1]
 
 
@@ -208,6 +208,6 @@ class UringDiskPort:
         if self._loop is not None:
             self._loop.remove_reader(self._ring.fileno())
         self._ring.close()
-        self._syncing.shutdown()
+        self._syncing.shutdown(wait=False, cancel_futures=True)  # a sync may never end
         if unreaped := len(self._jobs) + len(self._ended):
             raise InvariantError(f"io_uring disk port closed with {unreaped} I/Os unreaped")

@@ -66,6 +66,7 @@ class Workers(Executor):
             with suppress(Empty):
                 while call := self._calls.get_nowait():
                     call[0].cancel()
+                self._calls.put(None)  # shut down already: that was to end a thread
         if not self._is_shut:
             self._is_shut = True
             for _ in self._threads:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from pydantic import BaseModel, Secret, SecretStr
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import BackendUnavailableError, ConfigError, FlexKVError
 from flexkv.logs import get_logger
+from flexkv.polling import is_readable
 
 log = get_logger(__name__)
 
@@ -82,7 +82,7 @@ class ProcessWatch:
     def has_ended(self) -> bool:
         """Return whether it has ended, reaped or not."""
         if self._fd >= 0:
-            return bool(select.select([self._fd], [], [], 0)[0])
+            return is_readable(self._fd)
         process = self._process
         with suppress(psutil.NoSuchProcess):
             if process is None or not process.is_running():
@@ -93,7 +93,7 @@ class ProcessWatch:
     def wait(self, within_s: float) -> bool:
         """Wait for its end; return whether it has ended within `within_s`."""
         if self._fd >= 0:
-            return bool(select.select([self._fd], [], [], within_s)[0])
+            return is_readable(self._fd, within_s)
         until_s = time.monotonic() + within_s
         while not self.has_ended:
             if time.monotonic() > until_s:
@@ -178,7 +178,7 @@ class Launched:
     def _line(self, wait_s: float | None = None) -> bytes | None:
         """Return its next line, or the rest of its output once it has ended; else None."""
         while (end := self._said.find(b"\n")) < 0:
-            if not select.select([self._stdout], [], [], wait_s)[0]:
+            if not is_readable(self._stdout, wait_s):
                 return None
             if not (more := os.read(self._stdout.fileno(), 4096)):
                 break

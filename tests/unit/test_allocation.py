@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from collections.abc import Iterator
 from errno import EOPNOTSUPP
 from pathlib import Path
@@ -84,6 +85,21 @@ def test_a_file_of_many_pieces_is_seen_whole(fd: int) -> None:
         os.pwrite(fd, b"x" * 4096, start)
     os.fsync(fd)
     assert gaps(fd, 2048 * 8 * KB) == [Gap(start + 4096, 4096) for start in pieces]
+
+
+def test_an_extent_map_that_leads_nowhere_is_none(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that tells of an empty extent again and again is asked for holes instead."""
+    allocate(fd, gaps(fd, SIZE // 2), nothing)
+    asked = iter(range(8))
+
+    def one_empty(_: int, __: int, buffer: bytearray) -> int:
+        next(asked)
+        mapped_at = allocation._FIEMAP_HEAD.size - 12
+        buffer[mapped_at : mapped_at + 4] = (1).to_bytes(4, sys.byteorder)
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", one_empty)
+    assert gaps(fd, SIZE) == [Gap(SIZE // 2, SIZE // 2)]
 
 
 def test_a_file_system_that_says_nothing_has_no_bound(

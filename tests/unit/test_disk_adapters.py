@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import fcntl
 import os
 import threading
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from flexkv.io.disk import open_disk
 from flexkv.io.disk_jobs import DiskGeometry
 from flexkv.io.files import StripedFiles
 from flexkv.io.posix import ThreadDiskPort
-from flexkv.io.uring import RingOptions, UringDiskPort
+from flexkv.io.uring import RingOptions, UringDiskPort, try_nothing
 
 STRIDE = 4096
 BLOCKS = 64
@@ -341,6 +342,34 @@ async def test_buffered_files_mean_threads(tmp_path):
         assert (arena.array[4] == 9).all()
     assert kind is ThreadDiskPort
     assert "not aligned" in event["reason"]
+
+
+def test_a_ring_may_have_any_descriptor():
+    """A process with thousands of files open gets io_uring as any other does."""
+
+    class Silent:
+        """A ring that says nothing until somebody waits for it, and has a high number."""
+
+        def __init__(self, fd):
+            self._fd = fd
+            self._ends = iter([[], [(1, 0)]])
+
+        def nop(self, name, count):
+            pass
+
+        def fileno(self):
+            return self._fd
+
+        def reap(self):
+            return next(self._ends)
+
+    event = os.eventfd(1)
+    high = fcntl.fcntl(event, fcntl.F_DUPFD_CLOEXEC, 1024)
+    try:
+        try_nothing(Silent(high))
+    finally:
+        os.close(event)
+        os.close(high)
 
 
 @every_port

@@ -8,9 +8,9 @@ import stat
 import numpy as np
 import pytest
 
-from flexkv.common.errors import ConfigError, StorageError
+from flexkv.common.errors import ClosedError, ConfigError, StorageError
 from flexkv.io import files as files_module
-from flexkv.io.files import StripedFiles
+from flexkv.io.files import FileOptions, StripedFiles
 from flexkv.io.locks import NOTE_NAME
 
 STRIDE = 4096
@@ -240,6 +240,22 @@ def test_an_allocation_that_fails_half_way_gives_back_what_it_took(monkeypatch, 
     assert len(before) == 3
 
 
+@pytest.mark.parametrize("error", [ClosedError("closed"), KeyboardInterrupt()])
+def test_an_open_that_is_cut_short_gives_back_what_it_took(folders, error):
+    """Cancelled or interrupted while files grow, it leaves them as large as they were."""
+    StripedFiles.open(folders, 6, STRIDE).close()
+    before = [(path, path.stat().st_blocks) for folder in folders for path in folder.glob("bl*")]
+
+    def pause():
+        if sum(path.stat().st_blocks for path, _ in before) > 3 * sum(size for _, size in before):
+            raise error
+
+    with pytest.raises(type(error)):
+        StripedFiles.open(folders, 600, STRIDE, options=FileOptions(pause=pause))
+    assert [(path, path.stat().st_blocks) for path, _ in before] == before
+    assert len(before) == 3
+
+
 def test_sync_reports_the_file_that_failed(monkeypatch, folders):
     """A device that refuses to sync is a storage error with the errno and the path."""
     files = StripedFiles.open(folders[:1], 4, STRIDE)
@@ -262,3 +278,28 @@ def test_close_gives_descriptors_back(folders):
     files.close()
     files.close()
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_fork_after_a_refused_open_leaves_the_numbers_alone(monkeypatch, folders):
+    """The descriptors that a failed open had are somebody else's by then: a child keeps those."""
+    seen = []
+    open_all = StripedFiles._open_all
+
+    def refuse(files, options, failing):
+        open_all(files, options, failing)
+        seen.append(files)  # whoever handles the error may keep its frames
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(StripedFiles, "_open_all", refuse)
+    with pytest.raises(OSError, match="error"):
+        StripedFiles.open(folders[:1], 4, STRIDE)
+    (files,) = seen
+    numbers = {*files.fds, *(folder.fd for folder in files.folders)}
+    theirs = [os.open(folders[0], os.O_RDONLY) for _ in numbers]
+    assert numbers & set(theirs)
+    child = os.fork()
+    if not child:  # pragma: no cover -- measured in the parent only
+        os._exit(sum(not os.path.samestat(os.fstat(fd), folders[0].stat()) for fd in theirs))
+    assert os.waitpid(child, 0)[1] == 0
+    for fd in theirs:
+        os.close(fd)

@@ -1,0 +1,26 @@
+"""Laws of watching a process for its end."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+
+from flexkv.server.launch import ProcessWatch
+
+PATIENCE_S = 20.0
+
+
+def test_the_end_of_a_process_is_seen_with_any_descriptor() -> None:
+    """Our own process may have thousands of files open."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    low = os.pidfd_open(process.pid)
+    watch = ProcessWatch(process.pid, fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 1024))
+    os.close(low)
+    assert not watch.has_ended
+    assert not watch.wait(0.0)
+    process.communicate()
+    assert watch.wait(PATIENCE_S)
+    assert watch.has_ended
+    watch.close()

@@ -1,0 +1,113 @@
+"""Laws of taking the SSD tier: a directory that is refused is left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flexkv.common.errors import ConfigError
+from flexkv.io import journal, superblock
+from flexkv.io.files import FileOptions
+from flexkv.io.ssd import SsdWish, take_ssd
+from flexkv.io.superblock import Superblock
+
+STRIDE = 4096
+BLOCKS = 8
+WANTED = Superblock(1, {"dtype": "float16"}, STRIDE, 2)
+OTHER = Superblock(1, {"dtype": "bfloat16"}, STRIDE, 2)
+
+
+def take(wish: SsdWish) -> dict[str, str]:
+    """Take a tier and let it go; return the directories that were left out, and why."""
+    lost: dict[str, str] = {}
+    with ExitStack() as undo:
+        take_ssd(wish, lost.__setitem__, undo)
+    return lost
+
+
+def block_files(folder: Path) -> dict[str, bytes]:
+    """Return the content of each block file."""
+    return {path.name: path.read_bytes() for path in folder.glob("blocks-*") if path.is_file()}
+
+
+@pytest.fixture
+def wish(tmp_path: Path) -> SsdWish:
+    """Return what two directories were taken for."""
+    directories = (tmp_path / "a", tmp_path / "b")
+    wish = SsdWish(directories, BLOCKS, WANTED, FileOptions())
+    assert take(wish) == {}
+    for directory in directories:
+        for path in directory.glob("blocks-*"):
+            path.write_bytes(b"x" * path.stat().st_size)
+    return wish
+
+
+def public_journal(folder: Path) -> None:
+    """Let others write to the journal."""
+    (folder / journal.NAME).chmod(0o666)
+
+
+def no_new_journal(folder: Path) -> None:
+    """Keep a journal from being written anew."""
+    (folder / journal.NEW_NAME).mkdir()
+
+
+def public_superblock(folder: Path) -> None:
+    """Let others write to the superblock."""
+    (folder / superblock.NAME).chmod(0o666)
+
+
+def no_new_superblock(folder: Path) -> None:
+    """Keep the superblock from being replaced."""
+    (folder / f"{superblock.NAME}.new").mkdir()
+
+
+def no_removal(folder: Path) -> None:
+    """Put a directory beside the block files, with such a name."""
+    (folder / "blocks-0900.flexkv").mkdir()
+
+
+def no_journal(folder: Path) -> None:
+    """Put a directory where the journal is to be."""
+    (folder / journal.NAME).unlink()
+    (folder / journal.NAME).mkdir()
+
+
+@pytest.mark.parametrize("num_blocks", [2, BLOCKS, 64])
+@pytest.mark.parametrize(
+    ("spoil", "changes"),
+    [
+        (public_journal, {}),
+        (no_new_journal, {}),
+        (public_superblock, {}),
+        (no_new_superblock, {"superblock": OTHER}),
+        (no_removal, {}),
+        (no_journal, {}),
+        (no_journal, {"superblock": OTHER}),
+        (no_journal, {"keeps_journal": False}),
+    ],
+)
+def test_a_directory_that_is_refused_is_left_as_it_was(
+    wish: SsdWish, spoil: Callable[[Path], None], changes: dict[str, object], num_blocks: int
+) -> None:
+    """None of its files is cut, removed or grown; those of the other are used without it."""
+    directory = wish.directories[1]
+    spoil(directory)
+    before = block_files(directory)
+    assert len(before) == 2
+    wish = replace(wish, num_blocks=num_blocks, **changes)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=str(directory)):
+        take(replace(wish, is_strict=True))
+    assert block_files(directory) == before
+    assert list(take(wish)) == [str(directory)]
+    assert block_files(directory) == before
+
+
+def test_what_is_not_replaced_need_not_be_replaceable(wish: SsdWish) -> None:
+    """A superblock that fits is left alone, whatever is in the way of another."""
+    no_new_superblock(wish.directories[1])
+    assert take(wish) == {}
