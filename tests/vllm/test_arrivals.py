@@ -33,7 +33,9 @@ def test_the_answer_is_there_when_the_prompt_is_scheduled(rig: Rig) -> None:
     rig.side.on_new_request(request)
     eventually(lambda: holds(rig) == 1)
     assert rig.side.get_num_new_matched_tokens(request, 0) == (3 * PER_BLOCK, True)
-    assert rig.side.take_stats().reduce().get("late_matches", 0) == 0
+    counts = rig.side.take_stats().reduce()
+    assert (counts["matches"], counts["hits"], counts["offered_blocks"]) == (1, 1, 3)
+    assert (counts["hit_rate"], counts.get("late_matches", 0)) == (1.0, 0)
     assert holds(rig) == 1
 
 
