@@ -131,32 +131,36 @@ class Launched:
             is_awaited: otherwise return at once; `look` then says whether it takes connections.
 
         Raises:
+            OSError: no process can be started.
             ConfigError: it could not start, for a reason that the error names: a key of its
                 configuration, or its address.
             BackendUnavailableError: it could not start for another reason.
         """
         command = [sys.executable, "-m", "flexkv.cli.main", "--log-level", settings.log_level,
                    "serve", "--with-parent"]  # fmt: skip
-        between = subprocess.Popen(
+        self._between = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _BETWEEN, *command],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
-        assert between.stdin is not None
-        assert between.stdout is not None
-        self._stdin, self._stdout = between.stdin, between.stdout
+        assert self._between.stdin is not None
+        assert self._between.stdout is not None
+        self._stdin, self._stdout = self._between.stdin, self._between.stdout
         self._path, self._said = settings.server_recv_port, b""
+        self._pid: int | None = None
+        self._watch: ProcessWatch | None = None
         self._exit_status: int | None = None
         self._listens = False
-        said = self._line() or b""
-        between.wait()
-        self.pid = int(said) if said.strip().isdigit() else 0
-        self._watch = ProcessWatch(self.pid)
         told = {"model": told_of(model), "settings": told_of(settings), "waits": waits}
         with suppress(BrokenPipeError):  # it has ended: it says why below
             self._stdin.write(json.dumps(told).encode() + b"\n")
             self._stdin.flush()
         if is_awaited:
             self.look(None)
+
+    @property
+    def pid(self) -> int:
+        """Return its process id; 0 until that is told, or if there is no process."""
+        return self._pid or 0
 
     def look(self, wait_s: float | None = 0.0) -> bool:
         """Return whether it takes connections by now.
@@ -167,15 +171,27 @@ class Launched:
         Raises:
             ConfigError, BackendUnavailableError: it could not start. It is closed then.
         """
-        if not self._listens and (said := self._line(wait_s)) is not None:
+        if self._begun(wait_s) is None or self._listens:
+            return self._listens
+        if (said := self._line(wait_s)) is not None:
             if said != LISTENING:
                 self.close()
                 raise _failure(said)
             self._listens = True
+            self._between.poll()
             log.info("server launched", pid=self.pid, path=self._path)
         return self._listens
 
-    def _line(self, wait_s: float | None = None) -> bytes | None:
+    def _begun(self, wait_s: float | None = 0.0) -> ProcessWatch | None:
+        """Return what watches it, once the process between has told its id, or ended; else None."""
+        if self._pid is None and (said := self._line(wait_s)) is not None:
+            self._pid = int(said) if said.strip().isdigit() else 0
+        if self._watch is None and self._pid is not None:
+            self._watch = ProcessWatch(self._pid)
+        self._between.poll()  # so that no zombie is left
+        return self._watch
+
+    def _line(self, wait_s: float | None) -> bytes | None:
         """Return its next line, or the rest of its output once it has ended; else None."""
         while (end := self._said.find(b"\n")) < 0:
             if not is_readable(self._stdout, wait_s):
@@ -199,24 +215,44 @@ class Launched:
     @property
     def has_ended(self) -> bool:
         """Return whether it has ended."""
-        return self._exit_status is not None or not self.pid or self._watch.has_ended
+        if self._exit_status is not None:
+            return True
+        watch = self._begun()
+        return watch is not None and (not self.pid or watch.has_ended)
 
     def close(self) -> None:
         """Let it end, and wait until it has. Idempotent."""
         if self._stdout.closed:
             return
-        if self.pid:
-            self._watch.signal(signal.SIGTERM)
-            if not self._watch.wait(END_S):
+        watch = self._begun(END_S)
+        if watch is not None and self.pid:
+            watch.signal(signal.SIGTERM)
+            if not watch.wait(END_S):
                 log.warning("server killed", pid=self.pid, reason=f"not ended in {END_S} s")
-                self._watch.signal(signal.SIGKILL)
-                self._watch.wait(END_S)
-        _ = self.exit_status
+                watch.signal(signal.SIGKILL)
+                watch.wait(END_S)
+        self._end_between()
+        if self.exit_status is None:
+            self._exit_status = 1  # it hangs in the kernel, or was never heard of
         # Only now: told twice, it would be killed by the signal when it has just ended.
         with suppress(BrokenPipeError):
             self._stdin.close()
         self._stdout.close()
-        self._watch.close()
+        self._pid = self._pid or 0
+        if watch is not None:
+            watch.close()
+
+    def _end_between(self) -> None:
+        """Reap the process between, which ends once it has told the id; kill one that hangs.
+
+        A server that it may have started ends by itself, since its stdin is closed.
+        """
+        try:
+            self._between.wait(LOOK_S)
+        except subprocess.TimeoutExpired:
+            log.warning("launcher killed", pid=self._between.pid, reason="it hangs")
+            self._between.kill()
+            self._between.wait()
 
 
 def refusal_of(error: BaseException) -> bytes:

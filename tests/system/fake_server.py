@@ -43,7 +43,7 @@ class FakeServer:
         self._listening.listen()
         self._arena = Arena.open(HOST_BLOCKS, STRIDE_BYTES, shared=True)
         self._peers: queue.Queue[socket.socket] = queue.Queue()
-        self._welcomed: list[socket.socket] = []
+        self._accepted: list[socket.socket] = []
         self.welcome: Welcome | None = None
         self.gives_memory = True
         threading.Thread(target=self._accept, daemon=True).start()
@@ -53,6 +53,7 @@ class FakeServer:
             while True:
                 peer, _ = self._listening.accept()
                 peer.settimeout(10)
+                self._accepted.append(peer)
                 with suppress(Exception):
                     self._greet(peer)
 
@@ -73,7 +74,6 @@ class FakeServer:
         socket.send_fds(peer, [framed(self.welcome or truth)], fds)
         if hello.role == "client":
             peer.sendall(framed(State(True, 64, ORDER, 1)))
-        self._welcomed.append(peer)
         self._peers.put(peer)
 
     def next_peer(self) -> socket.socket:
@@ -96,6 +96,6 @@ class FakeServer:
     def close(self) -> None:
         """Hang up everywhere."""
         self._listening.close()
-        for peer in self._welcomed:
+        for peer in self._accepted:
             peer.close()
         self._arena.close()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -293,3 +295,47 @@ def test_a_server_that_is_not_waited_for_tells_later(settings: Settings) -> None
     eventually(server.look, within_s=60)
     assert server.look()
     check_ends_well(server)
+
+
+def test_a_launch_that_hangs_holds_no_step(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The id of the server is told late or never: nobody waits for that, but the end is bounded."""
+    monkeypatch.setattr(launch, "_BETWEEN", "import time; time.sleep(20)")
+    monkeypatch.setattr(launch, "END_S", 0.1)
+    server = Launched(MODEL, settings, is_awaited=False)
+    between = psutil.Process(server._between.pid)
+    for _ in range(3):
+        assert not server.look()
+        assert not server.has_ended
+    assert between.is_running()
+    server.close()
+    assert not between.is_running()
+    assert (server.has_ended, server.exit_status, server.pid) == (True, 1, 0)
+    server.close()
+
+
+def test_a_launch_that_cannot_fork_leaves_nothing(settings: Settings) -> None:
+    """The kernel refuses descriptors: the error is its own, and those that were got are closed."""
+    before = len(os.listdir("/proc/self/fd"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 2, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            Launched(MODEL, settings, is_awaited=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_server_whose_pipes_have_high_numbers_is_launched(settings: Settings) -> None:
+    """An engine with thousands of connections has no low descriptor to spare."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    with ExitStack() as opened:
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1100):
+            opened.enter_context(open(os.devnull, "rb"))
+        server = Launched(MODEL, settings)
+        assert server.look()
+        check_ends_well(server)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import pytest
@@ -19,11 +20,17 @@ class World:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s, self.servers = 0.0, list[Server]()
+        self.refusals: list[Exception] = []
+        """Of the next launches."""
+        self.refused_s: list[float] = []
         monkeypatch.setattr(own_server.time, "monotonic", lambda: self.now_s)
         monkeypatch.setattr(own_server, "Launched", self._launch)
 
     def _launch(self, *_: Any, waits: bool = True, is_awaited: bool = True) -> Server:
         assert waits is is_awaited  # a step of a scheduler waits for neither
+        if self.refusals:
+            self.refused_s.append(self.now_s)
+            raise self.refusals.pop(0)
         self.servers.append(Server(len(self.servers)))
         return self.servers[-1]
 
@@ -97,5 +104,51 @@ def test_a_server_that_runs_is_left_alone(world: World) -> None:
     """Whether it listens yet or not."""
     own = OwnServer(MODEL, Settings())
     world.passes(own, 1000)
+    assert len(world.servers) == 1
+    assert not world.servers[0].closed
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+        OSError(errno.EMFILE, "Too many open files"),
+        ValueError("filedescriptor out of range"),
+        BackendUnavailableError("server", "it is made to fail"),
+    ],
+)
+def test_a_launch_that_fails_concerns_no_step(world: World, error: Exception) -> None:
+    """It counts as a server that ended young, and the pause doubles; in time, one is launched."""
+    own = OwnServer(MODEL, Settings())
+    world.refusals = [error] * 2
+    world.servers[0].has_ended = True
+    world.passes(own, 1000)
+    assert world.refused_s == [RELAUNCH_S, 3 * RELAUNCH_S]
+    assert len(world.servers) == 2
+    world.servers[1].has_ended = True
+    world.refusals = [error] * YOUNG_MAX
+    world.passes(own, 10_000)
+    assert len(world.servers) == 2
+    own.close()
+
+
+def test_launches_that_always_fail_are_given_up(world: World) -> None:
+    """The engine goes on without."""
+    own = OwnServer(MODEL, Settings())
+    world.servers[0].has_ended = True
+    world.refusals = [OSError(errno.ENOMEM, "Cannot allocate memory")] * 100
+    world.passes(own, 10_000)
+    assert len(world.refused_s) == YOUNG_MAX - 1
+    own.close()
+
+
+def test_a_server_that_cannot_be_looked_at_is_looked_at_again(world: World) -> None:
+    """No descriptor may be left for a moment: nothing is known of the server then."""
+    own = OwnServer(MODEL, Settings())
+    world.servers[0].refusal = OSError(errno.EMFILE, "Too many open files")
+    world.passes(own, 100)
+    world.servers[0].refusal = None
+    world.passes(own, 100)
     assert len(world.servers) == 1
     assert not world.servers[0].closed

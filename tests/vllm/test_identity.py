@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -225,6 +226,26 @@ def test_every_sample_of_a_large_file_counts(tmp_path: Path) -> None:
             os.utime(file, ns=(changed, changed))
             seen.add(str(facts_of(file)))
     assert len(seen) == 1 + 2 * SAMPLES
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two models would share a name if they differ in that folder only."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    unreadable = tmp_path / "experts"
+    unreadable.mkdir()
+    scandir = os.scandir
+
+    def refused(path: Any) -> Any:
+        if Path(path) == unreadable:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    assert len(facts_of(tmp_path)) == 1
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError, match="experts"):
+        facts_of(tmp_path)
 
 
 OPTIONS: list[tuple[str, str, Any]] = [

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
+
+from vllm.v1.core import kv_cache_utils
 
 from flexkv import _ext
 from flexkv.integration.vllm.events import MEDIA, KVEvents
@@ -150,3 +154,29 @@ def test_what_was_lost_is_taken_back_step_by_step(monkeypatch: pytest.MonkeyPatc
     (again,) = events.take()
     assert again.block_hashes == stored.block_hashes[:1]
     assert events.take() == []
+
+
+class Held(SimpleNamespace):
+    """A request of vLLM's of which a test can tell when nothing has it any more."""
+
+
+def test_a_request_that_is_over_is_not_kept_for_blocks_that_others_have() -> None:
+    """What there is to tell of them is taken from it when it ends, and not before."""
+    events, path = KVEvents(PER_BLOCK), (0, 1, 0)
+    keys = bytes(16) + b"".join(key_of(path[: i + 1]) for i in range(3))
+    first, second = Held(**vars(prompt(path))), Held(**vars(prompt(path)))
+    for request in (first, second):
+        assert events.note(request, keys, 0) == 3
+    third = prompt(path)
+    events.note(third, keys, 0)
+    events.forget(third, keys, 3)
+    assert all(block.facts is None for block in events._blocks.values())
+    hashes, seen = list(first.block_hashes), weakref.ref(first)
+    events.forget(first, keys, 3)
+    del first, request
+    gc.collect()
+    assert seen() is None
+    events.hear(Changed(tuple((key_of(path[: i + 1]), "host", True) for i in range(3))))
+    (stored,) = events.take()
+    assert stored.block_hashes == [kv_cache_utils.maybe_convert_block_hash(each) for each in hashes]
+    events.forget(second, keys, 3)

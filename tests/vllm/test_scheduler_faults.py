@@ -20,7 +20,9 @@ from tests.system.serving import eventually
 
 pytest.importorskip("vllm")
 
-from flexkv.integration.vllm import worker
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+from flexkv.integration.vllm import vllm_v1_adapter, worker
 from flexkv.integration.vllm.metadata import StepMetadata
 from flexkv.integration.vllm.worker import STEPS_BEHIND, WorkerSide
 
@@ -208,6 +210,16 @@ def test_puts_of_what_another_connector_has_not_loaded_are_dropped(rig: Rig) -> 
     assert device_blocks(rig.agent.hear(Copy)) == [1, 2, 3, 4]
 
 
+def test_a_scheduler_has_no_block_that_failed_to_load(
+    configured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers say which did: vLLM and its other connectors join sets, none of them None."""
+    monkeypatch.setattr(vllm_v1_adapter, "SchedulerSide", lambda _: SimpleNamespace())
+    monkeypatch.setenv("FLEXKV_SERVER_RECV_PORT", f"ipc://{tmp_path}/socket")
+    made = vllm_v1_adapter.FlexKVConnectorV1Impl(configured, KVConnectorRole.SCHEDULER)
+    assert made.get_block_ids_with_load_errors() == set()
+
+
 # -- workers --------------------------------------------------------------------------------------
 
 
@@ -217,6 +229,12 @@ class Agent:
     def __init__(self, *_: Any) -> None:
         self.told: list[int] = []
         self.settled: list[int] = []
+        self.lent: list[Any] = []
+        self.closed = 0
+
+    def start(self, kv_caches: Any) -> None:
+        """Note what is lent."""
+        self.lent.append(kv_caches)
 
     def ready(self, numbers: list[int]) -> None:
         """Note that the blocks of these requests are ready."""
@@ -227,7 +245,8 @@ class Agent:
         self.settled += numbers
 
     def close(self) -> None:
-        """Do nothing."""
+        """Count it."""
+        self.closed += 1
 
 
 @pytest.fixture
@@ -317,3 +336,13 @@ def test_a_worker_that_sleeps_tells_nobody(side: Any, monkeypatch: pytest.Monkey
     step = StepMetadata(puts=[1], settle=[2], sent={"a"}, received={"b"})
     side.wait_for_save(step)
     assert side.get_finished(step) == ({"a"}, {"b"})
+
+
+def test_caches_that_are_lent_anew_are_lent_once(side: Any) -> None:
+    """The agent of before is closed: it would copy to memory that the engine has let go."""
+    agents = [side._agent]
+    for kv_caches in ({"first": 0}, {"second": 0}):
+        side.register_kv_caches(kv_caches)
+        agents.append(side._agent)
+    assert [each.lent for each in agents] == [[], [{"first": 0}], [{"second": 0}]]
+    assert [each.closed for each in agents] == [1, 1, 0]

@@ -2,8 +2,8 @@
 
 The first one has to start, or the engine does not either: the error says why. Later ones are
 started without waiting, since a step of the scheduler must not wait until their memory is taken. A
-server that ends young again and again is not launched any more: something on the machine is wrong,
-and the engine goes on without the cache.
+server that ends young, or cannot be started, again and again is not launched any more: something on
+the machine is wrong, and the engine goes on without the cache.
 """
 
 from __future__ import annotations
@@ -59,29 +59,41 @@ class OwnServer:
         """Note that the server has ended, and why, if that is so."""
         try:
             self._server.look()
-        except FlexKVError as error:
-            self._reason = str(error)
-        else:
             if not self._server.has_ended:
                 return
             self._reason = "it ended: its log says why"
-        self._is_ended = True
-        lived_s = time.monotonic() - self._launched_s
-        if lived_s >= YOUNG_S:
-            self._young, self._pause_s = 0, RELAUNCH_S
+        except FlexKVError as error:
+            self._reason = str(error)
+        except OSError as error:  # no descriptor is left to look with: the next step looks again
+            log.warning("server_not_seen", reason=str(error))
             return
+        self._is_ended = True
+        if time.monotonic() - self._launched_s >= YOUNG_S:
+            self._young, self._pause_s = 0, RELAUNCH_S
+        else:
+            self._ended_young(self._young > 0)
+
+    def _ended_young(self, waits_longer: bool) -> None:
+        """Count that, and give up after `YOUNG_MAX`."""
         self._young += 1
-        if self._young > 1:
+        if waits_longer:
             self._pause_s = min(2 * self._pause_s, RELAUNCH_S_MAX)
         if self._young >= YOUNG_MAX:
             self._is_given_up = True
             log.error("server_given_up", reason=self._reason, launches=self._young)
 
     def _launch(self) -> None:
+        """Launch another one; no failure of that concerns the step in which it is done."""
         log.warning("server_relaunched", reason=self._reason, ended_young=self._young)
-        self._server.close()
-        self._server = Launched(self._model, self._settings, waits=False, is_awaited=False)
-        self._launched_s, self._is_ended = time.monotonic(), False
+        self._launched_s = time.monotonic()
+        try:
+            self._server.close()
+            self._server = Launched(self._model, self._settings, waits=False, is_awaited=False)
+        except (OSError, ValueError, FlexKVError) as error:  # no memory, process or descriptor
+            self._reason = f"it cannot be started: {error}"
+            self._ended_young(waits_longer=True)
+        else:
+            self._is_ended = False
 
     def close(self) -> None:
         """Let the server end, and wait until it has."""

@@ -15,6 +15,8 @@ from flexkv.server.wire import Matched
 
 ASKED_MAX = 16
 """Questions under way at once. vLLM goes through all that wait when each is put off."""
+EARLY_MAX = ASKED_MAX // 2
+"""Those of them that are made on arrival. The rest is for prompts that vLLM has come to."""
 KEPT_S = 1.0
 """How long a question is kept that is not come back to."""
 
@@ -24,6 +26,8 @@ class _Asked(NamedTuple):
     blocks: int
     first: int
     seen_s: float
+    is_early: bool
+    """Whether it was made on arrival, and vLLM has not come to its prompt since."""
 
 
 class Questions:
@@ -36,9 +40,24 @@ class Questions:
         self._asked: dict[str, _Asked] = {}
 
     @property
-    def is_full(self) -> bool:
-        """Return whether no more may be asked now."""
-        return len(self._asked) >= ASKED_MAX
+    def has_early_room(self) -> bool:
+        """Return whether a prompt that has just arrived may be asked for."""
+        early = sum(each.is_early for each in self._asked.values())
+        return early < EARLY_MAX and len(self._asked) < ASKED_MAX
+
+    def make_room(self) -> bool:
+        """Return whether a prompt that vLLM has come to may be asked for.
+
+        If too many questions are under way, the youngest one that was made on arrival is given up:
+        otherwise prompts that arrive would keep older ones from being scheduled.
+        """
+        if len(self._asked) < ASKED_MAX:
+            return True
+        for request_id, asked in reversed(self._asked.items()):
+            if asked.is_early:
+                self.give_up(request_id)
+                return True
+        return False
 
     def first_of(self, request_id: str, blocks: int) -> int | None:
         """Return the block from which a request's question asks for tiers; None without a question.
@@ -50,12 +69,22 @@ class Questions:
         asked = self._asked.get(request_id)
         return asked.first if asked is not None and asked.blocks == blocks else None
 
-    def ask(self, request_id: str, part: PromptPart, first: int, tell: bool = False) -> None:
-        """Ask what is resident, and hold that; `first` and `tell` as for `Client.ask`."""
+    def ask(
+        self, request_id: str, part: PromptPart, first: int, tell: bool, is_early: bool
+    ) -> None:
+        """Ask what is resident, and hold that.
+
+        Args:
+            request_id: vLLM's. It has no question, and there is room for one.
+            part: the blocks that are meant.
+            first: as for `Client.ask`.
+            tell: as for `Client.ask`.
+            is_early: whether the prompt has just arrived, and vLLM has not come to it yet.
+        """
         assert request_id not in self._asked
-        assert not self.is_full
+        assert len(self._asked) < ASKED_MAX
         number = self._client.ask(part, first, hold=True, tell=tell)
-        self._asked[request_id] = _Asked(number, part.blocks, first, time.monotonic())
+        self._asked[request_id] = _Asked(number, part.blocks, first, time.monotonic(), is_early)
 
     def answer(self, request_id: str) -> Matched | None:
         """Return the answer to a request's question, once; None if there is none in this step."""
@@ -68,7 +97,7 @@ class Questions:
         if found is not None:
             del self._asked[request_id]
         else:
-            self._asked[request_id] = asked._replace(seen_s=begin_s)
+            self._asked[request_id] = asked._replace(seen_s=begin_s, is_early=False)
         return found
 
     def give_up(self, request_id: str) -> None:

@@ -91,13 +91,15 @@ class SchedulerSide:
         """Ask what is resident of a new request, which will be scheduled soon."""
         tracked = self._requests.track(request)
         blocks = self._wanted(tracked, 0)
-        if blocks and not self._questions.is_full:
-            self._ask(tracked, blocks, 0)
+        if blocks and self._questions.has_early_room:
+            self._ask(tracked, blocks, 0, is_early=True)
 
     def get_num_new_matched_tokens(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Return how many tokens after the computed ones can be loaded, and whether that is slow.
 
-        The number is None if the server has not answered yet: vLLM asks again.
+        The number is None if the server has not answered yet: vLLM asks again. A prompt that cannot
+        be asked for, since too many others are, is put off once in its life, then computed: vLLM
+        serves younger ones before one that is put off.
 
         Args:
             request: vLLM's.
@@ -151,15 +153,17 @@ class SchedulerSide:
             # It was asked before the device's own blocks were known.
             tracked.found = found
         self._release(tracked)
-        if not questions.is_full:
-            self._ask(tracked, blocks, local_blocks)
-        return questions.answer(request_id)
+        if questions.make_room():
+            self._ask(tracked, blocks, local_blocks, is_early=False)
+            return questions.answer(request_id)
+        was_put_off, tracked.was_put_off = tracked.was_put_off, True
+        return Matched(0, 0, {}) if was_put_off else None
 
-    def _ask(self, tracked: Tracked, blocks: int, local_blocks: int) -> None:
+    def _ask(self, tracked: Tracked, blocks: int, local_blocks: int, is_early: bool) -> None:
         """Ask what of so many blocks is resident."""
         part = self._requests.part(tracked, blocks)
         tell, tracked.is_told = self._events is not None and not tracked.is_told, True
-        self._questions.ask(tracked.request.request_id, part, local_blocks, tell)
+        self._questions.ask(tracked.request.request_id, part, local_blocks, tell, is_early)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, external: int) -> None:
         """Begin to load into the blocks that were given, if any are to be loaded.

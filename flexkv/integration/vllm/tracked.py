@@ -48,7 +48,7 @@ class Tracked:
     __slots__ = (
         "block_ids", "features", "finished", "found", "generation", "has_loaded", "is_stale",
         "is_told", "load", "local_blocks", "may_claim", "noted", "parts", "prompt", "puts",
-        "request", "scope", "stored_blocks",
+        "request", "scope", "stored_blocks", "was_put_off",
     )  # fmt: skip
 
     def __init__(self, request: Any, scopes: Scopes, generation: int, prompt: Prompt) -> None:
@@ -62,6 +62,8 @@ class Tracked:
         """That the device had when a load was offered."""
         self.stored_blocks = 0
         self.may_claim = True
+        self.was_put_off = False
+        """Whether it was put off because too many others were asked for."""
         self.load: Load | None = None
         self.found: Matched | None = None
         """What is offered to it, and held."""
