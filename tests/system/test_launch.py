@@ -317,15 +317,19 @@ def test_a_launch_that_hangs_holds_no_step(
 
 def test_a_launch_that_cannot_fork_leaves_nothing(settings: Settings) -> None:
     """The kernel refuses descriptors: the error is its own, and those that were got are closed."""
-    before = len(os.listdir("/proc/self/fd"))
+    highest = max(map(int, os.listdir("/proc/self/fd")))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 2, hard))
-    try:
+    with ExitStack() as opened:
+        fillers = [opened.enter_context(open(os.devnull, "rb"))]
+        while fillers[-1].fileno() <= highest:  # numbers between those in use are free, too
+            fillers.append(opened.enter_context(open(os.devnull, "rb")))
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (fillers[-1].fileno() + 1, hard))
+        fillers[-1].close()
+        before = os.listdir("/proc/self/fd")
         with pytest.raises(OSError, match="Too many open files"):
             Launched(MODEL, settings, is_awaited=False)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert len(os.listdir("/proc/self/fd")) == before
+        assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_server_whose_pipes_have_high_numbers_is_launched(settings: Settings) -> None:
