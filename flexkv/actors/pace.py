@@ -27,7 +27,7 @@ INTERVAL_PIECES, RAISED_PIECES = 8, 4
 """Fewest pieces in one measurement of the rate; and while raising, since that delays reads."""
 RATES = 4
 """The rate is the largest of this many measurements."""
-HELPS, ENOUGH = 1.05, 0.9
+HELPS, ENOUGH = 1.15, 0.8
 """Where latencies vary, the shortest is too short. So the window is made larger while the rate is
 below ENOUGH of what the search has found, and rises by HELPS."""
 FASTER = 1.1
@@ -70,7 +70,8 @@ class Pace:
         self._rates: deque[float] = deque(maxlen=RATES)
         self._quickest = self._quickest_before = (math.inf, 0)
         """The pieces with the shortest latency, of this period and the last: seconds and bytes."""
-        self._best_rate, self._more_bytes, self._tried_bytes = 0.0, 0, 0
+        self._best_rate = self._doubted_rate = 0.0
+        self._more_bytes = self._tried_bytes = 0
         self._intervals = 0
         self._tried_from = 0.0
         """The rate before more was tried; 0 when nothing is being tried."""
@@ -132,13 +133,13 @@ class Pace:
     def _measured(self, rate: float, now_s: float) -> None:
         self._rates.append(rate)
         if self._state is _State.RAISING:
-            self._best_rate = max(self._best_rate, rate)
             if rate >= FASTER * self._raised_from_rate and self.bytes_max < self._bytes_most:
                 self._raise(rate, now_s)
-            elif self._is_doubted or self.bytes_max >= self._bytes_most:
+            elif self._is_doubted:
+                self._best_rate = min(rate, self._doubted_rate)
                 self._be(_State.DRAINING, now_s)
             else:  # one measurement may be wrong
-                self._is_doubted = True
+                self._is_doubted, self._doubted_rate = True, rate
         elif now_s - self._since_s >= PERIOD_S and self._pieces >= PERIOD_PIECES:
             self._quickest_before, self._quickest = self._quickest, (math.inf, 0)
             self._state = _State.RAISING
@@ -157,7 +158,7 @@ class Pace:
             self._more_bytes -= self._tried_bytes
             self._best_rate = rate  # the disk itself is slower than it was
         elif rate < ENOUGH * self._best_rate:
-            self._tried_bytes = max(self._piece_bytes, self.bytes_max // 2)
+            self._tried_bytes = max(self._piece_bytes, self.bytes_max)
             self._more_bytes += self._tried_bytes
             self._tried_from = rate
             return
