@@ -30,6 +30,8 @@ RATES = 4
 HELPS, ENOUGH = 1.15, 0.8
 """Where latencies vary, the shortest is too short. So the window is made larger while the rate is
 below ENOUGH of what the search has found, and rises by HELPS."""
+MORE_BYTES_MAX = 8 << 20
+"""It is not made larger than this for that reason: noise must not delay reads without bound."""
 FASTER = 1.1
 """The window is raised further only if the last raise made the disk faster by this factor."""
 PERIOD_S, PERIOD_PIECES = 30.0, 2000
@@ -158,10 +160,12 @@ class Pace:
             self._more_bytes -= self._tried_bytes
             self._best_rate = rate  # the disk itself is slower than it was
         elif rate < ENOUGH * self._best_rate:
-            self._tried_bytes = max(self._piece_bytes, self.bytes_max)
+            self._tried_bytes = min(max(self._piece_bytes, self.bytes_max), MORE_BYTES_MAX)
             self._more_bytes += self._tried_bytes
             self._tried_from = rate
             return
+        else:
+            self._more_bytes -= self._more_bytes // 8  # it may not be needed any more
         self._tried_from = 0.0
 
     def _raise(self, rate: float, now_s: float) -> None:
@@ -194,4 +198,5 @@ class Pace:
         allowed = rate * (2 * latency_s + DELAY_S) + 2 * self._block_bytes - piece_bytes
         whole = math.ceil(needed / piece_bytes) * piece_bytes
         least = whole if whole <= allowed else whole - piece_bytes
-        self.bytes_max = min(self._bytes_most, least + self._more_bytes)
+        more_max = max(0, MORE_BYTES_MAX - least)
+        self.bytes_max = min(self._bytes_most, least + min(self._more_bytes, more_max))
