@@ -36,6 +36,7 @@ from flexkv.io.superblock import FORMAT_VERSION, Superblock
 from flexkv.io.tensors import check_dtype, describe, device_of, kv_cache_list
 from flexkv.io.uring import RingOptions
 from flexkv.ledger import Ledger
+from flexkv.limits import memory_named
 from flexkv.logs import get_logger
 from flexkv.presence import Presence
 from flexkv.scrub import Scrubber
@@ -199,7 +200,8 @@ class LocalBackend:
         self._pinned = Pinned(self._arena)
         self.host = self._arena.backing
         if self._taken is not None:
-            self._open_ssd(self._taken, undo)
+            with memory_named(self._sizes):
+                self._open_ssd(self._taken, undo)
         if not self._model.model_id and (self.shared or self.ledger is not None):
             log.warning(
                 "model_id_not_given",

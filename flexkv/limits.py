@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from flexkv.actors.actor import Window
 from flexkv.actors.write_behind import BehindLimits
 from flexkv.common.config import GB, MB, CacheConfig, CacheSizes
@@ -89,8 +92,19 @@ def empty_index(
     """
     counts = {Tier.HOST: sizes.num_host_blocks, Tier.DISK: disk_blocks}
     capacities = {tier: count for tier, count in counts.items() if count}
-    try:
+    with memory_named(sizes):
         return Residency(capacities, eviction_of(cache), clears)
+
+
+@contextmanager
+def memory_named(sizes: CacheSizes) -> Iterator[None]:
+    """Name the size that takes too much, where the account of a tier's blocks has no memory.
+
+    Raises:
+        ConfigError: it does not fit in memory.
+    """
+    try:
+        yield
     except MemoryError as error:
         is_disk = sizes.num_disk_blocks > sizes.num_host_blocks
         given = sizes.disk_given if is_disk else sizes.host_given

@@ -128,9 +128,9 @@ def test_a_limit_of_address_space_is_named() -> None:
 def test_a_size_beyond_the_machine_is_named_by_its_key(tmp_path: Path, hugepages: bool) -> None:
     """Given in code, as GB or as blocks, or by the environment."""
     named = {
-        "cpu_cache_gb=1000000: needs": {"num_cpu_blocks": None, "cpu_cache_gb": 10**6},
-        "num_cpu_blocks=1000000000000: needs": {"num_cpu_blocks": 10**12},
-        "ssd_cache_gb=1000000: needs": {"ssd_cache_gb": 10**6, "ssd_cache_dir": str(tmp_path)},
+        "cpu_cache_gb=1000: needs": {"num_cpu_blocks": None, "cpu_cache_gb": 10**3},
+        "num_cpu_blocks=1000000000: needs": {"num_cpu_blocks": 10**9},
+        "ssd_cache_gb=1000: needs": {"ssd_cache_gb": 10**3, "ssd_cache_dir": str(tmp_path)},
     }
     for words, values in named.items():
         told = put_get(lambda: None, use_hugepage_cpu_buffer=hugepages, **values)
