@@ -38,12 +38,7 @@ def measure(options: Options) -> Figures:
 
 
 async def _measure(directory: Path, bulk: int, repeats: int) -> Figures:
-    cache = cache_of(
-        2 * bulk + 8,
-        directory,
-        num_ssd_blocks=TIER_BULKS * bulk,
-        write_behind_max_gb=bulk * BLOCK_BYTES / 2**30,
-    )
+    cache = _cache(directory, bulk)
     async with KVManager(LARGE, cache) as manager:
         manager.register_kv_caches(kv_caches(LARGE, bulk))
         rig = _Rig(manager, cache, directory, bulk)
@@ -61,19 +56,23 @@ async def _measure(directory: Path, bulk: int, repeats: int) -> Figures:
     return figures | await _on_a_slow_disk(directory, bulk // 4, repeats)
 
 
+def _cache(directory: Path, bulk: int) -> CacheConfig:
+    """Return a configuration for bulk requests of so many blocks."""
+    return cache_of(
+        2 * bulk + 8,
+        directory,
+        num_ssd_blocks=TIER_BULKS * bulk,
+        write_behind_max_gb=bulk * BLOCK_BYTES / 2**30,
+    )
+
+
 async def _on_a_slow_disk(directory: Path, bulk: int, repeats: int) -> Figures:
     """Small reads behind bulk where the disk reads at `SLOW_RATE`."""
     name = f"at {SLOW_RATE / 1e9} GB/s: "
     if why := missing():
         return {name.rstrip(": "): f"not measured: {why}"}
-    blocks = TIER_BULKS * bulk
     with slow_disk(directory, SLOW_RATE) as slow:
-        cache = cache_of(
-            2 * bulk + 8,
-            slow,
-            num_ssd_blocks=blocks,
-            write_behind_max_gb=bulk * BLOCK_BYTES / 2**30,
-        )
+        cache = _cache(slow, bulk)
         async with KVManager(LARGE, cache) as manager:
             manager.register_kv_caches(kv_caches(LARGE, bulk))
             rig = _Rig(manager, cache, slow, bulk)

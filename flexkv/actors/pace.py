@@ -86,6 +86,11 @@ class Pace:
         return max(self._rates, default=0.0)
 
     @property
+    def _able_rate(self) -> float:
+        """Return the bytes a second that the disk is taken to be able to do."""
+        return max(self.rate, self._best_rate)
+
+    @property
     def _piece_bytes(self) -> int:
         return max(self.piece_bytes_max, self._block_bytes)
 
@@ -181,7 +186,7 @@ class Pace:
     def _latency_s(self, piece: tuple[float, int]) -> float:
         """Return how much longer a piece took than its bytes take at the disk's rate."""
         seconds, nbytes = piece
-        rate = max(self.rate, self._best_rate)
+        rate = self._able_rate
         return max(0.0, seconds - nbytes / rate) if rate else seconds
 
     def _follow(self) -> None:
@@ -189,7 +194,7 @@ class Pace:
         if self._state is _State.DRAINING:
             self.bytes_max = 0
             return
-        rate = max(self.rate, self._best_rate)
+        rate = self._able_rate
         self.piece_bytes_max = min(self._piece_bytes_most, int(rate * PIECE_S))
         piece_bytes = self._piece_bytes
         latency_s = min(map(self._latency_s, (self._quickest, self._quickest_before)))

@@ -180,13 +180,18 @@ def _is_ours(found: os.stat_result) -> bool:
     return found.st_uid in (0, os.geteuid())
 
 
+def new_name(name: str) -> str:
+    """Return the name under which `replace_file` writes a file, before it takes its place."""
+    return f"{name}.new"
+
+
 def replace_file(folder: Folder, name: str, content: bytes) -> None:
     """Give a file in a directory new content, at once and for good.
 
     Raises:
         OSError: the directory takes no file.
     """
-    new = f"{name}.new"
+    new = new_name(name)
     with suppress(FileNotFoundError):
         os.unlink(new, dir_fd=folder.fd)  # left by a process that was killed here
     fd = open_file(folder.fd, new, os.O_WRONLY | os.O_CREAT | os.O_EXCL)

@@ -26,7 +26,7 @@ from flexkv.io.journal import NAME as JOURNAL_NAME
 from flexkv.io.journal import NEW_NAME as JOURNAL_NEW_NAME
 from flexkv.io.journal import Journal
 from flexkv.io.paths import expanded, shown
-from flexkv.io.private import Folder, open_directory, open_file
+from flexkv.io.private import Folder, new_name, open_directory, open_file
 from flexkv.io.sums import Summer
 from flexkv.io.superblock import Superblock
 from flexkv.io.uring import RingOptions
@@ -169,7 +169,7 @@ def check_names(folder: Folder, wish: SsdWish) -> None:
     is_kept = wish.keeps_journal and superblock.read(folder) == wish.superblock
     names = [JOURNAL_NAME]
     if wish.keeps_journal:
-        names += [JOURNAL_NEW_NAME] if is_kept else [JOURNAL_NEW_NAME, f"{superblock.NAME}.new"]
+        names += [JOURNAL_NEW_NAME] if is_kept else [JOURNAL_NEW_NAME, new_name(superblock.NAME)]
     for name in names:
         try:
             if is_kept and name == JOURNAL_NAME:
