@@ -108,8 +108,8 @@ async def test_a_file_system_that_says_nothing_of_its_room_is_used(
         mounted.chmod(0o700)
         await put(mounted / "kv", PROMPT)
         assert (await got(mounted / "kv"))[::2] == (16, 0)
-        with pytest.raises(ConfigError, match=r"ssd_cache_gb=100000: needs .* has"):
-            await got(mounted / "kv", num_ssd_blocks=None, ssd_cache_gb=100_000)
+        with pytest.raises(ConfigError, match=r"ssd_cache_gb=1000: needs .* has"):
+            await got(mounted / "kv", num_ssd_blocks=None, ssd_cache_gb=1000)
         assert (await got(mounted / "kv"))[::2] == (16, 0)
 
 
