@@ -138,8 +138,13 @@ class Agent:
 
         self._thread.call(begin)
 
-    def ready(self, numbers: Sequence[int]) -> None:
-        """Tell that what these puts read is written: what the calling thread's stream has queued.
+    def ready(self, numbers: Sequence[int], to_device: bool = False) -> None:
+        """Tell that requests may go on behind what the calling thread's stream has queued by now.
+
+        Args:
+            numbers: of the requests.
+            to_device: whether they are gets, whose blocks that work may still use; otherwise they
+                are puts, whose blocks it writes.
 
         Raises:
             ClosedError: closed.
@@ -149,7 +154,7 @@ class Agent:
         port = self._port
         if port is not None:
             try:
-                port.order_after(False)
+                port.order_after(to_device)
             except DeviceError as error:
                 log.exception("device down", call=error.call, code=error.code)
                 self._thread.post(self._end_link)  # its puts end with this connection

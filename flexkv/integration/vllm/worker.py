@@ -62,7 +62,7 @@ class WorkerSide:
         between them. So nothing that was written before is forgotten here.
         """
         if sys.exc_info()[0] is None:
-            self._ready(step.loads)
+            self._ready(step.loads, to_device=True)
             if self.beside_others:
                 self._written += step.puts
             else:
@@ -84,10 +84,10 @@ class WorkerSide:
             self._agent.settle(step.settle)
         return step.sent or None, step.received or None
 
-    def _ready(self, numbers: list[int]) -> None:
-        """Tell that what these requests wait for is done. Does not wait."""
+    def _ready(self, numbers: list[int], to_device: bool = False) -> None:
+        """Tell that what these requests wait for is done, or queued. Does not wait."""
         with suppress(ClosedError):  # it sleeps: its requests have ended
-            self._agent.ready(numbers)
+            self._agent.ready(numbers, to_device)
 
     def close(self) -> None:
         """Finish copies under way, and take the KV tensors back."""

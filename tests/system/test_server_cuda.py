@@ -1,0 +1,95 @@
+"""An engine at a server with a GPU that is a stand-in: what its copies wait for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexkv.common.request import Operation
+from flexkv.server.launch import Launched
+from flexkv.testing.fake_cuda import FakeCuda, FakeTensor
+
+from .conftest import MODEL
+from .serving import BLOCKS, Instance, eventually, settings_in
+
+TARGETS = range(20, 20 + BLOCKS)
+
+
+class CudaInstance(Instance):
+    """An instance whose only rank's caches are on a stand-in for a GPU."""
+
+    drivers: list[FakeCuda]
+
+    def begin(self) -> None:
+        """Lend the caches, and wait until the server has them."""
+        self.agents[0].start([FakeTensor(layer) for layer in self.caches[0]])
+        self.wait_ready()
+
+    def write_later(self, blocks: range, value: float) -> None:
+        """Let the calling thread's stream overwrite blocks, a little later."""
+        driver = self.drivers[-1]
+        if not driver.current:
+            driver.current = driver.open_stream(urgent=False)
+
+        def write() -> None:
+            time.sleep(0.1)
+            for layer in self.caches[0]:
+                layer[:, list(blocks)] = value
+
+        driver._streams[driver.current].work.put(write)
+
+    def close(self) -> None:
+        """Disconnect, and close the stream."""
+        driver = self.drivers[-1]
+        if driver.current:
+            driver.close_stream(driver.current)
+        super().close()
+
+
+@pytest.fixture
+def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaInstance]:
+    """An instance that is connected."""
+    settings = settings_in(tmp_path, use_ce_transfer_h2d=True, use_ce_transfer_d2h=True)
+    server = Launched(MODEL, settings)
+    made = CudaInstance(settings)
+    made.drivers = []
+
+    def opened(_: int) -> FakeCuda:
+        memory: list[Any] = [*made.caches[0]]
+        made.drivers.append(FakeCuda(memory))
+        return made.drivers[-1]
+
+    monkeypatch.setattr("flexkv.backend.BoundDriver", opened)
+    made.begin()
+    yield made
+    made.close()
+    server.close()
+
+
+def test_a_put_reads_what_the_stream_of_the_rank_has_queued(instance: CudaInstance) -> None:
+    """The rank tells that it is ready while the work is still queued: nobody waits for it."""
+    ids = np.arange(BLOCKS)
+    number = instance.client.start(Operation.PUT, instance.keys(1), 0, ids, when_ready=True)
+    instance.write_later(range(BLOCKS), 1.5)
+    instance.agents[0].ready([number])
+    assert instance.end_of(number).moved == BLOCKS
+    assert instance.request(Operation.GET, 1, TARGETS).moved == BLOCKS
+    assert all((layer[:, list(TARGETS)] == 1.5).all() for layer in instance.caches[0])
+
+
+def test_a_get_writes_after_what_the_stream_of_the_rank_has_queued(instance: CudaInstance) -> None:
+    """Its blocks belonged to a request whose last step may still write them."""
+    before = instance.content(range(BLOCKS))
+    assert instance.request(Operation.PUT, 1, range(BLOCKS)).moved == BLOCKS
+    ids = np.array(TARGETS)
+    number = instance.client.start(Operation.GET, instance.keys(1), 0, ids, when_ready=True)
+    instance.write_later(TARGETS, 9.0)
+    instance.agents[0].ready([number], to_device=True)
+    assert instance.end_of(number).moved == BLOCKS
+    eventually(lambda: not instance.drivers[-1]._streams[instance.drivers[-1].current].work.qsize())
+    np.testing.assert_array_equal(instance.content(TARGETS), before)
