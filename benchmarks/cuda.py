@@ -28,7 +28,13 @@ Ids = NDArray[np.int64]
 
 CHUNKS = 10_000
 SIZES = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10, 256 << 10)
-WAYS = {how.value: Choices.always(how) for how in How}
+PIECES, PIECE, BLOCKS = 64, 32 << 10, 1024
+"""Blocks of an 8B-shaped model: scattered on the device, contiguous in host memory."""
+WAYS = {
+    "engine": Choices.always(How.ENGINE),
+    "staged": Choices.always(How.STAGED, 16),
+    "kernel": Choices.always(How.KERNEL, 2),
+}
 ROUTES = Route(Tier.DEVICE, Tier.HOST), Route(Tier.HOST, Tier.DEVICE)
 PRODUCT = 8192
 """Rows and columns of the matrices."""
@@ -42,27 +48,37 @@ def measure(options: Options) -> Figures:
         return {"GPU copies": f"not measured: {error}"}
     figures: Figures = {}
     for size in SIZES[:1] if options.quick else SIZES:
-        figures |= asyncio.run(_scattered(size, options.repeats))
+        rig = Rig(size, min(CHUNKS, (4 << 30) // size))
+        figures |= asyncio.run(_scattered(rig, rig, options.repeats))
+    if not options.quick:
+        whole = Rig(PIECES * PIECE, BLOCKS)
+        figures |= asyncio.run(_scattered(Rig(PIECE, BLOCKS, PIECES), whole, options.repeats))
     figures |= asyncio.run(_both_ways(options.repeats))
     return {**figures, **asyncio.run(_beside_computing(options.repeats))}
 
 
 class Rig:
-    """A port to chunks of one size on the GPU, connected to the running loop."""
+    """A port to blocks of pieces of one size on the GPU; `connect` it to the running loop."""
 
-    def __init__(self, size: int, chunks: int) -> None:
+    def __init__(self, size: int, blocks: int, pieces: int = 1) -> None:
         import torch
 
-        self.chunks, self.size = chunks, size
-        memory = torch.zeros(chunks * size, dtype=torch.uint8, device="cuda")
+        self.blocks, self.block_bytes = blocks, size * pieces
+        self.what = f"{size >> 10} KiB chunks" + (f", {pieces} to a block" if pieces > 1 else "")
+        memory = torch.zeros(blocks * self.block_bytes, dtype=torch.uint8, device="cuda")
+        self.is_contiguous = pieces == 1
         torch.cuda.synchronize()
-        rows = np.array([[memory.data_ptr(), size, size, 0]], np.int64)
-        layout = PagedLayout(rows, chunks, size, "bench", (rows,))
-        self.arena = Arena.open(chunks, size)
+        at = np.arange(pieces, dtype=np.int64) * size
+        rows = np.stack([memory.data_ptr() + at * blocks, *[np.full(pieces, size)] * 2, at], axis=1)
+        layout = PagedLayout(rows, blocks, self.block_bytes, "bench", (rows,))
+        self.arena = Arena.open(blocks, self.block_bytes)
         pinned, wishes = Pinned(self.arena), (Wish(), Wish())
         self.port = CudaDevicePort(layout, pinned, memory, BoundDriver(0), wishes)
         self.chosen = [way.choices for way in self.port._ways]
         self._woken = asyncio.Event()
+
+    def connect(self) -> None:
+        """Attach to the running loop."""
         self.port.connect(self._woken.set)
 
     def choose(self, choices: list[Choices]) -> None:
@@ -83,41 +99,59 @@ class Rig:
         assert not any(completion.error for completion in ended)
         return time.perf_counter() - begin
 
+    async def contiguous(self, route: Route) -> float:
+        """Return the seconds that all bytes take as one copy of the copy engine."""
+        assert self.is_contiguous
+        self.choose([WAYS["engine"]] * 2)  # neighbours at both ends are one copy
+        every = np.arange(self.blocks)
+        return await self.moved((route, every, every))
+
     def close(self) -> None:
         """Let go of everything."""
         self.port.close()
         self.arena.close()
 
 
-async def _scattered(size: int, repeats: int) -> Figures:
-    """Scattered chunks each way, by each way to copy, and as chosen."""
-    rig = Rig(size, min(CHUNKS, (4 << 30) // size))
+async def _scattered(rig: Rig, whole: Rig, repeats: int) -> Figures:
+    """Scattered chunks each way, by each way to copy, and as chosen, beside `whole` as one copy."""
+    for each in {rig, whole}:
+        each.connect()
     random = np.random.default_rng(0)
     ways = {name: [choices] * 2 for name, choices in WAYS.items()} | {"choice": rig.chosen}
     figures: Figures = {}
-    every = np.arange(rig.chunks)
+    size = rig.blocks * rig.block_bytes
     for number, route in enumerate(ROUTES):
         for name, choices in ways.items():
             scattered, contiguous = [], []
             for _ in range(repeats + 1):
                 rig.choose(choices)
-                ids = random.permutation(rig.chunks), random.permutation(rig.chunks)
+                ids = random.permutation(rig.blocks), random.permutation(rig.blocks)
                 scattered.append(await rig.moved((route, *ids)))
-                rig.choose([WAYS["engine"]] * 2)  # neighbours on both ends are one copy
-                contiguous.append(await rig.moved((route, every, every)))
-            what = f"{size >> 10} KiB chunks, {route}, by {name}"
+                contiguous.append(await whole.contiguous(route))
+            what = f"{rig.what}, {route}, by {name}"
             figures[f"{what} / contiguous"] = median_ratio(contiguous[1:], scattered[1:])
-            figures[f"{what}, GB/s"] = rig.chunks * size / statistics.median(scattered[1:]) / 1e9
-        figures[f"{size >> 10} KiB chunks, {route}, chosen"] = str(rig.chosen[number])
-    rig.close()
+            figures[f"{what}, GB/s"] = size / statistics.median(scattered[1:]) / 1e9
+        figures[f"{rig.what}, {route}, chosen"] = _told(rig.chosen[number])
+    for each in {rig, whole}:
+        each.close()
     return figures
+
+
+def _told(choices: Choices) -> str:
+    """Return what was chosen, by the number of chunks up to which it holds."""
+    bounds = [f"up to {count}: " for count in choices.counts] + ["beyond: "]
+    return ", ".join(
+        f"{bound}{choice.how}" + (f" {choice.thread_blocks}" if choice.cost else "")
+        for bound, choice in zip(bounds, choices.choices, strict=True)
+    )
 
 
 async def _both_ways(repeats: int) -> Figures:
     """Blocks of 2 MiB both ways at once, against one way."""
     rig = Rig(2 << 20, 1024)
-    half = rig.chunks // 2
-    out, back = np.arange(half), np.arange(half, rig.chunks)
+    rig.connect()
+    half = rig.blocks // 2
+    out, back = np.arange(half), np.arange(half, rig.blocks)
     one, both = [], []
     for _ in range(repeats + 1):
         one.append(await rig.moved((ROUTES[0], out, out)))
@@ -135,6 +169,7 @@ async def _beside_computing(repeats: int) -> Figures:
     )
     out = torch.empty_like(left)
     rig = Rig(64 << 10, 16384)
+    rig.connect()
     random = np.random.default_rng(0)
     figures: Figures = {}
     for name, choices in WAYS.items():
@@ -169,7 +204,7 @@ async def _products(left: Any, right: Any, out: Any, rig: Rig | None, random: An
 
 async def _copy_until(stop: asyncio.Event, rig: Rig, random: Any) -> None:
     """Keep both directions busy."""
-    half = rig.chunks // 2
+    half = rig.blocks // 2
     while not stop.is_set():
         ids = random.permutation(half), half + random.permutation(half)
         await rig.moved((ROUTES[0], ids[0], ids[0]), (ROUTES[1], ids[1], ids[1]))

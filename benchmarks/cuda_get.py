@@ -10,6 +10,7 @@ import asyncio
 import os
 import statistics
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from flexkv.testing.fake_cuda import FakeTensor
 BLOCKS = 2048
 """Of 2 MiB: a prompt of 32k tokens of an 8B-shaped model."""
 WAYS: dict[str, dict[str, Any]] = {
+    "choice": {},
     "engine": {"use_ce_transfer_h2d": True, "use_ce_transfer_d2h": True},
     "kernel": {
         "use_ce_transfer_h2d": False,
@@ -51,6 +53,14 @@ class NoDriver:
         """Tell of the end at once."""
         os.eventfd_write(eventfd, 1)
 
+    def inside(self) -> AbstractContextManager[None]:
+        """Return what does nothing."""
+        return nullcontext()
+
+    def is_capturing(self, stream: int) -> bool:
+        """Return that no graph is being captured."""
+        return False
+
     def __getattr__(self, name: str) -> Any:
         """Give a call that gives a handle."""
         return lambda *_: 1
@@ -65,7 +75,8 @@ def measure(options: Options) -> Figures:
         figures: Figures = {"GPU gets": f"not measured: {error}"}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("flexkv.backend.BoundDriver", NoDriver)
-            for name, config in WAYS.items():
+            for name in ("engine", "kernel"):
+                config = WAYS[name]
                 spent = asyncio.run(_cpu_time(config, blocks, options.repeats, _fake_tensors))
                 for what, us in spent.items():
                     figures[f"{what}, by {name}, without the driver"] = us
@@ -74,7 +85,7 @@ def measure(options: Options) -> Figures:
     for name, config in WAYS.items():
         spent = asyncio.run(_cpu_time(config, blocks, options.repeats, _cuda_tensors))
         figures |= {f"{what}, by {name}": us for what, us in spent.items()}
-    return figures
+    return figures | asyncio.run(_bare_cpu_time(blocks, options.repeats))
 
 
 def _shape(blocks: int) -> tuple[int, ...]:
@@ -114,6 +125,38 @@ async def _cpu_time(
             figures[f"CPU time of a get of {blocks} blocks, µs"] = (
                 statistics.median(spent[1:]) * 1e6
             )
+    return figures
+
+
+async def _bare_cpu_time(counts: tuple[int, ...], repeats: int) -> Figures:
+    """Return the CPU time of one contiguous copy that the event loop waits for, by blocks."""
+    import torch
+
+    size = max(counts) * 2 << 20
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty_like(host, device="cuda")
+    driver, ended = BoundDriver(0), asyncio.Event()
+    stream, eventfd = driver.open_stream(urgent=True), os.eventfd(0, os.EFD_NONBLOCK)
+    loop = asyncio.get_running_loop()
+    loop.add_reader(eventfd, lambda: (os.eventfd_read(eventfd), ended.set()))
+    figures: Figures = {}
+    for blocks in counts:
+        run = np.array([[device.data_ptr()], [host.data_ptr()], [blocks * 2 << 20]], np.uint64)
+        spent = []
+        for _ in range(repeats * 4 + 1):
+            begin = time.process_time()
+            driver.copy(run, stream)
+            driver.notify(stream, eventfd)
+            await ended.wait()
+            ended.clear()
+            spent.append(time.process_time() - begin)
+        figures[f"CPU time of a bare copy of {blocks} blocks, µs"] = (
+            statistics.median(spent[1:]) * 1e6
+        )
+    loop.remove_reader(eventfd)
+    os.close(eventfd)
+    driver.close_stream(stream)
+    driver.close()
     return figures
 
 

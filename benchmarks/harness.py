@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flexkv.common.errors import BackendUnavailableError, DeviceError
+from flexkv.io.cuda.driver import BoundDriver
+
 Figures = dict[str, float | str]
 
 
@@ -74,6 +77,7 @@ def machine(directory: Path) -> dict[str, Any]:
     return {
         "cpu": model,
         "cores": os.cpu_count(),
+        "gpu": _gpu(),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "load_average_before": os.getloadavg()[0],
@@ -81,6 +85,15 @@ def machine(directory: Path) -> dict[str, Any]:
         "commit": _told("git", "describe", "--always", "--dirty"),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _gpu() -> str:
+    try:
+        driver = BoundDriver(0)
+    except (BackendUnavailableError, DeviceError):
+        return "none"
+    driver.close()
+    return driver.named
 
 
 def _told(*command: str) -> str:

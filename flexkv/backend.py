@@ -278,9 +278,6 @@ class LocalBackend:
     def _cuda(
         self, ordinal: int, pages: PagedLayout, tensors: Sequence[Any], tp_rank: int
     ) -> CudaDevicePort:
-        log.warning(
-            "the CUDA device has run on no GPU yet: check what it gives before relying on it"
-        )
         cache = self._cache
         wishes = (
             Wish(cache.use_ce_transfer_d2h, cache.transfer_num_cta_d2h),

@@ -25,9 +25,10 @@ WRITE_SHARE_MAX = 0.125
 DISK_READ_PIECE_BYTES, DISK_WRITE_PIECE_BYTES = 2 * MB, 8 * MB
 """One submission to the disk. Reads are small, so that others can cut in."""
 
-DEVICE_PIECE_BYTES = {"cpu": 64 * MB, "cuda": 512 * MB, "agents": 64 * MB}
-"""One submission to a device: what it copies in 10 ms. Each costs some 10 µs of Python."""
-DEVICE_WINDOWS = {"cpu": 1, "cuda": 1, "agents": 1 << 30}
+DEVICE_PIECE_BYTES = {"cpu": 64 * MB, "cuda": 256 * MB, "agents": 64 * MB}
+"""One submission to a device: what it copies in 5 ms or so. A GPU has two by default, so that it
+never waits for the next."""
+DEVICE_WINDOWS = {"cpu": 1, "cuda": 4, "agents": 1 << 30}
 """How many `device_window_mb` may be in flight. Each agent has a window of its own behind this one,
 so that an instance that does not answer cannot fill it for the others."""
 

@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from random import Random
 from types import SimpleNamespace
@@ -89,6 +90,8 @@ class FakeCuda:
         """The call whose work breaks the context, and the code of that."""
         self.registers_at_most = 1 << 62
         """Bytes of host memory in one go."""
+        self.captured: set[int] = set()
+        """Streams from which a graph is being captured."""
         self.moved_bytes = 0
         self.calls: list[str] = []
         self._current = threading.local()
@@ -256,16 +259,31 @@ class FakeCuda:
         """Give what a test says."""
         return self.current
 
-    def record(self, stream: int) -> int:
-        """Give an event that a thread will set."""
-        self._call("cuEventRecord")
+    def inside(self) -> AbstractContextManager[None]:
+        """Return what does nothing."""
+        return nullcontext()
+
+    def is_capturing(self, stream: int) -> bool:
+        """Return whether a test says so."""
+        self._call("cuStreamIsCapturing")
+        return stream in self.captured
+
+    def open_event(self) -> int:
+        """Return an event that is reached."""
+        self._call("cuEventCreate")
         handle = next(self._handles)
-        reached = self._events[handle] = threading.Event()
+        self._events[handle] = reached = threading.Event()
+        reached.set()
+        return handle
+
+    def record(self, event: int, stream: int) -> None:
+        """Let an event be one that a thread will set."""
+        self._call("cuEventRecord")
+        reached = self._events[event] = threading.Event()
         if stream:
             self._streams[stream].work.put(reached.set)
         else:
             reached.set()
-        return handle
 
     def wait(self, stream: int, event: int) -> None:
         """Let a thread wait for an event."""

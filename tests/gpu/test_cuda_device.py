@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from flexkv.common.config import CacheConfig, ModelConfig
+from flexkv.common.errors import ConfigError
 from flexkv.common.layout import infer_layout
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.arena import Arena
@@ -17,6 +19,7 @@ from flexkv.io.cuda.choice import Choices, How, Wish
 from flexkv.io.cuda.driver import BoundDriver
 from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
+from flexkv.io.cuda.stage import Stage
 from flexkv.io.tensors import spec_of
 from flexkv.kvmanager import KVManager
 
@@ -111,13 +114,29 @@ class Rig:
         self.arena.close()
 
 
+@pytest.fixture
+def opened() -> Iterator[Callable[..., Rig]]:
+    """What opens rigs; they are closed whatever becomes of the test."""
+    rigs: list[Rig] = []
+
+    def open_rig(*arguments: Any) -> Rig:
+        rigs.append(Rig(*arguments))
+        return rigs[-1]
+
+    yield open_rig
+    for rig in rigs:
+        rig.close()
+
+
 @every_way
 @pytest.mark.parametrize("tokens", [1, 16, 64])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-async def test_bytes_come_back(shape: str, dtype: str, tokens: int, how: How) -> None:
+async def test_bytes_come_back(
+    opened: Callable[..., Rig], shape: str, dtype: str, tokens: int, how: How
+) -> None:
     """Scattered blocks that went to the host and came back elsewhere are the same bytes."""
-    rig = Rig(shape, dtype, tokens, how)
+    rig = opened(shape, dtype, tokens, how)
     random = np.random.default_rng(tokens)
     device, host, back = (random.permutation(n)[:20] for n in (BLOCKS, HOST_BLOCKS, BLOCKS))
     before = blocks_first(shape, rig.layers)
@@ -127,13 +146,35 @@ async def test_bytes_come_back(shape: str, dtype: str, tokens: int, how: How) ->
         expected = old.copy()
         expected[back] = old[device]
         assert np.array_equal(new, expected)
-    rig.close()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_slots_of_the_stage_are_used_in_turn(
+    opened: Callable[..., Rig], shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three blocks at a time, in both directions at once, again and again."""
+    rig = opened(shape, "bfloat16", 64, How.STAGED)
+    monkeypatch.setattr(Stage, "size", 3 * rig.port.block_bytes)
+    random = np.random.default_rng(0)
+    device, host, back = (random.permutation(n)[:40] for n in (BLOCKS, HOST_BLOCKS, BLOCKS))
+    for number in range(10):
+        before = blocks_first(shape, rig.layers)
+        await rig.run(Transfer(1, 1, Route(Tier.DEVICE, Tier.HOST), device, host))
+        await rig.run(
+            Transfer(2, 1, Route(Tier.HOST, Tier.DEVICE), host[:20], back[:20]),
+            Transfer(3, 1, Route(Tier.DEVICE, Tier.HOST), back[20:], host[20:]),
+        )
+        for old, new in zip(before, blocks_first(shape, rig.layers), strict=True):
+            expected = old.copy()
+            expected[back[:20]] = old[device[:20]]
+            assert np.array_equal(new, expected), number
+        device, back = back, device
 
 
 @every_way
-async def test_both_directions_at_once(how: How) -> None:
+async def test_both_directions_at_once(opened: Callable[..., Rig], how: How) -> None:
     """Many transfers on both streams, each whole."""
-    rig = Rig("kv-blocks", "bfloat16", 16, how)
+    rig = opened("kv-blocks", "bfloat16", 16, how)
     before = blocks_first("kv-blocks", rig.layers)
     to_host = [
         Transfer(n, 1, Route(Tier.DEVICE, Tier.HOST), np.arange(8), np.arange(8)) for n in range(20)
@@ -151,12 +192,11 @@ async def test_both_directions_at_once(how: How) -> None:
         size = old[0].size
         host = rig.arena.array[:8, number * size : (number + 1) * size]
         assert np.array_equal(host, old[:8].reshape(8, -1))
-    rig.close()
 
 
-async def test_old_drivers_copy_grids() -> None:
+async def test_old_drivers_copy_grids(opened: Callable[..., Rig]) -> None:
     """Where there is no batch call, 2-D copies move the same bytes."""
-    rig = Rig("kv-blocks", "bfloat16", 16)
+    rig = opened("kv-blocks", "bfloat16", 16)
     rig.port._driver._batch = rig.port._driver._copy_each
     before = blocks_first("kv-blocks", rig.layers)
     every = np.arange(0, 40, 2)
@@ -166,7 +206,6 @@ async def test_old_drivers_copy_grids() -> None:
         expected = old.copy()
         expected[every + 20] = old[every]
         assert np.array_equal(new, expected)
-    rig.close()
 
 
 def kept_choices(folder: Path) -> int:
@@ -175,11 +214,11 @@ def kept_choices(folder: Path) -> int:
 
 
 async def test_what_is_faster_is_measured_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In memory of its own, in less than a second; the second time it is read."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    rig = Rig("kv-blocks", "bfloat16", 16)
+    rig = opened("kv-blocks", "bfloat16", 16)
     before = blocks_first("kv-blocks", rig.layers)
     specs = [spec_of(layer) for layer in rig.layers]
     layout = infer_layout(specs, model_of("kv-blocks", "bfloat16").shapes(16))
@@ -194,7 +233,6 @@ async def test_what_is_faster_is_measured_once(
     assert kept_choices(tmp_path) == 1
     for old, new in zip(before, blocks_first("kv-blocks", rig.layers), strict=True):
         assert np.array_equal(old, new)
-    rig.close()
 
 
 # -- through the manager -------------------------------------------------------------------------
@@ -286,6 +324,7 @@ def test_a_stream_waits_for_layers(tmp_path: Path) -> None:
             for number in range(LAYERS):
                 assert get.wait_for_layer(number, stream=stream.cuda_stream)
                 seen.append((layers[number][:, 40:60] == float(number + 1)).all())
+        stream.synchronize()
         assert manager.wait(get.task_id)[get.task_id].return_mask.all()
         assert all(bool(each) for each in seen)
     finally:
@@ -316,6 +355,27 @@ async def test_a_graph_that_is_captured_meanwhile_is_left_alone(tmp_path: Path) 
         assert (await manager.get(prompt, slots_of(range(40, 60), tokens))).return_mask.all()
         go_on.set()
         await captured
+        graph.replay()
+        torch.cuda.synchronize()
+        assert (value == 2.0).all()
+
+
+async def test_a_thread_that_captures_a_graph_cannot_put_or_get(tmp_path: Path) -> None:
+    """What its stream queues is not run now: refused by name; the graph and the device live."""
+    tokens, prompt = 16, np.arange(20 * 16)
+    layers = tensors_of("kv-blocks", model_of("kv-blocks", "float32"), tokens)
+    value = torch.zeros(1000, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    slots = slots_of(range(20), tokens)
+    async with KVManager(model_of("kv-blocks", "float32"), cache_of(tmp_path, tokens)) as manager:
+        manager.register_kv_caches(layers)
+        with torch.cuda.graph(graph):
+            value.add_(1.0)
+            for request in (manager.put, manager.get):
+                with pytest.raises(ConfigError, match="a CUDA graph is being captured"):
+                    await request(prompt, slots)
+            value.add_(1.0)
+        assert (await manager.put(prompt, slots)).return_mask.all()
         graph.replay()
         torch.cuda.synchronize()
         assert (value == 2.0).all()

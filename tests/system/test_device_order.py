@@ -184,6 +184,8 @@ async def test_layers_may_be_staged(
     """Groups of layers of other shapes, gathered in device memory piece by piece."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("flexkv.io.cuda.choice.WAYS", _staged_only())
+    monkeypatch.setattr("flexkv.io.cuda.copier.STAGED_BYTES_MIN", 0)
+    monkeypatch.setattr("flexkv.io.cuda.stage.Stage.size", 2048)  # a few blocks at a time
     model = ModelConfig(**{**SHAPE, **MODELS["groups"]}, tp_size=tp_size)
     ranks = Ranks(model, True, monkeypatch)
     expected = ranks.content(range(10))

@@ -47,11 +47,13 @@ WAYS = (
     Choice(How.STAGED, 16),
     *(Choice(How.KERNEL, count) for count in (2, 4, 8, 16, 32)),
 )
-AS_GOOD = 0.95
+AS_GOOD = 0.97
 """A way that costs the device less is taken when it reaches this of the best one's rate."""
 TRIALS = 3
 COUNTS = (16, 512, 16384)
 """Numbers of chunks that are measured."""
+HOPELESS = 0.5
+"""A way that reaches less than this of the best one's rate is not measured with more chunks."""
 
 
 class Choices(NamedTuple):
@@ -75,6 +77,12 @@ class Choices(NamedTuple):
     def of(self, chunks: int) -> Choice:
         """Give the choice for so many chunks."""
         return self.choices[bisect_right(self.counts, chunks - 1)]
+
+    def unstaged(self, chunks: int) -> Choice:
+        """Return the choice for so many chunks, or fewer, that is not staged."""
+        found = self.choices[: bisect_right(self.counts, chunks - 1) + 1]
+        direct = (each for each in reversed(found) if each.how is not How.STAGED)
+        return next(direct, Choice(How.KERNEL, 4))
 
 
 class Wish(NamedTuple):
@@ -124,13 +132,15 @@ def measure(timed: Callable[[Choice, int], float], most: int) -> Choices:
         most: chunks that there are to copy.
     """
     counts = [count for count in COUNTS if count < most] + [most]
-    choices = []
+    choices, ways = [], list(WAYS)
     for count in counts:
         rates = {}
-        for way in WAYS:
+        for way in ways:
             timed(way, count)  # warm
             rates[way] = 1 / min(timed(way, count) for _ in range(TRIALS))
         choices.append(decide(rates))
+        if count >= COUNTS[1]:
+            ways = [way for way in ways if rates[way] >= HOPELESS * max(rates.values())]
     between = [int((few * many) ** 0.5) for few, many in pairwise(counts)]
     return Choices(tuple(choices), tuple(between))
 

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flexkv._ext import TO_DEVICE, TO_HOST, list_runs
 from flexkv.common.errors import DeviceError
@@ -21,14 +22,17 @@ from flexkv.io.cuda.choice import Choice, Choices, How, decode, encode, measure
 from flexkv.io.cuda.driver import CudaDriver, Launch
 from flexkv.io.cuda.grids import Runs
 from flexkv.io.cuda.pinned import OUT_OF_MEMORY, Pinned, split
-from flexkv.io.cuda.way import IDS_MAX, STAGE_BYTES, Way
+from flexkv.io.cuda.way import Way
 from flexkv.io.pages import Pages
 from flexkv.logs import get_logger
 
 log = get_logger(__name__)
 
-MEASURED_BYTES, MEASURED_S_MAX = 32 << 20, 5
-"""What is copied at a time to measure a way, and how long that may take at most."""
+MEASURED_BYTES, MEASURED_CHUNKS, MEASURED_S_MAX = 128 << 20, 1 << 14, 5
+"""The most that is copied at a time to measure a way, and how long that may take."""
+STAGED_BYTES_MIN = 1 << 20
+"""Fewest bytes of a block's layers that are staged: with runs of 256 KiB the copy engine of an H200
+reaches nine tenths of the link, and each run costs the CPU more than a microsecond."""
 PAGE_BYTES = 4096
 INT64 = 8
 
@@ -53,6 +57,8 @@ class DevicePages:
             self._layers = self._upload(driver, by_layer, undo)
             self._resources = undo.pop_all()
         self._begins = [*by_layer[:, 3].tolist(), int(by_layer[-1, 2:].sum())]
+        host = arena.address, arena.block_stride_bytes
+        self.stage_bytes = kernel.stage_bytes(np.concatenate([layout.pieces, by_layer]), *host)
 
     @staticmethod
     def _upload(
@@ -126,22 +132,25 @@ class Copier:
             return
         chunks = len(device_ids) * self.pages.pages.of(layers).piece_count
         choice = way.choices.of(chunks)
-        if choice.how is How.STAGED and self._staged(way, direction, ids, layers, choice):
-            return
+        if choice.how is How.STAGED:
+            if self._staged(way, direction, ids, layers, choice):
+                return
+            choice = way.choices.unstaged(chunks)
         if choice.how is How.KERNEL:
             address = way.take_ids(np.concatenate([device_ids, host_ids]))
             if address is not None:
                 host = self._arena.address, self._arena.block_stride_bytes
                 launch = self._launch(layers, (address, len(device_ids)), host, direction)
+                launch = launch._replace(stage_bytes=self.pages.stage_bytes)
                 self._driver.launch(launch, choice.thread_blocks, way.stream)
                 return
         pages = self.pages.pages.of(layers)
         out = np.empty((3, chunks), np.uint64)
         count = list_runs(pages, direction, device_ids, host_ids, out)
-        self._copy(out[:, :count], way)
+        self._copy(out[:, :count], way.stream)
 
-    def _copy(self, runs: Runs, way: Way) -> None:
-        self._driver.copy(split(runs, self._bounds), way.stream)
+    def _copy(self, runs: Runs, stream: int) -> None:
+        self._driver.copy(split(runs, self._bounds), stream)
 
     def _launch(
         self,
@@ -164,36 +173,49 @@ class Copier:
     ) -> bool:
         """Queue copies through device memory; False where they do not fit, and nothing is queued.
 
-        One stream does it all, in order: gathering takes a fiftieth of what the link takes, so that
-        there is nothing to win by doing both at once.
+        Raises:
+            DeviceError: the driver refused; of what the copy engine was told nothing is under way.
         """
         assert self.pages is not None
-        host_ids, device_ids = ids
+        stage, (host_ids, device_ids) = way.stage, ids
         offset, size = self.pages.extent(layers)
-        at_once = STAGE_BYTES // size
-        if not at_once or not way.stage:
+        # Some layers of a block are too short a run for the copy engine.
+        fits = stage is not None and (layers is None or size >= STAGED_BYTES_MIN)
+        at_once = stage.size // size if stage is not None and fits else 0
+        if stage is None or not at_once:
             return False
-        bounds = [*range(0, len(device_ids), at_once), len(device_ids)]
-        lots = list(pairwise(bounds))
+        lots = list(pairwise([*range(0, len(device_ids), at_once), len(device_ids)]))
         flat = [part for a, b in lots for part in (device_ids[a:b], np.arange(b - a))]
         address = way.take_ids(np.concatenate(flat))
         if address is None:
             return False
-        stage = way.stage
-        for begin, end in lots:
-            staged = (address + 2 * INT64 * begin, end - begin)
-            launch = self._launch(layers, staged, (stage - offset, size), direction)
-            host = self._arena.address + offset
-            blocks = host + host_ids[begin:end] * self._arena.block_stride_bytes
-            inside = stage + np.arange(end - begin) * size
-            ends = (blocks, inside) if direction == TO_HOST else (inside, blocks)
-            runs = np.stack([*ends, np.full(end - begin, size)]).astype(np.uint64)
-            if direction == TO_HOST:
-                self._driver.launch(launch, choice.thread_blocks, way.stream)
-            self._copy(runs, way)
-            if direction == TO_DEVICE:
-                self._driver.launch(launch, choice.thread_blocks, way.stream)
+        try:
+            for begin, end in lots:
+                staged = (address + 2 * INT64 * begin, end - begin)
+                slot = stage.next_slot()
+                launch = self._launch(layers, staged, (slot - offset, size), direction)
+                host = self._arena.address + offset
+                blocks = host + host_ids[begin:end] * self._arena.block_stride_bytes
+                runs = _joined(blocks, slot, size)
+                if direction == TO_DEVICE:
+                    runs[[0, 1]] = runs[[1, 0]]
+                stage.use(
+                    partial(self._driver.launch, launch, choice.thread_blocks),
+                    partial(self._copy, runs),
+                    kernel_first=direction == TO_HOST,
+                )
+            stage.join()
+        except DeviceError:
+            stage.settle()  # the direction's stream may not wait for it
+            raise
         return True
+
+
+def _joined(blocks: NDArray[np.int64], slot: int, size: int) -> Runs:
+    """Return the copies from a slot to blocks of so many bytes; neighbours are one copy."""
+    firsts = np.flatnonzero(np.diff(blocks, prepend=blocks[0] - size - 1) != size)
+    counts = np.diff(firsts, append=len(blocks))
+    return np.stack([blocks[firsts], slot + firsts * size, counts * size]).astype(np.uint64)
 
 
 def choices_for(driver: CudaDriver, layout: PagedLayout, ways: list[Way]) -> list[Choices]:
@@ -223,7 +245,8 @@ def measured(driver: CudaDriver, layout: PagedLayout, ways: list[Way]) -> list[C
     Raises:
         DeviceError: the driver refused, or a copy did not end.
     """
-    blocks = min(max(2, MEASURED_BYTES // layout.block_bytes), IDS_MAX // 4)
+    most = min(MEASURED_BYTES // layout.block_bytes, MEASURED_CHUNKS // len(layout.pieces))
+    blocks = max(2, most)
     scattered = np.random.default_rng(0).permutation(blocks)
     with ExitStack() as undo:
         arena = Arena.open(blocks, -(-layout.block_bytes // PAGE_BYTES) * PAGE_BYTES)

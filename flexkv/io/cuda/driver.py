@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,13 +21,17 @@ from flexkv.common.errors import BackendUnavailableError, DeviceError
 from flexkv.io.cuda import kernel
 from flexkv.io.cuda.grids import Grid, Runs, grids
 
-NOT_FOUND, NOT_READY = 500, 600
+INVALID_VALUE, NOT_FOUND, NOT_READY = 1, 500, 600
 CAPTURING = range(900, 908)
 """What the driver says while another thread captures a graph: nothing is wrong with the stream."""
 
 
 class Launch(NamedTuple):
-    """The arguments of the paged-copy kernel, in its order; addresses are the device's."""
+    """The arguments of the paged-copy kernels, in their order; addresses are the device's.
+
+    With `stage_bytes` the launch suits the kernel of bulk copies: all addresses and sizes are
+    multiples of 16. It is the bytes of a stage.
+    """
 
     pieces: int
     parts: int
@@ -36,6 +41,7 @@ class Launch(NamedTuple):
     host: int
     host_stride: int
     to_host: int
+    stage_bytes: int = 0
 
 
 class CudaDriver(Protocol):
@@ -46,6 +52,10 @@ class CudaDriver(Protocol):
     """
 
     named: str
+
+    def inside(self) -> AbstractContextManager[None]:
+        """Make the calls within cheaper: alone, each has to enter the device's context."""
+        ...
 
     def open_stream(self, urgent: bool) -> int:
         """Give a new stream that orders itself against no other; urgent work goes first."""
@@ -95,12 +105,20 @@ class CudaDriver(Protocol):
         """Give the stream on which the calling thread's framework queues work."""
         ...
 
-    def record(self, stream: int) -> int:
-        """Give an event: what is queued on a stream by now."""
+    def is_capturing(self, stream: int) -> bool:
+        """Return whether a graph is being captured from a stream."""
+        ...
+
+    def open_event(self) -> int:
+        """Return a new event, for which nobody waits until it is recorded."""
+        ...
+
+    def record(self, event: int, stream: int) -> None:
+        """Let an event be from now on: what is queued on a stream by now has ended."""
         ...
 
     def wait(self, stream: int, event: int) -> None:
-        """Let a stream wait, from now on, for an event."""
+        """Let a stream wait, from now on, for an event as it was recorded last."""
         ...
 
     def drop(self, event: int) -> None:
@@ -136,8 +154,10 @@ _TYPES = (
     ctypes.c_void_p,
     ctypes.c_longlong,
     ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
 )
-"""Of the fields of `Launch`."""
+"""Of the fields of `Launch`, and the number of stages."""
 
 
 class BoundDriver:
@@ -164,6 +184,7 @@ class BoundDriver:
         except (ImportError, RuntimeError) as error:  # what it raises where there is no driver
             raise BackendUnavailableError("cuda", f"{error}; install flexkv[cuda]") from error
         self.ordinal = ordinal
+        self._thread = threading.local()
         self._version = int(self._call(driver.cuDriverGetVersion))
         self._device = self._call(driver.cuDeviceGet, ordinal)
         name = bytes(self._call(driver.cuDeviceGetName, 256, self._device)).split(b"\0")[0]
@@ -193,6 +214,24 @@ class BoundDriver:
             code = kernel.cubin(self.architecture, anew=True)
             self._module = self._call(driver.cuModuleLoadData, code)
         self._kernel = self._call(driver.cuModuleGetFunction, self._module, kernel.NAME.encode())
+        self._stage_memory = 0
+        if major >= kernel.BULK_SINCE:
+            self._bulk = self._call(
+                driver.cuModuleGetFunction, self._module, kernel.BULK_NAME.encode()
+            )
+            most = self._call(
+                driver.cuDeviceGetAttribute,
+                capability.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+                self._device,
+            )
+            self._stage_memory = min(kernel.STAGE_MEMORY, most - kernel.STAGE_MEMORY_LESS)
+            attribute = driver.CUfunction_attribute
+            self._call(
+                driver.cuFuncSetAttribute,
+                self._bulk,
+                attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                self._stage_memory,
+            )
         self._copy_one = _COPY(self._address("cuMemcpyAsync", 4000))
         self._notify = _NOTIFY(self._address("cuLaunchHostFunc", 10000))
         self._batch = self._find_batch()
@@ -239,12 +278,21 @@ class BoundDriver:
     def _copy_each(self, runs: Runs, stream: int) -> int:
         """Queue copies where the driver takes no batch: as few as there are grids."""
         for grid in grids(runs):
-            if grid.height == 1:
-                code = int(self._copy_one(grid.target, grid.source, grid.width, stream))
-            else:
+            code = INVALID_VALUE
+            if grid.height > 1:
                 (result,) = self._api.cuMemcpy2DAsync(self._grid(grid), stream)
                 code = int(result)
+            if code == INVALID_VALUE:  # its rows may lie in several allocations
+                code = self._copy_rows(grid, stream)
             if code:
+                return code
+        return 0
+
+    def _copy_rows(self, grid: Grid, stream: int) -> int:
+        for row in range(grid.height):
+            target = grid.target + row * grid.target_pitch
+            source = grid.source + row * grid.source_pitch
+            if code := int(self._copy_one(target, source, grid.width, stream)):
                 return code
         return 0
 
@@ -257,9 +305,25 @@ class BoundDriver:
         told.WidthInBytes, told.Height = grid.width, grid.height
         return told
 
+    def inside(self) -> AbstractContextManager[None]:
+        """Make the context this thread's for all calls within."""
+        return self._inside()
+
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """Make the context this thread's, and give back the one that was."""
+        """Make the context this thread's, unless it is, and give back the one that was."""
+        if getattr(self._thread, "is_inside", False):
+            yield
+            return
+        self._thread.is_inside = True
+        try:
+            with self._entered():
+                yield
+        finally:
+            self._thread.is_inside = False
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
         relaxed = self._api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         self._call(self._api.cuCtxPushCurrent, self._context)
         try:
@@ -332,11 +396,17 @@ class BoundDriver:
                 raise DeviceError("cuMemcpyBatchAsync", code)
 
     def launch(self, launch: Launch, thread_blocks: int, stream: int) -> None:
-        """Queue a paged copy by the kernel."""
+        """Queue a paged copy by one of the kernels."""
+        stages = kernel.stages(launch.stage_bytes, self._stage_memory)
+        function, threads, shared = self._kernel, kernel.THREADS, 0
+        arguments: tuple[int, ...] = tuple(launch)[:-1]
+        if stages:
+            function, threads, shared = self._bulk, kernel.LANES, stages * launch.stage_bytes
+            arguments = (*launch, stages)
+        shape = (thread_blocks, 1, 1, threads, 1, 1, shared)
+        told = arguments, _TYPES[: len(arguments)]
         with self._inside():
-            shape = (thread_blocks, 1, 1, kernel.THREADS, 1, 1, 0)
-            arguments = (tuple(launch), _TYPES)
-            self._call(self._api.cuLaunchKernel, self._kernel, *shape, stream, arguments, 0)
+            self._call(self._api.cuLaunchKernel, function, *shape, stream, told, 0)
 
     def notify(self, stream: int, eventfd: int) -> None:
         """Add 1 to an eventfd once all that is queued by now has ended well."""
@@ -349,17 +419,22 @@ class BoundDriver:
         torch = sys.modules.get("torch")
         return 0 if torch is None else int(torch.cuda.current_stream(self.ordinal).cuda_stream)
 
-    def record(self, stream: int) -> int:
-        """Give an event: what is queued on a stream by now."""
+    def is_capturing(self, stream: int) -> bool:
+        """Return whether a graph is being captured from a stream."""
+        with self._inside():
+            status = self._call(self._api.cuStreamIsCapturing, stream)
+        return bool(status != self._api.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
+
+    def open_event(self) -> int:
+        """Return a new event."""
         with self._inside():
             flags = int(self._api.CUevent_flags.CU_EVENT_DISABLE_TIMING)
-            event = self._call(self._api.cuEventCreate, flags)
-            try:
-                self._call(self._api.cuEventRecord, event, stream)
-            except DeviceError:
-                self._call(self._api.cuEventDestroy, event)
-                raise
-            return int(event)
+            return int(self._call(self._api.cuEventCreate, flags))
+
+    def record(self, event: int, stream: int) -> None:
+        """Let an event be from now on: what is queued on a stream by now has ended."""
+        with self._inside():
+            self._call(self._api.cuEventRecord, event, stream)
 
     def wait(self, stream: int, event: int) -> None:
         """Let a stream wait, from now on, for an event."""

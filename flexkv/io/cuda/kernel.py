@@ -1,4 +1,4 @@
-"""The paged-copy kernel: its source, its tables, and its compilation with NVRTC, kept on disk."""
+"""The paged-copy kernels: source, tables, and compilation with NVRTC, kept on disk."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ NAME = "paged_copy"
 PART_BYTES = 32768
 """As in the source: what a thread block copies at a time."""
 THREADS = 512
+BULK_NAME, BULK_SINCE = "paged_copy_bulk", 9
+"""The kernel of bulk copies, and the first major compute capability that has them."""
+LANES, STAGES_MIN, STAGES_MAX = 32, 3, 64
+"""Threads of its thread blocks; stages. As in the source."""
+STAGE_MEMORY, STAGE_MEMORY_LESS = 192 << 10, 2 << 10
+"""Shared memory of its stages; and what a thread block needs of a multiprocessor's besides."""
+BULK_ALIGNMENT, BULK_BYTES_MIN, STAGE_ALIGNMENT = 16, 512, 128
+"""Of addresses and sizes, as the hardware wants it; the smallest piece that is worth a bulk copy,
+since one takes half a microsecond of a thread block; and of stages."""
 
 
 def source() -> str:
@@ -29,6 +38,28 @@ def source() -> str:
 def part_starts(piece_bytes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Give how many parts of a block are before each piece, and of all: int64[pieces + 1]."""
     return np.concatenate([[0], np.cumsum(-(-piece_bytes // PART_BYTES))]).astype(np.int64)
+
+
+def stage_bytes(pieces: NDArray[np.int64], *host: int) -> int:
+    """Return the bytes of a stage for such pieces; 0 where bulk copies do not suit.
+
+    Args:
+        pieces: int64[n, 4]: base, stride, bytes and offset of each.
+        host: addresses and strides on the other side.
+    """
+    sizes = pieces[:, 2]
+    if sizes.min() < BULK_BYTES_MIN or any(each % BULK_ALIGNMENT for each in host):
+        return 0
+    if (pieces % BULK_ALIGNMENT).any():
+        return 0
+    largest = min(int(sizes.max()), PART_BYTES)
+    return -(-largest // STAGE_ALIGNMENT) * STAGE_ALIGNMENT
+
+
+def stages(size: int, memory: int) -> int:
+    """Return how many stages of some size a thread block has; 0 where bulk copies are none."""
+    count = min(memory // size, STAGES_MAX) if size else 0
+    return count if count >= STAGES_MIN else 0
 
 
 def cubin(architecture: str, cache: Path | None = None, anew: bool = False) -> bytes:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
 from flexkv._ext import TO_DEVICE, TO_HOST
-from flexkv.common.errors import ClosedError, DeviceError, InvariantError
+from flexkv.common.errors import ClosedError, ConfigError, DeviceError, InvariantError
 from flexkv.common.extents import check_ids
 from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import Tier, Transfer
@@ -36,8 +36,18 @@ CHECK_S = 0.5
 class Mark:
     """A point on a device's stream, for which other streams may wait."""
 
-    def __init__(self, driver: CudaDriver, event: int) -> None:
-        self._driver, self._event = driver, event
+    def __init__(self, driver: CudaDriver, stream: int) -> None:
+        """Mark what is queued on a stream by now.
+
+        Raises:
+            DeviceError: the driver refused.
+        """
+        self._driver, self._event = driver, driver.open_event()
+        try:
+            driver.record(self._event, stream)
+        except DeviceError:
+            self.close()
+            raise
 
     def hold_back(self, stream: int) -> None:
         """Let another stream of the device wait for it.
@@ -158,12 +168,20 @@ class CudaDevicePort:
 
         Raises:
             DeviceError: the driver refused.
+            ConfigError: a graph is being captured from that stream: what it queues is not run now.
         """
-        event = self._driver.record(self._driver.current_stream())
-        try:
-            self._driver.wait(self._ways[to_device].stream, event)
-        finally:
-            self._driver.drop(event)
+        stream = self._driver.current_stream()
+        with self._driver.inside():
+            if self._driver.is_capturing(stream):
+                raise ConfigError(
+                    "stream", stream, "a CUDA graph is being captured from it: put and get outside"
+                )
+            event = self._driver.open_event()
+            try:
+                self._driver.record(event, stream)
+                self._driver.wait(self._ways[to_device].stream, event)
+            finally:
+                self._driver.drop(event)
 
     def submit(self, transfer: Transfer) -> None:
         """Start one transfer.
@@ -182,6 +200,13 @@ class CudaDevicePort:
             self._ended.append(Completion(transfer.token, self._failure))
             return
         way = self._ways[to_device]
+        with self._driver.inside():
+            self._begin(copier, way, transfer)
+        if self._watching is None:
+            self._watch()
+
+    def _begin(self, copier: Copier, way: Way, transfer: Transfer) -> None:
+        to_device = transfer.route.target is Tier.DEVICE
         error: DeviceError | None = None
         try:
             direction = TO_DEVICE if to_device else TO_HOST
@@ -195,15 +220,12 @@ class CudaDevicePort:
             self._driver.notify(way.stream, way.eventfd)
         except DeviceError as failure:  # there will be no word of the end: wait for it now
             self._end_now(way, error or failure)
-        if self._watching is None:
-            self._watch()
 
     def _mark(self, transfer: Transfer, way: Way) -> None:
         """Let streams of the engine wait for the layers that were queued."""
         layers, watch = transfer.layers, transfer.watch
         if layers is not None and watch is not None:
-            event = Mark(self._driver, self._driver.record(way.stream))
-            watch.queued(self.rank, layers.whole, layers.last, event)
+            watch.queued(self.rank, layers.whole, layers.last, Mark(self._driver, way.stream))
 
     def _end_now(self, way: Way, failure: DeviceError) -> None:
         """Wait for all that is under way on a stream that cannot tell; it may be broken."""

@@ -14,14 +14,13 @@ from flexkv.common.errors import DeviceError
 from flexkv.common.terms import BlockIds
 from flexkv.io.cuda.choice import Choices, How
 from flexkv.io.cuda.driver import CudaDriver
+from flexkv.io.cuda.stage import SLOT_BYTES, SLOTS, Stage
 from flexkv.logs import get_logger
 
 log = get_logger(__name__)
 
 IDS_MAX = 1 << 17
 """Block ids of kernel launches in flight on one stream; with more, the copy engine does it."""
-STAGE_BYTES = 16 << 20
-"""Device memory in which one direction stages: a third of a millisecond of a fast link."""
 
 
 class Work(NamedTuple):
@@ -38,14 +37,13 @@ class Way:
 
     Attributes:
         choices: how to copy.
-        stage: address of `STAGE_BYTES` of device memory; 0 while nothing is to be staged.
+        stage: the memory through which blocks go, unless nothing is to be staged.
     """
 
     def __init__(self, driver: CudaDriver, urgent: bool, undo: ExitStack) -> None:
         self.choices = Choices.always(How.ENGINE)
-        self.stage = 0
+        self.stage: Stage | None = None
         self._driver = driver
-        undo.callback(self.drop_stage)
         self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         undo.callback(os.close, self.eventfd)
         memory = mmap.mmap(-1, 8 * IDS_MAX)
@@ -54,6 +52,7 @@ class Way:
         undo.callback(driver.unregister, self.ids.ctypes.data)
         self.stream = driver.open_stream(urgent)
         undo.callback(driver.close_stream, self.stream)  # waits: a kernel may read the ids
+        undo.callback(self.drop_stage)
         self.ids_begin = self.ids_end = 0
         self.under_way: deque[Work] = deque()
 
@@ -62,19 +61,19 @@ class Way:
 
         The memory is taken now: an engine leaves none of it to who comes later.
         """
-        if any(each.how is How.STAGED for each in choices.choices) and not self.stage:
+        if any(each.how is How.STAGED for each in choices.choices) and self.stage is None:
             try:
-                self.stage = self._driver.allocate(STAGE_BYTES)
+                self.stage = Stage(self._driver, self.stream)
             except DeviceError as error:
-                log.warning("no memory to stage in", bytes=STAGE_BYTES, code=error.code)
+                log.warning("no memory to stage in", bytes=SLOTS * SLOT_BYTES, code=error.code)
                 choices = choices.without(How.STAGED)
         self.choices = choices
 
     def drop_stage(self) -> None:
-        """Free the memory to stage in. Only legal with nothing under way."""
-        stage, self.stage = self.stage, 0
-        if stage:
-            self._driver.free(stage)
+        """Let go of the memory to stage in. Only legal with nothing under way."""
+        stage, self.stage = self.stage, None
+        if stage is not None:
+            stage.close()
 
     def take_ids(self, ids: BlockIds) -> int | None:
         """Put ids where kernels read them, and give the address; None when there is no room.
