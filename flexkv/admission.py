@@ -56,9 +56,11 @@ class Admission:
             raise ClosedError("the engine is shut down")
         if group in self._turned_away:
             raise self._turned_away[group]
-        if group in self._queues or not self._has_room(group):
+        inside = self._inside_of.get(group, 0)
+        if group in self._queues or (self._inside >= self._requests_max and inside >= self._share):
             return False
-        self._take(group)
+        self._inside += 1
+        self._inside_of[group] = inside + 1
         return True
 
     async def enter(self, group: int = 0) -> None:

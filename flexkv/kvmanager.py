@@ -432,12 +432,13 @@ class KVManager(TaskForm):
 
     def _perform(self, operation: Operation, *arguments: Any) -> Coroutine[Any, Any, KVResponse]:
         """Give what runs a request on the engine's loop, from there or from another."""
+        if self._thread is None:
+            self._check_loop()
+            self._order_after(operation)
+            return self._perform_here(operation, *arguments)
         self.check_process()
         self._order_after(operation)
-        if self._thread is not None:
-            return self._thread.call_async(lambda: self._perform_here(operation, *arguments))
-        self._check_loop()
-        return self._perform_here(operation, *arguments)
+        return self._thread.call_async(lambda: self._perform_here(operation, *arguments))
 
     async def _perform_here(
         self,

@@ -64,11 +64,11 @@ class RequestRunner:
         Cancellation: the request is cancelled, and CancelledError raised once no hardware touches
         its device slots any more; their content is undefined then.
         """
-        arrived_ns = None
         use.count += 1
         try:
-            if self._behind.is_active or request.operation is Operation.PUT:
-                await self._behind.admit(request)
+            behind, arrived_ns = self._behind, None
+            if (request.operation is Operation.PUT or behind.is_active) and behind.lacks(request):
+                await behind.make_room(request)
             if not self.admission.enter_nowait(turn.group):
                 arrived_ns = self._observer.now_ns()
                 await self.admission.enter(turn.group)
@@ -80,30 +80,28 @@ class RequestRunner:
         """Run a request that was admitted, and give back its place."""
         flight: Flight | None = None
         try:
-            for is_last in (False, True):
-                flight = self._begin(request, arrived_ns, turn, flight)
-                arrived_ns = flight.arrived_ns
-                if flight.response is None:
-                    await self._wait_answered(flight)
-                # If a request that filled its blocks was given up, look for them once more.
-                if is_last or not flight.waited_in_vain:
-                    break
-            assert flight is not None
+            flight = self._begin(request, arrived_ns, turn, None)
+            if flight.response is None:
+                await flight.wait_answered()
+            if not flight.waited_in_vain:
+                return flight
+            # A request that filled its blocks was given up: look for them once more.
+            flight = self._begin(request, flight.arrived_ns, turn, flight)
+            if flight.response is None:
+                await flight.wait_answered()
             if flight.waited_in_vain:
                 self._scheduler.tell(flight)
+        except asyncio.CancelledError:
+            if flight is not None:
+                self._scheduler.cancel(flight)
+                with suppress(FlexKVError):  # the engine is gone, and what the caller gave up
+                    await flight.wait_drained()
+            raise
+        else:
             return flight
         finally:
             if flight is None or flight.has_place:
                 self.admission.leave(turn.group)
-
-    async def _wait_answered(self, flight: Flight) -> None:
-        try:
-            await flight.wait_answered()
-        except asyncio.CancelledError:
-            self._scheduler.cancel(flight)
-            with suppress(FlexKVError):  # the engine is gone, and with it what the caller gave up
-                await flight.wait_drained()
-            raise
 
     def _begin(
         self, request: Request, arrived_ns: int | None, turn: Turn, before: Flight | None

@@ -249,14 +249,16 @@ class WriteBehind:
 
     # -- waiting --------------------------------------------------------------------------------
 
-    async def admit(self, request: Request) -> None:
+    def lacks(self, request: Request) -> bool:
+        """Return whether host memory has no room for a request beside owed blocks."""
+        return self._missing_room(request) > 0
+
+    async def make_room(self, request: Request) -> None:
         """Return when host memory has room for a request beside owed blocks, or after a while.
 
         A put waits as long as its burst may; a load has priority, and waits for a moment only.
         After that, as many owed blocks as the request needs may be evicted unwritten.
         """
-        if not self._missing_room(request):
-            return
         loop = asyncio.get_running_loop()
         until_s = loop.time() + min(LOAD_WAIT_S, self._limits.burst_wait_s)
         self.waiting_requests += 1
@@ -306,14 +308,12 @@ class WriteBehind:
     @property
     def _pending(self) -> int:
         """Return how many blocks of host memory are, or will be, kept until they are written."""
-        return max(
-            (
-                queue.kept_blocks + self._residency.counts(tier).reserved + self.coming_blocks
-                for tier, queue in self._queues.items()
-                if self._may_write(tier)
-            ),
-            default=0,
-        )
+        most = 0
+        for tier, queue in self._queues.items():
+            if self._may_write(tier):
+                kept = queue.kept_blocks + self._residency.counts(tier).reserved
+                most = max(most, kept + self.coming_blocks)
+        return most
 
     def _unkeep(self, blocks: int) -> None:
         for queue in self._queues.values():

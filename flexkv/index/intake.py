@@ -22,6 +22,8 @@ _WHY = {
     "alignment": "must be the first slot of a device block: a multiple of {per_block}",
     "contiguity": "must follow the slot before it: the tokens of a block are contiguous",
 }
+FEW = 32
+"""Block ids among which a set finds a repetition sooner than an array does."""
 
 
 class Intake:
@@ -101,6 +103,8 @@ class Intake:
 
     def _check_once(self, ids: BlockIds, device_blocks: int, skip: int) -> None:
         """Check that no block is named twice: its content would be undefined."""
+        if len(ids) <= FEW and len(set(ids.tolist())) == len(ids):
+            return
         if len(self._named_by) < device_blocks:
             self._named_by = np.zeros(device_blocks, np.int64)
         positions = np.arange(len(ids))
