@@ -307,7 +307,11 @@ class CacheConfig(ConfigModel):
         32.0, "Most bytes being written to SSD at once.", unit="MB", gt=0, le=MB_MAX
     )
     device_window_mb: float = key(
-        128.0, "Bytes being copied to or from the device at once.", unit="MB", gt=0, le=MB_MAX
+        128.0,
+        "Bytes being copied to or from the device at once; to or from a GPU four times as many.",
+        unit="MB",
+        gt=0,
+        le=MB_MAX,
     )
     write_behind_max_gb: float = key(
         -1.0,

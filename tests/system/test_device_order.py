@@ -177,6 +177,25 @@ async def test_ranks_of_one_part_share_the_writing(
         assert sum(d.moved_bytes // block for d in ranks.drivers) == 10 + 4 * 10
 
 
+def test_while_a_graph_is_captured_from_its_stream_a_thread_cannot_ask(started: Any) -> None:
+    """What the stream queues is not run now. Refused by name, and afterwards all goes on."""
+    manager, ranks = started()
+    slots, driver = slots_of(range(10)), ranks.drivers[0]
+    written = manager.put_layerwise(PROMPT[: 4 * PER_BLOCK], slots_of(range(20, 24)))
+    driver.captured = {driver.current}
+    for ask in (manager.put_async, manager.get_async, manager.put_layerwise):
+        with pytest.raises(ConfigError, match="a CUDA graph is being captured from it"):
+            ask(PROMPT, slots)
+    with pytest.raises(ConfigError, match="a CUDA graph is being captured from it"):
+        written.layer_written(0)
+    driver.captured.clear()
+    for layer in range(LAYERS):
+        written.layer_written(layer)
+    assert manager.wait(written.task_id)[written.task_id].return_mask.all()
+    put = manager.put_async(PROMPT, slots)
+    assert manager.wait(put)[put].status is KVResponseStatus.SUCCESS
+
+
 @pytest.mark.parametrize("tp_size", [1, 2])
 async def test_layers_may_be_staged(
     tp_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -422,8 +422,12 @@ class BoundDriver:
     def is_capturing(self, stream: int) -> bool:
         """Return whether a graph is being captured from a stream."""
         with self._inside():
-            status = self._call(self._api.cuStreamIsCapturing, stream)
-        return bool(status != self._api.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
+            result, *status = self._api.cuStreamIsCapturing(stream)
+        if int(result) in CAPTURING:  # the default stream, while another that it waits for is
+            return True
+        if int(result):
+            raise DeviceError("cuStreamIsCapturing", int(result))
+        return bool(int(status[0]))
 
     def open_event(self) -> int:
         """Return a new event."""
