@@ -75,6 +75,8 @@ PyObject *keys_hash128(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *keys_chain(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *keys_pack_int64(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *keys_block_slots(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *counts_change(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
+PyObject *counts_any(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *page_map_copy_now(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *page_map_list_runs(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 PyObject *notify_address(PyObject *, PyObject *);

@@ -111,6 +111,11 @@ static PyMethodDef module_functions[] = {
      "Give the device block id of every whole block of slots."},
     {"pack_int64", FAST(keys_pack_int64), METH_FASTCALL | METH_KEYWORDS,
      "pack_int64(values)\n--\n\nReturn a list of integers as int64."},
+    {"change_counts", FAST(counts_change), METH_FASTCALL | METH_KEYWORDS,
+     "change_counts(counts, ids, by)\n--\n\n"
+     "Add to counts, and return how many of them left zero or reached it."},
+    {"any_counted", FAST(counts_any), METH_FASTCALL | METH_KEYWORDS,
+     "any_counted(counts, ids)\n--\n\nReturn whether any of some counts is not zero."},
     {"copy_now", FAST(page_map_copy_now), METH_FASTCALL | METH_KEYWORDS,
      "copy_now(pages, direction, device_ids, host_ids)\n--\n\nDo one job in the calling thread."},
     {"list_runs", FAST(page_map_list_runs), METH_FASTCALL | METH_KEYWORDS,

@@ -53,6 +53,21 @@ def pack_int64(values: list[int]) -> bytes:
         TypeError: `values` is not a list of integers.
     """
 
+def change_counts(counts: Memory, ids: Memory, by: int) -> int:
+    """Add `by` to counts, and return how many of them left zero or reached it.
+
+    Args:
+        counts: uint32[n], writable.
+        ids: int64[k], each from 0 to n - 1; one that occurs twice is changed twice.
+        by: -1, 0 or 1.
+
+    Raises:
+        ValueError: an id is out of range; nothing is changed.
+    """
+
+def any_counted(counts: Memory, ids: Memory) -> bool:
+    """Return whether any of some counts is not zero; arguments and errors as `change_counts`."""
+
 def block_slots(slots: Memory, tokens_per_block: int, num_blocks: int) -> bytes:
     """Give the device block id (int64) of every whole block of `slots` (int64[n]).
 

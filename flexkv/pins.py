@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv import _ext
 from flexkv.actors.scheduler import Scheduler
 from flexkv.common.errors import ConfigError
 from flexkv.common.terms import Tier
@@ -160,13 +161,8 @@ class Holds:
             held = self._held.get(tier)
             if held is None or len(held) <= ids.max():
                 held = self._held[tier] = _grown(held, int(ids.max()) + 1)
-            blocks = self._held_blocks.get(tier, 0)
-            if sign > 0:
-                self._held_blocks[tier] = blocks + int((held[ids] == 0).sum())
-                held[ids] += 1
-            else:
-                held[ids] -= 1
-                self._held_blocks[tier] = blocks - int((held[ids] == 0).sum())
+            changed = _ext.change_counts(held, ids, sign)
+            self._held_blocks[tier] = self._held_blocks.get(tier, 0) + sign * changed
             self._held_by[group] = self._held_by.get(group, 0) + sign * len(ids)
 
     def _is_over(self) -> bool:

@@ -272,7 +272,8 @@ class Client:
             self.flush()
             until_s = time.monotonic() + POLL_S_MAX
             while self._receive(0.0) and time.monotonic() < until_s:
-                pass
+                if self._socket is None or self._socket.is_drained:
+                    break
             if self._under_way and time.monotonic() > self._heard_s + HANG_S:
                 self._lost(f"it said nothing for {HANG_S} s")
         ended, self._ended = self._ended, []

@@ -32,6 +32,7 @@ class FrameSocket:
 
     Attributes:
         unsent: what was queued and the server's socket has not taken.
+        is_drained: whether the last `receive` has taken all that had come.
     """
 
     def __init__(self, connected: socket.socket) -> None:
@@ -42,7 +43,7 @@ class FrameSocket:
         self._readable.register(connected, select.POLLIN)
         self._writable.register(connected, select.POLLOUT)
         self._read, self._unread = bytearray(READ_BYTES), bytearray()
-        self.unsent = bytearray()
+        self.unsent, self.is_drained = bytearray(), True
 
     def queue(self, message: Message) -> None:
         """Queue a message for `flush`.
@@ -91,6 +92,7 @@ class FrameSocket:
             return None
         if not count:
             raise ClosedError("it closed the connection")
+        self.is_drained = count < READ_BYTES
         self._unread += memoryview(self._read)[:count]
         return self._whole()
 

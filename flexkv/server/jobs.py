@@ -97,12 +97,16 @@ class Jobs:
         """Return whether no request is under way."""
         return not self._jobs
 
-    def match(self, message: Match, keys: bytes) -> Matched:
-        """Return how much of a prompt is resident, and hold it if the client asks for that.
+    def match(self, message: Match, keys: bytes, answer: Callable[[Matched], None]) -> None:
+        """Tell how much of a prompt is resident, and hold it if the client asks for that.
+
+        A step of the client's engine waits for the answer, so it goes before the hold is made.
+        Both are one turn of the loop: nothing changes between them.
 
         Args:
             message: the question.
             keys: the prompt's root and block keys.
+            answer: sends it.
 
         Raises:
             ConfigError: the keys are not valid.
@@ -117,12 +121,13 @@ class Jobs:
             agreeing = engine.residency.agreeing(keys[: (found.last + 1) * BLOCK_KEY_BYTES])
             if agreeing < found.last:  # these keys were not derived from tokens
                 found = engine.find(keys[: (agreeing + 1) * BLOCK_KEY_BYTES])
-            engine.holds.hold(self._instance, message.number, found.holdings)
         by_tier = {
             tier.label: place.block_count - place.positions.number_before(message.first)
             for tier, place in found.ready.items()
         }
-        return Matched(message.number, found.last - found.first, by_tier)
+        answer(Matched(message.number, found.last - found.first, by_tier))
+        if message.hold:
+            engine.holds.hold(self._instance, message.number, found.holdings)
 
     def release(self, numbers: tuple[int, ...] | None = None) -> None:
         """End holds, by default all; holds that have ended are ignored."""

@@ -290,7 +290,7 @@ class Server:
         match message:
             case Match():
                 keys = prompts.keys_of(message)
-                link.send(jobs.match(message, keys))
+                jobs.match(message, keys, link.send)
                 if message.tell:
                     watchers.tell_of(link, keys)
             case Release():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv import _ext
 from flexkv.common.terms import BlockIds
 
 
@@ -20,7 +21,7 @@ class DeviceBlocks:
     """
 
     def __init__(self) -> None:
-        self.readers: NDArray[np.uint16] = np.zeros(0, np.uint16)
+        self.readers: NDArray[np.uint32] = np.zeros(0, np.uint32)
         self._puts = 0
         self._old: NDArray[np.bool_] | None = None
         """For each block, whether it is old; None before the first reset."""
@@ -34,20 +35,20 @@ class DeviceBlocks:
 
     def are_read(self, ids: BlockIds) -> bool:
         """Return whether a put reads any of these blocks."""
-        return self._puts > 0 and bool(self.readers[ids].any())
+        return self._puts > 0 and _ext.any_counted(self.readers, ids)
 
     def begin_puts(self, puts: list[BlockIds], num_blocks: int) -> None:
         """Count puts that read these blocks; the device has `num_blocks`."""
         if len(self.readers) < num_blocks:
             missing = num_blocks - len(self.readers)
-            self.readers = np.concatenate([self.readers, np.zeros(missing, np.uint16)])
+            self.readers = np.concatenate([self.readers, np.zeros(missing, np.uint32)])
         for ids in puts:
-            self.readers[ids] += 1
+            _ext.change_counts(self.readers, ids, 1)
         self._puts += len(puts)
 
     def end_put(self, ids: BlockIds) -> None:
         """Stop counting a put."""
-        self.readers[ids] -= 1
+        _ext.change_counts(self.readers, ids, -1)
         self._puts -= 1
 
     # -- resets ---------------------------------------------------------------------------------
