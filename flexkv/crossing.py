@@ -183,8 +183,9 @@ class Crossing:
         return await work()
 
     def _check_loop(self) -> None:
-        """Refuse a call from a thread that does not run the engine's loop."""
-        self.check_process()
+        """Refuse a call from a thread that does not run the engine's loop, or in a forked child."""
+        if self._home is not None and not self._home.is_here:
+            self._home.check()
         if self._loop is None:
             raise ClosedError("the manager is not started: use `async with` or start()")
         try:

@@ -327,18 +327,15 @@ class Engine:
             self.on_failure()
 
     def _check_open(self) -> None:
-        self._check_process()
+        if self._home is not None and not self._home.is_here:
+            self._home.check()
         if self._failure is not None:
             raise self._failure
         if not self._open:
             raise ClosedError("the engine is not open: not started yet, or shut down")
 
     def check_sound(self) -> None:
-        """Return if the engine has not failed.
-
-        Raises:
-            InternalError: it has.
-        """
+        """Raise the InternalError that has ended the engine, if one has."""
         if self._failure is not None:
             raise self._failure
 

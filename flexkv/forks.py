@@ -22,25 +22,23 @@ from typing import Any
 
 from flexkv.common.errors import ClosedError
 
-_forks = 0
-"""How many forks lie between this process and the first one."""
 _methods: list[weakref.WeakMethod[Callable[[], object]]] = []
 _lock = threading.Lock()
 
 
 class HomeProcess:
-    """The process that made an object; a child of it is another."""
+    """The process that made an object; a child of it is another.
 
-    __slots__ = ("_forks", "_process", "_what")
+    Attributes:
+        is_here: whether this is that process.
+    """
+
+    __slots__ = ("__weakref__", "_process", "_what", "is_here")
 
     def __init__(self, what: str) -> None:
         """Remember this process; `what` names the object in errors."""
-        self._forks, self._process, self._what = _forks, os.getpid(), what
-
-    @property
-    def is_here(self) -> bool:
-        """Whether this is that process."""
-        return self._forks == _forks
+        self._process, self._what, self.is_here = os.getpid(), what, True
+        _homes.add(self)
 
     def check(self) -> None:
         """Return if this is that process.
@@ -48,11 +46,14 @@ class HomeProcess:
         Raises:
             ClosedError: it is a forked child.
         """
-        if self._forks != _forks:
+        if not self.is_here:
             raise ClosedError(
                 f"{self._what} belongs to process {self._process}, of which this one is a fork:"
                 " it works only there. Make one here, or start this process by spawn"
             )
+
+
+_homes: weakref.WeakSet[HomeProcess] = weakref.WeakSet()
 
 
 def on_fork(method: Callable[[], object]) -> None:
@@ -127,8 +128,10 @@ def _descriptors() -> Iterator[int]:
 
 
 def _in_child() -> None:
-    global _forks, _lock
-    _forks, _lock = _forks + 1, threading.Lock()  # another thread may have held the old one
+    global _lock
+    _lock = threading.Lock()  # another thread may have held the old one
+    for home in _homes:
+        home.is_here = False
     for each in _methods:
         method = each()
         if method is not None:

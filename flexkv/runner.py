@@ -64,33 +64,25 @@ class RequestRunner:
         Cancellation: the request is cancelled, and CancelledError raised once no hardware touches
         its device slots any more; their content is undefined then.
         """
+        flight: Flight | None = None
+        arrived_ns, is_inside = None, False
         use.count += 1
         try:
-            behind, arrived_ns = self._behind, None
+            behind = self._behind
             if (request.operation is Operation.PUT or behind.is_active) and behind.lacks(request):
                 await behind.make_room(request)
             if not self.admission.enter_nowait(turn.group):
                 arrived_ns = self._observer.now_ns()
                 await self.admission.enter(turn.group)
-            return await self._run(request, arrived_ns, turn)
-        finally:
-            use.leave()
-
-    async def _run(self, request: Request, arrived_ns: int | None, turn: Turn) -> Flight:
-        """Run a request that was admitted, and give back its place."""
-        flight: Flight | None = None
-        try:
-            flight = self._begin(request, arrived_ns, turn, None)
+            is_inside = True
+            flight = self._begin(request, arrived_ns, turn)
             if flight.response is None:
                 await flight.wait_answered()
-            if not flight.waited_in_vain:
-                return flight
-            # A request that filled its blocks was given up: look for them once more.
-            flight = self._begin(request, flight.arrived_ns, turn, flight)
-            if flight.response is None:
+            if flight.waited_in_vain:  # who filled its blocks was given up: look for them again
+                flight = self._begin(request, flight.arrived_ns, turn, flight.has_place)
                 await flight.wait_answered()
-            if flight.waited_in_vain:
-                self._scheduler.tell(flight)
+                if flight.waited_in_vain:
+                    self._scheduler.tell(flight)
         except asyncio.CancelledError:
             if flight is not None:
                 self._scheduler.cancel(flight)
@@ -100,19 +92,18 @@ class RequestRunner:
         else:
             return flight
         finally:
-            if flight is None or flight.has_place:
+            if is_inside and (flight is None or flight.has_place):
                 self.admission.leave(turn.group)
+            use.leave()
 
     def _begin(
-        self, request: Request, arrived_ns: int | None, turn: Turn, before: Flight | None
+        self, request: Request, arrived_ns: int | None, turn: Turn, has_place: bool = True
     ) -> Flight:
-        """Plan a request; it takes the place of the flight of its first try, if there is one."""
+        """Plan a request that still takes a place, or has given it back."""
         if turn.check is not None:
             turn.check()
         flight = self._scheduler.begin(request, arrived_ns)
-        flight.group = turn.group
-        if before is not None:
-            flight.has_place = before.has_place
+        flight.group, flight.has_place = turn.group, has_place
         if turn.begun is not None:
             turn.begun()
         return flight

@@ -73,7 +73,8 @@ def _moved_blocks(request: Request, planned: Planned, run: Run) -> TokenMask:
             moved[begin : begin + positions.block_count] = True
         else:
             moved[positions.places - first] = True
-    moved[last - first :] = False
+    if last < request.span.last_block:
+        moved[last - first :] = False
     if request.operation is Operation.GET and not moved.all():
         moved[int(moved.argmin()) :] = False
     return moved

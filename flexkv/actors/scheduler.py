@@ -400,7 +400,9 @@ class Scheduler:
         token = flight.plan.run_id * OPS_MAX + op
         assert isinstance(command, Settle)
         self._residency.claims.settle(token, command.filled)
-        self._settled(flight.plan, flight.plan.template.ops[op], command.filled)
+        spec = flight.plan.template.ops[op]
+        if spec.route is not None and spec.route.target is not Tier.DEVICE:
+            self._settled(flight.plan, spec, command.filled)
         for joiner in self._joiners.pop(token, ()):
             self._events.append((joiner.flight, _news(joiner.op, command.filled)))
 

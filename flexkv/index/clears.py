@@ -42,5 +42,8 @@ class ClearHistory:
         self.on_clear()
 
     def is_stale(self, generation: int, root: bytes) -> bool:
-        """Return whether a request of a namespace began before a clear that concerns it."""
+        """Return whether a request of a namespace began before a clear that concerns it.
+
+        No request is that began in the generation of now.
+        """
         return generation < self._all or generation < self._roots.get(root, 0)

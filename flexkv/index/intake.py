@@ -98,7 +98,8 @@ class Intake:
             self._blocks_of(slots[:skip], 1, device_blocks * per_block, 0)
         ids = self._blocks_of(slots[skip:], per_block, device_blocks, skip)
         ids = ids[: span.last_block - span.first_block]
-        self._check_once(ids, device_blocks, skip)
+        if len(ids) > 1:
+            self._check_once(ids, device_blocks, skip)
         return ids
 
     def _check_once(self, ids: BlockIds, device_blocks: int, skip: int) -> None:
