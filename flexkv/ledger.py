@@ -117,7 +117,7 @@ class Ledger:
         block_ids = np.concatenate([live.rows * count + n for n, live in enumerate(lives)])
         # In the order in which they were stored: of blocks that are there twice the last counts.
         sequences = np.concatenate([live.sequences for live in lives])
-        self._sequence = int(sequences.max(initial=0)) + 1
+        self._sequence = int(sequences.max(initial=self._sequence))
         order = np.argsort(sequences, kind="stable")
         block_ids = block_ids[order]
         sums = np.concatenate([live.sums for live in lives])[order]

@@ -70,9 +70,8 @@ class Flight:
     @property
     def waited_in_vain(self) -> bool:
         """Return whether blocks are missing because the request that filled them was given up."""
-        if not self.run.errors or self.response is None or self.run.cancelled:
-            return False
-        return any(isinstance(error, UnfilledError) for error in self.run.errors)
+        unfilled = any(isinstance(error, UnfilledError) for error in self.run.errors)
+        return unfilled and not self.run.cancelled
 
     def unfed_tokens(self) -> list[int]:
         """Return the ops that wait for layers to be written."""

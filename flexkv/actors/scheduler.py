@@ -104,7 +104,6 @@ class Scheduler:
         self._flights: dict[int, Flight] = {}
         self._joiners: dict[int, list[_Joiner]] = {}
         self._events: deque[tuple[Flight, Event]] = deque()
-        self._busy = False
         self.behind: WriteBehind | None = None
         """Writes what lower tiers are owed; None without lower tiers."""
         self._failed: FlexKVError | None = None
@@ -363,23 +362,21 @@ class Scheduler:
         self._work()
 
     def _work(self) -> None:
-        """Take events until there are none; carrying out a command may add some."""
-        if self._busy:
-            return
-        self._busy = True
-        try:
-            while self._events:
-                flight, event = self._events.popleft()
-                for command in flight.run.handle(event):
-                    kind = type(command)
-                    if kind is Answer:
-                        self._answer(flight)
-                    elif kind is End:
-                        self._end(flight)
-                    else:
-                        self._on[kind](flight, command.op, command)  # type: ignore[union-attr]
-        finally:
-            self._busy = False
+        """Take events until there are none.
+
+        Carrying out a command may add some, and never comes back here: actors and timers report
+        in a later step of the loop.
+        """
+        while self._events:
+            flight, event = self._events.popleft()
+            for command in flight.run.handle(event):
+                kind = type(command)
+                if kind is Answer:
+                    self._answer(flight)
+                elif kind is End:
+                    self._end(flight)
+                else:
+                    self._on[kind](flight, command.op, command)  # type: ignore[union-attr]
         if self.behind is not None and self.behind.is_active:
             self.behind.pump()
 

@@ -291,7 +291,7 @@ class WriteBehind:
         if self._is_closed or not (pending := self._pending):
             return 0
         host = self._residency.counts(Tier.HOST)
-        room = host.capacity - host.pinned - host.reserved - host.draining
+        room = host.capacity - host.pinned - host.reserved  # what drains is pinned
         is_put = request.operation is Operation.PUT
         if is_put:  # its blocks are to be kept, too
             room = min(room, self._limits.kept_blocks_max - pending)

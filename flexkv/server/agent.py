@@ -56,8 +56,6 @@ GREET_S = 0.25
 """How long a server may take to answer; the loop has nothing else to do meanwhile."""
 SETTLE_S = 1.0
 """How long the server may take to say that requests are over; then it is left."""
-ARENA_BYTES_MAX = 1 << 56
-"""The most bytes that a process can map."""
 TELL_EVERY = 100
 """Attempts in vain between two log lines."""
 
@@ -229,8 +227,8 @@ class Agent:
         """Serve one connection to its end, and close what `unstarted` would close."""
         unstarted.pop_all()
         connected.socket.setblocking(False)
-        with ExitStack() as undo, ExitStack() as unless_linked:
-            unless_linked.callback(connected.socket.close)
+        with ExitStack() as undo:
+            undo.callback(connected.socket.close)  # a link that has ended has closed it by then
             try:
                 arena = _attached(connected)
                 undo.callback(arena.close)
@@ -245,7 +243,6 @@ class Agent:
             undo.callback(self._forget)
             port.connect(self._reap)
             link = self._link = await Link.over(connected.socket, FROM_SERVER)
-            unless_linked.pop_all()
             undo.callback(link.close)
             link.send(Lent())
             server = connected.welcome.pid
@@ -349,18 +346,15 @@ def _attached(connected: Connected) -> Arena:
     """Map the host memory of a server.
 
     Raises:
-        OSError: it cannot be mapped.
-        ProtocolError: the server describes memory that cannot be.
+        OSError: it cannot be mapped, or is not what the server says of it.
+        ProtocolError: the server gave none.
     """
     welcome, fd = connected.welcome, connected.arena_fd
     if fd is None:
         raise ProtocolError("it gave no host memory")
-    blocks, stride_bytes = welcome.num_host_blocks, welcome.block_stride_bytes
-    offset_bytes = welcome.fd_offset_bytes
-    if not 0 < blocks * stride_bytes < ARENA_BYTES_MAX - offset_bytes:
-        os.close(fd)
-        raise ProtocolError(f"its host memory has {blocks} blocks of {stride_bytes} bytes")
-    return Arena.attach(fd, blocks, stride_bytes, offset_bytes)
+    return Arena.attach(
+        fd, welcome.num_host_blocks, welcome.block_stride_bytes, welcome.fd_offset_bytes
+    )
 
 
 _TO_DEVICE = Route(Tier.HOST, Tier.DEVICE)

@@ -21,7 +21,9 @@ from flexkv.server.guests import CONTROLS_MAX, INSTANCES_MAX, STRANGERS_MAX
 from flexkv.server.launch import Launched
 from flexkv.server.operator import command
 from flexkv.server.wire import (
+    Answer,
     Cancel,
+    Command,
     Copied,
     Copy,
     Done,
@@ -310,6 +312,22 @@ def test_many_connections_keep_nobody_out(settings: Settings, launched: Launched
         assert "statistics" in command(settings.server_recv_port, "status")
         connections = psutil.Process(launched.pid).num_fds()
         assert connections < STRANGERS_MAX + CONTROLS_MAX + 60
+
+
+def test_the_operator_that_is_idle_longest_makes_room(
+    settings: Settings, launched: Launched
+) -> None:
+    """Its connection ends; those that came later, and the newcomer, are served."""
+    with ExitStack() as stack:
+        operators = [Peer(settings, "control") for _ in range(CONTROLS_MAX + 2)]
+        for each in operators:
+            stack.callback(each.close)
+        for each in operators[:2]:
+            with pytest.raises((ClosedError, ConnectionError)):
+                each.hear(Answer)
+        for each in operators[2:]:
+            each.say(Command(1, "status"))
+            assert each.hear(Answer).error == ""
 
 
 class IdleAgent(Peer):

@@ -235,6 +235,27 @@ def test_a_request_that_is_longer_than_a_frame_fails_by_itself(
     assert client.is_ready
 
 
+def kept_by(client: Client) -> int:
+    """Count everything that a client keeps in its collections."""
+    return sum(len(each) for each in vars(client).values() if isinstance(each, dict | set | list))
+
+
+@pytest.mark.parametrize("released", [True, False], ids=["released", "lost"])
+def test_a_client_keeps_nothing_of_what_nobody_waits_for(
+    client: Client, server: FakeServer, released: bool
+) -> None:
+    """Neither of questions that are let go, nor of anything that a server took with it."""
+    before = kept_by(client)
+    numbers = [client.ask(KEYS) for _ in range(5)]
+    if released:
+        client.release(numbers)
+    else:
+        client.start(Operation.PUT, KEYS, 0, IDS)
+        client.give_up("a test")
+        assert len(client.poll()) == 1
+    assert kept_by(client) == before
+
+
 def test_many_numbers_go_in_several_messages(client: Client, server: FakeServer) -> None:
     """Each message has as many as a server accepts."""
     peer = server.next_peer()

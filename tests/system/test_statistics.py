@@ -187,6 +187,18 @@ def test_a_get_that_waits_in_vain_twice_counts_once() -> None:
     on_engine(work, host=32)
 
 
+def test_a_request_without_a_device_counts_once() -> None:
+    """It is answered, but nothing of it was looked for."""
+
+    async def work(engine: Engine) -> None:
+        engine.unready(engine.intake(Operation.GET, A))
+        told = engine.statistics()
+        assert told.requests == {"get": {"unready": 1}, "put": {}, "prefetch": {}}
+        assert told.asked_blocks == 0
+
+    on_engine(work)
+
+
 def test_a_line_of_the_log_sums_up_so_many_requests() -> None:
     """One for each `num_log_interval_requests` that ended, with the share that each tier had."""
 

@@ -342,6 +342,25 @@ def test_writes_leave_host_memory_for_others() -> None:
     on_engine(work, host=40, disk=256, io_deadline_s=100.0, **limits)
 
 
+@pytest.mark.parametrize(("blocks", "waits"), [(10, False), (12, True)])
+def test_blocks_that_are_cleared_while_they_are_written_take_their_room_once(
+    blocks: int, waits: bool
+) -> None:
+    """The SSD reads 8 of 24 host blocks: a put that fits beside them does not wait for it."""
+
+    async def work(engine: Engine) -> None:
+        loop = asyncio.get_running_loop()
+        disk_of(engine)._faults = FaultPlan(1, 0.0, 5.0, 5.0)
+        await put(engine, 0, 8)
+        engine.keeping.clear(Tier.HOST)
+        assert engine.residency.counts(Tier.HOST).draining == 8
+        begin_s = loop.time()
+        await put(engine, 1, blocks)
+        assert (loop.time() - begin_s > 1.0) == waits
+
+    on_engine(work, host=24, disk=64, io_deadline_s=100.0, write_behind_wait_s=60.0)
+
+
 def test_what_is_owed_is_not_written_after_it_was_cleared() -> None:
     """Neither host memory nor the queue of owed blocks has it any more."""
 

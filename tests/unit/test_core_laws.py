@@ -55,6 +55,7 @@ def test_limits_on_shapes_and_templates_hold() -> None:
         compile_shape(Shape(Operation.GET, (load,) * 41))
     with pytest.raises(InvariantError, match="chunks"):
         compile_shape(Shape(Operation.GET, (load._replace(chunks=CHUNKS_MAX + 1),)))
+    assert len(compile_shape(Shape(Operation.GET, (load,) * 40)).ops) == 40
     template = compile_shape(Shape(Operation.GET, (load._replace(waits=True),)))
     with pytest.raises(InvariantError, match="ops"):
         Template(template.shape, template.ops * OPS_MAX, (), (), (), 0, ())

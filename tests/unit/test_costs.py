@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flexkv.integration.vllm import costs as module
-from flexkv.integration.vllm.costs import FIRST, Costs
+from flexkv.integration.vllm.costs import BLOCKS_MIN, FIRST, TOKENS_MIN, Costs
 
 
 class Clock:
@@ -96,6 +96,24 @@ def test_a_step_begins_when_the_one_before_has_ended(clock: Clock) -> None:
         costs.step_ends()
     assert not costs.is_worth_it({"host": 11}, 1000)
     assert costs.is_worth_it({"host": 10}, 1000)
+
+
+def test_the_shortest_prefill_that_tells_something_is_taken(clock: Clock) -> None:
+    """A step of `TOKENS_MIN` tokens says what a token costs, one of fewer does not."""
+    for tokens, known in ((TOKENS_MIN - 1, False), (TOKENS_MIN, True)):
+        costs = Costs()
+        load(costs, 10.0, disk=20)
+        compute(costs, clock, tokens, 0.1)
+        assert costs.is_worth_it({"disk": 100}, 10) != known
+
+
+def test_the_shortest_load_that_tells_something_is_taken(clock: Clock) -> None:
+    """A load of `BLOCKS_MIN` blocks says what a block costs, one of fewer does not."""
+    for blocks, known in ((BLOCKS_MIN - 1, False), (BLOCKS_MIN, True)):
+        costs = Costs()
+        compute(costs, clock, 1000, 0.1)
+        load(costs, 10.0, disk=blocks)
+        assert costs.is_worth_it({"disk": 100}, 10) != known
 
 
 def test_one_slow_load_is_soon_forgotten(clock: Clock) -> None:

@@ -163,6 +163,20 @@ def test_a_journal_that_takes_no_more_keeps_what_is_whole(
     again.close()
 
 
+def test_a_journal_that_cannot_be_opened_leaves_no_file_open() -> None:
+    """It cannot be read, cut or synced by name: the error is told, and the file is closed."""
+    for call in ("read", "size", "sync_folder"):
+        files = LossyFiles(FaultPlan(0))
+
+        def refused(*_: object) -> None:
+            raise OSError(5, "no")
+
+        vars(files)[call] = refused
+        with pytest.raises(OSError, match="no"):
+            Journal(Path("fake"), files)
+        assert files.open_files == 0
+
+
 @pytest.mark.parametrize("seed", range(300))
 def test_a_loss_of_power_keeps_what_was_synced(seed: int) -> None:
     """Whatever is written anew meanwhile: the journal says what it said at the last sync or later.

@@ -248,6 +248,22 @@ def test_blocks_that_a_failed_sync_may_have_lost_are_unsaid() -> None:
     run_virtual(work())
 
 
+def test_nothing_is_believed_behind_a_clear() -> None:
+    """Nor does the next sync count blocks that were stored before it."""
+
+    async def work() -> None:
+        ledger = Rig(failing_writes=0).ledger
+        ledger.stored(np.array([1, 2]))
+        assert ledger.believed(0, BLOCKS).tolist() == [1, 2]
+        ledger.clear(None)
+        assert ledger.believed(0, BLOCKS).tolist() == []
+        ledger.stored(np.array([3]))
+        assert ledger.begin_sync().tolist() == [3]
+        ledger.close()
+
+    run_virtual(work())
+
+
 def test_a_closed_ledger_promises_nothing() -> None:
     """Whoever waits then is told at once, and does not wait for a thread that is not there."""
 

@@ -107,6 +107,16 @@ def test_what_host_memory_would_not_keep_still_reaches_the_ssd() -> None:
     assert resident(tiers, 50, 51) == 2
 
 
+def test_a_put_that_host_memory_cannot_take_whole_stores_its_first_blocks() -> None:
+    """Those that the SSD has, too: what follows a block that is not in host memory is no use."""
+    tiers = residency(host=2)
+    filled(tiers, Tier.DISK, 0, 1)
+    planned = Planner(tiers, LIMITS).plan(request(Operation.PUT, 0, 1, 2, 3), 1)
+    stored = [p for fill in planned.plan.fills for p in fill.ids[Tier.DEVICE].tolist()]
+    assert stored == [0, 1]
+    assert planned.shortfall is not None
+
+
 def test_what_waits_to_be_written_counts_against_what_may_be_written_behind_a_put() -> None:
     """However many puts there are, their blocks that wait for a lower tier are bounded, and further
     ones are owed to it. Blocks that were written make room."""

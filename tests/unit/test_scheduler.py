@@ -12,9 +12,10 @@ from flexkv.actors.scheduler import Scheduler
 from flexkv.common.request import Operation
 from flexkv.common.terms import Tier
 from flexkv.graph.planner import Planner
+from flexkv.index.eviction import Eviction
 from flexkv.index.residency import Residency
-from flexkv.io.ports import Transfer
-from tests.unit.prompts import LIMITS, filled, request, residency
+from flexkv.io.ports import Completion, Transfer
+from tests.unit.prompts import LIMITS, filled, request, residency, resident
 
 
 class Posted:
@@ -76,3 +77,21 @@ async def test_bytes_that_will_not_stay_good_are_recalled_though_one_waits(actor
     scheduler.begin(request(Operation.GET, 0, 1))
     scheduler.cancel(put)
     assert actor.recalled == [transfer.token for transfer in actor.posted]
+
+
+async def test_a_policy_with_a_reward_knows_when_a_request_comes(actor: Posted) -> None:
+    """A block that was hit long ago goes before one that came just now."""
+    tiers = Residency({Tier.HOST: 2}, Eviction("lru", hit_reward_seconds=10.0))
+    filled(tiers, Tier.HOST, 0)
+    now_ns = [0]
+    actors = {Tier.DEVICE: cast("TransferActor", actor)}
+    observer = Observer(16, lambda: now_ns[0])
+    scheduler = Scheduler(tiers, Planner(tiers, LIMITS), actors, observer)
+    for second, operation, number in (
+        (0, Operation.GET, 0), (20, Operation.PUT, 1), (20, Operation.PUT, 2)
+    ):  # fmt: skip
+        now_ns[0] = second * 1_000_000_000
+        scheduler.begin(request(operation, number))
+        scheduler.report(Completion(transfer.token, None) for transfer in actor.posted)
+        actor.posted.clear()
+    assert [resident(tiers, number) for number in range(3)] == [0, 1, 1]

@@ -106,3 +106,20 @@ def test_it_reaches_the_connector_and_the_server(configured: Any) -> None:
     assert (told["log_level"], told["logging_prefix"]) == ("error", "node 7")
     assert told["cache_config"]["num_cpu_blocks"] == 77
     assert setup_of(config).model != setup_of(configured).model  # the weights have a name
+
+
+@pytest.mark.parametrize(("instance", "rank"), [(0, 0), (0, 2), (3, 0), (3, 2)])
+def test_each_rank_of_data_parallelism_is_an_instance(
+    configured: Any, instance: int, rank: int
+) -> None:
+    """Its number has the engine's in front, so no two meet; one of them launches the server."""
+    config = copy.deepcopy(configured)
+    config.kv_transfer_config.kv_connector_extra_config = {
+        "instance_id": instance, "server_launch_mode": "embedded",
+    }  # fmt: skip
+    config.parallel_config.data_parallel_rank = rank
+    if hasattr(config.parallel_config, "data_parallel_index"):
+        config.parallel_config.data_parallel_index = rank
+    setup = setup_of(config)
+    assert (setup.instance >> 16, setup.instance & 0xFFFF) == (instance, rank)
+    assert setup.launches == (instance == rank == 0)

@@ -448,8 +448,10 @@ def test_a_model_that_changes_its_configuration_keeps_its_name(
 def test_a_server_is_not_told_of_a_model_without_its_weights(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No engine would have the name that the server is given."""
+    """No engine would have the name that the server is given. With them, it has one."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    words = [str(folder), "--dtype", "float32", "--skip-tokenizer-init"]
+    assert model.model_of(words).model_id.startswith(f"vllm {folder} ")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="download them first"):
-        model.model_of([str(folder), "--dtype", "float32", "--skip-tokenizer-init"])
+        model.model_of(words)

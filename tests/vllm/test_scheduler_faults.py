@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from flexkv.common.errors import ClosedError
+from flexkv.server.operator import command
 from flexkv.server.wire import Copied, Copy, Ready
 from tests.system.conftest import PER_BLOCK
 from tests.system.serving import eventually
@@ -189,6 +190,16 @@ def test_a_put_whose_parents_are_gone_is_made_again_from_the_first_block(rig: Ri
     assert answered(rig, Request("b", num_tokens=LONG)) == (5 * PER_BLOCK, True)
 
 
+def test_a_request_whose_cache_was_cleared_stores_nothing_more(rig: Rig) -> None:
+    """Its put is planned after the clear: the blocks that it computes next are old, too."""
+    answered(rig, Request("a", num_tokens=LONG))
+    step = rig.side.build_connector_meta(output(("a", [1, 2, 3, 4])))
+    command(rig.side._setup.settings.server_recv_port, "clear")
+    rig.agent.say(Ready(tuple(step.puts)))
+    until_puts_end(rig, "a")
+    assert rig.side.build_connector_meta(goes_on("a", TOKENS, PER_BLOCK, [5])).puts == []
+
+
 def test_puts_of_what_another_connector_has_not_loaded_are_dropped(rig: Rig) -> None:
     """The server and the workers drop them; they are made again, and other puts go on."""
     answered(rig, Request("a", num_tokens=LONG))
@@ -228,6 +239,7 @@ class Agent:
 
     def __init__(self, *_: Any) -> None:
         self.told: list[int] = []
+        self.told_to_device: list[int] = []
         self.settled: list[int] = []
         self.lent: list[Any] = []
         self.closed = 0
@@ -236,9 +248,11 @@ class Agent:
         """Note what is lent."""
         self.lent.append(kv_caches)
 
-    def ready(self, numbers: list[int]) -> None:
-        """Note that the blocks of these requests are ready."""
+    def ready(self, numbers: list[int], to_device: bool = False) -> None:
+        """Note that these requests may go on, and which of them write to the device."""
         self.told += numbers
+        if to_device:
+            self.told_to_device += numbers
 
     def settle(self, numbers: list[int]) -> None:
         """Note that no copy of these requests may be left."""
@@ -284,6 +298,7 @@ def test_nothing_is_read_or_written_of_a_forward_that_has_failed(side: Any, draf
     assert (side._agent.told, side._agent.settled) == ([], [3])
     ran(side, StepMetadata(puts=[4], loads=[5]), drafts)
     assert sorted(side._agent.told) == [4, 5]
+    assert side._agent.told_to_device == [5]
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside_others"])
@@ -325,10 +340,17 @@ def test_puts_of_before_a_nap_are_not_let_go_after_it(side: Any) -> None:
     assert side._agent.told == []
 
 
+def test_a_worker_without_caches_has_none_to_lend_again(side: Any) -> None:
+    """An engine may be put to sleep, and woken, before it has any."""
+    side.suspend()
+    side.resume()
+    assert side._agent.lent == []
+
+
 def test_a_worker_that_sleeps_tells_nobody(side: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its requests have ended; the step goes on."""
 
-    def closed(_: Any) -> None:
+    def closed(*_: Any) -> None:
         raise ClosedError("agent")
 
     monkeypatch.setattr(side._agent, "ready", closed)

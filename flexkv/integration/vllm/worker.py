@@ -51,8 +51,9 @@ class WorkerSide:
         self._agent.close()
 
     def resume(self) -> None:
-        """Lend them again."""
-        self.register_kv_caches(self._lent)
+        """Lend them again, if any were lent."""
+        if self._lent:
+            self.register_kv_caches(self._lent)
 
     def wait_for_save(self, step: StepMetadata) -> None:
         """Note that the step's forward is done and has written what its puts read.
