@@ -32,7 +32,6 @@ from flexkv.io.file_calls import KERNEL, FileCalls
 NAME, NEW_NAME = "journal.flexkv", "journal.new.flexkv"
 RECORD_BYTES = BLOCK_RECORD_BYTES
 """One block as the index exports it."""
-FRAME_BYTES_MAX = 64 << 20
 FRAME_ROWS_MAX = 1 << 20
 
 _HEAD = struct.Struct("<II")
@@ -132,7 +131,7 @@ def records(content: bytes | memoryview) -> Iterator[tuple[Record, int]]:
     while at + _HEAD.size <= len(view):
         length, crc = _HEAD.unpack_from(view, at)
         payload = view[at + _HEAD.size : at + _HEAD.size + length]
-        if length > FRAME_BYTES_MAX or len(payload) < length or zlib.crc32(payload) != crc:
+        if len(payload) < length or zlib.crc32(payload) != crc:
             return
         try:
             record = decoded(_DECODER, payload)

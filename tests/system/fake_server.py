@@ -76,9 +76,13 @@ class FakeServer:
             peer.sendall(framed(State(True, 64, ORDER, 1)))
         self._peers.put(peer)
 
-    def next_peer(self) -> socket.socket:
-        """Return the next connection that was welcomed."""
-        return self._peers.get(timeout=10)
+    def next_peer(self, within_s: float = 10.0) -> socket.socket:
+        """Return the next connection that was welcomed.
+
+        Raises:
+            queue.Empty: there is none in time.
+        """
+        return self._peers.get(timeout=within_s)
 
     @staticmethod
     def hear(peer: socket.socket) -> Any:

@@ -246,7 +246,8 @@ def test_a_request_of_what_there_is_not_fails_by_itself(
 ) -> None:
     """Wrong device blocks, lengths, positions and operations; the client stays connected."""
     agent, client = pair
-    assert start(client, 1, os.urandom(48), ids, **more).status == "failed"
+    done = start(client, 1, os.urandom(48), ids, **more)
+    assert (done.status, done.moved) == ("failed", 0)
     client.put(2)
     agent.say(Copied(agent.hear(Copy).token))
     assert client.hear(Done).status == "success"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import socket
 import threading
 from collections.abc import Iterator
@@ -256,6 +257,24 @@ def test_a_client_keeps_nothing_of_what_nobody_waits_for(
     assert kept_by(client) == before
 
 
+def test_a_question_asks_for_no_more_than_it_is_told_to(client: Client, server: FakeServer) -> None:
+    """Neither for a hold, which keeps blocks from others, nor for news of each block."""
+    peer = server.next_peer()
+    for named in ({}, {"hold": True}, {"tell": True}):
+        client.ask(KEYS, **named)
+        heard = server.hear(peer)
+        assert {"hold": heard.hold, "tell": heard.tell} == {"hold": False, "tell": False, **named}
+
+
+def test_a_server_that_has_hung_up_is_lost_with_the_next_question(
+    client: Client, server: FakeServer
+) -> None:
+    """No call has to look for an answer first."""
+    server.next_peer().close()
+    client.ask(KEYS)
+    assert not client.is_ready
+
+
 def test_many_numbers_go_in_several_messages(client: Client, server: FakeServer) -> None:
     """Each message has as many as a server accepts."""
     peer = server.next_peer()
@@ -349,6 +368,20 @@ def test_a_copy_that_cannot_be_is_answered_with_an_error(
     assert server.hear(peer).error
     server.say(peer, Copy(2, True, ids(0), ids(0)))
     assert server.hear(peer) == Copied(2)
+
+
+def test_an_agent_leaves_a_server_alone_whose_memory_it_cannot_map(
+    settings: Settings, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a while: it does not connect again and again."""
+    monkeypatch.setattr("flexkv.server.agent.RETRY_REFUSED_S", 60.0)
+    server.gives_memory = False
+    agent = Agent(settings.server_recv_port, MODEL, settings.cache_config)
+    agent.start(kv_caches())
+    server.next_peer().close()
+    with pytest.raises(queue.Empty):
+        server.next_peer(within_s=0.3)
+    agent.close()
 
 
 @pytest.mark.parametrize(

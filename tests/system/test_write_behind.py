@@ -122,6 +122,7 @@ def test_a_burst_that_may_wait_loses_nothing() -> None:
             await put(engine, number)
         await engine.flush()
         assert on_disk(engine, *range(20)) == [BLOCKS] * 20
+        assert engine.statistics().requests_waiting == 0
 
     on_engine(work, host=12, disk=128, write_behind_max_gb=QUEUED_GB, write_behind_wait_s=600.0)
 
@@ -279,7 +280,9 @@ def test_a_flush_writes_what_the_ssd_has_lost_meanwhile() -> None:
         await put(engine, 0)
         await engine.flush()
         engine.keeping.clear(Tier.DISK)
+        begin_s = asyncio.get_running_loop().time()
         await engine.flush()
+        assert asyncio.get_running_loop().time() - begin_s < 0.5, "it waited for nothing"
         assert on_disk(engine, 0) == [BLOCKS]
 
     on_engine(work, host=32, disk=16)

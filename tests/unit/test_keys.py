@@ -32,6 +32,16 @@ def chain(per_block: int = 16, secret: str = "", **changes: Any) -> KeyChain:
     return KeyChain(ModelConfig(**{**BASE, **changes}), per_block, secret)
 
 
+def test_layers_of_other_shapes_have_other_keys() -> None:
+    """However the same heads are spread over the layers, a model has keys of its own."""
+    group = {"num_layers": 1, "num_kv_heads": 2, "head_size": 8}
+    tokens = np.arange(32)
+    wide, narrow = group, {**group, "num_kv_heads": 1}
+    spreads = [None, [wide, wide], [wide, narrow], [narrow, wide]]
+    keys = {chain(layer_groups=groups).keys(tokens, None) for groups in spreads}
+    assert len(keys) == len(spreads)
+
+
 def test_keys_are_chained_xxh3_over_parent_and_tokens() -> None:
     """key[i] = XXH3-128(key[i-1] ‖ tokens of block i), by another implementation."""
     keys = block_keys(chain().keys(TOKENS))

@@ -264,6 +264,53 @@ def test_nothing_is_believed_behind_a_clear() -> None:
     run_virtual(work())
 
 
+def test_who_waits_for_an_erasure_that_is_being_written_is_told() -> None:
+    """Though nothing else is noted behind it."""
+
+    async def work() -> None:
+        ledger, told = Rig(failing_writes=0).ledger, []
+        writing = asyncio.ensure_future(ledger.run())
+        ledger.stored(np.array([1]))
+        await ledger.written()
+        ledger.erased(np.array([1]))
+        await asyncio.sleep(DELAY_S * 1.5)  # gathered, given to the thread, not written
+        assert not ledger.forget(np.array([1]), lambda: told.append("written"))
+        await asyncio.sleep(1.0)  # virtual
+        assert told == ["written"]
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+        ledger.close()
+
+    run_virtual(work())
+
+
+def test_a_journal_is_written_anew_once_it_is_four_times_what_it_says() -> None:
+    """Not before, and also once it says nothing any more."""
+
+    async def work() -> None:
+        rig = Rig(failing_writes=0)
+        rig.ledger.journal_bytes_min = 1
+        writing = asyncio.ensure_future(rig.ledger.run())
+        sizes = []
+        for _ in range(12):
+            rig.ledger.stored(np.arange(BLOCKS))
+            await rig.ledger.flush()
+            sizes.append(rig.journal.bytes)
+        assert sizes[:3] == [sizes[0], 2 * sizes[0], 3 * sizes[0]]
+        assert max(sizes) <= 5 * sizes[0]
+        assert sizes[-1] < 4 * sizes[0]
+        assert rig.rows() == list(range(BLOCKS))
+        rig.ledger.erased(np.arange(BLOCKS))
+        await rig.ledger.flush()
+        await rig.ledger.flush()
+        assert rig.journal.bytes == 0
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+        rig.ledger.close()
+
+    run_virtual(work())
+
+
 def test_a_closed_ledger_promises_nothing() -> None:
     """Whoever waits then is told at once, and does not wait for a thread that is not there."""
 

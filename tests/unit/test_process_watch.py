@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from flexkv.server.launch import ProcessWatch
 
 PATIENCE_S = 20.0
@@ -24,3 +26,23 @@ def test_the_end_of_a_process_is_seen_with_any_descriptor() -> None:
     assert watch.wait(PATIENCE_S)
     assert watch.has_ended
     watch.close()
+
+
+@pytest.mark.parametrize("has_pidfds", [True, False])
+def test_the_end_of_a_process_is_seen_by_its_number(
+    monkeypatch: pytest.MonkeyPatch, has_pidfds: bool
+) -> None:
+    """Whether or not the kernel has descriptors of processes; and none stays open."""
+    before = len(os.listdir("/proc/self/fd"))
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    if not has_pidfds:
+        monkeypatch.delattr(os, "pidfd_open")
+    watch = ProcessWatch(process.pid)
+    assert (watch.fd >= 0) == has_pidfds
+    assert not watch.has_ended
+    assert not watch.wait(0.0)
+    process.communicate()
+    assert watch.wait(PATIENCE_S)
+    assert watch.has_ended
+    watch.close()
+    assert len(os.listdir("/proc/self/fd")) == before

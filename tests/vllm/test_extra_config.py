@@ -123,3 +123,15 @@ def test_each_rank_of_data_parallelism_is_an_instance(
     setup = setup_of(config)
     assert (setup.instance >> 16, setup.instance & 0xFFFF) == (instance, rank)
     assert setup.launches == (instance == rank == 0)
+
+
+@pytest.mark.parametrize(
+    ("told", "dtype"),
+    [("auto", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16"),
+     ("fp8", "uint8"), ("fp8_e5m2", "uint8")],
+)  # fmt: skip
+def test_a_quantised_cache_has_elements_of_a_byte(configured: Any, told: str, dtype: str) -> None:
+    """Whatever vLLM calls them; other caches have the type that they are given, or the model's."""
+    config = copy.deepcopy(configured)
+    config.cache_config.cache_dtype = told
+    assert setup_of(config).model.dtype == dtype

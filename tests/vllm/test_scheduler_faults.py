@@ -231,6 +231,17 @@ def test_a_scheduler_has_no_block_that_failed_to_load(
     assert made.get_block_ids_with_load_errors() == set()
 
 
+def test_a_worker_offers_no_tokens(
+    configured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the scheduler's side knows what there is to load."""
+    monkeypatch.setattr(vllm_v1_adapter, "_tp_rank", lambda: 0)
+    monkeypatch.setenv("FLEXKV_SERVER_RECV_PORT", f"ipc://{tmp_path}/socket")
+    made = vllm_v1_adapter.FlexKVConnectorV1Impl(configured, KVConnectorRole.WORKER)
+    assert made.get_num_new_matched_tokens(Request("a"), 0) == (0, False)
+    made.shutdown()
+
+
 # -- workers --------------------------------------------------------------------------------------
 
 

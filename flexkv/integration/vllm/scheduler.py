@@ -273,10 +273,7 @@ class SchedulerSide:
         if tracked.is_stale or not self.client.is_ready or not self._requests.is_named(tracked):
             return
         request_id = tracked.request.request_id
-        after = computed + output.num_scheduled_tokens[request_id]
-        first = tracked.stored_blocks
-        if after < (first + 1) * self._per_block:
-            return
+        first, after = tracked.stored_blocks, computed + output.num_scheduled_tokens[request_id]
         # Drafts may be rejected.
         after -= len(output.scheduled_spec_decode_tokens.get(request_id, ()))
         blocks = min(after, len(tracked.request.all_token_ids)) // self._per_block
