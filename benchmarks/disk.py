@@ -19,9 +19,10 @@ from pathlib import Path
 from benchmarks.disk_limits import BLOCK_BYTES, BareRing, Fio, huge_pages
 from benchmarks.harness import Figures, Options, median_ratio, percentile
 from benchmarks.rigs import LARGE, cache_of, kv_caches, prompt, slots_of
-from benchmarks.slow_disk import missing, slow_disk
+from benchmarks.slow_disk import slow_disk
 from flexkv.common.config import MB, CacheConfig
 from flexkv.kvmanager import KVManager
+from tests.system.mounted import missing
 
 TIER_BULKS, FILLED_BULKS, FIRST_ROUNDS = 12, 5, 3
 """The size of the SSD tier, what `fill` writes of it, and the rounds on files never written to."""

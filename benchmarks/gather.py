@@ -17,27 +17,30 @@ from benchmarks.harness import Figures, Options, alternate, median_ratio, second
 from flexkv import _ext
 
 LAYERS, BLOCKS, DEVICE_BLOCKS = 32, 64, 512
+BLOCKS_IF_QUICK, DEVICE_BLOCKS_IF_QUICK = 8, 10
 
 
 def measure(options: Options) -> Figures:
     """Give the figures of the case."""
     torch.set_num_threads(2)
     figures: Figures = {}
+    sizes = BLOCKS, DEVICE_BLOCKS
+    if options.quick:
+        sizes = BLOCKS_IF_QUICK, DEVICE_BLOCKS_IF_QUICK
     for run_bytes in (32 << 10, 4 << 10):
-        device_blocks = 80 if options.quick else DEVICE_BLOCKS
-        for name, value in _one(run_bytes, device_blocks, options.repeats).items():
+        for name, value in _one(run_bytes, *sizes, options.repeats).items():
             figures[f"{run_bytes >> 10} KiB runs: {name}"] = value
     return figures
 
 
-def _one(run_bytes: int, device_blocks: int, repeats: int) -> Figures:
+def _one(run_bytes: int, blocks: int, device_blocks: int, repeats: int) -> Figures:
     random = np.random.default_rng(0)
     pages = _huge(2 * LAYERS * device_blocks * run_bytes).reshape(
         LAYERS, 2, device_blocks, run_bytes
     )
     block_bytes = 2 * LAYERS * run_bytes
-    host, spare = _huge(BLOCKS * block_bytes), _huge(BLOCKS * block_bytes)
-    ids, host_ids = random.permutation(device_blocks)[:BLOCKS], np.arange(BLOCKS)
+    host, spare = _huge(blocks * block_bytes), _huge(blocks * block_bytes)
+    ids, host_ids = random.permutation(device_blocks)[:blocks], np.arange(blocks)
     rows = [
         (pages[layer, part].ctypes.data, run_bytes, run_bytes, (2 * layer + part) * run_bytes)
         for layer in range(LAYERS)
@@ -53,7 +56,7 @@ def _one(run_bytes: int, device_blocks: int, repeats: int) -> Figures:
 
     layers = [torch.from_numpy(pages[layer].view(np.float16)) for layer in range(LAYERS)]
     index = torch.from_numpy(ids)
-    block_first = torch.from_numpy(spare.view(np.float16)).view(BLOCKS, LAYERS, 2, run_bytes // 2)
+    block_first = torch.from_numpy(spare.view(np.float16)).view(blocks, LAYERS, 2, run_bytes // 2)
 
     def torch_gather() -> None:
         for number, layer in enumerate(layers):
@@ -74,7 +77,7 @@ def _one(run_bytes: int, device_blocks: int, repeats: int) -> Figures:
         repeats * 2,
     )
     pool.close()
-    gigabytes = BLOCKS * block_bytes / 1e9
+    gigabytes = blocks * block_bytes / 1e9
     return {
         "gather / contiguous copy": median_ratio(took["contiguous"], took["gather"]),
         "scatter / contiguous copy": median_ratio(took["contiguous"], took["scatter"]),

@@ -8,8 +8,6 @@ It needs FUSE. A cgroup would throttle a real device, but in bursts of many mill
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -20,8 +18,7 @@ from pathlib import Path
 import mfusepy
 
 from tests.system.failing_disk import FailingDisk
-
-PATIENCE_S = 20.0
+from tests.system.mounted import mounted_by
 
 
 class SlowDisk(FailingDisk):
@@ -41,13 +38,6 @@ class SlowDisk(FailingDisk):
         return data
 
 
-def missing() -> str:
-    """Return what this machine lacks for a slow disk; empty if nothing."""
-    if not Path("/dev/fuse").exists() or shutil.which("fusermount3") is None:
-        return "needs FUSE"
-    return ""
-
-
 @contextmanager
 def slow_disk(directory: Path, rate: float) -> Iterator[Path]:
     """Lend a directory in a slow file system.
@@ -60,20 +50,9 @@ def slow_disk(directory: Path, rate: float) -> Iterator[Path]:
         RuntimeError: this process may not mount.
     """
     mounted, real = (directory.resolve() / name for name in ("slow", "real"))  # it serves from /
-    mounted.mkdir()
     real.mkdir()
-    command = [sys.executable, "-m", "benchmarks.slow_disk", str(mounted), str(real), str(rate)]
-    with subprocess.Popen(command) as serving:
-        until_s = time.monotonic() + PATIENCE_S
-        while not mounted.is_mount():
-            if serving.poll() is not None or time.monotonic() > until_s:
-                serving.kill()
-                raise RuntimeError(f"{mounted} cannot be mounted")
-            time.sleep(0.01)
-        try:
-            yield mounted
-        finally:
-            subprocess.run(["fusermount3", "-u", "-z", str(mounted)], check=True)
+    with mounted_by("benchmarks.slow_disk", mounted, real, rate):
+        yield mounted
 
 
 if __name__ == "__main__":

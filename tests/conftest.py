@@ -18,6 +18,9 @@ settings.register_profile(
 settings.register_profile("soak", settings.get_profile("ci"), max_examples=5000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+# Two tests run at once on two cores: threads of a library that spin would take the other's time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Directories that tests make must not be writable by a group: an engine refuses them.
 os.umask(0o022)
 

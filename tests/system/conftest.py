@@ -1,61 +1,42 @@
-"""Managers in each of their forms, and device memory with known bytes."""
+"""Managers in each of their forms, and servers with instances at them."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from flexkv.common.config import CacheConfig, ModelConfig
+from flexkv.common.config import Settings
 from flexkv.common.request import KVResponse
 from flexkv.kvmanager import KVManager
+from flexkv.server.launch import Launched
 
-PER_BLOCK = 4
-DEVICE_BLOCKS = 64
-MODEL = ModelConfig(num_layers=3, num_kv_heads=2, head_size=8, dtype="float16")
+from .caches import (
+    DEVICE_BLOCKS,
+    MODEL,
+    PER_BLOCK,
+    bytes_of,
+    cache_config,
+    kv_caches,
+    open_fds,
+    slots_of,
+)
+from .forked import forked_server
+from .serving import Instance, settings_in
 
-
-def cache_config(directory: Path, **changes: Any) -> CacheConfig:
-    """Give a small two-tier configuration."""
-    values: dict[str, Any] = {
-        "tokens_per_block": PER_BLOCK,
-        "num_cpu_blocks": 32,
-        "num_ssd_blocks": 128,
-        "ssd_cache_dir": str(directory),
-        "evict_ratio": 0.0,
-    }
-    return CacheConfig(**{**values, **changes})
-
-
-def kv_caches(seed: int = 0) -> list[NDArray[np.float16]]:
-    """Give per-layer caches [2, blocks, tokens, heads, dim] of random bytes."""
-    shape = (2, DEVICE_BLOCKS, PER_BLOCK, MODEL.num_kv_heads, MODEL.head_size)
-    random = np.random.default_rng(seed)
-    return [
-        random.integers(0, 1 << 16, shape, np.uint16).view(np.float16)
-        for _ in range(MODEL.num_layers)
-    ]
-
-
-def slots_of(blocks: Any) -> NDArray[np.int64]:
-    """Give the slots of whole device blocks."""
-    return (np.asarray(blocks)[:, None] * PER_BLOCK + np.arange(PER_BLOCK)).ravel()
-
-
-def bytes_of(caches: list[NDArray[np.float16]], blocks: Any) -> NDArray[np.uint16]:
-    """Give a copy of the content of device blocks."""
-    return np.stack([layer[:, list(blocks)].view(np.uint16).copy() for layer in caches])
-
-
-def open_fds() -> int:
-    """Count this process's file descriptors."""
-    return len(os.listdir("/proc/self/fd"))
+__all__ = [
+    "DEVICE_BLOCKS",
+    "MODEL",
+    "PER_BLOCK",
+    "bytes_of",
+    "cache_config",
+    "kv_caches",
+    "open_fds",
+    "slots_of",
+]
 
 
 class Rig:
@@ -104,3 +85,30 @@ MakeManager = Callable[..., KVManager]
 def make_manager(tmp_path: Path) -> MakeManager:
     """Make managers over one SSD directory, with changes to their cache configuration."""
     return lambda **changes: KVManager(MODEL, cache_config(tmp_path, **changes))
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Return the settings of a server in the test's folder."""
+    return settings_in(tmp_path)
+
+
+@pytest.fixture
+def launched(settings: Settings, request: Any) -> Iterator[Launched]:
+    """Yield a running server, and check at last that it ended well: nothing was left in it.
+
+    A test's parameter is the model that it serves. A test that kills its server begins its own.
+    """
+    server = forked_server(settings, getattr(request, "param", MODEL))
+    yield server
+    server.close()
+    assert server.exit_status == 0
+
+
+@pytest.fixture
+def instance(settings: Settings, launched: Launched) -> Iterator[Instance]:
+    """Yield an instance that is connected to a running server."""
+    made = Instance(settings)
+    made.begin()
+    yield made
+    made.close()

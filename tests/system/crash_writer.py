@@ -95,6 +95,8 @@ async def write_in_bursts(directory: str, seed: int, ssd_blocks: int) -> None:
                 say("resident", each, manager.match(prompt(seed, each)).tokens // PER_BLOCK)
 
 
-if __name__ == "__main__":
-    work = write_in_bursts if sys.argv[4:] == ["bursts"] else write
-    asyncio.run(work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+def main() -> None:
+    """Write to a tier of so many blocks, in a directory, by a seed."""
+    directory, seed, ssd_blocks, work = sys.argv[1:]
+    works = {"write": write, "write_in_bursts": write_in_bursts}
+    asyncio.run(works[work](directory, int(seed), int(ssd_blocks)))

@@ -469,6 +469,7 @@ def run(name: str, folder: Path) -> Ended:
     if not child:
         for fd, path in enumerate(paths, 1):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), fd)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
         faulthandler.dump_traceback_later(END_S, exit=True)
         CASES[name]()
         sys.exit()

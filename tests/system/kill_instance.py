@@ -2,48 +2,77 @@
 
     python -m tests.system.kill_instance SETTINGS.json NUMBER SEED
 
-It says "begun" when it is ready first, and at last how many gets came back right, and wrong. Blocks
-that two instances store under one key have the same bytes: they hang on the prompt alone.
+It says "begun" when it is ready first. For each line on stdin, a number, it says "right" after as
+many more right gets; when stdin has ended, how many gets came back right, and wrong. Blocks that
+two instances store under one key have the same bytes: they depend on the prompt alone.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 import threading
 import time
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 
 from flexkv.common.config import settings_of
 from flexkv.common.request import Operation
 from flexkv.logs import configure_logging
-from tests.system.conftest import MODEL
+from tests.system.caches import MODEL
 from tests.system.serving import BLOCKS, Instance
 
 PROMPTS = 40
 
 
+def say(*words: object) -> None:
+    """Tell the test a line."""
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
+    sys.stdout.flush()
+
+
+class Asked:
+    """What the test wants to hear."""
+
+    def __init__(self) -> None:
+        self.to_end = threading.Event()
+        self._goals, self._goal = SimpleQueue[int](), math.inf
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        for line in sys.stdin:
+            self._goals.put(int(line))
+        self.to_end.set()
+
+    def look(self, right: int) -> None:
+        """Say whether there have been enough right gets, once that was asked for."""
+        if right >= self._goal:
+            say("right")
+            self._goal = math.inf
+        if self._goal == math.inf and not self._goals.empty():
+            self._goal = right + self._goals.get()
+
+
 def run(settings_file: Path, number: int, seed: int) -> tuple[int, int]:
-    """Work until stdin ends; give the right and the wrong gets."""
-    ended = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+    """Work until stdin ends; return the right and the wrong gets."""
+    test = Asked()
     settings = settings_of(json.loads(settings_file.read_text()))
     chance, instance = random.Random(seed), Instance(settings, MODEL, number)
     for agent, caches in zip(instance.agents, instance.caches, strict=True):
         agent.start(caches)
     right = wrong = 0
     said = False
-    while not ended.is_set():
+    while not test.to_end.is_set():
         instance.client.poll()
         if not instance.client.is_ready:
             time.sleep(0.01)
             continue
         if not said:
-            sys.stdout.write("begun\n")
-            sys.stdout.flush()
+            say("begun")
             said = True
         prompt, first = chance.randrange(PROMPTS), chance.randrange(0, 5) * BLOCKS
         blocks = slice(first, first + BLOCKS)
@@ -64,11 +93,16 @@ def run(settings_file: Path, number: int, seed: int) -> tuple[int, int]:
                 for layer, values in zip(instance.caches[0], wanted, strict=True)
             )
             right, wrong = right + same, wrong + (not same)
+        test.look(right)
     instance.close()
     return right, wrong
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run an instance."""
     configure_logging("error")
-    outcome = run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
-    sys.stdout.write(f"{outcome[0]} {outcome[1]}\n")
+    say(*run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))
+
+
+if __name__ == "__main__":
+    main()

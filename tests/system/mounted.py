@@ -1,4 +1,4 @@
-"""Mounts the file system of `failing_disk.py`, where the machine permits."""
+"""Mounts file systems that a process of ours serves, where the machine permits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,26 +29,54 @@ class Disk:
         new.rename(self.control)
 
 
+def missing() -> str:
+    """Return what this machine lacks to mount a file system of ours; empty if nothing."""
+    if not Path("/dev/fuse").exists() or shutil.which("fusermount3") is None:
+        return "needs FUSE"
+    return ""
+
+
+@contextmanager
+def mounted_by(program: str, at: Path, *words: object) -> Iterator[None]:
+    """Mount a file system, and unmount it at last.
+
+    Args:
+        program: the module that serves it in the foreground: `python -m PROGRAM AT WORDS`.
+        at: the mount point, which is made.
+        words: what else the program is told.
+
+    Raises:
+        RuntimeError: this process may not mount.
+    """
+    at.mkdir()
+    command = [sys.executable, "-m", program, str(at), *map(str, words)]
+    with subprocess.Popen(command, cwd=ROOT) as serving:
+        until_s = time.monotonic() + PATIENCE_S
+        while not at.is_mount():
+            if serving.poll() is not None or time.monotonic() > until_s:
+                serving.kill()
+                raise RuntimeError(f"{at} cannot be mounted")
+            time.sleep(0.01)
+        try:
+            yield
+        finally:
+            subprocess.run(["fusermount3", "-u", "-z", str(at)], check=True)
+
+
 @contextmanager
 def mounted_disk(folder: Path) -> Iterator[Disk]:
     """Mount one in a folder, and unmount it at last; skip the test where that is not allowed."""
-    if not Path("/dev/fuse").exists() or shutil.which("fusermount3") is None:
+    if missing():
         pytest.skip("this machine has no FUSE")
-    mounted, directory, control = (folder / name for name in ("mounted", "real", "control"))
-    mounted.mkdir()
+    directory, disk = folder / "real", Disk(folder / "mounted", folder / "control")
     directory.mkdir()
-    disk = Disk(mounted, control)
     disk.suffers_from("")
-    command = [sys.executable, "-m", "tests.system.failing_disk"]
-    with subprocess.Popen(
-        [*command, str(mounted), str(directory), str(control)], cwd=ROOT
-    ) as serving:
-        until = time.monotonic() + PATIENCE_S
-        while not mounted.is_mount():
-            if serving.poll() is not None or time.monotonic() > until:
-                serving.kill()
-                pytest.skip("this process may not mount")
-            time.sleep(0.01)
+    with ExitStack() as opened:
+        try:
+            opened.enter_context(
+                mounted_by("tests.system.failing_disk", disk.mounted, directory, disk.control)
+            )
+        except RuntimeError:
+            pytest.skip("this process may not mount")
+        opened.callback(disk.suffers_from, "")  # or what hangs could not be unmounted
         yield disk
-        disk.suffers_from("")
-        subprocess.run(["fusermount3", "-u", "-z", str(mounted)], check=True)

@@ -28,7 +28,7 @@ from flexkv.server.wire import (
     framed,
 )
 
-from .conftest import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches
+from .caches import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches
 
 BLOCKS = 8
 

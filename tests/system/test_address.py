@@ -8,10 +8,9 @@ import pytest
 
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation
-from flexkv.server.launch import Launched
 from flexkv.server.operator import command
 
-from .conftest import MODEL
+from .forked import forked_server
 from .serving import BLOCKS, Instance, eventually, settings_in
 
 
@@ -26,14 +25,14 @@ def test_a_socket_that_was_removed_is_there_again(
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
         settings = settings.model_copy(update={"server_recv_port": "own"})
         path = tmp_path / "flexkv" / "server"
-    server = Launched(MODEL, settings)
+    server = forked_server(settings)
     first, second = Instance(settings), Instance(settings, number=1)
     try:
         first.begin()
         for _ in range(2):
             path.unlink()
             with pytest.raises(ConfigError, match=f"in use by another server.*{server.pid}"):
-                Launched(MODEL, settings)
+                forked_server(settings)
             eventually(path.exists)
         assert first.request(Operation.PUT, 1, range(BLOCKS)).moved == BLOCKS
         second.begin()

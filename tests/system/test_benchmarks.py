@@ -12,11 +12,14 @@ from benchmarks import lmcache
 from benchmarks.__main__ import CASES
 from benchmarks.harness import Options, machine, percentile, save
 
+from .forked import servers_are_forked
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_case_runs_and_gives_figures(case: str, tmp_path: Path) -> None:
     """Every case ends at its small sizes, and every figure is a positive number or says why not."""
-    figures = import_module(f"benchmarks.{case}").measure(Options(1, True, tmp_path))
+    with servers_are_forked():
+        figures = import_module(f"benchmarks.{case}").measure(Options(1, True, tmp_path))
     assert figures
     assert [name for name, value in figures.items() if not isinstance(value, str | float)] == []
     assert [name for name, value in figures.items() if isinstance(value, float) and value < 0] == []

@@ -7,7 +7,6 @@ import resource
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,26 +36,10 @@ from flexkv.server.wire import (
     framed,
 )
 
-from .conftest import MODEL
-from .serving import BLOCKS, Instance, Peer, eventually, settings_in
+from .serving import BLOCKS, Instance, Peer, eventually
 
 GROWTH_BYTES_MAX = 24 << 20
 FLOOD = 100_000
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    """Return settings."""
-    return settings_in(tmp_path)
-
-
-@pytest.fixture
-def launched(settings: Settings) -> Iterator[Launched]:
-    """Yield a running server; at the end, check that it ended well and nothing was left in it."""
-    server = Launched(MODEL, settings)
-    yield server
-    server.close()
-    assert server.exit_status == 0
 
 
 @pytest.fixture

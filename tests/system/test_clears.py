@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +14,10 @@ from flexkv.common.request import KVResponseStatus, Operation
 from flexkv.common.terms import Tier
 from flexkv.index.clears import ROOTS_MAX, ClearHistory
 from flexkv.kvmanager import KVManager
-from flexkv.server.launch import Launched
 from flexkv.server.operator import command
 
-from .conftest import MODEL, PER_BLOCK, MakeManager, kv_caches, slots_of
-from .serving import BLOCKS, Instance, eventually, settings_in
+from .conftest import PER_BLOCK, MakeManager, kv_caches, slots_of
+from .serving import BLOCKS, Instance, eventually
 
 TOKENS = np.arange(8 * PER_BLOCK)
 SLOTS = slots_of(range(8))
@@ -93,23 +90,6 @@ def test_the_oldest_clears_of_namespaces_count_for_all() -> None:
 
 
 # -- a server --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    """Settings of a server in a folder of the test."""
-    return settings_in(tmp_path)
-
-
-@pytest.fixture
-def instance(settings: Settings) -> Iterator[Instance]:
-    """An instance that is connected to a server of its own."""
-    server = Launched(MODEL, settings)
-    made = Instance(settings)
-    made.begin()
-    yield made
-    made.close()
-    server.close()
 
 
 def test_a_put_that_waits_for_its_ranks_stores_nothing(

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import selectors
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from random import Random
@@ -16,6 +13,7 @@ import pytest
 
 from flexkv.index.keys import block_keys
 from flexkv.kvmanager import KVManager
+from flexkv.polling import is_readable
 from flexkv.testing.known_bytes import KnownDevice
 from tests.system.crash_writer import (
     CHAIN,
@@ -27,6 +25,7 @@ from tests.system.crash_writer import (
     prompt,
     slots_of,
 )
+from tests.system.forked import Program
 
 KILLS = int(os.environ.get("KILLS", "6"))
 ROOMY, TIGHT = 20_000, 200
@@ -37,37 +36,25 @@ class Life:
     """What one process said before it was killed: when it put each prompt, how many are flushed."""
 
     def __init__(
-        self, directory: Path, seed: int, ssd_blocks: int, seconds: float, *mode: str
+        self, directory: Path, seed: int, ssd_blocks: int, seconds: float, work: str = "write"
     ) -> None:
         self.put_s: list[float] = []
         self.flushed = 0
         self.resident: dict[int, int] = {}
-        command = [sys.executable, "-m", "tests.system.crash_writer"]
-        process = subprocess.Popen(
-            [*command, str(directory), str(seed), str(ssd_blocks), *mode],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        assert process.stdout is not None
-        assert self._until_open(process.stdout), "the writer did not start"
-        self._read(process, time.monotonic() + seconds)
+        writer = Program("tests.system.crash_writer", "main", directory, seed, ssd_blocks, work)
+        lines = iter(writer.stdout.readline, "")
+        assert any(line == "open\n" for line in lines), "the writer did not start"
+        self._read(writer.stdout, time.monotonic() + seconds)
         self.killed_s = time.monotonic()
-        process.kill()
-        process.wait()
-        for line in process.stdout:  # told before it died
+        writer.kill()
+        for line in writer.stdout:  # told before it died
             self._take(line)
-        process.stdout.close()
+        writer.close()
 
-    @staticmethod
-    def _until_open(lines: IO[str]) -> bool:
-        return any(line.startswith("open") for line in iter(lines.readline, ""))
-
-    def _read(self, process: subprocess.Popen[str], until_s: float) -> None:
-        assert process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while (left := until_s - time.monotonic()) > 0:
-                if selector.select(left):
-                    self._take(process.stdout.readline())
+    def _read(self, lines: IO[str], until_s: float) -> None:
+        while (left := until_s - time.monotonic()) > 0:
+            if is_readable(lines, left):
+                self._take(lines.readline())
 
     def _take(self, line: str) -> None:
         words = line.split()
@@ -126,7 +113,7 @@ async def test_every_block_that_is_resident_at_a_returned_flush_comes_back(tmp_p
     random = Random(7)
     for kill in range(max(1, KILLS // 2)):
         seed, directory = random.randrange(1 << 30), tmp_path / f"tier-{kill}"
-        life = Life(directory, seed, ROOMY, random.uniform(0.1, 1.0), "bursts")
+        life = Life(directory, seed, ROOMY, random.uniform(0.1, 1.0), "write_in_bursts")
         device = KnownDevice(MODEL, PER_BLOCK, DEVICE_BLOCKS)
         async with KVManager(MODEL, config(str(directory), ROOMY, in_bursts=True)) as manager:
             manager.register_kv_caches(device.kv_caches)

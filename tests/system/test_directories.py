@@ -22,8 +22,8 @@ from flexkv.common.config import CacheConfig
 from flexkv.common.errors import ConfigError, FlexKVError, StorageError
 from flexkv.io.ssd import distinct
 from flexkv.kvmanager import KVManager
-from flexkv.server.launch import Launched
 from tests.system.conftest import MODEL, PER_BLOCK, cache_config, kv_caches, open_fds, slots_of
+from tests.system.forked import forked_server
 from tests.system.serving import eventually, settings_in
 from tests.system.test_warm import OTHER, PROMPT, put
 
@@ -410,7 +410,7 @@ def test_the_offline_command_finds_a_directory_however_it_is_written(
 def test_an_operator_s_flush_prints_what_is_not_there(tmp_path: Path) -> None:
     """A server whose SSD tier cannot be had flushes nothing, and the exit status says so."""
     settings = settings_in(tmp_path, ssd_cache_dir=str(tmp_path / "nowhere" / "kv"))
-    server = Launched(MODEL, settings)
+    server = forked_server(settings)
     try:
         flush = ["server", "flush", "--server", settings.server_recv_port]
         result = CliRunner().invoke(commands, flush)
@@ -418,6 +418,7 @@ def test_an_operator_s_flush_prints_what_is_not_there(tmp_path: Path) -> None:
         assert "disk is not there: none of its directories can be used" in result.output
     finally:
         server.close()
+    assert server.exit_status == 0
 
 
 @pytest.mark.parametrize("namespace", [None, "tenant"])

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+
+from .forked import Program
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,24 +31,21 @@ def test_an_example_runs_as_it_says(tmp_path: Path, name: str, lines: list[str])
     """From the repository's root, over a directory of its own."""
     directory = tmp_path / "flexkv-example"
     directory.mkdir(0o700)
-    command = [sys.executable, "-m", f"examples.{name}", str(directory)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    said = [line for line in done.stdout.splitlines() if line in lines]
-    assert said == lines, done.stdout
+    with closing(Program(f"examples.{name}", None, directory)) as example:
+        printed = example.stdout.read()
+        assert example.wait(60) == 0, printed
+    assert [line for line in printed.splitlines() if line in lines] == lines, printed
 
 
 def test_a_server_and_an_engine_of_several_processes_run_as_they_say(tmp_path: Path) -> None:
     """Each in a terminal of its own."""
-    directory = str(tmp_path / "flexkv-example")
-    server = subprocess.Popen([sys.executable, "-m", "examples.run_server", directory], cwd=ROOT)
-    try:
-        command = [sys.executable, "-m", "examples.scheduler_server_example", directory]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert "every byte is back" in done.stdout
-    finally:
-        server.terminate()
+    directory = tmp_path / "flexkv-example"
+    with closing(Program("examples.run_server", None, directory)) as server:
+        with closing(Program("examples.scheduler_server_example", None, directory)) as example:
+            printed = example.stdout.read()
+            assert example.wait(60) == 0, printed
+            assert "every byte is back" in printed
+        os.kill(server.pid, signal.SIGTERM)
         assert server.wait(60) == 0
 
 
@@ -57,13 +59,33 @@ def test_every_example_is_run_by_a_test() -> None:
             assert path.name in readme, path.name
 
 
+TWICE = """
+import os, runpy, sys
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+for _ in range(2):
+    if not (child := os.fork()):
+        sys.argv = sys.argv[1:]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.exit()
+    _, status = os.waitpid(child, 0)
+    if status:
+        sys.exit(1)
+"""
+"""Runs a program in two processes, one after the other, and imports what takes long only once."""
+
+
 def test_prefixes_of_a_transformers_model_are_kept(tmp_path: Path) -> None:
     """Equal tokens with and without; a second process finds what the first one left on SSD."""
     pytest.importorskip("transformers")
-    command = [sys.executable, "examples/transformers_prefix_cache.py", "--turns", "2"]
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", TWICE]
+    command += ["examples/transformers_prefix_cache.py", "--turns", "2"]
     command += ["--tokens", "40", "--ssd", str(tmp_path)]
-    for loaded in (["0", "32"], ["32", "79"]):  # whole blocks; one token is computed
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        rows = [line.split() for line in done.stdout.splitlines() if line.endswith(" yes")]
-        assert [row[2] for row in rows] == loaded
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.endswith(" yes")]
+    assert [row[2] for row in rows] == [
+        "0",
+        "32",
+        "32",
+        "79",
+    ]  # whole blocks; one token is computed

@@ -22,11 +22,10 @@ from flexkv.common.request import KVResponseStatus, Operation
 from flexkv.common.terms import Tier
 from flexkv.kvmanager import KVManager
 from flexkv.metrics import MetricsServer
-from flexkv.server.launch import Launched
 
 from .conftest import MODEL, PER_BLOCK, MakeManager, bytes_of, cache_config, kv_caches, slots_of
+from .forked import forked_server
 from .serving import BLOCKS, Instance, settings_in
-from .serving import MODEL as SERVED
 
 PROMPT = np.arange(10 * PER_BLOCK)
 SLOTS = slots_of(range(10))
@@ -242,7 +241,7 @@ def test_a_manager_that_is_not_started_may_be_started_in_a_child(make_manager: M
 def test_a_client_and_an_agent_belong_to_their_process(tmp_path: Path) -> None:
     """Their calls in a child name the fork; what the child drops, the parent still has."""
     settings = settings_in(tmp_path)
-    server = Launched(SERVED, settings)
+    server = forked_server(settings)
     instance = Instance(settings)
     instance.begin()
     client, keys = instance.client, instance.keys(1)
@@ -265,6 +264,7 @@ def test_a_client_and_an_agent_belong_to_their_process(tmp_path: Path) -> None:
         assert (was == now).all()
     instance.close()
     server.close()
+    assert server.exit_status == 0
 
 
 SCRIPT = """

@@ -11,11 +11,11 @@ import numpy as np
 import psutil
 
 from flexkv.common.request import Operation
-from flexkv.server.launch import Launched
 from flexkv.server.operator import command
 from flexkv.testing.hostile import Hostile
 
 from .conftest import MODEL
+from .forked import forked_server
 from .serving import BLOCKS, Instance, eventually, settings_in
 
 FRAMES = int(os.environ.get("FUZZ_FRAMES", "5000"))
@@ -72,7 +72,7 @@ def test_hostile_peers_stop_nobody(tmp_path: Path) -> None:
     index holds every law and nothing is left in it.
     """
     settings = settings_in(tmp_path, num_cpu_blocks=64, io_deadline_s=2.0)
-    server = Launched(MODEL, settings)
+    server = forked_server(settings)
     instance = Instance(settings)
     instance.begin()
     process = psutil.Process(server.pid)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from flexkv import ledger
 from flexkv.io.files import StripedFiles
 
 from .conftest import PER_BLOCK, MakeManager, kv_caches, slots_of
@@ -31,9 +32,13 @@ def syncing(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 @pytest.mark.parametrize("entries", [512, 0], ids=["uring", "threads"])
 def test_a_sync_that_hangs_does_not_hold_the_shutdown(
-    syncing: threading.Event, make_manager: MakeManager, entries: int
+    syncing: threading.Event,
+    make_manager: MakeManager,
+    entries: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It returns while the sync still hangs, and the directory can be used again."""
+    monkeypatch.setattr(ledger, "FINISH_S", 0.5)
     manager = make_manager(iouring_entries=entries, shutdown_flush_s=0.1)
     manager.start()
     manager.register_kv_caches(kv_caches())

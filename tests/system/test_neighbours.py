@@ -38,15 +38,6 @@ def settings(tmp_path: Path, request: Any) -> Settings:
 
 
 @pytest.fixture
-def launched(settings: Settings) -> Iterator[Launched]:
-    """Yield a running server; at the end, check that nothing was left in it."""
-    server = Launched(MODEL, settings)
-    yield server
-    server.close()
-    assert server.exit_status == 0
-
-
-@pytest.fixture
 def sound(settings: Settings, launched: Launched) -> Iterator[Instance]:
     """Return an instance that works."""
     made = Instance(settings)

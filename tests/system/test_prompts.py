@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -22,16 +20,11 @@ from flexkv.server.wire import Done, Match, Matched, Start, framed
 
 from .conftest import MODEL, PER_BLOCK
 from .fake_server import FakeServer
-from .serving import BLOCKS, Instance, Peer, eventually, settings_in
+from .forked import forked_server
+from .serving import BLOCKS, Instance, Peer, eventually
 
 GROWTH_BYTES_MAX = 96 << 20
 """Twice what the server keeps of one client's prompts, and what a busy allocator adds to it."""
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    """Return settings."""
-    return settings_in(tmp_path)
 
 
 def grown(client: Client, prompt: Prompt, blocks: int) -> PromptPart:
@@ -71,7 +64,7 @@ def test_each_key_is_sent_once(settings: Settings) -> None:
 @pytest.mark.parametrize("how", ["ends", "killed", "cut"])
 def test_a_new_connection_means_the_same_blocks(settings: Settings, how: str) -> None:
     """A server that restarts, or a connection that is lost, costs keys anew and never bytes."""
-    server = Launched(MODEL, settings)
+    server = forked_server(settings)
     instance = Instance(settings)
     instance.begin()
     client, prompt = instance.client, instance.client.new_prompt()
@@ -88,7 +81,8 @@ def test_a_new_connection_means_the_same_blocks(settings: Settings, how: str) ->
                 os.kill(server.pid, signal.SIGKILL)
                 eventually(lambda: server.has_ended)
             server.close()
-            server = Launched(MODEL, settings)
+            assert server.exit_status == (how == "killed")
+            server = forked_server(settings)
         eventually(lambda: (client.poll(), not client.is_ready)[1] or how == "cut")
         client._retry_s = 0.0
         instance.wait_ready()
@@ -104,14 +98,6 @@ def test_a_new_connection_means_the_same_blocks(settings: Settings, how: str) ->
     finally:
         instance.close()
         server.close()
-
-
-@pytest.fixture
-def launched(settings: Settings) -> Iterator[Launched]:
-    """Yield a running server; at the end, check that it ended well."""
-    server = Launched(MODEL, settings)
-    yield server
-    server.close()
     assert server.exit_status == 0
 
 

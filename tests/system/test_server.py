@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,32 +24,10 @@ from flexkv.server.operator import command
 from flexkv.trace.load import load
 
 from .conftest import DEVICE_BLOCKS, MODEL
+from .forked import forked_server
 from .serving import BLOCKS, Instance, eventually, settings_in
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    """Give settings."""
-    return settings_in(tmp_path)
-
-
-@pytest.fixture
-def launched(settings: Settings) -> Iterator[Launched]:
-    """Give a running server."""
-    server = Launched(MODEL, settings)
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def instance(settings: Settings, launched: Launched) -> Iterator[Instance]:
-    """Give an instance that is connected."""
-    made = Instance(settings)
-    made.begin()
-    yield made
-    made.close()
 
 
 def test_bytes_come_back_over_processes(instance: Instance) -> None:
@@ -72,7 +47,7 @@ def test_two_instances_share_one_cache_and_ranks_have_their_heads(tmp_path: Path
     """What one has put the other gets, rank by rank; device blocks are each one's own."""
     model = MODEL.model_copy(update={"tp_size": 2})
     settings = settings_in(tmp_path)
-    server = Launched(model, settings)
+    server = forked_server(settings, model)
     one, two = (Instance(settings, model, number) for number in (0, 1))
     try:
         one.begin()
@@ -88,6 +63,7 @@ def test_two_instances_share_one_cache_and_ranks_have_their_heads(tmp_path: Path
         one.close()
         two.close()
         server.close()
+    assert server.exit_status == 0
 
 
 def test_a_put_waits_until_its_ranks_are_ready(instance: Instance) -> None:
@@ -120,7 +96,7 @@ def test_what_breaks_a_rule_is_refused_by_name(
 ) -> None:
     """Other blocks, a second client, a second server; ids that are none fail their request only."""
     with pytest.raises(ConfigError, match="is in use by another server"):
-        Launched(MODEL, settings)
+        forked_server(settings)
     wrong = np.arange(DEVICE_BLOCKS, DEVICE_BLOCKS + BLOCKS)
     number = instance.client.start(Operation.GET, instance.keys(1), 0, wrong)
     assert "is not a device block" in instance.end_of(number).error
@@ -153,7 +129,7 @@ def test_the_cache_survives_who_uses_it(settings: Settings, launched: Launched) 
 
 def test_a_server_that_is_killed_costs_hits_only(settings: Settings) -> None:
     """What was under way fails, the next server is found, and it is warm from SSD."""
-    server = Launched(MODEL, settings)
+    server = forked_server(settings)
     instance = Instance(settings)
     instance.begin()
     before = instance.content(range(BLOCKS))
@@ -165,7 +141,8 @@ def test_a_server_that_is_killed_costs_hits_only(settings: Settings) -> None:
     instance.agents[0].settle([waiting])
     assert instance.client.match(instance.keys(1)).blocks == 0
     server.close()
-    server = Launched(MODEL, settings)
+    assert server.exit_status == 1
+    server = forked_server(settings)
     try:
         instance.wait_ready()
         assert instance.client.match(instance.keys(1)).by_tier == {"disk": BLOCKS}
@@ -174,6 +151,7 @@ def test_a_server_that_is_killed_costs_hits_only(settings: Settings) -> None:
     finally:
         instance.close()
         server.close()
+    assert server.exit_status == 0
     assert list(Path(settings.server_recv_port.removeprefix("ipc://")).parent.glob("socket*")) == []
 
 
@@ -210,27 +188,9 @@ def test_an_operator_traces_a_running_server(
         command("ipc:///tmp/no-such-socket", "status")
 
 
-def test_the_examples_run(tmp_path: Path) -> None:
-    """A server, and an engine of three processes at it; both end well."""
-    server = subprocess.Popen(
-        [sys.executable, "-m", "examples.run_server", str(tmp_path / "files")], cwd=ROOT
-    )
-    example = [sys.executable, "-m", "examples.scheduler_server_example"]
-    try:
-        eventually((tmp_path / "files").is_dir)
-        done = subprocess.run(
-            [*example, str(tmp_path / "files")],
-            cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
-    finally:
-        server.terminate()
-        assert server.wait(30) == 0
-    assert done.returncode == 0, done.stderr
-    assert "every byte is back" in done.stdout
-
-
-def test_a_client_that_watches_hears_what_is_there(settings: Settings, launched: Launched) -> None:
+def test_a_client_that_watches_hears_what_is_there(settings: Settings) -> None:
     """Each tier's blocks, before the end of the put; what is cleared; and that a server is gone."""
+    server = forked_server(settings)
     made = Instance(settings)
     made.client.close()
     made.client = Client(settings, MODEL, watches=True)
@@ -260,10 +220,11 @@ def test_a_client_that_watches_hears_what_is_there(settings: Settings, launched:
         assert made.client.match(made.keys(1), tell=True).by_tier == {"disk": BLOCKS}
         eventually(lambda: (made.client.poll(), hear(), known)[-1])
         assert known == {(key, "disk") for key in keys}
-        os.kill(launched.pid, signal.SIGKILL)
+        os.kill(server.pid, signal.SIGKILL)
         eventually(lambda: (made.client.poll(), hear())[-1])
     finally:
         made.close()
+        server.close()
 
 
 def test_a_server_tells_no_number_of_blocks_that_no_device_has(tmp_path: Path) -> None:

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from flexkv.common.request import Operation
-from flexkv.server.launch import Launched
 from flexkv.testing.fake_cuda import FakeCuda, FakeTensor
 
-from .conftest import MODEL
+from .forked import forked_server
 from .serving import BLOCKS, Instance, eventually, settings_in
 
 TARGETS = range(20, 20 + BLOCKS)
@@ -55,7 +54,7 @@ class CudaInstance(Instance):
 def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaInstance]:
     """An instance that is connected."""
     settings = settings_in(tmp_path, use_ce_transfer_h2d=True, use_ce_transfer_d2h=True)
-    server = Launched(MODEL, settings)
+    server = forked_server(settings)
     made = CudaInstance(settings)
     made.drivers = []
 
@@ -69,6 +68,7 @@ def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaIn
     yield made
     made.close()
     server.close()
+    assert server.exit_status == 0
 
 
 def test_a_put_reads_what_the_stream_of_the_rank_has_queued(instance: CudaInstance) -> None:

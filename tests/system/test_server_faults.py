@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from flexkv.server.wire import (
 )
 
 from .conftest import MODEL, PER_BLOCK
+from .forked import forked_server
 from .serving import BLOCKS, ORDER, Instance, Peer, eventually, settings_in
 
 TWO_RANKS = MODEL.model_copy(update={"tp_size": 2})
@@ -53,21 +53,6 @@ TWO_RANKS = MODEL.model_copy(update={"tp_size": 2})
 def is_sound(settings: Settings) -> bool:
     """Tell whether the server's engine takes requests."""
     return "statistics" in command(settings.server_recv_port, "status")
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    """Give settings."""
-    return settings_in(tmp_path)
-
-
-@pytest.fixture
-def launched(settings: Settings, request: Any) -> Iterator[Launched]:
-    """Give a running server, and check at last that it ended well: nothing was left in it."""
-    server = Launched(getattr(request, "param", MODEL), settings)
-    yield server
-    server.close()
-    assert server.exit_status == 0
 
 
 def test_a_put_that_its_client_has_given_up_is_not_believed(
@@ -244,7 +229,7 @@ def test_one_instance_that_does_not_answer_stalls_no_other(
 ) -> None:
     """Its agent takes copies and never ends them; after a while nothing is begun there any more."""
     settings = settings_in(tmp_path, io_deadline_s=0.5, num_cpu_blocks=256)
-    server = Launched(MODEL, settings)
+    server = forked_server(settings)
     stuck, client = Peer(settings, "agent", 1), Peer(settings, "client", 1)
     client.hear_ready()
     client.put(1)
@@ -259,6 +244,7 @@ def test_one_instance_that_does_not_answer_stalls_no_other(
     for peer in (stuck, client, sound):
         peer.close()
     server.close()
+    assert server.exit_status == 0
 
 
 def test_nonsense_ends_its_connection_only(settings: Settings, launched: Launched) -> None:
@@ -354,7 +340,7 @@ def test_two_clients_of_one_instance_at_once(settings: Settings, launched: Launc
 
 def test_a_server_ends_soon_whoever_is_connected(settings: Settings) -> None:
     """A client that is idle, and one that never says who it is."""
-    server = Launched(MODEL, settings)
+    server = forked_server(settings)
     client = Peer(settings, "client")
     with socket.socket(socket.AF_UNIX) as silent:
         silent.connect(settings.server_recv_port.removeprefix("ipc://"))

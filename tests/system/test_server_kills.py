@@ -8,37 +8,33 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
-import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
 from flexkv.common.config import Settings
-from flexkv.server.launch import Launched, told_of
+from flexkv.server.launch import told_of
 
-from .conftest import MODEL
+from .forked import Program, forked_server
 from .serving import settings_in
 
-ROOT = Path(__file__).parents[2]
 ROUNDS = int(os.environ.get("SERVER_KILLS", "6"))
 
 
-def begun(settings_file: Path, number: int, seed: int) -> subprocess.Popen[str]:
-    """Start an instance."""
-    words = [sys.executable, "-m", "tests.system.kill_instance", str(settings_file)]
-    return subprocess.Popen(
-        [*words, str(number), str(seed)],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def await_right(instances: list[Program], gets: int) -> None:
+    """Wait until each has got as many prompts more, rightly."""
+    for each in instances:
+        each.say(gets)
+    for each in instances:
+        assert each.hear() == "right"
 
 
-def outcome(instance: subprocess.Popen[str]) -> tuple[int, int]:
-    """Let an instance end, and give its right and wrong gets."""
-    said, _ = instance.communicate(timeout=30)
-    assert instance.returncode == 0
-    right, wrong = said.split()[-2:]
+def outcome(ended: Program) -> tuple[int, int]:
+    """Let an instance end, and return its right and wrong gets."""
+    ended.stdin.close()
+    right, wrong = ended.hear().split()
+    assert ended.wait(30) == 0
     return int(right), int(wrong)
 
 
@@ -51,27 +47,28 @@ def test_the_others_go_on_rightly(tmp_path: Path, seed: int) -> None:
     )
     settings_file = tmp_path / "settings.json"
     settings_file.write_text(json.dumps(told_of(settings)))
-    server = Launched(MODEL, settings)
-    instances = [begun(settings_file, number, seed * 2 + number) for number in (0, 1)]
-    for each in instances:
-        assert each.stdout is not None
-        assert each.stdout.readline() == "begun\n"
-    time.sleep(chance.uniform(0.05, 0.5))
-    victim = chance.choice(["server", "instance"])
-    if victim == "server":
-        os.kill(server.pid, 9)
+    with ExitStack() as opened:
+
+        def begun(number: int, seed: int) -> Program:
+            made = opened.enter_context(
+                closing(Program("tests.system.kill_instance", "main", settings_file, number, seed))
+            )
+            assert made.hear() == "begun"
+            return made
+
+        server = forked_server(settings)
+        instances = [begun(number, seed * 2 + number) for number in (0, 1)]
+        await_right(instances, chance.randrange(1, 100))
+        if chance.choice(["server", "instance"]) == "server":
+            os.kill(server.pid, 9)
+            server.close()
+            server = forked_server(settings)
+        else:
+            instances[0].kill()
+            instances[0] = begun(0, seed + 1000)
+        await_right(instances, 6)
+        wrong = sum(outcome(each)[1] for each in instances)
         server.close()
-        server = Launched(MODEL, settings)
-    else:
-        instances[0].kill()
-        instances[0].communicate()
-        instances[0] = begun(settings_file, 0, seed + 1000)
-        assert instances[0].stdout is not None
-        assert instances[0].stdout.readline() == "begun\n"
-    time.sleep(chance.uniform(1.0, 1.5))
-    outcomes = [outcome(each) for each in instances]
-    server.close()
     assert server.exit_status == 0
-    assert sum(wrong for _, wrong in outcomes) == 0
-    assert all(right > 5 for right, _ in outcomes)
+    assert wrong == 0
     assert list(tmp_path.glob("socket*")) == []

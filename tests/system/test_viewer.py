@@ -6,12 +6,11 @@ import asyncio
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import msgspec
 import pytest
 from msgspec import structs
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import ConsoleMessage, Error, Page, sync_playwright
 from typer.testing import CliRunner
 
 from flexkv.cli.main import commands
@@ -20,6 +19,7 @@ from flexkv.trace.load import Trace, load
 from flexkv.trace.records import Record
 from flexkv.trace.summary import Summary
 from flexkv.trace.view import SHOWN_MAX
+from flexkv.trace.view import page as page_with
 
 from .test_trace import CASES, Rig, traced
 
@@ -29,14 +29,22 @@ MANY_OPS = 200_000
 
 
 @pytest.fixture(scope="module")
-def demo_trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the trace of a short demo."""
-    folder = tmp_path_factory.mktemp("demo")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the trace of a short demo, and one of each case in which something is wrong."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in CASES}
+
+    async def all_at_once() -> None:
+        async with asyncio.TaskGroup() as group:
+            for kind, (changes, work) in CASES.items():
+                group.create_task(traced(Rig(folders[kind], **changes), work))
+
+    asyncio.run(all_at_once())
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+        patch.chdir(demo := tmp_path_factory.mktemp("demo"))
         options = ["--requests", "300", "--host-blocks", "600", "--enable-trace"]
         assert CliRunner().invoke(commands, ["demo", *options]).exit_code == 0
-    return folder / "flexkv_trace.log"
+    made = {kind: folder / "trace" for kind, folder in folders.items()}
+    return {"demo": demo / "flexkv_trace.log", **made}
 
 
 def page_of(trace: Path) -> Path:
@@ -47,17 +55,14 @@ def page_of(trace: Path) -> Path:
     return to
 
 
-def many(trace: Path, to: Path) -> Path:
-    """Write a trace again and again, one run behind the other, until it has enough transfers."""
-    read, encode = load(trace), msgspec.json.Encoder().encode
-    span = read.end_ns - read.begin_ns
-    with to.open("wb") as file:
-        file.write(encode(read.header) + b"\n")
-        for turn in range(-(-MANY_OPS // len(read.ops))):
-            ids, ns = turn * 1_000_000, turn * span
-            for record in (*read.plans.values(), *read.ops, *read.requests, *read.samples):
-                file.write(encode(_later(record, ids, ns)) + b"\n")
-    return to
+def many(read: Trace) -> Trace:
+    """Return a trace again and again, one run behind the other, until it has enough transfers."""
+    whole, span = Trace(read.header), read.end_ns - read.begin_ns
+    records = (*read.plans.values(), *read.ops, *read.requests, *read.samples)
+    for turn in range(-(-MANY_OPS // len(read.ops))):
+        for record in records:
+            whole.take(_later(record, turn * 1_000_000, turn * span))
+    return whole
 
 
 def _later(record: Record, ids: int, ns: int) -> Record:
@@ -71,19 +76,37 @@ def _later(record: Record, ids: int, ns: int) -> Record:
 _IDS = ("run_id", "request_id")
 
 
-@pytest.fixture
-def browser(request: pytest.FixtureRequest) -> Iterator[tuple[Page, list[str]]]:
-    """Give a page of a laptop's size without a network, and what goes wrong on it."""
+@pytest.fixture(scope="module")
+def tab(traces: dict[str, Path]) -> Iterator[Page]:
+    """Yield a tab of a laptop's size without a network: it compiles a page's script once for all.
+
+    The traces are made before, since the browser runs an event loop in this thread.
+    """
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        page = chromium.new_page(
-            viewport={"width": 1366, "height": 768}, color_scheme=request.param, offline=True
-        )
-        errors: list[str] = []
-        page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        yield page, errors
+        yield chromium.new_page(viewport={"width": 1366, "height": 768}, offline=True)
         chromium.close()
+
+
+@pytest.fixture
+def browser(request: pytest.FixtureRequest, tab: Page) -> Iterator[tuple[Page, list[str]]]:
+    """Yield a tab in a colour scheme, and what goes wrong in it."""
+    errors: list[str] = []
+
+    def hear(said: ConsoleMessage) -> None:
+        if said.type == "error":
+            errors.append(said.text)
+
+    def fail(error: Error) -> None:
+        errors.append(str(error))
+
+    tab.emulate_media(color_scheme=getattr(request, "param", "light"))
+    tab.on("console", hear)
+    tab.on("pageerror", fail)
+    yield tab, errors
+    tab.goto("about:blank")  # which draws nothing when the scheme changes
+    tab.remove_listener("console", hear)
+    tab.remove_listener("pageerror", fail)
 
 
 def opened(page: Page, path: Path) -> None:
@@ -106,13 +129,18 @@ def axis(page: Page) -> list[float]:
     ids=["light, demo", "dark, demo", "dark, 200,000 transfers"],
 )
 def test_a_page_is_zoomed_searched_and_clicked(
-    is_large: bool, demo_trace: Path, tmp_path: Path, browser: tuple[Page, list[str]]
+    is_large: bool, traces: dict[str, Path], tmp_path: Path, browser: tuple[Page, list[str]]
 ) -> None:
     """Nothing goes wrong; every request tells its plan, and in words where its time went."""
     page, errors = browser
-    path = many(demo_trace, tmp_path / "many") if is_large else demo_trace
-    summary = Summary(load(path))
-    opened(page, page_of(path))
+    read = load(traces["demo"])
+    summary = Summary(many(read) if is_large else read)
+    if is_large:
+        path = tmp_path / "many.html"
+        path.write_text(page_with(summary), "utf-8")
+    else:
+        path = page_of(traces["demo"])
+    opened(page, path)
     detail = page.inner_text("#detail")
     assert (f"The {SHOWN_MAX} longest of" in detail) == is_large
     for chart in ("rates", "queues", "hits", "latency", "bytes", "steps"):
@@ -153,41 +181,18 @@ def test_a_page_is_zoomed_searched_and_clicked(
 _RANGE = "document.getElementById('timeline').layout.xaxis.range"
 
 
-class Shown(NamedTuple):
-    """A trace, and what its page says."""
-
-    trace: Trace
-    findings: str
-    events: str
-
-
-@pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Shown]:
-    """Return what one browser shows of each case."""
-    folders = {kind: tmp_path_factory.mktemp(kind) for kind in CASES}
-    traces = {
-        kind: asyncio.run(traced(Rig(folders[kind], **changes), work))
-        for kind, (changes, work) in CASES.items()
-    }
-    pages = {kind: page_of(folder / "trace") for kind, folder in folders.items()}
-    found = {}
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        page = chromium.new_page()
-        for kind, path in pages.items():
-            opened(page, path)
-            told = (page.inner_text("#findings"), page.inner_text("#events"))
-            found[kind] = Shown(traces[kind], *told)
-        chromium.close()
-    return found
-
-
 @pytest.mark.parametrize("kind", CASES)
-def test_what_was_wrong_is_on_the_page(kind: str, shown: dict[str, Shown]) -> None:
+def test_what_was_wrong_is_on_the_page(
+    kind: str, traces: dict[str, Path], browser: tuple[Page, list[str]]
+) -> None:
     """Its finding in words, and the change of state on the time axis where there was one."""
-    page = shown[kind]
-    for finding in findings(Summary(page.trace)):
-        assert finding.kind in page.findings
-        assert finding.text in page.findings
-    for event in page.trace.events:
-        assert event.kind in page.events
+    page, errors = browser
+    opened(page, page_of(traces[kind]))
+    trace = load(traces[kind])
+    shown, events = page.inner_text("#findings"), page.inner_text("#events")
+    for finding in findings(Summary(trace)):
+        assert finding.kind in shown
+        assert finding.text in shown
+    for event in trace.events:
+        assert event.kind in events
+    assert errors == []

@@ -1,0 +1,229 @@
+"""Programs that begin at once, since they are forked off a process that has imported flexkv.
+
+Importing it takes most of a second of a core, and the tests begin hundreds of programs.
+
+    test ── connects; sends words and descriptors ──▶ template ── forks ──▶ program
+       ◀────── the program's id, then its exit status ───┘
+
+A program has its own session, environment, directory and standard streams, and ends like any
+other. Only its imports are there already, and `ps` shows the template's command line. How users
+begin a server is for `test_launch.py`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import os
+import random
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from selectors import EVENT_READ, DefaultSelector
+from typing import Any, NamedTuple, NoReturn
+from unittest.mock import patch
+
+from flexkv.common.config import ModelConfig, Settings
+from flexkv.polling import is_readable
+from flexkv.server import launch
+from flexkv.server.launch import Launched
+
+from .caches import MODEL
+
+ROOT = Path(__file__).parents[2]
+IMPORTED = ("flexkv.cli.main", "tests.system.kill_instance", "tests.system.crash_writer")
+REQUEST_BYTES_MAX = 1 << 17
+
+_BETWEEN = """
+import json, os, socket, sys
+engine = os.getppid()
+words = sys.argv[sys.argv.index("flexkv.cli.main") + 1:]
+words += ["--parent", str(engine), "--parent-fd"]
+channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+channel.connect({path!r})
+request = ["flexkv.cli.main", "app", words, dict(os.environ), os.getcwd(), True]
+socket.send_fds(channel, [json.dumps(request).encode()], [0, 1, 2, os.pidfd_open(engine)])
+"""
+"""What runs between an engine and its server, with a fork of the template in place of an `exec`."""
+
+
+@contextmanager
+def servers_are_forked() -> Iterator[None]:
+    """Let whoever launches a server meanwhile get one at once."""
+    with patch.object(launch, "_BETWEEN", _BETWEEN.format(path=_template())):
+        yield
+
+
+def forked_server(settings: Settings, model: ModelConfig = MODEL) -> Launched:
+    """Launch a server, and return when it takes connections."""
+    with servers_are_forked():
+        return Launched(model, settings)
+
+
+class Program:
+    """A function of a module, or the module as by `python -m`, as a program with pipes to it."""
+
+    def __init__(self, module: str, function: str | None, *words: object) -> None:
+        stdin, to = os.pipe()
+        of, stdout = os.pipe()
+        self.stdin, self.stdout = os.fdopen(to, "w"), os.fdopen(of)
+        self._channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._channel.connect(_template())
+        asked = [module, function, [str(word) for word in words], dict(os.environ), str(ROOT)]
+        socket.send_fds(self._channel, [json.dumps([*asked, False]).encode()], [stdin, stdout, 2])
+        os.close(stdin)
+        os.close(stdout)
+        self.pid = int(self._channel.recv(32))
+        self._status: int | None = None
+
+    def say(self, *words: object) -> None:
+        """Write a line to its stdin."""
+        self.stdin.write(" ".join(map(str, words)) + "\n")
+        self.stdin.flush()
+
+    def hear(self, within_s: float = 60.0) -> str:
+        """Return its next line on stdout, of which there is none yet; empty if it has ended."""
+        assert is_readable(self.stdout, within_s), "it says nothing"
+        return self.stdout.readline().removesuffix("\n")
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Wait for its end, and return its exit status; -9 of one that was killed."""
+        if self._status is None:
+            self._channel.settimeout(timeout_s)
+            self._status = int(self._channel.recv(32))
+            self._channel.close()
+        return self._status
+
+    def kill(self) -> None:
+        """Kill it by SIGKILL, and wait until it has ended."""
+        if self._status is None:
+            os.kill(self.pid, 9)
+            self.wait()
+
+    def close(self) -> None:
+        """Kill it if it has not ended, and close the pipes."""
+        self.kill()
+        self.stdin.close()
+        self.stdout.close()
+
+
+@cache
+def _template() -> str:
+    """Return the path at which a process that has imported everything waits for requests."""
+    folder = tempfile.TemporaryDirectory(prefix="flexkv-forked-")
+    path, owner = f"{folder.name}/socket", os.getpid()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen(64)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.system.forked", str(listener.fileno())],
+            cwd=ROOT, pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+
+    def end() -> None:
+        if os.getpid() == owner:
+            process.terminate()
+            process.wait()
+            folder.cleanup()
+
+    atexit.register(end)
+    return path
+
+
+class Request(NamedTuple):
+    """What a program does."""
+
+    module: str
+    function: str | None
+    words: list[str]
+    environment: dict[str, str]
+    folder: str
+    is_server: bool
+    """It is told who has launched it, and says its own id."""
+
+
+def _requested(listener: socket.socket) -> tuple[Request, list[int]] | None:
+    """Fork for each request. Return it in the child; return None once the parent has ended."""
+    with ExitStack() as opened, DefaultSelector() as selector:
+        parent = os.pidfd_open(os.getppid())
+        opened.callback(os.close, parent)
+        selector.register(opened.enter_context(listener), EVENT_READ)
+        selector.register(parent, EVENT_READ)
+        channels: dict[int, tuple[int, socket.socket]] = {}
+        while True:
+            for key, _ in selector.select():
+                if key.fd == parent:
+                    return None
+                if key.fileobj is not listener:
+                    selector.unregister(key.fd)
+                    os.close(key.fd)
+                    _tell_end(*channels.pop(key.fd))
+                    continue
+                channel, _ = listener.accept()
+                told, fds, _, _ = socket.recv_fds(channel, REQUEST_BYTES_MAX, 4)
+                if not (pid := os.fork()):
+                    for each, (_, other) in channels.items():
+                        os.close(each)
+                        other.close()
+                    channel.close()
+                    return Request(*json.loads(told)), fds
+                for fd in fds:
+                    os.close(fd)
+                with suppress(OSError):  # a process between has ended
+                    channel.send(str(pid).encode())
+                ended = os.pidfd_open(pid)
+                selector.register(ended, EVENT_READ)
+                channels[ended] = (pid, channel)
+
+
+def _tell_end(pid: int, channel: socket.socket) -> None:
+    _, status = os.waitpid(pid, 0)
+    with channel, suppress(OSError):
+        channel.send(str(os.waitstatus_to_exitcode(status)).encode())
+
+
+def _run(request: Request, fds: list[int]) -> Any:
+    """Do what was requested, as a program of its own."""
+    os.setsid()
+    for number, (name, fd) in enumerate(zip(("stdin", "stdout", "stderr"), fds, strict=False)):
+        os.dup2(fd, number)
+        os.close(fd)
+        stream = os.fdopen(number, "w" if number else "r", 1 if number == 2 else -1, closefd=False)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    os.environ.clear()
+    os.environ.update(request.environment)
+    os.chdir(request.folder)
+    random.seed()
+    tempfile.tempdir = None
+    sys.argv = [request.module, *request.words]
+    if request.is_server:
+        sys.argv.append(str(fds[3]))
+        os.write(1, b"%d\n" % os.getpid())
+    if request.function is None:
+        runpy.run_module(request.module, run_name="__main__", alter_sys=True)
+        return 0
+    return getattr(import_module(request.module), request.function)()
+
+
+def main() -> NoReturn:
+    """Import everything, and fork programs until the parent has ended."""
+    for module in IMPORTED:
+        import_module(module)
+    gc.collect()
+    gc.freeze()
+    found = _requested(socket.socket(fileno=int(sys.argv[1])))
+    sys.exit(_run(*found) if found is not None else 0)
+
+
+if __name__ == "__main__":
+    main()
