@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,25 +206,6 @@ def test_an_operator_traces_a_running_server(
     }
     with pytest.raises(BackendUnavailableError, match="no-such-socket"):
         command("ipc:///tmp/no-such-socket", "status")
-
-
-def test_the_examples_run(tmp_path: Path) -> None:
-    """A server, and an engine of three processes at it; both end well."""
-    server = subprocess.Popen(
-        [sys.executable, "-m", "examples.run_server", str(tmp_path / "files")], cwd=ROOT
-    )
-    example = [sys.executable, "-m", "examples.scheduler_server_example"]
-    try:
-        eventually((tmp_path / "files").is_dir)
-        done = subprocess.run(
-            [*example, str(tmp_path / "files")],
-            cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
-    finally:
-        server.terminate()
-        assert server.wait(30) == 0
-    assert done.returncode == 0, done.stderr
-    assert "every byte is back" in done.stdout
 
 
 def test_a_client_that_watches_hears_what_is_there(settings: Settings, launched: Launched) -> None:
