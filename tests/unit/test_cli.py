@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,10 @@ from flexkv.testing.known_bytes import KnownDevice
 from flexkv.trace.mooncake import read_trace
 
 RUNNER = CliRunner()
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if not name.startswith("FLEXKV_")},
+    "PYTHONPATH": str(Path(__file__).parents[2]),
+}
 SMALL = ["demo", "--requests", "400", "--host-blocks", "400", "--ssd-blocks", "2000"]
 TRACE_LINE = {"timestamp": 0, "input_length": 1024, "output_length": 1, "hash_ids": [0, 1]}
 
@@ -31,6 +38,31 @@ def test_the_demo_finds_no_mismatch_and_uses_both_tiers(tmp_path: Path) -> None:
     assert figures["requests"] == 400
     assert figures["evicted_blocks"]["host"] > 0
     assert figures["moved_gb"]["disk→host"] > 0
+
+
+def test_the_demo_says_what_it_runs_and_that_every_byte_was_right(tmp_path: Path) -> None:
+    """Without a log line: that its small tiers overflow is in the table."""
+    command = [sys.executable, "-m", "flexkv.cli.main", "demo", "--requests", "300"]
+    command += ["--host-blocks", "300", "--ssd-blocks", "400"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    told = " ".join(done.stdout.split())
+    assert "300 blocks of 16 tokens (128 KiB) in host memory, and for 400 on SSD" in told
+    assert "blocks never written │ disk" in told
+    assert "every block that was loaded had the bytes that were stored" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--host-blocks", "100000000"), ("--ssd-blocks", "1000000000"), ("--ssd-dir", "/no/such/ssd")],
+)
+def test_the_demo_names_the_option_that_cannot_be(option: str, value: str) -> None:
+    """Not the key that it sets; and a directory that cannot be used is an error, not a detail."""
+    result = RUNNER.invoke(commands, [*SMALL, option, value])
+    assert isinstance(result.exception, ConfigError)
+    assert result.exception.field == option
+    assert "num_" not in str(result.exception)
 
 
 def test_the_demo_reports_a_wrong_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
