@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,8 +42,7 @@ CONCURRENCY = 16
 def demo(
     context: typer.Context,
     trace: Annotated[
-        Path | None,
-        typer.Option(help="Replay this file of requests, in the Mooncake format, instead."),
+        Path | None, typer.Option(help="Replay this request trace (Mooncake format) instead.")
     ] = None,
     requests: Annotated[
         int | None, typer.Option(min=1, max=10**9, help="Requests to run; the default is 10000.")
@@ -52,17 +51,13 @@ def demo(
         int, typer.Option(min=0, max=2**63 - 1, help="Seed of the chat workload's random numbers.")
     ] = 0,
     host_blocks: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Size of the cache in host memory, in blocks of 16 tokens (128 KiB)."
-        ),
+        int, typer.Option(min=1, help="Size of the cache in host memory, in blocks.")
     ] = 3000,
     ssd_blocks: Annotated[
         int, typer.Option(min=0, help="Size of the cache on SSD, in blocks; 0 = no SSD.")
     ] = 9000,
     ssd_dir: Annotated[
-        Path | None,
-        typer.Option(help="Directory of the cache on SSD; by default a temporary one, here."),
+        Path | None, typer.Option(help="Directory on SSD; by default a temporary one, here.")
     ] = None,
     time_scale: Annotated[
         float,
@@ -71,25 +66,18 @@ def demo(
         ),
     ] = 0.0,
     enable_trace: Annotated[
-        bool,
-        typer.Option(
-            "--enable-trace", help="Record the run in ./flexkv_trace.log, for `flexkv trace`."
-        ),
+        bool, typer.Option("--enable-trace", help="Record ./flexkv_trace.log for `flexkv trace`.")
     ] = False,
     metrics_port: Annotated[
         int | None,
-        typer.Option(
-            min=0, max=65535, help="Serve Prometheus metrics at this port during the run."
-        ),
+        typer.Option(min=0, max=65535, help="Serve metrics at this port during the run."),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file, too.")
     ] = None,
 ) -> None:
     """Run a simulated chat workload over device, host memory and SSD, and check every byte."""
-    if context.obj is None and not os.environ.get(LEVEL_VARIABLE):
-        # The tiers are too small on purpose; the table says what that costs.
-        configure_logging("error")
+    _log_errors_only(context)
     console = Console()
     count = requests or 10_000
     prompts = _of_trace(trace, count) if trace else chat(count, seed, ChatShape())
@@ -105,12 +93,9 @@ def demo(
         )
         console.print(_introduction(cache, "trace" if trace else "chat workload"))
         begin = time.monotonic()
-        try:
-            outcome, statistics = asyncio.run(
-                _run(cache, list(prompts), time_scale, console, metrics_port)
-            )
-        except ConfigError as error:
-            raise _by_option(error) from error
+        outcome, statistics = _finished(
+            _run(cache, list(prompts), time_scale, console, metrics_port)
+        )
         figures = _figures(outcome, statistics, time.monotonic() - begin)
     console.print(_table(figures))
     if json_file:
@@ -119,6 +104,12 @@ def demo(
         console.print(f"[bold red]{outcome.mismatched_blocks} blocks came back wrong")
         raise typer.Exit(1)
     console.print("[green]every block that was loaded had the bytes that were stored")
+
+
+def _log_errors_only(context: typer.Context) -> None:
+    """Log no warning, unless the user asked for them: the tiers are too small on purpose."""
+    if context.obj is None and not os.environ.get(LEVEL_VARIABLE):
+        configure_logging("error")
 
 
 def _introduction(cache: CacheConfig, workload: str) -> str:
@@ -138,12 +129,20 @@ OPTIONS = {
 }
 
 
-def _by_option(error: ConfigError) -> ConfigError:
-    """Return an error that names the option of the command instead of the key that it sets."""
-    option = OPTIONS.get(error.field)
-    if option is None:
-        return error
-    return ConfigError(option, error.value, error.why.replace(error.field, option))
+def _finished(run: Coroutine[Any, Any, tuple[Outcome, Statistics]]) -> tuple[Outcome, Statistics]:
+    """Run to the end.
+
+    Raises:
+        ConfigError: an option cannot be; the error names it instead of the key that it sets.
+    """
+    try:
+        return asyncio.run(run)
+    except ConfigError as error:
+        option = OPTIONS.get(error.field)
+        if option is None:
+            raise
+        why = error.why.replace(error.field, option)
+        raise ConfigError(option, error.value, why) from error
 
 
 def _temporary() -> tempfile.TemporaryDirectory[str]:
