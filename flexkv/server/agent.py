@@ -203,7 +203,7 @@ class Agent:
             except ConfigError as error:
                 wait_s, reason = RETRY_REFUSED_S, str(error)
             except (OSError, ClosedError) as error:
-                reason = str(error)
+                reason = f"{getattr(error, 'strerror', None) or error}; asking again"
             else:
                 attempts = 0
                 with ExitStack() as unstarted:  # the task may be cancelled before its first step
