@@ -2,7 +2,7 @@
 
     python examples/run_server.py                # files in ./flexkv-server; or name a directory
 
-When it logs `server listens`, run `python examples/scheduler_server_example.py` in another
+When it logs `server_listens`, run `python examples/scheduler_server_example.py` in another
 terminal. Ctrl-C ends the server.
 """
 

@@ -195,7 +195,7 @@ class LocalBackend:
             self._take(undo, progress)
         if self._cache.enable_gds:
             log.warning(
-                "gds not used", reason=why_no_gds(), instead="SSD blocks go through the host"
+                "gds_not_used", reason=why_no_gds(), instead="SSD blocks go through the host"
             )
         self._pinned = Pinned(self._arena)
         self.host = self._arena.backing

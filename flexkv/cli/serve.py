@@ -157,7 +157,7 @@ async def run(model: ModelConfig, settings: Settings, parent: ProcessWatch | Non
         sizes = cache.sized(model)
         backend = ServerBackend(model, cache, sizes)
         log.info(
-            "engine opens",
+            "taking_memory_and_files",
             host_gb=round(sizes.num_host_blocks * sizes.block_stride_bytes / GB, 1),
             ssd_gb=round(sizes.num_disk_blocks * sizes.block_stride_bytes / GB, 1),
         )
@@ -166,7 +166,7 @@ async def run(model: ModelConfig, settings: Settings, parent: ProcessWatch | Non
         except asyncio.CancelledError:
             if not ended.is_set():
                 raise
-            log.info("server ends", reason="a signal, before memory and files were taken")
+            log.info("server_ends", reason="a signal, before memory and files were taken")
             return
         is_open = True
         if settings.enable_metrics:
@@ -180,7 +180,7 @@ async def run(model: ModelConfig, settings: Settings, parent: ProcessWatch | Non
         if parent is not None:
             _say(LISTENING)
         await ended.wait()
-        log.info("server ends")
+        log.info("server_ends")
         manager.engine.check_sound()
         await server.close()
         try:
