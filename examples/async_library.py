@@ -1,6 +1,6 @@
 """FlexKV in an async program: store the KV of a prompt, and load it for one that begins like it.
 
-    python -m examples.async_library flexkv-example
+    python examples/async_library.py             # SSD tier in ./flexkv-example; or name a directory
 
 The "engine" is a list of numpy arrays, one for each layer, in blocks of 16 tokens: FlexKV fills and
 empties them as it would an engine's KV caches (numpy arrays or torch tensors, on the CPU or a GPU).
@@ -16,7 +16,7 @@ import numpy as np
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.kvmanager import KVManager
 
-MODEL = ModelConfig(num_layers=4, num_kv_heads=8, head_size=64, dtype="float16")
+MODEL = ModelConfig(num_layers=4, num_kv_heads=8, head_size=64, dtype="float16", model_id="example")
 PER_BLOCK, DEVICE_BLOCKS = 16, 256
 
 
@@ -38,15 +38,15 @@ async def main(directory: str) -> bool:
 
         prompt = np.arange(64)  # token ids; their KV is in device blocks 0 to 3
         stored = await manager.put(prompt, slots_of(0, 64))
-        print("put:", stored.status.value, int(stored.return_mask.sum()), "tokens")
+        print("put:", stored)
 
         longer = np.arange(100)  # begins with the same 64 tokens
         found = manager.match(longer)
-        print("match:", found.tokens, "tokens")
+        print("match:", found)
 
         # The device has nothing of it: load what is known, and compute the rest.
         loaded = await manager.get(longer[: found.tokens], slots_of(100, found.tokens))
-        print("get:", loaded.status.value, int(loaded.return_mask.sum()), "tokens")
+        print("get:", loaded)
         equal = all(np.array_equal(layer[:, 100:104], layer[:, 0:4]) for layer in kv_caches)
 
         await manager.flush()  # what was stored survives a restart from here on
@@ -56,4 +56,5 @@ async def main(directory: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if asyncio.run(main(sys.argv[1])) else 1)
+    folder = sys.argv[1] if len(sys.argv) > 1 else "flexkv-example"
+    sys.exit(0 if asyncio.run(main(folder)) else 1)

@@ -1,8 +1,9 @@
 """Runs a FlexKV server from code: what `flexkv serve model.json` does.
 
-    python -m examples.run_server flexkv-example
+    python examples/run_server.py                # files in ./flexkv-server; or name a directory
 
-Then, in another terminal, `python -m examples.scheduler_server_example flexkv-example`.
+When it logs `server_listens`, run `python examples/scheduler_server_example.py` in another
+terminal. Ctrl-C ends the server.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from flexkv.cli.serve import run
 from flexkv.common.config import CacheConfig, ModelConfig, Settings
 from flexkv.logs import configure_logging
 
-MODEL = ModelConfig(num_layers=8, num_kv_heads=4, head_size=64, dtype="float16", tp_size=2)
+MODEL = ModelConfig(
+    num_layers=8, num_kv_heads=4, head_size=64, dtype="float16", tp_size=2, model_id="example"
+)
+
+
+def folder_of(arguments: list[str]) -> Path:
+    """Return the folder that a command line names, or the default."""
+    return Path(arguments[1] if len(arguments) > 1 else "flexkv-server")
 
 
 def settings_in(folder: Path) -> Settings:
@@ -31,7 +39,7 @@ def settings_in(folder: Path) -> Settings:
 
 
 if __name__ == "__main__":
-    where = Path(sys.argv[1])
+    where = folder_of(sys.argv)
     where.mkdir(0o700, exist_ok=True)  # nobody else may write to it
     configure_logging()
     asyncio.run(run(MODEL, settings_in(where)))

@@ -1,6 +1,7 @@
 """An engine of several processes at a FlexKV server: a scheduler, and a worker for each TP rank.
 
-    python -m examples.scheduler_server_example flexkv-example
+    python examples/run_server.py                # in another terminal, first
+    python examples/scheduler_server_example.py
 
 The scheduler stores a prompt's KV, overwrites it on the devices as an engine would, loads it back
 into other blocks, and has the workers compare every byte.
@@ -15,8 +16,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+from run_server import MODEL, folder_of, settings_in
 
-from examples.run_server import MODEL, settings_in
 from flexkv.common.request import Operation
 from flexkv.server.agent import Agent
 from flexkv.server.client import Client
@@ -56,12 +57,12 @@ def ended(client: Client, number: int) -> str:
     while True:
         for done in client.poll():
             if done.number == number:
-                return f"{done.status}, {done.moved} blocks {done.error}"
+                return f"{done.status}, {done.moved} blocks{done.error and f': {done.error}'}"
         time.sleep(0.0002)
 
 
 def main(folder: Path) -> bool:
-    """Run the example, and tell whether every byte came back."""
+    """Run the example; return whether every byte came back."""
     settings = settings_in(folder)
     spawn = multiprocessing.get_context("spawn")
     pipes = [spawn.Pipe() for _ in range(MODEL.tp_size)]
@@ -101,4 +102,4 @@ def main(folder: Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if main(Path(sys.argv[1])) else 1)
+    sys.exit(0 if main(folder_of(sys.argv)) else 1)

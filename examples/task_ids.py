@@ -1,6 +1,6 @@
 """FlexKV in a synchronous engine: a step starts tasks by id, and asks which have ended.
 
-    python -m examples.task_ids flexkv-example
+    python examples/task_ids.py                  # SSD tier in ./flexkv-example; or name a directory
 
 An engine's scheduler asks what is known of a prompt (`get_match`), decides which device blocks it
 gets (`launch`), goes on with other work, and looks now and then (`try_wait`).
@@ -12,8 +12,8 @@ import sys
 import time
 
 import numpy as np
+from async_library import DEVICE_BLOCKS, MODEL, PER_BLOCK, slots_of
 
-from examples.async_library import DEVICE_BLOCKS, MODEL, PER_BLOCK, slots_of
 from flexkv.common.config import CacheConfig
 from flexkv.common.request import KVResponse
 from flexkv.kvmanager import KVManager
@@ -40,12 +40,12 @@ def main(directory: str) -> bool:
     try:
         prompt = np.arange(64)
         put = manager.put_async(prompt, slots_of(0, 64))
-        print("put:", ended(manager, put).status.value)
+        print("put:", ended(manager, put))
 
         get, known = manager.get_match(prompt)
         print("match:", int(known.sum()), "tokens")
         manager.launch([get], [slots_of(100, int(known.sum()))])
-        print("get:", ended(manager, get).status.value)
+        print("get:", ended(manager, get))
 
         unwanted, _ = manager.get_match(prompt)
         manager.cancel([unwanted])  # the request was aborted: nothing is held for it any more
@@ -57,4 +57,5 @@ def main(directory: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if main(sys.argv[1]) else 1)
+    folder = sys.argv[1] if len(sys.argv) > 1 else "flexkv-example"
+    sys.exit(0 if main(folder) else 1)

@@ -1,6 +1,6 @@
 """Two engines at one FlexKV server: the second loads what the first has stored.
 
-    python -m examples.two_engines flexkv-example
+    python examples/two_engines.py               # files in ./flexkv-server; or name a directory
 
 The server is a process of its own, as `flexkv serve model.json` is. Each engine has a client in its
 scheduler and an agent in each of its workers; here both engines are in this process.
@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+from run_server import MODEL, folder_of, settings_in
 
-from examples.run_server import MODEL, settings_in
 from flexkv.common.request import Operation
 from flexkv.server.agent import Agent
 from flexkv.server.client import Client
@@ -63,7 +63,7 @@ class Engine:
 
 def main(folder: Path) -> bool:
     """Run the example; return whether the second engine has the bytes of the first."""
-    server = subprocess.Popen([sys.executable, "-m", "examples.run_server", str(folder)])
+    server = subprocess.Popen([sys.executable, Path(__file__).with_name("run_server.py"), folder])
     try:
         one, other = Engine(folder, 0), Engine(folder, 1)
         prompt = np.arange(PROMPT_BLOCKS * 16)
@@ -87,4 +87,4 @@ def main(folder: Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if main(Path(sys.argv[1])) else 1)
+    sys.exit(0 if main(folder_of(sys.argv)) else 1)

@@ -1,17 +1,24 @@
 #!/bin/sh
 # vLLM over HTTP with FlexKV: one prompt is asked three times, by curl.
 #
+#   examples/vllm_online.sh                                    a tiny random model, on the CPU
 #   examples/vllm_online.sh MODEL FOLDER [arguments of `vllm serve`]
 #
-# FOLDER gets FlexKV's SSD tier, its socket and the log. The second time vLLM's own cache has the
+# FOLDER (./flexkv-vllm) gets FlexKV's SSD tier, its socket and the log. The second time vLLM's own cache has the
 # prompt. Before the third vLLM's cache is emptied, so what is not computed comes from FlexKV.
 set -eu
 
-model=$1 folder=$2
-shift 2
+model=${1:-} folder=${2:-flexkv-vllm}
+shift $(($# < 2 ? $# : 2))
 port=${PORT:-8000}
 mkdir -p -m 700 "$folder"
 folder=$(cd "$folder" && pwd)
+if [ -z "$model" ]; then
+	model=$folder/tiny-model
+	python -m flexkv.integration.vllm.tiny_model "$model"
+	set -- --dtype float32 --enforce-eager --block-size 32 --max-model-len 1024 \
+		--kv-cache-memory-bytes 16777216
+fi
 
 # VLLM_SERVER_DEV_MODE: the reset is for developers only.
 VLLM_SERVER_DEV_MODE=1 vllm serve "$model" --served-model-name model --port "$port" \
@@ -28,7 +35,7 @@ VLLM_SERVER_DEV_MODE=1 vllm serve "$model" --served-model-name model --port "$po
 engine=$!
 trap 'kill $engine 2>/dev/null; wait $engine || true' EXIT
 
-echo "vLLM starts; its log is $folder/vllm.log"
+echo "vLLM starts, which may take a minute or more; its log is $folder/vllm.log"
 until curl -sf "localhost:$port/health"; do
 	kill -0 $engine || { tail -n 20 "$folder/vllm.log"; exit 1; }
 	sleep 1
@@ -45,5 +52,5 @@ ask() {
 echo "first:           $(ask)"
 echo "again:           $(ask)"
 until curl -sS -X POST "localhost:$port/reset_prefix_cache" | grep -q true; do sleep 0.1; done
-echo "after a reset:   $(ask)"
+echo "after a reset:   $(ask)   <- from FlexKV"
 curl -sS "localhost:$port/metrics" | grep -E '^flexkv_connector_loaded_blocks_total' || true

@@ -195,7 +195,7 @@ class LocalBackend:
             self._take(undo, progress)
         if self._cache.enable_gds:
             log.warning(
-                "gds not used", reason=why_no_gds(), instead="SSD blocks go through the host"
+                "gds_not_used", reason=why_no_gds(), instead="SSD blocks go through the host"
             )
         self._pinned = Pinned(self._arena)
         self.host = self._arena.backing
@@ -206,8 +206,8 @@ class LocalBackend:
             log.warning(
                 "model_id_not_given",
                 field="model_id",
-                reason="blocks of any model of this shape are taken for this one's: name the "
-                "weights if others may use this cache, now or after a restart",
+                reason="set it to a name of the weights: without it, another model of the same "
+                "shape that uses this cache, now or after a restart, would be given these blocks",
             )
 
     def attach(self, arena: Arena) -> None:

@@ -127,7 +127,7 @@ class Devices:
             self._undo.push(undo.pop_all())
         self._by_rank = by_rank
         self._look()
-        log.info("device registered", rank=tp_rank, **device.facts)
+        log.info("device_registered", rank=tp_rank, **device.facts)
         if device.place[0] == "cuda":
             with self._lock:
                 self.streams.append(device.port)
@@ -147,7 +147,7 @@ class Devices:
                 for port in self.streams:
                     port.order_after(to_device)
             except DeviceError as error:
-                log.exception("device down", call=error.call, code=error.code)
+                log.exception("device_down", call=error.call, code=error.code)
                 self._failure = error
                 raise
 
@@ -183,7 +183,7 @@ class Devices:
         with ExitStack() as every:
             for device in self._by_rank.values():
                 every.callback(device.port.suspend)
-        log.info("device suspended")
+        log.info("device_suspended")
 
     def resume(self, kv_caches: Any, layout: str | None, tp_rank: int) -> None:
         """Take a rank's KV caches again.
@@ -198,7 +198,7 @@ class Devices:
         device = self._by_rank[tp_rank]
         device = self._backend.resumed(device, kv_caches, layout, tp_rank)
         self._by_rank[tp_rank] = device
-        log.info("device resumed", rank=tp_rank, **device.facts)
+        log.info("device_resumed", rank=tp_rank, **device.facts)
         self._asleep.discard(tp_rank)
         self._look()
 

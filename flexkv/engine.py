@@ -123,7 +123,7 @@ class Engine:
         self._home = HomeProcess("the engine")
         backing = {tier.label: named for tier, named in self._backing.items()}
         facts = {"block_bytes": self.sizes.block_bytes, "restored_blocks": self._restored_blocks}
-        log.info("engine open", **backing, **facts)
+        log.info("engine_open", **backing, **facts)
 
     def _compose(self, undo: ExitStack, progress: Progress | None) -> None:
         cache, sizes, backend = self.cache, self.sizes, self._backend
@@ -271,7 +271,7 @@ class Engine:
         self._resources.close()
         if self._failure is None:
             self._check_nothing_left()
-        log.info("engine closed")
+        log.info("engine_closed")
 
     def abandon(self) -> bool:
         """Release everything at once, for an engine that its loop can no longer close.

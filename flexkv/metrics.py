@@ -44,9 +44,12 @@ Labels: TypeAlias = tuple[str, ...]
 Values: TypeAlias = Iterable[tuple[Labels, float]]
 
 HISTOGRAMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "flexkv_request_seconds": ("From a request's arrival to its answer.", ("operation",)),
-    "flexkv_transfer_queue_seconds": ("A transfer's wait for its turn.", ("route",)),
-    "flexkv_transfer_seconds": ("A transfer's time with the device.", ("route",)),
+    "flexkv_request_seconds": ("Time from a request's arrival to its answer.", ("operation",)),
+    "flexkv_transfer_queue_seconds": ("Time that a transfer waits for its turn.", ("route",)),
+    "flexkv_transfer_seconds": (
+        "Time that the device, or the disk, takes for a transfer.",
+        ("route",),
+    ),
 }
 """Name: what it says, and its labels."""
 
@@ -185,10 +188,10 @@ class Metrics(Collector):
             slowest = self._slowest.by_kind()
         yield from told_so_far
         took = [((kind,), _took_ns(record) / 1e9) for kind, record in slowest.items()]
-        told = "The slowest request of the last minute."
+        told = "Time of the slowest request of the last minute."
         yield _gauge("flexkv_slowest_request_seconds", told, took, ("operation",))
         ids = [((kind,), record.request_id) for kind, record in slowest.items()]
-        told = "Its id, as in logs and traces."
+        told = "Id of the slowest request of the last minute, as in traces."
         yield _gauge("flexkv_slowest_request_id", told, ids, ("operation",))
 
     def describe(self) -> Iterable[Metric]:
@@ -201,22 +204,47 @@ class Metrics(Collector):
             for operation, statuses in now.requests.items()
             for status, count in statuses.items()
         ]
-        yield _counter("flexkv_requests", "Requests that ended.", ended, ("operation", "status"))
-        yield _gauge("flexkv_requests_running", "Under way.", [((), now.runs_in_flight)])
-        yield _gauge("flexkv_requests_waiting", "To be admitted.", [((), now.requests_waiting)])
+        yield _counter(
+            "flexkv_requests",
+            "Requests that have ended, by operation and status.",
+            ended,
+            ("operation", "status"),
+        )
+        yield _gauge(
+            "flexkv_requests_running", "Requests that run now.", [((), now.runs_in_flight)]
+        )
+        yield _gauge(
+            "flexkv_requests_waiting",
+            "Requests that wait for room, or for their turn.",
+            [((), now.requests_waiting)],
+        )
         asked = [((), now.asked_blocks)]
-        yield _counter("flexkv_asked_blocks", "Blocks that gets asked for.", asked)
+        yield _counter("flexkv_asked_blocks", "Blocks that gets have asked for.", asked)
         hits = [((tier,), blocks) for tier, blocks in now.hit_blocks.items()]
-        yield _counter("flexkv_hit_blocks", "Of these, found and loaded.", hits, ("tier",))
+        yield _counter(
+            "flexkv_hit_blocks", "Blocks that gets have found, by tier.", hits, ("tier",)
+        )
         with self._lock:
             missed = [((reason,), blocks) for reason, blocks in self.missed_blocks.items()]
-        told = "Of these, not loaded, since the metrics were turned on."
+        told = "Blocks that gets have not loaded, by reason."
         yield _counter("flexkv_missed_blocks", told, missed, ("reason",))
-        yield _gauge("flexkv_claims", "Pins and leases that ops and pins hold.", [((), now.claims)])
+        yield _gauge(
+            "flexkv_claims",
+            "Holds on blocks: what running requests keep from eviction.",
+            [((), now.claims)],
+        )
         corrupt = [((), now.corrupt_blocks)]
-        yield _counter("flexkv_corrupt_blocks", "Came back from SSD with other bytes.", corrupt)
+        yield _counter(
+            "flexkv_corrupt_blocks",
+            "Blocks that came back from SSD with wrong bytes; none was used.",
+            corrupt,
+        )
         restored = [((), now.restored_blocks)]
-        yield _gauge("flexkv_restored_blocks", "Of an earlier run, at the start.", restored)
+        yield _gauge(
+            "flexkv_restored_blocks",
+            "Blocks of an earlier run that the SSD tier had at the start.",
+            restored,
+        )
 
 
 def _reason(record: RequestRecord) -> str:
@@ -238,20 +266,24 @@ def _tiers(now: Statistics, block_bytes: int) -> Iterator[Metric]:
         for name, tier in tiers
         for state in ("free", "reserved", "ready", "draining", "pinned")
     ]
-    yield _gauge("flexkv_tier_blocks", "Blocks by state; pinned ones are ready too.", blocks,
+    yield _gauge("flexkv_tier_blocks", "Blocks by state; pinned blocks are ready, too.", blocks,
                  ("tier", "state"))  # fmt: skip
     capacity = [((name,), tier.capacity_blocks) for name, tier in tiers]
-    yield _gauge("flexkv_tier_capacity_blocks", "Blocks that a tier may hold.", capacity, ("tier",))
+    yield _gauge(
+        "flexkv_tier_capacity_blocks", "Blocks that a tier has room for.", capacity, ("tier",)
+    )
     size = [((name,), tier.capacity_blocks * block_bytes) for name, tier in tiers]
-    yield _gauge("flexkv_tier_capacity_bytes", "Bytes that they take.", size, ("tier",))
+    yield _gauge("flexkv_tier_capacity_bytes", "Bytes that a tier has room for.", size, ("tier",))
     evicted = [((name,), tier.evicted_blocks) for name, tier in tiers]
-    yield _counter("flexkv_evicted_blocks", "Blocks that had to go.", evicted, ("tier",))
+    yield _counter("flexkv_evicted_blocks", "Blocks that were evicted.", evicted, ("tier",))
     up = [
         ((name, direction), float(getattr(tier, direction) == "up"))
         for name, tier in tiers
         for direction in ("reads", "writes")
     ]
-    yield _gauge("flexkv_tier_up", "Whether a tier is used.", up, ("tier", "direction"))
+    yield _gauge(
+        "flexkv_tier_up", "Whether a tier is in use; 0 after failures.", up, ("tier", "direction")
+    )
 
 
 def _behind(now: Statistics) -> Iterator[Metric]:
@@ -261,21 +293,21 @@ def _behind(now: Statistics) -> Iterator[Metric]:
         for name, behind in tiers
         for state in ("owed", "kept", "writing")
     ]
-    told = "Blocks of host memory that a tier lacks; kept ones are owed, and stay until written."
+    told = "Blocks in host memory that are not on SSD yet; kept ones are owed, and not evicted."
     yield _gauge("flexkv_write_behind_blocks", told, owed, ("tier", "state"))
     given_up = [
         ((name, reason.replace(" ", "_")), blocks)
         for name, behind in tiers
         for reason, blocks in behind.given_up_blocks.items()
     ]
-    told = "Blocks given up, so never written to a tier, by the reason."
+    told = "Blocks that were never written to SSD, by reason."
     yield _counter("flexkv_given_up_blocks", told, given_up, ("tier", "reason"))
 
 
 def _routes(now: Statistics) -> Iterator[Metric]:
     routes = now.routes.items()
     for name, told, field in (
-        ("flexkv_transfers", "Transfers that ended.", "ops"),
+        ("flexkv_transfers", "Transfers that have ended.", "ops"),
         ("flexkv_transfer_blocks", "Blocks that were moved.", "blocks"),
         ("flexkv_transfer_bytes", "Bytes that were moved.", "bytes"),
         ("flexkv_transfer_failures", "Transfers that failed.", "failed_ops"),
@@ -283,10 +315,16 @@ def _routes(now: Statistics) -> Iterator[Metric]:
         yield _counter(name, told, [((r,), getattr(f, field)) for r, f in routes], ("route",))
     queues = now.queues.items()
     depth = [((name,), queue.waiting_ops) for name, queue in queues]
-    yield _gauge("flexkv_queue_transfers", "Queued or in flight.", depth, ("actor",))
+    yield _gauge(
+        "flexkv_queue_transfers", "Transfers that are queued or in flight.", depth, ("actor",)
+    )
     for metric, told, field in (
-        ("flexkv_in_flight_bytes", "Bytes moving; inbound is towards a GPU.", "bytes_in_flight"),
-        ("flexkv_window_bytes", "Bytes that the device may be given at once.", "window_bytes"),
+        (
+            "flexkv_in_flight_bytes",
+            "Bytes in flight; inbound is towards the GPU.",
+            "bytes_in_flight",
+        ),
+        ("flexkv_window_bytes", "Most bytes that may be in flight at once.", "window_bytes"),
     ):
         values = [
             ((name, direction), getattr(queue, f"{direction}_{field}"))

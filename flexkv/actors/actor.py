@@ -362,7 +362,7 @@ class Supervisor:
         try:
             return await work
         except Exception as error:
-            log.exception("task failed", task=name)
+            log.exception("task_failed", task=name)
             if is_session and not isinstance(error, InternalError):
                 return None
             self._on_failure(error)

@@ -106,7 +106,7 @@ class Observer:
             count.failed_ops += 1
             if not isinstance(error, CorruptBlockError):  # told by `corrupt`, with its place
                 log.warning(
-                    "op failed", request=request.request_id, route=op.label, error=str(error)
+                    "op_failed", request=request.request_id, route=op.label, error=str(error)
                 )
         if self.tracer is not None:
             self.tracer.op_ended(request, plan, op, error, self.now_ns())

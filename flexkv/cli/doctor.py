@@ -66,7 +66,7 @@ def _show(findings: list[Finding]) -> None:
     table = Table("what", "found", "", "what would help", title="FlexKV doctor")
     for finding in findings:
         mark = "[green]good" if finding.good else "[yellow]could be better"
-        mark = "[red]cannot be had" if finding.fatal else mark
+        mark = "[red]cannot be used" if finding.fatal else mark
         table.add_row(escape(finding.name), escape(finding.found), mark, escape(finding.advice))
     Console().print(table)
 
@@ -119,7 +119,7 @@ def _hugetlb() -> Finding:
         if line.startswith("HugePages_")
     }
     found = f"{pages.get('HugePages_Free', 0)} of {pages.get('HugePages_Total', 0)} pages free"
-    return Finding("reserved huge pages", found, True, "not needed where THP serves")
+    return Finding("reserved huge pages", found, True, "not needed if transparent huge pages work")
 
 
 def _memlock() -> Finding:
@@ -148,8 +148,9 @@ def _disk(directory: Path) -> Finding:
 
 def _cuda() -> Finding:
     there = Path("/dev/nvidiactl").exists()
-    found = "a GPU is there; FlexKV's part for it has run on none yet" if there else "no GPU"
-    return Finding("CUDA", found, True, "KV caches in CPU memory are served")
+    found = "a GPU is there" if there else "no GPU"
+    advice = "" if there else "not needed for KV caches in CPU memory"
+    return Finding("CUDA", found, True, advice)
 
 
 def _bandwidth() -> Finding:

@@ -25,20 +25,21 @@ class Kind(StrEnum):
 def explain(
     kind: Annotated[Kind, typer.Argument(help="What the request wants.")],
     host: Annotated[
-        int, typer.Option(min=0, max=BLOCKS_MAX, help="Blocks that host memory has.")
+        int,
+        typer.Option(min=0, max=BLOCKS_MAX, help="Blocks that are in host memory."),
     ] = 0,
     disk: Annotated[
-        int, typer.Option(min=0, max=BLOCKS_MAX, help="Blocks that only the SSD has.")
+        int, typer.Option(min=0, max=BLOCKS_MAX, help="Blocks that are on SSD only.")
     ] = 0,
     new: Annotated[
-        int, typer.Option(min=0, max=BLOCKS_MAX, help="Blocks that no tier has (put).")
+        int, typer.Option(min=0, max=BLOCKS_MAX, help="Blocks that are in no tier yet (put).")
     ] = 0,
     chunk_blocks: Annotated[
-        int, typer.Option(min=1, max=BLOCKS_MAX, help="Blocks of one chunk.")
+        int, typer.Option(min=1, max=BLOCKS_MAX, help="Blocks that are moved together.")
     ] = 8,
-    dot: Annotated[bool, typer.Option("--dot", help="Draw in Graphviz' DOT language.")] = False,
+    dot: Annotated[bool, typer.Option("--dot", help="Print Graphviz DOT.")] = False,
 ) -> None:
-    """Draw what a request over blocks that are so placed would do."""
+    """Draw the transfers of a request, from where its blocks are."""
     read, write = Route(Tier.DISK, Tier.HOST), Route(Tier.HOST, Tier.DISK)
     legs: dict[Kind, dict[tuple[Route, ...], int]] = {
         Kind.get: {(LOAD,): host, (read, LOAD): disk},

@@ -26,7 +26,7 @@ from flexkv.logs import LEVEL_VARIABLE, LEVELS, configure_logging
 
 commands = typer.Typer(
     name="flexkv", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    help="A KV-cache engine for LLM inference.",
+    help="FlexKV keeps the KV cache of LLM inference in host memory and on SSD.",
 )  # fmt: skip
 commands.command()(demo)
 commands.command()(doctor)
@@ -56,14 +56,15 @@ def _main(
     ] = False,
     log_level: Annotated[
         str | None,
-        typer.Option(help="debug, info, warning, error or critical; else FLEXKV_LOG_LEVEL's."),
+        typer.Option(help="Least severity of log lines: debug, info, warning, error or critical."),
     ] = None,
 ) -> None:
     """Configure what every subcommand shares."""
     if log_level is not None and log_level.lower() not in LEVELS:
         raise ConfigError("--log-level", log_level, f"must be one of {', '.join(LEVELS)}")
     context.obj = log_level
-    configure_logging(log_level or os.environ.get(LEVEL_VARIABLE) or "warning")
+    level = log_level or (None if os.environ.get(LEVEL_VARIABLE) else "warning")
+    configure_logging(level)  # None: as the environment says
 
 
 def app() -> NoReturn:

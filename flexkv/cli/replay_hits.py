@@ -27,21 +27,24 @@ Rates = dict[str, list[float]]
 def replay_hits(
     trace: Annotated[Path, typer.Argument(help="Requests in the Mooncake format, as JSON lines.")],
     blocks: Annotated[
-        str, typer.Option(help="Capacities in blocks of the trace, separated by commas.")
+        str,
+        typer.Option(help="Cache sizes in blocks (512 tokens), with commas between."),
     ] = "1000,5000,10000,30000",
     policy: Annotated[
         str, typer.Option(help=f"all, or some of {', '.join(POLICIES)}, separated by commas.")
     ] = "all",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many requests.")] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Write STEM.png and STEM.html.", metavar="STEM")
+        Path | None,
+        typer.Option(help="Write STEM.png and STEM.html.", metavar="STEM"),
     ] = Path("replay-hits"),
-    no_plot: Annotated[bool, typer.Option("--no-plot", help="Write no picture.")] = False,
+    no_plot: Annotated[bool, typer.Option("--no-plot", help="Write no pictures.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
 ) -> None:
-    """Replay a trace against the index, and show the hit rate beside Belady's and an endless tier.
+    """Show the hit rate of each eviction policy on a request trace, by cache size.
 
-    A hit is a requested block inside the unbroken resident prefix.
+    Beside them: Belady's policy, which knows the future, and a cache without limit. A hit is a
+    block of the prompt's longest stored prefix.
     """
     capacities, policies = _capacities(blocks), _policies(policy)
     if not no_plot and plot is not None and not plot.name:

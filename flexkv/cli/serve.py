@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from flexkv.common.config import ModelConfig, Settings, settings_of
-from flexkv.common.config_keys import kind_of
+from flexkv.common.config import GB, ModelConfig, Settings, settings_of
+from flexkv.common.config_keys import HIDDEN, kind_of
 from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
 from flexkv.kvmanager import KVManager
 from flexkv.logs import configure_logging, get_logger
@@ -41,12 +41,15 @@ FLUSH_S = 30.0
 def serve(
     context: typer.Context,
     model: Annotated[
-        Path | None, typer.Argument(help="JSON: num_layers, num_kv_heads, head_size, dtype, …")
+        Path | None,
+        typer.Argument(help="JSON file: num_layers, num_kv_heads, head_size, dtype, tp_size, …"),
     ] = None,
     with_parent: Annotated[
         bool,
         typer.Option(
-            "--with-parent", help="Read model and settings from stdin, and end when it does."
+            "--with-parent",
+            help="For a program that launches the server: read model and settings from stdin, "
+            "and end with that program.",
         ),
     ] = False,
     parent: Annotated[
@@ -56,7 +59,11 @@ def serve(
         int, typer.Option(min=-1, max=INT_MAX, hidden=True, help="Its pidfd.")
     ] = -1,
 ) -> None:
-    """Serve one engine at `server_recv_port` until SIGTERM; settings as from FLEXKV_CONFIG_PATH."""
+    """Run one cache for several processes, until SIGTERM or ctrl-C.
+
+    The settings come from the file that FLEXKV_CONFIG_PATH names and from FLEXKV_<KEY>: sizes,
+    directories, and the address (server_recv_port).
+    """
     watch = None
     if with_parent:
         told = load_object(sys.stdin.buffer.readline(), "stdin", "what the parent says")
@@ -66,7 +73,8 @@ def serve(
         if told.get("waits"):
             _outwait(settings.server_recv_port)
     elif model is None:
-        raise ConfigError("model", None, "must name a file, or --with-parent be given")
+        why = "name a JSON file that describes the model, as in `flexkv serve model.json`"
+        raise ConfigError("model", HIDDEN, why)
     else:
         config, settings = ModelConfig(**load_file(model, "model")), load_settings()
         configure_logging(context.obj or settings.log_level, settings.logging_prefix)
@@ -146,13 +154,19 @@ async def run(model: ModelConfig, settings: Settings, parent: ProcessWatch | Non
     async with AsyncExitStack() as stack:
         listener = Listener(socket_path(settings.server_recv_port))  # first: it is cheap to refuse
         stack.callback(listener.close)
-        backend = ServerBackend(model, cache, cache.sized(model))
+        sizes = cache.sized(model)
+        backend = ServerBackend(model, cache, sizes)
+        log.info(
+            "taking_memory_and_files",
+            host_gb=round(sizes.num_host_blocks * sizes.block_stride_bytes / GB, 1),
+            ssd_gb=round(sizes.num_disk_blocks * sizes.block_stride_bytes / GB, 1),
+        )
         try:
             manager = await stack.enter_async_context(KVManager(model, cache, backend=backend))
         except asyncio.CancelledError:
             if not ended.is_set():
                 raise
-            log.info("server ends", reason="a signal, before memory and files were taken")
+            log.info("server_ends", reason="a signal, before memory and files were taken")
             return
         is_open = True
         if settings.enable_metrics:
@@ -166,7 +180,7 @@ async def run(model: ModelConfig, settings: Settings, parent: ProcessWatch | Non
         if parent is not None:
             _say(LISTENING)
         await ended.wait()
-        log.info("server ends")
+        log.info("server_ends")
         manager.engine.check_sound()
         await server.close()
         try:

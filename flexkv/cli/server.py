@@ -12,11 +12,13 @@ from flexkv.server.operator import command
 from flexkv.settings import load_settings
 
 server = typer.Typer(
-    no_args_is_help=True, help="Ask a running server (flexkv serve, or an engine's)."
+    no_args_is_help=True,
+    help="Look at, flush or clear a running server.",
 )
 
 Address = Annotated[
-    str | None, typer.Option("--server", help="Its address; by default server_recv_port.")
+    str | None,
+    typer.Option("--server", help="Address: ipc:///path. By default that of server_recv_port."),
 ]
 
 
@@ -32,11 +34,13 @@ def status(address: Address = None) -> None:
 
 @server.command("flush")
 def flush(address: Address = None) -> None:
-    """Return once everything put before is on stable storage, and print what is not.
+    """Wait until everything that was stored is safe on SSD, and print what is not.
 
     The exit status is 1 when a tier that was asked for is not there.
     """
     report = command(_at(address), "flush")
+    if not any(report.values()):
+        typer.echo("everything in host memory is on SSD, or no SSD tier is configured")
     for tier, blocks in report["lacking_blocks"].items():
         typer.echo(f"{tier} lacks {blocks} blocks of host memory")
     for directory, why in report["unused_directories"].items():
@@ -49,28 +53,29 @@ def flush(address: Address = None) -> None:
 
 @server.command("clear")
 def clear(
-    tier: Annotated[str | None, typer.Option(help="host or disk; both when not given.")] = None,
+    tier: Annotated[str | None, typer.Option(help="host or disk; by default both.")] = None,
     address: Address = None,
 ) -> None:
-    """Forget every block of a tier, or of every one."""
+    """Empty the cache: every tier, or one."""
     typer.echo(f"{command(_at(address), 'clear', tier=tier)} blocks forgotten")
 
 
 def trace_start(
     file: Annotated[
-        Path | None, typer.Argument(help="By default the server's trace_file_path.")
+        Path | None, typer.Argument(help="File to write; by default the server's trace_file_path.")
     ] = None,
     tokens: Annotated[
-        bool | None, typer.Option(help="Record prompts in clear; by default as trace_tokens says.")
+        bool | None,
+        typer.Option(help="Record the prompts, too; by default as trace_tokens says."),
     ] = None,
     address: Address = None,
 ) -> None:
-    """Let a running server record a trace from now on."""
+    """Start a trace in a running server."""
     path = None if file is None else str(file.absolute())
     typer.echo(f"tracing to {command(_at(address), 'trace_start', path=path, tokens=tokens)}")
 
 
 def trace_stop(address: Address = None) -> None:
-    """Let a running server record no more; the file is whole then."""
+    """Stop the trace of a running server, and complete its file."""
     path = command(_at(address), "trace_stop")
     typer.echo("no trace was on" if path is None else f"traced to {path}")

@@ -18,9 +18,12 @@ from flexkv.common.errors import ConfigError
 from flexkv.io.paths import expanded, shown
 from flexkv.io.stopped import StoppedTier
 
-ssd = typer.Typer(no_args_is_help=True, help="Look at a directory of the SSD tier, offline.")
+ssd = typer.Typer(
+    no_args_is_help=True,
+    help="Inspect, verify or clear a directory of a stopped engine.",
+)
 
-Folder = Annotated[Path, typer.Argument(help="A directory of ssd_cache_dir; no engine has it.")]
+Folder = Annotated[Path, typer.Argument(help="A directory that ssd_cache_dir names.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -35,7 +38,7 @@ def _opened(directory: Path) -> StoppedTier:
 
 @ssd.command()
 def inspect(directory: Folder, as_json: AsJson = False) -> None:
-    """Say what a directory holds."""
+    """Show what a directory holds: the model, and how many blocks."""
     with _opened(directory) as tier:
         blocks = tier.live.blocks
         firsts = blocks[blocks[:, 32] > 0] if len(blocks) else blocks
@@ -57,11 +60,11 @@ def inspect(directory: Folder, as_json: AsJson = False) -> None:
 def verify(
     directory: Folder,
     drop: Annotated[
-        bool, typer.Option("--drop", help="Let no engine believe in what is not sound.")
+        bool, typer.Option("--drop", help="Remove corrupt blocks, so that no engine uses them.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Read every block and compare its checksum; exit status 1 when one is not sound."""
+    """Read every block and compare its checksum; exit status 1 if one is corrupt."""
     begin, read = time.monotonic(), 0
     bad: list[int] = []
     console = Console(stderr=True)
@@ -78,8 +81,8 @@ def verify(
     figures = {
         "blocks read": read,
         "GB/s": round(read * stride / 1e9 / max(seconds, 1e-9), 3),
-        "not sound": len(bad),
-        "rows not sound": bad[:20],
+        "corrupt": len(bad),
+        "rows of corrupt blocks": bad[:20],
         "dropped": len(bad) if drop else 0,
     }
     _show(figures, f"{directory}", as_json)
@@ -90,9 +93,9 @@ def verify(
 @ssd.command()
 def clear(
     directory: Folder,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Forget every block of a directory; its files stay, to be written over."""
+    """Empty a directory; its files keep their size, and will be overwritten."""
     with _opened(directory) as tier:
         count = len(tier.live.rows)
         if not yes:

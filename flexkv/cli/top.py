@@ -1,10 +1,11 @@
-"""`flexkv top` and `flexkv stats`: a running engine as its metrics endpoint tells of it."""
+"""`flexkv top` and `flexkv stats`: what a running engine's metrics endpoint says."""
 
 from __future__ import annotations
 
 import http.client
 import json
 import time
+import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from flexkv.common.errors import ConfigError
 Samples: TypeAlias = Mapping[str, Mapping[tuple[str, ...], float]]
 """By name, then by the values of the labels in the order of their names."""
 
-Url = Annotated[str, typer.Option(help="Where the engine serves its metrics.")]
+Url = Annotated[str, typer.Option(help="Where metrics are served (see enable_metrics).")]
 URL = "http://127.0.0.1:8080/metrics"
 ANSWER_BYTES_MAX = 64 << 20
 OF_ENGINE = ("engine", "instance")
@@ -30,7 +31,7 @@ OF_ENGINE = ("engine", "instance")
 
 
 def scrape(url: str) -> Samples:
-    """Give what an endpoint tells.
+    """Return the samples of an endpoint.
 
     Raises:
         ConfigError: nobody answers there, or not with FlexKV's metrics.
@@ -44,7 +45,12 @@ def scrape(url: str) -> Samples:
             text = answer.read(ANSWER_BYTES_MAX).decode()
         families = list(text_string_to_metric_families(text))
     except (OSError, ValueError, OverflowError, LookupError, http.client.HTTPException) as error:
-        why = f"gives no metrics ({error}): is enable_metrics on, and the port right?"
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        said = reason.strerror if isinstance(reason, OSError) and reason.strerror else reason
+        why = (
+            f"there are no metrics ({said}): is a server or engine running, with enable_metrics "
+            "or a MetricsServer, at this port?"
+        )
         raise ConfigError("url", url, why) from error
     samples: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
     for family in families:
@@ -59,9 +65,9 @@ def scrape(url: str) -> Samples:
 
 def stats(
     url: Url = URL,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
-    """Show once what a running engine tells of itself."""
+    """Print the statistics of a running server or engine, once."""
     samples = scrape(url)
     if as_json:
         told = {
@@ -77,25 +83,32 @@ def stats(
 def top(
     url: Url = URL,
     interval: Annotated[
-        float, typer.Option(min=0.1, callback=finite, help="Seconds between two looks.")
+        float, typer.Option(min=0.1, callback=finite, help="Seconds from one update to the next.")
     ] = 2.0,
-    count: Annotated[int, typer.Option(min=0, help="Looks; 0 = until interrupted.")] = 0,
+    count: Annotated[int, typer.Option(min=0, help="Updates to show; 0 = no end.")] = 0,
 ) -> None:
-    """Watch a running engine: rates, hits, tiers, queues, the slowest request."""
+    """Watch a running server or engine: rates, hits, tiers, queues, the slowest request."""
     before, at_s = scrape(url), time.monotonic()
     looks = 0
-    with Live(screen(before, None, 0.0), console=Console(), auto_refresh=False) as live:
+    console = Console()
+    with Live(screen(before, None, 0.0), console=console, auto_refresh=False) as live:
         while not count or looks < count:
             time.sleep(interval)
             now, now_s = scrape(url), time.monotonic()
             live.update(screen(now, before, now_s - at_s), refresh=True)
             before, at_s, looks = now, now_s, looks + 1
+    if not console.is_terminal:
+        console.print()
 
 
 def screen(now: Samples, before: Samples | None, seconds: float) -> Group:
-    """Give the tables: per second since an earlier look, or since the start when there is none."""
-    return Group(_requests(now, before, seconds), _tiers(now, before, seconds),
-                 _routes(now, before, seconds))  # fmt: skip
+    """Return the tables: rates since an earlier look, or totals when there is none.
+
+    A table without rows is left out, except the first, whose title says how busy the engine is.
+    """
+    requests, *others = (make(now, before, seconds) for make in (_requests, _tiers, _routes))
+    return Group(requests if requests.row_count else str(requests.title),
+                 *(table for table in others if table.row_count))  # fmt: skip
 
 
 def _per_s(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from flexkv.cli.server import trace_start, trace_stop
 from flexkv.cli.trace_replay import replay
@@ -21,18 +21,22 @@ from flexkv.trace.summary import Summary
 from flexkv.trace.view import page
 
 trace = typer.Typer(
-    no_args_is_help=True, help="See why it was slow: what a trace file says (enable_trace)."
+    no_args_is_help=True,
+    help="See why it was slow: record a trace, and read it.",
 )
 
-File = Annotated[Path, typer.Argument(help="A trace file; its rotated predecessors are read too.")]
+File = Annotated[
+    Path,
+    typer.Argument(help="A trace file; its rotated predecessors are read, too."),
+]
 
 
 @trace.command("summary")
 def summary(
     file: File,
-    slowest: Annotated[int, typer.Option(min=0, help="Requests to list.")] = 5,
+    slowest: Annotated[int, typer.Option(min=0, help="Slow requests to list.")] = 5,
 ) -> None:
-    """Say what was wrong, where time went, and how fast every route was."""
+    """Print what was wrong, where time went, and how fast each route was."""
     told, console = Summary(load(file)), Console()
     _print_findings(told, console)
     if not told.trace.requests and not told.trace.ops:
@@ -58,7 +62,7 @@ def _print_findings(told: Summary, console: Console) -> None:
 
 
 def _requests(told: Summary) -> Table:
-    table = Table("request", "count", "p50 ms", "p90 ms", "p99 ms", "most ms", "ended as")
+    table = Table("request", "count", "p50 ms", "p90 ms", "p99 ms", "max ms", "ended as")
     for kind, facts in told.kinds.items():
         statuses = ", ".join(f"{status} {count}" for status, count in facts.statuses.items())
         table.add_row(kind, str(facts.count), *(f"{ms:.2f}" for ms in facts.ms), statuses)
@@ -84,7 +88,7 @@ def _time(told: Summary) -> Table:
 
 def _routes(told: Summary) -> Table:
     columns = ("queued p50/p99 ms", "with the device p50/p99 ms", "GB/s busy", "GB/s best")
-    table = Table("route", "ops", "GB", *columns, "failed")
+    table = Table(Column("route", no_wrap=True), "ops", "GB", *columns, "failed")
     for route, facts in told.routes.items():
         table.add_row(
             escape(route),
@@ -113,7 +117,7 @@ def _slowest(told: Summary, count: int) -> Table:
 @trace.command("diff")
 def diff(
     before: Annotated[Path, typer.Argument(help="A trace file.")],
-    after: Annotated[Path, typer.Argument(help="Another one, to compare with it.")],
+    after: Annotated[Path, typer.Argument(help="The trace file to compare with it.")],
 ) -> None:
     """Compare two runs: latencies, hits, rates, and what went wrong in one of them."""
     told, console = [Summary(load(path)) for path in (before, after)], Console()
@@ -157,7 +161,7 @@ def view(
     ),
     open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
-    """Make one HTML page: timeline, requests with their plans, curves, what was wrong."""
+    """Write an HTML page: timeline, requests with their plans, curves, what was wrong."""
     _write(to, page(Summary(load(file))).encode(), "needs no network")
     if open_it:
         webbrowser.open(to.resolve().as_uri())

@@ -14,6 +14,7 @@ from pydantic_core.core_schema import ValidationInfo
 from flexkv.common.config_keys import (
     BLOCKS_MAX,
     GB_MAX,
+    HIDDEN,
     MB_MAX,
     SECONDS_MAX,
     ConfigModel,
@@ -430,7 +431,8 @@ class CacheConfig(ConfigModel):
     def _consistent(self) -> Self:
         directories = self.ssd_cache_dir
         if self.enable_ssd and not directories:
-            raise ConfigError("ssd_cache_dir", "", "enable_ssd needs at least one directory")
+            why = "an SSD tier needs at least one directory: set this key"
+            raise ConfigError("ssd_cache_dir", HIDDEN, why)
         if len(set(directories)) != len(directories):
             raise ConfigError("ssd_cache_dir", directories, "names a directory twice")
         if self.hugepage_size_bytes.bit_count() != 1:

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 from pydantic_core.core_schema import ValidationInfo
 
+from flexkv.common import errors
 from flexkv.common.errors import ConfigError
 
 MASK = "**********"
@@ -55,7 +56,14 @@ class Described(str):
         return str(self)
 
 
-HIDDEN = Described("…")
+HIDDEN = Described(errors.HIDDEN)
+
+
+def as_gb(size_bytes: int) -> str:
+    """Return a size as messages show it: in GB as the keys count them, or in MB if it is small."""
+    if size_bytes < 1 << 30:
+        return f"{size_bytes / (1 << 20):,.2f} MB"
+    return f"{size_bytes / (1 << 30):,.2f} GB"
 
 
 class RetiredKeyWarning(FutureWarning):
@@ -370,7 +378,9 @@ def _config_error(model: type[BaseModel], error: ValidationError) -> ConfigError
     elif first["type"] == "extra_forbidden":
         rest[-1:] = [HIDDEN]  # a key that no model has
     path = name + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
-    value = None if first["type"] == "missing" else first["input"]
+    if first["type"] == "missing":
+        return ConfigError(path, HIDDEN, "is missing, and has no default")
+    value = first["input"]
     why = first["msg"].removeprefix("Value error, ")
     return ConfigError(path, shown(name, value, (model,)), why)
 

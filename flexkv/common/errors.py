@@ -44,11 +44,17 @@ def _portable(value: Any) -> Any:
     return value
 
 
+HIDDEN = "…"
+"""The `repr` of a value that an error does not show: it may be a secret, or there is none."""
+
+
 class ConfigError(FlexKVError):
     """A configuration or argument field has a value that breaks a rule."""
 
     def __init__(self, field: str, value: object, why: str) -> None:
-        super().__init__(f"{field}={value!r}: {why}")
+        shown = repr(value)
+        named = field if shown == HIDDEN else f"{field}={shown}"
+        super().__init__(f"{named}: {why}")
         self.field, self.value, self.why = field, value, why
 
 

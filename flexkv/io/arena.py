@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from flexkv import _ext, forks
 from flexkv.common.config_cache import GivenSize
+from flexkv.common.config_keys import as_gb
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.io.host_memory import free_huge_bytes, headroom
 from flexkv.logs import get_logger
@@ -267,7 +268,8 @@ def check_memory(total_bytes: int, hugepage_bytes: int | None, given: GivenSize)
             return 0
     available_bytes, limited_by = headroom()
     if total_bytes > available_bytes:
-        why = f"needs {total_bytes} bytes of memory, {limited_by} has {available_bytes}: "
+        needs, has = as_gb(total_bytes), as_gb(available_bytes)
+        why = f"needs {needs} of memory, {limited_by} has {has}: "
         raise ConfigError(*given, f"{why}set {given.key} lower")
     return total_bytes
 
@@ -287,7 +289,7 @@ def _cannot_be_had(
     elif limited:
         help_ += f", or raise this process's limit of memory (ulimit -{' -'.join(limited)})"
     reason = error.strerror if isinstance(error, OSError) else str(error)
-    return ConfigError(*given, f"{total_bytes} bytes of memory cannot be had ({reason}): {help_}")
+    return ConfigError(*given, f"{as_gb(total_bytes)} of memory cannot be had ({reason}): {help_}")
 
 
 def _map(kind: str, total_bytes: int, hugepage_bytes: int | None, shared: bool) -> _Mapping:

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from flexkv import forks
 from flexkv.common.config_cache import GivenSize
+from flexkv.common.config_keys import as_gb
 from flexkv.common.errors import ClosedError, ConfigError, StorageError
 from flexkv.common.terms import BlockIds
 from flexkv.io.allocation import (
@@ -359,11 +360,9 @@ class StripedFiles:
     def _no_space(self, number: int, wanted_bytes: int) -> ConfigError:
         folder = self._names[number][0]
         free = room(self.fds[number], self._reserved_bytes)
-        has = "is full" if free is None else f"{free.limited_by} has {free.free_bytes}"
-        why = (
-            f"needs {wanted_bytes} more bytes in {folder.path}, {has}: set {self._given.key} lower"
-        )
-        return ConfigError(*self._given, why)
+        has = "is full" if free is None else f"{free.limited_by} has {as_gb(free.free_bytes)}"
+        why = f"needs {as_gb(wanted_bytes)} more in {folder.path}, {has}"
+        return ConfigError(*self._given, f"{why}: set {self._given.key} lower")
 
     def _refusal(self, number: int, size: int, error: OSError | OverflowError) -> ConfigError:
         """Return the error for a file that cannot have its size."""

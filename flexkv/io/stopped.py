@@ -46,7 +46,8 @@ class StoppedTier:
             self._folder = open_folder(folder, undo)
             found = superblock.read(self._folder)
             if found is None:
-                raise ConfigError("directory", str(folder), "has no superblock of an SSD tier")
+                why = "is not a directory of an SSD tier: superblock.flexkv is missing"
+                raise ConfigError("directory", str(folder), why)
             lock_folder(self._folder, undo)
             for name in self._block_files():
                 os.close(open_ours(self._folder, name, os.O_RDONLY))

@@ -154,7 +154,7 @@ class Agent:
             try:
                 port.order_after(to_device)
             except DeviceError as error:
-                log.exception("device down", call=error.call, code=error.code)
+                log.exception("device_down", call=error.call, code=error.code)
                 self._thread.post(self._end_link)  # its puts end with this connection
                 return
         messages = [Ready(part) for part in parts_of(numbers)]
@@ -201,7 +201,7 @@ class Agent:
             except ConfigError as error:
                 wait_s, reason = RETRY_REFUSED_S, str(error)
             except (OSError, ClosedError) as error:
-                reason = str(error)
+                reason = f"{getattr(error, 'strerror', None) or error}; asking again"
             else:
                 attempts = 0
                 with ExitStack() as unstarted:  # the task may be cancelled before its first step
@@ -246,7 +246,7 @@ class Agent:
             undo.callback(link.close)
             link.send(Lent())
             server = connected.welcome.pid
-            log.info("device lent", path=self._address, server=server, **device.facts)
+            log.info("device_lent", path=self._address, server=server, **device.facts)
             try:
                 while (message := await link.receive()) is not None:
                     self._take(message)
@@ -257,7 +257,7 @@ class Agent:
                 await self._wait_drained()
                 link.close()
             await link.wait_closed()
-        log.info("device taken back", path=self._address)
+        log.info("device_taken_back", path=self._address)
 
     def _end_link(self) -> None:
         self._leaving = True

@@ -179,7 +179,7 @@ class Launched:
                 raise _failure(said)
             self._listens = True
             self._between.poll()
-            log.info("server launched", pid=self.pid, path=self._path)
+            log.info("server_launched", pid=self.pid, path=self._path)
         return self._listens
 
     def _begun(self, wait_s: float | None = 0.0) -> ProcessWatch | None:
@@ -228,7 +228,7 @@ class Launched:
         if watch is not None and self.pid:
             watch.signal(signal.SIGTERM)
             if not watch.wait(END_S):
-                log.warning("server killed", pid=self.pid, reason=f"not ended in {END_S} s")
+                log.warning("server_killed", pid=self.pid, reason=f"not ended in {END_S} s")
                 watch.signal(signal.SIGKILL)
                 watch.wait(END_S)
         self._end_between()
@@ -250,7 +250,7 @@ class Launched:
         try:
             self._between.wait(LOOK_S)
         except subprocess.TimeoutExpired:
-            log.warning("launcher killed", pid=self._between.pid, reason="it hangs")
+            log.warning("launcher_killed", pid=self._between.pid, reason="it hangs")
             self._between.kill()
             self._between.wait()
 

@@ -235,7 +235,10 @@ class Listener:
         return peer
 
     def _in_use(self, who: str) -> ConfigError:
-        why = f"is in use by another server ({who}): only one of those that share it may launch it"
+        why = (
+            f"is in use by another server ({who}): stop it, or set another server_recv_port; of "
+            "engines that share a server, only one launches it"
+        )
         return ConfigError("server_recv_port", str(self.path), why)
 
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any
 
 from flexkv.common.errors import BackendUnavailableError, ConfigError
+from flexkv.server.address import socket_path
 from flexkv.server.greet import connect, message
 from flexkv.server.wire import PROTOCOL_VERSION, Answer, Command, Hello, framed
 
 COMMAND_S = 60.0
+
+
+def _path_of(address: str) -> str:
+    """Return the path of an address, or the address if it has none that can be used."""
+    with suppress(ConfigError):
+        return str(socket_path(address))
+    return address
 
 
 def command(address: str, verb: str, **arguments: Any) -> Any:
@@ -26,7 +35,8 @@ def command(address: str, verb: str, **arguments: Any) -> Any:
             peer.sendall(framed(Command(1, verb, arguments)))
             answer = message(peer)
     except OSError as error:
-        raise BackendUnavailableError(f"the server at {address}", str(error)) from error
+        why = f"{error.strerror or error}: is one running? `flexkv serve` starts one"
+        raise BackendUnavailableError(f"the server at {_path_of(address)}", why) from error
     assert isinstance(answer, Answer)
     if answer.error:
         raise ConfigError("command", verb, answer.error)

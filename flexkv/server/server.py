@@ -109,7 +109,7 @@ class Server:
         self._listener.listen()
         self._engine.supervisor.keep("server", self._listen())
         self._engine.supervisor.keep("changes", self._watchers.run())
-        log.info("server listens", path=str(self._listener.path), pid=os.getpid())
+        log.info("server_listens", path=str(self._listener.path), pid=os.getpid())
 
     async def close(self) -> None:
         """Take no more connections, and let the agents end what they do."""
@@ -263,7 +263,7 @@ class Server:
             raise ProtocolError(f"instance {instance} has a client already")
         jobs, prompts = self._jobs_of(instance), KeptPrompts()
         self._backend.fleet.attach(instance, link)
-        log.info("client connected", instance=instance)
+        log.info("client_connected", instance=instance)
         self._tell_state(instance)
         if hello.watches:
             self._watchers.add(link)
@@ -280,7 +280,7 @@ class Server:
             jobs.cancel()
             jobs.release()
             # Its devices may still be written by what is under way: agents ask for that.
-            log.info("client gone", instance=instance)
+            log.info("client_gone", instance=instance)
 
     def _ask(
         self, link: Link[ToServer], jobs: Jobs, prompts: KeptPrompts, message: ToServer
@@ -354,7 +354,7 @@ class Server:
         port = self._port_of(link, hello)
         fleet.join(number, rank, port, hello.order)
         self._guests.take_role(guest, "agent")
-        log.info("agent connected", instance=number, rank=rank, blocks=hello.num_blocks)
+        log.info("agent_connected", instance=number, rank=rank, blocks=hello.num_blocks)
         may_copy = True
         try:
             self._tell_state(number)
@@ -377,7 +377,7 @@ class Server:
             if number in self._jobs:
                 self._jobs[number].cancel_unready()
             self._tell_state(number)
-            log.info("agent gone", instance=number, rank=rank)
+            log.info("agent_gone", instance=number, rank=rank)
 
     def _port_of(self, link: Link[ToServer], hello: Hello) -> AgentPort:
         engine, fleet = self._engine, self._backend.fleet

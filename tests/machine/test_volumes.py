@@ -81,7 +81,7 @@ async def test_a_tier_that_grows_asks_for_what_it_lacks(mounted: Path) -> None:
     await put(tier, PROMPT, num_ssd_blocks=BLOCKS)
     more = BLOCKS + 20 * MB // 4096
     assert (await got(tier, num_ssd_blocks=more))[::2] == (16, 0)
-    with pytest.raises(ConfigError, match=r"ssd_cache_gb=0.5: needs \d+ more bytes in") as caught:
+    with pytest.raises(ConfigError, match=r"ssd_cache_gb=0.5: needs [\d.]+ MB more in") as caught:
         await got(tier, num_ssd_blocks=None, ssd_cache_gb=0.5)
     assert "set ssd_cache_gb lower" in caught.value.why
     assert (await got(tier, num_ssd_blocks=BLOCKS // 2))[::2] == (16, 0)

@@ -292,5 +292,5 @@ async def test_direct_storage_is_refused_by_name_and_done_without(
         async with KVManager(ranks.model, cache_config(tmp_path, enable_gds=True)) as manager:
             ranks.register(manager)
             assert (await manager.put(PROMPT, slots_of(range(10)))).return_mask.all()
-    (line,) = [each for each in lines if each["event"] == "gds not used"]
+    (line,) = [each for each in lines if each["event"] == "gds_not_used"]
     assert "cuFile" in line["reason"]

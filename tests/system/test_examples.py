@@ -3,49 +3,59 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from .forked import Program
-
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def run(command: list[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder."""
+    return subprocess.run(
+        command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "lines"),
     [
-        ("async_library", ["put: success 64 tokens", "match: 64 tokens", "get: success 64 tokens",
+        ("async_library", ["put: KVResponse(success, 64 of 64 tokens)",
+                           "match: PrefixMatch(64 tokens: host 64)",
+                           "get: KVResponse(success, 64 of 64 tokens)",
                            "flushed: 4 blocks on SSD", "every byte is back"]),
-        ("task_ids", ["put: success", "match: 64 tokens", "get: success", "every byte is back"]),
+        ("task_ids", ["put: KVResponse(success, 64 of 64 tokens)", "match: 64 tokens",
+                      "get: KVResponse(success, 64 of 64 tokens)", "every byte is back"]),
         ("two_engines", ["first engine, put: success, 32 blocks",
                          "second engine, match: {'host': 32}",
                          "second engine, get: success, 32 blocks", "every byte is there"]),
     ],
 )  # fmt: skip
 def test_an_example_runs_as_it_says(tmp_path: Path, name: str, lines: list[str]) -> None:
-    """From the repository's root, over a directory of its own."""
-    directory = tmp_path / "flexkv-example"
-    directory.mkdir(0o700)
-    with closing(Program(f"examples.{name}", None, directory)) as example:
-        printed = example.stdout.read()
-        assert example.wait(60) == 0, printed
-    assert [line for line in printed.splitlines() if line in lines] == lines, printed
+    """As a script without arguments, in any working directory, and without a warning."""
+    command = [sys.executable, ROOT / f"examples/{name}.py"]
+    done = run(command, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    assert "model_id_not_given" not in done.stderr
+    said = [line for line in done.stdout.splitlines() if line in lines]
+    assert said == lines, done.stdout
 
 
 def test_a_server_and_an_engine_of_several_processes_run_as_they_say(tmp_path: Path) -> None:
-    """Each in a terminal of its own."""
-    directory = tmp_path / "flexkv-example"
-    with closing(Program("examples.run_server", None, directory)) as server:
-        with closing(Program("examples.scheduler_server_example", None, directory)) as example:
-            printed = example.stdout.read()
-            assert example.wait(60) == 0, printed
-            assert "every byte is back" in printed
-        os.kill(server.pid, signal.SIGTERM)
+    """Each in a terminal of its own, over a folder that both are told."""
+    command = [sys.executable, ROOT / "examples/run_server.py", "folder"]
+    server = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT)
+    try:
+        command = [sys.executable, ROOT / "examples/scheduler_server_example.py", "folder"]
+        done = run(command, tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "every byte is back" in done.stdout
+    finally:
+        server.terminate()
         assert server.wait(60) == 0
 
 

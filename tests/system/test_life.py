@@ -203,5 +203,6 @@ def test_the_example_in_the_readme_runs(tmp_path: Path) -> None:
     told = subprocess.run(
         [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert "SUCCESS 64 tokens" in told.stdout
+    assert "KVResponse(success, 64 of 64 tokens)" in told.stdout
+    assert told.stderr == ""
     assert (tmp_path / "flexkv-ssd").stat().st_mode & 0o777 == 0o700

@@ -205,7 +205,7 @@ def test_a_running_engine_is_watched_in_the_terminal(manager: KVManager) -> None
         assert "/s" in rates.output
     gone = run(commands, ["top", "--url", server.url])
     assert isinstance(gone.exception, ConfigError)
-    assert "gives no metrics" in str(gone.exception)
+    assert "there are no metrics" in str(gone.exception)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::1", "localhost"])

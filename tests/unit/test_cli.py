@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,10 @@ from flexkv.testing.known_bytes import KnownDevice
 from flexkv.trace.mooncake import read_trace
 
 RUNNER = CliRunner()
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if not name.startswith("FLEXKV_")},
+    "PYTHONPATH": str(Path(__file__).parents[2]),
+}
 SMALL = ["demo", "--requests", "400", "--host-blocks", "400", "--ssd-blocks", "2000"]
 TRACE_LINE = {"timestamp": 0, "input_length": 1024, "output_length": 1, "hash_ids": [0, 1]}
 
@@ -31,6 +38,31 @@ def test_the_demo_finds_no_mismatch_and_uses_both_tiers(tmp_path: Path) -> None:
     assert figures["requests"] == 400
     assert figures["evicted_blocks"]["host"] > 0
     assert figures["moved_gb"]["disk→host"] > 0
+
+
+def test_the_demo_says_what_it_runs_and_that_every_byte_was_right(tmp_path: Path) -> None:
+    """Without a log line: that its small tiers overflow is in the table."""
+    command = [sys.executable, "-m", "flexkv.cli.main", "demo", "--requests", "300"]
+    command += ["--host-blocks", "300", "--ssd-blocks", "400"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    told = " ".join(done.stdout.split())
+    assert "300 blocks of 16 tokens (128 KiB) in host memory, and for 400 on SSD" in told
+    assert "blocks never written │ disk" in told
+    assert "every block that was loaded had the bytes that were stored" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--host-blocks", "100000000"), ("--ssd-blocks", "1000000000"), ("--ssd-dir", "/no/such/ssd")],
+)
+def test_the_demo_names_the_option_that_cannot_be(option: str, value: str) -> None:
+    """Not the key that it sets; and a directory that cannot be used is an error, not a detail."""
+    result = RUNNER.invoke(commands, [*SMALL, option, value])
+    assert isinstance(result.exception, ConfigError)
+    assert result.exception.field == option
+    assert "num_" not in str(result.exception)
 
 
 def test_the_demo_reports_a_wrong_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,3 +158,57 @@ def test_errors_are_one_line(
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert told in lines[0]
+
+
+def test_ctrl_c_while_the_command_is_imported_prints_no_traceback() -> None:
+    """It takes a second on a busy machine: many interrupts come then."""
+    code = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'flexkv.cli.demo':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from flexkv.cli.entry import app\n"
+        "app()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "told"),
+    [
+        (["serve"], {}, "flexkv: model: name a JSON file that describes the model"),
+        (["serve", "m.json"], {"FLEXKV_CPU_CACHE_GBS": "1"},
+         "flexkv: FLEXKV_CPU_CACHE_GBS: unknown variable; the nearest known is FLEXKV_CPU_CACHE"),
+        (["serve", "m.json"], {"FLEXKV_SSD_CACHE_GB": "1"},
+         "flexkv: ssd_cache_dir: an SSD tier needs at least one directory: set this key"),
+        (["serve", "m.json"], {"FLEXKV_CPU_CACHE_GB": "1000"},
+         "flexkv: cpu_cache_gb=1000: needs 1,000.00 GB of memory, the "),
+        (["serve", "m.json"], {"FLEXKV_LOG_LEVEL": "loud"}, "flexkv: FLEXKV_LOG_LEVEL='loud': mus"),
+        (["serve", "short.json"], {}, "flexkv: num_kv_heads: is missing, and has no default"),
+        (["server", "status", "--server", "ipc:///no/socket"], {},
+         "flexkv: the server at /no/socket is not available: No such file or directory: is one"),
+        (["stats", "--url", "http://127.0.0.1:1/metrics"], {},
+         "flexkv: url='http://127.0.0.1:1/metrics': there are no metrics (Connection refused): is"),
+        (["ssd", "inspect", "."], {}, "is not a directory of an SSD tier: superblock.flexkv is m"),
+    ],
+)  # fmt: skip
+def test_a_newcomers_mistake_is_told_in_plain_words(
+    arguments: list[str], environment: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    """What is wrong, as the user wrote it, and what to do."""
+    shape = {"num_layers": 1, "num_kv_heads": 1, "head_size": 8, "dtype": "float16"}
+    (tmp_path / "m.json").write_text(json.dumps(shape))
+    (tmp_path / "short.json").write_text('{"num_layers": 4}')
+    done = subprocess.run(
+        [sys.executable, "-m", "flexkv.cli.main", *arguments], cwd=tmp_path,
+        env={**ENVIRONMENT, "FLEXKV_LOG_LEVEL": "error", **environment},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -199,7 +199,7 @@ def test_more_than_the_disk_has_is_refused_before_it_is_filled(folders):
     """The error names the field, its value, and the bytes that are wanted and free."""
     error = refused(folders[:2], num_blocks=1 << 40)
     assert (error.field, error.value) == ("num_ssd_blocks", 1 << 40)
-    assert f"needs {STRIDE << 40} more bytes" in error.why
+    assert "needs 4,194,304.00 GB more" in error.why
     assert "set num_ssd_blocks lower" in error.why
 
 

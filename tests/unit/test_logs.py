@@ -54,7 +54,7 @@ def test_a_line_that_is_repeated_too_often_is_dropped_and_counted() -> None:
 
     def passes(**event: object) -> bool:
         try:
-            repeats(None, "warning", {"event": "op failed", **event})
+            repeats(None, "warning", {"event": "op_failed", **event})
         except structlog.DropEvent:
             return False
         return True
@@ -62,7 +62,7 @@ def test_a_line_that_is_repeated_too_often_is_dropped_and_counted() -> None:
     assert sum(passes(route="host→disk") for _ in range(50)) == REPEATS_MAX
     assert passes(route="disk→host")
     now[0] = REPEATS_S
-    told = repeats(None, "warning", {"event": "op failed", "route": "host→disk"})
+    told = repeats(None, "warning", {"event": "op_failed", "route": "host→disk"})
     assert told["repeats_dropped"] == 50 - REPEATS_MAX
-    told = repeats(None, "warning", {"event": "op failed", "route": "host→disk"})
+    told = repeats(None, "warning", {"event": "op_failed", "route": "host→disk"})
     assert "repeats_dropped" not in told

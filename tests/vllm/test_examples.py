@@ -36,13 +36,9 @@ def test_an_offline_run_takes_the_document_from_flexkv(tmp_path: Path) -> None:
     assert answers[0] == answers[1]
 
 
-def test_curl_is_answered_with_what_flexkv_has(model: str, tmp_path: Path) -> None:
+def test_curl_is_answered_with_what_flexkv_has(tmp_path: Path) -> None:
     """vllm_online: the third answer comes from FlexKV, after vLLM's own cache was emptied."""
-    command = [
-        str(ROOT / "examples/vllm_online.sh"), model, str(tmp_path / "example"),
-        "--dtype", "float32", "--kv-cache-memory-bytes", str(16 << 20), "--block-size", "32",
-        "--max-model-len", "1024", "--enforce-eager",
-    ]  # fmt: skip
+    command = [str(ROOT / "examples/vllm_online.sh")]
     environment = {**ENVIRONMENT, "PORT": str(free_port())}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=RUN_S

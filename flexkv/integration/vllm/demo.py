@@ -46,7 +46,7 @@ class Turn(msgspec.Struct):
 
 
 def run(wanted: Wanted) -> list[Turn]:
-    """Run an engine, and give its turns."""
+    """Run an engine, and return its turns."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -55,8 +55,9 @@ def run(wanted: Wanted) -> list[Turn]:
     more: dict[str, Any] = {}
     if wanted.with_flexkv:
         more["kv_transfer_config"] = {
-            "kv_connector": "FlexKVConnectorV1", "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
+            "kv_connector": "FlexKVConnector",
+            "kv_connector_module_path": "flexkv.integration.vllm.connector",
+            "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
         }  # fmt: skip
     llm = LLM(
         model=wanted.model, skip_tokenizer_init=True, enforce_eager=True, dtype="float32",
@@ -94,7 +95,7 @@ def _said(words: random.Random, count: int) -> list[int]:
 
 
 def _ask(llm: Any, sampling: Any, name: str, prompt: list[int]) -> tuple[float, Any]:
-    """Give the seconds to the first token, and the whole answer."""
+    """Return the seconds to the first token, and the whole answer."""
     engine, begin = llm.llm_engine, time.perf_counter()
     engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
     first_s, last = 0.0, None

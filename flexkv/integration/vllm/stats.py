@@ -79,7 +79,7 @@ class Counts:
         """Count the end of a request; log the counts after each `log_every`."""
         self._finished += 1
         if not self._finished % self._log_every:
-            log.info("recent requests", requests=self._log_every, **self._recent.reduce())
+            log.info("recent_requests", requests=self._log_every, **self._recent.reduce())
             self._recent.reset()
 
     def take(self) -> FlexKVStats | None:

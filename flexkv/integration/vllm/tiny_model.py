@@ -1,8 +1,12 @@
-"""A small random Llama, made offline: for demos and tests whose output hangs on the KV cache."""
+"""A small random Llama, made offline: for demos and tests whose output depends on the KV cache.
+
+python -m flexkv.integration.vllm.tiny_model FOLDER
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +28,7 @@ class Shape(NamedTuple):
 
 
 WEIGHT_STD = 0.2
-"""Wide enough that greedy tokens hang on what was attended to."""
+"""Wide enough that greedy tokens depend on what was attended to."""
 
 
 LLAMA = Shape()
@@ -33,7 +37,7 @@ LLAMA = Shape()
 def make_tiny_model(
     folder: Path, shape: Shape = LLAMA, dtype: str = "float32", seed: int = 0
 ) -> Path:
-    """Write a model that vLLM loads, the same for the same seed, and give its folder.
+    """Write a model that vLLM loads, the same for the same seed, and return its folder.
 
     Needs torch and safetensors, which come with every engine.
     """
@@ -97,3 +101,9 @@ def _config(shape: Shape, inner: int, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": False, "torch_dtype": dtype, "bos_token_id": 1, "eos_token_id": 2,
         "attention_bias": False, "mlp_bias": False,
     }  # fmt: skip
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m flexkv.integration.vllm.tiny_model FOLDER")
+    make_tiny_model(Path(sys.argv[1]))

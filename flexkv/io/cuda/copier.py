@@ -233,7 +233,7 @@ def choices_for(driver: CudaDriver, layout: PagedLayout, ways: list[Way]) -> lis
     except DeviceError as error:
         if error.code != OUT_OF_MEMORY:
             raise
-        log.warning("device not measured", reason="no device memory to copy from and to")
+        log.warning("device_not_measured", reason="no device memory to copy from and to")
         return [Choices.always(How.ENGINE)] * len(ways)
     kept.write(path, encode(choices))
     return choices

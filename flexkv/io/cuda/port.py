@@ -282,7 +282,7 @@ class CudaDevicePort:
         try:
             self._resources.close()
         except DeviceError as error:  # of a broken context, which the process cannot mend
-            log.warning("device not released", call=error.call, code=error.code)
+            log.warning("device_not_released", call=error.call, code=error.code)
         self._copier = None
         if left := sum(len(way.under_way) for way in self._ways) + len(self._ended):
             raise InvariantError(f"CUDA device port closed with {left} transfers unreaped")

@@ -65,7 +65,7 @@ class Way:
             try:
                 self.stage = Stage(self._driver, self.stream)
             except DeviceError as error:
-                log.warning("no memory to stage in", bytes=SLOTS * SLOT_BYTES, code=error.code)
+                log.warning("no_memory_to_stage_in", bytes=SLOTS * SLOT_BYTES, code=error.code)
                 choices = choices.without(How.STAGED)
         self.choices = choices
 
