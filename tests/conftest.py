@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +21,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # Two tests run at once on two cores: threads of a library that spin would take the other's time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell's background jobs ignore ctrl-C, and so would the programs that tests begin and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Directories that tests make must not be writable by a group: an engine refuses them.
 os.umask(0o022)

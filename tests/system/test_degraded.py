@@ -222,7 +222,7 @@ async def test_a_filesystem_that_is_full_stops_writes_alone(small_filesystem: Pa
 
 def test_preallocation_that_does_not_fit_is_refused(small_filesystem: Path) -> None:
     """By default a tier that cannot be filled is not opened."""
-    with pytest.raises(ConfigError, match="more bytes"):
+    with pytest.raises(ConfigError, match=r"needs 8\.00 MB more in"):
         asyncio.run(opened(cache_config(small_filesystem, num_ssd_blocks=2048)))
 
 

@@ -167,8 +167,9 @@ def test_a_server_of_root_is_trusted_and_serves_root_only(shared: Path, home: Pa
         assert outcome(0, "use", settings)["same"]
         (shared / "socket").chmod(0o666)
         said = outcome(OWNER, "speak", settings)["operator"]
-        # It closes before it reads what was said, which the kernel may tell as a reset.
-        assert "closed the connection" in said or "reset by peer" in said
+        # It closes before it reads what was said, or before that is said.
+        ends = ("closed the connection", "reset by peer", "Broken pipe")
+        assert any(end in said for end in ends), said
 
 
 SQUATS = ["directory", "writable", "link to a directory of the owner's", "file", "dangling link"]

@@ -323,7 +323,7 @@ async def test_the_command_looks_at_a_stopped_tier(tmp_path: Path) -> None:
         content.write(b"other bytes")
     result = flexkv("verify", tmp_path, "--drop", "--json")
     assert result.exit_code == 1
-    assert json.loads(result.stdout)["rows not sound"] == [7]
+    assert json.loads(result.stdout)["rows of corrupt blocks"] == [7]
     assert (await got(tmp_path))[::2] == (7, 0), "known before it is read"
     assert flexkv("clear", tmp_path, "--yes").exit_code == 0
     assert (await got(tmp_path))[0] == 0
