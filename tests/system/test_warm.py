@@ -330,7 +330,7 @@ async def test_the_command_looks_at_a_stopped_tier(tmp_path: Path) -> None:
     async with KVManager(MODEL, cache_config(tmp_path)):
         with pytest.raises(ConfigError, match="in use"):
             flexkv("inspect", tmp_path)
-    with pytest.raises(ConfigError, match="superblock.flexkv is missing"):
+    with pytest.raises(ConfigError, match=r"superblock\.flexkv is missing"):
         flexkv("inspect", tmp_path.parent)
 
 
