@@ -38,12 +38,9 @@ def settings(tmp_path: Path, request: Any) -> Settings:
 
 
 @pytest.fixture
-def sound(settings: Settings, launched: Launched) -> Iterator[Instance]:
+def sound(instance: Instance) -> Instance:
     """Return an instance that works."""
-    made = Instance(settings)
-    made.begin()
-    yield made
-    made.close()
+    return instance
 
 
 @pytest.fixture

@@ -14,18 +14,23 @@ from flexkv.server.launch import ProcessWatch
 PATIENCE_S = 20.0
 
 
-def test_the_end_of_a_process_is_seen_with_any_descriptor() -> None:
-    """Our own process may have thousands of files open."""
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    low = os.pidfd_open(process.pid)
-    watch = ProcessWatch(process.pid, fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 1024))
-    os.close(low)
+def check_that_the_end_is_seen(process: subprocess.Popen[bytes], watch: ProcessWatch) -> None:
+    """End a process by its stdin, and close the watch."""
     assert not watch.has_ended
     assert not watch.wait(0.0)
     process.communicate()
     assert watch.wait(PATIENCE_S)
     assert watch.has_ended
     watch.close()
+
+
+def test_the_end_of_a_process_is_seen_with_any_descriptor() -> None:
+    """Our own process may have thousands of files open."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    low = os.pidfd_open(process.pid)
+    watch = ProcessWatch(process.pid, fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 1024))
+    os.close(low)
+    check_that_the_end_is_seen(process, watch)
 
 
 @pytest.mark.parametrize("has_pidfds", [True, False])
@@ -39,10 +44,5 @@ def test_the_end_of_a_process_is_seen_by_its_number(
         monkeypatch.delattr(os, "pidfd_open")
     watch = ProcessWatch(process.pid)
     assert (watch.fd >= 0) == has_pidfds
-    assert not watch.has_ended
-    assert not watch.wait(0.0)
-    process.communicate()
-    assert watch.wait(PATIENCE_S)
-    assert watch.has_ended
-    watch.close()
+    check_that_the_end_is_seen(process, watch)
     assert len(os.listdir("/proc/self/fd")) == before

@@ -179,11 +179,11 @@ class Copier:
         assert self.pages is not None
         stage, (host_ids, device_ids) = way.stage, ids
         offset, size = self.pages.extent(layers)
-        # Some layers of a block are too short a run for the copy engine.
-        fits = stage is not None and (layers is None or size >= STAGED_BYTES_MIN)
-        at_once = stage.size // size if stage is not None and fits else 0
-        if stage is None or not at_once:
+        if stage is None or size > stage.size:
             return False
+        if layers is not None and size < STAGED_BYTES_MIN:  # too short a run for the copy engine
+            return False
+        at_once = stage.size // size
         lots = list(pairwise([*range(0, len(device_ids), at_once), len(device_ids)]))
         flat = [part for a, b in lots for part in (device_ids[a:b], np.arange(b - a))]
         address = way.take_ids(np.concatenate(flat))

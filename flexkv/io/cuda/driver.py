@@ -192,7 +192,7 @@ class BoundDriver:
         with ExitStack() as undo:
             self._context: Any = self._call(driver.cuDevicePrimaryCtxRetain, self._device)
             undo.callback(self._call, driver.cuDevicePrimaryCtxRelease, self._device)
-            with self._inside():
+            with self.inside():
                 self._load()
             self._resources = undo.pop_all()
 
@@ -305,12 +305,8 @@ class BoundDriver:
         told.WidthInBytes, told.Height = grid.width, grid.height
         return told
 
-    def inside(self) -> AbstractContextManager[None]:
-        """Make the context this thread's for all calls within."""
-        return self._inside()
-
     @contextmanager
-    def _inside(self) -> Iterator[None]:
+    def inside(self) -> Iterator[None]:
         """Make the context this thread's, unless it is, and give back the one that was."""
         if getattr(self._thread, "is_inside", False):
             yield
@@ -338,7 +334,7 @@ class BoundDriver:
 
     def open_stream(self, urgent: bool) -> int:
         """Give a new stream."""
-        with self._inside():
+        with self.inside():
             least, greatest = self._call(self._api.cuCtxGetStreamPriorityRange)
             flags = int(self._api.CUstream_flags.CU_STREAM_NON_BLOCKING)
             priority = greatest if urgent else least
@@ -346,29 +342,29 @@ class BoundDriver:
 
     def synchronize(self, stream: int) -> None:
         """Return once all that is queued has ended."""
-        with self._inside():
+        with self.inside():
             self._call(self._api.cuStreamSynchronize, stream)
 
     def close_stream(self, stream: int) -> None:
         """Wait for a stream, and close it."""
-        with self._inside():
+        with self.inside():
             self._call(self._api.cuStreamSynchronize, stream)
             self._call(self._api.cuStreamDestroy, stream)
 
     def register(self, address: int, size: int) -> None:
         """Let the device read and write host memory, from any context."""
-        with self._inside():
+        with self.inside():
             flags = self._api.CU_MEMHOSTREGISTER_PORTABLE | self._api.CU_MEMHOSTREGISTER_DEVICEMAP
             self._call(self._api.cuMemHostRegister, address, size, flags)
 
     def unregister(self, address: int) -> None:
         """Take that back."""
-        with self._inside():
+        with self.inside():
             self._call(self._api.cuMemHostUnregister, address)
 
     def upload(self, table: NDArray[np.int64]) -> int:
         """Give the device address of a copy of a table."""
-        with self._inside():
+        with self.inside():
             address = int(self._call(self._api.cuMemAlloc, table.nbytes))
             try:
                 self._call(self._api.cuMemcpyHtoD, address, table.ctypes.data, table.nbytes)
@@ -381,17 +377,17 @@ class BoundDriver:
 
     def allocate(self, size: int) -> int:
         """Give device memory."""
-        with self._inside():
+        with self.inside():
             return int(self._call(self._api.cuMemAlloc, size))
 
     def free(self, address: int) -> None:
         """Let go of it."""
-        with self._inside():
+        with self.inside():
             self._call(self._api.cuMemFree, address)
 
     def copy(self, runs: Runs, stream: int) -> None:
         """Queue copies."""
-        with self._inside():
+        with self.inside():
             if runs.shape[1] and (code := self._batch(runs, stream)):
                 raise DeviceError("cuMemcpyBatchAsync", code)
 
@@ -405,12 +401,12 @@ class BoundDriver:
             arguments = (*launch, stages)
         shape = (thread_blocks, 1, 1, threads, 1, 1, shared)
         told = arguments, _TYPES[: len(arguments)]
-        with self._inside():
+        with self.inside():
             self._call(self._api.cuLaunchKernel, function, *shape, stream, told, 0)
 
     def notify(self, stream: int, eventfd: int) -> None:
         """Add 1 to an eventfd once all that is queued by now has ended well."""
-        with self._inside():
+        with self.inside():
             if code := int(self._notify(stream, notify_address(), eventfd)):
                 raise DeviceError("cuLaunchHostFunc", code)
 
@@ -421,7 +417,7 @@ class BoundDriver:
 
     def is_capturing(self, stream: int) -> bool:
         """Return whether a graph is being captured from a stream."""
-        with self._inside():
+        with self.inside():
             result, *status = self._api.cuStreamIsCapturing(stream)
         if int(result) in CAPTURING:  # the default stream, while another that it waits for is
             return True
@@ -431,28 +427,28 @@ class BoundDriver:
 
     def open_event(self) -> int:
         """Return a new event."""
-        with self._inside():
+        with self.inside():
             flags = int(self._api.CUevent_flags.CU_EVENT_DISABLE_TIMING)
             return int(self._call(self._api.cuEventCreate, flags))
 
     def record(self, event: int, stream: int) -> None:
         """Let an event be from now on: what is queued on a stream by now has ended."""
-        with self._inside():
+        with self.inside():
             self._call(self._api.cuEventRecord, event, stream)
 
     def wait(self, stream: int, event: int) -> None:
         """Let a stream wait, from now on, for an event."""
-        with self._inside():
+        with self.inside():
             self._call(self._api.cuStreamWaitEvent, stream, event, 0)
 
     def drop(self, event: int) -> None:
         """Let go of an event; what waits for it still does."""
-        with self._inside():
+        with self.inside():
             self._call(self._api.cuEventDestroy, event)
 
     def check(self, stream: int) -> None:
         """Raise DeviceError if a stream will never end what is queued."""
-        with self._inside():
+        with self.inside():
             (result,) = self._api.cuStreamQuery(stream)
         if int(result) not in (0, NOT_READY, *CAPTURING):
             raise DeviceError("cuStreamQuery", int(result))
@@ -462,7 +458,7 @@ class BoundDriver:
         if self._context is None:
             return
         try:
-            with self._inside():
+            with self.inside():
                 self._call(self._api.cuModuleUnload, self._module)
         finally:
             self._context = None
