@@ -17,10 +17,10 @@ from benchmarks.harness import Figures, Options, median_ratio
 from benchmarks.rigs import LARGE, SMALL, cache_of, kv_caches, prompt, slots_of
 from flexkv import _ext
 from flexkv.actors.actor import Supervisor, TransferActor, Window
-from flexkv.backend import LocalBackend
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.ports import Completion
 from flexkv.kvmanager import KVManager
+from flexkv.tiers.backend import LocalBackend
 
 
 def measure(options: Options) -> Figures:

@@ -18,11 +18,11 @@ from benchmarks.harness import Figures, Options, median_ratio
 from flexkv.common.errors import BackendUnavailableError, DeviceError
 from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import Route, Tier, Transfer
-from flexkv.io.arena import Arena
 from flexkv.io.cuda.choice import Choices, How, Wish
 from flexkv.io.cuda.driver import BoundDriver
 from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
+from flexkv.io.memory.arena import Arena
 
 Ids = NDArray[np.int64]
 

@@ -74,7 +74,7 @@ def measure(options: Options) -> Figures:
     except (BackendUnavailableError, DeviceError) as error:
         figures: Figures = {"GPU gets": f"not measured: {error}"}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("flexkv.backend.BoundDriver", NoDriver)
+            patch.setattr("flexkv.tiers.backend.BoundDriver", NoDriver)
             for name in ("engine", "kernel"):
                 config = WAYS[name]
                 spent = asyncio.run(_cpu_time(config, blocks, options.repeats, _fake_tensors))

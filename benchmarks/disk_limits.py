@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from flexkv import _ext
-from flexkv.io.arena import Arena
+from flexkv.io.memory.arena import Arena
 
 BLOCK_BYTES = 2 << 20
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")

@@ -22,7 +22,7 @@ from flexkv import _ext
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.request import Operation
 from flexkv.common.terms import Tier
-from flexkv.engine import Engine
+from flexkv.engine.engine import Engine
 from flexkv.index.residency import Positions, Residency
 from flexkv.index.secret import derived
 from flexkv.kvmanager import KVManager

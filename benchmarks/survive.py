@@ -18,12 +18,12 @@ import numpy as np
 from benchmarks.disk_limits import BLOCK_BYTES
 from benchmarks.harness import Figures, Options, median_ratio, percentile
 from benchmarks.rigs import LARGE, SMALL, cache_of, kv_caches, prompt, slots_of
-from flexkv.backend import LocalBackend
 from flexkv.common.terms import Tier
-from flexkv.io import journal
-from flexkv.io.checked import CheckedDiskPort
-from flexkv.io.cpu import CpuDevicePort
+from flexkv.io.checksums.checked import CheckedDiskPort
+from flexkv.io.device.cpu import CpuDevicePort
+from flexkv.io.ssd import journal
 from flexkv.kvmanager import KVManager
+from flexkv.tiers.backend import LocalBackend
 
 CHAIN_BLOCKS = 64
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from flexkv.cli.serve import run
 from flexkv.common.config import CacheConfig, ModelConfig, Settings
-from flexkv.logs import configure_logging
+from flexkv.observe.logs import configure_logging
 
 MODEL = ModelConfig(
     num_layers=8, num_kv_heads=4, head_size=64, dtype="float16", tp_size=2, model_id="example"

@@ -15,7 +15,7 @@ mkdir -p -m 700 "$folder"
 folder=$(cd "$folder" && pwd)
 if [ -z "$model" ]; then
 	model=$folder/tiny-model
-	python -m flexkv.integration.vllm.tiny_model "$model"
+	python -m flexkv.testing.tiny_model "$model"
 	set -- --dtype float32 --enforce-eager --block-size 32 --max-model-len 1024 \
 		--kv-cache-memory-bytes 16777216
 fi

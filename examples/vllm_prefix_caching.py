@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flexkv.integration.vllm.tiny_model import make_tiny_model
+from flexkv.testing.tiny_model import make_tiny_model
 
 QUESTIONS, QUESTION_TOKENS, ANSWER_TOKENS = 4, 32, 8
 

@@ -14,23 +14,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from flexkv import forks
-from flexkv.backend import Backend, Progress
 from flexkv.common.arguments import flag, integer, text
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.config_keys import kind_of
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.common.request import KVResponse, Operation
 from flexkv.common.terms import Tier
-from flexkv.durability import FlushReport
-from flexkv.engine import Engine
+from flexkv.engine.durability import FlushReport
+from flexkv.engine.engine import Engine
+from flexkv.engine.statistics import Statistics
+from flexkv.front.loop_thread import LoopThread
+from flexkv.front.task_form import TaskForm
 from flexkv.graph.explain import Explanation, explain
 from flexkv.index.keys import Namespace
 from flexkv.index.residency import PrefixMatch
-from flexkv.logs import obey_environment
-from flexkv.loop_thread import LoopThread
-from flexkv.statistics import Statistics
-from flexkv.task_form import TaskForm
+from flexkv.observe.logs import obey_environment
+from flexkv.process import forks
+from flexkv.tiers.backend import Backend, Progress
 
 T = TypeVar("T")
 

@@ -25,12 +25,12 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from flexkv import forks
 from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
-from flexkv.crossing import Crossing
-from flexkv.forks import HomeProcess
-from flexkv.statistics import Statistics
-from flexkv.trace.records import OpRecord, Record, RequestRecord
+from flexkv.engine.statistics import Statistics
+from flexkv.front.loop_bridge import Crossing
+from flexkv.observe.records import OpRecord, Record, RequestRecord
+from flexkv.process import forks
+from flexkv.process.forks import HomeProcess
 
 BOUNDS_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10,

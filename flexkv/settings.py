@@ -41,7 +41,7 @@ from flexkv.common.config_keys import (
     without_duplicates,
 )
 from flexkv.common.errors import ConfigError
-from flexkv.logs import get_logger, obey
+from flexkv.observe.logs import get_logger, obey
 
 log = get_logger(__name__)
 

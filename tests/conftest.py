@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from flexkv.logs import forget_configuration
+from flexkv.observe.logs import forget_configuration
 
 pytest_plugins = ["tests.warning_policy"]
 

@@ -26,7 +26,7 @@ from flexkv.common.errors import (
 )
 from flexkv.common.terms import Tier, Transfer
 from flexkv.io.ports import Completion, TransferPort
-from flexkv.logs import get_logger
+from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
 

@@ -16,7 +16,6 @@ import numpy as np
 
 from flexkv.actors.actor import TransferActor
 from flexkv.actors.flight import Flight, wake
-from flexkv.actors.observer import Observer
 from flexkv.actors.outcome import response_of
 from flexkv.actors.watch import Watch
 from flexkv.actors.write_behind import WriteBehind
@@ -52,7 +51,8 @@ from flexkv.index.claims import Claim, Holding
 from flexkv.index.owed import Taken
 from flexkv.index.residency import Found, Residency
 from flexkv.io.ports import Completion
-from flexkv.logs import get_logger
+from flexkv.observe.logs import get_logger
+from flexkv.observe.observer import Observer
 
 log = get_logger(__name__)
 

@@ -9,7 +9,7 @@ from flexkv.actors.actor import TransferActor
 from flexkv.actors.health import Breaker, Health
 from flexkv.common.errors import RecalledError, ShortTransferError, StorageError, TransferError
 from flexkv.common.terms import Route, Tier
-from flexkv.logs import get_logger
+from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
 

@@ -25,7 +25,7 @@ from flexkv.common.terms import BlockIds, Tier
 from flexkv.graph.planner import Planned, Planner
 from flexkv.index.owed import EVICTED, FAILED, NO_PLACE, NOT_WORTH_IT, OwedBlocks, Taken
 from flexkv.index.residency import ABSENT, READY, Residency
-from flexkv.logs import get_logger
+from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
 

@@ -22,11 +22,11 @@ from flexkv.cli.options import finite
 from flexkv.cli.replay import Outcome, SimulatedEngine
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ConfigError
+from flexkv.engine.statistics import Statistics
 from flexkv.index.keys import KeyChain
 from flexkv.kvmanager import KVManager
-from flexkv.logs import LEVEL_VARIABLE, configure_logging
 from flexkv.metrics import MetricsServer
-from flexkv.statistics import Statistics
+from flexkv.observe.logs import LEVEL_VARIABLE, configure_logging
 from flexkv.testing.known_bytes import KnownDevice
 from flexkv.testing.workload import ChatShape, Prompt, chat
 from flexkv.trace.mooncake import read_trace

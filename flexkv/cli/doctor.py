@@ -22,10 +22,10 @@ from flexkv import _ext
 from flexkv.cli.doctor_tiers import Finding, host_tier, ssd_tier
 from flexkv.common.config import GB, CacheConfig
 from flexkv.common.errors import ConfigError
-from flexkv.io.files import StripedFiles
-from flexkv.io.host_memory import headroom
-from flexkv.io.ssd import distinct
-from flexkv.io.uring import try_nothing
+from flexkv.io.memory.host_memory import headroom
+from flexkv.io.ssd.files import StripedFiles
+from flexkv.io.ssd.open import distinct
+from flexkv.io.ssd.uring import try_nothing
 from flexkv.settings import load_settings
 
 PROBE_BYTES = 256 << 20

@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 from flexkv.common.config import GB, CacheConfig
 from flexkv.common.errors import ConfigError
-from flexkv.io.allocation import room
-from flexkv.io.arena import check_memory
-from flexkv.io.files import FILE_PATTERN, StripedFiles
-from flexkv.io.folders import lock_folder, open_folder
-from flexkv.io.locks import NOTE_NAME
-from flexkv.io.paths import shown
+from flexkv.io.memory.arena import check_memory
 from flexkv.io.private import Folder
-from flexkv.io.ssd import distinct
+from flexkv.io.ssd.allocation import room
+from flexkv.io.ssd.files import FILE_PATTERN, StripedFiles
+from flexkv.io.ssd.folders import lock_folder, open_folder
+from flexkv.io.ssd.locks import NOTE_NAME
+from flexkv.io.ssd.open import distinct
+from flexkv.io.ssd.paths import shown
 
 PROBE_NAME = ".flexkv-doctor"
 

@@ -22,7 +22,7 @@ from flexkv.cli.top import stats, top
 from flexkv.cli.trace import trace
 from flexkv.cli.vllm_demo import vllm_demo
 from flexkv.common.errors import ConfigError, FlexKVError
-from flexkv.logs import LEVEL_VARIABLE, LEVELS, configure_logging
+from flexkv.observe.logs import LEVEL_VARIABLE, LEVELS, configure_logging
 
 commands = typer.Typer(
     name="flexkv", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,

@@ -18,8 +18,8 @@ from flexkv.common.config import GB, ModelConfig, Settings, settings_of
 from flexkv.common.config_keys import HIDDEN, kind_of
 from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
 from flexkv.kvmanager import KVManager
-from flexkv.logs import configure_logging, get_logger
 from flexkv.metrics import MetricsServer
+from flexkv.observe.logs import configure_logging, get_logger
 from flexkv.server.address import socket_path
 from flexkv.server.backend import ServerBackend
 from flexkv.server.greet import connect

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from flexkv.common.directories import directories_of
 from flexkv.common.errors import ConfigError
-from flexkv.io.paths import expanded, shown
-from flexkv.io.stopped import StoppedTier
+from flexkv.io.ssd.offline import StoppedTier
+from flexkv.io.ssd.paths import expanded, shown
 
 ssd = typer.Typer(
     no_args_is_help=True,

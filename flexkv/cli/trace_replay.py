@@ -23,14 +23,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 from flexkv.actors.flight import Flight
-from flexkv.actors.tracer import KEY_BYTES
 from flexkv.cli.options import finite
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation
 from flexkv.kvmanager import KVManager
+from flexkv.observe.records import HeaderRecord, RequestRecord
+from flexkv.observe.tracer import KEY_BYTES
 from flexkv.trace.load import Trace, load
-from flexkv.trace.records import HeaderRecord, RequestRecord
 from flexkv.trace.summary import Summary
 
 LEFT_OUT = ("cancelled", "timeout")

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flexkv.common.errors import BackendUnavailableError
-from flexkv.integration.vllm.tiny_model import Shape, make_tiny_model
+from flexkv.testing.tiny_model import Shape, make_tiny_model
 
 MODEL = Shape(layers=8, hidden=512, heads=8, kv_heads=4)
 BLOCK_SIZE = 32

@@ -17,17 +17,16 @@ from functools import partial
 from typing import Any
 
 from flexkv.actors.actor import Supervisor
-from flexkv.backend import LocalBackend
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ClosedError, ConfigError, DeviceError, FlexKVError
 from flexkv.common.terms import Route, Tier, Transfer
+from flexkv.front.loop_thread import LoopThread
 from flexkv.index.keys import blocks_are
-from flexkv.io.arena import Arena
-from flexkv.io.cpus import widen_affinity
+from flexkv.io.device.tensors import kv_cache_list
+from flexkv.io.memory.arena import Arena
 from flexkv.io.ports import DevicePort
-from flexkv.io.tensors import kv_cache_list
-from flexkv.logs import get_logger
-from flexkv.loop_thread import LoopThread
+from flexkv.observe.logs import get_logger
+from flexkv.process.cpus import widen_affinity
 from flexkv.server.fleet import ids_from
 from flexkv.server.greet import Connected, connect
 from flexkv.server.link import Link
@@ -45,6 +44,7 @@ from flexkv.server.wire import (
     Settled,
     parts_of,
 )
+from flexkv.tiers.backend import LocalBackend
 
 log = get_logger(__name__)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flexkv.backend import Device, LocalBackend
 from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
 from flexkv.io.ports import TransferPort
 from flexkv.server.fleet import FleetPort
+from flexkv.tiers.backend import Device, LocalBackend
 
 
 class ServerBackend(LocalBackend):

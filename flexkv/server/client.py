@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from secrets import randbits
 from typing import Any
 
-from flexkv import forks
 from flexkv.common.arguments import member
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.common.request import KVResponseStatus, Operation, as_int64
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
-from flexkv.forks import HomeProcess
 from flexkv.index.keys import KeyChain, Namespace, blocks_are
-from flexkv.logs import get_logger
+from flexkv.observe.logs import get_logger
+from flexkv.process import forks
+from flexkv.process.forks import HomeProcess
 from flexkv.server.frames import FrameSocket
 from flexkv.server.greet import connect
 from flexkv.server.prompts import (

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from flexkv.common.errors import ConfigError
-from flexkv.engine import Engine
+from flexkv.engine.engine import Engine
 from flexkv.server.fleet import FleetPort
 
 

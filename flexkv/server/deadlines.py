@@ -15,8 +15,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from flexkv.logs import get_logger
-from flexkv.runner import RequestRunner
+from flexkv.engine.runner import RequestRunner
+from flexkv.observe.logs import get_logger
 from flexkv.server.fleet import FleetPort, Instance
 
 log = get_logger(__name__)

@@ -21,9 +21,9 @@ from flexkv.common.config import ModelConfig
 from flexkv.common.errors import AgentGoneError, ConfigError
 from flexkv.common.layout import AXES
 from flexkv.common.terms import BlockIds, Tier, Transfer
+from flexkv.io.device.ranks import RanksPort
 from flexkv.io.ports import Completion
-from flexkv.io.ranks import RanksPort
-from flexkv.logs import get_logger
+from flexkv.observe.logs import get_logger
 from flexkv.server.agent_port import AgentPort, Elsewhere
 from flexkv.server.link import Link
 from flexkv.server.wire import ProtocolError, ToServer

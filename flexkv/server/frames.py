@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
-from flexkv import forks
 from flexkv.common.errors import ClosedError
+from flexkv.process import forks
 from flexkv.server.wire import (
     FROM_SERVER,
     LENGTH_BYTES,

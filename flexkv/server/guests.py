@@ -22,7 +22,7 @@ from typing import Any
 
 from flexkv.actors.actor import Supervisor
 from flexkv.common.errors import ConfigError
-from flexkv.logs import get_logger
+from flexkv.observe.logs import get_logger
 from flexkv.server.link import Link
 from flexkv.server.wire import ToServer
 

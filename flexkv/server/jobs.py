@@ -23,9 +23,9 @@ from flexkv.common.errors import (
 )
 from flexkv.common.request import KVResponse, Operation, Request, Span
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
-from flexkv.engine import Engine
-from flexkv.logs import get_logger
-from flexkv.runner import Turn
+from flexkv.engine.engine import Engine
+from flexkv.engine.runner import Turn
+from flexkv.observe.logs import get_logger
 from flexkv.server.fleet import FleetPort, Instance, ids_from
 from flexkv.server.put_share import PutShare
 from flexkv.server.turns import LoopTurns

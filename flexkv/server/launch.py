@@ -28,8 +28,8 @@ from pydantic import BaseModel, Secret, SecretStr
 
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import BackendUnavailableError, ConfigError, FlexKVError
-from flexkv.logs import get_logger
-from flexkv.polling import is_readable
+from flexkv.observe.logs import get_logger
+from flexkv.process.polling import is_readable
 
 log = get_logger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from flexkv import forks
+from flexkv.process import forks
 from flexkv.server.wire import (
     FRAME_BYTES_MAX,
     LENGTH_BYTES,

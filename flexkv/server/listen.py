@@ -27,7 +27,7 @@ from random import uniform
 from typing import NamedTuple
 
 from flexkv.common.errors import ConfigError
-from flexkv.logs import get_logger
+from flexkv.observe.logs import get_logger
 from flexkv.server.address import own_folders, prepare_folder
 
 log = get_logger(__name__)

@@ -19,9 +19,9 @@ from contextlib import ExitStack, suppress
 
 from flexkv.common.config import MB
 from flexkv.common.errors import ClosedError, ConfigError, FlexKVError, InternalError
-from flexkv.engine import Engine
+from flexkv.engine.engine import Engine
 from flexkv.index.keys import blocks_are
-from flexkv.logs import get_logger
+from flexkv.observe.logs import get_logger
 from flexkv.server.agent_port import AgentPort
 from flexkv.server.backend import ServerBackend
 from flexkv.server.changes import Watchers

@@ -14,7 +14,7 @@ import sys
 import numpy as np
 
 from flexkv.common.config import ModelConfig, Settings, settings_of
-from flexkv.logs import configure_logging
+from flexkv.observe.logs import configure_logging
 from flexkv.server.agent import Agent
 from flexkv.server.launch import told_of
 

@@ -10,20 +10,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv.backend import Device, Progress
 from flexkv.common.terms import BLOCK_KEY_BYTES
-from flexkv.io.checked import CheckedDiskPort
-from flexkv.io.journal import Journal
+from flexkv.io.checksums.checked import CheckedDiskPort
+from flexkv.io.checksums.summed import SummedPort
 from flexkv.io.ports import DurablePort, TransferPort
-from flexkv.io.summed import SummedPort
-from flexkv.ledger import Ledger
-from flexkv.presence import Presence
-from flexkv.scrub import Scrubber
+from flexkv.io.ssd.journal import Journal
 from flexkv.testing.fakes import FakePort, FakeSummer
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.lossy_files import LossyFiles
 from flexkv.testing.virtual_time import VirtualThread
-from flexkv.unavailable import Unavailable
+from flexkv.tiers.backend import Device, Progress
+from flexkv.tiers.ledger import Ledger
+from flexkv.tiers.presence import Presence
+from flexkv.tiers.scrub import Scrubber
+from flexkv.tiers.unavailable import Unavailable
 
 
 def empty(disk_blocks: int, journals: int = 0) -> Remains:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from flexkv.common.errors import ClosedError, InvariantError, StorageError, TransferError
 from flexkv.common.extents import check_ids
 from flexkv.common.terms import BlockIds, Tier, Transfer
+from flexkv.io.checksums.sums import Sums
 from flexkv.io.ports import Completion
-from flexkv.io.sums import Sums
 from flexkv.testing.faults import FaultPlan
 
 SECTOR_BYTES = 4

@@ -29,10 +29,10 @@ from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ClearedError, DeadlineError, TransferError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
-from flexkv.engine import Engine
+from flexkv.engine.engine import Engine
+from flexkv.front.layerwise import LayerProgress
 from flexkv.index.eviction import POLICIES
 from flexkv.index.keys import block_keys
-from flexkv.layerwise import LayerProgress
 from flexkv.testing.fake_backend import FakeBackend, Remains, empty
 from flexkv.testing.fakes import FakePort
 from flexkv.testing.faults import FaultPlan

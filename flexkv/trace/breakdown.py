@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import NamedTuple
 
+from flexkv.observe.records import OpRecord, PlanRecord, RequestRecord
 from flexkv.trace.load import Trace
-from flexkv.trace.records import OpRecord, PlanRecord, RequestRecord
 
 ADMISSION, PLANNING, JOINED, BETWEEN = (
     "waiting to be admitted",

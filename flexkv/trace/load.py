@@ -12,8 +12,7 @@ import msgspec
 
 from flexkv.common.decoding import decoded
 from flexkv.common.errors import ConfigError, MalformedError
-from flexkv.trace.lines import lines_of
-from flexkv.trace.records import (
+from flexkv.observe.records import (
     SCHEMA_VERSION,
     DropRecord,
     EventRecord,
@@ -25,6 +24,7 @@ from flexkv.trace.records import (
     SampleRecord,
     TokensRecord,
 )
+from flexkv.trace.lines import lines_of
 
 
 @dataclass

@@ -9,9 +9,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv.observe.records import OpRecord, RequestRecord
 from flexkv.trace.breakdown import Breakdown, Breakdowns
 from flexkv.trace.load import Trace
-from flexkv.trace.records import OpRecord, RequestRecord
 
 WINDOW_NS = 100_000_000
 """Over which a route's peak rate is taken."""

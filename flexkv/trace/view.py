@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 
 from flexkv.common.errors import BackendUnavailableError
+from flexkv.observe.records import OpRecord
 from flexkv.trace.findings import findings
-from flexkv.trace.records import OpRecord
 from flexkv.trace.summary import Summary, rates
 
 SHOWN_MAX = 30_000

@@ -14,19 +14,19 @@ from numpy.typing import NDArray
 
 from flexkv.common.layout import KVShape, Part, infer_layout
 from flexkv.common.terms import BlockIds, Route, Tier, Transfer
-from flexkv.io.arena import Arena
-from flexkv.io.checked import CheckedDiskPort
-from flexkv.io.cpu import CpuDevicePort
+from flexkv.io.checksums.checked import CheckedDiskPort
+from flexkv.io.checksums.summed import SummedPort
 from flexkv.io.cuda.choice import Choices, How, Wish
 from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
-from flexkv.io.files import StripedFiles
+from flexkv.io.device.cpu import CpuDevicePort
+from flexkv.io.device.ranks import RanksPort
+from flexkv.io.device.tensors import describe
+from flexkv.io.memory.arena import Arena
 from flexkv.io.ports import Completion, TransferPort
-from flexkv.io.posix import ThreadDiskPort
-from flexkv.io.ranks import RanksPort
-from flexkv.io.summed import SummedPort
-from flexkv.io.tensors import describe
-from flexkv.io.uring import RingOptions, UringDiskPort
+from flexkv.io.ssd.files import StripedFiles
+from flexkv.io.ssd.posix import ThreadDiskPort
+from flexkv.io.ssd.uring import RingOptions, UringDiskPort
 from flexkv.testing.fake_cuda import FakeCuda
 from flexkv.testing.fakes import FakePort, FakeSummer
 from flexkv.testing.faults import FaultPlan

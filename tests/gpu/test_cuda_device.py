@@ -14,13 +14,13 @@ from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import infer_layout
 from flexkv.common.terms import Route, Tier, Transfer
-from flexkv.io.arena import Arena
 from flexkv.io.cuda.choice import Choices, How, Wish
 from flexkv.io.cuda.driver import BoundDriver
 from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
 from flexkv.io.cuda.stage import Stage
-from flexkv.io.tensors import spec_of
+from flexkv.io.device.tensors import spec_of
+from flexkv.io.memory.arena import Arena
 from flexkv.kvmanager import KVManager
 
 torch = pytest.importorskip("torch")

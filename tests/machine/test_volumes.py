@@ -11,8 +11,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from flexkv.common.errors import ConfigError, StorageError
-from flexkv.io.allocation import gaps
-from flexkv.io.host_memory import headroom
+from flexkv.io.memory.host_memory import headroom
+from flexkv.io.ssd.allocation import gaps
 from flexkv.kvmanager import KVManager
 from tests.machine.volumes import MB, fill, read_only, run, volume
 from tests.system.conftest import MODEL, cache_config, kv_caches, slots_of

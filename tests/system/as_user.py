@@ -33,7 +33,7 @@ from flexkv.common.config import Settings, settings_of
 from flexkv.common.errors import FlexKVError
 from flexkv.common.request import Operation
 from flexkv.index.keys import blocks_are
-from flexkv.logs import configure_logging
+from flexkv.observe.logs import configure_logging
 from flexkv.server.address import own_folders, socket_path
 from flexkv.server.listen import Listener, _witness_name
 from flexkv.server.operator import command

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from flexkv.common.config import Settings
-from flexkv.io.arena import Arena
+from flexkv.io.memory.arena import Arena
 from flexkv.server.greet import read
 from flexkv.server.wire import (
     LENGTH_BYTES,

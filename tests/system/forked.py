@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, NoReturn
 from unittest.mock import patch
 
 from flexkv.common.config import ModelConfig, Settings
-from flexkv.polling import is_readable
+from flexkv.process.polling import is_readable
 from flexkv.server import launch
 from flexkv.server.launch import Launched
 

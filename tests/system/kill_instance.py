@@ -22,7 +22,7 @@ import numpy as np
 
 from flexkv.common.config import settings_of
 from flexkv.common.request import Operation
-from flexkv.logs import configure_logging
+from flexkv.observe.logs import configure_logging
 from tests.system.caches import MODEL
 from tests.system.serving import BLOCKS, Instance
 

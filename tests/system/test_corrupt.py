@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
-from flexkv.engine import Engine
+from flexkv.engine.engine import Engine
 from flexkv.kvmanager import KVManager
 from tests.system.conftest import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches, slots_of
 from tests.system.test_degraded import disk_of
@@ -76,7 +76,7 @@ async def test_every_corrupt_block_of_a_read_is_counted_and_dropped_for_good(
 ) -> None:
     """Whether they are in one piece of the read or in several: the statistics and the log have them
     all, and no later life finds any of them, though the blocks before them come back."""
-    monkeypatch.setattr("flexkv.limits.DISK_READ_PIECE_BYTES", piece_blocks * STRIDE)
+    monkeypatch.setattr("flexkv.tiers.limits.DISK_READ_PIECE_BYTES", piece_blocks * STRIDE)
     monkeypatch.setattr("flexkv.actors.pace.FIRST_PIECES", BLOCKS)  # all are in flight at once
     random = np.random.default_rng(seed)
     bad = set(random.permutation(BLOCKS)[: random.integers(2, 8)].tolist())
@@ -104,7 +104,7 @@ def test_what_a_cancelled_read_finds_corrupt_is_dropped_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The part that hardware had begun is read to its end, and checked like any other."""
-    monkeypatch.setattr("flexkv.limits.DISK_READ_PIECE_BYTES", BLOCK_KEY_BYTES)
+    monkeypatch.setattr("flexkv.tiers.limits.DISK_READ_PIECE_BYTES", BLOCK_KEY_BYTES)
 
     async def work(engine: Engine) -> None:
         await put(engine, A)

@@ -13,7 +13,7 @@ import pytest
 
 from flexkv.index.keys import block_keys
 from flexkv.kvmanager import KVManager
-from flexkv.polling import is_readable
+from flexkv.process.polling import is_readable
 from flexkv.testing.known_bytes import KnownDevice
 from tests.system.crash_writer import (
     CHAIN,

@@ -16,8 +16,8 @@ from flexkv.common.config import CacheConfig
 from flexkv.common.errors import ConfigError, DeadlineError, StorageError
 from flexkv.common.request import KVResponseStatus, Operation
 from flexkv.common.terms import Tier
-from flexkv.engine import Engine
-from flexkv.io.checked import CheckedDiskPort
+from flexkv.engine.engine import Engine
+from flexkv.io.checksums.checked import CheckedDiskPort
 from flexkv.io.ports import Completion
 from flexkv.kvmanager import KVManager
 from flexkv.testing.fakes import FakePort
@@ -97,7 +97,7 @@ def test_a_disk_that_hung_comes_back_whatever_became_of_its_ops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Though all that was late ends as recalled: part of each op was still queued when it hung."""
-    monkeypatch.setattr("flexkv.limits.DISK_READ_PIECE_BYTES", 16)
+    monkeypatch.setattr("flexkv.tiers.limits.DISK_READ_PIECE_BYTES", 16)
 
     async def work(engine: Engine) -> None:
         await on_disk_only(engine, A)
@@ -280,7 +280,7 @@ def test_a_disk_that_hung_is_tried_as_soon_as_what_hung_has_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Even though the transfer ends as recalled, and the next check may be much later."""
-    monkeypatch.setattr("flexkv.limits.DISK_READ_PIECE_BYTES", 16)
+    monkeypatch.setattr("flexkv.tiers.limits.DISK_READ_PIECE_BYTES", 16)
 
     async def work(engine: Engine) -> None:
         await on_disk_only(engine, A, B)
@@ -351,7 +351,7 @@ def test_a_write_that_hung_is_told_by_one_flush_only(
     piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When it ends after all, whole or partly recalled, no later flush reports it again."""
-    monkeypatch.setattr("flexkv.limits.DISK_WRITE_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("flexkv.tiers.limits.DISK_WRITE_PIECE_BYTES", piece_bytes)
 
     async def work(engine: Engine) -> None:
         disk_of(engine)._faults = FaultPlan(1, 0.0, 30.0, 30.0)

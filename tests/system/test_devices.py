@@ -64,7 +64,7 @@ class Ranks:
             self.drivers.append(FakeCuda(memory, ordinal, registered=registered))
             return self.drivers[-1]
 
-        patch.setattr("flexkv.backend.BoundDriver", opened)
+        patch.setattr("flexkv.tiers.backend.BoundDriver", opened)
         patch.setattr("flexkv.io.cuda.copier.MEASURED_BYTES", 4096)
 
     def register(self, manager: KVManager) -> None:

@@ -16,12 +16,12 @@ import pytest
 from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
-from flexkv import presence
 from flexkv.cli.main import commands
 from flexkv.common.config import CacheConfig
 from flexkv.common.errors import ConfigError, FlexKVError, StorageError
-from flexkv.io.ssd import distinct
+from flexkv.io.ssd.open import distinct
 from flexkv.kvmanager import KVManager
+from flexkv.tiers import presence
 from tests.system.conftest import MODEL, PER_BLOCK, cache_config, kv_caches, open_fds, slots_of
 from tests.system.forked import forked_server
 from tests.system.serving import eventually, settings_in
@@ -148,7 +148,7 @@ async def test_a_start_that_is_tried_again_forgets_what_the_first_one_found(
     both = [tmp_path / "a", tmp_path / "later" / "b"]
     manager = KVManager(MODEL, cache_config(tmp_path, ssd_cache_dir=both))
     with monkeypatch.context() as patch:
-        patch.setattr("flexkv.backend.Arena.open", fail_to_open)
+        patch.setattr("flexkv.tiers.backend.Arena.open", fail_to_open)
         with pytest.raises(ConfigError, match="planted"):
             async with manager:
                 pass
@@ -230,7 +230,7 @@ async def test_what_is_there_is_not_taken_for_removed(
 ) -> None:
     """Not while journals are written anew, nor without the lock's file, nor behind a link."""
     monkeypatch.setattr(presence, "LOOK_S", 0.001)
-    monkeypatch.setattr("flexkv.ledger.Ledger.journal_bytes_min", 100)
+    monkeypatch.setattr("flexkv.tiers.ledger.Ledger.journal_bytes_min", 100)
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     async with KVManager(MODEL, cache_config(tmp_path / "link" / "kv")) as manager:

@@ -11,7 +11,7 @@ import pytest
 
 from flexkv.common.errors import StorageError
 from flexkv.common.terms import Tier
-from flexkv.engine import Engine
+from flexkv.engine.engine import Engine
 from flexkv.testing.fake_backend import FakeBackend
 from flexkv.testing.fakes import FakePort
 from flexkv.testing.faults import FaultPlan
@@ -108,7 +108,7 @@ def test_a_journal_that_was_emptied_fails_the_flush_until_it_has_all_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The journal took nothing for so long that it was emptied: a later run would find nothing."""
-    monkeypatch.setattr("flexkv.io.journals.KEPT_BYTES_MAX", 300)
+    monkeypatch.setattr("flexkv.io.ssd.journals.KEPT_BYTES_MAX", 300)
 
     async def work(engine: Engine) -> None:
         backend = engine._backend

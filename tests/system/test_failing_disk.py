@@ -12,7 +12,7 @@ import pytest
 
 from flexkv.common.errors import DeadlineError, StorageError
 from flexkv.common.terms import Tier
-from flexkv.io.files import StripedFiles
+from flexkv.io.ssd.files import StripedFiles
 from flexkv.kvmanager import KVManager
 from tests.system.conftest import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches, slots_of
 from tests.system.mounted import Disk, mounted_disk

@@ -16,14 +16,14 @@ import pytest
 from flexkv.common.config import CacheConfig
 from flexkv.common.errors import InternalError, InvariantError, TransferError
 from flexkv.common.terms import BLOCK_KEY_BYTES
+from flexkv.front.layerwise import LayerwisePut
 from flexkv.index.claims import Claim
 from flexkv.kvmanager import KVManager
-from flexkv.layerwise import LayerwisePut
+from flexkv.observe.records import Record
 from flexkv.testing.fake_backend import FakeBackend, empty
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK
 from flexkv.testing.virtual_time import run_virtual
-from flexkv.trace.records import Record
 
 CONTAINERS = (dict, list, set, deque)
 CACHES = {"Tracer._plans"}

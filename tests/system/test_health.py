@@ -11,7 +11,7 @@ import pytest
 from flexkv.common.errors import StorageError
 from flexkv.common.request import KVResponseStatus
 from flexkv.common.terms import BLOCK_KEY_BYTES
-from flexkv.engine import Engine
+from flexkv.engine.engine import Engine
 from flexkv.testing.faults import FaultPlan
 from tests.system.test_degraded import A, disk_of, fail_with, get, on_disk_only
 from tests.system.test_keeping import on_engine, put

@@ -11,8 +11,8 @@ import pytest
 from flexkv.common.errors import ClosedError, DeadlineError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation
 from flexkv.common.terms import Tier
-from flexkv.engine import Engine
-from flexkv.runner import Turn
+from flexkv.engine.engine import Engine
+from flexkv.engine.runner import Turn
 from flexkv.testing.faults import FaultPlan
 from tests.system.test_keeping import A, B, on_engine, put, resident
 

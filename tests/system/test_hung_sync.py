@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from flexkv import ledger
-from flexkv.io.files import StripedFiles
+from flexkv.io.ssd.files import StripedFiles
+from flexkv.tiers import ledger
 
 from .conftest import PER_BLOCK, MakeManager, kv_caches, slots_of
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from flexkv.io import allocation
-from flexkv.io import arena as arena_module
+from flexkv.io.memory import arena as arena_module
+from flexkv.io.ssd import allocation
 from flexkv.kvmanager import KVManager
 from tests.system.conftest import MODEL, cache_config, open_fds
 from tests.system.mounted import ROOT
@@ -91,7 +91,7 @@ async def test_a_start_is_cancelled_while_files_are_allocated(
 
 SLOW = """
 import os, sys, time
-from flexkv.io import arena
+from flexkv.io.memory import arena
 arena.TOUCH_BYTES = 4096
 prefault = arena._ext.prefault
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from flexkv.common.config import CacheConfig
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
-from flexkv.engine import Engine
+from flexkv.engine.engine import Engine
 from flexkv.graph.ops import CHUNKS_MAX
 from flexkv.index.keys import block_keys
 from flexkv.testing.fake_backend import FakeBackend, empty

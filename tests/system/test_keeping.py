@@ -13,7 +13,7 @@ from flexkv.common.config import CacheConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
-from flexkv.engine import Engine
+from flexkv.engine.engine import Engine
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK, FakeBackend, empty
 from flexkv.testing.virtual_time import run_virtual

@@ -15,8 +15,8 @@ from flexkv.common.config import ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import KVResponseStatus
 from flexkv.common.terms import Tier
+from flexkv.front.layerwise import LayerProgress
 from flexkv.kvmanager import KVManager
-from flexkv.layerwise import LayerProgress
 
 from .conftest import DEVICE_BLOCKS, PER_BLOCK, cache_config, slots_of
 from .test_devices import BY_ENGINE, Ranks, every_kind, same

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from flexkv.common.errors import ConfigError
-from flexkv.logs import configure_logging, get_logger, obey
+from flexkv.observe.logs import configure_logging, get_logger, obey
 from flexkv.settings import load_settings
 
 from .conftest import PER_BLOCK, MakeManager, kv_caches, slots_of
@@ -84,8 +84,8 @@ logging.root.addHandler(handler)
     assert all(record["levelno"] >= least for record in ours)
     assert all(record["told"].startswith("[rank 0] ") for record in ours)
     found = {(record["name"], record["by"], record["levelno"]) for record in ours}
-    assert (("flexkv.engine", "open", 20) in found) == (least <= 20)
-    assert (("flexkv.backend", "open", 30) in found) == (least <= 30)
+    assert (("flexkv.engine.engine", "open", 20) in found) == (least <= 20)
+    assert (("flexkv.tiers.backend", "open", 30) in found) == (least <= 30)
 
 
 def test_an_unknown_level_is_an_error_in_a_library_too(

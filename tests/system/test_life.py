@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from flexkv.actors.actor import TransferActor
-from flexkv.admission import Admission
 from flexkv.common.errors import ClosedError, FlexKVError, InternalError, StorageError
 from flexkv.common.request import KVResponse, KVResponseStatus
+from flexkv.engine.admission import Admission
 from flexkv.io.ports import Completion
 from flexkv.testing.virtual_time import DeadlockError, run_virtual
 

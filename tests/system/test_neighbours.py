@@ -14,7 +14,7 @@ import pytest
 from flexkv.common.config import Settings
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation
-from flexkv.io.arena import Arena
+from flexkv.io.memory.arena import Arena
 from flexkv.server.client import Client
 from flexkv.server.launch import Launched
 from flexkv.server.operator import command

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flexkv import pins, tasks
 from flexkv.common.errors import CapacityError, ConfigError
 from flexkv.common.request import KVResponseStatus
+from flexkv.engine import pins
+from flexkv.front import tasks
 from flexkv.kvmanager import KVManager
 
 from .conftest import PER_BLOCK, MakeManager, Rig, kv_caches, slots_of

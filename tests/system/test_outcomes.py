@@ -11,7 +11,7 @@ import pytest
 from flexkv.common.errors import CapacityError, ConfigError, TransferError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation
 from flexkv.common.terms import Tier
-from flexkv.engine import Engine
+from flexkv.engine.engine import Engine
 from flexkv.index.residency import NO_QUOTA
 from flexkv.io.ports import Completion
 from flexkv.testing.simulation import TOKENS_PER_BLOCK

@@ -10,7 +10,7 @@ import numpy as np
 from flexkv.common.errors import CapacityError
 from flexkv.common.request import KVResponse, KVResponseStatus
 from flexkv.common.terms import Tier
-from flexkv.durability import FlushReport
+from flexkv.engine.durability import FlushReport
 from flexkv.index.residency import PrefixMatch
 
 from .conftest import PER_BLOCK, MakeManager, kv_caches, slots_of

@@ -63,7 +63,7 @@ def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaIn
         made.drivers.append(FakeCuda(memory))
         return made.drivers[-1]
 
-    monkeypatch.setattr("flexkv.backend.BoundDriver", opened)
+    monkeypatch.setattr("flexkv.tiers.backend.BoundDriver", opened)
     made.begin()
     yield made
     made.close()

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexkv.backend import LocalBackend
 from flexkv.common.config import Settings
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation
 from flexkv.index.keys import block_keys, blocks_are
-from flexkv.io.arena import Arena
+from flexkv.io.memory.arena import Arena
 from flexkv.server.agent import Agent
 from flexkv.server.client import Client
 from flexkv.server.greet import connect
@@ -42,6 +41,7 @@ from flexkv.server.wire import (
     State,
     framed,
 )
+from flexkv.tiers.backend import LocalBackend
 
 from .conftest import MODEL, PER_BLOCK
 from .forked import forked_server

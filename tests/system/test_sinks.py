@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from flexkv.logs import PIECE_BYTES, _Sink
+from flexkv.observe.logs import PIECE_BYTES, _Sink
 from flexkv.server.launch import told_of
 from flexkv.server.operator import command
 
@@ -56,7 +56,7 @@ def run(
 
 LIBRARY = """
 import sys
-from flexkv.logs import configure_logging, get_logger
+from flexkv.observe.logs import configure_logging, get_logger
 {configured}
 log = get_logger("test")
 {spoiled}

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from flexkv.common.errors import UnfilledError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
-from flexkv.engine import Engine
+from flexkv.engine.engine import Engine
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.simulation import TOKENS_PER_BLOCK
 from tests.system.test_degraded import disk_of, fail_with

@@ -19,8 +19,9 @@ from flexkv.cli.main import commands
 from flexkv.common.config import CacheConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation
-from flexkv.engine import Engine
+from flexkv.engine.engine import Engine
 from flexkv.kvmanager import KVManager
+from flexkv.observe.records import SCHEMA_VERSION, schema
 from flexkv.testing.fake_backend import FakeBackend, empty
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK
@@ -28,7 +29,6 @@ from flexkv.trace.breakdown import ADMISSION, Breakdowns
 from flexkv.trace.chrome import chrome
 from flexkv.trace.findings import findings
 from flexkv.trace.load import Trace, load
-from flexkv.trace.records import SCHEMA_VERSION, schema
 from flexkv.trace.summary import Summary, rates
 
 from .conftest import MODEL as REAL_MODEL

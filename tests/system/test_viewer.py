@@ -14,9 +14,9 @@ from playwright.sync_api import ConsoleMessage, Error, Page, sync_playwright
 from typer.testing import CliRunner
 
 from flexkv.cli.main import commands
+from flexkv.observe.records import Record
 from flexkv.trace.findings import findings
 from flexkv.trace.load import Trace, load
-from flexkv.trace.records import Record
 from flexkv.trace.summary import Summary
 from flexkv.trace.view import SHOWN_MAX
 from flexkv.trace.view import page as page_with

@@ -15,16 +15,16 @@ import structlog
 from structlog.testing import capture_logs
 from typer.testing import CliRunner, Result
 
-from flexkv.backend import LocalBackend
 from flexkv.cli.main import commands
 from flexkv.common.config import ModelConfig
 from flexkv.common.errors import ConfigError, FlexKVError, StorageError
 from flexkv.common.request import KVResponseStatus
 from flexkv.common.terms import Tier
-from flexkv.durability import FlushReport
-from flexkv.io import file_calls, journal
+from flexkv.engine.durability import FlushReport
+from flexkv.io.ssd import file_calls, journal
 from flexkv.kvmanager import KVManager
 from flexkv.server.backend import ServerBackend
+from flexkv.tiers.backend import LocalBackend
 from tests.system.conftest import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches, slots_of
 
 PROMPT = np.arange(16 * PER_BLOCK)
@@ -177,8 +177,8 @@ async def test_a_journal_that_is_no_journal_costs_its_blocks_only(tmp_path: Path
 
 async def test_the_journal_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long an engine writes, the journal has no more than what is live, a few times."""
-    monkeypatch.setattr("flexkv.ledger.Ledger.journal_bytes_min", 4096)
-    monkeypatch.setattr("flexkv.ledger.Ledger.snapshot_blocks", 8)
+    monkeypatch.setattr("flexkv.tiers.ledger.Ledger.journal_bytes_min", 4096)
+    monkeypatch.setattr("flexkv.tiers.ledger.Ledger.snapshot_blocks", 8)
     async with KVManager(MODEL, cache_config(tmp_path, num_ssd_blocks=32)) as manager:
         manager.register_kv_caches(kv_caches())
         for number in range(60):

@@ -8,18 +8,18 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
-from flexkv.backend import Progress
 from flexkv.common.config import CacheConfig
 from flexkv.common.request import KVResponseStatus, Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier, Transfer
-from flexkv.engine import Engine
-from flexkv.io.checked import CheckedDiskPort
+from flexkv.engine.engine import Engine
+from flexkv.io.checksums.checked import CheckedDiskPort
 from flexkv.io.ports import Completion, DurablePort
 from flexkv.testing.fake_backend import FakeBackend, empty
 from flexkv.testing.fakes import FakePort, FakeSummer
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK
 from flexkv.testing.virtual_time import run_virtual
+from flexkv.tiers.backend import Progress
 
 BLOCK_MB = BLOCK_KEY_BYTES / 2**20
 STRIDE_MB = 4096 / 2**20

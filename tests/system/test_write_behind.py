@@ -13,7 +13,7 @@ import pytest
 from flexkv.common.errors import DeadlineError, StorageError, TransferError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation
 from flexkv.common.terms import Tier
-from flexkv.engine import Engine
+from flexkv.engine.engine import Engine
 from flexkv.index.owed import EVICTED, FAILED, NOT_WORTH_IT
 from flexkv.io.ports import Completion
 from flexkv.testing.fakes import FakePort

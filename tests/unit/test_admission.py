@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from flexkv.admission import SHARES, Admission
 from flexkv.common.errors import ClosedError
+from flexkv.engine.admission import SHARES, Admission
 
 
 def fill(admission: Admission, group: int) -> int:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from flexkv.io import allocation
-from flexkv.io.allocation import Gap, allocate, allocated_beyond, gaps, lacking_bytes, room
+from flexkv.io.ssd import allocation
+from flexkv.io.ssd.allocation import Gap, allocate, allocated_beyond, gaps, lacking_bytes, room
 
 KB = 1024
 SIZE = 1024 * KB

@@ -12,9 +12,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from flexkv.common.errors import ClosedError, ConfigError
-from flexkv.io import arena as arena_module
-from flexkv.io import host_memory
-from flexkv.io.arena import ALIGNMENT_BYTES, Arena
+from flexkv.io.memory import arena as arena_module
+from flexkv.io.memory import host_memory
+from flexkv.io.memory.arena import ALIGNMENT_BYTES, Arena
 
 MIB = 1 << 20
 NO_SUCH_PAGES_BYTES = 1 << 34
@@ -318,7 +318,7 @@ def test_a_forked_child_keeps_its_own_memory() -> None:
     """A child that drops the arena unmaps nothing of its own."""
     code = """
 import gc, mmap, os
-from flexkv.io.arena import Arena
+from flexkv.io.memory.arena import Arena
 arena = Arena.open(64, 1 << 20)
 child = os.fork()
 if child == 0:

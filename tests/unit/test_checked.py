@@ -10,7 +10,7 @@ import pytest
 
 from flexkv.common.errors import InvariantError
 from flexkv.common.terms import BlockIds, Route, Tier, Transfer
-from flexkv.io.checked import CheckedDiskPort
+from flexkv.io.checksums.checked import CheckedDiskPort
 from flexkv.testing.fakes import FakePort, FakeSummer
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.virtual_time import run_virtual

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flexkv.integration.vllm import costs as module
-from flexkv.integration.vllm.costs import BLOCKS_MIN, FIRST, TOKENS_MIN, Costs
+from flexkv.integration.common import costs as module
+from flexkv.integration.common.costs import BLOCKS_MIN, FIRST, TOKENS_MIN, Costs
 
 
 class Clock:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flexkv.io import cpus
+from flexkv.process import cpus
 
 
 def test_a_thread_gets_the_cpus_of_its_node(

@@ -14,16 +14,16 @@ import pytest
 from flexkv.common.errors import BackendUnavailableError, ConfigError, DeviceError
 from flexkv.common.layout import KVShape, infer_layout
 from flexkv.common.terms import Route, Tier, Transfer
-from flexkv.io.arena import Arena
+from flexkv.io.checksums.summed import SummedPort
+from flexkv.io.checksums.sums import PoolSummer
 from flexkv.io.cuda.choice import How, Wish
 from flexkv.io.cuda.driver import BoundDriver
 from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
 from flexkv.io.cuda.way import IDS_MAX
+from flexkv.io.device.tensors import describe
+from flexkv.io.memory.arena import Arena
 from flexkv.io.ports import Completion
-from flexkv.io.summed import SummedPort
-from flexkv.io.sums import PoolSummer
-from flexkv.io.tensors import describe
 from flexkv.testing.fake_cuda import FakeCuda
 
 BLOCKS = 16

@@ -16,11 +16,11 @@ from flexkv.common.terms import Tier
 from flexkv.index.eviction import Eviction
 from flexkv.index.forest import forest
 from flexkv.index.residency import Residency
-from flexkv.io import journal, superblock
-from flexkv.io.file_calls import KernelCalls
-from flexkv.io.folders import open_folder
-from flexkv.io.journal import RECORD_BYTES, Journal
-from flexkv.io.superblock import Superblock
+from flexkv.io.ssd import journal, superblock
+from flexkv.io.ssd.file_calls import KernelCalls
+from flexkv.io.ssd.folders import open_folder
+from flexkv.io.ssd.journal import RECORD_BYTES, Journal
+from flexkv.io.ssd.superblock import Superblock
 
 WHOLE = Superblock(2, {"model_id": "müller/modell", "num_layers": 2}, 4096, 7)
 

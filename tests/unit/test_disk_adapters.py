@@ -15,13 +15,13 @@ from structlog.testing import capture_logs
 from flexkv._ext import Ring
 from flexkv.common.errors import ShortTransferError, StorageError
 from flexkv.common.terms import Route, Tier, Transfer
-from flexkv.io import disk_jobs
-from flexkv.io.arena import Arena
-from flexkv.io.disk import open_disk
-from flexkv.io.disk_jobs import DiskGeometry
-from flexkv.io.files import StripedFiles
-from flexkv.io.posix import ThreadDiskPort
-from flexkv.io.uring import RingOptions, UringDiskPort, try_nothing
+from flexkv.io.memory.arena import Arena
+from flexkv.io.ssd import disk_jobs
+from flexkv.io.ssd.adapter import open_disk
+from flexkv.io.ssd.disk_jobs import DiskGeometry
+from flexkv.io.ssd.files import StripedFiles
+from flexkv.io.ssd.posix import ThreadDiskPort
+from flexkv.io.ssd.uring import RingOptions, UringDiskPort, try_nothing
 
 STRIDE = 4096
 BLOCKS = 64
@@ -260,7 +260,7 @@ def refuse(monkeypatch):
     """Give a function that makes rings refuse one call."""
 
     def install(call, number):
-        monkeypatch.setattr("flexkv.io.uring.Ring", partial(RefusingRing, call, number))
+        monkeypatch.setattr("flexkv.io.ssd.uring.Ring", partial(RefusingRing, call, number))
 
     return install
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from flexkv.common.errors import ClosedError, ConfigError, StorageError
-from flexkv.io import files as files_module
-from flexkv.io.files import FileOptions, StripedFiles
-from flexkv.io.locks import NOTE_NAME
+from flexkv.io.ssd import files as files_module
+from flexkv.io.ssd.files import FileOptions, StripedFiles
+from flexkv.io.ssd.locks import NOTE_NAME
 
 STRIDE = 4096
 

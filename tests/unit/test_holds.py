@@ -8,12 +8,12 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from flexkv import pins
 from flexkv.actors.scheduler import Scheduler
 from flexkv.common.terms import Tier
+from flexkv.engine import pins
+from flexkv.engine.pins import HOLD_S, HOLDS_MAX, Holds
 from flexkv.index.claims import Claim, Holding
 from flexkv.index.residency import Positions, Residency
-from flexkv.pins import HOLD_S, HOLDS_MAX, Holds
 from flexkv.testing.virtual_time import run_virtual
 
 BLOCKS = 16

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from flexkv.common.errors import ConfigError, StorageError
 from flexkv.index.forest import forest
-from flexkv.io import file_calls, journal, superblock
-from flexkv.io.file_calls import KERNEL, FileCalls
-from flexkv.io.folders import open_folder
-from flexkv.io.journal import RECORD_BYTES, Journal
-from flexkv.io.ssd import open_journals, refuse
-from flexkv.io.superblock import Superblock
+from flexkv.io.ssd import file_calls, journal, superblock
+from flexkv.io.ssd.file_calls import KERNEL, FileCalls
+from flexkv.io.ssd.folders import open_folder
+from flexkv.io.ssd.journal import RECORD_BYTES, Journal
+from flexkv.io.ssd.open import open_journals, refuse
+from flexkv.io.ssd.superblock import Superblock
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.lossy_files import LossyFiles
 

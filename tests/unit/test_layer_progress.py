@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from flexkv.layerwise import LayerProgress
+from flexkv.front.layerwise import LayerProgress
 
 
 class Event:

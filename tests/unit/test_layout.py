@@ -9,7 +9,7 @@ import torch
 
 from flexkv.common.errors import BackendUnavailableError, ConfigError
 from flexkv.common.layout import KVShape, infer_layout
-from flexkv.io.tensors import describe, device_of, kv_cache_list
+from flexkv.io.device.tensors import describe, device_of, kv_cache_list
 
 LAYERS, BLOCKS, TOKENS, HEADS, DIM = 3, 5, 4, 2, 8
 BLOCK_ELEMENTS = 2 * TOKENS * HEADS * DIM

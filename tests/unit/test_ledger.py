@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from flexkv.common.errors import ClosedError, StorageError
 from flexkv.common.terms import Tier
-from flexkv.io.journal import RECORD_BYTES, Journal
-from flexkv.ledger import Ledger
+from flexkv.io.ssd.journal import RECORD_BYTES, Journal
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.lossy_files import LossyFiles
 from flexkv.testing.virtual_time import VirtualThread, run_virtual
+from flexkv.tiers.ledger import Ledger
 
 BLOCKS, DELAY_S = 8, 0.01
 

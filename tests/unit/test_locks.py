@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from flexkv.io import locks
-from flexkv.io.locks import NOTE_NAME, lock_directory
+from flexkv.io.ssd import locks
+from flexkv.io.ssd.locks import NOTE_NAME, lock_directory
 
 
 def refusal(path: Path) -> str:
@@ -110,7 +110,7 @@ def test_only_a_directory_is_locked(tmp_path: Path, path: str) -> None:
 PARENT = """
 import ctypes, os, sys
 from pathlib import Path
-from flexkv.io.locks import lock_directory
+from flexkv.io.ssd.locks import lock_directory
 
 lock = lock_directory(Path(sys.argv[1]))
 released, release = os.pipe()

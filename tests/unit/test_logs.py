@@ -8,7 +8,7 @@ import pytest
 import structlog
 
 from flexkv.common.errors import ConfigError
-from flexkv.logs import REPEATS_MAX, REPEATS_S, _Repeats, configure_logging
+from flexkv.observe.logs import REPEATS_MAX, REPEATS_S, _Repeats, configure_logging
 
 
 def test_json_lines_have_level_time_and_prefix(

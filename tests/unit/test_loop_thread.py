@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flexkv.common.errors import ClosedError
-from flexkv.loop_thread import LoopThread
+from flexkv.front.loop_thread import LoopThread
 
 
 def test_a_loop_that_hangs_does_not_hold_who_stops_it() -> None:

@@ -9,7 +9,7 @@ import pytest
 from flexkv.actors.mailbox import Mailbox
 from flexkv.common.errors import InvariantError
 from flexkv.common.terms import Route, Tier, Transfer
-from flexkv.layerwise import LayerProgress
+from flexkv.front.layerwise import LayerProgress
 
 READ, WRITE = Route(Tier.DISK, Tier.HOST), Route(Tier.HOST, Tier.DISK)
 

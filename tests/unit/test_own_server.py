@@ -9,8 +9,8 @@ import pytest
 
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import BackendUnavailableError, ConfigError
-from flexkv.integration.vllm import own_server
-from flexkv.integration.vllm.own_server import RELAUNCH_S, YOUNG_MAX, YOUNG_S, OwnServer
+from flexkv.integration.common import own_server
+from flexkv.integration.common.own_server import RELAUNCH_S, YOUNG_MAX, YOUNG_S, OwnServer
 
 MODEL = ModelConfig(num_layers=1, num_kv_heads=1, head_size=8, dtype="float16")
 

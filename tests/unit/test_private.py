@@ -15,14 +15,15 @@ import pytest
 from structlog.testing import capture_logs
 
 from flexkv.common.errors import ConfigError
-from flexkv.io import file_calls, journal, private, superblock
-from flexkv.io.files import StripedFiles
-from flexkv.io.folders import open_folder
-from flexkv.io.locks import NOTE_NAME
+from flexkv.io import private
 from flexkv.io.private import NotPrivateError, make_directory, open_directory, open_file
-from flexkv.io.ssd import open_journals, refuse
-from flexkv.io.stopped import StoppedTier
-from flexkv.io.superblock import Superblock
+from flexkv.io.ssd import file_calls, journal, superblock
+from flexkv.io.ssd.files import StripedFiles
+from flexkv.io.ssd.folders import open_folder
+from flexkv.io.ssd.locks import NOTE_NAME
+from flexkv.io.ssd.offline import StoppedTier
+from flexkv.io.ssd.open import open_journals, refuse
+from flexkv.io.ssd.superblock import Superblock
 
 STRIDE = 4096
 WANTED = Superblock(1, {"dtype": "float16"}, STRIDE, None)

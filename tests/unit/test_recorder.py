@@ -15,10 +15,8 @@ from structlog.testing import capture_logs
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.kvmanager import KVManager
-from flexkv.trace.breakdown import Breakdowns
-from flexkv.trace.load import Trace, load
-from flexkv.trace.recorder import BATCH_RECORDS, Recorder, header
-from flexkv.trace.records import (
+from flexkv.observe.recorder import BATCH_RECORDS, Recorder, header
+from flexkv.observe.records import (
     DropRecord,
     EventRecord,
     HeaderRecord,
@@ -28,6 +26,8 @@ from flexkv.trace.records import (
     Record,
     RequestRecord,
 )
+from flexkv.trace.breakdown import Breakdowns
+from flexkv.trace.load import Trace, load
 from flexkv.trace.summary import Summary
 from flexkv.trace.view import page
 
@@ -112,7 +112,7 @@ def test_files_are_rotated_by_size_and_count(tmp_path: Path, max_files: int) -> 
 
 def test_a_full_queue_drops_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be queued is dropped without waiting; the count is in the file at the end."""
-    monkeypatch.setattr("flexkv.trace.recorder.QUEUE_RECORDS_MAX", 0)
+    monkeypatch.setattr("flexkv.observe.recorder.QUEUE_RECORDS_MAX", 0)
     recorder = Recorder(str(tmp_path / "trace"), 1 << 20, 2, 1000)
     recorder.record(op(1))
     recorder.record(op(2))

@@ -7,7 +7,6 @@ from typing import cast
 import pytest
 
 from flexkv.actors.actor import TransferActor
-from flexkv.actors.observer import Observer
 from flexkv.actors.scheduler import Scheduler
 from flexkv.common.request import Operation
 from flexkv.common.terms import Tier
@@ -15,6 +14,7 @@ from flexkv.graph.planner import Planner
 from flexkv.index.eviction import Eviction
 from flexkv.index.residency import Residency
 from flexkv.io.ports import Completion, Transfer
+from flexkv.observe.observer import Observer
 from tests.unit.prompts import LIMITS, filled, request, residency, resident
 
 

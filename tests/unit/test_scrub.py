@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from flexkv.io.files import StripedFiles
-from flexkv.scrub import Scrubber
+from flexkv.io.ssd.files import StripedFiles
+from flexkv.tiers.scrub import Scrubber
 
 PATIENCE_S = 20.0
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from flexkv.common.config import CacheConfig, ModelConfig, Settings, settings_of
 from flexkv.common.config_keys import MASK
 from flexkv.common.errors import ConfigError
-from flexkv.logs import configure_logging
+from flexkv.observe.logs import configure_logging
 from flexkv.server.launch import told_of
 from flexkv.settings import load_file, load_settings
 
@@ -299,7 +299,7 @@ def test_logged_tracebacks_show_no_variables(
     """As JSON, for a console, and in the records of `logging` that a library's user gets."""
     if as_json is not None:
         configure_logging(as_json=as_json)
-    from flexkv.logs import get_logger
+    from flexkv.observe.logs import get_logger
 
     try:
         _raise({"key_secret": SECRET, "tokens_per_block": 0})

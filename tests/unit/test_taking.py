@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from flexkv.common.errors import ConfigError
-from flexkv.io import journal, superblock
-from flexkv.io.files import FileOptions
-from flexkv.io.ssd import SsdWish, take_ssd
-from flexkv.io.superblock import Superblock
+from flexkv.io.ssd.files import FileOptions
+from flexkv.io.ssd import journal, superblock
+from flexkv.io.ssd.open import SsdWish, take_ssd
+from flexkv.io.ssd.superblock import Superblock
 
 STRIDE = 4096
 BLOCKS = 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from flexkv.io.workers import Workers
+from flexkv.process.workers import Workers
 
 PATIENCE_S = 20.0
 

@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Give the folder of a small model."""
-    from flexkv.integration.vllm.tiny_model import make_tiny_model
+    from flexkv.testing.tiny_model import make_tiny_model
 
     return str(make_tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
 

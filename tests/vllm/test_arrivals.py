@@ -11,7 +11,7 @@ from tests.system.serving import eventually
 
 pytest.importorskip("vllm")
 
-from flexkv.integration.vllm import questions
+from flexkv.integration.common import pending_matches as questions
 
 from .test_scheduler_side import Request, Rig, answered, output, rig, stored
 

@@ -14,8 +14,9 @@ from tests.system.serving import settings_in
 
 pytest.importorskip("vllm")
 
-from flexkv.integration.vllm import questions, scheduler
-from flexkv.integration.vllm.questions import ASKED_MAX, EARLY_MAX
+from flexkv.integration.common import pending_matches as questions
+from flexkv.integration.common.pending_matches import ASKED_MAX, EARLY_MAX
+from flexkv.integration.vllm import scheduler
 from flexkv.integration.vllm.scheduler import SchedulerSide
 from flexkv.integration.vllm.setup import Setup
 from flexkv.server.client import Client

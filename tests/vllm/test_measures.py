@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from flexkv.integration.vllm import costs
+from flexkv.integration.common import costs
 from flexkv.integration.vllm.scheduler import SchedulerSide
 from flexkv.integration.vllm.setup import Setup
 from flexkv.integration.vllm.stats import COUNTS, FlexKVPromMetrics

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from flexkv.integration.vllm.tiny_model import make_tiny_model
+from flexkv.testing.tiny_model import make_tiny_model
 from tests.system.mounted import mounted_disk
 
 from .conversations import Sizes

@@ -25,7 +25,7 @@ pytest.importorskip("vllm")
 import huggingface_hub
 from vllm.lora.request import LoRARequest
 
-from flexkv.integration.vllm import questions
+from flexkv.integration.common import pending_matches as questions
 from flexkv.integration.vllm.scheduler import SchedulerSide
 from flexkv.integration.vllm.setup import Setup
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flexkv.integration.vllm.tiny_model import make_tiny_model
+from flexkv.testing.tiny_model import make_tiny_model
 
 from .conftest import External, Started, planned
 

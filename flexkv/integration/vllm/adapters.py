@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flexkv.integration.vllm.files import Stamp, facts_of, hub_name_of, snapshot_of, stamps_of
-from flexkv.logs import get_logger
+from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
 

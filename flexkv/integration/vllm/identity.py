@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from flexkv.integration.vllm.files import facts_of, hub_name_of, snapshot_of
-from flexkv.logs import get_logger
+from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
 

@@ -29,17 +29,17 @@ import numpy as np
 from flexkv import _ext
 from flexkv.common.errors import FlexKVError
 from flexkv.common.terms import BlockIds
-from flexkv.integration.vllm.costs import Costs
-from flexkv.integration.vllm.device_blocks import DeviceBlocks
+from flexkv.integration.common.costs import Costs
+from flexkv.integration.common.device_blocks import DeviceBlocks
+from flexkv.integration.common.own_server import OwnServer
+from flexkv.integration.common.pending_matches import Questions
 from flexkv.integration.vllm.events import KVEvents
 from flexkv.integration.vllm.metadata import StepMetadata
-from flexkv.integration.vllm.own_server import OwnServer
 from flexkv.integration.vllm.prompt import Scopes
-from flexkv.integration.vllm.questions import Questions
 from flexkv.integration.vllm.setup import Setup
 from flexkv.integration.vllm.stats import Counts, FlexKVStats
 from flexkv.integration.vllm.tracked import Load, Put, Tracked, TrackedRequests
-from flexkv.logs import get_logger
+from flexkv.observe.logs import get_logger
 from flexkv.server.client import Client
 from flexkv.server.operator import command
 from flexkv.server.prompts import PromptPart

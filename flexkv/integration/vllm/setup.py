@@ -8,7 +8,7 @@ from flexkv.common.config import CacheConfig, ModelConfig, Settings
 from flexkv.integration.vllm.extra_config import with_extra
 from flexkv.integration.vllm.identity import lora_facts, model_id
 from flexkv.integration.vllm.refusals import check_engine
-from flexkv.logs import get_logger
+from flexkv.observe.logs import get_logger
 from flexkv.settings import load_settings
 
 log = get_logger(__name__)

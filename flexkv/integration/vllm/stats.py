@@ -9,7 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from flexkv.logs import get_logger
+from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
 

@@ -20,7 +20,7 @@ from flexkv.integration.vllm.metadata import StepMetadata
 from flexkv.integration.vllm.scheduler import SchedulerSide
 from flexkv.integration.vllm.setup import setup_of
 from flexkv.integration.vllm.worker import WorkerSide
-from flexkv.logs import configure_logging
+from flexkv.observe.logs import configure_logging
 
 
 class FlexKVConnectorV1Impl:

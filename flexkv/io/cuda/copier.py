@@ -16,15 +16,15 @@ from flexkv._ext import TO_DEVICE, TO_HOST, list_runs
 from flexkv.common.errors import DeviceError
 from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import BlockIds, Layers
-from flexkv.io.arena import Arena
 from flexkv.io.cuda import kept, kernel
 from flexkv.io.cuda.choice import Choice, Choices, How, decode, encode, measure
 from flexkv.io.cuda.driver import CudaDriver, Launch
 from flexkv.io.cuda.grids import Runs
 from flexkv.io.cuda.pinned import OUT_OF_MEMORY, Pinned, split
 from flexkv.io.cuda.way import Way
-from flexkv.io.pages import Pages
-from flexkv.logs import get_logger
+from flexkv.io.device.pages import Pages
+from flexkv.io.memory.arena import Arena
+from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
 

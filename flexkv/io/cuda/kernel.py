@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flexkv.common.errors import BackendUnavailableError
 from flexkv.io.cuda import kept
-from flexkv.logs import get_logger
+from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
 

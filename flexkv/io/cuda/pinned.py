@@ -8,9 +8,9 @@ import numpy as np
 
 from flexkv.common.config import GB
 from flexkv.common.errors import ConfigError, DeviceError
-from flexkv.io.arena import Arena
 from flexkv.io.cuda.driver import CudaDriver
 from flexkv.io.cuda.grids import Runs
+from flexkv.io.memory.arena import Arena
 
 INVALID_VALUE, OUT_OF_MEMORY = 1, 2
 """What the driver says of too much at once."""

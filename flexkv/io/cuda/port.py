@@ -25,7 +25,7 @@ from flexkv.io.cuda.driver import CudaDriver
 from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.way import Way, Work
 from flexkv.io.ports import Completion
-from flexkv.logs import get_logger
+from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
 

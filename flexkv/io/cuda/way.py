@@ -15,7 +15,7 @@ from flexkv.common.terms import BlockIds
 from flexkv.io.cuda.choice import Choices, How
 from flexkv.io.cuda.driver import CudaDriver
 from flexkv.io.cuda.stage import SLOT_BYTES, SLOTS, Stage
-from flexkv.logs import get_logger
+from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
 

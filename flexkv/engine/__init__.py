@@ -1,0 +1,1 @@
+"""One engine: its composition, its life, and its requests."""

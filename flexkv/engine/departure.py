@@ -1,0 +1,83 @@
+"""How an engine is released when its loop cannot close it: at once, and from any thread.
+
+This happens when the loop is closed, or does not run, or when closing was interrupted; and in a
+forked child, which has a copy of an engine that it must not touch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+
+from flexkv.common.errors import ClosedError, FlexKVError
+from flexkv.process import forks
+
+RELEASE_S = 10.0
+"""How long to wait for I/O under way; whatever it still uses after that stays open."""
+
+
+class Departure:
+    """Answers everybody who waits for an engine, and releases what it has taken."""
+
+    def __init__(
+        self,
+        fail: Callable[[FlexKVError], object],
+        close: Sequence[Callable[[], object]],
+        cancel: Callable[[], object],
+        resources: ExitStack,
+    ) -> None:
+        """Take an engine's parts, on the loop that it runs on.
+
+        Args:
+            fail: answers every request under way.
+            close: what else admits or answers requests.
+            cancel: ends the engine's tasks, some time soon.
+            resources: memory, files and ports.
+        """
+        self._fail, self._steps, self._cancel = fail, tuple(close), cancel
+        self._resources = resources
+        self._loop = asyncio.get_running_loop()
+        self._is_over = False
+        forks.on_fork(self._let_go_in_child)
+
+    def note_closed(self) -> None:
+        """Note that the engine was closed as it should be: there is nothing left to do."""
+        self._is_over = True
+
+    def abandon(self) -> bool:
+        """Let go of everything; return whether there was anything left to let go of."""
+        if self._is_over:
+            return False
+        self._is_over = True
+        self._dismiss(ClosedError("the engine was closed without its event loop"))
+        with suppress(RuntimeError):  # the loop is closed
+            self._cancel()
+        releasing = threading.Thread(target=self._release, name="flexkv-release", daemon=True)
+        try:
+            releasing.start()
+        except RuntimeError:  # the interpreter exits
+            self._release()
+        else:
+            releasing.join(RELEASE_S)
+        return True
+
+    def _release(self) -> None:
+        with suppress(FlexKVError, OSError, RuntimeError):  # each part logs what it could not do
+            self._resources.close()
+
+    def _dismiss(self, reason: FlexKVError) -> None:
+        """Admit nobody, and answer everybody, on whatever is left of the loop."""
+        for step in self._steps:
+            with suppress(RuntimeError, FlexKVError):
+                step()
+        with suppress(RuntimeError, FlexKVError):
+            self._fail(reason)
+
+    def _let_go_in_child(self) -> None:
+        """Answer all waiters in the child, in case it unwinds its copy of the loop."""
+        if not self._is_over:
+            self._is_over = True
+            forks.detach_loop(self._loop)
+            self._dismiss(ClosedError("the engine belongs to the process that forked this one"))

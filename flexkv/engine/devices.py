@@ -1,0 +1,224 @@
+"""The devices of one engine: one for each TP rank, which take part in requests once all are there.
+
+register ──▶ awake ──suspend──▶ asleep ──resume──▶ awake
+               └── a port fails ──▶ down, until the engine is closed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import ExitStack
+from typing import Any
+
+from flexkv.common.arguments import integer
+from flexkv.common.errors import (
+    ClosedError,
+    ConfigError,
+    DeadlineError,
+    DeviceError,
+    FlexKVError,
+    TransferError,
+)
+from flexkv.common.layout import Order
+from flexkv.io.ports import DevicePort, TransferPort
+from flexkv.observe.logs import get_logger
+from flexkv.tiers.backend import Backend, Device
+
+log = get_logger(__name__)
+
+
+class Use:
+    """Counts who uses the devices; they are not suspended before nobody does. A context manager."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._over = asyncio.Event()
+
+    def enter(self) -> None:
+        """Use the devices; `leave` must follow."""
+        self.count += 1
+
+    def leave(self) -> None:
+        """Use them no more."""
+        self.count -= 1
+        if not self.count:
+            self._over.set()
+
+    __enter__ = enter
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    async def wait_over(self) -> None:
+        """Return once nobody uses them."""
+        while self.count:
+            self._over.clear()
+            await self._over.wait()
+
+
+class Devices:
+    """Every registered device, by rank.
+
+    Attributes:
+        use: who uses them.
+        num_blocks: that every device has.
+        streams: the ports that are GPUs': their copies have to wait for the caller's streams.
+    """
+
+    def __init__(self, tp_size: int, deadline_s: float, backend: Backend, undo: ExitStack) -> None:
+        """Take what opens devices, and how long one is waited for; `undo` gets what closes them."""
+        self._deadline_s = deadline_s
+        self._tp_size, self._backend, self._undo = tp_size, backend, undo
+        self._by_rank: dict[int, Device] = {}
+        self._asleep: set[int] = set()
+        self.streams: list[DevicePort] = []
+        self._failure: TransferError | None = None
+        self._falling_asleep = False
+        self._lock = threading.Lock()
+        self.use = Use()
+        self.num_blocks = 0
+        self._is_ready = False
+
+    @property
+    def kind(self) -> str:
+        """Give what kind of device they are: "cpu", "cuda" or "agents"; of several the slower."""
+        kinds = {device.place[0] for device in self._by_rank.values()}
+        return next(kind for kind in ("agents", "cpu", "cuda") if kind in kinds)
+
+    @property
+    def missing(self) -> FlexKVError | None:
+        """Tell why no bytes can be moved to or from the devices; None when they can."""
+        if self._is_ready and not self.streams:
+            return None
+        if self._failure is not None:
+            return self._failure
+        for port in self.streams:
+            if port.failure is not None:
+                return port.failure
+        if len(self._by_rank) < self._tp_size:
+            have = f"{len(self._by_rank)} of {self._tp_size} ranks"
+            return ClosedError(f"no KV caches are registered: {have} have theirs")
+        if self._asleep:
+            return ClosedError("the device is suspended")
+        return None
+
+    def register(self, kv_caches: Any, layout: str | None, tp_rank: int) -> TransferPort | None:
+        """Take a rank's KV caches; gives the port over all devices when it is the last one.
+
+        Raises:
+            ConfigError: the tensors do not fit the model, or the rank has been registered.
+            BackendUnavailableError: no adapter for such a device.
+            DeviceError: the device refused.
+        """
+        self._check_rank(tp_rank)
+        if tp_rank in self._by_rank:
+            why = "has its KV caches registered; after suspend_device use resume_device"
+            raise ConfigError("tp_rank", tp_rank, why)
+        with ExitStack() as undo:
+            device = self._backend.device(kv_caches, layout, tp_rank)
+            undo.callback(device.port.close)
+            self._check_order(device)
+            by_rank = {**self._by_rank, tp_rank: device}
+            port = None
+            if len(by_rank) == self._tp_size:
+                port = self._backend.joined([each for _, each in sorted(by_rank.items())])
+                undo.callback(port.close)
+            self._undo.push(undo.pop_all())
+        self._by_rank = by_rank
+        self._look()
+        log.info("device_registered", rank=tp_rank, **device.facts)
+        if device.place[0] == "cuda":
+            with self._lock:
+                self.streams.append(device.port)
+        return port
+
+    def order_after(self, to_device: bool) -> None:
+        """Let later copies one way wait for what the calling thread's streams have queued by now.
+
+        From any thread.
+
+        Raises:
+            DeviceError: a driver refused. The device is down from then on: its copies would not
+                wait.
+        """
+        with self._lock:
+            try:
+                for port in self.streams:
+                    port.order_after(to_device)
+            except DeviceError as error:
+                log.exception("device_down", call=error.call, code=error.code)
+                self._failure = error
+                raise
+
+    def detach(self) -> None:
+        """Touch no streams any more: the ports are about to be closed."""
+        with self._lock:
+            self.streams.clear()
+
+    async def suspend(self) -> None:
+        """Take no more requests, wait for those under way, and let go of all KV caches.
+
+        Raises:
+            ClosedError: not all devices are registered, or they sleep.
+            DeadlineError: something did not end in time; the devices go on.
+            DeviceError: a driver refused to free something; all KV caches are let go of.
+        """
+        if missing := self.missing:
+            raise missing
+        self._asleep, self._falling_asleep = set(self._by_rank), True
+        self._look()
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                await self.use.wait_over()
+        except BaseException as error:
+            self._asleep = set()
+            self._look()
+            if isinstance(error, TimeoutError):
+                why = f"{self.use.count} requests did not end in time"
+                raise DeadlineError(-1, "suspend_device", 0, why) from error
+            raise
+        finally:
+            self._falling_asleep = False
+        with ExitStack() as every:
+            for device in self._by_rank.values():
+                every.callback(device.port.suspend)
+        log.info("device_suspended")
+
+    def resume(self, kv_caches: Any, layout: str | None, tp_rank: int) -> None:
+        """Take a rank's KV caches again.
+
+        Raises:
+            ConfigError: the tensors do not fit the model, or the rank does not sleep.
+            DeviceError: the device refused.
+        """
+        self._check_rank(tp_rank)
+        if tp_rank not in self._asleep or self._falling_asleep:
+            raise ConfigError("tp_rank", tp_rank, "is not suspended")
+        device = self._by_rank[tp_rank]
+        device = self._backend.resumed(device, kv_caches, layout, tp_rank)
+        self._by_rank[tp_rank] = device
+        log.info("device_resumed", rank=tp_rank, **device.facts)
+        self._asleep.discard(tp_rank)
+        self._look()
+
+    def _look(self) -> None:
+        """Note what hangs on which devices there are, and which sleep."""
+        self._is_ready = len(self._by_rank) == self._tp_size and not self._asleep
+        self.num_blocks = min(device.num_blocks for device in self._by_rank.values())
+
+    @property
+    def order(self) -> Order:
+        """Give the order of a block's elements in host memory, which all ranks share."""
+        return next(iter(self._by_rank.values())).order
+
+    def _check_order(self, device: Device) -> None:
+        """Check that a rank's blocks have their bytes in the order of the others'."""
+        if self._by_rank and device.order != self.order:
+            why = f"must lie as those of the other ranks: {self.order}"
+            raise ConfigError("kv_caches", f"blocks of {device.order}", why)
+
+    def _check_rank(self, tp_rank: int) -> None:
+        if not 0 <= integer("tp_rank", tp_rank) < self._tp_size:
+            why = f"must be from 0 to tp_size - 1: {self._tp_size - 1}"
+            raise ConfigError("tp_rank", tp_rank, why)

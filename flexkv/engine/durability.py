@@ -1,0 +1,185 @@
+"""Flushing: brings what was put to stable storage, and reports what could not be."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import numpy as np
+
+from flexkv.actors.actor import Supervisor
+from flexkv.actors.scheduler import Scheduler
+from flexkv.actors.write_behind import WriteBehind
+from flexkv.common.errors import (
+    ClosedError,
+    DeadlineError,
+    FlexKVError,
+    StorageError,
+    TransferError,
+)
+from flexkv.common.terms import Route, Tier
+from flexkv.io.ports import DurablePort
+from flexkv.observe.logs import get_logger
+from flexkv.tiers.backend import Backend
+
+log = get_logger(__name__)
+
+NO_BLOCKS = np.zeros(0, np.int64)
+SYNC_TIMEOUT_S = 60.0
+"""How long a flush waits for the disk to sync, or `io_deadline_s` if that is longer."""
+
+
+class FlushReport(msgspec.Struct, frozen=True):
+    """What a flush left unwritten.
+
+    Attributes:
+        lacking_blocks: by the name of a tier, how many blocks host memory holds and the tier lacks:
+            it has no free place for them, or refuses them as worth less than what it has. Blocks
+            that were put while the flush went on may be among them.
+        missing_tiers: by the name of a tier that was asked for and is not there: the reason.
+            Nothing survives there.
+        unused_directories: by the path of a directory of the SSD tier that is not used: the reason.
+            Blocks that were stored there earlier are not there now.
+    """
+
+    lacking_blocks: dict[str, int] = {}
+    missing_tiers: dict[str, str] = {}
+    unused_directories: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        lacks = [f"{tier} lacks {count} blocks" for tier, count in self.lacking_blocks.items()]
+        return f"FlushReport({', '.join(lacks) or 'everything is written'})"
+
+
+_FROM_DEVICE = str(Route(Tier.DEVICE, Tier.HOST))
+
+
+class Durability:
+    """Makes what an engine holds survive."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        behind: WriteBehind,
+        backend: Backend,
+        supervisor: Supervisor,
+        deadline_s: float,
+    ) -> None:
+        self._scheduler, self._backend, self._supervisor = scheduler, backend, supervisor
+        self._behind = behind
+        self._sync_timeout_s = max(SYNC_TIMEOUT_S, deadline_s)
+        self._syncing: asyncio.Task[FlexKVError | None] | None = None
+        self._syncs = self._syncs_failed = 0
+        self._sync_failure: FlexKVError | None = None
+        self._is_closed = False
+
+    async def flush(self) -> FlushReport:
+        """Return once everything resident that was put before is on stable storage.
+
+        Returns:
+            What is not, because a tier has no place for it, refuses it, or is not there.
+
+        Raises:
+            TransferError: a block could not be written, or the disk refused to sync; what could be
+                written is safe. Or the files of the tier were removed or unmounted.
+        """
+        failed_before = self._syncs_failed
+        failed: FlexKVError | None = await self._write_all()
+        if self._scheduler.failure is not None:
+            raise self._scheduler.failure
+        failed = await self._synced() or failed  # make safe what could be written
+        if failed is None and self._syncs_failed > failed_before:  # another flush saw it fail
+            failed = self._sync_failure
+        if failed is not None:
+            raise failed
+        gone = self._backend.unavailable
+        left = await self._behind.left_blocks()
+        return FlushReport(left, dict(gone.tiers), dict(gone.directories))
+
+    async def _write_all(self) -> TransferError | None:
+        """Write what host memory holds and lower tiers lack; return what went wrong."""
+        stuck: DeadlineError | None = None
+        for flight in self._scheduler.under_way():
+            try:
+                await flight.wait_ended()
+            except DeadlineError as late:
+                if late.route != _FROM_DEVICE:
+                    return late
+                stuck = late  # one device hangs: the blocks of other devices are still written
+        for owes_all in (False, True):
+            if owes_all:
+                await self._behind.owe_all()
+            error = await self._behind.drain()
+            failures = self._behind.take_failures()
+            if error is not None or failures:
+                return error or failures[0]
+        return stuck
+
+    async def finish(self, timeout_s: float) -> None:
+        """Flush for a bounded time: the engine is about to be closed."""
+        if timeout_s <= 0 or self._backend.disk is None:
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.flush()
+        except (FlexKVError, TimeoutError) as error:
+            left = await self._behind.left_blocks()
+            reason = str(error) or f"not within {timeout_s} s"
+            log.warning("closed_unflushed", reason=reason, lacking_blocks=left)
+
+    async def _synced(self) -> FlexKVError | None:
+        """Sync the disk and the journals, beginning now or later; return what went wrong."""
+        loop = asyncio.get_running_loop()
+        until_s, first = loop.time() + self._sync_timeout_s, self._syncs + 1
+        while not self._is_closed:
+            if self._syncing is None:
+                self._syncs += 1
+                self._syncing = self._supervisor.spawn("sync", self._sync())
+            syncing, number = self._syncing, self._syncs
+            ended, _ = await asyncio.wait([syncing], timeout=max(0.0, until_s - loop.time()))
+            if not ended:
+                return DeadlineError(-1, "sync", 0, "the device did not sync in time")
+            if syncing.cancelled():
+                break
+            if number >= first:  # an earlier sync may have missed recent writes
+                return syncing.result()
+        return ClosedError("the engine was closed before the flush was done")
+
+    async def _sync(self) -> FlexKVError | None:
+        """Sync once, to the end, even if nobody waits any more: a failure must not go unseen."""
+        disk, ledger, presence = self._backend.disk, self._backend.ledger, self._backend.presence
+        try:
+            if presence is not None and presence.lost is not None:
+                return presence.lost
+            if disk is not None:
+                await self._sync_disk(disk)
+            if ledger is not None:
+                await ledger.flush()
+            if presence is not None:
+                return await presence.look()
+        except FlexKVError as error:
+            return error
+        finally:
+            self._syncing = None
+        return None
+
+    async def _sync_disk(self, disk: DurablePort) -> None:
+        """Sync the disk; after a failure, drop the blocks stored since the last good sync."""
+        ledger = self._backend.ledger
+        unsynced = NO_BLOCKS if ledger is None else ledger.begin_sync()
+        try:
+            await disk.sync()
+        except StorageError as error:
+            if ledger is not None:
+                self._syncs_failed, self._sync_failure = self._syncs_failed + 1, error
+                lost = ledger.sync_failed(unsynced)
+                log.warning("sync_failed", path=error.path, error=str(error), lost_blocks=len(lost))
+                self._scheduler.drop_unsynced(Tier.DISK, lost)
+                await self._behind.owe_all()
+            raise
+
+    def close(self) -> None:
+        """Stop waiting for a sync."""
+        self._is_closed = True
+        if self._syncing is not None:
+            self._syncing.cancel()

@@ -1,0 +1,497 @@
+"""The engine: composes index, scheduler, actors and adapters on one event loop, and owns them.
+
+    caller ──▶ Intake ──▶ Admission ──▶ Scheduler ──▶ TransferActor(device) ──▶ CpuDevicePort
+                                          │     └───▶ TransferActor(disk)   ──▶ UringDiskPort
+                                       Residency
+
+Life: `open` → (`register_kv_caches`) → requests → `close`. Closing stops admission, cancels what
+runs, waits for hardware to let go, and checks that nothing is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from flexkv.actors.actor import Supervisor, TransferActor, Window
+from flexkv.actors.flight import Flight
+from flexkv.actors.scheduler import Scheduler
+from flexkv.actors.write_behind import WriteBehind
+from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
+from flexkv.common.errors import ClosedError, InternalError, InvariantError
+from flexkv.common.layout import Order, is_natural
+from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
+from flexkv.common.terms import Tier
+from flexkv.engine.admission import Admission
+from flexkv.engine.departure import Departure
+from flexkv.engine.devices import Devices, Use
+from flexkv.engine.durability import Durability, FlushReport
+from flexkv.engine.pins import Holds, Pins
+from flexkv.engine.retention import Keeping
+from flexkv.engine.runner import ALONE, RequestRunner, Turn
+from flexkv.engine.statistics import Sources, Statistics, snapshot
+from flexkv.engine.tracing import Tracing
+from flexkv.graph.ops import CHUNKS_MAX, LEGS_MAX
+from flexkv.graph.planner import Planner
+from flexkv.index.clears import ClearHistory
+from flexkv.index.intake import Intake
+from flexkv.index.keys import KeyChain, Namespace
+from flexkv.index.residency import Found, PrefixMatch, Residency, prefix_match
+from flexkv.io.checksums.checked import CheckedDiskPort
+from flexkv.io.ports import TransferPort
+from flexkv.observe.logs import get_logger
+from flexkv.observe.observer import Observer
+from flexkv.process.forks import HomeProcess
+from flexkv.tiers.backend import Backend, LocalBackend, Progress
+from flexkv.tiers.limits import behind_limits, device_window, disk_windows, empty_index, plan_limits
+
+log = get_logger(__name__)
+
+DRAIN_TIMEOUT_S = 60.0
+"""How long closing waits for hardware to give buffers back."""
+
+
+class Engine:
+    """KV blocks between device, host memory and SSD, on the loop that opened it."""
+
+    def __init__(
+        self, model: ModelConfig, cache: CacheConfig, backend: Backend | None = None
+    ) -> None:
+        model.require_built()
+        cache.require_built()
+        self.model, self.cache = model, cache
+        self.sizes: CacheSizes = cache.sized(model)
+        self._backend = backend or LocalBackend(model, cache, self.sizes)
+        self.tokens_per_block = cache.tokens_per_block
+        self.clears = ClearHistory(time.time_ns())
+        self._intake = Intake(
+            KeyChain(model, cache.tokens_per_block, cache.key_secret.get_secret_value()),
+            cache.tokens_per_block,
+            self.clears,
+        )
+        self._admission = Admission(cache.requests_max)
+        self._actors: dict[Tier, TransferActor] = {}
+        self._backing: dict[Tier, str] = {}
+        self._resources = ExitStack()
+        self._devices = Devices(
+            self._backend.ranks, cache.io_deadline_s, self._backend, self._resources
+        )
+        self.streams = self._devices.streams
+        self._failure: InternalError | None = None
+        self.on_failure: Callable[[], None] | None = None
+        self._open = self._used = self._closed = False
+        self._home: HomeProcess | None = None
+        self._next_request = self._rekeyed_at = 0
+        self._restored_blocks = 0
+
+    # -- life -----------------------------------------------------------------------------------
+
+    async def open(self, progress: Progress | None = None) -> None:
+        """Take memory and files and start the actors; on failure nothing is left behind.
+
+        Raises:
+            ConfigError: memory, directory or disk space is not there.
+            ClosedError: it was open before.
+
+        Cancellation: ends soon, even while memory is touched; nothing is left behind.
+        """
+        if self._used:
+            raise ClosedError("an engine is opened once: make a new one")
+        self._supervisor = Supervisor(self._failed)
+        with ExitStack() as undo:
+            await self._backend.take(undo, progress)
+            self._compose(undo, progress)
+            await self._supervisor.start()
+            for actor in self._actors.values():
+                self._start(actor)
+            if self._backend.ledger is not None:
+                self._supervisor.keep("ledger", self._backend.ledger.run())
+            if self._backend.scrubber is not None:
+                disk, drop = self._actors[Tier.DISK], self._scheduler.drop_corrupt
+                self._supervisor.keep("scrub", self._backend.scrubber.run(disk.is_idle, drop))
+            if self._backend.presence is not None:
+                self._backend.presence.on_lost = partial(self._scheduler.watch.lose, Tier.DISK)
+                self._supervisor.keep("presence", self._backend.presence.run())
+            self._resources.push(undo.pop_all())
+        self._open = self._used = True
+        self._home = HomeProcess("the engine")
+        backing = {tier.label: named for tier, named in self._backing.items()}
+        facts = {"block_bytes": self.sizes.block_bytes, "restored_blocks": self._restored_blocks}
+        log.info("engine_open", **backing, **facts)
+
+    def _compose(self, undo: ExitStack, progress: Progress | None) -> None:
+        cache, sizes, backend = self.cache, self.sizes, self._backend
+        backend.open(undo, progress)
+        self._residency = empty_index(cache, sizes, backend.disk_blocks, self.clears)
+        if backend.ledger is not None:
+            self._restored_blocks = backend.ledger.restore(self._residency)
+        self._backing[Tier.HOST] = backend.host
+        if backend.disk is not None:
+            self._actors[Tier.DISK] = self._actor(Tier.DISK, backend.disk, *disk_windows(cache))
+            disk = backend.disk
+            named = disk.adapter if isinstance(disk, CheckedDiskPort) else type(disk).__name__
+            self._backing[Tier.DISK] = named
+        self._observer = Observer(
+            sizes.block_bytes, log_every_requests=cache.num_log_interval_requests
+        )
+        self._observer.remind = backend.unavailable.remind
+        self.limits = plan_limits(cache, sizes)
+        self._planner = Planner(self._residency, self.limits)
+        self._scheduler = Scheduler(
+            self._residency, self._planner, self._actors, self._observer, backend.ledger,
+            cache.io_deadline_s,
+        )  # fmt: skip
+        self._behind = self._scheduler.behind = WriteBehind(
+            self._residency,
+            self._planner,
+            self._scheduler.watch,
+            behind_limits(cache, sizes),
+            self._scheduler.write_behind,
+            self._observer.event,
+        )
+        self._durability = Durability(
+            self._scheduler, self._behind, backend, self._supervisor, cache.io_deadline_s
+        )
+        self._runner = RequestRunner(self._admission, self._scheduler, self._observer, self._behind)
+        self._holds = Holds(self._scheduler, self._residency)
+        self._sources = Sources(
+            self._residency, self._scheduler, self._admission, self._actors, self._backing,
+            self._behind, self._restored_blocks, backend.unavailable,
+        )  # fmt: skip
+        self._tracing = Tracing(cache, sizes.block_bytes, self._observer, self._sources)
+        undo.callback(self._tracing.stop)
+        if cache.enable_trace:
+            self._tracing.start()
+        opened_with = {Tier.HOST: sizes.num_host_blocks, Tier.DISK: backend.disk_blocks}
+        self._keeping = Keeping(
+            self._intake, self._residency, opened_with, backend.ledger, Pins(self._scheduler)
+        )
+        close = (
+            self._admission.close, self._keeping.pins.close, self._holds.close,
+            self._behind.abandon, self._behind.close, self._scheduler.watch.close,
+            self._durability.close,
+        )  # fmt: skip
+        cancel, resources = self._supervisor.abandon, self._resources
+        self._departure = Departure(self._scheduler.fail, close, cancel, resources)
+        self._keeping.about_to_clear = self._behind.about_to_clear
+        self._keeping.on_clear = self._behind.cleared
+
+    def _actor(
+        self, tier: Tier, port: TransferPort, inbound: Window, outbound: Window
+    ) -> TransferActor:
+        ops_per_run = (LEGS_MAX + CHUNKS_MAX) * 4
+        waiting_max = self._admission.requests_most * ops_per_run + self.sizes.num_host_blocks
+        return TransferActor(tier, port, inbound, outbound, waiting_max)
+
+    def _start(self, actor: TransferActor) -> None:
+        actor.attach(self._scheduler.report)
+        self._supervisor.keep(f"{actor.name} actor", actor.run())
+
+    def register_kv_caches(
+        self,
+        kv_caches: Mapping[str, Any] | Sequence[Any],
+        layout: str | None = None,
+        tp_rank: int = 0,
+    ) -> None:
+        """Take a rank's per-layer KV tensors; they stay the caller's and must outlive us.
+
+        Raises:
+            ConfigError: the tensors do not fit the model, or their layout is ambiguous.
+            ClosedError: not open.
+        """
+        self._check_open()
+        port = self._devices.register(kv_caches, layout, tp_rank)
+        if port is not None:
+            self._take_order(self._devices.order)
+            window = device_window(self.cache, self._devices.kind)
+            actor = self._actors[Tier.DEVICE] = self._actor(Tier.DEVICE, port, window, window)
+            actor.note_begins(self._tracing.is_on)
+            self._scheduler.watch.watches_device = self._devices.kind != "agents"
+            self._start(actor)
+
+    def _take_order(self, order: Order) -> None:
+        """Let keys hang on the order of a block's elements; earlier requests' keys did not."""
+        if is_natural(order):
+            return
+        secret = self.cache.key_secret.get_secret_value()
+        self._intake.rekey(KeyChain(self.model, self.tokens_per_block, secret, order))
+        self._rekeyed_at = self._next_request
+
+    @property
+    def devices(self) -> Devices:
+        """Give the registered devices.
+
+        Raises:
+            ClosedError: not open.
+        """
+        self._check_open()
+        return self._devices
+
+    async def close(self) -> None:
+        """Stop admitting, cancel what runs, wait for hardware, release everything. Idempotent.
+
+        Raises:
+            InvariantError: something was left behind: our own mistake.
+            InternalError: hardware did not give its buffers back in time; they stay mapped.
+        """
+        if self.is_closed:
+            return
+        self._check_process()
+        try:
+            await self._close()
+        finally:
+            if not self._closed:  # interrupted: nobody else will
+                self.abandon()
+
+    async def _close(self) -> None:
+        self._open = False
+        self._admission.close()
+        self._keeping.pins.close()
+        self._holds.close()
+        if self._failure is None:
+            self._scheduler.cancel_unanswered()
+            await self._durability.finish(self.cache.shutdown_flush_s)
+        self._behind.close()
+        self._scheduler.cancel_all()
+        if self._failure is None:
+            await self._drain()
+        self._scheduler.watch.close()
+        self._durability.close()
+        if self._failure is None and self._backend.ledger is not None:
+            await self._backend.ledger.finish()
+        await self._supervisor.stop()
+        self._note_closed()
+        self._devices.detach()
+        self._resources.close()
+        if self._failure is None:
+            self._check_nothing_left()
+        log.info("engine_closed")
+
+    def abandon(self) -> bool:
+        """Release everything at once, for an engine that its loop can no longer close.
+
+        Waiting callers get a ClosedError. Blocks that are owed to the SSD are not written.
+
+        Returns:
+            Whether there was anything to release.
+        """
+        if self.is_closed:
+            return False
+        self._open, self._closed = False, True
+        self._devices.detach()
+        return self._departure.abandon()
+
+    def _note_closed(self) -> None:
+        self._closed = True
+        self._departure.note_closed()
+
+    def _check_process(self) -> None:
+        if self._home is not None:
+            self._home.check()
+
+    async def _drain(self) -> None:
+        """Wait until no run is left. An engine that fails meanwhile has none."""
+        try:
+            async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                await self._scheduler.wait_idle()
+        except TimeoutError as error:
+            self._scheduler.watch.close()
+            self._durability.close()
+            await self._supervisor.stop()
+            self._tracing.stop()
+            self._note_closed()  # but for what hardware may still write to
+            depths = {actor.name: actor.depth for actor in self._actors.values()}
+            raise InternalError(f"still in flight after {DRAIN_TIMEOUT_S} s: {depths}") from error
+
+    def _check_nothing_left(self) -> None:
+        self._residency.validate()
+        if self._residency.claims or any(actor.depth for actor in self._actors.values()):
+            raise InvariantError(f"left behind: {self._residency.claims.stories()}")
+
+    def _failed(self, cause: BaseException) -> None:
+        """An actor raised: tell every waiter, admit nobody. What is told first stands."""
+        if self._failure is not None:
+            return
+        self._failure = InternalError(f"the engine failed: {cause!r}")
+        self._failure.__cause__ = cause
+        self._admission.close()
+        self._behind.abandon()
+        self._scheduler.fail(self._failure)
+        if self.on_failure is not None:
+            self.on_failure()
+
+    def _check_open(self) -> None:
+        if self._home is not None and not self._home.is_here:
+            self._home.check()
+        if self._failure is not None:
+            raise self._failure
+        if not self._open:
+            raise ClosedError("the engine is not open: not started yet, or shut down")
+
+    def check_sound(self) -> None:
+        """Raise the InternalError that has ended the engine, if one has."""
+        if self._failure is not None:
+            raise self._failure
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether requests are taken."""
+        self._check_process()
+        return self._open and self._failure is None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether everything was released, or nothing was ever taken."""
+        return self._closed or not self._used
+
+    @property
+    def has_device(self) -> bool:
+        """Tell whether get and put can move bytes: else they answer UNREADY."""
+        return self._devices.missing is None
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def intake(
+        self,
+        operation: Operation,
+        token_ids: Any,
+        token_mask: Any = None,
+        namespace: Namespace = None,
+    ) -> Request:
+        """Check a caller's arguments and make the request, still without device slots."""
+        number = self.next_request_id()
+        request = self._intake.request(operation, number, token_ids, token_mask, namespace)
+        self._tracing.asked(number, token_ids)
+        return request
+
+    def with_slots(self, request: Request, slot_mapping: Any) -> Request | None:
+        """Give the request with its device blocks; None while there is no device to use."""
+        if self._devices.missing is not None or request.request_id <= self._rekeyed_at:
+            return None
+        ids = self._intake.device_ids(slot_mapping, request.span, self._devices.num_blocks)
+        return Request(
+            request.operation, request.request_id, request.token_count, request.tokens_per_block,
+            request.span, request.keys, ids, request.namespace_hash, request.watch,
+            request.generation,
+        )  # fmt: skip
+
+    def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
+        """Give how much of a prompt is resident. No I/O; recency is the only trace it leaves."""
+        found = self.find(self.intake(Operation.PREFETCH, token_ids, None, namespace).keys)
+        return prefix_match(found, self._residency.tiers, self.tokens_per_block)
+
+    def find(self, keys: bytes) -> Found:
+        """Give where the blocks of a prompt are, by its root and their keys, 16 bytes each."""
+        self._check_open()
+        self._scheduler.look_out()
+        return self._planner.visible(self._residency.find(keys, use=True))
+
+    def next_request_id(self) -> int:
+        """Give the number of a request that is made elsewhere than in `intake`."""
+        self._check_open()
+        self._next_request += 1
+        return self._next_request
+
+    def perform(self, request: Request, turn: Turn = ALONE) -> Coroutine[Any, Any, Flight]:
+        """Run a request to its answer: see `RequestRunner.perform`."""
+        return self._runner.perform(request, self._devices.use, turn)
+
+    def unready(self, request: Request) -> KVResponse:
+        """Give the response to a request that needs a device while there is none to use."""
+        mask = np.zeros(request.token_count, np.bool_)
+        why = self._devices.missing or ClosedError("it was asked before the device was registered")
+        response = KVResponse(KVResponseStatus.UNREADY, request.request_id, mask, why)
+        self._observer.refused(request, response)
+        return response
+
+    def nudge_device(self) -> None:
+        """Look again at what waits for layers to be written."""
+        if Tier.DEVICE in self._actors:
+            self._actors[Tier.DEVICE].nudge()
+
+    def order_after(self, operation: Operation) -> None:
+        """Let the copies of later requests wait for what the calling thread's streams have queued.
+
+        From any thread. A put reads what was written, a get writes what is no longer used.
+
+        Raises:
+            DeviceError: a driver refused. The device is down from then on.
+        """
+        if operation is not Operation.PREFETCH:
+            self._devices.order_after(operation is Operation.GET)
+
+    @property
+    def devices_in_use(self) -> Use:
+        """Give what keeps the devices from being suspended."""
+        return self._devices.use
+
+    async def flush(self) -> FlushReport:
+        """Return once everything resident that was put before is on stable storage.
+
+        Returns:
+            What is not, because the SSD has no place for it or refuses it.
+
+        Raises:
+            TransferError: a block could not be written, or the disk refused to sync; what could be
+                written is safe.
+        """
+        self._check_open()
+        return await self._durability.flush()
+
+    # -- looking --------------------------------------------------------------------------------
+
+    @property
+    def tracing(self) -> Tracing:
+        """Give what turns the trace on and off.
+
+        Raises:
+            ClosedError: not open.
+        """
+        self._check_open()
+        return self._tracing
+
+    @property
+    def keeping(self) -> Keeping:
+        """Give what says what is kept.
+
+        Raises:
+            ClosedError: not open.
+        """
+        self._check_open()
+        return self._keeping
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Return the scheduler, for tests."""
+        return self._scheduler
+
+    @property
+    def runner(self) -> RequestRunner:
+        """Return what runs requests; a server uses it to turn away those of one instance."""
+        return self._runner
+
+    @property
+    def holds(self) -> Holds:
+        """Return what matches keep from eviction."""
+        return self._holds
+
+    @property
+    def residency(self) -> Residency:
+        """Give the index, for tests and tools; only the scheduler writes it."""
+        return self._residency
+
+    @property
+    def supervisor(self) -> Supervisor:
+        """Give what owns the engine's tasks."""
+        return self._supervisor
+
+    def statistics(self) -> Statistics:
+        """Give a frozen snapshot of every counter."""
+        self._check_open()
+        return snapshot(self._sources, self._observer)

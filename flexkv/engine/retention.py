@@ -1,0 +1,107 @@
+"""What a caller may say of what is kept: clear, resize, quotas, pins. Traffic may go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flexkv.common.arguments import integer, member, seconds, text
+from flexkv.common.errors import ConfigError
+from flexkv.common.request import Operation
+from flexkv.common.terms import Tier
+from flexkv.engine.pins import Pins
+from flexkv.index.intake import Intake
+from flexkv.index.keys import Namespace
+from flexkv.index.residency import NO_QUOTA, Residency
+from flexkv.tiers.ledger import Ledger
+
+
+class Keeping:
+    """Says what an engine keeps. Arguments and errors are those of `KVManager`.
+
+    Attributes:
+        pins: those that callers hold.
+    """
+
+    def __init__(
+        self,
+        intake: Intake,
+        residency: Residency,
+        opened_with: Mapping[Tier, int],
+        ledger: Ledger | None,
+        pins: Pins,
+    ) -> None:
+        """Take the parts of an engine, and how many blocks each tier was opened with."""
+        self._intake, self._residency, self._ledger = intake, residency, ledger
+        self._opened_with, self.pins = opened_with, pins
+        self.about_to_clear: Callable[[], None] = lambda: None
+        """Called before each clear."""
+        self.on_clear: Callable[[Tier | None], None] = lambda tier: None
+        """Called with the tier that was cleared; None for a namespace or everything."""
+
+    def clear(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
+        """Forget the blocks of a tier, of a namespace, or all; return how many places they had.
+
+        Puts that began before store nothing any more. The journals of the SSD tier are written in
+        the background: `clear_durably` waits for that, and so does a flush.
+        """
+        self._check_tier(tier)
+        root = None if namespace is None else self._intake.root(namespace)
+        if root is not None and tier is not None:
+            raise ConfigError("tier", tier.label, "must not be given together with a namespace")
+        self.about_to_clear()
+        if self._ledger is not None and tier is not Tier.HOST:
+            self._ledger.clear(root)
+        places = self._residency.clear(tier, root)
+        self.on_clear(tier)
+        return places
+
+    async def clear_durably(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
+        """Do what `clear` does, and return once a crash brings nothing of it back.
+
+        Raises:
+            StorageError: all is cleared, but the next run may find blocks on SSD, because a journal
+            could not be written.
+        """
+        places = self.clear(tier, namespace)
+        if self._ledger is not None:
+            await self._ledger.written()
+        return places
+
+    def resize(self, tier: Tier, capacity_blocks: int) -> int:
+        """Change how many blocks a tier may hold, up to what it was opened with."""
+        self._check_tier(member("tier", tier, Tier))
+        most = self._opened_with[tier]
+        if not 1 <= integer("capacity_blocks", capacity_blocks) <= most:
+            why = f"must be from 1 to what {tier.label} was opened with: {most}"
+            raise ConfigError("capacity_blocks", capacity_blocks, why)
+        return self._residency.resize(tier, int(capacity_blocks))
+
+    def set_quota(self, namespace: Namespace, tier: Tier, blocks: int | None) -> None:
+        """Bound how many blocks of a tier a namespace may have; None takes the bound away."""
+        self._check_tier(member("tier", tier, Tier))
+        if blocks is not None and not 0 <= (blocks := integer("blocks", blocks)) < NO_QUOTA:
+            raise ConfigError("blocks", blocks, f"must be None, or from 0 to {NO_QUOTA - 1}")
+        try:
+            self._residency.set_quota(self._intake.root(namespace), tier, blocks)
+        except ValueError as error:
+            raise ConfigError("namespace", namespace, str(error)) from error
+
+    def namespace_blocks(self, namespace: Namespace) -> dict[Tier, int]:
+        """Count the blocks of a namespace by tier, those being filled among them."""
+        return self._residency.namespace_blocks(self._intake.root(namespace))
+
+    def _check_tier(self, tier: Tier | None) -> None:
+        if tier is not None and member("tier", tier, Tier) not in self._residency.tiers:
+            have = ", ".join(tier.label for tier in self._residency.tiers)
+            raise ConfigError("tier", tier.label, f"must be one of those there are: {have}")
+
+    def pin(self, token_ids: Any, namespace: Namespace, ttl_s: float, owner: str) -> int:
+        """Keep the resident prefix of a prompt, or without one a namespace, from eviction."""
+        ttl_s, owner = seconds("ttl_s", ttl_s), text("owner", owner)
+        if token_ids is None:
+            holdings = self._residency.namespace_holdings(self._intake.root(namespace))
+        else:
+            request = self._intake.request(Operation.PREFETCH, 0, token_ids, None, namespace)
+            holdings = self._residency.find(request.keys).holdings
+        return self.pins.pin(holdings, ttl_s, owner)

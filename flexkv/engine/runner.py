@@ -1,0 +1,123 @@
+"""Takes a request from its arrival to its answer: admission, planning, and waiting.
+
+perform ─▶ Admission ─▶ check ─▶ Scheduler.begin ─▶ answered ─▶ leave
+                                      │
+                                      └─ its device hangs ─▶ the place goes to others;
+                                         the answer comes when hardware has let go
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
+
+from flexkv.actors.flight import Flight
+from flexkv.actors.scheduler import Scheduler
+from flexkv.actors.write_behind import WriteBehind
+from flexkv.common.errors import ClosedError, FlexKVError
+from flexkv.common.request import Operation, Request
+from flexkv.engine.admission import Admission
+from flexkv.engine.devices import Use
+from flexkv.observe.observer import Observer
+
+
+class Turn(NamedTuple):
+    """Whose a request is, and what its owner has to do as it is planned."""
+
+    group: int = 0
+    """The group that it is admitted with: see `Admission`."""
+    check: Callable[[], None] | None = None
+    """Called right before the request is planned, and again when it is planned anew.
+
+    It raises if the request may not be planned any more."""
+    begun: Callable[[], None] | None = None
+    """Called whenever the request has been planned: a match's hold may be released then."""
+
+
+ALONE = Turn()
+
+
+class RequestRunner:
+    """Runs the requests of one engine."""
+
+    def __init__(
+        self,
+        admission: Admission,
+        scheduler: Scheduler,
+        observer: Observer,
+        behind: WriteBehind,
+    ) -> None:
+        """Take the parts of an engine; a request that hangs gives back its place in `admission`."""
+        self._behind = behind
+        self.admission = admission
+        self._scheduler, self._observer = scheduler, observer
+        scheduler.on_hang = self._give_place_back
+
+    async def perform(self, request: Request, use: Use, turn: Turn = ALONE) -> Flight:
+        """Run a request to its answer; the returned flight has its response.
+
+        Raises:
+            FlexKVError: it was not admitted, or `turn.check` refused it.
+
+        Cancellation: the request is cancelled, and CancelledError raised once no hardware touches
+        its device slots any more; their content is undefined then.
+        """
+        flight: Flight | None = None
+        arrived_ns, is_inside = None, False
+        use.count += 1
+        try:
+            behind = self._behind
+            if (request.operation is Operation.PUT or behind.is_active) and behind.lacks(request):
+                await behind.make_room(request)
+            if not self.admission.enter_nowait(turn.group):
+                arrived_ns = self._observer.now_ns()
+                await self.admission.enter(turn.group)
+            is_inside = True
+            flight = self._begin(request, arrived_ns, turn)
+            if flight.response is None:
+                await flight.wait_answered()
+            if flight.waited_in_vain:  # who filled its blocks was given up: look for them again
+                flight = self._begin(request, flight.arrived_ns, turn, flight.has_place)
+                await flight.wait_answered()
+                if flight.waited_in_vain:
+                    self._scheduler.tell(flight)
+        except asyncio.CancelledError:
+            if flight is not None:
+                self._scheduler.cancel(flight)
+                with suppress(FlexKVError):  # the engine is gone, and what the caller gave up
+                    await flight.wait_drained()
+            raise
+        else:
+            return flight
+        finally:
+            if is_inside and (flight is None or flight.has_place):
+                self.admission.leave(turn.group)
+            use.leave()
+
+    def _begin(
+        self, request: Request, arrived_ns: int | None, turn: Turn, has_place: bool = True
+    ) -> Flight:
+        """Plan a request that still takes a place, or has given it back."""
+        if turn.check is not None:
+            turn.check()
+        flight = self._scheduler.begin(request, arrived_ns)
+        flight.group, flight.has_place = turn.group, has_place
+        if turn.begun is not None:
+            turn.begun()
+        return flight
+
+    def turn_away(self, group: int, why: str) -> None:
+        """Refuse a group's requests, and let nobody wait for its devices: they do not answer."""
+        self.admission.turn_away(group, ClosedError(why))
+        self._scheduler.strand(group, why)
+
+    def take_back(self, group: int) -> None:
+        """Admit a group's requests again: its devices answer."""
+        self.admission.turn_away(group, None)
+
+    def _give_place_back(self, flight: Flight) -> None:
+        if flight.has_place and flight.response is None:
+            flight.has_place = False
+            self.admission.leave(flight.group)

@@ -1,0 +1,188 @@
+"""The frozen snapshot that `KVManager.statistics()` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from flexkv.actors.actor import TransferActor
+from flexkv.actors.scheduler import Scheduler
+from flexkv.actors.watch import Watch
+from flexkv.actors.write_behind import BehindCounts, WriteBehind
+from flexkv.common.terms import Tier
+from flexkv.engine.admission import Admission
+from flexkv.index.residency import Residency, TierCounts
+from flexkv.observe.observer import Observer
+from flexkv.tiers.unavailable import Unavailable
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What is asked for how full an engine is."""
+
+    residency: Residency
+    scheduler: Scheduler
+    admission: Admission
+    actors: Mapping[Tier, TransferActor]
+    backing: Mapping[Tier, str]
+    behind: WriteBehind
+    restored_blocks: int
+    unavailable: Unavailable
+
+
+class TierStatistics(msgspec.Struct, frozen=True):
+    """One tier, in blocks."""
+
+    capacity_blocks: int
+    ready_blocks: int
+    reserved_blocks: int
+    draining_blocks: int
+    pinned_blocks: int
+    free_blocks: int
+    evicted_blocks: int
+    backing: str
+    """What holds the blocks: the kind of memory, or the disk adapter."""
+    reads: str = "up"
+    """up; down: it failed again and again and is left alone for a while, or its files are gone;
+    hung: I/O does not end."""
+    writes: str = "up"
+
+    @property
+    def used_blocks(self) -> int:
+        """Give the blocks that hold or receive something."""
+        return self.capacity_blocks - self.free_blocks
+
+    def __repr__(self) -> str:
+        down = [f"{way} {getattr(self, way)}" for way in ("reads", "writes")]
+        told = "".join(f", {each}" for each in down if not each.endswith(" up"))
+        used = f"{self.used_blocks} of {self.capacity_blocks} blocks"
+        return f"TierStatistics({used}, {self.backing}{told})"
+
+
+def tier_statistics(counts: TierCounts, backing: str, watch: Watch, tier: Tier) -> TierStatistics:
+    """Give the snapshot of one tier."""
+    return TierStatistics(
+        capacity_blocks=counts.capacity,
+        ready_blocks=counts.ready,
+        reserved_blocks=counts.reserved,
+        draining_blocks=counts.draining,
+        pinned_blocks=counts.pinned,
+        free_blocks=counts.free,
+        evicted_blocks=counts.evicted,
+        backing=backing,
+        reads=watch.breaker(tier, True).health.value,
+        writes=watch.breaker(tier, False).health.value,
+    )
+
+
+class RouteStatistics(msgspec.Struct, frozen=True):
+    """What one route has moved since the start."""
+
+    ops: int
+    blocks: int
+    bytes: int
+    failed_ops: int
+
+
+class QueueStatistics(msgspec.Struct, frozen=True):
+    """One actor, now."""
+
+    waiting_ops: int
+    inbound_bytes_in_flight: int
+    outbound_bytes_in_flight: int
+    inbound_window_bytes: int
+    """How many may be in flight now; for a disk this follows its rate. One piece always can be."""
+    outbound_window_bytes: int
+
+
+class Statistics(msgspec.Struct, frozen=True):
+    """Everything an engine counts, at one moment. Keys are tier, route and status names."""
+
+    tiers: dict[str, TierStatistics]
+    routes: dict[str, RouteStatistics]
+    queues: dict[str, QueueStatistics]
+    requests: dict[str, dict[str, int]]
+    asked_blocks: int
+    hit_blocks: dict[str, int]
+    requests_waiting: int
+    """Requests that wait to be admitted, or for room in host memory."""
+    runs_in_flight: int
+    claims: int
+    corrupt_blocks: int = 0
+    """Blocks that came back from SSD with other bytes than they left with: dropped, never given."""
+    restored_blocks: int = 0
+    """Blocks of an earlier run that the SSD tier began with."""
+    write_behind: dict[str, BehindCounts] = {}
+    """What host memory owes each lower tier."""
+    missing_tiers: dict[str, str] = {}
+    """Configured tiers that cannot be used, or were lost, with the reason."""
+    unused_directories: dict[str, str] = {}
+    """Directories of the SSD tier that are not used, with the reason."""
+
+    @property
+    def hit_rate(self) -> float:
+        """Give the share of the blocks asked for by gets that some tier had."""
+        return sum(self.hit_blocks.values()) / self.asked_blocks if self.asked_blocks else 0.0
+
+    @property
+    def disk_written_per_hit(self) -> float:
+        """Give the blocks written to SSD for each block that a get found there: its wear.
+
+        Infinite when nothing was found there yet, and 0 when nothing was written.
+        """
+        route = self.routes.get("host→disk")
+        written = route.blocks if route else 0
+        hits = self.hit_blocks.get("disk", 0)
+        return written / hits if hits else float("inf") if written else 0.0
+
+    def __repr__(self) -> str:
+        tiers = [
+            f"{name} {tier.used_blocks} of {tier.capacity_blocks} blocks"
+            + ("" if tier.reads == tier.writes == "up" else " (down)")
+            for name, tier in self.tiers.items()
+        ]
+        ended = [f"{sum(n.values())} {kind}" for kind, n in self.requests.items() if n]
+        hits = f"hit rate {100 * self.hit_rate:.0f} %"
+        return f"Statistics({', '.join([*tiers, *ended, hits])})"
+
+
+def snapshot(of: Sources, observer: Observer) -> Statistics:
+    """Take one. From any thread: metrics look from their own."""
+    return Statistics(
+        tiers={
+            tier.label: tier_statistics(
+                of.residency.counts(tier), of.backing[tier], of.scheduler.watch, tier
+            )
+            for tier in of.residency.tiers
+        },
+        routes={
+            str(route): RouteStatistics(c.ops, c.blocks, c.bytes, c.failed_ops)
+            for route, c in list(observer.routes.items())
+        },
+        queues={
+            actor.name: QueueStatistics(
+                actor.depth,
+                *(actor.in_flight_bytes[inbound] for inbound in (True, False)),
+                *(actor.window_bytes(inbound) for inbound in (True, False)),
+            )
+            for actor in list(of.actors.values())
+        },
+        requests={
+            operation.label: {status.value: n for status, n in counts.items() if n}
+            for operation, counts in observer.requests.items()
+        },
+        asked_blocks=observer.asked_blocks,
+        hit_blocks={t.label: n for t, n in observer.hit_blocks.items() if t in of.backing},
+        requests_waiting=of.admission.waiting + of.behind.waiting_requests,
+        runs_in_flight=of.scheduler.flights,
+        claims=len(of.residency.claims),
+        corrupt_blocks=observer.corrupt_blocks,
+        restored_blocks=of.restored_blocks,
+        write_behind={
+            tier.label: of.behind.counts(tier) for tier in of.residency.tiers if tier > Tier.HOST
+        },
+        missing_tiers=dict(of.unavailable.tiers),
+        unused_directories=dict(of.unavailable.directories),
+    )

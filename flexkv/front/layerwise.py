@@ -1,0 +1,253 @@
+"""Requests that are moved layer by layer: what a caller holds of one, and the state behind it.
+
+    get   layer 0 of every block, then layer 1, …   wait_for_layer(0), compute layer 0, …
+    put   compute layer 0, layer_written(0), …      each goes as soon as it is written
+
+Threads wait on a condition, awaiters by a future, streams for an event behind the layer's copies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from flexkv.common.arguments import integer, seconds
+from flexkv.common.errors import ConfigError, DeviceError
+from flexkv.common.request import KVResponse, Operation
+from flexkv.common.terms import StreamEvent
+from flexkv.front.loop_bridge import Crossing
+
+TIMEOUT_S = 20.0
+
+
+class LayerProgress:
+    """How far a request is, over all ops that move its bytes. Written on the engine's loop."""
+
+    def __init__(self, num_layers: int, ready: int) -> None:
+        """Begin, with so many layers that may be moved from the start."""
+        self.num_layers, self.ready = num_layers, ready
+        self.over = False
+        self._changed = threading.Condition()
+        self._moved: dict[int, int] = {}
+        self._queued: dict[tuple[int, int], list[tuple[int, StreamEvent]]] = {}
+        self._callbacks: list[Callable[[], None]] = []
+
+    # -- the engine's side ----------------------------------------------------------------------
+
+    def expect(self, tokens: Sequence[int]) -> None:
+        """Take which transfers will move its bytes; those of an earlier try are void."""
+        with self._changed:
+            self._drop_events()
+            self._moved = dict.fromkeys(tokens, 0)
+
+    def queued(self, rank: int, token: int, last: int, event: StreamEvent) -> None:
+        """Take that the layers before `last` of a transfer are queued on a rank's stream."""
+        with self._changed:
+            self._queued.setdefault((rank, token), []).append((last, event))
+            self._changed.notify_all()
+
+    def moved(self, token: int, last: int) -> None:
+        """Take that the layers before `last` of a transfer are there."""
+        with self._changed:
+            self._moved[token] = last
+            self._tell()
+
+    def end(self) -> None:
+        """Take that no more will come: the request has its response."""
+        with self._changed:
+            self.over = True
+            self._drop_events()
+            self._tell()
+
+    def _tell(self) -> None:
+        self._changed.notify_all()
+        for callback in list(self._callbacks):
+            try:
+                callback()
+            except RuntimeError:  # the loop of whoever awaits is closed
+                self._callbacks.remove(callback)
+
+    def _drop_events(self) -> None:
+        for events in self._queued.values():
+            for _, event in events:
+                event.close()
+        self._queued.clear()
+
+    # -- the caller's side ----------------------------------------------------------------------
+
+    def let_go(self, layers: int) -> None:
+        """Let so many layers, from the first on, be moved."""
+        with self._changed:
+            self.ready = max(self.ready, layers)
+
+    def has(self, layer: int) -> bool:
+        """Tell whether a layer of every block is there."""
+        return bool(self._moved) and min(self._moved.values()) > layer
+
+    def wait(self, layer: int, timeout_s: float) -> bool:
+        """Wait in this thread for a layer; tells whether it is there, or never will be.
+
+        Raises:
+            TimeoutError: neither in time.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.over or self.has(layer), timeout_s):
+                raise TimeoutError(f"layer {layer} was not there after {timeout_s} s")
+            return self.has(layer)
+
+    def hold_back(self, stream: int, rank: int, layer: int, timeout_s: float) -> bool:
+        """Let a stream wait for a layer, once its copies are queued; False: they never will be.
+
+        Raises:
+            TimeoutError: they were not in time.
+            DeviceError: the driver refused.
+        """
+
+        def events() -> list[StreamEvent] | None:
+            found = []
+            for token, moved in self._moved.items():
+                queued = self._queued.get((rank, token), [])
+                event = next((event for last, event in queued if last > layer), None)
+                if event is not None:
+                    found.append(event)
+                elif moved <= layer:
+                    return None
+            return found
+
+        with self._changed:
+            ready = self._changed.wait_for(
+                lambda: self.over or (self._moved and events() is not None), timeout_s
+            )
+            if not ready:
+                raise TimeoutError(f"layer {layer} was not queued after {timeout_s} s")
+            if not self.over:
+                for event in events() or ():
+                    event.hold_back(stream)
+                return True
+            return self.has(layer)
+
+    async def reached(self, layer: int) -> bool:
+        """Return once a layer is there, or never will be: which of the two."""
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def callback() -> None:
+            loop.call_soon_threadsafe(changed.set)
+
+        with self._changed:
+            self._callbacks.append(callback)
+        try:
+            while not self._decided(layer):
+                await changed.wait()
+                changed.clear()
+            with self._changed:
+                return self.has(layer)
+        finally:
+            with self._changed, suppress(ValueError):
+                self._callbacks.remove(callback)
+
+    def _decided(self, layer: int) -> bool:
+        with self._changed:
+            return self.over or self.has(layer)
+
+
+class Layerwise:
+    """A request that is moved layer by layer. Await it for its response, once.
+
+    Attributes:
+        task_id: for `KVManager.wait`, `try_wait` and `cancel`.
+    """
+
+    def __init__(self, manager: Crossing, operation: Operation, arguments: tuple[Any, ...]) -> None:
+        """Start it."""
+        layers = manager.num_layers
+        self._manager = manager
+        self._progress = LayerProgress(layers, layers if operation is Operation.GET else 0)
+        self.task_id = manager.start_task(operation, *arguments, self._progress)
+
+    def __await__(self) -> Generator[Any, None, KVResponse]:
+        """Give the response. Cancelling cancels the request; raised once no hardware is at it."""
+        return self._manager.task_response(self.task_id).__await__()
+
+    def _check(self, layer: int) -> None:
+        self._manager.check_process()
+        if not 0 <= integer("layer", layer) < self._progress.num_layers:
+            why = f"must be from 0 to {self._progress.num_layers - 1}"
+            raise ConfigError("layer", layer, why)
+
+
+class LayerwiseGet(Layerwise):
+    """A get, the first layers of which may be used while the others are on their way.
+
+    What cannot be loaded after all is told by the response only: the slots of tokens outside its
+    mask have undefined content.
+    """
+
+    def wait_for_layer(
+        self,
+        layer: int,
+        timeout: float = TIMEOUT_S,
+        stream: int | None = None,
+        tp_rank: int = 0,
+    ) -> bool:
+        """Wait in this thread until a layer is in the slots, or let a stream wait for that.
+
+        Not on the loop that the engine runs on: there use `layer`.
+
+        Args:
+            layer: from 0.
+            timeout: in seconds.
+            stream: handle of a CUDA stream of the rank's device. Work that is queued on it later
+                waits for the layer; this thread waits only until the layer's copies are queued.
+            tp_rank: whose device.
+
+        Returns:
+            Whether the layer is, or for a stream will be, in the slots of every token that was
+            planned; False when the get ended without, as its response says.
+
+        Raises:
+            ConfigError: no such layer.
+            TimeoutError: the layer was not there, or queued, in time. The get goes on.
+            DeviceError: the driver refused.
+        """
+        self._check(layer)
+        wait_s = seconds("timeout", timeout)
+        if stream is None:
+            return self._progress.wait(layer, wait_s)
+        number, rank = integer("stream", stream), integer("tp_rank", tp_rank)
+        return self._progress.hold_back(number, rank, layer, wait_s)
+
+    async def layer(self, layer: int) -> bool:
+        """Return once a layer is in the slots (True), or the get ended without (False).
+
+        Raises:
+            ConfigError: no such layer.
+        """
+        self._check(layer)
+        return await self._progress.reached(layer)
+
+
+class LayerwisePut(Layerwise):
+    """A put, whose layers are stored as they are written. All must be, or it is to be cancelled."""
+
+    def layer_written(self, layer: int) -> None:
+        """Let the layers up to this one be stored: this thread has queued their writing.
+
+        From any thread, whose current stream of each rank's device the copies wait for; so in a
+        process of several ranks call it when all of them have queued their writes.
+
+        Raises:
+            ConfigError: no such layer.
+            DeviceError: the copies could not be made to wait. The put is cancelled.
+            ClosedError: the manager is shut down.
+        """
+        self._check(layer)
+        try:
+            self._manager.order_after(Operation.PUT)
+        except DeviceError:
+            self._manager.cancel_soon(self.task_id)
+            raise
+        self._progress.let_go(layer + 1)
+        self._manager.nudge_device()

@@ -1,0 +1,69 @@
+"""Managers that nobody has closed: they are ended when they are collected, or at exit."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import warnings
+import weakref
+from contextlib import suppress
+from typing import Protocol
+
+from flexkv.common.errors import FlexKVError
+from flexkv.observe.logs import get_logger
+
+log = get_logger(__name__)
+
+END_S = 10.0
+"""How long ending a forgotten manager may take; its flush has a bound of its own, too."""
+
+
+class Unclosed(Protocol):
+    """A manager that is open, or was."""
+
+    @property
+    def is_unclosed(self) -> bool:
+        """Whether this process has to close it."""
+        ...
+
+    def end(self, timeout_s: float | None = None) -> None:
+        """Close it, from any thread."""
+        ...
+
+
+_open: weakref.WeakSet[Unclosed] = weakref.WeakSet()
+
+
+def remember(manager: Unclosed) -> None:
+    """End a manager at exit, unless it is forgotten before."""
+    _open.add(manager)
+
+
+def forget(manager: Unclosed) -> None:
+    """Do not end a manager at exit: it is being closed."""
+    _open.discard(manager)
+
+
+def end_forgotten(manager: Unclosed) -> None:
+    """Warn that a manager was not closed, and end it, which frees its directory.
+
+    Never raises, and never waits for longer than `END_S`. A manager is left as it is in a
+    forked child, and when the interpreter is finalizing.
+    """
+    if sys.is_finalizing() or not manager.is_unclosed:
+        return
+    what = f"{type(manager).__name__} was not closed: call shutdown(), or use `async with`"
+    with suppress(Warning):  # where warnings are errors: the rest has to be done
+        warnings.warn(what, ResourceWarning, stacklevel=3, source=manager)
+    try:
+        manager.end(END_S)
+    except (FlexKVError, OSError, RuntimeError) as error:
+        log.warning("not_closed", reason=str(error))
+
+
+def _at_exit() -> None:
+    for manager in list(_open):
+        end_forgotten(manager)
+
+
+atexit.register(_at_exit)

@@ -1,0 +1,103 @@
+"""A port over another that keeps no sums: what it brings to host memory is summed behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flexkv.common.errors import InvariantError
+from flexkv.common.terms import Tier, Transfer
+from flexkv.io.checksums.sums import Summer
+from flexkv.io.ports import Completion, TransferPort
+
+
+class SummedPort:
+    """A transfer port whose transfers to the host end when their blocks have sums.
+
+    Attributes:
+        sums: uint64[host blocks].
+    """
+
+    def __init__(self, inner: TransferPort, summer: Summer, has_summed: bool = False) -> None:
+        """Take both, which are closed with this one.
+
+        With `has_summed` the inner port sums whole blocks itself, and only those that come layer by
+        layer are summed here.
+        """
+        self.sums = summer.sums
+        self._has_summed = has_summed
+        self._inner, self._summer = inner, summer
+        self._moving: dict[int, Transfer] = {}
+        self._summing: dict[int, Transfer] = {}
+        self._summing_inbound_bytes = 0
+
+    @property
+    def block_bytes(self) -> int:
+        """Give the bytes moved for one block."""
+        return self._inner.block_bytes
+
+    @property
+    def arrived_bytes(self) -> int:
+        """Bytes that came nearer to the device and are being summed."""
+        return self._inner.arrived_bytes + self._summing_inbound_bytes
+
+    def connect(self, wake: Callable[[], None]) -> None:
+        """Attach to the running event loop."""
+        self._inner.connect(wake)
+        self._summer.connect(wake)
+
+    def submit(self, transfer: Transfer) -> None:
+        """Start one transfer.
+
+        Raises:
+            ClosedError: after `close`.
+            InvariantError: ids out of range, or of unequal length.
+        """
+        self._inner.submit(transfer)
+        if transfer.route.target is Tier.HOST and not (
+            self._has_summed and transfer.layers is None
+        ):
+            self._moving[transfer.token] = transfer
+
+    def reap(self) -> list[Completion]:
+        """Give every transfer that ended since the last call, each exactly once."""
+        if not self._moving and not self._summing:
+            return self._inner.reap()
+        ended = []
+        for completion in self._inner.reap():
+            transfer = self._moving.pop(completion.token, None)
+            if transfer is None or completion.error is not None or not _is_whole(transfer):
+                ended.append(completion)
+                continue
+            self._summing[transfer.token] = transfer
+            self._count(transfer, 1)
+            self._summer.submit(transfer.token, transfer.target_ids, urgent=True)
+        for token in self._summer.reap():
+            self._count(self._summing.pop(token), -1)
+            ended.append(Completion(token, None))
+        return ended
+
+    def _count(self, transfer: Transfer, sign: int) -> None:
+        if transfer.route.inbound:
+            self._summing_inbound_bytes += sign * transfer.block_count * self.block_bytes
+
+    def close(self) -> None:
+        """Close both. Only legal with nothing in flight. Idempotent.
+
+        Raises:
+            InvariantError: transfers were in flight; nobody was told of their ends.
+        """
+        try:
+            self._summer.close()
+        finally:
+            self._inner.close()
+        if left := len(self._moving) + len(self._summing):
+            raise InvariantError(f"summed port closed with {left} transfers unreaped")
+
+
+def _is_whole(transfer: Transfer) -> bool:
+    """Tell, once for each piece that ended, whether all of its blocks are there now."""
+    layers = transfer.layers
+    if layers is None:
+        return True
+    layers.left[0] -= layers.last - layers.first
+    return not layers.left[0]

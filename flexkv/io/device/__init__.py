@@ -1,0 +1,1 @@
+"""Devices without CUDA, and several devices as one."""

@@ -1,0 +1,134 @@
+"""The transfer port of a CPU device: strided copies between KV caches and the host arena.
+
+Small jobs are copied where they are submitted: handing 64 KiB to another thread costs more than
+the copy. Larger ones go to standing threads, which announce their end on an eventfd. Jobs that
+bring bytes to the device go first: an engine waits for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from flexkv._ext import TO_DEVICE, TO_HOST, CopyPool, copy_now
+from flexkv.common.errors import ClosedError, InvariantError
+from flexkv.common.layout import PagedLayout
+from flexkv.common.terms import Tier, Transfer
+from flexkv.io.checksums.sums import Sums
+from flexkv.io.device.pages import Pages
+from flexkv.io.memory.arena import Arena
+from flexkv.io.ports import Completion
+from flexkv.process import forks
+
+INLINE_BYTES_MAX = 64 << 10
+"""Up to here a copy in the calling thread costs less than waking another one."""
+
+
+class CpuDevicePort:
+    """A transfer port between KV caches in ordinary memory and the host arena."""
+
+    arrived_bytes = 0
+    failure = None
+
+    def __init__(
+        self,
+        layout: PagedLayout,
+        arena: Arena,
+        owner: object,
+        threads: int = 2,
+        sums: Sums | None = None,
+    ) -> None:
+        """Take the pages of `layout`.
+
+        Args:
+            layout: where the device blocks are.
+            arena: the host blocks, held until `close`.
+            owner: whatever keeps the KV caches alive (the tensors), held until `close`.
+            threads: standing copy threads.
+            sums: uint64[host blocks], gets the sum of each that a copy of whole blocks fills.
+        """
+        self._arena, self._sums = arena, sums
+        self._block_bytes = layout.block_bytes
+        self._inline_blocks_max = INLINE_BYTES_MAX // layout.block_bytes
+        self._pages: Pages | None = None
+        self.num_blocks = 0
+        self.resume(layout, owner)
+        self._pool: CopyPool | None = CopyPool(threads)
+        forks.on_fork(self._let_go_in_child)
+        self._pooled = 0
+        self._ended: list[Completion] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def block_bytes(self) -> int:
+        """Give the bytes moved for one block."""
+        return self._block_bytes
+
+    def order_after(self, to_device: bool) -> None:
+        """Do nothing: what the CPU has written is there."""
+
+    def suspend(self) -> None:
+        """Let go of the KV caches. Only legal with nothing in flight."""
+        self._pages = None
+
+    def resume(self, layout: PagedLayout, owner: object) -> None:
+        """Take KV caches again, with blocks of as many bytes."""
+        self.num_blocks = layout.num_blocks
+        self._pages = Pages(layout, self._arena, owner, self._sums)
+
+    def connect(self, wake: Callable[[], None]) -> None:
+        """Attach to the running event loop; `wake` is called on it when `reap` has something."""
+        assert self._pool is not None
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._pool.fileno(), wake)
+
+    def submit(self, transfer: Transfer) -> None:
+        """Start one transfer; a small one has ended, and can be reaped, when this returns.
+
+        Raises:
+            ClosedError: after `close`.
+            InvariantError: ids out of range, or of unequal length.
+        """
+        if self._pages is None or self._pool is None:
+            raise ClosedError("the CPU device port is closed, or suspended")
+        pages = self._pages.of(transfer.layers)
+        urgent = transfer.route.target is Tier.DEVICE
+        direction = TO_DEVICE if urgent else TO_HOST
+        host_ids, device_ids = transfer.sides
+        try:
+            if len(device_ids) <= self._inline_blocks_max:
+                copy_now(pages, direction, device_ids, host_ids)
+                self._ended.append(Completion(transfer.token, None))
+            else:
+                self._pool.submit(transfer.token, pages, direction, device_ids, host_ids, urgent)
+                self._pooled += 1
+        except ValueError as error:
+            raise InvariantError(f"transfer {transfer.token} {transfer.route}: {error}") from error
+
+    def reap(self) -> list[Completion]:
+        """Give every transfer that ended since the last call, each exactly once."""
+        ended, self._ended = self._ended, []
+        if self._pooled and self._pool is not None:
+            pooled = self._pool.reap()
+            self._pooled -= len(pooled)
+            ended += [Completion(token, None) for token in pooled]
+        return ended
+
+    def _let_go_in_child(self) -> None:
+        if self._pool is not None:
+            forks.replace(self._pool.fileno())
+
+    def close(self) -> None:
+        """Detach from the loop, join the threads and let go of all memory. Idempotent.
+
+        Raises:
+            InvariantError: transfers were in flight; they have ended, nobody was told.
+        """
+        pool, self._pool, self._pages = self._pool, None, None
+        if pool is None:
+            return
+        if self._loop is not None:
+            self._loop.remove_reader(pool.fileno())
+        pool.close()
+        if unreaped := self._pooled + len(self._ended):
+            raise InvariantError(f"CPU device port closed with {unreaped} transfers unreaped")

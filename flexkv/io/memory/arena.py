@@ -1,0 +1,375 @@
+"""The host tier's memory: one block-first mapping, on the largest pages that can be had.
+
+    huge pages asked for    memfd on hugetlb          ─┐ refused, when mapped or when touched:
+    shared                  memfd                      ├ the next, with the reason kept; first
+    not shared              private anonymous memory  ─┘ with MADV_HUGEPAGE, then without
+
+Large pages matter more than any other choice here: a disk request in 4 KiB pages is hundreds of
+segments, one in a huge page is one. All memory is touched at open, since a first touch costs
+several times a copy. A cgroup may refuse a huge page only when it is touched: by an error here,
+because pages of hugetlb are allocated in the file first, and a fault would be a SIGBUS.
+
+What is only a hint (`madvise`, seals against executing) costs nothing when the kernel refuses it.
+
+Memory that other processes map is sealed: nobody can grow it, remove the seals, or shrink it, which
+would kill every process that touches it by SIGBUS. Whoever maps it checks the seals first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from errno import EINVAL, EMFILE, ENFILE, ENOMEM, EPERM, errorcode
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv import _ext
+from flexkv.common.config_cache import GivenSize
+from flexkv.common.config_keys import as_gb
+from flexkv.common.errors import ClosedError, ConfigError
+from flexkv.io.memory.host_memory import free_huge_bytes, headroom
+from flexkv.observe.logs import get_logger
+from flexkv.process import forks
+
+log = get_logger(__name__)
+
+ALIGNMENT_BYTES = 2 << 20
+"""The arena starts on such a boundary: the usual huge page."""
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_MADV_WIPEONFORK = 18
+"""The kernel's number; `mmap` has no name for it. A child finds zeros, and copies nothing."""
+_MFD_NOEXEC_SEAL = 8
+"""The kernel's number. Some machines (`vm.memfd_noexec=2`) require this seal."""
+TOUCH_BYTES = 16 << 20
+"""Memory touched between two calls of `progress`, which may raise to stop: some 5 ms."""
+
+Progress = Callable[[int, int], None]
+
+
+class _Mapping(NamedTuple):
+    memory: mmap.mmap
+    fd: int | None
+    backing: str
+    why: str
+
+
+class Arena:
+    """Host memory for blocks: uint8[num_blocks, stride], 2 MiB aligned, touched.
+
+    Attributes:
+        num_blocks: blocks that it holds.
+        block_stride_bytes: bytes from one block to the next.
+        address: of block 0.
+        fd: names the memory to other processes; None when it is private.
+        fd_offset_bytes: where block 0 is in `fd`.
+        backing: "hugetlb", "thp" or "plain": the pages that it got.
+        why: what was asked for, refused and got, in words.
+    """
+
+    def __init__(
+        self,
+        mapping: _Mapping,
+        num_blocks: int,
+        block_stride_bytes: int,
+        fd_offset_bytes: int | None = None,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_stride_bytes = block_stride_bytes
+        self.fd = mapping.fd
+        self.backing, self.why = mapping.backing, mapping.why
+        start = _address(mapping.memory)
+        self.fd_offset_bytes = (
+            -start % ALIGNMENT_BYTES if fd_offset_bytes is None else fd_offset_bytes
+        )
+        self.address = start + self.fd_offset_bytes
+        end = self.fd_offset_bytes + num_blocks * block_stride_bytes
+        self._memory: mmap.mmap | None = mapping.memory
+        self._buffer = memoryview(mapping.memory)[self.fd_offset_bytes : end]
+        self._array = np.frombuffer(self._buffer, np.uint8).reshape(num_blocks, block_stride_bytes)
+        forks.on_fork(self._let_go_in_child)
+
+    @classmethod
+    def open(
+        cls,
+        num_blocks: int,
+        block_stride_bytes: int,
+        hugepage_bytes: int | None = None,
+        shared: bool = False,
+        progress: Progress | None = None,
+        given: GivenSize | None = None,
+    ) -> Arena:
+        """Map and touch the memory of `num_blocks` blocks.
+
+        Args:
+            num_blocks: at least 1.
+            block_stride_bytes: bytes from one block to the next.
+            hugepage_bytes: ask for hugetlb pages of this size first.
+            shared: other processes shall be able to map it.
+            progress: called with (touched bytes, all bytes) again and again; what it raises ends
+                the touching. It begins anew when pages of one kind are refused.
+            given: what an error about the size names; None: the number of blocks.
+
+        Raises:
+            ConfigError: more than there is, or a page size that cannot be.
+        """
+        assert num_blocks >= 1, num_blocks
+        assert block_stride_bytes >= 1, block_stride_bytes
+        total_bytes = num_blocks * block_stride_bytes
+        given = given or GivenSize("num_cpu_blocks", num_blocks)
+        check_memory(total_bytes, hugepage_bytes, given)
+        refused: list[str] = []
+        failure: OSError | OverflowError = OSError(ENOMEM, os.strerror(ENOMEM))
+        for kind in ("hugetlb", "thp", "plain")[hugepage_bytes is None :]:
+            if kind == "thp":
+                check_memory(total_bytes, None, given)
+            try:
+                with ExitStack() as undo:
+                    mapping = _map(kind, total_bytes, hugepage_bytes, shared)
+                    arena = cls(mapping, num_blocks, block_stride_bytes)
+                    undo.callback(arena.close)
+                    arena._touch(progress)
+                    undo.pop_all()
+            except (OSError, OverflowError) as error:
+                failure = error
+                number = error.errno if isinstance(error, OSError) else None
+                refused.append(f"{kind} refused ({errorcode.get(number or 0, number)}), ")
+            else:
+                arena.why = "".join(refused) + arena.why
+                return arena
+        raise _cannot_be_had(given, total_bytes, failure) from failure
+
+    @classmethod
+    def attach(
+        cls, fd: int, num_blocks: int, block_stride_bytes: int, fd_offset_bytes: int
+    ) -> Arena:
+        """Map an arena that another process has opened to be shared; `fd` becomes the arena's.
+
+        Raises:
+            OSError: it cannot be mapped, or could be made smaller while it is.
+        """
+        try:
+            length = _checked_length(fd, num_blocks, block_stride_bytes, fd_offset_bytes)
+            memory = mmap.mmap(fd, length)
+        except (OSError, ValueError, OverflowError) as error:
+            os.close(fd)
+            raise OSError(EINVAL, f"the arena cannot be mapped: {error}") from error
+        mapping = _Mapping(memory, fd, "shared", "opened by another process")
+        return cls(mapping, num_blocks, block_stride_bytes, fd_offset_bytes)
+
+    @property
+    def array(self) -> NDArray[np.uint8]:
+        """Give the blocks as uint8[num_blocks, stride]."""
+        self._check_open()
+        return self._array
+
+    @property
+    def buffer(self) -> memoryview:
+        """Give all bytes of the blocks as one writable buffer."""
+        self._check_open()
+        return self._buffer
+
+    def close(self) -> bool:
+        """Give the memory back, and tell whether it is gone now. Idempotent.
+
+        Views that others still hold keep it mapped until the last of them goes: then the answer
+        is False, and the log says so. The descriptor is closed in any case.
+        """
+        if self._memory is None:
+            return True
+        memory, self._memory = self._memory, None
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+        del self._array
+        try:
+            self._buffer.release()
+            memory.close()
+        except BufferError as error:
+            log.warning("arena_still_viewed", address=hex(self.address), reason=str(error))
+            del self._buffer
+            return False
+        return True
+
+    def _let_go_in_child(self) -> None:
+        """Keep neither the parent's memory nor its descriptor alive."""
+        if self._memory is not None and self.fd is not None:
+            forks.replace_all(self.fd)
+            _ext.disown(self._memory)
+
+    def _check_open(self) -> None:
+        if self._memory is None:
+            raise ClosedError("the arena is closed")
+
+    def _touch(self, progress: Progress | None) -> None:
+        """Touch all memory. Raises OSError when a page cannot be had."""
+        total_bytes = len(self._buffer)
+        for start in range(0, total_bytes, TOUCH_BYTES):
+            end = min(start + TOUCH_BYTES, total_bytes)
+            if self.backing == "hugetlb" and self.fd is not None:
+                os.posix_fallocate(self.fd, self.fd_offset_bytes + start, end - start)
+            _ext.prefault(self._buffer[start:end])
+            if progress is not None:
+                progress(end, total_bytes)
+        if self.backing != "hugetlb":
+            self._measure_pages()
+
+    def _measure_pages(self) -> None:
+        """Replace what was asked of the kernel by what it did."""
+        huge_bytes = min(_huge_bytes(self.address), len(self._buffer))
+        if huge_bytes:
+            self.backing = "thp"
+        self.why += f", {huge_bytes >> 20} of {len(self._buffer) >> 20} MiB in huge pages"
+
+
+def _address(memory: mmap.mmap) -> int:
+    return int(np.frombuffer(memory, np.uint8).__array_interface__["data"][0])
+
+
+def _checked_length(fd: int, num_blocks: int, stride_bytes: int, offset_bytes: int) -> int:
+    """Return how many bytes of another process's memory to map.
+
+    Raises:
+        OSError: it is not sealed memory.
+        ValueError: it is smaller than it is said to be.
+    """
+    if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+        raise OSError(EPERM, "it is not sealed against shrinking")
+    length, size = offset_bytes + num_blocks * stride_bytes, os.fstat(fd).st_size
+    if min(num_blocks, stride_bytes) < 1 or offset_bytes < 0 or length > size:
+        raise ValueError(f"{num_blocks} blocks of {stride_bytes} bytes are not in its {size} bytes")
+    return length
+
+
+def _seal(fd: int) -> None:
+    """Fix the size of memory for ever; its bytes may still be written."""
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+
+
+def check_memory(total_bytes: int, hugepage_bytes: int | None, given: GivenSize) -> int:
+    """Check that there is memory, before any of it is taken.
+
+    Returns:
+        How much of it comes from memory that all processes share: nothing if the pool of huge
+        pages has enough.
+
+    Raises:
+        ConfigError: there is not enough, or the page size is impossible.
+    """
+    if hugepage_bytes is not None:
+        if hugepage_bytes < mmap.PAGESIZE or hugepage_bytes.bit_count() != 1:
+            raise ConfigError("hugepage_size_bytes", hugepage_bytes, "not a size of huge pages")
+        if total_bytes <= free_huge_bytes(hugepage_bytes):
+            return 0
+    available_bytes, limited_by = headroom()
+    if total_bytes > available_bytes:
+        needs, has = as_gb(total_bytes), as_gb(available_bytes)
+        why = f"needs {needs} of memory, {limited_by} has {has}: "
+        raise ConfigError(*given, f"{why}set {given.key} lower")
+    return total_bytes
+
+
+def _cannot_be_had(
+    given: GivenSize, total_bytes: int, error: OSError | OverflowError
+) -> ConfigError:
+    """Return the error for memory that was refused, with advice."""
+    number = error.errno if isinstance(error, OSError) else ENOMEM
+    limits = {"v": resource.RLIMIT_AS, "d": resource.RLIMIT_DATA}
+    limited = [each for each, limit in limits.items() if resource.getrlimit(limit)[0] >= 0]
+    help_ = f"set {given.key} lower"
+    if number in (EMFILE, ENFILE):
+        help_ = "raise the limit of open files (ulimit -n)"
+    elif number != ENOMEM:
+        help_ = "the kernel, or a seccomp profile, does not allow this process such memory"
+    elif limited:
+        help_ += f", or raise this process's limit of memory (ulimit -{' -'.join(limited)})"
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return ConfigError(*given, f"{as_gb(total_bytes)} of memory cannot be had ({reason}): {help_}")
+
+
+def _map(kind: str, total_bytes: int, hugepage_bytes: int | None, shared: bool) -> _Mapping:
+    """Map memory on pages of a kind. Raises OSError or OverflowError when that is refused."""
+    if kind == "hugetlb":
+        assert hugepage_bytes is not None
+        return _map_hugetlb(total_bytes, hugepage_bytes)
+    return _map_pages(total_bytes, shared, kind == "thp")
+
+
+def _memfd(flags: int = 0) -> int:
+    """Open a file in memory; it cannot be executed if the kernel supports that."""
+    flags |= os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    with suppress(OSError):
+        return os.memfd_create("flexkv-arena", flags | _MFD_NOEXEC_SEAL)
+    return os.memfd_create("flexkv-arena", flags)
+
+
+def _map_fd(fd: int, length: int) -> mmap.mmap:
+    """Set and seal the size of a file in memory, and map it; close it on failure."""
+    try:
+        os.ftruncate(fd, length)
+        _seal(fd)
+        return mmap.mmap(fd, length)
+    except (OSError, OverflowError, ValueError):
+        os.close(fd)
+        raise
+
+
+def _map_hugetlb(total_bytes: int, hugepage_bytes: int) -> _Mapping:
+    """Map memory of the hugetlb pool, all of it reserved. Raises OSError when it has too little."""
+    size_flag = (hugepage_bytes.bit_length() - 1) << os.MFD_HUGE_SHIFT
+    fd = _memfd(os.MFD_HUGETLB | size_flag)
+    # Only pages below 2 MiB need room to align.
+    slack = ALIGNMENT_BYTES if hugepage_bytes < ALIGNMENT_BYTES else 0
+    length = -(-(total_bytes + slack) // hugepage_bytes) * hugepage_bytes
+    memory = _map_fd(fd, length)
+    return _Mapping(memory, fd, "hugetlb", f"hugetlb pages of {hugepage_bytes >> 10} KiB")
+
+
+def _map_pages(total_bytes: int, shared: bool, wants_huge: bool) -> _Mapping:
+    """Map ordinary memory, with or without a request for transparent huge pages."""
+    length = total_bytes + ALIGNMENT_BYTES
+    fd = _memfd() if shared else None
+    if fd is None:
+        memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        why = "private memory"
+        # A fork would make every page copy-on-write under I/O that is in flight.
+        hints = [("MADV_WIPEONFORK", _MADV_WIPEONFORK)]
+    else:
+        memory, why, hints = _map_fd(fd, length), "shared memory", []
+    if wants_huge:
+        hints.append(("MADV_HUGEPAGE", mmap.MADV_HUGEPAGE))
+    return _Mapping(memory, fd, "plain", why + "".join(_advised(memory, hints)))
+
+
+def _advised(memory: mmap.mmap, hints: list[tuple[str, int]]) -> Iterator[str]:
+    """Advise the kernel; return what became of each hint, in words."""
+    for name, number in hints:
+        try:
+            memory.madvise(number)
+        except OSError as error:
+            yield f", {name} refused ({error.strerror})"
+        else:
+            yield f" with {name}" if number == mmap.MADV_HUGEPAGE else ""
+
+
+def _huge_bytes(address: int) -> int:
+    """Give the bytes in huge pages of the memory area that holds `address`."""
+    inside, huge_kib = False, 0
+    try:
+        areas = Path("/proc/self/smaps").read_text(errors="replace")
+    except OSError:
+        return 0  # not told: the arena works all the same
+    for line in areas.splitlines():
+        head, _, rest = line.partition(" ")
+        if not head.endswith(":"):
+            low, _, high = head.partition("-")
+            inside = int(low, 16) <= address < int(high, 16)
+        elif inside and head in ("AnonHugePages:", "ShmemPmdMapped:"):
+            huge_kib += int(rest.split()[0])
+    return huge_kib << 10

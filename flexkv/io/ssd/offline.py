@@ -1,0 +1,122 @@
+"""A directory of the SSD tier while no engine has it: what is in it, and whether it is sound."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from fnmatch import fnmatch
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.common.errors import ConfigError
+from flexkv.io.private import open_file
+from flexkv.io.ssd import superblock
+from flexkv.io.ssd.file_calls import KernelCalls
+from flexkv.io.ssd.files import FILE_PATTERN, file_name
+from flexkv.io.ssd.folders import lock_folder, open_folder, open_ours
+from flexkv.io.ssd.journal import Journal, cleared, erased
+from flexkv.io.ssd.verify import Rereader
+
+BATCH_BYTES = 64 << 20
+
+
+class Checked(NamedTuple):
+    """Rows that were read and compared."""
+
+    rows: NDArray[np.int64]
+    bad: NDArray[np.int64]
+
+
+class StoppedTier:
+    """One directory, locked: its superblock, and what its journal says."""
+
+    def __init__(self, folder: Path) -> None:
+        """Lock the directory.
+
+        Raises:
+            ConfigError: it is not a directory of an SSD tier, or an engine has it, or others may
+            write to it or to a file in it.
+        """
+        with ExitStack() as undo:
+            self._folder = open_folder(folder, undo)
+            found = superblock.read(self._folder)
+            if found is None:
+                why = "is not a directory of an SSD tier: superblock.flexkv is missing"
+                raise ConfigError("directory", str(folder), why)
+            lock_folder(self._folder, undo)
+            for name in self._block_files():
+                os.close(open_ours(self._folder, name, os.O_RDONLY))
+            self._journal = Journal(self._folder.path, KernelCalls(self._folder))
+            undo.callback(self._journal.close)
+            self._closing = undo.pop_all()
+        self.superblock, self.live = found, self._journal.live
+
+    def __enter__(self) -> StoppedTier:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._closing.close()
+
+    @property
+    def journal_bytes(self) -> int:
+        """Give the length of the journal."""
+        return self._journal.bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Give what the block files take of the disk."""
+        fd, names = self._folder.fd, self._block_files()
+        return sum(
+            os.stat(name, dir_fd=fd, follow_symlinks=False).st_blocks * 512 for name in names
+        )
+
+    def _block_files(self) -> list[str]:
+        return [name for name in os.listdir(self._folder.fd) if fnmatch(name, FILE_PATTERN)]
+
+    def verify(self) -> Iterator[Checked]:
+        """Read every row that the journal believes in, and compare its checksum."""
+        order = np.argsort(self.live.rows)
+        rows, sums = self.live.rows[order], self.live.sums[order]
+        with ExitStack() as closing:
+            reader = Rereader(self.superblock.block_stride_bytes, BATCH_BYTES)
+            closing.callback(reader.close)
+            fds: dict[int, int | None] = {}
+            for at in range(0, len(rows), reader.num_blocks):
+                batch = rows[at : at + reader.num_blocks]
+                found, whole = reader.sums(self._place(row, fds, closing) for row in batch.tolist())
+                bad = (found != sums[at : at + reader.num_blocks]) | ~whole
+                yield Checked(batch, batch[bad])
+
+    def _place(
+        self, row: int, fds: dict[int, int | None], closing: ExitStack
+    ) -> tuple[int | None, int]:
+        """Give the descriptor and the byte offset of a row; files are opened as they are met."""
+        stride, per_file = self.superblock.block_stride_bytes, self.superblock.rows_per_file
+        index, place = divmod(row, per_file) if per_file else (0, row)
+        if index not in fds:
+            fds[index] = None
+            with suppress(OSError):  # its rows are not sound
+                fd = open_file(self._folder.fd, file_name(index), os.O_RDONLY)
+                closing.callback(os.close, fd)
+                fds[index] = fd
+        return fds[index], place * stride
+
+    def drop(self, rows: NDArray[np.int64]) -> None:
+        """Let nobody believe in some rows."""
+        self._journal.append(erased(rows))
+        self._journal.sync()
+
+    def clear(self) -> None:
+        """Let nobody believe in any row."""
+        self._journal.append(cleared())
+        self._journal.sync()

@@ -1,0 +1,55 @@
+"""Reads blocks of SSD files again, outside any engine's path, and sums them."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.io.checksums.sums import PoolSummer, Sums
+from flexkv.io.memory.arena import Arena
+
+
+class Rereader:
+    """Memory of its own for some blocks, and threads that sum them. Its calls block.
+
+    Attributes:
+        num_blocks: that are read at once at most.
+    """
+
+    def __init__(self, stride_bytes: int, batch_bytes: int) -> None:
+        """Take memory for as many blocks as `batch_bytes` holds, at least one."""
+        self.num_blocks = max(1, batch_bytes // stride_bytes)
+        self._stride = stride_bytes
+        self._memory = Arena.open(self.num_blocks, stride_bytes)
+        self._summer = PoolSummer(self._memory)
+
+    def sums(self, places: Iterable[tuple[int | None, int]]) -> tuple[Sums, NDArray[np.bool_]]:
+        """Read the blocks at places: file descriptor, None for a file that is not there, and byte.
+
+        Gives the sum of each, and whether it could be read whole.
+        """
+        whole = np.array([self._read(n, *place) for n, place in enumerate(places)], np.bool_)
+        self._summer.submit(0, np.arange(len(whole)), urgent=False)
+        ended = select.poll()
+        ended.register(self._summer.fileno(), select.POLLIN)
+        ended.poll()
+        self._summer.reap()
+        return self._summer.sums[: len(whole)].copy(), whole
+
+    def _read(self, number: int, fd: int | None, offset_bytes: int) -> bool:
+        if fd is None:
+            return False
+        block = self._memory.buffer[number * self._stride : (number + 1) * self._stride]
+        try:
+            return os.preadv(fd, [block], offset_bytes) == self._stride
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Let go of threads and memory. Idempotent."""
+        self._summer.close()
+        self._memory.close()

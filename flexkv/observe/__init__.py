@@ -1,0 +1,1 @@
+"""What writes down what happens: log lines, counts, trace records."""

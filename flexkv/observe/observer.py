@@ -1,0 +1,155 @@
+"""Counts what happens and, when a trace is on, records it. The core tells; this remembers.
+
+Counters are plain integers that only the loop's thread writes; `statistics()` copies them. A trace
+costs some structs per request and one per op, handed to a recorder that never blocks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+
+from flexkv.common.errors import CorruptBlockError, RecalledError, TransferError
+from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
+from flexkv.common.terms import Route, Tier
+from flexkv.graph.ops import OpSpec
+from flexkv.graph.plan import Plan
+from flexkv.graph.planner import Planned
+from flexkv.observe.logs import get_logger
+from flexkv.observe.tracer import Tracer
+
+log = get_logger(__name__)
+
+
+class RouteCount(msgspec.Struct):
+    """What one route has moved, and how often it failed."""
+
+    ops: int = 0
+    blocks: int = 0
+    bytes: int = 0
+    failed_ops: int = 0
+
+
+class Observer:
+    """The counters of one engine, and its trace."""
+
+    def __init__(
+        self,
+        block_bytes: int,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+        log_every_requests: int = 200,
+    ) -> None:
+        self.now_ns = now_ns
+        self.tracer: Tracer | None = None
+        self.remind: Callable[[], None] = lambda: None
+        """Called with each summary that is logged."""
+        self.requests: dict[Operation, dict[KVResponseStatus, int]] = {
+            operation: dict.fromkeys(KVResponseStatus, 0) for operation in Operation
+        }
+        self.routes: dict[Route, RouteCount] = {}
+        self.asked_blocks = 0
+        self.corrupt_blocks = 0
+        self.hit_blocks: dict[Tier, int] = dict.fromkeys(Tier, 0)
+        self._block_bytes = block_bytes
+        self._log_every = log_every_requests
+        self._ended = 0
+
+    def corrupt(self, error: CorruptBlockError, request_id: int = -1) -> None:
+        """Blocks came back with other bytes than they left with, to a request or to a scrub."""
+        self.corrupt_blocks += len(error.block_ids)
+        self.event("corrupt_block", Tier.DISK, request_id, str(error))
+        log.error(
+            "corrupt_block",
+            request=request_id,
+            path=error.path,
+            offset_bytes=error.offset_bytes,
+            blocks=len(error.block_ids),
+        )
+
+    def event(
+        self, kind: str, tier: Tier | None = None, request_id: int = -1, detail: str = ""
+    ) -> None:
+        """Something changed, failed, or was done to the engine."""
+        if self.tracer is not None:
+            name = "" if tier is None else tier.label
+            self.tracer.event(kind, self.now_ns(), name, request_id, detail)
+
+    def planned(self, request: Request, plan: Plan) -> None:
+        """A request was compiled into a plan."""
+        if self.tracer is not None:
+            self.tracer.planned(request, plan, self.now_ns())
+
+    def op_issued(self, token: int) -> None:
+        """An op went to its actor."""
+        if self.tracer is not None:
+            self.tracer.issued(token, self.now_ns())
+
+    def op_ended(
+        self, request: Request, plan: Plan, op: OpSpec, error: TransferError | None
+    ) -> None:
+        """An actor reported the end of an op."""
+        if op.route is None:
+            return
+        count = self.routes.get(op.route)
+        if count is None:
+            count = self.routes[op.route] = RouteCount()
+        if error is None:
+            begin, end = plan.bounds(op)
+            count.ops += 1
+            count.blocks += end - begin
+            count.bytes += (end - begin) * self._block_bytes
+        elif not isinstance(error, RecalledError):
+            count.ops += 1
+            count.failed_ops += 1
+            if not isinstance(error, CorruptBlockError):  # told by `corrupt`, with its place
+                log.warning(
+                    "op_failed", request=request.request_id, route=op.label, error=str(error)
+                )
+        if self.tracer is not None:
+            self.tracer.op_ended(request, plan, op, error, self.now_ns())
+
+    def refused(self, request: Request, response: KVResponse) -> None:
+        """A request was answered without a plan."""
+        self.requests[request.operation][response.status] += 1
+        if self.tracer is not None:
+            self.tracer.refused(request, response, self.now_ns())
+
+    def request_ended(
+        self, request: Request, planned: Planned, response: KVResponse, since_ns: tuple[int, int]
+    ) -> None:
+        """A caller was told; `since_ns` is when the request arrived, and when it was planned."""
+        self.requests[request.operation][response.status] += 1
+        found = planned.found
+        if request.operation is Operation.GET:
+            self.asked_blocks += request.span.last_block - request.span.first_block
+            if response.status is not KVResponseStatus.SUCCESS or response.error is not None:
+                # Hits are what was loaded, not what was found.
+                loaded = int(np.count_nonzero(response.return_mask)) // request.tokens_per_block
+                found = found.before(found.first + loaded)
+            for tier, placement in found.ready.items():
+                self.hit_blocks[tier] += placement.block_count
+            if found.pending is not None:
+                self.hit_blocks[Tier.HOST] += found.pending.block_count
+        self._ended += 1
+        if not self._ended % self._log_every:
+            self._summarise()
+        if self.tracer is not None:
+            ended = planned.plan.run_id, found, response
+            self.tracer.request_ended(request, ended, (*since_ns, self.now_ns()))
+
+    def _summarise(self) -> None:
+        self.remind()
+        asked = max(self.asked_blocks, 1)
+        log.info(
+            "requests",
+            ended=self._ended,
+            hit_rate={
+                tier.label: round(hits / asked, 3) for tier, hits in self.hit_blocks.items() if hits
+            },
+            moved_gb={
+                str(route): round(count.bytes / 1e9, 3) for route, count in self.routes.items()
+            },
+        )

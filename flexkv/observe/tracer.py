@@ -1,0 +1,190 @@
+"""Makes trace records of what the scheduler does, and hands them to sinks that never block.
+
+There is one while a trace or metrics are on. What began before it did is recorded as far as it is
+known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from flexkv.common.errors import RecalledError, TransferError
+from flexkv.common.request import KVResponse, Operation, Request
+from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
+from flexkv.graph.ops import OpSpec
+from flexkv.graph.plan import Plan, Template
+from flexkv.index.residency import Found, Residency
+from flexkv.observe.records import (
+    EventRecord,
+    OpRecord,
+    PlannedOp,
+    PlanRecord,
+    Record,
+    RequestRecord,
+    SampleRecord,
+)
+
+KEY_BYTES = 6
+"""Of each block's key: enough to tell blocks apart. Who knows `key_secret` can test guesses."""
+PLANS_MAX = 1024
+"""Remembered, to be told again at no cost."""
+SAMPLE_NS = 20_000_000
+"""Between two samples at least."""
+
+
+class Sink(Protocol):
+    """Where trace records go."""
+
+    def record(self, record: Record) -> None:
+        """Take a record; never blocks."""
+        ...
+
+
+class Begins(Protocol):
+    """An actor, as far as a tracer needs it."""
+
+    name: str
+
+    def take_begun(self, token: int) -> float | None:
+        """Return, once, when a transfer's first piece went to the port; None if not known."""
+        ...
+
+
+class Tracer:
+    """Tells sinks what an engine does, while there are any.
+
+    Attributes:
+        sinks: who is told.
+    """
+
+    def __init__(
+        self,
+        sinks: list[Sink],
+        block_bytes: int,
+        actors: Mapping[Tier, Begins],
+        residency: Residency,
+        sample: Callable[[int], SampleRecord],
+    ) -> None:
+        """Take what to ask: the actors for when ops began, `sample` for how full the engine is."""
+        self.sinks, self._block_bytes = sinks, block_bytes
+        self._actors, self._residency, self._sample = actors, residency, sample
+        self._evicted = residency.evicted
+        self._issued_ns: dict[int, int] = {}
+        self._sampled_ns = 0
+        self._plans: dict[tuple[object, ...], tuple[Template, tuple[PlannedOp, ...]]] = {}
+
+    def planned(self, request: Request, plan: Plan, now_ns: int) -> None:
+        """A request was compiled into a plan; of one op its own record tells all."""
+        several = len(plan.template.ops) > 1
+        needs_room = several or request.operation is Operation.PUT
+        if needs_room and self._evicted != (evicted := self._residency.evicted):
+            self._tell_evicted(evicted, request.request_id, now_ns)
+        if several:
+            self._tell(PlanRecord(request.request_id, plan.run_id, now_ns, self._ops_of(plan)))
+
+    def _ops_of(self, plan: Plan) -> tuple[PlannedOp, ...]:
+        """Give the ops of a plan for its record: few plans differ in anything but places."""
+        key = (id(plan.template), *[fill.bounds for fill in plan.fills])
+        known = self._plans.get(key)
+        if known is None:
+            template, ops = plan.template, []
+            for spec, before in zip(template.ops, template.predecessors, strict=True):
+                begin, end = plan.bounds(spec)
+                ops.append(PlannedOp(spec.label, end - begin, before))
+            if len(self._plans) >= PLANS_MAX:
+                self._plans.clear()
+            known = self._plans[key] = template, tuple(ops)
+        return known[1]
+
+    def issued(self, token: int, now_ns: int) -> None:
+        """An op went to its actor."""
+        self._issued_ns[token] = now_ns
+
+    def op_ended(
+        self, request: Request, plan: Plan, op: OpSpec, error: TransferError | None, now_ns: int
+    ) -> None:
+        """An actor reported the end of an op."""
+        assert op.route is not None
+        token, actor = plan.token(op), self._actors[op.route.outer]
+        begin, end = plan.bounds(op)
+        begun_s, issued_ns = actor.take_begun(token), self._issued_ns.pop(token, None)
+        if issued_ns is None:
+            return  # begun before anybody listened: its times are not known
+        begun_ns = now_ns if begun_s is None else int(begun_s * 1e9)
+        outcome, detail = "done", ""
+        if error is not None:
+            detail = str(error)
+            outcome = "recalled" if isinstance(error, RecalledError) else type(error).__name__
+        self._tell(
+            OpRecord(
+                request.request_id, plan.run_id, op.index, actor.name, op.label, end - begin,
+                (end - begin) * self._block_bytes, issued_ns, begun_ns,
+                now_ns, outcome, detail,
+            )
+        )  # fmt: skip
+        if now_ns - self._sampled_ns >= SAMPLE_NS:
+            self._look(now_ns)
+
+    def request_ended(
+        self,
+        request: Request,
+        ended: tuple[int, Found, KVResponse],
+        times_ns: tuple[int, int, int],
+    ) -> None:
+        """A caller was told, of a run with what it found and loaded.
+
+        The times are those at which the request arrived, was planned, and ended.
+        """
+        span, (run_id, found, response) = request.span, ended
+        keys = np.frombuffer(request.keys, np.uint8).reshape(-1, BLOCK_KEY_BYTES)
+        error, arrived_ns, begun_ns, ended_ns = response.error, *times_ns
+        moved_tokens = int(np.count_nonzero(response.return_mask))
+        self._tell(
+            RequestRecord(  # by position: names would cost more than all else
+                request.request_id, run_id, request.operation.label, request.token_count,
+                span.first_block, span.last_block, request.namespace_hash,
+                keys[1 : span.last_block + 1, :KEY_BYTES].tobytes(),
+                arrived_ns, begun_ns, ended_ns, response.status.value, _hits(found),
+                moved_tokens // request.tokens_per_block,
+                "" if error is None else type(error).__name__,
+                "" if error is None else str(error),
+            )
+        )  # fmt: skip
+        if ended_ns - self._sampled_ns >= SAMPLE_NS:
+            self._look(ended_ns)
+
+    def refused(self, request: Request, response: KVResponse, now_ns: int) -> None:
+        """A request was answered without a plan."""
+        nothing = Found(0, 0, {})
+        self.request_ended(request, (-1, nothing, response), (now_ns, now_ns, now_ns))
+
+    def event(self, kind: str, now_ns: int, tier: str, request_id: int, detail: str) -> None:
+        """Something changed, failed, or was done to the engine."""
+        self._tell(EventRecord(now_ns, kind, tier, request_id, detail))
+
+    def _tell_evicted(self, evicted: list[int], request_id: int, now_ns: int) -> None:
+        """Tell what has gone to make room for a request, or ahead of it."""
+        for tier, now, before in zip(self._residency.tiers, evicted, self._evicted, strict=True):
+            if now > before:
+                self.event("evicted", now_ns, tier.label, request_id, f"{now - before} blocks")
+        self._evicted = evicted
+
+    def _tell(self, record: Record) -> None:
+        for sink in self.sinks:
+            sink.record(record)
+
+    def _look(self, now_ns: int) -> None:
+        self._sampled_ns = now_ns
+        self._tell(self._sample(now_ns))
+
+
+def _hits(found: Found) -> dict[str, int]:
+    """Count what was found by tier; what was on its way to host memory is found there."""
+    hits = {tier.label: place.block_count for tier, place in found.ready.items()}
+    if found.pending is not None:
+        host = Tier.HOST.label
+        hits[host] = hits.get(host, 0) + found.pending.block_count
+    return hits

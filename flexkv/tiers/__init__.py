@@ -1,0 +1,1 @@
+"""What the tiers of an engine are made of."""

@@ -1,0 +1,471 @@
+"""What of the SSD tier outlives the process: the journals' writer, and how a tier comes back.
+
+The index is the truth while the engine runs; the ledger follows it. What was stored is noted when
+its transfer ends, and reaches the journals a moment later, many blocks at once; nobody waits for
+that but `flush`, and the write that is about to replace blocks in which a later run would believe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from errno import EIO, ENOSPC
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.actors.actor import Bell
+from flexkv.common.errors import ClosedError, StorageError
+from flexkv.common.terms import BlockIds, Tier
+from flexkv.index.forest import forest
+from flexkv.index.residency import Residency
+from flexkv.io.checksums.sums import Sums
+from flexkv.io.ssd import journal
+from flexkv.io.ssd.files import Missing
+from flexkv.io.ssd.journal import RECORD_BYTES, Journal
+from flexkv.io.ssd.journals import Journals
+from flexkv.observe.logs import get_logger
+from flexkv.process.workers import Workers
+
+log = get_logger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+GATHER_S = 0.01
+"""How long notes are gathered before they are written."""
+FINISH_S, CLOSE_S = 5.0, 1.0
+"""How long closing waits for the journals to take what is noted, and how long on the loop."""
+SCAN_BLOCKS = 1 << 16
+"""Rows that are looked at in one go for blocks to check."""
+
+
+def _thread(name: str) -> Executor:
+    return Workers(1, name)
+
+
+class Ledger:
+    """Notes what the SSD tier holds, in one journal for each directory.
+
+    Block i of the tier is row i // n of directory i % n.
+
+    Attributes:
+        journal_bytes_min: a journal smaller than this is not written anew.
+        snapshot_blocks: noted anew in one step, while a journal is written anew.
+    """
+
+    journal_bytes_min = 8 << 20
+    snapshot_blocks = 8192
+
+    def __init__(
+        self,
+        journals: Sequence[Journal],
+        num_blocks: int,
+        sums: Sums,
+        thread: Callable[[str], Executor] = _thread,
+    ) -> None:
+        """Take open journals, which the ledger closes.
+
+        Args:
+            journals: one for each directory.
+            num_blocks: of the tier.
+            sums: uint64[num_blocks], that the port keeps.
+            thread: gives a thread of that name, on which calls that block are made in turn.
+        """
+        self._journals = Journals(journals)
+        self._sums = sums
+        self._believed = np.zeros(num_blocks, np.bool_)
+        self._unsynced = np.zeros(num_blocks, np.bool_)
+        """The blocks stored since the disk last synced that the journals name."""
+        self._unwritten = np.zeros(num_blocks, np.bool_)
+        """Erased, and the journal does not say so yet."""
+        self._erased: list[BlockIds] = []
+        self._emptied: set[int] = set()
+        """Journals that were emptied as they took too little, and so lack blocks of the tier."""
+        self._clears = self._is_missed = False
+        self.note_missed: Callable[[], None] | None = None
+        """Notes that a directory which is not used misses a clear, if there is one. Blocks."""
+        """Whether the journals have to be emptied before the notes are written."""
+        self._forgets_evicted = False
+        self._live = np.zeros(len(journals), np.int64)
+        """How many blocks of each journal are believed in."""
+        self._frames: list[list[bytes]] = [[] for _ in journals]
+        self._after: list[Callable[[], None]] = []
+        self._flushes: list[asyncio.Future[None]] = []
+        self._snapshot: list[int | None] = [None] * len(journals)
+        self._renewals: list[asyncio.Future[None]] = []
+        """Callers that wait until suspect journals are written anew."""
+        self._bell = Bell()
+        self._sequence = 0
+        self._thread = thread("flexkv-journal")
+        # A thread of its own: nobody who only writes waits for a device that syncs.
+        self._syncing = thread("flexkv-journal-sync")
+        self._residency: Residency | None = None
+        self._closed = False
+        self._is_told = False
+
+    # -- coming back ----------------------------------------------------------------------------
+
+    def restore(self, residency: Residency) -> int:
+        """Fill the SSD tier of an empty index with what the journals say; gives how many blocks."""
+        self._residency = residency
+        count = len(self._journals)
+        lives = self._journals.lives()
+        block_ids = np.concatenate([live.rows * count + n for n, live in enumerate(lives)])
+        # In the order in which they were stored: of blocks that are there twice the last counts.
+        sequences = np.concatenate([live.sequences for live in lives])
+        self._sequence = int(sequences.max(initial=self._sequence))
+        order = np.argsort(sequences, kind="stable")
+        block_ids = block_ids[order]
+        sums = np.concatenate([live.sums for live in lives])[order]
+        blocks = np.concatenate([live.blocks for live in lives])[order]
+        fits = block_ids < len(self._believed)
+        self._unsay_what_does_not_fit()
+        block_ids, sums, blocks = block_ids[fits], sums[fits], blocks[fits]
+        # Whatever a journal says of a row has to be unsaid before the row is written.
+        self._believed[block_ids] = True
+        self._live += np.bincount(block_ids % count, minlength=count)
+        self._sums[block_ids] = sums
+        reached = forest(blocks)
+        residency.restore(
+            Tier.DISK, blocks[reached.order], reached.parents, block_ids[reached.order]
+        )
+        self._journals.forget_lives()
+        return len(reached.order)
+
+    def _unsay_what_does_not_fit(self) -> None:
+        """Let a tier that is larger again not believe in rows that this one has cut off."""
+        count = len(self._journals)
+        for number, live in enumerate(self._journals.lives()):
+            beyond = live.rows[live.rows * count + number >= len(self._believed)]
+            if len(beyond):
+                self._frames[number].append(journal.erased(beyond))
+                self._bell.ring()
+
+    def believed(self, first: int, count: int) -> BlockIds:
+        """Give the next blocks from `first` on, round the end, that a later run would believe in.
+
+        Few, or none, where few are within the blocks that are looked at.
+        """
+        places = (first + np.arange(min(SCAN_BLOCKS, len(self._believed)))) % len(self._believed)
+        return places[self._believed[places]][:count]
+
+    def believes(self, block_ids: BlockIds) -> NDArray[np.bool_]:
+        """Tell of which blocks a later run would believe that they are there."""
+        return self._believed[block_ids]
+
+    # -- notes ----------------------------------------------------------------------------------
+
+    def stored(self, block_ids: BlockIds) -> None:
+        """Note that blocks are READY; those that are not any more are left out."""
+        for number, (rows, ids) in enumerate(self._by_journal(block_ids)):
+            if frames := self._stored_frames(rows, ids):
+                self._frames[number].append(frames)
+                self._bell.ring()
+        self._unsynced[block_ids] = self._believed[block_ids]
+
+    def _stored_frames(self, rows: NDArray[np.int64], ids: BlockIds) -> bytes:
+        if not len(ids) or self._residency is None:
+            return b""
+        blocks = self._residency.export(Tier.DISK, ids)
+        there = blocks.any(axis=1)
+        if not there.any():
+            return b""
+        fresh = ids[there][~self._believed[ids[there]]]
+        self._believed[fresh] = True
+        self._live += np.bincount(fresh % len(self._live), minlength=len(self._live))
+        self._sequence += 1
+        return journal.stored(rows[there], self._sums[ids[there]], blocks[there], self._sequence)
+
+    def erased(self, block_ids: BlockIds) -> None:
+        """Note that blocks are gone, those that anybody would believe in."""
+        believed = block_ids[self._believed[block_ids]]
+        self._believed[believed] = self._unsynced[believed] = False
+        if not len(believed):
+            return
+        self._unwritten[believed] = True
+        self._erased.append(believed)
+        self._live -= np.bincount(believed % len(self._live), minlength=len(self._live))
+        for number, (rows, _) in enumerate(self._by_journal(believed)):
+            if len(rows):
+                self._frames[number].append(journal.erased(rows))
+                self._bell.ring()
+
+    def clear(self, root: bytes | None) -> None:
+        """Remove all blocks, or those of a namespace about to be cleared, from the journals.
+
+        They are written in the background; `written` returns once they are. Until then a crash
+        may bring blocks back.
+        """
+        self._bell.ring()
+        self._is_missed = self.note_missed is not None
+        if root is not None:
+            assert self._residency is not None
+            for tier, block_ids in self._residency.namespace_holdings(root):
+                if tier is Tier.DISK:
+                    self.erased(block_ids)
+            self._forgets_evicted = True
+            return
+        believed = np.flatnonzero(self._believed)
+        self._erased.append(believed)
+        self._unwritten[believed] = True
+        self._believed[:] = self._unsynced[:] = False
+        self._live[:] = 0
+        self._frames = [[] for _ in self._journals.each]
+        self._clears = True
+
+    async def _forget_evicted(self) -> None:
+        """Unsay what is not READY any more, though its bytes, of any namespace, may be there."""
+        assert self._residency is not None
+        believed = np.flatnonzero(self._believed)
+        for at in range(0, len(believed), self.snapshot_blocks):
+            block_ids = believed[at : at + self.snapshot_blocks]
+            there = self._residency.export(Tier.DISK, block_ids).any(axis=1)
+            self.erased(block_ids[~there])
+            await asyncio.sleep(0)
+
+    def _take_frames(self) -> list[bytes]:
+        """Return what is to be written, and count it as written: writes come in this order."""
+        frames = [b"".join(of_one) for of_one in self._frames]
+        self._frames = [[] for _ in self._journals.each]
+        return frames
+
+    def _told(self, failures: Mapping[int, StorageError]) -> StorageError | None:
+        """Empty the journals that have kept too much, log a new failure, and return the first."""
+        for number in failures:
+            if self._journals.has_kept_too_much(number):
+                self._believed[number :: len(self._journals)] = False
+                self._live[number] = 0
+                self._emptied.add(number)
+                self._thread.submit(self._journals.empty, number)
+        failure = next(iter(failures.values()), None)
+        if failure is not None and not self._is_told:
+            log.error("journal_failed", path=failure.path, error=str(failure))
+        self._is_told = failure is not None
+        return failure
+
+    def forget(self, disk_ids: BlockIds, then: Callable[[], None]) -> bool:
+        """Unsay what the journals say of places that are about to be written.
+
+        Tells whether nothing is said; else `then` is called once it is unsaid.
+        """
+        self.erased(disk_ids)
+        if not self._unwritten[disk_ids].any():
+            return True
+        self._after.append(then)
+        self._bell.ring()
+        return False
+
+    def _by_journal(self, block_ids: BlockIds) -> list[tuple[NDArray[np.int64], BlockIds]]:
+        """Give each journal's rows among some blocks, and these blocks."""
+        count = len(self._journals)
+        if count == 1:
+            return [(block_ids, block_ids)]
+        rows, directory = np.divmod(block_ids, count)
+        return [(rows[directory == n], block_ids[directory == n]) for n in range(count)]
+
+    # -- writing --------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Write notes until cancelled."""
+        while True:
+            await self._bell.wait()
+            if not self._flushes and not self._after and not self._renewals:
+                await asyncio.sleep(GATHER_S)
+            await self._write()
+
+    async def _write(self) -> None:
+        """Write what is noted by now, and tell who waits for it."""
+        if self._forgets_evicted:
+            self._forgets_evicted = False
+            await self._forget_evicted()
+        frames, erased, clears = self._take_frames(), self._erased, self._clears
+        self._erased, self._clears = [], False
+        after, self._after = self._after, []
+        flushes, self._flushes = self._flushes, []
+        error: Exception | None = ClosedError("the engine was closed before the flush was done")
+        try:
+            missed = await self._on_thread(self._note_missed) if self._is_missed else None
+            failures = await self._on_thread(self._journals.append, frames, clears)
+            for block_ids in erased:
+                self._unwritten[block_ids] = False
+            for then in after:
+                then()  # the checksums stand where the journal does not
+            error = self._told(failures) or missed
+        finally:
+            for flush in flushes:
+                _settle(flush, error)
+        await self._renew()
+
+    def _note_missed(self) -> StorageError | None:
+        """Note a clear that an absent directory misses; return what went wrong."""
+        if not self._is_missed or self.note_missed is None:
+            return None
+        try:
+            self.note_missed()
+        except OSError as error:
+            return StorageError(str(self._journals.each[0].path), 0, error.errno or EIO)
+        self._is_missed = False
+        return None
+
+    async def _on_thread(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Make a call on the thread of the journals.
+
+        Cancellation: the wait ends; the call is made in its turn, and once.
+        """
+        loop = asyncio.get_running_loop()
+        made, ended = self._thread.submit(call, *args, **kwargs), loop.create_future()
+        made.add_done_callback(lambda _: loop.call_soon_threadsafe(_settle, ended, None))
+        await ended
+        return made.result()
+
+    async def _renew(self) -> None:
+        """Go one step on with writing anew each journal that has grown or is suspect."""
+        error: StorageError | None = None
+        for number, each in enumerate(self._journals.each):
+            at = self._snapshot[number]
+            if at is None:
+                live_bytes = int(self._live[number]) * (RECORD_BYTES + 12)
+                has_grown = each.bytes >= max(self.journal_bytes_min, 4 * live_bytes)
+                if not has_grown and not (each.is_suspect and self._renewals):
+                    continue
+                await self._on_thread(each.begin_new)
+                at = 0
+            self._snapshot[number] = await self._renew_step(number, at)
+            if each.is_suspect and self._snapshot[number] is None:
+                error = StorageError(str(each.path), 0, EIO)
+        if self._renewals and all(at is None for at in self._snapshot):
+            renewals, self._renewals = self._renewals, []
+            for renewal in renewals:
+                _settle(renewal, error)
+
+    async def _renew_step(self, number: int, at: int) -> int | None:
+        """Write the blocks from `at` on to a new journal; return where to go on, or None."""
+        each, count = self._journals.each[number], len(self._journals)
+        if not each.has_new:  # the directory takes no new journal
+            return None
+        ids = np.arange(at, min(at + self.snapshot_blocks * count, len(self._believed)))
+        ids = ids[(ids % count == number) & self._believed[ids]]
+        if frames := self._stored_frames(ids // count, ids):
+            await self._on_thread(each.append_new, frames)
+        at += self.snapshot_blocks * count
+        if at < len(self._believed):
+            self._bell.ring()
+            return at
+        await self._on_thread(each.take_new)
+        return None
+
+    # -- stable storage -------------------------------------------------------------------------
+
+    async def written(self) -> None:
+        """Return once all that was noted is in the journals, so that no crash undoes it.
+
+        A loss of power may still undo what the disk has not synced.
+
+        Raises:
+            StorageError: a journal takes no more; it is tried again with what is noted next.
+            ClosedError: the engine was closed meanwhile.
+        """
+        await self._noted(self._flushes)
+
+    async def _noted(self, waiting: list[asyncio.Future[None]]) -> None:
+        self._check_open()
+        noted = asyncio.get_running_loop().create_future()
+        waiting.append(noted)
+        self._bell.ring()
+        await noted
+        self._check_open()
+
+    async def flush(self) -> None:
+        """Return once everything that was noted is on stable storage.
+
+        Raises:
+            StorageError: a journal takes no more, or its device refused.
+            ClosedError: the engine was closed meanwhile.
+        """
+        await self._note_anew()
+        await self.written()
+        for number in self._emptied:
+            raise StorageError(str(self._journals.each[number].path), 0, ENOSPC)
+        if any(each.is_suspect for each in self._journals.each):
+            await self._noted(self._renewals)
+        loop = asyncio.get_running_loop()
+        failures = await loop.run_in_executor(self._syncing, self._journals.sync)
+        if failures:
+            raise next(iter(failures.values()))
+
+    async def _note_anew(self) -> None:
+        """Note again the blocks of the tier that emptied journals lack; they may take them now."""
+        count = len(self._journals)
+        for number in list(self._emptied):
+            self._emptied.discard(number)
+            for at in range(number, len(self._believed), self.snapshot_blocks * count):
+                end = min(at + self.snapshot_blocks * count, len(self._believed))
+                ids = np.arange(at, end, count)
+                self.stored(ids[~self._believed[ids]])
+                await asyncio.sleep(0)
+
+    def begin_sync(self) -> BlockIds:
+        """Return the blocks stored since the disk last synced; call it right before a sync."""
+        unsynced = np.flatnonzero(self._unsynced)
+        self._unsynced[unsynced] = False
+        return unsynced
+
+    def sync_failed(self, unsynced: BlockIds) -> BlockIds:
+        """Remove from the journals, and return, the blocks that a failed sync may have lost.
+
+        They are the blocks that `begin_sync` returned and those stored since: the kernel takes
+        what it could not write for written.
+        """
+        self._unsynced[unsynced] = True
+        lost = np.flatnonzero(self._unsynced & self._believed)
+        self.erased(lost)
+        self._unsynced[:] = False
+        return lost
+
+    async def missing(self) -> Missing | None:
+        """Return the first journal that is not where it was opened; None if all are."""
+        return await self._on_thread(self._journals.missing)
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the engine was closed before the flush was done")
+
+    async def finish(self) -> None:
+        """Write to the journals what is noted, as far as that takes no more than some seconds."""
+        try:
+            async with asyncio.timeout(FINISH_S):
+                await self.written()
+        except (StorageError, TimeoutError) as error:
+            log.warning("journal_not_finished", reason=str(error) or f"not within {FINISH_S} s")
+
+    def close(self) -> None:
+        """Close the journals; do not wait for a thread that a disk holds up. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for flush in (*self._flushes, *self._renewals):
+            _settle(flush, ClosedError("the engine was closed before the flush was done"))
+        self._syncing.shutdown(wait=False, cancel_futures=True)
+        self._thread.submit(self._note_missed)
+        self._thread.submit(self._journals.append, self._take_frames(), self._clears)
+        # Queued behind the thread's current call, which uses the files.
+        closing = self._thread.submit(self._journals.close)
+        with suppress(TimeoutError):
+            closing.result(CLOSE_S)
+        self._thread.shutdown(wait=False)
+
+
+def _settle(flush: asyncio.Future[None], error: Exception | None) -> None:
+    if flush.done():
+        return
+    with suppress(RuntimeError):  # its loop may be closed: nobody waits there any more
+        if error is None:
+            flush.set_result(None)
+        else:
+            flush.set_exception(error)

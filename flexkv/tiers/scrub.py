@@ -1,0 +1,84 @@
+"""Reads what rests on SSD, in idle time and at a bounded rate, and drops what is not what it was.
+
+A row that the ledger believes in is not written: what is read of it is whole. If it stopped being
+believed in meanwhile, or got another checksum, what was read says nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+
+import numpy as np
+
+from flexkv.common.errors import CorruptBlockError
+from flexkv.common.terms import BlockIds
+from flexkv.io.checksums.sums import Sums
+from flexkv.io.ssd.files import StripedFiles
+from flexkv.io.ssd.verify import Rereader
+from flexkv.process.workers import Workers
+from flexkv.tiers.ledger import CLOSE_S, SCAN_BLOCKS, Ledger
+
+BATCH_BYTES = 8 << 20
+
+
+class Scrubber:
+    """Goes over the blocks of the SSD tier, again and again.
+
+    Attributes:
+        checked_blocks: read and compared since the start.
+    """
+
+    def __init__(self, files: StripedFiles, sums: Sums, ledger: Ledger, bytes_per_s: float) -> None:
+        """Take the files, the sums that the port keeps, and who knows which of them count."""
+        self.checked_blocks = 0
+        self._files, self._sums, self._ledger = files, sums, ledger
+        self._reader = Rereader(files.block_stride_bytes, BATCH_BYTES)
+        self._pause_s = self._reader.num_blocks * files.block_stride_bytes / bytes_per_s
+        self._thread = Workers(1, "flexkv-scrub")
+        self._next = 0
+        self._is_closed = False
+
+    async def run(
+        self, is_idle: Callable[[], bool], bad: Callable[[CorruptBlockError], None]
+    ) -> None:
+        """Work until cancelled; `bad` is told of blocks that have changed."""
+        while True:
+            await asyncio.sleep(self._pause_s)
+            if is_idle() and (error := await self.step()) is not None:
+                bad(error)
+
+    async def step(self) -> CorruptBlockError | None:
+        """Check the next blocks; gives those that have changed."""
+        ids = self._ledger.believed(self._next, self._reader.num_blocks)
+        if not len(ids):
+            self._next += SCAN_BLOCKS
+            return None
+        self._next = int(ids[-1]) + 1
+        expected = self._sums[ids]
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._thread, self._read, ids, expected)
+        self.checked_blocks += len(ids)
+        same = self._ledger.believes(ids) & (self._sums[ids] == expected)
+        changed = ids[same & (found != expected)].tolist()
+        if not changed:
+            return None
+        file, offset = self._files.locate_one(changed[0])
+        return CorruptBlockError(self._files.paths[file], offset, changed)
+
+    def _read(self, ids: BlockIds, expected: Sums) -> Sums:
+        """Read blocks and sum them; one that cannot be read counts as right: others see to that."""
+        files, offsets = self._files.locate(ids)
+        fds = [self._files.fds[file] for file in files.tolist()]
+        found, whole = self._reader.sums(zip(fds, offsets.tolist(), strict=True))
+        return np.where(whole, found, expected)
+
+    def close(self) -> None:
+        """Let go of all memory once the read under way has ended. Idempotent."""
+        if not self._is_closed:
+            self._is_closed = True
+            closing = self._thread.submit(self._reader.close)
+            self._thread.shutdown(wait=False)
+            with suppress(TimeoutError):  # a disk that hangs: the thread is left alone
+                closing.result(CLOSE_S)
