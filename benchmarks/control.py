@@ -105,7 +105,7 @@ class _EmptyPort:
 
     def submit(self, transfer: Transfer) -> None:
         """End it."""
-        self._ended.append(Completion(transfer.token, None))
+        self._ended.append(Completion(transfer.op_id, None))
 
     def reap(self) -> list[Completion]:
         """Give what ended."""
@@ -127,7 +127,7 @@ async def _empty(rounds: int) -> Figures:
 
     def report(ends: list[Completion]) -> None:
         for end in ends:
-            waiting.pop(end.token).set_result(None)
+            waiting.pop(end.op_id).set_result(None)
 
     window = Window(1 << 30, 1 << 20)
     actor = TransferActor(Tier.DEVICE, _EmptyPort(), window, window, 1 << 16)
@@ -135,17 +135,17 @@ async def _empty(rounds: int) -> Figures:
     supervisor = Supervisor(lambda error: [f.set_exception(error) for f in waiting.values()])
     await supervisor.start()
     supervisor.keep("empty", actor.run())
-    ids, loop, token = np.zeros(1, np.int64), asyncio.get_running_loop(), 0
+    ids, loop, op_id = np.zeros(1, np.int64), asyncio.get_running_loop(), 0
     route = Route(Tier.HOST, Tier.DEVICE)
     figures: Figures = {}
     for batch in (1, 64, 256):
         took = []
         for _ in range(rounds // batch + 20):
-            transfers = [Transfer(token + n, 0, route, ids, ids) for n in range(batch)]
-            token += batch
+            transfers = [Transfer(op_id + n, 0, route, ids, ids) for n in range(batch)]
+            op_id += batch
             begin = time.perf_counter()
             futures = [loop.create_future() for _ in range(batch)]
-            waiting.update({t.token: f for t, f in zip(transfers, futures, strict=True)})
+            waiting.update({t.op_id: f for t, f in zip(transfers, futures, strict=True)})
             for transfer in transfers:
                 actor.post(transfer)
             for future in futures:

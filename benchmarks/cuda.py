@@ -18,7 +18,7 @@ from benchmarks.harness import Figures, Options, median_ratio
 from flexkv.common.errors import BackendUnavailableError, DeviceError
 from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import Route, Tier, Transfer
-from flexkv.io.cuda.choice import Choices, How, Wish
+from flexkv.io.cuda.choice import Choices, CopyMethod, CopyPreference
 from flexkv.io.cuda.driver import BoundDriver
 from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
@@ -31,9 +31,9 @@ SIZES = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10, 256 << 10)
 PIECES, PIECE, BLOCKS = 64, 32 << 10, 1024
 """Blocks of an 8B-shaped model: scattered on the device, contiguous in host memory."""
 WAYS = {
-    "engine": Choices.always(How.ENGINE),
-    "staged": Choices.always(How.STAGED, 16),
-    "kernel": Choices.always(How.KERNEL, 2),
+    "engine": Choices.always(CopyMethod.ENGINE),
+    "staged": Choices.always(CopyMethod.STAGED, 16),
+    "kernel": Choices.always(CopyMethod.KERNEL, 2),
 }
 ROUTES = Route(Tier.DEVICE, Tier.HOST), Route(Tier.HOST, Tier.DEVICE)
 PRODUCT = 8192
@@ -72,7 +72,7 @@ class Rig:
         rows = np.stack([memory.data_ptr() + at * blocks, *[np.full(pieces, size)] * 2, at], axis=1)
         layout = PagedLayout(rows, blocks, self.block_bytes, "bench", (rows,))
         self.arena = Arena.open(blocks, self.block_bytes)
-        pinned, wishes = Pinned(self.arena), (Wish(), Wish())
+        pinned, wishes = Pinned(self.arena), (CopyPreference(), CopyPreference())
         self.port = CudaDevicePort(layout, pinned, memory, BoundDriver(0), wishes)
         self.chosen = [way.choices for way in self.port._ways]
         self._woken = asyncio.Event()
@@ -89,8 +89,8 @@ class Rig:
     async def moved(self, *jobs: tuple[Route, Ids, Ids]) -> float:
         """Give the seconds that some transfers take that begin at once."""
         begin = time.perf_counter()
-        for token, (route, sources, targets) in enumerate(jobs):
-            self.port.submit(Transfer(token, 0, route, sources, targets))
+        for op_id, (route, sources, targets) in enumerate(jobs):
+            self.port.submit(Transfer(op_id, 0, route, sources, targets))
         ended = self.port.reap()
         while len(ended) < len(jobs):
             await self._woken.wait()

@@ -18,7 +18,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any, Self
 
-from flexkv.integration.vllm.served import Program, free_port
+from flexkv.testing.vllm_serve import Program, free_port
 
 NEEDED = {
     "lmcache": "lmcache",

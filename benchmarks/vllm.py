@@ -18,9 +18,9 @@ from typing import Any
 
 from benchmarks import lmcache
 from benchmarks.harness import Figures, Options, median_ratio
-from flexkv.integration.vllm.served import SHIM, Served, VllmServe
 from flexkv.server.operator import command
 from flexkv.testing.tiny_model import Shape, make_tiny_model
+from flexkv.testing.vllm_serve import SHIM, Served, VllmServe
 
 MODEL = Shape(layers=12, hidden=1024, heads=16, kv_heads=16)
 BLOCK_SIZE, PROMPT_TOKENS = 32, 6000

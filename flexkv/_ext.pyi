@@ -124,7 +124,7 @@ class CopyPool:
 
     def submit(
         self,
-        token: int,
+        op_id: int,
         pages: PageMap,
         direction: int,
         device_ids: Memory,
@@ -138,7 +138,7 @@ class CopyPool:
             RuntimeError: the pool is closed.
         """
 
-    def checksum(self, token: int, pages: PageMap, host_ids: Memory, urgent: bool) -> None:
+    def checksum(self, op_id: int, pages: PageMap, host_ids: Memory, urgent: bool) -> None:
         """Queue the summing of host blocks, each once, into the sums that `pages` keeps.
 
         Raises:
@@ -218,7 +218,7 @@ class Ring:
     def register_files(self, fds: Sequence[int], /) -> None:
         """Register files; extents name them by their index. May be called once."""
 
-    def submit(self, token: int, write: bool, extents: Memory) -> int:
+    def submit(self, op_id: int, write: bool, extents: Memory) -> int:
         """Queue I/O, and give how many of the extents were taken (a prefix).
 
         Extent i completes under token + i. Short reads and writes, EINTR and EAGAIN are continued
@@ -234,7 +234,7 @@ class Ring:
             OSError: io_uring_enter failed.
         """
 
-    def nop(self, token: int, count: int) -> int:
+    def nop(self, op_id: int, count: int) -> int:
         """Queue `count` empty operations under token, token + 1, …; gives how many were taken."""
 
     def reap(self) -> list[tuple[int, int]]:
@@ -338,7 +338,7 @@ class BlockIndex:
     def lacking(self, source: int, target: int, begin: int, end: int, /) -> bytes:
         """Return the places of `source` in a range whose READY blocks `target` lacks."""
 
-    def lease(self, tier: int, ids: Memory, token: int) -> None:
+    def lease(self, tier: int, ids: Memory, op_id: int) -> None:
         """Name who fills RESERVED places."""
 
     def fillers(self, tier: int, ids: Memory) -> bytes:

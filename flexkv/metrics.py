@@ -27,7 +27,7 @@ from prometheus_client.registry import Collector
 
 from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
 from flexkv.engine.statistics import Statistics
-from flexkv.front.loop_bridge import Crossing
+from flexkv.front.loop_bridge import LoopBridge
 from flexkv.observe.records import OpRecord, Record, RequestRecord
 from flexkv.process import forks
 from flexkv.process.forks import HomeProcess
@@ -102,7 +102,7 @@ class Metrics(Collector):
         missed_blocks: that gets asked for and did not load, by reason.
     """
 
-    def __init__(self, manager: Crossing, name: str | None = None, instance: int = 0) -> None:
+    def __init__(self, manager: LoopBridge, name: str | None = None, instance: int = 0) -> None:
         """Take a manager that is started.
 
         Args:
@@ -366,7 +366,7 @@ class MetricsServer:
 
     def __init__(
         self,
-        manager: Crossing,
+        manager: LoopBridge,
         port: int = 8080,
         host: str = "127.0.0.1",
         name: str | None = None,

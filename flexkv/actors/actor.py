@@ -34,8 +34,8 @@ T = TypeVar("T")
 
 
 ANY_BYTES = 1 << 62
-PIECE_TOKENS = 1 << 62
-"""Tokens of pieces count from here; those of whole transfers, which their runs give, are below."""
+PIECE_OP_IDS = 1 << 62
+"""Op ids of pieces count from here; those of whole transfers, which their runs give, are below."""
 
 
 class Window(NamedTuple):
@@ -96,7 +96,7 @@ class TransferActor:
         self._mailbox = Mailbox(transfers_max, port.block_bytes)
         self._pieces: dict[int, tuple[Cursor, int, int, float]] = {}
         self._now_s: Callable[[], float] = lambda: 0.0
-        self._next_piece = PIECE_TOKENS
+        self._next_piece = PIECE_OP_IDS
         self._begun_s: dict[int, float] | None = None
         self._recalled: list[Cursor] = []
         self._bell = Bell()
@@ -123,22 +123,22 @@ class TransferActor:
         """Note from now on when transfers begin, or no more."""
         self._begun_s = {} if on else None
 
-    def take_begun(self, token: int) -> float | None:
+    def take_begun(self, op_id: int) -> float | None:
         """Give, once, when a transfer's first piece went to the port; None if that is not known."""
-        return None if self._begun_s is None else self._begun_s.pop(token, None)
+        return None if self._begun_s is None else self._begun_s.pop(op_id, None)
 
     def nudge(self) -> None:
         """Look again at what waits: a watch may let more of it go."""
         self._bell.ring()
 
-    def recall(self, token: int) -> None:
+    def recall(self, op_id: int) -> None:
         """Drop what of a transfer is not in flight yet; its end is reported all the same."""
-        cursor = self._mailbox.find(token)
+        cursor = self._mailbox.find(op_id)
         if cursor is not None and cursor.queued:
             transfer = cursor.transfer
             self._mailbox.lane(cursor).remove(cursor)
             cursor.error = RecalledError(
-                token, str(transfer.route), transfer.block_count, "recalled"
+                op_id, str(transfer.route), transfer.block_count, "recalled"
             )
             if cursor.over:
                 self._recalled.append(cursor)
@@ -212,10 +212,10 @@ class TransferActor:
             self.in_flight_bytes[inbound] = in_flight
             piece = cursor.transfer
             if begun_s is not None and not begin:
-                begun_s[piece.token] = now_s
+                begun_s[piece.op_id] = now_s
             if units != cursor.units or cursor.watch is not None:
                 piece = self._piece(cursor, begin, units)
-            pieces[piece.token] = (cursor, begin, units, now_s)
+            pieces[piece.op_id] = (cursor, begin, units, now_s)
             submit(piece)
             submitted += 1
         return submitted > 0
@@ -223,17 +223,17 @@ class TransferActor:
     def _piece(self, cursor: Cursor, begin: int, units: int) -> Transfer:
         """Give a part of a transfer as a transfer of its own."""
         self._next_piece += 1
-        whole, token = cursor.transfer, self._next_piece
+        whole, op_id = cursor.transfer, self._next_piece
         if whole.watch is not None:
             layers = cursor.layers(begin, units)
-            return msgspec.structs.replace(whole, token=token, layers=layers)
-        return msgspec.structs.replace(whole.part(begin, begin + units), token=token)
+            return msgspec.structs.replace(whole, op_id=op_id, layers=layers)
+        return msgspec.structs.replace(whole.part(begin, begin + units), op_id=op_id)
 
     def _reap(self, ends: list[Completion]) -> None:
         pieces, in_flight = self._pieces, self.in_flight_bytes
         for completion in self._port.reap():
-            token, error = completion
-            cursor, begin, units, begin_s = pieces.pop(token)
+            op_id, error = completion
+            cursor, begin, units, begin_s = pieces.pop(op_id)
             nbytes = units * cursor.unit_bytes
             in_flight[cursor.inbound] -= nbytes
             if self._paces and error is None:
@@ -245,7 +245,7 @@ class TransferActor:
                 self._fail(cursor, error)
             if cursor.pieces_in_flight or cursor.queued:
                 continue
-            if token < PIECE_TOKENS:  # it was one piece: the port's word is the actor's
+            if op_id < PIECE_OP_IDS:  # it was one piece: the port's word is the actor's
                 self._mailbox.forget(cursor)
                 ends.append(completion)
             else:
@@ -278,7 +278,7 @@ class TransferActor:
 
     def _end(self, cursor: Cursor, ends: list[Completion]) -> None:
         self._mailbox.forget(cursor)
-        ends.append(Completion(cursor.transfer.token, cursor.error))
+        ends.append(Completion(cursor.transfer.op_id, cursor.error))
 
 
 class Supervisor:

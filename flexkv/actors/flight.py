@@ -73,12 +73,12 @@ class Flight:
         unfilled = any(isinstance(error, UnfilledError) for error in self.run.errors)
         return unfilled and not self.run.cancelled
 
-    def unfed_tokens(self) -> list[int]:
+    def unfed_op_ids(self) -> list[int]:
         """Return the ops that wait for layers to be written."""
         watch = self.request.watch
         if watch is None or watch.ready >= watch.num_layers:
             return []
-        return self.plan.device_tokens()
+        return self.plan.device_op_ids()
 
     def _waiter(self, waiters: list[asyncio.Future[None]]) -> asyncio.Future[None]:
         if self.failure is not None:

@@ -57,7 +57,7 @@ class Cursor(msgspec.Struct):
     def layers(self, first: int, units: int) -> Layers:
         """Give what a piece of some layers is of the whole."""
         assert self.layers_left is not None
-        return Layers(first, first + units, self.transfer.token, self.layers_left)
+        return Layers(first, first + units, self.transfer.op_id, self.layers_left)
 
     def end_layers(self, first: int, units: int) -> None:
         """Take the end of a piece, and tell the watch how far the layers are there."""
@@ -68,7 +68,7 @@ class Cursor(msgspec.Struct):
         while self.layers_moved in ended:
             self.layers_moved = ended.pop(self.layers_moved)
         if self.layers_moved > before and self.watch is not None:
-            self.watch.moved(self.transfer.token, self.layers_moved)
+            self.watch.moved(self.transfer.op_id, self.layers_moved)
 
 
 class Lane:
@@ -200,13 +200,13 @@ class Mailbox:
             cursor.units = watch.num_layers
             cursor.layers_left, cursor.layers_ended = [watch.num_layers], {}
             cursor.unit_bytes = max(1, blocks * self._block_bytes // watch.num_layers)
-        self._cursors[transfer.token] = cursor
+        self._cursors[transfer.op_id] = cursor
         (self.inbound if inbound else self.outbound).append(cursor)
 
-    def find(self, token: int) -> Cursor | None:
+    def find(self, op_id: int) -> Cursor | None:
         """Give the cursor of a transfer that is not over."""
-        return self._cursors.get(token)
+        return self._cursors.get(op_id)
 
     def forget(self, cursor: Cursor) -> None:
         """Drop a transfer that is over."""
-        del self._cursors[cursor.transfer.token]
+        del self._cursors[cursor.transfer.op_id]

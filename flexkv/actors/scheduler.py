@@ -17,7 +17,7 @@ import numpy as np
 from flexkv.actors.actor import TransferActor
 from flexkv.actors.flight import Flight, wake
 from flexkv.actors.outcome import response_of
-from flexkv.actors.watch import Watch
+from flexkv.actors.tier_health import TierHealth
 from flexkv.actors.write_behind import WriteBehind
 from flexkv.common.errors import (
     CorruptBlockError,
@@ -66,7 +66,7 @@ class _Joiner(NamedTuple):
     op: int
 
 
-class Notes(Protocol):
+class PersistenceHooks(Protocol):
     """Who is told what the SSD tier holds, so that a later run knows."""
 
     def stored(self, block_ids: BlockIds) -> None:
@@ -87,7 +87,7 @@ class Scheduler:
         planner: Planner,
         actors: Mapping[Tier, TransferActor],
         observer: Observer,
-        notes: Notes | None = None,
+        notes: PersistenceHooks | None = None,
         io_deadline_s: float = 10.0,
     ) -> None:
         self._residency = residency
@@ -95,7 +95,7 @@ class Scheduler:
         self._actors = actors
         self._observer = observer
         self._notes = notes
-        self.watch = Watch(actors, io_deadline_s, self._give_up, observer.event)
+        self.watch = TierHealth(actors, io_deadline_s, self._give_up, observer.event)
         self.on_hang: Callable[[Flight], None] = lambda flight: None
         """Called with each flight whose device does not answer."""
         self._stuck: set[int] = set()
@@ -136,7 +136,7 @@ class Scheduler:
                 if Tier.DISK in fill.ids:  # ahead of the write, which must wait for it
                     self._notes.erased(fill.ids[Tier.DISK])
         if request.watch is not None:
-            request.watch.expect(planned.plan.device_tokens())
+            request.watch.expect(planned.plan.device_op_ids())
         if self._observer.tracer is not None:
             self._observer.planned(request, planned.plan)
         flight = Flight(request, planned, begin_ns if arrived_ns is None else arrived_ns, begin_ns)
@@ -167,7 +167,7 @@ class Scheduler:
         """Tell the planner what to do without: tiers that are down, ops that hang."""
         avoid = None
         if not self.watch.all_up or self._stuck or self._fed:
-            waiting = {token for flight in self._fed for token in flight.unfed_tokens()}
+            waiting = {op_id for flight in self._fed for op_id in flight.unfed_op_ids()}
             avoid = Avoid(*self.watch.unusable(), frozenset(self._stuck | waiting))
         self._planner.avoid = avoid
 
@@ -186,16 +186,16 @@ class Scheduler:
 
     def _overdue(self, flight: Flight, op: OpSpec) -> None:
         assert op.route is not None
-        token = flight.plan.token(op)
+        op_id = flight.plan.op_id(op)
         begin, end = flight.plan.bounds(op)
-        error = DeadlineError(token, str(op.route), end - begin, "did not end in time")
+        error = DeadlineError(op_id, str(op.route), end - begin, "did not end in time")
         flight.hang(error)
         self._events.append((flight, Overdue(op.index, error)))
         if op.route.inbound:
-            self._stuck.add(token)
-        for joiner in self._joiners.pop(token, ()):
+            self._stuck.add(op_id)
+        for joiner in self._joiners.pop(op_id, ()):
             self._events.append((joiner.flight, _news(joiner.op, False)))
-        self._actors[op.route.outer].recall(token)  # what hardware has not begun
+        self._actors[op.route.outer].recall(op_id)  # what hardware has not begun
 
     def strand(self, group: int | None, why: str) -> None:
         """Stop waiting for the device transfers of a group whose devices do not answer.
@@ -222,12 +222,12 @@ class Scheduler:
 
     def _strand(self, flight: Flight, op: OpSpec, why: str) -> None:
         assert op.route is not None
-        token = flight.plan.token(op)
+        op_id = flight.plan.op_id(op)
         begin, end = flight.plan.bounds(op)
-        flight.hang(DeadlineError(token, str(op.route), end - begin, why))
+        flight.hang(DeadlineError(op_id, str(op.route), end - begin, why))
         if op.route.target is Tier.HOST:
-            self._stuck.add(token)
-        for joiner in self._joiners.pop(token, ()):
+            self._stuck.add(op_id)
+        for joiner in self._joiners.pop(op_id, ()):
             self._events.append((joiner.flight, _news(joiner.op, False)))
 
     def cancel(self, flight: Flight) -> None:
@@ -250,18 +250,18 @@ class Scheduler:
 
     def report(self, ends: Iterable[Completion]) -> None:
         """Take the ends of ops from an actor."""
-        for token, error in ends:
-            run_id, op = divmod(token, OPS_MAX)
+        for op_id, error in ends:
+            run_id, op = divmod(op_id, OPS_MAX)
             flight = self._flights[run_id]
             self._observer.op_ended(
                 flight.request, flight.plan, flight.plan.template.ops[op], error
             )
             self._events.append((flight, Done(op) if error is None else Failed(op, error)))
             route = flight.plan.template.ops[op].route
-            self._stuck.discard(token)
+            self._stuck.discard(op_id)
             if route is not None and route.outer > Tier.HOST:
                 self.watch.ended(route, error)
-            elif flight.late is not None and flight.late.op_id == token:
+            elif flight.late is not None and flight.late.op_id == op_id:
                 flight.late = None  # its device answers again
             if error is not None:
                 if route is not None and route.source is Tier.HOST and route.outer > Tier.HOST:
@@ -324,19 +324,19 @@ class Scheduler:
             await waiter
 
     def hold(self, holdings: Iterable[Holding]) -> tuple[int, ...]:
-        """Keep blocks from eviction until `release` gets the tokens that this gives."""
+        """Keep blocks from eviction until `release` gets the ids that this returns."""
         run_id = self._next_run
         self._next_run += 1
-        tokens = []
+        op_ids = []
         for number, holding in enumerate(holdings):
-            tokens.append(run_id * OPS_MAX + number)
-            self._residency.claims.open(tokens[-1], Claim(run_id, holding, None))
-        return tuple(tokens)
+            op_ids.append(run_id * OPS_MAX + number)
+            self._residency.claims.open(op_ids[-1], Claim(run_id, holding, None))
+        return tuple(op_ids)
 
-    def release(self, tokens: Iterable[int]) -> None:
+    def release(self, op_ids: Iterable[int]) -> None:
         """End a hold."""
-        for token in tokens:
-            self._residency.claims.settle(token, filled=False)
+        for op_id in op_ids:
+            self._residency.claims.settle(op_id, filled=False)
 
     @property
     def failure(self) -> FlexKVError | None:
@@ -386,7 +386,7 @@ class Scheduler:
             self._join(flight, spec)
             return
         if self._observer.tracer is not None:
-            self._observer.op_issued(flight.plan.token(spec))
+            self._observer.op_issued(flight.plan.op_id(spec))
         if spec.route.outer > Tier.HOST:
             self.watch.begun(spec.route)
         elif self.watch.watches_device:
@@ -394,13 +394,13 @@ class Scheduler:
         self._actors[spec.route.outer].post(flight.plan.transfer(spec))
 
     def _settle(self, flight: Flight, op: int, command: Command) -> None:
-        token = flight.plan.run_id * OPS_MAX + op
+        op_id = flight.plan.run_id * OPS_MAX + op
         assert isinstance(command, Settle)
-        self._residency.claims.settle(token, command.filled)
+        self._residency.claims.settle(op_id, command.filled)
         spec = flight.plan.template.ops[op]
         if spec.route is not None and spec.route.target is not Tier.DEVICE:
             self._settled(flight.plan, spec, command.filled)
-        for joiner in self._joiners.pop(token, ()):
+        for joiner in self._joiners.pop(op_id, ()):
             self._events.append((joiner.flight, _news(joiner.op, command.filled)))
 
     def _settled(self, plan: Plan, op: OpSpec, filled: bool) -> None:
@@ -426,9 +426,9 @@ class Scheduler:
                 del self._joiners[filler]
             self._events.append((flight, _news(op, False)))
             return
-        token = flight.plan.token(spec)
-        if not spec.keeps or token not in self._joiners:  # else somebody waits for its bytes
-            self._actors[spec.route.outer].recall(token)
+        op_id = flight.plan.op_id(spec)
+        if not spec.keeps or op_id not in self._joiners:  # else somebody waits for its bytes
+            self._actors[spec.route.outer].recall(op_id)
 
     def _join(self, flight: Flight, spec: OpSpec) -> None:
         """Let a barrier wait for the op that fills its blocks; planning saw that op live."""

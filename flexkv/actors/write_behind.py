@@ -18,7 +18,7 @@ import msgspec
 
 from flexkv.actors.flight import wake
 from flexkv.actors.health import Health
-from flexkv.actors.watch import Watch
+from flexkv.actors.tier_health import TierHealth
 from flexkv.common.errors import DeadlineError, RecalledError, TransferError
 from flexkv.common.request import Operation, Request
 from flexkv.common.terms import BlockIds, Tier
@@ -80,7 +80,7 @@ class WriteBehind:
         self,
         residency: Residency,
         planner: Planner,
-        watch: Watch,
+        watch: TierHealth,
         limits: BehindLimits,
         begin: Callable[[Taken], None],
         tell: Callable[..., None],

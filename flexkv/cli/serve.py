@@ -22,7 +22,7 @@ from flexkv.metrics import MetricsServer
 from flexkv.observe.logs import configure_logging, get_logger
 from flexkv.server.address import socket_path
 from flexkv.server.backend import ServerBackend
-from flexkv.server.greet import connect
+from flexkv.server.handshake import connect
 from flexkv.server.launch import END_S, ENDED, LISTENING, ProcessWatch, refusal_of
 from flexkv.server.listen import Listener
 from flexkv.server.server import Server

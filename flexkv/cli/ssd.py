@@ -15,7 +15,7 @@ from rich.table import Table
 
 from flexkv.common.directories import directories_of
 from flexkv.common.errors import ConfigError
-from flexkv.io.ssd.offline import StoppedTier
+from flexkv.io.ssd.offline import OfflineSsd
 from flexkv.io.ssd.paths import expanded, shown
 
 ssd = typer.Typer(
@@ -27,13 +27,13 @@ Folder = Annotated[Path, typer.Argument(help="A directory that ssd_cache_dir nam
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _opened(directory: Path) -> StoppedTier:
+def _opened(directory: Path) -> OfflineSsd:
     """Open a directory, written as `ssd_cache_dir` may be."""
     try:
         (found,) = directories_of(directory)
     except ValueError as error:
         raise ConfigError("directory", shown(directory), str(error)) from None
-    return StoppedTier(expanded(found, "directory"))
+    return OfflineSsd(expanded(found, "directory"))
 
 
 @ssd.command()
@@ -43,7 +43,7 @@ def inspect(directory: Folder, as_json: AsJson = False) -> None:
         blocks = tier.live.blocks
         firsts = blocks[blocks[:, 32] > 0] if len(blocks) else blocks
         figures: dict[str, Any] = {
-            **tier.superblock.blocks_are,
+            **tier.superblock.block_identity,
             "format version": tier.superblock.version,
             "block stride bytes": tier.superblock.block_stride_bytes,
             "blocks": len(tier.live.rows),

@@ -91,7 +91,7 @@ def _stage(console: Console, what: str) -> AbstractContextManager[object]:
 def _engine(wanted: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """Run one engine in a process of its own, and return its turns."""
     environment = {**os.environ, "FLEXKV_CONFIG_PATH": str(folder / "flexkv.json")}
-    command = [sys.executable, "-m", "flexkv.integration.vllm.demo"]
+    command = [sys.executable, "-m", "flexkv.cli.vllm_demo_engine"]
     command.append(msgspec.json.encode(wanted).decode())
     try:
         done = subprocess.run(

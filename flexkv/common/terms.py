@@ -73,15 +73,15 @@ class LayerWatch(Protocol):
         """How many layers, from the first on, may be moved by now."""
         ...
 
-    def expect(self, tokens: Sequence[int]) -> None:
+    def expect(self, op_ids: Sequence[int]) -> None:
         """Hear which transfers will move its bytes."""
         ...
 
-    def queued(self, rank: int, token: int, last: int, event: StreamEvent) -> None:
+    def queued(self, rank: int, op_id: int, last: int, event: StreamEvent) -> None:
         """Hear that the layers before `last` of a transfer are queued on a rank's stream."""
         ...
 
-    def moved(self, token: int, last: int) -> None:
+    def moved(self, op_id: int, last: int) -> None:
         """Hear that the layers before `last` of a transfer are where they should be."""
         ...
 
@@ -116,11 +116,11 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
     """A batch of block copies on one route, as an actor and its port receive it.
 
     `source_ids` and `target_ids` are int64[n], the same n; `owner` groups the transfers of one
-    request, so that a queue can be fair between requests; `token` names this one. With `watch` it
+    request, so that a queue can be fair between requests; `op_id` names this one. With `watch` it
     is moved layer by layer, in pieces that have `layers`.
     """
 
-    token: int
+    op_id: int
     owner: int
     route: Route
     source_ids: BlockIds
@@ -134,7 +134,7 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
         return len(self.source_ids)
 
     def part(self, begin: int, end: int) -> Transfer:
-        """Give the transfer of some of the blocks, under the same token."""
+        """Return the transfer of some of the blocks, under the same op id."""
         source_ids, target_ids = self.source_ids[begin:end], self.target_ids[begin:end]
         return msgspec.structs.replace(self, source_ids=source_ids, target_ids=target_ids)
 

@@ -33,7 +33,7 @@ from flexkv.engine.departure import Departure
 from flexkv.engine.devices import Devices, Use
 from flexkv.engine.durability import Durability, FlushReport
 from flexkv.engine.pins import Holds, Pins
-from flexkv.engine.retention import Keeping
+from flexkv.engine.retention import Retention
 from flexkv.engine.runner import ALONE, RequestRunner, Turn
 from flexkv.engine.statistics import Sources, Statistics, snapshot
 from flexkv.engine.tracing import Tracing
@@ -169,7 +169,7 @@ class Engine:
         if cache.enable_trace:
             self._tracing.start()
         opened_with = {Tier.HOST: sizes.num_host_blocks, Tier.DISK: backend.disk_blocks}
-        self._keeping = Keeping(
+        self._keeping = Retention(
             self._intake, self._residency, opened_with, backend.ledger, Pins(self._scheduler)
         )
         close = (
@@ -457,7 +457,7 @@ class Engine:
         return self._tracing
 
     @property
-    def keeping(self) -> Keeping:
+    def keeping(self) -> Retention:
         """Give what says what is kept.
 
         Raises:

@@ -29,7 +29,7 @@ HELD_BLOCKS_MAX = 1 << 22
 
 class _Pin(NamedTuple):
     owner: str
-    tokens: tuple[int, ...]
+    op_ids: tuple[int, ...]
     expiry: asyncio.TimerHandle
 
 
@@ -63,7 +63,7 @@ class Pins:
         if pin is None:
             return False
         pin.expiry.cancel()
-        self._scheduler.release(pin.tokens)
+        self._scheduler.release(pin.op_ids)
         return True
 
     def unpin_owner(self, owner: str) -> int:
@@ -78,7 +78,7 @@ class Pins:
 
 
 class _Hold(NamedTuple):
-    tokens: tuple[int, ...]
+    op_ids: tuple[int, ...]
     holdings: list[Holding]
     expiry_s: float
 
@@ -133,7 +133,7 @@ class Holds:
         if hold is None:
             return
         self._count(group, hold, -1)
-        self._scheduler.release(hold.tokens)
+        self._scheduler.release(hold.op_ids)
         if not self._holds[group]:
             del self._holds[group], self._held_by[group]
         if len(self._by_age) > 2 * len(self) + HOLDS_MAX:  # most of them have ended

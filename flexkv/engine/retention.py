@@ -16,7 +16,7 @@ from flexkv.index.residency import NO_QUOTA, Residency
 from flexkv.tiers.ledger import Ledger
 
 
-class Keeping:
+class Retention:
     """Says what an engine keeps. Arguments and errors are those of `KVManager`.
 
     Attributes:

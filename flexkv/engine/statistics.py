@@ -9,7 +9,7 @@ import msgspec
 
 from flexkv.actors.actor import TransferActor
 from flexkv.actors.scheduler import Scheduler
-from flexkv.actors.watch import Watch
+from flexkv.actors.tier_health import TierHealth
 from flexkv.actors.write_behind import BehindCounts, WriteBehind
 from flexkv.common.terms import Tier
 from flexkv.engine.admission import Admission
@@ -61,7 +61,9 @@ class TierStatistics(msgspec.Struct, frozen=True):
         return f"TierStatistics({used}, {self.backing}{told})"
 
 
-def tier_statistics(counts: TierCounts, backing: str, watch: Watch, tier: Tier) -> TierStatistics:
+def tier_statistics(
+    counts: TierCounts, backing: str, watch: TierHealth, tier: Tier
+) -> TierStatistics:
     """Give the snapshot of one tier."""
     return TierStatistics(
         capacity_blocks=counts.capacity,

@@ -18,7 +18,7 @@ from flexkv.common.arguments import integer, seconds
 from flexkv.common.errors import ConfigError, DeviceError
 from flexkv.common.request import KVResponse, Operation
 from flexkv.common.terms import StreamEvent
-from flexkv.front.loop_bridge import Crossing
+from flexkv.front.loop_bridge import LoopBridge
 
 TIMEOUT_S = 20.0
 
@@ -37,22 +37,22 @@ class LayerProgress:
 
     # -- the engine's side ----------------------------------------------------------------------
 
-    def expect(self, tokens: Sequence[int]) -> None:
+    def expect(self, op_ids: Sequence[int]) -> None:
         """Take which transfers will move its bytes; those of an earlier try are void."""
         with self._changed:
             self._drop_events()
-            self._moved = dict.fromkeys(tokens, 0)
+            self._moved = dict.fromkeys(op_ids, 0)
 
-    def queued(self, rank: int, token: int, last: int, event: StreamEvent) -> None:
+    def queued(self, rank: int, op_id: int, last: int, event: StreamEvent) -> None:
         """Take that the layers before `last` of a transfer are queued on a rank's stream."""
         with self._changed:
-            self._queued.setdefault((rank, token), []).append((last, event))
+            self._queued.setdefault((rank, op_id), []).append((last, event))
             self._changed.notify_all()
 
-    def moved(self, token: int, last: int) -> None:
+    def moved(self, op_id: int, last: int) -> None:
         """Take that the layers before `last` of a transfer are there."""
         with self._changed:
-            self._moved[token] = last
+            self._moved[op_id] = last
             self._tell()
 
     def end(self) -> None:
@@ -108,8 +108,8 @@ class LayerProgress:
 
         def events() -> list[StreamEvent] | None:
             found = []
-            for token, moved in self._moved.items():
-                queued = self._queued.get((rank, token), [])
+            for op_id, moved in self._moved.items():
+                queued = self._queued.get((rank, op_id), [])
                 event = next((event for last, event in queued if last > layer), None)
                 if event is not None:
                     found.append(event)
@@ -160,7 +160,9 @@ class Layerwise:
         task_id: for `KVManager.wait`, `try_wait` and `cancel`.
     """
 
-    def __init__(self, manager: Crossing, operation: Operation, arguments: tuple[Any, ...]) -> None:
+    def __init__(
+        self, manager: LoopBridge, operation: Operation, arguments: tuple[Any, ...]
+    ) -> None:
         """Start it."""
         layers = manager.num_layers
         self._manager = manager

@@ -23,7 +23,7 @@ log = get_logger(__name__)
 T = TypeVar("T")
 
 
-class Crossing:
+class LoopBridge:
     """An engine and its tasks, on the caller's loop or in a thread of its own."""
 
     def __init__(self, engine: Engine) -> None:

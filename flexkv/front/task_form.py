@@ -10,11 +10,11 @@ from flexkv.common.config_keys import kind_of
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.common.request import KVResponse, Operation, TokenMask
 from flexkv.front.layerwise import LayerwiseGet, LayerwisePut
-from flexkv.front.loop_bridge import Crossing
+from flexkv.front.loop_bridge import LoopBridge
 from flexkv.index.keys import Namespace
 
 
-class TaskForm(Crossing):
+class TaskForm(LoopBridge):
     """What a synchronous engine calls."""
 
     def get_match(

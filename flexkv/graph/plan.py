@@ -12,7 +12,7 @@ from flexkv.graph.ops import OpSpec, OpState, Shape
 from flexkv.index.residency import Positions
 
 OPS_MAX = 4096
-"""Ops of one run at most; a token is run_id * OPS_MAX + op index."""
+"""Ops of one run at most; an op's id is run_id * OPS_MAX + op index."""
 
 
 class Template(msgspec.Struct, frozen=True):
@@ -36,7 +36,7 @@ class LegFill(msgspec.Struct, frozen=True):
 
     `positions` are the blocks' positions in the prompt, `ids` their places in each tier the leg
     meets (int64[n] each), `bounds` where each chunk begins, and the end of the last. `fillers` has,
-    for a leg that waits, the token of the op that is filling each chunk. `owed_to` are the tiers
+    for a leg that waits, the id of the op that is filling each chunk. `owed_to` are the tiers
     that lack the blocks and to which no hop of the leg writes them.
     """
 
@@ -55,14 +55,14 @@ class Plan(msgspec.Struct, frozen=True):
     fills: tuple[LegFill, ...]
     watch: LayerWatch | None = None
 
-    def token(self, op: OpSpec) -> int:
+    def op_id(self, op: OpSpec) -> int:
         """Give the op's name among all ops of all runs."""
         return self.run_id * OPS_MAX + op.index
 
-    def device_tokens(self) -> list[int]:
+    def device_op_ids(self) -> list[int]:
         """Give the names of the ops that move bytes to or from the device."""
         ops = self.template.ops
-        return [self.token(op) for op in ops if op.route and op.route.outer is Tier.DEVICE]
+        return [self.op_id(op) for op in ops if op.route and op.route.outer is Tier.DEVICE]
 
     def bounds(self, op: OpSpec) -> tuple[int, int]:
         """Give where the op's blocks begin and end among those of its leg."""

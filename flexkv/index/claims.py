@@ -35,7 +35,7 @@ class Claim(NamedTuple):
 
 
 class Claims:
-    """Every open claim, by the token of its op."""
+    """Every open claim, by the id of its op."""
 
     def __init__(self, table: BlockIndex, tier_numbers: Mapping[Tier, int]) -> None:
         self._table = table
@@ -47,33 +47,33 @@ class Claims:
     def __len__(self) -> int:
         return len(self._open)
 
-    def open(self, token: int, claim: Claim) -> None:
+    def open(self, op_id: int, claim: Claim) -> None:
         """Pin what the op reads, and note who fills what it fills (reserved already)."""
-        if token in self._open:
-            raise InvariantError(f"token {token} has a claim already: {self._open[token]}")
+        if op_id in self._open:
+            raise InvariantError(f"op {op_id} has a claim already: {self._open[op_id]}")
         owner, pinned, leased = claim
         if leased is not None:
-            self._table.lease(self._number[leased.tier], leased.block_ids, token)
+            self._table.lease(self._number[leased.tier], leased.block_ids, op_id)
         if pinned is not None:
             self._table.pin(self._number[pinned.tier], pinned.block_ids)
-        self._open[token] = claim
+        self._open[op_id] = claim
         self._owned[owner] = self._owned.get(owner, 0) + 1
 
     def hold(self, holding: Holding) -> int:
-        """Keep blocks from eviction until `settle` is called with the returned token."""
-        token, self._next_hold = self._next_hold, self._next_hold - 1
-        self.open(token, Claim(token, holding, None))
-        return token
+        """Keep blocks from eviction until `settle` is called with the returned id."""
+        op_id, self._next_hold = self._next_hold, self._next_hold - 1
+        self.open(op_id, Claim(op_id, holding, None))
+        return op_id
 
-    def settle(self, token: int, filled: bool) -> None:
+    def settle(self, op_id: int, filled: bool) -> None:
         """End a claim: commit or abort its lease, take its pins off.
 
         Raises:
             InvariantError: no such claim is open.
         """
-        claim = self._open.pop(token, None)
+        claim = self._open.pop(op_id, None)
         if claim is None:
-            raise InvariantError(f"token {token} has no open claim")
+            raise InvariantError(f"op {op_id} has no open claim")
         owner, pinned, leased = claim
         if self._owned[owner] == 1:
             del self._owned[owner]
@@ -86,7 +86,7 @@ class Claims:
             self._table.unpin(self._number[pinned.tier], pinned.block_ids)
 
     def fillers(self, tier: Tier, block_ids: BlockIds) -> NDArray[np.int64]:
-        """Give the token of the op that is filling each RESERVED block."""
+        """Return the id of the op that is filling each RESERVED block."""
         return np.frombuffer(self._table.fillers(self._number[tier], block_ids), np.int64)
 
     def of_owner(self, owner: int) -> int:
@@ -95,4 +95,4 @@ class Claims:
 
     def stories(self) -> list[str]:
         """Describe every open claim, for a report of what is left."""
-        return [f"{token}: {claim}" for token, claim in self._open.items()]
+        return [f"{op_id}: {claim}" for op_id, claim in self._open.items()]

@@ -191,7 +191,7 @@ def fingerprint(model: ModelConfig, tokens_per_block: int, order: Order = "") ->
     return ";".join(f"{name}={value}" for name, value in facts.items()).encode()
 
 
-def blocks_are(model: ModelConfig, tokens_per_block: int, secret: str) -> dict[str, int | str]:
+def block_identity(model: ModelConfig, tokens_per_block: int, secret: str) -> dict[str, int | str]:
     """Tell what blocks are and under which keys, for who keeps them; not the secret itself."""
     return {**_facts(model, tokens_per_block), "key_secret_digest": derived(secret).digest}
 

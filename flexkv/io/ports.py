@@ -23,7 +23,7 @@ from flexkv.common.terms import Transfer
 class Completion(NamedTuple):
     """The end of one transfer: every byte is there (`error is None`), or it failed."""
 
-    token: int
+    op_id: int
     error: TransferError | None
 
 

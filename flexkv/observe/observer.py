@@ -82,10 +82,10 @@ class Observer:
         if self.tracer is not None:
             self.tracer.planned(request, plan, self.now_ns())
 
-    def op_issued(self, token: int) -> None:
+    def op_issued(self, op_id: int) -> None:
         """An op went to its actor."""
         if self.tracer is not None:
-            self.tracer.issued(token, self.now_ns())
+            self.tracer.issued(op_id, self.now_ns())
 
     def op_ended(
         self, request: Request, plan: Plan, op: OpSpec, error: TransferError | None

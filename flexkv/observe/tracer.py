@@ -43,12 +43,12 @@ class Sink(Protocol):
         ...
 
 
-class Begins(Protocol):
+class RecordedActor(Protocol):
     """An actor, as far as a tracer needs it."""
 
     name: str
 
-    def take_begun(self, token: int) -> float | None:
+    def take_begun(self, op_id: int) -> float | None:
         """Return, once, when a transfer's first piece went to the port; None if not known."""
         ...
 
@@ -64,7 +64,7 @@ class Tracer:
         self,
         sinks: list[Sink],
         block_bytes: int,
-        actors: Mapping[Tier, Begins],
+        actors: Mapping[Tier, RecordedActor],
         residency: Residency,
         sample: Callable[[int], SampleRecord],
     ) -> None:
@@ -99,18 +99,18 @@ class Tracer:
             known = self._plans[key] = template, tuple(ops)
         return known[1]
 
-    def issued(self, token: int, now_ns: int) -> None:
+    def issued(self, op_id: int, now_ns: int) -> None:
         """An op went to its actor."""
-        self._issued_ns[token] = now_ns
+        self._issued_ns[op_id] = now_ns
 
     def op_ended(
         self, request: Request, plan: Plan, op: OpSpec, error: TransferError | None, now_ns: int
     ) -> None:
         """An actor reported the end of an op."""
         assert op.route is not None
-        token, actor = plan.token(op), self._actors[op.route.outer]
+        op_id, actor = plan.op_id(op), self._actors[op.route.outer]
         begin, end = plan.bounds(op)
-        begun_s, issued_ns = actor.take_begun(token), self._issued_ns.pop(token, None)
+        begun_s, issued_ns = actor.take_begun(op_id), self._issued_ns.pop(op_id, None)
         if issued_ns is None:
             return  # begun before anybody listened: its times are not known
         begun_ns = now_ns if begun_s is None else int(begun_s * 1e9)

@@ -21,23 +21,23 @@ from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ClosedError, ConfigError, DeviceError, FlexKVError
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.front.loop_thread import LoopThread
-from flexkv.index.keys import blocks_are
+from flexkv.index.keys import block_identity
 from flexkv.io.device.tensors import kv_cache_list
 from flexkv.io.memory.arena import Arena
 from flexkv.io.ports import DevicePort
 from flexkv.observe.logs import get_logger
 from flexkv.process.cpus import widen_affinity
 from flexkv.server.fleet import ids_from
-from flexkv.server.greet import Connected, connect
+from flexkv.server.handshake import Connected, connect
 from flexkv.server.link import Link
 from flexkv.server.wire import (
     FROM_SERVER,
     PROTOCOL_VERSION,
     Copied,
     Copy,
+    DeviceReady,
     FromServer,
     Hello,
-    Lent,
     ProtocolError,
     Ready,
     Settle,
@@ -115,7 +115,7 @@ class Agent:
             PROTOCOL_VERSION,
             "agent",
             os.getpid(),
-            blocks_are(self._model, self._cache.tokens_per_block, secret),
+            block_identity(self._model, self._cache.tokens_per_block, secret),
             self._instance,
             self._tp_rank,
             pages.num_blocks,
@@ -244,7 +244,7 @@ class Agent:
             port.connect(self._reap)
             link = self._link = await Link.over(connected.socket, FROM_SERVER)
             undo.callback(link.close)
-            link.send(Lent())
+            link.send(DeviceReady())
             server = connected.welcome.pid
             log.info("device_lent", path=self._address, server=server, **device.facts)
             try:
@@ -288,33 +288,33 @@ class Agent:
 
     def _copy(self, message: Copy) -> None:
         assert self._port is not None
-        if message.token in self._under_way:
-            raise ProtocolError(f"copy {message.token} is under way already")
+        if message.op_id in self._under_way:
+            raise ProtocolError(f"copy {message.op_id} is under way already")
         host_ids, device_ids = ids_from(message.host_ids), ids_from(message.device_ids)
         route = _TO_DEVICE if message.to_device else _TO_HOST
         sides = (host_ids, device_ids) if message.to_device else (device_ids, host_ids)
-        transfer = Transfer(message.token, 0, route, *sides)
-        self._under_way[message.token] = transfer
+        transfer = Transfer(message.op_id, 0, route, *sides)
+        self._under_way[message.op_id] = transfer
         try:
             self._port.submit(transfer)
         except FlexKVError as error:
-            self._end(message.token, str(error))
+            self._end(message.op_id, str(error))
         except BaseException:
-            del self._under_way[message.token]  # its end will not be reported
+            del self._under_way[message.op_id]  # its end will not be reported
             raise
         else:
             self._reap()
 
     def _reap(self) -> None:
         if self._port is not None:
-            for token, error in self._port.reap():
-                self._end(token, "" if error is None else str(error))
+            for op_id, error in self._port.reap():
+                self._end(op_id, "" if error is None else str(error))
 
-    def _end(self, token: int, error: str) -> None:
-        del self._under_way[token]
+    def _end(self, op_id: int, error: str) -> None:
+        del self._under_way[op_id]
         if not self._under_way:
             self._drained.set()
-        self._send(Copied(token, error))
+        self._send(Copied(op_id, error))
 
     def _send(self, message: Copied | Ready | Settle) -> None:
         if self._link is not None:

@@ -91,9 +91,9 @@ class AgentPort(Elsewhere):
         Raises:
             ProtocolError: it was not asked for that copy.
         """
-        if message.token not in self._sent:
-            raise ProtocolError(f"copy {message.token} is not under way")
-        self._answered(message.token, message.error)
+        if message.op_id not in self._sent:
+            raise ProtocolError(f"copy {message.op_id} is not under way")
+        self._answered(message.op_id, message.error)
         self._pump()
 
     def oldest_s(self) -> float:
@@ -122,8 +122,8 @@ class AgentPort(Elsewhere):
     def gone(self) -> None:
         """Note that the agent's process has ended, or copies nothing any more."""
         self.fail_unsent("it is gone")
-        for token in list(self._sent):
-            self._answered(token, "it is gone")
+        for op_id in list(self._sent):
+            self._answered(op_id, "it is gone")
 
     def reap(self) -> list[Completion]:
         """Return every transfer that ended since the last call."""
@@ -156,17 +156,17 @@ class AgentPort(Elsewhere):
 
     def _send(self, to_device: bool, transfer: Transfer) -> None:
         self._count(transfer, 1)
-        self._sent[transfer.token] = _Sent(transfer, time.monotonic())
+        self._sent[transfer.op_id] = _Sent(transfer, time.monotonic())
         host_ids, device_ids = transfer.sides
-        self._link.send(Copy(transfer.token, to_device, host_ids.tobytes(), device_ids.tobytes()))
+        self._link.send(Copy(transfer.op_id, to_device, host_ids.tobytes(), device_ids.tobytes()))
 
     def _count(self, transfer: Transfer, sign: int) -> None:
         unanswered = self._unanswered[transfer.route.target is Tier.DEVICE]
         unanswered[0] += sign
         unanswered[1] += sign * transfer.block_count * self.block_bytes
 
-    def _answered(self, token: int, error: str) -> None:
-        transfer = self._sent.pop(token).transfer
+    def _answered(self, op_id: int, error: str) -> None:
+        transfer = self._sent.pop(op_id).transfer
         self._count(transfer, -1)
         self._end(transfer, error)
 
@@ -174,7 +174,7 @@ class AgentPort(Elsewhere):
         failure = None
         if error:
             route = str(transfer.route)
-            failure = AgentGoneError(transfer.token, route, transfer.block_count, error)
-        self._ended.append(Completion(transfer.token, failure))
+            failure = AgentGoneError(transfer.op_id, route, transfer.block_count, error)
+        self._ended.append(Completion(transfer.op_id, failure))
         if self._wake is not None:
             self._wake()

@@ -19,12 +19,12 @@ from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.common.request import KVResponseStatus, Operation, as_int64
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
-from flexkv.index.keys import KeyChain, Namespace, blocks_are
+from flexkv.index.keys import KeyChain, Namespace, block_identity
 from flexkv.observe.logs import get_logger
 from flexkv.process import forks
 from flexkv.process.forks import HomeProcess
 from flexkv.server.frames import FrameSocket
-from flexkv.server.greet import connect
+from flexkv.server.handshake import connect
 from flexkv.server.prompts import (
     Keys,
     Prompt,
@@ -111,7 +111,7 @@ class Client:
         self._retry_s = 0.0
         # Numbers of a scheduler that was here before mean nothing of ours.
         self._next = randbits(31) << 32
-        self.is_ready, self.num_blocks, self._slot = False, 0, 0
+        self.is_ready, self.num_blocks, self._epoch = False, 0, 0
         self.generation = 0
         self._wait_s, self._heard_s = RETRY_S, 0.0
 
@@ -220,7 +220,7 @@ class Client:
         member("operation", operation, Operation)
         ids = b"" if device_ids is None else as_int64("device_ids", device_ids).tobytes()
         number = self._number()
-        start = Start(number, operation.label, keys, first, ids, self._slot, when_ready, held)
+        start = Start(number, operation.label, keys, first, ids, self._epoch, when_ready, held)
         return self._begin(start, blocks_of(keys))
 
     def get(
@@ -229,7 +229,7 @@ class Client:
         """Begin a get; arguments as for `start` and `ask`."""
         part, ids = self._part_of(keys), as_int64("device_ids", device_ids).tobytes()
         start = Start(
-            self._number(), Operation.GET.label, part.keys, first, ids, self._slot, when_ready,
+            self._number(), Operation.GET.label, part.keys, first, ids, self._epoch, when_ready,
             held, prompt=part.prompt, known=part.known,
         )  # fmt: skip
         return self._begin(start, blocks_of(keys))
@@ -246,7 +246,7 @@ class Client:
         """
         part, ids = self._part_of(keys), as_int64("device_ids", device_ids).tobytes()
         start = Start(
-            self._number(), Operation.PUT.label, part.keys, first, ids, self._slot, True,
+            self._number(), Operation.PUT.label, part.keys, first, ids, self._epoch, True,
             generation=generation, prompt=part.prompt, known=part.known,
         )  # fmt: skip
         return self._begin(start, blocks_of(keys))
@@ -323,7 +323,7 @@ class Client:
             return True
         if time.monotonic() < self._retry_s:
             return False
-        facts = blocks_are(self._model, self._tokens_per_block, self._secret)
+        facts = block_identity(self._model, self._tokens_per_block, self._secret)
         hello = Hello(
             PROTOCOL_VERSION, "client", os.getpid(), facts, self._instance, watches=self._watches
         )
@@ -443,7 +443,7 @@ class Client:
                     self._ended.append(message)
             case State():
                 self.is_ready, self.num_blocks = message.ready, message.num_blocks
-                self._slot, self.generation = message.slot, message.generation
+                self._epoch, self.generation = message.epoch, message.generation
                 if message.ready and message.order != self._order:
                     self._order = message.order
                     self._keys = KeyChain(

@@ -67,7 +67,7 @@ class Control:
             "instances": {
                 str(number): {
                     "ranks": sorted(instance.ports),
-                    "ready": instance.slot is not None,
+                    "ready": instance.epoch is not None,
                     "blocks": instance.num_blocks,
                     "client": instance.client is not None,
                     "stuck": instance.stuck,

@@ -1,13 +1,14 @@
 """The devices of every instance, which live in the instances' own processes.
 
-    FleetPort ──slot of the device ids──▶ RanksPort ──▶ AgentPort ──link──▶ agent of rank 0
-                                                   └──▶ AgentPort ──link──▶ agent of rank 1
+    FleetPort ──epoch of the device ids──▶ RanksPort ──▶ AgentPort ──link──▶ agent of rank 0
+                                                    └──▶ AgentPort ──link──▶ agent of rank 1
 
-An instance has a slot while its client and all its ranks are connected: its device blocks have ids
-of their own, `slot << SLOT_SHIFT | block`. When one of them goes, so does the slot, for good: ids
-that were made for it can mean nothing else later, and what was being read for a put on it is not
-believed. A client that has given its device blocks to others, because it does not hear of the puts
-that read them, closes its connection first; that is looked at whenever such a read has ended.
+An instance has an epoch while its client and all its ranks are connected: its device blocks have
+ids of their own, `epoch << EPOCH_SHIFT | block`. When one of them goes, so does the epoch, for
+good: ids that were made for it can mean nothing else later, and what was being read for a put on it
+is not believed. A client that has given its device blocks to others, because it does not hear of
+the puts that read them, closes its connection first; that is looked at whenever such a read has
+ended.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from flexkv.server.wire import ProtocolError, ToServer
 log = get_logger(__name__)
 
 GONE = "the instance is gone"
-SLOT_SHIFT = 40
-BLOCK_MASK = (1 << SLOT_SHIFT) - 1
+EPOCH_SHIFT = 40
+BLOCK_MASK = (1 << EPOCH_SHIFT) - 1
 
 
 class _UnderWay(NamedTuple):
     transfer: Transfer
-    slot: int
+    epoch: int
 
 
 class Instance:
@@ -45,7 +46,7 @@ class Instance:
 
     Attributes:
         ranks: the port to all ranks; None while one is missing. A client that returns finds it.
-        slot: of its device blocks; None while a rank or the client is missing.
+        epoch: of its device blocks; None while a rank or the client is missing.
         num_blocks: that every rank has.
         stuck: why no request is begun on its devices: they do not end their copies. Empty if
         they do.
@@ -56,25 +57,25 @@ class Instance:
         self.ports: dict[int, AgentPort] = {}
         self.ranks: RanksPort | None = None
         self.client: Link[ToServer] | None = None
-        self.slot: int | None = None
+        self.epoch: int | None = None
         self.num_blocks = 0
 
 
 class FleetPort(Elsewhere):
     """A transfer port over the devices of every instance."""
 
-    num_blocks = 1 << SLOT_SHIFT
+    num_blocks = 1 << EPOCH_SHIFT
 
     def __init__(self, model: ModelConfig, host_blocks: int, block_bytes: int) -> None:
         self._model, self._host_blocks = model, host_blocks
         self.block_bytes = block_bytes
         self.instances: dict[int, Instance] = {}
         self.order: str | None = None
-        self._slots: dict[int, RanksPort] = {}
+        self._epochs: dict[int, RanksPort] = {}
         self._under_way: dict[int, _UnderWay] = {}
         self.begun: Callable[[], None] = lambda: None
         """Called when agents get something to do, so that their deadlines are watched."""
-        self._next_slot = 1
+        self._next_epoch = 1
         self._ended: list[Completion] = []
         self._wake: Callable[[], None] | None = None
 
@@ -101,7 +102,7 @@ class FleetPort(Elsewhere):
             raise ConfigError("kv_caches", order, f"must lie as those of the others: {self.order}")
 
     def join(self, number: int, tp_rank: int, port: AgentPort, order: str) -> None:
-        """Take a rank; with the last one its instance has a slot.
+        """Take a rank; with the last one its instance has an epoch.
 
         Raises:
             ConfigError: it may not.
@@ -113,9 +114,9 @@ class FleetPort(Elsewhere):
         self._open_slot(instance)
 
     def leave(self, number: int, tp_rank: int) -> None:
-        """Let a rank go: its instance has no slot until it is back."""
+        """Let a rank go: its instance has no epoch until it is back."""
         instance = self.instances[number]
-        port, instance.ranks, instance.slot = instance.ports.pop(tp_rank), None, None
+        port, instance.ranks, instance.epoch = instance.ports.pop(tp_rank), None, None
         port.gone()
         if not port.is_dismissed:  # else the others are, too, or came after it
             for other in instance.ports.values():
@@ -136,7 +137,7 @@ class FleetPort(Elsewhere):
     def detach(self, number: int) -> None:
         """Let an instance's client go."""
         instance = self.instances[number]
-        instance.client = instance.slot = None
+        instance.client = instance.epoch = None
         self._forget_if_empty(number)
 
     def _forget_if_empty(self, number: int) -> None:
@@ -152,9 +153,9 @@ class FleetPort(Elsewhere):
         if instance.ranks is None:
             instance.ranks = self._joined(instance.ports)
         instance.num_blocks = min(port.num_blocks for port in instance.ports.values())
-        instance.slot = self._next_slot
-        self._slots[instance.slot] = instance.ranks
-        self._next_slot += 1
+        instance.epoch = self._next_epoch
+        self._epochs[instance.epoch] = instance.ranks
+        self._next_epoch += 1
 
     def _joined(self, ports: dict[int, AgentPort]) -> RanksPort:
         parts: list[list[AgentPort]] = [[] for _ in range(self._model.parts)]
@@ -171,19 +172,19 @@ class FleetPort(Elsewhere):
         Raises:
             ConfigError: one is no block of its devices.
         """
-        assert instance.slot is not None
+        assert instance.epoch is not None
         if len(local_ids) and not 0 <= local_ids.min() <= local_ids.max() < instance.num_blocks:
             wrong = next(int(i) for i in local_ids if not 0 <= i < instance.num_blocks)
             why = f"is not a device block of the instance: it has {instance.num_blocks}"
             raise ConfigError("device_ids", wrong, why)
-        return local_ids | (instance.slot << SLOT_SHIFT)
+        return local_ids | (instance.epoch << EPOCH_SHIFT)
 
     # -- the port -------------------------------------------------------------------------------
 
     def connect(self, wake: Callable[[], None]) -> None:
         """Attach to the running event loop; `wake` is called on it when `reap` has something."""
         self._wake = wake
-        for ranks in self._slots.values():
+        for ranks in self._epochs.values():
             ranks.connect(wake)
 
     def submit(self, transfer: Transfer) -> None:
@@ -192,19 +193,19 @@ class FleetPort(Elsewhere):
         source_ids, target_ids = transfer.source_ids, transfer.target_ids
         to_device = transfer.route.target is Tier.DEVICE
         theirs = target_ids if to_device else source_ids
-        slot = int(theirs[0]) >> SLOT_SHIFT
-        ranks, instance = self._slots.get(slot), self._live(slot)
+        epoch = int(theirs[0]) >> EPOCH_SHIFT
+        ranks, instance = self._epochs.get(epoch), self._live(epoch)
         if ranks is None or instance is None or instance.stuck:
             why = GONE if instance is None else instance.stuck or GONE
-            self._ended.append(Completion(transfer.token, _failed(transfer, why)))
+            self._ended.append(Completion(transfer.op_id, _failed(transfer, why)))
             if self._wake is not None:
                 self._wake()
             return
         local = theirs & BLOCK_MASK
-        self._under_way[transfer.token] = _UnderWay(transfer, slot)
+        self._under_way[transfer.op_id] = _UnderWay(transfer, epoch)
         ranks.submit(
             Transfer(
-                transfer.token,
+                transfer.op_id,
                 transfer.owner,
                 transfer.route,
                 source_ids if to_device else local,
@@ -213,35 +214,35 @@ class FleetPort(Elsewhere):
         )
         self.begun()
 
-    def _live(self, slot: int) -> Instance | None:
-        """Return the instance that has a slot, if its client is there."""
+    def _live(self, epoch: int) -> Instance | None:
+        """Return the instance that has an epoch, if its client is there."""
         for each in self.instances.values():
-            if each.slot == slot and each.client is not None:
+            if each.epoch == epoch and each.client is not None:
                 return None if each.client.has_hung_up else each
         return None
 
     def reap(self) -> list[Completion]:
         """Give every transfer that ended since the last call, each exactly once."""
         ended, self._ended = self._ended, []
-        for ranks in dict.fromkeys(self._slots.values()):  # several slots may have the same
-            for token, error in ranks.reap():
-                transfer, slot = self._under_way.pop(token)
-                if error is None and transfer.route.target is Tier.HOST and not self._live(slot):
+        for ranks in dict.fromkeys(self._epochs.values()):  # several epochs may have the same
+            for op_id, error in ranks.reap():
+                transfer, epoch = self._under_way.pop(op_id)
+                if error is None and transfer.route.target is Tier.HOST and not self._live(epoch):
                     # Others may have had its blocks by then.
                     error = _failed(transfer, GONE)
-                ended.append(Completion(token, error))
-        if over := self._slots.keys() - {each.slot for each in self.instances.values()}:
-            for slot in over - {each.slot for each in self._under_way.values()}:
-                del self._slots[slot]
+                ended.append(Completion(op_id, error))
+        if over := self._epochs.keys() - {each.epoch for each in self.instances.values()}:
+            for epoch in over - {each.epoch for each in self._under_way.values()}:
+                del self._epochs[epoch]
         return ended
 
     def close(self) -> None:
         """Let go of everything. Only legal with nothing in flight."""
-        self._slots.clear()
+        self._epochs.clear()
 
 
 def _failed(transfer: Transfer, why: str) -> AgentGoneError:
-    return AgentGoneError(transfer.token, str(transfer.route), transfer.block_count, why)
+    return AgentGoneError(transfer.op_id, str(transfer.route), transfer.block_count, why)
 
 
 def ids_from(blob: bytes) -> BlockIds:

@@ -274,7 +274,7 @@ class Jobs:
             ClosedError: its devices are not there, or do not answer, or others are there now.
         """
         instance = self._fleet.instances.get(self._instance)
-        if instance is None or instance.slot is None or instance.slot != start.slot:
+        if instance is None or instance.epoch is None or instance.epoch != start.epoch:
             raise ClosedError("the devices of the instance are not those of the request")
         if instance.stuck:
             raise ClosedError(instance.stuck)

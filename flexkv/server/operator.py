@@ -8,7 +8,7 @@ from typing import Any
 
 from flexkv.common.errors import BackendUnavailableError, ConfigError
 from flexkv.server.address import socket_path
-from flexkv.server.greet import connect, message
+from flexkv.server.handshake import connect, message
 from flexkv.server.wire import PROTOCOL_VERSION, Answer, Command, Hello, framed
 
 COMMAND_S = 60.0

@@ -20,11 +20,11 @@ from contextlib import ExitStack, suppress
 from flexkv.common.config import MB
 from flexkv.common.errors import ClosedError, ConfigError, FlexKVError, InternalError
 from flexkv.engine.engine import Engine
-from flexkv.index.keys import blocks_are
+from flexkv.index.keys import block_identity
 from flexkv.observe.logs import get_logger
 from flexkv.server.agent_port import AgentPort
 from flexkv.server.backend import ServerBackend
-from flexkv.server.changes import Watchers
+from flexkv.server.change_feed import ChangeFeed
 from flexkv.server.control import Control
 from flexkv.server.deadlines import DeviceDeadlines
 from flexkv.server.guests import INSTANCES_MAX, Guest, Guests
@@ -43,9 +43,9 @@ from flexkv.server.wire import (
     Cancel,
     Command,
     Copied,
+    DeviceReady,
     Forget,
     Hello,
-    Lent,
     Match,
     ProtocolError,
     Ready,
@@ -91,14 +91,14 @@ class Server:
         self._engine, self._backend, self._listener = engine, backend, listener
         cache = engine.cache
         secret = cache.key_secret.get_secret_value()
-        self._facts = blocks_are(engine.model, cache.tokens_per_block, secret)
+        self._facts = block_identity(engine.model, cache.tokens_per_block, secret)
         self._jobs: dict[int, Jobs] = {}
         self._guests = Guests(engine.supervisor)
         self._deadlines = DeviceDeadlines(
             backend.fleet, engine.runner, cache.io_deadline_s, self._turn_away
         )
         self._control = Control(engine, backend.fleet)
-        self._watchers = Watchers(engine.residency)
+        self._watchers = ChangeFeed(engine.residency)
         self._turns = LoopTurns()
         self._closing = False
 
@@ -332,11 +332,11 @@ class Server:
         if link is None:
             return
         instance, generation = fleet.instances.get(number), self._engine.clears.generation
-        if instance is None or instance.slot is None:
+        if instance is None or instance.epoch is None:
             link.send(State(False, 0, "", generation=generation))
         else:
             order = fleet.order or ""
-            link.send(State(True, instance.num_blocks, order, instance.slot, generation))
+            link.send(State(True, instance.num_blocks, order, instance.epoch, generation))
 
     def _tell_states(self) -> None:
         """Tell every client that the cache was cleared."""
@@ -349,7 +349,7 @@ class Server:
         fleet, number, rank = self._backend.fleet, hello.instance, hello.tp_rank
         if (message := await link.receive()) is None:
             return
-        if not isinstance(message, Lent):
+        if not isinstance(message, DeviceReady):
             raise ProtocolError("an agent's first word is that its device is lent")
         port = self._port_of(link, hello)
         fleet.join(number, rank, port, hello.order)

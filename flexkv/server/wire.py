@@ -30,7 +30,7 @@ from flexkv.common.errors import ConfigError, FlexKVError, MalformedError
 
 T = TypeVar("T")
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 FRAME_BYTES_MAX = 8 << 20
 """Bytes of any message; the server accepts `FRAME_BYTES_OF` at most, by the peer's role."""
 LENGTH_BYTES = 4
@@ -68,7 +68,7 @@ class Hello(Message, tag="hello", frozen=True):
     role: Role
     pid: int
     facts: Annotated[Mapping[str, int | str], msgspec.Meta(max_length=64)] = {}
-    """As of `blocks_are`: who means other blocks is refused. Nothing for control."""
+    """As of `block_identity`: who means other blocks is refused. Nothing for control."""
     instance: int = 0
     tp_rank: int = 0
     num_blocks: int = 0
@@ -97,7 +97,7 @@ class State(Message, tag="state", frozen=True):
     ready: bool
     num_blocks: Number
     order: ShortText
-    slot: Number = 0
+    epoch: Number = 0
     """Names this state: a `Start` that was made in another one is refused."""
     generation: Number = 0
     """Grows with each clear: see `flexkv.index.clears`."""
@@ -151,7 +151,7 @@ class Start(Message, tag="start", frozen=True):
     first: Number
     device_ids: bytes
     """int64, one for each block."""
-    slot: Number
+    epoch: Number
     when_ready: bool = False
     """Wait until every rank has said `Ready`: what is put has to be written first."""
     held: Number = 0
@@ -196,20 +196,20 @@ class Cancel(Message, tag="cancel", frozen=True):
 class Copy(Message, tag="copy", frozen=True):
     """Copy blocks between host memory and a rank's device; ids are int64."""
 
-    token: Number
+    op_id: Number
     to_device: bool
     host_ids: bytes
     device_ids: bytes
 
 
-class Lent(Message, tag="lent", frozen=True):
+class DeviceReady(Message, tag="device_ready", frozen=True):
     """A rank's device is set up: copies may be asked for."""
 
 
 class Copied(Message, tag="copied", frozen=True):
     """A copy has ended."""
 
-    token: Number
+    op_id: Number
     error: ShortText = ""
 
 
@@ -249,8 +249,18 @@ class Answer(Message, tag="answer", frozen=True):
 
 
 ToServer: TypeAlias = (
-    Hello | Match | Forget | Release | Start | Cancel | Lent | Copied | Ready | Settle | Command
-)  # fmt: skip
+    Hello
+    | Match
+    | Forget
+    | Release
+    | Start
+    | Cancel
+    | DeviceReady
+    | Copied
+    | Ready
+    | Settle
+    | Command
+)
 FromServer: TypeAlias = Welcome | State | Matched | Done | Changed | Copy | Settled | Answer
 
 _ENCODER = msgspec.msgpack.Encoder()

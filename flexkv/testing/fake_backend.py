@@ -15,7 +15,7 @@ from flexkv.io.checksums.checked import CheckedDiskPort
 from flexkv.io.checksums.summed import SummedPort
 from flexkv.io.ports import DurablePort, TransferPort
 from flexkv.io.ssd.journal import Journal
-from flexkv.testing.fakes import FakePort, FakeSummer
+from flexkv.testing.fakes import FakeChecksummer, FakePort
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.lossy_files import LossyFiles
 from flexkv.testing.virtual_time import VirtualThread
@@ -77,7 +77,7 @@ class FakeBackend:
         if not self.disk_blocks:
             return
         self.port = FakePort(self._store, self._memory, self._faults, BLOCK_KEY_BYTES)
-        summer = FakeSummer(self._memory, self._faults)
+        summer = FakeChecksummer(self._memory, self._faults)
         self._sums = summer.sums
         disk = self.disk = CheckedDiskPort(
             self.port, summer, self.disk_blocks, lambda block: ("fake", block)
@@ -111,5 +111,5 @@ class FakeBackend:
         """Give the one device's port; what comes layer by layer is summed behind it."""
         if self._sums is None:
             return devices[0].port
-        summer = FakeSummer(self._memory, self._faults, self._sums)
+        summer = FakeChecksummer(self._memory, self._faults, self._sums)
         return SummedPort(devices[0].port, summer, has_summed=True)

@@ -121,14 +121,14 @@ class FakePort:
 
         Raises:
             ClosedError: after `close`.
-            InvariantError: before `connect`, ids out of range or of unequal length, or a token
+            InvariantError: before `connect`, ids out of range or of unequal length, or an op
                 that is in flight.
         """
         if self._closed or not self.awake:
             raise ClosedError("the fake port is closed, or suspended")
         loop, faults = self._loop, self._faults
-        if loop is None or transfer.token in self._jobs:
-            raise InvariantError(f"transfer {transfer.token}: not connected, or in flight already")
+        if loop is None or transfer.op_id in self._jobs:
+            raise InvariantError(f"transfer {transfer.op_id}: not connected, or in flight already")
         to_host = transfer.route.target is Tier.HOST
         limits = (len(self._store), len(self._host))
         check_ids(transfer, *(limits if to_host else limits[::-1]))
@@ -136,7 +136,7 @@ class FakePort:
         error: TransferError | None = None
         if faults.fails():
             why = f"injected by {faults!r}"
-            error = TransferError(transfer.token, str(transfer.route), transfer.block_count, why)
+            error = TransferError(transfer.op_id, str(transfer.route), transfer.block_count, why)
         order = np.array(faults.order(transfer.block_count), dtype=np.int64)
         first, rest = np.split(order, [faults.cut(len(order))])
         start_s, delay_s = loop.time(), faults.delay_s()
@@ -148,7 +148,7 @@ class FakePort:
             self.touched += transfer.target_ids.tolist()
             for block_id in transfer.target_ids.tolist():
                 self._ended_at.pop(block_id, None)
-        job = self._jobs[transfer.token] = _Job(transfer, error, copies, start_s + delay_s)
+        job = self._jobs[transfer.op_id] = _Job(transfer, error, copies, start_s + delay_s)
         self._await_next(loop, job)
 
     def _await_next(self, loop: asyncio.AbstractEventLoop, job: _Job) -> None:
@@ -188,12 +188,12 @@ class FakePort:
 
     def _end(self, job: _Job) -> None:
         """Make a transfer reapable."""
-        del self._jobs[job.transfer.token]
+        del self._jobs[job.transfer.op_id]
         self._clock += 1
         if job.transfer.route.target is not Tier.HOST:
             for block_id in job.transfer.target_ids.tolist():
                 self._ended_at[block_id] = self._clock
-        self._ended.append(Completion(job.transfer.token, job.error))
+        self._ended.append(Completion(job.transfer.op_id, job.error))
         assert self._wake is not None
         self._wake()
 
@@ -267,7 +267,7 @@ def sums_of(blocks: NDArray[np.uint8]) -> list[int]:
     return [zlib.crc32(block.tobytes()) for block in blocks]
 
 
-class FakeSummer:
+class FakeChecksummer:
     """Sums blocks of an array after a delay; until then their sums are wrong."""
 
     def __init__(
@@ -287,20 +287,20 @@ class FakeSummer:
         """Attach to the running event loop."""
         self._wake = wake
 
-    def submit(self, token: int, host_ids: BlockIds, urgent: bool) -> None:
+    def submit(self, op_id: int, host_ids: BlockIds, urgent: bool) -> None:
         """Sum host blocks into `sums`."""
         self.sums[host_ids] = 0
         loop = asyncio.get_running_loop()
-        loop.call_later(self._faults.delay_s(), self._end, token, host_ids)
+        loop.call_later(self._faults.delay_s(), self._end, op_id, host_ids)
 
-    def _end(self, token: int, host_ids: BlockIds) -> None:
+    def _end(self, op_id: int, host_ids: BlockIds) -> None:
         self.sums[host_ids] = sums_of(self._host[host_ids])
-        self._ended.append(token)
+        self._ended.append(op_id)
         assert self._wake is not None
         self._wake()
 
     def reap(self) -> list[int]:
-        """Give the tokens that ended since the last call."""
+        """Return the ids of the ops that ended since the last call."""
         ended, self._ended = self._ended, []
         return ended
 

@@ -20,9 +20,9 @@ import msgspec
 
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import FlexKVError
-from flexkv.index.keys import blocks_are
+from flexkv.index.keys import block_identity
 from flexkv.server.address import socket_path
-from flexkv.server.greet import Connected, connect
+from flexkv.server.handshake import Connected, connect
 from flexkv.server.wire import (
     FROM_SERVER,
     LENGTH_BYTES,
@@ -31,9 +31,9 @@ from flexkv.server.wire import (
     Command,
     Copied,
     Copy,
+    DeviceReady,
     Forget,
     Hello,
-    Lent,
     Match,
     Message,
     Ready,
@@ -65,7 +65,7 @@ class Hostile:
         self._settings, self._model, self._seed = settings, model, seed
         cache = settings.cache_config
         secret = cache.key_secret.get_secret_value()
-        self._facts = blocks_are(model, cache.tokens_per_block, secret)
+        self._facts = block_identity(model, cache.tokens_per_block, secret)
         self._open: list[socket.socket] = []
         self.frames = self.sessions = 0
 
@@ -142,16 +142,16 @@ class Hostile:
                     connected.socket.close()
 
     def _talk(self, peers: list[tuple[str, Connected]], chance: random.Random) -> None:
-        slot = 0
+        epoch = 0
         asked: list[int] = []
         for _ in range(chance.randrange(2, 40)):
             role, connected = chance.choice(peers)
             for heard in _listen(connected.socket):
                 if isinstance(heard, State):
-                    slot = heard.slot
+                    epoch = heard.epoch
                 elif isinstance(heard, Copy):
-                    asked.append(heard.token)
-            said = _SAYS[role](chance, slot, asked)
+                    asked.append(heard.op_id)
+            said = _SAYS[role](chance, epoch, asked)
             body = said if isinstance(said, bytes) else _body(said)
             if chance.random() < 0.03:
                 body = _mangled(body, chance)
@@ -188,7 +188,7 @@ class Hostile:
         connected = connect(self._settings.server_recv_port, hello)
         self.frames += 1
         if role == "agent" and chance.random() < 0.95:
-            self._say(connected.socket, _body(Lent()), chance)
+            self._say(connected.socket, _body(DeviceReady()), chance)
         return connected
 
     def _say(self, peer: socket.socket, body: bytes, chance: random.Random) -> None:
@@ -274,7 +274,7 @@ def _keys(chance: random.Random) -> bytes:
     return keys + b"x" * (chance.random() < 0.02)
 
 
-def _start(chance: random.Random, slot: int) -> Start:
+def _start(chance: random.Random, epoch: int) -> Start:
     keys = _keys(chance)
     first = chance.choice((0, 0, 0, _integer(chance, 4)))
     wanted = max(0, len(keys) // 16 - 1 - first) % 4096
@@ -291,7 +291,7 @@ def _start(chance: random.Random, slot: int) -> Start:
         keys,
         first,
         blob,
-        slot if chance.random() < 0.95 else _integer(chance),
+        epoch if chance.random() < 0.95 else _integer(chance),
         chance.random() < 0.3,
         chance.randrange(32),
         prompt=prompt,
@@ -307,12 +307,12 @@ def _prompt(chance: random.Random) -> tuple[int, int]:
     return prompt, chance.choices((0, 1, _integer(chance, 9)), (0.8, 0.15, 0.05))[0]
 
 
-def _client_says(chance: random.Random, slot: int, _: list[int]) -> Message | bytes:
+def _client_says(chance: random.Random, epoch: int, _: list[int]) -> Message | bytes:
     match chance.randrange(20):
         case 0:
-            return _anything(chance, slot)
+            return _anything(chance, epoch)
         case number if number < 10:
-            return _start(chance, slot)
+            return _start(chance, epoch)
         case number if number < 15:
             asked, hold = _integer(chance), chance.random() < 0.7
             first, tell = _integer(chance, 4), chance.random() < 0.3
@@ -325,15 +325,15 @@ def _client_says(chance: random.Random, slot: int, _: list[int]) -> Message | by
             return Cancel(_numbers(chance))
 
 
-def _agent_says(chance: random.Random, slot: int, asked: list[int]) -> Message | bytes:
+def _agent_says(chance: random.Random, epoch: int, asked: list[int]) -> Message | bytes:
     if asked and chance.random() < 0.7:
-        token = asked.pop(chance.randrange(len(asked)))
-        return Copied(token, chance.choice(("", "", "", "it cannot")))
+        op_id = asked.pop(chance.randrange(len(asked)))
+        return Copied(op_id, chance.choice(("", "", "", "it cannot")))
     match chance.randrange(20):
         case 0:
             return Copied(_integer(chance))
         case 1:
-            return _anything(chance, slot)
+            return _anything(chance, epoch)
         case number if number < 11:
             return Ready(_numbers(chance))
         case _:
@@ -350,9 +350,9 @@ def _control_says(chance: random.Random, *_: Any) -> Message | bytes:
     return Command(chance.randrange(32), verb, arguments)
 
 
-def _anything(chance: random.Random, slot: int) -> bytes:
+def _anything(chance: random.Random, epoch: int) -> bytes:
     says = chance.choice((_client_says, _agent_says, _control_says, None, None))
-    return _noise(chance) if says is None else _as_bytes(says(chance, slot, []))
+    return _noise(chance) if says is None else _as_bytes(says(chance, epoch, []))
 
 
 def _as_bytes(said: Message | bytes) -> bytes:

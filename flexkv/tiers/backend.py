@@ -17,10 +17,10 @@ from flexkv.common.config import MB, CacheConfig, CacheSizes, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import Order, PagedLayout, infer_layout
 from flexkv.common.terms import Tier
-from flexkv.index.keys import blocks_are
+from flexkv.index.keys import block_identity
 from flexkv.io.checksums.summed import SummedPort
-from flexkv.io.checksums.sums import PoolSummer, Sums
-from flexkv.io.cuda.choice import Wish
+from flexkv.io.checksums.sums import PoolChecksummer, Sums
+from flexkv.io.cuda.choice import CopyPreference
 from flexkv.io.cuda.driver import BoundDriver, why_no_gds
 from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
@@ -29,12 +29,12 @@ from flexkv.io.device.ranks import RanksPort
 from flexkv.io.device.tensors import check_dtype, describe, device_of, kv_cache_list
 from flexkv.io.memory.arena import Arena, check_memory
 from flexkv.io.ports import DevicePort, DurablePort, TransferPort
+from flexkv.io.ssd import missed_clears
 from flexkv.io.ssd.files import FileOptions
 from flexkv.io.ssd.open import (
-    SsdWish,
+    SsdRequest,
     TakenSsd,
     distinct,
-    missed_clears,
     open_ssd,
     refuse,
     take_ssd,
@@ -179,7 +179,7 @@ class LocalBackend:
         cache, sizes, superblock = self._cache, self._sizes, self._superblock()
         if cache.ssd_on_mismatch == "refuse":
             refuse(directories, superblock)
-        wish = SsdWish(
+        wish = SsdRequest(
             directories,
             sizes.num_disk_blocks,
             superblock,
@@ -231,7 +231,7 @@ class LocalBackend:
         cache, files = self._cache, taken.files
         self.disk_blocks = files.num_blocks
         options = RingOptions(entries=cache.iouring_entries, flags=cache.iouring_flags)
-        summer = PoolSummer(self._arena)
+        summer = PoolChecksummer(self._arena)
         self._sums = summer.sums
         port = self.disk = open_ssd(self._arena, files, options, summer, undo)
         if taken.journals is not None:
@@ -252,7 +252,7 @@ class LocalBackend:
         secret = cache.key_secret.get_secret_value()
         return Superblock(
             FORMAT_VERSION,
-            blocks_are(self._model, cache.tokens_per_block, secret),
+            block_identity(self._model, cache.tokens_per_block, secret),
             sizes.block_stride_bytes,
             sizes.max_file_blocks,
         )
@@ -287,8 +287,8 @@ class LocalBackend:
     ) -> CudaDevicePort:
         cache = self._cache
         wishes = (
-            Wish(cache.use_ce_transfer_d2h, cache.transfer_num_cta_d2h),
-            Wish(cache.use_ce_transfer_h2d, cache.transfer_num_cta_h2d),
+            CopyPreference(cache.use_ce_transfer_d2h, cache.transfer_num_cta_d2h),
+            CopyPreference(cache.use_ce_transfer_h2d, cache.transfer_num_cta_h2d),
         )
         driver = BoundDriver(ordinal)
         port = CudaDevicePort(pages, self._pinned, tuple(tensors), driver, wishes)
@@ -329,7 +329,7 @@ class LocalBackend:
         """Give a port that keeps the sums that the SSD needs, if there is one."""
         if self._sums is None:
             return port
-        return SummedPort(port, PoolSummer(self._arena, sums=self._sums), has_summed)
+        return SummedPort(port, PoolChecksummer(self._arena, sums=self._sums), has_summed)
 
     def _over_ranks(self, devices: Sequence[Device]) -> TransferPort:
         port: TransferPort = devices[0].port

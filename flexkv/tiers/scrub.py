@@ -16,7 +16,7 @@ from flexkv.common.errors import CorruptBlockError
 from flexkv.common.terms import BlockIds
 from flexkv.io.checksums.sums import Sums
 from flexkv.io.ssd.files import StripedFiles
-from flexkv.io.ssd.verify import Rereader
+from flexkv.io.ssd.verify import BlockVerifier
 from flexkv.process.workers import Workers
 from flexkv.tiers.ledger import CLOSE_S, SCAN_BLOCKS, Ledger
 
@@ -34,7 +34,7 @@ class Scrubber:
         """Take the files, the sums that the port keeps, and who knows which of them count."""
         self.checked_blocks = 0
         self._files, self._sums, self._ledger = files, sums, ledger
-        self._reader = Rereader(files.block_stride_bytes, BATCH_BYTES)
+        self._reader = BlockVerifier(files.block_stride_bytes, BATCH_BYTES)
         self._pause_s = self._reader.num_blocks * files.block_stride_bytes / bytes_per_s
         self._thread = Workers(1, "flexkv-scrub")
         self._next = 0

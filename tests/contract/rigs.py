@@ -16,7 +16,7 @@ from flexkv.common.layout import KVShape, Part, infer_layout
 from flexkv.common.terms import BlockIds, Route, Tier, Transfer
 from flexkv.io.checksums.checked import CheckedDiskPort
 from flexkv.io.checksums.summed import SummedPort
-from flexkv.io.cuda.choice import Choices, How, Wish
+from flexkv.io.cuda.choice import Choices, CopyMethod, CopyPreference
 from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
 from flexkv.io.device.cpu import CpuDevicePort
@@ -28,7 +28,7 @@ from flexkv.io.ssd.files import StripedFiles
 from flexkv.io.ssd.posix import ThreadDiskPort
 from flexkv.io.ssd.uring import RingOptions, UringDiskPort
 from flexkv.testing.fake_cuda import FakeCuda
-from flexkv.testing.fakes import FakePort, FakeSummer
+from flexkv.testing.fakes import FakeChecksummer, FakePort
 from flexkv.testing.faults import FaultPlan
 
 HOST_BLOCKS = 48
@@ -52,7 +52,7 @@ class Rig:
         """Give a transfer under a token of its own."""
         route = Route(self.outer, Tier.HOST) if to_host else Route(Tier.HOST, self.outer)
         return Transfer(
-            token=next(self.tokens),
+            op_id=next(self.tokens),
             owner=1,
             route=route,
             source_ids=np.array(source_ids, np.int64),
@@ -106,14 +106,14 @@ def summed_rig(_: Path) -> Rig:
     """Give a port that sums, over the fake and a summer that takes its time."""
     rig, faults = fake_rig(_), FaultPlan(2, delay_max_s=0.002)
     assert rig.host is not None
-    return Rig(SummedPort(rig.port, FakeSummer(rig.host, faults)), rig.host, Tier.DISK)
+    return Rig(SummedPort(rig.port, FakeChecksummer(rig.host, faults)), rig.host, Tier.DISK)
 
 
-class BlindSummer(FakeSummer):
+class BlindSummer(FakeChecksummer):
     """A summer that finds all blocks equal, for host memory that a test writes by hand."""
 
-    def _end(self, token: int, host_ids: BlockIds) -> None:
-        super()._end(token, host_ids)
+    def _end(self, op_id: int, host_ids: BlockIds) -> None:
+        super()._end(op_id, host_ids)
         self.sums[host_ids] = 0
 
 
@@ -126,7 +126,7 @@ def checked_rig(_: Path) -> Rig:
     return Rig(port, rig.host, Tier.DISK)
 
 
-def cuda_rig(wish: Wish) -> Rig:
+def cuda_rig(wish: CopyPreference) -> Rig:
     """Give a CUDA device port over a fake driver, with blocks of three pieces."""
     shape = (OUTER_BLOCKS, 16, 4, 24)
     layers = [np.zeros(shape, np.int16) for _ in range(3)]
@@ -152,14 +152,14 @@ def assert_nothing_left(driver: FakeCuda) -> None:
 
 def cuda_engine_rig(_: Path) -> Rig:
     """Give a CUDA device port that copies by the copy engine."""
-    return cuda_rig(Wish(use_engine=True))
+    return cuda_rig(CopyPreference(use_engine=True))
 
 
 def cuda_staged_rig(_: Path) -> Rig:
     """Give a CUDA device port that copies through device memory, few blocks at a time."""
-    rig = cuda_rig(Wish())
+    rig = cuda_rig(CopyPreference())
     for way in rig.port._ways:
-        way.choose(Choices.always(How.STAGED))
+        way.choose(Choices.always(CopyMethod.STAGED))
     return rig
 
 
@@ -175,7 +175,7 @@ def ranks_rig(_: Path) -> Rig:
         layers = [np.zeros((OUTER_BLOCKS, 16, 2, 24), np.int16) for _ in range(3)]
         layout = infer_layout([describe(layer) for layer in layers], [shape], None, Part(part, 2))
         drivers.append(FakeCuda(layers, registered=registered))
-        wish = Wish(use_engine=bool(part), thread_blocks=4)
+        wish = CopyPreference(use_engine=bool(part), thread_blocks=4)
         cuda = CudaDevicePort(layout, pinned, layers, drivers[-1], (wish, wish))
         cpu = CpuDevicePort(layout, arena, layers)  # the same memory: what each brings is one's own
         parts.append([cuda, cpu])
@@ -189,7 +189,7 @@ def ranks_rig(_: Path) -> Rig:
 
 def cuda_kernel_rig(_: Path) -> Rig:
     """Give a CUDA device port that copies by the kernel."""
-    return cuda_rig(Wish(use_engine=False, thread_blocks=8))
+    return cuda_rig(CopyPreference(use_engine=False, thread_blocks=8))
 
 
 def cpu_inline_rig(_: Path) -> Rig:

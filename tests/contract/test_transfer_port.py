@@ -89,7 +89,7 @@ async def test_many_in_flight_end_once_each(rig):
         for i in range(HOST_BLOCKS - blocks)
     ]
     ended = await rig.run(*transfers)
-    assert sorted(ended) == [Completion(transfer.token, None) for transfer in transfers]
+    assert sorted(ended) == [Completion(transfer.op_id, None) for transfer in transfers]
     assert rig.port.reap() == []
 
 
@@ -104,14 +104,14 @@ async def test_wake_announces_what_was_not_reaped_at_once(rig):
             await rig.woken.wait()
         rig.woken.clear()
         ended = rig.port.reap()
-    assert ended == [Completion(transfer.token, None)]
+    assert ended == [Completion(transfer.op_id, None)]
 
 
 @every_rig
 async def test_nothing_to_move_ends_well(rig):
     """A transfer of no blocks ends like any other."""
     transfer = rig.transfer(True, [], [])
-    assert await rig.run(transfer) == [Completion(transfer.token, None)]
+    assert await rig.run(transfer) == [Completion(transfer.op_id, None)]
 
 
 @every_rig

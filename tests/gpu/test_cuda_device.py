@@ -14,7 +14,7 @@ from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import infer_layout
 from flexkv.common.terms import Route, Tier, Transfer
-from flexkv.io.cuda.choice import Choices, How, Wish
+from flexkv.io.cuda.choice import Choices, CopyMethod, CopyPreference
 from flexkv.io.cuda.driver import BoundDriver
 from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
@@ -38,8 +38,8 @@ SHAPES: dict[str, Any] = {
     "fused": lambda tokens, heads: (BLOCKS, tokens, heads, 128),
     "mla": lambda tokens, heads: (BLOCKS, tokens, 256),
 }
-ENGINE = Wish(use_engine=True)
-every_way = pytest.mark.parametrize("how", How)
+ENGINE = CopyPreference(use_engine=True)
+every_way = pytest.mark.parametrize("how", CopyMethod)
 
 
 def model_of(shape: str, dtype: str, tp_size: int = 1) -> ModelConfig:
@@ -82,7 +82,9 @@ def blocks_first(shape: str, layers: list[Any]) -> list[Any]:
 class Rig:
     """A port over the real driver, and tensors of known bytes."""
 
-    def __init__(self, shape: str, dtype: str, tokens: int, how: How = How.ENGINE) -> None:
+    def __init__(
+        self, shape: str, dtype: str, tokens: int, how: CopyMethod = CopyMethod.ENGINE
+    ) -> None:
         model = model_of(shape, dtype)
         self.layers = tensors_of(shape, model, tokens)
         specs = [spec_of(layer) for layer in self.layers]
@@ -133,7 +135,7 @@ def opened() -> Iterator[Callable[..., Rig]]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 async def test_bytes_come_back(
-    opened: Callable[..., Rig], shape: str, dtype: str, tokens: int, how: How
+    opened: Callable[..., Rig], shape: str, dtype: str, tokens: int, how: CopyMethod
 ) -> None:
     """Scattered blocks that went to the host and came back elsewhere are the same bytes."""
     rig = opened(shape, dtype, tokens, how)
@@ -153,7 +155,7 @@ async def test_slots_of_the_stage_are_used_in_turn(
     opened: Callable[..., Rig], shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three blocks at a time, in both directions at once, again and again."""
-    rig = opened(shape, "bfloat16", 64, How.STAGED)
+    rig = opened(shape, "bfloat16", 64, CopyMethod.STAGED)
     monkeypatch.setattr(Stage, "size", 3 * rig.port.block_bytes)
     random = np.random.default_rng(0)
     device, host, back = (random.permutation(n)[:40] for n in (BLOCKS, HOST_BLOCKS, BLOCKS))
@@ -172,7 +174,7 @@ async def test_slots_of_the_stage_are_used_in_turn(
 
 
 @every_way
-async def test_both_directions_at_once(opened: Callable[..., Rig], how: How) -> None:
+async def test_both_directions_at_once(opened: Callable[..., Rig], how: CopyMethod) -> None:
     """Many transfers on both streams, each whole."""
     rig = opened("kv-blocks", "bfloat16", 16, how)
     before = blocks_first("kv-blocks", rig.layers)

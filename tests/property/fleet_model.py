@@ -33,8 +33,8 @@ class Wire(Link[ToServer]):
         """Keep a copy that is asked for."""
         assert isinstance(message, Copy)
         assert self.is_open
-        assert message.token not in self.asked
-        self.asked[message.token] = message
+        assert message.op_id not in self.asked
+        self.asked[message.op_id] = message
 
     def end(self) -> None:
         """Send no more."""
@@ -55,15 +55,15 @@ class Place:
     def __init__(self) -> None:
         self.client: Wire | None = None
         self.ranks: dict[int, Rank] = {}
-        self.slot: int | None = None
+        self.epoch: int | None = None
 
     def __bool__(self) -> bool:
         return self.client is not None or bool(self.ranks)
 
     @property
     def shape(self) -> tuple[Wire | None, int | None, dict[int, AgentPort]]:
-        """Give client, slot and ports."""
-        return self.client, self.slot, {rank: each.port for rank, each in self.ranks.items()}
+        """Give client, epoch and ports."""
+        return self.client, self.epoch, {rank: each.port for rank, each in self.ranks.items()}
 
 
 class Slot:
@@ -78,17 +78,17 @@ class Slot:
     def is_live(self) -> bool:
         """Tell whether it is its instance's now, and what is put may be believed."""
         client = self.place.client
-        return self.place.slot == self.number and client is not None and not client.has_hung_up
+        return self.place.epoch == self.number and client is not None and not client.has_hung_up
 
 
 class Sent:
     """A transfer, and which of its blocks were moved, by part or by rank."""
 
-    def __init__(self, transfer: Transfer, slot: Slot, pairs: list[tuple[int, int]]) -> None:
-        self.transfer, self.slot, self.pairs = transfer, slot, pairs
-        self.is_taken = slot.is_live
+    def __init__(self, transfer: Transfer, epoch: Slot, pairs: list[tuple[int, int]]) -> None:
+        self.transfer, self.epoch, self.pairs = transfer, epoch, pairs
+        self.is_taken = epoch.is_live
         self.to_device = transfer.route.target is Tier.DEVICE
-        keys = slot.ranks if self.to_device else {rank.part for rank in slot.ranks}
+        keys = epoch.ranks if self.to_device else {rank.part for rank in epoch.ranks}
         self.moved: dict[Any, Counter[Any]] = {key: Counter() for key in keys}
 
     def note_moved(self, rank: Rank, copy: Copy) -> None:
@@ -100,7 +100,7 @@ class Sent:
     @property
     def is_over(self) -> bool:
         """Tell whether nobody will say anything of it any more."""
-        return not any(self.transfer.token in rank.wire.asked for rank in self.slot.ranks)
+        return not any(self.transfer.op_id in rank.wire.asked for rank in self.epoch.ranks)
 
     @property
     def is_whole(self) -> bool:

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from flexkv.common.config import ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.terms import Route, Tier, Transfer
-from flexkv.server.fleet import SLOT_SHIFT, FleetPort
+from flexkv.server.fleet import EPOCH_SHIFT, FleetPort
 from flexkv.server.wire import Copied, ProtocolError
 from tests.property.fleet_model import MODELS, PART_BYTES, Place, Rank, Sent, Slot, Wire
 
@@ -36,7 +36,7 @@ class FleetMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.places = [Place() for _ in range(INSTANCES)]
-        self.slots: list[Slot] = []
+        self.epochs: list[Slot] = []
         self.sent: dict[int, Sent] = {}
         self.next_token = 0
         self.is_woken = False
@@ -59,7 +59,7 @@ class FleetMachine(RuleBasedStateMachine):
         if hangs_up and place.client is not None:
             place.client.has_hung_up = True
         elif place.client is not None:
-            place.client = place.slot = None
+            place.client = place.epoch = None
             self.fleet.detach(instance)
 
     @rule(instance=INSTANCE)
@@ -69,7 +69,7 @@ class FleetMachine(RuleBasedStateMachine):
         assert self.fleet.client_of(instance) is None
         client = self.places[instance].client = Wire()
         self.fleet.attach(instance, client)
-        self._note_slot(instance)
+        self._note_epoch(instance)
 
     @rule(instance=INSTANCE)
     def mend(self, instance: int) -> None:
@@ -95,7 +95,7 @@ class FleetMachine(RuleBasedStateMachine):
             return
         self.fleet.join(instance, number, joining.port, ORDER)
         place.ranks[number] = joining
-        self._note_slot(instance)
+        self._note_epoch(instance)
 
     @rule(instance=INSTANCE, rank=st.integers(0, 2))
     def rank_leaves(self, instance: int, rank: int) -> None:
@@ -104,7 +104,7 @@ class FleetMachine(RuleBasedStateMachine):
         if (leaving := place.ranks.pop(number, None)) is not None:
             others = [each.port for each in place.ranks.values()]
             dismissed = [not leaving.port.is_dismissed or port.is_dismissed for port in others]
-            place.slot = None
+            place.epoch = None
             self.fleet.leave(instance, number)
             leaving.wire.asked.clear()
             assert [port.is_dismissed for port in others] == dismissed
@@ -119,20 +119,20 @@ class FleetMachine(RuleBasedStateMachine):
             erring.wire.end()
             erring.is_heard = False
 
-    def _note_slot(self, number: int) -> None:
-        """Check that an instance has a slot when it should, and one that none had before."""
+    def _note_epoch(self, number: int) -> None:
+        """Check that an instance has an epoch when it should, and one that none had before."""
         place, instance = self.places[number], self.fleet.instances[number]
         ranks = place.ranks.values()
-        assert place.slot is None
+        assert place.epoch is None
         is_whole = place.client is not None and len(ranks) == self.model.tp_size
         if not is_whole or any(rank.port.is_dismissed for rank in ranks):
-            assert instance.slot is None
+            assert instance.epoch is None
             return
-        assert instance.slot is not None
-        assert instance.slot not in {slot.number for slot in self.slots}
-        place.slot = instance.slot
-        self.slots.append(Slot(place.slot, place))
-        assert instance.num_blocks == self.slots[-1].num_blocks
+        assert instance.epoch is not None
+        assert instance.epoch not in {epoch.number for epoch in self.epochs}
+        place.epoch = instance.epoch
+        self.epochs.append(Slot(place.epoch, place))
+        assert instance.num_blocks == self.epochs[-1].num_blocks
 
     # -- transfers ------------------------------------------------------------------------------
 
@@ -140,55 +140,55 @@ class FleetMachine(RuleBasedStateMachine):
     def submit(self, ages: list[int], route: Route, blocks: int) -> None:
         """The engine begins transfers of slots, which may be gone by now."""
         for age in ages:
-            self._submit(self.slots[-1 - age % len(self.slots)], route, blocks)
+            self._submit(self.epochs[-1 - age % len(self.epochs)], route, blocks)
 
-    def _submit(self, slot: Slot, route: Route, blocks: int) -> None:
-        token = self.next_token
+    def _submit(self, epoch: Slot, route: Route, blocks: int) -> None:
+        op_id = self.next_token
         self.next_token += 1
-        host = np.arange(blocks) + token % (HOST_BLOCKS - blocks)
-        local = (np.arange(blocks) + token) % slot.num_blocks
-        device = local | (slot.number << SLOT_SHIFT)
+        host = np.arange(blocks) + op_id % (HOST_BLOCKS - blocks)
+        local = (np.arange(blocks) + op_id) % epoch.num_blocks
+        device = local | (epoch.number << EPOCH_SHIFT)
         sides = (host, device) if route == TO_DEVICE else (device, host)
-        transfer = Transfer(token, 0, route, *sides)
+        transfer = Transfer(op_id, 0, route, *sides)
         pairs = list(zip(host.tolist(), local.tolist(), strict=True))
-        self.sent[token] = Sent(transfer, slot, pairs)
+        self.sent[op_id] = Sent(transfer, epoch, pairs)
         self.fleet.submit(transfer)
-        assert self.sent[token].is_taken or self.sent[token].is_over
+        assert self.sent[op_id].is_taken or self.sent[op_id].is_over
 
     @rule(numbers=st.lists(st.integers(0, 99), min_size=1, max_size=4), error=ERROR)
     def answer(self, numbers: list[int], error: str) -> None:
         """Agents end some of the copies that they were asked for, be they dismissed meanwhile."""
         ranks = [rank for place in self.places for rank in place.ranks.values() if rank.is_heard]
         for number in numbers:
-            asked = [(rank, token) for rank in ranks for token in rank.wire.asked]
+            asked = [(rank, op_id) for rank in ranks for op_id in rank.wire.asked]
             if asked:
-                rank, token = asked[number % len(asked)]
-                copy = rank.wire.asked.pop(token)
+                rank, op_id = asked[number % len(asked)]
+                copy = rank.wire.asked.pop(op_id)
                 if not error:
-                    self.sent[token].note_moved(rank, copy)
-                rank.port.copied(Copied(token, error))
+                    self.sent[op_id].note_moved(rank, copy)
+                rank.port.copied(Copied(op_id, error))
 
     @rule()
     def reap(self) -> None:
         """The engine takes exactly the ends that there are, and believes what it may."""
         self.is_woken = False
         ended = self.fleet.reap()
-        over = {token for token, sent in self.sent.items() if sent.is_over}
-        assert sorted(token for token, _ in ended) == sorted(over)
-        for token, error in ended:
-            sent = self.sent.pop(token)
-            is_believed = sent.is_whole and (sent.to_device or sent.slot.is_live)
-            assert (error is None) == is_believed, (token, error)
-        kept = {sent.slot.number for sent in self.sent.values()}
-        kept |= {place.slot for place in self.places if place.slot is not None}
-        assert self.fleet._slots.keys() == kept
+        over = {op_id for op_id, sent in self.sent.items() if sent.is_over}
+        assert sorted(op_id for op_id, _ in ended) == sorted(over)
+        for op_id, error in ended:
+            sent = self.sent.pop(op_id)
+            is_believed = sent.is_whole and (sent.to_device or sent.epoch.is_live)
+            assert (error is None) == is_believed, (op_id, error)
+        kept = {sent.epoch.number for sent in self.sent.values()}
+        kept |= {place.epoch for place in self.places if place.epoch is not None}
+        assert self.fleet._epochs.keys() == kept
 
     @invariant()
     def agrees(self) -> None:
         """Waiters for an end are woken; slots belong to whole instances; busy ones are known."""
         assert self.is_woken or not any(sent.is_over for sent in self.sent.values())
         instances = self.fleet.instances.items()
-        seen = {number: (each.client, each.slot, each.ports) for number, each in instances}
+        seen = {number: (each.client, each.epoch, each.ports) for number, each in instances}
         assert seen == {number: each.shape for number, each in enumerate(self.places) if each}
         for place in self.places:
             for rank in place.ranks.values():
@@ -203,7 +203,7 @@ class FleetMachine(RuleBasedStateMachine):
                 self.rank_leaves(number, rank)
         if hasattr(self, "fleet"):
             self.reap()
-            left = self.sent, self.fleet._slots, self.fleet._under_way, self.fleet.instances
+            left = self.sent, self.fleet._epochs, self.fleet._under_way, self.fleet.instances
             assert left == ({}, {}, {}, {})
             self.fleet.close()
 

@@ -32,7 +32,7 @@ from flexkv.cli.serve import run
 from flexkv.common.config import Settings, settings_of
 from flexkv.common.errors import FlexKVError
 from flexkv.common.request import Operation
-from flexkv.index.keys import blocks_are
+from flexkv.index.keys import block_identity
 from flexkv.observe.logs import configure_logging
 from flexkv.server.address import own_folders, socket_path
 from flexkv.server.listen import Listener, _witness_name
@@ -220,7 +220,7 @@ def _bind(path: Path) -> None:
 
 def _hello(address: str) -> bool:
     """Return whether a server answers a greeting, or anything at all."""
-    hello = Hello(PROTOCOL_VERSION, "agent", os.getpid(), blocks_are(MODEL, PER_BLOCK, ""))
+    hello = Hello(PROTOCOL_VERSION, "agent", os.getpid(), block_identity(MODEL, PER_BLOCK, ""))
     with socket.socket(socket.AF_UNIX) as ours:
         ours.settimeout(2.0)
         ours.connect(address)

@@ -11,7 +11,7 @@ from typing import Any
 
 from flexkv.common.config import Settings
 from flexkv.io.memory.arena import Arena
-from flexkv.server.greet import read
+from flexkv.server.handshake import read
 from flexkv.server.wire import (
     LENGTH_BYTES,
     PROTOCOL_VERSION,

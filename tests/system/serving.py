@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.request import Operation
-from flexkv.index.keys import blocks_are
+from flexkv.index.keys import block_identity
 from flexkv.server.agent import Agent
 from flexkv.server.client import Client
-from flexkv.server.greet import Connected, connect, message
+from flexkv.server.handshake import Connected, connect, message
 from flexkv.server.wire import (
     LENGTH_BYTES,
     PROTOCOL_VERSION,
+    DeviceReady,
     Done,
     Hello,
-    Lent,
     Start,
     State,
     framed,
@@ -114,7 +114,7 @@ class Peer:
         self, settings: Settings, role: Any, instance: int = 0, tp_rank: int = 0, **more: Any
     ) -> None:
         model: ModelConfig = more.pop("model", MODEL)
-        facts = blocks_are(model, PER_BLOCK, "")
+        facts = block_identity(model, PER_BLOCK, "")
         words = {"num_blocks": 64, "order": ORDER, **more}
         hello = Hello(
             PROTOCOL_VERSION, role, os.getpid(), facts, instance, tp_rank, **words
@@ -122,9 +122,9 @@ class Peer:
         self.connected: Connected = eventually(lambda: _try(settings, hello))
         self._socket = self.connected.socket
         self._socket.settimeout(10)
-        self.slot = 0
+        self.epoch = 0
         if role == "agent":
-            self.say(Lent())
+            self.say(DeviceReady())
 
     def say(self, said: Any) -> None:
         """Send a message."""
@@ -139,7 +139,7 @@ class Peer:
         while True:
             heard = message(self._socket)
             if isinstance(heard, State):
-                self.slot = heard.slot
+                self.epoch = heard.epoch
             if isinstance(heard, kind):
                 return heard
 
@@ -151,7 +151,7 @@ class Peer:
     def put(self, number: int, keys: bytes | None = None) -> None:
         """Start a put of the first blocks."""
         keys = keys or os.urandom(16 * (BLOCKS + 1))
-        self.say(Start(number, "put", keys, 0, np.arange(BLOCKS).tobytes(), self.slot))
+        self.say(Start(number, "put", keys, 0, np.arange(BLOCKS).tobytes(), self.epoch))
 
     def close(self) -> None:
         """Hang up. Idempotent."""

@@ -159,7 +159,7 @@ def test_a_question_of_very_many_blocks_is_answered_soon(
     agent, client = pair
     keys = os.urandom(16 * (BLOCKS + 1))
     client.put(1, keys)
-    agent.say(Copied(agent.hear(Copy).token))
+    agent.say(Copied(agent.hear(Copy).op_id))
     client.hear(Done)
     client.say(Match(2, keys + os.urandom(7 << 20), tell=True))
     assert client.hear(Matched).blocks == BLOCKS
@@ -175,7 +175,7 @@ def start(client: Peer, number: int, keys: bytes, ids: Any, **more: Any) -> Done
     blob = np.array(ids, np.int64).tobytes()
     words = {"operation": "put", "first": 0, **more}
     client.say(
-        Start(number, words["operation"], keys, words["first"], blob, client.slot)
+        Start(number, words["operation"], keys, words["first"], blob, client.epoch)
     )  # fmt: skip
     done: Done = client.hear(Done)
     return done
@@ -202,8 +202,8 @@ def test_a_block_under_another_parent_is_refused(
     """No prompt has such keys, and the index would break with them."""
     agent, client = pair
     keys = [bytes([number]) * 16 for number in range(6)]
-    client.say(Start(1, "put", b"".join(keys[:4]), 0, np.arange(3).tobytes(), client.slot))
-    agent.say(Copied(agent.hear(Copy).token))
+    client.say(Start(1, "put", b"".join(keys[:4]), 0, np.arange(3).tobytes(), client.epoch))
+    agent.say(Copied(agent.hear(Copy).op_id))
     assert client.hear(Done).moved == 3
     for number, order in enumerate(([0, 1, 5, 3], [5, 1, 4, 3], [1, 0, 2, 3]), 2):
         done = start(client, number, b"".join(keys[each] for each in order), [0, 1, 2])
@@ -232,7 +232,7 @@ def test_a_request_of_what_there_is_not_fails_by_itself(
     done = start(client, 1, os.urandom(48), ids, **more)
     assert (done.status, done.moved) == ("failed", 0)
     client.put(2)
-    agent.say(Copied(agent.hear(Copy).token))
+    agent.say(Copied(agent.hear(Copy).op_id))
     assert client.hear(Done).status == "success"
 
 
@@ -378,12 +378,12 @@ def test_a_request_may_name_a_hold_that_has_ended(
     agent, client = pair
     keys = os.urandom(16 * (BLOCKS + 1))
     client.put(1, keys)
-    agent.say(Copied(agent.hear(Copy).token))
+    agent.say(Copied(agent.hear(Copy).op_id))
     client.hear(Done)
     ids = np.arange(BLOCKS).tobytes()
     client.say(Match(5, keys, hold=True))
     client.say(Release((5, 5, 77)))
     for number, held in ((2, 5), (3, 99)):
-        client.say(Start(number, "get", keys, 0, ids, client.slot, held=held))
-        agent.say(Copied(agent.hear(Copy).token))
+        client.say(Start(number, "get", keys, 0, ids, client.epoch, held=held))
+        agent.say(Copied(agent.hear(Copy).op_id))
         assert client.hear(Done).moved == BLOCKS

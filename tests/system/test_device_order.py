@@ -220,9 +220,9 @@ async def test_layers_may_be_staged(
 
 
 def _staged_only() -> tuple[Any, ...]:
-    from flexkv.io.cuda.choice import Choice, How
+    from flexkv.io.cuda.choice import Choice, CopyMethod
 
-    return (Choice(How.STAGED, 16),)
+    return (Choice(CopyMethod.STAGED, 16),)
 
 
 @pytest.mark.parametrize("refused", ["register", "stage"])

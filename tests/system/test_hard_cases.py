@@ -32,7 +32,7 @@ def fail_reads(manager: KVManager, patch: pytest.MonkeyPatch) -> None:
     disk = manager._engine._backend.disk
     assert disk is not None
     reap, error = disk.reap, StorageError("planted", 0, EIO)
-    patch.setattr(disk, "reap", lambda: [Completion(token, error) for token, _ in reap()])
+    patch.setattr(disk, "reap", lambda: [Completion(op_id, error) for op_id, _ in reap()])
 
 
 async def test_a_prefix_whose_tail_fills_the_host_is_loaded_as_far_as_it_fits(

@@ -59,7 +59,7 @@ async def test_a_port_that_fails_a_transfer_shortens_the_hit(
 
         def failing() -> list[Completion]:
             error = FlexKVError("planted")
-            return [Completion(token, error) for token, _ in reap()]  # type: ignore[arg-type]
+            return [Completion(op_id, error) for op_id, _ in reap()]  # type: ignore[arg-type]
 
         monkeypatch.setattr(disk, "reap", failing)
         response = await manager.get(PROMPT, slots_of(range(20, 30)))

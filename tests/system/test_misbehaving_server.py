@@ -25,8 +25,8 @@ from flexkv.server.wire import (
     Changed,
     Copied,
     Copy,
+    DeviceReady,
     Done,
-    Lent,
     Match,
     Matched,
     Settled,
@@ -335,7 +335,7 @@ AGENT_NONSENSE: dict[str, Any] = {
 def lent(server: FakeServer) -> socket.socket:
     """Return the next agent's connection, once it has lent its device."""
     peer = server.next_peer()
-    assert isinstance(server.hear(peer), Lent)
+    assert isinstance(server.hear(peer), DeviceReady)
     return peer
 
 

@@ -178,13 +178,13 @@ def test_an_instance_that_answers_again_is_served_again(
     eventually(lambda: is_stuck(settings))
     client.put(2)
     assert client.hear(Done).number == 2
-    agent.say(Copied(copy.token))
+    agent.say(Copied(copy.op_id))
     done = client.hear(Done)
     assert (done.number, done.status, done.moved) == (1, "success", BLOCKS)
     client.say(Match(7, keys))
     assert client.hear(Matched).blocks == BLOCKS
     client.put(3)
-    agent.say(Copied(agent.hear(Copy).token))
+    agent.say(Copied(agent.hear(Copy).op_id))
     assert client.hear(Done).status == "success"
     assert not is_stuck(settings)
     command(settings.server_recv_port, "flush")
@@ -223,7 +223,7 @@ def test_requests_that_are_given_up_while_stuck_end_with_the_connection(
 ) -> None:
     """They keep their blocks, but no place; a cancel is answered when the agent has gone."""
     agent, client = stuck
-    client.say(Start(1, "put", os.urandom(16 * 9), 0, np.arange(BLOCKS).tobytes(), client.slot))
+    client.say(Start(1, "put", os.urandom(16 * 9), 0, np.arange(BLOCKS).tobytes(), client.epoch))
     agent.hear(Copy)
     client.say(Cancel((1,)))
     eventually(lambda: is_stuck(settings))

@@ -42,15 +42,15 @@ def fail_some(port: Any, *numbers: int) -> None:
 
     def submitted(transfer: Any) -> None:
         if next(given) in numbers:
-            failing.add(transfer.token)
+            failing.add(transfer.op_id)
         submit(transfer)
 
     def reaped() -> list[Completion]:
         return [
-            Completion(token, TransferError(token, "test", 1, "planted"))
-            if token in failing
-            else Completion(token, error)
-            for token, error in reap()
+            Completion(op_id, TransferError(op_id, "test", 1, "planted"))
+            if op_id in failing
+            else Completion(op_id, error)
+            for op_id, error in reap()
         ]
 
     port.submit, port.reap = submitted, reaped

@@ -16,11 +16,11 @@ import pytest
 from flexkv.common.config import Settings
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation
-from flexkv.index.keys import block_keys, blocks_are
+from flexkv.index.keys import block_identity, block_keys
 from flexkv.io.memory.arena import Arena
 from flexkv.server.agent import Agent
 from flexkv.server.client import Client
-from flexkv.server.greet import connect
+from flexkv.server.handshake import connect
 from flexkv.server.launch import Launched
 from flexkv.server.link import Link
 from flexkv.server.listen import Listener
@@ -103,11 +103,11 @@ def test_a_start_for_other_devices_is_refused(settings: Settings, launched: Laun
     """Its ids were made for those that were there before."""
     agent, client = Peer(settings, "agent"), Peer(settings, "client")
     client.hear_ready()
-    before = client.slot
+    before = client.epoch
     agent.close()
     again = Peer(settings, "agent")
     client.hear_ready()
-    client.slot, now = before, client.slot
+    client.epoch, now = before, client.epoch
     assert now != before
     client.put(1)
     assert "are not those of the request" in client.hear(Done).error
@@ -127,11 +127,11 @@ def test_a_client_that_comes_back_uses_devices_that_still_copy_for_it(
     client = Peer(settings, "client")
     client.hear_ready()
     client.put(2)
-    agent.say(Copied(agent.hear(Copy).token))
+    agent.say(Copied(agent.hear(Copy).op_id))
     assert client.hear(Done).status == "success"
-    agent.say(Copied(before.token))
+    agent.say(Copied(before.op_id))
     client.put(3)
-    agent.say(Copied(agent.hear(Copy).token))
+    agent.say(Copied(agent.hear(Copy).op_id))
     assert client.hear(Done).status == "success"
     assert is_sound(settings)
     agent.close()
@@ -210,14 +210,14 @@ def test_a_rank_that_comes_back_waits_for_the_other_to_drain(
         return command(settings.server_recv_port, "status")["instances"]["0"]
 
     assert eventually(lambda: (seen := instance())["ranks"] == [0, 1] and seen)["ready"] is False
-    agents[0].say(Copied(asked[0].token))
+    agents[0].say(Copied(asked[0].op_id))
     agents[0].close()
     assert client.hear(Done).number == 1
     fresh = Peer(settings, "agent", 0, 0, model=TWO_RANKS)
     client.hear_ready()
     client.put(3)
     for agent in (back, fresh):
-        agent.say(Copied(agent.hear(Copy).token))
+        agent.say(Copied(agent.hear(Copy).op_id))
     done = client.hear(Done)
     assert (done.number, done.status, done.moved) == (3, "success", BLOCKS)
     for peer in (back, fresh, client):
@@ -283,8 +283,8 @@ def test_a_put_of_what_are_no_keys_fails(
     """Who watches is told where the blocks are of a put that moved none: here there are none."""
     agent, client = Peer(settings, "agent"), Peer(settings, "client", watches=True)
     client.hear_ready()
-    for slot in (client.slot, client.slot + 1):
-        client.say(Start(1, "put", keys, 0, b"", slot))
+    for epoch in (client.epoch, client.epoch + 1):
+        client.say(Start(1, "put", keys, 0, b"", epoch))
         assert client.hear(Done).status == "failed"
     assert is_sound(settings)
     agent.close()
@@ -293,7 +293,7 @@ def test_a_put_of_what_are_no_keys_fails(
 
 def connect_agent_of(settings: Settings, num_blocks: int) -> None:
     """Connect an agent whose device has so many blocks."""
-    facts = blocks_are(MODEL, PER_BLOCK, "")
+    facts = block_identity(MODEL, PER_BLOCK, "")
     hello = Hello(PROTOCOL_VERSION, "agent", 1, facts, 5, 0, num_blocks, ORDER)
     connect(settings.server_recv_port, hello)
 
@@ -323,7 +323,7 @@ def test_two_clients_of_one_instance_at_once(settings: Settings, launched: Launc
     """One is taken, whoever of them; the other's leaving takes nothing from it."""
     path = settings.server_recv_port.removeprefix("ipc://")
     Peer(settings, "control").close()  # once it is there
-    hello = framed(Hello(PROTOCOL_VERSION, "client", 1, blocks_are(MODEL, PER_BLOCK, "")))
+    hello = framed(Hello(PROTOCOL_VERSION, "client", 1, block_identity(MODEL, PER_BLOCK, "")))
     os.kill(launched.pid, signal.SIGSTOP)
     sockets = [socket.socket(socket.AF_UNIX) for _ in range(4)]
     for each in sockets:

@@ -15,7 +15,7 @@ from flexkv.engine.engine import Engine
 from flexkv.io.checksums.checked import CheckedDiskPort
 from flexkv.io.ports import Completion, DurablePort
 from flexkv.testing.fake_backend import FakeBackend, empty
-from flexkv.testing.fakes import FakePort, FakeSummer
+from flexkv.testing.fakes import FakeChecksummer, FakePort
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK
 from flexkv.testing.virtual_time import run_virtual
@@ -54,7 +54,7 @@ class Metered:
     def submit(self, transfer: Transfer) -> None:
         """Start one transfer."""
         inbound, count = transfer.route.inbound, transfer.block_count
-        self._lent[transfer.token] = inbound, count
+        self._lent[transfer.op_id] = inbound, count
         self.blocks[inbound] += count
         self.blocks_max[inbound] = max(self.blocks_max[inbound], self.blocks[inbound])
         self._inner.submit(transfer)
@@ -62,8 +62,8 @@ class Metered:
     def reap(self) -> list[Completion]:
         """Return the transfers that have ended."""
         ended = self._inner.reap()
-        for token, _ in ended:
-            inbound, count = self._lent.pop(token)
+        for op_id, _ in ended:
+            inbound, count = self._lent.pop(op_id)
             self.blocks[inbound] -= count
         return ended
 
@@ -78,7 +78,7 @@ class MeteredBackend(FakeBackend):
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
         """Open the disk port."""
         self.port = FakePort(self._store, self._memory, self._faults, BLOCK_KEY_BYTES)
-        summer = FakeSummer(self._memory, self._slow)
+        summer = FakeChecksummer(self._memory, self._slow)
         self._sums = summer.sums
         checked = CheckedDiskPort(self.port, summer, self.disk_blocks, lambda at: ("fake", at))
         undo.callback(checked.close)

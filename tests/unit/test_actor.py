@@ -29,18 +29,18 @@ class Bench:
         self._ended = asyncio.Event()
 
     def _report(self, ends: list[Completion]) -> None:
-        for token, error in ends:
+        for op_id, error in ends:
             assert error is None
-            self.ended[token] = asyncio.get_running_loop().time()
+            self.ended[op_id] = asyncio.get_running_loop().time()
         if self.actor.is_idle():
             self._ended.set()
 
     async def run(self, *block_counts: int) -> None:
         """Post a transfer of each size, of owners in turn, and wait until all have ended."""
         self.actor.attach(self._report)
-        for token, count in enumerate(block_counts):
+        for op_id, count in enumerate(block_counts):
             ids = np.arange(count)
-            self.actor.post(Transfer(token, token, READ, ids, ids))
+            self.actor.post(Transfer(op_id, op_id, READ, ids, ids))
         task = asyncio.create_task(self.actor.run())
         await self._ended.wait()
         task.cancel()

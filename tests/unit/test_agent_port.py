@@ -15,10 +15,10 @@ TO_DEVICE, TO_HOST = Route(Tier.HOST, Tier.DEVICE), Route(Tier.DEVICE, Tier.HOST
 BLOCK_BYTES = 16
 
 
-def copy(token: int, route: Route, blocks: int = 1) -> Transfer:
+def copy(op_id: int, route: Route, blocks: int = 1) -> Transfer:
     """Return a transfer of the first blocks."""
     ids = np.arange(blocks)
-    return Transfer(token, 0, route, ids, ids)
+    return Transfer(op_id, 0, route, ids, ids)
 
 
 class Rig:
@@ -30,14 +30,14 @@ class Rig:
 
     def submit(self, route: Route, *tokens: int, blocks: int = 1) -> None:
         """Begin transfers."""
-        for token in tokens:
-            self.port.submit(copy(token, route, blocks))
+        for op_id in tokens:
+            self.port.submit(copy(op_id, route, blocks))
 
     def answer(self, *tokens: int) -> None:
         """Let the agent end some copies."""
-        for token in tokens:
-            del self.wire.asked[token]
-            self.port.copied(Copied(token))
+        for op_id in tokens:
+            del self.wire.asked[op_id]
+            self.port.copied(Copied(op_id))
 
     @property
     def asked(self) -> list[int]:
@@ -68,9 +68,9 @@ def test_what_goes_to_the_device_goes_first_and_starves_nobody() -> None:
     rig.submit(TO_DEVICE, *range(100, 110))
     assert rig.asked == [0, 1, 2, 3, 100, 101, 102, 103]
     rig.answer(0, 1, 2)
-    assert [token for token in rig.asked if token < 100] == [3]
+    assert [op_id for op_id in rig.asked if op_id < 100] == [3]
     rig.answer(3)
-    assert [token for token in rig.asked if token < 100] == [4]
+    assert [op_id for op_id in rig.asked if op_id < 100] == [4]
     rig.answer(*range(100, 104))
     rig.answer(*range(104, 108))
     assert sorted(rig.asked) == [4, 5, 6, 7, 108, 109]
@@ -82,7 +82,7 @@ def test_what_was_not_sent_fails_at_once_and_what_was_stays() -> None:
     rig.submit(TO_HOST, *range(10))
     rig.port.fail_unsent("it does not answer")
     ended = rig.port.reap()
-    assert [token for token, _ in ended] == list(range(4, 10))
+    assert [op_id for op_id, _ in ended] == list(range(4, 10))
     assert all("does not answer" in str(error) for _, error in ended)
     assert rig.port.is_busy
     rig.answer(0, 1, 2, 3)
@@ -96,7 +96,7 @@ def test_everything_ends_with_the_connection() -> None:
     rig.submit(TO_HOST, *range(10))
     rig.port.gone()
     ended = rig.port.reap()
-    assert sorted(token for token, _ in ended) == list(range(10))
+    assert sorted(op_id for op_id, _ in ended) == list(range(10))
     assert all(isinstance(error, AgentGoneError) for _, error in ended)
 
 

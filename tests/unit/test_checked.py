@@ -11,7 +11,7 @@ import pytest
 from flexkv.common.errors import InvariantError
 from flexkv.common.terms import BlockIds, Route, Tier, Transfer
 from flexkv.io.checksums.checked import CheckedDiskPort
-from flexkv.testing.fakes import FakePort, FakeSummer
+from flexkv.testing.fakes import FakeChecksummer, FakePort
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.virtual_time import run_virtual
 
@@ -27,7 +27,10 @@ class Bench:
         self.store = np.zeros((BLOCKS, BLOCK_BYTES), np.uint8)
         host = np.ones((BLOCKS, BLOCK_BYTES), np.uint8)
         faults = FaultPlan(1)
-        inner, summer = FakePort(self.store, host, faults, BLOCK_BYTES), FakeSummer(host, faults)
+        inner, summer = (
+            FakePort(self.store, host, faults, BLOCK_BYTES),
+            FakeChecksummer(host, faults),
+        )
         self.port = CheckedDiskPort(inner, summer, BLOCKS, lambda at: ("fake", at))
         self.port.forget = self._forget
         self.port.connect(self._wake)

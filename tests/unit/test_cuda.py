@@ -15,12 +15,12 @@ from flexkv.common.errors import BackendUnavailableError, ConfigError, DeviceErr
 from flexkv.common.layout import KVShape, infer_layout
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.checksums.summed import SummedPort
-from flexkv.io.checksums.sums import PoolSummer
-from flexkv.io.cuda.choice import How, Wish
+from flexkv.io.checksums.sums import PoolChecksummer
+from flexkv.io.cuda.choice import CopyMethod, CopyPreference
+from flexkv.io.cuda.copy_stream import IDS_MAX
 from flexkv.io.cuda.driver import BoundDriver
 from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
-from flexkv.io.cuda.way import IDS_MAX
 from flexkv.io.device.tensors import describe
 from flexkv.io.memory.arena import Arena
 from flexkv.io.ports import Completion
@@ -34,7 +34,7 @@ TO = {True: Route(Tier.DEVICE, Tier.HOST), False: Route(Tier.HOST, Tier.DEVICE)}
 class Rig:
     """A port over the fake driver, connected to the running loop."""
 
-    def __init__(self, choice: Wish) -> None:
+    def __init__(self, choice: CopyPreference) -> None:
         self.layers = [np.zeros((BLOCKS, 4, 2, 8), np.int16) for _ in range(2)]
         layout = infer_layout([describe(layer) for layer in self.layers], [SHAPE])
         self.driver = FakeCuda(self.layers)
@@ -45,10 +45,10 @@ class Rig:
         self.woken = asyncio.Event()
         self.port.connect(self.woken.set)
 
-    def submit(self, token: int, to_host: bool = True, blocks: int = BLOCKS) -> None:
+    def submit(self, op_id: int, to_host: bool = True, blocks: int = BLOCKS) -> None:
         """Start a transfer of the first blocks."""
         ids = np.arange(blocks)
-        self.port.submit(Transfer(token, 1, TO[to_host], ids, ids))
+        self.port.submit(Transfer(op_id, 1, TO[to_host], ids, ids))
 
     async def reap(self, count: int) -> list[Completion]:
         """Give so many completions."""
@@ -67,12 +67,12 @@ class Rig:
         assert self.driver.left == 0
 
 
-ENGINE, KERNEL = Wish(use_engine=True), Wish(use_engine=False, thread_blocks=4)
+ENGINE, KERNEL = CopyPreference(use_engine=True), CopyPreference(use_engine=False, thread_blocks=4)
 every_way = pytest.mark.parametrize("choice", [ENGINE, KERNEL], ids=["engine", "kernel"])
 
 
 @every_way
-async def test_a_call_that_is_refused_fails_its_own_transfer(choice: Wish) -> None:
+async def test_a_call_that_is_refused_fails_its_own_transfer(choice: CopyPreference) -> None:
     """Those before and after it are whole; it ends in its turn, with call and code."""
     rig = Rig(choice)
     rig.submit(1)
@@ -81,7 +81,7 @@ async def test_a_call_that_is_refused_fails_its_own_transfer(choice: Wish) -> No
     rig.driver.refuses = {}
     rig.submit(3)
     ended = await rig.reap(3)
-    assert [(token, error is None) for token, error in ended] == [(1, True), (2, False), (3, True)]
+    assert [(op_id, error is None) for op_id, error in ended] == [(1, True), (2, False), (3, True)]
     error = ended[1].error
     assert isinstance(error, DeviceError)
     assert (error.call.startswith("cu"), error.code) == (True, 1)
@@ -91,7 +91,7 @@ async def test_a_call_that_is_refused_fails_its_own_transfer(choice: Wish) -> No
 
 @every_way
 async def test_a_device_that_breaks_fails_all_that_is_under_way(
-    choice: Wish, monkeypatch: pytest.MonkeyPatch
+    choice: CopyPreference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver does not call back then: the port asks. What comes later fails at once."""
     monkeypatch.setattr("flexkv.io.cuda.port.CHECK_S", 0.01)
@@ -102,14 +102,14 @@ async def test_a_device_that_breaks_fails_all_that_is_under_way(
         rig.submit(1)
         rig.submit(2, to_host=False)
     assert {
-        (c.token, c.error.code) for c in await rig.reap(2) if isinstance(c.error, DeviceError)
+        (c.op_id, c.error.code) for c in await rig.reap(2) if isinstance(c.error, DeviceError)
     } == {
         (1, 719),
         (2, 719),
     }
     rig.submit(3)
-    ((token, error),) = await rig.reap(1)
-    assert token == 3
+    ((op_id, error),) = await rig.reap(1)
+    assert op_id == 3
     assert error is rig.port.failure
     rig.close()
 
@@ -123,10 +123,10 @@ async def test_a_device_that_cannot_tell_of_an_end_is_waited_for() -> None:
     rig.driver.takes_s = {"cuMemcpyBatchAsync": 0.3}  # over long before the first one is
     rig.driver.refuses = {"cuLaunchHostFunc": 900}
     rig.submit(2)
-    assert [(c.token, c.error) for c in rig.port.reap()] == [(2, None)]
+    assert [(c.op_id, c.error) for c in rig.port.reap()] == [(2, None)]
     assert (rig.arena.array[1:, : rig.port.block_bytes // 2].view(np.int16) == 5).all()
     rig.driver.refuses = {}
-    assert [c.token for c in await rig.reap(1)] == [1]
+    assert [c.op_id for c in await rig.reap(1)] == [1]
     assert rig.port.failure is None
     rig.close()
 
@@ -138,7 +138,7 @@ async def test_a_broken_device_leaves_the_loop_alone() -> None:
     rig.driver.synchronize(rig.port._ways[0].stream)
     rig.driver.broken = 719
     rig.submit(2)
-    assert {c.token for c in await rig.reap(2)} == {1, 2}
+    assert {c.op_id for c in await rig.reap(2)} == {1, 2}
     woken = []
     rig.port._wake = lambda: woken.append(None)
     for _ in range(20):
@@ -182,14 +182,14 @@ async def test_an_open_that_is_refused_leaves_nothing() -> None:
 
 async def test_ids_of_many_launches_go_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch's ids stay until it has run; where there is no room the copy engine does it."""
-    monkeypatch.setattr("flexkv.io.cuda.way.IDS_MAX", 100)
+    monkeypatch.setattr("flexkv.io.cuda.copy_stream.IDS_MAX", 100)
     rig = Rig(KERNEL)
     random = np.random.default_rng(0)
     for round_number in range(30):
         for layer in rig.layers:
             layer[:] = random.integers(0, 1000, layer.shape)
-        for token in range(6):
-            rig.submit(10 * round_number + token, blocks=BLOCKS - (token * 7) % BLOCKS)
+        for op_id in range(6):
+            rig.submit(10 * round_number + op_id, blocks=BLOCKS - (op_id * 7) % BLOCKS)
         await rig.reap(6)
         host = rig.arena.array[:, : rig.port.block_bytes].view(np.int16)
         assert np.array_equal(host[:, :64], rig.layers[0].reshape(BLOCKS, -1))
@@ -206,7 +206,7 @@ async def test_an_arena_is_registered_in_parts_where_it_must(
     layout = infer_layout([describe(layer)], [SHAPE._replace(head_size=128)])
     driver, arena = FakeCuda([layer]), Arena.open(BLOCKS, layout.block_bytes)
     driver.registers_at_most = 5 * layout.block_bytes
-    monkeypatch.setattr("flexkv.io.cuda.way.IDS_MAX", 16)
+    monkeypatch.setattr("flexkv.io.cuda.copy_stream.IDS_MAX", 16)
     port = CudaDevicePort(layout, Pinned(arena), layer, driver, (ENGINE, ENGINE))
     assert driver.calls.count("cuMemHostRegister") >= 4 + 2
     woken = asyncio.Event()
@@ -238,8 +238,8 @@ async def test_what_a_device_brings_is_summed() -> None:
     rig = Rig(ENGINE)
     for layer in rig.layers:
         layer[:] = np.random.default_rng(1).integers(0, 1000, layer.shape)
-    summer = PoolSummer(rig.arena)
-    port = SummedPort(rig.port, PoolSummer(rig.arena, 1, summer.sums))
+    summer = PoolChecksummer(rig.arena)
+    port = SummedPort(rig.port, PoolChecksummer(rig.arena, 1, summer.sums))
     for each in (port, summer):
         each.connect(rig.woken.set)
     ids = np.arange(BLOCKS)
@@ -270,7 +270,9 @@ async def test_what_is_faster_is_measured_and_the_device_is_as_it_was(
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / slow))
         driver.takes_s = {slow: 0.02}
         port = CudaDevicePort(layout, Pinned(arena), layers, driver)
-        assert [c.of(1 << 20).how is How.ENGINE for c in port.choices.values()] == [by_engine] * 2
+        assert [c.of(1 << 20).how is CopyMethod.ENGINE for c in port.choices.values()] == [
+            by_engine
+        ] * 2
         assert all(np.array_equal(*pair) for pair in zip(layers, before, strict=True))
         assert not arena.array.any()
         port.close()
@@ -294,9 +296,9 @@ async def test_a_put_reads_what_the_engine_has_written() -> None:
     rig.port.order_after(to_device=False)
     rig.submit(1)
     rig.submit(2, to_host=False)
-    assert [c.token for c in await rig.reap(1)] == [2]
+    assert [c.op_id for c in await rig.reap(1)] == [2]
     written.set()
-    assert [c.token for c in await rig.reap(1)] == [1]
+    assert [c.op_id for c in await rig.reap(1)] == [1]
     assert (rig.arena.array[:, : rig.port.block_bytes].view(np.int16) == 7).all()
     rig.driver.close_stream(stream)
     rig.close()

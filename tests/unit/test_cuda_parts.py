@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 from flexkv._ext import TO_DEVICE, TO_HOST, PageMap, list_runs, notify_address
 from flexkv.common.errors import BackendUnavailableError
 from flexkv.io.cuda import kernel
-from flexkv.io.cuda.choice import Choice, Choices, How, Wish, decide, decode, encode, measure
+from flexkv.io.cuda.choice import (
+    Choice,
+    Choices,
+    CopyMethod,
+    CopyPreference,
+    decide,
+    decode,
+    encode,
+    measure,
+)
 from flexkv.io.cuda.driver import why_no_gds
 from flexkv.io.cuda.grids import grids
 
@@ -27,8 +36,8 @@ from flexkv.io.cuda.grids import grids
 
 def test_the_way_that_costs_least_is_taken() -> None:
     """Of those that are as good as the best: the engine, then few thread blocks."""
-    engine, staged = Choice(How.ENGINE), Choice(How.STAGED, 16)
-    few, some, many = (Choice(How.KERNEL, count) for count in (2, 4, 8))
+    engine, staged = Choice(CopyMethod.ENGINE), Choice(CopyMethod.STAGED, 16)
+    few, some, many = (Choice(CopyMethod.KERNEL, count) for count in (2, 4, 8))
     assert decide({engine: 97.5, some: 100.0, many: 99.0}) == engine
     assert decide({engine: 90.0, few: 50.0, some: 98.0, many: 100.0}) == some
     assert decide({few: 1.0, some: 3.0, many: 3.0}) == some
@@ -38,7 +47,7 @@ def test_the_way_that_costs_least_is_taken() -> None:
 
 def test_choices_hang_on_the_number_of_chunks() -> None:
     """Each is measured, and holds to the middle of the way to the next; JSON gives them back."""
-    engine, kernel_8 = Choice(How.ENGINE), Choice(How.KERNEL, 8)
+    engine, kernel_8 = Choice(CopyMethod.ENGINE), Choice(CopyMethod.KERNEL, 8)
 
     def timed(choice: Choice, count: int) -> float:
         fast = engine if count < 100 else kernel_8
@@ -46,10 +55,11 @@ def test_choices_hang_on_the_number_of_chunks() -> None:
 
     choices = measure(timed, 100_000)
     assert [choices.of(count).how for count in (1, 16, 90, 512, 10**6)] == [
-        How.ENGINE, How.ENGINE, How.ENGINE, How.KERNEL, How.KERNEL,
-    ]  # fmt: skip
-    assert decode(encode([choices, Choices.always(How.STAGED)])) == [
-        choices, Choices.always(How.STAGED),
+        *[CopyMethod.ENGINE] * 3,
+        *[CopyMethod.KERNEL] * 2,
+    ]
+    assert decode(encode([choices, Choices.always(CopyMethod.STAGED)])) == [
+        choices, Choices.always(CopyMethod.STAGED),
     ]  # fmt: skip
     for wrong in (b"", b"[", b"[1]", b'[[[["engine", 8]], [5]]]', b'[[[["none", 8]], []]]'):
         assert decode(wrong) is None
@@ -57,14 +67,16 @@ def test_choices_hang_on_the_number_of_chunks() -> None:
 
 def test_a_wish_is_as_measured_but_for_what_it_says() -> None:
     """Engine or kernel, and thread blocks; with both said there is nothing to measure."""
-    found = Choices((Choice(How.STAGED, 16), Choice(How.KERNEL, 4)), (100,))
-    assert Wish().made_of(found) == found
-    assert Wish(use_engine=True).settled == Choices.always(How.ENGINE)
-    assert Wish(use_engine=False, thread_blocks=3).settled == Choices.always(How.KERNEL, 3)
-    assert Wish(use_engine=False).settled is None
-    by_kernel = Wish(use_engine=False).made_of(found)
-    assert [each.how for each in by_kernel.choices] == [How.KERNEL] * 2
-    assert Wish(thread_blocks=9).made_of(found).of(200) == Choice(How.KERNEL, 9)
+    found = Choices((Choice(CopyMethod.STAGED, 16), Choice(CopyMethod.KERNEL, 4)), (100,))
+    assert CopyPreference().made_of(found) == found
+    assert CopyPreference(use_engine=True).settled == Choices.always(CopyMethod.ENGINE)
+    assert CopyPreference(use_engine=False, thread_blocks=3).settled == Choices.always(
+        CopyMethod.KERNEL, 3
+    )
+    assert CopyPreference(use_engine=False).settled is None
+    by_kernel = CopyPreference(use_engine=False).made_of(found)
+    assert [each.how for each in by_kernel.choices] == [CopyMethod.KERNEL] * 2
+    assert CopyPreference(thread_blocks=9).made_of(found).of(200) == Choice(CopyMethod.KERNEL, 9)
 
 
 @settings(max_examples=200, deadline=None)

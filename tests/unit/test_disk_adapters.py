@@ -35,10 +35,10 @@ PORTS = {
 every_port = pytest.mark.parametrize("make", PORTS.values(), ids=PORTS.keys())
 
 
-def transfer(route, source_ids, target_ids, token=1):
+def transfer(route, source_ids, target_ids, op_id=1):
     """Give a transfer of the given ids."""
     source_ids, target_ids = np.array(source_ids, np.int64), np.array(target_ids, np.int64)
-    return Transfer(token=token, owner=1, route=route, source_ids=source_ids, target_ids=target_ids)
+    return Transfer(op_id=op_id, owner=1, route=route, source_ids=source_ids, target_ids=target_ids)
 
 
 @contextmanager
@@ -74,7 +74,7 @@ async def run(port, woken, *transfers):
             await woken.wait()
             woken.clear()
             ended += port.reap()
-    return [completion.error for completion in sorted(ended, key=lambda each: each.token)]
+    return [completion.error for completion in sorted(ended, key=lambda each: each.op_id)]
 
 
 def extents(arena, files, route, source_ids, target_ids, io_bytes_max=4 * STRIDE):
@@ -152,10 +152,10 @@ async def test_a_small_ring_takes_any_number(tmp_path):
         port = UringDiskPort(arena, files, RingOptions(entries=2))
         with opened(port) as (port, woken):
             halves = [shuffled[:32], shuffled[32:]]
-            writes = [transfer(WRITE, ids, ids[::-1], token) for token, ids in enumerate(halves)]
+            writes = [transfer(WRITE, ids, ids[::-1], op_id) for op_id, ids in enumerate(halves)]
             assert await run(port, woken, *writes) == [None, None]
             arena.array[:] = 0
-            reads = [transfer(READ, ids[::-1], ids, token) for token, ids in enumerate(halves)]
+            reads = [transfer(READ, ids[::-1], ids, op_id) for op_id, ids in enumerate(halves)]
             assert await run(port, woken, *reads) == [None, None]
         assert np.array_equal(arena.array[:, -1], np.arange(BLOCKS))
 
@@ -168,9 +168,9 @@ async def test_a_file_that_ended_is_a_short_transfer(make, tmp_path):
         errors = await run(
             port,
             woken,
-            transfer(READ, [8, 9, 10, 11], [0, 1, 2, 3], token=0),
-            transfer(READ, [9], [8], token=1),
-            transfer(READ, [30, 40, 50], [20, 22, 24], token=2),
+            transfer(READ, [8, 9, 10, 11], [0, 1, 2, 3], op_id=0),
+            transfer(READ, [9], [8], op_id=1),
+            transfer(READ, [30, 40, 50], [20, 22, 24], op_id=2),
         )
     short, fine, nothing = errors
     assert isinstance(short, ShortTransferError)
@@ -217,8 +217,8 @@ async def test_a_failed_transfer_drops_what_the_kernel_never_got(tmp_path):
         port = UringDiskPort(arena, files, RingOptions(entries=1))
         with opened(port) as (port, woken):
             os.truncate(files.paths[0], 0)
-            reads = transfer(READ, range(0, BLOCKS, 2), range(BLOCKS // 2), token=0)
-            writes = transfer(WRITE, [0], [0], token=1)
+            reads = transfer(READ, range(0, BLOCKS, 2), range(BLOCKS // 2), op_id=0)
+            writes = transfer(WRITE, [0], [0], op_id=1)
             first, second = await run(port, woken, reads, writes)
         assert isinstance(first, ShortTransferError)
         assert second is None
@@ -248,11 +248,11 @@ class RefusingRing:
             raise OSError(self._number, os.strerror(self._number))
         self._ring.register_files(fds)
 
-    def submit(self, token, write, extents):
+    def submit(self, op_id, write, extents):
         """Submit, unless told to refuse."""
         if self._refused == "submit":
             raise OSError(self._number, os.strerror(self._number))
-        return self._ring.submit(token, write, extents)
+        return self._ring.submit(op_id, write, extents)
 
 
 @pytest.fixture

@@ -58,9 +58,9 @@ def reap(ring: Ring, count: int) -> dict[int, int]:
     ended: dict[int, int] = {}
     while len(ended) < count:
         assert select.select([ring.fileno()], [], [], 30)[0], f"only {ended} ended"
-        for token, result in ring.reap():
-            assert token not in ended
-            ended[token] = result
+        for op_id, result in ring.reap():
+            assert op_id not in ended
+            ended[op_id] = result
     return ended
 
 
@@ -196,9 +196,9 @@ def test_impossible_extents_queue_nothing(
     ]:
         with pytest.raises(ValueError, match=why):
             ring.submit(0, False, rows(good, bad))
-    for token in (-1, 2**63 - 1):
+    for op_id in (-1, 2**63 - 1):
         with pytest.raises(ValueError, match="token"):
-            ring.submit(token, False, rows(good))
+            ring.submit(op_id, False, rows(good))
     assert ring.in_flight == 0
     os.close(fd)
 
@@ -332,7 +332,7 @@ def test_threads_share_a_ring() -> None:
             taken += ring.nop(first + taken, min(500 - taken, 8))
             told = ring.reap()
             with lock:
-                ended.extend(token for token, _ in told)
+                ended.extend(op_id for op_id, _ in told)
 
     threads = [threading.Thread(target=work, args=(i * 500,)) for i in range(4)]
     for thread in threads:
@@ -340,7 +340,7 @@ def test_threads_share_a_ring() -> None:
     for thread in threads:
         thread.join()
     ring.close()
-    ended.extend(token for token, _ in ring.reap())
+    ended.extend(op_id for op_id, _ in ring.reap())
     assert sorted(ended) == list(range(2000))
 
 

@@ -90,8 +90,8 @@ def test_copies_to_the_host_keep_sums(
 def test_a_block_of_many_units_has_one_sum(size: int) -> None:
     """What several threads sum adds up, wherever the pieces are cut."""
     rig = Rig([size // 3, size - size // 3], 100)
-    for token in range(20):
-        rig.pool.submit(token, rig.pages, TO_HOST, IDS, IDS, token % 2 == 0)
+    for op_id in range(20):
+        rig.pool.submit(op_id, rig.pages, TO_HOST, IDS, IDS, op_id % 2 == 0)
         rig.reap()
         assert rig.sums[IDS].tolist() == [rig.expected()[2], rig.expected()[0]]
     rig.close()

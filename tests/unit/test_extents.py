@@ -59,7 +59,7 @@ def test_long_runs_are_cut(runs, blocks_max):
 def transfer(source_ids, target_ids):
     """Give a transfer from disk to host."""
     return Transfer(
-        token=7,
+        op_id=7,
         owner=1,
         route=Route(Tier.DISK, Tier.HOST),
         source_ids=np.array(source_ids, np.int64),

@@ -14,11 +14,11 @@ BLOCKS, BLOCK_BYTES = 16, 8
 PATIENCE_S = 20.0
 
 
-def write(token, blocks=BLOCKS):
+def write(op_id, blocks=BLOCKS):
     """Give a transfer of the first blocks from host to disk."""
     ids = np.arange(blocks)
     return Transfer(
-        token=token, owner=1, route=Route(Tier.HOST, Tier.DISK), source_ids=ids, target_ids=ids
+        op_id=op_id, owner=1, route=Route(Tier.HOST, Tier.DISK), source_ids=ids, target_ids=ids
     )
 
 
@@ -50,8 +50,8 @@ async def test_a_failure_tells_its_seed_and_moves_a_part_at_most():
     for seed in range(30):
         bench = Bench(seed, failure_probability=1.0)
         bench.port.submit(write(3))
-        ((token, error),) = await bench.reap(1)
-        assert token == 3
+        ((op_id, error),) = await bench.reap(1)
+        assert op_id == 3
         assert isinstance(error, TransferError)
         assert f"seed={seed}" in str(error)
         moved.add(int(np.count_nonzero(bench.store[:, 0])))
@@ -88,10 +88,10 @@ def test_the_same_seed_gives_the_same_plan():
 async def test_completions_come_out_of_order():
     """Each transfer has a delay of its own, so the order of the ends is not that of the starts."""
     bench = Bench(1)
-    for token in range(20):
-        bench.port.submit(write(token, blocks=1))
+    for op_id in range(20):
+        bench.port.submit(write(op_id, blocks=1))
     assert bench.port.in_flight == 20
-    ended = [token for token, _ in await bench.reap(20)]
+    ended = [op_id for op_id, _ in await bench.reap(20)]
     assert sorted(ended) == list(range(20))
     assert ended != list(range(20))
     bench.port.close()
@@ -126,9 +126,9 @@ async def test_no_end_overtakes_its_copies():
     """Even when all moments are the same one, every byte is there when the completion is."""
     bench = Bench(1)
     bench.faults.delay_min_s = bench.faults.delay_max_s = 0.0
-    for token in range(BLOCKS):
+    for op_id in range(BLOCKS):
         bench.store[:] = 0
-        bench.port.submit(write(token))
-        assert await bench.reap(1) == [(token, None)]
+        bench.port.submit(write(op_id))
+        assert await bench.reap(1) == [(op_id, None)]
         assert (bench.store == 7).all()
     bench.port.close()

@@ -27,17 +27,17 @@ class Keeper:
 
     def hold(self, holdings: list[Holding]) -> tuple[int, ...]:
         """Pin blocks."""
-        tokens = []
+        op_ids = []
         for holding in holdings:
             self._next += 1
             self._claims.open(self._next, Claim(self._next, holding, None))
-            tokens.append(self._next)
-        return tuple(tokens)
+            op_ids.append(self._next)
+        return tuple(op_ids)
 
-    def release(self, tokens: tuple[int, ...]) -> None:
+    def release(self, op_ids: tuple[int, ...]) -> None:
         """Take the pins off."""
-        for token in tokens:
-            self._claims.settle(token, filled=False)
+        for op_id in op_ids:
+            self._claims.settle(op_id, filled=False)
 
 
 class Rig:

@@ -281,11 +281,11 @@ def opened(folder: Path, wanted: Superblock) -> journal.Live:
 @pytest.mark.parametrize(
     "other",
     [
-        Superblock(2, WANTED.blocks_are, 4096, None),
+        Superblock(2, WANTED.block_identity, 4096, None),
         Superblock(1, {"dtype": "bfloat16", "num_layers": 2}, 4096, None),
         Superblock(1, {"dtype": "float16"}, 4096, None),
-        Superblock(1, WANTED.blocks_are, 8192, None),
-        Superblock(1, WANTED.blocks_are, 4096, 7),
+        Superblock(1, WANTED.block_identity, 8192, None),
+        Superblock(1, WANTED.block_identity, 4096, 7),
     ],
 )
 def test_blocks_of_another_kind_are_not_believed_in(tmp_path: Path, other: Superblock) -> None:

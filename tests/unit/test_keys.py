@@ -18,7 +18,7 @@ from flexkv.common.config import ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation, Span
 from flexkv.index.intake import Intake
-from flexkv.index.keys import KeyChain, Scope, block_keys, blocks_are
+from flexkv.index.keys import KeyChain, Scope, block_identity, block_keys
 from flexkv.index.secret import Derived, derived
 from tests.unit.xxh3 import PUBLIC_SECRET, colliding, xxh3_128
 
@@ -312,16 +312,16 @@ def test_a_secret_is_derived_from_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         for secret in ("", "a secret of this test"):
             chain(secret=secret).keys(TOKENS)
-            block_identity = blocks_are(ModelConfig(**BASE), 16, secret)
-            assert block_identity["key_secret_digest"] == derived(secret).digest
+            identity = block_identity(ModelConfig(**BASE), 16, secret)
+            assert identity["key_secret_digest"] == derived(secret).digest
     assert calls == [b"a secret of this test"]
 
 
 def test_the_digest_is_slow_to_guess_and_tells_nothing_else() -> None:
     """It follows from the secret by scrypt alone, and is part of no key."""
-    digest = blocks_are(ModelConfig(**BASE), 16, "weak")["key_secret_digest"]
+    digest = block_identity(ModelConfig(**BASE), 16, "weak")["key_secret_digest"]
     assert digest == expanded("weak", b"digest", 16).hex()
-    assert digest != blocks_are(ModelConfig(**BASE), 16, "")["key_secret_digest"]
+    assert digest != block_identity(ModelConfig(**BASE), 16, "")["key_secret_digest"]
     assert digest != xxhash.xxh3_128_hexdigest(b"".join(
         len(part).to_bytes(8, "little") + part for part in (b"secret", b"weak")
     ))  # fmt: skip

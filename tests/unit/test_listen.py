@@ -17,7 +17,7 @@ from typing import cast
 import pytest
 
 from flexkv.common.errors import ConfigError
-from flexkv.server import address, greet, listen
+from flexkv.server import address, handshake, listen
 from flexkv.server.address import check_folder, own_folders, socket_path, socket_paths
 from flexkv.server.listen import Listener, is_same_user, peer_of
 from flexkv.server.wire import PROTOCOL_VERSION, Hello
@@ -387,22 +387,22 @@ def test_clients_look_in_each_place_where_our_own_server_may_be(own: Path) -> No
     """It may have begun when the runtime directory was not there yet, or without its variable."""
     shared = own / f"flexkv-{os.geteuid()}" / "server"
     with pytest.raises(FileNotFoundError, match=str(shared)):
-        greet._reached("own", 1.0)
+        handshake._reached("own", 1.0)
     listener = Listener(shared)
     with pytest.raises(ConnectionRefusedError, match=str(shared)):
-        greet._reached("own", 1.0)
+        handshake._reached("own", 1.0)
     listener.listen()
     runtime = own / "run" / str(os.geteuid())
     runtime.mkdir(0o700, parents=True)
     for _ in range(2):
-        ours, path = greet._reached("own", 1.0)
+        ours, path = handshake._reached("own", 1.0)
         ours.close()
         assert path == shared
         (runtime / "flexkv").mkdir(exist_ok=True)
     listener.close()
     other = Listener(runtime / "flexkv" / "server")
     other.listen()
-    ours, path = greet._reached("", 1.0)
+    ours, path = handshake._reached("", 1.0)
     ours.close()
     assert path == other.path
     other.close()
@@ -455,11 +455,11 @@ def test_only_our_user_and_root_are_trusted(uid: int, is_same: bool) -> None:
 
 def test_nothing_is_said_to_who_is_not_trusted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection ends before the first byte, and the error names path, process and user."""
-    monkeypatch.setattr(greet, "is_same_user", lambda peer: False)
+    monkeypatch.setattr(handshake, "is_same_user", lambda peer: False)
     listener = Listener(path)
     listener.socket.listen()
     with pytest.raises(ConfigError, match=f"{path}.*served by user.*process {os.getpid()}"):
-        greet.connect(f"ipc://{path}", Hello(PROTOCOL_VERSION, "client", 1))
+        handshake.connect(f"ipc://{path}", Hello(PROTOCOL_VERSION, "client", 1))
     theirs, _ = listener.socket.accept()
     assert theirs.recv(1) == b""
     theirs.close()

@@ -14,20 +14,20 @@ from flexkv.front.layerwise import LayerProgress
 READ, WRITE = Route(Tier.DISK, Tier.HOST), Route(Tier.HOST, Tier.DISK)
 
 
-def transfer(token: int, owner: int, blocks: int = 4, route: Route = READ) -> Transfer:
+def transfer(op_id: int, owner: int, blocks: int = 4, route: Route = READ) -> Transfer:
     """Give a transfer of some blocks."""
     ids = np.arange(blocks)
-    return Transfer(token, owner, route, ids, ids)
+    return Transfer(op_id, owner, route, ids, ids)
 
 
 def test_requests_take_turns_piece_by_piece() -> None:
     """A small request behind a large one is served at the second turn."""
     mailbox = Mailbox(8, 1)
-    for token, owner in ((1, 1), (2, 1), (3, 2)):
-        mailbox.put(transfer(token, owner))
+    for op_id, owner in ((1, 1), (2, 1), (3, 2)):
+        mailbox.put(transfer(op_id, owner))
     order = []
     while (taken := mailbox.inbound.take(2, room_bytes=8)) is not None:
-        order.append(taken[0].transfer.token)
+        order.append(taken[0].transfer.op_id)
     assert order == [1, 3, 1, 3, 2, 2]
 
 
@@ -36,10 +36,10 @@ def test_directions_have_lanes_of_their_own() -> None:
     mailbox = Mailbox(8, 1)
     mailbox.put(transfer(1, 1, route=WRITE))
     mailbox.put(transfer(2, 1, route=READ))
-    for lane, token in ((mailbox.inbound, 2), (mailbox.outbound, 1)):
+    for lane, op_id in ((mailbox.inbound, 2), (mailbox.outbound, 1)):
         taken = lane.take(8, room_bytes=8)
         assert taken is not None
-        assert taken[0].transfer.token == token
+        assert taken[0].transfer.op_id == op_id
 
 
 def test_a_waiting_transfer_can_be_taken_out() -> None:
@@ -53,7 +53,7 @@ def test_a_waiting_transfer_can_be_taken_out() -> None:
     assert cursor.over
     taken = mailbox.inbound.take(8, room_bytes=8)
     assert taken is not None
-    assert taken[0].transfer.token == 2
+    assert taken[0].transfer.op_id == 2
 
 
 def test_what_does_not_fit_the_room_waits() -> None:
@@ -77,13 +77,13 @@ def test_requests_take_turns_layer_by_layer() -> None:
     """All transfers of one request move a layer before any moves the next, and another request
     that goes layer by layer has every other turn."""
     mailbox = Mailbox(8, 1)
-    for token, owner in ((1, 1), (2, 1), (3, 2)):
-        watched = msgspec.structs.replace(transfer(token, owner), watch=LayerProgress(4, 4))
+    for op_id, owner in ((1, 1), (2, 1), (3, 2)):
+        watched = msgspec.structs.replace(transfer(op_id, owner), watch=LayerProgress(4, 4))
         mailbox.put(watched)
     order = []
     while (taken := mailbox.inbound.take(1, room_bytes=8)) is not None:
         cursor, layer, count = taken
-        order += [(cursor.transfer.token, layer)] * count
+        order += [(cursor.transfer.op_id, layer)] * count
     of_first = [each for each in order if each[0] != 3]
-    assert of_first == [(token, layer) for layer in range(4) for token in (1, 2)]
+    assert of_first == [(op_id, layer) for layer in range(4) for op_id in (1, 2)]
     assert [each[0] == 3 for each in order] == [False, True] * 4 + [False] * 4

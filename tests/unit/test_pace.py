@@ -66,11 +66,11 @@ class Disk:
         latency_s = self.latencies_s(self._random) if self.latencies_s else self.latency_s
         alone_s = latency_s + nbytes / min(self.rate, self.stream_rate)
         end_s = max(self._free_s + latency_s, loop.time() + more * alone_s)
-        loop.call_at(end_s + LOOP_TURN_S, self._end, transfer.token, nbytes)
+        loop.call_at(end_s + LOOP_TURN_S, self._end, transfer.op_id, nbytes)
 
-    def _end(self, token: int, nbytes: int) -> None:
+    def _end(self, op_id: int, nbytes: int) -> None:
         self.in_flight_bytes -= nbytes
-        self._ended.append(Completion(token, None))
+        self._ended.append(Completion(op_id, None))
         self._wake()
 
     def reap(self) -> list[Completion]:
@@ -96,19 +96,19 @@ class Bench:
         self._chunk_blocks = CHUNK_BYTES // disk.block_bytes
 
     def _report(self, ends: list[Completion]) -> None:
-        for token, error in ends:
+        for op_id, error in ends:
             assert error is None
-            self._waiting.pop(token).set_result(None)
+            self._waiting.pop(op_id).set_result(None)
 
     async def move(self, route: Route, blocks: int) -> float:
         """Move blocks as one request, in chunks; return the seconds that it took."""
         loop, owner, ends = asyncio.get_running_loop(), next(self._tokens), []
         begin_s = loop.time()
         for chunk in range(0, blocks, self._chunk_blocks):
-            ids, token = np.arange(min(self._chunk_blocks, blocks - chunk)), next(self._tokens)
-            self._waiting[token] = loop.create_future()
-            ends.append(self._waiting[token])
-            self.actor.post(Transfer(token, owner, route, ids, ids))
+            ids, op_id = np.arange(min(self._chunk_blocks, blocks - chunk)), next(self._tokens)
+            self._waiting[op_id] = loop.create_future()
+            ends.append(self._waiting[op_id])
+            self.actor.post(Transfer(op_id, owner, route, ids, ids))
         await asyncio.gather(*ends)
         return loop.time() - begin_s
 

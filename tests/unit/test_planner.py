@@ -17,7 +17,7 @@ from tests.unit.prompts import LIMITS, filled, keys, request, residency, residen
 def run(tiers: Residency, planned: Planned) -> None:
     """Let every op of a plan succeed."""
     for op in planned.plan.template.ops:
-        tiers.claims.settle(planned.plan.token(op), filled=True)
+        tiers.claims.settle(planned.plan.op_id(op), filled=True)
 
 
 def test_a_get_is_cut_where_host_places_end() -> None:

@@ -21,7 +21,7 @@ from flexkv.io.ssd import file_calls, journal, superblock
 from flexkv.io.ssd.files import StripedFiles
 from flexkv.io.ssd.folders import open_folder
 from flexkv.io.ssd.locks import NOTE_NAME
-from flexkv.io.ssd.offline import StoppedTier
+from flexkv.io.ssd.offline import OfflineSsd
 from flexkv.io.ssd.open import open_journals, refuse
 from flexkv.io.ssd.superblock import Superblock
 
@@ -71,7 +71,7 @@ def open_tier(folder: Path) -> None:
 
 def inspect(folder: Path) -> None:
     """Open a directory as `flexkv ssd` does, and read every block."""
-    with StoppedTier(folder) as tier:
+    with OfflineSsd(folder) as tier:
         list(tier.verify())
 
 

@@ -29,9 +29,9 @@ class Posted:
         """Take a transfer."""
         self.posted.append(transfer)
 
-    def recall(self, token: int) -> None:
+    def recall(self, op_id: int) -> None:
         """Take one back."""
-        self.recalled.append(token)
+        self.recalled.append(op_id)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ async def test_an_op_whose_joiner_left_is_recalled(actor: Posted) -> None:
     scheduler.cancel(get)
     assert not actor.recalled
     scheduler.cancel(prefetch)
-    assert actor.recalled == [transfer.token for transfer in actor.posted]
+    assert actor.recalled == [transfer.op_id for transfer in actor.posted]
 
 
 async def test_an_op_whose_bytes_are_waited_for_goes_on(actor: Posted) -> None:
@@ -76,7 +76,7 @@ async def test_bytes_that_will_not_stay_good_are_recalled_though_one_waits(actor
     put = scheduler.begin(request(Operation.PUT, 0, 1))
     scheduler.begin(request(Operation.GET, 0, 1))
     scheduler.cancel(put)
-    assert actor.recalled == [transfer.token for transfer in actor.posted]
+    assert actor.recalled == [transfer.op_id for transfer in actor.posted]
 
 
 async def test_a_policy_with_a_reward_knows_when_a_request_comes(actor: Posted) -> None:
@@ -92,6 +92,6 @@ async def test_a_policy_with_a_reward_knows_when_a_request_comes(actor: Posted) 
     ):  # fmt: skip
         now_ns[0] = second * 1_000_000_000
         scheduler.begin(request(operation, number))
-        scheduler.report(Completion(transfer.token, None) for transfer in actor.posted)
+        scheduler.report(Completion(transfer.op_id, None) for transfer in actor.posted)
         actor.posted.clear()
     assert [resident(tiers, number) for number in range(3)] == [0, 1, 1]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from flexkv.common.errors import ConfigError
-from flexkv.io.ssd.files import FileOptions
 from flexkv.io.ssd import journal, superblock
-from flexkv.io.ssd.open import SsdWish, take_ssd
+from flexkv.io.ssd.files import FileOptions
+from flexkv.io.ssd.open import SsdRequest, take_ssd
 from flexkv.io.ssd.superblock import Superblock
 
 STRIDE = 4096
@@ -21,7 +21,7 @@ WANTED = Superblock(1, {"dtype": "float16"}, STRIDE, 2)
 OTHER = Superblock(1, {"dtype": "bfloat16"}, STRIDE, 2)
 
 
-def take(wish: SsdWish) -> dict[str, str]:
+def take(wish: SsdRequest) -> dict[str, str]:
     """Take a tier and let it go; return the directories that were left out, and why."""
     lost: dict[str, str] = {}
     with ExitStack() as undo:
@@ -35,10 +35,10 @@ def block_files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def wish(tmp_path: Path) -> SsdWish:
+def wish(tmp_path: Path) -> SsdRequest:
     """Return what two directories were taken for."""
     directories = (tmp_path / "a", tmp_path / "b")
-    wish = SsdWish(directories, BLOCKS, WANTED, FileOptions())
+    wish = SsdRequest(directories, BLOCKS, WANTED, FileOptions())
     assert take(wish) == {}
     for directory in directories:
         for path in directory.glob("blocks-*"):
@@ -92,7 +92,7 @@ def no_journal(folder: Path) -> None:
     ],
 )
 def test_a_directory_that_is_refused_is_left_as_it_was(
-    wish: SsdWish, spoil: Callable[[Path], None], changes: dict[str, object], num_blocks: int
+    wish: SsdRequest, spoil: Callable[[Path], None], changes: dict[str, object], num_blocks: int
 ) -> None:
     """None of its files is cut, removed or grown; those of the other are used without it."""
     directory = wish.directories[1]
@@ -107,7 +107,7 @@ def test_a_directory_that_is_refused_is_left_as_it_was(
     assert block_files(directory) == before
 
 
-def test_what_is_not_replaced_need_not_be_replaceable(wish: SsdWish) -> None:
+def test_what_is_not_replaced_need_not_be_replaceable(wish: SsdRequest) -> None:
     """A superblock that fits is left alone, whatever is in the way of another."""
     no_new_superblock(wish.directories[1])
     assert take(wish) == {}

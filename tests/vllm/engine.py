@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from flexkv.common.errors import ConfigError
-from flexkv.integration.vllm.served import OWN, SHIM
 from flexkv.server import client
 from flexkv.server.operator import command
+from flexkv.testing.vllm_serve import OWN, SHIM
 from tests.system.mounted import Disk
 from tests.vllm.conversations import Conversations, Sizes
 from tests.vllm.fork import fork_workers
@@ -78,17 +78,17 @@ def sabotage(plan: Plan) -> None:
         self.lent = list(kv_caches.values())
         started(self, kv_caches, layout)
 
-    def end(self: Any, token: int, error: str) -> None:
-        transfer = self._under_way[token]
+    def end(self: Any, op_id: int, error: str) -> None:
+        transfer = self._under_way[op_id]
         if plan.corrupt_loads and transfer.route.target is Tier.DEVICE:
             for tensor in self.lent:
                 tensor[transfer.target_ids] += 0.25
-        ended(self, token, error)
+        ended(self, op_id, error)
 
     def copy(self: Any, message: Any) -> None:
         if message.to_device and chance.random() < plan.failed_loads:
-            self._under_way[message.token] = type("Failed", (), {"route": _nowhere()})()
-            self._end(message.token, "the copy was made to fail")
+            self._under_way[message.op_id] = type("Failed", (), {"route": _nowhere()})()
+            self._end(message.op_id, "the copy was made to fail")
             return
         copied(self, message)
         if chance.random() < plan.cut_links and self._link is not None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
-from flexkv.integration.vllm.served import SHIM
+from flexkv.testing.vllm_serve import SHIM
 from tests.vllm.fork import fork_workers
 
 FREED_S = 20.0

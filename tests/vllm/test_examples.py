@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from flexkv.integration.vllm.served import free_port
+from flexkv.testing.vllm_serve import free_port
 
 ROOT = Path(__file__).parents[2]
 RUN_S = 400

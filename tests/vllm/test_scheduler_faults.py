@@ -98,7 +98,7 @@ def test_a_load_that_came_short_is_settled_and_claims_nothing_again(rig: Rig) ->
     load(rig, request, [5, 6, 7, 8])
     copy = rig.agent.hear(Copy)
     assert copy.to_device
-    rig.agent.say(Copied(copy.token, "the copy was made to fail"))
+    rig.agent.say(Copied(copy.op_id, "the copy was made to fail"))
     step = rig.step_until("received")
     assert (step.received, step.failed_blocks) == ({"b"}, {5, 6, 7})
     assert len(step.settle) == 1
@@ -111,7 +111,7 @@ def test_a_load_that_came_is_not_settled(rig: Rig) -> None:
     stored(rig)
     request = Request("b")
     load(rig, request, [5, 6, 7, 8])
-    rig.agent.say(Copied(rig.agent.hear(Copy).token))
+    rig.agent.say(Copied(rig.agent.hear(Copy).op_id))
     step = rig.step_until("received")
     assert (step.received, step.failed_blocks, step.settle) == ({"b"}, set(), [])
     made = rig.side.build_connector_meta(output(("b", [5, 6, 7, 8])))
@@ -138,7 +138,7 @@ def test_a_load_waits_for_puts_that_read_its_blocks(rig: Rig) -> None:
     for _ in range(3):
         rig.side.build_connector_meta(output())
     assert rig.status()["runs_in_flight"] == 1
-    rig.agent.say(Copied(copy.token))
+    rig.agent.say(Copied(copy.op_id))
     eventually(
         lambda: (rig.side.build_connector_meta(output()), rig.side._tracked["b"].load.number)[1]
     )
@@ -157,11 +157,11 @@ def test_a_put_that_failed_is_made_again_with_the_next_blocks(rig: Rig) -> None:
     """Otherwise later blocks would have no parents; the failed put is settled."""
     answered(rig, Request("a", num_tokens=LONG))
     copy = put_of(rig, output(("a", [1, 2, 3, 4])))
-    rig.agent.say(Copied(copy.token, "the copy was made to fail"))
+    rig.agent.say(Copied(copy.op_id, "the copy was made to fail"))
     assert len(until_puts_end(rig, "a").settle) == 1
     copy = put_of(rig, goes_on("a", TOKENS, PER_BLOCK, [5]))
     assert device_blocks(copy) == [1, 2, 3, 4]
-    rig.agent.say(Copied(copy.token))
+    rig.agent.say(Copied(copy.op_id))
     assert not until_puts_end(rig, "a").settle
     copy = put_of(rig, goes_on("a", TOKENS + PER_BLOCK, PER_BLOCK, [6]))
     assert device_blocks(copy) == [5]
@@ -174,18 +174,18 @@ def test_a_put_that_failed_is_made_again_with_the_next_blocks(rig: Rig) -> None:
 def test_a_put_whose_parents_are_gone_is_made_again_from_the_first_block(rig: Rig) -> None:
     """They were evicted meanwhile: a block without its parents is stored nowhere."""
     answered(rig, Request("a", num_tokens=LONG))
-    rig.agent.say(Copied(put_of(rig, output(("a", [1, 2, 3, 4]))).token))
+    rig.agent.say(Copied(put_of(rig, output(("a", [1, 2, 3, 4]))).op_id))
     until_puts_end(rig, "a")
     for number in range(4):
         name = f"other-{number}"
-        rig.agent.say(Copied(rig.begin(name, [10, 11, 12, 13], seed=1000 * (1 + number)).token))
+        rig.agent.say(Copied(rig.begin(name, [10, 11, 12, 13], seed=1000 * (1 + number)).op_id))
         until_puts_end(rig, name)
     step = rig.side.build_connector_meta(goes_on("a", TOKENS, PER_BLOCK, [5]))
     rig.agent.say(Ready(tuple(step.puts)))
     until_puts_end(rig, "a")
     copy = put_of(rig, goes_on("a", TOKENS + PER_BLOCK, PER_BLOCK, [6]))
     assert device_blocks(copy) == [1, 2, 3, 4, 5]
-    rig.agent.say(Copied(copy.token))
+    rig.agent.say(Copied(copy.op_id))
     until_puts_end(rig, "a")
     assert answered(rig, Request("b", num_tokens=LONG)) == (5 * PER_BLOCK, True)
 
@@ -212,7 +212,7 @@ def test_puts_of_what_another_connector_has_not_loaded_are_dropped(rig: Rig) -> 
     rig.agent.say(Ready((kept,)))
     copy = rig.agent.hear(Copy)
     assert device_blocks(copy) == [10, 11, 12]
-    rig.agent.say(Copied(copy.token))
+    rig.agent.say(Copied(copy.op_id))
     until_puts_end(rig, "x")
     assert answered(rig, Request("b")) == (0, False)
     assert answered(rig, Request("c", 1000)) == (3 * PER_BLOCK, True)

@@ -121,7 +121,7 @@ def test_an_aborted_load_that_waits_for_its_puts_is_over_once(rig: Rig) -> None:
     rig.side.update_state_after_alloc(request, blocks, extra)
     assert rig.side.request_finished(request) is False
     assert not rig.side.build_connector_meta(output()).received
-    rig.agent.say(Copied(copy.token))
+    rig.agent.say(Copied(copy.op_id))
     step = rig.step_until("received")
     assert (step.received, step.sent, step.failed_blocks) == ({"a"}, set(), set())
     assert rig.side._tracked == {}
@@ -132,7 +132,7 @@ def test_blocks_stay_until_the_puts_that_read_them_are_over(rig: Rig) -> None:
     copy = rig.begin("a", [1, 2, 3, 4])
     assert rig.side.request_finished(Request("a")) is True
     assert not rig.side.build_connector_meta(output()).sent
-    rig.agent.say(Copied(copy.token))
+    rig.agent.say(Copied(copy.op_id))
     assert rig.step_until("sent").sent == {"a"}
 
 
@@ -140,7 +140,7 @@ def test_what_a_request_stores_last_is_announced(rig: Rig) -> None:
     """It has ended by then: its blocks are there before its put is over."""
     copy = rig.begin("a", [1, 2, 3, 4])
     rig.side.request_finished(Request("a"))
-    rig.agent.say(Copied(copy.token))
+    rig.agent.say(Copied(copy.op_id))
     rig.step_until("sent")
     (stored,) = [event for event in rig.side.step_ended() if event.medium == "CPU"]
     assert len(stored.block_hashes) == 3
@@ -151,7 +151,7 @@ def test_a_step_waits_for_puts_that_read_what_it_writes(rig: Rig) -> None:
     """Another request got the blocks of one that was preempted."""
     copy = rig.begin("a", [1, 2, 3, 4])
     rig.side.get_num_new_matched_tokens(Request("b", 1000), 0)
-    threading.Timer(0.1, lambda: rig.agent.say(Copied(copy.token))).start()
+    threading.Timer(0.1, lambda: rig.agent.say(Copied(copy.op_id))).start()
     begin = time.monotonic()
     rig.side.build_connector_meta(output(("b", [9, 2, 3, 10])))
     assert 0.09 < time.monotonic() - begin < 0.24
@@ -180,7 +180,7 @@ def test_a_step_does_not_wait_for_a_server_that_is_gone(rig: Rig, number: int) -
 
 def stored(rig: Rig) -> None:
     """Store what request "a" has, and wait for that."""
-    rig.agent.say(Copied(rig.begin("a", [1, 2, 3, 4]).token))
+    rig.agent.say(Copied(rig.begin("a", [1, 2, 3, 4]).op_id))
     eventually(lambda: (rig.side._poll(), not rig.side._tracked["a"].puts)[1])
     rig.side.take_stats()
 
@@ -290,7 +290,7 @@ def test_a_load_slower_than_computing_is_not_offered(rig: Rig) -> None:
 
 def test_what_needs_every_tokens_output_loads_nothing(rig: Rig) -> None:
     """Nor do prompts that are no tokens."""
-    rig.agent.say(Copied(rig.begin("a", [1, 2, 3, 4]).token))
+    rig.agent.say(Copied(rig.begin("a", [1, 2, 3, 4]).op_id))
     eventually(lambda: rig.side.get_num_new_matched_tokens(Request("b"), 0)[0] > 0)
     wanting = Request("c")
     wanting.skip_reading_prefix_cache = True  # type: ignore[attr-defined]
@@ -332,7 +332,7 @@ def test_an_adapter_that_was_trained_again_finds_nothing(rig: Rig, tmp_path: Pat
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(bytes(64))
     adapter = LoRARequest("adapter", 1, str(file))
-    rig.agent.say(Copied(rig.begin("a", [1, 2, 3, 4], lora_request=adapter).token))
+    rig.agent.say(Copied(rig.begin("a", [1, 2, 3, 4], lora_request=adapter).op_id))
     eventually(lambda: (rig.side._poll(), not rig.side._tracked["a"].puts)[1])
     assert answered(rig, Request("b", lora_request=adapter)) == (3 * PER_BLOCK, True)
     assert answered(rig, Request("c")) == (0, False)

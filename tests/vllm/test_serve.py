@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from flexkv.common.errors import BackendUnavailableError
-from flexkv.integration.vllm.served import (
+from flexkv.server.operator import command
+from flexkv.testing.vllm_serve import (
     OWN,
     SHIM,
     Served,
@@ -26,7 +27,6 @@ from flexkv.integration.vllm.served import (
     completion,
     token_ids,
 )
-from flexkv.server.operator import command
 
 from .conftest import wait_gone
 from .conversations import Conversations, Sizes

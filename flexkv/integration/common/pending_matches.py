@@ -30,7 +30,7 @@ class _Asked(NamedTuple):
     """Whether it was made on arrival, and vLLM has not come to its prompt since."""
 
 
-class Questions:
+class PendingMatches:
     """The questions under way, at most one of each request."""
 
     def __init__(self, client: Client, wait_ms: float) -> None:

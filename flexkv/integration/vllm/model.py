@@ -14,7 +14,6 @@ from contextlib import redirect_stdout
 from flexkv.common.config import ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.integration.vllm.identity import weights_are_here
-from flexkv.integration.vllm.served import SHIM
 from flexkv.integration.vllm.setup import setup_of
 from flexkv.server.launch import told_of
 
@@ -38,7 +37,7 @@ def model_of(arguments: Sequence[str]) -> ModelConfig:
     asked = engine.kv_transfer_config
     extra = {} if asked is None else asked.kv_connector_extra_config
     engine.kv_transfer_config = KVTransferConfig(
-        **SHIM, kv_role="kv_both", kv_connector_extra_config=extra
+        kv_connector="FlexKVConnectorV1", kv_role="kv_both", kv_connector_extra_config=extra
     )
     config = engine.create_engine_config()
     if not weights_are_here(config):

@@ -32,13 +32,13 @@ from flexkv.common.terms import BlockIds
 from flexkv.integration.common.costs import Costs
 from flexkv.integration.common.device_blocks import DeviceBlocks
 from flexkv.integration.common.own_server import OwnServer
-from flexkv.integration.common.pending_matches import Questions
+from flexkv.integration.common.pending_matches import PendingMatches
 from flexkv.integration.vllm.events import KVEvents
 from flexkv.integration.vllm.metadata import StepMetadata
 from flexkv.integration.vllm.prompt import Scopes
+from flexkv.integration.vllm.request_state import Load, Put, RequestState, RequestStates
 from flexkv.integration.vllm.setup import Setup
 from flexkv.integration.vllm.stats import Counts, FlexKVStats
-from flexkv.integration.vllm.tracked import Load, Put, Tracked, TrackedRequests
 from flexkv.observe.logs import get_logger
 from flexkv.server.client import Client
 from flexkv.server.operator import command
@@ -70,10 +70,10 @@ class SchedulerSide:
         self.client = Client(settings, setup.model, setup.instance, setup.tells_events)
         self._events = KVEvents(cache.tokens_per_block) if setup.tells_events else None
         self._costs = Costs() if cache.load_if_faster else None
-        self._questions = Questions(self.client, settings.match_wait_ms)
+        self._questions = PendingMatches(self.client, settings.match_wait_ms)
         self._scopes = Scopes(setup.names_media, setup.lora)
         self._per_block = cache.tokens_per_block
-        self._requests = TrackedRequests(
+        self._requests = RequestStates(
             self.client, self._scopes, self._events, cache.tokens_per_block
         )
         self._tracked = self._requests.by_id
@@ -129,7 +129,7 @@ class SchedulerSide:
         self._release(tracked)
         return 0, False
 
-    def _wanted(self, tracked: Tracked, computed: int) -> int:
+    def _wanted(self, tracked: RequestState, computed: int) -> int:
         """Count the blocks of a prompt that could be loaded; 0 when none behind those computed."""
         request = tracked.request
         if not tracked.may_claim or not self._requests.is_named(tracked) or not self._ready():
@@ -140,7 +140,7 @@ class SchedulerSide:
         blocks: int = (request.num_tokens - 1) // self._per_block
         return blocks if blocks * self._per_block > computed else 0
 
-    def _found(self, tracked: Tracked, blocks: int, local_blocks: int) -> Matched | None:
+    def _found(self, tracked: RequestState, blocks: int, local_blocks: int) -> Matched | None:
         """Return which of the first blocks are resident; None if that is not known in this step.
 
         The tiers that it names are those of the blocks from `local_blocks` on.
@@ -159,7 +159,7 @@ class SchedulerSide:
         was_put_off, tracked.was_put_off = tracked.was_put_off, True
         return Matched(0, 0, {}) if was_put_off else None
 
-    def _ask(self, tracked: Tracked, blocks: int, local_blocks: int, is_early: bool) -> None:
+    def _ask(self, tracked: RequestState, blocks: int, local_blocks: int, is_early: bool) -> None:
         """Ask what of so many blocks is resident."""
         part = self._requests.part(tracked, blocks)
         tell, tracked.is_told = self._events is not None and not tracked.is_told, True
@@ -189,7 +189,7 @@ class SchedulerSide:
             self._blocks.written(list(ids[:last]), first)
         self._start(request.request_id, tracked, tracked.load)
 
-    def _start(self, request_id: str, tracked: Tracked, load: Load) -> None:
+    def _start(self, request_id: str, tracked: RequestState, load: Load) -> None:
         """Begin a load, unless a put of its own is under way, or one that reads its blocks.
 
         So no request ever loads and stores at once, and vLLM is told of one end only.
@@ -263,12 +263,12 @@ class SchedulerSide:
             if after >= (tracked.stored_blocks + 1) * per_block:
                 self._put(tracked, computed, output)
 
-    def _written(self, tracked: Tracked, first: int) -> list[int]:
+    def _written(self, tracked: RequestState, first: int) -> list[int]:
         """Return a request's blocks from `first` on, which this step writes first."""
         self._blocks.written(tracked.block_ids, first)
         return tracked.block_ids[first:]
 
-    def _put(self, tracked: Tracked, computed: int, output: Any) -> None:
+    def _put(self, tracked: RequestState, computed: int, output: Any) -> None:
         """Let the whole blocks that a step completes be stored behind it."""
         if tracked.is_stale or not self.client.is_ready or not self._requests.is_named(tracked):
             return
@@ -340,7 +340,7 @@ class SchedulerSide:
         if self._launched is not None and not self.client.is_ready:
             self._launched.look()
 
-    def _ended(self, request_id: str, tracked: Tracked, done: Done) -> None:
+    def _ended(self, request_id: str, tracked: RequestState, done: Done) -> None:
         if done.number in tracked.puts:
             self._put_ended(request_id, tracked, done)
             return
@@ -369,13 +369,13 @@ class SchedulerSide:
                 tracked.stored_blocks = len(load.block_ids)
         self._load_over(request_id, tracked)
 
-    def _load_over(self, request_id: str, tracked: Tracked) -> None:
+    def _load_over(self, request_id: str, tracked: RequestState) -> None:
         tracked.load = None
         self._step.received.add(request_id)
         if tracked.finished:
             self._requests.forget(request_id)
 
-    def _put_ended(self, request_id: str, tracked: Tracked, done: Done) -> None:
+    def _put_ended(self, request_id: str, tracked: RequestState, done: Done) -> None:
         put = tracked.puts.pop(done.number)
         self._counts.count("puts")
         self._counts.count("stored_blocks", done.moved)
@@ -480,7 +480,7 @@ class SchedulerSide:
             self._poll()
         return self.client.is_ready
 
-    def _release(self, tracked: Tracked) -> None:
+    def _release(self, tracked: RequestState) -> None:
         """Give up what a request asks for, or is offered."""
         self._questions.give_up(tracked.request.request_id)
         found, tracked.found = tracked.found, None

@@ -18,7 +18,7 @@ from flexkv.common.errors import ClosedError, CorruptBlockError, InvariantError
 from flexkv.common.extents import check_ids
 from flexkv.common.terms import BlockIds, Tier, Transfer
 from flexkv.io.checksums.summed import SummedPort
-from flexkv.io.checksums.sums import Summer, Sums
+from flexkv.io.checksums.sums import Checksummer, Sums
 from flexkv.io.ports import Completion, DurablePort
 
 
@@ -46,7 +46,7 @@ class CheckedDiskPort:
     def __init__(
         self,
         inner: DurablePort,
-        summer: Summer,
+        summer: Checksummer,
         num_blocks: int,
         place_of: Callable[[int], tuple[str, int]],
     ) -> None:
@@ -100,11 +100,11 @@ class CheckedDiskPort:
             raise ClosedError("the checked disk port is closed")
         if transfer.route.source is not Tier.HOST:
             self._summed.submit(transfer)
-            self._reading[transfer.token] = transfer
+            self._reading[transfer.op_id] = transfer
             return
         check_ids(transfer, len(self._summed.sums), len(self.sums))
         sums = self._summed.sums[transfer.source_ids]
-        self._writing[transfer.token] = _Write(transfer.target_ids, sums)
+        self._writing[transfer.op_id] = _Write(transfer.target_ids, sums)
         if self.forget is None or self.forget(
             transfer.target_ids, lambda: self._was_forgotten(transfer)
         ):
@@ -123,10 +123,10 @@ class CheckedDiskPort:
 
     def _ended(self, completion: Completion) -> Completion:
         """Compare what was read, and keep the sums of what was written."""
-        token, error = completion
-        transfer = self._reading.pop(token, None)
+        op_id, error = completion
+        transfer = self._reading.pop(op_id, None)
         if transfer is None:
-            write = self._writing.pop(token)
+            write = self._writing.pop(op_id)
             if error is None:
                 self.sums[write.disk_ids] = write.sums
         elif error is None:
@@ -138,7 +138,7 @@ class CheckedDiskPort:
         wrong = self._summed.sums[transfer.target_ids] != self.sums[disk_ids]
         bad = disk_ids[wrong].tolist()
         error = CorruptBlockError(*self._place_of(bad[0]), bad) if bad else None
-        return Completion(transfer.token, error)
+        return Completion(transfer.op_id, error)
 
     async def sync(self) -> None:
         """Return once every completed write is on stable storage."""

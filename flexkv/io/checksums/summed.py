@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from flexkv.common.errors import InvariantError
 from flexkv.common.terms import Tier, Transfer
-from flexkv.io.checksums.sums import Summer
+from flexkv.io.checksums.sums import Checksummer
 from flexkv.io.ports import Completion, TransferPort
 
 
@@ -17,7 +17,7 @@ class SummedPort:
         sums: uint64[host blocks].
     """
 
-    def __init__(self, inner: TransferPort, summer: Summer, has_summed: bool = False) -> None:
+    def __init__(self, inner: TransferPort, summer: Checksummer, has_summed: bool = False) -> None:
         """Take both, which are closed with this one.
 
         With `has_summed` the inner port sums whole blocks itself, and only those that come layer by
@@ -56,7 +56,7 @@ class SummedPort:
         if transfer.route.target is Tier.HOST and not (
             self._has_summed and transfer.layers is None
         ):
-            self._moving[transfer.token] = transfer
+            self._moving[transfer.op_id] = transfer
 
     def reap(self) -> list[Completion]:
         """Give every transfer that ended since the last call, each exactly once."""
@@ -64,16 +64,16 @@ class SummedPort:
             return self._inner.reap()
         ended = []
         for completion in self._inner.reap():
-            transfer = self._moving.pop(completion.token, None)
+            transfer = self._moving.pop(completion.op_id, None)
             if transfer is None or completion.error is not None or not _is_whole(transfer):
                 ended.append(completion)
                 continue
-            self._summing[transfer.token] = transfer
+            self._summing[transfer.op_id] = transfer
             self._count(transfer, 1)
-            self._summer.submit(transfer.token, transfer.target_ids, urgent=True)
-        for token in self._summer.reap():
-            self._count(self._summing.pop(token), -1)
-            ended.append(Completion(token, None))
+            self._summer.submit(transfer.op_id, transfer.target_ids, urgent=True)
+        for op_id in self._summer.reap():
+            self._count(self._summing.pop(op_id), -1)
+            ended.append(Completion(op_id, None))
         return ended
 
     def _count(self, transfer: Transfer, sign: int) -> None:

@@ -21,7 +21,7 @@ from flexkv.process import forks
 Sums = NDArray[np.uint64]
 
 
-class Summer(Protocol):
+class Checksummer(Protocol):
     """Sums host blocks, beside the loop.
 
     Attributes:
@@ -34,8 +34,8 @@ class Summer(Protocol):
         """Attach to the running loop; `wake` is called on it when `reap` has something."""
         ...
 
-    def submit(self, token: int, host_ids: BlockIds, urgent: bool) -> None:
-        """Sum host blocks, each once, into `sums`: theirs mean nothing until the token is reaped.
+    def submit(self, op_id: int, host_ids: BlockIds, urgent: bool) -> None:
+        """Sum host blocks, each once, into `sums`: theirs mean nothing until the op is reaped.
 
         Raises:
             ValueError: an id out of range.
@@ -43,7 +43,7 @@ class Summer(Protocol):
         ...
 
     def reap(self) -> list[int]:
-        """Give the tokens that ended since the last call."""
+        """Return the ids of the ops that ended since the last call."""
         ...
 
     def close(self) -> None:
@@ -51,7 +51,7 @@ class Summer(Protocol):
         ...
 
 
-class PoolSummer:
+class PoolChecksummer:
     """Sums blocks of an arena in standing threads, without the GIL; XXH3-64 of their whole stride.
 
     Attributes:
@@ -79,13 +79,13 @@ class PoolSummer:
         """Give an eventfd, readable while `reap` has something."""
         return self._pool.fileno()
 
-    def submit(self, token: int, host_ids: BlockIds, urgent: bool) -> None:
+    def submit(self, op_id: int, host_ids: BlockIds, urgent: bool) -> None:
         """Sum host blocks into `sums`."""
         assert self._pages is not None
-        self._pool.checksum(token, self._pages, host_ids, urgent)
+        self._pool.checksum(op_id, self._pages, host_ids, urgent)
 
     def reap(self) -> list[int]:
-        """Give the tokens that ended since the last call."""
+        """Return the ids of the ops that ended since the last call."""
         return self._pool.reap()
 
     def _let_go_in_child(self) -> None:

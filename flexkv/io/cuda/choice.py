@@ -19,7 +19,7 @@ from flexkv.common.decoding import decoded
 from flexkv.common.errors import MalformedError
 
 
-class How(StrEnum):
+class CopyMethod(StrEnum):
     """A way to copy scattered chunks. Those that cost the device less are before others."""
 
     ENGINE = "engine"
@@ -33,19 +33,21 @@ class How(StrEnum):
 class Choice(NamedTuple):
     """A way to copy, and how many thread blocks the kernel has."""
 
-    how: How = How.ENGINE
+    how: CopyMethod = CopyMethod.ENGINE
     thread_blocks: int = 8
 
     @property
     def cost(self) -> int:
         """Give what it costs the device: thread blocks that wait for the link, above all."""
-        return {How.ENGINE: 0, How.STAGED: 1, How.KERNEL: self.thread_blocks}[self.how]
+        return {CopyMethod.ENGINE: 0, CopyMethod.STAGED: 1, CopyMethod.KERNEL: self.thread_blocks}[
+            self.how
+        ]
 
 
 WAYS = (
-    Choice(How.ENGINE),
-    Choice(How.STAGED, 16),
-    *(Choice(How.KERNEL, count) for count in (2, 4, 8, 16, 32)),
+    Choice(CopyMethod.ENGINE),
+    Choice(CopyMethod.STAGED, 16),
+    *(Choice(CopyMethod.KERNEL, count) for count in (2, 4, 8, 16, 32)),
 )
 AS_GOOD = 0.95
 """A way that costs the device less is taken when it reaches this of the best one's rate."""
@@ -66,13 +68,13 @@ class Choices(NamedTuple):
     counts: tuple[int, ...] = ()
 
     @classmethod
-    def always(cls, how: How, thread_blocks: int = Choice().thread_blocks) -> Choices:
+    def always(cls, how: CopyMethod, thread_blocks: int = Choice().thread_blocks) -> Choices:
         """Give the same choice for any number."""
         return cls((Choice(how, thread_blocks),))
 
-    def without(self, how: How) -> Choices:
+    def without(self, how: CopyMethod) -> Choices:
         """Give these with the copy engine in place of one way."""
-        engine = Choice(How.ENGINE)
+        engine = Choice(CopyMethod.ENGINE)
         return self._replace(
             choices=tuple(engine if each.how is how else each for each in self.choices)
         )
@@ -84,11 +86,11 @@ class Choices(NamedTuple):
     def unstaged(self, chunks: int) -> Choice:
         """Return the choice for so many chunks, or fewer, that is not staged."""
         found = self.choices[: bisect_right(self.counts, chunks - 1) + 1]
-        direct = (each for each in reversed(found) if each.how is not How.STAGED)
-        return next(direct, Choice(How.KERNEL, 4))
+        direct = (each for each in reversed(found) if each.how is not CopyMethod.STAGED)
+        return next(direct, Choice(CopyMethod.KERNEL, 4))
 
 
-class Wish(NamedTuple):
+class CopyPreference(NamedTuple):
     """What a configuration says of one direction; None leaves it to the measurement."""
 
     use_engine: bool | None = None
@@ -98,9 +100,9 @@ class Wish(NamedTuple):
     def settled(self) -> Choices | None:
         """Give the choices where nothing is left to measure."""
         if self.use_engine:
-            return Choices.always(How.ENGINE)
+            return Choices.always(CopyMethod.ENGINE)
         if self.use_engine is False and self.thread_blocks:
-            return Choices.always(How.KERNEL, self.thread_blocks)
+            return Choices.always(CopyMethod.KERNEL, self.thread_blocks)
         return None
 
     def made_of(self, measured: Choices) -> Choices:
@@ -109,7 +111,9 @@ class Wish(NamedTuple):
 
     def _made_of(self, choice: Choice) -> Choice:
         if self.use_engine is not None:
-            choice = choice._replace(how=How.ENGINE if self.use_engine else How.KERNEL)
+            choice = choice._replace(
+                how=CopyMethod.ENGINE if self.use_engine else CopyMethod.KERNEL
+            )
         return choice._replace(thread_blocks=self.thread_blocks or choice.thread_blocks)
 
 
@@ -120,7 +124,7 @@ def decide(rates: Mapping[Choice, float]) -> Choice:
         rates: bytes per second.
     """
     best = max(rates.values())
-    enough = {way: STAGED_AS_GOOD if way.how is How.STAGED else AS_GOOD for way in rates}
+    enough = {way: STAGED_AS_GOOD if way.how is CopyMethod.STAGED else AS_GOOD for way in rates}
     return min((way for way in rates if rates[way] >= enough[way] * best), key=_cost)
 
 

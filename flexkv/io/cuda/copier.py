@@ -17,11 +17,11 @@ from flexkv.common.errors import DeviceError
 from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import BlockIds, Layers
 from flexkv.io.cuda import kept, kernel
-from flexkv.io.cuda.choice import Choice, Choices, How, decode, encode, measure
+from flexkv.io.cuda.choice import Choice, Choices, CopyMethod, decode, encode, measure
+from flexkv.io.cuda.copy_stream import CopyStream
 from flexkv.io.cuda.driver import CudaDriver, Launch
 from flexkv.io.cuda.grids import Runs
 from flexkv.io.cuda.pinned import OUT_OF_MEMORY, Pinned, split
-from flexkv.io.cuda.way import Way
 from flexkv.io.device.pages import Pages
 from flexkv.io.memory.arena import Arena
 from flexkv.observe.logs import get_logger
@@ -110,7 +110,7 @@ class Copier:
 
     def queue(
         self,
-        way: Way,
+        way: CopyStream,
         direction: int,
         ids: tuple[BlockIds, BlockIds],
         layers: Layers | None = None,
@@ -132,11 +132,11 @@ class Copier:
             return
         chunks = len(device_ids) * self.pages.pages.of(layers).piece_count
         choice = way.choices.of(chunks)
-        if choice.how is How.STAGED:
+        if choice.how is CopyMethod.STAGED:
             if self._staged(way, direction, ids, layers, choice):
                 return
             choice = way.choices.unstaged(chunks)
-        if choice.how is How.KERNEL:
+        if choice.how is CopyMethod.KERNEL:
             address = way.take_ids(np.concatenate([device_ids, host_ids]))
             if address is not None:
                 host = self._arena.address, self._arena.block_stride_bytes
@@ -165,7 +165,7 @@ class Copier:
 
     def _staged(
         self,
-        way: Way,
+        way: CopyStream,
         direction: int,
         ids: tuple[BlockIds, BlockIds],
         layers: Layers | None,
@@ -218,7 +218,7 @@ def _joined(blocks: NDArray[np.int64], slot: int, size: int) -> Runs:
     return np.stack([blocks[firsts], slot + firsts * size, counts * size]).astype(np.uint64)
 
 
-def choices_for(driver: CudaDriver, layout: PagedLayout, ways: list[Way]) -> list[Choices]:
+def choices_for(driver: CudaDriver, layout: PagedLayout, ways: list[CopyStream]) -> list[Choices]:
     """Give the choices for each way: those that are kept, or as measured now.
 
     Raises:
@@ -234,12 +234,12 @@ def choices_for(driver: CudaDriver, layout: PagedLayout, ways: list[Way]) -> lis
         if error.code != OUT_OF_MEMORY:
             raise
         log.warning("device_not_measured", reason="no device memory to copy from and to")
-        return [Choices.always(How.ENGINE)] * len(ways)
+        return [Choices.always(CopyMethod.ENGINE)] * len(ways)
     kept.write(path, encode(choices))
     return choices
 
 
-def measured(driver: CudaDriver, layout: PagedLayout, ways: list[Way]) -> list[Choices]:
+def measured(driver: CudaDriver, layout: PagedLayout, ways: list[CopyStream]) -> list[Choices]:
     """Give the choices for each way, from copies of memory that is as the device's blocks are.
 
     Raises:
@@ -264,7 +264,7 @@ def measured(driver: CudaDriver, layout: PagedLayout, ways: list[Way]) -> list[C
             undo.callback(each.drop_stage)
             undo.callback(each.settle)  # whatever happens: nothing is under way then
 
-        def timed(way: Way, direction: int, choice: Choice, chunks: int) -> float:
+        def timed(way: CopyStream, direction: int, choice: Choice, chunks: int) -> float:
             count = max(1, min(blocks, chunks // len(rows)))
             way.choose(Choices((choice,)))
             begin_s = time.perf_counter()

@@ -19,11 +19,11 @@ from flexkv.common.errors import ClosedError, ConfigError, DeviceError, Invarian
 from flexkv.common.extents import check_ids
 from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import Tier, Transfer
-from flexkv.io.cuda.choice import Choices, Wish
+from flexkv.io.cuda.choice import Choices, CopyPreference
 from flexkv.io.cuda.copier import Copier, DevicePages, choices_for
+from flexkv.io.cuda.copy_stream import CopyStream, Work
 from flexkv.io.cuda.driver import CudaDriver
 from flexkv.io.cuda.pinned import Pinned
-from flexkv.io.cuda.way import Way, Work
 from flexkv.io.ports import Completion
 from flexkv.observe.logs import get_logger
 
@@ -76,7 +76,7 @@ class CudaDevicePort:
         pinned: Pinned,
         owner: object,
         driver: CudaDriver,
-        wishes: Sequence[Wish] = (Wish(), Wish()),
+        wishes: Sequence[CopyPreference] = (CopyPreference(), CopyPreference()),
     ) -> None:
         """Open streams, and hold the arena registered.
 
@@ -104,11 +104,11 @@ class CudaDevicePort:
             self._copier: Copier | None = Copier(driver, pinned, undo)
             undo.callback(self.suspend)
             self.resume(layout, owner)
-            self._ways = [Way(driver, urgent, undo) for urgent in (False, True)]
+            self._ways = [CopyStream(driver, urgent, undo) for urgent in (False, True)]
             self._choose(layout, wishes)
             self._resources = undo.pop_all()
 
-    def _choose(self, layout: PagedLayout, wishes: Sequence[Wish]) -> None:
+    def _choose(self, layout: PagedLayout, wishes: Sequence[CopyPreference]) -> None:
         settled = [wish.settled for wish in wishes]
         if None in settled:
             found = choices_for(self._driver, layout, self._ways)
@@ -197,7 +197,7 @@ class CudaDevicePort:
         limits = (self._arena.num_blocks, self.num_blocks)
         check_ids(transfer, *(limits if to_device else limits[::-1]))
         if self._failure is not None:
-            self._ended.append(Completion(transfer.token, self._failure))
+            self._ended.append(Completion(transfer.op_id, self._failure))
             return
         way = self._ways[to_device]
         with self._driver.inside():
@@ -205,7 +205,7 @@ class CudaDevicePort:
         if self._watching is None:
             self._watch()
 
-    def _begin(self, copier: Copier, way: Way, transfer: Transfer) -> None:
+    def _begin(self, copier: Copier, way: CopyStream, transfer: Transfer) -> None:
         to_device = transfer.route.target is Tier.DEVICE
         error: DeviceError | None = None
         try:
@@ -215,24 +215,24 @@ class CudaDevicePort:
                 self._mark(transfer, way)
         except DeviceError as failure:  # some of it may be under way: it ends in its turn
             error = failure
-        way.under_way.append(Work(transfer.token, way.ids_end, error))
+        way.under_way.append(Work(transfer.op_id, way.ids_end, error))
         try:
             self._driver.notify(way.stream, way.eventfd)
         except DeviceError as failure:  # there will be no word of the end: wait for it now
             self._end_now(way, error or failure)
 
-    def _mark(self, transfer: Transfer, way: Way) -> None:
+    def _mark(self, transfer: Transfer, way: CopyStream) -> None:
         """Let streams of the engine wait for the layers that were queued."""
         layers, watch = transfer.layers, transfer.watch
         if layers is not None and watch is not None:
             watch.queued(self.rank, layers.whole, layers.last, Mark(self._driver, way.stream))
 
-    def _end_now(self, way: Way, failure: DeviceError) -> None:
+    def _end_now(self, way: CopyStream, failure: DeviceError) -> None:
         """Wait for all that is under way on a stream that cannot tell; it may be broken."""
         if not way.settle():
             self._fail(failure)
             return
-        self._ended += [Completion(work.token, work.error) for work in way.under_way]
+        self._ended += [Completion(work.op_id, work.error) for work in way.under_way]
         way.under_way.clear()
 
     def _watch(self) -> None:
@@ -254,7 +254,7 @@ class CudaDevicePort:
             way.settle()
             if self._loop is not None:
                 self._loop.remove_reader(way.eventfd)
-            self._ended += [Completion(work.token, failure) for work in way.under_way]
+            self._ended += [Completion(work.op_id, failure) for work in way.under_way]
             way.under_way.clear()
         self._wake()
 
@@ -262,7 +262,7 @@ class CudaDevicePort:
         """Give every transfer that ended since the last call, each exactly once."""
         if self._failure is None:
             for way in self._ways:
-                self._ended += [Completion(work.token, work.error) for work in way.ended()]
+                self._ended += [Completion(work.op_id, work.error) for work in way.ended()]
         ended, self._ended = self._ended, []
         return ended
 

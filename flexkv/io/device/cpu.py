@@ -98,12 +98,12 @@ class CpuDevicePort:
         try:
             if len(device_ids) <= self._inline_blocks_max:
                 copy_now(pages, direction, device_ids, host_ids)
-                self._ended.append(Completion(transfer.token, None))
+                self._ended.append(Completion(transfer.op_id, None))
             else:
-                self._pool.submit(transfer.token, pages, direction, device_ids, host_ids, urgent)
+                self._pool.submit(transfer.op_id, pages, direction, device_ids, host_ids, urgent)
                 self._pooled += 1
         except ValueError as error:
-            raise InvariantError(f"transfer {transfer.token} {transfer.route}: {error}") from error
+            raise InvariantError(f"transfer {transfer.op_id} {transfer.route}: {error}") from error
 
     def reap(self) -> list[Completion]:
         """Give every transfer that ended since the last call, each exactly once."""
@@ -111,7 +111,7 @@ class CpuDevicePort:
         if self._pooled and self._pool is not None:
             pooled = self._pool.reap()
             self._pooled -= len(pooled)
-            ended += [Completion(token, None) for token in pooled]
+            ended += [Completion(op_id, None) for op_id in pooled]
         return ended
 
     def _let_go_in_child(self) -> None:

@@ -56,19 +56,19 @@ class RanksPort:
             shares = [share for ranks in self._parts for share in _divided(transfer, ranks)]
         for started, (port, share) in enumerate(shares, 1):
             port.submit(share)
-            self._under_way[transfer.token] = started
+            self._under_way[transfer.op_id] = started
 
     def reap(self) -> list[Completion]:
         """Give every transfer that ended since the last call, each exactly once."""
         ended = []
         for port in self._ports:
-            for token, error in port.reap():
-                self._under_way[token] -= 1
+            for op_id, error in port.reap():
+                self._under_way[op_id] -= 1
                 if error is not None:
-                    self._errors.setdefault(token, error)
-                if not self._under_way[token]:
-                    del self._under_way[token]
-                    ended.append(Completion(token, self._errors.pop(token, None)))
+                    self._errors.setdefault(op_id, error)
+                if not self._under_way[op_id]:
+                    del self._under_way[op_id]
+                    ended.append(Completion(op_id, self._errors.pop(op_id, None)))
         return ended
 
     def close(self) -> None:

@@ -38,7 +38,7 @@ class DiskJob:
     of them were started, `remaining` have not ended. The first error is the transfer's.
     """
 
-    token: int
+    op_id: int
     write: bool
     extents: NDArray[np.int64]
     base: int
@@ -64,7 +64,7 @@ class DiskJob:
         extent = self.extent(name)
         if moved != extent.bytes and self.error is None:
             if moved < 0:
-                self.error = StorageError(path, extent.offset_bytes, -moved, self.token)
+                self.error = StorageError(path, extent.offset_bytes, -moved, self.op_id)
             else:
                 self.error = ShortTransferError(path, extent.offset_bytes, extent.bytes, moved)
         self.remaining -= 1
@@ -79,7 +79,7 @@ class DiskJob:
     @property
     def completion(self) -> Completion:
         """Give the end of this job, as the port's user gets it."""
-        return Completion(self.token, self.error)
+        return Completion(self.op_id, self.error)
 
 
 class DiskGeometry:
@@ -113,14 +113,14 @@ class DiskGeometry:
         limits = (self._host_blocks, self._files.num_blocks)
         check_ids(transfer, *(limits if write else limits[::-1]))
         if len(host_ids) == 1:
-            return DiskJob(transfer.token, write, self._extents_of_one(host_ids, disk_ids), base)
+            return DiskJob(transfer.op_id, write, self._extents_of_one(host_ids, disk_ids), base)
         # A number is left out between two slices, so that no run goes across.
         places = host_ids + host_ids // self._slice_blocks
         starts, counts = coalesce(places, self._files.positions(disk_ids), self._blocks_max)
         file_index, offset = self._files.locate(disk_ids[starts])
         address = self._host_address + host_ids[starts] * self.block_bytes
         extents = np.stack((file_index, offset, address, counts * self.block_bytes), axis=1)
-        return DiskJob(transfer.token, write, self._bounded(extents), base)
+        return DiskJob(transfer.op_id, write, self._bounded(extents), base)
 
     def _extents_of_one(self, host_ids: BlockIds, disk_ids: BlockIds) -> NDArray[np.int64]:
         """Give the extents of one block: large blocks come one by one, and arrays cost more."""

@@ -20,7 +20,7 @@ from flexkv.io.ssd.file_calls import KernelCalls
 from flexkv.io.ssd.files import FILE_PATTERN, file_name
 from flexkv.io.ssd.folders import lock_folder, open_folder, open_ours
 from flexkv.io.ssd.journal import Journal, cleared, erased
-from flexkv.io.ssd.verify import Rereader
+from flexkv.io.ssd.verify import BlockVerifier
 
 BATCH_BYTES = 64 << 20
 
@@ -32,7 +32,7 @@ class Checked(NamedTuple):
     bad: NDArray[np.int64]
 
 
-class StoppedTier:
+class OfflineSsd:
     """One directory, locked: its superblock, and what its journal says."""
 
     def __init__(self, folder: Path) -> None:
@@ -56,7 +56,7 @@ class StoppedTier:
             self._closing = undo.pop_all()
         self.superblock, self.live = found, self._journal.live
 
-    def __enter__(self) -> StoppedTier:
+    def __enter__(self) -> OfflineSsd:
         return self
 
     def __exit__(
@@ -88,7 +88,7 @@ class StoppedTier:
         order = np.argsort(self.live.rows)
         rows, sums = self.live.rows[order], self.live.sums[order]
         with ExitStack() as closing:
-            reader = Rereader(self.superblock.block_stride_bytes, BATCH_BYTES)
+            reader = BlockVerifier(self.superblock.block_stride_bytes, BATCH_BYTES)
             closing.callback(reader.close)
             fds: dict[int, int | None] = {}
             for at in range(0, len(rows), reader.num_blocks):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from flexkv.common.errors import ConfigError
 from flexkv.io.checksums.checked import CheckedDiskPort
-from flexkv.io.checksums.sums import Summer
+from flexkv.io.checksums.sums import Checksummer
 from flexkv.io.memory.arena import Arena
 from flexkv.io.private import Folder, new_name, open_directory, open_file
 from flexkv.io.ssd import missed_clears, superblock
@@ -36,7 +36,7 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class SsdWish:
+class SsdRequest:
     """The SSD tier that is asked for.
 
     Attributes:
@@ -82,7 +82,9 @@ def distinct(directories: Sequence[Path]) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(found.values()))
 
 
-def take_ssd(wish: SsdWish, lose: Callable[[str, str], None], undo: ExitStack) -> TakenSsd | None:
+def take_ssd(
+    wish: SsdRequest, lose: Callable[[str, str], None], undo: ExitStack
+) -> TakenSsd | None:
     """Lock and open the directories that can be used; return None if there are none. Blocks.
 
     Args:
@@ -112,7 +114,7 @@ def take_ssd(wish: SsdWish, lose: Callable[[str, str], None], undo: ExitStack) -
     return None
 
 
-def _take(wish: SsdWish, directories: list[Path], taking: ExitStack) -> TakenSsd:
+def _take(wish: SsdRequest, directories: list[Path], taking: ExitStack) -> TakenSsd:
     stride, rows = wish.superblock.block_stride_bytes, wish.superblock.rows_per_file
     files = StripedFiles.open(
         directories,
@@ -160,7 +162,7 @@ def refuse(folders: Sequence[Path], wanted: Superblock) -> None:
             raise ConfigError("ssd_cache_dir", shown(path), why)
 
 
-def check_names(folder: Folder, wish: SsdWish) -> None:
+def check_names(folder: Folder, wish: SsdRequest) -> None:
     """Refuse a directory whose superblock or journal cannot be used; change nothing in it.
 
     Raises:
@@ -193,7 +195,7 @@ def forget_earlier(folders: list[Folder]) -> None:
 
 
 def open_ssd(
-    arena: Arena, files: StripedFiles, options: RingOptions, summer: Summer, undo: ExitStack
+    arena: Arena, files: StripedFiles, options: RingOptions, summer: Checksummer, undo: ExitStack
 ) -> CheckedDiskPort:
     """Give the port to open files, which closes the summer too; `undo` gets what closes it."""
 

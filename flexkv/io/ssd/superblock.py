@@ -29,7 +29,7 @@ class Superblock(msgspec.Struct, frozen=True):
     """What the blocks in a directory are. All of it must be equal for them to be of use."""
 
     version: int
-    blocks_are: dict[str, Any]
+    block_identity: dict[str, Any]
     """Model, tokens per block, version of the keys, digest of the secret."""
     block_stride_bytes: _Count
     rows_per_file: _Count | None
@@ -88,5 +88,5 @@ def differences(found: Superblock, wanted: Superblock) -> list[str]:
 
 def _flat(superblock: Superblock) -> dict[str, Any]:
     fields = msgspec.structs.asdict(superblock)
-    del fields["blocks_are"]
-    return {**superblock.blocks_are, **fields}
+    del fields["block_identity"]
+    return {**superblock.block_identity, **fields}

@@ -152,7 +152,7 @@ class UringDiskPort:
                     job.taken += self._ring.submit(job.base + job.taken, job.write, rest)
                 except OSError as error:
                     path = self._files.paths[int(rest[0, 0])]
-                    job.error = StorageError(path, int(rest[0, 1]), error.errno or 0, job.token)
+                    job.error = StorageError(path, int(rest[0, 1]), error.errno or 0, job.op_id)
             if job.error is not None:
                 self._abandon_rest(job)
             elif job.taken < len(job.extents):

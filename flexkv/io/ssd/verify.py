@@ -9,11 +9,11 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv.io.checksums.sums import PoolSummer, Sums
+from flexkv.io.checksums.sums import PoolChecksummer, Sums
 from flexkv.io.memory.arena import Arena
 
 
-class Rereader:
+class BlockVerifier:
     """Memory of its own for some blocks, and threads that sum them. Its calls block.
 
     Attributes:
@@ -25,7 +25,7 @@ class Rereader:
         self.num_blocks = max(1, batch_bytes // stride_bytes)
         self._stride = stride_bytes
         self._memory = Arena.open(self.num_blocks, stride_bytes)
-        self._summer = PoolSummer(self._memory)
+        self._summer = PoolChecksummer(self._memory)
 
     def sums(self, places: Iterable[tuple[int | None, int]]) -> tuple[Sums, NDArray[np.bool_]]:
         """Read the blocks at places: file descriptor, None for a file that is not there, and byte.

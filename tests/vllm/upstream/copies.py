@@ -34,7 +34,7 @@ class Copies:
         monkeypatch.setattr(Agent, "_copy", lambda agent, copy: self._asked(agent, copy))
 
     def _asked(self, agent: Agent, copy: Copy) -> None:
-        agent._under_way[copy.token] = Transfer(copy.token, 0, _ROUTE, _NOTHING, _NOTHING)
+        agent._under_way[copy.op_id] = Transfer(copy.op_id, 0, _ROUTE, _NOTHING, _NOTHING)
         with self._lock:
             if holds := self.holds_loads if copy.to_device else self.holds_puts:
                 self.held.append((agent, copy))
@@ -54,9 +54,9 @@ class Copies:
         if copy.to_device:
             self.device_blocks.append(blocks)
         if copy.to_device and self.loads_fail(blocks):
-            agent._end(copy.token, "the copy was made to fail")
+            agent._end(copy.op_id, "the copy was made to fail")
         else:
-            del agent._under_way[copy.token]
+            del agent._under_way[copy.op_id]
             self._copy(agent, copy)
 
     def release(self) -> None:

@@ -42,7 +42,7 @@ class Put(NamedTuple):
     generation: int
 
 
-class Tracked:
+class RequestState:
     """What is known of one of vLLM's requests."""
 
     __slots__ = (
@@ -87,7 +87,7 @@ class Tracked:
         self.has_loaded = False
 
 
-class TrackedRequests:
+class RequestStates:
     """The requests that the scheduler's side knows, and the keys of their blocks.
 
     Attributes:
@@ -99,14 +99,14 @@ class TrackedRequests:
     ) -> None:
         self._client, self._scopes, self._events = client, scopes, events
         self._per_block = tokens_per_block
-        self.by_id: dict[str, Tracked] = {}
+        self.by_id: dict[str, RequestState] = {}
 
-    def track(self, request: Any) -> Tracked:
+    def track(self, request: Any) -> RequestState:
         """Return the state of a request; make it if the request is new."""
         tracked = self.by_id.get(request.request_id)
         if tracked is None:
             client = self._client
-            tracked = self.by_id[request.request_id] = Tracked(
+            tracked = self.by_id[request.request_id] = RequestState(
                 request, self._scopes, client.generation, client.new_prompt()
             )
         return tracked
@@ -116,12 +116,12 @@ class TrackedRequests:
         tracked = self.by_id.pop(request_id)
         self._forget_keys(tracked)
 
-    def _forget_keys(self, tracked: Tracked) -> None:
+    def _forget_keys(self, tracked: RequestState) -> None:
         self._client.forget(tracked.prompt)
         if self._events is not None:
             self._events.forget(tracked.request, bytes(tracked.prompt.keys), tracked.noted)
 
-    def is_named(self, tracked: Tracked) -> bool:
+    def is_named(self, tracked: RequestState) -> bool:
         """Return whether a request's blocks have keys; streamed input may change or end that."""
         if tracked.features != (features := features_of(tracked.request)):
             # Streamed input has brought an image: the keys behind it change.
@@ -131,7 +131,7 @@ class TrackedRequests:
             tracked.prompt, tracked.noted = self._client.new_prompt(), 0
         return tracked.scope is not None
 
-    def part(self, tracked: Tracked, blocks: int) -> PromptPart:
+    def part(self, tracked: RequestState, blocks: int) -> PromptPart:
         """Return the first blocks of a request's prompt, and make the keys that are missing.
 
         Keys are made only of tokens that do not change any more.

@@ -17,7 +17,7 @@ LOOKS_A_DEADLINE = 4
 """How often within a deadline it is looked whether it has passed."""
 
 
-class Watch:
+class TierHealth:
     """The breakers of every lower tier, fed with the ends of ops.
 
     Attributes:

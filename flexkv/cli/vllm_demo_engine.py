@@ -1,6 +1,6 @@
 """One engine of `flexkv vllm-demo`: conversations in turn, and how long each answer took to begin.
 
-    python -m flexkv.integration.vllm.demo '{"model": …}'    # a line of JSON at the end
+    python -m flexkv.cli.vllm_demo_engine '{"model": …}'    # a line of JSON at the end
 
 vLLM is imported in here only: it runs the main module again in each of its processes.
 """

@@ -19,7 +19,7 @@ UNREAD_BYTES_MAX = 256 << 10
 """A client with this many unread bytes gets no changes until it has read them."""
 
 
-class Watchers:
+class ChangeFeed:
     """The clients that watch the index."""
 
     def __init__(self, residency: Residency) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from flexkv.common.errors import DeviceError
 from flexkv.common.terms import BlockIds
-from flexkv.io.cuda.choice import Choices, How
+from flexkv.io.cuda.choice import Choices, CopyMethod
 from flexkv.io.cuda.driver import CudaDriver
 from flexkv.io.cuda.stage import SLOT_BYTES, SLOTS, Stage
 from flexkv.observe.logs import get_logger
@@ -26,13 +26,13 @@ IDS_MAX = 1 << 17
 class Work(NamedTuple):
     """A transfer under way on a stream, and how it will have ended."""
 
-    token: int
+    op_id: int
     ids_end: int
     """Where in the ids of the stream the space that the kernel reads ends; ever growing."""
     error: DeviceError | None
 
 
-class Way:
+class CopyStream:
     """One direction.
 
     Attributes:
@@ -41,7 +41,7 @@ class Way:
     """
 
     def __init__(self, driver: CudaDriver, urgent: bool, undo: ExitStack) -> None:
-        self.choices = Choices.always(How.ENGINE)
+        self.choices = Choices.always(CopyMethod.ENGINE)
         self.stage: Stage | None = None
         self._driver = driver
         self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -61,12 +61,12 @@ class Way:
 
         The memory is taken now: an engine leaves none of it to who comes later.
         """
-        if any(each.how is How.STAGED for each in choices.choices) and self.stage is None:
+        if any(each.how is CopyMethod.STAGED for each in choices.choices) and self.stage is None:
             try:
                 self.stage = Stage(self._driver, self.stream)
             except DeviceError as error:
                 log.warning("no_memory_to_stage_in", bytes=SLOTS * SLOT_BYTES, code=error.code)
-                choices = choices.without(How.STAGED)
+                choices = choices.without(CopyMethod.STAGED)
         self.choices = choices
 
     def drop_stage(self) -> None:
