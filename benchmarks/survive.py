@@ -40,7 +40,7 @@ def measure(options: Options) -> Figures:
 
 
 def _port_of(manager: KVManager) -> CheckedDiskPort:
-    port = manager._engine._backend.disk
+    port = manager._engine._backend.tiers()[0].port
     assert isinstance(port, CheckedDiskPort)
     return port
 
@@ -49,9 +49,9 @@ def _unsummed_pages(manager: KVManager, caches: Any) -> Any:
     """Give the device's pages for copies that keep no sums."""
     backend = manager._engine._backend
     assert isinstance(backend, LocalBackend)
-    sums, backend._sums = backend._sums, None
+    sums, backend.ssd.sums = backend.ssd.sums, None
     port = backend.device(caches, None, 0).port
-    backend._sums = sums
+    backend.ssd.sums = sums
     assert isinstance(port, CpuDevicePort)
     pages = port._pages
     port.close()

@@ -67,7 +67,7 @@ class _Joiner(NamedTuple):
 
 
 class PersistenceHooks(Protocol):
-    """Who is told what the SSD tier holds, so that a later run knows."""
+    """Records what a tier holds, so that a later run knows."""
 
     def stored(self, block_ids: BlockIds) -> None:
         """Take blocks that became READY, unless they were forgotten meanwhile."""
@@ -87,14 +87,14 @@ class Scheduler:
         planner: Planner,
         actors: Mapping[Tier, TransferActor],
         observer: Observer,
-        notes: PersistenceHooks | None = None,
+        persistence: Mapping[Tier, PersistenceHooks] | None = None,
         io_deadline_s: float = 10.0,
     ) -> None:
         self._residency = residency
         self._planner = planner
         self._actors = actors
         self._observer = observer
-        self._notes = notes
+        self._persistence = persistence or {}
         self.watch = TierHealth(actors, io_deadline_s, self._give_up, observer.event)
         self.on_hang: Callable[[Flight], None] = lambda flight: None
         """Called with each flight whose device does not answer."""
@@ -131,10 +131,8 @@ class Scheduler:
         self._next_run += 1
         self.look_out()
         planned = self._planner.plan(request, run_id)
-        if self._notes is not None and request.operation is Operation.PUT:
-            for fill in planned.plan.fills:
-                if Tier.DISK in fill.ids:  # ahead of the write, which must wait for it
-                    self._notes.erased(fill.ids[Tier.DISK])
+        if self._persistence and request.operation is Operation.PUT:
+            self._note_erased(planned.plan)
         if request.watch is not None:
             request.watch.expect(planned.plan.device_op_ids())
         if self._observer.tracer is not None:
@@ -147,6 +145,13 @@ class Scheduler:
             self.behind.planned(planned)
         self._take(flight, Launch())
         return flight
+
+    def _note_erased(self, plan: Plan) -> None:
+        """Record that places are about to be written, ahead of the writes, which wait for it."""
+        for fill in plan.fills:
+            for tier, hooks in self._persistence.items():
+                if tier in fill.ids:
+                    hooks.erased(fill.ids[tier])
 
     def write_behind(self, taken: Taken) -> None:
         """Begin to write owed blocks to their tier."""
@@ -278,13 +283,13 @@ class Scheduler:
         host_ids = flight.plan.fills[op.leg].ids[Tier.HOST][begin:end]
         self.behind.failed(op.route.target, host_ids, flight.taken, error)
 
-    def drop_corrupt(self, error: CorruptBlockError, request_id: int = -1) -> None:
-        """Forget blocks of the SSD tier that are not what they were, in this life and the next."""
+    def drop_corrupt(self, tier: Tier, error: CorruptBlockError, request_id: int = -1) -> None:
+        """Forget blocks of a tier that are not what they were, in this life and the next."""
         block_ids = np.array(error.block_ids, np.int64)
-        self._observer.corrupt(error, request_id)
-        self._residency.forget(Tier.DISK, block_ids)
-        if self._notes is not None:
-            self._notes.erased(block_ids)
+        self._observer.corrupt(tier, error, request_id)
+        self._residency.forget(tier, block_ids)
+        if tier in self._persistence:
+            self._persistence[tier].erased(block_ids)
 
     def drop_unsynced(self, tier: Tier, block_ids: BlockIds) -> None:
         """Forget blocks of a lower tier that a failed sync may have lost, and owe them again.
@@ -309,7 +314,7 @@ class Scheduler:
         if op.route is None or op.route.source <= Tier.HOST:
             return
         if isinstance(error, CorruptBlockError):
-            self.drop_corrupt(error, flight.request.request_id)
+            self.drop_corrupt(op.route.source, error, flight.request.request_id)
             return
         # What could not be read may be readable in the next life: the journal keeps it.
         begin, end = flight.plan.bounds(op)
@@ -404,12 +409,12 @@ class Scheduler:
             self._events.append((joiner.flight, _news(joiner.op, command.filled)))
 
     def _settled(self, plan: Plan, op: OpSpec, filled: bool) -> None:
-        """Note what became READY on SSD, and owe what became READY in host memory only."""
+        """Record what became READY in a lower tier; owe what became READY in host memory only."""
         assert op.route is not None
         target, fill = op.route.target, plan.fills[op.leg]
-        if filled and target is Tier.DISK and self._notes is not None:
+        if filled and target in self._persistence:
             begin, end = plan.bounds(op)
-            self._notes.stored(fill.ids[target][begin:end])
+            self._persistence[target].stored(fill.ids[target][begin:end])
         elif fill.owed_to and target is Tier.HOST and self.behind is not None:
             begin, end = plan.bounds(op)
             self.behind.coming_blocks -= end - begin

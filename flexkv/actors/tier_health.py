@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from flexkv.actors.actor import TransferActor
 from flexkv.actors.health import Breaker, Health
-from flexkv.common.errors import RecalledError, ShortTransferError, StorageError, TransferError
+from flexkv.common.errors import TransferError
 from flexkv.common.terms import Route, Tier
 from flexkv.observe.logs import get_logger
 
@@ -113,11 +113,11 @@ class TierHealth:
         tier = route.outer
         if not self.all_up and self._actors[tier].oldest_s() <= self._deadline_s:
             self._came_back(self._actors[tier])
-        if isinstance(error, RecalledError):
+        if error is not None and not error.blames_tier:
             return
         now_s = asyncio.get_running_loop().time()
         breaker = self.breaker(tier, route.inbound)
-        if isinstance(error, StorageError | ShortTransferError):
+        if error is not None:
             if breaker.failed(now_s):
                 self.all_up = False
                 detail = f"{_direction(route.inbound)}: {error}"

@@ -82,7 +82,13 @@ class ClearedError(FlexKVError):
 
 
 class TransferError(FlexKVError):
-    """A transfer op ended without moving all its bytes."""
+    """A transfer op ended without moving all its bytes.
+
+    Attributes:
+        blames_tier: whether the tier at the outer end is at fault, so that its breaker counts it.
+    """
+
+    blames_tier = True
 
     def __init__(self, op_id: int, route: str, block_count: int, why: str = "") -> None:
         super().__init__(f"op {op_id} {route} ({block_count} blocks) failed: {why}")
@@ -92,6 +98,8 @@ class TransferError(FlexKVError):
 class RecalledError(TransferError):
     """A transfer op was recalled before all of its bytes were on their way: no fault of any."""
 
+    blames_tier = False
+
 
 class DeadlineError(TransferError):
     """A transfer op did not end in time; hardware may still be at it."""
@@ -99,6 +107,8 @@ class DeadlineError(TransferError):
 
 class UnfilledError(TransferError):
     """Another request was filling the blocks that this one waited for, and gave up."""
+
+    blames_tier = False
 
 
 class StorageError(TransferError):
@@ -133,7 +143,9 @@ class AgentGoneError(TransferError):
 
 
 class CorruptBlockError(TransferError):
-    """Blocks came back with bytes that are not those that left."""
+    """Blocks came back with bytes that are not those that left: they are dropped, one by one."""
+
+    blames_tier = False
 
     def __init__(self, path: str, offset_bytes: int, block_ids: Sequence[int]) -> None:
         FlexKVError.__init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -18,9 +19,9 @@ from flexkv.common.errors import (
     TransferError,
 )
 from flexkv.common.terms import Route, Tier
-from flexkv.io.ports import DurablePort
 from flexkv.observe.logs import get_logger
-from flexkv.tiers.backend import Backend
+from flexkv.tiers.parts import TierParts
+from flexkv.tiers.unavailable import Unavailable
 
 log = get_logger(__name__)
 
@@ -61,11 +62,13 @@ class Durability:
         self,
         scheduler: Scheduler,
         behind: WriteBehind,
-        backend: Backend,
+        tiers: Sequence[TierParts],
+        unavailable: Unavailable,
         supervisor: Supervisor,
         deadline_s: float,
     ) -> None:
-        self._scheduler, self._backend, self._supervisor = scheduler, backend, supervisor
+        self._scheduler, self._supervisor = scheduler, supervisor
+        self._tiers, self._unavailable = tiers, unavailable
         self._behind = behind
         self._sync_timeout_s = max(SYNC_TIMEOUT_S, deadline_s)
         self._syncing: asyncio.Task[FlexKVError | None] | None = None
@@ -92,7 +95,7 @@ class Durability:
             failed = self._sync_failure
         if failed is not None:
             raise failed
-        gone = self._backend.unavailable
+        gone = self._unavailable
         left = await self._behind.left_blocks()
         return FlushReport(left, dict(gone.tiers), dict(gone.directories))
 
@@ -117,7 +120,7 @@ class Durability:
 
     async def finish(self, timeout_s: float) -> None:
         """Flush for a bounded time: the engine is about to be closed."""
-        if timeout_s <= 0 or self._backend.disk is None:
+        if timeout_s <= 0 or not self._tiers:
             return
         try:
             async with asyncio.timeout(timeout_s):
@@ -147,34 +150,44 @@ class Durability:
 
     async def _sync(self) -> FlexKVError | None:
         """Sync once, to the end, even if nobody waits any more: a failure must not go unseen."""
-        disk, ledger, presence = self._backend.disk, self._backend.ledger, self._backend.presence
+        failed: FlexKVError | None = None
         try:
-            if presence is not None and presence.lost is not None:
-                return presence.lost
-            if disk is not None:
-                await self._sync_disk(disk)
-            if ledger is not None:
-                await ledger.flush()
-            if presence is not None:
-                return await presence.look()
-        except FlexKVError as error:
-            return error
+            for parts in self._tiers:
+                try:
+                    error = await self._sync_tier(parts)
+                except FlexKVError as refused:
+                    error = refused
+                failed = failed or error
         finally:
             self._syncing = None
-        return None
+        return failed
 
-    async def _sync_disk(self, disk: DurablePort) -> None:
-        """Sync the disk; after a failure, drop the blocks stored since the last good sync."""
-        ledger = self._backend.ledger
-        unsynced = NO_BLOCKS if ledger is None else ledger.begin_sync()
+    async def _sync_tier(self, parts: TierParts) -> FlexKVError | None:
+        """Sync a tier; return the error of one that is lost.
+
+        Raises:
+            FlexKVError: it cannot be synced.
+        """
+        presence = parts.presence
+        if presence is not None and presence.lost is not None:
+            return presence.lost
+        await self._sync_port(parts)
+        if parts.persistence is not None:
+            await parts.persistence.flush()
+        return None if presence is None else await presence.look()
+
+    async def _sync_port(self, parts: TierParts) -> None:
+        """Sync the port; after a failure, drop the blocks stored since the last good sync."""
+        persistence = parts.persistence
+        unsynced = NO_BLOCKS if persistence is None else persistence.begin_sync()
         try:
-            await disk.sync()
+            await parts.port.sync()
         except StorageError as error:
-            if ledger is not None:
+            if persistence is not None:
                 self._syncs_failed, self._sync_failure = self._syncs_failed + 1, error
-                lost = ledger.sync_failed(unsynced)
+                lost = persistence.sync_failed(unsynced)
                 log.warning("sync_failed", path=error.path, error=str(error), lost_blocks=len(lost))
-                self._scheduler.drop_unsynced(Tier.DISK, lost)
+                self._scheduler.drop_unsynced(parts.tier, lost)
                 await self._behind.owe_all()
             raise
 

@@ -1,8 +1,6 @@
 """The engine: composes index, scheduler, actors and adapters on one event loop, and owns them.
 
-    caller ──▶ Intake ──▶ Admission ──▶ Scheduler ──▶ TransferActor(device) ──▶ CpuDevicePort
-                                          │     └───▶ TransferActor(disk)   ──▶ UringDiskPort
-                                       Residency
+    caller ──▶ Intake ──▶ Admission ──▶ Scheduler ──▶ an actor for each tier ──▶ its port
 
 Life: `open` → (`register_kv_caches`) → requests → `close`. Closing stops admission, cancels what
 runs, waits for hardware to let go, and checks that nothing is left.
@@ -18,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from flexkv.actors.actor import Supervisor, TransferActor, Window
 from flexkv.actors.flight import Flight
@@ -43,13 +42,13 @@ from flexkv.index.clears import ClearHistory
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
 from flexkv.index.residency import Found, PrefixMatch, Residency, prefix_match
-from flexkv.io.checksums.checked import CheckedDiskPort
 from flexkv.io.ports import TransferPort
 from flexkv.observe.logs import get_logger
 from flexkv.observe.observer import Observer
 from flexkv.process.forks import HomeProcess
 from flexkv.tiers.backend import Backend, LocalBackend, Progress
-from flexkv.tiers.limits import behind_limits, device_window, disk_windows, empty_index, plan_limits
+from flexkv.tiers.limits import behind_limits, device_window, empty_index, plan_limits
+from flexkv.tiers.parts import Persistence, TierHooks, TierParts
 
 log = get_logger(__name__)
 
@@ -78,6 +77,7 @@ class Engine:
         self._admission = Admission(cache.requests_max)
         self._actors: dict[Tier, TransferActor] = {}
         self._backing: dict[Tier, str] = {}
+        self._persistence: dict[Tier, Persistence] = {}
         self._resources = ExitStack()
         self._devices = Devices(
             self._backend.ranks, cache.io_deadline_s, self._backend, self._resources
@@ -110,41 +110,46 @@ class Engine:
             await self._supervisor.start()
             for actor in self._actors.values():
                 self._start(actor)
-            if self._backend.ledger is not None:
-                self._supervisor.keep("ledger", self._backend.ledger.run())
-            if self._backend.scrubber is not None:
-                disk, drop = self._actors[Tier.DISK], self._scheduler.drop_corrupt
-                self._supervisor.keep("scrub", self._backend.scrubber.run(disk.is_idle, drop))
-            if self._backend.presence is not None:
-                self._backend.presence.on_lost = partial(self._scheduler.watch.lose, Tier.DISK)
-                self._supervisor.keep("presence", self._backend.presence.run())
+            for parts in self._backend.tiers():
+                self._begin_work(parts)
             self._resources.push(undo.pop_all())
         self._open = self._used = True
         self._home = HomeProcess("the engine")
-        backing = {tier.label: named for tier, named in self._backing.items()}
         facts = {"block_bytes": self.sizes.block_bytes, "restored_blocks": self._restored_blocks}
-        log.info("engine_open", **backing, **facts)
+        log.info("engine_open", **{tier.label: by for tier, by in self._backing.items()}, **facts)
+
+    def _begin_work(self, parts: TierParts) -> None:
+        tier, scheduler = parts.tier, self._scheduler
+        hooks = TierHooks(
+            self._actors[tier].is_idle,
+            partial(scheduler.drop_corrupt, tier),
+            partial(scheduler.watch.lose, tier),
+        )
+        for name, work in parts.work(hooks).items():
+            self._supervisor.keep(name, work)
 
     def _compose(self, undo: ExitStack, progress: Progress | None) -> None:
         cache, sizes, backend = self.cache, self.sizes, self._backend
         backend.open(undo, progress)
-        self._residency = empty_index(cache, sizes, backend.disk_blocks, self.clears)
-        if backend.ledger is not None:
-            self._restored_blocks = backend.ledger.restore(self._residency)
+        tiers = backend.tiers()
+        capacities = {Tier.HOST: sizes.num_host_blocks}
+        capacities |= {parts.tier: parts.capacity_blocks for parts in tiers}
+        self._residency = empty_index(cache, sizes, capacities, self.clears)
+        lasting = [(parts.tier, parts.persistence) for parts in tiers]
+        self._persistence = {tier: each for tier, each in lasting if each is not None}
+        self._restored_blocks = sum(p.restore(self._residency) for p in self._persistence.values())
         self._backing[Tier.HOST] = backend.host
-        if backend.disk is not None:
-            self._actors[Tier.DISK] = self._actor(Tier.DISK, backend.disk, *disk_windows(cache))
-            disk = backend.disk
-            named = disk.adapter if isinstance(disk, CheckedDiskPort) else type(disk).__name__
-            self._backing[Tier.DISK] = named
-        self._observer = Observer(
-            sizes.block_bytes, log_every_requests=cache.num_log_interval_requests
-        )
+        for parts in tiers:
+            tier = parts.tier
+            self._actors[tier] = self._actor(tier, parts.port, parts.inbound, parts.outbound)
+            self._backing[tier] = parts.adapter
+        log_every = cache.num_log_interval_requests
+        self._observer = Observer(sizes.block_bytes, log_every_requests=log_every)
         self._observer.remind = backend.unavailable.remind
         self.limits = plan_limits(cache, sizes)
         self._planner = Planner(self._residency, self.limits)
         self._scheduler = Scheduler(
-            self._residency, self._planner, self._actors, self._observer, backend.ledger,
+            self._residency, self._planner, self._actors, self._observer, self._persistence,
             cache.io_deadline_s,
         )  # fmt: skip
         self._behind = self._scheduler.behind = WriteBehind(
@@ -156,8 +161,9 @@ class Engine:
             self._observer.event,
         )
         self._durability = Durability(
-            self._scheduler, self._behind, backend, self._supervisor, cache.io_deadline_s
-        )
+            self._scheduler, self._behind, tiers, backend.unavailable, self._supervisor,
+            cache.io_deadline_s,
+        )  # fmt: skip
         self._runner = RequestRunner(self._admission, self._scheduler, self._observer, self._behind)
         self._holds = Holds(self._scheduler, self._residency)
         self._sources = Sources(
@@ -168,17 +174,17 @@ class Engine:
         undo.callback(self._tracing.stop)
         if cache.enable_trace:
             self._tracing.start()
-        opened_with = {Tier.HOST: sizes.num_host_blocks, Tier.DISK: backend.disk_blocks}
         self._keeping = Retention(
-            self._intake, self._residency, opened_with, backend.ledger, Pins(self._scheduler)
+            self._intake, self._residency, capacities, self._persistence, Pins(self._scheduler)
         )
         close = (
             self._admission.close, self._keeping.pins.close, self._holds.close,
             self._behind.abandon, self._behind.close, self._scheduler.watch.close,
             self._durability.close,
         )  # fmt: skip
-        cancel, resources = self._supervisor.abandon, self._resources
-        self._departure = Departure(self._scheduler.fail, close, cancel, resources)
+        self._departure = Departure(
+            self._scheduler.fail, close, self._supervisor.abandon, self._resources
+        )
         self._keeping.about_to_clear = self._behind.about_to_clear
         self._keeping.on_clear = self._behind.cleared
 
@@ -263,8 +269,9 @@ class Engine:
             await self._drain()
         self._scheduler.watch.close()
         self._durability.close()
-        if self._failure is None and self._backend.ledger is not None:
-            await self._backend.ledger.finish()
+        if self._failure is None:
+            for persistence in self._persistence.values():
+                await persistence.finish()
         await self._supervisor.stop()
         self._note_closed()
         self._devices.detach()
@@ -375,11 +382,7 @@ class Engine:
         if self._devices.missing is not None or request.request_id <= self._rekeyed_at:
             return None
         ids = self._intake.device_ids(slot_mapping, request.span, self._devices.num_blocks)
-        return Request(
-            request.operation, request.request_id, request.token_count, request.tokens_per_block,
-            request.span, request.keys, ids, request.namespace_hash, request.watch,
-            request.generation,
-        )  # fmt: skip
+        return structs.replace(request, device_ids=ids)
 
     def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
         """Give how much of a prompt is resident. No I/O; recency is the only trace it leaves."""
@@ -488,7 +491,7 @@ class Engine:
 
     @property
     def supervisor(self) -> Supervisor:
-        """Give what owns the engine's tasks."""
+        """Return what owns the engine's tasks."""
         return self._supervisor
 
     def statistics(self) -> Statistics:

@@ -13,7 +13,7 @@ from flexkv.engine.pins import Pins
 from flexkv.index.intake import Intake
 from flexkv.index.keys import Namespace
 from flexkv.index.residency import NO_QUOTA, Residency
-from flexkv.tiers.ledger import Ledger
+from flexkv.tiers.parts import Persistence
 
 
 class Retention:
@@ -28,11 +28,11 @@ class Retention:
         intake: Intake,
         residency: Residency,
         opened_with: Mapping[Tier, int],
-        ledger: Ledger | None,
+        persistence: Mapping[Tier, Persistence],
         pins: Pins,
     ) -> None:
         """Take the parts of an engine, and how many blocks each tier was opened with."""
-        self._intake, self._residency, self._ledger = intake, residency, ledger
+        self._intake, self._residency, self._persistence = intake, residency, persistence
         self._opened_with, self.pins = opened_with, pins
         self.about_to_clear: Callable[[], None] = lambda: None
         """Called before each clear."""
@@ -50,8 +50,9 @@ class Retention:
         if root is not None and tier is not None:
             raise ConfigError("tier", tier.label, "must not be given together with a namespace")
         self.about_to_clear()
-        if self._ledger is not None and tier is not Tier.HOST:
-            self._ledger.clear(root)
+        for each, persistence in self._persistence.items():
+            if tier in (None, each):
+                persistence.clear(root)
         places = self._residency.clear(tier, root)
         self.on_clear(tier)
         return places
@@ -64,8 +65,8 @@ class Retention:
             could not be written.
         """
         places = self.clear(tier, namespace)
-        if self._ledger is not None:
-            await self._ledger.written()
+        for persistence in self._persistence.values():
+            await persistence.written()
         return places
 
     def resize(self, tier: Tier, capacity_blocks: int) -> int:

@@ -57,10 +57,10 @@ class Observer:
         self._log_every = log_every_requests
         self._ended = 0
 
-    def corrupt(self, error: CorruptBlockError, request_id: int = -1) -> None:
+    def corrupt(self, tier: Tier, error: CorruptBlockError, request_id: int = -1) -> None:
         """Blocks came back with other bytes than they left with, to a request or to a scrub."""
         self.corrupt_blocks += len(error.block_ids)
-        self.event("corrupt_block", Tier.DISK, request_id, str(error))
+        self.event("corrupt_block", tier, request_id, str(error))
         log.error(
             "corrupt_block",
             request=request_id,

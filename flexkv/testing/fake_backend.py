@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv.common.terms import BLOCK_KEY_BYTES
+from flexkv.common.config import CacheConfig
+from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.io.checksums.checked import CheckedDiskPort
 from flexkv.io.checksums.summed import SummedPort
-from flexkv.io.ports import DurablePort, TransferPort
+from flexkv.io.ports import TransferPort
 from flexkv.io.ssd.journal import Journal
 from flexkv.testing.fakes import FakeChecksummer, FakePort
 from flexkv.testing.faults import FaultPlan
@@ -21,8 +22,8 @@ from flexkv.testing.lossy_files import LossyFiles
 from flexkv.testing.virtual_time import VirtualThread
 from flexkv.tiers.backend import Device, Progress
 from flexkv.tiers.ledger import Ledger
-from flexkv.tiers.presence import Presence
-from flexkv.tiers.scrub import Scrubber
+from flexkv.tiers.limits import disk_windows
+from flexkv.tiers.parts import TierHooks, TierParts, Work
 from flexkv.tiers.unavailable import Unavailable
 
 
@@ -44,7 +45,11 @@ class Remains(NamedTuple):
 
 
 class FakeBackend:
-    """Host memory, disk and device as plain arrays behind fake ports; journals in lossy files."""
+    """Host memory, disk and device as plain arrays behind fake ports; journals in lossy files.
+
+    Attributes:
+        windows: bounds on the bytes in flight from the disk, and to it; may be set before `open`.
+    """
 
     def __init__(
         self,
@@ -56,11 +61,9 @@ class FakeBackend:
         """Take the faults of the disk and, if it has others, of the device."""
         self.host, self.ranks = "fake", 1
         self._device_faults = device_faults or faults
-        self.disk: DurablePort | None = None
-        self.disk_blocks = len(remains.store)
         self.ledger: Ledger | None = None
-        self.scrubber: Scrubber | None = None
-        self.presence: Presence | None = None
+        self.windows = disk_windows(CacheConfig())
+        self._tiers: list[TierParts] = []
         self.unavailable = Unavailable()
         self.port: FakePort | None = None
         self.files = [LossyFiles(faults, contents) for contents in remains.journals]
@@ -74,25 +77,42 @@ class FakeBackend:
 
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
         """Open the disk port and its journals."""
-        if not self.disk_blocks:
+        disk_blocks = len(self._store)
+        if not disk_blocks:
             return
         self.port = FakePort(self._store, self._memory, self._faults, BLOCK_KEY_BYTES)
         summer = FakeChecksummer(self._memory, self._faults)
         self._sums = summer.sums
-        disk = self.disk = CheckedDiskPort(
-            self.port, summer, self.disk_blocks, lambda block: ("fake", block)
-        )
+        disk = CheckedDiskPort(self.port, summer, disk_blocks, lambda block: ("fake", block))
         undo.callback(disk.close)
         if self.files:
             self.ledger = Ledger(
                 [Journal(Path("fake"), files) for files in self.files],
-                self.disk_blocks,
+                disk_blocks,
                 disk.sums,
                 lambda _: VirtualThread(self._faults.delay_s),
             )
             self.ledger.journal_bytes_min, self.ledger.snapshot_blocks = 300, 4
             undo.callback(self.ledger.close)
             disk.forget = self.ledger.forget
+        self._tiers = [
+            TierParts(
+                Tier.DISK,
+                disk_blocks,
+                disk,
+                disk.adapter,
+                *self.windows,
+                self.ledger,
+                work=self._work,
+            )
+        ]
+
+    def _work(self, hooks: TierHooks) -> Work:
+        return {} if self.ledger is None else {"ledger": self.ledger.run()}
+
+    def tiers(self) -> Sequence[TierParts]:
+        """Return the fake disk, if it has blocks."""
+        return self._tiers
 
     def device(self, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:
         """Open a port to the one array of `kv_caches`, uint8[blocks, 16]."""

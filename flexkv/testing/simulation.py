@@ -37,6 +37,7 @@ from flexkv.testing.fake_backend import FakeBackend, Remains, empty
 from flexkv.testing.fakes import FakePort
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.virtual_time import run_virtual
+from flexkv.tiers.limits import disk_windows
 
 TOKENS_PER_BLOCK = 2
 MODEL = ModelConfig(num_layers=1, num_kv_heads=1, head_size=4, dtype="int8")
@@ -96,6 +97,7 @@ class Simulation:
         )
         self.capacity = {Tier.HOST: host_blocks, Tier.DISK: disk_blocks}
         self.backend = FakeBackend(host_blocks, faults, remains)
+        self.backend.windows = disk_windows(cache)
         self.engine = Engine(MODEL, cache, self.backend)
         self.device = np.full((64, BLOCK_KEY_BYTES), GARBAGE, np.uint8)
         self.free_slots = list(range(64))

@@ -9,17 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from flexkv.common.config import MB, CacheConfig, CacheSizes, ModelConfig
+from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import Order, PagedLayout, infer_layout
-from flexkv.common.terms import Tier
-from flexkv.index.keys import block_identity
 from flexkv.io.checksums.summed import SummedPort
-from flexkv.io.checksums.sums import PoolChecksummer, Sums
+from flexkv.io.checksums.sums import PoolChecksummer
 from flexkv.io.cuda.choice import CopyPreference
 from flexkv.io.cuda.driver import BoundDriver, why_no_gds
 from flexkv.io.cuda.pinned import Pinned
@@ -28,25 +24,12 @@ from flexkv.io.device.cpu import CpuDevicePort
 from flexkv.io.device.ranks import RanksPort
 from flexkv.io.device.tensors import check_dtype, describe, device_of, kv_cache_list
 from flexkv.io.memory.arena import Arena, check_memory
-from flexkv.io.ports import DevicePort, DurablePort, TransferPort
-from flexkv.io.ssd import missed_clears
-from flexkv.io.ssd.files import FileOptions
-from flexkv.io.ssd.open import (
-    SsdRequest,
-    TakenSsd,
-    distinct,
-    open_ssd,
-    refuse,
-    take_ssd,
-)
-from flexkv.io.ssd.superblock import FORMAT_VERSION, Superblock
-from flexkv.io.ssd.uring import RingOptions
+from flexkv.io.ports import DevicePort, TransferPort
 from flexkv.observe.logs import get_logger
 from flexkv.process.stoppable import no_pause, run_stoppable
-from flexkv.tiers.ledger import Ledger
 from flexkv.tiers.limits import memory_named
-from flexkv.tiers.presence import Presence
-from flexkv.tiers.scrub import Scrubber
+from flexkv.tiers.parts import TierParts
+from flexkv.tiers.ssd import SsdTier
 from flexkv.tiers.unavailable import Unavailable
 
 log = get_logger(__name__)
@@ -77,14 +60,6 @@ class Backend(Protocol):
 
     host: str
     """What holds the host blocks."""
-    disk: DurablePort | None
-    disk_blocks: int
-    ledger: Ledger | None
-    """What makes the SSD tier survive; None when nothing does."""
-    scrubber: Scrubber | None
-    """What reads the SSD tier in idle time; None when nothing does."""
-    presence: Presence | None
-    """The check that files of the SSD tier are in place; None if there is none."""
     unavailable: Unavailable
     """What the configuration asks for and the engine goes on without."""
     ranks: int
@@ -99,6 +74,10 @@ class Backend(Protocol):
 
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
         """Open the adapters over memory and files; take those first that were not taken."""
+        ...
+
+    def tiers(self) -> Sequence[TierParts]:
+        """Return the tiers below host memory, the nearest first, once they are open."""
         ...
 
     def device(self, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:
@@ -123,15 +102,10 @@ class LocalBackend:
     def __init__(self, model: ModelConfig, cache: CacheConfig, sizes: CacheSizes) -> None:
         self.ranks = model.tp_size
         self.host = ""
-        self.disk: DurablePort | None = None
-        self.disk_blocks = 0
-        self.ledger: Ledger | None = None
-        self.scrubber: Scrubber | None = None
-        self.presence: Presence | None = None
         self.unavailable = Unavailable()
+        self.ssd = SsdTier(model, cache, sizes, self.unavailable)
+        self._tiers: list[TierParts] = []
         self._model, self._cache, self._sizes = model, cache, sizes
-        self._sums: Sums | None = None
-        self._taken: TakenSsd | None = None
         self._has_taken = False
 
     async def take(self, undo: ExitStack, progress: Progress | None) -> None:
@@ -154,8 +128,7 @@ class LocalBackend:
         host_bytes = sizes.num_host_blocks * sizes.block_stride_bytes
         reserved_bytes = check_memory(host_bytes, hugepage_bytes, sizes.host_given)
         if sizes.num_disk_blocks:
-            options = FileOptions(cache.ssd_preallocate, sizes.disk_given, reserved_bytes, pause)
-            self._take_ssd(distinct(cache.ssd_cache_dir), options, undo)
+            self.ssd.take(reserved_bytes, pause, undo)
 
         def touched(done_bytes: int, all_bytes: int) -> None:
             pause()
@@ -173,25 +146,6 @@ class LocalBackend:
         undo.callback(self._arena.close)
         self._has_taken = True
 
-    def _take_ssd(
-        self, directories: tuple[Path, ...], options: FileOptions, undo: ExitStack
-    ) -> None:
-        cache, sizes, superblock = self._cache, self._sizes, self._superblock()
-        if cache.ssd_on_mismatch == "refuse":
-            refuse(directories, superblock)
-        wish = SsdRequest(
-            directories,
-            sizes.num_disk_blocks,
-            superblock,
-            options,
-            keeps_journal=cache.ssd_warm_restart,
-            is_strict=cache.strict,
-        )
-        self._taken = take_ssd(wish, self.unavailable.lose_directory, undo)
-        if self._taken is None:
-            faults = "; ".join(f"{at}: {why}" for at, why in self.unavailable.directories.items())
-            self.unavailable.lose_tier(Tier.DISK, f"none of its directories can be used: {faults}")
-
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
         """Open the adapters over memory and files, which are taken if they were not.
 
@@ -206,10 +160,11 @@ class LocalBackend:
             )
         self._pinned = Pinned(self._arena)
         self.host = self._arena.backing
-        if self._taken is not None:
-            with memory_named(self._sizes):
-                self._open_ssd(self._taken, undo)
-        if not self._model.model_id and (self.shared or self.ledger is not None):
+        with memory_named(self._sizes):
+            opened = [self.ssd.open(self._arena, undo)]
+        self._tiers = [parts for parts in opened if parts is not None]
+        outlives = any(parts.persistence is not None for parts in self._tiers)
+        if not self._model.model_id and (self.shared or outlives):
             log.warning(
                 "model_id_not_given",
                 field="model_id",
@@ -222,40 +177,14 @@ class LocalBackend:
         self._arena, self._pinned = arena, Pinned(arena)
         self.host = arena.backing
 
+    def tiers(self) -> Sequence[TierParts]:
+        """Return the tiers below host memory, the nearest first, once they are open."""
+        return self._tiers
+
     @property
     def arena(self) -> Arena:
         """Give the host memory."""
         return self._arena
-
-    def _open_ssd(self, taken: TakenSsd, undo: ExitStack) -> None:
-        cache, files = self._cache, taken.files
-        self.disk_blocks = files.num_blocks
-        options = RingOptions(entries=cache.iouring_entries, flags=cache.iouring_flags)
-        summer = PoolChecksummer(self._arena)
-        self._sums = summer.sums
-        port = self.disk = open_ssd(self._arena, files, options, summer, undo)
-        if taken.journals is not None:
-            self.ledger = Ledger(taken.journals, self.disk_blocks, port.sums)
-            if self.unavailable.directories:
-                self.ledger.note_missed = partial(missed_clears.note, files.folders)
-            undo.callback(self.ledger.close)
-            port.forget = self.ledger.forget
-            if cache.ssd_scrub_mb_per_s:
-                rate = cache.ssd_scrub_mb_per_s * MB
-                self.scrubber = Scrubber(files, port.sums, self.ledger, rate)
-                undo.callback(self.scrubber.close)
-        self.presence = Presence(files, self.ledger, self.unavailable)
-        undo.callback(self.presence.close)
-
-    def _superblock(self) -> Superblock:
-        cache, sizes = self._cache, self._sizes
-        secret = cache.key_secret.get_secret_value()
-        return Superblock(
-            FORMAT_VERSION,
-            block_identity(self._model, cache.tokens_per_block, secret),
-            sizes.block_stride_bytes,
-            sizes.max_file_blocks,
-        )
 
     def device(
         self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None, tp_rank: int
@@ -278,7 +207,7 @@ class LocalBackend:
             self._arena,
             owner=tuple(tensors),
             threads=self._cache.copy_threads or min(4, os.cpu_count() or 1),
-            sums=self._sums if self._model.parts == 1 else None,
+            sums=self.ssd.sums if self._model.parts == 1 else None,
         )
         return Device(port, pages.num_blocks, pages.name, order=pages.order)
 
@@ -327,9 +256,9 @@ class LocalBackend:
 
     def summed(self, port: TransferPort, has_summed: bool = False) -> TransferPort:
         """Give a port that keeps the sums that the SSD needs, if there is one."""
-        if self._sums is None:
+        if self.ssd.sums is None:
             return port
-        return SummedPort(port, PoolChecksummer(self._arena, sums=self._sums), has_summed)
+        return SummedPort(port, PoolChecksummer(self._arena, sums=self.ssd.sums), has_summed)
 
     def _over_ranks(self, devices: Sequence[Device]) -> TransferPort:
         port: TransferPort = devices[0].port

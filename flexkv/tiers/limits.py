@@ -84,15 +84,13 @@ def behind_limits(cache: CacheConfig, sizes: CacheSizes) -> BehindLimits:
 
 
 def empty_index(
-    cache: CacheConfig, sizes: CacheSizes, disk_blocks: int, clears: ClearHistory
+    cache: CacheConfig, sizes: CacheSizes, capacities: dict[Tier, int], clears: ClearHistory
 ) -> Residency:
-    """Return the index of an engine whose SSD tier has `disk_blocks` blocks.
+    """Return the index of an engine whose tiers have so many blocks.
 
     Raises:
         ConfigError: it does not fit in memory.
     """
-    counts = {Tier.HOST: sizes.num_host_blocks, Tier.DISK: disk_blocks}
-    capacities = {tier: count for tier, count in counts.items() if count}
     with memory_named(sizes):
         return Residency(capacities, eviction_of(cache), clears)
 

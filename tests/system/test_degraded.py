@@ -33,7 +33,7 @@ QUICK = FaultPlan(1, 0.0, 0.0001, 0.001)
 
 def disk_of(engine: Engine) -> FakePort:
     """Give the fake that moves the bytes."""
-    port = engine._backend.disk
+    port = engine._backend.tiers()[0].port
     assert isinstance(port, CheckedDiskPort)
     assert isinstance(port._inner, FakePort)
     return port._inner

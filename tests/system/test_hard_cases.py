@@ -29,8 +29,7 @@ def manager_of(directory: Path, **changes: Any) -> KVManager:
 
 def fail_reads(manager: KVManager, patch: pytest.MonkeyPatch) -> None:
     """Let every transfer of the disk end in EIO."""
-    disk = manager._engine._backend.disk
-    assert disk is not None
+    disk = manager._engine._backend.tiers()[0].port
     reap, error = disk.reap, StorageError("planted", 0, EIO)
     patch.setattr(disk, "reap", lambda: [Completion(op_id, error) for op_id, _ in reap()])
 

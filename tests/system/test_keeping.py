@@ -17,6 +17,7 @@ from flexkv.engine.engine import Engine
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK, FakeBackend, empty
 from flexkv.testing.virtual_time import run_virtual
+from flexkv.tiers.limits import disk_windows
 
 A, B = np.arange(4 * TOKENS_PER_BLOCK), np.arange(4 * TOKENS_PER_BLOCK) + 1000
 
@@ -36,6 +37,7 @@ def on_engine(
             ssd_cache_dir="unused", evict_ratio=0.0, **changes,
         )  # fmt: skip
         backend = FakeBackend(host, FaultPlan(1, 0.0, 0.0001, 0.001), empty(disk, journals))
+        backend.windows = disk_windows(cache)
         engine = Engine(MODEL, cache, backend)
         await engine.open()
         engine.register_kv_caches([np.zeros((16, BLOCK_KEY_BYTES), np.uint8)])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from flexkv.actors.actor import TransferActor
-from flexkv.common.errors import ClosedError, FlexKVError, InternalError, StorageError
+from flexkv.common.errors import ClosedError, InternalError, StorageError, TransferError
 from flexkv.common.request import KVResponse, KVResponseStatus
 from flexkv.engine.admission import Admission
 from flexkv.io.ports import Completion
@@ -53,13 +53,12 @@ async def test_a_port_that_fails_a_transfer_shortens_the_hit(
         for start in range(0, 500_000, 100_000):
             await manager.put(PROMPT + start, slots_of(range(10)))
             await manager.flush()
-        disk = manager._engine._backend.disk
-        assert disk is not None
+        disk = manager._engine._backend.tiers()[0].port
         reap = disk.reap
 
         def failing() -> list[Completion]:
-            error = FlexKVError("planted")
-            return [Completion(op_id, error) for op_id, _ in reap()]  # type: ignore[arg-type]
+            error = TransferError(-1, "disk→host", 1, "planted")
+            return [Completion(op_id, error) for op_id, _ in reap()]
 
         monkeypatch.setattr(disk, "reap", failing)
         response = await manager.get(PROMPT, slots_of(range(20, 30)))
@@ -75,8 +74,7 @@ async def test_flush_tells_of_writes_that_failed(
     """The put was answered before; flush raises, and the blocks are still served from the host."""
     async with make_manager() as manager:
         manager.register_kv_caches(kv_caches())
-        disk = manager._engine._backend.disk
-        assert disk is not None
+        disk = manager._engine._backend.tiers()[0].port
         reap = disk.reap
         error = StorageError("planted", 0, EIO)
         monkeypatch.setattr(disk, "reap", lambda: [Completion(t, error) for t, _ in reap()])

@@ -25,6 +25,7 @@ from flexkv.observe.records import SCHEMA_VERSION, schema
 from flexkv.testing.fake_backend import FakeBackend, empty
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK
+from flexkv.tiers.limits import disk_windows
 from flexkv.trace.breakdown import ADMISSION, Breakdowns
 from flexkv.trace.chrome import chrome
 from flexkv.trace.findings import findings
@@ -56,6 +57,7 @@ class Rig:
             trace_file_path=str(self.path),
             **changes,
         )
+        backend.windows = disk_windows(config)
         self.engine = Engine(MODEL, config, backend)
 
     async def request(self, operation: Operation, prompt: Any, blocks: int = BLOCKS) -> Any:

@@ -20,6 +20,8 @@ from flexkv.testing.faults import FaultPlan
 from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK
 from flexkv.testing.virtual_time import run_virtual
 from flexkv.tiers.backend import Progress
+from flexkv.tiers.limits import disk_windows
+from flexkv.tiers.parts import TierParts
 
 BLOCK_MB = BLOCK_KEY_BYTES / 2**20
 STRIDE_MB = 4096 / 2**20
@@ -80,9 +82,11 @@ class MeteredBackend(FakeBackend):
         self.port = FakePort(self._store, self._memory, self._faults, BLOCK_KEY_BYTES)
         summer = FakeChecksummer(self._memory, self._slow)
         self._sums = summer.sums
-        checked = CheckedDiskPort(self.port, summer, self.disk_blocks, lambda at: ("fake", at))
+        blocks = len(self._store)
+        checked = CheckedDiskPort(self.port, summer, blocks, lambda at: ("fake", at))
         undo.callback(checked.close)
-        self.disk = self.meter = Metered(checked)
+        self.meter = Metered(checked)
+        self._tiers = [TierParts(Tier.DISK, blocks, self.meter, "Metered", *self.windows)]
 
 
 async def put(engine: Engine, number: int) -> None:
@@ -106,6 +110,7 @@ async def opened(backend: MeteredBackend, host: int, **changes: float) -> Engine
         tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=host, evict_ratio=0.0,
         num_ssd_blocks=PROMPTS * PROMPT_BLOCKS, ssd_cache_dir="unused", **changes,
     )  # fmt: skip
+    backend.windows = disk_windows(cache)
     engine = Engine(MODEL, cache, backend)
     await engine.open()
     engine.register_kv_caches([np.zeros((PROMPT_BLOCKS, BLOCK_KEY_BYTES), np.uint8)])

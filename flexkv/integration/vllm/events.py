@@ -128,7 +128,7 @@ class KVEvents:
             block = self._blocks.get(key)
             if block is None:
                 continue
-            medium = MEDIA[tier]
+            medium = MEDIA.get(tier, tier.upper())  # a tier that is new has a medium of its own
             if is_there:
                 if medium not in block.there:
                     block.there += (medium,)

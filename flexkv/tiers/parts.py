@@ -1,0 +1,118 @@
+"""What a tier below host memory is made of. A backend lists its tiers; the engine names none.
+
+To add a tier: write a module that opens it and returns its parts, and list it in a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from flexkv.actors.actor import Window
+from flexkv.common.errors import CorruptBlockError, StorageError
+from flexkv.common.terms import BlockIds, Tier
+from flexkv.index.residency import Residency
+from flexkv.io.ports import DurablePort
+
+
+class Persistence(Protocol):
+    """What makes the blocks of a tier survive the process."""
+
+    def restore(self, residency: Residency) -> int:
+        """Fill the tier of an empty index with what survived; return how many blocks."""
+        ...
+
+    def stored(self, block_ids: BlockIds) -> None:
+        """Record blocks that became READY, except those that were forgotten meanwhile."""
+        ...
+
+    def erased(self, block_ids: BlockIds) -> None:
+        """Record blocks that must not come back."""
+        ...
+
+    def clear(self, root: bytes | None) -> None:
+        """Record that all blocks, or those of a namespace, are about to be cleared."""
+        ...
+
+    async def written(self) -> None:
+        """Return once no crash of this process undoes what was recorded."""
+        ...
+
+    async def flush(self) -> None:
+        """Return once what was recorded is on stable storage.
+
+        Raises:
+            StorageError: it cannot be recorded, or the device refused.
+            ClosedError: the engine was closed meanwhile.
+        """
+        ...
+
+    def begin_sync(self) -> BlockIds:
+        """Return the blocks stored since the last sync; call it right before a sync."""
+        ...
+
+    def sync_failed(self, unsynced: BlockIds) -> BlockIds:
+        """Return the blocks that a failed sync may have lost; a later run will not restore them."""
+        ...
+
+    async def finish(self) -> None:
+        """Record what is left, for a bounded time: the engine is being closed."""
+        ...
+
+
+class PresenceCheck(Protocol):
+    """The check that what a tier is stored in is still in place."""
+
+    lost: StorageError | None
+
+    async def look(self) -> StorageError | None:
+        """Look now; return the error of a tier that is lost."""
+        ...
+
+
+class TierHooks(NamedTuple):
+    """What the background work of a tier may ask of its engine, or report to it."""
+
+    is_idle: Callable[[], bool]
+    """Whether the tier has no transfers to make."""
+    drop_corrupt: Callable[[CorruptBlockError], None]
+    """Forgets blocks whose bytes have changed."""
+    lose: Callable[[str], None]
+    """Takes the tier down for good, for a reason."""
+
+
+Work = Mapping[str, Coroutine[Any, Any, None]]
+"""Tasks that run as long as the engine does, by name."""
+
+
+def no_work(hooks: TierHooks) -> Work:
+    """Return no background work."""
+    return {}
+
+
+@dataclass(frozen=True)
+class TierParts:
+    """One tier below host memory.
+
+    Attributes:
+        tier: which.
+        capacity_blocks: how many blocks it was opened with.
+        port: moves blocks between the tier and host memory; closed by whoever opened it.
+        adapter: the name of what moves the bytes, for statistics and logs.
+        inbound: bound on the bytes in flight from the tier.
+        outbound: bound on the bytes in flight to the tier.
+        persistence: what makes its blocks survive; None if nothing does.
+        presence: the check that it is in place; None if there is none.
+        work: returns the tasks that the engine has to run for the tier.
+    """
+
+    tier: Tier
+    capacity_blocks: int
+    port: DurablePort
+    adapter: str
+    inbound: Window
+    outbound: Window
+    persistence: Persistence | None = None
+    presence: PresenceCheck | None = None
+    work: Callable[[TierHooks], Work] = no_work

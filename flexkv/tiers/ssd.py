@@ -1,0 +1,129 @@
+"""The SSD tier: takes its files, opens its adapters, and returns its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from flexkv.common.config import MB, CacheConfig, CacheSizes, ModelConfig
+from flexkv.common.terms import Tier
+from flexkv.index.keys import block_identity
+from flexkv.io.checksums.sums import PoolChecksummer, Sums
+from flexkv.io.memory.arena import Arena
+from flexkv.io.ssd import missed_clears
+from flexkv.io.ssd.files import FileOptions
+from flexkv.io.ssd.open import SsdRequest, TakenSsd, distinct, open_ssd, refuse, take_ssd
+from flexkv.io.ssd.superblock import FORMAT_VERSION, Superblock
+from flexkv.io.ssd.uring import RingOptions
+from flexkv.tiers.ledger import Ledger
+from flexkv.tiers.limits import disk_windows
+from flexkv.tiers.parts import TierHooks, TierParts, Work
+from flexkv.tiers.presence import Presence
+from flexkv.tiers.scrub import Scrubber
+from flexkv.tiers.unavailable import Unavailable
+
+
+class SsdTier:
+    """The SSD tier of one engine.
+
+    Attributes:
+        sums: uint64[host blocks], the checksums of host memory; None before `open`, and without
+            files.
+        scrubber: reads the tier in idle time; None if nothing does.
+        ledger: makes the tier survive; None if nothing does.
+    """
+
+    def __init__(
+        self, model: ModelConfig, cache: CacheConfig, sizes: CacheSizes, unavailable: Unavailable
+    ) -> None:
+        """Take the configuration, and where to note what cannot be used."""
+        self.sums: Sums | None = None
+        self.scrubber: Scrubber | None = None
+        self.ledger: Ledger | None = None
+        self._presence: Presence | None = None
+        self._model, self._cache, self._sizes = model, cache, sizes
+        self._unavailable = unavailable
+        self._taken: TakenSsd | None = None
+
+    def take(self, reserved_bytes: int, pause: Callable[[], None], undo: ExitStack) -> None:
+        """Take the files; a directory that cannot be used costs only its part of the tier.
+
+        Args:
+            reserved_bytes: memory that is about to be taken, which files in memory must leave.
+            pause: called between steps; may raise to give up.
+            undo: gets what releases the files.
+
+        Raises:
+            ConfigError: the files are of another model, or a directory must not be used.
+        """
+        cache, sizes, superblock = self._cache, self._sizes, self._superblock()
+        directories = distinct(cache.ssd_cache_dir)
+        if cache.ssd_on_mismatch == "refuse":
+            refuse(directories, superblock)
+        request = SsdRequest(
+            directories,
+            sizes.num_disk_blocks,
+            superblock,
+            FileOptions(cache.ssd_preallocate, sizes.disk_given, reserved_bytes, pause),
+            keeps_journal=cache.ssd_warm_restart,
+            is_strict=cache.strict,
+        )
+        self._taken = take_ssd(request, self._unavailable.lose_directory, undo)
+        if self._taken is None:
+            faults = "; ".join(f"{at}: {why}" for at, why in self._unavailable.directories.items())
+            self._unavailable.lose_tier(Tier.DISK, f"none of its directories can be used: {faults}")
+
+    def open(self, arena: Arena, undo: ExitStack) -> TierParts | None:
+        """Open the adapters over the files; return None if there are no files."""
+        if self._taken is None:
+            return None
+        cache, files = self._cache, self._taken.files
+        options = RingOptions(entries=cache.iouring_entries, flags=cache.iouring_flags)
+        summer = PoolChecksummer(arena)
+        self.sums = summer.sums
+        port = open_ssd(arena, files, options, summer, undo)
+        if self._taken.journals is not None:
+            ledger = self.ledger = Ledger(self._taken.journals, files.num_blocks, port.sums)
+            if self._unavailable.directories:
+                ledger.note_missed = partial(missed_clears.note, files.folders)
+            undo.callback(ledger.close)
+            port.forget = ledger.forget
+            if cache.ssd_scrub_mb_per_s:
+                rate = cache.ssd_scrub_mb_per_s * MB
+                self.scrubber = Scrubber(files, port.sums, ledger, rate)
+                undo.callback(self.scrubber.close)
+        presence = self._presence = Presence(files, self.ledger, self._unavailable)
+        undo.callback(presence.close)
+        return TierParts(
+            Tier.DISK,
+            files.num_blocks,
+            port,
+            port.adapter,
+            *disk_windows(cache),
+            self.ledger,
+            presence,
+            self._work,
+        )
+
+    def _work(self, hooks: TierHooks) -> Work:
+        work: dict[str, Coroutine[Any, Any, None]] = {}
+        if self.ledger is not None:
+            work["ledger"] = self.ledger.run()
+        if self.scrubber is not None:
+            work["scrub"] = self.scrubber.run(hooks.is_idle, hooks.drop_corrupt)
+        if self._presence is not None:
+            self._presence.on_lost = hooks.lose
+            work["presence"] = self._presence.run()
+        return work
+
+    def _superblock(self) -> Superblock:
+        cache, sizes = self._cache, self._sizes
+        secret = cache.key_secret.get_secret_value()
+        return Superblock(
+            FORMAT_VERSION,
+            block_identity(self._model, cache.tokens_per_block, secret),
+            sizes.block_stride_bytes,
+            sizes.max_file_blocks,
+        )
