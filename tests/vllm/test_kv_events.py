@@ -18,6 +18,8 @@ from flexkv import _ext
 from flexkv.integration.vllm.events import MEDIA, KVEvents
 from flexkv.server.wire import Changed
 
+TIERS = [*MEDIA, "remote", "peer"]
+"""Those that vLLM has names of, and others."""
 PER_BLOCK, DEPTH = 4, 5
 Path = tuple[int, ...]
 
@@ -74,7 +76,7 @@ class Story:
     def store(self) -> None:
         """Let the blocks of a prompt come into a tier, in any order, some of them again."""
         path = tuple(self.chance.randrange(2) for _ in range(DEPTH))
-        tier = self.chance.choice(list(MEDIA))
+        tier = self.chance.choice(TIERS)
         blocks = [path[: i + 1] for i in range(self.chance.randrange(DEPTH))]
         self.chance.shuffle(blocks)
         self.there |= {(block, tier) for block in blocks}
@@ -86,7 +88,7 @@ class Story:
             return
         path, tier = self.chance.choice(sorted(self.there))
         gone = [(path, tier)]
-        if not any((path, other) in self.there for other in MEDIA if other != tier):
+        if not any((path, other) in self.there for other in TIERS if other != tier):
             gone = sorted(one for one in self.there if one[0][: len(path)] == path)[::-1]
         self.there -= set(gone)
         self.tell(*((*one, False) for one in gone))

@@ -1,0 +1,276 @@
+"""A third tier below the SSD tier, which no room of the engine knows but by the list of tiers."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from flexkv.common.config import CacheConfig
+from flexkv.common.errors import CorruptBlockError, RecalledError, StorageError, TransferError
+from flexkv.common.request import KVResponseStatus, Operation
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
+from flexkv.engine.engine import Engine
+from flexkv.index.residency import Residency
+from flexkv.io.checksums.checked import CheckedDiskPort
+from flexkv.io.ports import Completion
+from flexkv.testing.fake_backend import FakeBackend, empty
+from flexkv.testing.fakes import FakeChecksummer, FakePort
+from flexkv.testing.faults import FaultPlan
+from flexkv.testing.virtual_time import run_virtual
+from flexkv.tiers.backend import Progress
+from flexkv.tiers.limits import disk_windows
+from flexkv.tiers.parts import TierHooks, TierParts, Work
+from tests.system.test_keeping import MODEL, TOKENS_PER_BLOCK
+
+BLOCKS = 4
+PROMPTS = 6
+HOST, DISK, FAR = 8, 12, 64
+"""Six prompts of four blocks: two fit in host memory, three on the disk, all in the far tier."""
+
+
+class Records:
+    """A tier's persistence that only notes what it is told."""
+
+    def __init__(self) -> None:
+        self.cleared = self.flushes = 0
+        self.names: set[int] = set()
+
+    def restore(self, residency: Residency) -> int:
+        """Restore nothing."""
+        return 0
+
+    def stored(self, block_ids: BlockIds) -> None:
+        """Note stored blocks."""
+        self.names |= set(block_ids.tolist())
+
+    def erased(self, block_ids: BlockIds) -> None:
+        """Note erased blocks."""
+        self.names -= set(block_ids.tolist())
+
+    def clear(self, root: bytes | None) -> None:
+        """Count a clear."""
+        self.cleared += 1
+
+    async def written(self) -> None:
+        """Return at once."""
+
+    async def flush(self) -> None:
+        """Count a flush."""
+        self.flushes += 1
+
+    def begin_sync(self) -> BlockIds:
+        """Return that nothing is unsynced."""
+        return np.zeros(0, np.int64)
+
+    def sync_failed(self, unsynced: BlockIds) -> BlockIds:
+        """Return that all blocks may be lost."""
+        lost = np.array(sorted(self.names), np.int64)
+        self.names.clear()
+        return lost
+
+    async def finish(self) -> None:
+        """Return at once."""
+
+
+class FarBackend(FakeBackend):
+    """A fake backend with a third tier behind the disk."""
+
+    def __init__(self) -> None:
+        super().__init__(HOST, FaultPlan(1, 0.0, 0.0001, 0.001), empty(DISK, 1))
+        self.store: NDArray[np.uint8] = np.zeros((FAR, BLOCK_KEY_BYTES), np.uint8)
+        self.records = Records()
+        self.hooks: TierHooks | None = None
+
+    def open(self, undo: ExitStack, progress: Progress | None) -> None:
+        """Open the disk, and the tier behind it."""
+        super().open(undo, progress)
+        port = FakePort(self.store, self._memory, self._faults, BLOCK_KEY_BYTES)
+        summer = FakeChecksummer(self._memory, self._faults, self._sums)
+        far = CheckedDiskPort(port, summer, FAR, lambda block: ("far", block))
+        undo.callback(far.close)
+        self._tiers.append(
+            TierParts(
+                Tier.REMOTE, FAR, far, "FakePort", *self.windows, self.records, work=self._far_work
+            )
+        )
+
+    def _far_work(self, hooks: TierHooks) -> Work:
+        self.hooks = hooks
+        return {}
+
+
+class Bench:
+    """An engine with three tiers, and a device whose blocks tell the prompt that they are of."""
+
+    def __init__(self) -> None:
+        cache = CacheConfig(
+            tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=HOST, num_ssd_blocks=DISK,
+            ssd_cache_dir="unused", evict_ratio=0.0,
+        )  # fmt: skip
+        self.backend = FarBackend()
+        self.backend.windows = disk_windows(cache)
+        self.engine = Engine(MODEL, cache, self.backend)
+        self.device = np.zeros((16, BLOCK_KEY_BYTES), np.uint8)
+
+    async def perform(self, operation: Operation, number: int) -> KVResponseStatus:
+        """Put or get a prompt at the device's first blocks."""
+        tokens = list(range(1000 * number, 1000 * number + BLOCKS * TOKENS_PER_BLOCK))
+        request = self.engine.intake(operation, tokens)
+        ready = self.engine.with_slots(request, np.arange(len(tokens)))
+        assert ready is not None
+        response = (await self.engine.perform(ready)).response
+        assert response is not None
+        return response.status
+
+    async def put(self, number: int) -> None:
+        """Store a prompt in every tier."""
+        self.device[:BLOCKS] = number + 1
+        assert await self.perform(Operation.PUT, number) is KVResponseStatus.SUCCESS
+        await self.engine.flush()
+
+    async def get(self, number: int) -> KVResponseStatus:
+        """Load a prompt; if that succeeds its bytes are right."""
+        self.device[:] = 0
+        status = await self.perform(Operation.GET, number)
+        if status is KVResponseStatus.SUCCESS:
+            assert (self.device[:BLOCKS] == number + 1).all()
+        return status
+
+    def resident(self, tier: Tier) -> int:
+        """Count the blocks that a tier has ready."""
+        return self.engine.residency.counts(tier).ready
+
+
+def on_bench(work: Callable[[Bench], Awaitable[None]]) -> None:
+    """Run something on an open engine with three tiers, on a virtual clock, and close it."""
+
+    async def run() -> None:
+        bench = Bench()
+        await bench.engine.open()
+        bench.engine.register_kv_caches([bench.device])
+        for number in range(PROMPTS):
+            await bench.put(number)
+        await work(bench)
+        await bench.engine.close()
+
+    run_virtual(run())
+
+
+def test_a_block_comes_back_from_whichever_tier_has_it() -> None:
+    """Prompts that host memory and the disk have evicted come from the third tier, bytes right."""
+
+    async def work(bench: Bench) -> None:
+        for number in range(PROMPTS):
+            assert await bench.get(number) is KVResponseStatus.SUCCESS
+        told = bench.engine.statistics()
+        assert set(told.tiers) == {"host", "disk", "remote"}
+        assert told.routes["remote→host"].blocks == 12
+        assert told.routes["host→remote"].blocks == PROMPTS * BLOCKS
+        assert told.hit_blocks["remote"] == 12
+        assert told.write_behind["remote"].owed_blocks == 0
+        assert told.queues["remote"].waiting_ops == 0
+
+    on_bench(work)
+
+
+@pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK, Tier.REMOTE])
+def test_a_clear_of_one_tier_leaves_what_others_keep(tier: Tier) -> None:
+    """Only the cleared tier's blocks go, and only its records are cleared."""
+
+    async def work(bench: Bench) -> None:
+        before = {each: bench.resident(each) for each in (Tier.HOST, Tier.DISK, Tier.REMOTE)}
+        ledger = bench.backend.ledger
+        assert ledger is not None
+        bench.engine.keeping.clear(tier)
+        after = {each: bench.resident(each) for each in before}
+        assert after == before | {tier: 0}
+        assert bench.backend.records.cleared == (tier is Tier.REMOTE)
+        assert len(ledger.believed(0, DISK)) == (0 if tier is Tier.DISK else DISK)
+        await bench.engine.keeping.clear_durably()
+        assert bench.backend.records.cleared == 1 + (tier is Tier.REMOTE)
+
+    on_bench(work)
+
+
+def test_a_flush_syncs_each_tier_and_records_what_it_has() -> None:
+    """Each flush reaches the third tier's records, which name what the index says is there."""
+
+    async def work(bench: Bench) -> None:
+        flushes = bench.backend.records.flushes
+        await bench.engine.flush()
+        assert bench.backend.records.flushes == flushes + 1
+        there = bench.engine.residency.export(Tier.REMOTE, np.arange(FAR)).any(axis=1)
+        assert bench.backend.records.names == set(np.flatnonzero(there).tolist())
+
+    on_bench(work)
+
+
+def test_a_sync_that_one_tier_refuses_does_not_keep_others_from_theirs() -> None:
+    """The disk's error is raised; the third tier was synced all the same, and lost nothing."""
+
+    async def work(bench: Bench) -> None:
+        disk = bench.backend.tiers()[0].port
+
+        async def refused() -> None:
+            raise StorageError("planted", 0, 5)
+
+        disk.sync = refused  # type: ignore[method-assign]
+        flushes = bench.backend.records.flushes
+        with pytest.raises(StorageError, match="planted"):
+            await bench.engine.flush()
+        assert bench.backend.records.flushes == flushes + 1
+        assert len(bench.backend.records.names) == PROMPTS * BLOCKS
+        del disk.sync  # type: ignore[attr-defined]
+
+    on_bench(work)
+
+
+def test_background_work_reports_to_its_own_tier() -> None:
+    """What a tier's work finds corrupt, and a tier that it takes down, is that tier's alone."""
+
+    async def work(bench: Bench) -> None:
+        hooks = bench.backend.hooks
+        assert hooks is not None
+        assert hooks.is_idle()
+        hooks.drop_corrupt(CorruptBlockError("far", 0, sorted(bench.backend.records.names)))
+        assert (bench.resident(Tier.DISK), bench.resident(Tier.REMOTE)) == (DISK, 0)
+        assert not bench.backend.records.names
+        hooks.lose("it is gone")
+        tiers = bench.engine.statistics().tiers
+        assert (tiers["disk"].reads, tiers["remote"].reads) == ("up", "down")
+        assert await bench.get(0) is KVResponseStatus.NOTFOUND
+        assert await bench.get(PROMPTS - 3) is KVResponseStatus.SUCCESS
+
+    on_bench(work)
+
+
+@pytest.mark.parametrize(
+    ("error", "health"),
+    [
+        (TransferError(1, "remote→host", 1, "planted"), "down"),
+        (StorageError("planted", 0, 5), "down"),
+        (RecalledError(1, "remote→host", 1, "planted"), "up"),
+        (CorruptBlockError("planted", 0, ()), "up"),
+    ],
+)
+def test_the_error_says_whether_its_tier_is_to_blame(error: TransferError, health: str) -> None:
+    """A tier is left alone after three errors that blame it, and after none of the others."""
+
+    async def work(bench: Bench) -> None:
+        far = bench.backend.tiers()[1].port
+        reap = far.reap
+
+        def failing() -> list[Completion]:
+            return [Completion(op_id, error) for op_id, _ in reap()]
+
+        far.reap = failing  # type: ignore[method-assign]
+        for number in range(3):
+            await bench.get(number)
+        tiers = bench.engine.statistics().tiers
+        assert (tiers["disk"].reads, tiers["remote"].reads) == ("up", health)
+
+    on_bench(work)
