@@ -76,7 +76,7 @@ class Slot:
 
     @property
     def is_live(self) -> bool:
-        """Whether this is the instance's current epoch, so that the result of a put is trusted."""
+        """Return whether this is the current epoch, so that the result of a put is trusted."""
         client = self.place.client
         return self.place.epoch == self.number and client is not None and not client.has_hung_up
 
@@ -99,10 +99,10 @@ class Sent:
 
     @property
     def is_over(self) -> bool:
-        """Whether no rank still has a copy of this transfer to answer."""
+        """Return whether no rank still has a copy of this transfer to answer."""
         return not any(self.transfer.op_id in rank.wire.asked for rank in self.epoch.ranks)
 
     @property
     def is_whole(self) -> bool:
-        """Whether every rank (get) or every part (put) moved each block exactly once."""
+        """Return whether every rank (get) or every part (put) moved each block once."""
         return all(moved == Counter(self.pairs) for moved in self.moved.values())
