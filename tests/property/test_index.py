@@ -202,7 +202,7 @@ A, B, C = (0, 0, 0), (0, 1, 0), (0, 2, 0)
     ],
 )
 def test_each_policy_takes_its_victims_leaf_first(policy: str, left: list[int]) -> None:
-    """Each policy evicts one whole prompt, its own choice, then the leaf of the next one."""
+    """Each policy evicts the prompt that it should, and then the leaf of the next one."""
     index = filled(policy, A, B, C)
     for prompt in (C, C, A, A, A):
         index.find(keys_of(prompt), use=True)

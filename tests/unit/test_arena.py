@@ -88,7 +88,7 @@ print("done")
 
 @pytest.mark.parametrize("hugepage_bytes", [None, 2 * MIB])
 def test_nobody_changes_the_size_of_a_shared_arena(hugepage_bytes: int | None) -> None:
-    """A process that maps it can write to it, but cannot shrink, grow or seal it."""
+    """A process that maps a shared arena can write to it, but cannot shrink, grow or seal it."""
     arena = Arena.open(2, MIB, hugepage_bytes=hugepage_bytes, shared=True)
     if hugepage_bytes is not None and arena.backing != "hugetlb":
         # The pool is empty, but even an unmapped file of such pages can be sealed.
@@ -202,7 +202,7 @@ def test_hugetlb_is_used_or_its_refusal_reported():
 
 @pytest.mark.parametrize("size", [0, 3 * MIB, 512])
 def test_sizes_that_no_huge_page_has_are_refused(size):
-    """A huge page is a power of two, and no smaller than a page."""
+    """A huge page size that is no power of two, or smaller than a page, is refused."""
     with pytest.raises(ConfigError, match="hugepage_size_bytes"):
         Arena.open(2, MIB, hugepage_bytes=size)
 

@@ -50,7 +50,7 @@ def test_legs_without_blocks_leave_no_op() -> None:
     "hops", [(LOAD, LOAD), (READ, WRITE), (STORE, Route(Tier.REMOTE, Tier.HOST))]
 )
 def test_hops_that_cannot_run_are_refused(hops: tuple[Route, ...]) -> None:
-    """A tier filled twice, or a hop from where the blocks are not, is our own mistake."""
+    """Hops that fill a tier twice, or begin where the blocks are not, raise InvariantError."""
     with pytest.raises(InvariantError):
         compile_shape(Shape(Operation.GET, (Leg(hops, 1),)))
 

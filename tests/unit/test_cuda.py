@@ -1,4 +1,4 @@
-"""The CUDA device without a GPU: errors, ids, the kernel's arithmetic, its compilation."""
+"""The CUDA device without a GPU: errors, ids, registration, measurement and order of copies."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ DEADLINE_S = 1.0
 
 
 class Rank:
-    """A rank whose oldest copy has waited for as long as the test says."""
+    """A rank whose oldest copy has waited for as long as the test sets."""
 
     def __init__(self) -> None:
         self.waited_s = 0.0

@@ -110,7 +110,7 @@ def test_neighbours_of_a_stripe_are_one_io(tmp_path):
 
 
 def test_no_io_crosses_two_registered_slices(tmp_path, monkeypatch):
-    """Memory is registered in slices, and an I/O lies in one of them."""
+    """Memory is registered in slices, and no I/O crosses from one into another."""
     monkeypatch.setattr(disk_jobs, "SLICE_BYTES_MAX", 10 * STRIDE + 1)
     with tiers(tmp_path) as (arena, files):
         found = extents(arena, files, READ, range(8, 12), range(8, 12))
@@ -237,7 +237,7 @@ class RefusingRing:
         return getattr(self._ring, name)
 
     def lend(self, buffers, register):
-        """Lend buffers; refuse to register them if told so."""
+        """Lend buffers, unless told to refuse to register them."""
         if register and self._refused == "register":
             raise OSError(self._number, os.strerror(self._number))
         self._ring.lend(buffers, register)

@@ -345,7 +345,7 @@ def test_threads_share_a_ring() -> None:
 
 
 def test_a_forked_child_can_drop_the_ring() -> None:
-    """A child neither waits for its parent's I/O nor takes the ring from it."""
+    """A forked child closes the ring without waiting for its parent's I/O, which goes on."""
     script = """
 import os
 from flexkv._ext import Ring

@@ -213,7 +213,7 @@ def test_more_than_the_disk_has_is_refused_before_it_is_filled(folders):
     ],
 )
 def test_a_refused_allocation_is_a_configuration_error(monkeypatch, folders, number, field):
-    """A disk or quota that fills up in spite of the check is a ConfigError of the same field."""
+    """An allocation that fails in spite of the check is a ConfigError that names the key."""
 
     def refuse(fd, offset, length):
         raise OSError(number, os.strerror(number))

@@ -62,7 +62,7 @@ def test_keys_are_chained_xxh3_over_parent_and_tokens() -> None:
     ],
 )
 def test_whatever_changes_the_bytes_changes_every_key(other: KeyChain) -> None:
-    """Another model, dtype, block size or secret shares no key."""
+    """Models or chains that differ in anything that changes the bytes share no key."""
     assert not set(block_keys(chain().keys(TOKENS))) & set(block_keys(other.keys(TOKENS)))
 
 

@@ -64,7 +64,7 @@ def test_a_release_that_locks_the_note_only_is_kept_out(tmp_path: Path) -> None:
 
 
 def test_a_new_directory_of_the_same_name_is_another(tmp_path: Path) -> None:
-    """The lock is on the directory, not on its name."""
+    """The lock is on the directory, not on its name: a new one of that name is free."""
     folder = tmp_path / "folder"
     folder.mkdir()
     lock = lock_directory(folder)
