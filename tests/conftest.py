@@ -1,4 +1,4 @@
-"""What every test shares: hypothesis profiles, and logging as it was before."""
+"""Setup of every test: hypothesis profiles, one thread per library, a umask, logging."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ settings.register_profile(
 settings.register_profile("soak", settings.get_profile("ci"), max_examples=5000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-# Two tests run at once on two cores: threads of a library that spin would take the other's time.
+# Two tests run at once on two cores: spinning threads of a library would slow down the other test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell's background jobs ignore ctrl-C, and so would the programs that tests begin and interrupt.
+# A shell's background jobs ignore ctrl-C, and the programs that tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Directories that tests make must not be writable by a group: an engine refuses them.
@@ -31,6 +31,6 @@ os.umask(0o022)
 
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
-    """Undo what a test configures: logging belongs to the process."""
+    """Undo the logging configuration of a test, because it is global to the process."""
     yield
     forget_configuration()

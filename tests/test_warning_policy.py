@@ -1,4 +1,4 @@
-"""Which warnings fail a test: see `tests/warning_policy.py`."""
+"""Tests of which warnings fail a test: see `tests/warning_policy.py`."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def forgets_to_await():
 def collect():
     gc.collect()
 """
-"""A package that somebody else wrote, and that is installed."""
+"""An installed package that is not ours."""
 
 TRAMPOLINE = """
 class Module:
     def __call__(self, *args, **kwargs):
         return self.forward(*args, **kwargs)
 """
-"""What torch does for whoever calls a module."""
+"""A copy of how torch forwards the call of a module."""
 
 MODEL = """
 import warnings
@@ -89,7 +89,7 @@ class Model(Module):
 
 
 OURS = "import library\n\n\ndef call():\n    library.renamed(old=1)\n"
-"""A module of our own that no test is in."""
+"""A module of our own that is not a test module."""
 
 OUR_CALLS = [
     "library.renamed(old=1)",
@@ -165,7 +165,7 @@ COLLECTED = {
     "class": "class TestNothing:\n    def __init__(self):\n        pass\n",
     "their_import": "import noisy\n\n\ndef test():\n    pass\n",
 }
-"""Test modules about which something is said when they are collected."""
+"""Test modules that cause a warning when pytest collects them."""
 
 
 def run(work: Path, modules: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -200,7 +200,7 @@ def run(work: Path, modules: dict[str, str]) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return what came of each test of a run: PASSED, FAILED or ERROR."""
+    """Return the outcome of each test of a run: PASSED, FAILED or ERROR."""
     lines = [TEST_MODULE]
     for number, call in enumerate(OUR_CALLS + LEAKS + THEIR_CALLS):
         lines.append(f"\n\ndef test_{number}():\n    {call}\n")
@@ -217,29 +217,32 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("call", OUR_CALLS)
 def test_a_warning_that_our_call_causes_is_an_error(call: str, outcomes: dict[str, str]) -> None:
-    """A deprecated call of ours fails a test, however it gets to the library."""
+    """A deprecated call of ours fails a test, by whatever path it reaches the library."""
     assert outcomes[call] == "FAILED"
 
 
 @pytest.mark.parametrize("call", LEAKS)
 def test_a_leak_is_an_error(call: str, outcomes: dict[str, str]) -> None:
-    """What our code leaves open fails a test, also when a library sets off the collection."""
+    """What our code leaves open fails a test, even if a library triggers the garbage collection."""
     assert outcomes[call] == "FAILED"
 
 
 @pytest.mark.parametrize("call", THEIR_CALLS)
 def test_what_a_library_says_of_itself_is_no_error(call: str, outcomes: dict[str, str]) -> None:
-    """A library that warns about its own calls, or leaks by itself, fails no test of ours."""
+    """A library that warns about its own calls, or leaks on its own, fails no test of ours."""
     assert outcomes[call] == "PASSED"
 
 
 def test_collection_is_judged_too(outcomes: dict[str, str]) -> None:
-    """A deprecated import and a class that pytest cannot use are errors; noise of others is not."""
+    """At collection, a deprecated import or an unusable test class of ours is an error.
+
+    A library's warning about itself is not.
+    """
     assert [outcomes[name] for name in COLLECTED] == ["ERROR", "ERROR", "PASSED"]
 
 
 def test_the_last_garbage_is_judged_too(tmp_path: Path) -> None:
-    """A leak that nothing collects before pytest ends makes the run fail."""
+    """A leak that is collected only when pytest ends makes the run fail."""
     leak = "\n\ndef test():\n    gc.disable()\n    cycle()\n"
     done = run(tmp_path, {"it": TEST_MODULE + leak})
     assert "1 passed" in done.stdout, done.stdout + done.stderr

@@ -1,18 +1,18 @@
 """Which warnings fail a test: those that a call of our own code causes, and leaks.
 
-A library that changes warns at the line that called it, and sometimes about itself. Python's
-filters see only the module to which a warning is attributed, and that is not always the caller:
-torch calls `forward` for whoever called the module, so what a model says of an argument is
-attributed to torch. So a warning that is about to be shown is judged by the stack. From the frame
-to which it is attributed we go outward, past the code that only passes calls on (the standard
-library, torch's `__call__`), to the first that does not:
+A library that deprecates something attributes the warning to the line that called it, and sometimes
+to itself. Python's filters see only the module to which a warning is attributed, and that is not
+always the caller: torch calls `forward` for the caller of a module, so a model's warning about an
+argument is attributed to torch. So each warning is judged by the stack before it is shown. We go
+outward from the frame to which it is attributed, past the code that only passes calls on (the
+standard library, torch's `__call__`), to the first frame that does not:
 
     our code          an error, raised where the warning was given, as by a filter "error"
     another's code    it warns about itself: pytest lists the warning, the test goes on
 
 A leak (ResourceWarning, a coroutine never awaited, an exception in `__del__`) is an error unless
-another's code dropped the object: what the garbage collector finds, wherever it happens to run, and
-what pytest drops, is ours. So are pytest's warnings about our tests.
+another's code dropped the object. What the garbage collector finds, wherever it happens to run, and
+what pytest drops, counts as ours. So do pytest's warnings about our tests.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ import pytest
 INSTALLED = {"site-packages", "dist-packages"}
 STANDARD_LIBRARY = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
 FORWARDERS = ("/torch/nn/modules/module.py", "/torch/utils/_contextlib.py")
-"""Files of libraries that only pass calls on, with the arguments that they get."""
+"""Files of libraries that only pass calls on, with unchanged arguments."""
 HARNESS = {"_pytest", "pytest", "pluggy", "pytest_asyncio", "pytest_cov", "hypothesis"}
-"""Packages that call our tests, and drop the objects that these leave."""
+"""Packages that call our tests, and drop the objects that the tests leave behind."""
 
 Place = tuple[str, str]
 """A file, and the dotted name of its module."""
 
 collections = [0]
-"""How many runs of the garbage collector are under way."""
+"""The number of runs of the garbage collector that are under way."""
 
 
 def _count_collections(phase: str, _: dict[str, int]) -> None:
@@ -57,7 +57,7 @@ def _is_leak(message: Warning) -> bool:
 
 
 def _places(filename: str, lineno: int, frame: FrameType | None) -> list[Place]:
-    """Return who called whom, from the place to which a warning is attributed outward."""
+    """Return the files and modules on the stack, from the place of the warning outward."""
     stack: list[Place] = []
     first = None
     while frame is not None:
@@ -65,7 +65,7 @@ def _places(filename: str, lineno: int, frame: FrameType | None) -> list[Place]:
             first = len(stack)
         stack.append((frame.f_code.co_filename, str(frame.f_globals.get("__name__", ""))))
         frame = frame.f_back
-    # A source that is being compiled has no frame yet: whoever compiles it comes next.
+    # Source that is being compiled has no frame yet; its compiler is the next place.
     return [(filename, ""), *stack] if first is None else stack[first:]
 
 
@@ -85,7 +85,7 @@ def _is_ours(place: Place, root: Path) -> bool:
 
 
 def is_error(message: Warning, places: list[Place], root: Path) -> bool:
-    """Return whether a warning fails a test, given who called whom (the innermost first)."""
+    """Return whether a warning fails a test, given the places on its stack, innermost first."""
     if isinstance(message, pytest.PytestWarning) and not isinstance(message, DeprecationWarning):
         return True
     leak = _is_leak(message)
@@ -99,7 +99,7 @@ def is_error(message: Warning, places: list[Place], root: Path) -> bool:
 
 
 def judging(root: Path) -> Callable[..., None]:
-    """Return a `showwarning` that raises what is an error, and shows the rest as it is now."""
+    """Return a `showwarning` that raises errors, and shows other warnings as it does now."""
     show = warnings.showwarning
 
     def judge(
@@ -115,7 +115,7 @@ def judging(root: Path) -> Callable[..., None]:
 
 @contextmanager
 def judged(root: Path) -> Iterator[None]:
-    """Judge the warnings of a phase; pytest itself begins it by replacing `showwarning`."""
+    """Judge the warnings of a phase; pytest begins each phase by replacing `showwarning`."""
     before = warnings.showwarning
     warnings.showwarning = judging(root)
     try:
@@ -125,37 +125,37 @@ def judged(root: Path) -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Judge what comes between tests, up to the last garbage; pytest undoes it after that."""
+    """Judge the warnings between tests, up to the last garbage; pytest itself undoes it."""
     warnings.showwarning = judging(config.rootpath)
     gc.callbacks.append(_count_collections)
 
 
-# pytest replaces `showwarning` in each of these; the last wrapper is called inside its own.
+# pytest replaces `showwarning` in each of these hooks; the last wrapper runs inside pytest's own.
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_collection(session: pytest.Session) -> Generator[None, Any, Any]:
-    """Judge what the import of a test module says."""
+    """Judge the warnings of importing the test modules."""
     with judged(session.config.rootpath):
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Judge what a test and its fixtures say."""
+    """Judge the warnings of a test and its fixtures."""
     with judged(item.config.rootpath):
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None, Any, Any]:
-    """Judge what is collected when all tests have run."""
+    """Judge what is garbage-collected after all tests have run."""
     with judged(session.config.rootpath):
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_terminal_summary(config: pytest.Config) -> Generator[None, Any, Any]:
-    """Judge what is collected while pytest reports."""
+    """Judge what is garbage-collected while pytest writes its summary."""
     with judged(config.rootpath):
         return (yield)

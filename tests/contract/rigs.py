@@ -1,4 +1,4 @@
-"""Real and fake transfer ports with the memory and files that they need, for one suite over all."""
+"""Real and fake transfer ports, with the memory and files they need, for one contract suite."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Rig:
     tokens: count[int] = field(default_factory=count)
 
     def transfer(self, to_host: bool, source_ids: object, target_ids: object) -> Transfer:
-        """Give a transfer under a token of its own."""
+        """Return a transfer with an op id of its own."""
         route = Route(self.outer, Tier.HOST) if to_host else Route(Tier.HOST, self.outer)
         return Transfer(
             op_id=next(self.tokens),
@@ -64,7 +64,7 @@ class Rig:
         self.port.connect(self.woken.set)
 
     async def run(self, *transfers: Transfer) -> list[Completion]:
-        """Submit all at once, and give every completion, in the order of their ends."""
+        """Submit all transfers at once, and return their completions in the order of their ends."""
         for transfer in transfers:
             self.port.submit(transfer)
         ended = self.port.reap()
@@ -76,21 +76,21 @@ class Rig:
         return ended
 
     def close(self) -> None:
-        """Close the port, then what it worked on."""
+        """Close the port, then the memory and files that it used."""
         self.host = None
         with self.resources:
             self.port.close()
 
 
 def fake_rig(_: Path) -> Rig:
-    """Give a fake port between two arrays, with delays and without failures."""
+    """Return a fake port between two arrays, with delays and without failures."""
     store = np.zeros((OUTER_BLOCKS, 256), np.uint8)
     host = np.zeros((HOST_BLOCKS, 256), np.uint8)
     return Rig(FakePort(store, host, FaultPlan(1, delay_max_s=0.002), 256), host, Tier.DISK)
 
 
 def cpu_rig(tokens_per_block: int) -> Rig:
-    """Give a CPU device port over two layers, with blocks of 2 KiB a token."""
+    """Return a CPU device port over two layers, with blocks of 2 KiB per token."""
     shape = (2, OUTER_BLOCKS, tokens_per_block, 4, 64)
     layers = [np.zeros(shape, np.int16) for _ in range(2)]
     specs = [describe(layer) for layer in layers]
@@ -103,14 +103,14 @@ def cpu_rig(tokens_per_block: int) -> Rig:
 
 
 def summed_rig(_: Path) -> Rig:
-    """Give a port that sums, over the fake and a summer that takes its time."""
+    """Return a port that checksums, over the fake port and a checksummer with delays."""
     rig, faults = fake_rig(_), FaultPlan(2, delay_max_s=0.002)
     assert rig.host is not None
     return Rig(SummedPort(rig.port, FakeChecksummer(rig.host, faults)), rig.host, Tier.DISK)
 
 
 class BlindSummer(FakeChecksummer):
-    """A summer that finds all blocks equal, for host memory that a test writes by hand."""
+    """A checksummer that gives all blocks one sum, for host memory that tests write by hand."""
 
     def _end(self, op_id: int, host_ids: BlockIds) -> None:
         super()._end(op_id, host_ids)
@@ -118,7 +118,7 @@ class BlindSummer(FakeChecksummer):
 
 
 def checked_rig(_: Path) -> Rig:
-    """Return a port that checks what it reads, over the fake and a summer that takes its time."""
+    """Return a port that verifies its reads, over the fake port and a slow checksummer."""
     rig, faults = fake_rig(_), FaultPlan(2, delay_max_s=0.002)
     assert rig.host is not None
     summer = BlindSummer(rig.host, faults)
@@ -127,7 +127,7 @@ def checked_rig(_: Path) -> Rig:
 
 
 def cuda_rig(wish: CopyPreference) -> Rig:
-    """Give a CUDA device port over a fake driver, with blocks of three pieces."""
+    """Return a CUDA device port over a fake driver, with blocks of three pieces."""
     shape = (OUTER_BLOCKS, 16, 4, 24)
     layers = [np.zeros(shape, np.int16) for _ in range(3)]
     layout = infer_layout(
@@ -146,17 +146,17 @@ def cuda_rig(wish: CopyPreference) -> Rig:
 
 
 def assert_nothing_left(driver: FakeCuda) -> None:
-    """Check that the port let go of all that it took."""
+    """Check that the port released everything that it took from the driver."""
     assert driver.left == 0
 
 
 def cuda_engine_rig(_: Path) -> Rig:
-    """Give a CUDA device port that copies by the copy engine."""
+    """Return a CUDA device port that copies with the copy engine."""
     return cuda_rig(CopyPreference(use_engine=True))
 
 
 def cuda_staged_rig(_: Path) -> Rig:
-    """Give a CUDA device port that copies through device memory, few blocks at a time."""
+    """Return a CUDA device port that stages copies in device memory, a few blocks at a time."""
     rig = cuda_rig(CopyPreference())
     for way in rig.port._ways:
         way.choose(Choices.always(CopyMethod.STAGED))
@@ -164,7 +164,7 @@ def cuda_staged_rig(_: Path) -> Rig:
 
 
 def ranks_rig(_: Path) -> Rig:
-    """Give the port over four ranks: two parts, each of two ranks, on CPU and (fake) CUDA."""
+    """Return the port over four ranks: two parts, each on one CPU and one (fake) CUDA rank."""
     shape, part_bytes = KVShape(16, 2, 24, 1, item_bytes=2), 3 * 16 * 2 * 24 * 2
     arena = Arena.open(HOST_BLOCKS, 2 * part_bytes)
     pinned, registered = Pinned(arena), {}
@@ -177,7 +177,7 @@ def ranks_rig(_: Path) -> Rig:
         drivers.append(FakeCuda(layers, registered=registered))
         wish = CopyPreference(use_engine=bool(part), thread_blocks=4)
         cuda = CudaDevicePort(layout, pinned, layers, drivers[-1], (wish, wish))
-        cpu = CpuDevicePort(layout, arena, layers)  # the same memory: what each brings is one's own
+        cpu = CpuDevicePort(layout, arena, layers)  # the ranks of a part share their KV caches
         parts.append([cuda, cpu])
         for port in parts[-1]:
             resources.callback(port.close)
@@ -188,22 +188,22 @@ def ranks_rig(_: Path) -> Rig:
 
 
 def cuda_kernel_rig(_: Path) -> Rig:
-    """Give a CUDA device port that copies by the kernel."""
+    """Return a CUDA device port that copies with the kernel."""
     return cuda_rig(CopyPreference(use_engine=False, thread_blocks=8))
 
 
 def cpu_inline_rig(_: Path) -> Rig:
-    """Give a CPU device port whose blocks are so small that single ones are copied in place."""
+    """Return a CPU device port whose blocks are small enough to be copied in place."""
     return cpu_rig(tokens_per_block=2)
 
 
 def cpu_pooled_rig(_: Path) -> Rig:
-    """Give a CPU device port whose blocks all go to the copy threads."""
+    """Return a CPU device port whose blocks are all copied by the copy threads."""
     return cpu_rig(tokens_per_block=64)
 
 
 def disk_rig(directories: list[Path], make: Callable[[Arena, StripedFiles], TransferPort]) -> Rig:
-    """Give a disk port over files of 10 blocks in the given directories."""
+    """Return a disk port over files of 10 blocks in the given directories."""
     with ExitStack() as resources:
         files = StripedFiles.open(
             directories, OUTER_BLOCKS, DISK_STRIDE_BYTES, 10 * DISK_STRIDE_BYTES + 1
@@ -215,19 +215,19 @@ def disk_rig(directories: list[Path], make: Callable[[Arena, StripedFiles], Tran
 
 
 def uring_rig(folder: Path) -> Rig:
-    """Give an io_uring port over one directory, with a ring smaller than the transfers."""
+    """Return an io_uring port over one directory, with a ring smaller than the transfers."""
     return disk_rig([folder], lambda arena, files: UringDiskPort(arena, files, RingOptions(8)))
 
 
 def uring_striped_rig(folder: Path) -> Rig:
-    """Give an io_uring port over three directories, on memory that is not registered."""
+    """Return an io_uring port over three directories, on memory that is not registered."""
     options = RingOptions(entries=64, register=False)
     folders = [folder / name for name in "abc"]
     return disk_rig(folders, lambda arena, files: UringDiskPort(arena, files, options))
 
 
 def threads_rig(folder: Path) -> Rig:
-    """Give a thread port over two directories."""
+    """Return a thread port over two directories."""
     return disk_rig([folder / "a", folder / "b"], ThreadDiskPort)
 
 

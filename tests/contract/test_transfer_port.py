@@ -1,4 +1,4 @@
-"""The law of the transfer port, over the fake and every real adapter alike."""
+"""The contract of the transfer port, checked on the fake and on every real adapter."""
 
 import asyncio
 import os
@@ -15,7 +15,7 @@ DURABLE = [name for name in RIGS if not name.startswith(("cpu", "cuda", "ranks",
 
 
 def open_fds():
-    """Give what every descriptor of this process refers to, except the listing itself."""
+    """Return the target of every open descriptor of this process, except the listing's own."""
     found = {}
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -27,7 +27,7 @@ def open_fds():
 
 @pytest.fixture
 async def rig(request, tmp_path) -> Iterator[Rig]:
-    """Give a connected rig of the kind that the test names, and close it after."""
+    """Yield a connected rig of the kind that the test names, and close it afterwards."""
     rig = RIGS[request.param](tmp_path)
     rig.connect()
     yield rig
@@ -39,7 +39,7 @@ every_maker = pytest.mark.parametrize("make", RIGS.values(), ids=RIGS.keys())
 
 
 def distinct(seed, pool_blocks, wanted):
-    """Give `wanted` different ids of a pool, some of them neighbours."""
+    """Return `wanted` different ids of a pool; the first half is sorted, so some are neighbours."""
     rng = np.random.default_rng(seed)
     ids = rng.permutation(pool_blocks)[:wanted]
     ids[: wanted // 2].sort()
@@ -49,7 +49,7 @@ def distinct(seed, pool_blocks, wanted):
 @every_rig
 @pytest.mark.parametrize("seed", range(3))
 async def test_bytes_come_back(rig, seed):
-    """Random blocks that went out and came back elsewhere are the same; no other byte changed."""
+    """Blocks that are copied out and back to other places are equal; no other byte changes."""
     rng = np.random.default_rng(seed)
     wanted = 20
     outer, left, right = (
@@ -70,7 +70,7 @@ async def test_bytes_come_back(rig, seed):
 
 @every_rig
 async def test_neighbours_come_back(rig):
-    """Blocks that are contiguous on both ends, which are moved as one, are the same bytes."""
+    """Blocks that are contiguous on both ends, and so moved as one run, come back equal."""
     rig.host[:] = np.random.default_rng(5).integers(0, 256, rig.host.shape, np.uint8)
     sent = rig.host.copy()
     ids = np.arange(HOST_BLOCKS)
@@ -82,7 +82,7 @@ async def test_neighbours_come_back(rig):
 
 @every_rig
 async def test_many_in_flight_end_once_each(rig):
-    """Of many transfers at once, each token is reaped exactly once and nothing else is."""
+    """Each of many concurrent transfers is reaped exactly once, and nothing else is."""
     blocks = 4
     transfers = [
         rig.transfer(False, np.arange(i, i + blocks), np.arange(i, i + blocks))
@@ -95,7 +95,7 @@ async def test_many_in_flight_end_once_each(rig):
 
 @every_rig
 async def test_wake_announces_what_was_not_reaped_at_once(rig):
-    """What `reap` does not give right after `submit` is announced by a wake on the loop."""
+    """A completion that `reap` does not return right after `submit` is announced by a wake."""
     transfer = rig.transfer(False, [0, 5], [1, 7])
     rig.port.submit(transfer)
     ended = rig.port.reap()
@@ -129,7 +129,7 @@ async def test_nothing_to_move_ends_well(rig):
     ],
 )
 async def test_wrong_ids_are_refused(rig, to_host, source_ids, target_ids):
-    """Ids outside a pool, or that do not pair up, start nothing and say that it is our mistake."""
+    """Ids outside a pool, or of unequal count, raise InvariantError and start nothing."""
     with pytest.raises(InvariantError):
         rig.port.submit(rig.transfer(to_host, source_ids, target_ids))
     assert rig.port.reap() == []
@@ -137,13 +137,13 @@ async def test_wrong_ids_are_refused(rig, to_host, source_ids, target_ids):
 
 @every_rig
 async def test_block_bytes_are_what_moves(rig):
-    """The port tells how many bytes it moves for one block."""
+    """`block_bytes` is the number of bytes that the port moves for one block."""
     assert rig.port.block_bytes == rig.host.shape[1]
 
 
 @every_maker
 async def test_a_closed_port_takes_nothing(make, tmp_path):
-    """After close, submit says so; closing again does nothing."""
+    """Submitting to a closed port raises ClosedError; closing it again does nothing."""
     rig = make(tmp_path)
     rig.connect()
     rig.close()
@@ -154,7 +154,7 @@ async def test_a_closed_port_takes_nothing(make, tmp_path):
 
 @every_maker
 async def test_close_gives_every_descriptor_back(make, tmp_path):
-    """Between opening and closing a port that worked, no file descriptor is left over."""
+    """A port that was opened, used and closed leaves no file descriptor open."""
     before = open_fds()
     rig = make(tmp_path)
     rig.connect()
@@ -165,7 +165,7 @@ async def test_close_gives_every_descriptor_back(make, tmp_path):
 
 @every_maker
 async def test_close_with_work_unreaped_is_our_mistake(make, tmp_path):
-    """Closing under a transfer that nobody reaped raises, and still gives everything back."""
+    """Closing with an unreaped transfer raises InvariantError, and still releases everything."""
     before = open_fds()
     rig = make(tmp_path)
     rig.connect()
@@ -177,7 +177,7 @@ async def test_close_with_work_unreaped_is_our_mistake(make, tmp_path):
 
 @pytest.mark.parametrize("rig", DURABLE, indirect=True)
 async def test_sync_returns(rig):
-    """What was written can be made durable."""
+    """Sync of a durable port returns once its writes are on stable storage."""
     await rig.run(rig.transfer(False, [3, 4, 9], [1, 2, 30]))
     async with asyncio.timeout(PATIENCE_S):
         await rig.port.sync()

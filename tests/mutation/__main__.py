@@ -1,4 +1,4 @@
-"""`python -m tests.mutation`; workers import `run` by name, so it is a module of its own."""
+"""`python -m tests.mutation`; `run` is a module of its own because workers import it by name."""
 
 from tests.mutation.run import main
 

@@ -1,8 +1,8 @@
-"""Finds the small changes that a test should notice, as replacements of bytes in a source file.
+"""Finds small changes that a test should notice, as replacements of bytes in a source file.
 
-Comparisons, conditions, arithmetic, numbers, returned values and statements without a value are
-changed. Code that does not determine behaviour is left alone: annotations, decorators, bases,
-assertions, messages of errors, log lines, `__repr__`.
+It changes comparisons, conditions, arithmetic, numbers, returned values and statements without a
+value. It leaves code alone that does not determine behaviour: annotations, decorators, bases,
+assertions, error messages, log lines, `__repr__`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ARITHMETIC: dict[type[ast.operator], tuple[str, str]] = {
     ast.BitAnd: ("&", "|"), ast.BitOr: ("|", "&"),
 }  # fmt: skip
 BOUNDS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
-"""Comparisons whose bound is moved instead of being turned around."""
+"""Comparisons whose bound is moved; the others are negated."""
 FUNCTIONS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 LOGS = {"log", "_log", "logger"}
 UNSEEN = {"__repr__", "__str__"}
@@ -44,7 +44,7 @@ class Mutant:
     after: str
 
     def apply(self, source: bytes) -> bytes:
-        """Return the file's source with the change."""
+        """Return the file's source with the change applied."""
         return source[: self.start] + self.text.encode() + source[self.end :]
 
 
@@ -57,7 +57,7 @@ def mutants_of(root: Path, file: str) -> list[Mutant]:
 
 
 def _named(file: str, source: bytes, start: int, end: int, text: str) -> Mutant:
-    """Return the mutant for a change, named by its lines before and after without indentation."""
+    """Return the mutant of an edit, with its lines before and after, without indentation."""
     first = source.rfind(b"\n", 0, start) + 1
     last = source.find(b"\n", end)
     last = len(source) if last < 0 else last
@@ -68,7 +68,7 @@ def _named(file: str, source: bytes, start: int, end: int, text: str) -> Mutant:
 
 
 class Finder(ast.NodeVisitor):
-    """Collects the changes of one source: (start, end, replacement)."""
+    """Collects the edits of one source as (start, end, replacement)."""
 
     def __init__(self, source: bytes) -> None:
         self._source = source
@@ -89,7 +89,7 @@ class Finder(ast.NodeVisitor):
         self.edits.append((*self._span(node), text))
 
     def _swap(self, left: ast.AST, right: ast.AST, words: tuple[str, str]) -> None:
-        """Swap the operator between two operands."""
+        """Replace the operator between two operands."""
         start, end = self._span(left)[1], self._span(right)[0]
         between = self._source[start:end].decode()
         pattern = r"\s+".join(map(re.escape, words[0].split()))
@@ -98,27 +98,27 @@ class Finder(ast.NodeVisitor):
             self.edits.append((at, at + len(found[0].encode()), words[1]))
 
     def visit_Compare(self, node: ast.Compare) -> None:
-        """Move a bound by one, or turn a comparison around."""
+        """Move a bound by one, or negate a comparison."""
         operands = [node.left, *node.comparators]
         for left, operator, right in zip(operands, node.ops, operands[1:], strict=False):
             self._swap(left, right, COMPARISONS[type(operator)])
         self.generic_visit(node)
 
     def visit_BoolOp(self, node: ast.BoolOp) -> None:
-        """Turn `and` into `or`."""
+        """Exchange `and` and `or`."""
         words = ("and", "or") if isinstance(node.op, ast.And) else ("or", "and")
         for left, right in zip(node.values, node.values[1:], strict=False):
             self._swap(left, right, words)
         self.generic_visit(node)
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
-        """Drop `not` and minus."""
+        """Drop a `not` or a minus."""
         if isinstance(node.op, ast.Not | ast.USub):
             self._replace(node, f"({self._text(node.operand)})")
         self.generic_visit(node)
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
-        """Exchange arithmetic operators, but not the `+` of texts."""
+        """Exchange arithmetic operators, except the `+` of strings."""
         texts = any(
             isinstance(part, ast.JoinedStr) or isinstance(getattr(part, "value", None), str | bytes)
             for part in (node.left, node.right)
@@ -128,27 +128,27 @@ class Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        """Exchange arithmetic in place."""
+        """Exchange the operators of augmented assignments."""
         if type(node.op) in ARITHMETIC:
             words = ARITHMETIC[type(node.op)]
             self._swap(node.target, node.value, (f"{words[0]}=", f"{words[1]}="))
         self.generic_visit(node)
 
     def visit_Constant(self, node: ast.Constant) -> None:
-        """Turn truth around, and count one more."""
+        """Negate a truth value, or add one to a number."""
         if isinstance(node.value, bool):
             self._replace(node, str(not node.value))
         elif isinstance(node.value, int | float):
             self._replace(node, f"({self._text(node)} + 1)")
 
     def visit_Return(self, node: ast.Return) -> None:
-        """Return nothing."""
+        """Return None instead of a value."""
         if node.value is not None and not isinstance(node.value, ast.Constant):
             self._replace(node.value, "None")
         self.generic_visit(node)
 
     def visit_Expr(self, node: ast.Expr) -> None:
-        """Leave out a call."""
+        """Drop a call whose result is not used, unless it logs."""
         call = node.value.value if isinstance(node.value, ast.Await) else node.value
         if isinstance(call, ast.Constant) or (isinstance(call, ast.Call) and _is_log(call)):
             return
@@ -156,18 +156,18 @@ class Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        """Leave out what an object would remember."""
+        """Drop an assignment to an attribute or an item."""
         if any(isinstance(target, ast.Attribute | ast.Subscript) for target in node.targets):
             self._replace(node, "pass")
         if not any(isinstance(t, ast.Name) and t.id.startswith("__") for t in node.targets):
             self.generic_visit(node)
 
     def visit_Delete(self, node: ast.Delete) -> None:
-        """Leave out the deletion."""
+        """Drop the deletion."""
         self._replace(node, "pass")
 
     def visit_Raise(self, node: ast.Raise) -> None:
-        """Leave out the raise."""
+        """Drop the raise."""
         self._replace(node, "pass")
 
     def visit_Break(self, node: ast.Break) -> None:
@@ -175,28 +175,28 @@ class Finder(ast.NodeVisitor):
         self._replace(node, "continue")
 
     def visit_Continue(self, node: ast.Continue) -> None:
-        """Stop."""
+        """Turn `continue` into `break`."""
         self._replace(node, "break")
 
     def _negate(self, test: ast.expr) -> None:
         is_not = isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)
         one = test.ops[0] if isinstance(test, ast.Compare) and len(test.ops) == 1 else ast.Lt()
-        if not is_not and isinstance(one, BOUNDS):  # else the operator is turned around already
+        if not is_not and isinstance(one, BOUNDS):  # `not` and other comparisons are negated above
             self._replace(test, f"(not ({self._text(test)}))")
 
     def visit_If(self, node: ast.If) -> None:
-        """Take the other branch."""
+        """Negate the condition."""
         if "TYPE_CHECKING" not in self._text(node.test):
             self._negate(node.test)
             self.generic_visit(node)
 
     def visit_IfExp(self, node: ast.IfExp) -> None:
-        """Take the other value."""
+        """Negate the condition of a conditional expression."""
         self._negate(node.test)
         self.generic_visit(node)
 
     def visit_comprehension(self, node: ast.comprehension) -> None:
-        """Turn the condition around."""
+        """Negate the condition of a comprehension."""
         for test in node.ifs:
             self._negate(test)
         self.generic_visit(node)
@@ -208,24 +208,24 @@ class Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        """Leave out what an object would remember; annotations stay."""
+        """Drop an annotated assignment to an attribute or an item; leave annotations alone."""
         if node.value is not None and "TypeAlias" not in self._text(node.annotation):
             if isinstance(node.target, ast.Attribute | ast.Subscript):
                 self._replace(node, "pass")
             self.visit(node.value)
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-        """Look at the defaults and the body."""
+        """Visit the defaults and the body."""
         if node.name not in UNSEEN:
             defaults = [each for each in node.args.kw_defaults if each is not None]
             self._visit_all(iter([*node.args.defaults, *defaults, *node.body]))
 
     def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
-        """Look at the defaults and the body."""
+        """Visit the defaults and the body."""
         self.visit_FunctionDef(node)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        """Look at the body."""
+        """Visit the body."""
         self._visit_all(iter(node.body))
 
     def _visit_all(self, nodes: Iterator[ast.AST]) -> None:
@@ -236,7 +236,7 @@ class Finder(ast.NodeVisitor):
         """Leave assertions alone: they guard against our own mistakes."""
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        """Leave texts alone: a message is not behaviour."""
+        """Leave f-strings alone: a message is not behaviour."""
 
 
 def _is_log(call: ast.Call) -> bool:

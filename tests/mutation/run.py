@@ -1,15 +1,15 @@
-"""Changes the source in small ways, one at a time, and shows which changes no test notices.
+"""Changes the source in small ways, one at a time, and reports which changes no test notices.
 
     make mutants                                         200 changes, by the seed 1
     make mutants ARGS="--sample 50 --seed 7"
     make mutants ARGS="--only 'flexkv/graph/*' --sample 0"    every change of these files
 
-`targets.toml` says which tests look at which files, `survivors.toml` which changes may survive, and
+`targets.toml` says which tests check which files, `survivors.toml` which changes may survive, and
 why. A change is killed when a test fails, when the tests take far longer than without it, or when
 nothing can be imported any more. The exit status is 1 if a survivor is not listed.
 
-mutmut and cosmic-ray do not fit: they draw no samples, they choose the tests by one command or by a
-run of the whole suite, and they know one interpreter, while the files for vLLM need another one.
+mutmut and cosmic-ray do not suit us: they draw no samples, choose the tests by one command or by a
+run of the whole suite, and use one interpreter, while the files for vLLM need another one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 @dataclass(frozen=True)
 class Target:
-    """Files, the tests that look at them, the quickest first, and the venv that these need."""
+    """Source files, the tests that check them (the quickest first), and the venv of the tests."""
 
     files: tuple[str, ...]
     tests: tuple[str, ...]
@@ -60,7 +60,7 @@ class Target:
     leaves_out: tuple[str, ...] = ()
 
     def has(self, file: str) -> bool:
-        """Return whether a file is one of these."""
+        """Return whether a file matches one of the patterns."""
         return any(fnmatch(file, pattern) for pattern in self.files)
 
 
@@ -74,7 +74,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Survivor:
-    """A change that no test can, or need, notice."""
+    """A listed change that no test can notice, or needs to."""
 
     file: str
     before: str
@@ -82,7 +82,7 @@ class Survivor:
     reason: str
 
     def covers(self, mutant: Mutant) -> bool:
-        """Return whether this is the change, wherever the line is now."""
+        """Return whether this entry is about the change, on whatever line that is now."""
         return fnmatch(mutant.file, self.file) and (self.before, self.after) == (
             mutant.before,
             mutant.after,
@@ -90,7 +90,7 @@ class Survivor:
 
 
 def load_targets() -> list[Target]:
-    """Return the targets; the first that has a file is its target."""
+    """Return the targets of `targets.toml`; a file belongs to the first one that has it."""
     entries = tomllib.loads((HERE / "targets.toml").read_text())["target"]
     return [
         Target(
@@ -104,25 +104,25 @@ def load_targets() -> list[Target]:
 
 
 def load_environment() -> dict[str, str]:
-    """Return what shortens the tests that draw many samples."""
+    """Return the environment variables that shorten the tests with many samples."""
     entries: dict[str, str] = tomllib.loads((HERE / "targets.toml").read_text())["environment"]
     return entries
 
 
 def load_survivors() -> list[Survivor]:
-    """Return the changes that may survive."""
+    """Return the changes that may survive, from `survivors.toml`."""
     entries = tomllib.loads((HERE / "survivors.toml").read_text()).get("survivor", [])
     return [Survivor(**entry) for entry in entries]
 
 
 def target_of(file: str, targets: list[Target]) -> Target | None:
-    """Return the target of a file."""
+    """Return the target of a file, or None if it has none."""
     found = next((target for target in targets if target.has(file)), None)
     return None if found and any(fnmatch(file, each) for each in found.leaves_out) else found
 
 
 def files_of(targets: list[Target]) -> list[str]:
-    """Return all files that are changed."""
+    """Return all files that the run may change."""
     every = (str(path.relative_to(ROOT)) for path in (ROOT / "flexkv").rglob("*.py"))
     return sorted(file for file in every if target_of(file, targets) is not None)
 
@@ -131,7 +131,7 @@ class Tree:
     """A worker's copy of the repository, in which one change is made at a time."""
 
     def __init__(self, parent: Path) -> None:
-        # What a test leaves running becomes a child of this process, and is ended with the test.
+        # Processes that a test leaves running become children of this one, which kills them.
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self.folder = Path(tempfile.mkdtemp(dir=parent))
         unwanted = shutil.ignore_patterns("__pycache__", ".hypothesis")
@@ -142,7 +142,7 @@ class Tree:
         subprocess.run([sys.executable, "-m", "compileall", "-q", "flexkv"], cwd=self.folder)
 
     def run(self, target: Target, mutant: Mutant | None, timeout_s: float) -> Outcome:
-        """Run the tests of a target, with a change or without one, and return the outcome."""
+        """Run the tests of a target, with one change or with none, and return the outcome."""
         if mutant is None:
             return self._test(target, timeout_s)
         file = self.folder / mutant.file
@@ -216,7 +216,7 @@ _tree: list[Tree] = []
 
 
 def _begin(parent: Path) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # nobody waits any more
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # die with the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _tree.append(Tree(parent))
 
@@ -226,7 +226,7 @@ def _run(target: Target, mutant: Mutant, timeout_s: float) -> Outcome:
 
 
 def _run_unchanged(target: Target) -> Outcome:
-    """Return how the tests pass without a change; a test that fails once has a second chance."""
+    """Return the outcome of the tests without a change; raise if they fail twice."""
     for _ in range(2):
         outcome = _tree[0].run(target, None, UNCHANGED_MAX_S)
         if outcome.word == "passed":
@@ -295,7 +295,7 @@ def report(outcomes: dict[Mutant, Outcome], survivors: list[Survivor]) -> int:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Choose changes, run the tests on each, and report."""
+    """Choose changes, run the tests on each, and report the outcomes."""
     parser = argparse.ArgumentParser(prog="make mutants")
     parser.add_argument("--sample", type=int, default=200, help="how many changes; 0 for all")
     parser.add_argument("--seed", type=int, default=1, help="which ones")

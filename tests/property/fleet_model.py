@@ -1,4 +1,4 @@
-"""Instances as they should be in the server's fleet, with agents that the test answers for."""
+"""A model of the instances in the server's fleet, with agents that the test answers for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODELS = {
 
 
 class Wire(Link[ToServer]):
-    """A link without a socket: keeps what is asked until it is answered."""
+    """A link without a socket: it keeps each requested copy until the test answers it."""
 
     is_open, has_hung_up = True, False
 
@@ -30,19 +30,19 @@ class Wire(Link[ToServer]):
         self.asked: dict[int, Copy] = {}
 
     def send(self, message: Message) -> None:
-        """Keep a copy that is asked for."""
+        """Keep a copy that the agent is asked for."""
         assert isinstance(message, Copy)
         assert self.is_open
         assert message.op_id not in self.asked
         self.asked[message.op_id] = message
 
     def end(self) -> None:
-        """Send no more."""
+        """Close the link: nothing may be sent any more."""
         self.is_open = False
 
 
 class Rank:
-    """An agent: its port in the server, and what it is asked."""
+    """An agent: its port in the server, and the copies that it is asked for."""
 
     def __init__(self, part: int, num_blocks: int) -> None:
         self.part, self.wire, self.is_heard = part, Wire(), True
@@ -50,7 +50,7 @@ class Rank:
 
 
 class Place:
-    """An instance, as it should be in the fleet."""
+    """The expected state of one instance in the fleet."""
 
     def __init__(self) -> None:
         self.client: Wire | None = None
@@ -62,12 +62,12 @@ class Place:
 
     @property
     def shape(self) -> tuple[Wire | None, int | None, dict[int, AgentPort]]:
-        """Give client, epoch and ports."""
+        """Return the client, the epoch and the ports by rank."""
         return self.client, self.epoch, {rank: each.port for rank, each in self.ranks.items()}
 
 
 class Slot:
-    """What is an instance's, or was: with the ranks that it had."""
+    """One epoch of an instance, current or past, with the ranks that it had."""
 
     def __init__(self, number: int, place: Place) -> None:
         self.number, self.place = number, place
@@ -76,13 +76,13 @@ class Slot:
 
     @property
     def is_live(self) -> bool:
-        """Tell whether it is its instance's now, and what is put may be believed."""
+        """Return whether this is the current epoch, so that the result of a put is trusted."""
         client = self.place.client
         return self.place.epoch == self.number and client is not None and not client.has_hung_up
 
 
 class Sent:
-    """A transfer, and which of its blocks were moved, by part or by rank."""
+    """A transfer, and which of its blocks were moved, by part (put) or by rank (get)."""
 
     def __init__(self, transfer: Transfer, epoch: Slot, pairs: list[tuple[int, int]]) -> None:
         self.transfer, self.epoch, self.pairs = transfer, epoch, pairs
@@ -92,17 +92,17 @@ class Sent:
         self.moved: dict[Any, Counter[Any]] = {key: Counter() for key in keys}
 
     def note_moved(self, rank: Rank, copy: Copy) -> None:
-        """Take what a rank has copied."""
+        """Record what a rank has copied."""
         assert copy.to_device == self.to_device
         sides = ids_from(copy.host_ids).tolist(), ids_from(copy.device_ids).tolist()
         self.moved[rank if self.to_device else rank.part].update(zip(*sides, strict=True))
 
     @property
     def is_over(self) -> bool:
-        """Tell whether nobody will say anything of it any more."""
+        """Return whether no rank still has a copy of this transfer to answer."""
         return not any(self.transfer.op_id in rank.wire.asked for rank in self.epoch.ranks)
 
     @property
     def is_whole(self) -> bool:
-        """Tell whether every block was moved, on every rank or from every part, once."""
+        """Return whether every rank (get) or every part (put) moved each block once."""
         return all(moved == Counter(self.pairs) for moved in self.moved.values())

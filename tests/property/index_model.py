@@ -1,8 +1,8 @@
-"""The index as dicts and sets, and a driver that holds the real one against it after every step.
+"""A model of the index in dicts and sets, and a driver that compares the index with it.
 
-Which block an eviction takes is the policy's matter, so the model asks the index what went, and
-judges: nothing pinned, nothing being filled, no block whose continuation would lose its last
-parent; all that was needed or nothing; and nothing only when there really was too little.
+The policy decides which blocks are evicted, so the model asks the index for them and checks that
+none was pinned, being filled, or the last copy of a parent whose children stay resident. A
+reservation must get as many places as the model finds possible, or none if it is atomic.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from flexkv.index.residency import (
 )
 
 Path = tuple[int, ...]
-"""A block by the whole prompt up to it; the first number is the namespace."""
+"""A block, named by its whole prompt up to it; the first number is the namespace."""
 
 TIERS = (Tier.HOST, Tier.DISK)
 NAMESPACES, BRANCHES, DEPTH = 2, 2, 4
@@ -42,31 +42,31 @@ PATHS = [
 
 
 class Place:
-    """One block's place in one tier."""
+    """The place of one block in one tier."""
 
     def __init__(self, block_id: int) -> None:
         self.block_id, self.state, self.pins = block_id, PENDING, 0
 
 
 class Lease(NamedTuple):
-    """Places being filled together."""
+    """Places that are being filled together."""
 
     tier: Tier
     places: list[Place]
 
 
 def key_of(path: Path) -> bytes:
-    """Give the key of a block, or of a namespace's root."""
+    """Return the key of a block, or of a namespace's root."""
     return _ext.hash128(repr(path).encode())
 
 
 def keys_of(path: Path) -> bytes:
-    """Give root and keys of a prompt."""
+    """Return the keys of a namespace's root and of a prompt's blocks."""
     return b"".join(key_of(path[: length + 1]) for length in range(len(path)))
 
 
 class Driver:
-    """Does each operation on the index and on the model, and compares."""
+    """Performs each operation on the index and on the model, and compares the results."""
 
     def __init__(self, eviction: Eviction, host: int = 5, disk: int = 7) -> None:
         self.index = Residency({Tier.HOST: host, Tier.DISK: disk}, eviction)
@@ -80,12 +80,12 @@ class Driver:
         self.now_s = 0
         self.index.watch(1000)
         self.told: set[tuple[Tier, bytes]] = set()
-        """What is READY by the changes alone."""
+        """The READY blocks, according to the reported changes alone."""
 
     # -- the model ------------------------------------------------------------------------------
 
     def ready_places(self, tier: Tier) -> dict[Path, Place]:
-        """Give the READY blocks of a tier."""
+        """Return the READY places of a tier, by block."""
         return {
             path: places[tier]
             for path, places in self.blocks.items()
@@ -93,12 +93,12 @@ class Driver:
         }
 
     def used(self, tier: Tier) -> int:
-        """Count the places of a tier that are not free."""
+        """Return the number of places of a tier that are not FREE."""
         named = sum(tier in places for places in self.blocks.values())
         return named + len(self.nameless[tier])
 
     def may_go(self, path: Path, tier: Tier) -> bool:
-        """Tell whether a READY place may be evicted now."""
+        """Return whether a READY place may be evicted now."""
         places = self.blocks[path]
         if places[tier].pins:
             return False
@@ -107,7 +107,7 @@ class Driver:
         return not any(len(p) > len(path) and p[: len(path)] == path for p in self.blocks)
 
     def _drop(self, path: Path, tier: Tier) -> None:
-        """Take a place from its block; a block without places takes along what continues it."""
+        """Take a place from its block; a block left without places drops those that continue it."""
         place = self.blocks[path].pop(tier)
         if place.state == PENDING or place.pins:
             self.nameless[tier].add(place)
@@ -120,15 +120,15 @@ class Driver:
                 del self.blocks[other]
 
     def used_by(self, tier: Tier, space: int) -> int:
-        """Count the places of a tier that a namespace has."""
+        """Return the number of places of a tier that a namespace has."""
         return sum(p[0] == space and tier in at for p, at in self.blocks.items())
 
     def left_of(self, tier: Tier, space: int) -> int:
-        """Count the places that its quota leaves a namespace; below 0 when it is beyond."""
+        """Return the number of places left in a namespace's quota; negative if it is exceeded."""
         return self.quota.get((tier, space), 1 << 30) - self.used_by(tier, space)
 
     def _evictable(self, tier: Tier, space: int | None = None) -> int:
-        """Count what could be evicted one after the other, of one namespace or of all."""
+        """Return how many blocks can be evicted one after another, of one namespace or of all."""
         saved = {path: dict(places) for path, places in self.blocks.items()}
         count = 0
         while victim := next(
@@ -145,7 +145,7 @@ class Driver:
         return count
 
     def _note_evictions(self, tier: Tier) -> int:
-        """Take over what the index has evicted, leaf first, and check that each might go."""
+        """Drop what the index has evicted, leaf first, and check that each block might go."""
         number = TIERS.index(tier)
         gone = [p for p in self.ready_places(tier) if self._states(p)[number] == ABSENT]
         for path in sorted(gone, key=len, reverse=True):
@@ -154,7 +154,7 @@ class Driver:
         return len(gone)
 
     def _states(self, path: Path) -> tuple[int, ...]:
-        """Give where the index has a block."""
+        """Return the state that the index has for a block in each tier."""
         pattern = self.index._table.survey(
             keys_of(path), len(path) - 2, len(path) - 1, False, False
         )
@@ -163,7 +163,7 @@ class Driver:
     # -- operations -----------------------------------------------------------------------------
 
     def reserve(self, tier: Tier, path: Path, begin: int, atomic: bool) -> None:
-        """Reserve what a prompt lacks in a tier from `begin` on, if its parent is somewhere."""
+        """Reserve what a prompt lacks in a tier from `begin` on, unless its parent is absent."""
         prompts = [path[: n + 1] for n in range(1, len(path))]
         lacking = [
             n
@@ -173,7 +173,7 @@ class Driver:
         first = lacking[0] if lacking else 0
         if not lacking or (first and prompts[first - 1] not in self.blocks):
             return
-        # As the planner does: what the prompt has is kept while places are taken for the rest.
+        # Like the planner, pin the prompt's resident blocks while the rest is reserved.
         held = [
             (of, self.blocks[p][of]) for p in prompts if p in self.blocks for of in self.blocks[p]
         ]
@@ -198,7 +198,7 @@ class Driver:
             self._unpin(of, place)
 
     def reserve_copies(self, source: Tier, paths: list[Path]) -> None:
-        """Take places in the other tier for blocks of one, some of which are replaced by now."""
+        """Reserve places in the other tier for blocks of `source`; some of them may be gone."""
         (target,) = (tier for tier in TIERS if tier is not source)
         ready = self.ready_places(source)
         ids = np.array([ready[p].block_id if p in ready else 0 for p in paths], np.int64)
@@ -210,7 +210,7 @@ class Driver:
         had = {path for path in paths if target in self.blocks.get(path, {})}
         told = list(zip(paths, outcomes.tolist(), strict=True))
         for path in {path for path, outcome in told if outcome == TAKEN} & had:
-            self._drop(path, target)  # to make room for another, and then taken anew
+            self._drop(path, target)  # it was evicted for another block, and then reserved again
         self._note_evictions(target)
         places = iter([Place(block_id) for block_id in taken.tolist()])
         leased, wanted = [], set[Path]()
@@ -234,7 +234,7 @@ class Driver:
             self.leases.append(Lease(target, leased))
 
     def settle(self, number: int, filled: bool) -> None:
-        """End a lease."""
+        """Commit or abort a lease."""
         if not self.leases:
             return
         tier, places = self.leases.pop(number % len(self.leases))
@@ -261,19 +261,19 @@ class Driver:
             self.nameless[tier].discard(place)
 
     def pin(self, tier: Tier, path: Path) -> None:
-        """Pin a block's place."""
+        """Pin a block's place in a tier."""
         place = self.blocks.get(path, {}).get(tier)
         if place is not None and len(self.pins) < 6:
             self._pin(tier, place)
             self.pins.append((tier, place))
 
     def unpin(self, number: int) -> None:
-        """Take a pin off."""
+        """Unpin one of the pinned places."""
         if self.pins:
             self._unpin(*self.pins.pop(number % len(self.pins)))
 
     def use(self, path: Path) -> None:
-        """Find a prompt: the longest run, its ids, and whether all is ready."""
+        """Find a prompt as a use, and compare the length of the match."""
         found = self.index.find(keys_of(path), use=True)
         length = 0
         for n in range(1, len(path)):
@@ -286,7 +286,7 @@ class Driver:
         self.index.tick(self.now_s)
 
     def evict(self, tier: Tier, blocks: int) -> None:
-        """Evict some."""
+        """Evict a number of blocks of a tier."""
         possible = min(blocks, self._evictable(tier))
         assert self.index.evict(tier, blocks) == possible
         assert self._note_evictions(tier) == possible
@@ -299,7 +299,7 @@ class Driver:
             self._drop(path, tier)
 
     def clear(self, tier: Tier | None, space: int | None) -> None:
-        """Forget a tier, a namespace, or all."""
+        """Clear a tier, a namespace, or everything."""
         self.index.clear(tier, None if space is None else key_of((space,)))
         for path in list(self.blocks):
             for of in list(self.blocks.get(path, ())):
@@ -315,7 +315,7 @@ class Driver:
         assert self.capacity[tier] == max(capacity, min(floor, self.most[tier]))
 
     def set_quota(self, tier: Tier, space: int, blocks: int | None) -> None:
-        """Bound a namespace, or let it be: what it has beyond goes, as far as it may."""
+        """Set or lift a namespace's quota; blocks beyond it are evicted as far as possible."""
         self.quota[tier, space] = 1 << 30 if blocks is None else blocks
         beyond = self.used_by(tier, space) - self.quota[tier, space]
         possible = max(0, min(beyond, self._evictable(tier, space)))
@@ -325,7 +325,7 @@ class Driver:
     # -- comparison -----------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Compare everything that can be seen."""
+        """Compare everything that can be observed."""
         self.index._table.validate()
         for path in PATHS:
             places = self.blocks.get(path, {})
@@ -359,7 +359,7 @@ class Driver:
         assert self.told == ready
 
     def finish(self) -> None:
-        """End every lease and pin: then nothing is reserved, pinned or draining."""
+        """End every lease and pin; then nothing is reserved, pinned or draining."""
         while self.leases:
             self.settle(0, False)
         while self.pins:

@@ -1,4 +1,4 @@
-"""The history of clears, compared with one that remembers every clear."""
+"""The history of clears, compared with a model that remembers every clear."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ clears = st.lists(st.sampled_from([None, *NAMES]), max_size=30)
 
 
 def is_stale(history: list[bytes | None], begun: int, root: bytes) -> bool:
-    """Return whether any clear after the first `begun` ones concerns a namespace."""
+    """Return whether any clear after the first `begun` ones affects a namespace."""
     return any(cleared in (None, root) for cleared in history[begun:])
 
 
 @given(clears, st.integers(0, 1000))
 def test_what_began_before_a_clear_is_always_stale(history: list[bytes | None], first: int) -> None:
-    """This holds for any clears in any order, even those that are forgotten. Nothing else is stale
-    while all clears are remembered. `on_clear` is called once for each."""
+    """What began before a clear of its namespace is stale, even after that clear is forgotten.
+
+    This holds for any clears in any order. Nothing else is stale while all clears are remembered.
+    `on_clear` is called once for each clear.
+    """
     with patch("flexkv.index.clears.ROOTS_MAX", ROOTS_MAX):
         clears, told = ClearHistory(first), []
         clears.on_clear = lambda: told.append(clears.generation)
@@ -44,7 +47,10 @@ def test_what_began_before_a_clear_is_always_stale(history: list[bytes | None], 
 def test_what_an_earlier_engine_began_is_stale_after_a_clear_only(
     history: list[bytes | None],
 ) -> None:
-    """The generations of an earlier engine are lower than all of this one's."""
+    """What an earlier engine began is stale only once this engine clears its namespace.
+
+    The generations of an earlier engine are lower than all of this one's.
+    """
     clears = ClearHistory(1000)
     for root in history:
         clears.note(root)

@@ -1,7 +1,7 @@
 """The devices of instances whose clients and ranks come and go while transfers are under way.
 
 The fleet and its ports are real, and are called as the server calls them. Agents and clients are
-the test's: what an agent is asked stays with it until a rule answers it, in any order.
+simulated: a copy that an agent is asked for stays open until a rule answers it, in any order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROUTE, ERROR = st.sampled_from((TO_HOST, TO_DEVICE)), st.sampled_from(("", "", "
 
 
 class FleetMachine(RuleBasedStateMachine):
-    """Lets hypothesis choose who comes, goes and answers."""
+    """A state machine in which hypothesis chooses who connects, disconnects and answers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,18 +43,18 @@ class FleetMachine(RuleBasedStateMachine):
 
     @initialize(model=st.sampled_from(list(MODELS.values())))
     def open(self, model: ModelConfig) -> None:
-        """Start with every instance whole."""
+        """Start with all instances complete."""
         self.model = model
         self.fleet = FleetPort(model, HOST_BLOCKS, model.parts * PART_BYTES)
         self.fleet.connect(lambda: setattr(self, "is_woken", True))
         for instance in range(INSTANCES):
             self.mend(instance)
 
-    # -- who comes and goes ---------------------------------------------------------------------
+    # -- connections ----------------------------------------------------------------------------
 
     @rule(instance=INSTANCE, hangs_up=st.booleans())
     def client_goes(self, instance: int, hangs_up: bool) -> None:
-        """A client goes; if it only hangs up, the server has yet to receive that."""
+        """Disconnect a client, or let it hang up without the server having noticed yet."""
         place = self.places[instance]
         if hangs_up and place.client is not None:
             place.client.has_hung_up = True
@@ -64,7 +64,7 @@ class FleetMachine(RuleBasedStateMachine):
 
     @rule(instance=INSTANCE)
     def client_comes(self, instance: int) -> None:
-        """A client connects, or comes back: the server has heard that the one before has gone."""
+        """Connect a client; the server has noticed that the one before is gone."""
         self.client_goes(instance, False)
         assert self.fleet.client_of(instance) is None
         client = self.places[instance].client = Wire()
@@ -73,7 +73,7 @@ class FleetMachine(RuleBasedStateMachine):
 
     @rule(instance=INSTANCE)
     def mend(self, instance: int) -> None:
-        """Whoever is not there, or of no use any more, comes anew."""
+        """Reconnect every client and rank of an instance that is missing or no longer usable."""
         place = self.places[instance]
         for rank in range(self.model.tp_size):
             if rank in place.ranks and not place.ranks[rank].wire.is_open:
@@ -86,7 +86,7 @@ class FleetMachine(RuleBasedStateMachine):
 
     @rule(instance=INSTANCE, rank=st.integers(0, 2), blocks=st.integers(5, 9))
     def rank_joins(self, instance: int, rank: int, blocks: int) -> None:
-        """An agent connects; a second one of a rank is refused."""
+        """Connect an agent; a second agent of the same rank is refused."""
         place, number = self.places[instance], rank % self.model.tp_size
         joining = Rank(self.model.part_of(number).number, blocks)
         if number in place.ranks:
@@ -99,7 +99,7 @@ class FleetMachine(RuleBasedStateMachine):
 
     @rule(instance=INSTANCE, rank=st.integers(0, 2))
     def rank_leaves(self, instance: int, rank: int) -> None:
-        """An agent's connection ends, whatever it was asked; the others are to come anew."""
+        """End an agent's connection with its copies unanswered; the others are dismissed."""
         place, number = self.places[instance], rank % self.model.tp_size
         if (leaving := place.ranks.pop(number, None)) is not None:
             others = [each.port for each in place.ranks.values()]
@@ -111,7 +111,7 @@ class FleetMachine(RuleBasedStateMachine):
 
     @rule(instance=INSTANCE, rank=st.integers(0, 2))
     def rank_errs(self, instance: int, rank: int) -> None:
-        """An agent says what it may not: nothing that it says later is heard."""
+        """Let an agent break the protocol; nothing that it sends later is processed."""
         erring = self.places[instance].ranks.get(rank)
         if erring is not None and erring.is_heard:
             with pytest.raises(ProtocolError, match="not under way"):
@@ -120,7 +120,7 @@ class FleetMachine(RuleBasedStateMachine):
             erring.is_heard = False
 
     def _note_epoch(self, number: int) -> None:
-        """Check that an instance has an epoch when it should, and one that none had before."""
+        """Check that an instance has an epoch, never used before, exactly when it is complete."""
         place, instance = self.places[number], self.fleet.instances[number]
         ranks = place.ranks.values()
         assert place.epoch is None
@@ -138,7 +138,7 @@ class FleetMachine(RuleBasedStateMachine):
 
     @rule(ages=st.lists(st.integers(0, 3), min_size=1, max_size=3), route=ROUTE, blocks=BLOCKS)
     def submit(self, ages: list[int], route: Route, blocks: int) -> None:
-        """The engine begins transfers of slots, which may be gone by now."""
+        """Begin transfers for slots of recent epochs, which may have ended."""
         for age in ages:
             self._submit(self.epochs[-1 - age % len(self.epochs)], route, blocks)
 
@@ -157,7 +157,7 @@ class FleetMachine(RuleBasedStateMachine):
 
     @rule(numbers=st.lists(st.integers(0, 99), min_size=1, max_size=4), error=ERROR)
     def answer(self, numbers: list[int], error: str) -> None:
-        """Agents end some of the copies that they were asked for, be they dismissed meanwhile."""
+        """Let agents answer some of their copies, even agents that were dismissed meanwhile."""
         ranks = [rank for place in self.places for rank in place.ranks.values() if rank.is_heard]
         for number in numbers:
             asked = [(rank, op_id) for rank in ranks for op_id in rank.wire.asked]
@@ -170,7 +170,7 @@ class FleetMachine(RuleBasedStateMachine):
 
     @rule()
     def reap(self) -> None:
-        """The engine takes exactly the ends that there are, and believes what it may."""
+        """Reap exactly the transfers that are over; only those that may be trusted succeed."""
         self.is_woken = False
         ended = self.fleet.reap()
         over = {op_id for op_id, sent in self.sent.items() if sent.is_over}
@@ -185,7 +185,7 @@ class FleetMachine(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self) -> None:
-        """Waiters for an end are woken; slots belong to whole instances; busy ones are known."""
+        """The fleet wakes its waiter, and its instances and busy ranks match the model."""
         assert self.is_woken or not any(sent.is_over for sent in self.sent.values())
         instances = self.fleet.instances.items()
         seen = {number: (each.client, each.epoch, each.ports) for number, each in instances}
@@ -195,7 +195,7 @@ class FleetMachine(RuleBasedStateMachine):
                 assert rank.port.is_busy == bool(rank.wire.asked)
 
     def teardown(self) -> None:
-        """The server closes: when everybody has gone, nothing is left."""
+        """Disconnect everyone and close the fleet; nothing is left."""
         for number, place in enumerate(self.places):
             self.client_goes(number, False)
             for rank in list(place.ranks):
@@ -214,7 +214,7 @@ TestFleet.settings = settings(max_examples=100, stateful_step_count=40)
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_random_comings_and_goings(model: ModelConfig) -> None:
-    """FLEET_RUNS seeded runs for each model, in which answers are likelier than farewells."""
+    """The fleet agrees with the model in FLEET_RUNS seeded runs of each model."""
     for seed in range(RUNS):
         random, machine = Random(seed), FleetMachine()
         machine.open(model)
@@ -229,7 +229,7 @@ def test_random_comings_and_goings(model: ModelConfig) -> None:
 
 
 def random_step(machine: FleetMachine, random: Random) -> None:
-    """Do one thing."""
+    """Perform one random operation; answers are likelier than disconnects."""
     choice, instance, rank = random.random(), random.randrange(INSTANCES), random.randrange(3)
     if choice < 0.25:
         ages = random.choices(range(4), k=2)

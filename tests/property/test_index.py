@@ -1,4 +1,4 @@
-"""The index against dicts and sets, under every policy and every interleaving."""
+"""The index against the model of dicts and sets, under every policy and any interleaving."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EVICTIONS = [Eviction(name) for name in POLICIES] + [
 
 
 class IndexMachine(RuleBasedStateMachine):
-    """Lets hypothesis choose the operations, and shrink what fails."""
+    """A state machine in which hypothesis chooses the operations and shrinks failures."""
 
     @initialize(eviction=st.sampled_from(EVICTIONS))
     def open(self, eviction: Eviction) -> None:
@@ -40,7 +40,7 @@ class IndexMachine(RuleBasedStateMachine):
         atomic=st.booleans(),
     )
     def reserve(self, tier: Tier, path: tuple[int, ...], begin: int, atomic: bool) -> None:
-        """Take places for what lacks."""
+        """Reserve places for the blocks that a prompt lacks."""
         self.driver.reserve(tier, path, begin, atomic)
 
     @rule(
@@ -48,52 +48,52 @@ class IndexMachine(RuleBasedStateMachine):
         paths=st.lists(st.sampled_from(PATHS), min_size=1, max_size=6),
     )
     def reserve_copies(self, source: Tier, paths: list[tuple[int, ...]]) -> None:
-        """Take places in one tier for blocks of the other."""
+        """Reserve places in one tier for blocks of the other."""
         self.driver.reserve_copies(source, paths)
 
     @rule(number=st.integers(0, 9), filled=st.booleans())
     def settle(self, number: int, filled: bool) -> None:
-        """Commit or abort."""
+        """Commit or abort a lease."""
         self.driver.settle(number, filled)
 
     @rule(tier=st.sampled_from(TIERS), path=st.sampled_from(PATHS))
     def pin(self, tier: Tier, path: tuple[int, ...]) -> None:
-        """Forbid eviction."""
+        """Pin a block."""
         self.driver.pin(tier, path)
 
     @rule(number=st.integers(0, 9))
     def unpin(self, number: int) -> None:
-        """Permit it again."""
+        """Unpin a block."""
         self.driver.unpin(number)
 
     @rule(path=st.sampled_from(PATHS))
     def use(self, path: tuple[int, ...]) -> None:
-        """Find a prompt."""
+        """Find a prompt as a use."""
         self.driver.use(path)
 
     @rule(tier=st.sampled_from(TIERS), blocks=st.integers(0, 8))
     def evict(self, tier: Tier, blocks: int) -> None:
-        """Evict ahead of need."""
+        """Evict blocks ahead of need."""
         self.driver.evict(tier, blocks)
 
     @rule(tier=st.sampled_from(TIERS), path=st.sampled_from(PATHS))
     def forget(self, tier: Tier, path: tuple[int, ...]) -> None:
-        """Drop one block, as one whose bytes are bad."""
+        """Forget one block, as if its bytes were bad."""
         self.driver.forget(tier, path)
 
     @rule(tier=st.sampled_from((*TIERS, None)))
     def clear(self, tier: Tier | None) -> None:
-        """Forget a tier, or all."""
+        """Clear a tier, or everything."""
         self.driver.clear(tier, None)
 
     @rule(space=st.integers(0, NAMESPACES - 1))
     def clear_namespace(self, space: int) -> None:
-        """Forget a namespace."""
+        """Clear a namespace."""
         self.driver.clear(None, space)
 
     @rule(tier=st.sampled_from(TIERS), capacity=st.integers(1, 8))
     def resize(self, tier: Tier, capacity: int) -> None:
-        """Change a budget."""
+        """Change a tier's capacity."""
         self.driver.resize(tier, capacity)
 
     @rule(
@@ -102,17 +102,17 @@ class IndexMachine(RuleBasedStateMachine):
         blocks=st.none() | st.integers(0, 6),
     )
     def set_quota(self, tier: Tier, space: int, blocks: int | None) -> None:
-        """Bound a namespace."""
+        """Set or lift a namespace's quota."""
         self.driver.set_quota(tier, space, blocks)
 
     @invariant()
     def agrees(self) -> None:
-        """Nothing that can be seen differs."""
+        """The index and the model agree in everything that can be observed."""
         if hasattr(self, "driver"):
             self.driver.check()
 
     def teardown(self) -> None:
-        """Whatever happened, nothing is left when every holder is done."""
+        """Nothing is reserved, pinned or draining once every lease and pin has ended."""
         if hasattr(self, "driver"):
             self.driver.finish()
 
@@ -123,7 +123,7 @@ TestIndex.settings = settings(max_examples=80, stateful_step_count=40)
 
 @pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
 def test_random_operations_agree_with_the_model(eviction: Eviction) -> None:
-    """INDEX_OPERATIONS seeded operations for each policy, in runs that fill, churn and drain."""
+    """The index agrees with the model over INDEX_OPERATIONS seeded operations of each policy."""
     for seed in range(OPERATIONS // 200):
         random = Random(seed)
         driver = Driver(eviction, random.randint(1, 8), random.randint(1, 12))
@@ -142,7 +142,7 @@ def test_random_operations_agree_with_the_model(eviction: Eviction) -> None:
 
 
 def random_step(driver: Driver, random: Random) -> None:
-    """Do one operation; what fills and finds is likelier than what drops."""
+    """Perform one random operation; those that fill and find are likelier than those that drop."""
     tier, path = random.choice(TIERS), random.choice(PATHS)
     choice = random.random()
     if choice < 0.35:
@@ -168,11 +168,11 @@ def random_step(driver: Driver, random: Random) -> None:
         driver.clear(random.choice([tier, None]), None)
 
 
-# -- the order in which blocks go ----------------------------------------------------------------
+# -- the order of evictions ----------------------------------------------------------------------
 
 
 def filled(policy: str, *prompts: tuple[int, ...], **changes: int) -> Residency:
-    """Give an index of one tier of six blocks, these prompts put one after the other."""
+    """Return an index of one tier of six blocks, in which these prompts were put in order."""
     index = Residency({Tier.HOST: 6}, Eviction(policy, **changes))
     for prompt in prompts:
         keys = keys_of(prompt)
@@ -183,7 +183,7 @@ def filled(policy: str, *prompts: tuple[int, ...], **changes: int) -> Residency:
 
 
 def lengths(index: Residency, *prompts: tuple[int, ...]) -> list[int]:
-    """Give how many blocks of each prompt are there."""
+    """Return how many leading blocks of each prompt are resident."""
     return [index.find(keys_of(prompt)).last for prompt in prompts]
 
 
@@ -202,7 +202,7 @@ A, B, C = (0, 0, 0), (0, 1, 0), (0, 2, 0)
     ],
 )
 def test_each_policy_takes_its_victims_leaf_first(policy: str, left: list[int]) -> None:
-    """Three of six blocks go: one prompt, then the leaf of the next."""
+    """Each policy evicts the prompt that it should, and then the leaf of the next one."""
     index = filled(policy, A, B, C)
     for prompt in (C, C, A, A, A):
         index.find(keys_of(prompt), use=True)
@@ -212,7 +212,7 @@ def test_each_policy_takes_its_victims_leaf_first(policy: str, left: list[int]) 
 
 
 def test_a_reward_keeps_what_was_hit() -> None:
-    """Under hit_reward_seconds a use counts as having come later than it did."""
+    """Under hit_reward_seconds a use counts as if it had come later than it did."""
     index = Residency({Tier.HOST: 6}, Eviction("lru", hit_reward_seconds=10.0))
     for now, prompt in enumerate((A, B)):
         index.tick(now * 20)
@@ -228,7 +228,7 @@ def test_a_reward_keeps_what_was_hit() -> None:
 
 
 def test_slru_bounds_what_it_protects() -> None:
-    """When nearly all is protected, the least recently used of it goes back on probation."""
+    """When nearly all blocks are protected, the least recently used one goes back on probation."""
     index = filled("slru", A, B, C, slru_protected_threshold=1)
     for prompt in (A, B, C):
         index.find(keys_of(prompt), use=True)
@@ -237,7 +237,7 @@ def test_slru_bounds_what_it_protects() -> None:
 
 
 def test_an_eviction_frees_at_least_the_configured_part() -> None:
-    """evict_ratio of the tier goes at once, however few blocks are wanted."""
+    """An eviction frees evict_ratio of the tier at once, however few blocks are wanted."""
     index = Residency({Tier.HOST: 10}, Eviction("lru", evict_ratio=0.3))
     for number in range(5):
         prompt = (0, number, 0)
@@ -251,7 +251,7 @@ def test_an_eviction_frees_at_least_the_configured_part() -> None:
 
 
 def test_breaking_a_law_is_an_invariant_error() -> None:
-    """What cannot happen is caught where it is done."""
+    """A call that breaks a law of the index raises InvariantError at once."""
     index = Residency({Tier.HOST: 4})
     keys = keys_of((0, 0, 0))
     with pytest.raises(InvariantError, match="parent is nowhere"):
@@ -278,7 +278,7 @@ def test_breaking_a_law_is_an_invariant_error() -> None:
 
 
 def test_a_refused_reserve_gives_back_what_it_took() -> None:
-    """A batch with a mistake behind good blocks leaves no place taken, nor counted."""
+    """A batch refused for one bad position leaves no place reserved or counted."""
     index = Residency({Tier.HOST: 4})
     keys = keys_of((0, 0, 0))
     with pytest.raises(InvariantError, match="has a place already"):
@@ -288,7 +288,7 @@ def test_a_refused_reserve_gives_back_what_it_took() -> None:
 
 
 def test_a_claim_that_breaks_a_law_is_not_open() -> None:
-    """A pin of a FREE block raises, and nothing is left to settle."""
+    """A claim that pins a FREE block raises, and leaves nothing to settle."""
     index = Residency({Tier.HOST: 4})
     claim = Claim(1, Holding(Tier.HOST, np.array([0])), None)
     with pytest.raises(InvariantError, match="pin of a FREE"):
@@ -298,7 +298,7 @@ def test_a_claim_that_breaks_a_law_is_not_open() -> None:
 
 
 def test_changes_beyond_the_limit_are_told_as_lost() -> None:
-    """And then those that follow are told again."""
+    """Changes beyond the limit are reported as lost; later changes are reported again."""
     index = Residency({Tier.HOST: 4}, Eviction())
     keys = keys_of((0, 1, 1))
     index.watch(1)

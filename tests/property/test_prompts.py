@@ -1,4 +1,4 @@
-"""What a client sends of prompts' keys, and what the server makes of it, against plain bytes."""
+"""The keys of prompts that a client sends and a server keeps, against plain bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flexkv.server.prompts import KeptPrompts, Prompt, PromptPart, Sent, SentPro
 from flexkv.server.wire import Match, ProtocolError
 
 PROMPTS_MAX, KEYS_MAX, ALL_KEYS_MAX = 4, 12, 24
-"""Small bounds, so that prompts have to be forgotten."""
+"""Small bounds, so that the client has to make the server forget prompts."""
 
 
 def key_of(prompt: int, position: int) -> bytes:
@@ -24,7 +24,7 @@ def key_of(prompt: int, position: int) -> bytes:
 
 
 class BothEnds(RuleBasedStateMachine):
-    """A client and the servers that it finds one after the other; some messages are lost."""
+    """A client and its server, which may restart or lose the connection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,25 +37,25 @@ class BothEnds(RuleBasedStateMachine):
         self.numbers = 0
 
     def teardown(self) -> None:
-        """Let the bounds be what they were."""
+        """Restore the bounds."""
         self.patch.undo()
 
     def say(self, sent: Sent) -> bytes:
-        """Return what the server understands of what is sent."""
+        """Return the keys that the server derives from what the client sends."""
         if sent.outdated:
             self.kept.forget(tuple(sent.outdated))
         return self.kept.keys_of(Match(1, sent.keys, 0, False, False, sent.prompt, sent.known))
 
     @rule()
     def begins(self) -> None:
-        """A prompt comes."""
+        """Begin a prompt."""
         self.numbers += 1
         self.prompts.append(Prompt(self.numbers, key_of(self.numbers, 0)))
 
     @precondition(lambda self: self.prompts)
     @rule(data=st.data(), more=st.integers(0, 5), fewer=st.integers(0, 8))
     def asks(self, data: Any, more: int, fewer: int) -> None:
-        """A prompt grows, and some of its blocks are asked for: the server means the same."""
+        """Grow a prompt and ask for some of its blocks; the server derives the same keys."""
         prompt = data.draw(st.sampled_from(self.prompts))
         have = prompt.blocks
         for position in range(have + 1, have + 1 + more):
@@ -63,13 +63,13 @@ class BothEnds(RuleBasedStateMachine):
         blocks = max(0, prompt.blocks - fewer)
         told = self.sent.part_of(PromptPart(prompt, blocks))
         assert self.say(told) == bytes(prompt.keys[: (blocks + 1) * BLOCK_KEY_BYTES])
-        # Each key is sent once, but for the check, while the server has it.
+        # While the server has a key, it is not sent again, except the last one as a check.
         assert len(told.keys) <= (blocks + 1 - max(0, told.known - 1)) * BLOCK_KEY_BYTES
 
     @precondition(lambda self: self.prompts)
     @rule(data=st.data())
     def ends(self, data: Any) -> None:
-        """A prompt is over, and the server hears of it if it knows it."""
+        """End a prompt, and tell the server if it knows the prompt."""
         prompt = data.draw(st.sampled_from(self.prompts))
         self.prompts.remove(prompt)
         if self.sent.forget(prompt.number):
@@ -77,13 +77,13 @@ class BothEnds(RuleBasedStateMachine):
 
     @rule()
     def connects_anew(self) -> None:
-        """The server restarts, or the connection is lost: what it had is gone at both ends."""
+        """Reconnect after a restart or a lost connection; both ends forget everything."""
         self.sent.clear()
         self.kept = KeptPrompts()
 
     @invariant()
     def is_bounded(self) -> None:
-        """The server keeps no more than it may, and nothing that the client does not know of."""
+        """The server stays within its bounds, and keeps what the client believes it keeps."""
         assert len(self.kept._keys) <= PROMPTS_MAX
         assert self.kept._kept_bytes == sum(map(len, self.kept._keys.values()))
         assert self.kept._kept_bytes <= ALL_KEYS_MAX * BLOCK_KEY_BYTES
@@ -100,7 +100,7 @@ TestBothEnds = BothEnds.TestCase
 def test_keys_that_do_not_continue_the_known_ones_are_refused(
     kept: int, known: int, other: int
 ) -> None:
-    """A client that means other keys than the server has is never understood as if it did not."""
+    """Keys that do not continue the keys that the server has are refused."""
     server = KeptPrompts()
     ours = b"".join(key_of(1, position) for position in range(kept))
     server.keys_of(Match(1, ours, prompt=7))
@@ -114,7 +114,7 @@ def test_keys_that_do_not_continue_the_known_ones_are_refused(
 
 
 def test_a_prompt_that_nobody_named_is_not_known() -> None:
-    """Nor is one that was forgotten, or keys that were sent without a number."""
+    """The server knows no prompt that was never sent, was forgotten, or has no number."""
     server = KeptPrompts()
     server.keys_of(Match(1, key_of(1, 0)))
     server.keys_of(Match(1, key_of(1, 0), prompt=5))
@@ -128,7 +128,7 @@ def test_a_prompt_that_nobody_named_is_not_known() -> None:
 def test_a_client_that_makes_the_server_keep_too_much_breaks_the_protocol(
     bound: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the number of prompts, by all keys of them, or by those of one."""
+    """A client may not exceed the bound on prompts, on all keys, or on one prompt's keys."""
     monkeypatch.setattr(prompts, bound, 3 if bound == "PROMPTS_MAX" else 3 * BLOCK_KEY_BYTES)
     server = KeptPrompts()
     for prompt in (1, 2, 3):

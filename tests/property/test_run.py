@@ -36,7 +36,7 @@ PATHS = {
 
 @st.composite
 def shapes(draw: st.DrawFn) -> Shape:
-    """Give any shape that the planner could make."""
+    """Draw any shape that the planner could make."""
     goal = draw(st.sampled_from(Operation))
     paths = draw(st.lists(st.sampled_from(PATHS[goal]), max_size=3))
     legs = [Leg(tuple(Route(*hop) for hop in path), draw(st.integers(0, 4))) for path in paths]
@@ -47,15 +47,18 @@ def shapes(draw: st.DrawFn) -> Shape:
 
 
 def error(op: int) -> TransferError:
-    """Give an error of an op."""
+    """Return an error for an op."""
     return TransferError(op, "test", 1, "injected")
 
 
 @given(shapes(), st.data())
 def test_every_run_ends_once_and_settles_everything_once(shape: Shape, data: st.DataObject) -> None:
-    """Whatever happens in whatever order: each op that moves bytes is settled exactly once, the
-    answer comes exactly once and only when no answering op is live, End comes once and last, and
-    an op starts only when all ops before it are done."""
+    """Every run ends once and settles each op once, under any events in any order.
+
+    Each op that moves bytes is settled exactly once. The answer comes exactly once, and only when
+    no answering op is live. End comes once, and last. An op starts only when all ops before it are
+    done.
+    """
     template = compile_shape(shape)
     run = Run(template)
     commands = run.handle(Launch())
@@ -102,7 +105,7 @@ def test_every_run_ends_once_and_settles_everything_once(shape: Shape, data: st.
 
 @given(shapes())
 def test_a_cancel_before_the_launch_ends_the_run(shape: Shape) -> None:
-    """Nothing is issued, everything is settled, one answer, one end."""
+    """A run that is cancelled before its launch issues nothing, answers once and ends once."""
     run = Run(compile_shape(shape))
     commands = run.handle(Cancel())
     assert run.ended
@@ -112,7 +115,7 @@ def test_a_cancel_before_the_launch_ends_the_run(shape: Shape) -> None:
 
 
 def test_a_drained_store_is_never_kept_but_a_drained_load_is() -> None:
-    """A cancelled put's bytes may be torn; a cancelled disk read's are good."""
+    """A cancelled put's bytes are dropped, as they may be torn; a disk read's are kept."""
     for route, kept in ((Route(D, H), False), (Route(K, H), True)):
         goal = Operation.PUT if route.source is D else Operation.PREFETCH
         run = Run(compile_shape(Shape(goal, (Leg((route,), 1),))))
@@ -122,7 +125,7 @@ def test_a_drained_store_is_never_kept_but_a_drained_load_is() -> None:
 
 
 def test_an_event_out_of_turn_tells_the_story() -> None:
-    """A second completion, or a second launch, is an InvalidTransition with the run's story."""
+    """A second completion or launch raises InvalidTransition with the story of the run."""
     run = Run(compile_shape(Shape(Operation.PREFETCH, (Leg((Route(K, H),), 1),))))
     with pytest.raises(InvalidTransition):
         run.handle(Done(0))

@@ -18,7 +18,7 @@ READ = Route(Tier.DISK, Tier.HOST)
 
 
 class Bench:
-    """An actor whose window is one block, and what it has reported."""
+    """An actor whose window is one block, with the end time of each transfer."""
 
     def __init__(self) -> None:
         store = np.zeros((BLOCKS, BLOCK_BYTES), np.uint8)
@@ -36,7 +36,7 @@ class Bench:
             self._ended.set()
 
     async def run(self, *block_counts: int) -> None:
-        """Post a transfer of each size, of owners in turn, and wait until all have ended."""
+        """Post a transfer of each size, each with its own owner, and wait until all have ended."""
         self.actor.attach(self._report)
         for op_id, count in enumerate(block_counts):
             ids = np.arange(count)
@@ -48,7 +48,7 @@ class Bench:
 
 
 def test_a_transfer_has_begun_when_its_first_piece_has() -> None:
-    """The begin is reported once, if begins are noted; later pieces change nothing."""
+    """A transfer begins with its first piece; the begin is reported once, if begins are noted."""
 
     async def run() -> None:
         bench = Bench()
@@ -67,7 +67,7 @@ def test_a_transfer_has_begun_when_its_first_piece_has() -> None:
 
 
 def test_nothing_is_noted_of_begins_unless_asked() -> None:
-    """Without a trace no actor remembers its transfers."""
+    """An actor that was not told to note begins reports none."""
 
     async def run() -> None:
         bench = Bench()

@@ -1,4 +1,4 @@
-"""Admission by group: shares, turns, and a group that is turned away."""
+"""Admission by group: shares, turns, and groups that are turned away."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flexkv.engine.admission import SHARES, Admission
 
 
 def fill(admission: Admission, group: int) -> int:
-    """Let a group enter as often as it may at once, and return how often that was."""
+    """Enter a group until it would have to wait, and return how often it entered."""
     count = 0
     while admission.enter_nowait(group):
         count += 1
@@ -26,7 +26,7 @@ async def waiters_of(admission: Admission, *groups: int) -> list[asyncio.Task[No
 
 
 async def test_one_group_may_use_every_place_and_keeps_no_other_from_its_share() -> None:
-    """Each other group has a share of its own, and no more than that."""
+    """One group may take every place; each other group still gets its share, and no more."""
     admission = Admission(16 * SHARES)
     assert fill(admission, 1) == 16 * SHARES
     assert [fill(admission, group) for group in (2, 3)] == [16, 16]
@@ -40,7 +40,7 @@ async def test_a_small_bound_gives_everybody_one_place() -> None:
 
 
 async def test_free_places_go_to_the_groups_in_turns() -> None:
-    """A group with a long queue waits for the others' first requests; each queue is in order."""
+    """Groups take turns at free places, and each group's requests enter in order."""
     admission = Admission(1)
     for group in (1, 2):
         assert admission.enter_nowait(group)
@@ -64,7 +64,7 @@ async def test_free_places_go_to_the_groups_in_turns() -> None:
 
 
 async def test_waiters_of_a_group_whose_places_are_stuck_block_no_other() -> None:
-    """A free place goes past the group that has to wait, until that group may enter again."""
+    """A free place skips a group that is at its limit, until that group may enter again."""
     admission = Admission(SHARES)
     fill(admission, 1)
     stuck = await waiters_of(admission, 1, 1)
@@ -84,7 +84,7 @@ async def test_waiters_of_a_group_whose_places_are_stuck_block_no_other() -> Non
 
 
 async def test_a_group_that_is_turned_away_waits_no_more_and_may_come_back() -> None:
-    """Its waiters are told why; the others are admitted as before."""
+    """A group that is turned away gets the reason as an error; other groups enter as before."""
     admission = Admission(SHARES)
     fill(admission, 1)
     (waiting,) = await waiters_of(admission, 1)
@@ -101,7 +101,7 @@ async def test_a_group_that_is_turned_away_waits_no_more_and_may_come_back() -> 
 
 
 async def test_a_place_that_was_given_to_a_cancelled_waiter_goes_on() -> None:
-    """Admitted and cancelled in the same turn of the loop."""
+    """A place given to a waiter that is cancelled in the same turn goes to the next waiter."""
     admission = Admission(1)
     await admission.enter(1)
     first, second = await waiters_of(admission, 1, 1)

@@ -1,4 +1,4 @@
-"""Copies that are sent to an agent within a window in each direction, and those that are not."""
+"""The port of an agent: which copies are sent within its windows, and which have to wait."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ def copy(op_id: int, route: Route, blocks: int = 1) -> Transfer:
 
 
 class Rig:
-    """A port with a window of so many blocks, and what its agent was asked."""
+    """A port with a window of `window_blocks` blocks, and the copies that its agent has to do."""
 
     def __init__(self, window_blocks: int) -> None:
         self.wire = Wire()
         self.port = AgentPort(self.wire, BLOCK_BYTES, 64, window_blocks * BLOCK_BYTES)
 
     def submit(self, route: Route, *tokens: int, blocks: int = 1) -> None:
-        """Begin transfers."""
+        """Submit a transfer under each op id."""
         for op_id in tokens:
             self.port.submit(copy(op_id, route, blocks))
 
     def answer(self, *tokens: int) -> None:
-        """Let the agent end some copies."""
+        """Let the agent report the end of some copies."""
         for op_id in tokens:
             del self.wire.asked[op_id]
             self.port.copied(Copied(op_id))
 
     @property
     def asked(self) -> list[int]:
-        """Return the copies that the agent has to do."""
+        """Return the op ids of the copies that the agent has yet to answer."""
         return list(self.wire.asked)
 
 
 def test_no_more_is_sent_than_the_window_has_room_for() -> None:
-    """However many wait: an agent that does not read cannot make the server keep more for it."""
+    """No more copies are sent than the window holds, even to an agent that does not read."""
     rig = Rig(8)
     rig.submit(TO_HOST, *range(1000))
     assert rig.asked == list(range(8))
@@ -55,14 +55,14 @@ def test_no_more_is_sent_than_the_window_has_room_for() -> None:
 
 
 def test_a_few_copies_may_always_be_sent() -> None:
-    """However large they are."""
+    """COPIES_MIN copies may be sent, however large they are."""
     rig = Rig(1)
     rig.submit(TO_HOST, *range(10), blocks=50)
     assert rig.asked == list(range(COPIES_MIN))
 
 
 def test_what_goes_to_the_device_goes_first_and_starves_nobody() -> None:
-    """While copies to the device wait, one copy at a time goes to the host."""
+    """While copies to the device wait, one copy at a time still goes to the host."""
     rig = Rig(4)
     rig.submit(TO_HOST, *range(10))
     rig.submit(TO_DEVICE, *range(100, 110))
@@ -77,7 +77,7 @@ def test_what_goes_to_the_device_goes_first_and_starves_nobody() -> None:
 
 
 def test_what_was_not_sent_fails_at_once_and_what_was_stays() -> None:
-    """The agent does not know of unsent copies; it may perform the sent ones at any time."""
+    """Unsent copies fail at once; sent ones stay, as the agent may perform them at any time."""
     rig = Rig(4)
     rig.submit(TO_HOST, *range(10))
     rig.port.fail_unsent("it does not answer")
@@ -91,7 +91,7 @@ def test_what_was_not_sent_fails_at_once_and_what_was_stays() -> None:
 
 
 def test_everything_ends_with_the_connection() -> None:
-    """Each transfer once, sent or not."""
+    """When the connection ends, each transfer ends once, sent or not."""
     rig = Rig(4)
     rig.submit(TO_HOST, *range(10))
     rig.port.gone()
@@ -101,7 +101,7 @@ def test_everything_ends_with_the_connection() -> None:
 
 
 def test_an_agent_ends_only_what_it_was_sent() -> None:
-    """Neither what waits for the window, nor anything twice."""
+    """An agent may end only copies that it was sent, and each of them once."""
     rig = Rig(4)
     rig.submit(TO_HOST, *range(10))
     with pytest.raises(ProtocolError, match="not under way"):
@@ -114,7 +114,7 @@ def test_an_agent_ends_only_what_it_was_sent() -> None:
 def test_the_oldest_copy_tells_for_how_long_nothing_was_answered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """From when it was sent, not from when it began to wait for the window."""
+    """`oldest_s` counts from when a copy was sent, not from when it began to wait."""
     now = [100.0]
     monkeypatch.setattr("flexkv.server.agent_port.time.monotonic", lambda: now[0])
     rig = Rig(4)

@@ -1,4 +1,4 @@
-"""Laws of allocation: what has room is never asked for again, with and without an extent map."""
+"""Laws of allocation: only gaps are allocated, with an extent map and without one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZE = 1024 * KB
 
 @pytest.fixture(params=["map", "holes"])
 def fd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
-    """Open an empty file, on a file system with an extent map or without."""
+    """Yield an empty file, on a file system with an extent map or without one."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "holes":
 
@@ -34,11 +34,11 @@ def fd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
 
 
 def nothing() -> None:
-    """Go on."""
+    """Do nothing between the steps of an allocation."""
 
 
 def test_a_file_is_allocated_once(fd: int) -> None:
-    """It grows as it is; what it has then is no gap, written to or not, and growth is one."""
+    """Allocated space is no gap, whether written or not, and growth adds exactly one gap."""
     assert gaps(fd, SIZE) == [Gap(0, SIZE)]
     allocate(fd, gaps(fd, SIZE), nothing)
     assert os.fstat(fd).st_size == SIZE
@@ -53,7 +53,7 @@ def test_a_file_is_allocated_once(fd: int) -> None:
 
 
 def test_a_file_with_holes_gets_room_where_it_has_none(fd: int) -> None:
-    """Its bytes stay as they are."""
+    """Allocating a file's holes leaves its bytes as they are."""
     os.ftruncate(fd, SIZE)
     os.pwrite(fd, b"x" * 64 * KB, 512 * KB)
     found = gaps(fd, SIZE)
@@ -64,7 +64,7 @@ def test_a_file_with_holes_gets_room_where_it_has_none(fd: int) -> None:
 
 
 def test_an_allocation_stops_between_two_steps(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rest is a gap of the next try."""
+    """An allocation can be interrupted between steps; what it has not reached is still a gap."""
     monkeypatch.setattr(allocation, "STEP_BYTES", 256 * KB)
     steps = iter([None, None, KeyboardInterrupt])
 
@@ -78,7 +78,7 @@ def test_an_allocation_stops_between_two_steps(fd: int, monkeypatch: pytest.Monk
 
 
 def test_a_file_of_many_pieces_is_seen_whole(fd: int) -> None:
-    """The kernel tells a bounded number of extents at once."""
+    """All gaps are found in a file with more extents than the kernel returns at once."""
     pieces = range(0, 2048 * 8 * KB, 8 * KB)
     os.ftruncate(fd, 2048 * 8 * KB)
     for start in pieces:
@@ -88,7 +88,7 @@ def test_a_file_of_many_pieces_is_seen_whole(fd: int) -> None:
 
 
 def test_an_extent_map_that_leads_nowhere_is_none(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system that tells of an empty extent again and again is asked for holes instead."""
+    """If the extent map returns only empty extents, the gaps are found as holes instead."""
     allocate(fd, gaps(fd, SIZE // 2), nothing)
     asked = iter(range(8))
 
@@ -105,7 +105,7 @@ def test_an_extent_map_that_leads_nowhere_is_none(fd: int, monkeypatch: pytest.M
 def test_a_file_system_that_says_nothing_has_no_bound(
     fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Zeros are no answer; a file system in memory has the memory that is left."""
+    """Statistics of zero mean no bound; a file system in memory is bounded by free memory."""
     free = room(fd)
     assert free is not None
     assert free.limited_by == "the file system"

@@ -1,4 +1,4 @@
-"""Laws of the arena: aligned, touched, bounded by what there is, and gone when closed."""
+"""Laws of the arena: aligned, touched, bounded by the memory available, and gone when closed."""
 
 import fcntl
 import mmap
@@ -23,14 +23,14 @@ NO_SUCH_PAGES_BYTES = 1 << 34
 
 @pytest.fixture
 def arena():
-    """Give a small private arena."""
+    """Yield a small private arena."""
     arena = Arena.open(8, MIB)
     yield arena
     arena.close()
 
 
 def is_mapped(address):
-    """Tell whether a mapping of this process holds `address`."""
+    """Return whether some mapping of this process contains `address`."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         low, _, high = line.split()[0].partition("-")
         if int(low, 16) <= address < int(high, 16):
@@ -40,7 +40,7 @@ def is_mapped(address):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_blocks_are_one_aligned_array(shared):
-    """Array, buffer and address are the same zeroed bytes, on a 2 MiB boundary."""
+    """Array, buffer and address refer to the same zeroed bytes, on a 2 MiB boundary."""
     arena = Arena.open(3, 3 * MIB, shared=shared)
     assert arena.array.shape == (3, 3 * MIB)
     assert len(arena.buffer) == 9 * MIB
@@ -53,7 +53,7 @@ def test_blocks_are_one_aligned_array(shared):
 
 
 def test_a_shared_arena_is_the_same_memory_for_another(monkeypatch):
-    """Whoever maps the descriptor at its offset sees the bytes of the blocks."""
+    """A mapping of the arena's descriptor at its offset has the bytes of the blocks."""
     arena = Arena.open(2, MIB, shared=True)
     with mmap.mmap(arena.fd, arena.fd_offset_bytes + 2 * MIB) as other:
         arena.array[1, 3] = 42
@@ -88,10 +88,10 @@ print("done")
 
 @pytest.mark.parametrize("hugepage_bytes", [None, 2 * MIB])
 def test_nobody_changes_the_size_of_a_shared_arena(hugepage_bytes: int | None) -> None:
-    """A process that maps it can write to it, but cannot shrink, grow or seal it."""
+    """A process that maps a shared arena can write to it, but cannot shrink, grow or seal it."""
     arena = Arena.open(2, MIB, hugepage_bytes=hugepage_bytes, shared=True)
     if hugepage_bytes is not None and arena.backing != "hugetlb":
-        # The pool is empty: an unmapped file of such pages can be sealed all the same.
+        # The pool is empty, but even an unmapped file of such pages can be sealed.
         fd = arena_module._memfd(os.MFD_HUGETLB)
         os.ftruncate(fd, 2 * MIB)
         arena_module._seal(fd)
@@ -107,12 +107,12 @@ def test_nobody_changes_the_size_of_a_shared_arena(hugepage_bytes: int | None) -
     assert told.stdout.split("\n") == ["done", ""]
     with mmap.mmap(arena.fd, size) as memory:
         assert memory[-1] == 77
-    arena.array[:] = 1  # all of it is there
+    arena.array[:] = 1  # no page of it was cut off
     assert arena.close()
 
 
 def test_another_process_maps_a_shared_arena() -> None:
-    """By its descriptor, place and size; bytes are the same for both."""
+    """An arena attached by descriptor, offset and size shares its bytes with the first one."""
     arena = Arena.open(2, MIB, shared=True)
     assert arena.fd is not None
     other = Arena.attach(os.dup(arena.fd), 2, MIB, arena.fd_offset_bytes)
@@ -123,7 +123,7 @@ def test_another_process_maps_a_shared_arena() -> None:
 
 
 def unsealed(seals: int | None) -> int:
-    """Return memory of four MiB with these seals; None: that takes none."""
+    """Return a memfd of 4 MiB with these seals; None means that it does not allow sealing."""
     fd = os.memfd_create("other", 0 if seals is None else os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, 4 * MIB)
     if seals:
@@ -133,7 +133,7 @@ def unsealed(seals: int | None) -> int:
 
 @pytest.mark.parametrize("seals", [None, 0, fcntl.F_SEAL_GROW, fcntl.F_SEAL_SEAL])
 def test_memory_that_could_shrink_is_not_mapped(seals: int | None) -> None:
-    """A hostile server could end us by SIGBUS."""
+    """Memory that could shrink is not mapped, since a hostile server could kill us by SIGBUS."""
     before = os.listdir("/proc/self/fd")
     with pytest.raises(OSError, match="not sealed against shrinking"):
         Arena.attach(unsealed(seals), 2, MIB, 0)
@@ -141,7 +141,7 @@ def test_memory_that_could_shrink_is_not_mapped(seals: int | None) -> None:
 
 
 def test_a_file_is_no_arena(tmp_path: Path) -> None:
-    """Anybody who has a file open may cut it."""
+    """A file is not mapped, since anyone who has it open can truncate it."""
     path = tmp_path / "file"
     path.write_bytes(bytes(4 * MIB))
     before = os.listdir("/proc/self/fd")
@@ -163,7 +163,7 @@ def test_a_file_is_no_arena(tmp_path: Path) -> None:
 def test_blocks_that_are_not_in_the_memory_are_not_mapped(
     blocks: int, stride: int, offset: int
 ) -> None:
-    """Whatever the other process says of its size."""
+    """Blocks outside the memory are not mapped, whatever size the other process claims."""
     before = os.listdir("/proc/self/fd")
     with pytest.raises(OSError, match="cannot be mapped"):
         Arena.attach(unsealed(fcntl.F_SEAL_SHRINK), blocks, stride, offset)
@@ -171,12 +171,12 @@ def test_blocks_that_are_not_in_the_memory_are_not_mapped(
 
 
 def test_a_private_arena_has_no_descriptor(arena):
-    """Private memory can be named by nobody else."""
+    """A private arena has no descriptor that another process could map."""
     assert arena.fd is None
 
 
 def test_it_says_what_pages_it_got(arena):
-    """The backing is what the kernel gave, and `why` tells how much of it."""
+    """`backing` names the kind of pages that the kernel gave; `why` says how much of it is huge."""
     assert arena.backing in ("thp", "plain")
     assert "private memory" in arena.why
     assert "of 8 MiB in huge pages" in arena.why
@@ -184,7 +184,7 @@ def test_it_says_what_pages_it_got(arena):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_huge_pages_that_are_not_there_fall_to_the_next(shared):
-    """When hugetlb is refused, ordinary memory serves, and the reason is kept."""
+    """When hugetlb is refused, the arena uses ordinary memory and keeps the reason."""
     arena = Arena.open(2, MIB, hugepage_bytes=NO_SUCH_PAGES_BYTES, shared=shared)
     assert arena.backing in ("thp", "plain")
     assert arena.why.startswith("hugetlb refused (E")
@@ -193,7 +193,7 @@ def test_huge_pages_that_are_not_there_fall_to_the_next(shared):
 
 
 def test_hugetlb_is_used_or_its_refusal_reported():
-    """Huge pages of the usual size are either what backs the arena or are said to be refused."""
+    """Huge pages of the usual size back the arena, or their refusal is reported."""
     arena = Arena.open(2, MIB, hugepage_bytes=2 * MIB)
     assert arena.backing == "hugetlb" or arena.why.startswith("hugetlb refused (E")
     arena.array[:] = 1
@@ -202,13 +202,13 @@ def test_hugetlb_is_used_or_its_refusal_reported():
 
 @pytest.mark.parametrize("size", [0, 3 * MIB, 512])
 def test_sizes_that_no_huge_page_has_are_refused(size):
-    """A huge page is a power of two, and no smaller than a page."""
+    """A huge page size that is no power of two, or smaller than a page, is refused."""
     with pytest.raises(ConfigError, match="hugepage_size_bytes"):
         Arena.open(2, MIB, hugepage_bytes=size)
 
 
 def test_touching_reports_progress(monkeypatch):
-    """Progress comes after each slice, and ends with all bytes of all bytes."""
+    """Progress is reported after each slice, as bytes done and bytes in all."""
     monkeypatch.setattr(arena_module, "TOUCH_BYTES", 3 * MIB)
     seen = []
     Arena.open(8, MIB, progress=lambda *step: seen.append(step)).close()
@@ -216,7 +216,7 @@ def test_touching_reports_progress(monkeypatch):
 
 
 def test_more_than_the_machine_has_is_refused():
-    """The error names the field, its value and what there is."""
+    """The error names the field, its value and the memory that is needed."""
     with pytest.raises(ConfigError, match="set num_cpu_blocks lower") as caught:
         Arena.open(1 << 30, MIB)
     assert (caught.value.field, caught.value.value) == ("num_cpu_blocks", 1 << 30)
@@ -249,7 +249,7 @@ def test_more_than_the_machine_has_is_refused():
     ids=["v2", "v1"],
 )
 def test_more_than_the_cgroup_allows_is_refused(monkeypatch, tmp_path, line, files):
-    """Limits of any cgroup above count, less what the kernel would give back; both versions."""
+    """The limits of all enclosing cgroups (v1 or v2) apply; reclaimable memory counts as free."""
     (tmp_path / "self").write_text(f"{line}\n7:pids:/\n")
     for name, text in files.items():
         path = tmp_path / name
@@ -263,7 +263,7 @@ def test_more_than_the_cgroup_allows_is_refused(monkeypatch, tmp_path, line, fil
 
 
 def test_without_cgroups_the_machine_is_the_limit(monkeypatch, tmp_path):
-    """A system that has no cgroups is asked for its memory alone."""
+    """On a system without cgroups, only the machine's memory is the limit."""
     monkeypatch.setattr(host_memory, "CGROUP_OF_SELF", tmp_path / "missing")
     assert host_memory.headroom().limited_by == "the machine"
 
@@ -287,7 +287,7 @@ def test_close_gives_memory_and_descriptors_back(shared):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_views_that_are_left_keep_the_memory(shared):
-    """Views outlive close without harm: the memory goes with the last of them, and that is said."""
+    """Views that outlive close keep the memory until the last one goes, and a log line says so."""
     before = os.listdir("/proc/self/fd")
     arena = Arena.open(2, MIB, shared=shared)
     address = arena.address
@@ -303,7 +303,7 @@ def test_views_that_are_left_keep_the_memory(shared):
 
 
 def test_a_failing_progress_leaves_nothing():
-    """When the caller's progress raises, the memory is given back."""
+    """When the caller's progress callback raises, the memory is released."""
     before = os.listdir("/proc/self/fd")
 
     def fail(done_bytes, total_bytes):
@@ -315,7 +315,7 @@ def test_a_failing_progress_leaves_nothing():
 
 
 def test_a_forked_child_keeps_its_own_memory() -> None:
-    """A child that drops the arena unmaps nothing of its own."""
+    """A forked child that drops the arena unmaps none of its own memory."""
     code = """
 import gc, mmap, os
 from flexkv.io.memory.arena import Arena

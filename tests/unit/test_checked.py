@@ -1,4 +1,4 @@
-"""A checked disk port and what it asks before it writes."""
+"""The checked disk port, which has old blocks forgotten before it writes over them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WRITE = Transfer(1, 1, Route(Tier.HOST, Tier.DISK), IDS, IDS + 2)
 
 
 class Bench:
-    """A port whose writes have to wait until somebody has forgotten what was there."""
+    """A port whose writes wait until their disk blocks are reported as forgotten."""
 
     def __init__(self) -> None:
         self.store = np.zeros((BLOCKS, BLOCK_BYTES), np.uint8)
@@ -48,12 +48,12 @@ class Bench:
 
 
 def test_nothing_is_written_before_what_was_there_is_forgotten() -> None:
-    """The write begins with the reap after its places are reported as forgotten."""
+    """A write begins only after the blocks in its places are reported as forgotten."""
 
     async def run() -> None:
         bench = Bench()
         bench.port.submit(WRITE)
-        await asyncio.sleep(10.0)  # virtual
+        await asyncio.sleep(10.0)  # in virtual time
         assert bench.port.reap() == []
         assert not bench.store.any()
         (asked,) = bench.asked
@@ -72,7 +72,7 @@ def test_nothing_is_written_before_what_was_there_is_forgotten() -> None:
 
 
 def test_closing_while_a_write_waits_to_begin_is_our_mistake() -> None:
-    """Nobody would be told of its end."""
+    """Closing while a write waits to begin raises: its end would never be reported."""
 
     async def run() -> None:
         bench = Bench()

@@ -1,4 +1,4 @@
-"""The command: what it prints, how it fails."""
+"""The `flexkv` command: what it prints, and how it fails."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TRACE_LINE = {"timestamp": 0, "input_length": 1024, "output_length": 1, "hash_id
 
 
 def test_the_demo_finds_no_mismatch_and_uses_both_tiers(tmp_path: Path) -> None:
-    """A small run evicts, reloads from SSD, and every byte is right."""
+    """A small demo evicts, reloads from SSD, and finds every byte right."""
     figures_file = tmp_path / "figures.json"
     result = RUNNER.invoke(
         commands, [*SMALL, "--ssd-dir", str(tmp_path / "ssd"), "--json", str(figures_file)]
@@ -41,7 +41,7 @@ def test_the_demo_finds_no_mismatch_and_uses_both_tiers(tmp_path: Path) -> None:
 
 
 def test_the_demo_says_what_it_runs_and_that_every_byte_was_right(tmp_path: Path) -> None:
-    """Without a log line: that its small tiers overflow is in the table."""
+    """The demo describes its tiers and its result in a table, without log lines."""
     command = [sys.executable, "-m", "flexkv.cli.main", "demo", "--requests", "300"]
     command += ["--host-blocks", "300", "--ssd-blocks", "400"]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
@@ -58,7 +58,7 @@ def test_the_demo_says_what_it_runs_and_that_every_byte_was_right(tmp_path: Path
     [("--host-blocks", "100000000"), ("--ssd-blocks", "1000000000"), ("--ssd-dir", "/no/such/ssd")],
 )
 def test_the_demo_names_the_option_that_cannot_be(option: str, value: str) -> None:
-    """Not the key that it sets; and a directory that cannot be used is an error, not a detail."""
+    """An impossible value is an error that names the option, not the key that the option sets."""
     result = RUNNER.invoke(commands, [*SMALL, option, value])
     assert isinstance(result.exception, ConfigError)
     assert result.exception.field == option
@@ -66,7 +66,7 @@ def test_the_demo_names_the_option_that_cannot_be(option: str, value: str) -> No
 
 
 def test_the_demo_reports_a_wrong_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One flipped byte after a get is a mismatch, and the command fails."""
+    """One flipped byte after a get is a mismatch, and the demo fails."""
     check = KnownDevice.mismatches
 
     def tampered(self: KnownDevice, block_ids: list[int], keys: list[bytes]) -> int:
@@ -81,7 +81,7 @@ def test_the_demo_reports_a_wrong_byte(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_demo_replays_a_trace(tmp_path: Path) -> None:
-    """Equal hash ids are equal prefixes: the second request hits."""
+    """Equal hash ids are equal prefixes, so the requests after the first one hit."""
     trace = tmp_path / "trace.jsonl"
     trace.write_text("".join(json.dumps(TRACE_LINE) + "\n" for _ in range(40)))
     figures_file = tmp_path / "figures.json"
@@ -92,7 +92,7 @@ def test_the_demo_replays_a_trace(tmp_path: Path) -> None:
 
 
 def test_a_bad_trace_line_is_named(tmp_path: Path) -> None:
-    """The error has the file, the line and what is wrong with it."""
+    """The error has the line number, or the path of a file that is missing."""
     trace = tmp_path / "trace.jsonl"
     trace.write_text(json.dumps(TRACE_LINE) + "\n" + '{"timestamp": 5}\n')
     with pytest.raises(ConfigError, match="line 2"):
@@ -103,7 +103,7 @@ def test_a_bad_trace_line_is_named(tmp_path: Path) -> None:
 
 
 def test_doctor_tells_what_is_there(tmp_path: Path) -> None:
-    """Every finding has a name, what was found, and advice where it could be better."""
+    """Each finding of the doctor has a name and a result, and advice where it could be better."""
     result = RUNNER.invoke(commands, ["doctor", "--dir", str(tmp_path), "--json"])
     assert result.exit_code == 0, result.output
     findings = json.loads(result.output)
@@ -122,12 +122,12 @@ def test_doctor_tells_what_is_there(tmp_path: Path) -> None:
     ],
 )
 def test_explain_draws_a_plan(arguments: list[str], drawn: str) -> None:
-    """As text, and as DOT when asked."""
+    """`explain` draws a plan as text, or as DOT on request."""
     assert drawn in RUNNER.invoke(commands, ["explain", *arguments]).output
 
 
 def test_version_and_help() -> None:
-    """Both are there."""
+    """`--version` and `--help` work."""
     assert RUNNER.invoke(commands, ["--version"]).output.startswith("flexkv ")
     assert "demo" in RUNNER.invoke(commands, ["--help"]).output
 
@@ -146,7 +146,7 @@ def test_errors_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Our errors exit with 2, ctrl-C with 130; neither prints a traceback."""
+    """Our errors exit with 2 and ctrl-C with 130; both print one line and no traceback."""
 
     def failing() -> None:
         raise raised
@@ -161,7 +161,7 @@ def test_errors_are_one_line(
 
 
 def test_ctrl_c_while_the_command_is_imported_prints_no_traceback() -> None:
-    """It takes a second on a busy machine: many interrupts come then."""
+    """Ctrl-C during the imports, which can take a second, exits with 130 and prints nothing."""
     code = (
         "import sys\n"
         "class Interrupt:\n"
@@ -200,7 +200,7 @@ def test_ctrl_c_while_the_command_is_imported_prints_no_traceback() -> None:
 def test_a_newcomers_mistake_is_told_in_plain_words(
     arguments: list[str], environment: dict[str, str], told: str, tmp_path: Path
 ) -> None:
-    """What is wrong, as the user wrote it, and what to do."""
+    """A mistake gives one line that says what is wrong, in the user's words, and what to do."""
     shape = {"num_layers": 1, "num_kv_heads": 1, "head_size": 8, "dtype": "float16"}
     (tmp_path / "m.json").write_text(json.dumps(shape))
     (tmp_path / "short.json").write_text('{"num_layers": 4}')

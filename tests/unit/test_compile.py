@@ -1,4 +1,4 @@
-"""Shapes compile into checked templates; what breaks a law does not."""
+"""Shapes compile into checked templates; shapes that break a law are refused."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def test_reads_start_before_writes() -> None:
 
 
 def test_an_equal_shape_gives_the_same_template() -> None:
-    """Compiling costs once a shape."""
+    """Equal shapes are compiled once."""
     shapes = [Shape(Operation.GET, (Leg((LOAD,), 2),)) for _ in range(2)]
     assert compile_shape(shapes[0]) is compile_shape(shapes[1])
 
 
 def test_legs_without_blocks_leave_no_op() -> None:
-    """The no-op pass drops them."""
+    """Legs without blocks have no ops in the template."""
     template = compile_shape(Shape(Operation.GET, (Leg((LOAD,), 0), Leg((READ, LOAD), 1))))
     assert [op.route for op in template.ops] == [READ, LOAD]
 
@@ -50,13 +50,13 @@ def test_legs_without_blocks_leave_no_op() -> None:
     "hops", [(LOAD, LOAD), (READ, WRITE), (STORE, Route(Tier.REMOTE, Tier.HOST))]
 )
 def test_hops_that_cannot_run_are_refused(hops: tuple[Route, ...]) -> None:
-    """A tier filled twice, or a hop from where the blocks are not, is our own mistake."""
+    """Hops that fill a tier twice, or begin where the blocks are not, raise InvariantError."""
     with pytest.raises(InvariantError):
         compile_shape(Shape(Operation.GET, (Leg(hops, 1),)))
 
 
 def test_a_leg_has_a_bound_of_chunks() -> None:
-    """As many as are allowed compile, one more and fewer than none do not."""
+    """A leg has 0 to CHUNKS_MAX chunks; any other number is refused."""
     template = compile_shape(Shape(Operation.GET, (Leg((LOAD,), CHUNKS_MAX),)))
     assert len(template.ops) == CHUNKS_MAX
     for chunks in (-1, CHUNKS_MAX + 1):
@@ -65,7 +65,7 @@ def test_a_leg_has_a_bound_of_chunks() -> None:
 
 
 def test_a_cycle_is_refused() -> None:
-    """The check sees cycles."""
+    """A graph with a cycle is refused."""
     shape = Shape(Operation.GET, (Leg((READ, LOAD), 1),))
     graph = build(shape)
     first, second = list(graph)
@@ -75,7 +75,7 @@ def test_a_cycle_is_refused() -> None:
 
 
 def test_a_chunk_filled_twice_is_refused() -> None:
-    """The check sees double fills and reads of what was never filled."""
+    """A chunk that is filled twice, or read before it is filled, is refused."""
     shape = Shape(Operation.GET, (Leg((READ, LOAD), 1),))
     twice: nx.DiGraph[Node] = nx.DiGraph()
     twice.add_nodes_from([Node(0, 0, 0, READ), Node(0, 0, 1, READ)])
@@ -92,12 +92,12 @@ def test_a_chunk_filled_twice_is_refused() -> None:
     [(1, 8, 1), (8, 8, 1), (9, 8, 2), (3, 1, 2), (24, 8, 4), (10_000, 8, 32)],
 )
 def test_chunk_counts_are_few_powers_of_two(blocks: int, chunk_blocks: int, chunks: int) -> None:
-    """Few shapes serve all sizes, and no chunk is empty."""
+    """Chunk counts are powers of two, so that few shapes serve all sizes and no chunk is empty."""
     assert chunk_count(blocks, chunk_blocks) == chunks
 
 
 def test_an_explanation_draws_text_and_dot() -> None:
-    """Both name every op, with its blocks, and its edges."""
+    """Text and DOT show every op with its blocks, and its edges."""
     legs = {(READ, LOAD): 16, (LOAD,): 8}
     told = hypothetical(Operation.GET, legs, PlanLimits(8, 64), "get of 24 whole blocks")
     text, dot = str(told), told.dot()

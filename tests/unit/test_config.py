@@ -1,4 +1,4 @@
-"""Configuration: every key and old name is taken, every fault is named, nothing is silent."""
+"""Configuration: every key and old name is accepted, and every fault is reported by name."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ enable_gds: false
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.filterwarnings("ignore::flexkv.common.config_keys.RetiredKeyWarning")
 def test_files_in_use_load_as_they_are(name: str, tmp_path: Path) -> None:
-    """Nested or flat, JSON with comments or YAML, with old names."""
+    """Existing files load unchanged: nested or flat, JSON with comments or YAML, with old names."""
     path = tmp_path / name
     path.write_text(FILES[name])
     cache = load_settings({"FLEXKV_CONFIG_PATH": str(path)}).cache_config
@@ -80,7 +80,7 @@ def test_files_in_use_load_as_they_are(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_old_names_mean_the_same_and_warn(old: str, name: str, value: object) -> None:
-    """One warning that names both; both at once is an error."""
+    """An old name means the new one and warns with both names; giving both is an error."""
     with pytest.warns(RetiredKeyWarning, match=f"{old}.*{name}"):
         assert getattr(CacheConfig(**{old: value}), name) == value
     with pytest.raises(ConfigError, match="names of one key"):
@@ -92,7 +92,7 @@ def test_old_names_mean_the_same_and_warn(old: str, name: str, value: object) ->
 )
 @pytest.mark.parametrize("value", ["LAYERWISE", "BLOCKWISE"])
 def test_old_layouts_are_taken_with_a_warning(key: str, value: str) -> None:
-    """Blocks are contiguous whatever was asked for, and the warning says so."""
+    """Old layout keys are accepted with a warning that they are retired."""
     with pytest.warns(RetiredKeyWarning):
         CacheConfig(**{key: value})
     with pytest.warns(RetiredKeyWarning, match="retired"):
@@ -114,7 +114,7 @@ def test_old_layouts_are_taken_with_a_warning(key: str, value: str) -> None:
     ],
 )
 def test_a_wrong_key_or_value_is_named(values: dict[str, Any], field: str, why: str) -> None:
-    """The error has the field, the value and the rule."""
+    """The error has the field and the rule that is broken."""
     with pytest.raises(ConfigError, match=why) as caught:
         CacheConfig(**values)
     assert caught.value.field == field
@@ -132,14 +132,14 @@ def test_a_wrong_key_or_value_is_named(values: dict[str, Any], field: str, why: 
     ],
 )
 def test_a_wrong_model_is_named(changes: dict[str, Any], field: str) -> None:
-    """The error names the field."""
+    """A wrong model is refused with an error that names the field."""
     with pytest.raises(ConfigError) as caught:
         ModelConfig(**{**MODEL, **changes})
     assert caught.value.field.startswith(field)
 
 
 def test_layer_groups_must_cover_the_layers_once() -> None:
-    """Counts and indices agree with the model; some heads are divided by ranks as all are."""
+    """Layer groups must cover each layer once, and ranks must divide all their heads alike."""
     group = {"num_layers": 1, "num_kv_heads": 1, "head_size": 8}
     with pytest.raises(ConfigError, match="once"):
         ModelConfig(**MODEL, layer_groups=[{**group, "layer_indices": [0]}] * 2)
@@ -172,7 +172,7 @@ def test_layer_groups_must_cover_the_layers_once() -> None:
 def test_ranks_have_parts_of_a_block(
     heads: int, tp_size: int, use_mla: bool, parts: list[int]
 ) -> None:
-    """By heads; those with the same heads have the same part."""
+    """Each rank has the part of a block with its heads; ranks with the same heads share a part."""
     changes = {"num_kv_heads": heads, "tp_size": tp_size, "use_mla": use_mla}
     model = ModelConfig(**{**MODEL, **changes})
     assert [model.part_of(rank).number for rank in range(tp_size)] == parts
@@ -180,21 +180,21 @@ def test_ranks_have_parts_of_a_block(
 
 
 def test_heads_that_ranks_cannot_divide_are_refused() -> None:
-    """Six heads over four ranks."""
+    """A tp_size that does not divide the KV heads (four ranks, six heads) is refused."""
     with pytest.raises(ConfigError, match="tp_size=4: must divide 6 KV heads"):
         ModelConfig(**{**MODEL, "num_kv_heads": 6}, tp_size=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bf16", "bfloat16", "torch.bfloat16"])
 def test_every_form_of_a_dtype_is_one_name(dtype: object) -> None:
-    """torch, written and short names are the same."""
+    """torch dtypes, numpy dtypes, and written and short names all give one name."""
     assert ModelConfig(**{**MODEL, "dtype": dtype}).dtype == "bfloat16"
     assert ModelConfig(**{**MODEL, "dtype": np.float16}).dtype == "float16"
     assert ModelConfig(**{**MODEL, "dtype": np.dtype("int8")}).dtype == "int8"
 
 
 def test_sizes_come_from_blocks_or_gb() -> None:
-    """Blocks win where given; GB are counted in whole blocks with their alignment."""
+    """A size is given in blocks or in GB; GB are converted to whole blocks with alignment."""
     model = ModelConfig(**MODEL)
     assert model.block_bytes(16) == 2 * 2 * 2 * 8 * 2 * 16
     sizes = CacheConfig(cpu_cache_gb=1, ssd_cache_gb=2, ssd_cache_dir="/x").sized(model)
@@ -214,7 +214,7 @@ def test_sizes_come_from_blocks_or_gb() -> None:
 
 
 def test_the_file_wins_over_the_environment(tmp_path: Path) -> None:
-    """File over environment over defaults; old names serve in the environment too."""
+    """The file wins over the environment, and both over defaults; old variable names work."""
     path = tmp_path / "flexkv.json"
     path.write_text('{"num_cpu_blocks": 5}')
     environment = {
@@ -238,7 +238,7 @@ def test_the_file_wins_over_the_environment(tmp_path: Path) -> None:
 
 
 def test_a_size_in_the_file_wins_in_whatever_unit() -> None:
-    """Blocks in the file and GB in the environment do not contradict each other."""
+    """A size in the file wins over the environment, even if the two are in different units."""
     settings = settings_of({"num_cpu_blocks": 5}, {"cpu_cache_gb": "3"})
     assert settings.cache_config.sized(ModelConfig(**MODEL)).num_host_blocks == 5
 
@@ -247,13 +247,13 @@ def test_a_size_in_the_file_wins_in_whatever_unit() -> None:
     "file", [{"enable_layerwise_transfer": True}, {"sync_get": True}, {"enable_remote": True}]
 )
 def test_settings_of_parts_that_are_not_built_are_refused(file: dict[str, Any]) -> None:
-    """Accepted while loading, refused by name when something would start with them."""
+    """Keys of parts that are not built load, but are refused by name when something starts."""
     with pytest.raises(ConfigError, match="not built yet"):
         settings_of(file).require_built()
 
 
 def test_old_names_in_the_environment_warn() -> None:
-    """As they do in a file."""
+    """Old names in the environment warn as they do in a file."""
     with pytest.warns(RetiredKeyWarning, match="use_gds"):
         load_settings({"FLEXKV_USE_GDS": "0"})
 
@@ -267,7 +267,7 @@ def test_old_names_in_the_environment_warn() -> None:
     ],
 )
 def test_a_wrong_environment_is_named(environment: dict[str, str], field: str, why: str) -> None:
-    """Unknown variables, wrong values and missing files."""
+    """Unknown variables, wrong values and a missing file are errors that name the variable."""
     with pytest.raises(ConfigError, match=why) as caught:
         load_settings(environment)
     assert caught.value.field == field
@@ -282,7 +282,7 @@ def test_a_wrong_environment_is_named(environment: dict[str, str], field: str, w
     ],
 )
 def test_a_broken_file_is_named(name: str, text: str, why: str, tmp_path: Path) -> None:
-    """Syntax errors and wrong top levels say so."""
+    """A syntax error or a top level that is not an object is an error that says so."""
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(ConfigError, match=why):
@@ -301,13 +301,13 @@ def test_a_broken_file_is_named(name: str, text: str, why: str, tmp_path: Path) 
     ],
 )
 def test_contradictions_in_a_file_are_errors(file: dict[Any, Any], why: str) -> None:
-    """One key with two values, a cache_config that is none, unknown keys."""
+    """One key with two values, a cache_config that is no object and unknown keys are errors."""
     with pytest.raises(ConfigError, match=why):
         settings_of(file)
 
 
 def test_secrets_are_never_shown() -> None:
-    """Neither repr nor an error has them."""
+    """Neither `repr` nor an error shows a secret."""
     cache = CacheConfig(key_secret="hunter2", redis_password="hunter2")
     assert "hunter2" not in repr(cache)
     for wrong in ({"key_secre": "hunter2"}, {"redis_password": ["hunter2"]}):
@@ -320,5 +320,5 @@ def test_secrets_are_never_shown() -> None:
 
 
 def test_the_document_is_up_to_date() -> None:
-    """docs/configuration.md is what the definitions give: `python -m flexkv.settings`."""
+    """docs/configuration.md is what `python -m flexkv.settings` generates from the definitions."""
     assert (ROOT / "docs/configuration.md").read_text() == document()

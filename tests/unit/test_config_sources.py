@@ -1,4 +1,4 @@
-"""Where configuration comes from, and what no source may say: files, environment, code."""
+"""The sources of configuration (files, environment, code), and what each of them may not say."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NUMBERS = [
     for name in model.model_fields
     if _kinds(model, name) & {int, float}
 ]
-"""Every key of every model that is a number."""
+"""Every numeric key of every model."""
 WRONG = [
     10**30, -(10**30), 1e30, -2, -1e9, math.nan, math.inf, -math.inf, "nan", "inf", "1e400", True,
     False, "9" * 5000, "x" * 10**6, "", [], {}, np.float64("nan"), np.int64(-5), 5j, b"5", object(),
@@ -52,19 +52,19 @@ WRONG = [
 )
 @pytest.mark.filterwarnings("ignore::flexkv.common.config_keys.RetiredKeyWarning")
 def test_every_number_has_bounds(model: type[BaseModel], name: str) -> None:
-    """Too large, too small, not finite, a truth value, no number: refused by the key's name."""
+    """A numeric key refuses, by its name, what is out of bounds, not finite, or not a number."""
     for wrong in WRONG:
         with pytest.raises((ConfigError, ValueError)) as caught:
             model(**{**BASES[model], name: wrong})
         if isinstance(caught.value, ConfigError):
             assert caught.value.field == name
             assert len(str(caught.value)) < 500
-        else:  # pydantic's own: a group is checked as a part of a model
+        else:  # pydantic's own error: a group is otherwise checked as part of a model
             assert name in str(caught.value)
 
 
 def _outcome(model: type[BaseModel], values: dict[str, Any], name: str) -> object:
-    """Return a key's value with its type, or the error of some rule that 2 breaks."""
+    """Return a key's value with its type, or the error if the value 2 breaks a rule."""
     try:
         found = getattr(model(**values), name)
     except ConfigError as error:
@@ -77,14 +77,14 @@ def _outcome(model: type[BaseModel], values: dict[str, Any], name: str) -> objec
 )
 @pytest.mark.filterwarnings("ignore::flexkv.common.config_keys.RetiredKeyWarning")
 def test_numbers_of_other_libraries_are_numbers(model: type[BaseModel], name: str) -> None:
-    """A numpy scalar is taken as Python's own number."""
+    """A numpy scalar is accepted as Python's own number."""
     for number in (np.int64(2), np.int32(2), np.uint8(2), np.array(2)):
         values = {**BASES[model], name: number}
         assert _outcome(model, values, name) == _outcome(model, {**values, name: 2}, name)
 
 
 def test_bounds_hold_for_what_keys_mean_together() -> None:
-    """A block that no machine can hold, and more blocks than a tier has numbers for."""
+    """Values that only together are too large are refused, such as a block beyond any machine."""
     large = ModelConfig(num_layers=16384, num_kv_heads=65536, head_size=65536, dtype="float64")
     with pytest.raises(ConfigError, match=r"tokens_per_block=65536: a block of this model"):
         CacheConfig(tokens_per_block=65536).sized(large)
@@ -123,7 +123,7 @@ def test_bounds_hold_for_what_keys_mean_together() -> None:
 def test_odd_texts_are_refused_by_name(
     model: type[BaseModel], values: dict[str, Any], field: str
 ) -> None:
-    """What no file, socket or path could have, and what is longer than any name."""
+    """Text that no name or path can have, overlong text and wrong types are refused by name."""
     with pytest.raises(ConfigError) as caught:
         model(**values)
     assert caught.value.field == field
@@ -136,7 +136,7 @@ def test_odd_texts_are_refused_by_name(
 @pytest.mark.parametrize("pair", SIZE_PAIRS)
 @pytest.mark.filterwarnings("ignore::flexkv.common.config_keys.RetiredKeyWarning")
 def test_one_source_gives_a_size_once(pair: tuple[str, str], tmp_path: Path) -> None:
-    """Code, a file (flat, nested, or half of each) and the environment: all by their own names."""
+    """One source may not give a size in both units; the error names its own keys or variables."""
     values = {"ssd_cache_dir": "/x", pair[0]: 5, pair[1]: 1.0}
     with pytest.raises(ConfigError, match=f"^{pair[0]}=5: is the same size as {pair[1]}=1.0"):
         CacheConfig(**values)
@@ -154,7 +154,7 @@ def test_one_source_gives_a_size_once(pair: tuple[str, str], tmp_path: Path) -> 
 def test_the_file_wins_over_the_environment_in_the_other_unit(
     pair: tuple[str, str], tmp_path: Path
 ) -> None:
-    """And a log line says which variable is void."""
+    """A size in the file wins over the environment's, and a log line names the void variable."""
     path = tmp_path / "flexkv.json"
     for name, rival in (pair, pair[::-1]):
         for nested in (False, True):
@@ -169,7 +169,7 @@ def test_the_file_wins_over_the_environment_in_the_other_unit(
 
 
 def test_a_value_from_the_environment_is_named_by_its_variable(tmp_path: Path) -> None:
-    """One from the file by its key."""
+    """A bad value from the environment is named by its variable, one from the file by its key."""
     with pytest.raises(ConfigError, match=r"^FLEXKV_CPU_CACHE_GB='lots'"):
         load_settings({"FLEXKV_CPU_CACHE_GB": "lots"})
     path = tmp_path / "flexkv.json"
@@ -185,7 +185,7 @@ def test_a_value_from_the_environment_is_named_by_its_variable(tmp_path: Path) -
     "service", ["FLEXKV", "FLEXKV_SERVER", "FLEXKV_REDIS", "FLEXKV_PY_METRICS"]
 )
 def test_variables_that_an_orchestrator_sets_stop_nothing(service: str) -> None:
-    """As Kubernetes sets them in every container, for a service of each such name."""
+    """The variables that Kubernetes sets for services with such names are ignored."""
     told = {
         f"{service}_SERVICE_HOST": "10.0.0.7",
         f"{service}_SERVICE_PORT": "8080",
@@ -205,7 +205,7 @@ def test_variables_that_an_orchestrator_sets_stop_nothing(service: str) -> None:
     "variable", ["FLEXKV_PORTS", "FLEXKV_SERVICE", "FLEXKV_PORT_80_ICMP", "FLEXKV_PY_METRIC_PORT"]
 )
 def test_variables_that_only_resemble_them_are_errors(variable: str) -> None:
-    """A mistyped name is not passed over."""
+    """A mistyped variable that resembles one of an orchestrator is an error."""
     with pytest.raises(ConfigError, match="unknown variable"):
         load_settings({variable: "80"})
     assert load_settings({"FLEXKV_PY_METRICS_PORT": "81"}).py_metrics_port == 81
@@ -231,7 +231,7 @@ def test_variables_that_only_resemble_them_are_errors(variable: str) -> None:
 def test_a_key_that_occurs_twice_is_refused_by_name(
     name: str, text: str, shown: str, tmp_path: Path
 ) -> None:
-    """JSON, JSON with comments and YAML, nested too; the last one does not silently win."""
+    """A key that occurs twice in a JSON or YAML file, nested or not, is refused by name."""
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(ConfigError, match=f"{shown} occurs twice"):
@@ -239,7 +239,7 @@ def test_a_key_that_occurs_twice_is_refused_by_name(
 
 
 def test_an_unknown_key_that_occurs_twice_is_not_quoted(tmp_path: Path) -> None:
-    """It may be a secret in the wrong place; YAML has its line."""
+    """An unknown key that occurs twice is named by its line only, as it may be a secret."""
     path = tmp_path / "a.yaml"
     path.write_text("a: 1\nhunter2: 1\nhunter2: 1\n")
     with pytest.raises(ConfigError, match=r"<a text of 7 characters> occurs twice \(line 3\)"):
@@ -247,7 +247,7 @@ def test_an_unknown_key_that_occurs_twice_is_not_quoted(tmp_path: Path) -> None:
 
 
 def test_keys_of_the_environment_s_objects_occur_once() -> None:
-    """`remote_config_custom` may come as a JSON text."""
+    """A JSON text for `remote_config_custom` may not have a key twice."""
     with pytest.raises(ConfigError, match="must be an object, in JSON"):
         CacheConfig(remote_config_custom='{"bucket": "a", "bucket": "b"}')
 
@@ -258,7 +258,7 @@ def test_keys_of_the_environment_s_objects_occur_once() -> None:
 def test_files_are_utf8_in_every_locale(
     locale: str, mark: bytes, suffix: str, tmp_path: Path
 ) -> None:
-    """With a byte order mark, as some editors write it, or without."""
+    """Files are read as UTF-8 in every locale, with or without a byte order mark."""
     path = tmp_path / f"flexkv.{suffix}"
     path.write_bytes(mark + '{"logging_prefix": "Knödel-節", "num_cpu_blocks": 5}'.encode())
     check = (
@@ -289,7 +289,7 @@ def test_files_are_utf8_in_every_locale(
 )
 @pytest.mark.parametrize("suffix", ["json", "yaml"])
 def test_what_is_no_text_is_an_error(content: bytes, suffix: str, tmp_path: Path) -> None:
-    """Binary, the wrong encoding, brackets without end, and what no file of keys is as large as."""
+    """Binary data, a wrong encoding, endless brackets and overlong files are errors."""
     path = tmp_path / f"flexkv.{suffix}"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"syntax|has more than|must hold"):
@@ -298,14 +298,14 @@ def test_what_is_no_text_is_an_error(content: bytes, suffix: str, tmp_path: Path
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/", "/nowhere/flexkv.json", "\0", "x" * 5000])
 def test_a_path_that_is_no_file_is_an_error(path: str) -> None:
-    """A device without end among them."""
+    """A path that is not a regular file, such as an endless device, is an error."""
     with pytest.raises(ConfigError) as caught:
         load_settings({"FLEXKV_CONFIG_PATH": path})
     assert caught.value.field == "FLEXKV_CONFIG_PATH"
 
 
 def test_old_and_new_names_may_stand_in_different_sources(tmp_path: Path) -> None:
-    """The file wins, whatever name it uses."""
+    """The file wins over the environment, whichever of a key's names each of them uses."""
     path = tmp_path / "flexkv.json"
     path.write_text('{"use_gds": true}')
     with pytest.warns(RetiredKeyWarning):

@@ -1,4 +1,4 @@
-"""The core catches our own mistakes where they are made: every check is seen to fail."""
+"""The core catches our own mistakes where they are made: every check is shown to fail."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.unit.prompts import LIMITS, filled, keys, request, residency, residen
 
 
 def test_validate_sees_a_pin_without_a_claim() -> None:
-    """What nobody claims may not be reserved or pinned."""
+    """`validate` finds a pin that belongs to no open claim."""
     tiers = residency()
     tiers._table.pin(0, filled(tiers, Tier.HOST, 1))
     with pytest.raises(InvariantError, match="no claim is open"):
@@ -35,7 +35,7 @@ def test_validate_sees_a_pin_without_a_claim() -> None:
 
 
 def test_claims_open_once_and_settle_once() -> None:
-    """A token has one claim, which ends once, and can be told and found by its owner."""
+    """An op id has one claim, which opens and ends once, and can be found by its owner."""
     tiers = residency()
     claim = Claim(7, Holding(Tier.HOST, filled(tiers, Tier.HOST, 1)), None)
     tiers.claims.open(1, claim)
@@ -49,7 +49,7 @@ def test_claims_open_once_and_settle_once() -> None:
 
 
 def test_limits_on_shapes_and_templates_hold() -> None:
-    """Too many legs, chunks or ops are refused; a barrier gives no transfer."""
+    """Too many legs, chunks or ops are refused; a barrier has no transfer."""
     load = Leg((Route(Tier.HOST, Tier.DEVICE),), 1)
     with pytest.raises(InvariantError, match="legs"):
         compile_shape(Shape(Operation.GET, (load,) * 41))
@@ -65,7 +65,7 @@ def test_limits_on_shapes_and_templates_hold() -> None:
 
 
 def test_a_run_with_wrong_counters_is_seen() -> None:
-    """validate compares counters and states."""
+    """`validate` finds a run whose counters do not match its states."""
     run = Run(compile_shape(Shape(Operation.GET, (Leg((Route(Tier.HOST, Tier.DEVICE),), 1),))))
     run.handle(Launch())
     run.validate()
@@ -75,7 +75,7 @@ def test_a_run_with_wrong_counters_is_seen() -> None:
 
 
 def test_matches_count_each_block_at_its_nearest_tier() -> None:
-    """Host before disk; what is being filled counts as pending."""
+    """A match counts each block once, in host before disk; blocks being filled count as pending."""
     tiers = residency()
     filled(tiers, Tier.HOST, 0)
     filled(tiers, Tier.DISK, 0, 1)
@@ -95,7 +95,7 @@ def test_matches_count_each_block_at_its_nearest_tier() -> None:
     ],
 )
 def test_explain_draws_what_a_request_would_do(operation: Operation, drawn: list[str]) -> None:
-    """Residency is read, nothing is reserved; a miss says so in one line."""
+    """`explain` shows what a request would do and reserves nothing; a miss is one line."""
     tiers = residency()
     filled(tiers, Tier.HOST, 0)
     filled(tiers, Tier.DISK, 0, 1)
@@ -107,7 +107,7 @@ def test_explain_draws_what_a_request_would_do(operation: Operation, drawn: list
 
 
 def test_errors_carry_their_values_and_say_them() -> None:
-    """Each message names what a reader needs; the values are attributes."""
+    """Each error has its values as attributes and in its message."""
     storage = StorageError("/ssd/blocks-0", 4096, 5)
     assert "/ssd/blocks-0 at byte 4096: EIO" in str(storage)
     assert storage.errno == 5
@@ -127,8 +127,11 @@ def test_errors_carry_their_values_and_say_them() -> None:
 def test_eviction_ahead_of_need_frees_what_is_over_and_a_batch_at_least(
     ratio: float, threshold: float, used: int, left: int
 ) -> None:
-    """Up to the threshold nothing is evicted. Beyond it, eviction frees blocks down to the
-    threshold, or the least part of the tier that one eviction frees, whichever is more."""
+    """Eviction ahead of need frees what is above the threshold, but at least one batch.
+
+    Up to the threshold nothing is evicted. A batch is the least part of the tier that one eviction
+    frees (`evict_ratio`).
+    """
     tiers = Residency({Tier.HOST: 10}, Eviction(evict_ratio=ratio, start_threshold=threshold))
     filled(tiers, Tier.HOST, *range(used))
     tiers.evict_ahead()
@@ -137,8 +140,8 @@ def test_eviction_ahead_of_need_frees_what_is_over_and_a_batch_at_least(
 
 
 def test_positions_pick_their_values_out_of_an_array() -> None:
-    """Whether they are a run or have gaps, and wherever the array begins."""
-    values = np.arange(100, 110)  # those of the positions 4 to 13
+    """Positions select their values from an array with any offset, with or without gaps."""
+    values = np.arange(100, 110)  # the values of positions 4 to 13
     assert Positions(6, 3).within(values, 4).tolist() == [102, 103, 104]
     gaps = Positions(6, 3, np.array([6, 9, 13]))
     assert gaps.within(values, 4).tolist() == [102, 105, 109]

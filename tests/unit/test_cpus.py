@@ -1,4 +1,4 @@
-"""Threads that are started from pinned ones run wherever their NUMA node lets them."""
+"""Threads that a pinned thread starts may run on all CPUs of their NUMA node."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flexkv.process import cpus
 def test_a_thread_gets_the_cpus_of_its_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not those of others; where nothing is known it stays as it is."""
+    """A thread gets the CPUs of its own node only; where no node is known, nothing changes."""
     everywhere = os.sched_getaffinity(0)
     if len(everywhere) < 2:
         pytest.skip("there is one CPU only")

@@ -1,4 +1,4 @@
-"""The CUDA device without a GPU: errors, ids, the kernel's arithmetic, its compilation."""
+"""The CUDA device without a GPU: errors, ids, registration, measurement and order of copies."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Rig:
         self.port.submit(Transfer(op_id, 1, TO[to_host], ids, ids))
 
     async def reap(self, count: int) -> list[Completion]:
-        """Give so many completions."""
+        """Wait for `count` completions, and return them."""
         ended = self.port.reap()
         async with asyncio.timeout(10):
             while len(ended) < count:
@@ -61,7 +61,7 @@ class Rig:
         return ended
 
     def close(self) -> None:
-        """Close the port, and check that it let go of everything."""
+        """Close the port, and check that it released everything."""
         self.port.close()
         self.arena.close()
         assert self.driver.left == 0
@@ -73,7 +73,7 @@ every_way = pytest.mark.parametrize("choice", [ENGINE, KERNEL], ids=["engine", "
 
 @every_way
 async def test_a_call_that_is_refused_fails_its_own_transfer(choice: CopyPreference) -> None:
-    """Those before and after it are whole; it ends in its turn, with call and code."""
+    """A refused driver call fails its own transfer only, in order, with call and code."""
     rig = Rig(choice)
     rig.submit(1)
     rig.driver.refuses = {"cuMemcpyBatchAsync": 1, "cuLaunchKernel": 1}
@@ -93,11 +93,14 @@ async def test_a_call_that_is_refused_fails_its_own_transfer(choice: CopyPrefere
 async def test_a_device_that_breaks_fails_all_that_is_under_way(
     choice: CopyPreference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver does not call back then: the port asks. What comes later fails at once."""
+    """A broken device fails all transfers under way, and later ones at once.
+
+    The driver makes no callback then, so the port checks the streams.
+    """
     monkeypatch.setattr("flexkv.io.cuda.port.CHECK_S", 0.01)
     rig = Rig(choice)
     rig.driver.broken = 719
-    with pytest.MonkeyPatch.context() as patch:  # it breaks after the work was queued
+    with pytest.MonkeyPatch.context() as patch:  # the device breaks after the work was queued
         patch.setattr(rig.driver, "_call", lambda name: None)
         rig.submit(1)
         rig.submit(2, to_host=False)
@@ -115,12 +118,12 @@ async def test_a_device_that_breaks_fails_all_that_is_under_way(
 
 
 async def test_a_device_that_cannot_tell_of_an_end_is_waited_for() -> None:
-    """Nothing is told to have ended while it is copied, on either stream."""
+    """If the callback of an end is refused, the port waits for the stream; nothing ends early."""
     rig = Rig(ENGINE)
     rig.driver.takes_s = {"cuMemcpyBatchAsync": 3.0}
     rig.layers[0][:] = 5
     rig.submit(1, to_host=False, blocks=1)
-    rig.driver.takes_s = {"cuMemcpyBatchAsync": 0.3}  # over long before the first one is
+    rig.driver.takes_s = {"cuMemcpyBatchAsync": 0.3}  # ends long before the first one
     rig.driver.refuses = {"cuLaunchHostFunc": 900}
     rig.submit(2)
     assert [(c.op_id, c.error) for c in rig.port.reap()] == [(2, None)]
@@ -132,7 +135,7 @@ async def test_a_device_that_cannot_tell_of_an_end_is_waited_for() -> None:
 
 
 async def test_a_broken_device_leaves_the_loop_alone() -> None:
-    """What it told before is read by nobody: the loop is not woken by it for ever."""
+    """A broken device's unread eventfd does not wake the loop again and again."""
     rig = Rig(ENGINE)
     rig.submit(1)
     rig.driver.synchronize(rig.port._ways[0].stream)
@@ -150,7 +153,7 @@ async def test_a_broken_device_leaves_the_loop_alone() -> None:
 async def test_a_measurement_that_fails_leaves_nothing_under_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The device is done with the memory before it goes."""
+    """A measurement that fails ends before its memory is released."""
     monkeypatch.setattr("flexkv.io.cuda.copier.MEASURED_S_MAX", 0.01)
     layers = [np.zeros((BLOCKS, 4, 2, 8), np.int16)]
     layout = infer_layout([describe(layers[0])], [SHAPE])
@@ -163,7 +166,7 @@ async def test_a_measurement_that_fails_leaves_nothing_under_way(
 
 
 async def test_an_open_that_is_refused_leaves_nothing() -> None:
-    """Whatever call it is that fails."""
+    """Whichever driver call fails during open, nothing stays allocated or open."""
     rig = Rig(ENGINE)
     rig.close()
     opening = dict.fromkeys(rig.driver.calls[: rig.driver.calls.index("cuStreamDestroy")])
@@ -181,7 +184,7 @@ async def test_an_open_that_is_refused_leaves_nothing() -> None:
 
 
 async def test_ids_of_many_launches_go_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch's ids stay until it has run; where there is no room the copy engine does it."""
+    """A launch's ids stay until it has run; without room for more, the copy engine copies."""
     monkeypatch.setattr("flexkv.io.cuda.copy_stream.IDS_MAX", 100)
     rig = Rig(KERNEL)
     random = np.random.default_rng(0)
@@ -201,7 +204,7 @@ async def test_ids_of_many_launches_go_round(monkeypatch: pytest.MonkeyPatch) ->
 async def test_an_arena_is_registered_in_parts_where_it_must(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No copy spans two of them: the fake device would break."""
+    """An arena may be registered in parts; no copy spans two, which would break the fake."""
     layer = np.arange(BLOCKS * 256, dtype=np.int64).view(np.int16).reshape(BLOCKS, 4, 2, 128)
     layout = infer_layout([describe(layer)], [SHAPE._replace(head_size=128)])
     driver, arena = FakeCuda([layer]), Arena.open(BLOCKS, layout.block_bytes)
@@ -225,7 +228,7 @@ async def test_an_arena_is_registered_in_parts_where_it_must(
 
 
 async def reaped(port: Any, woken: asyncio.Event) -> list[Any]:
-    """Give what ends next."""
+    """Wait for the next completions, and return them."""
     async with asyncio.timeout(10):
         while not (ended := port.reap()):
             await woken.wait()
@@ -234,7 +237,7 @@ async def reaped(port: Any, woken: asyncio.Event) -> list[Any]:
 
 
 async def test_what_a_device_brings_is_summed() -> None:
-    """As a summer would find it."""
+    """The checksums of blocks from the device are those that a checksummer computes afterwards."""
     rig = Rig(ENGINE)
     for layer in rig.layers:
         layer[:] = np.random.default_rng(1).integers(0, 1000, layer.shape)
@@ -258,7 +261,7 @@ async def test_what_a_device_brings_is_summed() -> None:
 async def test_what_is_faster_is_measured_and_the_device_is_as_it_was(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A device whose engine is slow gets kernels; the other way round the engine."""
+    """The faster of engine and kernel is chosen by measuring, and no byte changes meanwhile."""
     monkeypatch.setattr("flexkv.io.cuda.copier.MEASURED_BYTES", 8192)
     for slow, by_engine in (("cuMemcpyBatchAsync", False), ("cuLaunchKernel", True)):
         layers = [
@@ -281,7 +284,7 @@ async def test_what_is_faster_is_measured_and_the_device_is_as_it_was(
 
 
 async def test_a_put_reads_what_the_engine_has_written() -> None:
-    """Copies to the host wait for what the engine's stream has queued; others do not."""
+    """Copies to the host wait for work on the engine's stream; copies to the device do not."""
     rig = Rig(ENGINE)
     stream = rig.driver.open_stream(urgent=False)
     written = threading.Event()
@@ -305,7 +308,7 @@ async def test_a_put_reads_what_the_engine_has_written() -> None:
 
 
 async def test_a_device_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was found is kept, and read by the next; what is no answer is measured anew."""
+    """A measurement is kept and reused by the next port; a damaged one is measured anew."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("flexkv.io.cuda.copier.MEASURED_BYTES", 8192)
     calls = []
@@ -323,7 +326,7 @@ async def test_a_device_is_measured_once(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 async def test_devices_of_one_process_register_the_arena_once() -> None:
-    """Whoever comes first does, whoever leaves last takes it back."""
+    """The first device of a process registers the arena, and the last one unregisters it."""
     registered: dict[int, int] = {}
     arena = Arena.open(BLOCKS, 4096)
     pinned, ports = Pinned(arena), []
@@ -340,7 +343,7 @@ async def test_devices_of_one_process_register_the_arena_once() -> None:
 
 
 def test_without_a_driver_the_device_is_not_available() -> None:
-    """It says what to install; `import flexkv` needs none of it."""
+    """Without a CUDA driver, opening a device raises BackendUnavailableError."""
     if Path("/dev/nvidiactl").exists():
         pytest.skip("there is a driver")
     with pytest.raises(BackendUnavailableError, match="cuda"):

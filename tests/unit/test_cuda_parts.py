@@ -1,4 +1,4 @@
-"""The parts of the CUDA device that need no device: choices, grids, runs, the kernel itself."""
+"""The parts of the CUDA device that need no device: choices, grids, runs, and the kernel."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ from flexkv.io.cuda.grids import grids
 
 
 def test_the_way_that_costs_least_is_taken() -> None:
-    """Of those that are as good as the best: the engine, then few thread blocks."""
+    """Of the methods about as fast as the best, the one that costs the device least is chosen.
+
+    The copy engine comes first, then the kernel with the fewest thread blocks.
+    """
     engine, staged = Choice(CopyMethod.ENGINE), Choice(CopyMethod.STAGED, 16)
     few, some, many = (Choice(CopyMethod.KERNEL, count) for count in (2, 4, 8))
     assert decide({engine: 97.5, some: 100.0, many: 99.0}) == engine
@@ -46,7 +49,10 @@ def test_the_way_that_costs_least_is_taken() -> None:
 
 
 def test_choices_hang_on_the_number_of_chunks() -> None:
-    """Each is measured, and holds to the middle of the way to the next; JSON gives them back."""
+    """The choice depends on the number of chunks, and survives encoding as JSON.
+
+    Each measured count determines the choice up to halfway to the next count.
+    """
     engine, kernel_8 = Choice(CopyMethod.ENGINE), Choice(CopyMethod.KERNEL, 8)
 
     def timed(choice: Choice, count: int) -> float:
@@ -66,7 +72,10 @@ def test_choices_hang_on_the_number_of_chunks() -> None:
 
 
 def test_a_wish_is_as_measured_but_for_what_it_says() -> None:
-    """Engine or kernel, and thread blocks; with both said there is nothing to measure."""
+    """A preference overrides what it names (engine or kernel, thread blocks) in measured choices.
+
+    If it names all of that, there is nothing to measure.
+    """
     found = Choices((Choice(CopyMethod.STAGED, 16), Choice(CopyMethod.KERNEL, 4)), (100,))
     assert CopyPreference().made_of(found) == found
     assert CopyPreference(use_engine=True).settled == Choices.always(CopyMethod.ENGINE)
@@ -82,7 +91,7 @@ def test_a_wish_is_as_measured_but_for_what_it_says() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(1, 3)), max_size=12))
 def test_grids_are_the_runs(places: list[tuple[int, int, int]]) -> None:
-    """Row by row they cover the same bytes; rows that are equally far apart are one grid."""
+    """Grids cover the same bytes as the runs, and evenly spaced rows form one grid."""
     runs = np.array([(1000 + 8 * t, 5000 + 8 * s, n) for t, s, n in places], np.uint64)
     runs = np.ascontiguousarray(runs.reshape(-1, 3).T)
     rows = [
@@ -96,7 +105,7 @@ def test_grids_are_the_runs(places: list[tuple[int, int, int]]) -> None:
 
 
 def test_why_there_is_no_direct_storage_is_told() -> None:
-    """The library that is missing, or that the route is not built."""
+    """`why_no_gds` names the missing library, or says that the route is not built."""
     assert "cuFile" in why_no_gds()
 
 
@@ -113,7 +122,7 @@ def test_why_there_is_no_direct_storage_is_told() -> None:
 def test_runs_cover_a_job_and_are_few(
     sizes: list[int], pairs: list[tuple[int, int]], direction: int, dense: bool
 ) -> None:
-    """Byte by byte the runs are the job's pieces; neighbours on both ends are never two runs."""
+    """Runs cover exactly the job's pieces, and neighbours on both ends are always one run."""
     stride = sum(sizes) + (0 if dense else 3)
     host = bytearray(10 * stride)
     host_at = np.frombuffer(host, np.uint8).ctypes.data
@@ -144,7 +153,7 @@ def test_runs_cover_a_job_and_are_few(
 
 
 def test_runs_that_do_not_fit_are_refused() -> None:
-    """Too little room, an id out of range, a buffer of another kind."""
+    """Too little room, an id out of range or a buffer of another kind raises."""
     pages = PageMap(np.array([[4096, 8, 8, 0], [8192, 8, 8, 8]]), 4, bytearray(64), 16, None)
     ids = np.arange(2)
     with pytest.raises(ValueError, match="not three times 32"):
@@ -156,7 +165,7 @@ def test_runs_that_do_not_fit_are_refused() -> None:
 
 
 def test_a_foreign_thread_adds_to_an_eventfd() -> None:
-    """What the driver calls, called as it would."""
+    """The host function that the driver calls adds one to an eventfd on each call."""
     eventfd = os.eventfd(0, os.EFD_NONBLOCK)
     notify = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(notify_address())
     for _ in range(3):
@@ -188,7 +197,7 @@ extern "C" void run(const piece *pieces, const long long *parts, int piece_count
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Give the kernel, compiled for this CPU: its threads run one after the other."""
+    """Return the kernel compiled for this CPU, where its threads run one after another."""
     folder = tmp_path_factory.mktemp("kernel")
     (folder / "shim.cpp").write_text(SHIM)
     (folder / "paged_copy.cu").write_text(kernel.source())
@@ -216,7 +225,7 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_the_kernel_moves_the_pieces_and_nothing_else(
     on_cpu: Any, sizes: list[int], pairs: int, to_host: bool, skew: int, thread_blocks: int
 ) -> None:
-    """Its arithmetic, on any alignment: what numpy does, byte by byte."""
+    """The kernel's arithmetic, at any alignment, moves the same bytes as numpy does."""
     random = np.random.default_rng(sum(sizes) + pairs)
     blocks, stride = 5, sum(sizes) + skew
     device = random.integers(0, 256, skew + blocks * sum(sizes), np.uint8)
@@ -252,20 +261,20 @@ def test_the_kernel_moves_the_pieces_and_nothing_else(
 def test_the_kernel_compiles_and_is_kept(
     tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With NVRTC, without a GPU; the second time it is read."""
+    """NVRTC compiles the kernel without a GPU; the result is kept and read the second time."""
     pytest.importorskip("cuda.bindings.nvrtc")
     code = kernel.cubin(architecture, tmp_path)
     assert code.startswith(b"\x7fELF")
     monkeypatch.setattr(kernel, "_compile", None)
     assert kernel.cubin(architecture, tmp_path) == code
     (kept,) = tmp_path.iterdir()
-    kept.write_bytes(code[:100])  # cut short: whoever cannot load it asks for it anew
+    kept.write_bytes(code[:100])  # a truncated file: a caller that cannot load it passes `anew`
     monkeypatch.undo()
     assert kernel.cubin(architecture, tmp_path, anew=True) == code == kept.read_bytes()
 
 
 def test_an_architecture_that_is_unknown_is_named(tmp_path: Path) -> None:
-    """Nothing is kept of it."""
+    """An unknown architecture is an error that names it, and nothing is kept."""
     pytest.importorskip("cuda.bindings.nvrtc")
     with pytest.raises(BackendUnavailableError, match="sm_12: NVRTC_ERROR"):
         kernel.cubin("sm_12", tmp_path)

@@ -1,4 +1,4 @@
-"""Laws of damaged superblocks and journals: any bytes are read or skipped; nothing raises."""
+"""Laws of damaged superblocks and journals: any bytes are read or skipped, without errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WHOLE = Superblock(2, {"model_id": "müller/modell", "num_layers": 2}, 4096, 7)
 
 
 def mutated(whole: bytes, random: Random) -> bytes:
-    """Return bytes with a few of them changed, cut, doubled or made up."""
+    """Return bytes with a few random changes, cuts, insertions and repetitions."""
     data = bytearray(whole)
     for _ in range(random.randint(1, 4)):
         at = random.randrange(len(data) + 1)
@@ -43,7 +43,7 @@ def mutated(whole: bytes, random: Random) -> bytes:
 
 
 def test_any_superblock_is_read_or_passed_over(tmp_path: Path) -> None:
-    """Random bytes, and a superblock with some bytes changed, give a superblock or none."""
+    """Random bytes, or a superblock with changed bytes, are read as a superblock or as none."""
     random = Random(1)
     whole = msgspec.json.format(msgspec.json.encode(WHOLE))
     with ExitStack() as undo:
@@ -74,7 +74,7 @@ def test_any_superblock_is_read_or_passed_over(tmp_path: Path) -> None:
     ],
 )
 def test_a_superblock_that_cannot_be_is_none(tmp_path: Path, damage: object) -> None:
-    """Text that is not UTF-8, sizes that no block has, nesting and length without end."""
+    """Bad UTF-8, impossible sizes, endless nesting and excessive length mean no superblock."""
     assert callable(damage)
     text = msgspec.json.format(msgspec.json.encode(WHOLE))
     (tmp_path / superblock.NAME).write_bytes(damage(text))
@@ -83,7 +83,7 @@ def test_a_superblock_that_cannot_be_is_none(tmp_path: Path, damage: object) -> 
 
 
 def frames(random: Random) -> bytes:
-    """Return a journal of a few records."""
+    """Return a journal of a few random records."""
     content = b""
     for _ in range(random.randint(1, 6)):
         rows = np.array(random.sample(range(40), random.randint(1, 12)))
@@ -99,7 +99,7 @@ def frames(random: Random) -> bytes:
 
 
 def sealed(payload: bytes) -> bytes:
-    """Return a frame with a checksum that fits: bytes that only a decoder can object to."""
+    """Return a frame with a valid checksum, so that only a decoder can reject its payload."""
     return struct.pack("<II", len(payload), zlib.crc32(payload)) + payload
 
 
@@ -116,7 +116,7 @@ PAYLOADS = [
 
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_a_frame_that_cannot_be_decoded_ends_the_replay(tmp_path: Path, payload: bytes) -> None:
-    """What is in front of it counts, and what is behind is cut off."""
+    """Replay keeps what precedes a frame that cannot be decoded, and cuts off the rest."""
     good = journal.stored(np.arange(3), np.arange(3, dtype=np.uint64), np.ones((3, 36), np.uint8))
     (tmp_path / journal.NAME).write_bytes(good + sealed(payload) + good)
     opened = Journal(tmp_path)
@@ -126,7 +126,7 @@ def test_a_frame_that_cannot_be_decoded_ends_the_replay(tmp_path: Path, payload:
 
 
 def restore(live: journal.Live) -> None:
-    """Fill an index with what a journal says, as an engine that opens does."""
+    """Restore an index from what a journal says, as an engine does when it opens."""
     fits = live.rows < 16
     found = forest(live.blocks[fits])
     residency = Residency({Tier.HOST: 4, Tier.DISK: 16}, Eviction())
@@ -137,7 +137,7 @@ def restore(live: journal.Live) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_any_journal_is_replayed(tmp_path: Path, seed: int) -> None:
-    """Changed frames, frames of changed payloads, and random bytes: an engine opens with them."""
+    """An engine opens with changed frames, frames of changed payloads, and random bytes."""
     random = Random(seed)
     with ExitStack() as undo:
         calls = KernelCalls(open_folder(tmp_path, undo))
@@ -164,17 +164,17 @@ def test_any_journal_is_replayed(tmp_path: Path, seed: int) -> None:
 
 
 class NotText:
-    """Decodes as some releases of msgspec do where text is not UTF-8."""
+    """A decoder that fails as some releases of msgspec do where text is not UTF-8."""
 
     def decode(self, data: object, /) -> None:
-        """Raise what they raise."""
+        """Raise UnicodeDecodeError, which is not an error of msgspec's own."""
         raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
 
 
 def test_what_a_release_of_the_decoder_raises_is_no_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error that is not one of msgspec's own ends the replay, or means no superblock."""
+    """A decoder's error that is not msgspec's own also ends the replay, or means no superblock."""
     monkeypatch.setattr(journal, "_DECODER", NotText())
     monkeypatch.setattr(superblock, "_DECODER", NotText())
     assert journal.replay(frames(Random(1)))[1] == 0

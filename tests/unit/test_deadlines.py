@@ -1,4 +1,4 @@
-"""Instances whose devices do not answer: refused once, and served once they answer."""
+"""Instances whose devices do not answer: refused once, and served again once they answer."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ DEADLINE_S = 1.0
 
 
 class Rank:
-    """A rank whose oldest copy has waited for as long as the test says."""
+    """A rank whose oldest copy has waited for as long as the test sets."""
 
     def __init__(self) -> None:
         self.waited_s = 0.0
         self.failed: list[str] = []
 
     def oldest_s(self) -> float:
-        """Return for how long it has not answered."""
+        """Return how long the oldest copy has waited for its answer."""
         return self.waited_s
 
     @property
     def is_busy(self) -> bool:
-        """Return whether it has anything to answer."""
+        """Return whether a copy waits for an answer."""
         return self.waited_s > 0
 
     def fail_unsent(self, why: str) -> None:
-        """Note why what was not sent fails."""
+        """Record why unsent copies fail."""
         self.failed.append(why)
 
 
 class World:
-    """One instance of two ranks, and a note of what its watcher does."""
+    """One instance of two ranks, and a record of what its watcher does."""
 
     def __init__(self) -> None:
         self.ranks = [Rank(), Rank()]
@@ -50,7 +50,7 @@ class World:
         )
 
     def look(self, waited_s: float) -> list[str]:
-        """Return what a look does when the second rank has not answered for so long."""
+        """Return what one look does when the second rank has not answered for `waited_s`."""
         self.ranks[1].waited_s = waited_s
         self.said.clear()
         self.deadlines.look()
@@ -59,12 +59,12 @@ class World:
 
 @pytest.fixture
 def world() -> World:
-    """Return one."""
+    """Return one instance of two ranks and its watcher."""
     return World()
 
 
 async def test_an_instance_may_be_stuck_more_than_once(world: World) -> None:
-    """Each time it is refused once, and served again once, however often the watcher looks."""
+    """Each time an instance is stuck, it is refused once and served again once."""
     for times in (1, 2):
         assert world.look(DEADLINE_S) == []
         assert world.look(1.1 * DEADLINE_S) == ["stuck 7", "refused 7"]
@@ -78,7 +78,7 @@ async def test_an_instance_may_be_stuck_more_than_once(world: World) -> None:
 
 
 async def test_an_instance_that_left_while_it_was_stuck_may_come_again(world: World) -> None:
-    """Its number is served: the next instance of that number has other devices."""
+    """When a stuck instance leaves, its number is served again, for the next one's devices."""
     assert world.look(2 * DEADLINE_S) == ["stuck 7", "refused 7"]
     world.fleet.instances.clear()
     assert world.look(2 * DEADLINE_S) == ["served 7"]

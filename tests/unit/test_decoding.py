@@ -1,4 +1,4 @@
-"""Laws of decoding: bytes of any origin are decoded, or refused with one error."""
+"""Laws of decoding: bytes of any origin are decoded, or refused with one kind of error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexkv.common.errors import MalformedError
 
 
 class Note(msgspec.Struct, array_like=True, tag="note"):
-    """A message with a part of every kind."""
+    """A message with fields of every kind."""
 
     text: str
     raw: bytes
@@ -26,7 +26,7 @@ NOTE = Note("héé", b"\x00\xff", [1, 2**40], {"a": [None, 1.5, "ß"]})
 
 @pytest.mark.parametrize("module", [msgspec.json, msgspec.msgpack])
 def test_what_was_encoded_is_decoded(module: Any) -> None:
-    """Good bytes give the message back, from any kind of buffer."""
+    """An encoded message is decoded to an equal one, from any kind of buffer."""
     data = module.encode(NOTE)
     for each in (data, bytearray(data), memoryview(data)):
         assert decoded(module.Decoder(Note), each) == NOTE
@@ -47,7 +47,7 @@ def test_what_was_encoded_is_decoded(module: Any) -> None:
     ],
 )
 def test_bad_messagepack_is_malformed(data: bytes) -> None:
-    """Text that is not UTF-8, deep nesting, endless lengths and odd keys are one error."""
+    """Bad UTF-8, deep nesting, endless lengths and odd keys in MessagePack are MalformedError."""
     with pytest.raises(MalformedError) as caught:
         decoded(msgspec.msgpack.Decoder(Note), data)
     assert caught.value.length_bytes == len(data)
@@ -58,7 +58,7 @@ def test_bad_messagepack_is_malformed(data: bytes) -> None:
     "data", [b'{"a": "\xff\xfe"}', b'{"\xff": 1}', b'{"a": ' + b"[" * 100_000, b"\xff", b"{"]
 )
 def test_bad_json_is_malformed(data: bytes) -> None:
-    """The same holds for JSON."""
+    """Bad UTF-8, deep nesting and truncation in JSON are MalformedError."""
     with pytest.raises(MalformedError):
         decoded(msgspec.json.Decoder(dict[str, Any]), data)
 
@@ -77,7 +77,7 @@ def test_bad_json_is_malformed(data: bytes) -> None:
     ],
 )
 def test_every_error_of_a_decoder_is_malformed(error: Exception) -> None:
-    """Whatever a release of the decoder raises for bad bytes, callers see one error."""
+    """Any error that a release of the decoder raises for bad bytes becomes MalformedError."""
 
     class Raising:
         def decode(self, data: object, /) -> None:
@@ -89,7 +89,7 @@ def test_every_error_of_a_decoder_is_malformed(error: Exception) -> None:
 
 
 def test_mutated_messages_are_decoded_or_malformed() -> None:
-    """No change to the bytes of a message raises anything else."""
+    """A message with changed bytes is decoded or raises MalformedError, nothing else."""
     random = Random(1)
     for module in (msgspec.json, msgspec.msgpack):
         decoder, whole = module.Decoder(Note), module.encode(NOTE)

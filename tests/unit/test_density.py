@@ -1,4 +1,4 @@
-"""LHD: what is learnt from when blocks are asked for again, and what it is good for."""
+"""The lhd policy: what it learns from when blocks are asked for again, and what that gains."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from flexkv.trace.mooncake import TraceLine
 
 
 def prompts(walks: list[list[int]]) -> list[Prompt]:
-    """Give prompts of blocks by number."""
+    """Return prompts of numbered blocks."""
     return prompts_of(TraceLine(0.0, 1, 1, walk) for walk in walks)
 
 
 def ask(index: Residency, prompt: Prompt) -> int:
-    """Ask for a prompt and store what lacks, as far as it is worth it; count the hits."""
+    """Find a prompt, store what it lacks as far as that is worth it, and return its hits."""
     found, blocks = index.find(prompt.keys, use=True), len(prompt.ids)
     with index.holding(found.holdings):
         rest = Positions(found.last, blocks - found.last)
@@ -28,7 +28,7 @@ def ask(index: Residency, prompt: Prompt) -> int:
 
 
 def chats(seed: int, loyal: float) -> list[Prompt]:
-    """Give conversations: most have one turn, those that have a second have many more."""
+    """Return conversations: most have one turn, and those with a second turn have many more."""
     random = Random(seed)
     live: list[tuple[float, list[int], int]] = []
     walks, fresh = [], 1000
@@ -48,28 +48,28 @@ def chats(seed: int, loyal: float) -> list[Prompt]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_history_beats_recency_where_it_tells(seed: int) -> None:
-    """Loyal conversations are kept over one-shot prompts, in a tier far too small for all."""
+    """In a tier far too small for all, lhd keeps loyal conversations over one-shot prompts."""
     asked = chats(seed, loyal=0.9)
     assert replay(asked, 600, Eviction("lhd")).rate > 1.1 * replay(asked, 600, Eviction()).rate
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_it_is_no_worse_where_nothing_tells(seed: int) -> None:
-    """Uniformly random prompts: no class is better than another, and little is lost."""
+    """On uniformly random prompts, where all classes are alike, lhd loses little to LRU."""
     random = Random(seed)
     asked = prompts([[n, n + 10_000] for n in (random.randrange(400) for _ in range(6000))])
     assert replay(asked, 400, Eviction("lhd")).rate > replay(asked, 400, Eviction()).rate - 0.03
 
 
 def test_what_is_asked_for_in_a_circle_is_kept_in_part() -> None:
-    """LRU has no hit on a circle larger than the tier; keeping a part of it has."""
+    """On a loop larger than the tier, LRU has no hits and lhd has some, as it keeps a part."""
     asked = prompts([[n, n + 10_000] for _ in range(20) for n in range(400)])
     assert replay(asked, 400, Eviction()).rate == 0
     assert replay(asked, 400, Eviction("lhd")).rate > 0.3
 
 
 def test_the_same_prompts_again_and_again_are_uses() -> None:
-    """A few documents asked for all the time: as good as LRU, which sees each use."""
+    """On a few documents asked for all the time, lhd is about as good as LRU."""
     random = Random(5)
     walks = [[n * 1000 + block for block in range(100)] for n in range(60)]
     asked = prompts([walks[int(random.paretovariate(0.7)) % 60] for _ in range(2500)])
@@ -78,7 +78,7 @@ def test_the_same_prompts_again_and_again_are_uses() -> None:
 
 
 def hot_and_cold(random: Random, count: int) -> list[list[int]]:
-    """Give prompts of which most continue one of a few, and the others are asked for once."""
+    """Return prompts of which most continue one of a few, and the rest are asked for once."""
     walks = []
     for n in range(count):
         hot = random.randrange(80)
@@ -88,7 +88,7 @@ def hot_and_cold(random: Random, count: int) -> list[list[int]]:
 
 
 def soon_again(random: Random, count: int) -> list[list[int]]:
-    """Give prompts that are continued a few times soon after they came, and never again."""
+    """Return prompts that are continued a few times soon after they came, and never again."""
     recent: list[list[int]] = []
     walks = []
     for n in range(count):
@@ -102,7 +102,7 @@ def soon_again(random: Random, count: int) -> list[list[int]]:
 
 
 def test_a_workload_that_changed_is_learnt() -> None:
-    """What was right for long is forgotten in time: a few hot prompts first, then recency."""
+    """When hot prompts give way to recent ones, lhd unlearns the old workload in time."""
     random = Random(6)
     early, late = hot_and_cold(random, 30_000), soon_again(random, 5000)
     rates = []
@@ -114,7 +114,7 @@ def test_a_workload_that_changed_is_learnt() -> None:
 
 
 def test_a_second_look_is_not_a_use() -> None:
-    """A match before its get, or a retry of it, teaches nothing: the twin stays equal."""
+    """A second match of a prompt teaches nothing: an index without it has equally many hits."""
     once, twice = (Residency({Tier.HOST: 300}, Eviction("lhd")) for _ in range(2))
     hits = [0, 0]
     for prompt in chats(1, loyal=0.9)[:1500]:
@@ -125,7 +125,7 @@ def test_a_second_look_is_not_a_use() -> None:
 
 
 def test_a_tier_of_any_size_learns_and_stays_whole() -> None:
-    """Tiny tiers turn many epochs a prompt; what is older than all epochs can still go."""
+    """Tiny tiers, which turn many epochs per prompt, have hits and can evict all blocks."""
     for capacity in (1, 2, 7, 40, 400):
         index = Residency({Tier.HOST: capacity}, Eviction("lhd"))
         ends = [ask(index, prompt) for prompt in chats(2, loyal=0.9)[:700]]
@@ -137,7 +137,7 @@ def test_a_tier_of_any_size_learns_and_stays_whole() -> None:
 
 
 def test_old_blocks_stay_in_order_behind_the_horizon() -> None:
-    """Blocks that nobody asks for over hundreds of epochs are kept while there is room."""
+    """Blocks unused for hundreds of epochs stay in the eviction order, and can be evicted."""
     index = Residency({Tier.HOST: 64}, Eviction("lhd"))
     old, hot = prompts([[1, 2, 3], [5, 6]])
     ask(index, old)

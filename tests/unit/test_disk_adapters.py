@@ -1,4 +1,4 @@
-"""Laws of the disk adapters: few large I/Os, every error told, threads where io_uring is not."""
+"""Laws of the disk adapters: few large I/Os, every error reported, threads without io_uring."""
 
 import asyncio
 import errno
@@ -36,14 +36,14 @@ every_port = pytest.mark.parametrize("make", PORTS.values(), ids=PORTS.keys())
 
 
 def transfer(route, source_ids, target_ids, op_id=1):
-    """Give a transfer of the given ids."""
+    """Return a transfer of the given ids."""
     source_ids, target_ids = np.array(source_ids, np.int64), np.array(target_ids, np.int64)
     return Transfer(op_id=op_id, owner=1, route=route, source_ids=source_ids, target_ids=target_ids)
 
 
 @contextmanager
 def tiers(*folders, num_blocks=BLOCKS, stride=STRIDE, max_file_size_bytes=None):
-    """Give an arena and files of the same number of blocks."""
+    """Yield an arena and files of the same number of blocks."""
     files = StripedFiles.open(folders, num_blocks, stride, max_file_size_bytes)
     arena = Arena.open(num_blocks, stride)
     try:
@@ -55,7 +55,7 @@ def tiers(*folders, num_blocks=BLOCKS, stride=STRIDE, max_file_size_bytes=None):
 
 @contextmanager
 def opened(port):
-    """Give a connected port with the event that it wakes; close it after."""
+    """Yield a connected port and the event that it sets; close the port afterwards."""
     woken = asyncio.Event()
     port.connect(woken.set)
     try:
@@ -65,7 +65,7 @@ def opened(port):
 
 
 async def run(port, woken, *transfers):
-    """Give the error of each transfer, in the order of their tokens."""
+    """Run transfers, and return the error of each, in the order of their op ids."""
     for each in transfers:
         port.submit(each)
     ended = port.reap()
@@ -78,14 +78,14 @@ async def run(port, woken, *transfers):
 
 
 def extents(arena, files, route, source_ids, target_ids, io_bytes_max=4 * STRIDE):
-    """Give the extents of a transfer, memory as a block id instead of its address."""
+    """Return the extents of a transfer, with the host block id instead of the address."""
     job = DiskGeometry(arena, files, io_bytes_max).job(transfer(route, source_ids, target_ids), 0)
     rows = job.extents.tolist()
     return [(index, at, (to - arena.address) // STRIDE, size) for index, at, to, size in rows]
 
 
 def test_neighbours_are_one_io(tmp_path):
-    """Blocks that are contiguous on both ends go in one I/O, up to the bound of an I/O."""
+    """Blocks that are contiguous on both ends form one I/O, up to the largest I/O."""
     with tiers(tmp_path) as (arena, files):
         found = extents(arena, files, WRITE, [5, 6, 7, 8, 9, 20], [0, 1, 2, 3, 4, 5])
     assert found == [
@@ -96,21 +96,21 @@ def test_neighbours_are_one_io(tmp_path):
 
 
 def test_no_io_crosses_the_end_of_a_file(tmp_path):
-    """Neighbouring ids in different files are different I/Os."""
+    """Neighbouring ids in different files are in different I/Os."""
     with tiers(tmp_path, max_file_size_bytes=3 * STRIDE) as (arena, files):
         found = extents(arena, files, READ, range(1, 6), range(5))
     assert found == [(0, STRIDE, 0, 2 * STRIDE), (1, 0, 2, 3 * STRIDE)]
 
 
 def test_neighbours_of_a_stripe_are_one_io(tmp_path):
-    """Over two directories, every other id is a neighbour in its file."""
+    """Over two directories, ids two apart are neighbours in a file and form one I/O."""
     with tiers(tmp_path / "a", tmp_path / "b") as (arena, files):
         found = extents(arena, files, READ, [0, 2, 4, 1, 3], range(5))
     assert found == [(0, 0, 0, 3 * STRIDE), (1, 0, 3, 2 * STRIDE)]
 
 
 def test_no_io_crosses_two_registered_slices(tmp_path, monkeypatch):
-    """Memory is registered in slices, and an I/O lies in one of them."""
+    """Memory is registered in slices, and no I/O crosses from one into another."""
     monkeypatch.setattr(disk_jobs, "SLICE_BYTES_MAX", 10 * STRIDE + 1)
     with tiers(tmp_path) as (arena, files):
         found = extents(arena, files, READ, range(8, 12), range(8, 12))
@@ -120,7 +120,7 @@ def test_no_io_crosses_two_registered_slices(tmp_path, monkeypatch):
 
 
 def test_a_block_is_one_io_up_to_8_mib(tmp_path):
-    """A block above the bound of an I/O is still one, until it is larger than 8 MiB."""
+    """A block larger than the largest I/O is still one I/O, up to 8 MiB."""
     ids = np.arange(2)
     with tiers(tmp_path, num_blocks=2, stride=8 << 20) as (arena, files):
         job = DiskGeometry(arena, files, 2 << 20).job(transfer(READ, ids, ids), 0)
@@ -135,7 +135,7 @@ def test_a_block_is_one_io_up_to_8_mib(tmp_path):
 
 @every_port
 async def test_a_large_block_comes_back(make, tmp_path):
-    """A block that takes several I/Os is whole again."""
+    """A block that takes several I/Os comes back equal."""
     with tiers(tmp_path, num_blocks=2, stride=9 << 20) as (arena, files):
         arena.array[0] = np.random.default_rng(1).integers(0, 256, 9 << 20, np.uint8)
         with opened(make(arena, files)) as (port, woken):
@@ -162,7 +162,7 @@ async def test_a_small_ring_takes_any_number(tmp_path):
 
 @every_port
 async def test_a_file_that_ended_is_a_short_transfer(make, tmp_path):
-    """A read past the end of a truncated file says how much there was; others are unharmed."""
+    """A read past the end of a truncated file reports how much it read; other reads succeed."""
     with tiers(tmp_path) as (arena, files), opened(make(arena, files)) as (port, woken):
         os.truncate(files.paths[0], 10 * STRIDE)
         errors = await run(
@@ -195,7 +195,7 @@ async def test_a_file_that_ended_is_a_short_transfer(make, tmp_path):
     ids=["full", "unreadable", "unwritable"],
 )
 async def test_every_errno_is_told(make, tmp_path, route, stand_in, flags, number):
-    """A file that refuses is a StorageError with path, offset and errno; the port works on."""
+    """A file's refusal is a StorageError with path, offset and errno; the port goes on."""
     with tiers(tmp_path / "a", tmp_path / "b") as (arena, files):
         broken = os.open(stand_in or files.paths[1], flags)
         os.dup2(broken, files.fds[1], inheritable=False)
@@ -212,7 +212,7 @@ async def test_every_errno_is_told(make, tmp_path, route, stand_in, flags, numbe
 
 
 async def test_a_failed_transfer_drops_what_the_kernel_never_got(tmp_path):
-    """An error ends a transfer that the ring has no room for, and the next one gets through."""
+    """A failed transfer drops the I/Os that found no room in the ring; the next one succeeds."""
     with tiers(tmp_path) as (arena, files):
         port = UringDiskPort(arena, files, RingOptions(entries=1))
         with opened(port) as (port, woken):
@@ -225,7 +225,7 @@ async def test_a_failed_transfer_drops_what_the_kernel_never_got(tmp_path):
 
 
 class RefusingRing:
-    """A ring that refuses one call with an errno, and passes on the rest."""
+    """A ring that refuses one call with an errno, and forwards the others."""
 
     def __init__(self, refused, number, *arguments):
         if refused == "Ring":
@@ -237,7 +237,7 @@ class RefusingRing:
         return getattr(self._ring, name)
 
     def lend(self, buffers, register):
-        """Lend, but refuse to register when told so."""
+        """Lend buffers, unless told to refuse to register them."""
         if register and self._refused == "register":
             raise OSError(self._number, os.strerror(self._number))
         self._ring.lend(buffers, register)
@@ -249,7 +249,7 @@ class RefusingRing:
         self._ring.register_files(fds)
 
     def submit(self, op_id, write, extents):
-        """Submit, unless told to refuse."""
+        """Submit extents, unless told to refuse."""
         if self._refused == "submit":
             raise OSError(self._number, os.strerror(self._number))
         return self._ring.submit(op_id, write, extents)
@@ -257,7 +257,7 @@ class RefusingRing:
 
 @pytest.fixture
 def refuse(monkeypatch):
-    """Give a function that makes rings refuse one call."""
+    """Return a function that makes new rings refuse one call."""
 
     def install(call, number):
         monkeypatch.setattr("flexkv.io.ssd.uring.Ring", partial(RefusingRing, call, number))
@@ -266,7 +266,7 @@ def refuse(monkeypatch):
 
 
 async def test_without_memlock_it_runs_unregistered(tmp_path, refuse):
-    """When the kernel does not register the memory, the port works all the same, and says why."""
+    """If the kernel refuses to register the memory, the port works without, and has the reason."""
     refuse("register", errno.ENOMEM)
     with tiers(tmp_path) as (arena, files):
         port = UringDiskPort(arena, files, RingOptions(16))
@@ -277,7 +277,7 @@ async def test_without_memlock_it_runs_unregistered(tmp_path, refuse):
 
 
 async def test_memory_is_registered_where_it_may(tmp_path):
-    """A port on this machine is registered, or names the refusal."""
+    """A port on this machine has registered its memory, or has the reason for a refusal."""
     with tiers(tmp_path) as (arena, files):
         port = UringDiskPort(arena, files, RingOptions(16))
         with opened(port):
@@ -285,7 +285,7 @@ async def test_memory_is_registered_where_it_may(tmp_path):
 
 
 async def test_a_ring_that_refuses_work_fails_the_transfer(tmp_path, refuse):
-    """An error of io_uring itself is the transfer's, not the caller's of submit."""
+    """An error of io_uring itself fails the transfer, and is not raised by submit."""
     refuse("submit", errno.EBUSY)
     with tiers(tmp_path) as (arena, files):
         port = UringDiskPort(arena, files, RingOptions(16))
@@ -296,7 +296,7 @@ async def test_a_ring_that_refuses_work_fails_the_transfer(tmp_path, refuse):
 
 
 async def choose(arena, files, entries=16):
-    """Give the type of the port that `open_disk` chooses, and the one event that it logs."""
+    """Return the type of port that `open_disk` chooses, and the one event that it logs."""
     with capture_logs() as logs, opened(open_disk(arena, files, RingOptions(entries))) as (port, _):
         pass
     (event,) = logs
@@ -305,7 +305,7 @@ async def choose(arena, files, entries=16):
 
 
 async def test_io_uring_is_chosen_where_it_is_there(tmp_path):
-    """With O_DIRECT and io_uring, the ring serves, and the log says so."""
+    """With O_DIRECT and io_uring, the io_uring adapter is chosen, and the log says so."""
     with tiers(tmp_path) as (arena, files):
         kind, event = await choose(arena, files)
     assert (kind, event["adapter"]) == (UringDiskPort, "io_uring")
@@ -320,7 +320,7 @@ async def test_no_entries_means_threads(tmp_path):
 
 @pytest.mark.parametrize("call", ["Ring", "register_files"])
 async def test_a_kernel_without_io_uring_means_threads(tmp_path, refuse, call):
-    """Where the kernel refuses, threads serve, the log says why, and nothing is left open."""
+    """If the kernel refuses io_uring, threads are used, the log says why, nothing stays open."""
     with tiers(tmp_path) as (arena, files):
         before = os.listdir("/proc/self/fd")
         refuse(call, errno.EPERM)
@@ -332,7 +332,7 @@ async def test_a_kernel_without_io_uring_means_threads(tmp_path, refuse, call):
 
 
 async def test_buffered_files_mean_threads(tmp_path):
-    """Without O_DIRECT, threads serve, with the reason of the files."""
+    """Without O_DIRECT, threads are used, for the reason that the files give."""
     with tiers(tmp_path, stride=1000) as (arena, files):
         kind, event = await choose(arena, files)
         with opened(open_disk(arena, files, RingOptions(16))) as (port, woken):
@@ -345,10 +345,10 @@ async def test_buffered_files_mean_threads(tmp_path):
 
 
 def test_a_ring_may_have_any_descriptor():
-    """A process with thousands of files open gets io_uring as any other does."""
+    """io_uring works in a process with thousands of open files."""
 
     class Silent:
-        """A ring that says nothing until somebody waits for it, and has a high number."""
+        """A ring with a high descriptor whose end comes only at the second reap."""
 
         def __init__(self, fd):
             self._fd = fd
@@ -374,7 +374,7 @@ def test_a_ring_may_have_any_descriptor():
 
 @every_port
 async def test_a_refused_sync_is_told(make, tmp_path, monkeypatch):
-    """A device that cannot make writes durable is a StorageError for whoever waits."""
+    """A failed sync is raised to the caller as a StorageError."""
 
     def refuse_sync(fd):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -387,7 +387,7 @@ async def test_a_refused_sync_is_told(make, tmp_path, monkeypatch):
 
 @every_port
 async def test_an_idle_port_wakes_nobody(make, tmp_path):
-    """An end that was taken before its eventfd was written does not leave the fd readable."""
+    """An end that is reaped before its eventfd is written does not leave the fd readable."""
     with tiers(tmp_path) as (arena, files), opened(make(arena, files)) as (port, woken):
         for turn in range(200):
             ids = np.arange(4) * 7 + turn % 8
@@ -402,14 +402,14 @@ async def test_an_idle_port_wakes_nobody(make, tmp_path):
 
 
 def test_runs_of_large_blocks_keep_their_tails(tmp_path):
-    """Blocks that are cut for being large go one by one, however large an I/O may be."""
+    """Blocks too large for one I/O are cut singly and lose no byte, whatever the largest I/O."""
     with tiers(tmp_path, num_blocks=4, stride=10 << 20) as (arena, files):
         job = DiskGeometry(arena, files, 32 << 20).job(transfer(WRITE, range(3), range(3)), 0)
     assert int(job.extents[:, 3].sum()) == 30 << 20
 
 
 def test_threads_that_cannot_start_refuse_the_port(tmp_path, monkeypatch):
-    """The second of four threads is not to be had: nothing is left behind."""
+    """If a thread of the port cannot start, the others end and opening fails."""
     start, started = threading.Thread.start, []
 
     def refuse(thread):
@@ -427,7 +427,7 @@ def test_threads_that_cannot_start_refuse_the_port(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_close_waits_for_its_threads(tmp_path, monkeypatch):
-    """Ctrl-C does not let files be closed while threads write to them."""
+    """A close that ctrl-C interrupts still waits for its threads, which may be writing."""
     with tiers(tmp_path) as (arena, files):
         port, shutdowns = ThreadDiskPort(arena, files), []
         shut = port._threads.shutdown

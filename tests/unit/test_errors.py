@@ -1,4 +1,4 @@
-"""Errors reach another process and another thread as they are: message, fields and kind."""
+"""Errors reach other processes and threads with their message, fields and type."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from flexkv.io.private import NotPrivateError
 from flexkv.server.wire import ProtocolError
 
 FOREIGN = ("flexkv.integration.vllm", "flexkv.cli.main")
-"""Modules that need another program, or are one."""
+"""Modules that need another program, or that are a program."""
 
 EXAMPLES: list[Exception] = [
     FlexKVError("anything"),
@@ -77,7 +77,7 @@ def _raise(error: Exception) -> None:
 
 
 def _every_kind() -> Iterator[type[FlexKVError]]:
-    """Return every error class that some module of the package defines."""
+    """Yield every error class that a module of the package defines."""
     for module in pkgutil.walk_packages(flexkv.__path__, "flexkv."):
         if not module.name.startswith(FOREIGN):
             importlib.import_module(module.name)
@@ -90,7 +90,7 @@ def _every_kind() -> Iterator[type[FlexKVError]]:
 
 
 def test_there_is_an_example_of_every_error() -> None:
-    """A new class of the tree has to be added here."""
+    """Every error class of the package has an example here."""
     assert set(_every_kind()) == {type(error) for error in EXAMPLES} - {NotPrivateError}
 
 
@@ -99,7 +99,7 @@ def test_there_is_an_example_of_every_error() -> None:
 def test_errors_keep_kind_message_and_fields(
     way: Callable[[Exception], Exception], error: Exception
 ) -> None:
-    """Pickled, copied and deeply copied."""
+    """A pickled, copied or deeply copied error has the same type, message and fields."""
     error.add_note("seen by the first caller")
     again = way(error)
     assert type(again) is type(error)
@@ -108,7 +108,7 @@ def test_errors_keep_kind_message_and_fields(
 
 
 def test_a_value_that_cannot_travel_is_replaced_by_its_text() -> None:
-    """An argument may be anything: its error must reach the other process all the same."""
+    """A field that cannot be pickled is replaced by its `repr`, so that the error still arrives."""
     for value in (threading.Lock(), (n for n in range(3)), lambda: None, {"deep": [object, print]}):
         error = ConfigError("token_ids", value, "must be integers")
         for again in (_pickled(error), copy.deepcopy(error)):
@@ -119,7 +119,7 @@ def test_a_value_that_cannot_travel_is_replaced_by_its_text() -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_errors_come_out_of_a_pool(method: str) -> None:
-    """A pool whose worker cannot send its error waits for ever."""
+    """A pool's worker can raise every error; one that it could not pickle would stall the pool."""
     with multiprocessing.get_context(method).Pool(1) as pool:
         told = [pool.apply_async(_raise, (error,)) for error in EXAMPLES]
         for error, result in zip(EXAMPLES, told, strict=True):
@@ -129,7 +129,7 @@ def test_errors_come_out_of_a_pool(method: str) -> None:
 
 
 def test_a_response_travels_with_its_error() -> None:
-    """As a server in another process answers."""
+    """A pickled response keeps its status, task id and error."""
     response = KVResponse(
         KVResponseStatus.FAILED, 3, np.zeros(8, np.bool_), StorageError("/ssd", 0, 5)
     )

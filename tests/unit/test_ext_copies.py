@@ -1,4 +1,4 @@
-"""Copies between device pages and host blocks, against numpy."""
+"""Copies of the extension between device pages and host blocks, compared with numpy."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Copier = Callable[[PageMap, int, NDArray[np.int64], NDArray[np.int64]], None]
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[CopyPool]:
-    """Give a pool of two threads."""
+    """Yield a pool of two threads."""
     with_threads = CopyPool(2)
     yield with_threads
     with_threads.close()
 
 
 def reap(pool: CopyPool, count: int = 1) -> list[int]:
-    """Wait for the ends of `count` jobs."""
+    """Wait until `count` jobs have ended, and return their op ids."""
     tokens: list[int] = []
     while len(tokens) < count:
         assert select.select([pool.fileno()], [], [], 30)[0], "nothing ended"
@@ -41,7 +41,7 @@ def reap(pool: CopyPool, count: int = 1) -> list[int]:
 
 @dataclass
 class Pages:
-    """Device and host memory, and the same copies done by numpy."""
+    """Device and host memory, and the same copies made by numpy."""
 
     device: Bytes
     host: Bytes
@@ -51,7 +51,7 @@ class Pages:
     host_stride: int
 
     def map(self) -> PageMap:
-        """Describe the memory to the extension."""
+        """Return the extension's map of this memory."""
         base = self.device.ctypes.data
         rows = np.array([(base + at, *rest) for at, *rest in self.rows], np.int64)
         return PageMap(rows, self.device_blocks, self.host, self.host_stride, self.device)
@@ -59,7 +59,7 @@ class Pages:
     def expect(
         self, direction: int, device_ids: NDArray[np.int64], host_ids: NDArray[np.int64]
     ) -> tuple[Bytes, Bytes]:
-        """Give device and host as they must be after the job."""
+        """Return the device and host memory expected after a job."""
         device, host = self.device.copy(), self.host.copy()
         for device_id, host_id in zip(device_ids, host_ids, strict=True):
             for at, stride, size, offset in self.rows:
@@ -73,7 +73,7 @@ class Pages:
 
 
 def pages_of(sizes: list[int], device_blocks: int, host_blocks: int, skew: int = 0) -> Pages:
-    """Lay pieces out layer by layer on the device and one after the other in a host block."""
+    """Return memory with pieces by layer on the device, and one after another in a host block."""
     rng = np.random.default_rng(sum(sizes) + skew)
     rows, at, offset = [], skew, skew
     for size in sizes:
@@ -87,7 +87,7 @@ def pages_of(sizes: list[int], device_blocks: int, host_blocks: int, skew: int =
 
 @st.composite
 def jobs(draw: st.DrawFn) -> tuple[Pages, int, NDArray[np.int64], NDArray[np.int64]]:
-    """Draw piece sizes around the kernels' edges, a skew that unaligns them, ids, a direction."""
+    """Draw piece sizes around the kernels' limits, an unaligning skew, ids and a direction."""
     size = st.sampled_from([1, 63, 64, 65, 255, 1023, 1024, 1025, 1151, 4096, 40_000])
     sizes = draw(st.lists(size | st.integers(1, 3000), min_size=1, max_size=6))
     device_blocks, host_blocks = draw(st.integers(1, 6)), draw(st.integers(1, 6))
@@ -107,7 +107,7 @@ def test_copies_move_the_pieces_and_nothing_else(
     pooled: bool,
     urgent: bool,
 ) -> None:
-    """Every byte of device and host is as numpy leaves it, for any table, ids and alignment."""
+    """A copy leaves every byte as numpy does, for any table, ids and alignment."""
     pages, direction, device_ids, host_ids = job
     device, host = pages.expect(direction, device_ids, host_ids)
     if pooled:
@@ -122,7 +122,7 @@ def test_copies_move_the_pieces_and_nothing_else(
 @pytest.mark.parametrize("direction", [TO_HOST, TO_DEVICE])
 @pytest.mark.parametrize("sizes", [[300_001] * 3, [2_100_000], [4096] * 100])
 def test_jobs_of_many_units_are_whole(pool: CopyPool, sizes: list[int], direction: int) -> None:
-    """Units that begin and end inside pieces leave no byte out, by pool and by caller alike."""
+    """A job cut into units, even inside pieces, copies every byte, in the pool or inline."""
     pages = pages_of(sizes, 8, 8, skew=3)
     device_ids, host_ids = np.arange(6)[::-1].copy(), np.array([0, 2, 4, 1, 3, 7])
     device, host = pages.expect(direction, device_ids, host_ids)
@@ -139,7 +139,7 @@ def test_jobs_of_many_units_are_whole(pool: CopyPool, sizes: list[int], directio
 
 @pytest.mark.parametrize("size", [0, 1, 1000, (3 << 20) + 77])
 def test_copy_moves_a_run(pool: CopyPool, size: int) -> None:
-    """`CopyPool.copy` moves every byte of the run and none beside it."""
+    """`CopyPool.copy` moves every byte of the run and no other byte."""
     source = np.random.default_rng(size).integers(0, 256, size + 2, np.uint8)
     target = np.zeros(size + 2, np.uint8)
     pool.copy(target[1:-1], source[1:-1])
@@ -148,7 +148,7 @@ def test_copy_moves_a_run(pool: CopyPool, size: int) -> None:
 
 
 def test_copy_refuses_what_does_not_fit(pool: CopyPool) -> None:
-    """Lengths that differ, runs that overlap and read-only targets raise."""
+    """Unequal lengths, overlapping runs and read-only targets raise."""
     memory = bytearray(100)
     with pytest.raises(ValueError, match="target has"):
         pool.copy(bytearray(3), b"1234")
@@ -159,7 +159,7 @@ def test_copy_refuses_what_does_not_fit(pool: CopyPool) -> None:
 
 
 def test_urgent_jobs_pass_and_equal_jobs_take_turns() -> None:
-    """An urgent job ends before all background ones; of those a small one waits for no big one."""
+    """Urgent jobs end before background jobs, which take turns, so a small one ends early."""
     pool = CopyPool(1)
     pages = pages_of([1 << 20], 1, 1)
     zeros = np.zeros(512, np.int64)
@@ -172,7 +172,7 @@ def test_urgent_jobs_pass_and_equal_jobs_take_turns() -> None:
 
 
 def refused_by(copy: Copier, pages: PageMap) -> None:
-    """Check that ids out of range, of other lengths and of other kinds are refused."""
+    """Check that bad ids, directions, dtypes and maps are refused."""
     good = np.array([0, 1])
     for bad in ([0, 3], [0, -1], [2**62, 0], [-(2**63), 0]):
         with pytest.raises(ValueError, match="device_ids"):
@@ -190,7 +190,7 @@ def refused_by(copy: Copier, pages: PageMap) -> None:
 
 
 def test_bad_ids_move_nothing(pool: CopyPool) -> None:
-    """A job with one bad id is refused whole, by the pool and by `copy_now`."""
+    """The pool and `copy_now` refuse a job with one bad id as a whole."""
     pages = pages_of([100], device_blocks=3, host_blocks=2)
     device, host = pages.device.copy(), pages.host.copy()
     refused_by(copy_now, pages.map())
@@ -214,13 +214,13 @@ def test_bad_ids_move_nothing(pool: CopyPool) -> None:
     ],
 )
 def test_impossible_pieces_are_refused(row: tuple[int, ...], why: str) -> None:
-    """A piece whose addresses or place in the host block are impossible raises."""
+    """A piece with an impossible address or position in the host block raises."""
     with pytest.raises(ValueError, match=why):
         PageMap(np.array([row]), 4, bytearray(256), 64, None)
 
 
 def test_impossible_tables_are_refused() -> None:
-    """No pieces, rows of another width, no blocks and a read-only host raise."""
+    """No pieces, rows of another width, no blocks or a read-only host raise."""
     row, host = np.array([[64, 8, 8, 0]]), bytearray(64)
     with pytest.raises(ValueError, match="no pieces"):
         PageMap(row[:0], 4, host, 64, None)
@@ -235,14 +235,14 @@ def test_impossible_tables_are_refused() -> None:
 
 
 class Owner:
-    """Something that keeps device memory alive."""
+    """An object that keeps device memory alive."""
 
     def __init__(self) -> None:
         self.pages: PageMap | None = None
 
 
 def owned_map(owner: Owner, host: bytearray) -> PageMap:
-    """Map one 8-byte piece of a constant array for an owner."""
+    """Return a map of one 8-byte piece of a constant array, with an owner."""
     return PageMap(np.array([[CONSTANT.ctypes.data, 8, 8, 0]]), 1, host, 8, owner)
 
 
@@ -250,7 +250,7 @@ CONSTANT = np.arange(1)
 
 
 def test_memory_is_held_until_the_job_is_reaped(pool: CopyPool) -> None:
-    """A job keeps map, owner and host alive though nobody else does; reaping lets go."""
+    """A job keeps its map, owner and host memory alive until it is reaped."""
     owner, host, ids = Owner(), bytearray(8), np.zeros(1, np.int64)
     gone = weakref.ref(owner)
     pool.submit(1, owned_map(owner, host), TO_HOST, ids, ids, True)
@@ -265,7 +265,7 @@ def test_memory_is_held_until_the_job_is_reaped(pool: CopyPool) -> None:
 
 
 def test_a_cycle_through_the_owner_is_collected() -> None:
-    """A map that its owner holds is garbage when nobody holds the owner."""
+    """A map and its owner that refer to each other are garbage-collected."""
     owner = Owner()
     owner.pages = owned_map(owner, bytearray(8))
     gone = weakref.ref(owner)
@@ -275,7 +275,7 @@ def test_a_cycle_through_the_owner_is_collected() -> None:
 
 
 def test_close_finishes_what_is_queued() -> None:
-    """Jobs queued before close are copied and can be reaped after it; later ones are refused."""
+    """Jobs queued before close are copied, and can be reaped afterwards; later ones are refused."""
     pool, pages = CopyPool(1), pages_of([1 << 20], 4, 4)
     ids = np.arange(4)
     _, host = pages.expect(TO_HOST, ids, ids)
@@ -293,7 +293,7 @@ def test_close_finishes_what_is_queued() -> None:
 
 
 def test_a_pool_that_is_dropped_finishes_first() -> None:
-    """Without close, the last reference waits for the jobs and lets go of their memory."""
+    """Dropping a pool without close waits for its jobs, and releases their memory."""
     owner, host, ids = Owner(), bytearray(8), np.zeros(1, np.int64)
     gone = weakref.ref(owner)
     pool = CopyPool(2)
@@ -305,14 +305,14 @@ def test_a_pool_that_is_dropped_finishes_first() -> None:
 
 
 def test_threads_are_bounded() -> None:
-    """A pool of no threads, or of absurdly many, is refused."""
+    """A pool of no threads, or of far too many, is refused."""
     for threads in (0, -1, 257):
         with pytest.raises(ValueError, match="threads"):
             CopyPool(threads)
 
 
 def test_a_forked_child_can_drop_the_pool() -> None:
-    """A child, which has none of the threads, neither hangs nor takes the pool from its parent."""
+    """A forked child can close the pool without a stall, and the parent's pool still works."""
     script = """
 import os
 from flexkv._ext import CopyPool

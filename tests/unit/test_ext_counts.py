@@ -1,4 +1,4 @@
-"""Counts that are changed and asked for by number: beside numpy, and what is refused."""
+"""The extension's counts by id, compared with numpy, and the arguments that it refuses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ids_of = st.lists(st.integers(0, SIZE - 1), max_size=20)
 
 @given(st.lists(st.tuples(ids_of, st.sampled_from([-1, 0, 1])), max_size=20))
 def test_counts_are_what_numpy_makes_of_them(changes: list[tuple[list[int], int]]) -> None:
-    """Numbers that occur twice are changed twice; those that leave zero or reach it are counted."""
+    """An id changes as often as it occurs; the result is how often counts left or reached 0."""
     counts, expected = np.zeros(SIZE, np.uint32), np.zeros(SIZE, np.uint32)
     for numbers, by in changes:
         ids = np.array(numbers, np.int64)
@@ -44,7 +44,7 @@ def test_counts_are_what_numpy_makes_of_them(changes: list[tuple[list[int], int]
     ],
 )
 def test_what_is_refused_changes_nothing(counts: Any, ids: Any, by: int, error: Any) -> None:
-    """Numbers out of range, other types, memory that cannot be written."""
+    """Ids out of range, wrong types and read-only memory are refused, and no count changes."""
     with pytest.raises(error):
         change_counts(counts, np.array(ids, np.int64), by)
     if isinstance(counts, np.ndarray):
@@ -52,7 +52,7 @@ def test_what_is_refused_changes_nothing(counts: Any, ids: Any, by: int, error: 
 
 
 def test_ids_are_64_bits() -> None:
-    """Another size is refused by both."""
+    """Both functions refuse ids that are not of 64 bits."""
     for call in (lambda ids: change_counts(np.zeros(4, np.uint32), ids, 1),
                  lambda ids: any_counted(np.zeros(4, np.uint32), ids)):  # fmt: skip
         with pytest.raises(TypeError):

@@ -1,4 +1,4 @@
-"""Block keys and block ids of the extension, against plain Python."""
+"""The extension's block keys and block ids, compared with plain Python."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.unit.xxh3 import PUBLIC_SECRET, xxh3_128
 PARENT = bytes(range(16))
 SECRET = bytes(range(7, 199))
 SIZES = [1, 2, 4, 16, 28, 29, 32, 56, 57, 64, 128, 300]
-"""Tokens of a block: inputs of 20 to 1,216 bytes, on every path of the hash and at its borders."""
+"""Tokens per block: inputs of 20 to 1,216 bytes, on and between all code paths of the hash."""
 
 
 def reference_keys(
     tokens: NDArray[np.int64], tokens_per_block: int, parent: bytes, secret: bytes = SECRET
 ) -> bytes:
-    """Return the parent and the chained keys of the whole blocks, made in plain Python."""
+    """Return the parent's key and the chained keys of the whole blocks, made in plain Python."""
     keys = [parent]
     for end in range(tokens_per_block, len(tokens) + 1, tokens_per_block):
         block = tokens[end - tokens_per_block : end].astype("<u4").tobytes()
@@ -35,19 +35,19 @@ def reference_keys(
 
 @given(st.binary(min_size=17, max_size=2000))
 def test_the_plain_hash_is_that_of_another_implementation(data: bytes) -> None:
-    """Under the public constants, which the other implementation has."""
+    """Under the public constants, the plain Python hash equals that of python-xxhash."""
     assert xxh3_128(data) == xxhash.xxh3_128_digest(data)
 
 
 @given(st.binary(max_size=2000), st.integers(0, 2**64 - 1))
 def test_hash128_is_xxh3(data: bytes, seed: int) -> None:
-    """The digest is that of python-xxhash for any bytes and seed."""
+    """`hash128` equals python-xxhash for any bytes and seed."""
     assert hash128(data, seed) == xxhash.xxh3_128_digest(data, seed)
     assert hash128(data=data) == xxhash.xxh3_128_digest(data)
 
 
 def test_hash128_of_much_data_is_xxh3() -> None:
-    """A buffer so long that the GIL is released gives the same digest."""
+    """`hash128` equals python-xxhash on a buffer so long that the GIL is released."""
     data = np.random.default_rng(0).bytes(1 << 20)
     assert hash128(data) == xxhash.xxh3_128_digest(data)
 
@@ -61,7 +61,7 @@ def test_hash128_of_much_data_is_xxh3() -> None:
 def test_keys_are_chained_xxh3(
     tokens: list[int], tokens_per_block: int, parent: bytes, secret: bytes
 ) -> None:
-    """Every whole block has the digest of its parent's key and its tokens; a tail has none."""
+    """A whole block's key hashes its parent's key and its tokens; a partial block has none."""
     array_ = np.array(tokens, np.int64)
     expected = reference_keys(array_, tokens_per_block, parent, secret)
     assert chain_keys(array_, tokens_per_block, parent, secret) == expected
@@ -70,7 +70,7 @@ def test_keys_are_chained_xxh3(
 
 @pytest.mark.parametrize("tokens_per_block", SIZES)
 def test_keys_on_every_path_of_the_hash(tokens_per_block: int) -> None:
-    """Short, middle and long blocks take different code, under any secret; borders count, too."""
+    """Keys are right on each code path of the hash and at its limits, under any secret."""
     tokens = np.random.default_rng(0).integers(0, 2**32, 5 * tokens_per_block + 1)
     for secret in (SECRET, PUBLIC_SECRET):
         expected = reference_keys(tokens, tokens_per_block, PARENT, secret)
@@ -78,7 +78,7 @@ def test_keys_on_every_path_of_the_hash(tokens_per_block: int) -> None:
 
 
 def test_keys_of_a_long_prompt_are_chained_xxh3() -> None:
-    """A prompt so long that the GIL is released gives the same keys."""
+    """Keys are right for a prompt so long that the GIL is released."""
     tokens = np.random.default_rng(0).integers(0, 1 << 32, 50_001)
     assert chain_keys(tokens, 16, PARENT, SECRET) == reference_keys(tokens, 16, PARENT)
 
@@ -88,7 +88,7 @@ OUT_OF_RANGE = st.sampled_from([-1, -(2**63), 2**32, 2**40, 2**63 - 1])
 
 @given(st.lists(st.integers(0, 100) | OUT_OF_RANGE, min_size=1, max_size=80), st.integers(1, 20))
 def test_the_first_token_out_of_range_is_named(tokens: list[int], tokens_per_block: int) -> None:
-    """The error has index and value of a token of more than 32 bits, also in the tail."""
+    """The error has index and value of the first token beyond 32 bits, also in a partial block."""
     first = next((i for i, token in enumerate(tokens) if not 0 <= token < 2**32), None)
     for each in (array("q", tokens), tokens):
         if first is None:
@@ -101,14 +101,14 @@ def test_the_first_token_out_of_range_is_named(tokens: list[int], tokens_per_blo
 
 @pytest.mark.parametrize("huge", [2**63, 2**64, -(2**70), 10**100])
 def test_an_integer_of_more_than_64_bits_is_named(huge: int) -> None:
-    """Lists can hold such integers."""
+    """A list's integer of more than 64 bits is an error with its index and value."""
     with pytest.raises(ValueError, match=str(huge)) as raised:
         chain_keys([1, 2, huge, -1], 16, PARENT, SECRET)
     assert raised.value.args == (2, huge)
 
 
 def test_a_list_that_changes_as_it_is_read_does_no_harm() -> None:
-    """An item's __index__ may empty the list, itself included."""
+    """An item whose __index__ empties the list causes an error, not a crash."""
 
     class Emptying:
         def __index__(self) -> int:
@@ -122,7 +122,7 @@ def test_a_list_that_changes_as_it_is_read_does_no_harm() -> None:
 
 @pytest.mark.parametrize("code", ["q", "l", "Q", "L"])
 def test_every_8_byte_integer_format_is_read(code: str) -> None:
-    """The four formats of 8-byte integers give the same keys, and so do unaligned items."""
+    """All four formats of 8-byte integers give the same keys, and so do unaligned items."""
     expected = reference_keys(np.arange(32), 16, PARENT)
     assert chain_keys(array(code, range(32)), 16, PARENT, SECRET) == expected
     unaligned = np.frombuffer(b"x" + array(code, range(32)).tobytes(), np.int64, offset=1)
@@ -140,7 +140,7 @@ def test_other_items_are_refused(kind: type[np.generic]) -> None:
 
 
 def test_bad_arguments_are_refused() -> None:
-    """Strides, a block of no tokens, a parent of another length and unknown names raise."""
+    """Strides, wrong sizes and types, missing and unknown arguments raise."""
     tokens = np.arange(64)
     with pytest.raises((BufferError, ValueError)):
         chain_keys(tokens[::2], 16, PARENT, SECRET)
@@ -161,7 +161,7 @@ def test_bad_arguments_are_refused() -> None:
 
 
 def reference_slots(slots: list[int], per_block: int, blocks: int) -> list[int] | tuple[int, str]:
-    """Give the block ids, or the index and reason of the slot that breaks a rule first."""
+    """Return the block ids, or the index and reason of the first fault."""
     whole = len(slots) // per_block * per_block
     for index, slot in enumerate(slots):
         if not 0 <= slot < per_block * blocks:
@@ -177,7 +177,7 @@ def reference_slots(slots: list[int], per_block: int, blocks: int) -> list[int] 
 
 @st.composite
 def slot_mappings(draw: st.DrawFn) -> tuple[list[int], int, int]:
-    """Draw slots that are right, but for up to two of them."""
+    """Draw slots of which up to two are wrong."""
     per_block, blocks = draw(st.integers(1, 20)), draw(st.integers(1, 10))
     ids = draw(st.lists(st.integers(0, blocks - 1), max_size=8))
     slots = [block * per_block + i for block in ids for i in range(per_block)]
@@ -191,7 +191,7 @@ def slot_mappings(draw: st.DrawFn) -> tuple[list[int], int, int]:
 
 @given(slot_mappings())
 def test_slots_give_ids_or_the_first_fault(drawn: tuple[list[int], int, int]) -> None:
-    """Range comes before alignment before contiguity, and the first of its kind is named."""
+    """Slots give block ids, or the first fault: range before alignment before contiguity."""
     slots, per_block, blocks = drawn
     expected = reference_slots(slots, per_block, blocks)
     mapping = np.array(slots, np.int64)
@@ -207,7 +207,7 @@ def test_slots_give_ids_or_the_first_fault(drawn: tuple[list[int], int, int]) ->
 
 @pytest.mark.parametrize("slot", [-(2**63), 2**63 - 1])
 def test_extreme_slots_are_out_of_range(slot: int) -> None:
-    """The ends of int64 wrap into nothing that looks valid."""
+    """The smallest and the largest int64 are out of range, and do not wrap into valid slots."""
     with pytest.raises(ValueError, match="range") as raised:
         block_slots(np.array([slot]), 1, 2**63 - 1)
     assert raised.value.args == (0, slot, "range")
@@ -225,14 +225,14 @@ def test_prefault_keeps_the_content() -> None:
 
 
 def test_features_name_the_kernel_and_libraries() -> None:
-    """The build says what it runs on."""
+    """`features` names the SIMD kernel and the libraries of the build."""
     told = features()
     assert told.keys() == {"simd", "liburing", "xxhash"}
     assert told["simd"] in {"avx512", "avx2", "none"}
 
 
 def test_a_list_of_integers_is_packed_as_numpy_would() -> None:
-    """Of 64 bits each; what does not fit, or is no integer, is named."""
+    """`pack_int64` packs a list as numpy would; too large an integer, or no integer, raises."""
     values = [0, 1, -1, 2**63 - 1, -(2**63), 7]
     assert pack_int64(values) == np.array(values, np.int64).tobytes()
     assert pack_int64([]) == b""

@@ -1,4 +1,4 @@
-"""The io_uring ring, over real files and pipes."""
+"""The extension's io_uring ring, over real files and pipes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IOPOLL, SQPOLL, SQE128 = 1, 2, 1 << 10
 
 @pytest.fixture
 def memory() -> NDArray[np.uint8]:
-    """Give page-aligned memory of random bytes."""
+    """Return page-aligned memory of random bytes."""
     array = np.frombuffer(mmap.mmap(-1, MEMORY_BYTES), np.uint8)
     array[:] = np.random.default_rng(0).integers(0, 256, MEMORY_BYTES, np.uint8)
     return array
@@ -35,7 +35,7 @@ def memory() -> NDArray[np.uint8]:
 
 @pytest.fixture(params=[False, True], ids=["at once", "in background"])
 def ring(request: pytest.FixtureRequest) -> Iterator[Ring]:
-    """Give a ring of 8 entries."""
+    """Yield a ring of 8 entries."""
     opened = Ring(8, in_background=request.param)
     yield opened
     opened.close()
@@ -43,7 +43,7 @@ def ring(request: pytest.FixtureRequest) -> Iterator[Ring]:
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """Give the reading and the writing end of a pipe."""
+    """Yield the reading and the writing end of a pipe."""
     ends = os.pipe()
     yield ends
     for end in ends:
@@ -54,7 +54,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 def reap(ring: Ring, count: int) -> dict[int, int]:
-    """Wait for the ends of `count` extents; each token may come once."""
+    """Wait until `count` extents have ended; return the result of each op id, which is unique."""
     ended: dict[int, int] = {}
     while len(ended) < count:
         assert select.select([ring.fileno()], [], [], 30)[0], f"only {ended} ended"
@@ -65,7 +65,7 @@ def reap(ring: Ring, count: int) -> dict[int, int]:
 
 
 def rows(*extents: tuple[int, int, int, int]) -> NDArray[np.int64]:
-    """Give extents as the ring takes them."""
+    """Return extents as the array that the ring takes."""
     return np.array(extents, np.int64).reshape(-1, 4)
 
 
@@ -74,7 +74,7 @@ def rows(*extents: tuple[int, int, int, int]) -> NDArray[np.int64]:
 def test_bytes_go_out_and_come_back(
     tmp_path: Path, ring: Ring, memory: NDArray[np.uint8], registered: bool, flag: int
 ) -> None:
-    """What is written at an offset is what a reader of the file finds, and what the ring reads."""
+    """Bytes written at an offset are found there by a reader of the file, and by the ring."""
     base, half = memory.ctypes.data, MEMORY_BYTES // 2
     order = np.random.default_rng(1).permutation(16)
     fd = os.open(tmp_path / "blocks", os.O_RDWR | os.O_CREAT | flag)
@@ -98,7 +98,7 @@ def test_bytes_go_out_and_come_back(
 def test_the_end_of_a_file_ends_a_read(
     tmp_path: Path, ring: Ring, memory: NDArray[np.uint8], flag: int, size: int
 ) -> None:
-    """A read across the end moves what there is; one behind it moves nothing."""
+    """A read across the end of a file moves what the file has; one beyond the end moves nothing."""
     path = tmp_path / "short"
     path.write_bytes(bytes(memory[:size]))
     fd = os.open(path, os.O_RDONLY | flag)
@@ -114,7 +114,7 @@ def test_the_end_of_a_file_ends_a_read(
 def test_a_short_read_is_continued(
     ring: Ring, memory: NDArray[np.uint8], pipe: tuple[int, int]
 ) -> None:
-    """A read ends when all its bytes came, however they trickle in, in order."""
+    """A read ends once all its bytes have arrived in order, in however many pieces."""
     ring.lend([memory], False)
     ring.register_files([pipe[0]])
     sent = bytes(memory[:300])
@@ -130,7 +130,7 @@ def test_a_short_read_is_continued(
 def test_a_pipe_that_ends_ends_its_read(
     ring: Ring, memory: NDArray[np.uint8], pipe: tuple[int, int]
 ) -> None:
-    """A continued read that meets the end gives the bytes that came before it."""
+    """A continued read that reaches the end returns the bytes that came before it."""
     ring.lend([memory], False)
     ring.register_files([pipe[0]])
     assert ring.submit(0, False, rows((0, 0, memory.ctypes.data, 300))) == 1
@@ -142,7 +142,7 @@ def test_a_pipe_that_ends_ends_its_read(
 def test_errors_arrive_as_negative_errno(
     tmp_path: Path, ring: Ring, memory: NDArray[np.uint8]
 ) -> None:
-    """What the file refuses ends its extent with the errno, and the next one as it deserves."""
+    """A refused extent ends with its negative errno, and does not affect the others."""
     path = tmp_path / "file"
     path.write_bytes(bytes(PAGE))
     writable, direct = os.open(path, os.O_WRONLY), os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -159,7 +159,7 @@ def test_errors_arrive_as_negative_errno(
 def test_a_read_that_would_block_waits_for_its_bytes(
     ring: Ring, memory: NDArray[np.uint8], pipe: tuple[int, int]
 ) -> None:
-    """A pipe that says "try again" is no error: the read ends when the bytes are there."""
+    """A read from a non-blocking pipe waits for its bytes instead of failing with EAGAIN."""
     os.set_blocking(pipe[0], False)
     ring.lend([memory], False)
     ring.register_files([pipe[0]])
@@ -172,7 +172,7 @@ def test_a_read_that_would_block_waits_for_its_bytes(
 def test_impossible_extents_queue_nothing(
     tmp_path: Path, ring: Ring, memory: NDArray[np.uint8]
 ) -> None:
-    """One bad row refuses the call whole: nothing of it is in flight."""
+    """One bad row refuses the whole call, and nothing is in flight."""
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     base, end = memory.ctypes.data, memory.ctypes.data + MEMORY_BYTES
     good = (0, 0, base, PAGE)
@@ -204,7 +204,7 @@ def test_impossible_extents_queue_nothing(
 
 
 def test_a_full_ring_takes_a_prefix(tmp_path: Path, ring: Ring, memory: NDArray[np.uint8]) -> None:
-    """What does not fit is left to the caller, until ends are reaped."""
+    """A full ring takes a prefix of the extents; the rest can be submitted once ends are reaped."""
     (tmp_path / "file").write_bytes(bytes(memory))
     fd = os.open(tmp_path / "file", os.O_RDONLY)
     ring.lend([memory], True)
@@ -223,7 +223,7 @@ def test_a_full_ring_takes_a_prefix(tmp_path: Path, ring: Ring, memory: NDArray[
 
 
 def test_empty_operations_end_under_their_tokens(ring: Ring) -> None:
-    """Every nop ends once with 0; none of none is nothing."""
+    """Every nop ends once, with 0, under its op id; zero nops or extents queue nothing."""
     assert ring.nop(10, 0) == 0
     assert ring.submit(0, False, rows()) == 0
     assert ring.nop(10, 12) == 12
@@ -232,7 +232,7 @@ def test_empty_operations_end_under_their_tokens(ring: Ring) -> None:
 
 
 def test_close_waits_for_what_is_in_flight(tmp_path: Path, memory: NDArray[np.uint8]) -> None:
-    """After close the bytes are there, the ends can be reaped, and new work is refused."""
+    """Close waits for I/O in flight; its ends can be reaped later, and new work is refused."""
     (tmp_path / "file").write_bytes(bytes(memory))
     fd, ring = os.open(tmp_path / "file", os.O_RDONLY | os.O_DIRECT), Ring(16)
     expected, base = memory.copy(), memory.ctypes.data
@@ -251,7 +251,7 @@ def test_close_waits_for_what_is_in_flight(tmp_path: Path, memory: NDArray[np.ui
 
 
 def test_memory_is_held_until_close() -> None:
-    """Lent buffers cannot be resized or unmapped before the ring is closed or dropped."""
+    """Lent buffers cannot be resized or unmapped until the ring is closed or dropped."""
     memory, other, ring = bytearray(PAGE), bytearray(PAGE), Ring(1)
     ring.lend([memory], False)
     with pytest.raises(BufferError):
@@ -287,7 +287,7 @@ def test_what_the_kernel_refuses_is_not_lent(ring: Ring, memory: NDArray[np.uint
 
 @pytest.mark.parametrize("flags", [IOPOLL, SQPOLL, SQE128, 1 << 31])
 def test_flags_that_break_the_ring_are_refused(flags: int) -> None:
-    """Setup flags that the accounting cannot stand on raise EINVAL, as do bad sizes."""
+    """Setup flags that the ring cannot support, and bad sizes, raise EINVAL."""
     with pytest.raises(OSError, match="Invalid") as raised:
         Ring(8, flags)
     assert raised.value.errno == errno.EINVAL
@@ -297,7 +297,7 @@ def test_flags_that_break_the_ring_are_refused(flags: int) -> None:
 
 
 def in_thread(call: object) -> object:
-    """Give what a call gives or raises in another thread."""
+    """Return the result of a call in another thread, or the errno that it raises."""
     ended: list[object] = []
 
     def run() -> None:
@@ -313,7 +313,7 @@ def in_thread(call: object) -> object:
 
 
 def test_what_the_kernel_does_not_accept_is_taken_back() -> None:
-    """A refused submission raises and leaves nothing behind; a refused close can be repeated."""
+    """A submission that the kernel refuses raises, and leaves nothing in flight."""
     ring = Ring(8, flags=SINGLE_ISSUER | DEFER_TASKRUN)
     assert in_thread(lambda: ring.nop(0, 12)) == errno.EEXIST
     assert ring.in_flight == 0
@@ -323,7 +323,7 @@ def test_what_the_kernel_does_not_accept_is_taken_back() -> None:
 
 
 def test_threads_share_a_ring() -> None:
-    """Calls from several threads at once lose no end and tell none twice."""
+    """Concurrent calls from several threads lose no end and return none twice."""
     ring, ended, lock = Ring(16), [], threading.Lock()
 
     def work(first: int) -> None:
@@ -345,7 +345,7 @@ def test_threads_share_a_ring() -> None:
 
 
 def test_a_forked_child_can_drop_the_ring() -> None:
-    """A child neither waits for its parent's I/O nor takes the ring from it."""
+    """A forked child closes the ring without waiting for its parent's I/O, which goes on."""
     script = """
 import os
 from flexkv._ext import Ring
@@ -368,7 +368,7 @@ assert (ring.reap(), bytes(memory)) == ([(1, 8)], b"12345678")
 
 
 def test_deferred_work_is_announced(memory: NDArray[np.uint8], tmp_path: Path) -> None:
-    """A ring that runs completions in its owner's calls tells when there are some."""
+    """A ring that defers completions to its owner's calls makes its descriptor readable."""
     opened = Ring(8, SINGLE_ISSUER | DEFER_TASKRUN)
     opened.lend([memory], False)
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)

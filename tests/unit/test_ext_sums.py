@@ -1,4 +1,4 @@
-"""Sums of host blocks: made while bytes are copied, or of what is there: the same either way."""
+"""Checksums of host blocks: the same whether made during a copy or afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IDS = np.array([2, 0])
 
 
 def sum_of(block: NDArray[np.uint8]) -> int:
-    """Give the sum that the contract names, by another implementation of XXH3."""
+    """Return the checksum of a block by the contract, with another implementation of XXH3."""
     parts = (
         xxhash.xxh3_64_intdigest(block[at : at + CHUNK_BYTES].tobytes(), seed=at)
         for at in range(0, len(block), CHUNK_BYTES)
@@ -28,7 +28,7 @@ def sum_of(block: NDArray[np.uint8]) -> int:
 
 
 class Rig:
-    """Device and host memory, their map, and the sums that it keeps."""
+    """Device and host memory, their map, and the checksums that the map keeps."""
 
     def __init__(self, sizes: list[int], padding: int, skew: int = 0) -> None:
         rng = np.random.default_rng(sum(sizes) + padding)
@@ -44,16 +44,16 @@ class Rig:
         self.pool = CopyPool(2)
 
     def expected(self) -> list[int]:
-        """Give the sums of all host blocks as they are now."""
+        """Return the checksums of all host blocks as they are now."""
         return [sum_of(block) for block in self.host.reshape(BLOCKS, self.stride)]
 
     def reap(self) -> None:
-        """Wait for the end of one job."""
+        """Wait until one job has ended."""
         assert select.select([self.pool.fileno()], [], [], 30)[0], "nothing ended"
         assert len(self.pool.reap()) == 1
 
     def close(self) -> None:
-        """Join the threads."""
+        """Close the pool, which joins its threads."""
         self.pool.close()
 
 
@@ -70,7 +70,7 @@ SIZES = st.lists(
 def test_copies_to_the_host_keep_sums(
     sizes: list[int], padding: int, skew: int, pooled: bool
 ) -> None:
-    """The sum of a block that was filled is that of its whole stride; of others it stays."""
+    """A copy to a host block updates the checksum of its whole stride, and no other checksum."""
     rig = Rig(sizes, padding, skew)
     if pooled:
         rig.pool.submit(1, rig.pages, TO_HOST, IDS[::-1].copy(), IDS, True)
@@ -88,7 +88,7 @@ def test_copies_to_the_host_keep_sums(
 
 @pytest.mark.parametrize("size", [1_100_000, 2 * CHUNK_BYTES, 5 * CHUNK_BYTES + 3])
 def test_a_block_of_many_units_has_one_sum(size: int) -> None:
-    """What several threads sum adds up, wherever the pieces are cut."""
+    """The checksums of units that several threads copy add up to the block's, however it is cut."""
     rig = Rig([size // 3, size - size // 3], 100)
     for op_id in range(20):
         rig.pool.submit(op_id, rig.pages, TO_HOST, IDS, IDS, op_id % 2 == 0)
@@ -98,7 +98,7 @@ def test_a_block_of_many_units_has_one_sum(size: int) -> None:
 
 
 def test_copies_to_the_device_touch_no_sum() -> None:
-    """A host block that is read has the sum that it had."""
+    """A copy to the device changes no checksum."""
     rig = Rig([100, 200], 0)
     copy_now(rig.pages, TO_DEVICE, IDS, IDS)
     rig.pool.submit(1, rig.pages, TO_DEVICE, IDS, IDS, True)
@@ -108,7 +108,7 @@ def test_copies_to_the_device_touch_no_sum() -> None:
 
 
 def test_parts_that_change_places_change_the_sum() -> None:
-    """Two equal halves of different content have another sum the other way round."""
+    """Exchanging two equally long halves of a block changes its checksum."""
     rig = Rig([2 * CHUNK_BYTES], 0)
     rig.pool.checksum(1, rig.pages, IDS, False)
     rig.reap()
@@ -122,7 +122,7 @@ def test_parts_that_change_places_change_the_sum() -> None:
 
 
 def test_sums_that_cannot_be_kept_are_refused() -> None:
-    """Too few, too many, unaligned and read-only sums raise, and pieces that leave a gap."""
+    """Checksum arrays of a wrong size, unaligned or read-only, and pieces with gaps are refused."""
     host, row = bytearray(128), np.array([[64, 8, 8, 0]])
 
     def mapped(sums: object, rows: NDArray[np.int64] = row) -> PageMap:

@@ -1,4 +1,4 @@
-"""Laws of runs: nothing lost, nothing joined that is apart, nothing longer than allowed."""
+"""Laws of runs: no id is lost, no separate ids are joined, no run is longer than allowed."""
 
 import numpy as np
 import pytest
@@ -15,19 +15,19 @@ RUNS = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50), st.integers(1,
 
 
 def ids_of_runs(runs):
-    """Give the id arrays of runs (source, target, length)."""
+    """Return the id arrays of runs (source, target, length)."""
     pairs = [(s + i, t + i) for s, t, count in runs for i in range(count)]
     return ids_of_pairs(pairs)
 
 
 def ids_of_pairs(pairs):
-    """Give the two columns as int64 arrays."""
+    """Return the two columns of the pairs as int64 arrays."""
     both = np.array(pairs, dtype=np.int64).reshape(-1, 2)
     return both[:, 0].copy(), both[:, 1].copy()
 
 
 def plain_runs(source, target, blocks_max):
-    """Give what `coalesce` must give, one id at a time."""
+    """Return what `coalesce` should return, computed one id at a time."""
     starts, counts = [], []
     for i, (s, t) in enumerate(zip(source.tolist(), target.tolist(), strict=True)):
         if i and counts[-1] < blocks_max and (s, t) == (source[i - 1] + 1, target[i - 1] + 1):
@@ -40,7 +40,7 @@ def plain_runs(source, target, blocks_max):
 
 @given(pairs=PAIRS, blocks_max=st.integers(1, 10))
 def test_runs_are_those_of_the_plain_loop(pairs, blocks_max):
-    """The vectorised runs equal those that a loop over single ids finds, for any ids."""
+    """For any ids, the vectorised runs equal those of a loop over single ids."""
     source, target = ids_of_pairs(pairs)
     starts, counts = coalesce(source, target, blocks_max)
     assert (starts.tolist(), counts.tolist()) == plain_runs(source, target, blocks_max)
@@ -48,7 +48,7 @@ def test_runs_are_those_of_the_plain_loop(pairs, blocks_max):
 
 @given(runs=RUNS, blocks_max=st.integers(1, 10))
 def test_long_runs_are_cut(runs, blocks_max):
-    """Runs that are there are found, cover every id once and are never longer than allowed."""
+    """Existing runs are found, cover every id once, and are never longer than allowed."""
     source, target = ids_of_runs(runs)
     starts, counts = coalesce(source, target, blocks_max)
     assert (starts.tolist(), counts.tolist()) == plain_runs(source, target, blocks_max)
@@ -57,7 +57,7 @@ def test_long_runs_are_cut(runs, blocks_max):
 
 
 def transfer(source_ids, target_ids):
-    """Give a transfer from disk to host."""
+    """Return a transfer from disk to host."""
     return Transfer(
         op_id=7,
         owner=1,
@@ -68,7 +68,7 @@ def transfer(source_ids, target_ids):
 
 
 def test_ids_in_range_pass():
-    """The first and the last id of both pools are legal, and so is no id at all."""
+    """The first and the last id of both pools are accepted, and so are no ids."""
     check_ids(transfer([0, 9], [4, 0]), 10, 5)
     check_ids(transfer([], []), 10, 5)
 
@@ -83,6 +83,6 @@ def test_ids_in_range_pass():
     ],
 )
 def test_ids_out_of_range_are_named(source_ids, target_ids, said):
-    """Ids that no pool has, or that do not pair up, are our own mistake and say which."""
+    """Ids outside a pool, or of unequal count, raise an InvariantError that names them."""
     with pytest.raises(InvariantError, match=said):
         check_ids(transfer(source_ids, target_ids), 10, 5)

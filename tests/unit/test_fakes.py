@@ -1,4 +1,4 @@
-"""Laws of the fake port that the contract has no word for: its faults, and that a seed repeats."""
+"""Laws of the fake port beyond the contract: its faults, and that a seed repeats them."""
 
 import asyncio
 
@@ -15,7 +15,7 @@ PATIENCE_S = 20.0
 
 
 def write(op_id, blocks=BLOCKS):
-    """Give a transfer of the first blocks from host to disk."""
+    """Return a transfer of the first blocks from host to disk."""
     ids = np.arange(blocks)
     return Transfer(
         op_id=op_id, owner=1, route=Route(Tier.HOST, Tier.DISK), source_ids=ids, target_ids=ids
@@ -23,7 +23,7 @@ def write(op_id, blocks=BLOCKS):
 
 
 class Bench:
-    """A fake port with its two ends, connected to the running loop."""
+    """A fake port between two arrays, connected to the running loop."""
 
     def __init__(self, seed, failure_probability=0.0):
         self.store = np.zeros((BLOCKS, BLOCK_BYTES), np.uint8)
@@ -34,7 +34,7 @@ class Bench:
         self.port.connect(self.woken.set)
 
     async def reap(self, wanted):
-        """Give so many completions, in the order of their ends."""
+        """Wait for `wanted` completions, and return them in the order of their ends."""
         ended = []
         async with asyncio.timeout(PATIENCE_S):
             while len(ended) < wanted:
@@ -45,7 +45,7 @@ class Bench:
 
 
 async def test_a_failure_tells_its_seed_and_moves_a_part_at_most():
-    """An injected failure names the plan that replays it; some blocks may have moved, not all."""
+    """An injected failure names the seed that replays it; it may have moved some of the blocks."""
     moved = set()
     for seed in range(30):
         bench = Bench(seed, failure_probability=1.0)
@@ -60,7 +60,7 @@ async def test_a_failure_tells_its_seed_and_moves_a_part_at_most():
 
 
 async def test_a_buffer_reused_too_early_shows():
-    """Bytes written to the source before the completion was reaped get into the copy."""
+    """Bytes written to the source before its completion is reaped get into the copy."""
     spoilt = 0
     for seed in range(30):
         bench = Bench(seed)
@@ -73,7 +73,7 @@ async def test_a_buffer_reused_too_early_shows():
 
 
 def test_the_same_seed_gives_the_same_plan():
-    """Delays, failures, moments and orders are a function of the seed and of the questions."""
+    """Delays, failures, moments and orders depend only on the seed and on the calls."""
 
     def answers(plan):
         return [
@@ -86,7 +86,7 @@ def test_the_same_seed_gives_the_same_plan():
 
 
 async def test_completions_come_out_of_order():
-    """Each transfer has a delay of its own, so the order of the ends is not that of the starts."""
+    """Each transfer has its own delay, so transfers end in another order than they start."""
     bench = Bench(1)
     for op_id in range(20):
         bench.port.submit(write(op_id, blocks=1))
@@ -98,7 +98,7 @@ async def test_completions_come_out_of_order():
 
 
 async def test_sync_fails_as_planned():
-    """A disk that refuses to sync is a storage error here too."""
+    """A planned failure of sync raises StorageError."""
     bench = Bench(1, failure_probability=1.0)
     with pytest.raises(StorageError):
         await bench.port.sync()
@@ -106,7 +106,7 @@ async def test_sync_fails_as_planned():
 
 
 async def test_a_token_in_flight_is_not_taken_again():
-    """Two transfers under one token could not be told apart."""
+    """An op id that is in flight is refused, since two transfers could not be told apart."""
     bench = Bench(1)
     bench.port.submit(write(1))
     with pytest.raises(InvariantError):
@@ -116,14 +116,14 @@ async def test_a_token_in_flight_is_not_taken_again():
 
 
 def test_a_fake_needs_a_loop():
-    """Before `connect` there is no clock that the delays could follow."""
+    """Submitting before `connect` raises, since the delays have no clock yet."""
     block = np.zeros((BLOCKS, BLOCK_BYTES), np.uint8)
     with pytest.raises(InvariantError):
         FakePort(block, block, FaultPlan(1), BLOCK_BYTES).submit(write(1))
 
 
 async def test_no_end_overtakes_its_copies():
-    """Even when all moments are the same one, every byte is there when the completion is."""
+    """A completion comes after all its copies, even when all delays are zero."""
     bench = Bench(1)
     bench.faults.delay_min_s = bench.faults.delay_max_s = 0.0
     for op_id in range(BLOCKS):

@@ -1,4 +1,4 @@
-"""Laws of the SSD files: every block has one place, bounded, private, and bad places are named."""
+"""Laws of the SSD files: one place per block, bounded and private; bad directories are named."""
 
 import errno
 import fcntl
@@ -18,12 +18,12 @@ STRIDE = 4096
 
 @pytest.fixture
 def folders(tmp_path):
-    """Give three directories, which do not exist yet."""
+    """Return three directories, which do not exist yet."""
     return [tmp_path / name for name in "abc"]
 
 
 def data_files(folder):
-    """Give the names of the block files in a directory."""
+    """Return the names of the block files in a directory."""
     return sorted(path.name for path in folder.glob("*.flexkv") if path.name != NOTE_NAME)
 
 
@@ -31,7 +31,7 @@ def data_files(folder):
 @pytest.mark.parametrize("num_blocks", [1, 2, 7, 30])
 @pytest.mark.parametrize("max_file_size_bytes", [None, STRIDE - 1, 4 * STRIDE])
 def test_every_block_has_a_place_of_its_own(folders, directories, num_blocks, max_file_size_bytes):
-    """Blocks tile the files exactly, each in its directory, and no file is above its bound."""
+    """Blocks fill the files without gaps, each in its directory, and no file exceeds its bound."""
     folders = folders[:directories]
     files = StripedFiles.open(folders, num_blocks, STRIDE, max_file_size_bytes)
     file_index, offset = files.locate(np.arange(num_blocks))
@@ -49,7 +49,7 @@ def test_every_block_has_a_place_of_its_own(folders, directories, num_blocks, ma
 
 
 def test_positions_count_up_within_a_file_only(folders):
-    """Neighbours in a file have neighbouring positions; the end of a file joins nothing."""
+    """Positions are consecutive exactly for neighbours in one file."""
     files = StripedFiles.open(folders[:2], 16, STRIDE, 3 * STRIDE)
     ids = np.arange(16)
     file_index, offset = files.locate(ids)
@@ -62,7 +62,7 @@ def test_positions_count_up_within_a_file_only(folders):
 
 
 def test_space_is_allocated_and_private(folders):
-    """The files hold their space from the start, and only their owner may read them."""
+    """Files have their space from the start, and only their owner can read them."""
     files = StripedFiles.open(folders[:1], 64, STRIDE)
     status = os.fstat(files.fds[0])
     assert status.st_blocks * 512 >= 64 * STRIDE
@@ -72,7 +72,7 @@ def test_space_is_allocated_and_private(folders):
 
 
 def test_an_earlier_run_is_reused(folders):
-    """Bytes of an earlier run are still there; open makes a file private and of the right size."""
+    """Open keeps the bytes of an earlier run, and makes the file private and of the right size."""
     files = StripedFiles.open(folders[:1], 8, STRIDE)
     path = files.paths[0]
     files.close()
@@ -89,7 +89,7 @@ def test_an_earlier_run_is_reused(folders):
 
 
 def test_files_beyond_the_bound_are_removed(folders):
-    """A smaller tier leaves no file of a larger one behind, and touches nothing else."""
+    """A smaller tier removes the extra files of a larger one, and nothing else."""
     StripedFiles.open(folders[:1], 8, STRIDE, 2 * STRIDE).close()
     (folders[0] / "other.txt").write_text("not ours")
     StripedFiles.open(folders[:1], 4, STRIDE, 2 * STRIDE).close()
@@ -98,7 +98,7 @@ def test_files_beyond_the_bound_are_removed(folders):
 
 
 def test_unaligned_blocks_are_buffered(folders):
-    """Blocks that O_DIRECT cannot move go through the page cache, with the reason."""
+    """Blocks that O_DIRECT cannot move use the page cache, and `why` has the reason."""
     files = StripedFiles.open(folders[:1], 4, 1000)
     assert not files.direct
     assert "not aligned" in files.why
@@ -106,7 +106,7 @@ def test_unaligned_blocks_are_buffered(folders):
 
 
 def refuse_direct(monkeypatch, errno_of_refusal=errno.EINVAL):
-    """Make this process's filesystems refuse O_DIRECT."""
+    """Make the file systems of this process refuse O_DIRECT."""
     real = fcntl.fcntl
 
     def refusing(fd, command, argument=0):
@@ -118,7 +118,7 @@ def refuse_direct(monkeypatch, errno_of_refusal=errno.EINVAL):
 
 
 def test_a_filesystem_without_o_direct_is_buffered(monkeypatch, folders):
-    """Where the filesystem refuses, all files are buffered, and the reason names the file."""
+    """If a file system refuses O_DIRECT, all files are buffered, and the reason names the file."""
     refuse_direct(monkeypatch)
     files = StripedFiles.open(folders[:2], 4, STRIDE)
     assert not files.direct
@@ -128,7 +128,7 @@ def test_a_filesystem_without_o_direct_is_buffered(monkeypatch, folders):
 
 
 def test_direct_means_that_every_file_is(folders):
-    """`direct` is true exactly when the descriptors carry the flag."""
+    """`direct` is true exactly when all descriptors have O_DIRECT."""
     files = StripedFiles.open(folders, 9, STRIDE)
     flags = {bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT) for fd in files.fds}
     assert flags == {files.direct}
@@ -137,7 +137,7 @@ def test_direct_means_that_every_file_is(folders):
 
 
 def refused(folders, num_blocks=4):
-    """Give the ConfigError that opening raises, having checked that no descriptor is left."""
+    """Return the ConfigError that opening raises, and check that no descriptor is left."""
     before = os.listdir("/proc/self/fd")
     with pytest.raises(ConfigError) as caught:
         StripedFiles.open(folders, num_blocks, STRIDE)
@@ -146,44 +146,44 @@ def refused(folders, num_blocks=4):
 
 
 def test_a_missing_parent_is_named(tmp_path):
-    """Only the last component of a directory is created."""
+    """Only the last component of a directory is created; a missing parent is named."""
     error = refused([tmp_path / "missing" / "cache"])
     assert error.field == "ssd_cache_dir"
     assert f"{tmp_path / 'missing'} does not exist" in error.why
 
 
 def test_a_file_is_no_directory(tmp_path):
-    """A path that is a file is named as such."""
+    """A path that is a file is refused as not being a directory."""
     (tmp_path / "cache").write_text("")
     assert refused([tmp_path / "cache"]).why == "is not a directory"
 
 
 def test_a_parent_that_is_a_file_is_named(tmp_path):
-    """So is a path below a file."""
+    """For a path below a file, the error names that file."""
     (tmp_path / "file").write_text("")
     assert refused([tmp_path / "file" / "cache"]).why == f"{tmp_path / 'file'} is not a directory"
 
 
 def test_a_directory_that_takes_no_files_is_named():
-    """A directory in which nothing can be created, even by root, is named with the reason."""
+    """A directory in which not even root can create files is named, with the reason."""
     error = refused(["/sys/kernel"])
     assert error.value == "/sys/kernel/lock.flexkv"
     assert "cannot be used" in error.why
 
 
 def test_a_leftover_that_cannot_be_removed_is_named(folders):
-    """A directory that looks like a file of ours stays, and is told."""
+    """A directory with the name of a block file is an error, and stays."""
     (folders[0] / "blocks-0009.flexkv").mkdir(parents=True)
     assert "cannot be removed" in refused(folders[:1]).why
 
 
 def test_no_directory_is_an_error():
-    """An SSD tier needs a place."""
+    """An SSD tier without a directory is an error."""
     assert refused([]).field == "ssd_cache_dir"
 
 
 def test_a_directory_in_use_names_its_holder(folders):
-    """Two engines never share a directory: the second is told the pid of the first."""
+    """A second engine in a directory is refused with the pid of the first."""
     files = StripedFiles.open(folders[:1], 4, STRIDE)
     assert refused(folders[:1]).why == f"is in use by process {os.getpid()}"
     files.close()
@@ -191,12 +191,12 @@ def test_a_directory_in_use_names_its_holder(folders):
 
 
 def test_a_directory_named_twice_is_refused(folders):
-    """The same directory twice would put two files in one place."""
+    """A directory that is given twice is refused, as its files would overlap."""
     assert "is in use" in refused([folders[0], folders[0]]).why
 
 
 def test_more_than_the_disk_has_is_refused_before_it_is_filled(folders):
-    """The error names the field, its value, and the bytes that are wanted and free."""
+    """A tier larger than the free space is refused at once, with field, value and wanted bytes."""
     error = refused(folders[:2], num_blocks=1 << 40)
     assert (error.field, error.value) == ("num_ssd_blocks", 1 << 40)
     assert "needs 4,194,304.00 GB more" in error.why
@@ -213,7 +213,7 @@ def test_more_than_the_disk_has_is_refused_before_it_is_filled(folders):
     ],
 )
 def test_a_refused_allocation_is_a_configuration_error(monkeypatch, folders, number, field):
-    """A disk or quota that runs full in spite of the check is told in the same words."""
+    """An allocation that fails in spite of the check is a ConfigError that names the key."""
 
     def refuse(fd, offset, length):
         raise OSError(number, os.strerror(number))
@@ -223,7 +223,7 @@ def test_a_refused_allocation_is_a_configuration_error(monkeypatch, folders, num
 
 
 def test_an_allocation_that_fails_half_way_gives_back_what_it_took(monkeypatch, folders):
-    """Files have the size that they had, and the bytes of an earlier run."""
+    """After an allocation that fails half-way, the files of an earlier run have their old size."""
     StripedFiles.open(folders, 6, STRIDE).close()
     before = [(path, path.stat().st_blocks) for folder in folders for path in folder.glob("bl*")]
     allocate = os.posix_fallocate
@@ -242,7 +242,7 @@ def test_an_allocation_that_fails_half_way_gives_back_what_it_took(monkeypatch, 
 
 @pytest.mark.parametrize("error", [ClosedError("closed"), KeyboardInterrupt()])
 def test_an_open_that_is_cut_short_gives_back_what_it_took(folders, error):
-    """Cancelled or interrupted while files grow, it leaves them as large as they were."""
+    """An open that is cancelled or interrupted leaves the files as large as they were."""
     StripedFiles.open(folders, 6, STRIDE).close()
     before = [(path, path.stat().st_blocks) for folder in folders for path in folder.glob("bl*")]
 
@@ -257,7 +257,7 @@ def test_an_open_that_is_cut_short_gives_back_what_it_took(folders, error):
 
 
 def test_sync_reports_the_file_that_failed(monkeypatch, folders):
-    """A device that refuses to sync is a storage error with the errno and the path."""
+    """A failed sync is a StorageError with the errno and the path."""
     files = StripedFiles.open(folders[:1], 4, STRIDE)
     files.sync()
 
@@ -272,7 +272,7 @@ def test_sync_reports_the_file_that_failed(monkeypatch, folders):
 
 
 def test_close_gives_descriptors_back(folders):
-    """After close no descriptor is open; closing again does nothing."""
+    """After close no descriptor is open, and closing again does nothing."""
     before = os.listdir("/proc/self/fd")
     files = StripedFiles.open(folders, 9, STRIDE)
     files.close()
@@ -281,13 +281,13 @@ def test_close_gives_descriptors_back(folders):
 
 
 def test_a_fork_after_a_refused_open_leaves_the_numbers_alone(monkeypatch, folders):
-    """The descriptors that a failed open had are somebody else's by then: a child keeps those."""
+    """A forked child does not close descriptors whose numbers a failed open had used before."""
     seen = []
     open_all = StripedFiles._open_all
 
     def refuse(files, options, failing):
         open_all(files, options, failing)
-        seen.append(files)  # whoever handles the error may keep its frames
+        seen.append(files)  # the handler of the error may keep its frames alive
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(StripedFiles, "_open_all", refuse)

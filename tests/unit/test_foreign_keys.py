@@ -1,4 +1,4 @@
-"""Keys that another process made up: checked before they can break the index."""
+"""Keys that another process made up are checked before they can break the index."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCKS = 8
 
 
 def key(number: int) -> bytes:
-    """Return a key."""
+    """Return the key of a number."""
     return bytes([number]) * 16
 
 
@@ -25,7 +25,7 @@ def chain(*numbers: int) -> bytes:
 
 
 def stored(residency: Residency, keys: bytes) -> None:
-    """Store the blocks that are not there, as a put would."""
+    """Store the blocks that are absent, as a put would."""
     blocks = len(keys) // 16 - 1
     groups = residency.survey(keys, 0, blocks)
     for states, positions, _ in groups:
@@ -39,7 +39,7 @@ def stored(residency: Residency, keys: bytes) -> None:
     [
         (chain(0, 1, 2, 3), 3),
         (chain(0, 1, 2, 9, 8), 4),
-        (chain(0, 2), 1),  # at another position: its line of the table is another one
+        (chain(0, 2), 1),  # at another position, block 2 is another entry
         (chain(0, 1, 9, 3), 2),
         (chain(7, 1), 0),
         (chain(0, 1, 2, 1), 2),
@@ -50,7 +50,7 @@ def stored(residency: Residency, keys: bytes) -> None:
     ],
 )
 def test_a_block_that_is_known_has_one_parent(keys: bytes, agreeing: int) -> None:
-    """Another parent, or a block named twice, ends the agreement; new blocks agree."""
+    """Keys agree with the index up to a known block with another parent, or a repeated block."""
     residency = Residency({Tier.HOST: BLOCKS})
     stored(residency, chain(0, 1, 2, 3))
     assert residency.agreeing(keys) == agreeing
@@ -58,7 +58,7 @@ def test_a_block_that_is_known_has_one_parent(keys: bytes, agreeing: int) -> Non
 
 @pytest.mark.parametrize("seed", range(20))
 def test_chains_that_agree_keep_every_law(seed: int) -> None:
-    """Random orders of few keys, roots among them, in an index that evicts all the time."""
+    """Random chains of few keys that agree keep every law of an index that evicts all the time."""
     chance, residency = random.Random(seed), Residency({Tier.HOST: BLOCKS, Tier.DISK: BLOCKS})
     taken = 0
     for _ in range(300):
@@ -71,7 +71,7 @@ def test_chains_that_agree_keep_every_law(seed: int) -> None:
 
 
 def test_chains_that_were_not_checked_break_the_index() -> None:
-    """The same chains, taken unchecked, break it: this is why they are checked."""
+    """The same chains break the index without the check."""
     broken = 0
     for seed in range(20):
         chance, residency = random.Random(seed), Residency({Tier.HOST: BLOCKS})
@@ -85,7 +85,7 @@ def test_chains_that_were_not_checked_break_the_index() -> None:
 
 
 def test_keys_of_any_length_are_taken() -> None:
-    """Bytes that are not whole keys are refused as everywhere."""
+    """Keys of any number are checked; bytes that are not whole keys are refused."""
     residency = Residency({Tier.HOST: BLOCKS})
     assert residency.agreeing(np.random.default_rng(0).bytes(16 * 10_001)) == 10_000
     for keys in (b"", b"x" * 17):

@@ -1,4 +1,4 @@
-"""Breakers: when a direction of a tier is left alone, tried again, and believed in again."""
+"""Breakers: when a direction of a tier is avoided, tried again, and used again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from flexkv.actors.health import BACKOFF_MAX_S, BACKOFF_MIN_S, FAILURES_MAX, Bre
 
 
 def down(now_s: float = 0.0) -> Breaker:
-    """Give a breaker that has just opened."""
+    """Return a breaker that has just opened."""
     breaker = Breaker()
     assert [breaker.failed(now_s) for _ in range(FAILURES_MAX)] == [False] * (FAILURES_MAX - 1) + [
         True
@@ -15,7 +15,7 @@ def down(now_s: float = 0.0) -> Breaker:
 
 
 def test_failures_in_a_row_open_it_and_single_ones_do_not() -> None:
-    """A success between failures starts the count anew."""
+    """A breaker opens after failures in a row; a success starts the count anew."""
     breaker = Breaker()
     for _ in range(10):
         assert not breaker.failed(0.0)
@@ -25,7 +25,7 @@ def test_failures_in_a_row_open_it_and_single_ones_do_not() -> None:
 
 
 def test_each_trial_that_fails_doubles_the_pause() -> None:
-    """Up to a bound; failures of what was begun before count for nothing."""
+    """Each failed trial doubles the pause, up to a bound; failures of older ops do not count."""
     breaker, now_s, pause_s = down(), 0.0, BACKOFF_MIN_S
     for _ in range(10):
         assert not breaker.failed(now_s + pause_s / 2)
@@ -40,7 +40,7 @@ def test_each_trial_that_fails_doubles_the_pause() -> None:
 
 
 def test_a_trial_that_succeeds_closes_it() -> None:
-    """And the next pause is the shortest again."""
+    """A successful trial closes the breaker, and the next pause is the shortest again."""
     breaker = down()
     assert breaker.succeeded()
     assert breaker.health is Health.UP
@@ -48,7 +48,7 @@ def test_a_trial_that_succeeds_closes_it() -> None:
 
 
 def test_what_hangs_is_left_alone_until_something_comes_back() -> None:
-    """However long that takes; then it is tried at once."""
+    """A direction that hangs is not used until an I/O comes back, and is then tried at once."""
     breaker = Breaker()
     assert breaker.hung()
     assert not breaker.hung()
@@ -60,7 +60,7 @@ def test_what_hangs_is_left_alone_until_something_comes_back() -> None:
 
 
 def test_what_is_lost_stays_down() -> None:
-    """Whatever comes back of it: no trial, no success and no hang changes that."""
+    """A lost direction stays down, whatever trial, success, hang or late end follows."""
     breaker = Breaker()
     breaker.lose()
     assert not breaker.usable(1e9)
@@ -73,7 +73,7 @@ def test_what_is_lost_stays_down() -> None:
 
 
 def test_one_end_does_not_bring_back_what_hangs() -> None:
-    """While another I/O is late, it stays hung; once none is, a success brings it back."""
+    """A direction stays hung while any I/O is late; then a success brings it back."""
     breaker = Breaker()
     breaker.hung()
     assert not breaker.succeeded()

@@ -1,4 +1,4 @@
-"""Replaying traces: the index beside plain models, bounds above policies, and the command."""
+"""Replay of traces: the index against plain models, policies against bounds, and the command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RUNNER = CliRunner()
 
 
 def lines(seed: int, requests: int = 120) -> list[TraceLine]:
-    """Give requests that share prefixes: walks down a random tree, some of them again."""
+    """Return requests that share prefixes: random walks down a tree, some of them continued."""
     random = Random(seed)
     walks: list[list[int]] = []
     for _ in range(requests):
@@ -35,7 +35,7 @@ def lines(seed: int, requests: int = 120) -> list[TraceLine]:
 
 
 def lru(prompts: list[Prompt], capacity: int) -> int:
-    """Count the hits of a plain LRU of blocks, a request's leaf being its least recent."""
+    """Return the hits of a plain LRU of blocks, in which a request's leaf is its least recent."""
     order: OrderedDict[int, None] = OrderedDict()
     hits = 0
     for prompt in prompts:
@@ -57,7 +57,7 @@ def lru(prompts: list[Prompt], capacity: int) -> int:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_lru_of_the_index_is_that_of_a_plain_model(seed: int) -> None:
-    """Hit for hit, at every capacity."""
+    """The index under lru has exactly the hits of a plain LRU, at every capacity."""
     prompts = prompts_of(lines(seed))
     for capacity in (10, 25, 60):
         assert replay(prompts, capacity, Eviction("lru")).hit_blocks == lru(prompts, capacity)
@@ -65,7 +65,7 @@ def test_lru_of_the_index_is_that_of_a_plain_model(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_policy_beats_the_bounds(seed: int) -> None:
-    """Belady with bypass is above every policy and below an endless tier, and meets it."""
+    """No policy beats Belady with bypass, which stays below an endless tier unless it is large."""
     prompts = prompts_of(lines(seed))
     most = infinite(prompts)
     for capacity in (5, 20, 1000):
@@ -78,7 +78,7 @@ def test_no_policy_beats_the_bounds(seed: int) -> None:
 
 
 def test_equal_ids_behind_other_prefixes_are_other_blocks() -> None:
-    """A hash id names a block only together with what is before it."""
+    """A hash id names a block only together with the ids before it."""
     prompts = prompts_of([TraceLine(0, 1, 1, [1, 7]), TraceLine(0, 1, 1, [2, 7])])
     assert len({*prompts[0].ids, *prompts[1].ids}) == 4
     assert infinite(prompts).rate == 0
@@ -87,7 +87,7 @@ def test_equal_ids_behind_other_prefixes_are_other_blocks() -> None:
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
-    """Give a small trace file."""
+    """Return the path of a small trace file."""
     file = tmp_path / "trace.jsonl"
     fields = ("timestamp", "input_length", "output_length", "hash_ids")
     rows = [{name: getattr(line, name) for name in fields} for line in lines(1)]
@@ -96,7 +96,7 @@ def trace(tmp_path: Path) -> Path:
 
 
 def test_the_command_prints_and_draws(trace: Path, tmp_path: Path) -> None:
-    """A table of every policy and bound, a PNG, and an HTML page with the same figures."""
+    """The command prints a table of every policy and bound, and draws a PNG and an HTML page."""
     stem = tmp_path / "hits"
     result = RUNNER.invoke(
         commands, ["replay-hits", str(trace), "--blocks", "20,50", "--plot", str(stem)]
@@ -110,7 +110,7 @@ def test_the_command_prints_and_draws(trace: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_gives_json(trace: Path) -> None:
-    """One object on standard output: capacities, and a rate for each policy and capacity."""
+    """With --json the command prints one object: capacities, and rates by policy and capacity."""
     arguments = [
         "replay-hits",
         str(trace),
@@ -140,7 +140,7 @@ def test_the_command_gives_json(trace: Path) -> None:
 def test_the_command_refuses_what_it_cannot_do(
     trace: Path, arguments: list[str], field: str
 ) -> None:
-    """The error names the option and the value."""
+    """A wrong option is an error that names it."""
     result = RUNNER.invoke(commands, ["replay-hits", str(trace), "--no-plot", *arguments])
     assert isinstance(result.exception, ConfigError)
     assert result.exception.field == field
@@ -149,7 +149,7 @@ def test_the_command_refuses_what_it_cannot_do(
 def test_without_matplotlib_the_command_says_what_to_do(
     trace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The missing extra is named before anything is replayed."""
+    """Without matplotlib, the command names the missing extra before it replays anything."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = RUNNER.invoke(commands, ["replay-hits", str(trace)])
     assert isinstance(result.exception, FlexKVError)

@@ -1,4 +1,4 @@
-"""Holds of what matches have found: a time to live, and a share of each tier."""
+"""Holds of what matches found: their time to live, and their share of each tier."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Keeper:
         self._claims, self._next = residency.claims, 0
 
     def hold(self, holdings: list[Holding]) -> tuple[int, ...]:
-        """Pin blocks."""
+        """Pin blocks, and return the op ids of the claims."""
         op_ids = []
         for holding in holdings:
             self._next += 1
@@ -35,7 +35,7 @@ class Keeper:
         return tuple(op_ids)
 
     def release(self, op_ids: tuple[int, ...]) -> None:
-        """Take the pins off."""
+        """End the claims, which unpins the blocks."""
         for op_id in op_ids:
             self._claims.settle(op_id, filled=False)
 
@@ -51,18 +51,18 @@ class Rig:
         self.holds = Holds(cast(Scheduler, Keeper(self.residency)), self.residency)
 
     def hold(self, group: int, number: int, begin: int, end: int) -> None:
-        """Hold some of the blocks."""
+        """Hold the blocks from `begin` to `end`."""
         ids = np.arange(begin, end, dtype=np.int64)
         self.holds.hold(group, number, [Holding(Tier.HOST, ids)])
 
     @property
     def pinned(self) -> int:
-        """Count the blocks that are held."""
+        """Return the number of blocks that are pinned."""
         return self.residency.counts(Tier.HOST).pinned
 
 
 def test_a_hold_ends_by_itself() -> None:
-    """After HOLD_S, each at its own time, by one timer; ending it again is harmless."""
+    """Each hold ends HOLD_S after it began, all by one timer; ending it again is harmless."""
 
     async def check() -> None:
         rig, loop = Rig(), asyncio.get_running_loop()
@@ -83,7 +83,7 @@ def test_a_hold_ends_by_itself() -> None:
 
 
 def test_a_hold_that_is_made_anew_lives_from_then_on() -> None:
-    """Under the same number: what it kept before is let go."""
+    """A new hold under the same number replaces the old one, and its time starts anew."""
 
     async def check() -> None:
         rig = Rig()
@@ -99,7 +99,10 @@ def test_a_hold_that_is_made_anew_lives_from_then_on() -> None:
 
 
 def test_holds_keep_half_of_a_tier_at_most_and_the_oldest_goes_first() -> None:
-    """Blocks that several holds keep count once; a hold that is too large keeps its first ones."""
+    """Holds pin at most half of a tier, and the oldest goes first.
+
+    Blocks that several holds pin count once. A hold that is too large keeps its first blocks.
+    """
 
     async def check() -> None:
         rig = Rig()
@@ -126,7 +129,7 @@ def test_holds_keep_half_of_a_tier_at_most_and_the_oldest_goes_first() -> None:
 
 
 def test_a_group_that_holds_much_loses_before_one_that_holds_little() -> None:
-    """Whichever is older."""
+    """The group that holds more loses a hold first, even if its holds are younger."""
 
     async def check() -> None:
         rig = Rig()
@@ -140,7 +143,7 @@ def test_a_group_that_holds_much_loses_before_one_that_holds_little() -> None:
 
 
 def test_the_number_of_holds_is_bounded() -> None:
-    """Even if all holds of a group keep the same block; what ended holds leave is bounded, too."""
+    """Each group has at most HOLDS_MAX holds, and ended holds leave only bounded records."""
 
     async def check() -> None:
         rig = Rig()
@@ -159,7 +162,7 @@ def test_the_number_of_holds_is_bounded() -> None:
 
 
 def test_what_it_takes_to_remember_holds_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many holds of the same blocks count once in the tier, and each for itself here."""
+    """The blocks of all holds of a group are bounded, with repeated blocks counted each time."""
     monkeypatch.setattr(pins, "HELD_BLOCKS_MAX", 20)
 
     async def check() -> None:

@@ -1,4 +1,4 @@
-"""The journal against a dict, whole and cut at any byte; superblocks; families of blocks."""
+"""The journal against a dict, whole or cut at any byte; superblocks; forests of blocks."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from flexkv.testing.faults import FaultPlan
 from flexkv.testing.lossy_files import LossyFiles
 
 Model = dict[int, tuple[int, bytes]]
-"""Row -> sum and block."""
+"""For each row, its checksum and block."""
 
 
 def random_frames(seed: int, count: int = 30) -> list[tuple[bytes, Model]]:
-    """Give frames, and what is live behind each."""
+    """Return random frames, each with the rows that are live after it."""
     random, live = Random(seed), Model()
     told = []
     for _ in range(count):
@@ -54,7 +54,7 @@ def random_frames(seed: int, count: int = 30) -> list[tuple[bytes, Model]]:
 
 
 def model_of(live: journal.Live) -> Model:
-    """Give what a replay found as a dict."""
+    """Return what a replay found as a dict."""
     return {
         row: (int(s), block.tobytes())
         for row, s, block in zip(live.rows.tolist(), live.sums, live.blocks, strict=True)
@@ -63,7 +63,7 @@ def model_of(live: journal.Live) -> Model:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_replay_gives_the_last_word_on_every_row(seed: int) -> None:
-    """Whatever was stored, erased and cleared, in whatever order."""
+    """Replay returns the last state of every row, after any stores, erasures and clears."""
     told = random_frames(seed)
     content = b"".join(frame for frame, _ in told)
     live, whole = journal.replay(content)
@@ -73,7 +73,7 @@ def test_replay_gives_the_last_word_on_every_row(seed: int) -> None:
 
 
 def test_replay_ends_where_the_file_does() -> None:
-    """Cut at any byte, the journal says what it said at the last whole frame before it."""
+    """A journal cut at any byte says what it said at its last whole frame."""
     told = random_frames(1, 6)
     content, ends = b"".join(frame for frame, _ in told), [0]
     for frame, _ in told:
@@ -87,7 +87,7 @@ def test_replay_ends_where_the_file_does() -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_a_flipped_bit_hides_its_frame_and_what_follows(seed: int) -> None:
-    """No flipped bit makes anybody believe in what was never written."""
+    """A flipped bit invalidates its frame and the later ones, and adds nothing."""
     random, told = Random(seed), random_frames(seed, 8)
     content = bytearray(b"".join(frame for frame, _ in told))
     at = random.randrange(len(content))
@@ -98,7 +98,7 @@ def test_a_flipped_bit_hides_its_frame_and_what_follows(seed: int) -> None:
 
 
 def test_a_torn_tail_is_cut_and_written_over(tmp_path: Path) -> None:
-    """What is appended after a crash is found behind what was whole."""
+    """Open cuts off a torn frame, and later frames follow the last whole one."""
     told = random_frames(3, 4)
     content = b"".join(frame for frame, _ in told)
     (tmp_path / journal.NAME).write_bytes(content[:-3])
@@ -114,7 +114,7 @@ def test_a_torn_tail_is_cut_and_written_over(tmp_path: Path) -> None:
 
 
 def test_a_new_journal_takes_the_place_of_the_old(tmp_path: Path) -> None:
-    """What is appended meanwhile is in both; a half-written new one is not looked at."""
+    """A new journal has what was appended while it was written; a half-written one is ignored."""
     told = random_frames(4, 9)
     opened = Journal(tmp_path)
     for frame, _ in told[:5]:
@@ -139,7 +139,7 @@ def test_a_new_journal_takes_the_place_of_the_old(tmp_path: Path) -> None:
 def test_a_journal_that_takes_no_more_keeps_what_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A frame that could be written in part only is cut off again."""
+    """A frame that could be written only in part is cut off again."""
     told = random_frames(5, 3)
     opened = Journal(tmp_path)
     opened.append(told[0][0])
@@ -164,7 +164,7 @@ def test_a_journal_that_takes_no_more_keeps_what_is_whole(
 
 
 def test_a_journal_that_cannot_be_opened_leaves_no_file_open() -> None:
-    """It cannot be read, cut or synced by name: the error is told, and the file is closed."""
+    """When a call of open fails, the journal raises its error and leaves no file open."""
     for call in ("read", "size", "sync_folder"):
         files = LossyFiles(FaultPlan(0))
 
@@ -179,9 +179,9 @@ def test_a_journal_that_cannot_be_opened_leaves_no_file_open() -> None:
 
 @pytest.mark.parametrize("seed", range(300))
 def test_a_loss_of_power_keeps_what_was_synced(seed: int) -> None:
-    """Whatever is written anew meanwhile: the journal says what it said at the last sync or later.
+    """After a loss of power, the journal says what it said at the last sync or later.
 
-    The world stops in front of any call to the file system.
+    This holds for a stop before any file system call, even while the journal is written anew.
     """
     random, told = Random(seed), random_frames(seed, 30)
     states, synced, calls = [{}, *(model for _, model in told)], 0, 0
@@ -217,7 +217,7 @@ def test_a_loss_of_power_keeps_what_was_synced(seed: int) -> None:
 
 
 def call_at_random(calls: FileCalls, folder: Path, random: Random) -> Iterator[object]:
-    """Make calls, as one seed says, and give what every file has after each."""
+    """Make the calls that one seed determines; yield the results and all contents after each."""
     names, fds = [folder / "a", folder / "b"], [calls.open(folder / "a")]
     there = {names[0]}
 
@@ -258,7 +258,7 @@ def call_at_random(calls: FileCalls, folder: Path, random: Random) -> Iterator[o
 
 @pytest.mark.parametrize("seed", range(20))
 def test_lossy_files_are_like_the_kernel_s(tmp_path: Path, seed: int) -> None:
-    """The same calls to both give and leave the same."""
+    """The same calls to lossy files and to the kernel return and leave the same."""
     real = call_at_random(KERNEL, tmp_path, Random(seed))
     fake = call_at_random(LossyFiles(FaultPlan(0)), tmp_path, Random(seed))
     assert list(real) == list(fake)
@@ -270,7 +270,7 @@ WANTED = Superblock(1, {"dtype": "float16", "num_layers": 2}, 4096, None)
 
 
 def opened(folder: Path, wanted: Superblock) -> journal.Live:
-    """Give what the journal of a directory says to an engine that wants these blocks."""
+    """Return what a directory's journal says to an engine with this superblock."""
     with ExitStack() as undo:
         (one,) = open_journals([open_folder(folder, undo)], wanted, undo)
         if not len(one.live.rows):
@@ -289,7 +289,7 @@ def opened(folder: Path, wanted: Superblock) -> journal.Live:
     ],
 )
 def test_blocks_of_another_kind_are_not_believed_in(tmp_path: Path, other: Superblock) -> None:
-    """A directory of another model, stride, file size or version is emptied, or refused."""
+    """A directory for another model, stride, file size or version is emptied, or refused."""
     opened(tmp_path, WANTED)
     assert len(opened(tmp_path, WANTED).rows)
     with pytest.raises(ConfigError, match="another kind") as caught:
@@ -302,7 +302,7 @@ def test_blocks_of_another_kind_are_not_believed_in(tmp_path: Path, other: Super
 
 
 def test_a_journal_without_a_superblock_is_not_believed_in(tmp_path: Path) -> None:
-    """Nobody knows what its blocks are."""
+    """A journal without a superblock is not used, since the kind of its blocks is unknown."""
     opened(tmp_path, WANTED)
     (tmp_path / superblock.NAME).write_bytes(b"[" * 100_000)
     with pytest.raises(ConfigError, match="no superblock"):
@@ -311,7 +311,7 @@ def test_a_journal_without_a_superblock_is_not_believed_in(tmp_path: Path) -> No
 
 
 def test_a_record_that_is_not_whole_ends_the_replay() -> None:
-    """Though its frame is: lists of different lengths are nobody's."""
+    """A record whose lists differ in length ends the replay, even in a whole frame."""
     good = random_frames(2, 1)[0][0]
     for record in (
         journal.Stored(b"1234", b"12345678", b"short"),
@@ -323,7 +323,7 @@ def test_a_record_that_is_not_whole_ends_the_replay() -> None:
 
 
 def test_what_is_too_long_for_a_frame_goes_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many rows are noted at once."""
+    """More rows than fit one frame are written as several frames."""
     monkeypatch.setattr(journal, "FRAME_ROWS_MAX", 3)
     rows, blocks = np.arange(8), np.arange(8 * RECORD_BYTES, dtype=np.uint8)
     content = journal.stored(rows, rows.astype(np.uint64), blocks, 5)
@@ -338,7 +338,7 @@ def test_what_is_too_long_for_a_frame_goes_in_several(monkeypatch: pytest.Monkey
 def test_a_new_journal_that_takes_no_more_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The old one goes on; a half-written one never takes its place."""
+    """A new journal that cannot be written is given up, and the old one goes on."""
     told = random_frames(7, 6)
     one = Journal(tmp_path)
     one.append(told[0][0])
@@ -360,7 +360,7 @@ def test_a_new_journal_that_takes_no_more_is_given_up(
 
 
 def test_a_journal_is_a_file_of_ours(tmp_path: Path) -> None:
-    """Nothing is read from a pipe in its place, nor written through a link."""
+    """A pipe or a link in the journal's place is refused."""
     place = tmp_path / journal.NAME
     os.mkfifo(place)
     with pytest.raises(ConfigError, match="regular"):
@@ -371,11 +371,11 @@ def test_a_journal_is_a_file_of_ours(tmp_path: Path) -> None:
         Journal(tmp_path)
 
 
-# -- families ------------------------------------------------------------------------------------
+# -- forests -------------------------------------------------------------------------------------
 
 
 def blocks_of(tree: list[tuple[int, int, bool]]) -> NDArray[np.uint8]:
-    """Give (key, parent's key, whether it is the first) as the index exports them."""
+    """Return (key, parent's key, whether it is a first block) as the index exports them."""
     content = b"".join(
         key.to_bytes(8, "little") * 2 + above.to_bytes(8, "little") * 2
         + bytes([first, 0, 0, 0])
@@ -386,7 +386,10 @@ def blocks_of(tree: list[tuple[int, int, bool]]) -> NDArray[np.uint8]:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_forest_is_what_first_blocks_lead_to(seed: int) -> None:
-    """Orphans and circles are left out; of a key that is there twice, the last counts."""
+    """A forest has the blocks reachable from first blocks; of a repeated key, the last one counts.
+
+    Orphans and cycles are left out.
+    """
     random = Random(seed)
     keys = range(1, random.randint(2, 60))
     tree = [

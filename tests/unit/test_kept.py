@@ -1,4 +1,4 @@
-"""Laws of the cache for devices: only our own files are used, and none is needed."""
+"""Laws of the cache for device code and choices: it uses only our own files, and needs none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexkv.io.cuda import kept
 
 
 def test_what_is_kept_is_found_again(tmp_path: Path) -> None:
-    """Its file and directory are private, and it is found until it is forgotten."""
+    """A kept file and its directory are private, and the file is found until it is forgotten."""
     path = tmp_path / "made" / "flexkv" / "code"
     kept.write(path, b"first")
     kept.write(path, b"second")
@@ -38,7 +38,7 @@ def test_what_is_kept_is_found_again(tmp_path: Path) -> None:
 def test_what_others_could_have_written_is_not_believed_in(
     tmp_path: Path, change: Callable[[Path], object]
 ) -> None:
-    """It would be run on the device."""
+    """A file that others could have written is ignored, since the device would run it."""
     path = tmp_path / "flexkv" / "code"
     kept.write(path, b"code")
     change(path)
@@ -46,7 +46,7 @@ def test_what_others_could_have_written_is_not_believed_in(
 
 
 def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
-    """Neither where the file is made nor where it goes."""
+    """Nothing is written through a link, neither at the temporary name nor at the final one."""
     path, other = tmp_path / "flexkv" / "code", tmp_path / "other"
     other.write_text("precious")
     path.parent.mkdir(0o700)
@@ -58,7 +58,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
 
 
 def test_without_a_home_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No directory called "~" is made."""
+    """Without a home directory nothing is kept, and no directory called "~" is made."""
     monkeypatch.chdir(tmp_path)
     kept.write(Path("~/.cache/flexkv/code"), b"code")
     assert os.listdir() == []

@@ -1,4 +1,4 @@
-"""Block keys: the same for the same, different for anything else; an independent hash agrees."""
+"""Block keys: equal for equal input, different otherwise, and confirmed by another hash."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ PARENT = bytes(range(16))
 
 
 def chain(per_block: int = 16, secret: str = "", **changes: Any) -> KeyChain:
-    """Give a key chain whose model differs from the base in `changes`."""
+    """Return a key chain for the base model with `changes`."""
     return KeyChain(ModelConfig(**{**BASE, **changes}), per_block, secret)
 
 
 def test_layers_of_other_shapes_have_other_keys() -> None:
-    """However the same heads are spread over the layers, a model has keys of its own."""
+    """Models that spread the same heads differently over their layers share no key."""
     group = {"num_layers": 1, "num_kv_heads": 2, "head_size": 8}
     tokens = np.arange(32)
     wide, narrow = group, {**group, "num_kv_heads": 1}
@@ -43,7 +43,7 @@ def test_layers_of_other_shapes_have_other_keys() -> None:
 
 
 def test_keys_are_chained_xxh3_over_parent_and_tokens() -> None:
-    """key[i] = XXH3-128(key[i-1] ‖ tokens of block i), by another implementation."""
+    """key[i] = XXH3-128(key[i-1] ‖ tokens of block i), as another implementation computes it."""
     keys = block_keys(chain().keys(TOKENS))
     for parent, key, block in zip(keys, keys[1:], TOKENS.reshape(4, 16)[1:], strict=False):
         assert key == xxh3_128(parent + block.astype("<u4").tobytes(), hash_secret(""))
@@ -62,7 +62,7 @@ def test_keys_are_chained_xxh3_over_parent_and_tokens() -> None:
     ],
 )
 def test_whatever_changes_the_bytes_changes_every_key(other: KeyChain) -> None:
-    """Another model, dtype, block size or secret shares no key."""
+    """Models or chains that differ in anything that changes the bytes share no key."""
     assert not set(block_keys(chain().keys(TOKENS))) & set(block_keys(other.keys(TOKENS)))
 
 
@@ -74,14 +74,14 @@ def test_whatever_changes_the_bytes_changes_every_key(other: KeyChain) -> None:
     ],
 )  # fmt: skip
 def test_namespaces_share_nothing(one: Any, two: Any) -> None:
-    """Parts are framed: concatenation, order and emptiness all count."""
+    """Namespaces that differ in the division, order or emptiness of their parts share no key."""
     assert not set(block_keys(chain().keys(TOKENS, one))) & set(
         block_keys(chain().keys(TOKENS, two))
     )
 
 
 def test_a_key_hangs_on_its_whole_prefix() -> None:
-    """A changed token changes its block's key and all later ones, and no earlier one."""
+    """A changed token changes the key of its block and all later keys, but no earlier one."""
     changed = TOKENS.copy()
     changed[20] += 1
     one, two = (block_keys(chain().keys(tokens)) for tokens in (TOKENS, changed))
@@ -91,7 +91,7 @@ def test_a_key_hangs_on_its_whole_prefix() -> None:
 
 @pytest.mark.parametrize("form", [list, torch.tensor, lambda t: t.astype(np.int32), np.asarray])
 def test_every_form_of_the_same_tokens_gives_the_same_keys(form: Any) -> None:
-    """Lists, torch and any integer dtype hash alike."""
+    """Lists, tensors and arrays of any integer dtype have the same keys."""
     intake = Intake(chain(), 16)
     request = intake.request(Operation.PREFETCH, 1, form(TOKENS))
     assert request.keys == chain().keys(TOKENS)
@@ -107,7 +107,7 @@ SCOPES = [None, "tenant", Scope(extra_keys=((2, 3, "image"),)), Scope(extra_keys
 def test_a_token_that_is_out_of_range_is_named(
     form: Any, index: int, token: int, namespace: Any
 ) -> None:
-    """The error has the index in the prompt, the value and the rule."""
+    """The error has the token's index in the prompt, its value and the rule."""
     tokens = TOKENS.copy()
     tokens[index] = token
     why = rf"token_ids\[{index}\]={token}: must not be negative, nor 2\*\*32 or more"
@@ -119,7 +119,7 @@ def test_a_token_that_is_out_of_range_is_named(
 
 @pytest.mark.parametrize("token", [-5, 2**32])
 def test_a_token_out_of_range_is_named_in_what_a_prompt_grows_by(token: int) -> None:
-    """By its index in the whole prompt."""
+    """A bad token in a prompt's extension is named by its index in the whole prompt."""
     keys, tokens = chain().keys(TOKENS[:32]), TOKENS.copy()
     tokens[50] = token
     with pytest.raises(ConfigError, match=rf"token_ids\[50\]={token}: must not be negative"):
@@ -129,21 +129,21 @@ def test_a_token_out_of_range_is_named_in_what_a_prompt_grows_by(token: int) -> 
 
 
 def test_the_largest_token_id_has_keys() -> None:
-    """And no other token has the same."""
+    """The largest token id is accepted, and its keys differ from those of the one below."""
     tokens = np.full(16, 2**32 - 1)
     assert chain().keys(tokens) != chain().keys(tokens - 1)
 
 
 @pytest.mark.parametrize("tokens", [TOKENS[::2], TOKENS.astype(np.int32), [1, "2"]])
 def test_tokens_of_another_form_are_refused_by_name(tokens: Any) -> None:
-    """Where the caller does not make an array of 8-byte integers of them."""
+    """A key chain itself refuses strided arrays, other dtypes and strings by name."""
     with pytest.raises(ConfigError, match="token_ids"):
         chain().keys(tokens)
 
 
 @pytest.mark.parametrize("namespace", [3, [1], ["a", None]])
 def test_a_namespace_is_made_of_strings(namespace: Any) -> None:
-    """Anything else is refused by name."""
+    """A namespace that is not made of strings is refused by name."""
     with pytest.raises(ConfigError, match="namespace"):
         chain().keys(TOKENS, namespace)
 
@@ -159,13 +159,13 @@ def test_a_namespace_is_made_of_strings(namespace: Any) -> None:
     ],
 )
 def test_slots_that_break_a_rule_are_named(slots: Any, why: str) -> None:
-    """Length, range, alignment and contiguity are told apart, with index and value."""
+    """Errors of length, range, alignment and contiguity differ, and name index and value."""
     with pytest.raises(ConfigError, match=why):
         Intake(chain(), 16).device_ids(slots, Span(0, 2, 0, 32), 4)
 
 
 def test_slots_of_a_masked_run_skip_the_partial_block() -> None:
-    """Slots begin with the mask's first token; the partial block in front does not move."""
+    """Slots begin at the mask's first token; its leading partial block is not moved."""
     slots = np.r_[5:16, 32:48]
     ids = Intake(chain(), 16).device_ids(slots, Span(1, 2, 5, 32), 4)
     assert ids.tolist() == [2]
@@ -176,7 +176,7 @@ VECTORS = json.loads((Path(__file__).parents[2] / "docs" / "key-vectors.json").r
 
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["name"])
 def test_keys_are_those_of_the_published_vectors(vector: dict[str, Any]) -> None:
-    """The same tokens give the same keys in every process, Python and release of a key version."""
+    """Keys equal the published vectors in every process, Python and release of a key version."""
     keys = KeyChain(
         ModelConfig(**vector["model"]), vector["tokens_per_block"], vector["secret"]
     ).keys(
@@ -193,7 +193,7 @@ def hash_secret(secret: str) -> bytes:
 
 
 def expanded(secret: str, purpose: bytes, size: int) -> bytes:
-    """Return what is derived from a secret for a purpose, by the documented rule."""
+    """Return the bytes derived from a secret for a purpose, by the documented rule."""
     master = bytes(64)
     if secret:
         master = hashlib.scrypt(
@@ -203,7 +203,7 @@ def expanded(secret: str, purpose: bytes, size: int) -> bytes:
 
 
 def named(secret: str, kind: bytes, parts: list[bytes]) -> bytes:
-    """Return the name of some parts, by the documented rule."""
+    """Return the name derived from some parts, by the documented rule."""
     framed = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
     key = expanded(secret, b"name key", 64)
     return hashlib.blake2b(framed, digest_size=16, key=key, person=kind).digest()
@@ -211,7 +211,7 @@ def named(secret: str, kind: bytes, parts: list[bytes]) -> bytes:
 
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["name"])
 def test_vectors_follow_from_the_documented_rule(vector: dict[str, Any]) -> None:
-    """The rules at the top of keys.py and secret.py, followed by another implementation."""
+    """An independent implementation of the rules in keys.py and secret.py gives the vectors."""
     model = ModelConfig(**vector["model"])
     facts = {
         "key_version": 3, "model_id": model.model_id, "num_layers": model.num_layers,
@@ -240,7 +240,7 @@ def test_vectors_follow_from_the_documented_rule(vector: dict[str, Any]) -> None
 # -- the secret ----------------------------------------------------------------------------------
 
 PER_BLOCK = [4, 16, 28, 29, 32, 56, 57, 64, 128]
-"""On every path of the hash, and at its borders."""
+"""Block sizes for each code path of the hash, and between them."""
 
 
 def last_key(tokens: list[int], per_block: int, secret: str, namespace: Any = None) -> bytes:
@@ -253,7 +253,10 @@ def last_key(tokens: list[int], per_block: int, secret: str, namespace: Any = No
 def test_blocks_that_collide_under_public_constants_have_keys_of_their_own(
     per_block: int, secret: str
 ) -> None:
-    """With and without a secret, in any namespace, and anywhere in a prompt."""
+    """Blocks that collide under XXH3's public constants have different keys, even without a secret.
+
+    This holds in any namespace and anywhere in a prompt.
+    """
     one, two = colliding(per_block, PUBLIC_SECRET)
     assert one != two
     packed = (PARENT + np.array(tokens, "<u4").tobytes() for tokens in (one, two))
@@ -266,7 +269,7 @@ def test_blocks_that_collide_under_public_constants_have_keys_of_their_own(
 
 
 def test_the_collision_of_wide_tokens_is_refused() -> None:
-    """Token ids of 64 bits, which made a product zero at eight bytes each, are refused."""
+    """Token ids of 64 bits are refused; they allowed collisions that zeroed a product."""
     one, two = list(range(16)), list(range(16))
     four, five = 0x78E5C0CC4EE679CB, 0x2172FFCC7DD05A82
     one[2:4] = four, 5
@@ -278,7 +281,7 @@ def test_the_collision_of_wide_tokens_is_refused() -> None:
 
 @pytest.mark.parametrize("per_block", PER_BLOCK)
 def test_who_knows_the_constants_of_one_secret_knows_those_of_no_other(per_block: int) -> None:
-    """Under a known secret, as without one, collisions can be made: nothing else is promised."""
+    """Collisions made under one known secret, or under none, do not collide under another."""
     secrets = ["", "one", "two"]
     for known in secrets:
         one, two = colliding(per_block, hash_secret(known))
@@ -288,19 +291,19 @@ def test_who_knows_the_constants_of_one_secret_knows_those_of_no_other(per_block
 
 
 def test_everything_derived_differs_by_secret_and_purpose() -> None:
-    """No two secrets share anything, and nothing derived is the beginning of anything else."""
+    """Everything derived differs by secret and purpose, even in its first 16 bytes."""
     secrets = ["", "a", "b", "ab", " a", "A", "\0", "ä"]
     parts = [bytes(part) for each in secrets for part in as_bytes(derived(each))]
     assert len({part[:16] for part in parts}) == 3 * len(secrets)
 
 
 def as_bytes(found: Derived) -> tuple[bytes, bytes, bytes]:
-    """Return all that is derived."""
+    """Return everything that is derived from a secret."""
     return found.hash_secret, found.name_key, bytes.fromhex(found.digest)
 
 
 def test_a_secret_is_derived_from_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is slow on purpose is done once in a process, and not at all without a secret."""
+    """The slow derivation runs once per process and secret, and never without a secret."""
     calls: list[bytes] = []
     real = hashlib.scrypt
 
@@ -318,7 +321,7 @@ def test_a_secret_is_derived_from_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_digest_is_slow_to_guess_and_tells_nothing_else() -> None:
-    """It follows from the secret by scrypt alone, and is part of no key."""
+    """The digest is derived from the secret by scrypt alone, and differs from that of no secret."""
     digest = block_identity(ModelConfig(**BASE), 16, "weak")["key_secret_digest"]
     assert digest == expanded("weak", b"digest", 16).hex()
     assert digest != block_identity(ModelConfig(**BASE), 16, "")["key_secret_digest"]
@@ -361,7 +364,7 @@ WEAK: list[tuple[str, dict[str, Any], Any, Any]] = [
 
 
 def test_no_weak_key_is_shared() -> None:
-    """Prompts that differ in anything share no key, with each other or a plain one."""
+    """Prompts that differ in anything share no key, with each other or with the plain prompt."""
     owner: dict[bytes, str] = {}
     for name, changes, tokens, namespace in [("plain", {}, TOKENS, None), *WEAK]:
         for key in set(block_keys(chain(**changes).keys(np.asarray(tokens), namespace))):
@@ -379,21 +382,21 @@ def test_no_weak_key_is_shared() -> None:
     ],
 )  # fmt: skip
 def test_the_same_tokens_give_the_same_keys_in_any_form(tokens: Any) -> None:
-    """dtype, byte order, strides and container do not matter."""
+    """The dtype, byte order, strides and container of tokens do not affect the keys."""
     request = Intake(chain(), 16).request(Operation.GET, 1, tokens)
     assert request.keys == chain().keys(TOKENS)
 
 
 @pytest.mark.parametrize("tokens", [[1, 2.5], [1, "2"], [1, None], [2**70]])
 def test_a_list_of_other_things_is_refused(tokens: list[Any]) -> None:
-    """The error names the field."""
+    """A list of anything but 64-bit integers is refused with an error that names the field."""
     with pytest.raises(ConfigError, match="token_ids"):
         Intake(chain(), 16).request(Operation.GET, 1, tokens)
 
 
 @given(st.integers(0, 100), st.integers(0, 100))
 def test_extending_hashes_only_what_is_new(known: int, more: int) -> None:
-    """Keys of a grown prompt are those of its blocks before, and new ones behind."""
+    """Extending the keys of a prefix gives the keys of the whole prompt."""
     tokens = np.arange(known + more)
     keys = chain().keys(tokens[:known])
     assert chain().extend(keys, tokens) == chain().keys(tokens)
@@ -401,7 +404,7 @@ def test_extending_hashes_only_what_is_new(known: int, more: int) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 70), st.integers(1, 20), st.text(max_size=3)), max_size=4))
 def test_extra_keys_change_their_blocks_and_all_behind(ranges: list[tuple[int, int, str]]) -> None:
-    """Blocks before the first extra key are shared with the plain prompt, no other is."""
+    """An extra key changes the keys from its first block on, and leaves the earlier ones alone."""
     extras = tuple((first, first + length, text) for first, length, text in ranges)
     keys = chain().keys(TOKENS, Scope(extra_keys=extras))
     same = [a == b for a, b in zip(block_keys(keys), block_keys(chain().keys(TOKENS)), strict=True)]
@@ -412,6 +415,6 @@ def test_extra_keys_change_their_blocks_and_all_behind(ranges: list[tuple[int, i
 
 @pytest.mark.parametrize("extra", [(3, 3, "a"), (-1, 3, "a"), (0, 3, 5)])
 def test_an_extra_key_needs_a_range_and_a_string(extra: Any) -> None:
-    """The error names the field and the value."""
+    """An extra key without a valid range and a string is refused by name."""
     with pytest.raises(ConfigError, match="extra_keys"):
         chain().keys(TOKENS, Scope(extra_keys=(extra,)))

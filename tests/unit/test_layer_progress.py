@@ -1,4 +1,4 @@
-"""The progress of a request that is moved layer by layer, and those who wait for layers."""
+"""The progress of a request that moves layer by layer, and what waits for its layers."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class Event:
         self.closed = False
 
     def hold_back(self, stream: int) -> None:
-        """Let a stream wait."""
+        """Record that a stream waits for this point."""
         assert not self.closed
         self.held.append(stream)
 
     def close(self) -> None:
-        """Let go of it."""
+        """Record that this point was released."""
         self.closed = True
 
 
 def test_layers_may_be_told_of_in_any_order() -> None:
-    """A released layer stays released, though a lower layer is reported after a higher one."""
+    """A released layer stays released, even if a lower layer is reported after it."""
     random = Random(1)
     for _ in range(20):
         progress, told = LayerProgress(8, 0), random.sample(range(1, 9), 8)
@@ -39,7 +39,7 @@ def test_layers_may_be_told_of_in_any_order() -> None:
 
 
 def test_a_layer_is_there_when_every_transfer_has_moved_it() -> None:
-    """The slowest decides; before it is known which transfers there are, none is there."""
+    """A layer has arrived once every transfer moved it; none has while transfers are unknown."""
     progress = LayerProgress(4, 4)
     assert not progress.has(0)
     progress.expect([1, 2])
@@ -51,8 +51,11 @@ def test_a_layer_is_there_when_every_transfer_has_moved_it() -> None:
 
 
 def test_a_stream_does_not_go_ahead_of_what_is_not_queued() -> None:
-    """Neither before it is known what will be copied, nor where one transfer's layer is neither
-    queued nor there; it waits for the first event behind the layer, and for none where all is."""
+    """A stream waits for the first event behind a layer, and for none if the layer has arrived.
+
+    It cannot wait (TimeoutError) before the transfers are known, nor while the layer of one of them
+    is neither queued nor there.
+    """
     progress = LayerProgress(4, 4)
     with pytest.raises(TimeoutError):
         progress.hold_back(9, 0, 0, 0.001)
@@ -80,7 +83,7 @@ def test_a_stream_does_not_go_ahead_of_what_is_not_queued() -> None:
 
 
 def test_a_loop_that_is_closed_is_told_no_more() -> None:
-    """Nobody waits on that loop any more; those in threads and on other loops are told."""
+    """A waiter on a closed loop is skipped; waiters on other loops are still notified."""
     progress = LayerProgress(2, 2)
     progress.expect([1])
     gone = asyncio.new_event_loop()
@@ -104,7 +107,7 @@ def test_a_loop_that_is_closed_is_told_no_more() -> None:
 
 
 def test_threads_are_told_that_a_layer_will_never_come() -> None:
-    """A request that ends without the layer ends their waits."""
+    """A thread's wait ends with False when the request ends without the layer."""
     progress = LayerProgress(2, 2)
     told: list[bool] = []
     waiter = threading.Thread(target=lambda: told.append(progress.wait(1, 20.0)))

@@ -1,4 +1,4 @@
-"""Laws of layouts: the pieces are the bytes of the block, whatever shape and strides they have."""
+"""Laws of layouts: the pieces are the bytes of the block, for any shape and strides."""
 
 import ctypes
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ MAKERS = {
 
 
 def layers_of(shape, dtype=np.int16):
-    """Give per-layer arrays, every element of them different."""
+    """Return one array per layer, with elements that all differ."""
     size = int(np.prod(shape))
     return [
         np.arange(size, dtype=dtype).reshape(shape) + np.array(i * size, dtype)
@@ -36,14 +36,14 @@ def layers_of(shape, dtype=np.int16):
 
 
 def infer(tensors, layout=None, kv_dim=2, heads=HEADS):
-    """Infer the layout of tensors of the sizes above."""
+    """Return the layout inferred from tensors of the sizes above."""
     specs = [describe(tensor) for tensor in tensors]
     shape = KVShape(TOKENS, heads, DIM, kv_dim, specs[0].itemsize if specs else 2)
     return infer_layout(specs, [shape], layout)
 
 
 def read_block(layout, block):
-    """Give the bytes of one host block, read through the pieces."""
+    """Return the bytes of one block, read through the pieces."""
     host = bytearray(layout.block_bytes)
     for address, stride, size, offset in layout.pieces.tolist():
         host[offset : offset + size] = ctypes.string_at(address + block * stride, size)
@@ -53,7 +53,7 @@ def read_block(layout, block):
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_layout_gives_the_bytes_of_the_block(name, maker):
-    """A host block is layer after layer, K before V, from numpy and from torch alike."""
+    """The pieces give a block layer after layer, K before V, from numpy and from torch."""
     arrays = layers_of(SHAPES[name])
     layout = infer([MAKERS[maker](array) for array in arrays])
     assert (layout.name, layout.num_blocks) == (name, BLOCKS)
@@ -65,7 +65,7 @@ def test_every_layout_gives_the_bytes_of_the_block(name, maker):
 
 
 def test_mla_is_one_extent_a_layer():
-    """A latent per token, [blocks, tokens, dim], has one piece a layer."""
+    """A layer of [blocks, tokens, dim], one latent per token, has one piece."""
     arrays = layers_of((BLOCKS, TOKENS, DIM))
     layout = infer(arrays, kv_dim=1, heads=1)
     assert (layout.name, len(layout.pieces)) == ("fused", LAYERS)
@@ -74,7 +74,7 @@ def test_mla_is_one_extent_a_layer():
 
 
 def test_heads_before_tokens_is_the_same_layout():
-    """K and V apart with heads outside tokens, as CPU attention keeps them, is known as well."""
+    """Separate K and V with heads before tokens, as in CPU attention, are accepted too."""
     arrays = layers_of((2, BLOCKS, HEADS, TOKENS, DIM))
     layout = infer(arrays)
     assert layout.name == "kv-blocks"
@@ -83,7 +83,7 @@ def test_heads_before_tokens_is_the_same_layout():
 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_a_permuted_view_is_its_storage(maker):
-    """[2, blocks, …] that is stored blocks first has one extent a block, in storage order."""
+    """A [2, blocks, …] view stored blocks first has one extent a block, in storage order."""
     storages = layers_of((BLOCKS, 2, TOKENS, HEADS, DIM))
     views = [MAKERS[maker](storage).swapaxes(0, 1) for storage in storages]
     layout = infer(views)
@@ -93,7 +93,7 @@ def test_a_permuted_view_is_its_storage(maker):
 
 
 def test_a_view_permuted_inside_the_block_is_its_storage():
-    """Tokens and heads swapped inside a block change nothing: the bytes are opaque."""
+    """Swapping tokens and heads inside a block changes nothing, as its bytes are opaque."""
     storages = layers_of((2, BLOCKS, HEADS, TOKENS, DIM))
     layout = infer([storage.transpose(0, 1, 3, 2, 4) for storage in storages])
     assert len(layout.pieces) == 2 * LAYERS
@@ -110,7 +110,7 @@ def test_layers_of_one_storage_are_one_piece():
 
 
 def test_padding_between_blocks_is_skipped():
-    """Blocks that are apart in memory are found by their stride."""
+    """Padding between blocks is skipped by their stride."""
     storages = layers_of((2 * BLOCKS, 2, TOKENS, HEADS, DIM))
     layout = infer([storage[::2] for storage in storages])
     assert layout.num_blocks == BLOCKS
@@ -118,14 +118,14 @@ def test_padding_between_blocks_is_skipped():
 
 
 def test_pieces_are_frozen():
-    """Nobody can change the pieces of a layout in use."""
+    """The pieces of a layout are read-only."""
     layout = infer(layers_of(SHAPES["fused"]))
     with pytest.raises(ValueError, match="read-only"):
         layout.pieces[0, 0] = 0
 
 
 def test_ambiguous_shape_names_the_argument_that_settles_it():
-    """Two blocks of K and V could be either way round: the error says `layout` and the names."""
+    """A shape with two readings is an error that names `layout` and both candidates."""
     arrays = layers_of((2, 2, TOKENS, HEADS, DIM))
     with pytest.raises(ConfigError, match=r"\(2, 2, 4, 2, 8\).*kv-blocks, blocks-kv") as caught:
         infer(arrays)
@@ -134,7 +134,7 @@ def test_ambiguous_shape_names_the_argument_that_settles_it():
 
 @pytest.mark.parametrize(("name", "axis"), [("kv-blocks", 1), ("blocks-kv", 0)])
 def test_a_named_layout_settles_an_ambiguous_shape(name, axis):
-    """With `layout` given, the same shape is read as it says."""
+    """With `layout` given, an ambiguous shape is read by it."""
     arrays = layers_of((2, 2, TOKENS, HEADS, DIM))
     layout = infer(arrays, layout=name)
     assert layout.name == name
@@ -151,7 +151,7 @@ def test_a_named_layout_settles_an_ambiguous_shape(name, axis):
     ],
 )
 def test_a_shape_that_does_not_fit_is_named(shape, layout, said):
-    """The error gives the shape and what would have fitted."""
+    """The error has the shape and the layouts that were tried."""
     with pytest.raises(ConfigError, match=said) as caught:
         infer(layers_of(shape), layout=layout)
     assert caught.value.field == "kv_caches[0]"
@@ -159,20 +159,20 @@ def test_a_shape_that_does_not_fit_is_named(shape, layout, said):
 
 
 def test_an_unknown_layout_is_named():
-    """A layout that nobody knows is an error that lists those that are known."""
+    """An unknown layout is an error that lists the known ones."""
     with pytest.raises(ConfigError, match="kv-blocks, blocks-kv, blocks-heads, fused"):
         infer(layers_of(SHAPES["fused"]), layout="layerwise")
 
 
 def test_no_layer_is_an_error():
-    """An engine has at least one layer."""
+    """An engine without layers is an error."""
     with pytest.raises(ConfigError, match="no layer"):
         infer([])
 
 
 @pytest.mark.parametrize("other", [(2, BLOCKS + 1, TOKENS, HEADS, DIM), SHAPES["blocks-kv"]])
 def test_layers_must_agree(other):
-    """All layers have the same number of blocks and the same layout."""
+    """Layers with different block counts or layouts are refused."""
     arrays = [*layers_of(SHAPES["kv-blocks"]), *layers_of(other)]
     with pytest.raises(ConfigError, match="all layers must agree") as caught:
         infer(arrays)
@@ -180,14 +180,14 @@ def test_layers_must_agree(other):
 
 
 def test_layers_must_agree_on_the_element_size():
-    """A layer with larger elements would have larger blocks."""
+    """Layers with different element sizes are refused."""
     arrays = [*layers_of(SHAPES["fused"]), *layers_of(SHAPES["fused"], np.int32)]
     with pytest.raises(ConfigError, match="4 bytes an element"):
         infer(arrays)
 
 
 def test_scattered_blocks_are_refused():
-    """A block in more than two extents (every other token of a longer one) cannot be served."""
+    """A block in more than two extents, such as every other token of a longer one, is refused."""
     arrays = [array[:, ::2] for array in layers_of((BLOCKS, 2 * TOKENS, HEADS * 2 * DIM))]
     with pytest.raises(ConfigError, match="one or two contiguous extents"):
         infer(arrays)
@@ -202,13 +202,13 @@ def test_scattered_blocks_are_refused():
     ids=["overlapping", "backwards"],
 )
 def test_blocks_that_share_bytes_or_run_backwards_are_refused(bend):
-    """Each block has bytes of its own, behind those of the block before."""
+    """Blocks that share bytes, or that lie in descending order, are refused."""
     with pytest.raises(ConfigError, match="overlap or run backwards"):
         infer([bend(array) for array in layers_of(SHAPES["fused"])])
 
 
 def test_read_only_arrays_are_refused():
-    """A get could not write into it."""
+    """A read-only array is refused, as a get could not write to it."""
     array = layers_of(SHAPES["fused"])[0]
     array.flags.writeable = False
     with pytest.raises(ConfigError, match="read-only"):
@@ -216,13 +216,13 @@ def test_read_only_arrays_are_refused():
 
 
 def test_other_devices_are_refused_by_name():
-    """A tensor that is not in ordinary memory names the part that is missing."""
+    """A tensor on an unsupported device is refused with the device's name."""
     with pytest.raises(BackendUnavailableError, match="meta"):
         device_of([torch.empty(2, device="meta")])
 
 
 def test_tensors_on_several_devices_are_refused_by_name():
-    """A rank has one device."""
+    """Tensors of one rank on several devices are refused by name."""
     cpu, cuda = SimpleNamespace(device="cpu"), SimpleNamespace(device=torch.device("cuda", 1))
     assert (device_of([cpu]), device_of([cuda, cuda])) == (("cpu", 0), ("cuda", 1))
     with pytest.raises(ConfigError, match=r"kv_caches\[1\]='cpu:0': kv_caches\[0\] is on cuda:1"):
@@ -230,19 +230,19 @@ def test_tensors_on_several_devices_are_refused_by_name():
 
 
 def test_anything_else_is_no_tensor():
-    """A list of numbers is not memory."""
+    """A list of numbers is refused as a KV cache."""
     with pytest.raises(ConfigError, match="neither a numpy array nor a torch tensor"):
         describe([1, 2])
 
 
 def test_kv_caches_come_in_the_order_of_the_layers():
-    """A dict gives its values as they were inserted, a list as it is."""
+    """KV caches keep the order of a dict's insertions, or of a sequence."""
     assert kv_cache_list({"layers.1": 1, "layers.0": 0}) == [1, 0]
     assert kv_cache_list((5, 6)) == [5, 6]
 
 
 @pytest.mark.parametrize("wrong", [{}, [], "layers", 5])
 def test_kv_caches_that_are_none_are_refused(wrong):
-    """No layer at all, or something that holds no layers, is an error."""
+    """KV caches without a layer, or of another type, are an error."""
     with pytest.raises(ConfigError):
         kv_cache_list(wrong)

@@ -1,4 +1,4 @@
-"""What the ledger keeps when a journal does not take it, and what becomes of it."""
+"""What the ledger keeps when a journal refuses it, and what becomes of that."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ BLOCKS, DELAY_S = 8, 0.01
 
 
 class Index:
-    """Says of every block that it is there, under a key that is its number."""
+    """An index in which every block is resident, under a key made of its id."""
 
     def export(self, tier: Tier, block_ids: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Give a record for each block."""
+        """Return a record for each block."""
         return np.repeat(block_ids[:, None] + 1, RECORD_BYTES, axis=1).astype(np.uint8)
 
     def namespace_holdings(self, root: bytes) -> list[tuple[Tier, NDArray[np.int64]]]:
-        """Give all blocks."""
+        """Return all blocks."""
         return [(Tier.DISK, np.arange(BLOCKS))]
 
     def restore(self, *args: Any) -> None:
-        """Take nothing."""
+        """Ignore what is restored."""
 
 
 class Rig:
@@ -60,7 +60,7 @@ class Rig:
         self.ledger._residency = Index()  # type: ignore[assignment]
 
     def rows(self) -> list[int]:
-        """Give what a next run would believe in."""
+        """Return the rows that the next run would restore."""
         contents = {name: bytes(file.content) for name, file in self.files._names.items()}
         again = Journal(Path("fake"), LossyFiles(FaultPlan(0), contents))
         return sorted(again.live.rows.tolist())
@@ -68,14 +68,14 @@ class Rig:
 
 @pytest.mark.parametrize("root", [None, b"namespace"])
 def test_what_a_full_journal_kept_does_not_survive_a_clear(root: bytes | None) -> None:
-    """The clear comes in the very moment in which the append fails."""
+    """A clear also drops frames whose append has just failed."""
 
     async def work() -> None:
         rig = Rig(failing_writes=1)
         writing = asyncio.ensure_future(rig.ledger.run())
         rig.ledger.stored(np.array([3]))
         loop = asyncio.get_running_loop()
-        # The thread is at it: the loop has not heard of the end.
+        # The append is still in its thread: the loop does not know the result.
         rig.on_failure = lambda: loop.call_soon(rig.ledger.clear, root)
         await asyncio.sleep(1)
         assert rig.rows() == []
@@ -88,7 +88,7 @@ def test_what_a_full_journal_kept_does_not_survive_a_clear(root: bytes | None) -
 
 
 def test_what_a_full_journal_kept_comes_before_what_is_noted_next() -> None:
-    """However often it fails; and `written` raises the failure."""
+    """Frames that failed, however often, are written before later ones; `written` raises."""
 
     async def work() -> None:
         rig = Rig(failing_writes=3)
@@ -113,7 +113,7 @@ def test_what_a_full_journal_kept_comes_before_what_is_noted_next() -> None:
 
 
 def test_a_write_that_nobody_waits_for_any_more_is_made_once() -> None:
-    """The loop stops in the middle of it."""
+    """A write that is under way when the loop stops is made exactly once."""
 
     async def work() -> None:
         rig = Rig(failing_writes=0)
@@ -130,7 +130,7 @@ def test_a_write_that_nobody_waits_for_any_more_is_made_once() -> None:
 
 
 def test_a_journal_cut_short_or_not_is_whole_again() -> None:
-    """A torn frame that could not be cut off is, before the next one; else that is refused."""
+    """A torn frame is cut off before the next frame is written; until then appends fail."""
     files = LossyFiles(FaultPlan(0))
     one = Journal(Path("fake"), files)
     write, cut, fails = files.write, files.cut, [True]
@@ -157,7 +157,7 @@ def test_a_journal_cut_short_or_not_is_whole_again() -> None:
 
 
 def test_a_name_that_could_not_be_synced_is_not_believed_by_a_later_sync() -> None:
-    """A journal whose name is not on stable storage is written anew before a sync succeeds."""
+    """A journal whose name was not synced must be written anew before a sync succeeds."""
     files = LossyFiles(FaultPlan(0))
     one = Journal(Path("fake"), files)
     one.begin_new()
@@ -185,7 +185,11 @@ def test_a_name_that_could_not_be_synced_is_not_believed_by_a_later_sync() -> No
 
 @pytest.mark.parametrize("fails", ["file", "folder"])
 def test_what_a_failed_sync_lost_is_written_anew_before_a_flush_succeeds(fails: str) -> None:
-    """The flush says that it failed; the next one succeeds, and a loss of power takes nothing."""
+    """After a failed sync, the next successful flush has everything on stable storage.
+
+    The flush whose sync fails raises. The journal is written anew, and a loss of power takes
+    nothing.
+    """
 
     async def work() -> None:
         rig = Rig(failing_writes=0)
@@ -198,7 +202,7 @@ def test_what_a_failed_sync_lost_is_written_anew_before_a_flush_succeeds(fails: 
         faults.failure_probability = 1.0
         with pytest.raises(StorageError):
             await rig.ledger.flush()
-        if fails == "folder":  # the journal is written anew, and its name is lost
+        if fails == "folder":  # the journal is written anew, but its name is not synced
             sync_folder = rig.files.sync_folder
             vars(rig.files)["sync_folder"] = lambda folder: _refuse(rig.files)
             faults.failure_probability = 0.0
@@ -225,7 +229,7 @@ def _refuse(files: LossyFiles) -> None:
 
 
 def test_blocks_that_a_failed_sync_may_have_lost_are_unsaid() -> None:
-    """Those stored since the last good one, and those stored while it went on; no others."""
+    """A failed sync erases the blocks stored since the last good sync or during it, no others."""
 
     async def work() -> None:
         rig = Rig(failing_writes=0)
@@ -249,7 +253,7 @@ def test_blocks_that_a_failed_sync_may_have_lost_are_unsaid() -> None:
 
 
 def test_nothing_is_believed_behind_a_clear() -> None:
-    """Nor does the next sync count blocks that were stored before it."""
+    """After a clear no earlier block is believed, or counted by the next sync."""
 
     async def work() -> None:
         ledger = Rig(failing_writes=0).ledger
@@ -265,7 +269,7 @@ def test_nothing_is_believed_behind_a_clear() -> None:
 
 
 def test_who_waits_for_an_erasure_that_is_being_written_is_told() -> None:
-    """Though nothing else is noted behind it."""
+    """A waiter for an erasure that is being written is notified, even if nothing else follows."""
 
     async def work() -> None:
         ledger, told = Rig(failing_writes=0).ledger, []
@@ -275,7 +279,7 @@ def test_who_waits_for_an_erasure_that_is_being_written_is_told() -> None:
         ledger.erased(np.array([1]))
         await asyncio.sleep(DELAY_S * 1.5)  # gathered, given to the thread, not written
         assert not ledger.forget(np.array([1]), lambda: told.append("written"))
-        await asyncio.sleep(1.0)  # virtual
+        await asyncio.sleep(1.0)  # in virtual time
         assert told == ["written"]
         writing.cancel()
         await asyncio.gather(writing, return_exceptions=True)
@@ -285,7 +289,7 @@ def test_who_waits_for_an_erasure_that_is_being_written_is_told() -> None:
 
 
 def test_a_journal_is_written_anew_once_it_is_four_times_what_it_says() -> None:
-    """Not before, and also once it says nothing any more."""
+    """A journal is written anew at four times its live content, also when that is empty."""
 
     async def work() -> None:
         rig = Rig(failing_writes=0)
@@ -312,7 +316,7 @@ def test_a_journal_is_written_anew_once_it_is_four_times_what_it_says() -> None:
 
 
 def test_a_closed_ledger_promises_nothing() -> None:
-    """Whoever waits then is told at once, and does not wait for a thread that is not there."""
+    """Waiting on a closed ledger raises ClosedError at once."""
 
     async def work() -> None:
         rig = Rig(failing_writes=0)

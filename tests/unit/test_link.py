@@ -1,4 +1,4 @@
-"""A link cuts off peers that do not read, refuses too long frames, and lets other tasks run."""
+"""A link cuts off peers that do not read, refuses overlong frames, and lets other tasks run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flexkv.server.wire import TO_SERVER, Cancel, ProtocolError, Settled, ToServ
 
 @pytest.fixture
 async def ends() -> AsyncIterator[tuple[Link[ToServer], socket.socket]]:
-    """Return a link, and the socket at its other end."""
+    """Yield a link and the socket at its other end."""
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     link = await Link.over(ours, TO_SERVER)
@@ -25,7 +25,7 @@ async def ends() -> AsyncIterator[tuple[Link[ToServer], socket.socket]]:
 
 
 async def test_who_does_not_read_is_cut_off(ends: tuple[Link[ToServer], socket.socket]) -> None:
-    """Beyond `unsent_bytes_max`; without a bound everything is kept."""
+    """A peer with more than `unsent_bytes_max` unsent bytes is cut off; by default, none is."""
     link, _ = ends
     while link.unsent_bytes < 1 << 20:
         link.send(Settled(1))
@@ -40,7 +40,7 @@ async def test_who_does_not_read_is_cut_off(ends: tuple[Link[ToServer], socket.s
 async def test_a_frame_that_is_longer_than_the_peer_may_send_is_refused(
     ends: tuple[Link[ToServer], socket.socket],
 ) -> None:
-    """By its length: nothing of it is received."""
+    """An overlong frame is refused by its length, before any of it is received."""
     link, theirs = ends
     link.frame_bytes_max = 100
     theirs.send(framed(Cancel((1,))))
@@ -53,7 +53,7 @@ async def test_a_frame_that_is_longer_than_the_peer_may_send_is_refused(
 async def test_who_talks_without_end_holds_nobody_up(
     ends: tuple[Link[ToServer], socket.socket],
 ) -> None:
-    """Other tasks run between some of its messages, even if all of these have arrived."""
+    """Other tasks run between a peer's messages, even if all of them have already arrived."""
     link, theirs = ends
     theirs.send(framed(Cancel((1,))) * 200)
     turns = 0

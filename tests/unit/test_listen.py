@@ -1,4 +1,4 @@
-"""Laws of the server's address: it is private, one server has it, and no removed file frees it."""
+"""Laws of the server's address: private, held by one server, and freed by no removed file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STRANGER = 65_533
 
 @pytest.fixture
 def path(tmp_path: Path) -> Iterator[Path]:
-    """Return where a socket may be, in a directory that is private whatever the umask."""
+    """Return the path for a socket, in a directory that is private under any umask."""
     folder = tmp_path / "address"
     folder.mkdir(0o700)
     return folder / "socket"
@@ -35,7 +35,7 @@ def path(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a directory that replaces the real places of our own server."""
+    """Return a directory that replaces the real locations of our own server."""
     monkeypatch.setattr(address, "RUNTIME", tmp_path / "run")
     monkeypatch.setattr(address, "SHARED", tmp_path)
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
@@ -43,7 +43,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refusal(path: Path) -> str:
-    """Return why an address cannot be taken, having checked that no descriptor is left."""
+    """Return why an address cannot be taken, and check that no descriptor is left."""
     before = os.listdir("/proc/self/fd")
     with pytest.raises(ConfigError) as caught:
         Listener(path)
@@ -53,7 +53,7 @@ def refusal(path: Path) -> str:
 
 
 def answers(path: Path) -> bool:
-    """Return whether somebody listens at a path."""
+    """Return whether a server listens at a path."""
     with socket.socket(socket.AF_UNIX) as ours:
         try:
             ours.connect(str(path))
@@ -63,12 +63,12 @@ def answers(path: Path) -> bool:
 
 
 def without_witness(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let servers lock their directories only, as if each had its own network namespace."""
+    """Let servers use directory locks only, as if each had its own network namespace."""
     monkeypatch.setattr(Listener, "_bind_witness", lambda self: None)
 
 
 def test_an_address_is_free_again_when_its_server_closes(path: Path) -> None:
-    """Nothing is left: no file, no descriptor, no lock."""
+    """A server that closes leaves no file, descriptor or lock."""
     before = os.listdir("/proc/self/fd")
     for _ in range(3):
         listener = Listener(path)
@@ -106,7 +106,7 @@ def _replace(path: Path) -> None:
 def test_nothing_that_is_removed_frees_the_address_of_a_server_that_lives(
     path: Path, sweep: Callable[[Path], None], is_listening: bool
 ) -> None:
-    """Whether it takes connections already or not; the error names its process."""
+    """Removing files frees no address of a live server, listening or not; the error has its pid."""
     listener = Listener(path)
     if is_listening:
         listener.listen()
@@ -120,7 +120,7 @@ def test_nothing_that_is_removed_frees_the_address_of_a_server_that_lives(
 def test_the_lock_of_the_directory_alone_keeps_others_out(
     path: Path, sweep: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Servers in containers that share a directory do not share the abstract namespace."""
+    """The directory's lock alone protects the address, as it must between network namespaces."""
     without_witness(monkeypatch)
     listener, other = Listener(path), Listener(path.with_name("other"))
     sweep(path)
@@ -133,7 +133,7 @@ def test_the_lock_of_the_directory_alone_keeps_others_out(
 def test_who_answers_keeps_others_out_where_directories_cannot_be_locked(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A socket is not unlinked while somebody listens at it, even if too busy to accept."""
+    """Without directory locks, a socket that is listening is kept, even if it accepts nothing."""
 
     def cannot(*_: object) -> None:
         raise OSError(37, "No locks available")
@@ -155,7 +155,7 @@ def test_who_answers_keeps_others_out_where_directories_cannot_be_locked(
 def test_a_directory_that_a_stranger_locks_is_named(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who may read a directory may lock it; a private one is safe."""
+    """A lock by another user is reported: whoever can read a directory can lock it."""
     import fcntl
 
     without_witness(monkeypatch)
@@ -170,7 +170,7 @@ def test_a_directory_that_a_stranger_locks_is_named(
 def test_who_only_has_the_name_that_is_no_file_keeps_nobody_out(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Anybody may bind such a name: only our user and root count."""
+    """The abstract name protects an address only if our user or root listens at it."""
     with socket.socket(socket.AF_UNIX) as squatter:
         squatter.bind(listen._witness_name(path))
         Listener(path).close()
@@ -206,7 +206,7 @@ os.waitpid(child, 0)
 
 @pytest.mark.parametrize("server", ["lives", "closes", "dies"])
 def test_a_forked_child_keeps_no_address(path: Path, server: str) -> None:
-    """It neither keeps an address that its parent gives up, nor frees one that its parent has."""
+    """A forked child neither keeps an address that its parent closes, nor frees its parent's."""
     command = [sys.executable, "-c", SERVER, str(path), server]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
@@ -222,14 +222,14 @@ def test_a_forked_child_keeps_no_address(path: Path, server: str) -> None:
             listener.listen()
             assert answers(path)
             listener.close()
-        os.kill(child, 0)  # it lives still
+        os.kill(child, 0)  # the child is still alive
         process.stdin.close()
         process.wait(60)
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077, 0o777])
 def test_the_socket_is_private_whatever_the_umask(path: Path, umask: int) -> None:
-    """Mode 0600, and the umask of the process is what it was at every moment."""
+    """The socket has mode 0600 under any umask, and the process keeps its umask."""
     before = os.umask(umask)
     try:
         listener = Listener(path)
@@ -243,7 +243,7 @@ def test_the_socket_is_private_whatever_the_umask(path: Path, umask: int) -> Non
 
 
 def test_a_socket_that_was_removed_is_bound_anew(path: Path) -> None:
-    """In the same directory, and in one that was made anew; another's file is left alone."""
+    """A removed socket is bound anew, also in a new directory; another file there is kept."""
     listener = Listener(path)
     listener.listen()
     assert not listener.renew()
@@ -267,7 +267,7 @@ def test_a_socket_that_was_removed_is_bound_anew(path: Path) -> None:
 def test_an_address_that_another_has_taken_is_not_taken_back(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if nothing else shows it: the directory was removed, and networks are separate."""
+    """An address that another server has taken is not taken back, even if only a lock shows it."""
     without_witness(monkeypatch)
     listener = Listener(path)
     listener.listen()
@@ -276,14 +276,14 @@ def test_an_address_that_another_has_taken_is_not_taken_back(
     assert not listener.renew()
     path.unlink()
     for _ in range(2):
-        assert not listener.renew()  # the lock is the other's
+        assert not listener.renew()  # the other server has the lock
     assert not path.exists()
     listener.close()
     other.close()
 
 
 def test_directories_that_strangers_may_change_are_refused_by_name(path: Path) -> None:
-    """The socket's own, and those above it, unless they are sticky."""
+    """A socket below a directory that others may write to is refused, unless that one is sticky."""
     folder = path.parent
     inner = folder / "inner"
     inner.mkdir(0o700)
@@ -308,7 +308,7 @@ def test_directories_that_strangers_may_change_are_refused_by_name(path: Path) -
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 def test_directories_and_links_of_strangers_are_refused_by_name(path: Path) -> None:
-    """Whatever their mode."""
+    """Directories and links of other users are refused by name, whatever their mode."""
     folder = path.parent
     inner = folder / "inner"
     inner.mkdir(0o700)
@@ -328,7 +328,7 @@ def test_directories_and_links_of_strangers_are_refused_by_name(path: Path) -> N
 
 
 def test_a_group_of_the_owners_number_is_his_alone(path: Path) -> None:
-    """Directories of users with private groups and umask 002 serve."""
+    """A directory writable by its owner's private group is accepted (umask 002)."""
     path.parent.chmod(0o770)
     if path.parent.stat().st_gid == os.geteuid():
         check_folder(path.parent)
@@ -337,7 +337,7 @@ def test_a_group_of_the_owners_number_is_his_alone(path: Path) -> None:
 
 
 def test_our_own_address_is_in_a_directory_of_ours(own: Path) -> None:
-    """Its mode is 0700, or becomes so; a server in another of the places counts as well."""
+    """The directory of our own address gets mode 0700; a server in another location counts too."""
     uid = os.geteuid()
     shared = own / f"flexkv-{uid}" / "server"
     assert socket_paths("own") == socket_paths("") == (shared,)
@@ -366,7 +366,7 @@ def test_our_own_address_is_in_a_directory_of_ours(own: Path) -> None:
 
 
 def test_the_runtime_directory_is_used_if_it_is_ours(own: Path) -> None:
-    """It is not used if others may write to it, or if it is a link, missing, or too long."""
+    """XDG_RUNTIME_DIR is used only if it is a private directory with a short, absolute path."""
     told = own / "told"
     shared = own / f"flexkv-{os.geteuid()}"
     assert own_folders({"XDG_RUNTIME_DIR": str(told)}) == (shared,)
@@ -384,7 +384,7 @@ def test_the_runtime_directory_is_used_if_it_is_ours(own: Path) -> None:
 
 
 def test_clients_look_in_each_place_where_our_own_server_may_be(own: Path) -> None:
-    """It may have begun when the runtime directory was not there yet, or without its variable."""
+    """Clients try each location of our own server, which may have begun without XDG_RUNTIME_DIR."""
     shared = own / f"flexkv-{os.geteuid()}" / "server"
     with pytest.raises(FileNotFoundError, match=str(shared)):
         handshake._reached("own", 1.0)
@@ -421,7 +421,7 @@ def _squatted(kind: str, folder: Path, elsewhere: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["link", "file", "writable"])
 def test_our_own_directory_is_never_what_somebody_put_there(own: Path, kind: str) -> None:
-    """A symbolic link, a file, and a directory that others may write to are refused by name."""
+    """A link, a file or a writable directory in place of our own directory is refused by name."""
     folder, elsewhere = own / f"flexkv-{os.geteuid()}", own / "elsewhere"
     _squatted(kind, folder, elsewhere)
     assert str(folder) in refusal(socket_path("own"))
@@ -432,7 +432,7 @@ def test_our_own_directory_is_never_what_somebody_put_there(own: Path, kind: str
     "text", ["tcp://127.0.0.1:5", "relative", "ipc://relative", f"/{'x' * 100}", "/a\0b"]
 )
 def test_what_is_no_unix_socket_is_refused(text: str) -> None:
-    """By name."""
+    """An address that is not an absolute, short path of a Unix socket is refused by name."""
     with pytest.raises(ConfigError, match="server_recv_port"):
         socket_paths(text)
 
@@ -441,7 +441,7 @@ def test_what_is_no_unix_socket_is_refused(text: str) -> None:
     ("uid", "is_same"), [(os.geteuid(), True), (0, True), (STRANGER, False), (2**32 - 2, False)]
 )
 def test_only_our_user_and_root_are_trusted(uid: int, is_same: bool) -> None:
-    """Whoever else is at the other end is a stranger."""
+    """Only our user and root are trusted as peers."""
 
     class Connected:
         def getsockopt(self, level: int, option: int, size: int) -> bytes:
@@ -454,7 +454,7 @@ def test_only_our_user_and_root_are_trusted(uid: int, is_same: bool) -> None:
 
 
 def test_nothing_is_said_to_who_is_not_trusted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connection ends before the first byte, and the error names path, process and user."""
+    """A peer that is not trusted is sent nothing; the error names its path, process and user."""
     monkeypatch.setattr(handshake, "is_same_user", lambda peer: False)
     listener = Listener(path)
     listener.socket.listen()
@@ -467,7 +467,7 @@ def test_nothing_is_said_to_who_is_not_trusted(path: Path, monkeypatch: pytest.M
 
 
 def test_credentials_are_those_of_who_listens(path: Path) -> None:
-    """Before the server has accepted or said anything."""
+    """A client sees the listener's credentials before the server accepts or sends anything."""
     listener = Listener(path)
     listener.listen()
     with socket.socket(socket.AF_UNIX) as ours:

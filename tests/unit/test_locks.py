@@ -1,4 +1,4 @@
-"""Laws of the lock on a directory: one holder, no file that frees it, and no child keeps it."""
+"""Laws of a directory's lock: one holder, freed by no file, and kept by no child."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flexkv.io.ssd.locks import NOTE_NAME, lock_directory
 
 
 def refusal(path: Path) -> str:
-    """Return why a directory cannot be locked, having checked that no descriptor is left."""
+    """Return why a directory cannot be locked, and check that no descriptor is left."""
     before = os.listdir("/proc/self/fd")
     with pytest.raises(BlockingIOError) as caught:
         lock_directory(path)
@@ -29,7 +29,7 @@ def refusal(path: Path) -> str:
 
 
 def test_one_holder_at_a_time(tmp_path: Path) -> None:
-    """The second is refused with the holder's process, and succeeds after the release."""
+    """A second holder is refused with the first one's pid, and accepted after the release."""
     before = os.listdir("/proc/self/fd")
     lock = lock_directory(tmp_path)
     assert refusal(tmp_path) == f"is in use by process {os.getpid()}"
@@ -41,7 +41,7 @@ def test_one_holder_at_a_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("note", [None, "", "no number", "-1"])
 def test_removing_the_note_frees_nothing(tmp_path: Path, note: str | None) -> None:
-    """A note that was deleted or overwritten costs the holder's number in the message only."""
+    """Deleting or overwriting the note frees no lock; only the holder's pid is unknown then."""
     lock = lock_directory(tmp_path)
     (tmp_path / NOTE_NAME).unlink()
     if note is not None:
@@ -51,7 +51,7 @@ def test_removing_the_note_frees_nothing(tmp_path: Path, note: str | None) -> No
 
 
 def test_a_release_that_locks_the_note_only_is_kept_out(tmp_path: Path) -> None:
-    """A process that locks only the file, as earlier releases do, keeps us out, and we it."""
+    """An earlier release, which locks only the note, and this one exclude each other."""
     with (tmp_path / NOTE_NAME).open("w") as note:
         fcntl.flock(note, fcntl.LOCK_EX)
         note.write("77")
@@ -64,7 +64,7 @@ def test_a_release_that_locks_the_note_only_is_kept_out(tmp_path: Path) -> None:
 
 
 def test_a_new_directory_of_the_same_name_is_another(tmp_path: Path) -> None:
-    """The lock is on the directory, not on its name."""
+    """The lock is on the directory, not on its name: a new one of that name is free."""
     folder = tmp_path / "folder"
     folder.mkdir()
     lock = lock_directory(folder)
@@ -78,7 +78,7 @@ def test_a_new_directory_of_the_same_name_is_another(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["link", "directory", "pipe", "hard link"])
 def test_a_note_that_is_no_file_of_ours_is_refused(tmp_path: Path, kind: str) -> None:
-    """Nothing is written through a link, and the directory is left unlocked."""
+    """A link, directory or pipe as the note is refused, never written to, and leaves no lock."""
     folder, other = tmp_path / "folder", tmp_path / "other"
     folder.mkdir()
     other.write_text("precious")
@@ -101,7 +101,7 @@ def test_a_note_that_is_no_file_of_ours_is_refused(tmp_path: Path, kind: str) ->
 
 @pytest.mark.parametrize("path", ["missing", "file"])
 def test_only_a_directory_is_locked(tmp_path: Path, path: str) -> None:
-    """What is missing, or is a file, is an OSError."""
+    """Locking a missing path or a file raises an OSError."""
     (tmp_path / "file").write_text("")
     with pytest.raises((FileNotFoundError, NotADirectoryError)):
         lock_directory(tmp_path / path)
@@ -142,7 +142,7 @@ os.waitpid(child, 0)
     ],
 )
 def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path, parent: str, fork: str) -> None:
-    """A child neither keeps the lock that its parent gives up, nor releases it in its stead."""
+    """A forked child neither keeps a lock that its parent releases, nor releases its parent's."""
     command = [sys.executable, "-c", PARENT, str(tmp_path), parent, fork]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
@@ -160,7 +160,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path, parent: str, fork
 
 
 def refuse_with(number: int) -> Callable[..., int]:
-    """Return a call that fails with an errno."""
+    """Return a function that fails with an errno."""
 
     def refuse(*_: object, **__: object) -> int:
         raise OSError(number, os.strerror(number))
@@ -172,7 +172,7 @@ def refuse_with(number: int) -> Callable[..., int]:
 def test_a_full_disk_locks_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Without the number of the process, or without the note: nobody else gets in."""
+    """A lock works on a full disk, without the pid or even without the note."""
     for call in ("pwrite", "ftruncate"):
         with monkeypatch.context() as patch:
             patch.setattr(os, call, refuse_with(number))
@@ -194,7 +194,7 @@ def test_a_full_disk_locks_all_the_same(
 def test_where_directories_cannot_be_locked_the_note_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """As on NFS. Where neither can, the directory is refused: two engines would share it."""
+    """Where directories cannot be locked (NFS), the note is; where neither can, locking fails."""
     flock = fcntl.flock
 
     def only_files(fd: int, operation: int) -> None:

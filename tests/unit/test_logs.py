@@ -1,4 +1,4 @@
-"""Logging: JSON or console, levels, a prefix; nothing configured by import."""
+"""Logging: JSON or console, levels and a prefix; an import configures nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flexkv.observe.logs import REPEATS_MAX, REPEATS_S, _Repeats, configure_logg
 def test_json_lines_have_level_time_and_prefix(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One object a line, exceptions as text, the prefix from the environment."""
+    """A JSON line is one object with level, time, exception text and the environment's prefix."""
     monkeypatch.setenv("FLEXKV_LOGGING_PREFIX", "rank0")
     configure_logging("info", as_json=True)
     log = structlog.get_logger("test")
@@ -32,7 +32,7 @@ def test_json_lines_have_level_time_and_prefix(
 
 
 def test_a_console_gets_readable_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    """Not JSON."""
+    """Console lines are plain text, not JSON."""
     configure_logging("info", prefix="", as_json=False)
     structlog.get_logger("test").info("hello", blocks=3)
     told = capsys.readouterr().err
@@ -41,14 +41,14 @@ def test_a_console_gets_readable_lines(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_an_unknown_level_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ConfigError with the variable."""
+    """An unknown level is a ConfigError that names the variable."""
     monkeypatch.setenv("FLEXKV_LOG_LEVEL", "loud")
     with pytest.raises(ConfigError, match="FLEXKV_LOG_LEVEL"):
         configure_logging()
 
 
 def test_a_line_that_is_repeated_too_often_is_dropped_and_counted() -> None:
-    """By what it says and about what; others pass, and after a while so does it."""
+    """A line repeated too often is dropped and counted for a while; other lines pass."""
     now = [0.0]
     repeats = _Repeats(lambda: now[0])
 

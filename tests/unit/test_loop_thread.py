@@ -1,4 +1,4 @@
-"""Laws of a loop in a thread of its own: stopping it ends, and answers everybody who waits."""
+"""Laws of a loop in its own thread: stopping it ends, and answers every waiting caller."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexkv.front.loop_thread import LoopThread
 
 
 def test_a_loop_that_hangs_does_not_hold_who_stops_it() -> None:
-    """Its thread is left alone; a later call says that it is stopped."""
+    """Stopping a loop that hangs returns without its thread; later calls raise ClosedError."""
     thread, begun, healed = LoopThread(), threading.Event(), threading.Event()
     thread.start()
     thread.post(lambda: (begun.set(), healed.wait()))
@@ -27,7 +27,7 @@ def test_a_loop_that_hangs_does_not_hold_who_stops_it() -> None:
 
 
 async def test_a_call_that_cannot_begin_leaves_nobody_unanswered() -> None:
-    """The loop has ended since the call looked at it."""
+    """A call to a loop that has just ended raises ClosedError, and is not kept as unanswered."""
     thread = LoopThread()
     thread.start()
     loop = thread._loop
@@ -39,14 +39,14 @@ async def test_a_call_that_cannot_begin_leaves_nobody_unanswered() -> None:
 
 
 def test_a_caller_whose_loop_is_closed_does_not_fail_who_stops() -> None:
-    """A caller's loop was closed during its call: the others are answered all the same."""
+    """Stop answers all calls, even if the loop of one caller was closed meanwhile."""
     thread, healed = LoopThread(), threading.Event()
     thread.start()
     thread.post(healed.wait)
     callers = asyncio.new_event_loop()
     call = thread.call_async(lambda: asyncio.sleep(0))
     calling: Any = callers.create_task(call)
-    calling._log_destroy_pending = False  # the closed loop does not end it
+    calling._log_destroy_pending = False  # a closed loop cannot end it
     callers.call_soon(callers.stop)
     callers.run_forever()
     callers.close()

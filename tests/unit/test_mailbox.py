@@ -1,4 +1,4 @@
-"""The queue of an actor: inbound first, in turns between requests, bounded."""
+"""The queue of an actor: a lane per direction, turns between requests, and a bound."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ READ, WRITE = Route(Tier.DISK, Tier.HOST), Route(Tier.HOST, Tier.DISK)
 
 
 def transfer(op_id: int, owner: int, blocks: int = 4, route: Route = READ) -> Transfer:
-    """Give a transfer of some blocks."""
+    """Return a transfer of some blocks."""
     ids = np.arange(blocks)
     return Transfer(op_id, owner, route, ids, ids)
 
 
 def test_requests_take_turns_piece_by_piece() -> None:
-    """A small request behind a large one is served at the second turn."""
+    """Requests take turns by pieces, so a small one behind a large one gets the second turn."""
     mailbox = Mailbox(8, 1)
     for op_id, owner in ((1, 1), (2, 1), (3, 2)):
         mailbox.put(transfer(op_id, owner))
@@ -32,7 +32,7 @@ def test_requests_take_turns_piece_by_piece() -> None:
 
 
 def test_directions_have_lanes_of_their_own() -> None:
-    """What goes towards the device waits apart from what goes away from it."""
+    """Inbound and outbound transfers wait in separate lanes."""
     mailbox = Mailbox(8, 1)
     mailbox.put(transfer(1, 1, route=WRITE))
     mailbox.put(transfer(2, 1, route=READ))
@@ -57,7 +57,7 @@ def test_a_waiting_transfer_can_be_taken_out() -> None:
 
 
 def test_what_does_not_fit_the_room_waits() -> None:
-    """Nothing is handed out, and nothing loses its turn."""
+    """A piece larger than the room is not handed out, and keeps its turn."""
     mailbox = Mailbox(8, 1)
     mailbox.put(transfer(1, 1))
     assert mailbox.inbound.take(4, room_bytes=3) is None
@@ -66,7 +66,7 @@ def test_what_does_not_fit_the_room_waits() -> None:
 
 
 def test_a_full_mailbox_is_an_invariant_error() -> None:
-    """Admission bounds what arrives; more is our own mistake, not a longer queue."""
+    """A full mailbox raises InvariantError, since admission bounds what arrives."""
     mailbox = Mailbox(1, 1)
     mailbox.put(transfer(1, 1))
     with pytest.raises(InvariantError):
@@ -74,8 +74,10 @@ def test_a_full_mailbox_is_an_invariant_error() -> None:
 
 
 def test_requests_take_turns_layer_by_layer() -> None:
-    """All transfers of one request move a layer before any moves the next, and another request
-    that goes layer by layer has every other turn."""
+    """All transfers of a layerwise request move one layer before any of them moves the next.
+
+    Another layerwise request gets every other turn.
+    """
     mailbox = Mailbox(8, 1)
     for op_id, owner in ((1, 1), (2, 1), (3, 2)):
         watched = msgspec.structs.replace(transfer(op_id, owner), watch=LayerProgress(4, 4))

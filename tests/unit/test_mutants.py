@@ -1,4 +1,4 @@
-"""The mutation run finds the changes that it should, and shows which ones no test notices."""
+"""The mutation run makes the right changes, and reports those that no test notices."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ STATEMENTS = [
 
 
 def afters(folder: Path, source: str) -> set[str]:
-    """Return the changed lines of a source; each is still Python."""
+    """Return the changed lines of a source, having checked that each result is valid Python."""
     (folder / "source.py").write_text(source)
     found = mutants_of(folder, "source.py")
     for mutant in found:
@@ -59,19 +59,19 @@ def afters(folder: Path, source: str) -> set[str]:
 
 @pytest.mark.parametrize(("expression", "expected"), CHANGES)
 def test_expressions_are_changed(expression: str, expected: set[str], tmp_path: Path) -> None:
-    """Each operator and each number has its change, and texts have none."""
+    """Each operator and each number has its mutants, and strings have none."""
     assert afters(tmp_path, f"x = {expression}\n") == {f"x = {each}" for each in expected}
 
 
 @pytest.mark.parametrize(("statement", "expected"), STATEMENTS)
 def test_statements_are_changed(statement: str, expected: set[str], tmp_path: Path) -> None:
-    """Statements without a value are left out; log lines and assertions stay."""
+    """Statements without a value are dropped, but not log lines and assertions."""
     found = afters(tmp_path, f"async def f():\n    {statement}\n")
     assert found - {"return (1 + 1)"} == expected
 
 
 def test_annotations_decorators_and_bases_are_left_alone(tmp_path: Path) -> None:
-    """They say nothing about behaviour."""
+    """Annotations, decorators, bases and `__repr__` have no mutants."""
     source = """
 Either: TypeAlias = A | B
 
@@ -87,7 +87,7 @@ class C(Base, frozen=True):
 
 
 def test_targets_are_there() -> None:
-    """Every file of the core has a target, and every test that is named exists."""
+    """Every file of the core has a target, and every test that a target names exists."""
     targets = mutation.load_targets()
     files = mutation.files_of(targets)
     for target in targets:
@@ -101,7 +101,7 @@ def test_targets_are_there() -> None:
 
 
 def test_listed_survivors_are_changes_that_are_made() -> None:
-    """An entry whose line has gone has to go, too; each has a reason."""
+    """Every listed survivor is a mutant of the present source, and has a reason."""
     every = [
         mutant
         for file in mutation.files_of(mutation.load_targets())
@@ -113,7 +113,7 @@ def test_listed_survivors_are_changes_that_are_made() -> None:
 
 
 def test_each_change_is_made_alone_and_judged() -> None:
-    """A change is killed by a test that fails or hangs, and survives tests that pass."""
+    """A mutant is killed by a test that fails or hangs, and survives tests that pass."""
     file, other = "flexkv/common/extents.py", "flexkv/actors/health.py"
     targets = [
         mutation.Target((file,), ("tests/unit/test_extents.py",), ".venv"),
@@ -130,7 +130,7 @@ def test_each_change_is_made_alone_and_judged() -> None:
 
 
 def test_a_survivor_that_is_not_listed_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    """The status is 0 when all survivors are listed and few enough, else 1, and they are shown."""
+    """The status is 1 if a survivor is not listed, or if too few mutants are killed, else 0."""
     mutants = mutants_of(mutation.ROOT, "flexkv/common/extents.py")[:10]
     outcomes = dict.fromkeys(mutants, mutation.Outcome("failed", 1.0))
     assert mutation.report(outcomes, []) == 0

@@ -1,4 +1,4 @@
-"""A server that an engine has launched is launched again, but not for ever."""
+"""A server that an engine has launched is launched again when it ends, but not for ever."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s, self.servers = 0.0, list[Server]()
         self.refusals: list[Exception] = []
-        """Of the next launches."""
+        """The errors of the next launches."""
         self.refused_s: list[float] = []
         monkeypatch.setattr(own_server.time, "monotonic", lambda: self.now_s)
         monkeypatch.setattr(own_server, "Launched", self._launch)
 
     def _launch(self, *_: Any, waits: bool = True, is_awaited: bool = True) -> Server:
-        assert waits is is_awaited  # a step of a scheduler waits for neither
+        assert waits is is_awaited  # a scheduler's step waits for neither
         if self.refusals:
             self.refused_s.append(self.now_s)
             raise self.refusals.pop(0)
@@ -35,39 +35,39 @@ class World:
         return self.servers[-1]
 
     def passes(self, own: OwnServer, seconds: float) -> None:
-        """Let time pass, with a look at every second, as steps look."""
+        """Advance the clock, with one look per second, as steps look."""
         for _ in range(int(seconds)):
             self.now_s += 1.0
             own.look()
 
 
 class Server:
-    """One that was launched."""
+    """A fake launched server."""
 
     def __init__(self, pid: int) -> None:
         self.pid, self.has_ended, self.closed = pid, False, 0
         self.refusal: Exception | None = None
 
     def look(self) -> bool:
-        """Say whether it listens, or why it does not."""
+        """Return True if the server listens, or raise why it does not."""
         if self.refusal is not None:
             raise self.refusal
         return True
 
     def close(self) -> None:
-        """Count it."""
+        """Count the call."""
         self.closed += 1
 
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    """Return one."""
+    """Return a clock without servers so far."""
     return World(monkeypatch)
 
 
 @pytest.mark.parametrize("ends", ["ended", "refused", "killed"])
 def test_a_server_that_ends_young_is_launched_a_few_times(world: World, ends: str) -> None:
-    """With longer and longer pauses; then the engine goes on without."""
+    """A server that ends young is launched YOUNG_MAX times, with growing pauses, then no more."""
     own, launched_s = OwnServer(MODEL, Settings()), list[float]()
     for _ in range(3600):
         newest = world.servers[-1]
@@ -90,7 +90,7 @@ def test_a_server_that_ends_young_is_launched_a_few_times(world: World, ends: st
 
 
 def test_a_server_that_lived_long_is_launched_again_each_time(world: World) -> None:
-    """However often, and soon: what it died of is not how it was started."""
+    """A server that lived long is launched again soon, any number of times."""
     own = OwnServer(MODEL, Settings())
     for count in range(1, 3 * YOUNG_MAX):
         world.passes(own, YOUNG_S)
@@ -101,7 +101,7 @@ def test_a_server_that_lived_long_is_launched_again_each_time(world: World) -> N
 
 
 def test_a_server_that_runs_is_left_alone(world: World) -> None:
-    """Whether it listens yet or not."""
+    """A running server is neither closed nor launched again."""
     own = OwnServer(MODEL, Settings())
     world.passes(own, 1000)
     assert len(world.servers) == 1
@@ -119,7 +119,7 @@ def test_a_server_that_runs_is_left_alone(world: World) -> None:
     ],
 )
 def test_a_launch_that_fails_concerns_no_step(world: World, error: Exception) -> None:
-    """It counts as a server that ended young, and the pause doubles; in time, one is launched."""
+    """A failed launch raises in no step; it counts as a young end and doubles the pause."""
     own = OwnServer(MODEL, Settings())
     world.refusals = [error] * 2
     world.servers[0].has_ended = True
@@ -134,7 +134,7 @@ def test_a_launch_that_fails_concerns_no_step(world: World, error: Exception) ->
 
 
 def test_launches_that_always_fail_are_given_up(world: World) -> None:
-    """The engine goes on without."""
+    """Launches that always fail are given up, and the engine goes on without a server."""
     own = OwnServer(MODEL, Settings())
     world.servers[0].has_ended = True
     world.refusals = [OSError(errno.ENOMEM, "Cannot allocate memory")] * 100
@@ -144,7 +144,7 @@ def test_launches_that_always_fail_are_given_up(world: World) -> None:
 
 
 def test_a_server_that_cannot_be_looked_at_is_looked_at_again(world: World) -> None:
-    """No descriptor may be left for a moment: nothing is known of the server then."""
+    """A look that fails, such as for lack of descriptors, proves nothing and is repeated."""
     own = OwnServer(MODEL, Settings())
     world.servers[0].refusal = OSError(errno.EMFILE, "Too many open files")
     world.passes(own, 100)

@@ -1,7 +1,7 @@
 """A window that follows its disk: short queues at any speed, and no bandwidth lost to that.
 
-The disk is simulated on a virtual clock: I/Os go through one pipe in order, each takes a latency
-besides, and one stream alone may be slower than the pipe.
+The disk is simulated on a virtual clock. All I/Os pass one pipe in order, each has a latency on
+top, and a single stream may be slower than the pipe.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Disk:
     """A transfer port to a simulated disk."""
 
     rate: float
-    """Bytes a second, of all I/Os together."""
+    """Bytes per second of all I/Os together."""
     latency_s: float = 1e-4
     stream_rate: float = float("inf")
-    """Bytes a second of one I/O."""
+    """Bytes per second of one I/O."""
     jitter: float = 0.0
-    """Largest part of an I/O's time that is added at random."""
+    """The largest random addition to an I/O's time, as a fraction of it."""
     latencies_s: Callable[[random.Random], float] | None = None
-    """The latency of each I/O, where it varies."""
+    """Draws the latency of each I/O, if it varies."""
     block_bytes: int = 2 * MIB
     arrived_bytes: int = 0
 
@@ -79,11 +79,11 @@ class Disk:
         return ended
 
     def close(self) -> None:
-        """Hold nothing."""
+        """Release nothing."""
 
 
 class Bench:
-    """An actor over a simulated disk, and transfers that are awaited."""
+    """An actor over a simulated disk, with transfers that can be awaited."""
 
     def __init__(self, disk: Disk, window: Window) -> None:
         self.actor = TransferActor(Tier.DISK, disk, window, window, 1 << 16)
@@ -113,7 +113,7 @@ class Bench:
         return loop.time() - begin_s
 
     async def singles_beside(self, route: Route, requests: int) -> tuple[list[float], float]:
-        """Return the times of single reads beside bulk requests, and the rate of them all."""
+        """Return the times of single reads beside bulk requests, and the total rate."""
         loop, begin_s, times = asyncio.get_running_loop(), asyncio.get_running_loop().time(), []
         bulks = [asyncio.create_task(self.move(route, self.bulk_blocks)) for _ in range(requests)]
         await asyncio.sleep(0.01)
@@ -129,10 +129,10 @@ class Bench:
 
 
 async def measured(disk: Disk, window: Window, route: Route, requests: int) -> tuple[float, ...]:
-    """Return a single read's time alone, its p99 beside bulk, and both rates: bulk alone, all."""
+    """Return a single read's time alone, its p99 beside bulk, and the rates of bulk and of all."""
     bench = Bench(disk, window)
     alone_s = max([await bench.move(READ, 1) for _ in range(16)])
-    await bench.move(route, bench.bulk_blocks)  # measures the disk
+    await bench.move(route, bench.bulk_blocks)  # lets the window measure the disk
     bulk_bytes = bench.bulk_blocks * disk.block_bytes
     bulk_rate = bulk_bytes / await bench.move(route, bench.bulk_blocks)
     times, rate = await bench.singles_beside(route, requests)
@@ -160,7 +160,7 @@ DISKS: list[dict[str, Any]] = [
 def test_a_read_waits_little_and_bulk_loses_nothing(
     disk: dict[str, Any], route: Route, requests: int
 ) -> None:
-    """A read behind bulk transfers takes at most twice its own time and 2 ms; bulk is as quick."""
+    """A read behind bulk takes at most twice its own time plus 2 ms; bulk keeps its rate."""
 
     def run(window: Window) -> tuple[float, ...]:
         return run_virtual(measured(Disk(**disk, jitter=0.2), window, route, requests))
@@ -174,7 +174,7 @@ def test_a_read_waits_little_and_bulk_loses_nothing(
 
 @pytest.mark.parametrize(("rate", "later"), [(2e9, 0.2e9), (0.2e9, 2e9), (10e9, 0.1e9)])
 def test_the_window_follows_a_disk_whose_rate_changes(rate: float, later: float) -> None:
-    """After one bulk request at the new rate, reads wait little and bulk loses nothing."""
+    """After one bulk request at a new rate, reads wait little and bulk keeps its rate."""
 
     async def run() -> tuple[float, ...]:
         disk = Disk(rate)
@@ -205,7 +205,7 @@ VARYING: dict[str, Callable[[random.Random], float]] = {
 def test_latencies_that_vary_cost_little_bandwidth(
     latencies: Callable[[random.Random], float], block_bytes: int
 ) -> None:
-    """A disk that is quick now and then is not taken for one that is always quick."""
+    """A disk that is sometimes quick is not taken for one that is always quick."""
 
     async def run(window: Window) -> float:
         bench = Bench(Disk(2e9, block_bytes=block_bytes, latencies_s=latencies), window)
@@ -219,7 +219,7 @@ def test_latencies_that_vary_cost_little_bandwidth(
 
 
 def test_a_search_for_a_larger_window_is_seldom() -> None:
-    """A slow disk that is busy for minutes has a longer queue for a moment of each half minute."""
+    """On a busy slow disk, the search for a larger window rarely lengthens the queue."""
 
     async def run() -> tuple[float, float]:
         disk = Disk(0.2e9)
@@ -237,7 +237,7 @@ def test_a_search_for_a_larger_window_is_seldom() -> None:
 
 
 def test_bytes_in_flight_have_a_bound() -> None:
-    """However far away a disk is, no more than the configured window is in flight."""
+    """At any latency, no more bytes than the configured window are in flight."""
     disk = Disk(10e9, latency_s=50e-3)
 
     async def run() -> None:

@@ -1,4 +1,4 @@
-"""What the planner makes of a request, whatever the tiers have and have room for."""
+"""What the planner makes of a request, for any content of the tiers and any room in them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.unit.prompts import LIMITS, filled, keys, request, residency, residen
 
 
 def run(tiers: Residency, planned: Planned) -> None:
-    """Let every op of a plan succeed."""
+    """Settle every op of a plan as successful."""
     for op in planned.plan.template.ops:
         tiers.claims.settle(planned.plan.op_id(op), filled=True)
 
 
 def test_a_get_is_cut_where_host_places_end() -> None:
-    """Disk blocks for which the host has no place are left out, and the shortfall is told."""
+    """A get leaves out disk blocks without a host place, and reports the shortfall."""
     tiers = residency(host=4)
     filled(tiers, Tier.DISK, *range(8))
     planned = Planner(tiers, LIMITS).plan(request(Operation.GET, *range(8)), 1)
@@ -31,7 +31,7 @@ def test_a_get_is_cut_where_host_places_end() -> None:
 
 
 def test_a_get_never_evicts_what_it_found() -> None:
-    """Host hits of the request stay while places for its disk blocks are made."""
+    """A get keeps its host hits while it makes places for its disk blocks."""
     tiers = residency(host=4)
     filled(tiers, Tier.HOST, 0, 1)
     filled(tiers, Tier.HOST, 90, 91)
@@ -42,7 +42,7 @@ def test_a_get_never_evicts_what_it_found() -> None:
 
 
 def test_a_put_counts_as_a_use_of_what_lower_tiers_have() -> None:
-    """A prompt that grows keeps its first blocks on disk: eviction takes another prompt's."""
+    """A put is a use of its blocks on disk, so eviction takes another prompt's."""
     tiers = residency(host=8, disk=4)
     filled(tiers, Tier.HOST, 0, 1, 2)
     filled(tiers, Tier.DISK, 0, 1)
@@ -53,7 +53,7 @@ def test_a_put_counts_as_a_use_of_what_lower_tiers_have() -> None:
 
 
 def test_a_put_whose_parent_is_nowhere_stores_nothing() -> None:
-    """No get could reach the blocks: a store has no holes."""
+    """A put whose parent block is absent stores nothing, since no get could reach its blocks."""
     tiers = residency()
     behind = request(Operation.PUT, 0, 1, 2)
     behind = msgspec.structs.replace(
@@ -66,7 +66,7 @@ def test_a_put_whose_parent_is_nowhere_stores_nothing() -> None:
 
 
 def test_a_put_keeps_the_host_blocks_that_it_writes_to_one_of_two_lower_tiers() -> None:
-    """What one lower tier has and another lacks is read from its host places: they stay."""
+    """A put keeps the host blocks that it writes to the one lower tier that lacks them."""
     tiers = Residency({Tier.HOST: 2, Tier.DISK: 8, Tier.REMOTE: 8})
     planner = Planner(tiers, LIMITS)
     run(tiers, planner.plan(request(Operation.PUT, 0, 1), 1))
@@ -80,7 +80,7 @@ def test_a_put_keeps_the_host_blocks_that_it_writes_to_one_of_two_lower_tiers() 
 
 
 def test_blocks_that_others_bring_want_no_host_places() -> None:
-    """A get behind a prefetch of its prefix is as long as one behind blocks that are there."""
+    """Blocks that another request is bringing need no host places of a get."""
     tiers = residency(host=10, disk=20)
     planner = Planner(tiers, LIMITS)
     run(tiers, planner.plan(request(Operation.PUT, *range(10)), 1))
@@ -95,7 +95,7 @@ def test_blocks_that_others_bring_want_no_host_places() -> None:
 
 
 def test_what_host_memory_would_not_keep_still_reaches_the_ssd() -> None:
-    """Under lhd a full host is full of hot blocks; a cold put goes through it to an empty SSD."""
+    """Under lhd, a cold put passes through a host full of hot blocks to an empty SSD."""
     tiers = Residency({Tier.HOST: 4, Tier.DISK: 64}, Eviction("lhd"))
     planner = Planner(tiers, LIMITS)
     for turn in range(60):
@@ -108,7 +108,10 @@ def test_what_host_memory_would_not_keep_still_reaches_the_ssd() -> None:
 
 
 def test_a_put_that_host_memory_cannot_take_whole_stores_its_first_blocks() -> None:
-    """Those that the SSD has, too: what follows a block that is not in host memory is no use."""
+    """A put larger than host memory stores its first blocks, even those that the SSD has.
+
+    Blocks behind one that is not in host memory would be of no use.
+    """
     tiers = residency(host=2)
     filled(tiers, Tier.DISK, 0, 1)
     planned = Planner(tiers, LIMITS).plan(request(Operation.PUT, 0, 1, 2, 3), 1)
@@ -118,8 +121,10 @@ def test_a_put_that_host_memory_cannot_take_whole_stores_its_first_blocks() -> N
 
 
 def test_what_waits_to_be_written_counts_against_what_may_be_written_behind_a_put() -> None:
-    """However many puts there are, their blocks that wait for a lower tier are bounded, and further
-    ones are owed to it. Blocks that were written make room."""
+    """The blocks of all puts that wait for a lower tier are bounded; further ones are owed to it.
+
+    Blocks that were written make room.
+    """
     tiers = residency(host=32, disk=64)
     planner = Planner(tiers, LIMITS)
     first = planner.plan(request(Operation.PUT, *range(6)), 1)

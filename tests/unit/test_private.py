@@ -33,14 +33,14 @@ FILES = [NOTE_NAME, superblock.NAME, journal.NAME, "blocks-0000.flexkv"]
 
 @pytest.fixture
 def umask() -> Iterator[None]:
-    """Restore the umask that a test sets."""
+    """Restore the umask after a test that sets it."""
     before = os.umask(0o022)
     yield
     os.umask(before)
 
 
 def belongs_to_a_stranger(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    """Make a file another user's: really if we are root, else as far as `private` can see."""
+    """Give a file to another user: really if we are root, else in what `private` sees."""
     if os.geteuid() == 0:
         os.chown(path, STRANGER, -1, follow_symlinks=False)
         return
@@ -60,7 +60,7 @@ def belongs_to_a_stranger(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
 
 
 def open_tier(folder: Path) -> None:
-    """Open and close all that an engine keeps in a directory."""
+    """Open and close everything that an engine keeps in a directory."""
     with ExitStack() as undo:
         files = StripedFiles.open([folder], 4, STRIDE)
         undo.callback(files.close)
@@ -76,7 +76,7 @@ def inspect(folder: Path) -> None:
 
 
 def refusal(call: Callable[[Path], None], folder: Path) -> ConfigError:
-    """Return how a directory is refused, having checked that no descriptor is left."""
+    """Return the error that refuses a directory, and check that no descriptor is left."""
     before = os.listdir("/proc/self/fd")
     with pytest.raises(ConfigError) as caught:
         call(folder)
@@ -97,34 +97,34 @@ def tier(tmp_path: Path) -> Path:
 
 
 def make_link(place: Path, other: Path) -> None:
-    """Put a link to another file there."""
+    """Put a link to another file at the place."""
     place.symlink_to(other)
 
 
 def make_dangling_link(place: Path, other: Path) -> None:
-    """Put a link there that would create a file if it were followed."""
+    """Put a link at the place that would create a file if it were followed."""
     place.symlink_to(other.with_name("made"))
 
 
 def make_hard_link(place: Path, other: Path) -> None:
-    """Make a second name there for another file."""
+    """Put a hard link to another file at the place."""
     place.hardlink_to(other)
 
 
 def make_pipe(place: Path, _: Path) -> None:
-    """Put a pipe there, which nobody reads from or writes to."""
+    """Put a pipe at the place, which nobody reads from or writes to."""
     os.mkfifo(place)
 
 
 def make_socket(place: Path, _: Path) -> None:
-    """Put a socket there."""
+    """Put a socket at the place."""
     with socket.socket(socket.AF_UNIX) as listener:
-        os.chdir(place.parent)  # a socket's address is short
+        os.chdir(place.parent)  # a socket's address has to be short
         listener.bind(place.name)
 
 
 def make_directory_there(place: Path, _: Path) -> None:
-    """Put a directory there."""
+    """Put a directory at the place."""
     place.mkdir()
 
 
@@ -149,7 +149,7 @@ def test_what_stands_in_place_of_a_file_is_refused(
     put: Callable[[Path, Path], None],
     why: str,
 ) -> None:
-    """The refusal names the path, and nothing is read from there, written to or created."""
+    """Anything in place of a regular file is refused by path, and not read, written or followed."""
     monkeypatch.chdir(tier)
     other, place = tier.parent / "other", tier / name
     other.write_text("precious")
@@ -169,7 +169,7 @@ def test_what_stands_in_place_of_a_file_is_refused(
 def test_a_file_that_others_may_write_to_is_refused(
     tier: Path, call: Callable[[Path], None], name: str, mode: int
 ) -> None:
-    """By name and mode: making it private now would not undo what others wrote."""
+    """A file that others may write to is refused, as a chmod now would not undo their writes."""
     (tier / name).chmod(mode)
     error = refusal(call, tier)
     assert error.value == str(tier / name)
@@ -181,7 +181,7 @@ def test_a_file_that_others_may_write_to_is_refused(
 def test_a_file_of_another_user_is_refused(
     tier: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[Path], None], name: str
 ) -> None:
-    """Whatever its mode is."""
+    """A file of another user is refused."""
     belongs_to_a_stranger(monkeypatch, tier / name)
     error = refusal(call, tier)
     assert error.value == str(tier / name)
@@ -191,7 +191,7 @@ def test_a_file_of_another_user_is_refused(
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o277, 0o777])
 @pytest.mark.usefixtures("umask")
 def test_modes_do_not_follow_the_umask(tmp_path: Path, mask: int) -> None:
-    """A directory that is made has mode 0700, and every file in it 0600."""
+    """A new directory has mode 0700 and its files 0600, under any umask."""
     os.umask(mask)
     open_tier(tmp_path / "tier")
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "tier").iterdir()}
@@ -203,7 +203,7 @@ def test_modes_do_not_follow_the_umask(tmp_path: Path, mask: int) -> None:
 def test_files_that_others_may_read_are_made_private(
     tier: Path, call: Callable[[Path], None]
 ) -> None:
-    """An earlier release left some readable."""
+    """Files that others may read, as earlier releases left them, become private."""
     for name in FILES:
         (tier / name).chmod(0o644)
     call(tier)
@@ -214,7 +214,7 @@ def test_files_that_others_may_read_are_made_private(
 def test_a_half_written_superblock_is_never_followed(
     tier: Path, put: Callable[[Path, Path], None]
 ) -> None:
-    """Whatever is where the new superblock is written is removed, and not written through."""
+    """Whatever stands at the superblock's temporary name is removed, never written through."""
     other = tier.parent / "other"
     other.write_text("precious")
     (tier / superblock.NAME).unlink()
@@ -232,7 +232,7 @@ def test_a_half_written_superblock_is_never_followed(
 def test_a_new_journal_is_never_written_through_a_link(
     tier: Path, put: Callable[[Path, Path], None]
 ) -> None:
-    """A journal is not written anew where something else stands."""
+    """A journal is not rewritten if something else stands at its temporary name."""
     other = tier.parent / "other"
     other.write_text("precious")
     opened = journal.Journal(tier)
@@ -253,7 +253,7 @@ CALLS = [open_tier, inspect, lambda folder: refuse([folder], WANTED)]
 def test_a_directory_that_others_may_write_to_is_refused(
     tier: Path, call: Callable[[Path], None], mode: int
 ) -> None:
-    """By name and mode: /tmp itself is no place for a tier."""
+    """A directory that others may write to is refused with its mode, even if it is sticky."""
     tier.chmod(mode)
     error = refusal(call, tier)
     assert error.value == str(tier)
@@ -264,7 +264,7 @@ def test_a_directory_that_others_may_write_to_is_refused(
 def test_a_directory_of_another_user_is_refused(
     tier: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[Path], None]
 ) -> None:
-    """Whatever its mode is."""
+    """A directory of another user is refused."""
     belongs_to_a_stranger(monkeypatch, tier)
     error = refusal(call, tier)
     assert error.value == str(tier)
@@ -273,7 +273,7 @@ def test_a_directory_of_another_user_is_refused(
 
 @pytest.mark.parametrize("mode", [0o700, 0o750, 0o755])
 def test_a_directory_that_others_may_read_stays_as_it_is(tier: Path, mode: int) -> None:
-    """Its owner chose the mode, and its files are private."""
+    """A directory that others may read keeps its owner's mode; its files are private."""
     tier.chmod(mode)
     for call in CALLS:
         call(tier)
@@ -281,7 +281,7 @@ def test_a_directory_that_others_may_read_stays_as_it_is(tier: Path, mode: int) 
 
 
 def test_a_linked_directory_of_ours_is_followed(tier: Path) -> None:
-    """A link may name the directory, and then its target is checked."""
+    """A link of ours to a directory is followed, and its target is checked."""
     link = tier.parent / "link"
     link.symlink_to(tier)
     for call in CALLS:
@@ -292,7 +292,7 @@ def test_a_linked_directory_of_ours_is_followed(tier: Path) -> None:
 
 
 def test_a_link_of_another_user_is_refused(tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It could lead to any directory of ours."""
+    """A link of another user is refused, since it could lead to any directory of ours."""
     link = tier.parent / "link"
     link.symlink_to(tier)
     belongs_to_a_stranger(monkeypatch, link)
@@ -301,7 +301,7 @@ def test_a_link_of_another_user_is_refused(tier: Path, monkeypatch: pytest.Monke
 
 
 def test_another_directory_of_the_same_name_is_not_used(tmp_path: Path) -> None:
-    """A tier that is open goes on where it was, though its directory was renamed."""
+    """An open tier stays in its directory when that is renamed and another takes its name."""
     folder, moved = tmp_path / "tier", tmp_path / "moved"
     with ExitStack() as undo:
         files = StripedFiles.open([folder], 4, STRIDE)
@@ -321,7 +321,7 @@ def test_another_directory_of_the_same_name_is_not_used(tmp_path: Path) -> None:
 def test_a_directory_that_cannot_be_synced_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Some file systems have no sync of names; a device that fails is something else."""
+    """A directory without support for sync is used; one whose device fails is refused."""
 
     def refuse(fd: int) -> None:
         raise OSError(number, os.strerror(number))
@@ -338,7 +338,7 @@ def test_a_directory_that_cannot_be_synced_is_used(
 
 
 def test_a_directory_is_not_looked_into_before_it_is_checked(tier: Path) -> None:
-    """A directory that holds blocks of another kind is refused for its mode all the same."""
+    """A directory's mode is checked before its content: blocks of another kind are not reported."""
     tier.chmod(0o777)
     refuse([tier], Superblock(2, {}, STRIDE, None))
     assert "written to by others" in refusal(open_tier, tier).why
@@ -346,7 +346,7 @@ def test_a_directory_is_not_looked_into_before_it_is_checked(tier: Path) -> None
 
 @pytest.mark.usefixtures("umask")
 def test_descriptors_do_not_leak_on_refusal(tmp_path: Path) -> None:
-    """Of directories and files that are refused none stays open."""
+    """Refused directories and files leave no descriptor open."""
     before = os.listdir("/proc/self/fd")
     fd = make_directory(tmp_path / "made")
     tmp_path.chmod(0o777)
@@ -363,7 +363,7 @@ def test_descriptors_do_not_leak_on_refusal(tmp_path: Path) -> None:
 
 
 def test_calls_stay_in_their_directory(tier: Path) -> None:
-    """Calls that were given an open directory take paths in no other."""
+    """Calls over an open directory refuse paths in any other."""
     with ExitStack() as undo:
         calls = file_calls.KernelCalls(open_folder(tier, undo))
         with pytest.raises(AssertionError):

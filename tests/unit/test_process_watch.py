@@ -15,7 +15,7 @@ PATIENCE_S = 20.0
 
 
 def check_that_the_end_is_seen(process: subprocess.Popen[bytes], watch: ProcessWatch) -> None:
-    """End a process by its stdin, and close the watch."""
+    """End a process by closing its stdin, check that the watch sees it, and close the watch."""
     assert not watch.has_ended
     assert not watch.wait(0.0)
     process.communicate()
@@ -25,7 +25,7 @@ def check_that_the_end_is_seen(process: subprocess.Popen[bytes], watch: ProcessW
 
 
 def test_the_end_of_a_process_is_seen_with_any_descriptor() -> None:
-    """Our own process may have thousands of files open."""
+    """The end of a process is seen even if our own process has thousands of open files."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     low = os.pidfd_open(process.pid)
     watch = ProcessWatch(process.pid, fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 1024))
@@ -37,7 +37,7 @@ def test_the_end_of_a_process_is_seen_with_any_descriptor() -> None:
 def test_the_end_of_a_process_is_seen_by_its_number(
     monkeypatch: pytest.MonkeyPatch, has_pidfds: bool
 ) -> None:
-    """Whether or not the kernel has descriptors of processes; and none stays open."""
+    """The end of a process is seen by its pid, with or without pidfds; no descriptor is left."""
     before = len(os.listdir("/proc/self/fd"))
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     if not has_pidfds:

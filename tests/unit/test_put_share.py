@@ -1,4 +1,4 @@
-"""The blocks that puts may be filling at once: bounded, in order, and never none."""
+"""The share of blocks that puts may be filling at once: bounded, in order, never zero."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from flexkv.server.put_share import PutShare
 
 
 async def begun(share: PutShare, *puts: int) -> list[asyncio.Task[None]]:
-    """Return puts of so many blocks that have begun, or wait."""
+    """Return tasks of puts of these block counts, which have entered or wait."""
     tasks = [asyncio.ensure_future(share.enter(blocks)) for blocks in puts]
     await asyncio.sleep(0)
     return tasks
 
 
 async def test_puts_beyond_the_share_wait_in_their_order() -> None:
-    """A smaller one does not pass a larger one that came before it."""
+    """Puts beyond the share wait in order; a small put does not pass an earlier large one."""
     share = PutShare(10)
     puts = await begun(share, 6, 6, 1)
     assert [put.done() for put in puts] == [True, False, False]
@@ -28,7 +28,7 @@ async def test_puts_beyond_the_share_wait_in_their_order() -> None:
 
 
 async def test_one_put_may_always_be_under_way() -> None:
-    """However large it is."""
+    """One put may always be under way, however large it is."""
     share = PutShare(10)
     (first, second) = await begun(share, 100, 100)
     assert [first.done(), second.done()] == [True, False]
@@ -38,7 +38,7 @@ async def test_one_put_may_always_be_under_way() -> None:
 
 
 async def test_a_put_that_is_given_up_takes_no_room() -> None:
-    """While it waits, or in the turn in which it is admitted."""
+    """A put cancelled while it waits, or in the turn that admits it, takes no room."""
     share = PutShare(10)
     _, second, third = await begun(share, 10, 10, 10)
     second.cancel()
@@ -52,7 +52,7 @@ async def test_a_put_that_is_given_up_takes_no_room() -> None:
 
 
 async def test_those_that_wait_can_be_turned_away() -> None:
-    """Puts under way go on."""
+    """Turning puts away fails those that wait; puts under way go on."""
     share = PutShare(10)
     _, second = await begun(share, 10, 10)
     share.turn_away(ClosedError("the devices do not answer"))

@@ -1,4 +1,4 @@
-"""Trace files: complete, rotated, never in the way."""
+"""Trace files: complete, rotated, and never in the way of the engine."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ DECODER = msgspec.json.Decoder(Record)
 
 
 def op(number: int) -> OpRecord:
-    """Give a record."""
+    """Return an op's record."""
     return OpRecord(number, number, 0, "device", "host→device", 1, 4096, 10, 15, 20, "done")
 
 
 def read(path: Path) -> list[Record]:
-    """Give the records of a file."""
+    """Return the records of a file."""
     return [DECODER.decode(line) for line in path.read_bytes().splitlines()]
 
 
 def test_every_record_is_written_behind_a_header(tmp_path: Path) -> None:
-    """Close writes what is queued; the header has both clocks."""
+    """Close writes all queued records, behind a header."""
     path = tmp_path / "trace"
     recorder = Recorder(str(path), 1 << 20, 2, 1000)
     for number in range(100):
@@ -58,7 +58,7 @@ def test_every_record_is_written_behind_a_header(tmp_path: Path) -> None:
 
 
 def refused(path: Path) -> str:
-    """Return why a trace cannot be written there."""
+    """Return why a trace cannot be written at a path."""
     with pytest.raises(ConfigError) as caught:
         Recorder(str(path), 1 << 20, 2, 1000)
     assert caught.value.field == "trace_file_path"
@@ -66,7 +66,7 @@ def refused(path: Path) -> str:
 
 
 def test_a_trace_is_written_to_files_of_ours_only(tmp_path: Path) -> None:
-    """Neither a file that others may write to, nor a link that another user made, is written to."""
+    """A trace is not written to another user's file or link, nor to a file writable by others."""
     path, other = tmp_path / "trace", tmp_path / "other"
     path.touch()
     path.chmod(0o666)
@@ -84,7 +84,7 @@ def test_a_trace_is_written_to_files_of_ours_only(tmp_path: Path) -> None:
 
 
 def test_a_rotated_trace_follows_no_link(tmp_path: Path) -> None:
-    """What stands where the next file begins is removed, not written through."""
+    """A link at the name of the next trace file is removed, not written through."""
     path, other = tmp_path / "trace", tmp_path / "other"
     other.write_text("precious")
     (tmp_path / "trace.new").symlink_to(other)
@@ -98,7 +98,7 @@ def test_a_rotated_trace_follows_no_link(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("max_files", [1, 3])
 def test_files_are_rotated_by_size_and_count(tmp_path: Path, max_files: int) -> None:
-    """No more files than configured, the newest records in the first."""
+    """Trace files are rotated by size, and no more are kept than configured."""
     path = tmp_path / "trace"
     recorder = Recorder(str(path), 1000, max_files, 1000)
     for number in range(100 * BATCH_RECORDS):
@@ -111,7 +111,7 @@ def test_files_are_rotated_by_size_and_count(tmp_path: Path, max_files: int) -> 
 
 
 def test_a_full_queue_drops_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What cannot be queued is dropped without waiting; the count is in the file at the end."""
+    """A full queue drops records without waiting, and the file ends with their count."""
     monkeypatch.setattr("flexkv.observe.recorder.QUEUE_RECORDS_MAX", 0)
     recorder = Recorder(str(tmp_path / "trace"), 1 << 20, 2, 1000)
     recorder.record(op(1))
@@ -121,7 +121,7 @@ def test_a_full_queue_drops_and_counts(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_full_disk_ends_the_trace_and_nothing_else() -> None:
-    """Records are dropped from then on, close returns, and the log says why."""
+    """A full disk ends the trace with one log line; recording and close still return."""
     with capture_logs() as logs:
         recorder = Recorder("/dev/full", 1 << 20, 2, 1)
         for number in range(10_000):
@@ -131,13 +131,13 @@ def test_a_full_disk_ends_the_trace_and_nothing_else() -> None:
 
 
 def test_a_path_that_cannot_be_written_is_named() -> None:
-    """ConfigError with the key."""
+    """A path that cannot be written is a ConfigError that names the key."""
     with pytest.raises(ConfigError, match="trace_file_path"):
         Recorder("/proc/nowhere/trace", 1 << 20, 2, 1000)
 
 
 def test_an_engine_records_every_request_and_op(tmp_path: Path) -> None:
-    """One record per request and op, linked by the request's id, without tokens."""
+    """An engine records each request and op, linked by the request's id, without the namespace."""
     path = tmp_path / "trace"
 
     async def run() -> None:
@@ -167,7 +167,10 @@ def test_an_engine_records_every_request_and_op(tmp_path: Path) -> None:
 
 
 def test_a_line_that_a_crash_has_cut_takes_nothing_along(tmp_path: Path) -> None:
-    """The next run's header begins a line; only whose file it is may read it."""
+    """A line cut by a crash costs only itself, since the next run's header begins a new line.
+
+    Only the owner of the file may read it.
+    """
     path = tmp_path / "trace"
     for number in range(2):
         recorder = Recorder(str(path), 1 << 20, 2, 1000)
@@ -181,7 +184,7 @@ def test_a_line_that_a_crash_has_cut_takes_nothing_along(tmp_path: Path) -> None
 
 
 def test_an_error_that_is_no_text_is_written_all_the_same(tmp_path: Path) -> None:
-    """As a path with a byte that is not UTF-8 gives it."""
+    """An error text with bytes that are not UTF-8, as in a path, is written escaped."""
     path = tmp_path / "trace"
     recorder = Recorder(str(path), 1 << 20, 2, 1000)
     recorder.record(EventRecord(1, "tier_down", detail="/mnt/\udcff"))
@@ -193,7 +196,7 @@ def test_an_error_that_is_no_text_is_written_all_the_same(tmp_path: Path) -> Non
 
 
 def test_plans_that_go_round_are_followed_once() -> None:
-    """A file that somebody made up hangs nobody."""
+    """A plan with a cycle, as in a forged file, does not cause an endless loop."""
     request = RequestRecord(1, 1, "get", 16, 0, 1, "", b"", 10, 11, 30, "success", {"host": 1}, 1)
     trace = Trace(header())
     ops = PlannedOp("host→device", 1, (1,)), PlannedOp("disk→host", 1, (0,))
@@ -205,7 +208,7 @@ def test_plans_that_go_round_are_followed_once() -> None:
 
 
 def test_nothing_in_a_trace_is_markup_of_its_page() -> None:
-    """An error may say anything."""
+    """Text of a trace is escaped in the page, so that it is never markup."""
     pytest.importorskip("plotly")
     trace = Trace(header())
     trace.take(EventRecord(1, "tier_down", "disk", detail="<!--<script></script>"))

@@ -1,4 +1,4 @@
-"""Arguments become whole blocks, or an error that names what is wrong."""
+"""Arguments of a request become whole blocks, or an error that names the fault."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from flexkv.common.request import as_int64, whole_blocks
     ],
 )
 def test_every_integer_form_is_the_same_array(values: object) -> None:
-    """Lists, numpy and torch of any integer dtype and stride give one contiguous int64."""
+    """Lists, arrays and tensors of any integer dtype and stride become contiguous int64 arrays."""
     array = as_int64("token_ids", values)
     assert array.dtype == np.int64
     assert array.flags.c_contiguous
@@ -32,7 +32,7 @@ def test_every_integer_form_is_the_same_array(values: object) -> None:
 
 
 def test_an_int64_array_is_not_copied() -> None:
-    """The common case costs no copy."""
+    """An int64 array is used without a copy."""
     values = np.arange(8)
     assert np.shares_memory(as_int64("token_ids", values), values)
 
@@ -41,7 +41,7 @@ def test_an_int64_array_is_not_copied() -> None:
     "values", [[[1, 2]], [1.5], np.array([True]), "text", np.zeros((2, 2), np.int64), [None]]
 )
 def test_what_is_not_one_row_of_integers_is_refused_by_name(values: object) -> None:
-    """The error names the argument."""
+    """What is not one row of integers is refused with an error that names the argument."""
     with pytest.raises(ConfigError) as caught:
         as_int64("token_ids", values)
     assert caught.value.field == "token_ids"
@@ -51,7 +51,7 @@ def test_what_is_not_one_row_of_integers_is_refused_by_name(values: object) -> N
 def test_a_span_is_the_whole_blocks_inside_the_run(
     leading: int, run: int, trailing: int, per_block: int
 ) -> None:
-    """Exactly the blocks whose tokens are all selected are in the span."""
+    """A span has exactly the blocks whose tokens are all selected."""
     mask = np.array([False] * leading + [True] * run + [False] * trailing, np.bool_)
     span = whole_blocks(mask, len(mask), per_block)
     whole = [
@@ -73,6 +73,6 @@ def test_a_span_is_the_whole_blocks_inside_the_run(
     ],
 )
 def test_a_mask_that_breaks_a_rule_is_refused(mask: object, why: str) -> None:
-    """Holes, wrong lengths and wrong dtypes are told apart."""
+    """Masks with holes, wrong lengths or wrong dtypes are refused with different reasons."""
     with pytest.raises(ConfigError, match=why):
         whole_blocks(np.array(mask), 3, 1)

@@ -1,4 +1,4 @@
-"""Recalls: an op is taken back from its actor unless somebody still waits for its bytes."""
+"""Recalls: a cancelled op is recalled from its actor unless another request waits for its bytes."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from tests.unit.prompts import LIMITS, filled, request, residency, resident
 
 
 class Posted:
-    """Keeps what an actor would be told."""
+    """A fake actor that records what it is told."""
 
     def __init__(self) -> None:
         self.posted: list[Transfer] = []
         self.recalled: list[int] = []
 
     def post(self, transfer: Transfer) -> None:
-        """Take a transfer."""
+        """Record a transfer."""
         self.posted.append(transfer)
 
     def recall(self, op_id: int) -> None:
-        """Take one back."""
+        """Record a recall."""
         self.recalled.append(op_id)
 
 
 @pytest.fixture
 def actor() -> Posted:
-    """Give the one actor of every tier."""
+    """Return a fake actor for all tiers."""
     return Posted()
 
 
 def scheduler_of(tiers: Residency, actor: Posted) -> Scheduler:
-    """Give a scheduler whose ops go to one actor, which never ends them by itself."""
+    """Return a scheduler whose ops go to a fake actor, which does not end them by itself."""
     actors = {tier: cast("TransferActor", actor) for tier in (Tier.DEVICE, Tier.DISK)}
     return Scheduler(tiers, Planner(tiers, LIMITS), actors, Observer(16))
 
 
 async def test_an_op_whose_joiner_left_is_recalled(actor: Posted) -> None:
-    """A prefetch that a get joined and left is as cancellable as if nobody had."""
+    """A cancelled prefetch is recalled if the get that joined it has left."""
     tiers = residency()
     filled(tiers, Tier.DISK, 0, 1)
     scheduler = scheduler_of(tiers, actor)
@@ -60,7 +60,7 @@ async def test_an_op_whose_joiner_left_is_recalled(actor: Posted) -> None:
 
 
 async def test_an_op_whose_bytes_are_waited_for_goes_on(actor: Posted) -> None:
-    """A cancelled prefetch brings what a get has joined."""
+    """A cancelled prefetch goes on while a get that joined it waits."""
     tiers = residency()
     filled(tiers, Tier.DISK, 0, 1)
     scheduler = scheduler_of(tiers, actor)
@@ -71,7 +71,7 @@ async def test_an_op_whose_bytes_are_waited_for_goes_on(actor: Posted) -> None:
 
 
 async def test_bytes_that_will_not_stay_good_are_recalled_though_one_waits(actor: Posted) -> None:
-    """A cancelled put's slots are about to change: the get that joined it learns so at once."""
+    """A cancelled put is recalled even if a get joined it, as its slots are about to change."""
     scheduler = scheduler_of(residency(), actor)
     put = scheduler.begin(request(Operation.PUT, 0, 1))
     scheduler.begin(request(Operation.GET, 0, 1))
@@ -80,7 +80,7 @@ async def test_bytes_that_will_not_stay_good_are_recalled_though_one_waits(actor
 
 
 async def test_a_policy_with_a_reward_knows_when_a_request_comes(actor: Posted) -> None:
-    """A block that was hit long ago goes before one that came just now."""
+    """With hit_reward_seconds, a block that was hit long ago is evicted before a new one."""
     tiers = Residency({Tier.HOST: 2}, Eviction("lru", hit_reward_seconds=10.0))
     filled(tiers, Tier.HOST, 0)
     now_ns = [0]

@@ -1,4 +1,4 @@
-"""A scrubber and a disk that hangs."""
+"""A scrubber on a disk that hangs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PATIENCE_S = 20.0
 
 
 def test_a_read_that_hangs_does_not_hold_the_close(tmp_path: Path) -> None:
-    """The memory that it reads into goes once it has ended."""
+    """Close does not wait for a read that hangs; its memory is released when the read ends."""
     files = StripedFiles.open([tmp_path / "ssd"], 4, 4096)
     no_ledger: Any = None
     scrubber = Scrubber(files, np.zeros(4, np.uint64), no_ledger, 1e6)

@@ -1,4 +1,4 @@
-"""Secrets are never quoted, whatever is wrong with a configuration and wherever that puts them."""
+"""Secrets are never quoted, whatever is wrong with a configuration and wherever they are."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from flexkv.settings import load_file, load_settings
 
 SECRET = "q7ZkVb93xTwe5Jr"
 PIECES = [SECRET[at : at + 6] for at in range(len(SECRET) - 5)]
-"""What is left of the secret when a file is cut in the middle of it must not be told either."""
+"""Parts of the secret, as a cut file has them; they must not be shown either."""
 
 YAML_FLAT = f"""\
 tokens_per_block: 16
@@ -69,7 +69,7 @@ SPOILERS = [
 
 
 def everything_told(error: BaseException) -> str:
-    """Return every text by which an error, and what led to it, may be shown."""
+    """Return every text by which an error and its causes may be shown."""
     told = ["".join(traceback.format_exception(error))]
     seen: list[BaseException | None] = [error, error.__cause__, error.__context__]
     for each in seen:
@@ -79,12 +79,12 @@ def everything_told(error: BaseException) -> str:
 
 
 def check_hidden(told: str) -> None:
-    """Fail if a text has the secret, or a piece of it."""
+    """Check that a text has neither the secret nor a piece of it."""
     assert [piece for piece in PIECES if piece in told] == [], told
 
 
 def check_settings(content: bytes, name: str, folder: Path) -> ConfigError | None:
-    """Load settings from a file with some content; return the error, which must tell nothing."""
+    """Load settings from a file with some content; return the error, which must show no secret."""
     path = folder / name
     path.write_bytes(content)
     with warnings.catch_warnings(record=True) as warned:
@@ -103,14 +103,14 @@ def check_settings(content: bytes, name: str, folder: Path) -> ConfigError | Non
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_files_are_sound_as_they_are(name: str, tmp_path: Path) -> None:
-    """Otherwise the tests below would prove less; neither `repr` nor a dump has secrets."""
+    """The files below load as they are, and neither `repr` nor a dump shows their secrets."""
     assert check_settings(FILES[name].encode(), name, tmp_path) is None
     settings = load_settings({"FLEXKV_CONFIG_PATH": str(tmp_path / name)})
     cache = settings.cache_config
     assert cache.key_secret.get_secret_value() == SECRET
     for told in (repr(settings), str(settings), settings.model_dump_json(), str(vars(cache))):
         check_hidden(told)
-    assert SECRET in json.dumps(told_of(settings))  # for the server's process alone
+    assert SECRET in json.dumps(told_of(settings))  # the server's process alone gets it
 
 
 @given(data=st.data())
@@ -118,7 +118,7 @@ def test_the_files_are_sound_as_they_are(name: str, tmp_path: Path) -> None:
 def test_a_broken_file_is_never_quoted(
     name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Texts put in, cut out, lines removed, repeated, joined, indented and exchanged."""
+    """No error quotes the secret of a file with random insertions, cuts and moved lines."""
     lines = FILES[name].splitlines(keepends=True)
     numbers = st.integers(0, len(lines) - 1)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -194,7 +194,7 @@ BROKEN = {
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
 @pytest.mark.parametrize("kind", BROKEN)
 def test_what_parsers_quote_is_not_told(kind: str, suffix: str, tmp_path: Path) -> None:
-    """Each of these is an error, with the key or the place of the fault but nothing of the text."""
+    """Each of these faults is an error that shows no text of the file."""
     content = BROKEN[kind].encode(errors="surrogateescape")
     assert check_settings(content, f"a.{suffix}", tmp_path) is not None
 
@@ -213,7 +213,7 @@ def test_what_parsers_quote_is_not_told(kind: str, suffix: str, tmp_path: Path) 
     ],
 )
 def test_the_place_of_a_fault_is_told(name: str, text: str, why: str, tmp_path: Path) -> None:
-    """By line and column, and in words that are the parser's or ours."""
+    """A syntax error has line and column, in the parser's words or ours."""
     path = tmp_path / name
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError) as caught:
@@ -243,7 +243,7 @@ def test_the_place_of_a_fault_is_told(name: str, text: str, why: str, tmp_path: 
     ],
 )
 def test_errors_of_values_in_code_tell_no_secret(values: dict[str, Any]) -> None:
-    """Wrong types and forms, unknown keys, and other keys that are wrong beside a secret."""
+    """Errors about values given in code show no secret, even if the fault is in another key."""
     with pytest.raises(ConfigError) as caught:
         CacheConfig(**values)
     check_hidden(everything_told(caught.value))
@@ -263,14 +263,14 @@ def test_errors_of_values_in_code_tell_no_secret(values: dict[str, Any]) -> None
     ],
 )
 def test_errors_of_the_environment_tell_no_secret(environment: Mapping[str, str]) -> None:
-    """Whatever variable it is in."""
+    """Errors about environment variables show no secret, whichever variable it is in."""
     with pytest.raises(ConfigError) as caught:
         load_settings(environment)
     check_hidden(everything_told(caught.value))
 
 
 def test_addresses_are_shown_without_their_passwords() -> None:
-    """In `repr`, where the rest of the address helps."""
+    """`repr` shows addresses with their logins masked."""
     cache = CacheConfig(remote_cache_path=f"s3://me:{SECRET}@bucket/prefix;file:///data")
     check_hidden(repr(cache))
     assert f"s3://{MASK}@bucket/prefix" in repr(cache)
@@ -280,7 +280,7 @@ def test_addresses_are_shown_without_their_passwords() -> None:
 
 @pytest.mark.parametrize("name", ["num_cpu_blockz", "tokens_per_blok", "layers"])
 def test_the_name_of_an_unknown_key_is_told_if_it_is_like_a_known_one(name: str) -> None:
-    """Otherwise its number is shown, since a secret may have become a key."""
+    """An unknown key is named if it resembles a known one; other unknown keys may be secrets."""
     with pytest.raises(ConfigError, match=name):
         (ModelConfig if name == "layers" else CacheConfig)(**{name: 5})
     with pytest.raises(ConfigError, match="number 2 is an unknown key; the nearest known one is"):
@@ -296,7 +296,7 @@ def _raise(values: Mapping[str, Any]) -> None:
 def test_logged_tracebacks_show_no_variables(
     as_json: bool | None, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As JSON, for a console, and in the records of `logging` that a library's user gets."""
+    """Logged tracebacks show no variables, as JSON, on a console or in records of `logging`."""
     if as_json is not None:
         configure_logging(as_json=as_json)
     from flexkv.observe.logs import get_logger
@@ -331,7 +331,7 @@ COMMANDS: list[tuple[list[str], dict[str, str], str]] = [
 def test_the_command_tells_no_secret(
     words: list[str], files: dict[str, str], stdin: str, tmp_path: Path
 ) -> None:
-    """One line that says what is wrong, and exit status 2."""
+    """The command reports a fault in one line without secrets, and exits with 2."""
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     environment = {**os.environ}

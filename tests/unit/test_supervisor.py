@@ -1,4 +1,4 @@
-"""Tasks that serve one peer end alone; what breaks the engine's state ends the engine."""
+"""A session's failure ends that session; a failure of the engine's state ends the engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flexkv.common.errors import InvariantError
 
 
 async def raises(error: Exception) -> None:
-    """Raise."""
+    """Raise the error."""
     raise error
 
 
@@ -19,7 +19,7 @@ async def raises(error: Exception) -> None:
     "error", [ValueError("x"), KeyError(1), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad")]
 )
 async def test_a_session_that_raises_ends_alone(error: Exception) -> None:
-    """Whatever it raises, the others go on, and the engine does not fail."""
+    """A session that raises ends alone; other sessions and the engine go on."""
     failures: list[BaseException] = []
     supervisor = Supervisor(failures.append)
     await supervisor.start()
@@ -34,7 +34,7 @@ async def test_a_session_that_raises_ends_alone(error: Exception) -> None:
 
 
 async def test_a_broken_law_in_a_session_ends_the_engine() -> None:
-    """The state of the engine is wrong then: nobody should be served with it."""
+    """An InvariantError in a session ends the engine, since its state is wrong."""
     failures: list[BaseException] = []
     supervisor = Supervisor(failures.append)
     await supervisor.start()
@@ -44,7 +44,7 @@ async def test_a_broken_law_in_a_session_ends_the_engine() -> None:
 
 
 async def test_any_other_task_that_raises_ends_the_engine() -> None:
-    """Others may wait for its results for ever."""
+    """Any other task that raises ends the engine, as its waiters might wait for ever."""
     failures: list[BaseException] = []
     supervisor = Supervisor(failures.append)
     await supervisor.start()

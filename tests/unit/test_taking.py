@@ -1,4 +1,4 @@
-"""Laws of taking the SSD tier: a directory that is refused is left as it was."""
+"""Laws of opening the SSD tier: a directory that is refused stays as it was."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OTHER = Superblock(1, {"dtype": "bfloat16"}, STRIDE, 2)
 
 
 def take(wish: SsdRequest) -> dict[str, str]:
-    """Take a tier and let it go; return the directories that were left out, and why."""
+    """Open a tier and close it; return the directories that were left out, with the reasons."""
     lost: dict[str, str] = {}
     with ExitStack() as undo:
         take_ssd(wish, lost.__setitem__, undo)
@@ -36,7 +36,7 @@ def block_files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def wish(tmp_path: Path) -> SsdRequest:
-    """Return what two directories were taken for."""
+    """Return a request for two directories that a tier has used."""
     directories = (tmp_path / "a", tmp_path / "b")
     wish = SsdRequest(directories, BLOCKS, WANTED, FileOptions())
     assert take(wish) == {}
@@ -47,17 +47,17 @@ def wish(tmp_path: Path) -> SsdRequest:
 
 
 def public_journal(folder: Path) -> None:
-    """Let others write to the journal."""
+    """Make the journal writable by others."""
     (folder / journal.NAME).chmod(0o666)
 
 
 def no_new_journal(folder: Path) -> None:
-    """Keep a journal from being written anew."""
+    """Keep the journal from being rewritten."""
     (folder / journal.NEW_NAME).mkdir()
 
 
 def public_superblock(folder: Path) -> None:
-    """Let others write to the superblock."""
+    """Make the superblock writable by others."""
     (folder / superblock.NAME).chmod(0o666)
 
 
@@ -67,12 +67,12 @@ def no_new_superblock(folder: Path) -> None:
 
 
 def no_removal(folder: Path) -> None:
-    """Put a directory beside the block files, with such a name."""
+    """Put a directory beside the block files, under the name of one."""
     (folder / "blocks-0900.flexkv").mkdir()
 
 
 def no_journal(folder: Path) -> None:
-    """Put a directory where the journal is to be."""
+    """Put a directory in place of the journal."""
     (folder / journal.NAME).unlink()
     (folder / journal.NAME).mkdir()
 
@@ -94,7 +94,7 @@ def no_journal(folder: Path) -> None:
 def test_a_directory_that_is_refused_is_left_as_it_was(
     wish: SsdRequest, spoil: Callable[[Path], None], changes: dict[str, object], num_blocks: int
 ) -> None:
-    """None of its files is cut, removed or grown; those of the other are used without it."""
+    """No file of a refused directory is cut, removed or grown; the tier opens without it."""
     directory = wish.directories[1]
     spoil(directory)
     before = block_files(directory)
@@ -108,6 +108,6 @@ def test_a_directory_that_is_refused_is_left_as_it_was(
 
 
 def test_what_is_not_replaced_need_not_be_replaceable(wish: SsdRequest) -> None:
-    """A superblock that fits is left alone, whatever is in the way of another."""
+    """A superblock that fits is kept, even if it could not be replaced."""
     no_new_superblock(wish.directories[1])
     assert take(wish) == {}

@@ -1,4 +1,4 @@
-"""Turns of the event loop, one for each who asks."""
+"""Turns of the event loop, each for one caller."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ async def _let_go(turns: int) -> None:
 
 
 async def test_each_turn_of_the_loop_is_given_once() -> None:
-    """Whoever else is ready runs between any two of them, and they come in their order."""
+    """Each turn goes to one caller, in order, and other tasks run between any two."""
     turns, told = LoopTurns(), list[str]()
 
     async def put(number: int) -> None:
@@ -36,7 +36,7 @@ async def test_each_turn_of_the_loop_is_given_once() -> None:
 
 
 async def test_a_turn_of_one_who_gave_up_goes_to_the_next() -> None:
-    """Nobody waits for ever behind it, and the turns go on when all are done."""
+    """The turn of a cancelled caller goes to the next, and turns are free again afterwards."""
     turns, told = LoopTurns(), list[int]()
 
     async def put(number: int) -> None:

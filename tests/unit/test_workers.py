@@ -1,4 +1,4 @@
-"""Laws of standing threads: each ends once they are shut down, in whatever way."""
+"""Laws of standing threads: each ends once they are shut down, in whichever way."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PATIENCE_S = 20.0
 
 
 def test_calls_may_be_cancelled_after_the_shutdown() -> None:
-    """Every thread ends all the same, and those calls never run."""
+    """Calls may be cancelled after a shutdown: they never run, and every thread still ends."""
     workers, healed, begun = Workers(2, "test"), threading.Event(), threading.Barrier(3)
     under_way = [workers.submit(lambda: (begun.wait(), healed.wait())) for _ in range(2)]
     begun.wait(PATIENCE_S)

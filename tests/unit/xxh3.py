@@ -1,6 +1,6 @@
-"""XXH3-128 with a secret, in plain Python, from the specification; and pairs that collide under it.
+"""XXH3-128 with a secret, in plain Python, from the specification; and pairs that collide in it.
 
-For inputs of 17 bytes and more, which is what block keys hash. Source: xxHash, doc/xxhash_spec.md.
+For inputs of at least 17 bytes, as block keys have. Source: xxHash, doc/xxhash_spec.md.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ PUBLIC_SECRET = bytes.fromhex(
     "eac5ac8334d3ebc3c581a0fffa1363eb170ddd51b7f0da49d316552629d4689e"
     "2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
 )
-"""The constants of XXH3 that everybody knows."""
+"""The public constants of XXH3, its default secret."""
 START = 3
-"""Where the secret of the middle rounds begins."""
+"""Offset in the secret for the fifth and later rounds of inputs of 129 to 240 bytes."""
 
 
 def _u64(data: bytes, at: int) -> int:
@@ -42,7 +42,7 @@ def _avalanche(value: int) -> int:
 
 
 class Mix(NamedTuple):
-    """Two halves of 16 bytes that are mixed, and where their secret is."""
+    """Offsets of two halves of 16 bytes that are mixed, and of their part of the secret."""
 
     first: int
     second: int
@@ -106,7 +106,7 @@ def _long(data: bytes, secret: bytes) -> tuple[int, int]:
 
 
 def xxh3_128(data: bytes, secret: bytes = PUBLIC_SECRET) -> bytes:
-    """Return the canonical digest of at least 17 bytes."""
+    """Return the canonical digest of an input of at least 17 bytes."""
     assert len(data) > 16
     assert len(secret) >= 136
     low, high = (_mid if len(data) <= 240 else _long)(data, secret)
@@ -114,10 +114,10 @@ def xxh3_128(data: bytes, secret: bytes = PUBLIC_SECRET) -> bytes:
 
 
 def colliding(tokens_per_block: int, secret: bytes) -> tuple[list[int], list[int]]:
-    """Return two blocks of tokens that have one key, behind any parent, under a known secret.
+    """Return two blocks of tokens with the same key behind any parent, under a known secret.
 
-    Where input xor secret is zero, a product is zero, whatever its other factor; sums of the input
-    are kept by adding to one token what another loses.
+    If input xor secret is zero in one factor, the product is zero whatever the other factor is.
+    Adding to one token what another loses keeps the sums of the input.
     """
     size = 16 + 4 * tokens_per_block
     one, two = bytearray(size), bytearray(size)
@@ -134,8 +134,8 @@ def colliding(tokens_per_block: int, secret: bytes) -> tuple[list[int], list[int
         struct.pack_into("<QQ", one, at, first, 5)
         struct.pack_into("<QQ", two, at, first + 5 - second & M64, second)
     else:
-        # The same lane of two stripes: low halves that make both products zero.
-        lane = 2  # behind the parent, in front of the last stripe
+        # In one lane of two stripes, choose low halves that make both products zero.
+        lane = 2  # after the parent and before the last stripe
         for stripe, (high_one, high_two) in enumerate([(7, 8), (7, 6)]):
             at, key_at = 64 * stripe + 8 * lane, 8 * stripe + 8 * lane
             low = _u64(secret, key_at) & 0xFFFFFFFF
