@@ -23,6 +23,7 @@ from flexkv.common.terms import Tier
 from flexkv.engine.durability import FlushReport
 from flexkv.engine.engine import Engine
 from flexkv.engine.statistics import Statistics
+from flexkv.engine.tickets import RequestSpec
 from flexkv.front.loop_thread import LoopThread
 from flexkv.front.task_form import TaskForm
 from flexkv.graph.explain import Explanation, explain
@@ -430,30 +431,16 @@ class KVManager(TaskForm):
             )
         )
 
-    def _perform(self, operation: Operation, *arguments: Any) -> Coroutine[Any, Any, KVResponse]:
-        """Give what runs a request on the engine's loop, from there or from another."""
+    def _perform(self, *arguments: Any) -> Coroutine[Any, Any, KVResponse]:
+        """Return what runs a request on the engine's loop, from there or from another."""
+        spec = RequestSpec(*arguments)
         if self._thread is None:
             self._check_loop()
-            self._order_after(operation)
-            return self._perform_here(operation, *arguments)
+            self._order_after(spec.operation)
+            return self._perform_here(spec)
         self.check_process()
-        self._order_after(operation)
-        return self._thread.call_async(lambda: self._perform_here(operation, *arguments))
+        self._order_after(spec.operation)
+        return self._thread.call_async(lambda: self._perform_here(spec))
 
-    async def _perform_here(
-        self,
-        operation: Operation,
-        token_ids: Any,
-        slot_mapping: Any,
-        token_mask: Any,
-        namespace: Namespace,
-    ) -> KVResponse:
-        request = self._engine.intake(operation, token_ids, token_mask, namespace)
-        if operation is not Operation.PREFETCH:
-            ready = self._engine.with_slots(request, slot_mapping)
-            if ready is None:
-                return self._engine.unready(request)
-            request = ready
-        response = (await self._engine.perform(request)).response
-        assert response is not None
-        return response
+    async def _perform_here(self, spec: RequestSpec) -> KVResponse:
+        return await self._engine.submit(spec).run()

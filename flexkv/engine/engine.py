@@ -12,22 +12,21 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import numpy as np
 from msgspec import structs
 
-from flexkv.actors.actor import Supervisor, TransferActor, Window
+from flexkv.actors.actor import Supervisor
 from flexkv.actors.flight import Flight
 from flexkv.actors.scheduler import Scheduler
-from flexkv.actors.write_behind import WriteBehind
 from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
 from flexkv.common.errors import ClosedError, InternalError, InvariantError
 from flexkv.common.layout import Order, is_natural
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import Tier
 from flexkv.engine.admission import Admission
+from flexkv.engine.core import Core
 from flexkv.engine.departure import Departure
 from flexkv.engine.devices import Devices, Use
 from flexkv.engine.durability import Durability, FlushReport
@@ -35,20 +34,16 @@ from flexkv.engine.pins import Holds, Pins
 from flexkv.engine.retention import Retention
 from flexkv.engine.runner import ALONE, RequestRunner, Turn
 from flexkv.engine.statistics import Sources, Statistics, snapshot
+from flexkv.engine.tickets import RequestSpec, Ticket
 from flexkv.engine.tracing import Tracing
-from flexkv.graph.ops import CHUNKS_MAX, LEGS_MAX
-from flexkv.graph.planner import Planner
 from flexkv.index.clears import ClearHistory
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
 from flexkv.index.residency import Found, PrefixMatch, Residency, prefix_match
-from flexkv.io.ports import TransferPort
 from flexkv.observe.logs import get_logger
-from flexkv.observe.observer import Observer
 from flexkv.process.forks import HomeProcess
 from flexkv.tiers.backend import Backend, LocalBackend, Progress
-from flexkv.tiers.limits import behind_limits, device_window, empty_index, plan_limits
-from flexkv.tiers.parts import Persistence, TierHooks, TierParts
+from flexkv.tiers.limits import device_window
 
 log = get_logger(__name__)
 
@@ -75,9 +70,6 @@ class Engine:
             self.clears,
         )
         self._admission = Admission(cache.requests_max)
-        self._actors: dict[Tier, TransferActor] = {}
-        self._backing: dict[Tier, str] = {}
-        self._persistence: dict[Tier, Persistence] = {}
         self._resources = ExitStack()
         self._devices = Devices(
             self._backend.ranks, cache.io_deadline_s, self._backend, self._resources
@@ -88,7 +80,6 @@ class Engine:
         self._open = self._used = self._closed = False
         self._home: HomeProcess | None = None
         self._next_request = self._rekeyed_at = 0
-        self._restored_blocks = 0
 
     # -- life -----------------------------------------------------------------------------------
 
@@ -108,74 +99,40 @@ class Engine:
             await self._backend.take(undo, progress)
             self._compose(undo, progress)
             await self._supervisor.start()
-            for actor in self._actors.values():
-                self._start(actor)
-            for parts in self._backend.tiers():
-                self._begin_work(parts)
+            self._core.start(self._supervisor)
             self._resources.push(undo.pop_all())
         self._open = self._used = True
         self._home = HomeProcess("the engine")
-        facts = {"block_bytes": self.sizes.block_bytes, "restored_blocks": self._restored_blocks}
-        log.info("engine_open", **{tier.label: by for tier, by in self._backing.items()}, **facts)
-
-    def _begin_work(self, parts: TierParts) -> None:
-        tier, scheduler = parts.tier, self._scheduler
-        hooks = TierHooks(
-            self._actors[tier].is_idle,
-            partial(scheduler.drop_corrupt, tier),
-            partial(scheduler.watch.lose, tier),
-        )
-        for name, work in parts.work(hooks).items():
-            self._supervisor.keep(name, work)
+        backing = {tier.label: name for tier, name in self._core.backing.items()}
+        facts = {
+            "block_bytes": self.sizes.block_bytes,
+            "restored_blocks": self._core.restored_blocks,
+        }
+        log.info("engine_open", **backing, **facts)
 
     def _compose(self, undo: ExitStack, progress: Progress | None) -> None:
         cache, sizes, backend = self.cache, self.sizes, self._backend
         backend.open(undo, progress)
-        tiers = backend.tiers()
-        capacities = {Tier.HOST: sizes.num_host_blocks}
-        capacities |= {parts.tier: parts.capacity_blocks for parts in tiers}
-        self._residency = empty_index(cache, sizes, capacities, self.clears)
-        lasting = [(parts.tier, parts.persistence) for parts in tiers]
-        self._persistence = {tier: each for tier, each in lasting if each is not None}
-        self._restored_blocks = sum(p.restore(self._residency) for p in self._persistence.values())
-        self._backing[Tier.HOST] = backend.host
-        for parts in tiers:
-            tier = parts.tier
-            self._actors[tier] = self._actor(tier, parts.port, parts.inbound, parts.outbound)
-            self._backing[tier] = parts.adapter
-        log_every = cache.num_log_interval_requests
-        self._observer = Observer(sizes.block_bytes, log_every_requests=log_every)
-        self._observer.remind = backend.unavailable.remind
-        self.limits = plan_limits(cache, sizes)
-        self._planner = Planner(self._residency, self.limits)
-        self._scheduler = Scheduler(
-            self._residency, self._planner, self._actors, self._observer, self._persistence,
-            cache.io_deadline_s,
-        )  # fmt: skip
-        self._behind = self._scheduler.behind = WriteBehind(
-            self._residency,
-            self._planner,
-            self._scheduler.watch,
-            behind_limits(cache, sizes),
-            self._scheduler.write_behind,
-            self._observer.event,
-        )
+        core = self._core = Core(cache, sizes, backend, self.clears, self._admission.requests_most)
+        self._residency, self._planner, self.limits = core.residency, core.planner, core.limits
+        self._scheduler, self._observer, self._behind = core.scheduler, core.observer, core.behind
+        self._actors = core.actors
         self._durability = Durability(
-            self._scheduler, self._behind, tiers, backend.unavailable, self._supervisor,
+            self._scheduler, self._behind, backend.tiers(), backend.unavailable, self._supervisor,
             cache.io_deadline_s,
         )  # fmt: skip
         self._runner = RequestRunner(self._admission, self._scheduler, self._observer, self._behind)
         self._holds = Holds(self._scheduler, self._residency)
         self._sources = Sources(
-            self._residency, self._scheduler, self._admission, self._actors, self._backing,
-            self._behind, self._restored_blocks, backend.unavailable,
+            self._residency, self._scheduler, self._admission, self._actors, core.backing,
+            self._behind, core.restored_blocks, backend.unavailable,
         )  # fmt: skip
         self._tracing = Tracing(cache, sizes.block_bytes, self._observer, self._sources)
         undo.callback(self._tracing.stop)
         if cache.enable_trace:
             self._tracing.start()
         self._keeping = Retention(
-            self._intake, self._residency, capacities, self._persistence, Pins(self._scheduler)
+            self._intake, self._residency, core.capacities, core.persistence, Pins(self._scheduler)
         )
         close = (
             self._admission.close, self._keeping.pins.close, self._holds.close,
@@ -187,17 +144,6 @@ class Engine:
         )
         self._keeping.about_to_clear = self._behind.about_to_clear
         self._keeping.on_clear = self._behind.cleared
-
-    def _actor(
-        self, tier: Tier, port: TransferPort, inbound: Window, outbound: Window
-    ) -> TransferActor:
-        ops_per_run = (LEGS_MAX + CHUNKS_MAX) * 4
-        waiting_max = self._admission.requests_most * ops_per_run + self.sizes.num_host_blocks
-        return TransferActor(tier, port, inbound, outbound, waiting_max)
-
-    def _start(self, actor: TransferActor) -> None:
-        actor.attach(self._scheduler.report)
-        self._supervisor.keep(f"{actor.name} actor", actor.run())
 
     def register_kv_caches(
         self,
@@ -216,10 +162,10 @@ class Engine:
         if port is not None:
             self._take_order(self._devices.order)
             window = device_window(self.cache, self._devices.kind)
-            actor = self._actors[Tier.DEVICE] = self._actor(Tier.DEVICE, port, window, window)
+            actor = self._core.add_actor(Tier.DEVICE, port, window, window)
             actor.note_begins(self._tracing.is_on)
             self._scheduler.watch.watches_device = self._devices.kind != "agents"
-            self._start(actor)
+            self._core.start_actor(actor, self._supervisor)
 
     def _take_order(self, order: Order) -> None:
         """Let keys hang on the order of a block's elements; earlier requests' keys did not."""
@@ -270,7 +216,7 @@ class Engine:
         self._scheduler.watch.close()
         self._durability.close()
         if self._failure is None:
-            for persistence in self._persistence.values():
+            for persistence in self._core.persistence.values():
                 await persistence.finish()
         await self._supervisor.stop()
         self._note_closed()
@@ -383,6 +329,31 @@ class Engine:
             return None
         ids = self._intake.device_ids(slot_mapping, request.span, self._devices.num_blocks)
         return structs.replace(request, device_ids=ids)
+
+    def submit(self, spec: RequestSpec) -> Ticket:
+        """Check a caller's arguments, and return the ticket that takes the request to its response.
+
+        Raises:
+            ConfigError: an argument breaks a rule.
+            ClosedError: not open.
+        """
+        operation = spec.operation
+        request = self.intake(operation, spec.token_ids, spec.token_mask, spec.namespace)
+        if spec.watch is not None:
+            request = structs.replace(request, watch=spec.watch)
+        if operation is Operation.PREFETCH:
+            return self.ticket(request)
+        return self.ticket_with_slots(request, self.with_slots(request, spec.slot_mapping))
+
+    def ticket(self, request: Request) -> Ticket:
+        """Return the ticket of a request that was made elsewhere than in `submit`."""
+        return Ticket(request, self.perform)
+
+    def ticket_with_slots(self, request: Request, ready: Request | None) -> Ticket:
+        """Return the ticket of what `with_slots` made of a request; it may be unready."""
+        if ready is None:
+            return Ticket(request, self.perform, self.unready(request))
+        return Ticket(ready, self.perform)
 
     def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
         """Give how much of a prompt is resident. No I/O; recency is the only trace it leaves."""

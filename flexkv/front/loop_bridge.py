@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from flexkv.common.errors import ClosedError, DeviceError
 from flexkv.common.request import KVResponse, Operation
 from flexkv.engine.engine import Engine
+from flexkv.engine.tickets import RequestSpec
 from flexkv.front import unclosed
 from flexkv.front.loop_thread import STOP_S, UNWIND_S, LoopThread
 from flexkv.front.tasks import TaskTable
@@ -116,7 +117,7 @@ class LoopBridge:
         """Start a request behind what the calling thread's streams have queued; return its id."""
         self.check_process()
         self._order_after(operation)
-        return self._call(lambda: self._tasks.start(operation, *arguments))
+        return self._call(lambda: self._tasks.start(RequestSpec(operation, *arguments)))
 
     async def task_response(self, task_id: int) -> KVResponse:
         """Return a task's response once it has one.

@@ -25,9 +25,10 @@ from flexkv.common.request import (
     Span,
     TokenMask,
 )
-from flexkv.common.terms import BLOCK_KEY_BYTES, LayerWatch, Tier
+from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine.engine import Engine
 from flexkv.engine.runner import Turn
+from flexkv.engine.tickets import RequestSpec, Ticket
 from flexkv.index.keys import Namespace
 from flexkv.index.residency import Placement
 
@@ -39,14 +40,23 @@ TASKS = -1
 class _Task:
     """One request by its id."""
 
-    __slots__ = ("_over", "flight", "request", "response", "work")
+    __slots__ = ("_over", "response", "ticket", "work")
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, ticket: Ticket) -> None:
+        self.ticket = ticket
         self.work: asyncio.Task[None] | None = None
-        self.flight: Flight | None = None
         self.response: KVResponse | None = None
         self._over = asyncio.Event()
+
+    @property
+    def request(self) -> Request:
+        """Return what is asked for."""
+        return self.ticket.request
+
+    @property
+    def flight(self) -> Flight | None:
+        """Return the request under way, or what became of it."""
+        return self.ticket.flight
 
     def answer(self, response: KVResponse) -> None:
         """Keep the response, and tell who waits; the first one stands."""
@@ -82,7 +92,7 @@ class TaskTable:
         found = self._engine.residency.find(request.keys, request.span.first_block)
         self._engine.holds.hold(TASKS, request.request_id, found.holdings)
         request = _narrowed(request, found.first, found.last)
-        return self._add(_Task(request)), _mask_of(request)
+        return self._add(_Task(self._engine.ticket(request))), _mask_of(request)
 
     def put_match(
         self, token_ids: Any, token_mask: Any, namespace: Namespace
@@ -93,29 +103,12 @@ class TaskTable:
         found = self._engine.residency.find(request.keys, request.span.first_block)
         resident = found.first + _leading(found.ready.get(Tier.HOST), found.first)
         request = _narrowed(request, resident, request.span.last_block)
-        return self._add(_Task(request)), _mask_of(request)
+        return self._add(_Task(self._engine.ticket(request))), _mask_of(request)
 
-    def start(
-        self,
-        operation: Operation,
-        token_ids: Any,
-        slot_mapping: Any,
-        token_mask: Any = None,
-        namespace: Namespace = None,
-        watch: LayerWatch | None = None,
-    ) -> int:
-        """Issue a task and launch it at once; `watch` follows it layer by layer."""
-        request = self._engine.intake(operation, token_ids, token_mask, namespace)
+    def start(self, spec: RequestSpec) -> int:
+        """Issue a task and launch it at once."""
         self._check_room()
-        if watch is not None:
-            request = structs.replace(request, watch=watch)
-        task = _Task(request)
-        if operation is not Operation.PREFETCH:
-            ready = self._engine.with_slots(request, slot_mapping)
-            if ready is None:
-                task.answer(self._engine.unready(request))
-                return self._add(task)
-            task.request = ready
+        task = _Task(self._engine.submit(spec))
         self._launch(task)
         return self._add(task)
 
@@ -135,12 +128,8 @@ class TaskTable:
             if task.work is None and task.response is None and task not in ready:
                 ready[task] = self._engine.with_slots(task.request, slots)
         for task, request in ready.items():
-            if request is None:
-                self._release(task)
-                task.answer(self._engine.unready(task.request))
-            else:
-                task.request = request
-                self._launch(task)
+            task.ticket = self._engine.ticket_with_slots(task.request, request)
+            self._launch(task)
 
     # -- collect --------------------------------------------------------------------------------
 
@@ -235,6 +224,10 @@ class TaskTable:
     # -- inside ---------------------------------------------------------------------------------
 
     def _launch(self, task: _Task) -> None:
+        if task.ticket.response is not None:  # no device can serve it
+            self._release(task)
+            task.answer(task.ticket.response)
+            return
         uses_device = task.request.device_ids is not None
 
         def over(work: asyncio.Task[None]) -> None:
@@ -252,14 +245,9 @@ class TaskTable:
     async def _work(self, task: _Task) -> None:
         """Run a task's request; every end becomes a response."""
         try:
-            task.flight = await self._engine.perform(
-                task.request, Turn(begun=lambda: self._release(task))
-            )
+            task.answer(await task.ticket.run(Turn(begun=lambda: self._release(task))))
         except FlexKVError as error:
             task.answer(_response(task.request, KVResponseStatus.FAILED, error))
-        else:
-            assert task.flight.response is not None
-            task.answer(task.flight.response)
 
     def _release(self, task: _Task) -> None:
         self._engine.holds.release(TASKS, task.request.request_id)

@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from flexkv.actors.flight import Flight
 from flexkv.common.errors import (
     ClearedError,
     ClosedError,
@@ -25,6 +24,7 @@ from flexkv.common.request import KVResponse, Operation, Request, Span
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
 from flexkv.engine.engine import Engine
 from flexkv.engine.runner import Turn
+from flexkv.engine.tickets import Ticket
 from flexkv.observe.logs import get_logger
 from flexkv.server.fleet import FleetPort, Instance, ids_from
 from flexkv.server.put_share import PutShare
@@ -227,28 +227,27 @@ class Jobs:
                 await self._turns.wait()
             begin_s = time.monotonic()
             request = self._request(job)
-            flight = await self._perform(job, request)
-            response = flight.response
-            assert response is not None
+            response = await self._run(job, self._engine.ticket(request))
             job.answered(_done(job.start, request, response, time.monotonic() - begin_s))
         except FlexKVError as error:
             job.answered(Done(job.start.number, "failed", 0, str(error)))
             if isinstance(error, InternalError):
                 raise  # the engine's state is wrong: nobody should be served with it
 
-    async def _perform(self, job: Job, request: Request) -> Flight:
+    async def _run(self, job: Job, ticket: Ticket) -> KVResponse:
         """Run a request; a put waits until its instance is not filling too many blocks."""
+        request = ticket.request
         turn = Turn(
             self._instance,
             lambda: self._check_chain(request.keys),
             lambda: self.release((job.start.held,)),
         )
         if request.operation is not Operation.PUT:
-            return await self._engine.perform(request, turn)
+            return await ticket.run(turn)
         blocks = request.span.last_block - request.span.first_block
         await self._puts.enter(blocks)
         try:
-            return await self._engine.perform(request, turn)
+            return await ticket.run(turn)
         finally:
             self._puts.leave(blocks)
 

@@ -1,0 +1,106 @@
+"""The core of an engine: index, scheduler, and an actor for each tier that a backend lists."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from flexkv.actors.actor import Supervisor, TransferActor, Window
+from flexkv.actors.scheduler import Scheduler
+from flexkv.actors.write_behind import WriteBehind
+from flexkv.common.config import CacheConfig, CacheSizes
+from flexkv.common.terms import Tier
+from flexkv.graph.ops import CHUNKS_MAX, LEGS_MAX
+from flexkv.graph.planner import Planner
+from flexkv.index.clears import ClearHistory
+from flexkv.io.ports import TransferPort
+from flexkv.observe.observer import Observer
+from flexkv.tiers.backend import Backend
+from flexkv.tiers.limits import behind_limits, empty_index, plan_limits
+from flexkv.tiers.parts import TierHooks
+
+
+class Core:
+    """Index, scheduler and actors of one engine, over an open backend.
+
+    Attributes:
+        actors: by tier; that of the device is added when it is registered.
+        capacities: how many blocks each tier was opened with.
+        backing: by tier, the name of what holds the blocks.
+        persistence: by tier, what makes its blocks survive, for tiers that have it.
+        restored_blocks: how many blocks of an earlier run the tiers began with.
+    """
+
+    def __init__(
+        self,
+        cache: CacheConfig,
+        sizes: CacheSizes,
+        backend: Backend,
+        clears: ClearHistory,
+        requests_max: int,
+    ) -> None:
+        """Compose the parts.
+
+        Args:
+            cache: the configuration.
+            sizes: of the tiers.
+            backend: whose tiers are open.
+            clears: counts the clears of the engine.
+            requests_max: how many requests are under way at most.
+        """
+        self._tiers = backend.tiers()
+        ops_per_run = (LEGS_MAX + CHUNKS_MAX) * 4
+        self._waiting_max = requests_max * ops_per_run + sizes.num_host_blocks
+        self.capacities = {Tier.HOST: sizes.num_host_blocks}
+        self.capacities |= {parts.tier: parts.capacity_blocks for parts in self._tiers}
+        self.residency = empty_index(cache, sizes, self.capacities, clears)
+        lasting = [(parts.tier, parts.persistence) for parts in self._tiers]
+        self.persistence = {tier: each for tier, each in lasting if each is not None}
+        self.restored_blocks = sum(p.restore(self.residency) for p in self.persistence.values())
+        self.backing = {Tier.HOST: backend.host}
+        self.backing |= {parts.tier: parts.adapter for parts in self._tiers}
+        self.actors: dict[Tier, TransferActor] = {}
+        for parts in self._tiers:
+            self.add_actor(parts.tier, parts.port, parts.inbound, parts.outbound)
+        log_every = cache.num_log_interval_requests
+        self.observer = Observer(sizes.block_bytes, log_every_requests=log_every)
+        self.observer.remind = backend.unavailable.remind
+        self.limits = plan_limits(cache, sizes)
+        self.planner = Planner(self.residency, self.limits)
+        self.scheduler = Scheduler(
+            self.residency, self.planner, self.actors, self.observer, self.persistence,
+            cache.io_deadline_s,
+        )  # fmt: skip
+        self.behind = self.scheduler.behind = WriteBehind(
+            self.residency,
+            self.planner,
+            self.scheduler.watch,
+            behind_limits(cache, sizes),
+            self.scheduler.write_behind,
+            self.observer.event,
+        )
+
+    def add_actor(
+        self, tier: Tier, port: TransferPort, inbound: Window, outbound: Window
+    ) -> TransferActor:
+        """Add the actor of a tier or device, and return it; it is not started yet."""
+        actor = TransferActor(tier, port, inbound, outbound, self._waiting_max)
+        self.actors[tier] = actor
+        return actor
+
+    def start_actor(self, actor: TransferActor, supervisor: Supervisor) -> None:
+        """Start an actor, which reports to the scheduler."""
+        actor.attach(self.scheduler.report)
+        supervisor.keep(f"{actor.name} actor", actor.run())
+
+    def start(self, supervisor: Supervisor) -> None:
+        """Start the actors and the background work of all tiers."""
+        for actor in self.actors.values():
+            self.start_actor(actor, supervisor)
+        for parts in self._tiers:
+            hooks = TierHooks(
+                self.actors[parts.tier].is_idle,
+                partial(self.scheduler.drop_corrupt, parts.tier),
+                partial(self.scheduler.watch.lose, parts.tier),
+            )
+            for name, work in parts.work(hooks).items():
+                supervisor.keep(name, work)
