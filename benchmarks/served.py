@@ -36,7 +36,7 @@ class Served:
         self.settings = Settings(
             server_recv_port=f"ipc://{directory}/socket",
             cache_config=cache,
-            server_answer_ms=int(1e3 * PATIENCE_S),  # slow is not lost
+            server_answer_ms=int(1e3 * PATIENCE_S),  # a slow server is not a lost one
         )
         self.server = Launched(model, self.settings)
         self._agents = [AgentProcess(self.settings, model, DEVICE_BLOCKS, 0)]

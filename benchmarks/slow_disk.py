@@ -49,7 +49,7 @@ def slow_disk(directory: Path, rate: float) -> Iterator[Path]:
     Raises:
         RuntimeError: this process may not mount.
     """
-    mounted, real = (directory.resolve() / name for name in ("slow", "real"))  # it serves from /
+    mounted, real = (directory.resolve() / name for name in ("slow", "real"))  # it runs in /
     real.mkdir()
     with mounted_by("benchmarks.slow_disk", mounted, real, rate):
         yield mounted

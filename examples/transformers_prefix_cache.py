@@ -153,7 +153,7 @@ async def main(arguments: argparse.Namespace) -> int:
     wrong = 0
     async with KVManager(pages.model, cache) as manager:
         manager.register_kv_caches(pages.layers)
-        answer(model, prompts[0], DynamicCache(), 0)  # warm
+        answer(model, prompts[0], DynamicCache(), 0)  # warms up
         print("turn  prompt  loaded  first token without  with  same tokens")
         for turn, prompt in enumerate(prompts, 1):
             alone = answer(model, prompt, DynamicCache(), 0)

@@ -1,4 +1,4 @@
-"""`flexkv doctor`: checks what this machine offers, what will be used, and what would help."""
+"""`flexkv doctor`: checks of what this machine offers, what is used, and what would help."""
 
 from __future__ import annotations
 

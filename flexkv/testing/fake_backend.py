@@ -53,7 +53,7 @@ class FakeBackend:
         remains: Remains,
         device_faults: FaultPlan | None = None,
     ) -> None:
-        """Take the faults of the disk and, if it has others, of the device."""
+        """Take the faults of the disk, and those of the device if they differ."""
         self.host, self.ranks = "fake", 1
         self._device_faults = device_faults or faults
         self.disk: DurablePort | None = None
