@@ -39,7 +39,7 @@ def scrape(url: str) -> Samples:
     if not url.startswith(("http://", "https://")):
         raise ConfigError("url", url, "must begin with http:// or https://")
     try:
-        # Use no proxy, whatever the environment says: it could not reach an engine on this machine.
+        # Ignore proxies of the environment: one could not reach an engine on this machine.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(url, timeout=5) as answer:
             text = answer.read(ANSWER_BYTES_MAX).decode()

@@ -203,7 +203,7 @@ def _thinned(records: list[Any]) -> list[Any]:
 
 
 def _hits(summary: Summary, origin: int) -> list[dict[str, Any]]:
-    """Return hit rates over time, each of a stretch; all stretches have as many gets."""
+    """Return the hit rates over time, in stretches with the same number of gets."""
     gets = [r for r in summary.trace.requests if r.kind == "get"]
     tiers = sorted({tier for request in gets for tier in request.hit_blocks})
     at: list[float] = []
