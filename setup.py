@@ -1,8 +1,8 @@
-"""Builds the C extension `flexkv._ext`: one abi3 module for every Python from 3.11 on.
+"""Build of the C extension `flexkv._ext`: one abi3 module for every Python from 3.11 on.
 
-liburing is linked statically when its archive is installed, so that the wheel needs no system
-library; xxhash is inlined from its header. Both come from the distribution
-(`liburing-dev`, `libxxhash-dev`). `EXT_SANITIZE=1` builds with ASan and UBSan.
+liburing is linked statically if its archive is installed, so that the wheel needs no system
+library. xxhash is inlined from its header. Both are packages of the distribution (`liburing-dev`,
+`libxxhash-dev`). `EXT_SANITIZE=1` builds with ASan and UBSan.
 """
 
 import os
@@ -15,7 +15,7 @@ PY_LIMITED_API = "0x030B0000"
 
 
 def liburing_link() -> dict[str, list[str]]:
-    """Give the link arguments for liburing: its static archive if installed, else the library."""
+    """Return the link arguments for liburing: its static archive if installed, else the library."""
     found = subprocess.run(
         [os.environ.get("CC", "gcc"), "-print-file-name=liburing.a"],
         capture_output=True,
@@ -27,7 +27,7 @@ def liburing_link() -> dict[str, list[str]]:
     return {"libraries": ["uring"]}
 
 
-# The index is many small functions in several files: without LTO a steady put takes a third longer.
+# The index has many small functions in several files: without LTO a put takes a third longer.
 OPTIMISE = ["-O3", "-flto"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
 optimise = SANITIZE if os.environ.get("EXT_SANITIZE") == "1" else OPTIMISE

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [CASE …]`: run cases, print their figures, keep them as JSON."""
+"""`python -m benchmarks [CASE …]`: run cases, print their figures, write them as JSON."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What control costs on top of the copy: a get against the bare C copy; small gets; empty ops.
+"""The cost of control on top of the copy: a get against the bare C copy; small gets; empty ops.
 
-Floor: the bare job through the same copy threads, waited for on its eventfd. One loop turn costs
-about 3 µs, a future resolved and awaited about 5 µs (asyncio), so 10 µs is the floor of one op.
+Floor: the bare job on the same copy threads, with a wait for its eventfd. In asyncio a loop turn
+costs about 3 µs, and resolving and awaiting a future about 5 µs, so one op costs at least 10 µs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flexkv.tiers.backend import LocalBackend
 
 
 def measure(options: Options) -> Figures:
-    """Give the figures of the case."""
+    """Return the figures of the case."""
     rounds = 20 if options.quick else 300 * options.repeats
     return {
         **asyncio.run(_large(options.repeats * 3, 8 if options.quick else 64)),
@@ -34,7 +34,7 @@ def measure(options: Options) -> Figures:
 
 
 async def _large(repeats: int, blocks: int) -> Figures:
-    """A get of 2 MiB blocks, and the same bytes as one bare job of as many threads."""
+    """Time a get of 2 MiB blocks, and the same bytes as one bare job of as many threads."""
     caches = kv_caches(LARGE, 2 * blocks)
     places = np.random.default_rng(0).permutation(2 * blocks)[:blocks]
     cache = cache_of(blocks + 8, copy_threads=2)
@@ -71,7 +71,7 @@ async def _large(repeats: int, blocks: int) -> Figures:
 
 
 async def _small(rounds: int) -> Figures:
-    """Gets of one 4 KiB block: alone, and 64 at once."""
+    """Time gets of one 4 KiB block: alone, and 64 at once."""
     async with KVManager(SMALL, cache_of(256)) as manager:
         manager.register_kv_caches(kv_caches(SMALL, 64))
         requests = [(prompt(n, 1), slots_of([n])) for n in range(64)]
@@ -93,7 +93,7 @@ async def _small(rounds: int) -> Figures:
 
 
 class _EmptyPort:
-    """Ends every transfer as it is submitted."""
+    """A transfer port that ends every transfer as it is submitted."""
 
     block_bytes, arrived_bytes = 1, 0
 
@@ -101,19 +101,19 @@ class _EmptyPort:
         self._ended: list[Completion] = []
 
     def connect(self, wake: object) -> None:
-        """Need no waking: everything has ended when submit returns."""
+        """Do nothing: every transfer has ended when `submit` returns."""
 
     def submit(self, transfer: Transfer) -> None:
-        """End it."""
+        """End the transfer at once."""
         self._ended.append(Completion(transfer.op_id, None))
 
     def reap(self) -> list[Completion]:
-        """Give what ended."""
+        """Return the transfers that ended since the last call."""
         ended, self._ended = self._ended, []
         return ended
 
     def close(self) -> None:
-        """Hold nothing."""
+        """Do nothing: there is nothing to release."""
 
 
 def _resolve(futures: list[asyncio.Future[None]]) -> None:
@@ -122,7 +122,7 @@ def _resolve(futures: list[asyncio.Future[None]]) -> None:
 
 
 async def _empty(rounds: int) -> Figures:
-    """Empty ops through an actor: from post to an awaited future."""
+    """Time empty ops through an actor, from `post` to an awaited future."""
     waiting: dict[int, asyncio.Future[None]] = {}
 
     def report(ends: list[Completion]) -> None:

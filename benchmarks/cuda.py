@@ -1,7 +1,7 @@
 """Copies between a GPU and pinned host memory: scattered chunks, both ways, beside computing.
 
-Limit: one contiguous copy of the same bytes by the copy engine, in the same run; and for a matrix
-product, the same product alone.
+Limit: one contiguous copy of the same bytes by the copy engine, in the same run. For a matrix
+product beside copies: the same product alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PRODUCT = 8192
 
 
 def measure(options: Options) -> Figures:
-    """Give the figures of the case; without a GPU, why there are none."""
+    """Return the figures of the case; without a GPU, the reason that there are none."""
     try:
         BoundDriver(0).close()
     except (BackendUnavailableError, DeviceError) as error:
@@ -58,7 +58,7 @@ def measure(options: Options) -> Figures:
 
 
 class Rig:
-    """A port to blocks of pieces of one size on the GPU; `connect` it to the running loop."""
+    """A port to GPU blocks that are made of pieces of one size. Call `connect` in the loop."""
 
     def __init__(self, size: int, blocks: int, pieces: int = 1) -> None:
         import torch
@@ -82,12 +82,12 @@ class Rig:
         self.port.connect(self._woken.set)
 
     def choose(self, choices: list[Choices]) -> None:
-        """Let copies be made so: to the host, to the device."""
+        """Set how copies are made: first those to the host, then those to the device."""
         for way, each in zip(self.port._ways, choices, strict=True):
             way.choose(each)
 
     async def moved(self, *jobs: tuple[Route, Ids, Ids]) -> float:
-        """Give the seconds that some transfers take that begin at once."""
+        """Return the seconds until transfers that were submitted together have all ended."""
         begin = time.perf_counter()
         for op_id, (route, sources, targets) in enumerate(jobs):
             self.port.submit(Transfer(op_id, 0, route, sources, targets))
@@ -100,20 +100,20 @@ class Rig:
         return time.perf_counter() - begin
 
     async def contiguous(self, route: Route) -> float:
-        """Return the seconds that all bytes take as one copy of the copy engine."""
+        """Return the seconds that the copy engine takes for all bytes as one copy."""
         assert self.is_contiguous
-        self.choose([WAYS["engine"]] * 2)  # neighbours at both ends are one copy
+        self.choose([WAYS["engine"]] * 2)  # blocks that adjoin on both sides make one copy
         every = np.arange(self.blocks)
         return await self.moved((route, every, every))
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release the port and the arena."""
         self.port.close()
         self.arena.close()
 
 
 async def _scattered(rig: Rig, whole: Rig, repeats: int) -> Figures:
-    """Scattered chunks each way, by each way to copy, and as chosen, beside `whole` as one copy."""
+    """Time scattered chunks on each route, by each copy method, beside `whole` as one copy."""
     for each in {rig, whole}:
         each.connect()
     random = np.random.default_rng(0)
@@ -138,7 +138,7 @@ async def _scattered(rig: Rig, whole: Rig, repeats: int) -> Figures:
 
 
 def _told(choices: Choices) -> str:
-    """Return what was chosen, by the number of chunks up to which it holds."""
+    """Return the chosen copy methods in words, each with its largest number of chunks."""
     bounds = [f"up to {count}: " for count in choices.counts] + ["beyond: "]
     return ", ".join(
         f"{bound}{choice.how}" + (f" {choice.thread_blocks}" if choice.cost else "")
@@ -147,7 +147,7 @@ def _told(choices: Choices) -> str:
 
 
 async def _both_ways(repeats: int) -> Figures:
-    """Blocks of 2 MiB both ways at once, against one way."""
+    """Time blocks of 2 MiB copied both ways at once, against one way."""
     rig = Rig(2 << 20, 1024)
     rig.connect()
     half = rig.blocks // 2
@@ -161,7 +161,7 @@ async def _both_ways(repeats: int) -> Figures:
 
 
 async def _beside_computing(repeats: int) -> Figures:
-    """A bf16 matrix product beside saturated copies both ways, against the same alone."""
+    """Time a bf16 matrix product beside saturated copies both ways, against the product alone."""
     import torch
 
     left, right = (
@@ -184,7 +184,7 @@ async def _beside_computing(repeats: int) -> Figures:
 
 
 async def _products(left: Any, right: Any, out: Any, rig: Rig | None, random: Any) -> float:
-    """Give the seconds of GPU time that products take, copies going on all the while."""
+    """Return the seconds of GPU time that 20 products take, beside copies if there is a rig."""
     import torch
 
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -203,7 +203,7 @@ async def _products(left: Any, right: Any, out: Any, rig: Rig | None, random: An
 
 
 async def _copy_until(stop: asyncio.Event, rig: Rig, random: Any) -> None:
-    """Keep both directions busy."""
+    """Keep both directions busy until `stop` is set."""
     half = rig.blocks // 2
     while not stop.is_set():
         ids = random.permutation(half), half + random.permutation(half)

@@ -24,7 +24,7 @@ from flexkv.kvmanager import KVManager
 from flexkv.testing.fake_cuda import FakeTensor
 
 BLOCKS = 2048
-"""Of 2 MiB: a prompt of 32k tokens of an 8B-shaped model."""
+"""Blocks of 2 MiB: a prompt of 32k tokens of an 8B-shaped model."""
 WAYS: dict[str, dict[str, Any]] = {
     "choice": {},
     "engine": {"use_ce_transfer_h2d": True, "use_ce_transfer_d2h": True},
@@ -38,7 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 class NoDriver:
-    """A driver that does nothing, at once."""
+    """A driver that does no work, and reports its end at once."""
 
     named = "none"
 
@@ -46,28 +46,28 @@ class NoDriver:
         self._handles = iter(range(1, 1 << 30))
 
     def open_stream(self, urgent: bool) -> int:
-        """Give a handle."""
+        """Return a new handle."""
         return next(self._handles)
 
     def notify(self, stream: int, eventfd: int) -> None:
-        """Tell of the end at once."""
+        """Signal the end at once."""
         os.eventfd_write(eventfd, 1)
 
     def inside(self) -> AbstractContextManager[None]:
-        """Return what does nothing."""
+        """Return a context manager that does nothing."""
         return nullcontext()
 
     def is_capturing(self, stream: int) -> bool:
-        """Return that no graph is being captured."""
+        """Return False: no graph is being captured."""
         return False
 
     def __getattr__(self, name: str) -> Any:
-        """Give a call that gives a handle."""
+        """Return a function that returns a handle, whatever its arguments."""
         return lambda *_: 1
 
 
 def measure(options: Options) -> Figures:
-    """Give the figures of the case."""
+    """Return the figures of the case."""
     blocks = (8, 64) if options.quick else (8, 256, BLOCKS)
     try:
         BoundDriver(0).close()
@@ -106,7 +106,7 @@ def _cuda_tensors(blocks: int) -> list[Any]:
 async def _cpu_time(
     config: dict[str, Any], counts: tuple[int, ...], repeats: int, tensors: Any
 ) -> Figures:
-    """Give the CPU time of this process for a get, by number of blocks."""
+    """Return the CPU time that this process spends on a get, by number of blocks."""
     figures: Figures = {}
     most = max(counts)
     cache = cache_of(most + 8, enable_ssd=False, **config)
@@ -129,7 +129,7 @@ async def _cpu_time(
 
 
 async def _bare_cpu_time(counts: tuple[int, ...], repeats: int) -> Figures:
-    """Return the CPU time of one contiguous copy that the event loop waits for, by blocks."""
+    """Return the CPU time of one contiguous copy that the loop awaits, by number of blocks."""
     import torch
 
     size = max(counts) * 2 << 20
@@ -161,7 +161,7 @@ async def _bare_cpu_time(counts: tuple[int, ...], repeats: int) -> Figures:
 
 
 async def _end_to_end(blocks: int, repeats: int) -> Figures:
-    """A get from host memory, whole and its first layer, against one contiguous copy."""
+    """Time a get from host memory, whole and up to its first layer, against a contiguous copy."""
     import torch
 
     host = torch.empty(blocks * 2 << 20, dtype=torch.uint8, pin_memory=True)

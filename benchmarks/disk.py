@@ -1,8 +1,8 @@
 """SSD reads and writes against fio on the same file, small reads behind bulk, gets beside writes.
 
 Limit: fio with the same block size and depth, O_DIRECT, io_uring, registered buffers, huge-page
-memory where fio can have it; and a bare ring over as much memory as the engine uses. Blocks have
-2 MiB; the files are made fresh, and O_DIRECT keeps the page cache out, so every read is cold.
+memory where fio can get it; and a bare ring over as much memory as the engine uses. A block has
+2 MiB. The files are new, and O_DIRECT bypasses the page cache, so every read is cold.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from flexkv.kvmanager import KVManager
 from tests.system.mounted import missing
 
 TIER_BULKS, FILLED_BULKS, FIRST_ROUNDS = 12, 5, 3
-"""The size of the SSD tier, what `fill` writes of it, and the rounds on files never written to."""
+"""In bulk prompts, the size of the SSD tier and what `fill` writes; rounds of first writes."""
 SLOW_RATE = 0.2e9
 ALLOWED_MS = 2.0
-"""A read behind bulk may take twice its time alone, and this."""
+"""A read behind bulk may take this much longer than twice its time alone."""
 
 
 def measure(options: Options) -> Figures:
-    """Give the figures of the case; what needs fio is left out, by name, where it is missing."""
+    """Return the figures of the case; without fio, a line says what was not measured."""
     bulk = 32 if options.quick else 256
     with tempfile.TemporaryDirectory(prefix=".flexkv-bench-", dir=options.directory) as directory:
         return asyncio.run(_measure(Path(directory), bulk, options.repeats))
@@ -50,7 +50,7 @@ async def _measure(directory: Path, bulk: int, repeats: int) -> Figures:
         else:
             figures |= await rig.reads_against_limits(repeats)
         figures |= await rig.small_behind_bulk(repeats)
-        # Writes come last: they push what the reads ask for out of the SSD tier.
+        # Writes come last: they evict from the SSD tier what the reads need.
         if shutil.which("fio") is not None:
             figures |= await rig.writes_against_limits(repeats)
         figures |= await rig.gets_beside_writes(repeats)
@@ -58,7 +58,7 @@ async def _measure(directory: Path, bulk: int, repeats: int) -> Figures:
 
 
 def _cache(directory: Path, bulk: int) -> CacheConfig:
-    """Return a configuration for bulk requests of so many blocks."""
+    """Return a configuration for bulk requests of `bulk` blocks."""
     return cache_of(
         2 * bulk + 8,
         directory,
@@ -68,7 +68,7 @@ def _cache(directory: Path, bulk: int) -> CacheConfig:
 
 
 async def _on_a_slow_disk(directory: Path, bulk: int, repeats: int) -> Figures:
-    """Small reads behind bulk where the disk reads at `SLOW_RATE`."""
+    """Time small reads behind bulk on a disk that reads at `SLOW_RATE`."""
     name = f"at {SLOW_RATE / 1e9} GB/s: "
     if why := missing():
         return {name.rstrip(": "): f"not measured: {why}"}
@@ -95,7 +95,7 @@ class _Rig:
         self._next_bulk, self._next_new, self._next_single = 0, 0, 0
 
     async def fill(self) -> None:
-        """Write the single blocks and three bulk prompts; the last two are in host memory then."""
+        """Write the single blocks and three bulk prompts; the last two stay in host memory."""
         for number in range(self.singles):
             await self.manager.put(prompt(1000 + number, 1), slots_of([number % self.bulk]))
             if number % 32 == 31:
@@ -105,7 +105,7 @@ class _Rig:
             await self.manager.flush()
 
     async def read_bulk(self) -> float:
-        """Prefetch the bulk prompt that was used longest ago; gives GB/s."""
+        """Prefetch the bulk prompt that was used longest ago, and return the GB/s."""
         tokens = prompt(self._next_bulk % 3, self.bulk)
         self._next_bulk += 1
         before, begin = self._moved("disk→host"), time.perf_counter()
@@ -116,7 +116,7 @@ class _Rig:
         return moved / took_s / 1e9
 
     async def put_bulk(self) -> None:
-        """Put a new prompt; its write-behind goes on."""
+        """Put a new prompt, and leave its write-behind under way."""
         self._next_new += 1
         await self.manager.put(prompt(5000 + self._next_new, self.bulk), self.slots)
 
@@ -137,7 +137,7 @@ class _Rig:
         return counted.bytes if counted else 0
 
     async def reads_against_limits(self, repeats: int) -> Figures:
-        """Bulk reads in alternation with fio's and the bare ring's; the first round warms up."""
+        """Compare bulk reads in turn with fio and the bare ring; the first round warms up."""
         reads, cpu, fios, rings, few = [], [], [], [], []
         with huge_pages(64) as huge, ExitStack() as stack:
             fio, ring = Fio(self.file, self.bulk, huge), BareRing(self.file, self.bulk)
@@ -162,9 +162,10 @@ class _Rig:
         }
 
     async def writes_against_limits(self, repeats: int) -> Figures:
-        """Write-behind of bulk puts in alternation with fio's writes; the first round warms up.
+        """Compare the write-behind of bulk puts in alternation with fio's writes.
 
-        First to blocks of the files that were only preallocated, then to written ones.
+        The first rounds write to blocks that were only preallocated, the others to written
+        blocks; the first of the others warms up.
         """
         writes, cpu, fios = [], [], []
         firsts, fio_firsts = [], []
@@ -201,7 +202,7 @@ class _Rig:
         return rate
 
     async def small_behind_bulk(self, repeats: int) -> Figures:
-        """Single blocks read one after the other while a bulk prefetch of 512 MiB runs."""
+        """Time single blocks that are read one after the other while a bulk prefetch runs."""
         alone, beside = [], []
         latencies: list[float] = []
         idle: list[float] = []
@@ -247,7 +248,7 @@ class _Rig:
         return (moved - small) / took_s / 1e9, small / took_s / 1e9
 
     async def _read_single_ms(self) -> float:
-        """Read the single block that was used longest ago."""
+        """Read the single block that was used longest ago, and return the milliseconds."""
         tokens = prompt(1000 + self._next_single % self.singles, 1)
         self._next_single += 1
         begin = time.perf_counter()
@@ -257,7 +258,7 @@ class _Rig:
         return took_ms
 
     async def gets_beside_writes(self, repeats: int) -> Figures:
-        """Host-hit gets of 8 blocks: idle, and while the write-behind of a put goes on."""
+        """Time host-hit gets of 8 blocks: idle, and during the write-behind of a put."""
         hit, slots = prompt(9000, 8), slots_of(range(8))
         await self.manager.put(hit, slots)
         await self.manager.flush()

@@ -1,9 +1,9 @@
 """What the disk allows, measured two ways on the tier's own file: fio, and a bare ring.
 
-fio is the limit that a user can check; it reads into as many buffers as are in flight, which stay
-in the processor's cache. The bare ring is the extension's, over as much memory as the engine uses,
-with nothing above it: what lies between the two is the price of the memory, and what lies between
-the ring and the engine is the price of the engine.
+fio is the limit that a user can check. It has only as many buffers as reads in flight, and these
+stay in the processor's cache. The bare ring is the extension's ring, with no engine above it, over
+as much memory as the engine uses. So the difference between fio and the ring is the cost of the
+memory, and the difference between the ring and the engine is the cost of the engine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 
 
 def write_once(file: Path) -> None:
-    """Write a preallocated file from end to end: a tier in use has been written all over."""
+    """Write a preallocated file from end to end, as the files of a tier in use have been."""
     with mmap.mmap(-1, 8 << 20) as zeros:
         fd = os.open(file, os.O_WRONLY | os.O_DIRECT)
         try:
@@ -48,18 +48,17 @@ class Fio:
         self._scratch = file.with_name("fio-writes")
 
     def read(self, depth: int) -> float:
-        """Give the GB/s of random reads over the blocks that the engine has written."""
+        """Return the GB/s of random reads over the blocks that the engine has written."""
         return self._run("randread", self._file, depth, 4 * self._blocks)
 
     def write(self, depth: int) -> float:
-        """Return the GB/s of random writes, synced, to a file that was written before."""
+        """Return the GB/s of synced random writes to a file that was written before."""
         return self._run("randwrite", self._scratch, depth, self._blocks)
 
     def write_first(self, depth: int) -> float:
-        """Return the GB/s of random writes, synced, to a file that was only preallocated.
+        """Return the GB/s of synced random writes to a file that was only preallocated.
 
-        The file system notes for each extent that it is written now, which takes a third of the
-        rate here.
+        The file system has to mark each extent as written, which costs a third of the rate here.
         """
         self.close()
         return self._run("randwrite", self._scratch, depth, self._blocks, is_written=False)
@@ -85,7 +84,7 @@ class Fio:
 
 
 class BareRing:
-    """Random reads of the file through a ring, into as many blocks as are read."""
+    """Random reads of a file through a bare ring, into as much memory as is read."""
 
     def __init__(self, file: Path, blocks: int) -> None:
         self._blocks = blocks
@@ -98,7 +97,7 @@ class BareRing:
         self._random = np.random.default_rng(0)
 
     def read(self, depth: int, buffers: int | None = None) -> float:
-        """Give the GB/s of random reads of 2 MiB, into so many buffers in turn; all when None."""
+        """Return the GB/s of random 2 MiB reads into `buffers` in turn; None: one for each read."""
         ring, count = self._ring, self._blocks
         offsets = self._random.permutation(self._span)[:count] * BLOCK_BYTES
         targets = self._arena.address + np.arange(count) % (buffers or count) * BLOCK_BYTES
@@ -124,7 +123,7 @@ class BareRing:
 
 @contextmanager
 def huge_pages(count: int) -> Iterator[bool]:
-    """Reserve huge pages for fio where that is permitted, and give them back."""
+    """Reserve huge pages for fio if permitted, yield whether it has them, and return them."""
     if os.geteuid() != 0:
         yield False
         return

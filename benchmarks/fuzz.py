@@ -1,4 +1,4 @@
-"""What hostile peers cost the others: random frames and sessions, sent as fast as possible.
+"""The cost of hostile peers to others: random frames and sessions, sent as fast as possible.
 
 Limit: the same gets without other peers. The peers run in a process of their own.
 """
@@ -53,7 +53,7 @@ def _measure(folder: Path, options: Options) -> Figures:
 
 
 def _while_fuzzed(served: Served, seed: int, gets: int) -> tuple[list[float], int]:
-    """Return how long gets took while hostile peers talked, and how many frames those said."""
+    """Return how long gets took beside hostile peers, and how many frames the peers sent."""
     spawning = multiprocessing.get_context("spawn")
     over, said = spawning.Event(), spawning.Value("q", 0)
     told = told_of(served.settings), told_of(served.model)
@@ -72,7 +72,7 @@ def _while_fuzzed(served: Served, seed: int, gets: int) -> tuple[list[float], in
 
 
 def _talk(settings: Any, model: Any, seed: int, over: Event, said: Any) -> None:
-    """Be hostile until `over` is set."""
+    """Run hostile sessions until `over` is set, and count their frames in `said`."""
     hostile = Hostile(settings_of(settings), ModelConfig(**model), seed)
 
     def going_on() -> bool:

@@ -21,7 +21,7 @@ BLOCKS_IF_QUICK, DEVICE_BLOCKS_IF_QUICK = 8, 10
 
 
 def measure(options: Options) -> Figures:
-    """Give the figures of the case."""
+    """Return the figures of the case."""
     torch.set_num_threads(2)
     figures: Figures = {}
     sizes = BLOCKS, DEVICE_BLOCKS
@@ -88,7 +88,7 @@ def _one(run_bytes: int, blocks: int, device_blocks: int, repeats: int) -> Figur
 
 
 def _huge(size_bytes: int) -> NDArray[np.uint8]:
-    """Give random bytes on huge pages where they can be had."""
+    """Return random bytes, on huge pages where these are available."""
     memory = mmap.mmap(-1, size_bytes + (2 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     array = np.frombuffer(memory, np.uint8)

@@ -1,7 +1,7 @@
 """Graph costs of a request over host and SSD: template look-up and fill, and the run's bookkeeping.
 
-The planner's own code drafts, fills and looks up; what the index gives it (positions, and places
-as lists) is made beforehand, since whole planning is measured elsewhere. One chunk a leg.
+The planner's own code drafts, fills and looks up. What the index gives it (positions and places)
+is made beforehand, since the `index` case measures whole planning. A leg has one chunk.
 
 The comparison builds and walks the same graph with networkx for every request, as a planner
 without templates would. Floor: in-degree counters over a static template, about 1 µs.
@@ -50,7 +50,7 @@ REQUESTS = {
 
 
 def measure(options: Options) -> Figures:
-    """Give the figures of the case."""
+    """Return the figures of the case."""
     rounds = 50 if options.quick else 700 * options.repeats
     figures: Figures = {}
     for name, (operation, hops) in LEGS.items():
@@ -66,7 +66,7 @@ def measure(options: Options) -> Figures:
 
 
 def _fill(operation: Operation, paths: tuple[tuple[Route, ...], ...]) -> Plan:
-    """Do what the planner does for the graph, once it knows the blocks: 64 a leg."""
+    """Draft and fill a plan as the planner does once it knows the blocks: 64 a leg."""
     draft = Draft(REQUESTS[operation], LIMITS)
     for number, path in enumerate(paths):
         draft.add(path, POSITIONS[number], PLACES[path].copy())
@@ -74,7 +74,7 @@ def _fill(operation: Operation, paths: tuple[tuple[Route, ...], ...]) -> Plan:
 
 
 def _by_networkx(operation: Operation, paths: tuple[tuple[Route, ...], ...]) -> None:
-    """Build and walk the graph, as a planner without templates would for each request."""
+    """Build and walk the graph as a planner without templates would for each request."""
     graph = build(Shape(operation, tuple(Leg(path, 1) for path in paths)))
     list(nx.topological_generations(graph))
 
@@ -84,7 +84,7 @@ def _fill_and_drive(fill: Callable[[], Plan]) -> None:
 
 
 def _drive(plan: Plan) -> None:
-    """Run a plan whose ops all end well, making each op's transfer."""
+    """Run a plan whose ops all succeed, and make each op's transfer."""
     run = Run(plan.template)
     commands = run.handle(Launch())
     while commands:
@@ -97,7 +97,7 @@ def _drive(plan: Plan) -> None:
 
 
 def _compile_us(rounds: int) -> float:
-    """Give what a shape costs that was never seen."""
+    """Return the median microseconds of a plan whose shape is new."""
     took = []
     for _ in range(rounds):
         compile_shape.cache_clear()

@@ -1,4 +1,4 @@
-"""How the cases measure: contestants in alternation, order reversed every other time, medians."""
+"""Measuring for all cases: contestants alternate, every other round is reversed, medians count."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Options(NamedTuple):
     repeats: int
     """Counted rounds."""
     quick: bool
-    """Small sizes: whether a case runs at all is the question, not what it measures."""
+    """Small sizes, to check that a case runs; its figures mean nothing then."""
     directory: Path
-    """Where files may be made: on the disk to measure."""
+    """Where files may be created: on the disk to measure."""
 
 
 def alternate(contestants: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Run each contestant `repeats` times, and give the seconds that each run says it took.
+    """Run each contestant `repeats` times, and return the seconds that it reports for each run.
 
-    Every other round runs backwards, so that none always follows the same neighbour; the first
+    Every other round runs backwards, so that no contestant always follows the same one. The first
     round warms up and is not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -47,25 +47,25 @@ def alternate(contestants: dict[str, Callable[[], float]], repeats: int) -> dict
 
 
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:
-    """Give the median of the ratios of runs that were neighbours."""
+    """Return the median of the ratios of neighbouring runs."""
     return statistics.median(n / d for n, d in zip(numerators, denominators, strict=True))
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Give the seconds that a call takes."""
+    """Return the seconds that a call takes."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
 
 
 def percentile(values: list[float], percent: float) -> float:
-    """Give a percentile, by the nearest rank."""
+    """Return a percentile by the nearest rank."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 def machine(directory: Path) -> dict[str, Any]:
-    """Give the facts about this machine that figures hang on; read them before measuring."""
+    """Return the facts about this machine that figures depend on; to be read before measuring."""
     model = next(
         (
             line.split(":")[1].strip()
@@ -104,6 +104,6 @@ def _told(*command: str) -> str:
 def save(
     path: Path, results: dict[str, Figures], command: str, machine_facts: dict[str, Any]
 ) -> None:
-    """Write results, with the command that made them and the machine they were made on."""
+    """Write results, the command that made them, and the machine that they were made on."""
     content = {"command": command, "machine": machine_facts, "results": results}
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,7 +1,7 @@
 """The index: keys, matches, inserts, evictions and whole planning, with a million blocks resident.
 
-Limits: the hash alone for keys; for the rest what a cache miss costs. Peers' figures are in the
-issue tracker, not here: their code does not run in this harness.
+Limits: for keys the hash alone, for the rest the cost of a cache miss. There are no peers, because
+their code does not run in this harness.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TINY = ModelConfig(num_layers=1, num_kv_heads=1, head_size=8, dtype="float16")
 
 
 def measure(options: Options) -> Figures:
-    """Give the figures of the case."""
+    """Return the figures of the case."""
     resident = 1 << (15 if options.quick else 20)
     rounds = 20 * options.repeats
     figures = _keys(rounds)
@@ -73,13 +73,13 @@ def _keys(rounds: int) -> Figures:
 
 
 class _Prompts:
-    """Random prompts of as many blocks, by number."""
+    """Random prompts, as keys."""
 
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)
 
     def keys(self, blocks: int = BLOCKS) -> bytes:
-        """Give root and keys of a new prompt."""
+        """Return the root and the keys of a new prompt."""
         return ROOT + self._random.bytes(16 * blocks)
 
 
@@ -88,7 +88,7 @@ def _insert(index: Residency, keys: bytes, begin: int, end: int, tier: Tier = Ti
 
 
 def _matches(resident: int, rounds: int) -> Figures:
-    """Matches of long sequences and of 64-turn conversations that were stored turn by turn."""
+    """Time matches of long prompts and of 64-turn conversations that were stored turn by turn."""
     index, prompts = Residency({Tier.HOST: resident}), _Prompts(1)
     conversations = [prompts.keys() for _ in range(max(1, resident // BLOCKS // 4))]
     turn = BLOCKS // 64
@@ -117,7 +117,7 @@ def _matches(resident: int, rounds: int) -> Figures:
 
 
 def _evictions(resident: int, rounds: int) -> Figures:
-    """Evictions of 64 blocks with many leaves and few, and the steady put of a full tier."""
+    """Time evictions of 64 blocks with few leaves and with many, and puts into a full tier."""
     figures: Figures = {}
     for leaves in (1_000, 100_000, 1_000_000):
         blocks = min(resident, max(leaves, rounds * 64))
@@ -182,7 +182,7 @@ print(grown / (len(range(blocks // BLOCKS)) * BLOCKS), statistics.median(took))
 
 
 def _memory(blocks: int, few: int) -> Figures:
-    """Resident bytes of the table in a process of its own, and matches beside a smaller one's."""
+    """Measure a table in its own process: bytes a block, and matches against a smaller table's."""
     told = {}
     for count in (blocks, few):
         done = subprocess.run(
@@ -198,7 +198,7 @@ def _memory(blocks: int, few: int) -> Figures:
 
 
 async def _planning(host_blocks: int, rounds: int) -> Figures:
-    """Keys, match, leases and plan of a request, as the façade does them; claims end outside."""
+    """Time keys, match, leases and plan of a request, as in the façade; claims end untimed."""
     figures: Figures = {}
     cache = CacheConfig(tokens_per_block=PER_BLOCK, num_cpu_blocks=host_blocks)
     async with KVManager(TINY, cache) as manager:
@@ -240,7 +240,7 @@ def _plan_us(
 
 
 async def _match_beside_writes(options: Options) -> Figures:
-    """Matches of a 32k prompt of tiny blocks, and of a large model's, beside 1.5 GiB of writes."""
+    """Time matches of a 32k prompt during the write-behind of two puts of 1.5 GiB each."""
     blocks = 32 if options.quick else 768
     cache = cache_of(blocks + 8, options.directory / "index-bench", num_ssd_blocks=4 * blocks,
                      write_behind_max_gb=blocks / 512)  # fmt: skip

@@ -4,10 +4,10 @@
         'opentelemetry-exporter-prometheus<=0.61b0'
 
 in an environment with vLLM, which has everything else that the server and the connector import.
-`--no-deps`, because LMCache asks for CUDA packages and for versions that vLLM's do not agree with.
-Its connector inside the engine cannot copy on a CPU, so the server is measured, with what was
-quickest on one (of transfers by pickle, by its own shared memory and by the engine's, in chunks of
-32 and 256 tokens): memory shared by name, and chunks of one block.
+`--no-deps` is needed because LMCache requires CUDA packages, and versions that conflict with those
+of vLLM. Its connector inside the engine cannot copy on a CPU, so its server is measured, with the
+fastest settings found on a CPU: memory shared by name, and chunks of one block. The others tried
+were transfers by pickle and by shared memory of its own, and chunks of 32 and 256 tokens.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ NEEDED = {
     "opentelemetry.exporter.prometheus": "opentelemetry-exporter-prometheus",
     "sortedcontainers": "sortedcontainers",
 }
-"""What has to be installed beside vLLM: modules, and the packages that have them."""
+"""What has to be installed beside vLLM: each module, and the package that has it."""
 
 
 def missing() -> list[str]:
-    """Return the packages that are missing to measure it; none when it can be measured."""
+    """Return the packages that have to be installed before LMCache can be measured."""
     return [package for module, package in NEEDED.items() if not _is_there(module)]
 
 
 def _is_there(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package that it is in
+    except ModuleNotFoundError:  # a package that contains it is missing
         return False
 
 
 class LMCacheServer(Program):
-    """An `lmcache server` of this machine."""
+    """An `lmcache server` on this machine."""
 
     def __init__(self, folder: Path, chunk_tokens: int, host_gb: float) -> None:
-        """Take where its log goes, and its sizes. A full one drops what comes."""
+        """Take the folder of its log, and its sizes. A full server drops new blocks."""
         super().__init__(folder / "lmcache.log")
         self._chunk_tokens, self._host_gb = chunk_tokens, host_gb
         self._port, self._health_port = free_port(), free_port()
@@ -65,7 +65,7 @@ class LMCacheServer(Program):
 
     @property
     def connector(self) -> dict[str, Any]:
-        """Give an engine's connector to it."""
+        """Return the configuration of an engine's connector to this server."""
         return {
             "kv_connector": "LMCacheMPConnector",
             "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector",

@@ -1,7 +1,7 @@
-"""What an instance costs the others when its worker hangs in the middle of its copies.
+"""The cost of an instance to the others when its worker hangs in the middle of its copies.
 
-Limit: the same gets while the other instance is idle. The other one's agent is stopped by SIGSTOP
-while it copies, with many more puts waiting; it goes on after each round.
+Limit: the same gets while the other instance is idle. SIGSTOP stops the other instance's agent
+while it copies, with many more puts waiting; SIGCONT continues it after each round.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _measure(folder: Path, options: Options) -> Figures:
 def _while_stopped(
     served: Served, worker: AgentProcess, other: Client, puts: range, gets: int
 ) -> list[float]:
-    """Return how long gets took while the other instance was stopped among its puts."""
+    """Return how long gets took while the other instance was stopped amid its puts."""
     ids = np.arange(GET_BLOCKS)
     numbers = set()
     for number in puts:
@@ -71,7 +71,7 @@ def _while_stopped(
             other.flush()
             worker.signal(signal.SIGSTOP)
     try:
-        other.match(keys)  # by the answer the server has read all puts
+        other.match(keys)  # the answer proves that the server has read all puts
         took_s = served.gets_s(gets)
     finally:
         worker.signal(signal.SIGCONT)

@@ -1,6 +1,6 @@
-"""A server and an instance whose gets are measured, for the cases about its neighbours.
+"""A server and an instance whose gets are timed, for the cases about its neighbours.
 
-What is measured is what a scheduler sees: from the start of a get of a resident prompt to its end.
+The time is what a scheduler sees: from the start of a get of a resident prompt to its end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOOK_S = 2e-5
 
 
 class Served:
-    """A server and one sound instance. A context manager."""
+    """A server and one well-behaved instance. A context manager."""
 
     def __init__(self, directory: Path, host_blocks: int, model: ModelConfig = MODEL) -> None:
         cache = cache_of(host_blocks)
@@ -36,7 +36,7 @@ class Served:
         self.settings = Settings(
             server_recv_port=f"ipc://{directory}/socket",
             cache_config=cache,
-            server_answer_ms=int(1e3 * PATIENCE_S),  # slow is not lost
+            server_answer_ms=int(1e3 * PATIENCE_S),  # a slow server is not a lost one
         )
         self.server = Launched(model, self.settings)
         self._agents = [AgentProcess(self.settings, model, DEVICE_BLOCKS, 0)]
@@ -46,12 +46,12 @@ class Served:
             assert self.ended(self.client, Operation.PUT, keys).moved == GET_BLOCKS
 
     def agent_of(self, number: int) -> AgentProcess:
-        """Return the agent of another instance."""
+        """Start and return the agent of another instance."""
         self._agents.append(AgentProcess(self.settings, self.model, DEVICE_BLOCKS, number))
         return self._agents[-1]
 
     def client_of(self, number: int) -> Client:
-        """Return the client of an instance whose agent has begun."""
+        """Return the client of an instance once it is ready; start its agent before."""
         client, until_s = Client(self.settings, self.model, number), time.monotonic() + PATIENCE_S
         while not client.is_ready and time.monotonic() < until_s:
             client.poll()
@@ -60,7 +60,7 @@ class Served:
 
     @staticmethod
     def ended(client: Client, operation: Operation, keys: bytes) -> Done:
-        """Run a request to its end; a put that found no room is tried again."""
+        """Run a request to its end, and return that; retry a put that found no room."""
         ids = np.arange(len(keys) // 16 - 1)
         while True:
             number = client.start(operation, keys, 0, ids)
@@ -72,7 +72,7 @@ class Served:
                 return done
 
     def gets_s(self, count: int) -> list[float]:
-        """Return how long each of so many gets took; what was evicted is put again, uncounted."""
+        """Return the seconds of each of `count` gets; put evicted prompts again, untimed."""
         took_s: list[float] = []
         number = 0
         while len(took_s) < count:

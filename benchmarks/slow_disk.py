@@ -1,4 +1,4 @@
-"""A file system whose reads go one after the other through a pipe of a given rate.
+"""A file system whose reads pass one after the other through a pipe of a given rate.
 
     python -m benchmarks.slow_disk MOUNTPOINT DIRECTORY BYTES_A_SECOND
 
@@ -22,14 +22,14 @@ from tests.system.mounted import mounted_by
 
 
 class SlowDisk(FailingDisk):
-    """Passes calls on to a directory; reads wait for their turn in the pipe."""
+    """A file system over a directory, where reads wait for their turn in the pipe."""
 
     def __init__(self, directory: Path, rate: float) -> None:
         super().__init__(directory, Path(os.devnull))
         self._rate, self._free_s, self._lock = rate, 0.0, threading.Lock()
 
     def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
-        """Read, no faster than the pipe."""
+        """Read no faster than the pipe allows."""
         with self._lock:
             self._free_s = max(self._free_s, time.monotonic()) + size / self._rate
             end_s = self._free_s
@@ -40,16 +40,16 @@ class SlowDisk(FailingDisk):
 
 @contextmanager
 def slow_disk(directory: Path, rate: float) -> Iterator[Path]:
-    """Lend a directory in a slow file system.
+    """Mount a slow file system, yield its directory, and unmount it.
 
     Args:
-        directory: where the bytes really are.
+        directory: on the disk that holds the bytes.
         rate: bytes a second.
 
     Raises:
         RuntimeError: this process may not mount.
     """
-    mounted, real = (directory.resolve() / name for name in ("slow", "real"))  # it serves from /
+    mounted, real = (directory.resolve() / name for name in ("slow", "real"))  # it runs in /
     real.mkdir()
     with mounted_by("benchmarks.slow_disk", mounted, real, rate):
         yield mounted

@@ -1,6 +1,6 @@
-"""What surviving costs: checksums on and off, restart with many blocks, gets while the disk hangs.
+"""The cost of surviving: checksums on and off, restart with many blocks, gets while the disk hangs.
 
-Limits: the same engine without the checksum; the same gets with nothing else going on.
+Limits: the same engine without checksums; the same gets while nothing else runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHAIN_BLOCKS = 64
 
 
 def measure(options: Options) -> Figures:
-    """Give the figures of the case."""
+    """Return the figures of the case."""
     figures: Figures = {}
     for part in (_checksums, _restart, _hang):
         with tempfile.TemporaryDirectory(
@@ -46,7 +46,7 @@ def _port_of(manager: KVManager) -> CheckedDiskPort:
 
 
 def _unsummed_pages(manager: KVManager, caches: Any) -> Any:
-    """Give the device's pages for copies that keep no sums."""
+    """Return the device's pages for copies that compute no checksums."""
     backend = manager._engine._backend
     assert isinstance(backend, LocalBackend)
     sums, backend.ssd.sums = backend.ssd.sums, None
@@ -60,7 +60,7 @@ def _unsummed_pages(manager: KVManager, caches: Any) -> Any:
 
 @contextmanager
 def _unchecked(manager: KVManager, unsummed: Any) -> Iterator[None]:
-    """Let transfers pass by the checksums; only while nothing is in flight."""
+    """Bypass the checksums. Enter and leave only while nothing is in flight."""
     disk, device = _port_of(manager), manager._engine._devices._by_rank[0].port
     assert isinstance(device, CpuDevicePort)
     vars(disk).update(submit=disk._inner.submit, reap=disk._inner.reap)
@@ -104,7 +104,7 @@ async def _checksums(directory: Path, options: Options) -> Figures:
             await manager.flush()
             return time.perf_counter() - begin
 
-        async def behind() -> float:  # what is left when the put, which copies, is answered
+        async def behind() -> float:  # without the copy, which has ended when the put is answered
             await manager.put(prompt(next(fresh), bulk), slots)
             begin = time.perf_counter()
             await manager.flush()
@@ -132,7 +132,7 @@ async def _ratio(
     without: Callable[[], AbstractContextManager[None]],
     repeats: int,
 ) -> float:
-    """Give the rate with checksums over that without, in alternation; the first pair warms up."""
+    """Return the rate with checksums over that without, in alternation; the first pair warms up."""
     checked, bare = [], []
     for number in range(repeats + 1):
         for with_sums in (True, False) if number % 2 else (False, True):
@@ -171,7 +171,7 @@ async def _restart(directory: Path, options: Options) -> Figures:
 
 
 def _fill_journal(directory: Path, blocks: int) -> None:
-    """Note blocks in chains behind those of the first prompt, as a long life would have."""
+    """Append blocks in chains to the journal, behind the first prompt's, as a long life would."""
     random = np.random.default_rng(0)
     opened = journal.Journal(directory)
     root = opened.live.blocks[opened.live.blocks[:, 32] > 0][0, 16:32]

@@ -1,6 +1,6 @@
-"""What a trace costs: the demo's workload with one and without, in alternation.
+"""The cost of a trace: the demo's workload with and without one, in alternation.
 
-Limit: the same run without. Throughput in requests per second, latency of gets.
+Limit: the same run without a trace. Measured: requests per second, and the latency of gets.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flexkv.testing.workload import ChatShape, chat
 
 
 def measure(options: Options) -> Figures:
-    """Give the figures of the case."""
+    """Return the figures of the case."""
     count = 100 if options.quick else 2500
     took: dict[bool, list[float]] = {True: [], False: []}
     p99: dict[bool, list[float]] = {True: [], False: []}
@@ -39,7 +39,7 @@ def measure(options: Options) -> Figures:
 
 
 async def _run(count: int, traced: bool, directory: Path) -> tuple[float, list[float]]:
-    """Give the seconds of a run, and those of each get."""
+    """Return the seconds of a run, and those of each get."""
     device = KnownDevice(MODEL, TOKENS_PER_BLOCK, DEVICE_BLOCKS)
     prompts = list(chat(count, 0, ChatShape()))
     with tempfile.TemporaryDirectory(dir=directory) as folder:

@@ -1,8 +1,8 @@
 """Time to the first token behind a prefix: loaded from host memory, from SSD, and recomputed.
 
-On a GPU an 8B-shaped model of random weights, at 8k, 16k and 32k tokens; without one a small model
-on the CPU. The model is Hugging Face's, and its cache is copied to and from pages, as in
-`examples/transformers_prefix_cache.py`, whose code this is.
+On a GPU it is an 8B-shaped model of random weights, at 8k, 16k and 32k tokens; without one a small
+model on the CPU. The model is Hugging Face's, and its cache is copied to and from pages by the code
+of `examples/transformers_prefix_cache.py`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from flexkv.common.terms import Tier
 from flexkv.kvmanager import KVManager
 
 SUFFIX = 64
-"""Tokens behind the prefix, which are computed in any case."""
+"""Tokens behind the prefix, which are always computed."""
 
 
 def measure(options: Options) -> Figures:
-    """Give the figures of the case."""
+    """Return the figures of the case."""
     if torch.cuda.is_available():
         model, prefixes = _large(), (8192, 16384, 32768)
     else:
@@ -100,7 +100,7 @@ async def _measure(model: Any, prefix: int, options: Options) -> Figures:
 async def _timed(
     model: Any, words: torch.Tensor, prefix: int, cache: Callable[[], Awaitable[DynamicCache]]
 ) -> float:
-    """Give the seconds to the first token, of a prompt whose prefix a cache has."""
+    """Return the seconds to the first token of a prompt whose prefix the cache has."""
     begin = time.perf_counter()
     _first_token(model, words[:, prefix:], await cache())
     return time.perf_counter() - begin

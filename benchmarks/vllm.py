@@ -1,8 +1,8 @@
 """Time to the first token of real `vllm serve` engines over HTTP, with and without FlexKV.
 
 Peers: no connector, vLLM's own ExampleConnector (files), and LMCache where it is installed. Limit:
-vLLM's own device cache. All engines run at once and are asked in turn, prompts whole:
-ExampleConnector fails with chunks. Needs vLLM in this Python: `scripts/vllm-venv`.
+vLLM's own device cache. All engines run at once and are asked in turn. Prompts are not chunked,
+since ExampleConnector fails with chunks. Needs vLLM in this Python: `scripts/vllm-venv`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from flexkv.testing.vllm_serve import SHIM, Served, VllmServe
 MODEL = Shape(layers=12, hidden=1024, heads=16, kv_heads=16)
 BLOCK_SIZE, PROMPT_TOKENS = 32, 6000
 HOST_PROMPTS = 4
-"""So many prompts fit into FlexKV's host memory; LMCache, which evicts now and then, gets twice."""
+"""Prompts that fit into FlexKV's host memory; LMCache, which evicts now and then, gets twice."""
 PROMPT_BYTES = PROMPT_TOKENS * MODEL.layers * 2 * MODEL.kv_heads * MODEL.head_size * 2
 PEERS = {"Example": "ExampleConnector", "LMCache": "LMCache"}
-"""What they are called in the figures."""
+"""Names of the peers in the figures."""
 
 
 def measure(options: Options) -> Figures:
-    """Give the figures of the case."""
+    """Return the figures of the case."""
     if importlib.util.find_spec("vllm") is None:
         return {"vLLM": "is not installed here: scripts/vllm-venv makes an environment with it"}
     repeats = 1 if options.quick else options.repeats
@@ -86,14 +86,14 @@ def _served(model: Path, connector: dict[str, Any] | None) -> Served:
 
 
 def _loaded_tokens(engine: VllmServe) -> float:
-    """Give how many tokens the connector has brought."""
+    """Return how many tokens the connector has loaded so far."""
     lines = engine.request("GET", "/metrics").decode().splitlines()
     hits = [line for line in lines if line.startswith("vllm:external_prefix_cache_hits_total")]
     return sum(float(line.rsplit(" ", 1)[1]) for line in hits)
 
 
 def _throughput_s(engine: VllmServe, prompts: list[list[int]]) -> float:
-    """Give the seconds that prompts take, eight at once."""
+    """Return the seconds that prompts take, eight at once."""
     begin = time.perf_counter()
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda prompt: engine.first_token_s(prompt, 16), prompts))

@@ -1,8 +1,8 @@
-"""What the connector adds to each step of vLLM's scheduler: 32 requests with prompts of 32k tokens.
+"""The time that the connector adds to a step of vLLM's scheduler: 32 requests of 32k tokens.
 
-A synthetic scheduler calls the hooks as vLLM does, over a real server, agent and KV caches: chunked
-prefill of one prompt at a time, every other of them known, beside decoding of the others, with
-everything written back meanwhile. Limit: 1 ms (p99). Needs vLLM in this Python for its classes.
+A synthetic scheduler calls the hooks as vLLM does, over a real server, agent and KV caches. It
+prefills one prompt at a time in chunks (every other prompt is known), decodes the others, and has
+everything stored. Limit: 1 ms (p99). Needs vLLM in this Python for its classes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from flexkv.server.agent import Agent
 RUNNING, PROMPT_TOKENS, CHUNK_TOKENS, BLOCK = 32, 32_768, 8192, 16
 ANSWER_TOKENS = 64
 DECODE_S, PREFILL_TOKENS_PER_S = 0.005, 200_000
-"""A forward takes as long as on a fast GPU: prefill at several times what an 8B model does."""
+"""The time of a forward, as on a fast GPU: prefill is several times as fast as an 8B model's."""
 MODEL = ModelConfig(num_layers=2, num_kv_heads=1, head_size=64, dtype="float16")
 
 
 def measure(options: Options) -> Figures:
-    """Give the figures of the case."""
+    """Return the figures of the case."""
     if importlib.util.find_spec("vllm") is None:
         return {"vLLM": "is not installed here: scripts/vllm-venv makes an environment with it"}
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
@@ -39,7 +39,7 @@ def measure(options: Options) -> Figures:
 
 @dataclass
 class _Request:
-    """As much of vLLM's as the connector looks at."""
+    """The fields of vLLM's request that the connector reads."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -60,7 +60,7 @@ class _Request:
 
 
 class _Scheduler:
-    """Calls the hooks, and keeps the seconds that they took in each step."""
+    """A scheduler that calls the hooks, and records the seconds that they took in each step."""
 
     def __init__(self, side: Any, agent: Agent, blocks: int) -> None:
         self._side, self._agent = side, agent
@@ -83,7 +83,7 @@ class _Scheduler:
         return prompt
 
     def step(self) -> None:
-        """Schedule, run a forward that takes a while, and take its output."""
+        """Schedule a step, sleep as long as its forward takes, and process its output."""
         took, new = self._arrivals(), list(self._waiting)
         output = SimpleNamespace(
             scheduled_new_reqs=[], num_scheduled_tokens={}, scheduled_spec_decode_tokens={},
@@ -148,9 +148,9 @@ class _Scheduler:
         return any(r.num_tokens - r.num_computed_tokens > 1 for r in self._running.values())
 
     def _arrivals(self) -> float:
-        """Let a prompt come if there is room for it; return the seconds of the hook for it.
+        """Add a prompt if there is room for it, and return the seconds that its hook took.
 
-        As in vLLM's engine, requests that have come during a step are taken right before the next.
+        As in vLLM's engine, requests that arrived during a step are added right before the next.
         """
         is_full = len(self._running) + len(self._loading) >= RUNNING
         if is_full or self._prefilling() or self._waiting:
@@ -163,7 +163,7 @@ class _Scheduler:
         return time.perf_counter() - begin
 
     def _take(self, output: Any, step: Any) -> float:
-        """Take what the step gave; give the seconds of the hooks that were called for it."""
+        """Process the output of a step, and return the seconds that its hooks took."""
         for name in step.received:
             self._loading[name].waits = False
         for name in step.sent:

@@ -1,8 +1,8 @@
-"""What host memory owes the SSD: whether it gets there, how soon, and what that costs gets.
+"""Blocks owed to the SSD: whether they get there, how soon, and what their writing costs gets.
 
-Limit: fio's writes of the same block size, O_DIRECT and depth, in the same run; the tier's files
-have been written before, as fio's was. Host memory holds a
-tenth of what is put, and puts may queue few blocks for the SSD: nearly everything is owed.
+Limit: fio's writes of the same block size, O_DIRECT and depth, in the same run. The tier's files
+have been written before, as fio's was. Host memory holds a tenth of what is put, and puts may queue
+only a few blocks for the SSD, so nearly everything is owed.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class _Rig:
         await self.manager.put(prompt(self._next, PUT_BLOCKS), self._slots)
 
     async def keep_a_hit(self) -> None:
-        """Put the prompt that the gets will find in host memory, and pin it there."""
+        """Put the prompt that the gets find in host memory, and pin it there."""
         await self.manager.put(self._hit, self._slots[: 8 * 16])
         await self.manager.flush()
         self.manager.pin(self._hit)
@@ -124,7 +124,7 @@ class _Rig:
         return 1.0 - lost / max(1, evicted)
 
     async def drain(self) -> tuple[float, int]:
-        """Put a burst; return how long it takes until nothing is owed, and the bytes owed."""
+        """Put a burst; return the seconds until nothing is owed, and the blocks that were owed."""
         for _ in range(self.host_blocks * 5 // 8 // PUT_BLOCKS):
             await self.put()
         begin, blocks = time.perf_counter(), self._owed()
@@ -139,14 +139,14 @@ class _Rig:
         return behind.owed_blocks + behind.writing_blocks
 
     async def gets_ms(self, seconds: float) -> list[float]:
-        """Get what is in host memory again and again for a while."""
+        """Repeat a get that hits host memory for `seconds`; return the milliseconds of each."""
         took, until = [], time.perf_counter() + seconds
         while time.perf_counter() < until:
             took.append(await self._get_ms())
         return took
 
     async def gets_beside_drains_ms(self, drains: int) -> list[float]:
-        """Get what is in host memory while owed blocks are written, after each of some bursts."""
+        """Repeat a get that hits host memory while the owed blocks of each burst are written."""
         await self.keep_a_hit()
         took = []
         for _ in range(drains):

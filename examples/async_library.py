@@ -2,8 +2,8 @@
 
     python examples/async_library.py             # SSD tier in ./flexkv-example; or name a directory
 
-The "engine" is a list of numpy arrays, one for each layer, in blocks of 16 tokens: FlexKV fills and
-empties them as it would an engine's KV caches (numpy arrays or torch tensors, on the CPU or a GPU).
+The "engine" is a list of numpy arrays, one for each layer, in blocks of 16 tokens: FlexKV reads and
+fills them as it would an engine's KV caches (numpy arrays or torch tensors, on the CPU or a GPU).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PER_BLOCK, DEVICE_BLOCKS = 16, 256
 
 
 def slots_of(first_block: int, tokens: int) -> np.ndarray:
-    """Return the slots of tokens that fill device blocks from the first one on."""
+    """Return the slots of `tokens` tokens that fill device blocks from `first_block` on."""
     return np.arange(tokens) + first_block * PER_BLOCK
 
 
@@ -44,7 +44,7 @@ async def main(directory: str) -> bool:
         found = manager.match(longer)
         print("match:", found)
 
-        # The device has nothing of it: load what is known, and compute the rest.
+        # Suppose that the device has none of it: load what is stored, and compute the rest.
         loaded = await manager.get(longer[: found.tokens], slots_of(100, found.tokens))
         print("get:", loaded)
         equal = all(np.array_equal(layer[:, 100:104], layer[:, 0:4]) for layer in kv_caches)

@@ -1,4 +1,4 @@
-"""Runs a FlexKV server from code: what `flexkv serve model.json` does.
+"""A FlexKV server started from code, as `flexkv serve model.json` does it.
 
     python examples/run_server.py                # files in ./flexkv-server; or name a directory
 
@@ -27,10 +27,10 @@ def folder_of(arguments: list[str]) -> Path:
 
 
 def settings_in(folder: Path) -> Settings:
-    """Return the settings that server, scheduler and workers share; files and socket in a folder.
+    """Return the settings that server, scheduler and workers share; files and socket in `folder`.
 
-    The address is set only so that the example meets no other server; the default is in a directory
-    of this user.
+    The address is set only to keep the example apart from other servers. The default address is in
+    a directory of this user.
     """
     cache = CacheConfig(
         tokens_per_block=16, num_cpu_blocks=1024, num_ssd_blocks=4096, ssd_cache_dir=str(folder)

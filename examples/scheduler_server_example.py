@@ -26,7 +26,7 @@ DEVICE_BLOCKS, PROMPT_BLOCKS = 256, 64
 
 
 def worker(folder: Path, tp_rank: int, scheduler: Connection) -> None:
-    """Own a rank's KV caches: lend them, write a "forward pass" into them, and look at them."""
+    """Own a rank's KV caches: lend them, write a "forward pass" into them, and compare them."""
     settings = settings_in(folder)
     heads = MODEL.num_kv_heads // MODEL.tp_size
     shape = (2, DEVICE_BLOCKS, settings.cache_config.tokens_per_block, heads, MODEL.head_size)
@@ -45,7 +45,7 @@ def worker(folder: Path, tp_rank: int, scheduler: Connection) -> None:
         if verb == "forward":
             for layer, content in zip(caches, written(seed), strict=True):
                 layer[:, blocks] = content
-            agent.ready(told[3])  # the server may read what these puts are of
+            agent.ready(told[3])  # now the server may read the blocks of these puts
         else:
             pairs = zip(caches, written(seed), strict=True)
             scheduler.send(all(np.array_equal(layer[:, blocks], want) for layer, want in pairs))
@@ -53,7 +53,7 @@ def worker(folder: Path, tp_rank: int, scheduler: Connection) -> None:
 
 
 def ended(client: Client, number: int) -> str:
-    """Wait for a request; an engine would go on with other work, and poll now and then."""
+    """Wait for a request, and return how it ended. An engine would poll between its steps."""
     while True:
         for done in client.poll():
             if done.number == number:

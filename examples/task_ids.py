@@ -2,8 +2,8 @@
 
     python examples/task_ids.py                  # SSD tier in ./flexkv-example; or name a directory
 
-An engine's scheduler asks what is known of a prompt (`get_match`), decides which device blocks it
-gets (`launch`), goes on with other work, and looks now and then (`try_wait`).
+An engine's scheduler asks how much of a prompt is stored (`get_match`), decides into which device
+blocks it is loaded (`launch`), goes on with other work, and checks now and then (`try_wait`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flexkv.kvmanager import KVManager
 
 
 def ended(manager: KVManager, task_id: int) -> KVResponse:
-    """Return the response to a task; between two looks an engine would run a step."""
+    """Return the response to a task. An engine would run a step between two checks."""
     while not (responses := manager.try_wait([task_id])):
         time.sleep(0.001)
     return responses[task_id]

@@ -5,11 +5,11 @@
     python examples/transformers_prefix_cache.py --model /path/to/model --ssd /data/flexkv
 
 Each turn of a conversation is a prompt that begins with the one before. It is answered twice: by
-computing all of it, and by taking from FlexKV what is known of it and computing the rest. The two
-have to give the same tokens.
+computing all of it, and by loading the known prefix from FlexKV and computing the rest. Both must
+give the same tokens.
 
-The model's KV cache is one tensor a sequence; an engine keeps pages. So this example has pages of
-its own, [2, blocks, tokens, heads, dim] a layer, which FlexKV fills and empties.
+The model's KV cache is one tensor a sequence, whereas an engine keeps pages. So this example has
+pages of its own, [2, blocks, tokens, heads, dim] a layer, which FlexKV reads and fills.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NEW_TOKENS = 8
 
 
 class Answer(NamedTuple):
-    """What a model said, and what it took."""
+    """The tokens that a model answered, and what the answer took."""
 
     tokens: list[int]
     first_token_s: float
@@ -60,7 +60,7 @@ def open_model(path: str | None, device: str = "cpu") -> torch.nn.Module:
 def compute(
     model: torch.nn.Module, words: torch.Tensor, cache: DynamicCache, **options: int
 ) -> torch.Tensor:
-    """Return the logits of words behind those in the cache, and extend the cache by them.
+    """Return the logits of the words that follow those in the cache, and add them to the cache.
 
     Later releases of transformers call the argument `cache`, earlier ones `past_key_values`.
     """
@@ -86,7 +86,7 @@ class Pages:
         )
 
     def to_cache(self, tokens: int) -> DynamicCache:
-        """Give the model's cache of the first tokens."""
+        """Return the first `tokens` tokens as the model's own kind of cache."""
         cache = DynamicCache()
         for number, layer in enumerate(self.layers):
             flat = layer.flatten(1, 2)[:, :tokens].transpose(1, 2)  # [2, heads, tokens, dim]
@@ -94,7 +94,7 @@ class Pages:
         return cache
 
     def from_cache(self, cache: DynamicCache, tokens: int) -> None:
-        """Take the first tokens of the model's cache."""
+        """Copy the first `tokens` tokens from the model's cache into the pages."""
         for layer, held in zip(self.layers, cache.layers, strict=True):
             both = torch.cat([held.keys, held.values])[:, :, :tokens].transpose(1, 2)
             layer.flatten(1, 2)[:, :tokens] = both
@@ -102,7 +102,7 @@ class Pages:
 
 @torch.inference_mode()
 def answer(model: torch.nn.Module, prompt: list[int], cache: DynamicCache, loaded: int) -> Answer:
-    """Compute what the cache lacks of a prompt, and go on greedily."""
+    """Compute the part of a prompt that the cache lacks, and answer greedily."""
     begin_s = time.perf_counter()
     step = torch.tensor([prompt[loaded:]], device=model.device)
     tokens: list[int] = []
@@ -118,11 +118,11 @@ def answer(model: torch.nn.Module, prompt: list[int], cache: DynamicCache, loade
 async def answer_with(
     manager: KVManager, pages: Pages, model: torch.nn.Module, prompt: list[int]
 ) -> Answer:
-    """Take what FlexKV has of a prompt, compute the rest, and give FlexKV all whole blocks."""
+    """Load what FlexKV has of a prompt, compute the rest, and store all whole blocks."""
     begin_s = time.perf_counter()
     slots = torch.arange(len(prompt))
     response = await manager.get(prompt, slots)
-    # The last token is computed in any case: its logits are wanted.
+    # The last token is always computed, because its logits are needed.
     loaded = min(int(response.return_mask.sum()), len(prompt) - 1)
     cache = pages.to_cache(loaded) if loaded else DynamicCache()
     load_s = time.perf_counter() - begin_s
@@ -133,14 +133,14 @@ async def answer_with(
 
 
 def conversation(model: torch.nn.Module, turns: int, tokens: int) -> list[list[int]]:
-    """Give the prompts of a conversation, each the one before and some more."""
+    """Return the prompts of a conversation, each an extension of the one before."""
     random = torch.Generator().manual_seed(1)
     words = torch.randint(0, model.config.vocab_size, (turns * tokens,), generator=random).tolist()
     return [words[: (turn + 1) * tokens] for turn in range(turns)]
 
 
 async def main(arguments: argparse.Namespace) -> int:
-    """Answer every turn both ways; the exit status says whether they agreed."""
+    """Answer every turn both ways, and return 0 if the answers agree, else 1."""
     model = open_model(arguments.model, arguments.device)
     prompts = conversation(model, arguments.turns, arguments.tokens)
     blocks = -(-len(prompts[-1]) // TOKENS_PER_BLOCK)
@@ -153,7 +153,7 @@ async def main(arguments: argparse.Namespace) -> int:
     wrong = 0
     async with KVManager(pages.model, cache) as manager:
         manager.register_kv_caches(pages.layers)
-        answer(model, prompts[0], DynamicCache(), 0)  # warm
+        answer(model, prompts[0], DynamicCache(), 0)  # warms up
         print("turn  prompt  loaded  first token without  with  same tokens")
         for turn, prompt in enumerate(prompts, 1):
             alone = answer(model, prompt, DynamicCache(), 0)
@@ -165,7 +165,7 @@ async def main(arguments: argparse.Namespace) -> int:
                 f"{1e3 * alone.first_token_s:16.1f} ms  {1e3 * cached.first_token_s:.1f} ms  "
                 f"{'yes' if same else 'NO'}"
             )
-        await manager.flush()  # what is still being written shall be there next time
+        await manager.flush()  # the next run finds what is still being written now
     return 1 if wrong else 0
 
 

@@ -1,4 +1,4 @@
-"""Two engines at one FlexKV server: the second loads what the first has stored.
+"""Two engines at one FlexKV server: the second loads what the first stored.
 
     python examples/two_engines.py               # files in ./flexkv-server; or name a directory
 
@@ -45,7 +45,7 @@ class Engine:
             time.sleep(0.01)
 
     def run(self, operation: Operation, keys: bytes, first_block: int) -> str:
-        """Run a request to its end; an engine would go on with other work meanwhile."""
+        """Run a request, and return how it ended. An engine would do other work meanwhile."""
         ids = np.arange(first_block, first_block + PROMPT_BLOCKS)
         number = self.client.start(operation, keys, 0, ids)
         while True:
@@ -55,7 +55,7 @@ class Engine:
             time.sleep(0.0002)
 
     def close(self) -> None:
-        """Disconnect."""
+        """Disconnect the client and the agents."""
         self.client.close()
         for agent in self.agents:
             agent.close()
@@ -82,7 +82,7 @@ def main(folder: Path) -> bool:
         other.close()
         return equal
     finally:
-        server.terminate()  # it writes what is not on SSD yet, and ends
+        server.terminate()  # it writes what is not yet on SSD, and ends
         server.wait()
 
 

@@ -1,11 +1,12 @@
 #!/bin/sh
-# vLLM over HTTP with FlexKV: one prompt is asked three times, by curl.
+# vLLM over HTTP with FlexKV: curl sends one prompt three times.
 #
 #   examples/vllm_online.sh                                    a tiny random model, on the CPU
 #   examples/vllm_online.sh MODEL FOLDER [arguments of `vllm serve`]
 #
-# FOLDER (./flexkv-vllm) gets FlexKV's SSD tier, its socket and the log. The second time vLLM's own cache has the
-# prompt. Before the third vLLM's cache is emptied, so what is not computed comes from FlexKV.
+# FOLDER (by default ./flexkv-vllm) gets FlexKV's SSD tier, its socket and the log. The second time,
+# vLLM's own cache has the prompt. That cache is emptied before the third, so the tokens that are
+# not computed then come from FlexKV.
 set -eu
 
 model=${1:-} folder=${2:-flexkv-vllm}
@@ -20,7 +21,7 @@ if [ -z "$model" ]; then
 		--kv-cache-memory-bytes 16777216
 fi
 
-# VLLM_SERVER_DEV_MODE: the reset is for developers only.
+# VLLM_SERVER_DEV_MODE: without it vLLM has no request that empties its cache.
 VLLM_SERVER_DEV_MODE=1 vllm serve "$model" --served-model-name model --port "$port" \
 	--enable-prompt-tokens-details "$@" --kv-transfer-config '{
 		"kv_connector": "FlexKVConnector",

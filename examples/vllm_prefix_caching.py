@@ -4,7 +4,7 @@
     python examples/vllm_prefix_caching.py --model MODEL      # yours
 
 Each prompt is a long document and a question. Before each question vLLM's own cache is emptied, as
-if other requests had pushed the document out; FlexKV still has it.
+if other requests had evicted the document; FlexKV still has it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def words(seed: int, count: int) -> list[int]:
 def connector_in(folder: Path) -> dict[str, Any]:
     """Return the part of vLLM's configuration that names FlexKV's connector and sets its keys.
 
-    The address is set only so that the example meets no other server.
+    The address is set only to keep the example apart from other servers.
     """
     return {
         "kv_connector": "FlexKVConnector",
@@ -43,14 +43,14 @@ def connector_in(folder: Path) -> dict[str, Any]:
             "num_ssd_blocks": 1024,
             "ssd_cache_dir": str(folder),
             "server_recv_port": f"ipc://{folder}/socket",
-            "load_if_faster": False,  # the model is so small that computing may be quicker
+            "load_if_faster": False,  # the model is so small that computing may be faster
             "log_level": "warning",
         },
     }
 
 
 def until_idle(llm: Any) -> None:
-    """Let vLLM finish what it does after an answer, such as a put; then empty its own cache."""
+    """Wait until vLLM has finished its work after an answer, such as a put; empty its cache."""
     engine = llm.llm_engine
     until_s = time.monotonic() + 60
     while engine.engine_core.engine_core.scheduler.has_requests():
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="length of the document")
     parser.add_argument("--without", action="store_true", help="vLLM alone, to compare")
     asked = parser.parse_args()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that the engine can be looked at
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # `until_idle` needs the engine
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams
 
@@ -95,7 +95,7 @@ def main() -> None:
             print(f"{number:8} {took_s:8.3f} {asked.tokens + QUESTION_TOKENS:7} {cached:13} "
                   f" {list(tokens)}")  # fmt: skip
             until_idle(llm)
-        llm.llm_engine.engine_core.shutdown()  # FlexKV's server writes what it has, and ends
+        llm.llm_engine.engine_core.shutdown()  # FlexKV's server flushes to SSD, and ends
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What an installed FlexKV must do on every Python: put, get, SSD, restart, exit.
+"""A test of an installed FlexKV on any Python: put, get, SSD, restart, exit.
 
-`python scripts/wheel_smoke.py`, outside the source tree's own environment. It needs numpy alone.
+Run `python scripts/wheel_smoke.py` outside the source tree's own environment; only numpy is needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EXITS = Path(__file__).parents[1] / "tests/system/exit_cases.py"
 
 
 def slots_of(first_block: int) -> np.ndarray:
-    """Return the slots of the prompt's blocks from a device block on."""
+    """Return the slots of a prompt that fills the device blocks from `first_block` on."""
     return np.arange(BLOCKS * PER_BLOCK) + first_block * PER_BLOCK
 
 
@@ -46,7 +46,7 @@ def check_loaded(layers: list[np.ndarray]) -> None:
 
 
 async def on_a_loop(cache: CacheConfig) -> None:
-    """Put and get in the async form; flush to SSD."""
+    """Put, get and flush to SSD through the async form."""
     layers = caches()
     async with KVManager(MODEL, cache) as manager:
         manager.register_kv_caches(layers)
@@ -57,7 +57,7 @@ async def on_a_loop(cache: CacheConfig) -> None:
 
 
 def in_a_thread(cache: CacheConfig) -> None:
-    """Get in the task-id form what an earlier run has put."""
+    """Get through the task-id form what an earlier run stored."""
     layers = caches()
     manager = KVManager(MODEL, cache)
     manager.start()
@@ -70,7 +70,7 @@ def in_a_thread(cache: CacheConfig) -> None:
 
 
 def main() -> None:
-    """Do all of it, and say on what."""
+    """Run all checks, and print the versions that they ran on."""
     with tempfile.TemporaryDirectory(prefix=".flexkv-smoke-", dir=".") as folder:
         cache = CacheConfig(num_cpu_blocks=64, num_ssd_blocks=64, ssd_cache_dir=f"{folder}/ssd")
         asyncio.run(on_a_loop(cache))

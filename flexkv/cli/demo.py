@@ -1,4 +1,4 @@
-"""`flexkv demo`: the main job, run for real, with every byte checked."""
+"""`flexkv demo`: a simulated workload on real tiers, with every byte checked."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from flexkv.trace.mooncake import read_trace
 
 TOKENS_PER_BLOCK = 16
 MODEL = ModelConfig(num_layers=8, num_kv_heads=4, head_size=64, dtype="float16", model_id="demo")
-"""Small, so that a run takes seconds: a block has 128 KiB."""
+"""A small model, so that a run takes seconds: a block has 128 KiB."""
 
 DEVICE_BLOCKS = 4096
 CONCURRENCY = 16
@@ -107,13 +107,13 @@ def demo(
 
 
 def _log_errors_only(context: typer.Context) -> None:
-    """Log no warning, unless the user asked for them: the tiers are too small on purpose."""
+    """Log no warnings unless the user asked for them, as the tiers are too small on purpose."""
     if context.obj is None and not os.environ.get(LEVEL_VARIABLE):
         configure_logging("error")
 
 
 def _introduction(cache: CacheConfig, workload: str) -> str:
-    """Return what is about to run, so that the figures below can be understood."""
+    """Return a sentence about the run, which explains the figures printed below it."""
     block = f"blocks of {TOKENS_PER_BLOCK} tokens ({MODEL.block_bytes(TOKENS_PER_BLOCK) >> 10} KiB)"
     on_ssd = f", and for {cache.num_ssd_blocks:,} on SSD ('disk')" if cache.num_ssd_blocks else ""
     return (
@@ -130,10 +130,10 @@ OPTIONS = {
 
 
 def _finished(run: Coroutine[Any, Any, tuple[Outcome, Statistics]]) -> tuple[Outcome, Statistics]:
-    """Run to the end.
+    """Run a demo to its end, and return its outcome and statistics.
 
     Raises:
-        ConfigError: an option cannot be; the error names it instead of the key that it sets.
+        ConfigError: an option is invalid; the error names it instead of the key that it sets.
     """
     try:
         return asyncio.run(run)
@@ -146,12 +146,12 @@ def _finished(run: Coroutine[Any, Any, tuple[Outcome, Statistics]]) -> tuple[Out
 
 
 def _temporary() -> tempfile.TemporaryDirectory[str]:
-    """Return a directory on the file system of the working directory: /tmp may be in memory."""
+    """Return a temporary directory in the working directory, since /tmp may be in memory."""
     return tempfile.TemporaryDirectory(prefix=".flexkv-demo-", dir=".")
 
 
 def _of_trace(path: Path, limit: int) -> Iterator[Prompt]:
-    """Yield a trace's requests, scaled down: each hash id becomes one block."""
+    """Yield the requests of a trace, scaled down: each hash id becomes one block."""
     offsets = np.arange(TOKENS_PER_BLOCK)
     numbers: dict[int, int] = {}  # hash ids may be larger than token ids
     for line in read_trace(path, limit):

@@ -1,4 +1,4 @@
-"""`flexkv doctor`: what this machine offers, what will be used, and what would help."""
+"""`flexkv doctor`: checks of what this machine offers, what is used, and what would help."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what this machine offers, what will be used, and what would help.
+    """Check what this machine offers, what will be used, and what would help.
 
-    The exit status is 1 when a tier that the configuration asks for cannot be had.
+    The exit status is 1 if a configured tier cannot be used.
     """
     cache = load_settings().cache_config
     if directory is not None:

@@ -1,4 +1,4 @@
-"""What `flexkv doctor` reports about the configured tiers."""
+"""The checks of the configured tiers by `flexkv doctor`."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ PROBE_NAME = ".flexkv-doctor"
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     found: str
     good: bool
     advice: str = ""
     fatal: bool = False
-    """Whether something configured cannot be used: the exit status is 1 then."""
+    """Whether something configured cannot be used, so that the exit status is 1."""
 
 
 def host_tier(cache: CacheConfig) -> Iterator[Finding]:
-    """Yield whether host memory has room for the host tier, if its size is given in GB."""
+    """Yield a finding whether memory has room for the host tier, if its size is given in GB."""
     if not cache.enable_cpu or "cpu_cache_gb" not in cache.model_fields_set:
         return
     if cache.num_cpu_blocks is not None:
@@ -52,7 +52,7 @@ def host_tier(cache: CacheConfig) -> Iterator[Finding]:
 
 
 def ssd_tier(cache: CacheConfig) -> Iterator[Finding]:
-    """Yield which directories of the SSD tier can be used, and whether the tier can."""
+    """Yield a finding for each unusable directory of the SSD tier, and one for the tier."""
     directories = distinct(cache.ssd_cache_dir)
     faults: dict[Path, str] = {}
     free_bytes: dict[int, int] = {}
@@ -82,10 +82,10 @@ def ssd_tier(cache: CacheConfig) -> Iterator[Finding]:
 
 
 def _try(directory: Path) -> tuple[int, int]:
-    """Use a directory as an engine would, and leave it as it was.
+    """Open and lock a directory as an engine would, and leave it as it was.
 
     Returns:
-        The number of its file system, and the bytes that its files have or can have.
+        The number of its file system, and the bytes that its files occupy or could occupy.
 
     Raises:
         ConfigError: an engine could not use it.

@@ -1,4 +1,4 @@
-"""Where the `flexkv` command begins: ctrl-C during its imports is not an error, either."""
+"""The entry point of the `flexkv` command, which handles ctrl-C even during the imports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 def app() -> NoReturn:
-    """Import the commands, and run the one that the command line names."""
+    """Import the commands, and run the one named on the command line."""
     try:
         from flexkv.cli import main
     except KeyboardInterrupt:

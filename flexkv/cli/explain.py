@@ -1,4 +1,4 @@
-"""`flexkv explain`: the plan that a request would run, drawn."""
+"""`flexkv explain`: a drawing of the plan that a request would run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flexkv.graph.planner import LOAD, STORE, PlanLimits
 
 
 class Kind(StrEnum):
-    """What a request wants."""
+    """The kind of a request."""
 
     get = "get"
     put = "put"
@@ -39,7 +39,7 @@ def explain(
     ] = 8,
     dot: Annotated[bool, typer.Option("--dot", help="Print Graphviz DOT.")] = False,
 ) -> None:
-    """Draw the transfers of a request, from where its blocks are."""
+    """Draw the transfers of a request, given where its blocks are."""
     read, write = Route(Tier.DISK, Tier.HOST), Route(Tier.HOST, Tier.DISK)
     legs: dict[Kind, dict[tuple[Route, ...], int]] = {
         Kind.get: {(LOAD,): host, (read, LOAD): disk},

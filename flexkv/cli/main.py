@@ -1,4 +1,4 @@
-"""The `flexkv` command: its subcommands, and how it tells errors."""
+"""The `flexkv` command: its subcommands, and how it reports errors."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def _main(
         raise ConfigError("--log-level", log_level, f"must be one of {', '.join(LEVELS)}")
     context.obj = log_level
     level = log_level or (None if os.environ.get(LEVEL_VARIABLE) else "warning")
-    configure_logging(level)  # None: as the environment says
+    configure_logging(level)  # None: the level that the environment sets
 
 
 def app() -> NoReturn:
-    """Run the command; an error of FlexKV is one line and exit status 2, ctrl-C is 130.
+    """Run the command and exit: an error of FlexKV prints one line, status 2; ctrl-C is 130.
 
     If the reader of the output goes away (`flexkv … | head`), the command ends silently, status 1.
     """
@@ -92,10 +92,10 @@ def app() -> NoReturn:
 
 
 def _told(error: BaseException) -> int:
-    """Tell an error of a command in a line, and return the command's exit status.
+    """Print an error of a command in one line, and return the command's exit status.
 
     Raises:
-        BaseException: it is our own mistake.
+        BaseException: the error is a bug of FlexKV; it is raised again.
     """
     if isinstance(error, BaseExceptionGroup):
         return _told(error.exceptions[0])
@@ -111,10 +111,10 @@ def _told(error: BaseException) -> int:
 
 
 def _prepare_streams() -> None:
-    """Prepare the standard streams, so that no character and no missing stream is an error.
+    """Replace standard streams that are closed, and escape characters that cannot be encoded.
 
-    If a standard stream is closed, the first file that is opened would get its number, and so be
-    written to by whatever prints there.
+    Otherwise the first file that is opened would get the descriptor of a closed stream, and
+    everything printed to that stream would go into the file.
     """
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 -- as long as the process
@@ -134,7 +134,7 @@ def _failed(why: str, status: int) -> int:
 
 
 def _finish(stream: TextIO) -> OSError | None:
-    """Write what a stream still holds, and drop the rest, or Python complains at exit."""
+    """Flush a stream, or drop its content so that Python does not complain; return the error."""
     if not isinstance(stream, io.TextIOWrapper):
         return None
     try:

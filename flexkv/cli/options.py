@@ -10,7 +10,7 @@ TIMES_MAX = 1e6
 
 
 def finite(value: float) -> float:
-    """Return a number that is finite, not negative, and not absurdly large.
+    """Return `value` if it is finite, not negative, and at most `TIMES_MAX`.
 
     Raises:
         typer.BadParameter: it is not.

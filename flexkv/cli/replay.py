@@ -1,4 +1,4 @@
-"""Runs a workload against a manager as an inference engine would, and checks every byte."""
+"""A simulated inference engine that runs a workload on a manager and checks every byte."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flexkv.testing.workload import Prompt
 
 @dataclass
 class Outcome:
-    """What a replay saw."""
+    """The counts and times of a replay."""
 
     requests: int = 0
     tokens: int = 0
@@ -32,10 +32,10 @@ class Outcome:
 
 
 class SimulatedEngine:
-    """Stands in for an inference engine: device blocks, prefill that fills them, eviction at once.
+    """A stand-in for an inference engine that keeps nothing on its device between requests.
 
     Each request gets what the cache has, checks every byte of it, "computes" the rest by filling
-    it with its known bytes, puts it, and gives its device blocks back.
+    its device blocks with their known bytes, puts the prompt, and frees its device blocks.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class SimulatedEngine:
         time_scale: float,
         advance: Callable[[], None],
     ) -> Outcome:
-        """Run every prompt in its order, at most `concurrency` at once.
+        """Run all prompts in order, at most `concurrency` at once, and return the outcome.
 
         Args:
             prompts: the workload.
-            concurrency: requests under way.
+            concurrency: the most requests under way at once.
             time_scale: 1 = as fast as the workload says, 0.1 = ten times as fast, 0 = at once.
             advance: called at the end of each request.
         """

@@ -43,8 +43,8 @@ def replay_hits(
 ) -> None:
     """Show the hit rate of each eviction policy on a request trace, by cache size.
 
-    Beside them: Belady's policy, which knows the future, and a cache without limit. A hit is a
-    block of the prompt's longest stored prefix.
+    Two bounds are shown beside them: Belady's policy, which knows the future, and a cache without
+    limit. A hit is a block of the prompt's longest stored prefix.
     """
     capacities, policies = _capacities(blocks), _policies(policy)
     if not no_plot and plot is not None and not plot.name:
@@ -81,7 +81,7 @@ def _policies(text: str) -> list[str]:
     for name in names:
         if name not in POLICIES:
             raise ConfigError("policy", name, f"must be all, or of {', '.join(POLICIES)}")
-    # LRU stands beside whatever is asked for.
+    # LRU is always included, for comparison.
     return names if "lru" in names else ["lru", *names]
 
 
@@ -112,7 +112,11 @@ def _print(capacities: list[int], rates: Rates) -> None:
 
 
 def _drawing() -> Callable[[list[int], Rates, str, Path], str]:
-    """Give the function that draws, or say that what it needs is not installed."""
+    """Return a function that draws a PNG file and returns the same picture as SVG.
+
+    Raises:
+        BackendUnavailableError: matplotlib is not installed.
+    """
     try:
         import matplotlib
 
@@ -142,7 +146,7 @@ def _drawing() -> Callable[[list[int], Rates, str, Path], str]:
 
 
 def _page(capacities: list[int], rates: Rates, title: str, svg: str) -> str:
-    """Give the picture and the figures as one page that needs nothing else."""
+    """Return the picture and the figures as one self-contained HTML page."""
 
     def row(cells: list[Any], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"

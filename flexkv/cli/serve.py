@@ -33,9 +33,9 @@ log = get_logger(__name__)
 
 INT_MAX = 2**31 - 1
 LOOK_S = 1.0
-"""Time between two checks whether the parent lives, or the address is free."""
+"""Time between two checks whether the parent is alive, or the address free."""
 FLUSH_S = 30.0
-"""How long the flush may take when the server ends."""
+"""The most time that the flush at the server's end may take."""
 
 
 def serve(
@@ -61,8 +61,8 @@ def serve(
 ) -> None:
     """Run one cache for several processes, until SIGTERM or ctrl-C.
 
-    The settings come from the file that FLEXKV_CONFIG_PATH names and from FLEXKV_<KEY>: sizes,
-    directories, and the address (server_recv_port).
+    Sizes, directories, the address (server_recv_port) and all other settings come from the file
+    that FLEXKV_CONFIG_PATH names, and from variables FLEXKV_<KEY>.
     """
     watch = None
     if with_parent:
@@ -89,16 +89,16 @@ def serve(
 
 
 def _say(line: bytes) -> None:
-    """Write a line to the process that launched us, if it still reads."""
+    """Write a line to the process that launched this one, if it still reads."""
     with suppress(BrokenPipeError):
         sys.stdout.buffer.write(line)
         sys.stdout.buffer.flush()
 
 
 def _outwait(address: str) -> None:
-    """Wait while a server that is ending still has the address: it may be writing to SSD.
+    """Wait while a server that is ending still has the address; it may be writing to SSD.
 
-    Otherwise an engine that is restarted at once would be refused because of its predecessor.
+    Without the wait, an engine that is restarted at once would fail because of its predecessor.
     """
     until_s = time.monotonic() + END_S
     while time.monotonic() < until_s:
@@ -114,7 +114,7 @@ def _outwait(address: str) -> None:
 
 
 def _answers(address: str) -> bool:
-    """Return whether the server at an address still serves."""
+    """Return whether the server at an address still answers."""
     try:
         connect(address, Hello(PROTOCOL_VERSION, "control", os.getpid())).socket.close()
     except (OSError, ClosedError):
@@ -132,12 +132,12 @@ def _part(told: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 async def run(model: ModelConfig, settings: Settings, parent: ProcessWatch | None = None) -> None:
-    """Serve until a signal; with a parent, until it has ended or closed our stdin.
+    """Serve until a signal comes, or until the parent, if any, ends or closes our stdin.
 
-    A signal while memory and files are being taken ends that, too.
+    Either also ends the start, while memory and files are still being taken.
 
     Raises:
-        ConfigError: another server has the address, or memory or files are not there.
+        ConfigError: another server has the address, or memory or files are not available.
     """
     ended = asyncio.Event()
     opening = asyncio.current_task()
@@ -152,7 +152,7 @@ async def run(model: ModelConfig, settings: Settings, parent: ProcessWatch | Non
     _on_end(end, parent)
     cache = settings.cache_config
     async with AsyncExitStack() as stack:
-        listener = Listener(socket_path(settings.server_recv_port))  # first: it is cheap to refuse
+        listener = Listener(socket_path(settings.server_recv_port))  # first: refusing is cheap
         stack.callback(listener.close)
         sizes = cache.sized(model)
         backend = ServerBackend(model, cache, sizes)
@@ -196,7 +196,7 @@ def _on_end(ended: Callable[[], None], parent: ProcessWatch | None) -> None:
         loop.add_signal_handler(number, ended)
     if parent is None:
         return
-    # A child of the parent may keep our stdin open, so waiting for its end is not enough.
+    # A child of the parent may keep our stdin open, so its end of file is not enough.
     if parent.fd >= 0:
         loop.add_reader(parent.fd, _gone, loop, parent.fd, ended)
     else:

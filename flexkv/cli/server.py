@@ -1,4 +1,4 @@
-"""`flexkv server` and `flexkv trace start | stop`: what an operator asks a running server."""
+"""`flexkv server` and `flexkv trace start | stop`: commands to a running server."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def status(address: Address = None) -> None:
 def flush(address: Address = None) -> None:
     """Wait until everything that was stored is safe on SSD, and print what is not.
 
-    The exit status is 1 when a tier that was asked for is not there.
+    The exit status is 1 if a configured tier is not in use.
     """
     report = command(_at(address), "flush")
     if not any(report.values()):

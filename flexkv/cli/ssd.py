@@ -1,4 +1,4 @@
-"""`flexkv ssd`: what is in a directory of the SSD tier, whether it is sound, and to empty it."""
+"""`flexkv ssd`: commands that inspect, verify or empty a directory of the SSD tier."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _opened(directory: Path) -> OfflineSsd:
-    """Open a directory, written as `ssd_cache_dir` may be."""
+    """Open a directory that is written in any form that `ssd_cache_dir` allows."""
     try:
         (found,) = directories_of(directory)
     except ValueError as error:
@@ -64,7 +64,7 @@ def verify(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Read every block and compare its checksum; exit status 1 if one is corrupt."""
+    """Read every block and compare its checksum; the exit status is 1 if one is corrupt."""
     begin, read = time.monotonic(), 0
     bad: list[int] = []
     console = Console(stderr=True)
@@ -95,7 +95,7 @@ def clear(
     directory: Folder,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Empty a directory; its files keep their size, and will be overwritten."""
+    """Empty a directory; its files keep their size, and are overwritten later."""
     with _opened(directory) as tier:
         count = len(tier.live.rows)
         if not yes:

@@ -1,4 +1,4 @@
-"""`flexkv top` and `flexkv stats`: what a running engine's metrics endpoint says."""
+"""`flexkv top` and `flexkv stats`: tables of what a metrics endpoint serves."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from flexkv.cli.options import finite
 from flexkv.common.errors import ConfigError
 
 Samples: TypeAlias = Mapping[str, Mapping[tuple[str, ...], float]]
-"""By name, then by the values of the labels in the order of their names."""
+"""Values by metric, then by the values of its labels in the order of the labels' names."""
 
 Url = Annotated[str, typer.Option(help="Where metrics are served (see enable_metrics).")]
 URL = "http://127.0.0.1:8080/metrics"
 ANSWER_BYTES_MAX = 64 << 20
 OF_ENGINE = ("engine", "instance")
-"""Labels that every sample of an engine has."""
+"""Labels that every sample of an engine has; they are left out of `Samples`."""
 
 
 def scrape(url: str) -> Samples:
-    """Return the samples of an endpoint.
+    """Return the samples of a metrics endpoint.
 
     Raises:
-        ConfigError: nobody answers there, or not with FlexKV's metrics.
+        ConfigError: nothing answers there, or something other than FlexKV.
     """
     if not url.startswith(("http://", "https://")):
         raise ConfigError("url", url, "must begin with http:// or https://")
     try:
-        # Whatever proxy the environment names: the engine is near, and a proxy would not find it.
+        # Ignore proxies of the environment: one could not reach an engine on this machine.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(url, timeout=5) as answer:
             text = answer.read(ANSWER_BYTES_MAX).decode()
@@ -102,9 +102,10 @@ def top(
 
 
 def screen(now: Samples, before: Samples | None, seconds: float) -> Group:
-    """Return the tables: rates since an earlier look, or totals when there is none.
+    """Return the tables: rates since `before`, or totals if that is None.
 
-    A table without rows is left out, except the first, whose title says how busy the engine is.
+    A table without rows is left out; of the first the title stays, which says how busy the engine
+    is.
     """
     requests, *others = (make(now, before, seconds) for make in (_requests, _tiers, _routes))
     return Group(requests if requests.row_count else str(requests.title),
@@ -114,7 +115,7 @@ def screen(now: Samples, before: Samples | None, seconds: float) -> Group:
 def _per_s(
     name: str, labels: tuple[str, ...], now: Samples, before: Samples | None, seconds: float
 ) -> str:
-    """Give a counter's rate; its value when there is no earlier look."""
+    """Return a counter's rate since `before`, or its value if that is None."""
     value = now.get(name, {}).get(labels, 0.0)
     if before is None or not seconds:
         return f"{value:,.0f}"

@@ -1,4 +1,4 @@
-"""`flexkv trace`: what a trace file says, in the terminal and for other viewers."""
+"""`flexkv trace`: a trace file shown in the terminal, as a page, or for other viewers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def summary(
     file: File,
     slowest: Annotated[int, typer.Option(min=0, help="Slow requests to list.")] = 5,
 ) -> None:
-    """Print what was wrong, where time went, and how fast each route was."""
+    """Print what was wrong, where the time went, and how fast each route was."""
     told, console = Summary(load(file)), Console()
     _print_findings(told, console)
     if not told.trace.requests and not told.trace.ops:
@@ -134,7 +134,7 @@ def diff(
 
 
 def _compared(old: Summary, new: Summary) -> list[tuple[str, tuple[float, float]]]:
-    """Give every figure of either, by name."""
+    """Return the name and both values of every figure that either summary has."""
     figures = [_figures(each) for each in (old, new)]
     names = list(dict.fromkeys([*figures[0], *figures[1]]))
     return [(name, (figures[0].get(name, 0.0), figures[1].get(name, 0.0))) for name in names]
@@ -161,7 +161,7 @@ def view(
     ),
     open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
-    """Write an HTML page: timeline, requests with their plans, curves, what was wrong."""
+    """Write an HTML page: timeline, requests and their plans, curves, and what was wrong."""
     _write(to, page(Summary(load(file))).encode(), "needs no network")
     if open_it:
         webbrowser.open(to.resolve().as_uri())
@@ -172,12 +172,12 @@ def export(
     file: File,
     to: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
 ) -> None:
-    """Write a trace for Perfetto (ui.perfetto.dev) or chrome://tracing."""
+    """Convert a trace for Perfetto (ui.perfetto.dev) or chrome://tracing."""
     _write(to, chrome(load(file)), "open it in ui.perfetto.dev")
 
 
 def _write(to: Path, content: bytes, what_now: str) -> None:
-    """Write a file, and say what to do with it."""
+    """Write a file, and print its size and what to do with it."""
     try:
         to.write_bytes(content)
     except OSError as error:

@@ -1,8 +1,8 @@
-"""`flexkv trace replay`: the recorded requests again, against any configuration, without a GPU.
+"""`flexkv trace replay`: recorded requests issued again, under any configuration, without a GPU.
 
-A request is issued when all that had ended before it in the recording have ended again: so what is
-compared is the configuration, not the order of things. Prompts are not in a trace; equal blocks are
-made of equal tokens, from the keys that are. Cancelled requests are left out.
+A request is issued once all requests that had ended before it in the recording have ended again. So
+the replay compares configurations, not the order of events. A trace has the keys of blocks but no
+prompts, so blocks with equal keys get equal tokens. Cancelled requests are left out.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from flexkv.trace.summary import Summary
 
 LEFT_OUT = ("cancelled", "timeout")
 DEVICE_BYTES_MAX = 1 << 30
-"""Memory that stands for the device; requests wait for slots when it is not enough."""
+"""Memory that stands in for the device's; requests wait for slots while it is full."""
 
 
 class Moment(NamedTuple):
-    """Something of the recording that has to happen again before what comes after it."""
+    """An event of the recording, which has to happen again before those after it."""
 
     at_ns: int
     kind: int
-    """0: its writes behind were done, 1: it was answered, 2: it arrived."""
+    """0: its last op ended after its answer, 1: it was answered, 2: it arrived."""
     request: RequestRecord
 
 
@@ -67,7 +67,7 @@ def replay(
         Path | None, typer.Option("-o", "--output", help="Trace of the replay, for diff and view.")
     ] = None,
 ) -> None:
-    """Issue the recorded requests again, and compare."""
+    """Issue the recorded requests again, and compare the results with the recording."""
     console, recorded = Console(), load(file)
     if not recorded.requests or "host" not in recorded.header.capacity_blocks:
         raise ConfigError("trace", str(file), "has no requests to replay")
@@ -97,7 +97,7 @@ def replay(
 
 
 class Replayer:
-    """Issues the requests of a trace again."""
+    """A replay of the requests of a trace."""
 
     def __init__(self, trace: Trace, cache: CacheConfig, time_scale: float) -> None:
         self._trace, self._cache, self._time_scale = trace, cache, time_scale
@@ -111,7 +111,7 @@ class Replayer:
         self._freed = asyncio.Condition()
 
     async def run(self, console: Console) -> int:
-        """Run all of it; gives how many requests were left out."""
+        """Run the whole replay, and return how many requests were left out."""
         moments = list(_moments(self._trace))
         tasks: dict[int, asyncio.Task[Flight | None]] = {}
         begin_s, first_ns = time.monotonic(), self._trace.begin_ns
@@ -136,7 +136,7 @@ class Replayer:
         return len(self._trace.requests) - len(tasks)
 
     async def _issue(self, manager: KVManager, record: RequestRecord) -> Flight | None:
-        """Issue one request, with slots of its own as long as it has no answer."""
+        """Issue one request, which has device slots of its own until it is answered."""
         engine, operation = manager.engine, Operation[record.kind.upper()]
         tokens = self._tokens(record)
         mask = np.arange(len(tokens)) >= record.first_block * self._per_block
@@ -156,14 +156,14 @@ class Replayer:
                 self._freed.notify_all()
 
     async def _take(self, count: int) -> list[int]:
-        if len(self._free) >= count:  # no other may come between: the order is to be kept
+        if len(self._free) >= count:  # no await, so that no other request comes first
             return [self._free.pop() for _ in range(count)]
         async with self._freed:
             await self._freed.wait_for(lambda: len(self._free) >= count)
             return [self._free.pop() for _ in range(count)]
 
     def _tokens(self, record: RequestRecord) -> NDArray[np.int64]:
-        """Give a prompt whose blocks are equal where those of the recorded one were."""
+        """Return a prompt with equal blocks where the recorded prompts had equal keys."""
         keys = [record.keys[at : at + KEY_BYTES] for at in range(0, len(record.keys), KEY_BYTES)]
         tokens = np.zeros((len(keys), self._per_block), np.int64)
         # A key is too long for a token id.
@@ -177,7 +177,7 @@ class Replayer:
 
 
 def _model_of(header: HeaderRecord) -> ModelConfig:
-    """Give a model whose blocks have as many bytes: one layer of one vector a token."""
+    """Return a model with blocks of the recorded size: one layer, one vector a token."""
     size, rest = divmod(header.block_bytes, header.tokens_per_block)
     if rest:
         why = f"blocks of {header.block_bytes} bytes are not divided by the tokens of a block"
@@ -188,7 +188,7 @@ def _model_of(header: HeaderRecord) -> ModelConfig:
 
 
 def _moments(trace: Trace) -> Iterator[Moment]:
-    """Give what happened to each request, in the order of time."""
+    """Yield the events of all requests in the order of time."""
     last_ns: dict[int, int] = {}
     for op in trace.ops:
         last_ns[op.run_id] = max(op.ended_ns, last_ns.get(op.run_id, 0))
@@ -208,7 +208,7 @@ def _in_order(moment: Moment) -> tuple[int, int, int]:
 
 
 def _alike(recorded: Trace, replayed: Trace) -> int:
-    """Count the requests that ended as they did before, with the same hits in every tier."""
+    """Return how many requests ended as recorded, with the same hits in every tier."""
     pairs = zip(_issued(recorded), _issued(replayed), strict=False)
     return sum(
         (old.kind, old.status, old.moved_blocks, old.hit_blocks)
@@ -218,7 +218,7 @@ def _alike(recorded: Trace, replayed: Trace) -> int:
 
 
 def _issued(trace: Trace) -> list[RequestRecord]:
-    """Give the requests in the order in which they were issued."""
+    """Return the requests that a replay issues, in the order of their issue."""
     kept = [r for r in trace.requests if r.status not in LEFT_OUT]
     return sorted(kept, key=lambda request: request.request_id)
 

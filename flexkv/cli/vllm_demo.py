@@ -38,8 +38,8 @@ def vllm_demo(
 ) -> None:
     """Run a real vLLM with and without FlexKV, and compare the time to the first token.
 
-    A small random model holds conversations whose KV cache is more than vLLM has room for. On the
-    CPU this takes some minutes.
+    A small random model holds conversations whose KV cache is larger than vLLM's room for it. On
+    the CPU this takes some minutes.
     """
     if importlib.util.find_spec("vllm") is None:
         raise BackendUnavailableError("vllm", "install it: scripts/vllm-venv makes a CPU one")
@@ -48,7 +48,7 @@ def vllm_demo(
         folder = Path(name).absolute()
         with _stage(console, "making a model"):
             model = make_tiny_model(folder / "model", MODEL)
-        # Room for one conversation and a half.
+        # vLLM's pool has room for one and a half conversations.
         longest = first_tokens + turns * (turn_tokens + 8) + BLOCK_SIZE
         token_bytes = MODEL.layers * 2 * MODEL.kv_heads * MODEL.head_size * 4
         wanted: dict[str, Any] = {
@@ -81,7 +81,7 @@ def vllm_demo(
 
 
 def _stage(console: Console, what: str) -> AbstractContextManager[object]:
-    """Say what goes on: as it goes on in a terminal, in a line of its own elsewhere."""
+    """Show what is under way: as a spinner in a terminal, as a line elsewhere."""
     if console.is_terminal:
         return console.status(what)
     console.print(what)

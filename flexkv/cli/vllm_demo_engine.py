@@ -1,8 +1,8 @@
-"""One engine of `flexkv vllm-demo`: conversations in turn, and how long each answer took to begin.
+"""One engine of `flexkv vllm-demo`: it answers conversations, and times their first tokens.
 
     python -m flexkv.cli.vllm_demo_engine '{"model": …}'    # a line of JSON at the end
 
-vLLM is imported in here only: it runs the main module again in each of its processes.
+Only this module imports vLLM, because vLLM runs the main module again in each of its processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ANSWER_TOKENS, VOCABULARY = 8, 1000
 
 
 class Wanted(msgspec.Struct):
-    """What to run."""
+    """The engine and conversations to run."""
 
     model: str
     with_flexkv: bool
@@ -41,7 +41,7 @@ class Turn(msgspec.Struct):
     prompt_tokens: int
     cached_tokens: int
     hit_blocks: dict[str, int]
-    """By FlexKV's tiers."""
+    """Blocks that FlexKV found, by tier."""
     answers: list[list[int]]
 
 

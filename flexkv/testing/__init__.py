@@ -1,1 +1,1 @@
-"""Public testing kit: virtual time, fakes that passed the contract, workloads with known bytes."""
+"""Public testing kit: virtual time, fakes that pass the contract tests, known bytes."""

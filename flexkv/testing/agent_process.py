@@ -1,8 +1,8 @@
-"""The agent of one rank in a process of its own, so that it can be stopped by a signal.
+"""The agent of one rank in a process of its own, so that a signal can stop it.
 
     python -m flexkv.testing.agent_process < what to lend, as one line of JSON
 
-It says "begun" once it lends its device, and ends with its stdin.
+It prints "begun" once the agent has started, and ends when stdin does.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from flexkv.server.launch import told_of
 
 
 class AgentProcess:
-    """An agent with CPU memory of random bytes, whose process is the caller's to stop and end."""
+    """An agent that lends CPU memory of random bytes, in a process that the caller may signal."""
 
     def __init__(self, settings: Settings, model: ModelConfig, blocks: int, number: int) -> None:
-        """Start it; return once it has begun to connect as instance `number`."""
+        """Start the process; return once its agent connects as instance `number`."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "flexkv.testing.agent_process"],
             stdin=subprocess.PIPE,
@@ -43,11 +43,11 @@ class AgentProcess:
         assert self._process.stdout.readline() == "begun\n"
 
     def signal(self, number: int) -> None:
-        """Send it a signal."""
+        """Send the process a signal."""
         self._process.send_signal(number)
 
     def close(self) -> None:
-        """Kill it."""
+        """Kill the process."""
         self._process.kill()
         self._process.communicate()
 

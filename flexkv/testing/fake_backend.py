@@ -28,20 +28,20 @@ from flexkv.tiers.unavailable import Unavailable
 
 
 def empty(disk_blocks: int, journals: int = 0) -> Remains:
-    """Give what the first life of an SSD tier begins with."""
+    """Return what the first life of an SSD tier begins with."""
     store = np.zeros((disk_blocks, BLOCK_KEY_BYTES), np.uint8)
     return Remains(store, [{} for _ in range(journals)], set(), True)
 
 
 class Remains(NamedTuple):
-    """What a crash, or a clean end, leaves of an SSD tier."""
+    """What a crash or a clean end leaves of an SSD tier."""
 
     store: NDArray[np.uint8]
     journals: list[dict[str, bytes]]
     flushed: set[tuple[bytes, int]]
-    """Keys and places of blocks that have to be there."""
+    """Keys and places of the blocks that must have survived."""
     is_trusted: bool
-    """What a journal says is so: nothing ever failed, no bit flipped, power was never lost."""
+    """Whether journals must be right: nothing failed, no bit flipped, power was never lost."""
 
 
 class FakeBackend:
@@ -58,7 +58,7 @@ class FakeBackend:
         remains: Remains,
         device_faults: FaultPlan | None = None,
     ) -> None:
-        """Take the faults of the disk and, if it has others, of the device."""
+        """Take the faults of the disk, and those of the device if they differ."""
         self.host, self.ranks = "fake", 1
         self._device_faults = device_faults or faults
         self.ledger: Ledger | None = None
@@ -73,7 +73,7 @@ class FakeBackend:
         self._store = remains.store
 
     async def take(self, undo: ExitStack, progress: Progress | None) -> None:
-        """Take nothing: the arrays are there."""
+        """Do nothing: the arrays exist already."""
 
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
         """Open the disk port and its journals."""
@@ -122,13 +122,13 @@ class FakeBackend:
         return Device(port, len(store), "fake")
 
     def resumed(self, device: Device, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:
-        """Let the port take its array again."""
+        """Resume the port of a device, and return the device."""
         assert isinstance(device.port, FakePort)
         device.port.resume(layout, kv_caches)
         return device
 
     def joined(self, devices: Sequence[Device]) -> TransferPort:
-        """Give the one device's port; what comes layer by layer is summed behind it."""
+        """Return the one device's port, with checksums behind it for what comes layer by layer."""
         if self._sums is None:
             return devices[0].port
         summer = FakeChecksummer(self._memory, self._faults, self._sums)

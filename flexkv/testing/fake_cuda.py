@@ -1,7 +1,7 @@
 """A CUDA driver without a GPU: its device memory is ordinary memory, its streams are threads.
 
-Work is done in the order of each stream, some time later, and the copies of one call in any order.
-It holds work to what the device would: host memory must be registered, tables must be uploaded.
+Each stream does its work in order, after a delay, and the copies of one call in any order. The fake
+enforces what a device would: host memory must be registered, and tables must be uploaded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flexkv.io.cuda.grids import Runs
 from flexkv.io.cuda.kernel import part_starts
 
 ILLEGAL_ADDRESS, OUT_OF_MEMORY, ALREADY_REGISTERED = 700, 2, 712
-"""CUDA_ERROR_ILLEGAL_ADDRESS breaks a context."""
+"""Codes of CUDA errors. CUDA_ERROR_ILLEGAL_ADDRESS breaks the context."""
 
 _NOTIFY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(notify_address())
 
@@ -44,7 +44,7 @@ class _Stream:
 
 
 class FakeTensor:
-    """An array as a tensor on a CUDA device would show it."""
+    """An array with the interface of a tensor on a CUDA device."""
 
     def __init__(self, array: NDArray[Any], ordinal: int = 0) -> None:
         self.array = array
@@ -52,20 +52,20 @@ class FakeTensor:
         self.device = SimpleNamespace(type="cuda", index=ordinal)
 
     def data_ptr(self) -> int:
-        """Give the address."""
+        """Return the address of the first element."""
         return int(self.array.ctypes.data)
 
     def stride(self) -> tuple[int, ...]:
-        """Give the strides in elements."""
+        """Return the strides in elements."""
         return tuple(step // self.array.itemsize for step in self.array.strides)
 
     def element_size(self) -> int:
-        """Give the bytes of an element."""
+        """Return the size of an element in bytes."""
         return self.array.itemsize
 
 
 class FakeCuda:
-    """A driver over the memory of this process."""
+    """A CUDA driver over the memory of this process."""
 
     named = "fake"
 
@@ -78,25 +78,25 @@ class FakeCuda:
     ) -> None:
         """Take the arrays that are the device's memory.
 
-        What is registered is so for all devices of a process: they share `registered`.
+        Host memory is registered for all devices of a process, so their fakes share `registered`.
         """
         self.refuses: dict[str, int] = {}
-        """Calls that fail, and the codes that they give."""
+        """Calls that fail, each with the code of its error."""
         self.takes_s: dict[str, float] = {}
-        """How long the work of a call takes more."""
+        """Additional seconds that the work queued by a call takes."""
         self.calls_take_s: dict[str, float] = {}
-        """How long a call itself takes: other threads go on meanwhile."""
+        """Seconds that a call itself takes, while other threads go on."""
         self.breaks_at: tuple[str, int] | None = None
-        """The call whose work breaks the context, and the code of that."""
+        """The call whose work breaks the context, and the code of the error."""
         self.registers_at_most = 1 << 62
-        """Bytes of host memory in one go."""
+        """The most bytes of host memory that one call registers."""
         self.captured: set[int] = set()
         """Streams from which a graph is being captured."""
         self.moved_bytes = 0
         self.calls: list[str] = []
         self._current = threading.local()
         self.broken: int | None = None
-        """The code of what broke the context: no stream goes on."""
+        """The code of the error that broke the context; no stream goes on after it."""
         self._memory = {array.ctypes.data: array.nbytes for array in device_memory}
         self._registered = {} if registered is None else registered
         self._tables: dict[int, NDArray[np.int64]] = {}
@@ -129,19 +129,19 @@ class FakeCuda:
 
     @property
     def left(self) -> int:
-        """Count what was not closed, freed or unregistered."""
+        """Return the count of streams, events, allocations and registrations that are left."""
         kept = len(self._streams) + len(self._tables) + len(self._events)
         return kept + len(self._registered) + len(self._memory) - len(self._held)
 
     def open_stream(self, urgent: bool) -> int:
-        """Start a thread."""
+        """Start the thread of a new stream, and return the stream's handle."""
         self._call("cuStreamCreateWithPriority")
         handle = next(self._handles)
         self._streams[handle] = _Stream(f"fake-cuda-{handle}")
         return handle
 
     def synchronize(self, stream: int) -> None:
-        """Wait for a thread."""
+        """Return once all work that is queued on a stream has ended."""
         self._call("cuStreamSynchronize")
         reached = threading.Event()
         self._streams[stream].work.put(reached.set)
@@ -150,14 +150,14 @@ class FakeCuda:
             raise DeviceError("cuStreamSynchronize", self.broken)
 
     def close_stream(self, stream: int) -> None:
-        """Wait for a thread, and join it."""
+        """Wait for a stream to end its work, and join its thread."""
         found = self._streams.pop(stream)
         found.work.put(None)
         found.thread.join()
         self._call("cuStreamDestroy")
 
     def register(self, address: int, size: int) -> None:
-        """Allow host memory."""
+        """Allow the device to use host memory."""
         self._call("cuMemHostRegister")
         if size > self.registers_at_most:
             raise DeviceError("cuMemHostRegister", OUT_OF_MEMORY)
@@ -166,38 +166,38 @@ class FakeCuda:
         self._registered[address] = size
 
     def unregister(self, address: int) -> None:
-        """Forbid it again."""
+        """Forbid the device to use host memory again."""
         del self._registered[address]
         self._call("cuMemHostUnregister")
 
     def upload(self, table: NDArray[np.int64]) -> int:
-        """Keep a copy."""
+        """Keep a copy of a table, and return its address."""
         self._call("cuMemAlloc")
         kept = table.copy()
         self._tables[kept.ctypes.data] = kept
         return int(kept.ctypes.data)
 
     def allocate(self, size: int) -> int:
-        """Give memory."""
+        """Return the address of new device memory."""
         memory = self.upload(np.zeros(-(-size // 8), np.int64))
         self._memory[memory] = size
         return memory
 
     def free(self, address: int) -> None:
-        """Drop it."""
+        """Free what `upload` or `allocate` returned."""
         del self._tables[address]
         self._memory.pop(address, None)
         self._call("cuMemFree")
 
     def copy(self, runs: Runs, stream: int) -> None:
-        """Queue copies, shuffled."""
+        """Queue copies, in random order."""
         self._call("cuMemcpyBatchAsync")
         moves = runs.T.tolist()
         self._random.shuffle(moves)
         self._do(stream, lambda: self._move(moves))
 
     def launch(self, launch: Launch, thread_blocks: int, stream: int) -> None:
-        """Queue what the kernel would do; it reads the ids when it runs."""
+        """Queue the copies that the kernel would make; ids are read when the work runs."""
         self._call("cuLaunchKernel")
         assert thread_blocks >= 1
 
@@ -218,7 +218,7 @@ class FakeCuda:
         self._do(stream, run)
 
     def _table(self, address: int, count: int) -> NDArray[np.int64]:
-        """Give a part of an uploaded table."""
+        """Return a part of an uploaded table."""
         for begin, table in self._tables.items():
             first = (address - begin) // table.itemsize
             if first >= 0 and first + count <= table.size:
@@ -242,13 +242,13 @@ class FakeCuda:
         return allowed
 
     def notify(self, stream: int, eventfd: int) -> None:
-        """Queue the call of the function that the driver would call."""
+        """Queue a call of the host function that adds 1 to an eventfd."""
         self._call("cuLaunchHostFunc")
         self._do(stream, lambda: _NOTIFY(eventfd))
 
     @property
     def current(self) -> int:
-        """The stream on which this thread's framework queues work; 0 is one that never has any."""
+        """The stream on which this thread's framework queues work; stream 0 never has any."""
         return getattr(self._current, "stream", 0)
 
     @current.setter
@@ -256,20 +256,20 @@ class FakeCuda:
         self._current.stream = stream
 
     def current_stream(self) -> int:
-        """Give what a test says."""
+        """Return the stream that a test has set for this thread."""
         return self.current
 
     def inside(self) -> AbstractContextManager[None]:
-        """Return what does nothing."""
+        """Return a context manager that does nothing."""
         return nullcontext()
 
     def is_capturing(self, stream: int) -> bool:
-        """Return whether a test says so."""
+        """Return whether a test has put the stream into `captured`."""
         self._call("cuStreamIsCapturing")
         return stream in self.captured
 
     def open_event(self) -> int:
-        """Return an event that is reached."""
+        """Return a new event, which counts as reached."""
         self._call("cuEventCreate")
         handle = next(self._handles)
         self._events[handle] = reached = threading.Event()
@@ -277,7 +277,7 @@ class FakeCuda:
         return handle
 
     def record(self, event: int, stream: int) -> None:
-        """Let an event be one that a thread will set."""
+        """Reset an event; the stream sets it when it gets there (stream 0 at once)."""
         self._call("cuEventRecord")
         reached = self._events[event] = threading.Event()
         if stream:
@@ -286,7 +286,7 @@ class FakeCuda:
             reached.set()
 
     def wait(self, stream: int, event: int) -> None:
-        """Let a thread wait for an event."""
+        """Queue a wait for an event, as it was recorded last."""
         self._call("cuStreamWaitEvent")
         reached = self._events[event]
 
@@ -296,13 +296,13 @@ class FakeCuda:
         self._streams[stream].work.put(wait)
 
     def drop(self, event: int) -> None:
-        """Forget an event; who waits for it still does."""
+        """Forget an event; streams that wait for it still do."""
         del self._events[event]
         self._call("cuEventDestroy")
 
     def check(self, stream: int) -> None:
-        """Say whether the context is broken."""
+        """Raise DeviceError if the context is broken."""
         self._call("cuStreamQuery")
 
     def close(self) -> None:
-        """Nothing is left to let go of."""
+        """Do nothing: a fake holds no context."""

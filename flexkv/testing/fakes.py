@@ -21,12 +21,12 @@ from flexkv.io.ports import Completion
 from flexkv.testing.faults import FaultPlan
 
 SECTOR_BYTES = 4
-"""What a fake disk writes at once: less than a block of a simulation."""
+"""What a fake disk writes atomically: less than a block of a simulation."""
 
 
 @dataclass(slots=True)
 class _Job:
-    """A transfer in flight, as the copies that it still makes, each at its moment."""
+    """A transfer in flight, with its remaining copies and the time of each."""
 
     transfer: Transfer
     error: TransferError | None
@@ -38,9 +38,9 @@ class _Job:
 class FakePort:
     """A durable transfer port between two arrays, with the delays and failures of a fault plan.
 
-    The bytes move while the transfer is in flight, not at its ends: one part of the blocks at one
-    random moment and the rest at a later one, in random order. So a buffer that is written before
-    its completion was reaped shows as wrong bytes. A transfer that fails moves the first part only.
+    The bytes move while the transfer is in flight, not at its start or end: some blocks at one
+    random moment and the rest at a later one, in random order. So wrong bytes show when a buffer
+    is used before its completion is reaped. A transfer that fails moves only the first part.
     """
 
     arrived_bytes = 0
@@ -55,9 +55,8 @@ class FakePort:
     ) -> None:
         """Move `block_bytes` of each row between `store` and `host`, both uint8[blocks, bytes].
 
-        Bits of what is written to a store that is a disk flip as the fault plan says. `sums`,
-        uint64[host blocks], gets the sum of each host block that is filled. `on_io` is called
-        before each step.
+        In writes to the DISK tier, bits flip by the fault plan. `sums`, uint64[host blocks], gets
+        the checksum of each host block that is filled whole. `on_io` is called before each step.
         """
         assert store.shape[1] >= block_bytes, (store.shape, block_bytes)
         assert host.shape[1] >= block_bytes, (host.shape, block_bytes)
@@ -69,13 +68,13 @@ class FakePort:
         self.failure: TransferError | None = None
         self.awake = True
         self.touched: list[int] = []
-        """Blocks of the store that somebody began to write."""
+        """Places of the store in the order in which writes to them began."""
         self._ended_at: dict[int, int] = {}
-        """When the last write of each block ended, counted in writes and syncs."""
+        """The `_clock` at the end of each block's last write; a block being written is absent."""
         self._clock = self._synced_at = 0
         self._durable = store.copy()
         self._lost = np.zeros(len(store), np.bool_)
-        """Rows that a failed sync has lost; only a new write can make them durable."""
+        """Rows that a failed sync has lost; only a new write and a sync make them durable."""
         self._syncs = self._synced = 0
         self._sums = sums
         self._jobs: dict[int, _Job] = {}
@@ -86,29 +85,29 @@ class FakePort:
 
     @property
     def block_bytes(self) -> int:
-        """Give the bytes moved for one block."""
+        """Return the bytes moved for one block."""
         return self._block_bytes
 
     @property
     def num_blocks(self) -> int:
-        """Give the blocks of the store."""
+        """Return the number of blocks of the store."""
         return len(self._store)
 
     @property
     def in_flight(self) -> int:
-        """Give the number of transfers that have not ended."""
+        """Return the number of transfers that have not ended."""
         return len(self._jobs)
 
     def order_after(self, to_device: bool) -> None:
-        """Do nothing: what is written is there."""
+        """Do nothing: there is no stream whose writes could be pending."""
 
     def suspend(self) -> None:
-        """Take no transfers for now."""
+        """Refuse transfers until `resume`."""
         assert not self._jobs, "suspended with transfers in flight"
         self.awake = False
 
     def resume(self, layout: object, owner: object) -> None:
-        """Take transfers again."""
+        """Accept transfers again."""
         self.awake = True
 
     def connect(self, wake: Callable[[], None]) -> None:
@@ -117,12 +116,12 @@ class FakePort:
         self._wake = wake
 
     def submit(self, transfer: Transfer) -> None:
-        """Start one transfer; its end is drawn from the fault plan.
+        """Start one transfer; the fault plan decides when and how it ends.
 
         Raises:
-            ClosedError: after `close`.
-            InvariantError: before `connect`, ids out of range or of unequal length, or an op
-                that is in flight.
+            ClosedError: after `close`, or while suspended.
+            InvariantError: before `connect`, for ids that are out of range or of unequal length,
+                or for an op that is in flight.
         """
         if self._closed or not self.awake:
             raise ClosedError("the fake port is closed, or suspended")
@@ -152,12 +151,12 @@ class FakePort:
         self._await_next(loop, job)
 
     def _await_next(self, loop: asyncio.AbstractEventLoop, job: _Job) -> None:
-        """Set the timer of a job's next step: one at a time, for equal times have no order."""
+        """Set the timer of a job's next step: one at a time, since equal times have no order."""
         when_s = job.copies[0][0] if job.copies else job.end_s
         job.timer = loop.call_at(when_s, self._step, loop, job)
 
     def _step(self, loop: asyncio.AbstractEventLoop, job: _Job) -> None:
-        """Make the next copy of a job, or end it after the last."""
+        """Make the next copy of a job, or end the job after the last."""
         if job.copies:
             self._copy(job.transfer, job.copies.popleft()[1])
             self._await_next(loop, job)
@@ -165,7 +164,7 @@ class FakePort:
             self._end(job)
 
     def _copy(self, transfer: Transfer, which: BlockIds) -> None:
-        """Copy some blocks of a transfer now."""
+        """Copy the blocks at the positions `which` of a transfer."""
         self.on_io()
         to_host = transfer.route.target is Tier.HOST
         source, target = (self._store, self._host) if to_host else (self._host, self._store)
@@ -187,7 +186,7 @@ class FakePort:
                     self._store[block_id, bit // 8] ^= 1 << bit % 8
 
     def _end(self, job: _Job) -> None:
-        """Make a transfer reapable."""
+        """End a job, and report its completion."""
         del self._jobs[job.transfer.op_id]
         self._clock += 1
         if job.transfer.route.target is not Tier.HOST:
@@ -198,15 +197,15 @@ class FakePort:
         self._wake()
 
     def reap(self) -> list[Completion]:
-        """Give every transfer that ended since the last call, each exactly once."""
+        """Return every transfer that ended since the last call, each exactly once."""
         ended, self._ended = self._ended, []
         return ended
 
     async def sync(self) -> None:
-        """Return after a delay from the fault plan; what a failed sync did not write is lost.
+        """Make completed writes durable after a delay; a failed sync loses what was not durable.
 
         Raises:
-            StorageError: the fault plan says so.
+            StorageError: the fault plan makes the sync fail.
         """
         self._syncs += 1
         number, content, kept = self._syncs, self._store.copy(), ~self._lost
@@ -223,14 +222,14 @@ class FakePort:
             self._synced_at = begun_at
 
     def is_synced(self, block_id: int) -> bool:
-        """Return whether a block was written before the last good sync, and not touched since."""
+        """Return whether a block was written before the last successful sync and not after it."""
         return self._ended_at.get(block_id, self._clock + 1) <= self._synced_at
 
     def remains(self, random: Random, power_loss: bool) -> NDArray[np.uint8]:
-        """Give what a crash at this moment leaves of the store, uint8[blocks, bytes].
+        """Return what a crash at this moment leaves of the store, uint8[blocks, bytes].
 
-        Of each block that is being written any part is there. Without power, of each block that was
-        written since the last sync: each sector is the old one or the new one.
+        Of a block that is being written, any part may have arrived. After a loss of power, each
+        sector that was written since the last sync is the old or the new one.
         """
         left = self._store.copy()
         for job in self._jobs.values():
@@ -263,19 +262,19 @@ class FakePort:
 
 
 def sums_of(blocks: NDArray[np.uint8]) -> list[int]:
-    """Give a sum of each row of uint8[n, bytes], another than the real one."""
+    """Return a checksum of each row of uint8[n, bytes], by another function than the real one."""
     return [zlib.crc32(block.tobytes()) for block in blocks]
 
 
 class FakeChecksummer:
-    """Sums blocks of an array after a delay; until then their sums are wrong."""
+    """A checksummer of an array's blocks with a delay, during which their sums are wrong."""
 
     def __init__(
         self, host: NDArray[np.uint8], faults: FaultPlan, sums: Sums | None = None
     ) -> None:
         """Sum rows of `host`, uint8[blocks, bytes], with the delays of a fault plan.
 
-        `sums` is another summer's array, to keep the same sums.
+        `sums` is the array of another checksummer, if both are to share it.
         """
         self._faults = faults
         self.sums: Sums = np.zeros(len(host), np.uint64) if sums is None else sums
@@ -288,7 +287,7 @@ class FakeChecksummer:
         self._wake = wake
 
     def submit(self, op_id: int, host_ids: BlockIds, urgent: bool) -> None:
-        """Sum host blocks into `sums`."""
+        """Start to write the checksums of host blocks to `sums`."""
         self.sums[host_ids] = 0
         loop = asyncio.get_running_loop()
         loop.call_later(self._faults.delay_s(), self._end, op_id, host_ids)
@@ -305,4 +304,4 @@ class FakeChecksummer:
         return ended
 
     def close(self) -> None:
-        """End."""
+        """Do nothing: there is nothing to release."""

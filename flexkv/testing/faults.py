@@ -1,17 +1,17 @@
-"""A seeded plan of what goes wrong and how long things take, so that a failure can be replayed."""
+"""A seeded plan of failures and delays, so that a failure can be replayed."""
 
 from __future__ import annotations
 
 from random import Random
 
 HANG_DELAYS = 50
-"""How many of the longest delays an operation that hangs takes at most."""
+"""The most time that an operation may hang, as a multiple of `delay_max_s`."""
 
 
 class FaultPlan:
-    """Delays and failures, drawn in the order of the questions from one seed.
+    """Delays and failures, drawn from one seed in the order in which they are asked for.
 
-    Completions come out of order by themselves: each transfer draws its own delay.
+    Each transfer draws its own delay, so completions come out of order.
     """
 
     def __init__(
@@ -43,31 +43,31 @@ class FaultPlan:
         )
 
     def delay_s(self) -> float:
-        """Give how long the next operation takes: some hang, much longer."""
+        """Return how long the next operation takes; one that hangs takes much longer."""
         if self.hang_probability > 0 and self._random.random() < self.hang_probability:
             return self._random.uniform(self.delay_max_s, HANG_DELAYS * self.delay_max_s)
         return self._random.uniform(self.delay_min_s, self.delay_max_s)
 
     def fails(self) -> bool:
-        """Tell whether the next operation fails."""
+        """Return whether the next operation fails."""
         return self._random.random() < self.failure_probability
 
     def flips(self) -> bool:
-        """Tell whether a bit of the next block that is written flips, unnoticed."""
+        """Return whether a bit of the next written block flips without an error."""
         return self.flip_probability > 0 and self._random.random() < self.flip_probability
 
     def bit(self, count: int) -> int:
-        """Give a number below `count`."""
+        """Return a number below `count`."""
         return self._random.randrange(count)
 
     def moment_s(self, delay_s: float) -> float:
-        """Give a moment between now and `delay_s` from now."""
+        """Return a number of seconds from 0 to `delay_s`."""
         return self._random.uniform(0.0, delay_s)
 
     def order(self, count: int) -> list[int]:
-        """Give the numbers below `count`, shuffled."""
+        """Return the numbers below `count`, shuffled."""
         return self._random.sample(range(count), count)
 
     def cut(self, count: int) -> int:
-        """Give where to cut a sequence of `count` things in two: 0 to `count`."""
+        """Return where to cut a sequence of `count` things in two: 0 to `count`."""
         return self._random.randint(0, count)

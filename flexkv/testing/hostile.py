@@ -1,9 +1,8 @@
-"""Peers that say anything to a server, by seed: invalid frames, and odd conversations.
+"""Hostile peers of a server, by seed: invalid frames, and odd conversations.
 
 Each session has a random generator of its own, seeded with the run's seed and its number, so what
-one session says depends on nothing else. They send
-everything that a process of the same user can send, except commands that change what others are
-served (clear, or a trace to a file).
+it sends depends on nothing else. Peers send everything that a process of the same user can send,
+except commands that change what others are served (clear, or a trace to a file).
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from flexkv.server.wire import (
 FIRST_INSTANCE, INSTANCES = 1000, 4
 """The instances that hostile peers claim to be; well-behaved ones have smaller numbers."""
 READ_S = 0.002
-"""How long a peer listens before it says the next thing."""
+"""How long a peer listens before it sends its next message."""
 INTEGERS = (0, 1, 2, 7, 63, 64, 255, 4096, (1 << 31) - 1, 1 << 31, (1 << 63) - 1, 1 << 63)
 ODD_INTEGERS = (*INTEGERS, -1, -(1 << 63), (1 << 64) - 1)
 ORDER = "kv tokens heads dim"
@@ -61,7 +60,7 @@ class Hostile:
     """
 
     def __init__(self, settings: Settings, model: ModelConfig, seed: int) -> None:
-        """Take where the server is, what its blocks are, and the seed of the run."""
+        """Take the server's settings, its model, and the seed of the run."""
         self._settings, self._model, self._seed = settings, model, seed
         cache = settings.cache_config
         secret = cache.key_secret.get_secret_value()
@@ -70,7 +69,7 @@ class Hostile:
         self.frames = self.sessions = 0
 
     def run(self, frames: int, going_on: Callable[[], bool] = lambda: True) -> None:
-        """Run sessions until `frames` more frames have been sent, or `going_on()` is false."""
+        """Run sessions until `frames` more frames have been sent or `going_on()` returns False."""
         until = self.frames + frames
         while self.frames < until and going_on():
             self.session(self.sessions)
@@ -78,13 +77,13 @@ class Hostile:
         self.close()
 
     def close(self) -> None:
-        """Hang up every connection that is still open."""
+        """Close every connection that is still open."""
         for peer in self._open:
             peer.close()
         self._open.clear()
 
     def session(self, number: int) -> None:
-        """Run one session; on return it has hung up, or stays connected for a while."""
+        """Run one session; its connections are closed on return, or stay open for a while."""
         chance = random.Random(f"{self._seed}:{number}")
         session = chance.choices(
             (self._noise, self._greeting, self._conversation, self._idlers),
@@ -98,13 +97,13 @@ class Hostile:
     # -- kinds of sessions ----------------------------------------------------------------------
 
     def _noise(self, chance: random.Random) -> None:
-        """Say something that is not a greeting."""
+        """Send frames that are not a greeting."""
         with self._dialled() as peer:
             for _ in range(chance.randrange(1, 4)):
                 self._say(peer, _noise(chance), chance)
 
     def _greeting(self, chance: random.Random) -> None:
-        """Greet with fields that may be anything."""
+        """Greet with fields that may have any values."""
         role: Any = chance.choice(("client", "agent", "control"))
         hello = Hello(
             chance.choice((PROTOCOL_VERSION,) * 4 + (0, -1, 1 << 62)),
@@ -124,7 +123,7 @@ class Hostile:
                 self._say(peer, _anything(chance, 0), chance)
 
     def _conversation(self, chance: random.Random) -> None:
-        """Be welcomed, and say what a peer of the role may say, or nearly."""
+        """Connect properly, and send what a peer of the role may send, or almost that."""
         instance, roles = self._number(chance), ["control"]
         if chance.random() < 0.9:
             roles = chance.choice((["client"], ["agent"], ["agent", "client"]))
@@ -158,7 +157,7 @@ class Hostile:
             self._say(connected.socket, body, chance)
 
     def _idlers(self, chance: random.Random) -> None:
-        """Open many connections, and say nothing or little."""
+        """Open many connections, and send little or nothing."""
         for _ in range(chance.randrange(1, 40)):
             peer = self._dialled()
             self._open.append(peer)
@@ -192,7 +191,7 @@ class Hostile:
         return connected
 
     def _say(self, peer: socket.socket, body: bytes, chance: random.Random) -> None:
-        """Send a frame, sometimes with a wrong length, or cut off."""
+        """Send a frame, now and then with a wrong length or cut short."""
         length = len(body)
         if chance.random() < 0.01:
             length = chance.choice((0, length + 1, 1 << 20, (1 << 32) - 1))
@@ -205,7 +204,7 @@ class Hostile:
 
 
 def _listen(peer: socket.socket) -> list[Message]:
-    """Return the messages that come within a moment; a message that is cut off is lost."""
+    """Return the messages that come within `READ_S`; one that is cut short is lost."""
     heard: list[Message] = []
     peer.settimeout(READ_S)
     with suppress(OSError, msgspec.MsgspecError):
@@ -222,7 +221,7 @@ def _body(message: Message) -> bytes:
 
 
 def _mangled(body: bytes, chance: random.Random) -> bytes:
-    """Return a message with some bytes changed, left out or doubled."""
+    """Return a message with some bytes changed, inserted, removed or repeated."""
     mangled = bytearray(body)
     for _ in range(chance.randrange(0, 4)):
         at = chance.randrange(len(mangled) + 1)
@@ -239,7 +238,7 @@ def _mangled(body: bytes, chance: random.Random) -> bytes:
 
 
 def _noise(chance: random.Random) -> bytes:
-    """Return bytes for a frame that are a message only by accident."""
+    """Return bytes for a frame that form a valid message only by accident."""
     match chance.randrange(5):
         case 0:
             return b"\x91\xa5\xff\xfe\xfd\xfc\xfb"  # a name that is not UTF-8
@@ -254,7 +253,7 @@ def _noise(chance: random.Random) -> bytes:
 
 
 def _integer(chance: random.Random, end: int = 32) -> int:
-    """Return a number, usually a small one: an invalid one ends the conversation at once."""
+    """Return a number, mostly a small one, since an invalid one ends the conversation at once."""
     return chance.choice(INTEGERS) if chance.random() < 0.01 else chance.randrange(end)
 
 
@@ -264,7 +263,7 @@ def _numbers(chance: random.Random) -> tuple[int, ...]:
 
 
 def _keys(chance: random.Random) -> bytes:
-    """Return keys of few kinds in an order that no prompt has, or bytes that are not keys."""
+    """Return keys from a small set in an order that no prompt has, or random bytes."""
     count = chance.choices((0, 1, 4, 9, 300), (0.05, 0.1, 0.4, 0.4, 0.05))[0]
     if chance.random() < 0.7:
         kinds = [bytes([kind]) * 16 for kind in range(24)]
@@ -300,7 +299,7 @@ def _start(chance: random.Random, epoch: int) -> Start:
 
 
 def _prompt(chance: random.Random) -> tuple[int, int]:
-    """Return a prompt's number, and how many of its keys the message claims are known."""
+    """Return a prompt's number, and how many of its keys the server is claimed to have."""
     if chance.random() < 0.5:
         return 0, 0
     prompt = _integer(chance, 6)

@@ -1,7 +1,7 @@
-"""Device memory whose right content is known: a block's bytes follow from its key alone.
+"""Device memory whose correct content is known: a block's bytes follow from its key alone.
 
 A block is a fixed pattern of distinct 64-bit words, each xor-ed with a seed from the key. So a
-block under a wrong key, a shifted, swapped, stale or torn block differs from what is expected.
+block under a wrong key, or a shifted, swapped, stale or torn block, differs from what is expected.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 
 
 class KnownDevice:
-    """Per-layer KV caches uint8[2, blocks, block bytes of K or V], filled and checked by key."""
+    """KV caches, for each layer [2, blocks, tokens, heads, dim], filled and checked by key."""
 
     def __init__(self, model: ModelConfig, tokens_per_block: int, num_blocks: int) -> None:
         heads = model.num_kv_heads * model.head_size
@@ -38,14 +38,14 @@ class KnownDevice:
         self._pattern = pattern.reshape(model.num_layers, 2, words)
 
     def fill(self, block_ids: Sequence[int], keys: Sequence[BlockKey]) -> None:
-        """Give blocks the content that belongs to these keys."""
+        """Fill blocks with the content that belongs to these keys."""
         seeds = _seeds(keys)
         ids = np.asarray(block_ids, np.int64)
         for words, pattern in zip(self._words, self._pattern, strict=True):
             words[:, ids] = pattern[:, None] ^ seeds[None, :, None]
 
     def mismatches(self, block_ids: Sequence[int], keys: Sequence[BlockKey]) -> int:
-        """Count the blocks whose content is not the one that belongs to these keys."""
+        """Return how many blocks do not have the content that belongs to these keys."""
         seeds = _seeds(keys)
         ids = np.asarray(block_ids, np.int64)
         wrong = np.zeros(len(ids), np.bool_)
@@ -55,11 +55,11 @@ class KnownDevice:
         return int(wrong.sum())
 
     def clear(self, block_ids: Sequence[int]) -> None:
-        """Overwrite blocks, so that what comes back later cannot be what was left there."""
+        """Overwrite blocks, so that later content cannot be a remainder of this one."""
         for words in self._words:
             words[:, np.asarray(block_ids, np.int64)] = 0
 
 
 def _seeds(keys: Sequence[BlockKey]) -> NDArray[np.uint64]:
-    """Give a 64-bit seed of each key."""
+    """Return a 64-bit seed from each key, uint64[keys]."""
     return np.frombuffer(b"".join(keys), np.uint64)[::2].copy()

@@ -1,9 +1,9 @@
-"""Files of one directory that fail by a fault plan and lose, in a crash, what was not synced.
+"""Files of one directory that fail by a fault plan, and lose in a crash what was not synced.
 
 A sync that fails loses what it should have written, as on Linux: readers of the file still see it,
 but no later sync makes it durable.
 
-They stand in for the kernel under a real `Journal`; a contract test runs both.
+The files stand in for the kernel under a real `Journal`; a contract test runs both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flexkv.testing.faults import FaultPlan
 
 
 class _File:
-    """A file: what readers see, what the device has, and what it will have once synced."""
+    """A file: what readers see, what the device has, and what it will have after a sync."""
 
     def __init__(self, content: bytes = b"") -> None:
         self.content = bytearray(content)
@@ -32,12 +32,12 @@ class _File:
         self.dirty += data
 
     def cut(self, size: int) -> None:
-        """Drop what is behind the first `size` bytes."""
+        """Drop everything behind the first `size` bytes."""
         del self.content[size:]
         del self.dirty[size:]
 
     def sync(self, fails: bool) -> None:
-        """Make durable what was written since the last sync, or lose it."""
+        """Make what was written since the last sync durable; if the sync fails, lose it."""
         if fails:
             self.dirty = bytearray(self.durable[: len(self.content)])
         else:
@@ -45,7 +45,7 @@ class _File:
 
 
 class LossyFiles:
-    """The calls of a journal, over files in memory, by name."""
+    """The file calls that a journal makes, over files in memory."""
 
     def __init__(self, faults: FaultPlan, contents: dict[str, bytes] | None = None) -> None:
         """Begin with some files, all of them durable."""
@@ -55,7 +55,7 @@ class LossyFiles:
         self._names = {name: _File(content) for name, content in (contents or {}).items()}
         self._durable_names = dict(self._names)
         self._dirty_names = dict(self._names)
-        """The files by name, without changes of names that a failed sync has lost."""
+        """The files by name, without the changes of names that a failed sync has lost."""
         self._open: dict[int, _File] = {}
         self._fds = count(3)
 
@@ -68,7 +68,7 @@ class LossyFiles:
         return self.faulty and self._faults.fails()
 
     def open(self, path: Path) -> int:
-        """Open a file, or create it."""
+        """Open a file, which is created if it is missing, and return its descriptor."""
         self._call()
         fd = next(self._fds)
         self._open[fd] = self._names.setdefault(path.name, _File())
@@ -76,11 +76,11 @@ class LossyFiles:
         return fd
 
     def read(self, fd: int) -> bytes:
-        """Give all that is in a file."""
+        """Return the whole content of a file."""
         return bytes(self._open[fd].content)
 
     def write(self, fd: int, data: memoryview) -> int:
-        """Append a part of it, most often all."""
+        """Append `data`, or only its first part, and return how many bytes were written."""
         self._call(ENOSPC)
         written = len(data)
         if self._faults.fails():
@@ -89,12 +89,12 @@ class LossyFiles:
         return written
 
     def size(self, fd: int) -> int:
-        """Give how many bytes a file has."""
+        """Return the size of a file in bytes."""
         self._call(EIO)
         return len(self._open[fd].content)
 
     def cut(self, fd: int, size: int) -> None:
-        """Drop what is behind the first `size` bytes."""
+        """Drop everything behind the first `size` bytes."""
         self._call(EIO)
         self._open[fd].cut(size)
 
@@ -107,25 +107,25 @@ class LossyFiles:
             raise OSError(EIO, f"injected by {self._faults!r}")
 
     def close(self, fd: int) -> None:
-        """Close a file, whatever is said of it."""
+        """Close a file, even if the call then reports an error."""
         del self._open[fd]
         self._call(EIO)
 
     def rename(self, old: Path, new: Path) -> None:
-        """Let a file take the place of another."""
+        """Rename a file, and replace any file of the new name."""
         self._call(EIO)
         file = self._names.pop(old.name)
         self._dirty_names.pop(old.name, None)
         self._names[new.name] = self._dirty_names[new.name] = file
 
     def remove(self, path: Path) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it exists."""
         self._call(EIO)
         self._names.pop(path.name, None)
         self._dirty_names.pop(path.name, None)
 
     def sync_folder(self, folder: Path) -> None:
-        """Make the names durable, or lose the changes since the last sync."""
+        """Make the names durable; if that fails, lose their changes since the last sync."""
         self._call()
         if self._fails():
             self._dirty_names = dict(self._durable_names)
@@ -138,15 +138,15 @@ class LossyFiles:
 
     @property
     def open_files(self) -> int:
-        """Count the descriptors that were not closed."""
+        """Return how many descriptors are open."""
         return len(self._open)
 
     def remains(self, random: Random, power_loss: bool) -> dict[str, bytes]:
-        """Return what a crash at this moment leaves, by name.
+        """Return the content of each file, by name, that a crash at this moment leaves.
 
-        After a loss of power the names are the old or the new ones, and each sector that was not
-        synced is there or not, up to any length. Without one, only what a failed sync has lost is
-        missing: whoever opens a file reads what the device has.
+        After a loss of power the names are the old or the new ones, the length of a file is
+        anything between the old and the new one, and each sector that was not synced is old or
+        new. Without a loss of power, only what a failed sync has lost is missing.
         """
         if not power_loss:
             return {name: bytes(file.dirty) for name, file in self._names.items()}

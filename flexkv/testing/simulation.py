@@ -1,16 +1,16 @@
 """The real engine, scheduler and actors on a virtual clock, over fake ports, from one seed.
 
-A simulated inference engine owns device slots. It puts prompts, gets them back, prefetches,
-resets, and gives up at random moments. The oracles:
+A simulated inference engine owns device slots. It puts prompts, gets them back, prefetches, clears
+the cache, and gives up at random moments. The oracles:
 
 - every block that a response claims has exactly the bytes that belong to its key;
 - device slots that were given back are never written again, and what was read from them after
   they were given back is never served;
 - no put that began before everything was cleared stores anything after it;
-- after a crash in front of any step of the disk or a journal, with or without loss of power, what
-  was flushed and not written over since is there; and a journal is wrong only where bits flipped,
-  power was lost, or the journal could not be written;
-- every request ends, and at the end nothing is left: no claim, no pin, no transfer.
+- after a crash before any step of the disk or a journal, with or without loss of power, what was
+  flushed and not overwritten since is there; and a journal is wrong only where bits flipped, power
+  was lost, or the journal could not be written;
+- every request ends, and at the end no claim, pin or transfer is left.
 
 `simulate(seed)` replays a failure.
 """
@@ -41,7 +41,7 @@ from flexkv.tiers.limits import disk_windows
 
 TOKENS_PER_BLOCK = 2
 MODEL = ModelConfig(num_layers=1, num_kv_heads=1, head_size=4, dtype="int8")
-"""Its blocks have 16 bytes: as many as a key, which is what a block should hold."""
+"""A model with blocks of 16 bytes, like a key: the right content of a block is its key."""
 
 GARBAGE = 0xEE
 
@@ -49,7 +49,7 @@ MIXES = [
     [Operation.GET, Operation.GET, Operation.PUT, Operation.PREFETCH],
     [Operation.PUT, Operation.PUT, Operation.PUT, Operation.GET],
 ]
-"""What is asked for, one as often as the other."""
+"""Operations of a life; each entry is equally likely."""
 
 
 LAYERS = 4
@@ -57,10 +57,10 @@ LAYER_BYTES = BLOCK_KEY_BYTES // LAYERS
 
 
 class Simulation:
-    """One seeded life of a simulated inference engine with the real one, up to a crash or an end.
+    """One seeded life of a simulated inference engine, up to a crash or its end.
 
     Attributes:
-        remains: what the next life begins with; None while there is no SSD tier that lasts.
+        remains: what the next life begins with; None until then, and without an SSD tier.
     """
 
     def __init__(self, random: Random, prompts: list[list[int]], remains: Remains) -> None:
@@ -109,18 +109,18 @@ class Simulation:
         self._power_loss = random.random() < 0.5
         self._crash_at = random.choice([0, random.randint(1, 10), random.randint(1, 60)])
         self._counts = random.random() < (0.2 if self._power_loss else 0.7)
-        """Whether steps are counted already, or only once a flush was done."""
+        """Whether steps count towards the crash: from the start, or only after the first flush."""
         self._flushed: dict[tuple[bytes, int], int] = {}
-        """Key and place of each block that must survive a crash, and the writes begun before."""
+        """Key and place of each block that must survive a crash, and the writes begun by then."""
         self._requests = self._running = 0
         self._clears = 0
         self._put_since_clear: set[bytes] | None = None
-        """Keys of puts that began after everything was cleared; None before the first clear."""
+        """Keys of puts since everything was last cleared; None before the first such clear."""
 
     # -- crashes --------------------------------------------------------------------------------
 
     def _on_io(self) -> None:
-        """Count a step of the disk or of a journal; in front of one of them the world stops."""
+        """Count a step of the disk or a journal; before one of them, record what a crash leaves."""
         self._ios += self._counts
         if self._ios == self._crash_at and self.remains is None and self._counts:
             self.remains = self._crash(self._power_loss)
@@ -142,11 +142,11 @@ class Simulation:
         )
 
     def _on_disk(self, all_of_it: bool = False) -> set[tuple[bytes, int]]:
-        """Give key and place of the blocks that the SSD tier has, and that have to be right."""
+        """Return key and place of blocks on SSD that are right; `all_of_it`: even if bits flip."""
         port = self.backend.port
         if port is None or not ((self.is_sound or all_of_it) and self.backend.files):
             return set()
-        # What an earlier life left may be wrong, if it could not be trusted.
+        # Blocks that an earlier life left may be wrong, unless that life was to be trusted.
         places = sorted(set(port.touched))
         if self.begun_with.is_trusted:
             places = list(range(self.capacity[Tier.DISK]))
@@ -157,7 +157,7 @@ class Simulation:
         return {(record[:16].tobytes(), at) for record, at in pairs if record.any()}
 
     def _check_restored(self) -> None:
-        """Check that what was flushed is there, as far as the next block can be asked for."""
+        """Check that flushed blocks are there, up to the first of a prompt that was not flushed."""
         if self.begun_with.is_trusted and self.backend.files:
             for key, at in self._on_disk(all_of_it=True):
                 assert self.begun_with.store[at].tobytes() == key, "a journal lied"
@@ -172,7 +172,7 @@ class Simulation:
             assert found >= len(wanted), f"{len(wanted) - found} flushed blocks are lost"
 
     def _check_cleared(self) -> None:
-        """Check that no block is there that was put before everything was cleared."""
+        """Check that no block from before the last clear of everything is there."""
         if self._put_since_clear is None:
             return
         for prompt in self.prompts:
@@ -219,7 +219,7 @@ class Simulation:
             self.remains = self._crash(power_loss=False)
 
     async def _sleep_and_wake(self, start_s: float) -> None:
-        """Let the device sleep for a while, as far as no other sleep is under way."""
+        """Suspend the device for a while, unless it is suspended already."""
         await asyncio.sleep(start_s)
         if self._asleep:
             return
@@ -227,7 +227,7 @@ class Simulation:
         try:
             async with asyncio.timeout(self.random.choice([None, 0.005])):
                 await self.engine.devices.suspend()
-        except (TimeoutError, DeadlineError):  # it goes on
+        except (TimeoutError, DeadlineError):  # the device goes on
             self._asleep = False
             return
         port = self.engine.devices._by_rank[0].port
@@ -289,7 +289,7 @@ class Simulation:
         self.free_slots.extend(slots)
 
     def _disturb(self) -> None:
-        """Now and then clear, resize, bound or pin, whatever is under way."""
+        """Now and then clear, resize, set a quota, pin or unpin, whatever is under way."""
         random, engine = self.random, self.engine
         chance = random.random()
         if chance < 0.03:
@@ -341,13 +341,13 @@ class Simulation:
         contents: NDArray[np.uint8],
         give_up_s: float | None,
     ) -> None:
-        """Write a put's layers one after the other, or look at a get's as they come."""
+        """Perform a put whose layers are written one by one, or check a get's as they come."""
         is_put = request.operation is Operation.PUT
         progress = LayerProgress(LAYERS, 0 if is_put else LAYERS)
         watched = structs.replace(request, watch=progress)
         if is_put:
             self.device[slots] = GARBAGE
-            give_up_s = give_up_s or 1.0  # it may stop in the middle
+            give_up_s = give_up_s or 1.0  # the layers may stop in the middle
         follow = self._write_layers if is_put else self._look_at_layers
         seen: dict[int, NDArray[np.uint8]] = {}
         async with asyncio.TaskGroup() as group:
@@ -399,7 +399,7 @@ class Simulation:
 
     @staticmethod
     def _slot_mapping(request: Request, slots: list[int]) -> NDArray[np.int64]:
-        """Give slots for the selected tokens; those outside whole blocks get any legal one."""
+        """Return slots for the selected tokens; those outside whole blocks get any legal slot."""
         span = request.span
         mapping = np.zeros(span.last_token - span.first_token, np.int64)
         skip = span.first_block * TOKENS_PER_BLOCK - span.first_token
@@ -427,7 +427,7 @@ class Simulation:
 
 
 def _prompt(random: Random) -> list[int]:
-    """Give a prompt that shares a prefix with others: few tokens, few first choices."""
+    """Return a prompt that is likely to share a prefix with others: zeros, then zeros and ones."""
     return [0] * random.randint(0, 8) + [random.randint(0, 1) for _ in range(random.randint(0, 30))]
 
 
@@ -439,10 +439,10 @@ def _resized(remains: Remains, disk_blocks: int) -> Remains:
 
 
 def simulate(seed: int) -> int:
-    """Run one simulation, and give the number of blocks that gets brought back.
+    """Run one simulation, and return the number of blocks that gets loaded.
 
-    An SSD tier with journals goes through several lives, each begun with what a crash of the one
-    before, or its end, left.
+    An SSD tier with journals goes through several lives. Each begins with what the crash or the end
+    of the one before left.
 
     Raises:
         AssertionError: an oracle failed; the message names the seed.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 
 class Shape(NamedTuple):
-    """Of a model."""
+    """The shape of a model."""
 
     layers: int = 4
     hidden: int = 256
@@ -23,12 +23,12 @@ class Shape(NamedTuple):
 
     @property
     def head_size(self) -> int:
-        """Give the elements of one head."""
+        """Return the number of elements of one head."""
         return self.hidden // self.heads
 
 
 WEIGHT_STD = 0.2
-"""Wide enough that greedy tokens depend on what was attended to."""
+"""Standard deviation of weights: so large that greedy tokens depend on the KV cache."""
 
 
 LLAMA = Shape()
@@ -37,9 +37,9 @@ LLAMA = Shape()
 def make_tiny_model(
     folder: Path, shape: Shape = LLAMA, dtype: str = "float32", seed: int = 0
 ) -> Path:
-    """Write a model that vLLM loads, the same for the same seed, and return its folder.
+    """Write a model that vLLM can load, the same for the same seed, and return its folder.
 
-    Needs torch and safetensors, which come with every engine.
+    Needs torch, safetensors and tokenizers, which come with vLLM.
     """
     import torch
     from safetensors.torch import save_file
@@ -74,7 +74,7 @@ def make_tiny_model(
 
 
 def _write_tokenizer(folder: Path, vocabulary: int) -> None:
-    """Let every token be a word: token 17 is "w17"."""
+    """Write a tokenizer in which every token is a word: token 17 is "w17"."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{n}": n for n in range(3, vocabulary)}

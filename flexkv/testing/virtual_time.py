@@ -1,7 +1,7 @@
 """An asyncio loop on a virtual clock: time passes only when nothing else is left to do.
 
-A simulation on it is as fast as its work and the same at every run. A loop with nothing to do and
-no timer to wait for would wait for ever: that is a deadlock of the system under test, and raises.
+A simulation on it takes only the time of its work, and is the same in every run. A loop that has
+nothing to do and no timer would wait for ever: a deadlock of the system under test, which raises.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ P = ParamSpec("P")
 
 
 class DeadlockError(AssertionError):
-    """Every task waits and nothing is scheduled that could wake one."""
+    """Every task waits, and nothing is scheduled that could wake one."""
 
 
 class _InstantSelector(selectors.SelectSelector):
@@ -32,7 +32,7 @@ class _InstantSelector(selectors.SelectSelector):
         self.now_s = 0.0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """Give what is ready now; with nothing ready, let the timeout pass on the clock."""
+        """Return what is ready now; if nothing is, advance the clock by the timeout."""
         ready = super().select(0)
         if ready:
             return ready
@@ -50,7 +50,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         super().__init__(self._virtual)
 
     def time(self) -> float:
-        """Give the virtual time in seconds; begins at 0."""
+        """Return the virtual time in seconds, which begins at 0."""
         return self._virtual.now_s
 
 
@@ -58,16 +58,16 @@ def run_virtual(main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end on a fresh virtual-time loop, as `asyncio.run` would.
 
     Raises:
-        DeadlockError: the coroutine waits for something that cannot come.
+        DeadlockError: the coroutine waits for something that cannot happen.
     """
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         return runner.run(main)
 
 
 class VirtualThread(Executor):
-    """A thread of the virtual-time loop: calls are made one after the other, each a delay later.
+    """An executor on the virtual-time loop that makes calls in order, each after a delay.
 
-    Whoever waits for a call from the loop's own thread has it made, and those before it, at once.
+    If the loop's own thread waits for a result, all queued calls are made at once.
     """
 
     def __init__(self, delay_s: Callable[[], float]) -> None:
@@ -75,7 +75,7 @@ class VirtualThread(Executor):
         self._calls: deque[Callable[[], None]] = deque()
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Queue a call."""
+        """Queue a call, and return its future."""
         made: _Made[T] = _Made(self._drain)
         self._calls.append(partial(_make, made, partial(fn, *args, **kwargs)))
         asyncio.get_running_loop().call_later(self._delay_s(), self._next)
@@ -90,7 +90,7 @@ class VirtualThread(Executor):
             self._next()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Make the calls that are queued, or drop them."""
+        """Make the queued calls if `wait`; drop them if `cancel_futures`."""
         if cancel_futures:
             self._calls.clear()
         elif wait:
@@ -98,23 +98,23 @@ class VirtualThread(Executor):
 
 
 class _Made(Future[T]):
-    """The result of a call, which is made at the latest when it is asked for."""
+    """The result of a call, which is made at the latest when the result is asked for."""
 
     def __init__(self, drain: Callable[[], None]) -> None:
         super().__init__()
         self._drain = drain
 
     def result(self, timeout: float | None = None) -> T:
-        """Give what the call gave."""
+        """Make all queued calls, and return the result of this one."""
         self._drain()
         return super().result(timeout)
 
 
 def _make(made: Future[T], call: Callable[[], T]) -> None:
-    """Make a call, as a thread of a pool does."""
+    """Make a call and set its result, as a thread of a pool does."""
     if not made.set_running_or_notify_cancel():
         return
     try:
         made.set_result(call())
-    except (OSError, FlexKVError) as error:  # others are mistakes: the loop is told
+    except (OSError, FlexKVError) as error:  # others are bugs, which the loop reports
         made.set_exception(error)

@@ -1,6 +1,6 @@
-"""A `vllm serve` of this machine, on the CPU: for benchmarks and tests.
+"""A `vllm serve` on this machine, on the CPU, for benchmarks and tests.
 
-Its folder holds what it says (`vllm.log`), FlexKV's configuration, socket and SSD tier.
+Its folder holds its log (`vllm.log`) and FlexKV's configuration, socket and SSD tier.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flexkv.server.launch import END_S
 READY_S, REQUEST_S, LOOK_S = 240.0, 300.0, 0.2
 MODEL_NAME = "model"
 LOG_LINES = 40
-"""Of what it says, so many tell why it failed."""
+"""Lines of its log that are quoted when it fails."""
 
 SHIM = {"kv_connector": "FlexKVConnectorV1", "kv_load_failure_policy": "recompute"}
 OWN = {
@@ -39,11 +39,11 @@ class Served:
     """What to serve, and how.
 
     Attributes:
-        model: its folder.
-        connector: of vLLM's `--kv-transfer-config`; none is without a connector.
-        settings: FlexKV's, over a socket and an SSD tier in the engine's folder.
-        arguments: of `vllm serve`, beside the usual ones.
-        environment: over this process's own.
+        model: folder of the model.
+        connector: value of vLLM's `--kv-transfer-config`; None: no connector.
+        settings: FlexKV's; they override a socket and an SSD directory in the engine's folder.
+        arguments: for `vllm serve`, in addition to the usual ones.
+        environment: variables in addition to those of this process.
     """
 
     model: Path
@@ -54,7 +54,7 @@ class Served:
 
 
 class Program:
-    """A server of this machine, from a command that was installed with this Python."""
+    """A server process of a command that is installed with this Python."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -77,29 +77,29 @@ class Program:
 
     @property
     def pid(self) -> int:
-        """Return the id of its first process, which is also the id of its session."""
+        """Return the id of the first process, which is also the id of its session."""
         return self._process.pid
 
     def terminate(self, within_s: float = END_S) -> int:
         """Send SIGTERM to the first process, as a service manager does; return its exit status.
 
         Raises:
-            subprocess.TimeoutExpired: it does not end in time.
+            subprocess.TimeoutExpired: the process does not end in time.
         """
         self._process.terminate()
         return self._process.wait(within_s)
 
     def kill(self) -> None:
-        """Let every process of it end at once, as `kill -9` does; not FlexKV's server."""
+        """Kill all its processes, as `kill -9` does, but not FlexKV's server."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def wait_healthy(self, look: Callable[[], object]) -> None:
-        """Return once a look at it raises no OSError.
+        """Return once `look()` raises no OSError.
 
         Raises:
-            RuntimeError: it has ended, or takes too long; with what it said.
+            RuntimeError: the program has ended or takes too long; the error quotes its log.
         """
         until_s = time.monotonic() + READY_S
         while True:
@@ -113,7 +113,7 @@ class Program:
                 return
 
     def failed(self, error: OSError) -> RuntimeError:
-        """Give an error that has what it said."""
+        """Return an error that quotes the log."""
         said = self._log.read_text(errors="replace").splitlines()
         last = len(said) - LOG_LINES
         wrong = next((i for i, line in enumerate(said) if "Traceback" in line), max(last, 0))
@@ -122,13 +122,13 @@ class Program:
 
 
 class VllmServe(Program):
-    """Its processes, and what can be asked of it."""
+    """A `vllm serve`: its processes, and requests to it. A context manager."""
 
     def __init__(self, served: Served, folder: Path) -> None:
         super().__init__(folder / "vllm.log")
         self._served, self._folder = served, folder
         self.address = f"ipc://{folder}/socket"
-        """FlexKV's."""
+        """The address of FlexKV's server."""
         self.port = free_port()
 
     def __enter__(self) -> Self:
@@ -152,18 +152,18 @@ class VllmServe(Program):
         return self
 
     def wait_ready(self) -> None:
-        """Return once requests are taken.
+        """Return once the engine accepts requests.
 
         Raises:
-            RuntimeError: it has ended, or takes too long; with what it said.
+            RuntimeError: it has ended or takes too long; the error quotes its log.
         """
         self.wait_healthy(lambda: self.request("GET", "/health"))
 
     def request(self, method: str, path: str, body: Any = None, **headers: str) -> bytes:
-        """Give the body of an answer; in the names of headers "_" stands for "-".
+        """Send a request, and return the body of the answer. In names of headers "_" means "-".
 
         Raises:
-            OSError: nobody answers, or with another status than 200.
+            OSError: there is no answer, or its status is not 200.
         """
         peer = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_S)
         try:
@@ -181,9 +181,9 @@ class VllmServe(Program):
     def complete(
         self, prompt: list[int], tokens: int, dp_rank: int | None = None
     ) -> tuple[list[int], int]:
-        """Give the greedy answer to a prompt, and how many of its tokens were not computed.
+        """Return the greedy answer to a prompt, and how many tokens of the prompt were cached.
 
-        With `dp_rank` that data-parallel engine answers, else whichever.
+        With `dp_rank`, that data-parallel engine answers; otherwise any engine does.
         """
         headers = {} if dp_rank is None else {"X_data_parallel_rank": str(dp_rank)}
         body = completion(prompt, tokens)
@@ -191,7 +191,7 @@ class VllmServe(Program):
         return token_ids(answer), cached_tokens(answer)
 
     def first_token_s(self, prompt: list[int], tokens: int = 4) -> float:
-        """Give the seconds until the first token of an answer came."""
+        """Return the seconds until the first token of an answer arrives."""
         peer = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_S)
         body = json.dumps({**completion(prompt, tokens), "stream": True})
         begin, first_s = time.perf_counter(), 0.0
@@ -206,7 +206,7 @@ class VllmServe(Program):
         """Empty the engine's own cache, once nothing uses it.
 
         Raises:
-            TimeoutError: its blocks stay in use.
+            TimeoutError: blocks of the cache stay in use.
         """
         for _ in range(200):
             try:
@@ -220,25 +220,25 @@ class VllmServe(Program):
 
 
 def completion(prompt: list[int], tokens: int) -> dict[str, Any]:
-    """Give what to ask `/v1/completions` for a greedy answer of so many tokens."""
+    """Return the body of a `/v1/completions` request for a greedy answer of `tokens` tokens."""
     return {"model": MODEL_NAME, "prompt": prompt, "max_tokens": tokens, "temperature": 0,
             "ignore_eos": True, "return_token_ids": True}  # fmt: skip
 
 
 def token_ids(answer: Any) -> list[int]:
-    """Give the tokens of what `/v1/completions` answers."""
+    """Return the tokens in an answer of `/v1/completions`."""
     ids: list[int] = answer["choices"][0]["token_ids"]
     return ids
 
 
 def cached_tokens(answer: Any) -> int:
-    """Give the tokens that were not computed: with `--enable-prompt-tokens-details`."""
+    """Return how many prompt tokens were cached; needs `--enable-prompt-tokens-details`."""
     details = answer["usage"].get("prompt_tokens_details") or {}
     return details.get("cached_tokens") or 0
 
 
 def free_port() -> int:
-    """Give a port of this machine that nobody has, for now."""
+    """Return a port of this machine that is free at the moment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]

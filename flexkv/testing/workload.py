@@ -1,4 +1,4 @@
-"""Prompts as a chat service sees them: conversations that grow, pause, come back, share prompts."""
+"""Prompts of a chat service: conversations that grow, pause, resume and share system prompts."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 
 class Prompt(NamedTuple):
-    """One request: when it comes, and all tokens that it will have KV for when it ends."""
+    """One request: its arrival, and all tokens that have KV when it ends."""
 
     at_s: float
     tokens: NDArray[np.int64]
 
 
 class ChatShape(NamedTuple):
-    """How conversations look."""
+    """The number and lengths of conversations."""
 
     conversations: int = 250
     """Conversations that are open at once."""
@@ -29,17 +29,17 @@ class ChatShape(NamedTuple):
 
 
 def chat(requests: int, seed: int, shape: ChatShape) -> Iterator[Prompt]:
-    """Give the requests of a multi-turn chat workload, the same for the same seed.
+    """Yield the requests of a multi-turn chat workload, the same for the same seed.
 
     Each request is a turn of one conversation: its whole history and new tokens. A conversation
-    that is over is replaced by a new one; recently active ones are likelier to be next.
+    that is over is replaced by a new one. Recently active ones are more likely to be next.
     """
     random = Random(seed)
     systems = [_tokens(random, shape.system_tokens) for _ in range(shape.system_prompts)]
     histories = [random.choice(systems) for _ in range(shape.conversations)]
     turns = [0] * shape.conversations
     for number in range(requests):
-        # The square favours the front of the list: those that were active last.
+        # The square favours the front of the list, where the recently active ones are.
         place = int(random.random() ** 2 * len(histories))
         history, turn = histories.pop(place), turns.pop(place)
         if turn >= random.randint(2, shape.turns_max):
@@ -52,5 +52,5 @@ def chat(requests: int, seed: int, shape: ChatShape) -> Iterator[Prompt]:
 
 
 def _tokens(random: Random, count: int) -> NDArray[np.int64]:
-    """Give random token ids."""
+    """Return random token ids."""
     return np.array([random.randrange(1, 50_000) for _ in range(count)], np.int64)

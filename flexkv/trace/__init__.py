@@ -1,1 +1,1 @@
-"""Records of what happened to every request and op."""
+"""Work on recorded traces: load, explain, show, convert; and hit rates of request traces."""

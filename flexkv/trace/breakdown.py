@@ -1,4 +1,4 @@
-"""Where the time of one request went: the path of ops that its caller waited for, step by step."""
+"""Where the time of one request went: the chain of ops that its caller waited for, in steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ADMISSION, PLANNING, JOINED, BETWEEN = (
 
 
 class Step(NamedTuple):
-    """A stretch of a request's time, and what it was."""
+    """A stretch of a request's time, and what it was spent on."""
 
     what: str
     begin_ns: int
@@ -26,24 +26,24 @@ class Step(NamedTuple):
 
     @property
     def ns(self) -> int:
-        """Give its length."""
+        """Return the length of the step in nanoseconds."""
         return self.end_ns - self.begin_ns
 
 
 class Breakdown(NamedTuple):
-    """A request's time in steps without gaps, and the ops that it hung on."""
+    """A request's time as steps without gaps, from its arrival to its answer."""
 
     request: RequestRecord
     steps: tuple[Step, ...]
 
     @property
     def critical_ops(self) -> tuple[int, ...]:
-        """Give the ops of the plan that the caller waited for one after the other."""
+        """Return the ids of the ops that the caller waited for, one after the other."""
         return tuple(dict.fromkeys(step.op_id for step in self.steps if step.op_id >= 0))
 
     @property
     def shares(self) -> dict[str, int]:
-        """Give the nanoseconds of each kind of step, the longest first."""
+        """Return the nanoseconds of each kind of step, the longest first."""
         total: dict[str, int] = defaultdict(int)
         for step in self.steps:
             total[step.what] += step.ns
@@ -51,7 +51,7 @@ class Breakdown(NamedTuple):
 
     @property
     def words(self) -> str:
-        """Tell in a sentence where the time went."""
+        """Return a sentence that says where the time went."""
         whole = max(1, self.request.ended_ns - self.request.arrived_ns)
         parts = [
             f"{100 * ns / whole:.0f} % {what} ({ns / 1e6:.2f} ms)"
@@ -62,12 +62,12 @@ class Breakdown(NamedTuple):
 
 
 def queue_name(op: OpRecord) -> str:
-    """Name the time in which an op waited for its turn."""
+    """Return the name of the step in which an op waited for its turn."""
     return f"queued for {op.route}"
 
 
 class Breakdowns:
-    """Gives the breakdown of each request of a trace."""
+    """The breakdowns of the requests of a trace, made on demand."""
 
     def __init__(self, trace: Trace) -> None:
         self._plans = trace.plans
@@ -76,11 +76,11 @@ class Breakdowns:
             self._ops[op.run_id][op.op_id] = op
 
     def ops_of(self, run_id: int) -> dict[int, OpRecord]:
-        """Give the ops of a run that were recorded, by number."""
+        """Return the recorded ops of a run, by op id."""
         return self._ops.get(run_id, {})
 
     def of(self, request: RequestRecord) -> Breakdown:
-        """Give where a request's time went, from its arrival to its answer."""
+        """Return where a request's time went, from its arrival to its answer."""
         steps: list[Step] = []
         until = request.ended_ns
         plan = self._plans.get(request.run_id)
@@ -104,7 +104,7 @@ class Breakdowns:
         return Breakdown(request, tuple(reversed(steps)))
 
     def _path(self, request: RequestRecord, plan: PlanRecord | None) -> list[int]:
-        """Give the ops that were waited for, the last one first."""
+        """Return the ids of the ops that the caller waited for, the last one first."""
         ops = self._ops.get(request.run_id, {})
         answering = [op for op in ops.values() if _answers(request, op)]
         if not answering:
@@ -120,7 +120,7 @@ class Breakdowns:
 
 
 def _joined(plan: PlanRecord, path: list[int]) -> bool:
-    """Tell whether a request waited for another one's op before its own first."""
+    """Return whether a request waited for another request's op before its own first op."""
     after = plan.ops[path[-1]].after if path and path[-1] < len(plan.ops) else range(len(plan.ops))
     return any(plan.ops[number].route == "wait" for number in after)
 
@@ -130,7 +130,7 @@ def _ended(op: OpRecord) -> int:
 
 
 def _answers(request: RequestRecord, op: OpRecord) -> bool:
-    """Tell whether the caller waited for an op: those behind its answer it did not."""
+    """Return whether the caller may have waited for an op; not for one issued after its answer."""
     source, _, target = op.route.partition("→")
     wanted = {"get": target == "device", "put": source == "device"}.get(
         request.kind, target == "host"

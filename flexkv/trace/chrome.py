@@ -1,7 +1,7 @@
 """A trace in the Trace Event Format, which Perfetto and chrome://tracing open.
 
-One process for the actors, with a thread for each route; one for the requests, each an asynchronous
-span, with its ops as flows.
+There is one process for the actors, with a thread for each route, and one for the requests. Each op
+and each request is an asynchronous span.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ACTORS, REQUESTS = 1, 2
 
 
 def chrome(trace: Trace) -> bytes:
-    """Give the JSON of a trace."""
+    """Return a trace as JSON in the Trace Event Format."""
     content = {
         "traceEvents": list(_events(trace)),
         "displayTimeUnit": "ms",
@@ -59,7 +59,7 @@ def _events(trace: Trace) -> Iterator[dict[str, Any]]:
             "queued_us": (op.begun_ns - op.issued_ns) / 1e3,
             "outcome": op.outcome,
         }
-        # Ops of one route overlap: asynchronous spans may, slices may not.
+        # Ops of one route overlap, which asynchronous spans may do and slices may not.
         yield {**told, "ph": "b", "ts": us(op.begun_ns), "args": args}
         yield {**told, "ph": "e", "ts": us(op.ended_ns)}
     for request in trace.requests:

@@ -1,6 +1,6 @@
-"""What was wrong in a trace, in words: each finding names its cause, its size and what to look at.
+"""What was wrong in a trace, in words: each finding has its cause, its size and what to check.
 
-The rules are few and their thresholds are here, so that a finding can be argued with.
+The rules are few and their thresholds stand here, so that a reader can dispute a finding.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from flexkv.trace.breakdown import ADMISSION
 from flexkv.trace.summary import RouteSummary, Summary
 
 SLOW_DISK_RATE = 200e6
-"""Bytes per second of a busy disk below which it is called slow: a tenth of a cheap NVMe drive."""
+"""Bytes per second while busy, below which a disk may be slow: a tenth of a cheap NVMe drive."""
 SLOW_DISK_MS = 10.0
-"""And its ops have to take so long: small ones are slow in bytes, not in time."""
+"""The median op of a slow disk takes longer than this; small ops alone make a low rate."""
 STARVED_SHARE = 0.5
-"""Part of a request's time spent waiting for a turn from which a queue is called starved."""
+"""A queue starves requests if they spend this share of their time waiting for a turn."""
 STARVED_MS = 10.0
 FULL_SHARE = 0.95
-"""Used part of a tier from which it is called full, when requests had to do with less."""
+"""The used share of a tier from which it counts as full; no rule uses it yet."""
 
 
 class Finding(NamedTuple):
@@ -29,15 +29,15 @@ class Finding(NamedTuple):
 
     kind: str
     """`slow_disk`, `starved_queue`, `cancelled`, `corrupt`, `full_tier`, `tier_down`, `failed`,
-    `given_up`, `lost_records`."""
+    `given_up`, `lost_records`, `rotated_away`."""
     text: str
     at_ns: int
-    """When it was seen first."""
+    """When it first occurred."""
     times: int = 1
 
 
 def findings(summary: Summary) -> list[Finding]:
-    """Give what was wrong, the gravest first; empty when nothing was."""
+    """Return what was wrong, the gravest first; an empty list if nothing was."""
     return [
         *_corrupt(summary),
         *_tiers(summary),
@@ -117,7 +117,7 @@ def _is_slow(facts: RouteSummary) -> bool:
 
 
 def _blame(summary: Summary, route: str) -> str:
-    """Tell which part of the time of gets went there, if it did."""
+    """Return words on the share of the time of gets that went there; empty if it is small."""
     steps = summary.time_by_step.get("get", {})
     whole = sum(steps.values())
     share = steps.get(route, 0) / whole if whole else 0.0

@@ -1,6 +1,6 @@
-"""Hit rates that a trace would have: through the real index, and beside offline bounds.
+"""Hit rates that a request trace would have: with the real index, and with offline bounds.
 
-A hit is a requested block inside the unbroken resident prefix. After each request its blocks are
+A hit is a requested block in the unbroken resident prefix. After each request its blocks are
 resident, as far as they fit.
 """
 
@@ -23,28 +23,28 @@ _ROOT = bytes(16)
 
 
 class Prompt(NamedTuple):
-    """One request of a trace: when it came, and the keys of its blocks behind a root."""
+    """One request of a trace: its arrival in seconds, and the root and keys of its blocks."""
 
     at_s: int
     keys: bytes
     ids: Sequence[int]
-    """The same blocks by number: equal for equal prefixes."""
+    """The same blocks as numbers: equal where their prefixes are equal."""
 
 
 class Hits(NamedTuple):
-    """What a policy made of a trace."""
+    """The result of a policy on a trace."""
 
     hit_blocks: int
     asked_blocks: int
 
     @property
     def rate(self) -> float:
-        """Give the share of the requested blocks that were hits."""
+        """Return the share of the requested blocks that were hits."""
         return self.hit_blocks / self.asked_blocks if self.asked_blocks else 0.0
 
 
 def prompts_of(lines: Iterable[TraceLine]) -> list[Prompt]:
-    """Give the requests of a trace as prompts; blocks without the same prefix get other numbers."""
+    """Return the requests of a trace as prompts; blocks of different prefixes differ in number."""
     numbers: dict[bytes, int] = {}
     prompts = []
     for line in lines:
@@ -58,7 +58,7 @@ def prompts_of(lines: Iterable[TraceLine]) -> list[Prompt]:
 
 
 def replay(prompts: Iterable[Prompt], capacity_blocks: int, eviction: Eviction) -> Hits:
-    """Give the hits of a tier of so many blocks."""
+    """Return the hits of a tier of `capacity_blocks` blocks under an eviction policy."""
     index = Residency({Tier.HOST: capacity_blocks}, eviction)
     hit = asked = now_s = 0
     for prompt in prompts:
@@ -76,7 +76,7 @@ def replay(prompts: Iterable[Prompt], capacity_blocks: int, eviction: Eviction) 
 
 
 def infinite(prompts: Iterable[Prompt]) -> Hits:
-    """Give the hits when nothing is ever evicted."""
+    """Return the hits when nothing is ever evicted."""
     seen: set[int] = set()
     hit = asked = 0
     for prompt in prompts:
@@ -87,14 +87,15 @@ def infinite(prompts: Iterable[Prompt]) -> Hits:
 
 
 def belady(prompts: Sequence[Prompt], capacity_blocks: int) -> Hits:
-    """Give the hits of who knows the future: keeps what is used again soonest, and bypasses.
+    """Return the hits of Belady's policy: keep the blocks that are used again soonest.
 
-    A block is used again no sooner than its parent, so what stays has no holes.
+    A new block that would be used again last is not stored at all. A block is used again no sooner
+    than its parent, so the blocks that stay have no holes.
     """
     never = len(prompts)
     next_use = _next_uses(prompts)
-    resident: dict[int, int] = {}  # block -> when it is used next
-    # Heap of (-next use, -block), stale entries among them; a child has the higher number.
+    resident: dict[int, int] = {}  # block -> number of the next request that has it
+    # Heap of (-next use, -block) that may have stale entries; a child has a higher number.
     farthest: list[tuple[int, int]] = []
     hit = asked = 0
     for number, prompt in enumerate(prompts):
@@ -117,7 +118,7 @@ def belady(prompts: Sequence[Prompt], capacity_blocks: int) -> Hits:
 
 
 def _next_uses(prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Give, for each block of each request, the number of the next request that has it."""
+    """Return, for each block of each request, the number of the next request that has it."""
     never = len(prompts)
     seen: dict[int, int] = {}
     uses: list[list[int]] = [[] for _ in prompts]
@@ -129,7 +130,7 @@ def _next_uses(prompts: Sequence[Prompt]) -> list[list[int]]:
 
 
 def _prefix(ids: Sequence[int], resident: set[int] | dict[int, int]) -> int:
-    """Count the leading blocks that are resident."""
+    """Return how many leading blocks are resident."""
     for count, block in enumerate(ids):
         if block not in resident:
             return count

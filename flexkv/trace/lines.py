@@ -1,4 +1,4 @@
-"""Reads lines of files that may be anything: an endless device, a file without line breaks."""
+"""Lines of files that may be anything, such as an endless device or a file without lines."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ LINE_BYTES_MAX = 64 << 20
 
 
 def lines_of(path: Path, field: str) -> Iterator[bytes]:
-    """Return the lines of a file.
+    """Yield the lines of a file.
 
     Raises:
-        ConfigError: it cannot be read, or has a line that is longer than any of ours; `field`
-            names it.
+        ConfigError: the file cannot be read, or a line has `LINE_BYTES_MAX` bytes or more; the
+            error is about `field`.
     """
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Reads traces back: a file and its rotated predecessors, as far as they were written."""
+"""Loading of traces: a file and its rotated predecessors, as far as they were written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Trace:
 
     header: HeaderRecord
     plans: dict[int, PlanRecord] = field(default_factory=dict)
-    """By run."""
+    """By run id."""
     ops: list[OpRecord] = field(default_factory=list)
     requests: list[RequestRecord] = field(default_factory=list)
     events: list[EventRecord] = field(default_factory=list)
@@ -41,9 +41,9 @@ class Trace:
     dropped: int = 0
     """Records that the writer lost, and lines that could not be read."""
     runs: int = 1
-    """Runs that are in the files: only the last one is given."""
+    """Runs in the files; only the last of them is loaded."""
     tokens: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    """Prompts by request, where the trace has them."""
+    """Prompts by request id, if the trace has them."""
 
     def take(self, record: Record) -> None:
         """Add a record."""
@@ -67,34 +67,34 @@ class Trace:
 
     @property
     def begins_late(self) -> bool:
-        """Tell whether the first files of the run are gone."""
+        """Return whether the first files of the run are gone."""
         return self.header.part > 0
 
     @property
     def begin_ns(self) -> int:
-        """Give the time of the first thing that was recorded."""
+        """Return when the first recorded request arrived or op was issued."""
         firsts = [r.arrived_ns for r in self.requests] + [o.issued_ns for o in self.ops]
         return min(firsts, default=self.header.monotonic_ns)
 
     @property
     def end_ns(self) -> int:
-        """Give the time of the last thing that was recorded."""
+        """Return when the last recorded request or op ended."""
         lasts = [r.ended_ns for r in self.requests] + [o.ended_ns for o in self.ops]
         return max(lasts, default=self.header.monotonic_ns)
 
     @property
     def seconds(self) -> float:
-        """Give the time between the two."""
+        """Return the seconds from `begin_ns` to `end_ns`."""
         return (self.end_ns - self.begin_ns) / 1e9
 
 
 def load(path: Path) -> Trace:
-    """Give the last run in a trace file and its rotated predecessors (`path.1`, `path.2`, …).
+    """Return the last run in a trace file and its rotated predecessors (`path.1`, `path.2`, …).
 
-    A line that is cut short, as a crash leaves it, is counted and passed over.
+    A line that cannot be decoded, such as one cut short by a crash, is counted and skipped.
 
     Raises:
-        ConfigError: there is no such file, it is no trace, or its last run is of another version.
+        ConfigError: there is no such file, it is no trace, or its last run has another version.
     """
     trace: Trace | None = None
     unread = runs = 0
@@ -128,12 +128,12 @@ _DECODER = msgspec.json.Decoder(Record)
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """Give the lines of the files, the oldest first."""
+    """Yield the lines of the files, those of the oldest first."""
     rotated = takewhile(os.path.exists, (Path(f"{path}.{n}") for n in count(1)))
     for each in (*reversed(list(rotated)), path):
         yield from lines_of(each, "trace")
 
 
 def _goes_on(before: HeaderRecord, header: HeaderRecord) -> bool:
-    """Tell whether a header begins the next file of the same run."""
+    """Return whether a header begins the next file of the same run."""
     return before.run == header.run

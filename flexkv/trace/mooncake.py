@@ -34,10 +34,10 @@ class TraceLine(msgspec.Struct, frozen=True):
 
 
 def read_trace(path: Path, limit: int | None = None) -> Iterator[TraceLine]:
-    """Give the requests of a trace in their order, at most `limit` of them.
+    """Yield the requests of a trace in order, at most `limit` of them.
 
     Raises:
-        ConfigError: the file is missing, or a line is not a request; the line is named.
+        ConfigError: the file is missing, or a line is not a request; the error names the line.
     """
     decoder = msgspec.json.Decoder(TraceLine)
     for number, line in enumerate(islice(lines_of(path, "trace"), limit), 1):

@@ -1,4 +1,4 @@
-"""What a trace says as a whole: rates, hits, latencies, where time went, and what was wrong."""
+"""The figures of a whole trace: rates, hits, latencies, and where the time went."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from flexkv.trace.breakdown import Breakdown, Breakdowns
 from flexkv.trace.load import Trace
 
 WINDOW_NS = 100_000_000
-"""Over which a route's peak rate is taken."""
+"""The window of time for a route's peak rate."""
 
 
 @dataclass(frozen=True)
 class RouteSummary:
-    """What one route did. Rates in bytes per second."""
+    """The figures of one route. Rates are in bytes per second."""
 
     ops: int
     blocks: int
@@ -28,27 +28,27 @@ class RouteSummary:
     busy_s: float
     """Time in which at least one op was with the device."""
     queue_ms: tuple[float, float]
-    """Waiting for a turn: p50, p99."""
+    """p50 and p99 of the time that an op waits for its turn."""
     service_ms: tuple[float, float]
-    """With the device: p50, p99."""
+    """p50 and p99 of the time that an op is with the device."""
     rate: float
-    """While busy."""
+    """The mean while the route is busy."""
     peak_rate: float
-    """Of the best tenth of a second."""
+    """The rate in the best tenth of a second."""
 
 
 @dataclass(frozen=True)
 class KindSummary:
-    """What became of one kind of request."""
+    """The outcomes and latencies of one kind of request."""
 
     count: int
     statuses: dict[str, int]
     ms: tuple[float, float, float, float]
-    """p50, p90, p99, most."""
+    """Latency: p50, p90, p99 and the maximum."""
 
 
 class Summary:
-    """Everything that is computed once for a trace, whoever shows it."""
+    """The figures of a trace, each computed once, for every command that shows them."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
@@ -56,12 +56,12 @@ class Summary:
 
     @cached_property
     def by_request(self) -> list[Breakdown]:
-        """Give where the time of each request went, in the order of the trace."""
+        """Return where the time of each request went, in the order of the trace."""
         return [self.breakdowns.of(request) for request in self.trace.requests]
 
     @cached_property
     def kinds(self) -> dict[str, KindSummary]:
-        """Give what became of each kind of request."""
+        """Return the outcomes and latencies of each kind of request."""
         by_kind: dict[str, list[RequestRecord]] = defaultdict(list)
         for request in self.trace.requests:
             by_kind[request.kind].append(request)
@@ -75,16 +75,16 @@ class Summary:
 
     @cached_property
     def routes(self) -> dict[str, RouteSummary]:
-        """Give what each route did."""
+        """Return the figures of each route."""
         by_route: dict[str, list[OpRecord]] = defaultdict(list)
         for op in self.trace.ops:
-            if op.outcome != "recalled":  # it was taken back before the device had it
+            if op.outcome != "recalled":  # a recalled op never reached the device
                 by_route[op.route].append(op)
         return {route: _route(ops) for route, ops in sorted(by_route.items())}
 
     @cached_property
     def hits(self) -> dict[str, float]:
-        """Give which part of the blocks that gets asked for was found, by tier."""
+        """Return the share of the blocks requested by gets that each tier had."""
         asked, found = 0, Counter[str]()
         for request in self.trace.requests:
             if request.kind == "get":
@@ -94,7 +94,7 @@ class Summary:
 
     @cached_property
     def evicted(self) -> dict[str, int]:
-        """Give how many blocks of each tier were evicted while the trace was on."""
+        """Return how many blocks of each tier were evicted while the trace was on."""
         samples = self.trace.samples
         if not samples:
             return {}
@@ -103,14 +103,14 @@ class Summary:
 
     @cached_property
     def time_by_step(self) -> dict[str, dict[str, int]]:
-        """Give the nanoseconds of each kind of step, by kind of request, the longest first."""
+        """Return the nanoseconds of each kind of step by kind of request, the longest first."""
         total: dict[str, Counter[str]] = defaultdict(Counter)
         for breakdown in self.by_request:
             total[breakdown.request.kind].update(breakdown.shares)
         return {kind: dict(steps.most_common()) for kind, steps in sorted(total.items())}
 
     def slowest(self, count: int) -> list[Breakdown]:
-        """Give where the time of the slowest requests went."""
+        """Return where the time of the `count` slowest requests went, the slowest first."""
         return sorted(self.by_request, key=_took_ns, reverse=True)[:count]
 
 
@@ -145,21 +145,21 @@ def _p50_p99(values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _union_ns(begins: NDArray[np.int64], ends: NDArray[np.int64]) -> int:
-    """Give the length of the union of intervals."""
+    """Return the length of the union of intervals."""
     order = np.argsort(begins, kind="stable")
     begins, reach = begins[order], np.maximum.accumulate(ends[order])
-    # A gap is where the next one begins after all before it have ended.
+    # There is a gap where an interval begins after all before it have ended.
     gaps = np.maximum(0, begins[1:] - reach[:-1]).sum()
     return int(reach[-1] - begins[0] - gaps) if len(begins) else 0
 
 
 def rates(ops: list[OpRecord], window_ns: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Give the bytes per second of each window of time, from where the first op began.
+    """Return the bytes per second in each window of time, from the begin of the first op on.
 
-    An op's bytes are spread evenly over the time that it was with the device.
+    An op's bytes count evenly over the time that it was with the device.
 
     Returns:
-        When each window begins, int64[windows] in nanoseconds, and its rate, float64[windows].
+        The begin of each window in nanoseconds, int64[windows], and its rate, float64[windows].
     """
     if not ops:
         return np.empty(0, np.int64), np.empty(0)
@@ -167,7 +167,7 @@ def rates(ops: list[OpRecord], window_ns: int) -> tuple[NDArray[np.int64], NDArr
     ended = np.maximum(np.array([op.ended_ns for op in ops], np.int64), begun + 1)
     size = np.array([op.bytes for op in ops], np.float64)
     edges = np.arange(begun.min(), ended.max() + window_ns, window_ns)
-    # Bytes moved by a moment, summed over ops: each is a ramp, so the sum is made of its bends.
+    # The bytes that an op has moved are a ramp over time; their sum bends where a ramp does.
     times = np.concatenate([begun, ended])
     slopes = np.concatenate([size / (ended - begun), -size / (ended - begun)])
     order = np.argsort(times, kind="stable")

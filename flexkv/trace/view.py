@@ -1,7 +1,7 @@
-"""A trace as one HTML page that needs no network: charts by plotly, whose script stands in it.
+"""A trace as one HTML page that needs no network: its charts use plotly, which it contains.
 
-Times in the page are microseconds from the first record. What is too much to draw is left out of
-the timeline, the shortest first, and the page says so; every request can be looked up all the same.
+Times in the page are microseconds from the first record. If there are too many transfers for the
+timeline, it leaves out the shortest, and the page says so. Every request can still be looked up.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from flexkv.trace.findings import findings
 from flexkv.trace.summary import Summary, rates
 
 SHOWN_MAX = 30_000
-"""Transfers on the timeline."""
+"""The most transfers on the timeline."""
 ROWS_MAX = 8
-"""Of a lane: transfers of one route that overlap lie upon each other beyond that."""
+"""The most rows of a lane; overlapping transfers of a route share rows beyond that."""
 SLOWEST = 20
 POINTS, STRETCHES = 300, 60
-"""Of a curve over time; of the hit rates, which need some gets each."""
+"""Points of a curve over time, and of the hit rates, where a point needs several gets."""
 
 
 def page(summary: Summary) -> str:
-    """Give the page of a trace.
+    """Return the page of a trace.
 
     Raises:
         BackendUnavailableError: plotly is not installed.
@@ -39,7 +39,7 @@ def page(summary: Summary) -> str:
     except ImportError as error:
         raise BackendUnavailableError("plotly", f"{error}; install flexkv[viewer]") from error
     text = (files(__package__) / "page.html").read_text("utf-8")
-    # Nothing in the data may look like markup to the parser of the page.
+    # The page is parsed as HTML first, so the data must not contain markup.
     content = msgspec.json.encode(data(summary)).decode().replace("<", "\\u003c")
     head, _, rest = text.partition("/*PLOTLY*/")
     middle, _, tail = rest.partition("/*DATA*/")
@@ -47,7 +47,7 @@ def page(summary: Summary) -> str:
 
 
 def data(summary: Summary) -> dict[str, Any]:
-    """Give everything that the page shows."""
+    """Return everything that the page shows."""
     trace, origin = summary.trace, summary.trace.begin_ns
     routes = sorted({op.route for op in trace.ops})
     shown = _shown(trace.ops)
@@ -120,11 +120,11 @@ def _detail(shown: int, ops: int) -> str:
 
 
 def _ops(ops: list[OpRecord], routes: list[str], origin: int) -> dict[str, Any]:
-    """Give the transfers, a list for each of their facts, and the rows that each lane needs."""
+    """Return the transfers as one list for each field, and the rows that each lane needs."""
     number = {route: at for at, route in enumerate(routes)}
     outcomes = sorted({op.outcome for op in ops})
     outcome = {name: at for at, name in enumerate(outcomes)}
-    free: list[list[int]] = [[] for _ in routes]  # for each lane: until when each row is taken
+    free: list[list[int]] = [[] for _ in routes]  # for each lane: when each row is free again
     rows = [0] * len(ops)
     for at in sorted(range(len(ops)), key=lambda at: ops[at].begun_ns):
         ends = free[number[ops[at].route]]
@@ -203,7 +203,7 @@ def _thinned(records: list[Any]) -> list[Any]:
 
 
 def _hits(summary: Summary, origin: int) -> list[dict[str, Any]]:
-    """Give the hit rates over time: of each of some stretches with as many gets."""
+    """Return the hit rates over time, in stretches with the same number of gets."""
     gets = [r for r in summary.trace.requests if r.kind == "get"]
     tiers = sorted({tier for request in gets for tier in request.hit_blocks})
     at: list[float] = []
@@ -232,7 +232,7 @@ def _latency(summary: Summary) -> list[dict[str, Any]]:
 
 
 def _sankey(summary: Summary) -> dict[str, list[Any]]:
-    """Give the bytes that each route moved, as flows between tiers: those back on the right."""
+    """Return the bytes that each route moved as flows between tiers, stores and loads apart."""
     flows = [(route, facts.bytes) for route, facts in summary.routes.items() if facts.bytes]
     labels: list[str] = []
 
@@ -244,7 +244,7 @@ def _sankey(summary: Summary) -> dict[str, list[Any]]:
     source, target = [], []
     for route, _ in flows:
         begin, _, end = route.partition("→")
-        # A flow diagram has no circles: what is stored and what is loaded are two sides.
+        # A Sankey diagram cannot have cycles, so a tier has a node for stores and one for loads.
         stored = _DEPTH.get(end, 9) > _DEPTH.get(begin, 9)
         side = "stored" if stored else "loaded"
         source.append(node(f"{begin}, {side}"))
