@@ -1,4 +1,4 @@
-"""CUDA devices on a real GPU: the same laws, the same bytes. `make gpu` runs them."""
+"""Tests of CUDA devices on a real GPU, by the laws of every device. `make gpu` runs them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ every_way = pytest.mark.parametrize("how", CopyMethod)
 
 
 def model_of(shape: str, dtype: str, tp_size: int = 1) -> ModelConfig:
-    """Give the model whose ranks have such tensors."""
+    """Return the model whose ranks have tensors of this shape and dtype."""
     mla = shape == "mla"
     heads, size = (1, 256) if mla else (4, 64)
     return ModelConfig(
@@ -53,12 +53,12 @@ def model_of(shape: str, dtype: str, tp_size: int = 1) -> ModelConfig:
 
 
 def named(shape: str) -> str | None:
-    """Give the name of a layout, where the shape does not tell it."""
+    """Return the layout's name, or None where the shape alone determines the layout."""
     return None if shape == "mla" else shape
 
 
 def tensors_of(shape: str, model: ModelConfig, tokens: int, seed: int = 0) -> list[Any]:
-    """Give a rank's tensors of random bytes, on the GPU."""
+    """Return a rank's tensors of random bytes, on the GPU."""
     heads = max(1, model.num_kv_heads // model.tp_size)
     *outer, inner = SHAPES[shape](tokens, heads)
     dtype = getattr(torch, model.dtype)
@@ -73,7 +73,7 @@ def tensors_of(shape: str, model: ModelConfig, tokens: int, seed: int = 0) -> li
 
 
 def blocks_first(shape: str, layers: list[Any]) -> list[Any]:
-    """Give a copy of all layers' bytes, on the CPU, blocks first."""
+    """Return a copy of each layer's bytes on the CPU, with blocks as the first axis."""
     torch.cuda.synchronize()
     arrays = [layer.view(torch.uint8).cpu().numpy().copy() for layer in layers]
     return [np.moveaxis(array, 1, 0) if shape == "kv-blocks" else array for array in arrays]
@@ -99,7 +99,7 @@ class Rig:
         self.port.connect(self.woken.set)
 
     async def run(self, *transfers: Transfer) -> None:
-        """Run transfers to their ends, all of them good."""
+        """Run transfers to their ends, and check that all succeeded."""
         for transfer in transfers:
             self.port.submit(transfer)
         ended = self.port.reap()
@@ -111,14 +111,14 @@ class Rig:
         assert [error for _, error in ended if error is not None] == []
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close the port and free the arena."""
         self.port.close()
         self.arena.close()
 
 
 @pytest.fixture
 def opened() -> Iterator[Callable[..., Rig]]:
-    """What opens rigs; they are closed whatever becomes of the test."""
+    """Yield a function that opens rigs, and close them all afterwards."""
     rigs: list[Rig] = []
 
     def open_rig(*arguments: Any) -> Rig:
@@ -137,7 +137,7 @@ def opened() -> Iterator[Callable[..., Rig]]:
 async def test_bytes_come_back(
     opened: Callable[..., Rig], shape: str, dtype: str, tokens: int, how: CopyMethod
 ) -> None:
-    """Scattered blocks that went to the host and came back elsewhere are the same bytes."""
+    """Scattered blocks that went to the host and came back elsewhere have the same bytes."""
     rig = opened(shape, dtype, tokens, how)
     random = np.random.default_rng(tokens)
     device, host, back = (random.permutation(n)[:20] for n in (BLOCKS, HOST_BLOCKS, BLOCKS))
@@ -154,7 +154,7 @@ async def test_bytes_come_back(
 async def test_slots_of_the_stage_are_used_in_turn(
     opened: Callable[..., Rig], shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three blocks at a time, in both directions at once, again and again."""
+    """Stages of three blocks move many blocks, also in both directions at once, and mix none up."""
     rig = opened(shape, "bfloat16", 64, CopyMethod.STAGED)
     monkeypatch.setattr(Stage, "size", 3 * rig.port.block_bytes)
     random = np.random.default_rng(0)
@@ -175,7 +175,7 @@ async def test_slots_of_the_stage_are_used_in_turn(
 
 @every_way
 async def test_both_directions_at_once(opened: Callable[..., Rig], how: CopyMethod) -> None:
-    """Many transfers on both streams, each whole."""
+    """Many transfers on both streams at once all move their blocks completely."""
     rig = opened("kv-blocks", "bfloat16", 16, how)
     before = blocks_first("kv-blocks", rig.layers)
     to_host = [
@@ -197,7 +197,7 @@ async def test_both_directions_at_once(opened: Callable[..., Rig], how: CopyMeth
 
 
 async def test_old_drivers_copy_grids(opened: Callable[..., Rig]) -> None:
-    """Where there is no batch call, 2-D copies move the same bytes."""
+    """Without a batch call in the driver, 2-D copies move the same bytes."""
     rig = opened("kv-blocks", "bfloat16", 16)
     rig.port._driver._batch = rig.port._driver._copy_each
     before = blocks_first("kv-blocks", rig.layers)
@@ -211,14 +211,14 @@ async def test_old_drivers_copy_grids(opened: Callable[..., Rig]) -> None:
 
 
 def kept_choices(folder: Path) -> int:
-    """Count the measurements that were kept."""
+    """Count the measurements that were stored on disk."""
     return len(list(folder.rglob("choices-*.json")))
 
 
 async def test_what_is_faster_is_measured_once(
     opened: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In memory of its own, in less than a second; the second time it is read."""
+    """The first port measures and stores the choices; the second reads them. No KV byte changes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     rig = opened("kv-blocks", "bfloat16", 16)
     before = blocks_first("kv-blocks", rig.layers)
@@ -241,12 +241,12 @@ async def test_what_is_faster_is_measured_once(
 
 
 def slots_of(blocks: Any, tokens: int) -> Any:
-    """Give the slots of whole blocks."""
+    """Return the slots of whole blocks."""
     return (np.asarray(list(blocks))[:, None] * tokens + np.arange(tokens)).ravel()
 
 
 def cache_of(folder: Path, tokens: int) -> CacheConfig:
-    """Give a configuration with a small SSD tier."""
+    """Return a configuration with a small SSD tier."""
     return CacheConfig(
         tokens_per_block=tokens, num_cpu_blocks=96, num_ssd_blocks=96, ssd_cache_dir=str(folder)
     )
@@ -258,7 +258,7 @@ def cache_of(folder: Path, tokens: int) -> CacheConfig:
 async def test_every_rank_gets_its_bytes(
     shape: str, dtype: str, tp_size: int, tmp_path: Path
 ) -> None:
-    """Several ranks on one GPU; from host memory, from SSD, and layer by layer."""
+    """Several ranks on one GPU get their bytes from host memory, from SSD and layer by layer."""
     tokens, prompt = 16, np.arange(20 * 16)
     model = model_of(shape, dtype, tp_size)
     ranks = [
@@ -288,7 +288,7 @@ async def test_every_rank_gets_its_bytes(
 
 
 async def test_a_put_reads_what_the_callers_stream_has_queued(tmp_path: Path) -> None:
-    """A long kernel that writes the pages comes first, without a device-wide wait."""
+    """A put first waits for a long kernel of the caller's stream that writes the blocks."""
     tokens, prompt = 16, np.arange(8 * 16)
     model = model_of("kv-blocks", "float32")
     layers = tensors_of("kv-blocks", model, tokens)
@@ -305,7 +305,7 @@ async def test_a_put_reads_what_the_callers_stream_has_queued(tmp_path: Path) ->
 
 
 def test_a_stream_waits_for_layers(tmp_path: Path) -> None:
-    """Work behind the wait sees the layer; the thread did not wait for the copies."""
+    """Work queued behind the wait for a layer sees that layer; the thread waits for no copy."""
     tokens, prompt = 16, np.arange(20 * 16)
     model = model_of("kv-blocks", "float32")
     layers = tensors_of("kv-blocks", model, tokens)
@@ -334,7 +334,7 @@ def test_a_stream_waits_for_layers(tmp_path: Path) -> None:
 
 
 async def test_a_graph_that_is_captured_meanwhile_is_left_alone(tmp_path: Path) -> None:
-    """Another thread captures while puts and gets are made: both come out right."""
+    """A put and a get succeed while another thread captures a graph, and the graph is right."""
     tokens, prompt = 16, np.arange(20 * 16)
     model = model_of("kv-blocks", "float32")
     layers = tensors_of("kv-blocks", model, tokens)
@@ -363,7 +363,7 @@ async def test_a_graph_that_is_captured_meanwhile_is_left_alone(tmp_path: Path) 
 
 
 async def test_a_thread_that_captures_a_graph_cannot_put_or_get(tmp_path: Path) -> None:
-    """What its stream queues is not run now: refused by name; the graph and the device live."""
+    """A thread that captures a graph cannot put or get; the graph and the device stay usable."""
     tokens, prompt = 16, np.arange(20 * 16)
     layers = tensors_of("kv-blocks", model_of("kv-blocks", "float32"), tokens)
     value = torch.zeros(1000, device="cuda")
@@ -384,7 +384,7 @@ async def test_a_thread_that_captures_a_graph_cannot_put_or_get(tmp_path: Path) 
 
 
 async def test_memory_is_given_back_while_the_device_sleeps(tmp_path: Path) -> None:
-    """The tensors may be freed; new ones take their place."""
+    """Tensors may be freed while the device sleeps; new ones take their place on resume."""
     tokens, prompt = 16, np.arange(20 * 16)
     model = model_of("kv-blocks", "bfloat16")
     layers = tensors_of("kv-blocks", model, tokens)

@@ -1,4 +1,4 @@
-"""Engines on a real GPU at a server in a process of its own. `make gpu` runs them."""
+"""Tests of engines on a real GPU at a server in its own process. `make gpu` runs them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture(params=[1, 2])
 def instances(request: pytest.FixtureRequest, settings: Settings) -> Iterator[list[CudaInstance]]:
-    """Two instances, of one or two ranks, at one server."""
+    """Yield two instances, of one or two ranks each, at one server."""
     model = MODEL.model_copy(update={"tp_size": request.param})
     server = Launched(model, settings)
     made = [CudaInstance(settings, model, number) for number in (0, 1)]
@@ -63,7 +63,7 @@ def instances(request: pytest.FixtureRequest, settings: Settings) -> Iterator[li
 def test_what_one_engine_put_another_gets(
     instances: list[CudaInstance], settings: Settings
 ) -> None:
-    """From host memory, and from SSD once host memory is cleared; other blocks stay as they are."""
+    """One instance gets what another put, from host memory and SSD; other blocks stay unchanged."""
     one, two = instances
     before, untouched = one.content(range(BLOCKS)), two.content(range(40))
     assert one.request(Operation.PUT, 1, range(BLOCKS)).moved == BLOCKS
@@ -77,7 +77,7 @@ def test_what_one_engine_put_another_gets(
 
 
 def test_copies_wait_for_what_the_gpu_has_queued(instances: list[CudaInstance]) -> None:
-    """A rank tells that it is ready while its kernels still write what a put reads, or a get."""
+    """A put or get waits for the kernels that were queued when its rank reported to be ready."""
     one, two = instances
     ids = np.arange(BLOCKS)
     number = one.client.start(Operation.PUT, one.keys(1), 0, ids, when_ready=True)
@@ -98,7 +98,7 @@ def test_copies_wait_for_what_the_gpu_has_queued(instances: list[CudaInstance]) 
 
 
 def overwrite_late(instance: CudaInstance, blocks: range, value: float) -> None:
-    """Queue work that takes a tenth of a second, and then writes blocks."""
+    """Queue work that takes a tenth of a second and then overwrites blocks."""
     torch.cuda._sleep(200_000_000)
     for caches in instance.caches:
         for layer in caches:

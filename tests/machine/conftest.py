@@ -1,4 +1,4 @@
-"""The programs that these tests start import from this repository."""
+"""Make this repository importable for the programs that these tests start."""
 
 from __future__ import annotations
 

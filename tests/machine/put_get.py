@@ -1,4 +1,4 @@
-"""Stores a prompt, drops host memory, loads it again, and prints what it stood on, as JSON.
+"""Store a prompt, drop host memory, load it again, and print what the manager used, as JSON.
 
 python tests/machine/put_get.py '{"ssd_cache_dir": "/data/kv"}'
 """
@@ -24,7 +24,7 @@ PROMPT = np.arange(BLOCKS * PER_BLOCK)
 
 
 async def put_get(changes: dict[str, Any]) -> dict[str, Any]:
-    """Return what a manager stood on, and how many blocks came back."""
+    """Return how many tokens came back, what flush said, and what memory and I/O the tiers use."""
     values = {"tokens_per_block": PER_BLOCK, "num_cpu_blocks": 64, **changes}
     async with KVManager(MODEL, CacheConfig(**values)) as manager:
         caches = kv_caches()
@@ -52,7 +52,7 @@ async def put_get(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print one line of JSON: the figures, or the error."""
+    """Print one line of JSON: the result of `put_get`, or the error."""
     structlog.configure(
         processors=[structlog.processors.JSONRenderer()],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),

@@ -1,8 +1,8 @@
-"""Lets the kernel refuse system calls to this process, as a container's seccomp profile does.
+"""Run a script to which the kernel refuses system calls, as a container's seccomp profile does.
 
     python -m tests.machine.seccomp '[[426, 1]]' script.py arguments…
 
-Each rule is the number of a call and the errno; and, for some, an argument's index and value.
+Each rule is a call's number and the errno, and optionally an argument's index and value.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _instruction(code: int, value: int, jump_true: int = 0, jump_false: int = 0)
 
 
 def program(rules: Sequence[Sequence[int]]) -> bytes:
-    """Return the BPF program that refuses what the rules name, and allows the rest."""
+    """Return a BPF program that refuses the calls that the rules name, and allows all others."""
     code = b""
     for number, errno, *argument in rules:
         refuse = _instruction(_RETURN, _ERRNO | errno)
@@ -48,7 +48,7 @@ def program(rules: Sequence[Sequence[int]]) -> bytes:
 
 
 def refuse(rules: Sequence[Sequence[int]]) -> None:
-    """Let the kernel refuse calls to this process from now on, and to its children."""
+    """Make the kernel refuse calls of this process and its children from now on."""
     code = program(rules)
     buffer = ctypes.create_string_buffer(code, len(code))
     head = struct.pack("=H6xQ", len(code) // 8, ctypes.addressof(buffer))

@@ -1,4 +1,4 @@
-"""Memory that the machine, a cgroup or a limit refuses, at whatever step."""
+"""Tests of host memory that the machine, a cgroup or a limit refuses, at each step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOST_BLOCKS = 16 * MB // 4096
 
 
 def put_get(before: Callable[[], None], **changes: Any) -> dict[str, Any]:
-    """Run a put and a get in a process of its own, which first calls `before`."""
+    """Run a put and a get in a new process, which calls `before` first; return its report."""
     values = {"num_cpu_blocks": HOST_BLOCKS, **changes}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", PUT_GET, json.dumps(values)], cwd=ROOT, check=False,
@@ -39,7 +39,7 @@ def put_get(before: Callable[[], None], **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def pool() -> Iterator[None]:
-    """Reserve 32 huge pages, and give them back."""
+    """Reserve 32 huge pages, and give them back afterwards."""
     before = POOL.read_text()
     try:
         POOL.write_text("32")
@@ -54,7 +54,7 @@ def pool() -> Iterator[None]:
 
 
 def mounted_at(controller: str) -> Path:
-    """Return where a controller's cgroups are; skip the test where it has none."""
+    """Return where a controller's cgroups are mounted; skip the test if the machine lacks it."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields = line.split()
         kind, options = fields[fields.index("-") + 1], fields[-1].split(",")
@@ -70,7 +70,7 @@ def mounted_at(controller: str) -> Path:
 
 @pytest.fixture
 def no_huge_pages() -> Iterator[Path]:
-    """Make a cgroup that allows no huge page of 2 MiB."""
+    """Yield a cgroup that allows no huge pages of 2 MiB."""
     group = mounted_at("hugetlb") / f"flexkv-test-{os.getpid()}"
     try:
         group.mkdir()
@@ -86,20 +86,20 @@ def no_huge_pages() -> Iterator[Path]:
 
 
 def join(group: Path) -> Callable[[], None]:
-    """Return what takes a process to a cgroup."""
+    """Return a function that moves the calling process into a cgroup."""
     return lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None
 
 
 @pytest.mark.usefixtures("pool")
 def test_huge_pages_are_used_where_they_may_be() -> None:
-    """Those of the pool, when nothing forbids it."""
+    """Host memory uses the pool's huge pages if nothing forbids it."""
     told = put_get(lambda: None)
     assert (told["tokens"], told["same"], told["backing"]["host"]) == (64, True, "hugetlb")
 
 
 @pytest.mark.usefixtures("pool")
 def test_huge_pages_that_a_cgroup_refuses_fall_back(no_huge_pages: Path) -> None:
-    """They can be mapped, and not touched: ordinary memory serves, and the reason is kept."""
+    """If a cgroup forbids touching huge pages, ordinary memory is used, and the reason is kept."""
     told = put_get(join(no_huge_pages))
     assert (told["tokens"], told["same"]) == (64, True)
     assert told["backing"]["host"] in ("thp", "plain")
@@ -108,13 +108,13 @@ def test_huge_pages_that_a_cgroup_refuses_fall_back(no_huge_pages: Path) -> None
 
 @pytest.mark.usefixtures("pool")
 def test_a_pool_that_is_too_small_falls_back() -> None:
-    """All of the host tier is on pages of one kind."""
+    """If the pool is too small, the whole host tier uses other pages."""
     told = put_get(lambda: None, num_cpu_blocks=128 * MB // 4096)
     assert (told["tokens"], told["backing"]["host"] in ("thp", "plain")) == (64, True)
 
 
 def test_a_limit_of_address_space_is_named() -> None:
-    """With the key that was given, and what would help."""
+    """The error for too little address space names the key that was given and says what helps."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
@@ -126,7 +126,7 @@ def test_a_limit_of_address_space_is_named() -> None:
 
 @pytest.mark.parametrize("hugepages", [True, False])
 def test_a_size_beyond_the_machine_is_named_by_its_key(tmp_path: Path, hugepages: bool) -> None:
-    """Given in code, as GB or as blocks, or by the environment."""
+    """A size beyond the machine is refused by the key that gave it, in GB or in blocks."""
     named = {
         "cpu_cache_gb=1000: needs": {"num_cpu_blocks": None, "cpu_cache_gb": 10**3},
         "num_cpu_blocks=1000000000: needs": {"num_cpu_blocks": 10**9},
@@ -138,7 +138,7 @@ def test_a_size_beyond_the_machine_is_named_by_its_key(tmp_path: Path, hugepages
 
 
 def test_a_tier_of_more_blocks_than_can_be_accounted_for_is_named(tmp_path: Path) -> None:
-    """Sparse files take no room; their index takes memory."""
+    """The error for a tier whose index exceeds the memory names the key, even for sparse files."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))

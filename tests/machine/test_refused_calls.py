@@ -1,4 +1,4 @@
-"""System calls that the kernel refuses, as under a seccomp profile: optional ones cost nothing."""
+"""Tests of system calls that the kernel refuses, as by seccomp: optional ones cost nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PUT_GET = str(Path(__file__).with_name("put_get.py"))
 
 
 def run_refused(rules: list[list[int]], **changes: Any) -> tuple[dict[str, Any], list[Any]]:
-    """Run a put and a get where calls are refused; return what came of it, and the log."""
+    """Run a put and a get with some calls refused; return the report and the log."""
     values = {"num_ssd_blocks": 64, **changes}
     command = [sys.executable, "-W", "ignore", "-m", "tests.machine.seccomp", json.dumps(rules)]
     done = subprocess.run(
@@ -57,7 +57,7 @@ def run_refused(rules: list[list[int]], **changes: Any) -> tuple[dict[str, Any],
 def test_an_io_uring_that_cannot_be_used_costs_nothing_but_speed(
     tmp_path: Path, call: int, errno: int
 ) -> None:
-    """Set up, entered or registered: if one is refused, threads serve, and one line says so."""
+    """If io_uring refuses setup, enter or register, threads do the I/O, and one line says why."""
     told, log = run_refused([[call, errno]], ssd_cache_dir=str(tmp_path))
     assert (told["tokens"], told["same"], told["flush"]) == (64, True, {})
     assert told["backing"]["disk"] == "ThreadDiskPort"
@@ -70,7 +70,7 @@ def test_an_io_uring_that_cannot_be_used_costs_nothing_but_speed(
 def test_hints_about_memory_that_are_refused_cost_nothing(
     tmp_path: Path, advice: int, errno: int
 ) -> None:
-    """Whatever an old kernel or a profile answers to them, memory is had and serves."""
+    """Whatever error madvise returns for an optional hint, memory is allocated and works."""
     told, _ = run_refused([[MADVISE, errno, 2, advice]], ssd_cache_dir=str(tmp_path))
     assert (told["tokens"], told["same"]) == (64, True)
     if advice == WIPEONFORK:
@@ -78,7 +78,7 @@ def test_hints_about_memory_that_are_refused_cost_nothing(
 
 
 def test_no_hint_at_all_is_needed(tmp_path: Path) -> None:
-    """Without madvise, memfd_create and fallocate: private memory on ordinary pages serves."""
+    """Without madvise, memfd_create and fallocate, private memory on ordinary pages works."""
     rules = [[MADVISE, ENOSYS], [MEMFD_CREATE, ENOSYS], [FALLOCATE, ENOSYS]]
     told, _ = run_refused(rules, ssd_cache_dir=str(tmp_path))
     assert (told["tokens"], told["same"], told["backing"]["host"]) == (64, True, "plain")

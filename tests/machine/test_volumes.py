@@ -1,4 +1,4 @@
-"""The SSD tier on file systems of every kind, full ones too: what is allocated is allocated."""
+"""Tests of the SSD tier on file systems of every kind, full ones included."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.system.test_warm import PROMPT, got, put
 pytestmark = pytest.mark.machine
 
 TIER_MB = 220
-"""More than what is free behind it: XFS has 320 MB, ext4 370."""
+"""More than what the tier leaves free: XFS has 320 MB, ext4 370."""
 BLOCKS = TIER_MB * MB // 4096
 KINDS = ["xfs", "ext4", "btrfs", "tmpfs"]
 
@@ -35,18 +35,18 @@ def mounted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 
 def files_of(mounted: Path) -> list[Path]:
-    """Return the files of blocks below a directory."""
+    """Return the block files in the directories of a volume."""
     return list(mounted.glob("*/blocks-*"))
 
 
 def free_bytes(path: Path) -> int:
-    """Return how many bytes are free."""
+    """Return how many bytes this process may still allocate."""
     found = os.statvfs(path)
     return found.f_bavail * found.f_frsize
 
 
 async def test_an_allocated_tier_needs_no_room_to_start_again(mounted: Path) -> None:
-    """It restarts warm with less free room than it has bytes, however often."""
+    """A tier restarts warm, repeatedly, on a volume with less free room than the tier's size."""
     tier = mounted / "kv"
     await put(tier, PROMPT, num_ssd_blocks=BLOCKS)
     assert free_bytes(mounted) < TIER_MB * MB
@@ -55,7 +55,7 @@ async def test_an_allocated_tier_needs_no_room_to_start_again(mounted: Path) -> 
 
 
 async def test_several_directories_and_files_need_no_room_to_start_again(mounted: Path) -> None:
-    """Each file is looked at by itself."""
+    """With several directories and files, a restart allocates none of them again."""
     changes: dict[str, Any] = {
         "ssd_cache_dir": [str(mounted / name) for name in "abc"],
         "num_ssd_blocks": BLOCKS,
@@ -67,7 +67,7 @@ async def test_several_directories_and_files_need_no_room_to_start_again(mounted
 
 
 async def test_a_full_disk_starts_warm(mounted: Path) -> None:
-    """Not even the number of a process can be written: all that is there serves."""
+    """A tier on a disk without a free byte starts warm, also with a smaller size."""
     tier = mounted / "kv"
     await put(tier, PROMPT, num_ssd_blocks=BLOCKS)
     fill(mounted)
@@ -76,7 +76,7 @@ async def test_a_full_disk_starts_warm(mounted: Path) -> None:
 
 
 async def test_a_tier_that_grows_asks_for_what_it_lacks(mounted: Path) -> None:
-    """Growing takes the difference; what does not fit is refused, and nothing is lost by it."""
+    """Growing needs only the difference; a size that does not fit is refused and loses nothing."""
     tier = mounted / "kv"
     await put(tier, PROMPT, num_ssd_blocks=BLOCKS)
     more = BLOCKS + 20 * MB // 4096
@@ -89,7 +89,7 @@ async def test_a_tier_that_grows_asks_for_what_it_lacks(mounted: Path) -> None:
 
 
 async def test_a_tier_that_was_allocated_in_part_gets_the_rest(mounted: Path) -> None:
-    """Sparse files of an earlier run, or of one that was killed, get room where they have none."""
+    """Files that an earlier run left sparse are allocated where they have gaps."""
     tier = mounted / "kv"
     await put(tier, PROMPT, num_ssd_blocks=BLOCKS, ssd_preallocate=False)
     assert (await got(tier, num_ssd_blocks=BLOCKS))[::2] == (16, 0)
@@ -103,7 +103,7 @@ async def test_a_tier_that_was_allocated_in_part_gets_the_rest(mounted: Path) ->
 async def test_a_file_system_that_says_nothing_of_its_room_is_used(
     kind: str, tmp_path: Path
 ) -> None:
-    """Its statistics are zeros. What it may take is memory, so that is the bound."""
+    """If the file system's statistics are all zeros, the machine's memory bounds the tier."""
     with volume(kind, tmp_path) as mounted:
         mounted.chmod(0o700)
         await put(mounted / "kv", PROMPT)
@@ -114,7 +114,7 @@ async def test_a_file_system_that_says_nothing_of_its_room_is_used(
 
 
 async def test_files_in_memory_leave_room_for_host_memory(tmp_path: Path) -> None:
-    """Both are memory: what does not fit in all is refused before any of it is taken."""
+    """Files in memory that do not fit beside host memory are refused before any allocation."""
     gb = headroom().available_bytes * 0.6 / (1 << 30)
     with volume("tmpfs-unbounded", tmp_path, options="size=0,mode=0700") as mounted:
         with pytest.raises(ConfigError, match=r"ssd_cache_gb=.*: needs .* more in"):
@@ -126,7 +126,7 @@ async def test_files_in_memory_leave_room_for_host_memory(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", ["vfat", "ntfs"])
 async def test_a_volume_whose_mount_sets_the_modes_is_used(kind: str, tmp_path: Path) -> None:
-    """If nobody else may write to it; that others may read is told."""
+    """A mount that sets the modes is used if others may only read, with a warning; else refused."""
     other = tmp_path / "other"
     other.mkdir()
     with volume(kind, tmp_path, options="umask=022") as mounted:
@@ -149,7 +149,7 @@ def fuse(tmp_path: Path) -> Iterator[Disk]:
 
 
 async def test_a_volume_that_refuses_chmod_is_used(fuse: Disk) -> None:
-    """As FAT and CIFS do; that others may read is told."""
+    """A volume that refuses chmod, as FAT and CIFS do, is used; a warning says others may read."""
     fuse.suffers_from("chmod modes mute")
     with capture_logs() as logs:
         await put(fuse.mounted / "kv", PROMPT)
@@ -159,7 +159,7 @@ async def test_a_volume_that_refuses_chmod_is_used(fuse: Disk) -> None:
 
 
 async def test_a_volume_that_others_may_write_to_is_not_used(tmp_path: Path) -> None:
-    """A mount whose options let everybody write is refused by name, chmod or not."""
+    """A volume that everybody may write to is refused by name."""
     with (
         volume("tmpfs", tmp_path, options="mode=0777,size=16m") as mounted,
         pytest.raises(ConfigError, match="may be written to by others"),
@@ -168,7 +168,7 @@ async def test_a_volume_that_others_may_write_to_is_not_used(tmp_path: Path) -> 
 
 
 async def test_a_read_only_volume_costs_the_tier_alone(tmp_path: Path) -> None:
-    """The engine starts without, and says why."""
+    """On a read-only volume the engine starts without the SSD tier, and says why."""
     await put(tmp_path / "kv", PROMPT)
     with read_only(tmp_path / "kv", tmp_path / "ro") as path:
         async with KVManager(MODEL, cache_config(path)) as manager:
@@ -179,7 +179,7 @@ async def test_a_read_only_volume_costs_the_tier_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["unmounted", "hidden"])
 async def test_an_unmount_under_a_running_engine_is_noticed(tmp_path: Path, how: str) -> None:
-    """Its files go on to work, and nobody will find them: flush raises, and the tier is down."""
+    """After an unmount, where nobody will find the files, flush raises and the tier is down."""
     with volume("ext4", tmp_path) as mounted:
         async with KVManager(MODEL, cache_config(mounted / "kv")) as manager:
             manager.register_kv_caches(kv_caches())

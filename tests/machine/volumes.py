@@ -1,4 +1,4 @@
-"""File systems of every kind, mounted for a test from a file or from memory."""
+"""Helpers that mount file systems of every kind for a test, from a file or from memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 MB = 1 << 20
 SIZE_MB = 400
-"""XFS takes no less than 300 MB."""
+"""XFS needs at least 300 MB."""
 MAKERS = {
     "xfs": ["mkfs.xfs", "-q"],
     "btrfs": ["mkfs.btrfs", "-q"],
@@ -23,19 +23,19 @@ MAKERS = {
     "ntfs": ["mkfs.ntfs", "-F", "-q", "-Q"],
 }
 MOUNTERS = {"ntfs": "ntfs-3g"}
-"""What mounts a loop device where the kernel does not."""
+"""Programs that mount a loop device for file systems that the kernel does not mount itself."""
 OPTIONS = {"tmpfs": "mode=0700,size=400m", "ramfs": "mode=0700", "tmpfs-unbounded": "size=0"}
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command, and return what it said; one that is not there has failed."""
+    """Run a command and return its result; a missing program counts as failed, with status 127."""
     if shutil.which(command[0]) is None:
         return subprocess.CompletedProcess(command, 127, "", f"{command[0]} is not installed")
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def loop_device(image: Path) -> str:
-    """Make a block device of a file; skip the test where that is not possible."""
+    """Return a new loop device over a file; skip the test where that is not possible."""
     made = run("losetup", "-f", "--show", str(image))
     if made.returncode:
         pytest.skip(f"no loop device can be had: {made.stderr.strip()}")
@@ -62,13 +62,13 @@ def volume(kind: str, folder: Path, size_mb: int = SIZE_MB, options: str = "") -
         command = ["mount", "-t", name, "-o", options or OPTIONS[kind], name]
     done = run(*command, str(mounted))
     if kind in MOUNTERS:
-        run("losetup", "-d", command[-1])  # once it is not used any more
+        run("losetup", "-d", command[-1])  # detached once it is unmounted
     if done.returncode:
         pytest.skip(f"{kind} cannot be mounted: {done.stderr.strip()}")
     try:
         yield mounted
     finally:
-        # Lazily: the kernel lets go of an io_uring's files a little after the ring is closed.
+        # Lazily, since the kernel releases an io_uring's files a little after the ring is closed.
         run("umount", "--lazy", str(mounted))
 
 
@@ -86,12 +86,12 @@ def read_only(folder: Path, at: Path) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> None:
-    """Write files until nothing more can be written, not even a small file."""
+    """Write files until not even a small file fits any more."""
     for name, size in (("large", 8 * MB), ("middle", 64 << 10), ("small", 4096), ("tiny", 1)):
         try:
             descriptor = os.open(folder / f"filler-{name}", os.O_CREAT | os.O_WRONLY)
         except OSError as error:
-            assert error.errno == ENOSPC  # noqa: PT017 -- it is full
+            assert error.errno == ENOSPC  # noqa: PT017 -- the disk is full
             return
         try:
             with suppress(OSError):
@@ -105,5 +105,5 @@ def fill(folder: Path) -> None:
         try:
             (folder / f"filler-{number}").write_bytes(b"1")
         except OSError as error:
-            assert error.errno == ENOSPC  # noqa: PT017 -- what ends the loop
+            assert error.errno == ENOSPC  # noqa: PT017 -- the disk is full, which ends the loop
             return

@@ -1,4 +1,4 @@
-"""Processes of other users, for tests that run as root.
+"""Run processes as other users, for tests that run as root.
 
     python -m tests.system.as_user CHANNEL
 
@@ -46,14 +46,14 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def become(uid: int) -> None:
-    """Become a user, as if this user had started the process."""
+    """Change to a user, as if this user had started the process."""
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
-    os.umask(0)  # the most permissive one
+    os.umask(0)  # the most permissive mask
     os.environ.pop("XDG_RUNTIME_DIR", None)
     os.environ["HOME"] = "/nonexistent"
-    # A change of the user hides a process from its own user, too, which an exec would undo.
+    # A change of the user makes a process undumpable: hidden from its own user until an exec.
     LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
 
 
@@ -69,7 +69,7 @@ def say(line: str) -> None:
 
 
 def serve(settings: Settings) -> Any:
-    """Run a server until SIGTERM."""
+    """Run a server until SIGTERM; return "ended", or the error."""
     begun()
     try:
         asyncio.run(run(MODEL, settings))
@@ -111,14 +111,14 @@ def use(settings: Settings) -> Any:
 
 
 def speak(settings: Settings) -> Any:
-    """Try to use another user's server, as client, agent and operator; return the results."""
+    """Try to use another user's server as client, agent and operator; return the results."""
     begun()
     instance = Instance(settings)
     for agent, caches in zip(instance.agents, instance.caches, strict=True):
         agent.start(caches)
     until_s, found = time.monotonic() + 1.0, 0
     while time.monotonic() < until_s:
-        instance.client._retry_s = 0.0  # the test has no time to wait until it tries again
+        instance.client._retry_s = 0.0  # the test cannot wait for the usual pause between tries
         found += instance.client.match(instance.keys(1)).blocks
         instance.client.poll()
         time.sleep(0.02)
@@ -132,7 +132,7 @@ def speak(settings: Settings) -> Any:
 
 
 def impersonate(path: str) -> Any:
-    """Listen where a server would; return how many connected, and all that they said."""
+    """Listen where a server would; return how many connected, and all bytes that they sent."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         if not path.startswith("\0"):
@@ -154,7 +154,7 @@ def impersonate(path: str) -> Any:
 
 
 def steal(told: dict[str, Any]) -> Any:
-    """Try everything that a stranger might; return the names of what succeeded."""
+    """Try every attack of a stranger; return the names of those that succeeded."""
     begun()
     return [name for name, attempt in _attempts(told).items() if _succeeds(attempt)]
 
@@ -219,7 +219,7 @@ def _bind(path: Path) -> None:
 
 
 def _hello(address: str) -> bool:
-    """Return whether a server answers a greeting, or anything at all."""
+    """Return whether a server sends anything in answer to a greeting."""
     hello = Hello(PROTOCOL_VERSION, "agent", os.getpid(), block_identity(MODEL, PER_BLOCK, ""))
     with socket.socket(socket.AF_UNIX) as ours:
         ours.settimeout(2.0)
@@ -236,7 +236,7 @@ def _process_vm_readv(pid: int) -> bool:
     ours = Piece(ctypes.cast(buffer, ctypes.c_void_p), 8)
     theirs = Piece(ctypes.cast(buffer, ctypes.c_void_p), 8)
     count: int = LIBC.process_vm_readv(pid, ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0)
-    return ctypes.get_errno() not in (1, 3) if count < 0 else True  # not permitted, not there
+    return ctypes.get_errno() not in (1, 3) if count < 0 else True  # 1 is EPERM, 3 is ESRCH
 
 
 def _pidfd_getfd(pid: int, fd: int) -> bool:
@@ -259,7 +259,7 @@ ACTIONS: dict[str, Callable[..., Any]] = {
 def main() -> None:
     """Fork a process for each message, until the channel ends."""
     channel = socket.socket(fileno=int(sys.argv[1]))
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
     while True:
         message, fds, _, _ = socket.recv_fds(channel, 1 << 20, 3)
         if not message:
@@ -274,7 +274,7 @@ def main() -> None:
 
 
 def _be(message: tuple[int, str, list[Any]], fds: list[int]) -> NoReturn:
-    """Do what a message says, as its user, and end."""
+    """Run a message's action as its user, and exit."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number, fd in enumerate(fds):
         os.dup2(fd, number)

@@ -1,7 +1,7 @@
-"""Runs command lines of `flexkv`, each in a process forked from this one, which has it imported.
+"""Run command lines of `flexkv`, each in a process forked from this one, which has imported it.
 
-`python command_lines.py FOLDER < lines`: a line of JSON says what to run, a line of JSON how that
-has ended. Only the first of each counts seconds: importing.
+`python command_lines.py FOLDER < lines`: each line of stdin says in JSON what to run, and each line
+of stdout says in JSON how it ended. Importing, which takes seconds, happens only once.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from flexkv.cli.main import app
 
 HANG_S = 30
 MEMORY_BYTES = 6 << 30
-"""Of address space: what asks for more is told that there is no more."""
+"""The limit of address space for each command line."""
 
 
 def run(told: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
-    """Run a command line, and return its status and what it has printed."""
+    """Run a command line in a forked process, and return its exit status and stderr."""
     paths = [folder / f"{number}.{stream}" for stream in ("stdin", "stdout", "stderr")]
     paths[0].write_bytes(told.get("stdin", "").encode("latin-1"))
     streams = [told.get(stream) for stream in ("in", "out", "err")]
@@ -43,7 +43,7 @@ def run(told: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
                     os.close(opened)
         names = ("stdin", "stdout", "stderr")
         for fd, (name, asked) in enumerate(zip(names, streams, strict=True)):
-            # As the interpreter begins: a stream that is closed is None.
+            # As at the interpreter's start: a closed stream is None.
             mode = "r" if fd == 0 else "w"
             stream = None if asked == "closed" else os.fdopen(fd, mode, closefd=False)
             setattr(sys, name, stream)
@@ -54,7 +54,7 @@ def run(told: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
             app()
         except SystemExit as ended:
             code = ended.code
-        except BaseException:  # noqa: BLE001 -- as the interpreter would end
+        except BaseException:  # noqa: BLE001 -- handled as the interpreter would
             os.write(2, traceback.format_exc().encode(errors="replace"))
         os._exit(code if isinstance(code, int) else 1)
     _, status = os.waitpid(child, 0)
@@ -65,7 +65,7 @@ def run(told: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run every line."""
+    """Run the command line of each line of stdin."""
     folder = Path(sys.argv[1])
     for number, line in enumerate(sys.stdin.read().splitlines()):
         sys.stdout.write(json.dumps(run(json.loads(line), number, folder)) + "\n")

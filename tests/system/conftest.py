@@ -1,4 +1,4 @@
-"""Managers in each of their forms, and servers with instances at them."""
+"""Fixtures: managers in each of their forms, and servers with connected instances."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ __all__ = [
 
 
 class Rig:
-    """A manager, its device, and get and put in one of the three forms."""
+    """A manager, its device, and requests in one of the three forms."""
 
     def __init__(self, manager: KVManager, form: str) -> None:
         self.manager = manager
@@ -49,7 +49,7 @@ class Rig:
         manager.register_kv_caches(self.caches)
 
     async def request(self, operation: str, *args: Any, **named: Any) -> KVResponse:
-        """Do a get, put or prefetch in the rig's form."""
+        """Run a get, put or prefetch in the rig's form, and return its response."""
         if self.form != "task":
             response: KVResponse = await getattr(self.manager, operation)(*args, **named)
             return response
@@ -63,7 +63,7 @@ FORMS = ["loop", "thread", "task"]
 
 @pytest.fixture(params=FORMS)
 async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Rig]:
-    """A rig in each form; closing it must leave no descriptor behind."""
+    """Yield a rig in each form, and check that closing it leaves no descriptor open."""
     before = open_fds()
     manager = KVManager(MODEL, cache_config(tmp_path))
     if request.param == "loop":
@@ -75,7 +75,7 @@ async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[R
             yield Rig(manager, request.param)
         finally:
             manager.shutdown()
-    assert open_fds() <= before + (request.param == "task")  # to_thread keeps its executor
+    assert open_fds() <= before + (request.param == "task")  # the executor of to_thread stays open
 
 
 MakeManager = Callable[..., KVManager]
@@ -83,7 +83,7 @@ MakeManager = Callable[..., KVManager]
 
 @pytest.fixture
 def make_manager(tmp_path: Path) -> MakeManager:
-    """Make managers over one SSD directory, with changes to their cache configuration."""
+    """Return a function that makes managers over one SSD directory, with configuration changes."""
     return lambda **changes: KVManager(MODEL, cache_config(tmp_path, **changes))
 
 
@@ -95,9 +95,9 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def launched(settings: Settings, request: Any) -> Iterator[Launched]:
-    """Yield a running server, and check at last that it ended well: nothing was left in it.
+    """Yield a running server, and check afterwards that it ended well, with nothing left in it.
 
-    A test's parameter is the model that it serves. A test that kills its server begins its own.
+    The test's parameter is the model that it serves. A test that kills its server starts its own.
     """
     server = forked_server(settings, getattr(request, "param", MODEL))
     yield server

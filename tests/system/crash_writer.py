@@ -1,4 +1,4 @@
-"""A process that puts known blocks and tells what was flushed, until somebody kills it."""
+"""Put known blocks and print what was flushed, until the test kills this process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BURST_PROMPTS, BURST_HOST_BLOCKS = 40, 60
 
 
 def config(directory: str, ssd_blocks: int, in_bursts: bool = False) -> CacheConfig:
-    """Return a tier that is written to as soon as possible."""
+    """Return a configuration whose SSD tier is written in small chunks, as soon as possible."""
     more = {}
     if in_bursts:
         more = {"num_cpu_blocks": BURST_HOST_BLOCKS, "write_behind_max_gb": 2 * 4096 / 2**30}
@@ -35,7 +35,7 @@ def config(directory: str, ssd_blocks: int, in_bursts: bool = False) -> CacheCon
 
 
 def prompt(seed: int, number: int) -> NDArray[np.int64]:
-    """Give a prompt; every fourth one continues the one before it."""
+    """Return a prompt; three of four continue the one before it."""
     random = Random(f"{seed} {number // 4}")
     start = random.randrange(1 << 31)
     length = PER_BLOCK * (PROMPT_BLOCKS // 4) * (1 + number % 4)
@@ -43,18 +43,18 @@ def prompt(seed: int, number: int) -> NDArray[np.int64]:
 
 
 def slots_of(first: int, blocks: int) -> NDArray[np.int64]:
-    """Give the slots of neighbouring device blocks."""
+    """Return the slots of neighbouring device blocks."""
     return np.arange(first * PER_BLOCK, (first + blocks) * PER_BLOCK)
 
 
 def say(*words: object) -> None:
-    """Tell who may kill us any moment."""
+    """Print a line and flush it, since this process may be killed at any moment."""
     sys.stdout.write(" ".join(map(str, words)) + "\n")
     sys.stdout.flush()
 
 
 async def write(directory: str, seed: int, ssd_blocks: int) -> None:
-    """Put one prompt after the other; flush now and then, and say which are safe."""
+    """Put one prompt after the other; flush sometimes, and print how many are safe then."""
     random = Random(seed)
     device = KnownDevice(MODEL, PER_BLOCK, DEVICE_BLOCKS)
     async with KVManager(MODEL, config(directory, ssd_blocks)) as manager:
@@ -76,7 +76,7 @@ async def write(directory: str, seed: int, ssd_blocks: int) -> None:
 
 
 async def write_in_bursts(directory: str, seed: int, ssd_blocks: int) -> None:
-    """Put many prompts at once, flush, and say how many blocks of each are resident then."""
+    """Put many prompts in a burst, flush, and print how many blocks of each are resident then."""
     device = KnownDevice(MODEL, PER_BLOCK, DEVICE_BLOCKS)
     async with KVManager(MODEL, config(directory, ssd_blocks, in_bursts=True)) as manager:
         manager.register_kv_caches(device.kv_caches)
@@ -96,7 +96,7 @@ async def write_in_bursts(directory: str, seed: int, ssd_blocks: int) -> None:
 
 
 def main() -> None:
-    """Write to a tier of so many blocks, in a directory, by a seed."""
+    """Run one of the works with the directory, seed and tier size of the command line."""
     directory, seed, ssd_blocks, work = sys.argv[1:]
     works = {"write": write, "write_in_bursts": write_in_bursts}
     asyncio.run(works[work](directory, int(seed), int(ssd_blocks)))

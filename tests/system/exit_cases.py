@@ -1,7 +1,7 @@
-"""Programs that leave a manager in every way there is: `python exit_cases.py DIRECTORY [CASE …]`.
+"""Programs that leave a manager in every possible way: `python exit_cases.py DIRECTORY [CASE …]`.
 
-Each puts a prompt, leaves, and must end by itself, say nothing on stderr but what its case expects,
-and leave the directory to whoever comes next. It runs in a process of its own, which is forked
+Each case puts a prompt and leaves. It must end by itself, print on stderr only what the case
+expects, and leave the directory free for the next engine. It runs in a process of its own, forked
 before there is any manager. This file needs numpy and flexkv alone, so that it runs on every Python
 that there is a wheel for.
 """
@@ -42,16 +42,16 @@ LOUD = {
     "forgotten_async_collected", "forgotten_on_its_own_loop", "forgotten_on_its_own_thread",
     "forgotten_in_a_failure",
 }  # fmt: skip
-"""Those that warn of a manager that was not closed."""
+"""Cases that warn of a manager that was not closed."""
 UNFLUSHED = {"forgotten_async", "forgotten_async_collected", "forgotten_on_its_own_loop",
              "forgotten_on_its_own_thread", "left_on_another_loop", "loop_closed", "atexit_async",
              "interrupted_shutdown", "interrupted_twice", "shutdown_on_its_own_loop"}  # fmt: skip
-"""Those after which the SSD may lack what was put: no loop was there to write it, or no time."""
+"""Cases that may leave puts out of the SSD, for want of a running loop or of time."""
 STATUS = {"forgotten_in_a_failure": 1, "interrupted": 1, "interrupted_twice": 1}
 
 
 def case(work: Callable[[], Any]) -> Callable[[], Any]:
-    """Add a case by its name."""
+    """Register a case under its name."""
     CASES[work.__name__] = work
     return work
 
@@ -66,7 +66,7 @@ def made() -> KVManager:
 
 
 def started() -> KVManager:
-    """Return one that runs in a thread, and has the prompt."""
+    """Return a manager that runs in a thread and has stored the prompt."""
     manager = made()
     manager.start()
     manager.register_kv_caches(CACHES)
@@ -76,7 +76,7 @@ def started() -> KVManager:
 
 
 async def entered() -> KVManager:
-    """Return one on the running loop, which has the prompt."""
+    """Return a manager that runs on the current loop and has stored the prompt."""
     manager = made()
     await manager.__aenter__()
     manager.register_kv_caches(CACHES)
@@ -86,7 +86,7 @@ async def entered() -> KVManager:
 
 
 def check_free() -> None:
-    """Open the directory again."""
+    """Check that the directory can be opened again."""
     again = made()
     again.start()
     again.shutdown()
@@ -94,7 +94,7 @@ def check_free() -> None:
 
 @case
 def shutdown() -> None:
-    """As it should be; twice does no harm."""
+    """The program calls `shutdown`, as it should; a second call does nothing."""
     manager = started()
     manager.shutdown()
     manager.shutdown()
@@ -103,13 +103,13 @@ def shutdown() -> None:
 
 @case
 def atexit_thread() -> None:
-    """By a callback at exit."""
+    """A callback at exit shuts the manager down."""
     atexit.register(started().shutdown)
 
 
 @case
 def atexit_async() -> None:
-    """By a callback at exit, when the loop is closed."""
+    """A callback at exit shuts the manager down after its loop was closed."""
     atexit.register(asyncio.run(entered()).shutdown)
 
 
@@ -125,7 +125,7 @@ class Holder:
 
 @case
 def dropped() -> None:
-    """By `__del__`."""
+    """`__del__` shuts the manager down."""
     holder = Holder()
     del holder
     check_free()
@@ -133,14 +133,14 @@ def dropped() -> None:
 
 @case
 def dropped_at_exit() -> None:
-    """By `__del__`, when the interpreter has almost ended: it is closed at exit before that."""
+    """`__del__` runs at the interpreter's very end, after the manager was closed at exit."""
     global kept
     kept = Holder()
 
 
 @case
 def dropped_in_a_cycle() -> None:
-    """By `__del__`, in the garbage collector, and in a thread that has nothing to do with it."""
+    """`__del__` runs in the garbage collector, in a thread unrelated to the manager."""
     holder: Any = Holder()
     holder.itself = holder
     del holder
@@ -152,7 +152,7 @@ def dropped_in_a_cycle() -> None:
 
 @case
 def finalized() -> None:
-    """By a finalizer, at exit."""
+    """A finalizer shuts the manager down at exit."""
     global kept
     kept = set()
     weakref.finalize(kept, started().shutdown)
@@ -160,28 +160,28 @@ def finalized() -> None:
 
 @case
 def finalized_early() -> None:
-    """By a finalizer, when its object is dropped."""
+    """A finalizer shuts the manager down when its object is dropped."""
     weakref.finalize(object.__new__(type("Object", (), {})), started().shutdown)
     check_free()
 
 
 @case
 def forgotten() -> None:
-    """By nobody, until exit."""
+    """Nobody shuts the manager down before exit."""
     global kept
     kept = started()
 
 
 @case
 def forgotten_collected() -> None:
-    """By nobody, until it is collected."""
+    """Nobody shuts the manager down before its last reference is dropped."""
     started()
     check_free()
 
 
 @case
 def forgotten_cycle() -> None:
-    """By nobody, until the garbage collector finds it."""
+    """Nobody shuts the manager down before the garbage collector finds it."""
     manager: Any = started()
     manager.itself = manager
     del manager
@@ -191,7 +191,7 @@ def forgotten_cycle() -> None:
 
 @case
 def forgotten_on_its_own_thread() -> None:
-    """By nobody, until the engine's own thread drops the last reference."""
+    """Nobody shuts the manager down before the engine's own thread drops the last reference."""
     manager = [started()]
     thread, over = manager[0]._thread, threading.Event()
     assert thread is not None
@@ -202,21 +202,21 @@ def forgotten_on_its_own_thread() -> None:
 
 @case
 def forgotten_async() -> None:
-    """By nobody, though its loop has ended; until exit."""
+    """Nobody shuts the manager down before exit, though its loop has ended."""
     global kept
     kept = asyncio.run(entered())
 
 
 @case
 def forgotten_async_collected() -> None:
-    """By nobody, though its loop has ended; until it is collected."""
+    """Nobody shuts the manager down, whose loop has ended, before its last reference is dropped."""
     asyncio.run(entered())
     check_free()
 
 
 @case
 def forgotten_on_its_own_loop() -> None:
-    """By nobody, while its loop runs."""
+    """Nobody shuts the manager down, and its last reference is dropped while its loop runs."""
 
     async def main() -> None:
         await entered()
@@ -229,14 +229,14 @@ def forgotten_on_its_own_loop() -> None:
 
 @case
 def forgotten_in_a_failure() -> None:
-    """By nobody, as the program fails."""
+    """The program fails without shutting its manager down."""
     manager = started()
     raise LookupError(f"as planned, with {manager.is_ready()}")
 
 
 @case
 def left_on_another_loop() -> None:
-    """`__aexit__` on another loop than `__aenter__`: released, and said."""
+    """`__aexit__` on another loop than `__aenter__` releases everything, and raises an error."""
     manager = asyncio.run(entered())
     told = ""
     try:
@@ -262,7 +262,7 @@ def elsewhere() -> Iterator[KVManager]:
 
 @case
 def left_while_its_loop_runs_elsewhere() -> None:
-    """`__aexit__` on another loop, while the manager's own runs in another thread."""
+    """`__aexit__` is called on another loop while the manager's own runs in another thread."""
     with elsewhere() as manager:
         asyncio.run(manager.__aexit__(None, None, None))
     check_free()
@@ -270,7 +270,7 @@ def left_while_its_loop_runs_elsewhere() -> None:
 
 @case
 def shutdown_while_its_loop_runs_elsewhere() -> None:
-    """`shutdown` of a manager on a loop in another thread."""
+    """`shutdown` is called for a manager on a loop in another thread."""
     with elsewhere() as manager:
         manager.shutdown()
     check_free()
@@ -278,7 +278,7 @@ def shutdown_while_its_loop_runs_elsewhere() -> None:
 
 @case
 def shutdown_on_its_own_loop() -> None:
-    """`shutdown` within `async with`: released at once; leaving does no harm."""
+    """`shutdown` within `async with` releases everything at once; leaving does nothing more."""
 
     async def main() -> None:
         async with made() as manager:
@@ -298,7 +298,7 @@ def shutdown_on_its_own_loop() -> None:
 
 @case
 def loop_closed() -> None:
-    """`shutdown` when the loop was closed before."""
+    """`shutdown` is called after the loop was closed."""
     loop = asyncio.new_event_loop()
     manager = loop.run_until_complete(entered())
     for task in asyncio.all_tasks(loop):
@@ -312,7 +312,7 @@ def loop_closed() -> None:
 
 @case
 def signalled() -> None:
-    """In a signal handler, while the main thread waits for a request."""
+    """A signal handler calls `shutdown` while the main thread waits for a request."""
     manager = started()
     over = []
 
@@ -331,7 +331,7 @@ def signalled() -> None:
 
 @case
 def from_another_thread() -> None:
-    """In another thread, while this one waits; several at once."""
+    """Several threads call `shutdown` at once, while the main thread waits."""
     manager = started()
     threads = [threading.Thread(target=manager.shutdown) for _ in range(4)]
     layerwise = manager.put_layerwise(PROMPT + 1000, SLOTS)
@@ -346,7 +346,7 @@ def from_another_thread() -> None:
 
 @case
 def interrupted() -> None:
-    """ctrl-C within asyncio.run: `async with` is left, and everything is written."""
+    """ctrl-C within asyncio.run leaves the `async with`, and everything is written."""
 
     async def main() -> None:
         async with made() as manager:
@@ -364,7 +364,7 @@ def interrupted() -> None:
 
 @case
 def interrupted_twice() -> None:
-    """ctrl-C again, while leaving waits: what can be released is."""
+    """A second ctrl-C, while leaving waits, still releases what can be, also the directory."""
 
     async def main() -> None:
         async with made() as manager:
@@ -389,13 +389,13 @@ def interrupted_twice() -> None:
 
 @case
 def interrupted_shutdown() -> None:
-    """ctrl-C within `shutdown`: released all the same."""
+    """ctrl-C within `shutdown` still releases everything."""
     manager = started()
     finish = manager._engine._durability.finish
 
     async def interrupting(wait_s: float) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        await asyncio.sleep(0.2)  # where the main thread hears of it
+        await asyncio.sleep(0.2)  # the main thread gets the interrupt meanwhile
         await finish(wait_s)
 
     manager._engine._durability.finish = interrupting  # type: ignore[method-assign]
@@ -409,7 +409,7 @@ def interrupted_shutdown() -> None:
 
 @case
 def a_call_on_its_own_thread() -> None:
-    """Something that the engine calls may not wait for the engine."""
+    """A call on the engine's own thread, which would wait for itself, is refused."""
     manager = started()
     thread, told = manager._thread, []
     assert thread is not None
@@ -432,7 +432,7 @@ def a_call_on_its_own_thread() -> None:
 kept: Any = None
 
 END_S = 60
-"""What hangs is killed; on an idle machine each case takes less than a second."""
+"""A case that takes longer is killed; on an idle machine each takes less than a second."""
 
 
 class Ended(NamedTuple):
@@ -442,10 +442,10 @@ class Ended(NamedTuple):
     stdout: str
     stderr: str
     resident_tokens: int
-    """Of the prompt, for whoever opens the directory next."""
+    """How much of the prompt the next manager over the directory finds."""
 
     def faults(self, name: str) -> list[str]:
-        """Return what is not as it should be."""
+        """Return the laws that the case broke."""
         warned = "ResourceWarning: KVManager was not closed" in self.stderr
         planned = name == "forgotten_in_a_failure"
         laws = {
@@ -469,7 +469,7 @@ def run(name: str, folder: Path) -> Ended:
     if not child:
         for fd, path in enumerate(paths, 1):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), fd)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore SIGINT
         faulthandler.dump_traceback_later(END_S, exit=True)
         CASES[name]()
         sys.exit()
@@ -488,7 +488,7 @@ def run(name: str, folder: Path) -> Ended:
 
 def main() -> None:
     """Run cases, and print how each ended as a line of JSON."""
-    warnings.simplefilter("ignore", DeprecationWarning)  # some Pythons: a process with threads
+    warnings.simplefilter("ignore", DeprecationWarning)  # some Pythons warn of forks with threads
     folder, *names = sys.argv[1:]
     for name in names or CASES:
         ended = run(name, Path(folder))

@@ -2,9 +2,10 @@
 
     python -m tests.system.failing_disk MOUNTPOINT DIRECTORY CONTROL
 
-The words in the file CONTROL say what goes wrong from now on: `read`, `write`, `sync` give EIO;
-`hang` lets all three wait until the word is gone; `chmod` refuses that, `modes` shows each file and
-directory as one that others may read (both as FAT and CIFS do), `mute` says nothing of free room.
+The words in the file CONTROL say what goes wrong from now on. `read`, `write` and `sync` make these
+calls fail with EIO; `hang` makes all three wait until the word is gone. `chmod` refuses chmod, and
+`modes` reports that others may read each file, both as FAT and CIFS do. `mute` reports all sizes
+as zero.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class FailingDisk(mfusepy.Operations):
             raise mfusepy.FuseOSError(errno.EIO)
 
     def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:
-        """Give what stat says."""
+        """Return the result of stat."""
         try:
             found = self._real(path).lstat()
         except OSError as error:
@@ -55,7 +56,7 @@ class FailingDisk(mfusepy.Operations):
         return 0
 
     def readdir(self, path: str, fh: int) -> Iterator[str]:
-        """Give the names in a directory."""
+        """Yield the names in a directory."""
         yield from (".", "..", *os.listdir(self._real(path)))
 
     def open(self, path: str, flags: int) -> int:
@@ -67,33 +68,33 @@ class FailingDisk(mfusepy.Operations):
         return os.open(self._real(path), os.O_RDWR | os.O_CREAT, mode)
 
     def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
-        """Read, or suffer."""
+        """Read, unless the control file demands a failure."""
         self._suffer("read")
         return os.pread(fh, size, offset)
 
     def write(self, path: str, data: bytes, offset: int, fh: int) -> int:
-        """Write, or suffer."""
+        """Write, unless the control file demands a failure."""
         self._suffer("write")
         return os.pwrite(fh, data, offset)
 
     def fsync(self, path: str, datasync: int, fh: int) -> int:
-        """Sync, or suffer."""
+        """Sync, unless the control file demands a failure."""
         self._suffer("sync")
         os.fsync(fh)
         return 0
 
     def truncate(self, path: str, length: int, fh: int | None = None) -> int:
-        """Cut a file, or make it longer."""
+        """Set the length of a file."""
         os.truncate(self._real(path), length)
         return 0
 
     def fallocate(self, path: str, mode: int, offset: int, size: int, fh: int) -> int:
-        """Take room for a file."""
+        """Allocate room for a file."""
         os.posix_fallocate(fh, offset, size)
         return 0
 
     def rename(self, old: str, new: str) -> int:
-        """Let a file take the place of another."""
+        """Rename a file, replacing any file of the new name."""
         self._real(old).rename(self._real(new))
         return 0
 
@@ -103,7 +104,7 @@ class FailingDisk(mfusepy.Operations):
         return 0
 
     def chmod(self, path: str, mode: int) -> int:
-        """Change who may do what, or refuse."""
+        """Change the mode of a file, or refuse."""
         if "chmod" in self._control.read_text().split():
             raise mfusepy.FuseOSError(errno.EPERM)
         self._real(path).chmod(mode)
@@ -115,7 +116,7 @@ class FailingDisk(mfusepy.Operations):
         return 0
 
     def statfs(self, path: str) -> dict[str, int]:
-        """Give how much room there is."""
+        """Return how much room there is."""
         found = os.statvfs(self._directory)
         names = ("f_bavail", "f_bfree", "f_blocks", "f_bsize", "f_frsize", "f_namemax")
         says = "mute" not in self._control.read_text().split()

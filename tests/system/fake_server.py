@@ -30,7 +30,7 @@ HOST_BLOCKS, STRIDE_BYTES = 16, 4096
 
 
 class FakeServer:
-    """Welcomes every connection, and leaves the rest of it to the test.
+    """A server that welcomes every connection, and leaves the rest of it to the test.
 
     Attributes:
         welcome: what the next connection is sent; None for a correct welcome.
@@ -80,7 +80,7 @@ class FakeServer:
         """Return the next connection that was welcomed.
 
         Raises:
-            queue.Empty: there is none in time.
+            queue.Empty: there was none in time.
         """
         return self._peers.get(timeout=within_s)
 
@@ -91,14 +91,14 @@ class FakeServer:
 
     @staticmethod
     def say(peer: socket.socket, said: Any) -> None:
-        """Send a message, or a frame with anything in it."""
+        """Send a message, or a frame with these bytes in it."""
         if isinstance(said, bytes):
             peer.sendall(len(said).to_bytes(LENGTH_BYTES, "little") + said)
         else:
             peer.sendall(framed(said))
 
     def close(self) -> None:
-        """Hang up everywhere."""
+        """Close every connection, and free the host memory."""
         self._listening.close()
         for peer in self._accepted:
             peer.close()

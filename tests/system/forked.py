@@ -1,13 +1,13 @@
-"""Programs that begin at once, since they are forked off a process that has imported flexkv.
+"""Start programs at once, by forking a process that has imported flexkv already.
 
-Importing it takes most of a second of a core, and the tests begin hundreds of programs.
+Importing it takes most of a second of a core, and the tests start hundreds of programs.
 
     test ── connects; sends words and descriptors ──▶ template ── forks ──▶ program
-       ◀────── the program's id, then its exit status ───┘
+      ◀────── the program's id, then its exit status ───┘
 
 A program has its own session, environment, directory and standard streams, and ends like any
 other. Only its imports are there already, and `ps` shows the template's command line. How users
-begin a server is for `test_launch.py`.
+start a server is tested in `test_launch.py`.
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ channel.connect({path!r})
 request = ["flexkv.cli.main", "app", words, dict(os.environ), os.getcwd(), True]
 socket.send_fds(channel, [json.dumps(request).encode()], [0, 1, 2, os.pidfd_open(engine)])
 """
-"""What runs between an engine and its server, with a fork of the template in place of an `exec`."""
+"""The code between an engine and its server; it has the template fork in place of an `exec`."""
 
 
 @contextmanager
 def servers_are_forked() -> Iterator[None]:
-    """Let whoever launches a server meanwhile get one at once."""
+    """Fork servers that are launched within this context off the template: they start at once."""
     with patch.object(launch, "_BETWEEN", _BETWEEN.format(path=_template())):
         yield
 
 
 def forked_server(settings: Settings, model: ModelConfig = MODEL) -> Launched:
-    """Launch a server, and return when it takes connections."""
+    """Return a server that was launched and takes connections."""
     with servers_are_forked():
         return Launched(model, settings)
 
 
 class Program:
-    """A function of a module, or the module as by `python -m`, as a program with pipes to it."""
+    """A program with pipes to it: a function of a module, or the module as by `python -m`."""
 
     def __init__(self, module: str, function: str | None, *words: object) -> None:
         stdin, to = os.pipe()
@@ -90,12 +90,12 @@ class Program:
         self.stdin.flush()
 
     def hear(self, within_s: float = 60.0) -> str:
-        """Return its next line on stdout, of which there is none yet; empty if it has ended."""
+        """Return the next line of its stdout; empty if it has ended. None may be buffered yet."""
         assert is_readable(self.stdout, within_s), "it says nothing"
         return self.stdout.readline().removesuffix("\n")
 
     def wait(self, timeout_s: float | None = None) -> int:
-        """Wait for its end, and return its exit status; -9 of one that was killed."""
+        """Wait until it ends, and return its exit status; -9 if it was killed."""
         if self._status is None:
             self._channel.settimeout(timeout_s)
             self._status = int(self._channel.recv(32))
@@ -103,7 +103,7 @@ class Program:
         return self._status
 
     def kill(self) -> None:
-        """Kill it by SIGKILL, and wait until it has ended."""
+        """Send SIGKILL, and wait until it has ended."""
         if self._status is None:
             os.kill(self.pid, 9)
             self.wait()
@@ -117,7 +117,7 @@ class Program:
 
 @cache
 def _template() -> str:
-    """Return the path at which a process that has imported everything waits for requests."""
+    """Return the path of the socket at which the template process waits for requests."""
     folder = tempfile.TemporaryDirectory(prefix="flexkv-forked-")
     path, owner = f"{folder.name}/socket", os.getpid()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
@@ -140,7 +140,7 @@ def _template() -> str:
 
 
 class Request(NamedTuple):
-    """What a program does."""
+    """A program to start."""
 
     module: str
     function: str | None
@@ -148,7 +148,7 @@ class Request(NamedTuple):
     environment: dict[str, str]
     folder: str
     is_server: bool
-    """It is told who has launched it, and says its own id."""
+    """Whether it gets the launcher's pidfd as an argument and prints its own process id."""
 
 
 def _requested(listener: socket.socket) -> tuple[Request, list[int]] | None:
@@ -178,7 +178,7 @@ def _requested(listener: socket.socket) -> tuple[Request, list[int]] | None:
                     return Request(*json.loads(told)), fds
                 for fd in fds:
                     os.close(fd)
-                with suppress(OSError):  # a process between has ended
+                with suppress(OSError):  # the requesting process has ended
                     channel.send(str(pid).encode())
                 ended = os.pidfd_open(pid)
                 selector.register(ended, EVENT_READ)
@@ -192,7 +192,7 @@ def _tell_end(pid: int, channel: socket.socket) -> None:
 
 
 def _run(request: Request, fds: list[int]) -> Any:
-    """Do what was requested, as a program of its own."""
+    """Run what was requested, as a program of its own."""
     os.setsid()
     for number, (name, fd) in enumerate(zip(("stdin", "stdout", "stderr"), fds, strict=False)):
         os.dup2(fd, number)

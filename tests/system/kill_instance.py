@@ -1,10 +1,10 @@
-"""One instance of an engine that puts and gets and compares every byte, until it is told to end.
+"""One instance of an engine that puts and gets and compares every byte, until its stdin ends.
 
     python -m tests.system.kill_instance SETTINGS.json NUMBER SEED
 
-It says "begun" when it is ready first. For each line on stdin, a number, it says "right" after as
-many more right gets; when stdin has ended, how many gets came back right, and wrong. Blocks that
-two instances store under one key have the same bytes: they depend on the prompt alone.
+It prints "begun" when it is ready for the first time. For each number on stdin it prints "right"
+once that many more gets were right. When stdin has ended, it prints how many gets were right and
+how many wrong. The bytes of a block depend on its prompt alone, so instances store the same ones.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ PROMPTS = 40
 
 
 def say(*words: object) -> None:
-    """Tell the test a line."""
+    """Print a line for the test."""
     sys.stdout.write(" ".join(map(str, words)) + "\n")
     sys.stdout.flush()
 
 
 class Asked:
-    """What the test wants to hear."""
+    """The numbers of right gets that the test waits for, read from stdin."""
 
     def __init__(self) -> None:
         self.to_end = threading.Event()
@@ -49,7 +49,7 @@ class Asked:
         self.to_end.set()
 
     def look(self, right: int) -> None:
-        """Say whether there have been enough right gets, once that was asked for."""
+        """Print "right" if there have been as many right gets as the test waits for."""
         if right >= self._goal:
             say("right")
             self._goal = math.inf
@@ -58,7 +58,7 @@ class Asked:
 
 
 def run(settings_file: Path, number: int, seed: int) -> tuple[int, int]:
-    """Work until stdin ends; return the right and the wrong gets."""
+    """Put and get until stdin ends; return the numbers of right and of wrong gets."""
     test = Asked()
     settings = settings_of(json.loads(settings_file.read_text()))
     chance, instance = random.Random(seed), Instance(settings, MODEL, number)

@@ -1,4 +1,4 @@
-"""Mounts file systems that a process of ours serves, where the machine permits."""
+"""Mount file systems that one of our own processes serves, where the machine permits it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ PATIENCE_S = 20.0
 
 
 class Disk:
-    """A mounted file system, and what it suffers from."""
+    """A mounted file system whose failures the test controls."""
 
     def __init__(self, mounted: Path, control: Path) -> None:
         self.mounted, self.control = mounted, control
 
     def suffers_from(self, words: str) -> None:
-        """Let it fail, or hang, from now on."""
+        """Set what fails or hangs from now on, by the words of `failing_disk`; none for nothing."""
         new = self.control.with_suffix(".new")
         new.write_text(words)
         new.rename(self.control)
@@ -38,12 +38,12 @@ def missing() -> str:
 
 @contextmanager
 def mounted_by(program: str, at: Path, *words: object) -> Iterator[None]:
-    """Mount a file system, and unmount it at last.
+    """Mount a file system, and unmount it afterwards.
 
     Args:
         program: the module that serves it in the foreground: `python -m PROGRAM AT WORDS`.
-        at: the mount point, which is made.
-        words: what else the program is told.
+        at: the mount point, which is created.
+        words: further arguments of the program.
 
     Raises:
         RuntimeError: this process may not mount.
@@ -65,7 +65,7 @@ def mounted_by(program: str, at: Path, *words: object) -> Iterator[None]:
 
 @contextmanager
 def mounted_disk(folder: Path) -> Iterator[Disk]:
-    """Mount one in a folder, and unmount it at last; skip the test where that is not allowed."""
+    """Mount a `Disk` in a folder, and unmount it afterwards; skip the test if not allowed."""
     if missing():
         pytest.skip("this machine has no FUSE")
     directory, disk = folder / "real", Disk(folder / "mounted", folder / "control")
@@ -78,5 +78,5 @@ def mounted_disk(folder: Path) -> Iterator[Disk]:
             )
         except RuntimeError:
             pytest.skip("this process may not mount")
-        opened.callback(disk.suffers_from, "")  # or what hangs could not be unmounted
+        opened.callback(disk.suffers_from, "")  # a hanging disk could not be unmounted
         yield disk

@@ -34,13 +34,13 @@ BLOCKS = 8
 
 
 def settings_in(folder: Path, **changes: Any) -> Settings:
-    """Give the settings of a server with its files in a folder."""
+    """Return the settings of a server with its files in a folder."""
     cache = cache_config(folder, **changes)
     return Settings(server_recv_port=f"ipc://{folder}/socket", cache_config=cache)
 
 
 def eventually(what: Callable[[], Any], within_s: float = 10.0) -> Any:
-    """Wait until something is true, and give it."""
+    """Call a function until its result is true, and return that."""
     until_s = time.monotonic() + within_s
     while not (found := what()):
         assert time.monotonic() < until_s, "it did not come about"
@@ -64,7 +64,7 @@ class Instance:
         return [layer[:, :, :, :heads].copy() for layer in kv_caches(seed)]
 
     def begin(self) -> None:
-        """Lend the caches, and wait until the server has them."""
+        """Lend the caches, and wait until requests can be served."""
         for agent, caches in zip(self.agents, self.caches, strict=True):
             agent.start(caches)
         self.wait_ready()
@@ -74,11 +74,11 @@ class Instance:
         eventually(lambda: (self.client.poll(), self.client.is_ready)[1])
 
     def keys(self, prompt: int, blocks: int = BLOCKS) -> bytes:
-        """Give the keys of a prompt that shares nothing with others."""
+        """Return the keys of a prompt that shares nothing with others."""
         return self.client.keys(np.arange(blocks * PER_BLOCK) + prompt * 10_000)
 
     def end_of(self, number: int) -> Done:
-        """Give the end of a request once it has come."""
+        """Wait for the end of a request, and return it."""
 
         def look() -> bool:
             self.ends |= {done.number: done for done in self.client.poll()}
@@ -88,13 +88,13 @@ class Instance:
         return self.ends[number]
 
     def request(self, operation: Operation, prompt: int, device: range) -> Done:
-        """Run a request of a whole prompt to its end."""
+        """Run a request of a whole prompt, and return its end."""
         keys = self.keys(prompt, len(device))
         ids = np.array(device, np.int64)
         return self.end_of(self.client.start(operation, keys, 0, ids))
 
     def content(self, device: range) -> list[NDArray[np.uint16]]:
-        """Give the bytes of device blocks, by rank."""
+        """Return the bytes of device blocks, by rank."""
         return [bytes_of(caches, device) for caches in self.caches]
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ ORDER = "kv tokens heads dim"
 
 
 class Peer:
-    """A client or an agent of which the test says every word."""
+    """A client or an agent whose every message comes from the test."""
 
     def __init__(
         self, settings: Settings, role: Any, instance: int = 0, tp_rank: int = 0, **more: Any
@@ -131,11 +131,11 @@ class Peer:
         self._socket.sendall(framed(said))
 
     def say_bytes(self, said: bytes) -> None:
-        """Send a frame with anything in it."""
+        """Send a frame with these bytes in it."""
         self._socket.sendall(len(said).to_bytes(LENGTH_BYTES, "little") + said)
 
     def hear(self, kind: type) -> Any:
-        """Give the next message of a kind."""
+        """Return the next message of a kind."""
         while True:
             heard = message(self._socket)
             if isinstance(heard, State):
@@ -144,17 +144,17 @@ class Peer:
                 return heard
 
     def hear_ready(self) -> None:
-        """Return once the instance's devices are there."""
+        """Wait until the instance's devices are ready."""
         while not self.hear(State).ready:
             pass
 
     def put(self, number: int, keys: bytes | None = None) -> None:
-        """Start a put of the first blocks."""
+        """Start a put from the first device blocks."""
         keys = keys or os.urandom(16 * (BLOCKS + 1))
         self.say(Start(number, "put", keys, 0, np.arange(BLOCKS).tobytes(), self.epoch))
 
     def close(self) -> None:
-        """Hang up. Idempotent."""
+        """Close the connection. Idempotent."""
         fd = self.connected.arena_fd
         if fd is not None and self._socket.fileno() >= 0:
             os.close(fd)

@@ -1,4 +1,4 @@
-"""A running server keeps its address: removing its socket costs a second, and no connection."""
+"""Tests that a running server keeps its address, even if its socket is removed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .serving import BLOCKS, Instance, eventually, settings_in
 def test_a_socket_that_was_removed_is_there_again(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Connected peers notice nothing, new ones connect, and no other server takes the address."""
+    """If its socket is removed, a server listens there again; it loses no peer and no address."""
     settings, path = settings_in(tmp_path), tmp_path / "socket"
     if address == "own":
         tmp_path.chmod(0o700)

@@ -1,4 +1,4 @@
-"""The benchmarks run: what they measure is for `make bench`, that they still can is for here."""
+"""Tests that the benchmarks run. Their figures come from `make bench`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .forked import servers_are_forked
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_case_runs_and_gives_figures(case: str, tmp_path: Path) -> None:
-    """Every case ends at its small sizes, and every figure is a positive number or says why not."""
+    """Every case ends at its small sizes; each figure is a number of at least 0, or a reason."""
     with servers_are_forked():
         figures = import_module(f"benchmarks.{case}").measure(Options(1, True, tmp_path))
     assert figures
@@ -36,12 +36,12 @@ def test_results_are_kept_with_the_machine_they_were_made_on(tmp_path: Path) -> 
 
 
 def test_percentiles_are_by_nearest_rank() -> None:
-    """The 50th of four is the second, the 99th the last."""
+    """Of four values the 50th percentile is the second smallest, and the 99th the largest."""
     assert [percentile([4.0, 1.0, 3.0, 2.0], percent) for percent in (50, 99, 1)] == [2.0, 4.0, 1.0]
 
 
 def test_a_peer_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each package by the name under which it is installed, also one inside a missing one."""
+    """A peer lists each missing package by the name under which it is installed."""
     there = {"lmcache"}
 
     def find(name: str) -> object:

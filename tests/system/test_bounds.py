@@ -1,4 +1,4 @@
-"""What one peer can make a server keep is bounded, and the others are still served."""
+"""Tests that what one peer can make a server keep is bounded, and others are still served."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FLOOD = 100_000
 
 @pytest.fixture
 def pair(settings: Settings, launched: Launched) -> Iterator[tuple[Peer, Peer]]:
-    """Return agent and client of instance 1."""
+    """Yield agent and client of instance 1."""
     agent, client = Peer(settings, "agent", 1), Peer(settings, "client", 1)
     client.hear_ready()
     yield agent, client
@@ -72,7 +72,7 @@ def serves(settings: Settings, number: int = 0) -> None:
 
 
 def flood(peer: Peer, said: Any) -> bool:
-    """Send something FLOOD times without reading; return whether the server took it all."""
+    """Send a message FLOOD times without reading; return whether the server took it all."""
     frames = framed(said) * 64
     peer.connected.socket.settimeout(1.0)
     try:
@@ -89,7 +89,7 @@ def _hear_for_ever(peer: Peer) -> None:
 
 
 def _is_cut_off(peer: Peer, said: bytes) -> bool:
-    """Return whether the server hangs up on a peer that says something."""
+    """Return whether the server ends a peer's connection after these bytes."""
     try:
         peer.connected.socket.sendall(said)
         peer.hear(Done)
@@ -104,7 +104,7 @@ def _is_cut_off(peer: Peer, said: bytes) -> bool:
 def test_questions_that_wait_for_an_answer_are_bounded(
     launched: Launched, pair: tuple[Peer, Peer]
 ) -> None:
-    """An agent that asks about a request again and again is dismissed, and nothing is kept."""
+    """The connection of an agent that asks about a request over and over ends; nothing is kept."""
     agent, client = pair
     client.put(1)
     agent.hear(Copy)
@@ -121,7 +121,7 @@ def test_questions_that_wait_for_an_answer_are_bounded(
 def test_an_agent_that_does_not_read_is_not_heard(
     settings: Settings, pair: tuple[Peer, Peer]
 ) -> None:
-    """Otherwise the answers to its questions would pile up."""
+    """The server reads no more from an agent that does not read the answers to its questions."""
     agent, _ = pair
     assert not flood(agent, Settle(1, tuple(range(20))))
     serves(settings)
@@ -130,7 +130,7 @@ def test_an_agent_that_does_not_read_is_not_heard(
 def test_copies_for_an_agent_that_does_not_read_are_bounded(
     settings: Settings, launched: Launched, pair: tuple[Peer, Peer]
 ) -> None:
-    """Copies that were not sent fail when it does not answer; other instances are served."""
+    """Copies queued for an agent that does not read take bounded memory; others are served."""
     _, client = pair
     before = memory_of(launched)
     for number in range(3000):
@@ -143,7 +143,7 @@ def test_copies_for_an_agent_that_does_not_read_are_bounded(
 def test_a_message_with_a_million_numbers_ends_its_connection(
     settings: Settings, pair: tuple[Peer, Peer], kind: Any
 ) -> None:
-    """Peers split long lists of numbers into several messages."""
+    """A message with a million numbers ends its connection; peers have to split such lists."""
     peer = pair[0] if kind is Ready else pair[1]
     numbers = b"\xdd" + (1_000_000).to_bytes(4, "big") + b"\x01" * 1_000_000
     name = kind.__name__.lower().encode()
@@ -184,7 +184,7 @@ def start(client: Peer, number: int, keys: bytes, ids: Any, **more: Any) -> Done
 def test_a_request_that_names_a_block_twice_is_refused(
     settings: Settings, pair: tuple[Peer, Peer]
 ) -> None:
-    """Whether on the device or by its key: it would break the laws of the index."""
+    """A request that names a device block or a key twice is refused: it would break the index."""
     _, client = pair
     root, one, two = (bytes([number]) * 16 for number in (1, 2, 3))
     for operation in ("put", "get"):
@@ -199,7 +199,7 @@ def test_a_request_that_names_a_block_twice_is_refused(
 def test_a_block_under_another_parent_is_refused(
     settings: Settings, pair: tuple[Peer, Peer]
 ) -> None:
-    """No prompt has such keys, and the index would break with them."""
+    """A put of blocks under another parent is refused: no prompt has such keys."""
     agent, client = pair
     keys = [bytes([number]) * 16 for number in range(6)]
     client.say(Start(1, "put", b"".join(keys[:4]), 0, np.arange(3).tobytes(), client.epoch))
@@ -227,7 +227,7 @@ def test_a_block_under_another_parent_is_refused(
 def test_a_request_of_what_there_is_not_fails_by_itself(
     pair: tuple[Peer, Peer], ids: list[int], more: dict[str, Any]
 ) -> None:
-    """Wrong device blocks, lengths, positions and operations; the client stays connected."""
+    """Wrong device blocks, counts, positions and operations fail; the client stays connected."""
     agent, client = pair
     done = start(client, 1, os.urandom(48), ids, **more)
     assert (done.status, done.moved) == ("failed", 0)
@@ -240,7 +240,7 @@ def test_a_request_of_what_there_is_not_fails_by_itself(
 
 
 def test_nothing_is_kept_of_instances_that_are_gone(settings: Settings, launched: Launched) -> None:
-    """More instances come and go than may be connected at once."""
+    """Nothing is kept of instances that are gone, so any number of them may come and go."""
     Peer(settings, "control").close()
     for number in range(INSTANCES_MAX + 40):
         client = Peer(settings, "client", number)
@@ -257,7 +257,7 @@ def test_nothing_is_kept_of_instances_that_are_gone(settings: Settings, launched
 
 
 def test_the_instances_that_are_there_are_bounded(settings: Settings, launched: Launched) -> None:
-    """One more is refused by name, and taken when another one has gone."""
+    """One instance too many is refused by name, and accepted once another one has gone."""
     with ExitStack() as stack:
         clients = [Peer(settings, "client", number + 1) for number in range(INSTANCES_MAX)]
         for client in clients:
@@ -280,7 +280,7 @@ def test_an_instance_has_a_number_that_can_be(
 
 
 def test_many_connections_keep_nobody_out(settings: Settings, launched: Launched) -> None:
-    """Beside idle operators, strangers and agents without devices, engines and operators get in."""
+    """Engines and operators connect beside many idle operators, strangers and agents."""
     path = settings.server_recv_port.removeprefix("ipc://")
     Peer(settings, "control").close()
     with ExitStack() as stack:
@@ -301,7 +301,7 @@ def test_many_connections_keep_nobody_out(settings: Settings, launched: Launched
 def test_the_operator_that_is_idle_longest_makes_room(
     settings: Settings, launched: Launched
 ) -> None:
-    """Its connection ends; those that came later, and the newcomer, are served."""
+    """The connections of the operators that are idle longest end; later ones are served."""
     with ExitStack() as stack:
         operators = [Peer(settings, "control") for _ in range(CONTROLS_MAX + 2)]
         for each in operators:
@@ -315,14 +315,14 @@ def test_the_operator_that_is_idle_longest_makes_room(
 
 
 class IdleAgent(Peer):
-    """An agent that says who it is, and never lends its device."""
+    """An agent that connects and never lends its device."""
 
     def say(self, said: Any) -> None:
-        """Say nothing."""
+        """Send nothing."""
 
 
 def test_too_few_descriptors_keep_nobody_out(settings: Settings, launched: Launched) -> None:
-    """Some are kept in reserve, and useless connections make room for useful ones."""
+    """A server that runs out of descriptors cuts useless connections in favour of useful ones."""
     instance = Instance(settings)
     instance.begin()
     process = psutil.Process(launched.pid)
@@ -352,7 +352,7 @@ def test_too_few_descriptors_keep_nobody_out(settings: Settings, launched: Launc
 def test_a_client_that_releases_nothing_leaves_room_for_others(
     settings: Settings, launched: Launched
 ) -> None:
-    """It holds everything that it finds, but half of host memory is left for puts."""
+    """A client that never releases what it holds leaves half of host memory for puts."""
     instance = Instance(settings)
     instance.begin()
     for prompt in range(4):
@@ -374,7 +374,7 @@ def test_a_client_that_releases_nothing_leaves_room_for_others(
 def test_a_request_may_name_a_hold_that_has_ended(
     settings: Settings, pair: tuple[Peer, Peer]
 ) -> None:
-    """Or one that never was: the request finds what is resident by now."""
+    """A request may name a hold that has ended or never was; it gets what is resident by then."""
     agent, client = pair
     keys = os.urandom(16 * (BLOCKS + 1))
     client.put(1, keys)

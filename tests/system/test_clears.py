@@ -1,4 +1,4 @@
-"""What began before a clear stores nothing after it, wherever it waits meanwhile."""
+"""Tests that what began before a clear stores nothing after it, wherever it waits meanwhile."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def clear(manager: KVManager, what: str) -> None:
 async def test_a_put_that_waits_to_be_admitted_stores_nothing(
     make_manager: MakeManager, what: str
 ) -> None:
-    """Whichever clear covers its blocks; a later put of the same blocks is stored."""
+    """A put that waits for admission is stale after a clear of its blocks; a later put is not."""
     async with make_manager(requests_max=1) as manager:
         manager.register_kv_caches(kv_caches())
         first = manager.put_layerwise(TOKENS + 1000, SLOTS)  # its layers are never written
@@ -53,7 +53,7 @@ async def test_a_put_that_waits_to_be_admitted_stores_nothing(
 
 
 async def test_a_clear_of_a_namespace_concerns_no_other(make_manager: MakeManager) -> None:
-    """A put of another namespace that waited meanwhile is stored."""
+    """A put that was prepared before a clear of another namespace is stored."""
     async with make_manager() as manager:
         manager.register_kv_caches(kv_caches())
         task, _ = manager.put_match(TOKENS, namespace="other")
@@ -64,7 +64,7 @@ async def test_a_clear_of_a_namespace_concerns_no_other(make_manager: MakeManage
 
 
 def test_a_put_that_was_only_matched_stores_nothing(make_manager: MakeManager) -> None:
-    """A prepared task has the generation of its match."""
+    """A task that was prepared before a clear stores nothing if it is launched after it."""
     manager = make_manager()
     manager.start()
     try:
@@ -80,7 +80,7 @@ def test_a_put_that_was_only_matched_stores_nothing(make_manager: MakeManager) -
 
 
 def test_the_oldest_clears_of_namespaces_count_for_all() -> None:
-    """The history is bounded, and a forgotten clear counts as one of everything."""
+    """The history of clears is bounded: a forgotten clear of a namespace counts as one of all."""
     history = ClearHistory(100)
     for number in range(ROOTS_MAX + 1):
         history.note(number.to_bytes(16, "big"))
@@ -95,7 +95,7 @@ def test_the_oldest_clears_of_namespaces_count_for_all() -> None:
 def test_a_put_that_waits_for_its_ranks_stores_nothing(
     settings: Settings, instance: Instance
 ) -> None:
-    """It is answered as stale, and none of its blocks is found."""
+    """A put that waits for its ranks during a clear is answered as stale, and stores nothing."""
     ids = np.arange(BLOCKS)
     number = instance.client.start(Operation.PUT, instance.keys(1), 0, ids, when_ready=True)
     instance.client.flush()
@@ -110,7 +110,7 @@ def test_a_put_that_waits_for_its_ranks_stores_nothing(
 def test_what_was_computed_before_a_clear_is_not_stored_by_a_put_after_it(
     settings: Settings, instance: Instance
 ) -> None:
-    """Every client hears of the clear; what it computes from then on is stored."""
+    """Clients learn of a clear: blocks computed before it are refused, later ones are stored."""
     client, ids = instance.client, np.arange(BLOCKS)
     before = client.generation
     assert instance.request(Operation.PUT, 1, range(BLOCKS)).moved == BLOCKS
@@ -128,7 +128,7 @@ def test_what_was_computed_before_a_clear_is_not_stored_by_a_put_after_it(
 def test_what_began_under_an_earlier_server_is_stored_until_this_one_is_cleared(
     settings: Settings, instance: Instance
 ) -> None:
-    """Generations of an earlier server are lower than all of this one's."""
+    """Any clear at this server makes stale what was computed under an earlier server."""
     client, ids = instance.client, np.arange(BLOCKS)
     for prompt, clears in ((1, False), (2, True)):
         if clears:

@@ -1,4 +1,4 @@
-"""No command line ends in a stack trace, however odd: an error is a line that names its cause."""
+"""Tests that no command line ends in a stack trace, however odd it is."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ BASES: dict[str, list[str]] = {
     "trace start": ["--server", "ipc:///nowhere/socket"],
     "trace stop": ["--server", "ipc:///nowhere/socket"],
 }
-"""Each command, with arguments that are right, and quick."""
+"""Valid arguments of each command, with which it ends soon."""
 SLOW = {("demo", "--requests"), ("demo", "--time-scale"), ("trace replay", "--time-scale"),
         ("top", "--count"), ("demo", "--metrics-port")}  # fmt: skip
-"""Options by which a user asks for something that takes long: only what is refused is tried."""
+"""Options of which only invalid values are tried, since valid ones could take very long."""
 SERVED = {"model": {"num_layers": 1, "num_kv_heads": 1, "head_size": 8, "dtype": "int8"},
           "settings": {"server_recv_port": "ipc:///nowhere/socket"}}  # fmt: skip
 
 
 def leaves(group: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Return every command by its words."""
+    """Yield each command with the words that call it."""
     for name, command in group.commands.items():
         words = f"{path} {name}".strip()
         if hasattr(command, "commands"):
@@ -73,7 +73,7 @@ def leaves(group: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def odd_values(words: str, parameter: Any) -> list[str]:
     """Return the values that a parameter is tried with."""
-    # Releases of typer have either; both name the type.
+    # Some releases of typer have type_descriptor, others only type; both name the type.
     kind = str(getattr(parameter, "type_descriptor", None) or parameter.type).lower()
     if "'int'" in kind or "integer" in kind or "float" in kind:
         if (words, parameter.opts[0]) in SLOW:
@@ -85,13 +85,13 @@ def odd_values(words: str, parameter: Any) -> list[str]:
 
 
 def lines() -> Iterator[dict[str, Any]]:
-    """Yield the command lines."""
+    """Yield command lines of every command, with valid and odd values of each parameter."""
     found = dict(leaves(typer.main.get_command(commands)))
     assert set(found) == set(BASES)
     for words, command in found.items():
         base = [*words.split(), *BASES[words]]
         if words == "doctor":
-            continue  # which measures for seconds
+            continue  # doctor measures for seconds
         yield {"arguments": base, "right": True}
         yield {"arguments": [*words.split(), "--help"], "right": True}
         yield from ({"arguments": [*base, odd]} for odd in ("--nothing", "x", "", "-", "--"))
@@ -111,7 +111,7 @@ def lines() -> Iterator[dict[str, Any]]:
 
 
 def rest() -> Iterator[dict[str, Any]]:
-    """Return command lines that name no command, odd input, and odd environments."""
+    """Yield command lines without a command, with odd input, and in odd environments."""
     yield from ({"arguments": each} for each in (
         [], [""], ["x"], ["--version", "x"], ["--log-level"], ["--log-level", "loud", "explain"],
         ["--log-level", "", "explain", "get"], ["\udcff"], ["server"], ["ssd", "x"],
@@ -165,9 +165,9 @@ def _fill(folder: Path) -> None:
 
 
 def test_no_command_line_ends_in_a_stack_trace(tmp_path: Path) -> None:
-    """Exit status 0, 1 (it failed, or found a fault) or 2 (it was asked wrongly), in time.
+    """A command line ends in time, without a stack trace, with exit status 0, 1 or 2.
 
-    Some hundred of some thousand, by seed; COMMAND_LINES and COMMAND_SEED choose others.
+    This tries a random sample; COMMAND_LINES sets its size and COMMAND_SEED the seed.
     """
     _fill(tmp_path)
     everything = [*lines(), *rest()]

@@ -1,4 +1,4 @@
-"""Each corrupt block of a read is counted, and dropped for good."""
+"""Tests that each corrupt block of a read is counted, and dropped for good."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPT = np.arange(BLOCKS * PER_BLOCK)
 
 
 def damage(folder: Path, rows: set[int]) -> None:
-    """Change a byte in each of some blocks of the SSD tier."""
+    """Change a byte in each of these rows of the SSD tier."""
     with (folder / "blocks-0000.flexkv").open("r+b") as file:
         for row in rows:
             file.seek(row * STRIDE + 11)
@@ -49,7 +49,7 @@ class Life:
         await self.manager.__aexit__(*failure)
 
     async def put(self, blocks: int = BLOCKS) -> None:
-        """Store so many blocks of the prompt, in every tier."""
+        """Store this many blocks of the prompt, in every tier."""
         await self.manager.put(PROMPT[: blocks * PER_BLOCK], slots_of(range(blocks)))
         await self.manager.flush()
 
@@ -65,7 +65,7 @@ class Life:
 
     @property
     def corrupt(self) -> int:
-        """Count the blocks that were found to be corrupt."""
+        """Return how many corrupt blocks were found."""
         return self.manager.statistics().corrupt_blocks
 
 
@@ -74,8 +74,10 @@ class Life:
 async def test_every_corrupt_block_of_a_read_is_counted_and_dropped_for_good(
     seed: int, piece_blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether they are in one piece of the read or in several: the statistics and the log have them
-    all, and no later life finds any of them, though the blocks before them come back."""
+    """Statistics and log count every corrupt block of a read, and no later life finds any of them.
+
+    They may be in one piece of the read or in several. The blocks before them come back.
+    """
     monkeypatch.setattr("flexkv.tiers.limits.DISK_READ_PIECE_BYTES", piece_blocks * STRIDE)
     monkeypatch.setattr("flexkv.actors.pace.FIRST_PIECES", BLOCKS)  # all are in flight at once
     random = np.random.default_rng(seed)
@@ -103,7 +105,7 @@ async def test_every_corrupt_block_of_a_read_is_counted_and_dropped_for_good(
 def test_what_a_cancelled_read_finds_corrupt_is_dropped_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The part that hardware had begun is read to its end, and checked like any other."""
+    """The part of a cancelled read that is in flight is finished, and checked like any other."""
     monkeypatch.setattr("flexkv.tiers.limits.DISK_READ_PIECE_BYTES", BLOCK_KEY_BYTES)
 
     async def work(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""`kill -9` of a real process at random moments, and what the next one finds: KILLS times."""
+"""Tests of restarts after `kill -9` of a real process at random moments, KILLS times."""
 
 from __future__ import annotations
 
@@ -29,11 +29,18 @@ from tests.system.forked import Program
 
 KILLS = int(os.environ.get("KILLS", "6"))
 ROOMY, TIGHT = 20_000, 200
-"""Blocks of a tier that holds all of one life, and of one that is written over all the time."""
+"""Blocks of a tier that holds all puts of one life, and of one that is overwritten all the time."""
 
 
 class Life:
-    """What one process said before it was killed: when it put each prompt, how many are flushed."""
+    """What one process reported before it was killed.
+
+    Attributes:
+        put_s: when it reported the end of each put.
+        flushed: how many prompts were safe on SSD.
+        resident: by prompt, how many blocks were resident after a flush.
+        killed_s: when it was killed.
+    """
 
     def __init__(
         self, directory: Path, seed: int, ssd_blocks: int, seconds: float, work: str = "write"
@@ -47,7 +54,7 @@ class Life:
         self._read(writer.stdout, time.monotonic() + seconds)
         self.killed_s = time.monotonic()
         writer.kill()
-        for line in writer.stdout:  # told before it died
+        for line in writer.stdout:  # printed before the kill
             self._take(line)
         writer.close()
 
@@ -67,9 +74,9 @@ class Life:
 
 
 async def check(directory: Path, seed: int, ssd_blocks: int, life: Life) -> tuple[int, int]:
-    """Open the tier and get every prompt: how many blocks were there of those that must be.
+    """Get every prompt, and check its bytes.
 
-    Those put more than a second before the kill.
+    Return how many blocks came back of the prompts put over a second before the kill, of how many.
     """
     device = KnownDevice(MODEL, PER_BLOCK, DEVICE_BLOCKS)
     old = found = 0
@@ -94,12 +101,12 @@ async def check(directory: Path, seed: int, ssd_blocks: int, life: Life) -> tupl
 async def test_a_killed_process_loses_nothing_that_was_flushed(
     tmp_path: Path, ssd_blocks: int
 ) -> None:
-    """No wrong byte, no flushed block lost, no restart that fails, few of the others lost."""
+    """After a kill the tier opens; no byte is wrong, no flushed block is lost, few others are."""
     random = Random(ssd_blocks)
     all_found = all_old = 0
     for kill in range(KILLS // 2):
         seed = random.randrange(1 << 30)
-        directory = tmp_path / f"tier-{kill // 5}"  # some lives each
+        directory = tmp_path / f"tier-{kill // 5}"  # five lives in each directory
         seconds = 3.0 if kill % 10 == 9 else random.uniform(0.0, 0.6)
         life = Life(directory, seed, ssd_blocks, seconds)
         found, old = await check(directory, seed, ssd_blocks, life)
@@ -109,7 +116,7 @@ async def test_a_killed_process_loses_nothing_that_was_flushed(
 
 
 async def test_every_block_that_is_resident_at_a_returned_flush_comes_back(tmp_path: Path) -> None:
-    """Also after bursts of ten times host memory, far more than may be queued for the SSD."""
+    """Blocks resident at a flush come back, also after bursts of ten times host memory."""
     random = Random(7)
     for kill in range(max(1, KILLS // 2)):
         seed, directory = random.randrange(1 << 30), tmp_path / f"tier-{kill}"

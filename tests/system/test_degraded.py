@@ -1,4 +1,4 @@
-"""A tier that fails or hangs: the others serve, the caller is told in time, it comes back."""
+"""Tests of a tier that fails or hangs: others serve, callers are answered in time, it recovers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QUICK = FaultPlan(1, 0.0, 0.0001, 0.001)
 
 
 def disk_of(engine: Engine) -> FakePort:
-    """Give the fake that moves the bytes."""
+    """Return the fake port that moves the bytes."""
     port = engine._backend.tiers()[0].port
     assert isinstance(port, CheckedDiskPort)
     assert isinstance(port._inner, FakePort)
@@ -40,7 +40,7 @@ def disk_of(engine: Engine) -> FakePort:
 
 
 async def get(engine: Engine, tokens: Any, seconds: float = 5.0) -> tuple[KVResponseStatus, int]:
-    """Get a prompt within some seconds: status, and how many blocks came."""
+    """Get a prompt within some seconds; return the status, and how many blocks came."""
     request = engine.with_slots(engine.intake(Operation.GET, tokens, None), np.arange(len(tokens)))
     assert request is not None
     async with asyncio.timeout(seconds):
@@ -50,16 +50,16 @@ async def get(engine: Engine, tokens: Any, seconds: float = 5.0) -> tuple[KVResp
 
 
 async def on_disk_only(engine: Engine, *prompts: Any) -> None:
-    """Store prompts, and let host memory forget them."""
+    """Store prompts, and clear host memory."""
     for tokens in prompts:
         await put(engine, tokens)
     engine.keeping.clear(Tier.HOST)
 
 
 def test_a_disk_that_hangs_costs_its_own_blocks_only() -> None:
-    """For 30 s: gets of it are answered at the deadline, then at once; host hits go on; it returns.
+    """Only gets of a hung disk's blocks fail, first at the deadline, then at once; it comes back.
 
-    The host places of the hung reads stay lent all the while.
+    The hung reads keep their host places for these 30 s.
     """
 
     async def work(engine: Engine) -> None:
@@ -73,7 +73,7 @@ def test_a_disk_that_hangs_costs_its_own_blocks_only() -> None:
         statistics = engine.statistics().tiers["disk"]
         assert (statistics.reads, statistics.writes) == ("hung", "hung")
         assert engine.residency.counts(Tier.HOST).reserved == 4
-        disk._faults = QUICK  # what is submitted from now on is quick: nothing may be
+        disk._faults = QUICK  # a new transfer would be quick, but none may come
         submitted = disk.in_flight
         for _ in range(5):
             assert await get(engine, B, 0.1) == (KVResponseStatus.NOTFOUND, 0)
@@ -96,7 +96,7 @@ def test_a_disk_that_hangs_costs_its_own_blocks_only() -> None:
 def test_a_disk_that_hung_comes_back_whatever_became_of_its_ops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Though all that was late ends as recalled: part of each op was still queued when it hung."""
+    """A hung disk is used again once it answers, even if every late op was partly recalled."""
     monkeypatch.setattr("flexkv.tiers.limits.DISK_READ_PIECE_BYTES", 16)
 
     async def work(engine: Engine) -> None:
@@ -113,7 +113,7 @@ def test_a_disk_that_hung_comes_back_whatever_became_of_its_ops(
 
 
 def test_a_write_that_hangs_is_told_by_flush() -> None:
-    """flush does not wait for a disk that hangs; the put was answered long before."""
+    """flush does not wait for a disk that hangs: it raises at the deadline."""
 
     async def work(engine: Engine) -> None:
         disk_of(engine)._faults = FaultPlan(1, 0.0, 30.0, 30.0)
@@ -128,7 +128,7 @@ def test_a_write_that_hangs_is_told_by_flush() -> None:
 
 
 def fail_with(engine: Engine, errno: int) -> Any:
-    """Let every transfer of the disk end in an error; gives what takes that back."""
+    """Make every transfer of the disk fail; return a function that undoes this."""
     disk = disk_of(engine)
     reap, error = disk.reap, StorageError("planted", 0, errno)
     patch = pytest.MonkeyPatch()
@@ -137,7 +137,7 @@ def fail_with(engine: Engine, errno: int) -> Any:
 
 
 def test_a_disk_that_fails_again_and_again_is_left_alone_for_a_while() -> None:
-    """Reads: three failures, then no more are tried; after the pause one is, and it is back."""
+    """After three failed reads none is tried; after a pause one is, and reads are back."""
 
     async def work(engine: Engine) -> None:
         prompts = [A + 100 * number for number in range(6)]
@@ -157,7 +157,7 @@ def test_a_disk_that_fails_again_and_again_is_left_alone_for_a_while() -> None:
 
 
 def test_a_full_disk_stops_writes_and_not_reads() -> None:
-    """Puts stop at the host; what is on the disk is still read."""
+    """While the disk is full, puts stop at host memory, and blocks on disk are still read."""
 
     async def work(engine: Engine) -> None:
         await put(engine, A)
@@ -183,19 +183,19 @@ def test_a_full_disk_stops_writes_and_not_reads() -> None:
 
 @pytest.fixture
 def small_filesystem(tmp_path: Path) -> Iterator[Path]:
-    """Give a real filesystem of 1 MiB."""
+    """Mount a real file system of 1 MiB."""
     mounted = tmp_path / "small"
     mounted.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(mounted)]
     if subprocess.run(command, check=False, capture_output=True).returncode:
         pytest.skip("this process may not mount")
     yield mounted
-    # Lazily: the kernel lets go of an io_uring's files a little after the ring is closed.
+    # Lazily, since the kernel releases an io_uring's files a little after the ring is closed.
     subprocess.run(["umount", "--lazy", str(mounted)], check=True)
 
 
 async def test_a_filesystem_that_is_full_stops_writes_alone(small_filesystem: Path) -> None:
-    """Sparse files on a real full filesystem: puts stop at the host, what is written stays good."""
+    """On a full file system with sparse files puts stop at the host; written blocks stay good."""
     cache = cache_config(
         small_filesystem, num_cpu_blocks=512, num_ssd_blocks=2048, ssd_preallocate=False
     )
@@ -221,7 +221,7 @@ async def test_a_filesystem_that_is_full_stops_writes_alone(small_filesystem: Pa
 
 
 def test_preallocation_that_does_not_fit_is_refused(small_filesystem: Path) -> None:
-    """By default a tier that cannot be filled is not opened."""
+    """A tier whose preallocation does not fit is refused."""
     with pytest.raises(ConfigError, match=r"needs 8\.00 MB more in"):
         asyncio.run(opened(cache_config(small_filesystem, num_ssd_blocks=2048)))
 
@@ -233,7 +233,7 @@ async def opened(cache: CacheConfig) -> None:
 
 
 def test_closing_while_a_read_is_late_waits_for_it() -> None:
-    """Nothing is released that hardware may still write to."""
+    """Closing waits for a late read, since hardware may still write to its memory."""
 
     async def work(engine: Engine) -> None:
         await on_disk_only(engine, A)
@@ -244,7 +244,7 @@ def test_closing_while_a_read_is_late_waits_for_it() -> None:
 
 
 def test_a_close_that_was_cancelled_can_be_done_again() -> None:
-    """Whoever gave up waiting for hardware may come back: everything is released then."""
+    """A close that was cancelled while it waited for hardware can be repeated, and ends then."""
 
     async def work(engine: Engine) -> None:
         await on_disk_only(engine, A)
@@ -260,7 +260,7 @@ def test_a_close_that_was_cancelled_can_be_done_again() -> None:
 
 
 def test_a_loop_that_was_held_is_not_a_disk_that_hangs() -> None:
-    """A blocked loop makes every check late, so transfers that have ended are reaped first."""
+    """A blocked loop makes no disk look hung, since each check first reaps transfers that ended."""
 
     async def work(engine: Engine) -> None:
         await on_disk_only(engine, A)
@@ -279,7 +279,7 @@ def test_a_loop_that_was_held_is_not_a_disk_that_hangs() -> None:
 def test_a_disk_that_hung_is_tried_as_soon_as_what_hung_has_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Even though the transfer ends as recalled, and the next check may be much later."""
+    """A hung disk is tried as soon as its transfer has ended, even if recalled, and not before."""
     monkeypatch.setattr("flexkv.tiers.limits.DISK_READ_PIECE_BYTES", 16)
 
     async def work(engine: Engine) -> None:
@@ -303,7 +303,7 @@ def test_a_disk_that_hung_is_tried_as_soon_as_what_hung_has_ended(
 
 
 def test_one_request_tries_a_disk_that_was_left_alone_and_others_wait_for_its_end() -> None:
-    """After the pause a single read is tried; other requests are answered without the disk."""
+    """After the pause a single read tries the disk; other requests are answered without it."""
 
     async def work(engine: Engine) -> None:
         prompts = [A + 100 * number for number in range(6)]
@@ -324,7 +324,7 @@ def test_one_request_tries_a_disk_that_was_left_alone_and_others_wait_for_its_en
 
 
 def test_one_read_that_hangs_is_noticed_among_others_that_do_not() -> None:
-    """However many reads begin after it: the deadline is that of the oldest."""
+    """A read that hangs is noticed while others go on, since the oldest one's deadline counts."""
 
     async def work(engine: Engine) -> None:
         others = [A + 100 * number for number in range(1, 15)]
@@ -335,7 +335,7 @@ def test_one_read_that_hangs_is_noticed_among_others_that_do_not() -> None:
         await asyncio.sleep(0.1)
         disk._faults = FaultPlan(1, 0.0, 0.5, 0.5)
         reads = []
-        for tokens in others:  # another one is always under way
+        for tokens in others:  # one of them is always under way
             reads.append(asyncio.ensure_future(get(engine, tokens, 10.0)))
             await asyncio.sleep(0.2)
         assert hangs.done()
@@ -350,7 +350,7 @@ def test_one_read_that_hangs_is_noticed_among_others_that_do_not() -> None:
 def test_a_write_that_hung_is_told_by_one_flush_only(
     piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When it ends after all, whole or partly recalled, no later flush reports it again."""
+    """Only one flush reports a hung write, even if it ends later, whole or partly recalled."""
     monkeypatch.setattr("flexkv.tiers.limits.DISK_WRITE_PIECE_BYTES", piece_bytes)
 
     async def work(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""What devices wait for, whom they let wait, and what they refuse: streams, layouts, failures."""
+"""Tests of the order of device work: streams, captured graphs, layouts, sleep and failures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LAYERS, TARGETS = 3, range(20, 30)
 
 @pytest.fixture
 def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Give what starts a manager over fake GPUs in the form with a thread, and stops it after."""
+    """Yield a function that starts threaded managers over fake GPUs; stop them afterwards."""
     opened = []
 
     def start(tp_size: int = 1, **changes: Any) -> tuple[KVManager, Ranks]:
@@ -48,7 +48,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 class Writers:
-    """Streams of the calling thread that will write the slots, later."""
+    """Streams of the calling thread that will write the blocks of the slots later."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -59,7 +59,7 @@ class Writers:
             driver.current = driver.open_stream(urgent=False)
 
     def queue(self, *numbers: int) -> None:
-        """Let every rank's stream write some layers."""
+        """Queue the writing of some layers on every rank's stream."""
         for rank, driver in enumerate(self.ranks.drivers):
             for number in numbers:
                 target, content = self.ranks.caches[rank][number], self._content[rank][number]
@@ -94,7 +94,7 @@ def put_launched(manager: KVManager, slots: Any, writers: Writers) -> Any:
 
 
 def put_by_layers(manager: KVManager, slots: Any, writers: Writers) -> Any:
-    """Put layer by layer, the loop's thread going on while the driver is asked to wait."""
+    """Put layer by layer, while the loop's thread runs and the driver is asked to wait."""
     put = manager.put_layerwise(PROMPT, slots)
     for layer in range(LAYERS):
         writers.queue(layer)
@@ -104,7 +104,7 @@ def put_by_layers(manager: KVManager, slots: Any, writers: Writers) -> Any:
 
 
 def _post_soon(manager: KVManager) -> None:
-    """Let the device's actor look again in a millisecond."""
+    """Make the device's actor run again in a millisecond."""
     thread = manager._thread
     assert thread is not None
     loop = thread._loop
@@ -117,7 +117,7 @@ def _post_soon(manager: KVManager) -> None:
 def test_puts_wait_for_the_streams_of_the_calling_thread(
     started: Any, put: Callable[[KVManager, Any, Writers], Any], tp_size: int
 ) -> None:
-    """On every rank's device: what the stream has not written yet is not read."""
+    """On each rank's device a put reads blocks after the calling thread's stream wrote them."""
     manager, ranks = started(tp_size)
     writers = Writers(ranks)
     for driver in ranks.drivers:
@@ -130,7 +130,7 @@ def test_puts_wait_for_the_streams_of_the_calling_thread(
 
 
 def test_a_get_waits_for_who_still_reads_its_slots(started: Any) -> None:
-    """What the stream reads behind the call's begin is what was there before."""
+    """A get overwrites its slots only after earlier work of the caller's stream has read them."""
     manager, ranks = started()
     before = ranks.content(TARGETS)
     put = manager.put_async(PROMPT, slots_of(range(10)))
@@ -151,7 +151,7 @@ def test_a_get_waits_for_who_still_reads_its_slots(started: Any) -> None:
 
 
 def test_layers_that_cannot_wait_are_not_copied(started: Any) -> None:
-    """The put is cancelled, its caller told; nothing of it is there."""
+    """If a stream cannot wait for a written layer, the put is cancelled and nothing is stored."""
     manager, ranks = started()
     put = manager.put_layerwise(PROMPT, slots_of(range(10)))
     ranks.drivers[0].refuses = {"cuStreamWaitEvent": 901}
@@ -165,7 +165,7 @@ def test_layers_that_cannot_wait_are_not_copied(started: Any) -> None:
 async def test_ranks_of_one_part_share_the_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLA over four: each writes some blocks, all read all."""
+    """Under MLA with four ranks each rank writes some of the blocks, and each reads all of them."""
     model = ModelConfig(**SHAPE, **MODELS["mla"], tp_size=4)
     ranks = Ranks(model, True, monkeypatch)
     async with KVManager(model, cache_config(tmp_path, **BY_ENGINE)) as manager:
@@ -178,7 +178,7 @@ async def test_ranks_of_one_part_share_the_writing(
 
 
 def test_while_a_graph_is_captured_from_its_stream_a_thread_cannot_ask(started: Any) -> None:
-    """What the stream queues is not run now. Refused by name, and afterwards all goes on."""
+    """While a thread's stream is captured in a graph, its requests are refused; later ones work."""
     manager, ranks = started()
     slots, driver = slots_of(range(10)), ranks.drivers[0]
     written = manager.put_layerwise(PROMPT[: 4 * PER_BLOCK], slots_of(range(20, 24)))
@@ -200,7 +200,7 @@ def test_while_a_graph_is_captured_from_its_stream_a_thread_cannot_ask(started: 
 async def test_layers_may_be_staged(
     tp_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Groups of layers of other shapes, gathered in device memory piece by piece."""
+    """Groups of layers of different shapes may be staged, a few blocks at a time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("flexkv.io.cuda.choice.WAYS", _staged_only())
     monkeypatch.setattr("flexkv.io.cuda.copier.STAGED_BYTES_MIN", 0)
@@ -229,12 +229,12 @@ def _staged_only() -> tuple[Any, ...]:
 async def test_without_device_memory_the_engine_copies(
     refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the measurement nor the stage is worth a cache that does not start."""
+    """Without device memory for measurements or for the stage, the copy engine copies."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("flexkv.io.cuda.choice.WAYS", _staged_only())
     model = ModelConfig(**SHAPE, num_kv_heads=2)
     ranks = Ranks(model, True, monkeypatch)
-    limits = {"register": 0, "stage": 1}  # the scratch memory of the measurement is had
+    limits = {"register": 0, "stage": 1}  # the measurement's scratch memory succeeds
 
     real, allocated = FakeCuda.allocate, []
 
@@ -258,7 +258,7 @@ async def test_without_device_memory_the_engine_copies(
 async def test_what_was_launched_is_finished_before_the_device_sleeps(
     is_cuda: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when it has not begun; and a device that falls asleep is not resumed yet."""
+    """A launched request ends before the device sleeps; resuming before that is refused."""
     model = ModelConfig(**SHAPE, num_kv_heads=2)
     ranks = Ranks(model, is_cuda, monkeypatch)
     async with KVManager(model, cache_config(tmp_path, **BY_ENGINE)) as manager:
@@ -276,7 +276,7 @@ async def test_what_was_launched_is_finished_before_the_device_sleeps(
 
 
 async def test_a_cancelled_sleep_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even when the last request ends in the same turn."""
+    """A cancelled suspension changes nothing, even if the last request ends in the same turn."""
     model = ModelConfig(**SHAPE, num_kv_heads=2)
     ranks = Ranks(model, False, monkeypatch)
     async with KVManager(model, cache_config(tmp_path)) as manager:
@@ -297,7 +297,7 @@ async def test_a_cancelled_sleep_is_none(tmp_path: Path, monkeypatch: pytest.Mon
 async def test_memory_of_every_rank_is_let_go_of_whatever_a_driver_says(
     is_cuda: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing keeps the tensors alive; more blocks may take their place, of the same order."""
+    """Suspended tensors are freed even if a driver fails; more blocks may take their place."""
     model = ModelConfig(**SHAPE, num_kv_heads=2, tp_size=2)
     ranks = Ranks(model, is_cuda, monkeypatch)
     async with KVManager(model, cache_config(tmp_path, **BY_ENGINE)) as manager:
@@ -330,7 +330,7 @@ async def test_memory_of_every_rank_is_let_go_of_whatever_a_driver_says(
 
 
 def caches_in(order: str, seed: int = 0) -> list[Any]:
-    """Give caches [2, blocks, …] with tokens before heads, or heads before tokens."""
+    """Return caches [2, blocks, …] with tokens before heads, or heads before tokens."""
     random = np.random.default_rng(seed)
     inner = (PER_BLOCK, 2) if order == "tokens heads" else (2, PER_BLOCK)
     shape = (2, 64, *inner, 8)
@@ -338,7 +338,7 @@ def caches_in(order: str, seed: int = 0) -> list[Any]:
 
 
 async def test_blocks_of_another_order_are_other_blocks(tmp_path: Path) -> None:
-    """After a restart they are not found; on resume they are refused."""
+    """Blocks of another element order are not found after a restart, and are refused on resume."""
     model = ModelConfig(**SHAPE, num_kv_heads=2)
     found = []
     for order in ("tokens heads", "heads tokens", "tokens heads", "heads tokens"):
@@ -357,7 +357,7 @@ async def test_blocks_of_another_order_are_other_blocks(tmp_path: Path) -> None:
 
 
 async def test_ranks_of_other_orders_are_refused(tmp_path: Path) -> None:
-    """One would read what the other wrote."""
+    """A rank whose element order differs from that of the others is refused."""
     model = ModelConfig(**SHAPE, num_kv_heads=4, tp_size=2)
     async with KVManager(model, cache_config(tmp_path)) as manager:
         manager.register_kv_caches(caches_in("tokens heads"))
@@ -368,7 +368,7 @@ async def test_ranks_of_other_orders_are_refused(tmp_path: Path) -> None:
 
 
 async def test_what_was_matched_before_the_order_was_known_is_not_loaded(tmp_path: Path) -> None:
-    """Its keys are those of other blocks."""
+    """A match from before the element order was known is not loaded: its keys name other blocks."""
     model = ModelConfig(**SHAPE, num_kv_heads=2)
     async with KVManager(model, cache_config(tmp_path)) as manager:
         task, _ = manager.get_match(PROMPT)
@@ -383,7 +383,7 @@ async def test_what_was_matched_before_the_order_was_known_is_not_loaded(tmp_pat
 
 
 def test_an_engine_that_fails_tells_everybody(started: Any) -> None:
-    """Who waits by task id, for a layer, or for the response is not left waiting."""
+    """If the engine fails, whoever waits by task id, for a layer or for a response is answered."""
     manager, _ = started()
     put = manager.put_layerwise(PROMPT, slots_of(range(10)))
     get = manager.get_layerwise(PROMPT + 9000, slots_of(TARGETS))
@@ -403,7 +403,7 @@ def test_an_engine_that_fails_tells_everybody(started: Any) -> None:
 
 
 def test_a_callers_loop_that_is_closed_harms_nobody(started: Any) -> None:
-    """Its awaiter is forgotten, and the put goes on."""
+    """If the loop of one that awaits a layer is closed, the put goes on."""
     manager, _ = started()
     put = manager.put_layerwise(PROMPT, slots_of(range(10)))
     loop = asyncio.new_event_loop()
@@ -419,7 +419,7 @@ def test_a_callers_loop_that_is_closed_harms_nobody(started: Any) -> None:
 async def test_who_asks_for_what_is_being_computed_does_not_wait_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An engine that waited would wait for itself; once all is written it is waited for."""
+    """A get waits for blocks of a layerwise put only once all their layers are written."""
     model = ModelConfig(**SHAPE, num_kv_heads=2)
     ranks = Ranks(model, False, monkeypatch)
     async with KVManager(model, cache_config(tmp_path)) as manager:
@@ -439,7 +439,7 @@ async def test_who_asks_for_what_is_being_computed_does_not_wait_for_it(
 async def test_layers_are_written_from_any_thread_while_the_manager_is_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the async form too; afterwards it says that it is shut down."""
+    """While the manager is open, any thread may report layers as written; later calls fail."""
     model = ModelConfig(**SHAPE, num_kv_heads=2)
     ranks = Ranks(model, True, monkeypatch)
     async with KVManager(model, cache_config(tmp_path, **BY_ENGINE)) as manager:
@@ -453,7 +453,7 @@ async def test_layers_are_written_from_any_thread_while_the_manager_is_open(
 
 
 def test_who_is_cancelled_after_another_has_collected_is_cancelled(started: Any) -> None:
-    """Not told of a task that is not there."""
+    """A waiter that is cancelled after its task was collected gets CancelledError, nothing else."""
     manager, _ = started()
     put = manager.put_layerwise(PROMPT, slots_of(range(10)))
     told: list[BaseException] = []

@@ -1,4 +1,4 @@
-"""Managers over one and several devices, on the CPU and behind a fake CUDA driver."""
+"""Tests of managers over one and several devices, on the CPU and behind a fake CUDA driver."""
 
 from __future__ import annotations
 
@@ -68,24 +68,24 @@ class Ranks:
         patch.setattr("flexkv.io.cuda.copier.MEASURED_BYTES", 4096)
 
     def register(self, manager: KVManager) -> None:
-        """Register all ranks."""
+        """Register the KV caches of all ranks."""
         for rank, tensors in enumerate(self.tensors):
             manager.register_kv_caches(tensors, tp_rank=rank)
 
     def content(self, blocks: Any) -> list[NDArray[np.uint8]]:
-        """Give a copy of blocks, of each layer of each rank."""
+        """Return a copy of blocks, of each layer of each rank."""
         axis = 0 if self.model.kv_dim == 1 else 1
         return [layer.take(list(blocks), axis) for layers in self.caches for layer in layers]
 
     def wipe(self, blocks: Any) -> None:
-        """Overwrite blocks."""
+        """Overwrite blocks with zeros."""
         for layers in self.caches:
             for layer in layers:
                 (layer if self.model.kv_dim == 1 else layer.swapaxes(0, 1))[list(blocks)] = 0
 
 
 def same(left: list[NDArray[np.uint8]], right: list[NDArray[np.uint8]]) -> bool:
-    """Tell whether all bytes are equal."""
+    """Return whether all bytes are equal."""
     return all(np.array_equal(*pair) for pair in zip(left, right, strict=True))
 
 
@@ -98,7 +98,7 @@ every_kind = pytest.mark.parametrize("is_cuda", [False, True], ids=["cpu", "fake
 async def test_the_bytes_of_every_rank_come_back(
     name: str, tp_size: int, is_cuda: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From host memory, from the SSD, and in the next life; in other slots."""
+    """Each rank's bytes come back from host memory, SSD and after a restart, in other slots."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = ModelConfig(**{**SHAPE, **MODELS[name]}, tp_size=tp_size)
     ranks = Ranks(model, is_cuda, monkeypatch)
@@ -132,7 +132,7 @@ async def test_the_bytes_of_every_rank_come_back(
 async def test_requests_wait_for_every_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """UNREADY until the last one is registered; none twice, none that there is not."""
+    """Requests are UNREADY until all ranks are registered; repeated or unknown ones are refused."""
     model = ModelConfig(**SHAPE, num_kv_heads=2, tp_size=2)
     ranks = Ranks(model, False, monkeypatch)
     async with KVManager(model, cache_config(tmp_path)) as manager:
@@ -152,7 +152,7 @@ async def test_requests_wait_for_every_rank(
 async def test_another_tp_degree_or_other_groups_share_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Right bytes or no hit; MLA's one latent is the same for any number of ranks."""
+    """Another TP degree shares no blocks, except under MLA, where all ranks have one latent."""
     for shape, shares in (({"num_kv_heads": 2}, False), (MODELS["mla"], True)):
         directory = tmp_path / str(shares)
         directory.mkdir()
@@ -172,7 +172,7 @@ async def test_another_tp_degree_or_other_groups_share_nothing(
 async def test_a_device_that_sleeps_lets_go_of_its_memory(
     is_cuda: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is under way ends first; meanwhile UNREADY; new tensors take its place."""
+    """A sleeping device frees its memory after running requests; new tensors wake it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = ModelConfig(**SHAPE, num_kv_heads=2)
     ranks = Ranks(model, is_cuda, monkeypatch)
@@ -188,7 +188,7 @@ async def test_a_device_that_sleeps_lets_go_of_its_memory(
         await manager.suspend_device()
         assert (await put).return_mask.all()
         for each in ranks.drivers:
-            each._memory.clear()  # a copy from or to it would break the device
+            each._memory.clear()  # any copy from or to the device would break it now
         got = await manager.get(PROMPT, slots_of(range(20, 30)))
         assert (got.status, str(got.error)) == (KVResponseStatus.UNREADY, "the device is suspended")
         assert manager.match(PROMPT).tokens == len(PROMPT)
@@ -207,7 +207,7 @@ async def test_a_device_that_sleeps_lets_go_of_its_memory(
 async def test_a_sleep_that_takes_too_long_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The device goes on, and the caller is told."""
+    """A suspension past its deadline raises, and the device goes on."""
     model = ModelConfig(**SHAPE, num_kv_heads=2)
     ranks = Ranks(model, True, monkeypatch)
     cache = cache_config(tmp_path, **BY_ENGINE, io_deadline_s=0.05)
@@ -225,7 +225,7 @@ async def test_a_sleep_that_takes_too_long_is_none(
 async def test_a_put_waits_for_what_the_callers_stream_has_queued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The manager asks for the stream in the thread of the caller."""
+    """A put waits for the calling thread's stream, which the manager looks up in that thread."""
     model = ModelConfig(**SHAPE, num_kv_heads=2)
     ranks = Ranks(model, True, monkeypatch)
     cache = cache_config(tmp_path, **BY_ENGINE)
@@ -244,7 +244,7 @@ async def test_a_put_waits_for_what_the_callers_stream_has_queued(
 async def test_a_device_that_breaks_is_down_and_the_other_tiers_serve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it touched fails with call and code; then UNREADY says why; prefetch goes on."""
+    """What a broken device touched fails, later requests are UNREADY, and prefetch still works."""
     monkeypatch.setattr("flexkv.io.cuda.port.CHECK_S", 0.01)
     model = ModelConfig(**SHAPE, num_kv_heads=2, tp_size=2)
     ranks = Ranks(model, True, monkeypatch)
@@ -270,7 +270,7 @@ async def test_a_device_that_breaks_is_down_and_the_other_tiers_serve(
 async def test_a_stream_that_cannot_be_waited_for_takes_the_device_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its bytes could be read too early: nothing is copied."""
+    """If a stream cannot be waited for, nothing is copied, and the device is down."""
     model = ModelConfig(**SHAPE, num_kv_heads=2)
     ranks = Ranks(model, True, monkeypatch)
     cache = cache_config(tmp_path, **BY_ENGINE)
@@ -286,7 +286,7 @@ async def test_a_stream_that_cannot_be_waited_for_takes_the_device_down(
 async def test_direct_storage_is_refused_by_name_and_done_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A warning says why; blocks go through host memory."""
+    """Direct storage is refused with a warning that says why; blocks go through host memory."""
     ranks = Ranks(ModelConfig(**SHAPE, num_kv_heads=2), False, monkeypatch)
     with capture_logs() as lines:
         async with KVManager(ranks.model, cache_config(tmp_path, enable_gds=True)) as manager:

@@ -1,4 +1,4 @@
-"""Directories of the SSD tier that cannot be used, or that vanish: they cost their part, loudly."""
+"""Tests that an SSD directory that is unusable or vanishes costs only its part, and is named."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def others_may_write(path: Path) -> None:
 
 
 def no_room_for_files(path: Path) -> None:
-    """Make a directory in which something else has the name of a file of blocks."""
+    """Make a directory that contains a directory with the name of a block file."""
     (path / "blocks-0000.flexkv").mkdir(parents=True)
 
 
 def rubbish_for_a_journal(path: Path) -> None:
-    """Make a directory whose journal is no file."""
+    """Make a directory whose journal is a directory."""
     (path / "journal.flexkv").mkdir(parents=True)
 
 
@@ -60,7 +60,7 @@ SPOILERS: dict[str, Spoil] = {
 
 @pytest.mark.parametrize("spoil", SPOILERS.values(), ids=SPOILERS)
 async def test_a_directory_that_cannot_be_used_costs_its_part(tmp_path: Path, spoil: Spoil) -> None:
-    """Half of the tier serves; log, statistics and flush name the other half and the reason."""
+    """Half of the tier works; log, statistics and flush name the other half and the reason."""
     bad, good = tmp_path / "bad", tmp_path / "good"
     spoil(bad)
     before = open_fds()
@@ -89,7 +89,7 @@ async def test_a_directory_that_cannot_be_used_costs_its_part(tmp_path: Path, sp
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("mode", [0o000, 0o500])
 async def test_a_directory_that_is_forbidden_costs_its_part(mode: int) -> None:
-    """To a user that may not look into one, or not write to it."""
+    """A directory that this user may not enter or write to costs only its part."""
     with TemporaryDirectory() as folder:
         bad, good = Path(folder, "bad"), Path(folder, "good")
         for path in (Path(folder), bad, good):
@@ -107,7 +107,7 @@ async def test_a_directory_that_is_forbidden_costs_its_part(mode: int) -> None:
 
 
 async def test_a_directory_in_use_costs_its_part(tmp_path: Path) -> None:
-    """A second engine takes what is free, and names who has the rest."""
+    """A second engine uses the free directory, and names the process that has the other one."""
     both = [tmp_path / "a", tmp_path / "b"]
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(KVManager(MODEL, cache_config(both[0])))
@@ -122,7 +122,10 @@ async def test_a_directory_in_use_costs_its_part(tmp_path: Path) -> None:
 
 
 async def test_a_tier_that_cannot_be_had_is_loud(tmp_path: Path) -> None:
-    """At the start, each `num_log_interval_requests`, in statistics, by flush; strict: error."""
+    """A missing tier is reported at the start, then regularly, in statistics and by flush.
+
+    Reports recur each `num_log_interval_requests`; under `strict` the start fails.
+    """
     nowhere = tmp_path / "nowhere" / "kv"
     with capture_logs() as logs:
         async with KVManager(MODEL, cache_config(nowhere, num_log_interval_requests=2)) as manager:
@@ -144,7 +147,7 @@ async def test_a_tier_that_cannot_be_had_is_loud(tmp_path: Path) -> None:
 async def test_a_start_that_is_tried_again_forgets_what_the_first_one_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A directory that is there by now is not reported."""
+    """A second start of a manager does not report a directory that exists by then."""
     both = [tmp_path / "a", tmp_path / "later" / "b"]
     manager = KVManager(MODEL, cache_config(tmp_path, ssd_cache_dir=both))
     with monkeypatch.context() as patch:
@@ -159,7 +162,7 @@ async def test_a_start_that_is_tried_again_forgets_what_the_first_one_found(
 
 
 def fail_to_open(*_: Any, **__: Any) -> None:
-    """Fail as an arena does that is too large."""
+    """Raise the error of an arena that is too large."""
     raise ConfigError("cpu_cache_gb", 1, "planted")
 
 
@@ -167,7 +170,7 @@ def fail_to_open(*_: Any, **__: Any) -> None:
 
 
 def replaced(tier: Path) -> None:
-    """Put another directory, with the same files, where one was."""
+    """Replace a directory by another one with the same files."""
     tier.rename(tier.parent / "before")
     shutil.copytree(tier.parent / "before", tier)
 
@@ -189,7 +192,7 @@ LOSSES: dict[str, Spoil] = {
 async def test_what_is_removed_is_noticed_by_flush(
     tmp_path: Path, lose: Spoil, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is called durable any more: flush raises, now and later, and the tier is down."""
+    """After a file or directory was removed, each flush raises, and the tier is down."""
     monkeypatch.setattr(presence, "LOOK_S", 3600.0)
     tier = tmp_path / "kv"
     with capture_logs() as logs:
@@ -213,7 +216,7 @@ async def test_what_is_removed_is_noticed_by_flush(
 def test_what_is_removed_is_noticed_without_a_flush(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody looks again and again."""
+    """A removed directory is noticed without a flush, by regular checks."""
     monkeypatch.setattr(presence, "LOOK_S", 0.01)
     manager = KVManager(MODEL, cache_config(tmp_path / "kv"))
     manager.start()
@@ -228,7 +231,7 @@ def test_what_is_removed_is_noticed_without_a_flush(
 async def test_what_is_there_is_not_taken_for_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not while journals are written anew, nor without the lock's file, nor behind a link."""
+    """Journals written anew, a missing lock file and a link in the path do not take a tier down."""
     monkeypatch.setattr(presence, "LOOK_S", 0.001)
     monkeypatch.setattr("flexkv.tiers.ledger.Ledger.journal_bytes_min", 100)
     (tmp_path / "real").mkdir()
@@ -243,7 +246,7 @@ async def test_what_is_there_is_not_taken_for_removed(
 
 
 async def test_a_lost_tier_is_warm_again_where_it_is_found(tmp_path: Path) -> None:
-    """A directory that was moved and comes back holds what was stored before."""
+    """A directory that was moved away and comes back holds what was stored before."""
     tier = tmp_path / "kv"
     async with KVManager(MODEL, cache_config(tier)) as manager:
         manager.register_kv_caches(kv_caches())
@@ -257,7 +260,7 @@ async def test_a_lost_tier_is_warm_again_where_it_is_found(tmp_path: Path) -> No
         assert manager.statistics().restored_blocks == 16
 
 
-# -- as they are written --------------------------------------------------------------------------
+# -- spellings ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -270,7 +273,7 @@ async def test_a_lost_tier_is_warm_again_where_it_is_found(tmp_path: Path) -> No
 async def test_a_directory_is_found_however_it_is_written(
     tmp_path: Path, given: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is made in a directory called `~`, `$HOME` or `file:`."""
+    """Every spelling of a directory leads to it; no directory `~`, `$HOME` or `file:` is made."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     if isinstance(given, list):
@@ -311,7 +314,7 @@ def cache_of(directory: Any) -> dict[str, Any]:
     ],
 )
 async def test_what_names_no_directory_is_refused_by_name(given: Any, why: str) -> None:
-    """Before anything is opened, in strict configurations and in others."""
+    """What names no directory is refused by name, even if not strict, before anything is opened."""
     values = {**cache_of(given), "enable_ssd": True, "strict": False}
     with pytest.raises(ConfigError) as caught:
         async with KVManager(MODEL, CacheConfig(**values)):
@@ -321,7 +324,7 @@ async def test_what_names_no_directory_is_refused_by_name(given: Any, why: str) 
 
 
 def test_one_directory_by_two_names_is_refused(tmp_path: Path) -> None:
-    """By a link, and by a parent that is a link; the error names both."""
+    """Two paths to one directory, by a link or linked parent, are refused; the error names both."""
     (tmp_path / "kv").mkdir()
     (tmp_path / "link").symlink_to("kv")
     (tmp_path / "again").symlink_to(".")
@@ -335,7 +338,7 @@ def test_one_directory_by_two_names_is_refused(tmp_path: Path) -> None:
 
 
 async def test_a_name_that_is_not_unicode_is_a_name(tmp_path: Path) -> None:
-    """Spaces, quotes and bytes that are no UTF-8: the tier works, and statistics can be printed."""
+    """A directory's name may have spaces, quotes and bytes that are no UTF-8; reports print it."""
     name = os.fsencode(tmp_path) + b"/ \xff 'kv' \xe4"
     await put(tmp_path, PROMPT, ssd_cache_dir=name)
     assert (Path(os.fsdecode(name)) / "journal.flexkv").exists()
@@ -352,7 +355,7 @@ async def test_a_name_that_is_not_unicode_is_a_name(tmp_path: Path) -> None:
 
 
 def doctor(monkeypatch: pytest.MonkeyPatch, **variables: Any) -> tuple[int, dict[str, Any]]:
-    """Run `flexkv doctor` with a configuration: its exit status, and what it found, by name."""
+    """Run `flexkv doctor` with settings; return its exit status, and what it found, by name."""
     monkeypatch.setattr("flexkv.cli.doctor.PROBE_BYTES", 1 << 20)
     for name, value in variables.items():
         monkeypatch.setenv(f"FLEXKV_{name.upper()}", str(value))
@@ -363,7 +366,7 @@ def doctor(monkeypatch: pytest.MonkeyPatch, **variables: Any) -> tuple[int, dict
 def test_doctor_looks_at_what_is_configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It names each directory that cannot be used, fails if none can, and leaves nothing behind."""
+    """doctor names each unusable directory, fails if none is usable, and leaves no files behind."""
     good, bad = tmp_path / "kv", tmp_path / "nowhere" / "kv"
     status, found = doctor(monkeypatch, ssd_cache_dir=f"{good};{bad}", num_ssd_blocks=8)
     assert (status, found["SSD tier"]["good"]) == (0, False)
@@ -384,7 +387,7 @@ def test_doctor_looks_at_what_is_configured(
 async def test_doctor_finds_a_directory_in_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It names the process, and does not disturb it."""
+    """doctor names the process that uses a directory, and does not disturb it."""
     async with KVManager(MODEL, cache_config(tmp_path / "kv")) as manager:
         status, found = doctor(monkeypatch, ssd_cache_dir=tmp_path / "kv", num_ssd_blocks=8)
         assert status == 1
@@ -395,7 +398,7 @@ async def test_doctor_finds_a_directory_in_use(
 def test_the_offline_command_finds_a_directory_however_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `ssd_cache_dir` does; an address elsewhere is refused by name."""
+    """The command takes each spelling of a directory that `ssd_cache_dir` takes, and no others."""
     monkeypatch.setenv("HOME", str(tmp_path))
     asyncio.run(put(tmp_path / "kv", PROMPT))
     for given in ("~/kv", "$HOME/kv", f"file://{tmp_path}/kv"):
@@ -408,7 +411,7 @@ def test_the_offline_command_finds_a_directory_however_it_is_written(
 
 
 def test_an_operator_s_flush_prints_what_is_not_there(tmp_path: Path) -> None:
-    """A server whose SSD tier cannot be had flushes nothing, and the exit status says so."""
+    """A flush at a server whose SSD tier is missing says so, and exits with status 1."""
     settings = settings_in(tmp_path, ssd_cache_dir=str(tmp_path / "nowhere" / "kv"))
     server = forked_server(settings)
     try:
@@ -425,7 +428,7 @@ def test_an_operator_s_flush_prints_what_is_not_there(tmp_path: Path) -> None:
 async def test_a_directory_that_missed_a_clear_brings_nothing_back(
     tmp_path: Path, namespace: str | None
 ) -> None:
-    """It was left out of one run, in which the tier was cleared; later runs find nothing in it."""
+    """A directory that was left out while the tier was cleared brings no blocks back later."""
     folders = [tmp_path / "first", tmp_path / "second"]
     config = cache_config(tmp_path, ssd_cache_dir=folders)
 

@@ -1,4 +1,4 @@
-"""The examples run, and say what they should."""
+"""Tests that the examples run, and print what they should."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(command: list[str | Path], folder: Path) -> subprocess.CompletedProcess[
     ],
 )  # fmt: skip
 def test_an_example_runs_as_it_says(tmp_path: Path, name: str, lines: list[str]) -> None:
-    """As a script without arguments, in any working directory, and without a warning."""
+    """An example runs as a script without arguments, in any directory, and prints no warning."""
     command = [sys.executable, ROOT / f"examples/{name}.py"]
     done = run(command, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -46,7 +46,7 @@ def test_an_example_runs_as_it_says(tmp_path: Path, name: str, lines: list[str])
 
 
 def test_a_server_and_an_engine_of_several_processes_run_as_they_say(tmp_path: Path) -> None:
-    """Each in a terminal of its own, over a folder that both are told."""
+    """The examples of a server and an engine run in two processes, over one given folder."""
     command = [sys.executable, ROOT / "examples/run_server.py", "folder"]
     server = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT)
     try:
@@ -60,7 +60,7 @@ def test_a_server_and_an_engine_of_several_processes_run_as_they_say(tmp_path: P
 
 
 def test_every_example_is_run_by_a_test() -> None:
-    """And named in the README."""
+    """Every example is run by a test, and named in the README."""
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_examples.py"))
     readme = (ROOT / "README.md").read_text()
     for path in (ROOT / "examples").iterdir():
@@ -81,11 +81,11 @@ for _ in range(2):
     if status:
         sys.exit(1)
 """
-"""Runs a program in two processes, one after the other, and imports what takes long only once."""
+"""Runs a program in two processes, one after the other, which import slow packages only once."""
 
 
 def test_prefixes_of_a_transformers_model_are_kept(tmp_path: Path) -> None:
-    """Equal tokens with and without; a second process finds what the first one left on SSD."""
+    """Tokens are equal with and without FlexKV; a second process finds the first's SSD blocks."""
     pytest.importorskip("transformers")
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", TWICE]
     command += ["examples/transformers_prefix_cache.py", "--turns", "2"]
@@ -98,4 +98,4 @@ def test_prefixes_of_a_transformers_model_are_kept(tmp_path: Path) -> None:
         "32",
         "32",
         "79",
-    ]  # whole blocks; one token is computed
+    ]  # whole blocks are hit, and at least one token is computed

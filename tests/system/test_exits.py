@@ -1,4 +1,4 @@
-"""However a program leaves a manager, it ends within seconds, and raises nothing it should not."""
+"""Tests that a program ends within seconds and without errors, however it leaves a manager."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Return how each case has ended."""
+    """Run all cases, and return the report of each, by name."""
     folder = tmp_path_factory.mktemp("exits")
     done = subprocess.run(
         [sys.executable, "-W", "always::ResourceWarning", "tests/system/exit_cases.py", folder],
@@ -32,5 +32,5 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_program_ends(name: str, ended: dict[str, dict[str, Any]]) -> None:
-    """It ends with its status, and prints only the warning of a manager that nobody closed."""
+    """A program ends with its status, and prints only a warning if nobody closed the manager."""
     assert ended[name]["faults"] == [], ended[name]

@@ -1,4 +1,4 @@
-"""A flush returns only when disk and journals have the blocks, whatever failed before."""
+"""Tests that a flush returns only when disk and journals have the blocks, after any failure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.system.test_write_behind import BLOCKS, QUICK, on_disk, put
 
 
 def sync_failing(engine: Engine) -> Callable[[], None]:
-    """Make every sync of the disk fail and lose its writes; return a call that ends this."""
+    """Make every sync of the disk fail and lose its writes; return a function that undoes this."""
     disk = disk_of(engine)
 
     async def failed() -> None:
@@ -33,7 +33,7 @@ def sync_failing(engine: Engine) -> Callable[[], None]:
 
 
 def test_what_a_failed_sync_has_lost_is_owed_anew() -> None:
-    """The lost blocks are written again before host memory evicts them, without another flush."""
+    """Blocks that a failed sync lost are written again without a flush, before the host evicts."""
 
     async def work(engine: Engine) -> None:
         await put(engine, 0)
@@ -52,7 +52,7 @@ def test_what_a_failed_sync_has_lost_is_owed_anew() -> None:
 
 @pytest.mark.parametrize("later_s", [0.2, 0.9])
 def test_a_flush_hears_of_the_sync_of_another_that_failed_meanwhile(later_s: float) -> None:
-    """The flush came while the sync was under way, and blocks put before it are not safe."""
+    """A flush that began during another's failing sync raises too, since its blocks may be lost."""
 
     async def work(engine: Engine) -> None:
         disk = disk_of(engine)
@@ -80,7 +80,7 @@ def test_a_flush_hears_of_the_sync_of_another_that_failed_meanwhile(later_s: flo
 
 
 def test_what_is_being_written_while_a_sync_fails_is_not_believed() -> None:
-    """The kernel had its bytes before the sync, and it ended after; it is written once more."""
+    """A block being written during a failed sync is written again before a flush returns."""
 
     async def work(engine: Engine) -> None:
         disk, device = disk_of(engine), engine.devices._by_rank[0].port
@@ -107,7 +107,7 @@ def test_what_is_being_written_while_a_sync_fails_is_not_believed() -> None:
 def test_a_journal_that_was_emptied_fails_the_flush_until_it_has_all_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The journal took nothing for so long that it was emptied: a later run would find nothing."""
+    """After a journal had to be emptied, flushes raise until it has all blocks again."""
     monkeypatch.setattr("flexkv.io.ssd.journals.KEPT_BYTES_MAX", 300)
 
     async def work(engine: Engine) -> None:

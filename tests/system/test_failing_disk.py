@@ -1,4 +1,4 @@
-"""The SSD tier on a real file system that fails and hangs: it is the kernel that says so."""
+"""Tests of the SSD tier on a real file system that fails and hangs: errors come from the kernel."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ PATIENCE_S = 20.0
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    """A disk that fails on demand."""
+    """Mount a disk that fails on demand."""
     with mounted_disk(tmp_path) as disk:
         yield disk
 
 
 async def until_got(manager: KVManager, blocks: range) -> None:
-    """Ask for the prompt until all of it comes from SSD."""
+    """Get the prompt until all of its blocks come."""
     async with asyncio.timeout(PATIENCE_S):
         while not (await manager.get(PROMPT, slots_of(blocks))).return_mask.all():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
 async def test_reads_that_fail_are_misses_and_the_tier_comes_back(disk: Disk) -> None:
-    """EIO from the kernel: a shorter hit, then none is asked for; later the bytes are there."""
+    """After EIO from reads, gets are misses and reads are down; later the right bytes come back."""
     async with KVManager(MODEL, cache_config(disk.mounted)) as manager:
         caches = kv_caches()
         manager.register_kv_caches(caches)
@@ -45,7 +45,7 @@ async def test_reads_that_fail_are_misses_and_the_tier_comes_back(disk: Disk) ->
             await manager.flush()
         manager.clear(Tier.HOST)
         disk.suffers_from("read")
-        for number in range(1, 4):  # each a prompt that is dropped
+        for number in range(1, 4):  # a different prompt each time, since failed blocks are dropped
             response = await manager.get(PROMPT + 1000 * number, slots_of(range(8, 16)))
             assert not response.return_mask.any()
         assert manager.statistics().tiers["disk"].reads == "down"
@@ -55,7 +55,7 @@ async def test_reads_that_fail_are_misses_and_the_tier_comes_back(disk: Disk) ->
 
 
 async def test_writes_that_fail_are_told_by_flush_and_served_from_host(disk: Disk) -> None:
-    """EIO from the kernel for blocks and journal alike."""
+    """After EIO from writes, flush raises, and host memory still serves the blocks."""
     async with KVManager(MODEL, cache_config(disk.mounted)) as manager:
         caches = kv_caches()
         manager.register_kv_caches(caches)
@@ -69,7 +69,7 @@ async def test_writes_that_fail_are_told_by_flush_and_served_from_host(disk: Dis
 
 
 async def test_a_disk_that_hangs_in_the_kernel_costs_its_own_blocks_only(disk: Disk) -> None:
-    """The get is answered at the deadline, host hits go on, and the tier comes back by itself."""
+    """A get from a hung disk fails at the deadline, host hits go on, and the tier comes back."""
     cache = cache_config(disk.mounted, io_deadline_s=0.3)
     other = PROMPT + 1000
     async with KVManager(MODEL, cache) as manager:
@@ -94,7 +94,7 @@ async def test_a_disk_that_hangs_in_the_kernel_costs_its_own_blocks_only(disk: D
 
 
 def test_only_files_in_user_space_may_hold_up_who_submits(disk: Disk, tmp_path: Path) -> None:
-    """Kernel threads do their I/O: some of them wait though they are told not to."""
+    """Only files of user-space file systems may block the submitter: kernel threads do the I/O."""
     for folder, may_block in ((disk.mounted / "kv", True), (tmp_path / "kv", False)):
         files = StripedFiles.open([folder], 4, 4096)
         assert files.may_block == may_block
@@ -102,7 +102,7 @@ def test_only_files_in_user_space_may_hold_up_who_submits(disk: Disk, tmp_path: 
 
 
 async def test_a_sync_that_failed_is_not_believed_the_next_time(disk: Disk) -> None:
-    """After EIO from fsync, the next good flush writes anew what may have been lost."""
+    """After EIO from fsync, the next good flush writes again all that may have been lost."""
     async with KVManager(MODEL, cache_config(disk.mounted)) as manager:
         manager.register_kv_caches(kv_caches())
         await manager.put(PROMPT, slots_of(range(8)))

@@ -1,4 +1,4 @@
-"""An engine keeps nothing of requests that are over, and fails loudly if it does."""
+"""Tests that an engine keeps nothing of requests that are over, and fails loudly if it does."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from flexkv.testing.virtual_time import run_virtual
 
 CONTAINERS = (dict, list, set, deque)
 CACHES = {"Tracer._plans"}
-"""Caches, which are bounded by limits of their own."""
+"""Caches, which have bounds of their own."""
 BLOCKS_MAX = 16
 HOST_BLOCKS, DISK_BLOCKS = 24, 48
 
 
 def containers(root: object) -> Iterator[tuple[str, int]]:
-    """Yield the size of each table, list or set of our objects, by its owner."""
+    """Yield the owner and the size of each dict, list, set or deque of FlexKV's objects."""
     seen: set[int] = set()
     waiting: list[tuple[str, Any]] = [("root", root)]
     while waiting:
@@ -58,11 +58,11 @@ class Deaf:
     """A sink of trace records that keeps none."""
 
     def record(self, record: Record) -> None:
-        """Take a record."""
+        """Drop a record."""
 
 
 class Bench:
-    """A manager with an SSD tier that lasts, over fakes that fail now and then."""
+    """A manager with a persistent SSD tier, over fakes that fail now and then."""
 
     def __init__(self, failure_probability: float) -> None:
         self.random = Random(1)
@@ -76,7 +76,7 @@ class Bench:
         faults = FaultPlan(1, failure_probability, 0.0001, 0.002, hang_probability=hangs)
         self.backend = FakeBackend(HOST_BLOCKS, faults, empty(DISK_BLOCKS, journals=2))
         self.manager = KVManager(MODEL, cache, backend=self.backend)
-        for files in self.backend.files:  # until the tier is open
+        for files in self.backend.files:  # no faults until the tier is open
             files.faulty = False
 
     async def ask(self) -> None:
@@ -125,16 +125,16 @@ class Bench:
         await move
 
     async def work(self, requests: int) -> Counter[str]:
-        """Make many requests, wait until all are over, and count what each container holds then."""
+        """Make many requests, wait until all are over, and return the containers' sizes then."""
         async with asyncio.TaskGroup() as group:
             for _ in range(requests):
                 group.create_task(self.ask())
-        for _ in range(3):  # what failed is told once
+        for _ in range(3):  # each failure is reported once
             try:
                 await self.manager.flush()
             except TransferError:
                 continue
-        await asyncio.sleep(100.0)  # virtual: pins expire, tiers that were down are forgiven
+        await asyncio.sleep(100.0)  # virtual: pins expire, and tiers that were down are tried again
         gc.collect()
         found: Counter[str] = Counter()
         for name, size in containers(self.manager):
@@ -147,7 +147,7 @@ class Bench:
 def test_an_idle_engine_holds_no_more_after_many_requests_than_after_few(
     failure_probability: float, is_traced: bool
 ) -> None:
-    """Whether requests succeed, fail or are given up: no list, set or table of the engine grows."""
+    """No container of the engine grows with the number of requests, however they end."""
 
     async def run() -> None:
         bench = Bench(failure_probability)
@@ -166,8 +166,10 @@ def test_an_idle_engine_holds_no_more_after_many_requests_than_after_few(
 
 
 def test_a_run_that_ends_and_leaves_a_claim_ends_the_engine() -> None:
-    """Its blocks could never be evicted. So the engine fails, all callers are told, and it takes no
-    more requests."""
+    """A run that ends and leaves a claim ends the engine, as its blocks could never be evicted.
+
+    All callers get the error, and the engine takes no more requests.
+    """
 
     async def run() -> None:
         bench = Bench(0.0)
@@ -191,7 +193,7 @@ def test_a_run_that_ends_and_leaves_a_claim_ends_the_engine() -> None:
 
 
 def test_failures_that_nobody_asks_for_are_kept_up_to_a_bound() -> None:
-    """However many writes fail while nobody flushes; the next flush reports a failure."""
+    """Failures of writes are kept up to a bound until a flush, which reports one of them."""
 
     async def run() -> None:
         broken, sound = FaultPlan(1, 1.0, 0.0001, 0.0002), FaultPlan(1, 0.0, 0.0001, 0.0002)
@@ -216,7 +218,7 @@ def test_failures_that_nobody_asks_for_are_kept_up_to_a_bound() -> None:
 
 
 def test_the_first_failure_is_what_everybody_is_told() -> None:
-    """It is reported once, and later failures do not hide it."""
+    """Every caller gets the engine's first failure; it is reported once, and later ones are not."""
 
     async def run() -> None:
         bench = Bench(0.0)
@@ -239,7 +241,7 @@ def test_the_first_failure_is_what_everybody_is_told() -> None:
 
 
 def test_closing_gives_up_hardware_that_keeps_its_buffers() -> None:
-    """After a minute it says what is still in flight, instead of waiting for ever."""
+    """After about a minute a close stops waiting for hardware, and says what is still in flight."""
 
     async def run() -> None:
         bench = Bench(0.0)

@@ -1,4 +1,4 @@
-"""A forked child: its calls end at once with an error, and nothing it does reaches the parent."""
+"""Tests of a forked child: its calls fail at once, and nothing that it does reaches the parent."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from .serving import BLOCKS, Instance, settings_in
 PROMPT = np.arange(10 * PER_BLOCK)
 SLOTS = slots_of(range(10))
 CHILD_S = 20
-"""After so long a child that hangs is killed, and its test fails."""
+"""A child that takes longer is killed, and its test fails."""
 
 
 def in_child(work: Callable[[], None]) -> None:
-    """Run something in a forked child, and fail as it fails."""
+    """Run a function in a forked child, and fail with its traceback if it fails."""
     reader, writer = os.pipe()
     child = os.fork()
-    if not child:  # pragma: no cover -- measured in the parent only
+    if not child:  # pragma: no cover -- only the parent measures
         status = 1
         try:
             signal.alarm(CHILD_S)
             work()
             status = 0
-        except BaseException:  # noqa: BLE001 -- the parent tells it
+        except BaseException:  # noqa: BLE001 -- the parent reports it
             os.write(writer, traceback.format_exc().encode())
         finally:
             os._exit(status)
@@ -55,13 +55,13 @@ def in_child(work: Callable[[], None]) -> None:
 
 
 def refused(call: Callable[[], Any]) -> None:
-    """Check that a call ends with an error that names the fork."""
+    """Check that a call raises an error that names the fork."""
     with pytest.raises(ClosedError, match=f"belongs to process {os.getppid()}.*fork"):
         call()
 
 
 def calls_of(manager: KVManager, task_id: int) -> Iterator[Callable[[], Any]]:
-    """Return every call of a manager that is not awaited."""
+    """Yield every call of a manager that is not awaited."""
     yield from (
         manager.start, manager.shutdown, manager.is_ready, manager.reset, manager.clear,
         manager.statistics, manager.trace_start, manager.trace_stop, manager.nudge_device,
@@ -94,7 +94,7 @@ def calls_of(manager: KVManager, task_id: int) -> Iterator[Callable[[], Any]]:
 
 
 def awaitables_of(manager: KVManager) -> Iterator[Callable[[], Any]]:
-    """Return every call of a manager that is awaited."""
+    """Yield every call of a manager that is awaited."""
     yield from (
         lambda: manager.get(PROMPT, SLOTS),
         lambda: manager.put(PROMPT, SLOTS),
@@ -113,7 +113,7 @@ async def _raised(call: Callable[[], Any]) -> None:
 
 
 def descriptors_of(tmp_path: Path) -> list[str]:
-    """Name this process's descriptors that may be a manager's."""
+    """Return the names of this process's descriptors that may be a manager's."""
     names = []
     for fd in os.listdir("/proc/self/fd"):
         try:
@@ -129,7 +129,7 @@ def descriptors_of(tmp_path: Path) -> list[str]:
 def test_every_call_in_a_child_names_the_fork(
     make_manager: MakeManager, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """Of a manager in a thread; the child has none of its descriptors, and the parent goes on."""
+    """Each call in a child names the fork; the child has no descriptors, and the parent goes on."""
     before = descriptors_of(tmp_path)
     manager = make_manager(**changes)
     manager.start()
@@ -163,7 +163,7 @@ def test_every_call_in_a_child_names_the_fork(
 async def test_every_call_of_a_manager_on_the_callers_loop_names_the_fork(
     make_manager: MakeManager, tmp_path: Path
 ) -> None:
-    """Also within its own task, from which the child then leaves as the parent would."""
+    """Also within the manager's own task every call in a child names the fork; leaving works."""
     async with make_manager() as manager:
         manager.register_kv_caches(kv_caches())
         await manager.put(PROMPT, SLOTS)
@@ -186,7 +186,7 @@ async def test_every_call_of_a_manager_on_the_callers_loop_names_the_fork(
 def test_the_locks_are_free_when_the_parent_has_shut_down(
     make_manager: MakeManager, tmp_path: Path
 ) -> None:
-    """Whatever a child that goes on has inherited: tier, trace, memory and metrics' port."""
+    """Locks, files and port are free after the parent's shutdown, whatever a child inherited."""
     manager = make_manager()
     manager.start()
     manager.register_kv_caches(kv_caches())
@@ -209,7 +209,7 @@ def test_the_locks_are_free_when_the_parent_has_shut_down(
 
 
 def test_metrics_in_a_child_say_that_the_engine_is_not_here(make_manager: MakeManager) -> None:
-    """Closing them there neither waits for the parent's thread nor ends its service."""
+    """A child's metrics say that no engine is up; closing them there does not affect the parent."""
     manager = make_manager()
     manager.start()
     metrics = MetricsServer(manager, 0)
@@ -225,7 +225,7 @@ def test_metrics_in_a_child_say_that_the_engine_is_not_here(make_manager: MakeMa
 
 
 def test_a_manager_that_is_not_started_may_be_started_in_a_child(make_manager: MakeManager) -> None:
-    """As a program that makes everything ready before it forks its workers does."""
+    """A manager that was made before a fork, but not started, may be started in each child."""
     manager = make_manager()
 
     def work() -> None:
@@ -239,7 +239,7 @@ def test_a_manager_that_is_not_started_may_be_started_in_a_child(make_manager: M
 
 
 def test_a_client_and_an_agent_belong_to_their_process(tmp_path: Path) -> None:
-    """Their calls in a child name the fork; what the child drops, the parent still has."""
+    """A client's and an agent's calls in a child name the fork; the parent's connections go on."""
     settings = settings_in(tmp_path)
     server = forked_server(settings)
     instance = Instance(settings)
@@ -334,7 +334,7 @@ manager.shutdown()
 
 @pytest.mark.parametrize("form", [THREAD_FORM, LOOP_FORM, PROCESS_FORM])
 def test_a_child_exits_silently_and_the_parent_goes_on(form: str, tmp_path: Path) -> None:
-    """By sys.exit, through atexit, finalizers, `__del__` and its copy of a running loop."""
+    """A child exits silently despite exit callbacks, finalizers, `__del__` or a running loop."""
     done = subprocess.run(
         [sys.executable, "-W", "always::ResourceWarning", "-W", "ignore::DeprecationWarning",
          "-c", SCRIPT + textwrap.dedent(form), str(tmp_path / "ssd")],

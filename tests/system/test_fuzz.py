@@ -1,4 +1,4 @@
-"""Hostile peers at a live server: it lives, serves the others, and keeps nothing of them."""
+"""Tests of hostile peers at a live server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .serving import BLOCKS, Instance, eventually, settings_in
 FRAMES = int(os.environ.get("FUZZ_FRAMES", "5000"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 WARM_FRAMES = 2000
-"""After so many, the server's memory is as large as it gets, but for what the next ones leak."""
+"""After this many frames the server's memory grows only by leaks."""
 GROWTH_BYTES_MAX = 48 << 20
 
 
@@ -66,10 +66,10 @@ class Neighbour:
 
 
 def test_hostile_peers_stop_nobody(tmp_path: Path) -> None:
-    """FUZZ_FRAMES random frames by FUZZ_SEED: another instance gets its bytes all the time.
+    """Random frames of hostile peers neither end the server nor disturb another instance.
 
-    Descriptors come back, memory does not grow with what was said, and the server ends well: its
-    index holds every law and nothing is left in it.
+    Descriptors are closed, memory does not grow with the frames, and the server ends with a sound
+    and empty index. FUZZ_FRAMES and FUZZ_SEED choose the frames.
     """
     settings = settings_in(tmp_path, num_cpu_blocks=64, io_deadline_s=2.0)
     server = forked_server(settings)

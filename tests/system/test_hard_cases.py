@@ -1,4 +1,4 @@
-"""Cases that once went wrong: tails that fill the host, bad sectors, tasks at odd moments."""
+"""Tests of cases that once went wrong: tails that fill the host, bad sectors, odd moments."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ PROMPT = np.arange(16 * PER_BLOCK)
 
 
 def manager_of(directory: Path, **changes: Any) -> KVManager:
-    """Give a manager with a host of eight blocks, and a larger SSD tier."""
+    """Return a manager with a host of eight blocks, and a larger SSD tier."""
     return KVManager(MODEL, cache_config(directory, num_cpu_blocks=8, num_ssd_blocks=64, **changes))
 
 
 def fail_reads(manager: KVManager, patch: pytest.MonkeyPatch) -> None:
-    """Let every transfer of the disk end in EIO."""
+    """Make every transfer of the disk end in EIO."""
     disk = manager._engine._backend.tiers()[0].port
     reap, error = disk.reap, StorageError("planted", 0, EIO)
     patch.setattr(disk, "reap", lambda: [Completion(op_id, error) for op_id, _ in reap()])
@@ -37,7 +37,7 @@ def fail_reads(manager: KVManager, patch: pytest.MonkeyPatch) -> None:
 async def test_a_prefix_whose_tail_fills_the_host_is_loaded_as_far_as_it_fits(
     tmp_path: Path,
 ) -> None:
-    """The tail gives its places up for the head: eight blocks come, not none."""
+    """A prompt's tail that fills the host is evicted for its head: eight blocks come, not none."""
     async with manager_of(tmp_path) as manager:
         caches = kv_caches()
         manager.register_kv_caches(caches)
@@ -61,7 +61,7 @@ async def test_a_prefix_whose_tail_fills_the_host_is_loaded_as_far_as_it_fits(
 
 
 async def test_a_put_longer_than_the_host_reaches_the_ssd_in_parts(tmp_path: Path) -> None:
-    """Each put stores what the host has room for, behind what the SSD has already."""
+    """Each put stores what the host has room for, behind what the SSD already has."""
     async with manager_of(tmp_path, write_behind_max_gb=1.0) as manager:
         manager.register_kv_caches(kv_caches())
         for _ in range(2):
@@ -97,7 +97,7 @@ async def test_a_block_that_cannot_be_read_is_forgotten_and_put_anew(
 async def test_a_flush_tells_of_a_write_that_failed_until_it_is_made_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if it failed long before; once the disk takes writes again, the blocks are written."""
+    """A flush reports even an old failed write; its blocks are written once the disk works."""
     async with manager_of(tmp_path) as manager:
         manager.register_kv_caches(kv_caches())
         with monkeypatch.context() as patch:
@@ -117,7 +117,7 @@ async def test_a_flush_tells_of_a_write_that_failed_until_it_is_made_good(
 def test_a_task_waited_for_completely_tells_what_failed_behind_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The put stored its blocks in host memory; that the SSD lacks them is its error."""
+    """The response of a put that waits for write-behind is a success with the SSD's error."""
     manager = manager_of(tmp_path)
     manager.start()
     manager.register_kv_caches(kv_caches())
@@ -131,7 +131,7 @@ def test_a_task_waited_for_completely_tells_what_failed_behind_it(
 
 @pytest.fixture
 def started(tmp_path: Path) -> Any:
-    """Give a started manager with a device."""
+    """Yield a started manager with a device."""
     manager = manager_of(tmp_path)
     manager.start()
     manager.register_kv_caches(kv_caches())
@@ -140,7 +140,7 @@ def started(tmp_path: Path) -> Any:
 
 
 def test_a_wait_begun_before_the_launch_ends_with_the_task(started: KVManager) -> None:
-    """One thread waits, another launches: the waiter gets the response when it is there."""
+    """A wait that begins before another thread launches the task returns its response."""
     task, _ = started.put_match(PROMPT[: 4 * PER_BLOCK])
     got: list[Any] = []
     waiter = threading.Thread(target=lambda: got.append(started.wait([task], timeout=60)))
@@ -151,7 +151,7 @@ def test_a_wait_begun_before_the_launch_ends_with_the_task(started: KVManager) -
 
 
 async def test_a_task_cancelled_before_its_first_step_is_answered(tmp_path: Path) -> None:
-    """Cancelled in the turn in which it was issued, it is over like any other."""
+    """A task that is cancelled in the turn of its issue ends as cancelled."""
     async with manager_of(tmp_path) as manager:
         manager.register_kv_caches(kv_caches())
         task = manager.get_async(PROMPT, slots_of(range(16)))
@@ -163,7 +163,7 @@ async def test_a_task_cancelled_before_its_first_step_is_answered(tmp_path: Path
 
 
 def test_an_id_given_twice_is_one_task(started: KVManager) -> None:
-    """It is launched once, and collected once."""
+    """A task whose id is given twice is launched once and collected once."""
     tokens = PROMPT[: 4 * PER_BLOCK]
     task, _ = started.put_match(tokens)
     started.launch([task, task], [slots_of(range(4)), slots_of(range(4, 8))])
@@ -172,7 +172,7 @@ def test_an_id_given_twice_is_one_task(started: KVManager) -> None:
 
 
 def test_two_threads_may_wait_for_one_task(started: KVManager) -> None:
-    """Each gets the response."""
+    """Two threads that wait for one task both get the response."""
     task, _ = started.put_match(PROMPT[: 4 * PER_BLOCK])
     got: list[Any] = []
     waiters = [
@@ -188,7 +188,7 @@ def test_two_threads_may_wait_for_one_task(started: KVManager) -> None:
 
 
 async def test_a_get_whose_filler_gave_up_finds_the_blocks_elsewhere(tmp_path: Path) -> None:
-    """It joined a put that was cancelled, and the SSD has all: it loads them from there."""
+    """A get that joined a put that was cancelled loads the blocks from SSD instead."""
     tokens = PROMPT[: 4 * PER_BLOCK]
     async with manager_of(tmp_path) as manager:
         manager.register_kv_caches(kv_caches())
@@ -207,7 +207,7 @@ async def test_a_get_whose_filler_gave_up_finds_the_blocks_elsewhere(tmp_path: P
 
 
 def test_a_manager_is_used_once_and_in_one_form(tmp_path: Path) -> None:
-    """Both forms at once, or a second time, are refused in words."""
+    """A manager cannot be used in both forms, nor be opened a second time."""
     manager = manager_of(tmp_path)
     manager.start()
 
@@ -236,7 +236,7 @@ def test_a_manager_is_used_once_and_in_one_form(tmp_path: Path) -> None:
 def test_bad_input_names_its_field(
     started: KVManager, call: Callable[[KVManager], object], field: str
 ) -> None:
-    """No raw KeyError, no value that was never given."""
+    """Bad input raises a ConfigError with the name of the argument."""
     with pytest.raises(ConfigError) as caught:
         call(started)
     assert caught.value.field == field

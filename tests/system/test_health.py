@@ -1,4 +1,4 @@
-"""Failures of I/O count against a tier; cancelled reads and corrupt blocks do not."""
+"""Tests that I/O failures count against a tier, but cancelled reads and corrupt blocks do not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def health(engine: Engine) -> tuple[str, str]:
 
 
 def test_a_read_that_was_given_up_says_nothing_of_the_disk() -> None:
-    """Two reads fail, one is recalled before it began, one fails: these are three in a row."""
+    """A recalled read between failed ones counts neither way: three failures still are in a row."""
 
     async def work(engine: Engine) -> None:
         await on_disk_only(engine, *PROMPTS)
@@ -48,7 +48,7 @@ def test_a_read_that_was_given_up_says_nothing_of_the_disk() -> None:
 
 
 def test_blocks_that_are_corrupt_do_not_take_the_disk_away() -> None:
-    """The bytes are wrong, but the disk works: other reads are served from it."""
+    """Corrupt blocks do not take the disk down: other reads are served from it."""
 
     async def work(engine: Engine) -> None:
         await on_disk_only(engine, *PROMPTS)
@@ -65,7 +65,7 @@ def test_blocks_that_are_corrupt_do_not_take_the_disk_away() -> None:
 
 
 def test_reads_that_work_again_do_not_vouch_for_writes() -> None:
-    """Both directions were down: the one that works again is used, the other is not."""
+    """When both directions were down, reads that work again do not bring writes back."""
 
     async def work(engine: Engine) -> None:
         await on_disk_only(engine, *PROMPTS[:5])
@@ -76,7 +76,7 @@ def test_reads_that_work_again_do_not_vouch_for_writes() -> None:
                 await put(engine, tokens + 5000 + 100 * number)
         assert health(engine) == ("down", "down")
         await asyncio.sleep(1.1)
-        with pytest.raises(StorageError):  # the trial, which doubles the pause
+        with pytest.raises(StorageError):  # the trial write, which doubles the pause
             await put(engine, PROMPTS[6])
         repair()
         assert await get(engine, PROMPTS[3]) == (KVResponseStatus.SUCCESS, 4)

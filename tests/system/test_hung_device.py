@@ -1,4 +1,4 @@
-"""A device of our own process that hangs: nobody but its own callers waits for it."""
+"""Tests of a device of this process that hangs: nobody but its own callers waits for it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def hang(engine: Engine, seconds: float) -> None:
 async def begun(
     engine: Engine, operation: Operation, tokens: Any, group: int = 0
 ) -> asyncio.Task[KVResponse]:
-    """Return the task of a request that has begun."""
+    """Start a request, and return its task."""
 
     async def perform() -> KVResponse:
         made = engine.intake(operation, tokens, None)
@@ -44,7 +44,7 @@ async def begun(
 
 
 def test_a_flush_tells_of_a_device_that_hangs_and_nobody_waits_for_its_blocks() -> None:
-    """Its put is answered with success when the device has ended, since its bytes are there."""
+    """A flush reports a hung device; its put succeeds when its copies end; nobody else waits."""
 
     async def work(engine: Engine) -> None:
         await put(engine, B)
@@ -68,7 +68,7 @@ def test_a_flush_tells_of_a_device_that_hangs_and_nobody_waits_for_its_blocks() 
 
 
 def test_a_device_that_is_slow_but_ends_its_copies_is_no_fault() -> None:
-    """Each copy takes less than the deadline, and all of them together more."""
+    """A device is not hung if each copy ends within the deadline, even if all take longer."""
 
     async def work(engine: Engine) -> None:
         hang(engine, DEADLINE_S * 0.8)
@@ -80,7 +80,7 @@ def test_a_device_that_is_slow_but_ends_its_copies_is_no_fault() -> None:
 
 
 def test_requests_of_a_stuck_group_give_their_places_back_and_are_answered_later() -> None:
-    """Others use the places; the group's waiting requests are refused until it is taken back."""
+    """A stuck group's requests free their places and are answered later; waiting ones fail."""
 
     async def work(engine: Engine) -> None:
         admission = engine.runner.admission

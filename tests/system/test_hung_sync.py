@@ -1,4 +1,4 @@
-"""A disk that never ends a sync: shutting down does not wait for it."""
+"""Tests that shutting down does not wait for a disk that never ends a sync."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATIENCE_S = 30.0
 
 @pytest.fixture
 def syncing(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Let each sync of the SSD files hang; return the event that is set once one does."""
+    """Make each sync of the SSD files hang; yield the event that is set once one does."""
     begun, healed = threading.Event(), threading.Event()
 
     def hang(files: StripedFiles) -> None:
@@ -37,7 +37,7 @@ def test_a_sync_that_hangs_does_not_hold_the_shutdown(
     entries: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It returns while the sync still hangs, and the directory can be used again."""
+    """A shutdown returns while a sync still hangs, and the directory can be used again."""
     monkeypatch.setattr(ledger, "FINISH_S", 0.5)
     manager = make_manager(iouring_entries=entries, shutdown_flush_s=0.1)
     manager.start()

@@ -1,4 +1,4 @@
-"""A start that is interrupted, while memory is touched or files are allocated, ends at once."""
+"""Tests that a start ends at once if interrupted while memory is touched or files allocated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEP_BYTES = 4096
 
 
 class Interrupter:
-    """Cancels a task from another thread, and counts what was done by then, and after that."""
+    """A counter of steps that cancels a task from another thread at the third step."""
 
     def __init__(self) -> None:
         self.task: asyncio.Task[None] | None = None
@@ -42,7 +42,7 @@ class Interrupter:
 
 
 async def interrupted(manager: KVManager, interrupter: Interrupter) -> None:
-    """Open a manager until its start is cancelled; check that it is, and leaves nothing."""
+    """Open a manager whose start gets cancelled; check that no step follows and nothing is left."""
 
     async def opened() -> None:
         async with manager:
@@ -59,7 +59,7 @@ async def interrupted(manager: KVManager, interrupter: Interrupter) -> None:
 async def test_a_start_is_cancelled_while_memory_is_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not another page is touched, and directories and memory are free again."""
+    """A start cancelled while memory is touched touches no further page, and frees everything."""
     monkeypatch.setattr(arena_module, "TOUCH_BYTES", STEP_BYTES)
     interrupter = Interrupter()
     cache = cache_config(tmp_path, num_cpu_blocks=STEPS, use_hugepage_cpu_buffer=False)
@@ -72,7 +72,7 @@ async def test_a_start_is_cancelled_while_memory_is_touched(
 async def test_a_start_is_cancelled_while_files_are_allocated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not another byte is allocated, what was is given back, and the next start allocates all."""
+    """A start cancelled during allocation frees the files' space; the next one allocates all."""
     monkeypatch.setattr(allocation, "STEP_BYTES", STEP_BYTES)
     allocate, interrupter = os.posix_fallocate, Interrupter()
 
@@ -105,7 +105,7 @@ class Slow:
 
 _ext, arena._ext = arena._ext, Slow()
 """
-"""Makes touching take ten minutes, and tells of every step on stdout."""
+"""Code that makes touching take ten minutes, and writes a byte to stdout at every step."""
 MEMORY_BLOCKS = 60_000
 STARTED = """
 from flexkv.kvmanager import KVManager
@@ -146,7 +146,7 @@ def run_slow(code: str, argument: str, number: int, environment: dict[str, str])
 
 @pytest.mark.parametrize("form", FORMS)
 def test_ctrl_c_ends_a_library_s_start(tmp_path: Path, form: str) -> None:
-    """It is a KeyboardInterrupt where the start was called; touching the rest takes minutes."""
+    """ctrl-C while memory is touched raises KeyboardInterrupt at once from the call that starts."""
     code = STARTED.format(blocks=MEMORY_BLOCKS, start=FORMS[form])
     status, errors = run_slow(code, str(tmp_path), signal.SIGINT, {})
     assert status == -signal.SIGINT
@@ -154,7 +154,7 @@ def test_ctrl_c_ends_a_library_s_start(tmp_path: Path, form: str) -> None:
 
 
 def test_sigterm_ends_a_server_s_start(tmp_path: Path) -> None:
-    """It ends in good order, and never said that it listens."""
+    """SIGTERM during a server's start ends it with exit status 0, before it listens."""
     model = tmp_path / "model.json"
     model.write_text('{"num_layers": 3, "num_kv_heads": 2, "head_size": 8, "dtype": "float16"}')
     environment = {

@@ -1,4 +1,4 @@
-"""Requests that wait for blocks that many other requests bring."""
+"""Tests of requests that wait for blocks that many other requests bring."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STRIDE_MB = 4096 / 2**20
 
 
 class Bench:
-    """An engine over fakes, with blocks of the device filled by what belongs to their keys."""
+    """An engine over fakes, with device blocks whose bytes derive from their keys."""
 
     def __init__(self, disk: int = 0, chunk_blocks: int = 4) -> None:
         self.device = np.zeros((DEVICE_BLOCKS, BLOCK_KEY_BYTES), np.uint8)
@@ -38,8 +38,10 @@ class Bench:
         self.engine = Engine(MODEL, cache, FakeBackend(DEVICE_BLOCKS, faults, empty(disk)))
 
     async def perform(self, operation: Operation, blocks: int, first: int = 0) -> KVResponse:
-        """Ask for a prompt of so many blocks from the first one on, at the device's first blocks or
-        for a get its last."""
+        """Perform an operation on blocks `first` to `blocks` of a prompt.
+
+        A get uses the last blocks of the device, a put those of the same numbers.
+        """
         mask = np.arange(blocks * TOKENS_PER_BLOCK) >= first * TOKENS_PER_BLOCK
         request = self.engine.intake(operation, list(range(blocks * TOKENS_PER_BLOCK)), mask)
         begin = DEVICE_BLOCKS - blocks if operation is Operation.GET else first
@@ -63,15 +65,17 @@ class Bench:
         assert np.array_equal(self.device[begin : begin + wanted], self.device[:wanted])
 
     async def open(self) -> None:
-        """Open the engine."""
+        """Open the engine, and register its device."""
         await self.engine.open()
         self.engine.register_kv_caches([self.device])
 
 
 @given(st.lists(st.integers(1, 2), min_size=CHUNKS_MAX - 2, max_size=CHUNKS_MAX + 12))
 def test_a_get_that_joins_many_ends_at_the_last_that_it_may_join(sizes: list[int]) -> None:
-    """Many puts under way bring a few blocks of one prompt each. A get waits for as many of them
-    as a leg has chunks, and returns their blocks; a later get returns all blocks."""
+    """A get waits for at most as many puts as a leg has chunks, and returns their blocks.
+
+    More puts are under way, each with a few blocks of the prompt. A later get returns all blocks.
+    """
 
     async def run() -> None:
         bench = Bench()
@@ -90,8 +94,7 @@ def test_a_get_that_joins_many_ends_at_the_last_that_it_may_join(sizes: list[int
 
 @pytest.mark.parametrize("blocks", [1, 31, 32, 33, 63, 64, 65, 120])
 def test_a_request_has_no_more_chunks_than_it_may(blocks: int) -> None:
-    """However small the chunks are, the number of ops that read and write the blocks of one request
-    is bounded, and all bytes are right."""
+    """However small the chunks are, the ops of a request are bounded, and all bytes are right."""
 
     async def run() -> None:
         bench = Bench(disk=DEVICE_BLOCKS, chunk_blocks=1)

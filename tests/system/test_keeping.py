@@ -1,4 +1,4 @@
-"""What callers can do to what is resident: clear, resize, pin; and eviction ahead of need."""
+"""Tests of what callers can do to resident blocks, and of eviction ahead of need."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def on_engine(
     journals: int = 0,
     **changes: Any,
 ) -> None:
-    """Run something on an open engine over fakes, on a virtual clock, and close it."""
+    """Run a function on an open engine over fakes, on a virtual clock, and close it."""
 
     async def run() -> None:
         cache = CacheConfig(
@@ -62,7 +62,7 @@ def resident(engine: Engine, tokens: Any, namespace: Any = None) -> int:
 
 
 def test_a_namespace_is_cleared_alone() -> None:
-    """Other namespaces keep their blocks; the places in every tier are counted."""
+    """Clearing a namespace counts its places in all tiers; other namespaces keep their blocks."""
 
     async def work(engine: Engine) -> None:
         await put(engine, A, "one")
@@ -92,7 +92,7 @@ def test_a_tier_is_cleared_alone() -> None:
 
 
 def test_a_pin_keeps_a_prefix_until_it_expires() -> None:
-    """Pinned blocks survive a stream of others; after the time they go like any."""
+    """Pinned blocks survive a stream of others; once the pin has expired they are evicted."""
 
     async def work(engine: Engine) -> None:
         await put(engine, A)
@@ -111,7 +111,7 @@ def test_a_pin_keeps_a_prefix_until_it_expires() -> None:
 
 
 def test_pins_end_with_their_owner_or_by_id() -> None:
-    """An owner that is gone has no pins; an id ends one; the rest end at close."""
+    """Pins end with their owner, by their id, or at close."""
 
     async def work(engine: Engine) -> None:
         await put(engine, A)
@@ -131,7 +131,7 @@ def test_pins_end_with_their_owner_or_by_id() -> None:
 
 
 def test_a_tier_is_resized_while_it_is_used() -> None:
-    """A smaller budget evicts; what is pinned stays; growing again gives the places back."""
+    """A smaller tier evicts, but no pinned block; growing gives the places back."""
 
     async def work(engine: Engine) -> None:
         await put(engine, A)
@@ -153,7 +153,7 @@ def test_a_tier_is_resized_while_it_is_used() -> None:
 
 @pytest.mark.parametrize("policy", ["lru", "fifo", "mru", "slru", "lfu", "lhd"])
 def test_a_namespace_beyond_its_quota_costs_its_own_blocks(policy: Any) -> None:
-    """Nobody else's go for it; without the bound everybody's may; a lower bound evicts at once."""
+    """A namespace beyond its quota evicts only its own blocks; a lower quota evicts at once."""
 
     async def work(engine: Engine) -> None:
         await put(engine, B, "other")
@@ -176,7 +176,7 @@ def test_a_namespace_beyond_its_quota_costs_its_own_blocks(policy: Any) -> None:
 
 
 def test_a_quota_on_what_is_there_keeps_its_order() -> None:
-    """A bound that is set late finds the namespace's blocks as the tier has them: oldest first."""
+    """A quota set later evicts the namespace's oldest blocks; removing it lifts the bound."""
 
     async def work(engine: Engine) -> None:
         for tokens in (A, B):
@@ -192,7 +192,7 @@ def test_a_quota_on_what_is_there_keeps_its_order() -> None:
 
 
 def test_quotas_have_rules() -> None:
-    """What is no number of blocks, and one namespace too many, are told."""
+    """A quota that is no number of blocks, and one namespace too many, are refused."""
 
     async def work(engine: Engine) -> None:
         for wrong in (-1, 1.5, "7"):

@@ -1,4 +1,4 @@
-"""A server that an engine has launched outlives the engine, but not for long."""
+"""Tests that a server that an engine has launched outlives the engine, but not for long."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from .serving import BLOCKS, Instance, eventually, settings_in
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    """Return settings."""
+    """Return settings with all files in the test's folder."""
     return settings_in(tmp_path)
 
 
 def engine(settings: Settings, pipe: Connection) -> None:
-    """Launch a server, put something, and stay; a child of ours inherits what we have open."""
+    """Launch a server, put a prompt, fork a child that inherits all descriptors, and stay."""
     server = Launched(MODEL, settings)
     instance = Instance(settings)
     instance.begin()
@@ -54,7 +54,7 @@ def engine(settings: Settings, pipe: Connection) -> None:
 
 @pytest.fixture
 def begun(settings: Settings) -> Iterator[tuple[psutil.Process, psutil.Process, psutil.Process]]:
-    """Return an engine in a process of its own, its server, and its child."""
+    """Yield an engine in a process of its own, its server, and its child."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=engine, args=(settings, theirs))
@@ -71,7 +71,7 @@ def begun(settings: Settings) -> Iterator[tuple[psutil.Process, psutil.Process, 
 
 
 def gone(process: psutil.Process) -> bool:
-    """Return whether a process has ended; one that waits to be reaped has."""
+    """Return whether a process has ended, reaped or not."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -98,7 +98,7 @@ Begun = tuple[psutil.Process, psutil.Process, psutil.Process]
 
 
 def test_a_server_is_in_no_tree_of_its_engine(begun: Begun) -> None:
-    """Nor in its session or process group, to which a terminal sends its signals."""
+    """A server is neither in its engine's process tree nor in its session or process group."""
     engine, server, child = begun
     assert child in engine.children(recursive=True)
     assert server not in engine.children(recursive=True)
@@ -109,7 +109,7 @@ def test_a_server_is_in_no_tree_of_its_engine(begun: Begun) -> None:
 def test_a_server_whose_engine_is_killed_writes_what_it_has_and_ends(
     begun: Begun, settings: Settings, whole_tree: bool
 ) -> None:
-    """Whether all its descendants are killed too, or a child lives on that has the pipe open."""
+    """A server whose engine is killed writes all and ends, even if a child keeps the pipe open."""
     engine, server, child = begun
     for each in [*engine.children(recursive=True), engine] if whole_tree else [engine]:
         each.kill()
@@ -119,7 +119,7 @@ def test_a_server_whose_engine_is_killed_writes_what_it_has_and_ends(
 
 
 def test_a_server_ends_when_its_engine_is_a_zombie(begun: Begun, settings: Settings) -> None:
-    """The process that should reap it may be stuck, or be killed later."""
+    """A server ends when its engine is a zombie, which nobody may ever reap."""
     engine, server, _ = begun
     engine.kill()
     eventually(lambda: engine.status() == psutil.STATUS_ZOMBIE)
@@ -128,7 +128,7 @@ def test_a_server_ends_when_its_engine_is_a_zombie(begun: Begun, settings: Setti
 
 
 def test_a_server_that_was_killed_is_told_from_one_that_ended(settings: Settings) -> None:
-    """Its launcher can tell, though it is not its parent."""
+    """A launcher can tell whether its server was killed or ended well, though it is no parent."""
     server = Launched(MODEL, settings)
     assert (server.has_ended, server.exit_status) == (False, None)
     os.kill(server.pid, signal.SIGKILL)
@@ -144,7 +144,7 @@ def test_a_server_that_was_killed_is_told_from_one_that_ended(settings: Settings
 def test_a_server_that_does_not_end_is_killed(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is killed after some time, and its address can be taken again."""
+    """A server that does not end in time is killed, and its address can be used again."""
     server = Launched(MODEL, settings)
     os.kill(server.pid, signal.SIGSTOP)
     monkeypatch.setattr(launch, "END_S", 0.2)
@@ -161,7 +161,7 @@ def check_ends_well(server: Launched) -> None:
 
 
 def test_a_server_waits_for_one_that_is_ending(settings: Settings) -> None:
-    """A server that ends keeps its address while it writes, and its engine may restart at once."""
+    """A new server waits for one that is ending, which keeps its address while it writes."""
     ending = Listener(Path(settings.server_recv_port.removeprefix("ipc://")))
     timer = threading.Timer(0.5, ending.close)
     timer.start()
@@ -171,7 +171,7 @@ def test_a_server_waits_for_one_that_is_ending(settings: Settings) -> None:
 
 
 def test_a_server_that_may_not_wait_is_refused_at_once(settings: Settings) -> None:
-    """It replaces one that died, and is launched within a step of the engine's scheduler."""
+    """A server that must not wait, since a scheduler's step launches it, is refused at once."""
     ending = Listener(Path(settings.server_recv_port.removeprefix("ipc://")))
     with pytest.raises(ConfigError, match="in use by another server"):
         Launched(MODEL, settings, waits=False)
@@ -179,7 +179,7 @@ def test_a_server_that_may_not_wait_is_refused_at_once(settings: Settings) -> No
 
 
 def test_a_server_does_not_wait_for_an_address_that_it_cannot_have(tmp_path: Path) -> None:
-    """Nor for one at which somebody answers: it is refused at once."""
+    """An address that is a file is refused at once."""
     (tmp_path / "socket").write_text("mine")
     with pytest.raises(ConfigError, match="is no socket"):
         Launched(MODEL, settings_in(tmp_path))
@@ -187,7 +187,7 @@ def test_a_server_does_not_wait_for_an_address_that_it_cannot_have(tmp_path: Pat
 
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the kernel have no pidfds."""
+    """Make the kernel refuse pidfds."""
 
     def refused(*_: Any) -> int:
         raise OSError(38, "Function not implemented")
@@ -197,7 +197,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def sleeping() -> Iterator[subprocess.Popen[bytes]]:
-    """Return a process that does nothing."""
+    """Yield a process that does nothing."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     yield process
     process.kill()
@@ -208,7 +208,7 @@ def sleeping() -> Iterator[subprocess.Popen[bytes]]:
 def test_a_process_is_watched_with_and_without_its_descriptor(
     sleeping: subprocess.Popen[bytes], request: pytest.FixtureRequest, descriptors: bool
 ) -> None:
-    """One that was killed has ended, whether it was reaped or not."""
+    """A killed process has ended, whether it was reaped or not, with pidfds and without them."""
     if not descriptors:
         request.getfixturevalue("blind")
     watch = ProcessWatch(sleeping.pid)
@@ -226,14 +226,14 @@ def test_a_process_is_watched_with_and_without_its_descriptor(
 
 
 def test_a_process_that_never_was_has_ended(blind: None) -> None:
-    """Its id may be from long ago."""
+    """A process id that nobody has counts as ended: it may be an old one."""
     assert ProcessWatch(1 << 22).has_ended
 
 
 async def test_a_parent_is_looked_at_where_the_kernel_does_not_tell_of_it(
     sleeping: subprocess.Popen[bytes], blind: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is checked at intervals; our stdin stays open."""
+    """Without pidfds the parent is checked at intervals; our stdin stays open."""
     monkeypatch.setattr(serve, "LOOK_S", 0.01)
     read, write = os.pipe()
     with os.fdopen(read) as stdin, os.fdopen(write):
@@ -258,17 +258,17 @@ async def test_a_parent_is_looked_at_where_the_kernel_does_not_tell_of_it(
 def test_a_server_that_cannot_have_what_it_needs_says_so_at_its_start(
     tmp_path: Path, field: str, changes: dict[str, Any]
 ) -> None:
-    """The launcher gets the error itself, with its field; nobody is told that it listens."""
+    """If a server cannot start, its launcher gets the error with its field, and nothing is left."""
     settings = settings_in(tmp_path, **changes)
     with pytest.raises(ConfigError) as caught:
         Launched(MODEL, settings)
     assert field in caught.value.field
     assert caught.value.field != "server_recv_port"
-    check_ends_well(Launched(MODEL, settings_in(tmp_path)))  # nothing is left of it
+    check_ends_well(Launched(MODEL, settings_in(tmp_path)))  # nothing is left of the failed one
 
 
 def test_a_server_listens_when_its_files_are_its_own(settings: Settings, tmp_path: Path) -> None:
-    """A strict one refuses another engine's directory by name, before anybody may connect."""
+    """A strict server refuses another engine's directory by name, before it listens."""
     first = Launched(MODEL, settings)
     cache = settings.cache_config.model_copy(update={"strict": True})
     other = Settings(server_recv_port=f"ipc://{tmp_path}/other", cache_config=cache)
@@ -282,7 +282,7 @@ def test_a_server_listens_when_its_files_are_its_own(settings: Settings, tmp_pat
 def test_a_server_that_dies_before_it_listens_is_not_waited_for(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel kills it when memory runs out: nothing is said, and the launcher says what is."""
+    """If a server dies silently before it listens, as without memory, its launcher says so."""
     says_its_id = "import os; os.write(1, b'%d\\n' % os.getpid())"
     monkeypatch.setattr(launch, "_BETWEEN", says_its_id)
     with pytest.raises(BackendUnavailableError, match="ended before it listened"):
@@ -290,7 +290,7 @@ def test_a_server_that_dies_before_it_listens_is_not_waited_for(
 
 
 def test_a_server_that_is_not_waited_for_tells_later(settings: Settings) -> None:
-    """So a step of an engine's scheduler can launch one."""
+    """A server need not be waited for at its launch, so that a scheduler's step can launch it."""
     server = Launched(MODEL, settings, is_awaited=False)
     eventually(server.look, within_s=60)
     assert server.look()
@@ -300,7 +300,7 @@ def test_a_server_that_is_not_waited_for_tells_later(settings: Settings) -> None
 def test_a_launch_that_hangs_holds_no_step(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The id of the server is told late or never: nobody waits for that, but the end is bounded."""
+    """A launch that hangs delays no step, and ending it takes a bounded time."""
     monkeypatch.setattr(launch, "_BETWEEN", "import time; time.sleep(20)")
     monkeypatch.setattr(launch, "END_S", 0.1)
     server = Launched(MODEL, settings, is_awaited=False)
@@ -316,12 +316,12 @@ def test_a_launch_that_hangs_holds_no_step(
 
 
 def test_a_launch_that_cannot_fork_leaves_nothing(settings: Settings) -> None:
-    """The kernel refuses descriptors: the error is its own, and those that were got are closed."""
+    """A launch for which descriptors are lacking raises that error, and closes what it opened."""
     highest = max(map(int, os.listdir("/proc/self/fd")))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with ExitStack() as opened:
         fillers = [opened.enter_context(open(os.devnull, "rb"))]
-        while fillers[-1].fileno() <= highest:  # numbers between those in use are free, too
+        while fillers[-1].fileno() <= highest:  # free numbers between those in use are taken, too
             fillers.append(opened.enter_context(open(os.devnull, "rb")))
         opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         resource.setrlimit(resource.RLIMIT_NOFILE, (fillers[-1].fileno() + 1, hard))
@@ -333,7 +333,7 @@ def test_a_launch_that_cannot_fork_leaves_nothing(settings: Settings) -> None:
 
 
 def test_a_server_whose_pipes_have_high_numbers_is_launched(settings: Settings) -> None:
-    """An engine with thousands of connections has no low descriptor to spare."""
+    """A server can be launched when no low descriptor is free, as with thousands of connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
     with ExitStack() as opened:

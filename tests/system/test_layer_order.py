@@ -1,4 +1,4 @@
-"""Many layers, several in a piece: none is read or reported too early, on a virtual clock."""
+"""Tests that no layer is read or reported too early, on a virtual clock."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flexkv.testing.virtual_time import run_virtual
 PER_BLOCK = 2
 BLOCKS = 6
 UNWRITTEN = 0xEE
-"""The byte in a device block where the model has not written yet."""
+"""The byte of device blocks that the model has not written yet."""
 
 
 def slots(first: int, blocks: int = BLOCKS) -> np.ndarray:
@@ -72,9 +72,11 @@ async def check(manager: KVManager, put: Put, layers: int, target: np.ndarray) -
 @pytest.mark.parametrize("layers", [16, 32, 33, 48, 80, 128])
 @pytest.mark.parametrize("seed", range(8))
 def test_no_layer_is_read_before_it_is_said_to_be_written(layers: int, seed: int) -> None:
-    """With one or several layers in a piece, and several puts at once: the stored bytes are those
-    that were written, though each layer had other bytes before it was reported as written; and a
-    layer that comes back is there once it is reported."""
+    """Stored bytes are those written before their layer was reported as written.
+
+    Each layer has other bytes before that. There are one or several layers in a piece, and several
+    puts at once. A layer of a get is there once it is reported.
+    """
     random = Random(seed)
     model = ModelConfig(num_layers=layers, num_kv_heads=1, head_size=4, dtype="int8")
     cache = CacheConfig(
@@ -100,8 +102,10 @@ def test_no_layer_is_read_before_it_is_said_to_be_written(layers: int, seed: int
 
 @pytest.mark.parametrize("layers", [16, 32, 33, 100])
 def test_the_first_layers_are_there_long_before_the_last(layers: int) -> None:
-    """A get has at least sixteen pieces, which keep to the window: if only one piece may be in
-    flight, layers arrive at as many moments as there are pieces."""
+    """If only one piece may be in flight, layers arrive at as many moments as there are pieces.
+
+    There are at least sixteen.
+    """
     model = ModelConfig(num_layers=layers, num_kv_heads=1, head_size=4, dtype="int8")
     cache = CacheConfig(
         tokens_per_block=PER_BLOCK, num_cpu_blocks=64, num_ssd_blocks=0,
@@ -130,9 +134,11 @@ def test_the_first_layers_are_there_long_before_the_last(layers: int) -> None:
 
 
 def test_nobody_waits_for_a_put_whose_layers_are_not_written() -> None:
-    """A get, a prefetch and a match of its prompt treat the put's blocks as absent, since their
-    caller may be the engine that has to write them. They wait for the blocks of an earlier put,
-    and once all layers are written also for these."""
+    """Requests treat blocks of a put as absent until all of its layers are written.
+
+    Their caller may be the engine that has to write them. They wait for an earlier put's blocks,
+    and for these once all layers are written.
+    """
     model = ModelConfig(num_layers=32, num_kv_heads=1, head_size=4, dtype="int8")
     cache = CacheConfig(tokens_per_block=PER_BLOCK, num_cpu_blocks=64, num_ssd_blocks=0)
     device = np.zeros((40, BLOCK_KEY_BYTES), np.uint8)
@@ -147,7 +153,7 @@ def test_nobody_waits_for_a_put_whose_layers_are_not_written() -> None:
             tokens = np.arange(BLOCKS * PER_BLOCK)
             put = manager.put_layerwise(tokens, slots(0))
             put.layer_written(30)
-            await asyncio.sleep(0.0001)  # virtual: the put begins, the other one does not end
+            await asyncio.sleep(0.0001)  # virtual: the second put begins, the first does not end
             match = manager.match(tokens)
             assert (match.tokens, match.pending_tokens) == (len(before), len(before))
             async with asyncio.timeout(10.0):
@@ -156,7 +162,7 @@ def test_nobody_waits_for_a_put_whose_layers_are_not_written() -> None:
                 brought = await manager.prefetch(tokens)
                 assert brought.status is KVResponseStatus.SUCCESS
             put.layer_written(31)
-            await asyncio.sleep(0)  # the engine hears of it
+            await asyncio.sleep(0)  # the engine receives the report
             assert manager.match(tokens).pending_tokens == len(tokens) - len(before)
             assert (await manager.get(tokens, slots(20))).return_mask.all()
             assert (await put).return_mask[len(before) :].all()

@@ -1,4 +1,4 @@
-"""Gets and puts layer by layer, over real memory and SSD, and behind a fake CUDA driver."""
+"""Tests of gets and puts layer by layer, over real memory and SSD, and a fake CUDA driver."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ SOURCES, TARGETS = range(40), list(range(63, 23, -1))
 
 
 def model_of(tp_size: int = 1) -> ModelConfig:
-    """Give a model of many layers, several hundred KiB a prompt."""
+    """Return a model with many layers, for which a prompt has several hundred KiB."""
     return ModelConfig(
         num_layers=LAYERS, num_kv_heads=4, head_size=64, dtype="float16", tp_size=tp_size
     )
 
 
 class Watched:
-    """Looks at the slots of a get, layer by layer."""
+    """The slots of a get and the bytes that they should have, layer by layer."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.expected = ranks.content(SOURCES)
 
     def has(self, layer: int) -> bool:
-        """Tell whether a layer is there, on every rank."""
+        """Return whether a layer's bytes have arrived on every rank."""
         found = self.ranks.content(TARGETS)
         return same(found[layer::LAYERS], self.expected[layer::LAYERS])
 
@@ -51,7 +51,7 @@ class Watched:
 async def test_layers_come_one_after_the_other(
     tp_size: int, is_cuda: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From host memory and from the SSD: what is told to be there is."""
+    """A layer that is reported as arrived has its bytes, from host memory and from SSD."""
     model = model_of(tp_size)
     ranks = Ranks(model, is_cuda, monkeypatch)
     watched = Watched(ranks)
@@ -78,7 +78,7 @@ async def test_layers_come_one_after_the_other(
 def test_a_thread_waits_for_layers(
     is_cuda: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the form with a thread; a wait that takes too long is told, and nothing is lost."""
+    """A thread can wait for layers; a wait that takes too long raises TimeoutError."""
     model = model_of()
     ranks = Ranks(model, is_cuda, monkeypatch)
     watched = Watched(ranks)
@@ -109,7 +109,7 @@ def test_a_thread_waits_for_layers(
 async def test_a_put_takes_layers_as_they_are_written(
     is_cuda: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not before, and it is whole when the last one was; its sums are right on SSD."""
+    """A put stores its blocks when the last layer is reported, with the right bytes and sums."""
     model = model_of(2)
     ranks = Ranks(model, is_cuda, monkeypatch)
     written = [[layer.copy() for layer in layers] for layers in ranks.caches]
@@ -122,7 +122,7 @@ async def test_a_put_takes_layers_as_they_are_written(
         for layer in range(LAYERS):
             for of_rank, content in zip(ranks.caches, written, strict=True):
                 of_rank[layer][:] = content[layer]
-            if layer != 4:  # the next one tells of both
+            if layer != 4:  # the report of the next layer covers both
                 put.layer_written(layer)
             await asyncio.sleep(0.001)
             assert layer == LAYERS - 1 or not manager.match(PROMPT).tokens_by_tier[Tier.HOST]
@@ -138,7 +138,7 @@ async def test_a_put_takes_layers_as_they_are_written(
 async def test_others_go_ahead_of_a_put_that_waits_for_its_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And cancelling it in the middle leaves nothing, whoever cancels."""
+    """Others overtake a put that waits for its layers; cancelling the put leaves nothing."""
     model = model_of()
     ranks = Ranks(model, False, monkeypatch)
     async with KVManager(model, cache_config(tmp_path, num_cpu_blocks=96)) as manager:
@@ -165,7 +165,7 @@ async def _awaited(request: Any) -> Any:
 async def test_a_stream_waits_for_a_layer_and_the_thread_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is queued behind the wait finds the layer there; so for each rank's device."""
+    """Work queued behind a stream's wait finds the layer there, on each rank; no thread waits."""
     model = model_of(2)
     ranks = Ranks(model, True, monkeypatch)
     watched = Watched(ranks)
@@ -205,7 +205,7 @@ def _look(watched: Watched, rank: int, layer: int, found: list[bool]) -> None:
 
 
 def test_a_new_try_voids_what_the_first_one_moved() -> None:
-    """Its layers are not there, whatever came before; events are let go of."""
+    """A new try voids the layers that the first one moved, and closes its events."""
     closed: list[str] = []
 
     class Event:
@@ -213,10 +213,10 @@ def test_a_new_try_voids_what_the_first_one_moved() -> None:
             self.name = name
 
         def hold_back(self, stream: int) -> None:
-            """Nothing waits."""
+            """Do nothing."""
 
         def close(self) -> None:
-            """Tell."""
+            """Record that it was closed."""
             closed.append(self.name)
 
     progress = LayerProgress(2, 2)

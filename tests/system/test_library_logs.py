@@ -1,4 +1,4 @@
-"""Log lines in a program of others: they go where its `logging` says, and nowhere else."""
+"""Tests of log lines in a program of others: they go where its `logging` says, nowhere else."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ assert not any(logger.handlers or not logger.propagate for logger in ours), ours
 
 
 def use(folder: Path, before: str = "", after: str = "", **environment: str) -> tuple[str, str]:
-    """Use a manager in a program, and return what it has printed."""
+    """Use a manager in a program, and return its stdout and stderr."""
     done = subprocess.run(
         [sys.executable, "-c", USE.format(before=before, after=after), folder / "ssd"],
         capture_output=True, text=True, check=False,
@@ -54,7 +54,7 @@ def use(folder: Path, before: str = "", after: str = "", **environment: str) -> 
 
 
 def test_a_program_s_stdout_is_its_own(tmp_path: Path) -> None:
-    """Nothing is printed there, and no handler is added anywhere; warnings go the way of all."""
+    """Nothing is printed to stdout, no handler is added, and warnings take logging's usual way."""
     stdout, stderr = use(tmp_path, after="assert not logging.root.handlers")
     assert stdout == ""
     lines = stderr.splitlines()
@@ -65,7 +65,7 @@ def test_a_program_s_stdout_is_its_own(tmp_path: Path) -> None:
     ("level", "least"), [("debug", 10), ("INFO", 20), ("warning", 30), ("error", 40)]
 )
 def test_a_program_s_handlers_get_the_lines(tmp_path: Path, level: str, least: int) -> None:
-    """From FLEXKV_LOG_LEVEL on, with FLEXKV_LOGGING_PREFIX, by logger and function."""
+    """A program's handlers get lines from FLEXKV_LOG_LEVEL on, with prefix, logger and function."""
     shape = '{"levelno": %(levelno)d, "name": "%(name)s", "by": "%(funcName)s", "told": %(told)s}'
     before = f"""
 import json
@@ -91,7 +91,7 @@ logging.root.addHandler(handler)
 def test_an_unknown_level_is_an_error_in_a_library_too(
     make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """By the name that was used for it."""
+    """An unknown log level is an error that names the setting by which it was given."""
     monkeypatch.setenv("FLEXKV_LOG_LEVEL", "loud")
     with pytest.raises(ConfigError, match="FLEXKV_LOG_LEVEL='loud': must be one of debug, info"):
         make_manager()
@@ -106,7 +106,7 @@ def test_an_unknown_level_is_an_error_in_a_library_too(
 
 
 def test_settings_give_level_and_prefix(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Those of a file or the environment, as a program has them that loads its settings."""
+    """`load_settings` applies level and prefix, from the file or the environment."""
     path = tmp_path / "flexkv.json"
     path.write_text('{"log_level": "debug", "logging_prefix": "pod-7"}')
     load_settings({"FLEXKV_CONFIG_PATH": str(path), "FLEXKV_LOG_LEVEL": "error"})
@@ -120,16 +120,16 @@ def test_settings_give_level_and_prefix(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 class Refusing(logging.Handler):
-    """A handler that raises what no handler should."""
+    """A handler that raises."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Raise."""
+        """Raise LookupError."""
         raise LookupError(record.getMessage())
 
 
 @pytest.fixture
 def refusing() -> Iterator[Refusing]:
-    """Yield a handler that gets every line of ours."""
+    """Yield a handler that gets every log line of FlexKV."""
     handler = Refusing()
     logging.getLogger("flexkv").addHandler(handler)
     yield handler
@@ -139,7 +139,7 @@ def refusing() -> Iterator[Refusing]:
 async def test_a_handler_that_raises_stops_nothing(
     make_manager: MakeManager, refusing: Refusing
 ) -> None:
-    """Whatever it raises: the engine serves on."""
+    """The engine goes on if a log handler raises."""
     obey("debug", None)
     async with make_manager() as manager:
         manager.register_kv_caches(kv_caches())
@@ -148,7 +148,7 @@ async def test_a_handler_that_raises_stops_nothing(
 
 
 def test_repeated_lines_are_dropped_in_a_library_too(caplog: pytest.LogCaptureFixture) -> None:
-    """A handler that blocks, or a disk that fills, is not met with a line for each request."""
+    """Repeated lines are dropped, so that a slow handler or a full disk gets few."""
     obey("info", None)
     for _ in range(100):
         get_logger("flexkv.test").warning("op failed again", route="host→disk")
@@ -161,7 +161,7 @@ def test_repeated_lines_are_dropped_in_a_library_too(caplog: pytest.LogCaptureFi
 def test_colours_are_for_terminals(
     environment: dict[str, str], coloured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unless the user wants none; and never in a file."""
+    """Colours are for terminals only, and can be turned off."""
     monkeypatch.setenv("TERM", "xterm")
     for name in ("NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)

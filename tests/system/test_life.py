@@ -1,4 +1,4 @@
-"""Failures, shutdown under load, and the README: nobody waits for ever, nothing is left."""
+"""Tests of failures, shutdown under load and the README: nobody waits for ever."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 async def test_an_actor_that_fails_ends_every_wait(
     make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Our own mistake in an actor: waiters get an InternalError, later calls too, close returns."""
+    """If an actor fails, waiters and later calls get an InternalError, and close returns."""
 
     def broken(self: TransferActor) -> None:
         raise RuntimeError("planted")
@@ -47,7 +47,7 @@ async def test_an_actor_that_fails_ends_every_wait(
 async def test_a_port_that_fails_a_transfer_shortens_the_hit(
     make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A read error is a shorter answer with the error named, and nothing is held."""
+    """A read error shortens the answer, which names it, and leaves no claim."""
     async with make_manager() as manager:
         manager.register_kv_caches(kv_caches())
         for start in range(0, 500_000, 100_000):
@@ -71,7 +71,7 @@ async def test_a_port_that_fails_a_transfer_shortens_the_hit(
 async def test_flush_tells_of_writes_that_failed(
     make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The put was answered before; flush raises, and the blocks are still served from the host."""
+    """flush raises if a write failed after its put was answered; the host serves the blocks."""
     async with make_manager() as manager:
         manager.register_kv_caches(kv_caches())
         disk = manager._engine._backend.tiers()[0].port
@@ -88,7 +88,7 @@ async def test_flush_tells_of_writes_that_failed(
 async def test_a_call_from_another_loop_ends_when_the_engine_stops(
     make_manager: MakeManager,
 ) -> None:
-    """Whatever the moment of the shutdown, the caller gets an answer or a ClosedError."""
+    """A call from another loop ends during the shutdown: answered, cancelled or a ClosedError."""
     for _ in range(20):
         manager = make_manager()
         manager.start()
@@ -130,7 +130,7 @@ def test_shutdown_under_load_from_other_threads_ends_every_call(make_manager: Ma
 async def test_a_cancelled_call_from_another_loop_waits_for_the_hardware(
     make_manager: MakeManager,
 ) -> None:
-    """CancelledError comes once the work on the engine's loop is over; the manager serves on."""
+    """A call cancelled on another loop ends after its work on the engine's; no claim is left."""
     manager = make_manager()
     manager.start()
     try:
@@ -148,7 +148,7 @@ async def test_a_cancelled_call_from_another_loop_waits_for_the_hardware(
 
 
 async def test_admission_is_fair_bounded_and_closes() -> None:
-    """First come first served; a cancelled waiter hands its place on; closing turns away."""
+    """Admission is first come, first served; cancelled waiters are passed over; closing refuses."""
     admission = Admission(1)
     await admission.enter()
     order: list[int] = []
@@ -178,7 +178,7 @@ async def test_admission_is_fair_bounded_and_closes() -> None:
 
 
 def test_the_virtual_loop_sees_a_deadlock() -> None:
-    """A wait that nothing can end raises instead of hanging; virtual time costs none."""
+    """On the virtual loop a wait that nothing can end raises; virtual time takes no real time."""
 
     async def sleeps() -> float:
         await asyncio.sleep(1e6)
@@ -194,7 +194,7 @@ def test_the_virtual_loop_sees_a_deadlock() -> None:
 
 
 def test_the_example_in_the_readme_runs(tmp_path: Path) -> None:
-    """As it stands; its directory is made where it runs, for its user alone."""
+    """The README's example runs as it stands; its directory is made there, for its user alone."""
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     script = tmp_path / "example.py"
     script.write_text(example)

@@ -1,4 +1,4 @@
-"""The public contract over real memory, real files and real io_uring, in all three forms."""
+"""Tests of the public contract over real memory, files and io_uring, in all three forms."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPT = np.arange(1000, 1000 + 10 * PER_BLOCK)
 
 
 async def test_what_was_put_comes_back_in_other_slots(rig: Rig) -> None:
-    """Bytes are equal, for every layer, K and V."""
+    """What was put comes back in other slots with equal bytes, for every layer, K and V."""
     expected = bytes_of(rig.caches, range(10))
     put = await rig.request("put", PROMPT, slots_of(range(10)))
     assert put.status is KVResponseStatus.SUCCESS
@@ -34,7 +34,7 @@ async def test_what_was_put_comes_back_in_other_slots(rig: Rig) -> None:
 
 
 async def test_blocks_evicted_from_host_come_back_from_ssd(rig: Rig) -> None:
-    """A prompt pushed out of host memory is read from SSD, and is in host memory again."""
+    """Blocks evicted from host memory are read from SSD, and are in host memory again."""
     expected = bytes_of(rig.caches, range(10))
     await rig.request("put", PROMPT, slots_of(range(10)))
     await rig.manager.flush()
@@ -50,7 +50,7 @@ async def test_blocks_evicted_from_host_come_back_from_ssd(rig: Rig) -> None:
 
 
 async def test_a_longer_prompt_gets_the_prefix_it_shares(rig: Rig) -> None:
-    """Partial is normal: SUCCESS with the shorter mask."""
+    """A longer prompt gets the prefix that it shares, with SUCCESS and the shorter mask."""
     await rig.request("put", PROMPT, slots_of(range(10)))
     longer = np.r_[PROMPT[: 6 * PER_BLOCK], PROMPT[: 4 * PER_BLOCK]]
     got = await rig.request("get", longer, slots_of(range(20, 30)))
@@ -59,7 +59,7 @@ async def test_a_longer_prompt_gets_the_prefix_it_shares(rig: Rig) -> None:
 
 
 async def test_a_miss_moves_nothing(rig: Rig) -> None:
-    """NOTFOUND, an empty mask, untouched slots."""
+    """A miss returns NOTFOUND and an empty mask, and leaves the slots as they were."""
     before = bytes_of(rig.caches, range(10))
     got = await rig.request("get", PROMPT, slots_of(range(10)))
     assert got.status is KVResponseStatus.NOTFOUND
@@ -68,7 +68,7 @@ async def test_a_miss_moves_nothing(rig: Rig) -> None:
 
 
 async def test_a_masked_get_moves_only_what_is_selected(rig: Rig) -> None:
-    """Leading False is on the device already; its slots are neither given nor written."""
+    """A masked get moves only the selected tokens, and takes slots for only these."""
     expected = bytes_of(rig.caches, range(4, 10))
     await rig.request("put", PROMPT, slots_of(range(10)))
     mask = np.arange(len(PROMPT)) >= 4 * PER_BLOCK
@@ -78,7 +78,7 @@ async def test_a_masked_get_moves_only_what_is_selected(rig: Rig) -> None:
 
 
 async def test_a_second_put_moves_nothing(rig: Rig) -> None:
-    """What the host has is not copied again."""
+    """A second put of the same prompt copies nothing."""
     await rig.request("put", PROMPT, slots_of(range(10)))
     again = await rig.request("put", PROMPT, slots_of(range(10)))
     assert again.status is KVResponseStatus.SUCCESS
@@ -86,7 +86,7 @@ async def test_a_second_put_moves_nothing(rig: Rig) -> None:
 
 
 async def test_a_put_larger_than_the_host_stores_its_leading_blocks(rig: Rig) -> None:
-    """A partial put: as many leading blocks as there is room for, and the reason why not more."""
+    """A put larger than the host stores as many leading blocks as fit, and says why not more."""
     prompt = np.arange(40 * PER_BLOCK)
     put = await rig.request("put", prompt, slots_of(range(40)))
     assert put.status is KVResponseStatus.SUCCESS
@@ -127,7 +127,7 @@ async def test_ssd_is_back_filled_when_only_the_host_has_a_block(make_manager: M
 
 
 async def test_reset_forgets_every_tier(rig: Rig) -> None:
-    """Nothing is found afterwards, and every place is free."""
+    """After a reset nothing is found, and every place is free."""
     await rig.request("put", PROMPT, slots_of(range(10)))
     await rig.manager.flush()
     assert rig.manager.reset() == 20
@@ -137,7 +137,7 @@ async def test_reset_forgets_every_tier(rig: Rig) -> None:
 
 
 async def test_concurrent_requests_for_one_cold_prompt_share_the_load(rig: Rig) -> None:
-    """All get the right bytes, and each block is read from SSD once."""
+    """Concurrent gets of one cold prompt all get the right bytes, by one read of each block."""
     expected = bytes_of(rig.caches, range(10))
     await rig.request("put", PROMPT, slots_of(range(10)))
     await rig.manager.flush()
@@ -155,7 +155,7 @@ async def test_concurrent_requests_for_one_cold_prompt_share_the_load(rig: Rig) 
 
 
 async def test_cancelling_leaves_nothing(make_manager: MakeManager) -> None:
-    """A get cancelled at any of many moments leaves no claim, and the manager serves on."""
+    """A get cancelled at any of many moments leaves no claim, and the manager goes on."""
     async with make_manager() as manager:
         manager.register_kv_caches(kv_caches())
         await manager.put(PROMPT, slots_of(range(10)))
@@ -171,7 +171,7 @@ async def test_cancelling_leaves_nothing(make_manager: MakeManager) -> None:
 
 
 async def test_closing_in_the_middle_ends_every_request(make_manager: MakeManager) -> None:
-    """Shutdown cancels what runs and waits; nobody waits for ever; nothing is left."""
+    """A shutdown in the middle ends every running and waiting request."""
     manager = make_manager(requests_max=2)
     async with manager:
         manager.register_kv_caches(kv_caches())
@@ -188,7 +188,7 @@ async def test_closing_in_the_middle_ends_every_request(make_manager: MakeManage
 
 
 def test_prepared_tasks_are_launched_once_and_collected_once(make_manager: MakeManager) -> None:
-    """put_match and get_match tell which slots are needed; launching twice is a no-op."""
+    """A match tells which slots are needed; a task is launched once and collected once."""
     manager = make_manager()
     manager.start()
     try:
@@ -217,7 +217,7 @@ def test_prepared_tasks_are_launched_once_and_collected_once(make_manager: MakeM
 
 
 def test_a_prepared_get_keeps_what_it_found(make_manager: MakeManager) -> None:
-    """Between match and launch nothing it found is evicted."""
+    """What a prepared get found is not evicted between match and launch."""
     manager = make_manager(num_ssd_blocks=0)
     manager.start()
     try:
@@ -233,7 +233,7 @@ def test_a_prepared_get_keeps_what_it_found(make_manager: MakeManager) -> None:
 
 
 def test_a_task_that_is_not_over_in_time_is_ended(make_manager: MakeManager) -> None:
-    """TIMEOUT ends the task and releases what it held."""
+    """A wait that times out ends the task and releases what it held."""
     manager = make_manager()
     manager.start()
     try:
@@ -249,7 +249,7 @@ def test_a_task_that_is_not_over_in_time_is_ended(make_manager: MakeManager) -> 
 
 
 async def test_torch_tensors_and_other_integers_serve(make_manager: MakeManager) -> None:
-    """torch KV caches in bfloat16, torch token ids, int32 slots."""
+    """torch KV caches in bfloat16, torch token ids and int32 slots are accepted."""
     model = MODEL.model_copy(update={"dtype": "bfloat16"})
     manager = make_manager()
     manager = KVManager(model, manager._engine.cache)
@@ -265,7 +265,7 @@ async def test_torch_tensors_and_other_integers_serve(make_manager: MakeManager)
 
 
 async def test_use_outside_its_life_is_a_closed_error(make_manager: MakeManager) -> None:
-    """Before start, after shutdown, and from a foreign loop: ClosedError, and it says why."""
+    """A call before the start, after the shutdown or from a foreign loop raises ClosedError."""
     manager = make_manager()
     with pytest.raises(ClosedError, match="not started"):
         await manager.get(PROMPT, slots_of(range(10)))
@@ -308,7 +308,7 @@ async def test_use_outside_its_life_is_a_closed_error(make_manager: MakeManager)
 async def test_bad_arguments_are_named_and_change_nothing(
     rig: Rig, arguments: dict[str, Any], field: str
 ) -> None:
-    """A ConfigError with the field, in every form; nothing is stored or held."""
+    """A bad argument raises a ConfigError with its name, in every form, and changes nothing."""
     good = {"token_ids": PROMPT, "slot_mapping": slots_of(range(10))}
     with pytest.raises(ConfigError, match=field):
         await rig.request("put", **{**good, **arguments})
@@ -327,7 +327,7 @@ async def test_bad_arguments_are_named_and_change_nothing(
 def test_parts_that_are_not_built_refuse_to_start(
     make_manager: MakeManager, changes: dict[str, Any], field: str
 ) -> None:
-    """The error names the key and the part that is missing."""
+    """A feature that is not built is refused by its key."""
     with pytest.raises(ConfigError, match=field):
         make_manager(**changes)
 
@@ -344,7 +344,7 @@ def test_parts_that_are_not_built_refuse_to_start(
 async def test_what_the_machine_cannot_give_is_named_at_start(
     make_manager: MakeManager, changes: dict[str, Any], field: str
 ) -> None:
-    """Sizes beyond memory or disk and unusable directories: ConfigError, nothing left behind."""
+    """Sizes beyond the machine and unusable directories are refused at the start by their keys."""
     manager = make_manager(**changes)
     with pytest.raises(ConfigError, match=field):
         async with manager:
@@ -352,7 +352,7 @@ async def test_what_the_machine_cannot_give_is_named_at_start(
 
 
 async def test_a_directory_in_use_names_its_holder(make_manager: MakeManager) -> None:
-    """A strict second manager over the same directory is refused while the first lives."""
+    """A strict manager is refused a directory that another one uses, and gets its process id."""
     async with make_manager():
         with pytest.raises(ConfigError, match=r"ssd_cache_dir.*in use by process"):
             async with make_manager(strict=True):
@@ -363,7 +363,7 @@ async def test_a_directory_in_use_names_its_holder(make_manager: MakeManager) ->
 
 @pytest.mark.parametrize("entries", [0, 512])
 async def test_both_disk_adapters_serve(make_manager: MakeManager, entries: int) -> None:
-    """With and without io_uring: the same results, and statistics tell which."""
+    """With and without io_uring the bytes are the same, and statistics name the adapter."""
     async with make_manager(iouring_entries=entries) as manager:
         caches = kv_caches()
         manager.register_kv_caches(caches)

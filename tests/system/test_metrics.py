@@ -1,4 +1,4 @@
-"""The metrics endpoint, read as Prometheus reads it, and compared with what a trace says."""
+"""Tests of the metrics endpoint, read by Prometheus' own parser and compared with a trace."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Samples = dict[str, dict[tuple[tuple[str, str], ...], float]]
 
 
 def scraped(url: str) -> Samples:
-    """Give every sample by its name and labels, as Prometheus' own parser reads them."""
+    """Return every sample by its name and labels, as Prometheus' own parser reads them."""
     with urllib.request.urlopen(url, timeout=5) as answer:
         text = answer.read().decode()
     samples: Samples = defaultdict(dict)
@@ -45,12 +45,12 @@ def scraped(url: str) -> Samples:
 
 
 def prompt(number: int, blocks: int = 8) -> Any:
-    """Give a prompt that shares nothing with others."""
+    """Return a prompt that shares nothing with others."""
     return np.arange(blocks * PER_BLOCK) + number * 100_000
 
 
 def worked(manager: KVManager, rounds: int = 12) -> None:
-    """Put and get, from host memory, from SSD, and in vain."""
+    """Put prompts, and get some from host memory, from SSD and in vain."""
     for number in range(rounds):
         manager.wait(manager.put_async(prompt(number), slots_of(range(8))), completely=True)
     for number in (0, rounds - 1, 999):
@@ -59,7 +59,7 @@ def worked(manager: KVManager, rounds: int = 12) -> None:
 
 @pytest.fixture
 def manager(tmp_path: Path) -> Any:
-    """Give a manager in the form with a thread."""
+    """Yield a manager in the threaded form."""
     made = KVManager(MODEL, cache_config(tmp_path))
     made.start()
     made.register_kv_caches(kv_caches())
@@ -68,7 +68,7 @@ def manager(tmp_path: Path) -> Any:
 
 
 def test_metrics_agree_with_the_trace(manager: KVManager, tmp_path: Path) -> None:
-    """Sum and count of every histogram, while somebody reads all the time."""
+    """Sum and count of every histogram agree with the trace, even with concurrent readers."""
     stop, seen = threading.Event(), []
     with MetricsServer(manager, 0, name="metrics", instance=3) as server:
 
@@ -107,7 +107,7 @@ def test_metrics_agree_with_the_trace(manager: KVManager, tmp_path: Path) -> Non
 
 
 def test_counters_and_gauges_are_what_the_statistics_say(manager: KVManager) -> None:
-    """Hits by tier, misses by reason, bytes by route, what the tiers hold."""
+    """Counters and gauges equal the statistics: hits, misses, bytes by route, tiers' blocks."""
     with MetricsServer(manager, 0, name="metrics", instance=3) as server:
         worked(manager)
         samples, now = scraped(server.url), manager.statistics()
@@ -130,7 +130,7 @@ def test_counters_and_gauges_are_what_the_statistics_say(manager: KVManager) -> 
 
 
 def test_a_port_that_is_taken_is_named(manager: KVManager) -> None:
-    """At once, and nothing listens twice; without a reader nothing is recorded."""
+    """A port that is taken raises an error that names it; after the close nothing is recorded."""
     with MetricsServer(manager, 0, name="metrics", instance=3) as server:
         port = int(server.url.split(":")[2].split("/")[0])
         with pytest.raises(ConfigError, match=f"py_metrics_port={port}: cannot listen"):
@@ -140,7 +140,7 @@ def test_a_port_that_is_taken_is_named(manager: KVManager) -> None:
 
 
 async def test_an_engine_on_the_callers_loop_is_read_too(tmp_path: Path) -> None:
-    """And one that is closed says so."""
+    """Metrics of an engine on the caller's loop can be read, also after its close."""
     async with KVManager(MODEL, cache_config(tmp_path)) as manager:
         manager.register_kv_caches(kv_caches())
         server = MetricsServer(manager, 0, name="metrics", instance=3)
@@ -155,7 +155,7 @@ async def test_an_engine_on_the_callers_loop_is_read_too(tmp_path: Path) -> None
 
 
 def test_the_dashboard_asks_for_what_there_is(manager: KVManager) -> None:
-    """Every name and label in an expression is exposed; no two panels lie upon each other."""
+    """Every name and label that the dashboard uses is exposed, and no two panels overlap."""
     with MetricsServer(manager, 0, name="metrics", instance=3) as server:
         worked(manager)
         samples = scraped(server.url)
@@ -179,7 +179,7 @@ def test_the_dashboard_asks_for_what_there_is(manager: KVManager) -> None:
 
 
 def test_names_follow_the_convention(manager: KVManager) -> None:
-    """One prefix, units in base units, counters that end in total."""
+    """Names have one prefix and base units."""
     with MetricsServer(manager, 0, name="metrics", instance=3) as server:
         worked(manager, 2)
         names = set(scraped(server.url))
@@ -189,7 +189,7 @@ def test_names_follow_the_convention(manager: KVManager) -> None:
 
 
 def test_a_running_engine_is_watched_in_the_terminal(manager: KVManager) -> None:
-    """Once as JSON, once in tables, and as rates; what is not there is named."""
+    """`stats` and `top` show a running engine as JSON, tables and rates, and name a missing one."""
     run = CliRunner().invoke
     with MetricsServer(manager, 0, name="metrics", instance=3) as server:
         worked(manager)
@@ -210,7 +210,7 @@ def test_a_running_engine_is_watched_in_the_terminal(manager: KVManager) -> None
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::1", "localhost"])
 def test_metrics_are_served_where_the_user_says(manager: KVManager, host: str) -> None:
-    """As a pod needs it to be scraped; the default is this machine alone."""
+    """Metrics are served at the host that the user gives, by default only on this machine."""
     with MetricsServer(manager, 0, host, name="metrics", instance=3) as server:
         assert scraped(server.url)["flexkv_up"][()] == 1
     assert Settings().metrics_host == "127.0.0.1"
@@ -218,14 +218,14 @@ def test_metrics_are_served_where_the_user_says(manager: KVManager, host: str) -
 
 @pytest.mark.parametrize("host", ["not a host", "256.1.1.1", "h" * 300, "\u00e9" * 70, "192.0.2.1"])
 def test_a_host_that_is_none_of_this_machine_is_named(manager: KVManager, host: str) -> None:
-    """What is no address is refused by its key; another machine's, as nothing can listen on it."""
+    """A host that is no address, or none of this machine, is refused by name."""
     with pytest.raises(ConfigError, match=r"metrics_host=|cannot listen on 192\.0\.2\.1"):
         MetricsServer(manager, 0, host)
     assert not manager.engine.tracing.is_on
 
 
 def test_several_engines_share_a_registry(manager: KVManager, tmp_path: Path) -> None:
-    """Their samples are told apart by name and instance; the name is the model's by default."""
+    """Labels tell the engines of a registry apart: name, by default the model's, and instance."""
     named = ModelConfig(**{**MODEL.model_dump(), "model_id": "llama"})
     other = KVManager(named, cache_config(tmp_path / "other"))
     other.start()
@@ -244,7 +244,7 @@ def test_several_engines_share_a_registry(manager: KVManager, tmp_path: Path) ->
 def test_no_proxy_stands_between_a_command_and_its_engine(
     manager: KVManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever proxies the environment names."""
+    """Commands ignore the environment's proxies."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     monkeypatch.setenv("no_proxy", "")

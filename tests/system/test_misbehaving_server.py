@@ -1,4 +1,4 @@
-"""A server that hangs or talks nonsense costs its clients hits, and its agents a connection."""
+"""Tests that a server that hangs or sends nonsense costs clients hits, and agents a connection."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ NOT_TEXT = b"\x91\xa5\xff\xfe\xfd\xfc\xfb"
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    """Return settings."""
+    """Return settings for 16 host blocks."""
     return settings_in(tmp_path, num_cpu_blocks=16)
 
 
 @pytest.fixture
 def server(settings: Settings) -> Iterator[FakeServer]:
-    """Return a server that says what the test says."""
+    """Yield a server whose messages come from the test."""
     made = FakeServer(settings)
     yield made
     made.close()
@@ -60,7 +60,7 @@ def server(settings: Settings) -> Iterator[FakeServer]:
 
 @pytest.fixture
 def client(settings: Settings, server: FakeServer) -> Iterator[Client]:
-    """Return a client that is connected."""
+    """Yield a client that is connected."""
     made = Client(settings, MODEL)
     eventually(lambda: (made.poll(), made.is_ready)[1])
     yield made
@@ -73,7 +73,7 @@ def client(settings: Settings, server: FakeServer) -> Iterator[Client]:
 def test_a_silent_server_is_lost_while_requests_are_under_way(
     client: Client, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After HANG_S the requests fail. Without requests under way, a server may be silent."""
+    """Requests under way fail after HANG_S of silence; without any, a server may be silent."""
     now = [1e6]
     monkeypatch.setattr(client_module.time, "monotonic", lambda: now[0])
     peer = server.next_peer()
@@ -95,7 +95,7 @@ def test_a_silent_server_is_lost_while_requests_are_under_way(
 def test_a_server_that_does_not_read_is_lost(
     client: Client, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bytes that wait to be sent are bounded: requests fail instead of piling up."""
+    """Unsent bytes are bounded: with a server that does not read, requests fail."""
     monkeypatch.setattr(client_module, "UNSENT_BYTES_MAX", 1 << 20)
     numbers = []
     for _ in range(200):
@@ -113,7 +113,7 @@ def test_a_server_that_does_not_read_is_lost(
 def test_the_numbers_of_a_client_are_not_those_of_the_one_before(
     settings: Settings, server: FakeServer
 ) -> None:
-    """Otherwise late messages about requests of the earlier client would be believed."""
+    """Clients use different request numbers, so that late messages for others are ignored."""
     firsts = []
     for _ in range(2):
         one = Client(settings, MODEL)
@@ -154,7 +154,7 @@ def nonsense(number: int) -> dict[str, Any]:
 def test_a_server_that_talks_nonsense_is_lost(
     client: Client, server: FakeServer, kind: str
 ) -> None:
-    """No step of the scheduler raises: requests under way fail, and the client goes on."""
+    """Nonsense from a server raises in no step: requests under way fail; the client reconnects."""
     peer = server.next_peer()
     put = client.start(Operation.PUT, KEYS, 0, IDS)
     asked = client.ask(KEYS)
@@ -171,7 +171,7 @@ def test_a_server_that_talks_nonsense_is_lost(
 def test_a_frame_that_is_too_long_or_never_ends_is_no_reason_to_wait(
     client: Client, server: FakeServer
 ) -> None:
-    """The first is refused by its length; for the rest of the second nobody waits."""
+    """A frame that never ends is not waited for, and one that is too long ends the connection."""
     peer = server.next_peer()
     peer.sendall(b"\x40\x00\x00\x00only this")
     assert client.poll() == []
@@ -186,7 +186,7 @@ def test_a_frame_that_is_too_long_or_never_ends_is_no_reason_to_wait(
 def test_a_frame_that_comes_in_pieces_is_understood(
     client: Client, server: FakeServer, behind: int
 ) -> None:
-    """Behind a whole frame in the same packet, too: its rest is awaited."""
+    """A frame that arrives in pieces is understood, also behind a whole frame in one packet."""
     peer = server.next_peer()
     first, second = client.ask(KEYS), client.ask(KEYS)
     frames = [framed(Matched(number, 2, {})) for number in (first, second)]
@@ -201,7 +201,7 @@ def test_a_frame_that_comes_in_pieces_is_understood(
 def test_a_server_that_never_stops_talking_holds_no_step(
     client: Client, server: FakeServer
 ) -> None:
-    """A step reads a bounded part of it, and goes on."""
+    """A step reads a bounded part of what a server sends without end."""
     peer, over = server.next_peer(), threading.Event()
     said = framed(State(True, 64, "kv tokens heads dim", 1)) * 4096
 
@@ -227,7 +227,7 @@ def test_a_server_that_never_stops_talking_holds_no_step(
 def test_a_request_that_is_longer_than_a_frame_fails_by_itself(
     client: Client, server: FakeServer
 ) -> None:
-    """The others go on, and a match gets no answer."""
+    """A request longer than a frame fails alone, and a match of that length finds nothing."""
     keys = bytes(9 << 20)
     number = client.start(Operation.GET, keys, 0, IDS)
     (done,) = client.poll()
@@ -237,7 +237,7 @@ def test_a_request_that_is_longer_than_a_frame_fails_by_itself(
 
 
 def kept_by(client: Client) -> int:
-    """Count everything that a client keeps in its collections."""
+    """Return how many items a client keeps in its collections."""
     return sum(len(each) for each in vars(client).values() if isinstance(each, dict | set | list))
 
 
@@ -245,7 +245,7 @@ def kept_by(client: Client) -> int:
 def test_a_client_keeps_nothing_of_what_nobody_waits_for(
     client: Client, server: FakeServer, released: bool
 ) -> None:
-    """Neither of questions that are let go, nor of anything that a server took with it."""
+    """A client keeps nothing of questions that were released, or that were lost with a server."""
     before = kept_by(client)
     numbers = [client.ask(KEYS) for _ in range(5)]
     if released:
@@ -258,7 +258,7 @@ def test_a_client_keeps_nothing_of_what_nobody_waits_for(
 
 
 def test_a_question_asks_for_no_more_than_it_is_told_to(client: Client, server: FakeServer) -> None:
-    """Neither for a hold, which keeps blocks from others, nor for news of each block."""
+    """A question asks for a hold or for news of each block only if it is told to."""
     peer = server.next_peer()
     for named in ({}, {"hold": True}, {"tell": True}):
         client.ask(KEYS, **named)
@@ -269,14 +269,14 @@ def test_a_question_asks_for_no_more_than_it_is_told_to(client: Client, server: 
 def test_a_server_that_has_hung_up_is_lost_with_the_next_question(
     client: Client, server: FakeServer
 ) -> None:
-    """No call has to look for an answer first."""
+    """A server that has hung up is noticed with the next question."""
     server.next_peer().close()
     client.ask(KEYS)
     assert not client.is_ready
 
 
 def test_many_numbers_go_in_several_messages(client: Client, server: FakeServer) -> None:
-    """Each message has as many as a server accepts."""
+    """Many numbers go in several messages, each as long as a server accepts."""
     peer = server.next_peer()
     client.release(range(10_000))
     client.flush()
@@ -289,7 +289,7 @@ def test_many_numbers_go_in_several_messages(client: Client, server: FakeServer)
 def test_changes_that_nobody_fetches_are_bounded(
     settings: Settings, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond the bound the client only knows that some are lost."""
+    """Changes that nobody fetches are bounded; then the client only reports that some are lost."""
     monkeypatch.setattr(client_module, "CHANGES_MAX", 10)
     client = Client(settings, MODEL, watches=True)
     eventually(lambda: (client.poll(), client.is_ready)[1])
@@ -309,7 +309,7 @@ def test_changes_that_nobody_fetches_are_bounded(
 
 @pytest.fixture
 def agent(settings: Settings, server: FakeServer) -> Iterator[Agent]:
-    """Return an agent that has begun to connect."""
+    """Yield an agent that has begun to connect."""
     made = Agent(settings.server_recv_port, MODEL, settings.cache_config)
     made.start(kv_caches())
     yield made
@@ -343,7 +343,7 @@ def lent(server: FakeServer) -> socket.socket:
 def test_an_agent_that_hears_nonsense_connects_again(
     agent: Agent, server: FakeServer, kind: str
 ) -> None:
-    """It finishes the copies that it was asked for, hangs up, and lends its device anew."""
+    """An agent that gets nonsense ends its copies, hangs up, and lends its device anew."""
     peer = lent(server)
     server.say(peer, Copy(7, False, ids(0, 1), ids(0, 1)))
     server.say(peer, AGENT_NONSENSE[kind])
@@ -362,7 +362,7 @@ def test_an_agent_that_hears_nonsense_connects_again(
 def test_a_copy_that_cannot_be_is_answered_with_an_error(
     agent: Agent, server: FakeServer, host: bytes, device: bytes
 ) -> None:
-    """Unknown blocks, or different counts on the two sides; the next copy is done."""
+    """A copy with unknown blocks or unequal counts is answered by an error; the next one works."""
     peer = lent(server)
     server.say(peer, Copy(1, True, host, device))
     assert server.hear(peer).error
@@ -373,7 +373,7 @@ def test_a_copy_that_cannot_be_is_answered_with_an_error(
 def test_an_agent_leaves_a_server_alone_whose_memory_it_cannot_map(
     settings: Settings, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For a while: it does not connect again and again."""
+    """An agent that cannot map a server's memory does not connect to it again for a while."""
     monkeypatch.setattr("flexkv.server.agent.RETRY_REFUSED_S", 60.0)
     server.gives_memory = False
     agent = Agent(settings.server_recv_port, MODEL, settings.cache_config)
@@ -396,7 +396,7 @@ def test_an_agent_leaves_a_server_alone_whose_memory_it_cannot_map(
 def test_an_agent_asks_again_when_host_memory_cannot_be(
     settings: Settings, server: FakeServer, welcome: Welcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a descriptor, or with invalid sizes; later it lends its device."""
+    """Without a descriptor or valid sizes of host memory an agent retries, and leaks nothing."""
     monkeypatch.setattr("flexkv.server.agent.RETRY_REFUSED_S", 0.05)
     server.welcome = welcome
     before = len(os.listdir("/proc/self/fd"))

@@ -1,4 +1,4 @@
-"""Arguments that no call should be given: each is refused by its name, and nothing has happened."""
+"""Tests of invalid arguments: each is refused by its name, and changes nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SLOTS = slots_of(range(4))
 
 
 class Odd:
-    """Something that claims to be an array, and raises what no array should."""
+    """An object that claims to be an array, and raises an unusual error."""
 
     def __array__(self, *_: object, **__: object) -> Any:
         raise LookupError("no array")
@@ -35,7 +35,7 @@ class Odd:
 
 @pytest.fixture(scope="module")
 def manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVManager]:
-    """Yield a manager that has moved nothing."""
+    """Yield a manager with KV caches."""
     made = KVManager(MODEL, cache_config(tmp_path_factory.mktemp("misuse")))
     made.start()
     made.register_kv_caches(kv_caches())
@@ -44,7 +44,7 @@ def manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVManager]:
 
 
 def refused(field: str, call: Callable[[], Any]) -> None:
-    """Check that a call is refused by the name of its argument, in a line."""
+    """Check that a call is refused by the name of its argument, in a short message."""
     with pytest.raises(ConfigError) as caught:
         call()
     assert caught.value.field.split("[")[0] == field, caught.value
@@ -52,7 +52,7 @@ def refused(field: str, call: Callable[[], Any]) -> None:
 
 
 def named(wrong: object) -> str:
-    """Return the name of a case, the same in every process."""
+    """Return the name of a test case, the same in every process."""
     text = repr(wrong)
     return type(wrong).__name__ if " at 0x" in text else text[:40]
 
@@ -72,7 +72,7 @@ NO_TOKENS = [
 
 @pytest.mark.parametrize("wrong", NO_TOKENS, ids=named)
 def test_tokens_are_integers_in_one_dimension(manager: KVManager, wrong: Any) -> None:
-    """In every call that takes a prompt."""
+    """Every call that takes a prompt refuses what is no 1-D array of token ids."""
     for call in (
         lambda: manager.match(wrong), lambda: manager.get_match(wrong),
         lambda: manager.put_match(wrong), lambda: manager.get_async(wrong, SLOTS),
@@ -96,7 +96,7 @@ SLOTS_WRONG = [
 
 @pytest.mark.parametrize("wrong", SLOTS_WRONG, ids=named)
 def test_slots_are_those_of_distinct_device_blocks(manager: KVManager, wrong: Any) -> None:
-    """Of the right number, inside the device, and each block once."""
+    """Slots that are not those of distinct device blocks, one for each token, are refused."""
     for call in (
         lambda: manager.get_async(PROMPT, wrong), lambda: manager.put_async(PROMPT, wrong),
         lambda: asyncio.run(manager.get(PROMPT, wrong)),
@@ -108,7 +108,7 @@ def test_slots_are_those_of_distinct_device_blocks(manager: KVManager, wrong: An
 
 
 def test_a_block_that_is_named_twice_is_told_with_both_places(manager: KVManager) -> None:
-    """By the index of its first slot, behind tokens that fill no block, too."""
+    """The error for a block named twice has both indices, also behind tokens that fill no block."""
     again = np.concatenate([SLOTS[:12], SLOTS[4:8]])
     with pytest.raises(ConfigError, match=r"slot_mapping\[12\]=4: .* block 1 .*slot_mapping\[4\]"):
         manager.put_async(PROMPT, again)
@@ -128,7 +128,7 @@ def test_a_block_that_is_named_twice_is_told_with_both_places(manager: KVManager
     ids=named,
 )  # fmt: skip
 def test_masks_are_truth_values_without_holes(manager: KVManager, wrong: Any) -> None:
-    """As many as tokens."""
+    """Masks that are not of booleans, one for each token and without holes, are refused."""
     refused("token_mask", lambda: manager.get_async(PROMPT, SLOTS, wrong))
     refused("token_mask", lambda: manager.get_match(PROMPT, wrong))
     refused("token_mask", lambda: asyncio.run(manager.put(PROMPT, SLOTS, wrong)))
@@ -150,7 +150,7 @@ def test_masks_are_truth_values_without_holes(manager: KVManager, wrong: Any) ->
     ids=named,
 )  # fmt: skip
 def test_namespaces_are_strings(manager: KVManager, wrong: Any) -> None:
-    """And extra keys are ranges of tokens with a string."""
+    """Namespaces must be strings, and extra keys must be ranges of tokens with a string."""
     for call in (
         lambda: manager.match(PROMPT, wrong), lambda: manager.get_async(PROMPT, SLOTS, None, wrong),
         lambda: manager.prefetch_async(PROMPT, wrong), lambda: manager.namespace_blocks(wrong),
@@ -162,8 +162,8 @@ def test_namespaces_are_strings(manager: KVManager, wrong: Any) -> None:
 
 
 def test_extra_keys_may_be_of_any_integers(manager: KVManager) -> None:
-    """Numpy's are Python's; lists serve as tuples."""
-    one = manager._engine.intake  # the keys are the same
+    """Extra keys may be lists with numpy integers: the block keys are the same."""
+    one = manager._engine.intake  # it derives the block keys
     from flexkv.common.request import Operation
 
     keys = [
@@ -179,7 +179,7 @@ IDS_WRONG = ["abc", None, 1.5, {}, {"a": 1}, [1.5], ["1"], [None], [[1]], True, 
 
 @pytest.mark.parametrize("wrong", IDS_WRONG, ids=named)
 def test_task_ids_are_integers(manager: KVManager, wrong: Any) -> None:
-    """One or several, in every call that takes them."""
+    """Every call that takes task ids refuses what is no integer or iterable of integers."""
     for call in (
         lambda: manager.wait(wrong), lambda: manager.try_wait(wrong),
         lambda: manager.cancel(wrong), lambda: manager.launch(wrong, SLOTS),
@@ -189,7 +189,7 @@ def test_task_ids_are_integers(manager: KVManager, wrong: Any) -> None:
 
 @pytest.mark.parametrize("kind", [int, np.int64, np.int32, np.uint64, np.array, torch.tensor])
 def test_task_ids_of_any_integer_serve(manager: KVManager, kind: Callable[[int], Any]) -> None:
-    """One alone, or in a list, an array, a range or a generator."""
+    """Task ids may be integers of any kind, alone, in a list or from a generator."""
     for wrap in (lambda each: each, lambda each: [each], lambda each: (n for n in [each])):
         task_id, _ = manager.put_match(PROMPT)
         slots = SLOTS if wrap(5) == 5 else [SLOTS]
@@ -201,7 +201,7 @@ def test_task_ids_of_any_integer_serve(manager: KVManager, kind: Callable[[int],
 
 @pytest.mark.parametrize("wrong", [None, 5, "abc", {}, b"ab", object()])
 def test_each_task_is_launched_with_its_slots(manager: KVManager, wrong: Any) -> None:
-    """A list of them for a list of ids."""
+    """Tasks are launched only with slots, as a list for a list of ids."""
     task_id, _ = manager.put_match(PROMPT)
     with pytest.raises(ConfigError, match="slot_mapping"):
         manager.launch([task_id], wrong)
@@ -212,7 +212,7 @@ def test_each_task_is_launched_with_its_slots(manager: KVManager, wrong: Any) ->
 
 @pytest.mark.parametrize("wrong", ["5", b"5", [5], object(), float("nan"), True, 5j, {}])
 def test_times_are_numbers(manager: KVManager, wrong: Any) -> None:
-    """In seconds; a time that is over is no error."""
+    """Times that are no numbers of seconds are refused."""
     task_id = manager.prefetch_async(PROMPT)
     refused("timeout", lambda: manager.wait(task_id, timeout=wrong))
     refused("ttl_s", lambda: manager.pin(PROMPT, ttl_s=wrong))
@@ -256,12 +256,12 @@ def test_times_are_numbers(manager: KVManager, wrong: Any) -> None:
 def test_other_arguments_are_named(
     manager: KVManager, field: str, call: Callable[[KVManager], Any]
 ) -> None:
-    """Each by its own name."""
+    """Every other invalid argument is refused by its own name."""
     refused(field, lambda: call(manager))
 
 
 def test_layers_are_named(manager: KVManager) -> None:
-    """Of a request that is moved layer by layer."""
+    """Invalid layers, timeouts and streams of a layerwise request are refused by name."""
     get = manager.get_layerwise(PROMPT, SLOTS)
     for wrong in ("0", None, 1.5, -1, 3, True, 10**30):
         refused("layer", lambda wrong=wrong: get.wait_for_layer(wrong))  # type: ignore[misc]
@@ -271,7 +271,7 @@ def test_layers_are_named(manager: KVManager) -> None:
 
 
 def test_a_client_names_what_is_wrong(tmp_path: Path) -> None:
-    """Before anything is sent: no server is needed."""
+    """A client refuses invalid arguments by name before it sends anything."""
     client = Client(Settings(server_recv_port=f"ipc://{tmp_path}/socket"), MODEL)
     for wrong in NO_TOKENS:
         refused("token_ids", lambda wrong=wrong: client.keys(wrong))  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""KV caches that are not the model's: each is refused by its name, and nothing is registered."""
+"""Tests of KV caches that do not fit the model: each is refused, and nothing is registered."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ CACHES_WRONG: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", CACHES_WRONG)
 def test_kv_caches_are_those_of_the_model(tmp_path: Path, name: str) -> None:
-    """Refused by their name, and the manager is as if nothing had been registered."""
+    """Invalid KV caches are refused by name; then valid ones can be registered."""
     manager = KVManager(MODEL, cache_config(tmp_path, num_ssd_blocks=0, ssd_cache_dir=()))
     manager.start()
     try:
         with pytest.raises(FlexKVError) as caught:
             manager.register_kv_caches(CACHES_WRONG[name])
-        if name != "meta":  # no adapter for such a device
+        if name != "meta":  # there is no adapter for such a device
             assert isinstance(caught.value, ConfigError)
             assert caught.value.field.startswith("kv_caches"), caught.value
         assert not manager.is_ready()
@@ -103,14 +103,14 @@ def test_kv_caches_are_those_of_the_model(tmp_path: Path, name: str) -> None:
         ("float8_e4m3fn", [torch.zeros(SHAPE, dtype=torch.uint8) for _ in range(3)]),
         ("float8_e5m2", [np.zeros(SHAPE, np.int8) for _ in range(3)]),
         ("int8", [torch.zeros(SHAPE, dtype=torch.int8) for _ in range(3)]),
-        # The layers of one block side by side, as some engines keep them.
+        # The layers of one block are neighbours, as some engines keep them.
         ("float16", list(np.zeros((DEVICE_BLOCKS, 3, 2, *SHAPE[2:]), np.float16).swapaxes(0, 1))),
         ("float16", [np.zeros((2, 2 * DEVICE_BLOCKS, *SHAPE[2:]), np.float16)[:, ::2]] * 0
          + [np.zeros((2, 2 * DEVICE_BLOCKS, *SHAPE[2:]), np.float16)[:, ::2] for _ in range(3)]),
     ],
 )  # fmt: skip
 def test_views_that_say_what_they_are_serve(tmp_path: Path, dtype: str, caches: list[Any]) -> None:
-    """The model's own type, raw bytes of its size, and any strides that keep a block together."""
+    """The model's dtype, raw items of its size, and any strides that keep a block together work."""
     model = ModelConfig(num_layers=3, num_kv_heads=2, head_size=8, dtype=dtype)
     manager = KVManager(model, cache_config(tmp_path, num_ssd_blocks=0, ssd_cache_dir=()))
     manager.start()

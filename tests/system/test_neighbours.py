@@ -1,4 +1,4 @@
-"""If the devices of one instance do not answer, others are served, and its blocks stay claimed."""
+"""Tests of an instance whose devices do not answer: others are served; its blocks stay claimed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REQUESTS_MAX = 32
 
 @pytest.fixture
 def settings(tmp_path: Path, request: Any) -> Settings:
-    """Return settings whose deadline for I/O is the parameter, or short."""
+    """Return settings with the test's parameter as `io_deadline_s`, or 0.5 s."""
     deadline_s = getattr(request, "param", 0.5)
     return settings_in(
         tmp_path, io_deadline_s=deadline_s, num_cpu_blocks=512, requests_max=REQUESTS_MAX
@@ -45,7 +45,7 @@ def sound(instance: Instance) -> Instance:
 
 @pytest.fixture
 def stuck(settings: Settings, launched: Launched) -> Iterator[tuple[Peer, Peer]]:
-    """Return agent and client of instance 1, whose agent takes copies and never ends them."""
+    """Yield agent and client of instance 1, whose agent takes copies and never ends them."""
     agent, client = Peer(settings, "agent", 1), Peer(settings, "client", 1)
     client.hear_ready()
     yield agent, client
@@ -63,7 +63,7 @@ def serves(instance: Instance, rounds: int = 20) -> None:
 
 
 def status(settings: Settings) -> Any:
-    """Return what the server says of itself."""
+    """Return the server's status."""
     return command(settings.server_recv_port, "status")
 
 
@@ -74,7 +74,7 @@ def is_stuck(settings: Settings) -> bool:
 
 @pytest.mark.parametrize("settings", [0.3, 60.0], indirect=True)
 def test_puts_of_a_stuck_instance_starve_nobody(sound: Instance, stuck: tuple[Peer, Peer]) -> None:
-    """Many more than are admitted at once, both before their deadline and after it."""
+    """Far more puts of a stuck instance than are admitted delay no other, whatever the deadline."""
     agent, client = stuck
     for number in range(PUTS):
         client.put(number + 1)
@@ -84,7 +84,7 @@ def test_puts_of_a_stuck_instance_starve_nobody(sound: Instance, stuck: tuple[Pe
 
 @pytest.mark.parametrize("settings", [0.3, 60.0], indirect=True)
 def test_a_stopped_process_starves_nobody(settings: Settings, sound: Instance) -> None:
-    """A worker is stopped by a signal in the middle of its copies; they go on when it does."""
+    """A worker stopped during its copies delays no other instance, and works again afterwards."""
     worker, client = AgentProcess(settings, MODEL, 64, 1), Client(settings, MODEL, 1)
     eventually(lambda: (client.poll(), client.is_ready)[1])
     ids = np.arange(BLOCKS)
@@ -115,7 +115,7 @@ def test_a_stopped_process_starves_nobody(settings: Settings, sound: Instance) -
 def test_a_flush_tells_of_a_stuck_instance_and_waits_no_longer(
     settings: Settings, sound: Instance, stuck: tuple[Peer, Peer]
 ) -> None:
-    """By its number; what others have put is flushed all the same."""
+    """A flush names a stuck instance and does not wait for it; the puts of others are flushed."""
     agent, client = stuck
     client.put(1)
     agent.hear(Copy)
@@ -131,7 +131,7 @@ def test_a_flush_tells_of_a_stuck_instance_and_waits_no_longer(
 def test_what_was_not_sent_fails_and_what_was_stays_claimed(
     settings: Settings, sound: Instance, stuck: tuple[Peer, Peer]
 ) -> None:
-    """The agent may go on with its copies, so nobody else gets their blocks until it is gone."""
+    """Unsent copies fail; blocks of sent ones stay claimed until the agent is gone."""
     agent, client = stuck
     for number in range(PUTS):
         client.put(number + 1)
@@ -153,7 +153,7 @@ def test_what_was_not_sent_fails_and_what_was_stays_claimed(
     before = sound.content(range(BLOCKS))
     kept = [prompt for prompt in range(80) if sound.client.match(sound.keys(prompt)).blocks]
     for copy in asked:
-        arena.array[np.frombuffer(copy.host_ids, np.int64)] = 0x55  # the process goes on
+        arena.array[np.frombuffer(copy.host_ids, np.int64)] = 0x55  # the agent goes on copying
     arena.close()
     for prompt in kept[-20:]:
         if sound.request(Operation.GET, prompt, range(20, 20 + BLOCKS)).moved == BLOCKS:
@@ -170,7 +170,7 @@ def test_what_was_not_sent_fails_and_what_was_stays_claimed(
 def test_an_instance_that_answers_again_is_served_again(
     settings: Settings, sound: Instance, stuck: tuple[Peer, Peer]
 ) -> None:
-    """Late copies count, since nobody was told that they failed."""
+    """An instance that answers again is served again, and its late copies count."""
     agent, client = stuck
     keys = os.urandom(16 * (BLOCKS + 1))
     client.put(1, keys)
@@ -193,7 +193,7 @@ def test_an_instance_that_answers_again_is_served_again(
 def test_nobody_waits_for_blocks_that_a_stuck_instance_fills(
     settings: Settings, sound: Instance, stuck: tuple[Peer, Peer]
 ) -> None:
-    """A get of the same prompt is answered without them, before and after it is noticed."""
+    """A get of blocks that a stuck instance fills is answered without them, noticed or not."""
     agent, client = stuck
     keys = sound.keys(5)
     client.put(1, keys)
@@ -207,7 +207,7 @@ def test_nobody_waits_for_blocks_that_a_stuck_instance_fills(
 
 
 def test_a_put_that_waits_for_its_ranks_takes_no_place(settings: Settings, sound: Instance) -> None:
-    """As many puts wait as may be admitted at once, and other requests of the instance go on."""
+    """Puts that wait for their ranks take no places of admission from other requests."""
     ids = np.arange(BLOCKS)
     waiting = [
         sound.client.start(Operation.PUT, sound.keys(1000 + number), 0, ids, when_ready=True)
@@ -221,7 +221,7 @@ def test_a_put_that_waits_for_its_ranks_takes_no_place(settings: Settings, sound
 def test_requests_that_are_given_up_while_stuck_end_with_the_connection(
     settings: Settings, sound: Instance, stuck: tuple[Peer, Peer]
 ) -> None:
-    """They keep their blocks, but no place; a cancel is answered when the agent has gone."""
+    """A request given up while stuck takes no place; it is answered when the agent leaves."""
     agent, client = stuck
     client.say(Start(1, "put", os.urandom(16 * 9), 0, np.arange(BLOCKS).tobytes(), client.epoch))
     agent.hear(Copy)

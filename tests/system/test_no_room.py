@@ -1,4 +1,4 @@
-"""The response of a put without room, and what tasks hold while nobody launches them."""
+"""Tests of puts without room, and of what tasks hold while nobody launches them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def prompt(number: int, blocks: int = BLOCKS) -> np.ndarray:
 
 
 async def test_a_put_that_found_no_room_does_not_say_success(make_manager: MakeManager) -> None:
-    """Host memory is pinned: nothing is stored, and the response says why; later it is stored."""
+    """A put that finds host memory pinned stores nothing and says so; once unpinned it works."""
     async with make_manager(num_cpu_blocks=BLOCKS, enable_ssd=False) as manager:
         manager.register_kv_caches(kv_caches())
         await manager.put(prompt(1), slots_of(range(BLOCKS)))
@@ -43,7 +43,7 @@ async def test_a_put_that_found_no_room_does_not_say_success(make_manager: MakeM
 async def test_a_put_that_lacks_room_for_the_rest_of_what_is_there_says_so(
     make_manager: MakeManager,
 ) -> None:
-    """Its first blocks are there already, and nothing of the others could be stored."""
+    """A put whose first blocks are stored but whose others find no room says so."""
     async with make_manager(num_cpu_blocks=BLOCKS, enable_ssd=False) as manager:
         manager.register_kv_caches(kv_caches())
         await manager.put(prompt(1), slots_of(range(BLOCKS)))
@@ -54,7 +54,7 @@ async def test_a_put_that_lacks_room_for_the_rest_of_what_is_there_says_so(
 
 
 async def test_a_put_of_which_a_part_found_room_is_a_success(make_manager: MakeManager) -> None:
-    """Its mask is shorter, and it has the reason."""
+    """A put of which a part finds room is a success with a shorter mask and the reason."""
     async with make_manager(num_cpu_blocks=BLOCKS, enable_ssd=False) as manager:
         manager.register_kv_caches(kv_caches())
         await manager.put(prompt(1, 6), slots_of(range(6)))
@@ -74,7 +74,7 @@ def manager(make_manager: MakeManager) -> KVManager:
 def test_what_a_match_holds_is_let_go_when_nobody_launches_it(
     manager: KVManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is let go after a while: then a launch moves what is left, and a cancel is harmless."""
+    """A match's hold is released after a while; launching or cancelling its task still works."""
     monkeypatch.setattr(pins, "HOLD_S", 0.05)
     manager.start()
     try:
@@ -95,7 +95,7 @@ def test_what_a_match_holds_is_let_go_when_nobody_launches_it(
 
 
 def test_matches_that_nobody_launches_leave_room_for_puts(manager: KVManager) -> None:
-    """They hold half of host memory at most; the oldest lose what they held."""
+    """Matches that nobody launches hold half of host memory at most; the oldest lose theirs."""
     manager.start()
     try:
         Rig(manager, "task")
@@ -115,7 +115,7 @@ def test_matches_that_nobody_launches_leave_room_for_puts(manager: KVManager) ->
 def test_tasks_that_nobody_collects_are_bounded(
     manager: KVManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However they are issued; a collected one makes room."""
+    """Tasks that nobody collects are bounded, however issued; collecting one makes room."""
     monkeypatch.setattr(tasks, "TASKS_MAX", 3)
     manager.start()
     try:

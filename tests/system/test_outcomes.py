@@ -1,4 +1,4 @@
-"""Status, mask and error of requests that fail in part."""
+"""Tests of the status, mask and error of requests that fail in part."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def perform(engine: Engine, operation: Operation, tokens: np.ndarray) -> K
 
 
 def moved(response: KVResponse) -> list[bool]:
-    """Return which blocks a response claims."""
+    """Return for each block whether the response's mask has all of it."""
     return response.return_mask.reshape(-1, TOKENS_PER_BLOCK).all(axis=1).tolist()
 
 
@@ -58,7 +58,7 @@ def fail_some(port: Any, *numbers: int) -> None:
 
 @pytest.mark.parametrize("numbers", [(0,), (1,), (2,), (3,), (1, 3), (2, 3)])
 def test_a_put_claims_nothing_behind_a_block_that_was_not_stored(numbers: tuple[int, ...]) -> None:
-    """Some of four chunks fail: blocks behind the first of these could never be found."""
+    """A put's mask ends at the first failed chunk, since later blocks could never be found."""
 
     async def work(engine: Engine) -> None:
         port = engine.devices._by_rank[0].port
@@ -78,13 +78,13 @@ def test_a_put_claims_nothing_behind_a_block_that_was_not_stored(numbers: tuple[
 def test_a_load_claims_nothing_behind_a_block_that_did_not_come(
     number: int, operation: Operation
 ) -> None:
-    """One of four chunks cannot be read: it is dropped, and so is everything behind it."""
+    """A load's mask ends at the first chunk that cannot be read; all from there on is dropped."""
 
     async def work(engine: Engine) -> None:
         await put(engine, LONG)
         engine.residency.clear(Tier.HOST)
         fail_some(disk_of(engine), number)
-        chunk = 2 if operation is Operation.GET else 4  # one hop overlaps nothing: larger chunks
+        chunk = 2 if operation is Operation.GET else 4  # one hop has larger chunks
         wanted = min(number * chunk, 8)
         response = await perform(engine, operation, LONG)
         assert moved(response) == [True] * wanted + [False] * (8 - wanted)
@@ -97,8 +97,10 @@ def test_a_load_claims_nothing_behind_a_block_that_did_not_come(
 
 @pytest.mark.parametrize("operation", [Operation.GET, Operation.PREFETCH])
 def test_a_load_for_which_there_is_no_place_is_not_ready(operation: Operation) -> None:
-    """The blocks are on SSD, but host memory is full of pinned blocks: this is not a miss, and the
-    error has the numbers. Blocks that are in no tier are still a miss."""
+    """A load for which pinned blocks leave no room is UNREADY, with the numbers in its error.
+
+    Blocks that are in no tier are still a miss.
+    """
 
     async def work(engine: Engine) -> None:
         await put(engine, A)
@@ -120,7 +122,7 @@ def test_a_load_for_which_there_is_no_place_is_not_ready(operation: Operation) -
 
 @pytest.mark.parametrize("blocks", [-1, NO_QUOTA, 1 << 40, 1.5, "1"])
 def test_a_quota_that_is_none_is_refused(blocks: Any) -> None:
-    """The error for a number that cannot be a quota names its field."""
+    """A number of blocks that cannot be a quota is refused by the name of its field."""
 
     async def work(engine: Engine) -> None:
         with pytest.raises(ConfigError) as caught:

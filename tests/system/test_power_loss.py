@@ -1,4 +1,4 @@
-"""Power loss at any moment: any subset of what was not flushed is lost, sector by sector."""
+"""Tests of power loss at any moment: any subset of the unflushed sectors is lost."""
 
 from __future__ import annotations
 
@@ -50,7 +50,11 @@ def lose(before: Path, after: Path, lost: Path, random: Random) -> None:
 async def live(
     directory: Path, states: Path, random: Random, ssd_blocks: int
 ) -> tuple[int, set[bytes]]:
-    """Put prompts, flush, put more, and lose power: the prompts put, and the keys that must be."""
+    """Put prompts, flush, put more, and lose power at a random point.
+
+    Returns:
+        The prompts' seed times 1000 plus their count, and the keys that must have survived.
+    """
     device = KnownDevice(MODEL, PER_BLOCK, DEVICE_BLOCKS)
     seed = random.randrange(1 << 30)
     number, flushes = 0, random.randint(1, 3)
@@ -79,7 +83,7 @@ async def live(
 
 
 def on_disk(manager: KVManager) -> set[tuple[bytes, int]]:
-    """Give the keys of the blocks that the SSD tier has READY, and where."""
+    """Return the keys and rows of the blocks that are READY in the SSD tier."""
     residency = manager._engine.residency
     capacity = residency.counts(Tier.DISK).capacity
     exported = residency.export(Tier.DISK, np.arange(capacity))
@@ -87,14 +91,14 @@ def on_disk(manager: KVManager) -> set[tuple[bytes, int]]:
 
 
 def reachable(keys: list[bytes], there: set[bytes]) -> list[bytes]:
-    """Give the leading blocks that are there: one whose parent is gone cannot be asked for."""
+    """Return the leading keys that are present: no block without its parent can be found."""
     count = next((n for n, key in enumerate(keys) if key not in there), len(keys))
     return keys[:count]
 
 
 @pytest.mark.parametrize("seed", range(POWER_LOSSES))
 async def test_a_loss_of_power_costs_what_was_not_flushed(tmp_path: Path, seed: int) -> None:
-    """No wrong byte, nothing lost that was flushed and not written over since, no failed start."""
+    """After a loss of power no byte is wrong, and no flushed block is lost unless overwritten."""
     random = Random(seed)
     ssd_blocks = random.choice([40, 100, 2000])
     (tmp_path / "tier").mkdir()

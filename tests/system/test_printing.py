@@ -1,4 +1,4 @@
-"""What a user prints in a shell is a line to read; arrays and tables are in the fields."""
+"""Tests that what a user prints in a shell is one line; arrays and tables are in the fields."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPT = np.arange(10 * PER_BLOCK)
 
 
 def test_a_response_counts_its_tokens() -> None:
-    """Status, tokens, and why it moved less; the mask stays what it was, pickled too."""
+    """A response prints its status, its tokens and the reason for any shortfall, pickled or not."""
     mask = np.arange(64) < 48
     response = KVResponse(KVResponseStatus.SUCCESS, 1, mask)
     assert str(response) == repr(response) == "KVResponse(success, 48 of 64 tokens)"
@@ -32,14 +32,14 @@ def test_a_response_counts_its_tokens() -> None:
 
 
 def test_a_match_names_its_tiers() -> None:
-    """Those that have something."""
+    """A match prints the tiers that have blocks."""
     assert repr(PrefixMatch(0, {Tier.HOST: 0, Tier.DISK: 0}, 0)) == "PrefixMatch(0 tokens)"
     match = PrefixMatch(64, {Tier.HOST: 32, Tier.DISK: 16}, 16)
     assert repr(match) == "PrefixMatch(64 tokens: host 32, disk 16, 16 on their way)"
 
 
 async def test_what_an_engine_answers_is_one_line_each(make_manager: MakeManager) -> None:
-    """Responses, matches, statistics and flushes, as a running engine gives them."""
+    """Responses, matches, statistics and flush reports of an engine print as one line each."""
     async with make_manager() as manager:
         manager.register_kv_caches(kv_caches())
         put = await manager.put(PROMPT, slots_of(range(10)))

@@ -1,4 +1,4 @@
-"""Keys of prompts go to the server once, and never the wrong ones, over whatever connection."""
+"""Tests that keys of prompts go to the server once, and are right over every connection."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .forked import forked_server
 from .serving import BLOCKS, Instance, Peer, eventually
 
 GROWTH_BYTES_MAX = 96 << 20
-"""Twice what the server keeps of one client's prompts, and what a busy allocator adds to it."""
+"""Twice the bytes that a server keeps for one client's prompts, plus the allocator's overhead."""
 
 
 def grown(client: Client, prompt: Prompt, blocks: int) -> PromptPart:
-    """Return the first blocks of a prompt, of which the tokens are 0, 1, 2, …"""
+    """Extend a prompt with the tokens 0, 1, 2, … if needed; return its first blocks."""
     tokens = np.arange(blocks * PER_BLOCK)
     if prompt.keys:
         client.extend(prompt, tokens[prompt.blocks * PER_BLOCK :])
@@ -38,7 +38,7 @@ def grown(client: Client, prompt: Prompt, blocks: int) -> PromptPart:
 
 
 def test_each_key_is_sent_once(settings: Settings) -> None:
-    """A match sends all of them, and each later put the new ones behind the last known one."""
+    """A match sends all keys, and each later put only the last known key and the new ones."""
     server, client = FakeServer(settings), Client(settings, MODEL)
     try:
         eventually(lambda: (client.poll(), client.is_ready)[1])
@@ -63,7 +63,7 @@ def test_each_key_is_sent_once(settings: Settings) -> None:
 
 @pytest.mark.parametrize("how", ["ends", "killed", "cut"])
 def test_a_new_connection_means_the_same_blocks(settings: Settings, how: str) -> None:
-    """A server that restarts, or a connection that is lost, costs keys anew and never bytes."""
+    """After a lost connection or a server's restart keys are sent anew; blocks stay the same."""
     server = forked_server(settings)
     instance = Instance(settings)
     instance.begin()
@@ -102,7 +102,7 @@ def test_a_new_connection_means_the_same_blocks(settings: Settings, how: str) ->
 
 
 def test_keys_that_do_not_fit_end_the_connection(settings: Settings, launched: Launched) -> None:
-    """And nothing else: another client of the instance is served."""
+    """Keys that do not fit the prompt end only that connection; other clients are served."""
     for message in (
         Match(1, b"k" * 32, prompt=3, known=1),
         Start(1, "put", b"k" * 32, 0, b"", 0, prompt=3, known=2),
@@ -122,7 +122,7 @@ def test_keys_that_do_not_fit_end_the_connection(settings: Settings, launched: L
 def test_what_a_client_makes_the_server_keep_is_bounded(
     settings: Settings, launched: Launched
 ) -> None:
-    """A client that sends prompt after prompt and forgets none is cut off."""
+    """A client that sends prompt after prompt and drops none is disconnected."""
     process = psutil.Process(launched.pid)
     before = process.memory_info().rss
     peer, kept = Peer(settings, "client"), 0

@@ -1,4 +1,4 @@
-"""A real server in a process of its own, with clients and agents of several instances."""
+"""Tests of a real server in a process of its own, with clients and agents of several instances."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_bytes_come_back_over_processes(instance: Instance) -> None:
-    """From host memory into other device blocks; a prefix of it too; nothing of another prompt."""
+    """What was put comes back in other device blocks; another prompt finds nothing."""
     before = instance.content(range(BLOCKS))
     put = instance.request(Operation.PUT, 1, range(BLOCKS))
     assert (put.status, put.moved) == ("success", BLOCKS)
@@ -44,7 +44,7 @@ def test_bytes_come_back_over_processes(instance: Instance) -> None:
 
 
 def test_two_instances_share_one_cache_and_ranks_have_their_heads(tmp_path: Path) -> None:
-    """What one has put the other gets, rank by rank; device blocks are each one's own."""
+    """One instance gets what another put, rank by rank; their device blocks stay separate."""
     model = MODEL.model_copy(update={"tp_size": 2})
     settings = settings_in(tmp_path)
     server = forked_server(settings, model)
@@ -67,7 +67,7 @@ def test_two_instances_share_one_cache_and_ranks_have_their_heads(tmp_path: Path
 
 
 def test_a_put_waits_until_its_ranks_are_ready(instance: Instance) -> None:
-    """What they have written by then is stored, whoever speaks first; a cancelled one ends."""
+    """A put stores what its ranks wrote before they reported, whichever message comes first."""
     ids = np.arange(BLOCKS)
     number = instance.client.start(Operation.PUT, instance.keys(1), 0, ids, when_ready=True)
     time.sleep(0.05)
@@ -94,7 +94,7 @@ def test_a_put_waits_until_its_ranks_are_ready(instance: Instance) -> None:
 def test_what_breaks_a_rule_is_refused_by_name(
     instance: Instance, settings: Settings, tmp_path: Path
 ) -> None:
-    """Other blocks, a second client, a second server; ids that are none fail their request only."""
+    """A second server, another model and wrong device blocks are refused; nonsense ends alone."""
     with pytest.raises(ConfigError, match="is in use by another server"):
         forked_server(settings)
     wrong = np.arange(DEVICE_BLOCKS, DEVICE_BLOCKS + BLOCKS)
@@ -114,7 +114,7 @@ def test_what_breaks_a_rule_is_refused_by_name(
 
 
 def test_the_cache_survives_who_uses_it(settings: Settings, launched: Launched) -> None:
-    """An instance that goes, and comes back, finds what it had put."""
+    """An instance that leaves and comes back finds what it had put."""
     one = Instance(settings)
     one.begin()
     assert one.request(Operation.PUT, 1, range(BLOCKS)).moved == BLOCKS
@@ -128,7 +128,7 @@ def test_the_cache_survives_who_uses_it(settings: Settings, launched: Launched) 
 
 
 def test_a_server_that_is_killed_costs_hits_only(settings: Settings) -> None:
-    """What was under way fails, the next server is found, and it is warm from SSD."""
+    """When a server is killed, requests under way fail; the next one is found, warm from SSD."""
     server = forked_server(settings)
     instance = Instance(settings)
     instance.begin()
@@ -158,7 +158,7 @@ def test_a_server_that_is_killed_costs_hits_only(settings: Settings) -> None:
 def test_an_operator_traces_a_running_server(
     instance: Instance, settings: Settings, tmp_path: Path
 ) -> None:
-    """And reads how it is; without a server he is told so."""
+    """An operator can trace, flush, clear and query a server; without one the error says so."""
     path = str(tmp_path / "trace")
     assert command(settings.server_recv_port, "trace_start", path=path) == path
     instance.request(Operation.PUT, 1, range(BLOCKS))
@@ -189,7 +189,7 @@ def test_an_operator_traces_a_running_server(
 
 
 def test_a_client_that_watches_hears_what_is_there(settings: Settings) -> None:
-    """Each tier's blocks, before the end of the put; what is cleared; and that a server is gone."""
+    """A client that watches is told each change of each tier, and that its server is lost."""
     server = forked_server(settings)
     made = Instance(settings)
     made.client.close()
@@ -198,7 +198,7 @@ def test_a_client_that_watches_hears_what_is_there(settings: Settings) -> None:
     known: set[tuple[bytes, str]] = set()
 
     def hear() -> bool:
-        """Take what has been told; tell whether something was lost."""
+        """Apply the changes that have arrived; return whether any were lost."""
         heard = made.client.changes()
         for changed in heard:
             for key, tier, there in changed.changes:
@@ -228,7 +228,7 @@ def test_a_client_that_watches_hears_what_is_there(settings: Settings) -> None:
 
 
 def test_a_server_tells_no_number_of_blocks_that_no_device_has(tmp_path: Path) -> None:
-    """Its device stands for those of all agents, and each of them tells of its own."""
+    """A server reports no number of device blocks: its device stands for those of all agents."""
     settings = settings_in(tmp_path)
     backend = ServerBackend(MODEL, settings.cache_config, settings.cache_config.sized(MODEL))
     assert backend.device([], None, 0).facts == {"device": "agents", "layout": "agents"}

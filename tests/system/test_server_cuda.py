@@ -1,4 +1,4 @@
-"""An engine at a server with a GPU that is a stand-in: what its copies wait for."""
+"""Tests of the stream order at a server with an engine on a fake GPU."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ TARGETS = range(20, 20 + BLOCKS)
 
 
 class CudaInstance(Instance):
-    """An instance whose only rank's caches are on a stand-in for a GPU."""
+    """An instance whose only rank's caches are on a fake GPU."""
 
     drivers: list[FakeCuda]
 
     def begin(self) -> None:
-        """Lend the caches, and wait until the server has them."""
+        """Lend the caches, and wait until requests can be served."""
         self.agents[0].start([FakeTensor(layer) for layer in self.caches[0]])
         self.wait_ready()
 
     def write_later(self, blocks: range, value: float) -> None:
-        """Let the calling thread's stream overwrite blocks, a little later."""
+        """Queue a late overwrite of blocks on the calling thread's stream."""
         driver = self.drivers[-1]
         if not driver.current:
             driver.current = driver.open_stream(urgent=False)
@@ -52,7 +52,7 @@ class CudaInstance(Instance):
 
 @pytest.fixture
 def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaInstance]:
-    """An instance that is connected."""
+    """Yield an instance that is connected."""
     settings = settings_in(tmp_path, use_ce_transfer_h2d=True, use_ce_transfer_d2h=True)
     server = forked_server(settings)
     made = CudaInstance(settings)
@@ -72,7 +72,7 @@ def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaIn
 
 
 def test_a_put_reads_what_the_stream_of_the_rank_has_queued(instance: CudaInstance) -> None:
-    """The rank tells that it is ready while the work is still queued: nobody waits for it."""
+    """A put reads after the work that the rank's stream had queued when it reported to be ready."""
     ids = np.arange(BLOCKS)
     number = instance.client.start(Operation.PUT, instance.keys(1), 0, ids, when_ready=True)
     instance.write_later(range(BLOCKS), 1.5)
@@ -83,7 +83,7 @@ def test_a_put_reads_what_the_stream_of_the_rank_has_queued(instance: CudaInstan
 
 
 def test_a_get_writes_after_what_the_stream_of_the_rank_has_queued(instance: CudaInstance) -> None:
-    """Its blocks belonged to a request whose last step may still write them."""
+    """A get writes after the queued work of its blocks' earlier request."""
     before = instance.content(range(BLOCKS))
     assert instance.request(Operation.PUT, 1, range(BLOCKS)).moved == BLOCKS
     ids = np.array(TARGETS)

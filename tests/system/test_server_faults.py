@@ -1,4 +1,4 @@
-"""Peers of a server that stop, leave in the middle, or say what they may not."""
+"""Tests of a server's peers that stop, leave at any moment, or send what they may not."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ TWO_RANKS = MODEL.model_copy(update={"tp_size": 2})
 
 
 def is_sound(settings: Settings) -> bool:
-    """Tell whether the server's engine takes requests."""
+    """Return whether the server's engine takes requests."""
     return "statistics" in command(settings.server_recv_port, "status")
 
 
 def test_a_put_that_its_client_has_given_up_is_not_believed(
     settings: Settings, launched: Launched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server was stopped; the client gave up, and had its blocks overwritten meanwhile."""
+    """A put that its client gave up while the server was stopped stores nothing."""
     copy, delay_s = Agent._copy, [0.6]
 
     def slow(self: Agent, asked: Copy) -> None:
@@ -88,7 +88,7 @@ def test_a_put_that_its_client_has_given_up_is_not_believed(
 
 
 def test_what_is_settled_before_it_came_is_refused(settings: Settings, launched: Launched) -> None:
-    """A settle over the agent's socket may be faster than the start over the client's."""
+    """A request that was settled before its start arrived, on another socket, is refused."""
     agent, client = Peer(settings, "agent"), Peer(settings, "client")
     client.hear_ready()
     agent.say(Settle(1, (42,)))
@@ -100,7 +100,7 @@ def test_what_is_settled_before_it_came_is_refused(settings: Settings, launched:
 
 
 def test_a_start_for_other_devices_is_refused(settings: Settings, launched: Launched) -> None:
-    """Its ids were made for those that were there before."""
+    """A start with an earlier epoch is refused, since its ids were made for other devices."""
     agent, client = Peer(settings, "agent"), Peer(settings, "client")
     client.hear_ready()
     before = client.epoch
@@ -118,7 +118,7 @@ def test_a_start_for_other_devices_is_refused(settings: Settings, launched: Laun
 def test_a_client_that_comes_back_uses_devices_that_still_copy_for_it(
     settings: Settings, launched: Launched
 ) -> None:
-    """What the devices end then is told to whom it is of, in whatever order."""
+    """A client that reconnects can use devices that still copy for its earlier connection."""
     agent, client = Peer(settings, "agent"), Peer(settings, "client")
     client.hear_ready()
     client.put(1)
@@ -141,7 +141,7 @@ def test_a_client_that_comes_back_uses_devices_that_still_copy_for_it(
 def test_blocks_stay_lent_until_an_agent_that_errs_has_ended(
     settings: Settings, launched: Launched
 ) -> None:
-    """It says what it may not, and goes on copying: nobody gets the blocks meanwhile."""
+    """Blocks stay claimed while an agent that broke the protocol may still copy."""
     agent, client = Peer(settings, "agent"), Peer(settings, "client")
     client.hear_ready()
     client.put(1)
@@ -159,7 +159,7 @@ def test_blocks_stay_lent_until_an_agent_that_errs_has_ended(
     arena = Arena.attach(
         os.dup(fd), welcome.num_host_blocks, welcome.block_stride_bytes, welcome.fd_offset_bytes
     )
-    arena.array[ids] = 0x55  # only now its copy ends
+    arena.array[ids] = 0x55  # its copy ends only now
     arena.close()
     agent.close()
     before = other.content(range(BLOCKS))
@@ -174,7 +174,7 @@ def test_blocks_stay_lent_until_an_agent_that_errs_has_ended(
 async def test_a_settle_that_ends_with_its_connection_leaves_no_other(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is late in the very turn in which the connection ends: the next one is served."""
+    """A settle that times out in the turn in which its connection ends spares the next one."""
     monkeypatch.setattr("flexkv.server.agent.SETTLE_S", 0.0)
     agent, loop = Agent("unix:///nowhere", MODEL, settings.cache_config), asyncio.get_running_loop()
     ours, theirs = socket.socketpair()
@@ -194,7 +194,7 @@ async def test_a_settle_that_ends_with_its_connection_leaves_no_other(
 def test_a_rank_that_comes_back_waits_for_the_other_to_drain(
     settings: Settings, launched: Launched
 ) -> None:
-    """Rank 1 dies while rank 0 copies: the instance is whole again when both have come anew."""
+    """After rank 1 died while rank 0 copied, the instance is ready once both connected anew."""
     agents = [Peer(settings, "agent", 0, rank, model=TWO_RANKS) for rank in range(2)]
     client = Peer(settings, "client", model=TWO_RANKS)
     client.hear_ready()
@@ -227,7 +227,7 @@ def test_a_rank_that_comes_back_waits_for_the_other_to_drain(
 def test_one_instance_that_does_not_answer_stalls_no_other(
     tmp_path: Path,
 ) -> None:
-    """Its agent takes copies and never ends them; after a while nothing is begun there any more."""
+    """An instance that does not answer gets no new copies after a while, and delays no other."""
     settings = settings_in(tmp_path, io_deadline_s=0.5, num_cpu_blocks=256)
     server = forked_server(settings)
     stuck, client = Peer(settings, "agent", 1), Peer(settings, "client", 1)
@@ -248,7 +248,7 @@ def test_one_instance_that_does_not_answer_stalls_no_other(
 
 
 def test_nonsense_ends_its_connection_only(settings: Settings, launched: Launched) -> None:
-    """Keys that are none, nested arrays, odd paths, ids beyond the device, words of other roles."""
+    """Malformed keys and frames, impossible sizes and messages of other roles harm nobody else."""
     for keys in (b"", b"x", b"x" * 17, b"x" * 40):
         peer = Peer(settings, "client")
         peer.say(Match(1, keys))
@@ -280,7 +280,7 @@ def test_nonsense_ends_its_connection_only(settings: Settings, launched: Launche
 def test_a_put_of_what_are_no_keys_fails(
     settings: Settings, launched: Launched, keys: bytes
 ) -> None:
-    """Who watches is told where the blocks are of a put that moved none: here there are none."""
+    """A put with malformed keys fails, also for a client that watches."""
     agent, client = Peer(settings, "agent"), Peer(settings, "client", watches=True)
     client.hear_ready()
     for epoch in (client.epoch, client.epoch + 1):
@@ -292,7 +292,7 @@ def test_a_put_of_what_are_no_keys_fails(
 
 
 def connect_agent_of(settings: Settings, num_blocks: int) -> None:
-    """Connect an agent whose device has so many blocks."""
+    """Connect an agent whose device has this many blocks."""
     facts = block_identity(MODEL, PER_BLOCK, "")
     hello = Hello(PROTOCOL_VERSION, "agent", 1, facts, 5, 0, num_blocks, ORDER)
     connect(settings.server_recv_port, hello)
@@ -301,7 +301,7 @@ def connect_agent_of(settings: Settings, num_blocks: int) -> None:
 def test_what_a_client_held_is_let_go_when_it_leaves(
     settings: Settings, launched: Launched
 ) -> None:
-    """However often it held under one number."""
+    """All that a client held is released when it leaves, however often it held under one number."""
     instance = Instance(settings)
     instance.begin()
     assert instance.request(Operation.PUT, 1, range(BLOCKS)).moved == BLOCKS
@@ -320,9 +320,9 @@ def test_what_a_client_held_is_let_go_when_it_leaves(
 
 
 def test_two_clients_of_one_instance_at_once(settings: Settings, launched: Launched) -> None:
-    """One is taken, whoever of them; the other's leaving takes nothing from it."""
+    """If several clients of one instance connect at once, one is accepted; others do no harm."""
     path = settings.server_recv_port.removeprefix("ipc://")
-    Peer(settings, "control").close()  # once it is there
+    Peer(settings, "control").close()  # returns once the server is there
     hello = framed(Hello(PROTOCOL_VERSION, "client", 1, block_identity(MODEL, PER_BLOCK, "")))
     os.kill(launched.pid, signal.SIGSTOP)
     sockets = [socket.socket(socket.AF_UNIX) for _ in range(4)]
@@ -339,7 +339,7 @@ def test_two_clients_of_one_instance_at_once(settings: Settings, launched: Launc
 
 
 def test_a_server_ends_soon_whoever_is_connected(settings: Settings) -> None:
-    """A client that is idle, and one that never says who it is."""
+    """A server ends soon, even with an idle client and a peer that never greets."""
     server = forked_server(settings)
     client = Peer(settings, "client")
     with socket.socket(socket.AF_UNIX) as silent:
@@ -352,7 +352,7 @@ def test_a_server_ends_soon_whoever_is_connected(settings: Settings) -> None:
 
 
 def test_an_address_that_is_a_file_is_left_alone(tmp_path: Path) -> None:
-    """It may be dear to somebody."""
+    """A file at the address is left alone."""
     path = tmp_path / "file"
     path.write_text("mine")
     with pytest.raises(ConfigError, match="is no socket"):
@@ -363,7 +363,7 @@ def test_an_address_that_is_a_file_is_left_alone(tmp_path: Path) -> None:
 def test_a_stopped_server_costs_the_scheduler_little(
     settings: Settings, launched: Launched
 ) -> None:
-    """It is asked again after a while, longer each time; and found when it goes on."""
+    """A stopped server delays a scheduler only briefly, and is used again when it goes on."""
     instance = Instance(settings)
     instance.begin()
     os.kill(launched.pid, signal.SIGSTOP)
@@ -381,7 +381,7 @@ def test_a_stopped_server_costs_the_scheduler_little(
 def test_a_client_never_waits_for_a_server_that_reads_late(
     settings: Settings, launched: Launched
 ) -> None:
-    """Much more than a socket holds is sent bit by bit, and everything ends."""
+    """A client never waits for a slow reader: what exceeds the socket's buffer is sent later."""
     instance = Instance(settings)
     instance.begin()
     keys = instance.client.keys(np.arange(4096 * PER_BLOCK))
@@ -399,7 +399,7 @@ def test_a_client_never_waits_for_a_server_that_reads_late(
 def test_a_long_question_has_its_time_from_when_the_server_reads_on(
     settings: Settings, launched: Launched
 ) -> None:
-    """It is sent in several steps; between two of them, however long, nobody sends more of it."""
+    """A long question's deadline counts from when the server reads on, not from its first bytes."""
     agent, client = Peer(settings, "agent"), Client(settings, MODEL)
     eventually(lambda: (client.poll(), client.is_ready)[1])
     os.kill(launched.pid, signal.SIGSTOP)
@@ -423,7 +423,7 @@ def test_a_long_question_has_its_time_from_when_the_server_reads_on(
 def test_a_rank_is_there_once_its_device_is_set_up(
     settings: Settings, launched: Launched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What its worker says of puts meanwhile would be lost."""
+    """A rank counts as connected only once its device is set up, so that no report is lost."""
     device = LocalBackend.device
 
     def slowly(*arguments: Any) -> Any:
@@ -444,7 +444,7 @@ def test_a_rank_is_there_once_its_device_is_set_up(
 def test_a_client_that_watches_and_does_not_read_loses_track(
     settings: Settings, launched: Launched
 ) -> None:
-    """Nothing piles up for it, and it hears that it has missed something."""
+    """A client that watches and does not read is told that it has missed changes."""
     idle, busy = Peer(settings, "client", 1, watches=True), Instance(settings)
     busy.begin()
     for prompt in range(1500):

@@ -1,6 +1,6 @@
-"""Any process of a server with two instances is killed at any time: the others go on, rightly.
+"""Tests that kill a process of a server with two instances at any moment; the others go on.
 
-`SERVER_KILLS=100 pytest tests/system/test_server_kills.py` does so a hundred times.
+`SERVER_KILLS=100 pytest tests/system/test_server_kills.py` runs a hundred rounds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROUNDS = int(os.environ.get("SERVER_KILLS", "6"))
 
 
 def await_right(instances: list[Program], gets: int) -> None:
-    """Wait until each has got as many prompts more, rightly."""
+    """Wait until each instance has got this many more prompts with the right bytes."""
     for each in instances:
         each.say(gets)
     for each in instances:
@@ -31,7 +31,7 @@ def await_right(instances: list[Program], gets: int) -> None:
 
 
 def outcome(ended: Program) -> tuple[int, int]:
-    """Let an instance end, and return its right and wrong gets."""
+    """End an instance, and return its numbers of right and of wrong gets."""
     ended.stdin.close()
     right, wrong = ended.hear().split()
     assert ended.wait(30) == 0
@@ -40,7 +40,7 @@ def outcome(ended: Program) -> tuple[int, int]:
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_the_others_go_on_rightly(tmp_path: Path, seed: int) -> None:
-    """And nothing is left behind but what is on SSD."""
+    """After a kill no get has a wrong byte, the rest goes on, and only the SSD files are left."""
     chance = random.Random(seed)
     settings: Settings = settings_in(tmp_path, num_cpu_blocks=96).model_copy(
         update={"log_level": "critical"}

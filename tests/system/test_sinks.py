@@ -1,4 +1,4 @@
-"""We go on if the reader of our logs and output goes away, stops, or takes only ASCII."""
+"""Tests of log sinks and outputs whose reader goes away, stops, or takes only ASCII."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FLEXKV = [sys.executable, "-m", "flexkv.cli.main"]
 
 @contextmanager
 def closed_pipe() -> Iterator[int]:
-    """Yield the end of a pipe that nobody reads."""
+    """Yield the writing end of a pipe that nobody reads."""
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -38,7 +38,7 @@ def closed_pipe() -> Iterator[int]:
 
 @contextmanager
 def full_disk() -> Iterator[int]:
-    """Yield a file whose disk is full."""
+    """Yield a descriptor of a file whose disk is full."""
     fd = os.open("/dev/full", os.O_WRONLY)
     try:
         yield fd
@@ -49,7 +49,7 @@ def full_disk() -> Iterator[int]:
 def run(
     words: list[str], preparation: str = "", **options: Any
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a command of a shell, in which `$@` stands for the words."""
+    """Run words through a shell; `preparation` may redirect their streams first."""
     shell = ["sh", "-c", f'{preparation or "exec"} "$@"', "sh", *words]
     return subprocess.run(shell, timeout=120, check=False, **options)
 
@@ -78,7 +78,7 @@ open({path!r}, "w").write("went on")
 def test_a_sink_that_fails_costs_the_line_and_nothing_else(
     configured: str, sink: str, tmp_path: Path
 ) -> None:
-    """Whether logging was configured or not; if not, structlog prints to stdout."""
+    """A sink that fails costs the line and nothing else, whether logging is configured or not."""
     path, spoiled = tmp_path / "told", ""
     if sink == "closed file":
         spoiled = "sys.stderr.close(); sys.stdout.close()"
@@ -99,7 +99,7 @@ def test_a_sink_that_fails_costs_the_line_and_nothing_else(
 
 
 def test_a_reader_that_stops_delays_nobody() -> None:
-    """Lines that the pipe has no room for are dropped and counted; whole ones go on after that."""
+    """Lines for which a pipe has no room are dropped and counted; later ones are whole."""
     reader, writer = os.pipe()
     with os.fdopen(writer, "w") as stream:
         sink = _Sink(stream)
@@ -123,7 +123,7 @@ def test_a_reader_that_stops_delays_nobody() -> None:
 
 
 def test_a_stream_without_a_descriptor_is_printed_to(capsys: pytest.CaptureFixture[str]) -> None:
-    """Tests and notebooks have such streams; a missing one takes nothing."""
+    """Streams without a descriptor, as in tests and notebooks, are written to; None is skipped."""
     _Sink(sys.stderr).msg("heard")
     assert capsys.readouterr().err == "heard\n"
     nothing = _Sink(None)
@@ -135,7 +135,7 @@ EXPLAIN = ["explain", "get", "--host", "64", "--disk", "32"]
 
 
 def test_a_command_whose_reader_has_gone_ends_quietly() -> None:
-    """As for `flexkv … | head`: it prints nothing, and the exit status is 1."""
+    """A command whose reader has gone, as in `flexkv … | head`, prints nothing and exits with 1."""
     for words in (EXPLAIN, ["--version"], ["--help"], ["doctor", "--json"]):
         with closed_pipe() as fd:
             done = run([*FLEXKV, *words], stdout=fd, stderr=subprocess.PIPE)
@@ -143,7 +143,7 @@ def test_a_command_whose_reader_has_gone_ends_quietly() -> None:
 
 
 def test_a_command_whose_output_is_full_says_so() -> None:
-    """In one line; the exit status is 1."""
+    """A command whose output is full says so in one line, and exits with 1."""
     for words in (EXPLAIN, ["--version"]):
         with full_disk() as fd:
             done = run([*FLEXKV, *words], stdout=fd, stderr=subprocess.PIPE)
@@ -152,7 +152,7 @@ def test_a_command_whose_output_is_full_says_so() -> None:
 
 
 def test_an_error_that_nobody_hears_keeps_its_exit_status() -> None:
-    """With stderr closed, full, or not there at all."""
+    """An error keeps its exit status if stderr is closed, full or absent."""
     words = [*FLEXKV, "serve", "/nowhere"]
     with closed_pipe() as fd:
         assert run(words, stderr=fd).returncode == 2
@@ -162,7 +162,7 @@ def test_an_error_that_nobody_hears_keeps_its_exit_status() -> None:
 
 
 def test_a_command_writes_what_an_ascii_terminal_shows() -> None:
-    """Other characters are replaced; exit status 0."""
+    """On an ASCII terminal other characters are replaced, and the exit status is 0."""
     environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "LC_ALL": "C"}
     for words in (EXPLAIN, ["doctor"], ["--help"]):
         done = run([*FLEXKV, *words], env=environment, capture_output=True)
@@ -188,14 +188,14 @@ def served(folder: Path, preparation: str, stderr: int | None) -> Iterator[subpr
 
 
 def _closed(stack: list[Callable[[], object]]) -> int:
-    """Return a pipe whose reader goes away when the stack's functions are called."""
+    """Return a pipe's writing end; a function added to `stack` closes its reader."""
     reader, writer = os.pipe()
     stack.append(lambda: os.close(reader))
     return writer
 
 
 def _unread(stack: list[Callable[[], object]]) -> int:
-    """Return a pipe that is full already, and has a reader that sleeps."""
+    """Return the writing end of a full pipe; a function added to `stack` keeps its reader open."""
     reader, writer = os.pipe()
     stack.append(lambda: os.fstat(reader))
     os.set_blocking(writer, False)
@@ -222,7 +222,7 @@ def _none(stack: list[Callable[[], object]]) -> None:
 def test_a_server_goes_on_without_anybody_who_reads_its_log(
     sink: Callable[[list[Callable[[], object]]], int | None], preparation: str, tmp_path: Path
 ) -> None:
-    """Peers that talk nonsense end alone, and SIGTERM ends it with exit status 0."""
+    """A server whose log nobody reads goes on, and SIGTERM ends it with exit status 0."""
     goes: list[Callable[[], object]] = []
     stderr = sink(goes)
     with served(tmp_path, preparation, stderr) as server:
@@ -234,7 +234,7 @@ def test_a_server_goes_on_without_anybody_who_reads_its_log(
 
 
 def talk_to(server: subprocess.Popen[bytes], tmp_path: Path) -> None:
-    """Have peers of a server talk nonsense, and let it end."""
+    """Send nonsense to a server, check that it still answers, and end it by SIGTERM."""
     settings = settings_in(tmp_path)
     for nonsense in (b"hello, world", b"\xff" * 64, b"\x04\x00\x00\x00\x93\x01\x02\x03"):
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""The SSD tier lets nobody in: no other user, no link, and no second engine."""
+"""Tests that the SSD tier lets nobody in: no other user, no link, and no second engine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def refusal(tier: Path) -> ConfigError:
 
 @pytest.mark.parametrize("name", ["superblock", "journal", "blocks-0000", "lock"])
 async def test_files_that_others_may_write_to_are_refused(tier: Path, name: str) -> None:
-    """By engines and by commands, with the file's name."""
+    """Files that others may write to are refused by engines and by commands, with their name."""
     path = tier / f"{name}.flexkv"
     path.chmod(0o666)
     error = await refusal(tier)
@@ -49,7 +49,7 @@ async def test_files_that_others_may_write_to_are_refused(tier: Path, name: str)
 @pytest.mark.parametrize("name", ["superblock", "journal", "blocks-0000", "lock"])
 @pytest.mark.parametrize("kind", ["link", "hard link", "pipe"])
 async def test_files_of_another_kind_are_refused(tier: Path, name: str, kind: str) -> None:
-    """Neither a link nor a pipe nor a file with a second name is taken for one of the tier's."""
+    """A link, a pipe or a file with a second name is not taken for one of the tier's files."""
     path, other = tier / f"{name}.flexkv", tier.parent / "other"
     path.rename(other)
     before = other.read_bytes()
@@ -63,14 +63,14 @@ async def test_files_of_another_kind_are_refused(tier: Path, name: str, kind: st
 
 
 async def test_a_shared_directory_is_refused(tier: Path) -> None:
-    """A directory with the mode of /tmp, or one that a group may write to, is no place."""
+    """A directory that a group or everybody may write to is refused."""
     for mode in (0o1777, 0o775):
         os.chmod(tier, mode)
         assert (await refusal(tier)).value == str(tier)
 
 
 async def test_a_new_superblock_is_not_written_through_a_link(tier: Path) -> None:
-    """A link where the new superblock is written first is not followed."""
+    """A link at the temporary name of a new superblock is not followed."""
     other = tier.parent / "other"
     other.write_text("precious")
     (tier / "superblock.flexkv.new").symlink_to(other)
@@ -80,7 +80,7 @@ async def test_a_new_superblock_is_not_written_through_a_link(tier: Path) -> Non
 
 
 async def test_nothing_is_readable_by_others(tmp_path: Path) -> None:
-    """Whatever the umask is."""
+    """Directory and files are closed to others, whatever the umask is."""
     before = os.umask(0)
     try:
         await put(tmp_path / "tier", PROMPT)
@@ -91,7 +91,7 @@ async def test_nothing_is_readable_by_others(tmp_path: Path) -> None:
 
 
 async def test_removing_the_lock_file_lets_no_second_engine_in(tier: Path) -> None:
-    """The directory itself is locked, so all its files may be removed."""
+    """The directory itself is locked, so removing its files lets no second engine in."""
     async with KVManager(MODEL, cache_config(tier)):
         assert f"in use by process {os.getpid()}" in (await refusal(tier)).why
         (tier / "lock.flexkv").unlink()
@@ -131,7 +131,7 @@ os.waitpid(child, 0)
 
 @pytest.mark.parametrize("parent", ["shuts down", "dies"])
 def test_a_forked_child_does_not_keep_the_directory(tmp_path: Path, parent: str) -> None:
-    """The next engine opens at once, in this process or another, while the child lives."""
+    """The next engine can open at once while a forked child of the last one lives."""
     tier = tmp_path / "tier"
     asyncio.run(put(tier, PROMPT))
     command = [sys.executable, "-W", "ignore", "-c", FORKED, str(tier), parent]
@@ -158,7 +158,7 @@ def test_a_forked_child_does_not_keep_the_directory(tmp_path: Path, parent: str)
     ],
 )
 async def test_a_damaged_superblock_empties_the_tier(tier: Path, damage: object) -> None:
-    """Bytes that nobody can decode cost the blocks, not the engine."""
+    """A superblock that cannot be decoded empties the tier, and the engine starts."""
     path = tier / "superblock.flexkv"
     assert callable(damage)
     path.write_bytes(damage(path.read_bytes()))

@@ -1,4 +1,4 @@
-"""The statistics agree with what happened."""
+"""Tests that the statistics agree with what happened."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ def blocks(count: int, of: np.ndarray = LONG) -> np.ndarray:
 
 
 def test_hits_are_counted_by_the_tier_that_had_the_blocks() -> None:
-    """Each block that a get returns counts once, for the tier that had it; a block that the get
-    waited for counts for host memory. Puts, prefetches and matches do not count."""
+    """Each block that a get returns counts once, for the tier that had it.
+
+    A block that the get waited for counts for host memory. Other requests do not count.
+    """
 
     async def work(engine: Engine) -> None:
         await put(engine, blocks(6))
@@ -67,7 +69,7 @@ def test_hits_are_counted_by_the_tier_that_had_the_blocks() -> None:
 
 
 def test_what_did_not_come_is_no_hit() -> None:
-    """A get whose read failed, or of blocks that are in no tier, counts queries and no hits."""
+    """A get whose read failed, or whose blocks are in no tier, counts queries and no hits."""
 
     async def work(engine: Engine) -> None:
         await put(engine, A)
@@ -88,7 +90,7 @@ def test_what_did_not_come_is_no_hit() -> None:
 
 
 def test_what_is_under_way_is_told_and_nothing_is_left_of_it() -> None:
-    """Requests that run or wait, claims and bytes in flight are counted, and zero when idle."""
+    """Requests that run or wait, claims and bytes in flight are counted, and are zero when idle."""
 
     async def work(engine: Engine) -> None:
         disk_of(engine)._faults = FaultPlan(1, 0.0, 0.5, 0.5)
@@ -116,7 +118,7 @@ def test_what_is_under_way_is_told_and_nothing_is_left_of_it() -> None:
 
 @pytest.mark.parametrize(("host", "wanted"), [(4, 4), (3, 3)])
 def test_a_get_that_finds_no_room_says_how_much_it_lacks(host: int, wanted: int) -> None:
-    """It returns what fits, and the error has the blocks wanted and the blocks there were."""
+    """A get returns what fits in the host, and has an error if that is not all."""
 
     async def work(engine: Engine) -> None:
         await put(engine, A)
@@ -132,7 +134,7 @@ def test_a_get_that_finds_no_room_says_how_much_it_lacks(host: int, wanted: int)
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_a_get_that_is_tried_again_counts_once(on_disk: bool) -> None:
-    """The get waits for a put that is given up, and then looks for the blocks elsewhere."""
+    """A get that waits for a put which is given up, and then looks elsewhere, counts once."""
 
     async def work(engine: Engine) -> None:
         if on_disk:
@@ -156,7 +158,7 @@ def test_a_get_that_is_tried_again_counts_once(on_disk: bool) -> None:
 
 
 def test_a_get_that_waits_in_vain_twice_counts_once() -> None:
-    """Both puts that it waits for are given up; after the second it is answered."""
+    """A get that waits in vain for two puts counts once, and fails after the second."""
 
     async def work(engine: Engine) -> None:
         async def store_twice() -> None:
@@ -188,7 +190,7 @@ def test_a_get_that_waits_in_vain_twice_counts_once() -> None:
 
 
 def test_a_request_without_a_device_counts_once() -> None:
-    """It is answered, but nothing of it was looked for."""
+    """A request without a device counts once, and its blocks not as asked for."""
 
     async def work(engine: Engine) -> None:
         engine.unready(engine.intake(Operation.GET, A))
@@ -200,7 +202,7 @@ def test_a_request_without_a_device_counts_once() -> None:
 
 
 def test_a_line_of_the_log_sums_up_so_many_requests() -> None:
-    """One for each `num_log_interval_requests` that ended, with the share that each tier had."""
+    """After each `num_log_interval_requests` requests a log line has their hit rates by tier."""
 
     async def work(engine: Engine) -> None:
         for number in range(3):

@@ -1,4 +1,4 @@
-"""Three users on one machine: a server's, its engines', and a stranger who tries everything."""
+"""Tests with three users on one machine: a server's, its engines', and a hostile stranger."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become 
 
 @pytest.fixture(scope="module", autouse=True)
 def _other_users() -> Iterator[None]:
-    """Allow tests to begin processes of other users."""
+    """Allow tests to start processes of other users."""
     with users():
         yield
 
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """Return a directory like /tmp."""
+    """Yield a directory like /tmp."""
     with shared_folder() as folder:
         yield folder
 
@@ -55,7 +55,7 @@ def home(shared: Path) -> Path:
 
 @pytest.fixture
 def own_folder() -> Iterator[Path]:
-    """Return where the owner's server is by default, with nothing there before and after."""
+    """Yield the default directory of the owner's server, which does not exist before and after."""
     folder = Path(outcome(OWNER, "places")["folder"])
     assert str(OWNER) in folder.name
     _remove(folder)
@@ -73,7 +73,7 @@ def _remove(folder: Path) -> None:
 def test_no_stranger_reaches_what_a_server_and_its_engine_share(
     own_folder: Path, home: Path, shared: Path
 ) -> None:
-    """Neither socket, directories, files nor processes let him in; the owner gets the bytes."""
+    """A stranger reaches no socket, directory, file or process; the owner gets the right bytes."""
     settings = settings_at("own", home)
     with process(OWNER, "serve", settings) as server:
         eventually(lambda: (own_folder / "server").exists(), 30.0)
@@ -97,7 +97,7 @@ def test_no_stranger_reaches_what_a_server_and_its_engine_share(
 def test_a_server_answers_no_stranger_even_if_its_socket_is_open_to_all(
     own_folder: Path, home: Path, shared: Path
 ) -> None:
-    """As after a `chmod` by mistake: it looks who connects, and says nothing."""
+    """A server answers no other user, even if its socket is open to all by mistake."""
     settings = settings_at("own", home)
     told = {"folder": str(own_folder), "witness": "", "fds": [], "files": [], "shared": str(shared)}
     with process(OWNER, "serve", settings) as server:
@@ -113,7 +113,7 @@ def test_a_server_answers_no_stranger_even_if_its_socket_is_open_to_all(
 def test_nothing_is_said_to_a_server_of_another_user(
     uid: int, address: str, shared: Path, home: Path, own_folder: Path
 ) -> None:
-    """Not even by clients, agents or operators of root; each names the user, and goes on."""
+    """No client, agent or operator, even of root, sends anything to another user's server."""
     folder, path = shared, str(shared / "socket")
     aside = shared / "aside"
     if address == "own":
@@ -146,7 +146,7 @@ def test_nothing_is_said_to_a_server_of_another_user(
 
 
 def test_a_real_server_of_another_user_is_not_used_either(shared: Path, home: Path) -> None:
-    """Its socket is closed to others, and root, who may open it, says nothing."""
+    """Another user's real server is not used: its socket is closed, and root sends it nothing."""
     settings = settings_at(f"ipc://{shared}/socket", home)
     with process(OTHER, "listen", settings.server_recv_port):
         assert "Permission denied" in outcome(OWNER, "speak", settings)["operator"]
@@ -160,14 +160,14 @@ def test_a_real_server_of_another_user_is_not_used_either(shared: Path, home: Pa
 
 
 def test_a_server_of_root_is_trusted_and_serves_root_only(shared: Path, home: Path) -> None:
-    """Root can read everything anyway."""
+    """A server of root serves only root."""
     settings = settings_at(f"ipc://{shared}/socket", home)
     with process(0, "serve", settings):
         eventually(lambda: answers(settings, 0), 30.0)
         assert outcome(0, "use", settings)["same"]
         (shared / "socket").chmod(0o666)
         said = outcome(OWNER, "speak", settings)["operator"]
-        # It closes before it reads what was said, or before that is said.
+        # It may close before or after it reads the request.
         ends = ("closed the connection", "reset by peer", "Broken pipe")
         assert any(end in said for end in ends), said
 
@@ -179,7 +179,7 @@ SQUATS = ["directory", "writable", "link to a directory of the owner's", "file",
 def test_who_makes_the_owners_directory_first_is_named(
     squat: str, own_folder: Path, home: Path
 ) -> None:
-    """The server adopts nothing that a stranger has put there, and touches nothing behind it."""
+    """What a stranger made at the owner's directory is named, not adopted, and not followed."""
     if squat in ("directory", "writable"):
         own_folder.mkdir()
         own_folder.chmod(0o777 if squat == "writable" else 0o755)
@@ -195,11 +195,11 @@ def test_who_makes_the_owners_directory_first_is_named(
 
 
 def test_a_stranger_cannot_keep_an_address_from_its_owner(shared: Path, own_folder: Path) -> None:
-    """In a shared directory the error names his socket; he cannot enter the owner's directory."""
+    """A stranger's socket in a shared directory is named; the owner's own address stays usable."""
     custom = f"ipc://{shared}/socket"
     with process(STRANGER, "impersonate", f"{shared}/socket"):
         assert f"served by user {STRANGER}" in outcome(OWNER, "listen", custom)
-    assert "Operation not permitted" in outcome(OWNER, "listen", custom)  # it is his still
+    assert "Operation not permitted" in outcome(OWNER, "listen", custom)  # the file stays
     witness = outcome(OWNER, "places")["witness"]
     with process(STRANGER, "impersonate", witness), process(OWNER, "listen", "own") as server:
         assert "in use by another server" in outcome(OWNER, "listen", "own")

@@ -1,4 +1,4 @@
-"""What a stranger has put where the SSD tier's files belong is neither adopted nor written to."""
+"""Tests that what a stranger put at the SSD tier's files is neither adopted nor written to."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become 
 
 @pytest.fixture(scope="module", autouse=True)
 def _other_users() -> Iterator[None]:
-    """Allow tests to begin processes of other users."""
+    """Allow tests to start processes of other users."""
     with users():
         yield
 
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """Return a directory like /tmp."""
+    """Yield a directory like /tmp."""
     with shared_folder() as folder:
         yield folder
 
@@ -61,7 +61,7 @@ def _made(path: Path, uid: int, kind: str, target: Path | None = None) -> None:
 def test_an_ssd_directory_that_a_stranger_has_made_is_refused(
     kind: str, home: Path, shared: Path
 ) -> None:
-    """By name, and nothing of ours is written there."""
+    """An SSD directory that a stranger made is refused by name, and nothing is written there."""
     elsewhere = shared / "elsewhere"
     _made(elsewhere, STRANGER, "directory")
     _made(home / "ssd", STRANGER, kind, elsewhere)
@@ -79,7 +79,7 @@ NAMES = ["blocks-0000.flexkv", "journal.flexkv", "superblock.flexkv", "lock.flex
 def test_files_of_a_stranger_in_an_ssd_directory_are_not_adopted(
     name: str, kind: str, home: Path, shared: Path
 ) -> None:
-    """Each kind of file that a tier has, as a file of his, or as a link to a file of ours."""
+    """A stranger's file or link in place of a tier's file is refused by name, and not followed."""
     settings = settings_at(f"ipc://{home}/socket", home, strict=True)
     with process(OWNER, "serve", settings) as server:
         eventually(lambda: answers(settings), 30.0)
@@ -98,7 +98,7 @@ def test_files_of_a_stranger_in_an_ssd_directory_are_not_adopted(
 def test_a_file_of_a_stranger_that_is_to_be_replaced_is_not_written_through(
     home: Path, shared: Path
 ) -> None:
-    """A new superblock is written beside the old one first: not into whatever has that name."""
+    """A new superblock is not written through a stranger's link at its temporary name."""
     dear = shared / "dear"
     dear.write_text("dear")
     os.chown(dear, OWNER, OWNER)

@@ -1,4 +1,4 @@
-"""Traces of engines in which something is wrong: what is wrong is named, and nothing else is."""
+"""Tests that a trace of an engine names each thing that went wrong, and nothing else."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BLOCKS, DEVICE_BLOCKS = 16, 64
 
 
 class Rig:
-    """An engine over fake ports on the real clock, that writes a trace."""
+    """An engine over fake ports on the real clock that writes a trace."""
 
     def __init__(
         self, folder: Path, disk: FaultPlan, device_s: float = 0.0005, **changes: Any
@@ -70,12 +70,12 @@ class Rig:
 
 
 def prompt_of(number: int, blocks: int = BLOCKS) -> Any:
-    """Give a prompt that shares nothing with others."""
+    """Return a prompt that shares nothing with others."""
     return np.arange(blocks * TOKENS_PER_BLOCK) + 10_000 * number
 
 
 async def traced(rig: Rig, work: Callable[[Rig], Awaitable[None]]) -> Trace:
-    """Run something, and give the trace that is left."""
+    """Run a function on an open engine, and return the trace that it left."""
     await rig.engine.open()
     rig.engine.register_kv_caches([np.zeros((DEVICE_BLOCKS, 16), np.uint8)])
     await work(rig)
@@ -94,12 +94,12 @@ async def from_disk(rig: Rig) -> None:
 
 
 async def many_at_once(rig: Rig) -> None:
-    """More requests than are admitted."""
+    """Make more requests than are admitted at once."""
     await asyncio.gather(*(rig.request(Operation.PUT, prompt_of(n)) for n in range(12)))
 
 
 async def cancelled(rig: Rig) -> None:
-    """Give one up in the middle."""
+    """Cancel a request in the middle."""
     work = asyncio.create_task(rig.request(Operation.PUT, prompt_of(1)))
     await asyncio.sleep(0.005)
     work.cancel()
@@ -124,14 +124,14 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Rig], Awaitable[None]]]] = {
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Call slow only what takes far longer than a busy machine takes to run a thread."""
+    """Raise the thresholds of slowness above what a busy machine takes to run a thread."""
     for name in ("SLOW_DISK_MS", "STARVED_MS"):
         monkeypatch.setattr(f"flexkv.trace.findings.{name}", 60.0)
 
 
 @pytest.mark.parametrize("kind", CASES)
 async def test_what_was_wrong_is_named(kind: str, tmp_path: Path) -> None:
-    """In the findings, and in what `flexkv trace summary` prints."""
+    """What went wrong is named in the findings, and by `flexkv trace summary`."""
     changes, work = CASES[kind]
     trace = await traced(Rig(tmp_path, **changes), work)
     found = findings(Summary(trace))
@@ -147,13 +147,13 @@ async def test_what_was_wrong_is_named(kind: str, tmp_path: Path) -> None:
 async def test_where_nothing_is_wrong_nothing_is_said(
     work: Callable[[Rig], Awaitable[None]], tmp_path: Path
 ) -> None:
-    """The same work, with a sound device and room for all."""
+    """The same work with a sound device and room for all has no findings."""
     trace = await traced(Rig(tmp_path, SOUND), work)
     assert findings(Summary(trace)) == []
 
 
 async def test_time_adds_up_to_the_whole_request(tmp_path: Path) -> None:
-    """Steps follow each other without a gap; waits to be admitted are told apart."""
+    """The steps of a request have no gaps, and waits for admission are steps of their own."""
     trace = await traced(Rig(tmp_path, SOUND, requests_max=2), many_at_once)
     breakdowns = Breakdowns(trace)
     waited = 0
@@ -167,7 +167,7 @@ async def test_time_adds_up_to_the_whole_request(tmp_path: Path) -> None:
 
 
 async def test_a_get_from_ssd_hangs_on_the_read_and_then_the_copy(tmp_path: Path) -> None:
-    """Its path through the plan, and the words for it."""
+    """The critical path of a get from SSD is the read and then the copy."""
     trace = await traced(Rig(tmp_path, FaultPlan(1, delay_min_s=0.03, delay_max_s=0.04)), from_disk)
     get = next(r for r in trace.requests if r.kind == "get")
     breakdown = Breakdowns(trace).of(get)
@@ -178,7 +178,7 @@ async def test_a_get_from_ssd_hangs_on_the_read_and_then_the_copy(tmp_path: Path
 
 
 async def test_every_line_is_as_the_schema_says(tmp_path: Path) -> None:
-    """The document is up to date, and a trace with everything in it validates."""
+    """The schema's document is up to date, and every line of a trace of all kinds is valid."""
     document = Path(__file__).parents[2] / "docs/trace-schema.json"
     assert json.loads(document.read_text()) == json.loads(json.dumps(schema()))
     plan = FaultPlan(1, 0.3, delay_max_s=0.001, flip_probability=0.5)
@@ -202,7 +202,7 @@ async def test_every_line_is_as_the_schema_says(tmp_path: Path) -> None:
 
 
 async def test_a_trace_begins_and_ends_while_the_engine_runs(tmp_path: Path) -> None:
-    """Prompts are not in it; a second one may not begin; the file is whole when it ended."""
+    """A trace can start and stop on a running engine, one at a time; then its file is whole."""
     path = tmp_path / "later"
     async with KVManager(REAL_MODEL, cache_config(tmp_path)) as manager:
         manager.register_kv_caches(kv_caches())
@@ -221,7 +221,7 @@ async def test_a_trace_begins_and_ends_while_the_engine_runs(tmp_path: Path) -> 
 
 
 async def test_a_trace_that_was_cut_short_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
-    """A crash leaves half a line; another version and other files are refused by name."""
+    """A trace cut short is read up to there; other versions and other files are refused by name."""
     rig = Rig(tmp_path, SOUND)
     await traced(rig, from_disk)
     whole = rig.path.read_bytes()
@@ -249,7 +249,7 @@ def _of_another_version(whole: bytes) -> bytes:
 
 
 async def test_files_that_were_rotated_away_are_told(tmp_path: Path) -> None:
-    """And the file that is written is nobody else's meanwhile."""
+    """A finding reports files that were rotated away; no two engines write one trace."""
     rig = Rig(tmp_path, SOUND, trace_max_file_size_mb=0.004, trace_max_files=1)
 
     async def with_another(rig: Rig) -> None:
@@ -264,7 +264,7 @@ async def test_files_that_were_rotated_away_are_told(tmp_path: Path) -> None:
 
 
 async def test_evictions_are_told_with_the_request_that_needed_room(tmp_path: Path) -> None:
-    """Tier by tier, and their sum is what the samples say."""
+    """Evictions name the tier and the request that needed room, and sum up as in the samples."""
     rig = Rig(tmp_path, SOUND, num_cpu_blocks=40)
 
     async def more_than_fits(rig: Rig) -> None:
@@ -280,7 +280,7 @@ async def test_evictions_are_told_with_the_request_that_needed_room(tmp_path: Pa
 
 
 async def test_prompts_are_recorded_only_where_that_is_asked_for(tmp_path: Path) -> None:
-    """A request that no device could serve is in the trace, too."""
+    """Tokens are recorded only if that is asked for; so is a request that no device could serve."""
     rig = Rig(tmp_path, SOUND, trace_tokens=True)
     await rig.engine.open()
     request = rig.engine.intake(Operation.GET, prompt_of(3))
@@ -297,7 +297,7 @@ async def test_prompts_are_recorded_only_where_that_is_asked_for(tmp_path: Path)
 
 
 async def test_two_runs_are_compared_and_exported(tmp_path: Path) -> None:
-    """The terminal says what is wrong in one only; Perfetto's format balances."""
+    """`trace diff` names findings of only one run, and the export to Perfetto is well-formed."""
     folders = [tmp_path / name for name in ("one", "two")]
     for folder, plan in zip(folders, (SOUND, CASES["slow_disk"][0]["disk"]), strict=True):
         folder.mkdir()
@@ -321,7 +321,7 @@ async def test_two_runs_are_compared_and_exported(tmp_path: Path) -> None:
 
 
 async def test_rates_spread_bytes_over_the_time_they_took(tmp_path: Path) -> None:
-    """Summed over windows they are what was moved."""
+    """Rates, summed over their windows, give the bytes that were moved."""
     trace = await traced(Rig(tmp_path, SOUND), from_disk)
     ops = [op for op in trace.ops if op.outcome == "done"]
     _, per_s = rates(ops, 1_000_000)

@@ -1,4 +1,4 @@
-"""A trace that is replayed: the same requests, hits and routes, and again."""
+"""Tests that a replayed trace has the same requests, hits and routes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REQUESTS, PER_BLOCK = 400, 4
 
 @pytest.fixture
 def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give the trace of a demo whose tiers are too small for it."""
+    """Return the trace of a demo whose tiers are too small for it."""
     monkeypatch.chdir(tmp_path)
     options = ["--requests", str(REQUESTS), "--host-blocks", "700", "--ssd-blocks", "1500"]
     assert CliRunner().invoke(commands, ["demo", *options, "--enable-trace"]).exit_code == 0
@@ -29,7 +29,7 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def outcomes(trace: Trace) -> list[tuple[object, ...]]:
-    """Give what became of each request, in the order in which they were issued."""
+    """Return the outcome of each request, in the order in which they were issued."""
     issued = sorted(trace.requests, key=lambda request: request.request_id)
     return [
         (r.kind, r.token_count, r.first_block, r.status, r.moved_blocks, r.hit_blocks)
@@ -63,7 +63,7 @@ async def one_after_the_other(path: Path) -> None:
 def test_a_replay_of_a_replay_is_the_recording(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Recorded, replayed, and what that recorded replayed: requests, hits, blocks by route."""
+    """A replay, and a replay of its trace, have the recording's outcomes and blocks by route."""
     monkeypatch.chdir(tmp_path)
     paths = [tmp_path / name for name in ("recorded", "again", "and again")]
     asyncio.run(one_after_the_other(paths[0]))
@@ -80,7 +80,7 @@ def test_a_replay_of_a_replay_is_the_recording(
 
 
 def test_requests_that_overlapped_overlap_again(recorded: Path, tmp_path: Path) -> None:
-    """Which of two evicts the other's block may differ with the device's speed; little else."""
+    """A replay of overlapping requests has nearly the same outcomes: evictions vary with timing."""
     to = tmp_path / "again"
     told = CliRunner().invoke(commands, ["trace", "replay", str(recorded), "-o", str(to)])
     assert told.exit_code == 0, told.output
@@ -89,7 +89,7 @@ def test_requests_that_overlapped_overlap_again(recorded: Path, tmp_path: Path) 
 
 
 def test_another_configuration_gives_other_hits(recorded: Path, tmp_path: Path) -> None:
-    """More host memory, no SSD: what would have been."""
+    """A replay with more host memory and no SSD has more host hits, and no transfers of an SSD."""
     to = tmp_path / "again"
     options = ["--host-blocks", "5000", "--ssd-blocks", "0", "-o", str(to)]
     told = CliRunner().invoke(commands, ["trace", "replay", str(recorded), *options])

@@ -1,4 +1,4 @@
-"""The page of a trace, in a real browser: what it shows, finds and says."""
+"""Tests of the page of a trace in a real browser."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def page_of(trace: Path) -> Path:
-    """Make the page of a trace by the command."""
+    """Make a trace's page by the command, and return its path."""
     to = trace.with_suffix(".html")
     told = CliRunner().invoke(commands, ["trace", "view", str(trace), "-o", str(to)])
     assert told.exit_code == 0, told.output
@@ -56,7 +56,7 @@ def page_of(trace: Path) -> Path:
 
 
 def many(read: Trace) -> Trace:
-    """Return a trace again and again, one run behind the other, until it has enough transfers."""
+    """Return copies of a trace, one behind the other, with at least MANY_OPS transfers."""
     whole, span = Trace(read.header), read.end_ns - read.begin_ns
     records = (*read.plans.values(), *read.ops, *read.requests, *read.samples)
     for turn in range(-(-MANY_OPS // len(read.ops))):
@@ -78,9 +78,10 @@ _IDS = ("run_id", "request_id")
 
 @pytest.fixture(scope="module")
 def tab(traces: dict[str, Path]) -> Iterator[Page]:
-    """Yield a tab of a laptop's size without a network: it compiles a page's script once for all.
+    """Yield a tab of a laptop's size without a network.
 
-    The traces are made before, since the browser runs an event loop in this thread.
+    One tab serves all tests, so that a page's script is compiled once. The traces are made before,
+    since the browser runs an event loop in this thread.
     """
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
@@ -90,7 +91,7 @@ def tab(traces: dict[str, Path]) -> Iterator[Page]:
 
 @pytest.fixture
 def browser(request: pytest.FixtureRequest, tab: Page) -> Iterator[tuple[Page, list[str]]]:
-    """Yield a tab in a colour scheme, and what goes wrong in it."""
+    """Yield the tab in a colour scheme, and a list of the errors in it."""
     errors: list[str] = []
 
     def hear(said: ConsoleMessage) -> None:
@@ -104,7 +105,7 @@ def browser(request: pytest.FixtureRequest, tab: Page) -> Iterator[tuple[Page, l
     tab.on("console", hear)
     tab.on("pageerror", fail)
     yield tab, errors
-    tab.goto("about:blank")  # which draws nothing when the scheme changes
+    tab.goto("about:blank")  # a page that draws nothing when the scheme changes
     tab.remove_listener("console", hear)
     tab.remove_listener("pageerror", fail)
 
@@ -117,7 +118,7 @@ def opened(page: Page, path: Path) -> None:
 
 
 def axis(page: Page) -> list[float]:
-    """Give the stretch of time that the timeline shows."""
+    """Return the begin and end of the time that the timeline shows."""
     found: list[float] = page.evaluate("document.getElementById('timeline').layout.xaxis.range")
     return found
 
@@ -131,7 +132,7 @@ def axis(page: Page) -> list[float]:
 def test_a_page_is_zoomed_searched_and_clicked(
     is_large: bool, traces: dict[str, Path], tmp_path: Path, browser: tuple[Page, list[str]]
 ) -> None:
-    """Nothing goes wrong; every request tells its plan, and in words where its time went."""
+    """A page can be zoomed, searched and clicked; each request shows its plan and its times."""
     page, errors = browser
     read = load(traces["demo"])
     summary = Summary(many(read) if is_large else read)
@@ -185,7 +186,7 @@ _RANGE = "document.getElementById('timeline').layout.xaxis.range"
 def test_what_was_wrong_is_on_the_page(
     kind: str, traces: dict[str, Path], browser: tuple[Page, list[str]]
 ) -> None:
-    """Its finding in words, and the change of state on the time axis where there was one."""
+    """A page shows the text of each finding, and each event on the time axis."""
     page, errors = browser
     opened(page, page_of(traces[kind]))
     trace = load(traces[kind])

@@ -1,4 +1,4 @@
-"""The SSD tier across restarts: warm, checked, and never of another kind."""
+"""Tests of the SSD tier across restarts: warm, checked, and never of another kind."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OTHER = PROMPT + 10_000
 
 
 async def put(directory: Path, *prompts: Any, **changes: Any) -> Any:
-    """Store prompts in one life of the tier, and give the bytes of sixteen blocks of the device."""
+    """Store prompts in one life of the tier; return the bytes of sixteen device blocks."""
     async with KVManager(MODEL, cache_config(directory, **changes)) as manager:
         caches = kv_caches()
         manager.register_kv_caches(caches)
@@ -43,7 +43,7 @@ async def put(directory: Path, *prompts: Any, **changes: Any) -> Any:
 
 
 async def got(directory: Path, prompt: Any = PROMPT, **changes: Any) -> tuple[int, Any, int]:
-    """Get a prompt in the next life: how many blocks, the bytes, how many were found corrupt."""
+    """Get a prompt in the next life; return the blocks that came, their bytes, and corrupt ones."""
     async with KVManager(MODEL, cache_config(directory, **changes)) as manager:
         caches = kv_caches(seed=9)
         manager.register_kv_caches(caches)
@@ -55,7 +55,7 @@ async def got(directory: Path, prompt: Any = PROMPT, **changes: Any) -> tuple[in
 
 
 async def test_a_tier_comes_back_warm(tmp_path: Path) -> None:
-    """What was put is found by the next process, at its first request."""
+    """The next process finds at its first request what was put."""
     wanted = await put(tmp_path, PROMPT)
     blocks, found, corrupt = await got(tmp_path)
     assert (blocks, corrupt) == (16, 0)
@@ -63,7 +63,7 @@ async def test_a_tier_comes_back_warm(tmp_path: Path) -> None:
 
 
 async def test_namespaces_and_branches_come_back(tmp_path: Path) -> None:
-    """Prompts that share a prefix share it again, each namespace under its own root."""
+    """Restored prompts share their prefix again, each namespace under its own root."""
     branch = np.concatenate([PROMPT[: 8 * PER_BLOCK], OTHER[: 4 * PER_BLOCK]])
     await put(tmp_path, PROMPT, branch)
     async with KVManager(MODEL, cache_config(tmp_path)) as manager:
@@ -85,7 +85,7 @@ async def test_namespaces_and_branches_come_back(tmp_path: Path) -> None:
 async def test_another_kind_of_blocks_starts_empty_or_refuses(
     tmp_path: Path, change: dict[str, Any], told: str
 ) -> None:
-    """The difference is named; with ssd_on_mismatch=refuse nothing is touched."""
+    """A tier of another kind of blocks starts empty and names the difference, or is refused."""
     await put(tmp_path, PROMPT)
     with pytest.raises(ConfigError, match="another kind") as caught:
         async with KVManager(MODEL, cache_config(tmp_path, ssd_on_mismatch="refuse", **change)):
@@ -99,7 +99,7 @@ async def test_another_kind_of_blocks_starts_empty_or_refuses(
 
 
 async def test_another_model_starts_empty(tmp_path: Path) -> None:
-    """The same bytes mean nothing to a model of another shape."""
+    """A model of another shape finds nothing."""
     await put(tmp_path, PROMPT)
     other = ModelConfig(num_layers=3, num_kv_heads=4, head_size=8, dtype="float16")
     async with KVManager(other, cache_config(tmp_path)) as manager:
@@ -107,7 +107,7 @@ async def test_another_model_starts_empty(tmp_path: Path) -> None:
 
 
 async def test_cleared_blocks_do_not_come_back(tmp_path: Path) -> None:
-    """Neither by tier nor by namespace, though their bytes are still in the files."""
+    """Blocks that were cleared, by namespace or all, do not come back after a restart."""
     async with KVManager(MODEL, cache_config(tmp_path)) as manager:
         manager.register_kv_caches(kv_caches())
         for namespace in (None, "tenant"):
@@ -137,7 +137,7 @@ async def test_another_size_keeps_what_fits(
 
 
 async def test_another_set_of_directories_keeps_what_fits(tmp_path: Path) -> None:
-    """Each directory knows its own blocks: one more, in another order, or one that is missing."""
+    """Each directory keeps its blocks when others are added, reordered or missing."""
     names = [str(tmp_path / name) for name in "abc"]
     wanted = await put(tmp_path, PROMPT, ssd_cache_dir=names[:2], num_ssd_blocks=64)
     more = {"ssd_cache_dir": [names[2], names[1], names[0]], "num_ssd_blocks": 96}
@@ -155,7 +155,7 @@ async def test_another_set_of_directories_keeps_what_fits(tmp_path: Path) -> Non
 
 
 async def test_without_any_directory_the_engine_goes_on(tmp_path: Path) -> None:
-    """The disk that held the tier is gone: host memory serves, and the log says so."""
+    """If no directory is usable, the engine goes on with host memory, and the log says so."""
     with capture_logs() as logs:
         async with KVManager(MODEL, cache_config(tmp_path / "gone" / "ssd")) as manager:
             manager.register_kv_caches(kv_caches())
@@ -167,7 +167,7 @@ async def test_without_any_directory_the_engine_goes_on(tmp_path: Path) -> None:
 
 
 async def test_a_journal_that_is_no_journal_costs_its_blocks_only(tmp_path: Path) -> None:
-    """Rubbish where the journal was is an empty tier."""
+    """Rubbish in place of a journal empties the tier, which can be used again."""
     await put(tmp_path, PROMPT)
     (tmp_path / journal.NAME).write_bytes(os.urandom(4096))
     assert (await got(tmp_path))[0] == 0
@@ -176,7 +176,7 @@ async def test_a_journal_that_is_no_journal_costs_its_blocks_only(tmp_path: Path
 
 
 async def test_the_journal_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long an engine writes, the journal has no more than what is live, a few times."""
+    """The journal stays bounded, however long an engine writes."""
     monkeypatch.setattr("flexkv.tiers.ledger.Ledger.journal_bytes_min", 4096)
     monkeypatch.setattr("flexkv.tiers.ledger.Ledger.snapshot_blocks", 8)
     async with KVManager(MODEL, cache_config(tmp_path, num_ssd_blocks=32)) as manager:
@@ -191,14 +191,14 @@ async def test_the_journal_stays_bounded(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 async def test_a_run_without_a_journal_leaves_none_behind(tmp_path: Path) -> None:
-    """What it writes over, and what it clears, nobody believes in later."""
+    """After a run without a journal nothing is restored, since it may have overwritten blocks."""
     await put(tmp_path, PROMPT)
     await put(tmp_path, OTHER, ssd_warm_restart=False)
     assert (await got(tmp_path))[::2] == (0, 0)
 
 
 async def test_a_refusal_leaves_every_file_as_it_was(tmp_path: Path) -> None:
-    """Also where the other tier would be smaller."""
+    """A refused tier keeps every file as it was, even if the new one would be smaller."""
     wanted = await put(tmp_path, PROMPT)
     with pytest.raises(ConfigError, match="another kind"):
         await put(tmp_path, key_secret="other", num_ssd_blocks=4, ssd_on_mismatch="refuse")
@@ -208,7 +208,7 @@ async def test_a_refusal_leaves_every_file_as_it_was(tmp_path: Path) -> None:
 
 
 async def test_evicted_blocks_of_a_cleared_namespace_stay_away(tmp_path: Path) -> None:
-    """Their bytes are still in the files, and the journal knew them."""
+    """Blocks that a cleared namespace had evicted do not come back from the journal."""
     async with KVManager(MODEL, cache_config(tmp_path)) as manager:
         manager.register_kv_caches(kv_caches())
         await manager.put(PROMPT, slots_of(range(16)), namespace="tenant")
@@ -221,7 +221,7 @@ async def test_evicted_blocks_of_a_cleared_namespace_stay_away(tmp_path: Path) -
 
 
 def fail_writes(patch: pytest.MonkeyPatch, directory: Path) -> None:
-    """Let nothing be written to files that are opened as journals are."""
+    """Make all writes to the directory's journal fail with ENOSPC."""
     write, name = os.write, str(directory / journal.NAME)
 
     def full(fd: int, data: Any) -> int:
@@ -235,7 +235,7 @@ def fail_writes(patch: pytest.MonkeyPatch, directory: Path) -> None:
 async def test_what_a_full_journal_did_not_take_is_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A flush says so; the next one that succeeds vouches for all of it."""
+    """A flush raises while the journal is full; the next flush that succeeds has written all."""
     async with KVManager(MODEL, cache_config(tmp_path)) as manager:
         manager.register_kv_caches(kv_caches())
         with monkeypatch.context() as patch:
@@ -251,7 +251,7 @@ async def test_what_a_full_journal_did_not_take_is_written_later(
 async def test_a_clear_works_on_a_full_disk_or_says_that_it_did_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A clear of all cuts the journal; one of a namespace reports that blocks may come back."""
+    """On a full disk a clear of all works, and a clear of a namespace raises."""
     async with KVManager(MODEL, cache_config(tmp_path)) as manager:
         manager.register_kv_caches(kv_caches())
         for namespace in (None, "tenant"):
@@ -270,7 +270,7 @@ async def test_a_clear_works_on_a_full_disk_or_says_that_it_did_not(
 
 
 async def test_a_flush_ends_when_the_engine_is_closed(tmp_path: Path) -> None:
-    """Whoever waits for it is told."""
+    """Flushes end when the engine is closed, with a report or an error."""
     manager = KVManager(MODEL, cache_config(tmp_path))
     async with manager:
         manager.register_kv_caches(kv_caches())
@@ -288,7 +288,7 @@ async def test_a_flush_ends_when_the_engine_is_closed(tmp_path: Path) -> None:
 async def test_a_warm_tier_of_a_model_without_a_name_warns(
     tmp_path: Path, name: str, changes: dict[str, Any], warned: int
 ) -> None:
-    """Once, with the key that is missing: another model of the same shape would share blocks."""
+    """A warm tier of a model without a name causes a single warning with the missing key."""
     model = ModelConfig(**{**MODEL.model_dump(), "model_id": name})
     with capture_logs() as logs:
         async with KVManager(model, cache_config(tmp_path, **changes)):
@@ -302,7 +302,7 @@ async def test_a_warm_tier_of_a_model_without_a_name_warns(
 def test_host_memory_of_a_model_without_a_name_warns_if_it_is_shared(
     tmp_path: Path, kind: type[LocalBackend], warned: int
 ) -> None:
-    """Memory of one engine ends with it; engines of another model may connect to a server."""
+    """Shared host memory of a model without a name causes a warning; an engine's own does not."""
     cache = cache_config(tmp_path, num_ssd_blocks=0, enable_ssd=False)
     with capture_logs() as logs, ExitStack() as undo:
         kind(MODEL, cache, cache.sized(MODEL)).open(undo, None)
@@ -313,7 +313,7 @@ def test_host_memory_of_a_model_without_a_name_warns_if_it_is_shared(
 
 
 async def test_the_command_looks_at_a_stopped_tier(tmp_path: Path) -> None:
-    """inspect counts, verify finds what was damaged and drops it, clear forgets; offline only."""
+    """inspect counts blocks, verify drops corrupt ones, clear empties; all refuse a tier in use."""
     await put(tmp_path, PROMPT)
     inspected = json.loads(flexkv("inspect", tmp_path, "--json").stdout)
     assert (inspected["blocks"], inspected["namespaces"], inspected["dtype"]) == (16, 1, "float16")
@@ -335,9 +335,9 @@ async def test_the_command_looks_at_a_stopped_tier(tmp_path: Path) -> None:
 
 
 def flexkv(verb: str, directory: Path, *options: str) -> Result:
-    """Run `flexkv ssd`; what it raises is raised."""
+    """Run `flexkv ssd`, and raise what it raises."""
     result = CliRunner().invoke(commands, ["ssd", verb, str(directory), *options])
-    structlog.reset_defaults()  # the command logs to a stream that is gone with it
+    structlog.reset_defaults()  # the command's log stream is closed by now
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
@@ -347,7 +347,7 @@ def flexkv(verb: str, directory: Path, *options: str) -> Result:
 
 
 async def test_a_flipped_bit_is_a_miss(tmp_path: Path) -> None:
-    """The block is dropped, counted, logged once with its place; the prefix before it is given."""
+    """A corrupt block is dropped, counted and logged with its place; the prefix is returned."""
     wanted = await put(tmp_path, PROMPT)
     file = tmp_path / "blocks-0000.flexkv"
     with file.open("r+b") as content:
@@ -371,7 +371,7 @@ def empty(directory: Path) -> None:
 
 
 async def test_what_rests_is_read_in_idle_time(tmp_path: Path) -> None:
-    """A changed block is dropped before anybody asks for it; sound ones stay."""
+    """The scrubber drops a corrupt block before anybody asks for it, and keeps sound ones."""
     await put(tmp_path, PROMPT)
     with (tmp_path / "blocks-0000.flexkv").open("r+b") as content:
         content.seek(9 * 4096 + 5)
@@ -382,7 +382,7 @@ async def test_what_rests_is_read_in_idle_time(tmp_path: Path) -> None:
         scrubber = backend.ssd.scrubber
         assert scrubber is not None
         async with asyncio.timeout(20):
-            while scrubber.checked_blocks < 40:  # noqa: ASYNC110 -- nobody tells
+            while scrubber.checked_blocks < 40:  # noqa: ASYNC110 -- the scrubber has no event
                 await asyncio.sleep(0.005)
         assert manager.match(PROMPT).tokens == 9 * PER_BLOCK
         assert manager.statistics().corrupt_blocks == 1
@@ -393,7 +393,7 @@ DAMAGES = int(os.environ.get("DAMAGES", "300"))
 
 
 async def test_damaged_files_never_give_wrong_bytes(tmp_path: Path) -> None:
-    """DAMAGES flips, cuts and swaps, each before a get: 0 wrong bytes, all that were read told."""
+    """After DAMAGES flips, swaps and cuts no get has a wrong byte, and each counts the damage."""
     random = np.random.default_rng(1)
     file, stride = tmp_path / "blocks-0000.flexkv", 4096
     damaged = read_damaged = told = 0

@@ -1,4 +1,4 @@
-"""The disk's window: writes go on under reads, and slow checksums pile up no bytes."""
+"""Tests of the disk's window: writes go on under reads, and slow checksums pile up no bytes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def prompt(number: int) -> list[int]:
 
 
 class Metered:
-    """A port that counts how many blocks each direction is lent, now and at most."""
+    """A port that counts the blocks in flight in each direction, now and at most."""
 
     def __init__(self, inner: DurablePort) -> None:
         self._inner = inner
@@ -54,7 +54,7 @@ class Metered:
         return self._inner.arrived_bytes
 
     def submit(self, transfer: Transfer) -> None:
-        """Start one transfer."""
+        """Start a transfer, and count its blocks."""
         inbound, count = transfer.route.inbound, transfer.block_count
         self._lent[transfer.op_id] = inbound, count
         self.blocks[inbound] += count
@@ -105,7 +105,7 @@ async def prefetch(engine: Engine, number: int) -> None:
 
 
 async def opened(backend: MeteredBackend, host: int, **changes: float) -> Engine:
-    """Open an engine whose disk has all prompts but the last, and whose host memory has none."""
+    """Return an open engine whose disk has all prompts but the last, and whose host has none."""
     cache = CacheConfig(
         tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=host, evict_ratio=0.0,
         num_ssd_blocks=PROMPTS * PROMPT_BLOCKS, ssd_cache_dir="unused", **changes,
@@ -122,7 +122,7 @@ async def opened(backend: MeteredBackend, host: int, **changes: float) -> Engine
 
 
 def test_writes_go_on_under_reads_that_never_let_up() -> None:
-    """A read always waits for the window, and yet puts reach the disk, one write at a time."""
+    """While reads always wait for the window, puts still reach the disk, one write at a time."""
 
     async def run() -> None:
         backend = MeteredBackend(PROMPTS * PROMPT_BLOCKS)
@@ -156,8 +156,11 @@ def test_writes_go_on_under_reads_that_never_let_up() -> None:
 
 @pytest.mark.parametrize("window_blocks", [2, 4, 8])
 def test_slow_sums_pile_up_one_window_of_reads_and_no_more(window_blocks: int) -> None:
-    """Blocks that were read and wait for their sums are discounted up to one window. So at most two
-    windows of host memory are lent, and the disk does not wait for sums."""
+    """With slow sums at most two windows of reads are in flight.
+
+    Blocks that were read and wait for their sums are discounted up to one window, so that the disk
+    does not wait for sums.
+    """
 
     async def run() -> None:
         slow = FaultPlan(2, 0.0, 0.05, 0.1)

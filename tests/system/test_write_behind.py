@@ -1,4 +1,4 @@
-"""What host memory owes the SSD is written, waited for within bounds, or counted as given up."""
+"""Tests that blocks owed to the SSD are written, waited for in bounds, or counted as given up."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def prompt(number: int, blocks: int = BLOCKS) -> np.ndarray[Any, np.dtype[np.int
 
 
 async def put(engine: Engine, number: int, blocks: int = BLOCKS) -> KVResponse:
-    """Put a prompt; what is written behind it goes on."""
+    """Put a prompt, without waiting for its write-behind."""
     tokens = prompt(number, blocks)
     request = engine.with_slots(engine.intake(Operation.PUT, tokens), np.arange(len(tokens)))
     assert request is not None
@@ -63,7 +63,7 @@ def on_disk(engine: Engine, *numbers: int) -> list[int]:
 
 
 def test_a_burst_far_above_what_may_be_queued_is_written() -> None:
-    """Ten prompts of four blocks, two blocks at once: a flush brings all of them to the SSD."""
+    """After a burst of twenty times the queue a flush brings every block to the SSD."""
 
     async def work(engine: Engine) -> None:
         for number in range(10):
@@ -77,7 +77,7 @@ def test_a_burst_far_above_what_may_be_queued_is_written() -> None:
 
 
 def test_what_is_owed_is_written_by_itself() -> None:
-    """Nobody flushes, and nobody puts anything else."""
+    """Owed blocks are written without a flush and without further requests."""
 
     async def work(engine: Engine) -> None:
         for number in range(5):
@@ -90,7 +90,7 @@ def test_what_is_owed_is_written_by_itself() -> None:
 
 
 def test_a_burst_waits_for_a_bounded_time_and_no_longer() -> None:
-    """With a slow disk: then puts no longer wait, and blocks evicted unwritten are counted."""
+    """On a slow disk a burst waits only so long; then blocks evicted unwritten are counted."""
 
     async def work(engine: Engine) -> None:
         loop = asyncio.get_running_loop()
@@ -114,7 +114,7 @@ def test_a_burst_waits_for_a_bounded_time_and_no_longer() -> None:
 
 
 def test_a_burst_that_may_wait_loses_nothing() -> None:
-    """The same burst and disk, with enough time: every block is on SSD."""
+    """If a burst may wait long enough, every block reaches the SSD."""
 
     async def work(engine: Engine) -> None:
         disk_of(engine)._faults = SLOW
@@ -128,7 +128,7 @@ def test_a_burst_that_may_wait_loses_nothing() -> None:
 
 
 def test_a_burst_of_prompts_of_half_the_host_memory_waits_once() -> None:
-    """When the burst has waited enough and kept blocks are released, no new burst begins."""
+    """A burst that has waited its time does not wait again when kept blocks are released."""
 
     async def work(engine: Engine) -> None:
         loop = asyncio.get_running_loop()
@@ -143,7 +143,7 @@ def test_a_burst_of_prompts_of_half_the_host_memory_waits_once() -> None:
 
 
 def test_puts_at_once_lose_nothing_if_they_may_wait() -> None:
-    """Sixty puts side by side: blocks on their way to host memory count before they arrive."""
+    """Concurrent puts lose nothing: blocks on their way to host memory count before they arrive."""
 
     async def work(engine: Engine) -> None:
         disk_of(engine)._faults = FaultPlan(1, 0.0, 0.02, 0.02)
@@ -158,7 +158,7 @@ def test_puts_at_once_lose_nothing_if_they_may_wait() -> None:
 
 
 def test_what_comes_to_host_memory_in_vain_is_counted_no_more() -> None:
-    """Transfers from the device that fail, and puts that are cancelled or cleared under way."""
+    """Blocks that never reach host memory, by failure, cancel or clear, stop counting as coming."""
 
     async def work(engine: Engine) -> None:
         device = engine.devices._by_rank[0].port
@@ -180,7 +180,7 @@ def test_what_comes_to_host_memory_in_vain_is_counted_no_more() -> None:
 
 
 def test_a_clear_does_not_hide_what_was_given_up() -> None:
-    """Blocks lost to an SSD that is down are counted, even if a namespace is cleared."""
+    """Blocks given up by an SSD that is down are counted, even if a namespace is cleared."""
 
     async def work(engine: Engine) -> None:
         disk = disk_of(engine)
@@ -198,7 +198,7 @@ def test_a_clear_does_not_hide_what_was_given_up() -> None:
 
 
 def test_a_tier_that_is_down_gets_what_it_missed() -> None:
-    """Puts do not wait meanwhile, a flush says why nothing is safe, and later all is written."""
+    """Puts do not wait for a tier that is down, flush raises, and later everything is written."""
 
     async def work(engine: Engine) -> None:
         disk = disk_of(engine)
@@ -220,7 +220,7 @@ def test_a_tier_that_is_down_gets_what_it_missed() -> None:
 
 
 def test_a_tier_that_hangs_keeps_no_host_memory() -> None:
-    """Owed blocks may be evicted, puts go on; what is left is written when the disk is back."""
+    """Owed blocks do not hold host memory while the disk hangs; what is left is written later."""
 
     async def work(engine: Engine) -> None:
         disk = disk_of(engine)
@@ -244,7 +244,7 @@ def test_a_tier_that_hangs_keeps_no_host_memory() -> None:
 
 
 def test_blocks_that_can_never_be_written_are_named() -> None:
-    """After five failures each: the flush raises, once, and they are counted."""
+    """A flush raises once for blocks that were given up after failures, and counts them."""
 
     async def work(engine: Engine) -> None:
         disk = disk_of(engine)
@@ -261,7 +261,7 @@ def test_blocks_that_can_never_be_written_are_named() -> None:
 
 
 def test_a_flush_tells_what_has_no_place_on_the_ssd() -> None:
-    """With six places for twelve blocks, the flush returns and says how many are lacking."""
+    """A flush returns how many blocks have no place on the SSD."""
 
     async def work(engine: Engine) -> None:
         for number in range(3):
@@ -274,7 +274,7 @@ def test_a_flush_tells_what_has_no_place_on_the_ssd() -> None:
 
 
 def test_a_flush_writes_what_the_ssd_has_lost_meanwhile() -> None:
-    """Host memory holds it still: what the SSD has free places for goes there again."""
+    """A flush writes again what the SSD lost and host memory still has."""
 
     async def work(engine: Engine) -> None:
         await put(engine, 0)
@@ -289,7 +289,7 @@ def test_a_flush_writes_what_the_ssd_has_lost_meanwhile() -> None:
 
 
 def test_what_is_put_again_is_owed_once() -> None:
-    """While the SSD is down the same prompts come again and again; a new one is owed, too."""
+    """Prompts that are put over and over while the SSD is down are owed once; new ones too."""
 
     async def work(engine: Engine) -> None:
         disk = disk_of(engine)
@@ -311,7 +311,7 @@ def test_what_is_put_again_is_owed_once() -> None:
 
 
 def test_another_block_at_the_place_of_one_that_is_owed_is_owed_too() -> None:
-    """The first block was evicted unwritten, since the SSD hangs, and another has its place."""
+    """A block that takes the place of one evicted unwritten is owed as well."""
 
     async def work(engine: Engine) -> None:
         disk_of(engine)._faults = FaultPlan(1, 0.0, 30.0, 30.0)
@@ -333,7 +333,7 @@ def test_another_block_at_the_place_of_one_that_is_owed_is_owed_too() -> None:
 
 
 def test_writes_leave_host_memory_for_others() -> None:
-    """A window of writes that is larger than host memory, on a slow disk: every put gets places."""
+    """A write window larger than host memory on a slow disk leaves places for every put."""
 
     async def work(engine: Engine) -> None:
         disk_of(engine)._faults = FaultPlan(1, 0.0, 5.0, 5.0)
@@ -349,7 +349,7 @@ def test_writes_leave_host_memory_for_others() -> None:
 def test_blocks_that_are_cleared_while_they_are_written_take_their_room_once(
     blocks: int, waits: bool
 ) -> None:
-    """The SSD reads 8 of 24 host blocks: a put that fits beside them does not wait for it."""
+    """Cleared blocks under write take room once: a put that fits beside them does not wait."""
 
     async def work(engine: Engine) -> None:
         loop = asyncio.get_running_loop()
@@ -365,7 +365,7 @@ def test_blocks_that_are_cleared_while_they_are_written_take_their_room_once(
 
 
 def test_what_is_owed_is_not_written_after_it_was_cleared() -> None:
-    """Neither host memory nor the queue of owed blocks has it any more."""
+    """Owed blocks that were cleared are neither written nor counted as given up."""
 
     async def work(engine: Engine) -> None:
         disk_of(engine)._faults = SLOW
@@ -383,7 +383,7 @@ def test_what_is_owed_is_not_written_after_it_was_cleared() -> None:
 
 @pytest.mark.parametrize("seconds", [0.0, 60.0])
 def test_closing_writes_what_is_owed_for_a_bounded_time(seconds: float) -> None:
-    """With `shutdown_flush_s` of 0 it does not wait; else all is written when it returns."""
+    """A close writes what is owed for at most `shutdown_flush_s`."""
     engines = []
 
     async def work(engine: Engine) -> None:
@@ -397,7 +397,7 @@ def test_closing_writes_what_is_owed_for_a_bounded_time(seconds: float) -> None:
 
 
 def test_a_tier_that_refuses_blocks_is_counted() -> None:
-    """Under lhd an SSD full of popular blocks refuses others, and this is counted."""
+    """Blocks that an SSD under lhd refuses for more popular ones are counted."""
 
     async def work(engine: Engine) -> None:
         for _ in range(40):

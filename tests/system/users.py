@@ -26,7 +26,7 @@ END_S = 60.0
 
 
 class Users:
-    """Begins processes of other users, by forking one that has imported everything."""
+    """A starter of processes of other users, which forks one that has imported everything."""
 
     def __init__(self) -> None:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -35,12 +35,12 @@ class Users:
         theirs.close()
 
     def begin(self, uid: int, action: str, arguments: Any, fds: list[int]) -> int:
-        """Begin a process with these standard streams, and return its number."""
+        """Start a process with these standard streams, and return its process id."""
         socket.send_fds(self._channel, [json.dumps([uid, action, arguments]).encode()], fds)
         return int(self._channel.recv(32))
 
     def close(self) -> None:
-        """Begin no more processes."""
+        """End the process that forks others."""
         self._channel.close()
         self._process.wait()
 
@@ -50,7 +50,7 @@ _users: list[Users] = []
 
 @contextmanager
 def users() -> Iterator[None]:
-    """Allow `Process` to begin processes of other users meanwhile."""
+    """Allow `Process` to start processes of other users within this context."""
     _users.append(Users())
     try:
         yield
@@ -59,7 +59,7 @@ def users() -> Iterator[None]:
 
 
 class Process:
-    """A process of a user, which does one thing: see `as_user`."""
+    """A process of a user that runs one action of `as_user`."""
 
     def __init__(self, uid: int, action: str, *arguments: Any) -> None:
         told = [told_of(a) if isinstance(a, Settings) else a for a in arguments]
@@ -79,7 +79,7 @@ class Process:
         return os.pread(self._log.fileno(), 1 << 20, 0).decode()
 
     def _read(self, wait_s: float) -> bool:
-        """Read its output; return whether it has ended."""
+        """Read its output, after at most `wait_s`; return whether it has ended."""
         if not select.select([self._stdout], [], [], wait_s)[0]:
             return False
         more = os.read(self._stdout, 1 << 16)
@@ -88,11 +88,11 @@ class Process:
 
     @property
     def has_ended(self) -> bool:
-        """Return whether it is over."""
+        """Return whether it has ended."""
         return self._read(0.0)
 
     def result(self) -> Any:
-        """Return what came of it; what it waits for comes now."""
+        """End its stdin, wait for its end, and return its result."""
         os.close(self._stdin)
         self._stdin = -1
         eventually(lambda: self._read(0.1), END_S)
@@ -101,12 +101,12 @@ class Process:
         return json.loads(said)
 
     def end(self) -> Any:
-        """Let it end, as an operator does, and return what came of it."""
+        """Send SIGTERM, and return its result."""
         os.kill(self.pid, signal.SIGTERM)
         return self.result()
 
     def close(self) -> None:
-        """Let it end at once, if it has not yet."""
+        """Kill it if it still runs, and close its streams."""
         if self._stdin >= 0:
             os.kill(self.pid, signal.SIGKILL)
             os.close(self._stdin)
@@ -117,7 +117,7 @@ class Process:
 
 @contextmanager
 def process(uid: int, action: str, *arguments: Any) -> Iterator[Process]:
-    """Yield a process of a user that has begun; it is gone at last."""
+    """Yield a process of a user that has begun; kill it afterwards."""
     made = Process(uid, action, *arguments)
     try:
         yield made
@@ -126,14 +126,14 @@ def process(uid: int, action: str, *arguments: Any) -> Iterator[Process]:
 
 
 def outcome(uid: int, action: str, *arguments: Any) -> Any:
-    """Return the result of an action of a user."""
+    """Run an action as a user, and return its result."""
     with process(uid, action, *arguments) as made:
         return made.result()
 
 
 @contextmanager
 def shared_folder() -> Iterator[Path]:
-    """Yield a directory like /tmp: everybody may make files there, and remove his own."""
+    """Yield a directory like /tmp, in which all users may make files, and remove only their own."""
     with tempfile.TemporaryDirectory(prefix="flexkv-test-", dir="/tmp") as name:
         folder = Path(name)
         folder.chmod(0o1777)
@@ -157,5 +157,5 @@ def settings_at(address: str, home: Path, **changes: Any) -> Settings:
 
 
 def answers(settings: Settings, uid: int = OWNER) -> bool:
-    """Return whether a user's server answers him."""
+    """Return whether a user's server answers the user's operator."""
     return "instances" in outcome(uid, "speak", settings)["operator"]

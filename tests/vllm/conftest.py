@@ -1,4 +1,4 @@
-"""Runs real vLLM engines in processes of their own."""
+"""Fixtures that run real vLLM engines in processes of their own."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from .fork import Forked
 
 if importlib.util.find_spec("vllm") is not None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its dependencies
+        warnings.simplefilter("ignore")  # of vLLM's dependencies
         importlib.import_module("flexkv.integration.vllm.scheduler")
 
 collect_ignore = ["upstream"]
-"""Scenarios over vLLM's own test utilities, which are called `tests` too: see `test_upstream`."""
+"""Not collected: scenarios over vLLM's own package `tests`, which `test_upstream` runs."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs vLLM where there is none."""
+    """Skip the tests of this folder where vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         for item in items:
             if Path(__file__).parent in item.path.parents:
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Give the folder of a small model."""
+    """Return the folder of a small model."""
     from flexkv.testing.tiny_model import make_tiny_model
 
     return str(make_tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
@@ -70,17 +70,17 @@ def configured(model: str) -> Any:
 
 
 _shown: dict[support.Row, bool] = {}
-"""The rows of the support table whose tests have run, and whether all of them have passed."""
+"""Rows of the support table whose tests have run, with whether all of them passed."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let a run write the support table of the documents."""
+    """Add the option to write the support table of the documents."""
     parser.addoption("--write-support", action="store_true", help="write the table of docs/vllm.md")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Note what a test has shown."""
+    """Record for each support row whether its tests passed."""
     report = yield
     for mark in item.iter_markers("support"):
         row = support.Row(*mark.args)
@@ -90,37 +90,37 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the table, with the rows that this run has shown."""
+    """Write the table with the rows whose tests passed in this run, if that was asked for."""
     if session.config.getoption("--write-support", default=False):
         rows = support.declared()
         support.write(row for row in rows if row.status == "not tried" or _shown.get(row, False))
 
 
 class Started:
-    """An engine that runs a plan."""
+    """An engine that runs a plan in a process of its own."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
         log = folder_of(plan["settings"]) / "engine.log"
         self._process = Forked(log, run_plan, plan)
 
     def answer(self) -> dict[str, Any]:
-        """Give what it says, and stay."""
+        """Return what the plan's run reported; the engine goes on."""
         told: dict[str, Any] = self._process.told()
         return told
 
     def kill(self) -> None:
-        """Kill it, and everything that belongs to its session."""
+        """Kill it and all processes of its session."""
         self._process.kill()
 
 
 def run_plan(plan: dict[str, Any]) -> Generator[dict[str, Any], Any, None]:
-    """Run a plan in this process, and stay."""
+    """Run a plan in this process, yield its result, and keep the engine."""
     yield run_here(Plan(**plan))
 
 
 @pytest.fixture(scope="session")
 def expected(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Give the answers of an engine without a connector."""
+    """Return the answers of an engine without a connector."""
     engine = Started(planned(model, tmp_path_factory.mktemp("without"), {"connector": "none"}))
     answer = engine.answer()
     engine.kill()
@@ -129,7 +129,7 @@ def expected(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture
 def start(model: str, tmp_path: Path) -> Iterator[Callable[..., Started]]:
-    """Give what starts a plan, with keywords over the usual ones; kill it at last."""
+    """Yield a function that starts an engine for a plan; kill the engines afterwards."""
     with ExitStack() as stack:
 
         def begin(**plan: Any) -> Started:
@@ -142,7 +142,7 @@ def start(model: str, tmp_path: Path) -> Iterator[Callable[..., Started]]:
 
 @pytest.fixture
 def run(start: Callable[..., Started]) -> Callable[..., dict[str, Any]]:
-    """Give what runs a plan to its end, and lets FlexKV's server end after it."""
+    """Return a function that runs a plan to its end, and waits for the end of FlexKV's server."""
 
     def once(**plan: Any) -> dict[str, Any]:
         engine = start(**plan)
@@ -156,7 +156,7 @@ def run(start: Callable[..., Started]) -> Callable[..., dict[str, Any]]:
 
 
 def wait_gone(pid: int, within_s: float = 60.0) -> None:
-    """Return once a process of another's has ended: it writes what is not on SSD yet."""
+    """Wait until a process that is no child has ended; it may still be writing to SSD."""
     until_s = time.monotonic() + within_s
     while Path(f"/proc/{pid}").exists():
         assert time.monotonic() < until_s, f"process {pid} did not end"
@@ -164,7 +164,7 @@ def wait_gone(pid: int, within_s: float = 60.0) -> None:
 
 
 def planned(model: str, folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """Give a whole plan, with FlexKV's files in a folder."""
+    """Return a whole plan, with FlexKV's files in a folder."""
     cache = {
         "num_cpu_blocks": 1024, "num_ssd_blocks": 2048, "ssd_cache_dir": str(folder),
         "load_if_faster": False, **plan.pop("cache", {}),
@@ -177,7 +177,7 @@ def planned(model: str, folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
 
 
 class External:
-    """A server that is started as `flexkv serve` is, and belongs to no engine."""
+    """A server that is started as `flexkv serve`, and belongs to no engine."""
 
     def __init__(self, model_file: Path, settings: dict[str, Any]) -> None:
         self.address = settings["server_recv_port"]
@@ -192,7 +192,7 @@ class External:
             )  # fmt: skip
 
     def status(self, within_s: float = 30.0) -> dict[str, Any]:
-        """Give what it says of itself, once it listens."""
+        """Return its status once it listens."""
         until_s = time.monotonic() + within_s
         while True:
             try:
@@ -206,19 +206,19 @@ class External:
                 return told
 
     def kill(self) -> None:
-        """Let it end at once."""
+        """Kill it, and wait for its end."""
         self._process.kill()
         self._process.wait()
 
     def end(self) -> int:
-        """Let it end in good order, and give its exit status."""
+        """End it by SIGTERM, and return its exit status."""
         self._process.terminate()
         return self._process.wait(60)
 
 
 @pytest.fixture(scope="session")
 def model_file(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the file that tells a server of the model, made as a user makes it."""
+    """Return the file that describes the model to a server, made as a user makes it."""
     file = tmp_path_factory.mktemp("server") / "model.json"
     words = [sys.executable, "-m", "flexkv.integration.vllm.model", model, "--dtype", "float32"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -1,4 +1,4 @@
-"""Prompts that grow by the answers to them: the same for every kind of engine."""
+"""Conversations whose prompts grow by the answers, for every kind of engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Sizes:
-    """Of conversations, in tokens."""
+    """Sizes of conversations, in tokens."""
 
     conversations: int = 8
     turns: int = 8
@@ -19,7 +19,7 @@ class Sizes:
 
 
 class Conversations:
-    """What is asked next, what was answered, and how much of it was not computed."""
+    """Conversations with their prompts, the answers by turn, and how many tokens were hit."""
 
     def __init__(self, sizes: Sizes) -> None:
         self._sizes = sizes
@@ -32,7 +32,7 @@ class Conversations:
         return [self._words.randrange(3, 1000) for _ in range(count)]
 
     def answered(self, answers: list[list[int]], cached: list[int]) -> None:
-        """Take a turn's answers, and the tokens that were hit; say more in every conversation."""
+        """Record a turn's answers and hit tokens; extend each prompt by its answer and more."""
         self.answers.append(answers)
         self.cached.append(cached)
         for prompt, answer in zip(self.prompts, answers, strict=True):
@@ -40,7 +40,7 @@ class Conversations:
 
 
 def asked_in(sizes: Sizes, answers: list[list[list[int]]]) -> list[list[int]]:
-    """Give every prompt of conversations that were answered so, turn by turn."""
+    """Return every prompt of conversations that were answered like this, turn by turn."""
     conversations, asked = Conversations(sizes), []
     for answered in answers:
         asked += [list(prompt) for prompt in conversations.prompts]

@@ -1,6 +1,6 @@
-"""Runs conversations on a real vLLM engine in this process, and tells what came out.
+"""Run conversations on a real vLLM engine in this process, and return the results.
 
-One run is one process (`fork.py`): an engine does not come back in the same one.
+One run is one process (`fork.py`): an engine cannot be started twice in one.
 """
 
 from __future__ import annotations
@@ -23,51 +23,51 @@ from tests.vllm.fork import fork_workers
 
 CONNECTORS = {"none": None, "shim": SHIM, "own": OWN}
 READY_S, DONE_S, HANG_S = 100.0, 180.0, 180.0
-"""Engines that wait in a loop may keep a server from the CPU for a minute: Linux 6.18 lets them."""
+"""Long, because engines that busy-wait may take all CPU time for a minute on Linux 6.18."""
 KEPT: list[Any] = []
-"""Engines: one that nobody has would end, and its server with it."""
+"""Keeps engines alive: a collected engine would end, and its server with it."""
 
 
 @dataclass(kw_only=True)
 class Plan(Sizes):
-    """What to run."""
+    """What to run, beside the conversations' sizes."""
 
     model: str
     connector: str = "none"
     settings: dict[str, Any] = field(default_factory=dict)
-    """FlexKV's."""
+    """FlexKV's settings."""
     engine: dict[str, Any] = field(default_factory=dict)
-    """Arguments of vLLM's `LLM`, over the usual ones."""
+    """Arguments of vLLM's `LLM` that override the usual ones."""
     corrupt_loads: bool = False
-    """The negative control: what is loaded is overwritten."""
+    """Whether loaded blocks are overwritten, as a negative control."""
     failed_loads: float = 0.0
-    """Of the copies to the device, which part fails."""
+    """The probability that a copy to the device fails."""
     cut_links: float = 0.0
-    """How often, for each copy, the agent's connection is cut."""
+    """The probability, for each copy, that the agent's connection is cut."""
     flip_files: str = ""
     """A folder in whose files bits are flipped after each turn."""
     disk: str = ""
-    """What says how the SSD tier's disk suffers: in every other turn its reads fail with EIO."""
+    """The control file of the SSD tier's disk, whose reads fail with EIO in every other turn."""
     aborts: float = 0.0
-    """Of the requests, which part is given up in the middle, and asked again."""
+    """The probability that a request is aborted in the middle, and asked again."""
     flush: bool = False
-    """Before each turn wait until everything is on SSD."""
+    """Whether to wait before each turn until everything is on SSD."""
     naps: bool = False
-    """Between turns the engine's memory is taken back from FlexKV, overwritten, and lent again."""
+    """Whether the engine's memory is taken back, overwritten and lent anew between turns."""
     events: str = ""
-    """Where KV events are published."""
+    """The address at which KV events are published."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Over the process's own."""
+    """Variables that override the process's own."""
 
 
 def folder_of(settings: dict[str, Any]) -> Path:
-    """Give the folder of FlexKV's socket."""
+    """Return the folder of FlexKV's socket."""
     address: str = settings["server_recv_port"]
     return Path(address.removeprefix("ipc://")).parent
 
 
 def sabotage(plan: Plan) -> None:
-    """Let the agent do wrong what the plan says."""
+    """Make the agent fail as the plan says."""
     from flexkv.common.terms import Tier
     from flexkv.server.agent import Agent
 
@@ -104,7 +104,7 @@ def _nowhere() -> Any:
 
 
 def flip(folder: str, chance: random.Random) -> None:
-    """Flip bits in the files of the SSD tier, one in each of many blocks."""
+    """Flip one bit at each of 64 random places in each of the SSD tier's block files."""
     for path in sorted(Path(folder).glob("*.flexkv")):
         size = path.stat().st_size
         if path.name.startswith("blocks") and size:
@@ -118,7 +118,7 @@ def flip(folder: str, chance: random.Random) -> None:
 
 
 class Asking:
-    """Asks an engine in this process, in every conversation at once."""
+    """A driver of an engine in this process that asks in every conversation at once."""
 
     def __init__(self, plan: Plan, llm: Any) -> None:
         from vllm import SamplingParams
@@ -132,7 +132,7 @@ class Asking:
         self.aborted = 0
 
     def turn(self) -> None:
-        """Ask for the next answers."""
+        """Run one turn: ask in every conversation, and record the answers."""
         engine, conversations = self._engine, self.conversations
         number = len(conversations.answers)
         wanted = {f"{number}-{i}": prompt for i, prompt in enumerate(conversations.prompts)}
@@ -146,7 +146,7 @@ class Asking:
                 if output.finished:
                     done[output.request_id] = output
                     if output.request_id in to_abort:
-                        to_abort.remove(output.request_id)  # too late
+                        to_abort.remove(output.request_id)  # it has ended already
             steps += 1
             if to_abort and steps >= 3:
                 name = to_abort.pop()
@@ -161,12 +161,12 @@ class Asking:
         )
 
     def _ask(self, name: str, prompt: list[int]) -> None:
-        # A copy: the prompt grows.
+        # A copy, since the prompt grows.
         self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, self.sampling)
 
 
 def started(plan: Plan) -> Any:
-    """Start an engine, and give it when its device is lent."""
+    """Start an engine, and return it once its device is lent."""
     os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **plan.environment})
     if plan.connector != "none":
         config = folder_of(plan.settings) / "flexkv.json"
@@ -198,19 +198,19 @@ def started(plan: Plan) -> Any:
 
 
 def core_of(llm: Any) -> Any:
-    """Give the core of an engine in this process."""
+    """Return the core of an engine in this process."""
     return llm.llm_engine.engine_core.engine_core
 
 
 def scheduler_of(llm: Any) -> Any:
-    """Give the scheduler of an engine in this process."""
+    """Return the scheduler of an engine in this process."""
     return core_of(llm).scheduler
 
 
 def pace(core: Any) -> None:
-    """Let steps pause where nothing is computed, as they do in a core with a process of its own.
+    """Make steps that compute nothing pause, as they do in a core in a process of its own.
 
-    Else such steps use every CPU there is, and what they wait for gets none.
+    Without a pause such steps use all CPU time, so that what they wait for gets none.
     """
     step = core.step_fn
 
@@ -224,7 +224,7 @@ def pace(core: Any) -> None:
 
 
 def finish(llm: Any) -> None:
-    """Step until the scheduler has nothing left: puts may be under way still."""
+    """Step until the scheduler has no requests left: puts may still be under way."""
     scheduler, until_s = scheduler_of(llm), time.monotonic() + DONE_S
     while scheduler.has_requests():
         llm.llm_engine.step()
@@ -232,7 +232,7 @@ def finish(llm: Any) -> None:
 
 
 def run(plan: Plan) -> dict[str, Any]:
-    """Run the plan, and give what came out."""
+    """Run the plan, and return its results."""
     llm = started(plan)
     scheduler, asking = scheduler_of(llm), Asking(plan, llm)
     flips = random.Random(plan.seed + 2)
@@ -259,7 +259,7 @@ def run(plan: Plan) -> dict[str, Any]:
     }
     if plan.connector != "none":
         flush(plan)
-        if plan.events:  # vLLM tells of what has changed at the end of a step
+        if plan.events:  # vLLM reports changes at the end of a step
             time.sleep(0.1)
             llm.generate({"prompt_token_ids": [5, 6, 7]}, asking.sampling)
         told["server"] = command(plan.settings["server_recv_port"], "status")
@@ -267,7 +267,7 @@ def run(plan: Plan) -> dict[str, Any]:
 
 
 def nap(llm: Any) -> None:
-    """Let an engine sleep as vLLM does, and wake up with nothing in its own cache."""
+    """Put an engine to sleep as vLLM does, and wake it with nothing in its own cache."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     scheduler, connector = scheduler_of(llm), get_kv_transfer_group()
@@ -286,12 +286,12 @@ def flush(plan: Plan) -> None:
     """Wait until what was put is on SSD."""
     try:
         command(plan.settings["server_recv_port"], "flush")
-    except ConfigError:  # what could not be stored is told once
+    except ConfigError:  # a failure to store is reported only once
         command(plan.settings["server_recv_port"], "flush")
 
 
 def wait_ready(scheduler: Any, ready: bool = True) -> None:
-    """Wait until the worker's device is lent, or until it is not, as far as the scheduler knows."""
+    """Wait until the scheduler knows that the worker's device is lent, or is not."""
     connector = scheduler.connector
     side = getattr(connector, "_flexkv_connector", connector).scheduler
     until = time.monotonic() + READY_S
@@ -302,7 +302,7 @@ def wait_ready(scheduler: Any, ready: bool = True) -> None:
 
 
 def preemptions(llm: Any) -> int:
-    """Count the requests that were pushed back for want of blocks."""
+    """Return how many times requests were preempted."""
     return sum(
         int(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
     )

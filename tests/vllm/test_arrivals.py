@@ -1,4 +1,4 @@
-"""A prompt is asked for when it arrives: what comes of it until it is scheduled."""
+"""Tests of prompts that are asked for when they arrive, until they are scheduled."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def holds(rig: Rig) -> int:
 
 
 def test_the_answer_is_there_when_the_prompt_is_scheduled(rig: Rig) -> None:
-    """Nothing is asked a second time, and nothing is late."""
+    """The answer to the question at a prompt's arrival is used when the prompt is scheduled."""
     stored(rig)
     request = Request("b")
     rig.side.on_new_request(request)
@@ -40,7 +40,7 @@ def test_the_answer_is_there_when_the_prompt_is_scheduled(rig: Rig) -> None:
 
 
 def test_blocks_that_the_device_has_are_not_offered(rig: Rig) -> None:
-    """They were not known when the prompt arrived; the tiers are told of the others only."""
+    """Blocks that the device has are not offered; a new question asks for the others only."""
     stored(rig)
     request = Request("b")
     rig.side.on_new_request(request)
@@ -61,7 +61,7 @@ def test_blocks_that_the_device_has_are_not_offered(rig: Rig) -> None:
 
 
 def test_a_device_that_has_all_of_it_asks_no_more(rig: Rig) -> None:
-    """And what the early answer holds is let go."""
+    """If the device has all of a prompt, the hold of the early answer is released."""
     stored(rig)
     request = Request("b")
     rig.side.on_new_request(request)
@@ -72,7 +72,7 @@ def test_a_device_that_has_all_of_it_asks_no_more(rig: Rig) -> None:
 
 
 def test_a_prompt_that_never_runs_leaves_nothing(rig: Rig) -> None:
-    """It is aborted while it waits: no hold is left, and the server keeps no keys of it."""
+    """A prompt aborted before it ran leaves no hold, and the server keeps none of its keys."""
     stored(rig)
     kept, known = dict(rig.side.client._prompts._known), set(rig.side._tracked)
     request = Request("b")
@@ -89,7 +89,7 @@ def test_a_prompt_that_never_runs_leaves_nothing(rig: Rig) -> None:
 def test_an_answer_that_has_grown_old_is_asked_anew(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prompt may wait in vLLM's queue for minutes: it holds nothing for so long."""
+    """An early hold ends after a while, since vLLM may queue prompts for minutes."""
     stored(rig)
     request = Request("b")
     rig.side.on_new_request(request)
@@ -102,7 +102,7 @@ def test_an_answer_that_has_grown_old_is_asked_anew(
 
 
 def test_a_reset_between_arrival_and_schedule_is_heard(rig: Rig) -> None:
-    """Nothing is offered that is gone by then."""
+    """After a reset between arrival and schedule nothing is offered."""
     stored(rig)
     request = Request("b")
     rig.side.on_new_request(request)
@@ -112,7 +112,7 @@ def test_a_reset_between_arrival_and_schedule_is_heard(rig: Rig) -> None:
 
 
 def test_many_that_arrive_at_once_are_asked_for_later(rig: Rig) -> None:
-    """Few questions are under way at once; the others are asked when they are scheduled."""
+    """Only some of many arriving prompts are asked for at once; others when they are scheduled."""
     stored(rig)
     requests = [Request(f"{n}") for n in range(2 * questions.ASKED_MAX)]
     for request in requests:

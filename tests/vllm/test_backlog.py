@@ -1,4 +1,4 @@
-"""More prompts arrive than are served: none waits in the queue without bound."""
+"""Tests of more prompts than are served: none waits in the queue without bound."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from .test_scheduler_side import Request, output
 
 
 class Server(Client):
-    """A client of a server that answers a question only when the test says so."""
+    """A client whose questions are answered only when the test says so."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.is_ready, self.asked, self.told = True, list[int](), set[int]()
 
     def ask(self, keys: Any, first: int = 0, hold: bool = False, tell: bool = False) -> int:
-        """Note the question."""
+        """Record the question, and return its number."""
         number = self._number()
         self.asked.append(number)
         return number
 
     def answer(self, number: int, wait_s: float = 0.0) -> Matched | None:
-        """Return three blocks, if the test has let the server answer."""
+        """Return three blocks, if the test has released the answer."""
         if number not in self.told:
             return None
         self.asked.remove(number)
@@ -55,13 +55,13 @@ class Server(Client):
 
 @pytest.fixture
 def side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SchedulerSide:
-    """Return a scheduler's side at such a server."""
+    """Return a scheduler's side with such a client."""
     monkeypatch.setattr(scheduler, "Client", Server)
     return SchedulerSide(Setup(MODEL, settings_in(tmp_path), 0, launches=False, tells_events=False))
 
 
 def server_of(side: SchedulerSide) -> Server:
-    """Return its server."""
+    """Return the scheduler's side's client."""
     assert isinstance(side.client, Server)
     return side.client
 
@@ -69,7 +69,7 @@ def server_of(side: SchedulerSide) -> Server:
 def test_prompts_that_arrive_do_not_keep_older_ones_waiting(
     side: SchedulerSide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM goes on to younger prompts when one is put off: they overtake by little."""
+    """Younger prompts, to which vLLM goes on when one is put off, overtake older ones by little."""
     now = [1e6]
     monkeypatch.setattr(questions.time, "monotonic", lambda: now[0])
     server, waiting, overtaken = server_of(side), list[Request](), 0
@@ -94,7 +94,7 @@ def test_prompts_that_arrive_do_not_keep_older_ones_waiting(
 
 
 def test_arrivals_leave_half_of_the_questions(side: SchedulerSide) -> None:
-    """And give up their own for prompts that vLLM has come to, the youngest first."""
+    """Early questions take half of the places, and the youngest make room for scheduled prompts."""
     early = [Request(f"early {n}") for n in range(2 * ASKED_MAX)]
     for request in early:
         side.on_new_request(request)
@@ -104,7 +104,7 @@ def test_arrivals_leave_half_of_the_questions(side: SchedulerSide) -> None:
     for number in range(ASKED_MAX - EARLY_MAX):
         assert side.get_num_new_matched_tokens(Request(f"late {number}"), 0) == (None, False)
     assert server.asked[:EARLY_MAX] == numbers
-    assert side.get_num_new_matched_tokens(early[0], 0) == (None, False)  # not to be given up
+    assert side.get_num_new_matched_tokens(early[0], 0) == (None, False)  # its question is kept
     for given_up in range(1, EARLY_MAX):
         assert side.get_num_new_matched_tokens(Request(f"more {given_up}"), 0) == (None, False)
         assert server.asked[: EARLY_MAX - given_up] == numbers[:-given_up]
@@ -113,7 +113,7 @@ def test_arrivals_leave_half_of_the_questions(side: SchedulerSide) -> None:
 
 
 def test_a_prompt_is_put_off_once_for_lack_of_a_question(side: SchedulerSide) -> None:
-    """The second time it is computed; one that has a question keeps waiting for its answer."""
+    """A prompt without a question is put off once, then computed; one with a question waits on."""
     requests = [Request(f"{n}") for n in range(2 * ASKED_MAX)]
     for expected in (None, 0, 0):
         told = [side.get_num_new_matched_tokens(request, 0) for request in requests]

@@ -1,4 +1,4 @@
-"""The KV events of a real engine, as a router receives them over ZMQ."""
+"""Tests of the KV events of a real engine, as a router receives them over ZMQ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ kv_events = pytest.importorskip("vllm.distributed.kv_events")
 
 
 class Router:
-    """What a router knows of an engine: which block is in which medium."""
+    """A router that knows from events which block of an engine is in which medium."""
 
     def __init__(self) -> None:
         self._socket = zmq.Context.instance().socket(zmq.SUB)
@@ -63,7 +63,7 @@ class Router:
         return sum(where == medium for _, where in self.there)
 
     def end(self) -> None:
-        """Take what has come, and stop."""
+        """Process the events that have come, and stop."""
         self._ended.set()
         self._thread.join()
         self._socket.close()
@@ -71,7 +71,7 @@ class Router:
 
 @pytest.fixture
 def router() -> Iterator[Router]:
-    """Give one that listens."""
+    """Yield a router that listens."""
     made = Router()
     yield made
     made.end()
@@ -82,7 +82,7 @@ def router() -> Iterator[Router]:
 def test_a_router_knows_what_is_where(
     run: Callable[..., dict[str, Any]], router: Router, connector: str
 ) -> None:
-    """Parents first, under vLLM's own hashes, while both tiers overflow; and nothing else."""
+    """While both tiers overflow, the events give exactly the tiers' blocks, with parents first."""
     told = run(
         connector=connector,
         turns=4,

@@ -1,4 +1,4 @@
-"""The examples with vLLM run, and say what they should."""
+"""Tests that the examples with vLLM run, and print what they should."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENVIRONMENT = {
 
 
 def test_an_offline_run_takes_the_document_from_flexkv(tmp_path: Path) -> None:
-    """vllm_prefix_caching: the same answers as without, and of the document nothing is computed."""
+    """vllm_prefix_caching: with FlexKV the answers are equal, and no document is computed twice."""
     answers = []
     for more in ([], ["--without"]):
         command = [sys.executable, str(ROOT / "examples/vllm_prefix_caching.py"), *more]

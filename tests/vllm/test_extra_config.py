@@ -1,4 +1,4 @@
-"""FlexKV's keys in vLLM's `kv_connector_extra_config`: they win, and are checked like any other."""
+"""Tests of FlexKV's keys in vLLM's `kv_connector_extra_config`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flexkv.server.launch import told_of
 
 
 def settled(tmp_path: Path, extra: Any, file: Any = None, **environment: str) -> Settings:
-    """Return the settings of an engine with these keys in each of its sources."""
+    """Return an engine's settings, given the extra keys, a file and environment variables."""
     if file is not None:
         path = tmp_path / "flexkv.json"
         path.write_text(json.dumps(file))
@@ -40,7 +40,7 @@ def settled(tmp_path: Path, extra: Any, file: Any = None, **environment: str) ->
     ids=["flat", "nested"],
 )  # fmt: skip
 def test_it_wins_over_the_file_and_the_environment(tmp_path: Path, extra: dict[str, Any]) -> None:
-    """Whatever it does not name comes from them; a size may be given in another unit."""
+    """The extra keys win over file and environment, even in other units."""
     file = {
         "log_level": "error", "server_answer_ms": 77,
         "cache_config": {"cpu_cache_gb": 3, "ssd_cache_dir": "/b;/d", "key_secret": "of the file"},
@@ -55,7 +55,7 @@ def test_it_wins_over_the_file_and_the_environment(tmp_path: Path, extra: dict[s
 
 @pytest.mark.parametrize("extra", [None, {}, {"weights_id": "llama"}])
 def test_without_keys_the_other_sources_hold(tmp_path: Path, extra: Any) -> None:
-    """A name of the weights is no key of FlexKV's own."""
+    """Without keys of FlexKV's own the other sources hold; `weights_id` is none of them."""
     file = {"log_level": "error", "cache_config": {"num_cpu_blocks": 5, "ssd_cache_dir": "/b"}}
     with_it = settled(tmp_path, extra, file)
     assert with_it == load_settings({"FLEXKV_CONFIG_PATH": str(tmp_path / "flexkv.json")})
@@ -77,7 +77,7 @@ def test_without_keys_the_other_sources_hold(tmp_path: Path, extra: Any) -> None
 def test_what_breaks_a_rule_is_refused_by_name(
     tmp_path: Path, extra: Any, field: str, words: str
 ) -> None:
-    """The error says where the key stands, and which known one is nearest."""
+    """The error for a wrong key names its place, and the nearest known key."""
     with pytest.raises(ConfigError, match=words) as caught:
         settled(tmp_path, extra)
     assert caught.value.field.startswith("kv_connector_extra_config")
@@ -85,7 +85,7 @@ def test_what_breaks_a_rule_is_refused_by_name(
 
 
 def test_a_secret_in_it_is_never_quoted(tmp_path: Path) -> None:
-    """Nor is one in a source below it, whichever of the keys is wrong."""
+    """An error quotes no secret, neither of the extra keys nor of another source."""
     file = {"cache_config": {"key_secret": "hush-hush-hush"}}
     for extra in ({"key_secret": ["hush-hush-hush"]}, {"cpu_cache_gb": "much"}):
         with pytest.raises(ConfigError) as caught:
@@ -95,7 +95,7 @@ def test_a_secret_in_it_is_never_quoted(tmp_path: Path) -> None:
 
 
 def test_it_reaches_the_connector_and_the_server(configured: Any) -> None:
-    """Level and prefix of log lines, too: what the engine's processes and the server are given."""
+    """The connector and the server get the extra keys, level and prefix of log lines included."""
     config = copy.deepcopy(configured)
     config.kv_transfer_config.kv_connector_extra_config = {
         "log_level": "error", "logging_prefix": "node 7", "num_cpu_blocks": 77, "weights_id": "w",
@@ -112,7 +112,7 @@ def test_it_reaches_the_connector_and_the_server(configured: Any) -> None:
 def test_each_rank_of_data_parallelism_is_an_instance(
     configured: Any, instance: int, rank: int
 ) -> None:
-    """Its number has the engine's in front, so no two meet; one of them launches the server."""
+    """Each rank of data parallelism is an instance of its own; only the first launches a server."""
     config = copy.deepcopy(configured)
     config.kv_transfer_config.kv_connector_extra_config = {
         "instance_id": instance, "server_launch_mode": "embedded",
@@ -131,7 +131,7 @@ def test_each_rank_of_data_parallelism_is_an_instance(
      ("fp8", "uint8"), ("fp8_e5m2", "uint8")],
 )  # fmt: skip
 def test_a_quantised_cache_has_elements_of_a_byte(configured: Any, told: str, dtype: str) -> None:
-    """Whatever vLLM calls them; other caches have the type that they are given, or the model's."""
+    """A quantised cache has elements of one byte; others have their own dtype or the model's."""
     config = copy.deepcopy(configured)
     config.cache_config.cache_dtype = told
     assert setup_of(config).model.dtype == dtype

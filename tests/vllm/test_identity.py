@@ -1,4 +1,4 @@
-"""A model's name stands for its weights and for how they are computed with; nothing else."""
+"""Tests that a model's name depends on its weights and on how they are computed with, only."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def config(configured: Any) -> Any:
 
 @pytest.fixture
 def folder(config: Any, tmp_path: Path) -> Path:
-    """Return the folder of the model, which a test may change, too."""
+    """Return a copy of the model's folder, which a test may change."""
     config.model_config.model = str(shutil.copytree(config.model_config.model, tmp_path / "model"))
     return Path(config.model_config.model)
 
@@ -55,7 +55,7 @@ class Hub:
         self.repo = cache / "models--org--tiny"
 
     def commit(self, name: str, weights: bytes = b"", branch: str = "main") -> Path:
-        """Move a branch to a commit whose weights end with some bytes; return its folder."""
+        """Move a branch to a commit whose weights have these bytes appended; return its folder."""
         snapshot = self.repo / "snapshots" / name
         snapshot.mkdir(parents=True, exist_ok=True)
         for file in self._model.iterdir():
@@ -71,13 +71,13 @@ class Hub:
 
 @pytest.fixture
 def hub(configured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """Return a cache in a folder of the test's."""
+    """Return a cache in the test's folder."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return Hub(tmp_path / "hub", configured.model_config.model)
 
 
 def test_a_hub_model_that_moves_to_another_commit_has_another_name(config: Any, hub: Hub) -> None:
-    """Whichever branch it is asked for by; one that comes back has its old name again."""
+    """A hub model has one name for each commit, whichever branch it is asked for by."""
     config.model_config.model = REPO
     for revision in (None, "main", "stable"):
         config.model_config.revision = revision
@@ -92,7 +92,7 @@ def test_a_hub_model_that_moves_to_another_commit_has_another_name(config: Any, 
 
 
 def test_a_commit_has_one_name_however_it_is_asked_for(config: Any, hub: Hub) -> None:
-    """By branch or commit, from the usual cache or another; by its folder, as vLLM does offline."""
+    """A commit has one name by branch, by commit, by folder and from any cache."""
     snapshot = hub.commit(COMMITS[0])
     names = set()
     for where, revision in (
@@ -113,7 +113,7 @@ def test_a_commit_has_one_name_however_it_is_asked_for(config: Any, hub: Hub) ->
 def test_a_hub_model_of_the_same_content_has_another_name_at_another_commit(
     config: Any, hub: Hub
 ) -> None:
-    """The commit alone identifies files that were not downloaded."""
+    """Two commits with the same files have two names, since other files may not be downloaded."""
     config.model_config.model = REPO
     hub.commit(COMMITS[0])
     first = name_of(config)
@@ -122,7 +122,7 @@ def test_a_hub_model_of_the_same_content_has_another_name_at_another_commit(
 
 
 def test_a_blob_of_the_hub_that_was_overwritten_has_another_name(config: Any, hub: Hub) -> None:
-    """Even though the name of the blob stays the same."""
+    """An overwritten blob gives another name, though the name of the blob stays the same."""
     weights = (hub.commit(COMMITS[0]) / "model.safetensors").resolve()
     config.model_config.model = REPO
     first = name_of(config)
@@ -131,7 +131,7 @@ def test_a_blob_of_the_hub_that_was_overwritten_has_another_name(config: Any, hu
 
 
 def _overwrite(folder: Path) -> None:
-    """Exchange the weights for others of the same size and the same time."""
+    """Replace the weights by others of the same size and time."""
     file = folder / "model.safetensors"
     before = file.stat()
     content = bytearray(file.read_bytes())
@@ -165,7 +165,7 @@ WEIGHTS: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("change", WEIGHTS)
 def test_other_files_of_weights_are_another_model(config: Any, folder: Path, change: str) -> None:
-    """Even under the same path; the same files are the same model in every engine."""
+    """Other weight files give another name, even under the same path; equal ones the same name."""
     first = name_of(config)
     assert name_of(copy.deepcopy(config)) == first
     WEIGHTS[change](folder)
@@ -177,7 +177,7 @@ def test_other_files_of_weights_are_another_model(config: Any, folder: Path, cha
              ".cache/huggingface/lock", "chat_template.jinja", ".git/index"],
 )  # fmt: skip
 def test_files_beside_the_weights_do_not_matter(config: Any, folder: Path, name: str) -> None:
-    """Keys hold tokens, whatever text they were."""
+    """Files beside the weights do not change the name, since keys depend on tokens, not on text."""
     first = name_of(config)
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text("{}")
@@ -187,7 +187,7 @@ def test_files_beside_the_weights_do_not_matter(config: Any, folder: Path, name:
 def test_a_link_to_a_folder_stands_for_what_it_leads_to(
     config: Any, folder: Path, tmp_path: Path
 ) -> None:
-    """`current` leads to another training run than before; circular links are harmless."""
+    """A link stands for the folder that it leads to; circular links are harmless."""
     other = shutil.copytree(folder, tmp_path / "other")
     _overwrite(other)
     (other / "circle").symlink_to(other)
@@ -202,7 +202,7 @@ def test_a_link_to_a_folder_stands_for_what_it_leads_to(
 
 
 def test_a_single_file_may_be_the_model(config: Any, tmp_path: Path) -> None:
-    """For instance in the GGUF format."""
+    """A model may be a single file, such as GGUF."""
     file = tmp_path / "model.gguf"
     config.model_config.model = str(file)
     names = []
@@ -213,7 +213,7 @@ def test_a_single_file_may_be_the_model(config: Any, tmp_path: Path) -> None:
 
 
 def test_every_sample_of_a_large_file_counts(tmp_path: Path) -> None:
-    """Its first and last bytes, and some between, even if a copy has kept the times."""
+    """Every sample of a large file counts, also the first and last bytes, even at equal times."""
     size = 4 * WHOLE_BYTES_MAX
     file = tmp_path / "large"
     file.write_bytes(bytes(size))
@@ -231,7 +231,7 @@ def test_every_sample_of_a_large_file_counts(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_read_is_no_empty_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two models would share a name if they differ in that folder only."""
+    """A folder that cannot be read raises, since models may differ in that folder only."""
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     unreadable = tmp_path / "experts"
     unreadable.mkdir()
@@ -280,7 +280,7 @@ OPTIONS: list[tuple[str, str, Any]] = [
 
 
 def put(config: Any, where: str, name: str, value: Any) -> None:
-    """Set an option of vLLM's, which may belong to another version."""
+    """Set an option of vLLM, even one that only another version has."""
     for part in where.split("."):
         config = getattr(config, part)
     kind = type(config)
@@ -296,7 +296,7 @@ def put(config: Any, where: str, name: str, value: Any) -> None:
 def test_what_computes_other_kv_is_another_model(
     config: Any, where: str, option: str, value: Any
 ) -> None:
-    """Of the same weights; options of other versions count as well."""
+    """Each option that changes the KV gives another name, options of other versions included."""
     first = identity.model_id(config)
     put(config, where, option, value)
     assert identity.model_id(config) != first
@@ -323,14 +323,14 @@ def test_what_computes_other_kv_is_another_model(
 def test_what_computes_the_same_kv_is_the_same_model(
     config: Any, where: str, option: str, value: Any
 ) -> None:
-    """However it is served."""
+    """Options that do not change the KV do not change the name."""
     first = identity.model_id(config)
     put(config, where, option, value)
     assert identity.model_id(config) == first
 
 
 def test_random_weights_are_named_by_their_seed(config: Any) -> None:
-    """Nothing else distinguishes them."""
+    """Random weights are named by their seed."""
     config.load_config.load_format = "dummy"
     first = identity.model_id(config)
     config.model_config.seed = 7
@@ -343,7 +343,7 @@ def test_random_weights_are_named_by_their_seed(config: Any) -> None:
 def test_the_longest_prompt_counts_where_rotary_embeddings_depend_on_it(
     config: Any, rope: dict[str, Any]
 ) -> None:
-    """A long context chooses other factors for all prompts."""
+    """The longest prompt's length counts if rotary embeddings depend on it."""
     config.model_config.hf_config.rope_parameters = rope
     first = identity.model_id(config)
     config.model_config.max_model_len = 64
@@ -351,7 +351,7 @@ def test_the_longest_prompt_counts_where_rotary_embeddings_depend_on_it(
 
 
 def test_no_two_lists_of_facts_read_the_same(config: Any) -> None:
-    """No fact can contain the separator."""
+    """Two lists of facts never give one name, since no fact can contain the separator."""
     config.model_config.code_revision, config.model_config.quantization = 'a","b', "c"
     first = identity.model_id(config)
     config.model_config.code_revision, config.model_config.quantization = "a", 'b","c'
@@ -377,7 +377,7 @@ def restarted(config: Any) -> Any:
 def test_weights_that_cannot_be_looked_at_are_named_by_their_engine(
     config: Any, where: str, option: str, value: Any
 ) -> None:
-    """One that starts again begins with nothing, unless the user names the weights."""
+    """Weights that cannot be inspected are named by their engine, unless the user names them."""
     config.kv_transfer_config.engine_id = "this"
     (setattr(config, option, value) if where == "." else put(config, where, option, value))
     assert identity.model_id(config) != identity.model_id(restarted(config))
@@ -392,7 +392,7 @@ def test_weights_that_cannot_be_looked_at_are_named_by_their_engine(
 
 
 def test_kv_whose_scales_an_engine_measures_is_of_no_use_to_another(config: Any) -> None:
-    """By its first prompt, in earlier versions of vLLM; whatever the weights are called."""
+    """If an engine measures the KV's scales, no other has its name, whatever the weights' name."""
     config.kv_transfer_config.engine_id = "this"
     config.kv_transfer_config.kv_connector_extra_config = {"weights_id": "v1"}
     put(config, "cache_config", "calculate_kv_scales", True)
@@ -400,7 +400,7 @@ def test_kv_whose_scales_an_engine_measures_is_of_no_use_to_another(config: Any)
 
 
 def test_files_that_options_name_are_looked_at(config: Any, tmp_path: Path) -> None:
-    """Scales and serialised tensors, one file for each rank."""
+    """Files that options name, such as scales and serialised tensors, count by their content."""
     file = tmp_path / "model-000.tensors"
     for option in ({"tensorizer_uri": str(tmp_path / "model-%03d.tensors")}, {"at": str(file)}):
         put(config, "load_config", "model_loader_extra_config", option)
@@ -411,7 +411,7 @@ def test_files_that_options_name_are_looked_at(config: Any, tmp_path: Path) -> N
 
 
 def test_code_of_another_repository_counts(config: Any, hub: Hub) -> None:
-    """Where it may run."""
+    """Code of another repository counts by its commit, where it may run."""
     hub.commit(COMMITS[0])
     config.model_config.trust_remote_code = True
     config.model_config.hf_config.auto_map = {"AutoModel": f"{REPO}--modeling.Tiny"}
@@ -423,7 +423,10 @@ def test_code_of_another_repository_counts(config: Any, hub: Hub) -> None:
 def test_a_model_that_changes_its_configuration_keeps_its_name(
     config: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Some models do while they are loaded, in one process of several; files count after it."""
+    """A model that changes its configuration while it is loaded keeps its name.
+
+    Files are read after the load, since some may be downloaded during it.
+    """
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
     from flexkv.integration.vllm import vllm_v1_adapter
@@ -448,7 +451,7 @@ def test_a_model_that_changes_its_configuration_keeps_its_name(
 def test_a_server_is_not_told_of_a_model_without_its_weights(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No engine would have the name that the server is given. With them, it has one."""
+    """A model file for a server cannot be made without weights: no engine would have that name."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     words = [str(folder), "--dtype", "float32", "--skip-tokenizer-init"]
     assert model.model_of(words).model_id.startswith(f"vllm {folder} ")

@@ -1,6 +1,6 @@
-"""Any process of two real engines and their server is killed at any time: the others go on.
+"""Tests that kill any process of two real engines and their server at any time; the others go on.
 
-`VLLM_KILLS=100 pytest tests/vllm/test_kills.py` does so a hundred times. What survives stays up
+`VLLM_KILLS=100 pytest tests/vllm/test_kills.py` runs a hundred rounds. What survives stays up
 over the rounds; only the victim starts again.
 """
 
@@ -26,11 +26,11 @@ SEED = int(os.environ.get("VLLM_KILLS_SEED", "0"))
 VICTIMS = ("server", "scheduler", "worker", "engine")
 WITHIN_S = 60.0
 KILL_S = 2.0
-"""Within so many seconds from when the engines are asked."""
+"""The longest time between the question to the engines and the kill."""
 
 
 def eventually(what: Callable[[], Any]) -> Any:
-    """Wait until something is true, and give it."""
+    """Call a function until its result is true, and return that."""
     until_s = time.monotonic() + WITHIN_S
     while not (found := what()):
         assert time.monotonic() < until_s, "it did not come about"
@@ -39,7 +39,7 @@ def eventually(what: Callable[[], Any]) -> Any:
 
 
 def processes_of(session: int) -> list[int]:
-    """Give the processes of a session; such as only wait to be reaped are gone."""
+    """Return the processes of a session; zombies count as gone."""
     found = []
     for process in psutil.process_iter(["status"]):
         try:
@@ -51,21 +51,21 @@ def processes_of(session: int) -> list[int]:
 
 
 class Rig:
-    """A server, two engines, and what they have to answer."""
+    """A server and two engines, with functions to kill and restart them."""
 
     def __init__(self, model: str, model_file: Path, folder: Path) -> None:
         self._model, self._model_file, self.folder = model, model_file, folder
         cache = {"tokens_per_block": 32}
         self.settings = planned(model, folder, {"cache": cache})["settings"]
         self.sessions: list[int] = []
-        """Of every engine that ever was."""
+        """The sessions of all engines that were ever started."""
         self.fronts: dict[int, int] = {}
-        """The first process of each engine that is."""
+        """The first process of each running engine."""
         self.server = self.start_server()
         self.engines = [self._start_engine(number) for number in (0, 1)]
 
     def start_server(self) -> External:
-        """Start one in place of one that was killed."""
+        """Start a server, and wait until it answers."""
         server = External(self._model_file, self.settings)
         server.status()
         return server
@@ -84,7 +84,7 @@ class Rig:
         return started
 
     def kill(self, victim: str, number: int) -> None:
-        """Kill a process of an engine, or all of them; or the server."""
+        """Kill the server, an engine's process, or all processes of an engine."""
         if victim == "server":
             self.server.kill()
         elif victim == "engine":
@@ -94,7 +94,7 @@ class Rig:
             (scheduler if victim == "scheduler" else child_of(scheduler)).kill()
 
     def restart(self, victim: str, number: int) -> None:
-        """Start again what has ended, once nothing is left of it that FlexKV is in.
+        """Restart the victim, once all processes of it that have FlexKV are gone.
 
         vLLM's front process may wait for ever for a scheduler that was killed.
         """
@@ -110,7 +110,7 @@ class Rig:
         self.wait_ready()
 
     def wait_ready(self) -> None:
-        """Return once the server has both engines: they connect when they are asked something."""
+        """Wait until the server has both engines, which connect when they are asked something."""
 
         def both() -> bool:
             for each in self.engines:
@@ -123,7 +123,7 @@ class Rig:
         eventually(both)
 
     def wait_idle(self) -> None:
-        """Return once the server does nothing for anybody."""
+        """Wait until the server has no claims and no runs."""
 
         def idle() -> bool:
             statistics = self.server.status()["statistics"]
@@ -133,7 +133,7 @@ class Rig:
 
 
 def child_of(process: psutil.Process) -> psutil.Process:
-    """Give the process that a process of vLLM has started."""
+    """Return the child process that a process of vLLM has started."""
     (child,) = [
         each for each in process.children() if "resource_tracker" not in " ".join(each.cmdline())
     ]
@@ -142,7 +142,7 @@ def child_of(process: psutil.Process) -> psutil.Process:
 
 @pytest.fixture(scope="module")
 def rig(model: str, model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    """They stay up over all rounds."""
+    """Yield a rig that stays up over all rounds."""
     rig = Rig(model, model_file, tmp_path_factory.mktemp("kills"))
     try:
         for each in rig.engines:
@@ -156,13 +156,13 @@ def rig(model: str, model_file: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def told_rightly(answered: Answered, expected: dict[str, Any]) -> bool:
-    """Tell whether the answers are those of an engine without a connector."""
+    """Return whether the answers are those of an engine without a connector."""
     return answered.answers == [answer for turn in expected["answers"] for answer in turn]
 
 
 @pytest.mark.parametrize("seed", range(SEED, SEED + ROUNDS))
 def test_the_others_go_on_rightly(rig: Rig, expected: dict[str, Any], seed: int) -> None:
-    """64 requests each, of which every other round loads what the round before has stored."""
+    """After a kill all answers stay right, and later rounds load what earlier ones stored."""
     chance = random.Random(seed)
     victim, number = chance.choice(VICTIMS), chance.randrange(2)
     prompts = asked_in(Sizes(), expected["answers"])
@@ -180,13 +180,13 @@ def test_the_others_go_on_rightly(rig: Rig, expected: dict[str, Any], seed: int)
     answered = rig.engines[number].told()
     assert told_rightly(answered, expected)
     assert answered.freed
-    if victim != "server":  # what did not answer in time, on a busy machine, is a miss
+    if victim != "server":  # on a busy machine late answers are misses
         assert sum(hit > 0 for hit in answered.cached) > len(prompts) // 2
     rig.wait_idle()
 
 
 def test_nothing_is_left(rig: Rig) -> None:
-    """No process, socket, lock or shared memory; the SSD store opens, and is warm."""
+    """No process, socket or shared memory is left, and the SSD store opens warm."""
     for each in rig.engines:
         each.kill()
     for session in rig.sessions:

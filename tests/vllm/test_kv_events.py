@@ -1,4 +1,4 @@
-"""What KV events say, against what is there, whatever the order in which things happen."""
+"""Tests that KV events agree with the blocks that exist, in whatever order things happen."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Path = tuple[int, ...]
 
 
 def key_of(path: Path) -> bytes:
-    """Give FlexKV's key of a block, by the choices up to it."""
+    """Return FlexKV's key of a block, given the choices up to it."""
     return _ext.hash128(repr(path).encode())
 
 
 def prompt(path: Path) -> Any:
-    """Give a request of vLLM's with a block for each choice."""
+    """Return a vLLM request with a block for each choice."""
     return SimpleNamespace(
         block_hashes=[hash_of(path[: i + 1]) for i in range(len(path))],
         all_token_ids=[op_id for choice in path for op_id in [choice] * PER_BLOCK],
@@ -39,12 +39,12 @@ def prompt(path: Path) -> Any:
 
 
 def hash_of(path: Path) -> bytes:
-    """Give vLLM's hash of a block."""
+    """Return vLLM's hash of a block."""
     return _ext.hash128(b"vllm" + repr(path).encode()) * 2
 
 
 class Story:
-    """Requests that come and go, blocks that do, and a router that believes the events."""
+    """A random sequence of requests and block changes, with a router that believes the events."""
 
     def __init__(self, chance: random.Random) -> None:
         self.chance = chance
@@ -54,7 +54,7 @@ class Story:
         self.announced: dict[Any, set[str]] = {}
 
     def come(self) -> None:
-        """Let a request come, of which some hashes may be known later only."""
+        """Start a request, some of whose hashes may become known later."""
         path = tuple(self.chance.randrange(2) for _ in range(self.chance.randrange(DEPTH)))
         request = prompt(path)
         hashes = request.block_hashes
@@ -67,14 +67,14 @@ class Story:
         self.live.append((request, path, noted))
 
     def go(self) -> None:
-        """Let a request end."""
+        """End a request."""
         if self.live:
             request, path, noted = self.live.pop(self.chance.randrange(len(self.live)))
             keys = bytes(16) + b"".join(key_of(path[: i + 1]) for i in range(len(path)))
             self.events.forget(request, keys, noted)
 
     def store(self) -> None:
-        """Let the blocks of a prompt come into a tier, in any order, some of them again."""
+        """Store blocks of a prompt in a tier, in any order, some of them again."""
         path = tuple(self.chance.randrange(2) for _ in range(DEPTH))
         tier = self.chance.choice(TIERS)
         blocks = [path[: i + 1] for i in range(self.chance.randrange(DEPTH))]
@@ -83,7 +83,7 @@ class Story:
         self.tell(*((block, tier, True) for block in blocks))
 
     def drop(self) -> None:
-        """Let a block go from a tier; where it is nowhere any more, what continues it goes too."""
+        """Drop a block from a tier; without another copy of it, the blocks behind it go too."""
         if not self.there:
             return
         path, tier = self.chance.choice(sorted(self.there))
@@ -94,16 +94,16 @@ class Story:
         self.tell(*((*one, False) for one in gone))
 
     def lose(self) -> None:
-        """Let the server be lost."""
+        """Lose the server."""
         self.there.clear()
         self.events.hear(Changed((), lost=True))
 
     def tell(self, *changes: tuple[Path, str, bool]) -> None:
-        """Let the server tell."""
+        """Report changes as the server does."""
         self.events.hear(Changed(tuple((key_of(path), *rest) for path, *rest in changes)))
 
     def check(self) -> None:
-        """Take the events as a router does."""
+        """Process the events as a router does."""
         for event in self.events.take():
             if type(event).__name__ == "BlockRemoved":
                 for name in event.block_hashes:
@@ -124,7 +124,7 @@ class Story:
 
 @pytest.mark.parametrize("seed", range(200))
 def test_a_router_believes_nothing_that_is_not_so(seed: int) -> None:
-    """And nothing is kept of what is over."""
+    """A router never believes in a block that is nowhere, and nothing is kept of ended requests."""
     story = Story(random.Random(seed))
     steps = [story.come, story.go, story.store, story.drop, story.lose]
     for _ in range(150):
@@ -140,7 +140,7 @@ def test_a_router_believes_nothing_that_is_not_so(seed: int) -> None:
 
 
 def test_what_was_lost_is_taken_back_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what comes again meanwhile needs not be told."""
+    """Lost blocks are removed in bounded steps; those that return first are not announced."""
     monkeypatch.setattr("flexkv.integration.vllm.events.TAKEN_MAX", 1)
     events, request = KVEvents(PER_BLOCK), prompt((0, 1, 0))
     keys = [key_of((0, 1, 0)[: i + 1]) for i in range(3)]
@@ -159,11 +159,11 @@ def test_what_was_lost_is_taken_back_step_by_step(monkeypatch: pytest.MonkeyPatc
 
 
 class Held(SimpleNamespace):
-    """A request of vLLM's of which a test can tell when nothing has it any more."""
+    """A vLLM request that can have weak references."""
 
 
 def test_a_request_that_is_over_is_not_kept_for_blocks_that_others_have() -> None:
-    """What there is to tell of them is taken from it when it ends, and not before."""
+    """Facts of shared blocks are copied when a request ends, so that the request can be freed."""
     events, path = KVEvents(PER_BLOCK), (0, 1, 0)
     keys = bytes(16) + b"".join(key_of(path[: i + 1]) for i in range(3))
     first, second = Held(**vars(prompt(path))), Held(**vars(prompt(path)))

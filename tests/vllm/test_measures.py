@@ -1,4 +1,4 @@
-"""What a connector counts and measures of itself, and what it tells vLLM of that."""
+"""Tests of what a connector counts and measures, and of its reports to vLLM."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .test_scheduler_side import output
 
 
 def test_counts_are_told_to_prometheus_by_engine() -> None:
-    """In the classes of metrics that vLLM gives: its own, or others when it runs on several."""
+    """Counts reach Prometheus by engine, in the metric classes that vLLM provides."""
     registry = CollectorRegistry()
 
     def counter(**named: Any) -> Counter:
@@ -50,7 +50,7 @@ def test_counts_are_told_to_prometheus_by_engine() -> None:
 def test_steps_that_prefill_tell_what_a_token_costs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From their schedule to their end; requests that get one token are decoding."""
+    """Steps that prefill measure a token's cost, from schedule to end, without decoded tokens."""
     now = [0.0]
     monkeypatch.setattr(costs.time, "monotonic", lambda: now[0])
     setup = Setup(MODEL, settings_in(tmp_path), 0, launches=False, tells_events=False)

@@ -1,7 +1,8 @@
-"""What a real engine says with FlexKV is what it says without, and it had to compute less.
+"""Tests that a real engine's answers are the same with FlexKV as without, for less computation.
 
-fp32, greedy, weights so wide that a wrong block changes the answer: the negative control shows it.
-Eight conversations of eight turns, whose KV is many times what the engine's own cache holds.
+The model is fp32 and greedy, with weights so wide that a wrong block changes the answer, as the
+negative control shows. Eight conversations have eight turns each, whose KV is many times what the
+engine's own cache holds.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ Run = Callable[..., dict[str, Any]]
 
 
 def moved(told: dict[str, Any]) -> dict[str, int]:
-    """Give the blocks that each route has moved."""
+    """Return how many blocks each route has moved."""
     routes = told["server"]["statistics"]["routes"]
     return {route: counts["blocks"] for route, counts in routes.items()}
 
 
 def check_sound(told: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Check the answers, and that nothing is left."""
+    """Check that the answers are right, and that no block, claim or run is left."""
     assert told["answers"] == expected["answers"]
     assert told["leaked_blocks"] == 0
     statistics = told["server"]["statistics"]
@@ -45,17 +46,17 @@ def check_sound(told: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_answers_are_equal_and_later_turns_hit(
     run: Run, expected: dict[str, Any], connector: str
 ) -> None:
-    """From host memory, in every conversation at every turn but the first."""
+    """Answers are equal, and every turn but the first hits in every conversation."""
     told = run(connector=connector)
     check_sound(told, expected)
     assert min(min(turn) for turn in told["cached"][1:]) > 0
-    # The engine's own cache alone gives less.
+    # The engine's own cache alone hits less.
     assert sum(map(sum, told["cached"])) > 2 * sum(map(sum, expected["cached"]))
     assert moved(told)["host→device"] > 1000
 
 
 def test_answers_are_equal_where_prompts_are_put_off(run: Run, expected: dict[str, Any]) -> None:
-    """No step waits for the server at all: whose answer comes first is scheduled first."""
+    """Answers are equal if no step waits for the server, so that prompts are put off."""
     told = run(connector="own", settings={"match_wait_ms": 0})
     check_sound(told, expected)
     assert min(min(turn) for turn in told["cached"][1:]) > 0
@@ -64,7 +65,7 @@ def test_answers_are_equal_where_prompts_are_put_off(run: Run, expected: dict[st
 
 
 def test_answers_are_equal_from_ssd(run: Run, expected: dict[str, Any]) -> None:
-    """Where host memory holds next to nothing."""
+    """Answers are equal if nearly all hits come from SSD."""
     told = run(connector="shim", cache={"num_cpu_blocks": 80}, flush=True)
     check_sound(told, expected)
     assert min(min(turn) for turn in told["cached"][1:]) > 0
@@ -72,7 +73,7 @@ def test_answers_are_equal_from_ssd(run: Run, expected: dict[str, Any]) -> None:
 
 
 def test_corrupt_blocks_change_the_answers(run: Run, expected: dict[str, Any]) -> None:
-    """The negative control: equal answers mean equal KV."""
+    """Corrupt blocks change the answers: the negative control."""
     told = run(connector="shim", corrupt_loads=True)
     wrong = [
         one != other
@@ -86,7 +87,7 @@ def test_corrupt_blocks_change_the_answers(run: Run, expected: dict[str, Any]) -
 def test_an_engine_that_was_killed_is_warm_from_ssd(
     run: Run, start: Callable[..., Any], expected: dict[str, Any]
 ) -> None:
-    """`kill -9` of all its processes, and a new one on the same directory."""
+    """After `kill -9` of all processes a new engine on the same directory is warm from SSD."""
     first = start(connector="shim", flush=True)
     told = first.answer()
     os.kill(told["server"]["pid"], signal.SIGKILL)
@@ -102,7 +103,7 @@ def test_an_engine_that_was_killed_is_warm_from_ssd(
 def test_weights_that_were_exchanged_find_nothing_of_the_old_ones(
     run: Run, model: str, expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    """In the same folder, of the same size and time: a new engine, over the warm SSD tier."""
+    """Weights exchanged in place, with the same size and time, find none of the old blocks."""
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
     run(model=str(folder), connector="shim", flush=True)
@@ -125,7 +126,7 @@ def test_weights_that_were_exchanged_find_nothing_of_the_old_ones(
     "from vLLM 0.33 on, with its own connector",
 )
 def test_an_engine_that_slept_loads_what_it_had(run: Run, expected: dict[str, Any]) -> None:
-    """Its KV tensors were taken back, and others' in between."""
+    """An engine loads what it had after its KV tensors were taken back and overwritten."""
     told = run(connector="own", naps=True)
     check_sound(told, expected)
     assert min(min(turn) for turn in told["cached"][1:]) > 0
@@ -133,12 +134,12 @@ def test_an_engine_that_slept_loads_what_it_had(run: Run, expected: dict[str, An
 
 @pytest.mark.support("feature", "drafts without a KV cache (`ngram`, `suffix`)", "served")
 def test_answers_are_equal_where_drafts_are_made(run: Run, expected: dict[str, Any]) -> None:
-    """Of words that came before; every block is stored, that of a request's last step too."""
+    """With n-gram drafts answers are equal, and every whole block is stored."""
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2,
               "prompt_lookup_min": 1}  # fmt: skip
     told = run(connector="shim", engine={"speculative_config": drafts})
     check_sound(told, expected)
-    # A turn's prompt is the one before, and its answer, of which the last token is not computed.
+    # A turn's prompt is the one before and its answer, whose last token is not computed.
     sizes = Sizes()
     for turn in range(1, sizes.turns):
         before = sizes.first_tokens + (turn - 1) * (sizes.turn_tokens + sizes.answer_tokens)
@@ -155,7 +156,7 @@ LONG: dict[str, Any] = {
 @pytest.mark.support("feature", "chunked prefill, preemption", "served")
 @pytest.mark.parametrize("faults", [{}, {"failed_loads": 0.1, "aborts": 0.2}], ids=["", "faults"])
 def test_preempted_requests_answer_the_same(run: Run, faults: dict[str, Any]) -> None:
-    """In a pool so small that running requests are pushed back, again and again."""
+    """Requests that are preempted often, in a small pool, give the same answers."""
     expected = run(connector="none", **LONG)
     engine = {**LONG["engine"], "kv_cache_memory_bytes": 5 << 20}
     told = run(connector="shim", **{**LONG, **faults, "engine": engine})
@@ -183,7 +184,7 @@ FAULTS: dict[str, dict[str, Any]] = {
 def test_faults_cost_time_never_answers(
     run: Run, expected: dict[str, Any], tmp_path: Path, name: str
 ) -> None:
-    """Every block is free at the end, and nothing goes round for ever."""
+    """Faults change no answer, and leave every block free."""
     plan = dict(FAULTS[name])
     if plan.pop("flip", False):
         plan["flip_files"] = str(tmp_path)
@@ -196,7 +197,7 @@ def test_faults_cost_time_never_answers(
 def test_a_disk_that_fails_costs_time_never_answers(
     run: Run, expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    """EIO from the kernel for every read of the SSD tier, in every other turn."""
+    """Failing reads of the SSD tier, in every other turn, change no answer."""
     with mounted_disk(tmp_path) as disk:
         cache = {"num_cpu_blocks": 80, "ssd_cache_dir": str(disk.mounted)}
         told = run(connector="shim", cache=cache, flush=True, disk=str(disk.control))

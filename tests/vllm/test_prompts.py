@@ -1,4 +1,4 @@
-"""Prompts of the same tokens share blocks only if adapter, salt and images are the same, too."""
+"""Tests that prompts of equal tokens share blocks only if adapter, salt and images are equal."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def lora(path: Path | str, name: str = "a", number: int = 1, **more: Any) -> LoRARequest:
-    """Return what a request says of its adapter."""
+    """Return the part of a request that names its adapter."""
     return LoRARequest(name, number, str(path), **more)
 
 
 def test_an_adapter_has_keys_of_its_own(scopes: Scopes, adapter: Path) -> None:
-    """The same in every engine, whichever number vLLM has for it."""
+    """An adapter has keys of its own, equal in every engine, whatever number vLLM gives it."""
     keys = keys_of(scopes, lora_request=lora(adapter))
     assert keys is not None
     assert keys != keys_of(scopes)
@@ -77,7 +77,7 @@ def test_an_adapter_has_keys_of_its_own(scopes: Scopes, adapter: Path) -> None:
 
 
 def retrain(adapter: Path) -> None:
-    """Exchange its weights for others of the same size and the same times."""
+    """Replace an adapter's weights by others of the same size and times."""
     file = adapter / "adapter_model.safetensors"
     before = file.stat()
     file.write_bytes(os.urandom(before.st_size))
@@ -95,7 +95,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_adapter_that_was_trained_again_has_other_keys(adapter: Path, change: str) -> None:
-    """Under the same name and path; in an engine that loads it anew, here or elsewhere."""
+    """A retrained adapter of the same name and path has other keys once an engine loads it anew."""
     scopes = Scopes()
     first = keys_of(scopes, lora_request=lora(adapter))
     CHANGES[change](adapter)  # type: ignore[operator]
@@ -109,7 +109,7 @@ def test_an_adapter_that_was_trained_again_has_other_keys(adapter: Path, change:
 def test_an_adapter_whose_files_change_while_it_is_loaded_is_not_cached(
     scopes: Scopes, adapter: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The engine may compute with the old ones or the new ones. That is said once."""
+    """An adapter whose files change while it is loaded is not cached, and this is logged once."""
     assert keys_of(scopes, lora_request=lora(adapter)) is not None
     retrain(adapter)
     for _ in range(3):
@@ -121,7 +121,7 @@ def test_an_adapter_whose_files_change_while_it_is_loaded_is_not_cached(
 def test_an_adapter_whose_files_cannot_be_looked_at_is_not_cached(
     scopes: Scopes, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And that is said once."""
+    """An adapter whose files cannot be read is not cached, and this is logged once."""
     scopes.adapters.has_run(lora(path))
     for _ in range(3):
         assert keys_of(scopes, lora_request=lora(path)) is None
@@ -129,7 +129,7 @@ def test_an_adapter_whose_files_cannot_be_looked_at_is_not_cached(
 
 
 def test_names_and_paths_of_adapters_do_not_run_together(scopes: Scopes, tmp_path: Path) -> None:
-    """Nor do a salt and an adapter."""
+    """Adapters whose names and paths read the same when joined have different keys."""
     folders = [tmp_path / "c", Path(f"{tmp_path}/b:") / str(tmp_path).lstrip("/") / "c"]
     for folder in folders:
         folder.mkdir(parents=True)
@@ -142,7 +142,7 @@ def test_names_and_paths_of_adapters_do_not_run_together(scopes: Scopes, tmp_pat
 
 
 def test_a_salt_is_never_taken_for_an_adapter(scopes: Scopes, adapter: Path) -> None:
-    """Whatever is written in it."""
+    """A salt never gives the keys of an adapter, whatever it says."""
     named = lora(adapter)
     parts = scopes.parts_of(request(lora_request=named))
     assert parts is not None
@@ -154,7 +154,7 @@ def test_a_salt_is_never_taken_for_an_adapter(scopes: Scopes, adapter: Path) -> 
 
 
 def test_how_adapters_are_applied_counts(adapter: Path) -> None:
-    """In another precision, or to other layers, they give other KV."""
+    """Adapters applied in another precision, or to other layers, have other keys."""
     named = lora(adapter)
     assert keys_of(Scopes(lora="float16"), lora_request=named) != keys_of(
         Scopes(lora="float32"), lora_request=named
@@ -168,7 +168,7 @@ def test_how_adapters_are_applied_counts(adapter: Path) -> None:
 def test_unchanged_files_are_read_once(
     scopes: Scopes, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once they are so old that a change must change their time stamp."""
+    """Unchanged files are read once, if they are so old that a change changes their time stamp."""
     reads: list[Path] = []
 
     def counted(place: Path) -> Any:
@@ -188,7 +188,7 @@ def test_unchanged_files_are_read_once(
 def test_a_file_system_that_hangs_holds_up_no_step(
     scopes: Scopes, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the first request waits, and briefly; when it answers again, adapters are cached."""
+    """Only one request waits, briefly, for a hung file system; once it answers, all are cached."""
     hangs = threading.Event()
 
     def stamps(place: Path) -> Any:
@@ -209,7 +209,7 @@ def test_a_file_system_that_hangs_holds_up_no_step(
 
 @pytest.fixture
 def hub(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the hub's folder of an adapter, which is at one commit."""
+    """Return the hub's folder of an adapter, whose branch is at one of two commits."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     repo = tmp_path / "hub" / "models--org--adapter"
     for commit in ("a" * 40, "b" * 40):
@@ -220,7 +220,7 @@ def hub(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_adapter_of_the_hub_is_named_by_its_commit(scopes: Scopes, hub: Path) -> None:
-    """Once a request has run: before that the engine may fetch another one."""
+    """An adapter of the hub is named by its commit once it has run; before, it may be fetched."""
     asked = lora("org/adapter")
     assert keys_of(scopes, lora_request=asked) is None
     scopes.adapters.has_run(asked)
@@ -241,13 +241,13 @@ def test_an_adapter_of_the_hub_is_named_by_its_commit(scopes: Scopes, hub: Path)
 
 
 class Items(dict[str, Any]):
-    """Images as vLLM's renderer has them parsed."""
+    """Parsed images, as vLLM's renderer has them."""
 
     def __init__(self, images: list[Any]) -> None:
         super().__init__(image=Images(images))
 
     def get_all_counts(self) -> dict[str, int]:
-        """Count them by modality."""
+        """Return the number of items by modality."""
         return {"image": len(self["image"])}
 
 
@@ -255,12 +255,12 @@ class Images(list[Any]):
     """The images of one prompt."""
 
     def get_all_items_for_hash(self) -> list[Any]:
-        """Return what is hashed of each."""
+        """Return what is hashed of each image."""
         return list(self)
 
 
 def media_config(prefix_caching: bool, cache_gb: float) -> Any:
-    """Return what vLLM's renderer and our setup look at, of a model that sees."""
+    """Return the configuration of a model with images, as far as vLLM's renderer and we use it."""
     media = MultiModalConfig(mm_processor_cache_gb=cache_gb)
     return SimpleNamespace(
         model_config=SimpleNamespace(multimodal_config=media),
@@ -289,7 +289,7 @@ def rendered(config: Any, number: int, image: Any, uuid: str | None, kwargs: Any
 def test_two_pictures_never_share_a_key(
     prefix_caching: bool, cache_gb: float, uuid: str | None, kwargs: dict[str, Any]
 ) -> None:
-    """Each is the first one of its process; if vLLM only numbers images, nothing is cached."""
+    """Two images never share a key; where vLLM only numbers images, they are not cached."""
     config = media_config(prefix_caching, cache_gb)
     scopes = Scopes(setup._names_media(config))
     one, other, same = (
@@ -309,14 +309,14 @@ def test_two_pictures_never_share_a_key(
 
 @pytest.mark.parametrize("name", ["renderer0-mm-0-image-0", "a:renderer3-mm-12-image-0", "", None])
 def test_an_image_without_a_name_of_its_own_is_not_cached(scopes: Scopes, name: Any) -> None:
-    """Wherever it comes from."""
+    """An image without a name of its own is not cached, whichever process numbered it."""
     where = PlaceholderRange(offset=8, length=8)
     feature = MultiModalFeatureSpec(None, "image", name, where, name)
     assert keys_of(scopes, mm_features=[feature]) is None
 
 
 def test_one_name_of_two_modalities_is_two(scopes: Scopes) -> None:
-    """Users may name a picture and a sound alike."""
+    """An image and a sound of the same name have different keys."""
     where = PlaceholderRange(offset=8, length=8)
     keys = {
         keys_of(scopes, mm_features=[MultiModalFeatureSpec(None, kind, "one", where, "one")])

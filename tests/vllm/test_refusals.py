@@ -1,4 +1,4 @@
-"""What FlexKV does not serve under vLLM is refused by its true name, and nothing is launched."""
+"""Tests that what FlexKV does not serve under vLLM is refused by its true name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ support = pytest.mark.support
 
 
 def model_is(**facts: bool) -> Change:
-    """Return what lets vLLM know these facts of a model's class."""
+    """Return a change of the configuration that gives a model's class these facts."""
 
     def change(config: Any) -> None:
         model = config.model_config
@@ -46,7 +46,7 @@ def model_is(**facts: bool) -> Change:
 
 
 def sets(path: str, value: object) -> Change:
-    """Return what gives a value to a field of the configuration."""
+    """Return a change that sets a field of the configuration."""
 
     def change(config: Any) -> None:
         *owners, name = path.split(".")
@@ -153,7 +153,7 @@ REFUSED = [
 def test_what_is_not_served_is_refused_by_its_true_name(
     configured: Any, change: Change, field: str, words: str
 ) -> None:
-    """By both connectors, for either role, before a server is launched or anything connected."""
+    """Both connectors refuse it in either role, before they launch or connect to a server."""
     config = copy.deepcopy(configured)
     change(config)
     for role in KVConnectorRole:
@@ -164,7 +164,7 @@ def test_what_is_not_served_is_refused_by_its_true_name(
 
 
 def test_a_plain_model_is_not_refused(configured: Any) -> None:
-    """Nor is one whose drafts have no KV cache, or whose configuration names a window unused."""
+    """A plain model, one with drafts without KV cache and one with an unused window are served."""
     check_engine(configured)
     config = copy.deepcopy(configured)
     config.speculative_config = SimpleNamespace(method="ngram")
@@ -181,7 +181,7 @@ def caches(*specs: Any) -> KVCacheConfig:
 
 
 def test_kv_caches_that_do_not_keep_every_token_are_refused() -> None:
-    """Whatever the configuration says of the model: a new kind of layer is not served unseen."""
+    """KV caches of any kind of layer that may drop tokens are refused, whatever the model says."""
     shape = {"block_size": 16, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float16}
     full, window = FullAttentionSpec(**shape), SlidingWindowSpec(**shape, sliding_window=4)
     check_caches(None)
@@ -203,7 +203,7 @@ def test_kv_caches_that_do_not_keep_every_token_are_refused() -> None:
 def test_a_real_configuration_without_attention_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM takes the model; FlexKV says what it is, and not that it has no heads."""
+    """A real configuration of a model without attention is refused as attention-free."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     facts = {
         "architectures": ["MambaForCausalLM"], "model_type": "mamba", "hidden_size": 64,

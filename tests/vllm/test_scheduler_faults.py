@@ -1,6 +1,7 @@
-"""What goes wrong under way, as vLLM and the server see it: loads, puts, parents.
+"""Tests of loads, puts and steps that go wrong, as vLLM and the server see them.
 
-The rig is that of `test_scheduler_side`: a real server, and an agent that says what tests say.
+The rig is that of `test_scheduler_side`: a real server, and an agent whose messages come from the
+test.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ LONG = 8 * PER_BLOCK + 1
 
 @pytest.fixture
 def rig(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
-    """Return a scheduler's side with its server and agent; a parameter sets its cache."""
+    """Yield a scheduler's side with its server and agent; the parameter changes the cache."""
     made = Rig(tmp_path, **getattr(request, "param", {}))
     yield made
     made.agent.close()
@@ -54,7 +55,7 @@ def goes_on(name: str, computed: int, tokens: int, blocks: list[int], drafts: in
 
 
 def put_of(rig: Rig, step: Any) -> Copy:
-    """Let the puts of a step go, and return the copy that the server asks for."""
+    """Report a step's put as ready, and return the copy that the server asks for."""
     made = rig.side.build_connector_meta(step)
     assert len(made.puts) == 1
     rig.agent.say(Ready(tuple(made.puts)))
@@ -64,12 +65,12 @@ def put_of(rig: Rig, step: Any) -> Copy:
 
 
 def device_blocks(copy: Copy) -> list[int]:
-    """Return the device's blocks of a copy, in order."""
+    """Return the device blocks of a copy, in order."""
     return sorted(np.frombuffer(copy.device_ids, np.int64) & 0xFFFF)
 
 
 def until_puts_end(rig: Rig, name: str) -> Any:
-    """Return the sum of the steps until a request has no put under way."""
+    """Step until a request has no put under way; return the settles and drops of these steps."""
     total = StepMetadata()
 
     def over() -> bool:
@@ -83,7 +84,7 @@ def until_puts_end(rig: Rig, name: str) -> Any:
 
 
 def load(rig: Rig, request: Request, blocks: list[int]) -> None:
-    """Let a request's load begin, as vLLM does once it has blocks."""
+    """Start a request's load, as vLLM does once it has blocks."""
     extra, later = answered(rig, request)
     assert (extra, later) == (3 * PER_BLOCK, True)
     given = SimpleNamespace(get_block_ids=lambda: (blocks,))
@@ -92,7 +93,7 @@ def load(rig: Rig, request: Request, blocks: list[int]) -> None:
 
 
 def test_a_load_that_came_short_is_settled_and_claims_nothing_again(rig: Rig) -> None:
-    """Or vLLM would ask for ever; and no copy may be left when it is told."""
+    """A load that came short fails its blocks, is settled, and is not offered again."""
     stored(rig)
     request = Request("b")
     load(rig, request, [5, 6, 7, 8])
@@ -107,7 +108,7 @@ def test_a_load_that_came_short_is_settled_and_claims_nothing_again(rig: Rig) ->
 
 
 def test_a_load_that_came_is_not_settled(rig: Rig) -> None:
-    """No block of it is failed, and none of it is stored again."""
+    """A complete load has no failed blocks, is not settled, and is not stored again."""
     stored(rig)
     request = Request("b")
     load(rig, request, [5, 6, 7, 8])
@@ -119,7 +120,7 @@ def test_a_load_that_came_is_not_settled(rig: Rig) -> None:
 
 
 def test_drafts_are_not_stored(rig: Rig) -> None:
-    """Drafts may be rejected, so a block that ends in one is not whole."""
+    """Blocks with drafts are not stored, since drafts may be rejected."""
     answered(rig, Request("a", num_tokens=LONG))
     copy = put_of(rig, output(("a", [1, 2, 3, 4])))
     assert device_blocks(copy) == [1, 2, 3]
@@ -131,7 +132,7 @@ def test_drafts_are_not_stored(rig: Rig) -> None:
 
 
 def test_a_load_waits_for_puts_that_read_its_blocks(rig: Rig) -> None:
-    """Otherwise it would overwrite blocks that are being stored under other keys."""
+    """A load waits for puts that read its blocks, which it would overwrite."""
     stored(rig)
     copy = rig.begin("x", [10, 11, 12, 13], seed=1000)
     load(rig, Request("b"), [12, 13, 14, 15])
@@ -146,7 +147,7 @@ def test_a_load_waits_for_puts_that_read_its_blocks(rig: Rig) -> None:
 
 
 def test_a_load_does_not_wait_for_puts_of_other_blocks(rig: Rig) -> None:
-    """It is under way beside them."""
+    """A load does not wait for puts that read other blocks."""
     stored(rig)
     rig.begin("x", [10, 11, 12, 13], seed=1000)
     load(rig, Request("b"), [20, 21, 22, 23])
@@ -154,7 +155,7 @@ def test_a_load_does_not_wait_for_puts_of_other_blocks(rig: Rig) -> None:
 
 
 def test_a_put_that_failed_is_made_again_with_the_next_blocks(rig: Rig) -> None:
-    """Otherwise later blocks would have no parents; the failed put is settled."""
+    """The blocks of a failed put are put again with the next ones, whose parents they are."""
     answered(rig, Request("a", num_tokens=LONG))
     copy = put_of(rig, output(("a", [1, 2, 3, 4])))
     rig.agent.say(Copied(copy.op_id, "the copy was made to fail"))
@@ -172,7 +173,7 @@ def test_a_put_that_failed_is_made_again_with_the_next_blocks(rig: Rig) -> None:
     "rig", [{"num_cpu_blocks": 8, "enable_ssd": False}], indirect=True, ids=[""]
 )
 def test_a_put_whose_parents_are_gone_is_made_again_from_the_first_block(rig: Rig) -> None:
-    """They were evicted meanwhile: a block without its parents is stored nowhere."""
+    """If a put's parents were evicted meanwhile, the next put has all blocks from the first on."""
     answered(rig, Request("a", num_tokens=LONG))
     rig.agent.say(Copied(put_of(rig, output(("a", [1, 2, 3, 4]))).op_id))
     until_puts_end(rig, "a")
@@ -191,7 +192,7 @@ def test_a_put_whose_parents_are_gone_is_made_again_from_the_first_block(rig: Ri
 
 
 def test_a_request_whose_cache_was_cleared_stores_nothing_more(rig: Rig) -> None:
-    """Its put is planned after the clear: the blocks that it computes next are old, too."""
+    """A request that ran during a clear stores nothing more: its blocks are stale."""
     answered(rig, Request("a", num_tokens=LONG))
     step = rig.side.build_connector_meta(output(("a", [1, 2, 3, 4])))
     command(rig.side._setup.settings.server_recv_port, "clear")
@@ -201,7 +202,7 @@ def test_a_request_whose_cache_was_cleared_stores_nothing_more(rig: Rig) -> None
 
 
 def test_puts_of_what_another_connector_has_not_loaded_are_dropped(rig: Rig) -> None:
-    """The server and the workers drop them; they are made again, and other puts go on."""
+    """Puts of blocks that another connector failed to load are dropped and made again."""
     answered(rig, Request("a", num_tokens=LONG))
     answered(rig, Request("x", 1000))
     both = rig.side.build_connector_meta(output(("a", [1, 2, 3, 4]), ("x", [10, 11, 12, 13])))
@@ -216,7 +217,7 @@ def test_puts_of_what_another_connector_has_not_loaded_are_dropped(rig: Rig) -> 
     until_puts_end(rig, "x")
     assert answered(rig, Request("b")) == (0, False)
     assert answered(rig, Request("c", 1000)) == (3 * PER_BLOCK, True)
-    # Before the end of the one that was dropped is told, the next one has all blocks again.
+    # The next put has all blocks again before the end of the dropped one is reported.
     rig.agent.say(Ready(tuple(step.puts)))
     assert device_blocks(rig.agent.hear(Copy)) == [1, 2, 3, 4]
 
@@ -224,7 +225,7 @@ def test_puts_of_what_another_connector_has_not_loaded_are_dropped(rig: Rig) -> 
 def test_a_scheduler_has_no_block_that_failed_to_load(
     configured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The workers say which did: vLLM and its other connectors join sets, none of them None."""
+    """A scheduler's side returns an empty set of failed blocks, since vLLM joins these sets."""
     monkeypatch.setattr(vllm_v1_adapter, "SchedulerSide", lambda _: SimpleNamespace())
     monkeypatch.setenv("FLEXKV_SERVER_RECV_PORT", f"ipc://{tmp_path}/socket")
     made = vllm_v1_adapter.FlexKVConnectorV1Impl(configured, KVConnectorRole.SCHEDULER)
@@ -234,7 +235,7 @@ def test_a_scheduler_has_no_block_that_failed_to_load(
 def test_a_worker_offers_no_tokens(
     configured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the scheduler's side knows what there is to load."""
+    """A worker's side offers no tokens."""
     monkeypatch.setattr(vllm_v1_adapter, "_tp_rank", lambda: 0)
     monkeypatch.setenv("FLEXKV_SERVER_RECV_PORT", f"ipc://{tmp_path}/socket")
     made = vllm_v1_adapter.FlexKVConnectorV1Impl(configured, KVConnectorRole.WORKER)
@@ -246,7 +247,7 @@ def test_a_worker_offers_no_tokens(
 
 
 class Agent:
-    """Notes what a worker says to the server."""
+    """A fake agent that records what a worker reports to the server."""
 
     def __init__(self, *_: Any) -> None:
         self.told: list[int] = []
@@ -256,27 +257,27 @@ class Agent:
         self.closed = 0
 
     def start(self, kv_caches: Any) -> None:
-        """Note what is lent."""
+        """Record KV caches that are lent."""
         self.lent.append(kv_caches)
 
     def ready(self, numbers: list[int], to_device: bool = False) -> None:
-        """Note that these requests may go on, and which of them write to the device."""
+        """Record requests that may go on, and those of them that write to the device."""
         self.told += numbers
         if to_device:
             self.told_to_device += numbers
 
     def settle(self, numbers: list[int]) -> None:
-        """Note that no copy of these requests may be left."""
+        """Record requests of which no copy may be left."""
         self.settled += numbers
 
     def close(self) -> None:
-        """Count it."""
+        """Count the call."""
         self.closed += 1
 
 
 @pytest.fixture
 def side(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a worker's side, over such an agent."""
+    """Return a worker's side over such an agent."""
     monkeypatch.setattr(worker, "Agent", Agent)
     settings = SimpleNamespace(server_recv_port="ipc:///nowhere")
     setup: Any = SimpleNamespace(settings=settings, model=None, cache=None, instance=0)
@@ -284,14 +285,14 @@ def side(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def ran(side: Any, step: StepMetadata, drafts: bool) -> None:
-    """Report a step as vLLM does, in another order if drafts are made."""
+    """Report a step as vLLM does, in reverse order if drafts are made."""
     hooks = [side.wait_for_save, side.get_finished]
     for hook in reversed(hooks) if drafts else hooks:
         hook(step)
 
 
 def fail(side: Any, step: StepMetadata, drafts: bool) -> None:
-    """Report a step whose forward raises: with drafts vLLM never reports its end."""
+    """Report a step whose forward raised; with drafts vLLM does not report its end."""
     hooks = [side.get_finished] if drafts else [side.wait_for_save, side.get_finished]
     try:
         _ = 1 // 0
@@ -302,7 +303,7 @@ def fail(side: Any, step: StepMetadata, drafts: bool) -> None:
 
 @pytest.mark.parametrize("drafts", [False, True])
 def test_nothing_is_read_or_written_of_a_forward_that_has_failed(side: Any, drafts: bool) -> None:
-    """Its blocks keep what they had, also in the steps that follow."""
+    """Puts and loads of a step whose forward failed are never reported as ready."""
     fail(side, StepMetadata(puts=[1], loads=[2], settle=[3]), drafts)
     for _ in range(STEPS_BEHIND + 2):
         ran(side, StepMetadata(), drafts=False)
@@ -314,7 +315,7 @@ def test_nothing_is_read_or_written_of_a_forward_that_has_failed(side: Any, draf
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside_others"])
 def test_every_put_is_let_go_once_in_whatever_order_steps_are_told(side: Any, beside: bool) -> None:
-    """With drafts and without a forward, at once or two steps later."""
+    """Each put is reported once, in whatever order vLLM calls: at once, or two steps later."""
     side.beside_others = beside
     for number, drafts in enumerate([True, True, False, False, True, False], start=1):
         ran(side, StepMetadata(puts=[number]), drafts)
@@ -329,7 +330,7 @@ def test_every_put_is_let_go_once_in_whatever_order_steps_are_told(side: Any, be
 def test_puts_that_are_dropped_are_never_let_go_beside_other_connectors(
     side: Any, drafts: bool
 ) -> None:
-    """The scheduler learns of a failed load after the step, and drops puts in the next two."""
+    """Beside other connectors, puts that are dropped within two steps are never reported."""
     side.beside_others = True
     ran(side, StepMetadata(puts=[1, 2]), drafts)
     ran(side, StepMetadata(puts=[3], dropped={1}), drafts)
@@ -340,7 +341,7 @@ def test_puts_that_are_dropped_are_never_let_go_beside_other_connectors(
 
 
 def test_puts_of_before_a_nap_are_not_let_go_after_it(side: Any) -> None:
-    """The memory that they would read is gone."""
+    """Puts from before a sleep are not reported after it, since their memory is gone."""
     side.beside_others = True
     ran(side, StepMetadata(puts=[1]), drafts=True)
     ran(side, StepMetadata(puts=[2]), drafts=False)
@@ -352,14 +353,14 @@ def test_puts_of_before_a_nap_are_not_let_go_after_it(side: Any) -> None:
 
 
 def test_a_worker_without_caches_has_none_to_lend_again(side: Any) -> None:
-    """An engine may be put to sleep, and woken, before it has any."""
+    """A worker that sleeps and wakes before it has KV caches lends none."""
     side.suspend()
     side.resume()
     assert side._agent.lent == []
 
 
 def test_a_worker_that_sleeps_tells_nobody(side: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its requests have ended; the step goes on."""
+    """A worker whose agent is closed still reports finished requests."""
 
     def closed(*_: Any) -> None:
         raise ClosedError("agent")
@@ -372,7 +373,7 @@ def test_a_worker_that_sleeps_tells_nobody(side: Any, monkeypatch: pytest.Monkey
 
 
 def test_caches_that_are_lent_anew_are_lent_once(side: Any) -> None:
-    """The agent of before is closed: it would copy to memory that the engine has let go."""
+    """KV caches that are registered anew are lent once, and the agent before is closed."""
     agents = [side._agent]
     for kv_caches in ({"first": 0}, {"second": 0}):
         side.register_kv_caches(kv_caches)

@@ -1,4 +1,4 @@
-"""The scheduler's side against a real server, with an agent of which the test says every word."""
+"""Tests of the scheduler's side at a real server, with an agent that sends what the test says."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TOKENS = 3 * PER_BLOCK + 1
 
 @dataclass
 class Request:
-    """As much of vLLM's as is looked at."""
+    """The parts of vLLM's request that are used."""
 
     request_id: str
     seed: int = 0
@@ -47,17 +47,17 @@ class Request:
 
     @property
     def all_token_ids(self) -> list[int]:
-        """Give its tokens."""
+        """Return its tokens."""
         return list(range(self.seed, self.seed + self.num_tokens))
 
     @property
     def block_hashes(self) -> list[bytes]:
-        """Give vLLM's hashes of its blocks."""
+        """Return vLLM's hashes of its blocks."""
         return [f"{self.seed} {n}".encode().ljust(32) for n in range(self.num_tokens // PER_BLOCK)]
 
 
 def output(*new: tuple[str, list[int]]) -> Any:
-    """Give a step that prefills requests into blocks."""
+    """Return a step that prefills requests into blocks."""
     return SimpleNamespace(
         scheduled_new_reqs=[
             SimpleNamespace(req_id=name, block_ids=(blocks,), num_computed_tokens=0)
@@ -84,11 +84,11 @@ class Rig:
         self.pid = self.side._launched.pid
 
     def status(self) -> Any:
-        """Give what the server says of itself."""
+        """Return the server's statistics."""
         return command(self.side._setup.settings.server_recv_port, "status")["statistics"]
 
     def begin(self, name: str, blocks: list[int], seed: int = 0, **more: Any) -> Copy:
-        """Prefill a request, and give the copy that stores it, under way."""
+        """Prefill a request, and return the copy that its put has started."""
         answered(self, Request(name, seed, **more))
         step = self.side.build_connector_meta(output((name, blocks)))
         self.agent.say(Ready(tuple(step.puts)))
@@ -96,7 +96,7 @@ class Rig:
         return copy
 
     def step_until(self, what: str) -> Any:
-        """Give the first step that reports something."""
+        """Step until a step reports this, and return that step."""
         return eventually(
             lambda: (s := self.side.build_connector_meta(output())) and getattr(s, what) and s
         )
@@ -104,7 +104,7 @@ class Rig:
 
 @pytest.fixture
 def rig(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
-    """Give one, whose steps wait for the server for as long as they have to, or else."""
+    """Yield a rig; the parameter is `match_wait_ms`, and by default steps wait long."""
     made = Rig(tmp_path, *([request.param] if hasattr(request, "param") else []))
     yield made
     made.agent.close()
@@ -112,7 +112,7 @@ def rig(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
 
 
 def test_an_aborted_load_that_waits_for_its_puts_is_over_once(rig: Rig) -> None:
-    """It was preempted, asked again, and given up: `received`, and never `sent` too."""
+    """An aborted load that waits for puts ends once, as `received`, and never also as `sent`."""
     copy = rig.begin("a", [1, 2, 3, 4])
     request = Request("a")
     extra, later = rig.side.get_num_new_matched_tokens(request, 0)
@@ -128,7 +128,7 @@ def test_an_aborted_load_that_waits_for_its_puts_is_over_once(rig: Rig) -> None:
 
 
 def test_blocks_stay_until_the_puts_that_read_them_are_over(rig: Rig) -> None:
-    """Of a request that has ended."""
+    """Blocks of an ended request stay until the puts that read them are over."""
     copy = rig.begin("a", [1, 2, 3, 4])
     assert rig.side.request_finished(Request("a")) is True
     assert not rig.side.build_connector_meta(output()).sent
@@ -137,7 +137,7 @@ def test_blocks_stay_until_the_puts_that_read_them_are_over(rig: Rig) -> None:
 
 
 def test_what_a_request_stores_last_is_announced(rig: Rig) -> None:
-    """It has ended by then: its blocks are there before its put is over."""
+    """The last blocks of a request are announced, though it has ended by then."""
     copy = rig.begin("a", [1, 2, 3, 4])
     rig.side.request_finished(Request("a"))
     rig.agent.say(Copied(copy.op_id))
@@ -148,7 +148,7 @@ def test_what_a_request_stores_last_is_announced(rig: Rig) -> None:
 
 
 def test_a_step_waits_for_puts_that_read_what_it_writes(rig: Rig) -> None:
-    """Another request got the blocks of one that was preempted."""
+    """A step waits for the puts that read blocks which it writes, and for no others."""
     copy = rig.begin("a", [1, 2, 3, 4])
     rig.side.get_num_new_matched_tokens(Request("b", 1000), 0)
     threading.Timer(0.1, lambda: rig.agent.say(Copied(copy.op_id))).start()
@@ -163,7 +163,7 @@ def test_a_step_waits_for_puts_that_read_what_it_writes(rig: Rig) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_step_does_not_wait_for_a_server_that_is_gone(rig: Rig, number: int) -> None:
-    """What its puts have read is not stored, nor are the step's own."""
+    """A step does not wait for a server that is gone; its puts and earlier ones are not stored."""
     rig.begin("a", [1, 2, 3, 4])
     rig.side.get_num_new_matched_tokens(Request("b", 1000), 0)
     threading.Timer(0.05, lambda: os.kill(rig.pid, number)).start()
@@ -179,14 +179,14 @@ def test_a_step_does_not_wait_for_a_server_that_is_gone(rig: Rig, number: int) -
 
 
 def stored(rig: Rig) -> None:
-    """Store what request "a" has, and wait for that."""
+    """Put the prompt of request "a", and wait for its end."""
     rig.agent.say(Copied(rig.begin("a", [1, 2, 3, 4]).op_id))
     eventually(lambda: (rig.side._poll(), not rig.side._tracked["a"].puts)[1])
     rig.side.take_stats()
 
 
 def answered(rig: Rig, request: Request) -> tuple[int, bool]:
-    """Give what is told of a request at last."""
+    """Ask until the answer for a request is there, and return it."""
     told: tuple[int | None, bool] = None, False
 
     def asked() -> bool:
@@ -201,7 +201,7 @@ def answered(rig: Rig, request: Request) -> tuple[int, bool]:
 
 @pytest.mark.parametrize("rig", [0.25], indirect=True)
 def test_a_prompt_of_which_the_server_says_nothing_is_put_off(rig: Rig) -> None:
-    """To the next step, and with the same question; what it holds goes with the request."""
+    """A prompt without an answer is put off; its question and hold stay until the request ends."""
     stored(rig)
     os.kill(rig.pid, signal.SIGSTOP)
     requests = [Request("b"), Request("c"), Request("d", 1000)]
@@ -225,10 +225,10 @@ def test_a_prompt_of_which_the_server_says_nothing_is_put_off(rig: Rig) -> None:
 def test_prompts_that_wait_in_line_hold_little_and_not_for_long(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM goes through all of them while each is put off, and comes back to the first ones."""
+    """However many prompts wait in line, holds are few, end after a while, and are then renewed."""
     stored(rig)
     monkeypatch.setattr(questions, "KEPT_S", 60.0)
-    rig.side.client._answer_s = 60.0  # a slow machine is no fault here
+    rig.side.client._answer_s = 60.0  # the server may be slow here
     os.kill(rig.pid, signal.SIGSTOP)
     requests = [Request(f"{n}") for n in range(3 * questions.ASKED_MAX)]
     asked = [rig.side.get_num_new_matched_tokens(request, 0) for request in requests]
@@ -244,7 +244,7 @@ def test_prompts_that_wait_in_line_hold_little_and_not_for_long(
 
 @pytest.mark.parametrize("rig", [0.25], indirect=True)
 def test_what_was_asked_before_a_reset_is_asked_anew(rig: Rig) -> None:
-    """Nothing is offered that is gone by then: to load it would fail the request."""
+    """After a reset a waiting prompt is asked anew, since loading cleared blocks would fail."""
     stored(rig)
     os.kill(rig.pid, signal.SIGSTOP)
     request = Request("b")
@@ -258,7 +258,7 @@ def test_what_was_asked_before_a_reset_is_asked_anew(rig: Rig) -> None:
 
 @pytest.mark.parametrize("rig", [0.25], indirect=True)
 def test_a_server_that_says_nothing_for_long_is_left(rig: Rig) -> None:
-    """What was asked for is computed."""
+    """A server that does not answer for long is left, and its prompts are computed."""
     stored(rig)
     os.kill(rig.pid, signal.SIGSTOP)
     requests = [Request("b"), Request("c")]
@@ -272,14 +272,14 @@ def test_a_server_that_says_nothing_for_long_is_left(rig: Rig) -> None:
 
 
 def test_a_load_slower_than_computing_is_not_offered(rig: Rig) -> None:
-    """The request is told once; and nothing is held for it."""
+    """A load slower than computing is not offered, is counted once, and holds nothing."""
     stored(rig)
     costs = rig.side._costs
     assert costs is not None
     for _ in range(3):
         costs.loaded({"host": 20}, 2.0)
         costs.step_begins(1000)
-        for _ in range(4):  # those before, of which the test has not told the ends
+        for _ in range(4):  # also ends the earlier steps
             costs.step_ends()
     for _ in range(2):
         assert rig.side.get_num_new_matched_tokens(Request("c"), 0) == (0, False)
@@ -289,7 +289,7 @@ def test_a_load_slower_than_computing_is_not_offered(rig: Rig) -> None:
 
 
 def test_what_needs_every_tokens_output_loads_nothing(rig: Rig) -> None:
-    """Nor do prompts that are no tokens."""
+    """Requests that need each token's output, or have embeddings or another salt, load nothing."""
     rig.agent.say(Copied(rig.begin("a", [1, 2, 3, 4]).op_id))
     eventually(lambda: rig.side.get_num_new_matched_tokens(Request("b"), 0)[0] > 0)
     wanting = Request("c")
@@ -302,13 +302,13 @@ def test_what_needs_every_tokens_output_loads_nothing(rig: Rig) -> None:
 
 
 def image(name: str) -> Any:
-    """Return one that stands behind the second block."""
+    """Return an image that stands behind the second block."""
     where = SimpleNamespace(offset=PER_BLOCK, length=PER_BLOCK)
     return SimpleNamespace(mm_position=where, identifier=name)
 
 
 def test_a_session_that_gets_an_image_has_other_keys(rig: Rig) -> None:
-    """The blocks behind the image do; those before it are found."""
+    """If a session gets an image, blocks behind it have other keys; those before it are found."""
     stored(rig)
     session = Request("b")
     assert answered(rig, session) == (3 * PER_BLOCK, True)
@@ -317,7 +317,7 @@ def test_a_session_that_gets_an_image_has_other_keys(rig: Rig) -> None:
 
 
 def test_a_session_that_gets_an_image_without_a_name_is_cached_no_more(rig: Rig) -> None:
-    """It goes on, and what it had stored before stays."""
+    """A session that gets an image without a name stores and loads no more; its blocks stay."""
     stored(rig)
     session = Request("b")
     assert answered(rig, session) == (3 * PER_BLOCK, True)
@@ -328,7 +328,7 @@ def test_a_session_that_gets_an_image_without_a_name_is_cached_no_more(rig: Rig)
 
 
 def test_an_adapter_that_was_trained_again_finds_nothing(rig: Rig, tmp_path: Path) -> None:
-    """It shares nothing with the earlier one of the same name and path."""
+    """A retrained adapter finds nothing of the earlier one with the same name and path."""
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(bytes(64))
     adapter = LoRARequest("adapter", 1, str(file))
@@ -344,7 +344,7 @@ def test_an_adapter_that_was_trained_again_finds_nothing(rig: Rig, tmp_path: Pat
 def test_an_adapter_of_the_hub_is_cached_once_it_has_run(
     rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first request may fetch another commit."""
+    """An adapter of the hub is cached once it has run; before, another commit may be fetched."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     repo = tmp_path / "hub" / "models--org--adapter"
     for folder in (repo / "snapshots" / ("a" * 40), repo / "refs"):

@@ -1,4 +1,4 @@
-"""A real `vllm serve`, asked over HTTP: the stock flags, and nothing of vLLM patched."""
+"""Tests of a real `vllm serve` over HTTP, with stock flags and nothing of vLLM patched."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Serve = Callable[..., VllmServe]
 
 @pytest.fixture
 def serve(model: str, tmp_path: Path) -> Iterator[Serve]:
-    """Give what serves the model with a connector, always over the same folder."""
+    """Yield a function that serves the model with a connector, always over the same folder."""
     cache = {"num_cpu_blocks": 1024, "num_ssd_blocks": 2048, "load_if_faster": False}
     settings = {"cache_config": cache, "server_answer_ms": 60_000}
     with ExitStack() as stack:
@@ -61,7 +61,7 @@ def serve(model: str, tmp_path: Path) -> Iterator[Serve]:
 
 
 def wait_lent(engine: VllmServe, engines: int) -> None:
-    """Return once FlexKV has the memory of every engine: they answer without, too."""
+    """Wait until FlexKV has the memory of every engine; they answer before that, too."""
     until_s = time.monotonic() + 60
     lent: dict[str, list[int]] = {}
     while lent != {str(number): [0] for number in range(engines)}:
@@ -73,7 +73,7 @@ def wait_lent(engine: VllmServe, engines: int) -> None:
 
 
 def by_curl(engine: VllmServe, prompt: list[int]) -> tuple[list[int], int]:
-    """Ask as the documents do."""
+    """Ask by curl, as the documents do; return the answer and how many tokens were hit."""
     told = subprocess.run(
         ["curl", "-sS", "--fail-with-body", f"http://127.0.0.1:{engine.port}/v1/completions",
          "-H", "Content-Type: application/json",
@@ -85,7 +85,7 @@ def by_curl(engine: VllmServe, prompt: list[int]) -> tuple[list[int], int]:
 
 
 def converse(engine: VllmServe, turns: int = SIZES.turns) -> Conversations:
-    """Ask in every conversation at once, turn by turn; in the first by curl."""
+    """Ask in every conversation at once, turn by turn, in the first by curl."""
     conversations = Conversations(SIZES)
 
     def ask(number: int) -> tuple[list[int], int]:
@@ -102,7 +102,7 @@ def converse(engine: VllmServe, turns: int = SIZES.turns) -> Conversations:
 
 
 def counted(engine: VllmServe, name: str) -> float:
-    """Give a counter of vLLM's own endpoint."""
+    """Return a counter of vLLM's own endpoint."""
     said = engine.request("GET", "/metrics").decode()
     values = re.findall(rf"^{name}{{[^}}]*}} (\S+)$", said, re.MULTILINE)
     assert values, f"{name} is not among the metrics"
@@ -118,7 +118,7 @@ def counted(engine: VllmServe, name: str) -> float:
 def test_answers_over_http_are_equal_and_a_killed_engine_is_warm(
     serve: Serve, expected: dict[str, Any]
 ) -> None:
-    """64 requests, `kill -9` of every process, and once more from SSD, with FlexKV's connector."""
+    """Answers over HTTP are equal, also from SSD after `kill -9` of every process."""
     engine = serve(SHIM)
     first = converse(engine)
     assert first.answers == expected["answers"]
@@ -145,7 +145,7 @@ def test_answers_over_http_are_equal_and_a_killed_engine_is_warm(
 def test_an_engine_that_is_terminated_leaves_what_it_had_on_ssd(
     serve: Serve, connector: dict[str, Any]
 ) -> None:
-    """vLLM then kills all its processes at once; the server flushes, and ends."""
+    """After SIGTERM to vLLM, which kills all its processes, the server flushes, and ends."""
     engine = serve(connector)
     conversations = converse(engine, turns=1)
     until_idle(engine)
@@ -167,7 +167,7 @@ def test_an_engine_that_is_terminated_leaves_what_it_had_on_ssd(
 
 
 def until_idle(engine: VllmServe) -> None:
-    """Return once nothing is under way any more."""
+    """Wait until the server has no claims."""
     until_s = time.monotonic() + 100
     while command(engine.address, "status")["statistics"]["claims"]:
         assert time.monotonic() < until_s, "puts are under way still"
@@ -176,7 +176,7 @@ def until_idle(engine: VllmServe) -> None:
 
 @pytest.mark.support("feature", "data parallelism", "served")
 def test_engines_of_one_vllm_share_a_server(serve: Serve, expected: dict[str, Any]) -> None:
-    """Data parallel: each engine answers as one does, and hits what the other has stored."""
+    """Two data-parallel engines answer like one, and hit each other's blocks."""
     engine = serve(SHIM, engines=2)
     conversations = converse(engine, turns=3)
     assert conversations.answers == expected["answers"][:3]
@@ -197,7 +197,7 @@ def test_engines_of_one_vllm_share_a_server(serve: Serve, expected: dict[str, An
 def test_a_server_that_cannot_start_ends_the_start_of_vllm_with_its_reason(
     serve: Serve, tmp_path: Path
 ) -> None:
-    """A size beyond the machine, in the keys of vLLM's own configuration: they win."""
+    """If the server cannot start, vLLM's start fails, and its log has the reason."""
     beyond = {"cpu_cache_gb": 1_000_000}
     with pytest.raises(RuntimeError):
         serve({**OWN, "kv_connector_extra_config": beyond})

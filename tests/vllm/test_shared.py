@@ -1,4 +1,4 @@
-"""Engines that share a server or an SSD store, and such as must not: other ranks, other models."""
+"""Tests of engines that share a server or an SSD store, and of others that must share nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TP2: dict[str, Any] = {
 
 @pytest.fixture
 def server(model: str, model_file: Path, tmp_path: Path) -> Iterator[External]:
-    """A server of its own, over the folder that the engines of a test use."""
+    """Yield a server in the folder that the engines of a test use."""
     settings = planned(model, tmp_path, {"cache": {"tokens_per_block": 32}})["settings"]
     server = External(model_file, settings)
     server.status()
@@ -33,12 +33,12 @@ def server(model: str, model_file: Path, tmp_path: Path) -> Iterator[External]:
 
 
 def as_instance(number: int) -> dict[str, str]:
-    """Give the environment of an engine that shares a server."""
+    """Return the environment of an engine that shares a server."""
     return {"FLEXKV_SERVER_LAUNCH_MODE": "external", "FLEXKV_INSTANCE_ID": str(number)}
 
 
 def check_idle(told: dict[str, Any]) -> None:
-    """Check that nothing of an engine is left."""
+    """Check that nothing of an engine's requests is left."""
     assert told["leaked_blocks"] == 0
     statistics = told["server"]["statistics"]
     assert (statistics["claims"], statistics["runs_in_flight"]) == (0, 0)
@@ -48,7 +48,7 @@ def check_idle(told: dict[str, Any]) -> None:
 def test_engines_share_a_server(
     start: Callable[..., Started], server: External, expected: dict[str, Any]
 ) -> None:
-    """What one has stored the other hits in its first turn; each goes on when the other is gone."""
+    """An engine hits in its first turn what another stored; each goes on when the other is gone."""
     first = start(connector="shim", environment=as_instance(0))
     told = first.answer()
     assert told["answers"] == expected["answers"]
@@ -66,7 +66,7 @@ def test_engines_share_a_server(
 
 @pytest.mark.support("feature", "tensor parallelism", "served")
 def test_two_ranks_answer_as_without_and_share_nothing_with_one(run: Run, model: str) -> None:
-    """TP 2, then TP 1 over the same store, and TP 2 again."""
+    """TP 2 answers as without FlexKV, and TP 1 over the same store finds nothing of it."""
     expected = run(connector="none", **SHORT, **TP2)
     told = run(connector="shim", **SHORT, **TP2)
     assert told["answers"] == expected["answers"]
@@ -89,14 +89,14 @@ OTHERS: dict[str, dict[str, Any]] = {
 def test_another_engine_over_the_same_store_hits_nothing(
     run: Run, model: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, what: str
 ) -> None:
-    """And answers as without a connector; then the first one's answers are what they were."""
+    """An engine of other weights, dtype or block size hits nothing, and harms no stored block."""
     other = dict(OTHERS[what])
     seed = other.pop("seed", 0)
     theirs = str(make_tiny_model(tmp_path_factory.mktemp("other") / "tiny", seed=seed))
     first = run(connector="shim", flush=True, **SHORT)
     told = run(connector="shim", model=theirs, **SHORT, **other)
     assert max(told["cached"][0]) == 0
-    # bf16 rounds otherwise where a prefix is hit, even vLLM's own.
+    # With bf16, hits change the rounding, even those of vLLM's own cache.
     if what != "dtype":
         assert told["answers"] == run(connector="none", model=theirs, **SHORT, **other)["answers"]
     check_idle(told)

@@ -1,7 +1,7 @@
 """vLLM's own tests of connectors, and scenarios of ours over their utilities.
 
 Both run in processes of their own, in the folder where `scripts/vllm-tests` has laid out vLLM's
-tests: those are a package `tests`, as these are.
+tests, because the package of those is called `tests`, like ours.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Ran(NamedTuple):
-    """What came of a run: how many cases of each file passed, and what the others said."""
+    """The result of a run: how many cases of each file passed, and the reports of all others."""
 
     passed: dict[str, int]
     others: dict[str, list[str]]
@@ -47,7 +47,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(work: Path, report: Path, *arguments: str) -> Ran:
-    """Run pytest there, and read its report."""
+    """Run pytest in the folder, and return its report."""
     command = [
         sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider",
         "-o", "asyncio_default_fixture_loop_scope=function", f"--timeout={CASE_S}",
@@ -72,12 +72,12 @@ def run(work: Path, report: Path, *arguments: str) -> Ran:
 
 
 def _file_of(classname: str) -> str:
-    """Give the module's own name of a case's class."""
+    """Return the name of the module in which a case's class is."""
     return next((part for part in classname.split(".") if part.startswith("test_")), classname)
 
 
 def test_vllms_own_tests_of_the_shim(work: Path, tmp_path: Path) -> None:
-    """As they are: they have a mock for FlexKV, and want that it cannot be imported else."""
+    """vLLM's own tests of the shim pass, with FlexKV hidden behind the mock that they bring."""
     ran = run(
         work, tmp_path / "report.xml", "-p", "scenarios.hidden",
         "tests/v1/kv_connector/unit/test_flexkv_connector.py",
@@ -88,7 +88,7 @@ def test_vllms_own_tests_of_the_shim(work: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def scenarios(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """Run all scenarios, once: vLLM's import is what takes the time."""
+    """Run all scenarios once, since importing vLLM takes most of the time."""
     return run(work, tmp_path_factory.mktemp("upstream") / "report.xml", "scenarios")
 
 

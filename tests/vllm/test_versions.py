@@ -1,7 +1,7 @@
-"""What the connector imports, is called with and looks at is there in several versions of vLLM.
+"""Tests that several versions of vLLM have what the connector uses of them.
 
-The one that is installed, and the wheels of earlier ones that `scripts/vllm-venv` has downloaded,
-read as syntax: nothing of them is run.
+These are the installed one, and wheels of earlier ones that `scripts/vllm-venv` downloaded. They
+are only parsed: nothing of them is run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ VERSIONS = _versions()
 
 
 def names_in(tree: ast.Module) -> set[str]:
-    """Give what a module defines or imports at its top."""
+    """Return what a module defines or imports at its top level."""
     names: set[str] = set()
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
@@ -55,7 +55,7 @@ def names_in(tree: ast.Module) -> set[str]:
 
 
 def fields_of(tree: ast.Module, name: str) -> set[str]:
-    """Give the fields and properties of a class."""
+    """Return the fields, methods and properties of a class."""
     (found,) = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == name]
     fields = {
         node.target.id
@@ -75,7 +75,7 @@ def fields_of(tree: ast.Module, name: str) -> set[str]:
 
 
 def test_several_versions_are_looked_at() -> None:
-    """The installed one and two earlier ones, where `make test-vllm` made the environment."""
+    """The installed version is compared and, in the environment of `make test-vllm`, two others."""
     assert "installed" in VERSIONS
     if OLDER.is_dir():
         assert len(VERSIONS) >= 3
@@ -83,7 +83,7 @@ def test_several_versions_are_looked_at() -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_shim_calls_what_there_is(version: str) -> None:
-    """Every call that it makes has a method here that takes its arguments."""
+    """Each call of the shim has a method of ours that takes its arguments."""
     tree = VERSIONS[version](f"{CONNECTOR}/flexkv_connector.py")
     calls = [
         node
@@ -102,10 +102,10 @@ def test_the_shim_calls_what_there_is(version: str) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_what_is_imported_is_there(version: str) -> None:
-    """Every `from vllm… import …` of the connector."""
+    """Each `from vllm… import …` of the connector finds its names."""
     for path in SOURCES.glob("*.py"):
         if path.name == "demo.py":
-            continue  # the program's own interface, of the installed version
+            continue  # it is run with the installed version only
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("vllm"):
                 continue
@@ -168,6 +168,6 @@ LOOKED_AT = {
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("where", LOOKED_AT, ids=lambda where: where[1])
 def test_what_is_looked_at_is_there(version: str, where: tuple[str, str]) -> None:
-    """Attributes of what vLLM hands over."""
+    """The classes of vLLM have the attributes that the connector uses."""
     tree = VERSIONS[version](where[0])
     assert LOOKED_AT[where] - fields_of(tree, where[1]) == set()

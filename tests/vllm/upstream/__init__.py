@@ -1,1 +1,1 @@
-"""Scenarios of vLLM's connector tests, told anew over its utilities: see `test_upstream.py`."""
+"""Scenarios of vLLM's connector tests, written anew over its utilities: see `test_upstream.py`."""

@@ -1,4 +1,4 @@
-"""Gives engines without a model, by the names that tests ask for."""
+"""Fixtures for engines without a model, by the names that tests ask for."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Make = Callable[..., Stand]
 
 @pytest.fixture(params=CONNECTORS)
 def connector(request: pytest.FixtureRequest) -> str:
-    """Give each way to FlexKV: through the built-in shim, and our own connector."""
+    """Return each way to FlexKV: the built-in shim, and our own connector."""
     return str(request.param)
 
 
 @pytest.fixture
 def make(connector: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    """Give what makes an engine."""
+    """Yield a function that makes an engine; close the engines afterwards."""
     made: list[Stand] = []
 
     def begin(over: dict[str, Any] | None = None, **changes: Any) -> Stand:
@@ -35,5 +35,5 @@ def make(connector: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.fixture
 def stand(make: Make) -> Stand:
-    """Give an engine with the usual sizes."""
+    """Return an engine with the usual sizes."""
     return make()

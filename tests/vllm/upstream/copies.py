@@ -1,4 +1,4 @@
-"""What becomes of the copies that the server asks an agent for: done, failed, or done later."""
+"""Control over the copies that the server asks agents for: done, failed, or done later."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flexkv.server.fleet import ids_from
 from flexkv.server.wire import Copy
 
 _ROUTE, _NOTHING = Route(Tier.HOST, Tier.DEVICE), ids_from(b"")
-"""Of a copy that has not begun: the agent must wait for it before it leaves."""
+"""For a copy that has not begun: the agent must wait for it before it leaves."""
 
 
 class Copies:
@@ -22,13 +22,13 @@ class Copies:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.loads_fail: Callable[[set[int]], bool] = lambda blocks: False
-        """Tells of the device blocks of a load whether it fails."""
+        """A function of a load's device blocks that returns whether it fails."""
         self.holds_loads = self.holds_puts = False
         self.lasts_s: Callable[[], float] = lambda: 0.0
-        """Tells how long a copy takes."""
+        """A function that returns how long the next copy takes."""
         self.held: list[tuple[Agent, Copy]] = []
         self.device_blocks: list[set[int]] = []
-        """Those of each load, in turn."""
+        """The device blocks of each load, in order."""
         self._lock = threading.Lock()
         self._copy = Agent._copy
         monkeypatch.setattr(Agent, "_copy", lambda agent, copy: self._asked(agent, copy))
@@ -46,7 +46,7 @@ class Copies:
             self._do(agent, copy)
 
     def held_blocks(self) -> list[set[int]]:
-        """Give the device blocks of each copy that is held."""
+        """Return the device blocks of each copy that is held."""
         return [_blocks_of(copy) for _, copy in self.held]
 
     def _do(self, agent: Agent, copy: Copy) -> None:
@@ -60,7 +60,7 @@ class Copies:
             self._copy(agent, copy)
 
     def release(self) -> None:
-        """Do what was held, and hold nothing any more."""
+        """Do the copies that were held, and hold no more."""
         with self._lock:
             self.holds_loads = self.holds_puts = False
             held, self.held = self.held, []

@@ -1,4 +1,4 @@
-"""A pytest plugin without which FlexKV could be imported: vLLM's own tests have a mock for it."""
+"""A pytest plugin that hides FlexKV, for which vLLM's own tests have a mock."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class Hidden:
-    """Finds no package of FlexKV's."""
+    """An import finder that refuses FlexKV's packages."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        """Refuse what is ours; others are found by others."""
+        """Raise for FlexKV's packages; return None for others, which other finders find."""
         if name.partition(".")[0] == "flexkv":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 

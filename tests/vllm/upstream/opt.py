@@ -9,7 +9,7 @@ LAYERS, HEADS, HEAD_SIZE = 2, 2, 16
 
 
 def write(folder: Path) -> None:
-    """Write a small model of the family, so that its name means this folder and no download."""
+    """Write a small model to a folder of this name, so that none is downloaded."""
     model = folder / "facebook/opt-125m"
     model.mkdir(parents=True, exist_ok=True)
     hidden = HEADS * HEAD_SIZE

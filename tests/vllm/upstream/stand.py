@@ -1,9 +1,9 @@
 """vLLM's scheduler and its runner's connector hooks, over FlexKV, without a model.
 
-Real: vLLM's `Scheduler`, both roles of the connector, the server, its tiers, and the copies.
-Played: the forward. It writes into the KV tensors what depends on the token and on all before it,
-and before that checks that what was computed earlier, by whomever, is there, as attention would
-read it.
+Real are vLLM's `Scheduler`, both roles of the connector, the server, its tiers and the copies. Only
+the forward is simulated. It writes into the KV tensors values that depend on the token and all
+tokens before it. Before that it checks that the KV of the earlier tokens is there, as attention
+would read it.
 
     step: schedule ─▶ handle_preemptions, bind ─▶ forward ─▶ wait_for_save, get_finished … ─▶ update
 """
@@ -53,7 +53,7 @@ CONNECTORS: dict[str, dict[str, Any]] = {
     "own": {"kv_connector": "FlexKVConnector", "kv_connector_module_path": MODULE},
 }
 TOKEN = 7
-"""What every step gives."""
+"""The token that every step samples."""
 WAITING = RequestStatus.WAITING_FOR_REMOTE_KVS
 
 
@@ -79,12 +79,12 @@ class Stand:
         cache: dict[str, Any] | None = None,
         **config: Any,
     ) -> None:
-        """Begin.
+        """Start the engine, and wait until its device is lent.
 
         Args:
             folder: for the server's socket and its SSD tier.
             monkeypatch: ends with the test.
-            connector: how vLLM is told of it.
+            connector: vLLM's configuration of the connector.
             num_blocks: of the device; one of them is never used.
             cache: keys of FlexKV's `cache_config`.
             config: more for vLLM's `create_vllm_config`; and `behind`, the steps that are under way
@@ -94,12 +94,12 @@ class Stand:
         self._behind, self._drafts = config.pop("behind", 0), config.pop("drafts", False)
         self._under_way: deque[tuple[Any, list[_Row]]] = deque()
         self.unchecked = False
-        """Whether a forward may read what is wrong."""
+        """Whether a forward may read wrong values."""
         self.weights = 0
-        """The model's weights, which determine what a forward writes."""
+        """The version of the model's weights, which determines what a forward writes."""
         self.address = f"ipc://{folder}/socket"
         tiers = {"num_cpu_blocks": 64, "num_ssd_blocks": 256, "ssd_cache_dir": str(folder)}
-        # A slow machine is no fault here.
+        # Long, so that a slow machine is no fault.
         settings = {
             "server_recv_port": self.address, "server_answer_ms": int(WITHIN_S / 4 * 1e3),
             "match_wait_ms": config.pop("match_wait_ms", WITHIN_S / 4 * 1e3),
@@ -107,7 +107,7 @@ class Stand:
         }  # fmt: skip
         (folder / "flexkv.json").write_text(json.dumps(settings))
         monkeypatch.setenv("FLEXKV_CONFIG_PATH", str(folder / "flexkv.json"))
-        # Of the tensor-parallel group only this is asked.
+        # The connector uses only this of the tensor-parallel group.
         group = SimpleNamespace(rank_in_group=0, broadcast_object=lambda value, src=0: value)
         monkeypatch.setattr(parallel_state, "get_tp_group", lambda: group)
         self.copies = Copies(monkeypatch)
@@ -128,7 +128,7 @@ class Stand:
 
     @property
     def side(self) -> Any:
-        """Give FlexKV's own scheduler side, wherever vLLM keeps it."""
+        """Return FlexKV's own scheduler side, wherever vLLM keeps it."""
         found = self.scheduler.connector
         for child in getattr(found, "sub_connectors", ()):
             found = child if "FlexKV" in type(child).__name__ else found
@@ -136,16 +136,16 @@ class Stand:
 
     @property
     def free_blocks(self) -> int:
-        """Count the device's free blocks."""
+        """Return how many blocks of the device are free."""
         return int(self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
 
     @property
     def is_idle(self) -> bool:
-        """Tell whether nothing is left to do."""
+        """Return whether no requests and no steps are left."""
         return not self.scheduler.has_requests() and not self._under_way
 
     def close(self) -> None:
-        """End all that there is."""
+        """Release held copies, and end the connectors and the scheduler."""
         self.copies.release()
         ensure_kv_transfer_shutdown()
         self.scheduler.shutdown()
@@ -153,7 +153,7 @@ class Stand:
     # -- requests -------------------------------------------------------------------------------
 
     def add(self, request_id: int, num_tokens: int, **more: Any) -> Request:
-        """Let a request come; another of the same number and length asks the same."""
+        """Add a request; requests of the same id and length have the same prompt."""
         more.setdefault("max_tokens", 1)
         name = more.pop("name", f"id-{request_id}")
         request = create_request(request_id, num_tokens, block_size=PER_BLOCK, **more)
@@ -162,27 +162,27 @@ class Stand:
         return request
 
     def store(self, request_id: int, num_tokens: int, **more: Any) -> None:
-        """Have a prompt computed and stored, and forgotten by the device alone."""
+        """Compute and store a prompt, then drop it from the device's own cache."""
         self.add(request_id, num_tokens, name=f"first-{request_id}", **more)
         self.run()
         assert self.scheduler.reset_prefix_cache()
 
     def blocks_of(self, request: Request) -> list[int]:
-        """Give the device blocks of a request, in order."""
+        """Return the device blocks of a request, in order."""
         (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request.request_id)
         return list(blocks)
 
     def is_hashed(self, block: int) -> bool:
-        """Tell whether the device's own cache would give a block to others."""
+        """Return whether the device's own cache would share a block."""
         pool = self.scheduler.kv_cache_manager.block_pool
         return pool.blocks[block].block_hash is not None
 
     # -- steps ----------------------------------------------------------------------------------
 
     def step(self) -> SimpleNamespace:
-        """Do one step; give what was scheduled, what the worker told, and what came out.
+        """Do one step; return what was scheduled, what the worker reported, and the outputs.
 
-        With steps under way it is the oldest that is done, and there may be none yet.
+        With `behind` steps under way the oldest one is completed; at first there is none yet.
         """
         if not self._under_way or self.scheduler.has_requests():
             output = self.scheduler.schedule()
@@ -221,12 +221,12 @@ class Stand:
         result = create_model_runner_output([row.request for row in rows], token_id=TOKEN)
         for at, row in enumerate(rows):
             if not row.samples:
-                result.sampled_token_ids[at] = []  # of a prompt that has more chunks
+                result.sampled_token_ids[at] = []  # the prompt has more chunks
         result.kv_connector_output = told
         return result
 
     def _forward(self, row: _Row) -> None:
-        """Compute some tokens of a request, for which those before them are read."""
+        """Compute some tokens of a request, after checking the KV of those before them."""
         tokens = list(row.request.all_token_ids[: row.end])
         values = _values([self.weights, *tokens, *[TOKEN] * (row.end - len(tokens))])[1:]
         at = np.arange(row.end)
@@ -243,7 +243,7 @@ class Stand:
             bits[where[0][new], :, where[1][new]] = wanted[new].expand_as(found[new])
 
     def until(self, what: Callable[[], Any], step: bool = False) -> Any:
-        """Wait until something is so, stepping or not, and give it."""
+        """Wait until a function's result is true, stepping if asked to, and return that."""
         until_s = time.monotonic() + WITHIN_S
         while not (found := what()):
             assert time.monotonic() < until_s, "it did not come about"
@@ -253,26 +253,26 @@ class Stand:
         return found
 
     def run(self) -> list[Any]:
-        """Step until nothing is left to do; give what came out, request by request."""
+        """Step until nothing is left to do; return all outputs."""
         given: list[Any] = []
         self.until(lambda: (given.extend(self.step().given.outputs), self.is_idle)[1])
         return given
 
     def check_freed(self) -> None:
-        """Check that neither the scheduler nor our side keeps anything."""
+        """Check that neither vLLM's scheduler nor our side keeps anything."""
         self.step()
         assert_scheduler_empty(self.scheduler)
         assert self.side._tracked == {}
         assert not self.side._readers.any()
 
     def check_empty(self) -> None:
-        """Check that nothing is kept, by the server neither."""
+        """Check that neither scheduler, our side nor the server keeps anything."""
         self.check_freed()
         self.until(lambda: self.statistics()["claims"] == 0)
         assert self.statistics()["runs_in_flight"] == 0
 
     def statistics(self) -> dict[str, Any]:
-        """Give the server's own."""
+        """Return the server's statistics."""
         told: dict[str, Any] = command(self.address, "status")["statistics"]
         return told
 
@@ -282,7 +282,7 @@ def _nothing() -> SimpleNamespace:
 
 
 def _values(tokens: Any) -> np.ndarray[Any, np.dtype[np.int16]]:
-    """Give for each token a number of it and all tokens before it."""
+    """Return for each token a hash of it and all tokens before it."""
     values, digest = np.empty(len(tokens), np.int16), 0
     for at, token in enumerate(tokens):
         digest = zlib.crc32(int(token).to_bytes(8, "little", signed=True), digest)

@@ -1,7 +1,7 @@
-"""The cache is cleared while requests run: nothing from before is stored, so nothing is found.
+"""Scenarios of clears while requests run: nothing computed before is stored, so none is found.
 
-The model's weights change with each clear, as in vLLM's weight-exchange flows: the forward looks
-whether what it loads was computed with the new ones.
+The model's weights change with each clear, as in vLLM's weight-exchange flows: the forward checks
+that what it loads was computed with the new ones.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from .stand import PER_BLOCK, WAITING, Stand
 
 TOKENS = 3 * PER_BLOCK + 1
 OWN = pytest.mark.parametrize("connector", ["own"], indirect=True)
-"""The shim does not hand on a reset."""
+"""The shim passes no reset on."""
 
 
 def exchange(stand: Stand, **more: bool) -> bool:
-    """Exchange the weights, and reset every cache; return whether that is what vLLM says."""
+    """Exchange the weights, and reset every cache; return whether vLLM says that it worked."""
     done: bool = stand.scheduler.reset_prefix_cache(reset_connector=True, **more)
     stand.weights += 1
     return done
 
 
 def stored_blocks(stand: Stand) -> int:
-    """Count the blocks that the server has."""
+    """Return how many blocks the server has in host memory."""
     blocks: int = stand.statistics()["tiers"]["host"]["ready_blocks"]
     return blocks
 
 
 def check_stored(stand: Stand, prompt: int) -> None:
-    """Check that a request for a prompt now stores it, and that the next one finds it."""
+    """Check that a request for a prompt now stores it, and that the next one loads it."""
     stand.store(prompt, TOKENS)
     loads = len(stand.copies.device_blocks)
     stand.add(prompt, TOKENS, name=f"again-{prompt}")
@@ -43,7 +43,7 @@ def check_stored(stand: Stand, prompt: int) -> None:
 
 @OWN
 def test_a_request_that_runs_on_over_a_reset_stores_nothing_more(stand: Stand) -> None:
-    """Neither its old blocks nor new ones; nor does one that finds them on the device."""
+    """A request that runs through a reset stores nothing more; nor do sharers of its blocks."""
     request = stand.add(1, TOKENS, max_tokens=4 * PER_BLOCK)
     for _ in range(PER_BLOCK + 2):
         stand.step()
@@ -64,7 +64,7 @@ def test_a_request_that_runs_on_over_a_reset_stores_nothing_more(stand: Stand) -
 
 @OWN
 def test_what_is_being_stored_at_a_reset_is_not(stand: Stand) -> None:
-    """Its copies are under way, or wait for the workers."""
+    """Puts whose copies are under way at a reset store nothing."""
     stand.copies.holds_puts = True
     stand.add(1, TOKENS)
     stand.step()
@@ -79,7 +79,7 @@ def test_what_is_being_stored_at_a_reset_is_not(stand: Stand) -> None:
 
 @OWN
 def test_requests_that_are_computed_anew_after_a_reset_are_stored(stand: Stand) -> None:
-    """They are requests whose blocks vLLM has taken, and requests that had not begun."""
+    """Requests that are computed anew, or only begin, after a reset are stored."""
     running = stand.add(1, TOKENS, max_tokens=PER_BLOCK)
     for _ in range(3):
         stand.step()
@@ -100,7 +100,7 @@ def test_requests_that_are_computed_anew_after_a_reset_are_stored(stand: Stand) 
 
 @OWN
 def test_what_was_being_loaded_at_a_reset_is_not_stored_again(stand: Stand) -> None:
-    """The load began before it: its blocks are old, and so are those computed behind them."""
+    """Blocks of a load that began before a reset, and those behind them, are not stored again."""
     stand.store(1, TOKENS)
     stand.copies.holds_loads = True
     loading = stand.add(1, TOKENS + PER_BLOCK, max_tokens=2)
@@ -118,7 +118,7 @@ def test_what_was_being_loaded_at_a_reset_is_not_stored_again(stand: Stand) -> N
 
 
 def test_a_request_that_runs_on_over_anothers_clear_stores_nothing_more(stand: Stand) -> None:
-    """The server reports the clear after one try, so not every block is tried."""
+    """A request that runs through another's clear stores nothing more, after a few refused puts."""
     request = stand.add(1, TOKENS, max_tokens=6 * PER_BLOCK)
     for _ in range(3):
         stand.step()
@@ -137,7 +137,7 @@ def test_a_request_that_runs_on_over_anothers_clear_stores_nothing_more(stand: S
 
 
 def test_a_request_that_is_new_after_anothers_clear_is_stored(make: Make) -> None:
-    """Though others run on over it."""
+    """A request that begins after another's clear is stored, though others run through it."""
     stand = make(num_blocks=128)
     stand.add(1, TOKENS, max_tokens=6 * PER_BLOCK)
     stand.step()
@@ -152,7 +152,7 @@ def test_a_request_that_is_new_after_anothers_clear_is_stored(make: Make) -> Non
 
 @OWN
 def test_a_reset_that_the_server_does_not_hear_of_is_told(stand: Stand) -> None:
-    """And still nothing from before is stored."""
+    """A reset that does not reach the server returns False, and nothing from before is stored."""
     stand.add(1, TOKENS, max_tokens=2 * PER_BLOCK)
     stand.step()
     stand.side._launched.close()

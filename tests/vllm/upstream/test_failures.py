@@ -1,4 +1,4 @@
-"""Loads that fail: copies that really do, and bytes that were really not loaded.
+"""Scenarios of loads that fail: the copies are really not made, and the bytes really missing.
 
 After `test_kv_load_failure_recovery`, `test_invalid_blocks_correctness`,
 `test_cache_pollution_prevention` and `test_error_propagation`.
@@ -23,18 +23,18 @@ TOKENS = BLOCKS * PER_BLOCK + 1
 
 @pytest.fixture
 def recomputing(make: Make) -> Stand:
-    """Give an engine that computes what could not be loaded."""
+    """Return an engine that computes what could not be loaded."""
     return make(kv_load_failure_policy="recompute")
 
 
 @pytest.fixture
 def failing(make: Make) -> Stand:
-    """Give an engine whose requests fail with their loads."""
+    """Return an engine whose requests fail with their loads."""
     return make(kv_load_failure_policy="fail")
 
 
 def begin(stand: Stand, *numbers: int) -> list[Request]:
-    """Give requests whose loads are held."""
+    """Start requests whose loads are held, and return them."""
     stand.copies.holds_loads = True
     requests = [stand.add(number, TOKENS) for number in numbers]
     stand.step()
@@ -45,7 +45,7 @@ def begin(stand: Stand, *numbers: int) -> list[Request]:
 
 
 def fail(stand: Stand, blocks: set[int]) -> set[int]:
-    """Do the copies, those of some blocks not; give the blocks that the worker told of."""
+    """Do the held copies except those of some blocks; return the failed blocks reported."""
     stand.copies.loads_fail = lambda of_copy: bool(of_copy & blocks)
     stand.copies.release()
     told: set[int] = stand.until(lambda: stand.step().told.invalid_block_ids)
@@ -53,7 +53,7 @@ def fail(stand: Stand, blocks: set[int]) -> set[int]:
 
 
 def test_what_was_not_loaded_is_computed(recomputing: Stand) -> None:
-    """Of one request; others keep what they have."""
+    """A request whose load failed is computed; others keep what they loaded."""
     stand = recomputing
     for number in (1, 2, 3):
         stand.store(number, TOKENS)
@@ -64,7 +64,7 @@ def test_what_was_not_loaded_is_computed(recomputing: Stand) -> None:
     assert failed.num_computed_tokens == 0
     assert min(one.num_computed_tokens, other.num_computed_tokens) >= BLOCKS * PER_BLOCK
     stand.run()
-    # Whoever's load came first may have been over before the other's was told of.
+    # The first load to end may be over before the other is reported.
     ends = {request.status for request in (one, failed, other)}
     assert ends == {RequestStatus.FINISHED_LENGTH_CAPPED}
     assert len(stand.copies.device_blocks) == 3
@@ -72,7 +72,7 @@ def test_what_was_not_loaded_is_computed(recomputing: Stand) -> None:
 
 
 def test_nothing_is_claimed_again_for_a_request_whose_load_failed(recomputing: Stand) -> None:
-    """vLLM asks again; the same claim would let it go round for ever."""
+    """A request whose load failed is offered nothing again, which could repeat for ever."""
     stand = recomputing
     stand.store(1, TOKENS)
     (failed,) = begin(stand, 1)
@@ -85,7 +85,7 @@ def test_nothing_is_claimed_again_for_a_request_whose_load_failed(recomputing: S
 
 @pytest.fixture
 def split(make: Make) -> Stand:
-    """Give an engine whose host memory has lost part of a prompt, which is on SSD."""
+    """Return an engine with a prompt that is partly in host memory, and as a whole on SSD."""
     stand = make(kv_load_failure_policy="recompute", cache={"num_cpu_blocks": 14})
     stand.store(1, TOKENS)
     command(stand.address, "flush")  # what is nowhere else would be lost
@@ -94,7 +94,7 @@ def split(make: Make) -> Stand:
 
 
 def test_what_was_loaded_before_a_failure_is_kept(split: Stand) -> None:
-    """A load of two copies, from host memory and from SSD: the later part fails."""
+    """If the later of a load's two copies fails, the blocks of the first are kept."""
     stand = split
     (failed,) = begin(stand, 1)
     blocks = stand.blocks_of(failed)
@@ -107,7 +107,7 @@ def test_what_was_loaded_before_a_failure_is_kept(split: Stand) -> None:
 
 
 def test_what_comes_behind_a_failure_is_not_believed(split: Stand) -> None:
-    """The earlier part fails, the later one does not."""
+    """If the earlier of a load's two copies fails, the blocks of the later one do not count."""
     stand = split
     (failed,) = begin(stand, 1)
     blocks = stand.blocks_of(failed)
@@ -118,7 +118,7 @@ def test_what_comes_behind_a_failure_is_not_believed(split: Stand) -> None:
 
 
 def test_blocks_that_failed_are_given_to_nobody(recomputing: Stand) -> None:
-    """Not before they have been computed; then they are right, and hit."""
+    """Blocks that failed to load are not shared before they have been computed."""
     stand = recomputing
     stand.store(1, TOKENS)
     (failed,) = begin(stand, 1)
@@ -134,7 +134,7 @@ def test_blocks_that_failed_are_given_to_nobody(recomputing: Stand) -> None:
 
 
 def test_one_of_two_loads_of_the_same_prompt_fails(recomputing: Stand) -> None:
-    """The other request has what it has."""
+    """If one of two loads of the same prompt fails, the other request keeps its blocks."""
     stand = recomputing
     stand.store(1, TOKENS)
     stand.copies.holds_loads = True
@@ -148,7 +148,7 @@ def test_one_of_two_loads_of_the_same_prompt_fails(recomputing: Stand) -> None:
 
 
 def test_a_request_fails_with_its_load(failing: Stand) -> None:
-    """By name, where vLLM is told so; its blocks are free, and in nobody's cache."""
+    """With the policy "fail" a request ends with its load; its blocks are free and not cached."""
     stand = failing
     for number in (1, 2):
         stand.store(number, TOKENS)
@@ -170,7 +170,7 @@ def test_a_request_fails_with_its_load(failing: Stand) -> None:
 
 
 def test_a_load_that_fails_after_its_request_was_given_up(recomputing: Stand) -> None:
-    """Its blocks come back like others."""
+    """The blocks of a load that fails after its request was aborted become free."""
     stand = recomputing
     stand.store(1, TOKENS)
     (failed,) = begin(stand, 1)
@@ -185,7 +185,7 @@ def test_a_load_that_fails_after_its_request_was_given_up(recomputing: Stand) ->
 
 @pytest.mark.parametrize("policy", ["recompute", "fail"])
 def test_loads_of_a_server_that_is_killed_fail(make: Make, policy: str) -> None:
-    """After the copies that it asked for; then the engine goes on without."""
+    """If the server is killed, loads fail after their copies, and the engine goes on without it."""
     stand = make(kv_load_failure_policy=policy)
     stand.store(1, TOKENS)
     (failed,) = begin(stand, 1)

@@ -1,4 +1,4 @@
-"""vLLM's scheduler and prompts that FlexKV has: after `test_remote_prefill_lifecycle`."""
+"""Scenarios of loads in vLLM's scheduler: after `test_remote_prefill_lifecycle`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ TOKENS = 2 * PER_BLOCK + PER_BLOCK // 2
 
 
 def fetching(stand: Stand) -> tuple[int, ...]:
-    """Count the requests that wait for a load to start, for it to end, and to be run."""
+    """Return how many requests wait for a load's start, for its end, and for their run."""
     return tuple(stand.scheduler._kv_fetch_counts[stage] for stage in KV_FETCH_STAGES)
 
 
 def receive(stand: Stand) -> set[str]:
-    """Let loads happen, and step until one has; give whose."""
+    """Release the held copies, step until loads end, and return their requests."""
     stand.copies.release()
     received: set[str] = stand.until(lambda: stand.step().told.finished_recving)
     return received
 
 
 def begin(stand: Stand, tokens: int = TOKENS) -> Request:
-    """Give a request that loads what was stored before, for as long as copies are held."""
+    """Start a request whose load of stored blocks is held, and return it."""
     stand.store(1, tokens)
     stand.copies.holds_loads = True
     request = stand.add(1, tokens)
@@ -34,7 +34,7 @@ def begin(stand: Stand, tokens: int = TOKENS) -> Request:
 
 
 def test_a_prompt_is_loaded_then_run(stand: Stand) -> None:
-    """Its blocks are nobody else's until the load is over, then shared, and at last all free."""
+    """A prompt's blocks are private until its load is over, then shared, and at last free."""
     stand.store(1, TOKENS)
     free = stand.free_blocks
     stand.copies.holds_loads = True
@@ -60,7 +60,7 @@ def test_a_prompt_is_loaded_then_run(stand: Stand) -> None:
 
 
 def test_others_run_while_one_is_loaded(stand: Stand) -> None:
-    """Those before it and those behind it."""
+    """Requests before and behind a prompt that is being loaded run meanwhile."""
     stand.store(1, TOKENS)
     stand.copies.holds_loads = True
     before = stand.add(2, TOKENS, max_tokens=8)
@@ -76,7 +76,7 @@ def test_others_run_while_one_is_loaded(stand: Stand) -> None:
 
 
 def test_the_same_prompt_never_hits_blocks_that_are_being_loaded(stand: Stand) -> None:
-    """It has a load of its own, into its own blocks."""
+    """A second request for a prompt under load has a load of its own, into its own blocks."""
     request = begin(stand)
     other = stand.add(1, TOKENS, name="other")
     stand.step()
@@ -90,7 +90,7 @@ def test_the_same_prompt_never_hits_blocks_that_are_being_loaded(stand: Stand) -
 
 
 def test_of_a_prompt_of_whole_blocks_the_last_is_computed(stand: Stand) -> None:
-    """vLLM needs one token to compute, and FlexKV offers whole blocks."""
+    """A prompt of whole blocks has its last one computed, since vLLM must compute a token."""
     request = begin(stand, 2 * PER_BLOCK)
     assert request.num_computed_tokens == PER_BLOCK
     receive(stand)
@@ -100,7 +100,7 @@ def test_of_a_prompt_of_whole_blocks_the_last_is_computed(stand: Stand) -> None:
 
 
 def test_a_loaded_prompt_that_finds_no_room_to_go_on_comes_back(make: Make) -> None:
-    """Five blocks: three for one that runs, two for a prompt, none for the token after it."""
+    """A loaded prompt that has no room for its next token is preempted and comes back."""
     stand = make(num_blocks=6)
     stand.store(2, 2 * PER_BLOCK)
     running = stand.add(1, 2 * PER_BLOCK, max_tokens=12)
@@ -116,7 +116,7 @@ def test_a_loaded_prompt_that_finds_no_room_to_go_on_comes_back(make: Make) -> N
 
 
 def test_a_prompt_for_which_there_is_no_room_waits_without_loading(make: Make) -> None:
-    """And is loaded when there is."""
+    """A prompt without room waits without loading, and loads when there is room."""
     stand = make(num_blocks=6)
     stand.store(2, TOKENS)
     running = stand.add(1, 2 * PER_BLOCK, max_tokens=4)
@@ -133,7 +133,7 @@ def test_a_prompt_for_which_there_is_no_room_waits_without_loading(make: Make) -
 
 
 def test_loads_leave_the_room_that_others_need_to_go_on(make: Make) -> None:
-    """Of seven blocks one request has one and will need three more; another's five do not fit."""
+    """A load does not take the blocks that another request will need to go on."""
     stand = make(num_blocks=8)
     stand.store(1, PER_BLOCK + 1)
     stand.store(2, 4 * PER_BLOCK + 1)
@@ -148,7 +148,7 @@ def test_loads_leave_the_room_that_others_need_to_go_on(make: Make) -> None:
 
 
 def test_several_loads_are_under_way_at_once(stand: Stand) -> None:
-    """Where there is room for all."""
+    """Several loads are under way at once if there is room for all."""
     for number in (1, 2):
         stand.store(number, PER_BLOCK + 1)
     stand.copies.holds_loads = True
@@ -161,7 +161,7 @@ def test_several_loads_are_under_way_at_once(stand: Stand) -> None:
 
 
 def test_stages_of_a_load_are_told(stand: Stand) -> None:
-    """None is left of a request that is given up."""
+    """The counts of a load's stages are right, and zero once its request was aborted."""
     request = begin(stand)
     assert fetching(stand) == (0, 1, 0)
     receive(stand)
@@ -174,7 +174,7 @@ def test_stages_of_a_load_are_told(stand: Stand) -> None:
 
 
 def test_blocks_of_a_request_given_up_stay_until_its_load_is_over(stand: Stand) -> None:
-    """A copy is under way into them."""
+    """The blocks of an aborted request stay until its load is over, since a copy writes to them."""
     stand.store(1, TOKENS)
     free = stand.free_blocks
     stand.copies.holds_loads = True

@@ -1,8 +1,7 @@
-"""Everything at once, by chance: what is read is right at every step, and nothing is left.
+"""Random mixtures of everything: what is read is right at every step, and nothing is left.
 
-Requests that share prefixes, in a pool so small that they are preempted; loads that fail, copies
-that take long, requests that are given up. Also where a step is scheduled while the one before it
-runs.
+Requests share prefixes, in a pool so small that they are preempted. Loads fail, copies take long,
+and requests are aborted; also where a step is scheduled while the one before it runs.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ SEEDS = int(os.environ.get("MIXTURE_SEEDS", "2"))
 
 
 def go(stand: Stand, chance: random.Random) -> int:
-    """Run requests that come and go; give how often one was preempted."""
+    """Run requests that come and go; return how often they were preempted."""
     requests, alive = [], []
     while len(requests) < REQUESTS or not stand.is_idle:
         if len(requests) < REQUESTS and chance.random() < 0.4:
@@ -43,7 +42,7 @@ def go(stand: Stand, chance: random.Random) -> int:
 @pytest.mark.parametrize("behind", [0, 1], ids=["", "a_step_behind"])
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_whatever_comes(make: Make, behind: int, seed: int) -> None:
-    """The same seed asks the same; when copies end is not its to say."""
+    """Whatever comes, reads are right and nothing is left. Seeds fix requests, not copies' ends."""
     stand = make(
         num_blocks=20, behind=behind, max_num_batched_tokens=4 * PER_BLOCK, max_num_seqs=4,
         kv_load_failure_policy="recompute", cache={"num_cpu_blocks": 32, "num_ssd_blocks": 64},

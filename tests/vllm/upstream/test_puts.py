@@ -1,4 +1,4 @@
-"""How long blocks stay that are being stored: after `test_remote_decode_lifecycle`."""
+"""Scenarios of blocks that are being stored: after `test_remote_decode_lifecycle`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOKENS = 2 * PER_BLOCK + PER_BLOCK // 2
 
 
 def finish(stand: Stand, tokens: int = TOKENS) -> Request:
-    """Give a request that has ended while its put is held, if it has one."""
+    """Return a request that has ended while its put, if it has one, is held."""
     stand.copies.holds_puts = True
     request = stand.add(1, tokens)
     step = stand.step()
@@ -24,7 +24,7 @@ def finish(stand: Stand, tokens: int = TOKENS) -> Request:
 
 
 def test_blocks_stay_after_the_end_until_they_are_stored(stand: Stand) -> None:
-    """And vLLM goes on stepping until then."""
+    """Blocks of an ended request stay until they are stored, and vLLM steps until then."""
     free = stand.free_blocks
     request = finish(stand)
     for _ in range(3):
@@ -44,7 +44,7 @@ def test_blocks_stay_after_the_end_until_they_are_stored(stand: Stand) -> None:
 def test_a_block_of_the_last_step_before_idle_is_stored_where_drafts_are_made(
     make: Make, steps: int
 ) -> None:
-    """Steps without a forward follow, which vLLM reports in another order."""
+    """With drafts, a block of the last step before idle is stored, though vLLM reports it late."""
     stand = make(drafts=True)
     stand.copies.lasts_s = lambda: 0.01
     stand.add(1, 3 * PER_BLOCK + 1 - steps, max_tokens=steps)
@@ -53,14 +53,14 @@ def test_a_block_of_the_last_step_before_idle_is_stored_where_drafts_are_made(
     assert stand.scheduler.reset_prefix_cache()
     again = stand.add(1, 3 * PER_BLOCK + 1 - steps, name="again")
     stand.step()
-    assert again.num_computed_tokens == 2 * PER_BLOCK  # of a whole prompt the last is computed
+    assert again.num_computed_tokens == 2 * PER_BLOCK  # the last block is computed
     stand.run()
     assert stand.statistics()["routes"]["device→host"]["blocks"] == 3
     stand.check_empty()
 
 
 def test_a_prompt_of_less_than_a_block_is_not_waited_for(stand: Stand) -> None:
-    """There is nothing to store."""
+    """A prompt of less than a block has nothing to store, and is not waited for."""
     request = finish(stand, PER_BLOCK // 2)
     assert request.request_id not in stand.scheduler.requests
     stand.step()
@@ -68,7 +68,7 @@ def test_a_prompt_of_less_than_a_block_is_not_waited_for(stand: Stand) -> None:
 
 
 def test_what_the_device_had_already_is_stored_all_the_same(stand: Stand) -> None:
-    """A prompt whose first blocks came from the device's own cache."""
+    """A prompt whose first blocks came from the device's own cache is stored completely."""
     stand.copies.holds_puts = True
     stand.add(1, TOKENS + PER_BLOCK, name="primes")
     stand.step()
@@ -86,7 +86,7 @@ def test_what_the_device_had_already_is_stored_all_the_same(stand: Stand) -> Non
 
 
 def test_giving_up_a_request_that_has_ended_frees_nothing(stand: Stand) -> None:
-    """A put reads its blocks."""
+    """Aborting an ended request frees no block that a put still reads."""
     request = finish(stand)
     stand.step()
     stand.scheduler.finish_requests([request.request_id], RequestStatus.FINISHED_ABORTED)
@@ -99,7 +99,7 @@ def test_giving_up_a_request_that_has_ended_frees_nothing(stand: Stand) -> None:
 
 
 def test_a_request_given_up_while_it_runs_is_stored_and_freed(stand: Stand) -> None:
-    """With puts of several chunks under way."""
+    """A request that is aborted while it runs, with several puts under way, is stored and freed."""
     stand.copies.holds_puts = True
     request = stand.add(1, TOKENS, max_tokens=PER_BLOCK + 2)
     for _ in range(PER_BLOCK):
@@ -114,7 +114,7 @@ def test_a_request_given_up_while_it_runs_is_stored_and_freed(stand: Stand) -> N
 
 @pytest.fixture
 def pushed_back(make: Make) -> Stand:
-    """Give an engine whose two requests have no blocks any more, but puts that read them."""
+    """Return an engine whose two requests were preempted, while puts still read their blocks."""
     stand = make(num_blocks=9)
     stand.store(3, 6 * PER_BLOCK + 1)
     stand.copies.holds_puts = True
@@ -128,7 +128,7 @@ def pushed_back(make: Make) -> Stand:
 
 
 def check_stored(stand: Stand) -> None:
-    """Check that both prompts can be loaded: the forward looks whether their bytes are right."""
+    """Check that both prompts can be loaded; the forward checks their bytes."""
     stand.check_empty()
     assert stand.scheduler.reset_prefix_cache()
     loads = len(stand.copies.device_blocks)
@@ -140,7 +140,7 @@ def check_stored(stand: Stand) -> None:
 
 
 def test_blocks_of_a_put_are_not_computed_anew_before_it_is_over(pushed_back: Stand) -> None:
-    """Both run again, each in blocks that a put of the other reads."""
+    """Blocks that a put reads are not computed anew, for another request, before it is over."""
     stand = pushed_back
     threading.Timer(0.1, stand.copies.release).start()
     stand.run()
@@ -148,13 +148,13 @@ def test_blocks_of_a_put_are_not_computed_anew_before_it_is_over(pushed_back: St
 
 
 def test_blocks_of_a_put_are_not_loaded_into_before_it_is_over(pushed_back: Stand) -> None:
-    """Another prompt gets them, when both are given up."""
+    """Blocks that a put reads are not loaded into, for another prompt, before it is over."""
     stand = pushed_back
     stand.scheduler.finish_requests(["id-1", "id-2"], RequestStatus.FINISHED_ABORTED)
     loaded = stand.add(3, 6 * PER_BLOCK + 1)
     for _ in range(10):
         stand.step()
-        stand.statistics()  # meanwhile the server would have asked for the copies
+        stand.statistics()  # the server would have asked for the copies meanwhile
     assert loaded.num_computed_tokens == 6 * PER_BLOCK
     assert set.union(*stand.copies.held_blocks()) & set(stand.blocks_of(loaded))
     assert not stand.copies.device_blocks

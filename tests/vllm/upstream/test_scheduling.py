@@ -1,4 +1,4 @@
-"""Hits, room, preemption and figures: after the connector tests of `core/test_scheduler`."""
+"""Scenarios of hits, room, preemption and statistics: after the tests of `core/test_scheduler`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .stand import PER_BLOCK, WAITING, Stand
 
 
 def until_run(stand: Stand) -> Any:
-    """Give the first step that computes something."""
+    """Step until a step computes something, and return that step."""
     return stand.until(lambda: (s := stand.step()).output.num_scheduled_tokens and s)
 
 
 def ended(given: list[Any]) -> list[str]:
-    """Give the requests that have ended, in turn."""
+    """Return the ids of the requests that have ended, in order."""
     return [each.request_id for each in given if each.finish_reason]
 
 
 def test_only_what_nobody_has_is_computed(stand: Stand) -> None:
-    """First all hits are FlexKV's, then the device's own come first and FlexKV's behind them."""
+    """Only what neither the device's own cache nor FlexKV has is computed."""
     free = stand.free_blocks
     for number in (1, 2):
         stand.store(number, 6 * PER_BLOCK + 1)
@@ -46,7 +46,7 @@ def test_only_what_nobody_has_is_computed(stand: Stand) -> None:
 
 
 def test_wrong_bytes_are_noticed(stand: Stand) -> None:
-    """The negative control of all these scenarios: one element of a loaded block is another."""
+    """One wrong element of a loaded block is noticed: the negative control of all scenarios."""
     stand.store(1, 3 * PER_BLOCK)
     stand.copies.holds_loads = True
     request = stand.add(1, 3 * PER_BLOCK)
@@ -59,7 +59,7 @@ def test_wrong_bytes_are_noticed(stand: Stand) -> None:
 
 
 def test_a_prompt_waits_for_the_room_that_another_has(make: Make) -> None:
-    """Nine blocks, of which each of two needs six."""
+    """A prompt waits, without preemption, for the room that another has."""
     stand = make(num_blocks=10)
     for number in (1, 2):
         stand.store(number, 2 * PER_BLOCK + 1)
@@ -75,17 +75,14 @@ def test_a_prompt_waits_for_the_room_that_another_has(make: Make) -> None:
 
 @pytest.mark.parametrize("holds_puts", [False, True], ids=["", "puts_under_way"])
 def test_preempted_requests_come_back(make: Make, holds_puts: bool) -> None:
-    """Six blocks, of which each of two has three, and needs a fourth.
-
-    Their puts may be under way still: blocks of one are written by the other only after that.
-    """
+    """Preempted requests come back, and blocks that their puts read are not written before."""
     stand = make(num_blocks=7)
     for number in (1, 2):
         stand.store(number, 2 * PER_BLOCK + 1)
     requests = [stand.add(number, 2 * PER_BLOCK + 1, max_tokens=PER_BLOCK + 4) for number in (1, 2)]
     stand.until(lambda: len(stand.scheduler.running) == 2, step=True)
     stand.copies.holds_puts = holds_puts
-    # One may be ahead of the other, so that its last block is whole: a step waits for its put then.
+    # If one request is ahead, its last block is whole, and a step waits for that block's put.
     threading.Timer(0.5, stand.copies.release).start()
     given = []
     while not any(request.num_preemptions for request in requests):
@@ -99,7 +96,7 @@ def test_preempted_requests_come_back(make: Make, holds_puts: bool) -> None:
 
 @pytest.mark.parametrize("local", [0, 2])
 def test_external_hits_are_counted_once(stand: Stand, local: int) -> None:
-    """Queries are what the device did not have, hits what FlexKV had of it."""
+    """Queries count the tokens that the device lacked, and hits those of them that FlexKV had."""
     stand.store(1, 4 * PER_BLOCK + 1)
     if local:
         stand.add(1, local * PER_BLOCK + 1, name="primes")
@@ -117,7 +114,7 @@ def test_external_hits_are_counted_once(stand: Stand, local: int) -> None:
 
 
 def test_a_request_that_wants_every_token_computed_hits_nothing(stand: Stand) -> None:
-    """Though FlexKV has them."""
+    """A request that wants every token computed loads nothing, though FlexKV has its blocks."""
     stand.store(1, 4 * PER_BLOCK)
     request = stand.add(1, 4 * PER_BLOCK)
     request.skip_reading_prefix_cache = True
@@ -128,7 +125,7 @@ def test_a_request_that_wants_every_token_computed_hits_nothing(stand: Stand) ->
 
 @pytest.mark.parametrize("connector", ["own"], indirect=True)
 def test_statistics_reach_the_scheduler(stand: Stand) -> None:
-    """Those of each step, of which the sums are right; the shim cannot hand them on."""
+    """The statistics of all steps have the right sums; the shim cannot pass them on."""
     stand.add(1, 4 * PER_BLOCK + 1, name="first-1")
     told: list[dict[str, int]] = []
     for _ in range(2):
@@ -146,7 +143,7 @@ def test_statistics_reach_the_scheduler(stand: Stand) -> None:
 
 @pytest.mark.parametrize("connector", ["own"], indirect=True)
 def test_a_reset_of_the_connectors_cache_forgets_every_block(stand: Stand) -> None:
-    """The shim does not hand it on: it says that there was nothing to do."""
+    """A reset of the connector's cache drops every block; the shim does not pass it on."""
     stand.store(1, 4 * PER_BLOCK)
     assert stand.scheduler.reset_prefix_cache(reset_connector=True)
     stand.add(1, 4 * PER_BLOCK)
@@ -156,7 +153,7 @@ def test_a_reset_of_the_connectors_cache_forgets_every_block(stand: Stand) -> No
 
 
 def test_a_prompt_in_chunks_is_stored_as_it_is_computed(make: Make) -> None:
-    """Blocks can be loaded by another before the prompt that they are of is through."""
+    """Chunks of a prompt are stored before the whole prompt is computed."""
     stand = make(max_num_batched_tokens=2 * PER_BLOCK, max_num_seqs=2)
     request = stand.add(1, 8 * PER_BLOCK, max_tokens=2)
     stand.step()

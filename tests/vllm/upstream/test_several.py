@@ -1,4 +1,4 @@
-"""FlexKV as one of several connectors of an engine: after `test_multi_connector`."""
+"""Scenarios of FlexKV as one of several connectors: after `test_multi_connector`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ROLE = {"kv_role": "kv_both"}
 
 
 def other(folder: Path) -> dict[str, Any]:
-    """Give another connector: vLLM's example, which has nothing, and counts its calls."""
+    """Return another connector: vLLM's example, which has no blocks, and counts its calls."""
     extra = {"name": "other", "shared_storage_path": str(folder / "example")}
     return {"kv_connector": "TestExampleConnector", "kv_connector_extra_config": extra, **ROLE}
 
 
 @pytest.fixture(params=["first", "second"])
 def several(request: pytest.FixtureRequest, make: Make, connector: str, tmp_path: Path) -> Stand:
-    """Give an engine with two connectors."""
+    """Return an engine with two connectors."""
     children = [{**CONNECTORS[connector], **ROLE}, other(tmp_path)]
     if request.param == "second":
         children.reverse()
@@ -39,7 +39,7 @@ def several(request: pytest.FixtureRequest, make: Make, connector: str, tmp_path
 
 
 def test_loads_and_puts_go_on_beside_another(several: Stand) -> None:
-    """A prompt is stored, loaded, and everything is free again."""
+    """A prompt is stored and loaded beside another connector, and everything is free again."""
     stand = several
     stand.store(1, TOKENS)
     stand.copies.holds_loads = True
@@ -53,7 +53,7 @@ def test_loads_and_puts_go_on_beside_another(several: Stand) -> None:
 
 
 def test_failures_are_told_beside_another(several: Stand) -> None:
-    """And what failed is computed."""
+    """Failed loads are reported beside another connector, and what failed is computed."""
     stand = several
     stand.store(1, TOKENS)
     stand.copies.loads_fail = lambda blocks: True
@@ -64,7 +64,7 @@ def test_failures_are_told_beside_another(several: Stand) -> None:
 
 
 class Sync:
-    """A connector that loads within the step, and whose loads fail, put in another's place."""
+    """A fake, in place of the other connector, that loads within a step, and whose loads fail."""
 
     def __init__(self, stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
         self._stand, self._found, self._wanted = stand, 3 * PER_BLOCK, True
@@ -83,10 +83,10 @@ class Sync:
         return found, False
 
     def failed(self) -> set[int]:
-        """Tell, at the end of the step, that all three are not there."""
+        """Return, at the end of the step, all three blocks as failed."""
         if self._found:
             self._found = 0
-            time.sleep(0.2)  # whatever is told to be stored is stored by now
+            time.sleep(0.2)  # puts that were reported as ready are stored by now
             return set(self._stand.blocks_of(self._request)[:3])
         return set()
 
@@ -98,7 +98,7 @@ def _others(connectors: Any) -> list[Any]:
 def test_what_another_failed_to_load_is_not_stored(
     several: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step in which it is told stores its blocks too: under keys of what should be there."""
+    """Blocks that another connector failed to load are not stored, not even those of that step."""
     stand = several
     Sync(stand, monkeypatch)
     stand.unchecked = True
@@ -114,7 +114,7 @@ def test_what_another_failed_to_load_is_not_stored(
 
 
 def test_preemptions_are_told_to_all(several: Stand) -> None:
-    """The runner says it before each step."""
+    """The runner reports preemptions to every connector before each step."""
     (counting,) = [c for c in several.worker.sub_connectors if hasattr(c, "call_record")]
     several.step()
     assert counting.call_record["handle_preemptions"] == 1
@@ -123,7 +123,7 @@ def test_preemptions_are_told_to_all(several: Stand) -> None:
 
 
 def test_a_match_that_another_wins_is_let_go(several: Stand) -> None:
-    """The one that is not chosen is told of no tokens; its blocks may be evicted then."""
+    """If another connector's match is chosen, the hold of ours is released."""
     stand = several
     stand.store(1, TOKENS)
     request = stand.add(1, TOKENS)
@@ -139,7 +139,7 @@ def test_a_match_that_another_wins_is_let_go(several: Stand) -> None:
 
 
 def told(stand: Stand) -> list[dict[str, Any]]:
-    """Have a prompt stored and loaded, and give the figures of each step, as vLLM sends them."""
+    """Store and load a prompt; return the statistics of each step, as vLLM sends them."""
     given = []
     for _ in range(2):
         stand.add(1, TOKENS)
@@ -152,7 +152,7 @@ def told(stand: Stand) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("connector", ["own"], indirect=True)
 def test_statistics_are_logged_beside_another(several: Stand) -> None:
-    """By the connector's name, in sum; of plain figures, as another process gets them."""
+    """Statistics are logged under the connector's name, as sums of plain numbers."""
     logging = KVConnectorLogging(several.config.kv_transfer_config)
     for data in told(several):
         assert set(data) == {"FlexKVConnector"}
@@ -165,7 +165,7 @@ def test_statistics_are_logged_beside_another(several: Stand) -> None:
 
 @pytest.mark.parametrize("connector", ["own"], indirect=True)
 def test_statistics_are_exported_beside_another(several: Stand) -> None:
-    """Under FlexKV's own names, as without the other."""
+    """Statistics are exported under FlexKV's own names, as without another connector."""
     metrics = KVConnectorProm(several.config, ["engine"], {0: ["0"]})
     try:
         for data in told(several):
@@ -180,5 +180,5 @@ def test_statistics_are_exported_beside_another(several: Stand) -> None:
 
 @pytest.mark.parametrize("connector", ["shim"], indirect=True)
 def test_the_shim_tells_no_statistics_beside_another(several: Stand) -> None:
-    """vLLM could not read them."""
+    """The shim reports no statistics beside another connector: vLLM could not read them."""
     assert told(several) == []

@@ -1,4 +1,4 @@
-"""The worker's hooks: what the shim calls, and in which order vLLM's runner does.
+"""Scenarios of the worker's hooks: what the shim calls, and the order of vLLM's runner.
 
 After `test_flexkv_connector`, `test_kv_connector_lifecycle` and `test_output_aggregator`.
 """
@@ -26,11 +26,11 @@ from .stand import PER_BLOCK, Stand
 
 
 class TestDelegation(TestFlexKVConnectorDelegation):
-    """vLLM's own tests of what the shim calls, over what has our names and signatures only."""
+    """vLLM's own tests of the shim's calls, over a mock with the signatures of our class."""
 
     @pytest.fixture
     def connector_and_impl(self, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-        """Give the shim, and what it delegates to."""
+        """Return the shim, and the mock to which it delegates."""
         impl = create_autospec(FlexKVConnectorV1Impl, instance=True)
         made = create_autospec(FlexKVConnectorV1Impl, return_value=impl)
         monkeypatch.setattr(vllm_v1_adapter, "FlexKVConnectorV1Impl", made)
@@ -41,19 +41,19 @@ class TestDelegation(TestFlexKVConnectorDelegation):
 
 
 def public(kind: type) -> dict[str, Any]:
-    """Give what a class has that is not for itself alone."""
+    """Return the public members of a class."""
     return {name: value for name, value in inspect.getmembers(kind) if not name.startswith("_")}
 
 
 def test_the_shim_hands_on_nothing_that_is_not_here() -> None:
-    """Each method that it has of its own."""
+    """The shim has no public method that our class lacks."""
     own = {name for name in vars(FlexKVConnectorV1) if not name.startswith("_")}
     assert len(own) >= 15
     assert own <= set(public(FlexKVConnectorV1Impl))
 
 
 def test_our_connector_can_be_called_as_the_base_is() -> None:
-    """Each hook that it overrides takes the base's arguments, by place and by name."""
+    """Each hook that our connector overrides takes the base's arguments by position and by name."""
     base, ours = public(KVConnectorBase_V1), public(FlexKVConnector)
     overridden = [name for name in base if ours[name] is not base[name]]
     assert len(overridden) >= 15
@@ -68,7 +68,7 @@ def test_our_connector_can_be_called_as_the_base_is() -> None:
 
 
 def test_a_steps_metadata_are_gone_after_it(stand: Stand, monkeypatch: Any) -> None:
-    """Each hook is called once, with a forward and without, whatever there is to do."""
+    """Each hook is called once a step, with a forward or without; then the metadata are cleared."""
     calls: list[str] = []
     for name in ("bind_connector_metadata", "wait_for_save", "get_finished",
                  "get_block_ids_with_load_errors", "clear_connector_metadata"):  # fmt: skip
@@ -93,7 +93,7 @@ def test_a_steps_metadata_are_gone_after_it(stand: Stand, monkeypatch: Any) -> N
 
 
 def test_hooks_of_layers_do_nothing(stand: Stand) -> None:
-    """Whatever a runner hands over, by name too."""
+    """Hooks of layers do nothing, whatever a runner passes."""
     worker = stand.worker
     worker.start_load_kv(MagicMock(), scheduler_output=None, request_ids=[])
     worker.wait_for_layer_load("layer.0")
@@ -101,12 +101,12 @@ def test_hooks_of_layers_do_nothing(stand: Stand) -> None:
 
 
 def told_by(*ranks: KVConnectorOutput) -> list[ModelRunnerOutput]:
-    """Give what runners would hand over."""
+    """Return what the runners of some ranks would return."""
     return [ModelRunnerOutput([], {}, kv_connector_output=told) for told in ranks]
 
 
 def test_ranks_tell_the_same_in_the_same_step(stand: Stand) -> None:
-    """What they tell is over at once, then; failed blocks are those of any."""
+    """A report that all ranks make in one step counts at once; failed blocks are any rank's."""
     count = stand.scheduler.connector.get_finished_count()
     aggregator = KVOutputAggregator.from_connector(stand.scheduler.connector, 2)
     assert count is None
@@ -123,6 +123,6 @@ def test_ranks_tell_the_same_in_the_same_step(stand: Stand) -> None:
 
 
 def test_vllm_keeps_one_group_of_blocks(stand: Stand) -> None:
-    """Neither connector says that it serves several, and vLLM goes without them by itself."""
+    """Neither connector supports several block groups, so vLLM keeps one."""
     assert not KVConnectorFactory.supports_hma_config(stand.config.kv_transfer_config)
     assert stand.config.scheduler_config.disable_hybrid_kv_cache_manager
