@@ -1,13 +1,13 @@
 """The port that every transfer adapter implements, and the three verbs of its protocol.
 
-An adapter moves blocks between host memory and one other place:
+An adapter moves blocks between host memory and one device or other tier:
 
-    submit(transfer)   the adapter owns the transfer's buffers from here on; never blocks
-    wake()             the adapter calls this, on the loop's thread, when reap has something
-    reap()             every transfer that ended since the last reap, each exactly once
+    submit(transfer)   lends the transfer's buffers to the adapter; never blocks
+    wake()             called by the adapter, on the loop's thread, when a transfer has ended
+    reap()             returns every transfer that ended since the last reap, each exactly once
 
-Buffers are lent from `submit` until the completion is reaped, even when nobody waits for it any
-more. An adapter bounds nothing and orders nothing: its actor does, by what it submits.
+Buffers are lent from `submit` until the completion is reaped, even if nobody waits for it any
+more. An adapter need not limit or order transfers: its actor does, by choosing what to submit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flexkv.common.terms import Transfer
 
 
 class Completion(NamedTuple):
-    """The end of one transfer: every byte is there (`error is None`), or it failed."""
+    """The end of one transfer: all bytes have arrived (`error is None`), or it failed."""
 
     op_id: int
     error: TransferError | None
@@ -32,32 +32,32 @@ class TransferPort(Protocol):
 
     @property
     def block_bytes(self) -> int:
-        """Bytes moved for one block."""
+        """Return the bytes moved for one block."""
         ...
 
     @property
     def arrived_bytes(self) -> int:
-        """Bytes that came from the device or tier, of transfers that have not ended yet.
+        """Return the inbound bytes that have arrived, of transfers that have not ended yet.
 
-        A window, which is there to keep the device busy and no busier, does not count them.
+        The actor counts up to one window of them as not in flight: the device is done with them.
         """
         ...
 
     def connect(self, wake: Callable[[], None]) -> None:
-        """Attach to the running event loop; `wake` is called on it when `reap` has something."""
+        """Attach to the running loop, which calls `wake` when `reap` has something to return."""
         ...
 
     def submit(self, transfer: Transfer) -> None:
-        """Start one transfer. Never blocks, never raises for what the device does later.
+        """Start one transfer. Never blocks; `reap` reports what fails later.
 
         Raises:
             ClosedError: after `close`.
-            InvariantError: ids out of the pool's range, or of unequal length.
+            InvariantError: an id is outside its pool, or the id lists differ in length.
         """
         ...
 
     def reap(self) -> list[Completion]:
-        """Give every transfer that ended since the last call, each exactly once."""
+        """Return every transfer that ended since the last call, each exactly once."""
         ...
 
     def close(self) -> None:
@@ -70,40 +70,40 @@ class DevicePort(TransferPort, Protocol):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the device, as it was registered or resumed last."""
+        """Return the number of device blocks, as of the last registration or `resume`."""
         ...
 
     @property
     def failure(self) -> TransferError | None:
-        """What broke the device, if anything did: every transfer fails with it."""
+        """Return what broke the device, or None; all transfers then fail with it."""
         ...
 
     def order_after(self, to_device: bool) -> None:
-        """Let later copies one way wait for what the calling thread's stream has queued by now.
+        """Make later copies in one direction wait for the work queued on the caller's stream.
 
-        From any thread; a device without streams does nothing.
+        May be called from any thread. A device without streams does nothing.
 
         Raises:
-            DeviceError: the driver refused.
+            DeviceError: the driver reported an error.
         """
         ...
 
     def suspend(self) -> None:
-        """Let go of the KV caches. Only legal with nothing in flight."""
+        """Release the KV caches. Only legal with nothing in flight."""
         ...
 
     def resume(self, layout: PagedLayout, owner: object) -> None:
-        """Take KV caches again, with blocks of as many bytes; `owner` keeps them alive."""
+        """Attach KV caches again, with blocks of the same size; `owner` keeps them alive."""
         ...
 
 
 class DurablePort(TransferPort, Protocol):
-    """A transfer port whose writes can be made to survive."""
+    """A transfer port that can sync its writes to stable storage."""
 
     async def sync(self) -> None:
         """Return once every completed write is on stable storage.
 
         Raises:
-            StorageError: the device refused.
+            StorageError: the device reported an error.
         """
         ...

@@ -1,14 +1,14 @@
-"""Directories and files that only we may write to, opened so that nobody can swap them.
+"""Directories and files that only we and root may write to, opened so that nobody can swap them.
 
-A directory is checked once it is open, on its descriptor; files in it are opened by their name
-relative to that descriptor. Whoever may write to one of its parents can therefore move the
-directory away, or keep us from starting, but cannot make us read or write anything else.
+A directory is opened first, and checked on its descriptor; files in it are opened by name relative
+to that descriptor. Somebody who may write to one of its parents can therefore move the directory
+away, or keep us from starting, but cannot make us read or write anything else.
 
-A directory given as a symbolic link is followed, if we or root made the link; a file in a
-directory never is.
+A directory given as a symbolic link is followed if we or root made the link; a file that is a
+symbolic link is refused.
 
-Some file systems (FAT, CIFS, some of FUSE) fix the modes when they are mounted, and refuse chmod.
-What nobody else may write to is used there all the same; that others may read it is told.
+Some file systems (FAT, CIFS, some of FUSE) fix the modes at mount time and refuse chmod. Files
+there are used if nobody else may write to them; a warning is logged if others may read them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NO_CHMOD = {EACCES, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, EROFS}
 
 
 class NotPrivateError(PermissionError):
-    """Others can change a file or directory; `strerror` says how: "belongs to user …"."""
+    """A file or directory that others can change; `strerror` says how: "belongs to user …"."""
 
     def __init__(self, why: str, name: str) -> None:
         super().__init__(EPERM, why, name)
@@ -46,7 +46,7 @@ class Folder(NamedTuple):
     """An open directory."""
 
     path: Path
-    """For messages."""
+    """Names it in messages; its files are opened by `fd`."""
     fd: int
 
 
@@ -54,8 +54,8 @@ def open_directory(path: Path) -> int:
     """Return a descriptor of a directory that nobody but us and root may write to.
 
     Raises:
-        NotPrivateError: somebody else may.
-        OSError: it cannot be opened, or is no directory.
+        NotPrivateError: somebody else may write to it.
+        OSError: it cannot be opened, or is not a directory.
     """
     link = os.lstat(path)
     if stat.S_ISLNK(link.st_mode) and not _is_ours(link):
@@ -70,14 +70,14 @@ def open_directory(path: Path) -> int:
 
 
 def make_directory(path: Path) -> int:
-    """Return a descriptor of such a directory; one that is missing is made, with mode 0700.
+    """Return a descriptor of a private directory, and create it with mode 0700 if it is missing.
 
-    Only the last component of the path is made.
+    Only the last component of the path is created.
 
     Raises:
         FileNotFoundError: its parent does not exist.
         NotPrivateError: somebody else may write to it.
-        OSError: it cannot be made or opened, or is no directory.
+        OSError: it cannot be created or opened, or is not a directory.
     """
     try:
         os.mkdir(path, DIRECTORY_MODE)
@@ -85,7 +85,7 @@ def make_directory(path: Path) -> int:
         return open_directory(path)
     fd = open_directory(path)
     try:
-        _set_mode(fd, DIRECTORY_MODE)  # the umask took bits away
+        _set_mode(fd, DIRECTORY_MODE)  # the umask may have removed bits
     except BaseException:
         os.close(fd)
         raise
@@ -93,7 +93,7 @@ def make_directory(path: Path) -> int:
 
 
 def _set_mode(fd: int, mode: int) -> bool:
-    """Set the mode of a file or directory of ours; return whether it has that mode now."""
+    """Try to set the mode of a file or directory of ours; return whether it has it now."""
     try:
         os.fchmod(fd, mode)
     except OSError as error:
@@ -105,10 +105,10 @@ def _set_mode(fd: int, mode: int) -> bool:
 def sync_directory(fd: int) -> None:
     """Return once the names in a directory are on stable storage, if its file system can sync.
 
-    Some file systems cannot. There the names are as safe as the file system makes them.
+    If it cannot, the names are as safe as the file system makes them.
 
     Raises:
-        OSError: the device refused.
+        OSError: the device reported an error.
     """
     try:
         os.fsync(fd)
@@ -120,21 +120,21 @@ def sync_directory(fd: int) -> None:
 def open_file(folder_fd: int, name: str, flags: int) -> int:
     """Return a descriptor of a regular file that nobody but us and root may write to.
 
-    A file that others may read is made private; one that is created (`os.O_CREAT`) has mode 0600.
+    A file that others may read is set to mode 0600; one that is created (`os.O_CREAT`) gets it too.
 
     Args:
         folder_fd: the directory, as from `open_directory`.
-        name: of the file in it.
-        flags: for `os.open`.
+        name: the file's name in that directory.
+        flags: those of `os.open`.
 
     Raises:
-        FileNotFoundError: there is none, and `flags` create none.
-        NotPrivateError: somebody else may write to it, or it is no regular file, or it has
-            another name as well.
+        FileNotFoundError: it is missing, and `flags` do not create it.
+        NotPrivateError: somebody else may write to it, it is not a regular file, or it has a
+            second name.
         OSError: it cannot be opened.
     """
     try:
-        # Opening a device or a pipe may do something already.
+        # Checked before it is opened, because opening a device or a pipe has side effects.
         _check_file(os.stat(name, dir_fd=folder_fd, follow_symlinks=False), name)
     except FileNotFoundError:
         if not flags & os.O_CREAT:
@@ -181,15 +181,15 @@ def _is_ours(found: os.stat_result) -> bool:
 
 
 def new_name(name: str) -> str:
-    """Return the name under which `replace_file` writes a file, before it takes its place."""
+    """Return the name under which `replace_file` writes a file before it renames it."""
     return f"{name}.new"
 
 
 def replace_file(folder: Folder, name: str, content: bytes) -> None:
-    """Give a file in a directory new content, at once and for good.
+    """Replace a file's content atomically, and sync it to stable storage.
 
     Raises:
-        OSError: the directory takes no file.
+        OSError: the file cannot be written.
     """
     new = new_name(name)
     with suppress(FileNotFoundError):

@@ -1,10 +1,10 @@
-"""A disk port that checks: what comes back from disk has the sum of what went there.
+"""A disk port that checks every block it reads against the checksum with which it was written.
 
-    write   submit ─▶ the ledger forgets what was there ─▶ inner port ─▶ the sum is kept
-    read    submit ─▶ inner port ─▶ sum ─▶ equal to what was kept? else CorruptBlockError
+    write   submit ─▶ forget the blocks that were there ─▶ inner port ─▶ keep the sums
+    read    submit ─▶ inner port ─▶ sum ─▶ compare with the kept sums; CorruptBlockError if unequal
 
-A write takes the sum that the block has had since its bytes reached host memory, so what went wrong
-there counts too.
+A write keeps the sum that was computed when the block's bytes reached host memory, so a read also
+finds damage that happened in host memory.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from flexkv.io.ports import Completion, DurablePort
 
 
 class Forget(Protocol):
-    """Makes sure that no later run believes in blocks whose places are about to be written."""
+    """Makes the journals forget the blocks whose places are about to be overwritten."""
 
     def __call__(self, disk_ids: BlockIds, then: Callable[[], None]) -> bool:
-        """Tell whether nobody believes in them; if not, `then` is called once that is so."""
+        """Return True if no journal names the places; else call `then` once none does."""
         ...
 
 
@@ -36,11 +36,11 @@ class _Write(NamedTuple):
 
 
 class CheckedDiskPort:
-    """A durable port over another, with a sum for each block.
+    """A durable port that wraps another, and keeps a checksum for each block.
 
     Attributes:
-        sums: uint64[disk blocks], of what was last written to each place.
-        forget: asked before every write; None where nobody would believe in anything.
+        sums: uint64[disk blocks], the sum of what was last written to each place.
+        forget: called before every write; None if the tier keeps no journals.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class CheckedDiskPort:
         num_blocks: int,
         place_of: Callable[[int], tuple[str, int]],
     ) -> None:
-        """Take both ports, which are closed with this one.
+        """Wrap a port; it and the checksummer are closed with this one.
 
         Args:
-            inner: moves the bytes.
-            summer: sums host blocks, and knows the sums of those that are there.
-            num_blocks: of the disk.
-            place_of: gives path and byte offset of a disk block, for errors.
+            inner: the port that moves the bytes.
+            summer: sums host blocks, and holds the sums of those in host memory.
+            num_blocks: number of disk blocks.
+            place_of: returns the path and byte offset of a disk block, for errors.
         """
         self.sums: Sums = np.zeros(num_blocks, np.uint64)
         self.forget: Forget | None = None
@@ -71,17 +71,17 @@ class CheckedDiskPort:
 
     @property
     def block_bytes(self) -> int:
-        """Give the bytes moved for one block."""
+        """Return the bytes moved for one block."""
         return self._inner.block_bytes
 
     @property
     def arrived_bytes(self) -> int:
-        """Give the bytes that were read and are being summed."""
+        """Return the bytes that were read and are being summed."""
         return self._summed.arrived_bytes
 
     @property
     def adapter(self) -> str:
-        """Name what moves the bytes."""
+        """Return the class name of the adapter that moves the bytes."""
         return type(self._inner).__name__
 
     def connect(self, wake: Callable[[], None]) -> None:
@@ -94,7 +94,7 @@ class CheckedDiskPort:
 
         Raises:
             ClosedError: after `close`.
-            InvariantError: ids out of range, or of unequal length.
+            InvariantError: an id is out of range, or the id lists differ in length.
         """
         if self._closed:
             raise ClosedError("the checked disk port is closed")
@@ -115,14 +115,14 @@ class CheckedDiskPort:
         self._wake()
 
     def reap(self) -> list[Completion]:
-        """Give every transfer that ended since the last call, each exactly once."""
+        """Return every transfer that ended since the last call, each exactly once."""
         forgotten, self._forgotten = self._forgotten, []
         for transfer in forgotten:
             self._summed.submit(transfer)
         return [self._ended(completion) for completion in self._summed.reap()]
 
     def _ended(self, completion: Completion) -> Completion:
-        """Compare what was read, and keep the sums of what was written."""
+        """Check a read or keep the sums of a write, and return the completion to report."""
         op_id, error = completion
         transfer = self._reading.pop(op_id, None)
         if transfer is None:
@@ -145,10 +145,10 @@ class CheckedDiskPort:
         await self._inner.sync()
 
     def close(self) -> None:
-        """Close both ports. Only legal with nothing in flight. Idempotent.
+        """Close the inner port and the checksummer. Only legal with nothing in flight. Idempotent.
 
         Raises:
-            InvariantError: transfers were in flight; nobody was told of their ends.
+            InvariantError: transfers were in flight; their ends were not reported.
         """
         self._closed = True
         self._summed.close()

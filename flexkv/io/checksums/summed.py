@@ -1,4 +1,4 @@
-"""A port over another that keeps no sums: what it brings to host memory is summed behind it."""
+"""A port that wraps one that makes no checksums, and sums the blocks it brings to host memory."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from flexkv.io.ports import Completion, TransferPort
 
 
 class SummedPort:
-    """A transfer port whose transfers to the host end when their blocks have sums.
+    """A transfer port whose transfers to the host end once their blocks are summed.
 
     Attributes:
-        sums: uint64[host blocks].
+        sums: uint64[host blocks], the sum of each.
     """
 
     def __init__(self, inner: TransferPort, summer: Checksummer, has_summed: bool = False) -> None:
-        """Take both, which are closed with this one.
+        """Wrap a port; it and the checksummer are closed with this one.
 
-        With `has_summed` the inner port sums whole blocks itself, and only those that come layer by
-        layer are summed here.
+        With `has_summed` the inner port sums whole blocks itself, and only blocks that arrive
+        layer by layer are summed here.
         """
         self.sums = summer.sums
         self._has_summed = has_summed
@@ -32,12 +32,12 @@ class SummedPort:
 
     @property
     def block_bytes(self) -> int:
-        """Give the bytes moved for one block."""
+        """Return the bytes moved for one block."""
         return self._inner.block_bytes
 
     @property
     def arrived_bytes(self) -> int:
-        """Bytes that came nearer to the device and are being summed."""
+        """Return the inbound bytes that have arrived and are being summed."""
         return self._inner.arrived_bytes + self._summing_inbound_bytes
 
     def connect(self, wake: Callable[[], None]) -> None:
@@ -50,7 +50,7 @@ class SummedPort:
 
         Raises:
             ClosedError: after `close`.
-            InvariantError: ids out of range, or of unequal length.
+            InvariantError: an id is out of range, or the id lists differ in length.
         """
         self._inner.submit(transfer)
         if transfer.route.target is Tier.HOST and not (
@@ -59,7 +59,7 @@ class SummedPort:
             self._moving[transfer.op_id] = transfer
 
     def reap(self) -> list[Completion]:
-        """Give every transfer that ended since the last call, each exactly once."""
+        """Return every transfer that ended since the last call, each exactly once."""
         if not self._moving and not self._summing:
             return self._inner.reap()
         ended = []
@@ -84,7 +84,7 @@ class SummedPort:
         """Close both. Only legal with nothing in flight. Idempotent.
 
         Raises:
-            InvariantError: transfers were in flight; nobody was told of their ends.
+            InvariantError: transfers were in flight; their ends were not reported.
         """
         try:
             self._summer.close()
@@ -95,7 +95,7 @@ class SummedPort:
 
 
 def _is_whole(transfer: Transfer) -> bool:
-    """Tell, once for each piece that ended, whether all of its blocks are there now."""
+    """Count a piece that ended, and return whether its transfer has now ended as a whole."""
     layers = transfer.layers
     if layers is None:
         return True

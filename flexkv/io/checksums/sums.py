@@ -1,7 +1,7 @@
-"""The sums of host blocks: made as bytes reach host memory, and made again when they come back.
+"""Checksums of host blocks: computed when bytes reach host memory, and again after disk reads.
 
-Every port that brings bytes from a device keeps the sum of what it brought; a summer sums what is
-in host memory already.
+Ports that bring bytes from a device store the sums of what they bring, if they can. A checksummer
+sums blocks that are in host memory already.
 """
 
 from __future__ import annotations
@@ -22,23 +22,28 @@ Sums = NDArray[np.uint64]
 
 
 class Checksummer(Protocol):
-    """Sums host blocks, beside the loop.
+    """Sums host blocks in the background, off the event loop.
 
     Attributes:
-        sums: uint64[host blocks].
+        sums: uint64[host blocks], the sum of each.
     """
 
     sums: Sums
 
     def connect(self, wake: Callable[[], None]) -> None:
-        """Attach to the running loop; `wake` is called on it when `reap` has something."""
+        """Attach to the running loop, which calls `wake` when `reap` has something to return."""
         ...
 
     def submit(self, op_id: int, host_ids: BlockIds, urgent: bool) -> None:
-        """Sum host blocks, each once, into `sums`: theirs mean nothing until the op is reaped.
+        """Start to sum host blocks into `sums`, which is undefined for them until `reap`.
+
+        Args:
+            op_id: identifies the op in `reap`.
+            host_ids: int64[n], all different.
+            urgent: whether it goes before ops that are not urgent.
 
         Raises:
-            ValueError: an id out of range.
+            ValueError: an id is out of range.
         """
         ...
 
@@ -47,19 +52,21 @@ class Checksummer(Protocol):
         ...
 
     def close(self) -> None:
-        """Detach, and end every thread."""
+        """Detach from the loop, and end every thread."""
         ...
 
 
 class PoolChecksummer:
-    """Sums blocks of an arena in standing threads, without the GIL; XXH3-64 of their whole stride.
+    """Sums blocks of an arena in standing threads, without the GIL.
+
+    A sum is over a block's whole stride, and made of XXH3-64 digests: see `_ext.PageMap`.
 
     Attributes:
-        sums: uint64[blocks of the arena].
+        sums: uint64[blocks of the arena], the sum of each.
     """
 
     def __init__(self, arena: Arena, threads: int = 2, sums: Sums | None = None) -> None:
-        """Start threads; `sums` is another summer's array, to keep the same sums."""
+        """Start the threads. Pass another checksummer's `sums` to share the array."""
         stride = arena.block_stride_bytes
         self.sums: Sums = np.zeros(arena.num_blocks, np.uint64) if sums is None else sums
         pieces = np.array([[arena.address, stride, stride, 0]], np.int64)
@@ -76,11 +83,11 @@ class PoolChecksummer:
         self._loop.add_reader(self._pool.fileno(), wake)
 
     def fileno(self) -> int:
-        """Give an eventfd, readable while `reap` has something."""
+        """Return an eventfd that is readable while `reap` has something to return."""
         return self._pool.fileno()
 
     def submit(self, op_id: int, host_ids: BlockIds, urgent: bool) -> None:
-        """Sum host blocks into `sums`."""
+        """Start to sum host blocks into `sums`."""
         assert self._pages is not None
         self._pool.checksum(op_id, self._pages, host_ids, urgent)
 
@@ -93,7 +100,7 @@ class PoolChecksummer:
             forks.replace(self._pool.fileno())
 
     def close(self) -> None:
-        """Detach from the loop, join the threads, let go of the arena. Idempotent."""
+        """Detach from the loop, join the threads, release the arena. Idempotent."""
         if self._pages is None:
             return
         if self._loop is not None:

@@ -1,1 +1,1 @@
-"""The CUDA device: its driver, its kernel, its transfer port."""
+"""The CUDA device: its driver, its kernels, its transfer port."""

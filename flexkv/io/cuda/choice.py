@@ -1,8 +1,8 @@
 """How to copy: by copy engine, by kernel, or staged, as measured on the device.
 
-A port has one layout, so the bytes of a chunk are given, and what is left to know is a small table:
-for each direction, by how many chunks there are. It is measured once for each device, driver and
-layout, in a good tenth of a second, and kept on disk.
+A port has one layout, so the size of its chunks is fixed. What remains is a small table for each
+direction: the best way by the number of chunks. It is measured once for each device, driver and
+layout, which takes a little over a tenth of a second, and kept on disk.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from flexkv.common.errors import MalformedError
 
 
 class CopyMethod(StrEnum):
-    """A way to copy scattered chunks. Those that cost the device less are before others."""
+    """A method to copy scattered chunks; those that cost the device less come first."""
 
     ENGINE = "engine"
-    """The copy engine, with a descriptor for each chunk: costs no thread blocks."""
+    """The copy engine, with a descriptor for each chunk; needs no thread blocks."""
     STAGED = "staged"
-    """The kernel gathers in device memory, the copy engine moves whole blocks; or the reverse."""
+    """The kernel gathers blocks in device memory, the copy engine moves them; or the reverse."""
     KERNEL = "kernel"
     """The kernel reads or writes pinned host memory itself."""
 
 
 class Choice(NamedTuple):
-    """A way to copy, and how many thread blocks the kernel has."""
+    """A way to copy: the method, and the number of thread blocks of the kernel."""
 
     how: CopyMethod = CopyMethod.ENGINE
     thread_blocks: int = 8
 
     @property
     def cost(self) -> int:
-        """Give what it costs the device: thread blocks that wait for the link, above all."""
+        """Return the cost to the device: above all, thread blocks that wait for the link."""
         return {CopyMethod.ENGINE: 0, CopyMethod.STAGED: 1, CopyMethod.KERNEL: self.thread_blocks}[
             self.how
         ]
@@ -50,55 +50,55 @@ WAYS = (
     *(Choice(CopyMethod.KERNEL, count) for count in (2, 4, 8, 16, 32)),
 )
 AS_GOOD = 0.95
-"""A way that costs the device less is taken when it reaches this of the best one's rate."""
+"""A way that costs the device less is chosen if it reaches this fraction of the best rate."""
 STAGED_AS_GOOD = 0.8
-"""Likewise for staged copies: on an H200 a matrix product kept its speed beside them, both ways at
-full speed, and 0.4 to 0.9 of it beside the kernel's copies."""
+"""The same for staged copies, which disturb the device less: on an H200 a matrix product kept its
+full speed beside staged copies in both directions, and 0.4 to 0.9 of it beside the kernel's."""
 TRIALS = 3
 COUNTS = (16, 512, 16384)
-"""Numbers of chunks that are measured."""
+"""Numbers of chunks at which the ways are measured."""
 HOPELESS = 0.5
-"""A way that reaches less than this of the best one's rate is not measured with more chunks."""
+"""A way below this fraction of the best rate is not measured with more chunks."""
 
 
 class Choices(NamedTuple):
-    """The choice for one direction by the number of chunks: `choices[i]` up to `counts[i]`."""
+    """The choices for one direction: `choices[i]` up to `counts[i]` chunks, the last one beyond."""
 
     choices: tuple[Choice, ...]
     counts: tuple[int, ...] = ()
 
     @classmethod
     def always(cls, how: CopyMethod, thread_blocks: int = Choice().thread_blocks) -> Choices:
-        """Give the same choice for any number."""
+        """Return the same choice for any number of chunks."""
         return cls((Choice(how, thread_blocks),))
 
     def without(self, how: CopyMethod) -> Choices:
-        """Give these with the copy engine in place of one way."""
+        """Return these choices, with the copy engine in place of one method."""
         engine = Choice(CopyMethod.ENGINE)
         return self._replace(
             choices=tuple(engine if each.how is how else each for each in self.choices)
         )
 
     def of(self, chunks: int) -> Choice:
-        """Give the choice for so many chunks."""
+        """Return the choice for this number of chunks."""
         return self.choices[bisect_right(self.counts, chunks - 1)]
 
     def unstaged(self, chunks: int) -> Choice:
-        """Return the choice for so many chunks, or fewer, that is not staged."""
+        """Return the nearest choice for this number of chunks, or fewer, that is not staged."""
         found = self.choices[: bisect_right(self.counts, chunks - 1) + 1]
         direct = (each for each in reversed(found) if each.how is not CopyMethod.STAGED)
         return next(direct, Choice(CopyMethod.KERNEL, 4))
 
 
 class CopyPreference(NamedTuple):
-    """What a configuration says of one direction; None leaves it to the measurement."""
+    """What the configuration sets for one direction; None leaves a field to the measurement."""
 
     use_engine: bool | None = None
     thread_blocks: int | None = None
 
     @property
     def settled(self) -> Choices | None:
-        """Give the choices where nothing is left to measure."""
+        """Return the choices if the configuration leaves nothing to measure, else None."""
         if self.use_engine:
             return Choices.always(CopyMethod.ENGINE)
         if self.use_engine is False and self.thread_blocks:
@@ -106,7 +106,7 @@ class CopyPreference(NamedTuple):
         return None
 
     def made_of(self, measured: Choices) -> Choices:
-        """Give the choices that were measured, but as is wished."""
+        """Return the measured choices, with the configured fields replaced."""
         return measured._replace(choices=tuple(self._made_of(each) for each in measured.choices))
 
     def _made_of(self, choice: Choice) -> Choice:
@@ -118,10 +118,10 @@ class CopyPreference(NamedTuple):
 
 
 def decide(rates: Mapping[Choice, float]) -> Choice:
-    """Return the way that costs the device least among those that are as good as the best.
+    """Return the way that costs the device least, among those about as fast as the best.
 
     Args:
-        rates: bytes per second.
+        rates: the speed of each way, all in one unit.
     """
     best = max(rates.values())
     enough = {way: STAGED_AS_GOOD if way.how is CopyMethod.STAGED else AS_GOOD for way in rates}
@@ -133,18 +133,18 @@ def _cost(choice: Choice) -> int:
 
 
 def measure(timed: Callable[[Choice, int], float], most: int) -> Choices:
-    """Give the choices for one direction.
+    """Return the choices for one direction.
 
     Args:
-        timed: copies so many chunks the way it is told, and gives the seconds that it took.
-        most: chunks that there are to copy.
+        timed: copies a number of chunks in a given way, and returns the seconds that it took.
+        most: the largest number of chunks to measure.
     """
     counts = [count for count in COUNTS if count < most] + [most]
     choices, ways = [], list(WAYS)
     for count in counts:
         rates = {}
         for way in ways:
-            timed(way, count)  # warm
+            timed(way, count)  # warm up
             rates[way] = 1 / min(timed(way, count) for _ in range(TRIALS))
         choices.append(decide(rates))
         if count >= COUNTS[1]:
@@ -154,12 +154,12 @@ def measure(timed: Callable[[Choice, int], float], most: int) -> Choices:
 
 
 def encode(choices: list[Choices]) -> bytes:
-    """Give the choices of all directions as JSON."""
+    """Return the choices of all directions as JSON."""
     return msgspec.json.encode(choices)
 
 
 def decode(text: bytes) -> list[Choices] | None:
-    """Give them back; None for anything else."""
+    """Return the choices that `encode` wrote; None for anything else."""
     try:
         found = decoded(msgspec.json.Decoder(list[Choices]), text)
     except MalformedError:

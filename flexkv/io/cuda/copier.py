@@ -29,24 +29,24 @@ from flexkv.observe.logs import get_logger
 log = get_logger(__name__)
 
 MEASURED_BYTES, MEASURED_CHUNKS, MEASURED_S_MAX = 128 << 20, 1 << 14, 5
-"""The most that is copied at a time to measure a way, and how long that may take."""
+"""Limits of one measured copy: its bytes, its chunks, and how long it may take."""
 STAGED_BYTES_MIN = 1 << 20
-"""Fewest bytes of a block's layers that are staged: with runs of 256 KiB the copy engine of an H200
-reaches nine tenths of the link, and each run costs the CPU more than a microsecond."""
+"""Layers of a block are staged only from this size on: with runs of 256 KiB the copy engine of an
+H200 reaches nine tenths of the link's rate, and each run costs the CPU more than a microsecond."""
 PAGE_BYTES = 4096
 INT64 = 8
 
 
 class DevicePages:
-    """A device's pages, as the copy engine and the kernel know them."""
+    """The tables of a device's pages, as the copy engine and the kernel need them."""
 
     def __init__(
         self, driver: CudaDriver, layout: PagedLayout, arena: Arena, owner: object
     ) -> None:
-        """Upload the tables that the kernel reads: those of whole blocks, and those by layer.
+        """Upload the tables that the kernel reads: for whole blocks, and by layer.
 
         Raises:
-            DeviceError: the driver refused.
+            DeviceError: the driver reported an error.
         """
         self.layout, self.pages = layout, Pages(layout, arena, owner)
         by_layer = np.concatenate(layout.layers)
@@ -71,7 +71,7 @@ class DevicePages:
         return addresses[0], addresses[1]
 
     def tables(self, layers: Layers | None) -> tuple[int, int, int]:
-        """Give what a launch has to know of some layers, or of whole blocks."""
+        """Return a launch's `pieces`, `parts` and `piece_count`, for layers or whole blocks."""
         if layers is None:
             return *self._whole, len(self.layout.pieces)
         first, last = self._first_piece[layers.first], self._first_piece[layers.last]
@@ -79,30 +79,30 @@ class DevicePages:
         return pieces + 4 * INT64 * first, parts + INT64 * first, last - first
 
     def extent(self, layers: Layers | None) -> tuple[int, int]:
-        """Give where some layers, or the device's part, are in a host block: offset, bytes."""
+        """Return the offset and bytes of some layers, or of the device's part, in a host block."""
         first, last = (0, -1) if layers is None else (layers.first, layers.last)
         begin = self._begins[self._first_piece[first]]
         return begin, self._begins[self._first_piece[last] if last > 0 else -1] - begin
 
     def close(self) -> None:
-        """Free the tables, and let go of who keeps the device memory alive.
+        """Free the tables, and release the owner of the device memory.
 
         Raises:
-            DeviceError: the driver refused.
+            DeviceError: the driver reported an error.
         """
         self.pages.close()
         self._resources.close()
 
 
 class Copier:
-    """Queues copies between a device's pages and one arena, which it registers."""
+    """Queues copies between a device's pages and one arena, which it registers with CUDA."""
 
     def __init__(self, driver: CudaDriver, pinned: Pinned, undo: ExitStack) -> None:
-        """Hold the arena registered; `undo` gets what takes that back.
+        """Register the arena, until `undo` ends.
 
         Raises:
-            ConfigError: CUDA takes not so much host memory.
-            DeviceError: the driver refused.
+            ConfigError: CUDA cannot register that much host memory.
+            DeviceError: the driver reported an error.
         """
         pinned.hold(driver, undo)
         self._driver, self._arena, self._bounds = driver, pinned.arena, pinned.bounds
@@ -118,13 +118,13 @@ class Copier:
         """Queue the copies of some blocks, or of some of their layers.
 
         Args:
-            way: where.
+            way: the stream, and how it copies.
             direction: TO_HOST or TO_DEVICE.
-            ids: in host memory and on the device, as many.
-            layers: those to copy.
+            ids: block ids in host memory, and as many on the device.
+            layers: the layers to copy; None: whole blocks.
 
         Raises:
-            DeviceError: the driver refused; some of the copies may be under way.
+            DeviceError: the driver reported an error; some of the copies may be under way.
         """
         assert self.pages is not None
         host_ids, device_ids = ids
@@ -159,7 +159,7 @@ class Copier:
         memory: tuple[int, int],
         direction: int,
     ) -> Launch:
-        """Give a launch over ids (address, pairs) and blocks in memory (address, stride)."""
+        """Return a launch for ids (address, pairs) and blocks in memory (address, stride)."""
         assert self.pages is not None
         return Launch(*self.pages.tables(layers), *ids, *memory, to_host=int(direction == TO_HOST))
 
@@ -171,10 +171,10 @@ class Copier:
         layers: Layers | None,
         choice: Choice,
     ) -> bool:
-        """Queue copies through device memory; False where they do not fit, and nothing is queued.
+        """Queue copies through device memory; return False, queueing nothing, if they do not fit.
 
         Raises:
-            DeviceError: the driver refused; of what the copy engine was told nothing is under way.
+            DeviceError: the driver reported an error; no copy by the copy engine is under way.
         """
         assert self.pages is not None
         stage, (host_ids, device_ids) = way.stage, ids
@@ -206,23 +206,23 @@ class Copier:
                 )
             stage.join()
         except DeviceError:
-            stage.settle()  # the direction's stream may not wait for it
+            stage.settle()  # the direction's stream may not wait for these copies
             raise
         return True
 
 
 def _joined(blocks: NDArray[np.int64], slot: int, size: int) -> Runs:
-    """Return the copies from a slot to blocks of so many bytes; neighbours are one copy."""
+    """Return the copies from a slot to blocks of `size` bytes; adjacent blocks are one copy."""
     firsts = np.flatnonzero(np.diff(blocks, prepend=blocks[0] - size - 1) != size)
     counts = np.diff(firsts, append=len(blocks))
     return np.stack([blocks[firsts], slot + firsts * size, counts * size]).astype(np.uint64)
 
 
 def choices_for(driver: CudaDriver, layout: PagedLayout, ways: list[CopyStream]) -> list[Choices]:
-    """Give the choices for each way: those that are kept, or as measured now.
+    """Return the choices for each stream: those kept on disk, or measured now.
 
     Raises:
-        DeviceError: the driver refused, or a copy did not end.
+        DeviceError: the driver reported an error, or a copy did not end in time.
     """
     facts = kept.name_of(driver.named, layout.pieces[:, 2].tolist(), kernel.source())
     path = kept.folder() / f"choices-{facts}.json"
@@ -240,10 +240,10 @@ def choices_for(driver: CudaDriver, layout: PagedLayout, ways: list[CopyStream])
 
 
 def measured(driver: CudaDriver, layout: PagedLayout, ways: list[CopyStream]) -> list[Choices]:
-    """Give the choices for each way, from copies of memory that is as the device's blocks are.
+    """Return the choices for each stream, measured on memory laid out as the device's blocks are.
 
     Raises:
-        DeviceError: the driver refused, or a copy did not end.
+        DeviceError: the driver reported an error, or a copy did not end in time.
     """
     most = min(MEASURED_BYTES // layout.block_bytes, MEASURED_CHUNKS // len(layout.pieces))
     blocks = max(2, most)
@@ -262,7 +262,7 @@ def measured(driver: CudaDriver, layout: PagedLayout, ways: list[CopyStream]) ->
         undo.callback(copier.pages.close)
         for each in ways:
             undo.callback(each.drop_stage)
-            undo.callback(each.settle)  # whatever happens: nothing is under way then
+            undo.callback(each.settle)  # before what the copies use is freed
 
         def timed(way: CopyStream, direction: int, choice: Choice, chunks: int) -> float:
             count = max(1, min(blocks, chunks // len(rows)))

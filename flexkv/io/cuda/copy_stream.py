@@ -1,4 +1,4 @@
-"""One direction of a device's copies: a stream, what is under way on it, ids for its kernels."""
+"""One direction of a device's copies: its stream, the transfers on it, ids for its kernels."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from flexkv.observe.logs import get_logger
 log = get_logger(__name__)
 
 IDS_MAX = 1 << 17
-"""Block ids of kernel launches in flight on one stream; with more, the copy engine does it."""
+"""Most block ids of kernel launches in flight on a stream; beyond, the copy engine copies."""
 
 
 class Work(NamedTuple):
-    """A transfer under way on a stream, and how it will have ended."""
+    """A transfer under way on a stream, and the error with which it will end, if any."""
 
     op_id: int
     ids_end: int
-    """Where in the ids of the stream the space that the kernel reads ends; ever growing."""
+    """Where its ids end: an offset that counts on past IDS_MAX, and is used modulo that."""
     error: DeviceError | None
 
 
 class CopyStream:
-    """One direction.
+    """One direction of a device's copies.
 
     Attributes:
         choices: how to copy.
-        stage: the memory through which blocks go, unless nothing is to be staged.
+        stage: the memory in which blocks are staged; None if none are.
     """
 
     def __init__(self, driver: CudaDriver, urgent: bool, undo: ExitStack) -> None:
@@ -51,15 +51,15 @@ class CopyStream:
         driver.register(self.ids.ctypes.data, self.ids.nbytes)
         undo.callback(driver.unregister, self.ids.ctypes.data)
         self.stream = driver.open_stream(urgent)
-        undo.callback(driver.close_stream, self.stream)  # waits: a kernel may read the ids
+        undo.callback(driver.close_stream, self.stream)  # waits, since a kernel may read the ids
         undo.callback(self.drop_stage)
         self.ids_begin = self.ids_end = 0
         self.under_way: deque[Work] = deque()
 
     def choose(self, choices: Choices) -> None:
-        """Copy so from now on; without the memory to stage in, by engine where it would be staged.
+        """Use these choices from now on; without memory to stage in, use the engine instead.
 
-        The memory is taken now: an engine leaves none of it to who comes later.
+        The memory is allocated now, because an inference engine leaves none free for later.
         """
         if any(each.how is CopyMethod.STAGED for each in choices.choices) and self.stage is None:
             try:
@@ -70,21 +70,21 @@ class CopyStream:
         self.choices = choices
 
     def drop_stage(self) -> None:
-        """Let go of the memory to stage in. Only legal with nothing under way."""
+        """Release the memory to stage in. Only legal with nothing under way."""
         stage, self.stage = self.stage, None
         if stage is not None:
             stage.close()
 
     def take_ids(self, ids: BlockIds) -> int | None:
-        """Put ids where kernels read them, and give the address; None when there is no room.
+        """Store ids where kernels can read them; return their address, or None if there is no room.
 
-        Once for each transfer, before it is under way.
+        They are stored once for each transfer, before it is in `under_way`.
         """
         wanted = len(ids)
         if not self.under_way:
             self.ids_begin = self.ids_end = 0
         begin = self.ids_end
-        if begin % IDS_MAX + wanted > IDS_MAX:  # not over the end: from the start
+        if begin % IDS_MAX + wanted > IDS_MAX:  # may not cross the end: start again
             begin += IDS_MAX - begin % IDS_MAX
         if begin + wanted - self.ids_begin > IDS_MAX:
             return None
@@ -94,7 +94,7 @@ class CopyStream:
         return int(self.ids.ctypes.data) + 8 * at
 
     def ended(self) -> list[Work]:
-        """Give what has ended since the last call."""
+        """Return the transfers that ended since the last call."""
         try:
             count = os.eventfd_read(self.eventfd)
         except BlockingIOError:
@@ -104,7 +104,7 @@ class CopyStream:
         return works
 
     def settle(self) -> bool:
-        """Wait until all that is queued has ended, or never will; tells whether it has."""
+        """Wait for all queued work to end; return False if the stream has failed."""
         try:
             self._driver.synchronize(self.stream)
         except DeviceError:

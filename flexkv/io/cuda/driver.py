@@ -1,7 +1,7 @@
-"""What the CUDA device port needs of the driver: a small protocol, and the driver behind it.
+"""What the CUDA device port needs of the driver: a small protocol, and the real driver behind it.
 
-The functions of the hot path are called by their addresses, so that a batch of 100,000 copies is
-three arrays and one call, without the GIL.
+Functions of the hot path are called by address, so that a batch of 100,000 copies is three arrays
+and one call, without the GIL.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from flexkv.io.cuda.grids import Grid, Runs, grids
 
 INVALID_VALUE, NOT_FOUND, NOT_READY = 1, 500, 600
 CAPTURING = range(900, 908)
-"""What the driver says while another thread captures a graph: nothing is wrong with the stream."""
+"""Results while another thread captures a graph; nothing is wrong with the stream then."""
 
 
 class Launch(NamedTuple):
-    """The arguments of the paged-copy kernels, in their order; addresses are the device's.
+    """The arguments of the paged-copy kernels, in their order; addresses are device addresses.
 
-    With `stage_bytes` the launch suits the kernel of bulk copies: all addresses and sizes are
-    multiples of 16. It is the bytes of a stage.
+    `stage_bytes` is the size of a stage for the kernel of bulk copies; 0 if that kernel does not
+    suit (`kernel.stage_bytes`).
     """
 
     pieces: int
@@ -48,61 +48,61 @@ class CudaDriver(Protocol):
     """One device, and work on its streams. Every call may raise DeviceError.
 
     Attributes:
-        named: the device and its driver, for what is kept of a measurement.
+        named: the device and its driver, in words; measurements are kept under it.
     """
 
     named: str
 
     def inside(self) -> AbstractContextManager[None]:
-        """Make the calls within cheaper: alone, each has to enter the device's context."""
+        """Enter the device's context once for several calls, instead of once for each call."""
         ...
 
     def open_stream(self, urgent: bool) -> int:
-        """Give a new stream that orders itself against no other; urgent work goes first."""
+        """Return a new stream that waits for no other implicitly; urgent work goes first."""
         ...
 
     def synchronize(self, stream: int) -> None:
-        """Return once all that is queued has ended."""
+        """Return once all work queued on a stream has ended."""
         ...
 
     def close_stream(self, stream: int) -> None:
-        """Wait for a stream, and close it."""
+        """Wait for the work of a stream to end, and close it."""
         ...
 
     def register(self, address: int, size: int) -> None:
-        """Let the device read and write host memory under its own address."""
+        """Register host memory, so that the device can use it under its host address."""
         ...
 
     def unregister(self, address: int) -> None:
-        """Take that back."""
+        """Undo `register`."""
         ...
 
     def upload(self, table: NDArray[np.int64]) -> int:
-        """Give the device address of a copy of a table."""
+        """Copy a table to device memory, and return its address there."""
         ...
 
     def allocate(self, size: int) -> int:
-        """Give the address of so many bytes of device memory."""
+        """Allocate device memory, and return its address."""
         ...
 
     def free(self, address: int) -> None:
-        """Let go of what `upload` or `allocate` gave."""
+        """Free device memory from `upload` or `allocate`."""
         ...
 
     def copy(self, runs: Runs, stream: int) -> None:
-        """Queue copies, in no order among them."""
+        """Queue copies, which may run in any order."""
         ...
 
     def launch(self, launch: Launch, thread_blocks: int, stream: int) -> None:
-        """Queue a paged copy by the kernel."""
+        """Queue a paged copy by one of the kernels."""
         ...
 
     def notify(self, stream: int, eventfd: int) -> None:
-        """Add 1 to an eventfd once all that is queued by now has ended well."""
+        """Add 1 to an eventfd once all work queued so far on a stream has succeeded."""
         ...
 
     def current_stream(self) -> int:
-        """Give the stream on which the calling thread's framework queues work."""
+        """Return the stream on which the calling thread's framework queues work."""
         ...
 
     def is_capturing(self, stream: int) -> bool:
@@ -110,27 +110,27 @@ class CudaDriver(Protocol):
         ...
 
     def open_event(self) -> int:
-        """Return a new event, for which nobody waits until it is recorded."""
+        """Return a new event; waiting for it has no effect until it is recorded."""
         ...
 
     def record(self, event: int, stream: int) -> None:
-        """Let an event be from now on: what is queued on a stream by now has ended."""
+        """Record an event: it happens once all work queued so far on a stream has ended."""
         ...
 
     def wait(self, stream: int, event: int) -> None:
-        """Let a stream wait, from now on, for an event as it was recorded last."""
+        """Make later work of a stream wait for an event, as it was recorded last."""
         ...
 
     def drop(self, event: int) -> None:
-        """Let go of an event; what waits for it still does."""
+        """Destroy an event; work that waits for it still does."""
         ...
 
     def check(self, stream: int) -> None:
-        """Raise DeviceError if a stream will never end what is queued."""
+        """Raise DeviceError if a stream has failed, so that its queued work will never end."""
         ...
 
     def close(self) -> None:
-        """Let go of the device. Idempotent."""
+        """Release the device. Idempotent."""
         ...
 
 
@@ -157,31 +157,31 @@ _TYPES = (
     ctypes.c_int,
     ctypes.c_int,
 )
-"""Of the fields of `Launch`, and the number of stages."""
+"""The C types of the fields of `Launch`, and of the number of stages."""
 
 
 class BoundDriver:
     """The driver of this machine, through cuda-python, with a device's primary context.
 
     Attributes:
-        architecture: of the device, such as "sm_90".
-        ordinal: its number.
-        named: it and its driver, for what is kept of a measurement.
+        architecture: the device's architecture, such as "sm_90".
+        ordinal: the device's number.
+        named: the device and its driver, in words; measurements are kept under it.
     """
 
     def __init__(self, ordinal: int) -> None:
         """Open a device.
 
         Raises:
-            BackendUnavailableError: no cuda-python, no driver, or no kernel for the device.
-            DeviceError: the driver refused.
+            BackendUnavailableError: cuda-python, the driver or a kernel for the device is missing.
+            DeviceError: the driver reported an error.
         """
         try:
             from cuda.bindings import driver
 
             self._api: Any = driver
             self._call(driver.cuInit, 0)
-        except (ImportError, RuntimeError) as error:  # what it raises where there is no driver
+        except (ImportError, RuntimeError) as error:  # the latter if there is no driver
             raise BackendUnavailableError("cuda", f"{error}; install flexkv[cuda]") from error
         self.ordinal = ordinal
         self._thread = threading.local()
@@ -197,7 +197,7 @@ class BoundDriver:
             self._resources = undo.pop_all()
 
     def _load(self) -> None:
-        """Load the kernel, and find the functions that are called by address."""
+        """Load the kernels, and find the functions that are called by address."""
         driver = self._api
         capability = driver.CUdevice_attribute
         major, minor = (
@@ -210,7 +210,7 @@ class BoundDriver:
         self.architecture = f"sm_{major}{minor}"
         try:
             self._module = self._call(driver.cuModuleLoadData, kernel.cubin(self.architecture))
-        except DeviceError:  # what was kept may be cut short
+        except DeviceError:  # the kept code may be cut short
             code = kernel.cubin(self.architecture, anew=True)
             self._module = self._call(driver.cuModuleLoadData, code)
         self._kernel = self._call(driver.cuModuleGetFunction, self._module, kernel.NAME.encode())
@@ -247,18 +247,18 @@ class BoundDriver:
             raise DeviceError(name, NOT_FOUND)
         answer = self._call(self._api.cuGetProcAddress, name.encode(), version, 0)
         address = int((answer[0] if isinstance(answer, tuple) else answer) or 0)
-        if not address:  # a success all the same
+        if not address:  # although the call succeeded
             raise DeviceError(name, NOT_FOUND)
         return address
 
     def _find_batch(self) -> Callable[[Runs, int], int]:
-        """Give the call for many copies: one of the driver's two forms, or a loop."""
+        """Return a function for many copies: one of the driver's two forms, or a loop."""
         attributes = self._api.CUmemcpyAttributes()
         order = self._api.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
         attributes.srcAccessOrder = order
         first = ctypes.c_size_t(0)
         fail_index = ctypes.c_size_t(0)
-        held = (attributes, first, fail_index)  # as long as the calls below
+        held = (attributes, first, fail_index)  # kept alive by `batch`
         at, zero = attributes.getPtr(), ctypes.addressof(first)
         more_of_12 = (ctypes.addressof(fail_index),)
         for version, form, more in ((13000, _BATCH, ()), (12080, _BATCH_12, more_of_12)):
@@ -276,13 +276,13 @@ class BoundDriver:
         return self._copy_each
 
     def _copy_each(self, runs: Runs, stream: int) -> int:
-        """Queue copies where the driver takes no batch: as few as there are grids."""
+        """Queue copies if the driver takes no batches: one call for each grid."""
         for grid in grids(runs):
             code = INVALID_VALUE
             if grid.height > 1:
                 (result,) = self._api.cuMemcpy2DAsync(self._grid(grid), stream)
                 code = int(result)
-            if code == INVALID_VALUE:  # its rows may lie in several allocations
+            if code == INVALID_VALUE:  # its rows may be in several allocations
                 code = self._copy_rows(grid, stream)
             if code:
                 return code
@@ -307,7 +307,7 @@ class BoundDriver:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Make the context this thread's, unless it is, and give back the one that was."""
+        """Make the context current in this thread, unless it is, and restore the former one."""
         if getattr(self._thread, "is_inside", False):
             yield
             return
@@ -323,7 +323,7 @@ class BoundDriver:
         relaxed = self._api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         self._call(self._api.cuCtxPushCurrent, self._context)
         try:
-            # Another thread may be capturing a graph: what is called here has no part in it.
+            # Another thread may be capturing a graph; the calls made here are not part of it.
             mode = self._call(self._api.cuThreadExchangeStreamCaptureMode, relaxed)
             try:
                 yield
@@ -333,7 +333,7 @@ class BoundDriver:
             self._call(self._api.cuCtxPopCurrent)
 
     def open_stream(self, urgent: bool) -> int:
-        """Give a new stream."""
+        """Return a new stream."""
         with self.inside():
             least, greatest = self._call(self._api.cuCtxGetStreamPriorityRange)
             flags = int(self._api.CUstream_flags.CU_STREAM_NON_BLOCKING)
@@ -341,34 +341,34 @@ class BoundDriver:
             return int(self._call(self._api.cuStreamCreateWithPriority, flags, priority))
 
     def synchronize(self, stream: int) -> None:
-        """Return once all that is queued has ended."""
+        """Return once all work queued on a stream has ended."""
         with self.inside():
             self._call(self._api.cuStreamSynchronize, stream)
 
     def close_stream(self, stream: int) -> None:
-        """Wait for a stream, and close it."""
+        """Wait for the work of a stream to end, and close it."""
         with self.inside():
             self._call(self._api.cuStreamSynchronize, stream)
             self._call(self._api.cuStreamDestroy, stream)
 
     def register(self, address: int, size: int) -> None:
-        """Let the device read and write host memory, from any context."""
+        """Register host memory, so that the device can use it in any context."""
         with self.inside():
             flags = self._api.CU_MEMHOSTREGISTER_PORTABLE | self._api.CU_MEMHOSTREGISTER_DEVICEMAP
             self._call(self._api.cuMemHostRegister, address, size, flags)
 
     def unregister(self, address: int) -> None:
-        """Take that back."""
+        """Undo `register`."""
         with self.inside():
             self._call(self._api.cuMemHostUnregister, address)
 
     def upload(self, table: NDArray[np.int64]) -> int:
-        """Give the device address of a copy of a table."""
+        """Copy a table to device memory, and return its address there."""
         with self.inside():
             address = int(self._call(self._api.cuMemAlloc, table.nbytes))
             try:
                 self._call(self._api.cuMemcpyHtoD, address, table.ctypes.data, table.nbytes)
-                # From pageable memory the call may return before the bytes are there.
+                # From pageable memory the call may return before the bytes have arrived.
                 self._call(self._api.cuStreamSynchronize, 0)
             except DeviceError:
                 self._call(self._api.cuMemFree, address)
@@ -376,12 +376,12 @@ class BoundDriver:
         return address
 
     def allocate(self, size: int) -> int:
-        """Give device memory."""
+        """Allocate device memory."""
         with self.inside():
             return int(self._call(self._api.cuMemAlloc, size))
 
     def free(self, address: int) -> None:
-        """Let go of it."""
+        """Free device memory."""
         with self.inside():
             self._call(self._api.cuMemFree, address)
 
@@ -405,13 +405,13 @@ class BoundDriver:
             self._call(self._api.cuLaunchKernel, function, *shape, stream, told, 0)
 
     def notify(self, stream: int, eventfd: int) -> None:
-        """Add 1 to an eventfd once all that is queued by now has ended well."""
+        """Add 1 to an eventfd once all work queued so far on a stream has succeeded."""
         with self.inside():
             if code := int(self._notify(stream, notify_address(), eventfd)):
                 raise DeviceError("cuLaunchHostFunc", code)
 
     def current_stream(self) -> int:
-        """Give torch's current stream of this thread and device; without torch the default one."""
+        """Return torch's current stream of this thread and device; without torch, the default."""
         torch = sys.modules.get("torch")
         return 0 if torch is None else int(torch.cuda.current_stream(self.ordinal).cuda_stream)
 
@@ -419,7 +419,7 @@ class BoundDriver:
         """Return whether a graph is being captured from a stream."""
         with self.inside():
             result, *status = self._api.cuStreamIsCapturing(stream)
-        if int(result) in CAPTURING:  # the default stream, while another that it waits for is
+        if int(result) in CAPTURING:  # the default stream waits for one that is captured
             return True
         if int(result):
             raise DeviceError("cuStreamIsCapturing", int(result))
@@ -432,29 +432,29 @@ class BoundDriver:
             return int(self._call(self._api.cuEventCreate, flags))
 
     def record(self, event: int, stream: int) -> None:
-        """Let an event be from now on: what is queued on a stream by now has ended."""
+        """Record an event: it happens once all work queued so far on a stream has ended."""
         with self.inside():
             self._call(self._api.cuEventRecord, event, stream)
 
     def wait(self, stream: int, event: int) -> None:
-        """Let a stream wait, from now on, for an event."""
+        """Make later work of a stream wait for an event."""
         with self.inside():
             self._call(self._api.cuStreamWaitEvent, stream, event, 0)
 
     def drop(self, event: int) -> None:
-        """Let go of an event; what waits for it still does."""
+        """Destroy an event; work that waits for it still does."""
         with self.inside():
             self._call(self._api.cuEventDestroy, event)
 
     def check(self, stream: int) -> None:
-        """Raise DeviceError if a stream will never end what is queued."""
+        """Raise DeviceError if a stream has failed, so that its queued work will never end."""
         with self.inside():
             (result,) = self._api.cuStreamQuery(stream)
         if int(result) not in (0, NOT_READY, *CAPTURING):
             raise DeviceError("cuStreamQuery", int(result))
 
     def close(self) -> None:
-        """Let go of the device. Idempotent."""
+        """Release the device. Idempotent."""
         if self._context is None:
             return
         try:
@@ -466,11 +466,11 @@ class BoundDriver:
 
 
 def why_no_gds() -> str:
-    """Tell why blocks do not go between SSD and GPU directly; asks no device, so cannot hang."""
+    """Return why blocks do not go between SSD and GPU directly. Asks no device, so cannot hang."""
     try:
         from cuda.bindings import cufile
 
         version = cufile.get_version()
-    except (ImportError, RuntimeError) as error:  # what it raises where the library is not there
+    except (ImportError, RuntimeError) as error:  # the latter if the library is missing
         return f"cuFile is not there: {error}"
     return f"cuFile {version} is there, but the route is not built: its bytes would not be checked"

@@ -1,4 +1,4 @@
-"""Runs of bytes as grids: rows of one width, equally far apart at both ends."""
+"""Groups runs of bytes into grids: rows of one width, evenly spaced in source and target."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Runs = NDArray[np.uint64]
-"""uint64[3, n]: addresses of targets and sources, and bytes of each."""
+"""uint64[3, n]: the target address, the source address and the bytes of each run."""
 
 PITCH_MAX = (1 << 31) - 1
-"""The driver's limit, as CU_DEVICE_ATTRIBUTE_MAX_PITCH has it on every device so far."""
+"""The driver's limit: CU_DEVICE_ATTRIBUTE_MAX_PITCH on every device so far."""
 
 
 class Grid(NamedTuple):
-    """So many rows of `width` bytes, with a pitch of their own at each end."""
+    """`height` rows of `width` bytes, with one pitch in the target and one in the source."""
 
     target: int
     source: int
@@ -27,11 +27,11 @@ class Grid(NamedTuple):
 
 
 def grids(runs: Runs) -> Iterator[Grid]:
-    """Give the grids that together are some runs, in any order."""
+    """Yield grids that together cover some runs, in any order."""
     rows = runs[:, np.lexsort((runs[1], runs[2]))].astype(np.int64)
     count = rows.shape[1]
     steps = np.diff(rows, axis=1)
-    # Where the step to the next row is the step before it, a grid goes on.
+    # Whether a grid may go on from each row to the next: as wide, not overlapping, not too far.
     goes_on = (
         (steps[2] == 0)
         & (steps[:2] >= rows[2, :-1]).all(axis=0)

@@ -1,7 +1,7 @@
-"""A cache on disk of what is found out once for a device: $XDG_CACHE_HOME/flexkv.
+"""A disk cache of what is computed once for a device, in $XDG_CACHE_HOME/flexkv.
 
-A cache that cannot be read or written costs only what it would have saved. A cache to which others
-may write is not used, since its content is run on the device.
+If it cannot be read or written, only time is lost. A cache that others may write to is not used,
+since its content is run on the device.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ def folder() -> Path:
 
 
 def name_of(*facts: object) -> str:
-    """Give a name that other facts do not have."""
+    """Return a name that is unique to these facts."""
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
 def read(path: Path) -> bytes | None:
-    """Return what is kept, or None."""
+    """Return the content of a kept file, or None."""
     with suppress(OSError), _opened(path.parent) as folder_fd:
         fd = open_file(folder_fd, path.name, os.O_RDONLY)
         with open(fd, "rb") as file:
@@ -35,7 +35,7 @@ def read(path: Path) -> bytes | None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Keep something, whole or not at all."""
+    """Keep content in a file, atomically; do nothing if that is impossible."""
     with suppress(OSError), _opened(path.parent, make=True) as folder_fd:
         new = f"{path.name}.{os.getpid()}"
         with suppress(FileNotFoundError):
@@ -47,14 +47,14 @@ def write(path: Path, content: bytes) -> None:
 
 
 def forget(path: Path) -> None:
-    """Drop what is kept, if it is."""
+    """Remove a kept file, if there is one."""
     with suppress(OSError), _opened(path.parent) as folder_fd:
         os.unlink(path.name, dir_fd=folder_fd)
 
 
 @contextmanager
 def _opened(path: Path, make: bool = False) -> Iterator[int]:
-    """Open a directory of the cache; with `make`, make it if it is missing.
+    """Open a directory of the cache; with `make`, create it if it is missing.
 
     Raises:
         OSError: it is missing, others may write to it, or the user has no home.

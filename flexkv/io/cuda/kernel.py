@@ -17,35 +17,35 @@ log = get_logger(__name__)
 
 NAME = "paged_copy"
 PART_BYTES = 32768
-"""As in the source: what a thread block copies at a time."""
+"""The bytes that a thread block copies at a time; the source has the same number."""
 THREADS = 512
 BULK_NAME, BULK_SINCE = "paged_copy_bulk", 9
 """The kernel of bulk copies, and the first major compute capability that has them."""
 LANES, STAGES_MIN, STAGES_MAX = 32, 3, 64
-"""Threads of its thread blocks; stages. As in the source."""
+"""Threads of its thread blocks, and the bounds of its number of stages; as in the source."""
 STAGE_MEMORY, STAGE_MEMORY_LESS = 192 << 10, 2 << 10
-"""Shared memory of its stages; and what a thread block needs of a multiprocessor's besides."""
+"""Most shared memory for its stages, and what they must leave to the rest of a thread block."""
 BULK_ALIGNMENT, BULK_BYTES_MIN, STAGE_ALIGNMENT = 16, 512, 128
-"""Of addresses and sizes, as the hardware wants it; the smallest piece that is worth a bulk copy,
-since one takes half a microsecond of a thread block; and of stages."""
+"""The alignment of addresses and sizes that the hardware wants; the smallest piece worth a bulk
+copy, which takes half a microsecond of a thread block; and the alignment of stages."""
 
 
 def source() -> str:
-    """Give the CUDA C++ source of the kernel."""
+    """Return the CUDA C++ source of the kernels."""
     return (files(__package__) / f"{NAME}.cu").read_text()
 
 
 def part_starts(piece_bytes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Give how many parts of a block are before each piece, and of all: int64[pieces + 1]."""
+    """Return the number of parts before each piece of a block, then in all: int64[pieces + 1]."""
     return np.concatenate([[0], np.cumsum(-(-piece_bytes // PART_BYTES))]).astype(np.int64)
 
 
 def stage_bytes(pieces: NDArray[np.int64], *host: int) -> int:
-    """Return the bytes of a stage for such pieces; 0 where bulk copies do not suit.
+    """Return the bytes of a stage for these pieces; 0 if bulk copies do not suit.
 
     Args:
         pieces: int64[n, 4]: base, stride, bytes and offset of each.
-        host: addresses and strides on the other side.
+        host: addresses and strides of the blocks in host memory.
     """
     sizes = pieces[:, 2]
     if sizes.min() < BULK_BYTES_MIN or any(each % BULK_ALIGNMENT for each in host):
@@ -57,16 +57,16 @@ def stage_bytes(pieces: NDArray[np.int64], *host: int) -> int:
 
 
 def stages(size: int, memory: int) -> int:
-    """Return how many stages of some size a thread block has; 0 where bulk copies are none."""
+    """Return how many stages of `size` bytes a thread block gets; 0 if it makes no bulk copies."""
     count = min(memory // size, STAGES_MAX) if size else 0
     return count if count >= STAGES_MIN else 0
 
 
 def cubin(architecture: str, cache: Path | None = None, anew: bool = False) -> bytes:
-    """Give the kernel's machine code for an architecture such as "sm_90".
+    """Return the kernels' machine code for an architecture such as "sm_90".
 
     It is compiled once for each source, architecture and compiler, and kept in `cache`, by default
-    $XDG_CACHE_HOME/flexkv; `anew`, when what is kept was no good, compiles it again.
+    $XDG_CACHE_HOME/flexkv. `anew` compiles it again, for when the kept code is bad.
 
     Raises:
         BackendUnavailableError: NVRTC is not installed, or does not know the architecture.
@@ -75,7 +75,7 @@ def cubin(architecture: str, cache: Path | None = None, anew: bool = False) -> b
         from cuda.bindings import nvrtc
 
         version = _checked(nvrtc, nvrtc.nvrtcVersion())
-    except (ImportError, RuntimeError) as error:  # what it raises where the library is not there
+    except (ImportError, RuntimeError) as error:  # the latter if the library is missing
         raise BackendUnavailableError("nvrtc", f"{error}; install flexkv[cuda]") from error
     text = source()
     name = f"{NAME}-{architecture}-{kept.name_of(text, version)}.cubin"

@@ -1,12 +1,15 @@
 // Copies between the pages of a device and blocks in pinned host memory, by few thread blocks.
 //
-// A block is cut into parts of PART_BYTES within its pieces, numbered through; thread block b does
-// parts b, b + gridDim.x, … of all pairs. What limits such a copy is how many bytes are under way,
-// because a load over the bus takes a microsecond or two. So there are two kernels. In `paged_copy`
-// each thread has four loads under way before its first store; nothing is shared, so there is
-// nothing to synchronise. In `paged_copy_bulk`, for devices that have bulk copies, one thread keeps
-// the shared memory of a multiprocessor full of parts under way: that takes a quarter of the thread
-// blocks. It needs addresses and sizes that are multiples of 16.
+// The pieces of a block are cut into parts of at most PART_BYTES, which are numbered through.
+// Thread block b copies parts b, b + gridDim.x, … of all pairs. The rate of such a copy is limited
+// by how many bytes are under way, because a load over the bus takes a microsecond or two. So there
+// are two kernels:
+//
+//   paged_copy       Each thread has four loads under way before its first store. Threads share
+//                    nothing, so there is nothing to synchronise.
+//   paged_copy_bulk  For devices that have bulk copies. One thread keeps the shared memory of a
+//                    multiprocessor full of parts under way, which takes a quarter of the thread
+//                    blocks. Addresses and sizes must be multiples of 16.
 
 #define PART_BYTES 32768
 #define LOADS 4
@@ -27,9 +30,9 @@ struct copy {
     int bytes;
 };
 
-// pieces[count]: where block 0's pieces are, and where they go in a host block.
-// parts[count + 1]: parts before each piece, and before what follows; parts[0] need not be 0, so
-// that some of a block's pieces can be copied with a part of the tables of all.
+// pieces[count]: where the pieces of device block 0 are, and where they go in a host block.
+// parts[count + 1]: the number of parts before each piece, and after the last. parts[0] need not be
+// 0, so that a launch can copy some of a block's pieces with a section of the tables of all.
 // ids[2 * pairs]: device blocks, then host blocks; in memory that the device can read.
 struct job {
     const piece *pieces;
@@ -120,8 +123,9 @@ extern "C" __global__ void paged_copy(const piece *pieces, const long long *part
 
 #if __CUDA_ARCH__ >= 900
 
-// Stages are slots of shared memory, used in turn. A load into a stage ends at its barrier; then
-// its store begins. The store of a stage has to have read it before the next load into it.
+// Stages are slots of shared memory, used in turn. The barrier of a stage opens when the load into
+// it has ended; then the store from it begins. That store must have read the stage before the next
+// load into it begins.
 //
 //     load n ──▶ stage n % stages ──barrier──▶ store n, while loads n+1 … n+lag are under way
 
@@ -172,8 +176,8 @@ static __device__ void store_begin(char *target, const void *stage, int bytes)
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// stage_bytes: of a stage, a multiple of 128, as large as any part.
-// stages: how many there are in the shared memory of the launch, 3 to STAGES_MAX.
+// stage_bytes: the size of a stage; a multiple of 128, and at least as large as any part.
+// stages: how many stages the shared memory of the launch holds, from 3 to STAGES_MAX.
 extern "C" __global__ void __launch_bounds__(LANES)
     paged_copy_bulk(const piece *pieces, const long long *parts, int count, const long long *ids,
                     long long pairs, char *host, long long host_stride, int to_host,
@@ -195,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(LANES)
     }
     __syncwarp();
     for (long long first = 0; first < mine + lag; first += LANES) {
-        // All threads look up a part each; one thread begins all loads and stores.
+        // Each thread looks up one part; thread 0 begins all loads and stores.
         copy ahead{nullptr, nullptr, 0};
 
         if (first + lane < mine)
@@ -213,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(LANES)
             if (number < mine) {
                 int stage = static_cast<int>(number % stages);
 
-                // Of all stores begun only the last, from another stage, may be reading still.
+                // Only the last store begun, which is from another stage, may still be reading.
                 asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
                 targets[stage] = reinterpret_cast<char *>(target);
                 sizes[stage] = bytes;

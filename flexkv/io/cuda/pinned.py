@@ -1,4 +1,4 @@
-"""The host arena as CUDA knows it: whole, or in parts where the driver takes no more at once."""
+"""Registers the host arena with CUDA: whole, or in parts if the driver takes no more at once."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from flexkv.io.cuda.grids import Runs
 from flexkv.io.memory.arena import Arena
 
 INVALID_VALUE, OUT_OF_MEMORY = 1, 2
-"""What the driver says of too much at once."""
+"""Error codes of the driver for too much memory at once."""
 PARTS_MAX = 1024
 
 
 class Pinned:
-    """An arena that is registered while any device of this process holds it, once for all.
+    """An arena, registered once for all devices of this process, while any of them holds it.
 
     Attributes:
         arena: the host blocks.
-        bounds: the addresses at which one registration ends and the next begins: no copy may span
-            them.
+        bounds: the addresses at which one registration ends and the next begins; no copy may
+            cross one.
     """
 
     def __init__(self, arena: Arena) -> None:
@@ -33,11 +33,11 @@ class Pinned:
         self._holders = 0
 
     def hold(self, driver: CudaDriver, undo: ExitStack) -> None:
-        """Register the arena, unless another device has; `undo` gets what takes it back.
+        """Register the arena unless another device did, and hold it until `undo` ends.
 
         Raises:
-            ConfigError: the driver takes it in no parts; it says how much it took, what to do.
-            DeviceError: the driver refused for another reason.
+            ConfigError: the driver cannot register all of it; the message says what to do.
+            DeviceError: the driver reported an error for another reason.
         """
         if not self._holders:
             self._register(driver)
@@ -83,7 +83,7 @@ class Pinned:
 
 
 def split(runs: Runs, bounds: list[int]) -> Runs:
-    """Cut runs where they span two registrations."""
+    """Return runs, cut where they cross from one registration to the next."""
     for bound in bounds:
         for row in (0, 1):
             at, size = runs[row], runs[2]

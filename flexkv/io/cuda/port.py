@@ -3,9 +3,9 @@
     submit ─▶ runs of bytes ─▶ copy engine ─┐
           └─▶ ids           ─▶ kernel      ─┴▶ stream ─▶ host function ─▶ eventfd ─▶ reap
 
-One stream brings bytes to the device and goes first, one takes them away. A stream ends its work in
-order, so its eventfd need only count. The copy engine costs the device nothing but wants a
-descriptor for each run; the kernel takes runs of any size. What is faster here is measured.
+One stream copies to the device, and goes first; the other copies to the host. A stream ends its
+work in order, so its eventfd only has to count. The copy engine costs the device nothing, but
+needs a descriptor for each run; the kernel copies runs of any size. Which is faster is measured.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from flexkv.observe.logs import get_logger
 log = get_logger(__name__)
 
 CHECK_S = 0.5
-"""How often a stream with work is asked whether it has failed: then it never tells."""
+"""Time between two checks of a stream with work: one that has failed reports nothing itself."""
 
 
 class Mark:
-    """A point on a device's stream, for which other streams may wait."""
+    """A point on a device's stream that other streams can wait for."""
 
     def __init__(self, driver: CudaDriver, stream: int) -> None:
-        """Mark what is queued on a stream by now.
+        """Mark the end of the work queued on a stream so far.
 
         Raises:
-            DeviceError: the driver refused.
+            DeviceError: the driver reported an error.
         """
         self._driver, self._event = driver, driver.open_event()
         try:
@@ -50,16 +50,16 @@ class Mark:
             raise
 
     def hold_back(self, stream: int) -> None:
-        """Let another stream of the device wait for it.
+        """Make later work of another stream of the device wait for this point.
 
         Raises:
-            DeviceError: the driver refused.
+            DeviceError: the driver reported an error.
         """
         self._driver.wait(stream, self._event)
 
     def close(self) -> None:
-        """Let go of it; who waits for it still does."""
-        with suppress(DeviceError):  # a device that is broken keeps nothing
+        """Release the mark; streams that wait for it still do."""
+        with suppress(DeviceError):  # a broken device holds nothing
             self._driver.drop(self._event)
 
 
@@ -68,7 +68,7 @@ class CudaDevicePort:
 
     arrived_bytes = 0
     rank = 0
-    """Which rank's device it is."""
+    """The rank whose device this is."""
 
     def __init__(
         self,
@@ -78,19 +78,19 @@ class CudaDevicePort:
         driver: CudaDriver,
         wishes: Sequence[CopyPreference] = (CopyPreference(), CopyPreference()),
     ) -> None:
-        """Open streams, and hold the arena registered.
+        """Open the streams, register the arena, and choose how to copy.
 
         Args:
             layout: where the device blocks are.
-            pinned: the host blocks, held until `close`.
-            owner: whatever keeps the KV caches alive (the tensors), held until `suspend`.
-            driver: of the device, closed with the port.
-            wishes: how to copy to the host, and to the device. What is left open is measured now,
-                in memory of its own, if it was not before.
+            pinned: the host blocks, kept registered until `close`.
+            owner: what keeps the KV caches alive (the tensors), held until `suspend`.
+            driver: the device's driver, closed with the port.
+            wishes: how to copy to the host, and to the device. What they leave open is measured
+                now, in separate memory, unless it was measured before.
 
         Raises:
-            DeviceError: the driver refused.
-            ConfigError: it takes not so much host memory.
+            DeviceError: the driver reported an error.
+            ConfigError: CUDA cannot register that much host memory.
         """
         self._driver, self._block_bytes = driver, layout.block_bytes
         self._arena, self.num_blocks = pinned.arena, layout.num_blocks
@@ -119,12 +119,12 @@ class CudaDevicePort:
 
     @property
     def choices(self) -> dict[str, Choices]:
-        """Give how copies are made, by direction."""
+        """Return how copies are made, by direction."""
         to_host, to_device = self._ways
         return {"to host": to_host.choices, "to device": to_device.choices}
 
     def suspend(self) -> None:
-        """Let go of the KV caches; streams and the registered arena stay. Idempotent.
+        """Release the KV caches; the streams and the registered arena stay. Idempotent.
 
         Only legal with nothing in flight.
         """
@@ -134,10 +134,10 @@ class CudaDevicePort:
             pages.close()
 
     def resume(self, layout: PagedLayout, owner: object) -> None:
-        """Take KV caches again, with blocks of as many bytes.
+        """Attach KV caches again, with blocks of the same size.
 
         Raises:
-            DeviceError: the driver refused.
+            DeviceError: the driver reported an error.
         """
         assert self._copier is not None
         self.suspend()
@@ -146,29 +146,29 @@ class CudaDevicePort:
 
     @property
     def block_bytes(self) -> int:
-        """Give the bytes moved for one block."""
+        """Return the bytes moved for one block."""
         return self._block_bytes
 
     @property
     def failure(self) -> DeviceError | None:
-        """Give what broke the device, if anything did: every transfer fails with it."""
+        """Return what broke the device, or None; all transfers then fail with it."""
         return self._failure
 
     def connect(self, wake: Callable[[], None]) -> None:
-        """Attach to the running event loop; `wake` is called on it when `reap` has something."""
+        """Attach to the running loop, which calls `wake` when `reap` has something to return."""
         self._loop, self._wake = asyncio.get_running_loop(), wake
         for way in self._ways:
             self._loop.add_reader(way.eventfd, wake)
 
     def order_after(self, to_device: bool) -> None:
-        """Let later copies one way wait for what the calling thread's stream has queued by now.
+        """Make later copies in one direction wait for the work queued on the caller's stream.
 
-        So a put reads what the engine's kernels have written, and a get writes what they no longer
-        use. From any thread.
+        So a put reads what the engine's kernels have written, and a get overwrites only what they
+        no longer use. May be called from any thread.
 
         Raises:
-            DeviceError: the driver refused.
-            ConfigError: a graph is being captured from that stream: what it queues is not run now.
+            DeviceError: the driver reported an error.
+            ConfigError: a CUDA graph is being captured from that stream, so its work does not run.
         """
         stream = self._driver.current_stream()
         with self._driver.inside():
@@ -188,7 +188,7 @@ class CudaDevicePort:
 
         Raises:
             ClosedError: after `close`.
-            InvariantError: ids out of range, or of unequal length.
+            InvariantError: an id is out of range, or the id lists differ in length.
         """
         copier = self._copier
         if copier is None or copier.pages is None:
@@ -213,22 +213,22 @@ class CudaDevicePort:
             copier.queue(way, direction, transfer.sides, transfer.layers)
             if to_device:
                 self._mark(transfer, way)
-        except DeviceError as failure:  # some of it may be under way: it ends in its turn
+        except DeviceError as failure:  # some copies may be under way, and end in turn
             error = failure
         way.under_way.append(Work(transfer.op_id, way.ids_end, error))
         try:
             self._driver.notify(way.stream, way.eventfd)
-        except DeviceError as failure:  # there will be no word of the end: wait for it now
+        except DeviceError as failure:  # the end will not be announced: wait now
             self._end_now(way, error or failure)
 
     def _mark(self, transfer: Transfer, way: CopyStream) -> None:
-        """Let streams of the engine wait for the layers that were queued."""
+        """Report the queued layers, with a mark that the engine's streams can wait for."""
         layers, watch = transfer.layers, transfer.watch
         if layers is not None and watch is not None:
             watch.queued(self.rank, layers.whole, layers.last, Mark(self._driver, way.stream))
 
     def _end_now(self, way: CopyStream, failure: DeviceError) -> None:
-        """Wait for all that is under way on a stream that cannot tell; it may be broken."""
+        """Wait for all transfers on a stream that cannot announce their ends; it may be broken."""
         if not way.settle():
             self._fail(failure)
             return
@@ -236,7 +236,7 @@ class CudaDevicePort:
         way.under_way.clear()
 
     def _watch(self) -> None:
-        """Ask the streams now and then, while they have work, whether they have failed."""
+        """Check whether a stream has failed, and check again later while any has work."""
         self._watching = None
         try:
             for way in self._ways:
@@ -248,7 +248,7 @@ class CudaDevicePort:
             self._watching = self._loop.call_later(CHECK_S, self._watch)
 
     def _fail(self, failure: DeviceError) -> None:
-        """The device is broken: it touches no memory any more, and will not tell of any end."""
+        """Fail all transfers: the device is broken, touches no memory, and announces no ends."""
         self._failure = failure
         for way in self._ways:
             way.settle()
@@ -259,7 +259,7 @@ class CudaDevicePort:
         self._wake()
 
     def reap(self) -> list[Completion]:
-        """Give every transfer that ended since the last call, each exactly once."""
+        """Return every transfer that ended since the last call, each exactly once."""
         if self._failure is None:
             for way in self._ways:
                 self._ended += [Completion(work.op_id, work.error) for work in way.ended()]
@@ -267,10 +267,10 @@ class CudaDevicePort:
         return ended
 
     def close(self) -> None:
-        """Detach from the loop, close the streams and let go of all memory. Idempotent.
+        """Detach from the loop, close the streams and release all memory. Idempotent.
 
         Raises:
-            InvariantError: transfers were in flight; they have ended, nobody was told.
+            InvariantError: transfers were in flight; they have ended, but were not reported.
         """
         if self._copier is None:
             return
@@ -281,7 +281,7 @@ class CudaDevicePort:
                 self._loop.remove_reader(way.eventfd)
         try:
             self._resources.close()
-        except DeviceError as error:  # of a broken context, which the process cannot mend
+        except DeviceError as error:  # a broken context, which cannot be repaired
             log.warning("device_not_released", call=error.call, code=error.code)
         self._copier = None
         if left := sum(len(way.under_way) for way in self._ways) + len(self._ended):

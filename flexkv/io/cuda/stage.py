@@ -1,11 +1,11 @@
-"""Device memory through which whole blocks go, so that the copy engine moves few large runs.
+"""Device memory in which blocks are put together, so that the copy engine moves few large runs.
 
     to the host      pages ──kernel──▶ slot ──copy engine──▶ host blocks
     to the device    host blocks ──copy engine──▶ slot ──kernel──▶ pages
 
-There are two slots, used in turn, and two streams, the direction's for the kernel and one for the
-copy engine: so one slot is copied while the other is filled or emptied. Each half of a slot's use
-ends with an event for which the next half waits.
+There are two slots, used in turn, and two streams: the direction's for the kernel, and one for the
+copy engine. So one slot is copied while the other is filled or emptied. Each half of a slot's use
+ends with an event that the next half waits for.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from flexkv.io.cuda.driver import CudaDriver
 
 SLOTS = 2
 SLOT_BYTES = 32 << 20
-"""More than half a millisecond of a fast link; queueing one slot's work takes a tenth of that."""
+"""A fast link takes over half a millisecond for it; queueing a slot's work, a tenth of that."""
 
 Queue = Callable[[int], None]
-"""Queues work on a stream."""
+"""Queues work on the stream that it is given."""
 
 
 class _Slot(NamedTuple):
     address: int
     is_full: int
-    """The event that the first half of its use has ended; `is_free`, that the second has."""
+    """The event at the end of the first half of its use; `is_free` is that of the second."""
     is_free: int
 
 
@@ -36,16 +36,16 @@ class Stage:
     """The slots of one direction.
 
     Attributes:
-        size: bytes of a slot.
+        size: the bytes of a slot.
     """
 
     size = SLOT_BYTES
 
     def __init__(self, driver: CudaDriver, stream: int) -> None:
-        """Take device memory, and a stream for the copy engine beside the direction's.
+        """Allocate device memory, and open a stream for the copy engine.
 
         Raises:
-            DeviceError: the driver refused.
+            DeviceError: the driver reported an error.
         """
         self._driver, self._stream, self._next = driver, stream, 0
         with ExitStack() as undo:
@@ -64,14 +64,14 @@ class Stage:
         ]
 
     def next_slot(self) -> int:
-        """Return the address of the slot that `use` uses next."""
+        """Return the address of the slot that the next call of `use` takes."""
         return self._slots[self._next].address
 
     def use(self, run_kernel: Queue, copy: Queue, kernel_first: bool) -> None:
-        """Queue the kernel and the copy of one slot, in the order told.
+        """Queue the kernel and the copy of one slot, in the order given by `kernel_first`.
 
         Raises:
-            DeviceError: the driver refused.
+            DeviceError: the driver reported an error.
         """
         driver, slot = self._driver, self._slots[self._next]
         self._next = (self._next + 1) % SLOTS
@@ -85,23 +85,23 @@ class Stage:
         driver.record(slot.is_free, there)
 
     def join(self) -> None:
-        """Let the direction's stream wait, from now on, for all copies that were queued.
+        """Make later work of the direction's stream wait for all copies queued so far.
 
         Raises:
-            DeviceError: the driver refused.
+            DeviceError: the driver reported an error.
         """
         for slot in self._slots:
             self._driver.wait(self._stream, slot.is_free)
 
     def settle(self) -> None:
-        """Wait until all copies that were queued have ended, or never will."""
+        """Wait until all queued copies by the copy engine have ended, or its stream has failed."""
         with suppress(DeviceError):
             self._driver.synchronize(self._copying)
 
     def close(self) -> None:
-        """Let go of everything. Only legal with nothing under way.
+        """Release everything. Only legal with nothing under way.
 
         Raises:
-            DeviceError: the driver refused.
+            DeviceError: the driver reported an error.
         """
         self._resources.close()

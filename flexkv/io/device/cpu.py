@@ -1,8 +1,8 @@
 """The transfer port of a CPU device: strided copies between KV caches and the host arena.
 
-Small jobs are copied where they are submitted: handing 64 KiB to another thread costs more than
-the copy. Larger ones go to standing threads, which announce their end on an eventfd. Jobs that
-bring bytes to the device go first: an engine waits for them.
+Small transfers are copied in the calling thread: handing 64 KiB to another thread costs more than
+the copy. Larger ones go to standing threads, which announce their end on an eventfd. Transfers to
+the device go first, because an engine waits for them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flexkv.io.ports import Completion
 from flexkv.process import forks
 
 INLINE_BYTES_MAX = 64 << 10
-"""Up to here a copy in the calling thread costs less than waking another one."""
+"""Up to this size, a copy in the calling thread costs less than waking another thread."""
 
 
 class CpuDevicePort:
@@ -38,14 +38,14 @@ class CpuDevicePort:
         threads: int = 2,
         sums: Sums | None = None,
     ) -> None:
-        """Take the pages of `layout`.
+        """Map the pages of `layout`, and start the copy threads.
 
         Args:
             layout: where the device blocks are.
             arena: the host blocks, held until `close`.
-            owner: whatever keeps the KV caches alive (the tensors), held until `close`.
-            threads: standing copy threads.
-            sums: uint64[host blocks], gets the sum of each that a copy of whole blocks fills.
+            owner: what keeps the KV caches alive (the tensors), held until `suspend` or `close`.
+            threads: number of standing copy threads.
+            sums: uint64[host blocks]; copies of whole blocks store the sums of those they fill.
         """
         self._arena, self._sums = arena, sums
         self._block_bytes = layout.block_bytes
@@ -61,33 +61,33 @@ class CpuDevicePort:
 
     @property
     def block_bytes(self) -> int:
-        """Give the bytes moved for one block."""
+        """Return the bytes moved for one block."""
         return self._block_bytes
 
     def order_after(self, to_device: bool) -> None:
-        """Do nothing: what the CPU has written is there."""
+        """Do nothing: what the CPU has written can be read at once."""
 
     def suspend(self) -> None:
-        """Let go of the KV caches. Only legal with nothing in flight."""
+        """Release the KV caches. Only legal with nothing in flight."""
         self._pages = None
 
     def resume(self, layout: PagedLayout, owner: object) -> None:
-        """Take KV caches again, with blocks of as many bytes."""
+        """Attach KV caches again, with blocks of the same size."""
         self.num_blocks = layout.num_blocks
         self._pages = Pages(layout, self._arena, owner, self._sums)
 
     def connect(self, wake: Callable[[], None]) -> None:
-        """Attach to the running event loop; `wake` is called on it when `reap` has something."""
+        """Attach to the running loop, which calls `wake` when `reap` has something to return."""
         assert self._pool is not None
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._pool.fileno(), wake)
 
     def submit(self, transfer: Transfer) -> None:
-        """Start one transfer; a small one has ended, and can be reaped, when this returns.
+        """Start one transfer; a small one has already ended when this returns, and can be reaped.
 
         Raises:
             ClosedError: after `close`.
-            InvariantError: ids out of range, or of unequal length.
+            InvariantError: an id is out of range, or the id lists differ in length.
         """
         if self._pages is None or self._pool is None:
             raise ClosedError("the CPU device port is closed, or suspended")
@@ -106,7 +106,7 @@ class CpuDevicePort:
             raise InvariantError(f"transfer {transfer.op_id} {transfer.route}: {error}") from error
 
     def reap(self) -> list[Completion]:
-        """Give every transfer that ended since the last call, each exactly once."""
+        """Return every transfer that ended since the last call, each exactly once."""
         ended, self._ended = self._ended, []
         if self._pooled and self._pool is not None:
             pooled = self._pool.reap()
@@ -119,10 +119,10 @@ class CpuDevicePort:
             forks.replace(self._pool.fileno())
 
     def close(self) -> None:
-        """Detach from the loop, join the threads and let go of all memory. Idempotent.
+        """Detach from the loop, join the threads and release all memory. Idempotent.
 
         Raises:
-            InvariantError: transfers were in flight; they have ended, nobody was told.
+            InvariantError: transfers were in flight; they have ended, but were not reported.
         """
         pool, self._pool, self._pages = self._pool, None, None
         if pool is None:

@@ -1,4 +1,4 @@
-"""The page maps between one device and an arena: of whole blocks, and of ranges of layers."""
+"""The page maps between one device and an arena: for whole blocks, and for ranges of layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAPS_MAX = 256
 
 
 class Pages:
-    """Where a device's blocks are, and who keeps them alive."""
+    """The page maps of one device, and the owner that keeps its KV caches alive."""
 
     def __init__(
         self, layout: PagedLayout, arena: Arena, owner: object, sums: Sums | None = None
@@ -24,27 +24,27 @@ class Pages:
 
         Args:
             layout: where the device blocks are.
-            arena: the host blocks, held.
-            owner: whatever keeps the KV caches alive (the tensors), held.
-            sums: uint64[host blocks], gets the sum of each that a copy of whole blocks fills.
+            arena: the host blocks, held by this object.
+            owner: what keeps the KV caches alive (the tensors), held by this object.
+            sums: uint64[host blocks]; copies of whole blocks store the sums of those they fill.
         """
         self._layout, self._arena, self._owner = layout, arena, owner
         self._maps: dict[tuple[int, int] | None, PageMap] = {None: self._map(layout.pieces, sums)}
 
     def of(self, layers: Layers | None) -> PageMap:
-        """Give the map of some layers, or of whole blocks (of the device's part of them)."""
+        """Return the map for some layers, or, for None, for the device's part of whole blocks."""
         if layers is None:
             return self._maps[None]
         bounds = layers.first, layers.last
         if bounds not in self._maps:
-            if len(self._maps) > MAPS_MAX:  # odd rhythms of a prefill
+            if len(self._maps) > MAPS_MAX:  # too many different ranges: start again
                 self._maps = {None: self._maps[None]}
             rows = np.concatenate(self._layout.layers[slice(*bounds)])
             self._maps[bounds] = self._map(rows, None)
         return self._maps[bounds]
 
     def close(self) -> None:
-        """Let go of the arena and of the owner."""
+        """Release the maps, which hold the arena's memory, and the owner."""
         self._maps.clear()
         self._owner = None
 

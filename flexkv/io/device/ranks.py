@@ -1,4 +1,4 @@
-"""One port over the devices of all ranks, each of which has a part of every block.
+"""One port for the devices of all ranks; each rank has one part of every block.
 
 part 0: ranks 0, 1 ──┐     to the device: every rank reads its part
 part 1: ranks 2, 3 ──┴─▶   to the host: the ranks of one part have the same bytes (MLA, or fewer
@@ -23,7 +23,7 @@ class RanksPort:
     arrived_bytes = 0
 
     def __init__(self, parts: Sequence[Sequence[DevicePort]], host_blocks: int) -> None:
-        """Take the ports of each part's ranks, which stay the caller's."""
+        """Combine the ports of each part's ranks; the caller still owns them."""
         self._parts, self._host_blocks = parts, host_blocks
         self._ports = [port for ranks in parts for port in ranks]
         self._under_way: dict[int, int] = {}
@@ -31,7 +31,7 @@ class RanksPort:
 
     @property
     def block_bytes(self) -> int:
-        """Give the bytes of one block in host memory."""
+        """Return the bytes of one block in host memory."""
         return sum(ranks[0].block_bytes for ranks in self._parts)
 
     def connect(self, wake: Callable[[], None]) -> None:
@@ -44,7 +44,7 @@ class RanksPort:
 
         Raises:
             ClosedError: a rank's port is closed.
-            InvariantError: ids out of range, or of unequal length.
+            InvariantError: an id is out of range, or the id lists differ in length.
         """
         to_device = transfer.route.target is Tier.DEVICE
         device_blocks = min(port.num_blocks for port in self._ports)
@@ -59,7 +59,7 @@ class RanksPort:
             self._under_way[transfer.op_id] = started
 
     def reap(self) -> list[Completion]:
-        """Give every transfer that ended since the last call, each exactly once."""
+        """Return every transfer that ended since the last call, each exactly once."""
         ended = []
         for port in self._ports:
             for op_id, error in port.reap():
@@ -72,17 +72,17 @@ class RanksPort:
         return ended
 
     def close(self) -> None:
-        """Check that nothing is in flight. The ranks' ports are closed by who opened them.
+        """Check that nothing is in flight. The ranks' ports stay open; their owner closes them.
 
         Raises:
-            InvariantError: something is.
+            InvariantError: a transfer is in flight.
         """
         if self._under_way:
             raise InvariantError(f"{len(self._under_way)} transfers of several ranks unreaped")
 
 
 def _divided(transfer: Transfer, ranks: Sequence[DevicePort]) -> list[tuple[DevicePort, Transfer]]:
-    """Give each rank its share of the blocks; with fewer blocks than ranks some have none."""
+    """Return each rank's share of the blocks; with fewer blocks than ranks, some have none."""
     count = transfer.block_count
     if len(ranks) == 1 or not count:
         return [(ranks[0], transfer)]

@@ -1,4 +1,4 @@
-"""What the layout needs to know of a tensor, without importing the library that made it."""
+"""Reads what the layout needs from a tensor, without importing the library that made it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from flexkv.common.layout import TensorSpec
 
 
 def describe(tensor: Any, field: str = "kv_caches") -> TensorSpec:
-    """Give address, shape and strides of a numpy array or of a torch tensor.
+    """Return address, shape and strides of a numpy array or a torch tensor.
 
     Args:
-        tensor: stays the caller's; the memory must outlive every use of the answer.
-        field: what to call the tensor in an error.
+        tensor: owned by the caller; its memory must outlive every use of the result.
+        field: the name of the tensor in an error.
 
     Raises:
-        ConfigError: neither a numpy array nor a torch tensor, or memory that is read-only.
+        ConfigError: it is neither of them, is not dense, is read-only, or has Python objects.
     """
     if isinstance(tensor, np.ndarray):
         if not tensor.flags.writeable:
@@ -39,13 +39,13 @@ def describe(tensor: Any, field: str = "kv_caches") -> TensorSpec:
 
 
 def check_dtype(tensor: Any, wanted: str, field: str) -> None:
-    """Check that a tensor has elements of the model's type, or raw bytes.
+    """Check that a tensor's elements have the model's type, or are its raw bytes.
 
-    Raw bytes are: int8 or uint8 in place of another one-byte type, or the reverse; numpy's void;
-    and uint16 for bfloat16, which numpy does not have.
+    These count as raw bytes: int8 or uint8 in place of another one-byte type, or the reverse;
+    numpy's void; and uint16 for bfloat16, which numpy does not have.
 
     Raises:
-        ConfigError: it has others, so the model or the tensor is the wrong one.
+        ConfigError: they have another type, so the model or the tensor is the wrong one.
     """
     dtype = getattr(tensor, "dtype", "")
     name = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
@@ -57,11 +57,11 @@ def check_dtype(tensor: Any, wanted: str, field: str) -> None:
 
 
 def device_of(tensors: Sequence[Any]) -> tuple[str, int]:
-    """Give the one device on which all tensors are: its kind, "cpu" or "cuda", and its number.
+    """Return the device that holds all tensors: its kind, "cpu" or "cuda", and its number.
 
     Raises:
-        ConfigError: they are on several devices.
-        BackendUnavailableError: there is no adapter for the kind.
+        ConfigError: the tensors are on several devices.
+        BackendUnavailableError: there is no adapter for this kind of device.
     """
     places = [_place(tensor) for tensor in tensors]
     for number, place in enumerate(places):
@@ -75,12 +75,12 @@ def device_of(tensors: Sequence[Any]) -> tuple[str, int]:
 
 
 def _place(tensor: Any) -> tuple[str, int]:
-    device = getattr(tensor, "device", "cpu")  # numpy has it from 2.0 on, as a string
+    device = getattr(tensor, "device", "cpu")  # numpy has `device` from 2.0 on, as a string
     return ("cpu", 0) if isinstance(device, str) else (device.type, device.index or 0)
 
 
 def spec_of(tensor: Any) -> TensorSpec:
-    """Give address, shape and strides of a torch tensor, wherever it is."""
+    """Return address, shape and strides of a torch tensor on any device."""
     itemsize = tensor.element_size()
     return TensorSpec(
         address=tensor.data_ptr(),
@@ -91,12 +91,12 @@ def spec_of(tensor: Any) -> TensorSpec:
 
 
 def kv_cache_list(kv_caches: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
-    """Give the per-layer tensors in the order of the layers.
+    """Return the per-layer tensors in the order of the layers.
 
-    A mapping, as engines keep it by layer name, is taken in its insertion order.
+    A mapping from layer names, as engines keep it, is read in insertion order.
 
     Raises:
-        ConfigError: not a mapping or a sequence, or empty.
+        ConfigError: it is neither a mapping nor a sequence, or is empty.
     """
     if isinstance(kv_caches, Mapping):
         layers = list(kv_caches.values())

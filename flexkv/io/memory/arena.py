@@ -1,18 +1,20 @@
-"""The host tier's memory: one block-first mapping, on the largest pages that can be had.
+"""The host tier's memory: one block-first mapping, on the largest pages available.
 
-    huge pages asked for    memfd on hugetlb          ─┐ refused, when mapped or when touched:
-    shared                  memfd                      ├ the next, with the reason kept; first
-    not shared              private anonymous memory  ─┘ with MADV_HUGEPAGE, then without
+The kinds of memory are tried in this order. If mapping or touching one fails, the reason is kept:
 
-Large pages matter more than any other choice here: a disk request in 4 KiB pages is hundreds of
-segments, one in a huge page is one. All memory is touched at open, since a first touch costs
-several times a copy. A cgroup may refuse a huge page only when it is touched: by an error here,
-because pages of hugetlb are allocated in the file first, and a fault would be a SIGBUS.
+    hugetlb    a memfd on hugetlb; only if huge pages are asked for
+    thp        a memfd if shared, else private anonymous memory, with MADV_HUGEPAGE
+    plain      the same without MADV_HUGEPAGE
 
-What is only a hint (`madvise`, seals against executing) costs nothing when the kernel refuses it.
+Large pages matter more than any other choice here: a disk request has hundreds of segments in
+4 KiB pages, and one in a huge page. All memory is touched at open, since a first touch costs
+several times a copy. A cgroup may refuse a huge page only when it is touched, by a SIGBUS; so
+hugetlb pages are first allocated in the file, which fails with an error instead.
 
-Memory that other processes map is sealed: nobody can grow it, remove the seals, or shrink it, which
-would kill every process that touches it by SIGBUS. Whoever maps it checks the seals first.
+Hints (`madvise`, the seal against executing) do no harm if the kernel refuses them.
+
+Memory that other processes map is sealed: nobody can grow or shrink it, or remove the seals.
+Shrinking would kill every process that touches it by SIGBUS, so each checks for that seal first.
 """
 
 from __future__ import annotations
@@ -41,14 +43,14 @@ from flexkv.process import forks
 log = get_logger(__name__)
 
 ALIGNMENT_BYTES = 2 << 20
-"""The arena starts on such a boundary: the usual huge page."""
+"""The arena starts at a multiple of this, the usual size of a huge page."""
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MADV_WIPEONFORK = 18
-"""The kernel's number; `mmap` has no name for it. A child finds zeros, and copies nothing."""
+"""The kernel's number; `mmap` has no name for it. A child finds zeros, so nothing is copied."""
 _MFD_NOEXEC_SEAL = 8
 """The kernel's number. Some machines (`vm.memfd_noexec=2`) require this seal."""
 TOUCH_BYTES = 16 << 20
-"""Memory touched between two calls of `progress`, which may raise to stop: some 5 ms."""
+"""Bytes touched between two calls of `progress`, which may raise to stop: about 5 ms."""
 
 Progress = Callable[[int, int], None]
 
@@ -66,11 +68,11 @@ class Arena:
     Attributes:
         num_blocks: blocks that it holds.
         block_stride_bytes: bytes from one block to the next.
-        address: of block 0.
-        fd: names the memory to other processes; None when it is private.
-        fd_offset_bytes: where block 0 is in `fd`.
-        backing: "hugetlb", "thp" or "plain": the pages that it got.
-        why: what was asked for, refused and got, in words.
+        address: the address of block 0.
+        fd: the descriptor that other processes map; None if the memory is private.
+        fd_offset_bytes: the offset of block 0 in `fd`.
+        backing: its pages, "hugetlb", "thp" or "plain"; "shared" if another process opened it.
+        why: what was requested, refused and obtained, in words.
     """
 
     def __init__(
@@ -110,14 +112,14 @@ class Arena:
         Args:
             num_blocks: at least 1.
             block_stride_bytes: bytes from one block to the next.
-            hugepage_bytes: ask for hugetlb pages of this size first.
-            shared: other processes shall be able to map it.
-            progress: called with (touched bytes, all bytes) again and again; what it raises ends
-                the touching. It begins anew when pages of one kind are refused.
-            given: what an error about the size names; None: the number of blocks.
+            hugepage_bytes: try hugetlb pages of this size first.
+            shared: whether other processes can map it.
+            progress: called repeatedly with (bytes touched, total bytes), and from the start again
+                for each kind of pages that is tried. It may raise to stop.
+            given: the setting that an error about the size names; None: the number of blocks.
 
         Raises:
-            ConfigError: more than there is, or a page size that cannot be.
+            ConfigError: there is too little memory, or the page size is impossible.
         """
         assert num_blocks >= 1, num_blocks
         assert block_stride_bytes >= 1, block_stride_bytes
@@ -149,10 +151,10 @@ class Arena:
     def attach(
         cls, fd: int, num_blocks: int, block_stride_bytes: int, fd_offset_bytes: int
     ) -> Arena:
-        """Map an arena that another process has opened to be shared; `fd` becomes the arena's.
+        """Map an arena that another process opened as shared, and take ownership of `fd`.
 
         Raises:
-            OSError: it cannot be mapped, or could be made smaller while it is.
+            OSError: it cannot be mapped, or is not sealed against shrinking; `fd` is closed.
         """
         try:
             length = _checked_length(fd, num_blocks, block_stride_bytes, fd_offset_bytes)
@@ -165,21 +167,21 @@ class Arena:
 
     @property
     def array(self) -> NDArray[np.uint8]:
-        """Give the blocks as uint8[num_blocks, stride]."""
+        """Return the blocks as uint8[num_blocks, stride]."""
         self._check_open()
         return self._array
 
     @property
     def buffer(self) -> memoryview:
-        """Give all bytes of the blocks as one writable buffer."""
+        """Return all bytes of the blocks as one writable buffer."""
         self._check_open()
         return self._buffer
 
     def close(self) -> bool:
-        """Give the memory back, and tell whether it is gone now. Idempotent.
+        """Release the memory, and return whether it is unmapped now. Idempotent.
 
-        Views that others still hold keep it mapped until the last of them goes: then the answer
-        is False, and the log says so. The descriptor is closed in any case.
+        Views that others still hold keep it mapped until the last of them goes; then this returns
+        False and logs a warning. The descriptor is closed in any case.
         """
         if self._memory is None:
             return True
@@ -198,7 +200,7 @@ class Arena:
         return True
 
     def _let_go_in_child(self) -> None:
-        """Keep neither the parent's memory nor its descriptor alive."""
+        """Release the parent's memory and descriptor in a forked child."""
         if self._memory is not None and self.fd is not None:
             forks.replace_all(self.fd)
             _ext.disown(self._memory)
@@ -208,7 +210,7 @@ class Arena:
             raise ClosedError("the arena is closed")
 
     def _touch(self, progress: Progress | None) -> None:
-        """Touch all memory. Raises OSError when a page cannot be had."""
+        """Touch all memory. Raises OSError if a page cannot be allocated."""
         total_bytes = len(self._buffer)
         for start in range(0, total_bytes, TOUCH_BYTES):
             end = min(start + TOUCH_BYTES, total_bytes)
@@ -221,7 +223,7 @@ class Arena:
             self._measure_pages()
 
     def _measure_pages(self) -> None:
-        """Replace what was asked of the kernel by what it did."""
+        """Set `backing` and `why` to the pages that the kernel really gave."""
         huge_bytes = min(_huge_bytes(self.address), len(self._buffer))
         if huge_bytes:
             self.backing = "thp"
@@ -236,8 +238,8 @@ def _checked_length(fd: int, num_blocks: int, stride_bytes: int, offset_bytes: i
     """Return how many bytes of another process's memory to map.
 
     Raises:
-        OSError: it is not sealed memory.
-        ValueError: it is smaller than it is said to be.
+        OSError: it is not sealed against shrinking.
+        ValueError: it is too small for the blocks, or the numbers are impossible.
     """
     if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
         raise OSError(EPERM, "it is not sealed against shrinking")
@@ -248,16 +250,16 @@ def _checked_length(fd: int, num_blocks: int, stride_bytes: int, offset_bytes: i
 
 
 def _seal(fd: int) -> None:
-    """Fix the size of memory for ever; its bytes may still be written."""
+    """Seal the size of memory for good; its bytes can still be written."""
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
 
 
 def check_memory(total_bytes: int, hugepage_bytes: int | None, given: GivenSize) -> int:
-    """Check that there is memory, before any of it is taken.
+    """Check that there is enough memory, before any of it is taken.
 
     Returns:
-        How much of it comes from memory that all processes share: nothing if the pool of huge
-        pages has enough.
+        How many of the bytes ordinary memory has to supply: 0 if the pool of huge pages has
+        enough, else all.
 
     Raises:
         ConfigError: there is not enough, or the page size is impossible.
@@ -278,7 +280,7 @@ def check_memory(total_bytes: int, hugepage_bytes: int | None, given: GivenSize)
 def _cannot_be_had(
     given: GivenSize, total_bytes: int, error: OSError | OverflowError
 ) -> ConfigError:
-    """Return the error for memory that was refused, with advice."""
+    """Return the error for memory that cannot be obtained, with advice."""
     number = error.errno if isinstance(error, OSError) else ENOMEM
     limits = {"v": resource.RLIMIT_AS, "d": resource.RLIMIT_DATA}
     limited = [each for each, limit in limits.items() if resource.getrlimit(limit)[0] >= 0]
@@ -294,7 +296,7 @@ def _cannot_be_had(
 
 
 def _map(kind: str, total_bytes: int, hugepage_bytes: int | None, shared: bool) -> _Mapping:
-    """Map memory on pages of a kind. Raises OSError or OverflowError when that is refused."""
+    """Map memory on pages of one kind. Raises OSError or OverflowError if that is refused."""
     if kind == "hugetlb":
         assert hugepage_bytes is not None
         return _map_hugetlb(total_bytes, hugepage_bytes)
@@ -302,7 +304,7 @@ def _map(kind: str, total_bytes: int, hugepage_bytes: int | None, shared: bool) 
 
 
 def _memfd(flags: int = 0) -> int:
-    """Open a file in memory; it cannot be executed if the kernel supports that."""
+    """Return a new memory file's descriptor; it cannot be executed if the kernel supports that."""
     flags |= os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     with suppress(OSError):
         return os.memfd_create("flexkv-arena", flags | _MFD_NOEXEC_SEAL)
@@ -321,10 +323,10 @@ def _map_fd(fd: int, length: int) -> mmap.mmap:
 
 
 def _map_hugetlb(total_bytes: int, hugepage_bytes: int) -> _Mapping:
-    """Map memory of the hugetlb pool, all of it reserved. Raises OSError when it has too little."""
+    """Map and reserve memory of the hugetlb pool. Raises OSError if the pool has too little."""
     size_flag = (hugepage_bytes.bit_length() - 1) << os.MFD_HUGE_SHIFT
     fd = _memfd(os.MFD_HUGETLB | size_flag)
-    # Only pages below 2 MiB need room to align.
+    # Only pages smaller than 2 MiB need extra room for the alignment.
     slack = ALIGNMENT_BYTES if hugepage_bytes < ALIGNMENT_BYTES else 0
     length = -(-(total_bytes + slack) // hugepage_bytes) * hugepage_bytes
     memory = _map_fd(fd, length)
@@ -338,7 +340,7 @@ def _map_pages(total_bytes: int, shared: bool, wants_huge: bool) -> _Mapping:
     if fd is None:
         memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         why = "private memory"
-        # A fork would make every page copy-on-write under I/O that is in flight.
+        # Without it, a fork makes every page copy-on-write, even under I/O that is in flight.
         hints = [("MADV_WIPEONFORK", _MADV_WIPEONFORK)]
     else:
         memory, why, hints = _map_fd(fd, length), "shared memory", []
@@ -348,7 +350,7 @@ def _map_pages(total_bytes: int, shared: bool, wants_huge: bool) -> _Mapping:
 
 
 def _advised(memory: mmap.mmap, hints: list[tuple[str, int]]) -> Iterator[str]:
-    """Advise the kernel; return what became of each hint, in words."""
+    """Pass hints to the kernel, and yield what became of each, in words."""
     for name, number in hints:
         try:
             memory.madvise(number)
@@ -359,12 +361,12 @@ def _advised(memory: mmap.mmap, hints: list[tuple[str, int]]) -> Iterator[str]:
 
 
 def _huge_bytes(address: int) -> int:
-    """Give the bytes in huge pages of the memory area that holds `address`."""
+    """Return how many bytes of the memory area that holds `address` are in huge pages."""
     inside, huge_kib = False, 0
     try:
         areas = Path("/proc/self/smaps").read_text(errors="replace")
     except OSError:
-        return 0  # not told: the arena works all the same
+        return 0  # unknown; the arena works all the same
     for line in areas.splitlines():
         head, _, rest = line.partition(" ")
         if not head.endswith(":"):

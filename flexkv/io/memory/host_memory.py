@@ -14,7 +14,7 @@ CGROUP_OF_SELF = Path("/proc/self/cgroup")
 
 
 class Headroom(NamedTuple):
-    """The memory that can still be had, and what sets the limit."""
+    """How much memory is still available, and what limits it."""
 
     available_bytes: int
     limited_by: str
@@ -33,13 +33,13 @@ _V2 = _CgroupFiles("memory.max", "memory.current", "inactive_file")
 
 
 def headroom() -> Headroom:
-    """Give the memory that this process can still take."""
+    """Return how much memory this process can still take."""
     machine = Headroom(int(psutil.virtual_memory().available), "the machine")
     return min([machine, *_cgroup_headrooms()])
 
 
 def free_huge_bytes(page_bytes: int) -> int:
-    """Return how much of the pool of huge pages of a size is free; 0 where there is none."""
+    """Return the free bytes in the pool of huge pages of one size; 0 if there is no pool."""
     pool = HUGE_PAGES / f"hugepages-{page_bytes >> 10}kB"
     try:
         free = int((pool / "free_hugepages").read_text())
@@ -50,7 +50,7 @@ def free_huge_bytes(page_bytes: int) -> int:
 
 
 def _cgroup_headrooms() -> Iterator[Headroom]:
-    """Give what each cgroup above this process still allows, where one has a limit."""
+    """Yield what each cgroup that holds this process still allows, if it has a limit."""
     try:
         lines = CGROUP_OF_SELF.read_text().splitlines()
     except OSError:
@@ -64,8 +64,8 @@ def _cgroup_headrooms() -> Iterator[Headroom]:
         else:
             continue
         relative = PurePosixPath(path.lstrip("/"))
-        # Inside a container the path may name directories that only the host sees: those are
-        # skipped, and the root of the mount is the container's own cgroup.
+        # In a container the path may name directories that only the host sees. They are skipped;
+        # the root of the mount is the container's own cgroup.
         for level in (relative, *relative.parents):
             found = _cgroup_headroom(root / level, files)
             if found is not None:

@@ -1,4 +1,4 @@
-"""Chooses the adapter of the SSD tier: io_uring where it can be had, else threads."""
+"""Chooses the adapter of the SSD tier: io_uring if it is available, else threads."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ log = get_logger(__name__)
 def open_disk(
     arena: Arena, files: StripedFiles, options: RingOptions
 ) -> UringDiskPort | ThreadDiskPort:
-    """Give the best disk port that this machine has, and log which and why.
+    """Return the best disk port that this machine has, and log which and why.
 
     Args:
-        arena: the host end; stays the caller's, and must outlive the port.
-        files: the disk end; stays the caller's, and must outlive the port.
-        options: of the ring; no entries means that io_uring is not wanted.
+        arena: the host end; owned by the caller, and must outlive the port.
+        files: the disk end; owned by the caller, and must outlive the port.
+        options: of the ring; with 0 entries, io_uring is not used.
     """
     if options.entries == 0:
         reason = "iouring_entries is 0"

@@ -1,6 +1,6 @@
-"""Finds the bytes of a file that have no room on the disk, and allocates that.
+"""Finds the gaps of a file, ranges without space on the disk, and allocates space for them.
 
-Room that a file has is never allocated again: XFS, for one, needs as much free room for bytes that
+Space that a file has is not allocated again: XFS, for one, needs as much free space for bytes that
 are allocated already as it needed the first time. The extent map (FIEMAP) shows what is allocated,
 written or not. File systems without one are asked for holes; all beyond the file's end is a gap.
 """
@@ -18,7 +18,7 @@ from typing import NamedTuple
 from flexkv.io.memory.host_memory import headroom
 
 STEP_BYTES = 64 << 20
-"""Allocated between two calls of `pause`: a file system without preallocation writes that much."""
+"""Bytes allocated between two calls of `pause`. Without preallocation they are really written."""
 
 _FIEMAP = 0xC020660B  # _IOWR('f', 11, struct fiemap)
 _FIEMAP_HEAD = struct.Struct("=QQIIII")  # start, length, flags, mapped, room for, reserved
@@ -31,14 +31,14 @@ _STAT_BLOCK_BYTES = 512
 
 
 class Gap(NamedTuple):
-    """Bytes of a file that have no room on the disk."""
+    """A range of a file that has no space on the disk."""
 
     start: int
     length: int
 
 
 class Room(NamedTuple):
-    """How many bytes a file system has free, and what says so."""
+    """How many bytes a file system has free, and what limits them."""
 
     free_bytes: int
     limited_by: str
@@ -59,10 +59,10 @@ def gaps(fd: int, size: int) -> list[Gap]:
 
 
 def allocate(fd: int, found: list[Gap], pause: Callable[[], None]) -> None:
-    """Take room for gaps of a file, which grows as they do; `pause` is called between steps.
+    """Allocate space for gaps of a file, growing it if needed; call `pause` between steps.
 
     Raises:
-        OSError: there is no room, or the file system refused. What was taken stays taken.
+        OSError: there is no space, or the file system refused. What was allocated stays so.
     """
     for gap in found:
         for start in range(gap.start, gap.start + gap.length, STEP_BYTES):
@@ -71,12 +71,12 @@ def allocate(fd: int, found: list[Gap], pause: Callable[[], None]) -> None:
 
 
 def lacking_bytes(status: os.stat_result, size: int, found: list[Gap]) -> int:
-    """Return how many more bytes of room a file needs to have `size` bytes.
+    """Return how many more bytes of space a file needs to have `size` bytes.
 
     Args:
-        status: of the file.
-        size: that it is to have.
-        found: its gaps; some file systems report as holes what was allocated and never written.
+        status: the file's status.
+        size: the size that it is to have.
+        found: its gaps; some file systems report as holes what was allocated but never written.
     """
     lacking = sum(gap.length for gap in found)
     if status.st_size > size:
@@ -85,18 +85,18 @@ def lacking_bytes(status: os.stat_result, size: int, found: list[Gap]) -> int:
 
 
 def allocated_beyond(status: os.stat_result, size: int) -> int:
-    """Return about how many bytes of room a file gives back when it is cut to `size` bytes."""
+    """Return roughly how many bytes of space a file frees when it is cut to `size` bytes."""
     if status.st_size <= size:
         return 0
     return min(status.st_blocks * _STAT_BLOCK_BYTES, status.st_size - size)
 
 
 def room(fd: int, reserved_bytes: int = 0) -> Room | None:
-    """Return what a file system has free; None where it does not say.
+    """Return the free space of a file system; None if it does not report any.
 
     Args:
-        fd: of a file or directory on it.
-        reserved_bytes: memory that others will need, for a file system in memory.
+        fd: a file or directory on it.
+        reserved_bytes: memory to leave to others, if the file system is in memory.
     """
     filesystem = os.fstatvfs(fd)
     says = filesystem.f_blocks > 0
@@ -109,7 +109,7 @@ def room(fd: int, reserved_bytes: int = 0) -> Room | None:
 
 
 def kind_of_file_system(device: int) -> str:
-    """Return the name of a file system's type; empty where the kernel does not tell."""
+    """Return the name of a file system's type; empty if the kernel does not report it."""
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
         mounts = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
@@ -123,10 +123,10 @@ def kind_of_file_system(device: int) -> str:
 
 
 def _mapped(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Return the allocated ranges of a file, as start and end, in order.
+    """Yield the allocated ranges of a file, as start and end, in order.
 
     Raises:
-        OSError: the file system has no extent map, or one that leads nowhere.
+        OSError: the file system has no extent map, or one that makes no progress.
     """
     start = 0
     while start < size:
@@ -159,7 +159,7 @@ def _complement(ranges: Iterator[tuple[int, int]], size: int) -> Iterator[Gap]:
 
 
 def _holes(fd: int, size: int) -> Iterator[Gap]:
-    """Return the holes that the file system reports; none if it cannot report any."""
+    """Yield the holes that the file system reports; none if it cannot report any."""
     at = 0
     try:
         while at < size:
@@ -168,8 +168,8 @@ def _holes(fd: int, size: int) -> Iterator[Gap]:
                 return
             try:
                 at = min(os.lseek(fd, start, os.SEEK_DATA), size)
-            except OSError:  # no data behind it
+            except OSError:  # no data follows
                 at = size
             yield Gap(start, at - start)
-    except OSError:  # this file system knows nothing of holes
+    except OSError:  # this file system does not report holes
         return

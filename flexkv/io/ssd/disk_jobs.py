@@ -1,4 +1,4 @@
-"""What both disk adapters share: a transfer as extents, and the account of those that ended."""
+"""What both disk adapters share: transfers as extents, and the count of extents that ended."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from flexkv.io.ports import Completion
 from flexkv.io.ssd.files import StripedFiles
 
 BLOCK_IO_BYTES_MAX = 8 << 20
-"""A block up to this size is one I/O, whatever the usual bound of an I/O is."""
+"""A block up to this size is one I/O, even if `io_bytes_max` is smaller."""
 SLICE_BYTES_MAX = 1 << 30
-"""The kernel registers no larger buffer; no extent crosses from one slice to the next."""
+"""The largest buffer that the kernel registers; no extent crosses from one slice to the next."""
 
 
 class Extent(NamedTuple):
-    """One I/O: between a place in a file and a place in memory."""
+    """One I/O: between a range of a file and a range of memory."""
 
     file_index: int
     offset_bytes: int
@@ -34,8 +34,8 @@ class Extent(NamedTuple):
 class DiskJob:
     """A transfer that is being carried out.
 
-    `extents` is int64[n, 4], a row an `Extent`; extent i is known by `base` + i. The first `taken`
-    of them were started, `remaining` have not ended. The first error is the transfer's.
+    `extents` is int64[n, 4], one `Extent` in each row; the name of extent i is `base` + i. The
+    first `taken` extents were started, `remaining` have not ended. `error` is the first error.
     """
 
     op_id: int
@@ -50,16 +50,16 @@ class DiskJob:
         self.remaining = len(self.extents)
 
     def extent(self, name: int) -> Extent:
-        """Give the extent known by `name`."""
+        """Return the extent of this name."""
         return Extent(*self.extents[name - self.base].tolist())
 
     def end_one(self, name: int, moved: int, path: str) -> bool:
-        """Account for the end of one extent, and tell whether that ended the job.
+        """Record the end of one extent, and return whether that ended the job.
 
         Args:
-            name: of the extent.
-            moved: bytes, or -errno.
-            path: of the extent's file, for the error.
+            name: the name of the extent.
+            moved: the bytes moved, or -errno.
+            path: the path of the extent's file, for the error.
         """
         extent = self.extent(name)
         if moved != extent.bytes and self.error is None:
@@ -71,14 +71,14 @@ class DiskJob:
         return self.remaining == 0
 
     def abandon_rest(self) -> bool:
-        """Drop the extents that were not started, and tell whether that ended the job."""
+        """Drop the extents that were not started, and return whether that ended the job."""
         self.remaining -= len(self.extents) - self.taken
         self.extents = self.extents[: self.taken]
         return self.remaining == 0
 
     @property
     def completion(self) -> Completion:
-        """Give the end of this job, as the port's user gets it."""
+        """Return the end of this job, as `reap` reports it."""
         return Completion(self.op_id, self.error)
 
 
@@ -86,27 +86,27 @@ class DiskGeometry:
     """Turns transfers between one arena and one set of files into extents."""
 
     def __init__(self, arena: Arena, files: StripedFiles, io_bytes_max: int) -> None:
-        """Take both ends, which must have the same stride, and the bound of one I/O."""
+        """Take both ends, which must have the same stride, and the largest size of one I/O."""
         stride = files.block_stride_bytes
         assert arena.block_stride_bytes == stride, (arena.block_stride_bytes, stride)
         self.block_bytes = stride
         self._files = files
         self._host_blocks = arena.num_blocks
         self._host_address = arena.address
-        # A block that is too large for one I/O is cut by itself.
+        # A block that is too large for one I/O is an extent of its own, until `_split` cuts it.
         self._blocks_max = max(1, io_bytes_max // stride) if stride <= BLOCK_IO_BYTES_MAX else 1
         self._slice_blocks = max(1, SLICE_BYTES_MAX // stride)
 
     def slices(self, arena: Arena) -> list[memoryview]:
-        """Give the arena in the pieces in which it can be registered."""
+        """Return the arena in pieces that are small enough to be registered."""
         step = self._slice_blocks * self.block_bytes
         return [arena.buffer[start : start + step] for start in range(0, len(arena.buffer), step)]
 
     def job(self, transfer: Transfer, base: int) -> DiskJob:
-        """Give the extents of a transfer: runs that are contiguous in memory and in one file.
+        """Return a transfer as a job; its extents are contiguous in memory and in one file.
 
         Raises:
-            InvariantError: ids out of range, or of unequal length.
+            InvariantError: an id is out of range, or the id lists differ in length.
         """
         write = transfer.route.source is Tier.HOST
         host_ids, disk_ids = transfer.sides
@@ -114,7 +114,7 @@ class DiskGeometry:
         check_ids(transfer, *(limits if write else limits[::-1]))
         if len(host_ids) == 1:
             return DiskJob(transfer.op_id, write, self._extents_of_one(host_ids, disk_ids), base)
-        # A number is left out between two slices, so that no run goes across.
+        # A number is left out between two slices, so that no run crosses from one to the next.
         places = host_ids + host_ids // self._slice_blocks
         starts, counts = coalesce(places, self._files.positions(disk_ids), self._blocks_max)
         file_index, offset = self._files.locate(disk_ids[starts])
@@ -123,21 +123,21 @@ class DiskGeometry:
         return DiskJob(transfer.op_id, write, self._bounded(extents), base)
 
     def _extents_of_one(self, host_ids: BlockIds, disk_ids: BlockIds) -> NDArray[np.int64]:
-        """Give the extents of one block: large blocks come one by one, and arrays cost more."""
+        """Return the extents of one block, without `coalesce`, which is slow for single blocks."""
         file_index, offset = self._files.locate(disk_ids[0])
         address = self._host_address + int(host_ids[0]) * self.block_bytes
         row = (int(file_index), int(offset), address, self.block_bytes)
         return self._bounded(np.array((row,), np.int64))
 
     def _bounded(self, extents: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Cut extents that are longer than one I/O may be."""
+        """Return extents, with those cut that are longer than one I/O may be."""
         if self.block_bytes > BLOCK_IO_BYTES_MAX:
             return _split(extents, self.block_bytes)
         return extents
 
 
 def _split(extents: NDArray[np.int64], block_bytes: int) -> NDArray[np.int64]:
-    """Cut extents of one large block each into parts that are no longer than one I/O may be."""
+    """Return extents of one large block each, cut into parts no longer than one I/O may be."""
     steps = np.arange(0, block_bytes, BLOCK_IO_BYTES_MAX)
     parts = np.repeat(extents, len(steps), axis=0)
     done = np.tile(steps, len(extents))

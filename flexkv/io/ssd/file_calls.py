@@ -1,4 +1,4 @@
-"""The calls of the file system that a journal needs, so that a simulation can stand in for it."""
+"""The file system calls that a journal needs, behind a protocol that a simulation can implement."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from flexkv.process import forks
 
 
 class FileCalls(Protocol):
-    """Files of one directory, written at their ends only. Every call may raise OSError."""
+    """Files of one directory, which are only appended to or cut. Every call may raise OSError."""
 
     def open(self, path: Path) -> int:
-        """Open a file of ours, or create it.
+        """Open or create a file of ours, and return its descriptor.
 
         Raises:
             ConfigError: it cannot be opened, or others may write to it.
@@ -25,19 +25,19 @@ class FileCalls(Protocol):
         ...
 
     def read(self, fd: int) -> bytes:
-        """Give all that is in a file."""
+        """Return the whole content of a file."""
         ...
 
     def write(self, fd: int, data: memoryview) -> int:
-        """Append; gives how many bytes were."""
+        """Append data, and return how many bytes were written."""
         ...
 
     def size(self, fd: int) -> int:
-        """Give how many bytes a file has."""
+        """Return the size of a file in bytes."""
         ...
 
     def cut(self, fd: int, size: int) -> None:
-        """Drop what is behind the first `size` bytes."""
+        """Cut a file to its first `size` bytes."""
         ...
 
     def sync(self, fd: int) -> None:
@@ -49,11 +49,11 @@ class FileCalls(Protocol):
         ...
 
     def rename(self, old: Path, new: Path) -> None:
-        """Let a file take the place of another."""
+        """Rename a file, which replaces another in the same directory."""
         ...
 
     def remove(self, path: Path) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it exists."""
         ...
 
     def sync_folder(self, folder: Path) -> None:
@@ -61,19 +61,19 @@ class FileCalls(Protocol):
         ...
 
     def is_at(self, path: Path, fd: int) -> bool:
-        """Return whether an open file is the one at a path."""
+        """Return whether an open file is still the one at a path."""
         ...
 
 
 class KernelCalls:
-    """Calls the kernel.
+    """File calls that go to the kernel.
 
-    Files are reached through the descriptor of their directory, so that nobody who may rename the
+    Files are opened through the descriptor of their directory, so that nobody who may rename the
     directory can put another in its place.
     """
 
     def __init__(self, folder: Folder | None = None) -> None:
-        """Take the open directory of all files; without one it is opened for each call."""
+        """Take the open directory of all files; None: open a path's directory for each call."""
         self._folder = folder
         self._fds: set[int] = set()
         forks.on_fork(self._let_go_in_child)
@@ -95,17 +95,17 @@ class KernelCalls:
             os.close(fd)
 
     def open(self, path: Path) -> int:
-        """Open a file, or create it."""
+        """Open or create a file, and return its descriptor."""
         with self._folder_of(path) as folder:
             fd = open_ours(folder, path.name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         self._fds.add(fd)
         return fd
 
     def read(self, fd: int) -> bytes:
-        """Return all that is in a file, from the device where the kernel lets us.
+        """Return the whole content of a file, from the device if the kernel allows that.
 
         If a sync of an earlier process failed, the kernel still caches what it could not write,
-        and takes it for written. So the cached bytes are dropped before the file is read.
+        and treats it as written. So the cached bytes are dropped before the file is read.
         """
         with suppress(OSError):
             os.fdatasync(fd)
@@ -115,15 +115,15 @@ class KernelCalls:
             return file.read()
 
     def write(self, fd: int, data: memoryview) -> int:
-        """Append."""
+        """Append data, and return how many bytes were written."""
         return os.write(fd, data)
 
     def size(self, fd: int) -> int:
-        """Give how many bytes a file has."""
+        """Return the size of a file in bytes."""
         return os.fstat(fd).st_size
 
     def cut(self, fd: int, size: int) -> None:
-        """Drop what is behind the first `size` bytes."""
+        """Cut a file to its first `size` bytes."""
         os.ftruncate(fd, size)
 
     def sync(self, fd: int) -> None:
@@ -141,7 +141,7 @@ class KernelCalls:
             os.rename(old.name, new.name, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
 
     def remove(self, path: Path) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it exists."""
         with self._folder_of(path) as folder, suppress(FileNotFoundError):
             os.unlink(path.name, dir_fd=folder.fd)
 
@@ -151,7 +151,7 @@ class KernelCalls:
             sync_directory(opened.fd)
 
     def is_at(self, path: Path, fd: int) -> bool:
-        """Return whether an open file is the one at a path."""
+        """Return whether an open file is still the one at a path."""
         with self._folder_of(path) as folder:
             try:
                 there = os.stat(path.name, dir_fd=folder.fd, follow_symlinks=False)

@@ -5,10 +5,10 @@
     directory 0    file 0 [0][2][4]    file 2 [6][8]
     directory 1    file 1 [1][3][5]    file 3 [7]
 
-One block is one extent, aligned for O_DIRECT. A lock on each directory keeps two engines apart.
-Directories and files to which others may write are refused (`private.py`). Room that files have
-from an earlier run is not asked for again (`allocation.py`), and nothing is cut, removed or grown
-before it is known that there is room.
+One block is one extent, and I/O is direct (O_DIRECT) if possible. A lock on each directory keeps
+two engines apart. Directories and files that others may write to are refused (`private.py`). Space
+that files have from an earlier run is not allocated again (`allocation.py`), and nothing is cut,
+removed or grown before the free space has been checked.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ from flexkv.io.ssd.folders import lock_folder, open_folder, open_ours, refusal
 from flexkv.process import forks
 
 DIRECT_ALIGNMENT_BYTES = 4096
-"""What every filesystem that knows O_DIRECT accepts for offset, length and address."""
+"""The alignment of offset, length and address that every file system with O_DIRECT accepts."""
 FILE_PATTERN = "blocks-*.flexkv"
 _GONE = {ENOENT, ENOTDIR, ESTALE}
 
 
 @dataclass(frozen=True, slots=True)
 class FileOptions:
-    """How files get their room.
+    """How files get their space.
 
     Attributes:
-        preallocate: take all room now; otherwise it is taken by writes, which may then fail.
-        given: what an error about the size names; None: the number of blocks.
-        reserved_bytes: memory that is taken later, which files in memory must leave.
+        preallocate: allocate all space now; otherwise writes allocate it, and may then fail.
+        given: the setting that an error about the size names; None: the number of blocks.
+        reserved_bytes: memory needed later, which files on a file system in memory must leave.
         pause: called repeatedly while files are made; may raise to stop that.
         check: called with each directory once all are locked, before anything in one is changed;
             raises ConfigError to refuse it.
@@ -81,20 +81,20 @@ class Missing(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Striping:
-    """Where each block is."""
+    """How blocks are spread over directories and files."""
 
     directories: int
     blocks: int
     blocks_per_file: int
 
     def file_of(self, ids: BlockIds) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Give the index of the file of each block, and its place in that file."""
+        """Return the index of each block's file, and the block's number in that file."""
         row, directory = np.divmod(ids, self.directories)
         file_row, place = np.divmod(row, self.blocks_per_file)
         return file_row * self.directories + directory, place
 
     def blocks_by_file(self) -> list[int]:
-        """Give how many blocks each file holds."""
+        """Return how many blocks each file holds."""
         full_rows, rest = divmod(self.blocks, self.directories)
         counts = []
         for first_row in range(0, -(-self.blocks // self.directories), self.blocks_per_file):
@@ -111,18 +111,18 @@ class StripedFiles:
     Attributes:
         num_blocks: blocks that they hold.
         block_stride_bytes: bytes from one block to the next in a file.
-        fds: one per file; they stay the property of this object.
-        paths: of the files, by the same index.
-        folders: the directories, locked; they stay the property of this object.
-        direct: whether I/O goes past the page cache.
+        fds: one descriptor per file, owned by this object.
+        paths: the paths of the files, in the same order.
+        folders: the locked directories, owned by this object.
+        direct: whether I/O bypasses the page cache.
         why: the reason if it does not.
         may_block: whether a call may wait even if the kernel is told not to wait: some file systems
             in user space are as slow as the process behind them.
-        identity_lasts: whether an open file and its name have the same inode number for long.
+        identity_lasts: whether an open file and its path keep the same inode number.
     """
 
     def __init__(self, striping: _Striping, block_stride_bytes: int, closing: ExitStack) -> None:
-        """Start with no files; `open` fills them in."""
+        """Create it without files; `open` adds them."""
         self.num_blocks = striping.blocks
         self.block_stride_bytes = block_stride_bytes
         self.fds: list[int] = []
@@ -156,15 +156,15 @@ class StripedFiles:
         A file of an earlier run keeps its bytes; files that are no longer needed are removed.
 
         Args:
-            directories: at least one; the last component of each is created when missing.
-            num_blocks: blocks over all directories.
+            directories: at least one; the last component of each is created if it is missing.
+            num_blocks: the number of blocks in all directories.
             block_stride_bytes: bytes from one block to the next.
-            max_file_size_bytes: bound of one file; at least one block is in each.
-            options: how the files get their room.
+            max_file_size_bytes: the largest size of one file, which holds at least one block.
+            options: how the files get their space.
 
         Raises:
-            ConfigError: a directory is missing, read-only or in use, or is none; or others may
-                write to it or to a file in it: `ssd_cache_dir`. Or there is no room: the size.
+            ConfigError: for `ssd_cache_dir`, a directory is missing, read-only, in use or not a
+                directory, or others may write to it or its files; for the size, there is no space.
         """
         assert num_blocks >= 1, num_blocks
         if not directories:
@@ -196,29 +196,29 @@ class StripedFiles:
         return files
 
     def locate(self, ids: BlockIds) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Give the file index and the byte offset of each block: int64[n] both."""
+        """Return the file index and the byte offset of each block: int64[n] both."""
         file_index, place = self._striping.file_of(ids)
         return file_index, place * self.block_stride_bytes
 
     def locate_one(self, block_id: int) -> tuple[int, int]:
-        """Give the file index and the byte offset of one block."""
+        """Return the file index and the byte offset of one block."""
         file_index, offset = self.locate(np.array([block_id]))
         return int(file_index[0]), int(offset[0])
 
     def positions(self, ids: BlockIds) -> NDArray[np.int64]:
-        """Give numbers that count up by one exactly where blocks are neighbours in one file."""
+        """Return numbers that count up by one exactly where blocks are adjacent in one file."""
         file_index, place = self._striping.file_of(ids)
         return file_index * (self._striping.blocks_per_file + 1) + place
 
     def sync(self) -> None:
-        """Return once all that was written is on stable storage. Blocks: call it in a thread.
+        """Return once all writes are on stable storage. Blocks: call it in a thread.
 
         Raises:
-            StorageError: a device refused.
+            StorageError: a device reported an error.
             ClosedError: the files were closed meanwhile.
         """
         for fd, path in zip(self.fds, self.paths, strict=True):
-            if not self._is_open:  # whatever has this number by now is not ours
+            if not self._is_open:  # by now its number may be another file's
                 raise ClosedError("the SSD files were closed before they were synced")
             try:
                 os.fdatasync(fd)
@@ -231,7 +231,7 @@ class StripedFiles:
         self._closing.close()
 
     def _note_closed(self) -> None:
-        """Let no fork touch the numbers of our descriptors: soon they are somebody else's."""
+        """Keep a forked child from replacing our descriptors, whose numbers will be reused."""
         self._is_open = False
 
     def _let_go_in_child(self) -> None:
@@ -240,14 +240,14 @@ class StripedFiles:
                 forks.replace(fd)
 
     def missing(self) -> Missing | None:
-        """Return what was removed, replaced, or hidden by a mount; None when all is in place.
+        """Return what was removed, replaced, or hidden by a mount; None if all is in place.
 
         Blocks: call it in a thread.
         """
         try:
             return next(self._all_missing(), None)
         except OSError:
-            return None  # it cannot be looked at now, which proves nothing
+            return None  # it cannot be checked now, which proves nothing
 
     def _all_missing(self) -> Iterator[Missing]:
         for directory, folder in zip(self._directories, self.folders, strict=True):
@@ -258,7 +258,7 @@ class StripedFiles:
                 yield Missing(str(folder.path), path, why)
 
     def _differs(self, path: Path, fd: int, folder_fd: int | None = None) -> str:
-        """Return why the file open as `fd` is no longer at a path; nothing if it is there."""
+        """Return why the file open as `fd` is no longer at a path; empty if it is there."""
         try:
             there = os.stat(path, dir_fd=folder_fd, follow_symlinks=folder_fd is None)
         except OSError as error:
@@ -270,9 +270,9 @@ class StripedFiles:
         return ""
 
     def _open_all(self, options: FileOptions, failing: ExitStack) -> None:
-        """Open every file at its size, with all its space allocated if that is wanted.
+        """Open every file and set its size, with all its space allocated if that is wanted.
 
-        `failing` gives back what files have grown by, if the tier is not opened after all.
+        If the tier is not opened after all, `failing` cuts the files that have grown.
         """
         wanted = [count * self.block_stride_bytes for count in self._striping.blocks_by_file()]
         count = len(self.folders)
@@ -294,7 +294,7 @@ class StripedFiles:
         for folder, name in leftovers:
             _remove(folder, name)
         failing.callback(self._give_back, [os.fstat(fd).st_size for fd in self.fds])
-        for resize in (self._cut, self._grow):  # first all that makes room
+        for resize in (self._cut, self._grow):  # cut first, which frees space
             for number, size in enumerate(wanted):
                 try:
                     resize(self.fds[number], size, lacking[number], options.pause)
@@ -312,7 +312,7 @@ class StripedFiles:
             raise
 
     def _give_back(self, earlier: list[int]) -> None:
-        """Cut files that have grown to what they had earlier: the tier is not opened."""
+        """Restore the earlier size of files that have grown, as the tier is not opened."""
         for fd, size in zip(self.fds, earlier, strict=True):
             with suppress(OSError):
                 if os.fstat(fd).st_size > size:
@@ -325,7 +325,7 @@ class StripedFiles:
 
     @staticmethod
     def _grow(fd: int, size: int, lacking: list[Gap], pause: Callable[[], None]) -> None:
-        # A file grows only as it gets room, so after an interruption its size shows what it lacks.
+        # A file grows only as it gets space: after an interruption, its size shows what it lacks.
         allocate(fd, lacking, pause)
         if os.fstat(fd).st_size != size:
             os.truncate(fd, size)
@@ -342,7 +342,7 @@ class StripedFiles:
     def _check_room(
         self, wanted: list[int], lacking: list[list[Gap]], leftovers: list[tuple[Folder, str]]
     ) -> None:
-        """Check that each filesystem has room for what its files still lack."""
+        """Raise ConfigError unless each file system has space for what its files still lack."""
         missing: dict[int, int] = {}
         for fd, size, found in zip(self.fds, wanted, lacking, strict=True):
             file = os.fstat(fd)
@@ -365,7 +365,7 @@ class StripedFiles:
         return ConfigError(*self._given, f"{why}: set {self._given.key} lower")
 
     def _refusal(self, number: int, size: int, error: OSError | OverflowError) -> ConfigError:
-        """Return the error for a file that cannot have its size."""
+        """Return the error for a file that cannot be given its size."""
         if isinstance(error, OverflowError) or error.errno == EFBIG:
             why = f"a file of {size} bytes is more than {self._names[number][0].path} takes: set "
             return ConfigError(*self._given, why + f"max_file_size_gb or {self._given.key} lower")
@@ -378,7 +378,7 @@ class StripedFiles:
         return ConfigError("ssd_cache_dir", self.paths[number], why)
 
     def _go_direct(self) -> str:
-        """Turn O_DIRECT on for all files, or for none; give why not, or nothing."""
+        """Turn O_DIRECT on for all files or none; return why not, or an empty string."""
         if self.block_stride_bytes % DIRECT_ALIGNMENT_BYTES:
             return f"blocks of {self.block_stride_bytes} bytes are not aligned for O_DIRECT"
         buffered = [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in self.fds]

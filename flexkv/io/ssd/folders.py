@@ -1,4 +1,4 @@
-"""Opens and locks directories of the SSD tier and files in them; says why one cannot be used."""
+"""Opens and locks directories of the SSD tier, opens files in them; says why one is unusable."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def open_folder(path: Path, closing: ExitStack, make: bool = False) -> Folder:
     """Open a directory of the SSD tier until `closing` ends.
 
     Args:
-        path: of the directory.
+        path: the path of the directory.
         closing: the stack that closes it.
-        make: whether one that is missing is made (its last component only).
+        make: whether to create it if it is missing (its last component only).
 
     Raises:
-        ConfigError: it is missing, or no directory, or others may write to it.
+        ConfigError: it is missing, it is not a directory, or others may write to it.
     """
     try:
         fd = make_directory(path) if make else open_directory(path)
@@ -35,7 +35,7 @@ def lock_folder(folder: Folder, closing: ExitStack) -> None:
     """Lock a directory until `closing` ends.
 
     Raises:
-        ConfigError: another process has it, or it cannot be locked.
+        ConfigError: another process holds it, or it cannot be locked.
     """
     try:
         lock = lock_open_directory(folder.fd, folder.path)

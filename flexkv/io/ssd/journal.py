@@ -4,9 +4,9 @@
     frame = length, crc32 of the payload (uint32 each, little-endian), payload
     payload = msgpack of a record: Stored, Erased or Cleared
 
-The last record about a row is what counts. Replay ends at the first frame that is not whole; what
-is behind it is cut off. A journal that has grown is written anew beside the old one, and takes its
-place by a rename.
+The last record about a row counts. Replay ends at the first frame that is not whole; the rest of
+the file is cut off. A journal that has grown too large is rewritten in a new file beside it, which
+then replaces it by a rename.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from flexkv.io.ssd.file_calls import KERNEL, FileCalls
 
 NAME, NEW_NAME = "journal.flexkv", "journal.new.flexkv"
 RECORD_BYTES = BLOCK_RECORD_BYTES
-"""One block as the index exports it."""
+"""The bytes of one block's record, as the index exports it."""
 FRAME_ROWS_MAX = 1 << 20
 
 _HEAD = struct.Struct("<II")
@@ -39,42 +39,42 @@ _INT64_MAX = (1 << 63) - 1
 
 
 class Stored(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """Blocks whose bytes are in these rows."""
+    """These rows hold these blocks."""
 
     rows: bytes
     """uint32[n]."""
     sums: bytes
-    """uint64[n], XXH3-64 of each row's bytes."""
+    """uint64[n], the checksum of each row's bytes (`io/checksums/sums.py`)."""
     blocks: bytes
-    """36 bytes each."""
+    """uint8[n, 36], the record of each block."""
     sequence: Annotated[int, msgspec.Meta(ge=0, le=_INT64_MAX)] = 0
-    """Grows over all journals of a tier: of two rows with the same key the later counts."""
+    """Increases over all journals of a tier; if two rows have the same key, the later counts."""
 
     @property
     def is_whole(self) -> bool:
-        """Tell whether the three lists have the same length."""
+        """Return whether the three lists have the same length."""
         count = len(self.rows) // 4
         lengths = (len(self.rows), len(self.sums), len(self.blocks))
         return lengths == (4 * count, 8 * count, RECORD_BYTES * count)
 
 
 class Erased(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """Rows in which nobody shall believe any more."""
+    """These rows hold nothing any more."""
 
     rows: bytes
 
     @property
     def is_whole(self) -> bool:
-        """Tell whether the list is one of rows."""
+        """Return whether the bytes are a list of rows."""
         return len(self.rows) % 4 == 0
 
 
 class Cleared(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """No row holds anything."""
+    """No row holds anything any more."""
 
     @property
     def is_whole(self) -> bool:
-        """Tell that nothing can be missing."""
+        """Return True: nothing can be missing."""
         return True
 
 
@@ -85,10 +85,10 @@ _ENCODER = msgspec.msgpack.Encoder()
 
 
 class Live(NamedTuple):
-    """What a journal says: rows, and what is in each."""
+    """What a journal says: the rows that hold blocks, and what is in each."""
 
     rows: NDArray[np.int64]
-    """int64[n], each once, in the order in which they were stored."""
+    """int64[n], all different, in the order in which they were stored."""
     sums: NDArray[np.uint64]
     blocks: NDArray[np.uint8]
     """uint8[n, 36]."""
@@ -96,7 +96,7 @@ class Live(NamedTuple):
 
 
 def frame(record: Record) -> bytes:
-    """Give a record as it stands in the file."""
+    """Return a record as a frame of the file."""
     payload = _ENCODER.encode(record)
     return _HEAD.pack(len(payload), zlib.crc32(payload)) + payload
 
@@ -107,7 +107,7 @@ def stored(
     blocks: NDArray[np.uint8],
     sequence: int = 0,
 ) -> bytes:
-    """Give the frames that say what rows hold."""
+    """Return the frames that say what rows hold."""
     names, sums, blocks = rows.astype("<u4"), sums.astype("<u8"), blocks.reshape(-1, RECORD_BYTES)
     return b"".join(
         frame(Stored(names[at].tobytes(), sums[at].tobytes(), blocks[at].tobytes(), sequence))
@@ -116,7 +116,7 @@ def stored(
 
 
 def erased(rows: NDArray[np.int64]) -> bytes:
-    """Give the frames that say that rows hold nothing."""
+    """Return the frames that say that rows hold nothing."""
     names = rows.astype("<u4")
     return b"".join(frame(Erased(names[at].tobytes())) for at in _parts(len(rows)))
 
@@ -126,7 +126,7 @@ def _parts(count: int) -> list[slice]:
 
 
 def records(content: bytes | memoryview) -> Iterator[tuple[Record, int]]:
-    """Give each whole record of a journal and where it ends, up to the first that is not whole."""
+    """Yield each record of a journal and where it ends, up to the first that is not whole."""
     view, at = memoryview(content), 0
     while at + _HEAD.size <= len(view):
         length, crc = _HEAD.unpack_from(view, at)
@@ -144,11 +144,11 @@ def records(content: bytes | memoryview) -> Iterator[tuple[Record, int]]:
 
 
 def replay(content: bytes | memoryview) -> tuple[Live, int]:
-    """Give what a journal says, and how many of its bytes are whole."""
+    """Return what a journal says, and how many of its bytes are whole frames."""
     rows, sums, blocks = [_none(np.int64)], [_none(np.uint64)], [_none(np.uint8)]
     sequences = [_none(np.int64)]
     end = 0
-    for record, end in records(content):  # noqa: B007 -- the last end is what is whole
+    for record, end in records(content):  # noqa: B007 -- the last end counts
         if isinstance(record, Cleared):
             for each in (rows, sums, blocks, sequences):
                 del each[1:]
@@ -159,7 +159,7 @@ def replay(content: bytes | memoryview) -> tuple[Live, int]:
             sums.append(np.frombuffer(record.sums, "<u8").astype(np.uint64))
             blocks.append(np.frombuffer(record.blocks, np.uint8))
             sequences.append(np.full(len(named), record.sequence))
-        else:  # as a store of nothing, marked by the row's complement
+        else:  # like a store of nothing, marked by the complement of the row
             rows.append(~named)
             sums.append(np.zeros(len(named), np.uint64))
             blocks.append(np.zeros(len(named) * RECORD_BYTES, np.uint8))
@@ -167,7 +167,7 @@ def replay(content: bytes | memoryview) -> tuple[Live, int]:
     all_rows, all_sums = np.concatenate(rows), np.concatenate(sums)
     all_blocks = np.concatenate(blocks).reshape(-1, RECORD_BYTES)
     named = np.where(all_rows < 0, ~all_rows, all_rows)
-    # The last record about each row: the first one from behind.
+    # The last record about each row is the first one from the end.
     _, from_behind = np.unique(named[::-1], return_index=True)
     last = np.sort(len(named) - 1 - from_behind)
     last = last[all_rows[last] >= 0]
@@ -180,14 +180,14 @@ def _none(kind: type[np.generic]) -> NDArray[np.generic]:
 
 
 class Journal:
-    """The open journal of one directory. Its calls block: they are for a thread."""
+    """The open journal of one directory. Its calls block: make them in a thread."""
 
     def __init__(self, folder: Path, calls: FileCalls = KERNEL) -> None:
-        """Open or create it; `live` is its content.
+        """Open or create the file; `live` is its content.
 
-        `is_suspect` is set once a sync has failed. The kernel then takes what it could not write
-        for written, so a later sync that succeeds proves nothing: only a journal written anew is
-        trusted again.
+        `is_suspect` is set once a sync has failed. The kernel then treats what it could not write
+        as written, so a later sync that succeeds proves nothing: only a journal that is written
+        anew is trusted again.
 
         Raises:
             ConfigError: the file cannot be opened, or others may write to it.
@@ -201,7 +201,7 @@ class Journal:
         self._fd = calls.open(self.path)
         self._new_fd: int | None = None
         self._fd_lock = threading.Lock()
-        """Held while the file is synced, or another takes its place: these are two threads."""
+        """Held while the file is synced or replaced, which happens in two different threads."""
         self.is_suspect = False
         try:
             self.live, self.bytes = replay(calls.read(self._fd))
@@ -213,34 +213,34 @@ class Journal:
             raise
 
     def _sync_names(self) -> None:
-        """Sync the directory, which has this file's name and those of the block files."""
+        """Sync the directory, which holds the names of this file and of the block files."""
         try:
             self._calls.sync_folder(self.folder)
         except OSError as error:
             if error.errno not in (EDQUOT, ENOSPC):
                 raise
-            self.is_suspect = True  # a full disk starts warm, but no flush trusts these names
+            self.is_suspect = True  # a full disk can be used, but no flush trusts these names
 
     def is_in_place(self) -> bool:
-        """Return whether the file is still where it was opened, and so is what a restart reads."""
+        """Return whether the file is still at its path, so that a restart would read it."""
         return self._calls.is_at(self.path, self._fd)
 
     def forget_live(self) -> None:
-        """Let go of what the journal said when it was opened."""
+        """Drop what the journal said when it was opened."""
         self.live = replay(b"")[0]
 
     def append(self, frames: bytes) -> None:
-        """Write frames behind the others, and behind those of the new journal if there is one.
+        """Append frames, also to the new journal if one is being written.
 
         Raises:
-            StorageError: the file takes no more.
+            StorageError: the file cannot be written.
         """
         self._write(self._fd, self.bytes, frames)
         self.bytes += len(frames)
         self.append_new(frames)
 
     def append_new(self, frames: bytes) -> None:
-        """Write frames to the new journal alone; one that takes no more is given up."""
+        """Append frames to the new journal alone; drop it if it cannot be written."""
         if self._new_fd is None:
             return
         try:
@@ -250,7 +250,7 @@ class Journal:
             self.drop_new()
 
     def clear(self) -> None:
-        """Say nothing any more. Works on a full disk.
+        """Empty the journal. Works on a full disk.
 
         Raises:
             StorageError: the file cannot be cut.
@@ -264,30 +264,30 @@ class Journal:
 
     @property
     def has_new(self) -> bool:
-        """Tell whether a new journal is being written."""
+        """Return whether a new journal is being written."""
         return self._new_fd is not None
 
     def _write(self, fd: int, at: int, frames: bytes) -> None:
-        """Write frames behind the first `at` bytes, which are whole."""
+        """Write frames after the first `at` bytes, which are whole."""
         view = memoryview(frames)
         try:
-            if self._calls.size(fd) > at:  # of a torn frame that could not be cut off
+            if self._calls.size(fd) > at:  # a torn frame that could not be cut off
                 self._calls.cut(fd, at)
             while view:
                 view = view[self._calls.write(fd, view) :]
         except OSError as error:
             with suppress(OSError):
-                self._calls.cut(fd, at)  # a torn frame would hide those behind it
+                self._calls.cut(fd, at)  # a torn frame would hide those after it
             raise StorageError(str(self.path), at, error.errno or 0) from error
 
     def begin_new(self) -> None:
-        """Start a new journal beside this one, if the directory takes one."""
+        """Start a new journal beside this one, if its file can be created."""
         self.drop_new()
         with suppress(ConfigError):
             self._new_fd, self._new_bytes = self._calls.open(self.folder / NEW_NAME), 0
 
     def drop_new(self) -> None:
-        """Give the new journal up."""
+        """Drop the new journal, if there is one."""
         if self._new_fd is not None:
             fd, self._new_fd = self._new_fd, None
             with suppress(OSError):
@@ -296,7 +296,10 @@ class Journal:
                 self._calls.remove(self.folder / NEW_NAME)
 
     def take_new(self) -> None:
-        """Let the new journal take the place of this one, for good; or give it up."""
+        """Replace this journal by the new one, or drop the new one if that fails.
+
+        If the rename cannot be synced, the new journal is suspect.
+        """
         if self._new_fd is None:
             return
         try:
@@ -320,7 +323,7 @@ class Journal:
         """Return once everything that was appended is on stable storage.
 
         Raises:
-            StorageError: the device refused, now or before: the journal has to be written anew.
+            StorageError: a sync failed, now or before: the journal has to be written anew.
         """
         with self._fd_lock:
             if self.is_suspect:
@@ -341,5 +344,5 @@ class Journal:
 
 
 def cleared() -> bytes:
-    """Give the frame that says that no row holds anything."""
+    """Return the frame that says that no row holds anything."""
     return frame(Cleared())

@@ -1,6 +1,6 @@
 """The journals of one SSD tier, which are written together on the ledger's thread.
 
-Frames that a journal does not take are kept, and written in front of its next ones.
+Frames that cannot be written to a journal are kept, and written before its next ones.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from flexkv.io.ssd.files import Missing
 from flexkv.io.ssd.journal import Journal, Live, cleared
 
 KEPT_BYTES_MAX = 16 << 20
-"""How many bytes are kept for a journal that takes none; beyond that it is emptied."""
+"""The most bytes kept for a journal that cannot be written; beyond, it is emptied."""
 
 
 class Journals:
     """One journal for each directory. All calls block, and come from one thread unless noted."""
 
     def __init__(self, journals: Sequence[Journal]) -> None:
-        """Take open journals, which are closed with this object."""
+        """Take ownership of open journals."""
         self.each = tuple(journals)
         self._kept = [b"" for _ in journals]
 
@@ -36,12 +36,12 @@ class Journals:
             journal.forget_live()
 
     def append(self, frames: Sequence[bytes], clears: bool = False) -> dict[int, StorageError]:
-        """Write what was kept and then `frames`, one for each journal; keep what is not taken.
+        """Write what was kept and then `frames`, one item for each journal; keep what fails.
 
-        With `clears`, all that the journals said before these frames is void.
+        With `clears`, drop what was kept, and empty the journals before `frames` are written.
 
         Returns:
-            What failed, by the number of the journal.
+            The failures, by the number of the journal.
         """
         failures = {}
         for number, of_one in enumerate(frames):
@@ -59,7 +59,7 @@ class Journals:
         return failures
 
     def _emptied(self, number: int) -> bytes:
-        """Empty a journal; return what to write in front of its next frames if it refuses."""
+        """Empty a journal; if that fails, return what to write before its next frames."""
         self._kept[number] = b""
         try:
             self.each[number].clear()
@@ -68,7 +68,7 @@ class Journals:
         return b""
 
     def has_kept_too_much(self, number: int) -> bool:
-        """Return whether so much is kept for a journal that it should be emptied."""
+        """Return whether too much is kept for a journal, so that it should be emptied."""
         return len(self._kept[number]) > KEPT_BYTES_MAX
 
     def empty(self, number: int) -> None:
@@ -76,7 +76,7 @@ class Journals:
         self._kept[number] = self._emptied(number)
 
     def sync(self) -> Mapping[int, StorageError]:
-        """Sync every journal, on a thread of its own; return what failed, by number."""
+        """Sync every journal, and return the failures by number. Called in another thread."""
         failures = {}
         for number, journal in enumerate(self.each):
             try:
@@ -86,14 +86,14 @@ class Journals:
         return failures
 
     def missing(self) -> Missing | None:
-        """Return the first journal that is not where it was opened; None if all are."""
+        """Return the first journal that is no longer at its path; None if all are."""
         for journal in self.each:
             try:
                 if not journal.is_in_place():
                     why = "was removed, replaced or moved away"
                     return Missing(str(journal.folder), str(journal.path), why)
             except OSError:
-                continue  # it cannot be looked at now, which proves nothing
+                continue  # it cannot be checked now, which proves nothing
         return None
 
     def close(self) -> None:

@@ -1,14 +1,14 @@
-"""A lock on a directory: one process has it, and removing a file does not take it away.
+"""A lock on a directory, which one process holds, and which no removal of a file releases.
 
-What is locked is the directory itself (`flock` on its descriptor). A file `lock.flexkv` in it
-carries the number of the holder's process for messages, and is locked as well, so that releases
-which lock only this file, and other machines on a shared file system, are kept out too. Removing
-the file changes nothing. On a full disk the file may lack, or lack the number; where directories
-cannot be locked (NFS), the file is.
+The directory itself is locked (`flock` on its descriptor). A file in it, `lock.flexkv`, has the
+number of the holder's process, for messages. It is locked as well, to keep out releases of FlexKV
+that lock only this file, and other machines on a shared file system. Removing it changes nothing.
+On a full disk the file, or the number in it, may be missing. Where directories cannot be locked
+(NFS), the lock on the file suffices.
 
-`flock` belongs to the open file, which a forked child shares. Three rules keep a child from
-holding the lock: a child closes its copies as it is forked; `release` unlocks explicitly, which
-counts for all copies; and only the process that took the lock may unlock it.
+A `flock` belongs to the open file, which a forked child shares. Three rules keep a child from
+holding the lock: a child closes its copies when it is forked; `release` unlocks explicitly, which
+works for all copies; and only the process that took the lock may unlock it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flexkv.io.private import open_file
 NOTE_NAME = "lock.flexkv"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _TRIES = 16
-"""How often a directory may be replaced while it is being locked, before that is given up."""
+"""How often locking is tried if the directory is replaced meanwhile."""
 _CANNOT_LOCK = {EBADF, EINVAL, ENOLCK, ENOSYS, ENOTSUP, EOPNOTSUPP}
 _FULL = {EDQUOT, ENOSPC}
 
@@ -33,21 +33,21 @@ class DirectoryLock:
     """A directory that this process has locked.
 
     Attributes:
-        fd: names the directory, and holds its lock; -1 once released, and in a forked child.
+        fd: the directory's descriptor, which holds its lock; -1 once released, and in a child.
     """
 
     def __init__(self, fd: int, note_fd: int) -> None:
-        """Take locked descriptors, which this object closes."""
+        """Take ownership of locked descriptors."""
         self.fd, self._note_fd = fd, note_fd
         self._process = os.getpid()
         _held.add(self)
 
     def release(self) -> None:
-        """Let others lock the directory, even if children were forked. Idempotent."""
+        """Release the lock, even if forked children have copies of it. Idempotent."""
         _held.discard(self)
         for fd in (self._note_fd, self.fd):
             if fd >= 0:
-                if os.getpid() == self._process:  # a child must not unlock what its parent has
+                if os.getpid() == self._process:  # a child must not release its parent's lock
                     with suppress(OSError):
                         fcntl.flock(fd, fcntl.LOCK_UN)
                 with suppress(OSError):
@@ -69,11 +69,11 @@ os.register_at_fork(after_in_child=_drop_in_child)
 def lock_directory(path: Path) -> DirectoryLock:
     """Lock a directory until the lock is released or this process ends.
 
-    Its owner is not checked: see `private.open_directory`.
+    Does not check who owns the directory: see `private.open_directory`.
 
     Raises:
-        BlockingIOError: another holder has it; its `strerror` says which process.
-        OSError: it is no directory, or cannot be opened or locked.
+        BlockingIOError: another process holds it; `strerror` says which.
+        OSError: it is not a directory, or cannot be opened or locked.
     """
     for _ in range(_TRIES):
         fd = os.open(path, _DIRECTORY)
@@ -88,15 +88,15 @@ def lock_directory(path: Path) -> DirectoryLock:
 
 
 def lock_open_directory(folder_fd: int, path: Path) -> DirectoryLock:
-    """Lock a directory that is open; the descriptor stays the caller's, `path` is for messages.
+    """Lock an open directory; the caller still owns the descriptor, `path` is for messages.
 
     Raises:
-        BlockingIOError: another holder has it; its `strerror` says which process.
+        BlockingIOError: another process holds it; `strerror` says which.
         OSError: it cannot be locked.
     """
     fd = note_fd = -1
     try:
-        fd = os.open(".", _DIRECTORY, dir_fd=folder_fd)  # a lock of its own, not a copy's
+        fd = os.open(".", _DIRECTORY, dir_fd=folder_fd)  # a copy would share the lock
         is_locked = _locks(fd)
         note_fd = _open_note(fd)
         _lock_note(note_fd, is_locked)
@@ -115,7 +115,7 @@ def _locks(fd: int) -> bool:
     """Lock a file or directory; return False if its file system has no locks.
 
     Raises:
-        BlockingIOError: another holder has it.
+        BlockingIOError: another process holds it.
     """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,7 +127,7 @@ def _locks(fd: int) -> bool:
 
 
 def _open_note(folder_fd: int) -> int:
-    """Open the note; return -1 if it does not exist and there is no room to make it."""
+    """Open the lock file; return -1 if it is missing and the disk is too full to create it."""
     try:
         return open_file(folder_fd, NOTE_NAME, os.O_RDWR | os.O_CREAT)
     except OSError as error:
@@ -137,11 +137,11 @@ def _open_note(folder_fd: int) -> int:
 
 
 def _lock_note(note_fd: int, is_folder_locked: bool) -> None:
-    """Lock the note, and write the number of this process to it, unless the disk is full.
+    """Lock the lock file, and write the number of this process to it, unless the disk is full.
 
     Raises:
-        BlockingIOError: another holder has it.
-        OSError: it cannot be locked, and the directory could not be either.
+        BlockingIOError: another process holds it.
+        OSError: neither it nor the directory can be locked.
     """
     if not (note_fd >= 0 and _locks(note_fd)) and not is_folder_locked:
         raise OSError(ENOLCK, "neither it nor a file in it can be locked")
@@ -156,7 +156,7 @@ def _lock_note(note_fd: int, is_folder_locked: bool) -> None:
 
 
 def _holder(fd: int) -> str:
-    """Return a name of the process that has the lock, as far as the note shows."""
+    """Return a name for the process that holds the lock, from the lock file if possible."""
     with suppress(OSError):
         note_fd = open_file(fd, NOTE_NAME, os.O_RDONLY)
         try:
@@ -169,7 +169,7 @@ def _holder(fd: int) -> str:
 
 
 def _is_at(path: Path, fd: int) -> bool:
-    """Return whether the directory that is open as `fd` is still the one at `path`."""
+    """Return whether the directory open as `fd` is still the one at `path`."""
     with suppress(OSError):
         return os.path.samestat(os.stat(path), os.fstat(fd))
     return False

@@ -1,8 +1,8 @@
-"""Directories that were not used while their tier was cleared: they must not bring blocks back.
+"""Keeps directories that were not in use when their tier was cleared from bringing blocks back.
 
-A clear that finds a directory of the tier left out notes its time in all the others. A directory
-whose own note is older, or that has none, has missed that clear: what it holds is forgotten when it
-is used again beside one that knows. A directory that is used alone cannot know.
+A clear while a directory of the tier is left out notes its time in all the others. A directory
+whose own note is older or missing has missed that clear: its blocks are forgotten when it is used
+again together with one that has the note. If it is used alone, a missed clear cannot be detected.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _BYTES_MAX = 32
 
 
 def note(folders: Sequence[Folder]) -> None:
-    """Note in directories that their tier is being cleared, and that others miss it. Blocks.
+    """Write a note in directories that their tier is cleared now, while others miss it. Blocks.
 
     Raises:
-        OSError: one takes no file; the others have the note.
+        OSError: one cannot be written to; the others have the note.
     """
     at_ns = max(time.time_ns(), 1 + max(map(_read, folders), default=0))
     failure = None
@@ -36,16 +36,16 @@ def note(folders: Sequence[Folder]) -> None:
 
 
 def behind(folders: Sequence[Folder]) -> list[Folder]:
-    """Return the directories that have missed a clear of which others know."""
+    """Return the directories that have missed a clear noted in others."""
     newest = max(map(_read, folders), default=0)
     return [folder for folder in folders if _read(folder) < newest]
 
 
 def catch_up(folder: Folder, folders: Sequence[Folder]) -> None:
-    """Note in a directory that holds nothing any more the last clear of which others know.
+    """Copy the latest note of `folders` to a directory that has just been emptied.
 
     Raises:
-        OSError: it takes no file.
+        OSError: the file cannot be written.
     """
     _write(folder, max(map(_read, folders)))
 

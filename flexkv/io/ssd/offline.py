@@ -1,4 +1,4 @@
-"""A directory of the SSD tier while no engine has it: what is in it, and whether it is sound."""
+"""A directory of the SSD tier while no engine uses it: its content, and whether it is intact."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ BATCH_BYTES = 64 << 20
 
 
 class Checked(NamedTuple):
-    """Rows that were read and compared."""
+    """Rows that were read and compared, and those of them whose checksum differs."""
 
     rows: NDArray[np.int64]
     bad: NDArray[np.int64]
 
 
 class OfflineSsd:
-    """One directory, locked: its superblock, and what its journal says."""
+    """One locked directory: its superblock, and what its journal says."""
 
     def __init__(self, folder: Path) -> None:
         """Lock the directory.
 
         Raises:
-            ConfigError: it is not a directory of an SSD tier, or an engine has it, or others may
-            write to it or to a file in it.
+            ConfigError: it is not a directory of an SSD tier, an engine uses it, or others may
+                write to it or to a file in it.
         """
         with ExitStack() as undo:
             self._folder = open_folder(folder, undo)
@@ -69,12 +69,12 @@ class OfflineSsd:
 
     @property
     def journal_bytes(self) -> int:
-        """Give the length of the journal."""
+        """Return the length of the journal."""
         return self._journal.bytes
 
     @property
     def file_bytes(self) -> int:
-        """Give what the block files take of the disk."""
+        """Return the space that the block files take on the disk."""
         fd, names = self._folder.fd, self._block_files()
         return sum(
             os.stat(name, dir_fd=fd, follow_symlinks=False).st_blocks * 512 for name in names
@@ -84,7 +84,7 @@ class OfflineSsd:
         return [name for name in os.listdir(self._folder.fd) if fnmatch(name, FILE_PATTERN)]
 
     def verify(self) -> Iterator[Checked]:
-        """Read every row that the journal believes in, and compare its checksum."""
+        """Read every row that the journal names, compare its checksum, and yield the results."""
         order = np.argsort(self.live.rows)
         rows, sums = self.live.rows[order], self.live.sums[order]
         with ExitStack() as closing:
@@ -100,23 +100,23 @@ class OfflineSsd:
     def _place(
         self, row: int, fds: dict[int, int | None], closing: ExitStack
     ) -> tuple[int | None, int]:
-        """Give the descriptor and the byte offset of a row; files are opened as they are met."""
+        """Return a row's descriptor, None if its file cannot be opened, and its byte offset."""
         stride, per_file = self.superblock.block_stride_bytes, self.superblock.rows_per_file
         index, place = divmod(row, per_file) if per_file else (0, row)
         if index not in fds:
             fds[index] = None
-            with suppress(OSError):  # its rows are not sound
+            with suppress(OSError):  # its rows count as bad
                 fd = open_file(self._folder.fd, file_name(index), os.O_RDONLY)
                 closing.callback(os.close, fd)
                 fds[index] = fd
         return fds[index], place * stride
 
     def drop(self, rows: NDArray[np.int64]) -> None:
-        """Let nobody believe in some rows."""
+        """Erase rows in the journal, for good."""
         self._journal.append(erased(rows))
         self._journal.sync()
 
     def clear(self) -> None:
-        """Let nobody believe in any row."""
+        """Erase all rows in the journal, for good."""
         self._journal.append(cleared())
         self._journal.sync()

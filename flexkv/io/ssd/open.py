@@ -1,6 +1,6 @@
 """Opens the SSD tier: files, superblocks and journals of each directory, and the port over them.
 
-A directory that cannot be used costs only its part of the tier.
+If a directory cannot be used, only its part of the tier is lost.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class SsdRequest:
     """The SSD tier that is asked for.
 
     Attributes:
-        directories: absolute, and all different.
-        num_blocks: over all directories.
+        directories: absolute paths, all different.
+        num_blocks: the number of blocks in all directories.
         superblock: what the blocks are.
-        options: how the files get their room.
+        options: how the files get their space.
         keeps_journal: whether the tier survives a restart.
         is_strict: whether a directory that cannot be used is an error.
     """
@@ -57,14 +57,14 @@ class SsdRequest:
 
 
 class TakenSsd(NamedTuple):
-    """The parts of it that can be used: open files, and journals if the tier is to survive."""
+    """The usable part of the tier: open files, and journals if it is to survive a restart."""
 
     files: StripedFiles
     journals: list[Journal] | None
 
 
 def distinct(directories: Sequence[Path]) -> tuple[Path, ...]:
-    """Return directories as absolute paths, without `~` and variables.
+    """Return directories as absolute paths, with `~` and variables expanded.
 
     Raises:
         ConfigError: one cannot be expanded, or two are the same directory.
@@ -89,12 +89,12 @@ def take_ssd(
 
     Args:
         wish: what is asked for.
-        lose: told the path and the reason of each directory that is left out.
-        undo: gets what closes the rest.
+        lose: called with the path and the reason of each directory that is left out.
+        undo: the stack that closes the rest.
 
     Raises:
-        ConfigError: there is no room for the files; or the wish is strict, and a directory cannot
-            be used.
+        ConfigError: there is too little space for the files; or a directory cannot be used, and
+            `is_strict` is set.
     """
     left = list(wish.directories)
     while left:
@@ -132,7 +132,7 @@ def _take(wish: SsdRequest, directories: list[Path], taking: ExitStack) -> Taken
 
 
 def _blamed(error: ConfigError, directories: list[Path]) -> Path | None:
-    """Return the directory that caused an error, if one did."""
+    """Return the directory that caused an error, or None."""
     if error.field != "ssd_cache_dir":
         return None
     path = Path(str(error.value))
@@ -144,13 +144,13 @@ def refuse(folders: Sequence[Path], wanted: Superblock) -> None:
     """Refuse directories that hold blocks of another kind, before anything in them is touched.
 
     Raises:
-        ConfigError: one does.
+        ConfigError: a directory does.
     """
     for path in folders:
         try:
             fd = open_directory(path)
         except OSError:
-            continue  # opening it for use makes or refuses it
+            continue  # opening it for use creates or refuses it
         try:
             differences = _differences(Folder(path, fd), wanted)
         except (ConfigError, OSError):
@@ -166,7 +166,7 @@ def check_names(folder: Folder, wish: SsdRequest) -> None:
     """Refuse a directory whose superblock or journal cannot be used; change nothing in it.
 
     Raises:
-        ConfigError: one can be changed by others, or cannot be opened, or replaced.
+        ConfigError: one of them can be changed by others, or cannot be opened or replaced.
     """
     is_kept = wish.keeps_journal and superblock.read(folder) == wish.superblock
     names = [JOURNAL_NAME]
@@ -185,7 +185,11 @@ def check_names(folder: Folder, wish: SsdRequest) -> None:
 
 
 def forget_earlier(folders: list[Folder]) -> None:
-    """Let no later run believe in what this one, which keeps no journal, will write over."""
+    """Remove the journals of earlier runs: this run keeps none, and will overwrite their blocks.
+
+    Raises:
+        ConfigError: a journal cannot be removed.
+    """
     for folder in folders:
         try:
             _forget(folder)
@@ -197,7 +201,7 @@ def forget_earlier(folders: list[Folder]) -> None:
 def open_ssd(
     arena: Arena, files: StripedFiles, options: RingOptions, summer: Checksummer, undo: ExitStack
 ) -> CheckedDiskPort:
-    """Give the port to open files, which closes the summer too; `undo` gets what closes it."""
+    """Return a port to open files; `undo` closes it and the checksummer."""
 
     def place_of(block_id: int) -> tuple[str, int]:
         index, offset = files.locate_one(block_id)
@@ -214,7 +218,7 @@ _MISSED = "the tier was cleared while it was not used"
 
 
 def open_journals(folders: list[Folder], wanted: Superblock, undo: ExitStack) -> list[Journal]:
-    """Give the journal of each directory, empty where the blocks in it are of another kind.
+    """Open the journals, emptied where blocks are of another kind or a clear was missed.
 
     Raises:
         ConfigError: a journal cannot be read or written.
@@ -237,7 +241,7 @@ def open_journals(folders: list[Folder], wanted: Superblock, undo: ExitStack) ->
 
 
 def _admit(folder: Folder, wanted: Superblock) -> None:
-    """Empty a directory whose blocks are of another kind, and say which it holds from now on."""
+    """Empty a directory whose blocks are of another kind, and write the wanted superblock."""
     if superblock.read(folder) == wanted:
         return
     if differences := _differences(folder, wanted):
@@ -252,7 +256,7 @@ def _forget(folder: Folder) -> None:
 
 
 def _differences(folder: Folder, wanted: Superblock) -> list[str]:
-    """Say in what the blocks of a directory differ from those that are wanted."""
+    """Return the ways in which a directory's blocks differ from the wanted ones."""
     found = superblock.read(folder)
     if found is not None:
         return superblock.differences(found, wanted)

@@ -1,4 +1,4 @@
-"""Paths as the configuration has them, expanded; and as messages may show them."""
+"""Expands paths of the configuration, and makes paths printable in messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The disk port over threads and preadv/pwritev, for where io_uring or O_DIRECT is refused."""
+"""The disk port with threads and preadv/pwritev, for when io_uring or O_DIRECT is refused."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from flexkv.process.workers import Workers
 
 
 class ThreadDiskPort:
-    """A durable transfer port between the arena and the SSD files, over blocking calls in threads.
+    """A durable transfer port between the arena and the SSD files, by blocking calls in threads.
 
-    Ends enter as those of io_uring do: a deque behind an eventfd, all reaped at once.
+    As with io_uring, an eventfd announces what has ended, and `reap` takes all of it at once.
     """
 
     arrived_bytes = 0
@@ -34,7 +34,7 @@ class ThreadDiskPort:
         threads: int = 4,
         io_bytes_max: int = 2 << 20,
     ) -> None:
-        """Set up the threads; the port owns neither `arena` nor `files`.
+        """Start the threads; the port owns neither `arena` nor `files`.
 
         Raises:
             OSError: the threads could not be started.
@@ -47,7 +47,7 @@ class ThreadDiskPort:
         self._moved: deque[tuple[int, int]] = deque()
         self._ended: list[Completion] = []
         self._next_name = 0
-        # Threads of their own: nobody waits for a sync that hangs.
+        # A thread of its own, so that a sync that hangs delays no other I/O.
         self._syncing = Workers(1, "flexkv-fdatasync")
         try:
             self._threads = Workers(threads, "flexkv-disk")
@@ -61,11 +61,11 @@ class ThreadDiskPort:
 
     @property
     def block_bytes(self) -> int:
-        """Give the bytes moved for one block."""
+        """Return the bytes moved for one block."""
         return self._geometry.block_bytes
 
     def connect(self, wake: Callable[[], None]) -> None:
-        """Attach to the running event loop; `wake` is called on it when `reap` has something."""
+        """Attach to the running loop, which calls `wake` when `reap` has something to return."""
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._event_fd, wake)
 
@@ -74,7 +74,7 @@ class ThreadDiskPort:
 
         Raises:
             ClosedError: after `close`.
-            InvariantError: ids out of range, or of unequal length.
+            InvariantError: an id is out of range, or the id lists differ in length.
         """
         if self._closed:
             raise ClosedError("the thread disk port is closed")
@@ -89,7 +89,7 @@ class ThreadDiskPort:
             self._threads.submit(self._carry_out, name, job)
 
     def _carry_out(self, name: int, job: DiskJob) -> None:
-        """Do one I/O, in a thread, and announce its end."""
+        """Do one I/O in a worker thread, and announce its end."""
         file_index, offset, address, wanted = job.extent(name)
         start = address - self._memory_address
         memory = self._memory[start : start + wanted]
@@ -99,7 +99,7 @@ class ThreadDiskPort:
             while moved < wanted:
                 count = call(self._files.fds[file_index], [memory[moved:]], offset + moved)
                 moved += count
-                # The end of the file; behind an unaligned one, O_DIRECT would say EINVAL.
+                # The file has ended; O_DIRECT from an unaligned end would fail with EINVAL.
                 if count == 0 or (self._files.direct and moved % DIRECT_ALIGNMENT_BYTES):
                     break
         except OSError as error:
@@ -109,8 +109,8 @@ class ThreadDiskPort:
             os.eventfd_write(self._event_fd, 1)
 
     def reap(self) -> list[Completion]:
-        """Give every transfer that ended since the last call, each exactly once."""
-        # Jobs or none: an end may have been taken before its eventfd was written.
+        """Return every transfer that ended since the last call, each exactly once."""
+        # Even without jobs: an end may have been reaped before its eventfd was written.
         with suppress(BlockingIOError):
             if not self._closed:
                 os.eventfd_read(self._event_fd)
@@ -126,10 +126,10 @@ class ThreadDiskPort:
     async def sync(self) -> None:
         """Return once every write that was reaped is on stable storage.
 
-        Cancellation: the call ends at once, the kernel's sync goes on until `close`.
+        Cancellation: the call ends at once, the sync itself goes on in its thread.
 
         Raises:
-            StorageError: the device refused.
+            StorageError: the device reported an error.
             ClosedError: after `close`.
         """
         if self._closed:
@@ -141,7 +141,7 @@ class ThreadDiskPort:
             forks.replace(self._event_fd)
 
     def _join(self) -> None:
-        """Wait for all I/O, interrupted or not: until then the files are in use."""
+        """Wait for all I/O, even if interrupted, because it uses the files until then."""
         try:
             self._threads.shutdown()
         except BaseException:
@@ -149,10 +149,10 @@ class ThreadDiskPort:
             raise
 
     def close(self) -> None:
-        """Detach from the loop, join the threads but a sync's, close the eventfd. Idempotent.
+        """Detach from the loop, join all threads but that of `sync`, close the eventfd. Idempotent.
 
         Raises:
-            InvariantError: transfers were in flight; the threads are done, nobody was told.
+            InvariantError: transfers were in flight; their I/O is done, but was not reported.
         """
         if self._closed:
             return

@@ -1,7 +1,7 @@
-"""The superblock of one directory of the SSD tier: what its blocks are, and how they lie.
+"""The superblock of one directory of the SSD tier: what its blocks are, and how they are laid out.
 
-A directory whose superblock differs holds blocks that mean nothing here: another model, layout,
-secret or version. It says which field differs.
+The blocks of a directory whose superblock differs cannot be used: they are of another model,
+layout, secret or version. `differences` says which fields differ.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Superblock(msgspec.Struct, frozen=True):
-    """What the blocks in a directory are. All of it must be equal for them to be of use."""
+    """What the blocks in a directory are. They can be used only if every field is equal."""
 
     version: int
     block_identity: dict[str, Any]
@@ -40,7 +40,7 @@ _DECODER = msgspec.json.Decoder(Superblock)
 
 
 def read(folder: Folder) -> Superblock | None:
-    """Return a directory's superblock; None when it has none that can be read.
+    """Return a directory's superblock; None if it has none that can be read.
 
     Raises:
         ConfigError: it is a link or not a file, or others may write to it.
@@ -57,7 +57,7 @@ def read(folder: Folder) -> Superblock | None:
 
 
 def is_there(folder: Folder) -> bool:
-    """Return whether a directory still has a superblock. One that cannot be looked at has."""
+    """Return whether a directory still has a superblock; True if that cannot be checked."""
     try:
         os.stat(NAME, dir_fd=folder.fd, follow_symlinks=False)
     except FileNotFoundError:
@@ -68,16 +68,16 @@ def is_there(folder: Folder) -> bool:
 
 
 def write(folder: Folder, superblock: Superblock) -> None:
-    """Replace a directory's superblock, at once and for good.
+    """Replace a directory's superblock atomically, and sync it to stable storage.
 
     Raises:
-        OSError: the directory takes no file.
+        OSError: the file cannot be written.
     """
     replace_file(folder, NAME, msgspec.json.format(msgspec.json.encode(superblock)))
 
 
 def differences(found: Superblock, wanted: Superblock) -> list[str]:
-    """Say each field that differs, with what was found and what is wanted."""
+    """Return a text for each field that differs, with the found and the wanted value."""
     before, now = _flat(found), _flat(wanted)
     return [
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}"

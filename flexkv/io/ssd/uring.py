@@ -1,8 +1,8 @@
 """The disk port over io_uring: registered files, registered memory, one eventfd.
 
-What the ring has no room for waits here, in order, and goes in as completions are reaped. An
-extent that failed makes its transfer fail, but only when every extent of it that the kernel holds
-has come back.
+Extents that the ring has no room for wait here, in order, and are submitted as completions are
+reaped. A transfer fails if one of its extents does, but only when all of its extents that the
+kernel holds have ended.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from flexkv.process.polling import is_readable
 from flexkv.process.workers import Workers
 
 TRIAL_S = 2.0
-"""How long a ring may take for its first operation, which does nothing."""
+"""How long a new ring may take for its first operation, which does nothing."""
 
 
 def try_nothing(ring: Ring) -> None:
-    """Let a new ring do an operation that does nothing.
+    """Check that a new ring works, by an operation that does nothing.
 
     A seccomp profile may let a process set up a ring, but not submit any work.
 
@@ -56,7 +56,14 @@ def _first_end(ring: Ring) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RingOptions:
-    """How the ring is set up: its entries, io_uring's setup flags, the bound of one I/O."""
+    """How the ring is set up.
+
+    Attributes:
+        entries: the size of the ring; 0: do not use io_uring.
+        flags: io_uring's setup flags.
+        io_bytes_max: the largest size of one I/O of several blocks.
+        register: whether to register the arena with the kernel.
+    """
 
     entries: int = 512
     flags: int = 0
@@ -68,8 +75,8 @@ class UringDiskPort:
     """A durable transfer port between the arena and the SSD files, over io_uring.
 
     Attributes:
-        registered: whether the kernel holds the arena registered, which saves CPU.
-        why: why not, when it does not.
+        registered: whether the arena is registered with the kernel, which saves CPU time.
+        why: the reason if it is not.
     """
 
     arrived_bytes = 0
@@ -78,7 +85,7 @@ class UringDiskPort:
         """Set up the ring; the port owns neither `arena` nor `files`.
 
         Raises:
-            OSError: the kernel refused io_uring, or what this port does with it.
+            OSError: the kernel refused io_uring, or an operation that this port needs.
         """
         self._files = files
         self._geometry = DiskGeometry(arena, files, options.io_bytes_max)
@@ -101,7 +108,7 @@ class UringDiskPort:
         self._closed = False
 
     def _lend(self, slices: list[memoryview], register: bool) -> str:
-        """Name the arena to the ring; give why it is not registered, or nothing."""
+        """Lend the arena to the ring; return why it is not registered, or an empty string."""
         why = "registration is not asked for"
         if register:
             try:
@@ -115,20 +122,20 @@ class UringDiskPort:
 
     @property
     def block_bytes(self) -> int:
-        """Give the bytes moved for one block."""
+        """Return the bytes moved for one block."""
         return self._geometry.block_bytes
 
     def connect(self, wake: Callable[[], None]) -> None:
-        """Attach to the running event loop; `wake` is called on it when `reap` has something."""
+        """Attach to the running loop, which calls `wake` when `reap` has something to return."""
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._ring.fileno(), wake)
 
     def submit(self, transfer: Transfer) -> None:
-        """Start one transfer, or the part of it that the ring has room for.
+        """Start one transfer; the part of it that the ring has no room for waits.
 
         Raises:
             ClosedError: after `close`.
-            InvariantError: ids out of range, or of unequal length.
+            InvariantError: an id is out of range, or the id lists differ in length.
         """
         if self._closed:
             raise ClosedError("the io_uring disk port is closed")
@@ -143,7 +150,7 @@ class UringDiskPort:
             self._fill_ring()
 
     def _fill_ring(self) -> None:
-        """Hand the kernel what waits, as far as it has room."""
+        """Submit the jobs that wait, as far as the ring has room."""
         while self._waiting:
             job = self._waiting[0]
             if job.error is None:
@@ -160,15 +167,15 @@ class UringDiskPort:
             self._waiting.popleft()
 
     def _abandon_rest(self, job: DiskJob) -> None:
-        """Forget the part of a failed job that the kernel never got."""
+        """Drop the extents of a failed job that were never submitted."""
         for name in range(job.base + job.taken, job.base + len(job.extents)):
             del self._jobs[name]
         if job.abandon_rest():
             self._ended.append(job.completion)
 
     def reap(self) -> list[Completion]:
-        """Give every transfer that ended since the last call, each exactly once."""
-        # Jobs or none: an end may have been taken before its eventfd was written.
+        """Return every transfer that ended since the last call, each exactly once."""
+        # Even without jobs: an end may have been reaped before its eventfd was written.
         for name, moved in self._ring.reap():
             job = self._jobs.pop(name)
             path = self._files.paths[job.extent(name).file_index]
@@ -181,10 +188,10 @@ class UringDiskPort:
     async def sync(self) -> None:
         """Return once every write that was reaped is on stable storage.
 
-        Cancellation: the call ends at once, the kernel's sync goes on until `close`.
+        Cancellation: the call ends at once, the sync itself goes on in its thread.
 
         Raises:
-            StorageError: the device refused.
+            StorageError: the device reported an error.
             ClosedError: after `close`.
         """
         if self._closed:
@@ -193,14 +200,14 @@ class UringDiskPort:
         await loop.run_in_executor(self._syncing, self._files.sync)
 
     def _let_go_in_child(self) -> None:
-        """Release this process's side of the ring: its I/O is the parent's."""
+        """Release the child's copy of the ring; its I/O belongs to the parent."""
         self._ring.close()
 
     def close(self) -> None:
         """Detach from the loop, wait for the kernel and release the ring. Idempotent.
 
         Raises:
-            InvariantError: transfers were in flight; the kernel is done with them, nobody was told.
+            InvariantError: transfers were in flight; their I/O is done, but was not reported.
         """
         if self._closed:
             return

@@ -1,4 +1,4 @@
-"""Reads blocks of SSD files again, outside any engine's path, and sums them."""
+"""Reads blocks of SSD files to check them, apart from an engine's own I/O, and sums them."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from flexkv.io.memory.arena import Arena
 
 
 class BlockVerifier:
-    """Memory of its own for some blocks, and threads that sum them. Its calls block.
+    """Reads blocks into memory of its own, and sums them in threads. Its calls block.
 
     Attributes:
-        num_blocks: that are read at once at most.
+        num_blocks: the most blocks that are read at once.
     """
 
     def __init__(self, stride_bytes: int, batch_bytes: int) -> None:
-        """Take memory for as many blocks as `batch_bytes` holds, at least one."""
+        """Allocate memory for as many blocks as `batch_bytes` holds, at least one."""
         self.num_blocks = max(1, batch_bytes // stride_bytes)
         self._stride = stride_bytes
         self._memory = Arena.open(self.num_blocks, stride_bytes)
         self._summer = PoolChecksummer(self._memory)
 
     def sums(self, places: Iterable[tuple[int | None, int]]) -> tuple[Sums, NDArray[np.bool_]]:
-        """Read the blocks at places: file descriptor, None for a file that is not there, and byte.
+        """Read blocks, and return the sum of each, and whether it could be read whole.
 
-        Gives the sum of each, and whether it could be read whole.
+        Args:
+            places: descriptor, None for a missing file, and byte offset of each block.
         """
         whole = np.array([self._read(n, *place) for n, place in enumerate(places)], np.bool_)
         self._summer.submit(0, np.arange(len(whole)), urgent=False)
@@ -50,6 +51,6 @@ class BlockVerifier:
             return False
 
     def close(self) -> None:
-        """Let go of threads and memory. Idempotent."""
+        """Release the threads and the memory. Idempotent."""
         self._summer.close()
         self._memory.close()
