@@ -323,8 +323,8 @@ class KVManager(TaskForm):
     def resize(self, tier: Tier, capacity_blocks: int) -> int:
         """Change how many blocks a tier may hold, and return how many it may hold now.
 
-        These are more than asked for if too many are pinned or under way. The memory or files stay
-        allocated.
+        That is more than asked for if too many blocks are pinned or under way. The memory or files
+        stay allocated.
 
         Raises:
             ConfigError: there is no such tier, or it was opened with fewer.

@@ -68,7 +68,7 @@ class Departure:
             self._resources.close()
 
     def _dismiss(self, reason: FlexKVError) -> None:
-        """Admit nobody more, and answer all waiters, as far as the loop still works."""
+        """Stop admission and answer all waiters, as far as the loop still works."""
         for step in self._steps:
             with suppress(RuntimeError, FlexKVError):
                 step()

@@ -199,7 +199,7 @@ class Engine:
         layout: str | None = None,
         tp_rank: int = 0,
     ) -> None:
-        """Register a rank's per-layer KV tensors, which stay the caller's and must outlive us.
+        """Register a rank's per-layer KV tensors; the caller owns them, and keeps them alive.
 
         Raises:
             ConfigError: the tensors do not fit the model, or their layout is ambiguous.
@@ -216,7 +216,7 @@ class Engine:
             self._start(actor)
 
     def _take_order(self, order: Order) -> None:
-        """Make the keys of later requests depend on a block's element order, if it is unusual."""
+        """Make later requests' keys depend on a block's element order, unless it is natural."""
         if is_natural(order):
             return
         secret = self.cache.key_secret.get_secret_value()

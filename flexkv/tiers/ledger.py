@@ -85,11 +85,11 @@ class Ledger:
         """Blocks that were erased, while the journal does not say so yet."""
         self._erased: list[BlockIds] = []
         self._emptied: set[int] = set()
-        """Journals that were emptied because they took too little; they lack blocks of the tier."""
+        """Journals that were emptied since they refused too much; they lack blocks of the tier."""
         self._clears = self._is_missed = False
         """Whether the next write empties the journals, and calls `note_missed` before."""
         self.note_missed: Callable[[], None] | None = None
-        """Records that an unused directory misses a clear; None if all are used. Blocks."""
+        """Records that an unused directory misses a clear; None if all are used. It may block."""
         self._forgets_evicted = False
         self._live = np.zeros(len(journals), np.int64)
         """The number of believed blocks of each journal."""
@@ -138,7 +138,7 @@ class Ledger:
         return len(reached.order)
 
     def _unsay_what_does_not_fit(self) -> None:
-        """Erase rows beyond the end of the tier, lest a later, larger tier believe in them."""
+        """Erase rows beyond the tier's end from the journals, so that no larger tier uses them."""
         count = len(self._journals)
         for number, live in enumerate(self._journals.lives()):
             beyond = live.rows[live.rows * count + number >= len(self._believed)]
@@ -236,7 +236,7 @@ class Ledger:
         return frames
 
     def _told(self, failures: Mapping[int, StorageError]) -> StorageError | None:
-        """Empty journals for which too much is kept, log a new failure, return the first one."""
+        """Empty journals that refused too much, log a new failure, and return the first failure."""
         for number in failures:
             if self._journals.has_kept_too_much(number):
                 self._believed[number :: len(self._journals)] = False
@@ -412,7 +412,7 @@ class Ledger:
                 await asyncio.sleep(0)
 
     def begin_sync(self) -> BlockIds:
-        """Return the blocks stored since the last sync, and start anew; call it before a sync."""
+        """Return and reset the blocks stored since the last sync; call it right before a sync."""
         unsynced = np.flatnonzero(self._unsynced)
         self._unsynced[unsynced] = False
         return unsynced
