@@ -1,4 +1,4 @@
-"""KVManager: the façade that engines and programs hold.
+"""KVManager: the façade that engines and programs use.
 
 Two forms over the same core. The async form runs on the caller's loop (`async with`), or is
 awaited from any loop after `start()`. The task-id form, for synchronous engines, needs `start()`,
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 class KVManager(TaskForm):
-    """Keeps KV blocks in host memory and on SSD, and gives them back by token prefix."""
+    """Stores KV blocks in host memory and on SSD, and loads them back by token prefix."""
 
     def __init__(
         self,
@@ -50,10 +50,10 @@ class KVManager(TaskForm):
         """Check the configuration; nothing is allocated before `start` or `async with`.
 
         Args:
-            model: shape of the KV cache.
-            cache: tiers and their sizes.
+            model: the shape of the KV cache.
+            cache: the tiers and their sizes.
             progress: called with (done, total) bytes while host memory is touched, in a thread.
-            backend: what to stand on, in place of this machine's memory, files and devices.
+            backend: what to use in place of this machine's memory, files and devices.
 
         Raises:
             ConfigError: a part is enabled that is not built, or a size does not fit.
@@ -86,7 +86,7 @@ class KVManager(TaskForm):
         trace: TracebackType | None,
     ) -> None:
         if not self.is_unclosed:
-            return  # closed before; or a forked child leaves: it has nothing to release
+            return  # closed already, or a forked child, which has nothing to release
         if asyncio.get_running_loop() is self._loop:
             await self._close()
             return
@@ -105,9 +105,11 @@ class KVManager(TaskForm):
     def start(self) -> None:
         """Run the engine's loop in a thread of its own, for callers that are not async.
 
+        While the manager is open, this does nothing.
+
         Raises:
-            ConfigError: memory, directory or disk space is not there.
-            ClosedError: it was started before, in this process or in the one that forked it.
+            ConfigError: memory, a directory or disk space is missing.
+            ClosedError: it was shut down, or this is a forked child of the process that started it.
         """
         self.check_process()
         if self._thread is not None or self._engine.is_open:
@@ -124,7 +126,7 @@ class KVManager(TaskForm):
         self._note_started()
 
     def shutdown(self) -> None:
-        """End what `start` began: cancel what runs, and release everything. Idempotent.
+        """Close the manager: cancel what runs, and release everything. Idempotent.
 
         Works from any thread, in a signal handler, and at exit. A manager that runs on the caller's
         own loop is released at once, without the flush that leaving its `async with` does.
@@ -133,13 +135,13 @@ class KVManager(TaskForm):
             ClosedError: this is a forked child of the process that has started it.
         """
         if forks.is_exiting() and not self.is_unclosed:
-            return  # such as a forked child's, by a callback that its parent has registered
+            return  # such as in a forked child, by a callback that its parent has registered
         self.check_process()
         if self._home is not None:
             self.end()
 
     def is_ready(self) -> bool:
-        """Return whether get and put would move bytes: open, and a device registered.
+        """Return whether get and put would move bytes: it is open, and its devices can be used.
 
         Raises:
             ClosedError: this is a forked child of the process that has started it.
@@ -153,31 +155,31 @@ class KVManager(TaskForm):
         layout: str | None = None,
         tp_rank: int = 0,
     ) -> None:
-        """Take one rank's per-layer KV tensors. With the last rank's, requests are taken.
+        """Register one rank's per-layer KV tensors; get and put need those of all ranks.
 
         Args:
             kv_caches: a dict (in layer order) or list of one tensor per layer: numpy, or torch in
                 CPU or CUDA memory.
             layout: one of `flexkv.common.layout.LAYOUT_NAMES`, when the shape is ambiguous.
-            tp_rank: whose they are, from 0 to `tp_size` - 1.
+            tp_rank: the rank that they belong to, from 0 to `tp_size` - 1.
 
         Raises:
             ConfigError: the tensors do not fit the model, or the layout must be given.
-            BackendUnavailableError: no adapter, or no driver, for where they are.
+            BackendUnavailableError: there is no adapter, or no driver, for where they are.
             DeviceError: the device refused.
             ClosedError: not started.
         """
         self._call(lambda: self._engine.register_kv_caches(kv_caches, layout, tp_rank))
 
     async def suspend_device(self) -> None:
-        """Let go of all KV tensors, for an engine that frees their memory.
+        """Release all KV tensors, so that the inference engine can free their memory.
 
         Requests under way are finished first; later ones are answered UNREADY, but `match` and
         `prefetch` go on. The host memory stays registered with the device.
 
         Raises:
-            ClosedError: no device is registered, or it sleeps.
-            DeadlineError: something did not end within `io_deadline_s`; the devices go on.
+            ClosedError: no device is registered, or it is suspended already.
+            DeadlineError: requests did not end within `io_deadline_s`; the devices stay in use.
         """
         await self._async(lambda: self._engine.devices.suspend())
 
@@ -185,8 +187,8 @@ class KVManager(TaskForm):
         """Do what `suspend_device` does, waiting in this thread.
 
         Raises:
-            ClosedError: not started with `start()`, no device is registered, or it sleeps.
-            DeadlineError: something did not end within `io_deadline_s`; the devices go on.
+            ClosedError: not started with `start()`, no device is registered, or it is suspended.
+            DeadlineError: requests did not end within `io_deadline_s`; the devices stay in use.
         """
         self.check_process()
         if self._thread is None:
@@ -199,7 +201,7 @@ class KVManager(TaskForm):
         layout: str | None = None,
         tp_rank: int = 0,
     ) -> None:
-        """Take a suspended rank's KV tensors again; the arguments are as for the registration.
+        """Register a suspended rank's KV tensors again: see `register_kv_caches` for arguments.
 
         Raises:
             ConfigError: the tensors do not fit the model, or the rank is not suspended.
@@ -210,7 +212,7 @@ class KVManager(TaskForm):
     # -- async form -----------------------------------------------------------------------------
 
     def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
-        """Give how much of a prompt is resident. No I/O, no side effect but recency.
+        """Return how much of a prompt is resident. No I/O; it changes only the blocks' recency.
 
         Args:
             token_ids: integer[tokens], numpy, torch or list.
@@ -228,13 +230,13 @@ class KVManager(TaskForm):
         token_mask: Any = None,
         namespace: Namespace = None,
     ) -> KVResponse:
-        """Load the longest resident prefix into the device; returns once the slots hold it.
+        """Load the longest resident prefix into the device; return once the slots hold it.
 
         Args:
             token_ids: integer[tokens].
             slot_mapping: integer[selected tokens]: block_id * tokens_per_block + offset,
                 contiguous within a block.
-            token_mask: bool[tokens], no holes; leading False = already on the device.
+            token_mask: bool[tokens], no holes; a leading False means already on the device.
             namespace: as for `match`.
 
         Returns:
@@ -256,12 +258,12 @@ class KVManager(TaskForm):
         token_mask: Any = None,
         namespace: Namespace = None,
     ) -> KVResponse:
-        """Store the blocks that host memory lacks; returns once device memory may be reused.
+        """Store the blocks that host memory lacks; return once device memory may be reused.
 
-        Writing to lower tiers goes on behind. The arguments are as for `get`; the mask's True
-        tokens are those that may be stored. `return_mask` has those that were stored. If all were
-        there already it is empty, with SUCCESS; if there was no room for any it is empty, with
-        UNREADY and a CapacityError as `error`.
+        Writing to lower tiers goes on in the background. The arguments are as for `get`; the mask's
+        True tokens are those that may be stored. `return_mask` has those that were stored. It is
+        all False if everything was there already, with SUCCESS, and if there was no room for any,
+        with UNREADY and a CapacityError as `error`.
 
         Raises:
             ConfigError: an argument breaks a rule; nothing has been done.
@@ -272,7 +274,7 @@ class KVManager(TaskForm):
         return await self._perform(Operation.PUT, token_ids, slot_mapping, token_mask, namespace)
 
     async def prefetch(self, token_ids: Any, namespace: Namespace = None) -> KVResponse:
-        """Bring the resident prefix from lower tiers to host memory; returns once it is there.
+        """Bring the resident prefix from lower tiers to host memory; return once it is there.
 
         Raises:
             ConfigError: an argument breaks a rule.
@@ -300,17 +302,17 @@ class KVManager(TaskForm):
         return self.clear()
 
     def clear(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
-        """Forget the blocks of one tier, or of one namespace; traffic may go on.
+        """Forget the blocks of one tier, of one namespace, or all; traffic may go on.
 
-        Puts that began before store nothing any more: they end as CANCELLED. Called on
-        the engine's own loop, this returns before the clear is in the journal of the SSD tier, and
+        Puts that began earlier store nothing any more: they end as CANCELLED. Called on the
+        engine's own loop, this returns before the clear is in the journal of the SSD tier, and
         `flush` waits for that. Called elsewhere, it returns once no crash can bring blocks back.
 
         Returns:
-            How many places the blocks had, in all tiers. Without arguments it is `reset`.
+            How many places the blocks had, in all tiers.
 
         Raises:
-            ConfigError: both are given, or there is no such tier.
+            ConfigError: both arguments are given, or there is no such tier.
             StorageError: everything is cleared, but the next run may find blocks on SSD: the
                 journal could not be written.
         """
@@ -320,9 +322,10 @@ class KVManager(TaskForm):
         return self._call(lambda: keeping.clear(tier, namespace))
 
     def resize(self, tier: Tier, capacity_blocks: int) -> int:
-        """Change how many blocks a tier may hold, and give how many it may now.
+        """Change how many blocks a tier may hold, and return how many it may hold now.
 
-        More than asked for when too many are pinned or under way. The memory or files stay taken.
+        That is more than asked for if too many blocks are pinned or under way. The memory or files
+        stay allocated.
 
         Raises:
             ConfigError: there is no such tier, or it was opened with fewer.
@@ -330,16 +333,16 @@ class KVManager(TaskForm):
         return self._call(lambda: self._engine.keeping.resize(tier, capacity_blocks))
 
     def set_quota(self, namespace: Namespace, tier: Tier, blocks: int | None) -> None:
-        """Bound how many blocks of a tier a namespace may have; None takes the bound away.
+        """Bound how many blocks of a tier a namespace may have; None removes the bound.
 
-        What it has beyond goes at once, as far as it is not in use. What it stores beyond costs its
-        own blocks, by the tier's policy, and nobody else's. A quota reserves nothing: other
-        namespaces may take what this one does not use.
+        Blocks beyond the quota are dropped at once, unless they are in use. What the namespace
+        stores beyond it evicts only its own blocks, by the tier's policy. A quota reserves nothing:
+        other namespaces may take what this one does not use.
 
         Args:
-            namespace: as for `match`; None is the namespace of those who name none.
+            namespace: as for `match`; None is the namespace of prompts that name none.
             tier: HOST or DISK.
-            blocks: from 0 on.
+            blocks: 0 or more.
 
         Raises:
             ConfigError: an argument breaks a rule, or 64 namespaces have quotas.
@@ -347,7 +350,7 @@ class KVManager(TaskForm):
         self._call(lambda: self._engine.keeping.set_quota(namespace, tier, blocks))
 
     def namespace_blocks(self, namespace: Namespace) -> dict[Tier, int]:
-        """Count the blocks of a namespace by tier, those being filled among them."""
+        """Return the number of a namespace's blocks by tier, including those being filled."""
         return self._call(lambda: self._engine.keeping.namespace_blocks(namespace))
 
     def pin(
@@ -357,12 +360,12 @@ class KVManager(TaskForm):
         ttl_s: float = 3600.0,
         owner: str = "",
     ) -> int:
-        """Keep what is resident of a prompt from eviction, and give the pin's id.
+        """Keep the resident blocks of a prompt from eviction, and return the pin's id.
 
         Args:
             token_ids: integer[tokens]; None for everything that the namespace has now.
             namespace: as for `match`.
-            ttl_s: after so many seconds the pin ends by itself.
+            ttl_s: the seconds after which the pin ends by itself.
             owner: names who pins, for `unpin_owner`.
 
         Raises:
@@ -371,17 +374,17 @@ class KVManager(TaskForm):
         return self._call(lambda: self._engine.keeping.pin(token_ids, namespace, ttl_s, owner))
 
     def unpin(self, pin_id: int) -> bool:
-        """End a pin; tell whether it had not ended before."""
+        """End a pin; return whether it still existed."""
         number = integer("pin_id", pin_id)
         return self._call(lambda: self._engine.keeping.pins.unpin(number))
 
     def unpin_owner(self, owner: str) -> int:
-        """End every pin of an owner that is gone, and count them."""
+        """End every pin of an owner that is gone, and return how many there were."""
         name = text("owner", owner)
         return self._call(lambda: self._engine.keeping.pins.unpin_owner(name))
 
     def statistics(self) -> Statistics:
-        """Give a frozen snapshot: per tier capacity, use and pins; hits, bytes, queues."""
+        """Return a frozen snapshot: per tier capacity, use and pins; hits, bytes, queues."""
         return self._call(self._engine.statistics)
 
     @contextmanager
@@ -391,7 +394,7 @@ class KVManager(TaskForm):
         """Record every request and transfer to a file, for as long as the block runs.
 
         Args:
-            path: of the file, which is added to; by default `trace_file_path`.
+            path: the file, to which records are appended; by default `trace_file_path`.
             tokens: whether prompts are recorded in clear; by default as `trace_tokens` says.
 
         Raises:
@@ -412,14 +415,14 @@ class KVManager(TaskForm):
         self._call(lambda: self._engine.tracing.start(name, clear))
 
     def trace_stop(self) -> str | None:
-        """Record no more; gives the file, which is whole then, or None when no trace was on.
+        """Stop recording; return the path of the complete file, or None if no trace was on.
 
-        Waits until the last records are written: some milliseconds, on the loop.
+        This waits until the last records are written: some milliseconds, on the loop.
         """
         return self._call(lambda: self._engine.tracing.stop())
 
     def explain(self, operation: str, token_ids: Any, namespace: Namespace = None) -> Explanation:
-        """Give the plan that a request would run now, without running it."""
+        """Return the plan that a request would run now, without running it."""
         names = [kind.label for kind in Operation]
         if operation not in names:
             raise ConfigError("operation", operation, f"must be one of {', '.join(names)}")

@@ -1,7 +1,7 @@
 """Prometheus metrics of one engine: served over HTTP, or in a registry of the caller's.
 
-Counters and gauges are read when somebody asks. Histograms are fed with the same records that a
-trace gets, so that both always agree. Times are in seconds, sizes in bytes or blocks, as names say.
+Counters and gauges are read at each scrape. Histograms are fed with the same records that a trace
+gets, so that both always agree. Times are in seconds, sizes in bytes or blocks, as names say.
 
     with MetricsServer(manager, port=8080):
         ...                                   # curl http://127.0.0.1:8080/metrics
@@ -35,9 +35,9 @@ from flexkv.process.forks import HomeProcess
 BOUNDS_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10,
 )  # fmt: skip
-"""Upper bounds of the histograms' buckets."""
+"""The upper bounds of the histograms' buckets."""
 SLOWEST_NS = 60_000_000_000
-"""How long a slow request is remembered at least."""
+"""The least time for which the slowest request is remembered."""
 _BOUNDS_NS = tuple(int(bound * 1e9) for bound in BOUNDS_S)
 
 Labels: TypeAlias = tuple[str, ...]
@@ -51,18 +51,18 @@ HISTOGRAMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ("route",),
     ),
 }
-"""Name: what it says, and its labels."""
+"""The description and the labels of each histogram, by name."""
 
 
 class Histogram:
-    """Counts of times by bucket; the last one has no bound."""
+    """Counts of durations by bucket; the last bucket has no upper bound."""
 
     def __init__(self) -> None:
         self.counts = [0] * (len(BOUNDS_S) + 1)
         self.sum_ns = 0
 
     def observe(self, ns: int) -> None:
-        """Count a time."""
+        """Count a duration."""
         self.counts[bisect_left(_BOUNDS_NS, ns)] += 1
         self.sum_ns += ns
 
@@ -76,7 +76,7 @@ class Slowest:
         self._before: dict[str, RequestRecord] = {}
 
     def take(self, record: RequestRecord) -> None:
-        """Take a request that ended."""
+        """Consider a request that ended."""
         if record.ended_ns - self._begun_ns >= SLOWEST_NS:
             self._begun_ns, self._before, self._now = record.ended_ns, self._now, {}
         slowest = self._now.get(record.kind)
@@ -84,7 +84,7 @@ class Slowest:
             self._now[record.kind] = record
 
     def by_kind(self) -> dict[str, RequestRecord]:
-        """Give them."""
+        """Return the record of the slowest request of each kind."""
         return {
             kind: max((of[kind] for of in (self._now, self._before) if kind in of), key=_took_ns)
             for kind in sorted(self._now | self._before)
@@ -96,22 +96,22 @@ def _took_ns(record: RequestRecord) -> int:
 
 
 class Metrics(Collector):
-    """The metrics of one engine, as a collector for any registry. Told of what happens meanwhile.
+    """The metrics of one engine: a collector for any registry, and a sink of trace records.
 
     Attributes:
-        missed_blocks: that gets asked for and did not load, by reason.
+        missed_blocks: blocks that gets asked for and did not load, by reason.
     """
 
     def __init__(self, manager: LoopBridge, name: str | None = None, instance: int = 0) -> None:
-        """Take a manager that is started.
+        """Start to collect from a manager that is started.
 
         Args:
-            manager: whose metrics they are.
+            manager: the manager to report on.
             name: the label `engine` of every sample; by default the model's `model_id`.
-            instance: the label `instance`, which tells engines of one name apart.
+            instance: the label `instance`, which distinguishes engines of one name.
 
         Raises:
-            ClosedError: it is not started.
+            ClosedError: the manager is not started.
         """
         self._manager = manager
         engine = manager.engine.model.model_id if name is None else name
@@ -123,16 +123,16 @@ class Metrics(Collector):
         manager.on_loop(lambda: manager.engine.tracing.tell(self))
 
     def close(self) -> None:
-        """Listen no more."""
+        """Stop collecting."""
         manager = self._manager
-        with suppress(ClosedError):  # who is closed tells nobody any more
+        with suppress(ClosedError):  # a closed manager sends no records any more
             manager.on_loop(lambda: manager.engine.tracing.tell_no_more(self))
 
     # -- what happens, on the engine's loop -----------------------------------------------------
 
     def record(self, record: Record) -> None:
-        """Take a record."""
-        with self._lock:  # who serves looks from another thread
+        """Count what a record tells."""
+        with self._lock:  # scrapes are served from another thread
             self._take(record)
 
     def _take(self, record: Record) -> None:
@@ -161,7 +161,7 @@ class Metrics(Collector):
     # -- what is asked for, in any thread -------------------------------------------------------
 
     def collect(self) -> Iterator[Metric]:
-        """Return every metric as it is now; for a closed engine only that it is closed."""
+        """Yield every metric as it is now; for a closed engine only that it is not up."""
         for family in self._families():
             family.samples = [
                 sample._replace(labels={**self._labels, **sample.labels})
@@ -248,7 +248,7 @@ class Metrics(Collector):
 
 
 def _reason(record: RequestRecord) -> str:
-    """Tell why a get loaded less than it asked for."""
+    """Return why a get loaded less than it asked for."""
     if record.status in ("cancelled", "timeout"):
         return record.status
     return {
@@ -372,13 +372,13 @@ class MetricsServer:
         name: str | None = None,
         instance: int = 0,
     ) -> None:
-        """Listen.
+        """Start to serve.
 
         Args:
             manager: a manager that is started.
-            port: 0 takes any that is free.
-            host: the address to listen at; "0.0.0.0" or "::" are all of this machine's, for
-                scrapers elsewhere. Only the metrics are served there.
+            port: the port to listen at; 0 takes any free one.
+            host: the address to listen at; "0.0.0.0" or "::" stands for all addresses of this
+                machine, for scrapers elsewhere. Only the metrics are served there.
             name: as for `Metrics`.
             instance: as for `Metrics`.
 

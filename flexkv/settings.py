@@ -1,4 +1,4 @@
-"""The impure edge of configuration: reads the file and the environment.
+"""Reads the configuration from its file and the environment: the impure part of configuration.
 
 `python -m flexkv.settings` prints `docs/configuration.md`.
 """
@@ -54,7 +54,7 @@ STORE_OPTIONS = ("endpoint", "bucket", "region", "prefix")
 def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     """Return the settings of this process: file over environment over defaults.
 
-    The log lines of this process have the level and prefix that are given there from now on.
+    From now on, the log lines of this process have the level and prefix that the settings give.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value breaks a rule.
@@ -81,7 +81,7 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
 
 
 def _flat(file: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a file's keys by their current names, those under `cache_config` among them."""
+    """Return a file's keys by their current names, including those under `cache_config`."""
     nested = file.get("cache_config")
     keys = {**file, **(nested if isinstance(nested, Mapping) else {})}
     renames = old_names((Settings, CacheConfig))
@@ -92,12 +92,12 @@ def load_file(path: Path, field: str = PATH_VARIABLE) -> dict[str, Any]:
     """Return the content of a file: YAML by its suffix, else JSON with comments.
 
     Args:
-        path: of the file.
+        path: the file.
         field: the file's name in errors.
 
     Raises:
-        ConfigError: it is missing, cannot be read, or is not an object; a syntax error has
-            its place.
+        ConfigError: it is missing, cannot be read, or is not an object; a syntax error comes
+            with its location.
     """
     try:
         with path.open("rb") as file:
@@ -120,11 +120,11 @@ def load_object(
     Args:
         content: UTF-8, with or without a byte order mark.
         field: the text's name in errors.
-        told: replaces the text in errors.
-        is_yaml: else JSON with comments.
+        told: what errors show in place of the text.
+        is_yaml: whether it is YAML; otherwise it is JSON with comments.
 
     Raises:
-        ConfigError: it is not an object; a syntax error has its place.
+        ConfigError: it is not an object; a syntax error comes with its location.
     """
     why = ""
     try:
@@ -160,7 +160,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _json(text: str) -> Any:
-    """Return what a JSON text holds; one with comments takes a slower parser."""
+    """Return what a JSON text holds; a text with comments goes to a slower parser."""
     try:
         return json.loads(text, object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError):
@@ -178,7 +178,7 @@ _FAULTS = (
     yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
     ValueError,
 )  # fmt: skip
-"""YAML's parser lets errors of its constructors through: `!!bool x` is a KeyError."""
+"""What parsers raise. YAML's passes on the errors of constructors: `!!bool x` is a KeyError."""
 
 
 def _fault(error: BaseException) -> str:
@@ -257,7 +257,7 @@ def is_of_orchestrator(variable: str, value: str) -> bool:
 
 
 def document() -> str:
-    """Give `docs/configuration.md`, made from the keys' own definitions."""
+    """Return the text of `docs/configuration.md`, made from the keys' own definitions."""
     lines = [
         "# Configuration",
         "",

@@ -1,1 +1,1 @@
-"""Asyncio actors: the scheduler decides, one transfer actor per device or tier does."""
+"""Asyncio actors: the scheduler decides what is moved; one actor per device or tier moves it."""

@@ -3,9 +3,9 @@
     scheduler ──post──▶ mailbox ──pieces──▶ port ──wake──▶ reap ──report──▶ scheduler
                         (turns)   (window)
 
-One actor class serves every device and tier: what differs is the port, and the window, which
-bounds the bytes in flight per direction. All work of a turn is synchronous; the task only waits
-for its bell, which a post or the port's wake rings.
+One class serves every device and tier; only the port and the windows differ. A window bounds the
+bytes in flight in one direction. All work of a turn is synchronous; the task only waits for its
+bell, which a post or the port's wake rings.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ T = TypeVar("T")
 
 ANY_BYTES = 1 << 62
 PIECE_OP_IDS = 1 << 62
-"""Op ids of pieces count from here; those of whole transfers, which their runs give, are below."""
+"""Op ids of pieces count up from here; op ids of whole transfers, set by their runs, are below."""
 
 
 class Window(NamedTuple):
-    """What an actor may have in flight in one direction, in bytes."""
+    """The bytes that an actor may have in flight in one direction."""
 
     bytes_max: int
     piece_bytes_max: int
-    """One submission to the port at most, though at least one block."""
+    """The largest submission to the port; one block is always allowed."""
     is_paced: bool = False
     """Whether the window shrinks to what keeps the disk busy: see `Pace`."""
 
 
 class Bell:
-    """Something one task waits for and others ring; rings while nobody waits are kept."""
+    """A signal for which one task waits; a ring while it does not wait is kept."""
 
     def __init__(self) -> None:
         self._rung = False
@@ -105,13 +105,13 @@ class TransferActor:
     # -- the scheduler's side -------------------------------------------------------------------
 
     def attach(self, report: Callable[[list[Completion]], None]) -> None:
-        """Connect to the running loop; ends of ops go to `report`, in batches."""
+        """Connect to the running loop; `report` is called with the ends of ops, in batches."""
         self._report = report
         self._now_s = asyncio.get_running_loop().time
         self._port.connect(self._bell.ring)
 
     def post(self, transfer: Transfer) -> None:
-        """Queue a transfer. Its end is reported, once.
+        """Queue a transfer, whose end is reported exactly once.
 
         Raises:
             InvariantError: the mailbox is full.
@@ -120,19 +120,19 @@ class TransferActor:
         self._bell.ring()
 
     def note_begins(self, on: bool) -> None:
-        """Note from now on when transfers begin, or no more."""
+        """Start or stop recording when transfers begin."""
         self._begun_s = {} if on else None
 
     def take_begun(self, op_id: int) -> float | None:
-        """Give, once, when a transfer's first piece went to the port; None if that is not known."""
+        """Return, once, when a transfer's first piece went to the port; None if that is unknown."""
         return None if self._begun_s is None else self._begun_s.pop(op_id, None)
 
     def nudge(self) -> None:
-        """Look again at what waits: a watch may let more of it go."""
+        """Check the queue again, because a watch may let more of a transfer go."""
         self._bell.ring()
 
     def recall(self, op_id: int) -> None:
-        """Drop what of a transfer is not in flight yet; its end is reported all the same."""
+        """Drop the part of a transfer that is not in flight yet; its end is still reported."""
         cursor = self._mailbox.find(op_id)
         if cursor is not None and cursor.queued:
             transfer = cursor.transfer
@@ -145,7 +145,7 @@ class TransferActor:
                 self._bell.ring()
 
     def oldest_s(self) -> float:
-        """Give for how many seconds the oldest I/O in flight has been so; 0 when there is none."""
+        """Return for how many seconds the oldest piece has been in flight; 0 if there is none."""
         for *_, begin_s in self._pieces.values():
             return self._now_s() - begin_s
         return 0.0
@@ -156,17 +156,17 @@ class TransferActor:
 
     @property
     def depth(self) -> int:
-        """Count the transfers that are queued or in flight."""
+        """Return the number of transfers that are queued or in flight."""
         return len(self._mailbox)
 
     def is_idle(self) -> bool:
-        """Tell whether nothing is queued or in flight."""
+        """Return whether nothing is queued or in flight."""
         return not self.depth
 
     # -- the task -------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Work until cancelled. Cancel only when `depth` is 0: the port owns buffers till then."""
+        """Run transfers until cancelled; cancel only at `depth` 0, since the port owns buffers."""
         while True:
             await self._bell.wait()
             self._turn()
@@ -194,12 +194,12 @@ class TransferActor:
             self._report(ends)
 
     def _pump(self, lane: Lane, inbound: bool, pieces_max: int | None = None) -> bool:
-        """Submit pieces while the window has room; tell whether any was."""
+        """Submit pieces while the window has room; return whether any was submitted."""
         pieces, submit, begun_s = self._pieces, self._port.submit, self._begun_s
         window = self._paces.get(inbound) or self._windows[inbound]
         limit, piece_bytes_max = window.bytes_max, window.piece_bytes_max
         in_flight, submitted, now_s = self.in_flight_bytes[inbound], 0, self._now_s()
-        # As much again at most: who is slower than the device shall not hold ever more.
+        # Discount at most one window, so that slow checksumming cannot pile up bytes.
         arrived = min(self._port.arrived_bytes, limit) if inbound else 0
         while submitted != pieces_max:
             # Whatever its size, one piece may always be in flight.
@@ -221,7 +221,7 @@ class TransferActor:
         return submitted > 0
 
     def _piece(self, cursor: Cursor, begin: int, units: int) -> Transfer:
-        """Give a part of a transfer as a transfer of its own."""
+        """Return a part of a transfer as a transfer of its own."""
         self._next_piece += 1
         whole, op_id = cursor.transfer, self._next_piece
         if whole.watch is not None:
@@ -245,7 +245,7 @@ class TransferActor:
                 self._fail(cursor, error)
             if cursor.pieces_in_flight or cursor.queued:
                 continue
-            if op_id < PIECE_OP_IDS:  # it was one piece: the port's word is the actor's
+            if op_id < PIECE_OP_IDS:  # it was one piece, so the port's completion is its end
                 self._mailbox.forget(cursor)
                 ends.append(completion)
             else:
@@ -257,14 +257,14 @@ class TransferActor:
         self._paces[inbound].ended(nbytes, begin_s, self._now_s())
 
     def _measure(self) -> None:
-        """Let the windows follow the disk."""
+        """Adapt the paced windows to the disk."""
         now_s, mailbox = self._now_s(), self._mailbox
         for is_inbound, pace in self._paces.items():
             lane = mailbox.inbound if is_inbound else mailbox.outbound
             pace.turned(now_s, bool(lane) and (is_inbound or not mailbox.inbound))
 
     def _fail(self, cursor: Cursor, error: TransferError) -> None:
-        """Keep why a transfer fails: the first error, and every block that is corrupt."""
+        """Record why a transfer fails: the first error, and every corrupt block."""
         before = cursor.error
         if before is None:
             cursor.error = error
@@ -282,11 +282,11 @@ class TransferActor:
 
 
 class Supervisor:
-    """The root task of an engine and the group of all its others; the one place that spawns.
+    """The root task of an engine and the group of its other tasks, which are all started here.
 
-    A task that raises is our own mistake: it is reported, the group ends, and `on_failure` is
-    called, so that nobody waits for an answer that cannot come. A session, which serves one peer
-    and holds no state of the engine, ends alone.
+    A task that raises is a bug of ours: it is logged, the group ends, and `on_failure` is called,
+    so that nobody waits for an answer that cannot come. A session, which serves one peer and holds
+    no state of the engine, ends alone.
     """
 
     def __init__(self, on_failure: Callable[[BaseException], None]) -> None:
@@ -308,10 +308,10 @@ class Supervisor:
         return cast("asyncio.Task[T]", self._spawn(name, work, is_session=False))
 
     def spawn_session(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Start a task that serves one peer; whatever it raises is reported and ends it alone.
+        """Start a task that serves one peer; what it raises is logged, and ends only this task.
 
-        Only an InternalError ends the engine: then the state of the engine is wrong, and not what
-        the peer has sent.
+        An InternalError ends the engine all the same: it means that the engine's own state is
+        wrong, and not what the peer has sent.
         """
         return self._spawn(name, work, is_session=True)
 
@@ -320,7 +320,7 @@ class Supervisor:
     ) -> asyncio.Task[T | None]:
         reporting = self._reporting(name, work, is_session)
         task = self._group.create_task(reporting, name=f"flexkv {name}")
-        # One that is cancelled before its first step never gets to its work.
+        # A task that is cancelled before its first step never awaits its work.
         task.add_done_callback(lambda _: work.close())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -339,7 +339,7 @@ class Supervisor:
     def abandon(self) -> None:
         """Cancel every task, without waiting for its end: the loop may no longer run.
 
-        None of them takes another step, not even one that was woken before.
+        No task takes another step, not even one that has been woken already.
         """
         for task in (*self._tasks, self._root):
             if task is not None:
@@ -358,7 +358,7 @@ class Supervisor:
     async def _reporting(
         self, name: str, work: Coroutine[Any, Any, T], is_session: bool
     ) -> T | None:
-        """Run a task; tell at once what it raises: others may wait for what it will not do."""
+        """Run a task, and report at once what it raises, since others may wait for its work."""
         try:
             return await work
         except Exception as error:
@@ -374,7 +374,7 @@ def spawn_on(
     work: Coroutine[Any, Any, T],
     ended: Callable[[asyncio.Task[T]], None],
 ) -> asyncio.Task[T]:
-    """Start a task that a caller in another thread owns: its end is told to `ended`, once."""
+    """Start a task for a caller in another thread; `ended` is called once, when it is over."""
     task = loop.create_task(work, name="flexkv call")
     task.add_done_callback(ended)
     return task

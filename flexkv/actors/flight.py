@@ -12,7 +12,7 @@ from flexkv.index.owed import Taken
 
 
 class Flight:
-    """One request under way: its plan, its run, and what its caller will be told."""
+    """One request under way: its plan, its run, and the response for its caller."""
 
     __slots__ = (
         "_answer_waiters", "_end_waiters", "arrived_ns", "begin_ns", "failure", "group",
@@ -28,11 +28,11 @@ class Flight:
         self.response: KVResponse | None = None
         self.failure: FlexKVError | None = None
         self.late: DeadlineError | None = None
-        """Set when an op hangs: the reason why nobody should wait for the end."""
+        """Why nobody should wait for the end: an op hangs. None while none does."""
         self.group, self.has_place = 0, True
-        """The group it was admitted with, and whether it still takes a place of that group."""
+        """The group of its admission, and whether it still takes one of that group's places."""
         self.taken: Taken | None = None
-        """The owed blocks that it writes to a lower tier; None for a caller's request."""
+        """The owed blocks that are written to a lower tier; None for a caller's request."""
         self._answer_waiters: list[asyncio.Future[None]] = []
         self._end_waiters: list[asyncio.Future[None]] = []
 
@@ -56,7 +56,7 @@ class Flight:
         return self.response
 
     async def wait_ended(self) -> None:
-        """Return once every op is over, write-behind included, or one of them hangs.
+        """Return once every op is over, write-behind included.
 
         Raises:
             FlexKVError: the engine failed, or is gone.
@@ -69,12 +69,12 @@ class Flight:
 
     @property
     def waited_in_vain(self) -> bool:
-        """Return whether blocks are missing because the request that filled them was given up."""
+        """Return whether blocks are missing because another request did not fill them."""
         unfilled = any(isinstance(error, UnfilledError) for error in self.run.errors)
         return unfilled and not self.run.cancelled
 
     def unfed_op_ids(self) -> list[int]:
-        """Return the ops that wait for layers to be written."""
+        """Return the ids of the ops that wait for layers to be written."""
         watch = self.request.watch
         if watch is None or watch.ready >= watch.num_layers:
             return []
@@ -88,7 +88,7 @@ class Flight:
         return waiter
 
     def answer(self, response: KVResponse) -> None:
-        """Keep the response, and wake those who wait for it."""
+        """Store the response, and wake those who wait for it."""
         self.response = response
         wake(self._answer_waiters)
 
@@ -97,19 +97,19 @@ class Flight:
         wake(self._end_waiters)
 
     def hang(self, error: DeadlineError) -> None:
-        """Note that an op hangs, so that nobody waits for the end."""
+        """Record that an op hangs, and wake those who wait for the end."""
         self.late = error
         wake(self._end_waiters)
 
     def fail(self, failure: FlexKVError) -> None:
-        """Note that the engine failed: there will be no answer, and no end."""
+        """Record that the engine failed, and wake all waiters: no answer and no end will come."""
         self.failure = failure
         wake(self._answer_waiters)
         wake(self._end_waiters)
 
 
 def wake(waiters: list[asyncio.Future[None]]) -> None:
-    """Wake everyone who waits, and forget them."""
+    """Wake all waiters, and empty the list."""
     for waiter in waiters:
         if not waiter.done():
             waiter.set_result(None)

@@ -1,13 +1,13 @@
-"""Whether a tier may be used: a breaker for each direction, and a watch for I/O that does not end.
+"""Decides whether a tier may be used: a breaker for each direction, which also covers hung I/O.
 
     UP ── FAILURES_MAX failures in a row ──▶ DOWN for a while ──▶ on trial ── success ──▶ UP
      ╲                                          ▲        (one op)     │
       ╲                                         ╰── failure, ×2 ──────╯
-       ── I/O past its deadline ──▶ HUNG ── anything comes back ──▶ on trial
+       ── I/O past its deadline ──▶ HUNG ── no I/O late any more ──▶ on trial
 
-A tier that is lost is DOWN for good, whatever becomes of its I/O.
+A tier that is lost is DOWN for good, however its I/O ends.
 
-Pure: the time comes with each call, in seconds from any start.
+Pure: each call takes the time, in seconds from an arbitrary start.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from __future__ import annotations
 from enum import Enum
 
 FAILURES_MAX = 3
-"""Failures in a row after which a direction is left alone."""
+"""Failures in a row after which a direction is DOWN."""
 BACKOFF_MIN_S, BACKOFF_MAX_S = 1.0, 60.0
 
 
 class Health(Enum):
-    """How one direction of a tier is."""
+    """The state of one direction of a tier."""
 
     UP = "up"
     DOWN = "down"
@@ -28,7 +28,7 @@ class Health(Enum):
 
 
 class Breaker:
-    """One direction of one tier."""
+    """The breaker of one direction of one tier."""
 
     def __init__(self) -> None:
         self.health = Health.UP
@@ -43,7 +43,7 @@ class Breaker:
         self.health, self._is_lost = Health.DOWN, True
 
     def usable(self, now_s: float) -> bool:
-        """Tell whether the direction may be used: when it is up, or due for a trial."""
+        """Return whether the direction may be used: it is UP, or due for a trial."""
         if self._is_lost:
             return False
         if self.health is Health.DOWN:
@@ -51,15 +51,15 @@ class Breaker:
         return self.health is Health.UP
 
     def begun(self, now_s: float) -> None:
-        """Take that an op goes through: while it is down that is the trial, and nobody else's."""
+        """Record that an op begins; in a direction that is DOWN, this op alone is the trial."""
         if self.health is Health.DOWN:
             self._on_trial = True
             self._down_until_s = now_s + self._backoff_s
 
     def succeeded(self) -> bool:
-        """Take a success; return whether that changed anything.
+        """Record a success; return whether the state changed.
 
-        A direction that hangs is not up once one of its I/Os ends: see `came_back`.
+        A direction that hangs is not UP as soon as one of its I/Os ends: see `came_back`.
         """
         if self._is_lost or self.health is Health.HUNG:
             return False
@@ -69,14 +69,14 @@ class Breaker:
         return changed
 
     def failed(self, now_s: float) -> bool:
-        """Take a failure; tells whether the direction went down by it."""
+        """Record a failure; return whether the direction went DOWN because of it."""
         if self._is_lost or self.health is Health.HUNG:
             return False
         self._failures += 1
         if self.health is Health.UP and self._failures < FAILURES_MAX:
             return False
         if self.health is Health.DOWN and not self._on_trial:
-            return False  # begun before it went down
+            return False  # the op began before the direction went down
         if self._on_trial:
             self._backoff_s = min(self._backoff_s * 2, BACKOFF_MAX_S)
         self.health, self._on_trial = Health.DOWN, False
@@ -84,7 +84,7 @@ class Breaker:
         return True
 
     def hung(self) -> bool:
-        """Take that I/O does not end; tells whether that is news."""
+        """Record that I/O does not end in time; return whether that is new."""
         if self._is_lost:
             return False
         changed = self.health is not Health.HUNG
@@ -92,7 +92,7 @@ class Breaker:
         return changed
 
     def came_back(self, now_s: float) -> bool:
-        """Take that I/O ended after all; tells whether the direction was hung."""
+        """Put a HUNG direction on trial, since its I/O has ended; return whether it was HUNG."""
         if self.health is not Health.HUNG:
             return False
         self.health, self._down_until_s, self._on_trial = Health.DOWN, now_s, False

@@ -1,9 +1,9 @@
 """The queue of one transfer actor: inbound before outbound, fair between requests, bounded.
 
-Inbound ops (towards the device) always go first. Within a direction, requests take turns of one
-piece each. A request that has just come goes ahead of those that have had a turn, as in fq_codel
-(RFC 8290): so large prefetches, however many, never hold a small get back by more than what is
-already in flight. Many that have just come leave the others every fifth turn.
+Inbound ops (towards the device) go first. Within a direction, requests take turns of one piece
+each. A new request goes ahead of those that have had a turn, as in fq_codel (RFC 8290), so that
+large prefetches, however many, delay a small get by no more than what is already in flight. While
+new requests keep arriving, the others still get every fifth turn.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from flexkv.common.errors import InvariantError, TransferError
 from flexkv.common.terms import Layers, LayerWatch, Transfer
 
 LAYERED_PIECES = 16
-"""Into how many pieces at least a transfer goes layer by layer: the first shall be there soon."""
+"""The fewest pieces of a transfer that goes layer by layer, so that its first layers arrive soon;
+one with fewer layers has a piece per layer."""
 
 FRESH_TURNS_MAX = 4
-"""Most turns in a row that go to new requests."""
+"""The most turns in a row that go to new requests while others wait."""
 
 
 class Cursor(msgspec.Struct):
-    """How far an actor is with one transfer: units handed out, pieces still in flight.
+    """The progress of one transfer in an actor: units handed out, pieces still in flight.
 
-    A unit is a block; for a transfer that has a watch, it is a layer of all its blocks.
+    A unit is a block; for a transfer that has a watch, a unit is one layer of all its blocks.
     """
 
     transfer: Transfer
@@ -41,26 +42,26 @@ class Cursor(msgspec.Struct):
     queued: bool = True
     layers_left: list[int] | None = None
     layers_ended: dict[int, int] | None = None
-    """Layers that ended before an earlier one: first to last."""
+    """Pieces that ended before an earlier one did: first layer to last layer, exclusive."""
     layers_moved: int = 0
 
     @property
     def over(self) -> bool:
-        """Tell whether nothing of the transfer is queued or in flight."""
+        """Return whether nothing of the transfer is queued or in flight."""
         return not self.queued and not self.pieces_in_flight
 
     @property
     def ready(self) -> int:
-        """Give the units that may be handed out by now, those that were among them."""
+        """Return how many units may be handed out by now, including those that already were."""
         return self.units if self.watch is None else min(self.units, self.watch.ready)
 
     def layers(self, first: int, units: int) -> Layers:
-        """Give what a piece of some layers is of the whole."""
+        """Return the description of a piece that has `units` layers, from `first` on."""
         assert self.layers_left is not None
         return Layers(first, first + units, self.transfer.op_id, self.layers_left)
 
     def end_layers(self, first: int, units: int) -> None:
-        """Take the end of a piece, and tell the watch how far the layers are there."""
+        """Record the end of a piece, and notify the watch if the unbroken run of layers grew."""
         ended = self.layers_ended
         assert ended is not None
         ended[first] = first + units
@@ -72,7 +73,7 @@ class Cursor(msgspec.Struct):
 
 
 class Lane:
-    """The waiting transfers of one direction, in turns by owner.
+    """The queued transfers of one direction; their owners take turns.
 
     Owners that have had no turn yet go first, but not for more than a few turns in a row.
     """
@@ -95,10 +96,10 @@ class Lane:
             queue.append(cursor)
 
     def take(self, bytes_max: int, room_bytes: int) -> tuple[Cursor, int, int] | None:
-        """Hand out a piece of the transfer whose turn it is: its cursor, first unit and length.
+        """Return the next piece: its transfer's cursor, its first unit and its number of units.
 
-        None when nothing waits that may go, or the piece has more than `room_bytes`. The next turn
-        is the next owner's.
+        Return None if nothing that waits may go, or the piece has more than `room_bytes`. The next
+        turn is the next owner's.
         """
         turns, fresh = self._turns, self._fresh
         if fresh and not (turns and self._fresh_in_row == FRESH_TURNS_MAX):
@@ -128,9 +129,10 @@ class Lane:
         return cursor, begin, units
 
     def _take_layers(self, bytes_max: int, room_bytes: int) -> tuple[Cursor, int, int] | None:
-        """Hand out a piece where the next in turn goes layer by layer, and may have to wait.
+        """Return the next piece when the transfer in turn goes layer by layer.
 
-        All transfers of one owner take turns too: their first layers go first.
+        Transfers whose next layer is not ready are passed over. The transfers of one owner take
+        turns, too, so that their first layers go first.
         """
         queues = chain(self._fresh.values(), self._turns.values())
         waiting = (cursor for queue in queues for cursor in queue)
@@ -156,7 +158,7 @@ class Lane:
         return cursor, begin, units
 
     def remove(self, cursor: Cursor) -> None:
-        """Take a waiting transfer out."""
+        """Remove a transfer from the queue."""
         turns = self._turns_of(cursor.owner)
         turns[cursor.owner].remove(cursor)
         cursor.queued = False
@@ -168,7 +170,7 @@ class Lane:
 
 
 class Mailbox:
-    """Both lanes of an actor, and the bound on what may wait."""
+    """Both lanes of an actor, and the bound on the transfers that are queued or in flight."""
 
     def __init__(self, transfers_max: int, block_bytes: int) -> None:
         self._block_bytes = block_bytes
@@ -177,11 +179,11 @@ class Mailbox:
         self._cursors: dict[int, Cursor] = {}
 
     def __len__(self) -> int:
-        """Count the transfers that are queued or in flight."""
+        """Return the number of transfers that are queued or in flight."""
         return len(self._cursors)
 
     def lane(self, cursor: Cursor) -> Lane:
-        """Give the lane of a transfer's direction."""
+        """Return the lane of a transfer's direction."""
         return self.inbound if cursor.inbound else self.outbound
 
     def put(self, transfer: Transfer) -> None:
@@ -204,7 +206,7 @@ class Mailbox:
         (self.inbound if inbound else self.outbound).append(cursor)
 
     def find(self, op_id: int) -> Cursor | None:
-        """Give the cursor of a transfer that is not over."""
+        """Return the cursor of a transfer; None if it is over."""
         return self._cursors.get(op_id)
 
     def forget(self, cursor: Cursor) -> None:

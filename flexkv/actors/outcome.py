@@ -1,4 +1,4 @@
-"""What the caller of a request is told, from the states in which its ops ended."""
+"""Makes the response to a request from the states in which its ops ended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flexkv.graph.run import Run
 
 
 def response_of(request: Request, planned: Planned, run: Run) -> KVResponse:
-    """Give the response of a run whose answering ops are all over."""
+    """Return the response of a run whose answering ops are all over."""
     first = request.span.first_block
     if request.operation is Operation.GET and not run.errors and not run.cancelled:
         # The common case: everything that was planned has been loaded.
@@ -38,7 +38,7 @@ def _status(request: Request, planned: Planned, run: Run, moved: bool) -> KVResp
     if moved:
         return KVResponseStatus.SUCCESS
     if run.errors and all(isinstance(error, CorruptBlockError) for error in run.errors):
-        return KVResponseStatus.NOTFOUND  # what is not what it was is not there
+        return KVResponseStatus.NOTFOUND  # a block with wrong bytes is a miss
     if run.errors:
         return KVResponseStatus.FAILED
     full = isinstance(planned.shortfall, CapacityError)
@@ -51,9 +51,9 @@ def _status(request: Request, planned: Planned, run: Run, moved: bool) -> KVResp
 
 
 def _moved_blocks(request: Request, planned: Planned, run: Run) -> TokenMask:
-    """Return bool[span blocks]: those whose answering op is DONE, up to the first one that is not.
+    """Return bool[span blocks]: the blocks that were moved, up to the first op that is not DONE.
 
-    Blocks behind one that did not come are dropped with it, since no request could reach them.
+    Blocks behind one that was not moved are dropped with it, since no request could reach them.
     For a get only the unbroken run from the first block counts: an engine cannot use the others.
     """
     first = request.span.first_block
@@ -81,7 +81,7 @@ def _moved_blocks(request: Request, planned: Planned, run: Run) -> TokenMask:
 
 
 def _tokens_of(request: Request, moved: TokenMask) -> TokenMask:
-    """Spread bool[span blocks] over bool[tokens]."""
+    """Return a mask over the prompt, bool[tokens], for `moved`: bool[span blocks]."""
     mask = np.zeros(request.token_count, np.bool_)
     if moved.size:
         span = request.span

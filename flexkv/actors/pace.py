@@ -1,14 +1,15 @@
-"""How many bytes a disk is given at once: enough to keep it busy, and no more.
+"""Bounds the bytes in flight at a disk: enough to keep it busy, and no more.
 
-A read that arrives waits for all that is in flight, so the bytes in flight are a delay. A disk
-needs `rate x latency` bytes in flight to reach its rate; whatever is beyond that only waits. Both
-are measured, as BBR does for a network path (Cardwell et al., ACM Queue 14(5), 2016):
+A new read waits for everything in flight, so bytes in flight are a delay. A disk needs
+`rate x latency` bytes in flight to reach its rate; more than that only wait. Both are measured, as
+BBR does for a network path (Cardwell et al., ACM Queue 14(5), 2016):
 
     STEADY ──after PERIOD_S──▶ RAISING ──no faster any more──▶ DRAINING ──one alone──▶ STEADY
-                                       twice as much                   one piece
+                            window doubles              one piece at a time
 
-The rate is the highest of the last intervals in which more was waiting than the window allowed; the
-latency is the shortest time that a piece took beyond the time for its bytes at that rate.
+The rate is the highest of the last intervals in which more was queued than the window allowed. The
+latency of a piece is the time that it took, less the time for its bytes at that rate; the shortest
+latency counts.
 """
 
 from __future__ import annotations
@@ -18,26 +19,29 @@ from collections import deque
 from enum import Enum
 
 PIECE_S = 0.5e-3
-"""How long a piece takes at most, unless it is one block."""
+"""The longest that a piece may take at the measured rate, unless it is a single block."""
 DELAY_S = 2e-3
-"""Bytes in flight may delay a read of one block by the time that it takes alone, plus this."""
+"""Bytes in flight may delay a read of one block by the time the read takes alone, plus this."""
 MARGIN = 1.25
 """The window covers this many times the shortest latency, because most pieces take longer."""
 INTERVAL_PIECES, RAISED_PIECES = 8, 4
-"""Fewest pieces in one measurement of the rate; and while raising, since that delays reads."""
+"""The fewest pieces in one measurement of the rate, and the fewest while the window is being
+raised: fewer then, because a raised window delays reads."""
 RATES = 4
-"""The rate is the largest of this many measurements."""
+"""The rate is the highest of this many latest measurements."""
 HELPS, ENOUGH = 1.15, 0.8
-"""Where latencies vary, the shortest is too short. So the window is made larger while the rate is
-below ENOUGH of what the search has found, and rises by HELPS."""
+"""Where latencies vary, a window for the shortest one is too small. So while the rate is below
+ENOUGH times the best rate that the search found, the window is enlarged, as long as each
+enlargement raises the rate by the factor HELPS."""
 MORE_BYTES_MAX = 8 << 20
-"""It is not made larger than this for that reason: noise must not delay reads without bound."""
+"""The window is not enlarged beyond this for that reason, so that noise delays no read without
+bound."""
 FASTER = 1.1
 """The window is raised further only if the last raise made the disk faster by this factor."""
 PERIOD_S, PERIOD_PIECES = 30.0, 2000
-"""Least time and pieces between two searches; a latency counts for two such periods at most."""
+"""The least time and pieces between two searches; a latency counts for at most two periods."""
 FIRST_PIECES = 2
-"""Pieces in flight before anything has been measured."""
+"""Pieces allowed in flight before anything has been measured."""
 
 
 class _State(Enum):
@@ -50,12 +54,12 @@ class Pace:
     """The window of one direction of a disk.
 
     Attributes:
-        bytes_max: how much may be in flight; one piece is always allowed.
+        bytes_max: the most bytes that may be in flight; one piece is always allowed.
         piece_bytes_max: the largest submission, except that one block is always allowed.
     """
 
     def __init__(self, bytes_most: int, piece_bytes_most: int, block_bytes: int) -> None:
-        """Begin with a few pieces in flight.
+        """Start with a window of a few pieces.
 
         Args:
             bytes_most: bound on `bytes_max`.
@@ -76,18 +80,18 @@ class Pace:
         self._more_bytes = self._tried_bytes = 0
         self._intervals = 0
         self._tried_from = 0.0
-        """The rate before more was tried; 0 when nothing is being tried."""
+        """The rate before the window was enlarged on trial; 0 while there is no trial."""
         self._interval_begin_s: float | None = None
         self._interval_bytes = self._interval_pieces = 0
 
     @property
     def rate(self) -> float:
-        """Return the bytes a second that the disk was last seen to do; 0 when that is unknown."""
+        """Return the disk's measured rate in bytes per second; 0 if it is unknown."""
         return max(self._rates, default=0.0)
 
     @property
     def _able_rate(self) -> float:
-        """Return the bytes a second that the disk is taken to be able to do."""
+        """Return the rate that the disk is assumed to be capable of, in bytes per second."""
         return max(self.rate, self._best_rate)
 
     @property
@@ -99,7 +103,7 @@ class Pace:
         self._interval_bytes += nbytes
 
     def ended(self, nbytes: int, begin_s: float, now_s: float) -> None:
-        """Take the end of a piece: its size, and when it was submitted and reaped."""
+        """Record the end of a piece: its size, and when it was submitted and reaped."""
         self._interval_pieces += 1
         self._pieces += 1
         if begin_s < self._raised_s:  # it was submitted before the raise
@@ -111,11 +115,11 @@ class Pace:
             self._be(_State.STEADY, now_s)
 
     def turned(self, now_s: float, is_full: bool) -> None:
-        """Take the end of an actor's turn.
+        """Measure the rate at the end of an actor's turn, and adapt the window.
 
         Args:
             now_s: the time.
-            is_full: whether more was waiting than the window allows; otherwise the rate says
+            is_full: whether more was queued than the window allows; otherwise the rate says
                 nothing about the disk.
         """
         if not is_full:
@@ -159,7 +163,7 @@ class Pace:
             self._follow()
 
     def _adapt(self) -> None:
-        """Give the disk more while it does less than it could, as far as that helps."""
+        """Enlarge the window while the disk is slower than it was, as long as that helps."""
         rate = self.rate
         if self._tried_from and rate < HELPS * self._tried_from:
             self._more_bytes -= self._tried_bytes
@@ -174,7 +178,7 @@ class Pace:
         self._tried_from = 0.0
 
     def _raise(self, rate: float, now_s: float) -> None:
-        """Try a window of twice the size."""
+        """Double the window, to find out whether the disk gets faster."""
         self._raised_from_rate, self._raised_s, self._is_doubted = rate, now_s, False
         self.bytes_max = min(self._bytes_most, 2 * self.bytes_max)
 
@@ -184,13 +188,13 @@ class Pace:
         self._follow()
 
     def _latency_s(self, piece: tuple[float, int]) -> float:
-        """Return how much longer a piece took than its bytes take at the disk's rate."""
+        """Return by how many seconds a piece took longer than its bytes take at the disk's rate."""
         seconds, nbytes = piece
         rate = self._able_rate
         return max(0.0, seconds - nbytes / rate) if rate else seconds
 
     def _follow(self) -> None:
-        """Set the window by what was measured."""
+        """Set the window from the measured rate and latency."""
         if self._state is _State.DRAINING:
             self.bytes_max = 0
             return
@@ -199,7 +203,7 @@ class Pace:
         piece_bytes = self._piece_bytes
         latency_s = min(map(self._latency_s, (self._quickest, self._quickest_before)))
         needed = rate * (MARGIN * latency_s + PIECE_S) + piece_bytes
-        # What comes waits for one piece to end, and then for all that is in flight.
+        # A new read waits for one piece to end, and then for everything in flight.
         allowed = rate * (2 * latency_s + DELAY_S) + 2 * self._block_bytes - piece_bytes
         whole = math.ceil(needed / piece_bytes) * piece_bytes
         least = whole if whole <= allowed else whole - piece_bytes

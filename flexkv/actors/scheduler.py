@@ -1,8 +1,8 @@
 """The scheduler: the only writer of the index and of runs.
 
 Everything here is synchronous, on the loop's thread, between awaits: a request is planned and
-launched in one step, and a batch of op ends from an actor is taken in one step. Waiters only ever
-see what the core has already settled: results live in the flight before its future is resolved.
+launched in one step, and a batch of ended ops from an actor is handled in one step. Waiters see
+only what the core has settled: a result is in the flight before its future is resolved.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from flexkv.observe.observer import Observer
 log = get_logger(__name__)
 
 _BEHIND = Request(Operation.PREFETCH, -1, 0, 1, Span(0, 0, 0, 0), bytes(BLOCK_KEY_BYTES))
-"""Stands for the writing of owed blocks, which no caller has asked for."""
+"""The request of runs that write owed blocks, which no caller has asked for."""
 _BEGUN = (OpState.IN_FLIGHT, OpState.DRAINING, OpState.OVERDUE)
 
 
@@ -70,16 +70,16 @@ class PersistenceHooks(Protocol):
     """Records what a tier holds, so that a later run knows."""
 
     def stored(self, block_ids: BlockIds) -> None:
-        """Take blocks that became READY, unless they were forgotten meanwhile."""
+        """Record blocks that became READY, unless they were forgotten meanwhile."""
         ...
 
     def erased(self, block_ids: BlockIds) -> None:
-        """Take blocks that shall not come back."""
+        """Record blocks that a later run must not restore."""
         ...
 
 
 class Scheduler:
-    """Plans requests, runs their state machines, and gives their ops to the actors."""
+    """Plans requests, runs their state machines, and posts their ops to the actors."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Scheduler:
         """Called with each flight whose device does not answer."""
         self._stuck: set[int] = set()
         self._fed: set[Flight] = set()
-        """Puts that wait for layers to be written: who asks meanwhile shall not wait for them."""
+        """Puts that wait for layers to be written; no other request may wait for their blocks."""
         self._flights: dict[int, Flight] = {}
         self._joiners: dict[int, list[_Joiner]] = {}
         self._events: deque[tuple[Flight, Event]] = deque()
@@ -117,13 +117,13 @@ class Scheduler:
 
     @property
     def flights(self) -> int:
-        """Count the runs that are not over, write-behind included."""
+        """Return the number of runs that are not over, write-behind included."""
         return len(self._flights)
 
     # -- in -------------------------------------------------------------------------------------
 
     def begin(self, request: Request, arrived_ns: int | None = None) -> Flight:
-        """Plan a request and launch it; the flight may have its response already."""
+        """Plan and launch a request; the returned flight may have its response already."""
         begin_ns = self._observer.now_ns()
         if self._residency.timed:
             self._residency.tick(begin_ns // 1_000_000_000)
@@ -154,7 +154,7 @@ class Scheduler:
                     hooks.erased(fill.ids[tier])
 
     def write_behind(self, taken: Taken) -> None:
-        """Begin to write owed blocks to their tier."""
+        """Start to write owed blocks to their tier."""
         run_id = self._next_run
         self._next_run += 1
         plan = self._planner.plan_behind(taken, run_id)
@@ -169,7 +169,7 @@ class Scheduler:
         self._take(flight, Launch())
 
     def look_out(self) -> None:
-        """Tell the planner what to do without: tiers that are down, ops that hang."""
+        """Set what plans must avoid: tiers that are down, and ops that hang or wait for layers."""
         avoid = None
         if not self.watch.all_up or self._stuck or self._fed:
             waiting = {op_id for flight in self._fed for op_id in flight.unfed_op_ids()}
@@ -177,7 +177,7 @@ class Scheduler:
         self._planner.avoid = avoid
 
     def _give_up(self, tier: Tier) -> None:
-        """Answer whoever waits for ops of a tier that hangs. Hardware keeps their buffers."""
+        """Give up the ops of a tier that hangs, so that nobody waits. Hardware keeps buffers."""
         if tier is Tier.DEVICE:
             self.strand(None, "the device does not end it in time")
             return
@@ -205,12 +205,12 @@ class Scheduler:
     def strand(self, group: int | None, why: str) -> None:
         """Stop waiting for the device transfers of a group whose devices do not answer.
 
-        Without a group, this is done for all. They then keep their places in admission, since
-        there is no other device for which others could use them.
+        If the group is None, this is done for all. Their requests then keep their places in
+        admission, since there is no other device for which others could use the places.
 
-        A device may go on with a transfer at any time. So the blocks stay claimed, and the caller
-        waits, until the port says that the transfer has ended. Flushes, admission, and requests
-        that only wait for the blocks do not wait for that.
+        A device may resume a transfer at any time. So the blocks stay claimed, and the caller
+        waits, until the port reports the end of the transfer. Flushes, admission, and other
+        requests for the same blocks do not wait for that.
         """
         for flight in list(self._flights.values()):
             if group is not None and flight.group != group:
@@ -254,7 +254,7 @@ class Scheduler:
                 self._take(flight, Cancel())
 
     def report(self, ends: Iterable[Completion]) -> None:
-        """Take the ends of ops from an actor."""
+        """Handle a batch of ended ops from an actor."""
         for op_id, error in ends:
             run_id, op = divmod(op_id, OPS_MAX)
             flight = self._flights[run_id]
@@ -276,7 +276,7 @@ class Scheduler:
         self._work()
 
     def _unwritten(self, flight: Flight, op: OpSpec, error: TransferError) -> None:
-        """Owe again what could not be written to a lower tier."""
+        """Owe blocks again that could not be written to a lower tier."""
         if self.behind is None or op.route is None:
             return
         begin, end = flight.plan.bounds(op)
@@ -310,13 +310,13 @@ class Scheduler:
         self._work()
 
     def _distrust(self, flight: Flight, op: OpSpec, error: TransferError) -> None:
-        """Forget blocks of a lower tier that could not be read: a put brings them anew."""
+        """Forget blocks of a lower tier that could not be read; a put can store them again."""
         if op.route is None or op.route.source <= Tier.HOST:
             return
         if isinstance(error, CorruptBlockError):
             self.drop_corrupt(op.route.source, error, flight.request.request_id)
             return
-        # What could not be read may be readable in the next life: the journal keeps it.
+        # The journal keeps blocks that could not be read: a later run may be able to read them.
         begin, end = flight.plan.bounds(op)
         source = op.route.source
         self._residency.forget(source, flight.plan.fills[op.leg].ids[source][begin:end])
@@ -329,7 +329,7 @@ class Scheduler:
             await waiter
 
     def hold(self, holdings: Iterable[Holding]) -> tuple[int, ...]:
-        """Keep blocks from eviction until `release` gets the ids that this returns."""
+        """Keep blocks from eviction until `release` is called with the returned ids."""
         run_id = self._next_run
         self._next_run += 1
         op_ids = []
@@ -339,7 +339,7 @@ class Scheduler:
         return tuple(op_ids)
 
     def release(self, op_ids: Iterable[int]) -> None:
-        """End a hold."""
+        """Release blocks that `hold` keeps from eviction."""
         for op_id in op_ids:
             self._residency.claims.settle(op_id, filled=False)
 
@@ -349,14 +349,14 @@ class Scheduler:
         return self._failed
 
     def fail(self, failure: FlexKVError) -> None:
-        """The engine failed, or is gone: nobody will be answered otherwise."""
+        """Fail every flight, since an engine that failed or is gone cannot answer otherwise."""
         self._failed = failure
         for flight in self._flights.values():
             flight.fail(failure)
         wake(self._idle)
 
     def under_way(self) -> list[Flight]:
-        """Give the puts under way: what a flush has to wait for."""
+        """Return the puts under way, for which a flush has to wait."""
         flights = self._flights.values()
         return [flight for flight in flights if flight.request.operation is Operation.PUT]
 
@@ -367,9 +367,9 @@ class Scheduler:
         self._work()
 
     def _work(self) -> None:
-        """Take events until there are none.
+        """Handle events until none is left.
 
-        Carrying out a command may add some, and never comes back here: actors and timers report
+        Carrying out a command may add events, but never calls this again: actors and timers report
         in a later step of the loop.
         """
         while self._events:
@@ -432,17 +432,17 @@ class Scheduler:
             self._events.append((flight, _news(op, False)))
             return
         op_id = flight.plan.op_id(spec)
-        if not spec.keeps or op_id not in self._joiners:  # else somebody waits for its bytes
+        if not spec.keeps or op_id not in self._joiners:  # else another request waits
             self._actors[spec.route.outer].recall(op_id)
 
     def _join(self, flight: Flight, spec: OpSpec) -> None:
-        """Let a barrier wait for the op that fills its blocks; planning saw that op live."""
+        """Make a barrier wait for the op that fills its blocks, which was live at planning."""
         filler = flight.plan.fills[spec.leg].fillers[spec.chunk]
         self._joiners.setdefault(filler, []).append(_Joiner(flight, spec.index))
 
     def _answer(self, flight: Flight) -> None:
         flight.answer(response_of(flight.request, flight.planned, flight.run))
-        if flight.taken is None and not flight.waited_in_vain:  # it may be tried again
+        if flight.taken is None and not flight.waited_in_vain:  # else it may be planned again
             self.tell(flight)
 
     def tell(self, flight: Flight) -> None:
@@ -470,7 +470,7 @@ class Scheduler:
 
 
 def _news(op: int, filled: bool) -> Event:
-    """Tell a barrier how the op that it waits for ended."""
+    """Return the event that tells a barrier how the op for which it waits has ended."""
     if filled:
         return Done(op)
     return Failed(op, UnfilledError(op, "wait", 0, "the blocks it waits for were not filled"))

@@ -14,16 +14,16 @@ from flexkv.observe.logs import get_logger
 log = get_logger(__name__)
 
 LOOKS_A_DEADLINE = 4
-"""How often within a deadline it is looked whether it has passed."""
+"""How many times per deadline the oldest I/O is checked."""
 
 
 class TierHealth:
     """The breakers of every lower tier, fed with the ends of ops.
 
     Attributes:
-        all_up: whether nothing has to be avoided.
-        watches_device: whether device transfers have the deadline, too. Devices of other processes
-        have deadlines of their own, one for each process.
+        all_up: whether every direction of every tier is up, so that nothing has to be avoided.
+        watches_device: whether the deadline applies to device transfers, too. Devices of other
+            processes have deadlines of their own, one for each process.
     """
 
     def __init__(
@@ -33,9 +33,13 @@ class TierHealth:
         overdue: Callable[[Tier], None],
         tell: Callable[..., None],
     ) -> None:
-        """Take the actors; a look tells `overdue` of the tiers whose I/O is past its deadline.
+        """Take the actors to check.
 
-        `tell` gets what changes: its kind, the tier, and detail in words.
+        Args:
+            actors: by tier.
+            deadline_s: how long an I/O may take.
+            overdue: called at each check with every tier that has I/O past its deadline.
+            tell: called with an event's kind, tier and detail when the state of a tier changes.
         """
         self._tell = tell
         self.all_up, self.watches_device = True, False
@@ -48,7 +52,7 @@ class TierHealth:
         self._closed = False
 
     def breaker(self, tier: Tier, inbound: bool) -> Breaker:
-        """Give the breaker of one direction of a tier."""
+        """Return the breaker of one direction of a tier."""
         return self._breakers.setdefault((tier, inbound), Breaker())
 
     def lose(self, tier: Tier, why: str) -> None:
@@ -59,7 +63,7 @@ class TierHealth:
         self.all_up = False
 
     def begun(self, route: Route) -> None:
-        """An op went to a lower tier: look whether it ends."""
+        """Record that an op went to a lower tier, and start to check whether it ends."""
         self.arm()
         if not self.all_up:
             now_s = asyncio.get_running_loop().time()
@@ -76,7 +80,7 @@ class TierHealth:
         self._timer = None
         late_s = asyncio.get_running_loop().time() - self._due_s
         if late_s > self._deadline_s / LOOKS_A_DEADLINE:
-            self.arm()  # the loop was held: what has ended has not been reaped
+            self.arm()  # the loop was blocked: I/O that ended has not been reaped yet
             return
         lower = [actor for actor in self._actors.values() if actor.tier > Tier.HOST]
         for actor in lower:
@@ -99,7 +103,7 @@ class TierHealth:
         self._overdue(actor.tier)
 
     def _came_back(self, actor: TransferActor) -> None:
-        """Nothing in flight is late any more: what hung may be tried."""
+        """Put a tier that hung on trial, since nothing in flight is late any more."""
         if self.all_up:
             return
         now_s = asyncio.get_running_loop().time()
@@ -109,7 +113,7 @@ class TierHealth:
                 log.info("tier_on_trial", tier=actor.name, reads=inbound)
 
     def ended(self, route: Route, error: TransferError | None) -> None:
-        """Take the end of an op of a lower tier."""
+        """Record the end of an op of a lower tier."""
         tier = route.outer
         if not self.all_up and self._actors[tier].oldest_s() <= self._deadline_s:
             self._came_back(self._actors[tier])
@@ -129,7 +133,7 @@ class TierHealth:
             log.info("tier_up", tier=tier.label, reads=route.inbound)
 
     def unusable(self) -> tuple[frozenset[Tier], frozenset[Tier]]:
-        """Give the tiers that may not be read now, and those that may not be written."""
+        """Return the tiers that must not be read now, and those that must not be written."""
         now_s = asyncio.get_running_loop().time()
         down = [key for key, breaker in self._breakers.items() if not breaker.usable(now_s)]
         return (
@@ -138,7 +142,7 @@ class TierHealth:
         )
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop checking."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()

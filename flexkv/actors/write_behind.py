@@ -1,11 +1,11 @@
-"""Writes to the lower tiers what host memory owes them, in the background.
+"""Writes to lower tiers, in the background, the blocks of host memory that they are owed.
 
-    put ──plan──▶ written behind it at once, as much as may wait for the tier
-            └───▶ owed: kept in host memory ──turn──▶ written when there is room
-                                           └─too long─▶ may be evicted first: given up, and counted
+    put ──plan──▶ queued for the tier at once, up to `write_behind_max_gb`
+            └───▶ owed: kept in host memory ──in turn──▶ written when there is room
+                                            └─too long─▶ may be evicted unwritten: given up
 
 A put that finds host memory full of owed blocks waits for room. The puts of one burst may wait for
-`write_behind_wait_s` in all. A tier that is down is owed blocks, too, but none are kept for it.
+`write_behind_wait_s` in all. A tier that is down is owed blocks, too, but none of them are kept.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from flexkv.observe.logs import get_logger
 log = get_logger(__name__)
 
 ATTEMPTS_MAX = 5
-"""How often writing a block may fail before it is given up."""
+"""A block is given up once its write has failed this many times."""
 UNTOLD_MAX = 100
-"""How many failures are kept for the next flush: the first ones."""
+"""The most failures that are kept for the next flush to report; later ones are not kept."""
 RETRY_S = 1.0
-"""Time between two checks whether a tier that is down is due for a trial."""
+"""Time between two checks of whether a tier that is down is due for a trial."""
 LOAD_WAIT_S = 0.1
-"""How long a load waits at most for room that is taken by owed blocks."""
+"""The longest that a load waits for room that owed blocks take."""
 SCAN_BLOCKS = 1 << 16
-"""How many host places are searched in one go for blocks that a lower tier lacks."""
+"""Host places that are searched in one step for blocks that a lower tier lacks."""
 
 
 class BehindLimits(NamedTuple):
-    """What bounds the writing of owed blocks."""
+    """The bounds on writing owed blocks."""
 
     batch_blocks: int
-    """Blocks of one transfer."""
+    """The most blocks in one transfer."""
     in_flight_blocks: int
-    """Blocks that may be with the tier at once: enough to keep it busy."""
+    """Blocks that may be on their way to a tier at once: enough to keep it busy."""
     kept_blocks_max: int
-    """Host blocks that may be kept from eviction until they are written."""
+    """The most host blocks that may be kept from eviction until they are written."""
     burst_wait_s: float
     """How long the puts of a burst may wait, in all, for room in host memory."""
 
@@ -58,20 +58,20 @@ class BehindCounts(msgspec.Struct, frozen=True):
     """What one lower tier is owed, in blocks."""
 
     owed_blocks: int
-    """In host memory, and waiting to be written; not those in `writing_blocks`."""
+    """Blocks in host memory that wait to be written, without those in `writing_blocks`."""
     kept_blocks: int
-    """Those of the owed blocks that are kept from eviction until they are written."""
+    """The owed blocks that are kept from eviction until they are written."""
     writing_blocks: int
-    """Being written, including those that puts queued at once."""
+    """Blocks being written, including those that puts queued at once."""
     given_up_blocks: dict[str, int]
-    """Never written, by the reason."""
+    """Blocks that were never written, by reason."""
 
 
 class WriteBehind:
     """The blocks that each lower tier is owed, and their writing.
 
     Attributes:
-        waiting_requests: how many wait for room in host memory.
+        waiting_requests: the number of requests that wait for room in host memory.
         is_active: whether `pump` has anything to do.
         coming_blocks: blocks on their way to host memory, to be owed once they are there.
     """
@@ -89,10 +89,10 @@ class WriteBehind:
 
         Args:
             residency: where blocks are.
-            planner: is told which tiers are owed blocks.
-            watch: says which tiers may be written to.
-            limits: what bounds the work.
-            begin: starts a transfer of blocks that were taken.
+            planner: learns which tiers are owed blocks.
+            watch: knows which tiers may be written to.
+            limits: the bounds on the work.
+            begin: starts the transfer of a batch of owed blocks.
             tell: called with an event's kind, tier and detail when blocks are given up.
         """
         self.waiting_requests, self.is_active, self.coming_blocks = 0, False, 0
@@ -102,7 +102,7 @@ class WriteBehind:
         self._queues = {tier: OwedBlocks(residency, tier, limits.batch_blocks) for tier in lower}
         self._in_flight = dict.fromkeys(lower, 0)
         self._told = dict.fromkeys(lower, 0)
-        self._host_places = residency.counts(Tier.HOST).capacity  # resizing takes none away
+        self._host_places = residency.counts(Tier.HOST).capacity  # resizing does not change it
         self._failures: dict[Tier, TransferError] = {}
         self._failures_untold: list[TransferError] = []
         self._burst_until_s: float | None = None
@@ -120,11 +120,11 @@ class WriteBehind:
     def failed(
         self, tier: Tier, host_ids: BlockIds, taken: Taken | None, error: TransferError
     ) -> None:
-        """Owe blocks again that could not be written.
+        """Owe blocks again whose write failed, or give them up after `ATTEMPTS_MAX` attempts.
 
         Args:
-            tier: to which they were being written.
-            host_ids: where they are.
+            tier: the tier to which they were being written.
+            host_ids: their places in host memory.
             taken: the batch, if the blocks were owed before.
             error: the reason. A recalled transfer does not count as an attempt.
         """
@@ -152,12 +152,12 @@ class WriteBehind:
         self.is_active = True
 
     def about_to_clear(self) -> None:
-        """Count blocks that were evicted before a clear as given up; cleared ones are not."""
+        """Count blocks evicted so far as given up; those that the clear removes do not count."""
         for queue in self._queues.values():
             queue.drop_gone(EVICTED)
 
     def planned(self, planned: Planned) -> None:
-        """Take the plan of a put: owe what it leaves unwritten, count what tiers have refused."""
+        """Owe what the plan of a put leaves unwritten, and count what tiers have refused."""
         for fill in planned.plan.fills:
             if fill.owed_to:
                 self.coming_blocks += fill.positions.block_count
@@ -168,7 +168,7 @@ class WriteBehind:
             self.owe(owed.tier, owed.host_ids)
 
     def cleared(self, tier: Tier | None) -> None:
-        """Forget what is owed of a cleared tier; None stands for a namespace or everything."""
+        """Forget owed blocks after a clear of `tier`; None stands for a namespace or everything."""
         for lower, queue in self._queues.items():
             if tier is lower:
                 queue.clear()
@@ -179,7 +179,7 @@ class WriteBehind:
     # -- writing --------------------------------------------------------------------------------
 
     def pump(self) -> None:
-        """Begin to write what is owed, as far as there is room, and wake those who wait."""
+        """Start to write owed blocks, as far as there is room, and wake all waiters."""
         if self._is_pumping or self._is_closed:
             return
         self._is_pumping = True
@@ -207,7 +207,7 @@ class WriteBehind:
                 self._retry_later()
                 return
             if self._residency.counts(tier).reserved >= self._limits.kept_blocks_max > 0:
-                return  # blocks being written free no room, so writes queued by puts are enough
+                return  # what puts have queued is enough: blocks free no room until written
             before = queue.blocks
             taken = queue.take()
             if taken is not None:
@@ -215,11 +215,11 @@ class WriteBehind:
                 self._begin(taken)
             elif queue.blocks == before:
                 if self._in_flight[tier] or self._residency.counts(tier).reserved:
-                    return  # there may be room when they are over
+                    return  # there may be room once these writes are over
                 queue.give_up_next(NO_PLACE)
 
     def ended(self, taken: Taken) -> None:
-        """Note that a transfer of owed blocks is over, successful or not."""
+        """Record that a transfer of owed blocks is over, successful or not."""
         self._in_flight[taken.tier] -= len(taken.host_ids)
         self._queues[taken.tier].ended(taken)
 
@@ -250,14 +250,14 @@ class WriteBehind:
     # -- waiting --------------------------------------------------------------------------------
 
     def lacks(self, request: Request) -> bool:
-        """Return whether host memory has no room for a request beside owed blocks."""
+        """Return whether owed blocks leave too little room in host memory for a request."""
         return self._missing_room(request) > 0
 
     async def make_room(self, request: Request) -> None:
-        """Return when host memory has room for a request beside owed blocks, or after a while.
+        """Wait until owed blocks leave room in host memory for a request, or until time is up.
 
-        A put waits as long as its burst may; a load has priority, and waits for a moment only.
-        After that, as many owed blocks as the request needs may be evicted unwritten.
+        A put waits for as long as its burst may. A load has priority, and waits `LOAD_WAIT_S` at
+        most. After that, as many owed blocks as the request needs may be evicted unwritten.
         """
         loop = asyncio.get_running_loop()
         until_s = loop.time() + min(LOAD_WAIT_S, self._limits.burst_wait_s)
@@ -291,9 +291,9 @@ class WriteBehind:
         if self._is_closed or not (pending := self._pending):
             return 0
         host = self._residency.counts(Tier.HOST)
-        room = host.capacity - host.pinned - host.reserved  # what drains is pinned
+        room = host.capacity - host.pinned - host.reserved  # DRAINING blocks are pinned
         is_put = request.operation is Operation.PUT
-        if is_put:  # its blocks are to be kept, too
+        if is_put:  # its own blocks will be kept, too
             room = min(room, self._limits.kept_blocks_max - pending)
         first, last = request.span.first_block, request.span.last_block
         if last - first <= max(0, room):
@@ -322,7 +322,11 @@ class WriteBehind:
             blocks -= kept - queue.kept_blocks
 
     async def drain(self) -> TransferError | None:
-        """Return None once what is owed by now is written or given up; else why it cannot be."""
+        """Wait until everything owed by now is written or given up.
+
+        Returns:
+            None, or the error because of which a tier cannot be written to.
+        """
         epochs = {tier: queue.next_epoch() for tier, queue in self._queues.items()}
         self.pump()
         for tier, queue in self._queues.items():
@@ -335,9 +339,9 @@ class WriteBehind:
         return None
 
     async def owe_all(self) -> None:
-        """Owe again what host memory holds and lower tiers lack, as far as they have free places.
+        """Owe to lower tiers the blocks of host memory that they lack and have free places for.
 
-        These are blocks that the tiers have evicted or refused, or that could not be written.
+        The tiers have evicted or refused these blocks, or writing them failed.
         """
         for tier, queue in self._queues.items():
             free = self._residency.counts(tier).free
@@ -349,7 +353,7 @@ class WriteBehind:
                 await asyncio.sleep(0)
 
     async def left_blocks(self) -> dict[str, int]:
-        """Return how many blocks of host memory each tier lacks and is not owed, by its name."""
+        """Return, by tier name, how many blocks of host memory a tier lacks and is not owed."""
         left = {}
         for tier, queue in self._queues.items():
             blocks = 0
@@ -364,7 +368,7 @@ class WriteBehind:
     # -- the end --------------------------------------------------------------------------------
 
     def take_failures(self) -> list[TransferError]:
-        """Return the failures for which blocks were given up since the last call."""
+        """Return the errors because of which blocks were given up since the last call."""
         failures, self._failures_untold = self._failures_untold, []
         return failures
 
@@ -376,7 +380,7 @@ class WriteBehind:
         return BehindCounts(queue.blocks, queue.kept_blocks, writing, given_up)
 
     def abandon(self) -> None:
-        """Begin nothing more, and let nobody wait: the engine has failed, or is about to close."""
+        """Stop writing, and wake all waiters: the engine has failed, or is about to close."""
         self._is_closed = True
         if self._retry is not None:
             self._retry.cancel()

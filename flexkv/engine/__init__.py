@@ -1,1 +1,1 @@
-"""One engine: its composition, its life, and its requests."""
+"""One engine: its composition, its life cycle, and its requests."""

@@ -1,9 +1,9 @@
-"""Admission: how many requests may be under way, and who waits in which order.
+"""Admission: bounds the requests under way, and decides which waiting request is next.
 
 Requests belong to groups: a server's instances, or the one group of a library's caller. Each group
 has a queue of its own, first come first served, and a free place goes to the groups in turns. A
-group that uses less than its share is admitted even if others have taken every place, so that
-nobody waits behind an instance that hangs. A group can be turned away as a whole.
+group that uses less than its share is admitted even if others have taken every place, so that no
+group waits behind an instance that hangs. A group can be turned away as a whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flexkv.common.errors import ClosedError, FlexKVError
 SHARES = 16
 """A group's share is the bound divided by this, and at least one place."""
 GROUPS_MAX = 256
-"""How many groups the bounds of the mailboxes allow for; more are served, too."""
+"""The number of groups for which the mailboxes have room; more groups are served, too."""
 
 
 class Admission:
@@ -86,7 +86,7 @@ class Admission:
             raise
 
     def leave(self, group: int = 0) -> None:
-        """Give the place to the next waiter."""
+        """Give up a place, and admit the next waiter."""
         self._inside -= 1
         if self._inside_of[group] == 1:
             del self._inside_of[group]
@@ -106,7 +106,7 @@ class Admission:
                 waiter.set_exception(reason)
 
     def close(self) -> None:
-        """Admit nobody any more; waiters get a ClosedError."""
+        """Stop admitting; all waiters get a ClosedError."""
         self._closed = True
         for group in list(self._queues):
             self.turn_away(group, ClosedError("the engine is shut down"))

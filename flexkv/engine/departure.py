@@ -1,6 +1,6 @@
-"""How an engine is released when its loop cannot close it: at once, and from any thread.
+"""Releases an engine that its loop cannot close: at once, and from any thread.
 
-This happens when the loop is closed, or does not run, or when closing was interrupted; and in a
+This is needed when the loop is closed or does not run, when closing was interrupted, and in a
 forked child, which has a copy of an engine that it must not touch.
 """
 
@@ -19,7 +19,7 @@ RELEASE_S = 10.0
 
 
 class Departure:
-    """Answers everybody who waits for an engine, and releases what it has taken."""
+    """Answers everyone who waits for an engine, and releases what it has acquired."""
 
     def __init__(
         self,
@@ -32,8 +32,8 @@ class Departure:
 
         Args:
             fail: answers every request under way.
-            close: what else admits or answers requests.
-            cancel: ends the engine's tasks, some time soon.
+            close: closes each other part that admits or answers requests.
+            cancel: requests that the engine's tasks be cancelled.
             resources: memory, files and ports.
         """
         self._fail, self._steps, self._cancel = fail, tuple(close), cancel
@@ -43,11 +43,11 @@ class Departure:
         forks.on_fork(self._let_go_in_child)
 
     def note_closed(self) -> None:
-        """Note that the engine was closed as it should be: there is nothing left to do."""
+        """Record that the engine was closed normally: there is nothing left to do."""
         self._is_over = True
 
     def abandon(self) -> bool:
-        """Let go of everything; return whether there was anything left to let go of."""
+        """Release everything; return whether there was anything left to release."""
         if self._is_over:
             return False
         self._is_over = True
@@ -57,7 +57,7 @@ class Departure:
         releasing = threading.Thread(target=self._release, name="flexkv-release", daemon=True)
         try:
             releasing.start()
-        except RuntimeError:  # the interpreter exits
+        except RuntimeError:  # the interpreter is exiting
             self._release()
         else:
             releasing.join(RELEASE_S)
@@ -68,7 +68,7 @@ class Departure:
             self._resources.close()
 
     def _dismiss(self, reason: FlexKVError) -> None:
-        """Admit nobody, and answer everybody, on whatever is left of the loop."""
+        """Stop admission and answer all waiters, as far as the loop still works."""
         for step in self._steps:
             with suppress(RuntimeError, FlexKVError):
                 step()

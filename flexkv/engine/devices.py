@@ -1,4 +1,4 @@
-"""The devices of one engine: one for each TP rank, which take part in requests once all are there.
+"""The devices of one engine, one for each TP rank; requests use them once all are registered.
 
 register ──▶ awake ──suspend──▶ asleep ──resume──▶ awake
                └── a port fails ──▶ down, until the engine is closed
@@ -29,18 +29,18 @@ log = get_logger(__name__)
 
 
 class Use:
-    """Counts who uses the devices; they are not suspended before nobody does. A context manager."""
+    """Counts the users of the devices; suspension waits until it is zero. A context manager."""
 
     def __init__(self) -> None:
         self.count = 0
         self._over = asyncio.Event()
 
     def enter(self) -> None:
-        """Use the devices; `leave` must follow."""
+        """Count one more user; `leave` must follow."""
         self.count += 1
 
     def leave(self) -> None:
-        """Use them no more."""
+        """Count one user less."""
         self.count -= 1
         if not self.count:
             self._over.set()
@@ -51,7 +51,7 @@ class Use:
         self.leave()
 
     async def wait_over(self) -> None:
-        """Return once nobody uses them."""
+        """Return once nobody uses the devices."""
         while self.count:
             self._over.clear()
             await self._over.wait()
@@ -61,13 +61,16 @@ class Devices:
     """Every registered device, by rank.
 
     Attributes:
-        use: who uses them.
-        num_blocks: that every device has.
-        streams: the ports that are GPUs': their copies have to wait for the caller's streams.
+        use: the count of requests that use them.
+        num_blocks: the number of blocks that every device has.
+        streams: the ports to GPUs, whose copies have to wait for the caller's streams.
     """
 
     def __init__(self, tp_size: int, deadline_s: float, backend: Backend, undo: ExitStack) -> None:
-        """Take what opens devices, and how long one is waited for; `undo` gets what closes them."""
+        """Take what opens devices; `undo` gets what closes them.
+
+        `deadline_s` is how long `suspend` waits for the requests under way.
+        """
         self._deadline_s = deadline_s
         self._tp_size, self._backend, self._undo = tp_size, backend, undo
         self._by_rank: dict[int, Device] = {}
@@ -82,13 +85,13 @@ class Devices:
 
     @property
     def kind(self) -> str:
-        """Give what kind of device they are: "cpu", "cuda" or "agents"; of several the slower."""
+        """Return the devices' kind: "cpu", "cuda" or "agents"; if they differ, the slowest one."""
         kinds = {device.place[0] for device in self._by_rank.values()}
         return next(kind for kind in ("agents", "cpu", "cuda") if kind in kinds)
 
     @property
     def missing(self) -> FlexKVError | None:
-        """Tell why no bytes can be moved to or from the devices; None when they can."""
+        """Return why no bytes can be moved to or from the devices; None if they can."""
         if self._is_ready and not self.streams:
             return None
         if self._failure is not None:
@@ -104,11 +107,11 @@ class Devices:
         return None
 
     def register(self, kv_caches: Any, layout: str | None, tp_rank: int) -> TransferPort | None:
-        """Take a rank's KV caches; gives the port over all devices when it is the last one.
+        """Register a rank's KV caches; with the last rank's, return the port over all devices.
 
         Raises:
             ConfigError: the tensors do not fit the model, or the rank has been registered.
-            BackendUnavailableError: no adapter for such a device.
+            BackendUnavailableError: there is no adapter for such a device.
             DeviceError: the device refused.
         """
         self._check_rank(tp_rank)
@@ -134,7 +137,7 @@ class Devices:
         return port
 
     def order_after(self, to_device: bool) -> None:
-        """Let later copies one way wait for what the calling thread's streams have queued by now.
+        """Make later copies in one direction wait for what this thread's streams have queued.
 
         From any thread.
 
@@ -152,17 +155,17 @@ class Devices:
                 raise
 
     def detach(self) -> None:
-        """Touch no streams any more: the ports are about to be closed."""
+        """Stop touching streams, because the ports are about to be closed."""
         with self._lock:
             self.streams.clear()
 
     async def suspend(self) -> None:
-        """Take no more requests, wait for those under way, and let go of all KV caches.
+        """Accept no more requests, wait for those under way, and release all KV caches.
 
         Raises:
-            ClosedError: not all devices are registered, or they sleep.
-            DeadlineError: something did not end in time; the devices go on.
-            DeviceError: a driver refused to free something; all KV caches are let go of.
+            ClosedError: not all devices are registered, or they are suspended already.
+            DeadlineError: requests did not end in time; the devices stay in use.
+            DeviceError: a driver refused to free something; all KV caches are released anyway.
         """
         if missing := self.missing:
             raise missing
@@ -186,10 +189,10 @@ class Devices:
         log.info("device_suspended")
 
     def resume(self, kv_caches: Any, layout: str | None, tp_rank: int) -> None:
-        """Take a rank's KV caches again.
+        """Register a suspended rank's KV caches again.
 
         Raises:
-            ConfigError: the tensors do not fit the model, or the rank does not sleep.
+            ConfigError: the tensors do not fit the model, or the rank is not suspended.
             DeviceError: the device refused.
         """
         self._check_rank(tp_rank)
@@ -203,17 +206,17 @@ class Devices:
         self._look()
 
     def _look(self) -> None:
-        """Note what hangs on which devices there are, and which sleep."""
+        """Update what depends on which devices are registered and which are suspended."""
         self._is_ready = len(self._by_rank) == self._tp_size and not self._asleep
         self.num_blocks = min(device.num_blocks for device in self._by_rank.values())
 
     @property
     def order(self) -> Order:
-        """Give the order of a block's elements in host memory, which all ranks share."""
+        """Return the order of a block's elements in host memory, which all ranks share."""
         return next(iter(self._by_rank.values())).order
 
     def _check_order(self, device: Device) -> None:
-        """Check that a rank's blocks have their bytes in the order of the others'."""
+        """Check that a rank's blocks have the same order of elements as those of other ranks."""
         if self._by_rank and device.order != self.order:
             why = f"must lie as those of the other ranks: {self.order}"
             raise ConfigError("kv_caches", f"blocks of {device.order}", why)

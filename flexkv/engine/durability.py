@@ -1,4 +1,4 @@
-"""Flushing: brings what was put to stable storage, and reports what could not be."""
+"""Flushes blocks to stable storage, and reports those that could not be written."""
 
 from __future__ import annotations
 
@@ -34,13 +34,12 @@ class FlushReport(msgspec.Struct, frozen=True):
     """What a flush left unwritten.
 
     Attributes:
-        lacking_blocks: by the name of a tier, how many blocks host memory holds and the tier lacks:
-            it has no free place for them, or refuses them as worth less than what it has. Blocks
-            that were put while the flush went on may be among them.
-        missing_tiers: by the name of a tier that was asked for and is not there: the reason.
-            Nothing survives there.
-        unused_directories: by the path of a directory of the SSD tier that is not used: the reason.
-            Blocks that were stored there earlier are not there now.
+        lacking_blocks: by tier name, how many blocks of host memory the tier lacks, because it has
+            no free place for them, or refuses them as worth less than what it has. Blocks that
+            were put during the flush may be among them.
+        missing_tiers: by tier name, why a configured tier is not there. Nothing survives there.
+        unused_directories: by path, why a directory of the SSD tier is not used. Blocks that were
+            stored there earlier are not available now.
     """
 
     lacking_blocks: dict[str, int] = {}
@@ -56,7 +55,7 @@ _FROM_DEVICE = str(Route(Tier.DEVICE, Tier.HOST))
 
 
 class Durability:
-    """Makes what an engine holds survive."""
+    """Flushes what an engine holds, so that it survives the engine."""
 
     def __init__(
         self,
@@ -80,7 +79,7 @@ class Durability:
         """Return once everything resident that was put before is on stable storage.
 
         Returns:
-            What is not, because a tier has no place for it, refuses it, or is not there.
+            What is not, because a tier has no place for it, refuses it, or is missing.
 
         Raises:
             TransferError: a block could not be written, or the disk refused to sync; what could be
@@ -100,7 +99,7 @@ class Durability:
         return FlushReport(left, dict(gone.tiers), dict(gone.directories))
 
     async def _write_all(self) -> TransferError | None:
-        """Write what host memory holds and lower tiers lack; return what went wrong."""
+        """Write the blocks of host memory that lower tiers lack; return the error, if any."""
         stuck: DeadlineError | None = None
         for flight in self._scheduler.under_way():
             try:
@@ -119,7 +118,7 @@ class Durability:
         return stuck
 
     async def finish(self, timeout_s: float) -> None:
-        """Flush for a bounded time: the engine is about to be closed."""
+        """Flush for at most `timeout_s`, since the engine is about to be closed."""
         if timeout_s <= 0 or not self._tiers:
             return
         try:
@@ -131,7 +130,7 @@ class Durability:
             log.warning("closed_unflushed", reason=reason, lacking_blocks=left)
 
     async def _synced(self) -> FlexKVError | None:
-        """Sync the disk and the journals, beginning now or later; return what went wrong."""
+        """Wait for a sync that began no earlier than this call; return the error, if any."""
         loop = asyncio.get_running_loop()
         until_s, first = loop.time() + self._sync_timeout_s, self._syncs + 1
         while not self._is_closed:
@@ -149,7 +148,7 @@ class Durability:
         return ClosedError("the engine was closed before the flush was done")
 
     async def _sync(self) -> FlexKVError | None:
-        """Sync once, to the end, even if nobody waits any more: a failure must not go unseen."""
+        """Sync disk and journals to the end, even if nobody waits: a failure must not be missed."""
         failed: FlexKVError | None = None
         try:
             for parts in self._tiers:

@@ -52,7 +52,7 @@ DRAIN_TIMEOUT_S = 60.0
 
 
 class Engine:
-    """KV blocks between device, host memory and SSD, on the loop that opened it."""
+    """Moves KV blocks between device, host memory and SSD, on the loop that opened it."""
 
     def __init__(
         self, model: ModelConfig, cache: CacheConfig, backend: Backend | None = None
@@ -84,11 +84,11 @@ class Engine:
     # -- life -----------------------------------------------------------------------------------
 
     async def open(self, progress: Progress | None = None) -> None:
-        """Take memory and files and start the actors; on failure nothing is left behind.
+        """Acquire memory and files, and start the actors; on failure nothing is left behind.
 
         Raises:
-            ConfigError: memory, directory or disk space is not there.
-            ClosedError: it was open before.
+            ConfigError: memory, a directory or disk space is missing.
+            ClosedError: it was opened before.
 
         Cancellation: ends soon, even while memory is touched; nothing is left behind.
         """
@@ -151,7 +151,7 @@ class Engine:
         layout: str | None = None,
         tp_rank: int = 0,
     ) -> None:
-        """Take a rank's per-layer KV tensors; they stay the caller's and must outlive us.
+        """Register a rank's per-layer KV tensors; the caller owns them, and keeps them alive.
 
         Raises:
             ConfigError: the tensors do not fit the model, or their layout is ambiguous.
@@ -168,7 +168,7 @@ class Engine:
             self._core.start_actor(actor, self._supervisor)
 
     def _take_order(self, order: Order) -> None:
-        """Let keys hang on the order of a block's elements; earlier requests' keys did not."""
+        """Make later requests' keys depend on a block's element order, unless it is natural."""
         if is_natural(order):
             return
         secret = self.cache.key_secret.get_secret_value()
@@ -177,7 +177,7 @@ class Engine:
 
     @property
     def devices(self) -> Devices:
-        """Give the registered devices.
+        """Return the registered devices.
 
         Raises:
             ClosedError: not open.
@@ -189,7 +189,7 @@ class Engine:
         """Stop admitting, cancel what runs, wait for hardware, release everything. Idempotent.
 
         Raises:
-            InvariantError: something was left behind: our own mistake.
+            InvariantError: something was left behind, which is a bug of ours.
             InternalError: hardware did not give its buffers back in time; they stay mapped.
         """
         if self.is_closed:
@@ -198,7 +198,7 @@ class Engine:
         try:
             await self._close()
         finally:
-            if not self._closed:  # interrupted: nobody else will
+            if not self._closed:  # interrupted: nobody else will release it
                 self.abandon()
 
     async def _close(self) -> None:
@@ -249,7 +249,7 @@ class Engine:
             self._home.check()
 
     async def _drain(self) -> None:
-        """Wait until no run is left. An engine that fails meanwhile has none."""
+        """Wait until no run is left, or the engine has failed."""
         try:
             async with asyncio.timeout(DRAIN_TIMEOUT_S):
                 await self._scheduler.wait_idle()
@@ -258,7 +258,7 @@ class Engine:
             self._durability.close()
             await self._supervisor.stop()
             self._tracing.stop()
-            self._note_closed()  # but for what hardware may still write to
+            self._note_closed()  # except for memory that hardware may still write to
             depths = {actor.name: actor.depth for actor in self._actors.values()}
             raise InternalError(f"still in flight after {DRAIN_TIMEOUT_S} s: {depths}") from error
 
@@ -268,7 +268,7 @@ class Engine:
             raise InvariantError(f"left behind: {self._residency.claims.stories()}")
 
     def _failed(self, cause: BaseException) -> None:
-        """An actor raised: tell every waiter, admit nobody. What is told first stands."""
+        """Fail all requests and admit no more, since a task raised. The first failure stands."""
         if self._failure is not None:
             return
         self._failure = InternalError(f"the engine failed: {cause!r}")
@@ -294,18 +294,18 @@ class Engine:
 
     @property
     def is_open(self) -> bool:
-        """Return whether requests are taken."""
+        """Return whether requests are accepted."""
         self._check_process()
         return self._open and self._failure is None
 
     @property
     def is_closed(self) -> bool:
-        """Whether everything was released, or nothing was ever taken."""
+        """Return whether everything was released, or nothing was ever acquired."""
         return self._closed or not self._used
 
     @property
     def has_device(self) -> bool:
-        """Tell whether get and put can move bytes: else they answer UNREADY."""
+        """Return whether get and put can move bytes; otherwise they answer UNREADY."""
         return self._devices.missing is None
 
     # -- requests -------------------------------------------------------------------------------
@@ -317,14 +317,14 @@ class Engine:
         token_mask: Any = None,
         namespace: Namespace = None,
     ) -> Request:
-        """Check a caller's arguments and make the request, still without device slots."""
+        """Check a caller's arguments and return the request, still without device blocks."""
         number = self.next_request_id()
         request = self._intake.request(operation, number, token_ids, token_mask, namespace)
         self._tracing.asked(number, token_ids)
         return request
 
     def with_slots(self, request: Request, slot_mapping: Any) -> Request | None:
-        """Give the request with its device blocks; None while there is no device to use."""
+        """Return the request with its device blocks; None if it can use no device."""
         if self._devices.missing is not None or request.request_id <= self._rekeyed_at:
             return None
         ids = self._intake.device_ids(slot_mapping, request.span, self._devices.num_blocks)
@@ -356,18 +356,18 @@ class Engine:
         return Ticket(ready, self.perform)
 
     def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
-        """Give how much of a prompt is resident. No I/O; recency is the only trace it leaves."""
+        """Return how much of a prompt is resident. No I/O; it changes only the blocks' recency."""
         found = self.find(self.intake(Operation.PREFETCH, token_ids, None, namespace).keys)
         return prefix_match(found, self._residency.tiers, self.tokens_per_block)
 
     def find(self, keys: bytes) -> Found:
-        """Give where the blocks of a prompt are, by its root and their keys, 16 bytes each."""
+        """Return where a prompt's blocks are; `keys`: root and block keys of 16 bytes each."""
         self._check_open()
         self._scheduler.look_out()
         return self._planner.visible(self._residency.find(keys, use=True))
 
     def next_request_id(self) -> int:
-        """Give the number of a request that is made elsewhere than in `intake`."""
+        """Return the id of a new request that is made elsewhere than in `intake`."""
         self._check_open()
         self._next_request += 1
         return self._next_request
@@ -377,7 +377,7 @@ class Engine:
         return self._runner.perform(request, self._devices.use, turn)
 
     def unready(self, request: Request) -> KVResponse:
-        """Give the response to a request that needs a device while there is none to use."""
+        """Return the response to a request that needs a device and can use none."""
         mask = np.zeros(request.token_count, np.bool_)
         why = self._devices.missing or ClosedError("it was asked before the device was registered")
         response = KVResponse(KVResponseStatus.UNREADY, request.request_id, mask, why)
@@ -385,14 +385,14 @@ class Engine:
         return response
 
     def nudge_device(self) -> None:
-        """Look again at what waits for layers to be written."""
+        """Check again whether transfers that wait for layers may go on."""
         if Tier.DEVICE in self._actors:
             self._actors[Tier.DEVICE].nudge()
 
     def order_after(self, operation: Operation) -> None:
-        """Let the copies of later requests wait for what the calling thread's streams have queued.
+        """Make copies of later requests wait for what the calling thread's streams have queued.
 
-        From any thread. A put reads what was written, a get writes what is no longer used.
+        From any thread. The queued work may write what a put reads, or use what a get overwrites.
 
         Raises:
             DeviceError: a driver refused. The device is down from then on.
@@ -402,7 +402,7 @@ class Engine:
 
     @property
     def devices_in_use(self) -> Use:
-        """Give what keeps the devices from being suspended."""
+        """Return the count of the devices' users, for which suspension waits."""
         return self._devices.use
 
     async def flush(self) -> FlushReport:
@@ -422,7 +422,7 @@ class Engine:
 
     @property
     def tracing(self) -> Tracing:
-        """Give what turns the trace on and off.
+        """Return what turns the trace on and off.
 
         Raises:
             ClosedError: not open.
@@ -432,7 +432,7 @@ class Engine:
 
     @property
     def keeping(self) -> Retention:
-        """Give what says what is kept.
+        """Return what clears, resizes, sets quotas, and pins.
 
         Raises:
             ClosedError: not open.
@@ -447,17 +447,17 @@ class Engine:
 
     @property
     def runner(self) -> RequestRunner:
-        """Return what runs requests; a server uses it to turn away those of one instance."""
+        """Return what runs requests; a server uses it to turn away those of an instance."""
         return self._runner
 
     @property
     def holds(self) -> Holds:
-        """Return what matches keep from eviction."""
+        """Return the holds, by which matches keep blocks from eviction."""
         return self._holds
 
     @property
     def residency(self) -> Residency:
-        """Give the index, for tests and tools; only the scheduler writes it."""
+        """Return the index, for tests and tools; only the scheduler writes it."""
         return self._residency
 
     @property
@@ -466,6 +466,6 @@ class Engine:
         return self._supervisor
 
     def statistics(self) -> Statistics:
-        """Give a frozen snapshot of every counter."""
+        """Return a frozen snapshot of every counter."""
         self._check_open()
         return snapshot(self._sources, self._observer)

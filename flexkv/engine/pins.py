@@ -1,4 +1,4 @@
-"""What callers keep from eviction: pins, which they set, and holds, which their matches make."""
+"""Keeps blocks from eviction for callers: pins, which they set, and holds, which matches make."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ HOLD_S = 60.0
 HELD_SHARE = 2
 """All holds together keep at most a tier's capacity divided by this."""
 HOLDS_MAX = 1024
-"""How many holds one group may have; the oldest goes first."""
+"""The most holds that one group may have; beyond that, its oldest ones end."""
 HELD_BLOCKS_MAX = 1 << 22
-"""Bound on the blocks of all holds of a group, repeated ones counted: it bounds our memory."""
+"""The most blocks in all holds of a group, counting repetitions: it bounds our own memory."""
 
 
 class _Pin(NamedTuple):
@@ -34,7 +34,7 @@ class _Pin(NamedTuple):
 
 
 class Pins:
-    """Every pin that a caller holds. Each ends by itself, so that no dead caller pins for ever."""
+    """All pins of callers. Each one expires, so that a dead caller does not pin blocks for ever."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
@@ -45,7 +45,7 @@ class Pins:
         return len(self._pins)
 
     def pin(self, holdings: list[Holding], ttl_s: float, owner: str) -> int:
-        """Keep blocks from eviction for `ttl_s` seconds, and give the pin's id.
+        """Keep blocks from eviction for `ttl_s` seconds, and return the pin's id.
 
         Raises:
             ConfigError: `ttl_s` is not positive.
@@ -58,7 +58,7 @@ class Pins:
         return self._next_pin
 
     def unpin(self, pin_id: int) -> bool:
-        """End a pin; tell whether there still was one."""
+        """End a pin; return whether it still existed."""
         pin = self._pins.pop(pin_id, None)
         if pin is None:
             return False
@@ -67,7 +67,7 @@ class Pins:
         return True
 
     def unpin_owner(self, owner: str) -> int:
-        """End every pin of an owner, and count them."""
+        """End every pin of an owner, and return how many there were."""
         owned = [pin_id for pin_id, pin in self._pins.items() if pin.owner == owner]
         return sum(self.unpin(pin_id) for pin_id in owned)
 
@@ -86,13 +86,14 @@ class _Hold(NamedTuple):
 class Holds:
     """Blocks that matches found and keep from eviction until a request is planned with them.
 
-    A hold is named by its group, such as an instance of a server, and a number. It ends by itself
-    after a time. All holds together keep no more than a part of each tier; beyond that, the group
-    that holds most loses its oldest. When a hold has ended its owner may lose hits, nothing else.
+    A hold is identified by its group, such as an instance of a server, and a number. It expires
+    after `HOLD_S`. All holds together keep at most a part of each tier; beyond that, the group that
+    holds the most blocks loses its oldest hold. An owner whose hold has ended may lose hits, but
+    nothing else.
     """
 
     def __init__(self, scheduler: Scheduler, residency: Residency) -> None:
-        """Take the parts of an engine. A block that several holds keep counts once."""
+        """Take the parts of an engine. In a tier, a block that several holds keep counts once."""
         self._scheduler, self._residency = scheduler, residency
         self._holds: dict[int, dict[int, _Hold]] = {}
         self._by_age: deque[tuple[float, int, int]] = deque()
@@ -102,13 +103,13 @@ class Holds:
         """How many holds keep each block."""
         self._held_blocks: dict[Tier, int] = {}
         self._held_by: dict[int, int] = {}
-        """Blocks that each group holds; those in two of its holds count twice."""
+        """The number of blocks that each group holds; one in two of its holds counts twice."""
 
     def __len__(self) -> int:
         return sum(map(len, self._holds.values()))
 
     def hold(self, group: int, number: int, holdings: Iterable[Holding]) -> None:
-        """Keep blocks from eviction for `HOLD_S`, instead of what the number held before."""
+        """Keep blocks from eviction for `HOLD_S`, in place of an earlier hold of this number."""
         self.release(group, number)
         kept = [Holding(tier, ids[: self._blocks_max(tier)]) for tier, ids in holdings if len(ids)]
         if not kept:
@@ -128,7 +129,7 @@ class Holds:
         self._arm()
 
     def release(self, group: int, number: int) -> None:
-        """End a hold; nothing happens if it has ended."""
+        """End a hold, if it has not ended yet."""
         hold = self._holds.get(group, {}).pop(number, None)
         if hold is None:
             return
@@ -173,7 +174,7 @@ class Holds:
         return hold is not None and hold.expiry_s == expiry_s
 
     def _arm(self) -> None:
-        """Wake when the oldest hold expires: one timer serves all of them."""
+        """Start the timer for the oldest hold, if it is not running; one timer serves all holds."""
         if self._timer is None and self._by_age:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_at(self._by_age[0][0], self._expire)
@@ -189,7 +190,7 @@ class Holds:
 
 
 def _grown(held: NDArray[np.uint32] | None, size: int) -> NDArray[np.uint32]:
-    """Return the counts with room for so many blocks, and for the next ones."""
+    """Return a copy of the counts with room for `size` blocks, and for some more."""
     grown = np.zeros(max(1024, 2 * size), np.uint32)
     if held is not None:
         grown[: len(held)] = held

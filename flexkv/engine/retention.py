@@ -1,4 +1,4 @@
-"""What a caller may say of what is kept: clear, resize, quotas, pins. Traffic may go on."""
+"""Lets callers decide what is kept: clear, resize, quotas, pins. Traffic may go on."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from flexkv.tiers.parts import Persistence
 
 
 class Retention:
-    """Says what an engine keeps. Arguments and errors are those of `KVManager`.
+    """Controls what an engine keeps. Arguments and errors are those of `KVManager`.
 
     Attributes:
-        pins: those that callers hold.
+        pins: the pins that callers hold.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class Retention:
     def clear(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
         """Forget the blocks of a tier, of a namespace, or all; return how many places they had.
 
-        Puts that began before store nothing any more. The journals of the SSD tier are written in
-        the background: `clear_durably` waits for that, and so does a flush.
+        Puts that began earlier store nothing. The journals of the SSD tier are written in the
+        background: `clear_durably` waits for that, and so does a flush.
         """
         self._check_tier(tier)
         root = None if namespace is None else self._intake.root(namespace)
@@ -58,7 +58,7 @@ class Retention:
         return places
 
     async def clear_durably(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
-        """Do what `clear` does, and return once a crash brings nothing of it back.
+        """Do what `clear` does, and return once no crash can bring the blocks back.
 
         Raises:
             StorageError: all is cleared, but the next run may find blocks on SSD, because a journal
@@ -70,7 +70,7 @@ class Retention:
         return places
 
     def resize(self, tier: Tier, capacity_blocks: int) -> int:
-        """Change how many blocks a tier may hold, up to what it was opened with."""
+        """Set how many blocks a tier may hold, up to what it was opened with; return the number."""
         self._check_tier(member("tier", tier, Tier))
         most = self._opened_with[tier]
         if not 1 <= integer("capacity_blocks", capacity_blocks) <= most:
@@ -79,7 +79,7 @@ class Retention:
         return self._residency.resize(tier, int(capacity_blocks))
 
     def set_quota(self, namespace: Namespace, tier: Tier, blocks: int | None) -> None:
-        """Bound how many blocks of a tier a namespace may have; None takes the bound away."""
+        """Bound how many blocks of a tier a namespace may have; None removes the bound."""
         self._check_tier(member("tier", tier, Tier))
         if blocks is not None and not 0 <= (blocks := integer("blocks", blocks)) < NO_QUOTA:
             raise ConfigError("blocks", blocks, f"must be None, or from 0 to {NO_QUOTA - 1}")
@@ -89,7 +89,7 @@ class Retention:
             raise ConfigError("namespace", namespace, str(error)) from error
 
     def namespace_blocks(self, namespace: Namespace) -> dict[Tier, int]:
-        """Count the blocks of a namespace by tier, those being filled among them."""
+        """Return the number of a namespace's blocks by tier, including those being filled."""
         return self._residency.namespace_blocks(self._intake.root(namespace))
 
     def _check_tier(self, tier: Tier | None) -> None:
@@ -98,7 +98,7 @@ class Retention:
             raise ConfigError("tier", tier.label, f"must be one of those there are: {have}")
 
     def pin(self, token_ids: Any, namespace: Namespace, ttl_s: float, owner: str) -> int:
-        """Keep the resident prefix of a prompt, or without one a namespace, from eviction."""
+        """Pin the resident prefix of a prompt, or without one a namespace; return the id."""
         ttl_s, owner = seconds("ttl_s", ttl_s), text("owner", owner)
         if token_ids is None:
             holdings = self._residency.namespace_holdings(self._intake.root(namespace))

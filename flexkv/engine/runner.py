@@ -24,10 +24,10 @@ from flexkv.observe.observer import Observer
 
 
 class Turn(NamedTuple):
-    """Whose a request is, and what its owner has to do as it is planned."""
+    """The group of a request, and what is called when the request is planned."""
 
     group: int = 0
-    """The group that it is admitted with: see `Admission`."""
+    """The group with which it is admitted: see `Admission`."""
     check: Callable[[], None] | None = None
     """Called right before the request is planned, and again when it is planned anew.
 
@@ -78,7 +78,7 @@ class RequestRunner:
             flight = self._begin(request, arrived_ns, turn)
             if flight.response is None:
                 await flight.wait_answered()
-            if flight.waited_in_vain:  # who filled its blocks was given up: look for them again
+            if flight.waited_in_vain:  # another request did not fill its blocks: plan anew
                 flight = self._begin(request, flight.arrived_ns, turn, flight.has_place)
                 await flight.wait_answered()
                 if flight.waited_in_vain:
@@ -86,7 +86,7 @@ class RequestRunner:
         except asyncio.CancelledError:
             if flight is not None:
                 self._scheduler.cancel(flight)
-                with suppress(FlexKVError):  # the engine is gone, and what the caller gave up
+                with suppress(FlexKVError):  # the engine is gone, and with it the request
                     await flight.wait_drained()
             raise
         else:
@@ -99,7 +99,7 @@ class RequestRunner:
     def _begin(
         self, request: Request, arrived_ns: int | None, turn: Turn, has_place: bool = True
     ) -> Flight:
-        """Plan a request that still takes a place, or has given it back."""
+        """Plan and launch a request; `has_place`: whether it takes a place in admission."""
         if turn.check is not None:
             turn.check()
         flight = self._scheduler.begin(request, arrived_ns)
@@ -109,12 +109,12 @@ class RequestRunner:
         return flight
 
     def turn_away(self, group: int, why: str) -> None:
-        """Refuse a group's requests, and let nobody wait for its devices: they do not answer."""
+        """Refuse a group's requests, and stop waiting for its devices, which do not answer."""
         self.admission.turn_away(group, ClosedError(why))
         self._scheduler.strand(group, why)
 
     def take_back(self, group: int) -> None:
-        """Admit a group's requests again: its devices answer."""
+        """Admit a group's requests again, since its devices answer."""
         self.admission.turn_away(group, None)
 
     def _give_place_back(self, flight: Flight) -> None:

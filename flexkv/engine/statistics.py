@@ -1,4 +1,4 @@
-"""The frozen snapshot that `KVManager.statistics()` gives."""
+"""The frozen snapshot that `KVManager.statistics()` returns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flexkv.tiers.unavailable import Unavailable
 
 @dataclass(frozen=True)
 class Sources:
-    """What is asked for how full an engine is."""
+    """The parts of an engine from which a snapshot is taken."""
 
     residency: Residency
     scheduler: Scheduler
@@ -45,13 +45,13 @@ class TierStatistics(msgspec.Struct, frozen=True):
     backing: str
     """What holds the blocks: the kind of memory, or the disk adapter."""
     reads: str = "up"
-    """up; down: it failed again and again and is left alone for a while, or its files are gone;
-    hung: I/O does not end."""
+    """One of: up; down, if it failed repeatedly and is not used for a while, or its files are gone;
+    hung, if I/O does not end."""
     writes: str = "up"
 
     @property
     def used_blocks(self) -> int:
-        """Give the blocks that hold or receive something."""
+        """Return the number of places that hold or receive a block."""
         return self.capacity_blocks - self.free_blocks
 
     def __repr__(self) -> str:
@@ -64,7 +64,7 @@ class TierStatistics(msgspec.Struct, frozen=True):
 def tier_statistics(
     counts: TierCounts, backing: str, watch: TierHealth, tier: Tier
 ) -> TierStatistics:
-    """Give the snapshot of one tier."""
+    """Return the snapshot of one tier."""
     return TierStatistics(
         capacity_blocks=counts.capacity,
         ready_blocks=counts.ready,
@@ -89,13 +89,13 @@ class RouteStatistics(msgspec.Struct, frozen=True):
 
 
 class QueueStatistics(msgspec.Struct, frozen=True):
-    """One actor, now."""
+    """The queue of one actor at this moment."""
 
     waiting_ops: int
     inbound_bytes_in_flight: int
     outbound_bytes_in_flight: int
     inbound_window_bytes: int
-    """How many may be in flight now; for a disk this follows its rate. One piece always can be."""
+    """The most bytes in flight now; for a disk it follows the rate. One piece is always allowed."""
     outbound_window_bytes: int
 
 
@@ -113,7 +113,7 @@ class Statistics(msgspec.Struct, frozen=True):
     runs_in_flight: int
     claims: int
     corrupt_blocks: int = 0
-    """Blocks that came back from SSD with other bytes than they left with: dropped, never given."""
+    """Blocks that came back from SSD with wrong bytes: they were dropped, and never used."""
     restored_blocks: int = 0
     """Blocks of an earlier run that the SSD tier began with."""
     write_behind: dict[str, BehindCounts] = {}
@@ -125,14 +125,14 @@ class Statistics(msgspec.Struct, frozen=True):
 
     @property
     def hit_rate(self) -> float:
-        """Give the share of the blocks asked for by gets that some tier had."""
+        """Return the share of the blocks asked for by gets that some tier had."""
         return sum(self.hit_blocks.values()) / self.asked_blocks if self.asked_blocks else 0.0
 
     @property
     def disk_written_per_hit(self) -> float:
-        """Give the blocks written to SSD for each block that a get found there: its wear.
+        """Return the blocks written to SSD for each block that a get found there: its wear.
 
-        Infinite when nothing was found there yet, and 0 when nothing was written.
+        It is infinite if blocks were written but none has been found, and 0 if none was written.
         """
         route = self.routes.get("host→disk")
         written = route.blocks if route else 0
@@ -151,7 +151,7 @@ class Statistics(msgspec.Struct, frozen=True):
 
 
 def snapshot(of: Sources, observer: Observer) -> Statistics:
-    """Take one. From any thread: metrics look from their own."""
+    """Return a snapshot. Any thread may call this, since metrics have a thread of their own."""
     return Statistics(
         tiers={
             tier.label: tier_statistics(

@@ -1,4 +1,4 @@
-"""Turns the trace of an engine on and off, while it runs."""
+"""Turns the trace of an engine on and off while the engine runs."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Tracing:
 
     @property
     def path(self) -> str | None:
-        """Give the file that is written; None while no trace is on."""
+        """Return the path of the file that is being written; None while no trace is on."""
         return None if self._recorder is None else self._recorder.path
 
     def start(self, path: str | None = None, with_tokens: bool | None = None) -> None:
         """Record to a file from now on, by default to `trace_file_path`.
 
-        With prompts in clear or without; by default as `trace_tokens` says.
+        `with_tokens` says whether to record prompts in clear; by default as `trace_tokens` says.
 
         Raises:
             ConfigError: a trace is on already, or the file cannot be written.
@@ -55,7 +55,7 @@ class Tracing:
         self._recorder.record(self._sample(self._observer.now_ns()))
 
     def stop(self) -> str | None:
-        """Write what is queued and record no more; gives the file, or None when no trace was on."""
+        """Write what is queued, and stop; return the file's path, or None if no trace was on."""
         recorder, self._recorder = self._recorder, None
         if recorder is None:
             return None
@@ -65,13 +65,13 @@ class Tracing:
         return recorder.path
 
     def asked(self, request_id: int, token_ids: Any) -> None:
-        """Record a request's prompt in clear, where that was asked for."""
+        """Record a request's prompt, if the trace has prompts in clear."""
         if self._recorder is not None and self._with_tokens:
             tokens = tuple(np.asarray(token_ids).tolist())
             self._recorder.record(TokensRecord(request_id, tokens))
 
     def tell(self, sink: Sink) -> None:
-        """Give a sink a record of everything from now on."""
+        """Pass records of everything that happens from now on to a sink."""
         tracer = self._observer.tracer
         if tracer is not None:
             tracer.sinks.append(sink)
@@ -84,7 +84,7 @@ class Tracing:
         )
 
     def tell_no_more(self, sink: Sink) -> None:
-        """Give a sink no more records."""
+        """Stop passing records to a sink."""
         tracer = self._observer.tracer
         if tracer is None or sink not in tracer.sinks:
             return
@@ -96,7 +96,7 @@ class Tracing:
 
     @property
     def is_on(self) -> bool:
-        """Tell whether anybody is told."""
+        """Return whether any sink gets records."""
         return self._observer.tracer is not None
 
     def _header(self) -> HeaderRecord:

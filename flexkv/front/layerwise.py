@@ -1,9 +1,10 @@
-"""Requests that are moved layer by layer: what a caller holds of one, and the state behind it.
+"""Requests that are moved layer by layer: the caller's handles, and the progress behind them.
 
     get   layer 0 of every block, then layer 1, …   wait_for_layer(0), compute layer 0, …
     put   compute layer 0, layer_written(0), …      each goes as soon as it is written
 
-Threads wait on a condition, awaiters by a future, streams for an event behind the layer's copies.
+Threads wait on a condition, coroutines on an asyncio event, streams on a stream event behind the
+layer's copies.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ TIMEOUT_S = 20.0
 
 
 class LayerProgress:
-    """How far a request is, over all ops that move its bytes. Written on the engine's loop."""
+    """The progress of a request, over all ops that move it. Written on the engine's loop."""
 
     def __init__(self, num_layers: int, ready: int) -> None:
-        """Begin, with so many layers that may be moved from the start."""
+        """Start with `ready` layers that may be moved at once."""
         self.num_layers, self.ready = num_layers, ready
         self.over = False
         self._changed = threading.Condition()
@@ -38,25 +39,25 @@ class LayerProgress:
     # -- the engine's side ----------------------------------------------------------------------
 
     def expect(self, op_ids: Sequence[int]) -> None:
-        """Take which transfers will move its bytes; those of an earlier try are void."""
+        """Record which transfers will move the bytes; those of an earlier try are void."""
         with self._changed:
             self._drop_events()
             self._moved = dict.fromkeys(op_ids, 0)
 
     def queued(self, rank: int, op_id: int, last: int, event: StreamEvent) -> None:
-        """Take that the layers before `last` of a transfer are queued on a rank's stream."""
+        """Record that the layers before `last` of a transfer are queued on a rank's stream."""
         with self._changed:
             self._queued.setdefault((rank, op_id), []).append((last, event))
             self._changed.notify_all()
 
     def moved(self, op_id: int, last: int) -> None:
-        """Take that the layers before `last` of a transfer are there."""
+        """Record that the layers before `last` of a transfer have arrived."""
         with self._changed:
             self._moved[op_id] = last
             self._tell()
 
     def end(self) -> None:
-        """Take that no more will come: the request has its response."""
+        """Record that no more layers will arrive, since the request has its response."""
         with self._changed:
             self.over = True
             self._drop_events()
@@ -67,7 +68,7 @@ class LayerProgress:
         for callback in list(self._callbacks):
             try:
                 callback()
-            except RuntimeError:  # the loop of whoever awaits is closed
+            except RuntimeError:  # the loop of the waiting coroutine is closed
                 self._callbacks.remove(callback)
 
     def _drop_events(self) -> None:
@@ -79,19 +80,19 @@ class LayerProgress:
     # -- the caller's side ----------------------------------------------------------------------
 
     def let_go(self, layers: int) -> None:
-        """Let so many layers, from the first on, be moved."""
+        """Allow the first `layers` layers to be moved."""
         with self._changed:
             self.ready = max(self.ready, layers)
 
     def has(self, layer: int) -> bool:
-        """Tell whether a layer of every block is there."""
+        """Return whether a layer of every block has arrived."""
         return bool(self._moved) and min(self._moved.values()) > layer
 
     def wait(self, layer: int, timeout_s: float) -> bool:
-        """Wait in this thread for a layer; tells whether it is there, or never will be.
+        """Wait in this thread; return True once a layer is there, False if it never will be.
 
         Raises:
-            TimeoutError: neither in time.
+            TimeoutError: neither happened in time.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self.over or self.has(layer), timeout_s):
@@ -99,10 +100,10 @@ class LayerProgress:
             return self.has(layer)
 
     def hold_back(self, stream: int, rank: int, layer: int, timeout_s: float) -> bool:
-        """Let a stream wait for a layer, once its copies are queued; False: they never will be.
+        """Make a stream wait for a layer once its copies are queued; return False if they won't be.
 
         Raises:
-            TimeoutError: they were not in time.
+            TimeoutError: they were not queued in time.
             DeviceError: the driver refused.
         """
 
@@ -130,7 +131,7 @@ class LayerProgress:
             return self.has(layer)
 
     async def reached(self, layer: int) -> bool:
-        """Return once a layer is there, or never will be: which of the two."""
+        """Return True once a layer is there, or False if it never will be."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
         def callback() -> None:
@@ -163,14 +164,17 @@ class Layerwise:
     def __init__(
         self, manager: LoopBridge, operation: Operation, arguments: tuple[Any, ...]
     ) -> None:
-        """Start it."""
+        """Start the request."""
         layers = manager.num_layers
         self._manager = manager
         self._progress = LayerProgress(layers, layers if operation is Operation.GET else 0)
         self.task_id = manager.start_task(operation, *arguments, self._progress)
 
     def __await__(self) -> Generator[Any, None, KVResponse]:
-        """Give the response. Cancelling cancels the request; raised once no hardware is at it."""
+        """Return the response.
+
+        Cancellation: the request is cancelled, and CancelledError raised once it is over.
+        """
         return self._manager.task_response(self.task_id).__await__()
 
     def _check(self, layer: int) -> None:
@@ -181,10 +185,10 @@ class Layerwise:
 
 
 class LayerwiseGet(Layerwise):
-    """A get, the first layers of which may be used while the others are on their way.
+    """A get whose first layers may be used while the others are on their way.
 
-    What cannot be loaded after all is told by the response only: the slots of tokens outside its
-    mask have undefined content.
+    Only the response says what could not be loaded after all: the slots of tokens outside its mask
+    have undefined content.
     """
 
     def wait_for_layer(
@@ -194,20 +198,20 @@ class LayerwiseGet(Layerwise):
         stream: int | None = None,
         tp_rank: int = 0,
     ) -> bool:
-        """Wait in this thread until a layer is in the slots, or let a stream wait for that.
+        """Wait in this thread until a layer is in the slots, or make a stream wait for that.
 
-        Not on the loop that the engine runs on: there use `layer`.
+        Do not call this on the loop that runs the engine; use `layer` there.
 
         Args:
             layer: from 0.
             timeout: in seconds.
             stream: handle of a CUDA stream of the rank's device. Work that is queued on it later
                 waits for the layer; this thread waits only until the layer's copies are queued.
-            tp_rank: whose device.
+            tp_rank: the rank of the device.
 
         Returns:
-            Whether the layer is, or for a stream will be, in the slots of every token that was
-            planned; False when the get ended without, as its response says.
+            True if the layer is in the slots of every token that was planned, or will be when the
+            stream goes on; False if the get ended without it, as its response says.
 
         Raises:
             ConfigError: no such layer.
@@ -222,7 +226,7 @@ class LayerwiseGet(Layerwise):
         return self._progress.hold_back(number, rank, layer, wait_s)
 
     async def layer(self, layer: int) -> bool:
-        """Return once a layer is in the slots (True), or the get ended without (False).
+        """Return True once a layer is in the slots, or False if the get ended without it.
 
         Raises:
             ConfigError: no such layer.
@@ -232,13 +236,13 @@ class LayerwiseGet(Layerwise):
 
 
 class LayerwisePut(Layerwise):
-    """A put, whose layers are stored as they are written. All must be, or it is to be cancelled."""
+    """A put whose layers are stored as they are written. Cancel it if not all of them will be."""
 
     def layer_written(self, layer: int) -> None:
-        """Let the layers up to this one be stored: this thread has queued their writing.
+        """Allow the layers up to this one to be stored: this thread has queued their writes.
 
-        From any thread, whose current stream of each rank's device the copies wait for; so in a
-        process of several ranks call it when all of them have queued their writes.
+        From any thread. The copies wait for the thread's current stream on each rank's device; so
+        in a process with several ranks, call it once all of them have queued their writes.
 
         Raises:
             ConfigError: no such layer.

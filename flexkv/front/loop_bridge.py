@@ -1,4 +1,4 @@
-"""How calls reach the engine's loop: from that loop, from another thread, or from another loop."""
+"""Passes calls to the engine's loop: from that loop, another thread, or another loop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LoopBridge:
         self._ending = threading.RLock()
 
     def check_process(self) -> None:
-        """Return if this process may use the manager.
+        """Check that this process may use the manager.
 
         Raises:
             ClosedError: it is a forked child of the one that has started it.
@@ -63,7 +63,7 @@ class LoopBridge:
 
         Raises:
             TimeoutError: closing took longer than `timeout_s`, and was cut short.
-            InternalError: as `Engine.close`.
+            InternalError: as for `Engine.close`.
         """
         unclosed.forget(self)
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
@@ -90,7 +90,7 @@ class LoopBridge:
 
     @property
     def is_unclosed(self) -> bool:
-        """Whether this process has to close the engine."""
+        """Return whether this process has to close the engine."""
         return self._home is not None and self._home.is_here and not self._engine.is_closed
 
     # -- calls ----------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ class LoopBridge:
         return self._engine
 
     def on_loop(self, work: Callable[[], T]) -> T:
-        """Do synchronous work on the engine's loop, for tools.
+        """Return the result of synchronous work on the engine's loop, for tools.
 
         Raises:
             ClosedError: not started, or shut down.
@@ -114,7 +114,7 @@ class LoopBridge:
         return self._engine.model.num_layers
 
     def start_task(self, operation: Operation, *arguments: Any) -> int:
-        """Start a request behind what the calling thread's streams have queued; return its id."""
+        """Start a request behind what this thread's streams have queued; return its task id."""
         self.check_process()
         self._order_after(operation)
         return self._call(lambda: self._tasks.start(RequestSpec(operation, *arguments)))
@@ -127,7 +127,7 @@ class LoopBridge:
         return await self._async(lambda: self._tasks.response(task_id))
 
     def order_after(self, operation: Operation) -> None:
-        """Let later copies wait for what the calling thread's streams have queued by now.
+        """Make later copies wait for what the calling thread's streams have queued by now.
 
         Raises:
             DeviceError: a driver refused. The device is down from then on.
@@ -135,13 +135,13 @@ class LoopBridge:
         self._engine.order_after(operation)
 
     def _order_after(self, operation: Operation) -> None:
-        """Likewise for a request that begins now: it ends as UNREADY if a device is down."""
+        """Do the same for a request that begins now, which ends as UNREADY if a device is down."""
         if self._engine.streams:
             with suppress(DeviceError):
                 self._engine.order_after(operation)
 
     def nudge_device(self) -> None:
-        """Let callers that wait for layers check again. From any thread.
+        """Check again whether transfers that wait for layers may go on. From any thread.
 
         Raises:
             ClosedError: not started, or shut down.
@@ -166,7 +166,7 @@ class LoopBridge:
             raise ClosedError("the loop that the manager runs on is closed") from error
 
     def _call(self, work: Callable[[], T]) -> T:
-        """Do synchronous work on the engine's loop."""
+        """Return the result of synchronous work on the engine's loop."""
         if self._thread is None:
             self._check_loop()
             return work()
@@ -177,7 +177,7 @@ class LoopBridge:
         return self._thread.call(wrapped)
 
     async def _async(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Run work on the engine's loop, from there or from another."""
+        """Return the result of work on the engine's loop, awaited there or on another loop."""
         if self._thread is not None:
             return await self._thread.call_async(work)
         self._check_loop()
@@ -198,7 +198,7 @@ class LoopBridge:
 
 
 def _runs_elsewhere(loop: asyncio.AbstractEventLoop) -> bool:
-    """Return whether another thread runs a loop."""
+    """Return whether a loop runs in another thread."""
     try:
         return loop.is_running() and asyncio.get_running_loop() is not loop
     except RuntimeError:  # none runs here

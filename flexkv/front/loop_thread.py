@@ -17,7 +17,7 @@ from flexkv.process import forks
 T = TypeVar("T")
 
 STOP_S, UNWIND_S = 10.0, 1.0
-"""How long a loop may take to end what it is at, and how long if it was late already."""
+"""How long a loop may take to finish its current step, and how long if it is late already."""
 
 
 class LoopThread:
@@ -31,7 +31,7 @@ class LoopThread:
         self._home = forks.HomeProcess("the engine")
 
     def start(self) -> None:
-        """Start the thread; returns once its loop takes calls."""
+        """Start the thread; return once its loop accepts calls."""
         ready: SimpleQueue[asyncio.AbstractEventLoop] = SimpleQueue()
         self._thread = threading.Thread(
             target=self._run, args=(ready,), name="flexkv-loop", daemon=True
@@ -49,11 +49,11 @@ class LoopThread:
 
     @property
     def is_this(self) -> bool:
-        """Whether the caller runs in this thread, which must not wait for itself."""
+        """Return whether the caller runs in this thread, which must not wait for itself."""
         return threading.current_thread() is self._thread
 
     def stop(self, within_s: float = STOP_S) -> None:
-        """Stop the loop and join the thread, unless this is it.
+        """Stop the loop and join the thread, unless the caller runs in it.
 
         A thread that does not end within `within_s` is left alone; no process waits for it.
         """
@@ -64,19 +64,19 @@ class LoopThread:
                 self._thread.join(within_s)
             self._loop = self._thread = None
         for answer in list(self._calls):
-            answer.put(None)  # came between the loop's last turn and its end
+            answer.put(None)  # the call came between the loop's last step and its end
         for outcome, wake in list(self._unanswered.items()):
             if not outcome.done():
                 outcome.set_exception(ClosedError("the engine was shut down during the call"))
                 wake()
 
     def call(self, work: Callable[[], Awaitable[T]], timeout_s: float | None = None) -> T:
-        """Run `work` on the loop, and wait for its result in this thread.
+        """Run `work` on the loop, wait for it in the calling thread, and return its result.
 
-        The wait holds no lock: a signal handler that interrupts it may call, or shut down.
+        The wait holds no lock: a signal handler that interrupts it may call this, or shut down.
 
         Raises:
-            ClosedError: the thread is not running, or was stopped meanwhile; or this is it.
+            ClosedError: the thread is not running, was stopped meanwhile, or is the caller's own.
             TimeoutError: it was not done within `timeout_s`; it is cancelled.
         """
         loop = self._running()
@@ -102,7 +102,7 @@ class LoopThread:
         return cast("T", task.result())
 
     def post(self, work: Callable[[], object]) -> None:
-        """Do synchronous work on the loop, some time soon.
+        """Do synchronous work on the loop soon, without waiting for it.
 
         Raises:
             ClosedError: the thread is not running.
@@ -110,7 +110,7 @@ class LoopThread:
         _post(self._running(), work)
 
     async def call_async(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Run `work` on the loop, and await its result on the caller's.
+        """Run `work` on the loop, await it on the caller's loop, and return its result.
 
         Cancellation: the work is cancelled, and CancelledError raised once the work is over, so
         that what it guarantees about buffers holds for the caller too.
@@ -122,7 +122,7 @@ class LoopThread:
 
         def ended(task: asyncio.Task[T]) -> None:
             if outcome.done():
-                return  # stopped meanwhile: the caller is told so already
+                return  # stopped meanwhile: the caller has its error already
             if task.cancelled():
                 outcome.cancel()
             elif (error := task.exception()) is not None:
@@ -147,7 +147,7 @@ class LoopThread:
                     await over.wait()
                 except asyncio.CancelledError:
                     cancelled = True
-                    with suppress(ClosedError):  # stopped meanwhile: `stop` tells us
+                    with suppress(ClosedError):  # stopped meanwhile: `stop` ends the wait
                         _post(theirs, lambda: inner[0].cancel())
         finally:
             del self._unanswered[outcome]
@@ -162,7 +162,7 @@ class LoopThread:
         return self._loop
 
     def _let_go_in_child(self) -> None:
-        """Cut the loop off from the parent's: they share its selector and its own sockets."""
+        """Detach the child's copy of the loop: it shares selector and sockets with the parent's."""
         if self._loop is not None:
             forks.detach_loop(self._loop, is_ours=True)
 

@@ -1,4 +1,4 @@
-"""The task-id form: requests by numbers, for synchronous engines, and layer by layer."""
+"""The task-id form of requests, for synchronous engines, and requests that go by layers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from flexkv.index.keys import Namespace
 
 
 class TaskForm(LoopBridge):
-    """What a synchronous engine calls."""
+    """The methods that a synchronous engine calls."""
 
     def get_match(
         self, token_ids: Any, token_mask: Any = None, namespace: Namespace = None
     ) -> tuple[int, TokenMask]:
-        """Find what a get would load, and keep it until `launch` or `cancel`.
+        """Find what a get would load, and keep it from eviction until `launch` or `cancel`.
 
         Returns:
             A task id, and bool[tokens]: the tokens that `launch` needs slots for.
@@ -44,7 +44,7 @@ class TaskForm(LoopBridge):
         token_mask: Any = None,
         namespace: Namespace = None,
     ) -> int:
-        """Start a get, and give its task id."""
+        """Start a get, and return its task id."""
         return self.start_task(Operation.GET, token_ids, slot_mapping, token_mask, namespace)
 
     def put_async(
@@ -54,11 +54,11 @@ class TaskForm(LoopBridge):
         token_mask: Any = None,
         namespace: Namespace = None,
     ) -> int:
-        """Start a put, and give its task id."""
+        """Start a put, and return its task id."""
         return self.start_task(Operation.PUT, token_ids, slot_mapping, token_mask, namespace)
 
     def prefetch_async(self, token_ids: Any, namespace: Namespace = None) -> int:
-        """Start a prefetch, and give its task id."""
+        """Start a prefetch, and return its task id."""
         return self.start_task(Operation.PREFETCH, token_ids, None, None, namespace)
 
     def get_layerwise(
@@ -70,8 +70,8 @@ class TaskForm(LoopBridge):
     ) -> LayerwiseGet:
         """Start a get whose first layers may be used while the others are on their way.
 
-        The arguments are as for `get`. Await what this gives for the response, or `wait` for its
-        `task_id`.
+        The arguments are as for `get`. Await the returned object for the response, or `wait` for
+        its `task_id`.
         """
         arguments = token_ids, slot_mapping, token_mask, namespace
         return LayerwiseGet(self, Operation.GET, arguments)
@@ -83,11 +83,11 @@ class TaskForm(LoopBridge):
         token_mask: Any = None,
         namespace: Namespace = None,
     ) -> LayerwisePut:
-        """Start a put that is told layer by layer what is written, as in a prefill.
+        """Start a put that stores each layer once the caller has written it, as in a prefill.
 
-        The arguments are as for `put`. Await what this gives for the response, or `wait` for its
-        `task_id`. Until every layer was written it holds places in host memory: `cancel` it if
-        they will not be.
+        The arguments are as for `put`. Await the returned object for the response, or `wait` for
+        its `task_id`. It holds places in host memory until every layer is written: `cancel` it if
+        that will not happen.
         """
         arguments = token_ids, slot_mapping, token_mask, namespace
         return LayerwisePut(self, Operation.PUT, arguments)
@@ -96,7 +96,7 @@ class TaskForm(LoopBridge):
         """Start tasks that a match prepared; launching a launched one is a no-op.
 
         Raises:
-            ConfigError: an id never issued, or slots that break a rule; none was launched.
+            ConfigError: an id was never issued, or slots break a rule; no task was launched.
         """
         self.check_process()
         ids = integers("task_ids", task_ids)
@@ -108,11 +108,11 @@ class TaskForm(LoopBridge):
     def cancel(self, task_ids: int | Sequence[int]) -> None:
         """Cancel tasks; when this returns, no hardware touches their slots any more.
 
-        On the engine's own loop, where nothing may block, it returns at once: there `try_wait`
-        tells when a task is over.
+        On the engine's own loop, where nothing may block, it returns at once; use `try_wait` there
+        to find out when a task is over.
 
         Raises:
-            ConfigError: an id never issued.
+            ConfigError: an id was never issued.
         """
         self.check_process()
         ids = integers("task_ids", task_ids)
@@ -124,7 +124,9 @@ class TaskForm(LoopBridge):
     def wait(
         self, task_ids: int | Sequence[int], timeout: float | None = 20.0, completely: bool = False
     ) -> dict[int, KVResponse]:
-        """Wait for tasks in this thread. One that is not over in time is cancelled: TIMEOUT.
+        """Return the tasks' responses; a task not over in time is cancelled, with status TIMEOUT.
+
+        The calling thread waits.
 
         Args:
             task_ids: one or several.
@@ -132,8 +134,8 @@ class TaskForm(LoopBridge):
             completely: wait until the write-behind of puts is done too.
 
         Raises:
-            ConfigError: an id that was never issued, or is collected already; or an argument of
-                another kind.
+            ConfigError: an id was never issued, or is collected already, or an argument has the
+                wrong type.
             ClosedError: not started with `start()`: on the engine's own loop, await instead.
         """
         self.check_process()
@@ -145,7 +147,7 @@ class TaskForm(LoopBridge):
         return self._thread.call(lambda: self._tasks.wait(ids, wait_s, fully))
 
     def try_wait(self, task_ids: int | Sequence[int]) -> dict[int, KVResponse]:
-        """Give the responses of those tasks that are over; never blocks for the others."""
+        """Return the responses of those tasks that are over; never wait for the others."""
         ids = integers("task_ids", task_ids)
         return self._call(lambda: self._tasks.try_wait(ids))
 

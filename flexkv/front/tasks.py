@@ -1,8 +1,8 @@
-"""Task ids: the form in which synchronous engines hold requests. Lives on the engine's loop.
+"""Task ids, by which synchronous engines refer to requests. Lives on the engine's loop.
 
 A task is PREPARED by a match (it keeps what it found from eviction), LAUNCHED once it has slots,
-and OVER once it has a response. Only an answered or cancelled task leaves the table, and the
-number of tasks is bounded, so that a caller who never asks cannot grow it without end.
+and OVER once it has a response. It leaves the table when its response is collected. The number of
+tasks is bounded, so that a caller who never collects cannot make the table grow without end.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from flexkv.index.residency import Placement
 
 TASKS_MAX = 1 << 16
 TASKS = -1
-"""The group of the holds of tasks; groups of instances are not negative."""
+"""The group of all holds of tasks; the groups of instances are not negative."""
 
 
 class _Task:
-    """One request by its id."""
+    """One task: its request, and what became of it."""
 
     __slots__ = ("_over", "response", "ticket", "work")
 
@@ -59,7 +59,7 @@ class _Task:
         return self.ticket.flight
 
     def answer(self, response: KVResponse) -> None:
-        """Keep the response, and tell who waits; the first one stands."""
+        """Store the response, and wake those who wait; only the first response counts."""
         if self.response is None:
             self.response = response
         if self.request.watch is not None:
@@ -67,7 +67,7 @@ class _Task:
         self._over.set()
 
     async def wait_answered(self) -> None:
-        """Return once there is a response, however the task came to it."""
+        """Return once there is a response."""
         await self._over.wait()
 
 
@@ -85,7 +85,7 @@ class TaskTable:
     ) -> tuple[int, TokenMask]:
         """Find what a get would load and keep it from eviction until launch or cancel.
 
-        A match that is not launched for long is no longer kept: see `Holds`.
+        If it is not launched for long, the blocks may be evicted again: see `Holds`.
         """
         request = self._engine.intake(Operation.GET, token_ids, token_mask, namespace)
         self._check_room()
@@ -97,7 +97,7 @@ class TaskTable:
     def put_match(
         self, token_ids: Any, token_mask: Any, namespace: Namespace
     ) -> tuple[int, TokenMask]:
-        """Find from where on the host lacks blocks: the tokens that a put should bring."""
+        """Find the tokens that a put should bring: from the first block that host memory lacks."""
         request = self._engine.intake(Operation.PUT, token_ids, token_mask, namespace)
         self._check_room()
         found = self._engine.residency.find(request.keys, request.span.first_block)
@@ -116,8 +116,8 @@ class TaskTable:
         """Launch prepared tasks with their slots; a launched task is left as it is.
 
         Raises:
-            ConfigError: an id that was never issued, lengths that differ, or wrong slots; no task
-                of the call has been launched then.
+            ConfigError: an id was never issued, the lengths differ, or slots break a rule; no task
+                of the call was launched.
         """
         if len(task_ids) != len(slot_mappings):
             why = f"must have one entry per task id: {len(task_ids)}"
@@ -134,7 +134,7 @@ class TaskTable:
     # -- collect --------------------------------------------------------------------------------
 
     def cancel(self, task_ids: Sequence[int]) -> None:
-        """Cancel tasks; each is answered once no hardware touches its slots. An over one stays."""
+        """Cancel tasks that are not over; each is answered once no hardware touches its slots."""
         for task in [self._find(task_id) for task_id in task_ids]:
             self._cancel(task)
 
@@ -162,10 +162,10 @@ class TaskTable:
     async def wait(
         self, task_ids: Sequence[int], timeout: float | None, completely: bool
     ) -> dict[int, KVResponse]:
-        """Give the response of each task; one that is not over in time is cancelled: TIMEOUT.
+        """Return the tasks' responses; a task not over in time is cancelled, with status TIMEOUT.
 
         Args:
-            task_ids: tasks that were launched (one that was not only times out).
+            task_ids: tasks that were launched; any other task times out.
             timeout: in seconds, for all of them together; None = as long as it takes.
             completely: wait for the write-behind too.
         """
@@ -184,7 +184,7 @@ class TaskTable:
         }
 
     async def response(self, task_id: int) -> KVResponse:
-        """Give the response of one task once it has one.
+        """Return the response of one task once it has one.
 
         Cancellation: the task is cancelled, and CancelledError raised once it is over.
         """
@@ -201,14 +201,14 @@ class TaskTable:
         return self._collect(task_id, task)
 
     async def _cancel_late(self, task_ids: Sequence[int]) -> None:
-        """End tasks that were not over in time: they are answered with TIMEOUT."""
+        """Cancel tasks that were not over in time, and answer them with TIMEOUT."""
         tasks = [self._find(task_id) for task_id in task_ids]
         await self.cancel_and_drain(task_ids)
         for task in tasks:
             task.response = _response(task.request, KVResponseStatus.TIMEOUT)
 
     def try_wait(self, task_ids: Sequence[int]) -> dict[int, KVResponse]:
-        """Give the responses of those tasks that are over."""
+        """Return the responses of those tasks that are over."""
         tasks = {task_id: self._find(task_id) for task_id in task_ids}
         return {
             task_id: self._collect(task_id, task)
@@ -237,13 +237,13 @@ class TaskTable:
                 self._engine.devices_in_use.leave()
             task.answer(_response(task.request, KVResponseStatus.CANCELLED))
 
-        if uses_device:  # from the step on in which its slots were taken
+        if uses_device:  # in the same step in which its slots were checked
             self._engine.devices_in_use.enter()
         task.work = self._engine.supervisor.spawn("task", self._work(task))
         task.work.add_done_callback(over)
 
     async def _work(self, task: _Task) -> None:
-        """Run a task's request; every end becomes a response."""
+        """Run a task's request, and turn every outcome into a response."""
         try:
             task.answer(await task.ticket.run(Turn(begun=lambda: self._release(task))))
         except FlexKVError as error:
@@ -268,9 +268,10 @@ class TaskTable:
         return task
 
     def _collect(self, task_id: int, task: _Task, completely: bool = False) -> KVResponse:
-        """Give a task's response, with what failed behind it if that was waited for, too.
+        """Drop a task from the table, and return its response.
 
-        Of several who wait for one task each gets it.
+        With `completely`, an error of the write-behind is added. If several callers wait for one
+        task, each gets the response.
         """
         self._tasks.pop(task_id, None)
         response = task.response
@@ -285,7 +286,7 @@ class TaskTable:
 
 
 def _narrowed(request: Request, first_block: int, last_block: int) -> Request:
-    """Give the request over fewer blocks: its slots begin and end with them."""
+    """Return the request for fewer blocks; its slots begin and end with them."""
     per_block = request.tokens_per_block
     span = Span(first_block, last_block, first_block * per_block, last_block * per_block)
     keys = request.keys[: (last_block + 1) * BLOCK_KEY_BYTES]
@@ -301,13 +302,13 @@ def _mask_of(request: Request) -> TokenMask:
 def _response(
     request: Request, status: KVResponseStatus, error: FlexKVError | None = None
 ) -> KVResponse:
-    """Give the response of a request that moved nothing."""
+    """Return the response of a request that moved nothing."""
     mask = np.zeros(request.token_count, np.bool_)
     return KVResponse(status, request.request_id, mask, error)
 
 
 def _leading(placement: Placement | None, first: int) -> int:
-    """Count how many blocks of a tier follow each other from position `first` on."""
+    """Return the length of the unbroken run of blocks in a tier from position `first` on."""
     if placement is None or placement.positions.first != first:
         return 0
     places = placement.positions.places

@@ -1,4 +1,4 @@
-"""Managers that nobody has closed: they are ended when they are collected, or at exit."""
+"""Ends managers that nobody has closed, when they are garbage-collected or at exit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Unclosed(Protocol):
 
     @property
     def is_unclosed(self) -> bool:
-        """Whether this process has to close it."""
+        """Return whether this process has to close it."""
         ...
 
     def end(self, timeout_s: float | None = None) -> None:
@@ -35,12 +35,12 @@ _open: weakref.WeakSet[Unclosed] = weakref.WeakSet()
 
 
 def remember(manager: Unclosed) -> None:
-    """End a manager at exit, unless it is forgotten before."""
+    """Register a manager, which is ended at exit unless `forget` is called before."""
     _open.add(manager)
 
 
 def forget(manager: Unclosed) -> None:
-    """Do not end a manager at exit: it is being closed."""
+    """Unregister a manager, because it is being closed."""
     _open.discard(manager)
 
 
@@ -53,7 +53,7 @@ def end_forgotten(manager: Unclosed) -> None:
     if sys.is_finalizing() or not manager.is_unclosed:
         return
     what = f"{type(manager).__name__} was not closed: call shutdown(), or use `async with`"
-    with suppress(Warning):  # where warnings are errors: the rest has to be done
+    with suppress(Warning):  # the rest has to be done even where warnings are errors
         warnings.warn(what, ResourceWarning, stacklevel=3, source=manager)
     try:
         manager.end(END_S)

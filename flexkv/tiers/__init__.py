@@ -1,1 +1,1 @@
-"""What the tiers of an engine are made of."""
+"""The parts of an engine's tiers: adapters, the ledger of the SSD tier, and its checks."""

@@ -1,7 +1,7 @@
-"""What an engine stands on: host memory, the disk port, and ports to devices as they register.
+"""Opens what an engine runs on: host memory, the disk port, and a port to each device.
 
-`LocalBackend` opens the adapters of this machine. `flexkv.testing` has one over fakes, so that the
-whole engine, actors and all, runs in a simulation.
+`LocalBackend` opens the adapters of this machine. `flexkv.testing` has a backend over fakes, so
+that the whole engine, actors included, runs in a simulation.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Progress = Callable[[int, int], None]
 
 
 class Device(NamedTuple):
-    """A registered device: the port to its blocks, how many there are, how they lie, and where."""
+    """A registered device: the port to its blocks, their number and layout, and where it is."""
 
     port: DevicePort
     num_blocks: int
@@ -59,21 +59,21 @@ class Backend(Protocol):
     """Opens the adapters of one engine."""
 
     host: str
-    """What holds the host blocks."""
+    """The kind of memory that holds the host blocks."""
     unavailable: Unavailable
-    """What the configuration asks for and the engine goes on without."""
+    """The configured tiers and directories that the engine goes on without."""
     ranks: int
-    """How many devices have to be registered before requests are taken."""
+    """The number of devices that must be registered before requests are accepted."""
 
     async def take(self, undo: ExitStack, progress: Progress | None) -> None:
-        """Take memory and files, which may take minutes; `undo` gets what releases them.
+        """Acquire memory and files, which may take minutes; `undo` gets what releases them.
 
-        Cancellation: ends soon; `undo` has what was taken.
+        Cancellation: ends soon; `undo` has what was acquired.
         """
         ...
 
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
-        """Open the adapters over memory and files; take those first that were not taken."""
+        """Open the adapters over memory and files; acquire those first if `take` did not."""
         ...
 
     def tiers(self) -> Sequence[TierParts]:
@@ -81,15 +81,15 @@ class Backend(Protocol):
         ...
 
     def device(self, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:
-        """Open the port to a rank's KV caches."""
+        """Return a device with an open port to a rank's KV caches."""
         ...
 
     def resumed(self, device: Device, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:
-        """Let a suspended device's port take KV caches again."""
+        """Return a suspended device with its port open to KV caches again."""
         ...
 
     def joined(self, devices: Sequence[Device]) -> TransferPort:
-        """Give one port over the devices of all ranks, in their order."""
+        """Return one port over the devices of all ranks, which come in rank order."""
         ...
 
 
@@ -109,19 +109,19 @@ class LocalBackend:
         self._has_taken = False
 
     async def take(self, undo: ExitStack, progress: Progress | None) -> None:
-        """Take memory and files in a thread: touching and allocating may take minutes.
+        """Acquire memory and files in a thread: touching and allocating may take minutes.
 
         Raises:
-            ConfigError: memory, directory or disk space is not there.
+            ConfigError: memory, a directory or disk space is missing.
 
-        Cancellation: ends soon, and raises when nothing is being taken any more.
+        Cancellation: ends soon, and raises once nothing is being acquired any more.
         """
         await run_stoppable("open", lambda pause: self._take(undo, progress, pause))
 
     def _take(
         self, undo: ExitStack, progress: Progress | None, pause: Callable[[], None] = no_pause
     ) -> None:
-        """Take files, which is quick, and then memory; first make sure that there is memory."""
+        """Check that there is enough memory, acquire files, which is quick, and then memory."""
         cache, sizes = self._cache, self._sizes
         self.unavailable.forget()  # what an earlier try found
         hugepage_bytes = cache.hugepage_size_bytes if cache.use_hugepage_cpu_buffer else None
@@ -147,10 +147,10 @@ class LocalBackend:
         self._has_taken = True
 
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
-        """Open the adapters over memory and files, which are taken if they were not.
+        """Open the adapters over memory and files; acquire those first if `take` did not.
 
         Raises:
-            ConfigError: memory, directory or disk space is not there.
+            ConfigError: memory, a directory or disk space is missing.
         """
         if not self._has_taken:
             self._take(undo, progress)
@@ -173,7 +173,7 @@ class LocalBackend:
             )
 
     def attach(self, arena: Arena) -> None:
-        """Stand on host memory that another process has opened; there is no SSD then."""
+        """Use host memory that another process has opened; there is no SSD tier then."""
         self._arena, self._pinned = arena, Pinned(arena)
         self.host = arena.backing
 
@@ -183,17 +183,17 @@ class LocalBackend:
 
     @property
     def arena(self) -> Arena:
-        """Give the host memory."""
+        """Return the host memory."""
         return self._arena
 
     def device(
         self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None, tp_rank: int
     ) -> Device:
-        """Open the port to a rank's per-layer tensors, in CPU memory or on a CUDA device.
+        """Return a device with an open port to a rank's per-layer tensors, on CPU or CUDA.
 
         Raises:
             ConfigError: the tensors do not fit the model, or their layout is ambiguous.
-            BackendUnavailableError: no adapter, or no driver, for where they are.
+            BackendUnavailableError: there is no adapter, or no driver, for where they are.
             DeviceError: the driver refused.
         """
         tensors = kv_cache_list(kv_caches)
@@ -231,7 +231,7 @@ class LocalBackend:
         layout: str | None,
         tp_rank: int,
     ) -> Device:
-        """Let a suspended device's port take KV caches again.
+        """Return a suspended device with its port open to KV caches again.
 
         Raises:
             ConfigError: the tensors do not fit, or are on another device.
@@ -249,13 +249,13 @@ class LocalBackend:
         return Device(device.port, pages.num_blocks, pages.name, place, pages.order)
 
     def joined(self, devices: Sequence[Device]) -> TransferPort:
-        """Give one port over the devices of all ranks, which keeps the sums that the SSD needs."""
-        # A CPU device that brings whole blocks has summed them as it copied.
+        """Return one port over the devices of all ranks that keeps the sums for the SSD tier."""
+        # A CPU device that copies whole blocks sums them as it copies.
         summed = self._model.parts == 1 and {each.place[0] for each in devices} == {"cpu"}
         return self.summed(self._over_ranks(devices), summed)
 
     def summed(self, port: TransferPort, has_summed: bool = False) -> TransferPort:
-        """Give a port that keeps the sums that the SSD needs, if there is one."""
+        """Return a port that also keeps the sums for the SSD tier, if there is one."""
         if self.ssd.sums is None:
             return port
         return SummedPort(port, PoolChecksummer(self._arena, sums=self.ssd.sums), has_summed)
@@ -270,7 +270,7 @@ class LocalBackend:
         return port
 
     def pages_of(self, tensors: Sequence[Any], layout: str | None, tp_rank: int) -> PagedLayout:
-        """Give where a rank's blocks are in its tensors.
+        """Return where a rank's blocks are in its tensors.
 
         Raises:
             ConfigError: the tensors do not fit the model, or their layout is ambiguous.

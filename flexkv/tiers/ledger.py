@@ -1,8 +1,9 @@
-"""What of the SSD tier outlives the process: the journals' writer, and how a tier comes back.
+"""Writes the journals of the SSD tier, and restores the tier from them.
 
-The index is the truth while the engine runs; the ledger follows it. What was stored is noted when
-its transfer ends, and reaches the journals a moment later, many blocks at once; nobody waits for
-that but `flush`, and the write that is about to replace blocks in which a later run would believe.
+While the engine runs, the index is the truth and the ledger follows it. A block is noted when its
+transfer ends, and reaches a journal a moment later, together with others. Only `flush`, a durable
+clear, and a write that is about to replace blocks in which a later run would believe wait for that.
+A run *believes* in a block if a journal says that the block is there.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ T = TypeVar("T")
 GATHER_S = 0.01
 """How long notes are gathered before they are written."""
 FINISH_S, CLOSE_S = 5.0, 1.0
-"""How long closing waits for the journals to take what is noted, and how long on the loop."""
+"""How long `finish` waits for the journals, and how long `close` blocks for their thread."""
 SCAN_BLOCKS = 1 << 16
-"""Rows that are looked at in one go for blocks to check."""
+"""Places that are searched in one step for blocks to check."""
 
 
 def _thread(name: str) -> Executor:
@@ -48,13 +49,13 @@ def _thread(name: str) -> Executor:
 
 
 class Ledger:
-    """Notes what the SSD tier holds, in one journal for each directory.
+    """Records what the SSD tier holds, in one journal for each directory.
 
-    Block i of the tier is row i // n of directory i % n.
+    With n directories, block i of the tier is row i // n of directory i % n.
 
     Attributes:
         journal_bytes_min: a journal smaller than this is not written anew.
-        snapshot_blocks: noted anew in one step, while a journal is written anew.
+        snapshot_blocks: blocks that are recorded in one step while a journal is written anew.
     """
 
     journal_bytes_min = 8 << 20
@@ -71,27 +72,27 @@ class Ledger:
 
         Args:
             journals: one for each directory.
-            num_blocks: of the tier.
-            sums: uint64[num_blocks], that the port keeps.
-            thread: gives a thread of that name, on which calls that block are made in turn.
+            num_blocks: the number of blocks of the tier.
+            sums: uint64[num_blocks], which the port keeps.
+            thread: returns an executor of one thread with the given name, for calls that block.
         """
         self._journals = Journals(journals)
         self._sums = sums
         self._believed = np.zeros(num_blocks, np.bool_)
         self._unsynced = np.zeros(num_blocks, np.bool_)
-        """The blocks stored since the disk last synced that the journals name."""
+        """Blocks stored since the last sync of the disk that the journals name."""
         self._unwritten = np.zeros(num_blocks, np.bool_)
-        """Erased, and the journal does not say so yet."""
+        """Blocks that were erased, while the journal does not say so yet."""
         self._erased: list[BlockIds] = []
         self._emptied: set[int] = set()
-        """Journals that were emptied as they took too little, and so lack blocks of the tier."""
+        """Journals that were emptied since they refused too much; they lack blocks of the tier."""
         self._clears = self._is_missed = False
+        """Whether the next write empties the journals, and calls `note_missed` before."""
         self.note_missed: Callable[[], None] | None = None
-        """Notes that a directory which is not used misses a clear, if there is one. Blocks."""
-        """Whether the journals have to be emptied before the notes are written."""
+        """Records that an unused directory misses a clear; None if all are used. It may block."""
         self._forgets_evicted = False
         self._live = np.zeros(len(journals), np.int64)
-        """How many blocks of each journal are believed in."""
+        """The number of believed blocks of each journal."""
         self._frames: list[list[bytes]] = [[] for _ in journals]
         self._after: list[Callable[[], None]] = []
         self._flushes: list[asyncio.Future[None]] = []
@@ -101,7 +102,7 @@ class Ledger:
         self._bell = Bell()
         self._sequence = 0
         self._thread = thread("flexkv-journal")
-        # A thread of its own: nobody who only writes waits for a device that syncs.
+        # A thread of its own, so that a write never waits for a sync.
         self._syncing = thread("flexkv-journal-sync")
         self._residency: Residency | None = None
         self._closed = False
@@ -110,12 +111,12 @@ class Ledger:
     # -- coming back ----------------------------------------------------------------------------
 
     def restore(self, residency: Residency) -> int:
-        """Fill the SSD tier of an empty index with what the journals say; gives how many blocks."""
+        """Fill the SSD tier of an empty index from the journals; return the number of blocks."""
         self._residency = residency
         count = len(self._journals)
         lives = self._journals.lives()
         block_ids = np.concatenate([live.rows * count + n for n, live in enumerate(lives)])
-        # In the order in which they were stored: of blocks that are there twice the last counts.
+        # In the order of storing: if a block is there twice, the last one counts.
         sequences = np.concatenate([live.sequences for live in lives])
         self._sequence = int(sequences.max(initial=self._sequence))
         order = np.argsort(sequences, kind="stable")
@@ -125,7 +126,7 @@ class Ledger:
         fits = block_ids < len(self._believed)
         self._unsay_what_does_not_fit()
         block_ids, sums, blocks = block_ids[fits], sums[fits], blocks[fits]
-        # Whatever a journal says of a row has to be unsaid before the row is written.
+        # Whatever a journal says of a row must be erased there before the row is written.
         self._believed[block_ids] = True
         self._live += np.bincount(block_ids % count, minlength=count)
         self._sums[block_ids] = sums
@@ -137,7 +138,7 @@ class Ledger:
         return len(reached.order)
 
     def _unsay_what_does_not_fit(self) -> None:
-        """Let a tier that is larger again not believe in rows that this one has cut off."""
+        """Erase rows beyond the tier's end from the journals, so that no larger tier uses them."""
         count = len(self._journals)
         for number, live in enumerate(self._journals.lives()):
             beyond = live.rows[live.rows * count + number >= len(self._believed)]
@@ -146,21 +147,22 @@ class Ledger:
                 self._bell.ring()
 
     def believed(self, first: int, count: int) -> BlockIds:
-        """Give the next blocks from `first` on, round the end, that a later run would believe in.
+        """Return up to `count` blocks in which a later run would believe.
 
-        Few, or none, where few are within the blocks that are looked at.
+        Only `SCAN_BLOCKS` places are searched, from `first` on and round the end, so the result may
+        be short or empty.
         """
         places = (first + np.arange(min(SCAN_BLOCKS, len(self._believed)))) % len(self._believed)
         return places[self._believed[places]][:count]
 
     def believes(self, block_ids: BlockIds) -> NDArray[np.bool_]:
-        """Tell of which blocks a later run would believe that they are there."""
+        """Return in which blocks a later run would believe: bool[n]."""
         return self._believed[block_ids]
 
     # -- notes ----------------------------------------------------------------------------------
 
     def stored(self, block_ids: BlockIds) -> None:
-        """Note that blocks are READY; those that are not any more are left out."""
+        """Record that blocks are READY, except for those that no longer are."""
         for number, (rows, ids) in enumerate(self._by_journal(block_ids)):
             if frames := self._stored_frames(rows, ids):
                 self._frames[number].append(frames)
@@ -181,7 +183,7 @@ class Ledger:
         return journal.stored(rows[there], self._sums[ids[there]], blocks[there], self._sequence)
 
     def erased(self, block_ids: BlockIds) -> None:
-        """Note that blocks are gone, those that anybody would believe in."""
+        """Record that blocks are gone, as far as a later run would believe in them."""
         believed = block_ids[self._believed[block_ids]]
         self._believed[believed] = self._unsynced[believed] = False
         if not len(believed):
@@ -197,8 +199,8 @@ class Ledger:
     def clear(self, root: bytes | None) -> None:
         """Remove all blocks, or those of a namespace about to be cleared, from the journals.
 
-        They are written in the background; `written` returns once they are. Until then a crash
-        may bring blocks back.
+        The journals are written in the background; `written` returns once they are. Until then a
+        crash may bring blocks back.
         """
         self._bell.ring()
         self._is_missed = self.note_missed is not None
@@ -218,7 +220,7 @@ class Ledger:
         self._clears = True
 
     async def _forget_evicted(self) -> None:
-        """Unsay what is not READY any more, though its bytes, of any namespace, may be there."""
+        """Erase blocks of any namespace that are not READY any more, but may still be on disk."""
         assert self._residency is not None
         believed = np.flatnonzero(self._believed)
         for at in range(0, len(believed), self.snapshot_blocks):
@@ -228,13 +230,13 @@ class Ledger:
             await asyncio.sleep(0)
 
     def _take_frames(self) -> list[bytes]:
-        """Return what is to be written, and count it as written: writes come in this order."""
+        """Return the frames to write, and count them as written: writes come in this order."""
         frames = [b"".join(of_one) for of_one in self._frames]
         self._frames = [[] for _ in self._journals.each]
         return frames
 
     def _told(self, failures: Mapping[int, StorageError]) -> StorageError | None:
-        """Empty the journals that have kept too much, log a new failure, and return the first."""
+        """Empty journals that refused too much, log a new failure, and return the first failure."""
         for number in failures:
             if self._journals.has_kept_too_much(number):
                 self._believed[number :: len(self._journals)] = False
@@ -248,9 +250,10 @@ class Ledger:
         return failure
 
     def forget(self, disk_ids: BlockIds, then: Callable[[], None]) -> bool:
-        """Unsay what the journals say of places that are about to be written.
+        """Erase from the journals what they say of places that are about to be written.
 
-        Tells whether nothing is said; else `then` is called once it is unsaid.
+        Returns:
+            Whether they say nothing already; if not, `then` is called once they say nothing.
         """
         self.erased(disk_ids)
         if not self._unwritten[disk_ids].any():
@@ -260,7 +263,7 @@ class Ledger:
         return False
 
     def _by_journal(self, block_ids: BlockIds) -> list[tuple[NDArray[np.int64], BlockIds]]:
-        """Give each journal's rows among some blocks, and these blocks."""
+        """Return, for each journal, the rows of its blocks, and these blocks."""
         count = len(self._journals)
         if count == 1:
             return [(block_ids, block_ids)]
@@ -270,7 +273,7 @@ class Ledger:
     # -- writing --------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Write notes until cancelled."""
+        """Write the journals until cancelled."""
         while True:
             await self._bell.wait()
             if not self._flushes and not self._after and not self._renewals:
@@ -278,7 +281,7 @@ class Ledger:
             await self._write()
 
     async def _write(self) -> None:
-        """Write what is noted by now, and tell who waits for it."""
+        """Write everything noted by now, and wake those who wait for it."""
         if self._forgets_evicted:
             self._forgets_evicted = False
             await self._forget_evicted()
@@ -293,7 +296,7 @@ class Ledger:
             for block_ids in erased:
                 self._unwritten[block_ids] = False
             for then in after:
-                then()  # the checksums stand where the journal does not
+                then()  # even after a failure: checksums then tell that blocks were replaced
             error = self._told(failures) or missed
         finally:
             for flush in flushes:
@@ -301,7 +304,7 @@ class Ledger:
         await self._renew()
 
     def _note_missed(self) -> StorageError | None:
-        """Note a clear that an absent directory misses; return what went wrong."""
+        """Record a clear that an absent directory misses; return the error if that fails."""
         if not self._is_missed or self.note_missed is None:
             return None
         try:
@@ -312,9 +315,9 @@ class Ledger:
         return None
 
     async def _on_thread(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Make a call on the thread of the journals.
+        """Return the result of a call that is made on the thread of the journals.
 
-        Cancellation: the wait ends; the call is made in its turn, and once.
+        Cancellation: the wait ends; the call is still made in its turn, once.
         """
         loop = asyncio.get_running_loop()
         made, ended = self._thread.submit(call, *args, **kwargs), loop.create_future()
@@ -323,7 +326,7 @@ class Ledger:
         return made.result()
 
     async def _renew(self) -> None:
-        """Go one step on with writing anew each journal that has grown or is suspect."""
+        """Take one more step in writing anew each journal that has grown or is suspect."""
         error: StorageError | None = None
         for number, each in enumerate(self._journals.each):
             at = self._snapshot[number]
@@ -343,7 +346,7 @@ class Ledger:
                 _settle(renewal, error)
 
     async def _renew_step(self, number: int, at: int) -> int | None:
-        """Write the blocks from `at` on to a new journal; return where to go on, or None."""
+        """Write the blocks from `at` on to a new journal; return where to continue, or None."""
         each, count = self._journals.each[number], len(self._journals)
         if not each.has_new:  # the directory takes no new journal
             return None
@@ -366,7 +369,7 @@ class Ledger:
         A loss of power may still undo what the disk has not synced.
 
         Raises:
-            StorageError: a journal takes no more; it is tried again with what is noted next.
+            StorageError: a journal could not be written; the next write tries again.
             ClosedError: the engine was closed meanwhile.
         """
         await self._noted(self._flushes)
@@ -383,7 +386,7 @@ class Ledger:
         """Return once everything that was noted is on stable storage.
 
         Raises:
-            StorageError: a journal takes no more, or its device refused.
+            StorageError: a journal could not be written or synced.
             ClosedError: the engine was closed meanwhile.
         """
         await self._note_anew()
@@ -398,7 +401,7 @@ class Ledger:
             raise next(iter(failures.values()))
 
     async def _note_anew(self) -> None:
-        """Note again the blocks of the tier that emptied journals lack; they may take them now."""
+        """Record again the blocks that emptied journals lack, since they may take them now."""
         count = len(self._journals)
         for number in list(self._emptied):
             self._emptied.discard(number)
@@ -409,7 +412,7 @@ class Ledger:
                 await asyncio.sleep(0)
 
     def begin_sync(self) -> BlockIds:
-        """Return the blocks stored since the disk last synced; call it right before a sync."""
+        """Return and reset the blocks stored since the last sync; call it right before a sync."""
         unsynced = np.flatnonzero(self._unsynced)
         self._unsynced[unsynced] = False
         return unsynced
@@ -417,8 +420,8 @@ class Ledger:
     def sync_failed(self, unsynced: BlockIds) -> BlockIds:
         """Remove from the journals, and return, the blocks that a failed sync may have lost.
 
-        They are the blocks that `begin_sync` returned and those stored since: the kernel takes
-        what it could not write for written.
+        They are the blocks that `begin_sync` returned and those stored since: the kernel counts
+        what it could not write as written.
         """
         self._unsynced[unsynced] = True
         lost = np.flatnonzero(self._unsynced & self._believed)
@@ -437,7 +440,7 @@ class Ledger:
             raise ClosedError("the engine was closed before the flush was done")
 
     async def finish(self) -> None:
-        """Write to the journals what is noted, as far as that takes no more than some seconds."""
+        """Write everything noted to the journals, within `FINISH_S`."""
         try:
             async with asyncio.timeout(FINISH_S):
                 await self.written()
@@ -445,7 +448,7 @@ class Ledger:
             log.warning("journal_not_finished", reason=str(error) or f"not within {FINISH_S} s")
 
     def close(self) -> None:
-        """Close the journals; do not wait for a thread that a disk holds up. Idempotent."""
+        """Close the journals; wait `CLOSE_S` at most for a thread that hangs. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -464,7 +467,7 @@ class Ledger:
 def _settle(flush: asyncio.Future[None], error: Exception | None) -> None:
     if flush.done():
         return
-    with suppress(RuntimeError):  # its loop may be closed: nobody waits there any more
+    with suppress(RuntimeError):  # its loop may be closed, and then nobody waits there
         if error is None:
             flush.set_result(None)
         else:

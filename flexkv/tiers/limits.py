@@ -1,4 +1,4 @@
-"""The bounds of an engine's work, and its index, from its configuration."""
+"""Derives the bounds of an engine's work, and its empty index, from the configuration."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from flexkv.index.eviction import Eviction
 from flexkv.index.residency import Residency
 
 WRITE_WINDOWS = 2
-"""Windows of owed blocks that are with a tier at once: one is written, one waits."""
+"""Windows of owed blocks on their way to a tier at once: one is being written, one waits."""
 KEPT_SHARE_MAX = 0.75
-"""Part of host memory that may be kept for lower tiers; the rest is for loads."""
+"""The largest part of host memory that may be kept for lower tiers; the rest is for loads."""
 WRITE_SHARE_MAX = 0.125
-"""Bound on one window, as a part of host memory: blocks being written free no room."""
+"""The largest part of host memory in one window, since blocks being written free no room."""
 
 DISK_READ_PIECE_BYTES, DISK_WRITE_PIECE_BYTES = 2 * MB, 8 * MB
-"""One submission to the disk. Reads are small, so that others can cut in."""
+"""The largest submissions to the disk. Reads are small, so that other reads can cut in."""
 
 DEVICE_PIECE_BYTES = {"cpu": 64 * MB, "cuda": 256 * MB, "agents": 64 * MB}
-"""One submission to a device: what it copies in 5 ms or so. A GPU has two by default, so that it
-never waits for the next."""
+"""The largest submission to a device of each kind: what it copies in about 5 ms. By default a GPU
+has two in flight, so that it never waits for the next."""
 DEVICE_WINDOWS = {"cpu": 1, "cuda": 4, "agents": 1 << 30}
-"""How many `device_window_mb` may be in flight. Each agent has a window of its own behind this one,
-so that an instance that does not answer cannot fill it for the others."""
+"""The window of each kind of device, in units of `device_window_mb`. For agents it is as good as
+unbounded: each has a window of its own behind it, so that an instance that does not answer cannot
+use up the window of the others."""
 
 
 def disk_windows(cache: CacheConfig) -> tuple[Window, Window]:
-    """Return the most bytes that may be in flight from SSD, and to it."""
+    """Return the window of reads from SSD, and that of writes to it."""
     return (
         Window(int(cache.disk_read_window_mb * MB), DISK_READ_PIECE_BYTES, is_paced=True),
         Window(int(cache.disk_write_window_mb * MB), DISK_WRITE_PIECE_BYTES, is_paced=True),
@@ -42,13 +43,13 @@ def disk_windows(cache: CacheConfig) -> tuple[Window, Window]:
 
 
 def device_window(cache: CacheConfig, kind: str) -> Window:
-    """Return what may be in flight each way to or from devices of a kind."""
+    """Return the window of devices of a kind, which holds for each direction."""
     window_bytes = int(cache.device_window_mb * MB) * DEVICE_WINDOWS[kind]
     return Window(window_bytes, DEVICE_PIECE_BYTES[kind])
 
 
 def eviction_of(cache: CacheConfig) -> Eviction:
-    """Return how the tiers evict."""
+    """Return the eviction policy of the tiers, with its parameters."""
     return Eviction(
         cache.eviction_policy,
         cache.evict_ratio,
@@ -59,7 +60,7 @@ def eviction_of(cache: CacheConfig) -> Eviction:
 
 
 def plan_limits(cache: CacheConfig, sizes: CacheSizes) -> PlanLimits:
-    """Return what bounds a plan."""
+    """Return the bounds on a plan."""
     limit_gb, stride = cache.write_behind_max_gb, sizes.block_stride_bytes
     if limit_gb < 0:
         behind_blocks = max(1, sizes.num_host_blocks // 2)
@@ -72,7 +73,7 @@ def plan_limits(cache: CacheConfig, sizes: CacheSizes) -> PlanLimits:
 
 
 def behind_limits(cache: CacheConfig, sizes: CacheSizes) -> BehindLimits:
-    """Return what bounds the writing of owed blocks."""
+    """Return the bounds on writing owed blocks."""
     window_blocks = int(cache.disk_write_window_mb * MB) // sizes.block_stride_bytes
     window_blocks = max(1, min(window_blocks, int(WRITE_SHARE_MAX * sizes.num_host_blocks)))
     return BehindLimits(
@@ -97,10 +98,10 @@ def empty_index(
 
 @contextmanager
 def memory_named(sizes: CacheSizes) -> Iterator[None]:
-    """Name the size that takes too much, where the account of a tier's blocks has no memory.
+    """Turn a MemoryError of the code inside into an error that names the size to lower.
 
     Raises:
-        ConfigError: it does not fit in memory.
+        ConfigError: there is not enough memory to keep account of the blocks.
     """
     try:
         yield

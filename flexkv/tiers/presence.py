@@ -1,4 +1,4 @@
-"""Checks that the files of the SSD tier are in place: removed files survive no restart.
+"""Checks that the files of the SSD tier are in place: removed files are lost at the next restart.
 
 An open file keeps working after it or its directory was removed, or its file system was unmounted
 lazily. Writes to it succeed, and so does a sync; only its name is gone.
@@ -19,11 +19,11 @@ from flexkv.tiers.ledger import Ledger
 from flexkv.tiers.unavailable import Unavailable
 
 LOOK_S = 2.0
-"""Time between two looks, in addition to the look in each flush."""
+"""Time between two checks; each flush makes one more."""
 
 
 class Presence:
-    """Checks whether directories and files are in place; the first that is not ends the tier.
+    """Checks that directories and files are in place; the first that is not ends the tier.
 
     Attributes:
         lost: the error that a flush raises, once the tier is lost.
@@ -33,22 +33,22 @@ class Presence:
     def __init__(
         self, files: StripedFiles, ledger: Ledger | None, unavailable: Unavailable
     ) -> None:
-        """Take what to watch, and where to note the reasons; all stay the caller's."""
+        """Take what to check, and where to record the reasons; the caller owns all of it."""
         self.lost: StorageError | None = None
         self.on_lost: Callable[[str], None] = lambda why: None
         self._files, self._ledger, self._unavailable = files, ledger, unavailable
-        # A thread of its own: on a file system that hangs, a look does not end.
+        # A thread of its own: on a file system that hangs, a check does not end.
         self._thread = Workers(1, "flexkv-presence")
 
     async def run(self) -> None:
-        """Look again and again, until cancelled or until the tier is lost."""
+        """Check at intervals, until cancelled or until the tier is lost."""
         while True:
             await asyncio.sleep(LOOK_S)
             if await self.look() is not None:
                 return
 
     async def look(self) -> StorageError | None:
-        """Look now; return the error of a tier that is lost."""
+        """Check now; return the error if the tier is lost."""
         if self.lost is None:
             loop = asyncio.get_running_loop()
             missing = await loop.run_in_executor(self._thread, self._missing)
@@ -75,5 +75,5 @@ class Presence:
         self.on_lost(why)
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop checking."""
         self._thread.shutdown(wait=False, cancel_futures=True)

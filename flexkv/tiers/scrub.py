@@ -1,7 +1,8 @@
-"""Reads what rests on SSD, in idle time and at a bounded rate, and drops what is not what it was.
+"""Reads the blocks on SSD in idle time, at a bounded rate, and reports those that have changed.
 
-A row that the ledger believes in is not written: what is read of it is whole. If it stopped being
-believed in meanwhile, or got another checksum, what was read says nothing.
+No row is written while the ledger believes in it, so a block that is read from such a row is whole.
+If the ledger stops believing in the row meanwhile, or the block gets another checksum, the result
+of the read is ignored.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ BATCH_BYTES = 8 << 20
 
 
 class Scrubber:
-    """Goes over the blocks of the SSD tier, again and again.
+    """Checks the blocks of the SSD tier, over and over.
 
     Attributes:
-        checked_blocks: read and compared since the start.
+        checked_blocks: blocks read and compared since the start.
     """
 
     def __init__(self, files: StripedFiles, sums: Sums, ledger: Ledger, bytes_per_s: float) -> None:
-        """Take the files, the sums that the port keeps, and who knows which of them count."""
+        """Take the files, the sums that the port keeps, and the ledger, which knows which count."""
         self.checked_blocks = 0
         self._files, self._sums, self._ledger = files, sums, ledger
         self._reader = BlockVerifier(files.block_stride_bytes, BATCH_BYTES)
@@ -43,14 +44,14 @@ class Scrubber:
     async def run(
         self, is_idle: Callable[[], bool], bad: Callable[[CorruptBlockError], None]
     ) -> None:
-        """Work until cancelled; `bad` is told of blocks that have changed."""
+        """Check blocks until cancelled; call `bad` with an error that lists changed blocks."""
         while True:
             await asyncio.sleep(self._pause_s)
             if is_idle() and (error := await self.step()) is not None:
                 bad(error)
 
     async def step(self) -> CorruptBlockError | None:
-        """Check the next blocks; gives those that have changed."""
+        """Check the next blocks; return an error that lists those that have changed, if any."""
         ids = self._ledger.believed(self._next, self._reader.num_blocks)
         if not len(ids):
             self._next += SCAN_BLOCKS
@@ -68,14 +69,14 @@ class Scrubber:
         return CorruptBlockError(self._files.paths[file], offset, changed)
 
     def _read(self, ids: BlockIds, expected: Sums) -> Sums:
-        """Read blocks and sum them; one that cannot be read counts as right: others see to that."""
+        """Return the blocks' sums; an unreadable block counts as right, since loads report it."""
         files, offsets = self._files.locate(ids)
         fds = [self._files.fds[file] for file in files.tolist()]
         found, whole = self._reader.sums(zip(fds, offsets.tolist(), strict=True))
         return np.where(whole, found, expected)
 
     def close(self) -> None:
-        """Let go of all memory once the read under way has ended. Idempotent."""
+        """Release all memory once the read under way has ended. Idempotent."""
         if not self._is_closed:
             self._is_closed = True
             closing = self._thread.submit(self._reader.close)

@@ -21,17 +21,17 @@ class Unavailable:
         self.tiers: dict[str, str] = {}
 
     def forget(self) -> None:
-        """Forget all notes: the tiers are about to be tried again."""
+        """Forget all reasons: the tiers are about to be tried again."""
         self.directories.clear()
         self.tiers.clear()
 
     def lose_directory(self, path: str, why: str) -> None:
-        """Note that a directory cannot be used, and log it."""
+        """Record that a directory cannot be used, and log it."""
         self.directories[path] = why
         log.error("ssd_directory_not_used", directory=path, reason=why)
 
     def lose_tier(self, tier: Tier, why: str) -> None:
-        """Note that a tier that was asked for is not there, and log it."""
+        """Record that a configured tier cannot be used, and log it."""
         self.tiers[tier.label] = why
         log.error("tier_not_available", tier=tier.label, reason=why)
 
