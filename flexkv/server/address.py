@@ -25,7 +25,7 @@ OWN = "own"
 SOCKET_NAME = "server"
 RUNTIME, SHARED = Path("/run/user"), Path("/tmp")
 PATH_BYTES_MAX = 100
-"""`sun_path` has 108 bytes."""
+"""Longest path of a socket; `sun_path` has 108 bytes."""
 _LINKS_MAX = 40
 
 
@@ -72,7 +72,7 @@ def own_folders(environ: Mapping[str, str] = os.environ) -> tuple[Path, ...]:
 
 
 def _is_own(folder: Path) -> bool:
-    """Return whether a directory is ours alone; after `su` the variable may name another's."""
+    """Return whether a directory is ours alone; after `su` the variable may still be another's."""
     try:
         found = folder.lstat()
     except OSError:

@@ -14,7 +14,7 @@ from flexkv.server.wire import Changed, Done, Start, ToServer
 EVERY_S = 0.01
 """How long a change may wait until it is reported."""
 CHANGES_MAX = 1 << 16
-"""Most changes between two reports; if there are more, only their loss is reported."""
+"""Maximum number of changes between two reports; beyond it only their loss is reported."""
 UNREAD_BYTES_MAX = 256 << 10
 """A client with more unread bytes than this gets no changes until it catches up."""
 
@@ -49,7 +49,7 @@ class ChangeFeed:
             await asyncio.sleep(EVERY_S)
 
     def tell(self) -> None:
-        """Report what has changed. A client that does not read is later told what it lost."""
+        """Report what has changed. A client that does not read is later told that it lost some."""
         if not self._is_behind:
             return
         changes = self._residency.changes()
@@ -86,6 +86,6 @@ class ChangeFeed:
     def answer(self, link: Link[ToServer], start: Start, keys: bytes, done: Done) -> None:
         """Send a client the end of a request, after the changes that it made."""
         self.tell()
-        if not done.moved and start.operation == Operation.PUT.label:  # another request has
+        if not done.moved and start.operation == Operation.PUT.label:  # another put stored them
             self.tell_of(link, keys)
         link.send(done)

@@ -62,7 +62,7 @@ HANG_S = 60.0
 POLL_S_MAX = 0.02
 """How long one `poll` may read, so that a server that keeps sending does not delay a step."""
 CHANGES_MAX = 1 << 20
-"""Most changes kept for `changes`; if there are more, all are dropped and reported as lost."""
+"""Maximum number of changes kept for `changes`; beyond it all are dropped and reported as lost."""
 UNSENT_BYTES_MAX = 16 << 20
 
 
@@ -146,9 +146,9 @@ class Client:
     def match(self, keys: Keys, first: int = 0, hold: bool = False, tell: bool = False) -> Matched:
         """Return how many blocks of a prompt are resident; none if the server does not answer.
 
-        The tiers are counted for blocks from `first` on. With `hold` the blocks are kept from
-        eviction until `start` or `release` gets the match's number; with `tell` `changes` reports
-        where each block is.
+        The result's `by_tier` counts the blocks from `first` on. With `hold`, the blocks are kept
+        from eviction until `start` or `release` gets the match's number. With `tell`, `changes`
+        also returns where each block is.
         """
         number = self.ask(keys, first, hold, tell)
         self.flush(self._answer_s)

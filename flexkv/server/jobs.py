@@ -35,11 +35,11 @@ from flexkv.server.wire import Done, Match, Matched, Start
 log = get_logger(__name__)
 
 JOBS_MAX = 1 << 16
-"""Most requests of one client under way, and most reports kept for requests yet to arrive."""
+"""Maximum number of a client's requests under way, and of reports kept for requests to come."""
 PUTS_SHARE = 2
 """The puts of one instance may be filling at most host memory divided by this."""
 JOBS_BYTES_MAX = 64 << 20
-"""Most bytes of keys and ids that the requests of one client may have under way."""
+"""Maximum bytes of keys and ids that the requests of one client may have under way."""
 FEW = 64
 
 Answered: TypeAlias = Callable[[Done], None]

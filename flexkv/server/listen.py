@@ -44,7 +44,7 @@ _RANGE = 1 << 32
 
 
 class Peer(NamedTuple):
-    """Who is at the other end of a unix socket."""
+    """The process and the user at the other end of a unix socket."""
 
     pid: int
     uid: int
@@ -302,7 +302,7 @@ def _holder(fd: int, start: int) -> int | None:
 
 
 def peer_of(connected: socket.socket) -> Peer:
-    """Return who was at the other end of a unix socket when it connected, or began to listen."""
+    """Return the peer of a unix socket: who it was when it connected, or began to listen."""
     size = struct.calcsize(_UCRED)
     credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
     pid, uid, _ = struct.unpack(_UCRED, credentials)

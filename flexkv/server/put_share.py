@@ -42,7 +42,7 @@ class PutShare:
         except asyncio.CancelledError:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
-                self._admit()  # a smaller one may be behind it
+                self._admit()  # a smaller put may wait behind it
             elif not waiter.admitted.cancelled() and waiter.admitted.exception() is None:
                 self.leave(blocks)  # admitted and cancelled in the same turn
             raise

@@ -32,13 +32,13 @@ T = TypeVar("T")
 
 PROTOCOL_VERSION = 5
 FRAME_BYTES_MAX = 8 << 20
-"""Most bytes of any message; the server accepts at most `FRAME_BYTES_OF` the peer's role."""
+"""Maximum size of a message; the server accepts at most `FRAME_BYTES_OF` the peer's role."""
 LENGTH_BYTES = 4
 HELLO_BYTES_MAX = 64 << 10
 NUMBERS_MAX = 4096
 """How many numbers one message may have; more are split among several messages."""
 PROMPTS_MAX, PROMPTS_BYTES_MAX, PROMPT_BYTES_MAX = 8192, 32 << 20, 1 << 20
-"""Limits of what the server keeps for a client: prompts, bytes of keys, bytes of one's keys."""
+"""Limits of what the server keeps per client: prompts, bytes of keys, bytes of a prompt's keys."""
 
 Role: TypeAlias = Literal["client", "agent", "control"]
 FRAME_BYTES_OF: Mapping[Role, int] = {
@@ -110,7 +110,7 @@ class Match(Message, tag="match", frozen=True):
     keys: bytes
     """The keys from the last known one on."""
     first: Number = 0
-    """The client has the blocks before this one, so the tiers do not count them."""
+    """The client has the blocks before this one, so `Matched.by_tier` does not count them."""
     hold: bool = False
     """Whether to keep the blocks from eviction until a `Start` or `Release` names this number."""
     tell: bool = False
@@ -173,7 +173,7 @@ class Done(Message, tag="done", frozen=True):
     """How many blocks were moved: for a get, the first ones from `first` on."""
     error: str = ""
     took_s: Seconds = 0.0
-    """How long it took from when it could begin."""
+    """How long the request took, from when it could begin."""
     is_stale: bool = False
     """Whether a put stored nothing because the cache was cleared after its blocks were computed."""
 
