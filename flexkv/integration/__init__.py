@@ -1,1 +1,1 @@
-"""Connectors to engines: their words end here."""
+"""Connectors to inference engines, whose terms are used in these folders only."""

@@ -1,8 +1,8 @@
-"""Which sockets an address names, and whether strangers may touch the directories they lie in.
+"""Finds the sockets that an address names, and checks that strangers cannot replace them.
 
 The default address, `own`, is a directory that belongs to the user alone. Processes of one engine
-may have different environments (a Ray worker, a systemd unit, a cron job lack `XDG_RUNTIME_DIR`),
-so the places are tried in a fixed order: a server takes the first that exists, clients ask at each.
+may have different environments (Ray workers, systemd units and cron jobs lack `XDG_RUNTIME_DIR`),
+so the directories have a fixed order: a server uses the first that exists, clients try each.
 
     $XDG_RUNTIME_DIR/flexkv/server     if that directory exists and is ours
     /run/user/UID/flexkv/server        likewise: what XDG_RUNTIME_DIR usually is
@@ -25,15 +25,15 @@ OWN = "own"
 SOCKET_NAME = "server"
 RUNTIME, SHARED = Path("/run/user"), Path("/tmp")
 PATH_BYTES_MAX = 100
-"""`sun_path` has 108 bytes."""
+"""Longest path of a socket; `sun_path` has 108 bytes."""
 _LINKS_MAX = 40
 
 
 def socket_paths(address: str, environ: Mapping[str, str] = os.environ) -> tuple[Path, ...]:
-    """Return the sockets at which the server of an address may be, in the order to try them.
+    """Return the sockets at which the server of an address may listen, in the order to try them.
 
     Raises:
-        ConfigError: it names none.
+        ConfigError: the address is not valid.
     """
     if address in ("", OWN):
         return tuple(folder / SOCKET_NAME for folder in own_folders(environ))
@@ -51,10 +51,10 @@ def socket_paths(address: str, environ: Mapping[str, str] = os.environ) -> tuple
 
 
 def socket_path(address: str, environ: Mapping[str, str] = os.environ) -> Path:
-    """Return the socket that a server at an address listens on.
+    """Return the socket on which a server at an address listens.
 
     Raises:
-        ConfigError: it names none.
+        ConfigError: the address is not valid.
     """
     return socket_paths(address, environ)[0]
 
@@ -72,7 +72,7 @@ def own_folders(environ: Mapping[str, str] = os.environ) -> tuple[Path, ...]:
 
 
 def _is_own(folder: Path) -> bool:
-    """Return whether a directory is ours alone; after `su` the variable may name another user's."""
+    """Return whether a directory is ours alone; after `su` the variable may still be another's."""
     try:
         found = folder.lstat()
     except OSError:
@@ -82,10 +82,10 @@ def _is_own(folder: Path) -> bool:
 
 
 def prepare_folder(folder: Path, environ: Mapping[str, str] = os.environ) -> None:
-    """Make the directory of a socket if it is one of `own_folders`, and check who may write to it.
+    """Create a socket's directory if it is one of `own_folders`, and check who may write to it.
 
     Raises:
-        OSError: it does not exist, or a stranger may put something else in its place.
+        OSError: the directory does not exist, or a stranger could replace it or the socket.
     """
     if folder in own_folders(environ):
         _make_own(folder)
@@ -93,7 +93,7 @@ def prepare_folder(folder: Path, environ: Mapping[str, str] = os.environ) -> Non
 
 
 def _make_own(folder: Path) -> None:
-    """Make a directory with mode 0700; an existing one must be ours, and becomes private."""
+    """Create a directory with mode 0700; an existing one must be ours, and is made private."""
     fd = make_directory(folder)
     try:
         found = os.fstat(fd)
@@ -108,13 +108,13 @@ def _make_own(folder: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Check that no stranger can put something else in place of a directory or a socket in it.
+    """Check that no stranger can replace a directory or a socket in it.
 
     Every directory from the root on, and every symbolic link on the way, must belong to us or root.
-    If others may write to a directory, it must have the sticky bit.
+    A directory to which others may write must have the sticky bit.
 
     Raises:
-        PermissionError: a stranger can; `strerror` says where and why.
+        PermissionError: a stranger can; the error says where and why.
         OSError: the directory does not exist.
     """
     at, ahead, links = Path("/"), list(folder.parts[1:]), 0
@@ -151,7 +151,7 @@ def _check_entry(path: Path, found: os.stat_result) -> None:
 
 
 def _check_owner(path: Path, found: os.stat_result) -> None:
-    # In a user namespace root may have another number: that of the owner of /.
+    # In a user namespace root may have another id: that of the owner of /.
     if found.st_uid not in (0, os.geteuid(), Path("/").lstat().st_uid):
         why = f"belongs to user {found.st_uid}, not to us (user {os.geteuid()}) or root"
         raise PermissionError(EPERM, why, str(path))
@@ -160,8 +160,8 @@ def _check_owner(path: Path, found: os.stat_result) -> None:
 def _others_write(path: Path, found: os.stat_result) -> bool:
     """Return whether another user may write to a directory.
 
-    A group with the owner's number has no other members, by the custom of `useradd`. But where
-    there is an access control list, the group's bits stand for the list.
+    A group with the owner's id has no other members, by the custom of `useradd`. But if there is
+    an access control list, the group's bits stand for the list.
     """
     if found.st_mode & stat.S_IWOTH:
         return True

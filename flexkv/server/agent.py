@@ -1,8 +1,8 @@
-"""The agent of a device: copies between its KV caches and the server's host memory.
+"""The agent of a device: it copies between its KV caches and the server's host memory.
 
 It lives in the process that owns the KV caches, on a loop in a thread of its own. It connects when
-there is a server, and again when there is one again; whatever it was copying then is finished
-first, so that no copy ever outlives the connection that asked for it.
+there is a server, and again when a connection has ended. It always finishes its copies before it
+closes a connection, so that no copy outlives the connection that asked for it.
 
     connecting ──welcome──▶ serving ──end──▶ draining ──▶ connecting
 """
@@ -49,19 +49,19 @@ from flexkv.tiers.backend import LocalBackend
 log = get_logger(__name__)
 
 RETRY_S, RETRY_REFUSED_S = 0.1, 2.0
-"""Between two attempts to connect: while nobody listens, and after a refusal."""
+"""Pause between two attempts to connect: while nobody listens, and after a refusal."""
 AGAIN_S = 0.01
-"""Between the end of a connection and the next attempt: a server may end each one at once."""
+"""Pause before connecting again after a connection: a server may end each one at once."""
 GREET_S = 0.25
-"""How long a server may take to answer; the loop has nothing else to do meanwhile."""
+"""How long a server may take to answer. This blocks the loop, which has nothing else to do."""
 SETTLE_S = 1.0
-"""How long the server may take to say that requests are over; then it is left."""
+"""How long the server may take to answer `Settle`; then the agent disconnects."""
 TELL_EVERY = 100
-"""Attempts in vain between two log lines."""
+"""Failed attempts between two log lines."""
 
 
 class Agent:
-    """Lends one rank's KV caches to a server."""
+    """The agent that lends one rank's KV caches to a server."""
 
     def __init__(
         self,
@@ -71,14 +71,14 @@ class Agent:
         instance: int = 0,
         tp_rank: int = 0,
     ) -> None:
-        """Take where the server is, and whose rank this is.
+        """Create an agent, which connects after `start`.
 
         Args:
-            address: as in `server_recv_port`.
-            model: as the server's.
-            cache: of it, the block size, `key_secret` and how devices copy.
-            instance: which of the engines that share the server.
-            tp_rank: of the KV caches.
+            address: the server's address, as in `server_recv_port`.
+            model: the server's model.
+            cache: its block size, `key_secret` and settings of device copies are used.
+            instance: the number of this engine among those that share the server.
+            tp_rank: the rank of the KV caches.
         """
         self._address, self._model, self._cache = address, model, cache
         self._instance, self._tp_rank = instance, tp_rank
@@ -97,11 +97,11 @@ class Agent:
     def start(
         self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None = None
     ) -> None:
-        """Lend KV caches from now on; returns at once, and connects when there is a server.
+        """Lend KV caches from now on. Return at once, and connect when there is a server.
 
         Args:
             kv_caches: per-layer tensors, as for `KVManager.register_kv_caches`.
-            layout: when the shape is ambiguous.
+            layout: required if the shape is ambiguous.
 
         Raises:
             ConfigError: the tensors do not fit the model, or the layout must be given.
@@ -137,15 +137,15 @@ class Agent:
         self._thread.call(begin)
 
     def ready(self, numbers: Sequence[int], to_device: bool = False) -> None:
-        """Tell that requests may go on behind what the calling thread's stream has queued by now.
+        """Report that requests may go on after what the calling thread's stream has queued by now.
 
         Args:
-            numbers: of the requests.
+            numbers: the numbers of the requests.
             to_device: whether they are gets, whose blocks that work may still use; otherwise they
                 are puts, whose blocks it writes.
 
         Raises:
-            ClosedError: closed.
+            ClosedError: the agent is closed.
         """
         if not numbers:
             return
@@ -169,13 +169,13 @@ class Agent:
         """Return once no copy of these requests touches the KV caches any more.
 
         Raises:
-            ClosedError: closed.
+            ClosedError: the agent is closed.
         """
         for part in parts_of(numbers):
             self._thread.call(partial(self._settle, part))
 
     def close(self) -> None:
-        """Finish the copies under way, and take the KV caches back. Idempotent."""
+        """Finish the copies under way, and stop lending the KV caches. Idempotent."""
         if self._supervisor is None:
             return
         supervisor, self._supervisor = self._supervisor, None
@@ -192,7 +192,7 @@ class Agent:
     async def _run(
         self, hello: Hello, serve: Callable[[Connected, ExitStack], asyncio.Task[None]]
     ) -> None:
-        """Connect again and again; `serve` starts the task that serves a connection."""
+        """Connect again and again; `serve` starts the task that serves each connection."""
         attempts = 0
         while True:
             wait_s, reason = RETRY_S, ""
@@ -224,11 +224,11 @@ class Agent:
         connected: Connected,
         unstarted: ExitStack,
     ) -> None:
-        """Serve one connection to its end, and close what `unstarted` would close."""
+        """Serve one connection to its end, and close what `unstarted` would have closed."""
         unstarted.pop_all()
         connected.socket.setblocking(False)
         with ExitStack() as undo:
-            undo.callback(connected.socket.close)  # a link that has ended has closed it by then
+            undo.callback(connected.socket.close)  # does nothing if a link has closed it
             try:
                 arena = _attached(connected)
                 undo.callback(arena.close)
@@ -253,7 +253,7 @@ class Agent:
             except (FlexKVError, ValueError, OverflowError) as error:
                 log.warning("server_misunderstood", reason=str(error))
             finally:
-                # Copies end before the connection does: then nobody waits for them in vain.
+                # Then the connection may end: to the server its end means that no copy is left.
                 await self._wait_drained()
                 link.close()
             await link.wait_closed()
@@ -331,10 +331,10 @@ class Agent:
             async with asyncio.timeout(SETTLE_S):
                 await settled.wait()
         except TimeoutError:
-            if settled.is_set():  # just now; if its connection ended, the next may be here by now
+            if settled.is_set():  # just now; `self._link` may be the next connection by now
                 return
             log.warning("server_left", path=self._address, reason=f"no answer in {SETTLE_S} s")
-            self._leaving = True  # what it still asks for is not done, nor answered
+            self._leaving = True  # from now on its copies are neither made nor answered
             await self._wait_drained()
             link.abort()
             await settled.wait()
@@ -346,8 +346,8 @@ def _attached(connected: Connected) -> Arena:
     """Map the host memory of a server.
 
     Raises:
-        OSError: it cannot be mapped, or is not what the server says of it.
-        ProtocolError: the server gave none.
+        OSError: it cannot be mapped, or does not match what the server says about it.
+        ProtocolError: the server sent no descriptor of it.
     """
     welcome, fd = connected.welcome, connected.arena_fd
     if fd is None:

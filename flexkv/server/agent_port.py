@@ -1,13 +1,13 @@
-"""The server's end of one rank's device: copies are sent to its agent, a bounded number at once.
+"""The server's end of one rank's device: it sends copies to the agent, a bounded number at once.
 
     submit ──▶ queue (to the device first) ──window──▶ sent ──Copied──▶ ended
                    │                                    │
                    └── fail_unsent ──▶ failed           └── gone: the connection has ended
 
-A copy that was sent stays under way until the agent answers or its connection ends: a process that
-was stopped may wake up and write into host memory at any later time. Copies that wait behind the
-window were never sent, so they can fail at once when the agent does not answer. An agent that does
-not read cannot make the server keep more than the window for it.
+A copy that was sent stays under way until the agent answers or its connection ends: a stopped
+process may wake up and write into host memory at any later time. Copies that wait for the window
+were never sent, so they can fail at once if the agent does not answer. An agent that does not read
+cannot make the server buffer more messages for it than the window.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flexkv.server.link import Link
 from flexkv.server.wire import Copied, Copy, ProtocolError, ToServer
 
 COPIES_MIN = 4
-"""How many copies may always be sent, however large: one in work, others waiting."""
+"""How many copies may always be sent, however large: one being made, the others waiting."""
 
 
 class Elsewhere:
@@ -50,7 +50,7 @@ class _Sent(NamedTuple):
 
 
 class AgentPort(Elsewhere):
-    """The port to the device of one rank, by its agent."""
+    """The port to the device of one rank, through its agent."""
 
     def __init__(
         self,
@@ -59,9 +59,9 @@ class AgentPort(Elsewhere):
         num_blocks: int,
         window_bytes: int | None = None,
     ) -> None:
-        """Take what an agent has told of its device; `block_bytes` is its part of a block.
+        """Create the port of a device of `num_blocks` blocks; `block_bytes` is its part of a block.
 
-        `window_bytes` may be sent and unanswered in each direction; None stands for any number.
+        At most `window_bytes` may be sent and unanswered in each direction; None sets no limit.
         """
         self.block_bytes, self.num_blocks = block_bytes, num_blocks
         self._link, self._window_bytes = link, window_bytes
@@ -69,7 +69,7 @@ class AgentPort(Elsewhere):
         self._queues: dict[bool, deque[Transfer]] = {True: deque(), False: deque()}
         self._sent: dict[int, _Sent] = {}
         self._unanswered = {True: [0, 0], False: [0, 0]}
-        """How many copies are sent, and their bytes, by direction: True is to the device."""
+        """How many copies are unanswered, and their bytes, by direction: True is to the device."""
         self._ended: list[Completion] = []
         self._wake: Callable[[], None] | None = None
 
@@ -78,7 +78,7 @@ class AgentPort(Elsewhere):
         self._wake = wake
 
     def submit(self, transfer: Transfer) -> None:
-        """Queue a transfer for the agent; without an agent it has failed on return."""
+        """Queue a transfer for the agent; if the agent is not connected, it fails at once."""
         if not self._link.is_open:
             self._end(transfer, "it is not connected")
             return
@@ -86,10 +86,10 @@ class AgentPort(Elsewhere):
         self._pump()
 
     def copied(self, message: Copied) -> None:
-        """Note that the agent has ended a copy.
+        """Record that the agent has ended a copy.
 
         Raises:
-            ProtocolError: it was not asked for that copy.
+            ProtocolError: no such copy is under way.
         """
         if message.op_id not in self._sent:
             raise ProtocolError(f"copy {message.op_id} is not under way")
@@ -97,7 +97,7 @@ class AgentPort(Elsewhere):
         self._pump()
 
     def oldest_s(self) -> float:
-        """Return for how long the oldest copy has been unanswered; 0 when there is none."""
+        """Return for how long the oldest copy has been unanswered; 0 if there is none."""
         for _, since_s in self._sent.values():
             return time.monotonic() - since_s
         return 0.0
@@ -108,19 +108,19 @@ class AgentPort(Elsewhere):
         return bool(self._sent)
 
     def fail_unsent(self, why: str) -> None:
-        """Fail the copies that were not sent: the agent does not know of them."""
+        """Fail the copies that were not sent yet: the agent does not know of them."""
         for queue in self._queues.values():
             while queue:
                 self._end(queue.popleft(), why)
 
     def dismiss(self) -> None:
-        """Tell the agent to end its copies and hang up; it may connect again."""
+        """Have the agent finish its copies and disconnect; it may connect again."""
         self.is_dismissed = True
         self._link.end()
         self.fail_unsent("its agent was dismissed")
 
     def gone(self) -> None:
-        """Note that the agent's process has ended, or copies nothing any more."""
+        """Fail all copies: the agent's process has ended, or copies nothing any more."""
         self.fail_unsent("it is gone")
         for op_id in list(self._sent):
             self._answered(op_id, "it is gone")
@@ -131,14 +131,15 @@ class AgentPort(Elsewhere):
         return ended
 
     def close(self) -> None:
-        """Do nothing: the link is the session's."""
+        """Do nothing: the session owns the link."""
 
     # -- inside ---------------------------------------------------------------------------------
 
     def _pump(self) -> None:
         """Send what the windows have room for, copies to the device first.
 
-        While copies to the device wait, one at a time goes to the host, so that puts do not starve.
+        While copies to the device wait, copies to the host are sent one at a time, so that puts do
+        not starve.
         """
         inbound, outbound = self._queues[True], self._queues[False]
         while inbound and self._has_room(True, inbound[0]):

@@ -1,4 +1,4 @@
-"""What the server's engine stands on: host memory that others map, and devices of others."""
+"""The backend of the server's engine: host memory that agents map, and the agents' devices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flexkv.tiers.backend import Device, LocalBackend
 
 
 class ServerBackend(LocalBackend):
-    """This machine's memory and SSD; the devices are those of the agents that connect."""
+    """This machine's memory and SSD, with the devices of the agents that connect."""
 
     shared = True
 
@@ -24,9 +24,9 @@ class ServerBackend(LocalBackend):
     def device(
         self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None, tp_rank: int
     ) -> Device:
-        """Give the port over all agents; the server registers it once."""
+        """Return the port over all agents, which the server registers once."""
         return Device(self.fleet, self.fleet.num_blocks, "agents", ("agents", 0))
 
     def joined(self, devices: Sequence[Device]) -> TransferPort:
-        """Give the port, which keeps the sums that the SSD needs: agents have none."""
+        """Return the port with the checksums that the SSD tier needs, since agents compute none."""
         return self.summed(devices[0].port)

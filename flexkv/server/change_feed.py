@@ -1,4 +1,4 @@
-"""Tells clients that watch what became resident, and what is so no more."""
+"""Reports to clients that watch which blocks became resident, and which no longer are."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from flexkv.server.link import Link
 from flexkv.server.wire import Changed, Done, Start, ToServer
 
 EVERY_S = 0.01
-"""How long a change may wait until it is told."""
+"""How long a change may wait until it is reported."""
 CHANGES_MAX = 1 << 16
-"""In between; of more it is only told that there were some."""
+"""Maximum number of changes between two reports; beyond it only their loss is reported."""
 UNREAD_BYTES_MAX = 256 << 10
-"""A client with this many unread bytes gets no changes until it has read them."""
+"""A client with more unread bytes than this gets no changes until it catches up."""
 
 
 class ChangeFeed:
-    """The clients that watch the index."""
+    """The clients that want to know of changes of the index."""
 
     def __init__(self, residency: Residency) -> None:
         self._residency = residency
@@ -29,27 +29,27 @@ class ChangeFeed:
         self._blocks_max = sum(residency.counts(tier).capacity for tier in residency.tiers)
 
     def add(self, link: Link[ToServer]) -> None:
-        """Tell a client every change from now on."""
+        """Report every change to a client from now on."""
         if not self._is_behind:
             self._residency.watch(CHANGES_MAX)
         self._is_behind[link] = False
         self._some.set()
 
     def discard(self, link: Link[ToServer]) -> None:
-        """Tell a client nothing any more."""
+        """Report nothing to a client any more."""
         if self._is_behind.pop(link, None) is not None and not self._is_behind:
             self._residency.watch(0)
             self._some.clear()
 
     async def run(self) -> None:
-        """Tell changes as they come, for ever."""
+        """Report changes as they come, until cancelled."""
         while True:
             await self._some.wait()
             self.tell()
             await asyncio.sleep(EVERY_S)
 
     def tell(self) -> None:
-        """Tell what has changed. An engine that is idle reads nothing: it loses track."""
+        """Report what has changed. A client that does not read is later told that it lost some."""
         if not self._is_behind:
             return
         changes = self._residency.changes()
@@ -63,14 +63,14 @@ class ChangeFeed:
                 link.send(Changed(told, lost))
 
     def tell_of(self, link: Link[ToServer], keys: bytes) -> None:
-        """Tell a client where the blocks of a prompt are: it may never have heard of them."""
+        """Report where the blocks of a prompt are: the client may never have been told."""
         self.tell()
         keys = keys[: (self._blocks_max + 1) * BLOCK_KEY_BYTES]  # no tier can hold more
         count, rest = divmod(len(keys), BLOCK_KEY_BYTES)
-        if rest or not count or self._is_behind.get(link, True):  # they may be no keys
+        if rest or not count or self._is_behind.get(link, True):  # `keys` may be malformed
             return
         if link.unsent_bytes > UNREAD_BYTES_MAX:
-            self._is_behind[link] = True  # it is told that it has missed something
+            self._is_behind[link] = True  # it will be told that it has missed something
             return
         residency = self._residency
         there = [
@@ -84,8 +84,8 @@ class ChangeFeed:
             link.send(Changed(tuple(there[begin : begin + CHANGES_MAX])))
 
     def answer(self, link: Link[ToServer], start: Start, keys: bytes, done: Done) -> None:
-        """Tell a client the end of a request, behind what has changed by it."""
+        """Send a client the end of a request, after the changes that it made."""
         self.tell()
-        if not done.moved and start.operation == Operation.PUT.label:  # another has stored them
+        if not done.moved and start.operation == Operation.PUT.label:  # another put stored them
             self.tell_of(link, keys)
         link.send(done)

@@ -1,9 +1,9 @@
-"""An engine's scheduler at a server: synchronous, in one thread, and never waiting for I/O.
+"""The client of an engine's scheduler at a server: synchronous, for one thread.
 
-`ask` sends a question, and `answer` gives what comes of it, some tens of microseconds later;
-`start` only queues, `flush` sends what is queued, and `poll` does so too and gives what has ended
-meanwhile. A server that is gone costs hits, never a request: matches find nothing, what was under
-way is told as failed, and the client connects again by itself.
+`ask` sends a match, and `answer` returns its result, which takes some tens of microseconds. `start`
+only queues a request, `flush` sends what is queued, and `poll` also returns the requests that have
+ended, without waiting. A lost server costs hits, never a request: matches find nothing, requests
+under way are reported as failed, and the client reconnects by itself.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ from flexkv.server.wire import (
 log = get_logger(__name__)
 
 RETRY_S, RETRY_S_MAX = 0.5, 30.0
-"""Between two attempts to connect; doubled each time while something is there and fails us."""
+"""Pause between two attempts to connect; doubled by each failure other than an absent server."""
 HANG_S = 60.0
-"""With requests under way, a server that says nothing for so long is as good as gone."""
+"""With requests under way, a server that sends nothing for this long counts as lost."""
 POLL_S_MAX = 0.02
-"""How long one `poll` may read, so that a server that never stops talking delays no step."""
+"""How long one `poll` may read, so that a server that keeps sending does not delay a step."""
 CHANGES_MAX = 1 << 20
-"""How many changes wait for a call of `changes`; beyond that it reports that some are lost."""
+"""Maximum number of changes kept for `changes`; beyond it all are dropped and reported as lost."""
 UNSENT_BYTES_MAX = 16 << 20
 
 
@@ -70,22 +70,22 @@ class Client:
     """One instance's requests to a server.
 
     Attributes:
-        is_ready: whether all devices of the instance are connected; else nothing can be moved.
+        is_ready: whether all devices of the instance are connected; else no block can be moved.
         num_blocks: how many blocks each of its devices has.
-        generation: of the server's cache, as last reported. It grows with each clear.
+        generation: the generation of the server's cache, as last reported.
     """
 
     def __init__(
         self, settings: Settings, model: ModelConfig, instance: int = 0, watches: bool = False
     ) -> None:
-        """Take where the server is; nothing is connected before it is needed.
+        """Create a client, which connects at the first call that needs the server.
 
         Args:
-            settings: of it, where the server is and how long it may take to answer; and, as the
-                server's, block size and `key_secret`.
-            model: as the server's.
-            instance: which of the engines that share the server.
-            watches: whether `changes` are wanted.
+            settings: the server's address, and how long it may take to answer. Block size and
+                `key_secret` must be the server's.
+            model: the server's model.
+            instance: the number of this engine among those that share the server.
+            watches: whether to collect changes of the index for `changes`.
         """
         self._address, self._instance, self._watches = settings.server_recv_port, instance, watches
         self._answer_s = settings.server_answer_ms / 1e3
@@ -101,15 +101,15 @@ class Client:
         forks.on_fork(self._let_go_in_child)
         self._prompts, self._next_prompt = SentPrompts(), 0
         self._asked: dict[int, float] = {}
-        """Since when the server has had the time to answer."""
+        """For each match without an answer, the time from which its timeout counts."""
         self._blocks: dict[int, int] = {}
-        """How many blocks each match and request under way names: an answer has no more."""
+        """How many blocks each match and request under way names; an answer may not have more."""
         self._is_behind = False
         self._matched: dict[int, Matched] = {}
         self._ended: list[Done] = []
         self._under_way: set[int] = set()
         self._retry_s = 0.0
-        # Numbers of a scheduler that was here before mean nothing of ours.
+        # A random start, so that no number of an earlier scheduler can be taken for one of ours.
         self._next = randbits(31) << 32
         self.is_ready, self.num_blocks, self._epoch = False, 0, 0
         self.generation = 0
@@ -118,16 +118,16 @@ class Client:
     # -- keys -----------------------------------------------------------------------------------
 
     def keys(self, tokens: Any, namespace: Namespace = None) -> bytes:
-        """Give the root, and the key of every whole block of a prompt: 16 bytes each.
+        """Return the root, and the key of every whole block of a prompt: 16 bytes each.
 
-        They hang on the order of the devices' blocks, which is known when `is_ready`.
+        They depend on the element order of the devices' blocks, which is known once `is_ready`.
         """
         return self._keys.keys(integers(tokens), namespace)
 
     def extend(self, prompt: Prompt, tokens: Any) -> None:
-        """Add the keys of `tokens` to a prompt; the tokens follow those of its whole blocks.
+        """Append the keys of `tokens` to a prompt; the tokens follow those of its whole blocks.
 
-        The prompt's namespace may have no extra keys.
+        The prompt's namespace must not have extra keys.
         """
         self._keys.extend_in_place(prompt.keys, integers(tokens))
 
@@ -137,17 +137,18 @@ class Client:
         return Prompt(self._next_prompt)
 
     def forget(self, prompt: Prompt) -> None:
-        """Let the server drop the keys of a prompt."""
+        """Have the server drop the keys of a prompt."""
         if self._prompts.forget(prompt.number):
             self._send(Forget((prompt.number,)))
 
     # -- requests -------------------------------------------------------------------------------
 
     def match(self, keys: Keys, first: int = 0, hold: bool = False, tell: bool = False) -> Matched:
-        """Give how many blocks of a prompt are resident; none when the server does not answer.
+        """Return how many blocks of a prompt are resident; none if the server does not answer.
 
-        Of those from `first` on it tells where they are. With `hold` they are kept from eviction,
-        until `start` or `release` gets its number; with `tell` where they are comes by `changes`.
+        The result's `by_tier` counts the blocks from `first` on. With `hold`, the blocks are kept
+        from eviction until `start` or `release` gets the match's number. With `tell`, `changes`
+        also returns where each block is.
         """
         number = self.ask(keys, first, hold, tell)
         self.flush(self._answer_s)
@@ -156,7 +157,7 @@ class Client:
         return matched
 
     def ask(self, keys: Keys, first: int = 0, hold: bool = False, tell: bool = False) -> int:
-        """Ask as `match` does, and return the number of the question for `answer`, or `release`.
+        """Send a match (see `match`), and return its number for `answer` or `release`.
 
         For a part of a prompt, only the keys that the server lacks are sent.
         """
@@ -170,11 +171,11 @@ class Client:
         return number
 
     def answer(self, number: int, wait_s: float = 0.0) -> Matched | None:
-        """Give what came of a question, once; None if that is not known within `wait_s`.
+        """Return the result of a match, once; None if it does not arrive within `wait_s`.
 
-        It waits in a loop, as for a lock that is held briefly: a thread that sleeps, or yields its
-        CPU, may get it back a millisecond later. A server that has neither answered nor read more
-        of what it is sent for `server_answer_ms` is as good as gone.
+        This spins, because a thread that sleeps or yields its CPU may get it back a millisecond
+        later. A server that has neither answered nor read more of what was sent to it for
+        `server_answer_ms` counts as lost; then the result has no blocks.
         """
         self._check_process()
         until_s = time.monotonic() + wait_s
@@ -188,7 +189,7 @@ class Client:
         return self._matched.pop(number, None) or Matched(number, 0, {})
 
     def release(self, numbers: Sequence[int]) -> None:
-        """Let go of what matches hold, or of questions."""
+        """End the holds of matches, and give up those that are not answered yet."""
         self._check_process()
         for number in numbers:
             self._asked.pop(number, None)
@@ -207,15 +208,15 @@ class Client:
         when_ready: bool = False,
         held: int = 0,
     ) -> int:
-        """Begin a request of the blocks from `first` on, and give its number.
+        """Begin a request for the blocks from `first` on, and return its number.
 
         Args:
             operation: get, put or prefetch.
-            keys: of the prompt up to the last block that is meant.
-            first: of the blocks.
-            device_ids: int64, one for each; None for a prefetch.
-            when_ready: a put waits until every rank's agent has told that it is `ready`.
-            held: the match whose hold ends when this request is planned.
+            keys: the root and the block keys, up to the last block of the request.
+            first: the first block of the request.
+            device_ids: int64, one for each block; None for a prefetch.
+            when_ready: whether it waits until the agent of every rank has reported it as `ready`.
+            held: the number of the match whose hold ends when this request is planned.
         """
         member("operation", operation, Operation)
         ids = b"" if device_ids is None else as_int64("device_ids", device_ids).tobytes()
@@ -235,14 +236,14 @@ class Client:
         return self._begin(start, blocks_of(keys))
 
     def put(self, keys: Keys, first: int, device_ids: BlockIds, generation: int) -> int:
-        """Begin a put that waits until the agent of every rank says that it is `ready`.
+        """Begin a put that waits until the agent of every rank has reported it as `ready`.
 
         Args:
-            keys: of the prompt up to the last block that is put.
-            first: the first block that is put.
-            device_ids: int64, one for each block that is put.
-            generation: the client's `generation` when the blocks began to be computed. If the
-                cache was cleared since then, nothing is stored, and the `Done` has `is_stale`.
+            keys: of the prompt up to the last block to store.
+            first: the first block to store.
+            device_ids: int64, one for each block to store.
+            generation: the client's `generation` when computing the blocks began. If the cache
+                was cleared since then, nothing is stored, and the `Done` has `is_stale`.
         """
         part, ids = self._part_of(keys), as_int64("device_ids", device_ids).tobytes()
         start = Start(
@@ -261,13 +262,13 @@ class Client:
         return start.number
 
     def cancel(self, numbers: Sequence[int]) -> None:
-        """Give requests up; `poll` gives their ends all the same."""
+        """Cancel requests; `poll` returns their ends all the same."""
         self._check_process()
         for part in parts_of([number for number in numbers if number in self._under_way]):
             self._send(Cancel(part))
 
     def poll(self) -> list[Done]:
-        """Give the requests that ended since the last call, each exactly once. Never waits."""
+        """Return the requests that ended since the last call, each exactly once. Never waits."""
         if self._connected():
             self.flush()
             until_s = time.monotonic() + POLL_S_MAX
@@ -280,19 +281,19 @@ class Client:
         return ended
 
     def changes(self) -> list[Changed]:
-        """Give what became resident or is so no more, as far as it has been told, each once."""
+        """Return the reported changes of which blocks are resident, each once."""
         self._check_process()
         changes, self._changes, self._changes_kept = self._changes, [], 0
         return changes
 
     def give_up(self, reason: str) -> None:
-        """Disconnect for a while: what puts under way have read will not be believed."""
+        """Disconnect for a while, so that the server discards what puts under way have read."""
         self._check_process()
         if self._socket is not None:
             self._lost(reason)
 
     def close(self) -> None:
-        """Disconnect; the server cancels what is under way. Idempotent."""
+        """Disconnect; the server cancels the requests under way. Idempotent."""
         self._check_process()
         self._retry_s = float("inf")
         self._drop()
@@ -300,10 +301,10 @@ class Client:
     # -- inside ---------------------------------------------------------------------------------
 
     def _check_process(self) -> None:
-        """Refuse a call in a forked child: the connection is its parent's.
+        """Check that this is no forked child: the connection belongs to the parent.
 
         Raises:
-            ClosedError: this is one.
+            ClosedError: it is a forked child.
         """
         if self._home is not None:
             self._home.check()
@@ -317,7 +318,7 @@ class Client:
         return self._next
 
     def _connected(self) -> bool:
-        """Connect if that is due; return whether there is a connection."""
+        """Connect if an attempt is due; return whether there is a connection."""
         self._check_process()
         if self._socket is not None:
             return True
@@ -333,7 +334,7 @@ class Client:
         except ConfigError as error:
             log.warning("refused_by_server", path=self._address, reason=str(error))
         except (ConnectionRefusedError, FileNotFoundError) as error:
-            # It may be starting. To ask again costs microseconds.
+            # The server may be starting. Another attempt costs microseconds.
             log.debug("no_server", path=self._address, reason=str(error))
             self._retry_s = time.monotonic() + RETRY_S
             return False
@@ -342,20 +343,20 @@ class Client:
         else:
             log.info("connected", path=self._address, instance=self._instance)
             self._wait_s, self._heard_s = RETRY_S, time.monotonic()
-            self._receive(self._answer_s)  # the server tells at once whether the devices are there
+            self._receive(self._answer_s)  # the server's first message is a `State`
             return self._socket is not None
         self._back_off()
         return False
 
     def _back_off(self) -> None:
-        """Leave the server alone for a while: longer, the longer it does not answer."""
+        """Postpone the next attempt to connect; each failure doubles the pause."""
         self._retry_s = time.monotonic() + self._wait_s
         self._wait_s = min(2 * self._wait_s, RETRY_S_MAX)
 
     def _send(self, message: Message) -> bool:
-        """Queue a message for `flush`, and return whether it can be sent.
+        """Queue a message for `flush`, and return whether it was queued.
 
-        It cannot be sent without a connection, or if it is longer than the server accepts.
+        It is not without a connection, or if it is longer than the server accepts.
         """
         if not self._connected():
             return False
@@ -368,9 +369,9 @@ class Client:
         return True
 
     def _part_of(self, keys: Keys) -> Sent:
-        """Return the keys to send, and note that the server has them: so they must be sent.
+        """Return the keys to send, and record that the server has them, so they must be sent.
 
-        They are noted only over a connection, and a message with them is never too long to send.
+        They are recorded only while connected; a message with them is never too long to send.
         """
         if not isinstance(keys, PromptPart):
             check_keys(keys)
@@ -383,10 +384,10 @@ class Client:
         return part
 
     def flush(self, wait_s: float = 0.0) -> None:
-        """Send what was asked for since the last call: one system call for a step of a scheduler.
+        """Send the queued messages: one system call for a step of a scheduler.
 
-        What the server does not take within `wait_s` is sent with the next call. A server that is
-        `UNSENT_BYTES_MAX` behind is as good as gone.
+        What the server does not take within `wait_s` is sent with the next call. A server that
+        leaves more than `UNSENT_BYTES_MAX` unread counts as lost.
         """
         self._check_process()
         line = self._socket
@@ -405,12 +406,12 @@ class Client:
                 self._lost(f"it has {len(line.unsent)} bytes to read")
 
     def _reads_on(self) -> None:
-        """Hear that the server has taken more: if it was behind, so were we in sending the rest."""
+        """Restart the timeouts of matches if the server was behind: it may have got them late."""
         if self._is_behind:
             self._is_behind, self._asked = False, dict.fromkeys(self._asked, time.monotonic())
 
     def _receive(self, wait_s: float) -> bool:
-        """Take what has come, after so long at most; tell whether anything has."""
+        """Process what arrives within `wait_s`; return whether that was anything without fault."""
         if self._socket is None:
             return False
         try:
@@ -456,7 +457,7 @@ class Client:
         """Check that an answer has no more blocks than were asked for.
 
         Raises:
-            ProtocolError: it has more.
+            ProtocolError: the answer has more.
         """
         asked = self._blocks.pop(number, 0)
         if any(count > asked for count in blocks):

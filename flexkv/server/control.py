@@ -1,4 +1,4 @@
-"""What an operator may ask a running server: `flexkv trace start`, `flexkv server …`."""
+"""Commands of an operator to a running server: `flexkv trace start`, `flexkv server …`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flexkv.server.fleet import FleetPort
 
 
 class Control:
-    """Performs commands on an engine."""
+    """The commands that an operator may run on an engine."""
 
     def __init__(self, engine: Engine, fleet: FleetPort) -> None:
         self._engine, self._fleet = engine, fleet
@@ -28,11 +28,11 @@ class Control:
         }
 
     async def perform(self, verb: str, arguments: dict[str, Any]) -> Any:
-        """Do what a command says, and give what it gives.
+        """Run a command, and return its result.
 
         Raises:
-            ConfigError: there is no such command, or it does not take such arguments.
-            FlexKVError: it cannot be done.
+            ConfigError: there is no such command, or its arguments are not valid.
+            FlexKVError: the command failed.
         """
         work = self._verbs.get(verb)
         if work is None:

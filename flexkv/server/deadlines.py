@@ -1,13 +1,13 @@
-"""Watches whether agents end the copies they were asked for, and works around those that do not.
+"""Finds agents that do not answer their copies, and stops using the devices of their instances.
 
     a copy is unanswered for the deadline ──▶ stuck: the instance's requests are refused, what was
                  │                            not sent fails, nobody waits for the rest
                  └── answered, or its connection has ended ──▶ served again
 
-An agent that does not answer may be a process that was stopped: it can go on at any time, and then
-it reads and writes host memory. So the blocks of the copies that it was sent stay claimed until it
-answers or its connection ends, which is when the process has ended or has finished them. Its
-connection is never cut: that would stop no copy.
+An agent that does not answer may be a stopped process, which can continue at any time and then read
+and write host memory. So the blocks of the copies that were sent to it stay claimed until it
+answers or its connection ends; that happens only when the process has ended or has finished its
+copies. The connection is never cut for this, because that would not stop the copies.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOOKS_A_DEADLINE = 4
 
 
 class DeviceDeadlines:
-    """Finds the stuck instances of a fleet; it runs while agents have something to do."""
+    """The search for stuck instances of a fleet; it runs only while copies are under way."""
 
     def __init__(
         self,
@@ -35,9 +35,10 @@ class DeviceDeadlines:
         deadline_s: float,
         on_stuck: Callable[[int, str], None],
     ) -> None:
-        """Take the fleet, the runner of its requests, and how long a copy may take.
+        """Check the copies of `fleet`, each of which may take `deadline_s`.
 
-        `on_stuck` is called with each instance that is found stuck, and the reason.
+        `runner` runs the fleet's requests. `on_stuck` is called with the number of each instance
+        that is found stuck, and the reason.
         """
         self._on_stuck = on_stuck
         self._fleet, self._runner, self._deadline_s = fleet, runner, deadline_s
@@ -47,7 +48,7 @@ class DeviceDeadlines:
         fleet.begun = self._arm
 
     def look(self) -> None:
-        """Find the instances that are stuck now, and those that no longer are."""
+        """Update which instances are stuck, and act on each change."""
         late = {number: ranks for number, each in self._instances() if (ranks := self._late(each))}
         for number in late.keys() - self._stuck:
             self._begin(number, late[number])
@@ -59,7 +60,7 @@ class DeviceDeadlines:
             self._arm()
 
     def close(self) -> None:
-        """Stop looking."""
+        """Stop checking."""
         self._fleet.begun = lambda: None
         if self._timer is not None:
             self._timer.cancel()
@@ -70,7 +71,7 @@ class DeviceDeadlines:
         return list(self._fleet.instances.items())
 
     def _late(self, instance: Instance) -> list[int]:
-        """Return the ranks that have not answered in time."""
+        """Return the ranks whose oldest copy is past the deadline."""
         ports = instance.ports.items()
         return sorted(rank for rank, port in ports if port.oldest_s() > self._deadline_s)
 
@@ -102,6 +103,6 @@ class DeviceDeadlines:
         self._timer = None
         late_s = asyncio.get_running_loop().time() - self._due_s
         if late_s > self._deadline_s / LOOKS_A_DEADLINE:
-            self._arm()  # the loop was held: what agents have answered has not been read
+            self._arm()  # the loop was blocked, so answers of agents may still be unread
         else:
             self.look()

@@ -3,12 +3,11 @@
     FleetPort ──epoch of the device ids──▶ RanksPort ──▶ AgentPort ──link──▶ agent of rank 0
                                                     └──▶ AgentPort ──link──▶ agent of rank 1
 
-An instance has an epoch while its client and all its ranks are connected: its device blocks have
-ids of their own, `epoch << EPOCH_SHIFT | block`. When one of them goes, so does the epoch, for
-good: ids that were made for it can mean nothing else later, and what was being read for a put on it
-is not believed. A client that has given its device blocks to others, because it does not hear of
-the puts that read them, closes its connection first; that is looked at whenever such a read has
-ended.
+An instance has an epoch while its client and all its ranks are connected. Its device blocks then
+have ids of their own, `epoch << EPOCH_SHIFT | block`. When one of them disconnects, the epoch ends
+for good: its ids can never mean anything else, and what puts were reading in it is discarded.
+A client may reuse device blocks without waiting for the puts that read them, but it closes its
+connection first; the server checks for that whenever such a read has ended.
 """
 
 from __future__ import annotations
@@ -45,11 +44,10 @@ class Instance:
     """The ranks of one instance that are connected.
 
     Attributes:
-        ranks: the port to all ranks; None while one is missing. A client that returns finds it.
-        epoch: of its device blocks; None while a rank or the client is missing.
-        num_blocks: that every rank has.
-        stuck: why no request is begun on its devices: they do not end their copies. Empty if
-        they do.
+        ranks: the port to all ranks; None while one is missing. It outlives a client.
+        epoch: the epoch of its device blocks; None while a rank or the client is missing.
+        num_blocks: how many blocks every rank has.
+        stuck: why no request is begun on its devices, if they do not end their copies; else empty.
     """
 
     def __init__(self) -> None:
@@ -74,7 +72,7 @@ class FleetPort(Elsewhere):
         self._epochs: dict[int, RanksPort] = {}
         self._under_way: dict[int, _UnderWay] = {}
         self.begun: Callable[[], None] = lambda: None
-        """Called when agents get something to do, so that their deadlines are watched."""
+        """Called when agents get something to do, so that their deadlines are checked."""
         self._next_epoch = 1
         self._ended: list[Completion] = []
         self._wake: Callable[[], None] | None = None
@@ -85,7 +83,7 @@ class FleetPort(Elsewhere):
         """Check that a rank may join.
 
         Raises:
-            ConfigError: there is no such rank, it is there already, or its blocks are otherwise.
+            ConfigError: there is no such rank, it is connected already, or its blocks differ.
         """
         tp_size = self._model.tp_size
         if not 0 <= tp_rank < tp_size:
@@ -102,10 +100,10 @@ class FleetPort(Elsewhere):
             raise ConfigError("kv_caches", order, f"must lie as those of the others: {self.order}")
 
     def join(self, number: int, tp_rank: int, port: AgentPort, order: str) -> None:
-        """Take a rank; with the last one its instance has an epoch.
+        """Add a rank; with the last one its instance gets an epoch.
 
         Raises:
-            ConfigError: it may not.
+            ConfigError: the rank may not join.
         """
         self.check(number, tp_rank, port.num_blocks, order)
         instance = self.instances.setdefault(number, Instance())
@@ -114,28 +112,28 @@ class FleetPort(Elsewhere):
         self._open_slot(instance)
 
     def leave(self, number: int, tp_rank: int) -> None:
-        """Let a rank go: its instance has no epoch until it is back."""
+        """Remove a rank, and dismiss the others; the instance has no epoch until all are back."""
         instance = self.instances[number]
         port, instance.ranks, instance.epoch = instance.ports.pop(tp_rank), None, None
         port.gone()
-        if not port.is_dismissed:  # else the others are, too, or came after it
+        if not port.is_dismissed:  # otherwise the others are dismissed, too, or joined later
             for other in instance.ports.values():
                 other.dismiss()
         self._forget_if_empty(number)
 
     def client_of(self, number: int) -> Link[ToServer] | None:
-        """Give an instance's client, if it has one."""
+        """Return an instance's client, if it has one."""
         instance = self.instances.get(number)
         return None if instance is None else instance.client
 
     def attach(self, number: int, client: Link[ToServer]) -> None:
-        """Take an instance's client: what an earlier one has begun is over."""
+        """Set an instance's client; if all ranks are there, the instance gets a new epoch."""
         instance = self.instances.setdefault(number, Instance())
         instance.client = client
         self._open_slot(instance)
 
     def detach(self, number: int) -> None:
-        """Let an instance's client go."""
+        """Remove an instance's client, and end its epoch."""
         instance = self.instances[number]
         instance.client = instance.epoch = None
         self._forget_if_empty(number)
@@ -167,10 +165,10 @@ class FleetPort(Elsewhere):
         return ranks
 
     def ids_of(self, instance: Instance, local_ids: BlockIds) -> BlockIds:
-        """Give an instance's device blocks their ids among those of all.
+        """Return the ids of an instance's device blocks among those of all instances.
 
         Raises:
-            ConfigError: one is no block of its devices.
+            ConfigError: one of them is no block of its devices.
         """
         assert instance.epoch is not None
         if len(local_ids) and not 0 <= local_ids.min() <= local_ids.max() < instance.num_blocks:
@@ -188,7 +186,7 @@ class FleetPort(Elsewhere):
             ranks.connect(wake)
 
     def submit(self, transfer: Transfer) -> None:
-        """Start one transfer, of one instance."""
+        """Start one transfer, all of whose blocks are of one instance."""
         assert transfer.watch is None
         source_ids, target_ids = transfer.source_ids, transfer.target_ids
         to_device = transfer.route.target is Tier.DEVICE
@@ -215,20 +213,20 @@ class FleetPort(Elsewhere):
         self.begun()
 
     def _live(self, epoch: int) -> Instance | None:
-        """Return the instance that has an epoch, if its client is there."""
+        """Return the instance that has an epoch, if its client is connected."""
         for each in self.instances.values():
             if each.epoch == epoch and each.client is not None:
                 return None if each.client.has_hung_up else each
         return None
 
     def reap(self) -> list[Completion]:
-        """Give every transfer that ended since the last call, each exactly once."""
+        """Return every transfer that ended since the last call, each exactly once."""
         ended, self._ended = self._ended, []
-        for ranks in dict.fromkeys(self._epochs.values()):  # several epochs may have the same
+        for ranks in dict.fromkeys(self._epochs.values()):  # epochs may share a port
             for op_id, error in ranks.reap():
                 transfer, epoch = self._under_way.pop(op_id)
                 if error is None and transfer.route.target is Tier.HOST and not self._live(epoch):
-                    # Others may have had its blocks by then.
+                    # Other requests may have written to its device blocks by then.
                     error = _failed(transfer, GONE)
                 ended.append(Completion(op_id, error))
         if over := self._epochs.keys() - {each.epoch for each in self.instances.values()}:
@@ -237,7 +235,7 @@ class FleetPort(Elsewhere):
         return ended
 
     def close(self) -> None:
-        """Let go of everything. Only legal with nothing in flight."""
+        """Forget all ports. Only legal with nothing in flight."""
         self._epochs.clear()
 
 

@@ -1,4 +1,4 @@
-"""A client's socket to a server: frames out, whole messages in, and no waits but those asked for.
+"""A client's socket to a server: sends frames, receives whole messages, waits only on request.
 
 The socket never blocks, and no call changes its mode: each change would be one more system call,
 and each system call may let another thread take the interpreter's lock.
@@ -28,15 +28,15 @@ READ_BYTES = 1 << 16
 
 
 class FrameSocket:
-    """One connection.
+    """One connection to a server.
 
     Attributes:
-        unsent: what was queued and the server's socket has not taken.
-        is_drained: whether the last `receive` has taken all that had come.
+        unsent: queued bytes that the server's socket has not accepted yet.
+        is_drained: whether the last `receive` read everything that had arrived.
     """
 
     def __init__(self, connected: socket.socket) -> None:
-        """Take a connected socket, which is closed with this."""
+        """Take over a connected socket, which `close` closes."""
         connected.setblocking(False)
         self._socket = connected
         self._readable, self._writable = select.poll(), select.poll()
@@ -49,15 +49,15 @@ class FrameSocket:
         """Queue a message for `flush`.
 
         Raises:
-            ConfigError: it is longer than the server accepts.
+            ConfigError: the message is longer than the server accepts.
         """
         self.unsent += framed(message)
 
     def flush(self, wait_s: float) -> bool:
-        """Send what is queued, as far as the server takes it within `wait_s`.
+        """Send what is queued, as far as the server's socket accepts it within `wait_s`.
 
         Returns:
-            Whether the server has taken any of it, if anything was queued.
+            Whether any bytes were sent.
 
         Raises:
             OSError: the connection is broken.
@@ -74,15 +74,15 @@ class FrameSocket:
         return has_taken
 
     def receive(self, wait_s: float) -> Iterator[FromServer] | None:
-        """Return the messages that have come; None if nothing has come within `wait_s`.
+        """Return the messages that have arrived; None if nothing arrives within `wait_s`.
 
-        All of them have to be taken before the next call.
+        The caller must iterate over all of them before the next call.
 
         Raises:
             OSError: the connection is broken.
-            ClosedError: the server has closed it.
-            ProtocolError: the server sends something else than messages. The messages before that
-                can be taken.
+            ClosedError: the server has closed the connection.
+            ProtocolError: the server sent something that is not a message. The iterator raises
+                this, after the messages before it.
         """
         if wait_s and not self._readable.poll(1e3 * wait_s):
             return None
@@ -97,7 +97,7 @@ class FrameSocket:
         return self._whole()
 
     def _whole(self) -> Iterator[FromServer]:
-        """Yield the messages that are there in full."""
+        """Yield the messages that have arrived in full."""
         unread, at = self._unread, 0
         while len(unread) - at >= LENGTH_BYTES:
             begin = at + LENGTH_BYTES
@@ -113,6 +113,6 @@ class FrameSocket:
         forks.close_socket(self._socket)
 
     def close(self) -> None:
-        """Disconnect; what is queued is lost."""
+        """Disconnect; queued messages are lost."""
         with suppress(OSError):
             self._socket.close()

@@ -1,12 +1,13 @@
-"""The connections of a server: how many there may be, and which one ends for a new one.
+"""The connections of a server: how many there may be, and which one is ended for a new one.
 
     arrive ─▶ stranger ─Hello─▶ client, agent, control
                  │                               │
-                 └─ too many: the oldest goes    └─ too many: the one that is idle longest goes
+                 └─ too many: the oldest ends    └─ too many: the one idle for longest ends
 
-Descriptors are kept in reserve, so that the engine can open files however many connections there
-are. A newcomer is always let in to say who it is; the connection that has been silent for longest
-makes room.
+Some descriptors are kept in reserve, so that the engine can open files however many connections
+there are. If there are too few for a newcomer, one that is silent ends instead: a stranger, else an
+agent that has lent no device, else an operator. If only clients and agents are left, the newcomer
+ends.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from flexkv.server.wire import ToServer
 log = get_logger(__name__)
 
 STRANGERS_MAX = 256
-"""Bound on connections that have not said who they are, and on agents that lent no device."""
+"""Limit of connections that have not said who they are, with agents that have lent no device."""
 CONTROLS_MAX = 32
-"""Bound on the connections of operators."""
+"""Limit of operators' connections."""
 INSTANCES_MAX = 256
-"""Bound on instances that are connected or have requests under way."""
+"""Limit of instances that are connected or have requests under way."""
 RESERVE = 24
-"""Descriptors left to the engine, in addition to those that it had at the server's start."""
+"""Descriptors left to the engine, besides those that were open at the server's start."""
 CONNECTIONS_MIN = 8
 """How many connections are served even if there are too few descriptors."""
 
@@ -44,11 +45,11 @@ class Guest:
     """One connection.
 
     Attributes:
-        kind: "stranger", "lending", or its role.
-        link: closes the socket, once there is a link.
-        heard_s: time of its last message.
-        is_busy: whether it waits for our answer.
-        settling: tasks that it waits for.
+        kind: "stranger", "lending" (an agent that has lent no device yet), or its role.
+        link: the link over `peer`, which closes it; None until `Hello` was accepted.
+        heard_s: when it was last known to be active.
+        is_busy: whether it waits for an answer of ours.
+        settling: tasks that will answer its `Settle` messages.
     """
 
     def __init__(self, peer: socket.socket) -> None:
@@ -61,16 +62,16 @@ class Guest:
         self.settling: set[asyncio.Task[None]] = set()
 
     def leave(self) -> None:
-        """End the connection, by ending its task."""
+        """End the connection by cancelling its task."""
         if self.task is not None:
             self.task.cancel()
 
 
 class Guests:
-    """Every connection of a server, oldest first."""
+    """All connections of a server, oldest first."""
 
     def __init__(self, supervisor: Supervisor) -> None:
-        """Take what runs their tasks; count the descriptors that are open now."""
+        """Count the descriptors that are open now; `supervisor` will run the sessions."""
         self._supervisor = supervisor
         self._guests: dict[Guest, None] = {}
         self._in_use = len(os.listdir("/proc/self/fd"))
@@ -87,7 +88,7 @@ class Guests:
         return max(CONNECTIONS_MIN, limit - self._in_use - RESERVE)
 
     def arrive(self, guest: Guest, session: Coroutine[Any, Any, None]) -> None:
-        """Serve a new connection by its session; another one of less use may be ended for it."""
+        """Serve a new connection by its session; end a less useful one if there are too many."""
         self._guests[guest] = None
         guest.task = self._supervisor.spawn_session("session", session)
         guest.task.add_done_callback(lambda _: self._gone(guest))
@@ -98,10 +99,10 @@ class Guests:
             self._dismiss(self._least(guest), "there are too few descriptors")
 
     def take_role(self, guest: Guest, kind: str) -> None:
-        """Note what a connection is for.
+        """Record what a connection is for; a new operator may end the one idle for longest.
 
         Raises:
-            ConfigError: there are too many connections of this kind.
+            ConfigError: there are too many operators, and all of them are busy.
         """
         guest.kind, guest.heard_s = kind, time.monotonic()
         if kind != "control":
@@ -116,11 +117,11 @@ class Guests:
             self._dismiss(longest, "others want to be operators, too")
 
     def all(self) -> Iterator[Guest]:
-        """Return every connection."""
+        """Return an iterator over the connections of now."""
         return iter(list(self._guests))
 
     async def wait_none(self) -> None:
-        """Return once there is no connection."""
+        """Return once there are no connections."""
         while self._guests:
             self._idle.clear()
             await self._idle.wait()
@@ -128,7 +129,7 @@ class Guests:
     # -- inside ---------------------------------------------------------------------------------
 
     def _least(self, newcomer: Guest) -> Guest:
-        """Return the connection of the least use, never a client or an agent."""
+        """Return the least useful connection, never a client or an agent; else the newcomer."""
         for kind in ("stranger", "lending", "control"):
             of_kind = [
                 each
@@ -152,7 +153,7 @@ class Guests:
 
 
 def _raise_limit() -> None:
-    """Allow this process as many descriptors as it may have."""
+    """Raise this process's limit of open descriptors as far as it may."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,4 +1,4 @@
-"""How clients and agents connect: a blocking socket, a greeting, and the server's answer."""
+"""How clients and agents connect: a blocking socket, a `Hello`, and the server's answer."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ ANSWER_S = 5.0
 
 
 class Connected(NamedTuple):
-    """A socket to a server that takes us."""
+    """A connection to a server that has accepted us."""
 
     socket: socket.socket
     welcome: Welcome
     arena_fd: int | None
-    """Names the host memory, where the server gave it."""
+    """Descriptor of the host memory, if the server sent one; the caller closes it."""
 
 
 def connect(address: str, hello: Hello, answer_s: float = ANSWER_S) -> Connected:
     """Connect to the server at an address, which may take `answer_s` to answer.
 
-    Nothing is said to a server of another user, who would get our KV.
+    Nothing is sent to a server of another user, who would get our KV.
 
     Raises:
-        OSError: nobody listens there, or nobody answers.
-        ConfigError: another user serves there, or the server refuses us, and says why.
+        OSError: nobody listens there, or nobody answers in time.
+        ConfigError: the server there is another user's or not FlexKV's, or refuses us and says why.
         ClosedError: the server is closing.
     """
     peer, path = _reached(address, answer_s)
@@ -66,11 +66,11 @@ def connect(address: str, hello: Hello, answer_s: float = ANSWER_S) -> Connected
 
 
 def _reached(address: str, answer_s: float) -> tuple[socket.socket, Path]:
-    """Return a socket that is connected to whoever listens at an address, and where that is.
+    """Connect to whoever listens at an address; return the socket and its path.
 
     Raises:
         OSError: nobody listens there; the error names the path.
-        ConfigError: the address names none.
+        ConfigError: the address is not valid.
     """
     *others, last = socket_paths(address)
     for path in (*others, last):
@@ -92,10 +92,10 @@ def _reached(address: str, answer_s: float) -> tuple[socket.socket, Path]:
 
 
 def _check_server(peer: socket.socket, path: Path) -> None:
-    """Check that our user or root serves there.
+    """Check that the server belongs to our user or root.
 
     Raises:
-        ConfigError: another user does.
+        ConfigError: it belongs to another user.
     """
     if not is_same_user(peer):
         pid, uid = peer_of(peer)
@@ -107,11 +107,11 @@ def _check_server(peer: socket.socket, path: Path) -> None:
 
 
 def _taken(answer: FromServer) -> Welcome:
-    """Return the answer of a server that takes us.
+    """Return the answer of a server that accepts us.
 
     Raises:
-        ConfigError: the server refuses us, or speaks another version.
-        ProtocolError: the message is not an answer.
+        ConfigError: the server refuses us, or speaks another version of the protocol.
+        ProtocolError: the message is not a `Welcome`.
     """
     if not isinstance(answer, Welcome):
         raise ProtocolError("no answer to a greeting")
@@ -124,11 +124,11 @@ def _taken(answer: FromServer) -> Welcome:
 
 
 def read(peer: socket.socket, count: int) -> bytes:
-    """Read so many bytes.
+    """Read exactly `count` bytes.
 
     Raises:
         OSError: the peer did not send them in time.
-        ClosedError: it closed instead.
+        ClosedError: the peer closed the connection first.
     """
     got = bytearray()
     while len(got) < count:
@@ -144,7 +144,7 @@ def message(peer: socket.socket) -> FromServer:
 
     Raises:
         OSError: the server did not send it in time.
-        ClosedError: it closed instead.
-        ProtocolError: it sent something else.
+        ClosedError: the server closed the connection first.
+        ProtocolError: the server sent something that is not a message.
     """
     return understood(FROM_SERVER, read(peer, length_of(read(peer, LENGTH_BYTES))))

@@ -1,7 +1,8 @@
 """The requests of clients, from their start to the answer.
 
-A put may come with `when_ready`: it is planned once every rank has said that what it reads is
-written. Ranks speak over other sockets than the client, so what they say may come first.
+A request may come with `when_ready`: it is planned once every rank has reported that its device
+blocks are ready (those of a put are written). Ranks use other sockets than the client, so their
+reports may arrive before the request.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from flexkv.server.wire import Done, Match, Matched, Start
 log = get_logger(__name__)
 
 JOBS_MAX = 1 << 16
-"""Requests of one client that may be under way, and numbers that are ready ahead of them."""
+"""Maximum number of a client's requests under way, and of reports kept for requests to come."""
 PUTS_SHARE = 2
-"""The puts of one instance may fill at most host memory divided by this."""
+"""The puts of one instance may be filling at most host memory divided by this."""
 JOBS_BYTES_MAX = 64 << 20
-"""Bytes of keys and ids that the requests of one client may have under way."""
+"""Maximum bytes of keys and ids that the requests of one client may have under way."""
 FEW = 64
 
 Answered: TypeAlias = Callable[[Done], None]
@@ -48,7 +49,7 @@ class Job:
     """A request of a client.
 
     Attributes:
-        keys: all keys of its prompt up to its last block, whatever of them `start` brought.
+        keys: all keys of its prompt up to its last block, even those that `start` does not carry.
         kept_bytes: what it counts against `JOBS_BYTES_MAX`.
         over: set once no device touches its blocks any more.
     """
@@ -74,12 +75,12 @@ class Jobs:
         turns: LoopTurns,
         on_idle: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take the instance.
+        """Create the requests of one instance, which has none yet.
 
         Args:
-            engine: that runs the requests.
+            engine: runs the requests.
             fleet: the devices of all instances.
-            instance: whose requests these are.
+            instance: the instance's number.
             turns: the turns in which the puts of all instances are planned.
             on_idle: called when the last request under way has ended.
         """
@@ -98,15 +99,15 @@ class Jobs:
         return not self._jobs
 
     def match(self, message: Match, keys: bytes, answer: Callable[[Matched], None]) -> None:
-        """Tell how much of a prompt is resident, and hold it if the client asks for that.
+        """Answer how much of a prompt is resident, and hold it if the client asks for that.
 
-        A step of the client's engine waits for the answer, so it goes before the hold is made.
-        Both are one turn of the loop: nothing changes between them.
+        The answer is sent before the hold is made, because a step of the client's engine waits for
+        it. Both happen in one turn of the loop, so nothing changes between them.
 
         Args:
-            message: the question.
+            message: the client's message.
             keys: the prompt's root and block keys.
-            answer: sends it.
+            answer: sends the answer.
 
         Raises:
             ConfigError: the keys are not valid.
@@ -130,7 +131,7 @@ class Jobs:
             engine.holds.hold(self._instance, message.number, found.holdings)
 
     def release(self, numbers: tuple[int, ...] | None = None) -> None:
-        """End holds, by default all; holds that have ended are ignored."""
+        """End holds, by default all; ignore those that have ended already."""
         if numbers is None:
             self._engine.holds.release_group(self._instance)
             return
@@ -138,15 +139,15 @@ class Jobs:
             self._engine.holds.release(self._instance, number)
 
     def start(self, start: Start, keys: bytes, answered: Answered) -> None:
-        """Begin a request; `answered` gets its end, in any case and once.
+        """Begin a request, and report its end exactly once, even if it is refused.
 
         Args:
-            start: what the client asks for.
-            keys: the prompt's root and block keys up to the last block that is meant.
-            answered: gets the end.
+            start: the client's message.
+            keys: the prompt's root and block keys, up to the last block of the request.
+            answered: called with the end.
 
         Raises:
-            ConfigError: its number is under way already.
+            ConfigError: a request with its number is under way already.
         """
         if start.number in self._jobs:
             raise ConfigError("number", start.number, "is under way already")
@@ -180,32 +181,32 @@ class Jobs:
         return ""
 
     def ready(self, numbers: tuple[int, ...], tp_rank: int) -> None:
-        """Hear that what these puts read is written on a rank."""
+        """Record that these requests need not wait for a rank any more."""
         for number in numbers:
             job = self._jobs.get(number)
             if job is None:
                 self._ready_early.setdefault(number, set()).add(tp_rank)
-                _bound(self._ready_early)  # nobody will start the oldest any more
+                _bound(self._ready_early)  # the oldest will not be started any more
                 continue
             job.ranks_ready.add(tp_rank)
             if self._is_ready(job):
                 job.ready.set()
 
     def cancel(self, numbers: tuple[int, ...] | None = None) -> None:
-        """Give requests up, by default all."""
+        """Cancel requests, by default all."""
         for number in list(self._jobs) if numbers is None else numbers:
             job = self._jobs.get(number)
             if job is not None and job.task is not None:
                 job.task.cancel()
 
     def cancel_unready(self) -> None:
-        """Give up the puts that no rank will say anything of any more."""
+        """Cancel the requests that wait for a rank: its report will not come any more."""
         self.cancel(tuple(n for n, job in self._jobs.items() if not job.ready.is_set()))
 
     def unsettled(self, numbers: tuple[int, ...]) -> list[Job]:
-        """Return those of these requests whose blocks a device may still touch.
+        """Return the jobs of these requests whose blocks a device may still touch.
 
-        Unknown ones may be on their way: they are refused when they come.
+        A request that is unknown may still arrive, and is refused then.
         """
         jobs = []
         for number in numbers:
@@ -232,7 +233,7 @@ class Jobs:
         except FlexKVError as error:
             job.answered(Done(job.start.number, "failed", 0, str(error)))
             if isinstance(error, InternalError):
-                raise  # the engine's state is wrong: nobody should be served with it
+                raise  # the engine's state is wrong, so it must serve nobody any more
 
     async def _run(self, job: Job, ticket: Ticket) -> KVResponse:
         """Run a request; a put waits until its instance is not filling too many blocks."""
@@ -252,11 +253,11 @@ class Jobs:
             self._puts.leave(blocks)
 
     def turn_away(self, why: str) -> None:
-        """Refuse the puts that wait for other puts to end, because the devices do not answer."""
+        """Refuse the puts that wait for earlier puts, because the devices do not answer."""
         self._puts.turn_away(ClosedError(why))
 
     def _end(self, job: Job) -> None:
-        """Clear away what has ended; a task may be cancelled before its first step."""
+        """Clean up after a request; its task may have been cancelled before its first step."""
         del self._jobs[job.start.number]
         self._jobs_bytes -= job.kept_bytes
         self.release((job.start.held,))
@@ -267,10 +268,10 @@ class Jobs:
             self._on_idle()
 
     def _instance_of(self, start: Start) -> Instance:
-        """Give the instance that a request is for.
+        """Return the instance that a request is for.
 
         Raises:
-            ClosedError: its devices are not there, or do not answer, or others are there now.
+            ClosedError: its devices are not connected, do not answer, or have another epoch.
         """
         instance = self._fleet.instances.get(self._instance)
         if instance is None or instance.epoch is None or instance.epoch != start.epoch:
@@ -280,11 +281,11 @@ class Jobs:
         return instance
 
     def _check_chain(self, keys: bytes) -> None:
-        """Check right before a request is planned that the index can take these keys.
+        """Check, right before a request is planned, that the index can take these keys.
 
         Raises:
-            ConfigError: a block is named twice, or known under another parent. Keys that were
-                derived from tokens never are.
+            ConfigError: a block is named twice, or known under another parent. This never happens
+                with keys that were derived from tokens.
         """
         blocks = len(keys) // BLOCK_KEY_BYTES - 1
         agreeing = self._engine.residency.agreeing(keys)
@@ -296,7 +297,7 @@ class Jobs:
         """Return a request in the core's terms.
 
         Raises:
-            ClosedError: the instance's devices are not there.
+            ClosedError: the instance's devices are not connected, or do not answer.
             ConfigError: a device block does not belong to the instance.
         """
         engine, fleet, start = self._engine, self._fleet, job.start
@@ -324,7 +325,7 @@ class Jobs:
 
 
 def _bound(numbers: dict[int, Any]) -> None:
-    """Forget the oldest of too many."""
+    """Drop the oldest entry if there are more than `JOBS_MAX`."""
     if len(numbers) > JOBS_MAX:
         del numbers[next(iter(numbers))]
 
@@ -334,13 +335,13 @@ def _bytes_of(start: Start, keys: bytes) -> int:
 
 
 def keys_within(engine: Engine, keys: bytes) -> bytes:
-    """Return the keys of as many blocks as all tiers together can hold: the rest is nowhere."""
+    """Return the first keys, for at most as many blocks as all tiers together can hold."""
     blocks_max = sum(engine.residency.counts(tier).capacity for tier in engine.residency.tiers)
     return keys[: (blocks_max + 1) * BLOCK_KEY_BYTES]
 
 
 def _check(start: Start, keys: bytes) -> None:
-    """Check of a request what can be checked without the engine.
+    """Check what can be checked of a request without the engine.
 
     Raises:
         ConfigError: it breaks a rule.
@@ -363,7 +364,7 @@ def _check(start: Start, keys: bytes) -> None:
 
 def _has_twice(ids: BlockIds) -> bool:
     """Return whether an id occurs twice."""
-    if len(ids) <= FEW:  # a set of few is quicker than a sorted array
+    if len(ids) <= FEW:  # for few ids a set is faster than sorting
         return len(set(ids.tolist())) < len(ids)
     ordered = np.sort(ids)
     return bool((ordered[1:] == ordered[:-1]).any())

@@ -2,13 +2,13 @@
 
 The server is not our child, and has a session of its own. Whoever ends an engine may kill every
 process that descends from it (vLLM does, at once if its `--shutdown-timeout` is 0), and the server
-must live on to write what is not on SSD yet. So an intermediate process starts it, and ends:
+must live on to write what is not on SSD yet. So an intermediate process starts it, and then ends:
 
-    engine ── between: hands over a descriptor of the engine's process, tells the server's id, ends
+    engine ── between: passes on a pidfd of the engine, prints the server's process id, and ends
        ┊         └── server: ends by itself when the engine has ended or closed the pipe to it
-       └ stdin and stdout of the server, and a descriptor that tells when it has ended
+       └ pipes to stdin and stdout of the server, and a pidfd of the server
 
-The server says one line when it listens, or why it does not, and one when it has ended.
+The server prints one line when it listens, or why it cannot, and one line when it has ended.
 Where the kernel has no pidfds, the processes are checked once a second instead.
 """
 
@@ -34,13 +34,13 @@ from flexkv.process.polling import is_readable
 log = get_logger(__name__)
 
 LISTENING = b"listening\n"
-"""The server's line on stdout once it takes connections, after memory and files were taken."""
+"""The line that a server prints once it accepts connections; it has its memory and files then."""
 REFUSED = b"refused "
-"""Begins the line of a server that cannot start; the reason follows, as JSON."""
+"""Start of the line that a server prints if it cannot start; the reason follows, as JSON."""
 ENDED = b"ended\n"
-"""The last line of a server that ends in good order."""
+"""The last line that a server prints if it ends in good order."""
 END_S = 90.0
-"""How long it may take to end: it writes what is not on SSD yet."""
+"""How long a server may take to end: it first writes what is not on SSD yet."""
 LOOK_S = 0.05
 
 _BETWEEN = """
@@ -60,10 +60,10 @@ os.execv(sys.argv[1], [*sys.argv[1:], "--parent", str(engine), "--parent-fd", st
 
 
 class ProcessWatch:
-    """Tells when a process has ended, which need not be our child."""
+    """An observer of the end of a process, which need not be our child."""
 
     def __init__(self, pid: int, fd: int = -1) -> None:
-        """Take its id, and its pidfd if one is open already."""
+        """Observe process `pid`; a pidfd of it that is open already is closed with this."""
         self._fd = fd
         self._process: psutil.Process | None = None
         try:
@@ -80,7 +80,7 @@ class ProcessWatch:
 
     @property
     def has_ended(self) -> bool:
-        """Return whether it has ended, reaped or not."""
+        """Return whether the process has ended, reaped or not."""
         if self._fd >= 0:
             return is_readable(self._fd)
         process = self._process
@@ -91,7 +91,7 @@ class ProcessWatch:
         return True
 
     def wait(self, within_s: float) -> bool:
-        """Wait for its end; return whether it has ended within `within_s`."""
+        """Wait for the end of the process; return whether it came within `within_s`."""
         if self._fd >= 0:
             return is_readable(self._fd, within_s)
         until_s = time.monotonic() + within_s
@@ -102,7 +102,7 @@ class ProcessWatch:
         return True
 
     def signal(self, number: int) -> None:
-        """Send it a signal, if it has not ended."""
+        """Send the process a signal, unless it has ended."""
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
             if self._fd >= 0:
                 signal.pidfd_send_signal(self._fd, number)
@@ -110,31 +110,31 @@ class ProcessWatch:
                 self._process.send_signal(number)
 
     def close(self) -> None:
-        """Stop watching. Idempotent."""
+        """Stop observing. Idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
         self._fd, self._process = -1, None
 
 
 class Launched:
-    """A server of ours."""
+    """A server that this process has started."""
 
     def __init__(
         self, model: ModelConfig, settings: Settings, waits: bool = True, is_awaited: bool = True
     ) -> None:
-        """Start it, and return when it takes connections.
+        """Start the server, and by default return once it accepts connections.
 
         Args:
-            model: what it serves.
-            settings: the same as ours.
-            waits: whether it may wait for another server at the address that is ending.
-            is_awaited: otherwise return at once; `look` then says whether it takes connections.
+            model: the model that it serves.
+            settings: its settings, which are also ours.
+            waits: whether it may wait until another server at the address has ended.
+            is_awaited: whether to wait until it accepts connections; if not, call `look` later.
 
         Raises:
             OSError: no process can be started.
-            ConfigError: it could not start, for a reason that the error names: a key of its
-                configuration, or its address.
-            BackendUnavailableError: it could not start for another reason.
+            ConfigError: the server could not start because of a key of its configuration, or its
+                address; the error names it.
+            BackendUnavailableError: the server could not start for another reason.
         """
         command = [sys.executable, "-m", "flexkv.cli.main", "--log-level", settings.log_level,
                    "serve", "--with-parent"]  # fmt: skip
@@ -151,7 +151,7 @@ class Launched:
         self._exit_status: int | None = None
         self._listens = False
         told = {"model": told_of(model), "settings": told_of(settings), "waits": waits}
-        with suppress(BrokenPipeError):  # it has ended: it says why below
+        with suppress(BrokenPipeError):  # it has ended already: `look` says why
             self._stdin.write(json.dumps(told).encode() + b"\n")
             self._stdin.flush()
         if is_awaited:
@@ -159,14 +159,14 @@ class Launched:
 
     @property
     def pid(self) -> int:
-        """Return its process id; 0 until that is told, or if there is no process."""
+        """Return the server's process id; 0 until it is known, or if there is no process."""
         return self._pid or 0
 
     def look(self, wait_s: float | None = 0.0) -> bool:
-        """Return whether it takes connections by now.
+        """Return whether the server accepts connections by now.
 
         Args:
-            wait_s: how long to wait for that; None: until it does, or has ended.
+            wait_s: how long to wait for that; None waits until it does or has ended.
 
         Raises:
             ConfigError, BackendUnavailableError: it could not start. It is closed then.
@@ -183,7 +183,7 @@ class Launched:
         return self._listens
 
     def _begun(self, wait_s: float | None = 0.0) -> ProcessWatch | None:
-        """Return what watches it, once the process between has told its id, or ended; else None."""
+        """Return the server's observer once its id is known, or can never be; else None."""
         if self._pid is None and (said := self._line(wait_s)) is not None:
             self._pid = int(said) if said.strip().isdigit() else 0
         if self._watch is None and self._pid is not None:
@@ -192,7 +192,7 @@ class Launched:
         return self._watch
 
     def _line(self, wait_s: float | None) -> bytes | None:
-        """Return its next line, or the rest of its output once it has ended; else None."""
+        """Return the next line of output, or what is left once it has ended; else None."""
         while (end := self._said.find(b"\n")) < 0:
             if not is_readable(self._stdout, wait_s):
                 return None
@@ -205,23 +205,23 @@ class Launched:
 
     @property
     def exit_status(self) -> int | None:
-        """Return 0 if it ended in good order, 1 if it did not; None while it runs."""
+        """Return 0 if the server ended in good order, 1 if it did not; None while it runs."""
         if self._exit_status is None and self.has_ended:
-            # Everything that it said is in the pipe; nobody else writes to it.
+            # All of its output is in the pipe, and nobody else writes to it.
             said = self._said + self._stdout.read()
             self._exit_status = 0 if said.endswith(ENDED) else 1
         return self._exit_status
 
     @property
     def has_ended(self) -> bool:
-        """Return whether it has ended."""
+        """Return whether the server has ended."""
         if self._exit_status is not None:
             return True
         watch = self._begun()
         return watch is not None and (not self.pid or watch.has_ended)
 
     def close(self) -> None:
-        """Let it end, and wait until it has. Idempotent."""
+        """End the server, and wait until it has ended. Idempotent."""
         if self._stdout.closed:
             return
         watch = self._begun(END_S)
@@ -233,8 +233,8 @@ class Launched:
                 watch.wait(END_S)
         self._end_between()
         if self.exit_status is None:
-            self._exit_status = 1  # it hangs in the kernel, or was never heard of
-        # Only now: told twice, it would be killed by the signal when it has just ended.
+            self._exit_status = 1  # it hangs in the kernel, or its id never came
+        # Last, since the end of its stdin ends a server, too: SIGTERM might then kill it meanwhile.
         with suppress(BrokenPipeError):
             self._stdin.close()
         self._stdout.close()
@@ -243,9 +243,9 @@ class Launched:
             watch.close()
 
     def _end_between(self) -> None:
-        """Reap the process between, which ends once it has told the id; kill one that hangs.
+        """Reap the intermediate process, which ends after printing the id; kill it if it hangs.
 
-        A server that it may have started ends by itself, since its stdin is closed.
+        A server that it may have started ends by itself, since `close` closes its stdin.
         """
         try:
             self._between.wait(LOOK_S)
@@ -256,7 +256,7 @@ class Launched:
 
 
 def refusal_of(error: BaseException) -> bytes:
-    """Return the line in which a server says why it cannot start."""
+    """Return the line by which a server reports why it cannot start."""
     if isinstance(error, ConfigError):
         value = error.value
         plain = value if isinstance(value, str | int | float | None) else str(value)
@@ -267,7 +267,7 @@ def refusal_of(error: BaseException) -> bytes:
 
 
 def _failure(said: bytes) -> FlexKVError:
-    """Return the error for a server that printed this instead of `LISTENING`."""
+    """Return the error for a server that printed `said` instead of `LISTENING`."""
     if said.startswith(REFUSED):
         field, *rest = json.loads(said.removeprefix(REFUSED))
         return ConfigError(field, *rest) if rest else BackendUnavailableError("server", field)
@@ -278,7 +278,7 @@ def _failure(said: bytes) -> FlexKVError:
 
 
 def told_of(config: BaseModel) -> dict[str, Any]:
-    """Give a configuration as JSON values, secrets in clear: for a pipe, not for a log."""
+    """Return a configuration as JSON values, with secrets in clear: for a pipe, never for a log."""
     dumped = config.model_dump(exclude_defaults=True)
     told: dict[str, Any] = json.loads(json.dumps(dumped, default=_plain))
     return told

@@ -1,4 +1,4 @@
-"""One connection, from either end, on an event loop: frames out and in."""
+"""One connection on an event loop, used at either end: it sends and receives frames."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from flexkv.server.wire import (
 T = TypeVar("T")
 
 MESSAGES_A_TURN = 4
-"""After so many that were there already, a receiver lets the other tasks of the loop go on."""
+"""Once in this many messages, a receiver lets the other tasks of the loop run."""
 
 
 class Link(Generic[T]):
-    """A connected socket, of which whole messages are read."""
+    """A connected socket that carries whole messages."""
 
     def __init__(
         self,
@@ -46,30 +46,30 @@ class Link(Generic[T]):
 
     @classmethod
     async def over(cls, connected: socket.socket, decoder: msgspec.msgpack.Decoder[T]) -> Link[T]:
-        """Take a connected socket."""
+        """Return a link over a connected socket, which the link closes."""
         reader, writer = await asyncio.open_unix_connection(sock=connected)
         return cls(reader, writer, decoder)
 
     def _let_go_in_child(self) -> None:
-        """Let the peer see the end when the parent ends, whatever the child does."""
+        """Drop the child's copy of the socket, so that the peer notices when the parent ends."""
         forks.replace(self._writer.get_extra_info("socket").fileno())
 
     @property
     def is_open(self) -> bool:
-        """Tell whether anything can be sent."""
+        """Return whether anything can be sent."""
         return not self._ended and not self._writer.is_closing()
 
     @property
     def has_hung_up(self) -> bool:
-        """Tell whether the peer has closed its end, whatever of it is still to be received."""
+        """Return whether the peer has closed its end, even if some of its data is unread."""
         if self._writer.is_closing():
             return True
         return bool(self._poll.poll(0))
 
     def send(self, message: Message) -> None:
-        """Send, some time soon; over a link that is closed nothing happens.
+        """Queue a message, which is sent soon; do nothing if the link is closed.
 
-        A peer that has left `unsent_bytes_max` unread is cut off: nobody else waits for it.
+        A peer with more than `unsent_bytes_max` unread bytes is cut off: nobody waits for it.
         """
         if not self.is_open:
             return
@@ -79,31 +79,31 @@ class Link(Generic[T]):
 
     @property
     def unsent_bytes(self) -> int:
-        """Count what the peer's socket does not take yet."""
+        """Return how many queued bytes the peer's socket has not accepted yet."""
         return self._writer.transport.get_write_buffer_size()
 
     async def ignore(self) -> None:
-        """Return once the peer has ended, whatever it sends until then."""
+        """Discard what the peer sends, and return once its connection has ended."""
         with suppress(OSError):
             while await self._reader.read(1 << 16):
                 pass
 
     def end(self) -> None:
-        """Send what is queued, then the end. What the peer still sends is received."""
+        """Send what is queued, then the end of the stream. Messages can still be received."""
         if self.is_open:
             self._ended = True
             with suppress(OSError):
                 self._writer.write_eof()
 
     def abort(self) -> None:
-        """Be gone at once."""
+        """Close the connection at once; queued messages are lost."""
         self._writer.transport.abort()
 
     async def receive(self) -> T | None:
-        """Return the next message; None when there will be none.
+        """Return the next message; None once the connection has ended.
 
         Raises:
-            ProtocolError: the peer sends something else than messages, or longer ones than it may.
+            ProtocolError: the peer sent something that is not a message, or one that is too long.
         """
         self._taken += 1
         if not self._taken % MESSAGES_A_TURN:
@@ -117,16 +117,16 @@ class Link(Generic[T]):
         return understood(self._decoder, body)
 
     async def wait_read(self) -> None:
-        """Return once the peer has read most of what it was sent, or its connection has ended."""
+        """Return once the peer has read most of what was sent, or its connection has ended."""
         with suppress(OSError):
             await self._writer.drain()
 
     def close(self) -> None:
-        """Send what is queued, and neither send nor receive more."""
+        """Send what is queued, then close the socket; nothing more is sent or received."""
         with suppress(OSError):
             self._writer.close()
 
     async def wait_closed(self) -> None:
-        """Return once the socket is gone."""
+        """Return once the socket is closed."""
         with suppress(OSError):
             await self._writer.wait_closed()

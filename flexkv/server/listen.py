@@ -1,15 +1,15 @@
-"""The server's socket: one server for an address, readable by its user only.
+"""The server's socket: one server per address, accessible to its user only.
 
-An address is locked by a read lock on one byte of its *directory*. Removing files does not free it;
-the end of the process does. Directories take no write locks, so a server first takes its read lock,
-and then asks whether another process has one in the range of this address:
+An address is locked by a read lock on one byte of its *directory*. Removing files does not release
+the lock; the end of the process does. Directories take no write locks, so a server first takes its
+read lock, and then asks whether another process has one in the range of this address:
 
-    byte = hash of the socket's name << 32 | process id          (so that an error can name it)
+    byte = hash of the socket's name << 32 | process id   (so that an error can name the process)
 
-Servers with other names in the directory have other ranges, and an engine whose SSD tier is in it
+Servers with other names in the directory use other ranges, and an engine whose SSD tier is in it
 uses another kind of lock (`flock`). If the whole directory was removed, or locks do not work there,
-two more signs show a live server: somebody answers at the path, or at a name in the abstract
-namespace, which is not a file (the *witness*). Only answers of our user or root count.
+two other signs show a live server: it answers at the path, or at a name in the abstract namespace,
+which is not a file (the *witness*). Only answers of our user or root count.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = get_logger(__name__)
 BACKLOG = 128
 SOCKET_MODE = 0o600
 LOCK_TRIES, LOCK_PAUSE_S = 20, 0.01
-"""Two servers that start at once may each see the other's lock: both let go, and try again."""
+"""Two servers that start at once may each see the other's lock: both release it and try again."""
 _FLOCK = "hhqqi4x"
 """C's `struct flock`: type, whence, start, length, pid."""
 _UCRED = "iII"
@@ -44,20 +44,21 @@ _RANGE = 1 << 32
 
 
 class Peer(NamedTuple):
-    """Who is at the other end of a unix socket."""
+    """The process and the user at the other end of a unix socket."""
 
     pid: int
     uid: int
 
 
 class Listener:
-    """A listening unix socket, and the lock that says whose it is."""
+    """A listening unix socket, and the lock on its address."""
 
     def __init__(self, path: Path) -> None:
-        """Take the address, in place of a server that died; `path` is made with mode 0600.
+        """Bind the address with mode 0600, in place of any server that died.
 
         Raises:
-            ConfigError: another server has it, a stranger may write there, or it cannot be made.
+            ConfigError: another server has the address, a stranger may write to its directory, or
+                it cannot be bound.
         """
         self.path = path
         self._process = os.getpid()
@@ -75,15 +76,15 @@ class Listener:
         _open.add(self)
 
     def listen(self) -> None:
-        """Take connections: until then they are refused, as if nobody were there."""
+        """Start to accept connections; until then they are refused, as if there were no server."""
         self.socket.listen(BACKLOG)
         self.socket.setblocking(False)
 
     def renew(self) -> bool:
         """Bind anew if the socket's file was removed; return whether `socket` has changed.
 
-        The caller then closes the old one. A file that somebody else has put there is left alone,
-        and logged once.
+        The caller then closes the old socket. If another file has taken the place of the socket's,
+        it is left alone, and that is logged once.
         """
         found = _stat(self.path)
         if found is not None:
@@ -104,13 +105,13 @@ class Listener:
         return True
 
     def _tell(self, what: str) -> None:
-        """Log once what is wrong with the address, so that nobody new can connect."""
+        """Log once why nobody new can connect at the address; `what` is empty if all is well."""
         if what and what != self._told:
             log.error("address_lost", path=str(self.path), reason=what)
         self._told = what
 
     def close(self) -> None:
-        """Stop listening, even if children were forked; in a child, only drop its copies."""
+        """Stop listening, even if children were forked; in a child, only close its descriptors."""
         _open.discard(self)
         if os.getpid() == self._process:
             found = _stat(self.path)
@@ -136,10 +137,10 @@ class Listener:
     # -- taking the address ---------------------------------------------------------------------
 
     def _take(self) -> None:
-        """Lock the directory that is there now, and bind.
+        """Lock the directory that exists now, and bind.
 
         Raises:
-            ConfigError: another server has the address, or it cannot be made.
+            ConfigError: another server has the address, or it cannot be bound.
         """
         try:
             prepare_folder(self.path.parent)
@@ -152,7 +153,7 @@ class Listener:
             raise ConfigError("server_recv_port", str(self.path), why) from error
 
     def _look_elsewhere(self) -> None:
-        """Refuse if our user's own server has its socket in another of the places for it."""
+        """Raise ConfigError if our user's server listens in another of its possible directories."""
         folders = own_folders()
         if self.path.parent in folders:
             for folder in folders:
@@ -203,7 +204,7 @@ class Listener:
         path.chmod(SOCKET_MODE)
 
     def _bind_witness(self) -> None:
-        """Bind the witness, unless somebody has its name."""
+        """Bind the witness; only log it if that fails for another reason than a server of ours."""
         name = _witness_name(self.path)
         try:
             self._witness.bind(name)
@@ -214,10 +215,10 @@ class Listener:
             log.warning("witness_not_bound", path=str(self.path), reason=who)
 
     def _refuse_if_served(self, address: str) -> Peer | None:
-        """Return who else listens at an address, if anybody does.
+        """Return the process of another user that listens at an address; None if none does.
 
         Raises:
-            ConfigError: our user or root does.
+            ConfigError: our user or root listens there.
         """
         with _new_socket() as ours:
             ours.setblocking(False)
@@ -258,7 +259,7 @@ def _new_socket() -> socket.socket:
 
 
 def _end(listening: socket.socket) -> None:
-    """Let nobody connect any more, not even at a forked child's copy of the socket."""
+    """Refuse further connections, even at a forked child's copy of the socket."""
     with suppress(OSError):
         listening.shutdown(socket.SHUT_RDWR)
 
@@ -271,7 +272,7 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def _witness_name(path: Path) -> str:
-    """Return a name of the abstract namespace for a path as this user's processes see it.
+    """Return a name in the abstract namespace for a path, as this user's processes see the path.
 
     Containers may share that namespace (with the host's network), but not the files.
     """
@@ -284,7 +285,7 @@ def _witness_name(path: Path) -> str:
 
 
 def _range_of(name: str) -> int:
-    """Return the first byte of the range of a directory that stands for a socket in it."""
+    """Return the first byte of the range in a directory that locks a socket's name."""
     digest = blake2b(os.fsencode(name), digest_size=4).digest()
     return (int.from_bytes(digest, "little") >> 2) * _RANGE
 
@@ -294,14 +295,14 @@ def _set_lock(fd: int, kind: int, start: int, length: int) -> None:
 
 
 def _holder(fd: int, start: int) -> int | None:
-    """Return another process that has a lock in an address's range, if there is one."""
+    """Return the id of another process with a lock in an address's range; None if none has."""
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, 0, start, _RANGE, 0)
     kind, _, at, _, _ = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
     return None if kind == fcntl.F_UNLCK else at - start
 
 
 def peer_of(connected: socket.socket) -> Peer:
-    """Return who was at the other end of a unix socket when it connected, or began to listen."""
+    """Return the peer of a unix socket: who it was when it connected, or began to listen."""
     size = struct.calcsize(_UCRED)
     credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
     pid, uid, _ = struct.unpack(_UCRED, credentials)

@@ -15,18 +15,18 @@ COMMAND_S = 60.0
 
 
 def _path_of(address: str) -> str:
-    """Return the path of an address, or the address if it has none that can be used."""
+    """Return the path of an address, or the address itself if it is not valid."""
     with suppress(ConfigError):
         return str(socket_path(address))
     return address
 
 
 def command(address: str, verb: str, **arguments: Any) -> Any:
-    """Have a server perform a command, and return what it answers.
+    """Have a server perform a command, and return its answer.
 
     Raises:
-        BackendUnavailableError: no server listens there.
-        ConfigError: it refuses.
+        BackendUnavailableError: no server listens there, or it does not answer.
+        ConfigError: the server refuses the command.
     """
     try:
         connected = connect(address, Hello(PROTOCOL_VERSION, "control", os.getpid()))

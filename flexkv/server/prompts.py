@@ -1,13 +1,13 @@
 """The keys of prompts, as client and server keep them, so that each key is sent once.
 
-Both ends apply one rule: a message names a prompt, the number of its keys that the server has, and
-the keys from the last of these on. If it brings keys behind the known ones, they replace what the
-server has there; if it brings none, nothing changes. So the client knows what the server has, and
-the server drops nothing by itself: a client that keeps too much breaks the protocol. All of it ends
-with the connection.
+Both ends apply one rule. A message names a prompt, how many of its keys the server has already, and
+the keys from the last of these on. If it carries keys after the known ones, they replace what the
+server has there; otherwise nothing changes. So the client knows what the server has, and the server
+drops nothing by itself: a client that keeps too much breaks the protocol. All keys are dropped when
+the connection ends.
 
 A key is a hash of everything before it. So if the last known key is the same at both ends, all keys
-before it are, and a request never means other blocks than its client does.
+before it are, too, and a request never means other blocks than its client intends.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class KeptPrompts:
         self._kept_bytes = 0
 
     def keys_of(self, message: Match | Start) -> bytes:
-        """Return all keys that a message means, and keep them if it names a prompt.
+        """Return all keys that a message stands for, and keep them if it names a prompt.
 
         Raises:
             ProtocolError: the keys do not continue those that are kept, or are too many to keep.
@@ -65,7 +65,7 @@ class KeptPrompts:
             )
 
     def forget(self, prompts: tuple[int, ...]) -> None:
-        """Drop the keys of these prompts; unknown ones are ignored."""
+        """Drop the keys of these prompts; ignore unknown ones."""
         for prompt in prompts:
             self._kept_bytes -= len(self._keys.pop(prompt, b""))
 
@@ -74,8 +74,8 @@ class Prompt:
     """A prompt's keys at a client: made as the prompt grows, and sent once.
 
     Attributes:
-        number: names it to the server.
-        keys: the root, and the keys of its first blocks. They only become more.
+        number: the number by which the server knows the prompt.
+        keys: the root, and the keys of the first blocks. Keys are only ever added.
     """
 
     __slots__ = ("keys", "number")
@@ -90,17 +90,17 @@ class Prompt:
 
 
 class PromptPart(NamedTuple):
-    """The first blocks of a prompt, which a client asks for."""
+    """The first `blocks` blocks of a prompt."""
 
     prompt: Prompt
     blocks: int
 
 
 class Sent(NamedTuple):
-    """What has to be sent of a prompt's keys: as in `Match`.
+    """The part of a prompt's keys that has to be sent, in the fields of a `Match`.
 
     Attributes:
-        outdated: prompts that the server has to forget first.
+        outdated: numbers of prompts that the server must be told to forget first.
     """
 
     keys: bytes
@@ -112,16 +112,16 @@ class Sent(NamedTuple):
 class SentPrompts:
     """The client's side: how many keys of each prompt the server has.
 
-    It is right as long as everything that `part_of` returns is sent, in order.
+    This is true as long as everything that `part_of` returns is sent, in order.
     """
 
     def __init__(self) -> None:
         self._known: dict[int, int] = {}
-        """In the order of their last use."""
+        """How many keys the server has, by the prompt's number, least recently used first."""
         self._known_bytes = 0
 
     def part_of(self, part: PromptPart) -> Sent:
-        """Return what to send so that the server has the keys of these blocks, and note it."""
+        """Return what to send so that the server has these blocks' keys; record it as sent."""
         prompt, count = part.prompt, part.blocks + 1
         size = count * BLOCK_KEY_BYTES
         if size > PROMPT_BYTES_MAX:
@@ -134,7 +134,7 @@ class SentPrompts:
         return Sent(keys, prompt.number, known, self._outdated())
 
     def _outdated(self) -> list[int]:
-        """Forget the prompts that were not used for longest, if there is no room for all."""
+        """Forget the least recently used prompts that exceed a limit; return their numbers."""
         outdated = []
         while len(self._known) > PROMPTS_MAX or self._known_bytes > PROMPTS_BYTES_MAX:
             oldest = next(iter(self._known))
@@ -143,13 +143,13 @@ class SentPrompts:
         return outdated
 
     def forget(self, number: int) -> bool:
-        """Note that the server forgets a prompt; return whether it has it."""
+        """Record that the server forgets a prompt; return whether it had any of its keys."""
         known = self._known.pop(number, 0)
         self._known_bytes -= known * BLOCK_KEY_BYTES
         return known > 0
 
     def clear(self) -> None:
-        """Note that the server has nothing: another one, or another connection."""
+        """Record that the server has no keys, because the connection has ended."""
         self._known.clear()
         self._known_bytes = 0
 
@@ -159,15 +159,15 @@ Keys: TypeAlias = bytes | PromptPart
 
 
 def blocks_of(keys: Keys) -> int:
-    """Return how many keys a message stands for: an answer has no more blocks."""
+    """Return how many keys these are, root included; an answer may not have more blocks."""
     return len(keys) // BLOCK_KEY_BYTES if isinstance(keys, bytes) else keys.blocks + 1
 
 
 def check_keys(keys: bytes) -> None:
-    """Check the keys of a prompt that a caller gives.
+    """Check the keys that a caller passed.
 
     Raises:
-        ConfigError: they are not whole keys.
+        ConfigError: they are not a positive number of whole keys.
     """
     if not isinstance(keys, bytes) or not keys or len(keys) % BLOCK_KEY_BYTES:
         raise ConfigError("keys", kind_of(keys), "must be what `Client.keys` gives")
@@ -176,7 +176,7 @@ def check_keys(keys: bytes) -> None:
 def integers(tokens: Any) -> Any:
     """Return token ids as a list or an array of int64.
 
-    A list is read as it is: an array of it would cost more than the hashing.
+    A list is returned as it is: converting it to an array would cost more than the hashing.
 
     Raises:
         ConfigError: they are not integers.

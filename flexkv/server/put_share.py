@@ -1,7 +1,7 @@
 """How much of host memory the puts of one instance may be filling at once.
 
 A put takes its host blocks when it is planned, and a device that hangs fills none of them. Without
-a share the puts of one instance could take all of host memory, and nobody else could load or store.
+a limit the puts of one instance could take all of host memory, and nobody else could load or store.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class _Waiter(NamedTuple):
 
 
 class PutShare:
-    """A bound on blocks being filled, first come first served; one put may always be under way."""
+    """A limit of the blocks being filled, first come first served; one put is always allowed."""
 
     def __init__(self, blocks_max: int) -> None:
         self._blocks_max = blocks_max
@@ -27,7 +27,7 @@ class PutShare:
         self._waiters: deque[_Waiter] = deque()
 
     async def enter(self, blocks: int) -> None:
-        """Return once there is room for a put of so many blocks; the caller must `leave` later.
+        """Return once there is room for a put of `blocks` blocks; the caller must `leave` later.
 
         Raises:
             FlexKVError: the waiting puts were turned away.
@@ -42,19 +42,19 @@ class PutShare:
         except asyncio.CancelledError:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
-                self._admit()  # a smaller one may be behind it
+                self._admit()  # a smaller put may wait behind it
             elif not waiter.admitted.cancelled() and waiter.admitted.exception() is None:
                 self.leave(blocks)  # admitted and cancelled in the same turn
             raise
 
     def leave(self, blocks: int) -> None:
-        """End a put."""
+        """Record the end of a put that has entered, and let waiting ones enter."""
         self._puts -= 1
         self._blocks -= blocks
         self._admit()
 
     def turn_away(self, reason: FlexKVError) -> None:
-        """Refuse the puts that wait."""
+        """Refuse the puts that wait: raise `reason` in each."""
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.admitted.done():

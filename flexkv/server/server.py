@@ -1,12 +1,12 @@
 """The server: one engine for the schedulers and workers of several processes.
 
-accept ─▶ Hello ─▶ client   one for an instance: match, start, cancel; when it goes,
+accept ─▶ Hello ─▶ client   one per instance: match, start, cancel; when it disconnects,
                 │           its requests are cancelled
-                ├▶ agent    one for a rank of an instance: copies; they fail when it goes
-                └▶ control  what an operator wants
+                ├▶ agent    one per rank of an instance: copies; they fail when it disconnects
+                └▶ control  commands of an operator
 
 Each connection is a session of its own. An exception in it ends that connection and nothing else;
-only a broken law of the engine's state ends the engine.
+only a broken invariant of the engine's state ends the engine.
 """
 
 from __future__ import annotations
@@ -64,30 +64,30 @@ from flexkv.server.wire import (
 log = get_logger(__name__)
 
 LOOK_S = 1.0
-"""Time between two checks whether the socket's file is still there."""
+"""Time between two checks that the socket's file is still there."""
 HELLO_S = 5.0
-"""How long a newcomer may take to say who it is."""
+"""How long a new connection may take to send `Hello`."""
 CLOSE_S = 10.0
-"""How long agents may take to end their copies when the server closes."""
+"""How long agents may take to finish their copies when the server closes."""
 UNSENT_BYTES_MAX = 16 << 20
-"""A client that does not read what it is sent is cut off there: nobody else waits for it."""
+"""A client or operator with more unread bytes than this is cut off: nobody waits for it."""
 CONTROL_IDLE_S = 60.0
 """How long an operator's connection may be silent."""
 SETTLES_MAX = 64
-"""How many questions of one agent may wait for an answer."""
+"""How many `Settle` messages of one agent may wait for an answer."""
 KEYS_A_TURN = 4096
-"""A client whose message means more keys that are kept lets the other tasks of the loop go on."""
+"""After a message with more known keys than this, a session lets the loop's other tasks run."""
 WINDOWS_PER_AGENT = 2
-"""How many `device_window_mb` may be sent to an agent each way: see also `HOST_SHARE`."""
+"""How many times `device_window_mb` may be sent to an agent each way: see also `HOST_SHARE`."""
 HOST_SHARE = 8
-"""An agent that hangs keeps at most host memory divided by this, in each direction."""
+"""An agent that hangs keeps at most host memory divided by this in each direction."""
 
 
 class Server:
-    """Serves an open engine at a socket, until it is closed."""
+    """The server of an open engine, at one socket."""
 
     def __init__(self, engine: Engine, backend: ServerBackend, listener: Listener) -> None:
-        """Take an engine that stands on `backend`; all three stay the caller's to close."""
+        """Create the server of an engine that uses `backend`; the caller closes all three."""
         self._engine, self._backend, self._listener = engine, backend, listener
         cache = engine.cache
         secret = cache.key_secret.get_secret_value()
@@ -103,7 +103,7 @@ class Server:
         self._closing = False
 
     def start(self) -> None:
-        """Take connections from now on."""
+        """Start to accept connections."""
         self._engine.register_kv_caches([])
         self._engine.clears.on_clear = self._tell_states
         self._listener.listen()
@@ -112,7 +112,7 @@ class Server:
         log.info("server_listens", path=str(self._listener.path), pid=os.getpid())
 
     async def close(self) -> None:
-        """Take no more connections, and let the agents end what they do."""
+        """Accept no more connections, cancel all requests, and let agents finish their copies."""
         self._closing = True
         for jobs in self._jobs.values():
             jobs.cancel()
@@ -164,7 +164,7 @@ class Server:
             self._guests.arrive(guest, self._session(guest))
 
     async def _session(self, guest: Guest) -> None:
-        """Serve one connection to its end; what goes wrong with it is its own affair."""
+        """Serve one connection to its end; its errors end only this connection."""
         peer = guest.peer
         with ExitStack() as undo:
             undo.callback(peer.close)
@@ -184,7 +184,7 @@ class Server:
             except ConfigError as error:
                 refusal = error.field, str(error.value), error.why
                 log.warning("peer_refused", field=error.field, reason=error.why)
-                with suppress(OSError):  # where there is a link it is closed by now
+                with suppress(OSError):  # if there was a link, it is closed by now
                     peer.send(framed(Welcome(PROTOCOL_VERSION, os.getpid(), refusal)))
             except (OSError, ProtocolError, TimeoutError) as error:
                 log.warning("peer_dropped", reason=str(error) or type(error).__name__)
@@ -193,8 +193,8 @@ class Server:
         """Check that a newcomer may connect.
 
         Raises:
-            ConfigError: it speaks another protocol, has other blocks, is connected already, or is
-                one instance too many.
+            ConfigError: it speaks another version of the protocol, its blocks differ, it is
+                connected already, or there are too many instances.
         """
         if hello.version != PROTOCOL_VERSION:
             why = f"this server speaks {PROTOCOL_VERSION}: use the same FlexKV everywhere"
@@ -279,13 +279,13 @@ class Server:
             self._backend.fleet.detach(instance)
             jobs.cancel()
             jobs.release()
-            # Its devices may still be written by what is under way: agents ask for that.
+            # Copies under way may still write to its devices; agents ask about that by `Settle`.
             log.info("client_gone", instance=instance)
 
     def _ask(
         self, link: Link[ToServer], jobs: Jobs, prompts: KeptPrompts, message: ToServer
     ) -> None:
-        """Take what a client has asked for."""
+        """Handle a message of a client."""
         watchers = self._watchers
         match message:
             case Match():
@@ -306,7 +306,7 @@ class Server:
                 raise ProtocolError(f"a client does not send {type(message).__name__}")
 
     def _jobs_of(self, number: int) -> Jobs:
-        """Return the requests of an instance; some may be those of an earlier client."""
+        """Return the requests of an instance; some may be left from an earlier client."""
         jobs = self._jobs.get(number)
         if jobs is None:
             fleet, turns = self._backend.fleet, self._turns
@@ -315,7 +315,7 @@ class Server:
         return jobs
 
     def _turn_away(self, number: int, why: str) -> None:
-        """Refuse the waiting requests of an instance that does not answer."""
+        """Refuse the waiting puts of an instance whose devices do not answer."""
         if number in self._jobs:
             self._jobs[number].turn_away(why)
 
@@ -326,7 +326,7 @@ class Server:
             del self._jobs[number]
 
     def _tell_state(self, number: int) -> None:
-        """Tell an instance's client what its devices are."""
+        """Send an instance's client the state of its devices."""
         fleet = self._backend.fleet
         link = fleet.client_of(number)
         if link is None:
@@ -339,7 +339,7 @@ class Server:
             link.send(State(True, instance.num_blocks, order, instance.epoch, generation))
 
     def _tell_states(self) -> None:
-        """Tell every client that the cache was cleared."""
+        """Send every client its state, because the cache was cleared."""
         for number in self._backend.fleet.instances:
             self._tell_state(number)
 
@@ -360,7 +360,7 @@ class Server:
             self._tell_state(number)
             while (message := await link.receive()) is not None:
                 self._hear(guest, port, message, (number, rank))
-                await link.wait_read()  # an agent that does not read gets no answers
+                await link.wait_read()  # take no more from an agent that does not read
             may_copy = False
         except asyncio.CancelledError:
             may_copy = False  # the engine has ended, so its memory is not used again
@@ -388,7 +388,7 @@ class Server:
         return AgentPort(link, fleet.block_bytes // parts, hello.num_blocks, window_bytes // parts)
 
     def _hear(self, guest: Guest, port: AgentPort, message: ToServer, who: tuple[int, int]) -> None:
-        """Take what an agent, of an instance and a rank, has said."""
+        """Handle a message of an agent; `who` is its instance and rank."""
         number, rank = who
         match message:
             case Copied():
@@ -403,7 +403,7 @@ class Server:
                 raise ProtocolError(f"an agent does not send {type(message).__name__}")
 
     def _settle(self, guest: Guest, message: Settle, jobs: Jobs) -> None:
-        """Answer an agent once its requests are over, which may be at once."""
+        """Answer an agent's `Settle` once those requests are over, which may be at once."""
         link = guest.link
         assert link is not None
         unsettled = jobs.unsettled(message.requests)
@@ -436,7 +436,7 @@ class Server:
             try:
                 value = await self._control.perform(message.verb, dict(message.arguments))
             except InternalError:
-                raise  # the engine's state is wrong, which is no answer
+                raise  # the engine's state is wrong, so the engine has to end
             except FlexKVError as error:
                 link.send(Answer(message.number, None, str(error)))
             else:

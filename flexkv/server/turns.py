@@ -1,8 +1,8 @@
-"""Lets puts be planned one at a time, so that an engine's question never waits for many of them.
+"""Turns of the event loop, in each of which one put is planned, so that matches do not wait.
 
 A scheduler's step waits for the answer to a match, and nobody waits for a put. An event loop runs
-whatever is ready before it looks at its sockets again. So each turn of the loop plans only one of
-the puts that could be planned, and a match that has come meanwhile goes before the next.
+everything that is ready before it looks at its sockets again. So each turn of the loop plans only
+one of the puts that could be planned, and a match that has arrived meanwhile goes before the next.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import deque
 
 
 class LoopTurns:
-    """Turns of the running loop, handed out in the order in which they were asked for."""
+    """Turns of the running loop, given to callers in the order of their calls."""
 
     def __init__(self) -> None:
         self._waiting = deque[asyncio.Future[None]]()
@@ -21,7 +21,7 @@ class LoopTurns:
     async def wait(self) -> None:
         """Return in a turn of the loop that no other caller gets; the first caller returns at once.
 
-        Cancellation: the turn goes to the next one.
+        Cancellation: the turn goes to the next caller.
         """
         loop = asyncio.get_running_loop()
         if not self._is_taken:

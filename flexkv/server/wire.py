@@ -1,21 +1,21 @@
-"""What goes between the server and its clients and agents, over a unix socket.
+"""The messages between the server and its clients and agents, over a unix socket.
 
     client (an engine's scheduler) ──match, start, cancel──▶ server ──copy──▶ agent (its workers)
                                    ◀──matched, state, done──        ◀─copied, ready, settle──
 
 A frame is four bytes of length, little-endian, and a message in MessagePack. The first message is
-`Hello`, the answer to it `Welcome`; agents get the descriptor of the host memory along with it.
-A request is named by its instance and a number that the client gives.
+`Hello`, and its answer `Welcome`, with which agents get the descriptor of the host memory. Its
+instance and a number that the client assigns identify a request.
 
-A client names a prompt by a number, too, and the server keeps the prompt's keys under it for as
-long as the connection lives, so that later messages send only keys that are new:
+A client also numbers its prompts. The server keeps a prompt's keys under the number for as long as
+the connection lives, so that later messages carry only new keys:
 
     Match(keys=root, k0, k1, k2                prompt=7, known=0)
     Start(keys=              k2, k3            prompt=7, known=4)    one more block
     Start(keys=          k1                    prompt=7, known=3)    fewer: root, k0, k1
 
-The last key that is known comes again. Each key names all that come before it, so the server
-notices if the client means other keys than those that it has (`flexkv.server.prompts`).
+The last known key is sent again. Each key is a hash of everything before it, so the server notices
+if the client means other keys than those that it has (`flexkv.server.prompts`).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ T = TypeVar("T")
 
 PROTOCOL_VERSION = 5
 FRAME_BYTES_MAX = 8 << 20
-"""Bytes of any message; the server accepts `FRAME_BYTES_OF` at most, by the peer's role."""
+"""Maximum size of a message; the server accepts at most `FRAME_BYTES_OF` the peer's role."""
 LENGTH_BYTES = 4
 HELLO_BYTES_MAX = 64 << 10
 NUMBERS_MAX = 4096
-"""How many numbers one message may have; more go in several messages."""
+"""How many numbers one message may have; more are split among several messages."""
 PROMPTS_MAX, PROMPTS_BYTES_MAX, PROMPT_BYTES_MAX = 8192, 32 << 20, 1 << 20
-"""Most prompts that the server keeps of a client, and bytes of keys: in all, and of one prompt."""
+"""Limits of what the server keeps per client: prompts, bytes of keys, bytes of a prompt's keys."""
 
 Role: TypeAlias = Literal["client", "agent", "control"]
 FRAME_BYTES_OF: Mapping[Role, int] = {
@@ -54,69 +54,69 @@ ShortText: TypeAlias = Annotated[str, msgspec.Meta(max_length=4096)]
 
 
 class ProtocolError(FlexKVError):
-    """A peer sent what it may not."""
+    """A peer sent something that the protocol does not allow."""
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Anything that is sent."""
+    """Any message."""
 
 
 class Hello(Message, tag="hello", frozen=True):
-    """Who connects, and what it takes blocks to be."""
+    """Who connects, and how its blocks are defined."""
 
     version: int
     role: Role
     pid: int
     facts: Annotated[Mapping[str, int | str], msgspec.Meta(max_length=64)] = {}
-    """As of `block_identity`: who means other blocks is refused. Nothing for control."""
+    """From `block_identity`; a peer whose facts differ is refused. Empty for the control role."""
     instance: int = 0
     tp_rank: int = 0
     num_blocks: int = 0
-    """Of an agent's device."""
+    """How many blocks an agent's device has."""
     order: ShortText = ""
-    """Of the elements of its blocks."""
+    """The order of the elements in a block of an agent's device."""
     watches: bool = False
-    """Of a client: whether it wants to be told what is `Changed`."""
+    """Whether a client wants `Changed` messages."""
 
 
 class Welcome(Message, tag="welcome", frozen=True):
-    """The server's answer: who it is, and to agents where the host memory is."""
+    """The server's answer: who it is, and how the host memory is laid out."""
 
     version: int
     pid: int
     refusal: tuple[str, str, str] | None = None
-    """Field, value, and rule that was broken: nothing follows."""
+    """Field, value, and broken rule if the peer is refused; nothing follows then."""
     num_host_blocks: Number = 0
     block_stride_bytes: Number = 0
     fd_offset_bytes: Number = 0
 
 
 class State(Message, tag="state", frozen=True):
-    """Whether an instance's devices are all there, and how their blocks are."""
+    """Whether all devices of an instance are connected, and what their blocks are like."""
 
     ready: bool
     num_blocks: Number
     order: ShortText
     epoch: Number = 0
-    """Names this state: a `Start` that was made in another one is refused."""
+    """Identifies this state: a `Start` that was made in another one is refused."""
     generation: Number = 0
     """Grows with each clear: see `flexkv.index.clears`."""
 
 
 class Match(Message, tag="match", frozen=True):
-    """How much is resident of a prompt: its root and block keys, 16 bytes each."""
+    """Ask how much of a prompt is resident, by its root and block keys of 16 bytes each."""
 
     number: Number
     keys: bytes
     """The keys from the last known one on."""
     first: Number = 0
-    """Who asks has the blocks before: of where they are nothing is told."""
+    """The client has the blocks before this one, so `Matched.by_tier` does not count them."""
     hold: bool = False
-    """Keep what is found from eviction, until a `Start` or a `Release` names this number."""
+    """Whether to keep the blocks from eviction until a `Start` or `Release` names this number."""
     tell: bool = False
-    """Tell where each block is, too, by `Changed`."""
+    """Whether to report by `Changed`, too, where each block is."""
     prompt: Number = 0
-    """Keep the keys under this number; 0 keeps nothing."""
+    """The number under which to keep the keys; 0 keeps nothing."""
     known: Number = 0
     """How many keys of the prompt the server has already, including the root."""
 
@@ -128,18 +128,18 @@ class Forget(Message, tag="forget", frozen=True):
 
 
 class Release(Message, tag="release", frozen=True):
-    """Let go of what matches hold."""
+    """End the holds of these matches."""
 
     numbers: Numbers
 
 
 class Matched(Message, tag="matched", frozen=True):
-    """The answer, in blocks."""
+    """The answer to a `Match`, in blocks."""
 
     number: Number
     blocks: Number
     by_tier: Mapping[str, Number]
-    """Of those from `first` on."""
+    """How many of the blocks from `first` on each tier has."""
 
 
 class Start(Message, tag="start", frozen=True):
@@ -153,42 +153,42 @@ class Start(Message, tag="start", frozen=True):
     """int64, one for each block."""
     epoch: Number
     when_ready: bool = False
-    """Wait until every rank has said `Ready`: what is put has to be written first."""
+    """Whether to wait until every rank has sent `Ready` for this request."""
     held: Number = 0
     """The match whose hold ends when this request is planned."""
     namespace_hash: ShortText = ""
     generation: Number | None = None
-    """When the blocks were computed: after a later clear they are not stored. None: now."""
+    """The one in which the blocks were computed: after a later clear none is stored. None: now."""
     prompt: Number = 0
     known: Number = 0
     """Both as in `Match`."""
 
 
 class Done(Message, tag="done", frozen=True):
-    """A request has ended: no device touches its blocks any more."""
+    """The end of a request: no device touches its blocks any more."""
 
     number: Number
     status: str
     moved: Number
-    """Blocks: for a get, so many from `first` on are there."""
+    """How many blocks were moved: for a get, the first ones from `first` on."""
     error: str = ""
     took_s: Seconds = 0.0
-    """From when it could begin."""
+    """How long the request took, from when it could begin."""
     is_stale: bool = False
     """Whether a put stored nothing because the cache was cleared after its blocks were computed."""
 
 
 class Changed(Message, tag="changed", frozen=True):
-    """What became resident, or is so no more, in that order; a `Done` comes after its blocks."""
+    """What became resident or no longer is, in that order; a `Done` follows its changes."""
 
     changes: tuple[tuple[bytes, str, bool], ...]
     """Block key, tier, whether it is there now."""
     lost: bool = False
-    """Some changes before these are unknown: what was told means nothing any more."""
+    """Whether some changes before these are unknown, so that earlier reports are void."""
 
 
 class Cancel(Message, tag="cancel", frozen=True):
-    """Give requests up; each is answered all the same, with `Done`."""
+    """Cancel requests; each is answered all the same, with `Done`."""
 
     numbers: Numbers
 
@@ -203,7 +203,7 @@ class Copy(Message, tag="copy", frozen=True):
 
 
 class DeviceReady(Message, tag="device_ready", frozen=True):
-    """A rank's device is set up: copies may be asked for."""
+    """A rank's device is set up: copies may be requested."""
 
 
 class Copied(Message, tag="copied", frozen=True):
@@ -214,26 +214,26 @@ class Copied(Message, tag="copied", frozen=True):
 
 
 class Ready(Message, tag="ready", frozen=True):
-    """What these puts read is written, on this rank."""
+    """On this rank, what these puts read is written, and what these gets write is free."""
 
     numbers: Numbers
 
 
 class Settle(Message, tag="settle", frozen=True):
-    """Tell when no device touches the blocks of these requests any more."""
+    """Ask for a `Settled` once no device touches the blocks of these requests any more."""
 
     number: Number
     requests: Numbers
 
 
 class Settled(Message, tag="settled", frozen=True):
-    """None does."""
+    """The answer to a `Settle`: no device touches those blocks any more."""
 
     number: Number
 
 
 class Command(Message, tag="command", frozen=True):
-    """What an operator wants: see `flexkv.server.control`."""
+    """A command of an operator: see `flexkv.server.control`."""
 
     number: Number
     verb: ShortText
@@ -269,10 +269,10 @@ FROM_SERVER: msgspec.msgpack.Decoder[FromServer] = msgspec.msgpack.Decoder(FromS
 
 
 def framed(message: Message) -> bytes:
-    """Give a message as it is sent.
+    """Return a message as a frame.
 
     Raises:
-        ConfigError: it is longer than anybody takes.
+        ConfigError: the message is longer than any peer accepts.
     """
     body = _ENCODER.encode(message)
     if len(body) > FRAME_BYTES_MAX:
@@ -281,7 +281,7 @@ def framed(message: Message) -> bytes:
 
 
 def parts_of(numbers: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return numbers split into one part for each message that is needed."""
+    """Return numbers split into parts, one for each message that is needed."""
     starts = range(0, len(numbers), NUMBERS_MAX)
     return [tuple(numbers[start : start + NUMBERS_MAX]) for start in starts]
 
@@ -290,7 +290,7 @@ def length_of(head: bytes | bytearray, bytes_max: int = FRAME_BYTES_MAX) -> int:
     """Return the length of the message that follows a frame's head.
 
     Raises:
-        ProtocolError: it is more than `bytes_max`.
+        ProtocolError: the length is more than `bytes_max`.
     """
     length = int.from_bytes(head, "little")
     if length > bytes_max:

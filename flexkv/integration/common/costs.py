@@ -1,8 +1,8 @@
-"""What a load costs, and what computing the same again: a load that takes longer is not offered.
+"""Compares the cost of a load with that of computing its blocks again; slower loads are declined.
 
-Both are learnt from what goes by: long loads, by the tiers that their blocks come from, and steps
-that prefill. Nothing is held back before several of both are known, and a tier that was too slow
-gets better by and by until it is tried again.
+Both are learnt by observation: from long loads, by the tiers that their blocks come from, and from
+steps that prefill. No load is declined before several of both are known. Each time that a tier was
+too slow, its cost is reduced a little, until it is tried again.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from collections.abc import Mapping
 from flexkv.common.terms import Tier
 
 WEIGHT = 0.2
-"""Of what is new in an average; an outlier counts as twice the average."""
+"""Weight of a new value in an average; an outlier counts as twice the average."""
 FIRST = 3
-"""Of so many values that come first the least is taken."""
+"""An average begins as the least of this many first values."""
 FORGIVEN = 0.9
-"""What is left of a tier's cost whenever it was the reason not to load."""
+"""Factor by which a tier's cost is reduced whenever it was the reason not to load."""
 STEPS_MAX = 4
-"""That an engine has under way: with asynchronous scheduling two."""
+"""Maximum number of steps that an engine has under way; with asynchronous scheduling it has two."""
 TOKENS_MIN, BLOCKS_MIN = 64, 16
-"""Of a step that tells what a token costs, and of a load that tells what a block costs."""
+"""Smallest step and smallest load from which the costs of a token and of a block are learnt."""
 
 
 class _Average:
-    """Of what something took."""
+    """A running average of the seconds that one token or block takes."""
 
     __slots__ = ("seconds", "values")
 
@@ -35,11 +35,11 @@ class _Average:
 
     @property
     def is_known(self) -> bool:
-        """Tell whether it means something."""
+        """Return whether there are enough values."""
         return self.values >= FIRST
 
     def add(self, fresh: float) -> None:
-        """Take one more value."""
+        """Add a value."""
         if self.values < FIRST:
             self.seconds = min(self.seconds, fresh) if self.values else fresh
         else:
@@ -48,7 +48,7 @@ class _Average:
 
 
 class Costs:
-    """The averages of one engine."""
+    """The average costs of a token and of each tier's blocks, for one engine."""
 
     def __init__(self) -> None:
         self._token = _Average()
@@ -57,11 +57,11 @@ class Costs:
         self._ended_s = 0.0
 
     def step_begins(self, tokens: int) -> None:
-        """Take that a step is scheduled, which prefills so many tokens."""
+        """Record that a step is scheduled that prefills `tokens` tokens."""
         self._steps.append((time.monotonic(), tokens))
 
     def step_ends(self) -> None:
-        """Take that the oldest step under way is done; it began when the one before had ended."""
+        """Record the end of the oldest step under way, which began after the step before ended."""
         if not self._steps:
             return
         begin_s, tokens = self._steps.popleft()
@@ -70,19 +70,19 @@ class Costs:
             self._token.add((self._ended_s - begin_s) / tokens)
 
     def loaded(self, by_tier: Mapping[str, int], seconds: float) -> None:
-        """Take what a load took, of so many blocks from each tier.
+        """Record how long a load took; `by_tier` counts its blocks in each tier.
 
-        What it took beyond what the nearer tiers usually take is the farthest one's.
+        The time beyond what the nearer tiers usually take is charged to the farthest one.
         """
         tiers = [name for name in _ORDER if by_tier.get(name)]
         if not tiers or by_tier[tiers[-1]] < BLOCKS_MIN:
-            return  # another request was bringing them, or what is fixed weighs too much
+            return  # another request was loading them, or fixed costs dominate
         *nearer, farthest = tiers
         known = sum(by_tier[name] * self._block[name].seconds for name in nearer)
         self._block[farthest].add(max(0.0, seconds - known) / by_tier[farthest])
 
     def is_worth_it(self, by_tier: Mapping[str, int], tokens: int) -> bool:
-        """Tell whether to load blocks from these tiers is faster than to compute the tokens."""
+        """Return whether loading blocks from these tiers is faster than computing the tokens."""
         costs = {
             name: count * self._block[name].seconds
             for name, count in by_tier.items()

@@ -1,7 +1,7 @@
 """Which blocks of the device puts read, and which were computed before a reset.
 
-After a reset each block is old until a request writes it anew that has no old block before it: KV
-that is computed behind old KV is old as well. Old blocks are never stored.
+After a reset each block is old until a request that has no old block before it writes it anew: KV
+that is computed from old KV is old as well. Old blocks are never stored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class DeviceBlocks:
     """The blocks of one engine's device.
 
     Attributes:
-        readers: how many puts read each block.
+        readers: how many puts read each block, by block id.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class DeviceBlocks:
         return self._puts > 0 and _ext.any_counted(self.readers, ids)
 
     def begin_puts(self, puts: list[BlockIds], num_blocks: int) -> None:
-        """Count puts that read these blocks; the device has `num_blocks`."""
+        """Record new puts by the blocks that each reads; the device has `num_blocks` blocks."""
         if len(self.readers) < num_blocks:
             missing = num_blocks - len(self.readers)
             self.readers = np.concatenate([self.readers, np.zeros(missing, np.uint32)])
@@ -47,7 +47,7 @@ class DeviceBlocks:
         self._puts += len(puts)
 
     def end_put(self, ids: BlockIds) -> None:
-        """Stop counting a put."""
+        """Record that a put does not read its blocks any more."""
         _ext.change_counts(self.readers, ids, -1)
         self._puts -= 1
 
@@ -59,7 +59,7 @@ class DeviceBlocks:
         return self._old is not None
 
     def reset(self) -> None:
-        """Note that all blocks of the device are old now."""
+        """Record that all blocks of the device are old now."""
         if self._old is None:
             self._old = np.ones(len(self.readers), np.bool_)
         self._old[:] = True
@@ -69,7 +69,7 @@ class DeviceBlocks:
         return self._old is not None and bool(self._old_of(ids).any())
 
     def written(self, ids: list[int], first: int) -> None:
-        """Note that a request writes its blocks from `first` on anew, behind the ones before."""
+        """Record that a request writes its blocks from `first` on: old if one before them is."""
         if self._old is not None and len(ids) > first:
             is_old = self.are_old(ids[:first])
             self._old_of(ids)

@@ -1,9 +1,9 @@
 """The server that an engine's scheduler launches, and launches again when it has ended.
 
-The first one has to start, or the engine does not either: the error says why. Later ones are
-started without waiting, since a step of the scheduler must not wait until their memory is taken. A
-server that ends young, or cannot be started, again and again is not launched any more: something on
-the machine is wrong, and the engine goes on without the cache.
+If the first one cannot start, neither does the engine, and the error says why. Later ones are
+started without waiting, since a step of the scheduler must not wait until a server has its memory.
+If servers end young or cannot be started several times in a row, none is launched any more:
+something on the machine is wrong, and the engine goes on without the cache.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from flexkv.server.launch import Launched
 log = get_logger(__name__)
 
 RELAUNCH_S, RELAUNCH_S_MAX = 10.0, 300.0
-"""Between two launches; doubled each time while servers end young."""
+"""Pause between two launches; doubled each time while servers end young."""
 YOUNG_S = 120.0
 """A server that ended sooner than this after its launch has ended young."""
 YOUNG_MAX = 5
-"""After so many in a row that ended young, none is launched any more."""
+"""After this many in a row that ended young, none is launched any more."""
 
 
 class OwnServer:
     """The server of one engine, through all its launches."""
 
     def __init__(self, model: ModelConfig, settings: Settings) -> None:
-        """Launch the first one, and return when it takes connections.
+        """Launch the first server, and return once it accepts connections.
 
         Raises:
             ConfigError, BackendUnavailableError: it cannot start.
@@ -43,11 +43,11 @@ class OwnServer:
 
     @property
     def pid(self) -> int:
-        """Return the process id of the latest one."""
+        """Return the process id of the latest server."""
         return self._server.pid
 
     def look(self) -> None:
-        """Launch another one if that is due. Does not wait for it."""
+        """Launch another server if that is due. Does not wait for it."""
         if self._is_given_up:
             return
         if not self._is_ended:
@@ -56,7 +56,7 @@ class OwnServer:
             self._launch()
 
     def _look_at_it(self) -> None:
-        """Note that the server has ended, and why, if that is so."""
+        """Record that the server has ended, and why, if it has."""
         try:
             self._server.look()
             if not self._server.has_ended:
@@ -74,7 +74,7 @@ class OwnServer:
             self._ended_young(self._young > 0)
 
     def _ended_young(self, waits_longer: bool) -> None:
-        """Count that, and give up after `YOUNG_MAX`."""
+        """Count a server that ended young, and give up after `YOUNG_MAX`."""
         self._young += 1
         if waits_longer:
             self._pause_s = min(2 * self._pause_s, RELAUNCH_S_MAX)
@@ -83,7 +83,7 @@ class OwnServer:
             log.error("server_given_up", reason=self._reason, launches=self._young)
 
     def _launch(self) -> None:
-        """Launch another one; no failure of that concerns the step in which it is done."""
+        """Launch another server; a failure is only logged, so that the scheduler's step goes on."""
         log.warning("server_relaunched", reason=self._reason, ended_young=self._young)
         self._launched_s = time.monotonic()
         try:
@@ -96,5 +96,5 @@ class OwnServer:
             self._is_ended = False
 
     def close(self) -> None:
-        """Let the server end, and wait until it has."""
+        """End the server, and wait until it has ended."""
         self._server.close()

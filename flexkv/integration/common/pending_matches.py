@@ -1,7 +1,7 @@
-"""What the server is asked of prompts: a step waits for the answers briefly, the next one again.
+"""The matches under way: a step waits briefly for their answers, and the next step waits again.
 
-An answer holds blocks and grows old, and vLLM may not come back to a request for minutes. So few
-questions are under way at once, and none for long.
+An answer holds blocks and becomes outdated, and vLLM may not return to a request for minutes. So
+few matches are under way at once, and none for long.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from flexkv.server.prompts import PromptPart
 from flexkv.server.wire import Matched
 
 ASKED_MAX = 16
-"""Questions under way at once. vLLM goes through all that wait when each is put off."""
+"""Maximum number of matches under way. vLLM tries all waiting requests if each is put off."""
 EARLY_MAX = ASKED_MAX // 2
-"""Those of them that are made on arrival. The rest is for prompts that vLLM has come to."""
+"""Maximum number of those made on arrival; the rest are for prompts that vLLM tries to schedule."""
 KEPT_S = 1.0
-"""How long a question is kept that is not come back to."""
+"""How long a match is kept after it was made or vLLM last asked for its answer."""
 
 
 class _Asked(NamedTuple):
@@ -27,28 +27,28 @@ class _Asked(NamedTuple):
     first: int
     seen_s: float
     is_early: bool
-    """Whether it was made on arrival, and vLLM has not come to its prompt since."""
+    """Whether it was made on arrival, and vLLM has not tried to schedule its prompt since."""
 
 
 class PendingMatches:
-    """The questions under way, at most one of each request."""
+    """The matches under way, at most one for each request."""
 
     def __init__(self, client: Client, wait_ms: float) -> None:
-        """Take whom to ask, and how long a step waits for it, all in all."""
+        """Send matches by `client`; one step waits at most `wait_ms` in all for answers."""
         self._client = client
         self._wait_s = self._wait_left_s = wait_ms / 1e3
         self._asked: dict[str, _Asked] = {}
 
     @property
     def has_early_room(self) -> bool:
-        """Return whether a prompt that has just arrived may be asked for."""
+        """Return whether there is room for the match of a prompt that has just arrived."""
         early = sum(each.is_early for each in self._asked.values())
         return early < EARLY_MAX and len(self._asked) < ASKED_MAX
 
     def make_room(self) -> bool:
-        """Return whether a prompt that vLLM has come to may be asked for.
+        """Return whether there is room for the match of a prompt that vLLM tries to schedule.
 
-        If too many questions are under way, the youngest one that was made on arrival is given up:
+        If too many matches are under way, the youngest one that was made on arrival is given up:
         otherwise prompts that arrive would keep older ones from being scheduled.
         """
         if len(self._asked) < ASKED_MAX:
@@ -60,11 +60,11 @@ class PendingMatches:
         return False
 
     def first_of(self, request_id: str, blocks: int) -> int | None:
-        """Return the block from which a request's question asks for tiers; None without a question.
+        """Return the block from which a request's match counts tiers; None if it has no match.
 
         Args:
-            request_id: vLLM's.
-            blocks: how many blocks the question must be about.
+            request_id: vLLM's id of the request.
+            blocks: how many blocks the match must be about.
         """
         asked = self._asked.get(request_id)
         return asked.first if asked is not None and asked.blocks == blocks else None
@@ -72,14 +72,14 @@ class PendingMatches:
     def ask(
         self, request_id: str, part: PromptPart, first: int, tell: bool, is_early: bool
     ) -> None:
-        """Ask what is resident, and hold that.
+        """Send a match that holds the blocks it finds.
 
         Args:
-            request_id: vLLM's. It has no question, and there is room for one.
-            part: the blocks that are meant.
-            first: as for `Client.ask`.
-            tell: as for `Client.ask`.
-            is_early: whether the prompt has just arrived, and vLLM has not come to it yet.
+            request_id: vLLM's id of a request without a match; there must be room for one.
+            part: the blocks to match.
+            first: as for `Client.match`.
+            tell: as for `Client.match`.
+            is_early: whether the prompt has just arrived, and vLLM has not tried to schedule it.
         """
         assert request_id not in self._asked
         assert len(self._asked) < ASKED_MAX
@@ -87,7 +87,7 @@ class PendingMatches:
         self._asked[request_id] = _Asked(number, part.blocks, first, time.monotonic(), is_early)
 
     def answer(self, request_id: str) -> Matched | None:
-        """Return the answer to a request's question, once; None if there is none in this step."""
+        """Return the answer to a request's match, once; None if there is none in this step."""
         asked = self._asked.get(request_id)
         if asked is None:
             return None
@@ -101,18 +101,18 @@ class PendingMatches:
         return found
 
     def give_up(self, request_id: str) -> None:
-        """Let go of a request's question, if there is one, and of what its answer holds."""
+        """Give up a request's match, if there is one, and end its hold."""
         asked = self._asked.pop(request_id, None)
         if asked is not None:
             self._client.release([asked.number])
 
     def give_up_all(self) -> None:
-        """Let go of every question."""
+        """Give up every match."""
         for request_id in list(self._asked):
             self.give_up(request_id)
 
     def step_is_made(self) -> None:
-        """Hear that a step is scheduled: the next one may wait again."""
+        """Record that a step is scheduled: the next one may wait again. Give up old matches."""
         self._wait_left_s = self._wait_s
         until_s = time.monotonic() - KEPT_S
         for request_id in [name for name, each in self._asked.items() if each.seen_s < until_s]:

@@ -1,8 +1,8 @@
-"""Which weights a LoRA adapter has: facts of its files, looked at when a request names it.
+"""Identifies the weights of LoRA adapters by facts of their files, when a request names one.
 
 vLLM loads an adapter once for each of its own ids, and again if it has dropped it meanwhile. So if
-files change under one id, nobody knows whether the loaded weights are the old or the new ones: from
-then on requests with that id are not cached. Loading may move an adapter of the hub to another
+files change under one id, nobody knows whether the loaded weights are the old or the new ones, and
+requests with that id are not cached from then on. Loading may move an adapter of the hub to another
 commit, so such an adapter is looked at only after a request with it has run.
 
 The files are looked at in a thread, since a scheduler's step must not wait for a file system that
@@ -40,7 +40,7 @@ class _Seen(NamedTuple):
 
 
 class _Look:
-    """One look at an adapter's files, by a thread of its own."""
+    """One look at an adapter's files, in a thread of its own."""
 
     def __init__(self, path: str, before: _Seen | None) -> None:
         self.seen = before
@@ -62,17 +62,17 @@ class _Look:
 
 
 class Adapters:
-    """The adapters that requests have named."""
+    """The LoRA adapters that requests have named."""
 
     def __init__(self) -> None:
         self._looks: dict[str, _Look] = {}
         self._facts: dict[int, str] = {}
-        """The facts by vLLM's id of the adapter; empty once they have changed."""
+        """Each adapter's facts, by vLLM's id of it; empty once they have changed."""
         self._has_run: set[int] = set()
         self._told: set[tuple[str, str]] = set()
 
     def facts(self, lora: Any) -> str | None:
-        """Return facts that name an adapter's weights; None if they are not certain.
+        """Return facts that identify an adapter's weights; None if they are not certain.
 
         Waits for `LOOK_S` at most, and not at all while an earlier look is still under way.
 
@@ -88,7 +88,7 @@ class Adapters:
             self._tell("adapter_not_cached", lora, reason)
             return None
         fresh = look.seen.facts
-        if getattr(lora, "load_inplace", False):  # then every step has the files as they are
+        if getattr(lora, "load_inplace", False):  # vLLM loads the files again
             self._remember(number, fresh)
             return fresh
         if self._facts.get(number, fresh) != fresh:
@@ -99,7 +99,7 @@ class Adapters:
         return fresh
 
     def has_run(self, lora: Any) -> None:
-        """Note that a request with this adapter has run, so its files are on this machine."""
+        """Record that a request with this adapter has run, so its files are on this machine."""
         if len(self._has_run) < IDS_MAX:
             self._has_run.add(int(lora.lora_int_id))
 

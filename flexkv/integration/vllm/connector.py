@@ -23,7 +23,7 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1):
     def __init__(
         self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None
     ) -> None:
-        """Take what vLLM gives.
+        """Create one role of the connector, with vLLM's arguments.
 
         Raises:
             ConfigError: FlexKV cannot serve such an engine, or its server cannot be launched.
@@ -36,26 +36,26 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1):
         FlexKVConnectorV1Impl.__init__(self, vllm_config, role)
 
     def bound_step(self) -> StepMetadata:
-        """Give the step's metadata."""
+        """Return the step's metadata."""
         step = self._get_connector_metadata()
         assert isinstance(step, StepMetadata)
         return step
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """Say no: what is not stored can be computed again."""
+        """Return False: what is not stored can be computed again."""
         return False
 
     @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
-        """Say yes: an engine takes its memory back, from vLLM 0.33 on, and lends it again.
+        """Return True: from vLLM 0.33 on an engine takes its memory back, and lends it again.
 
-        vLLM resets the cache of an engine that sleeps, FlexKV's too: its weights may be others.
+        vLLM resets the caches of an engine that sleeps, FlexKV's too: its weights may change.
         """
         return True
 
     def unregister_kv_caches(self) -> None:
-        """Let no copy touch the KV tensors any more: the engine goes to sleep."""
+        """Return once no copy touches the KV tensors any more: the engine goes to sleep."""
         if self.worker is not None:
             self.worker.suspend()
 
@@ -65,12 +65,12 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1):
             self.worker.resume()
 
     def get_kv_connector_stats(self) -> FlexKVStats | None:
-        """Give the counts since the last call: the scheduler's side has them."""
+        """Return the counts since the last call; only the scheduler's side has any."""
         return None if self.scheduler is None else self.scheduler.take_stats()
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> FlexKVStats:
-        """Give counts as they were sent."""
+        """Return counts that another process has sent."""
         return FlexKVStats(data=data or {})
 
     @classmethod
@@ -81,20 +81,20 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1):
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
     ) -> FlexKVPromMetrics:
-        """Give what counts on vLLM's own endpoint."""
+        """Return the counters for vLLM's own endpoint."""
         return FlexKVPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def on_new_request(self, request: Any) -> None:
-        """Ask what is resident of a prompt; vLLM calls this from 0.32 on."""
+        """Ask how much of a prompt is resident; vLLM calls this from 0.32 on."""
         if self.scheduler is not None:
             self.scheduler.on_new_request(request)
 
     def reset_cache(self) -> bool:
-        """Forget every block of every tier, of all instances."""
+        """Forget every block of every tier, of all instances; return whether that was done."""
         return self.scheduler is None or self.scheduler.reset_cache()
 
 
-# `MultiConnector` finds what reads its children's statistics by their class's name alone.
+# `MultiConnector` finds the class that reads a child's statistics by the child's class name alone.
 if FlexKVConnector.__name__ not in KVConnectorFactory._registry:
     KVConnectorFactory.register_connector(
         FlexKVConnector.__name__, __name__, FlexKVConnector.__name__

@@ -1,8 +1,9 @@
 """KV events: what FlexKV holds of this engine's prompts, in vLLM's terms, for routers.
 
 A block is announced under vLLM's own hash, in the medium of its tier, once its bytes are there and
-its parent has been announced; and taken back when it is gone. Blocks of which this engine has never
-seen the tokens (another's, or an earlier run's) are announced when a prompt asks for them.
+its parent has been announced. It is withdrawn when it is gone. If this engine has never seen a
+block's tokens (another engine or an earlier run stored it), it is announced when a prompt with it
+is looked up.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, maybe_co
 from flexkv.index.keys import block_keys
 from flexkv.server.wire import Changed
 
-# Later vLLMs tag them for their hashes, and do not in events.
+# Later versions of vLLM tag extra keys for hashing, but not in events.
 _untagged = getattr(
     sys.modules[generate_block_hash_extra_keys.__module__], "to_event_extra_keys", list
 )
@@ -26,11 +27,11 @@ _untagged = getattr(
 MEDIA = {"host": "CPU", "disk": "STORAGE"}
 """vLLM's names of FlexKV's tiers."""
 TAKEN_MAX = 8192
-"""Removals of a lost server's blocks that one step tells."""
+"""Maximum number of a lost server's blocks that are withdrawn in one step."""
 
 
 class _Facts(NamedTuple):
-    """What an event tells of a block."""
+    """What an event says about a block."""
 
     block_hash: Any
     parent_hash: Any
@@ -44,11 +45,12 @@ class _Block:
     """A block of a prompt that this engine has seen.
 
     Attributes:
+        source: the request that made it known, and its number there; None once there are facts.
         there: the media in which it is.
-        announced: those of which that was told.
-        children: the blocks that continue it.
-        requests: how many that are running have it.
-        facts: what there is to tell; None until it is needed, while a request has the block.
+        announced: the media in which it has been announced.
+        children: the keys of the blocks that continue it.
+        requests: how many running requests have it.
+        facts: what an event says about it; None until that is needed.
     """
 
     __slots__ = ("announced", "children", "facts", "parent", "requests", "source", "there")
@@ -80,23 +82,23 @@ def _facts(request: Any, number: int, block_size: int) -> _Facts:
 
 
 class KVEvents:
-    """Makes vLLM's events of what the server tells."""
+    """vLLM's events, made from the changes that the server reports."""
 
     def __init__(self, block_size: int) -> None:
-        """Take vLLM's block size, in tokens."""
+        """Start without blocks; `block_size` is vLLM's, in tokens."""
         self._block_size = block_size
         self._blocks: dict[bytes, _Block] = {}
         self._events: list[Any] = []
         self._stale: dict[tuple[Any, str], None] = {}
-        """What was announced of a server that is lost: hash and medium."""
+        """Announced blocks of a lost server, yet to be withdrawn: hash and medium."""
 
     def note(self, request: Any, keys: bytes, known: int) -> int:
-        """Take the blocks of a request from the `known`-th on; gives how many are known then.
+        """Add the blocks of a request from the `known`-th on; return how many are known then.
 
         Args:
-            request: vLLM's.
-            keys: FlexKV's, of its blocks, the root first.
-            known: how many blocks of it have been noted.
+            request: vLLM's request.
+            keys: FlexKV's keys of the request, the root first.
+            known: how many of its blocks were known before.
         """
         names = block_keys(keys)[: len(request.block_hashes)]
         for number in range(known, len(names)):
@@ -112,16 +114,16 @@ class KVEvents:
         return max(known, len(names))
 
     def forget(self, request: Any, keys: bytes, noted: int) -> None:
-        """Take that a request is over which has noted so many blocks."""
+        """Record that a request is over, of which `noted` blocks are known."""
         for key in reversed(block_keys(keys)[:noted]):
             block = self._blocks[key]
             block.requests -= 1
             self._settle(key)
             if block.source is not None and block.source[0] is request and key in self._blocks:
-                self._facts_of(block)  # others have the block, too
+                self._facts_of(block)  # it outlives the request
 
     def hear(self, changed: Changed) -> None:
-        """Take what the server has told."""
+        """Apply the changes that the server has reported."""
         if changed.lost:
             self._lose_all()
         for key, tier, is_there in changed.changes:
@@ -141,7 +143,7 @@ class KVEvents:
             self._settle(key)
 
     def take(self) -> Iterable[Any]:
-        """Give the events since the last call."""
+        """Return the events since the last call."""
         for _ in range(min(TAKEN_MAX, len(self._stale))):
             block_hash, medium = next(iter(self._stale))
             del self._stale[block_hash, medium]
@@ -158,7 +160,7 @@ class KVEvents:
         return block.facts
 
     def _announce(self, block: _Block) -> None:
-        """Announce a block where it is, if its parent is announced; then what waited for that."""
+        """Announce a block in its media if its parent is announced, then children that waited."""
         waiting = [block]
         while waiting:
             block = waiting.pop()
@@ -173,7 +175,7 @@ class KVEvents:
 
     def _tell_stored(self, facts: _Facts, medium: str) -> None:
         if self._stale.pop((facts.block_hash, medium), self) is None:
-            return  # it is known still
+            return  # it is still announced
         last = self._events[-1] if self._events else None
         if (
             isinstance(last, BlockStored)
@@ -205,7 +207,7 @@ class KVEvents:
             self._events.append(BlockRemoved(block_hashes=[block_hash], medium=medium))
 
     def _lose_all(self) -> None:
-        """Take everything back, some of it in each step: there may be very much."""
+        """Withdraw all blocks, a limited number in each step, since there may be very many."""
         for block in self._blocks.values():
             for medium in block.announced:
                 self._stale[self._facts_of(block).block_hash, medium] = None
@@ -215,7 +217,7 @@ class KVEvents:
                 self._settle(key)
 
     def _settle(self, key: bytes) -> None:
-        """Forget a block that is nowhere and that nothing needs, and so its parents."""
+        """Forget a block that is nowhere and that nothing needs, then likewise its parents."""
         while not ((block := self._blocks[key]).requests or block.there or block.children):
             del self._blocks[key]
             if block.parent is None:

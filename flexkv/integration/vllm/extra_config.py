@@ -3,8 +3,8 @@
     vllm serve … --kv-transfer-config '{"kv_connector": "FlexKVConnector", …,
         "kv_connector_extra_config": {"cpu_cache_gb": 64, "ssd_cache_dir": "/data/flexkv"}}'
 
-It takes every key that the configuration file takes, flat or under `cache_config`, and wins over
-the file and the environment. `weights_id` may stand only here: see `identity.py`.
+It accepts every key of the configuration file, flat or under `cache_config`, and overrides the file
+and the environment. `weights_id` is accepted only here: see `identity.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def with_extra(settings: Settings, transfer: Any) -> Settings:
     """Return the settings of a process, overridden by those in vLLM's configuration.
 
     Args:
-        settings: of the file and the environment.
+        settings: those of the file and the environment.
         transfer: vLLM's `KVTransferConfig`.
 
     Raises:
@@ -50,11 +50,11 @@ def with_extra(settings: Settings, transfer: Any) -> Settings:
             fault = ConfigError(f"{FIELD}.{error.field}", error.value, error.why)
         else:
             fault = error
-    raise fault  # raised here it has no context, which would hold the values
+    raise fault  # raised here, so that no context holds the values
 
 
 def _check_spelling(told: Mapping[Any, Any]) -> None:
-    """Refuse what is probably meant to be `weights_id`: the other keys are checked elsewhere."""
+    """Raise ConfigError for a probable misspelling of `weights_id`; others are found elsewhere."""
     models = (Settings, CacheConfig)
     known = {*old_names(models), *(name for model in models for name in model.model_fields)}
     for name in told:

@@ -47,7 +47,7 @@ def facts_of(place: Path) -> list[FileFacts]:
 
 
 def stamps_of(place: Path) -> list[Stamp]:
-    """Return stamps that show, without reading files, whether the facts can have changed.
+    """Return stamps by which to see, without reading files, whether the facts may have changed.
 
     Raises:
         OSError: as for `facts_of`.
@@ -89,7 +89,7 @@ def snapshot_of(repo: str, revision: str | None, cache: str | None = None) -> Pa
 
 
 def _files(place: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the files below a folder that matter, sorted by name; links are followed."""
+    """Yield the files below a folder that affect KV, sorted by name; links are followed."""
     if not place.is_dir():
         place.stat()
         yield place.name, place

@@ -1,7 +1,7 @@
-"""Which model an engine serves, and in which way: the name under which its KV is kept.
+"""Names the model that an engine serves, and the way it computes: KV is kept under this name.
 
 The name covers everything that changes the KV of given tokens: the loaded weights, and every option
-that vLLM computes with. Options that are unknown here count, so a new option of vLLM's costs a warm
+with which vLLM computes. Options that are unknown here count, so a new option of vLLM costs a warm
 cache and never a wrong answer. Tokenizers do not count, since keys are made of tokens.
 
 Weights that cannot be looked at (in an object store, from another process, or exchanged while the
@@ -27,7 +27,7 @@ from flexkv.observe.logs import get_logger
 log = get_logger(__name__)
 
 WEIGHTS_ID = "weights_id"
-"""Key of `kv_connector_extra_config`: the user's own name of weights."""
+"""Key of `kv_connector_extra_config`: the user's own name for the weights."""
 
 MODEL_BESIDE = frozenset({
     "hf_config", "hf_text_config", "model", "model_weights", "revision", "multimodal_config",
@@ -56,7 +56,7 @@ CACHE_OF_KV = (
     "cache_dtype", "calculate_kv_scales", "kv_cache_dtype_skip_layers", "sliding_window",
     "kv_sharing_fast_prefill", "swa_bounded_replay", "indexer_kv_dtype",
 )  # fmt: skip
-"""Fields of `CacheConfig` that count; its others say how much is kept, and where."""
+"""Fields of `CacheConfig` that count; the other ones say how much is kept, and where."""
 ATTENTION_BESIDE = frozenset({
     "device_buffer_size", "eager_host_mirror", "flash_attn_max_num_splits_for_cuda_graph",
     "tokenspeed_mla_min_split_kv", "tq_max_kv_splits_for_cuda_graph",
@@ -156,7 +156,7 @@ def _computation(vllm_config: Any) -> dict[str, Any]:
 
 
 def _fields(config: Any, beside: frozenset[str]) -> Any:
-    """Return the fields of one of vLLM's configurations, without some."""
+    """Return the fields of one of vLLM's configurations, without those in `beside`."""
     if config is None:
         return None
     if dataclasses.is_dataclass(config):
@@ -174,7 +174,7 @@ def _longest(model: Any) -> int | str | None:
     if kinds <= ROPE_OF_ANY_LENGTH and "llama4" not in kind_of_model:  # it tunes its temperature
         return None
     if getattr(model, "original_max_model_len", None) == -1:
-        return "auto"  # if it is cut later for want of memory, that does not change the model
+        return "auto"  # a later cut for lack of memory does not change the model
     return int(model.max_model_len)
 
 
@@ -194,7 +194,7 @@ def _remote_code(model: Any, config: Any) -> list[Any]:
 
 
 def _rope_kinds(config: Any) -> Iterator[str]:
-    """Yield the kinds of rotary embedding that a configuration names, however deep."""
+    """Yield the kinds of rotary embedding that a configuration names, at any depth."""
     if isinstance(config, dict):
         for name, value in config.items():
             if name in ("rope_scaling", "rope_parameters") and isinstance(value, dict):
@@ -208,7 +208,7 @@ def _rope_kinds(config: Any) -> Iterator[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON has it, the same in every process."""
+    """Return a value in types of JSON, the same in every process."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Enum):
@@ -239,7 +239,7 @@ def _plain_object(value: Any) -> Any:
 
 
 def _weights(vllm_config: Any) -> list[Any]:
-    """Return what names the weights."""
+    """Return facts that identify the weights."""
     model, load, transfer = (
         vllm_config.model_config, vllm_config.load_config, vllm_config.kv_transfer_config
     )  # fmt: skip
@@ -298,7 +298,7 @@ def _place_of(model: Any, load: Any) -> Path:
     place = Path(where).expanduser()
     if place.exists():
         return place
-    # A single file is named behind the repository, after a slash or a colon.
+    # The name of a single file follows the repository's, after a slash or a colon.
     repo = "/".join(where.partition(":")[0].split("/")[:2])
     return snapshot_of(repo, model.revision, getattr(load, "download_dir", None))
 
@@ -307,7 +307,7 @@ def _paths_in(vllm_config: Any) -> Iterator[Path]:
     """Yield the files and folders that options of the weights name.
 
     Raises:
-        OSError: one is an address elsewhere.
+        OSError: an option names something that is not on this machine.
     """
     model, load = vllm_config.model_config, vllm_config.load_config
     options = (
@@ -321,7 +321,7 @@ def _paths_in(vllm_config: Any) -> Iterator[Path]:
         if "://" in text:
             raise FileNotFoundError(f"{text} is not on this machine")
         path = Path(text).expanduser()
-        if "%0" in path.name:  # a pattern, for the rank
+        if "%0" in path.name:  # a pattern that contains the rank
             path = path.parent
         if text and _exists(path):
             yield path

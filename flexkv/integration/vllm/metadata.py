@@ -1,4 +1,4 @@
-"""What vLLM carries from the scheduler's connector to those of the workers, each step."""
+"""What vLLM carries from the scheduler's connector to the workers' connectors in each step."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ class StepMetadata(KVConnectorMetadata):
     """What workers do and report in one step.
 
     Attributes:
-        puts: numbers of requests that read what this step's forward writes.
-        loads: numbers of requests that may write once the steps before this one are done.
-        received: vLLM's requests whose loads are over.
-        sent: vLLM's requests that have ended, and whose blocks nobody reads any more.
-        failed_blocks: device blocks that were to be loaded and are not.
-        dropped: numbers of puts whose blocks another connector has failed to load.
-        settle: numbers of requests that failed: no copy of theirs may be left before that is told.
+        puts: numbers of puts that read what this step's forward writes.
+        loads: numbers of gets that may write once the steps before this one are done.
+        received: vLLM's ids of requests whose loads are over.
+        sent: vLLM's ids of requests that have ended, and whose blocks no put reads any more.
+        failed_blocks: device blocks that should have been loaded and were not.
+        dropped: numbers of puts of requests some of whose blocks could not be loaded.
+        settle: numbers of failed puts and gets: the worker waits until none of their copies is
+            left before it reports anything.
     """
 
     puts: list[int] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Tells what a server has to be given of a model, for engines that do not launch it themselves.
+"""Prints the model file that a server needs, for engines that do not launch it themselves.
 
 python -m flexkv.integration.vllm.model MODEL --dtype float16 > model.json   # as `vllm serve`
 flexkv serve model.json
@@ -19,7 +19,7 @@ from flexkv.server.launch import told_of
 
 
 def model_of(arguments: Sequence[str]) -> ModelConfig:
-    """Return the model of an engine that `vllm serve` would start with such arguments.
+    """Return the model of an engine that `vllm serve` would start with these arguments.
 
     Raises:
         ConfigError: FlexKV cannot serve such an engine, or its weights are not on this machine.
@@ -32,7 +32,7 @@ def model_of(arguments: Sequence[str]) -> ModelConfig:
     if words and not words[0].startswith("-"):
         words.insert(0, "--model")
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    known, _ = parser.parse_known_args(words)  # what is not the engine's is its HTTP server's
+    known, _ = parser.parse_known_args(words)  # the unknown ones are for the HTTP server
     engine = EngineArgs.from_cli_args(known)
     asked = engine.kv_transfer_config
     extra = {} if asked is None else asked.kv_connector_extra_config

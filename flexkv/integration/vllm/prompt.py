@@ -1,4 +1,4 @@
-"""The namespace of a vLLM request: everything besides its tokens that its KV depends on."""
+"""The namespace of a vLLM request: everything besides its tokens on which its KV depends."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _NOT_WEIGHTS = ("lora_int_id", "load_inplace")
 
 
 class Scopes:
-    """Makes the namespaces of one engine's requests."""
+    """The namespaces of one engine's requests."""
 
     def __init__(self, names_media: bool = True, lora: str = "") -> None:
-        """Take what holds for all requests.
+        """Store what holds for all requests.
 
         Args:
             names_media: whether vLLM names images and sounds by their content.
@@ -31,8 +31,8 @@ class Scopes:
     def parts_of(self, request: Any) -> tuple[str, ...] | None:
         """Return a request's LoRA adapter and `cache_salt`; None for one that cannot be cached.
 
-        May wait for a quarter of a second for an adapter's files, so it is asked once for each
-        request.
+        May wait for a quarter of a second for an adapter's files, so it should be called once for
+        each request.
 
         Args:
             request: vLLM's `Request`.
@@ -69,12 +69,12 @@ class Scopes:
 
 
 def features_of(request: Any) -> int:
-    """Count a request's images and sounds: those of a session become more."""
+    """Return how many images and sounds a request has; streamed input may add some."""
     return len(getattr(request, "mm_features", None) or ())
 
 
 def _told_of(lora: Any) -> dict[str, Any]:
-    """Return all that a `LoRARequest` says of the adapter, in any version of vLLM."""
+    """Return all that a `LoRARequest` says about the adapter, in any version of vLLM."""
     names = getattr(lora, "__struct_fields__", None) or sorted(vars(lora))
     return {name: getattr(lora, name) for name in names if name not in _NOT_WEIGHTS}
 

@@ -1,8 +1,8 @@
-"""What FlexKV does not serve under vLLM, each by its name: the engine does not start with it.
+"""What FlexKV does not serve under vLLM: an engine that uses any of it does not start.
 
-A block of a model that is refused here would be incomplete, have another shape than FlexKV assumes,
-or depend on more than the tokens before it, so a load would be wrong. The rules look at vLLM's
-configuration, and at the KV caches themselves (`KVCacheConfig`) where vLLM hands that over.
+Blocks of such an engine would be incomplete, have another shape than FlexKV assumes, or depend on
+more than the tokens before them, so a load would be wrong. The rules look at vLLM's configuration,
+and at the KV caches themselves (`KVCacheConfig`) where vLLM passes that.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ DTYPES = ("auto", "float16", "bfloat16", "float32", "half", "float", "fp8", "fp8
 ATTENTION = {"attention", "full_attention", "global_attention", "sliding_attention"}
 """Kinds of layers in models' own configurations; windows are checked by a rule of their own."""
 WHOLE = ("FullAttentionSpec", "MLAAttentionSpec")
-"""Kinds of KV caches that keep every token, under its own place."""
+"""Kinds of KV caches that keep every token, in a slot of its own."""
 _STATE = "has state layers beside its KV cache: FlexKV keeps KV blocks only"
 
 
 class Rule(NamedTuple):
-    """Something that is not served.
+    """A feature that is not served.
 
     Attributes:
-        field: of vLLM's configuration, as users give it.
+        field: a field of vLLM's configuration, by the name that users give it.
         found: returns the offending value; None if there is none.
         why: completes "field=value: …".
     """
@@ -48,7 +48,7 @@ def _of(owner: str, name: str, usual: object = None) -> Callable[[Any], object]:
 
 
 def _model_if(*names: str) -> Callable[[Any], object]:
-    """Return a function that finds the model's name, if any of these facts of it is true."""
+    """Return a function that finds the model's name if any of these attributes of it is true."""
 
     def found(config: Any) -> object:
         model = config.model_config
@@ -70,7 +70,7 @@ def _text(name: str) -> Callable[[Any], object]:
 
 
 def _layers(config: Any) -> object:
-    """Return the kinds of layers that are not attention, by the model's own configuration.
+    """Return the kinds of layers other than attention in the model's own configuration.
 
     If vLLM has no code of its own for a model, it has no class to ask about state layers.
     """
@@ -171,10 +171,10 @@ def check_caches(kv_cache_config: Any) -> None:
     """Check that FlexKV serves an engine's KV caches: the configuration may not say it all.
 
     Args:
-        kv_cache_config: vLLM's `KVCacheConfig`; None where it is not handed over.
+        kv_cache_config: vLLM's `KVCacheConfig`; None if vLLM does not pass it.
 
     Raises:
-        ConfigError: there are several groups of them, or they do not keep every token.
+        ConfigError: there is not exactly one group of them, or they do not keep every token.
     """
     groups = getattr(kv_cache_config, "kv_cache_groups", None)
     if groups is None:
@@ -192,6 +192,6 @@ def check_caches(kv_cache_config: Any) -> None:
 
 
 def _specs(spec: Any) -> Iterable[Any]:
-    """Return the kinds of a group's layers: several, where they differ in shape only."""
+    """Return the specs of a group's layers: several if they differ in shape only."""
     several = getattr(spec, "kv_cache_specs", None)
     return [spec] if several is None else several.values()

@@ -1,4 +1,4 @@
-"""What the scheduler's side knows of each of vLLM's requests."""
+"""What the scheduler's side knows about each of vLLM's requests."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from flexkv.server.prompts import Prompt, PromptPart
 from flexkv.server.wire import Matched
 
 ROOM_S = 2.0
-"""How long a load is tried for which host memory has no room."""
+"""How long a load for which host memory has no room is retried."""
 
 
 class Load:
-    """A get that is wanted, or under way."""
+    """A load that is wanted, or whose get is under way."""
 
     __slots__ = ("again_s", "block_ids", "first", "found", "held", "keys", "number", "until_s")
 
@@ -33,8 +33,8 @@ class Put(NamedTuple):
 
     Attributes:
         first: the first block of the prompt that it stores.
-        block_ids: the device's, which it reads.
-        generation: of the cache when the blocks began to be computed.
+        block_ids: the device blocks that it reads.
+        generation: the generation of the cache when computing the blocks began.
     """
 
     first: int
@@ -43,7 +43,7 @@ class Put(NamedTuple):
 
 
 class RequestState:
-    """What is known of one of vLLM's requests."""
+    """What is known about one of vLLM's requests."""
 
     __slots__ = (
         "block_ids", "features", "finished", "found", "generation", "has_loaded", "is_stale",
@@ -53,35 +53,35 @@ class RequestState:
 
     def __init__(self, request: Any, scopes: Scopes, generation: int, prompt: Prompt) -> None:
         self.prompt = prompt
-        """The keys of its blocks, as far as they were needed."""
+        """The keys of its blocks, as far as they have been needed."""
         self.request, self.parts = request, scopes.parts_of(request)
         self.scope = scopes.scope_of(request, self.parts)
         self.features = features_of(request)
         self.block_ids: list[int] = []
         self.local_blocks = 0
-        """That the device had when a load was offered."""
+        """How many of its blocks the device had when a load was offered."""
         self.stored_blocks = 0
         self.may_claim = True
         self.was_put_off = False
-        """Whether it was put off because too many others were asked for."""
+        """Whether it was put off because too many matches were under way."""
         self.load: Load | None = None
         self.found: Matched | None = None
-        """What is offered to it, and held."""
+        """The match that is offered to it, with a hold on its blocks."""
         self.is_told = False
-        """Whether the KV events know where its blocks are."""
+        """Whether the server was asked to report its blocks' tiers, for KV events."""
         self.noted = 0
-        """Blocks that the KV events know."""
+        """How many of its blocks the KV events know."""
         self.puts: dict[int, Put] = {}
         self.finished = False
         self.generation = generation
-        """The generation of the cache when its blocks began to be computed or looked for."""
+        """The generation of the cache when its blocks began to be computed or looked up."""
         self.is_stale = False
-        """Whether the cache was cleared since then, so that nothing of it is stored."""
+        """Whether the cache was cleared since then, so that none of its blocks are stored."""
         self.has_loaded = False
         """Whether it has loaded blocks, which are no newer than that generation."""
 
     def begins_anew(self, generation: int) -> None:
-        """Note that it has new blocks, computed from now on, unless some were loaded."""
+        """Record that it has new blocks, computed from now on, unless some were loaded."""
         if not self.has_loaded:
             self.generation, self.is_stale = generation, False
         self.has_loaded = False
@@ -102,7 +102,7 @@ class RequestStates:
         self.by_id: dict[str, RequestState] = {}
 
     def track(self, request: Any) -> RequestState:
-        """Return the state of a request; make it if the request is new."""
+        """Return the state of a request; create it if the request is new."""
         tracked = self.by_id.get(request.request_id)
         if tracked is None:
             client = self._client
@@ -112,7 +112,7 @@ class RequestStates:
         return tracked
 
     def forget(self, request_id: str) -> None:
-        """Forget a request: it is over."""
+        """Forget a request that is over."""
         tracked = self.by_id.pop(request_id)
         self._forget_keys(tracked)
 
@@ -134,14 +134,14 @@ class RequestStates:
     def part(self, tracked: RequestState, blocks: int) -> PromptPart:
         """Return the first blocks of a request's prompt, and make the keys that are missing.
 
-        Keys are made only of tokens that do not change any more.
+        The tokens of these blocks must not change any more.
         """
         prompt, scope = tracked.prompt, tracked.scope
         if (known := prompt.blocks) < blocks:
             request, end = tracked.request, blocks * self._per_block
             assert scope is not None
             if prompt.keys and not scope.extra_keys:
-                # A list, whatever vLLM slices.
+                # A slice of vLLM's tokens is a list.
                 self._client.extend(prompt, request.all_token_ids[known * self._per_block : end])
             else:
                 prompt.keys[:] = self._client.keys(_first_tokens(request, end), scope)
@@ -151,7 +151,7 @@ class RequestStates:
 
 
 def _first_tokens(request: Any, end: int) -> list[int]:
-    """Return a request's tokens up to `end`: its prompt itself, uncopied, if that is enough."""
+    """Return a request's tokens, up to `end` at least: its prompt, uncopied, if long enough."""
     prompt = getattr(request, "prompt_token_ids", None)
     if type(prompt) is list and len(prompt) >= end:
         return prompt

@@ -2,20 +2,20 @@
 
 Per request, from vLLM's hooks:
 
-    on_new_request             ─▶ match, held: asked as early as can be
+    on_new_request             ─▶ match with a hold, sent as early as possible
     get_num_new_matched_tokens ─▶ its answer  ──update_state_after_alloc──▶ load ─Done─▶ received
                                   or "ask again": no step waits longer than `match_wait_ms`
     build_connector_meta       ─▶ whole blocks of this step: a put, which reads them after the
-                                  forward; Done ─▶ its blocks may be used anew
+                                  forward; Done ─▶ its blocks may be reused
     request_finished           ─▶ blocks stay until the puts that read them are done
 
-Hazards, and what meets them:
+Hazards, and how they are met:
 - A block is freed (preemption, sliding window) while a put reads it, and given to another request:
   the step that would write it waits for that put; a load into it starts after the put.
-- A load comes short: the rest of its blocks are reported as failed, and the request claims nothing
-  again (vLLM would ask, get the same claim, and go round for ever).
-- The server dies: everything under way is told as failed, after each worker has made sure that no
-  copy is left.
+- A load comes short: the rest of its blocks are reported as failed, and the request loads nothing
+  any more (otherwise vLLM would ask, get the same offer, and loop for ever).
+- The server dies: everything under way is reported as failed, after each worker has made sure that
+  no copy is left.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ from flexkv.server.wire import Done, Matched
 log = get_logger(__name__)
 
 STEPS_LATE = 4
-"""A scheduled token is known to the scheduler at most this many steps later."""
+"""The scheduler knows a scheduled token at most this many steps later."""
 ROOM_AGAIN_S = 0.002
-"""How often a load is tried for which host memory has no room."""
+"""Pause before a load is retried for which host memory had no room."""
 
 
 class SchedulerSide:
     """The loads and puts of one engine."""
 
     def __init__(self, setup: Setup) -> None:
-        """Launch the server, if that is ours to do.
+        """Launch the server, if this instance has to.
 
         Raises:
             ConfigError: the server cannot start: its address is in use, a size is beyond this
-                machine, … The error has the key.
+                machine, … The error names the key.
             BackendUnavailableError: the server cannot start for another reason.
         """
         cache, settings = setup.cache, setup.settings
@@ -81,14 +81,14 @@ class SchedulerSide:
         self._blocks = DeviceBlocks()
         self._fresh_puts: dict[int, BlockIds] = {}
         self._waiting: list[str] = []
-        """Requests whose load waits for puts: their own, or such as read its blocks."""
+        """Requests whose load waits: for their puts, for puts that read its blocks, or for room."""
         self._step = StepMetadata()
         self._counts = Counts(cache.num_log_interval_requests)
 
     # -- loads ----------------------------------------------------------------------------------
 
     def on_new_request(self, request: Any) -> None:
-        """Ask what is resident of a new request, which will be scheduled soon."""
+        """Ask how much of a new request is resident, which will be scheduled soon."""
         tracked = self._requests.track(request)
         blocks = self._wanted(tracked, 0)
         if blocks and self._questions.has_early_room:
@@ -97,13 +97,13 @@ class SchedulerSide:
     def get_num_new_matched_tokens(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Return how many tokens after the computed ones can be loaded, and whether that is slow.
 
-        The number is None if the server has not answered yet: vLLM asks again. A prompt that cannot
-        be asked for, since too many others are, is put off once in its life, then computed: vLLM
-        serves younger ones before one that is put off.
+        The number is None if the server has not answered yet: vLLM asks again. If too many matches
+        are under way for one more, a prompt is put off once in its life, then computed: vLLM serves
+        younger prompts before one that is put off.
 
         Args:
-            request: vLLM's.
-            computed: tokens, whole blocks, that the device has.
+            request: vLLM's request.
+            computed: how many of its tokens the device has, in whole blocks.
         """
         tracked, local_blocks = self._requests.track(request), computed // self._per_block
         blocks = self._wanted(tracked, computed)
@@ -117,7 +117,7 @@ class SchedulerSide:
         tracked.found, tracked.local_blocks = found, local_blocks
         self._counts.count("matches")
         extra = found.blocks * self._per_block - computed
-        if not self.client.is_ready:  # it said so before it answered: nothing can be loaded
+        if not self.client.is_ready:  # nothing can be loaded; that may be news since `_wanted`
             extra = 0
         if extra > 0 and self._costs and not self._costs.is_worth_it(found.by_tier, extra):
             self._counts.count("declined_blocks", extra // self._per_block)
@@ -130,27 +130,27 @@ class SchedulerSide:
         return 0, False
 
     def _wanted(self, tracked: RequestState, computed: int) -> int:
-        """Count the blocks of a prompt that could be loaded; 0 when none behind those computed."""
+        """Return how many blocks of a prompt could be loaded; 0 if none after those computed."""
         request = tracked.request
         if not tracked.may_claim or not self._requests.is_named(tracked) or not self._ready():
             return 0
         if getattr(request, "skip_reading_prefix_cache", False):  # it wants every token's logits
             return 0
-        # One token at least has to be computed: the last.
+        # At least the last token has to be computed.
         blocks: int = (request.num_tokens - 1) // self._per_block
         return blocks if blocks * self._per_block > computed else 0
 
     def _found(self, tracked: RequestState, blocks: int, local_blocks: int) -> Matched | None:
         """Return which of the first blocks are resident; None if that is not known in this step.
 
-        The tiers that it names are those of the blocks from `local_blocks` on.
+        Its tiers count the blocks from `local_blocks` on.
         """
         questions, request_id = self._questions, tracked.request.request_id
         if (first := questions.first_of(request_id, blocks)) is not None:
             found = questions.answer(request_id)
             if found is None or found.blocks <= local_blocks or first == local_blocks:
                 return found
-            # It was asked before the device's own blocks were known.
+            # The match was sent before the device's own blocks were known.
             tracked.found = found
         self._release(tracked)
         if questions.make_room():
@@ -160,18 +160,18 @@ class SchedulerSide:
         return Matched(0, 0, {}) if was_put_off else None
 
     def _ask(self, tracked: RequestState, blocks: int, local_blocks: int, is_early: bool) -> None:
-        """Ask what of so many blocks is resident."""
+        """Ask how many of a prompt's first `blocks` blocks are resident."""
         part = self._requests.part(tracked, blocks)
         tell, tracked.is_told = self._events is not None and not tracked.is_told, True
         self._questions.ask(tracked.request.request_id, part, local_blocks, tell, is_early)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, external: int) -> None:
-        """Begin to load into the blocks that were given, if any are to be loaded.
+        """Begin to load into the blocks that were allocated, if any are to be loaded.
 
         Args:
-            request: vLLM's.
+            request: vLLM's request.
             blocks: all blocks that it has now.
-            external: tokens to load, behind those that the device has.
+            external: how many tokens to load, after those that the device has.
         """
         tracked = self._tracked.get(request.request_id)
         if tracked is None or tracked.found is None:
@@ -190,9 +190,9 @@ class SchedulerSide:
         self._start(request.request_id, tracked, tracked.load)
 
     def _start(self, request_id: str, tracked: RequestState, load: Load) -> None:
-        """Begin a load, unless a put of its own is under way, or one that reads its blocks.
+        """Begin a load, or let it wait: for its request's puts, puts that read its blocks, or room.
 
-        So no request ever loads and stores at once, and vLLM is told of one end only.
+        So no request ever loads and stores at once, and vLLM is told only one end of each.
         """
         ids = _ids(load.block_ids)
         if tracked.puts or self._blocks.are_read(ids) or load.again_s > time.monotonic():
@@ -207,7 +207,7 @@ class SchedulerSide:
     # -- puts, and each step --------------------------------------------------------------------
 
     def build_connector_meta(self, output: Any) -> StepMetadata:
-        """Give what the workers do in this step.
+        """Return what the workers do in this step.
 
         Args:
             output: vLLM's `SchedulerOutput`.
@@ -235,7 +235,7 @@ class SchedulerSide:
         return step
 
     def _go_on(self, output: Any, fresh: list[int]) -> None:
-        """Take the requests of earlier steps; add the blocks that they write first to `fresh`.
+        """Handle requests of earlier steps; add blocks that they are the first to write to `fresh`.
 
         Most of them complete no block in most steps, and are not even looked up then. The tokens of
         a block may become known a few steps after it was completed.
@@ -264,12 +264,12 @@ class SchedulerSide:
                 self._put(tracked, computed, output)
 
     def _written(self, tracked: RequestState, first: int) -> list[int]:
-        """Return a request's blocks from `first` on, which this step writes first."""
+        """Return a request's blocks from `first` on, which this step is the first to write."""
         self._blocks.written(tracked.block_ids, first)
         return tracked.block_ids[first:]
 
     def _put(self, tracked: RequestState, computed: int, output: Any) -> None:
-        """Let the whole blocks that a step completes be stored behind it."""
+        """Begin a put of the whole blocks that a step completes, which is ready after the step."""
         if tracked.is_stale or not self.client.is_ready or not self._requests.is_named(tracked):
             return
         request_id = tracked.request.request_id
@@ -291,7 +291,7 @@ class SchedulerSide:
         self._step.puts.append(number)
 
     def drop_puts_of(self, invalid: Collection[int]) -> None:
-        """Give up the puts of requests that have blocks which could not be loaded."""
+        """Cancel the puts of requests with blocks that could not be loaded."""
         for tracked in self._tracked.values():
             if tracked.puts and not set(tracked.block_ids).isdisjoint(invalid):
                 self.client.cancel(list(tracked.puts))
@@ -301,8 +301,8 @@ class SchedulerSide:
     def _wait_for_readers(self, fresh: BlockIds) -> None:
         """Return once no earlier put reads blocks that this step is the first to write.
 
-        They are cancelled. Of one that does not end soon what it has read is not believed: the
-        server looks whether we are there still before it stores anything.
+        Such puts are cancelled. If they do not end soon, the client disconnects: the server stores
+        nothing that they have read without checking that the client is still connected.
         """
         wait_s = self._setup.settings.server_answer_ms / 1e3  # it takes some milliseconds
         cancelled, until_s = set[int](), time.monotonic() + wait_s
@@ -322,9 +322,9 @@ class SchedulerSide:
             self._poll()
 
     def _poll(self) -> None:
-        """Take what has ended, and start the loads that waited for it."""
+        """Handle the requests that have ended, and start the loads that waited for them."""
         ended = self.client.poll()
-        self._hear()  # before requests are forgotten that the changes are of
+        self._hear()  # before the requests with the changed blocks are forgotten
         for done in ended:
             request_id = self._of_number.pop(done.number, None)
             if request_id is not None:
@@ -348,7 +348,7 @@ class SchedulerSide:
         assert load is not None
         now_s = time.monotonic()
         if done.status == "unready" and not tracked.finished and now_s < load.until_s:
-            # No room in host memory for what comes from SSD: others will be done soon.
+            # Host memory has no room for blocks from SSD; other requests will end soon.
             load.number, load.again_s = None, now_s + ROOM_AGAIN_S
             self._waiting.append(request_id)
             return
@@ -384,9 +384,9 @@ class SchedulerSide:
         if done.status != "success":
             self._counts.count("failed_puts", 0 if done.is_stale else 1)
             self._step.settle.append(done.number)
-        if done.is_stale:  # somebody has cleared the cache since it began
+        if done.is_stale:  # the cache was cleared since its blocks were computed
             tracked.is_stale |= put.generation == tracked.generation
-        # What follows would have no parents: once more, with the next blocks.
+        # Later blocks would lack these as parents, so the next put stores these, too.
         elif done.error or done.status != "success":
             tracked.stored_blocks = min(tracked.stored_blocks, put.first)
         elif not done.moved and put.first:
@@ -396,9 +396,9 @@ class SchedulerSide:
             self._requests.forget(request_id)
 
     def request_finished(self, request: Any) -> bool:
-        """Tell whether puts read the request's blocks still: `sent` follows when they do not.
+        """Return whether puts still read the request's blocks; `sent` follows when they are done.
 
-        Of a request that is loading vLLM keeps the blocks by itself, until `received`.
+        vLLM by itself keeps the blocks of a request that is loading, until `received`.
         """
         request_id = request.request_id
         tracked = self._tracked.get(request_id)
@@ -412,7 +412,7 @@ class SchedulerSide:
             self._scopes.adapters.has_run(lora)
         load = tracked.load
         if load is not None and load.number is None:
-            # It waits for puts: the last of its own, or another's, lets the blocks go.
+            # The load has not begun: `_poll` ends it once no put of the request is under way.
             if load.held:
                 self.client.release([load.held])
             load.block_ids, load.held = [], 0
@@ -429,7 +429,7 @@ class SchedulerSide:
         return self._counts.take()
 
     def step_ended(self) -> Iterable[Any]:
-        """Hear that a step is done, and give the KV events since the one before."""
+        """Record that a step is done, and return the KV events since the one before."""
         if self._costs is not None:
             self._costs.step_ends()
         if self._events is None:
@@ -447,7 +447,7 @@ class SchedulerSide:
 
         Nothing that was computed or loaded before a reset is stored after it.
         """
-        self._questions.give_up_all()  # the answers are of before
+        self._questions.give_up_all()  # their answers are from before
         self._blocks.reset()
         for request_id, tracked in list(self._tracked.items()):
             tracked.stored_blocks = 0
@@ -459,11 +459,11 @@ class SchedulerSide:
         except FlexKVError as error:
             log.warning("not_cleared", reason=str(error))
             return False
-        self._poll()  # the server tells of the clear
+        self._poll()  # the server reports the new generation
         return True
 
     def close(self) -> None:
-        """Disconnect, and let our server end."""
+        """Disconnect, and end the server if we launched it."""
         self.client.close()
         if self._launched is not None:
             self._launched.close()
@@ -475,13 +475,13 @@ class SchedulerSide:
         return self._blocks.readers
 
     def _ready(self) -> bool:
-        """Tell whether the workers' devices are all lent to the server."""
+        """Return whether all workers have lent their devices to the server."""
         if not self.client.is_ready:
             self._poll()
         return self.client.is_ready
 
     def _release(self, tracked: RequestState) -> None:
-        """Give up what a request asks for, or is offered."""
+        """Give up a request's match, or the offer that it has, and the hold."""
         self._questions.give_up(tracked.request.request_id)
         found, tracked.found = tracked.found, None
         if found is not None and found.blocks:
@@ -489,5 +489,5 @@ class SchedulerSide:
 
 
 def _ids(ids: list[int]) -> BlockIds:
-    """Return block ids as an array, in a fifth of the time that numpy takes for a list."""
+    """Return block ids as an int64 array, in a fifth of the time that numpy needs for a list."""
     return np.frombuffer(_ext.pack_int64(ids), np.int64)

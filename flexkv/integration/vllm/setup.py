@@ -1,4 +1,4 @@
-"""What FlexKV has to know of a vLLM engine: its model, its block size, which instance it is."""
+"""What FlexKV has to know about a vLLM engine: its model, its block size, its instance."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Setup(NamedTuple):
     launches: bool
     """Whether this instance's scheduler launches the server."""
     gates_loads: bool = False
-    """Whether loads wait until the workers have done the step under way."""
+    """Whether loads wait until the workers have finished the step under way."""
     tells_events: bool = False
     """Whether KV events are wanted."""
     names_media: bool = True
@@ -36,14 +36,14 @@ class Setup(NamedTuple):
 
     @property
     def cache(self) -> CacheConfig:
-        """Return the cache's own keys, with vLLM's block size."""
+        """Return the settings of the cache, with vLLM's block size."""
         return self.settings.cache_config
 
 
 def setup_of(vllm_config: Any, computation: str = "") -> Setup:
-    """Read an engine's configuration, and FlexKV's own.
+    """Return an engine's setup, from its configuration and FlexKV's own.
 
-    That is, in the order of precedence, vLLM's `kv_connector_extra_config`, the file of
+    FlexKV's own is, in the order of precedence, vLLM's `kv_connector_extra_config`, the file of
     FLEXKV_CONFIG_PATH, and the environment.
 
     Args:
@@ -58,7 +58,7 @@ def setup_of(vllm_config: Any, computation: str = "") -> Setup:
     parallel = vllm_config.parallel_config
     cache = _with_block_size(settings.cache_config, int(vllm_config.cache_config.block_size))
     dp_rank = int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
-    # vLLM may say of a data-parallel engine that it is alone: ids of different ones never meet.
+    # vLLM may call a data-parallel engine a single one, so each instance_id has 2**16 instances.
     instance = settings.instance_id << INSTANCE_SHIFT | dp_rank
     return Setup(
         _model(vllm_config, computation),
@@ -73,10 +73,10 @@ def setup_of(vllm_config: Any, computation: str = "") -> Setup:
 
 
 def _gates_loads(vllm_config: Any) -> bool:
-    """Tell whether loads have to wait for the step that is under way.
+    """Return whether loads have to wait for the step that is under way.
 
-    With asynchronous scheduling a freed block may be written by it still. Later vLLMs do not give
-    such a block away before; of earlier ones the workers say when the step is done.
+    With asynchronous scheduling, that step may still write to a freed block. Later versions of vLLM
+    do not reuse such a block before the step is done; with earlier ones the workers report its end.
     """
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -94,8 +94,8 @@ def _with_block_size(cache: CacheConfig, block_size: int) -> CacheConfig:
 def _names_media(vllm_config: Any) -> bool:
     """Return whether vLLM names images and sounds by their content, or by the user's names.
 
-    Without prefix caching and a cache of processed media, vLLM only numbers them, in each process
-    anew. Earlier versions do so even where the user names them.
+    Without prefix caching and without a cache of processed media, vLLM only numbers them, anew in
+    each process. Earlier versions do so even if the user names them.
     """
     media = getattr(vllm_config.model_config, "multimodal_config", None)
     caches = getattr(vllm_config.cache_config, "enable_prefix_caching", True)
@@ -116,7 +116,7 @@ def _model(vllm_config: Any, computation: str) -> ModelConfig:
 
 
 def _dtype(vllm_config: Any) -> str:
-    """Give the element type of the KV cache, which is one byte for all that are quantised."""
+    """Return the element type of the KV cache: `uint8` for all quantised ones."""
     told = vllm_config.cache_config.cache_dtype
     if told == "auto":
         return str(vllm_config.model_config.dtype).removeprefix("torch.")

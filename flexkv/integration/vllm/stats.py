@@ -1,4 +1,4 @@
-"""What a connector tells vLLM of itself: per interval to its log, in sum to its Prometheus."""
+"""The connector's counts for vLLM: per interval in its log, as totals in its Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COUNTS: dict[str, str] = {
     "stored_blocks": "Blocks that they stored.",
     "failed_puts": "Puts that stored nothing for a fault.",
 }
-"""Everything that is counted, and what it is."""
+"""Everything that is counted, with a description."""
 
 
 class FlexKVStats(KVConnectorStats):
@@ -35,29 +35,29 @@ class FlexKVStats(KVConnectorStats):
     data: dict[str, Any]
 
     def count(self, name: str, by: int = 1) -> None:
-        """Count something."""
+        """Increase a count."""
         assert name in COUNTS, name
         self.data[name] = self.data.get(name, 0) + by
 
     def reset(self) -> None:
-        """Begin a new interval."""
+        """Set all counts to zero, for a new interval."""
         self.data = {}
 
     def aggregate(self, other: KVConnectorStats) -> FlexKVStats:
-        """Add another's counts: of another rank, or of a later step."""
+        """Add the counts of another rank or of a later step to these, and return these."""
         for name, value in other.data.items():
             self.data[name] = self.data.get(name, 0) + value
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """Give what one line of a log tells."""
+        """Return the values of one log line: the counts and the hit rate."""
         told: dict[str, int | float] = dict(self.data)
         if matches := self.data.get("matches"):
             told["hit_rate"] = round(self.data.get("hits", 0) / matches, 3)
         return told
 
     def is_empty(self) -> bool:
-        """Tell whether nothing was counted."""
+        """Return whether nothing was counted."""
         return not self.data
 
 
@@ -65,12 +65,12 @@ class Counts:
     """Counts of the scheduler's side, for vLLM and for a regular log line."""
 
     def __init__(self, log_every: int) -> None:
-        """Log a line after each `log_every` requests."""
+        """Create empty counts, which are logged after each `log_every` requests."""
         self._stats, self._recent = FlexKVStats(), FlexKVStats()
         self._log_every, self._finished = log_every, 0
 
     def count(self, name: str, by: int = 1) -> None:
-        """Count something."""
+        """Increase a count."""
         assert name in COUNTS, name
         for data in (self._stats.data, self._recent.data):
             data[name] = data.get(name, 0) + by

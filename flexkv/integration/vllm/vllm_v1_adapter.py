@@ -1,9 +1,9 @@
-"""What vLLM's built-in `FlexKVConnectorV1` delegates to.
+"""The implementation to which vLLM's built-in `FlexKVConnectorV1` delegates.
 
     vllm serve … --kv-transfer-config '{"kv_connector":"FlexKVConnectorV1","kv_role":"kv_both"}'
 
-The shim hands over no metadata and forwards only some hooks; `flexkv.integration.vllm.connector`
-is the connector with all of them. Both are this.
+The shim passes on no metadata, and forwards only some hooks; `flexkv.integration.vllm.connector`
+is the connector with all of them. Both use this class.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class FlexKVConnectorV1Impl:
     """One role of the connector, as the shim calls it."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole) -> None:
-        """Take vLLM's configuration, and FlexKV's: see `setup_of`.
+        """Create one role, by vLLM's configuration and FlexKV's: see `setup_of`.
 
         Raises:
             ConfigError: FlexKV cannot serve such an engine, or its server cannot be launched.
@@ -47,7 +47,7 @@ class FlexKVConnectorV1Impl:
             self.worker = WorkerSide(setup, _tp_rank())
 
     def shutdown(self) -> None:
-        """Disconnect; the scheduler's side ends the server that it has launched."""
+        """Disconnect; the scheduler's side also ends the server that it has launched."""
         if self.scheduler is not None:
             self.scheduler.close()
         if self.worker is not None:
@@ -56,44 +56,44 @@ class FlexKVConnectorV1Impl:
     # -- worker ---------------------------------------------------------------------------------
 
     def bound_step(self) -> StepMetadata:
-        """Give the step's metadata, which the shim keeps to itself."""
+        """Return the step's metadata, which the shim does not pass on."""
         metadata = get_kv_transfer_group()._get_connector_metadata()
-        # Of several connectors vLLM's own `MultiConnector` has one each.
+        # vLLM's `MultiConnector` has one for each of its connectors.
         each = getattr(metadata, "metadata", (metadata,))
         (step,) = [one for one in each if isinstance(one, StepMetadata)]
         return step
 
     def register_kv_caches(self, kv_caches: Mapping[str, Any]) -> None:
-        """Lend the KV tensors. By now the model is loaded: its weights are on this machine."""
+        """Lend the KV tensors. The model is loaded by now, so its weights are on this machine."""
         if self.worker is not None:
             self.worker.setup = setup_of(self._vllm_config, self._computation)
             self.worker.beside_others = isinstance(get_kv_transfer_group(), MultiConnector)
             self.worker.register_kv_caches(kv_caches)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Do nothing: loads are under way since they were scheduled."""
+        """Do nothing: loads began when they were scheduled."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Do nothing: a request runs when all of its layers are there."""
+        """Do nothing: a request runs only when all of its layers are loaded."""
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
     ) -> None:
-        """Do nothing: whole blocks are stored when the step is done."""
+        """Do nothing: all layers of a block are stored at once, when the step is done."""
 
     def wait_for_save(self) -> None:
-        """Tell that what this step's puts read is written."""
+        """Report that the step has written what its puts read."""
         if self.worker is not None:
             self.worker.wait_for_save(self.bound_step())
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Give the requests that are done with sending, and with receiving."""
+        """Return the requests that are done with sending, and with receiving."""
         if self.worker is None:
             return None, None
         return self.worker.get_finished(self.bound_step())
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Give the blocks that were to be loaded and are not."""
+        """Return the device blocks that should have been loaded and were not."""
         return set() if self.worker is None else self.bound_step().failed_blocks
 
     # -- scheduler ------------------------------------------------------------------------------
@@ -101,44 +101,44 @@ class FlexKVConnectorV1Impl:
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """Give how many more tokens can be loaded, and that it takes a while; None: ask again."""
+        """Return how many more tokens can be loaded, and whether that is slow; None: ask again."""
         if self.scheduler is None:
             return 0, False
         return self.scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Begin the load."""
+        """Begin a request's load, if it has one."""
         if self.scheduler is not None:
             self.scheduler.update_state_after_alloc(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
-        """Give what the workers do in this step."""
+        """Return what the workers do in this step."""
         if self.scheduler is None:
             return StepMetadata()
         return self.scheduler.build_connector_meta(scheduler_output)
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """Take which blocks could not be loaded, by whatever connector."""
+        """Drop the puts of requests with blocks that could not be loaded, by any connector."""
         if self.scheduler is not None and connector_output.invalid_block_ids:
             self.scheduler.drop_puts_of(connector_output.invalid_block_ids)
 
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Tell whether the request's blocks have to stay for a while."""
+        """Return whether vLLM must keep the request's blocks for now, and no parameters."""
         return self.scheduler is not None and self.scheduler.request_finished(request), None
 
     def take_events(self) -> Iterable[Any]:
-        """Give the KV events since the last call. vLLM asks when a step is done."""
+        """Return the KV events since the last call. vLLM calls this when a step is done."""
         return () if self.scheduler is None else self.scheduler.step_ended()
 
     def get_kv_connector_stats(self) -> Any:
-        """Give nothing: the shim can neither log nor export statistics."""
+        """Return None: the shim can neither log nor export statistics."""
         return None
 
 
 _computations: dict[int, tuple[Any, str]] = {}
-"""By the id of each model's configuration, which is kept: as it was before the model was loaded."""
+"""By `id` of each `hf_config`: that object, kept alive, and `computation_of` before the loading."""
 
 
 def _computation_of(vllm_config: Any) -> str:

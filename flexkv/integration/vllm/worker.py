@@ -1,4 +1,4 @@
-"""The worker's side: lends the KV tensors, and reports what the scheduler's side found out."""
+"""The worker's side: lends the KV tensors, and passes on what the scheduler's side reports."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from flexkv.integration.vllm.setup import Setup
 from flexkv.server.agent import Agent
 
 STEPS_BEHIND = 2
-"""After how many steps the scheduler has certainly heard of one, with asynchronous scheduling."""
+"""How many steps later the scheduler knows a step's outcome, even if it is asynchronous."""
 
 
 class WorkerSide:
-    """One rank of an engine."""
+    """The connector of one rank's worker."""
 
     def __init__(self, setup: Setup, tp_rank: int) -> None:
         self.setup, self._tp_rank = setup, tp_rank
@@ -45,22 +45,22 @@ class WorkerSide:
         self._agent.start(kv_caches)
 
     def suspend(self) -> None:
-        """Take the KV tensors back for a while: their memory may go. Idempotent."""
+        """Stop lending the KV tensors for a while: their memory may be freed. Idempotent."""
         self._written.clear()
         self._unread.clear()
         self._agent.close()
 
     def resume(self) -> None:
-        """Lend them again, if any were lent."""
+        """Lend the KV tensors again, if any were lent."""
         if self._lent:
             self.register_kv_caches(self._lent)
 
     def wait_for_save(self, step: StepMetadata) -> None:
-        """Note that the step's forward is done and has written what its puts read.
+        """Record that the step's forward is done and has written what its puts read.
 
-        vLLM also calls this when the forward has raised: then nothing may be read. It calls it
+        vLLM also calls this when the forward has raised: then nothing may be read. It calls this
         before `get_finished`, or after it if drafts are made, and a step without a forward may come
-        between them. So nothing that was written before is forgotten here.
+        between them. So nothing that was written earlier is forgotten here.
         """
         if sys.exc_info()[0] is None:
             self._ready(step.loads, to_device=True)
@@ -72,8 +72,8 @@ class WorkerSide:
     def get_finished(self, step: StepMetadata) -> tuple[set[str] | None, set[str] | None]:
         """Return the requests that are done with sending, and with receiving.
 
-        A load of another connector may fail, and the scheduler learns that only at the end of
-        the step. So beside other connectors puts are let go two steps later, or never if dropped.
+        A load of another connector may fail, and the scheduler learns that only at the end of the
+        step. So beside other connectors puts may start only two steps later, or never if dropped.
         """
         written, self._written = self._written, []
         self._unread.append(written)
@@ -81,15 +81,15 @@ class WorkerSide:
             puts[:] = [number for number in puts if number not in step.dropped]
         while len(self._unread) > STEPS_BEHIND:
             self._ready(self._unread.popleft())
-        with suppress(ClosedError):  # then no copy is left
+        with suppress(ClosedError):  # closed, so no copy is left
             self._agent.settle(step.settle)
         return step.sent or None, step.received or None
 
     def _ready(self, numbers: list[int], to_device: bool = False) -> None:
-        """Tell that what these requests wait for is done, or queued. Does not wait."""
+        """Report that what these requests wait for is done, or queued. Does not wait."""
         with suppress(ClosedError):  # it sleeps: its requests have ended
             self._agent.ready(numbers, to_device)
 
     def close(self) -> None:
-        """Finish copies under way, and take the KV tensors back."""
+        """Finish the copies under way, and stop lending the KV tensors."""
         self._agent.close()
