@@ -72,9 +72,9 @@ class Rig:
         rows = np.stack([memory.data_ptr() + at * blocks, *[np.full(pieces, size)] * 2, at], axis=1)
         layout = PagedLayout(rows, blocks, self.block_bytes, "bench", (rows,))
         self.arena = Arena.open(blocks, self.block_bytes)
-        pinned, wishes = Pinned(self.arena), (CopyPreference(), CopyPreference())
-        self.port = CudaDevicePort(layout, pinned, memory, BoundDriver(0), wishes)
-        self.chosen = [way.choices for way in self.port._ways]
+        pinned, preferences = Pinned(self.arena), (CopyPreference(), CopyPreference())
+        self.port = CudaDevicePort(layout, pinned, memory, BoundDriver(0), preferences)
+        self.chosen = [way.choices for way in self.port._streams]
         self._woken = asyncio.Event()
 
     def connect(self) -> None:
@@ -83,7 +83,7 @@ class Rig:
 
     def choose(self, choices: list[Choices]) -> None:
         """Set how copies are made: first those to the host, then those to the device."""
-        for way, each in zip(self.port._ways, choices, strict=True):
+        for way, each in zip(self.port._streams, choices, strict=True):
             way.choose(each)
 
     async def moved(self, *jobs: tuple[Route, Ids, Ids]) -> float:
@@ -141,7 +141,7 @@ def _told(choices: Choices) -> str:
     """Return the chosen copy methods in words, each with its largest number of chunks."""
     bounds = [f"up to {count}: " for count in choices.counts] + ["beyond: "]
     return ", ".join(
-        f"{bound}{choice.how}" + (f" {choice.thread_blocks}" if choice.cost else "")
+        f"{bound}{choice.method}" + (f" {choice.thread_blocks}" if choice.cost else "")
         for bound, choice in zip(bounds, choices.choices, strict=True)
     )
 

@@ -15,7 +15,7 @@ from benchmarks.rigs import cache_of, prompt
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.request import Operation
 from flexkv.server.client import Client
-from flexkv.server.launch import Launched
+from flexkv.server.launch import LaunchedServer
 from flexkv.server.wire import Done
 from flexkv.testing.agent_process import AgentProcess
 
@@ -38,7 +38,7 @@ class Served:
             cache_config=cache,
             server_answer_ms=int(1e3 * PATIENCE_S),  # a slow server is not a lost one
         )
-        self.server = Launched(model, self.settings)
+        self.server = LaunchedServer(model, self.settings)
         self._agents = [AgentProcess(self.settings, model, DEVICE_BLOCKS, 0)]
         self.client = self.client_of(0)
         self._keys = [self.client.keys(prompt(number, GET_BLOCKS)) for number in range(8)]

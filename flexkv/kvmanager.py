@@ -316,10 +316,10 @@ class KVManager(TaskForm):
             StorageError: everything is cleared, but the next run may find blocks on SSD: the
                 journal could not be written.
         """
-        keeping = self._engine.keeping
+        retention = self._engine.retention
         if self._thread is not None:
-            return self._thread.call(lambda: keeping.clear_durably(tier, namespace))
-        return self._call(lambda: keeping.clear(tier, namespace))
+            return self._thread.call(lambda: retention.clear_durably(tier, namespace))
+        return self._call(lambda: retention.clear(tier, namespace))
 
     def resize(self, tier: Tier, capacity_blocks: int) -> int:
         """Change how many blocks a tier may hold, and return how many it may hold now.
@@ -330,7 +330,7 @@ class KVManager(TaskForm):
         Raises:
             ConfigError: there is no such tier, or it was opened with fewer.
         """
-        return self._call(lambda: self._engine.keeping.resize(tier, capacity_blocks))
+        return self._call(lambda: self._engine.retention.resize(tier, capacity_blocks))
 
     def set_quota(self, namespace: Namespace, tier: Tier, blocks: int | None) -> None:
         """Bound how many blocks of a tier a namespace may have; None removes the bound.
@@ -347,11 +347,11 @@ class KVManager(TaskForm):
         Raises:
             ConfigError: an argument breaks a rule, or 64 namespaces have quotas.
         """
-        self._call(lambda: self._engine.keeping.set_quota(namespace, tier, blocks))
+        self._call(lambda: self._engine.retention.set_quota(namespace, tier, blocks))
 
     def namespace_blocks(self, namespace: Namespace) -> dict[Tier, int]:
         """Return the number of a namespace's blocks by tier, including those being filled."""
-        return self._call(lambda: self._engine.keeping.namespace_blocks(namespace))
+        return self._call(lambda: self._engine.retention.namespace_blocks(namespace))
 
     def pin(
         self,
@@ -371,17 +371,17 @@ class KVManager(TaskForm):
         Raises:
             ConfigError: an argument breaks a rule.
         """
-        return self._call(lambda: self._engine.keeping.pin(token_ids, namespace, ttl_s, owner))
+        return self._call(lambda: self._engine.retention.pin(token_ids, namespace, ttl_s, owner))
 
     def unpin(self, pin_id: int) -> bool:
         """End a pin; return whether it still existed."""
         number = integer("pin_id", pin_id)
-        return self._call(lambda: self._engine.keeping.pins.unpin(number))
+        return self._call(lambda: self._engine.retention.pins.unpin(number))
 
     def unpin_owner(self, owner: str) -> int:
         """End every pin of an owner that is gone, and return how many there were."""
         name = text("owner", owner)
-        return self._call(lambda: self._engine.keeping.pins.unpin_owner(name))
+        return self._call(lambda: self._engine.retention.pins.unpin_owner(name))
 
     def statistics(self) -> Statistics:
         """Return a frozen snapshot: per tier capacity, use and pins; hits, bytes, queues."""

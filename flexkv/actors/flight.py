@@ -68,7 +68,7 @@ class Flight:
             await self._waiter(self._end_waiters)
 
     @property
-    def waited_in_vain(self) -> bool:
+    def lacks_joined_blocks(self) -> bool:
         """Return whether blocks are missing because another request did not fill them."""
         unfilled = any(isinstance(error, UnfilledError) for error in self.run.errors)
         return unfilled and not self.run.cancelled

@@ -99,7 +99,7 @@ class Scheduler:
         self.on_hang: Callable[[Flight], None] = lambda flight: None
         """Called with each flight whose device does not answer."""
         self._stuck: set[int] = set()
-        self._fed: set[Flight] = set()
+        self._awaiting_layers: set[Flight] = set()
         """Puts that wait for layers to be written; no other request may wait for their blocks."""
         self._flights: dict[int, Flight] = {}
         self._joiners: dict[int, list[_Joiner]] = {}
@@ -129,7 +129,7 @@ class Scheduler:
             self._residency.tick(begin_ns // 1_000_000_000)
         run_id = self._next_run
         self._next_run += 1
-        self.look_out()
+        self.update_avoid()
         planned = self._planner.plan(request, run_id)
         if self._persistence and request.operation is Operation.PUT:
             self._note_erased(planned.plan)
@@ -140,7 +140,7 @@ class Scheduler:
         flight = Flight(request, planned, begin_ns if arrived_ns is None else arrived_ns, begin_ns)
         self._flights[run_id] = flight
         if request.watch is not None and request.operation is Operation.PUT:
-            self._fed.add(flight)
+            self._awaiting_layers.add(flight)
         if self.behind is not None and request.operation is Operation.PUT:
             self.behind.planned(planned)
         self._take(flight, Launch())
@@ -168,11 +168,11 @@ class Scheduler:
         self._flights[run_id] = flight
         self._take(flight, Launch())
 
-    def look_out(self) -> None:
+    def update_avoid(self) -> None:
         """Set what plans must avoid: tiers that are down, and ops that hang or wait for layers."""
         avoid = None
-        if not self.watch.all_up or self._stuck or self._fed:
-            waiting = {op_id for flight in self._fed for op_id in flight.unfed_op_ids()}
+        if not self.watch.all_up or self._stuck or self._awaiting_layers:
+            waiting = {op_id for flight in self._awaiting_layers for op_id in flight.unfed_op_ids()}
             avoid = Avoid(*self.watch.unusable(), frozenset(self._stuck | waiting))
         self._planner.avoid = avoid
 
@@ -199,7 +199,7 @@ class Scheduler:
         if op.route.inbound:
             self._stuck.add(op_id)
         for joiner in self._joiners.pop(op_id, ()):
-            self._events.append((joiner.flight, _news(joiner.op, False)))
+            self._events.append((joiner.flight, _barrier_event(joiner.op, False)))
         self._actors[op.route.outer].recall(op_id)  # what hardware has not begun
 
     def strand(self, group: int | None, why: str) -> None:
@@ -233,7 +233,7 @@ class Scheduler:
         if op.route.target is Tier.HOST:
             self._stuck.add(op_id)
         for joiner in self._joiners.pop(op_id, ()):
-            self._events.append((joiner.flight, _news(joiner.op, False)))
+            self._events.append((joiner.flight, _barrier_event(joiner.op, False)))
 
     def cancel(self, flight: Flight) -> None:
         """End a flight early. It is answered once no hardware touches its device slots."""
@@ -406,7 +406,7 @@ class Scheduler:
         if spec.route is not None and spec.route.target is not Tier.DEVICE:
             self._settled(flight.plan, spec, command.filled)
         for joiner in self._joiners.pop(op_id, ()):
-            self._events.append((joiner.flight, _news(joiner.op, command.filled)))
+            self._events.append((joiner.flight, _barrier_event(joiner.op, command.filled)))
 
     def _settled(self, plan: Plan, op: OpSpec, filled: bool) -> None:
         """Record what became READY in a lower tier; owe what became READY in host memory only."""
@@ -429,7 +429,7 @@ class Scheduler:
             joiners.remove(_Joiner(flight, op))
             if not joiners:
                 del self._joiners[filler]
-            self._events.append((flight, _news(op, False)))
+            self._events.append((flight, _barrier_event(op, False)))
             return
         op_id = flight.plan.op_id(spec)
         if not spec.keeps or op_id not in self._joiners:  # else another request waits
@@ -442,7 +442,7 @@ class Scheduler:
 
     def _answer(self, flight: Flight) -> None:
         flight.answer(response_of(flight.request, flight.planned, flight.run))
-        if flight.taken is None and not flight.waited_in_vain:  # else it may be planned again
+        if flight.taken is None and not flight.lacks_joined_blocks:  # else it may be planned again
             self.tell(flight)
 
     def tell(self, flight: Flight) -> None:
@@ -457,8 +457,8 @@ class Scheduler:
 
     def _end(self, flight: Flight) -> None:
         del self._flights[flight.plan.run_id]
-        if self._fed:
-            self._fed.discard(flight)
+        if self._awaiting_layers:
+            self._awaiting_layers.discard(flight)
         flight.end()
         if flight.taken is not None and self.behind is not None:
             self.behind.ended(flight.taken)
@@ -469,7 +469,7 @@ class Scheduler:
             raise InvariantError(f"run {flight.plan.run_id} ended and left claims")
 
 
-def _news(op: int, filled: bool) -> Event:
+def _barrier_event(op: int, filled: bool) -> Event:
     """Return the event that tells a barrier how the op for which it waits has ended."""
     if filled:
         return Done(op)

@@ -13,7 +13,7 @@ from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
 
-LOOKS_A_DEADLINE = 4
+CHECKS_PER_DEADLINE = 4
 """How many times per deadline the oldest I/O is checked."""
 
 
@@ -73,13 +73,13 @@ class TierHealth:
         """Start the timer that checks whether I/O ends, if it is not running."""
         if self._timer is None and not self._closed:
             loop = asyncio.get_running_loop()
-            self._due_s = loop.time() + self._deadline_s / LOOKS_A_DEADLINE
+            self._due_s = loop.time() + self._deadline_s / CHECKS_PER_DEADLINE
             self._timer = loop.call_at(self._due_s, self._look)
 
     def _look(self) -> None:
         self._timer = None
         late_s = asyncio.get_running_loop().time() - self._due_s
-        if late_s > self._deadline_s / LOOKS_A_DEADLINE:
+        if late_s > self._deadline_s / CHECKS_PER_DEADLINE:
             self.arm()  # the loop was blocked: I/O that ended has not been reaped yet
             return
         lower = [actor for actor in self._actors.values() if actor.tier > Tier.HOST]

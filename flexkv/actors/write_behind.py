@@ -31,7 +31,7 @@ log = get_logger(__name__)
 
 ATTEMPTS_MAX = 5
 """A block is given up once its write has failed this many times."""
-UNTOLD_MAX = 100
+UNREPORTED_FAILURES_MAX = 100
 """The most failures that are kept for the next flush to report; later ones are not kept."""
 RETRY_S = 1.0
 """Time between two checks of whether a tier that is down is due for a trial."""
@@ -41,7 +41,7 @@ SCAN_BLOCKS = 1 << 16
 """Host places that are searched in one step for blocks that a lower tier lacks."""
 
 
-class BehindLimits(NamedTuple):
+class WriteBehindLimits(NamedTuple):
     """The bounds on writing owed blocks."""
 
     batch_blocks: int
@@ -54,7 +54,7 @@ class BehindLimits(NamedTuple):
     """How long the puts of a burst may wait, in all, for room in host memory."""
 
 
-class BehindCounts(msgspec.Struct, frozen=True):
+class WriteBehindCounts(msgspec.Struct, frozen=True):
     """What one lower tier is owed, in blocks."""
 
     owed_blocks: int
@@ -81,7 +81,7 @@ class WriteBehind:
         residency: Residency,
         planner: Planner,
         watch: TierHealth,
-        limits: BehindLimits,
+        limits: WriteBehindLimits,
         begin: Callable[[Taken], None],
         tell: Callable[..., None],
     ) -> None:
@@ -137,7 +137,7 @@ class WriteBehind:
         if attempts < ATTEMPTS_MAX:
             self._add(tier, host_ids, attempts, epoch)
         else:
-            if len(self._failures_untold) < UNTOLD_MAX:
+            if len(self._failures_untold) < UNREPORTED_FAILURES_MAX:
                 self._failures_untold.append(error)
             self._queues[tier].given_up[FAILED] += len(host_ids)
             self.is_active = True
@@ -148,7 +148,7 @@ class WriteBehind:
         queue.add(host_ids, room if self._may_write(tier) else 0, attempts, epoch)
         if queue.blocks > 2 * self._host_places:
             queue.drop_gone(EVICTED)
-        self._planner.behindhand |= {tier}
+        self._planner.tiers_owed |= {tier}
         self.is_active = True
 
     def about_to_clear(self) -> None:
@@ -189,15 +189,15 @@ class WriteBehind:
                     self._pump(tier, queue)
         finally:
             self._is_pumping = False
-        behindhand = frozenset(tier for tier, queue in self._queues.items() if queue.blocks)
-        self._planner.behindhand = behindhand
+        tiers_owed = frozenset(tier for tier, queue in self._queues.items() if queue.blocks)
+        self._planner.tiers_owed = tiers_owed
         self._tell_given_up()
         # All owed blocks count, not only kept ones: letting them be evicted must not end a burst.
         pending = sum(q.blocks + self._in_flight[tier] for tier, q in self._queues.items())
         pending += self.coming_blocks
         if pending <= self._limits.kept_blocks_max // 2:
             self._burst_until_s = None
-        self.is_active = bool(behindhand or pending or self._burst_until_s is not None)
+        self.is_active = bool(tiers_owed or pending or self._burst_until_s is not None)
         wake(self._waiters)
 
     def _pump(self, tier: Tier, queue: OwedBlocks) -> None:
@@ -372,12 +372,12 @@ class WriteBehind:
         failures, self._failures_untold = self._failures_untold, []
         return failures
 
-    def counts(self, tier: Tier) -> BehindCounts:
+    def counts(self, tier: Tier) -> WriteBehindCounts:
         """Return what a tier is owed."""
         queue = self._queues[tier]
         given_up = {why: n for why, n in list(queue.given_up.items()) if n}
         writing = self._residency.counts(tier).reserved
-        return BehindCounts(queue.blocks, queue.kept_blocks, writing, given_up)
+        return WriteBehindCounts(queue.blocks, queue.kept_blocks, writing, given_up)
 
     def abandon(self) -> None:
         """Stop writing, and wake all waiters: the engine has failed, or is about to close."""

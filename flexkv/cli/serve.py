@@ -23,7 +23,7 @@ from flexkv.observe.logs import configure_logging, get_logger
 from flexkv.server.address import socket_path
 from flexkv.server.backend import ServerBackend
 from flexkv.server.handshake import connect
-from flexkv.server.launch import END_S, ENDED, LISTENING, ProcessWatch, refusal_of
+from flexkv.server.launch import END_S, ENDED, LISTENING, ProcessHandle, refusal_of
 from flexkv.server.listen import Listener
 from flexkv.server.server import Server
 from flexkv.server.wire import PROTOCOL_VERSION, Hello
@@ -69,7 +69,7 @@ def serve(
         told = load_object(sys.stdin.buffer.readline(), "stdin", "what the parent says")
         config, settings = ModelConfig(**_part(told, "model")), settings_of(_part(told, "settings"))
         configure_logging(context.obj or settings.log_level, settings.logging_prefix)
-        watch = ProcessWatch(parent or os.getppid(), parent_fd)
+        watch = ProcessHandle(parent or os.getppid(), parent_fd)
         if told.get("waits"):
             _outwait(settings.server_recv_port)
     elif model is None:
@@ -131,7 +131,7 @@ def _part(told: dict[str, Any], name: str) -> dict[str, Any]:
     return part
 
 
-async def run(model: ModelConfig, settings: Settings, parent: ProcessWatch | None = None) -> None:
+async def run(model: ModelConfig, settings: Settings, parent: ProcessHandle | None = None) -> None:
     """Serve until a signal comes, or until the parent, if any, ends or closes our stdin.
 
     Either also ends the start, while memory and files are still being taken.
@@ -190,7 +190,7 @@ async def run(model: ModelConfig, settings: Settings, parent: ProcessWatch | Non
             log.warning("not_flushed", reason=str(error) or f"not within {FLUSH_S} s")
 
 
-def _on_end(ended: Callable[[], None], parent: ProcessWatch | None) -> None:
+def _on_end(ended: Callable[[], None], parent: ProcessHandle | None) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended)
@@ -218,7 +218,7 @@ def _gone(loop: asyncio.AbstractEventLoop, fd: int, ended: Callable[[], None]) -
 
 
 def _look_at(
-    loop: asyncio.AbstractEventLoop, parent: ProcessWatch, ended: Callable[[], None]
+    loop: asyncio.AbstractEventLoop, parent: ProcessHandle, ended: Callable[[], None]
 ) -> None:
     """Check repeatedly whether the parent has ended, where the kernel cannot report it."""
     if parent.has_ended:

@@ -28,7 +28,7 @@ from flexkv.tiers.backend import Backend, Device
 log = get_logger(__name__)
 
 
-class Use:
+class UseCount:
     """Counts the users of the devices; suspension waits until it is zero. A context manager."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Devices:
         self._failure: TransferError | None = None
         self._falling_asleep = False
         self._lock = threading.Lock()
-        self.use = Use()
+        self.use = UseCount()
         self.num_blocks = 0
         self._is_ready = False
 

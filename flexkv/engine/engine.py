@@ -28,11 +28,11 @@ from flexkv.common.terms import Tier
 from flexkv.engine.admission import Admission
 from flexkv.engine.core import Core
 from flexkv.engine.departure import Departure
-from flexkv.engine.devices import Devices, Use
+from flexkv.engine.devices import Devices, UseCount
 from flexkv.engine.durability import Durability, FlushReport
 from flexkv.engine.pins import Holds, Pins
 from flexkv.engine.retention import Retention
-from flexkv.engine.runner import ALONE, RequestRunner, Turn
+from flexkv.engine.runner import ALONE, RequestOwner, RequestRunner
 from flexkv.engine.statistics import Sources, Statistics, snapshot
 from flexkv.engine.tickets import RequestSpec, Ticket
 from flexkv.engine.tracing import Tracing
@@ -131,19 +131,19 @@ class Engine:
         undo.callback(self._tracing.stop)
         if cache.enable_trace:
             self._tracing.start()
-        self._keeping = Retention(
+        self._retention = Retention(
             self._intake, self._residency, core.capacities, core.persistence, Pins(self._scheduler)
         )
         close = (
-            self._admission.close, self._keeping.pins.close, self._holds.close,
+            self._admission.close, self._retention.pins.close, self._holds.close,
             self._behind.abandon, self._behind.close, self._scheduler.watch.close,
             self._durability.close,
         )  # fmt: skip
         self._departure = Departure(
             self._scheduler.fail, close, self._supervisor.abandon, self._resources
         )
-        self._keeping.about_to_clear = self._behind.about_to_clear
-        self._keeping.on_clear = self._behind.cleared
+        self._retention.about_to_clear = self._behind.about_to_clear
+        self._retention.on_clear = self._behind.cleared
 
     def register_kv_caches(
         self,
@@ -204,7 +204,7 @@ class Engine:
     async def _close(self) -> None:
         self._open = False
         self._admission.close()
-        self._keeping.pins.close()
+        self._retention.pins.close()
         self._holds.close()
         if self._failure is None:
             self._scheduler.cancel_unanswered()
@@ -363,7 +363,7 @@ class Engine:
     def find(self, keys: bytes) -> Found:
         """Return where a prompt's blocks are; `keys`: root and block keys of 16 bytes each."""
         self._check_open()
-        self._scheduler.look_out()
+        self._scheduler.update_avoid()
         return self._planner.visible(self._residency.find(keys, use=True))
 
     def next_request_id(self) -> int:
@@ -372,7 +372,7 @@ class Engine:
         self._next_request += 1
         return self._next_request
 
-    def perform(self, request: Request, turn: Turn = ALONE) -> Coroutine[Any, Any, Flight]:
+    def perform(self, request: Request, turn: RequestOwner = ALONE) -> Coroutine[Any, Any, Flight]:
         """Run a request to its answer: see `RequestRunner.perform`."""
         return self._runner.perform(request, self._devices.use, turn)
 
@@ -401,7 +401,7 @@ class Engine:
             self._devices.order_after(operation is Operation.GET)
 
     @property
-    def devices_in_use(self) -> Use:
+    def devices_in_use(self) -> UseCount:
         """Return the count of the devices' users, for which suspension waits."""
         return self._devices.use
 
@@ -431,14 +431,14 @@ class Engine:
         return self._tracing
 
     @property
-    def keeping(self) -> Retention:
+    def retention(self) -> Retention:
         """Return what clears, resizes, sets quotas, and pins.
 
         Raises:
             ClosedError: not open.
         """
         self._check_open()
-        return self._keeping
+        return self._retention
 
     @property
     def scheduler(self) -> Scheduler:

@@ -19,11 +19,11 @@ from flexkv.actors.write_behind import WriteBehind
 from flexkv.common.errors import ClosedError, FlexKVError
 from flexkv.common.request import Operation, Request
 from flexkv.engine.admission import Admission
-from flexkv.engine.devices import Use
+from flexkv.engine.devices import UseCount
 from flexkv.observe.observer import Observer
 
 
-class Turn(NamedTuple):
+class RequestOwner(NamedTuple):
     """The group of a request, and what is called when the request is planned."""
 
     group: int = 0
@@ -36,7 +36,7 @@ class Turn(NamedTuple):
     """Called whenever the request has been planned: a match's hold may be released then."""
 
 
-ALONE = Turn()
+ALONE = RequestOwner()
 
 
 class RequestRunner:
@@ -55,7 +55,7 @@ class RequestRunner:
         self._scheduler, self._observer = scheduler, observer
         scheduler.on_hang = self._give_place_back
 
-    async def perform(self, request: Request, use: Use, turn: Turn = ALONE) -> Flight:
+    async def perform(self, request: Request, use: UseCount, turn: RequestOwner = ALONE) -> Flight:
         """Run a request to its answer; the returned flight has its response.
 
         Raises:
@@ -78,10 +78,10 @@ class RequestRunner:
             flight = self._begin(request, arrived_ns, turn)
             if flight.response is None:
                 await flight.wait_answered()
-            if flight.waited_in_vain:  # another request did not fill its blocks: plan anew
+            if flight.lacks_joined_blocks:  # another request did not fill its blocks: plan anew
                 flight = self._begin(request, flight.arrived_ns, turn, flight.has_place)
                 await flight.wait_answered()
-                if flight.waited_in_vain:
+                if flight.lacks_joined_blocks:
                     self._scheduler.tell(flight)
         except asyncio.CancelledError:
             if flight is not None:
@@ -97,7 +97,7 @@ class RequestRunner:
             use.leave()
 
     def _begin(
-        self, request: Request, arrived_ns: int | None, turn: Turn, has_place: bool = True
+        self, request: Request, arrived_ns: int | None, turn: RequestOwner, has_place: bool = True
     ) -> Flight:
         """Plan and launch a request; `has_place`: whether it takes a place in admission."""
         if turn.check is not None:

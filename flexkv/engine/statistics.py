@@ -10,7 +10,7 @@ import msgspec
 from flexkv.actors.actor import TransferActor
 from flexkv.actors.scheduler import Scheduler
 from flexkv.actors.tier_health import TierHealth
-from flexkv.actors.write_behind import BehindCounts, WriteBehind
+from flexkv.actors.write_behind import WriteBehind, WriteBehindCounts
 from flexkv.common.terms import Tier
 from flexkv.engine.admission import Admission
 from flexkv.index.residency import Residency, TierCounts
@@ -116,7 +116,7 @@ class Statistics(msgspec.Struct, frozen=True):
     """Blocks that came back from SSD with wrong bytes: they were dropped, and never used."""
     restored_blocks: int = 0
     """Blocks of an earlier run that the SSD tier began with."""
-    write_behind: dict[str, BehindCounts] = {}
+    write_behind: dict[str, WriteBehindCounts] = {}
     """What host memory owes each lower tier."""
     missing_tiers: dict[str, str] = {}
     """Configured tiers that cannot be used, or were lost, with the reason."""

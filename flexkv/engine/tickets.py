@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from flexkv.actors.flight import Flight
 from flexkv.common.request import KVResponse, Operation, Request
 from flexkv.common.terms import LayerWatch
-from flexkv.engine.runner import ALONE, Turn
+from flexkv.engine.runner import ALONE, RequestOwner
 from flexkv.index.keys import Namespace
 
 
@@ -42,14 +42,14 @@ class Ticket:
     def __init__(
         self,
         request: Request,
-        perform: Callable[[Request, Turn], Coroutine[Any, Any, Flight]],
+        perform: Callable[[Request, RequestOwner], Coroutine[Any, Any, Flight]],
         response: KVResponse | None = None,
     ) -> None:
         self.request, self.response = request, response
         self.flight: Flight | None = None
         self._perform = perform
 
-    async def run(self, turn: Turn = ALONE) -> KVResponse:
+    async def run(self, turn: RequestOwner = ALONE) -> KVResponse:
         """Take the request to its response, and return that.
 
         Raises:

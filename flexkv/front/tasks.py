@@ -27,7 +27,7 @@ from flexkv.common.request import (
 )
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine.engine import Engine
-from flexkv.engine.runner import Turn
+from flexkv.engine.runner import RequestOwner
 from flexkv.engine.tickets import RequestSpec, Ticket
 from flexkv.index.keys import Namespace
 from flexkv.index.residency import Placement
@@ -245,7 +245,7 @@ class TaskTable:
     async def _work(self, task: _Task) -> None:
         """Run a task's request, and turn every outcome into a response."""
         try:
-            task.answer(await task.ticket.run(Turn(begun=lambda: self._release(task))))
+            task.answer(await task.ticket.run(RequestOwner(begun=lambda: self._release(task))))
         except FlexKVError as error:
             task.answer(_response(task.request, KVResponseStatus.FAILED, error))
 

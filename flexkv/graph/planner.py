@@ -145,7 +145,7 @@ class Planner:
         self._residency = residency
         self._limits = limits
         self.avoid: Avoid | None = None
-        self.behindhand: frozenset[Tier] = frozenset()
+        self.tiers_owed: frozenset[Tier] = frozenset()
         """Lower tiers that are owed blocks: blocks of new puts are owed, too, and come last."""
         self._lower = [(n, tier) for n, tier in enumerate(residency.tiers) if tier != Tier.HOST]
 
@@ -388,7 +388,7 @@ class Planner:
 
     def _room_behind(self, tier: Tier, wanted_blocks: int) -> int:
         """Return how many blocks of a put may be queued for a tier at once."""
-        if tier in self.behindhand or tier in self._unwritable:
+        if tier in self.tiers_owed or tier in self._unwritable:
             return 0
         waiting = self._residency.counts(tier).reserved
         return min(wanted_blocks, max(0, self._limits.write_behind_blocks_max - waiting))

@@ -26,7 +26,7 @@ _SCRYPT_BYTES_MAX = 32 << 20
 _MASTER_BYTES = 64
 
 
-class Derived(NamedTuple):
+class DerivedSecrets(NamedTuple):
     """What is derived from one secret."""
 
     hash_secret: bytes
@@ -38,7 +38,7 @@ class Derived(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def derived(secret: str) -> Derived:
+def derived(secret: str) -> DerivedSecrets:
     """Return what is derived from a secret; the first call for it takes a tenth of a second."""
     master = bytes(_MASTER_BYTES)
     if secret:
@@ -55,7 +55,7 @@ def derived(secret: str) -> Derived:
     def expand(purpose: bytes, length: int) -> bytes:
         return hashlib.shake_256(b"flexkv " + purpose + b"\0" + master).digest(length)
 
-    return Derived(
+    return DerivedSecrets(
         expand(b"hash secret", HASH_SECRET_BYTES),
         expand(b"name key", hashlib.blake2b.MAX_KEY_SIZE),
         expand(b"digest", 16).hex(),

@@ -28,7 +28,7 @@ COPIES_MIN = 4
 """How many copies may always be sent, however large: one being made, the others waiting."""
 
 
-class Elsewhere:
+class RemoteDevice:
     """The calls of a port that need no action when the device is in another process."""
 
     arrived_bytes = 0
@@ -49,7 +49,7 @@ class _Sent(NamedTuple):
     since_s: float
 
 
-class AgentPort(Elsewhere):
+class AgentPort(RemoteDevice):
     """The port to the device of one rank, through its agent."""
 
     def __init__(

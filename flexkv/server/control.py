@@ -56,7 +56,7 @@ class Control:
         names = {each.label: each for each in self._engine.residency.tiers}
         if tier is not None and tier not in names:
             raise ConfigError("tier", tier, f"must be one of {', '.join(names)}")
-        return await self._engine.keeping.clear_durably(None if tier is None else names[tier])
+        return await self._engine.retention.clear_durably(None if tier is None else names[tier])
 
     async def _flush(self) -> Any:
         return msgspec.to_builtins(await self._engine.flush())

@@ -21,7 +21,7 @@ from flexkv.server.fleet import FleetPort, Instance
 
 log = get_logger(__name__)
 
-LOOKS_A_DEADLINE = 4
+CHECKS_PER_DEADLINE = 4
 """How many times per deadline the copies are checked."""
 
 
@@ -96,13 +96,13 @@ class DeviceDeadlines:
     def _arm(self) -> None:
         if self._timer is None:
             loop = asyncio.get_running_loop()
-            self._due_s = loop.time() + self._deadline_s / LOOKS_A_DEADLINE
+            self._due_s = loop.time() + self._deadline_s / CHECKS_PER_DEADLINE
             self._timer = loop.call_at(self._due_s, self._wake)
 
     def _wake(self) -> None:
         self._timer = None
         late_s = asyncio.get_running_loop().time() - self._due_s
-        if late_s > self._deadline_s / LOOKS_A_DEADLINE:
+        if late_s > self._deadline_s / CHECKS_PER_DEADLINE:
             self._arm()  # the loop was blocked, so answers of agents may still be unread
         else:
             self.look()

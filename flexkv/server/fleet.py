@@ -24,7 +24,7 @@ from flexkv.common.terms import BlockIds, Tier, Transfer
 from flexkv.io.device.ranks import RanksPort
 from flexkv.io.ports import Completion
 from flexkv.observe.logs import get_logger
-from flexkv.server.agent_port import AgentPort, Elsewhere
+from flexkv.server.agent_port import AgentPort, RemoteDevice
 from flexkv.server.link import Link
 from flexkv.server.wire import ProtocolError, ToServer
 
@@ -59,7 +59,7 @@ class Instance:
         self.num_blocks = 0
 
 
-class FleetPort(Elsewhere):
+class FleetPort(RemoteDevice):
     """A transfer port over the devices of every instance."""
 
     num_blocks = 1 << EPOCH_SHIFT
@@ -109,7 +109,7 @@ class FleetPort(Elsewhere):
         instance = self.instances.setdefault(number, Instance())
         self.order = order
         instance.ports[tp_rank] = port
-        self._open_slot(instance)
+        self._begin_epoch(instance)
 
     def leave(self, number: int, tp_rank: int) -> None:
         """Remove a rank, and dismiss the others; the instance has no epoch until all are back."""
@@ -130,7 +130,7 @@ class FleetPort(Elsewhere):
         """Set an instance's client; if all ranks are there, the instance gets a new epoch."""
         instance = self.instances.setdefault(number, Instance())
         instance.client = client
-        self._open_slot(instance)
+        self._begin_epoch(instance)
 
     def detach(self, number: int) -> None:
         """Remove an instance's client, and end its epoch."""
@@ -143,7 +143,7 @@ class FleetPort(Elsewhere):
         if not instance.ports and instance.client is None:
             del self.instances[number]
 
-    def _open_slot(self, instance: Instance) -> None:
+    def _begin_epoch(self, instance: Instance) -> None:
         if len(instance.ports) < self._model.tp_size or instance.client is None:
             return
         if any(port.is_dismissed for port in instance.ports.values()):

@@ -24,12 +24,12 @@ from flexkv.common.errors import (
 from flexkv.common.request import KVResponse, Operation, Request, Span
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
 from flexkv.engine.engine import Engine
-from flexkv.engine.runner import Turn
+from flexkv.engine.runner import RequestOwner
 from flexkv.engine.tickets import Ticket
 from flexkv.observe.logs import get_logger
 from flexkv.server.fleet import FleetPort, Instance, ids_from
+from flexkv.server.planning_turns import PlanningTurns
 from flexkv.server.put_share import PutShare
-from flexkv.server.turns import LoopTurns
 from flexkv.server.wire import Done, Match, Matched, Start
 
 log = get_logger(__name__)
@@ -72,7 +72,7 @@ class Jobs:
         engine: Engine,
         fleet: FleetPort,
         instance: int,
-        turns: LoopTurns,
+        turns: PlanningTurns,
         on_idle: Callable[[], None] = lambda: None,
     ) -> None:
         """Create the requests of one instance, which has none yet.
@@ -238,7 +238,7 @@ class Jobs:
     async def _run(self, job: Job, ticket: Ticket) -> KVResponse:
         """Run a request; a put waits until its instance is not filling too many blocks."""
         request = ticket.request
-        turn = Turn(
+        turn = RequestOwner(
             self._instance,
             lambda: self._check_chain(request.keys),
             lambda: self.release((job.start.held,)),

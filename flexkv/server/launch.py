@@ -59,7 +59,7 @@ os.execv(sys.argv[1], [*sys.argv[1:], "--parent", str(engine), "--parent-fd", st
 """
 
 
-class ProcessWatch:
+class ProcessHandle:
     """An observer of the end of a process, which need not be our child."""
 
     def __init__(self, pid: int, fd: int = -1) -> None:
@@ -116,7 +116,7 @@ class ProcessWatch:
         self._fd, self._process = -1, None
 
 
-class Launched:
+class LaunchedServer:
     """A server that this process has started."""
 
     def __init__(
@@ -147,7 +147,7 @@ class Launched:
         self._stdin, self._stdout = self._between.stdin, self._between.stdout
         self._path, self._said = settings.server_recv_port, b""
         self._pid: int | None = None
-        self._watch: ProcessWatch | None = None
+        self._watch: ProcessHandle | None = None
         self._exit_status: int | None = None
         self._listens = False
         told = {"model": told_of(model), "settings": told_of(settings), "waits": waits}
@@ -182,12 +182,12 @@ class Launched:
             log.info("server_launched", pid=self.pid, path=self._path)
         return self._listens
 
-    def _begun(self, wait_s: float | None = 0.0) -> ProcessWatch | None:
+    def _begun(self, wait_s: float | None = 0.0) -> ProcessHandle | None:
         """Return the server's observer once its id is known, or can never be; else None."""
         if self._pid is None and (said := self._line(wait_s)) is not None:
             self._pid = int(said) if said.strip().isdigit() else 0
         if self._watch is None and self._pid is not None:
-            self._watch = ProcessWatch(self._pid)
+            self._watch = ProcessHandle(self._pid)
         self._between.poll()  # so that no zombie is left
         return self._watch
 

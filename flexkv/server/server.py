@@ -25,14 +25,14 @@ from flexkv.observe.logs import get_logger
 from flexkv.server.agent_port import AgentPort
 from flexkv.server.backend import ServerBackend
 from flexkv.server.change_feed import ChangeFeed
+from flexkv.server.connections import INSTANCES_MAX, Connection, Connections
 from flexkv.server.control import Control
 from flexkv.server.deadlines import DeviceDeadlines
-from flexkv.server.guests import INSTANCES_MAX, Guest, Guests
 from flexkv.server.jobs import Jobs
 from flexkv.server.link import Link
 from flexkv.server.listen import Listener, is_same_user
+from flexkv.server.planning_turns import PlanningTurns
 from flexkv.server.prompts import KeptPrompts
-from flexkv.server.turns import LoopTurns
 from flexkv.server.wire import (
     FRAME_BYTES_OF,
     HELLO_BYTES_MAX,
@@ -93,13 +93,13 @@ class Server:
         secret = cache.key_secret.get_secret_value()
         self._facts = block_identity(engine.model, cache.tokens_per_block, secret)
         self._jobs: dict[int, Jobs] = {}
-        self._guests = Guests(engine.supervisor)
+        self._connections = Connections(engine.supervisor)
         self._deadlines = DeviceDeadlines(
             backend.fleet, engine.runner, cache.io_deadline_s, self._turn_away
         )
         self._control = Control(engine, backend.fleet)
-        self._watchers = ChangeFeed(engine.residency)
-        self._turns = LoopTurns()
+        self._change_feed = ChangeFeed(engine.residency)
+        self._turns = PlanningTurns()
         self._closing = False
 
     def start(self) -> None:
@@ -108,7 +108,7 @@ class Server:
         self._engine.clears.on_clear = self._tell_states
         self._listener.listen()
         self._engine.supervisor.keep("server", self._listen())
-        self._engine.supervisor.keep("changes", self._watchers.run())
+        self._engine.supervisor.keep("changes", self._change_feed.run())
         log.info("server_listens", path=str(self._listener.path), pid=os.getpid())
 
     async def close(self) -> None:
@@ -117,22 +117,22 @@ class Server:
         for jobs in self._jobs.values():
             jobs.cancel()
             jobs.release()
-        for guest in self._guests.all():
-            if guest.link is None:
-                guest.leave()
-            elif guest.kind == "agent":
-                guest.link.end()
+        for connection in self._connections.all():
+            if connection.link is None:
+                connection.leave()
+            elif connection.kind == "agent":
+                connection.link.end()
             else:
-                guest.link.close()
+                connection.link.close()
         try:
             async with asyncio.timeout(CLOSE_S):
-                await self._guests.wait_none()
+                await self._connections.wait_none()
         except TimeoutError:
-            count = len(self._guests)
+            count = len(self._connections)
             log.warning("peers_cut_off", count=count, reason="they did not end in time")
-            for guest in self._guests.all():
-                if guest.link is not None:
-                    guest.link.abort()
+            for connection in self._connections.all():
+                if connection.link is not None:
+                    connection.link.abort()
         self._deadlines.close()
 
     async def _listen(self) -> None:
@@ -160,12 +160,12 @@ class Server:
                 await asyncio.sleep(1.0)
                 continue
             peer.setblocking(False)
-            guest = Guest(peer)
-            self._guests.arrive(guest, self._session(guest))
+            connection = Connection(peer)
+            self._connections.arrive(connection, self._session(connection))
 
-    async def _session(self, guest: Guest) -> None:
+    async def _session(self, connection: Connection) -> None:
         """Serve one connection to its end; its errors end only this connection."""
-        peer = guest.peer
+        peer = connection.peer
         with ExitStack() as undo:
             undo.callback(peer.close)
             try:
@@ -176,11 +176,11 @@ class Server:
                 if self._closing:
                     return
                 self._check(hello)
-                self._guests.take_role(guest, "lending" if hello.role == "agent" else hello.role)
+                self._connections.take_role(connection, "lending" if hello.role == "agent" else hello.role)
                 self._welcome(peer, hello)
-                link = guest.link = await Link.over(peer, TO_SERVER)
+                link = connection.link = await Link.over(peer, TO_SERVER)
                 undo.pop_all()  # the link closes it
-                await self._serve(guest, link, hello)
+                await self._serve(connection, link, hello)
             except ConfigError as error:
                 refusal = error.field, str(error.value), error.why
                 log.warning("peer_refused", field=error.field, reason=error.why)
@@ -207,7 +207,7 @@ class Server:
         if hello.role == "agent":
             self._backend.fleet.check(hello.instance, hello.tp_rank, hello.num_blocks, hello.order)
 
-    async def _serve(self, guest: Guest, link: Link[ToServer], hello: Hello) -> None:
+    async def _serve(self, connection: Connection, link: Link[ToServer], hello: Hello) -> None:
         if self._closing:
             link.close()
             return
@@ -219,12 +219,12 @@ class Server:
                 case "client":
                     await self._client(link, hello)
                 case "agent":
-                    await self._agent(guest, link, hello)
+                    await self._agent(connection, link, hello)
                 case "control":
-                    await self._commands(guest, link)
+                    await self._commands(connection, link)
         finally:
             link.close()
-            for settling in guest.settling:
+            for settling in connection.settling:
                 settling.cancel()
             self._forget_idle(hello.instance)
 
@@ -266,7 +266,7 @@ class Server:
         log.info("client_connected", instance=instance)
         self._tell_state(instance)
         if hello.watches:
-            self._watchers.add(link)
+            self._change_feed.add(link)
         try:
             while (message := await link.receive()) is not None:
                 self._ask(link, jobs, prompts, message)
@@ -275,7 +275,7 @@ class Server:
         except (ConfigError, ClosedError) as error:
             raise ProtocolError(str(error)) from error
         finally:
-            self._watchers.discard(link)
+            self._change_feed.discard(link)
             self._backend.fleet.detach(instance)
             jobs.cancel()
             jobs.release()
@@ -286,7 +286,7 @@ class Server:
         self, link: Link[ToServer], jobs: Jobs, prompts: KeptPrompts, message: ToServer
     ) -> None:
         """Handle a message of a client."""
-        watchers = self._watchers
+        watchers = self._change_feed
         match message:
             case Match():
                 keys = prompts.keys_of(message)
@@ -345,7 +345,7 @@ class Server:
 
     # -- agents ---------------------------------------------------------------------------------
 
-    async def _agent(self, guest: Guest, link: Link[ToServer], hello: Hello) -> None:
+    async def _agent(self, connection: Connection, link: Link[ToServer], hello: Hello) -> None:
         fleet, number, rank = self._backend.fleet, hello.instance, hello.tp_rank
         if (message := await link.receive()) is None:
             return
@@ -353,13 +353,13 @@ class Server:
             raise ProtocolError("an agent's first word is that its device is lent")
         port = self._port_of(link, hello)
         fleet.join(number, rank, port, hello.order)
-        self._guests.take_role(guest, "agent")
+        self._connections.take_role(connection, "agent")
         log.info("agent_connected", instance=number, rank=rank, blocks=hello.num_blocks)
         may_copy = True
         try:
             self._tell_state(number)
             while (message := await link.receive()) is not None:
-                self._hear(guest, port, message, (number, rank))
+                self._hear(connection, port, message, (number, rank))
                 await link.wait_read()  # take no more from an agent that does not read
             may_copy = False
         except asyncio.CancelledError:
@@ -387,7 +387,9 @@ class Server:
         parts = engine.model.parts
         return AgentPort(link, fleet.block_bytes // parts, hello.num_blocks, window_bytes // parts)
 
-    def _hear(self, guest: Guest, port: AgentPort, message: ToServer, who: tuple[int, int]) -> None:
+    def _hear(
+        self, connection: Connection, port: AgentPort, message: ToServer, who: tuple[int, int]
+    ) -> None:
         """Handle a message of an agent; `who` is its instance and rank."""
         number, rank = who
         match message:
@@ -398,19 +400,19 @@ class Server:
             case Ready():
                 self._jobs_of(number).ready(message.numbers, rank)
             case Settle():
-                self._settle(guest, message, self._jobs_of(number))
+                self._settle(connection, message, self._jobs_of(number))
             case _:
                 raise ProtocolError(f"an agent does not send {type(message).__name__}")
 
-    def _settle(self, guest: Guest, message: Settle, jobs: Jobs) -> None:
+    def _settle(self, connection: Connection, message: Settle, jobs: Jobs) -> None:
         """Answer an agent's `Settle` once those requests are over, which may be at once."""
-        link = guest.link
+        link = connection.link
         assert link is not None
         unsettled = jobs.unsettled(message.requests)
         if not unsettled:
             link.send(Settled(message.number))
             return
-        if len(guest.settling) >= SETTLES_MAX:
+        if len(connection.settling) >= SETTLES_MAX:
             raise ProtocolError(f"it waits for {SETTLES_MAX} answers already")
 
         async def settle() -> None:
@@ -419,12 +421,12 @@ class Server:
             link.send(Settled(message.number))
 
         task = self._engine.supervisor.spawn_session("settle", settle())
-        guest.settling.add(task)
-        task.add_done_callback(guest.settling.discard)
+        connection.settling.add(task)
+        task.add_done_callback(connection.settling.discard)
 
     # -- control --------------------------------------------------------------------------------
 
-    async def _commands(self, guest: Guest, link: Link[ToServer]) -> None:
+    async def _commands(self, connection: Connection, link: Link[ToServer]) -> None:
         while True:
             async with asyncio.timeout(CONTROL_IDLE_S):
                 message = await link.receive()
@@ -432,7 +434,7 @@ class Server:
                 return
             if not isinstance(message, Command):
                 raise ProtocolError("an operator sends commands")
-            guest.is_busy = True
+            connection.is_busy = True
             try:
                 value = await self._control.perform(message.verb, dict(message.arguments))
             except InternalError:
@@ -441,7 +443,7 @@ class Server:
                 link.send(Answer(message.number, None, str(error)))
             else:
                 link.send(Answer(message.number, value))
-            guest.is_busy, guest.heard_s = False, time.monotonic()
+            connection.is_busy, connection.heard_s = False, time.monotonic()
             await link.wait_read()
 
 

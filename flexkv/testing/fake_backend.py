@@ -27,13 +27,13 @@ from flexkv.tiers.parts import TierHooks, TierParts, Work
 from flexkv.tiers.unavailable import Unavailable
 
 
-def empty(disk_blocks: int, journals: int = 0) -> Remains:
+def empty(disk_blocks: int, journals: int = 0) -> CrashState:
     """Return what the first life of an SSD tier begins with."""
     store = np.zeros((disk_blocks, BLOCK_KEY_BYTES), np.uint8)
-    return Remains(store, [{} for _ in range(journals)], set(), True)
+    return CrashState(store, [{} for _ in range(journals)], set(), True)
 
 
-class Remains(NamedTuple):
+class CrashState(NamedTuple):
     """What a crash or a clean end leaves of an SSD tier."""
 
     store: NDArray[np.uint8]
@@ -55,7 +55,7 @@ class FakeBackend:
         self,
         host_blocks: int,
         faults: FaultPlan,
-        remains: Remains,
+        remains: CrashState,
         device_faults: FaultPlan | None = None,
     ) -> None:
         """Take the faults of the disk, and those of the device if they differ."""
@@ -81,9 +81,9 @@ class FakeBackend:
         if not disk_blocks:
             return
         self.port = FakePort(self._store, self._memory, self._faults, BLOCK_KEY_BYTES)
-        summer = FakeChecksummer(self._memory, self._faults)
-        self._sums = summer.sums
-        disk = CheckedDiskPort(self.port, summer, disk_blocks, lambda block: ("fake", block))
+        checksummer = FakeChecksummer(self._memory, self._faults)
+        self._sums = checksummer.sums
+        disk = CheckedDiskPort(self.port, checksummer, disk_blocks, lambda block: ("fake", block))
         undo.callback(disk.close)
         if self.files:
             self.ledger = Ledger(
@@ -131,5 +131,5 @@ class FakeBackend:
         """Return the one device's port, with checksums behind it for what comes layer by layer."""
         if self._sums is None:
             return devices[0].port
-        summer = FakeChecksummer(self._memory, self._faults, self._sums)
-        return SummedPort(devices[0].port, summer, has_summed=True)
+        checksummer = FakeChecksummer(self._memory, self._faults, self._sums)
+        return SummedPort(devices[0].port, checksummer, inner_keeps_sums=True)

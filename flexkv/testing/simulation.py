@@ -33,7 +33,7 @@ from flexkv.engine.engine import Engine
 from flexkv.front.layerwise import LayerProgress
 from flexkv.index.eviction import POLICIES
 from flexkv.index.keys import block_keys
-from flexkv.testing.fake_backend import FakeBackend, Remains, empty
+from flexkv.testing.fake_backend import CrashState, FakeBackend, empty
 from flexkv.testing.fakes import FakePort
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.virtual_time import run_virtual
@@ -63,7 +63,7 @@ class Simulation:
         remains: what the next life begins with; None until then, and without an SSD tier.
     """
 
-    def __init__(self, random: Random, prompts: list[list[int]], remains: Remains) -> None:
+    def __init__(self, random: Random, prompts: list[list[int]], remains: CrashState) -> None:
         self.random, self.prompts, self.begun_with = random, prompts, remains
         faults = FaultPlan(
             random.randrange(1 << 30),
@@ -104,7 +104,7 @@ class Simulation:
         self.moved_blocks = 0
         self._asleep = False
         self.operations = random.choice(MIXES)
-        self.remains: Remains | None = None
+        self.remains: CrashState | None = None
         self._ios = 0
         self._power_loss = random.random() < 0.5
         self._crash_at = random.choice([0, random.randint(1, 10), random.randint(1, 60)])
@@ -125,7 +125,7 @@ class Simulation:
         if self._ios == self._crash_at and self.remains is None and self._counts:
             self.remains = self._crash(self._power_loss)
 
-    def _crash(self, power_loss: bool) -> Remains:
+    def _crash(self, power_loss: bool) -> CrashState:
         port, random = self.backend.port, self.random
         assert port is not None
         last_touched = {at: number for number, at in enumerate(port.touched)}
@@ -134,7 +134,7 @@ class Simulation:
             for key, at in self._flushed.keys() & self._on_disk()
             if last_touched.get(at, -1) < self._flushed[key, at]
         }
-        return Remains(
+        return CrashState(
             port.remains(random, power_loss),
             [files.remains(random, power_loss) for files in self.backend.files],
             flushed,
@@ -295,20 +295,20 @@ class Simulation:
         if chance < 0.03:
             self._flushed, self._clears = {}, self._clears + 1
             tier = random.choice([None, *engine.residency.tiers])
-            engine.keeping.clear(tier)
+            engine.retention.clear(tier)
             if tier is None:
                 self._put_since_clear = set()
         elif chance < 0.06:
             tier = random.choice(engine.residency.tiers)
-            engine.keeping.resize(tier, random.randint(1, self.capacity[tier]))
+            engine.retention.resize(tier, random.randint(1, self.capacity[tier]))
         elif chance < 0.12:
             prompt = random.choice([None, random.choice(self.prompts)])
-            engine.keeping.pin(prompt, None, random.uniform(0.001, 0.05), random.choice("ab"))
+            engine.retention.pin(prompt, None, random.uniform(0.001, 0.05), random.choice("ab"))
         elif chance < 0.13:
             blocks = random.choice([None, random.randint(0, 30)])
-            engine.keeping.set_quota(None, random.choice(engine.residency.tiers), blocks)
+            engine.retention.set_quota(None, random.choice(engine.residency.tiers), blocks)
         elif chance < 0.15:
-            engine.keeping.pins.unpin_owner(random.choice("ab"))
+            engine.retention.pins.unpin_owner(random.choice("ab"))
 
     async def _with_slots(
         self, request: Request, slots: list[int], give_up_s: float | None
@@ -431,7 +431,7 @@ def _prompt(random: Random) -> list[int]:
     return [0] * random.randint(0, 8) + [random.randint(0, 1) for _ in range(random.randint(0, 30))]
 
 
-def _resized(remains: Remains, disk_blocks: int) -> Remains:
+def _resized(remains: CrashState, disk_blocks: int) -> CrashState:
     store = np.zeros((disk_blocks, BLOCK_KEY_BYTES), np.uint8)
     kept = min(disk_blocks, len(remains.store))
     store[:kept] = remains.store[:kept]

@@ -27,7 +27,7 @@ from flexkv.io.memory.arena import Arena, check_memory
 from flexkv.io.ports import DevicePort, TransferPort
 from flexkv.observe.logs import get_logger
 from flexkv.process.stoppable import no_pause, run_stoppable
-from flexkv.tiers.limits import memory_named
+from flexkv.tiers.limits import memory_error_named
 from flexkv.tiers.parts import TierParts
 from flexkv.tiers.ssd import SsdTier
 from flexkv.tiers.unavailable import Unavailable
@@ -160,7 +160,7 @@ class LocalBackend:
             )
         self._pinned = Pinned(self._arena)
         self.host = self._arena.backing
-        with memory_named(self._sizes):
+        with memory_error_named(self._sizes):
             opened = [self.ssd.open(self._arena, undo)]
         self._tiers = [parts for parts in opened if parts is not None]
         outlives = any(parts.persistence is not None for parts in self._tiers)
@@ -215,12 +215,12 @@ class LocalBackend:
         self, ordinal: int, pages: PagedLayout, tensors: Sequence[Any], tp_rank: int
     ) -> CudaDevicePort:
         cache = self._cache
-        wishes = (
+        preferences = (
             CopyPreference(cache.use_ce_transfer_d2h, cache.transfer_num_cta_d2h),
             CopyPreference(cache.use_ce_transfer_h2d, cache.transfer_num_cta_h2d),
         )
         driver = BoundDriver(ordinal)
-        port = CudaDevicePort(pages, self._pinned, tuple(tensors), driver, wishes)
+        port = CudaDevicePort(pages, self._pinned, tuple(tensors), driver, preferences)
         port.rank = tp_rank
         return port
 
@@ -254,11 +254,11 @@ class LocalBackend:
         summed = self._model.parts == 1 and {each.place[0] for each in devices} == {"cpu"}
         return self.summed(self._over_ranks(devices), summed)
 
-    def summed(self, port: TransferPort, has_summed: bool = False) -> TransferPort:
+    def summed(self, port: TransferPort, inner_keeps_sums: bool = False) -> TransferPort:
         """Return a port that also keeps the sums for the SSD tier, if there is one."""
         if self.ssd.sums is None:
             return port
-        return SummedPort(port, PoolChecksummer(self._arena, sums=self.ssd.sums), has_summed)
+        return SummedPort(port, PoolChecksummer(self._arena, sums=self.ssd.sums), inner_keeps_sums)
 
     def _over_ranks(self, devices: Sequence[Device]) -> TransferPort:
         port: TransferPort = devices[0].port

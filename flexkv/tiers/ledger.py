@@ -78,7 +78,7 @@ class Ledger:
         """
         self._journals = Journals(journals)
         self._sums = sums
-        self._believed = np.zeros(num_blocks, np.bool_)
+        self._journaled = np.zeros(num_blocks, np.bool_)
         self._unsynced = np.zeros(num_blocks, np.bool_)
         """Blocks stored since the last sync of the disk that the journals name."""
         self._unwritten = np.zeros(num_blocks, np.bool_)
@@ -123,11 +123,11 @@ class Ledger:
         block_ids = block_ids[order]
         sums = np.concatenate([live.sums for live in lives])[order]
         blocks = np.concatenate([live.blocks for live in lives])[order]
-        fits = block_ids < len(self._believed)
+        fits = block_ids < len(self._journaled)
         self._unsay_what_does_not_fit()
         block_ids, sums, blocks = block_ids[fits], sums[fits], blocks[fits]
         # Whatever a journal says of a row must be erased there before the row is written.
-        self._believed[block_ids] = True
+        self._journaled[block_ids] = True
         self._live += np.bincount(block_ids % count, minlength=count)
         self._sums[block_ids] = sums
         reached = forest(blocks)
@@ -141,23 +141,23 @@ class Ledger:
         """Erase rows beyond the tier's end from the journals, so that no larger tier uses them."""
         count = len(self._journals)
         for number, live in enumerate(self._journals.lives()):
-            beyond = live.rows[live.rows * count + number >= len(self._believed)]
+            beyond = live.rows[live.rows * count + number >= len(self._journaled)]
             if len(beyond):
                 self._frames[number].append(journal.erased(beyond))
                 self._bell.ring()
 
-    def believed(self, first: int, count: int) -> BlockIds:
+    def journaled(self, first: int, count: int) -> BlockIds:
         """Return up to `count` blocks in which a later run would believe.
 
         Only `SCAN_BLOCKS` places are searched, from `first` on and round the end, so the result may
         be short or empty.
         """
-        places = (first + np.arange(min(SCAN_BLOCKS, len(self._believed)))) % len(self._believed)
-        return places[self._believed[places]][:count]
+        places = (first + np.arange(min(SCAN_BLOCKS, len(self._journaled)))) % len(self._journaled)
+        return places[self._journaled[places]][:count]
 
-    def believes(self, block_ids: BlockIds) -> NDArray[np.bool_]:
+    def are_journaled(self, block_ids: BlockIds) -> NDArray[np.bool_]:
         """Return in which blocks a later run would believe: bool[n]."""
-        return self._believed[block_ids]
+        return self._journaled[block_ids]
 
     # -- notes ----------------------------------------------------------------------------------
 
@@ -167,7 +167,7 @@ class Ledger:
             if frames := self._stored_frames(rows, ids):
                 self._frames[number].append(frames)
                 self._bell.ring()
-        self._unsynced[block_ids] = self._believed[block_ids]
+        self._unsynced[block_ids] = self._journaled[block_ids]
 
     def _stored_frames(self, rows: NDArray[np.int64], ids: BlockIds) -> bytes:
         if not len(ids) or self._residency is None:
@@ -176,22 +176,22 @@ class Ledger:
         there = blocks.any(axis=1)
         if not there.any():
             return b""
-        fresh = ids[there][~self._believed[ids[there]]]
-        self._believed[fresh] = True
+        fresh = ids[there][~self._journaled[ids[there]]]
+        self._journaled[fresh] = True
         self._live += np.bincount(fresh % len(self._live), minlength=len(self._live))
         self._sequence += 1
         return journal.stored(rows[there], self._sums[ids[there]], blocks[there], self._sequence)
 
     def erased(self, block_ids: BlockIds) -> None:
         """Record that blocks are gone, as far as a later run would believe in them."""
-        believed = block_ids[self._believed[block_ids]]
-        self._believed[believed] = self._unsynced[believed] = False
-        if not len(believed):
+        journaled = block_ids[self._journaled[block_ids]]
+        self._journaled[journaled] = self._unsynced[journaled] = False
+        if not len(journaled):
             return
-        self._unwritten[believed] = True
-        self._erased.append(believed)
-        self._live -= np.bincount(believed % len(self._live), minlength=len(self._live))
-        for number, (rows, _) in enumerate(self._by_journal(believed)):
+        self._unwritten[journaled] = True
+        self._erased.append(journaled)
+        self._live -= np.bincount(journaled % len(self._live), minlength=len(self._live))
+        for number, (rows, _) in enumerate(self._by_journal(journaled)):
             if len(rows):
                 self._frames[number].append(journal.erased(rows))
                 self._bell.ring()
@@ -211,10 +211,10 @@ class Ledger:
                     self.erased(block_ids)
             self._forgets_evicted = True
             return
-        believed = np.flatnonzero(self._believed)
-        self._erased.append(believed)
-        self._unwritten[believed] = True
-        self._believed[:] = self._unsynced[:] = False
+        journaled = np.flatnonzero(self._journaled)
+        self._erased.append(journaled)
+        self._unwritten[journaled] = True
+        self._journaled[:] = self._unsynced[:] = False
         self._live[:] = 0
         self._frames = [[] for _ in self._journals.each]
         self._clears = True
@@ -222,9 +222,9 @@ class Ledger:
     async def _forget_evicted(self) -> None:
         """Erase blocks of any namespace that are not READY any more, but may still be on disk."""
         assert self._residency is not None
-        believed = np.flatnonzero(self._believed)
-        for at in range(0, len(believed), self.snapshot_blocks):
-            block_ids = believed[at : at + self.snapshot_blocks]
+        journaled = np.flatnonzero(self._journaled)
+        for at in range(0, len(journaled), self.snapshot_blocks):
+            block_ids = journaled[at : at + self.snapshot_blocks]
             there = self._residency.export(Tier.DISK, block_ids).any(axis=1)
             self.erased(block_ids[~there])
             await asyncio.sleep(0)
@@ -239,7 +239,7 @@ class Ledger:
         """Empty journals that refused too much, log a new failure, and return the first failure."""
         for number in failures:
             if self._journals.has_kept_too_much(number):
-                self._believed[number :: len(self._journals)] = False
+                self._journaled[number :: len(self._journals)] = False
                 self._live[number] = 0
                 self._emptied.add(number)
                 self._thread.submit(self._journals.empty, number)
@@ -350,12 +350,12 @@ class Ledger:
         each, count = self._journals.each[number], len(self._journals)
         if not each.has_new:  # the directory takes no new journal
             return None
-        ids = np.arange(at, min(at + self.snapshot_blocks * count, len(self._believed)))
-        ids = ids[(ids % count == number) & self._believed[ids]]
+        ids = np.arange(at, min(at + self.snapshot_blocks * count, len(self._journaled)))
+        ids = ids[(ids % count == number) & self._journaled[ids]]
         if frames := self._stored_frames(ids // count, ids):
             await self._on_thread(each.append_new, frames)
         at += self.snapshot_blocks * count
-        if at < len(self._believed):
+        if at < len(self._journaled):
             self._bell.ring()
             return at
         await self._on_thread(each.take_new)
@@ -405,10 +405,10 @@ class Ledger:
         count = len(self._journals)
         for number in list(self._emptied):
             self._emptied.discard(number)
-            for at in range(number, len(self._believed), self.snapshot_blocks * count):
-                end = min(at + self.snapshot_blocks * count, len(self._believed))
+            for at in range(number, len(self._journaled), self.snapshot_blocks * count):
+                end = min(at + self.snapshot_blocks * count, len(self._journaled))
                 ids = np.arange(at, end, count)
-                self.stored(ids[~self._believed[ids]])
+                self.stored(ids[~self._journaled[ids]])
                 await asyncio.sleep(0)
 
     def begin_sync(self) -> BlockIds:
@@ -424,7 +424,7 @@ class Ledger:
         what it could not write as written.
         """
         self._unsynced[unsynced] = True
-        lost = np.flatnonzero(self._unsynced & self._believed)
+        lost = np.flatnonzero(self._unsynced & self._journaled)
         self.erased(lost)
         self._unsynced[:] = False
         return lost

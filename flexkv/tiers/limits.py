@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flexkv.actors.actor import Window
-from flexkv.actors.write_behind import BehindLimits
+from flexkv.actors.write_behind import WriteBehindLimits
 from flexkv.common.config import GB, MB, CacheConfig, CacheSizes
 from flexkv.common.errors import ConfigError
 from flexkv.common.terms import Tier
@@ -72,11 +72,11 @@ def plan_limits(cache: CacheConfig, sizes: CacheSizes) -> PlanLimits:
     )
 
 
-def behind_limits(cache: CacheConfig, sizes: CacheSizes) -> BehindLimits:
+def behind_limits(cache: CacheConfig, sizes: CacheSizes) -> WriteBehindLimits:
     """Return the bounds on writing owed blocks."""
     window_blocks = int(cache.disk_write_window_mb * MB) // sizes.block_stride_bytes
     window_blocks = max(1, min(window_blocks, int(WRITE_SHARE_MAX * sizes.num_host_blocks)))
-    return BehindLimits(
+    return WriteBehindLimits(
         batch_blocks=window_blocks,
         in_flight_blocks=WRITE_WINDOWS * window_blocks,
         kept_blocks_max=int(KEPT_SHARE_MAX * sizes.num_host_blocks),
@@ -92,12 +92,12 @@ def empty_index(
     Raises:
         ConfigError: it does not fit in memory.
     """
-    with memory_named(sizes):
+    with memory_error_named(sizes):
         return Residency(capacities, eviction_of(cache), clears)
 
 
 @contextmanager
-def memory_named(sizes: CacheSizes) -> Iterator[None]:
+def memory_error_named(sizes: CacheSizes) -> Iterator[None]:
     """Turn a MemoryError of the code inside into an error that names the size to lower.
 
     Raises:

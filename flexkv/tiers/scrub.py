@@ -52,7 +52,7 @@ class Scrubber:
 
     async def step(self) -> CorruptBlockError | None:
         """Check the next blocks; return an error that lists those that have changed, if any."""
-        ids = self._ledger.believed(self._next, self._reader.num_blocks)
+        ids = self._ledger.journaled(self._next, self._reader.num_blocks)
         if not len(ids):
             self._next += SCAN_BLOCKS
             return None
@@ -61,7 +61,7 @@ class Scrubber:
         loop = asyncio.get_running_loop()
         found = await loop.run_in_executor(self._thread, self._read, ids, expected)
         self.checked_blocks += len(ids)
-        same = self._ledger.believes(ids) & (self._sums[ids] == expected)
+        same = self._ledger.are_journaled(ids) & (self._sums[ids] == expected)
         changed = ids[same & (found != expected)].tolist()
         if not changed:
             return None

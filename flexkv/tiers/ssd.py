@@ -81,9 +81,9 @@ class SsdTier:
             return None
         cache, files = self._cache, self._taken.files
         options = RingOptions(entries=cache.iouring_entries, flags=cache.iouring_flags)
-        summer = PoolChecksummer(arena)
-        self.sums = summer.sums
-        port = open_ssd(arena, files, options, summer, undo)
+        checksummer = PoolChecksummer(arena)
+        self.sums = checksummer.sums
+        port = open_ssd(arena, files, options, checksummer, undo)
         if self._taken.journals is not None:
             ledger = self.ledger = Ledger(self._taken.journals, files.num_blocks, port.sums)
             if self._unavailable.directories:

@@ -121,12 +121,12 @@ def checked_rig(_: Path) -> Rig:
     """Return a port that verifies its reads, over the fake port and a slow checksummer."""
     rig, faults = fake_rig(_), FaultPlan(2, delay_max_s=0.002)
     assert rig.host is not None
-    summer = BlindSummer(rig.host, faults)
-    port = CheckedDiskPort(rig.port, summer, OUTER_BLOCKS, lambda at: ("fake", at))
+    checksummer = BlindSummer(rig.host, faults)
+    port = CheckedDiskPort(rig.port, checksummer, OUTER_BLOCKS, lambda at: ("fake", at))
     return Rig(port, rig.host, Tier.DISK)
 
 
-def cuda_rig(wish: CopyPreference) -> Rig:
+def cuda_rig(preference: CopyPreference) -> Rig:
     """Return a CUDA device port over a fake driver, with blocks of three pieces."""
     shape = (OUTER_BLOCKS, 16, 4, 24)
     layers = [np.zeros(shape, np.int16) for _ in range(3)]
@@ -136,7 +136,7 @@ def cuda_rig(wish: CopyPreference) -> Rig:
     arena = Arena.open(HOST_BLOCKS, layout.block_bytes)
     driver = FakeCuda(layers)
     rig = Rig(
-        CudaDevicePort(layout, Pinned(arena), layers, driver, (wish, wish)),
+        CudaDevicePort(layout, Pinned(arena), layers, driver, (preference, preference)),
         arena.array,
         Tier.DEVICE,
     )
@@ -158,7 +158,7 @@ def cuda_engine_rig(_: Path) -> Rig:
 def cuda_staged_rig(_: Path) -> Rig:
     """Return a CUDA device port that stages copies in device memory, a few blocks at a time."""
     rig = cuda_rig(CopyPreference())
-    for way in rig.port._ways:
+    for way in rig.port._streams:
         way.choose(Choices.always(CopyMethod.STAGED))
     return rig
 
@@ -175,8 +175,8 @@ def ranks_rig(_: Path) -> Rig:
         layers = [np.zeros((OUTER_BLOCKS, 16, 2, 24), np.int16) for _ in range(3)]
         layout = infer_layout([describe(layer) for layer in layers], [shape], None, Part(part, 2))
         drivers.append(FakeCuda(layers, registered=registered))
-        wish = CopyPreference(use_engine=bool(part), thread_blocks=4)
-        cuda = CudaDevicePort(layout, pinned, layers, drivers[-1], (wish, wish))
+        preference = CopyPreference(use_engine=bool(part), thread_blocks=4)
+        cuda = CudaDevicePort(layout, pinned, layers, drivers[-1], (preference, preference))
         cpu = CpuDevicePort(layout, arena, layers)  # the ranks of a part share their KV caches
         parts.append([cuda, cpu])
         for port in parts[-1]:

@@ -39,7 +39,7 @@ SHAPES: dict[str, Any] = {
     "mla": lambda tokens, heads: (BLOCKS, tokens, 256),
 }
 ENGINE = CopyPreference(use_engine=True)
-every_way = pytest.mark.parametrize("how", CopyMethod)
+every_way = pytest.mark.parametrize("method", CopyMethod)
 
 
 def model_of(shape: str, dtype: str, tp_size: int = 1) -> ModelConfig:
@@ -83,7 +83,7 @@ class Rig:
     """A port over the real driver, and tensors of known bytes."""
 
     def __init__(
-        self, shape: str, dtype: str, tokens: int, how: CopyMethod = CopyMethod.ENGINE
+        self, shape: str, dtype: str, tokens: int, method: CopyMethod = CopyMethod.ENGINE
     ) -> None:
         model = model_of(shape, dtype)
         self.layers = tensors_of(shape, model, tokens)
@@ -91,10 +91,12 @@ class Rig:
         layout = infer_layout(specs, model.shapes(tokens), named(shape))
         self.arena = Arena.open(HOST_BLOCKS, -(-layout.block_bytes // 4096) * 4096)
         torch.cuda.synchronize()
-        wishes = (ENGINE, ENGINE)
-        self.port = CudaDevicePort(layout, Pinned(self.arena), self.layers, BoundDriver(0), wishes)
-        for way in self.port._ways:
-            way.choose(Choices.always(how))
+        preferences = (ENGINE, ENGINE)
+        self.port = CudaDevicePort(
+            layout, Pinned(self.arena), self.layers, BoundDriver(0), preferences
+        )
+        for way in self.port._streams:
+            way.choose(Choices.always(method))
         self.woken = asyncio.Event()
         self.port.connect(self.woken.set)
 
@@ -135,10 +137,10 @@ def opened() -> Iterator[Callable[..., Rig]]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 async def test_bytes_come_back(
-    opened: Callable[..., Rig], shape: str, dtype: str, tokens: int, how: CopyMethod
+    opened: Callable[..., Rig], shape: str, dtype: str, tokens: int, method: CopyMethod
 ) -> None:
     """Scattered blocks that went to the host and came back elsewhere have the same bytes."""
-    rig = opened(shape, dtype, tokens, how)
+    rig = opened(shape, dtype, tokens, method)
     random = np.random.default_rng(tokens)
     device, host, back = (random.permutation(n)[:20] for n in (BLOCKS, HOST_BLOCKS, BLOCKS))
     before = blocks_first(shape, rig.layers)
@@ -174,9 +176,9 @@ async def test_slots_of_the_stage_are_used_in_turn(
 
 
 @every_way
-async def test_both_directions_at_once(opened: Callable[..., Rig], how: CopyMethod) -> None:
+async def test_both_directions_at_once(opened: Callable[..., Rig], method: CopyMethod) -> None:
     """Many transfers on both streams at once all move their blocks completely."""
-    rig = opened("kv-blocks", "bfloat16", 16, how)
+    rig = opened("kv-blocks", "bfloat16", 16, method)
     before = blocks_first("kv-blocks", rig.layers)
     to_host = [
         Transfer(n, 1, Route(Tier.DEVICE, Tier.HOST), np.arange(8), np.arange(8)) for n in range(20)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.request import Operation
-from flexkv.server.launch import Launched
+from flexkv.server.launch import LaunchedServer
 from flexkv.server.operator import command
 from tests.system.conftest import MODEL, bytes_of, kv_caches
 from tests.system.serving import BLOCKS, Instance, settings_in
@@ -50,7 +50,7 @@ def settings(tmp_path: Path) -> Settings:
 def instances(request: pytest.FixtureRequest, settings: Settings) -> Iterator[list[CudaInstance]]:
     """Yield two instances, of one or two ranks each, at one server."""
     model = MODEL.model_copy(update={"tp_size": request.param})
-    server = Launched(model, settings)
+    server = LaunchedServer(model, settings)
     made = [CudaInstance(settings, model, number) for number in (0, 1)]
     for each in made:
         each.begin()

@@ -38,7 +38,7 @@ class FleetMachine(RuleBasedStateMachine):
         self.places = [Place() for _ in range(INSTANCES)]
         self.epochs: list[Slot] = []
         self.sent: dict[int, Sent] = {}
-        self.next_token = 0
+        self.next_op_id = 0
         self.is_woken = False
 
     @initialize(model=st.sampled_from(list(MODELS.values())))
@@ -143,8 +143,8 @@ class FleetMachine(RuleBasedStateMachine):
             self._submit(self.epochs[-1 - age % len(self.epochs)], route, blocks)
 
     def _submit(self, epoch: Slot, route: Route, blocks: int) -> None:
-        op_id = self.next_token
-        self.next_token += 1
+        op_id = self.next_op_id
+        self.next_op_id += 1
         host = np.arange(blocks) + op_id % (HOST_BLOCKS - blocks)
         local = (np.arange(blocks) + op_id) % epoch.num_blocks
         device = local | (epoch.number << EPOCH_SHIFT)

@@ -12,7 +12,7 @@ import pytest
 from flexkv.common.config import Settings
 from flexkv.common.request import KVResponse
 from flexkv.kvmanager import KVManager
-from flexkv.server.launch import Launched
+from flexkv.server.launch import LaunchedServer
 
 from .caches import (
     DEVICE_BLOCKS,
@@ -94,7 +94,7 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def launched(settings: Settings, request: Any) -> Iterator[Launched]:
+def launched(settings: Settings, request: Any) -> Iterator[LaunchedServer]:
     """Yield a running server, and check afterwards that it ended well, with nothing left in it.
 
     The test's parameter is the model that it serves. A test that kills its server starts its own.
@@ -106,7 +106,7 @@ def launched(settings: Settings, request: Any) -> Iterator[Launched]:
 
 
 @pytest.fixture
-def instance(settings: Settings, launched: Launched) -> Iterator[Instance]:
+def instance(settings: Settings, launched: LaunchedServer) -> Iterator[Instance]:
     """Yield an instance that is connected to a running server."""
     made = Instance(settings)
     made.begin()

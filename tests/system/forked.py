@@ -34,7 +34,7 @@ from unittest.mock import patch
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.process.polling import is_readable
 from flexkv.server import launch
-from flexkv.server.launch import Launched
+from flexkv.server.launch import LaunchedServer
 
 from .caches import MODEL
 
@@ -62,10 +62,10 @@ def servers_are_forked() -> Iterator[None]:
         yield
 
 
-def forked_server(settings: Settings, model: ModelConfig = MODEL) -> Launched:
+def forked_server(settings: Settings, model: ModelConfig = MODEL) -> LaunchedServer:
     """Return a server that was launched and takes connections."""
     with servers_are_forked():
-        return Launched(model, settings)
+        return LaunchedServer(model, settings)
 
 
 class Program:

@@ -16,8 +16,8 @@ import pytest
 from flexkv.common.config import Settings
 from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.common.request import Operation
-from flexkv.server.guests import CONTROLS_MAX, INSTANCES_MAX, STRANGERS_MAX
-from flexkv.server.launch import Launched
+from flexkv.server.connections import CONTROLS_MAX, INSTANCES_MAX, STRANGERS_MAX
+from flexkv.server.launch import LaunchedServer
 from flexkv.server.operator import command
 from flexkv.server.wire import (
     Answer,
@@ -43,7 +43,7 @@ FLOOD = 100_000
 
 
 @pytest.fixture
-def pair(settings: Settings, launched: Launched) -> Iterator[tuple[Peer, Peer]]:
+def pair(settings: Settings, launched: LaunchedServer) -> Iterator[tuple[Peer, Peer]]:
     """Yield agent and client of instance 1."""
     agent, client = Peer(settings, "agent", 1), Peer(settings, "client", 1)
     client.hear_ready()
@@ -52,7 +52,7 @@ def pair(settings: Settings, launched: Launched) -> Iterator[tuple[Peer, Peer]]:
     client.close()
 
 
-def memory_of(server: Launched) -> int:
+def memory_of(server: LaunchedServer) -> int:
     """Return the bytes that a server has in memory."""
     return int(psutil.Process(server.pid).memory_info().rss)
 
@@ -102,7 +102,7 @@ def _is_cut_off(peer: Peer, said: bytes) -> bool:
 
 
 def test_questions_that_wait_for_an_answer_are_bounded(
-    launched: Launched, pair: tuple[Peer, Peer]
+    launched: LaunchedServer, pair: tuple[Peer, Peer]
 ) -> None:
     """The connection of an agent that asks about a request over and over ends; nothing is kept."""
     agent, client = pair
@@ -128,7 +128,7 @@ def test_an_agent_that_does_not_read_is_not_heard(
 
 
 def test_copies_for_an_agent_that_does_not_read_are_bounded(
-    settings: Settings, launched: Launched, pair: tuple[Peer, Peer]
+    settings: Settings, launched: LaunchedServer, pair: tuple[Peer, Peer]
 ) -> None:
     """Copies queued for an agent that does not read take bounded memory; others are served."""
     _, client = pair
@@ -239,7 +239,9 @@ def test_a_request_of_what_there_is_not_fails_by_itself(
 # -- who is there ---------------------------------------------------------------------------------
 
 
-def test_nothing_is_kept_of_instances_that_are_gone(settings: Settings, launched: Launched) -> None:
+def test_nothing_is_kept_of_instances_that_are_gone(
+    settings: Settings, launched: LaunchedServer
+) -> None:
     """Nothing is kept of instances that are gone, so any number of them may come and go."""
     Peer(settings, "control").close()
     for number in range(INSTANCES_MAX + 40):
@@ -256,7 +258,9 @@ def test_nothing_is_kept_of_instances_that_are_gone(settings: Settings, launched
     serves(settings)
 
 
-def test_the_instances_that_are_there_are_bounded(settings: Settings, launched: Launched) -> None:
+def test_the_instances_that_are_there_are_bounded(
+    settings: Settings, launched: LaunchedServer
+) -> None:
     """One instance too many is refused by name, and accepted once another one has gone."""
     with ExitStack() as stack:
         clients = [Peer(settings, "client", number + 1) for number in range(INSTANCES_MAX)]
@@ -271,7 +275,7 @@ def test_the_instances_that_are_there_are_bounded(settings: Settings, launched: 
 
 @pytest.mark.parametrize("number", [-1, -(1 << 63), 1 << 63, (1 << 64) - 1])
 def test_an_instance_has_a_number_that_can_be(
-    settings: Settings, launched: Launched, number: int
+    settings: Settings, launched: LaunchedServer, number: int
 ) -> None:
     """Instance numbers out of range are refused by name."""
     for role in ("client", "agent"):
@@ -279,7 +283,7 @@ def test_an_instance_has_a_number_that_can_be(
             Peer(settings, role, number)
 
 
-def test_many_connections_keep_nobody_out(settings: Settings, launched: Launched) -> None:
+def test_many_connections_keep_nobody_out(settings: Settings, launched: LaunchedServer) -> None:
     """Engines and operators connect beside many idle operators, strangers and agents."""
     path = settings.server_recv_port.removeprefix("ipc://")
     Peer(settings, "control").close()
@@ -299,7 +303,7 @@ def test_many_connections_keep_nobody_out(settings: Settings, launched: Launched
 
 
 def test_the_operator_that_is_idle_longest_makes_room(
-    settings: Settings, launched: Launched
+    settings: Settings, launched: LaunchedServer
 ) -> None:
     """The connections of the operators that are idle longest end; later ones are served."""
     with ExitStack() as stack:
@@ -321,7 +325,7 @@ class IdleAgent(Peer):
         """Send nothing."""
 
 
-def test_too_few_descriptors_keep_nobody_out(settings: Settings, launched: Launched) -> None:
+def test_too_few_descriptors_keep_nobody_out(settings: Settings, launched: LaunchedServer) -> None:
     """A server that runs out of descriptors cuts useless connections in favour of useful ones."""
     instance = Instance(settings)
     instance.begin()
@@ -350,7 +354,7 @@ def test_too_few_descriptors_keep_nobody_out(settings: Settings, launched: Launc
 
 
 def test_a_client_that_releases_nothing_leaves_room_for_others(
-    settings: Settings, launched: Launched
+    settings: Settings, launched: LaunchedServer
 ) -> None:
     """A client that never releases what it holds leaves half of host memory for puts."""
     instance = Instance(settings)

@@ -53,7 +53,7 @@ async def on_disk_only(engine: Engine, *prompts: Any) -> None:
     """Store prompts, and clear host memory."""
     for tokens in prompts:
         await put(engine, tokens)
-    engine.keeping.clear(Tier.HOST)
+    engine.retention.clear(Tier.HOST)
 
 
 def test_a_disk_that_hangs_costs_its_own_blocks_only() -> None:
@@ -172,7 +172,7 @@ def test_a_full_disk_stops_writes_and_not_reads() -> None:
             await put(engine, A + 900)
         assert engine.statistics().routes["host→disk"].ops == written
         assert resident(engine, A + 900) == 4
-        engine.keeping.clear(Tier.HOST)
+        engine.retention.clear(Tier.HOST)
         assert await get(engine, A) == (KVResponseStatus.SUCCESS, 4)
         await asyncio.sleep(1.1)
         await put(engine, B)

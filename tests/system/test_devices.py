@@ -104,8 +104,8 @@ async def test_the_bytes_of_every_rank_come_back(
     ranks = Ranks(model, is_cuda, monkeypatch)
     sources, targets = range(10), list(range(40, 20, -2))
     expected = ranks.content(sources)
-    wish = None if tp_size == 1 else True
-    cache = cache_config(tmp_path, use_ce_transfer_h2d=True, use_ce_transfer_d2h=wish)
+    preference = None if tp_size == 1 else True
+    cache = cache_config(tmp_path, use_ce_transfer_h2d=True, use_ce_transfer_d2h=preference)
     async with KVManager(model, cache) as manager:
         ranks.register(manager)
         put = await manager.put(PROMPT, slots_of(sources))

@@ -131,6 +131,6 @@ def test_a_journal_that_was_emptied_fails_the_flush_until_it_has_all_again(
         await engine.flush()
         places = engine.residency.export(Tier.DISK, np.arange(128)).any(axis=1)
         assert places.sum() == 7 * BLOCKS
-        assert backend.ledger.believes(np.flatnonzero(places)).all()
+        assert backend.ledger.are_journaled(np.flatnonzero(places)).all()
 
     on_engine(work, host=64, disk=128, journals=1)

@@ -12,7 +12,7 @@ from flexkv.common.errors import ClosedError, DeadlineError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation
 from flexkv.common.terms import Tier
 from flexkv.engine.engine import Engine
-from flexkv.engine.runner import Turn
+from flexkv.engine.runner import RequestOwner
 from flexkv.testing.faults import FaultPlan
 from tests.system.test_keeping import A, B, on_engine, put, resident
 
@@ -34,7 +34,7 @@ async def begun(
         made = engine.intake(operation, tokens, None)
         request = engine.with_slots(made, np.arange(len(tokens)))
         assert request is not None
-        response = (await engine.perform(request, Turn(group))).response
+        response = (await engine.perform(request, RequestOwner(group))).response
         assert response is not None
         return response
 

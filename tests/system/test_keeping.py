@@ -67,9 +67,9 @@ def test_a_namespace_is_cleared_alone() -> None:
     async def work(engine: Engine) -> None:
         await put(engine, A, "one")
         await put(engine, A, "two")
-        assert engine.keeping.clear(namespace="one") == 8
+        assert engine.retention.clear(namespace="one") == 8
         assert (resident(engine, A, "one"), resident(engine, A, "two")) == (0, 4)
-        assert engine.keeping.clear(namespace="never seen") == 0
+        assert engine.retention.clear(namespace="never seen") == 0
 
     on_engine(work, disk=8)
 
@@ -79,14 +79,14 @@ def test_a_tier_is_cleared_alone() -> None:
 
     async def work(engine: Engine) -> None:
         await put(engine, A)
-        assert engine.keeping.clear(Tier.HOST) == 4
+        assert engine.retention.clear(Tier.HOST) == 4
         assert engine.match(A).tokens_by_tier == {Tier.HOST: 0, Tier.DISK: len(A)}
-        assert engine.keeping.clear(Tier.DISK) == 4
+        assert engine.retention.clear(Tier.DISK) == 4
         assert resident(engine, A) == 0
         with pytest.raises(ConfigError, match="namespace"):
-            engine.keeping.clear(Tier.HOST, "a")
+            engine.retention.clear(Tier.HOST, "a")
         with pytest.raises(ConfigError, match="remote"):
-            engine.keeping.clear(Tier.REMOTE)
+            engine.retention.clear(Tier.REMOTE)
 
     on_engine(work, disk=8)
 
@@ -96,7 +96,7 @@ def test_a_pin_keeps_a_prefix_until_it_expires() -> None:
 
     async def work(engine: Engine) -> None:
         await put(engine, A)
-        engine.keeping.pin(A, None, 5.0, "")
+        engine.retention.pin(A, None, 5.0, "")
         for number in range(3, 9):
             await put(engine, A + 1000 * number)
         assert resident(engine, A) == 4
@@ -116,16 +116,16 @@ def test_pins_end_with_their_owner_or_by_id() -> None:
     async def work(engine: Engine) -> None:
         await put(engine, A)
         await put(engine, B, "ns")
-        ids = [engine.keeping.pin(A, None, 60, owner) for owner in ("dead", "dead", "alive")]
-        whole = engine.keeping.pin(None, "ns", 60, "alive")
+        ids = [engine.retention.pin(A, None, 60, owner) for owner in ("dead", "dead", "alive")]
+        whole = engine.retention.pin(None, "ns", 60, "alive")
         assert engine.residency.counts(Tier.HOST).pinned == 8
-        assert engine.keeping.pins.unpin_owner("dead") == 2
-        assert not engine.keeping.pins.unpin(ids[0])
-        assert engine.keeping.pins.unpin(whole)
+        assert engine.retention.pins.unpin_owner("dead") == 2
+        assert not engine.retention.pins.unpin(ids[0])
+        assert engine.retention.pins.unpin(whole)
         assert engine.residency.counts(Tier.HOST).pinned == 4
-        assert len(engine.keeping.pins) == 1
+        assert len(engine.retention.pins) == 1
         with pytest.raises(ConfigError, match="ttl_s"):
-            engine.keeping.pin(A, None, 0, "")
+            engine.retention.pin(A, None, 0, "")
 
     on_engine(work)
 
@@ -136,17 +136,17 @@ def test_a_tier_is_resized_while_it_is_used() -> None:
     async def work(engine: Engine) -> None:
         await put(engine, A)
         await put(engine, B)
-        assert engine.keeping.resize(Tier.HOST, 4) == 4
+        assert engine.retention.resize(Tier.HOST, 4) == 4
         assert (resident(engine, A), resident(engine, B)) == (0, 4)
-        engine.keeping.pin(B, None, 60, "")
-        assert engine.keeping.resize(Tier.HOST, 2) == 4
+        engine.retention.pin(B, None, 60, "")
+        assert engine.retention.resize(Tier.HOST, 2) == 4
         assert engine.statistics().tiers["host"].capacity_blocks == 4
-        assert engine.keeping.resize(Tier.HOST, 8) == 8
+        assert engine.retention.resize(Tier.HOST, 8) == 8
         await put(engine, A)
         assert resident(engine, A) == 4
         for wrong in (0, 9):
             with pytest.raises(ConfigError, match="capacity_blocks"):
-                engine.keeping.resize(Tier.HOST, wrong)
+                engine.retention.resize(Tier.HOST, wrong)
 
     on_engine(work)
 
@@ -157,18 +157,18 @@ def test_a_namespace_beyond_its_quota_costs_its_own_blocks(policy: Any) -> None:
 
     async def work(engine: Engine) -> None:
         await put(engine, B, "other")
-        engine.keeping.set_quota("tenant", Tier.HOST, 4)
+        engine.retention.set_quota("tenant", Tier.HOST, 4)
         await put(engine, A, "tenant")
         assert resident(engine, A, "tenant") == 4
         await put(engine, np.concatenate([A, B]), "tenant")
-        assert engine.keeping.namespace_blocks("tenant")[Tier.HOST] == 4
+        assert engine.retention.namespace_blocks("tenant")[Tier.HOST] == 4
         assert resident(engine, B, "other") == 4
-        engine.keeping.set_quota("tenant", Tier.HOST, 1)
-        assert engine.keeping.namespace_blocks("tenant")[Tier.HOST] == 1
+        engine.retention.set_quota("tenant", Tier.HOST, 1)
+        assert engine.retention.namespace_blocks("tenant")[Tier.HOST] == 1
         assert resident(engine, A, "tenant") == 1
         await put(engine, A + 5000, "third")
         assert engine.residency.counts(Tier.HOST).ready == 8
-        engine.keeping.set_quota("tenant", Tier.HOST, 0)
+        engine.retention.set_quota("tenant", Tier.HOST, 0)
         await put(engine, A, "tenant")
         assert resident(engine, A, "tenant") == 0
 
@@ -182,11 +182,11 @@ def test_a_quota_on_what_is_there_keeps_its_order() -> None:
         for tokens in (A, B):
             await put(engine, tokens, "tenant")
         engine.match(A, "tenant")
-        engine.keeping.set_quota("tenant", Tier.HOST, 4)
+        engine.retention.set_quota("tenant", Tier.HOST, 4)
         assert (resident(engine, A, "tenant"), resident(engine, B, "tenant")) == (4, 0)
-        engine.keeping.set_quota("tenant", Tier.HOST, None)
+        engine.retention.set_quota("tenant", Tier.HOST, None)
         await put(engine, B, "tenant")
-        assert engine.keeping.namespace_blocks("tenant")[Tier.HOST] == 8
+        assert engine.retention.namespace_blocks("tenant")[Tier.HOST] == 8
 
     on_engine(work)
 
@@ -197,17 +197,17 @@ def test_quotas_have_rules() -> None:
     async def work(engine: Engine) -> None:
         for wrong in (-1, 1.5, "7"):
             with pytest.raises(ConfigError, match="blocks"):
-                engine.keeping.set_quota("tenant", Tier.HOST, wrong)  # type: ignore[arg-type]
+                engine.retention.set_quota("tenant", Tier.HOST, wrong)  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="tier"):
-            engine.keeping.set_quota("tenant", None, 4)  # type: ignore[arg-type]
+            engine.retention.set_quota("tenant", None, 4)  # type: ignore[arg-type]
         for number in range(64):
-            engine.keeping.set_quota(str(number), Tier.HOST, 4)
-        engine.keeping.set_quota("63", Tier.HOST, 5)
+            engine.retention.set_quota(str(number), Tier.HOST, 4)
+        engine.retention.set_quota("63", Tier.HOST, 5)
         with pytest.raises(ConfigError, match="64 namespaces"):
-            engine.keeping.set_quota("one more", Tier.HOST, 4)
-        engine.keeping.set_quota("nobody", Tier.HOST, None)
-        engine.keeping.set_quota("5", Tier.HOST, None)
-        engine.keeping.set_quota("one more", Tier.HOST, 4)
+            engine.retention.set_quota("one more", Tier.HOST, 4)
+        engine.retention.set_quota("nobody", Tier.HOST, None)
+        engine.retention.set_quota("5", Tier.HOST, None)
+        engine.retention.set_quota("one more", Tier.HOST, 4)
 
     on_engine(work)
 

@@ -26,7 +26,7 @@ from flexkv.common.config import Settings
 from flexkv.common.errors import BackendUnavailableError, ConfigError
 from flexkv.common.request import Operation
 from flexkv.server import launch
-from flexkv.server.launch import Launched, ProcessWatch
+from flexkv.server.launch import LaunchedServer, ProcessHandle
 from flexkv.server.listen import Listener
 
 from .conftest import MODEL
@@ -41,7 +41,7 @@ def settings(tmp_path: Path) -> Settings:
 
 def engine(settings: Settings, pipe: Connection) -> None:
     """Launch a server, put a prompt, fork a child that inherits all descriptors, and stay."""
-    server = Launched(MODEL, settings)
+    server = LaunchedServer(MODEL, settings)
     instance = Instance(settings)
     instance.begin()
     assert instance.request(Operation.PUT, 1, range(BLOCKS)).moved == BLOCKS
@@ -82,7 +82,7 @@ def check_left_in_order(settings: Settings) -> None:
     """Check that nothing is left of a server but its SSD tier, which is warm."""
     folder = Path(settings.server_recv_port.removeprefix("ipc://")).parent
     assert list(folder.glob("socket*")) == []
-    again = Launched(MODEL, settings)
+    again = LaunchedServer(MODEL, settings)
     instance = Instance(settings)
     before = instance.content(range(BLOCKS))
     instance.begin()
@@ -129,14 +129,14 @@ def test_a_server_ends_when_its_engine_is_a_zombie(begun: Begun, settings: Setti
 
 def test_a_server_that_was_killed_is_told_from_one_that_ended(settings: Settings) -> None:
     """A launcher can tell whether its server was killed or ended well, though it is no parent."""
-    server = Launched(MODEL, settings)
+    server = LaunchedServer(MODEL, settings)
     assert (server.has_ended, server.exit_status) == (False, None)
     os.kill(server.pid, signal.SIGKILL)
     eventually(lambda: server.has_ended)
     assert server.exit_status == 1
     server.close()
     server.close()
-    again = Launched(MODEL, settings)
+    again = LaunchedServer(MODEL, settings)
     again.close()
     assert (again.has_ended, again.exit_status) == (True, 0)
 
@@ -145,16 +145,16 @@ def test_a_server_that_does_not_end_is_killed(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that does not end in time is killed, and its address can be used again."""
-    server = Launched(MODEL, settings)
+    server = LaunchedServer(MODEL, settings)
     os.kill(server.pid, signal.SIGSTOP)
     monkeypatch.setattr(launch, "END_S", 0.2)
     server.close()
     assert server.exit_status == 1
     monkeypatch.undo()
-    check_ends_well(Launched(MODEL, settings))
+    check_ends_well(LaunchedServer(MODEL, settings))
 
 
-def check_ends_well(server: Launched) -> None:
+def check_ends_well(server: LaunchedServer) -> None:
     """End a server, and check that nothing was wrong with it."""
     server.close()
     assert server.exit_status == 0
@@ -165,7 +165,7 @@ def test_a_server_waits_for_one_that_is_ending(settings: Settings) -> None:
     ending = Listener(Path(settings.server_recv_port.removeprefix("ipc://")))
     timer = threading.Timer(0.5, ending.close)
     timer.start()
-    server = Launched(MODEL, settings)
+    server = LaunchedServer(MODEL, settings)
     assert timer.finished.is_set()
     check_ends_well(server)
 
@@ -174,7 +174,7 @@ def test_a_server_that_may_not_wait_is_refused_at_once(settings: Settings) -> No
     """A server that must not wait, since a scheduler's step launches it, is refused at once."""
     ending = Listener(Path(settings.server_recv_port.removeprefix("ipc://")))
     with pytest.raises(ConfigError, match="in use by another server"):
-        Launched(MODEL, settings, waits=False)
+        LaunchedServer(MODEL, settings, waits=False)
     ending.close()
 
 
@@ -182,7 +182,7 @@ def test_a_server_does_not_wait_for_an_address_that_it_cannot_have(tmp_path: Pat
     """An address that is a file is refused at once."""
     (tmp_path / "socket").write_text("mine")
     with pytest.raises(ConfigError, match="is no socket"):
-        Launched(MODEL, settings_in(tmp_path))
+        LaunchedServer(MODEL, settings_in(tmp_path))
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_a_process_is_watched_with_and_without_its_descriptor(
     """A killed process has ended, whether it was reaped or not, with pidfds and without them."""
     if not descriptors:
         request.getfixturevalue("blind")
-    watch = ProcessWatch(sleeping.pid)
+    watch = ProcessHandle(sleeping.pid)
     assert (watch.fd >= 0) is descriptors
     assert not watch.has_ended
     assert not watch.wait(0.1)
@@ -227,7 +227,7 @@ def test_a_process_is_watched_with_and_without_its_descriptor(
 
 def test_a_process_that_never_was_has_ended(blind: None) -> None:
     """A process id that nobody has counts as ended: it may be an old one."""
-    assert ProcessWatch(1 << 22).has_ended
+    assert ProcessHandle(1 << 22).has_ended
 
 
 async def test_a_parent_is_looked_at_where_the_kernel_does_not_tell_of_it(
@@ -239,7 +239,7 @@ async def test_a_parent_is_looked_at_where_the_kernel_does_not_tell_of_it(
     with os.fdopen(read) as stdin, os.fdopen(write):
         monkeypatch.setattr(sys, "stdin", stdin)
         ended = asyncio.Event()
-        serve._on_end(ended.set, ProcessWatch(sleeping.pid))
+        serve._on_end(ended.set, ProcessHandle(sleeping.pid))
         await asyncio.sleep(0.05)
         assert not ended.is_set()
         sleeping.kill()
@@ -261,19 +261,21 @@ def test_a_server_that_cannot_have_what_it_needs_says_so_at_its_start(
     """If a server cannot start, its launcher gets the error with its field, and nothing is left."""
     settings = settings_in(tmp_path, **changes)
     with pytest.raises(ConfigError) as caught:
-        Launched(MODEL, settings)
+        LaunchedServer(MODEL, settings)
     assert field in caught.value.field
     assert caught.value.field != "server_recv_port"
-    check_ends_well(Launched(MODEL, settings_in(tmp_path)))  # nothing is left of the failed one
+    check_ends_well(
+        LaunchedServer(MODEL, settings_in(tmp_path))
+    )  # nothing is left of the failed one
 
 
 def test_a_server_listens_when_its_files_are_its_own(settings: Settings, tmp_path: Path) -> None:
     """A strict server refuses another engine's directory by name, before it listens."""
-    first = Launched(MODEL, settings)
+    first = LaunchedServer(MODEL, settings)
     cache = settings.cache_config.model_copy(update={"strict": True})
     other = Settings(server_recv_port=f"ipc://{tmp_path}/other", cache_config=cache)
     with pytest.raises(ConfigError, match="in use") as caught:
-        Launched(MODEL, other)
+        LaunchedServer(MODEL, other)
     assert caught.value.field == "ssd_cache_dir"
     assert not (tmp_path / "other").exists()
     check_ends_well(first)
@@ -286,12 +288,12 @@ def test_a_server_that_dies_before_it_listens_is_not_waited_for(
     says_its_id = "import os; os.write(1, b'%d\\n' % os.getpid())"
     monkeypatch.setattr(launch, "_BETWEEN", says_its_id)
     with pytest.raises(BackendUnavailableError, match="ended before it listened"):
-        Launched(MODEL, settings)
+        LaunchedServer(MODEL, settings)
 
 
 def test_a_server_that_is_not_waited_for_tells_later(settings: Settings) -> None:
     """A server need not be waited for at its launch, so that a scheduler's step can launch it."""
-    server = Launched(MODEL, settings, is_awaited=False)
+    server = LaunchedServer(MODEL, settings, is_awaited=False)
     eventually(server.look, within_s=60)
     assert server.look()
     check_ends_well(server)
@@ -303,7 +305,7 @@ def test_a_launch_that_hangs_holds_no_step(
     """A launch that hangs delays no step, and ending it takes a bounded time."""
     monkeypatch.setattr(launch, "_BETWEEN", "import time; time.sleep(20)")
     monkeypatch.setattr(launch, "END_S", 0.1)
-    server = Launched(MODEL, settings, is_awaited=False)
+    server = LaunchedServer(MODEL, settings, is_awaited=False)
     between = psutil.Process(server._between.pid)
     for _ in range(3):
         assert not server.look()
@@ -328,7 +330,7 @@ def test_a_launch_that_cannot_fork_leaves_nothing(settings: Settings) -> None:
         fillers[-1].close()
         before = os.listdir("/proc/self/fd")
         with pytest.raises(OSError, match="Too many open files"):
-            Launched(MODEL, settings, is_awaited=False)
+            LaunchedServer(MODEL, settings, is_awaited=False)
         assert os.listdir("/proc/self/fd") == before
 
 
@@ -340,6 +342,6 @@ def test_a_server_whose_pipes_have_high_numbers_is_launched(settings: Settings) 
         opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         for _ in range(1100):
             opened.enter_context(open(os.devnull, "rb"))
-        server = Launched(MODEL, settings)
+        server = LaunchedServer(MODEL, settings)
         assert server.look()
         check_ends_well(server)

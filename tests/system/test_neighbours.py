@@ -16,7 +16,7 @@ from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation
 from flexkv.io.memory.arena import Arena
 from flexkv.server.client import Client
-from flexkv.server.launch import Launched
+from flexkv.server.launch import LaunchedServer
 from flexkv.server.operator import command
 from flexkv.server.wire import Cancel, Copied, Copy, Done, Match, Matched, Start
 from flexkv.testing.agent_process import AgentProcess
@@ -44,7 +44,7 @@ def sound(instance: Instance) -> Instance:
 
 
 @pytest.fixture
-def stuck(settings: Settings, launched: Launched) -> Iterator[tuple[Peer, Peer]]:
+def stuck(settings: Settings, launched: LaunchedServer) -> Iterator[tuple[Peer, Peer]]:
     """Yield agent and client of instance 1, whose agent takes copies and never ends them."""
     agent, client = Peer(settings, "agent", 1), Peer(settings, "client", 1)
     client.hear_ready()

@@ -106,7 +106,7 @@ def test_a_load_for_which_there_is_no_place_is_not_ready(operation: Operation) -
         await put(engine, A)
         engine.residency.clear(Tier.HOST)
         await put(engine, B)
-        engine.keeping.pin(B, None, 10.0, "")
+        engine.retention.pin(B, None, 10.0, "")
         response = await perform(engine, operation, A)
         assert response.status is KVResponseStatus.UNREADY
         assert not any(moved(response))
@@ -126,7 +126,7 @@ def test_a_quota_that_is_none_is_refused(blocks: Any) -> None:
 
     async def work(engine: Engine) -> None:
         with pytest.raises(ConfigError) as caught:
-            engine.keeping.set_quota("tenant", Tier.HOST, blocks)
+            engine.retention.set_quota("tenant", Tier.HOST, blocks)
         assert caught.value.field == "blocks"
 
     on_engine(work)

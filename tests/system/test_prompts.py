@@ -14,7 +14,7 @@ from flexkv.common.config import Settings
 from flexkv.common.errors import ClosedError
 from flexkv.common.request import Operation
 from flexkv.server.client import Client
-from flexkv.server.launch import Launched
+from flexkv.server.launch import LaunchedServer
 from flexkv.server.prompts import Prompt, PromptPart
 from flexkv.server.wire import Done, Match, Matched, Start, framed
 
@@ -101,7 +101,9 @@ def test_a_new_connection_means_the_same_blocks(settings: Settings, how: str) ->
     assert server.exit_status == 0
 
 
-def test_keys_that_do_not_fit_end_the_connection(settings: Settings, launched: Launched) -> None:
+def test_keys_that_do_not_fit_end_the_connection(
+    settings: Settings, launched: LaunchedServer
+) -> None:
     """Keys that do not fit the prompt end only that connection; other clients are served."""
     for message in (
         Match(1, b"k" * 32, prompt=3, known=1),
@@ -120,7 +122,7 @@ def test_keys_that_do_not_fit_end_the_connection(settings: Settings, launched: L
 
 
 def test_what_a_client_makes_the_server_keep_is_bounded(
-    settings: Settings, launched: Launched
+    settings: Settings, launched: LaunchedServer
 ) -> None:
     """A client that sends prompt after prompt and drops none is disconnected."""
     process = psutil.Process(launched.pid)

@@ -19,7 +19,7 @@ from flexkv.common.request import Operation
 from flexkv.index.keys import block_keys
 from flexkv.server.backend import ServerBackend
 from flexkv.server.client import Client
-from flexkv.server.launch import Launched
+from flexkv.server.launch import LaunchedServer
 from flexkv.server.operator import command
 from flexkv.trace.load import load
 
@@ -113,7 +113,7 @@ def test_what_breaks_a_rule_is_refused_by_name(
     assert instance.request(Operation.GET, 1, range(BLOCKS)).moved == BLOCKS
 
 
-def test_the_cache_survives_who_uses_it(settings: Settings, launched: Launched) -> None:
+def test_the_cache_survives_who_uses_it(settings: Settings, launched: LaunchedServer) -> None:
     """An instance that leaves and comes back finds what it had put."""
     one = Instance(settings)
     one.begin()

@@ -21,7 +21,7 @@ from flexkv.io.memory.arena import Arena
 from flexkv.server.agent import Agent
 from flexkv.server.client import Client
 from flexkv.server.handshake import connect
-from flexkv.server.launch import Launched
+from flexkv.server.launch import LaunchedServer
 from flexkv.server.link import Link
 from flexkv.server.listen import Listener
 from flexkv.server.operator import command
@@ -56,7 +56,7 @@ def is_sound(settings: Settings) -> bool:
 
 
 def test_a_put_that_its_client_has_given_up_is_not_believed(
-    settings: Settings, launched: Launched, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, launched: LaunchedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A put that its client gave up while the server was stopped stores nothing."""
     copy, delay_s = Agent._copy, [0.6]
@@ -87,7 +87,9 @@ def test_a_put_that_its_client_has_given_up_is_not_believed(
     instance.close()
 
 
-def test_what_is_settled_before_it_came_is_refused(settings: Settings, launched: Launched) -> None:
+def test_what_is_settled_before_it_came_is_refused(
+    settings: Settings, launched: LaunchedServer
+) -> None:
     """A request that was settled before its start arrived, on another socket, is refused."""
     agent, client = Peer(settings, "agent"), Peer(settings, "client")
     client.hear_ready()
@@ -99,7 +101,7 @@ def test_what_is_settled_before_it_came_is_refused(settings: Settings, launched:
     client.close()
 
 
-def test_a_start_for_other_devices_is_refused(settings: Settings, launched: Launched) -> None:
+def test_a_start_for_other_devices_is_refused(settings: Settings, launched: LaunchedServer) -> None:
     """A start with an earlier epoch is refused, since its ids were made for other devices."""
     agent, client = Peer(settings, "agent"), Peer(settings, "client")
     client.hear_ready()
@@ -116,7 +118,7 @@ def test_a_start_for_other_devices_is_refused(settings: Settings, launched: Laun
 
 
 def test_a_client_that_comes_back_uses_devices_that_still_copy_for_it(
-    settings: Settings, launched: Launched
+    settings: Settings, launched: LaunchedServer
 ) -> None:
     """A client that reconnects can use devices that still copy for its earlier connection."""
     agent, client = Peer(settings, "agent"), Peer(settings, "client")
@@ -139,7 +141,7 @@ def test_a_client_that_comes_back_uses_devices_that_still_copy_for_it(
 
 
 def test_blocks_stay_lent_until_an_agent_that_errs_has_ended(
-    settings: Settings, launched: Launched
+    settings: Settings, launched: LaunchedServer
 ) -> None:
     """Blocks stay claimed while an agent that broke the protocol may still copy."""
     agent, client = Peer(settings, "agent"), Peer(settings, "client")
@@ -192,7 +194,7 @@ async def test_a_settle_that_ends_with_its_connection_leaves_no_other(
 
 @pytest.mark.parametrize("launched", [TWO_RANKS], indirect=True)
 def test_a_rank_that_comes_back_waits_for_the_other_to_drain(
-    settings: Settings, launched: Launched
+    settings: Settings, launched: LaunchedServer
 ) -> None:
     """After rank 1 died while rank 0 copied, the instance is ready once both connected anew."""
     agents = [Peer(settings, "agent", 0, rank, model=TWO_RANKS) for rank in range(2)]
@@ -247,7 +249,7 @@ def test_one_instance_that_does_not_answer_stalls_no_other(
     assert server.exit_status == 0
 
 
-def test_nonsense_ends_its_connection_only(settings: Settings, launched: Launched) -> None:
+def test_nonsense_ends_its_connection_only(settings: Settings, launched: LaunchedServer) -> None:
     """Malformed keys and frames, impossible sizes and messages of other roles harm nobody else."""
     for keys in (b"", b"x", b"x" * 17, b"x" * 40):
         peer = Peer(settings, "client")
@@ -278,7 +280,7 @@ def test_nonsense_ends_its_connection_only(settings: Settings, launched: Launche
 
 @pytest.mark.parametrize("keys", [b"", b"x" * 15, b"x" * 37])
 def test_a_put_of_what_are_no_keys_fails(
-    settings: Settings, launched: Launched, keys: bytes
+    settings: Settings, launched: LaunchedServer, keys: bytes
 ) -> None:
     """A put with malformed keys fails, also for a client that watches."""
     agent, client = Peer(settings, "agent"), Peer(settings, "client", watches=True)
@@ -299,7 +301,7 @@ def connect_agent_of(settings: Settings, num_blocks: int) -> None:
 
 
 def test_what_a_client_held_is_let_go_when_it_leaves(
-    settings: Settings, launched: Launched
+    settings: Settings, launched: LaunchedServer
 ) -> None:
     """All that a client held is released when it leaves, however often it held under one number."""
     instance = Instance(settings)
@@ -319,7 +321,7 @@ def test_what_a_client_held_is_let_go_when_it_leaves(
     eventually(lambda: not command(settings.server_recv_port, "status")["statistics"]["claims"])
 
 
-def test_two_clients_of_one_instance_at_once(settings: Settings, launched: Launched) -> None:
+def test_two_clients_of_one_instance_at_once(settings: Settings, launched: LaunchedServer) -> None:
     """If several clients of one instance connect at once, one is accepted; others do no harm."""
     path = settings.server_recv_port.removeprefix("ipc://")
     Peer(settings, "control").close()  # returns once the server is there
@@ -361,7 +363,7 @@ def test_an_address_that_is_a_file_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_stopped_server_costs_the_scheduler_little(
-    settings: Settings, launched: Launched
+    settings: Settings, launched: LaunchedServer
 ) -> None:
     """A stopped server delays a scheduler only briefly, and is used again when it goes on."""
     instance = Instance(settings)
@@ -379,7 +381,7 @@ def test_a_stopped_server_costs_the_scheduler_little(
 
 
 def test_a_client_never_waits_for_a_server_that_reads_late(
-    settings: Settings, launched: Launched
+    settings: Settings, launched: LaunchedServer
 ) -> None:
     """A client never waits for a slow reader: what exceeds the socket's buffer is sent later."""
     instance = Instance(settings)
@@ -397,7 +399,7 @@ def test_a_client_never_waits_for_a_server_that_reads_late(
 
 
 def test_a_long_question_has_its_time_from_when_the_server_reads_on(
-    settings: Settings, launched: Launched
+    settings: Settings, launched: LaunchedServer
 ) -> None:
     """A long question's deadline counts from when the server reads on, not from its first bytes."""
     agent, client = Peer(settings, "agent"), Client(settings, MODEL)
@@ -421,7 +423,7 @@ def test_a_long_question_has_its_time_from_when_the_server_reads_on(
 
 
 def test_a_rank_is_there_once_its_device_is_set_up(
-    settings: Settings, launched: Launched, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, launched: LaunchedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank counts as connected only once its device is set up, so that no report is lost."""
     device = LocalBackend.device
@@ -442,7 +444,7 @@ def test_a_rank_is_there_once_its_device_is_set_up(
 
 
 def test_a_client_that_watches_and_does_not_read_loses_track(
-    settings: Settings, launched: Launched
+    settings: Settings, launched: LaunchedServer
 ) -> None:
     """A client that watches and does not read is told that it has missed changes."""
     idle, busy = Peer(settings, "client", 1, watches=True), Instance(settings)

@@ -123,7 +123,7 @@ def test_a_get_that_finds_no_room_says_how_much_it_lacks(host: int, wanted: int)
     async def work(engine: Engine) -> None:
         await put(engine, A)
         engine.residency.clear(Tier.HOST)
-        engine.keeping.resize(Tier.HOST, host)
+        engine.retention.resize(Tier.HOST, host)
         response = await perform(engine, Operation.GET, A)
         assert response.return_mask.sum() == wanted * TOKENS_PER_BLOCK
         assert engine.statistics().hit_blocks == {"host": 0, "disk": wanted}

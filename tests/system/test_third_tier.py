@@ -89,8 +89,8 @@ class FarBackend(FakeBackend):
         """Open the disk, and the tier behind it."""
         super().open(undo, progress)
         port = FakePort(self.store, self._memory, self._faults, BLOCK_KEY_BYTES)
-        summer = FakeChecksummer(self._memory, self._faults, self._sums)
-        far = CheckedDiskPort(port, summer, FAR, lambda block: ("far", block))
+        checksummer = FakeChecksummer(self._memory, self._faults, self._sums)
+        far = CheckedDiskPort(port, checksummer, FAR, lambda block: ("far", block))
         undo.callback(far.close)
         self._tiers.append(
             TierParts(
@@ -185,12 +185,12 @@ def test_a_clear_of_one_tier_leaves_what_others_keep(tier: Tier) -> None:
         before = {each: bench.resident(each) for each in (Tier.HOST, Tier.DISK, Tier.REMOTE)}
         ledger = bench.backend.ledger
         assert ledger is not None
-        bench.engine.keeping.clear(tier)
+        bench.engine.retention.clear(tier)
         after = {each: bench.resident(each) for each in before}
         assert after == before | {tier: 0}
         assert bench.backend.records.cleared == (tier is Tier.REMOTE)
-        assert len(ledger.believed(0, DISK)) == (0 if tier is Tier.DISK else DISK)
-        await bench.engine.keeping.clear_durably()
+        assert len(ledger.journaled(0, DISK)) == (0 if tier is Tier.DISK else DISK)
+        await bench.engine.retention.clear_durably()
         assert bench.backend.records.cleared == 1 + (tier is Tier.REMOTE)
 
     on_bench(work)

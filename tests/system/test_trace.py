@@ -88,7 +88,7 @@ async def from_disk(rig: Rig) -> None:
     for number in range(3):
         await rig.request(Operation.PUT, prompt_of(number))
     await rig.engine.flush()
-    rig.engine.keeping.clear(next(iter(rig.engine.residency.tiers)))
+    rig.engine.retention.clear(next(iter(rig.engine.residency.tiers)))
     for number in range(3):
         await rig.request(Operation.GET, prompt_of(number))
 

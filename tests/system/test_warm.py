@@ -260,7 +260,7 @@ async def test_a_clear_works_on_a_full_disk_or_says_that_it_did_not(
         with monkeypatch.context() as patch:
             fail_writes(patch, tmp_path)
             with pytest.raises(StorageError):
-                await manager.engine.keeping.clear_durably(namespace="tenant")
+                await manager.engine.retention.clear_durably(namespace="tenant")
             assert manager.match(PROMPT, "tenant").tokens == 0
             with pytest.raises(StorageError):
                 await manager.flush()

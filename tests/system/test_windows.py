@@ -80,10 +80,10 @@ class MeteredBackend(FakeBackend):
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
         """Open the disk port."""
         self.port = FakePort(self._store, self._memory, self._faults, BLOCK_KEY_BYTES)
-        summer = FakeChecksummer(self._memory, self._slow)
-        self._sums = summer.sums
+        checksummer = FakeChecksummer(self._memory, self._slow)
+        self._sums = checksummer.sums
         blocks = len(self._store)
-        checked = CheckedDiskPort(self.port, summer, blocks, lambda at: ("fake", at))
+        checked = CheckedDiskPort(self.port, checksummer, blocks, lambda at: ("fake", at))
         undo.callback(checked.close)
         self.meter = Metered(checked)
         self._tiers = [TierParts(Tier.DISK, blocks, self.meter, "Metered", *self.windows)]

@@ -57,7 +57,7 @@ def failing(disk: FakePort) -> Callable[[], list[Completion]]:
 
 def on_disk(engine: Engine, *numbers: int) -> list[int]:
     """Clear host memory; return how many leading blocks of each prompt are on SSD."""
-    engine.keeping.clear(Tier.HOST)
+    engine.retention.clear(Tier.HOST)
     tokens = [engine.match(prompt(number)).tokens_by_tier[Tier.DISK] for number in numbers]
     return [count // TOKENS_PER_BLOCK for count in tokens]
 
@@ -171,7 +171,7 @@ def test_what_comes_to_host_memory_in_vain_is_counted_no_more() -> None:
             if number % 3:
                 putting.cancel()
             elif number % 2:
-                engine.keeping.clear()
+                engine.retention.clear()
             await asyncio.gather(putting, return_exceptions=True)
         await engine.flush()
         assert engine._behind.coming_blocks == 0
@@ -187,7 +187,7 @@ def test_a_clear_does_not_hide_what_was_given_up() -> None:
         reap = failing(disk)
         for number in range(13):
             await put(engine, number)
-        engine.keeping.clear(namespace="another")
+        engine.retention.clear(namespace="another")
         vars(disk)["reap"] = reap
         await asyncio.sleep(200.0)  # virtual
         given_up = engine.statistics().write_behind["disk"].given_up_blocks
@@ -279,7 +279,7 @@ def test_a_flush_writes_what_the_ssd_has_lost_meanwhile() -> None:
     async def work(engine: Engine) -> None:
         await put(engine, 0)
         await engine.flush()
-        engine.keeping.clear(Tier.DISK)
+        engine.retention.clear(Tier.DISK)
         begin_s = asyncio.get_running_loop().time()
         await engine.flush()
         assert asyncio.get_running_loop().time() - begin_s < 0.5, "it waited for nothing"
@@ -355,7 +355,7 @@ def test_blocks_that_are_cleared_while_they_are_written_take_their_room_once(
         loop = asyncio.get_running_loop()
         disk_of(engine)._faults = FaultPlan(1, 0.0, 5.0, 5.0)
         await put(engine, 0, 8)
-        engine.keeping.clear(Tier.HOST)
+        engine.retention.clear(Tier.HOST)
         assert engine.residency.counts(Tier.HOST).draining == 8
         begin_s = loop.time()
         await put(engine, 1, blocks)
@@ -371,7 +371,7 @@ def test_what_is_owed_is_not_written_after_it_was_cleared() -> None:
         disk_of(engine)._faults = SLOW
         for number in range(4):
             await put(engine, number)
-        engine.keeping.clear()
+        engine.retention.clear()
         assert engine.statistics().write_behind["disk"].owed_blocks == 0
         disk_of(engine)._faults = QUICK
         await engine.flush()

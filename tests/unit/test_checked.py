@@ -27,11 +27,11 @@ class Bench:
         self.store = np.zeros((BLOCKS, BLOCK_BYTES), np.uint8)
         host = np.ones((BLOCKS, BLOCK_BYTES), np.uint8)
         faults = FaultPlan(1)
-        inner, summer = (
+        inner, checksummer = (
             FakePort(self.store, host, faults, BLOCK_BYTES),
             FakeChecksummer(host, faults),
         )
-        self.port = CheckedDiskPort(inner, summer, BLOCKS, lambda at: ("fake", at))
+        self.port = CheckedDiskPort(inner, checksummer, BLOCKS, lambda at: ("fake", at))
         self.port.forget = self._forget
         self.port.connect(self._wake)
         self.asked: list[BlockIds] = []

@@ -138,7 +138,7 @@ async def test_a_broken_device_leaves_the_loop_alone() -> None:
     """A broken device's unread eventfd does not wake the loop again and again."""
     rig = Rig(ENGINE)
     rig.submit(1)
-    rig.driver.synchronize(rig.port._ways[0].stream)
+    rig.driver.synchronize(rig.port._streams[0].stream)
     rig.driver.broken = 719
     rig.submit(2)
     assert {c.op_id for c in await rig.reap(2)} == {1, 2}
@@ -241,19 +241,19 @@ async def test_what_a_device_brings_is_summed() -> None:
     rig = Rig(ENGINE)
     for layer in rig.layers:
         layer[:] = np.random.default_rng(1).integers(0, 1000, layer.shape)
-    summer = PoolChecksummer(rig.arena)
-    port = SummedPort(rig.port, PoolChecksummer(rig.arena, 1, summer.sums))
-    for each in (port, summer):
+    checksummer = PoolChecksummer(rig.arena)
+    port = SummedPort(rig.port, PoolChecksummer(rig.arena, 1, checksummer.sums))
+    for each in (port, checksummer):
         each.connect(rig.woken.set)
     ids = np.arange(BLOCKS)
     port.submit(Transfer(1, 1, TO[True], ids, ids))
     assert await reaped(port, rig.woken) == [Completion(1, None)]
-    found = summer.sums.copy()
-    summer.submit(2, ids, urgent=True)
-    assert await reaped(summer, rig.woken) == [2]
+    found = checksummer.sums.copy()
+    checksummer.submit(2, ids, urgent=True)
+    assert await reaped(checksummer, rig.woken) == [2]
     assert found.all()
-    assert np.array_equal(summer.sums, found)
-    summer.close()
+    assert np.array_equal(checksummer.sums, found)
+    checksummer.close()
     port.close()
     rig.close()
 
@@ -273,7 +273,7 @@ async def test_what_is_faster_is_measured_and_the_device_is_as_it_was(
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / slow))
         driver.takes_s = {slow: 0.02}
         port = CudaDevicePort(layout, Pinned(arena), layers, driver)
-        assert [c.of(1 << 20).how is CopyMethod.ENGINE for c in port.choices.values()] == [
+        assert [c.of(1 << 20).method is CopyMethod.ENGINE for c in port.choices.values()] == [
             by_engine
         ] * 2
         assert all(np.array_equal(*pair) for pair in zip(layers, before, strict=True))

@@ -60,7 +60,7 @@ def test_choices_hang_on_the_number_of_chunks() -> None:
         return 1.0 if choice == fast else 2.0
 
     choices = measure(timed, 100_000)
-    assert [choices.of(count).how for count in (1, 16, 90, 512, 10**6)] == [
+    assert [choices.of(count).method for count in (1, 16, 90, 512, 10**6)] == [
         *[CopyMethod.ENGINE] * 3,
         *[CopyMethod.KERNEL] * 2,
     ]
@@ -84,7 +84,7 @@ def test_a_wish_is_as_measured_but_for_what_it_says() -> None:
     )
     assert CopyPreference(use_engine=False).settled is None
     by_kernel = CopyPreference(use_engine=False).made_of(found)
-    assert [each.how for each in by_kernel.choices] == [CopyMethod.KERNEL] * 2
+    assert [each.method for each in by_kernel.choices] == [CopyMethod.KERNEL] * 2
     assert CopyPreference(thread_blocks=9).made_of(found).of(200) == Choice(CopyMethod.KERNEL, 9)
 
 

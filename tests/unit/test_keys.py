@@ -19,7 +19,7 @@ from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation, Span
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Scope, block_identity, block_keys
-from flexkv.index.secret import Derived, derived
+from flexkv.index.secret import DerivedSecrets, derived
 from tests.unit.xxh3 import PUBLIC_SECRET, colliding, xxh3_128
 
 BASE: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 2, "head_size": 8, "dtype": "float16"}
@@ -297,7 +297,7 @@ def test_everything_derived_differs_by_secret_and_purpose() -> None:
     assert len({part[:16] for part in parts}) == 3 * len(secrets)
 
 
-def as_bytes(found: Derived) -> tuple[bytes, bytes, bytes]:
+def as_bytes(found: DerivedSecrets) -> tuple[bytes, bytes, bytes]:
     """Return everything that is derived from a secret."""
     return found.hash_secret, found.name_key, bytes.fromhex(found.digest)
 

@@ -258,9 +258,9 @@ def test_nothing_is_believed_behind_a_clear() -> None:
     async def work() -> None:
         ledger = Rig(failing_writes=0).ledger
         ledger.stored(np.array([1, 2]))
-        assert ledger.believed(0, BLOCKS).tolist() == [1, 2]
+        assert ledger.journaled(0, BLOCKS).tolist() == [1, 2]
         ledger.clear(None)
-        assert ledger.believed(0, BLOCKS).tolist() == []
+        assert ledger.journaled(0, BLOCKS).tolist() == []
         ledger.stored(np.array([3]))
         assert ledger.begin_sync().tolist() == [3]
         ledger.close()

@@ -24,7 +24,7 @@ class World:
         """The errors of the next launches."""
         self.refused_s: list[float] = []
         monkeypatch.setattr(own_server.time, "monotonic", lambda: self.now_s)
-        monkeypatch.setattr(own_server, "Launched", self._launch)
+        monkeypatch.setattr(own_server, "LaunchedServer", self._launch)
 
     def _launch(self, *_: Any, waits: bool = True, is_awaited: bool = True) -> Server:
         assert waits is is_awaited  # a scheduler's step waits for neither

@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from flexkv.server.launch import ProcessWatch
+from flexkv.server.launch import ProcessHandle
 
 PATIENCE_S = 20.0
 
 
-def check_that_the_end_is_seen(process: subprocess.Popen[bytes], watch: ProcessWatch) -> None:
+def check_that_the_end_is_seen(process: subprocess.Popen[bytes], watch: ProcessHandle) -> None:
     """End a process by closing its stdin, check that the watch sees it, and close the watch."""
     assert not watch.has_ended
     assert not watch.wait(0.0)
@@ -28,7 +28,7 @@ def test_the_end_of_a_process_is_seen_with_any_descriptor() -> None:
     """The end of a process is seen even if our own process has thousands of open files."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     low = os.pidfd_open(process.pid)
-    watch = ProcessWatch(process.pid, fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 1024))
+    watch = ProcessHandle(process.pid, fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 1024))
     os.close(low)
     check_that_the_end_is_seen(process, watch)
 
@@ -42,7 +42,7 @@ def test_the_end_of_a_process_is_seen_by_its_number(
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     if not has_pidfds:
         monkeypatch.delattr(os, "pidfd_open")
-    watch = ProcessWatch(process.pid)
+    watch = ProcessHandle(process.pid)
     assert (watch.fd >= 0) == has_pidfds
     check_that_the_end_is_seen(process, watch)
     assert len(os.listdir("/proc/self/fd")) == before

@@ -21,11 +21,11 @@ WANTED = Superblock(1, {"dtype": "float16"}, STRIDE, 2)
 OTHER = Superblock(1, {"dtype": "bfloat16"}, STRIDE, 2)
 
 
-def take(wish: SsdRequest) -> dict[str, str]:
+def take(wanted: SsdRequest) -> dict[str, str]:
     """Open a tier and close it; return the directories that were left out, with the reasons."""
     lost: dict[str, str] = {}
     with ExitStack() as undo:
-        take_ssd(wish, lost.__setitem__, undo)
+        take_ssd(wanted, lost.__setitem__, undo)
     return lost
 
 
@@ -35,15 +35,15 @@ def block_files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def wish(tmp_path: Path) -> SsdRequest:
+def wanted(tmp_path: Path) -> SsdRequest:
     """Return a request for two directories that a tier has used."""
     directories = (tmp_path / "a", tmp_path / "b")
-    wish = SsdRequest(directories, BLOCKS, WANTED, FileOptions())
-    assert take(wish) == {}
+    wanted = SsdRequest(directories, BLOCKS, WANTED, FileOptions())
+    assert take(wanted) == {}
     for directory in directories:
         for path in directory.glob("blocks-*"):
             path.write_bytes(b"x" * path.stat().st_size)
-    return wish
+    return wanted
 
 
 def public_journal(folder: Path) -> None:
@@ -92,22 +92,22 @@ def no_journal(folder: Path) -> None:
     ],
 )
 def test_a_directory_that_is_refused_is_left_as_it_was(
-    wish: SsdRequest, spoil: Callable[[Path], None], changes: dict[str, object], num_blocks: int
+    wanted: SsdRequest, spoil: Callable[[Path], None], changes: dict[str, object], num_blocks: int
 ) -> None:
     """No file of a refused directory is cut, removed or grown; the tier opens without it."""
-    directory = wish.directories[1]
+    directory = wanted.directories[1]
     spoil(directory)
     before = block_files(directory)
     assert len(before) == 2
-    wish = replace(wish, num_blocks=num_blocks, **changes)  # type: ignore[arg-type]
+    wanted = replace(wanted, num_blocks=num_blocks, **changes)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=str(directory)):
-        take(replace(wish, is_strict=True))
+        take(replace(wanted, is_strict=True))
     assert block_files(directory) == before
-    assert list(take(wish)) == [str(directory)]
+    assert list(take(wanted)) == [str(directory)]
     assert block_files(directory) == before
 
 
-def test_what_is_not_replaced_need_not_be_replaceable(wish: SsdRequest) -> None:
+def test_what_is_not_replaced_need_not_be_replaceable(wanted: SsdRequest) -> None:
     """A superblock that fits is kept, even if it could not be replaced."""
-    no_new_superblock(wish.directories[1])
-    assert take(wish) == {}
+    no_new_superblock(wanted.directories[1])
+    assert take(wanted) == {}

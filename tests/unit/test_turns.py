@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from itertools import pairwise
 
-from flexkv.server.turns import LoopTurns
+from flexkv.server.planning_turns import PlanningTurns
 
 
 async def _let_go(turns: int) -> None:
@@ -15,7 +15,7 @@ async def _let_go(turns: int) -> None:
 
 async def test_each_turn_of_the_loop_is_given_once() -> None:
     """Each turn goes to one caller, in order, and other tasks run between any two."""
-    turns, told = LoopTurns(), list[str]()
+    turns, told = PlanningTurns(), list[str]()
 
     async def put(number: int) -> None:
         await turns.wait()
@@ -37,7 +37,7 @@ async def test_each_turn_of_the_loop_is_given_once() -> None:
 
 async def test_a_turn_of_one_who_gave_up_goes_to_the_next() -> None:
     """The turn of a cancelled caller goes to the next, and turns are free again afterwards."""
-    turns, told = LoopTurns(), list[int]()
+    turns, told = PlanningTurns(), list[int]()
 
     async def put(number: int) -> None:
         await turns.wait()

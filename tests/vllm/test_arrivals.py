@@ -54,7 +54,7 @@ def test_blocks_that_the_device_has_are_not_offered(rig: Rig) -> None:
 
     eventually(asked)
     assert told == (2 * PER_BLOCK, True)
-    found = rig.side._tracked["b"].found
+    found = rig.side._states["b"].found
     assert found is not None
     assert found.by_tier == {"host": 2}
     eventually(lambda: holds(rig) == 1)  # what the first question held was released
@@ -74,7 +74,7 @@ def test_a_device_that_has_all_of_it_asks_no_more(rig: Rig) -> None:
 def test_a_prompt_that_never_runs_leaves_nothing(rig: Rig) -> None:
     """A prompt aborted before it ran leaves no hold, and the server keeps none of its keys."""
     stored(rig)
-    kept, known = dict(rig.side.client._prompts._known), set(rig.side._tracked)
+    kept, known = dict(rig.side.client._prompts._known), set(rig.side._states)
     request = Request("b")
     rig.side.on_new_request(request)
     eventually(lambda: holds(rig) == 1)
@@ -83,7 +83,7 @@ def test_a_prompt_that_never_runs_leaves_nothing(rig: Rig) -> None:
     rig.side.build_connector_meta(output())
     eventually(lambda: holds(rig) == 0)
     assert rig.side.client._prompts._known == kept
-    assert set(rig.side._tracked) == known
+    assert set(rig.side._states) == known
 
 
 def test_an_answer_that_has_grown_old_is_asked_anew(

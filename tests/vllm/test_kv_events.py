@@ -33,7 +33,7 @@ def prompt(path: Path) -> Any:
     """Return a vLLM request with a block for each choice."""
     return SimpleNamespace(
         block_hashes=[hash_of(path[: i + 1]) for i in range(len(path))],
-        all_token_ids=[op_id for choice in path for op_id in [choice] * PER_BLOCK],
+        all_token_ids=[token for choice in path for token in [choice] * PER_BLOCK],
         lora_request=None, mm_features=[], cache_salt=None, prompt_embeds=None,
     )  # fmt: skip
 

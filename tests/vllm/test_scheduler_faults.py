@@ -77,7 +77,7 @@ def until_puts_end(rig: Rig, name: str) -> Any:
         step = rig.side.build_connector_meta(output())
         total.settle += step.settle
         total.dropped |= step.dropped
-        return not rig.side._tracked[name].puts
+        return not rig.side._states[name].puts
 
     eventually(over)
     return total
@@ -141,7 +141,7 @@ def test_a_load_waits_for_puts_that_read_its_blocks(rig: Rig) -> None:
     assert rig.status()["runs_in_flight"] == 1
     rig.agent.say(Copied(copy.op_id))
     eventually(
-        lambda: (rig.side.build_connector_meta(output()), rig.side._tracked["b"].load.number)[1]
+        lambda: (rig.side.build_connector_meta(output()), rig.side._states["b"].load.number)[1]
     )
     assert rig.agent.hear(Copy).to_device
 

@@ -124,7 +124,7 @@ def test_an_aborted_load_that_waits_for_its_puts_is_over_once(rig: Rig) -> None:
     rig.agent.say(Copied(copy.op_id))
     step = rig.step_until("received")
     assert (step.received, step.sent, step.failed_blocks) == ({"a"}, set(), set())
-    assert rig.side._tracked == {}
+    assert rig.side._states == {}
 
 
 def test_blocks_stay_until_the_puts_that_read_them_are_over(rig: Rig) -> None:
@@ -144,7 +144,7 @@ def test_what_a_request_stores_last_is_announced(rig: Rig) -> None:
     rig.step_until("sent")
     (stored,) = [event for event in rig.side.step_ended() if event.medium == "CPU"]
     assert len(stored.block_hashes) == 3
-    assert rig.side._tracked == {}
+    assert rig.side._states == {}
 
 
 def test_a_step_waits_for_puts_that_read_what_it_writes(rig: Rig) -> None:
@@ -174,14 +174,14 @@ def test_a_step_does_not_wait_for_a_server_that_is_gone(rig: Rig, number: int) -
     os.kill(rig.pid, signal.SIGCONT) if number is signal.SIGSTOP else None
     for name in ("a", "b"):
         rig.side.request_finished(Request(name))
-    eventually(lambda: (rig.side.build_connector_meta(output()), not rig.side._tracked)[1])
+    eventually(lambda: (rig.side.build_connector_meta(output()), not rig.side._states)[1])
     assert not rig.side._readers.any()
 
 
 def stored(rig: Rig) -> None:
     """Put the prompt of request "a", and wait for its end."""
     rig.agent.say(Copied(rig.begin("a", [1, 2, 3, 4]).op_id))
-    eventually(lambda: (rig.side._poll(), not rig.side._tracked["a"].puts)[1])
+    eventually(lambda: (rig.side._poll(), not rig.side._states["a"].puts)[1])
     rig.side.take_stats()
 
 
@@ -333,7 +333,7 @@ def test_an_adapter_that_was_trained_again_finds_nothing(rig: Rig, tmp_path: Pat
     file.write_bytes(bytes(64))
     adapter = LoRARequest("adapter", 1, str(file))
     rig.agent.say(Copied(rig.begin("a", [1, 2, 3, 4], lora_request=adapter).op_id))
-    eventually(lambda: (rig.side._poll(), not rig.side._tracked["a"].puts)[1])
+    eventually(lambda: (rig.side._poll(), not rig.side._states["a"].puts)[1])
     assert answered(rig, Request("b", lora_request=adapter)) == (3 * PER_BLOCK, True)
     assert answered(rig, Request("c")) == (0, False)
     file.write_bytes(bytes(63) + b"1")

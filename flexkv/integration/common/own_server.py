@@ -13,7 +13,7 @@ import time
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import FlexKVError
 from flexkv.observe.logs import get_logger
-from flexkv.server.launch import Launched
+from flexkv.server.launch import LaunchedServer
 
 log = get_logger(__name__)
 
@@ -35,7 +35,7 @@ class OwnServer:
             ConfigError, BackendUnavailableError: it cannot start.
         """
         self._model, self._settings = model, settings
-        self._server = Launched(model, settings)
+        self._server = LaunchedServer(model, settings)
         self._launched_s = time.monotonic()
         self._pause_s, self._young = RELAUNCH_S, 0
         self._is_ended = self._is_given_up = False
@@ -88,7 +88,9 @@ class OwnServer:
         self._launched_s = time.monotonic()
         try:
             self._server.close()
-            self._server = Launched(self._model, self._settings, waits=False, is_awaited=False)
+            self._server = LaunchedServer(
+                self._model, self._settings, waits=False, is_awaited=False
+            )
         except (OSError, ValueError, FlexKVError) as error:  # no memory, process or descriptor
             self._reason = f"it cannot be started: {error}"
             self._ended_young(waits_longer=True)

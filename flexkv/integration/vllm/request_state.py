@@ -47,7 +47,7 @@ class RequestState:
 
     __slots__ = (
         "block_ids", "features", "finished", "found", "generation", "has_loaded", "is_stale",
-        "is_told", "load", "local_blocks", "may_claim", "noted", "parts", "prompt", "puts",
+        "is_told", "load", "local_blocks", "may_load", "noted", "parts", "prompt", "puts",
         "request", "scope", "stored_blocks", "was_put_off",
     )  # fmt: skip
 
@@ -61,7 +61,7 @@ class RequestState:
         self.local_blocks = 0
         """How many of its blocks the device had when a load was offered."""
         self.stored_blocks = 0
-        self.may_claim = True
+        self.may_load = True
         self.was_put_off = False
         """Whether it was put off because too many matches were under way."""
         self.load: Load | None = None
@@ -103,42 +103,42 @@ class RequestStates:
 
     def track(self, request: Any) -> RequestState:
         """Return the state of a request; create it if the request is new."""
-        tracked = self.by_id.get(request.request_id)
-        if tracked is None:
+        state = self.by_id.get(request.request_id)
+        if state is None:
             client = self._client
-            tracked = self.by_id[request.request_id] = RequestState(
+            state = self.by_id[request.request_id] = RequestState(
                 request, self._scopes, client.generation, client.new_prompt()
             )
-        return tracked
+        return state
 
     def forget(self, request_id: str) -> None:
         """Forget a request that is over."""
-        tracked = self.by_id.pop(request_id)
-        self._forget_keys(tracked)
+        state = self.by_id.pop(request_id)
+        self._forget_keys(state)
 
-    def _forget_keys(self, tracked: RequestState) -> None:
-        self._client.forget(tracked.prompt)
+    def _forget_keys(self, state: RequestState) -> None:
+        self._client.forget(state.prompt)
         if self._events is not None:
-            self._events.forget(tracked.request, bytes(tracked.prompt.keys), tracked.noted)
+            self._events.forget(state.request, bytes(state.prompt.keys), state.noted)
 
-    def is_named(self, tracked: RequestState) -> bool:
+    def has_keys(self, state: RequestState) -> bool:
         """Return whether a request's blocks have keys; streamed input may change or end that."""
-        if tracked.features != (features := features_of(tracked.request)):
+        if state.features != (features := features_of(state.request)):
             # Streamed input has brought an image: the keys behind it change.
-            self._forget_keys(tracked)
-            tracked.features = features
-            tracked.scope = self._scopes.scope_of(tracked.request, tracked.parts)
-            tracked.prompt, tracked.noted = self._client.new_prompt(), 0
-        return tracked.scope is not None
+            self._forget_keys(state)
+            state.features = features
+            state.scope = self._scopes.scope_of(state.request, state.parts)
+            state.prompt, state.noted = self._client.new_prompt(), 0
+        return state.scope is not None
 
-    def part(self, tracked: RequestState, blocks: int) -> PromptPart:
+    def part(self, state: RequestState, blocks: int) -> PromptPart:
         """Return the first blocks of a request's prompt, and make the keys that are missing.
 
         The tokens of these blocks must not change any more.
         """
-        prompt, scope = tracked.prompt, tracked.scope
+        prompt, scope = state.prompt, state.scope
         if (known := prompt.blocks) < blocks:
-            request, end = tracked.request, blocks * self._per_block
+            request, end = state.request, blocks * self._per_block
             assert scope is not None
             if prompt.keys and not scope.extra_keys:
                 # A slice of vLLM's tokens is a list.
@@ -146,7 +146,7 @@ class RequestStates:
             else:
                 prompt.keys[:] = self._client.keys(_first_tokens(request, end), scope)
             if self._events is not None:
-                tracked.noted = self._events.note(request, bytes(prompt.keys), tracked.noted)
+                state.noted = self._events.note(request, bytes(prompt.keys), state.noted)
         return PromptPart(prompt, blocks)
 
 

@@ -70,13 +70,13 @@ class SchedulerSide:
         self.client = Client(settings, setup.model, setup.instance, setup.tells_events)
         self._events = KVEvents(cache.tokens_per_block) if setup.tells_events else None
         self._costs = Costs() if cache.load_if_faster else None
-        self._questions = PendingMatches(self.client, settings.match_wait_ms)
+        self._pending_matches = PendingMatches(self.client, settings.match_wait_ms)
         self._scopes = Scopes(setup.names_media, setup.lora)
         self._per_block = cache.tokens_per_block
         self._requests = RequestStates(
             self.client, self._scopes, self._events, cache.tokens_per_block
         )
-        self._tracked = self._requests.by_id
+        self._states = self._requests.by_id
         self._of_number: dict[int, str] = {}
         self._blocks = DeviceBlocks()
         self._fresh_puts: dict[int, BlockIds] = {}
@@ -89,10 +89,10 @@ class SchedulerSide:
 
     def on_new_request(self, request: Any) -> None:
         """Ask how much of a new request is resident, which will be scheduled soon."""
-        tracked = self._requests.track(request)
-        blocks = self._wanted(tracked, 0)
-        if blocks and self._questions.has_early_room:
-            self._ask(tracked, blocks, 0, is_early=True)
+        state = self._requests.track(request)
+        blocks = self._wanted(state, 0)
+        if blocks and self._pending_matches.has_early_room:
+            self._ask(state, blocks, 0, is_early=True)
 
     def get_num_new_matched_tokens(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Return how many tokens after the computed ones can be loaded, and whether that is slow.
@@ -105,34 +105,34 @@ class SchedulerSide:
             request: vLLM's request.
             computed: how many of its tokens the device has, in whole blocks.
         """
-        tracked, local_blocks = self._requests.track(request), computed // self._per_block
-        blocks = self._wanted(tracked, computed)
+        state, local_blocks = self._requests.track(request), computed // self._per_block
+        blocks = self._wanted(state, computed)
         if not blocks:
-            self._release(tracked)
+            self._release(state)
             return 0, False
-        found = self._found(tracked, blocks, local_blocks)
+        found = self._found(state, blocks, local_blocks)
         if found is None:
             self._counts.count("late_matches")
             return None, False
-        tracked.found, tracked.local_blocks = found, local_blocks
+        state.found, state.local_blocks = found, local_blocks
         self._counts.count("matches")
         extra = found.blocks * self._per_block - computed
         if not self.client.is_ready:  # nothing can be loaded; that may be news since `_wanted`
             extra = 0
         if extra > 0 and self._costs and not self._costs.is_worth_it(found.by_tier, extra):
             self._counts.count("declined_blocks", extra // self._per_block)
-            tracked.may_claim = False
+            state.may_load = False
         elif extra > 0:
             self._counts.count("hits")
             self._counts.count("offered_blocks", extra // self._per_block)
             return extra, True
-        self._release(tracked)
+        self._release(state)
         return 0, False
 
-    def _wanted(self, tracked: RequestState, computed: int) -> int:
+    def _wanted(self, state: RequestState, computed: int) -> int:
         """Return how many blocks of a prompt could be loaded; 0 if none after those computed."""
-        request = tracked.request
-        if not tracked.may_claim or not self._requests.is_named(tracked) or not self._ready():
+        request = state.request
+        if not state.may_load or not self._requests.has_keys(state) or not self._ready():
             return 0
         if getattr(request, "skip_reading_prefix_cache", False):  # it wants every token's logits
             return 0
@@ -140,30 +140,30 @@ class SchedulerSide:
         blocks: int = (request.num_tokens - 1) // self._per_block
         return blocks if blocks * self._per_block > computed else 0
 
-    def _found(self, tracked: RequestState, blocks: int, local_blocks: int) -> Matched | None:
+    def _found(self, state: RequestState, blocks: int, local_blocks: int) -> Matched | None:
         """Return which of the first blocks are resident; None if that is not known in this step.
 
         Its tiers count the blocks from `local_blocks` on.
         """
-        questions, request_id = self._questions, tracked.request.request_id
+        questions, request_id = self._pending_matches, state.request.request_id
         if (first := questions.first_of(request_id, blocks)) is not None:
             found = questions.answer(request_id)
             if found is None or found.blocks <= local_blocks or first == local_blocks:
                 return found
             # The match was sent before the device's own blocks were known.
-            tracked.found = found
-        self._release(tracked)
+            state.found = found
+        self._release(state)
         if questions.make_room():
-            self._ask(tracked, blocks, local_blocks, is_early=False)
+            self._ask(state, blocks, local_blocks, is_early=False)
             return questions.answer(request_id)
-        was_put_off, tracked.was_put_off = tracked.was_put_off, True
+        was_put_off, state.was_put_off = state.was_put_off, True
         return Matched(0, 0, {}) if was_put_off else None
 
-    def _ask(self, tracked: RequestState, blocks: int, local_blocks: int, is_early: bool) -> None:
+    def _ask(self, state: RequestState, blocks: int, local_blocks: int, is_early: bool) -> None:
         """Ask how many of a prompt's first `blocks` blocks are resident."""
-        part = self._requests.part(tracked, blocks)
-        tell, tracked.is_told = self._events is not None and not tracked.is_told, True
-        self._questions.ask(tracked.request.request_id, part, local_blocks, tell, is_early)
+        part = self._requests.part(state, blocks)
+        tell, state.is_told = self._events is not None and not state.is_told, True
+        self._pending_matches.ask(state.request.request_id, part, local_blocks, tell, is_early)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, external: int) -> None:
         """Begin to load into the blocks that were allocated, if any are to be loaded.
@@ -173,29 +173,29 @@ class SchedulerSide:
             blocks: all blocks that it has now.
             external: how many tokens to load, after those that the device has.
         """
-        tracked = self._tracked.get(request.request_id)
-        if tracked is None or tracked.found is None:
+        state = self._states.get(request.request_id)
+        if state is None or state.found is None:
             return
         if not external:  # another connector's offer was taken
-            self._release(tracked)
+            self._release(state)
             return
         (ids,) = blocks.get_block_ids()
-        first = tracked.local_blocks
+        first = state.local_blocks
         last = first + external // self._per_block
-        part = PromptPart(tracked.prompt, last)
-        tracked.load, tracked.found = Load(part, first, list(ids[first:last]), tracked.found), None
-        tracked.has_loaded = True
+        part = PromptPart(state.prompt, last)
+        state.load, state.found = Load(part, first, list(ids[first:last]), state.found), None
+        state.has_loaded = True
         if self._blocks.was_reset:
             self._blocks.written(list(ids[:last]), first)
-        self._start(request.request_id, tracked, tracked.load)
+        self._start(request.request_id, state, state.load)
 
-    def _start(self, request_id: str, tracked: RequestState, load: Load) -> None:
+    def _start(self, request_id: str, state: RequestState, load: Load) -> None:
         """Begin a load, or let it wait: for its request's puts, puts that read its blocks, or room.
 
         So no request ever loads and stores at once, and vLLM is told only one end of each.
         """
         ids = _ids(load.block_ids)
-        if tracked.puts or self._blocks.are_read(ids) or load.again_s > time.monotonic():
+        if state.puts or self._blocks.are_read(ids) or load.again_s > time.monotonic():
             self._waiting.append(request_id)
             return
         gated = self._setup.gates_loads
@@ -215,18 +215,18 @@ class SchedulerSide:
         self._poll()
         fresh = list[int]()
         for new in output.scheduled_new_reqs:
-            tracked = self._tracked.get(new.req_id)
-            if tracked is not None:
-                tracked.block_ids = list(new.block_ids[0])
+            state = self._states.get(new.req_id)
+            if state is not None:
+                state.block_ids = list(new.block_ids[0])
                 first = new.num_computed_tokens // self._per_block
-                fresh += self._written(tracked, first)
-                self._put(tracked, new.num_computed_tokens, output)
+                fresh += self._written(state, first)
+                self._put(state, new.num_computed_tokens, output)
         self._go_on(output, fresh)
         if fresh and self._blocks.any_read:
             self._wait_for_readers(_ids(fresh))
         puts, self._fresh_puts = self._fresh_puts, {}
         self._blocks.begin_puts(list(puts.values()), self.client.num_blocks)
-        self._questions.step_is_made()
+        self._pending_matches.step_is_made()
         self.client.flush()
         if self._costs is not None:
             counts = output.num_scheduled_tokens.values()
@@ -250,53 +250,53 @@ class SchedulerSide:
             is_inside = inside >= STEPS_LATE and inside + scheduled[request_id] < per_block
             if is_inside and new_ids is None and not drafts:
                 continue
-            tracked = self._tracked.get(request_id)
-            if tracked is None:
+            state = self._states.get(request_id)
+            if state is None:
                 continue
             if new_ids is not None:
-                first = len(tracked.block_ids)
+                first = len(state.block_ids)
                 if request_id in cached.resumed_req_ids:
-                    tracked.block_ids, first = [], computed // per_block
-                    tracked.begins_anew(self.client.generation)
-                tracked.block_ids += new_ids[0]
-                fresh += self._written(tracked, first)
-            if after >= (tracked.stored_blocks + 1) * per_block:
-                self._put(tracked, computed, output)
+                    state.block_ids, first = [], computed // per_block
+                    state.begins_anew(self.client.generation)
+                state.block_ids += new_ids[0]
+                fresh += self._written(state, first)
+            if after >= (state.stored_blocks + 1) * per_block:
+                self._put(state, computed, output)
 
-    def _written(self, tracked: RequestState, first: int) -> list[int]:
+    def _written(self, state: RequestState, first: int) -> list[int]:
         """Return a request's blocks from `first` on, which this step is the first to write."""
-        self._blocks.written(tracked.block_ids, first)
-        return tracked.block_ids[first:]
+        self._blocks.written(state.block_ids, first)
+        return state.block_ids[first:]
 
-    def _put(self, tracked: RequestState, computed: int, output: Any) -> None:
+    def _put(self, state: RequestState, computed: int, output: Any) -> None:
         """Begin a put of the whole blocks that a step completes, which is ready after the step."""
-        if tracked.is_stale or not self.client.is_ready or not self._requests.is_named(tracked):
+        if state.is_stale or not self.client.is_ready or not self._requests.has_keys(state):
             return
-        request_id = tracked.request.request_id
-        first, after = tracked.stored_blocks, computed + output.num_scheduled_tokens[request_id]
+        request_id = state.request.request_id
+        first, after = state.stored_blocks, computed + output.num_scheduled_tokens[request_id]
         # Drafts may be rejected.
         after -= len(output.scheduled_spec_decode_tokens.get(request_id, ()))
-        blocks = min(after, len(tracked.request.all_token_ids)) // self._per_block
-        if not first < blocks <= len(tracked.block_ids):
+        blocks = min(after, len(state.request.all_token_ids)) // self._per_block
+        if not first < blocks <= len(state.block_ids):
             return
-        if self._blocks.was_reset and self._blocks.are_old(tracked.block_ids[:blocks]):
+        if self._blocks.was_reset and self._blocks.are_old(state.block_ids[:blocks]):
             return
-        ids = _ids(tracked.block_ids[first:blocks])
-        part = self._requests.part(tracked, blocks)
-        number = self.client.put(part, first, ids, tracked.generation)
-        tracked.stored_blocks = blocks
-        tracked.puts[number] = Put(first, ids, tracked.generation)
+        ids = _ids(state.block_ids[first:blocks])
+        part = self._requests.part(state, blocks)
+        number = self.client.put(part, first, ids, state.generation)
+        state.stored_blocks = blocks
+        state.puts[number] = Put(first, ids, state.generation)
         self._of_number[number] = request_id
         self._fresh_puts[number] = ids
         self._step.puts.append(number)
 
     def drop_puts_of(self, invalid: Collection[int]) -> None:
         """Cancel the puts of requests with blocks that could not be loaded."""
-        for tracked in self._tracked.values():
-            if tracked.puts and not set(tracked.block_ids).isdisjoint(invalid):
-                self.client.cancel(list(tracked.puts))
-                self._step.dropped.update(tracked.puts)
-                tracked.stored_blocks = min(put.first for put in tracked.puts.values())
+        for state in self._states.values():
+            if state.puts and not set(state.block_ids).isdisjoint(invalid):
+                self.client.cancel(list(state.puts))
+                self._step.dropped.update(state.puts)
+                state.stored_blocks = min(put.first for put in state.puts.values())
 
     def _wait_for_readers(self, fresh: BlockIds) -> None:
         """Return once no earlier put reads blocks that this step is the first to write.
@@ -309,8 +309,8 @@ class SchedulerSide:
         while self._blocks.are_read(fresh):
             readers = {
                 number
-                for tracked in self._tracked.values()
-                for number, put in tracked.puts.items()
+                for state in self._states.values()
+                for number, put in state.puts.items()
                 if number not in self._fresh_puts and np.isin(put.block_ids, fresh).any()
             }
             self.client.cancel(list(readers - cancelled))
@@ -328,26 +328,26 @@ class SchedulerSide:
         for done in ended:
             request_id = self._of_number.pop(done.number, None)
             if request_id is not None:
-                self._ended(request_id, self._tracked[request_id], done)
+                self._ended(request_id, self._states[request_id], done)
         waiting, self._waiting = self._waiting, []
         for request_id in waiting:
-            tracked = self._tracked[request_id]
-            assert tracked.load is not None
-            if tracked.finished and not tracked.puts:
-                self._load_over(request_id, tracked)
+            state = self._states[request_id]
+            assert state.load is not None
+            if state.finished and not state.puts:
+                self._load_over(request_id, state)
             else:
-                self._start(request_id, tracked, tracked.load)
+                self._start(request_id, state, state.load)
         if self._launched is not None and not self.client.is_ready:
             self._launched.look()
 
-    def _ended(self, request_id: str, tracked: RequestState, done: Done) -> None:
-        if done.number in tracked.puts:
-            self._put_ended(request_id, tracked, done)
+    def _ended(self, request_id: str, state: RequestState, done: Done) -> None:
+        if done.number in state.puts:
+            self._put_ended(request_id, state, done)
             return
-        load = tracked.load
+        load = state.load
         assert load is not None
         now_s = time.monotonic()
-        if done.status == "unready" and not tracked.finished and now_s < load.until_s:
+        if done.status == "unready" and not state.finished and now_s < load.until_s:
             # Host memory has no room for blocks from SSD; other requests will end soon.
             load.number, load.again_s = None, now_s + ROOM_AGAIN_S
             self._waiting.append(request_id)
@@ -355,28 +355,28 @@ class SchedulerSide:
         self._counts.count("loads")
         self._counts.count("loaded_blocks", done.moved)
         if done.moved < len(load.block_ids):
-            if not tracked.finished:
+            if not state.finished:
                 log.warning("load_came_short", request=request_id, wanted=len(load.block_ids),
                             loaded=done.moved, status=done.status, reason=done.error)  # fmt: skip
             self._counts.count("failed_blocks", len(load.block_ids) - done.moved)
             self._step.failed_blocks.update(load.block_ids[done.moved :])
             self._step.settle.append(done.number)
-            tracked.may_claim = False
+            state.may_load = False
         else:
             if self._costs is not None:
                 self._costs.loaded(load.found.by_tier, done.took_s)
             if not load.first:
-                tracked.stored_blocks = len(load.block_ids)
-        self._load_over(request_id, tracked)
+                state.stored_blocks = len(load.block_ids)
+        self._load_over(request_id, state)
 
-    def _load_over(self, request_id: str, tracked: RequestState) -> None:
-        tracked.load = None
+    def _load_over(self, request_id: str, state: RequestState) -> None:
+        state.load = None
         self._step.received.add(request_id)
-        if tracked.finished:
+        if state.finished:
             self._requests.forget(request_id)
 
-    def _put_ended(self, request_id: str, tracked: RequestState, done: Done) -> None:
-        put = tracked.puts.pop(done.number)
+    def _put_ended(self, request_id: str, state: RequestState, done: Done) -> None:
+        put = state.puts.pop(done.number)
         self._counts.count("puts")
         self._counts.count("stored_blocks", done.moved)
         if self._fresh_puts.pop(done.number, None) is None:
@@ -385,13 +385,13 @@ class SchedulerSide:
             self._counts.count("failed_puts", 0 if done.is_stale else 1)
             self._step.settle.append(done.number)
         if done.is_stale:  # the cache was cleared since its blocks were computed
-            tracked.is_stale |= put.generation == tracked.generation
+            state.is_stale |= put.generation == state.generation
         # Later blocks would lack these as parents, so the next put stores these, too.
         elif done.error or done.status != "success":
-            tracked.stored_blocks = min(tracked.stored_blocks, put.first)
+            state.stored_blocks = min(state.stored_blocks, put.first)
         elif not done.moved and put.first:
-            tracked.stored_blocks = 0
-        if tracked.finished and not tracked.puts and tracked.load is None:
+            state.stored_blocks = 0
+        if state.finished and not state.puts and state.load is None:
             self._step.sent.add(request_id)
             self._requests.forget(request_id)
 
@@ -401,16 +401,16 @@ class SchedulerSide:
         vLLM by itself keeps the blocks of a request that is loading, until `received`.
         """
         request_id = request.request_id
-        tracked = self._tracked.get(request_id)
-        if tracked is None:
+        state = self._states.get(request_id)
+        if state is None:
             return False
-        self._release(tracked)
+        self._release(state)
         self._counts.request_ended()
-        tracked.finished = True
+        state.finished = True
         lora = getattr(request, "lora_request", None)
         if lora is not None and request.num_output_tokens:
             self._scopes.adapters.has_run(lora)
-        load = tracked.load
+        load = state.load
         if load is not None and load.number is None:
             # The load has not begun: `_poll` ends it once no put of the request is under way.
             if load.held:
@@ -418,7 +418,7 @@ class SchedulerSide:
             load.block_ids, load.held = [], 0
         elif load is not None and load.number is not None:
             self.client.cancel([load.number])
-        elif tracked.puts:
+        elif state.puts:
             return True
         else:
             self._requests.forget(request_id)
@@ -447,12 +447,12 @@ class SchedulerSide:
 
         Nothing that was computed or loaded before a reset is stored after it.
         """
-        self._questions.give_up_all()  # their answers are from before
+        self._pending_matches.give_up_all()  # their answers are from before
         self._blocks.reset()
-        for request_id, tracked in list(self._tracked.items()):
-            tracked.stored_blocks = 0
-            if not (tracked.block_ids or tracked.load or tracked.puts):  # it has not begun
-                self._release(tracked)
+        for request_id, state in list(self._states.items()):
+            state.stored_blocks = 0
+            if not (state.block_ids or state.load or state.puts):  # it has not begun
+                self._release(state)
                 self._requests.forget(request_id)
         try:
             command(self._setup.settings.server_recv_port, "clear")
@@ -480,10 +480,10 @@ class SchedulerSide:
             self._poll()
         return self.client.is_ready
 
-    def _release(self, tracked: RequestState) -> None:
+    def _release(self, state: RequestState) -> None:
         """Give up a request's match, or the offer that it has, and the hold."""
-        self._questions.give_up(tracked.request.request_id)
-        found, tracked.found = tracked.found, None
+        self._pending_matches.give_up(state.request.request_id)
+        found, state.found = state.found, None
         if found is not None and found.blocks:
             self.client.release([found.number])
 

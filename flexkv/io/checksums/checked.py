@@ -46,7 +46,7 @@ class CheckedDiskPort:
     def __init__(
         self,
         inner: DurablePort,
-        summer: Checksummer,
+        checksummer: Checksummer,
         num_blocks: int,
         place_of: Callable[[int], tuple[str, int]],
     ) -> None:
@@ -61,7 +61,7 @@ class CheckedDiskPort:
         self.sums: Sums = np.zeros(num_blocks, np.uint64)
         self.forget: Forget | None = None
         self._inner = inner
-        self._summed = SummedPort(inner, summer)
+        self._summed = SummedPort(inner, checksummer)
         self._place_of = place_of
         self._reading: dict[int, Transfer] = {}
         self._writing: dict[int, _Write] = {}

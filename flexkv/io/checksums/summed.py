@@ -17,15 +17,17 @@ class SummedPort:
         sums: uint64[host blocks], the sum of each.
     """
 
-    def __init__(self, inner: TransferPort, summer: Checksummer, has_summed: bool = False) -> None:
+    def __init__(
+        self, inner: TransferPort, checksummer: Checksummer, inner_keeps_sums: bool = False
+    ) -> None:
         """Wrap a port; it and the checksummer are closed with this one.
 
-        With `has_summed` the inner port sums whole blocks itself, and only blocks that arrive
+        With `inner_keeps_sums` the inner port sums whole blocks itself, and only blocks that arrive
         layer by layer are summed here.
         """
-        self.sums = summer.sums
-        self._has_summed = has_summed
-        self._inner, self._summer = inner, summer
+        self.sums = checksummer.sums
+        self._has_summed = inner_keeps_sums
+        self._inner, self._checksummer = inner, checksummer
         self._moving: dict[int, Transfer] = {}
         self._summing: dict[int, Transfer] = {}
         self._summing_inbound_bytes = 0
@@ -43,7 +45,7 @@ class SummedPort:
     def connect(self, wake: Callable[[], None]) -> None:
         """Attach to the running event loop."""
         self._inner.connect(wake)
-        self._summer.connect(wake)
+        self._checksummer.connect(wake)
 
     def submit(self, transfer: Transfer) -> None:
         """Start one transfer.
@@ -70,8 +72,8 @@ class SummedPort:
                 continue
             self._summing[transfer.op_id] = transfer
             self._count(transfer, 1)
-            self._summer.submit(transfer.op_id, transfer.target_ids, urgent=True)
-        for op_id in self._summer.reap():
+            self._checksummer.submit(transfer.op_id, transfer.target_ids, urgent=True)
+        for op_id in self._checksummer.reap():
             self._count(self._summing.pop(op_id), -1)
             ended.append(Completion(op_id, None))
         return ended
@@ -87,7 +89,7 @@ class SummedPort:
             InvariantError: transfers were in flight; their ends were not reported.
         """
         try:
-            self._summer.close()
+            self._checksummer.close()
         finally:
             self._inner.close()
         if left := len(self._moving) + len(self._summing):

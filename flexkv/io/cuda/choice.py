@@ -33,14 +33,14 @@ class CopyMethod(StrEnum):
 class Choice(NamedTuple):
     """A way to copy: the method, and the number of thread blocks of the kernel."""
 
-    how: CopyMethod = CopyMethod.ENGINE
+    method: CopyMethod = CopyMethod.ENGINE
     thread_blocks: int = 8
 
     @property
     def cost(self) -> int:
         """Return the cost to the device: above all, thread blocks that wait for the link."""
         return {CopyMethod.ENGINE: 0, CopyMethod.STAGED: 1, CopyMethod.KERNEL: self.thread_blocks}[
-            self.how
+            self.method
         ]
 
 
@@ -68,15 +68,15 @@ class Choices(NamedTuple):
     counts: tuple[int, ...] = ()
 
     @classmethod
-    def always(cls, how: CopyMethod, thread_blocks: int = Choice().thread_blocks) -> Choices:
+    def always(cls, method: CopyMethod, thread_blocks: int = Choice().thread_blocks) -> Choices:
         """Return the same choice for any number of chunks."""
-        return cls((Choice(how, thread_blocks),))
+        return cls((Choice(method, thread_blocks),))
 
-    def without(self, how: CopyMethod) -> Choices:
+    def without(self, method: CopyMethod) -> Choices:
         """Return these choices, with the copy engine in place of one method."""
         engine = Choice(CopyMethod.ENGINE)
         return self._replace(
-            choices=tuple(engine if each.how is how else each for each in self.choices)
+            choices=tuple(engine if each.method is method else each for each in self.choices)
         )
 
     def of(self, chunks: int) -> Choice:
@@ -86,7 +86,7 @@ class Choices(NamedTuple):
     def unstaged(self, chunks: int) -> Choice:
         """Return the nearest choice for this number of chunks, or fewer, that is not staged."""
         found = self.choices[: bisect_right(self.counts, chunks - 1) + 1]
-        direct = (each for each in reversed(found) if each.how is not CopyMethod.STAGED)
+        direct = (each for each in reversed(found) if each.method is not CopyMethod.STAGED)
         return next(direct, Choice(CopyMethod.KERNEL, 4))
 
 
@@ -112,7 +112,7 @@ class CopyPreference(NamedTuple):
     def _made_of(self, choice: Choice) -> Choice:
         if self.use_engine is not None:
             choice = choice._replace(
-                how=CopyMethod.ENGINE if self.use_engine else CopyMethod.KERNEL
+                method=CopyMethod.ENGINE if self.use_engine else CopyMethod.KERNEL
             )
         return choice._replace(thread_blocks=self.thread_blocks or choice.thread_blocks)
 
@@ -124,7 +124,7 @@ def decide(rates: Mapping[Choice, float]) -> Choice:
         rates: the speed of each way, all in one unit.
     """
     best = max(rates.values())
-    enough = {way: STAGED_AS_GOOD if way.how is CopyMethod.STAGED else AS_GOOD for way in rates}
+    enough = {way: STAGED_AS_GOOD if way.method is CopyMethod.STAGED else AS_GOOD for way in rates}
     return min((way for way in rates if rates[way] >= enough[way] * best), key=_cost)
 
 

@@ -132,11 +132,11 @@ class Copier:
             return
         chunks = len(device_ids) * self.pages.pages.of(layers).piece_count
         choice = way.choices.of(chunks)
-        if choice.how is CopyMethod.STAGED:
+        if choice.method is CopyMethod.STAGED:
             if self._staged(way, direction, ids, layers, choice):
                 return
             choice = way.choices.unstaged(chunks)
-        if choice.how is CopyMethod.KERNEL:
+        if choice.method is CopyMethod.KERNEL:
             address = way.take_ids(np.concatenate([device_ids, host_ids]))
             if address is not None:
                 host = self._arena.address, self._arena.block_stride_bytes

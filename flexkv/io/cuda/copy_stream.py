@@ -61,7 +61,7 @@ class CopyStream:
 
         The memory is allocated now, because an inference engine leaves none free for later.
         """
-        if any(each.how is CopyMethod.STAGED for each in choices.choices) and self.stage is None:
+        if any(each.method is CopyMethod.STAGED for each in choices.choices) and self.stage is None:
             try:
                 self.stage = Stage(self._driver, self.stream)
             except DeviceError as error:

@@ -76,7 +76,7 @@ class CudaDevicePort:
         pinned: Pinned,
         owner: object,
         driver: CudaDriver,
-        wishes: Sequence[CopyPreference] = (CopyPreference(), CopyPreference()),
+        preferences: Sequence[CopyPreference] = (CopyPreference(), CopyPreference()),
     ) -> None:
         """Open the streams, register the arena, and choose how to copy.
 
@@ -104,23 +104,26 @@ class CudaDevicePort:
             self._copier: Copier | None = Copier(driver, pinned, undo)
             undo.callback(self.suspend)
             self.resume(layout, owner)
-            self._ways = [CopyStream(driver, urgent, undo) for urgent in (False, True)]
-            self._choose(layout, wishes)
+            self._streams = [CopyStream(driver, urgent, undo) for urgent in (False, True)]
+            self._choose(layout, preferences)
             self._resources = undo.pop_all()
 
-    def _choose(self, layout: PagedLayout, wishes: Sequence[CopyPreference]) -> None:
-        settled = [wish.settled for wish in wishes]
+    def _choose(self, layout: PagedLayout, preferences: Sequence[CopyPreference]) -> None:
+        settled = [preference.settled for preference in preferences]
         if None in settled:
-            found = choices_for(self._driver, layout, self._ways)
-            settled = [wish.made_of(each) for wish, each in zip(wishes, found, strict=True)]
-        for way, choices in zip(self._ways, settled, strict=True):
+            found = choices_for(self._driver, layout, self._streams)
+            settled = [
+                preference.made_of(each)
+                for preference, each in zip(preferences, found, strict=True)
+            ]
+        for way, choices in zip(self._streams, settled, strict=True):
             assert choices is not None
             way.choose(choices)
 
     @property
     def choices(self) -> dict[str, Choices]:
         """Return how copies are made, by direction."""
-        to_host, to_device = self._ways
+        to_host, to_device = self._streams
         return {"to host": to_host.choices, "to device": to_device.choices}
 
     def suspend(self) -> None:
@@ -157,7 +160,7 @@ class CudaDevicePort:
     def connect(self, wake: Callable[[], None]) -> None:
         """Attach to the running loop, which calls `wake` when `reap` has something to return."""
         self._loop, self._wake = asyncio.get_running_loop(), wake
-        for way in self._ways:
+        for way in self._streams:
             self._loop.add_reader(way.eventfd, wake)
 
     def order_after(self, to_device: bool) -> None:
@@ -179,7 +182,7 @@ class CudaDevicePort:
             event = self._driver.open_event()
             try:
                 self._driver.record(event, stream)
-                self._driver.wait(self._ways[to_device].stream, event)
+                self._driver.wait(self._streams[to_device].stream, event)
             finally:
                 self._driver.drop(event)
 
@@ -199,7 +202,7 @@ class CudaDevicePort:
         if self._failure is not None:
             self._ended.append(Completion(transfer.op_id, self._failure))
             return
-        way = self._ways[to_device]
+        way = self._streams[to_device]
         with self._driver.inside():
             self._begin(copier, way, transfer)
         if self._watching is None:
@@ -239,18 +242,18 @@ class CudaDevicePort:
         """Check whether a stream has failed, and check again later while any has work."""
         self._watching = None
         try:
-            for way in self._ways:
+            for way in self._streams:
                 if way.under_way:
                     self._driver.check(way.stream)
         except DeviceError as failure:
             self._fail(failure)
-        if self._loop is not None and any(way.under_way for way in self._ways):
+        if self._loop is not None and any(way.under_way for way in self._streams):
             self._watching = self._loop.call_later(CHECK_S, self._watch)
 
     def _fail(self, failure: DeviceError) -> None:
         """Fail all transfers: the device is broken, touches no memory, and announces no ends."""
         self._failure = failure
-        for way in self._ways:
+        for way in self._streams:
             way.settle()
             if self._loop is not None:
                 self._loop.remove_reader(way.eventfd)
@@ -261,7 +264,7 @@ class CudaDevicePort:
     def reap(self) -> list[Completion]:
         """Return every transfer that ended since the last call, each exactly once."""
         if self._failure is None:
-            for way in self._ways:
+            for way in self._streams:
                 self._ended += [Completion(work.op_id, work.error) for work in way.ended()]
         ended, self._ended = self._ended, []
         return ended
@@ -277,12 +280,12 @@ class CudaDevicePort:
         if self._watching is not None:
             self._watching.cancel()
         if self._loop is not None:
-            for way in self._ways:
+            for way in self._streams:
                 self._loop.remove_reader(way.eventfd)
         try:
             self._resources.close()
         except DeviceError as error:  # a broken context, which cannot be repaired
             log.warning("device_not_released", call=error.call, code=error.code)
         self._copier = None
-        if left := sum(len(way.under_way) for way in self._ways) + len(self._ended):
+        if left := sum(len(way.under_way) for way in self._streams) + len(self._ended):
             raise InvariantError(f"CUDA device port closed with {left} transfers unreaped")

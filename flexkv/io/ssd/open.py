@@ -83,7 +83,7 @@ def distinct(directories: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def take_ssd(
-    wish: SsdRequest, lose: Callable[[str, str], None], undo: ExitStack
+    request: SsdRequest, lose: Callable[[str, str], None], undo: ExitStack
 ) -> TakenSsd | None:
     """Lock and open the directories that can be used; return None if there are none. Blocks.
 
@@ -96,14 +96,14 @@ def take_ssd(
         ConfigError: there is too little space for the files; or a directory cannot be used, and
             `is_strict` is set.
     """
-    left = list(wish.directories)
+    left = list(request.directories)
     while left:
         with ExitStack() as taking:
             try:
-                taken = _take(wish, left, taking)
+                taken = _take(request, left, taking)
             except ConfigError as error:
                 directory = _blamed(error, left)
-                if directory is None or wish.is_strict:
+                if directory is None or request.is_strict:
                     raise
                 left.remove(directory)
                 at = shown(directory)
@@ -114,19 +114,19 @@ def take_ssd(
     return None
 
 
-def _take(wish: SsdRequest, directories: list[Path], taking: ExitStack) -> TakenSsd:
-    stride, rows = wish.superblock.block_stride_bytes, wish.superblock.rows_per_file
+def _take(request: SsdRequest, directories: list[Path], taking: ExitStack) -> TakenSsd:
+    stride, rows = request.superblock.block_stride_bytes, request.superblock.rows_per_file
     files = StripedFiles.open(
         directories,
         # Each directory keeps its own part, even if others are left out.
-        wish.num_blocks * len(directories) // len(wish.directories) or 1,
+        request.num_blocks * len(directories) // len(request.directories) or 1,
         stride,
         None if rows is None else rows * stride,
-        replace(wish.options, check=lambda folder: check_names(folder, wish)),
+        replace(request.options, check=lambda folder: check_names(folder, request)),
     )
     taking.callback(files.close)
-    if wish.keeps_journal:
-        return TakenSsd(files, open_journals(files.folders, wish.superblock, taking))
+    if request.keeps_journal:
+        return TakenSsd(files, open_journals(files.folders, request.superblock, taking))
     forget_earlier(files.folders)
     return TakenSsd(files, None)
 
@@ -162,15 +162,15 @@ def refuse(folders: Sequence[Path], wanted: Superblock) -> None:
             raise ConfigError("ssd_cache_dir", shown(path), why)
 
 
-def check_names(folder: Folder, wish: SsdRequest) -> None:
+def check_names(folder: Folder, request: SsdRequest) -> None:
     """Refuse a directory whose superblock or journal cannot be used; change nothing in it.
 
     Raises:
         ConfigError: one of them can be changed by others, or cannot be opened or replaced.
     """
-    is_kept = wish.keeps_journal and superblock.read(folder) == wish.superblock
+    is_kept = request.keeps_journal and superblock.read(folder) == request.superblock
     names = [JOURNAL_NAME]
-    if wish.keeps_journal:
+    if request.keeps_journal:
         names += [JOURNAL_NEW_NAME] if is_kept else [JOURNAL_NEW_NAME, new_name(superblock.NAME)]
     for name in names:
         try:
@@ -199,7 +199,11 @@ def forget_earlier(folders: list[Folder]) -> None:
 
 
 def open_ssd(
-    arena: Arena, files: StripedFiles, options: RingOptions, summer: Checksummer, undo: ExitStack
+    arena: Arena,
+    files: StripedFiles,
+    options: RingOptions,
+    checksummer: Checksummer,
+    undo: ExitStack,
 ) -> CheckedDiskPort:
     """Return a port to open files; `undo` closes it and the checksummer."""
 
@@ -207,9 +211,9 @@ def open_ssd(
         index, offset = files.locate_one(block_id)
         return files.paths[index], offset
 
-    undo.callback(summer.close)
+    undo.callback(checksummer.close)
     inner = open_disk(arena, files, options)
-    port = CheckedDiskPort(inner, summer, files.num_blocks, place_of)
+    port = CheckedDiskPort(inner, checksummer, files.num_blocks, place_of)
     undo.callback(port.close)
     return port
 

@@ -25,7 +25,7 @@ class BlockVerifier:
         self.num_blocks = max(1, batch_bytes // stride_bytes)
         self._stride = stride_bytes
         self._memory = Arena.open(self.num_blocks, stride_bytes)
-        self._summer = PoolChecksummer(self._memory)
+        self._checksummer = PoolChecksummer(self._memory)
 
     def sums(self, places: Iterable[tuple[int | None, int]]) -> tuple[Sums, NDArray[np.bool_]]:
         """Read blocks, and return the sum of each, and whether it could be read whole.
@@ -34,12 +34,12 @@ class BlockVerifier:
             places: descriptor, None for a missing file, and byte offset of each block.
         """
         whole = np.array([self._read(n, *place) for n, place in enumerate(places)], np.bool_)
-        self._summer.submit(0, np.arange(len(whole)), urgent=False)
+        self._checksummer.submit(0, np.arange(len(whole)), urgent=False)
         ended = select.poll()
-        ended.register(self._summer.fileno(), select.POLLIN)
+        ended.register(self._checksummer.fileno(), select.POLLIN)
         ended.poll()
-        self._summer.reap()
-        return self._summer.sums[: len(whole)].copy(), whole
+        self._checksummer.reap()
+        return self._checksummer.sums[: len(whole)].copy(), whole
 
     def _read(self, number: int, fd: int | None, offset_bytes: int) -> bool:
         if fd is None:
@@ -52,5 +52,5 @@ class BlockVerifier:
 
     def close(self) -> None:
         """Release the threads and the memory. Idempotent."""
-        self._summer.close()
+        self._checksummer.close()
         self._memory.close()

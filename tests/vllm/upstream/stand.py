@@ -262,7 +262,7 @@ class Stand:
         """Check that neither vLLM's scheduler nor our side keeps anything."""
         self.step()
         assert_scheduler_empty(self.scheduler)
-        assert self.side._tracked == {}
+        assert self.side._states == {}
         assert not self.side._readers.any()
 
     def check_empty(self) -> None:

@@ -41,7 +41,7 @@ CONNECTIONS_MIN = 8
 """How many connections are served even if there are too few descriptors."""
 
 
-class Guest:
+class Connection:
     """One connection.
 
     Attributes:
@@ -67,19 +67,19 @@ class Guest:
             self.task.cancel()
 
 
-class Guests:
+class Connections:
     """All connections of a server, oldest first."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         """Count the descriptors that are open now; `supervisor` will run the sessions."""
         self._supervisor = supervisor
-        self._guests: dict[Guest, None] = {}
+        self._connections: dict[Connection, None] = {}
         self._in_use = len(os.listdir("/proc/self/fd"))
         self._idle = asyncio.Event()
         _raise_limit()
 
     def __len__(self) -> int:
-        return len(self._guests)
+        return len(self._connections)
 
     @property
     def room(self) -> int:
@@ -87,68 +87,68 @@ class Guests:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return max(CONNECTIONS_MIN, limit - self._in_use - RESERVE)
 
-    def arrive(self, guest: Guest, session: Coroutine[Any, Any, None]) -> None:
+    def arrive(self, connection: Connection, session: Coroutine[Any, Any, None]) -> None:
         """Serve a new connection by its session; end a less useful one if there are too many."""
-        self._guests[guest] = None
-        guest.task = self._supervisor.spawn_session("session", session)
-        guest.task.add_done_callback(lambda _: self._gone(guest))
-        strangers = [each for each in self._guests if each.kind in ("stranger", "lending")]
+        self._connections[connection] = None
+        connection.task = self._supervisor.spawn_session("session", session)
+        connection.task.add_done_callback(lambda _: self._gone(connection))
+        strangers = [each for each in self._connections if each.kind in ("stranger", "lending")]
         if len(strangers) > STRANGERS_MAX:
             self._dismiss(strangers[0], "too many have not said who they are")
-        elif len(self._guests) > self.room:
-            self._dismiss(self._least(guest), "there are too few descriptors")
+        elif len(self._connections) > self.room:
+            self._dismiss(self._least(connection), "there are too few descriptors")
 
-    def take_role(self, guest: Guest, kind: str) -> None:
+    def take_role(self, connection: Connection, kind: str) -> None:
         """Record what a connection is for; a new operator may end the one idle for longest.
 
         Raises:
             ConfigError: there are too many operators, and all of them are busy.
         """
-        guest.kind, guest.heard_s = kind, time.monotonic()
+        connection.kind, connection.heard_s = kind, time.monotonic()
         if kind != "control":
             return
-        controls = [each for each in self._guests if each.kind == "control"]
+        controls = [each for each in self._connections if each.kind == "control"]
         if len(controls) > CONTROLS_MAX:
-            idle = [each for each in controls if not each.is_busy and each is not guest]
+            idle = [each for each in controls if not each.is_busy and each is not connection]
             if not idle:
                 why = f"at most {CONTROLS_MAX} at once, and all of them are busy"
                 raise ConfigError("control", f"{len(controls)} connections", why)
             longest = min(idle, key=lambda each: each.heard_s)
             self._dismiss(longest, "others want to be operators, too")
 
-    def all(self) -> Iterator[Guest]:
+    def all(self) -> Iterator[Connection]:
         """Return an iterator over the connections of now."""
-        return iter(list(self._guests))
+        return iter(list(self._connections))
 
     async def wait_none(self) -> None:
         """Return once there are no connections."""
-        while self._guests:
+        while self._connections:
             self._idle.clear()
             await self._idle.wait()
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _least(self, newcomer: Guest) -> Guest:
+    def _least(self, newcomer: Connection) -> Connection:
         """Return the least useful connection, never a client or an agent; else the newcomer."""
         for kind in ("stranger", "lending", "control"):
             of_kind = [
                 each
-                for each in self._guests
+                for each in self._connections
                 if each.kind == kind and each is not newcomer and not each.is_busy
             ]
             if of_kind:
                 return min(of_kind, key=lambda each: each.heard_s)
         return newcomer
 
-    def _dismiss(self, guest: Guest, why: str) -> None:
-        log.warning("peer_dismissed", kind=guest.kind, reason=why, connections=len(self._guests))
-        del self._guests[guest]
-        guest.leave()
+    def _dismiss(self, connection: Connection, why: str) -> None:
+        log.warning("peer_dismissed", kind=connection.kind, reason=why, connections=len(self._connections))
+        del self._connections[connection]
+        connection.leave()
 
-    def _gone(self, guest: Guest) -> None:
-        self._guests.pop(guest, None)
-        if guest.link is None:
-            guest.peer.close()  # its session may end before its first step
+    def _gone(self, connection: Connection) -> None:
+        self._connections.pop(connection, None)
+        if connection.link is None:
+            connection.peer.close()  # its session may end before its first step
         self._idle.set()
 
 

@@ -11,7 +11,7 @@ import asyncio
 from collections import deque
 
 
-class LoopTurns:
+class PlanningTurns:
     """Turns of the running loop, given to callers in the order of their calls."""
 
     def __init__(self) -> None:
