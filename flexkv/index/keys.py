@@ -57,7 +57,7 @@ class KeyChain:
     def __init__(
         self, model: ModelConfig, tokens_per_block: int, secret: str = "", order: Order = ""
     ) -> None:
-        """Derive the hash constants; `order` is of a block's elements, empty for the natural one."""
+        """Derive the hash constants; `order` is of a block's elements, empty if it is natural."""
         self._tokens_per_block = tokens_per_block
         self.fingerprint = fingerprint(model, tokens_per_block, order)
         self._hash_secret, self._name_key, _ = derived(secret)
