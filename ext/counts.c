@@ -1,6 +1,6 @@
-/* Counts of who uses each of many numbered things: changed and asked for a few of them at a time.
+/* Use counts of many numbered things, of which a few are changed or read at a time.
  *
- * numpy takes several calls for the same, and tens of microseconds when caches are cold. */
+ * numpy needs several calls for this, and tens of microseconds when caches are cold. */
 #include "ext.h"
 
 struct counts {
@@ -9,8 +9,8 @@ struct counts {
     Py_ssize_t count;
 };
 
-/* Hold counts (uint32[n], writable) and ids (int64[k]), each of them within. 0, or -1 with an
- * exception and nothing held. */
+/* Hold counts (uint32[n], writable) and ids (int64[k]), which must be from 0 to n - 1. Return 0, or
+ * -1 with an exception and nothing held. */
 static int counts_hold(PyObject *const *values, struct counts *counts, struct int64_view *ids)
 {
     if (PyObject_GetBuffer(values[0], &counts->buffer, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE) < 0)

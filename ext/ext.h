@@ -1,8 +1,7 @@
 /* What the files of the extension share: argument helpers, module state, types.
  *
- * Two kinds of files: those that know Python (module, args, keys, page_map, pool, ring) and those
- * that do not and run without the GIL (moves, copies, pool_threads, ring_queue). The second kind
- * includes none of this.
+ * Some files know Python (module, args, keys, page_map, pool, ring); others do not and run without
+ * the GIL (moves, copies, pool_threads, ring_queue). The others must not include this file.
  */
 #ifndef FLEXKV_EXT_H
 #define FLEXKV_EXT_H
@@ -52,23 +51,24 @@ static inline int64_t int64_at(const struct int64_view *view, Py_ssize_t index)
     return int64_load(view->buffer.buf, index);
 }
 
-/* Fill values[] by position and keyword; a missing optional is NULL. 0, or -1 with TypeError. */
+/* Fill values[] by position and keyword; a missing optional is NULL. Return 0, or -1 with
+ * TypeError. */
 int args_unpack(const struct signature *signature, PyObject *const *args, Py_ssize_t count,
                 PyObject *keywords, PyObject **values);
 
-/* Hold a C-contiguous buffer of 8-byte integers. 0, or -1 with an exception. */
+/* Hold a C-contiguous buffer of 8-byte integers. Return 0, or -1 with an exception. */
 int int64_view_hold(PyObject *object, const char *name, struct int64_view *view);
 
 /* Hold a C-contiguous buffer of rows of four int64; count is the number of rows. */
 int int64_rows_hold(PyObject *object, const char *name, struct int64_view *view);
 
-/* Read an integer in [low, high]. 0, or -1 with TypeError or ValueError. */
+/* Read an integer in [low, high]. Return 0, or -1 with TypeError or ValueError. */
 int integer_read(PyObject *object, const char *name, int64_t low, int64_t high, int64_t *value);
 
-/* Raise OSError with this (positive) errno; gives NULL. */
+/* Raise OSError with this (positive) errno; return NULL. */
 PyObject *raise_errno(int error);
 
-/* Free an instance of a heap type, after its content. */
+/* Free an instance of a heap type, whose content is freed already. */
 void instance_free(PyObject *self);
 
 PyObject *keys_hash128(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);

@@ -125,7 +125,7 @@ static int key_read(PyObject *object, struct key *key)
     return 0;
 }
 
-/* The number of a namespace's root, NONE when it has no blocks; -1 with an exception. */
+/* Return the number of a namespace's root, NONE if it has no blocks, or -1 with an exception. */
 static int64_t root_read(const BlockIndex *self, PyObject *object)
 {
     struct key key;
@@ -160,7 +160,7 @@ static PyObject *index_root_blocks(BlockIndex *self, PyObject *object)
     return result;
 }
 
-/* The next node in the order parents before children, or NONE behind the last below `root`. */
+/* Return the next node below `root`, parents before children, or NONE after the last. */
 static ref family_next(const struct block_index *index, ref root, ref at)
 {
     if (node_at(index, at)->child != NONE)

@@ -1,4 +1,4 @@
-/* The Python face of the block index, in a few files: the type, and its calls. */
+/* The Python interface of the block index, which takes a few files: the type, and its calls. */
 #ifndef FLEXKV_INDEX_H
 #define FLEXKV_INDEX_H
 
@@ -12,23 +12,23 @@ typedef struct {
     PyObject_HEAD
     struct block_index index;
     PyObject *broken_error; /* raised when a call breaks a law */
-    ref *nodes;             /* scratch: of one request */
+    ref *nodes;             /* scratch for one request, like `kinds` */
     uint8_t *kinds;
     size_t scratch;
-    uint8_t nearest[PATTERNS_MAX]; /* a pattern's nearest tier that will do, as a pattern */
+    uint8_t nearest[PATTERNS_MAX]; /* a pattern reduced to its nearest usable tier */
 } BlockIndex;
 
-/* Whether a survey counts a use: of blocks that are asked for, or stored after they were. */
+/* Which use a survey counts: that blocks are asked for, or that they are stored after that. */
 enum use { USE_NONE, USE_ASKED, USE_STORED };
 
-/* Raise what the index says was broken; gives NULL. */
+/* Raise an error that names the broken law; return NULL. */
 PyObject *index_broken(BlockIndex *self, const char *law);
 
-/* Hold the keys of a request, the root first, and check the range of positions. 0 or -1. */
+/* Hold the keys of a request, the root first, and check the range of positions. Return 0 or -1. */
 int request_hold(PyObject *keys, PyObject *begin, PyObject *end, Py_buffer *buffer,
                  size_t range[2]);
 int tier_read(const BlockIndex *self, PyObject *object, unsigned *tier);
-/* Work out, for each pattern, the nearest tier that will do. */
+/* Fill `nearest` for each pattern. */
 void nearest_tell(BlockIndex *self);
 int scratch_take(BlockIndex *self, size_t count);
 

@@ -66,7 +66,8 @@ struct group {
     int64_t *positions, *ids[TIERS_MAX];
 };
 
-/* Where a block is, as base-3 digits from the nearest tier on: nowhere, pending, ready. */
+/* Return where a block is: a base-3 digit per tier, the lowest for the nearest: nowhere, pending,
+ * ready. */
 static unsigned pattern_of(const struct block_index *index, ref number)
 {
     const struct node *node = node_at(index, number);
@@ -78,7 +79,7 @@ static unsigned pattern_of(const struct block_index *index, ref number)
     return pattern;
 }
 
-/* Keep of a pattern the nearest tier that will do: ready, or pending in the first tier. */
+/* Reduce a pattern to the nearest usable tier: the first unless absent, else the first ready. */
 static unsigned nearest_of(unsigned pattern, unsigned tiers)
 {
     unsigned digit = 1;
@@ -112,8 +113,8 @@ void nearest_tell(BlockIndex *self)
         self->nearest[pattern] = (uint8_t)nearest_of(pattern, self->index.tiers);
 }
 
-/* Tell the pattern of each block before `known`, and count them; gives where the walk ended. From
- * `known` on the blocks are nowhere. */
+/* Write the pattern of each block before `known` and count them by pattern; return where the walk
+ * ended. The blocks from `known` on are nowhere. */
 static size_t patterns_tell(BlockIndex *self, const size_t range[2], size_t known, bool nearest,
                             struct group *groups)
 {
@@ -153,7 +154,7 @@ static PyObject *array_new(size_t count, int64_t **items)
     return bytes;
 }
 
-/* Give (pattern, first position, positions or None when unbroken, ids by tier or None). */
+/* Return (pattern, first position, count, positions or None if unbroken, ids by tier or None). */
 static PyObject *group_new(struct group *group, unsigned pattern, unsigned tiers)
 {
     PyObject *ids = PyTuple_New((Py_ssize_t)tiers), *positions = NULL;
@@ -180,7 +181,7 @@ failed:
     return NULL;
 }
 
-/* Write the positions and ids of a run of blocks that are alike. */
+/* Write the positions and ids of a run of blocks with the same pattern. */
 static void run_fill(const BlockIndex *self, size_t begin, size_t end, struct group *group)
 {
     const struct block_index *index = &self->index;
@@ -276,7 +277,7 @@ PyObject *index_survey(BlockIndex *self, PyObject *const *args, Py_ssize_t count
 
 /* -- reserve ----------------------------------------------------------------------------------- */
 
-/* Positions begin..end, or those of a buffer, which must be within the keys. */
+/* Return the positions from begin to end, or those in a buffer, which must be within that range. */
 static int64_t *positions_new(PyObject *object, const size_t range[2], size_t *n)
 {
     struct int64_view view;
@@ -361,7 +362,7 @@ PyObject *index_call_reserve(BlockIndex *self, PyObject *const *args, Py_ssize_t
 
 /* -- batches of ids ---------------------------------------------------------------------------- */
 
-/* What the calls on (tier, ids) share: hold the ids, aligned. */
+/* Read the arguments (tier, ids) of a call; hold the ids, which must be aligned. */
 static int ids_hold(BlockIndex *self, PyObject *const *values, unsigned *tier,
                     struct int64_view *ids)
 {

@@ -1,9 +1,9 @@
-/* What became READY, and what is so no more: remembered for who watches, up to a limit. */
+/* Changes to and from READY: recorded for a reader, up to a limit. */
 #include "index_core.h"
 
 #include <stdlib.h>
 
-/* Remember up to `limit` changes from now on; none with 0. False without memory. */
+/* Record up to `limit` changes from now on; none with 0. Return false without memory. */
 bool changes_watch(struct changes *changes, uint32_t limit)
 {
     struct change *kept = limit ? malloc(limit * sizeof(*kept)) : NULL;

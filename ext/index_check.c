@@ -1,4 +1,4 @@
-/* Every law of the index, checked one by one: for tests, and for the end of an engine. */
+/* Checks of every law of the index, for tests and for the end of an engine. */
 #include "index_core.h"
 
 static const char *place_check(const struct block_index *index, unsigned t, ref id)

@@ -1,10 +1,10 @@
-/* Blocks that one tier holds and another lacks: found, and given places there, without their
- * prompts. */
+/* Finds blocks that one tier holds and another lacks, and reserves places there, without knowing
+ * their prompts. */
 #include "index.h"
 
 #define SAME_ROOT_MAX 1024 /* blocks for which places are taken in one go */
 
-/* What became of each block for which a place in another tier was wanted. */
+/* The outcome for each block for which a place in another tier was wanted. */
 enum copy_outcome {
     COPY_TAKEN,   /* it has a place there now, RESERVED */
     COPY_GONE,    /* the source tier no longer has it */
@@ -45,7 +45,7 @@ static ref copy_node(const struct block_index *index, const struct copies *copie
     return index->tier[copies->source].places[copies->source_ids[i]].node;
 }
 
-/* Take places for candidates of one namespace: `at` are their numbers among the copies. */
+/* Take places for candidates of one namespace; `at` has their indices among the copies. */
 static void copies_take(struct block_index *index, struct copies *copies, const size_t *at,
                         size_t n)
 {
@@ -90,7 +90,7 @@ static void copies_take(struct block_index *index, struct copies *copies, const 
     }
 }
 
-/* Making room for some blocks takes none of the others away: each has a place elsewhere. */
+/* Making room for some blocks drops none of the others, because each has a place in the source. */
 static void copies_reserve(struct block_index *index, struct copies *copies)
 {
     size_t at[SAME_ROOT_MAX], n = 0;
@@ -114,7 +114,7 @@ static void copies_reserve(struct block_index *index, struct copies *copies)
         copies_take(index, copies, at, n);
 }
 
-/* Hold the ids and the keys of copies. 0 or -1. */
+/* Hold the ids and the keys of copies. Return 0 or -1. */
 static int copies_hold(PyObject *const *values, struct int64_view *ids, Py_buffer *keys)
 {
     if (int64_view_hold(values[2], "ids", ids) < 0)

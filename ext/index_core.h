@@ -1,7 +1,7 @@
 /* The block index without Python: nodes, places, policies. See README.md, "Index".
  *
  * A node is a block's identity: its key, its parent, its children. A place is room for one block in
- * one tier. Both are known by number; NONE is no number.
+ * one tier. Both are named by number; NONE stands for no node or place.
  */
 #ifndef FLEXKV_INDEX_CORE_H
 #define FLEXKV_INDEX_CORE_H
@@ -21,9 +21,9 @@ typedef uint32_t ref;
 
 enum place_state { PLACE_FREE, PLACE_RESERVED, PLACE_READY, PLACE_DRAINING };
 
-/* Where a READY place is when it is in no list: found unfit to go, waiting to be fit again. */
+/* `list` of a READY place that is in no list: it could not be evicted when its turn came. */
 #define LIST_PARKED 0xfffe
-/* What is not READY is in no list. */
+/* `list` of a place that is not READY. */
 #define LIST_NONE 0xffff
 
 struct key {
@@ -45,15 +45,15 @@ struct node {
 #define NODE_FREE (UINT32_MAX - 1)
 
 struct place {
-    ref node;           /* NONE: it is under no key */
-    ref older, newer;   /* in the policy's list while READY; the filler's token while RESERVED */
+    ref node;           /* NONE: no key leads to the place */
+    ref older, newer;   /* in the policy's list while READY; the filler's op id while RESERVED */
     uint32_t pins;
     uint16_t list;
     uint8_t state;
     uint8_t uses;
     uint16_t epoch;     /* of the last use; under FIFO and FILO of the arrival */
     uint8_t class;      /* LHD */
-    uint8_t quota;      /* the namespace's, 0 when it has none: whose lists it is in */
+    uint8_t quota;      /* of its namespace, 0 for none: in whose lists the place is */
 };
 
 struct list {
@@ -64,7 +64,7 @@ struct list {
 enum policy_kind { POLICY_LRU, POLICY_FIFO, POLICY_MRU, POLICY_FILO, POLICY_LFU, POLICY_SLRU,
                    POLICY_REWARD, POLICY_LHD, POLICY_KINDS };
 
-/* -- what remembers keys that are gone: index_recent.c ----------------------------------------- */
+/* -- a memory of recent keys, resident or not: index_recent.c ---------------------------------- */
 
 struct recent_entry {
     uint32_t tag[2];
@@ -85,7 +85,7 @@ struct recent_entry *recent_find(const struct recent *recent, struct key key);
 void recent_touch(struct recent *recent, struct recent_entry *entry);
 void recent_drop(struct recent *recent, struct recent_entry *entry);
 
-/* Add a key that is not there, in the place of the oldest when it is full. */
+/* Add a key that is not there; if the map is full, the oldest entry is dropped for it. */
 struct recent_entry *recent_add(struct recent *recent, struct key key, uint32_t value);
 
 /* -- what LHD learns: index_density.c ---------------------------------------------------------- */
@@ -101,15 +101,15 @@ struct recent_entry *recent_add(struct recent *recent, struct key key, uint32_t 
 
 struct density {
     uint32_t epoch;
-    uint64_t asked;              /* blocks, in this epoch */
+    uint64_t asked;              /* blocks asked for in this epoch */
     double hits[CLASSES][BUCKETS], exposed[CLASSES][BUCKETS];
     uint32_t living[CLASSES][EPOCHS]; /* samples that have not ended, by class and epoch */
     struct recent samples, markers;
     uint32_t samples_max, share;
-    float worth[CELLS];          /* hits an epoch */
+    float worth[CELLS];          /* hits per epoch */
     uint16_t order[CELLS], rank[CELLS];
     unsigned cells;
-    float bound;                 /* what is worth more is no victim */
+    float bound;                 /* cells worth more than this give no victim */
     uint64_t asked_last[ASKED_LAST];
     unsigned asked_next;
 };
@@ -119,7 +119,7 @@ struct policy {
     uint32_t parameter;          /* SLRU: uses that protect; REWARD: seconds a use is worth */
     uint32_t protected_max;      /* SLRU */
     uint64_t first_bucket;       /* REWARD: the bucket of time in which the clock is */
-    uint64_t occupied;           /* which lists have members; not of LHD */
+    uint64_t occupied;           /* which lists have members, by bit; unused under LHD */
     unsigned cursor;             /* LHD: no cell before it, in the density's order, has members */
     struct list *lists;
     unsigned list_count;
@@ -132,17 +132,17 @@ struct tier {
     uint32_t unused;             /* places from here on were never taken */
     ref free_places;             /* a stack, linked by `older` */
     uint32_t free, reserved, ready, draining, pinned;
-    uint32_t evict_blocks;       /* an eviction takes at least so many */
+    uint32_t evict_blocks;       /* least number of blocks of an eviction */
     uint64_t evicted;
     uint64_t touched;            /* insertions and uses; not under LHD */
-    unsigned epoch_shift;        /* an epoch is so many of them, as a power of two */
+    unsigned epoch_shift;        /* an epoch is 1 << epoch_shift of them */
     struct density *density;     /* LHD */
     struct policy policies[QUOTAS_MAX + 1]; /* by quota */
     unsigned policy_count;
     uint32_t quota_blocks[QUOTAS_MAX + 1];
 };
 
-/* A block that became READY in a tier, or is so no more. */
+/* A block that became READY in a tier, or is no longer READY there. */
 struct change {
     struct key key;
     uint32_t tier, is_ready;
@@ -151,7 +151,7 @@ struct change {
 struct changes {
     struct change *kept;
     uint32_t count, limit;
-    bool lost;                   /* there were more than the limit since they were taken */
+    bool lost;                   /* there were more than `limit` since they were last taken */
 };
 
 struct block_index {
@@ -165,7 +165,7 @@ struct block_index {
     size_t buckets_bytes;
     uint32_t page_mask;
     uint32_t clock_s;
-    unsigned quotas;             /* numbers 1 to this, as far as they are taken */
+    unsigned quotas;             /* highest quota number so far; see quota_taken */
     bool quota_taken[QUOTAS_MAX + 1];
     struct key quota_root[QUOTAS_MAX + 1];
     struct tier tier[TIERS_MAX];
@@ -180,7 +180,7 @@ static inline struct node *node_at(const struct block_index *index, ref node)
 
 /* -- index_table.c: memory, keys, families ----------------------------------------------------- */
 
-/* Take the memory; false with errno. */
+/* Allocate the memory. Return false with errno set if that fails. */
 bool index_open(struct block_index *index, unsigned tiers, const uint32_t *capacities);
 void index_close(struct block_index *index);
 /* The keys of one request: a root, then those of its blocks. Position p is the p-th block. */
@@ -192,41 +192,41 @@ static inline struct key key_at(const unsigned char *keys, int64_t position)
     return key;
 }
 
-/* The bucket of a block. The buckets of PAGE consecutive blocks of a prompt are in one cache line,
- * which the key of the first of them chooses; so neighbours share the miss. */
+/* Return the bucket of a block. The buckets of PAGE consecutive blocks of a prompt are in one cache
+ * line, which the key of the first of them chooses; so neighbours share the cache miss. */
 uint32_t bucket_at(const struct block_index *index, const unsigned char *keys, int64_t position);
 uint32_t bucket_in_page(const struct block_index *index, struct key first, uint32_t position);
 uint32_t bucket_of_root(const struct block_index *index, struct key key);
 #define PAGE 16
 
-/* Ask for the memory in which the block at a position will be looked up, ahead of time. */
+/* Prefetch the memory in which the block at a position will be looked up. */
 void bucket_expect(const struct block_index *index, const unsigned char *keys, int64_t position);
 #define EXPECT_AHEAD 32
 
 bool node_has(const struct block_index *index, ref number, struct key key);
 
-/* The node of a key, or NONE. Blocks that came together have neighbouring nodes, so the number
- * after `before`, the node of the block before, is a good guess; its first child is the second. */
+/* Guess the node of a key; return NONE if the guesses are wrong. Blocks that came together have
+ * neighbouring nodes, so the number after `before`, the node of the block before, is the first
+ * guess; the first child of `before` is the second. */
 ref node_guess(const struct block_index *index, struct key key, ref before);
 ref node_find(const struct block_index *index, struct key key, uint32_t bucket);
 
-/* The root of a namespace, or NONE when it has no blocks. */
+/* Return the root of a namespace, or NONE if it has no blocks. */
 ref root_find(const struct block_index *index, struct key key);
 
-/* The nodes of the blocks from begin to end, up to the first that is nowhere: behind it none is
- * anywhere. Gives how many. */
+/* Find the nodes of the blocks from begin to end, up to the first that is nowhere: all after it are
+ * nowhere, too. Return how many there are. */
 size_t nodes_find(const struct block_index *index, const unsigned char *keys, size_t begin,
                   size_t end, ref *nodes);
 
-/* How many of the first blocks could follow each other as they are given: a block that is named
- * twice, or known under another parent, ends them. Keys that were derived from tokens always agree;
- * those that a stranger made up must not reach index_reserve before they were checked. -1 without
- * memory. */
+/* Return how many blocks, from the first on, form a chain: a block that is named twice, or known
+ * under another parent, ends it. Keys that were derived from tokens always do; keys from another
+ * process must be checked by this before index_reserve gets them. -1 without memory. */
 int64_t chain_agrees(const struct block_index *index, const unsigned char *keys, size_t blocks);
 
 ref node_add(struct block_index *index, struct key key, uint32_t bucket, ref parent);
 
-/* Take a node out of its family, and put it back: what an eviction does and undoes. */
+/* Unlink a node from its family, and link it again: an eviction does and undoes this. */
 void node_leave(struct block_index *index, ref node);
 void node_join(struct block_index *index, ref node);
 
@@ -249,7 +249,7 @@ struct batch {
     size_t n;
 };
 
-/* Whether a block of the batch is the last of its request. */
+/* Return whether a block of the batch is the last of its request. */
 static inline bool is_last(const struct batch *batch, size_t i)
 {
     return batch->positions[i] + 1 == (int64_t)batch->blocks;
@@ -261,10 +261,10 @@ void density_learn(struct density *density);
 unsigned density_cell(const struct density *density, const struct place *place);
 unsigned density_class_of(unsigned uses, bool last);
 
-/* See a key: asked for, or stored after it was; nothing happens unless it is sampled. */
+/* Observe a key that is asked for, or stored after that; ignore it unless it is sampled. */
 void density_sample(struct density *density, struct key key, unsigned class, bool asked);
 
-/* One epoch later: counts age, and samples that were not seen again end. */
+/* Begin the next epoch: let counts decay, and end samples that were not seen again. */
 void density_age(struct density *density);
 void density_foresee(struct density *density, const struct batch *batch, int64_t *uses);
 void density_class(const struct density *density, struct place *place, uint32_t uses, bool last);
@@ -273,7 +273,7 @@ const char *density_check(const struct density *density);
 
 /* -- index_lhd.c ------------------------------------------------------------------------------- */
 
-/* Learn from a prompt: `nodes` are those of its first `known` blocks. */
+/* Learn from a prompt; `nodes` has the nodes of its first `known` blocks. */
 void lhd_asked(struct block_index *index, unsigned tier, const struct batch *prompt,
                const ref *nodes, size_t known);
 
@@ -288,7 +288,7 @@ void policy_use(struct tier *tier, ref place, uint32_t clock_s);
 
 void policy_remove(struct tier *tier, ref place);
 
-/* Put a place back where the next victim is taken from. */
+/* Put a place back at the end of the list from which the next victim is taken. */
 void policy_return(struct tier *tier, ref place);
 
 /* Append all of one list to another. */
@@ -300,7 +300,7 @@ void policy_move(struct tier *tier, ref place, uint8_t quota);
 /* Put a place back that was pinned when its turn came. */
 void policy_unpark(struct tier *tier, ref place, uint32_t clock_s);
 
-/* The next victim of all, or of one quota, or NONE. */
+/* Return the next victim, of all places or of one quota's, or NONE. */
 ref policy_victim(struct tier *tier, uint32_t clock_s);
 ref policy_victim_of(struct tier *tier, unsigned quota, uint32_t clock_s);
 const char *policy_check(const struct tier *tier);
@@ -312,58 +312,58 @@ void place_free(struct tier *tier, ref place);
 bool ready_elsewhere(const struct block_index *index, const struct node *node, unsigned tier);
 bool has_place(const struct block_index *index, const struct node *node);
 
-/* Let the block's places that were found unfit to go be candidates again. */
+/* Make the block's parked places candidates for eviction again. */
 void unpark(struct block_index *index, const struct node *node);
 
-/* The node may have lost its last child: a root goes then, a block may be evicted. */
+/* Handle that a node may have lost its last child: free a root, unpark a block. */
 void parent_lost_child(struct block_index *index, ref parent);
 
 /* -- index_evict.c ----------------------------------------------------------------------------- */
 
 #define ANY_QUOTA UINT32_MAX
 
-/* Evict `wanted` blocks, of one quota or of any; when there are not even `needed`, none. Gives how
- * many. */
+/* Evict up to `wanted` blocks, of one quota or of any, but none if fewer than `needed` can go.
+ * Return how many were evicted. */
 size_t index_evict(struct block_index *index, unsigned tier, unsigned quota, size_t needed,
                    size_t wanted);
 
-/* The same with `own` of them, first, from one quota: all `needed`, or none. */
+/* The same, but evict `own` of them first from one quota: all `needed` blocks, or none. */
 size_t index_evict_all(struct block_index *index, unsigned tier, unsigned quota, size_t own,
                        size_t needed, size_t wanted);
 
-/* Change how many places a tier may use, up to those it was opened with; gives what it is now:
- * more than asked for when too many are held. */
+/* Change how many places a tier may use, up to those it was opened with. Return the new number,
+ * which is more than asked for if too many are pinned or being filled. */
 uint32_t index_resize(struct block_index *index, unsigned tier, uint32_t capacity);
 
 /* -- index_quota.c ----------------------------------------------------------------------------- */
 
-/* The number of a namespace's quota, 0 when it has none. */
+/* Return the number of a namespace's quota, or 0 if it has none. */
 unsigned quota_of(const struct block_index *index, struct key root);
 
 #define NO_QUOTA UINT32_MAX
 
-/* Set how many places of a tier a namespace may have, and evict what it has beyond. A namespace
- * that has NO_QUOTA in every tier is like the others again. 0; -1 when there are too many quotas,
- * -2 without memory. */
+/* Set how many places of a tier a namespace may have, and evict blocks beyond that. A namespace
+ * that has NO_QUOTA in every tier is like the others again. Return 0, -1 if there are too many
+ * quotas, or -2 without memory. */
 int quota_set(struct block_index *index, unsigned tier, struct key root, uint32_t blocks);
 uint32_t quota_used(const struct block_index *index, unsigned tier, struct key root);
 
-/* How many places a quota leaves; below 0 while some that must go are held. */
+/* Return how many places a quota has left; negative while blocks beyond it cannot be evicted. */
 int64_t quota_left(const struct block_index *index, unsigned tier, unsigned quota);
 
 /* -- index_persist.c --------------------------------------------------------------------------- */
 
-/* What a READY block is: enough to make it known again. */
+/* A READY block, with what is needed to restore it. */
 struct block_record {
     struct key key, parent; /* the root's key for the first block of a prompt */
     uint32_t is_first;
 };
 
-/* Tell what is in a place; false when it is not READY. */
+/* Write the record of a place. Return false if the place is not READY. */
 bool index_export(const struct block_index *index, unsigned tier, int64_t id,
                   struct block_record *record);
 
-/* Blocks that were found in a tier of an earlier run, parents before children. */
+/* Blocks of a tier that are known from an earlier run, parents before children. */
 struct restored {
     size_t n;
     const struct block_record *records;
@@ -371,13 +371,13 @@ struct restored {
     const int64_t *ids;     /* their places, each once */
 };
 
-/* Fill a tier that was never used. The last three are scratch of n each. */
+/* Fill a tier that was never used. The last three arguments are scratch space for n items each. */
 void index_restore(struct block_index *index, unsigned tier, const struct restored *restored,
                    ref *nodes, uint32_t *positions, size_t *page_first);
 
 /* -- index_tiers.c: states of places ----------------------------------------------------------- */
 
-/* How much of a batch is reserved when there is too little room, or the blocks are worth little. */
+/* How much of a batch to reserve if there is too little room, or if its blocks are worth little. */
 enum reserve_how {
     RESERVE_PREFIX,  /* as many as there is room for */
     RESERVE_ALL,     /* all, or none */
@@ -385,18 +385,18 @@ enum reserve_how {
     RESERVE_HOWS,
 };
 
-/* Make room for a batch as far as it can or should be made; gives for how much there is room.
- * Under LHD `uses` has each block's. */
+/* Make room for a batch as far as that can and should be done. Return for how many blocks there is
+ * room. Under LHD, `uses` has the uses of each block. */
 size_t room_make(struct block_index *index, unsigned tier, unsigned quota,
                  const struct batch *batch, enum reserve_how how, const int64_t *uses);
 
 /* Take places for a batch, which become RESERVED; evict for them.
- * Gives how many were taken. -1 with `broken`. */
+ * Return how many were taken, or -1 with `broken` set. */
 int64_t index_reserve(struct block_index *index, unsigned tier, const struct batch *batch,
                       enum reserve_how how, int64_t *ids);
 
-/* Each gives false with `broken` when an id is not in the state it must be in; those before it
- * have been done then. */
+/* Each returns false, with `broken` set, if a place is in a wrong state; the places before that one
+ * have been processed then. */
 bool index_commit(struct block_index *index, unsigned tier, const int64_t *ids, size_t n);
 bool index_abort(struct block_index *index, unsigned tier, const int64_t *ids, size_t n);
 bool index_lease(struct block_index *index, unsigned tier, const int64_t *ids, size_t n,
@@ -406,7 +406,8 @@ bool index_unpin(struct block_index *index, unsigned tier, const int64_t *ids, s
 bool index_forget(struct block_index *index, unsigned tier, const int64_t *ids, size_t n);
 int64_t place_filler(const struct place *place);
 
-/* Count a use of every READY place of nodes that are given from the root on; not under LHD. */
+/* Count a use of every READY place of these nodes, which are given from the root on. Does nothing
+ * under LHD. */
 void index_use(struct block_index *index, const ref *nodes, size_t n);
 void index_clear(struct block_index *index, unsigned tier);
 void index_clear_root(struct block_index *index, ref root);

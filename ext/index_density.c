@@ -1,17 +1,17 @@
 /* What the policy LHD learns: how many hits a block of a class and age is worth, for the places and
- * the time that it will take. "LHD: Improving Cache Hit Rate by Maximizing Hit Density" (Beckmann,
- * Chen, Cidon, NSDI 2018) has the idea; classes, prior and markers are made for prefixes.
+ * the time that it will take. The idea is from "LHD: Improving Cache Hit Rate by Maximizing Hit
+ * Density" (Beckmann, Chen, Cidon, NSDI 2018); classes, prior and markers are made for prefixes.
  *
- *   age      in epochs, of as many asked blocks as an eighth of the tier: no clock is read, and no
- *            workload's pace is built in
+ *   age      counted in epochs; in an epoch as many blocks are asked for as an eighth of the tier
+ *            has. So no clock is read, and no workload's pace is built in
  *   class    how often the block's path was asked for before; or that it ends a new prompt
- *   marker   a prompt's second-to-last block, remembered when the prompt is gone: when it is asked
- *            for again, what leads to it is known to come back
- *   sample   a block out of a part of all keys, resident or not: when it comes back (a hit at some
- *            age), or is not seen again, its class is judged by it
+ *   marker   a prompt's second-to-last block, remembered when the prompt is gone: if it is asked
+ *            for again, the blocks that lead to it are known to come back
+ *   sample   a block, resident or not, out of a part of all keys: that it comes back (a hit at some
+ *            age), or is not seen again, tells something about its class
  *
- * The chance of a hit in each bucket of ages begins as what is known of all classes together, and
- * that as 1 / age, under which the order is LRU's. A cell is the places of one class and epoch.
+ * The prior of a class's chance of a hit at an age is the chance of all classes together; the prior
+ * of that is 1 / age, which gives the order of LRU. A cell is the places of one class and epoch.
  */
 #include "index_core.h"
 
@@ -25,10 +25,10 @@
 #define PRIOR_ALL 16.0
 #define PRIOR_CLASS 8.0
 #define DEVIATION_MAX 4.0
-/* What was seen so many epochs ago counts a third. */
+/* An observation this many epochs old has about a third of its weight (1 / e). */
 #define MEMORY_EPOCHS 512
 
-/* Where each bucket of ages begins, in epochs; the last is that of the ancient, too. */
+/* Where each bucket of ages begins, in epochs; the last bucket has all greater ages, too. */
 static const uint16_t edges[BUCKETS + 1] = {0,  1,  2,  3,  4,  5,  6,   8,   11,  14, 19,
                                             25, 32, 42, 55, 71, 93, 121, 157, 205, EPOCHS - 1};
 
@@ -90,7 +90,7 @@ struct density *density_new(uint32_t capacity)
     if (!density)
         return NULL;
     density->samples_max = smaller(half, SAMPLES_MAX);
-    /* One in four; fewer where that is certainly too many. */
+    /* Sample one key in four, or fewer where that would certainly be too many. */
     density->share = (uint32_t)((UINT64_C(1) << (SHARE_BITS - 2)) * density->samples_max / half);
     density->bound = FLT_MAX;
     if (!recent_open(&density->samples, density->samples_max + 1) ||
@@ -133,7 +133,7 @@ static uint32_t *living_of(struct density *density, uint32_t value)
     return &density->living[value >> 16][value % EPOCHS];
 }
 
-/* A sample that was not seen again has been exposed to every age. */
+/* Drop a sample that was not seen again: it was exposed to every age. */
 static void sample_expire(struct density *density, struct recent_entry *sample)
 {
     for (unsigned bucket = 0; bucket < BUCKETS; bucket++)
@@ -151,7 +151,7 @@ static void counts_scale(struct density *density, double factor)
         }
 }
 
-/* Sample fewer keys from now on, and scale what was counted as if it had been so all along. */
+/* Sample fewer keys from now on, and scale the counts as if that had always been so. */
 static void samples_thin(struct density *density)
 {
     struct recent *samples = &density->samples;
@@ -198,8 +198,8 @@ void density_sample(struct density *density, struct key key, unsigned class, boo
 
 /* -- learning ---------------------------------------------------------------------------------- */
 
-/* How many samples have been exposed to each bucket of ages: those that ended, and those that live,
- * which count half in the bucket in which they are. */
+/* Compute how many samples were exposed to each bucket of ages: those that ended, and living ones,
+ * which count half in their present bucket. */
 static void exposures(const struct density *density, unsigned class, double exposed[BUCKETS])
 {
     double in[BUCKETS] = {0}, older = 0;
@@ -210,8 +210,8 @@ static void exposures(const struct density *density, unsigned class, double expo
         exposed[b] = density->exposed[class][b] + older + in[b] / 2;
 }
 
-/* The chance of a hit in each bucket for all classes together. Where little is known it continues
- * from the younger bucket as 1 / age. */
+/* Compute the chance of a hit in each bucket for all classes together. Where little is known it
+ * continues from the next younger bucket as 1 / age. */
 static void chances_of_all(const struct density *density, double exposed[CLASSES][BUCKETS],
                            double chance[BUCKETS])
 {
@@ -237,7 +237,8 @@ static double clamp(double value, double low, double high)
     return value < low ? low : value > high ? high : value;
 }
 
-/* The same for one class. Where little is known it deviates from all as in the younger bucket. */
+/* The same for one class. Where little is known, the ratio to all classes is that of the next
+ * younger bucket. */
 static void chances_of_class(const double hits[BUCKETS], const double exposed[BUCKETS],
                              const double all[BUCKETS], double chance[BUCKETS])
 {
@@ -251,7 +252,7 @@ static void chances_of_class(const double hits[BUCKETS], const double exposed[BU
     }
 }
 
-/* Hits for each epoch that a place is kept, when it is kept as long as is best. */
+/* Return the hits per epoch in which a place is kept, if it is kept for the best time. */
 static float density_from(const double chance[BUCKETS], unsigned bucket)
 {
     double lives = 1, hits = 0, epochs = 0, best = 0;
@@ -266,7 +267,7 @@ static float density_from(const double chance[BUCKETS], unsigned bucket)
     return (float)best;
 }
 
-/* A group is the cells of one class and bucket: alike in worth, the oldest first. */
+/* The cells of one class and bucket, which have the same worth, the oldest first. */
 struct group {
     float worth;
     uint8_t class, bucket;
@@ -340,7 +341,7 @@ void density_age(struct density *density)
     }
 }
 
-/* Tell the uses of a batch's blocks, by what is marked behind them: uses[i] for each. */
+/* Estimate the uses of a batch's blocks from the markers behind them: uses[i] for each. */
 void density_foresee(struct density *density, const struct batch *batch, int64_t *uses)
 {
     int64_t at = batch->n ? batch->positions[batch->n - 1] + 1 : 0;
@@ -368,7 +369,7 @@ void density_class(const struct density *density, struct place *place, uint32_t 
     place->epoch = (uint16_t)density->epoch;
 }
 
-/* How many hits an epoch a block that comes now is worth. */
+/* Return how many hits per epoch a block is worth that is stored now. */
 float density_of_new(const struct density *density, uint32_t uses, bool last)
 {
     return density->worth[density_class_of(uses, last) * CELLS_OF_CLASS + density->epoch % EPOCHS];

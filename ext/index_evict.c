@@ -1,8 +1,8 @@
-/* Eviction: what may go, in the policy's order, all that is needed or nothing.
+/* Eviction of places in the policy's order: all that are needed, or none.
  *
- * A READY place may go when nobody pins it and either another tier has the block READY or no block
- * continues it: so no block is left whose parent is nowhere. A place that may not go when its turn
- * comes is parked, and comes back when it may; so each is looked at once, whatever is pinned.
+ * A READY place may be evicted if it is not pinned and either another tier has the block READY or
+ * no block continues it, so that every remaining block has its parent. A place that may not go when
+ * its turn comes is parked until it may; so each is looked at once, however many are pinned.
  */
 #include "index_core.h"
 
@@ -14,7 +14,7 @@ static bool is_last_place(const struct block_index *index, const struct node *no
     return true;
 }
 
-/* Take a node out of its family; its parent may go next. */
+/* Unlink a node from its family, after which its parent may be evicted next. */
 static void family_leave(struct block_index *index, ref number)
 {
     const struct node *parent = node_at(index, node_at(index, number)->parent);
@@ -24,8 +24,8 @@ static void family_leave(struct block_index *index, ref number)
         unpark(index, parent);
 }
 
-/* Find a victim and take it out of its list, and its node out of its family if it is the last
- * copy. What may not go is parked: it comes back when it may. */
+/* Find a victim, and unlink it from its list, and its node from its family if it is the last copy.
+ * Places that may not go are parked on the way. */
 static ref victim_take(struct block_index *index, unsigned t, unsigned quota)
 {
     struct tier *tier = &index->tier[t];
@@ -80,7 +80,7 @@ static void victim_free(struct block_index *index, unsigned t, ref id)
 }
 
 /* Victims are in no list, so `older` and `newer` chain them in the order in which they were taken.
- * When there are too few they go back, last taken first: that restores the policy's order. */
+ * If there are too few, they are put back, last taken first, which restores the policy's order. */
 size_t index_evict_all(struct block_index *index, unsigned t, unsigned quota, size_t own,
                        size_t needed, size_t wanted)
 {
@@ -122,7 +122,7 @@ size_t index_evict(struct block_index *index, unsigned t, unsigned quota, size_t
     return index_evict_all(index, t, quota, quota == ANY_QUOTA ? 0 : wanted, needed, wanted);
 }
 
-/* Places are taken off the tier or given back to it: which ones does not matter. */
+/* Free places are removed from the tier or returned to it; which ones does not matter. */
 uint32_t index_resize(struct block_index *index, unsigned t, uint32_t capacity)
 {
     struct tier *tier = &index->tier[t];

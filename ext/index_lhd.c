@@ -1,9 +1,9 @@
-/* The policy LHD at work in a tier: what an asked prompt does to places, and when epochs turn. */
+/* The policy LHD in a tier: how a prompt that is asked for changes places, and when epochs end. */
 #include "index_core.h"
 
 #define EPOCH_PART 8
 
-/* One epoch later: what has the age of the ancient joins them, and old samples end. */
+/* Begin the next epoch: places that reach the greatest age join the ancient, old samples end. */
 static void epoch_turn(struct tier *tier)
 {
     uint32_t leaves;
@@ -17,8 +17,8 @@ static void epoch_turn(struct tier *tier)
                           class * CELLS_OF_CLASS + ANCIENT);
 }
 
-/* Whether the prompt was among those asked for last, and this is the second look at it: a match
- * before its get, or a retry. The third is a use again. */
+/* Return whether the prompt is among those asked for last and this is the second time, such as a
+ * get after its match, or a retry. The third time counts as a use again. */
 static bool asked_again(struct density *density, const struct batch *prompt)
 {
     uint64_t name = prompt->blocks;
@@ -51,7 +51,7 @@ static void place_asked(struct tier *tier, ref id)
         policy_insert(tier, id, 0);
 }
 
-/* Learn from a prompt: `nodes` are those of its first `known` blocks. */
+/* Learn from a prompt; `nodes` has the nodes of its first `known` blocks. */
 void lhd_asked(struct block_index *index, unsigned t, const struct batch *prompt,
                const ref *nodes, size_t known)
 {

@@ -1,4 +1,4 @@
-/* What a tier has, as records that outlive the process, and a tier filled from them. */
+/* Exports blocks of a tier as records that outlive the process, and fills a tier from them. */
 #include "index_core.h"
 
 bool index_export(const struct block_index *index, unsigned t, int64_t id,
@@ -15,8 +15,8 @@ bool index_export(const struct block_index *index, unsigned t, int64_t id,
     return true;
 }
 
-/* Add the node of a record. Its bucket is chosen by its position, and by the key of the first block
- * of its page: both follow from its parent's. */
+/* Add the node of a record. Its bucket depends on its position, and on the key of the first block
+ * of its page; both follow from its parent's. */
 static ref record_add(struct block_index *index, const struct restored *restored, size_t i,
                       ref *nodes, uint32_t *positions, size_t *page_first)
 {
@@ -68,10 +68,10 @@ void index_restore(struct block_index *index, unsigned t, const struct restored 
     tier->unused = tier->capacity;
     for (size_t i = 0; i < restored->n; i++) {
         nodes[i] = record_add(index, restored, i, nodes, positions, page_first);
-        if (node_at(index, nodes[i])->place[t] == NONE) /* else the block is there twice */
+        if (node_at(index, nodes[i])->place[t] == NONE) /* else the records have the block twice */
             place_set(index, t, (ref)restored->ids[i], nodes[i]);
     }
-    /* The deepest first, so that a leaf is older than its parents. */
+    /* Deepest first, so that a leaf is older than its parents in the policy's list. */
     for (size_t i = restored->n; i-- > 0;)
         if (tier->places[restored->ids[i]].state == PLACE_READY)
             policy_insert(tier, (ref)restored->ids[i], index->clock_s);

@@ -1,4 +1,4 @@
-/* Places and what they say about their nodes: below both the states of places and eviction. */
+/* Places and their nodes: helpers of both the states of places and eviction. */
 #include "index_core.h"
 
 void place_free(struct tier *tier, ref id)
@@ -26,7 +26,7 @@ ref place_take(struct tier *tier)
     return id;
 }
 
-/* Whether a tier other than `tier` has the block READY. */
+/* Return whether a tier other than `tier` has the block READY. */
 bool ready_elsewhere(const struct block_index *index, const struct node *node, unsigned tier)
 {
     for (unsigned t = 0; t < index->tiers; t++)
@@ -44,7 +44,7 @@ bool has_place(const struct block_index *index, const struct node *node)
     return false;
 }
 
-/* Let the block's places that were found unfit to go be candidates again. */
+/* Make the block's parked places candidates for eviction again. */
 void unpark(struct block_index *index, const struct node *node)
 {
     for (unsigned t = 0; t < index->tiers; t++) {
@@ -56,7 +56,7 @@ void unpark(struct block_index *index, const struct node *node)
     }
 }
 
-/* The node's parent may have lost its last child: a root goes then, a block may be evicted. */
+/* Handle that `parent` may have lost its last child: free a root, unpark a block. */
 void parent_lost_child(struct block_index *index, ref parent)
 {
     struct node *node = node_at(index, parent);

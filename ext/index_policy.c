@@ -1,16 +1,16 @@
-/* Eviction order. A policy is a few lists, and rules about which list and which end.
+/* Eviction order. A policy is a few lists, and rules about which list and which end goes first.
  *
  *   LRU, MRU     list 0 by last use; the oldest, or the newest, goes
  *   FIFO, FILO   list 0 by arrival; the oldest, or the newest, goes
  *   LFU          list u: those used u times, by last use; the lowest list goes first
  *   SLRU         list 0 on probation, list 1 protected: used often enough, at most 4/5 of the tier
- *   LHD          a list for each class and epoch of last use; that whose places are worth least
+ *   LHD          a list for each class and epoch of last use; the list whose places are worth least
  *                goes first (index_density.c)
  *   REWARD       a calendar: each use keeps a place for some seconds more. List 0 is overdue; the
  *                others are a ring of buckets of time, from `first_bucket` on
  *
- * A tier has one such set of lists, and one more for each namespace with a quota. The victim of all
- * is the one of their victims that goes first by its epoch, or under LHD by its worth.
+ * A tier has one such set of lists, and one more for each namespace with a quota. The tier's next
+ * victim is the one of these sets' victims that goes first by its epoch, or under LHD by its worth.
  */
 #include "index_core.h"
 
@@ -56,7 +56,7 @@ static struct policy *policy_of(struct tier *tier, ref place)
     return &tier->policies[tier->places[place].quota];
 }
 
-/* A list has its first member, or lost its last. */
+/* Note that a list has its first member, or lost its last. */
 static void occupy(const struct tier *tier, struct policy *policy, unsigned number, bool occupied)
 {
     if (!tier->density)
@@ -161,7 +161,7 @@ static unsigned list_of_bucket(uint64_t bucket)
     return 1 + (unsigned)(bucket % RING);
 }
 
-/* Let what is due by now join the overdue, in the order of their buckets. */
+/* Move the places that are due by now to list 0, in the order of their buckets. */
 static void calendar_turn(struct tier *tier, struct policy *policy, uint32_t clock_s)
 {
     uint64_t now = bucket_of_second(policy, clock_s), bucket = policy->first_bucket;
@@ -179,7 +179,7 @@ static unsigned calendar_list(const struct policy *policy, uint64_t uses, uint32
     return list_of_bucket(bucket_of_second(policy, clock_s + uses * policy->parameter));
 }
 
-/* The first list of the calendar with members; there is one. */
+/* Return the first list of the calendar that has members; at least one must. */
 static unsigned calendar_first(const struct policy *policy)
 {
     uint64_t bucket = policy->first_bucket;
@@ -193,7 +193,7 @@ static unsigned calendar_first(const struct policy *policy)
 
 /* -- the rules --------------------------------------------------------------------------------- */
 
-/* In which list a place belongs, now. */
+/* Return the list in which a place belongs now. */
 static unsigned list_of(struct tier *tier, ref place, uint32_t clock_s)
 {
     struct policy *policy = policy_of(tier, place);
@@ -214,7 +214,7 @@ static unsigned list_of(struct tier *tier, ref place, uint32_t clock_s)
     }
 }
 
-/* The protected ones that are too many go back on probation, the least recently used first. */
+/* Put protected places beyond the maximum back on probation, the least recently used first. */
 static void bound_protected(struct tier *tier, struct policy *policy)
 {
     while (policy->kind == POLICY_SLRU && policy->lists[1].count > policy->protected_max) {
@@ -309,7 +309,7 @@ ref policy_victim_of(struct tier *tier, unsigned quota, uint32_t clock_s)
     return policy->lists[__builtin_ctzll(policy->occupied)].oldest;
 }
 
-/* Whether one victim goes before another. */
+/* Return whether one victim goes before another. */
 static bool goes_before(const struct tier *tier, ref one, ref other)
 {
     const struct place *a = &tier->places[one], *b = &tier->places[other];

@@ -1,5 +1,5 @@
-/* Quotas: how many places of a tier a namespace may have. A namespace that has one keeps its own
- * lists, so that what it stores beyond its quota costs its own blocks, by the tier's policy. */
+/* Quotas: how many places of a tier a namespace may have. A namespace with a quota has lists of its
+ * own, so that what it stores beyond the quota replaces its own blocks, by the tier's policy. */
 #include "index_core.h"
 
 unsigned quota_of(const struct block_index *index, struct key root)
@@ -11,7 +11,7 @@ unsigned quota_of(const struct block_index *index, struct key root)
     return 0;
 }
 
-/* A number that is not taken; QUOTAS_MAX + 1 when all are. */
+/* Return a number that is not taken, or QUOTAS_MAX + 1 if all are. */
 static unsigned quota_free(const struct block_index *index)
 {
     unsigned quota = 1;
@@ -21,7 +21,7 @@ static unsigned quota_free(const struct block_index *index)
     return quota;
 }
 
-/* Let the places that a namespace has join its own lists, in the order in which they are. */
+/* Move the places of a namespace to its own lists, in their present order. */
 static void quota_adopt(struct block_index *index, struct tier *tier, ref root, uint8_t quota)
 {
     struct policy *common = &tier->policies[0];
@@ -37,7 +37,7 @@ static void quota_adopt(struct block_index *index, struct tier *tier, ref root, 
 
         if (place->state != PLACE_FREE && place->node != NONE &&
             node_at(index, place->node)->root == root && place->quota != quota)
-            policy_move(tier, at, quota); /* in no list */
+            policy_move(tier, at, quota); /* the place is in no list */
     }
 }
 
@@ -73,7 +73,7 @@ static bool quota_open(struct block_index *index, struct key key, unsigned quota
     return true;
 }
 
-/* Let the places of a quota that bounds nothing any more join the common lists, as the newest. */
+/* If a quota no longer bounds any tier, move its places to the common lists, as the newest. */
 static void quota_close(struct block_index *index, unsigned quota)
 {
     for (unsigned t = 0; t < index->tiers; t++)
@@ -87,7 +87,7 @@ static void quota_close(struct block_index *index, unsigned quota)
                 policy_move(tier, tier->policies[quota].lists[number].oldest, 0);
         for (ref at = 0; at < tier->unused; at++)
             if (tier->places[at].quota == quota)
-                tier->places[at].quota = 0; /* in no list */
+                tier->places[at].quota = 0; /* the place is in no list */
     }
     index->quota_taken[quota] = false;
 }

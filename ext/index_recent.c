@@ -27,7 +27,7 @@ static ref *bucket_of(const struct recent *recent, const uint32_t tag[2])
     return &recent->buckets[tag[0] & recent->mask];
 }
 
-/* Buckets hold an entry's number plus one: they start as zeros. */
+/* Buckets hold an entry's number plus one, so that zero is an empty bucket. */
 struct recent_entry *recent_find(const struct recent *recent, struct key key)
 {
     const uint32_t tag[2] = {key.word[2], key.word[3]};

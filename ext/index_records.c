@@ -1,4 +1,4 @@
-/* BlockIndex: the calls that make blocks known to others: across runs, and as they change. */
+/* The calls of BlockIndex that report blocks to others: records for a later run, and changes. */
 #include "index.h"
 
 static int ids_of_tier(PyObject *object, const char *name, int64_t most, int64_t least,
@@ -43,7 +43,7 @@ PyObject *index_call_export(BlockIndex *self, PyObject *args)
     return result;
 }
 
-/* Whether parents come before their children, and no place twice. */
+/* Check that parents come before their children, and that no place is named twice. */
 static const char *restored_check(const struct restored *restored, uint8_t *seen)
 {
     for (size_t i = 0; i < restored->n; i++) {

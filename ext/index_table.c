@@ -1,4 +1,4 @@
-/* Nodes: memory that is taken as it is touched, a chained hash table, and families. */
+/* Nodes: memory that is allocated as it is touched, a chained hash table, and families. */
 #include "index_core.h"
 
 #include <errno.h>
@@ -6,7 +6,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-/* Zeroed memory that costs nothing until it is touched, on huge pages where they can be had. */
+/* Map zeroed memory that costs nothing until it is touched, on huge pages where there are any. */
 static void *memory_take(size_t bytes)
 {
     void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
@@ -75,7 +75,7 @@ void index_close(struct block_index *index)
 
 uint32_t bucket_in_page(const struct block_index *index, struct key first, uint32_t position)
 {
-    /* Short prompts leave the end of their page empty: it begins somewhere in the line. */
+    /* Short prompts leave the end of their page empty, so pages begin anywhere in the line. */
     return (first.word[0] & index->page_mask) * PAGE + ((first.word[1] + position) & (PAGE - 1));
 }
 
@@ -139,7 +139,7 @@ ref root_find(const struct block_index *index, struct key key)
     return root != NONE && node_at(index, root)->parent == NONE ? root : NONE;
 }
 
-/* Ask for what looking up the blocks after this one will need. */
+/* Prefetch what looking up the blocks after this one will need. */
 static void nodes_expect(const struct block_index *index, const unsigned char *keys, size_t i,
                          size_t end)
 {
@@ -176,15 +176,15 @@ size_t nodes_find(const struct block_index *index, const unsigned char *keys, si
     return end - begin;
 }
 
-/* Keys that were seen, by position: the table holds positions plus two, so that zero is empty and
- * the root's is one; its size is a power of two. */
+/* A set of keys, by position: the table holds positions plus two, so that zero is empty and one is
+ * the root. Its size is a power of two. */
 struct seen {
     uint32_t *table;
     size_t slots;
     const unsigned char *keys;
 };
 
-/* The place of the key at a position: where it is, or where it would be. */
+/* Return the entry of the key at a position: where it is, or where it would be. */
 static uint32_t *seen_at(const struct seen *seen, int64_t position)
 {
     struct key key = key_at(seen->keys, position);
@@ -198,7 +198,7 @@ static uint32_t *seen_at(const struct seen *seen, int64_t position)
     return &seen->table[at];
 }
 
-/* Return whether a key was seen before, and note it if not. */
+/* Return whether a key was seen before, and add it if not. */
 static bool seen_before(const struct seen *seen, int64_t position)
 {
     uint32_t *at = seen_at(seen, position);
@@ -209,8 +209,8 @@ static bool seen_before(const struct seen *seen, int64_t position)
     return false;
 }
 
-/* Count the first blocks up to the first from `begin` on that is known or named twice: behind its
- * last known block a chain has none of both. */
+/* Return how many blocks precede the first, from `begin` on, that is known or named twice: after
+ * its last known block a chain has no such block. -1 without memory. */
 static int64_t unknown_agree(const struct block_index *index, const unsigned char *keys,
                              size_t begin, size_t end)
 {
@@ -240,8 +240,8 @@ static int64_t unknown_agree(const struct block_index *index, const unsigned cha
     return (int64_t)i;
 }
 
-/* A node has one parent, so the known blocks of a chain are different ones, and only the others are
- * compared with each other. */
+/* A node has one parent, so the known blocks of a chain are all different, and only the unknown
+ * ones must be compared with each other. */
 int64_t chain_agrees(const struct block_index *index, const unsigned char *keys, size_t blocks)
 {
     struct key root = key_at(keys, -1);

@@ -5,12 +5,12 @@
  *       |                  v                   v
  *       +--last unpin-- DRAINING <-------------+
  *
- * A node lives while some tier has a place for it. What is aborted or forgotten takes along the
- * blocks that continue it, when it was the last copy: no block is left whose parent is nowhere.
+ * A node lives while some tier has a place for it. If a last copy is aborted or forgotten, the
+ * blocks that continue it are dropped, too, so that every block has a parent.
  */
 #include "index_core.h"
 
-/* Take a place from its node: READY and pinned it drains, RESERVED it is settled by its filler. */
+/* Take a place from its node. A pinned READY place drains; a RESERVED one waits for its filler. */
 static void place_detach(struct block_index *index, unsigned t, ref id)
 {
     struct tier *tier = &index->tier[t];
@@ -48,7 +48,7 @@ static void node_remove(struct block_index *index, ref number)
     parent_lost_child(index, parent);
 }
 
-/* Remove a node and all that continues it. */
+/* Remove a node and all nodes that continue it. */
 static void family_remove(struct block_index *index, ref top)
 {
     ref at = top;
@@ -66,7 +66,7 @@ static void family_remove(struct block_index *index, ref top)
     }
 }
 
-/* Take a place from its node; without any place left the node goes, and what continues it. */
+/* Take a place from its node; if it was the last, remove the node and those that continue it. */
 static void place_drop(struct block_index *index, unsigned t, ref id)
 {
     ref number = index->tier[t].places[id].node;
@@ -78,9 +78,9 @@ static void place_drop(struct block_index *index, unsigned t, ref id)
 
 /* -- filling ----------------------------------------------------------------------------------- */
 
-/* The node of the block at a position, made if need be under its parent. `last` is the node of the
- * position before, if it is known, and `fresh` tells whether it was made just now: a block without
- * a parent is nowhere, so what continues a fresh node need not be looked up. */
+/* Return the node of the block at a position, after adding it under its parent if it is new; NONE
+ * if the parent is nowhere. `last` is the node of the previous position if known, and `fresh` is
+ * whether that was added just now: then no later block of the prompt has a node to look up. */
 static ref node_take(struct block_index *index, const unsigned char *keys, int64_t position,
                      ref last, bool *fresh)
 {
@@ -103,7 +103,7 @@ static ref node_take(struct block_index *index, const unsigned char *keys, int64
     return node_add(index, key, bucket, parent);
 }
 
-/* For how many blocks there is room, in the tier and in the quota. */
+/* Return for how many blocks there is room, in the tier and in the quota. */
 static size_t room_of(const struct block_index *index, unsigned t, unsigned quota)
 {
     int64_t left = quota_left(index, t, quota), free = index->tier[t].free;
@@ -111,8 +111,8 @@ static size_t room_of(const struct block_index *index, unsigned t, unsigned quot
     return left < 0 ? 0 : (size_t)(left < free ? left : free);
 }
 
-/* Make room for so many blocks, a quota's own going first where it is used up. `least` is what an
- * eviction takes at least. Gives for how many there is room. */
+/* Make room for `wanted` blocks; where the quota is used up, evict its own blocks first. `least` is
+ * the least number of blocks of an eviction. Return for how many blocks there is room. */
 static size_t room_grow(struct block_index *index, unsigned t, unsigned quota, size_t wanted,
                       size_t least)
 {
@@ -133,7 +133,7 @@ static size_t room_grow(struct block_index *index, unsigned t, unsigned quota, s
     return room_of(index, t, quota);
 }
 
-/* Make room for one block after the other, as long as something is worth less than it. */
+/* Make room for one block after the other, as long as a victim is worth less than the block. */
 static void room_if_worthy(struct block_index *index, unsigned t, unsigned quota,
                            const struct batch *batch, const int64_t *uses)
 {
@@ -181,7 +181,7 @@ size_t room_make(struct block_index *index, unsigned t, unsigned quota, const st
     return how == RESERVE_ALL ? 0 : room;
 }
 
-/* A batch that breaks a law gives back what it took: its first `taken` places. */
+/* Refuse a batch that breaks a law, and free the first `taken` places, which it took already. */
 static int64_t refuse(struct block_index *index, unsigned t, const int64_t *ids, size_t taken,
                       const char *law)
 {
@@ -190,7 +190,7 @@ static int64_t refuse(struct block_index *index, unsigned t, const int64_t *ids,
     return -1;
 }
 
-/* Under LHD `ids` carries each block's uses until the block has its place. */
+/* Under LHD, `ids` holds each block's uses until the block has its place. */
 int64_t index_reserve(struct block_index *index, unsigned t, const struct batch *batch,
                       enum reserve_how how, int64_t *ids)
 {
@@ -263,7 +263,7 @@ int64_t place_filler(const struct place *place)
     return (int64_t)((uint64_t)place->newer << 32 | place->older);
 }
 
-/* A RESERVED place that nobody wants any more: free, or draining while it is pinned. */
+/* Release a RESERVED place that nobody wants any more: it is FREE, or DRAINING while pinned. */
 static void reserved_leave(struct tier *tier, ref id)
 {
     struct place *place = &tier->places[id];
@@ -277,7 +277,7 @@ static void reserved_leave(struct tier *tier, ref id)
     }
 }
 
-/* Leaf first, so that a leaf is always older than its parents; told parents first. */
+/* Leaves first, so that a leaf is always older than its parents; changes are noted in order. */
 bool index_commit(struct block_index *index, unsigned t, const int64_t *ids, size_t n)
 {
     struct tier *tier = &index->tier[t];
@@ -402,7 +402,7 @@ void index_clear(struct block_index *index, unsigned t)
             place_drop(index, t, id);
 }
 
-/* The root goes with its last child. */
+/* The root is freed with its last child. */
 void index_clear_root(struct block_index *index, ref root)
 {
     ref child = node_at(index, root)->child;

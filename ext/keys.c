@@ -46,8 +46,8 @@ PyObject *keys_hash128(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ss
     return PyBytes_FromStringAndSize((const char *)digest, (Py_ssize_t)KEY_BYTES);
 }
 
-/* Copy tokens as little-endian, four bytes each; returns all their bits: they fit when no bit above
- * the 32nd is set. */
+/* Copy tokens as little-endian, four bytes each. Return the tokens or-ed together: all fit if no
+ * bit above the 32nd is set. */
 static uint64_t tokens_pack(uint32_t *target, const char *source, size_t count)
 {
     uint64_t all = 0;
@@ -77,8 +77,8 @@ static void key_write(const char *data, size_t size, struct hash_secret secret, 
     memcpy(key, canonical.digest, KEY_BYTES);
 }
 
-/* Write the keys of `blocks` blocks. `scratch` holds the parent, then room for one block. Returns
- * the number of blocks before the first with a token of more than 32 bits: negative ones have. */
+/* Write the keys of `blocks` blocks. `scratch` holds the parent, then room for one block. Return
+ * the number of blocks before the first with a token that is negative or has more than 32 bits. */
 static size_t keys_write(const char *tokens, size_t blocks, size_t block_tokens, char *scratch,
                          struct hash_secret secret, unsigned char *keys)
 {
@@ -95,7 +95,7 @@ static size_t keys_write(const char *tokens, size_t blocks, size_t block_tokens,
     return blocks;
 }
 
-/* Raise ValueError(index, token) for the first token from `first` on that needs more than 32 bits,
+/* Raise ValueError(index, token) for the first token from `first` on that does not fit in 32 bits,
  * if there is one. */
 static int token_raise(const char *tokens, Py_ssize_t count, Py_ssize_t first)
 {
@@ -114,7 +114,7 @@ static int token_raise(const char *tokens, Py_ssize_t count, Py_ssize_t first)
     return 0;
 }
 
-/* Give the parent and the keys of the whole blocks; NULL with an exception. */
+/* Return the parent and the keys of the whole blocks, or NULL with an exception. */
 static PyObject *keys_of_blocks(const char *tokens, Py_ssize_t count, size_t block_tokens,
                                 const char *parent, struct hash_secret secret)
 {
@@ -145,7 +145,7 @@ static PyObject *keys_of_blocks(const char *tokens, Py_ssize_t count, size_t blo
     return result;
 }
 
-/* Replace OverflowError, for an integer of more than 64 bits, by ValueError(index, integer). */
+/* Replace an OverflowError, of an integer of more than 64 bits, with ValueError(index, integer). */
 static void overflow_raise(Py_ssize_t index, PyObject *item)
 {
     PyObject *values;
@@ -159,8 +159,8 @@ static void overflow_raise(Py_ssize_t index, PyObject *item)
     Py_XDECREF(values);
 }
 
-/* The tokens of a list as int64: half the time of an array made of it first. NULL with an
- * exception. */
+/* Return the tokens of a list as int64, or NULL with an exception. This takes half as long as to
+ * convert the list to an array first. */
 static char *tokens_of_list(PyObject *list, Py_ssize_t count)
 {
     int64_t *tokens = PyMem_Malloc(((size_t)count + 1) * sizeof(int64_t));
@@ -206,7 +206,8 @@ PyObject *keys_pack_int64(PyObject *Py_UNUSED(module), PyObject *const *args, Py
     return result;
 }
 
-/* Read a bytes object that is long enough to be the secret of XXH3. 0, or -1 with an exception. */
+/* Read a bytes object that is long enough to be the secret of XXH3. Return 0, or -1 with an
+ * exception. */
 static int secret_read(PyObject *object, struct hash_secret *secret)
 {
     Py_ssize_t size;
@@ -258,7 +259,7 @@ PyObject *keys_chain(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssiz
     return result;
 }
 
-/* Write the block id of every whole block. Gives false when a slot breaks a rule.
+/* Write the block id of every whole block. Return false if a slot breaks a rule.
  *
  * A block whose slots count up from an aligned first slot inside the pool is whole inside it, so
  * one comparison for each slot checks everything. */
@@ -306,7 +307,7 @@ static int slots_check(const struct int64_view *slots, Py_ssize_t block_tokens, 
     return 0;
 }
 
-/* Give the ids of the whole blocks; NULL with an exception. */
+/* Return the ids of the whole blocks, or NULL with an exception. */
 static PyObject *ids_of_blocks(const struct int64_view *slots, size_t block_tokens, uint64_t limit)
 {
     size_t blocks = (size_t)slots->count / block_tokens;

@@ -23,7 +23,7 @@
 #define VERSION(major, minor) TEXT(major) "." TEXT(minor)
 #define RELEASE(major, minor, release) VERSION(major, minor) "." TEXT(release)
 
-/* Releases before 2.4 do not tell their version. */
+/* Releases before 2.4 do not define their version. */
 #ifdef IO_URING_VERSION_MAJOR
 #define LIBURING_VERSION VERSION(IO_URING_VERSION_MAJOR, IO_URING_VERSION_MINOR)
 #else
@@ -36,15 +36,15 @@ static PyObject *module_features(PyObject *Py_UNUSED(module), PyObject *Py_UNUSE
                          RELEASE(XXH_VERSION_MAJOR, XXH_VERSION_MINOR, XXH_VERSION_RELEASE));
 }
 
-/* Whether an errno of madvise means that the call is refused, and not that a page cannot be had:
- * kernels before 5.14 say EINVAL, and a seccomp profile says what it likes. */
+/* Return whether an errno of madvise means that the call is refused, not that there is no memory:
+ * kernels before 5.14 return EINVAL, and a seccomp profile may return anything. */
 static bool is_refused(int error)
 {
     return error == EINVAL || error == EPERM || error == EACCES || error == ENOSYS ||
            error == EOPNOTSUPP;
 }
 
-/* Fault in every page of [start, start + bytes) for writing; gives an errno. */
+/* Fault in every page of [start, start + bytes) for writing; return an errno, or 0. */
 static int pages_populate(char *start, size_t bytes)
 {
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
@@ -78,7 +78,7 @@ static PyObject *module_prefault(PyObject *Py_UNUSED(module), PyObject *object)
     return error ? raise_errno(error) : Py_NewRef(Py_None);
 }
 
-/* In a forked child: let go of memory that the parent shares, and put zeros in its place. */
+/* In a forked child: replace memory that is shared with the parent with private zeros. */
 static PyObject *module_disown(PyObject *Py_UNUSED(module), PyObject *object)
 {
     Py_buffer buffer;

@@ -7,7 +7,7 @@
 /* Choose the kernels for this CPU. Called once, when the module is loaded. */
 void moves_choose(void);
 
-/* Give the chosen kernel: "avx512", "avx2" or "none". */
+/* Return the chosen kernel: "avx512", "avx2" or "none". */
 const char *moves_simd(void);
 
 /* Copy one run. Stores may be non-temporal: call moves_publish before others may read them. */

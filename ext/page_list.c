@@ -1,5 +1,5 @@
-/* A job as a list of runs of bytes, for copy engines that take addresses; and the C function by
- * which a foreign thread tells an event loop. Neither touches the memory that addresses name. */
+/* A job as a list of byte runs, for copy engines that take addresses; and the C function by which a
+ * foreign thread notifies an event loop. Neither touches the memory at those addresses. */
 #include "page_map.h"
 
 #include <sys/eventfd.h>
@@ -9,7 +9,7 @@ struct run_list {
     size_t count;
 };
 
-/* Append a run, to the last one where it goes on both here and there. */
+/* Append a run, or extend the last one if both its source and its target continue there. */
 static void run_append(struct run_list *runs, uint64_t target, uint64_t source, uint64_t bytes)
 {
     size_t last = runs->count - 1;
@@ -42,7 +42,7 @@ static void runs_list(const struct copy_work *work, struct run_list *runs)
         }
 }
 
-/* List the runs of a job into a held buffer of three equal parts; the number of runs, or NULL. */
+/* List the runs of a job in a held buffer of three equal parts; return their number, or NULL. */
 static PyObject *runs_into(PageMap *map, int64_t direction, struct page_ids *ids, Py_buffer *out)
 {
     size_t pairs = (size_t)ids->device.count, most = pairs * map->layout.piece_count;
@@ -96,7 +96,7 @@ PyObject *page_map_list_runs(PyObject *module, PyObject *const *args, Py_ssize_t
     return result;
 }
 
-/* What a foreign thread calls: `eventfd` is the descriptor itself. */
+/* The function that a foreign thread calls; `eventfd` is the descriptor itself. */
 static void eventfd_notify(void *eventfd)
 {
     eventfd_write((int)(intptr_t)eventfd, 1);

@@ -64,7 +64,7 @@ release:
     return result;
 }
 
-/* Let the map keep sums in a buffer of uint64[host blocks]. 0, or -1 with an exception. */
+/* Make the map keep sums in a buffer of uint64[host blocks]. Return 0, or -1 with an exception. */
 static int sums_hold(PageMap *map, PyObject *sums)
 {
     struct layout *layout = &map->layout;

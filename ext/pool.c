@@ -1,4 +1,4 @@
-/* CopyPool: the Python face of pool_threads. */
+/* CopyPool: the Python interface of pool_threads. */
 #include "page_map.h"
 #include "pool_threads.h"
 
@@ -39,7 +39,7 @@ static PyObject *copy_pool_new(PyTypeObject *type, PyObject *args, PyObject *key
     return (PyObject *)self;
 }
 
-/* Release a job that pool_reap gave back, or that was never submitted. */
+/* Release a job that pool_reap returned, or that was never submitted. */
 static void job_free(struct pool_job *job)
 {
     Py_XDECREF((PyObject *)job->owner);
@@ -81,7 +81,7 @@ static PyObject *copy_pool_fileno(CopyPool *self, PyObject *Py_UNUSED(none))
     return PyLong_FromLong(self->pool.eventfd);
 }
 
-/* Make a job from held ids; NULL with an exception. */
+/* Make a job from held ids, or return NULL with an exception. */
 static struct pool_job *job_new(PageMap *map, const struct page_ids *ids, int64_t token,
                                 int64_t direction)
 {
@@ -105,7 +105,7 @@ static struct pool_job *job_new(PageMap *map, const struct page_ids *ids, int64_
     return job;
 }
 
-/* Queue a job, if there is one; the pool has it then. */
+/* Queue a job unless it is NULL; the pool owns it then. */
 static PyObject *job_start(CopyPool *self, struct pool_job *job, bool urgent)
 {
     if (!job)
@@ -192,7 +192,7 @@ static PyObject *copy_pool_reap(CopyPool *self, PyObject *Py_UNUSED(none))
     return tokens;
 }
 
-/* Copy one run as a job of one block of one piece. False when the pool closes. */
+/* Copy one run as a job of one block of one piece. Return false if the pool closes. */
 static bool run_copy(struct pool *pool, const Py_buffer *target, const Py_buffer *source)
 {
     static const int64_t zero = 0;

@@ -4,10 +4,10 @@
  *         └──> background ─┴─> [thread] [thread] ────────────────────────> done ──> reap
  *                                                  eventfd, once a batch
  *
- * One lock guards everything; a thread holds it for the claim of a unit only and copies without.
+ * One lock guards everything; a thread holds it only to claim a unit, and copies without it.
  * A unit is half a MiB of a job, whatever its pieces are, so that one job uses all threads and an
- * urgent job waits for no more than the units being copied when it comes. The jobs of one list take
- * turns, a unit each. A job whose last unit is claimed leaves its list; the thread that ends its
+ * urgent job waits only for the units that are being copied when it comes. The jobs of a list take
+ * turns, a unit each. A job whose last unit is claimed leaves its list; the thread that copies its
  * last byte moves it to `done`.
  */
 #define _GNU_SOURCE
@@ -33,7 +33,7 @@ static void list_drop_first(struct job_list *list)
     list->first = list->first->next;
 }
 
-/* Count the end of some bytes of a job; the lock is held. */
+/* Count bytes of a job that are done; the lock is held. */
 static void job_advance(struct pool *pool, struct pool_job *job, size_t bytes)
 {
     job->ended_bytes += bytes;
@@ -88,7 +88,7 @@ static void *thread_main(void *argument)
     return NULL;
 }
 
-/* Start one thread that takes no signals: those are for the interpreter's threads. */
+/* Start one thread that handles no signals: those are for the interpreter's threads. */
 static int thread_start(struct pool *pool)
 {
     sigset_t all, before;
@@ -190,7 +190,7 @@ bool pool_close(struct pool *pool)
 {
     pthread_mutex_lock(&pool->lock);
     if (pool->closing) {
-        while (pool->eventfd >= 0) /* until whoever closes has joined the threads */
+        while (pool->eventfd >= 0) /* until the closing thread has joined the others */
             pthread_cond_wait(&pool->ended, &pool->lock);
         pthread_mutex_unlock(&pool->lock);
         return false;

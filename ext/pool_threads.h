@@ -1,4 +1,4 @@
-/* Standing threads that run copy jobs in units, urgent jobs first. Knows no Python. */
+/* Threads that run copy jobs in units, urgent jobs first. Knows no Python. */
 #ifndef FLEXKV_POOL_THREADS_H
 #define FLEXKV_POOL_THREADS_H
 
@@ -13,9 +13,9 @@
 struct pool_job {
     struct copy_work work;
     struct pool_job *next;
-    size_t claimed_bytes; /* taken by some thread */
+    size_t claimed_bytes; /* claimed by some thread */
     size_t ended_bytes;   /* copied and published */
-    bool waited;          /* somebody waits in pool_run: not for reap */
+    bool waited;          /* a thread waits for it in pool_run; it is not reaped */
     int64_t token;
     void *owner; /* what the submitter keeps alive until the job is reaped */
 };
@@ -39,20 +39,20 @@ struct pool {
     pthread_t threads[POOL_THREADS_MAX];
 };
 
-/* Start the threads. Gives 0, or a positive errno with nothing left behind. */
+/* Start the threads. Return 0, or a positive errno with nothing left behind. */
 int pool_open(struct pool *pool, int threads);
 
-/* Queue a job, which the pool has until pool_reap gives it back. False when the pool closes. */
+/* Queue a job, which the pool owns until pool_reap returns it. Return false if the pool closes. */
 bool pool_submit(struct pool *pool, struct pool_job *job, bool urgent);
 
-/* Run a job and wait for its end. False when the pool closes. */
+/* Run a job and wait for its end. Return false if the pool closes. */
 bool pool_run(struct pool *pool, struct pool_job *job);
 
-/* Give the list of the jobs that ended, and clear the eventfd. */
+/* Return the list of the jobs that ended, and clear the eventfd. */
 struct pool_job *pool_reap(struct pool *pool);
 
-/* Finish what is queued, join the threads, close the eventfd. False if someone else does, or did,
- * when that is done. */
+/* Finish the queued jobs, join the threads, close the eventfd. If another thread does that already,
+ * return false once it is done. */
 bool pool_close(struct pool *pool);
 
 #endif

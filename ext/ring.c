@@ -5,8 +5,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-/* Flags that change who runs completions. The others change the layout of the rings, need more
- * arguments, or (SQPOLL, IOPOLL) take away what the accounting or the eventfd stand on. */
+/* Flags that change which thread runs completions. The others change the layout of the rings, need
+ * more arguments, or (SQPOLL, IOPOLL) break the accounting or the eventfd. */
 #define FLAGS_ALLOWED                                                                              \
     (IORING_SETUP_CLAMP | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_COOP_TASKRUN |                    \
      IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN)
@@ -56,7 +56,7 @@ static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *keywords
     self = (Ring *)PyType_GenericAlloc(type, 0);
     if (!self)
         return NULL;
-    /* Without this flag nobody would learn of a completion that the kernel has not posted yet. */
+    /* Without this flag, a completion that the kernel has not posted yet would go unnoticed. */
     if (flags & IORING_SETUP_DEFER_TASKRUN)
         flags |= IORING_SETUP_TASKRUN_FLAG;
     self->pid = getpid();
@@ -83,8 +83,8 @@ static void lent_release(Py_buffer *lent, Py_ssize_t count)
     PyMem_Free(lent);
 }
 
-/* Wait for the I/O in flight and release the kernel's side; gives a positive errno. The lock is
- * held, the GIL is not. After a fork the I/O is the parent's, and is not waited for. */
+/* Wait for the I/O in flight and release the kernel's side; return 0 or a positive errno. The lock
+ * is held, the GIL is not. After a fork the I/O is the parent's, and is not waited for. */
 static int ring_shut(Ring *self)
 {
     bool own = getpid() == self->pid;
@@ -92,7 +92,7 @@ static int ring_shut(Ring *self)
 
     if (error)
         return error;
-    /* Leaving a ring frees its memory later, in the background: this does it now. */
+    /* Exiting a ring releases its memory later, in the background; this does it now. */
     if (own && self->registered)
         io_uring_unregister_buffers(&self->queue.ring);
     queue_close(&self->queue);
@@ -100,7 +100,7 @@ static int ring_shut(Ring *self)
     return 0;
 }
 
-/* In a forked child, whoever held the mutex is not there to give it back. */
+/* In a forked child, the thread that held the mutex does not exist and cannot unlock it. */
 static void ring_inherit(Ring *self)
 {
     if (getpid() != self->pid)
@@ -142,7 +142,7 @@ static void ring_dealloc(Ring *self)
         error = ring_shut(self);
         Py_END_ALLOW_THREADS
     }
-    /* While the kernel may still write to the buffers they must never be released. */
+    /* The kernel may still write to the buffers, so they must never be released. */
     if (error)
         queue_close(&self->queue);
     else
@@ -158,7 +158,7 @@ static PyObject *ring_fileno(Ring *self, PyObject *Py_UNUSED(none))
     return self->open ? PyLong_FromLong(self->queue.eventfd) : ring_closed();
 }
 
-/* Hold every buffer of a sequence; NULL with an exception. */
+/* Hold every buffer of a sequence, or return NULL with an exception. */
 static Py_buffer *buffers_hold(PyObject *sequence, Py_ssize_t count)
 {
     Py_buffer *buffers = PyMem_Calloc((size_t)count, sizeof(*buffers));
@@ -178,7 +178,7 @@ static Py_buffer *buffers_hold(PyObject *sequence, Py_ssize_t count)
     return buffers;
 }
 
-/* Register held buffers with the kernel; gives a positive errno. Pins memory: takes long. */
+/* Register held buffers with the kernel; return 0 or a positive errno. Slow, as it pins memory. */
 static int buffers_register(Ring *self, const Py_buffer *buffers, Py_ssize_t count)
 {
     struct iovec *vectors = PyMem_Calloc((size_t)count, sizeof(*vectors));
@@ -197,7 +197,7 @@ static int buffers_register(Ring *self, const Py_buffer *buffers, Py_ssize_t cou
     return error;
 }
 
-/* Take over held buffers; the lock is held. False with an exception. */
+/* Take over held buffers; the lock is held. Return false with an exception. */
 static bool buffers_lend(Ring *self, Py_buffer *buffers, Py_ssize_t count, bool registered)
 {
     int error;
@@ -248,7 +248,7 @@ static PyObject *ring_lend(Ring *self, PyObject *const *args, Py_ssize_t count, 
     return NULL;
 }
 
-/* Read file descriptors; NULL with an exception. */
+/* Read file descriptors, or return NULL with an exception. */
 static int *descriptors_read(PyObject *sequence, Py_ssize_t count)
 {
     int *descriptors = PyMem_Calloc((size_t)count, sizeof(*descriptors));

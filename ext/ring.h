@@ -1,7 +1,7 @@
 /* The Python object Ring: what its life (ring.c) and its calls (ring_calls.c) share.
  *
- * The mutex keeps a ring whole while a call has given the GIL away. Whoever waits for it has no
- * GIL, so the one that holds it can always take the GIL back.
+ * The mutex protects a ring while a call has released the GIL. Threads wait for the mutex without
+ * the GIL, so its holder can always take the GIL back.
  */
 #ifndef FLEXKV_RING_H
 #define FLEXKV_RING_H
@@ -21,7 +21,7 @@ typedef struct {
     bool registered; /* the lent buffers are registered with the kernel */
     Py_buffer *lent;
     Py_ssize_t lent_count;
-    Py_ssize_t lent_hint; /* the buffer that the last extent was in */
+    Py_ssize_t lent_hint; /* index of the buffer that the last extent was in */
     Py_ssize_t file_count;
     unsigned *taken; /* [capacity]: scratch of submit and nop */
 } Ring;
@@ -29,7 +29,7 @@ typedef struct {
 void ring_lock(Ring *self);
 void ring_unlock(Ring *self);
 
-/* Lock an open ring; false with an exception when it is closed. */
+/* Lock an open ring; return false with an exception if it is closed. */
 bool ring_enter(Ring *self);
 
 PyObject *ring_submit(Ring *, PyObject *const *, Py_ssize_t, PyObject *);

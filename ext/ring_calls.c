@@ -1,9 +1,9 @@
-/* The calls of Ring that make up its work: submit, nop, reap. */
+/* The calls of Ring for I/O: submit, nop, reap. */
 #include "ring.h"
 
 #include <errno.h>
 
-/* Give the index of the lent buffer that holds [address, address + bytes), or -1. */
+/* Return the index of the lent buffer that holds [address, address + bytes), or -1. */
 static Py_ssize_t lent_index(Ring *self, uint64_t address, uint64_t bytes)
 {
     for (Py_ssize_t i = 0; i < self->lent_count; i++) {
@@ -19,7 +19,7 @@ static Py_ssize_t lent_index(Ring *self, uint64_t address, uint64_t bytes)
     return -1;
 }
 
-/* Check one extent and fill its slot. 0, or -1 with ValueError. */
+/* Check one extent and fill its slot. Return 0, or -1 with ValueError. */
 static int extent_read(Ring *self, const struct int64_view *extents, Py_ssize_t row,
                        struct slot *slot)
 {
@@ -50,7 +50,7 @@ static int extent_read(Ring *self, const struct int64_view *extents, Py_ssize_t 
     return 0;
 }
 
-/* Start the first `count` taken slots; gives the number started, or NULL with OSError. */
+/* Start the first `count` taken slots; return the number started, or NULL with OSError. */
 static PyObject *taken_start(Ring *self, unsigned count, uint64_t bytes)
 {
     unsigned started;
@@ -63,13 +63,13 @@ static PyObject *taken_start(Ring *self, unsigned count, uint64_t bytes)
     } else {
         started = queue_start(&self->queue, self->taken, count, &error);
     }
-    /* A kernel short of memory may take more later, if something is in flight to tell when. */
+    /* A kernel short of memory may accept more later; if I/O is in flight, its end tells when. */
     if (error && !started && !((error == EAGAIN || error == EBUSY) && self->queue.running))
         return raise_errno(error);
     return PyLong_FromUnsignedLong(started);
 }
 
-/* Read `token`, the name of the first of `count` operations. */
+/* Read `token`, the op id of the first of `count` operations. */
 static int token_read(PyObject *object, int64_t count, int64_t *token)
 {
     return integer_read(object, "token", 0, INT64_MAX - count, token);
@@ -81,7 +81,7 @@ static unsigned least(int64_t count, unsigned limit)
 }
 
 /* Take, check and start as many extents as there are free slots; the lock is held. The rows are
- * copied to slots before the GIL is given away: their buffer may change under another thread. */
+ * copied to slots before the GIL is released, as another thread may change their buffer then. */
 static PyObject *extents_submit(Ring *self, int64_t token, bool write,
                                 const struct int64_view *extents)
 {
@@ -148,7 +148,7 @@ PyObject *ring_nop(Ring *self, PyObject *const *args, Py_ssize_t count, PyObject
     return result;
 }
 
-/* Give (token, result) of a slot; NULL with an exception. */
+/* Return (op id, result) of a slot, or NULL with an exception. */
 static PyObject *slot_tell(const struct slot *slot)
 {
     PyObject *pair = PyTuple_New(2);
@@ -166,7 +166,7 @@ static PyObject *slot_tell(const struct slot *slot)
     return NULL;
 }
 
-/* Give the list of what ended. No slot is given back before all of them are told. */
+/* Return the list of the slots that ended. No slot is freed before all are in the list. */
 static PyObject *ended_tell(struct ring_queue *queue)
 {
     PyObject *list = PyList_New((Py_ssize_t)queue->ended_count);
@@ -201,7 +201,7 @@ PyObject *ring_reap(Ring *self, PyObject *Py_UNUSED(none))
         queue_absorb(&self->queue);
     }
     /* Python 3.11 collects garbage in PyList_New: a finalizer that uses this ring would wait for
-     * the mutex that we hold. */
+     * the mutex, which is held here. */
     collects = PyGC_Disable();
     list = ended_tell(&self->queue);
     if (collects)

@@ -6,7 +6,7 @@
  *     └────────────────┘                 └──┴── refused: its errno ─┘
  *
  * There are as many slots as completion entries, so the completion queue cannot overflow. The
- * submission queue is empty between calls: what the kernel does not accept is taken back from it
+ * submission queue is empty between calls: entries that the kernel does not accept are taken back
  * (`retract`) and accounted for at once. So every slot that was started ends exactly once.
  */
 #include "ring_queue.h"
@@ -20,10 +20,10 @@
 /* One request moves at most this much: the kernel's limit is 2 GiB less a page. */
 #define REQUEST_BYTES_MAX ((uint64_t)1 << 30)
 
-/* EINTR and EAGAIN in a row, without a byte moved, before the error is told. */
+/* After this many EINTR and EAGAIN in a row, without a byte moved, the error is reported. */
 #define RETRIES_MAX 100
 
-/* A direct read that ends off this boundary has met the end of its file. */
+/* A direct read that ends off this boundary has reached the end of its file. */
 #define SECTOR_BYTES 512
 
 #define COMPLETION_BATCH 64
@@ -43,7 +43,7 @@ static int slots_allocate(struct ring_queue *queue)
     return 0;
 }
 
-/* Whether the kernel knows what this ring does; gives a positive errno if not. */
+/* Check that the kernel knows the operations of this ring; return a positive errno if not. */
 static int operations_check(struct io_uring *ring)
 {
     static const int needed[] = {IORING_OP_NOP, IORING_OP_READ, IORING_OP_WRITE,
@@ -106,7 +106,7 @@ static void slot_end(struct ring_queue *queue, unsigned index, int64_t result)
     queue->ended_last = index;
 }
 
-/* Write the request for what is left of a slot. */
+/* Write the request for the remaining bytes of a slot. */
 static void request_prepare(struct io_uring_sqe *entry, const struct slot *slot, unsigned index,
                             unsigned flags)
 {
@@ -131,8 +131,8 @@ static void request_prepare(struct io_uring_sqe *entry, const struct slot *slot,
     io_uring_sqe_set_data64(entry, index);
 }
 
-/* Take back the entries that the kernel has not consumed; gives how many. Legal because the kernel
- * reads the queue inside io_uring_enter only (SQPOLL is refused when a ring is made). */
+/* Take back the entries that the kernel has not consumed; return how many. This is legal because
+ * the kernel reads the queue only inside io_uring_enter (a ring with SQPOLL is refused). */
 static unsigned retract(struct io_uring *ring)
 {
     unsigned head = io_uring_smp_load_acquire(ring->sq.khead);
@@ -143,7 +143,7 @@ static unsigned retract(struct io_uring *ring)
     return count;
 }
 
-/* Make the kernel consume the submission queue. Gives a positive errno when it does not. */
+/* Make the kernel consume the submission queue. Return 0, or a positive errno if it does not. */
 static int flush(struct io_uring *ring)
 {
     while (io_uring_sq_ready(ring)) {
@@ -157,7 +157,7 @@ static int flush(struct io_uring *ring)
     return 0;
 }
 
-/* Hand slots to the kernel, in order. Gives how many it accepted. */
+/* Hand slots to the kernel, in order. Return how many it accepted. */
 static unsigned post(struct ring_queue *queue, const unsigned *indices, unsigned count, int *error)
 {
     unsigned flags = IOSQE_FIXED_FILE | (queue->in_background ? IOSQE_ASYNC : 0);
@@ -191,7 +191,7 @@ unsigned queue_start(struct ring_queue *queue, const unsigned *indices, unsigned
     return started;
 }
 
-/* Account for one completion. Gives whether the slot has to go on. */
+/* Account for one completion. Return whether the slot has to be continued. */
 static bool slot_advance(struct ring_queue *queue, unsigned index, int result)
 {
     struct slot *slot = &queue->slots[index];
@@ -206,7 +206,7 @@ static bool slot_advance(struct ring_queue *queue, unsigned index, int result)
         if (slot->moved < slot->bytes)
             return true;
     }
-    /* Going on behind the odd end of a file is refused under O_DIRECT: that is the end, too. */
+    /* O_DIRECT refuses to continue after an unaligned end of a file: that is the end, too. */
     if (result == -EINVAL && slot->kind == SLOT_READ && slot->moved % SECTOR_BYTES)
         result = 0;
     slot_end(queue, index, result < 0 ? result : (int64_t)slot->moved);

@@ -37,30 +37,30 @@ struct ring_queue {
     unsigned running; /* slots that the kernel has */
 };
 
-/* Open a ring with an eventfd. Gives 0, or a positive errno with nothing left behind. */
+/* Open a ring with an eventfd. Return 0, or a positive errno with nothing left behind. */
 int queue_open(struct ring_queue *queue, unsigned entries, unsigned flags);
 
 /* Take a free slot, zeroed; there must be one (free_count > 0). */
 unsigned queue_take(struct ring_queue *queue);
 
-/* Give back a slot that was taken and not started, or that ended and was told. */
+/* Free a slot that was taken and not started, or that ended and was reported. */
 void queue_give(struct ring_queue *queue, unsigned index);
 
-/* Start slots, in order. Gives how many the kernel has now; the others are given back, and
- * *error is why (a positive errno, or 0 when all were started). */
+/* Start slots, in order. Return how many the kernel has now; the others are freed, and *error is
+ * the reason (a positive errno, or 0 if all were started). */
 unsigned queue_start(struct ring_queue *queue, const unsigned *indices, unsigned count,
                      int *error);
 
-/* Move what completed to the list of ended slots, and continue what is short. */
+/* Move completed slots to the list of ended slots, and continue short transfers. */
 void queue_absorb(struct ring_queue *queue);
 
-/* Clear the eventfd. Before queue_absorb, so that nothing that completes later goes unheard. */
+/* Clear the eventfd. Call it before queue_absorb, so that no later completion goes unnoticed. */
 void queue_hush(struct ring_queue *queue);
 
-/* Wait until the kernel has no slot. Gives a positive errno when it cannot be waited for. */
+/* Wait until the kernel has no slot. Return 0, or a positive errno if waiting fails. */
 int queue_drain(struct ring_queue *queue);
 
-/* Release the ring and the eventfd; the slots stay for those that ended. */
+/* Release the ring and the eventfd; the slots stay, for those that ended. */
 void queue_close(struct ring_queue *queue);
 
 /* Release the slots. */

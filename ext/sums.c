@@ -1,4 +1,4 @@
-/* The choice of the kernel, and the one for every CPU. */
+/* The choice of the kernel, and the kernel that runs on every CPU. */
 #include "sums.h"
 
 #include <string.h>
@@ -10,7 +10,7 @@ _Static_assert(sizeof(XXH3_state_t) <= sizeof(struct sum), "the state of XXH3 ha
 
 void sum_begin(struct sum *sum, uint64_t seed)
 {
-    memset(sum, 0, sizeof(*sum)); /* a reset looks at what was there */
+    memset(sum, 0, sizeof(*sum)); /* the reset reads the old content */
     XXH3_64bits_reset_withSeed((XXH3_state_t *)sum, seed);
 }
 

@@ -1,4 +1,4 @@
-/* XXH3-64 of a chunk that comes in parts, with the widest vectors that this CPU has. Knows no
+/* XXH3-64 of a chunk that is given in parts, with the widest vectors that this CPU has. Knows no
  * Python. */
 #ifndef FLEXKV_SUMS_H
 #define FLEXKV_SUMS_H
@@ -14,7 +14,7 @@ typedef void sum_kernel(struct sum *sum, const void *data, size_t bytes);
 
 void sum_begin(struct sum *sum, uint64_t seed);
 
-/* Go on with more bytes. All kernels give the same sum. */
+/* Add more bytes. All kernels compute the same sum. */
 extern sum_kernel *sum_add;
 
 uint64_t sum_end(const struct sum *sum);

@@ -7,23 +7,23 @@ from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 Memory: TypeAlias = Buffer | NDArray[Any]
-"""Anything with the buffer protocol; numpy arrays have it, their stubs tell so from 3.12 on."""
+"""Anything with the buffer protocol; numpy's stubs declare it only for Python 3.12 and later."""
 
 TO_HOST: Final[int]
 TO_DEVICE: Final[int]
 
 def features() -> dict[str, str | int]:
-    """Give what this build and CPU offer: simd ("avx512", "avx2", "none"), liburing, xxhash."""
+    """Return what this build and CPU offer: simd ("avx512", "avx2", "none"), liburing, xxhash."""
 
 def disown(mapping: Memory) -> None:
-    """Replace a whole memory mapping by private pages of zeros, in a forked child.
+    """Replace a whole memory mapping with private pages of zeros, in a forked child.
 
     Raises:
         OSError: the kernel refused.
     """
 
 def hash128(data: Memory, seed: int = 0) -> bytes:
-    """Give the canonical (big-endian) XXH3-128 digest of `data`: 16 bytes."""
+    """Return the canonical (big-endian) XXH3-128 digest of `data`: 16 bytes."""
 
 def chain_keys(
     tokens: Memory | list[int], tokens_per_block: int, parent: bytes, secret: bytes
@@ -37,8 +37,8 @@ def chain_keys(
         tokens: int64[n], or a list of integers; each of 0 to 2**32 - 1.
         tokens_per_block: at least 1.
         parent: 16 bytes.
-        secret: at least 136 bytes, which take the place of XXH3's public constants
-            (`XXH3_128bits_withSecret`); as good as random.
+        secret: at least 136 bytes, which must look random: they replace XXH3's public constants
+            (`XXH3_128bits_withSecret`).
 
     Raises:
         ValueError: a token is out of range, with (its index, the token).
@@ -66,17 +66,17 @@ def change_counts(counts: Memory, ids: Memory, by: int) -> int:
     """
 
 def any_counted(counts: Memory, ids: Memory) -> bool:
-    """Return whether any of some counts is not zero; arguments and errors as `change_counts`."""
+    """Return whether any of the counts at `ids` is not zero; see `change_counts` for the rest."""
 
 def block_slots(slots: Memory, tokens_per_block: int, num_blocks: int) -> bytes:
-    """Give the device block id (int64) of every whole block of `slots` (int64[n]).
+    """Return the device block id (int64) of every whole block of `slots` (int64[n]).
 
     Raises:
         ValueError: args (index, slot, why); why is "range", "alignment" or "contiguity".
     """
 
 def prefault(buffer: Memory) -> None:
-    """Touch every page of a writable buffer, with the GIL released, keeping its content."""
+    """Touch every page of a writable buffer without changing it, with the GIL released."""
 
 @final
 class PageMap:
@@ -94,18 +94,18 @@ class PageMap:
         """Describe one device's pages.
 
         Args:
-            pieces: int64[n, 4], a row a piece: address of block 0, stride in bytes between
+            pieces: int64[n, 4], one row per piece: address of block 0, stride in bytes between
                 blocks, bytes of the piece, offset of the piece inside the host block.
             device_blocks: number of device blocks; ids are checked against it.
             host: the writable host arena, held until the map is gone.
             host_stride: bytes between host blocks; ids are checked against its length.
             owner: whatever keeps the device memory alive, held until the map is gone.
-            sums: writable uint64[host blocks], held until the map is gone: of each host block that
-                a copy fills or `CopyPool.checksum` looks at. The sum is over all `host_stride`
-                bytes: the XXH3-64 of each 512 KiB of them, seeded with their place, added up.
+            sums: writable uint64[host blocks], held until the map is gone: receives the sum of each
+                host block that a copy fills or `CopyPool.checksum` reads. A sum covers all
+                `host_stride` bytes: it adds up the XXH3-64 of each 512 KiB, seeded with the offset.
 
         Raises:
-            ValueError: a row, a size or an address that cannot be; pieces that leave gaps in the
+            ValueError: a row, a size or an address is impossible, or the pieces leave gaps in the
                 host block although sums are kept.
         """
 
@@ -116,11 +116,11 @@ class PageMap:
 
 @final
 class CopyPool:
-    """Standing threads that copy between device pages and host blocks, urgent jobs first."""
+    """Threads that copy between device pages and host blocks, urgent jobs first."""
 
     def __init__(self, threads: int) -> None: ...
     def fileno(self) -> int:
-        """Give an eventfd, non-blocking, readable while `reap` has something."""
+        """Return a non-blocking eventfd, which is readable while `reap` has something."""
 
     def submit(
         self,
@@ -134,61 +134,61 @@ class CopyPool:
         """Queue one job; the id buffers (int64[n]) are copied.
 
         Raises:
-            ValueError: an id out of range, lengths that differ.
+            ValueError: an id is out of range, or the lengths differ.
             RuntimeError: the pool is closed.
         """
 
     def checksum(self, op_id: int, pages: PageMap, host_ids: Memory, urgent: bool) -> None:
-        """Queue the summing of host blocks, each once, into the sums that `pages` keeps.
+        """Queue the checksumming of host blocks, each named once, into the sums of `pages`.
 
         Raises:
-            ValueError: an id out of range, or `pages` keeps no sums.
+            ValueError: an id is out of range, or `pages` keeps no sums.
             RuntimeError: the pool is closed.
         """
 
     def reap(self) -> list[int]:
-        """Give the tokens of the jobs that ended since the last call, and clear the eventfd."""
+        """Return the op ids of the jobs that ended since the last call, and clear the eventfd."""
 
     def copy(self, target: Memory, source: Memory) -> None:
-        """Copy bytes with all threads and non-temporal stores; waits with the GIL released."""
+        """Copy bytes with all threads and non-temporal stores, and wait with the GIL released."""
 
     @property
     def in_flight(self) -> int:
-        """Give the number of jobs submitted and not reaped."""
+        """Return the number of jobs that are submitted and not reaped."""
 
     def close(self) -> None:
-        """Finish what is queued, join the threads, close the eventfd. Idempotent.
+        """Finish the queued jobs, join the threads, close the eventfd. Idempotent.
 
-        What ended can still be reaped.
+        Jobs that ended can still be reaped.
         """
 
 def copy_now(pages: PageMap, direction: int, device_ids: Memory, host_ids: Memory) -> None:
-    """Do one job in the calling thread; the GIL is released when it is more than 64 KiB."""
+    """Run one job in the calling thread; for more than 64 KiB the GIL is released."""
 
 def list_runs(
     pages: PageMap, direction: int, device_ids: Memory, host_ids: Memory, out: Memory
 ) -> int:
-    """List the runs of bytes of a job for a copy engine; neighbours on both ends are one run.
+    """List the byte runs of a job for a copy engine; pieces adjacent on both ends are one run.
 
     Args:
-        pages: what the ids are of. Its memory is not touched.
+        pages: the pages that the ids belong to. Their memory is not touched.
         direction: TO_HOST or TO_DEVICE.
         device_ids: int64[n].
         host_ids: int64[n].
-        out: writable uint64[3, m], m at least n times `pages.piece_count`: gets the addresses of
-            targets and sources, and the bytes of each.
+        out: writable uint64[3, m], m at least n times `pages.piece_count`: receives the addresses
+            of targets and sources, and the bytes of each run.
 
     Returns:
-        How many runs there are.
+        The number of runs.
 
     Raises:
-        ValueError: an id out of range, lengths that differ, `out` too small.
+        ValueError: an id is out of range, the lengths differ, or `out` is too small.
     """
 
 def notify_address() -> int:
-    """Give the address of `void notify(void *eventfd)`, which any thread may call without the GIL.
+    """Return the address of `void notify(void *eventfd)`, for threads without the GIL.
 
-    It adds 1 to the eventfd whose descriptor, not whose address, it gets.
+    It adds 1 to the eventfd. The pointer that it takes is the descriptor itself, not its address.
     """
 
 @final
@@ -198,18 +198,18 @@ class Ring:
     def __init__(self, entries: int, flags: int = 0, in_background: bool = False) -> None:
         """Make a ring; `in_background` hands all I/O to kernel threads, which costs some speed.
 
-        Raises OSError when the kernel refuses, or for flags that the ring cannot work with.
-
-        EOPNOTSUPP: the kernel does not know all operations that a ring does.
+        Raises:
+            OSError: the kernel refuses, or the ring cannot work with the flags. EOPNOTSUPP: the
+                kernel lacks an operation that a ring needs.
         """
 
     def fileno(self) -> int:
-        """Give the eventfd, non-blocking, readable while `reap` has something."""
+        """Return the non-blocking eventfd, which is readable while `reap` has something."""
 
     def lend(self, buffers: Sequence[Memory], register: bool) -> None:
         """Name the memory that I/O may touch, held until close; `register` it with the kernel.
 
-        At most 1 GiB each when registered. May be called once.
+        Registered buffers have at most 1 GiB each. May be called once.
 
         Raises:
             OSError: the kernel refused to register (the buffers are not lent then).
@@ -219,42 +219,42 @@ class Ring:
         """Register files; extents name them by their index. May be called once."""
 
     def submit(self, op_id: int, write: bool, extents: Memory) -> int:
-        """Queue I/O, and give how many of the extents were taken (a prefix).
+        """Queue I/O, and return how many of the extents were accepted (a prefix).
 
-        Extent i completes under token + i. Short reads and writes, EINTR and EAGAIN are continued
-        inside the ring.
+        Extent i completes under `op_id` + i. The ring itself continues short reads and writes, and
+        repeats what ends with EINTR or EAGAIN.
 
         Args:
-            token: name of the first extent, >= 0.
-            write: direction.
-            extents: int64[n, 4], a row an extent: file index, file offset, address, bytes.
+            op_id: id of the first extent, >= 0.
+            write: whether to write; else read.
+            extents: int64[n, 4], one row per extent: file index, file offset, address, bytes.
 
         Raises:
-            ValueError: memory that was not lent, a file that is not registered, a length < 1.
+            ValueError: memory is not lent, a file is not registered, or a length is < 1.
             OSError: io_uring_enter failed.
         """
 
     def nop(self, op_id: int, count: int) -> int:
-        """Queue `count` empty operations under token, token + 1, …; gives how many were taken."""
+        """Queue `count` empty operations under `op_id` and up; return how many were accepted."""
 
     def reap(self) -> list[tuple[int, int]]:
-        """Give (token, bytes moved or -errno) of all that ended, and clear the eventfd.
+        """Return (op id, bytes moved or -errno) of all that ended, and clear the eventfd.
 
         Fewer bytes than asked for means that the file ended.
         """
 
     @property
     def in_flight(self) -> int:
-        """Give the number of extents taken and not reaped."""
+        """Return the number of extents that are accepted and not reaped."""
 
     @property
     def capacity(self) -> int:
-        """Give the most extents that can be in flight."""
+        """Return the most extents that can be in flight."""
 
     def close(self) -> None:
-        """Wait for what is in flight, then release the ring, its buffers and the eventfd.
+        """Wait for the I/O in flight, then release the ring, its buffers and the eventfd.
 
-        What ended can still be reaped. Idempotent.
+        Extents that ended can still be reaped. Idempotent.
 
         Raises:
             OSError: the kernel does not let this thread wait; the ring stays open.
@@ -262,36 +262,36 @@ class Ring:
 
 @final
 class BlockIndex:
-    """Which blocks are where, in every tier. Tiers go by number, nearest first.
+    """Which blocks are where, in every tier. Tiers are named by number, nearest first.
 
     `keys` are those of one request: the root of its namespace, then a key for each block, 16 bytes
-    each. `ids` are places in a tier, int64[n]; arrays come back as bytes of int64.
+    each. `ids` are places in a tier, int64[n]. Arrays are returned as bytes of int64.
 
-    Every call may raise `broken_error`: a law is broken, by the caller's mistake.
+    Every call may raise `broken_error`: the caller broke a law of the index.
     """
 
     def __init__(
         self, tiers: tuple[tuple[int, int, int, int], ...], broken_error: type[Exception]
     ) -> None:
-        """Take tiers as (capacity in blocks, policy, its parameter, blocks an eviction takes)."""
+        """Build an index; a tier is (blocks, policy, its parameter, blocks per eviction)."""
 
     def survey(
         self, keys: bytes, begin: int, end: int, nearest: bool, use: int
     ) -> list[tuple[int, int, int, bytes | None, tuple[bytes | None, ...]]]:
-        """Tell where the blocks from `begin` to `end` are, alike ones together.
+        """Return where the blocks from `begin` to `end` are, in groups with the same pattern.
 
-        Gives (pattern, first position, count, positions or None when unbroken, ids by tier). The
-        pattern has a base-3 digit for each tier, the nearest first: 0 nowhere, 1 being filled, 2
-        ready.
+        A group is (pattern, first position, count, positions or None if unbroken, ids by tier). The
+        pattern has a base-3 digit for each tier, the lowest for the nearest: 0 nowhere, 1 being
+        filled, 2 ready.
 
         Args:
-            keys: of the request.
+            keys: the keys of the request.
             begin: first position.
             end: last position, exclusive.
-            nearest: tell only the nearest tier that has a block ready, or is the first and fills
-                it; stop before the first block for which there is none.
+            nearest: report a block only in its nearest tier that has it ready, or in the first tier
+                while that is being filled; stop before the first block that has no such tier.
             use: 1: count a use of each block found from the root on, in every tier; 2: the same,
-                of blocks that are stored after they were asked for; 0: count none.
+                for blocks that are stored after they were asked for; 0: count none.
         """
 
     def reserve(
@@ -303,24 +303,23 @@ class BlockIndex:
         positions: Memory | None,
         how: int,
     ) -> bytes:
-        """Take places for the blocks from `begin` to `end`, or for those at `positions` of them.
+        """Reserve places for the blocks from `begin` to `end`, or only for those at `positions`.
 
-        Gives their ids. `how` says of how many when there is too little room: 0 the first ones,
-        1 all or none, 2 the first ones that are worth an eviction.
+        Return the places. `how` decides for how many when there is too little room: 0 the first
+        ones, 1 all or none, 2 the first ones that are worth an eviction.
         """
 
     def agreeing(self, keys: bytes, /) -> int:
-        """Return how many of the first blocks could follow each other as `keys` says.
+        """Return how many blocks, from the first on, `keys` chains without a contradiction.
 
-        A block that is named twice, or known under another parent, ends them. Keys that were
-        derived from tokens always agree; keys from another process are checked before `reserve`
-        gets them.
+        A block that is named twice, or known under another parent, is one. Keys that were derived
+        from tokens have none; keys from another process must be checked before `reserve` gets them.
         """
 
     def reserve_copies(
         self, source: int, target: int, ids: Memory, keys: Memory, how: int
     ) -> tuple[bytes, bytes]:
-        """Take places in `target` for blocks that are READY in `source`.
+        """Reserve places in `target` for blocks that are READY in `source`.
 
         Args:
             source: the tier that has them.
@@ -330,8 +329,8 @@ class BlockIndex:
             how: as for `reserve`; blocks of one namespace that follow each other are one batch.
 
         Returns:
-            For each block, as uint8[n]: 0 it has a place now, RESERVED; 1 `source` lost it; 2
-            `target` has it, or it is on its way there; 3 there is no room, or it is not worth an
+            The outcome for each block, uint8[n]: 0 it has a RESERVED place now; 1 `source` lost it;
+            2 `target` has it, or it is on its way there; 3 there is no room, or it is not worth an
             eviction. Then the places of the blocks with outcome 0, in order: int64.
         """
 
@@ -339,85 +338,85 @@ class BlockIndex:
         """Return the places of `source` in a range whose READY blocks `target` lacks."""
 
     def lease(self, tier: int, ids: Memory, op_id: int) -> None:
-        """Name who fills RESERVED places."""
+        """Record the op that fills these RESERVED places."""
 
     def fillers(self, tier: int, ids: Memory) -> bytes:
-        """Give who fills RESERVED places: int64[n]."""
+        """Return the id of the op that fills each of these RESERVED places: int64[n]."""
 
     def pin(self, tier: int, ids: Memory) -> None:
-        """Forbid eviction, until as many `unpin`."""
+        """Forbid the eviction of each place until a matching `unpin`."""
 
     def unpin(self, tier: int, ids: Memory) -> None:
-        """Take one pin off each."""
+        """Remove one pin from each place."""
 
     def commit(self, tier: int, ids: Memory) -> None:
-        """RESERVED becomes READY, or goes when it was forgotten."""
+        """Make RESERVED places READY; free those whose block was forgotten."""
 
     def abort(self, tier: int, ids: Memory) -> None:
-        """RESERVED goes; what continues a last copy goes along."""
+        """Free RESERVED places; for a last copy, drop the blocks that continue it, too."""
 
     def forget(self, tier: int, ids: Memory) -> None:
-        """Make blocks unfindable; what continues a last copy goes along."""
+        """Make blocks unfindable; for a last copy, drop the blocks that continue it, too."""
 
     def keys_of(self, tier: int, ids: Memory) -> bytes:
-        """Give the keys of places that hold, or receive, a block."""
+        """Return the keys of places that hold or receive a block."""
 
     def clear(self, tier: int, /) -> int:
-        """Forget all blocks of a tier, and count the places that were dropped in any tier."""
+        """Forget all blocks of a tier; return how many places in all tiers lost a block."""
 
     def clear_root(self, root: bytes, /) -> int:
-        """Forget all blocks of a namespace, and count the places."""
+        """Forget all blocks of a namespace; return how many places in all tiers lost a block."""
 
     def root_blocks(self, root: bytes, /) -> tuple[int, ...]:
-        """Count the blocks of a namespace by tier."""
+        """Return the number of blocks of a namespace, by tier."""
 
     def root_ids(self, tier: int, root: bytes, /) -> bytes:
-        """Give the READY places of a namespace in a tier, parents before children: int64[n]."""
+        """Return the READY places of a namespace in a tier, parents before children: int64[n]."""
 
     def set_quota(self, tier: int, root: bytes, blocks: int, /) -> None:
-        """Bound how many places of a tier a namespace may have, and evict what it has beyond.
+        """Limit how many places of a tier a namespace may have, and evict blocks beyond the limit.
 
         Raises:
             ValueError: too many namespaces have quotas.
         """
 
     def export(self, tier: int, ids: Memory, /) -> bytes:
-        """Tell what places hold: 36 bytes each, zeros for those that are not READY.
+        """Return what places hold: 36 bytes each, zeros for those that are not READY.
 
-        The block's key and its parent's (16 bytes each; the root's for the first of a prompt), and
-        whether it is the first (uint32).
+        These are the block's key and its parent's (16 bytes each; the root's key for the first of a
+        prompt), and whether it is the first (uint32).
         """
 
     def restore(self, tier: int, records: Memory, parents: Memory, ids: Memory, /) -> None:
         """Fill a tier that was never used with blocks that are READY.
 
         Args:
-            tier: by number.
-            records: as `export` gives them, parents before children.
-            parents: int64[n], which of the blocks is the parent; -1 for the first of a prompt.
+            tier: number of the tier.
+            records: as `export` returns them, parents before children.
+            parents: int64[n], the index of each block's parent; -1 for the first of a prompt.
             ids: int64[n], their places, each once.
         """
 
     def watch(self, limit: int, /) -> None:
-        """Remember up to `limit` changes from now on, or none with 0; earlier ones are gone."""
+        """Record up to `limit` changes from now on, or none with 0; earlier ones are dropped."""
 
     def changes(self) -> bytes | None:
-        """Take the changes since the last call, 24 bytes each; None: too many, they are lost.
+        """Return the changes since the last call, 24 bytes each; None if too many, and so lost.
 
-        A block's key (16 bytes), its tier, and whether it became READY or is so no more (uint32).
+        A change is a block's key (16 bytes), its tier, and whether it is READY now (uint32 each).
         """
 
     def evict(self, tier: int, count: int, /) -> int:
-        """Evict up to `count` blocks, and count them."""
+        """Evict up to `count` blocks, and return how many."""
 
     def resize(self, tier: int, count: int, /) -> int:
-        """Change how many places a tier may use, up to those it has; gives how many it is now."""
+        """Change how many places a tier may use, up to its first capacity; return the result."""
 
     def counts(self, tier: int, /) -> tuple[int, int, int, int, int, int, int]:
-        """Count places: capacity, free, reserved, ready, draining, pinned, evicted so far."""
+        """Return counts: capacity, free, reserved, ready, draining, pinned, evicted so far."""
 
     def tick(self, now_s: int, /) -> None:
-        """Tell the time, in seconds; it never goes back."""
+        """Set the time, in seconds; it must never go back."""
 
     def validate(self) -> None:
-        """Check every law."""
+        """Check every law of the index."""

@@ -1,1 +1,1 @@
-"""Pure ground floor: terms, errors, configuration, layouts, requests."""
+"""The lowest layer, without I/O: terms, errors, configuration, layouts, requests."""

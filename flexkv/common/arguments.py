@@ -1,4 +1,4 @@
-"""Checks of a caller's single arguments: each returns the value, or says what is wrong with it."""
+"""Checks of single arguments: each returns the value, or raises an error that says why not."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def integer(field: str, value: Any) -> int:
     """Return an integer as Python's own.
 
     Raises:
-        ConfigError: it is not one; `field` names the argument.
+        ConfigError: the value is not an integer; `field` names the argument.
     """
     if not is_integer(value):
         raise ConfigError(field, _shown(value), "must be an integer")
@@ -38,10 +38,10 @@ def integer(field: str, value: Any) -> int:
 
 
 def integers(field: str, values: Any) -> list[int]:
-    """Return one integer, or several, as a list.
+    """Return one or several integers as a list.
 
     Raises:
-        ConfigError: there is something else among them.
+        ConfigError: a value is not an integer.
     """
     if is_integer(values):
         return [int(values)]
@@ -60,7 +60,7 @@ def seconds(field: str, value: Any) -> float:
     """Return a time in seconds.
 
     Raises:
-        ConfigError: it is no number.
+        ConfigError: the value is not a number.
     """
     if isinstance(value, bool | str | bytes):
         raise ConfigError(field, _shown(value), "must be a number of seconds")
@@ -74,10 +74,10 @@ def seconds(field: str, value: Any) -> float:
 
 
 def flag(field: str, value: Any) -> bool:
-    """Return a truth value.
+    """Return a truth value as a bool.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the value is not a truth value.
     """
     if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
         raise ConfigError(field, _shown(value), "must be True or False")
@@ -85,10 +85,10 @@ def flag(field: str, value: Any) -> bool:
 
 
 def member(field: str, value: Any, kind: type[E]) -> E:
-    """Return a member of an enumeration.
+    """Return a value that must be a member of an enumeration.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the value is not a member of `kind`.
     """
     if not isinstance(value, kind):
         names = ", ".join(f"{kind.__name__}.{each.name}" for each in kind)
@@ -97,10 +97,10 @@ def member(field: str, value: Any, kind: type[E]) -> E:
 
 
 def text(field: str, value: Any) -> str:
-    """Return a text.
+    """Return a value that must be a string.
 
     Raises:
-        ConfigError: it is none, or cannot be written.
+        ConfigError: the value is not a string, or cannot be encoded as UTF-8.
     """
     if not isinstance(value, str):
         raise ConfigError(field, _shown(value), "must be a string")
@@ -112,7 +112,7 @@ def text(field: str, value: Any) -> str:
 
 
 def _shown(value: Any) -> object:
-    """Return what an error shows of a value: a short value itself, otherwise its kind."""
+    """Return what an error may show of a value: a short value itself, otherwise only its kind."""
     if value is None or isinstance(value, bool | int | float | Enum):
         return value if not isinstance(value, int) or abs(value) < 1 << 64 else kind_of(value)
     if isinstance(value, str) and len(value) <= 40:

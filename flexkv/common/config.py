@@ -45,7 +45,7 @@ LogLevel = Annotated[
 
 
 class Settings(ConfigModel):
-    """What a process reads from its file and environment, beside the cache's own keys."""
+    """Settings of a process, from its file and environment; `cache_config` has the cache's keys."""
 
     enable_flexkv: bool = key(
         True, "Whether an engine's connector uses FlexKV at all.", variables=("ENABLE_FLEXKV",)
@@ -112,7 +112,7 @@ class Settings(ConfigModel):
     )
 
     def require_built(self) -> None:
-        """Return if every part that these settings and the cache's keys ask for exists.
+        """Check that every part that these settings and the cache's keys ask for is built.
 
         Raises:
             ConfigError: a key enables a part that is not built; the error names both.
@@ -122,14 +122,14 @@ class Settings(ConfigModel):
 
 
 def settings_of(file: Mapping[str, Any], environment: Mapping[str, Any] | None = None) -> Settings:
-    """Return the settings of a file's content and of values from the environment; the file wins.
+    """Return the settings from a file's content and from the environment; the file wins.
 
     Args:
-        file: flat, or with the cache's keys nested under `cache_config`.
+        file: keys and values, flat, or with the cache's keys nested under `cache_config`.
         environment: the same keys, flat.
 
     Raises:
-        ConfigError: an unknown key, a wrong value, or one key with two values.
+        ConfigError: a key is unknown, has a wrong value, or has two values.
     """
     models = (Settings, CacheConfig)
     nested = file.get("cache_config") or {}
@@ -156,14 +156,14 @@ def settings_of(file: Mapping[str, Any], environment: Mapping[str, Any] | None =
 
 
 def overruled(below: Mapping[str, Any], above: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Return the sizes of one source that another, which wins, gives in the other unit.
+    """Yield the sizes of one source that the winning source gives in the other unit.
 
     Args:
-        below: keys and values of the source that gives way.
-        above: those of the source that wins, under their current names.
+        below: keys and values of the source that loses.
+        above: keys and values of the source that wins, under their current names.
 
-    Returns:
-        The key that is void, and the key that takes its place.
+    Yields:
+        The key that is ignored, and the key that replaces it.
     """
     for pair in SIZE_PAIRS:
         for name, rival in (pair, pair[::-1]):
@@ -172,7 +172,7 @@ def overruled(below: Mapping[str, Any], above: Mapping[str, Any]) -> Iterator[tu
 
 
 def variable_keys() -> dict[str, str]:
-    """Give every environment variable that sets a key, with the key's name."""
+    """Return the key that each environment variable sets; some variables set retired names."""
     variables: dict[str, str] = {}
     for model in (Settings, CacheConfig):
         for name, field in model.model_fields.items():

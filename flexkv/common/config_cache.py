@@ -40,11 +40,11 @@ SIZE_PAIRS = (
     ("num_ssd_blocks", "ssd_cache_gb"),
     ("max_blocks_per_file", "max_file_size_gb"),
 )
-"""Two ways to say one size: a count of blocks, or GB."""
+"""Pairs of keys that set the same size: as a count of blocks, or in GB."""
 
 
 def _joined(value: object) -> object:
-    """Take several addresses joined by `;`, or one, for a list of them."""
+    """Return addresses as a tuple; a string may hold several, joined by `;`."""
     if value is None:
         return ()
     if isinstance(value, str):
@@ -53,7 +53,7 @@ def _joined(value: object) -> object:
 
 
 def _block_first(value: object) -> object:
-    """Take the old names of layouts: only one layout of host, SSD and remote blocks exists."""
+    """Return the current name of a layout, and warn about an old name: only one layout exists."""
     name = value.upper() if isinstance(value, str) else value
     notes = {
         "BLOCKWISE": "BLOCKWISE is an old name: use BLOCKFIRST",
@@ -66,14 +66,14 @@ def _block_first(value: object) -> object:
 
 
 def _object(value: object) -> object:
-    """Take a JSON text, as it stands in an environment variable, for the object it describes."""
+    """Return the object that a JSON text, as from an environment variable, describes."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value, object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError, DuplicateKeyError):
         fault = ValueError("must be an object, in JSON")
-    raise fault  # raised here it has no context, which would hold the text
+    raise fault  # raised outside of `except`, because its context would hold the text
 
 
 Paths = Annotated[tuple[Path, ...], BeforeValidator(directories_of)]
@@ -102,13 +102,13 @@ class CacheSizes:
     max_file_blocks: int | None
     """Most blocks in one SSD file; None = no cap."""
     host_given: GivenSize
-    """What an error about the size of the host tier names."""
+    """The key and value that an error about the size of the host tier names."""
     disk_given: GivenSize
-    """Likewise, of the SSD tier."""
+    """The same for the SSD tier."""
 
 
 class CacheConfig(ConfigModel):
-    """What the cache may use, and how it uses it. Every key has a default."""
+    """The cache's configuration keys. Every key has a default."""
 
     tokens_per_block: int = key(
         16, "Tokens in a block; equals the engine's page size.", unit="tokens", ge=1, le=65536
@@ -446,10 +446,10 @@ class CacheConfig(ConfigModel):
         return self
 
     def sized(self, model: ModelConfig) -> CacheSizes:
-        """Give the tiers' sizes in blocks of this model.
+        """Return the tiers' sizes in blocks of this model.
 
         Raises:
-            ConfigError: a tier has no room for one block, or for too many, or a block is too large.
+            ConfigError: a tier has room for no block or for too many, or a block is too large.
         """
         block_bytes = model.block_bytes(self.tokens_per_block)
         if block_bytes > BLOCK_BYTES_MAX:
@@ -486,7 +486,7 @@ class CacheConfig(ConfigModel):
         return (self.max_file_size_gb if cap is None else cap) == -1
 
     def _blocks(self, blocks_key: str, gb_key: str, stride_bytes: int) -> int:
-        """Return the size in blocks, from whichever of two keys was given."""
+        """Return a size in blocks, from whichever of its two keys was given."""
         count: int | None = getattr(self, blocks_key)
         gb: float = getattr(self, gb_key)
         field, value = (gb_key, gb) if count is None else (blocks_key, count)

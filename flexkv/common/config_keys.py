@@ -1,12 +1,12 @@
-"""What every configuration model shares: keys with facts, old names, refusals, one kind of error.
+"""What configuration models share: definitions of keys, old names, checks, one kind of error.
 
-The pydantic field definitions are the only table of keys. `key` adds to a field what pydantic has
-no word for (its unit, its old names, the part of the system that serves it), and everything else
+The pydantic field definitions are the only table of keys. `key` adds to a field what pydantic does
+not know (its unit, its old names, the part of the system that serves it), and everything else
 reads it from there: the checks below, the loader of files, and `docs/configuration.md`.
 
-An error never quotes a secret, wherever a broken file has put it: values of secret keys are masked,
-those of unknown keys and those that hold other values are described, and the name of an unknown key
-is shown only if it resembles a known one (a file without its colons has secrets for keys).
+An error never quotes a secret, wherever a broken file has put it. Values of secret keys are masked.
+Values of unknown keys, and values that hold other values, are only described. The name of an
+unknown key is shown only if it resembles a known one: in a file without colons, secrets are keys.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flexkv.common import errors
 from flexkv.common.errors import ConfigError
 
 MASK = "**********"
-"""Stands where a secret would be shown: the same ten stars that pydantic shows."""
+"""Shown in place of a secret: the same ten stars that pydantic shows."""
 
 Renames: TypeAlias = dict[str, str]
 """Old name → current name."""
@@ -37,12 +37,12 @@ _PLAIN_TEXT = re.compile(r"[\w./:+-]{0,80}")
 _TELLING = re.compile("secret|password|passwd|credential|token_|api_?key", re.IGNORECASE)
 _USER_OF_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 LIKENESS_MIN, LIKENESS_OF_SECRETS_MIN = 0.6, 0.85
-"""How similar an unknown key must be to a known one for its name to be shown."""
+"""How similar an unknown key must be to a known one, or a secret one, for its name to be shown."""
 
 BLOCKS_MAX = 1 << 30
-"""Most blocks of a tier, and of a file of it."""
+"""Most blocks in a tier, and in one of its files."""
 GB_MAX, MB_MAX, SECONDS_MAX = float(1 << 20), float(1 << 20), 31_536_000.0
-"""Bounds of sizes and times: a PiB, a TiB, a year. A larger value has the wrong unit."""
+"""Bounds of sizes and times: a PiB, a TiB, a year. A larger value was given in the wrong unit."""
 TEXT_CHARACTERS_MAX = 65_536
 _NUMBER_CHARACTERS_MAX = 64
 
@@ -77,7 +77,7 @@ class KeyFacts(NamedTuple):
     old: tuple[str, ...] = ()
     """Retired names that mean the same."""
     part: str = ""
-    """The part of the system that values outside `built` need, and that is not there yet."""
+    """The part of the system that values outside `built` need, and that is not built yet."""
     built: tuple[object, ...] = ()
     retired: str = ""
     """Why the key itself is retired, and what to use; such a key is accepted with a warning."""
@@ -92,22 +92,22 @@ def key(default: object, description: str, **options: Any) -> Any:
     """Define one configuration key: a pydantic field with its `KeyFacts` attached.
 
     Args:
-        default: its value when nobody gives one.
-        description: what it does, for the reader of `docs/configuration.md`.
-        options: any of the `KeyFacts`; the rest are rules for `pydantic.Field`.
+        default: the value when none is given.
+        description: what the key does, for the reader of `docs/configuration.md`.
+        options: any fields of `KeyFacts`; all others are rules for `pydantic.Field`.
     """
     facts = {name: options.pop(name) for name in KeyFacts._fields if name in options}
     return Field(default, description=description, json_schema_extra=facts, **options)
 
 
 def facts_of(field: FieldInfo) -> KeyFacts:
-    """Give the facts that `key` attached to a field."""
+    """Return the facts that `key` attached to a field."""
     extra: Any = field.json_schema_extra
     return KeyFacts(**(extra or {}))
 
 
 def old_names(models: Iterable[type[BaseModel]]) -> Renames:
-    """Give every retired name of these models' keys with its current name."""
+    """Return the current name for every retired name of these models' keys."""
     return {
         old: name
         for model in models
@@ -117,7 +117,7 @@ def old_names(models: Iterable[type[BaseModel]]) -> Renames:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Give the known name that looks most like `name`."""
+    """Return the known name that is most similar to `name`."""
     return get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 
@@ -133,9 +133,9 @@ def shown(name: str, value: object, models: Iterable[type[BaseModel]]) -> object
 
 
 def described(value: object) -> object:
-    """Return a value of a key that is not secret: a description, unless it is short and plain.
+    """Return how to show the value of a key that is not secret: a description, unless it is plain.
 
-    A wrong indentation or a forgotten quote puts secrets into the values of other keys.
+    Plain is short and harmless: a forgotten quote puts secrets into the values of other keys.
     """
     if value is None or isinstance(value, bool | int | float):
         return value
@@ -147,7 +147,7 @@ def described(value: object) -> object:
 
 
 def kind_of(value: object) -> Described:
-    """Return a description of the kind of a value, which shows nothing of its content."""
+    """Return a description of a value's kind that shows nothing of its content."""
     if isinstance(value, str | PurePath):
         return Described(f"<a text of {len(str(value))} characters>")
     if isinstance(value, Mapping):
@@ -163,8 +163,8 @@ def unknown_key(
     """Return the error for a key that no model has.
 
     Args:
-        given: the key, which is shown if it resembles the nearest known one.
-        number: position of the key among those that were given, from 1.
+        given: the key, which is shown only if it resembles the nearest known one.
+        number: which of the given keys it is, counted from 1.
         known: every valid name, including old ones.
         models: the models that have these names.
     """
@@ -182,10 +182,10 @@ def unknown_key(
 def current_names(
     values: Mapping[str, Any], models: tuple[type[BaseModel], ...]
 ) -> tuple[dict[str, Any], Renames]:
-    """Return the values under their keys' current names, and the renames that took.
+    """Return the values under the current names of their keys, and the renames that were made.
 
     Raises:
-        ConfigError: a key that no model has, or an old name beside its current one.
+        ConfigError: no model has a key, or two names of one key are given.
     """
     aliases = old_names(models)
     known = {name for model in models for name in model.model_fields} | aliases.keys()
@@ -206,10 +206,10 @@ def current_names(
 
 
 def check_no_key_swallowed(values: Mapping[str, Any], models: Collection[type[BaseModel]]) -> None:
-    """Check that no value holds the line of a secret key, as it does when a quote is missing.
+    """Check that no value contains a secret key, as happens when a quote is missing.
 
     Raises:
-        ConfigError: one does, and so would appear in errors and logs.
+        ConfigError: a value does; the secret would appear in errors and logs.
     """
     names = {n for model in models for n in model.model_fields if is_secret(n, models)}
     key_in_text = re.compile(rf"({'|'.join(sorted(names))})[\"']?\s*[:=]")
@@ -228,7 +228,7 @@ def check_no_rivals(
 
     Args:
         values: keys that the source gives, and their values; None counts as not given.
-        pairs: of keys that mean one size.
+        pairs: two keys each, which set the same size.
         names: the source's own names of keys, where they differ.
 
     Raises:
@@ -246,7 +246,7 @@ class DuplicateKeyError(Exception):
 
 
 def without_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    """Return the object of some keys and values.
+    """Return a dict of keys and values.
 
     Raises:
         DuplicateKeyError: a key occurs twice; its argument is the key.
@@ -260,14 +260,14 @@ def without_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
 
 
 def announce(renames: Renames) -> None:
-    """Warn once for each old name, on behalf of the caller's caller."""
+    """Warn once about each old name; the warning points at the caller's caller."""
     for old, name in renames.items():
         message = f"configuration key {old} is an old name: use {name}"
         warnings.warn(message, RetiredKeyWarning, stacklevel=3)
 
 
 class PlainValues(BaseModel):
-    """A model that takes numbers of any library, and never a value of the wrong kind."""
+    """A model that accepts numbers of any library, such as numpy, and no value of a wrong kind."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -297,13 +297,13 @@ def _plain_scalar(value: Any) -> Any:
 
 
 def _is_number(annotation: Any) -> bool:
-    """Return whether a key holds a number, or nothing."""
+    """Return whether a key with this annotation takes a number, possibly None, but no bool."""
     kinds = set(get_args(annotation) if isinstance(annotation, UnionType) else (annotation,))
     return bool(kinds & {int, float}) and bool not in kinds
 
 
 def _check_text(value: Any) -> None:
-    """Check that every text can be written to a file, a socket and the name of a file."""
+    """Check that every text can be written to a file or a socket, and can be a file's name."""
     for text in value if isinstance(value, list | tuple) else (value,):
         if not isinstance(text, str | PurePath):
             continue
@@ -317,12 +317,12 @@ def _check_text(value: Any) -> None:
             told.encode(errors="surrogateescape")  # names of files need not be UTF-8
         except UnicodeEncodeError as error:
             fault = error.reason
-        if fault is not None:  # raised here it has no context, which would hold the text
+        if fault is not None:  # raised outside of `except`, as its context would hold the text
             raise ValueError(f"is not text: {fault}")
 
 
 class ConfigModel(PlainValues):
-    """A frozen group of configuration keys, in which every fault is a `ConfigError`."""
+    """A frozen group of configuration keys; every fault raises a `ConfigError`."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -346,7 +346,7 @@ class ConfigModel(PlainValues):
             super().__init__(**known)
         except ValidationError as error:
             fault = _config_error(type(self), error)
-        if fault is not None:  # raised here it has no context, which would hold the values
+        if fault is not None:  # raised outside of `except`, as its context would hold the values
             raise fault
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
@@ -355,7 +355,7 @@ class ConfigModel(PlainValues):
             yield name, _without_users(value)
 
     def require_built(self) -> None:
-        """Return if every part of the system that the values ask for exists.
+        """Check that every part of the system that the values ask for is built.
 
         Raises:
             ConfigError: a key enables a part that is not built; the error names both.
@@ -386,7 +386,7 @@ def _config_error(model: type[BaseModel], error: ValidationError) -> ConfigError
 
 
 def _without_users(value: Any) -> Any:
-    """Return addresses without the names and passwords that they may begin with."""
+    """Return addresses with their user names and passwords masked."""
     if isinstance(value, str):
         return _USER_OF_URL.sub(MASK, value)
     return tuple(map(_without_users, value)) if type(value) is tuple else value

@@ -1,4 +1,4 @@
-"""What the engine's model looks like to a cache: how many bytes the KV of one token takes."""
+"""What the cache must know of the engine's model: the shapes and sizes of its KV."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ITEM_BYTES = {
     "int8": 1,
     "uint8": 1,
 }
-"""Bytes of one element, by the name that torch and numpy give its type."""
+"""Bytes of one element, by the name of its type in torch and numpy."""
 
 SHORT_NAMES = {
     "double": "float64",
@@ -42,10 +42,10 @@ SHORT_NAMES = {
 
 
 def dtype_name(dtype: object) -> str:
-    """Give the name of a torch, numpy or written dtype, such as "bfloat16".
+    """Return the name of a torch dtype, a numpy dtype or a string, such as "bfloat16".
 
-    Neither library is asked: a torch dtype prints as `torch.<name>`, a numpy one as `<name>`, and
-    a numpy scalar class is called by it.
+    Neither library is imported: a torch dtype prints as `torch.<name>`, a numpy dtype as `<name>`,
+    and a numpy scalar class has that name.
     """
     text = dtype.__name__ if isinstance(dtype, type) else str(dtype)
     name = text.removeprefix("torch.")
@@ -58,11 +58,11 @@ def dtype_name(dtype: object) -> str:
 DTypeName = Annotated[str, BeforeValidator(dtype_name)]
 _RANKS_PART = "the device part for several ranks"
 LAYERS_MAX, HEADS_MAX, RANKS_MAX = 1 << 14, 1 << 16, 1 << 16
-"""More layers, heads (or elements of one), ranks or instances than any model or machine has."""
+"""More layers, heads (or elements of a head), ranks or instances than any model or machine has."""
 
 
 class LayerGroup(PlainValues):
-    """Layers of one model that share a KV shape which other layers do not have."""
+    """Layers of one model that have one KV shape, which its other layers do not have."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -138,7 +138,7 @@ class ModelConfig(ConfigModel):
 
     @property
     def _groups(self) -> tuple[LayerGroup, ...]:
-        """Give the groups, or all layers as one."""
+        """Return the layer groups, or all layers as one group."""
         whole = LayerGroup(
             num_layers=self.num_layers,
             num_kv_heads=self.num_kv_heads,
@@ -176,21 +176,21 @@ class ModelConfig(ConfigModel):
 
     @property
     def parts(self) -> int:
-        """Give into how many parts the TP ranks divide a block.
+        """Return the number of parts into which the TP ranks divide a block.
 
-        Ranks that have the same heads (MLA's one latent, or fewer heads than ranks) have one part.
+        Ranks with the same heads (MLA's one latent, or fewer heads than ranks) share one part.
         """
         if self.use_mla:
             return 1
         return min(self.tp_size, *(group.num_kv_heads for group in self._groups))
 
     def part_of(self, tp_rank: int) -> Part:
-        """Give the part of a block that a rank has; ranks of one part are neighbours."""
+        """Return the part of a block that a rank fills; ranks that share one are consecutive."""
         return Part(tp_rank * self.parts // self.tp_size, self.parts)
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """The element type of each layer."""
+        """Return the element type of each layer."""
         found: dict[int, str] = {}
         for group in self._groups:
             begin = len(found)
@@ -199,7 +199,7 @@ class ModelConfig(ConfigModel):
         return tuple(found[index] for index in range(self.num_layers))
 
     def shapes(self, tokens_per_block: int) -> tuple[KVShape, ...]:
-        """Give what each layer of one rank holds of a block.
+        """Return the KV shape of a block in each layer of one rank.
 
         Raises:
             ConfigError: a group's compress_ratio does not divide the tokens of a block.
@@ -221,5 +221,5 @@ class ModelConfig(ConfigModel):
         return tuple(layers[index] for index in range(self.num_layers))
 
     def block_bytes(self, tokens_per_block: int) -> int:
-        """Give the bytes of one block of this many tokens, all layers and all parts."""
+        """Return the bytes of one block of this many tokens, over all layers and all parts."""
         return self.parts * sum(shape.block_bytes for shape in self.shapes(tokens_per_block))

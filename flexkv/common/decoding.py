@@ -1,4 +1,4 @@
-"""Decoding of bytes that others wrote: one function, which raises one error for any fault.
+"""Decoding of bytes that somebody else wrote: any fault raises the same error.
 
 A decoder that meets hostile or damaged bytes raises more than its own errors: some releases of
 msgspec raise UnicodeDecodeError for a string that is not UTF-8, deep nesting raises
@@ -20,15 +20,15 @@ class Decoder(Protocol[Decoded]):
     """A msgspec decoder, for JSON or MessagePack."""
 
     def decode(self, data: bytes | bytearray | memoryview, /) -> Decoded:
-        """Return what the bytes stand for."""
+        """Return the decoded value."""
         ...
 
 
 def decoded(decoder: Decoder[Decoded], data: bytes | bytearray | memoryview) -> Decoded:
-    """Return what `data` stands for.
+    """Return the value that `data` encodes.
 
     Raises:
-        MalformedError: the decoder does not accept it, for whatever reason.
+        MalformedError: the decoder rejects `data`, for whatever reason.
     """
     try:
         return decoder.decode(data)

@@ -21,7 +21,7 @@ def directories_of(value: object) -> tuple[Path, ...]:
             a JSON list of them; a list of paths; or None.
 
     Raises:
-        ValueError: the value, or an item of it, names no directory; says which rule it breaks.
+        ValueError: the value, or an item of it, names no directory; it says which rule is broken.
     """
     if value is None:
         return ()
@@ -62,7 +62,7 @@ def _directory(value: object) -> Path:
     if to_path is not None:
         value = to_path(value)
     if isinstance(value, bytes):
-        value = value.decode("utf-8", "surrogateescape")  # as Python names files that are not UTF-8
+        value = value.decode("utf-8", "surrogateescape")  # as Python decodes names of files
     if not isinstance(value, str):
         raise ValueError("must be text or a path")  # noqa: TRY004 -- pydantic takes no other
     if not value.strip():

@@ -1,6 +1,6 @@
-"""The tree of errors, except `ProtocolError`, which is beside its protocol (`server/wire.py`).
+"""FlexKV's errors, except `ProtocolError`, which is defined with its protocol in `server/wire.py`.
 
-Each carries the values that a handler or a reader needs.
+Each error carries the values that a handler or a reader needs.
 
 A miss, a full pool on prefetch and a partial hit are outcomes, not errors. Every error can be
 copied and pickled with its fields, so that it reaches the process that waits for it.
@@ -20,13 +20,13 @@ class FlexKVError(Exception):
     """Anything that FlexKV raises on purpose."""
 
     def __reduce__(self) -> tuple[Callable[..., FlexKVError], tuple[Any, ...]]:
-        """Return how to rebuild the error; fields that cannot be pickled become their text."""
+        """Return how to rebuild the error; a field that cannot be pickled becomes its `repr`."""
         fields = {name: _portable(value) for name, value in self.__dict__.items()}
         return rebuilt, (type(self), tuple(map(_portable, self.args)), fields)
 
 
 def rebuilt(kind: type[E], args: tuple[Any, ...], fields: Mapping[str, Any]) -> E:
-    """Return an error with these fields; its `__init__`, which formats the message, is not run."""
+    """Return an error with these fields, without running the `__init__` that makes its message."""
     error = kind.__new__(kind, *args)
     error.args = args
     error.__dict__.update(fields)
@@ -34,7 +34,7 @@ def rebuilt(kind: type[E], args: tuple[Any, ...], fields: Mapping[str, Any]) -> 
 
 
 def _portable(value: Any) -> Any:
-    """Return a value that can be pickled and copied: a generator or a lock as its text."""
+    """Return the value if it can be pickled; else, as for a lock or a generator, its `repr`."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     try:
@@ -45,7 +45,7 @@ def _portable(value: Any) -> Any:
 
 
 HIDDEN = "…"
-"""The `repr` of a value that an error does not show: it may be a secret, or there is none."""
+"""The `repr` of a value that an error does not show: it may be secret, or there is no value."""
 
 
 class ConfigError(FlexKVError):
@@ -59,7 +59,7 @@ class ConfigError(FlexKVError):
 
 
 class CapacityError(FlexKVError):
-    """A tier cannot give the blocks that an operation must have."""
+    """A tier has no room for the blocks that an operation needs."""
 
     def __init__(
         self, tier: str, wanted_blocks: int, free_blocks: int, evictable_blocks: int
@@ -75,7 +75,7 @@ class CapacityError(FlexKVError):
 
 
 class ClearedError(FlexKVError):
-    """The cache was cleared after a put had begun: nothing of it is stored."""
+    """The cache was cleared after a put had begun, so nothing of the put is stored."""
 
     def __init__(self) -> None:
         super().__init__("the cache was cleared after the put began: nothing of it is stored")
@@ -96,17 +96,17 @@ class TransferError(FlexKVError):
 
 
 class RecalledError(TransferError):
-    """A transfer op was recalled before all of its bytes were on their way: no fault of any."""
+    """A transfer op was recalled before all of its bytes were on their way; nothing is broken."""
 
     blames_tier = False
 
 
 class DeadlineError(TransferError):
-    """A transfer op did not end in time; hardware may still be at it."""
+    """A transfer op did not end in time; hardware may still be working on it."""
 
 
 class UnfilledError(TransferError):
-    """Another request was filling the blocks that this one waited for, and gave up."""
+    """Another request that was filling the blocks that this one waited for gave up."""
 
     blames_tier = False
 
@@ -120,7 +120,7 @@ class StorageError(TransferError):
 
 
 class ShortTransferError(TransferError):
-    """A file or peer gave fewer bytes than the block has, and will not give more."""
+    """A file or peer delivered fewer bytes than the block has, and will not deliver more."""
 
     def __init__(self, path: str, offset_bytes: int, wanted_bytes: int, moved_bytes: int) -> None:
         FlexKVError.__init__(
@@ -139,7 +139,7 @@ class DeviceError(TransferError):
 
 
 class AgentGoneError(TransferError):
-    """The process that has the device memory is gone, or no longer connected."""
+    """The process that owns the device memory has ended, or is no longer connected."""
 
 
 class CorruptBlockError(TransferError):
@@ -154,7 +154,7 @@ class CorruptBlockError(TransferError):
         self.path, self.offset_bytes, self.block_ids = path, offset_bytes, tuple(block_ids)
 
     def joined(self, other: CorruptBlockError) -> CorruptBlockError:
-        """Return one error for the blocks of both; path and offset are those of the first."""
+        """Return one error for the blocks of both, with the path and offset of this one."""
         block_ids = (*self.block_ids, *other.block_ids)
         return CorruptBlockError(self.path, self.offset_bytes, block_ids)
 
@@ -168,7 +168,7 @@ class MalformedError(FlexKVError):
 
 
 class BackendUnavailableError(FlexKVError):
-    """A backend that the configuration asks for is not there."""
+    """A backend that the configuration asks for is not available."""
 
     def __init__(self, backend: str, reason: str) -> None:
         super().__init__(f"{backend} is not available: {reason}")
@@ -180,11 +180,11 @@ class ClosedError(FlexKVError):
 
 
 class InternalError(FlexKVError):
-    """Our own mistake: please report it with the message."""
+    """A mistake in FlexKV itself: please report it with the message."""
 
 
 class InvalidTransition(InternalError):  # noqa: N818 -- the name that state machines use for it
-    """A state machine got an event that its table has no entry for."""
+    """A state machine received an event that cannot happen in its state."""
 
     def __init__(self, state: object, event: object, story: Sequence[object]) -> None:
         lines = "\n  ".join(str(entry) for entry in story)
@@ -193,4 +193,4 @@ class InvalidTransition(InternalError):  # noqa: N818 -- the name that state mac
 
 
 class InvariantError(InternalError):
-    """A law of the system does not hold."""
+    """An invariant of the system does not hold."""

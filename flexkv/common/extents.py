@@ -1,4 +1,4 @@
-"""Runs of block ids: the step from many blocks to few contiguous extents."""
+"""Runs of consecutive block ids, by which many blocks become few contiguous extents."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from flexkv.common.terms import BlockIds, Transfer
 def coalesce(
     source_ids: BlockIds, target_ids: BlockIds, blocks_max: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Give the runs in which both ids count up by one: where each starts, and its length.
+    """Return the runs in which both ids count up by one: where each starts, and its length.
 
     Args:
         source_ids: int64[n].
         target_ids: int64[n].
-        blocks_max: the longest run; longer ones are cut, from their start.
+        blocks_max: most blocks of a run; longer runs are cut, counting from their start.
 
     Returns:
-        `starts` int64[m], ascending positions in the ids, and `counts` int64[m], which add up
+        `starts` int64[m], ascending indices into the ids, and `counts` int64[m], which add up
         to n.
     """
     assert len(source_ids) == len(target_ids), (len(source_ids), len(target_ids))
@@ -34,7 +34,7 @@ def coalesce(
     run_starts = np.concatenate(([0], breaks))
     run_counts = np.diff(run_starts, append=total)
     cuts = -(-run_counts // blocks_max)
-    # Of each piece: which run it is of, and the how-manieth of that run.
+    # For each piece: the index of its run, and its own index within that run.
     run = np.repeat(np.arange(len(run_starts)), cuts)
     nth = np.arange(len(run)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
     starts = run_starts[run] + nth * blocks_max
@@ -43,10 +43,10 @@ def coalesce(
 
 
 def check_ids(transfer: Transfer, source_blocks: int, target_blocks: int) -> None:
-    """Check that a transfer's ids are within their pools and as many on both ends.
+    """Check that a transfer has as many source as target ids, and that all are in their pools.
 
     Raises:
-        InvariantError: they are not.
+        InvariantError: one of these does not hold.
     """
     if len(transfer.source_ids) != len(transfer.target_ids):
         raise InvariantError(

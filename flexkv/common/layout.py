@@ -8,8 +8,8 @@ An engine keeps one tensor per layer; a host block is one contiguous extent over
     host block       [L0 K][L0 V][L1 K][L1 V] …               offset inside the host block
 
 The shape tells which axis counts blocks; the strides tell everything else. So a permuted view
-works like the storage that it looks at, as long as the bytes of one block in one layer are one or
-two contiguous extents. Their order inside an extent is the engine's own affair.
+works like the storage below it, as long as the bytes of one block in one layer are one or two
+contiguous extents. The order of the elements inside an extent is up to the engine; see `Order`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flexkv.common.errors import ConfigError
 
 
 class TensorSpec(NamedTuple):
-    """What must be known of one tensor: where it starts and how it is strided."""
+    """Address, shape, strides and item size of one tensor."""
 
     address: int
     shape: tuple[int, ...]
@@ -36,14 +36,14 @@ class TensorSpec(NamedTuple):
 
 
 Order: TypeAlias = str
-"""Axes of a block from the slowest to the fastest, such as "kv tokens heads dim"; those of length 1
-are left out. Where layers differ, theirs in turn, with a semicolon between."""
+"""Axes of a block from the slowest to the fastest, such as "kv tokens heads dim", without those of
+length 1. Where layers differ, the axes of each layer in turn, separated by semicolons."""
 
 NATURAL = ("kv", "tokens", "heads", "dim")
 
 
 def is_natural(order: Order) -> bool:
-    """Tell whether blocks are as those of most engines: K before V, token after token."""
+    """Return whether blocks are ordered as in most engines: K before V, token after token."""
     return all(
         [axis for axis in NATURAL if axis in axes] == axes
         for axes in (each.split() for each in order.split(";"))
@@ -51,7 +51,7 @@ def is_natural(order: Order) -> bool:
 
 
 class KVShape(NamedTuple):
-    """What one rank's tensor of one layer holds of a block."""
+    """The shape of one block in one rank's tensor of one layer."""
 
     tokens: int
     heads: int
@@ -62,12 +62,12 @@ class KVShape(NamedTuple):
 
     @property
     def block_bytes(self) -> int:
-        """Give the bytes of one block in one layer."""
+        """Return the bytes of one block in one layer."""
         return prod(self)
 
 
 class Part(NamedTuple):
-    """Which of the equal parts of a host block a rank fills."""
+    """The part of a host block that a rank fills: part `number` of `of` equal parts."""
 
     number: int
     of: int
@@ -82,9 +82,9 @@ class PagedLayout:
 
     A row is: address of block 0, stride in bytes between blocks, bytes of the piece, offset of
     the piece inside the host block. The pieces fill the device's part of the host block without a
-    gap. `layers` has the same for each layer, int64[1 or 2, 4]: what adjoins there is one piece in
-    `pieces`. `block_bytes` are those of the device's part. `order` tells in which order a block's
-    elements follow each other there: devices of another order do not understand the bytes.
+    gap. `layers` has such rows for each layer, int64[1 or 2, 4]; `pieces` has adjacent ones merged.
+    `block_bytes` is the size of the device's part. `order` is the order of a block's elements
+    there: a device with another order cannot use the bytes.
     """
 
     pieces: NDArray[np.int64]
@@ -104,7 +104,7 @@ SHAPES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("fused", ("blocks", "tokens", "heads", "kv·dim")),
     ("fused", ("blocks", "tokens", "heads·kv·dim")),
 )
-"""Every shape that is known, under the name that `layout` gives it. A new one is a new row."""
+"""Every known shape, with the name that `layout` selects it by. A new shape is a new row."""
 
 AXES = frozenset(axis for _, axes in SHAPES for axis in axes)
 LAYOUT_NAMES = tuple(dict.fromkeys(name for name, _ in SHAPES))
@@ -131,13 +131,13 @@ def infer_layout(
     layout: str | None = None,
     part: Part = WHOLE,
 ) -> PagedLayout:
-    """Give the pages of per-layer tensors, from their shapes and strides.
+    """Return the pages of per-layer tensors, inferred from their shapes and strides.
 
     Args:
         specs: one per layer, in the order of the layers.
-        shapes: what each holds of a block; one stands for all.
+        shapes: the shape of a block in each layer; a single one holds for all layers.
         layout: one of `LAYOUT_NAMES`, for shapes that fit more than one.
-        part: of the host block, which these tensors fill.
+        part: the part of the host block that these tensors fill.
 
     Raises:
         ConfigError: a shape fits no layout or several, layers disagree, or the bytes of one
@@ -170,7 +170,7 @@ def infer_layout(
 
 
 def _check_apart(layers: list[list[_Piece]], num_blocks: int) -> None:
-    """Check that no byte of a block belongs to two layers: each would overwrite the other's.
+    """Check that no byte belongs to two layers, which would overwrite each other.
 
     Raises:
         ConfigError: two tensors are the same memory, or overlap.
@@ -189,11 +189,11 @@ def _check_apart(layers: list[list[_Piece]], num_blocks: int) -> None:
 
 
 def _order(spec: TensorSpec, shape: KVShape, axes: tuple[str, ...]) -> Order:
-    """Give the axes of a block in one layer, as its strides say."""
+    """Return the axes of a block in one layer, ordered by their strides."""
     sizes = {"kv": shape.kv_dim, "heads": shape.heads}
     lengths = zip(spec.strides_bytes, spec.shape, axes, strict=True)
     inner = [(stride, name) for stride, n, name in lengths if name != "blocks" and n > 1]
-    # A factor of length 1 says nothing: MLA's "heads·kv·dim" is its "dim".
+    # A factor of length 1 has no effect: MLA's "heads·kv·dim" is just "dim".
     return " ".join(
         "·".join(factor for factor in name.split("·") if sizes.get(factor) != 1)
         for _, name in sorted(inner, reverse=True)
@@ -205,7 +205,7 @@ def _named(firsts: Iterable[tuple[int, _Fit]]) -> str:
 
 
 def _check_alike(spec: TensorSpec, field: str, first: TensorSpec, first_field: str) -> None:
-    """Check that a tensor is as the first one of the same shape."""
+    """Check that a tensor has the same shape and item size as the first of its KV shape."""
     if (spec.shape, spec.itemsize) != (first.shape, first.itemsize):
         raise ConfigError(
             field,
@@ -216,7 +216,7 @@ def _check_alike(spec: TensorSpec, field: str, first: TensorSpec, first_field: s
 
 
 def _pages(layers: list[list[_Piece]], offset: int, num_blocks: int, name: str) -> PagedLayout:
-    """Lay the pieces of all layers one behind the other, from an offset in the host block on."""
+    """Return the layout of all layers' pieces, in a row from an offset in the host block on."""
     merged: list[_Piece] = []
     for pieces in layers:
         for piece in pieces:
@@ -236,7 +236,7 @@ def _rows(pieces: list[_Piece], offset: int) -> NDArray[np.int64]:
 
 
 def _fit(spec: TensorSpec, shape: KVShape, layout: str | None, field: str) -> _Fit:
-    """Give the one known shape that `spec` has."""
+    """Return the known shape that `spec` has; without exactly one, raise a ConfigError."""
     if spec.itemsize != shape.item_bytes:
         why = f"has {spec.itemsize} bytes an element, the model's dtype has {shape.item_bytes}"
         raise ConfigError(field, spec.shape, why)
@@ -275,7 +275,7 @@ def _matches(shape: tuple[int, ...], axes: tuple[str, ...], sizes: dict[str, int
 
 
 def _block_pieces(spec: TensorSpec, block_axis: int, field: str) -> list[_Piece]:
-    """Give the one or two contiguous extents of block 0, with the stride to the next block."""
+    """Return the one or two contiguous extents of block 0, with the stride to the next block."""
     inner = sorted(
         (stride, length)
         for axis, (stride, length) in enumerate(zip(spec.strides_bytes, spec.shape, strict=True))
@@ -308,7 +308,7 @@ def _block_pieces(spec: TensorSpec, block_axis: int, field: str) -> list[_Piece]
 
 
 def _append_merged(pieces: list[_Piece], piece: _Piece) -> None:
-    """Append `piece`, as one with its neighbour where they are adjacent for every block."""
+    """Append `piece`, merged with the last piece if they are adjacent in every block."""
     if pieces:
         last = pieces[-1]
         if (last.address + last.bytes, last.stride_bytes) == (piece.address, piece.stride_bytes):

@@ -1,4 +1,4 @@
-"""What a caller asks and what it is told: requests in whole blocks, responses over tokens."""
+"""Requests, which are in whole blocks, and the responses to them, which are over tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INT64 = np.dtype(np.int64)
 
 
 class Operation(IntEnum):
-    """What a request wants."""
+    """The kind of a request."""
 
     GET = 0
     PUT = 1
@@ -27,14 +27,14 @@ class Operation(IntEnum):
 
     @cached_property
     def label(self) -> str:
-        """Give the lower-case name, as it stands in records and messages."""
+        """Return the lower-case name, as it appears in records and messages."""
         return self.name.lower()
 
 
 class KVResponseStatus(Enum):
-    """How a request ended. A part of what was asked for is SUCCESS with the shorter mask."""
+    """How a request ended. A request that was served in part is a SUCCESS with a shorter mask."""
 
-    __hash__ = object.__hash__  # members are single; an Enum's own hash is Python code
+    __hash__ = object.__hash__  # members are singletons; Enum's own hash is slow Python code
 
     SUCCESS = "success"
     NOTFOUND = "notfound"
@@ -45,7 +45,7 @@ class KVResponseStatus(Enum):
 
 
 class KVResponse(msgspec.Struct, frozen=True, eq=False):
-    """The end of one request.
+    """The response to one request.
 
     `return_mask` is bool[tokens]: the tokens whose KV was moved. For a get, the slots of every
     other token have undefined content. `error` says why a request moved less than it could have.
@@ -63,23 +63,23 @@ class KVResponse(msgspec.Struct, frozen=True, eq=False):
 
 
 class Span(NamedTuple):
-    """The whole blocks that a mask selects, and where their tokens stand."""
+    """The run of tokens that a mask selects, and the whole blocks inside it."""
 
     first_block: int
     last_block: int
     """Exclusive."""
     first_token: int
-    """Where the mask's run begins: slot 0 belongs to this token."""
+    """Where the mask's run begins: the first slot of the slot mapping belongs to this token."""
     last_token: int
     """Exclusive."""
 
 
 class Request(msgspec.Struct, frozen=True):
-    """A caller's request in the core's terms.
+    """A caller's request, as the core handles it.
 
-    `keys` has 16 bytes for the namespace's root, then for each whole block up to `span.last_block`.
-    `device_ids` is int64, one per block of the span; None for a prefetch. `watch` follows a request
-    that is moved layer by layer.
+    `keys` has 16 bytes for the namespace's root, then 16 for each whole block up to
+    `span.last_block`. `device_ids` is int64, one per block of the span, or None for a prefetch.
+    `watch` observes a request that is moved layer by layer.
     """
 
     operation: Operation
@@ -90,26 +90,26 @@ class Request(msgspec.Struct, frozen=True):
     keys: bytes
     device_ids: BlockIds | None = None
     namespace_hash: str = ""
-    """Names the namespace in traces without telling it."""
+    """Identifies the namespace in traces without revealing it."""
     watch: LayerWatch | None = None
     generation: int = 0
     """The engine's generation when the request began: see `flexkv.index.clears`."""
 
     @property
     def block_count(self) -> int:
-        """Count the whole blocks of the prompt, up to the end of the span."""
+        """Return the number of whole blocks of the prompt, up to the end of the span."""
         return len(self.keys) // BLOCK_KEY_BYTES - 1
 
 
 def as_int64(field: str, values: Any) -> NDArray[np.int64]:
-    """Give `values` as a contiguous int64[n]; no copy when it is one already.
+    """Return `values` as a contiguous int64[n], without a copy if it is one already.
 
     Args:
         field: the argument's name, for the error.
         values: 1-D numpy array, torch CPU tensor or sequence, of any integer dtype.
 
     Raises:
-        ConfigError: not one-dimensional, not integers, or not on the host.
+        ConfigError: `values` is not one-dimensional, not integers, or not in host memory.
     """
     if type(values) is np.ndarray and values.dtype == _INT64 and values.ndim == 1:
         return np.ascontiguousarray(values)
@@ -126,10 +126,10 @@ def as_int64(field: str, values: Any) -> NDArray[np.int64]:
 
 
 def _array_of(field: str, values: Any, what: str) -> NDArray[Any]:
-    """Return anything as an array, of whatever elements it has.
+    """Return `values` as an array, whatever the type of its elements.
 
     Raises:
-        ConfigError: the library that made it refuses, or it is ragged.
+        ConfigError: `values` is ragged, or its library refuses to convert it.
     """
     try:
         return np.asarray(values)
@@ -141,9 +141,9 @@ def _array_of(field: str, values: Any, what: str) -> NDArray[Any]:
 
 
 def whole_blocks(token_mask: Any, token_count: int, tokens_per_block: int) -> Span:
-    """Give the whole blocks inside the one run of True that `token_mask` has.
+    """Return the whole blocks inside the one run of True in `token_mask`.
 
-    Blocks that the run covers only in part do not move; None selects every token.
+    A block that the run covers only in part is not moved. A mask of None selects every token.
 
     Raises:
         ConfigError: the length differs from `token_count`, the dtype is not bool, or the mask has
@@ -159,7 +159,7 @@ def whole_blocks(token_mask: Any, token_count: int, tokens_per_block: int) -> Sp
 
 
 def _run_of_true(mask: NDArray[Any], token_count: int) -> tuple[int, int]:
-    """Give where the mask's run of True begins and ends."""
+    """Return where the mask's run of True begins and ends."""
     if mask.dtype != np.bool_:
         raise ConfigError("token_mask", f"dtype {mask.dtype}", "must be bool")
     if mask.shape != (token_count,):

@@ -22,7 +22,7 @@ BlockKey: TypeAlias = bytes
 
 BLOCK_KEY_BYTES = 16
 BLOCK_RECORD_BYTES = 36
-"""A block's key, its parent's, and whether it is the first of a prompt: what a journal keeps."""
+"""A block's key, its parent's key, and whether it is a prompt's first block: a journal's record."""
 
 
 class Tier(IntEnum):
@@ -36,12 +36,12 @@ class Tier(IntEnum):
 
     @cached_property
     def label(self) -> str:
-        """Give the lower-case name, as it stands in records and messages."""
+        """Return the lower-case name, as it appears in records and messages."""
         return self.name.lower()
 
 
 class Route(NamedTuple):
-    """One hop of a block: from a tier, to a tier."""
+    """One hop of a block, from one tier to another."""
 
     source: Tier
     target: Tier
@@ -51,42 +51,42 @@ class Route(NamedTuple):
 
     @property
     def outer(self) -> Tier:
-        """Give the end that is not host memory: the one whose actor runs the route."""
+        """Return the end that is not host memory: the tier whose actor runs the route."""
         return self.target if self.source is Tier.HOST else self.source
 
     @property
     def inbound(self) -> bool:
-        """Tell whether the route brings bytes nearer to the device: such ops go first."""
+        """Return whether the route brings bytes nearer to the device: such ops go first."""
         return self.target < self.source
 
 
 class LayerWatch(Protocol):
-    """Who follows a request that is moved layer by layer, and says how far it may go."""
+    """Observer of a request that is moved layer by layer; it decides how far the request may go."""
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model."""
+        """Return the number of layers of the model."""
         ...
 
     @property
     def ready(self) -> int:
-        """How many layers, from the first on, may be moved by now."""
+        """Return how many layers, from the first on, may be moved by now."""
         ...
 
     def expect(self, op_ids: Sequence[int]) -> None:
-        """Hear which transfers will move its bytes."""
+        """Announce the transfers that will move the request's bytes."""
         ...
 
     def queued(self, rank: int, op_id: int, last: int, event: StreamEvent) -> None:
-        """Hear that the layers before `last` of a transfer are queued on a rank's stream."""
+        """Report that the layers before `last` of a transfer are queued on a rank's stream."""
         ...
 
     def moved(self, op_id: int, last: int) -> None:
-        """Hear that the layers before `last` of a transfer are where they should be."""
+        """Report that the layers before `last` of a transfer have arrived."""
         ...
 
     def end(self) -> None:
-        """Hear that the request has its response."""
+        """Report that the request has its response."""
         ...
 
 
@@ -94,30 +94,30 @@ class StreamEvent(Protocol):
     """A point on a device's stream."""
 
     def hold_back(self, stream: int) -> None:
-        """Let another stream of the device wait for it."""
+        """Make another stream of the device wait for this point."""
         ...
 
     def close(self) -> None:
-        """Let go of it; who waits for it still does."""
+        """Release the event; streams that wait for it go on waiting."""
         ...
 
 
 class Layers(NamedTuple):
-    """The layers from `first` to `last`, exclusive, as a piece of a transfer `whole`."""
+    """The layers from `first` to `last`, exclusive: a piece of the transfer with op id `whole`."""
 
     first: int
     last: int
     whole: int
     left: list[int]
-    """One number, shared by all pieces of the transfer: for who counts the layers that ended."""
+    """[Layers that have not ended]: one list, which all pieces of the transfer share."""
 
 
 class Transfer(msgspec.Struct, frozen=True, gc=False):
     """A batch of block copies on one route, as an actor and its port receive it.
 
-    `source_ids` and `target_ids` are int64[n], the same n; `owner` groups the transfers of one
-    request, so that a queue can be fair between requests; `op_id` names this one. With `watch` it
-    is moved layer by layer, in pieces that have `layers`.
+    `source_ids` and `target_ids` are int64[n], the same n. `op_id` names the transfer; `owner`
+    groups the transfers of one request, so that a queue can be fair between requests. With a
+    `watch` it is moved layer by layer, in pieces that have `layers`.
     """
 
     op_id: int
@@ -130,17 +130,17 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def block_count(self) -> int:
-        """Give the number of blocks to copy."""
+        """Return the number of blocks to copy."""
         return len(self.source_ids)
 
     def part(self, begin: int, end: int) -> Transfer:
-        """Return the transfer of some of the blocks, under the same op id."""
+        """Return the transfer of a range of the blocks, under the same op id."""
         source_ids, target_ids = self.source_ids[begin:end], self.target_ids[begin:end]
         return msgspec.structs.replace(self, source_ids=source_ids, target_ids=target_ids)
 
     @property
     def sides(self) -> tuple[BlockIds, BlockIds]:
-        """Give the ids in host memory, and those in the tier at the other end."""
+        """Return the ids in host memory, and the ids in the tier at the other end."""
         if self.route.target is Tier.HOST:
             return self.target_ids, self.source_ids
         return self.source_ids, self.target_ids

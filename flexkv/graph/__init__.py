@@ -1,1 +1,1 @@
-"""Pure: a request becomes a graph of transfer ops, a frozen plan, a running state machine."""
+"""From a request to a graph of transfer ops, a frozen plan and a state machine, without I/O."""

@@ -2,7 +2,7 @@
 
 The graph is an `networkx.DiGraph`; its nodes are `Node`s, an edge means that the target op may
 start only when the source op is done. Compiling a shape costs tens of microseconds, so the
-templates are cached: `compile_shape` gives the same object for an equal shape.
+templates are cached: `compile_shape` returns the same object for an equal shape.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from flexkv.graph.ops import Node, OpSpec, OpState, Shape, answers, check_shape
 from flexkv.graph.plan import Template
 
 TEMPLATES_MAX = 1024
-"""Templates that are kept; the least recently used one goes."""
+"""Templates that are cached; the least recently used one is dropped."""
 
 
 @lru_cache(maxsize=TEMPLATES_MAX)
 def compile_shape(shape: Shape) -> Template:
-    """Give the template of a shape.
+    """Return the template of a shape.
 
     Raises:
         InvariantError: the shape or its graph breaks a law.
@@ -37,7 +37,7 @@ def compile_shape(shape: Shape) -> Template:
 
 
 def build(shape: Shape) -> nx.DiGraph[Node]:
-    """Give the graph of whole legs: each hop behind the hop that fills its source."""
+    """Return the graph of whole legs, in which each hop follows the hop that fills its source."""
     graph: nx.DiGraph[Node] = nx.DiGraph()
     for number, leg in enumerate(shape.legs):
         filled_by: dict[Tier, Node] = {}
@@ -57,7 +57,7 @@ def check(graph: nx.DiGraph[Node], shape: Shape) -> None:
     """Check that the graph is acyclic and fills every chunk of every tier at most once.
 
     Raises:
-        InvariantError: it does not.
+        InvariantError: the graph is not like that.
     """
     if not nx.is_directed_acyclic_graph(graph):
         raise InvariantError(f"the graph of {shape} has a cycle: {nx.find_cycle(graph)}")
@@ -76,7 +76,7 @@ def check(graph: nx.DiGraph[Node], shape: Shape) -> None:
 
 
 def freeze(graph: nx.DiGraph[Node], shape: Shape) -> Template:
-    """Give the immutable template of a checked graph, its ops in the order they should start."""
+    """Return the immutable template of a checked graph, its ops in the order they should start."""
     order = passes.order(graph)
     number = {node: index for index, node in enumerate(order)}
     ops = tuple(

@@ -1,6 +1,6 @@
 """What a request would do: the graph of its plan, as text and as DOT, without planning it.
 
-The shape is worked out on a copy-free dry run: residency is only read, nothing is reserved.
+The index is only read: nothing is reserved or pinned.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flexkv.index.residency import Residency
 
 
 class Explanation:
-    """A plan's graph, with the blocks of each op. `str()` draws it as text."""
+    """A plan's graph, with the number of blocks of each op. `str()` draws it as text."""
 
     def __init__(self, template: Template, leg_blocks: tuple[int, ...], note: str) -> None:
         self.template = template
@@ -25,7 +25,7 @@ class Explanation:
         self.note = note
 
     def graph(self) -> nx.DiGraph[str]:
-        """Give the ops as a graph of labelled nodes."""
+        """Return the ops as a graph of labelled nodes."""
         graph: nx.DiGraph[str] = nx.DiGraph()
         labels = [self._label(index) for index in range(len(self.template.ops))]
         graph.add_nodes_from(labels)
@@ -34,7 +34,7 @@ class Explanation:
         return graph
 
     def dot(self) -> str:
-        """Give the graph in Graphviz' DOT language."""
+        """Return the graph in Graphviz' DOT language."""
         graph = self.graph()
         lines = ["digraph plan {", "  rankdir=LR;", "  node [shape=box];"]
         lines += [f'  "{node}";' for node in graph]
@@ -60,7 +60,7 @@ class Explanation:
 
 
 def explain(request: Request, residency: Residency, limits: PlanLimits) -> Explanation:
-    """Give what a request would do with the blocks that are resident now."""
+    """Return what a request would do with the blocks that are resident now."""
     found = residency.find(request.keys, request.span.first_block)
     counts = dict.fromkeys(residency.tiers, 0)
     counts |= {tier: place.block_count for tier, place in found.ready.items()}
@@ -82,7 +82,7 @@ def explain(request: Request, residency: Residency, limits: PlanLimits) -> Expla
 def hypothetical(
     operation: Operation, legs: dict[tuple[Route, ...], int], limits: PlanLimits, note: str
 ) -> Explanation:
-    """Give what a request would do whose blocks take these hops: {hops: number of blocks}."""
+    """Return what a request would do if its blocks took these hops: {hops: number of blocks}."""
     present = {hops: blocks for hops, blocks in legs.items() if blocks}
     shape = Shape(
         operation,

@@ -1,8 +1,8 @@
 """Shapes of requests, and the ops that their graphs are made of.
 
 A *leg* is a set of blocks that take the same hops, such as DISK→HOST→DEVICE. A request's shape is
-its goal and its legs, each with a number of chunks: everything that decides the graph, nothing
-that is particular to one request. So a shape is compiled and checked once.
+its goal and its legs, each with a number of chunks: everything that decides the graph, and nothing
+that is particular to one request. So each shape is compiled and checked only once.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from flexkv.common.request import Operation
 from flexkv.common.terms import Route, Tier
 
 CHUNKS_MAX = 32
-"""Chunks of one leg at most: bounds the ops of a run, the templates and the mailboxes."""
+"""Most chunks of one leg: this bounds the ops of a run, the templates and the mailboxes."""
 
 LEGS_MAX = 8
-"""Legs of one shape at most."""
+"""A shape has at most LEGS_MAX + CHUNKS_MAX legs."""
 
 
 class Leg(NamedTuple):
     """Blocks that take the same hops.
 
     The source of each hop is where the blocks are at first, or the target of an earlier hop. With
-    `waits`, somebody else is filling the blocks, and a barrier per chunk waits for that.
+    `waits`, another request is filling the blocks, and a barrier per chunk waits for that.
     """
 
     hops: tuple[Route, ...]
@@ -36,7 +36,7 @@ class Leg(NamedTuple):
 
     @property
     def origin(self) -> Tier:
-        """Give the tier where the blocks are at first."""
+        """Return the tier where the blocks are at first."""
         return self.hops[0].source if self.hops else Tier.HOST
 
 
@@ -48,7 +48,7 @@ class Shape(NamedTuple):
 
 
 class OpState(IntEnum):
-    """Where one op of a run stands."""
+    """The state of one op of a run."""
 
     BLOCKED = 0
     READY = 1
@@ -61,7 +61,7 @@ class OpState(IntEnum):
 
 
 class Node(NamedTuple):
-    """An op of the graph, by what it is: chunk -1 stands for the whole leg, before chunking."""
+    """An op of the graph; before chunking, its chunk is -1, which stands for the whole leg."""
 
     leg: int
     chunk: int
@@ -71,11 +71,11 @@ class Node(NamedTuple):
 
 
 class OpSpec(msgspec.Struct, frozen=True):
-    """One op of a template: chunk `chunk` of leg `leg`, on `route`; a barrier has none.
+    """One op of a template: chunk `chunk` of leg `leg`, on `route`, which is None for a barrier.
 
-    `answers` marks the ops that the caller waits for. `keeps` marks those whose bytes stay good
-    when the request is cancelled under way: all that do not read device memory, which its owner
-    may reuse once the caller is told.
+    `answers` marks the ops that the caller waits for. `keeps` marks the ops whose bytes stay valid
+    when the request is cancelled meanwhile: all but those that read device memory, which its owner
+    may reuse once the caller is answered.
     """
 
     index: int
@@ -85,11 +85,11 @@ class OpSpec(msgspec.Struct, frozen=True):
     answers: bool
     keeps: bool
     label: str
-    """Names the op in one word, for pictures and records."""
+    """Short name of the op, for drawings and records."""
 
 
 def answers(goal: Operation, leg: Leg, route: Route | None) -> bool:
-    """Tell whether the caller of `goal` waits for an op on `route`."""
+    """Return whether the caller of `goal` waits for an op on `route`."""
     if route is None:
         return not leg.hops
     if goal is Operation.GET:
@@ -100,7 +100,7 @@ def answers(goal: Operation, leg: Leg, route: Route | None) -> bool:
 
 
 def check_shape(shape: Shape) -> None:
-    """Check the limits, and that every hop starts where the blocks are by then.
+    """Check the limits, and that every hop starts in a tier that has the blocks by then.
 
     Raises:
         InvariantError: the planner made a shape that cannot run.

@@ -1,7 +1,7 @@
-"""The passes between a graph of whole legs and a template. Each is graph in, graph out.
+"""The passes that turn a graph of whole legs into the ordered ops of a template.
 
 No pass depends on the block ids of a request. Runs of blocks that are contiguous at both ends are
-found by the adapter that moves them as one extent (`common/extents.py`).
+found later, by the adapter that moves them as one extent (`common/extents.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def chunk(graph: nx.DiGraph[Node], shape: Shape) -> nx.DiGraph[Node]:
 
 
 def order(graph: nx.DiGraph[Node]) -> list[Node]:
-    """Give a topological order with reads before writes, and earlier chunks first."""
+    """Return a topological order with reads before writes, and earlier chunks first."""
 
     def rank(node: Node) -> tuple[bool, int, int, int]:
         outbound = node.route is not None and not node.route.inbound

@@ -12,11 +12,11 @@ from flexkv.graph.ops import OpSpec, OpState, Shape
 from flexkv.index.residency import Positions
 
 OPS_MAX = 4096
-"""Ops of one run at most; an op's id is run_id * OPS_MAX + op index."""
+"""Most ops of one run; an op's id is run_id * OPS_MAX + op index."""
 
 
 class Template(msgspec.Struct, frozen=True):
-    """A compiled shape: ops in start order, who follows whom, how many each waits for."""
+    """A compiled shape: ops in start order, what follows and precedes each, how many block it."""
 
     shape: Shape
     ops: tuple[OpSpec, ...]
@@ -34,9 +34,9 @@ class Template(msgspec.Struct, frozen=True):
 class LegFill(msgspec.Struct, frozen=True):
     """One request's blocks of one leg.
 
-    `positions` are the blocks' positions in the prompt, `ids` their places in each tier the leg
-    meets (int64[n] each), `bounds` where each chunk begins, and the end of the last. `fillers` has,
-    for a leg that waits, the id of the op that is filling each chunk. `owed_to` are the tiers
+    `positions` are the blocks' positions in the prompt. `ids` are their places in each tier of the
+    leg (int64[n] each). `bounds` has the start of each chunk, and the end of the last. `fillers`
+    has, for a leg that waits, the id of the op that is filling each chunk. `owed_to` are the tiers
     that lack the blocks and to which no hop of the leg writes them.
     """
 
@@ -56,21 +56,21 @@ class Plan(msgspec.Struct, frozen=True):
     watch: LayerWatch | None = None
 
     def op_id(self, op: OpSpec) -> int:
-        """Give the op's name among all ops of all runs."""
+        """Return the op's id, unique among all ops of all runs."""
         return self.run_id * OPS_MAX + op.index
 
     def device_op_ids(self) -> list[int]:
-        """Give the names of the ops that move bytes to or from the device."""
+        """Return the ids of the ops that move bytes to or from the device."""
         ops = self.template.ops
         return [self.op_id(op) for op in ops if op.route and op.route.outer is Tier.DEVICE]
 
     def bounds(self, op: OpSpec) -> tuple[int, int]:
-        """Give where the op's blocks begin and end among those of its leg."""
+        """Return where the op's blocks begin and end among those of its leg."""
         bounds = self.fills[op.leg].bounds
         return bounds[op.chunk], bounds[op.chunk + 1]
 
     def transfer(self, op: OpSpec) -> Transfer:
-        """Give the op as its actor receives it."""
+        """Return the op as its actor receives it."""
         fill, route = self.fills[op.leg], op.route
         if route is None:
             raise InvariantError(f"op {op.index} is a barrier: it moves nothing")
@@ -86,7 +86,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def even_bounds(block_count: int, chunks: int) -> tuple[int, ...]:
-    """Give the bounds of `chunks` chunks that differ by at most one block."""
+    """Return the bounds of `chunks` chunks whose sizes differ by at most one block."""
     if chunks == 1:
         return 0, block_count
     return tuple([block_count * chunk // chunks for chunk in range(chunks + 1)])

@@ -1,7 +1,7 @@
-"""Turns a request and what the index says into a plan, and opens the plan's claims.
+"""Turns a request into a plan by what the index knows, and opens the plan's claims.
 
-Nothing is planned that cannot run: what does not fit is left out, so that a request moves the
-longest prefix that it can (get, prefetch) or as many leading blocks as there is room for (put).
+Only what can run is planned. What does not fit is left out, so that a request moves the longest
+prefix that it can (get, prefetch) or as many leading blocks as there is room for (put).
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ STORE = Route(Tier.DEVICE, Tier.HOST)
 _ONWARD = (LOAD,)
 
 SINGLE_HOP_CHUNKS = 4
-"""How many pipelined chunks make one of a leg that has nothing to overlap."""
+"""How many times larger chunks are in a leg of one hop, which has nothing to overlap."""
 
 
 class PlanLimits(NamedTuple):
-    """What bounds a plan."""
+    """Limits of a plan."""
 
     chunk_blocks: int
-    """Blocks of one pipelined chunk, about; a leg has at most CHUNKS_MAX of them."""
+    """Blocks of one pipelined chunk, approximately; a leg has at most CHUNKS_MAX chunks."""
     write_behind_blocks_max: int
     """How many blocks puts may queue for one lower tier; further ones are owed to it."""
 
 
 class Avoid(NamedTuple):
-    """What a plan must do without for now."""
+    """What a plan must not use for now."""
 
     unreadable: frozenset[Tier] = frozenset()
     unwritable: frozenset[Tier] = frozenset()
     fillers: frozenset[int] = frozenset()
-    """Ops that fill host blocks, and for which nobody shall wait."""
+    """Ops that fill host blocks, and that no plan may wait for."""
 
 
 class Planned(NamedTuple):
-    """A plan whose claims are open, what was found, and why some of it is not planned."""
+    """A plan whose claims are open, what was found, and why it may leave out some blocks."""
 
     plan: Plan
     found: Found
@@ -81,7 +81,7 @@ class Owed(NamedTuple):
 
 
 class Draft:
-    """Legs and fills under construction."""
+    """The legs and fills of a plan under construction."""
 
     __slots__ = (
         "_chunk_blocks", "_fills", "_legs", "_request", "declined", "owed", "reserved",
@@ -93,7 +93,7 @@ class Draft:
         self._legs: list[Leg] = []
         self._fills: list[LegFill] = []
         self.reserved: list[BlockIds] = []
-        """Host places that were taken for it."""
+        """Host places that are reserved for it."""
         self.owed: list[Owed] = []
         self.declined: list[tuple[Tier, int]] = []
 
@@ -104,7 +104,7 @@ class Draft:
         ids: dict[Tier, BlockIds],
         owed_to: tuple[Tier, ...] = (),
     ) -> None:
-        """Add a leg over blocks that are there; `ids` is the draft's from then on."""
+        """Add a leg over blocks that are there; the draft takes over `ids`."""
         leg, bounds = _chunked(hops, positions.block_count, self._chunk_blocks)
         self._legs.append(leg)
         fill = _fill(self._request, positions, ids, bounds)
@@ -113,14 +113,14 @@ class Draft:
     def add_waiting(
         self, hops: tuple[Route, ...], pending: Placement, starts: list[int], fillers: list[int]
     ) -> None:
-        """Add a leg over blocks that others are filling: a chunk per op that fills."""
+        """Add a leg over blocks that other requests are filling, one chunk for each filling op."""
         self._legs.append(Leg(hops, len(starts), waits=True))
         ids, bounds = {Tier.HOST: pending.block_ids}, (*starts, pending.block_count)
         fill = _fill(self._request, pending.positions, ids, bounds, tuple(fillers))
         self._fills.append(fill)
 
     def plan(self, run_id: int) -> Plan:
-        """Give the plan: the shape's template with these fills."""
+        """Return the plan: the shape's template with these fills."""
         template = template_of(self._request.operation, tuple(self._legs))
         return Plan(template, run_id, tuple(self._fills), self._request.watch)
 
@@ -132,7 +132,7 @@ def _fill(
     bounds: tuple[int, ...],
     fillers: tuple[int, ...] = (),
 ) -> LegFill:
-    """Give the blocks of a leg, the device's places among them."""
+    """Return the fill of a leg, after adding the device's places to `ids`."""
     if request.device_ids is not None:
         ids[Tier.DEVICE] = positions.within(request.device_ids, request.span.first_block)
     return LegFill(positions, ids, bounds, fillers)
@@ -150,7 +150,7 @@ class Planner:
         self._lower = [(n, tier) for n, tier in enumerate(residency.tiers) if tier != Tier.HOST]
 
     def plan(self, request: Request, run_id: int) -> Planned:
-        """Plan a request and open its claims: they end by the run's events, and only so."""
+        """Plan a request and open its claims, which only the run's events end."""
         if request.operation is Operation.PUT:
             draft = Draft(request, self._limits)
             shortfall = self._store(request, draft)
@@ -170,12 +170,12 @@ class Planner:
                     plan = self._claimed(draft.plan(run_id))
                     return Planned(plan, structs.replace(wanted, last=last), told)
                 self._drop(draft)
-            # What lies behind the blocks for which there is no place holds places itself: give up
-            # as much of it as brings the end of the run furthest.
+            # Host blocks later in the run are pinned, and so hold places that blocks before them
+            # lack: give up as many of them as extends the run furthest.
             last = min(self._furthest(found, last), found.last - 1)
 
     def visible(self, found: Found) -> Found:
-        """Give the part of a run that can be had with what there is to avoid."""
+        """Return the part of a run that needs nothing that is to be avoided."""
         avoid = self.avoid
         if avoid is None:
             return found
@@ -189,14 +189,14 @@ class Planner:
         return found
 
     def _drop(self, draft: Draft) -> None:
-        """Give back the host places that a draft has taken."""
+        """Release the host places that a draft has reserved."""
         for ids in draft.reserved:
             self._residency.abort(Tier.HOST, ids)
 
     def _furthest(self, found: Found, last: int) -> int:
-        """Give where a run ends for which there are places, when what is behind gives up its own.
+        """Return how far a run can reach if the host blocks behind its end give up their places.
 
-        Places were found for the blocks before `last`, all of the run's own host blocks being kept.
+        Places were found for the blocks before `last`, while all host blocks of the run were kept.
         """
         host = found.ready.get(Tier.HOST)
         places = sum(
@@ -213,7 +213,7 @@ class Planner:
         return last + bisect_right(range(last + 1, found.last + 1), room, key=wanted)
 
     def _from_host(self, request: Request, found: Found, run_id: int) -> Plan:
-        """Plan the common case: all is in host memory, nothing to reserve, nobody to wait for."""
+        """Plan the common case: all blocks are in host memory, with nothing to reserve or await."""
         if found.last == found.first or request.operation is not Operation.GET:
             return Plan(template_of(request.operation, ()), run_id, ())
         placement = found.ready[Tier.HOST]
@@ -227,7 +227,7 @@ class Planner:
     def _load(
         self, request: Request, found: Found, draft: Draft
     ) -> tuple[int, CapacityError | None]:
-        """Draft the loads of the resident run, and give where the run ends that can be loaded."""
+        """Draft the loads of the resident run; return where what can be loaded ends, and why."""
         onward = _ONWARD if request.operation is Operation.GET else ()
         pending, last = found.pending, found.last
         starts: list[int] = []
@@ -253,7 +253,10 @@ class Planner:
     def _host_places(
         self, request: Request, found: Found, last: int
     ) -> tuple[dict[Tier, BlockIds], int, CapacityError | None]:
-        """Take host places for what is in lower tiers, and give where the run ends that has all."""
+        """Reserve host places for blocks in lower tiers.
+
+        Return the places by tier, the end of the run that has all its places, and why not later.
+        """
         residency, shortfall = self._residency, None
         host_ids: dict[Tier, BlockIds] = {}
         for tier, placement in found.ready.items():
@@ -266,15 +269,16 @@ class Planner:
                 shortfall = residency.shortfall(Tier.HOST, below.block_count)
         for tier, ids in host_ids.items():
             kept = found.ready[tier].before(last).block_count
-            if kept < len(ids):  # another tier's part of the run ends before
+            if kept < len(ids):  # places for another tier's blocks ran out earlier in the run
                 residency.abort(Tier.HOST, ids[kept:])
                 host_ids[tier] = ids[:kept]
         return host_ids, last, shortfall
 
     def _fillers(self, pending: Placement, last: int) -> tuple[int, list[int], list[int]]:
-        """Give where the run ends that few enough ops fill, where each one's blocks start, and it.
+        """Return where the run ends, and the start and the filling op of each pending chunk.
 
-        The starts count within the pending blocks.
+        A chunk is what one op fills. The run ends before a chunk beyond CHUNKS_MAX. The starts are
+        indices into the pending blocks.
         """
         tokens = self._residency.claims.fillers(Tier.HOST, pending.block_ids)
         starts = [0, *(np.flatnonzero(np.diff(tokens)) + 1).tolist()]
@@ -286,7 +290,7 @@ class Planner:
     # -- stores: put ----------------------------------------------------------------------------
 
     def _store(self, request: Request, draft: Draft) -> CapacityError | ClearedError | None:
-        """Draft what no tier has yet: device → host, and host → each tier that lacks it."""
+        """Draft device → host for what host memory lacks, and host → each tier that lacks it."""
         span, residency = request.span, self._residency
         if span.last_block == span.first_block:
             return None
@@ -305,7 +309,7 @@ class Planner:
             Holding(Tier.HOST, group.block_ids[0])
             for group in groups
             if group.states[0] == READY
-            # Else the block stays, whatever happens here, and its host place is not read.
+            # Otherwise a lower tier has the block and none lacks it: its host place is not read.
             and (READY not in group.states[1:] or ABSENT in group.states[1:])
             and group.block_ids[0] is not None
         ]
@@ -316,7 +320,7 @@ class Planner:
         return shortfall
 
     def _parent(self, request: Request) -> list[Holding] | None:
-        """Give what holds the block before the span, or None when it is nowhere.
+        """Return what holds the block before the span, or None if no tier has it.
 
         Blocks whose parent is nowhere are not stored: no get could reach them.
         """
@@ -331,7 +335,7 @@ class Planner:
     def _in_host(
         self, request: Request, groups: list[Group]
     ) -> tuple[list[_Store], CapacityError | None]:
-        """Give what is, or will be, in host memory and lacks in lower tiers, host places taken."""
+        """Return new blocks, with host places reserved, and host blocks that lower tiers lack."""
         stores: list[_Store] = []
         shortfall = None
         for states, positions, block_ids in groups:
@@ -340,7 +344,7 @@ class Planner:
             if states[0] == READY and host_ids is not None and lacking:
                 stores.append(_Store(positions, host_ids, False, lacking))
             elif states[0] == ABSENT and shortfall is None:
-                # What host memory would not keep may be worth a place below, and comes through it.
+                # A block that host memory would not keep passes through it if a lower tier may.
                 how = PREFIX if set(lacking) - self._unwritable else WORTHY
                 host_ids = self._residency.reserve(Tier.HOST, request.keys, positions, how)
                 if len(host_ids) < positions.block_count:
@@ -351,7 +355,7 @@ class Planner:
         return stores, shortfall
 
     def _behind(self, request: Request, draft: Draft, store: _Store) -> None:
-        """Draft one store and the writes behind it, as many as there may and can be."""
+        """Draft one store, and as many writes behind it as the limit and the tiers' room allow."""
         positions, host_ids, is_new, lacking = store
         if not lacking:
             draft.add(_hops(is_new, ()), positions, {Tier.HOST: host_ids})
@@ -367,7 +371,7 @@ class Planner:
             if len(ids) < room and self._residency.selective:
                 draft.declined.append((tier, room - len(ids)))
                 owed_from[tier] = room
-        # Each tier took a prefix and is owed the rest, so all blocks between two ends are alike.
+        # Each tier took a prefix and is owed the rest: blocks between two ends have the same hops.
         count = positions.block_count
         ends = sorted({count, *map(len, taken.values()), *owed_from.values()} - {0})
         for begin, end in pairwise((0, *ends)):
@@ -394,7 +398,7 @@ class Planner:
         return min(wanted_blocks, max(0, self._limits.write_behind_blocks_max - waiting))
 
     def plan_behind(self, taken: Taken, run_id: int) -> Plan:
-        """Plan to write blocks of host memory to the places of a lower tier that they have."""
+        """Plan to write blocks of host memory to their reserved places in a lower tier."""
         tier, count = taken.tier, len(taken.host_ids)
         leg, bounds = _chunked((Route(Tier.HOST, tier),), count, self._limits.chunk_blocks)
         ids = {Tier.HOST: taken.host_ids, tier: taken.target_ids}
@@ -404,7 +408,7 @@ class Planner:
     # -- both -----------------------------------------------------------------------------------
 
     def _claimed(self, plan: Plan) -> Plan:
-        """Open the claim of every op of the plan that moves bytes."""
+        """Open the claim of every op that moves bytes, and return the plan."""
         claims, run_id = self._residency.claims, plan.run_id
         for op in plan.template.ops:
             if op.route is None:
@@ -419,7 +423,7 @@ class Planner:
 
 
 class _Store(NamedTuple):
-    """Blocks that are in host memory, or new and on their way there, and which tiers lack them."""
+    """Blocks that are in host memory, or new and on their way there; the tiers `lacking` them."""
 
     positions: Positions
     host_ids: BlockIds
@@ -433,7 +437,7 @@ def _first_position(group: Group) -> int:
 
 @cache
 def _hops(is_new: bool, targets: tuple[Tier, ...]) -> tuple[Route, ...]:
-    """Give the hops of blocks that are stored to the host if new, and to these tiers behind it."""
+    """Return the hops of a store: to the host if the blocks are new, then to these tiers."""
     behind = tuple(Route(Tier.HOST, tier) for tier in targets)
     return (STORE, *behind) if is_new else behind
 
@@ -442,22 +446,23 @@ def _hops(is_new: bool, targets: tuple[Tier, ...]) -> tuple[Route, ...]:
 def _chunked(
     hops: tuple[Route, ...], block_count: int, chunk_blocks: int
 ) -> tuple[Leg, tuple[int, ...]]:
-    """Give the leg of so many blocks, and the bounds of its chunks."""
+    """Return the leg of this many blocks, and the bounds of its chunks."""
     chunks = chunks_of(hops, block_count, chunk_blocks)
     return Leg(hops, chunks), even_bounds(block_count, chunks)
 
 
 @lru_cache(maxsize=TEMPLATES_MAX)
 def template_of(operation: Operation, legs: tuple[Leg, ...]) -> Template:
-    """Give the template of a request with these legs."""
+    """Return the template of a request with these legs."""
     return compile_shape(Shape(operation, legs))
 
 
 def chunks_of(hops: tuple[Route, ...], block_count: int, chunk_blocks: int) -> int:
-    """Give into how many chunks to split a leg.
+    """Return the number of chunks of a leg.
 
-    What only goes to the device is one chunk: nobody joins it, and its actor cuts it in pieces, so
-    that a cancel is not slower. One other hop overlaps nothing: larger chunks.
+    A leg that only goes to the device is one chunk: no other request waits for it, and its actor
+    moves it in pieces, so a cancel is not slower. Another single hop overlaps with nothing, so its
+    chunks are larger.
     """
     if hops == _ONWARD:
         return min(1, block_count)
@@ -465,7 +470,7 @@ def chunks_of(hops: tuple[Route, ...], block_count: int, chunk_blocks: int) -> i
 
 
 def chunk_count(block_count: int, chunk_blocks: int) -> int:
-    """Give into how many chunks to split: a power of two, so that few shapes serve all sizes."""
+    """Return the number of chunks: a power of two, so that few shapes serve all sizes."""
     wanted = min(-(-block_count // chunk_blocks), CHUNKS_MAX)
     chunks = 1 << (wanted - 1).bit_length()
     return chunks if chunks <= block_count else chunks // 2

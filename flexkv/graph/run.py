@@ -11,10 +11,10 @@
    IN_FLIGHT, DRAINING ── Overdue ──▶ OVERDUE ──────────▶ SKIPPED    successors: SKIPPED
 
 An overdue op is given up: nobody waits for it any more. Like a cancelled op in flight, which
-drains, it is live until hardware, which owns its buffers, says Done or Failed. Every op that
+drains, it is live until Done or Failed, because hardware owns its buffers until then. Every op that
 claimed something is settled exactly once, on leaving its last live state. `Answer` comes once, when
 every op that the caller waits for is over or overdue; by then no hardware touches the device slots,
-for ops that do are never given up. `End` comes once, last.
+because ops that do are never given up. `End` comes once, last.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Launch(msgspec.Struct, frozen=True, gc=False):
 
 
 class Done(msgspec.Struct, frozen=True, gc=False):
-    """An actor moved every byte of an op, or what a barrier waits for is there."""
+    """An actor moved every byte of an op, or the blocks that a barrier waits for are there."""
 
     op: int
 
 
 class Failed(msgspec.Struct, frozen=True, gc=False):
-    """An actor gave an op up, or what a barrier waits for will not come."""
+    """An actor gave up an op, or the blocks that a barrier waits for will not come."""
 
     op: int
     error: TransferError
@@ -65,13 +65,13 @@ Event: TypeAlias = Launch | Done | Failed | Overdue | Cancel
 
 
 class Issue(msgspec.Struct, frozen=True, gc=False):
-    """Give the op to its actor, or wait for what its barrier names."""
+    """Post the op to its actor, or, for a barrier, wait for the op that fills its blocks."""
 
     op: int
 
 
 class Settle(msgspec.Struct, frozen=True, gc=False):
-    """End the op's claim: commit what it filled, or abort."""
+    """End the op's claim: commit the blocks that it filled, or abort."""
 
     op: int
     filled: bool
@@ -84,7 +84,7 @@ class Recall(msgspec.Struct, frozen=True, gc=False):
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
-    """Tell the caller: every op it waits for is over."""
+    """Answer the caller: every op that it waits for is over or overdue."""
 
 
 class End(msgspec.Struct, frozen=True, gc=False):
@@ -99,7 +99,7 @@ _LAUNCH, _CANCEL, _ANSWER, _END = Launch(), Cancel(), Answer(), End()
 
 
 class Run:
-    """One executing plan. `states` and `errors` are for reading."""
+    """One executing plan. Others may read `states` and `errors`."""
 
     __slots__ = (
         "_answers_left", "_blockers", "_live", "cancelled", "errors", "launched", "states",
@@ -119,14 +119,14 @@ class Run:
 
     @property
     def ended(self) -> bool:
-        """Tell whether every op is over."""
+        """Return whether every op is over."""
         return self.launched and not self._live
 
     def handle(self, *events: Event) -> list[Command]:
-        """Take events in their order, and give the commands to carry out in theirs.
+        """Process events in order, and return the commands to carry out, in order.
 
         Raises:
-            InvalidTransition: an event that cannot happen in the state it meets.
+            InvalidTransition: an event cannot happen in the present state.
         """
         commands: list[Command] = []
         for event in events:
@@ -226,7 +226,7 @@ class Run:
             commands.append(_END)
 
     def _answered(self, commands: list[Command]) -> None:
-        """One op less that the caller waits for."""
+        """Count down the ops that the caller waits for."""
         self._answers_left -= 1
         if not self._answers_left:
             commands.append(_ANSWER)

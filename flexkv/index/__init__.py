@@ -1,1 +1,1 @@
-"""Pure: which block of which tier holds which key, and who may touch it."""
+"""Which places of which tier hold which blocks, and who may touch them; without I/O."""

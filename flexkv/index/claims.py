@@ -3,7 +3,7 @@
 A claim is a pin on the blocks that the op reads and a lease on the blocks that it fills. It ends
 exactly once, by `settle`, on an event that reached the core: with commit when the bytes are
 there, else with abort. The claims of each owner (a run, a prepared match) are counted: an owner
-that ends has none left.
+that has ended must have none left.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Holding(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What one op holds: it pins `pinned`, and has the lease of `leased`."""
+    """What one op holds: pins on `pinned`, and the lease on `leased`."""
 
     owner: int
     pinned: Holding | None
@@ -48,7 +48,7 @@ class Claims:
         return len(self._open)
 
     def open(self, op_id: int, claim: Claim) -> None:
-        """Pin what the op reads, and note who fills what it fills (reserved already)."""
+        """Pin what the op reads, and record the op as the filler of its reserved places."""
         if op_id in self._open:
             raise InvariantError(f"op {op_id} has a claim already: {self._open[op_id]}")
         owner, pinned, leased = claim
@@ -60,13 +60,13 @@ class Claims:
         self._owned[owner] = self._owned.get(owner, 0) + 1
 
     def hold(self, holding: Holding) -> int:
-        """Keep blocks from eviction until `settle` is called with the returned id."""
+        """Pin blocks until `settle` is called with the returned id."""
         op_id, self._next_hold = self._next_hold, self._next_hold - 1
         self.open(op_id, Claim(op_id, holding, None))
         return op_id
 
     def settle(self, op_id: int, filled: bool) -> None:
-        """End a claim: commit or abort its lease, take its pins off.
+        """End a claim: commit or abort its lease, and remove its pins.
 
         Raises:
             InvariantError: no such claim is open.
@@ -90,9 +90,9 @@ class Claims:
         return np.frombuffer(self._table.fillers(self._number[tier], block_ids), np.int64)
 
     def of_owner(self, owner: int) -> int:
-        """Count the open claims of an owner."""
+        """Return the number of open claims of an owner."""
         return self._owned.get(owner, 0)
 
     def stories(self) -> list[str]:
-        """Describe every open claim, for a report of what is left."""
+        """Return a description of every open claim, for a report of what is left."""
         return [f"{op_id}: {claim}" for op_id, claim in self._open.items()]

@@ -18,11 +18,11 @@ class ClearHistory:
 
     Attributes:
         generation: grows by one with each clear.
-        on_clear: called after each.
+        on_clear: called after each clear.
     """
 
     def __init__(self, first: int = 0) -> None:
-        """Start to count at `first`, which is above what any earlier engine has reached."""
+        """Begin with generation `first`, which is above all generations of any earlier engine."""
         self.generation = first
         self.on_clear: Callable[[], None] = lambda: None
         self._all = 0
@@ -44,6 +44,6 @@ class ClearHistory:
     def is_stale(self, generation: int, root: bytes) -> bool:
         """Return whether a request of a namespace began before a clear that concerns it.
 
-        No request is that began in the generation of now.
+        A request that began in the current generation did not.
         """
         return generation < self._all or generation < self._roots.get(root, 0)

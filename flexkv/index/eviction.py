@@ -1,4 +1,4 @@
-"""How tiers evict: the policies by name, and their parameters. Their rules are in the table."""
+"""How tiers evict: the policies by name, and their parameters. The C extension has the rules."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import NamedTuple
 from flexkv.common.errors import ConfigError
 
 POLICIES = {"lru": 0, "fifo": 1, "mru": 2, "filo": 3, "lfu": 4, "slru": 5, "lhd": 7}
-"""Which block goes first. `ext/index_policy.c` has the numbers and the rules.
+"""Which block is evicted first, by the number of the policy in `ext/index_policy.c`.
 
 lru: the least recently used; mru: the most recently used. fifo: the first that came; filo: the last
 that came. lfu: the least often used, and of those the least recently. slru: those used fewer than
-`slru_protected_threshold` times, then the others, each by last use. lhd, least hit density: what
-promises the fewest hits for its place and time, which is learnt (`ext/index_density.c`); blocks
-that promise less than all that is there are not stored.
+`slru_protected_threshold` times, then the others, each by last use. lhd, least hit density: the one
+that promises the fewest hits for the place and time that it takes, which `ext/index_density.c`
+learns; a new block that promises less than all others is not stored.
 """
 
 _REWARD = 6
@@ -27,7 +27,7 @@ class Eviction(NamedTuple):
     """Least part of a tier that one eviction frees."""
     slru_protected_threshold: int = 2
     hit_reward_seconds: float = 0.0
-    """With lru: each use counts as having come so much later."""
+    """With lru: each use counts as if it had come this much later."""
 
     start_threshold: float = 1.0
     """Used part of a tier from which blocks are evicted ahead of need."""
@@ -39,11 +39,11 @@ class Eviction(NamedTuple):
 
     @property
     def timed(self) -> bool:
-        """Tell whether the table must be told the time."""
+        """Return whether the table needs to know the time."""
         return self.hit_reward_seconds > 0
 
     def options(self, capacity_blocks: int) -> tuple[int, int, int, int]:
-        """Give a tier's options as the table takes them.
+        """Return a tier's options as the table takes them.
 
         Raises:
             ConfigError: an unknown policy, or a reward with a policy that has none.

@@ -1,4 +1,4 @@
-"""Finds families among blocks of an earlier run: who continues whom, without holes."""
+"""Finds the blocks of an earlier run that form prompts without holes, and their parents."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from numpy.typing import NDArray
 from flexkv.common.terms import BLOCK_KEY_BYTES
 
 DOUBLINGS_MAX = 40
-"""Prompts of up to 2**40 blocks: what takes longer is a circle."""
+"""Enough for prompts of 2**40 blocks; parents that take more steps form a circle."""
 
 
 class Forest(NamedTuple):
-    """Blocks that the first block of a prompt leads to, parents before children."""
+    """Blocks that can be reached from the first block of a prompt, parents before children."""
 
     order: NDArray[np.int64]
-    """int64[m]: which of the blocks these are."""
+    """int64[m]: the index of each among the given blocks."""
     parents: NDArray[np.int64]
-    """int64[m]: which of these continues each; -1 for the first of a prompt."""
+    """int64[m]: the index in `order` of each one's parent; -1 for the first of a prompt."""
 
 
 def forest(blocks: NDArray[np.uint8]) -> Forest:
-    """Give the blocks that can be reached.
+    """Return the blocks that can be reached from the first block of a prompt.
 
     Args:
         blocks: uint8[n, 36]: key, parent's key, whether it is the first of a prompt (uint32). Of
@@ -46,12 +46,12 @@ def forest(blocks: NDArray[np.uint8]) -> Forest:
 
 
 def _words(keys: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """Give keys as two words each: uint64[n, 2]."""
+    """Return keys as two words each: uint64[n, 2]."""
     return np.ascontiguousarray(keys).view(np.uint64)
 
 
 def _last_of_each(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Give where each key is last, in the order of the keys."""
+    """Return the index of each key's last occurrence, sorted by key."""
     if not len(keys):
         return np.zeros(0, np.int64)
     order = np.lexsort((np.arange(len(keys)), keys[:, 1], keys[:, 0]))
@@ -63,12 +63,12 @@ def _last_of_each(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
 def _find(
     keys: NDArray[np.uint64], last: NDArray[np.int64], wanted: NDArray[np.uint64]
 ) -> NDArray[np.int64]:
-    """Give where each wanted key is, or -1; `last` has the known ones, in order."""
+    """Return the index of each wanted key, or -1; `last` has those of known keys, sorted by key."""
     if not len(last):
         return np.full(len(wanted), -1)
     kinds = np.dtype([("high", np.uint64), ("low", np.uint64)])
     known = np.ascontiguousarray(keys[last]).view(kinds)[:, 0]
-    # The first word nearly always decides; where it does not, the keys are as good as lost.
+    # The first word nearly always decides. Of keys with the same first word only one is found.
     at = np.searchsorted(known["high"], wanted[:, 0])
     at = np.minimum(at, len(last) - 1)
     found = last[at]
@@ -76,7 +76,7 @@ def _find(
 
 
 def _depths(parent: NDArray[np.int64], is_first: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Give how deep each block is, -1 where no first block leads to it: by doubling steps."""
+    """Return each block's depth, or -1 if no first block leads to it, by doubling steps."""
     nowhere = len(parent)
     step = np.append(np.where(is_first, np.arange(nowhere), parent), -1)
     step[step < 0] = nowhere

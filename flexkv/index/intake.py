@@ -1,4 +1,4 @@
-"""Turns a caller's arguments into a request in the core's terms, or says what is wrong with them.
+"""Turns a caller's arguments into a request, or raises an error that says what is wrong with them.
 
 Everything is checked before anything is planned, so that bad input changes nothing.
 """
@@ -23,7 +23,7 @@ _WHY = {
     "contiguity": "must follow the slot before it: the tokens of a block are contiguous",
 }
 FEW = 32
-"""Block ids among which a set finds a repetition sooner than an array does."""
+"""Up to this many block ids, a set finds a duplicate faster than an array does."""
 
 
 class Intake:
@@ -38,7 +38,7 @@ class Intake:
         self._clears = clears or ClearHistory()
 
     def rekey(self, keys: KeyChain) -> None:
-        """Give other keys from now on."""
+        """Use other keys from now on."""
         self._keys = keys
 
     def request(
@@ -49,12 +49,12 @@ class Intake:
         token_mask: Any = None,
         namespace: Namespace = None,
     ) -> Request:
-        """Give the request without its device ids.
+        """Return the request, without its device ids.
 
         Raises:
             ConfigError: an argument breaks a rule.
         """
-        # A list of integers is read as it is: an array of it would cost more than the hashing.
+        # A list is hashed as it is: converting it to an array would cost more than the hashing.
         tokens = token_ids if type(token_ids) is list else as_int64("token_ids", token_ids)
         per_block = self.tokens_per_block
         span = whole_blocks(token_mask, len(tokens), per_block)
@@ -73,11 +73,11 @@ class Intake:
         )
 
     def root(self, namespace: Namespace) -> bytes:
-        """Give the root of a namespace."""
+        """Return the root of a namespace."""
         return self._keys.root(namespace)
 
     def device_ids(self, slot_mapping: Any, span: Span, device_blocks: int) -> BlockIds:
-        """Give the device block of every whole block of a span: int64[blocks].
+        """Return the device block of every whole block of a span: int64[blocks].
 
         Args:
             slot_mapping: one slot for each token from `span.first_token` to `span.last_token`.
@@ -103,13 +103,13 @@ class Intake:
         return ids
 
     def _check_once(self, ids: BlockIds, device_blocks: int, skip: int) -> None:
-        """Check that no block is named twice: its content would be undefined."""
+        """Check that no device block is named twice, as its content would be undefined."""
         if len(ids) <= FEW and len(set(ids.tolist())) == len(ids):
             return
         if len(self._named_by) < device_blocks:
             self._named_by = np.zeros(device_blocks, np.int64)
         positions = np.arange(len(ids))
-        # Whoever names a block last is found in its place.
+        # Each block's entry has the last position that names it.
         self._named_by[ids] = positions
         last = self._named_by[ids]
         if (last != positions).any():

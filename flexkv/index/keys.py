@@ -1,6 +1,6 @@
 """Block keys: 128-bit chained hashes over a secret, a fingerprint, a namespace and the tokens.
 
-    root   = N(fingerprint ‖ namespace parts)              each part behind its length
+    root   = N(fingerprint ‖ namespace parts)              each part after its length
     key[0] = H(root ‖ tokens of block 0)
     key[i] = H(key[i-1] ‖ tokens of block i)
 
@@ -10,8 +10,7 @@ touches, the parent is replaced by N(parent ‖ those extra keys, each with its 
 block). `docs/key-vectors.json` has examples.
 
 The fingerprint holds everything that changes the bytes of a block, so that two models never share
-one; the same prompt gives the same keys in every process and after every
-restart.
+one. The same prompt has the same keys in every process and after every restart.
 """
 
 from __future__ import annotations
@@ -37,28 +36,28 @@ KEY_VERSION = 3
 """Changes whenever the same tokens would give other keys or other bytes."""
 
 _ROOT, _EXTRAS = b"flexkv root", b"flexkv extras"
-"""Say which kind of thing N names."""
+"""What N names: this keeps roots and extra keys apart."""
 
 
 class Scope(NamedTuple):
-    """What besides its tokens a prompt's KV hangs on; may be given wherever a namespace may."""
+    """What a prompt's KV depends on besides its tokens; accepted wherever a namespace is."""
 
     parts: tuple[str, ...] = ()
     """The namespace: LoRA adapter, tenant's salt, anything."""
     extra_keys: tuple[tuple[int, int, str], ...] = ()
-    """(first token, last token exclusive, content hash): what stands behind placeholder tokens."""
+    """(first token, last token exclusive, hash of the content) for each run of placeholders."""
 
 
 Namespace = str | Sequence[str] | Scope | None
 
 
 class KeyChain:
-    """Gives the keys of prompts for one model, block size and secret."""
+    """Derives the keys of prompts for one model, block size and secret."""
 
     def __init__(
         self, model: ModelConfig, tokens_per_block: int, secret: str = "", order: Order = ""
     ) -> None:
-        """Take what keys hang on; `order` is that of a block's elements, empty for the natural."""
+        """Derive the hash constants; `order` is of a block's elements, empty if it is natural."""
         self._tokens_per_block = tokens_per_block
         self.fingerprint = fingerprint(model, tokens_per_block, order)
         self._hash_secret, self._name_key, _ = derived(secret)
@@ -78,7 +77,7 @@ class KeyChain:
         return self._chain(tokens, root)
 
     def extend(self, keys: bytes, tokens: NDArray[np.int64]) -> bytes:
-        """Give the keys of a prompt that has grown, hashing only its new blocks.
+        """Return the keys of a prompt that has grown, hashing only its new blocks.
 
         Args:
             keys: root and keys of its first whole blocks, under a namespace without extra keys.
@@ -92,7 +91,7 @@ class KeyChain:
 
         Args:
             keys: root and keys of its whole blocks, under a namespace without extra keys.
-            new_tokens: the tokens behind those blocks; those that fill no block are left out.
+            new_tokens: the tokens behind those blocks; a last block that is not whole has no key.
 
         Raises:
             ConfigError: a token is not an integer from 0 to 2**32 - 1; the error has its index.
@@ -102,7 +101,7 @@ class KeyChain:
         return keys[:known] + self._chain(new_tokens, keys[known:], first)
 
     def extend_in_place(self, keys: bytearray, new_tokens: NDArray[np.int64] | list[int]) -> None:
-        """Add the keys of a prompt's new blocks behind those that it has, as for `grown`."""
+        """Append the keys of a prompt's new blocks to `keys`; for the rest see `grown`."""
         known = len(keys) - BLOCK_KEY_BYTES
         first = known // BLOCK_KEY_BYTES * self._tokens_per_block
         keys += self._chain(new_tokens, bytes(keys[known:]), first)[BLOCK_KEY_BYTES:]
@@ -129,7 +128,7 @@ class KeyChain:
         return self._named(_ROOT, [self.fingerprint, *(part.encode() for part in parts)])
 
     def _named(self, kind: bytes, parts: Sequence[bytes]) -> bytes:
-        """Return 16 bytes that name some parts; without the secret nobody can tell which."""
+        """Return 16 bytes that identify some parts; nobody without the secret can tell which."""
         return hashlib.blake2b(
             _framed(parts), digest_size=BLOCK_KEY_BYTES, key=self._name_key, person=kind
         ).digest()
@@ -140,7 +139,7 @@ class KeyChain:
         root: bytes,
         extra_keys: tuple[tuple[int, int, str], ...],
     ) -> bytes:
-        """Chain block by block where extra keys are, and in one go between them."""
+        """Return the keys, chained block by block where extra keys are, in one go between them."""
         per_block, size = self._tokens_per_block, BLOCK_KEY_BYTES
         blocks = len(tokens) // per_block
         touched: dict[int, list[tuple[int, int, str]]] = {}
@@ -161,11 +160,11 @@ class KeyChain:
         return keys
 
     def root(self, namespace: Namespace = None) -> bytes:
-        """Give the root of a namespace, under which all its blocks are."""
+        """Return the root of a namespace, the start of all its blocks' chains."""
         return self._root(scope_of(namespace).parts)
 
     def namespace_hash(self, namespace: Namespace) -> str:
-        """Give a short name of a namespace that does not tell it; empty for none."""
+        """Return a short name of a namespace that does not reveal it; empty for none."""
         if namespace is None:
             return ""
         parts = scope_of(namespace).parts
@@ -173,18 +172,18 @@ class KeyChain:
 
 
 def key_list(keys: bytes) -> list[BlockKey]:
-    """Give keys that stand one behind the other."""
+    """Return the keys in a buffer as a list."""
     step = BLOCK_KEY_BYTES
     return [keys[at : at + step] for at in range(0, len(keys), step)]
 
 
 def block_keys(keys: bytes) -> list[BlockKey]:
-    """Give the key of each block of a prompt, without the root."""
+    """Return the key of each block of a prompt, without the root."""
     return key_list(keys[BLOCK_KEY_BYTES:])
 
 
 def fingerprint(model: ModelConfig, tokens_per_block: int, order: Order = "") -> bytes:
-    """Name everything that changes the bytes of a block, one `name=value` after the other."""
+    """Return everything that changes the bytes of a block, as `name=value` pairs joined by `;`."""
     facts = _facts(model, tokens_per_block)
     if not is_natural(order):
         facts["order"] = order
@@ -192,12 +191,12 @@ def fingerprint(model: ModelConfig, tokens_per_block: int, order: Order = "") ->
 
 
 def block_identity(model: ModelConfig, tokens_per_block: int, secret: str) -> dict[str, int | str]:
-    """Tell what blocks are and under which keys, for who keeps them; not the secret itself."""
+    """Return what determines blocks and their keys, to store with them; without the secret."""
     return {**_facts(model, tokens_per_block), "key_secret_digest": derived(secret).digest}
 
 
 def _facts(model: ModelConfig, tokens_per_block: int) -> dict[str, int | str]:
-    # What is as it is for most models is not named, so that their keys stay what they were.
+    # Facts that hold for most models are left out, so that the keys of those stay what they were.
     rest: dict[str, int | str] = {}
     if model.parts > 1:
         rest["parts"] = model.parts
@@ -220,10 +219,10 @@ _NOWHERE = Scope()
 
 
 def scope_of(namespace: Namespace) -> Scope:
-    """Give a namespace as a scope; an absent one is empty, a string is one part.
+    """Return a namespace as a scope; None is an empty scope, a string is one part.
 
     Raises:
-        ConfigError: a part is not a string, or an extra key's range is none.
+        ConfigError: a part is not a string, or an extra key is malformed.
     """
     if namespace is None:
         return _NOWHERE
@@ -269,5 +268,5 @@ def _as_bytes(extra_key: tuple[int, int, str]) -> bytes:
 
 
 def _framed(parts: Sequence[bytes]) -> bytes:
-    """Join parts, each behind its length, so that no two lists of parts give the same bytes."""
+    """Return the parts joined, each after its length: no two lists of parts give the same bytes."""
     return b"".join(len(part).to_bytes(8, "little") + part for part in parts)

@@ -1,10 +1,10 @@
-"""What host memory holds and a lower tier lacks: owed to that tier, the oldest first.
+"""The blocks in host memory that a lower tier lacks: they are owed to it, the oldest first.
 
     add ──▶ [batch] [batch] … [batch] ──take──▶ places in the tier, RESERVED ──▶ a transfer
-              kept from eviction, as many as may be
+              kept from eviction, as far as there is room
 
 A batch that is not kept may have been evicted when its turn comes: the keys of its blocks show
-that. Every block that is not written in the end is counted in `given_up`, with the reason.
+that. Every block that is never written is counted in `given_up`, with the reason.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class _Batch(msgspec.Struct):
     hold: int | None = None
 
     def part(self, which: NDArray[np.bool_]) -> _Batch:
-        """Return the batch of some of the blocks, not kept."""
+        """Return a batch of the selected blocks, which are not kept."""
         keys = np.frombuffer(self.keys, np.uint8).reshape(-1, BLOCK_KEY_BYTES)[which]
         return _Batch(self.block_ids[which], keys.tobytes(), self.attempts, self.epoch)
 
 
 class Taken(NamedTuple):
-    """Blocks that have a place in the lower tier now, RESERVED, and are about to be written."""
+    """Blocks that have RESERVED places in the lower tier, and are about to be written."""
 
     tier: Tier
     host_ids: BlockIds
@@ -60,7 +60,7 @@ class Taken(NamedTuple):
     """How often writing them has failed."""
     epoch: int
     hold: int | None
-    """Settle this claim once the transfer has its own."""
+    """The claim that keeps the blocks: settle it once the transfer has its own."""
 
 
 class OwedBlocks:
@@ -69,7 +69,7 @@ class OwedBlocks:
     Attributes:
         blocks: how many wait.
         kept_blocks: how many of them are kept from eviction.
-        epoch: number of the period in which blocks are owed: see `next_epoch` and `left_of`.
+        epoch: number of the current period, under which blocks are added; see `left_of`.
         given_up: how many will never be written, by the reason.
     """
 
@@ -79,20 +79,20 @@ class OwedBlocks:
         self._residency, self._batch_blocks_max = residency, batch_blocks_max
         self._batches: deque[_Batch] = deque()
         self._left: Counter[int] = Counter()
-        places = residency.counts(Tier.HOST).capacity  # resizing takes none away
+        places = residency.counts(Tier.HOST).capacity  # resizing adds none
         self._key_at = np.zeros((places, _KEY_WORDS), np.uint64)
         """The key of the block that waits at each place of host memory; zeros where none does."""
 
     def add(
         self, host_ids: BlockIds, room_blocks: int, attempts: int = 0, epoch: int | None = None
     ) -> None:
-        """Owe blocks that are READY in host memory, and that are not owed yet.
+        """Owe blocks of host memory; those that are not READY, or owed already, are left out.
 
         Args:
             host_ids: int64[n].
             room_blocks: how many blocks may be kept from eviction in all.
             attempts: how often writing them has failed.
-            epoch: when they were first owed; None for now.
+            epoch: the epoch in which they were first owed; None for the current one.
         """
         records = self._residency.export(Tier.HOST, host_ids)
         keys = _words(records[:, :BLOCK_KEY_BYTES].tobytes())
@@ -108,10 +108,10 @@ class OwedBlocks:
                 self._keep(batch)
 
     def take(self) -> Taken | None:
-        """Take the oldest batch, and places for it in the tier; None when no block got one.
+        """Remove the oldest batch and reserve places for it in the tier; None if no block got one.
 
-        Blocks for which there is no room stay where they were, unless the tier refuses them as
-        worth less than what it has.
+        Blocks for which there is no room stay in the queue, unless the tier refuses them as worth
+        less than what it has.
         """
         batch = self._batches.popleft()
         self._count(batch, -1)
@@ -137,11 +137,11 @@ class OwedBlocks:
         return None
 
     def ended(self, taken: Taken) -> None:
-        """Note that the blocks that were taken are written, owed anew, or given up."""
+        """Note that the taken blocks are now written, owed again, or given up."""
         self._leave(taken.epoch, -len(taken.host_ids))
 
     def not_owed(self, host_ids: BlockIds) -> BlockIds:
-        """Return those of some host places whose READY blocks are not owed."""
+        """Return those of the given places of READY host blocks whose blocks are not owed."""
         waiting = self._key_at[host_ids]
         may_wait = (waiting[:, 0] | waiting[:, 1]).astype(np.bool_)
         some = host_ids[may_wait]
@@ -150,16 +150,16 @@ class OwedBlocks:
         return np.concatenate([host_ids[~may_wait], some[others]])
 
     def left_of(self, epoch: int) -> int:
-        """Return how many blocks up to an epoch are neither written nor given up."""
+        """Return how many blocks, up to an epoch, are neither written nor given up yet."""
         return sum(count for number, count in self._left.items() if number <= epoch)
 
     def next_epoch(self) -> int:
-        """Begin another epoch, and return the one before."""
+        """Begin another epoch, and return the previous one."""
         self.epoch += 1
         return self.epoch - 1
 
     def unkeep(self, block_count: int) -> None:
-        """Allow the eviction of so many kept blocks, starting with those whose turn comes last."""
+        """Allow the eviction of at least this many kept blocks, beginning with the last in turn."""
         for batch in reversed(self._batches):
             if block_count <= 0:
                 return
@@ -170,7 +170,7 @@ class OwedBlocks:
                 batch.hold = None
 
     def drop_gone(self, reason: str | None = None) -> None:
-        """Forget blocks that host memory holds no more; with a reason they were given up."""
+        """Forget blocks that host memory no longer holds; with a reason, count them as given up."""
         if not self._batches:
             return
         batches, self._batches = self._batches, deque()
@@ -190,7 +190,7 @@ class OwedBlocks:
                 self._batches.append(batch)
 
     def _narrowed(self, batch: _Batch, part: _Batch) -> _Batch:
-        """Replace a batch by a part of it."""
+        """Replace a batch by a part of it, and return the part."""
         self._count(batch, -1)
         self._count(part, 1)
         if batch.hold is not None:
@@ -201,7 +201,7 @@ class OwedBlocks:
         return part
 
     def give_up_next(self, reason: str) -> None:
-        """Count the oldest batch as given up."""
+        """Drop the oldest batch, and count it as given up."""
         batch = self._batches.popleft()
         self.given_up[reason] += len(batch.block_ids)
         self._narrowed(batch, batch.part(np.zeros(len(batch.block_ids), np.bool_)))

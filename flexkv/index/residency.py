@@ -1,8 +1,9 @@
-"""Where the blocks of a prompt are: the one table of every tier, and every claim on it.
+"""Where the blocks of a prompt are: one table for all tiers, and all claims on it.
 
 The table is `_ext.BlockIndex` (see `ext/README.md`, "Index"): states, eviction and the laws between
-tiers are there. This gives its calls the core's words. Keys come as one buffer: the namespace's
-root, then a key for each block. Blocks come as positions in the prompt and places in a tier.
+tiers are there. This module wraps its calls in the core's types. Keys come as one buffer: the
+namespace's root, then a key for each block. Blocks come as positions in the prompt and places in a
+tier.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from flexkv.index.clears import ClearHistory
 from flexkv.index.eviction import Eviction
 
 ABSENT, PENDING, READY = 0, 1, 2
-"""Where a block is in one tier: nowhere, being filled, there."""
+"""State of a block in one tier: nowhere, being filled, there."""
 
 _UNUSED, _ASKED, _STORED = 0, 1, 2
-"""How a survey counts a use."""
+"""Which use of blocks a survey counts: none, that they were asked for, that they were stored."""
 
 NO_QUOTA = 2**32 - 1
 
@@ -55,31 +56,31 @@ class PrefixMatch(msgspec.Struct, frozen=True):
 
 
 class Positions(msgspec.Struct, frozen=True):
-    """Some blocks of a prompt, in order; unbroken when `places` is None."""
+    """Positions of some blocks of a prompt: `places`, or from `first` on if that is None."""
 
     first: int
     block_count: int
     places: BlockIds | None = None
 
     def part(self, begin: int, end: int) -> Positions:
-        """Give those from the begin-th to the end-th."""
+        """Return the begin-th to the end-th (exclusive) of them."""
         if self.places is None:
             return Positions(self.first + begin, end - begin)
         places = self.places[begin:end]
         return Positions(int(places[0]) if end > begin else self.first, end - begin, places)
 
     def number_before(self, last: int) -> int:
-        """Count those before a position."""
+        """Return how many of them are before a position."""
         if self.places is None:
             return max(0, min(self.block_count, last - self.first))
         return int(np.searchsorted(self.places, last))
 
     def at(self, number: int) -> int:
-        """Give the position of one of them."""
+        """Return the position of the number-th of them."""
         return self.first + number if self.places is None else int(self.places[number])
 
     def within(self, values: NDArray[np.int64], first: int) -> NDArray[np.int64]:
-        """Give the values of these positions, of an array whose first is position `first`'s."""
+        """Return the values for these positions from an array that begins at position `first`."""
         if self.places is None:
             begin = self.first - first
             return values[begin : begin + self.block_count]
@@ -94,11 +95,11 @@ class Placement(msgspec.Struct, frozen=True):
 
     @property
     def block_count(self) -> int:
-        """Count the blocks."""
+        """Return the number of blocks."""
         return self.positions.block_count
 
     def before(self, last: int) -> Placement:
-        """Give the part before a position."""
+        """Return the part before a position."""
         count = self.positions.number_before(last)
         if count == self.positions.block_count:
             return self
@@ -106,7 +107,7 @@ class Placement(msgspec.Struct, frozen=True):
 
 
 class Group(NamedTuple):
-    """The blocks of a prompt that are alike in every tier: `states` and ids, nearest tier first."""
+    """Blocks of a prompt that have equal states; `states` and ids are by tier, nearest first."""
 
     states: tuple[int, ...]
     positions: Positions
@@ -119,18 +120,18 @@ class Found(msgspec.Struct, frozen=True):
     first: int
     last: int
     ready: dict[Tier, Placement]
-    """Only tiers that are the nearest of some block."""
+    """Only tiers that are the nearest one of some block."""
     pending: Placement | None = None
     """Host blocks that are being filled."""
 
     @property
     def host_only(self) -> bool:
-        """Tell whether every block found is ready in host memory."""
+        """Return whether every block found is ready in host memory."""
         host = self.ready.get(Tier.HOST)
         return (host.positions.block_count if host else 0) == self.last - self.first
 
     def before(self, last: int) -> Found:
-        """Give the part of the run before a position."""
+        """Return the part of the run before a position."""
         if last >= self.last:
             return self
         ready = {tier: placed.before(last) for tier, placed in self.ready.items()}
@@ -144,7 +145,7 @@ class Found(msgspec.Struct, frozen=True):
 
     @property
     def holdings(self) -> list[Holding]:
-        """Give the ready blocks, tier by tier."""
+        """Return the ready blocks, tier by tier."""
         return [Holding(tier, place.block_ids) for tier, place in self.ready.items()]
 
 
@@ -166,7 +167,7 @@ class _Held:
 
 
 class TierCounts(NamedTuple):
-    """The places of one tier by state, now."""
+    """The current number of places of one tier, by state."""
 
     capacity: int
     free: int
@@ -179,7 +180,7 @@ class TierCounts(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A block that became READY in a tier, or is so no more."""
+    """A block that became READY in a tier, or is no longer READY there."""
 
     key: bytes
     tier: Tier
@@ -204,7 +205,7 @@ class Residency:
         eviction: Eviction | None = None,
         clears: ClearHistory | None = None,
     ) -> None:
-        """Take each tier's capacity in blocks, how all evict, and the history of clears."""
+        """Build an empty table; `capacities` are in blocks, `eviction` holds for every tier."""
         eviction = eviction or Eviction()
         self.clears = clears or ClearHistory()
         self.tiers = tuple(sorted(capacities))
@@ -231,7 +232,7 @@ class Residency:
     # -- looking --------------------------------------------------------------------------------
 
     def find(self, keys: bytes, first: int = 0, use: bool = False) -> Found:
-        """Give the longest resident run that starts at position `first`.
+        """Return the longest resident run that starts at position `first`.
 
         Args:
             keys: root and keys of the prompt's blocks.
@@ -258,7 +259,7 @@ class Residency:
         return Found(first, last, ready, pending)
 
     def survey(self, keys: bytes, first: int, last: int, use: bool = True) -> list[Group]:
-        """Give every block from `first` to `last` by where it is; count a use of those there."""
+        """Return the blocks from `first` to `last`, grouped by where they are; count their use."""
         return [
             Group(
                 self._states[pattern],
@@ -271,38 +272,38 @@ class Residency:
         ]
 
     def agreeing(self, keys: bytes) -> int:
-        """Return how many of the first blocks could follow each other as `keys` says.
+        """Return how many blocks, from the first on, `keys` chains without a contradiction.
 
-        Keys that were derived from tokens always agree. Keys that another process made up may name
-        a block twice or under another parent than its own, and planning with them would break the
-        index.
+        Keys that were derived from tokens never contradict. Keys that another process made up may
+        name a block twice, or under a parent other than its own, and planning with them would break
+        the index.
         """
         return self._table.agreeing(keys)
 
     def counts(self, tier: Tier) -> TierCounts:
-        """Count the places of a tier by state."""
+        """Return the number of places of a tier, by state."""
         return TierCounts(*self._table.counts(self._number[tier]))
 
     @property
     def evicted(self) -> list[int]:
-        """Count the blocks evicted since the start, by tier in the order of `tiers`."""
+        """Return the number of blocks evicted since the start, by tier in the order of `tiers`."""
         return [self._table.counts(number)[-1] for number in self._number.values()]
 
     def shortfall(self, tier: Tier, wanted_blocks: int) -> CapacityError:
-        """Give the error that says that a tier has no room for so many."""
+        """Return the error that says that a tier has no room for this many blocks."""
         counts = self.counts(tier)
         evictable = max(0, counts.ready - counts.pinned)
         return CapacityError(tier.label, wanted_blocks, counts.free, evictable)
 
     def keys_of(self, tier: Tier, block_ids: BlockIds) -> bytes:
-        """Give the keys of blocks of a tier, 16 bytes each."""
+        """Return the keys of blocks of a tier, 16 bytes each."""
         return self._table.keys_of(self._number[tier], block_ids)
 
     def export(self, tier: Tier, block_ids: BlockIds) -> NDArray[np.uint8]:
-        """Tell what places hold, for `restore`: uint8[n, 36], zeros for those that are not READY.
+        """Return what places hold, for `restore`: uint8[n, 36], zeros for those that are not READY.
 
-        The block's key, its parent's (the root's for the first of a prompt), and as uint32 whether
-        it is the first.
+        A row is the block's key, its parent's key (the root's for the first of a prompt), and as
+        uint32 whether it is the first.
         """
         blob = self._table.export(self._number[tier], block_ids)
         return np.frombuffer(blob, np.uint8).reshape(len(block_ids), BLOCK_RECORD_BYTES)
@@ -313,21 +314,21 @@ class Residency:
         """Fill a tier that was never used with blocks of an earlier run, parents before children.
 
         Args:
-            tier: which.
-            blocks: as `export` gives them.
+            tier: the tier to fill.
+            blocks: as `export` returns them.
             parents: int64[n], which of the blocks is the parent; -1 for the first of a prompt.
             block_ids: their places.
         """
         self._table.restore(self._number[tier], blocks, parents, block_ids)
 
     def namespace_blocks(self, root: bytes) -> dict[Tier, int]:
-        """Count the blocks of a namespace by tier."""
+        """Return the number of blocks of a namespace, by tier."""
         return dict(zip(self.tiers, self._table.root_blocks(root), strict=True))
 
     def set_quota(self, root: bytes, tier: Tier, blocks: int | None) -> None:
-        """Bound how many places of a tier a namespace may have; None takes the bound away.
+        """Limit how many places of a tier a namespace may have; None removes the limit.
 
-        What it has beyond goes, as far as it may; what it stores beyond costs its own blocks.
+        Blocks beyond it are evicted as far as they may be; new ones then replace its own blocks.
 
         Raises:
             ValueError: too many namespaces have quotas.
@@ -336,7 +337,7 @@ class Residency:
         self._table.set_quota(self._number[tier], root, bound)
 
     def namespace_holdings(self, root: bytes) -> list[Holding]:
-        """Give every ready block of a namespace, tier by tier."""
+        """Return every ready block of a namespace, tier by tier."""
         return [
             Holding(tier, np.frombuffer(self._table.root_ids(number, root), np.int64))
             for tier, number in self._number.items()
@@ -345,9 +346,9 @@ class Residency:
     # -- filling --------------------------------------------------------------------------------
 
     def reserve(self, tier: Tier, keys: bytes, positions: Positions, how: int = PREFIX) -> BlockIds:
-        """Take places for blocks whose parents are there, evicting what must go.
+        """Reserve places for blocks whose parents are there, evicting others as needed.
 
-        Gives int64[n], the places, RESERVED: as many of the first as `how` says.
+        Return the places, int64[n]: for as many of the first blocks as `how` allows.
         """
         last = len(keys) // BLOCK_KEY_BYTES - 1
         begin, places = 0, positions.places
@@ -359,7 +360,7 @@ class Residency:
     def reserve_copies(
         self, source: Tier, target: Tier, block_ids: BlockIds, keys: bytes
     ) -> tuple[NDArray[np.uint8], BlockIds]:
-        """Take places in a tier for blocks that another tier has, unless they are worth too little.
+        """Reserve places for blocks that another tier has, unless they are worth too little.
 
         Args:
             source: the tier that has them.
@@ -384,21 +385,21 @@ class Residency:
         return np.frombuffer(blob, np.int64)
 
     def commit(self, tier: Tier, block_ids: BlockIds) -> None:
-        """The bytes are there: RESERVED becomes READY, or goes when its key was forgotten."""
+        """Make RESERVED places READY, as their bytes are there; free those with forgotten keys."""
         self._table.commit(self._number[tier], block_ids)
 
     def abort(self, tier: Tier, block_ids: BlockIds) -> None:
-        """The bytes will not come: RESERVED goes, and what continues it with it."""
+        """Free RESERVED places whose bytes will not come, and blocks that continue theirs."""
         self._table.abort(self._number[tier], block_ids)
 
     # -- watching -------------------------------------------------------------------------------
 
     def watch(self, limit: int) -> None:
-        """Remember up to so many changes from now on, or none with 0."""
+        """Remember up to `limit` changes from now on, or none with 0."""
         self._table.watch(limit)
 
     def changes(self) -> list[Change] | None:
-        """Take what became READY, or is so no more, since the last call; None: it was too much."""
+        """Return the changes to and from READY since the last call; None if there were too many."""
         blob = self._table.changes()
         if blob is None:
             return None
@@ -410,19 +411,19 @@ class Residency:
     # -- holding --------------------------------------------------------------------------------
 
     def holding(self, holdings: Sequence[Holding]) -> AbstractContextManager[None]:
-        """Keep blocks from eviction while something is planned."""
+        """Return a context that pins blocks while something is planned."""
         return _Held(self._table, [(self._number[tier], ids) for tier, ids in holdings])
 
     # -- dropping -------------------------------------------------------------------------------
 
     def tick(self, now_s: int) -> None:
-        """Tell the time, in seconds from any start; it never goes back."""
+        """Set the time, in seconds from any start; it must never go back."""
         if self._begin_s is None:
             self._begin_s = now_s
         self._table.tick(now_s - self._begin_s)
 
     def evict_ahead(self) -> None:
-        """Free places where more of a tier is used than the eviction's start threshold allows."""
+        """Evict blocks of each tier that is fuller than the start threshold of eviction allows."""
         if self._start_threshold >= 1.0:
             return
         for tier, number in self._number.items():
@@ -433,17 +434,17 @@ class Residency:
                 self._table.evict(number, max(over, batch))
 
     def evict(self, tier: Tier, blocks: int) -> int:
-        """Evict up to so many blocks of a tier, and count them."""
+        """Evict up to this many blocks of a tier, and return how many."""
         return self._table.evict(self._number[tier], blocks)
 
     def forget(self, tier: Tier, block_ids: BlockIds) -> None:
-        """Make blocks unfindable in a tier; without another copy, what continues them too."""
+        """Make blocks unfindable in a tier, and what continues them if no other tier has a copy."""
         self._table.forget(self._number[tier], block_ids)
 
     def clear(self, tier: Tier | None = None, root: bytes | None = None) -> int:
         """Forget the blocks of a tier, of a namespace, or all; return how many places they had.
 
-        Puts that began before store nothing any more.
+        Puts that began before will store nothing.
         """
         self.clears.note(root)
         if root is not None:
@@ -452,9 +453,9 @@ class Residency:
         return sum(self._table.clear(self._number[tier]) for tier in tiers)
 
     def resize(self, tier: Tier, capacity_blocks: int) -> int:
-        """Change how many blocks a tier may hold, up to those it was made for; gives the result.
+        """Change how many blocks a tier may hold, up to its first capacity; return the new number.
 
-        More than asked for when too many are pinned or being filled.
+        It is more than asked for when too many blocks are pinned or being filled.
         """
         return self._table.resize(self._number[tier], capacity_blocks)
 
@@ -462,7 +463,7 @@ class Residency:
         """Check every law of the table, and that what is reserved or pinned has a claim.
 
         Raises:
-            InvariantError: one does not hold.
+            InvariantError: a law does not hold.
         """
         self._table.validate()
         if self.claims:
@@ -477,12 +478,12 @@ class Residency:
 
 
 def _array(blob: bytes | None) -> BlockIds | None:
-    """Give the table's bytes as int64[n]."""
+    """Return the table's bytes as int64[n]."""
     return None if blob is None else np.frombuffer(blob, np.int64)
 
 
 def prefix_match(found: Found, tiers: Sequence[Tier], tokens_per_block: int) -> PrefixMatch:
-    """Give what was found in tokens."""
+    """Return what was found, counted in tokens."""
     pending = found.pending.block_count if found.pending else 0
     by_tier = dict.fromkeys(tiers, 0)
     for tier, placement in found.ready.items():

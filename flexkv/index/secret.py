@@ -4,7 +4,7 @@
     each   = SHAKE-256("flexkv" ‖ what it is for ‖ master)
 
 scrypt is slow on purpose: whoever can read a key, or the digest in a superblock or a greeting,
-has to pay it for every guess at a weak secret. It is paid once in a process.
+must run it for every guess at a weak secret. A process runs it once for its secret.
 
 XXH3 multiplies its input by constants. With the public ones, anybody can choose tokens for which
 a factor is zero, so that two prompts have one key. Constants that nobody else knows leave no such

@@ -1,1 +1,1 @@
-"""What writes down what happens: log lines, counts, trace records."""
+"""Observation of an engine: log lines, counts and trace records."""

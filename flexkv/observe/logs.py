@@ -1,10 +1,10 @@
 """Logging: Python's `logging` when used as a library, events on stderr in our own commands.
 
     library   logger "flexkv.…" of `logging`; the caller's handlers, levels and filters decide
-    command   `configure_logging`: console lines on a terminal, JSON lines otherwise, to stderr
+    command   `configure_logging`: to stderr, console lines on a terminal, else JSON lines
 
-A library adds no handler and writes to no stream. The level and the prefix of the environment and
-the settings apply to both. A caller that has configured structlog gets events there.
+The library adds no handler and writes to no stream. The level and the prefix of the environment and
+the settings apply to both. A caller that has configured structlog gets the events there.
 
 A line that cannot be written is dropped, and nothing else happens: modules log by `get_logger`,
 whose loggers ignore what a handler or a sink raises, and our own sink never waits for a reader.
@@ -30,21 +30,21 @@ from flexkv.common.errors import ConfigError
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 LEVEL_VARIABLE, PREFIX_VARIABLE = "FLEXKV_LOG_LEVEL", "FLEXKV_LOGGING_PREFIX"
 ROOT = "flexkv"
-"""The logger of `logging` above all of ours."""
+"""Name of the logger in `logging` that is the parent of all of ours."""
 
 REPEATS_MAX, REPEATS_S = 10, 10.0
-"""Lines of one event about one thing that pass in so many seconds."""
+"""At most this many lines of one event about one thing pass, in this many seconds."""
 SEEN_MAX = 1024
 PIECE_BYTES = select.PIPE_BUF
-"""How many bytes a writable pipe takes without waiting."""
+"""How many bytes a writable pipe accepts without blocking."""
 
 _SINK_FAULTS = (OSError, ValueError, RuntimeError, TypeError, AttributeError)
-"""A closed pipe or a full disk; a closed file or an encoding; a signal handler that logs while a
-line is written; no stream at all, or something else in its place."""
+"""What writing may raise, in this order: closed pipe or full disk; closed file or wrong encoding;
+a signal handler that logs during a write; no stream, or something else in its place (two)."""
 
 
 class _Given(NamedTuple):
-    """What the environment or the settings set for a library's lines."""
+    """Least level and prefix of a library's lines, from the environment or the settings."""
 
     least: int = 0
     prefix: str = ""
@@ -63,23 +63,23 @@ class Logger:
         self._name = name
 
     def debug(self, event: str, **facts: Any) -> None:
-        """Log what helps to find an error."""
+        """Log a detail that helps to find errors."""
         self._log("debug", event, facts)
 
     def info(self, event: str, **facts: Any) -> None:
-        """Log normal events."""
+        """Log a normal event."""
         self._log("info", event, facts)
 
     def warning(self, event: str, **facts: Any) -> None:
-        """Log what is not as it should be, but harmless."""
+        """Log a condition that is wrong but harmless."""
         self._log("warning", event, facts)
 
     def error(self, event: str, **facts: Any) -> None:
-        """Log what went wrong."""
+        """Log an error."""
         self._log("error", event, facts)
 
     def exception(self, event: str, **facts: Any) -> None:
-        """Log what went wrong, with the traceback of the exception that is being handled.
+        """Log an error, with the traceback of the exception that is being handled.
 
         The traceback is formatted here, because some renderers also show the variables of each
         frame, and with them secrets and prompts.
@@ -106,12 +106,12 @@ def get_logger(name: str) -> Logger:
 
 
 def obey(level: str | None, prefix: str | None, field: str = "log_level") -> None:
-    """Set the level and the prefix of a library's lines; None leaves one as it is.
+    """Set the level and the prefix of a library's lines; None leaves a value as it is.
 
     Handlers remain the caller's business; they get the lines from this level up.
 
     Raises:
-        ConfigError: an unknown level; `field` names it.
+        ConfigError: the level is unknown; `field` names its key.
     """
     global _given
     if level is not None:
@@ -122,17 +122,17 @@ def obey(level: str | None, prefix: str | None, field: str = "log_level") -> Non
 
 
 def obey_environment() -> None:
-    """Set the level and the prefix of a library's lines from the environment, if they are there.
+    """Set the level and the prefix of a library's lines from the environment, where it has them.
 
     Raises:
-        ConfigError: an unknown level.
+        ConfigError: the level is unknown.
     """
     level, prefix = os.environ.get(LEVEL_VARIABLE), os.environ.get(PREFIX_VARIABLE)
     obey(level or None, prefix, LEVEL_VARIABLE)
 
 
 def forget_configuration() -> None:
-    """Log as if nothing had been configured, for tests."""
+    """Reset all configuration of logging, for tests."""
     global _given
     _given = _Given()
     logging.getLogger(ROOT).setLevel(logging.NOTSET)
@@ -162,15 +162,15 @@ def _as_word(value: object) -> str:
 def configure_logging(
     level: str | None = None, prefix: str | None = None, as_json: bool | None = None
 ) -> None:
-    """Send events to stderr from now on; a line that it does not take at once is dropped.
+    """Send events to stderr from now on; a line that cannot be written at once is dropped.
 
     Args:
         level: least severity; FLEXKV_LOG_LEVEL when None, "info" when that is unset.
-        prefix: stands on every line as `prefix`; FLEXKV_LOGGING_PREFIX when None.
-        as_json: JSON lines; when None, exactly when stderr is not a terminal.
+        prefix: every line has it as its fact `prefix`; FLEXKV_LOGGING_PREFIX when None.
+        as_json: whether to write JSON lines; when None, exactly when stderr is not a terminal.
 
     Raises:
-        ConfigError: an unknown level.
+        ConfigError: the level is unknown.
     """
     chosen = level or os.environ.get(LEVEL_VARIABLE) or "info"
     least = _number_of(chosen, "log_level" if level else LEVEL_VARIABLE)
@@ -195,7 +195,7 @@ def configure_logging(
     renderer = (
         structlog.processors.JSONRenderer()
         if to_json
-        # The default formatter shows the variables of each frame.
+        # The default formatter shows the variables of each frame, and with them secrets.
         else structlog.dev.ConsoleRenderer(
             colors=sink.is_terminal and _likes_colors(),
             exception_formatter=structlog.dev.plain_traceback,
@@ -219,16 +219,16 @@ def configure_logging(
 
 
 def _likes_colors() -> bool:
-    """Return whether a terminal may be sent colours: see https://no-color.org."""
+    """Return whether colours may be sent to a terminal: see https://no-color.org."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 class _Sink:
-    """Writes lines to a stream, past its buffer; a line that fails is not tried again.
+    """Writes lines to a stream, bypassing its buffer; a line that fails is not tried again.
 
     Attributes:
         is_terminal: whether the stream is a terminal.
-        lines_dropped: since the last one that was written whole.
+        lines_dropped: lines dropped since the last one that was written whole.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -236,7 +236,7 @@ class _Sink:
         self._encoding = getattr(stream, "encoding", None) or "utf-8"
         self.is_terminal, self.lines_dropped, self._torn = False, 0, False
         if stream is not None:
-            with suppress(*_SINK_FAULTS):  # there may be no descriptor behind it, or it is closed
+            with suppress(*_SINK_FAULTS):  # the stream may have no descriptor, or be closed
                 self.is_terminal = stream.isatty()
                 self._fd = stream.fileno()
                 stream.flush()
@@ -256,7 +256,7 @@ class _Sink:
         """Write a line.
 
         Raises:
-            OSError: the stream does not take it, or not at once.
+            OSError: the stream does not accept it, or not at once.
             ValueError: the stream is closed.
         """
         if self._fd < 0:
@@ -287,7 +287,7 @@ _ABOUT = ("event", "tier", "route", "actor", "path", "task", "reason", "call", "
 
 
 class _Repeats:
-    """Drops lines that say the same too often; the next one that passes tells how many."""
+    """Drops lines that repeat too often; the next line that passes has the number dropped."""
 
     def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
         self._now_s = now_s
@@ -315,11 +315,11 @@ class _Repeats:
 
 
 _repeats = _Repeats()
-"""Of a library's lines."""
+"""The filter of a library's lines."""
 
 
 def _as_it_is(
     _logger: object, _name: str, event: structlog.typing.EventDict
 ) -> structlog.typing.EventDict:
-    """Leave exceptions to the console renderer, which draws them better."""
+    """Return the event unchanged: the console renderer formats exceptions better."""
     return event

@@ -1,7 +1,7 @@
-"""Counts what happens and, when a trace is on, records it. The core tells; this remembers.
+"""Counts what happens in an engine and, when a trace is on, records it.
 
 Counters are plain integers that only the loop's thread writes; `statistics()` copies them. A trace
-costs some structs per request and one per op, handed to a recorder that never blocks.
+costs some structs per request and one per op, which go to a recorder that never blocks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = get_logger(__name__)
 
 
 class RouteCount(msgspec.Struct):
-    """What one route has moved, and how often it failed."""
+    """What one route has moved, and how many of its ops failed."""
 
     ops: int = 0
     blocks: int = 0
@@ -45,7 +45,7 @@ class Observer:
         self.now_ns = now_ns
         self.tracer: Tracer | None = None
         self.remind: Callable[[], None] = lambda: None
-        """Called with each summary that is logged."""
+        """Called each time that a summary is logged."""
         self.requests: dict[Operation, dict[KVResponseStatus, int]] = {
             operation: dict.fromkeys(KVResponseStatus, 0) for operation in Operation
         }
@@ -58,7 +58,7 @@ class Observer:
         self._ended = 0
 
     def corrupt(self, tier: Tier, error: CorruptBlockError, request_id: int = -1) -> None:
-        """Blocks came back with other bytes than they left with, to a request or to a scrub."""
+        """Record blocks that a request or a scrub read back with other bytes than were written."""
         self.corrupt_blocks += len(error.block_ids)
         self.event("corrupt_block", tier, request_id, str(error))
         log.error(
@@ -72,25 +72,25 @@ class Observer:
     def event(
         self, kind: str, tier: Tier | None = None, request_id: int = -1, detail: str = ""
     ) -> None:
-        """Something changed, failed, or was done to the engine."""
+        """Record that something changed, failed, or was done to the engine."""
         if self.tracer is not None:
             name = "" if tier is None else tier.label
             self.tracer.event(kind, self.now_ns(), name, request_id, detail)
 
     def planned(self, request: Request, plan: Plan) -> None:
-        """A request was compiled into a plan."""
+        """Record that a request was compiled into a plan."""
         if self.tracer is not None:
             self.tracer.planned(request, plan, self.now_ns())
 
     def op_issued(self, op_id: int) -> None:
-        """An op went to its actor."""
+        """Record that an op was given to its actor."""
         if self.tracer is not None:
             self.tracer.issued(op_id, self.now_ns())
 
     def op_ended(
         self, request: Request, plan: Plan, op: OpSpec, error: TransferError | None
     ) -> None:
-        """An actor reported the end of an op."""
+        """Record the end of an op, which its actor reported."""
         if op.route is None:
             return
         count = self.routes.get(op.route)
@@ -104,7 +104,7 @@ class Observer:
         elif not isinstance(error, RecalledError):
             count.ops += 1
             count.failed_ops += 1
-            if not isinstance(error, CorruptBlockError):  # told by `corrupt`, with its place
+            if not isinstance(error, CorruptBlockError):  # `corrupt` logs that, with the place
                 log.warning(
                     "op_failed", request=request.request_id, route=op.label, error=str(error)
                 )
@@ -112,7 +112,7 @@ class Observer:
             self.tracer.op_ended(request, plan, op, error, self.now_ns())
 
     def refused(self, request: Request, response: KVResponse) -> None:
-        """A request was answered without a plan."""
+        """Record that a request was answered without a plan."""
         self.requests[request.operation][response.status] += 1
         if self.tracer is not None:
             self.tracer.refused(request, response, self.now_ns())
@@ -120,13 +120,13 @@ class Observer:
     def request_ended(
         self, request: Request, planned: Planned, response: KVResponse, since_ns: tuple[int, int]
     ) -> None:
-        """A caller was told; `since_ns` is when the request arrived, and when it was planned."""
+        """Record an answer; `since_ns` is when the request arrived, and when it was planned."""
         self.requests[request.operation][response.status] += 1
         found = planned.found
         if request.operation is Operation.GET:
             self.asked_blocks += request.span.last_block - request.span.first_block
             if response.status is not KVResponseStatus.SUCCESS or response.error is not None:
-                # Hits are what was loaded, not what was found.
+                # Only blocks that were loaded count as hits, not all that were found.
                 loaded = int(np.count_nonzero(response.return_mask)) // request.tokens_per_block
                 found = found.before(found.first + loaded)
             for tier, placement in found.ready.items():

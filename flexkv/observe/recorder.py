@@ -1,9 +1,9 @@
 """Writes trace records as JSON lines, in a thread of its own, with rotation.
 
-The loop hands a record over and goes on, and wakes nobody: the thread looks by itself, and encodes
-few at a time, because the loop waits for the interpreter lock meanwhile. The queue is bounded, and
-a record that finds it full is dropped and counted. Every file, and every run that adds to one,
-begins with a header that has both clocks.
+The loop queues a record and wakes nobody: the thread checks the queue at intervals, and encodes few
+records at a time, because the loop waits for the interpreter lock meanwhile. The queue is bounded;
+a record that finds it full is dropped and counted. Every file, and every run that appends to one,
+begins with a header that has the time of both clocks.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ log = get_logger(__name__)
 
 QUEUE_RECORDS_MAX = 1 << 18
 BATCH_RECORDS = 64
-"""Encoded in one go: some 0.1 ms with the interpreter lock."""
+"""Records encoded at once: this holds the interpreter lock for some 0.1 ms."""
 LOOK_S_MAX = 0.05
-"""How long records wait at most until the thread takes them, if they come slowly."""
+"""Longest time between two checks of the queue."""
 
 
 def header(**facts: Any) -> HeaderRecord:
-    """Give the header of a file that begins now."""
+    """Return the header of a file that begins now."""
     return HeaderRecord(SCHEMA_VERSION, __version__, time.time_ns(), time.monotonic_ns(), **facts)
 
 
@@ -48,7 +48,7 @@ class Recorder:
     """A trace file and its rotated predecessors: `path`, `path.1`, `path.2`, …
 
     Attributes:
-        path: of the file.
+        path: path of the current file.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Recorder:
         flush_interval_ms: int,
         make_header: Callable[[], HeaderRecord] | None = None,
     ) -> None:
-        """Open the file and start the writer. `make_header` gives what stands first in each file.
+        """Open the file and start the writer. `make_header` returns the first record of each file.
 
         Raises:
             ConfigError: the file cannot be written.
@@ -84,14 +84,14 @@ class Recorder:
         self._thread.start()
 
     def record(self, record: Record) -> None:
-        """Take a record; never blocks. Without room in the queue it is dropped and counted."""
+        """Queue a record without blocking; drop and count it if the queue is full."""
         if self._broken or len(self._queue) >= QUEUE_RECORDS_MAX:
             self._dropped += 1
         else:
             self._queue.append(record)
 
     def close(self) -> None:
-        """Write what is queued, and close the file. Idempotent."""
+        """Write all queued records, and close the file. Idempotent."""
         if self._thread.is_alive():
             self._closing.set()
             self._thread.join()
@@ -99,7 +99,7 @@ class Recorder:
             self._file.close()
 
     def _let_go_in_child(self) -> None:
-        """Hold no lock on the file, and write nothing of what is buffered."""
+        """Release the file and its lock, and write nothing of what is buffered."""
         self._broken = True
         if not self._file.closed:
             forks.replace(self._file.fileno())
@@ -113,14 +113,14 @@ class Recorder:
             file.close()
             raise
         if file.tell() and os.pread(descriptor, 1, file.tell() - 1) != b"\n":
-            file.write(b"\n")  # a crash has cut the last line: it shall not take ours along
+            file.write(b"\n")  # a crash cut the last line short: ours must not continue it
         first = structs.replace(self._make_header(), run=self._run, part=self._part)
         self._part += 1
         file.write(self._encoder.encode(first) + b"\n")
         return file
 
     def _write(self) -> None:
-        """Write until the end; a file that cannot be written ends the trace only."""
+        """Write records until closed; a file that cannot be written ends only the trace."""
         try:
             while not self._closing.wait(self._look_s):
                 self._write_all()
@@ -131,7 +131,7 @@ class Recorder:
             log.warning("trace_ended", path=self.path, reason=str(error))
 
     def _write_all(self) -> None:
-        """Write what is queued, and hand it to the kernel."""
+        """Write all queued records, and flush them to the kernel."""
         queue = self._queue
         while queue:
             self._tell_drops()
@@ -145,7 +145,7 @@ class Recorder:
     def _lines(self, batch: list[Record]) -> bytes:
         try:
             return self._encoder.encode_lines(batch)
-        except UnicodeEncodeError:  # a path that is no text, in somebody's error
+        except UnicodeEncodeError:  # an error may quote a path that is not UTF-8
             return self._encoder.encode_lines([_as_text(record) for record in batch])
 
     def _tell_drops(self) -> None:
@@ -154,10 +154,10 @@ class Recorder:
             self._file.write(self._encoder.encode(DropRecord(dropped)) + b"\n")
 
     def _rotate(self) -> None:
-        """Begin a new file; the oldest one beyond the limit goes.
+        """Begin a new file, and delete the oldest one beyond the limit.
 
-        The new one is ours before it has the name, and the name is never free: no other engine can
-        take it meanwhile.
+        The new file is locked before it gets the name, and a file always has the name, so no other
+        engine can take it meanwhile.
         """
         numbered = [Path(f"{self._path}.{n}") for n in range(1, self._max_files)]
         for older, newer in zip(reversed(numbered), reversed(numbered[:-1]), strict=False):
@@ -175,13 +175,13 @@ class Recorder:
 
 
 def _open_ours(path: Path, flags: int) -> int:
-    """Open a file whose content and place nobody else can change.
+    """Open a file that no other user owns or may write to.
 
-    A link is followed if we or root made it.
+    A symbolic link is followed only if this user or root made it.
 
     Raises:
-        PermissionError: it belongs to another user, or others may write to it.
-        OSError: it cannot be opened.
+        PermissionError: the file or link belongs to another user, or others may write to the file.
+        OSError: the file cannot be opened.
     """
     ours = (0, os.geteuid())
     if path.is_symlink():
@@ -201,10 +201,10 @@ def _open_ours(path: Path, flags: int) -> int:
 
 
 def _take_alone(descriptor: int) -> None:
-    """Keep other engines out of a file; where files cannot be locked, trust the user.
+    """Lock a file against other engines; where files cannot be locked, trust the user.
 
     Raises:
-        BlockingIOError: another one writes it.
+        BlockingIOError: another engine writes to it.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -215,7 +215,7 @@ def _take_alone(descriptor: int) -> None:
 
 
 def _as_text(record: Record) -> Record:
-    """Give a record whose strings can all be written."""
+    """Return a record whose strings can all be encoded as UTF-8."""
     strings = {
         name: value.encode(errors="backslashreplace").decode()
         for name, value in structs.asdict(record).items()

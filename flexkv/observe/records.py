@@ -1,6 +1,6 @@
 """The records of a trace, as JSON lines tagged by `type`.
 
-Prompts stand in them in clear by explicit option only.
+They contain prompts in clear only where an option asks for it.
 
 Times are nanoseconds of the monotonic clock; a file's header anchors them to the wall clock.
 `docs/trace-schema.json` is the JSON Schema of a line (`python -m flexkv.observe.records`).
@@ -18,7 +18,7 @@ SCHEMA_VERSION = 3
 
 
 class HeaderRecord(msgspec.Struct, tag="header", frozen=True, gc=False):
-    """The first line of every file, and of every run that adds to one."""
+    """The first line of every file, and of every run that appends to one."""
 
     schema_version: int
     flexkv_version: str
@@ -26,28 +26,28 @@ class HeaderRecord(msgspec.Struct, tag="header", frozen=True, gc=False):
     """Unix time at the moment that the monotonic clock showed `monotonic_ns`."""
     monotonic_ns: int
     run: str = ""
-    """Names the run: the files of one have the same."""
+    """Identifies the run: all files of a run have the same value."""
     tokens_per_block: int = 0
     block_bytes: int = 0
     capacity_blocks: dict[str, int] = {}
-    """By tier, as it was opened."""
+    """Capacity of each tier when it was opened."""
     backing: dict[str, str] = {}
     """What holds the blocks of each tier."""
     part: int = 0
-    """Which file of the run this one is: those before it may be rotated away."""
+    """Number of this file in the run, from 0; earlier ones may have been rotated away."""
 
 
 class PlannedOp(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One op of a plan: its route ("wait" for one that waits for another request), and what for."""
+    """One op of a plan. Its route is "wait" if it only waits for another request's op."""
 
     route: str
     block_count: int
     after: tuple[int, ...]
-    """The ops of the plan that end before this one begins."""
+    """Numbers of the plan's ops that must end before this one begins."""
 
 
 class PlanRecord(msgspec.Struct, tag="plan", frozen=True, gc=False):
-    """The ops that a request was compiled into, when they were; none for plans of one op."""
+    """The ops that a request was compiled into; a plan of one op has no such record."""
 
     request_id: int
     run_id: int
@@ -56,7 +56,7 @@ class PlanRecord(msgspec.Struct, tag="plan", frozen=True, gc=False):
 
 
 class OpRecord(msgspec.Struct, tag="op", frozen=True, gc=False):
-    """One transfer op, when its actor reported its end."""
+    """One transfer op, recorded when its actor reported its end."""
 
     request_id: int
     run_id: int
@@ -67,9 +67,9 @@ class OpRecord(msgspec.Struct, tag="op", frozen=True, gc=False):
     block_count: int
     bytes: int
     issued_ns: int
-    """When the actor got it."""
+    """When the actor received it."""
     begun_ns: int
-    """When the actor gave its first piece to the device; `ended_ns` if it never did."""
+    """When the actor gave its first piece to its port; `ended_ns` if that is not known."""
     ended_ns: int
     outcome: str
     """`done`, `recalled`, or the name of the error."""
@@ -78,14 +78,14 @@ class OpRecord(msgspec.Struct, tag="op", frozen=True, gc=False):
 
 
 class RequestRecord(msgspec.Struct, tag="request", frozen=True, gc=False):
-    """One request, when its caller was told."""
+    """One request, recorded when its caller was answered."""
 
     request_id: int
     run_id: int
     kind: str
     token_count: int
     first_block: int
-    """Where the blocks begin that were asked for; those before were on the device already."""
+    """First block that was asked for; those before it were on the device already."""
     last_block: int
     """Exclusive."""
     namespace_hash: str
@@ -93,16 +93,16 @@ class RequestRecord(msgspec.Struct, tag="request", frozen=True, gc=False):
     """The first six bytes of each block's key, up to `last_block`; base64 in the file."""
     arrived_ns: int
     begun_ns: int
-    """When it was planned: until then it waited to be admitted."""
+    """When it was planned; until then it waited to be admitted."""
     ended_ns: int
     status: str
     hit_blocks: dict[str, int]
-    """By tier, each block at its nearest one."""
+    """Blocks found in each tier; a block counts at its nearest tier only."""
     moved_blocks: int
     error: str = ""
     """Name of the error, if there was one."""
     reason: str = ""
-    """Why less was moved than could have been; empty when nothing was wrong."""
+    """Why the request moved less than it could have; empty when nothing was wrong."""
 
 
 class EventRecord(msgspec.Struct, tag="event", frozen=True, gc=False):
@@ -113,7 +113,7 @@ class EventRecord(msgspec.Struct, tag="event", frozen=True, gc=False):
     """`tier_down`, `tier_hung`, `tier_on_trial`, `tier_up`, `corrupt_block`, `cancel`, `evicted`,
     `given_up`: blocks that will not be written to a lower tier.
 
-    `evicted` has the request for which room was made, if one was planned since.
+    An `evicted` event has the id of the request that the blocks made room for, if one needed room.
     """
     tier: str = ""
     request_id: int = -1
@@ -121,29 +121,29 @@ class EventRecord(msgspec.Struct, tag="event", frozen=True, gc=False):
 
 
 class SampleRecord(msgspec.Struct, tag="sample", frozen=True, gc=False):
-    """How full the engine is, now and then while it works."""
+    """How full the engine is, sampled at intervals while it works."""
 
     at_ns: int
     tiers: dict[str, tuple[int, int, int]]
-    """Blocks used, of those pinned, and evicted since the start."""
+    """For each tier: blocks used, blocks of those pinned, and blocks evicted since the start."""
     actors: dict[str, tuple[int, int, int]]
-    """Ops queued or in flight, and bytes in flight towards the device and away from it."""
+    """For each actor: ops queued or in flight, bytes in flight to the device and away from it."""
     running: int
     waiting: int
-    """Requests under way, and those that wait to be admitted or for room in host memory."""
+    """`running` requests are under way; `waiting` ones await admission or room in host memory."""
     owed: dict[str, tuple[int, int]] = {}
-    """For each lower tier, the blocks that host memory owes it, and those being written to it."""
+    """For each lower tier: blocks that host memory owes it, and blocks being written to it."""
 
 
 class TokensRecord(msgspec.Struct, tag="tokens", frozen=True, gc=False):
-    """The prompt of a request in clear: only where `trace_tokens` asks for it."""
+    """The prompt of a request in clear, recorded only with `trace_tokens`."""
 
     request_id: int
     token_ids: tuple[int, ...]
 
 
 class DropRecord(msgspec.Struct, tag="dropped", frozen=True, gc=False):
-    """Records that were lost, since the writer could not keep up."""
+    """The number of records that were dropped because the writer could not keep up."""
 
     count: int
 
@@ -161,7 +161,7 @@ Record: TypeAlias = (
 
 
 def schema() -> dict[str, Any]:
-    """Give the JSON Schema of a line."""
+    """Return the JSON Schema of a line."""
     return msgspec.json.schema(Record)
 
 

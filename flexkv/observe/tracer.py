@@ -1,6 +1,6 @@
 """Makes trace records of what the scheduler does, and hands them to sinks that never block.
 
-There is one while a trace or metrics are on. What began before it did is recorded as far as it is
+A tracer exists while a trace or metrics are on. What began before it is recorded as far as it is
 known.
 """
 
@@ -28,36 +28,36 @@ from flexkv.observe.records import (
 )
 
 KEY_BYTES = 6
-"""Of each block's key: enough to tell blocks apart. Who knows `key_secret` can test guesses."""
+"""Recorded of each block's key to tell blocks apart. With `key_secret` one can test guesses."""
 PLANS_MAX = 1024
-"""Remembered, to be told again at no cost."""
+"""Plans whose recorded ops are cached."""
 SAMPLE_NS = 20_000_000
-"""Between two samples at least."""
+"""Shortest time between two samples."""
 
 
 class Sink(Protocol):
     """Where trace records go."""
 
     def record(self, record: Record) -> None:
-        """Take a record; never blocks."""
+        """Accept a record, without blocking."""
         ...
 
 
 class RecordedActor(Protocol):
-    """An actor, as far as a tracer needs it."""
+    """What a tracer needs of an actor."""
 
     name: str
 
     def take_begun(self, op_id: int) -> float | None:
-        """Return, once, when a transfer's first piece went to the port; None if not known."""
+        """Return when a transfer's first piece went to the port, and forget it; None if unknown."""
         ...
 
 
 class Tracer:
-    """Tells sinks what an engine does, while there are any.
+    """Sends records of what an engine does to sinks.
 
     Attributes:
-        sinks: who is told.
+        sinks: where the records go.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Tracer:
         residency: Residency,
         sample: Callable[[int], SampleRecord],
     ) -> None:
-        """Take what to ask: the actors for when ops began, `sample` for how full the engine is."""
+        """Use `actors` for when ops began, and `sample` for how full the engine is at a time."""
         self.sinks, self._block_bytes = sinks, block_bytes
         self._actors, self._residency, self._sample = actors, residency, sample
         self._evicted = residency.evicted
@@ -77,7 +77,7 @@ class Tracer:
         self._plans: dict[tuple[object, ...], tuple[Template, tuple[PlannedOp, ...]]] = {}
 
     def planned(self, request: Request, plan: Plan, now_ns: int) -> None:
-        """A request was compiled into a plan; of one op its own record tells all."""
+        """Record a request's plan; of a plan of one op, the op's own record is enough."""
         several = len(plan.template.ops) > 1
         needs_room = several or request.operation is Operation.PUT
         if needs_room and self._evicted != (evicted := self._residency.evicted):
@@ -86,7 +86,7 @@ class Tracer:
             self._tell(PlanRecord(request.request_id, plan.run_id, now_ns, self._ops_of(plan)))
 
     def _ops_of(self, plan: Plan) -> tuple[PlannedOp, ...]:
-        """Give the ops of a plan for its record: few plans differ in anything but places."""
+        """Return the ops of a plan for its record, cached: most plans differ only in places."""
         key = (id(plan.template), *[fill.bounds for fill in plan.fills])
         known = self._plans.get(key)
         if known is None:
@@ -100,19 +100,19 @@ class Tracer:
         return known[1]
 
     def issued(self, op_id: int, now_ns: int) -> None:
-        """An op went to its actor."""
+        """Remember when an op was given to its actor."""
         self._issued_ns[op_id] = now_ns
 
     def op_ended(
         self, request: Request, plan: Plan, op: OpSpec, error: TransferError | None, now_ns: int
     ) -> None:
-        """An actor reported the end of an op."""
+        """Record the end of an op, which its actor reported."""
         assert op.route is not None
         op_id, actor = plan.op_id(op), self._actors[op.route.outer]
         begin, end = plan.bounds(op)
         begun_s, issued_ns = actor.take_begun(op_id), self._issued_ns.pop(op_id, None)
         if issued_ns is None:
-            return  # begun before anybody listened: its times are not known
+            return  # issued before the tracer existed: its times are not known
         begun_ns = now_ns if begun_s is None else int(begun_s * 1e9)
         outcome, detail = "done", ""
         if error is not None:
@@ -134,16 +134,17 @@ class Tracer:
         ended: tuple[int, Found, KVResponse],
         times_ns: tuple[int, int, int],
     ) -> None:
-        """A caller was told, of a run with what it found and loaded.
+        """Record a request whose caller was answered.
 
-        The times are those at which the request arrived, was planned, and ended.
+        `ended` is its run id, what it found, and the response; `times_ns` are when it arrived, was
+        planned, and ended.
         """
         span, (run_id, found, response) = request.span, ended
         keys = np.frombuffer(request.keys, np.uint8).reshape(-1, BLOCK_KEY_BYTES)
         error, arrived_ns, begun_ns, ended_ns = response.error, *times_ns
         moved_tokens = int(np.count_nonzero(response.return_mask))
         self._tell(
-            RequestRecord(  # by position: names would cost more than all else
+            RequestRecord(  # by position: keywords would cost more than all else
                 request.request_id, run_id, request.operation.label, request.token_count,
                 span.first_block, span.last_block, request.namespace_hash,
                 keys[1 : span.last_block + 1, :KEY_BYTES].tobytes(),
@@ -157,16 +158,16 @@ class Tracer:
             self._look(ended_ns)
 
     def refused(self, request: Request, response: KVResponse, now_ns: int) -> None:
-        """A request was answered without a plan."""
+        """Record a request that was answered without a plan."""
         nothing = Found(0, 0, {})
         self.request_ended(request, (-1, nothing, response), (now_ns, now_ns, now_ns))
 
     def event(self, kind: str, now_ns: int, tier: str, request_id: int, detail: str) -> None:
-        """Something changed, failed, or was done to the engine."""
+        """Record that something changed, failed, or was done to the engine."""
         self._tell(EventRecord(now_ns, kind, tier, request_id, detail))
 
     def _tell_evicted(self, evicted: list[int], request_id: int, now_ns: int) -> None:
-        """Tell what has gone to make room for a request, or ahead of it."""
+        """Record what was evicted since the last call, for a request or ahead of need."""
         for tier, now, before in zip(self._residency.tiers, evicted, self._evicted, strict=True):
             if now > before:
                 self.event("evicted", now_ns, tier.label, request_id, f"{now - before} blocks")
@@ -182,7 +183,7 @@ class Tracer:
 
 
 def _hits(found: Found) -> dict[str, int]:
-    """Count what was found by tier; what was on its way to host memory is found there."""
+    """Return the blocks found by tier; blocks on their way to host memory count there."""
     hits = {tier.label: place.block_count for tier, place in found.ready.items()}
     if found.pending is not None:
         host = Tier.HOST.label

@@ -1,1 +1,1 @@
-"""What the operating system does to a process: forks, threads, descriptors, CPUs."""
+"""Dealings with the operating system: forks, threads, descriptors, CPUs."""

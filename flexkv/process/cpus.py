@@ -10,10 +10,10 @@ NODES = Path("/sys/devices/system/node")
 
 
 def widen_affinity() -> set[int]:
-    """Let the calling thread, and those that it starts, run on every CPU of its NUMA nodes.
+    """Allow the calling thread, and threads it starts, on every CPU of its NUMA nodes.
 
-    An engine pins its own threads, to one CPU each; what is started from them would share that one.
-    Gives the CPUs that it may run on now.
+    An engine pins each of its threads to one CPU, and threads that they start would share it.
+    Return the CPUs that the calling thread may run on now.
     """
     own = os.sched_getaffinity(0)
     wanted = set(own)
@@ -22,13 +22,13 @@ def widen_affinity() -> set[int]:
             cpus = _parsed(path.read_text())
             if cpus & own:
                 wanted |= cpus
-    with suppress(OSError):  # a container that allows none of them: as it was
+    with suppress(OSError):  # a container may allow none of them: nothing changes then
         os.sched_setaffinity(0, wanted)
     return os.sched_getaffinity(0)
 
 
 def _parsed(text: str) -> set[int]:
-    """Give the CPUs of a list such as "0-3,8"."""
+    """Return the CPUs of a list such as "0-3,8"."""
     cpus: set[int] = set()
     for part in text.strip().split(","):
         first, _, last = part.partition("-")

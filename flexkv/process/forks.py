@@ -1,10 +1,10 @@
-"""Forked children: which process an object belongs to, and what a child lets go of at once.
+"""Forked children: objects of the parent release their descriptors there, and refuse calls.
 
-A child that is forked without `exec` has a copy of everything but the threads. Its descriptors are
-the parent's open files: a lock lives on in them, and what is written to them reaches the parent.
-So each object that has descriptors registers a method by `on_fork`, which runs in the child before
-anything else does, and each object that has threads, files or connections holds a `HomeProcess`,
-which refuses its calls in the child.
+A child that is forked without `exec` has a copy of everything but the threads. Its descriptors
+share the parent's open files: they keep locks alive, and writes to them reach the parent. So each
+object with descriptors registers a method with `on_fork`, which runs in the child before anything
+else does, and each object with threads, files or connections holds a `HomeProcess`, which makes
+its calls fail in the child.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _lock = threading.Lock()
 
 
 class HomeProcess:
-    """The process that made an object; a child of it is another.
+    """The process that made an object; a forked child is another process.
 
     Attributes:
         is_here: whether this is that process.
@@ -41,7 +41,7 @@ class HomeProcess:
         _homes.add(self)
 
     def check(self) -> None:
-        """Return if this is that process.
+        """Check that this is the process that made the object.
 
         Raises:
             ClosedError: it is a forked child.
@@ -57,10 +57,10 @@ _homes: weakref.WeakSet[HomeProcess] = weakref.WeakSet()
 
 
 def on_fork(method: Callable[[], object]) -> None:
-    """Call a bound method in each child that is forked, as long as its object lives.
+    """Register a bound method to be called in each forked child, as long as its object lives.
 
-    It may close and replace descriptors. It may use no loop, no lock and no thread: the thread
-    that had them is not there.
+    It may close and replace descriptors. It must use no loop, lock or thread: the threads that ran
+    or held them do not exist in the child.
     """
     with _lock:
         _methods[:] = [each for each in _methods if each() is not None]
@@ -68,7 +68,7 @@ def on_fork(method: Callable[[], object]) -> None:
 
 
 def replace(fd: int) -> None:
-    """Point a descriptor at /dev/null, so that code that still has its number does no harm."""
+    """Point a descriptor at /dev/null, so that code that still uses its number does no harm."""
     if fd >= 0:
         nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -78,7 +78,7 @@ def replace(fd: int) -> None:
 
 
 def replace_all(fd: int) -> None:
-    """Replace a descriptor, and every copy of it: a memory mapping keeps one of its own."""
+    """Replace a descriptor and every copy of it, such as the one that a memory mapping keeps."""
     if fd < 0:
         return
     ours = os.fstat(fd)
@@ -89,7 +89,7 @@ def replace_all(fd: int) -> None:
 
 
 def close_socket(socket: Any) -> None:
-    """Close this process's copy of a socket; its connection goes on in the parent."""
+    """Close this process's copy of a socket; the parent keeps the connection."""
     os.close(socket.detach())
 
 
@@ -99,9 +99,9 @@ def detach_loop(loop: AbstractEventLoop, is_ours: bool = False) -> None:
     Both share one epoll: a descriptor that the copy unregisters is lost to the parent, too.
 
     Args:
-        loop: of any kind; one without an epoll is left alone.
-        is_ours: whether nobody in the child uses the loop; it is then dropped without a
-            warning.
+        loop: an event loop of any kind; one without an epoll is left alone.
+        is_ours: whether nobody in the child uses the loop; the copy is then marked as closed, so
+            that it is dropped without a warning.
     """
     selector = getattr(loop, "_selector", None)
     if loop.is_closed() or not isinstance(selector, selectors.EpollSelector):
@@ -135,7 +135,7 @@ def _in_child() -> None:
     for each in _methods:
         method = each()
         if method is not None:
-            # A child has to start, even if the method of one object fails.
+            # The child must start even if the method of one object fails.
             with suppress(Exception):
                 method()
 

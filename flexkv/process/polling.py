@@ -1,4 +1,4 @@
-"""Waits for descriptors of any number: `select.select` takes none above 1023."""
+"""Waiting for descriptors of any number: `select.select` accepts none above 1023."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Protocol
 
 
 class HasDescriptor(Protocol):
-    """A file, a socket, or whatever else has a descriptor."""
+    """A file, a socket, or anything else with a descriptor."""
 
     def fileno(self) -> int:
-        """Return its number."""
+        """Return the descriptor's number."""
         ...
 
 
 def is_readable(file: int | HasDescriptor, wait_s: float | None = 0.0) -> bool:
-    """Return whether a descriptor can be read or has come to its end, now or within `wait_s`.
+    """Return whether a descriptor is readable or at its end, now or within `wait_s`.
 
     Args:
-        file: the descriptor, or what has it.
-        wait_s: how long to wait for that; None: until it can be.
+        file: a descriptor, or an object that has one.
+        wait_s: how long to wait for it; None waits without a limit.
     """
     poll = select.poll()
     poll.register(file, select.POLLIN)

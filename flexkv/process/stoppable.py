@@ -18,17 +18,17 @@ T = TypeVar("T")
 
 
 def no_pause() -> None:
-    """Do nothing: for work that nobody can stop."""
+    """Do nothing: the function to call for work that cannot be stopped."""
 
 
 async def run_stoppable(name: str, work: Callable[[Callable[[], None]], T]) -> T:
     """Run `work` in a thread, and return its result.
 
     Args:
-        name: of the thread.
-        work: gets a function to call often, which raises ClosedError once it is to stop.
+        name: the thread's name, without its prefix `flexkv-`.
+        work: receives a function to call often, which raises ClosedError once work must stop.
 
-    Cancellation: the work is told to stop; CancelledError is raised when it has.
+    Cancellation: the work is asked to stop; CancelledError is raised once it has ended.
     """
     stop = threading.Event()
 
@@ -38,7 +38,7 @@ async def run_stoppable(name: str, work: Callable[[Callable[[], None]], T]) -> T
 
     thread = Workers(1, f"flexkv-{name}")
     working = asyncio.get_running_loop().run_in_executor(thread, work, pause)
-    thread.shutdown(wait=False)  # it ends by itself
+    thread.shutdown(wait=False)  # the thread ends after the work
     try:
         await asyncio.wait([working])
     except asyncio.CancelledError:
@@ -47,7 +47,7 @@ async def run_stoppable(name: str, work: Callable[[Callable[[], None]], T]) -> T
             try:
                 await asyncio.wait([working])
             except asyncio.CancelledError:
-                continue  # what it has taken can be released only once it has ended
+                continue  # what the work has taken can be released only once it has ended
         working.exception()
         raise
     return working.result()

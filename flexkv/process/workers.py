@@ -1,4 +1,4 @@
-"""Threads that carry out calls that block, one after the other, until they are shut down."""
+"""Threads that run blocking calls, one after the other, until they are shut down."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Call = tuple[Future[Any], Callable[[], Any]]
 
 
 class Workers(Executor):
-    """Standing threads that take calls in turn, also while the interpreter exits.
+    """Threads that run queued calls, also while the interpreter exits.
 
     Python's own executors accept no calls once the interpreter has begun to exit, so an engine
     that is closed then could write nothing. These threads do not keep a process alive.
@@ -27,7 +27,7 @@ class Workers(Executor):
         """Start the threads.
 
         Raises:
-            OSError: they cannot be started.
+            OSError: a thread cannot be started.
         """
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         self._is_shut = False
@@ -56,17 +56,17 @@ class Workers(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more calls, and end once those that were taken are done. Idempotent.
+        """Accept no more calls, and end once the accepted ones are done. Idempotent.
 
         Args:
-            wait: return only then.
+            wait: return only once the threads have ended.
             cancel_futures: cancel the calls that have not begun.
         """
         if cancel_futures:
             with suppress(Empty):
                 while call := self._calls.get_nowait():
                     call[0].cancel()
-                self._calls.put(None)  # shut down already: that was to end a thread
+                self._calls.put(None)  # put back the marker that ends a thread
         if not self._is_shut:
             self._is_shut = True
             for _ in self._threads:
@@ -81,12 +81,12 @@ def _work(calls: SimpleQueue[_Call | None]) -> None:
         future, work = call
         if future.set_running_or_notify_cancel():
             _settle(future, work)
-        del call, future, work  # the next call may be long in coming
+        del call, future, work  # keep nothing alive while waiting for the next call
 
 
 def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
-    """Do a call, and tell its future how it ended."""
-    with suppress(BaseException):  # whoever waits gets it
+    """Run a call, and set its result or its exception in its future."""
+    with suppress(BaseException):  # the future has it
         try:
             result = work()
         except BaseException as error:
