@@ -411,19 +411,19 @@ BATCH_CALL(forget)
 PyObject *index_call_lease(BlockIndex *self, PyObject *const *args, Py_ssize_t count,
                            PyObject *keywords)
 {
-    static const char *const names[] = {"tier", "ids", "token"};
+    static const char *const names[] = {"tier", "ids", "op_id"};
     static const struct signature signature = {"lease", names, 3, 3};
     PyObject *values[3];
     struct int64_view ids;
     unsigned tier;
-    int64_t token;
+    int64_t op_id;
     bool good;
 
     if (args_unpack(&signature, args, count, keywords, values) < 0 ||
-        integer_read(values[2], "token", 0, INT64_MAX, &token) < 0 ||
+        integer_read(values[2], "op_id", 0, INT64_MAX, &op_id) < 0 ||
         ids_hold(self, values, &tier, &ids) < 0)
         return NULL;
-    good = index_lease(&self->index, tier, ids.buffer.buf, (size_t)ids.count, token);
+    good = index_lease(&self->index, tier, ids.buffer.buf, (size_t)ids.count, op_id);
     PyBuffer_Release(&ids.buffer);
     return good ? Py_NewRef(Py_None) : index_broken(self, self->index.broken);
 }
@@ -437,21 +437,21 @@ PyObject *index_call_fillers(BlockIndex *self, PyObject *const *args, Py_ssize_t
     const struct tier *at;
     struct int64_view ids;
     unsigned tier;
-    int64_t *tokens;
+    int64_t *op_ids;
 
     if (args_unpack(&signature, args, count, keywords, values) < 0 ||
         ids_hold(self, values, &tier, &ids) < 0)
         return NULL;
     at = &self->index.tier[tier];
-    result = array_new((size_t)ids.count, &tokens);
+    result = array_new((size_t)ids.count, &op_ids);
     for (Py_ssize_t i = 0; result && i < ids.count; i++) {
         int64_t id = int64_at(&ids, i);
 
         if (id < 0 || id >= at->unused || at->places[id].state != PLACE_RESERVED) {
             Py_CLEAR(result);
-            index_broken(self, "the filler of what is not RESERVED");
+            index_broken(self, "asked for the filler of a place that is not RESERVED");
         } else {
-            tokens[i] = place_filler(&at->places[id]);
+            op_ids[i] = place_filler(&at->places[id]);
         }
     }
     PyBuffer_Release(&ids.buffer);
@@ -480,7 +480,7 @@ PyObject *index_call_keys(BlockIndex *self, PyObject *const *args, Py_ssize_t co
         if (id < 0 || id >= at->unused || at->places[id].state == PLACE_FREE ||
             at->places[id].node == NONE) {
             Py_CLEAR(result);
-            index_broken(self, "the key of a place that has none");
+            index_broken(self, "asked for the key of a place that has none");
         } else {
             memcpy(key, &node_at(&self->index, at->places[id].node)->key, INDEX_KEY_BYTES);
         }

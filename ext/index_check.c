@@ -13,14 +13,14 @@ static const char *place_check(const struct block_index *index, unsigned t, ref 
     if (place->state == PLACE_DRAINING && (place->node != NONE || !place->pins))
         return "a place drains for nobody";
     if (place->state == PLACE_READY && place->node == NONE)
-        return "a READY place is under no key";
+        return "a READY place has no key";
     if ((place->list != LIST_NONE) != (place->state == PLACE_READY))
         return "a place is in a list and not READY, or the other way round";
     if (place->list == LIST_PARKED && !place->pins) {
         const struct node *node = node_at(index, place->node);
 
         if (node->child == NONE)
-            return "a place is parked that could go";
+            return "a place is parked although it could be evicted";
     }
     return NULL;
 }
@@ -96,7 +96,7 @@ static const char *roots_check(struct block_index *index)
                 blocks += node->place[t] != NONE;
         }
         if (blocks)
-            return "the blocks that namespaces count are not those there are";
+            return "the block counts of namespaces do not match the blocks";
     }
     return NULL;
 }

@@ -400,7 +400,7 @@ int64_t index_reserve(struct block_index *index, unsigned tier, const struct bat
 bool index_commit(struct block_index *index, unsigned tier, const int64_t *ids, size_t n);
 bool index_abort(struct block_index *index, unsigned tier, const int64_t *ids, size_t n);
 bool index_lease(struct block_index *index, unsigned tier, const int64_t *ids, size_t n,
-                 int64_t token);
+                 int64_t op_id);
 bool index_pin(struct block_index *index, unsigned tier, const int64_t *ids, size_t n);
 bool index_unpin(struct block_index *index, unsigned tier, const int64_t *ids, size_t n);
 bool index_forget(struct block_index *index, unsigned tier, const int64_t *ids, size_t n);

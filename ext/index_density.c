@@ -382,5 +382,5 @@ const char *density_check(const struct density *density)
     for (unsigned class = 0; class < CLASSES; class++)
         for (unsigned epoch = 0; epoch < EPOCHS; epoch++)
             living += density->living[class][epoch];
-    return living == density->samples.count ? NULL : "samples are counted that are not there";
+    return living == density->samples.count ? NULL : "the sample counts do not match the samples";
 }

@@ -214,10 +214,10 @@ int64_t index_reserve(struct block_index *index, unsigned t, const struct batch 
             bucket_expect(index, batch->keys, positions[i + EXPECT_AHEAD]);
         last = node_take(index, batch->keys, positions[i], last, &fresh);
         if (last == NONE)
-            return refuse(index, t, ids, i, "a block is reserved whose parent is nowhere");
+            return refuse(index, t, ids, i, "reserve of a block whose parent is nowhere");
         node = node_at(index, last);
         if (node->place[t] != NONE)
-            return refuse(index, t, ids, i, "a block is reserved that has a place already");
+            return refuse(index, t, ids, i, "reserve of a block that has a place already");
         node->place[t] = place_take(tier);
         ids[i] = node->place[t];
         node_at(index, node->root)->place[t]++;
@@ -244,16 +244,16 @@ static struct place *expect(struct block_index *index, unsigned t, int64_t id,
 }
 
 bool index_lease(struct block_index *index, unsigned t, const int64_t *ids, size_t n,
-                 int64_t token)
+                 int64_t op_id)
 {
     for (size_t i = 0; i < n; i++) {
         struct place *place = expect(index, t, ids[i], PLACE_RESERVED,
-                                     "a lease of what is not RESERVED");
+                                     "a lease of a place that is not RESERVED");
 
         if (!place)
             return false;
-        place->older = (ref)token;
-        place->newer = (ref)((uint64_t)token >> 32);
+        place->older = (ref)op_id;
+        place->newer = (ref)((uint64_t)op_id >> 32);
     }
     return true;
 }
@@ -285,7 +285,7 @@ bool index_commit(struct block_index *index, unsigned t, const int64_t *ids, siz
 
     while (n--) {
         struct place *place = expect(index, t, ids[n], PLACE_RESERVED,
-                                     "a commit of what is not RESERVED");
+                                     "a commit of a place that is not RESERVED");
 
         if (!place)
             return false;
@@ -309,7 +309,7 @@ bool index_abort(struct block_index *index, unsigned t, const int64_t *ids, size
 {
     for (size_t i = 0; i < n; i++) {
         struct place *place = expect(index, t, ids[i], PLACE_RESERVED,
-                                     "an abort of what is not RESERVED");
+                                     "an abort of a place that is not RESERVED");
 
         if (!place)
             return false;
@@ -344,7 +344,7 @@ bool index_unpin(struct block_index *index, unsigned t, const int64_t *ids, size
         struct place *place = &tier->places[ids[n]];
 
         if (ids[n] < 0 || ids[n] >= tier->unused || !place->pins) {
-            index->broken = "an unpin of what nobody pins";
+            index->broken = "an unpin of a place that is not pinned";
             return false;
         }
         if (--place->pins)
@@ -384,7 +384,7 @@ bool index_forget(struct block_index *index, unsigned t, const int64_t *ids, siz
 
     for (size_t i = 0; i < n; i++) {
         if (ids[i] < 0 || ids[i] >= tier->unused) {
-            index->broken = "a block is forgotten that never was";
+            index->broken = "forget of a place that holds no block";
             return false;
         }
         if (tier->places[ids[i]].state != PLACE_FREE && tier->places[ids[i]].node != NONE)

@@ -96,19 +96,19 @@ static PyObject *module_disown(PyObject *Py_UNUSED(module), PyObject *object)
 
 static PyMethodDef module_functions[] = {
     {"features", module_features, METH_NOARGS,
-     "features()\n--\n\nGive what this build and CPU offer."},
+     "features()\n--\n\nReturn what this build and CPU offer."},
     {"prefault", module_prefault, METH_O,
      "prefault(buffer, /)\n--\n\nTouch every page of a writable buffer."},
     {"disown", module_disown, METH_O,
      "disown(mapping, /)\n--\n\nReplace a whole mapping by private pages of zeros."},
     {"hash128", FAST(keys_hash128), METH_FASTCALL | METH_KEYWORDS,
-     "hash128(data, seed=0)\n--\n\nGive the canonical XXH3-128 digest of data."},
+     "hash128(data, seed=0)\n--\n\nReturn the canonical XXH3-128 digest of data."},
     {"chain_keys", FAST(keys_chain), METH_FASTCALL | METH_KEYWORDS,
      "chain_keys(tokens, tokens_per_block, parent, secret)\n--\n\n"
-     "Give the chained keys of every whole block of tokens."},
+     "Return the chained keys of every whole block of tokens."},
     {"block_slots", FAST(keys_block_slots), METH_FASTCALL | METH_KEYWORDS,
      "block_slots(slots, tokens_per_block, num_blocks)\n--\n\n"
-     "Give the device block id of every whole block of slots."},
+     "Return the device block id of every whole block of slots."},
     {"pack_int64", FAST(keys_pack_int64), METH_FASTCALL | METH_KEYWORDS,
      "pack_int64(values)\n--\n\nReturn a list of integers as int64."},
     {"change_counts", FAST(counts_change), METH_FASTCALL | METH_KEYWORDS,
@@ -122,7 +122,7 @@ static PyMethodDef module_functions[] = {
      "list_runs(pages, direction, device_ids, host_ids, out)\n--\n\n"
      "List a job's runs of bytes: targets, sources, sizes."},
     {"notify_address", notify_address, METH_NOARGS,
-     "notify_address()\n--\n\nGive the address of a C function that adds to an eventfd."},
+     "notify_address()\n--\n\nReturn the address of a C function that adds to an eventfd."},
     {NULL, NULL, 0, NULL},
 };
 

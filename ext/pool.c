@@ -82,7 +82,7 @@ static PyObject *copy_pool_fileno(CopyPool *self, PyObject *Py_UNUSED(none))
 }
 
 /* Make a job from held ids, or return NULL with an exception. */
-static struct pool_job *job_new(PageMap *map, const struct page_ids *ids, int64_t token,
+static struct pool_job *job_new(PageMap *map, const struct page_ids *ids, int64_t op_id,
                                 int64_t direction)
 {
     size_t pairs = (size_t)ids->device.count;
@@ -100,7 +100,7 @@ static struct pool_job *job_new(PageMap *map, const struct page_ids *ids, int64_
     job->work = (struct copy_work){&map->layout, (enum direction)direction, ids->bytes, device_ids,
                                    host_ids};
     sums_begin(&job->work);
-    job->token = token;
+    job->op_id = op_id;
     job->owner = Py_NewRef((PyObject *)map);
     return job;
 }
@@ -124,23 +124,23 @@ static const struct ext_state *pool_state(CopyPool *self)
 static PyObject *copy_pool_submit(CopyPool *self, PyObject *const *args, Py_ssize_t count,
                                   PyObject *keywords)
 {
-    static const char *const names[] = {"token",      "pages",    "direction",
+    static const char *const names[] = {"op_id",      "pages",    "direction",
                                         "device_ids", "host_ids", "urgent"};
     static const struct signature signature = {"submit", names, 6, 6};
     PageMap *pages;
     PyObject *values[6];
-    int64_t token, direction;
+    int64_t op_id, direction;
     struct page_ids ids;
     struct pool_job *job;
     int urgent;
 
     if (args_unpack(&signature, args, count, keywords, values) < 0 ||
-        integer_read(values[0], "token", INT64_MIN, INT64_MAX, &token) < 0)
+        integer_read(values[0], "op_id", INT64_MIN, INT64_MAX, &op_id) < 0)
         return NULL;
     urgent = PyObject_IsTrue(values[5]);
     if (urgent < 0 || !(pages = page_job_read(pool_state(self), values + 1, &direction, &ids)))
         return NULL;
-    job = job_new(pages, &ids, token, direction);
+    job = job_new(pages, &ids, op_id, direction);
     page_ids_release(&ids);
     return job_start(self, job, urgent);
 }
@@ -148,17 +148,17 @@ static PyObject *copy_pool_submit(CopyPool *self, PyObject *const *args, Py_ssiz
 static PyObject *copy_pool_checksum(CopyPool *self, PyObject *const *args, Py_ssize_t count,
                                     PyObject *keywords)
 {
-    static const char *const names[] = {"token", "pages", "host_ids", "urgent"};
+    static const char *const names[] = {"op_id", "pages", "host_ids", "urgent"};
     static const struct signature signature = {"checksum", names, 4, 4};
     PageMap *pages;
     PyObject *values[4];
     struct page_ids ids;
     struct pool_job *job;
-    int64_t token;
+    int64_t op_id;
     int urgent;
 
     if (args_unpack(&signature, args, count, keywords, values) < 0 ||
-        integer_read(values[0], "token", INT64_MIN, INT64_MAX, &token) < 0)
+        integer_read(values[0], "op_id", INT64_MIN, INT64_MAX, &op_id) < 0)
         return NULL;
     if (!(pages = page_map_read(pool_state(self), values[1])))
         return NULL;
@@ -169,27 +169,27 @@ static PyObject *copy_pool_checksum(CopyPool *self, PyObject *const *args, Py_ss
     urgent = PyObject_IsTrue(values[3]);
     if (urgent < 0 || page_ids_hold(pages, values[2], values[2], &ids) < 0)
         return NULL;
-    job = job_new(pages, &ids, token, CHECKSUM);
+    job = job_new(pages, &ids, op_id, CHECKSUM);
     page_ids_release(&ids);
     return job_start(self, job, urgent);
 }
 
 static PyObject *copy_pool_reap(CopyPool *self, PyObject *Py_UNUSED(none))
 {
-    PyObject *tokens = PyList_New(0);
-    struct pool_job *job = tokens ? pool_reap(&self->pool) : NULL;
+    PyObject *op_ids = PyList_New(0);
+    struct pool_job *job = op_ids ? pool_reap(&self->pool) : NULL;
 
     while (job) {
         struct pool_job *next = job->next;
-        PyObject *token = PyLong_FromLongLong(job->token);
+        PyObject *op_id = PyLong_FromLongLong(job->op_id);
 
-        if (tokens && (!token || PyList_Append(tokens, token) < 0))
-            Py_CLEAR(tokens);
-        Py_XDECREF(token);
+        if (op_ids && (!op_id || PyList_Append(op_ids, op_id) < 0))
+            Py_CLEAR(op_ids);
+        Py_XDECREF(op_id);
         job_free(job);
         job = next;
     }
-    return tokens;
+    return op_ids;
 }
 
 /* Copy one run as a job of one block of one piece. Return false if the pool closes. */
@@ -257,13 +257,13 @@ static PyGetSetDef copy_pool_properties[] = {
 
 static PyMethodDef copy_pool_methods[] = {
     {"fileno", (PyCFunction)copy_pool_fileno, METH_NOARGS,
-     "fileno()\n--\n\nGive an eventfd, readable while reap has something."},
+     "fileno()\n--\n\nReturn an eventfd, readable while reap has something."},
     {"submit", FAST(copy_pool_submit), METH_FASTCALL | METH_KEYWORDS,
-     "submit(token, pages, direction, device_ids, host_ids, urgent)\n--\n\nQueue one job."},
+     "submit(op_id, pages, direction, device_ids, host_ids, urgent)\n--\n\nQueue one job."},
     {"checksum", FAST(copy_pool_checksum), METH_FASTCALL | METH_KEYWORDS,
-     "checksum(token, pages, host_ids, urgent)\n--\n\nQueue the sums of host blocks."},
+     "checksum(op_id, pages, host_ids, urgent)\n--\n\nQueue the sums of host blocks."},
     {"reap", (PyCFunction)copy_pool_reap, METH_NOARGS,
-     "reap()\n--\n\nGive the tokens of the jobs that ended since the last call."},
+     "reap()\n--\n\nReturn the op_ids of the jobs that ended since the last call."},
     {"copy", FAST(copy_pool_copy), METH_FASTCALL | METH_KEYWORDS,
      "copy(target, source)\n--\n\nCopy bytes with all threads and non-temporal stores."},
     {"close", (PyCFunction)copy_pool_close, METH_NOARGS,

@@ -16,7 +16,7 @@ struct pool_job {
     size_t claimed_bytes; /* claimed by some thread */
     size_t ended_bytes;   /* copied and published */
     bool waited;          /* a thread waits for it in pool_run; it is not reaped */
-    int64_t token;
+    int64_t op_id;
     void *owner; /* what the submitter keeps alive until the job is reaped */
 };
 

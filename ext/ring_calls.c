@@ -69,10 +69,10 @@ static PyObject *taken_start(Ring *self, unsigned count, uint64_t bytes)
     return PyLong_FromUnsignedLong(started);
 }
 
-/* Read `token`, the op id of the first of `count` operations. */
-static int token_read(PyObject *object, int64_t count, int64_t *token)
+/* Read `op_id`, the op id of the first of `count` operations. */
+static int op_id_read(PyObject *object, int64_t count, int64_t *op_id)
 {
-    return integer_read(object, "token", 0, INT64_MAX - count, token);
+    return integer_read(object, "op_id", 0, INT64_MAX - count, op_id);
 }
 
 static unsigned least(int64_t count, unsigned limit)
@@ -82,7 +82,7 @@ static unsigned least(int64_t count, unsigned limit)
 
 /* Take, check and start as many extents as there are free slots; the lock is held. The rows are
  * copied to slots before the GIL is released, as another thread may change their buffer then. */
-static PyObject *extents_submit(Ring *self, int64_t token, bool write,
+static PyObject *extents_submit(Ring *self, int64_t op_id, bool write,
                                 const struct int64_view *extents)
 {
     unsigned count = least(extents->count, self->queue.free_count);
@@ -92,7 +92,7 @@ static PyObject *extents_submit(Ring *self, int64_t token, bool write,
         unsigned index = self->taken[i] = queue_take(&self->queue);
         struct slot *slot = &self->queue.slots[index];
 
-        slot->token = token + i;
+        slot->op_id = op_id + i;
         slot->kind = write ? SLOT_WRITE : SLOT_READ;
         if (extent_read(self, extents, i, slot) < 0) {
             for (unsigned back = i + 1; back > 0; back--)
@@ -106,11 +106,11 @@ static PyObject *extents_submit(Ring *self, int64_t token, bool write,
 
 PyObject *ring_submit(Ring *self, PyObject *const *args, Py_ssize_t count, PyObject *keywords)
 {
-    static const char *const names[] = {"token", "write", "extents"};
+    static const char *const names[] = {"op_id", "write", "extents"};
     static const struct signature signature = {"submit", names, 3, 3};
     PyObject *values[3], *result = NULL;
     struct int64_view extents;
-    int64_t token;
+    int64_t op_id;
     int write;
 
     if (args_unpack(&signature, args, count, keywords, values) < 0)
@@ -118,8 +118,8 @@ PyObject *ring_submit(Ring *self, PyObject *const *args, Py_ssize_t count, PyObj
     write = PyObject_IsTrue(values[1]);
     if (write < 0 || int64_rows_hold(values[2], "extents", &extents) < 0)
         return NULL;
-    if (token_read(values[0], extents.count, &token) == 0 && ring_enter(self)) {
-        result = extents_submit(self, token, write, &extents);
+    if (op_id_read(values[0], extents.count, &op_id) == 0 && ring_enter(self)) {
+        result = extents_submit(self, op_id, write, &extents);
         ring_unlock(self);
     }
     PyBuffer_Release(&extents.buffer);
@@ -128,20 +128,20 @@ PyObject *ring_submit(Ring *self, PyObject *const *args, Py_ssize_t count, PyObj
 
 PyObject *ring_nop(Ring *self, PyObject *const *args, Py_ssize_t count, PyObject *keywords)
 {
-    static const char *const names[] = {"token", "count"};
+    static const char *const names[] = {"op_id", "count"};
     static const struct signature signature = {"nop", names, 2, 2};
     PyObject *values[2], *result;
-    int64_t token, wanted;
+    int64_t op_id, wanted;
     unsigned take;
 
     if (args_unpack(&signature, args, count, keywords, values) < 0 ||
         integer_read(values[1], "count", 0, PY_SSIZE_T_MAX, &wanted) < 0 ||
-        token_read(values[0], wanted, &token) < 0 || !ring_enter(self))
+        op_id_read(values[0], wanted, &op_id) < 0 || !ring_enter(self))
         return NULL;
     take = least(wanted, self->queue.free_count);
     for (unsigned i = 0; i < take; i++) {
         self->taken[i] = queue_take(&self->queue);
-        self->queue.slots[self->taken[i]].token = token + i;
+        self->queue.slots[self->taken[i]].op_id = op_id + i;
     }
     result = taken_start(self, take, 0);
     ring_unlock(self);
@@ -152,16 +152,16 @@ PyObject *ring_nop(Ring *self, PyObject *const *args, Py_ssize_t count, PyObject
 static PyObject *slot_tell(const struct slot *slot)
 {
     PyObject *pair = PyTuple_New(2);
-    PyObject *token = PyLong_FromLongLong(slot->token);
+    PyObject *op_id = PyLong_FromLongLong(slot->op_id);
     PyObject *result = PyLong_FromLongLong(slot->result);
 
-    if (pair && token && result) {
-        PyTuple_SetItem(pair, 0, token);
+    if (pair && op_id && result) {
+        PyTuple_SetItem(pair, 0, op_id);
         PyTuple_SetItem(pair, 1, result);
         return pair;
     }
     Py_XDECREF(pair);
-    Py_XDECREF(token);
+    Py_XDECREF(op_id);
     Py_XDECREF(result);
     return NULL;
 }

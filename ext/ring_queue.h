@@ -10,7 +10,7 @@
 enum slot_kind { SLOT_NOP, SLOT_READ, SLOT_WRITE };
 
 struct slot {
-    int64_t token;
+    int64_t op_id;
     int64_t result; /* once ended: bytes moved or -errno */
     char *address;
     uint64_t offset;

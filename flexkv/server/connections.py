@@ -141,7 +141,9 @@ class Connections:
         return newcomer
 
     def _dismiss(self, connection: Connection, why: str) -> None:
-        log.warning("peer_dismissed", kind=connection.kind, reason=why, connections=len(self._connections))
+        log.warning(
+            "peer_dismissed", kind=connection.kind, reason=why, connections=len(self._connections)
+        )
         del self._connections[connection]
         connection.leave()
 

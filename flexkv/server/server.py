@@ -176,7 +176,9 @@ class Server:
                 if self._closing:
                     return
                 self._check(hello)
-                self._connections.take_role(connection, "lending" if hello.role == "agent" else hello.role)
+                self._connections.take_role(
+                    connection, "lending" if hello.role == "agent" else hello.role
+                )
                 self._welcome(peer, hello)
                 link = connection.link = await Link.over(peer, TO_SERVER)
                 undo.pop_all()  # the link closes it
