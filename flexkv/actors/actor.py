@@ -232,7 +232,7 @@ class TransferActor:
     def _reap(self, ends: list[Completion]) -> None:
         pieces, in_flight = self._pieces, self.in_flight_bytes
         for completion in self._port.reap():
-            op_id, error = completion
+            op_id, error, filled = completion
             cursor, begin, units, begin_s = pieces.pop(op_id)
             nbytes = units * cursor.unit_bytes
             in_flight[cursor.inbound] -= nbytes
@@ -243,6 +243,7 @@ class TransferActor:
                 cursor.end_layers(begin, units)
             if error is not None:
                 self._fail(cursor, error)
+                cursor.fail_from(begin + filled)
             if cursor.pieces_in_flight or cursor.queued:
                 continue
             if op_id < PIECE_OP_IDS:  # it was one piece, so the port's completion is its end
@@ -278,7 +279,7 @@ class TransferActor:
 
     def _end(self, cursor: Cursor, ends: list[Completion]) -> None:
         self._mailbox.forget(cursor)
-        ends.append(Completion(cursor.transfer.op_id, cursor.error))
+        ends.append(Completion(cursor.transfer.op_id, cursor.error, cursor.filled))
 
 
 class Supervisor:

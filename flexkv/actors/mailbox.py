@@ -39,6 +39,8 @@ class Cursor(msgspec.Struct):
     next_unit: int = 0
     pieces_in_flight: int = 0
     error: TransferError | None = None
+    failed_from: int | None = None
+    """The first block that did not arrive; None while nothing has failed."""
     queued: bool = True
     layers_left: list[int] | None = None
     layers_ended: dict[int, int] | None = None
@@ -51,9 +53,20 @@ class Cursor(msgspec.Struct):
         return not self.queued and not self.pieces_in_flight
 
     @property
+    def filled(self) -> int:
+        """Return how many leading blocks of a failed transfer to host memory have arrived."""
+        if self.failed_from is None or not self.inbound or self.watch is not None:
+            return 0
+        return min(self.failed_from, self.next_unit)
+
+    @property
     def ready(self) -> int:
         """Return how many units may be handed out by now, including those that already were."""
         return self.units if self.watch is None else min(self.units, self.watch.ready)
+
+    def fail_from(self, block: int) -> None:
+        """Record that a block has not arrived, nor any that belong to the same piece behind it."""
+        self.failed_from = block if self.failed_from is None else min(self.failed_from, block)
 
     def layers(self, first: int, units: int) -> Layers:
         """Return the description of a piece that has `units` layers, from `first` on."""

@@ -6,7 +6,6 @@ import numpy as np
 
 from flexkv.common.errors import CapacityError, ClearedError, CorruptBlockError, FlexKVError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request, TokenMask
-from flexkv.graph.ops import OpState
 from flexkv.graph.planner import Planned
 from flexkv.graph.run import Run
 
@@ -51,7 +50,7 @@ def _status(request: Request, planned: Planned, run: Run, moved: bool) -> KVResp
 
 
 def _moved_blocks(request: Request, planned: Planned, run: Run) -> TokenMask:
-    """Return bool[span blocks]: the blocks that were moved, up to the first op that is not DONE.
+    """Return bool[span blocks]: the blocks that were moved, up to the first that was not.
 
     Blocks behind one that was not moved are dropped with it, since no request could reach them.
     For a get only the unbroken run from the first block counts: an engine cannot use the others.
@@ -65,10 +64,11 @@ def _moved_blocks(request: Request, planned: Planned, run: Run) -> TokenMask:
         if not op.answers or op.route is None:
             continue
         begin, end = plan.bounds(op)
-        positions = plan.fills[op.leg].positions.part(begin, end)
-        if run.states[op.index] is not OpState.DONE:
-            last = min(last, positions.first)
-        elif positions.places is None:
+        count = run.filled(op.index, end - begin)
+        if count < end - begin:
+            last = min(last, plan.fills[op.leg].positions.part(begin + count, end).first)
+        positions = plan.fills[op.leg].positions.part(begin, begin + count)
+        if positions.places is None:
             begin = positions.first - first
             moved[begin : begin + positions.block_count] = True
         else:

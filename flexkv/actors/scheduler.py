@@ -255,25 +255,30 @@ class Scheduler:
 
     def report(self, ends: Iterable[Completion]) -> None:
         """Handle a batch of ended ops from an actor."""
-        for op_id, error in ends:
-            run_id, op = divmod(op_id, OPS_MAX)
+        for op_id, error, filled in ends:
+            run_id, number = divmod(op_id, OPS_MAX)
             flight = self._flights[run_id]
-            self._observer.op_ended(
-                flight.request, flight.plan, flight.plan.template.ops[op], error
-            )
-            self._events.append((flight, Done(op) if error is None else Failed(op, error)))
-            route = flight.plan.template.ops[op].route
+            op = flight.plan.template.ops[number]
+            begin, end = flight.plan.bounds(op)
+            moved = flight.run.leading.get(number, end - begin) if error is None else filled
+            self._observer.op_ended(flight.request, flight.plan, op, moved, error)
+            event = Done(number) if error is None else Failed(number, error, filled)
+            self._events.append((flight, event))
             self._stuck.discard(op_id)
-            if route is not None and route.outer > Tier.HOST:
-                self.watch.ended(route, error)
+            if op.route is not None and op.route.outer > Tier.HOST:
+                self.watch.ended(op.route, error)
             elif flight.late is not None and flight.late.op_id == op_id:
                 flight.late = None  # its device answers again
             if error is not None:
-                if route is not None and route.source is Tier.HOST and route.outer > Tier.HOST:
-                    self._unwritten(flight, flight.plan.template.ops[op], error)
-                if not isinstance(error, RecalledError):
-                    self._distrust(flight, flight.plan.template.ops[op], error)
+                self._op_failed(flight, op, error, filled)
         self._work()
+
+    def _op_failed(self, flight: Flight, op: OpSpec, error: TransferError, filled: int) -> None:
+        route = op.route
+        if route is not None and route.source is Tier.HOST and route.outer > Tier.HOST:
+            self._unwritten(flight, op, error)
+        if not isinstance(error, RecalledError):
+            self._distrust(flight, op, error, filled)
 
     def _unwritten(self, flight: Flight, op: OpSpec, error: TransferError) -> None:
         """Owe blocks again that could not be written to a lower tier."""
@@ -309,7 +314,7 @@ class Scheduler:
                         self.behind.owe(tier, ids[Tier.HOST][begin:end])
         self._work()
 
-    def _distrust(self, flight: Flight, op: OpSpec, error: TransferError) -> None:
+    def _distrust(self, flight: Flight, op: OpSpec, error: TransferError, filled: int) -> None:
         """Forget blocks of a lower tier that could not be read; a put can store them again."""
         if op.route is None or op.route.source <= Tier.HOST:
             return
@@ -319,7 +324,7 @@ class Scheduler:
         # The journal keeps blocks that could not be read: a later run may be able to read them.
         begin, end = flight.plan.bounds(op)
         source = op.route.source
-        self._residency.forget(source, flight.plan.fills[op.leg].ids[source][begin:end])
+        self._residency.forget(source, flight.plan.fills[op.leg].ids[source][begin + filled : end])
 
     async def wait_idle(self) -> None:
         """Return once no flight is left, write-behind included, or the engine has failed."""
@@ -396,30 +401,34 @@ class Scheduler:
             self.watch.begun(spec.route)
         elif self.watch.watches_device:
             self.watch.arm()
-        self._actors[spec.route.outer].post(flight.plan.transfer(spec))
+        transfer = flight.plan.transfer(spec)
+        if op in flight.run.leading:  # the op before it has filled only these
+            transfer = transfer.part(0, flight.run.leading[op])
+        self._actors[spec.route.outer].post(transfer)
 
     def _settle(self, flight: Flight, op: int, command: Command) -> None:
         op_id = flight.plan.run_id * OPS_MAX + op
         assert isinstance(command, Settle)
-        self._residency.claims.settle(op_id, command.filled)
+        self._residency.claims.settle(op_id, command.filled, command.leading)
         spec = flight.plan.template.ops[op]
         if spec.route is not None and spec.route.target is not Tier.DEVICE:
-            self._settled(flight.plan, spec, command.filled)
+            self._settled(flight.plan, spec, command)
         for joiner in self._joiners.pop(op_id, ()):
             self._events.append((joiner.flight, _barrier_event(joiner.op, command.filled)))
 
-    def _settled(self, plan: Plan, op: OpSpec, filled: bool) -> None:
+    def _settled(self, plan: Plan, op: OpSpec, settle: Settle) -> None:
         """Record what became READY in a lower tier; owe what became READY in host memory only."""
         assert op.route is not None
         target, fill = op.route.target, plan.fills[op.leg]
-        if filled and target in self._persistence:
-            begin, end = plan.bounds(op)
-            self._persistence[target].stored(fill.ids[target][begin:end])
+        begin, end = plan.bounds(op)
+        filled = fill.ids[target][begin : end if settle.filled else begin + settle.leading]
+        if target in self._persistence:
+            if len(filled):
+                self._persistence[target].stored(filled)
         elif fill.owed_to and target is Tier.HOST and self.behind is not None:
-            begin, end = plan.bounds(op)
             self.behind.coming_blocks -= end - begin
-            for tier in fill.owed_to if filled else ():
-                self.behind.owe(tier, fill.ids[target][begin:end])
+            for tier in fill.owed_to if len(filled) else ():
+                self.behind.owe(tier, filled)
 
     def _recall(self, flight: Flight, op: int, command: Command) -> None:
         spec = flight.plan.template.ops[op]

@@ -46,6 +46,8 @@ class Failed(msgspec.Struct, frozen=True, gc=False):
 
     op: int
     error: TransferError
+    filled: int = 0
+    """How many of the op's leading blocks arrived all the same."""
 
 
 class Overdue(msgspec.Struct, frozen=True, gc=False):
@@ -75,6 +77,8 @@ class Settle(msgspec.Struct, frozen=True, gc=False):
 
     op: int
     filled: bool
+    leading: int = 0
+    """How many leading blocks are committed although the op did not fill all."""
 
 
 class Recall(msgspec.Struct, frozen=True, gc=False):
@@ -99,17 +103,23 @@ _LAUNCH, _CANCEL, _ANSWER, _END = Launch(), Cancel(), Answer(), End()
 
 
 class Run:
-    """One executing plan. Others may read `states` and `errors`."""
+    """One executing plan. Others may read `states`, `errors` and `leading`.
+
+    Attributes:
+        leading: for ops that fill only some of their blocks, how many of the leading ones: ops that
+            failed in part, and ops that go on with what such an op has filled.
+    """
 
     __slots__ = (
-        "_answers_left", "_blockers", "_live", "cancelled", "errors", "launched", "states",
-        "story", "template",
+        "_answers_left", "_blockers", "_live", "cancelled", "errors", "launched", "leading",
+        "states", "story", "template",
     )  # fmt: skip
 
     def __init__(self, template: Template) -> None:
         self.template = template
         self.states = list(template.start_states)
         self.errors: list[TransferError] = []
+        self.leading: dict[int, int] = {}
         self.story: list[Event] = []
         self.launched = False
         self.cancelled = False
@@ -190,8 +200,28 @@ class Run:
 
     def _failed(self, op: int, event: Failed, commands: list[Command]) -> None:
         self.errors.append(event.error)
-        self._skip_after(op, commands)
+        if event.filled:
+            self.leading[op] = event.filled
+        else:
+            self.leading.pop(op, None)
+        follower = self._follower(op) if event.filled else None
+        self._skip_after(op, commands, follower)
         self._over(op, OpState.FAILED, False, commands)
+        if follower is not None:
+            self.leading[follower] = event.filled
+            self.states[follower] = OpState.IN_FLIGHT
+            commands.append(Issue(follower))
+
+    def _follower(self, op: int) -> int | None:
+        """Return the op that brings the same blocks further and waits for this one only."""
+        ops = self.template.ops
+        for after in self.template.successors[op]:
+            is_same = (ops[after].leg, ops[after].chunk) == (ops[op].leg, ops[op].chunk)
+            route = ops[after].route
+            waits = self.states[after] is OpState.BLOCKED and self._blockers[after] == 1
+            if is_same and waits and route is not None and route.inbound:
+                return after
+        return None
 
     def _drained(self, op: int, event: Event, commands: list[Command]) -> None:
         filled = type(event) is Done and self.template.ops[op].keeps
@@ -208,9 +238,9 @@ class Run:
         self.errors.append(event.error)
         self._drained(op, event, commands)
 
-    def _skip_after(self, op: int, commands: list[Command]) -> None:
+    def _skip_after(self, op: int, commands: list[Command], but: int | None = None) -> None:
         for after in self.template.successors[op]:
-            if self.states[after] is OpState.BLOCKED:
+            if self.states[after] is OpState.BLOCKED and after != but:
                 self._skip_after(after, commands)
                 self._over(after, OpState.SKIPPED, False, commands)
 
@@ -219,11 +249,23 @@ class Run:
         self._live -= 1
         spec = self.template.ops[op]
         if spec.route is not None:
-            commands.append(Settle(op, filled))
+            commands.append(self._settlement(op, filled) if self.leading else Settle(op, filled))
         if spec.answers and was is not OpState.OVERDUE:
             self._answered(commands)
         if not self._live:
             commands.append(_END)
+
+    def _settlement(self, op: int, filled: bool) -> Settle:
+        """Return how an op's claim ends, in a run of which some op has filled only a part."""
+        leading = self.leading.get(op, 0)
+        counts = self.states[op] in (OpState.DONE, OpState.FAILED)
+        return Settle(op, filled and not leading, leading if counts else 0)
+
+    def filled(self, op: int, block_count: int) -> int:
+        """Return how many of an op's leading blocks it has filled, of `block_count`."""
+        if self.states[op] is OpState.DONE:
+            return self.leading.get(op, block_count)
+        return self.leading.get(op, 0) if self.states[op] is OpState.FAILED else 0
 
     def _answered(self, commands: list[Command]) -> None:
         """Count down the ops that the caller waits for."""

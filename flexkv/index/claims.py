@@ -65,8 +65,13 @@ class Claims:
         self.open(op_id, Claim(op_id, holding, None))
         return op_id
 
-    def settle(self, op_id: int, filled: bool) -> None:
+    def settle(self, op_id: int, filled: bool, leading: int = 0) -> None:
         """End a claim: commit or abort its lease, and remove its pins.
+
+        Args:
+            op_id: the claim's op.
+            filled: whether all blocks were filled.
+            leading: if not, how many of the leading ones were, which are committed.
 
         Raises:
             InvariantError: no such claim is open.
@@ -80,8 +85,13 @@ class Claims:
         else:
             self._owned[owner] -= 1
         if leased is not None:
-            end = self._table.commit if filled else self._table.abort
-            end(self._number[leased.tier], leased.block_ids)
+            tier, block_ids = self._number[leased.tier], leased.block_ids
+            if filled:
+                self._table.commit(tier, block_ids)
+            else:
+                if leading:
+                    self._table.commit(tier, block_ids[:leading])
+                self._table.abort(tier, block_ids[leading:])
         if pinned is not None:
             self._table.unpin(self._number[pinned.tier], pinned.block_ids)
 

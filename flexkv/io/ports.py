@@ -25,6 +25,8 @@ class Completion(NamedTuple):
 
     op_id: int
     error: TransferError | None
+    filled: int = 0
+    """How many of the leading blocks of a failed transfer arrived all the same."""
 
 
 class TransferPort(Protocol):

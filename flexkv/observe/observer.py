@@ -88,19 +88,18 @@ class Observer:
             self.tracer.issued(op_id, self.now_ns())
 
     def op_ended(
-        self, request: Request, plan: Plan, op: OpSpec, error: TransferError | None
+        self, request: Request, plan: Plan, op: OpSpec, blocks: int, error: TransferError | None
     ) -> None:
-        """Record the end of an op, which its actor reported."""
+        """Record the end of an op, and how many of its blocks it has moved."""
         if op.route is None:
             return
         count = self.routes.get(op.route)
         if count is None:
             count = self.routes[op.route] = RouteCount()
+        count.blocks += blocks
+        count.bytes += blocks * self._block_bytes
         if error is None:
-            begin, end = plan.bounds(op)
             count.ops += 1
-            count.blocks += end - begin
-            count.bytes += (end - begin) * self._block_bytes
         elif not isinstance(error, RecalledError):
             count.ops += 1
             count.failed_ops += 1
@@ -109,7 +108,7 @@ class Observer:
                     "op_failed", request=request.request_id, route=op.label, error=str(error)
                 )
         if self.tracer is not None:
-            self.tracer.op_ended(request, plan, op, error, self.now_ns())
+            self.tracer.op_ended(request, plan, op, blocks, error, self.now_ns())
 
     def refused(self, request: Request, response: KVResponse) -> None:
         """Record that a request was answered without a plan."""

@@ -104,24 +104,30 @@ class Tracer:
         self._issued_ns[op_id] = now_ns
 
     def op_ended(
-        self, request: Request, plan: Plan, op: OpSpec, error: TransferError | None, now_ns: int
+        self,
+        request: Request,
+        plan: Plan,
+        op: OpSpec,
+        blocks: int,
+        error: TransferError | None,
+        now_ns: int,
     ) -> None:
-        """Record the end of an op, which its actor reported."""
+        """Record the end of an op, which its actor reported, and how many blocks it moved."""
         assert op.route is not None
         op_id, actor = plan.op_id(op), self._actors[op.route.outer]
-        begin, end = plan.bounds(op)
         begun_s, issued_ns = actor.take_begun(op_id), self._issued_ns.pop(op_id, None)
         if issued_ns is None:
             return  # issued before the tracer existed: its times are not known
         begun_ns = now_ns if begun_s is None else int(begun_s * 1e9)
         outcome, detail = "done", ""
         if error is not None:
-            detail = str(error)
+            begin, end = plan.bounds(op)
+            blocks, detail = end - begin, str(error)
             outcome = "recalled" if isinstance(error, RecalledError) else type(error).__name__
         self._tell(
             OpRecord(
-                request.request_id, plan.run_id, op.index, actor.name, op.label, end - begin,
-                (end - begin) * self._block_bytes, issued_ns, begun_ns,
+                request.request_id, plan.run_id, op.index, actor.name, op.label, blocks,
+                blocks * self._block_bytes, issued_ns, begun_ns,
                 now_ns, outcome, detail,
             )
         )  # fmt: skip

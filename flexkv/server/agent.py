@@ -307,7 +307,7 @@ class Agent:
 
     def _reap(self) -> None:
         if self._port is not None:
-            for op_id, error in self._port.reap():
+            for op_id, error, *_ in self._port.reap():
                 self._end(op_id, "" if error is None else str(error))
 
     def _end(self, op_id: int, error: str) -> None:

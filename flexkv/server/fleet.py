@@ -223,7 +223,7 @@ class FleetPort(RemoteDevice):
         """Return every transfer that ended since the last call, each exactly once."""
         ended, self._ended = self._ended, []
         for ranks in dict.fromkeys(self._epochs.values()):  # epochs may share a port
-            for op_id, error in ranks.reap():
+            for op_id, error, *_ in ranks.reap():
                 transfer, epoch = self._under_way.pop(op_id)
                 if error is None and transfer.route.target is Tier.HOST and not self._live(epoch):
                     # Other requests may have written to its device blocks by then.

@@ -110,7 +110,7 @@ class Rig:
                 await self.woken.wait()
                 self.woken.clear()
                 ended += self.port.reap()
-        assert [error for _, error in ended if error is not None] == []
+        assert [error for _, error, *_ in ended if error is not None] == []
 
     def close(self) -> None:
         """Close the port and free the arena."""

@@ -174,8 +174,8 @@ class FleetMachine(RuleBasedStateMachine):
         self.is_woken = False
         ended = self.fleet.reap()
         over = {op_id for op_id, sent in self.sent.items() if sent.is_over}
-        assert sorted(op_id for op_id, _ in ended) == sorted(over)
-        for op_id, error in ended:
+        assert sorted(op_id for op_id, *_ in ended) == sorted(over)
+        for op_id, error, *_ in ended:
             sent = self.sent.pop(op_id)
             is_believed = sent.is_whole and (sent.to_device or sent.epoch.is_live)
             assert (error is None) == is_believed, (op_id, error)

@@ -14,6 +14,7 @@ from flexkv.graph.ops import Leg, Shape
 from flexkv.graph.run import (
     Answer,
     Cancel,
+    Command,
     Done,
     End,
     Failed,
@@ -51,20 +52,41 @@ def error(op: int) -> TransferError:
     return TransferError(op, "test", 1, "injected")
 
 
+def check_log(run: Run, log: list[Command], partly: dict[int, int]) -> None:
+    """Check the commands of a run that has ended; `partly` has ops that filled leading blocks."""
+    assert run.ended
+    moving = [op.index for op in run.template.ops if op.route is not None]
+    assert sorted(c.op for c in log if isinstance(c, Settle)) == moving
+    assert sum(isinstance(c, Answer) for c in log) == 1
+    assert [isinstance(c, End) for c in log].count(True) == 1
+    assert isinstance(log[-1], End)
+    settled = {c.op: c for c in log if isinstance(c, Settle)}
+    whole = {op for op, command in settled.items() if command.filled}
+    assert whole >= {i for i in moving if run.states[i] is OpState.DONE and i not in run.leading}
+    for op, command in settled.items():
+        assert not (command.filled and command.leading)
+        if run.states[op] is OpState.FAILED:
+            assert command.leading == partly.get(op, 0)
+            assert run.filled(op, 4) == partly.get(op, 0)
+
+
 @given(shapes(), st.data())
 def test_every_run_ends_once_and_settles_everything_once(shape: Shape, data: st.DataObject) -> None:
     """Every run ends once and settles each op once, under any events in any order.
 
     Each op that moves bytes is settled exactly once. The answer comes exactly once, and only when
     no answering op is live. End comes once, and last. An op starts only when all ops before it are
-    done.
+    done, or the only one before it has filled some leading blocks: then it moves these. Leading
+    blocks are committed for ops that failed, and for no others.
     """
     template = compile_shape(shape)
     run = Run(template)
     commands = run.handle(Launch())
     in_flight: set[int] = set()
     overdue: set[int] = set()
-    log = []
+    partly: dict[int, int] = {}
+    """Ops that failed with some leading blocks filled, or that went on with such blocks."""
+    log: list[Command] = []
     predecessors = {
         op.index: [b for b, after in enumerate(template.successors) if op.index in after]
         for op in template.ops
@@ -74,8 +96,10 @@ def test_every_run_ends_once_and_settles_everything_once(shape: Shape, data: st.
             log.append(command)
             if isinstance(command, Issue):
                 in_flight.add(command.op)
-                done = [run.states[before] is OpState.DONE for before in predecessors[command.op]]
-                assert all(done)
+                before = predecessors[command.op]
+                filled = partly.get(before[0], 0) if len(before) == 1 else 0
+                assert run.leading.get(command.op, 0) == filled
+                assert filled or all(run.states[op] is OpState.DONE for op in before)
             if isinstance(command, Answer):
                 answering = {op.index for op in template.ops if op.answers}
                 assert not answering & (in_flight - overdue)
@@ -92,15 +116,33 @@ def test_every_run_ends_once_and_settles_everything_once(shape: Shape, data: st.
         else:
             op = data.draw(st.sampled_from(sorted(in_flight)))
             in_flight.remove(op)
-            commands = run.handle(Done(op) if event == "done" else Failed(op, error(op)))
-    assert run.ended
-    moving = [op.index for op in template.ops if op.route is not None]
-    assert sorted(c.op for c in log if isinstance(c, Settle)) == moving
-    assert sum(isinstance(c, Answer) for c in log) == 1
-    assert [isinstance(c, End) for c in log].count(True) == 1
-    assert isinstance(log[-1], End)
-    filled = {c.op for c in log if isinstance(c, Settle) and c.filled}
-    assert filled >= {i for i in moving if run.states[i] is OpState.DONE}
+            route = template.ops[op].route
+            blocks = 0
+            if event == "failed" and route is not None and route.inbound:
+                blocks = data.draw(st.integers(0, run.leading.get(op, 3)))
+            if blocks and run.states[op] is OpState.IN_FLIGHT:
+                partly[op] = blocks
+            commands = run.handle(Done(op) if event == "done" else Failed(op, error(op), blocks))
+    check_log(run, log, partly)
+
+
+def test_what_a_failed_read_has_filled_goes_on_to_the_device() -> None:
+    """The copy behind a read that failed in part moves the leading blocks, and the run succeeds."""
+    run = Run(compile_shape(Shape(Operation.GET, (Leg((Route(K, H), Route(H, D)), 1),))))
+    run.handle(Launch())
+    commands = run.handle(Failed(0, error(0), 3))
+    assert commands == [Settle(0, False, 3), Issue(1)]
+    assert (run.filled(0, 4), run.filled(1, 4)) == (3, 0)
+    assert run.handle(Done(1)) == [Settle(1, False, 3), Answer(), End()]
+    assert run.filled(1, 4) == 3
+
+
+def test_a_copy_that_fails_behind_a_partial_read_has_moved_nothing() -> None:
+    """What the read filled stays in host memory; nothing counts as moved to the device."""
+    run = Run(compile_shape(Shape(Operation.GET, (Leg((Route(K, H), Route(H, D)), 1),))))
+    run.handle(Launch(), Failed(0, error(0), 3))
+    assert run.handle(Failed(1, error(1))) == [Settle(1, False), Answer(), End()]
+    assert run.filled(1, 4) == 0
 
 
 @given(shapes())

@@ -132,7 +132,7 @@ def fail_with(engine: Engine, errno: int) -> Any:
     disk = disk_of(engine)
     reap, error = disk.reap, StorageError("planted", 0, errno)
     patch = pytest.MonkeyPatch()
-    patch.setattr(disk, "reap", lambda: [Completion(op_id, error) for op_id, _ in reap()])
+    patch.setattr(disk, "reap", lambda: [Completion(op_id, error) for op_id, *_ in reap()])
     return patch.undo
 
 

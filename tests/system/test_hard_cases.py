@@ -31,7 +31,7 @@ def fail_reads(manager: KVManager, patch: pytest.MonkeyPatch) -> None:
     """Make every transfer of the disk end in EIO."""
     disk = manager._engine._backend.tiers()[0].port
     reap, error = disk.reap, StorageError("planted", 0, EIO)
-    patch.setattr(disk, "reap", lambda: [Completion(op_id, error) for op_id, _ in reap()])
+    patch.setattr(disk, "reap", lambda: [Completion(op_id, error) for op_id, *_ in reap()])
 
 
 async def test_a_prefix_whose_tail_fills_the_host_is_loaded_as_far_as_it_fits(

@@ -58,7 +58,7 @@ async def test_a_port_that_fails_a_transfer_shortens_the_hit(
 
         def failing() -> list[Completion]:
             error = TransferError(-1, "disk→host", 1, "planted")
-            return [Completion(op_id, error) for op_id, _ in reap()]
+            return [Completion(op_id, error) for op_id, *_ in reap()]
 
         monkeypatch.setattr(disk, "reap", failing)
         response = await manager.get(PROMPT, slots_of(range(20, 30)))
@@ -77,7 +77,7 @@ async def test_flush_tells_of_writes_that_failed(
         disk = manager._engine._backend.tiers()[0].port
         reap = disk.reap
         error = StorageError("planted", 0, EIO)
-        monkeypatch.setattr(disk, "reap", lambda: [Completion(t, error) for t, _ in reap()])
+        monkeypatch.setattr(disk, "reap", lambda: [Completion(t, error) for t, *_ in reap()])
         assert (await manager.put(PROMPT, slots_of(range(10)))).return_mask.all()
         with pytest.raises(StorageError, match="planted at byte 0: EIO"):
             await manager.flush()

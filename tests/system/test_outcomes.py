@@ -50,7 +50,7 @@ def fail_some(port: Any, *numbers: int) -> None:
             Completion(op_id, TransferError(op_id, "test", 1, "planted"))
             if op_id in failing
             else Completion(op_id, error)
-            for op_id, error in reap()
+            for op_id, error, *_ in reap()
         ]
 
     port.submit, port.reap = submitted, reaped

@@ -265,7 +265,7 @@ def test_the_error_says_whether_its_tier_is_to_blame(error: TransferError, healt
         reap = far.reap
 
         def failing() -> list[Completion]:
-            return [Completion(op_id, error) for op_id, _ in reap()]
+            return [Completion(op_id, error) for op_id, *_ in reap()]
 
         far.reap = failing  # type: ignore[method-assign]
         for number in range(3):

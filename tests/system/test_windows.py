@@ -64,7 +64,7 @@ class Metered:
     def reap(self) -> list[Completion]:
         """Return the transfers that have ended."""
         ended = self._inner.reap()
-        for op_id, _ in ended:
+        for op_id, *_ in ended:
             inbound, count = self._lent.pop(op_id)
             self.blocks[inbound] -= count
         return ended

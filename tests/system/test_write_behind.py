@@ -49,7 +49,7 @@ def failing(disk: FakePort) -> Callable[[], list[Completion]]:
     reap = disk.reap
 
     def failed() -> list[Completion]:
-        return [Completion(op_id, StorageError("planted", 0, EIO)) for op_id, _ in reap()]
+        return [Completion(op_id, StorageError("planted", 0, EIO)) for op_id, *_ in reap()]
 
     vars(disk)["reap"] = failed
     return reap

@@ -29,7 +29,7 @@ class Bench:
         self._ended = asyncio.Event()
 
     def _report(self, ends: list[Completion]) -> None:
-        for op_id, error in ends:
+        for op_id, error, *_ in ends:
             assert error is None
             self.ended[op_id] = asyncio.get_running_loop().time()
         if self.actor.is_idle():

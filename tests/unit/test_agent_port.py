@@ -82,11 +82,11 @@ def test_what_was_not_sent_fails_at_once_and_what_was_stays() -> None:
     rig.submit(TO_HOST, *range(10))
     rig.port.fail_unsent("it does not answer")
     ended = rig.port.reap()
-    assert [op_id for op_id, _ in ended] == list(range(4, 10))
-    assert all("does not answer" in str(error) for _, error in ended)
+    assert [op_id for op_id, *_ in ended] == list(range(4, 10))
+    assert all("does not answer" in str(error) for _, error, *_ in ended)
     assert rig.port.is_busy
     rig.answer(0, 1, 2, 3)
-    assert [error for _, error in rig.port.reap()] == [None] * 4
+    assert [error for _, error, *_ in rig.port.reap()] == [None] * 4
     assert not rig.port.is_busy
 
 
@@ -96,8 +96,8 @@ def test_everything_ends_with_the_connection() -> None:
     rig.submit(TO_HOST, *range(10))
     rig.port.gone()
     ended = rig.port.reap()
-    assert sorted(op_id for op_id, _ in ended) == list(range(10))
-    assert all(isinstance(error, AgentGoneError) for _, error in ended)
+    assert sorted(op_id for op_id, *_ in ended) == list(range(10))
+    assert all(isinstance(error, AgentGoneError) for _, error, *_ in ended)
 
 
 def test_an_agent_ends_only_what_it_was_sent() -> None:

@@ -11,6 +11,7 @@ import pytest
 from flexkv.common.errors import InvariantError
 from flexkv.common.terms import BlockIds, Route, Tier, Transfer
 from flexkv.io.checksums.checked import CheckedDiskPort
+from flexkv.io.ports import Completion
 from flexkv.testing.fakes import FakeChecksummer, FakePort
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.virtual_time import run_virtual
@@ -64,7 +65,7 @@ def test_nothing_is_written_before_what_was_there_is_forgotten() -> None:
             await bench.woken.wait()
             bench.woken.clear()
             ended = bench.port.reap()
-        assert ended == [(1, None)]
+        assert ended == [Completion(1, None)]
         assert bench.store[2:6].all()
         bench.port.close()
 

@@ -81,7 +81,11 @@ async def test_a_call_that_is_refused_fails_its_own_transfer(choice: CopyPrefere
     rig.driver.refuses = {}
     rig.submit(3)
     ended = await rig.reap(3)
-    assert [(op_id, error is None) for op_id, error in ended] == [(1, True), (2, False), (3, True)]
+    assert [(op_id, error is None) for op_id, error, *_ in ended] == [
+        (1, True),
+        (2, False),
+        (3, True),
+    ]
     error = ended[1].error
     assert isinstance(error, DeviceError)
     assert (error.call.startswith("cu"), error.code) == (True, 1)
@@ -111,7 +115,7 @@ async def test_a_device_that_breaks_fails_all_that_is_under_way(
         (2, 719),
     }
     rig.submit(3)
-    ((op_id, error),) = await rig.reap(1)
+    ((op_id, error, _),) = await rig.reap(1)
     assert op_id == 3
     assert error is rig.port.failure
     rig.close()

@@ -7,6 +7,7 @@ import pytest
 
 from flexkv.common.errors import InvariantError, StorageError, TransferError
 from flexkv.common.terms import Route, Tier, Transfer
+from flexkv.io.ports import Completion
 from flexkv.testing.fakes import FakePort
 from flexkv.testing.faults import FaultPlan
 
@@ -50,7 +51,7 @@ async def test_a_failure_tells_its_seed_and_moves_a_part_at_most():
     for seed in range(30):
         bench = Bench(seed, failure_probability=1.0)
         bench.port.submit(write(3))
-        ((op_id, error),) = await bench.reap(1)
+        ((op_id, error, _),) = await bench.reap(1)
         assert op_id == 3
         assert isinstance(error, TransferError)
         assert f"seed={seed}" in str(error)
@@ -91,7 +92,7 @@ async def test_completions_come_out_of_order():
     for op_id in range(20):
         bench.port.submit(write(op_id, blocks=1))
     assert bench.port.in_flight == 20
-    ended = [op_id for op_id, _ in await bench.reap(20)]
+    ended = [op_id for op_id, *_ in await bench.reap(20)]
     assert sorted(ended) == list(range(20))
     assert ended != list(range(20))
     bench.port.close()
@@ -129,6 +130,6 @@ async def test_no_end_overtakes_its_copies():
     for op_id in range(BLOCKS):
         bench.store[:] = 0
         bench.port.submit(write(op_id))
-        assert await bench.reap(1) == [(op_id, None)]
+        assert await bench.reap(1) == [Completion(op_id, None)]
         assert (bench.store == 7).all()
     bench.port.close()

@@ -96,7 +96,7 @@ class Bench:
         self._chunk_blocks = CHUNK_BYTES // disk.block_bytes
 
     def _report(self, ends: list[Completion]) -> None:
-        for op_id, error in ends:
+        for op_id, error, *_ in ends:
             assert error is None
             self._waiting.pop(op_id).set_result(None)
 

@@ -123,7 +123,7 @@ class CheckedDiskPort:
 
     def _ended(self, completion: Completion) -> Completion:
         """Check a read or keep the sums of a write, and return the completion to report."""
-        op_id, error = completion
+        op_id, error, _ = completion
         transfer = self._reading.pop(op_id, None)
         if transfer is None:
             write = self._writing.pop(op_id)
@@ -137,8 +137,10 @@ class CheckedDiskPort:
         disk_ids = transfer.source_ids
         wrong = self._summed.sums[transfer.target_ids] != self.sums[disk_ids]
         bad = disk_ids[wrong].tolist()
-        error = CorruptBlockError(*self._place_of(bad[0]), bad) if bad else None
-        return Completion(transfer.op_id, error)
+        if not bad:
+            return Completion(transfer.op_id, None)
+        error = CorruptBlockError(*self._place_of(bad[0]), bad)
+        return Completion(transfer.op_id, error, int(wrong.argmax()))
 
     async def sync(self) -> None:
         """Return once every completed write is on stable storage."""

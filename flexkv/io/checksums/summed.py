@@ -68,7 +68,8 @@ class SummedPort:
         for completion in self._inner.reap():
             transfer = self._moving.pop(completion.op_id, None)
             if transfer is None or completion.error is not None or not _is_whole(transfer):
-                ended.append(completion)
+                # Blocks without a checksum have not arrived.
+                ended.append(completion._replace(filled=0) if completion.filled else completion)
                 continue
             self._summing[transfer.op_id] = transfer
             self._count(transfer, 1)

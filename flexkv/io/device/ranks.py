@@ -62,7 +62,7 @@ class RanksPort:
         """Return every transfer that ended since the last call, each exactly once."""
         ended = []
         for port in self._ports:
-            for op_id, error in port.reap():
+            for op_id, error, *_ in port.reap():
                 self._under_way[op_id] -= 1
                 if error is not None:
                     self._errors.setdefault(op_id, error)
