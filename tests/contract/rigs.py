@@ -25,8 +25,8 @@ from flexkv.io.device.tensors import describe
 from flexkv.io.memory.arena import Arena
 from flexkv.io.ports import Completion, TransferPort
 from flexkv.io.ssd.files import StripedFiles
-from flexkv.io.ssd.posix import ThreadDiskPort
-from flexkv.io.ssd.uring import RingOptions, UringDiskPort
+from flexkv.io.ssd.posix import thread_port
+from flexkv.io.ssd.uring import RingOptions, uring_port
 from flexkv.testing.fake_cuda import FakeCuda
 from flexkv.testing.fakes import FakeChecksummer, FakePort
 from flexkv.testing.faults import FaultPlan
@@ -216,19 +216,19 @@ def disk_rig(directories: list[Path], make: Callable[[Arena, StripedFiles], Tran
 
 def uring_rig(folder: Path) -> Rig:
     """Return an io_uring port over one directory, with a ring smaller than the transfers."""
-    return disk_rig([folder], lambda arena, files: UringDiskPort(arena, files, RingOptions(8)))
+    return disk_rig([folder], lambda arena, files: uring_port(arena, files, RingOptions(8)))
 
 
 def uring_striped_rig(folder: Path) -> Rig:
     """Return an io_uring port over three directories, on memory that is not registered."""
     options = RingOptions(entries=64, register=False)
     folders = [folder / name for name in "abc"]
-    return disk_rig(folders, lambda arena, files: UringDiskPort(arena, files, options))
+    return disk_rig(folders, lambda arena, files: uring_port(arena, files, options))
 
 
 def threads_rig(folder: Path) -> Rig:
     """Return a thread port over two directories."""
-    return disk_rig([folder / "a", folder / "b"], ThreadDiskPort)
+    return disk_rig([folder / "a", folder / "b"], thread_port)
 
 
 RIGS: dict[str, Callable[[Path], Rig]] = {

@@ -60,7 +60,7 @@ def test_an_io_uring_that_cannot_be_used_costs_nothing_but_speed(
     """If io_uring refuses setup, enter or register, threads do the I/O, and one line says why."""
     told, log = run_refused([[call, errno]], ssd_cache_dir=str(tmp_path))
     assert (told["tokens"], told["same"], told["flush"]) == (64, True, {})
-    assert told["backing"]["disk"] == "ThreadDiskPort"
+    assert told["backing"]["disk"] == "threads"
     (line,) = [entry for entry in log if entry["event"] == "disk_adapter"]
     assert "io_uring refused" in line["reason"]
 

@@ -374,4 +374,4 @@ async def test_both_disk_adapters_serve(make_manager: MakeManager, entries: int)
         assert got.return_mask.all()
         assert np.array_equal(bytes_of(caches, range(20, 30)), bytes_of(caches, range(10)))
         adapter = manager.statistics().tiers["disk"].backing
-        assert adapter == ("UringDiskPort" if entries else "ThreadDiskPort")
+        assert adapter == ("io_uring" if entries else "threads")

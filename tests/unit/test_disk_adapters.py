@@ -20,8 +20,8 @@ from flexkv.io.ssd import disk_jobs
 from flexkv.io.ssd.adapter import open_disk
 from flexkv.io.ssd.disk_jobs import DiskGeometry
 from flexkv.io.ssd.files import StripedFiles
-from flexkv.io.ssd.posix import ThreadDiskPort
-from flexkv.io.ssd.uring import RingOptions, UringDiskPort, try_nothing
+from flexkv.io.ssd.posix import thread_port
+from flexkv.io.ssd.uring import RingOptions, try_nothing, uring_port
 
 STRIDE = 4096
 BLOCKS = 64
@@ -29,8 +29,8 @@ READ, WRITE = Route(Tier.DISK, Tier.HOST), Route(Tier.HOST, Tier.DISK)
 PATIENCE_S = 20.0
 
 PORTS = {
-    "uring": lambda arena, files: UringDiskPort(arena, files, RingOptions(16)),
-    "threads": ThreadDiskPort,
+    "uring": lambda arena, files: uring_port(arena, files, RingOptions(16)),
+    "threads": thread_port,
 }
 every_port = pytest.mark.parametrize("make", PORTS.values(), ids=PORTS.keys())
 
@@ -149,7 +149,7 @@ async def test_a_small_ring_takes_any_number(tmp_path):
     shuffled = np.random.default_rng(2).permutation(BLOCKS)
     with tiers(tmp_path) as (arena, files):
         arena.array[:] = np.arange(BLOCKS, dtype=np.uint8)[:, None]
-        port = UringDiskPort(arena, files, RingOptions(entries=2))
+        port = uring_port(arena, files, RingOptions(entries=2))
         with opened(port) as (port, woken):
             halves = [shuffled[:32], shuffled[32:]]
             writes = [transfer(WRITE, ids, ids[::-1], op_id) for op_id, ids in enumerate(halves)]
@@ -214,7 +214,7 @@ async def test_every_errno_is_told(make, tmp_path, route, stand_in, flags, numbe
 async def test_a_failed_transfer_drops_what_the_kernel_never_got(tmp_path):
     """A failed transfer drops the I/Os that found no room in the ring; the next one succeeds."""
     with tiers(tmp_path) as (arena, files):
-        port = UringDiskPort(arena, files, RingOptions(entries=1))
+        port = uring_port(arena, files, RingOptions(entries=1))
         with opened(port) as (port, woken):
             os.truncate(files.paths[0], 0)
             reads = transfer(READ, range(0, BLOCKS, 2), range(BLOCKS // 2), op_id=0)
@@ -269,26 +269,26 @@ async def test_without_memlock_it_runs_unregistered(tmp_path, refuse):
     """If the kernel refuses to register the memory, the port works without, and has the reason."""
     refuse("register", errno.ENOMEM)
     with tiers(tmp_path) as (arena, files):
-        port = UringDiskPort(arena, files, RingOptions(16))
+        port = uring_port(arena, files, RingOptions(16))
         with opened(port) as (port, woken):
-            assert not port.registered
-            assert "Cannot allocate memory" in port.why
+            assert not port.io.registered
+            assert "Cannot allocate memory" in port.io.why
             assert await run(port, woken, transfer(WRITE, [1], [2])) == [None]
 
 
 async def test_memory_is_registered_where_it_may(tmp_path):
     """A port on this machine has registered its memory, or has the reason for a refusal."""
     with tiers(tmp_path) as (arena, files):
-        port = UringDiskPort(arena, files, RingOptions(16))
+        port = uring_port(arena, files, RingOptions(16))
         with opened(port):
-            assert port.registered != bool(port.why)
+            assert port.io.registered != bool(port.io.why)
 
 
 async def test_a_ring_that_refuses_work_fails_the_transfer(tmp_path, refuse):
     """An error of io_uring itself fails the transfer, and is not raised by submit."""
     refuse("submit", errno.EBUSY)
     with tiers(tmp_path) as (arena, files):
-        port = UringDiskPort(arena, files, RingOptions(16))
+        port = uring_port(arena, files, RingOptions(16))
         with opened(port) as (port, woken):
             (error,) = await run(port, woken, transfer(WRITE, [1, 5], [2, 9]))
     assert isinstance(error, StorageError)
@@ -296,26 +296,26 @@ async def test_a_ring_that_refuses_work_fails_the_transfer(tmp_path, refuse):
 
 
 async def choose(arena, files, entries=16):
-    """Return the type of port that `open_disk` chooses, and the one event that it logs."""
+    """Return the name of the adapter that `open_disk` chooses, and the one event that it logs."""
     with capture_logs() as logs, opened(open_disk(arena, files, RingOptions(entries))) as (port, _):
         pass
     (event,) = logs
     assert event["event"] == "disk_adapter"
-    return type(port), event
+    return port.adapter, event
 
 
 async def test_io_uring_is_chosen_where_it_is_there(tmp_path):
     """With O_DIRECT and io_uring, the io_uring adapter is chosen, and the log says so."""
     with tiers(tmp_path) as (arena, files):
         kind, event = await choose(arena, files)
-    assert (kind, event["adapter"]) == (UringDiskPort, "io_uring")
+    assert (kind, event["adapter"]) == ("io_uring", "io_uring")
 
 
 async def test_no_entries_means_threads(tmp_path):
     """`iouring_entries` of 0 turns io_uring off."""
     with tiers(tmp_path) as (arena, files):
         kind, event = await choose(arena, files, entries=0)
-    assert (kind, event["reason"]) == (ThreadDiskPort, "iouring_entries is 0")
+    assert (kind, event["reason"]) == ("threads", "iouring_entries is 0")
 
 
 @pytest.mark.parametrize("call", ["Ring", "register_files"])
@@ -326,7 +326,7 @@ async def test_a_kernel_without_io_uring_means_threads(tmp_path, refuse, call):
         refuse(call, errno.EPERM)
         kind, event = await choose(arena, files)
         assert os.listdir("/proc/self/fd") == before
-    assert kind is ThreadDiskPort
+    assert kind == "threads"
     assert event["adapter"] == "threads"
     assert event["reason"] == "io_uring refused (Operation not permitted)"
 
@@ -340,7 +340,7 @@ async def test_buffered_files_mean_threads(tmp_path):
             assert await run(port, woken, transfer(WRITE, [3], [5])) == [None]
             assert await run(port, woken, transfer(READ, [5], [4])) == [None]
         assert (arena.array[4] == 9).all()
-    assert kind is ThreadDiskPort
+    assert kind == "threads"
     assert "not aligned" in event["reason"]
 
 
@@ -421,7 +421,7 @@ def test_threads_that_cannot_start_refuse_the_port(tmp_path, monkeypatch):
     with tiers(tmp_path) as (arena, files):
         monkeypatch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(OSError, match="can't start"):
-            ThreadDiskPort(arena, files)
+            thread_port(arena, files)
         monkeypatch.undo()
     assert not started[0].is_alive()
 
@@ -429,8 +429,8 @@ def test_threads_that_cannot_start_refuse_the_port(tmp_path, monkeypatch):
 def test_an_interrupted_close_waits_for_its_threads(tmp_path, monkeypatch):
     """A close that ctrl-C interrupts still waits for its threads, which may be writing."""
     with tiers(tmp_path) as (arena, files):
-        port, shutdowns = ThreadDiskPort(arena, files), []
-        shut = port._threads.shutdown
+        port, shutdowns = thread_port(arena, files), []
+        shut = port.io._threads.shutdown
 
         def interrupted():
             shutdowns.append(None)
@@ -438,7 +438,7 @@ def test_an_interrupted_close_waits_for_its_threads(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             shut()
 
-        monkeypatch.setattr(port._threads, "shutdown", interrupted)
+        monkeypatch.setattr(port.io._threads, "shutdown", interrupted)
         with pytest.raises(KeyboardInterrupt):
             port.close()
         assert len(shutdowns) == 2

@@ -81,8 +81,8 @@ class CheckedDiskPort:
 
     @property
     def adapter(self) -> str:
-        """Return the class name of the adapter that moves the bytes."""
-        return type(self._inner).__name__
+        """Return the name of what moves the bytes."""
+        return str(getattr(self._inner, "adapter", type(self._inner).__name__))
 
     def connect(self, wake: Callable[[], None]) -> None:
         """Attach to the running event loop."""

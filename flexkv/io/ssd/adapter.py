@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from flexkv.io.memory.arena import Arena
 from flexkv.io.ssd.files import StripedFiles
-from flexkv.io.ssd.posix import ThreadDiskPort
-from flexkv.io.ssd.uring import RingOptions, UringDiskPort
+from flexkv.io.ssd.port import DiskPort
+from flexkv.io.ssd.posix import thread_port
+from flexkv.io.ssd.uring import RingOptions, UringIo, uring_port
 from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
 
 
-def open_disk(
-    arena: Arena, files: StripedFiles, options: RingOptions
-) -> UringDiskPort | ThreadDiskPort:
+def open_disk(arena: Arena, files: StripedFiles, options: RingOptions) -> DiskPort:
     """Return the best disk port that this machine has, and log which and why.
 
     Args:
@@ -27,16 +26,17 @@ def open_disk(
         reason = files.why
     else:
         try:
-            port = UringDiskPort(arena, files, options)
+            port = uring_port(arena, files, options)
         except OSError as error:
             reason = f"io_uring refused ({error.strerror})"
         else:
+            assert isinstance(port.io, UringIo)
             log.info(
                 "disk_adapter",
-                adapter="io_uring",
-                registered=port.registered,
-                reason=port.why or "io_uring and O_DIRECT are there",
+                adapter=port.adapter,
+                registered=port.io.registered,
+                reason=port.io.why or "io_uring and O_DIRECT are there",
             )
             return port
     log.warning("disk_adapter", adapter="threads", direct=files.direct, reason=reason)
-    return ThreadDiskPort(arena, files, io_bytes_max=options.io_bytes_max)
+    return thread_port(arena, files, io_bytes_max=options.io_bytes_max)

@@ -70,12 +70,6 @@ class DiskJob:
         self.remaining -= 1
         return self.remaining == 0
 
-    def abandon_rest(self) -> bool:
-        """Drop the extents that were not started, and return whether that ended the job."""
-        self.remaining -= len(self.extents) - self.taken
-        self.extents = self.extents[: self.taken]
-        return self.remaining == 0
-
     @property
     def completion(self) -> Completion:
         """Return the end of this job, as `reap` reports it."""
