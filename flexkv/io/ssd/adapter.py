@@ -35,7 +35,7 @@ def open_disk(
                 "disk_adapter",
                 adapter="io_uring",
                 registered=port.registered,
-                reason=port.why or "io_uring and O_DIRECT are there",
+                reason=port.why or "io_uring and O_DIRECT are available",
             )
             return port
     log.warning("disk_adapter", adapter="threads", direct=files.direct, reason=reason)
