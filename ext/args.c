@@ -36,7 +36,7 @@ int args_unpack(const struct signature *signature, PyObject *const *args, Py_ssi
     }
     for (int i = 0; i < signature->required; i++)
         if (!values[i]) {
-            PyErr_Format(PyExc_TypeError, "%s() lacks the argument '%s'", signature->function,
+            PyErr_Format(PyExc_TypeError, "%s() is missing the argument '%s'", signature->function,
                          signature->names[i]);
             return -1;
         }

@@ -22,7 +22,7 @@ static int tier_options(PyObject *object, uint32_t options[4])
         options[i] = (uint32_t)value;
     }
     if (options[1] == POLICY_REWARD && !options[2]) {
-        PyErr_SetString(PyExc_ValueError, "a reward of 0 seconds is no reward");
+        PyErr_SetString(PyExc_ValueError, "the reward parameter must be 1 s or more");
         return -1;
     }
     return 0;
@@ -34,7 +34,7 @@ static int index_set_up(BlockIndex *self, PyObject *tiers)
     Py_ssize_t count = PyTuple_Size(tiers);
 
     if (count < 1 || count > TIERS_MAX) {
-        PyErr_Format(PyExc_ValueError, "%zd tiers, not 1..%d", count, TIERS_MAX);
+        PyErr_Format(PyExc_ValueError, "%zd tiers given, must be 1..%d", count, TIERS_MAX);
         return -1;
     }
     for (Py_ssize_t t = 0; t < count; t++) {
@@ -302,7 +302,7 @@ static PyMethodDef index_methods[] = {
      "Take places for what another tier holds."},
     {"lacking", METHOD(index_call_lacking), METH_VARARGS,
      "Return the places whose blocks another tier lacks."},
-    {"lease", FAST(index_call_lease), METH_FASTCALL | METH_KEYWORDS, "Name the filler."},
+    {"lease", FAST(index_call_lease), METH_FASTCALL | METH_KEYWORDS, "Record who fills places."},
     {"fillers", FAST(index_call_fillers), METH_FASTCALL | METH_KEYWORDS,
      "Return the op ids of the fillers."},
     {"pin", FAST(index_call_pin), METH_FASTCALL | METH_KEYWORDS, "Forbid eviction."},
@@ -317,16 +317,16 @@ static PyMethodDef index_methods[] = {
     {"clear_root", METHOD(index_clear_root_call), METH_O, "Forget a namespace."},
     {"root_blocks", METHOD(index_root_blocks), METH_O, "Count a namespace's blocks by tier."},
     {"root_ids", METHOD(index_root_ids), METH_VARARGS, "Return a namespace's READY places."},
-    {"set_quota", METHOD(index_set_quota), METH_VARARGS, "Bound a namespace in a tier."},
+    {"set_quota", METHOD(index_set_quota), METH_VARARGS, "Limit a namespace's places in a tier."},
     {"export", METHOD(index_call_export), METH_VARARGS, "Return what READY places hold."},
-    {"restore", METHOD(index_call_restore), METH_VARARGS, "Fill a tier as it was."},
+    {"restore", METHOD(index_call_restore), METH_VARARGS, "Restore a tier from exported records."},
     {"evict", METHOD(index_evict_call), METH_VARARGS, "Evict up to a number of blocks."},
     {"resize", METHOD(index_resize_call), METH_VARARGS, "Change a tier's capacity."},
-    {"watch", METHOD(index_call_watch), METH_O, "Remember changes from now on."},
-    {"changes", METHOD(index_call_changes), METH_NOARGS, "Take the changes remembered."},
+    {"watch", METHOD(index_call_watch), METH_O, "Record up to a number of changes."},
+    {"changes", METHOD(index_call_changes), METH_NOARGS, "Return the recorded changes."},
     {"counts", METHOD(index_counts), METH_O, "Count a tier's places by state."},
     {"tick", METHOD(index_tick), METH_O, "Set the time."},
-    {"validate", METHOD(index_validate), METH_NOARGS, "Check every law."},
+    {"validate", METHOD(index_validate), METH_NOARGS, "Check every invariant."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -334,7 +334,7 @@ static PyType_Slot index_slots[] = {
     {Py_tp_new, index_new},
     {Py_tp_dealloc, index_dealloc},
     {Py_tp_methods, index_methods},
-    {Py_tp_doc, "Which blocks are where, in every tier."},
+    {Py_tp_doc, "The index of which blocks are where, in every tier."},
     {0, NULL},
 };
 

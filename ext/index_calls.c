@@ -26,7 +26,7 @@ int request_hold(PyObject *keys, PyObject *begin, PyObject *end, Py_buffer *buff
         return -1;
     blocks = buffer->len / (Py_ssize_t)INDEX_KEY_BYTES - 1;
     if (buffer->len % (Py_ssize_t)INDEX_KEY_BYTES || blocks < 0) {
-        PyErr_Format(PyExc_ValueError, "keys has %zd bytes, not a root and keys of 16 each",
+        PyErr_Format(PyExc_ValueError, "keys has %zd bytes, must be a root and keys of 16 each",
                      buffer->len);
     } else if (integer_read(begin, "begin", 0, blocks, &first) == 0 &&
                integer_read(end, "end", first, blocks, &last) == 0) {

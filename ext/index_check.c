@@ -9,13 +9,13 @@ static const char *place_check(const struct block_index *index, unsigned t, ref 
     if (place->state == PLACE_FREE)
         return place->pins ? "a FREE place is pinned" : NULL;
     if (place->node != NONE && node_at(index, place->node)->place[t] != id)
-        return "a place is under a wrong node";
+        return "a place names the wrong node";
     if (place->state == PLACE_DRAINING && (place->node != NONE || !place->pins))
-        return "a place drains for nobody";
+        return "a DRAINING place has a node, or no pins";
     if (place->state == PLACE_READY && place->node == NONE)
         return "a READY place has no key";
     if ((place->list != LIST_NONE) != (place->state == PLACE_READY))
-        return "a place is in a list and not READY, or the other way round";
+        return "a place is in a list and not READY, or READY and in no list";
     if (place->list == LIST_PARKED && !place->pins) {
         const struct node *node = node_at(index, place->node);
 
@@ -63,19 +63,19 @@ static const char *node_check(struct block_index *index, ref number)
     for (ref child = node->child, before = NONE; child != NONE;
          child = node_at(index, child)->after) {
         if (node_at(index, child)->parent != number || node_at(index, child)->before != before)
-            return "a family is broken";
+            return "a node's list of children is broken";
         before = child;
     }
     if (node->parent == NONE)
         return node->child == NONE ? "a root has no child" : NULL;
     if (node_at(index, node->parent)->parent == NODE_FREE)
-        return "a block's parent is nowhere";
+        return "a block's parent is not in the index";
     for (unsigned t = 0; t < index->tiers; t++) {
         if (node->place[t] == NONE)
             continue;
         places++;
         if (index->tier[t].places[node->place[t]].node != number)
-            return "a node has another's place";
+            return "a node names a place of another node";
     }
     return places ? NULL : "a node has no place";
 }

@@ -357,7 +357,7 @@ static const char *lists_check(const struct tier *tier, unsigned quota)
         if (!tier->density && (policy->occupied >> number & 1) != (count > 0))
             return "a policy's list is wrongly marked as occupied";
         if (tier->density && count && tier->density->rank[number] < policy->cursor)
-            return "a cell has members before the cursor";
+            return "a list before the cursor has members";
     }
     return NULL;
 }

@@ -65,7 +65,7 @@ static PyObject *restore(BlockIndex *self, unsigned tier, const struct restored 
     uint32_t *positions = PyMem_Malloc(n * sizeof(*positions));
     size_t *page_first = PyMem_Malloc(n * sizeof(*page_first));
     uint8_t *seen = PyMem_Calloc((size_t)at->capacity + 1, 1);
-    const char *law = "a tier is restored that was used";
+    const char *law = "restore of a tier that is already in use";
     PyObject *result = NULL;
 
     if (!nodes || !positions || !page_first || !seen) {

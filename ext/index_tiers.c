@@ -214,7 +214,7 @@ int64_t index_reserve(struct block_index *index, unsigned t, const struct batch 
             bucket_expect(index, batch->keys, positions[i + EXPECT_AHEAD]);
         last = node_take(index, batch->keys, positions[i], last, &fresh);
         if (last == NONE)
-            return refuse(index, t, ids, i, "reserve of a block whose parent is nowhere");
+            return refuse(index, t, ids, i, "reserve of a block whose parent is not in the index");
         node = node_at(index, last);
         if (node->place[t] != NONE)
             return refuse(index, t, ids, i, "reserve of a block that has a place already");

@@ -79,7 +79,7 @@ static int sums_hold(PageMap *map, PyObject *sums)
     }
     for (size_t i = 0; i < layout->piece_count; i++)
         if (layout->pieces[i].offset != layout->pieces[i].start) {
-            PyErr_Format(PyExc_ValueError, "piece %zu: with sums there are no gaps", i);
+            PyErr_Format(PyExc_ValueError, "piece %zu: with sums, pieces may leave no gaps", i);
             return -1;
         }
     layout->sums = map->sums.buf;

@@ -163,7 +163,7 @@ static PyObject *copy_pool_checksum(CopyPool *self, PyObject *const *args, Py_ss
     if (!(pages = page_map_read(pool_state(self), values[1])))
         return NULL;
     if (!pages->layout.sums) {
-        PyErr_SetString(PyExc_ValueError, "the pages keep no sums");
+        PyErr_SetString(PyExc_ValueError, "the PageMap was made without sums");
         return NULL;
     }
     urgent = PyObject_IsTrue(values[3]);

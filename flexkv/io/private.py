@@ -59,7 +59,7 @@ def open_directory(path: Path) -> int:
     """
     link = os.lstat(path)
     if stat.S_ISLNK(link.st_mode) and not _is_ours(link):
-        raise NotPrivateError(f"is a link made by user {link.st_uid}", str(path))
+        raise NotPrivateError(f"is a symbolic link made by user {link.st_uid}", str(path))
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _check_access(os.fstat(fd), str(path))
@@ -148,8 +148,8 @@ def open_file(folder_fd: int, name: str, flags: int) -> int:
             found.st_uid == os.geteuid() and _set_mode(fd, FILE_MODE)
         )
         if not is_private and mode & _OTHERS_READ and os.fstat(folder_fd).st_mode & _OTHERS_ENTER:
-            why = "its file system refuses chmod, or it belongs to root: mount it with umask=077"
-            log.warning("others_may_read", file=name, mode=f"{mode:04o}", reason=why)
+            why = "chmod is refused, or the file belongs to root: mount the disk with umask=077"
+            log.warning("file_readable_by_others", file=name, mode=f"{mode:04o}", reason=why)
     except BaseException:
         os.close(fd)
         raise
@@ -162,7 +162,7 @@ def _check_file(found: os.stat_result, name: str) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise NotPrivateError("is not a regular file", name)
     if found.st_nlink > 1:
-        raise NotPrivateError("has another name as well (a hard link)", name)
+        raise NotPrivateError("has a second name (a hard link)", name)
     _check_access(found, name)
 
 
@@ -172,8 +172,8 @@ def _check_access(found: os.stat_result, name: str) -> None:
         raise NotPrivateError(why, name)
     mode = stat.S_IMODE(found.st_mode)
     if mode & _OTHERS_WRITE:
-        helps = "chmod go-w, or umask=077 if the mount sets the modes"
-        raise NotPrivateError(f"may be written to by others (mode {mode:04o}): {helps}", name)
+        helps = "run chmod go-w, or mount with umask=077 if the mount sets the modes"
+        raise NotPrivateError(f"is writable by others (mode {mode:04o}): {helps}", name)
 
 
 def _is_ours(found: os.stat_result) -> bool:

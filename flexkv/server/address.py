@@ -41,7 +41,7 @@ def socket_paths(address: str, environ: Mapping[str, str] = os.environ) -> tuple
     if not separator:
         rest = address
     elif scheme not in ("ipc", "unix"):
-        why = "must be a unix socket: ipc:///path; processes on other machines share by other means"
+        why = "must be a unix socket (ipc:///path): a server serves only its own machine"
         raise ConfigError("server_recv_port", address, why)
     path = Path(rest)
     if not path.is_absolute() or len(os.fsencode(rest)) > PATH_BYTES_MAX or "\0" in rest:
@@ -146,7 +146,7 @@ def _check_entry(path: Path, found: os.stat_result) -> None:
     _check_owner(path, found)
     mode = stat.S_IMODE(found.st_mode)
     if _others_write(path, found) and not mode & stat.S_ISVTX:
-        why = f"may be written to by others (mode {mode:04o}): chmod go-w, or +t, would do"
+        why = f"is writable by others (mode {mode:04o}): run chmod go-w, or chmod +t"
         raise PermissionError(EPERM, why, str(path))
 
 

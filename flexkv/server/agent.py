@@ -201,7 +201,7 @@ class Agent:
             except ConfigError as error:
                 wait_s, reason = RETRY_REFUSED_S, str(error)
             except (OSError, ClosedError) as error:
-                reason = f"{getattr(error, 'strerror', None) or error}; asking again"
+                reason = f"{getattr(error, 'strerror', None) or error}; trying again"
             else:
                 attempts = 0
                 with ExitStack() as unstarted:  # the task may be cancelled before its first step
@@ -235,7 +235,7 @@ class Agent:
                 backend.attach(arena)
                 device = backend.device(tensors, layout, self._tp_rank)
             except (OSError, FlexKVError) as error:
-                log.warning("not_lent", path=self._address, reason=str(error))
+                log.warning("device_setup_failed", path=self._address, reason=str(error))
                 await asyncio.sleep(RETRY_REFUSED_S)
                 return
             port = self._port = device.port
@@ -251,7 +251,7 @@ class Agent:
                 while (message := await link.receive()) is not None:
                     self._take(message)
             except (FlexKVError, ValueError, OverflowError) as error:
-                log.warning("server_misunderstood", reason=str(error))
+                log.warning("server_message_invalid", reason=str(error))
             finally:
                 # Then the connection may end: to the server its end means that no copy is left.
                 await self._wait_drained()
@@ -284,12 +284,12 @@ class Agent:
                 if (settled := self._settling.get(message.number)) is not None:
                     settled.set()
             case _:
-                raise ProtocolError(f"an agent is not sent {type(message).__name__}")
+                raise ProtocolError(f"a server may not send {type(message).__name__} to an agent")
 
     def _copy(self, message: Copy) -> None:
         assert self._port is not None
         if message.op_id in self._under_way:
-            raise ProtocolError(f"copy {message.op_id} is under way already")
+            raise ProtocolError(f"copy {message.op_id} is already under way")
         host_ids, device_ids = ids_from(message.host_ids), ids_from(message.device_ids)
         route = _TO_DEVICE if message.to_device else _TO_HOST
         sides = (host_ids, device_ids) if message.to_device else (device_ids, host_ids)
@@ -333,7 +333,7 @@ class Agent:
         except TimeoutError:
             if settled.is_set():  # just now; `self._link` may be the next connection by now
                 return
-            log.warning("server_left", path=self._address, reason=f"no answer in {SETTLE_S} s")
+            log.warning("server_timed_out", path=self._address, reason=f"no answer in {SETTLE_S} s")
             self._leaving = True  # from now on its copies are neither made nor answered
             await self._wait_drained()
             link.abort()
@@ -351,7 +351,7 @@ def _attached(connected: Connected) -> Arena:
     """
     welcome, fd = connected.welcome, connected.arena_fd
     if fd is None:
-        raise ProtocolError("it gave no host memory")
+        raise ProtocolError("the server sent no descriptor of its host memory")
     return Arena.attach(
         fd, welcome.num_host_blocks, welcome.block_stride_bytes, welcome.fd_offset_bytes
     )

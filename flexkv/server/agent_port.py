@@ -80,7 +80,7 @@ class AgentPort(RemoteDevice):
     def submit(self, transfer: Transfer) -> None:
         """Queue a transfer for the agent; if the agent is not connected, it fails at once."""
         if not self._link.is_open:
-            self._end(transfer, "it is not connected")
+            self._end(transfer, "the agent is not connected")
             return
         self._queues[transfer.route.target is Tier.DEVICE].append(transfer)
         self._pump()
@@ -117,13 +117,13 @@ class AgentPort(RemoteDevice):
         """Have the agent finish its copies and disconnect; it may connect again."""
         self.is_dismissed = True
         self._link.end()
-        self.fail_unsent("its agent was dismissed")
+        self.fail_unsent("the agent was dismissed")
 
     def gone(self) -> None:
         """Fail all copies: the agent's process has ended, or copies nothing any more."""
-        self.fail_unsent("it is gone")
+        self.fail_unsent("the agent is gone")
         for op_id in list(self._sent):
-            self._answered(op_id, "it is gone")
+            self._answered(op_id, "the agent is gone")
 
     def reap(self) -> list[Completion]:
         """Return every transfer that ended since the last call."""

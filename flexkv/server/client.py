@@ -183,7 +183,7 @@ class Client:
             self.flush()
             heard, now_s = self._receive(0.0), time.monotonic()
             if now_s > self._asked.get(number, now_s) + self._answer_s:
-                self._lost(f"it did not answer within {self._answer_s} s")
+                self._lost(f"no answer within {self._answer_s} s")
             elif now_s >= until_s and not heard:
                 return None
         return self._matched.pop(number, None) or Matched(number, 0, {})
@@ -258,7 +258,7 @@ class Client:
         self._under_way.add(start.number)
         self._blocks[start.number] = blocks
         if not self._send(start) and start.number in self._under_way:
-            self._fail(start.number, "there is no server")
+            self._fail(start.number, "not connected to a server")
         return start.number
 
     def cancel(self, numbers: Sequence[int]) -> None:
@@ -276,7 +276,7 @@ class Client:
                 if self._socket is None or self._socket.is_drained:
                     break
             if self._under_way and time.monotonic() > self._heard_s + HANG_S:
-                self._lost(f"it said nothing for {HANG_S} s")
+                self._lost(f"it sent nothing for {HANG_S} s")
         ended, self._ended = self._ended, []
         return ended
 
@@ -364,7 +364,7 @@ class Client:
         try:
             self._socket.queue(message)
         except ConfigError as error:
-            log.warning("not_asked", reason=str(error))
+            log.warning("message_not_sent", reason=str(error))
             return False
         return True
 
@@ -403,7 +403,7 @@ class Client:
         if line.unsent:
             self._is_behind = True
             if len(line.unsent) > UNSENT_BYTES_MAX:
-                self._lost(f"it has {len(line.unsent)} bytes to read")
+                self._lost(f"it left {len(line.unsent)} bytes unread")
 
     def _reads_on(self) -> None:
         """Restart the timeouts of matches if the server was behind: it may have got them late."""
@@ -422,7 +422,7 @@ class Client:
             for message in messages:
                 self._take(message)
         except ProtocolError as error:
-            self._lost(f"it is not understood: {error}")
+            self._lost(f"it sent an invalid message: {error}")
         except (OSError, ClosedError) as error:
             self._lost(str(error))
         return self._socket is not None
@@ -438,7 +438,7 @@ class Client:
             case Done():
                 if message.number in self._under_way:
                     if message.status not in _STATUSES:
-                        raise ProtocolError(f"no request ends as {message.status!r}")
+                        raise ProtocolError(f"a request cannot end with status {message.status!r}")
                     self._check_blocks(message.number, message.moved)
                     self._under_way.discard(message.number)
                     self._ended.append(message)
@@ -451,7 +451,7 @@ class Client:
                         self._model, self._tokens_per_block, self._secret, message.order
                     )
             case _:
-                raise ProtocolError(f"a client is not sent {type(message).__name__}")
+                raise ProtocolError(f"a server may not send {type(message).__name__} to a client")
 
     def _check_blocks(self, number: int, *blocks: int) -> None:
         """Check that an answer has no more blocks than were asked for.
@@ -461,11 +461,11 @@ class Client:
         """
         asked = self._blocks.pop(number, 0)
         if any(count > asked for count in blocks):
-            raise ProtocolError(f"{max(blocks)} blocks of {asked}")
+            raise ProtocolError(f"it answered {max(blocks)} blocks, {asked} were asked for")
 
     def _take_changes(self, changed: Changed) -> None:
         if not self._watches:
-            raise ProtocolError("changes that nobody asked for")
+            raise ProtocolError("the server sent changes that the client did not ask for")
         self._changes_kept += len(changed.changes)
         if self._changes_kept > CHANGES_MAX:
             self._changes, self._changes_kept = [], 0
@@ -488,7 +488,7 @@ class Client:
         self._matched.clear()
         self._blocks.clear()
         for number in list(self._under_way):
-            self._fail(number, "the server is gone")
+            self._fail(number, "disconnected from the server")
 
     def _fail(self, number: int, why: str) -> None:
         self._under_way.discard(number)

@@ -94,9 +94,9 @@ class Connections:
         connection.task.add_done_callback(lambda _: self._gone(connection))
         strangers = [each for each in self._connections if each.kind in ("stranger", "lending")]
         if len(strangers) > STRANGERS_MAX:
-            self._dismiss(strangers[0], "too many have not said who they are")
+            self._dismiss(strangers[0], f"more than {STRANGERS_MAX} connections are not set up yet")
         elif len(self._connections) > self.room:
-            self._dismiss(self._least(connection), "there are too few descriptors")
+            self._dismiss(self._least(connection), "too few file descriptors are left")
 
     def take_role(self, connection: Connection, kind: str) -> None:
         """Record what a connection is for; a new operator may end the one idle for longest.
@@ -111,10 +111,10 @@ class Connections:
         if len(controls) > CONTROLS_MAX:
             idle = [each for each in controls if not each.is_busy and each is not connection]
             if not idle:
-                why = f"at most {CONTROLS_MAX} at once, and all of them are busy"
+                why = f"at most {CONTROLS_MAX} operators at once, and all of them are busy"
                 raise ConfigError("control", f"{len(controls)} connections", why)
             longest = min(idle, key=lambda each: each.heard_s)
-            self._dismiss(longest, "others want to be operators, too")
+            self._dismiss(longest, f"more than {CONTROLS_MAX} operators; this one was idle longest")
 
     def all(self) -> Iterator[Connection]:
         """Return an iterator over the connections of now."""

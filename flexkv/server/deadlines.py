@@ -77,7 +77,7 @@ class DeviceDeadlines:
 
     def _begin(self, number: int, ranks: list[int]) -> None:
         instance = self._fleet.instances[number]
-        why = f"the devices of instance {number} do not answer (rank {ranks})"
+        why = f"the devices of instance {number} do not answer (ranks {ranks})"
         log.error("instance_stuck", instance=number, ranks=ranks, deadline_s=self._deadline_s)
         self._stuck.add(number)
         instance.stuck = why
@@ -90,7 +90,7 @@ class DeviceDeadlines:
         self._stuck.discard(number)
         if (instance := self._fleet.instances.get(number)) is not None:
             instance.stuck = ""
-        log.info("instance_answers", instance=number)
+        log.info("instance_recovered", instance=number)
         self._runner.take_back(number)
 
     def _arm(self) -> None:

@@ -30,7 +30,7 @@ from flexkv.server.wire import ProtocolError, ToServer
 
 log = get_logger(__name__)
 
-GONE = "the instance is gone"
+GONE = "the instance is no longer connected"
 EPOCH_SHIFT = 40
 BLOCK_MASK = (1 << EPOCH_SHIFT) - 1
 
@@ -87,17 +87,19 @@ class FleetPort(RemoteDevice):
         """
         tp_size = self._model.tp_size
         if not 0 <= tp_rank < tp_size:
-            raise ConfigError("tp_rank", tp_rank, f"must be from 0 to tp_size - 1: {tp_size - 1}")
+            raise ConfigError("tp_rank", tp_rank, f"must be from 0 to tp_size - 1 ({tp_size - 1})")
         if not 0 < num_blocks <= BLOCK_MASK:
             raise ConfigError("num_blocks", num_blocks, f"must be from 1 to {BLOCK_MASK}")
         instance = self.instances.get(number)
         if instance is not None and tp_rank in instance.ports:
-            why = f"is connected already for instance {number}: see instance_id"
+            why = f"is already connected for instance {number}: engines need different instance_ids"
             raise ConfigError("tp_rank", tp_rank, why)
         if not {axis for each in order.split(";") for axis in each.split()} <= AXES:
-            raise ConfigError("kv_caches", order, "must name an order of the elements of a block")
+            why = f"must be an element order made of these axes: {', '.join(sorted(AXES))}"
+            raise ConfigError("kv_caches", order, why)
         if any(each.ports for each in self.instances.values()) and order != self.order:
-            raise ConfigError("kv_caches", order, f"must lie as those of the others: {self.order}")
+            why = f"must have the same element order as the other ranks: {self.order}"
+            raise ConfigError("kv_caches", order, why)
 
     def join(self, number: int, tp_rank: int, port: AgentPort, order: str) -> None:
         """Add a rank; with the last one its instance gets an epoch.
@@ -173,7 +175,7 @@ class FleetPort(RemoteDevice):
         assert instance.epoch is not None
         if len(local_ids) and not 0 <= local_ids.min() <= local_ids.max() < instance.num_blocks:
             wrong = next(int(i) for i in local_ids if not 0 <= i < instance.num_blocks)
-            why = f"is not a device block of the instance: it has {instance.num_blocks}"
+            why = f"is not a device block of the instance, which has {instance.num_blocks}"
             raise ConfigError("device_ids", wrong, why)
         return local_ids | (instance.epoch << EPOCH_SHIFT)
 
@@ -250,5 +252,5 @@ def ids_from(blob: bytes) -> BlockIds:
         ProtocolError: they are not a whole number of ids.
     """
     if len(blob) % 8:
-        raise ProtocolError(f"{len(blob)} bytes are no ids")
+        raise ProtocolError(f"{len(blob)} bytes are not a whole number of ids of 8 bytes")
     return np.frombuffer(blob, np.int64)

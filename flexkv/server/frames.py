@@ -91,7 +91,7 @@ class FrameSocket:
         except BlockingIOError:
             return None
         if not count:
-            raise ClosedError("it closed the connection")
+            raise ClosedError("the server closed the connection")
         self.is_drained = count < READ_BYTES
         self._unread += memoryview(self._read)[:count]
         return self._whole()

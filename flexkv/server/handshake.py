@@ -59,7 +59,7 @@ def connect(address: str, hello: Hello, answer_s: float = ANSWER_S) -> Connected
         for fd in fds:
             os.close(fd)
         if isinstance(error, ProtocolError):
-            why = "no FlexKV server listens there"
+            why = "the process that listens there is not a FlexKV server"
             raise ConfigError("server_recv_port", address, why) from error
         raise
     return Connected(peer, welcome, fds[0] if fds else None)
@@ -101,7 +101,7 @@ def _check_server(peer: socket.socket, path: Path) -> None:
         pid, uid = peer_of(peer)
         why = (
             f"is served by user {uid} (process {pid}), who is neither us (user {os.geteuid()})"
-            " nor root: nothing was said to him"
+            " nor root: nothing was sent"
         )
         raise ConfigError("server_recv_port", str(path), why)
 
@@ -114,11 +114,11 @@ def _taken(answer: FromServer) -> Welcome:
         ProtocolError: the message is not a `Welcome`.
     """
     if not isinstance(answer, Welcome):
-        raise ProtocolError("no answer to a greeting")
+        raise ProtocolError("the answer to a Hello must be a Welcome")
     if answer.refusal is not None:
         raise ConfigError(*answer.refusal)
     if answer.version != PROTOCOL_VERSION:
-        why = f"this FlexKV speaks {PROTOCOL_VERSION}: use the same one everywhere"
+        why = f"this process speaks version {PROTOCOL_VERSION}: use the same FlexKV everywhere"
         raise ConfigError("protocol_version", answer.version, why)
     return answer
 

@@ -114,7 +114,7 @@ class Jobs:
         """
         engine = self._engine
         if not keys or len(keys) % BLOCK_KEY_BYTES:
-            why = "must be 16 for each, with the root"
+            why = "must be 16 bytes for each key, including the root"
             raise ConfigError("keys", f"{len(keys)} bytes", why)
         keys = keys_within(engine, keys)
         found = engine.find(keys)
@@ -150,7 +150,7 @@ class Jobs:
             ConfigError: a request with its number is under way already.
         """
         if start.number in self._jobs:
-            raise ConfigError("number", start.number, "is under way already")
+            raise ConfigError("number", start.number, "is the number of a request under way")
         if why := self._refusal(start, keys):
             self.release((start.held,))
             answered(Done(start.number, "failed", 0, why))
@@ -168,11 +168,11 @@ class Jobs:
     def _refusal(self, start: Start, keys: bytes) -> str:
         """Return why a request cannot begin; empty when it can."""
         if len(self._jobs) >= JOBS_MAX:
-            return f"at most {JOBS_MAX} requests at once"
+            return f"a client may have at most {JOBS_MAX} requests under way"
         if self._jobs_bytes + _bytes_of(start, keys) > JOBS_BYTES_MAX:
-            return f"at most {JOBS_BYTES_MAX} bytes of requests at once"
+            return f"a client may have at most {JOBS_BYTES_MAX} bytes of requests under way"
         if start.number in self._settled_early:
-            return "it was given up before it came"
+            return "the engine gave it up before it arrived"
         try:
             self._instance_of(start)
             _check(start, keys)
@@ -275,7 +275,7 @@ class Jobs:
         """
         instance = self._fleet.instances.get(self._instance)
         if instance is None or instance.epoch is None or instance.epoch != start.epoch:
-            raise ClosedError("the devices of the instance are not those of the request")
+            raise ClosedError("the instance's devices are not connected, or have reconnected since")
         if instance.stuck:
             raise ClosedError(instance.stuck)
         return instance
@@ -347,16 +347,16 @@ def _check(start: Start, keys: bytes) -> None:
         ConfigError: it breaks a rule.
     """
     if start.operation not in _OPERATIONS:
-        raise ConfigError("operation", start.operation, f"one of {', '.join(_OPERATIONS)}")
+        raise ConfigError("operation", start.operation, f"must be one of {', '.join(_OPERATIONS)}")
     blocks, rest = divmod(len(keys), BLOCK_KEY_BYTES)
     last = blocks - 1
     if rest or not 0 <= start.first <= last:
-        raise ConfigError("first", start.first, f"must be from 0 to the number of keys, {last}")
+        raise ConfigError("first", start.first, f"must be from 0 to the number of blocks, {last}")
     if start.operation == Operation.PREFETCH.label:
         return
     ids, wanted = start.device_ids, last - start.first
     if len(ids) != wanted * 8:
-        why = f"must be one for each block: {wanted}, of 8 bytes"
+        why = f"must be one id of 8 bytes for each of the {wanted} blocks"
         raise ConfigError("device_ids", f"{len(ids)} bytes", why)
     if _has_twice(np.frombuffer(ids, np.int64)):
         raise ConfigError("device_ids", f"{wanted} ids", "must not name a block twice")

@@ -228,7 +228,7 @@ class LaunchedServer:
         if watch is not None and self.pid:
             watch.signal(signal.SIGTERM)
             if not watch.wait(END_S):
-                log.warning("server_killed", pid=self.pid, reason=f"not ended in {END_S} s")
+                log.warning("server_killed", pid=self.pid, reason=f"not ended after {END_S} s")
                 watch.signal(signal.SIGKILL)
                 watch.wait(END_S)
         self._end_between()
@@ -250,7 +250,8 @@ class LaunchedServer:
         try:
             self._between.wait(LOOK_S)
         except subprocess.TimeoutExpired:
-            log.warning("launcher_killed", pid=self._between.pid, reason="it hangs")
+            reason = f"not ended after {LOOK_S} s"
+            log.warning("launcher_killed", pid=self._between.pid, reason=reason)
             self._between.kill()
             self._between.wait()
 
@@ -272,7 +273,7 @@ def _failure(said: bytes) -> FlexKVError:
         field, *rest = json.loads(said.removeprefix(REFUSED))
         return ConfigError(field, *rest) if rest else BackendUnavailableError("server", field)
     why = said.decode(errors="replace").strip() or (
-        "it ended before it listened; its log may say why, or the kernel's, if memory ran out"
+        "it ended before it listened: see its log, or the kernel's log if memory ran out"
     )
     return BackendUnavailableError("server", why)
 

@@ -89,7 +89,7 @@ class Listener:
         found = _stat(self.path)
         if found is not None:
             is_ours = self._socket_at is not None and os.path.samestat(found, self._socket_at)
-            self._tell("" if is_ours else "another file has taken its place")
+            self._tell("" if is_ours else "another file has taken the place of the socket")
             return False
         before, self.socket = self.socket, _new_socket()
         try:
@@ -185,16 +185,16 @@ class Listener:
             time.sleep(uniform(0.5, 1.5) * LOCK_PAUSE_S)
         who = f"process {holder}"
         if os.fstat(fd).st_mode & (stat.S_IRGRP | stat.S_IROTH):
-            who += ", or is locked by another user who may read its directory"
+            who += ", unless another user who may read its directory holds its lock"
         raise self._in_use(who)
 
     def _bind(self) -> None:
         path = self.path
         if (found := _stat(path)) is not None:
             if not stat.S_ISSOCK(found.st_mode):
-                raise FileExistsError(17, "is there, and is no socket")
+                raise FileExistsError(17, "exists and is not a socket")
             if (peer := self._refuse_if_served(str(path))) is not None:
-                why = f"is served by user {peer.uid} (process {peer.pid}), who is not this one"
+                why = f"is served by user {peer.uid} (process {peer.pid}), a different user"
                 raise ConfigError("server_recv_port", str(path), why)
             path.unlink()  # its server is gone
         self.socket.bind(str(path))
@@ -211,8 +211,8 @@ class Listener:
             self._witness.listen()
         except OSError as error:
             peer = self._refuse_if_served(name)
-            who = str(error) if peer is None else f"user {peer.uid} has its name"
-            log.warning("witness_not_bound", path=str(self.path), reason=who)
+            who = str(error) if peer is None else f"user {peer.uid} has bound its name"
+            log.warning("abstract_name_not_bound", path=str(self.path), reason=who)
 
     def _refuse_if_served(self, address: str) -> Peer | None:
         """Return the process of another user that listens at an address; None if none does.
@@ -226,7 +226,7 @@ class Listener:
                 ours.connect(address)
             except BlockingIOError:  # its backlog is full
                 if not address.startswith("\0"):
-                    raise self._in_use("a process that takes no connection") from None
+                    raise self._in_use("a process that accepts no connection") from None
                 return None
             except OSError:
                 return None
@@ -237,8 +237,8 @@ class Listener:
 
     def _in_use(self, who: str) -> ConfigError:
         why = (
-            f"is in use by another server ({who}): stop it, or set another server_recv_port; of "
-            "engines that share a server, only one launches it"
+            f"is in use by another server ({who}): stop it, or set another server_recv_port; if "
+            "engines share a server, only one of them may launch it"
         )
         return ConfigError("server_recv_port", str(self.path), why)
 

@@ -46,7 +46,7 @@ class KeptPrompts:
             kept = self._keys.get(prompt, b"")
             end = message.known * BLOCK_KEY_BYTES
             if len(kept) < end or kept[end - BLOCK_KEY_BYTES : end] != keys[:BLOCK_KEY_BYTES]:
-                raise ProtocolError(f"the keys of prompt {prompt} do not continue the known ones")
+                raise ProtocolError(f"the keys of prompt {prompt} do not continue the known keys")
             if len(keys) == BLOCK_KEY_BYTES:
                 return kept[:end]
             keys = b"".join((memoryview(kept)[: end - BLOCK_KEY_BYTES], keys))
@@ -56,12 +56,15 @@ class KeptPrompts:
 
     def _keep(self, prompt: int, keys: bytes) -> None:
         if len(keys) > PROMPT_BYTES_MAX:
-            raise ProtocolError(f"{len(keys)} bytes of keys of one prompt are too many to keep")
+            raise ProtocolError(
+                f"too many bytes of keys of a prompt: {len(keys)}, at most {PROMPT_BYTES_MAX}"
+            )
         self._kept_bytes += len(keys) - len(self._keys.get(prompt, b""))
         self._keys[prompt] = keys
         if len(self._keys) > PROMPTS_MAX or self._kept_bytes > PROMPTS_BYTES_MAX:
             raise ProtocolError(
-                f"{len(self._keys)} prompts with {self._kept_bytes} bytes of keys are too many"
+                f"{len(self._keys)} prompts with {self._kept_bytes} bytes of keys are too many: at "
+                f"most {PROMPTS_MAX} with {PROMPTS_BYTES_MAX} bytes are kept"
             )
 
     def forget(self, prompts: tuple[int, ...]) -> None:
@@ -170,7 +173,7 @@ def check_keys(keys: bytes) -> None:
         ConfigError: they are not a positive number of whole keys.
     """
     if not isinstance(keys, bytes) or not keys or len(keys) % BLOCK_KEY_BYTES:
-        raise ConfigError("keys", kind_of(keys), "must be what `Client.keys` gives")
+        raise ConfigError("keys", kind_of(keys), "must be keys that `Client.keys` returned")
 
 
 def integers(tokens: Any) -> Any:

@@ -129,7 +129,7 @@ class Server:
                 await self._connections.wait_none()
         except TimeoutError:
             count = len(self._connections)
-            log.warning("peers_cut_off", count=count, reason="they did not end in time")
+            log.warning("peers_cut_off", count=count, reason=f"not disconnected after {CLOSE_S} s")
             for connection in self._connections.all():
                 if connection.link is not None:
                     connection.link.abort()
@@ -156,7 +156,7 @@ class Server:
             try:
                 peer, _ = await loop.sock_accept(listening)
             except OSError as error:  # out of descriptors: it may get better
-                log.warning("connection_refused", reason=str(error))
+                log.warning("connection_not_accepted", reason=str(error))
                 await asyncio.sleep(1.0)
                 continue
             peer.setblocking(False)
@@ -199,13 +199,14 @@ class Server:
                 connected already, or there are too many instances.
         """
         if hello.version != PROTOCOL_VERSION:
-            why = f"this server speaks {PROTOCOL_VERSION}: use the same FlexKV everywhere"
+            why = f"the server speaks version {PROTOCOL_VERSION}: use the same FlexKV everywhere"
             raise ConfigError("protocol_version", hello.version, why)
         if hello.role != "control":
             self._check_facts(hello)
             self._check_instance(hello.instance)
         if hello.role == "client" and self._backend.fleet.client_of(hello.instance) is not None:
-            raise ConfigError("instance_id", hello.instance, "has a client already")
+            why = "already has a client: engines need different instance_ids"
+            raise ConfigError("instance_id", hello.instance, why)
         if hello.role == "agent":
             self._backend.fleet.check(hello.instance, hello.tp_rank, hello.num_blocks, hello.order)
 
@@ -235,13 +236,14 @@ class Server:
             raise ConfigError("instance_id", number, "must be from 0 to 2**63 - 1")
         known = self._jobs.keys() | self._backend.fleet.instances.keys()
         if number not in known and len(known) >= INSTANCES_MAX:
-            raise ConfigError("instance_id", number, f"is one too many: at most {INSTANCES_MAX}")
+            why = f"is one too many: a server has at most {INSTANCES_MAX} instances"
+            raise ConfigError("instance_id", number, why)
 
     def _check_facts(self, hello: Hello) -> None:
         for name in self._facts.keys() | hello.facts.keys():
             ours, theirs = self._facts.get(name), hello.facts.get(name)
             if ours != theirs:
-                raise ConfigError(name, theirs, f"the server's blocks have {ours!r}")
+                raise ConfigError(name, theirs, f"differs from the server's: {ours!r}")
 
     def _welcome(self, peer: socket.socket, hello: Hello) -> None:
         arena = self._backend.arena
@@ -262,7 +264,7 @@ class Server:
     async def _client(self, link: Link[ToServer], hello: Hello) -> None:
         instance = hello.instance
         if self._backend.fleet.client_of(instance) is not None:  # two came at once
-            raise ProtocolError(f"instance {instance} has a client already")
+            raise ProtocolError(f"instance {instance} already has a client")
         jobs, prompts = self._jobs_of(instance), KeptPrompts()
         self._backend.fleet.attach(instance, link)
         log.info("client_connected", instance=instance)
@@ -305,7 +307,7 @@ class Server:
             case Cancel():
                 jobs.cancel(message.numbers)
             case _:
-                raise ProtocolError(f"a client does not send {type(message).__name__}")
+                raise ProtocolError(f"a client may not send {type(message).__name__}")
 
     def _jobs_of(self, number: int) -> Jobs:
         """Return the requests of an instance; some may be left from an earlier client."""
@@ -352,7 +354,7 @@ class Server:
         if (message := await link.receive()) is None:
             return
         if not isinstance(message, DeviceReady):
-            raise ProtocolError("an agent's first word is that its device is lent")
+            raise ProtocolError("an agent's first message must be DeviceReady")
         port = self._port_of(link, hello)
         fleet.join(number, rank, port, hello.order)
         self._connections.take_role(connection, "agent")
@@ -371,7 +373,7 @@ class Server:
             log.warning("agent_dismissed", instance=number, rank=rank, reason=str(error))
         finally:
             if may_copy:  # its copies must end before its connection does
-                port.fail_unsent("its agent was dismissed")
+                port.fail_unsent("the agent was dismissed")
                 link.end()
                 await link.ignore()
             fleet.leave(number, rank)
@@ -404,7 +406,7 @@ class Server:
             case Settle():
                 self._settle(connection, message, self._jobs_of(number))
             case _:
-                raise ProtocolError(f"an agent does not send {type(message).__name__}")
+                raise ProtocolError(f"an agent may not send {type(message).__name__}")
 
     def _settle(self, connection: Connection, message: Settle, jobs: Jobs) -> None:
         """Answer an agent's `Settle` once those requests are over, which may be at once."""
@@ -415,7 +417,7 @@ class Server:
             link.send(Settled(message.number))
             return
         if len(connection.settling) >= SETTLES_MAX:
-            raise ProtocolError(f"it waits for {SETTLES_MAX} answers already")
+            raise ProtocolError(f"it already waits for {SETTLES_MAX} answers to Settle")
 
         async def settle() -> None:
             for job in unsettled:
@@ -435,7 +437,7 @@ class Server:
             if message is None:
                 return
             if not isinstance(message, Command):
-                raise ProtocolError("an operator sends commands")
+                raise ProtocolError("an operator may send only commands")
             connection.is_busy = True
             try:
                 value = await self._control.perform(message.verb, dict(message.arguments))
@@ -462,12 +464,12 @@ async def _hello(peer: socket.socket) -> Hello:
         while len(got) < count:
             more = await loop.sock_recv(peer, count - len(got))
             if not more:
-                raise ProtocolError("it said nothing")
+                raise ProtocolError("it disconnected before its Hello was complete")
             got += more
         return got
 
     length = length_of(await read(LENGTH_BYTES), HELLO_BYTES_MAX)
     hello = understood(TO_SERVER, await read(length))
     if not isinstance(hello, Hello):
-        raise ProtocolError("it did not say who it is")
+        raise ProtocolError("its first message is not a Hello")
     return hello

@@ -276,7 +276,7 @@ def framed(message: Message) -> bytes:
     """
     body = _ENCODER.encode(message)
     if len(body) > FRAME_BYTES_MAX:
-        raise ConfigError("message", f"{len(body)} bytes", f"at most {FRAME_BYTES_MAX} can be sent")
+        raise ConfigError("message", f"{len(body)} bytes", f"must be {FRAME_BYTES_MAX} or less")
     return len(body).to_bytes(LENGTH_BYTES, "little") + body
 
 
@@ -294,7 +294,7 @@ def length_of(head: bytes | bytearray, bytes_max: int = FRAME_BYTES_MAX) -> int:
     """
     length = int.from_bytes(head, "little")
     if length > bytes_max:
-        raise ProtocolError(f"a frame of {length} bytes")
+        raise ProtocolError(f"a frame of {length} bytes, more than {bytes_max}")
     return length
 
 

@@ -121,7 +121,7 @@ def test_a_limit_of_address_space_is_named() -> None:
 
     told = put_get(limit, num_cpu_blocks=None, cpu_cache_gb=4)
     assert told["error"].startswith("ConfigError: cpu_cache_gb=4: ")
-    assert "set cpu_cache_gb lower, or raise this process's limit of memory" in told["error"]
+    assert "set cpu_cache_gb lower, or raise this process's memory limit" in told["error"]
 
 
 @pytest.mark.parametrize("hugepages", [True, False])

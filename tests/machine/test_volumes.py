@@ -133,10 +133,10 @@ async def test_a_volume_whose_mount_sets_the_modes_is_used(kind: str, tmp_path: 
         with capture_logs() as logs:
             await put(mounted / "kv", PROMPT, strict=True)
             assert (await got(mounted / "kv", strict=True))[::2] == (16, 0)
-        assert "others_may_read" in [entry["event"] for entry in logs]
+        assert "file_readable_by_others" in [entry["event"] for entry in logs]
     with (
         volume(kind, other, options="umask=0") as mounted,
-        pytest.raises(ConfigError, match="may be written to by others"),
+        pytest.raises(ConfigError, match="is writable by others"),
     ):
         await put(mounted / "kv", PROMPT, strict=True)
 
@@ -154,7 +154,7 @@ async def test_a_volume_that_refuses_chmod_is_used(fuse: Disk) -> None:
     with capture_logs() as logs:
         await put(fuse.mounted / "kv", PROMPT)
         assert (await got(fuse.mounted / "kv"))[::2] == (16, 0)
-    assert "others_may_read" in [entry["event"] for entry in logs]
+    assert "file_readable_by_others" in [entry["event"] for entry in logs]
     assert "ssd_directory_not_used" not in [entry["event"] for entry in logs]
 
 
@@ -162,7 +162,7 @@ async def test_a_volume_that_others_may_write_to_is_not_used(tmp_path: Path) -> 
     """A volume that everybody may write to is refused by name."""
     with (
         volume("tmpfs", tmp_path, options="mode=0777,size=16m") as mounted,
-        pytest.raises(ConfigError, match="may be written to by others"),
+        pytest.raises(ConfigError, match="is writable by others"),
     ):
         await put(mounted, PROMPT, strict=True)
 

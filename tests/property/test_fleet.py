@@ -90,7 +90,7 @@ class FleetMachine(RuleBasedStateMachine):
         place, number = self.places[instance], rank % self.model.tp_size
         joining = Rank(self.model.part_of(number).number, blocks)
         if number in place.ranks:
-            with pytest.raises(ConfigError, match="is connected already"):
+            with pytest.raises(ConfigError, match="is already connected"):
                 self.fleet.join(instance, number, joining.port, ORDER)
             return
         self.fleet.join(instance, number, joining.port, ORDER)

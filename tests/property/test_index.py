@@ -254,7 +254,7 @@ def test_breaking_a_law_is_an_invariant_error() -> None:
     """A call that breaks a law of the index raises InvariantError at once."""
     index = Residency({Tier.HOST: 4})
     keys = keys_of((0, 0, 0))
-    with pytest.raises(InvariantError, match="parent is nowhere"):
+    with pytest.raises(InvariantError, match="parent is not in the index"):
         index.reserve(Tier.HOST, keys, Positions(1, 1))
     ids = index.reserve(Tier.HOST, keys, Positions(0, 1))
     with pytest.raises(InvariantError, match="has a place already"):

@@ -184,9 +184,9 @@ def test_while_a_graph_is_captured_from_its_stream_a_thread_cannot_ask(started: 
     written = manager.put_layerwise(PROMPT[: 4 * PER_BLOCK], slots_of(range(20, 24)))
     driver.captured = {driver.current}
     for ask in (manager.put_async, manager.get_async, manager.put_layerwise):
-        with pytest.raises(ConfigError, match="a CUDA graph is being captured from it"):
+        with pytest.raises(ConfigError, match="a CUDA graph is being captured on it"):
             ask(PROMPT, slots)
-    with pytest.raises(ConfigError, match="a CUDA graph is being captured from it"):
+    with pytest.raises(ConfigError, match="a CUDA graph is being captured on it"):
         written.layer_written(0)
     driver.captured.clear()
     for layer in range(LAYERS):

@@ -181,7 +181,7 @@ def test_a_server_that_may_not_wait_is_refused_at_once(settings: Settings) -> No
 def test_a_server_does_not_wait_for_an_address_that_it_cannot_have(tmp_path: Path) -> None:
     """An address that is a file is refused at once."""
     (tmp_path / "socket").write_text("mine")
-    with pytest.raises(ConfigError, match="is no socket"):
+    with pytest.raises(ConfigError, match="is not a socket"):
         LaunchedServer(MODEL, settings_in(tmp_path))
 
 

@@ -101,7 +101,7 @@ def test_what_breaks_a_rule_is_refused_by_name(
     number = instance.client.start(Operation.GET, instance.keys(1), 0, wrong)
     assert "is not a device block" in instance.end_of(number).error
     number = instance.client.start(Operation.GET, instance.keys(1), 0, np.arange(3))
-    assert "must be one for each block" in instance.end_of(number).error
+    assert "must be one id of 8 bytes for each" in instance.end_of(number).error
     other = MODEL.model_copy(update={"num_layers": 2})
     assert Client(settings, other).match(b"x" * 32).blocks == 0
     assert not Client(settings, MODEL).poll()

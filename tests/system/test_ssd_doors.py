@@ -41,7 +41,7 @@ async def test_files_that_others_may_write_to_are_refused(tier: Path, name: str)
     path = tier / f"{name}.flexkv"
     path.chmod(0o666)
     error = await refusal(tier)
-    assert (error.value, "may be written to by others" in error.why) == (str(path), True)
+    assert (error.value, "is writable by others" in error.why) == (str(path), True)
     path.chmod(0o600)
     assert (await got(tier))[0] == 16
 

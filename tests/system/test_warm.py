@@ -77,7 +77,7 @@ async def test_namespaces_and_branches_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"tokens_per_block": 8}, "tokens_per_block was 4, is 8"),
+        ({"tokens_per_block": 8}, "tokens_per_block was 4, is now 8"),
         ({"key_secret": "other"}, "key_secret_digest"),
         ({"max_file_size_gb": 0.0001}, "rows_per_file was None"),
     ],

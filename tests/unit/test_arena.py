@@ -258,7 +258,7 @@ def test_more_than_the_cgroup_allows_is_refused(monkeypatch, tmp_path, line, fil
     monkeypatch.setattr(host_memory, "CGROUP_ROOT", tmp_path)
     monkeypatch.setattr(host_memory, "CGROUP_OF_SELF", tmp_path / "self")
     Arena.open(3, MIB).close()
-    with pytest.raises(ConfigError, match=r"cgroup .* has 3\.00 MB:"):
+    with pytest.raises(ConfigError, match=r"cgroup .* has only 3\.00 MB free:"):
         Arena.open(4, MIB)
 
 

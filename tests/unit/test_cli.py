@@ -187,7 +187,7 @@ def test_ctrl_c_while_the_command_is_imported_prints_no_traceback() -> None:
         (["serve", "m.json"], {"FLEXKV_SSD_CACHE_GB": "1"},
          "flexkv: ssd_cache_dir: an SSD tier needs at least one directory: set this key"),
         (["serve", "m.json"], {"FLEXKV_CPU_CACHE_GB": "1000"},
-         "flexkv: cpu_cache_gb=1000: needs 1,000.00 GB of memory, the "),
+         "flexkv: cpu_cache_gb=1000: needs 1,000.00 GB of memory, but the "),
         (["serve", "m.json"], {"FLEXKV_LOG_LEVEL": "loud"}, "flexkv: FLEXKV_LOG_LEVEL='loud': mus"),
         (["serve", "short.json"], {}, "flexkv: num_kv_heads: is missing, and has no default"),
         (["server", "status", "--server", "ipc:///no/socket"], {},

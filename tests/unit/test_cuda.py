@@ -163,7 +163,7 @@ async def test_a_measurement_that_fails_leaves_nothing_under_way(
     layout = infer_layout([describe(layers[0])], [SHAPE])
     driver, arena = FakeCuda(layers), Arena.open(BLOCKS, 4096)
     driver.takes_s = {"cuMemcpyBatchAsync": 0.2}
-    with pytest.raises(DeviceError, match="measures"):
+    with pytest.raises(DeviceError, match="a measurement copy"):
         CudaDevicePort(layout, Pinned(arena), layers, driver)
     assert (driver.left, driver.broken) == (0, None)
     arena.close()

@@ -305,7 +305,7 @@ def test_a_journal_without_a_superblock_is_not_believed_in(tmp_path: Path) -> No
     """A journal without a superblock is not used, since the kind of its blocks is unknown."""
     opened(tmp_path, WANTED)
     (tmp_path / superblock.NAME).write_bytes(b"[" * 100_000)
-    with pytest.raises(ConfigError, match="no superblock"):
+    with pytest.raises(ConfigError, match="superblock is missing"):
         refuse([tmp_path], WANTED)
     assert not len(opened(tmp_path, WANTED).rows)
 

@@ -211,7 +211,7 @@ def test_read_only_arrays_are_refused():
     """A read-only array is refused, as a get could not write to it."""
     array = layers_of(SHAPES["fused"])[0]
     array.flags.writeable = False
-    with pytest.raises(ConfigError, match="read-only"):
+    with pytest.raises(ConfigError, match="must be writable"):
         describe(array, "kv_caches[0]")
 
 
@@ -231,7 +231,7 @@ def test_tensors_on_several_devices_are_refused_by_name():
 
 def test_anything_else_is_no_tensor():
     """A list of numbers is refused as a KV cache."""
-    with pytest.raises(ConfigError, match="neither a numpy array nor a torch tensor"):
+    with pytest.raises(ConfigError, match="must be a numpy array or a torch tensor"):
         describe([1, 2])
 
 

@@ -147,7 +147,7 @@ def test_who_answers_keeps_others_out_where_directories_cannot_be_locked(
         for each in (first, second):
             each.setblocking(False)
             each.connect_ex(str(path))
-        assert "takes no connection" in refusal(path)
+        assert "accepts no connection" in refusal(path)
     listener.close()
     Listener(path).close()
 
@@ -293,7 +293,7 @@ def test_directories_that_strangers_may_change_are_refused_by_name(path: Path) -
         folder.chmod(mode)
         for socket_at in (path, inner / "socket"):
             if is_refused:
-                assert f"{folder} may be written to by others" in refusal(socket_at)
+                assert f"{folder} is writable by others" in refusal(socket_at)
             else:
                 Listener(socket_at).close()
     folder.chmod(0o700)
@@ -322,7 +322,7 @@ def test_directories_and_links_of_strangers_are_refused_by_name(path: Path) -> N
         assert f"{folder} belongs to user {STRANGER}" in refusal(socket_at)
     os.chown(folder, 0, STRANGER)
     folder.chmod(0o770)
-    assert "may be written to by others" in refusal(path)
+    assert "is writable by others" in refusal(path)
     folder.chmod(0o750)
     Listener(path).close()
 
@@ -333,7 +333,7 @@ def test_a_group_of_the_owners_number_is_his_alone(path: Path) -> None:
     if path.parent.stat().st_gid == os.geteuid():
         check_folder(path.parent)
     else:
-        assert "may be written to by others" in refusal(path)
+        assert "is writable by others" in refusal(path)
 
 
 def test_our_own_address_is_in_a_directory_of_ours(own: Path) -> None:

@@ -173,7 +173,7 @@ def test_a_file_that_others_may_write_to_is_refused(
     (tier / name).chmod(mode)
     error = refusal(call, tier)
     assert error.value == str(tier / name)
-    assert error.why.startswith(f"may be written to by others (mode {mode:04o}): chmod go-w")
+    assert error.why.startswith(f"is writable by others (mode {mode:04o}): run chmod go-w")
 
 
 @pytest.mark.parametrize("call", [open_tier, inspect])
@@ -257,7 +257,7 @@ def test_a_directory_that_others_may_write_to_is_refused(
     tier.chmod(mode)
     error = refusal(call, tier)
     assert error.value == str(tier)
-    assert error.why.startswith(f"may be written to by others (mode {mode:04o}): chmod go-w")
+    assert error.why.startswith(f"is writable by others (mode {mode:04o}): run chmod go-w")
 
 
 @pytest.mark.parametrize("call", CALLS[:2])
@@ -288,7 +288,7 @@ def test_a_linked_directory_of_ours_is_followed(tier: Path) -> None:
         call(link)
     tier.chmod(0o777)
     for each in CALLS[:2]:
-        assert "written to by others" in refusal(each, link).why
+        assert "is writable by others" in refusal(each, link).why
 
 
 def test_a_link_of_another_user_is_refused(tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +297,7 @@ def test_a_link_of_another_user_is_refused(tier: Path, monkeypatch: pytest.Monke
     link.symlink_to(tier)
     belongs_to_a_stranger(monkeypatch, link)
     for call in CALLS[:2]:
-        assert refusal(call, link).why == f"is a link made by user {STRANGER}"
+        assert refusal(call, link).why == f"is a symbolic link made by user {STRANGER}"
 
 
 def test_another_directory_of_the_same_name_is_not_used(tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_a_directory_is_not_looked_into_before_it_is_checked(tier: Path) -> None
     """A directory's mode is checked before its content: blocks of another kind are not reported."""
     tier.chmod(0o777)
     refuse([tier], Superblock(2, {}, STRIDE, None))
-    assert "written to by others" in refusal(open_tier, tier).why
+    assert "is writable by others" in refusal(open_tier, tier).why
 
 
 @pytest.mark.usefixtures("umask")

@@ -442,7 +442,7 @@ def test_a_model_that_changes_its_configuration_keeps_its_name(
     assert connector.worker.setup.model.model_id != expected
     config.model_config.hf_config.max_position_embeddings = 7
     (tmp_path / "downloading").rename(hidden)
-    with pytest.raises(ConfigError, match="no layer"):
+    with pytest.raises(ConfigError, match="at least one layer"):
         connector.register_kv_caches({})
     assert connector.worker.setup.model.model_id == expected
     connector.shutdown()

@@ -70,7 +70,7 @@ REFUSED = [
     pytest.param(model_is(has_inner_state=True), "model", "state layers"),
     pytest.param(
         sets("model_config.hf_config.layer_types", ["full_attention", "linear_attention"]),
-        "layer_types", "linear_attention|other kinds",
+        "layer_types", "linear_attention|only attention",
     ),
     pytest.param(
         sets("model_config.is_encoder_decoder", True), "model", "encoder-decoder",

@@ -61,11 +61,11 @@ class OwnServer:
             self._server.look()
             if not self._server.has_ended:
                 return
-            self._reason = "it ended: its log says why"
+            self._reason = "it ended: see its log"
         except FlexKVError as error:
             self._reason = str(error)
         except OSError as error:  # no descriptor is left to look with: the next step looks again
-            log.warning("server_not_seen", reason=str(error))
+            log.warning("server_not_checked", reason=str(error))
             return
         self._is_ended = True
         if time.monotonic() - self._launched_s >= YOUNG_S:

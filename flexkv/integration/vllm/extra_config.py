@@ -38,7 +38,7 @@ def with_extra(settings: Settings, transfer: Any) -> Settings:
     """
     extra = getattr(transfer, FIELD, None) or {}
     if not isinstance(extra, Mapping):
-        raise ConfigError(FIELD, kind_of(extra), "must be an object of keys")
+        raise ConfigError(FIELD, kind_of(extra), "must be a JSON object")
     told = {name: value for name, value in extra.items() if name != WEIGHTS_ID}
     if not told:
         return settings

@@ -108,7 +108,7 @@ def _files(place: Path) -> Iterator[tuple[str, Path]]:
         if len(found) > FILES_MAX:
             raise OSError(f"{place} has more than {FILES_MAX} files")
     if not found:
-        raise FileNotFoundError(f"no file of weights in {place}")
+        raise FileNotFoundError(f"no weight files in {place}")
     yield from sorted(found)
 
 

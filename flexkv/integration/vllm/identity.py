@@ -248,7 +248,7 @@ def _weights(vllm_config: Any) -> list[Any]:
     facts: list[Any] = [named]
     why = ""
     if getattr(vllm_config, "weight_transfer_config", None) is not None:
-        why = "they are exchanged while the engine runs"
+        why = "weight_transfer_config is set, so they may change at run time"
     try:
         if _load_format(load) == RANDOM:
             facts.append(["seed", model.seed])
@@ -257,18 +257,18 @@ def _weights(vllm_config: Any) -> list[Any]:
             facts.append([hub_name_of(place.resolve()), facts_of(place)])
         facts += [[str(path), facts_of(path)] for path in _paths_in(vllm_config)]
         if _load_format(load) not in (*FROM_FILES, RANDOM):
-            why = f"nothing is known of the load format {_load_format(load)}"
+            why = f"FlexKV does not know the load format {_load_format(load)}"
     except OSError as error:
         why = str(error)
     engine = ["engine", _OF_RANK.sub("", str(transfer.engine_id))]
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         facts.append(engine)
-        why = "an engine measures the scales of its KV by the first prompt that it computes"
+        why = "calculate_kv_scales is set: each engine measures its own scales"
         log.warning("kv_kept_for_one_engine", reason=why)
     elif why and named is None:
         facts.append(engine)
-        remedy = f"name them by {WEIGHTS_ID} in kv_connector_extra_config"
-        log.warning("weights_not_named", model=model.model, reason=why, remedy=remedy)
+        remedy = f"set {WEIGHTS_ID} in kv_connector_extra_config"
+        log.warning("weights_not_identified", model=model.model, reason=why, remedy=remedy)
     return facts
 
 

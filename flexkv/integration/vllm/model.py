@@ -41,7 +41,7 @@ def model_of(arguments: Sequence[str]) -> ModelConfig:
     )
     config = engine.create_engine_config()
     if not weights_are_here(config):
-        why = "its weights name its blocks, and are not on this machine yet: download them first"
+        why = "its weights, which identify its blocks, are not on this machine: download them first"
         raise ConfigError("model", config.model_config.model, why)
     return setup_of(config).model
 

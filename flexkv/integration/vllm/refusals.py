@@ -20,7 +20,7 @@ ATTENTION = {"attention", "full_attention", "global_attention", "sliding_attenti
 """Kinds of layers in models' own configurations; windows are checked by a rule of their own."""
 WHOLE = ("FullAttentionSpec", "MLAAttentionSpec")
 """Kinds of KV caches that keep every token, in a slot of its own."""
-_STATE = "has state layers beside its KV cache: FlexKV keeps KV blocks only"
+_STATE = "has state layers beside its KV cache, and FlexKV keeps only KV blocks"
 
 
 class Rule(NamedTuple):
@@ -111,29 +111,29 @@ def _role(config: Any) -> object:
     return role if role != "kv_both" else None
 
 
-_CONTEXT = "context parallelism is not served: a rank has a part of each block's tokens"
+_CONTEXT = "context parallelism is not served: a rank has only part of each block's tokens"
 RULES = (
     Rule("pipeline_parallel_size", _of("parallel_config", "pipeline_parallel_size", 1),
-         "pipeline parallelism is not served: a rank has a part of the layers"),
+         "pipeline parallelism is not served: a rank has only part of the layers"),
     Rule("decode_context_parallel_size",
          _of("parallel_config", "decode_context_parallel_size", 1), _CONTEXT),
     Rule("prefill_context_parallel_size",
          _of("parallel_config", "prefill_context_parallel_size", 1), _CONTEXT),
     Rule("nnodes", _of("parallel_config", "nnodes_within_dp", 1),
-         "an engine on several machines is not served: its workers reach no server on another"),
+         "engines on several machines are not served: a server serves only its own machine"),
     Rule("model", _model_if("is_attention_free"),
          "is attention-free: it has no KV cache, so there is nothing to keep"),
     Rule("model", _model_if("is_hybrid"), f"is a hybrid model: it {_STATE}"),
     Rule("model", _model_if("is_encoder_decoder"),
          "is an encoder-decoder model: its cross attention depends on more than the tokens before"),
     Rule("model", _model_if("is_diffusion"),
-         "is a diffusion model: its tokens change after their KV was computed"),
+         "is a diffusion model: its tokens change after their KV is computed"),
     Rule("runner", _pooling,
          "models that pool instead of generating are not served: many attend in both directions"),
     Rule("model", _model_if("has_inner_state"), _STATE),
     Rule("model", _model_if("has_noops"),
          "has layers without attention: its layers are not all in the KV cache"),
-    Rule("layer_types", _layers, "layers of other kinds than attention are not served"),
+    Rule("layer_types", _layers, "only attention layers are served"),
     Rule("sliding_window", _window,
          "layers that forget older tokens are not served: try vLLM's --disable-sliding-window"),
     Rule("attention_chunk_size", _of("model_config", "attention_chunk_size"),
@@ -143,12 +143,12 @@ RULES = (
     Rule("num_kv_shared_layers", _text("num_kv_shared_layers"),
          "layers that share a KV cache are not served"),
     Rule("kv_cache_dtype", _dtype,
-         "this KV cache is not served: scales or packed values lie beside its blocks"),
+         "is not served: such a KV cache has scales or packed values beside its blocks"),
     Rule("kv_cache_dtype_skip_layers", _of("cache_config", "kv_cache_dtype_skip_layers"),
          "KV caches whose layers have different dtypes are not served"),
     Rule("kv_role", _role, "must be kv_both: FlexKV both stores and loads"),
     Rule("speculative_config.method", _drafts,
-         f"drafts with a KV cache of their own are not served: {', '.join(DRAFTS_WITHOUT_KV)} are"),
+         f"drafts with a KV cache are not served, only these: {', '.join(DRAFTS_WITHOUT_KV)}"),
 )  # fmt: skip
 """Checked in this order, so that an error names the cause, and not a consequence of it."""
 
@@ -181,7 +181,7 @@ def check_caches(kv_cache_config: Any) -> None:
         return
     if len(groups) != 1:
         kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
-        why = f"FlexKV serves models whose layers are in one group, not: {kinds or 'none'}"
+        why = f"FlexKV serves only models whose layers form one group, not: {kinds or 'none'}"
         raise ConfigError("kv_cache_groups", len(groups), why)
     for spec in _specs(groups[0].kv_cache_spec):
         if (kind := type(spec).__name__) not in WHOLE:

@@ -317,7 +317,7 @@ class SchedulerSide:
             self.client.flush()
             cancelled |= readers
             if time.monotonic() > until_s:
-                self.client.give_up(f"{len(readers)} puts did not end in {wait_s} s")
+                self.client.give_up(f"{len(readers)} puts did not end within {wait_s} s")
             time.sleep(0.0001)
             self._poll()
 
@@ -356,7 +356,7 @@ class SchedulerSide:
         self._counts.count("loaded_blocks", done.moved)
         if done.moved < len(load.block_ids):
             if not state.finished:
-                log.warning("load_came_short", request=request_id, wanted=len(load.block_ids),
+                log.warning("load_incomplete", request=request_id, wanted=len(load.block_ids),
                             loaded=done.moved, status=done.status, reason=done.error)  # fmt: skip
             self._counts.count("failed_blocks", len(load.block_ids) - done.moved)
             self._step.failed_blocks.update(load.block_ids[done.moved :])
@@ -457,7 +457,7 @@ class SchedulerSide:
         try:
             command(self._setup.settings.server_recv_port, "clear")
         except FlexKVError as error:
-            log.warning("not_cleared", reason=str(error))
+            log.warning("cache_not_cleared", reason=str(error))
             return False
         self._poll()  # the server reports the new generation
         return True

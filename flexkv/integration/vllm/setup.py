@@ -85,9 +85,9 @@ def _gates_loads(vllm_config: Any) -> bool:
 
 
 def _with_block_size(cache: CacheConfig, block_size: int) -> CacheConfig:
-    told = cache.tokens_per_block
-    if "tokens_per_block" in cache.model_fields_set and told != block_size:
-        log.warning("tokens_per_block", configured=told, used=block_size, reason="is vLLM's block")
+    configured = cache.tokens_per_block
+    if "tokens_per_block" in cache.model_fields_set and configured != block_size:
+        log.warning("tokens_per_block_ignored", configured=configured, used=block_size)
     return cache.model_copy(update={"tokens_per_block": block_size})
 
 

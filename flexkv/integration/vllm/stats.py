@@ -15,16 +15,16 @@ log = get_logger(__name__)
 
 COUNTS: dict[str, str] = {
     "matches": "Prompts that were looked up.",
-    "late_matches": "Times that one was put off to the next step: no answer, or too many open.",
-    "hits": "Of these, such that could be loaded from.",
-    "offered_blocks": "Blocks that were found beyond the engine's own.",
-    "declined_blocks": "Blocks that were found, and are faster computed than loaded.",
+    "late_matches": "Lookups put off to the next step: no answer yet, or too many open.",
+    "hits": "Prompts of which blocks could be loaded.",
+    "offered_blocks": "Blocks found beyond those that the engine had itself.",
+    "declined_blocks": "Blocks found, but not loaded because computing them is faster.",
     "loads": "Loads that ended.",
-    "loaded_blocks": "Blocks that they brought.",
-    "failed_blocks": "Blocks that they should have brought and did not: computed anew.",
+    "loaded_blocks": "Blocks that were loaded.",
+    "failed_blocks": "Blocks that could not be loaded, and are computed again.",
     "puts": "Puts that ended.",
-    "stored_blocks": "Blocks that they stored.",
-    "failed_puts": "Puts that stored nothing for a fault.",
+    "stored_blocks": "Blocks that puts stored.",
+    "failed_puts": "Puts that failed or were cancelled.",
 }
 """Everything that is counted, with a description."""
 

@@ -54,7 +54,7 @@ class CheckedDiskPort:
 
         Args:
             inner: the port that moves the bytes.
-            summer: sums host blocks, and holds the sums of those in host memory.
+            checksummer: sums host blocks, and holds the sums of those in host memory.
             num_blocks: number of disk blocks.
             place_of: returns the path and byte offset of a disk block, for errors.
         """

@@ -233,7 +233,8 @@ def choices_for(driver: CudaDriver, layout: PagedLayout, ways: list[CopyStream])
     except DeviceError as error:
         if error.code != OUT_OF_MEMORY:
             raise
-        log.warning("device_not_measured", reason="no device memory to copy from and to")
+        reason = "too little free device memory: the copy engine is used"
+        log.warning("device_not_measured", reason=reason)
         return [Choices.always(CopyMethod.ENGINE)] * len(ways)
     kept.write(path, encode(choices))
     return choices
@@ -274,7 +275,7 @@ def measured(driver: CudaDriver, layout: PagedLayout, ways: list[CopyStream]) ->
             ended.register(way.eventfd, select.POLLIN)
             if not ended.poll(1000 * MEASURED_S_MAX):
                 driver.check(way.stream)
-                raise DeviceError("a copy that measures the device", 0)
+                raise DeviceError(f"a measurement copy (no end within {MEASURED_S_MAX} s)", 0)
             os.eventfd_read(way.eventfd)
             return time.perf_counter() - begin_s
 

@@ -65,7 +65,7 @@ class CopyStream:
             try:
                 self.stage = Stage(self._driver, self.stream)
             except DeviceError as error:
-                log.warning("no_memory_to_stage_in", bytes=SLOTS * SLOT_BYTES, code=error.code)
+                log.warning("staging_not_allocated", bytes=SLOTS * SLOT_BYTES, code=error.code)
                 choices = choices.without(CopyMethod.STAGED)
         self.choices = choices
 

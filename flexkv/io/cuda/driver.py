@@ -472,5 +472,5 @@ def why_no_gds() -> str:
 
         version = cufile.get_version()
     except (ImportError, RuntimeError) as error:  # the latter if the library is missing
-        return f"cuFile is not there: {error}"
-    return f"cuFile {version} is there, but the route is not built: its bytes would not be checked"
+        return f"cuFile is not available: {error}"
+    return f"cuFile {version} is available, but not used: it would bypass the checksums"

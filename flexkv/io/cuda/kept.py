@@ -60,7 +60,7 @@ def _opened(path: Path, make: bool = False) -> Iterator[int]:
         OSError: it is missing, others may write to it, or the user has no home.
     """
     if not path.is_absolute():  # without a home "~" stays as it is
-        raise FileNotFoundError(2, "is not absolute", str(path))
+        raise FileNotFoundError(2, "the path is not absolute", str(path))
     if make:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     fd = make_directory(path) if make else open_directory(path)

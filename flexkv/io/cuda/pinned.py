@@ -73,8 +73,8 @@ class Pinned:
                     part_blocks = -(-part_blocks // 2)
                     continue
                 why = (
-                    f"CUDA registers {taken / GB:.2f} of {size / GB:.2f} GB of host memory "
-                    f"({error}): raise the limit on locked memory (ulimit -l), or give fewer blocks"
+                    f"CUDA registered only {taken / GB:.2f} of {size / GB:.2f} GB of host memory "
+                    f"({error}): raise the limit on locked memory (ulimit -l), or set fewer blocks"
                 )
                 raise ConfigError("num_cpu_blocks", arena.num_blocks, why) from error
             self._addresses = [arena.address + first * arena.block_stride_bytes for first in bounds]

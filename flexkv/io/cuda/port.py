@@ -85,8 +85,8 @@ class CudaDevicePort:
             pinned: the host blocks, kept registered until `close`.
             owner: what keeps the KV caches alive (the tensors), held until `suspend`.
             driver: the device's driver, closed with the port.
-            wishes: how to copy to the host, and to the device. What they leave open is measured
-                now, in separate memory, unless it was measured before.
+            preferences: how to copy to the host, and to the device. What they leave open is
+                measured now, in separate memory, unless it was measured before.
 
         Raises:
             DeviceError: the driver reported an error.
@@ -176,9 +176,8 @@ class CudaDevicePort:
         stream = self._driver.current_stream()
         with self._driver.inside():
             if self._driver.is_capturing(stream):
-                raise ConfigError(
-                    "stream", stream, "a CUDA graph is being captured from it: put and get outside"
-                )
+                why = "a CUDA graph is being captured on it: put and get outside the capture"
+                raise ConfigError("stream", stream, why)
             event = self._driver.open_event()
             try:
                 self._driver.record(event, stream)

@@ -24,13 +24,13 @@ def describe(tensor: Any, field: str = "kv_caches") -> TensorSpec:
     """
     if isinstance(tensor, np.ndarray):
         if not tensor.flags.writeable:
-            raise ConfigError(field, tensor.shape, "the array is read-only: gets write into it")
+            raise ConfigError(field, tensor.shape, "must be writable: gets write into it")
         if tensor.dtype.hasobject:
             raise ConfigError(field, f"dtype {tensor.dtype}", "must be numbers, not Python objects")
         address = tensor.__array_interface__["data"][0]
         return TensorSpec(address, tensor.shape, tensor.strides, tensor.itemsize)
     if not hasattr(tensor, "data_ptr"):
-        raise ConfigError(field, type(tensor).__name__, "neither a numpy array nor a torch tensor")
+        raise ConfigError(field, type(tensor).__name__, "must be a numpy array or a torch tensor")
     try:
         return spec_of(tensor)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -52,7 +52,7 @@ def check_dtype(tensor: Any, wanted: str, field: str) -> None:
     raw = ITEM_BYTES[wanted] == ITEM_BYTES.get(name) == 1 and {name, wanted} & {"int8", "uint8"}
     void = name.startswith("void") and getattr(dtype, "names", None) is None
     if name and name != wanted and not (raw or void or (wanted, name) == ("bfloat16", "uint16")):
-        why = f"must be {wanted}, as the model's, or a view of its raw bytes"
+        why = f"must be {wanted}, the model's dtype, or a view of its raw bytes"
         raise ConfigError(field, f"dtype {name}", why)
 
 
@@ -66,7 +66,7 @@ def device_of(tensors: Sequence[Any]) -> tuple[str, int]:
     places = [_place(tensor) for tensor in tensors]
     for number, place in enumerate(places):
         if place[0] not in ("cpu", "cuda"):
-            raise BackendUnavailableError(place[0], "no adapter for this kind of device")
+            raise BackendUnavailableError(place[0], "FlexKV supports only cpu and cuda devices")
         if place != places[0]:
             where, first = (":".join(map(str, each)) for each in (place, places[0]))
             why = f"kv_caches[0] is on {first}: all tensors of a rank must be on one device"
@@ -103,7 +103,7 @@ def kv_cache_list(kv_caches: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
     elif isinstance(kv_caches, Sequence) and not isinstance(kv_caches, str | bytes):
         layers = list(kv_caches)
     else:
-        raise ConfigError("kv_caches", type(kv_caches).__name__, "neither a dict nor a list")
+        raise ConfigError("kv_caches", type(kv_caches).__name__, "must be a dict or list of arrays")
     if not layers:
-        raise ConfigError("kv_caches", kv_caches, "no layer is given")
+        raise ConfigError("kv_caches", kv_caches, "must have at least one layer")
     return layers

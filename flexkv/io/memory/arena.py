@@ -145,7 +145,7 @@ class Arena:
             else:
                 arena.why = "".join(refused) + arena.why
                 return arena
-        raise _cannot_be_had(given, total_bytes, failure) from failure
+        raise _allocation_error(given, total_bytes, failure) from failure
 
     @classmethod
     def attach(
@@ -245,7 +245,7 @@ def _checked_length(fd: int, num_blocks: int, stride_bytes: int, offset_bytes: i
         raise OSError(EPERM, "it is not sealed against shrinking")
     length, size = offset_bytes + num_blocks * stride_bytes, os.fstat(fd).st_size
     if min(num_blocks, stride_bytes) < 1 or offset_bytes < 0 or length > size:
-        raise ValueError(f"{num_blocks} blocks of {stride_bytes} bytes are not in its {size} bytes")
+        raise ValueError(f"{num_blocks} blocks of {stride_bytes} bytes exceed its {size} bytes")
     return length
 
 
@@ -266,18 +266,19 @@ def check_memory(total_bytes: int, hugepage_bytes: int | None, given: GivenSize)
     """
     if hugepage_bytes is not None:
         if hugepage_bytes < mmap.PAGESIZE or hugepage_bytes.bit_count() != 1:
-            raise ConfigError("hugepage_size_bytes", hugepage_bytes, "not a size of huge pages")
+            why = f"must be a power of two, at least {mmap.PAGESIZE}"
+            raise ConfigError("hugepage_size_bytes", hugepage_bytes, why)
         if total_bytes <= free_huge_bytes(hugepage_bytes):
             return 0
     available_bytes, limited_by = headroom()
     if total_bytes > available_bytes:
         needs, has = as_gb(total_bytes), as_gb(available_bytes)
-        why = f"needs {needs} of memory, {limited_by} has {has}: "
+        why = f"needs {needs} of memory, but {limited_by} has only {has} free: "
         raise ConfigError(*given, f"{why}set {given.key} lower")
     return total_bytes
 
 
-def _cannot_be_had(
+def _allocation_error(
     given: GivenSize, total_bytes: int, error: OSError | OverflowError
 ) -> ConfigError:
     """Return the error for memory that cannot be obtained, with advice."""
@@ -286,13 +287,14 @@ def _cannot_be_had(
     limited = [each for each, limit in limits.items() if resource.getrlimit(limit)[0] >= 0]
     help_ = f"set {given.key} lower"
     if number in (EMFILE, ENFILE):
-        help_ = "raise the limit of open files (ulimit -n)"
+        help_ = "raise the limit on open files (ulimit -n)"
     elif number != ENOMEM:
-        help_ = "the kernel, or a seccomp profile, does not allow this process such memory"
+        help_ = "the kernel or a seccomp profile forbids this process such memory"
     elif limited:
-        help_ += f", or raise this process's limit of memory (ulimit -{' -'.join(limited)})"
+        help_ += f", or raise this process's memory limit (ulimit -{' -'.join(limited)})"
     reason = error.strerror if isinstance(error, OSError) else str(error)
-    return ConfigError(*given, f"{as_gb(total_bytes)} of memory cannot be had ({reason}): {help_}")
+    why = f"{as_gb(total_bytes)} of memory cannot be allocated ({reason}): {help_}"
+    return ConfigError(*given, why)
 
 
 def _map(kind: str, total_bytes: int, hugepage_bytes: int | None, shared: bool) -> _Mapping:

@@ -35,7 +35,7 @@ def open_disk(arena: Arena, files: StripedFiles, options: RingOptions) -> DiskPo
                 "disk_adapter",
                 adapter=port.adapter,
                 registered=port.io.registered,
-                reason=port.io.why or "io_uring and O_DIRECT are there",
+                reason=port.io.why or "io_uring and O_DIRECT are available",
             )
             return port
     log.warning("disk_adapter", adapter="threads", direct=files.direct, reason=reason)

@@ -145,7 +145,7 @@ def _mapped(fd: int, size: int) -> Iterator[tuple[int, int]]:
         if last & _FIEMAP_LAST:
             return
         if start <= begun:
-            raise OSError(EIO, "its extent map does not go on")
+            raise OSError(EIO, "its extent map makes no progress")
 
 
 def _complement(ranges: Iterator[tuple[int, int]], size: int) -> Iterator[Gap]:

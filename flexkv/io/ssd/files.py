@@ -168,7 +168,7 @@ class StripedFiles:
         """
         assert num_blocks >= 1, num_blocks
         if not directories:
-            raise ConfigError("ssd_cache_dir", list(directories), "no directory is given")
+            raise ConfigError("ssd_cache_dir", list(directories), "must name a directory")
         blocks_per_file = num_blocks
         if max_file_size_bytes is not None:
             blocks_per_file = max(1, max_file_size_bytes // block_stride_bytes)
@@ -264,9 +264,9 @@ class StripedFiles:
         except OSError as error:
             if error.errno not in _GONE:
                 raise
-            return "was removed, or moved away"
+            return "was removed or moved away"
         if self.identity_lasts and not os.path.samestat(there, os.fstat(fd)):
-            return "was replaced, or is hidden by a mount or no longer mounted"
+            return "was replaced, hidden by a mount, or unmounted"
         return ""
 
     def _open_all(self, options: FileOptions, failing: ExitStack) -> None:
@@ -306,7 +306,7 @@ class StripedFiles:
             return open_ours(folder, name)
         except ConfigError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno in (EMFILE, ENFILE):
-                why = f"takes {file_count} files, and no more can be opened: raise the limit"
+                why = f"needs {file_count} open files, more than the limit allows: raise the limit"
                 why += " (ulimit -n), or set max_file_size_gb higher"
                 raise ConfigError(*self._given, why) from error
             raise
@@ -360,21 +360,21 @@ class StripedFiles:
     def _no_space(self, number: int, wanted_bytes: int) -> ConfigError:
         folder = self._names[number][0]
         free = room(self.fds[number], self._reserved_bytes)
-        has = "is full" if free is None else f"{free.limited_by} has {as_gb(free.free_bytes)}"
-        why = f"needs {as_gb(wanted_bytes)} more in {folder.path}, {has}"
+        has = "it is full" if free is None else f"{free.limited_by} has {as_gb(free.free_bytes)}"
+        why = f"needs {as_gb(wanted_bytes)} more in {folder.path}, but {has}"
         return ConfigError(*self._given, f"{why}: set {self._given.key} lower")
 
     def _refusal(self, number: int, size: int, error: OSError | OverflowError) -> ConfigError:
         """Return the error for a file that cannot be given its size."""
         if isinstance(error, OverflowError) or error.errno == EFBIG:
-            why = f"a file of {size} bytes is more than {self._names[number][0].path} takes: set "
+            why = f"{self._names[number][0].path} cannot hold a file of {size} bytes: set "
             return ConfigError(*self._given, why + f"max_file_size_gb or {self._given.key} lower")
         if error.errno == EDQUOT:
             why = f"needs {size} bytes in {self._names[number][0].path}, more than the quota allows"
             return ConfigError(*self._given, f"{why}: set {self._given.key} lower")
         if error.errno == ENOSPC:
             return self._no_space(number, size)
-        why = f"cannot be given {size} bytes ({error.strerror})"
+        why = f"cannot be resized to {size} bytes ({error.strerror})"
         return ConfigError("ssd_cache_dir", self.paths[number], why)
 
     def _go_direct(self) -> str:

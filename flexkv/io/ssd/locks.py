@@ -84,7 +84,7 @@ def lock_directory(path: Path) -> DirectoryLock:
         if _is_at(path, lock.fd):
             return lock
         lock.release()  # another directory took its place before it was locked
-    raise BlockingIOError(EAGAIN, "is being replaced again and again", str(path))
+    raise BlockingIOError(EAGAIN, "is replaced again and again, so it cannot be locked", str(path))
 
 
 def lock_open_directory(folder_fd: int, path: Path) -> DirectoryLock:
@@ -144,7 +144,7 @@ def _lock_note(note_fd: int, is_folder_locked: bool) -> None:
         OSError: neither it nor the directory can be locked.
     """
     if not (note_fd >= 0 and _locks(note_fd)) and not is_folder_locked:
-        raise OSError(ENOLCK, "neither it nor a file in it can be locked")
+        raise OSError(ENOLCK, "neither the directory nor its lock file can be locked")
     if note_fd < 0:
         return
     try:

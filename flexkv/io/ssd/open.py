@@ -88,7 +88,7 @@ def take_ssd(
     """Lock and open the directories that can be used; return None if there are none. Blocks.
 
     Args:
-        wish: what is asked for.
+        request: what is asked for.
         lose: called with the path and the reason of each directory that is left out.
         undo: the stack that closes the rest.
 
@@ -218,7 +218,7 @@ def open_ssd(
     return port
 
 
-_MISSED = "the tier was cleared while it was not used"
+_MISSED = "the tier was cleared while this directory was not in use"
 
 
 def open_journals(folders: list[Folder], wanted: Superblock, undo: ExitStack) -> list[Journal]:
@@ -265,4 +265,4 @@ def _differences(folder: Folder, wanted: Superblock) -> list[str]:
     if found is not None:
         return superblock.differences(found, wanted)
     has_journal = JOURNAL_NAME in os.listdir(folder.fd)
-    return ["no superblock that can be read"] if has_journal else []
+    return ["the superblock is missing or cannot be read"] if has_journal else []

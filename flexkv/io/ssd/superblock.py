@@ -80,7 +80,7 @@ def differences(found: Superblock, wanted: Superblock) -> list[str]:
     """Return a text for each field that differs, with the found and the wanted value."""
     before, now = _flat(found), _flat(wanted)
     return [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        f"{name} was {before.get(name)!r}, is now {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]

@@ -42,7 +42,7 @@ def _first_end(ring: Ring) -> int:
     while not (ended := ring.reap()):
         left_s = until_s - time.monotonic()
         if left_s <= 0:
-            raise OSError(ETIME, "its first operation does not end")
+            raise OSError(ETIME, f"its first operation did not end within {TRIAL_S} s")
         is_readable(ring, left_s)
     return ended[0][1]
 
@@ -104,12 +104,12 @@ class UringIo:
 
     def _lend(self, slices: list[memoryview], register: bool) -> str:
         """Lend the arena to the ring; return why it is not registered, or an empty string."""
-        why = "registration is not asked for"
+        why = "registration is turned off"
         if register:
             try:
                 self._ring.lend(slices, True)
             except OSError as error:
-                why = f"the kernel does not register the arena ({error.strerror}): see memlock"
+                why = f"the kernel refused to register the arena ({error.strerror}): see ulimit -l"
             else:
                 return ""
         self._ring.lend(slices, False)
