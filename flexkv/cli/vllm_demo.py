@@ -43,7 +43,7 @@ def vllm_demo(
     """
     if importlib.util.find_spec("vllm") is None:
         raise BackendUnavailableError(
-            "vllm", "install it; scripts/vllm-venv makes an environment with it"
+            "vllm", "install it; scripts/vllm-venv makes an environment for CPUs"
         )
     console = Console()
     with tempfile.TemporaryDirectory(prefix=".flexkv-demo-", dir=".") as name:
