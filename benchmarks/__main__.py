@@ -36,12 +36,12 @@ CASES = (
 
 def run(
     cases: Annotated[
-        list[str] | None, typer.Argument(help=f"Which: {', '.join(CASES)}; all when none.")
+        list[str] | None, typer.Argument(help=f"What to run: {', '.join(CASES)}; default: all.")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Counted rounds.")] = 7,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds that are counted.")] = 7,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: a smoke test.")] = False,
     directory: Annotated[
-        Path, typer.Option("--dir", help="Where files may be made: on the disk to measure.")
+        Path, typer.Option("--dir", help="Directory for files, on the disk to measure.")
     ] = Path(),
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file too.")

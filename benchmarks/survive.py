@@ -213,7 +213,7 @@ async def _hang(directory: Path, options: Options) -> Figures:
         asked = time.perf_counter()
         late = asyncio.ensure_future(manager.get(cold, slots_of(range(8, 16))))
         hung = await _gets_ms(manager, hit, slots, hang_s)
-        assert late.done(), "a get of a disk that hangs was not answered"
+        assert late.done(), "a get was not answered while the disk hung"
         vars(inner)["reap"] = lambda: [held.pop() for _ in range(len(held))] + reap()
         _port_of(manager)._wake()
         back = time.perf_counter()

@@ -121,7 +121,7 @@ def _measure(engines: dict[str, VllmServe], repeats: int, prompt_tokens: int) ->
                 before = _loaded_tokens(engine)
                 seconds["host"] = engine.first_token_s(prompt)
                 if _loaded_tokens(engine) - before < prompt_tokens // 2:
-                    raise RuntimeError(f"{name} computed what it was to load")
+                    raise RuntimeError(f"{name} computed tokens that it should have loaded")
             if name == "FlexKV":
                 command(engine.address, "clear", tier="host")
                 engine.forget()

@@ -132,7 +132,7 @@ class _Rig:
             if not self._owed():
                 return time.perf_counter() - begin, blocks
             await asyncio.sleep(0.0005)
-        raise TimeoutError("what is owed was not written")
+        raise TimeoutError("owed blocks were not written")
 
     def _owed(self) -> int:
         behind = self.manager.statistics().write_behind["disk"]

@@ -172,7 +172,7 @@ async def main(arguments: argparse.Namespace) -> int:
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a local model; without it, random weights")
+    parser.add_argument("--model", help="a local model; default: random weights")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=256, help="tokens that each turn adds")

@@ -64,9 +64,9 @@ def until_idle(llm: Any) -> None:
 def main() -> None:
     """Ask each question of the same document, and print how many tokens were not computed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="a model of vLLM's; else a small one is made")
+    parser.add_argument("--model", help="a model for vLLM; default: a small one is made")
     parser.add_argument("--tokens", type=int, default=2048, help="length of the document")
-    parser.add_argument("--without", action="store_true", help="vLLM alone, to compare")
+    parser.add_argument("--without", action="store_true", help="run vLLM alone, for comparison")
     asked = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # `until_idle` needs the engine
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

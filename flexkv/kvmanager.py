@@ -63,7 +63,7 @@ class KVManager(TaskForm):
             if not isinstance(value, kind):
                 raise ConfigError(field, kind_of(value), f"must be a {kind.__name__}")
         if progress is not None and not callable(progress):
-            raise ConfigError("progress", kind_of(progress), "must be a function")
+            raise ConfigError("progress", kind_of(progress), "must be callable")
         super().__init__(Engine(model, cache, backend))
         self._progress = progress
 
@@ -72,7 +72,7 @@ class KVManager(TaskForm):
     async def __aenter__(self) -> Self:
         self.check_process()
         if self._thread is not None:
-            why = "is used with `async with` or with `start`, not with both"
+            why = "use either start() or `async with`, not both"
             raise ConfigError("manager", "started already", why)
         await self._engine.open(self._progress)
         self._loop = asyncio.get_running_loop()
@@ -98,8 +98,8 @@ class KVManager(TaskForm):
         self.end()
         if error is None:
             raise ClosedError(
-                "the manager was left on another event loop than the one that it runs on, which no"
-                " longer runs: everything is released, but what was not flushed is not on SSD"
+                "the manager was closed on another event loop than its own, which no longer runs:"
+                " everything is released, but blocks that were not flushed are not on SSD"
             )
 
     def start(self) -> None:
@@ -192,7 +192,10 @@ class KVManager(TaskForm):
         """
         self.check_process()
         if self._thread is None:
-            raise ClosedError("suspend_device_blocking() blocks: it needs start(); else use await")
+            raise ClosedError(
+                "suspend_device_blocking() is for a manager started with start(); with `async"
+                " with`, use `await suspend_device()`"
+            )
         self._thread.call(lambda: self._engine.devices.suspend())
 
     def resume_device(

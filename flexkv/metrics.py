@@ -47,7 +47,7 @@ HISTOGRAMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "flexkv_request_seconds": ("Time from a request's arrival to its answer.", ("operation",)),
     "flexkv_transfer_queue_seconds": ("Time that a transfer waits for its turn.", ("route",)),
     "flexkv_transfer_seconds": (
-        "Time that the device, or the disk, takes for a transfer.",
+        "Time that the device or the disk takes for a transfer.",
         ("route",),
     ),
 }
@@ -173,9 +173,9 @@ class Metrics(Collector):
         try:
             statistics = self._manager.engine.statistics()
         except FlexKVError:
-            yield _gauge("flexkv_up", "Whether the engine takes requests.", [((), 0)])
+            yield _gauge("flexkv_up", "Whether the engine accepts requests.", [((), 0)])
             return
-        yield _gauge("flexkv_up", "Whether the engine takes requests.", [((), 1)])
+        yield _gauge("flexkv_up", "Whether the engine accepts requests.", [((), 1)])
         yield from self._requests(statistics)
         yield from _tiers(statistics, self._manager.engine.sizes.block_stride_bytes)
         yield from _behind(statistics)
@@ -191,7 +191,7 @@ class Metrics(Collector):
         told = "Time of the slowest request of the last minute."
         yield _gauge("flexkv_slowest_request_seconds", told, took, ("operation",))
         ids = [((kind,), record.request_id) for kind, record in slowest.items()]
-        told = "Id of the slowest request of the last minute, as in traces."
+        told = "Id of the slowest request of the last minute; traces have the same ids."
         yield _gauge("flexkv_slowest_request_id", told, ids, ("operation",))
 
     def describe(self) -> Iterable[Metric]:
@@ -210,39 +210,37 @@ class Metrics(Collector):
             ended,
             ("operation", "status"),
         )
-        yield _gauge(
-            "flexkv_requests_running", "Requests that run now.", [((), now.runs_in_flight)]
-        )
+        yield _gauge("flexkv_requests_running", "Requests running now.", [((), now.runs_in_flight)])
         yield _gauge(
             "flexkv_requests_waiting",
-            "Requests that wait for room, or for their turn.",
+            "Requests waiting to be admitted, or for room in host memory.",
             [((), now.requests_waiting)],
         )
         asked = [((), now.asked_blocks)]
-        yield _counter("flexkv_asked_blocks", "Blocks that gets have asked for.", asked)
+        yield _counter("flexkv_asked_blocks", "Blocks requested by gets.", asked)
         hits = [((tier,), blocks) for tier, blocks in now.hit_blocks.items()]
         yield _counter(
-            "flexkv_hit_blocks", "Blocks that gets have found, by tier.", hits, ("tier",)
+            "flexkv_hit_blocks", "Requested blocks that gets found, by tier.", hits, ("tier",)
         )
         with self._lock:
             missed = [((reason,), blocks) for reason, blocks in self.missed_blocks.items()]
-        told = "Blocks that gets have not loaded, by reason."
+        told = "Requested blocks that gets did not load, by reason."
         yield _counter("flexkv_missed_blocks", told, missed, ("reason",))
         yield _gauge(
             "flexkv_claims",
-            "Holds on blocks: what running requests keep from eviction.",
+            "Open claims on blocks, which keep them from being evicted or reused.",
             [((), now.claims)],
         )
         corrupt = [((), now.corrupt_blocks)]
         yield _counter(
             "flexkv_corrupt_blocks",
-            "Blocks that came back from SSD with wrong bytes; none was used.",
+            "Blocks read from SSD with wrong bytes; none was used.",
             corrupt,
         )
         restored = [((), now.restored_blocks)]
         yield _gauge(
             "flexkv_restored_blocks",
-            "Blocks of an earlier run that the SSD tier had at the start.",
+            "Blocks of earlier runs that the SSD tier had at the start.",
             restored,
         )
 
@@ -266,8 +264,8 @@ def _tiers(now: Statistics, block_bytes: int) -> Iterator[Metric]:
         for name, tier in tiers
         for state in ("free", "reserved", "ready", "draining", "pinned")
     ]
-    yield _gauge("flexkv_tier_blocks", "Blocks by state; pinned blocks are ready, too.", blocks,
-                 ("tier", "state"))  # fmt: skip
+    told = "Blocks by state; a pinned block is ready or draining, too."
+    yield _gauge("flexkv_tier_blocks", told, blocks, ("tier", "state"))
     capacity = [((name,), tier.capacity_blocks) for name, tier in tiers]
     yield _gauge(
         "flexkv_tier_capacity_blocks", "Blocks that a tier has room for.", capacity, ("tier",)
@@ -282,7 +280,10 @@ def _tiers(now: Statistics, block_bytes: int) -> Iterator[Metric]:
         for direction in ("reads", "writes")
     ]
     yield _gauge(
-        "flexkv_tier_up", "Whether a tier is in use; 0 after failures.", up, ("tier", "direction")
+        "flexkv_tier_up",
+        "Whether a tier can be read or written; 0 after failures.",
+        up,
+        ("tier", "direction"),
     )
 
 
@@ -293,7 +294,9 @@ def _behind(now: Statistics) -> Iterator[Metric]:
         for name, behind in tiers
         for state in ("owed", "kept", "writing")
     ]
-    told = "Blocks in host memory that are not on SSD yet; kept ones are owed, and not evicted."
+    told = (
+        "Blocks in host memory that are not on SSD yet; kept ones are owed, and cannot be evicted."
+    )
     yield _gauge("flexkv_write_behind_blocks", told, owed, ("tier", "state"))
     given_up = [
         ((name, reason.replace(" ", "_")), blocks)
@@ -394,13 +397,13 @@ class MetricsServer:
         except (OSError, OverflowError, ValueError, TypeError) as error:
             self.metrics.close()
             if isinstance(error, socket.gaierror | UnicodeError):
-                why = f"is no address of this machine: {error}"
+                why = f"is not an address of this machine: {error}"
                 raise ConfigError("metrics_host", host, why) from error
             why = f"cannot listen on {host}: {error}"
             raise ConfigError("py_metrics_port", port, why) from error
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.server_port}/metrics"
-        self._home = HomeProcess("the metrics' service")
+        self._home = HomeProcess("the metrics server")
         forks.on_fork(self._let_go_in_child)
 
     def _let_go_in_child(self) -> None:

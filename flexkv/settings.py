@@ -68,7 +68,9 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         fault = error
     else:
         for name, rival in overruled(values, _flat(file)):
-            log.warning("overruled", field=variables[name], by=rival, path=path)
+            log.warning(
+                "environment_variable_overridden", field=variables[name], by=rival, path=path
+            )
         given = settings.model_fields_set
         obey(
             settings.log_level if "log_level" in given else None,
@@ -140,7 +142,7 @@ def load_object(
             return {}
         if isinstance(found, dict):
             return found
-        why = "must hold an object of keys"
+        why = "must contain an object of keys"
     text = found = ""
     raise ConfigError(field, told, why)
 
@@ -193,7 +195,7 @@ def _fault(error: BaseException) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is not UTF-8"
     if isinstance(error, RecursionError):
-        return "nests too deeply"
+        return "nested too deeply"
     if (
         found := re.search(r":(\d+) Unexpected .* at column (\d+)$", str(error), re.DOTALL)
     ) is not None:
@@ -203,7 +205,7 @@ def _fault(error: BaseException) -> str:
             else "unexpected character"
         )
         return f"{words} at line {found[1]}, column {found[2]}"
-    return "a value is not what its tag or form says"
+    return "a value does not match its tag or format"
 
 
 def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -226,7 +228,9 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[
             variables[known[variable]] = variable
         elif variable.startswith("FLEXKV_") and variable != PATH_VARIABLE:
             guess = nearest(variable, known)
-            raise ConfigError(variable, HIDDEN, f"unknown variable; the nearest known is {guess}")
+            raise ConfigError(
+                variable, HIDDEN, f"unknown variable; the nearest known one is {guess}"
+            )
     models = (Settings, CacheConfig)
     values, renames = current_names(found, models)
     announce(renames)

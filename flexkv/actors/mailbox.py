@@ -206,7 +206,9 @@ class Mailbox:
             InvariantError: the mailbox is full, which admission should have made impossible.
         """
         if len(self._cursors) >= self._transfers_max:
-            raise InvariantError(f"mailbox full: {self._transfers_max} transfers are waiting")
+            raise InvariantError(
+                f"the mailbox is full: {self._transfers_max} transfers are waiting"
+            )
         source, target = transfer.route
         inbound = target < source
         blocks, watch = len(transfer.source_ids), transfer.watch

@@ -179,7 +179,7 @@ class Scheduler:
     def _give_up(self, tier: Tier) -> None:
         """Give up the ops of a tier that hangs, so that nobody waits. Hardware keeps buffers."""
         if tier is Tier.DEVICE:
-            self.strand(None, "the device does not end it in time")
+            self.strand(None, "the device did not complete it in time")
             return
         for flight in list(self._flights.values()):
             for op in flight.plan.template.ops:
@@ -193,7 +193,7 @@ class Scheduler:
         assert op.route is not None
         op_id = flight.plan.op_id(op)
         begin, end = flight.plan.bounds(op)
-        error = DeadlineError(op_id, str(op.route), end - begin, "did not end in time")
+        error = DeadlineError(op_id, str(op.route), end - begin, "it did not complete in time")
         flight.hang(error)
         self._events.append((flight, Overdue(op.index, error)))
         if op.route.inbound:
@@ -475,11 +475,11 @@ class Scheduler:
         if not self._flights:
             wake(self._idle)
         if self._residency.claims.of_owner(flight.plan.run_id):
-            raise InvariantError(f"run {flight.plan.run_id} ended and left claims")
+            raise InvariantError(f"run {flight.plan.run_id} ended, but has open claims")
 
 
 def _barrier_event(op: int, filled: bool) -> Event:
     """Return the event that tells a barrier how the op for which it waits has ended."""
     if filled:
         return Done(op)
-    return Failed(op, UnfilledError(op, "wait", 0, "the blocks it waits for were not filled"))
+    return Failed(op, UnfilledError(op, "wait", 0, "the blocks that it waited for were not filled"))

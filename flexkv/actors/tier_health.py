@@ -59,7 +59,7 @@ class TierHealth:
         """Take a tier down for good."""
         for inbound in (True, False):
             self.breaker(tier, inbound).lose()
-            self._tell("tier_down", tier, detail=f"{_direction(inbound)}: for good: {why}")
+            self._tell("tier_down", tier, detail=f"{_direction(inbound)} stopped for good: {why}")
         self.all_up = False
 
     def begun(self, route: Route) -> None:
@@ -98,7 +98,11 @@ class TierHealth:
         news = [self.breaker(actor.tier, inbound).hung() for inbound in (True, False)]
         self.all_up = False
         if any(news):
-            self._tell("tier_hung", actor.tier, detail=f"oldest I/O {actor.oldest_s():.3f} s")
+            self._tell(
+                "tier_hung",
+                actor.tier,
+                detail=f"its oldest I/O has taken {actor.oldest_s():.3f} s so far",
+            )
             log.error("tier_hung", tier=actor.name, oldest_s=round(actor.oldest_s(), 3))
         self._overdue(actor.tier)
 

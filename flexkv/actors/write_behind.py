@@ -333,7 +333,10 @@ class WriteBehind:
             while queue.left_of(epochs[tier]) and not self._is_closed:
                 if not (self._may_write(tier) or self._is_on_trial(tier)):
                     return self._failures.get(tier) or DeadlineError(
-                        -1, f"host→{tier.label}", queue.left_of(epochs[tier]), "it does not end"
+                        -1,
+                        f"host→{tier.label}",
+                        queue.left_of(epochs[tier]),
+                        "the tier does not respond",
                     )
                 await self._change(RETRY_S)
         return None

@@ -45,7 +45,7 @@ def demo(
         Path | None, typer.Option(help="Replay this request trace (Mooncake format) instead.")
     ] = None,
     requests: Annotated[
-        int | None, typer.Option(min=1, max=10**9, help="Requests to run; the default is 10000.")
+        int | None, typer.Option(min=1, max=10**9, help="Requests to run; default: 10000.")
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Seed of the chat workload's random numbers.")
@@ -57,12 +57,13 @@ def demo(
         int, typer.Option(min=0, help="Size of the cache on SSD, in blocks; 0 = no SSD.")
     ] = 9000,
     ssd_dir: Annotated[
-        Path | None, typer.Option(help="Directory on SSD; by default a temporary one, here.")
+        Path | None, typer.Option(help="Directory on SSD; default: a temporary one.")
     ] = None,
     time_scale: Annotated[
         float,
         typer.Option(
-            callback=finite, help="1 = requests come when the trace says; 0 = as fast as possible."
+            callback=finite,
+            help="1 = requests come at the times of the trace; 0 = as fast as possible.",
         ),
     ] = 0.0,
     enable_trace: Annotated[
@@ -70,7 +71,7 @@ def demo(
     ] = False,
     metrics_port: Annotated[
         int | None,
-        typer.Option(min=0, max=65535, help="Serve metrics at this port during the run."),
+        typer.Option(min=0, max=65535, help="Serve metrics on this port during the run."),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file, too.")
@@ -101,7 +102,7 @@ def demo(
     if json_file:
         json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     if outcome.mismatched_blocks:
-        console.print(f"[bold red]{outcome.mismatched_blocks} blocks came back wrong")
+        console.print(f"[bold red]{outcome.mismatched_blocks} blocks came back with wrong bytes")
         raise typer.Exit(1)
     console.print("[green]every block that was loaded had the bytes that were stored")
 
@@ -117,8 +118,8 @@ def _introduction(cache: CacheConfig, workload: str) -> str:
     block = f"blocks of {TOKENS_PER_BLOCK} tokens ({MODEL.block_bytes(TOKENS_PER_BLOCK) >> 10} KiB)"
     on_ssd = f", and for {cache.num_ssd_blocks:,} on SSD ('disk')" if cache.num_ssd_blocks else ""
     return (
-        f"A {workload} over numpy arrays that stand for a GPU's KV cache ('device'), with room for "
-        f"{cache.num_cpu_blocks:,} {block} in host memory{on_ssd}."
+        f"A {workload} over numpy arrays that stand in for a GPU's KV cache ('device'), with room "
+        f"for {cache.num_cpu_blocks:,} {block} in host memory{on_ssd}."
     )
 
 
@@ -230,7 +231,7 @@ def _table(figures: dict[str, Any]) -> Table:
 
 
 LABELS = {
-    "tokens": "tokens of prompts",
+    "tokens": "prompt tokens",
     "wall_s": "seconds",
     "hit_rate": "hit rate",
     "moved_gb": "GB moved",

@@ -73,7 +73,9 @@ def _show(findings: list[Finding]) -> None:
 
 def _simd() -> Finding:
     simd = str(_ext.features()["simd"])
-    return Finding("copy kernel", simd, simd != "none", "" if simd != "none" else "memcpy serves")
+    return Finding(
+        "copy kernel", simd, simd != "none", "" if simd != "none" else "memcpy is used instead"
+    )
 
 
 def _uring() -> Finding:
@@ -84,7 +86,9 @@ def _uring() -> Finding:
         finally:
             ring.close()
     except OSError as error:
-        advice = "threads serve; sysctl kernel.io_uring_disabled=0, or a newer kernel"
+        advice = (
+            "threads are used instead; set sysctl kernel.io_uring_disabled=0, or use a newer kernel"
+        )
         return Finding("io_uring", f"refused: {error.strerror}", False, advice)
     return Finding("io_uring", "works", True)
 
@@ -102,13 +106,15 @@ def _direct(directory: Path) -> Finding:
         shutil.rmtree(probe, ignore_errors=True)
     if direct:
         return Finding("O_DIRECT", f"works in {directory.resolve()}", True)
-    return Finding("O_DIRECT", why, False, "buffered files serve; ext4 or XFS has O_DIRECT")
+    return Finding(
+        "O_DIRECT", why, False, "buffered I/O is used instead; ext4 and XFS have O_DIRECT"
+    )
 
 
 def _thp() -> Finding:
-    mode = _THP.read_text().strip() if _THP.exists() else "not there"
+    mode = _THP.read_text().strip() if _THP.exists() else "not supported"
     good = "[never]" not in mode and _THP.exists()
-    advice = "" if good else f"echo madvise > {_THP}: disk reads are up to twice as fast"
+    advice = "" if good else f"echo madvise > {_THP} makes disk reads up to twice as fast"
     return Finding("transparent huge pages", mode, good, advice)
 
 
@@ -126,7 +132,9 @@ def _memlock() -> Finding:
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     free = limit == resource.RLIM_INFINITY or os.geteuid() == 0
     found = "unlimited" if free else f"{limit >> 10} KiB"
-    return Finding("memlock", found, free, "" if free else "ulimit -l unlimited: registered I/O")
+    return Finding(
+        "memlock", found, free, "" if free else "ulimit -l unlimited allows registered I/O"
+    )
 
 
 def _memory() -> Finding:
@@ -140,7 +148,7 @@ def _disk(directory: Path) -> Finding:
     try:
         free = psutil.disk_usage(str(there)).free
     except OSError as error:
-        return Finding("disk", f"cannot be looked at ({error.strerror})", False, "mount it anew")
+        return Finding("disk", f"cannot be read ({error.strerror})", False, "mount it again")
     good = free > GB
     advice = "" if good else "free some space, or choose another directory with --dir"
     return Finding("disk", f"{free / GB:.1f} GB free", good, advice)
@@ -148,7 +156,7 @@ def _disk(directory: Path) -> Finding:
 
 def _cuda() -> Finding:
     there = Path("/dev/nvidiactl").exists()
-    found = "a GPU is there" if there else "no GPU"
+    found = "a GPU is present" if there else "no GPU"
     advice = "" if there else "not needed for KV caches in CPU memory"
     return Finding("CUDA", found, True, advice)
 

@@ -69,7 +69,9 @@ def ssd_tier(cache: CacheConfig) -> Iterator[Finding]:
     usable = len(directories) - len(faults)
     if not usable:
         why = "; ".join(f"{shown(path)} {why}" for path, why in faults.items())
-        yield Finding("SSD tier", f"cannot be had: {why}", False, "see each directory", fatal=True)
+        yield Finding(
+            "SSD tier", f"cannot be used: {why}", False, "see each directory above", fatal=True
+        )
         return
     found = f"{usable} of {len(directories)} directories can be used"
     wanted = int(cache.ssd_cache_gb * GB) if cache.num_ssd_blocks is None else 0

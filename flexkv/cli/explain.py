@@ -23,7 +23,7 @@ class Kind(StrEnum):
 
 
 def explain(
-    kind: Annotated[Kind, typer.Argument(help="What the request wants.")],
+    kind: Annotated[Kind, typer.Argument(help="Kind of the request.")],
     host: Annotated[
         int,
         typer.Option(min=0, max=BLOCKS_MAX, help="Blocks that are in host memory."),
@@ -35,7 +35,7 @@ def explain(
         int, typer.Option(min=0, max=BLOCKS_MAX, help="Blocks that are in no tier yet (put).")
     ] = 0,
     chunk_blocks: Annotated[
-        int, typer.Option(min=1, max=BLOCKS_MAX, help="Blocks that are moved together.")
+        int, typer.Option(min=1, max=BLOCKS_MAX, help="Most blocks that are moved together.")
     ] = 8,
     dot: Annotated[bool, typer.Option("--dot", help="Print Graphviz DOT.")] = False,
 ) -> None:

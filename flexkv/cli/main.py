@@ -56,7 +56,7 @@ def _main(
     ] = False,
     log_level: Annotated[
         str | None,
-        typer.Option(help="Least severity of log lines: debug, info, warning, error or critical."),
+        typer.Option(help="Lowest severity of log lines: debug, info, warning, error or critical."),
     ] = None,
 ) -> None:
     """Configure what every subcommand shares."""

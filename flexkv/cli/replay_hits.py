@@ -28,17 +28,19 @@ def replay_hits(
     trace: Annotated[Path, typer.Argument(help="Requests in the Mooncake format, as JSON lines.")],
     blocks: Annotated[
         str,
-        typer.Option(help="Cache sizes in blocks (512 tokens), with commas between."),
+        typer.Option(help="Cache sizes in blocks of 512 tokens, separated by commas."),
     ] = "1000,5000,10000,30000",
     policy: Annotated[
         str, typer.Option(help=f"all, or some of {', '.join(POLICIES)}, separated by commas.")
     ] = "all",
-    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many requests.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Read at most this many requests.")
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="Write STEM.png and STEM.html.", metavar="STEM"),
     ] = Path("replay-hits"),
-    no_plot: Annotated[bool, typer.Option("--no-plot", help="Write no pictures.")] = False,
+    no_plot: Annotated[bool, typer.Option("--no-plot", help="Do not write pictures.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
 ) -> None:
     """Show the hit rate of each eviction policy on a request trace, by cache size.
@@ -72,7 +74,7 @@ def _capacities(text: str) -> list[int]:
     except ValueError as error:
         raise ConfigError("blocks", text, "must be numbers separated by commas") from error
     if capacities[0] < 1 or capacities[-1] > BLOCKS_MAX:
-        raise ConfigError("blocks", text, f"must be from 1 to {BLOCKS_MAX}")
+        raise ConfigError("blocks", text, f"each must be from 1 to {BLOCKS_MAX}")
     return capacities
 
 
@@ -80,7 +82,7 @@ def _policies(text: str) -> list[str]:
     names = list(POLICIES) if text == "all" else text.split(",")
     for name in names:
         if name not in POLICIES:
-            raise ConfigError("policy", name, f"must be all, or of {', '.join(POLICIES)}")
+            raise ConfigError("policy", name, f"must be all, or one of {', '.join(POLICIES)}")
     # LRU is always included, for comparison.
     return names if "lru" in names else ["lru", *names]
 
@@ -123,7 +125,7 @@ def _drawing() -> Callable[[list[int], Rates, str, Path], str]:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        why = "pip install 'flexkv[plot]', or ask for --no-plot"
+        why = "run pip install 'flexkv[plot]', or use --no-plot"
         raise BackendUnavailableError("matplotlib", why) from error
 
     def draw(capacities: list[int], rates: Rates, title: str, file: Path) -> str:

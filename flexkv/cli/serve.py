@@ -49,14 +49,14 @@ def serve(
         typer.Option(
             "--with-parent",
             help="For a program that launches the server: read model and settings from stdin, "
-            "and end with that program.",
+            "and end when that program ends.",
         ),
     ] = False,
     parent: Annotated[
         int, typer.Option(min=0, max=INT_MAX, hidden=True, help="Process id of the parent.")
     ] = 0,
     parent_fd: Annotated[
-        int, typer.Option(min=-1, max=INT_MAX, hidden=True, help="Its pidfd.")
+        int, typer.Option(min=-1, max=INT_MAX, hidden=True, help="Pidfd of the parent.")
     ] = -1,
 ) -> None:
     """Run one cache for several processes, until SIGTERM or ctrl-C.
@@ -66,7 +66,7 @@ def serve(
     """
     watch = None
     if with_parent:
-        told = load_object(sys.stdin.buffer.readline(), "stdin", "what the parent says")
+        told = load_object(sys.stdin.buffer.readline(), "stdin", "the message of the parent")
         config, settings = ModelConfig(**_part(told, "model")), settings_of(_part(told, "settings"))
         configure_logging(context.obj or settings.log_level, settings.logging_prefix)
         watch = ProcessHandle(parent or os.getppid(), parent_fd)
@@ -107,7 +107,7 @@ def _outwait(address: str) -> None:
         except ConfigError as error:
             if not error.why.startswith("is in use") or _answers(address):
                 return  # taking it below raises this error again
-            log.info("address_is_in_use", path=address, reason="its server is ending, or starting")
+            log.info("address_in_use", path=address, reason="its server is ending or starting")
             time.sleep(LOOK_S)
         else:
             return
@@ -157,7 +157,7 @@ async def run(model: ModelConfig, settings: Settings, parent: ProcessHandle | No
         sizes = cache.sized(model)
         backend = ServerBackend(model, cache, sizes)
         log.info(
-            "taking_memory_and_files",
+            "allocating_memory_and_files",
             host_gb=round(sizes.num_host_blocks * sizes.block_stride_bytes / GB, 1),
             ssd_gb=round(sizes.num_disk_blocks * sizes.block_stride_bytes / GB, 1),
         )
@@ -166,28 +166,29 @@ async def run(model: ModelConfig, settings: Settings, parent: ProcessHandle | No
         except asyncio.CancelledError:
             if not ended.is_set():
                 raise
-            log.info("server_ends", reason="a signal, before memory and files were taken")
+            log.info("server_ending", reason="stopped before memory and files were allocated")
             return
         is_open = True
         if settings.enable_metrics:
             port, host = settings.py_metrics_port, settings.metrics_host
             served = MetricsServer(manager, port, host, instance=settings.instance_id)
             metrics = stack.enter_context(served)
-            log.info("metrics", url=metrics.url)
+            log.info("metrics_served", url=metrics.url)
         server = Server(manager.engine, backend, listener)
         manager.engine.on_failure = ended.set
         server.start()
         if parent is not None:
             _say(LISTENING)
         await ended.wait()
-        log.info("server_ends")
+        log.info("server_ending")
         manager.engine.check_sound()
         await server.close()
         try:
             async with asyncio.timeout(FLUSH_S):
                 await manager.flush()
         except (TimeoutError, FlexKVError) as error:
-            log.warning("not_flushed", reason=str(error) or f"not within {FLUSH_S} s")
+            reason = str(error) or f"it was not finished within {FLUSH_S} s"
+            log.warning("flush_failed", reason=reason)
 
 
 def _on_end(ended: Callable[[], None], parent: ProcessHandle | None) -> None:

@@ -13,12 +13,12 @@ from flexkv.settings import load_settings
 
 server = typer.Typer(
     no_args_is_help=True,
-    help="Look at, flush or clear a running server.",
+    help="Inspect, flush or clear a running server.",
 )
 
 Address = Annotated[
     str | None,
-    typer.Option("--server", help="Address: ipc:///path. By default that of server_recv_port."),
+    typer.Option("--server", help="Address of the server, ipc:///path; default: server_recv_port."),
 ]
 
 
@@ -42,40 +42,40 @@ def flush(address: Address = None) -> None:
     if not any(report.values()):
         typer.echo("everything in host memory is on SSD, or no SSD tier is configured")
     for tier, blocks in report["lacking_blocks"].items():
-        typer.echo(f"{tier} lacks {blocks} blocks of host memory")
+        typer.echo(f"{blocks} blocks of host memory are not on {tier}")
     for directory, why in report["unused_directories"].items():
         typer.echo(f"the directory {directory} is not used: {why}")
     for tier, why in report["missing_tiers"].items():
-        typer.echo(f"{tier} is not there: {why}")
+        typer.echo(f"the {tier} tier is not available: {why}")
     if report["missing_tiers"]:
         raise typer.Exit(1)
 
 
 @server.command("clear")
 def clear(
-    tier: Annotated[str | None, typer.Option(help="host or disk; by default both.")] = None,
+    tier: Annotated[str | None, typer.Option(help="host or disk; default: both.")] = None,
     address: Address = None,
 ) -> None:
     """Empty the cache: every tier, or one."""
-    typer.echo(f"{command(_at(address), 'clear', tier=tier)} blocks forgotten")
+    typer.echo(f"forgot {command(_at(address), 'clear', tier=tier)} blocks")
 
 
 def trace_start(
     file: Annotated[
-        Path | None, typer.Argument(help="File to write; by default the server's trace_file_path.")
+        Path | None, typer.Argument(help="File to write; default: the server's trace_file_path.")
     ] = None,
     tokens: Annotated[
         bool | None,
-        typer.Option(help="Record the prompts, too; by default as trace_tokens says."),
+        typer.Option(help="Record the prompts, too; default: the server's trace_tokens."),
     ] = None,
     address: Address = None,
 ) -> None:
     """Start a trace in a running server."""
     path = None if file is None else str(file.absolute())
-    typer.echo(f"tracing to {command(_at(address), 'trace_start', path=path, tokens=tokens)}")
+    typer.echo(f"recording {command(_at(address), 'trace_start', path=path, tokens=tokens)}")
 
 
 def trace_stop(address: Address = None) -> None:
     """Stop the trace of a running server, and complete its file."""
     path = command(_at(address), "trace_stop")
-    typer.echo("no trace was on" if path is None else f"traced to {path}")
+    typer.echo("no trace was being recorded" if path is None else f"recorded {path}")

@@ -23,7 +23,7 @@ from flexkv.common.errors import ConfigError
 Samples: TypeAlias = Mapping[str, Mapping[tuple[str, ...], float]]
 """Values by metric, then by the values of its labels in the order of the labels' names."""
 
-Url = Annotated[str, typer.Option(help="Where metrics are served (see enable_metrics).")]
+Url = Annotated[str, typer.Option(help="URL of the metrics (see enable_metrics).")]
 URL = "http://127.0.0.1:8080/metrics"
 ANSWER_BYTES_MAX = 64 << 20
 OF_ENGINE = ("engine", "instance")
@@ -49,7 +49,7 @@ def scrape(url: str) -> Samples:
         said = reason.strerror if isinstance(reason, OSError) and reason.strerror else reason
         why = (
             f"there are no metrics ({said}): is a server or engine running, with enable_metrics "
-            "or a MetricsServer, at this port?"
+            "or a MetricsServer, on this port?"
         )
         raise ConfigError("url", url, why) from error
     samples: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
@@ -85,7 +85,7 @@ def top(
     interval: Annotated[
         float, typer.Option(min=0.1, callback=finite, help="Seconds from one update to the next.")
     ] = 2.0,
-    count: Annotated[int, typer.Option(min=0, help="Updates to show; 0 = no end.")] = 0,
+    count: Annotated[int, typer.Option(min=0, help="Updates to show; 0 = until interrupted.")] = 0,
 ) -> None:
     """Watch a running server or engine: rates, hits, tiers, queues, the slowest request."""
     before, at_s = scrape(url), time.monotonic()
@@ -168,7 +168,7 @@ def _tiers(now: Samples, before: Samples | None, seconds: float) -> Table:
 
 
 def _routes(now: Samples, before: Samples | None, seconds: float) -> Table:
-    table = Table("route", "MB", "transfers", "mean ms queued", "mean ms with device", "failed")
+    table = Table("route", "MB", "transfers", "mean ms queued", "mean ms on device", "failed")
     for labels in sorted(now.get("flexkv_transfers_total", {})):
         table.add_row(
             labels[0],

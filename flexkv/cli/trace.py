@@ -22,7 +22,7 @@ from flexkv.trace.view import page
 
 trace = typer.Typer(
     no_args_is_help=True,
-    help="See why it was slow: record a trace, and read it.",
+    help="Record a trace, and read it to see why requests were slow.",
 )
 
 File = Annotated[
@@ -34,7 +34,9 @@ File = Annotated[
 @trace.command("summary")
 def summary(
     file: File,
-    slowest: Annotated[int, typer.Option(min=0, help="Slow requests to list.")] = 5,
+    slowest: Annotated[
+        int, typer.Option(min=0, help="How many of the slowest requests to list.")
+    ] = 5,
 ) -> None:
     """Print what was wrong, where the time went, and how fast each route was."""
     told, console = Summary(load(file)), Console()
@@ -51,7 +53,7 @@ def _print_findings(told: Summary, console: Console) -> None:
     trace, found = told.trace, findings(told)
     console.print(
         f"{len(trace.requests)} requests and {len(trace.ops)} transfers in {trace.seconds:.2f} s"
-        + (f"; of {trace.runs} runs in the file this is the last" if trace.runs > 1 else "")
+        + (f"; the last of {trace.runs} runs in the file" if trace.runs > 1 else "")
     )
     for finding in found:
         after_s = (finding.at_ns - trace.begin_ns) / 1e9
@@ -87,7 +89,7 @@ def _time(told: Summary) -> Table:
 
 
 def _routes(told: Summary) -> Table:
-    columns = ("queued p50/p99 ms", "with the device p50/p99 ms", "GB/s busy", "GB/s best")
+    columns = ("queued p50/p99 ms", "on the device p50/p99 ms", "GB/s busy", "GB/s best")
     table = Table(Column("route", no_wrap=True), "ops", "GB", *columns, "failed")
     for route, facts in told.routes.items():
         table.add_row(

@@ -50,21 +50,24 @@ class Moment(NamedTuple):
 def replay(
     file: Annotated[Path, typer.Argument(help="A trace file.")],
     host_blocks: Annotated[
-        int | None, typer.Option(min=1, help="Blocks of the host tier; else as recorded.")
+        int | None, typer.Option(min=1, help="Blocks of the host tier; default: as recorded.")
     ] = None,
     ssd_blocks: Annotated[
-        int | None, typer.Option(min=0, help="Blocks of the SSD tier; else as recorded.")
+        int | None, typer.Option(min=0, help="Blocks of the SSD tier; default: as recorded.")
     ] = None,
     ssd_dir: Annotated[
-        Path | None, typer.Option(help="Directory of the SSD tier; the default is temporary.")
+        Path | None, typer.Option(help="Directory of the SSD tier; default: a temporary one.")
     ] = None,
     policy: Annotated[str, typer.Option(help="Eviction policy.")] = "lru",
     time_scale: Annotated[
         float,
-        typer.Option(callback=finite, help="1 = with the recorded pauses, 0 = as fast as it goes."),
+        typer.Option(
+            callback=finite, help="1 = with the recorded pauses, 0 = as fast as possible."
+        ),
     ] = 0.0,
     to: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Trace of the replay, for diff and view.")
+        Path | None,
+        typer.Option("-o", "--output", help="File for the trace of the replay, to diff and view."),
     ] = None,
 ) -> None:
     """Issue the recorded requests again, and compare the results with the recording."""
@@ -72,7 +75,9 @@ def replay(
     if not recorded.requests or "host" not in recorded.header.capacity_blocks:
         raise ConfigError("trace", str(file), "has no requests to replay")
     if to is not None and to.exists():
-        raise ConfigError("output", str(to), "exists: a trace is added to, never written over")
+        raise ConfigError(
+            "output", str(to), "exists: name a new file, since a trace is appended to a file"
+        )
     capacity = recorded.header.capacity_blocks
     with ExitStack() as stack:
         temporary = tempfile.TemporaryDirectory(prefix=".flexkv-replay-", dir=".")
@@ -90,7 +95,7 @@ def replay(
         left_out = asyncio.run(Replayer(recorded, cache, time_scale).run(console))
         replayed = load(again)
     console.print(_compared(recorded, replayed))
-    told = f"; {left_out} cancelled ones left out" if left_out else ""
+    told = f"; {left_out} cancelled ones were left out" if left_out else ""
     issued = len(recorded.requests) - left_out
     alike = _alike(recorded, replayed)
     console.print(f"{alike} of {issued} requests ended as recorded, with the same hits{told}")
@@ -180,7 +185,7 @@ def _model_of(header: HeaderRecord) -> ModelConfig:
     """Return a model with blocks of the recorded size: one layer, one vector a token."""
     size, rest = divmod(header.block_bytes, header.tokens_per_block)
     if rest:
-        why = f"blocks of {header.block_bytes} bytes are not divided by the tokens of a block"
+        why = f"tokens_per_block must divide the bytes of a block, {header.block_bytes}"
         raise ConfigError("trace", header.tokens_per_block, why)
     return ModelConfig(
         num_layers=1, num_kv_heads=1, head_size=size, dtype="uint8", kv_dim=1, model_id="replay"

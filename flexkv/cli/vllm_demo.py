@@ -27,7 +27,7 @@ ENGINE_S = 1200.0
 
 
 def vllm_demo(
-    conversations: Annotated[int, typer.Option(min=1, help="Conversations, in turns.")] = 4,
+    conversations: Annotated[int, typer.Option(min=1, help="Conversations, which take turns.")] = 4,
     turns: Annotated[int, typer.Option(min=2, help="Questions of each conversation.")] = 4,
     first_tokens: Annotated[int, typer.Option(min=32, help="Length of the first prompt.")] = 1500,
     turn_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each turn adds.")] = 100,
@@ -42,7 +42,9 @@ def vllm_demo(
     the CPU this takes some minutes.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise BackendUnavailableError("vllm", "install it: scripts/vllm-venv makes a CPU one")
+        raise BackendUnavailableError(
+            "vllm", "install it; scripts/vllm-venv makes an environment for CPUs"
+        )
     console = Console()
     with tempfile.TemporaryDirectory(prefix=".flexkv-demo-", dir=".") as name:
         folder = Path(name).absolute()
@@ -102,7 +104,9 @@ def _engine(wanted: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         raise BackendUnavailableError("vllm", late) from error
     if done.returncode:
         why = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise BackendUnavailableError("vllm", why[0] if why else f"it ended {done.returncode}")
+        raise BackendUnavailableError(
+            "vllm", why[0] if why else f"it ended with status {done.returncode}"
+        )
     turns: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return turns
 

@@ -46,7 +46,7 @@ def integers(field: str, values: Any) -> list[int]:
     if is_integer(values):
         return [int(values)]
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise ConfigError(field, _shown(values), "must be an integer, or a list of them")
+        raise ConfigError(field, _shown(values), "must be an integer or a list of integers")
     try:
         found = list(values)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -107,7 +107,9 @@ def text(field: str, value: Any) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(field, ascii(value[:80]), f"is not UTF-8: {error.reason}") from error
+        raise ConfigError(
+            field, ascii(value[:80]), f"cannot be encoded as UTF-8: {error.reason}"
+        ) from error
     return value
 
 

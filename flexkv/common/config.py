@@ -53,54 +53,54 @@ class Settings(ConfigModel):
     server_recv_port: str = key(
         "own",
         "Unix socket at which device agents and clients find the server: `ipc:///path`, in a"
-        " directory to which no other user may write; `own` is a directory of this user alone,"
-        " `flexkv` in `$XDG_RUNTIME_DIR` or `/run/user/UID`, else `/tmp/flexkv-UID`.",
+        " directory to which no other user may write. `own` stands for a directory of this user"
+        " alone: `flexkv` in `$XDG_RUNTIME_DIR` or `/run/user/UID`, else `/tmp/flexkv-UID`.",
     )
     server_answer_ms: int = key(
         250,
-        "How long an engine's scheduler waits for the server before it goes on without it, for a"
-        " while.",
+        "How long an engine's scheduler waits for the server before it continues without it for"
+        " a while.",
         unit="ms",
         ge=1,
         le=3_600_000,
     )
     match_wait_ms: float = key(
         0.4,
-        "How long a scheduler's step waits, in all, for the server's answers about new prompts; a"
-        " prompt without an answer by then is tried again in the next step.",
+        "How long one step of the scheduler waits in total for the server's answers about new"
+        " prompts; a prompt without an answer by then is tried again in the next step.",
         unit="ms",
         ge=0,
         le=3_600_000,
     )
     server_client_mode: bool = key(
-        False, "Accepted: the connectors of engines always use a server in another process."
+        False, "Accepted but ignored: connectors always use a server in another process."
     )
     server_launch_mode: Literal["embedded", "external"] = key(
-        "embedded", "Whether the first instance runs the server, or `flexkv serve` does."
+        "embedded", "Who runs the server: the first instance, or `flexkv serve`."
     )
     instance_num: int = key(1, "Engine instances that share one server.", ge=1, le=RANKS_MAX)
-    instance_id: int = key(0, "Which of them this one is.", ge=0, lt=RANKS_MAX)
+    instance_id: int = key(0, "Number of this instance among them, from 0.", ge=0, lt=RANKS_MAX)
     enable_metrics: bool = key(
-        False, "The server serves Prometheus metrics; in code, flexkv.metrics.MetricsServer does."
+        False, "Serve Prometheus metrics in the server; in code, use flexkv.metrics.MetricsServer."
     )
-    py_metrics_port: int = key(8080, "Port of the metrics.", ge=1, le=65535)
+    py_metrics_port: int = key(8080, "Port at which the metrics are served.", ge=1, le=65535)
     metrics_host: str = key(
         "127.0.0.1",
         "Address at which the metrics are served; `0.0.0.0` lets other machines, such as the"
         " Prometheus of a cluster, scrape them.",
         min_length=1,
     )
-    log_level: LogLevel = key("info", "Least severity that is logged, by library and server.")
-    logging_prefix: str = key("", "Stands on every log line.")
+    log_level: LogLevel = key("info", "Lowest severity that the library and the server log.")
+    logging_prefix: str = key("", "Prefix of every log line.")
     enable_layerwise_transfer: bool = key(
         False,
-        "Hand loads over layer by layer.",
+        "Let the engine use each layer as soon as it is loaded.",
         part="a connector that loads layer by layer",
         built=(False,),
     )
     sync_get: bool = key(
         False,
-        "Load in the engine's step instead of beside it.",
+        "Load during the engine's step instead of in parallel to it.",
         part="a connector that loads in the step",
         built=(False,),
     )
@@ -108,7 +108,8 @@ class Settings(ConfigModel):
         False, "Set by Dynamo when it runs engines with FlexKV.", variables=("DYNAMO_USE_FLEXKV",)
     )
     cache_config: CacheConfig = Field(
-        default_factory=CacheConfig, description="The cache's own keys; may stand flat beside it."
+        default_factory=CacheConfig,
+        description="The cache's own keys; they may also be at the top level.",
     )
 
     def require_built(self) -> None:
@@ -143,7 +144,7 @@ def settings_of(file: Mapping[str, Any], environment: Mapping[str, Any] | None =
     inner, inner_renames = current_names(nested, (CacheConfig,))
     for name in outer.keys() & inner.keys():
         if outer[name] != inner[name]:
-            why = "stands in cache_config with another value"
+            why = "is also in cache_config, with another value: give it once"
             raise ConfigError(name, shown(name, outer[name], models), why)
     announce({**outer_renames, **inner_renames})
     chosen = {**outer, **inner}

@@ -72,7 +72,7 @@ def _object(value: object) -> object:
     try:
         return json.loads(value, object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError, DuplicateKeyError):
-        fault = ValueError("must be an object, in JSON")
+        fault = ValueError("must be a JSON object")
     raise fault  # raised outside of `except`, because its context would hold the text
 
 
@@ -111,14 +111,14 @@ class CacheConfig(ConfigModel):
     """The cache's configuration keys. Every key has a default."""
 
     tokens_per_block: int = key(
-        16, "Tokens in a block; equals the engine's page size.", unit="tokens", ge=1, le=65536
+        16, "Tokens per block; equals the engine's page size.", unit="tokens", ge=1, le=65536
     )
 
     # host tier
     enable_cpu: bool = key(
         True,
         "Keep blocks in host memory.",
-        part="a path around the host tier, where every route meets,",
+        part="running without the host tier",
         built=(True,),
     )
     num_cpu_blocks: int | None = key(
@@ -130,7 +130,7 @@ class CacheConfig(ConfigModel):
     )
     cpu_cache_gb: float = key(16.0, "Size of the host tier.", unit="GB", ge=0, le=GB_MAX)
     use_hugepage_cpu_buffer: bool = key(
-        True, "Ask for huge pages for the host tier; ordinary pages serve when there are none."
+        True, "Use huge pages for the host tier, or ordinary pages if there are none."
     )
     hugepage_size_bytes: int = key(
         2 * MB, "Size of a reserved huge page: a power of two.", unit="bytes", ge=4096, le=16 * GB
@@ -146,22 +146,22 @@ class CacheConfig(ConfigModel):
     )
     ssd_cache_gb: float = key(0.0, "Size of the SSD tier; 0 = off.", unit="GB", ge=0, le=GB_MAX)
     enable_ssd: bool = key(
-        None, "Keep blocks on SSD.", shown_default="true when the SSD tier is given a size"
+        None, "Keep blocks on SSD.", shown_default="true if the SSD tier has a size"
     )
     ssd_cache_dir: Paths = key(
         (),
         "Directory of the SSD tier; several (`;`-separated or a list) are striped. Only the user "
-        "who runs the engine, or root, may own it and write to it; a missing one is made. `~` and "
-        "`$VARIABLE` are expanded, and `file:///dir` is accepted. One that cannot be used costs "
-        "its part of the tier, and is named in the log, in `statistics()` and by `flexkv doctor`.",
+        "who runs the engine, or root, may own it and write to it; a missing one is created. `~` "
+        "and `$VARIABLE` are expanded, and `file:///dir` is accepted. If one cannot be used, its "
+        "part of the tier is lost; the log, `statistics()` and `flexkv doctor` name it.",
     )
     strict: bool = key(
         False,
         "Whether the engine refuses to start when the SSD tier, or a directory of it, cannot be "
-        "used; otherwise it starts without.",
+        "used; otherwise it starts without it.",
     )
     ssd_preallocate: bool = key(
-        True, "Take all the space of the SSD tier at the start; else as it is written to."
+        True, "Allocate all space of the SSD tier at the start; otherwise as blocks are written."
     )
     ssd_warm_restart: bool = key(
         True, "Keep a journal, so that the SSD tier is warm after a restart or a crash."
@@ -172,25 +172,25 @@ class CacheConfig(ConfigModel):
     )
     ssd_scrub_mb_per_s: float = key(
         0.0,
-        "How fast to read what rests on SSD, in idle time, to find what has changed; 0 = off.",
+        "How fast to reread the blocks on SSD in idle time, to find corrupt ones; 0 = off.",
         unit="MB/s",
         ge=0,
         le=MB_MAX,
     )
     io_deadline_s: float = key(
         10.0,
-        "How long I/O of a lower tier, or a copy to or from a device, may take; after that "
-        "nobody waits for it, and the tier or device is not used until it works again.",
+        "How long I/O of a lower tier, or a copy to or from a device, may take; after that, "
+        "no request waits for it, and the tier or device is not used until it works again.",
         unit="s",
         gt=0,
         le=SECONDS_MAX,
     )
     max_file_size_gb: float = key(
-        -1.0, "Cap of one SSD file; -1 = none.", unit="GB", ge=-1, le=GB_MAX
+        -1.0, "Largest size of one SSD file; -1 = no limit.", unit="GB", ge=-1, le=GB_MAX
     )
     max_blocks_per_file: int | None = key(
         None,
-        "Cap of one SSD file, counted in blocks.",
+        "Largest size of one SSD file, in blocks.",
         unit="blocks",
         ge=-1,
         le=BLOCKS_MAX,
@@ -198,22 +198,22 @@ class CacheConfig(ConfigModel):
     )
     iouring_entries: int = key(
         512,
-        "Depth of the io_uring; 0 = no io_uring, threads instead.",
+        "Queue depth of io_uring; 0 = use threads instead of io_uring.",
         ge=0,
         le=32768,
         old=("ssd_cache_iouring_entries",),
     )
     iouring_flags: int = key(
         0,
-        "Set-up flags of the io_uring, as the kernel numbers them.",
+        "Set-up flags of io_uring, as the kernel numbers them.",
         ge=0,
         le=2**32 - 1,
         old=("ssd_cache_iouring_flags",),
     )
     enable_gds: bool = key(
         False,
-        "Move between SSD and GPU directly. Not built: blocks go through host memory, where they "
-        "are checked, and a warning says so.",
+        "Move blocks directly between SSD and GPU. Not built: they go through host memory, where "
+        "they are checked, and a warning says so.",
         old=("use_gds",),
     )
 
@@ -234,13 +234,13 @@ class CacheConfig(ConfigModel):
         shown_default="{}",
     )
     remote_cache_size_mode: Literal["file_size", "block_num"] = key(
-        "file_size", "What the size of the remote tier is counted in."
+        "file_size", "Unit in which the size of the remote tier is given."
     )
     remote_file_size: int | None = key(
         None, "Size of one remote file.", unit="bytes", ge=1, le=1 << 50
     )
     remote_file_num: int | None = key(None, "Number of remote files.", ge=1, le=BLOCKS_MAX)
-    remote_file_prefix: str | None = key(None, "First part of the remote files' names.")
+    remote_file_prefix: str | None = key(None, "Prefix of the remote files' names.")
     use_mooncake_store_backend: bool = key(
         False,
         "Use Mooncake Store as the remote tier.",
@@ -251,18 +251,18 @@ class CacheConfig(ConfigModel):
 
     # eviction
     evict_ratio: float = key(
-        0.05, "Least part of a tier that one eviction frees; 0 = only what is needed.", ge=0, le=1
+        0.05, "Least share of a tier that one eviction frees; 0 = only what is needed.", ge=0, le=1
     )
     evict_start_threshold: float = key(
         1.0,
-        "Used part of a tier from which blocks are evicted ahead of need; 1 = never.",
+        "Used share of a tier from which blocks are evicted ahead of need; 1 = never.",
         gt=0,
         le=1,
     )
-    eviction_policy: EvictionPolicy = key("lru", "Which block goes first.")
+    eviction_policy: EvictionPolicy = key("lru", "Which blocks are evicted first.")
     hit_reward_seconds: float = key(
         0.0,
-        "How much younger one hit makes a block under lru.",
+        "How much younger each hit makes a block, under lru.",
         unit="s",
         ge=0,
         le=SECONDS_MAX,
@@ -273,31 +273,31 @@ class CacheConfig(ConfigModel):
 
     # transfers
     use_ce_transfer_h2d: bool | None = key(
-        None, "Copy host to GPU by copy engine (true) or kernel (false); unset = as measured."
+        None, "Copy host to GPU by copy engine (true) or kernel (false); unset = by measurement."
     )
     use_ce_transfer_d2h: bool | None = key(
-        None, "Copy GPU to host by copy engine (true) or kernel (false); unset = as measured."
+        None, "Copy GPU to host by copy engine (true) or kernel (false); unset = by measurement."
     )
     transfer_num_cta_h2d: int | None = key(
         None,
-        "Thread blocks of the kernel host to GPU; unset = as measured.",
+        "Thread blocks of the kernel that copies host to GPU; unset = by measurement.",
         ge=1,
         le=65535,
         old=("transfer_sms_h2d",),
     )
     transfer_num_cta_d2h: int | None = key(
         None,
-        "Thread blocks of the kernel GPU to host; unset = as measured.",
+        "Thread blocks of the kernel that copies GPU to host; unset = by measurement.",
         ge=1,
         le=65535,
         old=("transfer_sms_d2h",),
     )
     chunk_mb: float = key(
-        16.0, "Bytes of one chunk of a pipelined request.", unit="MB", gt=0, le=MB_MAX
+        16.0, "Size of one chunk of a pipelined request.", unit="MB", gt=0, le=MB_MAX
     )
     copy_threads: int = key(
         0,
-        "Threads that copy between device and host memory; 0 = the cores, up to 4.",
+        "Threads that copy between device and host memory; 0 = one per core, at most 4.",
         ge=0,
         le=256,
     )
@@ -309,14 +309,14 @@ class CacheConfig(ConfigModel):
     )
     device_window_mb: float = key(
         128.0,
-        "Bytes being copied to or from the device at once; to or from a GPU four times as many.",
+        "Most bytes being copied to or from the device at once; four times as many for a GPU.",
         unit="MB",
         gt=0,
         le=MB_MAX,
     )
     write_behind_max_gb: float = key(
         -1.0,
-        "Bytes that puts may queue for the SSD; -1 = half of the host tier. Further blocks wait "
+        "Most bytes that puts may queue for the SSD; -1 = half of the host tier. More blocks wait "
         "in host memory and are written later.",
         unit="GB",
         ge=-1,
@@ -324,23 +324,23 @@ class CacheConfig(ConfigModel):
     )
     write_behind_wait_s: float = key(
         2.0,
-        "How long a burst of puts may wait in all while host memory is full of what the SSD lacks; "
-        "then blocks may be evicted before they are written.",
+        "How long a burst of puts may wait in total while host memory is full of blocks that are "
+        "not on SSD yet; after that, blocks may be evicted before they are written.",
         unit="s",
         ge=0,
         le=SECONDS_MAX,
     )
     shutdown_flush_s: float = key(
         5.0,
-        "How long closing may take to write what the SSD lacks; 0 = not at all.",
+        "How long closing may take to write blocks that are not on SSD yet; 0 = write none.",
         unit="s",
         ge=0,
         le=SECONDS_MAX,
     )
     requests_max: int = key(
         1024,
-        "Requests under way at once; later ones wait to be admitted, the instances of a server "
-        "in turns.",
+        "Most requests under way at once; later ones wait to be admitted, and the instances of a "
+        "server take turns.",
         unit="requests",
         ge=1,
         le=1 << 20,
@@ -355,7 +355,7 @@ class CacheConfig(ConfigModel):
     gpu_kv_layout_type: str | None = key(
         None,
         "Layout of the device's KV caches.",
-        retired="it is ignored; register_kv_caches infers the device's layout, or is told it",
+        retired="it is ignored; register_kv_caches infers the layout, or takes it as an argument",
     )
 
     # identity, sharing between nodes
@@ -367,7 +367,7 @@ class CacheConfig(ConfigModel):
         secret=True,
         shown_default="empty",
     )
-    index_accel: bool = key(True, "Accepted and without effect: one index serves.")
+    index_accel: bool = key(True, "Accepted but ignored: there is only one index.")
     enable_p2p_cpu: bool = key(
         False,
         "Share the host tier with other nodes.",
@@ -397,27 +397,27 @@ class CacheConfig(ConfigModel):
 
     # trace
     enable_trace: bool = key(False, "Write a record of every request and transfer op.")
-    trace_file_path: str = key("./flexkv_trace.log", "File that the trace goes to.", min_length=1)
+    trace_file_path: str = key("./flexkv_trace.log", "Path of the trace file.", min_length=1)
     trace_max_file_size_mb: float = key(
         100.0, "Size at which the trace starts a new file.", unit="MB", gt=0, le=MB_MAX
     )
     trace_tokens: bool = key(
-        False, "Whether the trace has the prompts in clear: else only their lengths and keys."
+        False, "Whether the trace has the prompts in clear; otherwise only their lengths and keys."
     )
     trace_max_files: int = key(5, "Trace files kept, the current one included.", ge=1, le=10_000)
     trace_flush_interval_ms: int = key(
         1000,
-        "How long a record may wait before it is in the file.",
+        "How long a record may wait before it is written to the file.",
         unit="ms",
         ge=1,
         le=86_400_000,
     )
 
     load_if_faster: bool = key(
-        True, "Whether engines load only what takes longer to compute again, by what was measured."
+        True, "Whether engines load only what was measured to load faster than it is computed."
     )
     num_log_interval_requests: int = key(
-        200, "How often the summary line is logged.", unit="requests", ge=1, le=2**53
+        200, "Requests between two summary lines in the log.", unit="requests", ge=1, le=2**53
     )
 
     @field_validator("enable_ssd", mode="before")
@@ -453,7 +453,7 @@ class CacheConfig(ConfigModel):
         """
         block_bytes = model.block_bytes(self.tokens_per_block)
         if block_bytes > BLOCK_BYTES_MAX:
-            why = f"a block of this model would take {block_bytes} bytes: at most {BLOCK_BYTES_MAX}"
+            why = f"a block of this model has {block_bytes} bytes; the limit is {BLOCK_BYTES_MAX}"
             raise ConfigError("tokens_per_block", self.tokens_per_block, why)
         stride = -(-block_bytes // BLOCK_ALIGNMENT_BYTES) * BLOCK_ALIGNMENT_BYTES
         host, disk, file = SIZE_PAIRS
@@ -492,9 +492,9 @@ class CacheConfig(ConfigModel):
         field, value = (gb_key, gb) if count is None else (blocks_key, count)
         blocks = int(gb * GB) // stride_bytes if count is None else count
         if blocks < 1:
-            why = f"must hold at least one block, which takes {stride_bytes / GB:.6g} GB"
+            why = f"must have room for at least one block, which takes {stride_bytes / GB:.6g} GB"
             raise ConfigError(field, value, why)
         if blocks > BLOCKS_MAX:
-            why = f"holds {blocks} blocks of this model: at most {BLOCKS_MAX}"
+            why = f"would hold {blocks} blocks of this model; the limit is {BLOCKS_MAX}"
             raise ConfigError(field, value, why)
         return blocks

@@ -215,7 +215,7 @@ def check_no_key_swallowed(values: Mapping[str, Any], models: Collection[type[Ba
     key_in_text = re.compile(rf"({'|'.join(sorted(names))})[\"']?\s*[:=]")
     for name, value in values.items():
         if isinstance(value, str) and name not in names and key_in_text.search(value):
-            why = "holds another key: is a quote missing?"
+            why = "contains another key: is a quote missing?"
             raise ConfigError(name, kind_of(value), why)
 
 
@@ -311,14 +311,14 @@ def _check_text(value: Any) -> None:
         if len(told) > TEXT_CHARACTERS_MAX:
             raise ValueError(f"must have at most {TEXT_CHARACTERS_MAX} characters")
         if "\0" in told:
-            raise ValueError("must not have a NUL character")
+            raise ValueError("must not contain a NUL character")
         fault = None
         try:
             told.encode(errors="surrogateescape")  # names of files need not be UTF-8
         except UnicodeEncodeError as error:
             fault = error.reason
         if fault is not None:  # raised outside of `except`, as its context would hold the text
-            raise ValueError(f"is not text: {fault}")
+            raise ValueError(f"cannot be encoded as UTF-8: {fault}")
 
 
 class ConfigModel(PlainValues):
@@ -379,7 +379,7 @@ def _config_error(model: type[BaseModel], error: ValidationError) -> ConfigError
         rest[-1:] = [HIDDEN]  # a key that no model has
     path = name + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
     if first["type"] == "missing":
-        return ConfigError(path, HIDDEN, "is missing, and has no default")
+        return ConfigError(path, HIDDEN, "is required: it has no default")
     value = first["input"]
     why = first["msg"].removeprefix("Value error, ")
     return ConfigError(path, shown(name, value, (model,)), why)

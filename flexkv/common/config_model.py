@@ -51,12 +51,12 @@ def dtype_name(dtype: object) -> str:
     name = text.removeprefix("torch.")
     name = SHORT_NAMES.get(name, name)
     if name not in ITEM_BYTES:
-        raise ValueError(f"unknown element type; known are {', '.join(ITEM_BYTES)}")
+        raise ValueError(f"unknown element type; must be one of {', '.join(ITEM_BYTES)}")
     return name
 
 
 DTypeName = Annotated[str, BeforeValidator(dtype_name)]
-_RANKS_PART = "the device part for several ranks"
+_RANKS_PART = "pipeline, data or context parallelism"
 LAYERS_MAX, HEADS_MAX, RANKS_MAX = 1 << 14, 1 << 16, 1 << 16
 """More layers, heads (or elements of a head), ranks or instances than any model or machine has."""
 
@@ -77,7 +77,9 @@ class LayerGroup(PlainValues):
     def _indices_fit(self) -> Self:
         indices = self.layer_indices
         if indices and len(set(indices)) != self.num_layers:
-            raise ValueError(f"layer_indices must name num_layers={self.num_layers} layers, once")
+            raise ValueError(
+                f"layer_indices must name num_layers={self.num_layers} different layers"
+            )
         return self
 
 
@@ -90,10 +92,12 @@ class ModelConfig(ConfigModel):
     )
     head_size: int = Field(ge=1, le=HEADS_MAX, description="Elements of one head.")
     dtype: DTypeName = Field(description="Element type: a torch or numpy dtype, or its name.")
-    use_mla: bool = key(False, "Multi-head latent attention: one vector a token, not K and V.")
+    use_mla: bool = key(
+        False, "Multi-head latent attention: one vector per token instead of K and V."
+    )
     kv_dim: int = key(
         None,
-        "Vectors a token has in a layer: K and V, or one.",
+        "Vectors per token and layer: 2 for K and V, or 1.",
         ge=1,
         le=2,
         shown_default="1 with use_mla, else 2",
@@ -111,7 +115,7 @@ class ModelConfig(ConfigModel):
         "Machines that the ranks are spread over.",
         ge=1,
         le=RANKS_MAX,
-        part="the device part for several machines",
+        part="support for several machines",
         built=(1,),
     )
     instance_num: int = key(
@@ -121,12 +125,12 @@ class ModelConfig(ConfigModel):
         le=RANKS_MAX,
     )
     layer_groups: tuple[LayerGroup, ...] | None = key(
-        None, "Groups of layers whose KV shapes differ; in place of heads and dtype above."
+        None, "Groups of layers whose KV shapes differ; they replace the heads and dtype above."
     )
     model_id: str = key(
         "",
-        "Name of the weights: blocks of models with different names never mix. Models of one "
-        "shape that have no name would be given each other's blocks.",
+        "Name of the weights: blocks of models with different names never mix. Without a "
+        "name, models of the same shape would be given each other's blocks.",
     )
 
     @field_validator("kv_dim", mode="before")
@@ -150,27 +154,33 @@ class ModelConfig(ConfigModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.use_mla and self.kv_dim != 1:
-            raise ConfigError("kv_dim", self.kv_dim, "contradicts use_mla, which has one vector")
+            raise ConfigError("kv_dim", self.kv_dim, "must be 1 with use_mla")
         for group in self._groups:
             heads = group.num_kv_heads
             if not self.use_mla and heads % self.tp_size and self.tp_size % heads:
-                why = f"must divide {heads} KV heads, or be a multiple of them"
+                why = f"must divide the number of KV heads, {heads}, or be a multiple of it"
                 raise ConfigError("tp_size", self.tp_size, why)
             if not self.use_mla and min(self.tp_size, heads) != self.parts:
-                why = f"its {heads} heads are not divided as those of other groups, in {self.parts}"
+                why = (
+                    f"tp_size={self.tp_size} divides its {heads} KV heads into"
+                    f" {min(self.tp_size, heads)} parts, but those of another group into"
+                    f" {self.parts}: the numbers must be equal"
+                )
                 raise ConfigError("layer_groups", group, why)
         groups = self.layer_groups
         if groups is None:
             return self
         if len({bool(group.layer_indices) for group in groups}) > 1:
-            raise ConfigError("layer_groups", groups, "give layer_indices for all or for none")
+            raise ConfigError(
+                "layer_groups", groups, "give layer_indices for all groups or for none"
+            )
         layers = sum(group.num_layers for group in groups)
         if layers != self.num_layers:
-            why = f"the groups have {layers} layers, the model has {self.num_layers}"
+            why = f"the groups have {layers} layers in total, the model has {self.num_layers}"
             raise ConfigError("layer_groups", groups, why)
         indices = [index for group in groups for index in group.layer_indices]
         if indices and sorted(indices) != list(range(self.num_layers)):
-            why = f"layer_indices must name each layer of 0..{self.num_layers - 1} once"
+            why = f"layer_indices must name each layer from 0 to {self.num_layers - 1} once"
             raise ConfigError("layer_groups", groups, why)
         return self
 
@@ -208,7 +218,7 @@ class ModelConfig(ConfigModel):
         for group in self._groups:
             tokens, rest = divmod(tokens_per_block, group.compress_ratio)
             if rest:
-                why = f"compress_ratio {group.compress_ratio} must divide it"
+                why = f"must be a multiple of compress_ratio={group.compress_ratio}"
                 raise ConfigError("tokens_per_block", tokens_per_block, why)
             heads, item_bytes = (
                 group.num_kv_heads // self.parts,

@@ -40,7 +40,7 @@ def _json_list(text: str) -> list[object]:
     except ValueError:
         found = None
     if not isinstance(found, list):
-        raise ValueError("begins like a list, but is not one in JSON")  # noqa: TRY004 -- pydantic's
+        raise ValueError("begins with `[`, but is not a JSON list")  # noqa: TRY004 -- pydantic's
     return found
 
 
@@ -68,7 +68,7 @@ def _directory(value: object) -> Path:
     if not value.strip():
         raise ValueError("must not be empty")
     if "\0" in value:
-        raise ValueError("must not hold a NUL character")
+        raise ValueError("must not contain a NUL character")
     if (scheme := _SCHEME.match(value)) is not None:
         return _of_address(value, scheme[1].lower())
     if is_text and _OTHER_SEPARATOR.search(value):
@@ -79,15 +79,15 @@ def _directory(value: object) -> Path:
 def _of_address(value: str, scheme: str) -> Path:
     """Return the directory that a `file:` address names."""
     if scheme != "file":
-        raise ValueError(f"must be a directory of this machine, not an address of {scheme}:")
+        raise ValueError(f"must be a directory of this machine, not a `{scheme}:` address")
     rest = value[len("file:") :]
     if rest.startswith("//"):
         host, slash, path = rest[2:].partition("/")
         if host.lower() not in _HOSTS_OF_OURS:
-            raise ValueError("must name no host: a `file:` address is `file:///dir`")
+            raise ValueError("must not name a host: write `file:///dir`")
         rest = slash + path
     if "?" in rest or "#" in rest:
-        raise ValueError("must not have `?` or `#`, as it is an address")
+        raise ValueError("must not contain `?` or `#`, because it is a `file:` address")
     path = unquote_to_bytes(rest).decode("utf-8", "surrogateescape")
     if not path or "\0" in path:
         raise ValueError("must name a directory")

@@ -50,8 +50,8 @@ def check_ids(transfer: Transfer, source_blocks: int, target_blocks: int) -> Non
     """
     if len(transfer.source_ids) != len(transfer.target_ids):
         raise InvariantError(
-            f"transfer {transfer.op_id} {transfer.route}: {len(transfer.source_ids)} source ids, "
-            f"{len(transfer.target_ids)} target ids"
+            f"transfer {transfer.op_id} {transfer.route}: {len(transfer.source_ids)} source ids "
+            f"but {len(transfer.target_ids)} target ids"
         )
     if transfer.block_count == 0:
         return
@@ -64,6 +64,6 @@ def check_ids(transfer: Transfer, source_blocks: int, target_blocks: int) -> Non
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= blocks:
             raise InvariantError(
-                f"transfer {transfer.op_id} {transfer.route}: {end.label} ids {low}..{high} "
-                f"of {blocks} blocks"
+                f"transfer {transfer.op_id} {transfer.route}: {end.label} ids {low}..{high} are "
+                f"not all in its {blocks} blocks"
             )

@@ -144,9 +144,9 @@ def infer_layout(
             block are not one or two contiguous extents.
     """
     if layout is not None and layout not in LAYOUT_NAMES:
-        raise ConfigError("layout", layout, f"not one of {', '.join(LAYOUT_NAMES)}")
+        raise ConfigError("layout", layout, f"must be one of {', '.join(LAYOUT_NAMES)}")
     if not specs:
-        raise ConfigError("kv_caches", [], "no layer is given")
+        raise ConfigError("kv_caches", [], "must have at least one layer")
     wanted = shapes if len(shapes) > 1 else tuple(shapes) * len(specs)
     firsts: dict[KVShape, tuple[int, _Fit]] = {}
     layers: list[list[_Piece]] = []
@@ -162,7 +162,7 @@ def infer_layout(
     counts = {specs[first].shape[fit.block_axis]: first for first, fit in firsts.values()}
     if len(counts) > 1:
         told = ", ".join(f"{count} in kv_caches[{first}]" for count, first in counts.items())
-        raise ConfigError("kv_caches", told, "all layers must have as many blocks")
+        raise ConfigError("kv_caches", told, "all layers must have the same number of blocks")
     _check_apart(layers, next(iter(counts)))
     block_bytes = sum(piece.bytes for pieces in layers for piece in pieces)
     pages = _pages(layers, part.number * block_bytes, counts.popitem()[0], _named(firsts.values()))
@@ -210,8 +210,8 @@ def _check_alike(spec: TensorSpec, field: str, first: TensorSpec, first_field: s
         raise ConfigError(
             field,
             spec.shape,
-            f"has {spec.itemsize} bytes an element; {first_field} has shape "
-            f"{first.shape} and {first.itemsize} bytes: all layers must agree",
+            f"has {spec.itemsize} bytes per element; {first_field} has shape "
+            f"{first.shape} and {first.itemsize} bytes per element: these must be equal",
         )
 
 
@@ -238,7 +238,7 @@ def _rows(pieces: list[_Piece], offset: int) -> NDArray[np.int64]:
 def _fit(spec: TensorSpec, shape: KVShape, layout: str | None, field: str) -> _Fit:
     """Return the known shape that `spec` has; without exactly one, raise a ConfigError."""
     if spec.itemsize != shape.item_bytes:
-        why = f"has {spec.itemsize} bytes an element, the model's dtype has {shape.item_bytes}"
+        why = f"has {spec.itemsize} bytes per element, but the model's dtype has {shape.item_bytes}"
         raise ConfigError(field, spec.shape, why)
     sizes = {
         "kv": shape.kv_dim,
@@ -258,12 +258,12 @@ def _fit(spec: TensorSpec, shape: KVShape, layout: str | None, field: str) -> _F
             if layout is None or name == layout
         )
         expected = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        raise ConfigError(field, spec.shape, f"fits none of: {known}, with {expected}")
+        raise ConfigError(field, spec.shape, f"fits none of: {known}, where {expected}")
     if len({fit.block_axis for fit in fits}) > 1:
         names = ", ".join(dict.fromkeys(fit.name for fit in fits))
-        raise ConfigError("layout", layout, f"shape {spec.shape} is ambiguous: name one of {names}")
+        raise ConfigError("layout", layout, f"shape {spec.shape} is ambiguous: give one of {names}")
     if spec.shape[fits[0].block_axis] < 1:
-        raise ConfigError(field, spec.shape, "holds no blocks")
+        raise ConfigError(field, spec.shape, "must have at least one block")
     return fits[0]
 
 
@@ -293,7 +293,7 @@ def _block_pieces(spec: TensorSpec, block_axis: int, field: str) -> list[_Piece]
             raise ConfigError(
                 field,
                 spec.shape,
-                f"strides of {spec.strides_bytes} bytes: one block must be one or two "
+                f"has strides of {spec.strides_bytes} bytes: a block must be one or two "
                 "contiguous extents",
             )
     stride_bytes = spec.strides_bytes[block_axis]
@@ -301,8 +301,8 @@ def _block_pieces(spec: TensorSpec, block_axis: int, field: str) -> list[_Piece]
         raise ConfigError(
             field,
             spec.shape,
-            f"blocks overlap or run backwards: {stride_bytes} bytes from one to the next, "
-            f"{extent_bytes} bytes long",
+            f"blocks overlap or run backwards: each has {extent_bytes} bytes, but the next one "
+            f"begins {stride_bytes} bytes later",
         )
     return [_Piece(address, stride_bytes, extent_bytes) for address in addresses]
 

@@ -113,7 +113,7 @@ def as_int64(field: str, values: Any) -> NDArray[np.int64]:
     """
     if type(values) is np.ndarray and values.dtype == _INT64 and values.ndim == 1:
         return np.ascontiguousarray(values)
-    array = _array_of(field, values, "host integers")
+    array = _array_of(field, values, "integers in host memory")
     if array.ndim != 1:
         raise ConfigError(field, f"shape {array.shape}", "must have one dimension")
     if array.size == 0:
@@ -151,7 +151,7 @@ def whole_blocks(token_mask: Any, token_count: int, tokens_per_block: int) -> Sp
     """
     first_token, last_token = 0, token_count
     if token_mask is not None:
-        mask = _array_of("token_mask", token_mask, "truth values in host memory")
+        mask = _array_of("token_mask", token_mask, "booleans in host memory")
         first_token, last_token = _run_of_true(mask, token_count)
     first_block = -(-first_token // tokens_per_block)
     last_block = last_token // tokens_per_block
@@ -164,7 +164,7 @@ def _run_of_true(mask: NDArray[Any], token_count: int) -> tuple[int, int]:
         raise ConfigError("token_mask", f"dtype {mask.dtype}", "must be bool")
     if mask.shape != (token_count,):
         raise ConfigError(
-            "token_mask", f"shape {mask.shape}", f"must have token_ids' length, {token_count}"
+            "token_mask", f"shape {mask.shape}", f"must have the length of token_ids, {token_count}"
         )
     count = int(np.count_nonzero(mask))
     if count == 0:
@@ -173,5 +173,7 @@ def _run_of_true(mask: NDArray[Any], token_count: int) -> tuple[int, int]:
     run = mask[first : first + count]
     if not run.all():
         hole = first + int(run.argmin())
-        raise ConfigError("token_mask", f"False at {hole}", "must have no hole between True values")
+        raise ConfigError(
+            "token_mask", f"False at {hole}", "must select one unbroken run of tokens"
+        )
     return first, first + count

@@ -51,7 +51,9 @@ class Departure:
         if self._is_over:
             return False
         self._is_over = True
-        self._dismiss(ClosedError("the engine was closed without its event loop"))
+        self._dismiss(
+            ClosedError("the engine was released at once: its event loop could not close it")
+        )
         with suppress(RuntimeError):  # the loop is closed
             self._cancel()
         releasing = threading.Thread(target=self._release, name="flexkv-release", daemon=True)

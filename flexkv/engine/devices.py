@@ -101,9 +101,9 @@ class Devices:
                 return port.failure
         if len(self._by_rank) < self._tp_size:
             have = f"{len(self._by_rank)} of {self._tp_size} ranks"
-            return ClosedError(f"no KV caches are registered: {have} have theirs")
+            return ClosedError(f"KV caches are missing: {have} have registered theirs")
         if self._asleep:
-            return ClosedError("the device is suspended")
+            return ClosedError("the device is suspended: call resume_device first")
         return None
 
     def register(self, kv_caches: Any, layout: str | None, tp_rank: int) -> TransferPort | None:
@@ -116,7 +116,7 @@ class Devices:
         """
         self._check_rank(tp_rank)
         if tp_rank in self._by_rank:
-            why = "has its KV caches registered; after suspend_device use resume_device"
+            why = "has already registered KV caches; after suspend_device, use resume_device"
             raise ConfigError("tp_rank", tp_rank, why)
         with ExitStack() as undo:
             device = self._backend.device(kv_caches, layout, tp_rank)
@@ -218,10 +218,10 @@ class Devices:
     def _check_order(self, device: Device) -> None:
         """Check that a rank's blocks have the same order of elements as those of other ranks."""
         if self._by_rank and device.order != self.order:
-            why = f"must lie as those of the other ranks: {self.order}"
-            raise ConfigError("kv_caches", f"blocks of {device.order}", why)
+            why = f"must have the same element order as the other ranks: {self.order}"
+            raise ConfigError("kv_caches", f"element order {device.order}", why)
 
     def _check_rank(self, tp_rank: int) -> None:
         if not 0 <= integer("tp_rank", tp_rank) < self._tp_size:
-            why = f"must be from 0 to tp_size - 1: {self._tp_size - 1}"
+            why = f"must be from 0 to tp_size - 1, {self._tp_size - 1}"
             raise ConfigError("tp_rank", tp_rank, why)

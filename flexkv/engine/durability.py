@@ -126,8 +126,8 @@ class Durability:
                 await self.flush()
         except (FlexKVError, TimeoutError) as error:
             left = await self._behind.left_blocks()
-            reason = str(error) or f"not within {timeout_s} s"
-            log.warning("closed_unflushed", reason=reason, lacking_blocks=left)
+            reason = str(error) or f"it was not finished within {timeout_s} s"
+            log.warning("closed_before_flush_finished", reason=reason, lacking_blocks=left)
 
     async def _synced(self) -> FlexKVError | None:
         """Wait for a sync that began no earlier than this call; return the error, if any."""
@@ -140,7 +140,7 @@ class Durability:
             syncing, number = self._syncing, self._syncs
             ended, _ = await asyncio.wait([syncing], timeout=max(0.0, until_s - loop.time()))
             if not ended:
-                return DeadlineError(-1, "sync", 0, "the device did not sync in time")
+                return DeadlineError(-1, "sync", 0, "the disk did not sync in time")
             if syncing.cancelled():
                 break
             if number >= first:  # an earlier sync may have missed recent writes

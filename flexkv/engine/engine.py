@@ -93,7 +93,7 @@ class Engine:
         Cancellation: ends soon, even while memory is touched; nothing is left behind.
         """
         if self._used:
-            raise ClosedError("an engine is opened once: make a new one")
+            raise ClosedError("an engine can be opened only once: create a new one")
         self._supervisor = Supervisor(self._failed)
         with ExitStack() as undo:
             await self._backend.take(undo, progress)
@@ -260,12 +260,16 @@ class Engine:
             self._tracing.stop()
             self._note_closed()  # except for memory that hardware may still write to
             depths = {actor.name: actor.depth for actor in self._actors.values()}
-            raise InternalError(f"still in flight after {DRAIN_TIMEOUT_S} s: {depths}") from error
+            raise InternalError(
+                f"transfers still in flight after {DRAIN_TIMEOUT_S} s: {depths}"
+            ) from error
 
     def _check_nothing_left(self) -> None:
         self._residency.validate()
         if self._residency.claims or any(actor.depth for actor in self._actors.values()):
-            raise InvariantError(f"left behind: {self._residency.claims.stories()}")
+            raise InvariantError(
+                f"transfers or claims are left: {self._residency.claims.stories()}"
+            )
 
     def _failed(self, cause: BaseException) -> None:
         """Fail all requests and admit no more, since a task raised. The first failure stands."""
@@ -379,7 +383,9 @@ class Engine:
     def unready(self, request: Request) -> KVResponse:
         """Return the response to a request that needs a device and can use none."""
         mask = np.zeros(request.token_count, np.bool_)
-        why = self._devices.missing or ClosedError("it was asked before the device was registered")
+        why = self._devices.missing or ClosedError(
+            "the request was made before the device was registered"
+        )
         response = KVResponse(KVResponseStatus.UNREADY, request.request_id, mask, why)
         self._observer.refused(request, response)
         return response

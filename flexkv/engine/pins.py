@@ -51,7 +51,7 @@ class Pins:
             ConfigError: `ttl_s` is not positive.
         """
         if not ttl_s > 0:
-            raise ConfigError("ttl_s", ttl_s, "must be positive: a pin ends by itself")
+            raise ConfigError("ttl_s", ttl_s, "must be positive: a pin expires after this time")
         self._next_pin += 1
         expiry = asyncio.get_running_loop().call_later(ttl_s, self.unpin, self._next_pin)
         self._pins[self._next_pin] = _Pin(owner, self._scheduler.hold(holdings), expiry)

@@ -74,7 +74,7 @@ class Retention:
         self._check_tier(member("tier", tier, Tier))
         most = self._opened_with[tier]
         if not 1 <= integer("capacity_blocks", capacity_blocks) <= most:
-            why = f"must be from 1 to what {tier.label} was opened with: {most}"
+            why = f"must be from 1 to the {tier.label} tier's size at the start, {most}"
             raise ConfigError("capacity_blocks", capacity_blocks, why)
         return self._residency.resize(tier, int(capacity_blocks))
 
@@ -95,7 +95,7 @@ class Retention:
     def _check_tier(self, tier: Tier | None) -> None:
         if tier is not None and member("tier", tier, Tier) not in self._residency.tiers:
             have = ", ".join(tier.label for tier in self._residency.tiers)
-            raise ConfigError("tier", tier.label, f"must be one of those there are: {have}")
+            raise ConfigError("tier", tier.label, f"must be one of the tiers in use: {have}")
 
     def pin(self, token_ids: Any, namespace: Namespace, ttl_s: float, owner: str) -> int:
         """Pin the resident prefix of a prompt, or without one a namespace; return the id."""

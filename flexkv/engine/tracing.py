@@ -41,7 +41,7 @@ class Tracing:
             ConfigError: a trace is on already, or the file cannot be written.
         """
         if self._recorder is not None:
-            raise ConfigError("trace", self.path, "is on already: stop it first")
+            raise ConfigError("trace", self.path, "is already being recorded: stop it first")
         cache = self._cache
         self._recorder = Recorder(
             path or cache.trace_file_path,

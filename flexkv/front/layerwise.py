@@ -96,7 +96,7 @@ class LayerProgress:
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self.over or self.has(layer), timeout_s):
-                raise TimeoutError(f"layer {layer} was not there after {timeout_s} s")
+                raise TimeoutError(f"layer {layer} did not arrive within {timeout_s} s")
             return self.has(layer)
 
     def hold_back(self, stream: int, rank: int, layer: int, timeout_s: float) -> bool:
@@ -123,7 +123,9 @@ class LayerProgress:
                 lambda: self.over or (self._moved and events() is not None), timeout_s
             )
             if not ready:
-                raise TimeoutError(f"layer {layer} was not queued after {timeout_s} s")
+                raise TimeoutError(
+                    f"the copies of layer {layer} were not queued within {timeout_s} s"
+                )
             if not self.over:
                 for event in events() or ():
                     event.hold_back(stream)

@@ -80,8 +80,8 @@ class LoopBridge:
                     left_s = STOP_S if until_s is None else until_s - time.monotonic()
                     thread.stop(max(left_s, UNWIND_S))
                 if self._engine.abandon():
-                    log.warning("abandoned", reason="its event loop could not close the engine: "
-                                "what was not flushed is not on SSD")  # fmt: skip
+                    why = "its event loop could not close it: what was not flushed is not on SSD"
+                    log.warning("engine_abandoned", reason=why)
 
     def __del__(self) -> None:
         # An object that `__init__` refused has no engine.
@@ -163,7 +163,7 @@ class LoopBridge:
         try:
             loop.call_soon_threadsafe(work)
         except RuntimeError as error:
-            raise ClosedError("the loop that the manager runs on is closed") from error
+            raise ClosedError("the event loop that the manager runs on is closed") from error
 
     def _call(self, work: Callable[[], T]) -> T:
         """Return the result of synchronous work on the engine's loop."""
@@ -194,7 +194,8 @@ class LoopBridge:
         except RuntimeError:
             here = False
         if not here:
-            raise ClosedError("the manager runs on another loop: call it there, or use start()")
+            why = "the manager runs on another event loop: call it there, or use start()"
+            raise ClosedError(why)
 
 
 def _runs_elsewhere(loop: asyncio.AbstractEventLoop) -> bool:

@@ -140,7 +140,8 @@ class TaskForm(LoopBridge):
         """
         self.check_process()
         if self._thread is None:
-            raise ClosedError("wait() blocks: it needs start(); on the engine's loop use await")
+            why = "wait() is for a manager started with start(); with `async with`, use await"
+            raise ClosedError(why)
         ids = integers("task_ids", task_ids)
         wait_s = None if timeout is None else seconds("timeout", timeout)
         fully = flag("completely", completely)

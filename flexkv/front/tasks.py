@@ -264,7 +264,7 @@ class TaskTable:
     def _find(self, task_id: int) -> _Task:
         task = self._tasks.get(task_id)
         if task is None:
-            raise ConfigError("task_ids", task_id, "was never issued, or is collected already")
+            raise ConfigError("task_ids", task_id, "is unknown: never issued, or already collected")
         return task
 
     def _collect(self, task_id: int, task: _Task, completely: bool = False) -> KVResponse:
@@ -281,7 +281,7 @@ class TaskTable:
         run = task.flight.run
         error = run.errors[0] if run.errors else None
         if not run.ended:
-            error = TransferError(0, "write-behind", 0, "was not done in time")
+            error = TransferError(0, "write-behind", 0, "it was not finished in time")
         return response if error is None else structs.replace(response, error=error)
 
 

@@ -58,7 +58,7 @@ def end_forgotten(manager: Unclosed) -> None:
     try:
         manager.end(END_S)
     except (FlexKVError, OSError, RuntimeError) as error:
-        log.warning("not_closed", reason=str(error))
+        log.warning("manager_not_closed", reason=str(error))
 
 
 def _at_exit() -> None:

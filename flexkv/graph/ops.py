@@ -106,14 +106,16 @@ def check_shape(shape: Shape) -> None:
         InvariantError: the planner made a shape that cannot run.
     """
     if len(shape.legs) > LEGS_MAX + CHUNKS_MAX:
-        raise InvariantError(f"{len(shape.legs)} legs, at most {LEGS_MAX + CHUNKS_MAX}")
+        raise InvariantError(f"{len(shape.legs)} legs; the limit is {LEGS_MAX + CHUNKS_MAX}")
     for leg in shape.legs:
         if not 0 <= leg.chunks <= CHUNKS_MAX:
-            raise InvariantError(f"{leg}: at most {CHUNKS_MAX} chunks")
+            raise InvariantError(f"{leg}: must have from 0 to {CHUNKS_MAX} chunks")
         at = {leg.origin}
         for route in leg.hops:
             if route.source not in at:
-                raise InvariantError(f"{leg}: {route} starts where the blocks are not")
+                raise InvariantError(
+                    f"{leg}: {route} starts in a tier that does not have the blocks"
+                )
             if route.target in at:
                 raise InvariantError(f"{leg}: {route} fills {route.target.label} a second time")
             at.add(route.target)

@@ -28,7 +28,7 @@ class Template(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         if len(self.ops) > OPS_MAX:
-            raise InvariantError(f"{len(self.ops)} ops, at most {OPS_MAX}")
+            raise InvariantError(f"{len(self.ops)} ops; the limit is {OPS_MAX}")
 
 
 class LegFill(msgspec.Struct, frozen=True):

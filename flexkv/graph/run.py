@@ -284,7 +284,10 @@ class Run:
             1 for op in self.template.ops if op.answers and self.states[op.index] in _WAITED_FOR
         )
         if (live, waiting) != (self._live, self._answers_left):
-            raise InvariantError(f"run counts {self._live}/{self._answers_left}: {self.states}")
+            raise InvariantError(
+                f"the run counts {self._live} live ops and {self._answers_left} still to answer,"
+                f" but its states have {live} and {waiting}: {self.states}"
+            )
 
 
 _OP_EVENTS = (Done, Failed, Overdue)

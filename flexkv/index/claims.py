@@ -50,7 +50,7 @@ class Claims:
     def open(self, op_id: int, claim: Claim) -> None:
         """Pin what the op reads, and record the op as the filler of its reserved places."""
         if op_id in self._open:
-            raise InvariantError(f"op {op_id} has a claim already: {self._open[op_id]}")
+            raise InvariantError(f"op {op_id} already has a claim: {self._open[op_id]}")
         owner, pinned, leased = claim
         if leased is not None:
             self._table.lease(self._number[leased.tier], leased.block_ids, op_id)

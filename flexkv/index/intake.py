@@ -18,7 +18,7 @@ from flexkv.index.clears import ClearHistory
 from flexkv.index.keys import KeyChain, Namespace
 
 _WHY = {
-    "range": "is not a slot of the device: there are {slots}",
+    "range": "is not a slot of the device, which has {slots} slots",
     "alignment": "must be the first slot of a device block: a multiple of {per_block}",
     "contiguity": "must follow the slot before it: the tokens of a block are contiguous",
 }
@@ -115,7 +115,7 @@ class Intake:
         if (last != positions).any():
             first = int((last != positions).argmax())
             one, other = (skip + int(at) * self.tokens_per_block for at in (first, last[first]))
-            why = f"names device block {ids[first]} again, as slot_mapping[{one}] does"
+            why = f"is in device block {ids[first]}, which slot_mapping[{one}] already names"
             raise ConfigError(
                 f"slot_mapping[{other}]", int(ids[first]) * self.tokens_per_block, why
             )

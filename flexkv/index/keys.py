@@ -117,7 +117,7 @@ class KeyChain:
         except ValueError as error:
             match error.args:
                 case (int(index), token):
-                    why = "must not be negative, nor 2**32 or more"
+                    why = "must be from 0 to 2**32 - 1"
                     raise ConfigError(f"token_ids[{first + index}]", token, why) from error
             raise ConfigError("token_ids", type(tokens).__name__, str(error)) from error
         except (TypeError, BufferError) as error:
@@ -237,7 +237,7 @@ def _extra_keys(given: Any) -> tuple[tuple[int, int, str], ...]:
     Raises:
         ConfigError: one is not (first token, later token, string).
     """
-    field, why = "namespace.extra_keys", "must be (first token, later token, string)"
+    field, why = "namespace.extra_keys", "must be (first, last, string) with 0 <= first < last"
     if isinstance(given, str | bytes) or not isinstance(given, Sequence):
         raise ConfigError(field, kind_of(given), "must be a list of (first, last, string)")
     found = []
@@ -258,7 +258,8 @@ def _parts(namespace: str | Sequence[str]) -> tuple[str, ...]:
     try:
         "".join(parts).encode()
     except UnicodeEncodeError as error:
-        raise ConfigError("namespace", ascii(namespace), f"is not UTF-8: {error.reason}") from error
+        why = f"cannot be encoded as UTF-8: {error.reason}"
+        raise ConfigError("namespace", ascii(namespace), why) from error
     return tuple(parts)
 
 

@@ -51,7 +51,7 @@ class PrefixMatch(msgspec.Struct, frozen=True):
 
     def __repr__(self) -> str:
         parts = [f"{tier.label} {count}" for tier, count in self.tokens_by_tier.items() if count]
-        parts += [f"{self.pending_tokens} on their way"] if self.pending_tokens else []
+        parts += [f"{self.pending_tokens} pending"] if self.pending_tokens else []
         return f"PrefixMatch({self.tokens} tokens{': ' if parts else ''}{', '.join(parts)})"
 
 

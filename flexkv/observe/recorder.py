@@ -186,7 +186,7 @@ def _open_ours(path: Path, flags: int) -> int:
     ours = (0, os.geteuid())
     if path.is_symlink():
         if path.lstat().st_uid not in ours:
-            raise PermissionError(EPERM, "is a link that another user made", str(path))
+            raise PermissionError(EPERM, "is a symbolic link that another user made", str(path))
         path = path.resolve()
     descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     found = os.fstat(descriptor)
@@ -209,7 +209,7 @@ def _take_alone(descriptor: int) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise BlockingIOError(error.errno, "another engine writes its trace there") from error
+        raise BlockingIOError(error.errno, "another engine is writing its trace there") from error
     except OSError:
         return
 

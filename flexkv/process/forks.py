@@ -48,8 +48,8 @@ class HomeProcess:
         """
         if not self.is_here:
             raise ClosedError(
-                f"{self._what} belongs to process {self._process}, of which this one is a fork:"
-                " it works only there. Make one here, or start this process by spawn"
+                f"{self._what} belongs to process {self._process}, which forked this one, and works"
+                " only there: create one here, or start this process with the spawn method"
             )
 
 

@@ -34,7 +34,7 @@ async def run_stoppable(name: str, work: Callable[[Callable[[], None]], T]) -> T
 
     def pause() -> None:
         if stop.is_set():
-            raise ClosedError("the engine was closed before it was open")
+            raise ClosedError("the engine was closed while it was still opening")
 
     thread = Workers(1, f"flexkv-{name}")
     working = asyncio.get_running_loop().run_in_executor(thread, work, pause)

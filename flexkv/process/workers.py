@@ -50,7 +50,7 @@ class Workers(Executor):
             RuntimeError: the threads were shut down.
         """
         if self._is_shut:
-            raise RuntimeError("the threads are shut down")
+            raise RuntimeError("the threads were shut down")
         future: Future[T] = Future()
         self._calls.put((future, lambda: fn(*args, **kwargs)))
         return future

@@ -160,7 +160,9 @@ class Simulation:
         """Check that flushed blocks are there, up to the first of a prompt that was not flushed."""
         if self.begun_with.is_trusted and self.backend.files:
             for key, at in self._on_disk(all_of_it=True):
-                assert self.begun_with.store[at].tobytes() == key, "a journal lied"
+                assert self.begun_with.store[at].tobytes() == key, (
+                    "a journal names a block that is not there"
+                )
         kept = [(key, at) for key, at in self.begun_with.flushed if at < self.capacity[Tier.DISK]]
         for key, at in kept:
             assert self.begun_with.store[at].tobytes() == key, "a flushed block was not synced"
@@ -208,7 +210,9 @@ class Simulation:
         engine.residency.validate()
         self._check_cleared()
         if self.is_trusted:
-            assert engine.statistics().corrupt_blocks == 0, "a journal lied"
+            assert engine.statistics().corrupt_blocks == 0, (
+                "a journal names a block that is not there"
+            )
         await engine.close()
         assert np.all(self.device == GARBAGE), "a device slot was written after it was given back"
         assert not any(files.open_files for files in self.backend.files), "a file was left open"
@@ -232,7 +236,7 @@ class Simulation:
             return
         port = self.engine.devices._by_rank[0].port
         assert isinstance(port, FakePort)
-        assert not port.in_flight, "the device is used while it sleeps"
+        assert not port.in_flight, "a suspended device is still in use"
         await asyncio.sleep(self.random.uniform(0.0, 0.02))
         self.engine.devices.resume([self.device], None, 0)
         self._asleep = False
@@ -320,7 +324,7 @@ class Simulation:
                 self.device[slot] = content
         ready = self.engine.with_slots(request, self._slot_mapping(request, slots))
         if ready is None:
-            assert self._asleep, "a device that was registered is missing"
+            assert self._asleep, "the engine does not know a registered device"
             return
         if slots and self.random.random() < 0.3:
             await self._layer_by_layer(ready, slots, np.array(contents), give_up_s)
@@ -364,7 +368,7 @@ class Simulation:
             columns = slice(layer * LAYER_BYTES, (layer + 1) * LAYER_BYTES)
             assert np.array_equal(content[moved], contents[moved, columns]), "wrong layer"
         if moved.all() and len(moved):
-            assert len(seen) == LAYERS, "a layer was not told of"
+            assert len(seen) == LAYERS, "a layer was not reported"
         self.moved_blocks += int(moved.sum())
         at = np.array(slots, np.int64)[moved]
         assert np.array_equal(self.device[at], contents[moved]), "wrong bytes"

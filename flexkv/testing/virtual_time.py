@@ -37,7 +37,9 @@ class _InstantSelector(selectors.SelectSelector):
         if ready:
             return ready
         if timeout is None:
-            raise DeadlockError("no task can run, no timer is set: the system waits for ever")
+            raise DeadlockError(
+                "no task can run and no timer is set: the system would wait forever"
+            )
         self.now_s += max(timeout, 0.0)
         return ready
 

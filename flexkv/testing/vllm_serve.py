@@ -216,7 +216,7 @@ class VllmServe(Program):
             if b"true" in answer:
                 return
             time.sleep(0.05)
-        raise TimeoutError("the engine's cache is in use still")
+        raise TimeoutError("the engine's cache is still in use")
 
 
 def completion(prompt: list[int], tokens: int) -> dict[str, Any]:

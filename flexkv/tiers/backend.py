@@ -156,7 +156,7 @@ class LocalBackend:
             self._take(undo, progress)
         if self._cache.enable_gds:
             log.warning(
-                "gds_not_used", reason=why_no_gds(), instead="SSD blocks go through the host"
+                "gds_not_used", reason=why_no_gds(), instead="SSD blocks go through host memory"
             )
         self._pinned = Pinned(self._arena)
         self.host = self._arena.backing
@@ -240,11 +240,11 @@ class LocalBackend:
         tensors = kv_cache_list(kv_caches)
         if (place := device_of(tensors)) != device.place:
             where, before = (":".join(map(str, each)) for each in (place, device.place))
-            raise ConfigError("kv_caches", where, f"must be where they were: on {before}")
+            raise ConfigError("kv_caches", where, f"must be on the same device as before, {before}")
         pages = self.pages_of(tensors, layout, tp_rank)
         if pages.order != device.order:
-            why = f"must lie as they did: {device.order}"
-            raise ConfigError("kv_caches", f"blocks of {pages.order}", why)
+            why = f"must have the same element order as before: {device.order}"
+            raise ConfigError("kv_caches", f"element order {pages.order}", why)
         device.port.resume(pages, tuple(tensors))
         return Device(device.port, pages.num_blocks, pages.name, place, pages.order)
 
@@ -277,7 +277,7 @@ class LocalBackend:
         """
         model = self._model
         if len(tensors) != model.num_layers:
-            why = f"must have one tensor per layer: {model.num_layers}"
+            why = f"must have one tensor for each of the {model.num_layers} layers"
             raise ConfigError("kv_caches", f"{len(tensors)} tensors", why)
         fields = [f"kv_caches[{i}]" for i in range(len(tensors))]
         specs = [describe(*each) for each in zip(tensors, fields, strict=True)]

@@ -445,7 +445,8 @@ class Ledger:
             async with asyncio.timeout(FINISH_S):
                 await self.written()
         except (StorageError, TimeoutError) as error:
-            log.warning("journal_not_finished", reason=str(error) or f"not within {FINISH_S} s")
+            reason = str(error) or f"it was not written within {FINISH_S} s"
+            log.warning("journal_not_finished", reason=reason)
 
     def close(self) -> None:
         """Close the journals; wait `CLOSE_S` at most for a thread that hangs. Idempotent."""

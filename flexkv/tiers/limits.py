@@ -108,5 +108,5 @@ def memory_error_named(sizes: CacheSizes) -> Iterator[None]:
     except MemoryError as error:
         is_disk = sizes.num_disk_blocks > sizes.num_host_blocks
         given = sizes.disk_given if is_disk else sizes.host_given
-        why = f"there is no memory to keep account of so many blocks: set {given.key} lower"
+        why = f"there is not enough memory to manage so many blocks: set {given.key} lower"
         raise ConfigError(*given, why) from error

@@ -56,8 +56,8 @@ def _corrupt(summary: Summary) -> list[Finding]:
     if not events:
         return []
     text = (
-        f"{len(events)} reads from SSD brought other bytes than were written: dropped, and told as "
-        f"misses. The first: {events[0].detail}. Check the drive."
+        f"{len(events)} reads from SSD returned other bytes than were written: the blocks were "
+        f"dropped and counted as misses. The first: {events[0].detail}. Check the drive."
     )
     return [Finding("corrupt", text, events[0].at_ns, len(events))]
 
@@ -68,7 +68,9 @@ def _tiers(summary: Summary) -> list[Finding]:
     for tier, count in Counter(event.tier for event in events).items():
         first = next(event for event in events if event.tier == tier)
         word = "hung" if first.kind == "tier_hung" else "went down"
-        text = f"the {tier} tier {word} ({count} times): {first.detail}. It was done without."
+        text = (
+            f"the {tier} tier {word} ({count} times): {first.detail}. Requests went on without it."
+        )
         found.append(Finding("tier_down", text, first.at_ns, count))
     return found
 
@@ -105,7 +107,7 @@ def _slow_disk(summary: Summary) -> list[Finding]:
         ops = [op for op in summary.trace.ops if op.route == route]
         text = (
             f"{route} is slow: {facts.rate / 1e6:.0f} MB/s while busy, an op takes "
-            f"{facts.service_ms[0]:.1f} ms (p50) and {facts.service_ms[1]:.1f} ms (p99) with the "
+            f"{facts.service_ms[0]:.1f} ms (p50) and {facts.service_ms[1]:.1f} ms (p99) on the "
             f"device{_blame(summary, route)}."
         )
         found.append(Finding("slow_disk", text, min(op.begun_ns for op in ops), len(ops)))
@@ -121,7 +123,7 @@ def _blame(summary: Summary, route: str) -> str:
     steps = summary.time_by_step.get("get", {})
     whole = sum(steps.values())
     share = steps.get(route, 0) / whole if whole else 0.0
-    return f"; {100 * share:.0f} % of the time of gets goes there" if share >= 0.1 else ""
+    return f"; gets spend {100 * share:.0f} % of their time there" if share >= 0.1 else ""
 
 
 def _starved(summary: Summary) -> list[Finding]:
@@ -135,9 +137,9 @@ def _starved(summary: Summary) -> list[Finding]:
             if not waits or ns < STARVED_SHARE * whole or mean_ms < STARVED_MS:
                 continue
             remedy = (
-                "more requests at once than `requests_max`"
+                "more requests came at once than `requests_max` admits"
                 if what == ADMISSION
-                else "others keep the device busy: see its window in the configuration"
+                else "other transfers keep the device busy: see its window in the configuration"
             )
             text = (
                 f"{kind}s starve: {100 * ns / whole:.0f} % of their time is {what}, "
@@ -193,7 +195,7 @@ def _lost(summary: Summary) -> list[Finding]:
     if trace.begins_late:
         text = (
             f"The first {trace.header.part} files of the run are gone (trace_max_files, "
-            "trace_max_file_size_mb): what they told is missing here."
+            "trace_max_file_size_mb): their records are missing here."
         )
         found.append(Finding("rotated_away", text, trace.begin_ns, trace.header.part))
     return found

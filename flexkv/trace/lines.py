@@ -21,7 +21,7 @@ def lines_of(path: Path, field: str) -> Iterator[bytes]:
         with path.open("rb") as file:
             while line := file.readline(LINE_BYTES_MAX):
                 if len(line) == LINE_BYTES_MAX:
-                    raise ConfigError(field, str(path), "is not text: it has an endless line")
+                    raise ConfigError(field, str(path), "is not text: it has a line without an end")
                 yield line
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)

@@ -350,7 +350,7 @@ async def test_blocks_of_another_order_are_other_blocks(tmp_path: Path) -> None:
             await manager.flush()
             await manager.suspend_device()
             other = "heads tokens" if order == "tokens heads" else "tokens heads"
-            with pytest.raises(ConfigError, match="must lie as they did: kv " + order):
+            with pytest.raises(ConfigError, match="element order as before: kv " + order):
                 manager.resume_device(caches_in(other))
             manager.resume_device(caches)
     assert found == [0, 0, len(PROMPT), len(PROMPT)]
@@ -361,7 +361,7 @@ async def test_ranks_of_other_orders_are_refused(tmp_path: Path) -> None:
     model = ModelConfig(**SHAPE, num_kv_heads=4, tp_size=2)
     async with KVManager(model, cache_config(tmp_path)) as manager:
         manager.register_kv_caches(caches_in("tokens heads"))
-        with pytest.raises(ConfigError, match="must lie as those of the other ranks"):
+        with pytest.raises(ConfigError, match="same element order as the other ranks"):
             manager.register_kv_caches(caches_in("heads tokens"), tp_rank=1)
         manager.register_kv_caches(caches_in("tokens heads"), tp_rank=1)
         assert manager.is_ready()

@@ -298,9 +298,9 @@ def cache_of(directory: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        ("s3://bucket/kv", "not an address of s3:"),
-        ("file://data/kv", "must name no host"),
-        ("file:///kv?mode=0700", "must not have"),
+        ("s3://bucket/kv", "not a `s3:` address"),
+        ("file://data/kv", "must not name a host"),
+        ("file:///kv?mode=0700", "must not contain"),
         (["/data/kv", ""], "directory 2 of 2 must not be empty"),
         (["/data/kv", 7], "directory 2 of 2 must be text or a path"),
         ("/data/a,/data/b", "separate several by `;`"),
@@ -404,7 +404,7 @@ def test_the_offline_command_finds_a_directory_however_it_is_written(
     for given in ("~/kv", "$HOME/kv", f"file://{tmp_path}/kv"):
         result = CliRunner().invoke(commands, ["ssd", "inspect", given, "--json"])
         assert json.loads(result.stdout)["blocks"] == 16
-    with pytest.raises(ConfigError, match="not an address of s3:"):
+    with pytest.raises(ConfigError, match="not a `s3:` address"):
         CliRunner().invoke(
             commands, ["ssd", "inspect", "s3://kv", "--json"], catch_exceptions=False
         )
@@ -418,7 +418,7 @@ def test_an_operator_s_flush_prints_what_is_not_there(tmp_path: Path) -> None:
         flush = ["server", "flush", "--server", settings.server_recv_port]
         result = CliRunner().invoke(commands, flush)
         assert result.exit_code == 1, result.output
-        assert "disk is not there: none of its directories can be used" in result.output
+        assert "the disk tier is not available: none of its directories" in result.output
     finally:
         server.close()
     assert server.exit_status == 0

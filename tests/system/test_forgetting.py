@@ -184,7 +184,7 @@ def test_a_run_that_ends_and_leaves_a_claim_ends_the_engine() -> None:
         waits = asyncio.create_task(flight.wait_ended())
         assert (await put).return_mask.all()
         await waits
-        with pytest.raises(InternalError, match="ended and left claims"):
+        with pytest.raises(InternalError, match="ended, but has open claims"):
             await bench.manager.get(tokens, np.arange(len(tokens)))
         assert not engine.is_open
         await engine.close()

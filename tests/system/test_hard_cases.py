@@ -215,12 +215,12 @@ def test_a_manager_is_used_once_and_in_one_form(tmp_path: Path) -> None:
         async with manager:
             pass
 
-    with pytest.raises(ConfigError, match="not with both"):
+    with pytest.raises(ConfigError, match="not both"):
         asyncio.run(enter())
     manager.shutdown()
-    with pytest.raises(ClosedError, match="opened once"):
+    with pytest.raises(ClosedError, match="opened only once"):
         manager.start()
-    with pytest.raises(ClosedError, match="opened once"):
+    with pytest.raises(ClosedError, match="opened only once"):
         asyncio.run(enter())
 
 

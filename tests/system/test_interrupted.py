@@ -164,6 +164,6 @@ def test_sigterm_ends_a_server_s_start(tmp_path: Path) -> None:
     }
     status, errors = run_slow(SERVED, str(model), signal.SIGTERM, environment)
     assert status == 0, errors
-    assert "before memory and files were taken" in errors
+    assert "before memory and files were allocated" in errors
     assert "server_listens" not in errors
     assert not (tmp_path / "socket").exists()

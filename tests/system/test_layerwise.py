@@ -96,7 +96,7 @@ def test_a_thread_waits_for_layers(
         missing = manager.get_layerwise(PROMPT + 50_000, slots_of(TARGETS))
         assert not missing.wait_for_layer(0)
         late = manager.put_layerwise(PROMPT + 70_000, slots_of(SOURCES))
-        with pytest.raises(TimeoutError, match="layer 0 was not there after"):
+        with pytest.raises(TimeoutError, match="layer 0 did not arrive within"):
             late._progress.wait(0, 0.01)
         manager.cancel(late.task_id)
         assert manager.wait(late.task_id)[late.task_id].status is KVResponseStatus.CANCELLED
@@ -230,7 +230,7 @@ def test_a_new_try_voids_what_the_first_one_moved() -> None:
     assert (closed, progress.has(0)) == (["first"], False)
     progress.queued(0, 7, 1, Event("second"))
     assert progress.hold_back(5, 0, 0, 0.1)
-    with pytest.raises(TimeoutError, match="layer 1 was not queued"):
+    with pytest.raises(TimeoutError, match="layer 1 were not queued"):
         progress.hold_back(5, 0, 1, 0.01)
     progress.end()
     assert (closed, progress.wait(0, 1.0)) == (["first", "second"], False)

@@ -287,7 +287,7 @@ async def test_use_outside_its_life_is_a_closed_error(make_manager: MakeManager)
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
-        assert "another loop" in str(caught[0])
+        assert "another event loop" in str(caught[0])
     with pytest.raises(ClosedError):
         manager.match(PROMPT)
 

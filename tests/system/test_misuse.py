@@ -110,10 +110,10 @@ def test_slots_are_those_of_distinct_device_blocks(manager: KVManager, wrong: An
 def test_a_block_that_is_named_twice_is_told_with_both_places(manager: KVManager) -> None:
     """The error for a block named twice has both indices, also behind tokens that fill no block."""
     again = np.concatenate([SLOTS[:12], SLOTS[4:8]])
-    with pytest.raises(ConfigError, match=r"slot_mapping\[12\]=4: .* block 1 .*slot_mapping\[4\]"):
+    with pytest.raises(ConfigError, match=r"slot_mapping\[12\]=4: .* block 1, .*slot_mapping\[4\]"):
         manager.put_async(PROMPT, again)
     mask = np.arange(len(PROMPT)) >= 2
-    with pytest.raises(ConfigError, match=r"slot_mapping\[10\]=4: .* block 1 .*slot_mapping\[2\]"):
+    with pytest.raises(ConfigError, match=r"slot_mapping\[10\]=4: .* block 1, .*slot_mapping\[2\]"):
         manager.put_async(PROMPT, again[2:], mask)
 
 

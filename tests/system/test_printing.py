@@ -35,7 +35,7 @@ def test_a_match_names_its_tiers() -> None:
     """A match prints the tiers that have blocks."""
     assert repr(PrefixMatch(0, {Tier.HOST: 0, Tier.DISK: 0}, 0)) == "PrefixMatch(0 tokens)"
     match = PrefixMatch(64, {Tier.HOST: 32, Tier.DISK: 16}, 16)
-    assert repr(match) == "PrefixMatch(64 tokens: host 32, disk 16, 16 on their way)"
+    assert repr(match) == "PrefixMatch(64 tokens: host 32, disk 16, 16 pending)"
 
 
 async def test_what_an_engine_answers_is_one_line_each(make_manager: MakeManager) -> None:

@@ -163,7 +163,7 @@ def test_an_operator_traces_a_running_server(
     assert command(settings.server_recv_port, "trace_start", path=path) == path
     instance.request(Operation.PUT, 1, range(BLOCKS))
     command(settings.server_recv_port, "flush")
-    with pytest.raises(ConfigError, match="is on already"):
+    with pytest.raises(ConfigError, match="is already being recorded"):
         command(settings.server_recv_port, "trace_start")
     with pytest.raises(ConfigError, match="must be one of"):
         command(settings.server_recv_port, "dance")
@@ -171,11 +171,11 @@ def test_an_operator_traces_a_running_server(
     assert [request.kind for request in load(Path(path)).requests] == ["put"]
     at = ["--server", settings.server_recv_port]
     for words, answer in (
-        (["trace", "start", path, *at], f"tracing to {path}"),
-        (["trace", "stop", *at], f"traced to {path}"),
-        (["trace", "stop", *at], "no trace was on"),
+        (["trace", "start", path, *at], f"recording {path}"),
+        (["trace", "stop", *at], f"recorded {path}"),
+        (["trace", "stop", *at], "no trace was being recorded"),
         (["server", "flush", *at], ""),
-        (["server", "clear", *at], "16 blocks forgotten"),
+        (["server", "clear", *at], "forgot 16 blocks"),
         (["server", "status", *at], '"instances"'),
     ):
         said = CliRunner().invoke(commands, words)

@@ -208,7 +208,7 @@ async def test_a_trace_begins_and_ends_while_the_engine_runs(tmp_path: Path) -> 
         manager.register_kv_caches(kv_caches())
         await manager.put(np.arange(8 * PER_BLOCK), slots_of(range(8)))
         with manager.trace(path):
-            with pytest.raises(ConfigError, match="is on already"):
+            with pytest.raises(ConfigError, match="is already being recorded"):
                 manager.trace_start(str(path))
             await manager.get(np.arange(8 * PER_BLOCK), slots_of(range(20, 28)))
         await manager.get(np.arange(8 * PER_BLOCK), slots_of(range(30, 38)))
@@ -255,7 +255,7 @@ async def test_files_that_were_rotated_away_are_told(tmp_path: Path) -> None:
     async def with_another(rig: Rig) -> None:
         for _ in range(4):
             await from_disk(rig)
-        with pytest.raises(ConfigError, match="another engine writes its trace there"):
+        with pytest.raises(ConfigError, match="another engine is writing its trace there"):
             await Rig(tmp_path, SOUND).engine.open()
 
     trace = await traced(rig, with_another)

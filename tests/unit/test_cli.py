@@ -77,7 +77,7 @@ def test_the_demo_reports_a_wrong_byte(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(KnownDevice, "mismatches", tampered)
     result = RUNNER.invoke(commands, [*SMALL, "--ssd-dir", str(tmp_path)])
     assert result.exit_code == 1
-    assert "came back wrong" in result.output
+    assert "came back with wrong bytes" in result.output
 
 
 def test_the_demo_replays_a_trace(tmp_path: Path) -> None:
@@ -183,13 +183,13 @@ def test_ctrl_c_while_the_command_is_imported_prints_no_traceback() -> None:
     [
         (["serve"], {}, "flexkv: model: name a JSON file that describes the model"),
         (["serve", "m.json"], {"FLEXKV_CPU_CACHE_GBS": "1"},
-         "flexkv: FLEXKV_CPU_CACHE_GBS: unknown variable; the nearest known is FLEXKV_CPU_CACHE"),
+         "flexkv: FLEXKV_CPU_CACHE_GBS: unknown variable; the nearest known one is FLEXKV_CPU_"),
         (["serve", "m.json"], {"FLEXKV_SSD_CACHE_GB": "1"},
          "flexkv: ssd_cache_dir: an SSD tier needs at least one directory: set this key"),
         (["serve", "m.json"], {"FLEXKV_CPU_CACHE_GB": "1000"},
          "flexkv: cpu_cache_gb=1000: needs 1,000.00 GB of memory, but the "),
         (["serve", "m.json"], {"FLEXKV_LOG_LEVEL": "loud"}, "flexkv: FLEXKV_LOG_LEVEL='loud': mus"),
-        (["serve", "short.json"], {}, "flexkv: num_kv_heads: is missing, and has no default"),
+        (["serve", "short.json"], {}, "flexkv: num_kv_heads: is required: it has no default"),
         (["server", "status", "--server", "ipc:///no/socket"], {},
          "flexkv: the server at /no/socket is not available: No such file or directory: is one"),
         (["stats", "--url", "http://127.0.0.1:1/metrics"], {},

@@ -76,10 +76,10 @@ def test_ids_in_range_pass():
 @pytest.mark.parametrize(
     ("source_ids", "target_ids", "said"),
     [
-        ([10], [0], "disk ids 10..10 of 10"),
-        ([-1, 3], [0, 1], "disk ids -1..3 of 10"),
-        ([0], [5], "host ids 5..5 of 5"),
-        ([0, 1], [0], "2 source ids, 1 target ids"),
+        ([10], [0], "disk ids 10..10 are not all in its 10"),
+        ([-1, 3], [0, 1], "disk ids -1..3 are not all in its 10"),
+        ([0], [5], "host ids 5..5 are not all in its 5"),
+        ([0, 1], [0], "2 source ids but 1 target ids"),
     ],
 )
 def test_ids_out_of_range_are_named(source_ids, target_ids, said):

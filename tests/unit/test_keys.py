@@ -110,7 +110,7 @@ def test_a_token_that_is_out_of_range_is_named(
     """The error has the token's index in the prompt, its value and the rule."""
     tokens = TOKENS.copy()
     tokens[index] = token
-    why = rf"token_ids\[{index}\]={token}: must not be negative, nor 2\*\*32 or more"
+    why = rf"token_ids\[{index}\]={token}: must be from 0 to 2\*\*32 - 1"
     with pytest.raises(ConfigError, match=why):
         chain().keys(form(tokens), namespace)
     with pytest.raises(ConfigError, match=why):
@@ -122,9 +122,9 @@ def test_a_token_out_of_range_is_named_in_what_a_prompt_grows_by(token: int) -> 
     """A bad token in a prompt's extension is named by its index in the whole prompt."""
     keys, tokens = chain().keys(TOKENS[:32]), TOKENS.copy()
     tokens[50] = token
-    with pytest.raises(ConfigError, match=rf"token_ids\[50\]={token}: must not be negative"):
+    with pytest.raises(ConfigError, match=rf"token_ids\[50\]={token}: must be from 0"):
         chain().extend(keys, tokens)
-    with pytest.raises(ConfigError, match=rf"token_ids\[50\]={token}: must not be negative"):
+    with pytest.raises(ConfigError, match=rf"token_ids\[50\]={token}: must be from 0"):
         chain().grown(keys, tokens[32:].tolist())
 
 

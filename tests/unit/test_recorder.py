@@ -77,7 +77,7 @@ def test_a_trace_is_written_to_files_of_ours_only(tmp_path: Path) -> None:
     assert len(read(other)) == 1, "a link of ours is followed"
     if os.geteuid() == 0:
         os.chown(path, 4321, -1, follow_symlinks=False)
-        assert "is a link that another user made" in refused(path)
+        assert "is a symbolic link that another user made" in refused(path)
         os.chown(other, 4321, -1)
         assert "belongs to another user" in refused(other)
     assert len(read(other)) == 1

@@ -66,7 +66,7 @@ def test_a_span_is_the_whole_blocks_inside_the_run(
 @pytest.mark.parametrize(
     ("mask", "why"),
     [
-        ([True, False, True], "hole"),
+        ([True, False, True], "unbroken run"),
         ([True, True], "length"),
         ([1, 1, 1], "bool"),
         ([[True], [True], [True]], "length"),

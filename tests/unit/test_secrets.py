@@ -205,10 +205,10 @@ def test_what_parsers_quote_is_not_told(kind: str, suffix: str, tmp_path: Path) 
         ("a.yaml", "a: 1\nb: [", "expected the node content at line 2, column 5"),
         ("a.yaml", 'a: "\\q"', "found unknown escape character at line 1, column 6"),
         ("a.yaml", "a: *b", "found undefined alias at line 1, column 4"),
-        ("a.yaml", "a: !!int x", "a value is not what its tag or form says"),
+        ("a.yaml", "a: !!int x", "a value does not match its tag or format"),
         ("a.json", '{"a": 1,\n b c}', "unexpected character at line 2, column 4"),
         ("a.json", '{"a": 1', "ends too soon at line 1, column 8"),
-        ("a.json", "[" * 50_000, "nests too deeply"),
+        ("a.json", "[" * 50_000, "nested too deeply"),
         ("a.json", '{"a": "\udcff"}', "byte 7 is not UTF-8"),
     ],
 )
