@@ -61,6 +61,7 @@ struct list {
     uint32_t count;
 };
 
+/* The numbers are repeated in flexkv/index/eviction.py: append only. */
 enum policy_kind { POLICY_LRU, POLICY_FIFO, POLICY_MRU, POLICY_FILO, POLICY_LFU, POLICY_SLRU,
                    POLICY_REWARD, POLICY_LHD, POLICY_KINDS };
 

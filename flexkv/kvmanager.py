@@ -387,7 +387,7 @@ class KVManager(TaskForm):
         return self._call(lambda: self._engine.retention.pins.unpin_owner(name))
 
     def statistics(self) -> Statistics:
-        """Return a frozen snapshot: per tier capacity, use and pins; hits, bytes, queues."""
+        """Return a frozen snapshot: tiers, routes and their failures, queues, requests, hits."""
         return self._call(self._engine.statistics)
 
     @contextmanager

@@ -1,7 +1,8 @@
 """Prometheus metrics of one engine: served over HTTP, or in a registry of the caller's.
 
-Counters and gauges are read at each scrape. Histograms are fed with the same records that a trace
-gets, so that both always agree. Times are in seconds, sizes in bytes or blocks, as names say.
+Most counters, and the gauges, are read from `statistics()` at each scrape. Histograms,
+`flexkv_missed_blocks` and the slowest requests are fed with the same records that a trace gets,
+since this collector was made. Times are in seconds, sizes in bytes or blocks, as names say.
 
     with MetricsServer(manager, port=8080):
         ...                                   # curl http://127.0.0.1:8080/metrics
@@ -310,8 +311,12 @@ def _behind(now: Statistics) -> Iterator[Metric]:
 def _routes(now: Statistics) -> Iterator[Metric]:
     routes = now.routes.items()
     for name, told, field in (
-        ("flexkv_transfers", "Transfers that have ended.", "ops"),
-        ("flexkv_transfer_blocks", "Blocks that were moved.", "blocks"),
+        ("flexkv_transfers", "Transfers that have ended, including failed ones.", "ops"),
+        (
+            "flexkv_transfer_blocks",
+            "Blocks that were moved, including the leading ones of failed transfers.",
+            "blocks",
+        ),
         ("flexkv_transfer_bytes", "Bytes that were moved.", "bytes"),
         ("flexkv_transfer_failures", "Transfers that failed.", "failed_ops"),
     ):

@@ -54,7 +54,10 @@ class Cursor(msgspec.Struct):
 
     @property
     def filled(self) -> int:
-        """Return how many leading blocks of a failed transfer to host memory have arrived."""
+        """Return how many leading blocks of a failed inbound transfer have arrived.
+
+        It is 0 for a transfer that goes layer by layer: each piece has a layer of every block.
+        """
         if self.failed_from is None or not self.inbound or self.watch is not None:
             return 0
         return min(self.failed_from, self.next_unit)

@@ -259,7 +259,9 @@ class CacheConfig(ConfigModel):
         gt=0,
         le=1,
     )
-    eviction_policy: EvictionPolicy = key("lru", "Which blocks are evicted first.")
+    eviction_policy: EvictionPolicy = key(
+        "lru", "Which go first: lru, fifo, mru, filo, lfu, slru, lhd."
+    )
     hit_reward_seconds: float = key(
         0.0,
         "How much younger each hit makes a block, under lru.",

@@ -83,7 +83,9 @@ class RouteStatistics(msgspec.Struct, frozen=True):
     """What one route has moved since the start."""
 
     ops: int
+    """Those that ended, including failed ones, but not recalled ones."""
     blocks: int
+    """Those that were moved, including the leading ones of failed ops."""
     bytes: int
     failed_ops: int
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from flexkv.common.errors import ConfigError
 
 POLICIES = {"lru": 0, "fifo": 1, "mru": 2, "filo": 3, "lfu": 4, "slru": 5, "lhd": 7}
-"""Which block is evicted first, by the number of the policy in `ext/index_policy.c`.
+"""Which block is evicted first, by the number of the policy: `enum policy_kind` in
+`ext/index_core.h`. The rules are in `ext/index_policy.c`. 6 is lru with `hit_reward_seconds`.
 
 lru: the least recently used; mru: the most recently used. fifo: the first that came; filo: the last
 that came. lfu: the least often used, and of those the least recently. slru: those used fewer than

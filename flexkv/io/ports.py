@@ -26,7 +26,8 @@ class Completion(NamedTuple):
     op_id: int
     error: TransferError | None
     filled: int = 0
-    """How many of the leading blocks of a failed transfer arrived all the same."""
+    """At least this many leading blocks of a failed transfer arrived. A port that cannot tell
+    reports 0; the actor adds the pieces that arrived before."""
 
 
 class TransferPort(Protocol):

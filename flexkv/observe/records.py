@@ -65,6 +65,7 @@ class OpRecord(msgspec.Struct, tag="op", frozen=True, gc=False):
     actor: str
     route: str
     block_count: int
+    """Blocks that it moved; of an op whose `outcome` is not done, those that it was to move."""
     bytes: int
     issued_ns: int
     """When the actor received it."""

@@ -112,7 +112,7 @@ class Tracer:
         error: TransferError | None,
         now_ns: int,
     ) -> None:
-        """Record the end of an op, which its actor reported, and how many blocks it moved."""
+        """Record the end of an op, which moved `blocks`; if it failed, all that it was to move."""
         assert op.route is not None
         op_id, actor = plan.op_id(op), self._actors[op.route.outer]
         begun_s, issued_ns = actor.take_begun(op_id), self._issued_ns.pop(op_id, None)

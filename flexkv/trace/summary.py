@@ -78,7 +78,9 @@ class Summary:
         """Return the figures of each route."""
         by_route: dict[str, list[OpRecord]] = defaultdict(list)
         for op in self.trace.ops:
-            if op.outcome != "recalled":  # a recalled op never reached the device
+            if (
+                op.outcome != "recalled"
+            ):  # a recalled op may have moved a part: its times mean nothing
                 by_route[op.route].append(op)
         return {route: _route(ops) for route, ops in sorted(by_route.items())}
 
