@@ -243,8 +243,8 @@ class KVManager(TaskForm):
             namespace: as for `match`.
 
         Returns:
-            SUCCESS with the mask of what was loaded (a part is normal), NOTFOUND, UNREADY (no
-            device), or FAILED.
+            SUCCESS with the mask of what was loaded (a part is normal: docs/operating.md says
+            why), NOTFOUND, UNREADY (no device, or no room in host memory), or FAILED.
 
         Raises:
             ConfigError: an argument breaks a rule; nothing has been done.
@@ -425,7 +425,7 @@ class KVManager(TaskForm):
         return self._call(lambda: self._engine.tracing.stop())
 
     def explain(self, operation: str, token_ids: Any, namespace: Namespace = None) -> Explanation:
-        """Return the plan that a request would run now, without running it."""
+        """Return the plan of a request, if all tiers were up and had room, without running it."""
         names = [kind.label for kind in Operation]
         if operation not in names:
             raise ConfigError("operation", operation, f"must be one of {', '.join(names)}")

@@ -315,7 +315,10 @@ class Scheduler:
         self._work()
 
     def _distrust(self, flight: Flight, op: OpSpec, error: TransferError, filled: int) -> None:
-        """Forget blocks of a lower tier that could not be read; a put can store them again."""
+        """Forget an op's blocks in a lower tier, from the first that did not arrive on.
+
+        A put can store them again.
+        """
         if op.route is None or op.route.source <= Tier.HOST:
             return
         if isinstance(error, CorruptBlockError):

@@ -259,9 +259,7 @@ class CacheConfig(ConfigModel):
         gt=0,
         le=1,
     )
-    eviction_policy: EvictionPolicy = key(
-        "lru", "Which go first: lru, fifo, mru, filo, lfu, slru, lhd."
-    )
+    eviction_policy: EvictionPolicy = key("lru", "lru, fifo, mru, filo, lfu, slru or lhd.")
     hit_reward_seconds: float = key(
         0.0,
         "How much younger each hit makes a block, under lru.",

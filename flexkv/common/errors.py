@@ -2,7 +2,8 @@
 
 Each error carries the values that a handler or a reader needs.
 
-A miss, a full pool on prefetch and a partial hit are outcomes, not errors. Every error can be
+A miss, a full pool on prefetch and a partial hit are outcomes and are never raised; a response's
+`error` may name their cause. Every error can be
 copied and pickled with its fields, so that it reaches the process that waits for it.
 """
 

@@ -47,8 +47,9 @@ class KVResponseStatus(Enum):
 class KVResponse(msgspec.Struct, frozen=True, eq=False):
     """The response to one request.
 
-    `return_mask` is bool[tokens]: the tokens whose KV was moved. For a get, the slots of every
-    other token have undefined content. `error` says why a request moved less than it could have.
+    `return_mask` is bool[tokens]: the tokens whose KV was moved; only whole blocks are. For a get,
+    the slots passed for other tokens have undefined content. `error` is the first failure, or the
+    lack of room, that cut the request short; it is also None where a tier that is down did that.
     """
 
     status: KVResponseStatus

@@ -62,7 +62,7 @@ class Avoid(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """A plan whose claims are open, what was found, and why it may leave out some blocks."""
+    """A plan whose claims are open, what was found, and the lack of room or the clear that cut it, if any."""
 
     plan: Plan
     found: Found
@@ -182,8 +182,8 @@ class Planner:
         for tier in avoid.unreadable & found.ready.keys():
             found = found.before(found.ready[tier].positions.first)
         if avoid.fillers and found.pending is not None:
-            tokens = self._residency.claims.fillers(Tier.HOST, found.pending.block_ids)
-            stuck = np.flatnonzero(np.isin(tokens, list(avoid.fillers)))
+            fillers = self._residency.claims.fillers(Tier.HOST, found.pending.block_ids)
+            stuck = np.flatnonzero(np.isin(fillers, list(avoid.fillers)))
             if len(stuck):
                 found = found.before(found.pending.positions.at(int(stuck[0])))
         return found
@@ -280,12 +280,12 @@ class Planner:
         A chunk is what one op fills. The run ends before a chunk beyond CHUNKS_MAX. The starts are
         indices into the pending blocks.
         """
-        tokens = self._residency.claims.fillers(Tier.HOST, pending.block_ids)
-        starts = [0, *(np.flatnonzero(np.diff(tokens)) + 1).tolist()]
+        fillers = self._residency.claims.fillers(Tier.HOST, pending.block_ids)
+        starts = [0, *(np.flatnonzero(np.diff(fillers)) + 1).tolist()]
         if len(starts) > CHUNKS_MAX:
             last = pending.positions.at(starts[CHUNKS_MAX])
             starts = starts[:CHUNKS_MAX]
-        return last, starts, tokens[starts].tolist()
+        return last, starts, fillers[starts].tolist()
 
     # -- stores: put ----------------------------------------------------------------------------
 
