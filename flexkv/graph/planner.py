@@ -62,7 +62,7 @@ class Avoid(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """A plan whose claims are open, what was found, and the lack of room or the clear that cut it, if any."""
+    """A plan whose claims are open, what was found, and the lack of room or clear that cut it."""
 
     plan: Plan
     found: Found
