@@ -23,7 +23,8 @@ class Flight:
         self.request = request
         self.planned = planned
         self.plan = planned.plan
-        self.run = Run(planned.plan.template)
+        # Who follows layers takes a layer that is there for one of all planned blocks.
+        self.run = Run(planned.plan.template, goes_on_in_part=planned.plan.watch is None)
         self.arrived_ns, self.begin_ns = arrived_ns, begin_ns
         self.response: KVResponse | None = None
         self.failure: FlexKVError | None = None

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Sequence
 
 import msgspec
-import numpy as np
 
 from flexkv.actors.actor import Supervisor
 from flexkv.actors.scheduler import Scheduler
@@ -15,17 +14,16 @@ from flexkv.common.errors import (
     ClosedError,
     DeadlineError,
     FlexKVError,
-    StorageError,
     TransferError,
 )
 from flexkv.common.terms import Route, Tier
+from flexkv.engine.tier_sync import TierSync
 from flexkv.observe.logs import get_logger
 from flexkv.tiers.parts import TierParts
 from flexkv.tiers.unavailable import Unavailable
 
 log = get_logger(__name__)
 
-NO_BLOCKS = np.zeros(0, np.int64)
 SYNC_TIMEOUT_S = 60.0
 """How long a flush waits for the disk to sync, or `io_deadline_s` if that is longer."""
 
@@ -67,13 +65,9 @@ class Durability:
         deadline_s: float,
     ) -> None:
         self._scheduler, self._supervisor = scheduler, supervisor
-        self._tiers, self._unavailable = tiers, unavailable
-        self._behind = behind
+        self._behind, self._unavailable = behind, unavailable
+        self._syncs = [TierSync(parts, scheduler, behind, supervisor) for parts in tiers]
         self._sync_timeout_s = max(SYNC_TIMEOUT_S, deadline_s)
-        self._syncing: asyncio.Task[FlexKVError | None] | None = None
-        self._syncs = self._syncs_failed = 0
-        self._sync_failure: FlexKVError | None = None
-        self._is_closed = False
 
     async def flush(self) -> FlushReport:
         """Return once everything resident that was put before is on stable storage.
@@ -85,13 +79,14 @@ class Durability:
             TransferError: a block could not be written, or the disk refused to sync; what could be
                 written is safe. Or the files of the tier were removed or unmounted.
         """
-        failed_before = self._syncs_failed
+        failed_before = [sync.failures for sync in self._syncs]
         failed: FlexKVError | None = await self._write_all()
         if self._scheduler.failure is not None:
             raise self._scheduler.failure
         failed = await self._synced() or failed  # make safe what could be written
-        if failed is None and self._syncs_failed > failed_before:  # another flush saw it fail
-            failed = self._sync_failure
+        for sync, before in zip(self._syncs, failed_before, strict=True):
+            if failed is None and sync.failures > before:  # another flush saw it fail
+                failed = sync.failure
         if failed is not None:
             raise failed
         gone = self._unavailable
@@ -119,7 +114,7 @@ class Durability:
 
     async def finish(self, timeout_s: float) -> None:
         """Flush for at most `timeout_s`, since the engine is about to be closed."""
-        if timeout_s <= 0 or not self._tiers:
+        if timeout_s <= 0 or not self._syncs:
             return
         try:
             async with asyncio.timeout(timeout_s):
@@ -130,68 +125,18 @@ class Durability:
             log.warning("closed_before_flush_finished", reason=reason, lacking_blocks=left)
 
     async def _synced(self) -> FlexKVError | None:
-        """Wait for a sync that began no earlier than this call; return the error, if any."""
-        loop = asyncio.get_running_loop()
-        until_s, first = loop.time() + self._sync_timeout_s, self._syncs + 1
-        while not self._is_closed:
-            if self._syncing is None:
-                self._syncs += 1
-                self._syncing = self._supervisor.spawn("sync", self._sync())
-            syncing, number = self._syncing, self._syncs
-            ended, _ = await asyncio.wait([syncing], timeout=max(0.0, until_s - loop.time()))
-            if not ended:
-                return DeadlineError(-1, "sync", 0, "the disk did not sync in time")
-            if syncing.cancelled():
-                break
-            if number >= first:  # an earlier sync may have missed recent writes
-                return syncing.result()
-        return ClosedError("the engine was closed before the flush was done")
-
-    async def _sync(self) -> FlexKVError | None:
-        """Sync disk and journals to the end, even if nobody waits: a failure must not be missed."""
-        failed: FlexKVError | None = None
-        try:
-            for parts in self._tiers:
-                try:
-                    error = await self._sync_tier(parts)
-                except FlexKVError as refused:
-                    error = refused
-                failed = failed or error
-        finally:
-            self._syncing = None
-        return failed
-
-    async def _sync_tier(self, parts: TierParts) -> FlexKVError | None:
-        """Sync a tier; return the error of one that is lost.
-
-        Raises:
-            FlexKVError: it cannot be synced.
-        """
-        presence = parts.presence
-        if presence is not None and presence.lost is not None:
-            return presence.lost
-        await self._sync_port(parts)
-        if parts.persistence is not None:
-            await parts.persistence.flush()
-        return None if presence is None else await presence.look()
-
-    async def _sync_port(self, parts: TierParts) -> None:
-        """Sync the port; after a failure, drop the blocks stored since the last good sync."""
-        persistence = parts.persistence
-        unsynced = NO_BLOCKS if persistence is None else persistence.begin_sync()
-        try:
-            await parts.port.sync()
-        except StorageError as error:
-            if persistence is not None:
-                self._syncs_failed, self._sync_failure = self._syncs_failed + 1, error
-                lost = persistence.sync_failed(unsynced)
-                log.warning("sync_failed", path=error.path, error=str(error), lost_blocks=len(lost))
-                self._scheduler.drop_unsynced(parts.tier, lost)
-                await self._behind.owe_all()
-            raise
+        """Sync every tier; return the first tier's error, if any."""
+        waits = [sync.synced(self._sync_timeout_s) for sync in self._syncs]
+        if len(waits) == 1:
+            return await waits[0]
+        syncing = [self._supervisor.spawn("flush", wait) for wait in waits]
+        if syncing:
+            await asyncio.wait(syncing)
+        if any(task.cancelled() for task in syncing):
+            return ClosedError("the engine was closed before the flush was done")
+        return next((error for task in syncing if (error := task.result()) is not None), None)
 
     def close(self) -> None:
-        """Stop waiting for a sync."""
-        self._is_closed = True
-        if self._syncing is not None:
-            self._syncing.cancel()
+        """Stop waiting for syncs."""
+        for sync in self._syncs:
+            sync.close()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flexkv.common.arguments import integer, member, seconds, text
-from flexkv.common.errors import ConfigError
+from flexkv.common.errors import ConfigError, StorageError
 from flexkv.common.request import Operation
 from flexkv.common.terms import Tier
 from flexkv.engine.pins import Pins
@@ -65,8 +65,14 @@ class Retention:
             could not be written.
         """
         places = self.clear(tier, namespace)
+        failed: StorageError | None = None
         for persistence in self._persistence.values():
-            await persistence.written()
+            try:
+                await persistence.written()
+            except StorageError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
         return places
 
     def resize(self, tier: Tier, capacity_blocks: int) -> int:

@@ -111,12 +111,19 @@ class Run:
     """
 
     __slots__ = (
-        "_answers_left", "_blockers", "_live", "cancelled", "errors", "launched", "leading",
-        "states", "story", "template",
+        "_answers_left", "_blockers", "_goes_on_in_part", "_live", "cancelled", "errors",
+        "launched", "leading", "states", "story", "template",
     )  # fmt: skip
 
-    def __init__(self, template: Template) -> None:
-        self.template = template
+    def __init__(self, template: Template, goes_on_in_part: bool = True) -> None:
+        """Take the compiled graph.
+
+        Args:
+            template: of the plan.
+            goes_on_in_part: whether the op behind one that has filled only some leading blocks
+                goes on with these.
+        """
+        self.template, self._goes_on_in_part = template, goes_on_in_part
         self.states = list(template.start_states)
         self.errors: list[TransferError] = []
         self.leading: dict[int, int] = {}
@@ -204,7 +211,8 @@ class Run:
             self.leading[op] = event.filled
         else:
             self.leading.pop(op, None)
-        follower = self._follower(op) if event.filled else None
+        goes_on = event.filled and self._goes_on_in_part
+        follower = self._follower(op) if goes_on else None
         self._skip_after(op, commands, follower)
         self._over(op, OpState.FAILED, False, commands)
         if follower is not None:
@@ -224,6 +232,7 @@ class Run:
         return None
 
     def _drained(self, op: int, event: Event, commands: list[Command]) -> None:
+        self.leading.pop(op, None)
         filled = type(event) is Done and self.template.ops[op].keeps
         self._over(op, OpState.SKIPPED, filled, commands)
 

@@ -112,7 +112,7 @@ class Tracer:
         error: TransferError | None,
         now_ns: int,
     ) -> None:
-        """Record the end of an op, which moved `blocks`; if it failed, all that it was to move."""
+        """Record the end of an op, which has moved some or all of its blocks."""
         assert op.route is not None
         op_id, actor = plan.op_id(op), self._actors[op.route.outer]
         begun_s, issued_ns = actor.take_begun(op_id), self._issued_ns.pop(op_id, None)
@@ -121,8 +121,7 @@ class Tracer:
         begun_ns = now_ns if begun_s is None else int(begun_s * 1e9)
         outcome, detail = "done", ""
         if error is not None:
-            begin, end = plan.bounds(op)
-            blocks, detail = end - begin, str(error)
+            detail = str(error)
             outcome = "recalled" if isinstance(error, RecalledError) else type(error).__name__
         self._tell(
             OpRecord(

@@ -15,6 +15,8 @@ from flexkv.common.errors import StorageError
 from flexkv.common.request import KVResponse, Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier, Transfer
 from flexkv.engine.engine import Engine
+from flexkv.engine.tickets import RequestSpec
+from flexkv.front.layerwise import LayerProgress
 from flexkv.io.ports import Completion
 from flexkv.testing.fake_backend import FakeBackend, empty
 from flexkv.testing.faults import FaultPlan
@@ -156,5 +158,22 @@ def test_blocks_that_were_read_stay_on_ssd() -> None:
         response = await bench.perform(Operation.GET)
         assert response.return_mask.all()
         assert (bench.device[:BLOCKS] == np.arange(1, BLOCKS + 1)[:, None]).all()
+
+    on_bench(work)
+
+
+def test_no_layer_is_there_if_a_planned_block_is_not() -> None:
+    """A request that goes layer by layer claims no layer, but its leading blocks stay in memory."""
+
+    async def work(bench: Bench) -> None:
+        bench.spoil(5)
+        progress = LayerProgress(1, 1)
+        spec = RequestSpec(Operation.GET, PROMPT, np.arange(len(PROMPT)), None, None, progress)
+        response = await bench.engine.submit(spec).run()
+        progress.end()
+        assert not progress.has(0)
+        assert not response.return_mask.any()
+        assert not bench.device.any()
+        assert bench.ready(Tier.HOST) == 5
 
     on_bench(work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 
@@ -10,7 +11,13 @@ import pytest
 from numpy.typing import NDArray
 
 from flexkv.common.config import CacheConfig
-from flexkv.common.errors import CorruptBlockError, RecalledError, StorageError, TransferError
+from flexkv.common.errors import (
+    CorruptBlockError,
+    DeadlineError,
+    RecalledError,
+    StorageError,
+    TransferError,
+)
 from flexkv.common.request import KVResponseStatus, Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
 from flexkv.engine.engine import Engine
@@ -272,5 +279,25 @@ def test_the_error_says_whether_its_tier_is_to_blame(error: TransferError, healt
             await bench.get(number)
         tiers = bench.engine.statistics().tiers
         assert (tiers["disk"].reads, tiers["remote"].reads) == ("up", health)
+
+    on_bench(work)
+
+
+def test_a_sync_that_hangs_keeps_no_other_tier_from_its_own() -> None:
+    """The flush names the tier that did not sync in time; the other one was synced each time."""
+
+    async def work(bench: Bench) -> None:
+        disk, over = bench.backend.tiers()[0].port, asyncio.Event()
+
+        async def hanging() -> None:
+            await over.wait()
+
+        disk.sync = hanging  # type: ignore[method-assign]
+        for _ in range(2):
+            flushes = bench.backend.records.flushes
+            with pytest.raises(DeadlineError, match="the disk did not sync in time"):
+                await bench.engine.flush()
+            assert bench.backend.records.flushes == flushes + 1
+        over.set()
 
     on_bench(work)

@@ -42,6 +42,19 @@ def mutated(whole: bytes, random: Random) -> bytes:
     return bytes(data)
 
 
+def test_superblocks_of_earlier_releases_are_read(tmp_path: Path) -> None:
+    """The names in the file stay what they were, whatever the code calls its fields."""
+    text = (
+        '{"version": 2, "blocks_are": {"model_id": "müller/modell", "num_layers": 2},'
+        ' "block_stride_bytes": 4096, "rows_per_file": 7}'
+    )
+    with ExitStack() as undo:
+        folder = open_folder(tmp_path, undo)
+        (tmp_path / superblock.NAME).write_text(text, encoding="utf-8")
+        (tmp_path / superblock.NAME).chmod(0o600)
+        assert superblock.read(folder) == WHOLE
+
+
 def test_any_superblock_is_read_or_passed_over(tmp_path: Path) -> None:
     """Random bytes, or a superblock with changed bytes, are read as a superblock or as none."""
     random = Random(1)

@@ -76,7 +76,7 @@ class DiskPort:
             raise
         forks.on_fork(self._let_go_in_child)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._closed = False
+        self._closed = self._io_closed = False
 
     @property
     def adapter(self) -> str:
@@ -141,7 +141,7 @@ class DiskPort:
             raise ClosedError(f"the disk port over {self.io.name} is closed")
 
     def _let_go_in_child(self) -> None:
-        if not self._closed:
+        if not self._io_closed:
             self.io.let_go_in_child()
 
     def close(self) -> None:
@@ -157,5 +157,6 @@ class DiskPort:
             self._loop.remove_reader(self.io.fileno())
         self._syncing.shutdown(wait=False, cancel_futures=True)  # a sync may never end
         self.io.close()
+        self._io_closed = True
         if unreaped := len(self._jobs) + len(self._ended):
             raise InvariantError(f"disk port closed with {unreaped} I/Os unreaped")

@@ -39,13 +39,17 @@ class ThreadIo:
         """Start the threads.
 
         Raises:
-            OSError: the threads could not be started.
+            OSError: there are no descriptors left, or the threads could not be started.
         """
         self._files = files
         self._memory, self._memory_address = arena.buffer, arena.address
         self._ends: deque[tuple[int, int]] = deque()
-        self._threads = Workers(threads, "flexkv-disk")
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            self._threads = Workers(threads, "flexkv-disk")
+        except OSError:
+            os.close(self._event_fd)
+            raise
         self._closed = False
 
     def fileno(self) -> int:

@@ -29,7 +29,7 @@ class Superblock(msgspec.Struct, frozen=True):
     """What the blocks in a directory are. They can be used only if every field is equal."""
 
     version: int
-    block_identity: dict[str, Any]
+    block_identity: dict[str, Any] = msgspec.field(name="blocks_are")
     """Model, tokens per block, version of the keys, digest of the secret."""
     block_stride_bytes: _Count
     rows_per_file: _Count | None
