@@ -53,7 +53,7 @@ def _moved_blocks(request: Request, planned: Planned, run: Run) -> TokenMask:
     """Return bool[span blocks]: the blocks that were moved, up to the first that was not.
 
     Blocks behind one that was not moved are dropped with it, since no request could reach them.
-    For a get only the unbroken run from the first block counts: an engine cannot use the others.
+    What a get brings is an unbroken run, because each block that it found has an answering op.
     """
     first = request.span.first_block
     moved = np.zeros(request.span.last_block - first, np.bool_)
@@ -75,8 +75,6 @@ def _moved_blocks(request: Request, planned: Planned, run: Run) -> TokenMask:
             moved[positions.places - first] = True
     if last < request.span.last_block:
         moved[last - first :] = False
-    if request.operation is Operation.GET and not moved.all():
-        moved[int(moved.argmin()) :] = False
     return moved
 
 

@@ -168,7 +168,7 @@ def _others_write(path: Path, found: os.stat_result) -> bool:
     if not found.st_mode & stat.S_IWGRP:
         return False
     try:
-        has_list = "system.posix_acl_access" in os.listxattr(path, follow_symlinks=False)
+        has_list = "system.posix_acl_access" in os.listxattr(path)
     except OSError:
         has_list = False
     return has_list or found.st_gid != found.st_uid

@@ -224,9 +224,7 @@ class Client:
         start = Start(number, operation.label, keys, first, ids, self._epoch, when_ready, held)
         return self._begin(start, blocks_of(keys))
 
-    def get(
-        self, keys: Keys, first: int, device_ids: BlockIds, held: int = 0, when_ready: bool = False
-    ) -> int:
+    def get(self, keys: Keys, first: int, device_ids: BlockIds, held: int, when_ready: bool) -> int:
         """Begin a get; arguments as for `start` and `ask`."""
         part, ids = self._part_of(keys), as_int64("device_ids", device_ids).tobytes()
         start = Start(

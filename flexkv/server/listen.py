@@ -62,7 +62,7 @@ class Listener:
         """
         self.path = path
         self._process = os.getpid()
-        self._folder_fd = -1
+        self._folder_fd: int | None = None
         self._socket_at: os.stat_result | None = None
         self._told = ""
         self.socket = _new_socket()
@@ -120,7 +120,7 @@ class Listener:
                     self.path.unlink()
             _end(self.socket)
             _end(self._witness)
-            if self._folder_fd >= 0:
+            if self._folder_fd is not None:
                 with suppress(OSError):
                     _set_lock(self._folder_fd, fcntl.F_UNLCK, 0, 0)
         self._socket_at = None
@@ -130,9 +130,9 @@ class Listener:
         """Close the descriptors, and leave the files as they are."""
         self.socket.close()
         self._witness.close()
-        if self._folder_fd >= 0:
+        if self._folder_fd is not None:
             os.close(self._folder_fd)
-            self._folder_fd = -1
+            self._folder_fd = None
 
     # -- taking the address ---------------------------------------------------------------------
 
@@ -162,13 +162,15 @@ class Listener:
 
     def _lock_folder(self) -> None:
         fd = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        unused: int | None = fd
         try:
-            if self._folder_fd < 0 or not os.path.samestat(os.fstat(fd), os.fstat(self._folder_fd)):
+            locked = self._folder_fd
+            if locked is None or not os.path.samestat(os.fstat(fd), os.fstat(locked)):
                 self._lock(fd)
-                fd, self._folder_fd = self._folder_fd, fd
+                unused, self._folder_fd = locked, fd
         finally:
-            if fd >= 0:
-                os.close(fd)
+            if unused is not None:
+                os.close(unused)
 
     def _lock(self, fd: int) -> None:
         start = _range_of(self.path.name)

@@ -91,7 +91,7 @@ def test_a_new_connection_means_the_same_blocks(settings: Settings, how: str) ->
         assert instance.end_of(number).status == "success"
         part = PromptPart(prompt, BLOCKS)
         assert client.match(part).blocks == BLOCKS
-        number = client.get(part, 0, np.arange(20, 20 + BLOCKS))
+        number = client.get(part, 0, np.arange(20, 20 + BLOCKS), held=0, when_ready=False)
         assert instance.end_of(number).moved == BLOCKS
         np.testing.assert_array_equal(instance.content(range(20, 20 + BLOCKS)), before)
         assert client.match(instance.keys(0)).blocks == BLOCKS  # by all keys, sent in full

@@ -326,3 +326,23 @@ def test_a_closed_ledger_promises_nothing() -> None:
                 await wait()
 
     run_virtual(work())
+
+
+def test_what_a_journal_said_is_let_go_once_it_is_restored() -> None:
+    """The rows that a journal named take no memory after the index was filled with them."""
+
+    async def work() -> None:
+        rig = Rig(failing_writes=0)
+        rig.ledger.stored(np.arange(BLOCKS))
+        rig.ledger.close()
+        contents = {name: bytes(file.content) for name, file in rig.files._names.items()}
+        again = Journal(Path("fake"), LossyFiles(FaultPlan(0), contents))
+        assert len(again.live.rows) == BLOCKS
+        sums = np.zeros(BLOCKS, np.uint64)
+        ledger = Ledger([again], BLOCKS, sums, lambda _: VirtualThread(lambda: DELAY_S))
+        ledger.restore(Index())  # type: ignore[arg-type]
+        assert ledger.believed(0, BLOCKS).tolist() == list(range(BLOCKS))
+        assert len(again.live.rows) == 0
+        ledger.close()
+
+    run_virtual(work())

@@ -71,3 +71,20 @@ async def test_who_talks_without_end_holds_nobody_up(
         await link.receive()
     assert turns - before >= 199 // MESSAGES_A_TURN
     task.cancel()
+
+
+async def test_nothing_is_sent_behind_the_end(
+    ends: tuple[Link[ToServer], socket.socket],
+) -> None:
+    """A link that has sent its end takes no more to send, and still receives."""
+    link, theirs = ends
+    link.send(Settled(1))
+    link.end()
+    assert not link.is_open
+    link.send(Settled(2))
+    link.end()
+    theirs.setblocking(True)
+    assert theirs.recv(4096) == framed(Settled(1))
+    assert theirs.recv(4096) == b""
+    theirs.send(framed(Cancel((1,))))
+    assert await link.receive() == Cancel((1,))

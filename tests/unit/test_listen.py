@@ -474,3 +474,17 @@ def test_credentials_are_those_of_who_listens(path: Path) -> None:
         ours.connect(str(path))
         assert peer_of(ours) == (os.getpid(), os.geteuid())
     listener.close()
+
+
+def test_as_many_links_are_followed_as_the_kernel_follows(path: Path) -> None:
+    """A directory behind forty symbolic links is accepted, and one behind forty-one is refused."""
+    at = path.parent
+    for number in range(41):
+        check_folder(at)
+        at.stat()
+        link = path.parent / f"link-{number}"
+        link.symlink_to(at)
+        at = link
+    for look in (check_folder, Path.stat):
+        with pytest.raises(OSError, match="symbolic links"):
+            look(at)

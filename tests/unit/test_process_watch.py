@@ -46,3 +46,20 @@ def test_the_end_of_a_process_is_seen_by_its_number(
     assert (watch.fd >= 0) == has_pidfds
     check_that_the_end_is_seen(process, watch)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_descriptor_0_may_be_a_watched_process() -> None:
+    """A pidfd with the number 0, which a daemon without stdin gets, is used and closed."""
+    before = len(os.listdir("/proc/self/fd"))
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    stdin, watched = os.dup(0), os.pidfd_open(process.pid)
+    os.dup2(watched, 0)
+    try:
+        watch = ProcessWatch(process.pid, 0)
+        assert watch.fd == 0
+        check_that_the_end_is_seen(process, watch)
+    finally:
+        os.dup2(stdin, 0)
+        os.close(stdin)
+        os.close(watched)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import cast
 
 import pytest
 
 from flexkv.actors.actor import TransferActor
 from flexkv.actors.scheduler import Scheduler
+from flexkv.common.errors import InvariantError
 from flexkv.common.request import Operation
 from flexkv.common.terms import Tier
 from flexkv.graph.planner import Planner
@@ -95,3 +97,15 @@ async def test_a_policy_with_a_reward_knows_when_a_request_comes(actor: Posted) 
         scheduler.report(Completion(transfer.op_id, None) for transfer in actor.posted)
         actor.posted.clear()
     assert [resident(tiers, number) for number in range(3)] == [0, 1, 1]
+
+
+async def test_everyone_who_waits_is_told_of_an_engine_that_fails(actor: Posted) -> None:
+    """When the engine fails, its error is raised for all who wait for an answer or an end."""
+    scheduler, failure = scheduler_of(residency(), actor), InvariantError("broken")
+    flight = scheduler.begin(request(Operation.PUT, 0, 1))
+    waits = (flight.wait_answered, flight.wait_drained, flight.wait_ended)
+    tasks = [asyncio.ensure_future(wait()) for wait in waits]
+    await asyncio.sleep(0)
+    scheduler.fail(failure)
+    await asyncio.sleep(0)
+    assert [task.exception() for task in tasks] == [failure] * 3

@@ -182,3 +182,22 @@ def test_a_request_that_is_over_is_not_kept_for_blocks_that_others_have() -> Non
     (stored,) = events.take()
     assert stored.block_hashes == [kv_cache_utils.maybe_convert_block_hash(each) for each in hashes]
     events.forget(second, keys, 3)
+
+
+def test_blocks_that_wait_for_their_parent_are_announced_behind_it() -> None:
+    """A block that is there before its parent is announced once the parent is, and only once."""
+    events, path = KVEvents(PER_BLOCK), (0, 1, 0)
+    keys = [key_of(path[: i + 1]) for i in range(3)]
+    request = prompt(path)
+    events.note(request, bytes(16) + b"".join(keys), 0)
+    events.hear(Changed(((keys[2], "disk", True), (keys[1], "host", True))))
+    assert events.take() == []
+    events.hear(Changed(((keys[0], "host", True),)))
+    first, second = events.take()
+    convert = kv_cache_utils.maybe_convert_block_hash
+    hashes = [convert(each) for each in request.block_hashes]
+    assert (first.medium, first.block_hashes) == ("CPU", hashes[:2])
+    assert (second.medium, second.block_hashes) == ("STORAGE", hashes[2:])
+    events.hear(Changed(((keys[0], "disk", True),)))
+    (third,) = events.take()
+    assert (third.medium, third.block_hashes) == ("STORAGE", hashes[:1])

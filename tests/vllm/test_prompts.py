@@ -323,3 +323,22 @@ def test_one_name_of_two_modalities_is_two(scopes: Scopes) -> None:
         for kind in ("image", "audio")
     }
     assert len(keys) == 2
+
+
+def test_files_whose_times_were_set_back_are_read_again(
+    scopes: Scopes, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that were written a moment ago are not taken for old ones, whatever time they have."""
+    reads: list[Path] = []
+
+    def counted(place: Path) -> Any:
+        reads.append(place)
+        return files.facts_of(place)
+
+    monkeypatch.setattr(adapters, "facts_of", counted)
+    monkeypatch.setattr(adapters, "RACY_NS", 3600 * 10**9)
+    for file in adapter.iterdir():
+        os.utime(file, ns=(1, 1))
+    for number in range(1, 4):
+        keys_of(scopes, lora_request=lora(adapter, number=number))
+    assert len(reads) == 3

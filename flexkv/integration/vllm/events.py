@@ -167,7 +167,7 @@ class KVEvents:
             if block.parent is not None and not self._blocks[block.parent].announced:
                 continue
             fresh = [medium for medium in block.there if medium not in block.announced]
-            if fresh and not block.announced:
+            if not block.announced:
                 waiting += [self._blocks[child] for child in block.children or ()]
             for medium in fresh:
                 block.announced += (medium,)

@@ -271,13 +271,11 @@ class Journal:
         """Write frames after the first `at` bytes, which are whole."""
         view = memoryview(frames)
         try:
-            if self._calls.size(fd) > at:  # a torn frame that could not be cut off
+            if self._calls.size(fd) > at:  # a torn frame would hide those behind it
                 self._calls.cut(fd, at)
             while view:
                 view = view[self._calls.write(fd, view) :]
         except OSError as error:
-            with suppress(OSError):
-                self._calls.cut(fd, at)  # a torn frame would hide those after it
             raise StorageError(str(self.path), at, error.errno or 0) from error
 
     def begin_new(self) -> None:

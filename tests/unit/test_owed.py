@@ -1,0 +1,23 @@
+"""Blocks that a lower tier is owed: in which order they are taken, and which may be evicted."""
+
+from __future__ import annotations
+
+from flexkv.common.terms import Tier
+from flexkv.index.owed import OwedBlocks
+from tests.unit.prompts import filled, residency
+
+
+def test_what_finds_no_room_stays_kept_from_eviction() -> None:
+    """Blocks of a batch for which the tier has no place are still kept, once the others go."""
+    tiers = residency(host=4, disk=2)
+    host_ids = filled(tiers, Tier.HOST, 0, 1, 2, 3)
+    owed = OwedBlocks(tiers, Tier.DISK, batch_blocks_max=4)
+    owed.add(host_ids, room_blocks=4)
+    taken = owed.take()
+    assert taken is not None
+    assert taken.hold is not None
+    assert taken.host_ids.tolist() == host_ids[:2].tolist()
+    tiers.claims.settle(taken.hold, filled=False)
+    assert (owed.blocks, owed.kept_blocks, tiers.counts(Tier.HOST).pinned) == (2, 2, 2)
+    owed.unkeep(2)
+    assert (owed.blocks, owed.kept_blocks, tiers.counts(Tier.HOST).pinned) == (2, 0, 0)
