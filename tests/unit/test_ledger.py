@@ -341,7 +341,7 @@ def test_what_a_journal_said_is_let_go_once_it_is_restored() -> None:
         sums = np.zeros(BLOCKS, np.uint64)
         ledger = Ledger([again], BLOCKS, sums, lambda _: VirtualThread(lambda: DELAY_S))
         ledger.restore(Index())  # type: ignore[arg-type]
-        assert ledger.believed(0, BLOCKS).tolist() == list(range(BLOCKS))
+        assert ledger.journaled(0, BLOCKS).tolist() == list(range(BLOCKS))
         assert len(again.live.rows) == 0
         ledger.close()
 

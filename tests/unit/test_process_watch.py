@@ -55,7 +55,7 @@ def test_descriptor_0_may_be_a_watched_process() -> None:
     stdin, watched = os.dup(0), os.pidfd_open(process.pid)
     os.dup2(watched, 0)
     try:
-        watch = ProcessWatch(process.pid, 0)
+        watch = ProcessHandle(process.pid, 0)
         assert watch.fd == 0
         check_that_the_end_is_seen(process, watch)
     finally:
