@@ -310,3 +310,15 @@ def test_changes_beyond_the_limit_are_told_as_lost() -> None:
     index.watch(0)
     index.evict(Tier.HOST, 1)
     assert index.changes() == []
+
+
+@pytest.mark.parametrize(("policy", "left"), [("lfu", [2, 1, 0]), ("slru", [1, 2, 0])])
+def test_uses_are_counted_by_one_policy_and_ordered_by_another(
+    policy: str, left: list[int]
+) -> None:
+    """Of blocks used several times lfu evicts the least used, and slru the least recently used."""
+    index = filled(policy, A, B, C)
+    for prompt in (A, A, A, A, B, B):
+        index.find(keys_of(prompt), use=True)
+    assert index.evict(Tier.HOST, 3) == 3
+    assert lengths(index, A, B, C) == left

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from flexkv.server.deadlines import DeviceDeadlines
+from flexkv.testing.virtual_time import run_virtual
 
 DEADLINE_S = 1.0
 
@@ -84,3 +86,20 @@ async def test_an_instance_that_left_while_it_was_stuck_may_come_again(world: Wo
     assert world.look(2 * DEADLINE_S) == ["served 7"]
     assert world.look(2 * DEADLINE_S) == []
     world.deadlines.close()
+
+
+def test_nobody_is_found_stuck_by_a_watcher_that_was_closed() -> None:
+    """A copy that begins after the watcher was closed is not watched, however long it takes."""
+
+    async def work(is_closed: bool) -> list[str]:
+        world = World()
+        if is_closed:
+            world.deadlines.close()
+        world.ranks[0].waited_s = 2 * DEADLINE_S
+        world.fleet.begun()
+        await asyncio.sleep(10 * DEADLINE_S)  # in virtual time
+        world.deadlines.close()
+        return world.said
+
+    assert run_virtual(work(is_closed=False)) == ["stuck 7", "refused 7"]
+    assert run_virtual(work(is_closed=True)) == []

@@ -21,3 +21,15 @@ def test_what_finds_no_room_stays_kept_from_eviction() -> None:
     assert (owed.blocks, owed.kept_blocks, tiers.counts(Tier.HOST).pinned) == (2, 2, 2)
     owed.unkeep(2)
     assert (owed.blocks, owed.kept_blocks, tiers.counts(Tier.HOST).pinned) == (2, 0, 0)
+
+
+def test_no_more_blocks_may_be_evicted_than_is_asked_for() -> None:
+    """Kept blocks are given up batch by batch, the last first, until there are enough."""
+    tiers = residency(host=6, disk=6)
+    owed = OwedBlocks(tiers, Tier.DISK, batch_blocks_max=2)
+    owed.add(filled(tiers, Tier.HOST, *range(6)), room_blocks=6)
+    for asked, kept in ((0, 6), (1, 4), (2, 2), (3, 0)):
+        owed.unkeep(asked)
+        assert (owed.kept_blocks, tiers.counts(Tier.HOST).pinned) == (kept, kept)
+        assert tiers.evict(Tier.HOST, 6) == (2 if asked else 0)
+    assert owed.blocks == 6
