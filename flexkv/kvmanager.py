@@ -443,10 +443,7 @@ class KVManager(TaskForm):
         if self._thread is None:
             self._check_loop()
             self._order_after(spec.operation)
-            return self._perform_here(spec)
+            return self._engine.submit(spec).run()
         self.check_process()
         self._order_after(spec.operation)
-        return self._thread.call_async(lambda: self._perform_here(spec))
-
-    async def _perform_here(self, spec: RequestSpec) -> KVResponse:
-        return await self._engine.submit(spec).run()
+        return self._thread.call_async(lambda: self._engine.submit(spec).run())

@@ -423,12 +423,14 @@ class Scheduler:
         """Record what became READY in a lower tier; owe what became READY in host memory only."""
         assert op.route is not None
         target, fill = op.route.target, plan.fills[op.leg]
+        owes = fill.owed_to and target is Tier.HOST and self.behind is not None
+        if not owes and target not in self._persistence:
+            return
         begin, end = plan.bounds(op)
         filled = fill.ids[target][begin : end if settle.filled else begin + settle.leading]
-        if target in self._persistence:
-            if len(filled):
-                self._persistence[target].stored(filled)
-        elif fill.owed_to and target is Tier.HOST and self.behind is not None:
+        if target in self._persistence and len(filled):
+            self._persistence[target].stored(filled)
+        if owes and self.behind is not None:
             self.behind.coming_blocks -= end - begin
             for tier in fill.owed_to if len(filled) else ():
                 self.behind.owe(tier, filled)

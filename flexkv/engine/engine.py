@@ -346,7 +346,7 @@ class Engine:
         if spec.watch is not None:
             request = structs.replace(request, watch=spec.watch)
         if operation is Operation.PREFETCH:
-            return self.ticket(request)
+            return Ticket(request, self.perform)
         return self.ticket_with_slots(request, self.with_slots(request, spec.slot_mapping))
 
     def ticket(self, request: Request) -> Ticket:

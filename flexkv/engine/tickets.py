@@ -7,7 +7,9 @@ Request made elsewhere ──Engine.ticket──▶┘
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Any, NamedTuple
+from typing import Any
+
+import msgspec
 
 from flexkv.actors.flight import Flight
 from flexkv.common.request import KVResponse, Operation, Request
@@ -16,7 +18,7 @@ from flexkv.engine.runner import ALONE, RequestOwner
 from flexkv.index.keys import Namespace
 
 
-class RequestSpec(NamedTuple):
+class RequestSpec(msgspec.Struct, frozen=True):
     """A request as a caller states it. Arguments are those of `KVManager.get`."""
 
     operation: Operation

@@ -294,7 +294,10 @@ class Planner:
         span, residency = request.span, self._residency
         if span.last_block == span.first_block:
             return None
-        if residency.clears.is_stale(request.generation, request.keys[:BLOCK_KEY_BYTES]):
+        clears = residency.clears
+        if request.generation < clears.generation and clears.is_stale(
+            request.generation, request.keys[:BLOCK_KEY_BYTES]
+        ):
             return ClearedError()
         parent = self._parent(request)
         if parent is None:
