@@ -29,7 +29,7 @@ INTERVAL_PIECES, RAISED_PIECES = 8, 4
 raised: fewer then, because a raised window delays reads."""
 RATES = 4
 """The rate is the highest of this many latest measurements."""
-HELPS, ENOUGH = 1.15, 0.9
+HELPS, ENOUGH = 1.15, 0.8
 """Where latencies vary, a window for the shortest one is too small. So while the rate is below
 ENOUGH times the best rate that the search found, the window is enlarged, as long as each
 enlargement raises the rate by the factor HELPS."""

@@ -215,7 +215,7 @@ def test_latencies_that_vary_cost_little_bandwidth(
         bench.close()
         return rate
 
-    assert run_virtual(run(PACED)) >= 0.9 * run_virtual(run(UNPACED))
+    assert run_virtual(run(PACED)) >= 0.75 * run_virtual(run(UNPACED))
 
 
 def test_a_search_for_a_larger_window_is_seldom() -> None:
