@@ -235,7 +235,7 @@ def _plan_us(
         plan = planner.plan(request, run_id).plan
         took.append((time.perf_counter_ns() - begin) / 1e3)
         for op in plan.template.ops:
-            engine.residency.claims.settle(plan.token(op), True)
+            engine.residency.claims.settle(plan.op_id(op), True)
     return statistics.median(took)
 
 

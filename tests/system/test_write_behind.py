@@ -243,12 +243,22 @@ def test_a_tier_that_hangs_keeps_no_host_memory() -> None:
     on_engine(work, host=16, disk=64, io_deadline_s=1.0)
 
 
+class BlamelessError(TransferError):
+    """A failure that no breaker counts."""
+
+    blames_tier = False
+
+
 def test_blocks_that_can_never_be_written_are_named() -> None:
     """A flush raises once for blocks that were given up after failures, and counts them."""
 
     async def work(engine: Engine) -> None:
-        disk = disk_of(engine)
-        disk._faults = FaultPlan(1, 1.0, 0.0001, 0.001)  # failures that no breaker counts
+        disk: Any = disk_of(engine)
+        disk._faults, reap = FaultPlan(1, 1.0, 0.0001, 0.001), disk.reap
+        disk.reap = lambda: [
+            end if end.error is None else Completion(end.op_id, BlamelessError(end.op_id, "", 1))
+            for end in reap()
+        ]
         await put(engine, 0)
         with pytest.raises(TransferError):
             await engine.flush()

@@ -70,7 +70,7 @@ async def test_an_instance_may_be_stuck_more_than_once(world: World) -> None:
     for times in (1, 2):
         assert world.look(DEADLINE_S) == []
         assert world.look(1.1 * DEADLINE_S) == ["stuck 7", "refused 7"]
-        assert "rank [1]" in world.instance.stuck
+        assert "ranks [1]" in world.instance.stuck
         assert [len(rank.failed) for rank in world.ranks] == [times, times]
         assert world.look(2 * DEADLINE_S) == []
         assert world.look(0.0) == ["served 7"]
