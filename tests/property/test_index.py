@@ -227,6 +227,19 @@ def test_a_reward_keeps_what_was_hit() -> None:
     assert lengths(index, A, C) == [0, 2]
 
 
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 1.4])
+def test_the_smallest_reward_is_a_second(seconds: float) -> None:
+    """A reward is a whole number of seconds, and at least one."""
+    index = Residency({Tier.HOST: 6}, Eviction("lru", hit_reward_seconds=seconds))
+    for now, prompt in ((0, A), (6, B)):
+        index.tick(now)
+        index.commit(Tier.HOST, index.reserve(Tier.HOST, keys_of(prompt), Positions(0, 2)))
+        for _ in range(4 * (prompt == A)):
+            index.find(keys_of(prompt), use=True)
+    index.evict(Tier.HOST, 2)
+    assert lengths(index, A, B) == [0, 2]
+
+
 def test_slru_bounds_what_it_protects() -> None:
     """When nearly all blocks are protected, the least recently used one goes back on probation."""
     index = filled("slru", A, B, C, slru_protected_threshold=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import socket
@@ -353,6 +354,27 @@ def test_an_agent_that_hears_nonsense_connects_again(
     peer = lent(server)
     server.say(peer, Copy(8, True, ids(3), ids(3)))
     assert server.hear(peer) == Copied(8)
+
+
+def test_an_agent_hangs_up_when_its_last_copy_has_ended(
+    agent: Agent, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent ends a connection once no copy is left, and then lends its device anew."""
+    peer, reap, wait = lent(server), Agent._reap, Agent._wait_drained
+
+    async def reap_and_wait(agent: Agent) -> None:
+        asyncio.get_running_loop().call_soon(reap, agent)
+        await wait(agent)
+
+    # Copies end only when the agent waits for them already.
+    monkeypatch.setattr(Agent, "_reap", lambda _: None)
+    monkeypatch.setattr(Agent, "_wait_drained", reap_and_wait)
+    server.say(peer, Copy(7, False, ids(0, 1), ids(0, 1)))
+    server.say(peer, b"")
+    assert server.hear(peer) == Copied(7)
+    with pytest.raises(Exception, match="closed"):
+        server.hear(peer)
+    lent(server)
 
 
 @pytest.mark.parametrize(

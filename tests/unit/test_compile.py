@@ -8,6 +8,7 @@ import pytest
 from flexkv.common.errors import InvariantError
 from flexkv.common.request import Operation
 from flexkv.common.terms import Route, Tier
+from flexkv.graph import passes
 from flexkv.graph.compile import build, check, compile_shape
 from flexkv.graph.explain import hypothetical
 from flexkv.graph.ops import CHUNKS_MAX, Leg, Node, Shape
@@ -85,6 +86,20 @@ def test_a_chunk_filled_twice_is_refused() -> None:
     unfilled.add_node(Node(0, 0, 1, LOAD))
     with pytest.raises(InvariantError, match="before it is filled"):
         check(unfilled, shape)
+
+
+def test_a_graph_that_a_pass_has_broken_becomes_no_template(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A shape is not compiled if a pass drops a hop that another one depends on."""
+
+    def broken(graph: nx.DiGraph[Node], _: Shape) -> nx.DiGraph[Node]:
+        graph.remove_node(next(iter(graph)))
+        return graph
+
+    monkeypatch.setattr(passes, "chunk", broken)
+    with pytest.raises(InvariantError, match="before it is filled"):
+        compile_shape(Shape(Operation.GET, (Leg((READ, LOAD), 5),)))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from flexkv.io.ssd.journal import RECORD_BYTES, Journal
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.lossy_files import LossyFiles
 from flexkv.testing.virtual_time import VirtualThread, run_virtual
+from flexkv.tiers import ledger as ledger_module
 from flexkv.tiers.ledger import Ledger
 
 BLOCKS, DELAY_S = 8, 0.01
@@ -125,6 +126,22 @@ def test_a_write_that_nobody_waits_for_any_more_is_made_once() -> None:
         rig.ledger.close()
         assert rig.rows() == [4]
         assert rig.files.open_files == 0
+
+    run_virtual(work())
+
+
+def test_a_flush_does_not_wait_for_more_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush is written at once, without the pause in which other changes gather."""
+    monkeypatch.setattr(ledger_module, "GATHER_S", 60.0)
+
+    async def work() -> None:
+        rig = Rig(failing_writes=0)
+        writing = asyncio.ensure_future(rig.ledger.run())
+        await rig.ledger.flush()
+        assert asyncio.get_running_loop().time() < 1.0, "of virtual time"
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+        rig.ledger.close()
 
     run_virtual(work())
 

@@ -81,6 +81,16 @@ def test_an_address_is_free_again_when_its_server_closes(path: Path) -> None:
     assert os.listdir("/proc/self/fd") == before
 
 
+def test_a_second_close_removes_no_file(path: Path) -> None:
+    """A second close keeps a file at the address, even one with the inode of the old socket."""
+    listener, other = Listener(path), path.with_name("other")
+    other.hardlink_to(path)
+    listener.close()
+    other.rename(path)
+    listener.close()
+    assert path.exists()
+
+
 def _remove_socket(path: Path) -> None:
     path.unlink()
 

@@ -33,3 +33,13 @@ def test_no_more_blocks_may_be_evicted_than_is_asked_for() -> None:
         assert (owed.kept_blocks, tiers.counts(Tier.HOST).pinned) == (kept, kept)
         assert tiers.evict(Tier.HOST, 6) == (2 if asked else 0)
     assert owed.blocks == 6
+
+
+def test_nothing_is_owed_after_a_clear() -> None:
+    """A clear forgets every batch, and lets all their blocks be evicted."""
+    tiers = residency(host=4, disk=4)
+    owed = OwedBlocks(tiers, Tier.DISK, batch_blocks_max=2)
+    owed.add(filled(tiers, Tier.HOST, *range(4)), room_blocks=4)
+    assert (owed.blocks, owed.kept_blocks) == (4, 4)
+    owed.clear()
+    assert (owed.blocks, owed.kept_blocks, tiers.counts(Tier.HOST).pinned) == (0, 0, 0)

@@ -10,7 +10,7 @@ import pytest
 from flexkv.actors.actor import TransferActor
 from flexkv.actors.scheduler import Scheduler
 from flexkv.common.errors import InvariantError
-from flexkv.common.request import Operation
+from flexkv.common.request import KVResponseStatus, Operation
 from flexkv.common.terms import Tier
 from flexkv.graph.planner import Planner
 from flexkv.index.eviction import Eviction
@@ -81,6 +81,19 @@ async def test_bytes_that_will_not_stay_good_are_recalled_though_one_waits(actor
     assert actor.recalled == [transfer.op_id for transfer in actor.posted]
 
 
+async def test_a_cancelled_get_has_loaded_nothing(actor: Posted) -> None:
+    """The response to a cancelled get names no block, though all were loaded before the recall."""
+    tiers = residency()
+    filled(tiers, Tier.HOST, 0, 1)
+    scheduler = scheduler_of(tiers, actor)
+    get = scheduler.begin(request(Operation.GET, 0, 1))
+    scheduler.cancel(get)
+    scheduler.report(Completion(transfer.op_id, None) for transfer in actor.posted)
+    assert get.response is not None
+    assert get.response.status is KVResponseStatus.CANCELLED
+    assert not get.response.return_mask.any()
+
+
 async def test_a_policy_with_a_reward_knows_when_a_request_comes(actor: Posted) -> None:
     """With hit_reward_seconds, a block that was hit long ago is evicted before a new one."""
     tiers = Residency({Tier.HOST: 2}, Eviction("lru", hit_reward_seconds=10.0))
@@ -100,8 +113,9 @@ async def test_a_policy_with_a_reward_knows_when_a_request_comes(actor: Posted) 
 
 
 async def test_everyone_who_waits_is_told_of_an_engine_that_fails(actor: Posted) -> None:
-    """When the engine fails, its error is raised for all who wait for an answer or an end."""
+    """When the engine fails, its error is raised for all who wait, and kept for who asks later."""
     scheduler, failure = scheduler_of(residency(), actor), InvariantError("broken")
+    assert scheduler.failure is None
     flight = scheduler.begin(request(Operation.PUT, 0, 1))
     waits = (flight.wait_answered, flight.wait_drained, flight.wait_ended)
     tasks = [asyncio.ensure_future(wait()) for wait in waits]
@@ -109,3 +123,4 @@ async def test_everyone_who_waits_is_told_of_an_engine_that_fails(actor: Posted)
     scheduler.fail(failure)
     await asyncio.sleep(0)
     assert [task.exception() for task in tasks] == [failure] * 3
+    assert scheduler.failure is failure

@@ -20,7 +20,7 @@ import huggingface_hub
 import torch
 
 from flexkv.common.errors import ConfigError
-from flexkv.integration.vllm import identity, model
+from flexkv.integration.vllm import files, identity, model
 from flexkv.integration.vllm.files import SAMPLE_BYTES, SAMPLES, WHOLE_BYTES_MAX, facts_of
 from flexkv.integration.vllm.setup import setup_of
 from flexkv.integration.vllm.vllm_v1_adapter import FlexKVConnectorV1Impl
@@ -245,6 +245,19 @@ def test_a_folder_that_cannot_be_read_is_no_empty_one(
     assert len(facts_of(tmp_path)) == 1
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(PermissionError, match="experts"):
+        facts_of(tmp_path)
+
+
+def test_a_folder_of_too_many_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of FILES_MAX files is read, and one of more is refused by name."""
+    monkeypatch.setattr(files, "FILES_MAX", 2)
+    for number in range(2):
+        (tmp_path / f"{number}.safetensors").write_bytes(b"weights")
+    assert len(facts_of(tmp_path)) == 2
+    (tmp_path / "2.safetensors").write_bytes(b"weights")
+    with pytest.raises(OSError, match=f"{tmp_path} has more than 2 files"):
         facts_of(tmp_path)
 
 

@@ -25,6 +25,7 @@ pytest.importorskip("vllm")
 import huggingface_hub
 from vllm.lora.request import LoRARequest
 
+from flexkv.integration.common import costs
 from flexkv.integration.common import pending_matches as questions
 from flexkv.integration.vllm.scheduler import SchedulerSide
 from flexkv.integration.vllm.setup import Setup
@@ -274,18 +275,35 @@ def test_a_server_that_says_nothing_for_long_is_left(rig: Rig) -> None:
 def test_a_load_slower_than_computing_is_not_offered(rig: Rig) -> None:
     """A load slower than computing is not offered, is counted once, and holds nothing."""
     stored(rig)
-    costs = rig.side._costs
-    assert costs is not None
+    known = rig.side._costs
+    assert known is not None
     for _ in range(3):
-        costs.loaded({"host": 20}, 2.0)
-        costs.step_begins(1000)
+        known.loaded({"host": 20}, 2.0)
+        known.step_begins(1000)
         for _ in range(4):  # also ends the earlier steps
-            costs.step_ends()
+            known.step_ends()
     for _ in range(2):
         assert rig.side.get_num_new_matched_tokens(Request("c"), 0) == (0, False)
     assert rig.side.take_stats().reduce()["declined_blocks"] == 3
     rig.side.build_connector_meta(output())
     assert rig.status()["claims"] == 0
+
+
+def test_a_load_is_measured_when_it_ends(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a load has ended whole, no other is offered to an engine whose computing costs less."""
+    for name, value in (("FIRST", 1), ("BLOCKS_MIN", 1), ("TOKENS_MIN", 1 << 60)):
+        monkeypatch.setattr(costs, name, value)
+    stored(rig)
+    request, blocks = Request("b"), SimpleNamespace(get_block_ids=lambda: ([5, 6, 7, 8],))
+    rig.side.update_state_after_alloc(request, blocks, answered(rig, request)[0])
+    rig.side.build_connector_meta(output())
+    rig.agent.say(Copied(rig.agent.hear(Copy).op_id))
+    assert rig.step_until("received").received == {"b"}
+    assert rig.side._costs is not None
+    rig.side._costs.step_begins(1 << 60)  # tokens, in next to no time
+    for _ in range(costs.STEPS_MAX):
+        rig.side._costs.step_ends()
+    assert answered(rig, Request("c")) == (0, False)
 
 
 def test_what_needs_every_tokens_output_loads_nothing(rig: Rig) -> None:
