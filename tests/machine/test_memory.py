@@ -145,4 +145,5 @@ def test_a_tier_of_more_blocks_than_can_be_accounted_for_is_named(tmp_path: Path
 
     values = {"num_ssd_blocks": 10**9, "ssd_cache_dir": str(tmp_path), "ssd_preallocate": False}
     told = put_get(limit, **values)
-    assert told["error"].startswith("ConfigError: num_ssd_blocks=1000000000: there is not enough memory")
+    why = "there is not enough memory"
+    assert told["error"].startswith(f"ConfigError: num_ssd_blocks=1000000000: {why}")
