@@ -423,17 +423,18 @@ class Scheduler:
         """Record what became READY in a lower tier; owe what became READY in host memory only."""
         assert op.route is not None
         target, fill = op.route.target, plan.fills[op.leg]
-        owes = fill.owed_to and target is Tier.HOST and self.behind is not None
-        if not owes and target not in self._persistence:
+        hooks = self._persistence.get(target)
+        behind = self.behind if fill.owed_to and target is Tier.HOST else None
+        if hooks is None and behind is None:
             return
         begin, end = plan.bounds(op)
         filled = fill.ids[target][begin : end if settle.filled else begin + settle.leading]
-        if target in self._persistence and len(filled):
-            self._persistence[target].stored(filled)
-        if owes and self.behind is not None:
-            self.behind.coming_blocks -= end - begin
+        if hooks is not None and len(filled):
+            hooks.stored(filled)
+        if behind is not None:
+            behind.coming_blocks -= end - begin
             for tier in fill.owed_to if len(filled) else ():
-                self.behind.owe(tier, filled)
+                behind.owe(tier, filled)
 
     def _recall(self, flight: Flight, op: int, command: Command) -> None:
         spec = flight.plan.template.ops[op]

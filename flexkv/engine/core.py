@@ -57,7 +57,7 @@ class Core:
         self.persistence = {tier: each for tier, each in lasting if each is not None}
         self.restored_blocks = sum(p.restore(self.residency) for p in self.persistence.values())
         self.backing = {Tier.HOST: backend.host}
-        self.backing |= {parts.tier: parts.adapter for parts in self._tiers}
+        self.backing |= {parts.tier: parts.port.adapter for parts in self._tiers}
         self.actors: dict[Tier, TransferActor] = {}
         for parts in self._tiers:
             self.add_actor(parts.tier, parts.port, parts.inbound, parts.outbound)

@@ -103,6 +103,11 @@ class DevicePort(TransferPort, Protocol):
 class DurablePort(TransferPort, Protocol):
     """A transfer port that can sync its writes to stable storage."""
 
+    @property
+    def adapter(self) -> str:
+        """Name of what moves the bytes, for statistics and logs."""
+        ...
+
     async def sync(self) -> None:
         """Return once every completed write is on stable storage.
 

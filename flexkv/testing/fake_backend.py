@@ -100,7 +100,6 @@ class FakeBackend:
                 Tier.DISK,
                 disk_blocks,
                 disk,
-                disk.adapter,
                 *self.windows,
                 self.ledger,
                 work=self._work,

@@ -43,7 +43,7 @@ class FakePort:
     is used before its completion is reaped. A transfer that fails moves only the first part.
     """
 
-    arrived_bytes = 0
+    arrived_bytes, adapter = 0, "FakePort"
 
     def __init__(
         self,

@@ -99,7 +99,6 @@ class TierParts:
         tier: which.
         capacity_blocks: how many blocks it was opened with.
         port: moves blocks between the tier and host memory; closed by whoever opened it.
-        adapter: the name of what moves the bytes, for statistics and logs.
         inbound: bound on the bytes in flight from the tier.
         outbound: bound on the bytes in flight to the tier.
         persistence: what makes its blocks survive; None if nothing does.
@@ -110,7 +109,6 @@ class TierParts:
     tier: Tier
     capacity_blocks: int
     port: DurablePort
-    adapter: str
     inbound: Window
     outbound: Window
     persistence: Persistence | None = None

@@ -100,7 +100,6 @@ class SsdTier:
             Tier.DISK,
             files.num_blocks,
             port,
-            port.adapter,
             *disk_windows(cache),
             self.ledger,
             presence,

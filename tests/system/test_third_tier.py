@@ -100,9 +100,7 @@ class FarBackend(FakeBackend):
         far = CheckedDiskPort(port, checksummer, FAR, lambda block: ("far", block))
         undo.callback(far.close)
         self._tiers.append(
-            TierParts(
-                Tier.REMOTE, FAR, far, "FakePort", *self.windows, self.records, work=self._far_work
-            )
+            TierParts(Tier.REMOTE, FAR, far, *self.windows, self.records, work=self._far_work)
         )
 
     def _far_work(self, hooks: TierHooks) -> Work:

@@ -42,6 +42,7 @@ class Metered:
         self._lent: dict[int, tuple[bool, int]] = {}
         self.blocks, self.blocks_max = {True: 0, False: 0}, {True: 0, False: 0}
         self.connect, self.close, self.sync = inner.connect, inner.close, inner.sync
+        self.adapter = "Metered"
 
     @property
     def block_bytes(self) -> int:
@@ -86,7 +87,7 @@ class MeteredBackend(FakeBackend):
         checked = CheckedDiskPort(self.port, checksummer, blocks, lambda at: ("fake", at))
         undo.callback(checked.close)
         self.meter = Metered(checked)
-        self._tiers = [TierParts(Tier.DISK, blocks, self.meter, "Metered", *self.windows)]
+        self._tiers = [TierParts(Tier.DISK, blocks, self.meter, *self.windows)]
 
 
 async def put(engine: Engine, number: int) -> None:

@@ -82,7 +82,7 @@ class CheckedDiskPort:
     @property
     def adapter(self) -> str:
         """Return the name of what moves the bytes."""
-        return str(getattr(self._inner, "adapter", type(self._inner).__name__))
+        return self._inner.adapter
 
     def connect(self, wake: Callable[[], None]) -> None:
         """Attach to the running event loop."""
