@@ -1,4 +1,4 @@
-/* Use counts of many numbered things, of which a few are changed or read at a time.
+/* Use counts of many numbered things; a few are changed or read at a time.
  *
  * numpy needs several calls for this, and tens of microseconds when caches are cold. */
 #include "ext.h"

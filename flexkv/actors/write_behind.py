@@ -325,7 +325,7 @@ class WriteBehind:
         """Wait until everything owed by now is written or given up.
 
         Returns:
-            None, or the error because of which a tier cannot be written to.
+            None, or the error that keeps a tier from being written to.
         """
         epochs = {tier: queue.next_epoch() for tier, queue in self._queues.items()}
         self.pump()
@@ -371,7 +371,7 @@ class WriteBehind:
     # -- the end --------------------------------------------------------------------------------
 
     def take_failures(self) -> list[TransferError]:
-        """Return the errors because of which blocks were given up since the last call."""
+        """Return the errors for which blocks were given up since the last call."""
         failures, self._failures_untold = self._failures_untold, []
         return failures
 

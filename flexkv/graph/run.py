@@ -265,7 +265,7 @@ class Run:
             commands.append(_END)
 
     def _settlement(self, op: int, filled: bool) -> Settle:
-        """Return how an op's claim ends, in a run of which some op has filled only a part."""
+        """Return how an op's claim ends, in a run where some op has filled only a part."""
         leading = self.leading.get(op, 0)
         counts = self.states[op] in (OpState.DONE, OpState.FAILED)
         return Settle(op, filled and not leading, leading if counts else 0)

@@ -1,1 +1,1 @@
-"""Which places of which tier hold which blocks, and who may touch them; without I/O."""
+"""The index of places: which blocks they hold, and who may touch them. No I/O."""
