@@ -18,9 +18,9 @@ from benchmarks.rigs import LARGE, SMALL, cache_of, kv_caches, prompt, slots_of
 from flexkv import _ext
 from flexkv.actors.actor import Supervisor, TransferActor, Window
 from flexkv.common.terms import Route, Tier, Transfer
+from flexkv.io.device.tensors import layouts_of
 from flexkv.io.ports import Completion
 from flexkv.kvmanager import KVManager
-from flexkv.tiers.backend import LocalBackend
 
 
 def measure(options: Options) -> Figures:
@@ -42,7 +42,7 @@ async def _large(repeats: int, blocks: int) -> Figures:
         manager.register_kv_caches(caches)
         await manager.put(prompt(0, blocks), slots_of(places))
         sizes = cache.sized(LARGE)
-        pieces = LocalBackend(LARGE, cache, sizes).pages_of(caches, None, 0).pieces
+        pieces = layouts_of(sizes.spaces, caches, None, 0)[0].pieces
         host = np.ones((blocks, sizes.block_stride_bytes), np.uint8)
         pages = _ext.PageMap(pieces, 2 * blocks, host, sizes.block_stride_bytes, caches)
         pool = _ext.CopyPool(2)
@@ -95,7 +95,7 @@ async def _small(rounds: int) -> Figures:
 class _EmptyPort:
     """A transfer port that ends every transfer as it is submitted."""
 
-    block_bytes, arrived_bytes = 1, 0
+    arrived_bytes = 0
 
     def __init__(self) -> None:
         self._ended: list[Completion] = []
@@ -130,7 +130,7 @@ async def _empty(rounds: int) -> Figures:
             waiting.pop(end.op_id).set_result(None)
 
     window = Window(1 << 30, 1 << 20)
-    actor = TransferActor(Tier.DEVICE, _EmptyPort(), window, window, 1 << 16)
+    actor = TransferActor(Tier.DEVICE, _EmptyPort(), window, window, 1 << 16, [1])
     actor.attach(report)
     supervisor = Supervisor(lambda error: [f.set_exception(error) for f in waiting.values()])
     await supervisor.start()

@@ -73,7 +73,7 @@ class Rig:
         layout = PagedLayout(rows, blocks, self.block_bytes, "bench", (rows,))
         self.arena = Arena.open(blocks, self.block_bytes)
         pinned, preferences = Pinned(self.arena), (CopyPreference(), CopyPreference())
-        self.port = CudaDevicePort(layout, pinned, memory, BoundDriver(0), preferences)
+        self.port = CudaDevicePort([layout], pinned, memory, BoundDriver(0), preferences)
         self.chosen = [way.choices for way in self.port._streams]
         self._woken = asyncio.Event()
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from benchmarks.harness import Figures, Options, median_ratio, percentile
-from flexkv.cli.demo import CONCURRENCY, DEVICE_BLOCKS, MODEL, TOKENS_PER_BLOCK
+from flexkv.cli.demo import CONCURRENCY, DEVICE_BLOCKS, MODEL, SPACE, TOKENS_PER_BLOCK
 from flexkv.cli.replay import SimulatedEngine
 from flexkv.common.config import CacheConfig
 from flexkv.index.keys import KeyChain
@@ -53,7 +53,7 @@ async def _run(count: int, traced: bool, directory: Path) -> tuple[float, list[f
         )
         async with KVManager(MODEL, cache) as manager:
             manager.register_kv_caches(device.kv_caches)
-            keys = KeyChain(MODEL, TOKENS_PER_BLOCK)
+            keys = KeyChain(SPACE)
             engine = SimulatedEngine(manager, device, keys, TOKENS_PER_BLOCK)
             begin = time.perf_counter()
             outcome = await engine.run(prompts, CONCURRENCY, 0.0, lambda: None)

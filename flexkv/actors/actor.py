@@ -11,7 +11,7 @@ bell, which a post or the port's wake rings.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import msgspec
@@ -82,18 +82,20 @@ class TransferActor:
         inbound: Window,
         outbound: Window,
         transfers_max: int,
+        block_bytes: Sequence[int],
     ) -> None:
+        """Move blocks of `block_bytes[group]` bytes, at most `transfers_max` transfers at once."""
         self.tier = tier
         self.name = tier.label
         self.in_flight_bytes = {True: 0, False: 0}
         self._port = port
         self._windows = {True: inbound, False: outbound}
         self._paces = {
-            is_inbound: Pace(window.bytes_max, window.piece_bytes_max, port.block_bytes)
+            is_inbound: Pace(window.bytes_max, window.piece_bytes_max, min(block_bytes))
             for is_inbound, window in self._windows.items()
             if window.is_paced
         }
-        self._mailbox = Mailbox(transfers_max, port.block_bytes)
+        self._mailbox = Mailbox(transfers_max, block_bytes)
         self._pieces: dict[int, tuple[Cursor, int, int, float]] = {}
         self._now_s: Callable[[], float] = lambda: 0.0
         self._next_piece = PIECE_OP_IDS

@@ -9,6 +9,7 @@ new requests keep arriving, the others still get every fifth turn.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from itertools import chain
 
 import msgspec
@@ -188,7 +189,8 @@ class Lane:
 class Mailbox:
     """Both lanes of an actor, and the bound on the transfers that are queued or in flight."""
 
-    def __init__(self, transfers_max: int, block_bytes: int) -> None:
+    def __init__(self, transfers_max: int, block_bytes: Sequence[int]) -> None:
+        """Hold at most `transfers_max`; `block_bytes` has a block's bytes in each KV group."""
         self._block_bytes = block_bytes
         self.inbound, self.outbound = Lane(), Lane()
         self._transfers_max = transfers_max
@@ -215,11 +217,12 @@ class Mailbox:
         source, target = transfer.route
         inbound = target < source
         blocks, watch = len(transfer.source_ids), transfer.watch
-        cursor = Cursor(transfer, transfer.owner, inbound, blocks, self._block_bytes, watch)
+        unit_bytes = self._block_bytes[transfer.group]
+        cursor = Cursor(transfer, transfer.owner, inbound, blocks, unit_bytes, watch)
         if watch is not None:
             cursor.units = watch.num_layers
             cursor.layers_left, cursor.layers_ended = [watch.num_layers], {}
-            cursor.unit_bytes = max(1, blocks * self._block_bytes // watch.num_layers)
+            cursor.unit_bytes = max(1, blocks * unit_bytes // watch.num_layers)
         self._cursors[transfer.op_id] = cursor
         (self.inbound if inbound else self.outbound).append(cursor)
 

@@ -34,6 +34,7 @@ from flexkv.trace.mooncake import read_trace
 TOKENS_PER_BLOCK = 16
 MODEL = ModelConfig(num_layers=8, num_kv_heads=4, head_size=64, dtype="float16", model_id="demo")
 """A small model, so that a run takes seconds: a block has 128 KiB."""
+(SPACE,) = MODEL.spaces(TOKENS_PER_BLOCK)
 
 DEVICE_BLOCKS = 4096
 CONCURRENCY = 16
@@ -115,7 +116,7 @@ def _log_errors_only(context: typer.Context) -> None:
 
 def _introduction(cache: CacheConfig, workload: str) -> str:
     """Return a sentence about the run, which explains the figures printed below it."""
-    block = f"blocks of {TOKENS_PER_BLOCK} tokens ({MODEL.block_bytes(TOKENS_PER_BLOCK) >> 10} KiB)"
+    block = f"blocks of {TOKENS_PER_BLOCK} tokens ({SPACE.block_bytes >> 10} KiB)"
     on_ssd = f", and for {cache.num_ssd_blocks:,} on SSD ('disk')" if cache.num_ssd_blocks else ""
     return (
         f"A {workload} over numpy arrays that stand in for a GPU's KV cache ('device'), with room "
@@ -170,7 +171,7 @@ async def _run(
     metrics_port: int | None,
 ) -> tuple[Outcome, Statistics]:
     device = KnownDevice(MODEL, TOKENS_PER_BLOCK, DEVICE_BLOCKS)
-    keys = KeyChain(MODEL, TOKENS_PER_BLOCK)
+    keys = KeyChain(SPACE)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

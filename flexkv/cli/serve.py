@@ -155,7 +155,7 @@ async def run(model: ModelConfig, settings: Settings, parent: ProcessHandle | No
         listener = Listener(socket_path(settings.server_recv_port))  # first: refusing is cheap
         stack.callback(listener.close)
         sizes = cache.sized(model)
-        backend = ServerBackend(model, cache, sizes)
+        backend = ServerBackend(cache, sizes)
         log.info(
             "allocating_memory_and_files",
             host_gb=round(sizes.num_host_blocks * sizes.block_stride_bytes / GB, 1),

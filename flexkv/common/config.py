@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from flexkv.common.config_cache import GB, MB, SIZE_PAIRS, CacheConfig, CacheSizes
+from flexkv.common.config_cache import GB, MB, SIZE_PAIRS, CacheConfig
 from flexkv.common.config_keys import (
     ConfigModel,
     announce,
@@ -20,6 +20,7 @@ from flexkv.common.config_keys import (
 )
 from flexkv.common.config_model import RANKS_MAX, LayerGroup, ModelConfig
 from flexkv.common.errors import ConfigError
+from flexkv.common.space import CacheSizes
 
 __all__ = [
     "GB",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Secret, SecretStr, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
@@ -27,12 +26,11 @@ from flexkv.common.config_keys import (
 from flexkv.common.config_model import ModelConfig
 from flexkv.common.directories import directories_of
 from flexkv.common.errors import ConfigError
+from flexkv.common.space import CacheSizes, GivenSize
 
 GB = 1024**3
 MB = 1024**2
 
-BLOCK_ALIGNMENT_BYTES = 4096
-"""Blocks start on multiples of this, so that each is one O_DIRECT extent."""
 BLOCK_BYTES_MAX = 1 << 40
 
 SIZE_PAIRS = (
@@ -81,30 +79,6 @@ Addresses = Annotated[tuple[str, ...], BeforeValidator(_joined)]
 Layout = Annotated[Literal["BLOCKFIRST"], BeforeValidator(_block_first)]
 CustomConfig = Annotated[Secret[dict[str, Any]], BeforeValidator(_object)]
 EvictionPolicy = Literal["lru", "lfu", "fifo", "mru", "filo", "slru", "lhd"]
-
-
-class GivenSize(NamedTuple):
-    """The key that sets the size of a tier, and its value, as the user gave it."""
-
-    key: str
-    value: object
-
-
-@dataclass(frozen=True, slots=True)
-class CacheSizes:
-    """How many blocks each tier has, and how large one is, for one model."""
-
-    num_host_blocks: int
-    num_disk_blocks: int
-    block_bytes: int
-    block_stride_bytes: int
-    """Bytes from one block to the next: `block_bytes`, aligned for O_DIRECT."""
-    max_file_blocks: int | None
-    """Most blocks in one SSD file; None = no cap."""
-    host_given: GivenSize
-    """The key and value that an error about the size of the host tier names."""
-    disk_given: GivenSize
-    """The same for the SSD tier."""
 
 
 class CacheConfig(ConfigModel):
@@ -451,17 +425,16 @@ class CacheConfig(ConfigModel):
         Raises:
             ConfigError: a tier has room for no block or for too many, or a block is too large.
         """
-        block_bytes = model.block_bytes(self.tokens_per_block)
-        if block_bytes > BLOCK_BYTES_MAX:
-            why = f"a block of this model has {block_bytes} bytes; the limit is {BLOCK_BYTES_MAX}"
+        spaces = model.spaces(self.tokens_per_block)
+        stride, largest = spaces[0].stride_bytes, max(space.block_bytes for space in spaces)
+        if largest > BLOCK_BYTES_MAX:
+            why = f"a block of this model has {largest} bytes; the limit is {BLOCK_BYTES_MAX}"
             raise ConfigError("tokens_per_block", self.tokens_per_block, why)
-        stride = -(-block_bytes // BLOCK_ALIGNMENT_BYTES) * BLOCK_ALIGNMENT_BYTES
         host, disk, file = SIZE_PAIRS
         return CacheSizes(
+            spaces=spaces,
             num_host_blocks=self._blocks(*host, stride) if self.enable_cpu else 0,
             num_disk_blocks=self._blocks(*disk, stride) if self.enable_ssd else 0,
-            block_bytes=block_bytes,
-            block_stride_bytes=stride,
             max_file_blocks=None if self._files_uncapped else self._blocks(*file, stride),
             host_given=self._given(*host),
             disk_given=self._given(*disk),

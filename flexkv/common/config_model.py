@@ -9,7 +9,8 @@ from pydantic_core.core_schema import ValidationInfo
 
 from flexkv.common.config_keys import ConfigModel, PlainValues, key
 from flexkv.common.errors import ConfigError
-from flexkv.common.layout import KVShape, Part
+from flexkv.common.layout import KVShape
+from flexkv.common.space import BlockSpace, in_one_pool
 
 ITEM_BYTES = {
     "float64": 8,
@@ -194,42 +195,43 @@ class ModelConfig(ConfigModel):
             return 1
         return min(self.tp_size, *(group.num_kv_heads for group in self._groups))
 
-    def part_of(self, tp_rank: int) -> Part:
-        """Return the part of a block that a rank fills; ranks that share one are consecutive."""
-        return Part(tp_rank * self.parts // self.tp_size, self.parts)
-
-    @property
-    def dtypes(self) -> tuple[str, ...]:
-        """Return the element type of each layer."""
-        found: dict[int, str] = {}
-        for group in self._groups:
-            begin = len(found)
-            indices = group.layer_indices or range(begin, begin + group.num_layers)
-            found |= dict.fromkeys(indices, group.dtype or self.dtype)
-        return tuple(found[index] for index in range(self.num_layers))
-
-    def shapes(self, tokens_per_block: int) -> tuple[KVShape, ...]:
-        """Return the KV shape of a block in each layer of one rank.
+    def spaces(self, tokens_per_block: int) -> tuple[BlockSpace, ...]:
+        """Return what a block of this many tokens is, for each KV group: today, of the only one.
 
         Raises:
             ConfigError: a group's compress_ratio does not divide the tokens of a block.
         """
-        layers: dict[int, KVShape] = {}
+        layers: dict[int, tuple[KVShape, str]] = {}
         for group in self._groups:
             tokens, rest = divmod(tokens_per_block, group.compress_ratio)
             if rest:
                 why = f"must be a multiple of compress_ratio={group.compress_ratio}"
                 raise ConfigError("tokens_per_block", tokens_per_block, why)
-            heads, item_bytes = (
-                group.num_kv_heads // self.parts,
-                ITEM_BYTES[group.dtype or self.dtype],
-            )
-            shape = KVShape(tokens, heads, group.head_size, self.kv_dim, item_bytes)
+            heads, dtype = group.num_kv_heads // self.parts, group.dtype or self.dtype
+            shape = KVShape(tokens, heads, group.head_size, self.kv_dim, ITEM_BYTES[dtype])
             begin = len(layers)
             indices = group.layer_indices or range(begin, begin + group.num_layers)
-            layers |= dict.fromkeys(indices, shape)
-        return tuple(layers[index] for index in range(self.num_layers))
+            layers |= dict.fromkeys(indices, (shape, dtype))
+        shapes, dtypes = zip(*(layers[index] for index in range(self.num_layers)), strict=True)
+        facts = self._facts(tokens_per_block)
+        space = BlockSpace(tokens_per_block, shapes, dtypes, self.tp_size, self.parts, facts)
+        return in_one_pool(space)
 
-    def block_bytes(self, tokens_per_block: int) -> int:
-        """Return the bytes of one block of this many tokens, over all layers and all parts."""
-        return self.parts * sum(shape.block_bytes for shape in self.shapes(tokens_per_block))
+    def _facts(self, tokens_per_block: int) -> dict[str, int | str]:
+        # Facts that hold for most models are left out, so that the keys of those stay what they
+        # were.
+        rest: dict[str, int | str] = {}
+        if self.parts > 1:
+            rest["parts"] = self.parts
+        if self.layer_groups:
+            rest["layer_groups"] = repr(self.layer_groups)
+        return {
+            "model_id": self.model_id,
+            "num_layers": self.num_layers,
+            "num_kv_heads": self.num_kv_heads,
+            "head_size": self.head_size,
+            "kv_dim": self.kv_dim,
+            "dtype": self.dtype,
+            "tokens_per_block": tokens_per_block,
+            **rest,
+        }

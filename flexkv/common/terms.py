@@ -115,6 +115,8 @@ class Layers(NamedTuple):
 class Transfer(msgspec.Struct, frozen=True, gc=False):
     """A batch of block copies on one route, as an actor and its port receive it.
 
+    All blocks are of one KV group, `group`, which decides how large they are and how they are laid
+    out on a device.
     `source_ids` and `target_ids` are int64[n], the same n. `op_id` names the transfer; `owner`
     groups the transfers of one request, so that a queue can be fair between requests. With a
     `watch` it is moved layer by layer, in pieces that have `layers`.
@@ -127,6 +129,7 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
     target_ids: BlockIds
     watch: LayerWatch | None = None
     layers: Layers | None = None
+    group: int = 0
 
     @property
     def block_count(self) -> int:

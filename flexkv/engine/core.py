@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from flexkv.actors.actor import Supervisor, TransferActor, Window
@@ -60,7 +61,8 @@ class Core:
         self.backing |= {parts.tier: parts.port.adapter for parts in self._tiers}
         self.actors: dict[Tier, TransferActor] = {}
         for parts in self._tiers:
-            self.add_actor(parts.tier, parts.port, parts.inbound, parts.outbound)
+            place_bytes = [parts.port.block_bytes] * len(sizes.spaces)
+            self.add_actor(parts.tier, parts.port, parts.inbound, parts.outbound, place_bytes)
         log_every = cache.num_log_interval_requests
         self.observer = Observer(sizes.block_bytes, log_every_requests=log_every)
         self.observer.remind = backend.unavailable.remind
@@ -80,10 +82,18 @@ class Core:
         )
 
     def add_actor(
-        self, tier: Tier, port: TransferPort, inbound: Window, outbound: Window
+        self,
+        tier: Tier,
+        port: TransferPort,
+        inbound: Window,
+        outbound: Window,
+        block_bytes: Sequence[int],
     ) -> TransferActor:
-        """Add the actor of a tier or device, and return it; it is not started yet."""
-        actor = TransferActor(tier, port, inbound, outbound, self._waiting_max)
+        """Add the actor of a tier or device, which is not started yet, and return it.
+
+        The windows count `block_bytes[group]` for a block of each KV group.
+        """
+        actor = TransferActor(tier, port, inbound, outbound, self._waiting_max, block_bytes)
         self.actors[tier] = actor
         return actor
 

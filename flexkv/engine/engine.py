@@ -61,14 +61,10 @@ class Engine:
         cache.require_built()
         self.model, self.cache = model, cache
         self.sizes: CacheSizes = cache.sized(model)
-        self._backend = backend or LocalBackend(model, cache, self.sizes)
+        self._backend = backend or LocalBackend(cache, self.sizes)
         self.tokens_per_block = cache.tokens_per_block
         self.clears = ClearHistory(time.time_ns())
-        self._intake = Intake(
-            KeyChain(model, cache.tokens_per_block, cache.key_secret.get_secret_value()),
-            cache.tokens_per_block,
-            self.clears,
-        )
+        self._intake = Intake(self._key_chain(), self.clears)
         self._admission = Admission(cache.requests_max)
         self._resources = ExitStack()
         self._devices = Devices(
@@ -105,7 +101,7 @@ class Engine:
         self._home = HomeProcess("the engine")
         backing = {tier.label: name for tier, name in self._core.backing.items()}
         facts = {
-            "block_bytes": self.sizes.block_bytes,
+            "block_bytes": self.sizes.block_bytes[0],
             "restored_blocks": self._core.restored_blocks,
         }
         log.info("engine_open", **backing, **facts)
@@ -127,7 +123,7 @@ class Engine:
             self._residency, self._scheduler, self._admission, self._actors, core.backing,
             self._behind, core.restored_blocks, backend.unavailable,
         )  # fmt: skip
-        self._tracing = Tracing(cache, sizes.block_bytes, self._observer, self._sources)
+        self._tracing = Tracing(cache, sizes, self._observer, self._sources)
         undo.callback(self._tracing.stop)
         if cache.enable_trace:
             self._tracing.start()
@@ -162,7 +158,7 @@ class Engine:
         if port is not None:
             self._take_order(self._devices.order)
             window = device_window(self.cache, self._devices.kind)
-            actor = self._core.add_actor(Tier.DEVICE, port, window, window)
+            actor = self._core.add_actor(Tier.DEVICE, port, window, window, self.sizes.block_bytes)
             actor.note_begins(self._tracing.is_on)
             self._scheduler.watch.watches_device = self._devices.kind != "agents"
             self._core.start_actor(actor, self._supervisor)
@@ -171,9 +167,11 @@ class Engine:
         """Make later requests' keys depend on a block's element order, unless it is natural."""
         if is_natural(order):
             return
-        secret = self.cache.key_secret.get_secret_value()
-        self._intake.rekey(KeyChain(self.model, self.tokens_per_block, secret, order))
+        self._intake.rekey(self._key_chain(order))
         self._rekeyed_at = self._next_request
+
+    def _key_chain(self, order: Order = "") -> KeyChain:
+        return KeyChain(self.sizes.spaces[0], self.cache.key_secret.get_secret_value(), order)
 
     @property
     def devices(self) -> Devices:

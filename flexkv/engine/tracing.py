@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flexkv.common.config import MB, CacheConfig
+from flexkv.common.config import MB, CacheConfig, CacheSizes
 from flexkv.common.errors import ConfigError
 from flexkv.common.terms import Tier
 from flexkv.engine.statistics import Sources
@@ -20,9 +20,9 @@ class Tracing:
     """The trace of one engine."""
 
     def __init__(
-        self, cache: CacheConfig, block_bytes: int, observer: Observer, of: Sources
+        self, cache: CacheConfig, sizes: CacheSizes, observer: Observer, of: Sources
     ) -> None:
-        self._cache, self._block_bytes = cache, block_bytes
+        self._cache, self._block_bytes = cache, sizes.block_bytes
         self._observer, self._of = observer, of
         self._recorder: Recorder | None = None
         self._with_tokens = False
@@ -103,7 +103,7 @@ class Tracing:
         residency = self._of.residency
         return header(
             tokens_per_block=self._cache.tokens_per_block,
-            block_bytes=self._block_bytes,
+            block_bytes=self._block_bytes[0],
             capacity_blocks={t.label: residency.counts(t).capacity for t in residency.tiers},
             backing={tier.label: name for tier, name in self._of.backing.items()},
         )

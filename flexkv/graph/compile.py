@@ -88,6 +88,7 @@ def freeze(graph: nx.DiGraph[Node], shape: Shape) -> Template:
             answers=answers(shape.goal, shape.legs[node.leg], node.route),
             keeps=node.route is None or node.route.source is not Tier.DEVICE,
             label="wait" if node.route is None else str(node.route),
+            group=shape.legs[node.leg].group,
         )
         for node in order
     )

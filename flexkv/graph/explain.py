@@ -55,8 +55,9 @@ class Explanation:
         op = self.template.ops[index]
         bounds = even_bounds(self.leg_blocks[op.leg], self.template.shape.legs[op.leg].chunks)
         blocks = bounds[op.chunk + 1] - bounds[op.chunk]
+        group = f" of group {op.group}" if op.group else ""
         told = " (answers)" if op.answers else ""
-        return f"op {op.index}: {op.label} {blocks} blocks{told}"
+        return f"op {op.index}: {op.label} {blocks} blocks{group}{told}"
 
 
 def explain(request: Request, residency: Residency, limits: PlanLimits) -> Explanation:

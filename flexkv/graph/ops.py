@@ -27,12 +27,14 @@ class Leg(NamedTuple):
     """Blocks that take the same hops.
 
     The source of each hop is where the blocks are at first, or the target of an earlier hop. With
-    `waits`, another request is filling the blocks, and a barrier per chunk waits for that.
+    `waits`, another request is filling the blocks, and a barrier per chunk waits for that. All
+    blocks are of KV group `group`: see `common/space.py`.
     """
 
     hops: tuple[Route, ...]
     chunks: int
     waits: bool = False
+    group: int = 0
 
     @property
     def origin(self) -> Tier:
@@ -73,9 +75,9 @@ class Node(NamedTuple):
 class OpSpec(msgspec.Struct, frozen=True):
     """One op of a template: chunk `chunk` of leg `leg`, on `route`, which is None for a barrier.
 
-    `answers` marks the ops that the caller waits for. `keeps` marks the ops whose bytes stay valid
-    when the request is cancelled meanwhile: all but those that read device memory, which its owner
-    may reuse once the caller is answered.
+    `group` is the KV group of its blocks. `answers` marks the ops that the caller waits for.
+    `keeps` marks the ops whose bytes stay valid when the request is cancelled meanwhile: all but
+    those that read device memory, which its owner may reuse once the caller is answered.
     """
 
     index: int
@@ -86,6 +88,7 @@ class OpSpec(msgspec.Struct, frozen=True):
     keeps: bool
     label: str
     """Short name of the op, for drawings and records."""
+    group: int = 0
 
 
 def answers(goal: Operation, leg: Leg, route: Route | None) -> bool:

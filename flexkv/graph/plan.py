@@ -82,6 +82,7 @@ class Plan(msgspec.Struct, frozen=True):
             fill.ids[route.source][begin:end],
             fill.ids[route.target][begin:end],
             self.watch if route.outer is Tier.DEVICE else None,
+            group=op.group,
         )
 
 

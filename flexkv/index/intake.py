@@ -27,12 +27,10 @@ FEW = 32
 
 
 class Intake:
-    """Checks arguments and makes requests for one model and block size."""
+    """Checks arguments and makes requests for one block space."""
 
-    def __init__(
-        self, keys: KeyChain, tokens_per_block: int, clears: ClearHistory | None = None
-    ) -> None:
-        self.tokens_per_block = tokens_per_block
+    def __init__(self, keys: KeyChain, clears: ClearHistory | None = None) -> None:
+        self.tokens_per_block = keys.tokens_per_block
         self._keys = keys
         self._named_by = np.zeros(0, np.int64)
         self._clears = clears or ClearHistory()

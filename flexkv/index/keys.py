@@ -9,8 +9,9 @@ the secret (`secret.py`). Tokens take four bytes each, little-endian. For a bloc
 touches, the parent is replaced by N(parent ‖ those extra keys, each with its range relative to the
 block). `docs/key-vectors.json` has examples.
 
-The fingerprint holds everything that changes the bytes of a block, so that two models never share
-one. The same prompt has the same keys in every process and after every restart.
+The fingerprint holds the facts of the block space: everything that changes the bytes of a block, so
+that two models never share one. The same prompt has the same keys in every process and after every
+restart.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from numpy.typing import NDArray
 
 from flexkv import _ext
 from flexkv.common.arguments import integer, text
-from flexkv.common.config import ModelConfig
 from flexkv.common.config_keys import kind_of
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import Order, is_natural
+from flexkv.common.space import BlockSpace
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey
 from flexkv.index.secret import derived
 
@@ -52,14 +53,12 @@ Namespace = str | Sequence[str] | Scope | None
 
 
 class KeyChain:
-    """Derives the keys of prompts for one model, block size and secret."""
+    """Derives the keys of prompts for one block space and secret."""
 
-    def __init__(
-        self, model: ModelConfig, tokens_per_block: int, secret: str = "", order: Order = ""
-    ) -> None:
+    def __init__(self, space: BlockSpace, secret: str = "", order: Order = "") -> None:
         """Derive the hash constants; `order` is of a block's elements, empty if it is natural."""
-        self._tokens_per_block = tokens_per_block
-        self.fingerprint = fingerprint(model, tokens_per_block, order)
+        self.tokens_per_block = space.tokens_per_block
+        self.fingerprint = fingerprint(space, order)
         self._hash_secret, self._name_key, _ = derived(secret)
         self._root = lru_cache(maxsize=4096)(self._named_root)
 
@@ -83,7 +82,7 @@ class KeyChain:
             keys: root and keys of its first whole blocks, under a namespace without extra keys.
             tokens: int64[n], the whole prompt, which begins with the tokens of those blocks.
         """
-        known = (len(keys) // BLOCK_KEY_BYTES - 1) * self._tokens_per_block
+        known = (len(keys) // BLOCK_KEY_BYTES - 1) * self.tokens_per_block
         return self.grown(keys, tokens[known:])
 
     def grown(self, keys: bytes, new_tokens: NDArray[np.int64] | list[int]) -> bytes:
@@ -97,13 +96,13 @@ class KeyChain:
             ConfigError: a token is not an integer from 0 to 2**32 - 1; the error has its index.
         """
         known = len(keys) - BLOCK_KEY_BYTES
-        first = known // BLOCK_KEY_BYTES * self._tokens_per_block
+        first = known // BLOCK_KEY_BYTES * self.tokens_per_block
         return keys[:known] + self._chain(new_tokens, keys[known:], first)
 
     def extend_in_place(self, keys: bytearray, new_tokens: NDArray[np.int64] | list[int]) -> None:
         """Append the keys of a prompt's new blocks to `keys`; for the rest see `grown`."""
         known = len(keys) - BLOCK_KEY_BYTES
-        first = known // BLOCK_KEY_BYTES * self._tokens_per_block
+        first = known // BLOCK_KEY_BYTES * self.tokens_per_block
         keys += self._chain(new_tokens, bytes(keys[known:]), first)[BLOCK_KEY_BYTES:]
 
     def _chain(self, tokens: NDArray[np.int64] | list[int], parent: bytes, first: int = 0) -> bytes:
@@ -113,7 +112,7 @@ class KeyChain:
             ConfigError: a token is not an integer from 0 to 2**32 - 1.
         """
         try:
-            return _ext.chain_keys(tokens, self._tokens_per_block, parent, self._hash_secret)
+            return _ext.chain_keys(tokens, self.tokens_per_block, parent, self._hash_secret)
         except ValueError as error:
             match error.args:
                 case (int(index), token):
@@ -140,7 +139,7 @@ class KeyChain:
         extra_keys: tuple[tuple[int, int, str], ...],
     ) -> bytes:
         """Return the keys, chained block by block where extra keys are, in one go between them."""
-        per_block, size = self._tokens_per_block, BLOCK_KEY_BYTES
+        per_block, size = self.tokens_per_block, BLOCK_KEY_BYTES
         blocks = len(tokens) // per_block
         touched: dict[int, list[tuple[int, int, str]]] = {}
         for first, last, name in sorted(extra_keys):
@@ -182,37 +181,25 @@ def block_keys(keys: bytes) -> list[BlockKey]:
     return key_list(keys[BLOCK_KEY_BYTES:])
 
 
-def fingerprint(model: ModelConfig, tokens_per_block: int, order: Order = "") -> bytes:
+def fingerprint(space: BlockSpace, order: Order = "") -> bytes:
     """Return everything that changes the bytes of a block, as `name=value` pairs joined by `;`."""
-    facts = _facts(model, tokens_per_block)
+    facts = _facts(space)
     if not is_natural(order):
         facts["order"] = order
     return ";".join(f"{name}={value}" for name, value in facts.items()).encode()
 
 
-def block_identity(model: ModelConfig, tokens_per_block: int, secret: str) -> dict[str, int | str]:
+def block_identity(spaces: Sequence[BlockSpace], secret: str) -> dict[str, int | str]:
     """Return what determines blocks and their keys, to store with them; without the secret."""
-    return {**_facts(model, tokens_per_block), "key_secret_digest": derived(secret).digest}
+    others = {f"group_{space.group}": fingerprint(space).decode() for space in spaces[1:]}
+    return {**_facts(spaces[0]), **others, "key_secret_digest": derived(secret).digest}
 
 
-def _facts(model: ModelConfig, tokens_per_block: int) -> dict[str, int | str]:
-    # Facts that hold for most models are left out, so that the keys of those stay what they were.
-    rest: dict[str, int | str] = {}
-    if model.parts > 1:
-        rest["parts"] = model.parts
-    if model.layer_groups:
-        rest["layer_groups"] = repr(model.layer_groups)
-    return {
-        "key_version": KEY_VERSION,
-        "model_id": model.model_id,
-        "num_layers": model.num_layers,
-        "num_kv_heads": model.num_kv_heads,
-        "head_size": model.head_size,
-        "kv_dim": model.kv_dim,
-        "dtype": model.dtype,
-        "tokens_per_block": tokens_per_block,
-        **rest,
-    }
+def _facts(space: BlockSpace) -> dict[str, int | str]:
+    facts: dict[str, int | str] = {"key_version": KEY_VERSION, **space.facts}
+    if space.group:  # the keys of a model's first group are what they were without groups
+        facts["group"] = space.group
+    return facts
 
 
 _NOWHERE = Scope()

@@ -12,7 +12,7 @@ more. An adapter need not limit or order transfers: its actor does, by choosing 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from flexkv.common.errors import TransferError
@@ -32,11 +32,6 @@ class Completion(NamedTuple):
 
 class TransferPort(Protocol):
     """What a transfer actor needs of a device or tier."""
-
-    @property
-    def block_bytes(self) -> int:
-        """Return the bytes moved for one block."""
-        ...
 
     @property
     def arrived_bytes(self) -> int:
@@ -95,13 +90,18 @@ class DevicePort(TransferPort, Protocol):
         """Release the KV caches. Only legal with nothing in flight."""
         ...
 
-    def resume(self, layout: PagedLayout, owner: object) -> None:
-        """Attach KV caches again, with blocks of the same size; `owner` keeps them alive."""
+    def resume(self, layouts: Sequence[PagedLayout], owner: object) -> None:
+        """Attach KV caches again, with blocks of the same sizes; `owner` keeps them alive."""
         ...
 
 
 class DurablePort(TransferPort, Protocol):
     """A transfer port that can sync its writes to stable storage."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Return the bytes moved for one block of any KV group: its whole place."""
+        ...
 
     @property
     def adapter(self) -> str:

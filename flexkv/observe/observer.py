@@ -7,7 +7,7 @@ costs some structs per request and one per op, which go to a recorder that never
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
@@ -38,10 +38,11 @@ class Observer:
 
     def __init__(
         self,
-        block_bytes: int,
+        block_bytes: Sequence[int],
         now_ns: Callable[[], int] = time.monotonic_ns,
         log_every_requests: int = 200,
     ) -> None:
+        """Count with a block's bytes in each KV group."""
         self.now_ns = now_ns
         self.tracer: Tracer | None = None
         self.remind: Callable[[], None] = lambda: None
@@ -97,7 +98,7 @@ class Observer:
         if count is None:
             count = self.routes[op.route] = RouteCount()
         count.blocks += blocks
-        count.bytes += blocks * self._block_bytes
+        count.bytes += blocks * self._block_bytes[op.group]
         if error is None:
             count.ops += 1
         elif not isinstance(error, RecalledError):

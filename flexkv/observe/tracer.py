@@ -6,7 +6,7 @@ known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -63,12 +63,15 @@ class Tracer:
     def __init__(
         self,
         sinks: list[Sink],
-        block_bytes: int,
+        block_bytes: Sequence[int],
         actors: Mapping[Tier, RecordedActor],
         residency: Residency,
         sample: Callable[[int], SampleRecord],
     ) -> None:
-        """Use `actors` for when ops began, and `sample` for how full the engine is at a time."""
+        """Use `actors` for when ops began, and `sample` for how full the engine is at a time.
+
+        `block_bytes` has the bytes of a block of each KV group.
+        """
         self.sinks, self._block_bytes = sinks, block_bytes
         self._actors, self._residency, self._sample = actors, residency, sample
         self._evicted = residency.evicted
@@ -126,7 +129,7 @@ class Tracer:
         self._tell(
             OpRecord(
                 request.request_id, plan.run_id, op.index, actor.name, op.label, blocks,
-                blocks * self._block_bytes, issued_ns, begun_ns,
+                blocks * self._block_bytes[op.group], issued_ns, begun_ns,
                 now_ns, outcome, detail,
             )
         )  # fmt: skip

@@ -22,7 +22,7 @@ from flexkv.common.errors import ClosedError, ConfigError, DeviceError, FlexKVEr
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.front.loop_thread import LoopThread
 from flexkv.index.keys import block_identity
-from flexkv.io.device.tensors import kv_cache_list
+from flexkv.io.device.tensors import kv_cache_list, layouts_of
 from flexkv.io.memory.arena import Arena
 from flexkv.io.ports import DevicePort
 from flexkv.observe.logs import get_logger
@@ -108,14 +108,14 @@ class Agent:
         """
         tensors = kv_cache_list(kv_caches)
         sizes = self._cache.sized(self._model)
-        backend = LocalBackend(self._model, self._cache, sizes)
-        pages = backend.pages_of(tensors, layout, self._tp_rank)
+        backend = LocalBackend(self._cache, sizes)
+        pages, *_ = layouts_of(sizes.spaces, tensors, layout, self._tp_rank)
         secret = self._cache.key_secret.get_secret_value()
         hello = Hello(
             PROTOCOL_VERSION,
             "agent",
             os.getpid(),
-            block_identity(self._model, self._cache.tokens_per_block, secret),
+            block_identity(sizes.spaces, secret),
             self._instance,
             self._tp_rank,
             pages.num_blocks,
@@ -293,7 +293,7 @@ class Agent:
         host_ids, device_ids = ids_from(message.host_ids), ids_from(message.device_ids)
         route = _TO_DEVICE if message.to_device else _TO_HOST
         sides = (host_ids, device_ids) if message.to_device else (device_ids, host_ids)
-        transfer = Transfer(message.op_id, 0, route, *sides)
+        transfer = Transfer(message.op_id, 0, route, *sides, group=message.group)
         self._under_way[message.op_id] = transfer
         try:
             self._port.submit(transfer)

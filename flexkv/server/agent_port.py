@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from flexkv.common.errors import AgentGoneError, TransferError
@@ -40,7 +40,7 @@ class RemoteDevice:
     def suspend(self) -> None:
         """Do nothing: an agent that sleeps disconnects."""
 
-    def resume(self, layout: PagedLayout, owner: object) -> None:
+    def resume(self, layouts: Sequence[PagedLayout], owner: object) -> None:
         """Do nothing: an agent that wakes connects anew."""
 
 
@@ -55,15 +55,16 @@ class AgentPort(RemoteDevice):
     def __init__(
         self,
         link: Link[ToServer],
-        block_bytes: int,
+        part_bytes: Sequence[int],
         num_blocks: int,
         window_bytes: int | None = None,
     ) -> None:
-        """Create the port of a device of `num_blocks` blocks; `block_bytes` is its part of a block.
+        """Create the port of a device of `num_blocks` blocks.
 
+        `part_bytes` has, for each group, the bytes of the device's part of a block.
         At most `window_bytes` may be sent and unanswered in each direction; None sets no limit.
         """
-        self.block_bytes, self.num_blocks = block_bytes, num_blocks
+        self._part_bytes, self.num_blocks = part_bytes, num_blocks
         self._link, self._window_bytes = link, window_bytes
         self.is_dismissed = False
         self._queues: dict[bool, deque[Transfer]] = {True: deque(), False: deque()}
@@ -153,18 +154,22 @@ class AgentPort(RemoteDevice):
         copies, copies_bytes = self._unanswered[to_device]
         if self._window_bytes is None or copies < COPIES_MIN:
             return True
-        return copies_bytes + transfer.block_count * self.block_bytes <= self._window_bytes
+        return copies_bytes + self._bytes_of(transfer) <= self._window_bytes
 
     def _send(self, to_device: bool, transfer: Transfer) -> None:
         self._count(transfer, 1)
         self._sent[transfer.op_id] = _Sent(transfer, time.monotonic())
         host_ids, device_ids = transfer.sides
-        self._link.send(Copy(transfer.op_id, to_device, host_ids.tobytes(), device_ids.tobytes()))
+        ids = host_ids.tobytes(), device_ids.tobytes()
+        self._link.send(Copy(transfer.op_id, to_device, *ids, transfer.group))
 
     def _count(self, transfer: Transfer, sign: int) -> None:
         unanswered = self._unanswered[transfer.route.target is Tier.DEVICE]
         unanswered[0] += sign
-        unanswered[1] += sign * transfer.block_count * self.block_bytes
+        unanswered[1] += sign * self._bytes_of(transfer)
+
+    def _bytes_of(self, transfer: Transfer) -> int:
+        return transfer.block_count * self._part_bytes[transfer.group]
 
     def _answered(self, op_id: int, error: str) -> None:
         transfer = self._sent.pop(op_id).transfer

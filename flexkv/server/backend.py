@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
+from flexkv.common.config import CacheConfig, CacheSizes
 from flexkv.io.ports import TransferPort
 from flexkv.server.fleet import FleetPort
 from flexkv.tiers.backend import Device, LocalBackend
@@ -16,10 +16,10 @@ class ServerBackend(LocalBackend):
 
     shared = True
 
-    def __init__(self, model: ModelConfig, cache: CacheConfig, sizes: CacheSizes) -> None:
-        super().__init__(model, cache, sizes)
+    def __init__(self, cache: CacheConfig, sizes: CacheSizes) -> None:
+        super().__init__(cache, sizes)
         self.ranks = 1
-        self.fleet = FleetPort(model, sizes.num_host_blocks, sizes.block_bytes)
+        self.fleet = FleetPort(self.space, sizes.num_host_blocks)
 
     def device(
         self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None, tp_rank: int

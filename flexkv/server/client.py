@@ -92,9 +92,9 @@ class Client:
         self._changes: list[Changed] = []
         self._changes_kept = 0
         cache = settings.cache_config
-        self._model, self._tokens_per_block = model, cache.tokens_per_block
+        self._spaces = model.spaces(cache.tokens_per_block)
         self._secret = cache.key_secret.get_secret_value()
-        self._keys = KeyChain(model, self._tokens_per_block, self._secret)
+        self._keys = KeyChain(self._spaces[0], self._secret)
         self._order = ""
         self._socket: FrameSocket | None = None
         self._home: HomeProcess | None = None
@@ -322,7 +322,7 @@ class Client:
             return True
         if time.monotonic() < self._retry_s:
             return False
-        facts = block_identity(self._model, self._tokens_per_block, self._secret)
+        facts = block_identity(self._spaces, self._secret)
         hello = Hello(
             PROTOCOL_VERSION, "client", os.getpid(), facts, self._instance, watches=self._watches
         )
@@ -445,9 +445,7 @@ class Client:
                 self._epoch, self.generation = message.epoch, message.generation
                 if message.ready and message.order != self._order:
                     self._order = message.order
-                    self._keys = KeyChain(
-                        self._model, self._tokens_per_block, self._secret, message.order
-                    )
+                    self._keys = KeyChain(self._spaces[0], self._secret, message.order)
             case _:
                 raise ProtocolError(f"a server may not send {type(message).__name__} to a client")
 

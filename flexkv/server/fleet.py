@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flexkv.common.config import ModelConfig
 from flexkv.common.errors import AgentGoneError, ConfigError
 from flexkv.common.layout import AXES
+from flexkv.common.space import BlockSpace
 from flexkv.common.terms import BlockIds, Tier, Transfer
 from flexkv.io.device.ranks import RanksPort
 from flexkv.io.ports import Completion
@@ -64,9 +64,8 @@ class FleetPort(RemoteDevice):
 
     num_blocks = 1 << EPOCH_SHIFT
 
-    def __init__(self, model: ModelConfig, host_blocks: int, block_bytes: int) -> None:
-        self._model, self._host_blocks = model, host_blocks
-        self.block_bytes = block_bytes
+    def __init__(self, space: BlockSpace, host_blocks: int) -> None:
+        self._space, self._host_blocks = space, host_blocks
         self.instances: dict[int, Instance] = {}
         self.order: str | None = None
         self._epochs: dict[int, RanksPort] = {}
@@ -85,7 +84,7 @@ class FleetPort(RemoteDevice):
         Raises:
             ConfigError: there is no such rank, it is connected already, or its blocks differ.
         """
-        tp_size = self._model.tp_size
+        tp_size = self._space.ranks
         if not 0 <= tp_rank < tp_size:
             raise ConfigError("tp_rank", tp_rank, f"must be from 0 to tp_size - 1 ({tp_size - 1})")
         if not 0 < num_blocks <= BLOCK_MASK:
@@ -146,7 +145,7 @@ class FleetPort(RemoteDevice):
             del self.instances[number]
 
     def _begin_epoch(self, instance: Instance) -> None:
-        if len(instance.ports) < self._model.tp_size or instance.client is None:
+        if len(instance.ports) < self._space.ranks or instance.client is None:
             return
         if any(port.is_dismissed for port in instance.ports.values()):
             return
@@ -158,9 +157,9 @@ class FleetPort(RemoteDevice):
         self._next_epoch += 1
 
     def _joined(self, ports: dict[int, AgentPort]) -> RanksPort:
-        parts: list[list[AgentPort]] = [[] for _ in range(self._model.parts)]
+        parts: list[list[AgentPort]] = [[] for _ in range(self._space.parts)]
         for rank, port in sorted(ports.items()):
-            parts[self._model.part_of(rank).number].append(port)
+            parts[self._space.part_of(rank).number].append(port)
         ranks = RanksPort(parts, self._host_blocks)
         if self._wake is not None:
             ranks.connect(self._wake)
@@ -210,6 +209,7 @@ class FleetPort(RemoteDevice):
                 transfer.route,
                 source_ids if to_device else local,
                 local if to_device else target_ids,
+                group=transfer.group,
             )
         )
         self.begun()

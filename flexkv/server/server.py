@@ -91,7 +91,7 @@ class Server:
         self._engine, self._backend, self._listener = engine, backend, listener
         cache = engine.cache
         secret = cache.key_secret.get_secret_value()
-        self._facts = block_identity(engine.model, cache.tokens_per_block, secret)
+        self._facts = block_identity(engine.sizes.spaces, secret)
         self._jobs: dict[int, Jobs] = {}
         self._connections = Connections(engine.supervisor)
         self._deadlines = DeviceDeadlines(
@@ -384,12 +384,12 @@ class Server:
             log.info("agent_gone", instance=number, rank=rank)
 
     def _port_of(self, link: Link[ToServer], hello: Hello) -> AgentPort:
-        engine, fleet = self._engine, self._backend.fleet
-        host_bytes = engine.sizes.num_host_blocks * fleet.block_bytes
+        engine, sizes = self._engine, self._engine.sizes
+        host_bytes = sizes.num_host_blocks * sizes.block_bytes[0]
         window_bytes = int(engine.cache.device_window_mb * MB) * WINDOWS_PER_AGENT
         window_bytes = min(window_bytes, host_bytes // HOST_SHARE)
-        parts = engine.model.parts
-        return AgentPort(link, fleet.block_bytes // parts, hello.num_blocks, window_bytes // parts)
+        part_bytes, parts = [space.part_bytes for space in sizes.spaces], sizes.spaces[0].parts
+        return AgentPort(link, part_bytes, hello.num_blocks, window_bytes // parts)
 
     def _hear(
         self, connection: Connection, port: AgentPort, message: ToServer, who: tuple[int, int]

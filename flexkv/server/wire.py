@@ -200,6 +200,8 @@ class Copy(Message, tag="copy", frozen=True):
     to_device: bool
     host_ids: bytes
     device_ids: bytes
+    group: Number = 0
+    """The KV group that all the blocks are of."""
 
 
 class DeviceReady(Message, tag="device_ready", frozen=True):

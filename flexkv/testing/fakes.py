@@ -106,7 +106,7 @@ class FakePort:
         assert not self._jobs, "suspended with transfers in flight"
         self.awake = False
 
-    def resume(self, layout: object, owner: object) -> None:
+    def resume(self, layouts: object, owner: object) -> None:
         """Accept transfers again."""
         self.awake = True
 

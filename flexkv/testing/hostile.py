@@ -64,7 +64,7 @@ class Hostile:
         self._settings, self._model, self._seed = settings, model, seed
         cache = settings.cache_config
         secret = cache.key_secret.get_secret_value()
-        self._facts = block_identity(model, cache.tokens_per_block, secret)
+        self._facts = block_identity(model.spaces(cache.tokens_per_block), secret)
         self._open: list[socket.socket] = []
         self.frames = self.sessions = 0
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol
 
-from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
+from flexkv.common.config import CacheConfig, CacheSizes
 from flexkv.common.errors import ConfigError
-from flexkv.common.layout import Order, PagedLayout, infer_layout
+from flexkv.common.layout import Order, PagedLayout
 from flexkv.io.checksums.summed import SummedPort
 from flexkv.io.checksums.sums import PoolChecksummer
 from flexkv.io.cuda.choice import CopyPreference
@@ -22,7 +22,7 @@ from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
 from flexkv.io.device.cpu import CpuDevicePort
 from flexkv.io.device.ranks import RanksPort
-from flexkv.io.device.tensors import check_dtype, describe, device_of, kv_cache_list
+from flexkv.io.device.tensors import device_of, kv_cache_list, layouts_of
 from flexkv.io.memory.arena import Arena, check_memory
 from flexkv.io.ports import DevicePort, TransferPort
 from flexkv.observe.logs import get_logger
@@ -99,13 +99,14 @@ class LocalBackend:
     shared = False
     """Whether other processes map the host memory."""
 
-    def __init__(self, model: ModelConfig, cache: CacheConfig, sizes: CacheSizes) -> None:
-        self.ranks = model.tp_size
+    def __init__(self, cache: CacheConfig, sizes: CacheSizes) -> None:
+        self.space = sizes.spaces[0]
+        self.ranks = self.space.ranks
         self.host = ""
         self.unavailable = Unavailable()
-        self.ssd = SsdTier(model, cache, sizes, self.unavailable)
+        self.ssd = SsdTier(cache, sizes, self.unavailable)
         self._tiers: list[TierParts] = []
-        self._model, self._cache, self._sizes = model, cache, sizes
+        self._cache, self._sizes = cache, sizes
         self._has_taken = False
 
     async def take(self, undo: ExitStack, progress: Progress | None) -> None:
@@ -164,7 +165,7 @@ class LocalBackend:
             opened = [self.ssd.open(self._arena, undo)]
         self._tiers = [parts for parts in opened if parts is not None]
         outlives = any(parts.persistence is not None for parts in self._tiers)
-        if not self._model.model_id and (self.shared or outlives):
+        if not self.space.facts["model_id"] and (self.shared or outlives):
             log.warning(
                 "model_id_not_given",
                 field="model_id",
@@ -198,21 +199,21 @@ class LocalBackend:
         """
         tensors = kv_cache_list(kv_caches)
         kind, ordinal = device_of(tensors)
-        pages = self.pages_of(tensors, layout, tp_rank)
+        layouts = layouts_of(self._sizes.spaces, tensors, layout, tp_rank)
         if kind == "cuda":
-            port: DevicePort = self._cuda(ordinal, pages, tensors, tp_rank)
-            return Device(port, pages.num_blocks, pages.name, (kind, ordinal), pages.order)
+            port: DevicePort = self._cuda(ordinal, layouts, tensors, tp_rank)
+            return _device(port, layouts, (kind, ordinal))
         port = CpuDevicePort(
-            pages,
+            layouts,
             self._arena,
             owner=tuple(tensors),
             threads=self._cache.copy_threads or min(4, os.cpu_count() or 1),
-            sums=self.ssd.sums if self._model.parts == 1 else None,
+            sums=self.ssd.sums if self.space.parts == 1 else None,
         )
-        return Device(port, pages.num_blocks, pages.name, order=pages.order)
+        return _device(port, layouts, ("cpu", 0))
 
     def _cuda(
-        self, ordinal: int, pages: PagedLayout, tensors: Sequence[Any], tp_rank: int
+        self, ordinal: int, layouts: Sequence[PagedLayout], tensors: Sequence[Any], tp_rank: int
     ) -> CudaDevicePort:
         cache = self._cache
         preferences = (
@@ -220,7 +221,7 @@ class LocalBackend:
             CopyPreference(cache.use_ce_transfer_h2d, cache.transfer_num_cta_h2d),
         )
         driver = BoundDriver(ordinal)
-        port = CudaDevicePort(pages, self._pinned, tuple(tensors), driver, preferences)
+        port = CudaDevicePort(layouts, self._pinned, tuple(tensors), driver, preferences)
         port.rank = tp_rank
         return port
 
@@ -241,17 +242,18 @@ class LocalBackend:
         if (place := device_of(tensors)) != device.place:
             where, before = (":".join(map(str, each)) for each in (place, device.place))
             raise ConfigError("kv_caches", where, f"must be on the same device as before, {before}")
-        pages = self.pages_of(tensors, layout, tp_rank)
-        if pages.order != device.order:
+        layouts = layouts_of(self._sizes.spaces, tensors, layout, tp_rank)
+        resumed = _device(device.port, layouts, place)
+        if resumed.order != device.order:
             why = f"must have the same element order as before: {device.order}"
-            raise ConfigError("kv_caches", f"element order {pages.order}", why)
-        device.port.resume(pages, tuple(tensors))
-        return Device(device.port, pages.num_blocks, pages.name, place, pages.order)
+            raise ConfigError("kv_caches", f"element order {resumed.order}", why)
+        device.port.resume(layouts, tuple(tensors))
+        return resumed
 
     def joined(self, devices: Sequence[Device]) -> TransferPort:
         """Return one port over the devices of all ranks that keeps the sums for the SSD tier."""
         # A CPU device that copies whole blocks sums them as it copies.
-        summed = self._model.parts == 1 and {each.place[0] for each in devices} == {"cpu"}
+        summed = self.space.parts == 1 and {each.place[0] for each in devices} == {"cpu"}
         return self.summed(self._over_ranks(devices), summed)
 
     def summed(self, port: TransferPort, inner_keeps_sums: bool = False) -> TransferPort:
@@ -263,25 +265,14 @@ class LocalBackend:
     def _over_ranks(self, devices: Sequence[Device]) -> TransferPort:
         port: TransferPort = devices[0].port
         if len(devices) > 1:
-            parts: list[list[DevicePort]] = [[] for _ in range(self._model.parts)]
+            parts: list[list[DevicePort]] = [[] for _ in range(self.space.parts)]
             for rank, device in enumerate(devices):
-                parts[self._model.part_of(rank).number].append(device.port)
+                parts[self.space.part_of(rank).number].append(device.port)
             port = RanksPort(parts, self._arena.num_blocks)
         return port
 
-    def pages_of(self, tensors: Sequence[Any], layout: str | None, tp_rank: int) -> PagedLayout:
-        """Return where a rank's blocks are in its tensors.
 
-        Raises:
-            ConfigError: the tensors do not fit the model, or their layout is ambiguous.
-        """
-        model = self._model
-        if len(tensors) != model.num_layers:
-            why = f"must have one tensor for each of the {model.num_layers} layers"
-            raise ConfigError("kv_caches", f"{len(tensors)} tensors", why)
-        fields = [f"kv_caches[{i}]" for i in range(len(tensors))]
-        specs = [describe(*each) for each in zip(tensors, fields, strict=True)]
-        for each in zip(tensors, model.dtypes, fields, strict=True):
-            check_dtype(*each)
-        shapes = model.shapes(self._cache.tokens_per_block)
-        return infer_layout(specs, shapes, layout, model.part_of(tp_rank))
+def _device(port: DevicePort, layouts: Sequence[PagedLayout], place: tuple[str, int]) -> Device:
+    """Return a device whose blocks of the first KV group, the prefix chain, have layout 0."""
+    pages = layouts[0]
+    return Device(port, pages.num_blocks, pages.name, place, pages.order)

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from flexkv.common.config import MB, CacheConfig, CacheSizes, ModelConfig
+from flexkv.common.config import MB, CacheConfig, CacheSizes
 from flexkv.common.terms import Tier
 from flexkv.index.keys import block_identity
 from flexkv.io.checksums.sums import PoolChecksummer, Sums
@@ -35,15 +35,13 @@ class SsdTier:
         ledger: makes the tier survive; None if nothing does.
     """
 
-    def __init__(
-        self, model: ModelConfig, cache: CacheConfig, sizes: CacheSizes, unavailable: Unavailable
-    ) -> None:
+    def __init__(self, cache: CacheConfig, sizes: CacheSizes, unavailable: Unavailable) -> None:
         """Take the configuration, and where to note what cannot be used."""
         self.sums: Sums | None = None
         self.scrubber: Scrubber | None = None
         self.ledger: Ledger | None = None
         self._presence: Presence | None = None
-        self._model, self._cache, self._sizes = model, cache, sizes
+        self._cache, self._sizes = cache, sizes
         self._unavailable = unavailable
         self._taken: TakenSsd | None = None
 
@@ -122,7 +120,7 @@ class SsdTier:
         secret = cache.key_secret.get_secret_value()
         return Superblock(
             FORMAT_VERSION,
-            block_identity(self._model, cache.tokens_per_block, secret),
+            block_identity(sizes.spaces, secret),
             sizes.block_stride_bytes,
             sizes.max_file_blocks,
         )

@@ -96,7 +96,7 @@ def cpu_rig(tokens_per_block: int) -> Rig:
     specs = [describe(layer) for layer in layers]
     layout = infer_layout(specs, [KVShape(tokens_per_block, 4, 64, 2, item_bytes=2)])
     arena = Arena.open(HOST_BLOCKS, layout.block_bytes)
-    port = CpuDevicePort(layout, arena, layers)
+    port = CpuDevicePort([layout], arena, layers)
     rig = Rig(port, arena.array, Tier.DEVICE)
     rig.resources.callback(arena.close)
     return rig
@@ -136,7 +136,7 @@ def cuda_rig(preference: CopyPreference) -> Rig:
     arena = Arena.open(HOST_BLOCKS, layout.block_bytes)
     driver = FakeCuda(layers)
     rig = Rig(
-        CudaDevicePort(layout, Pinned(arena), layers, driver, (preference, preference)),
+        CudaDevicePort([layout], Pinned(arena), layers, driver, (preference, preference)),
         arena.array,
         Tier.DEVICE,
     )
@@ -176,8 +176,8 @@ def ranks_rig(_: Path) -> Rig:
         layout = infer_layout([describe(layer) for layer in layers], [shape], None, Part(part, 2))
         drivers.append(FakeCuda(layers, registered=registered))
         preference = CopyPreference(use_engine=bool(part), thread_blocks=4)
-        cuda = CudaDevicePort(layout, pinned, layers, drivers[-1], (preference, preference))
-        cpu = CpuDevicePort(layout, arena, layers)  # the ranks of a part share their KV caches
+        cuda = CudaDevicePort([layout], pinned, layers, drivers[-1], (preference, preference))
+        cpu = CpuDevicePort([layout], arena, layers)  # the ranks of a part share their KV caches
         parts.append([cuda, cpu])
         for port in parts[-1]:
             resources.callback(port.close)

@@ -135,7 +135,7 @@ async def test_wrong_ids_are_refused(rig, to_host, source_ids, target_ids):
     assert rig.port.reap() == []
 
 
-@every_rig
+@pytest.mark.parametrize("rig", DURABLE, indirect=True)
 async def test_block_bytes_are_what_moves(rig):
     """`block_bytes` is the number of bytes that the port moves for one block."""
     assert rig.port.block_bytes == rig.host.shape[1]

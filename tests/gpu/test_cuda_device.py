@@ -88,12 +88,13 @@ class Rig:
         model = model_of(shape, dtype)
         self.layers = tensors_of(shape, model, tokens)
         specs = [spec_of(layer) for layer in self.layers]
-        layout = infer_layout(specs, model.shapes(tokens), named(shape))
+        layout = infer_layout(specs, model.spaces(tokens)[0].shapes, named(shape))
+        self.block_bytes = layout.block_bytes
         self.arena = Arena.open(HOST_BLOCKS, -(-layout.block_bytes // 4096) * 4096)
         torch.cuda.synchronize()
         preferences = (ENGINE, ENGINE)
         self.port = CudaDevicePort(
-            layout, Pinned(self.arena), self.layers, BoundDriver(0), preferences
+            [layout], Pinned(self.arena), self.layers, BoundDriver(0), preferences
         )
         for way in self.port._streams:
             way.choose(Choices.always(method))
@@ -158,7 +159,7 @@ async def test_slots_of_the_stage_are_used_in_turn(
 ) -> None:
     """Stages of three blocks move many blocks, also in both directions at once, and mix none up."""
     rig = opened(shape, "bfloat16", 64, CopyMethod.STAGED)
-    monkeypatch.setattr(Stage, "size", 3 * rig.port.block_bytes)
+    monkeypatch.setattr(Stage, "size", 3 * rig.block_bytes)
     random = np.random.default_rng(0)
     device, host, back = (random.permutation(n)[:40] for n in (BLOCKS, HOST_BLOCKS, BLOCKS))
     for number in range(10):
@@ -225,11 +226,11 @@ async def test_what_is_faster_is_measured_once(
     rig = opened("kv-blocks", "bfloat16", 16)
     before = blocks_first("kv-blocks", rig.layers)
     specs = [spec_of(layer) for layer in rig.layers]
-    layout = infer_layout(specs, model_of("kv-blocks", "bfloat16").shapes(16))
+    layout = infer_layout(specs, model_of("kv-blocks", "bfloat16").spaces(16)[0].shapes)
     found = []
     for _ in range(2):
         arena = Arena.open(HOST_BLOCKS, layout.block_bytes)
-        port = CudaDevicePort(layout, Pinned(arena), rig.layers, BoundDriver(0))
+        port = CudaDevicePort([layout], Pinned(arena), rig.layers, BoundDriver(0))
         found.append(port.choices)
         port.close()
         arena.close()
@@ -263,8 +264,9 @@ async def test_every_rank_gets_its_bytes(
     """Several ranks on one GPU get their bytes from host memory, from SSD and layer by layer."""
     tokens, prompt = 16, np.arange(20 * 16)
     model = model_of(shape, dtype, tp_size)
+    (space,) = model.spaces(tokens)
     ranks = [
-        tensors_of(shape, model, tokens, model.part_of(rank).number) for rank in range(tp_size)
+        tensors_of(shape, model, tokens, space.part_of(rank).number) for rank in range(tp_size)
     ]
     before = [[each[:20] for each in blocks_first(shape, layers)] for layers in ranks]
     async with KVManager(model, cache_of(tmp_path, tokens)) as manager:

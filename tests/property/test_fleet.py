@@ -20,7 +20,7 @@ from flexkv.common.errors import ConfigError
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.server.fleet import EPOCH_SHIFT, FleetPort
 from flexkv.server.wire import Copied, ProtocolError
-from tests.property.fleet_model import MODELS, PART_BYTES, Place, Rank, Sent, Slot, Wire
+from tests.property.fleet_model import MODELS, Place, Rank, Sent, Slot, Wire
 
 ORDER, HOST_BLOCKS, INSTANCES = "kv tokens heads dim", 1000, 2
 TO_DEVICE, TO_HOST = Route(Tier.HOST, Tier.DEVICE), Route(Tier.DEVICE, Tier.HOST)
@@ -45,7 +45,8 @@ class FleetMachine(RuleBasedStateMachine):
     def open(self, model: ModelConfig) -> None:
         """Start with all instances complete."""
         self.model = model
-        self.fleet = FleetPort(model, HOST_BLOCKS, model.parts * PART_BYTES)
+        self.space = model.spaces(16)[0]
+        self.fleet = FleetPort(self.space, HOST_BLOCKS)
         self.fleet.connect(lambda: setattr(self, "is_woken", True))
         for instance in range(INSTANCES):
             self.mend(instance)
@@ -88,7 +89,7 @@ class FleetMachine(RuleBasedStateMachine):
     def rank_joins(self, instance: int, rank: int, blocks: int) -> None:
         """Connect an agent; a second agent of the same rank is refused."""
         place, number = self.places[instance], rank % self.model.tp_size
-        joining = Rank(self.model.part_of(number).number, blocks)
+        joining = Rank(self.space.part_of(number).number, blocks)
         if number in place.ranks:
             with pytest.raises(ConfigError, match="is already connected"):
                 self.fleet.join(instance, number, joining.port, ORDER)

@@ -220,7 +220,9 @@ def _bind(path: Path) -> None:
 
 def _hello(address: str) -> bool:
     """Return whether a server sends anything in answer to a greeting."""
-    hello = Hello(PROTOCOL_VERSION, "agent", os.getpid(), block_identity(MODEL, PER_BLOCK, ""))
+    hello = Hello(
+        PROTOCOL_VERSION, "agent", os.getpid(), block_identity(MODEL.spaces(PER_BLOCK), "")
+    )
     with socket.socket(socket.AF_UNIX) as ours:
         ours.settimeout(2.0)
         ours.connect(address)

@@ -16,7 +16,7 @@ from flexkv.testing.known_bytes import KnownDevice
 
 PER_BLOCK, DEVICE_BLOCKS, PROMPT_BLOCKS = 4, 256, 24
 MODEL = ModelConfig(num_layers=3, num_kv_heads=2, head_size=32, dtype="float16")
-CHAIN = KeyChain(MODEL, PER_BLOCK)
+CHAIN = KeyChain(MODEL.spaces(PER_BLOCK)[0])
 
 
 BURST_PROMPTS, BURST_HOST_BLOCKS = 40, 60

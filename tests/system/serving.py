@@ -114,7 +114,7 @@ class Peer:
         self, settings: Settings, role: Any, instance: int = 0, tp_rank: int = 0, **more: Any
     ) -> None:
         model: ModelConfig = more.pop("model", MODEL)
-        facts = block_identity(model, PER_BLOCK, "")
+        facts = block_identity(model.spaces(PER_BLOCK), "")
         words = {"num_blocks": 64, "order": ORDER, **more}
         hello = Hello(
             PROTOCOL_VERSION, role, os.getpid(), facts, instance, tp_rank, **words

@@ -171,7 +171,7 @@ async def test_ranks_of_one_part_share_the_writing(
     async with KVManager(model, cache_config(tmp_path, **BY_ENGINE)) as manager:
         ranks.register(manager)
         await manager.put(PROMPT, slots_of(range(10)))
-        block = model.block_bytes(PER_BLOCK)
+        block = model.spaces(PER_BLOCK)[0].block_bytes
         assert sorted(d.moved_bytes // block for d in ranks.drivers) == [2, 2, 3, 3]
         await manager.get(PROMPT, slots_of(TARGETS))
         assert sum(d.moved_bytes // block for d in ranks.drivers) == 10 + 4 * 10

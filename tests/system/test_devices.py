@@ -41,20 +41,21 @@ class Ranks:
 
     def __init__(self, model: ModelConfig, is_cuda: bool, patch: pytest.MonkeyPatch) -> None:
         self.model = model
+        (space,) = model.spaces(PER_BLOCK)
         self.caches: list[list[NDArray[np.uint8]]] = []
         self.drivers: list[FakeCuda] = []
         self.tensors: list[list[Any]] = []
         for rank in range(model.tp_size):
-            random = np.random.default_rng(model.part_of(rank).number)
+            random = np.random.default_rng(space.part_of(rank).number)
             layers = []
-            for shape in model.shapes(PER_BLOCK):
+            for shape in space.shapes:
                 size = (shape.tokens, shape.heads, shape.head_size * shape.item_bytes)
                 size = (DEVICE_BLOCKS, *size) if model.kv_dim == 1 else (2, DEVICE_BLOCKS, *size)
                 layers.append(random.integers(0, 256, size, np.uint8))
             self.caches.append(layers)
             typed = [
                 layer.view(np.int8 if shape.item_bytes == 1 else np.float16)
-                for layer, shape in zip(layers, model.shapes(PER_BLOCK), strict=True)
+                for layer, shape in zip(layers, space.shapes, strict=True)
             ]
             self.tensors.append([FakeTensor(t, rank) for t in typed] if is_cuda else typed)
         registered: dict[int, int] = {}

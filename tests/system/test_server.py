@@ -230,5 +230,5 @@ def test_a_client_that_watches_hears_what_is_there(settings: Settings) -> None:
 def test_a_server_tells_no_number_of_blocks_that_no_device_has(tmp_path: Path) -> None:
     """A server reports no number of device blocks: its device stands for those of all agents."""
     settings = settings_in(tmp_path)
-    backend = ServerBackend(MODEL, settings.cache_config, settings.cache_config.sized(MODEL))
+    backend = ServerBackend(settings.cache_config, settings.cache_config.sized(MODEL))
     assert backend.device([], None, 0).facts == {"device": "agents", "layout": "agents"}

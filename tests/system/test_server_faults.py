@@ -295,7 +295,7 @@ def test_a_put_of_what_are_no_keys_fails(
 
 def connect_agent_of(settings: Settings, num_blocks: int) -> None:
     """Connect an agent whose device has this many blocks."""
-    facts = block_identity(MODEL, PER_BLOCK, "")
+    facts = block_identity(MODEL.spaces(PER_BLOCK), "")
     hello = Hello(PROTOCOL_VERSION, "agent", 1, facts, 5, 0, num_blocks, ORDER)
     connect(settings.server_recv_port, hello)
 
@@ -325,7 +325,9 @@ def test_two_clients_of_one_instance_at_once(settings: Settings, launched: Launc
     """If several clients of one instance connect at once, one is accepted; others do no harm."""
     path = settings.server_recv_port.removeprefix("ipc://")
     Peer(settings, "control").close()  # returns once the server is there
-    hello = framed(Hello(PROTOCOL_VERSION, "client", 1, block_identity(MODEL, PER_BLOCK, "")))
+    hello = framed(
+        Hello(PROTOCOL_VERSION, "client", 1, block_identity(MODEL.spaces(PER_BLOCK), ""))
+    )
     os.kill(launched.pid, signal.SIGSTOP)
     sockets = [socket.socket(socket.AF_UNIX) for _ in range(4)]
     for each in sockets:

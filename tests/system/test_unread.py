@@ -33,7 +33,7 @@ async def served(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
     monkeypatch.setattr(server_module, "UNSENT_BYTES_MAX", 16 << 10)
     listener = Listener(socket_path(settings.server_recv_port))
     cache = settings.cache_config
-    backend = ServerBackend(MODEL, cache, cache.sized(MODEL))
+    backend = ServerBackend(cache, cache.sized(MODEL))
     async with KVManager(MODEL, cache, backend=backend) as manager:
         server = Server(manager.engine, backend, listener)
         server.start()

@@ -305,7 +305,7 @@ def test_host_memory_of_a_model_without_a_name_warns_if_it_is_shared(
     """Shared host memory of a model without a name causes a warning; an engine's own does not."""
     cache = cache_config(tmp_path, num_ssd_blocks=0, enable_ssd=False)
     with capture_logs() as logs, ExitStack() as undo:
-        kind(MODEL, cache, cache.sized(MODEL)).open(undo, None)
+        kind(cache, cache.sized(MODEL)).open(undo, None)
     assert [entry["event"] for entry in logs].count("model_id_not_given") == warned
 
 

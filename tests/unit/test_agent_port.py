@@ -26,7 +26,7 @@ class Rig:
 
     def __init__(self, window_blocks: int) -> None:
         self.wire = Wire()
-        self.port = AgentPort(self.wire, BLOCK_BYTES, 64, window_blocks * BLOCK_BYTES)
+        self.port = AgentPort(self.wire, [BLOCK_BYTES], 64, window_blocks * BLOCK_BYTES)
 
     def submit(self, route: Route, *tokens: int, blocks: int = 1) -> None:
         """Submit a transfer under each op id."""

@@ -154,12 +154,13 @@ def test_layer_groups_must_cover_the_layers_once() -> None:
     long = {**group, "num_kv_heads": 2, "compress_ratio": 4, "layer_indices": [1]}
     model = ModelConfig(**MODEL, tp_size=2, layer_groups=[long, wide])
     model.require_built()
-    assert model.shapes(16) == ((16, 2, 8, 2, 4), (4, 1, 8, 2, 2))
-    assert model.block_bytes(16) == 2 * (16 * 2 * 8 * 2 * 4 + 4 * 8 * 2 * 2)
+    (space,) = model.spaces(16)
+    assert space.shapes == ((16, 2, 8, 2, 4), (4, 1, 8, 2, 2))
+    assert space.block_bytes == 2 * (16 * 2 * 8 * 2 * 4 + 4 * 8 * 2 * 2)
     with pytest.raises(
         ConfigError, match="tokens_per_block=6: must be a multiple of compress_ratio=4"
     ):
-        model.shapes(6)
+        model.spaces(6)
 
 
 @pytest.mark.parametrize(
@@ -176,9 +177,9 @@ def test_ranks_have_parts_of_a_block(
 ) -> None:
     """Each rank has the part of a block with its heads; ranks with the same heads share a part."""
     changes = {"num_kv_heads": heads, "tp_size": tp_size, "use_mla": use_mla}
-    model = ModelConfig(**{**MODEL, **changes})
-    assert [model.part_of(rank).number for rank in range(tp_size)] == parts
-    assert model.block_bytes(16) == 2 * heads * 8 * 16 * (1 if use_mla else 2) * 2
+    (space,) = ModelConfig(**{**MODEL, **changes}).spaces(16)
+    assert [space.part_of(rank).number for rank in range(tp_size)] == parts
+    assert space.block_bytes == 2 * heads * 8 * 16 * (1 if use_mla else 2) * 2
 
 
 def test_heads_that_ranks_cannot_divide_are_refused() -> None:
@@ -198,8 +199,8 @@ def test_every_form_of_a_dtype_is_one_name(dtype: object) -> None:
 def test_sizes_come_from_blocks_or_gb() -> None:
     """A size is given in blocks or in GB; GB are converted to whole blocks with alignment."""
     model = ModelConfig(**MODEL)
-    assert model.block_bytes(16) == 2 * 2 * 2 * 8 * 2 * 16
     sizes = CacheConfig(cpu_cache_gb=1, ssd_cache_gb=2, ssd_cache_dir="/x").sized(model)
+    assert sizes.block_bytes == [2 * 2 * 2 * 8 * 2 * 16]
     assert sizes.block_stride_bytes == 4096
     assert sizes.num_host_blocks == GB // 4096
     assert sizes.num_disk_blocks == 2 * GB // 4096

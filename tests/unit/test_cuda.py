@@ -37,10 +37,11 @@ class Rig:
     def __init__(self, choice: CopyPreference) -> None:
         self.layers = [np.zeros((BLOCKS, 4, 2, 8), np.int16) for _ in range(2)]
         layout = infer_layout([describe(layer) for layer in self.layers], [SHAPE])
+        self.block_bytes = layout.block_bytes
         self.driver = FakeCuda(self.layers)
         self.arena = Arena.open(BLOCKS, 4096)
         self.port = CudaDevicePort(
-            layout, Pinned(self.arena), self.layers, self.driver, (choice, choice)
+            [layout], Pinned(self.arena), self.layers, self.driver, (choice, choice)
         )
         self.woken = asyncio.Event()
         self.port.connect(self.woken.set)
@@ -131,7 +132,7 @@ async def test_a_device_that_cannot_tell_of_an_end_is_waited_for() -> None:
     rig.driver.refuses = {"cuLaunchHostFunc": 900}
     rig.submit(2)
     assert [(c.op_id, c.error) for c in rig.port.reap()] == [(2, None)]
-    assert (rig.arena.array[1:, : rig.port.block_bytes // 2].view(np.int16) == 5).all()
+    assert (rig.arena.array[1:, : rig.block_bytes // 2].view(np.int16) == 5).all()
     rig.driver.refuses = {}
     assert [c.op_id for c in await rig.reap(1)] == [1]
     assert rig.port.failure is None
@@ -164,7 +165,7 @@ async def test_a_measurement_that_fails_leaves_nothing_under_way(
     driver, arena = FakeCuda(layers), Arena.open(BLOCKS, 4096)
     driver.takes_s = {"cuMemcpyBatchAsync": 0.2}
     with pytest.raises(DeviceError, match="a measurement copy"):
-        CudaDevicePort(layout, Pinned(arena), layers, driver)
+        CudaDevicePort([layout], Pinned(arena), layers, driver)
     assert (driver.left, driver.broken) == (0, None)
     arena.close()
 
@@ -181,7 +182,7 @@ async def test_an_open_that_is_refused_leaves_nothing() -> None:
         before = len(os.listdir("/proc/self/fd"))
         driver.refuses = {call: 3}
         with pytest.raises(DeviceError, match=f"{call} failed with code 3"):
-            CudaDevicePort(layout, Pinned(arena), layers, driver)
+            CudaDevicePort([layout], Pinned(arena), layers, driver)
         assert driver.left == 0
         assert len(os.listdir("/proc/self/fd")) == before
         arena.close()
@@ -198,7 +199,7 @@ async def test_ids_of_many_launches_go_round(monkeypatch: pytest.MonkeyPatch) ->
         for op_id in range(6):
             rig.submit(10 * round_number + op_id, blocks=BLOCKS - (op_id * 7) % BLOCKS)
         await rig.reap(6)
-        host = rig.arena.array[:, : rig.port.block_bytes].view(np.int16)
+        host = rig.arena.array[:, : rig.block_bytes].view(np.int16)
         assert np.array_equal(host[:, :64], rig.layers[0].reshape(BLOCKS, -1))
     assert {"cuLaunchKernel", "cuMemcpyBatchAsync"} <= set(rig.driver.calls)
     assert IDS_MAX > 100
@@ -214,7 +215,7 @@ async def test_an_arena_is_registered_in_parts_where_it_must(
     driver, arena = FakeCuda([layer]), Arena.open(BLOCKS, layout.block_bytes)
     driver.registers_at_most = 5 * layout.block_bytes
     monkeypatch.setattr("flexkv.io.cuda.copy_stream.IDS_MAX", 16)
-    port = CudaDevicePort(layout, Pinned(arena), layer, driver, (ENGINE, ENGINE))
+    port = CudaDevicePort([layout], Pinned(arena), layer, driver, (ENGINE, ENGINE))
     assert driver.calls.count("cuMemHostRegister") >= 4 + 2
     woken = asyncio.Event()
     port.connect(woken.set)
@@ -226,7 +227,7 @@ async def test_an_arena_is_registered_in_parts_where_it_must(
     assert driver.left == 0
     driver.registers_at_most = 100
     with pytest.raises(ConfigError, match="ulimit -l"):
-        CudaDevicePort(layout, Pinned(arena), layer, driver)
+        CudaDevicePort([layout], Pinned(arena), layer, driver)
     assert driver.left == 0
     arena.close()
 
@@ -276,7 +277,7 @@ async def test_what_is_faster_is_measured_and_the_device_is_as_it_was(
         arena, driver = Arena.open(BLOCKS, 4096), FakeCuda(layers, delay_max_s=0.0)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / slow))
         driver.takes_s = {slow: 0.02}
-        port = CudaDevicePort(layout, Pinned(arena), layers, driver)
+        port = CudaDevicePort([layout], Pinned(arena), layers, driver)
         assert [c.of(1 << 20).method is CopyMethod.ENGINE for c in port.choices.values()] == [
             by_engine
         ] * 2
@@ -306,7 +307,7 @@ async def test_a_put_reads_what_the_engine_has_written() -> None:
     assert [c.op_id for c in await rig.reap(1)] == [2]
     written.set()
     assert [c.op_id for c in await rig.reap(1)] == [1]
-    assert (rig.arena.array[:, : rig.port.block_bytes].view(np.int16) == 7).all()
+    assert (rig.arena.array[:, : rig.block_bytes].view(np.int16) == 7).all()
     rig.driver.close_stream(stream)
     rig.close()
 
@@ -322,7 +323,7 @@ async def test_a_device_is_measured_once(tmp_path: Path, monkeypatch: pytest.Mon
         driver, arena = FakeCuda(layers, delay_max_s=0.0), Arena.open(BLOCKS, 4096)
         if damaged:
             next((tmp_path / "flexkv").glob("choices-*")).write_bytes(b"[[")
-        port = CudaDevicePort(layout, Pinned(arena), layers, driver)
+        port = CudaDevicePort([layout], Pinned(arena), layers, driver)
         calls.append(driver.calls.count("cuMemcpyBatchAsync") > 0)
         port.close()
         arena.close()
@@ -338,7 +339,7 @@ async def test_devices_of_one_process_register_the_arena_once() -> None:
         layers = [np.zeros((BLOCKS, 4, 2, 8), np.int16)]
         layout = infer_layout([describe(layers[0])], [SHAPE])
         driver = FakeCuda(layers, registered=registered)
-        ports.append(CudaDevicePort(layout, pinned, layers, driver, (ENGINE, ENGINE)))
+        ports.append(CudaDevicePort([layout], pinned, layers, driver, (ENGINE, ENGINE)))
     for port in ports:
         assert arena.address in registered
         port.close()

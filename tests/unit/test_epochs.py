@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from flexkv.server.fleet import FleetPort
 from flexkv.server.wire import FROM_SERVER, LENGTH_BYTES, State, framed, understood
-from tests.property.fleet_model import ONE_RANK, PART_BYTES, Rank, Wire
+from tests.property.fleet_model import ONE_RANK, Rank, Wire
 
 ORDER = "kv tokens heads dim"
 
 
 def test_epochs_never_return_and_messages_carry_them() -> None:
     """No epoch comes twice, or is 0, which a client has before it is told of one."""
-    fleet, told = FleetPort(ONE_RANK, 16, PART_BYTES), []
+    fleet, told = FleetPort(ONE_RANK.spaces(16)[0], 16), []
     fleet.join(0, 0, Rank(0, 8).port, ORDER)
     for _ in range(4):
         fleet.attach(0, Wire())

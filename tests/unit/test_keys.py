@@ -29,7 +29,7 @@ PARENT = bytes(range(16))
 
 def chain(per_block: int = 16, secret: str = "", **changes: Any) -> KeyChain:
     """Return a key chain for the base model with `changes`."""
-    return KeyChain(ModelConfig(**{**BASE, **changes}), per_block, secret)
+    return KeyChain(ModelConfig(**{**BASE, **changes}).spaces(per_block)[0], secret)
 
 
 def test_layers_of_other_shapes_have_other_keys() -> None:
@@ -92,7 +92,7 @@ def test_a_key_hangs_on_its_whole_prefix() -> None:
 @pytest.mark.parametrize("form", [list, torch.tensor, lambda t: t.astype(np.int32), np.asarray])
 def test_every_form_of_the_same_tokens_gives_the_same_keys(form: Any) -> None:
     """Lists, tensors and arrays of any integer dtype have the same keys."""
-    intake = Intake(chain(), 16)
+    intake = Intake(chain())
     request = intake.request(Operation.PREFETCH, 1, form(TOKENS))
     assert request.keys == chain().keys(TOKENS)
 
@@ -114,7 +114,7 @@ def test_a_token_that_is_out_of_range_is_named(
     with pytest.raises(ConfigError, match=why):
         chain().keys(form(tokens), namespace)
     with pytest.raises(ConfigError, match=why):
-        Intake(chain(), 16).request(Operation.GET, 1, form(tokens), None, namespace)
+        Intake(chain()).request(Operation.GET, 1, form(tokens), None, namespace)
 
 
 @pytest.mark.parametrize("token", [-5, 2**32])
@@ -161,13 +161,13 @@ def test_a_namespace_is_made_of_strings(namespace: Any) -> None:
 def test_slots_that_break_a_rule_are_named(slots: Any, why: str) -> None:
     """Errors of length, range, alignment and contiguity differ, and name index and value."""
     with pytest.raises(ConfigError, match=why):
-        Intake(chain(), 16).device_ids(slots, Span(0, 2, 0, 32), 4)
+        Intake(chain()).device_ids(slots, Span(0, 2, 0, 32), 4)
 
 
 def test_slots_of_a_masked_run_skip_the_partial_block() -> None:
     """Slots begin at the mask's first token; its leading partial block is not moved."""
     slots = np.r_[5:16, 32:48]
-    ids = Intake(chain(), 16).device_ids(slots, Span(1, 2, 5, 32), 4)
+    ids = Intake(chain()).device_ids(slots, Span(1, 2, 5, 32), 4)
     assert ids.tolist() == [2]
 
 
@@ -177,9 +177,8 @@ VECTORS = json.loads((Path(__file__).parents[2] / "docs" / "key-vectors.json").r
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["name"])
 def test_keys_are_those_of_the_published_vectors(vector: dict[str, Any]) -> None:
     """Keys equal the published vectors in every process, Python and release of a key version."""
-    keys = KeyChain(
-        ModelConfig(**vector["model"]), vector["tokens_per_block"], vector["secret"]
-    ).keys(
+    (space,) = ModelConfig(**vector["model"]).spaces(vector["tokens_per_block"])
+    keys = KeyChain(space, vector["secret"]).keys(
         np.array(vector["tokens"], np.int64),
         Scope(tuple(vector["namespace"]), tuple(map(tuple, vector["extra_keys"]))),
     )
@@ -315,16 +314,16 @@ def test_a_secret_is_derived_from_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         for secret in ("", "a secret of this test"):
             chain(secret=secret).keys(TOKENS)
-            identity = block_identity(ModelConfig(**BASE), 16, secret)
+            identity = block_identity(ModelConfig(**BASE).spaces(16), secret)
             assert identity["key_secret_digest"] == derived(secret).digest
     assert calls == [b"a secret of this test"]
 
 
 def test_the_digest_is_slow_to_guess_and_tells_nothing_else() -> None:
     """The digest is derived from the secret by scrypt alone, and differs from that of no secret."""
-    digest = block_identity(ModelConfig(**BASE), 16, "weak")["key_secret_digest"]
+    digest = block_identity(ModelConfig(**BASE).spaces(16), "weak")["key_secret_digest"]
     assert digest == expanded("weak", b"digest", 16).hex()
-    assert digest != block_identity(ModelConfig(**BASE), 16, "")["key_secret_digest"]
+    assert digest != block_identity(ModelConfig(**BASE).spaces(16), "")["key_secret_digest"]
     assert digest != xxhash.xxh3_128_hexdigest(b"".join(
         len(part).to_bytes(8, "little") + part for part in (b"secret", b"weak")
     ))  # fmt: skip
@@ -383,7 +382,7 @@ def test_no_weak_key_is_shared() -> None:
 )  # fmt: skip
 def test_the_same_tokens_give_the_same_keys_in_any_form(tokens: Any) -> None:
     """The dtype, byte order, strides and container of tokens do not affect the keys."""
-    request = Intake(chain(), 16).request(Operation.GET, 1, tokens)
+    request = Intake(chain()).request(Operation.GET, 1, tokens)
     assert request.keys == chain().keys(TOKENS)
 
 
@@ -391,7 +390,7 @@ def test_the_same_tokens_give_the_same_keys_in_any_form(tokens: Any) -> None:
 def test_a_list_of_other_things_is_refused(tokens: list[Any]) -> None:
     """A list of anything but 64-bit integers is refused with an error that names the field."""
     with pytest.raises(ConfigError, match="token_ids"):
-        Intake(chain(), 16).request(Operation.GET, 1, tokens)
+        Intake(chain()).request(Operation.GET, 1, tokens)
 
 
 @given(st.integers(0, 100), st.integers(0, 100))

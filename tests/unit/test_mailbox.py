@@ -22,7 +22,7 @@ def transfer(op_id: int, owner: int, blocks: int = 4, route: Route = READ) -> Tr
 
 def test_requests_take_turns_piece_by_piece() -> None:
     """Requests take turns by pieces, so a small one behind a large one gets the second turn."""
-    mailbox = Mailbox(8, 1)
+    mailbox = Mailbox(8, [1])
     for op_id, owner in ((1, 1), (2, 1), (3, 2)):
         mailbox.put(transfer(op_id, owner))
     order = []
@@ -33,7 +33,7 @@ def test_requests_take_turns_piece_by_piece() -> None:
 
 def test_directions_have_lanes_of_their_own() -> None:
     """Inbound and outbound transfers wait in separate lanes."""
-    mailbox = Mailbox(8, 1)
+    mailbox = Mailbox(8, [1])
     mailbox.put(transfer(1, 1, route=WRITE))
     mailbox.put(transfer(2, 1, route=READ))
     for lane, op_id in ((mailbox.inbound, 2), (mailbox.outbound, 1)):
@@ -44,7 +44,7 @@ def test_directions_have_lanes_of_their_own() -> None:
 
 def test_a_waiting_transfer_can_be_taken_out() -> None:
     """A recall removes one transfer and leaves its owner's others."""
-    mailbox = Mailbox(8, 1)
+    mailbox = Mailbox(8, [1])
     mailbox.put(transfer(1, 1))
     mailbox.put(transfer(2, 1))
     cursor = mailbox.find(1)
@@ -58,7 +58,7 @@ def test_a_waiting_transfer_can_be_taken_out() -> None:
 
 def test_what_does_not_fit_the_room_waits() -> None:
     """A piece larger than the room is not handed out, and keeps its turn."""
-    mailbox = Mailbox(8, 1)
+    mailbox = Mailbox(8, [1])
     mailbox.put(transfer(1, 1))
     assert mailbox.inbound.take(4, room_bytes=3) is None
     assert mailbox.inbound.take(4, room_bytes=4) is not None
@@ -67,7 +67,7 @@ def test_what_does_not_fit_the_room_waits() -> None:
 
 def test_a_full_mailbox_is_an_invariant_error() -> None:
     """A full mailbox raises InvariantError, since admission bounds what arrives."""
-    mailbox = Mailbox(1, 1)
+    mailbox = Mailbox(1, [1])
     mailbox.put(transfer(1, 1))
     with pytest.raises(InvariantError):
         mailbox.put(transfer(2, 1))
@@ -78,7 +78,7 @@ def test_requests_take_turns_layer_by_layer() -> None:
 
     Another layerwise request gets every other turn.
     """
-    mailbox = Mailbox(8, 1)
+    mailbox = Mailbox(8, [1])
     for op_id, owner in ((1, 1), (2, 1), (3, 2)):
         watched = msgspec.structs.replace(transfer(op_id, owner), watch=LayerProgress(4, 4))
         mailbox.put(watched)

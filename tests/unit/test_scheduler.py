@@ -45,7 +45,7 @@ def actor() -> Posted:
 def scheduler_of(tiers: Residency, actor: Posted) -> Scheduler:
     """Return a scheduler whose ops go to a fake actor, which does not end them by itself."""
     actors = {tier: cast("TransferActor", actor) for tier in (Tier.DEVICE, Tier.DISK)}
-    return Scheduler(tiers, Planner(tiers, LIMITS), actors, Observer(16))
+    return Scheduler(tiers, Planner(tiers, LIMITS), actors, Observer([16]))
 
 
 async def test_an_op_whose_joiner_left_is_recalled(actor: Posted) -> None:
@@ -100,7 +100,7 @@ async def test_a_policy_with_a_reward_knows_when_a_request_comes(actor: Posted) 
     filled(tiers, Tier.HOST, 0)
     now_ns = [0]
     actors = {Tier.DEVICE: cast("TransferActor", actor)}
-    observer = Observer(16, lambda: now_ns[0])
+    observer = Observer([16], lambda: now_ns[0])
     scheduler = Scheduler(tiers, Planner(tiers, LIMITS), actors, observer)
     for second, operation, number in (
         (0, Operation.GET, 0), (20, Operation.PUT, 1), (20, Operation.PUT, 2)

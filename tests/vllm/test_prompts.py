@@ -29,7 +29,8 @@ from flexkv.integration.vllm import adapters, files, setup
 from flexkv.integration.vllm.prompt import Scopes
 
 TOKENS = list(range(64))
-CHAIN = KeyChain(ModelConfig(num_layers=1, num_kv_heads=1, head_size=8, dtype="float16"), 16)
+SPACE = ModelConfig(num_layers=1, num_kv_heads=1, head_size=8, dtype="float16").spaces(16)[0]
+CHAIN = KeyChain(SPACE)
 
 
 def request(**more: Any) -> Request:

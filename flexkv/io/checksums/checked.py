@@ -61,7 +61,7 @@ class CheckedDiskPort:
         self.sums: Sums = np.zeros(num_blocks, np.uint64)
         self.forget: Forget | None = None
         self._inner = inner
-        self._summed = SummedPort(inner, checksummer)
+        self._summed = SummedPort(inner, checksummer, block_bytes=inner.block_bytes)
         self._place_of = place_of
         self._reading: dict[int, Transfer] = {}
         self._writing: dict[int, _Write] = {}

@@ -18,24 +18,23 @@ class SummedPort:
     """
 
     def __init__(
-        self, inner: TransferPort, checksummer: Checksummer, inner_keeps_sums: bool = False
+        self,
+        inner: TransferPort,
+        checksummer: Checksummer,
+        inner_keeps_sums: bool = False,
+        block_bytes: int = 0,
     ) -> None:
         """Wrap a port; it and the checksummer are closed with this one.
 
         With `inner_keeps_sums` the inner port sums whole blocks itself, and only blocks that arrive
-        layer by layer are summed here.
+        layer by layer are summed here. `block_bytes` is what it moves for one block inbound.
         """
         self.sums = checksummer.sums
         self._has_summed = inner_keeps_sums
-        self._inner, self._checksummer = inner, checksummer
+        self._inner, self._checksummer, self._block_bytes = inner, checksummer, block_bytes
         self._moving: dict[int, Transfer] = {}
         self._summing: dict[int, Transfer] = {}
         self._summing_inbound_bytes = 0
-
-    @property
-    def block_bytes(self) -> int:
-        """Return the bytes moved for one block."""
-        return self._inner.block_bytes
 
     @property
     def arrived_bytes(self) -> int:
@@ -81,7 +80,7 @@ class SummedPort:
 
     def _count(self, transfer: Transfer, sign: int) -> None:
         if transfer.route.inbound:
-            self._summing_inbound_bytes += sign * transfer.block_count * self.block_bytes
+            self._summing_inbound_bytes += sign * transfer.block_count * self._block_bytes
 
     def close(self) -> None:
         """Close both. Only legal with nothing in flight. Idempotent.

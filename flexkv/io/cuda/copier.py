@@ -84,6 +84,16 @@ class DevicePages:
         begin = self._begins[self._first_piece[first]]
         return begin, self._begins[self._first_piece[last] if last > 0 else -1] - begin
 
+    def launch(
+        self,
+        layers: Layers | None,
+        ids: tuple[int, int],
+        memory: tuple[int, int],
+        direction: int,
+    ) -> Launch:
+        """Return a launch for ids (address, pairs) and blocks in memory (address, stride)."""
+        return Launch(*self.tables(layers), *ids, *memory, to_host=int(direction == TO_HOST))
+
     def close(self) -> None:
         """Free the tables, and release the owner of the device memory.
 
@@ -106,11 +116,13 @@ class Copier:
         """
         pinned.hold(driver, undo)
         self._driver, self._arena, self._bounds = driver, pinned.arena, pinned.bounds
-        self.pages: DevicePages | None = None
+        self.pages: list[DevicePages] = []
+        """The pages of each KV group; none while the device is suspended."""
 
     def queue(
         self,
         way: CopyStream,
+        pages: DevicePages,
         direction: int,
         ids: tuple[BlockIds, BlockIds],
         layers: Layers | None = None,
@@ -119,6 +131,7 @@ class Copier:
 
         Args:
             way: the stream, and how it copies.
+            pages: those of the blocks' KV group.
             direction: TO_HOST or TO_DEVICE.
             ids: block ids in host memory, and as many on the device.
             layers: the layers to copy; None: whole blocks.
@@ -126,46 +139,35 @@ class Copier:
         Raises:
             DeviceError: the driver reported an error; some of the copies may be under way.
         """
-        assert self.pages is not None
         host_ids, device_ids = ids
         if not len(device_ids):
             return
-        chunks = len(device_ids) * self.pages.pages.of(layers).piece_count
+        page_map = pages.pages.of(layers)
+        chunks = len(device_ids) * page_map.piece_count
         choice = way.choices.of(chunks)
         if choice.method is CopyMethod.STAGED:
-            if self._staged(way, direction, ids, layers, choice):
+            if self._staged(way, pages, direction, ids, layers, choice):
                 return
             choice = way.choices.unstaged(chunks)
         if choice.method is CopyMethod.KERNEL:
             address = way.take_ids(np.concatenate([device_ids, host_ids]))
             if address is not None:
                 host = self._arena.address, self._arena.block_stride_bytes
-                launch = self._launch(layers, (address, len(device_ids)), host, direction)
-                launch = launch._replace(stage_bytes=self.pages.stage_bytes)
+                launch = pages.launch(layers, (address, len(device_ids)), host, direction)
+                launch = launch._replace(stage_bytes=pages.stage_bytes)
                 self._driver.launch(launch, choice.thread_blocks, way.stream)
                 return
-        pages = self.pages.pages.of(layers)
         out = np.empty((3, chunks), np.uint64)
-        count = list_runs(pages, direction, device_ids, host_ids, out)
+        count = list_runs(page_map, direction, device_ids, host_ids, out)
         self._copy(out[:, :count], way.stream)
 
     def _copy(self, runs: Runs, stream: int) -> None:
         self._driver.copy(split(runs, self._bounds), stream)
 
-    def _launch(
-        self,
-        layers: Layers | None,
-        ids: tuple[int, int],
-        memory: tuple[int, int],
-        direction: int,
-    ) -> Launch:
-        """Return a launch for ids (address, pairs) and blocks in memory (address, stride)."""
-        assert self.pages is not None
-        return Launch(*self.pages.tables(layers), *ids, *memory, to_host=int(direction == TO_HOST))
-
     def _staged(
         self,
         way: CopyStream,
+        pages: DevicePages,
         direction: int,
         ids: tuple[BlockIds, BlockIds],
         layers: Layers | None,
@@ -176,9 +178,8 @@ class Copier:
         Raises:
             DeviceError: the driver reported an error; no copy by the copy engine is under way.
         """
-        assert self.pages is not None
         stage, (host_ids, device_ids) = way.stage, ids
-        offset, size = self.pages.extent(layers)
+        offset, size = pages.extent(layers)
         if stage is None or size > stage.size:
             return False
         if layers is not None and size < STAGED_BYTES_MIN:  # too short a run for the copy engine
@@ -193,7 +194,7 @@ class Copier:
             for begin, end in lots:
                 staged = (address + 2 * INT64 * begin, end - begin)
                 slot = stage.next_slot()
-                launch = self._launch(layers, staged, (slot - offset, size), direction)
+                launch = pages.launch(layers, staged, (slot - offset, size), direction)
                 host = self._arena.address + offset
                 blocks = host + host_ids[begin:end] * self._arena.block_stride_bytes
                 runs = _joined(blocks, slot, size)
@@ -259,8 +260,8 @@ def measured(driver: CudaDriver, layout: PagedLayout, ways: list[CopyStream]) ->
         rows[:, 0], rows[:, 1] = scratch + blocks * rows[:, 3], rows[:, 2]
         like = PagedLayout(rows, blocks, layout.block_bytes, layout.name, (rows,))
         copier = Copier(driver, Pinned(arena), undo)
-        copier.pages = DevicePages(driver, like, arena, None)
-        undo.callback(copier.pages.close)
+        pages = DevicePages(driver, like, arena, None)
+        undo.callback(pages.close)
         for each in ways:
             undo.callback(each.drop_stage)
             undo.callback(each.settle)  # before what the copies use is freed
@@ -269,7 +270,7 @@ def measured(driver: CudaDriver, layout: PagedLayout, ways: list[CopyStream]) ->
             count = max(1, min(blocks, chunks // len(rows)))
             way.choose(Choices((choice,)))
             begin_s = time.perf_counter()
-            copier.queue(way, direction, (np.arange(count), scattered[:count]))
+            copier.queue(way, pages, direction, (np.arange(count), scattered[:count]))
             driver.notify(way.stream, way.eventfd)
             ended = select.poll()
             ended.register(way.eventfd, select.POLLIN)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from operator import attrgetter
 
 from flexkv._ext import TO_DEVICE, TO_HOST
 from flexkv.common.errors import ClosedError, ConfigError, DeviceError, InvariantError
@@ -72,7 +73,7 @@ class CudaDevicePort:
 
     def __init__(
         self,
-        layout: PagedLayout,
+        layouts: Sequence[PagedLayout],
         pinned: Pinned,
         owner: object,
         driver: CudaDriver,
@@ -81,19 +82,19 @@ class CudaDevicePort:
         """Open the streams, register the arena, and choose how to copy.
 
         Args:
-            layout: where the device blocks are.
+            layouts: where the device blocks of each KV group are.
             pinned: the host blocks, kept registered until `close`.
             owner: what keeps the KV caches alive (the tensors), held until `suspend`.
             driver: the device's driver, closed with the port.
             preferences: how to copy to the host, and to the device. What they leave open is
-                measured now, in separate memory, unless it was measured before.
+                measured now, in separate memory, unless it was measured before. The largest
+                block's layout is measured.
 
         Raises:
             DeviceError: the driver reported an error.
             ConfigError: CUDA cannot register that much host memory.
         """
-        self._driver, self._block_bytes = driver, layout.block_bytes
-        self._arena, self.num_blocks = pinned.arena, layout.num_blocks
+        self._driver, self._arena, self.num_blocks = driver, pinned.arena, 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: Callable[[], None] = lambda: None
         self._watching: asyncio.TimerHandle | None = None
@@ -103,9 +104,9 @@ class CudaDevicePort:
             undo.callback(driver.close)
             self._copier: Copier | None = Copier(driver, pinned, undo)
             undo.callback(self.suspend)
-            self.resume(layout, owner)
+            self.resume(layouts, owner)
             self._streams = [CopyStream(driver, urgent, undo) for urgent in (False, True)]
-            self._choose(layout, preferences)
+            self._choose(max(layouts, key=attrgetter("block_bytes")), preferences)
             self._resources = undo.pop_all()
 
     def _choose(self, layout: PagedLayout, preferences: Sequence[CopyPreference]) -> None:
@@ -131,26 +132,28 @@ class CudaDevicePort:
 
         Only legal with nothing in flight.
         """
-        pages = None if self._copier is None else self._copier.pages
-        if self._copier is not None and pages is not None:
-            self._copier.pages = None
-            pages.close()
+        if self._copier is not None:
+            pages, self._copier.pages = self._copier.pages, []
+            with ExitStack() as every:
+                for each in pages:
+                    every.callback(each.close)
 
-    def resume(self, layout: PagedLayout, owner: object) -> None:
-        """Attach KV caches again, with blocks of the same size.
+    def resume(self, layouts: Sequence[PagedLayout], owner: object) -> None:
+        """Attach KV caches again, with blocks of the same sizes.
 
         Raises:
             DeviceError: the driver reported an error.
         """
         assert self._copier is not None
         self.suspend()
-        self._copier.pages = DevicePages(self._driver, layout, self._arena, owner)
-        self.num_blocks = layout.num_blocks
-
-    @property
-    def block_bytes(self) -> int:
-        """Return the bytes moved for one block."""
-        return self._block_bytes
+        with ExitStack() as undo:
+            pages = []
+            for layout in layouts:
+                pages.append(DevicePages(self._driver, layout, self._arena, owner))
+                undo.callback(pages[-1].close)
+            undo.pop_all()
+        self._copier.pages = pages
+        self.num_blocks = min(layout.num_blocks for layout in layouts)
 
     @property
     def failure(self) -> DeviceError | None:
@@ -190,11 +193,13 @@ class CudaDevicePort:
 
         Raises:
             ClosedError: after `close`.
-            InvariantError: an id is out of range, or the id lists differ in length.
+            InvariantError: a group or an id is out of range, or the id lists differ in length.
         """
         copier = self._copier
-        if copier is None or copier.pages is None:
+        if copier is None or not copier.pages:
             raise ClosedError("the CUDA device port is closed, or suspended")
+        if transfer.group >= len(copier.pages):
+            raise InvariantError(f"transfer {transfer.op_id}: no layout of group {transfer.group}")
         to_device = transfer.route.target is Tier.DEVICE
         limits = (self._arena.num_blocks, self.num_blocks)
         check_ids(transfer, *(limits if to_device else limits[::-1]))
@@ -212,7 +217,8 @@ class CudaDevicePort:
         error: DeviceError | None = None
         try:
             direction = TO_DEVICE if to_device else TO_HOST
-            copier.queue(way, direction, transfer.sides, transfer.layers)
+            pages = copier.pages[transfer.group]
+            copier.queue(way, pages, direction, transfer.sides, transfer.layers)
             if to_device:
                 self._mark(transfer, way)
         except DeviceError as failure:  # some copies may be under way, and end in turn

@@ -8,7 +8,7 @@ the device go first, because an engine waits for them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from flexkv._ext import TO_DEVICE, TO_HOST, CopyPool, copy_now
 from flexkv.common.errors import ClosedError, InvariantError
@@ -32,49 +32,43 @@ class CpuDevicePort:
 
     def __init__(
         self,
-        layout: PagedLayout,
+        layouts: Sequence[PagedLayout],
         arena: Arena,
         owner: object,
         threads: int = 2,
         sums: Sums | None = None,
     ) -> None:
-        """Map the pages of `layout`, and start the copy threads.
+        """Map the pages of `layouts`, and start the copy threads.
 
         Args:
-            layout: where the device blocks are.
+            layouts: where the device blocks of each KV group are.
             arena: the host blocks, held until `close`.
             owner: what keeps the KV caches alive (the tensors), held until `suspend` or `close`.
             threads: number of standing copy threads.
             sums: uint64[host blocks]; copies of whole blocks store the sums of those they fill.
         """
         self._arena, self._sums = arena, sums
-        self._block_bytes = layout.block_bytes
-        self._inline_blocks_max = INLINE_BYTES_MAX // layout.block_bytes
-        self._pages: Pages | None = None
+        self._block_bytes = [layout.block_bytes for layout in layouts]
+        self._pages: list[Pages] = []
         self.num_blocks = 0
-        self.resume(layout, owner)
+        self.resume(layouts, owner)
         self._pool: CopyPool | None = CopyPool(threads)
         forks.on_fork(self._let_go_in_child)
         self._pooled = 0
         self._ended: list[Completion] = []
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    @property
-    def block_bytes(self) -> int:
-        """Return the bytes moved for one block."""
-        return self._block_bytes
-
     def order_after(self, to_device: bool) -> None:
         """Do nothing: what the CPU has written can be read at once."""
 
     def suspend(self) -> None:
         """Release the KV caches. Only legal with nothing in flight."""
-        self._pages = None
+        self._pages = []
 
-    def resume(self, layout: PagedLayout, owner: object) -> None:
-        """Attach KV caches again, with blocks of the same size."""
-        self.num_blocks = layout.num_blocks
-        self._pages = Pages(layout, self._arena, owner, self._sums)
+    def resume(self, layouts: Sequence[PagedLayout], owner: object) -> None:
+        """Attach KV caches again, with blocks of the same sizes."""
+        self.num_blocks = min(layout.num_blocks for layout in layouts)
+        self._pages = [Pages(layout, self._arena, owner, self._sums) for layout in layouts]
 
     def connect(self, wake: Callable[[], None]) -> None:
         """Attach to the running loop, which calls `wake` when `reap` has something to return."""
@@ -87,22 +81,22 @@ class CpuDevicePort:
 
         Raises:
             ClosedError: after `close`.
-            InvariantError: an id is out of range, or the id lists differ in length.
+            InvariantError: a group or an id is out of range, or the id lists differ in length.
         """
-        if self._pages is None or self._pool is None:
+        if not self._pages or self._pool is None:
             raise ClosedError("the CPU device port is closed, or suspended")
-        pages = self._pages.of(transfer.layers)
         urgent = transfer.route.target is Tier.DEVICE
         direction = TO_DEVICE if urgent else TO_HOST
         host_ids, device_ids = transfer.sides
         try:
-            if len(device_ids) <= self._inline_blocks_max:
+            pages = self._pages[transfer.group].of(transfer.layers)
+            if len(device_ids) * self._block_bytes[transfer.group] <= INLINE_BYTES_MAX:
                 copy_now(pages, direction, device_ids, host_ids)
                 self._ended.append(Completion(transfer.op_id, None))
             else:
                 self._pool.submit(transfer.op_id, pages, direction, device_ids, host_ids, urgent)
                 self._pooled += 1
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             raise InvariantError(f"transfer {transfer.op_id} {transfer.route}: {error}") from error
 
     def reap(self) -> list[Completion]:
@@ -124,7 +118,7 @@ class CpuDevicePort:
         Raises:
             InvariantError: transfers were in flight; they have ended, but were not reported.
         """
-        pool, self._pool, self._pages = self._pool, None, None
+        pool, self._pool, self._pages = self._pool, None, []
         if pool is None:
             return
         if self._loop is not None:

@@ -29,11 +29,6 @@ class RanksPort:
         self._under_way: dict[int, int] = {}
         self._errors: dict[int, TransferError] = {}
 
-    @property
-    def block_bytes(self) -> int:
-        """Return the bytes of one block in host memory."""
-        return sum(ranks[0].block_bytes for ranks in self._parts)
-
     def connect(self, wake: Callable[[], None]) -> None:
         """Attach to the running event loop."""
         for port in self._ports:

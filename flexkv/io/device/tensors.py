@@ -9,7 +9,8 @@ import numpy as np
 
 from flexkv.common.config_model import ITEM_BYTES
 from flexkv.common.errors import BackendUnavailableError, ConfigError
-from flexkv.common.layout import TensorSpec
+from flexkv.common.layout import PagedLayout, TensorSpec, infer_layout
+from flexkv.common.space import BlockSpace
 
 
 def describe(tensor: Any, field: str = "kv_caches") -> TensorSpec:
@@ -72,6 +73,25 @@ def device_of(tensors: Sequence[Any]) -> tuple[str, int]:
             why = f"kv_caches[0] is on {first}: all tensors of a rank must be on one device"
             raise ConfigError(f"kv_caches[{number}]", where, why)
     return places[0]
+
+
+def layouts_of(
+    spaces: Sequence[BlockSpace], tensors: Sequence[Any], layout: str | None, tp_rank: int
+) -> tuple[PagedLayout, ...]:
+    """Return where a rank's blocks of each KV group are in its per-layer tensors.
+
+    Raises:
+        ConfigError: the tensors do not fit the model, or their layout is ambiguous.
+    """
+    (space,) = spaces
+    if len(tensors) != len(space.shapes):
+        why = f"must have one tensor for each of the {len(space.shapes)} layers"
+        raise ConfigError("kv_caches", f"{len(tensors)} tensors", why)
+    fields = [f"kv_caches[{i}]" for i in range(len(tensors))]
+    specs = [describe(*each) for each in zip(tensors, fields, strict=True)]
+    for each in zip(tensors, space.dtypes, fields, strict=True):
+        check_dtype(*each)
+    return (infer_layout(specs, space.shapes, layout, space.part_of(tp_rank)),)
 
 
 def _place(tensor: Any) -> tuple[str, int]:

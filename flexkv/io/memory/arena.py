@@ -33,9 +33,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv import _ext
-from flexkv.common.config_cache import GivenSize
 from flexkv.common.config_keys import as_gb
 from flexkv.common.errors import ClosedError, ConfigError
+from flexkv.common.space import GivenSize
 from flexkv.io.memory.host_memory import free_huge_bytes, headroom
 from flexkv.observe.logs import get_logger
 from flexkv.process import forks

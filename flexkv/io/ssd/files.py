@@ -28,9 +28,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv.common.config_cache import GivenSize
 from flexkv.common.config_keys import as_gb
 from flexkv.common.errors import ClosedError, ConfigError, StorageError
+from flexkv.common.space import GivenSize
 from flexkv.common.terms import BlockIds
 from flexkv.io.private import Folder
 from flexkv.io.ssd.allocation import (

@@ -1,0 +1,98 @@
+"""What a block is: how large, how TP ranks divide it, and what tells it from any other block.
+
+A model has a block space for each KV group: layers whose blocks are kept and found together. Space
+0 is that of the prefix chain, and today's models have no other. All spaces share one pool in each
+tier, and so one stride: a smaller block leaves the end of its place unused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+from flexkv.common.layout import KVShape, Part
+
+BLOCK_ALIGNMENT_BYTES = 4096
+"""Blocks start on multiples of this, so that each is one O_DIRECT extent."""
+
+
+@dataclass(frozen=True)
+class BlockSpace:
+    """What a block of one KV group is.
+
+    Attributes:
+        tokens_per_block: how many tokens a block covers.
+        shapes: the shape of a block in each layer of one rank.
+        dtypes: the element type of each layer.
+        ranks: the number of TP ranks.
+        parts: into how many equal parts they divide a block; ranks may share one.
+        facts: what the bytes of a block depend on, besides its tokens and their namespace.
+        group: the index of the space among those of its model.
+        stride_bytes: bytes from one place in a pool to the next, the same for all spaces.
+    """
+
+    tokens_per_block: int
+    shapes: tuple[KVShape, ...]
+    dtypes: tuple[str, ...]
+    ranks: int
+    parts: int
+    facts: Mapping[str, int | str]
+    group: int = 0
+    stride_bytes: int = 0
+
+    @cached_property
+    def part_bytes(self) -> int:
+        """Return the bytes of one part of a block: all layers of one rank."""
+        return sum(shape.block_bytes for shape in self.shapes)
+
+    @property
+    def block_bytes(self) -> int:
+        """Return the bytes of one block, over all layers and all parts."""
+        return self.parts * self.part_bytes
+
+    def part_of(self, tp_rank: int) -> Part:
+        """Return the part of a block that a rank fills; ranks that share one are consecutive."""
+        return Part(tp_rank * self.parts // self.ranks, self.parts)
+
+
+def in_one_pool(*spaces: BlockSpace) -> tuple[BlockSpace, ...]:
+    """Return spaces numbered in this order, with the stride that the largest block needs."""
+    largest = max(space.block_bytes for space in spaces)
+    stride = -(-largest // BLOCK_ALIGNMENT_BYTES) * BLOCK_ALIGNMENT_BYTES
+    return tuple(
+        replace(space, group=group, stride_bytes=stride) for group, space in enumerate(spaces)
+    )
+
+
+class GivenSize(NamedTuple):
+    """The key that sets the size of a tier, and its value, as the user gave it."""
+
+    key: str
+    value: object
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSizes:
+    """How many blocks each tier has for one model, and what a block of each KV group is."""
+
+    spaces: tuple[BlockSpace, ...]
+    num_host_blocks: int
+    num_disk_blocks: int
+    max_file_blocks: int | None
+    """Most blocks in one SSD file; None = no cap."""
+    host_given: GivenSize
+    """The key and value that an error about the size of the host tier names."""
+    disk_given: GivenSize
+    """The same for the SSD tier."""
+
+    @property
+    def block_bytes(self) -> list[int]:
+        """Return the bytes of a block of each KV group."""
+        return [space.block_bytes for space in self.spaces]
+
+    @property
+    def block_stride_bytes(self) -> int:
+        """Return the bytes from one place of a tier to the next."""
+        return self.spaces[0].stride_bytes
