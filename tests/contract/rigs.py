@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv.common.layout import KVShape, Part, infer_layout
+from flexkv.common.layout import KVShape, PagedLayout, Part, infer_layout
 from flexkv.common.terms import BlockIds, Route, Tier, Transfer
 from flexkv.io.checksums.checked import CheckedDiskPort
 from flexkv.io.checksums.summed import SummedPort
@@ -44,6 +45,8 @@ class Rig:
     port: TransferPort
     host: NDArray[np.uint8] | None
     outer: Tier
+    group: int = 0
+    """The KV group of the blocks that it moves."""
     resources: ExitStack = field(default_factory=ExitStack)
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     tokens: count[int] = field(default_factory=count)
@@ -57,6 +60,7 @@ class Rig:
             route=route,
             source_ids=np.array(source_ids, np.int64),
             target_ids=np.array(target_ids, np.int64),
+            group=self.group,
         )
 
     def connect(self) -> None:
@@ -89,15 +93,26 @@ def fake_rig(_: Path) -> Rig:
     return Rig(FakePort(store, host, FaultPlan(1, delay_max_s=0.002), 256), host, Tier.DISK)
 
 
-def cpu_rig(tokens_per_block: int) -> Rig:
-    """Return a CPU device port over two layers, with blocks of 2 KiB per token."""
+def other_layout() -> tuple[list[NDArray[np.int16]], PagedLayout]:
+    """Return the KV caches of a group of one layer with small blocks, and their layout."""
+    layers = [np.zeros((OUTER_BLOCKS, 4, 2, 8), np.int16)]
+    return layers, infer_layout([describe(layers[0])], [KVShape(4, 2, 8, 1, item_bytes=2)])
+
+
+def cpu_rig(tokens_per_block: int, group: int = 0) -> Rig:
+    """Return a CPU device port over two layers, with blocks of 2 KiB per token.
+
+    They are blocks of group 0, or of group 1 behind a group of other blocks.
+    """
     shape = (2, OUTER_BLOCKS, tokens_per_block, 4, 64)
     layers = [np.zeros(shape, np.int16) for _ in range(2)]
     specs = [describe(layer) for layer in layers]
     layout = infer_layout(specs, [KVShape(tokens_per_block, 4, 64, 2, item_bytes=2)])
     arena = Arena.open(HOST_BLOCKS, layout.block_bytes)
-    port = CpuDevicePort([layout], arena, layers)
-    rig = Rig(port, arena.array, Tier.DEVICE)
+    others, other = other_layout()
+    layouts = [layout, other] if group == 0 else [other, layout]
+    port = CpuDevicePort(layouts, arena, layers + others)
+    rig = Rig(port, arena.array, Tier.DEVICE, group)
     rig.resources.callback(arena.close)
     return rig
 
@@ -126,19 +141,25 @@ def checked_rig(_: Path) -> Rig:
     return Rig(port, rig.host, Tier.DISK)
 
 
-def cuda_rig(preference: CopyPreference) -> Rig:
-    """Return a CUDA device port over a fake driver, with blocks of three pieces."""
+def cuda_rig(preference: CopyPreference, group: int = 0) -> Rig:
+    """Return a CUDA device port over a fake driver, with blocks of three pieces.
+
+    They are blocks of group 0, or of group 1 behind a group of other blocks.
+    """
     shape = (OUTER_BLOCKS, 16, 4, 24)
     layers = [np.zeros(shape, np.int16) for _ in range(3)]
     layout = infer_layout(
         [describe(layer) for layer in layers], [KVShape(16, 4, 24, 1, item_bytes=2)]
     )
     arena = Arena.open(HOST_BLOCKS, layout.block_bytes)
-    driver = FakeCuda(layers)
+    others, other = other_layout()
+    layouts, memory = [layout, other] if group == 0 else [other, layout], layers + others
+    driver = FakeCuda(memory)
     rig = Rig(
-        CudaDevicePort([layout], Pinned(arena), layers, driver, (preference, preference)),
+        CudaDevicePort(layouts, Pinned(arena), memory, driver, (preference, preference)),
         arena.array,
         Tier.DEVICE,
+        group,
     )
     rig.resources.callback(lambda: assert_nothing_left(driver))
     rig.resources.callback(arena.close)
@@ -155,9 +176,9 @@ def cuda_engine_rig(_: Path) -> Rig:
     return cuda_rig(CopyPreference(use_engine=True))
 
 
-def cuda_staged_rig(_: Path) -> Rig:
+def cuda_staged_rig(_: Path, group: int = 0) -> Rig:
     """Return a CUDA device port that stages copies in device memory, a few blocks at a time."""
-    rig = cuda_rig(CopyPreference())
+    rig = cuda_rig(CopyPreference(), group)
     for way in rig.port._streams:
         way.choose(Choices.always(CopyMethod.STAGED))
     return rig
@@ -211,7 +232,7 @@ def disk_rig(directories: list[Path], make: Callable[[Arena, StripedFiles], Tran
         resources.callback(files.close)
         arena = Arena.open(HOST_BLOCKS, DISK_STRIDE_BYTES)
         resources.callback(arena.close)
-        return Rig(make(arena, files), arena.array, Tier.DISK, resources.pop_all())
+        return Rig(make(arena, files), arena.array, Tier.DISK, resources=resources.pop_all())
 
 
 def uring_rig(folder: Path) -> Rig:
@@ -241,6 +262,8 @@ RIGS: dict[str, Callable[[Path], Rig]] = {
     "cuda-staged": cuda_staged_rig,
     "ranks": ranks_rig,
     "cuda-kernel": cuda_kernel_rig,
+    "cpu-group-1": lambda _: cpu_rig(tokens_per_block=16, group=1),
+    "cuda-staged-group-1": partial(cuda_staged_rig, group=1),
     "uring": uring_rig,
     "uring-striped": uring_striped_rig,
     "threads": threads_rig,

@@ -46,7 +46,7 @@ class Rank:
 
     def __init__(self, part: int, num_blocks: int) -> None:
         self.part, self.wire, self.is_heard = part, Wire(), True
-        self.port = AgentPort(self.wire, [PART_BYTES], num_blocks)
+        self.port = AgentPort(self.wire, [PART_BYTES, PART_BYTES], num_blocks)
 
 
 class Place:

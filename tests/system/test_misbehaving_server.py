@@ -378,15 +378,24 @@ def test_an_agent_hangs_up_when_its_last_copy_has_ended(
 
 
 @pytest.mark.parametrize(
-    ("host", "device"),
-    [(ids(99), ids(0)), (ids(0), ids(99)), (ids(-1), ids(0)), (ids(0, 1), ids(0))],
+    ("host", "device", "group"),
+    [
+        (ids(99), ids(0), 0),
+        (ids(0), ids(99), 0),
+        (ids(-1), ids(0), 0),
+        (ids(0, 1), ids(0), 0),
+        (ids(0), ids(0), 1),
+    ],
 )
 def test_a_copy_that_cannot_be_is_answered_with_an_error(
-    agent: Agent, server: FakeServer, host: bytes, device: bytes
+    agent: Agent, server: FakeServer, host: bytes, device: bytes, group: int
 ) -> None:
-    """A copy with unknown blocks or unequal counts is answered by an error; the next one works."""
+    """A copy with unknown blocks, an unknown group or unequal counts is answered by an error.
+
+    The next one works.
+    """
     peer = lent(server)
-    server.say(peer, Copy(1, True, host, device))
+    server.say(peer, Copy(1, True, host, device, group))
     assert server.hear(peer).error
     server.say(peer, Copy(2, True, ids(0), ids(0)))
     assert server.hear(peer) == Copied(2)

@@ -54,6 +54,17 @@ def test_no_more_is_sent_than_the_window_has_room_for() -> None:
     assert rig.asked == [0, 1, 2, 4, 5, 6, 7, 8]
 
 
+def test_a_copy_has_its_group_and_the_bytes_of_its_blocks() -> None:
+    """The agent is told a copy's group; the window counts what blocks of that group take."""
+    wire, ids = Wire(), np.arange(3)
+    port = AgentPort(wire, [BLOCK_BYTES, 4 * BLOCK_BYTES], 64, COPIES_MIN * 12 * BLOCK_BYTES)
+    for op_id in range(COPIES_MIN + 1):
+        port.submit(Transfer(op_id, 0, TO_HOST, ids, ids, group=1))
+    assert [copy.group for copy in wire.asked.values()] == [1] * COPIES_MIN
+    port.copied(Copied(0))
+    assert list(wire.asked) == list(range(COPIES_MIN + 1))
+
+
 def test_a_few_copies_may_always_be_sent() -> None:
     """COPIES_MIN copies may be sent, however large they are."""
     rig = Rig(1)

@@ -10,7 +10,7 @@ from flexkv.common.request import Operation
 from flexkv.common.terms import Route, Tier
 from flexkv.graph import passes
 from flexkv.graph.compile import build, check, compile_shape
-from flexkv.graph.explain import hypothetical
+from flexkv.graph.explain import Explanation, hypothetical
 from flexkv.graph.ops import CHUNKS_MAX, Leg, Node, Shape
 from flexkv.graph.planner import PlanLimits, chunk_count
 
@@ -39,6 +39,24 @@ def test_an_equal_shape_gives_the_same_template() -> None:
     """Equal shapes are compiled once."""
     shapes = [Shape(Operation.GET, (Leg((LOAD,), 2),)) for _ in range(2)]
     assert compile_shape(shapes[0]) is compile_shape(shapes[1])
+
+
+def test_legs_of_other_groups_are_other_shapes() -> None:
+    """Shapes that differ in a leg's group have templates of their own; ops have their leg's group.
+
+    An explanation names every group but the first.
+    """
+    legs = Leg((READ, LOAD), 1), Leg((READ, LOAD), 1, group=2)
+    templates = [compile_shape(Shape(Operation.GET, (leg,))) for leg in legs]
+    assert templates[0] is not templates[1]
+    assert [[op.group for op in template.ops] for template in templates] == [[0, 0], [2, 2]]
+    assert [op.label for op in templates[0].ops] == [op.label for op in templates[1].ops]
+    mixed = compile_shape(Shape(Operation.GET, legs))
+    assert {(op.leg, op.group) for op in mixed.ops} == {(0, 0), (1, 2)}
+    told = str(Explanation(mixed, (8, 4), "get"))
+    assert told.count("disk→host 8 blocks\n") == 1
+    assert told.count("disk→host 4 blocks of group 2\n") == 1
+    assert told.count("host→device 4 blocks of group 2 (answers)") == 1
 
 
 def test_legs_without_blocks_leave_no_op() -> None:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.server.fleet import FleetPort
 from flexkv.server.wire import FROM_SERVER, LENGTH_BYTES, State, framed, understood
 from tests.property.fleet_model import ONE_RANK, Rank, Wire
 
 ORDER = "kv tokens heads dim"
+TO_DEVICE = Route(Tier.HOST, Tier.DEVICE)
+
+
+def test_an_agent_is_told_the_group_of_a_copy() -> None:
+    """A transfer keeps its KV group on its way to the agents of an instance."""
+    fleet, rank, ids = FleetPort(ONE_RANK.spaces(16)[0], 16), Rank(0, 8), np.arange(2)
+    fleet.join(0, 0, rank.port, ORDER)
+    fleet.attach(0, Wire())
+    device_ids = fleet.ids_of(fleet.instances[0], ids)
+    fleet.submit(Transfer(1, 1, TO_DEVICE, ids, device_ids, group=3))
+    assert [copy.group for copy in rank.wire.asked.values()] == [1]
 
 
 def test_epochs_never_return_and_messages_carry_them() -> None:
