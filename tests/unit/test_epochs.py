@@ -19,7 +19,7 @@ def test_an_agent_is_told_the_group_of_a_copy() -> None:
     fleet.join(0, 0, rank.port, ORDER)
     fleet.attach(0, Wire())
     device_ids = fleet.ids_of(fleet.instances[0], ids)
-    fleet.submit(Transfer(1, 1, TO_DEVICE, ids, device_ids, group=3))
+    fleet.submit(Transfer(1, 1, TO_DEVICE, ids, device_ids, group=1))
     assert [copy.group for copy in rank.wire.asked.values()] == [1]
 
 
