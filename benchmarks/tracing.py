@@ -54,7 +54,7 @@ async def _run(count: int, traced: bool, directory: Path) -> tuple[float, list[f
         async with KVManager(MODEL, cache) as manager:
             manager.register_kv_caches(device.kv_caches)
             keys = KeyChain(SPACE)
-            engine = SimulatedEngine(manager, device, keys, TOKENS_PER_BLOCK)
+            engine = SimulatedEngine(manager, device, keys)
             begin = time.perf_counter()
             outcome = await engine.run(prompts, CONCURRENCY, 0.0, lambda: None)
             return time.perf_counter() - begin, outcome.get_s

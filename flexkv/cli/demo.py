@@ -185,7 +185,7 @@ async def _run(
             if metrics_port is not None:
                 server = stack.enter_context(MetricsServer(manager, metrics_port))
                 console.print(f"metrics at {server.url}")
-            engine = SimulatedEngine(manager, device, keys, TOKENS_PER_BLOCK)
+            engine = SimulatedEngine(manager, device, keys)
             outcome = await engine.run(
                 prompts, CONCURRENCY, time_scale, lambda: progress.advance(bar)
             )

@@ -38,12 +38,9 @@ class SimulatedEngine:
     its device blocks with their known bytes, puts the prompt, and frees its device blocks.
     """
 
-    def __init__(
-        self, manager: KVManager, device: KnownDevice, keys: KeyChain, tokens_per_block: int
-    ) -> None:
+    def __init__(self, manager: KVManager, device: KnownDevice, keys: KeyChain) -> None:
         self.outcome = Outcome()
         self._manager, self._device, self._keys = manager, device, keys
-        self._tokens_per_block = tokens_per_block
         self._free = list(range(device.kv_caches[0].shape[1]))
         self._freed = asyncio.Condition()
 
@@ -82,7 +79,7 @@ class SimulatedEngine:
 
     async def _request(self, prompt: Prompt) -> None:
         keys = block_keys(self._keys.keys(prompt.tokens))
-        tokens = prompt.tokens[: len(keys) * self._tokens_per_block]
+        tokens = prompt.tokens[: len(keys) * self._keys.tokens_per_block]
         blocks = await self._take(len(keys))
         try:
             await self._serve(tokens, blocks, keys)
@@ -93,7 +90,7 @@ class SimulatedEngine:
     async def _serve(
         self, tokens: NDArray[np.int64], blocks: list[int], keys: list[BlockKey]
     ) -> None:
-        outcome, per_block = self.outcome, self._tokens_per_block
+        outcome, per_block = self.outcome, self._keys.tokens_per_block
         slots = (np.array(blocks)[:, None] * per_block + np.arange(per_block)).ravel()
         begin = time.perf_counter()
         got: KVResponse = await self._manager.get(tokens, slots)

@@ -218,20 +218,12 @@ class ModelConfig(ConfigModel):
         return in_one_pool(space)
 
     def _facts(self, tokens_per_block: int) -> dict[str, int | str]:
-        # Facts that hold for most models are left out, so that the keys of those stay what they
-        # were.
-        rest: dict[str, int | str] = {}
+        names = "model_id", "num_layers", "num_kv_heads", "head_size", "kv_dim", "dtype"
+        facts = {name: getattr(self, name) for name in names}
+        facts["tokens_per_block"] = tokens_per_block
+        # Facts that hold for most models are left out: the keys of those stay what they were.
         if self.parts > 1:
-            rest["parts"] = self.parts
+            facts["parts"] = self.parts
         if self.layer_groups:
-            rest["layer_groups"] = repr(self.layer_groups)
-        return {
-            "model_id": self.model_id,
-            "num_layers": self.num_layers,
-            "num_kv_heads": self.num_kv_heads,
-            "head_size": self.head_size,
-            "kv_dim": self.kv_dim,
-            "dtype": self.dtype,
-            "tokens_per_block": tokens_per_block,
-            **rest,
-        }
+            facts["layer_groups"] = repr(self.layer_groups)
+        return facts

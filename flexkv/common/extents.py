@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.common.errors import InvariantError
-from flexkv.common.terms import BlockIds, Transfer
+from flexkv.common.terms import BlockIds, Tier, Transfer
 
 
 def coalesce(
@@ -42,8 +42,10 @@ def coalesce(
     return starts, counts
 
 
-def check_ids(transfer: Transfer, source_blocks: int, target_blocks: int) -> None:
+def check_ids(transfer: Transfer, host_blocks: int, outer_blocks: int) -> None:
     """Check that a transfer has as many source as target ids, and that all are in their pools.
+
+    `host_blocks` is how many blocks host memory has, `outer_blocks` how many the other end has.
 
     Raises:
         InvariantError: one of these does not hold.
@@ -55,10 +57,8 @@ def check_ids(transfer: Transfer, source_blocks: int, target_blocks: int) -> Non
         )
     if transfer.block_count == 0:
         return
-    for ids, blocks, end in (
-        (transfer.source_ids, source_blocks, transfer.route.source),
-        (transfer.target_ids, target_blocks, transfer.route.target),
-    ):
+    ends = (Tier.HOST, host_blocks), (transfer.route.outer, outer_blocks)
+    for ids, (end, blocks) in zip(transfer.sides, ends, strict=True):
         if blocks > ids[0] >= 0 and len(ids) == 1:
             continue
         low, high = int(ids.min()), int(ids.max())

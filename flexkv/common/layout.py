@@ -14,9 +14,9 @@ contiguous extents. The order of the elements inside an extent is up to the engi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, islice
 from math import prod
 from typing import NamedTuple, TypeAlias
 
@@ -163,10 +163,16 @@ def infer_layout(
     if len(counts) > 1:
         told = ", ".join(f"{count} in kv_caches[{first}]" for count, first in counts.items())
         raise ConfigError("kv_caches", told, "all layers must have the same number of blocks")
-    _check_apart(layers, next(iter(counts)))
-    block_bytes = sum(piece.bytes for pieces in layers for piece in pieces)
-    pages = _pages(layers, part.number * block_bytes, counts.popitem()[0], _named(firsts.values()))
-    return replace(pages, order=";".join(orders[:1] if len(set(orders)) == 1 else orders))
+    num_blocks = next(iter(counts))
+    _check_apart(layers, num_blocks)
+    sizes = [sum(piece.bytes for piece in pieces) for pieces in layers]
+    offset, merged = part.number * sum(sizes), list[_Piece]()
+    for piece in chain.from_iterable(layers):
+        _append_merged(merged, piece)
+    by_layer = map(_rows, layers, accumulate(sizes, initial=offset))
+    name = "+".join(dict.fromkeys(fit.name for _, fit in firsts.values()))
+    order = ";".join(orders[:1] if len(set(orders)) == 1 else orders)
+    return PagedLayout(_rows(merged, offset), num_blocks, sum(sizes), name, tuple(by_layer), order)
 
 
 def _check_apart(layers: list[list[_Piece]], num_blocks: int) -> None:
@@ -200,10 +206,6 @@ def _order(spec: TensorSpec, shape: KVShape, axes: tuple[str, ...]) -> Order:
     )
 
 
-def _named(firsts: Iterable[tuple[int, _Fit]]) -> str:
-    return "+".join(dict.fromkeys(fit.name for _, fit in firsts))
-
-
 def _check_alike(spec: TensorSpec, field: str, first: TensorSpec, first_field: str) -> None:
     """Check that a tensor has the same shape and item size as the first of its KV shape."""
     if (spec.shape, spec.itemsize) != (first.shape, first.itemsize):
@@ -215,20 +217,8 @@ def _check_alike(spec: TensorSpec, field: str, first: TensorSpec, first_field: s
         )
 
 
-def _pages(layers: list[list[_Piece]], offset: int, num_blocks: int, name: str) -> PagedLayout:
-    """Return the layout of all layers' pieces, in a row from an offset in the host block on."""
-    merged: list[_Piece] = []
-    for pieces in layers:
-        for piece in pieces:
-            _append_merged(merged, piece)
-    by_layer, begin = [], offset
-    for pieces in layers:
-        by_layer.append(_rows(pieces, begin))
-        begin += sum(piece.bytes for piece in pieces)
-    return PagedLayout(_rows(merged, offset), num_blocks, begin - offset, name, tuple(by_layer))
-
-
 def _rows(pieces: list[_Piece], offset: int) -> NDArray[np.int64]:
+    """Return pieces in a row from an offset in the host block on."""
     rows = np.array([(*piece, offset) for piece in pieces], dtype=np.int64)
     rows[1:, 3] += np.cumsum(rows[:-1, 2])
     rows.flags.writeable = False

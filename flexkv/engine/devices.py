@@ -208,7 +208,7 @@ class Devices:
     def _look(self) -> None:
         """Update what depends on which devices are registered and which are suspended."""
         self._is_ready = len(self._by_rank) == self._tp_size and not self._asleep
-        self.num_blocks = min(device.num_blocks for device in self._by_rank.values())
+        self.num_blocks = min(device.port.num_blocks for device in self._by_rank.values())
 
     @property
     def order(self) -> Order:

@@ -25,7 +25,7 @@ class ServerBackend(LocalBackend):
         self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None, tp_rank: int
     ) -> Device:
         """Return the port over all agents, which the server registers once."""
-        return Device(self.fleet, self.fleet.num_blocks, "agents", ("agents", 0))
+        return Device(self.fleet, "agents", ("agents", 0))
 
     def joined(self, devices: Sequence[Device]) -> TransferPort:
         """Return the port with the checksums that the SSD tier needs, since agents compute none."""

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from msgspec import structs
 
 from flexkv.common.errors import AgentGoneError, ConfigError
 from flexkv.common.layout import AXES
@@ -189,9 +190,7 @@ class FleetPort(RemoteDevice):
     def submit(self, transfer: Transfer) -> None:
         """Start one transfer, all of whose blocks are of one instance."""
         assert transfer.watch is None
-        source_ids, target_ids = transfer.source_ids, transfer.target_ids
-        to_device = transfer.route.target is Tier.DEVICE
-        theirs = target_ids if to_device else source_ids
+        _, theirs = transfer.sides
         epoch = int(theirs[0]) >> EPOCH_SHIFT
         ranks, instance = self._epochs.get(epoch), self._live(epoch)
         if ranks is None or instance is None or instance.stuck:
@@ -200,18 +199,9 @@ class FleetPort(RemoteDevice):
             if self._wake is not None:
                 self._wake()
             return
-        local = theirs & BLOCK_MASK
+        side = "target_ids" if transfer.route.target is Tier.DEVICE else "source_ids"
         self._under_way[transfer.op_id] = _UnderWay(transfer, epoch)
-        ranks.submit(
-            Transfer(
-                transfer.op_id,
-                transfer.owner,
-                transfer.route,
-                source_ids if to_device else local,
-                local if to_device else target_ids,
-                group=transfer.group,
-            )
-        )
+        ranks.submit(structs.replace(transfer, **{side: theirs & BLOCK_MASK}))
         self.begun()
 
     def _live(self, epoch: int) -> Instance | None:

@@ -118,7 +118,7 @@ class FakeBackend:
         (store,) = kv_caches
         faults = self._device_faults
         port = FakePort(store, self._memory, faults, BLOCK_KEY_BYTES, sums=self._sums)
-        return Device(port, len(store), "fake")
+        return Device(port, "fake")
 
     def resumed(self, device: Device, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:
         """Resume the port of a device, and return the device."""

@@ -129,8 +129,7 @@ class FakePort:
         if loop is None or transfer.op_id in self._jobs:
             raise InvariantError(f"transfer {transfer.op_id}: not connected, or in flight already")
         to_host = transfer.route.target is Tier.HOST
-        limits = (len(self._store), len(self._host))
-        check_ids(transfer, *(limits if to_host else limits[::-1]))
+        check_ids(transfer, len(self._host), len(self._store))
 
         error: TransferError | None = None
         if faults.fails():

@@ -38,10 +38,9 @@ Progress = Callable[[int, int], None]
 
 
 class Device(NamedTuple):
-    """A registered device: the port to its blocks, their number and layout, and where it is."""
+    """A registered device: the port to its blocks, their layout, and where it is."""
 
     port: DevicePort
-    num_blocks: int
     layout: str
     place: tuple[str, int] = ("cpu", 0)
     order: Order = ""
@@ -52,7 +51,7 @@ class Device(NamedTuple):
         kind, number = self.place
         if kind == "agents":
             return {"device": kind, "layout": self.layout}
-        return {"device": f"{kind}:{number}", "layout": self.layout, "blocks": self.num_blocks}
+        return {"device": f"{kind}:{number}", "layout": self.layout, "blocks": self.port.num_blocks}
 
 
 class Backend(Protocol):
@@ -202,7 +201,7 @@ class LocalBackend:
         layouts = layouts_of(self._sizes.spaces, tensors, layout, tp_rank)
         if kind == "cuda":
             port: DevicePort = self._cuda(ordinal, layouts, tensors, tp_rank)
-            return _device(port, layouts, (kind, ordinal))
+            return Device(port, layouts[0].name, (kind, ordinal), layouts[0].order)
         port = CpuDevicePort(
             layouts,
             self._arena,
@@ -210,7 +209,7 @@ class LocalBackend:
             threads=self._cache.copy_threads or min(4, os.cpu_count() or 1),
             sums=self.ssd.sums if self.space.parts == 1 else None,
         )
-        return _device(port, layouts, ("cpu", 0))
+        return Device(port, layouts[0].name, order=layouts[0].order)
 
     def _cuda(
         self, ordinal: int, layouts: Sequence[PagedLayout], tensors: Sequence[Any], tp_rank: int
@@ -243,12 +242,11 @@ class LocalBackend:
             where, before = (":".join(map(str, each)) for each in (place, device.place))
             raise ConfigError("kv_caches", where, f"must be on the same device as before, {before}")
         layouts = layouts_of(self._sizes.spaces, tensors, layout, tp_rank)
-        resumed = _device(device.port, layouts, place)
-        if resumed.order != device.order:
+        if layouts[0].order != device.order:
             why = f"must have the same element order as before: {device.order}"
-            raise ConfigError("kv_caches", f"element order {resumed.order}", why)
+            raise ConfigError("kv_caches", f"element order {layouts[0].order}", why)
         device.port.resume(layouts, tuple(tensors))
-        return resumed
+        return device._replace(layout=layouts[0].name)
 
     def joined(self, devices: Sequence[Device]) -> TransferPort:
         """Return one port over the devices of all ranks that keeps the sums for the SSD tier."""
@@ -270,9 +268,3 @@ class LocalBackend:
                 parts[self.space.part_of(rank).number].append(device.port)
             port = RanksPort(parts, self._arena.num_blocks)
         return port
-
-
-def _device(port: DevicePort, layouts: Sequence[PagedLayout], place: tuple[str, int]) -> Device:
-    """Return a device whose blocks of the first KV group, the prefix chain, have layout 0."""
-    pages = layouts[0]
-    return Device(port, pages.num_blocks, pages.name, place, pages.order)

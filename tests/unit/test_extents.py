@@ -69,8 +69,8 @@ def transfer(source_ids, target_ids):
 
 def test_ids_in_range_pass():
     """The first and the last id of both pools are accepted, and so are no ids."""
-    check_ids(transfer([0, 9], [4, 0]), 10, 5)
-    check_ids(transfer([], []), 10, 5)
+    check_ids(transfer([0, 9], [4, 0]), 5, 10)
+    check_ids(transfer([], []), 5, 10)
 
 
 @pytest.mark.parametrize(
@@ -85,4 +85,4 @@ def test_ids_in_range_pass():
 def test_ids_out_of_range_are_named(source_ids, target_ids, said):
     """Ids outside a pool, or of unequal count, raise an InvariantError that names them."""
     with pytest.raises(InvariantError, match=said):
-        check_ids(transfer(source_ids, target_ids), 10, 5)
+        check_ids(transfer(source_ids, target_ids), 5, 10)

@@ -61,9 +61,7 @@ class DevicePages:
         self.stage_bytes = kernel.stage_bytes(np.concatenate([layout.pieces, by_layer]), *host)
 
     @staticmethod
-    def _upload(
-        driver: CudaDriver, pieces: np.ndarray[tuple[int, ...], np.dtype[np.int64]], undo: ExitStack
-    ) -> tuple[int, int]:
+    def _upload(driver: CudaDriver, pieces: NDArray[np.int64], undo: ExitStack) -> tuple[int, int]:
         addresses = []
         for table in (np.ascontiguousarray(pieces), kernel.part_starts(pieces[:, 2])):
             addresses.append(driver.upload(table))

@@ -201,8 +201,7 @@ class CudaDevicePort:
         if transfer.group >= len(copier.pages):
             raise InvariantError(f"transfer {transfer.op_id}: no layout of group {transfer.group}")
         to_device = transfer.route.target is Tier.DEVICE
-        limits = (self._arena.num_blocks, self.num_blocks)
-        check_ids(transfer, *(limits if to_device else limits[::-1]))
+        check_ids(transfer, self._arena.num_blocks, self.num_blocks)
         if self._failure is not None:
             self._ended.append(Completion(transfer.op_id, self._failure))
             return

@@ -41,11 +41,8 @@ class RanksPort:
             ClosedError: a rank's port is closed.
             InvariantError: an id is out of range, or the id lists differ in length.
         """
-        to_device = transfer.route.target is Tier.DEVICE
-        device_blocks = min(port.num_blocks for port in self._ports)
-        limits = self._host_blocks, device_blocks
-        check_ids(transfer, *(limits if to_device else limits[::-1]))
-        if to_device:
+        check_ids(transfer, self._host_blocks, min(port.num_blocks for port in self._ports))
+        if transfer.route.target is Tier.DEVICE:
             shares = [(port, transfer) for port in self._ports]
         else:
             shares = [share for ranks in self._parts for share in _divided(transfer, ranks)]

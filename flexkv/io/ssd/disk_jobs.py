@@ -104,8 +104,7 @@ class DiskGeometry:
         """
         write = transfer.route.source is Tier.HOST
         host_ids, disk_ids = transfer.sides
-        limits = (self._host_blocks, self._files.num_blocks)
-        check_ids(transfer, *(limits if write else limits[::-1]))
+        check_ids(transfer, self._host_blocks, self._files.num_blocks)
         if len(host_ids) == 1:
             return DiskJob(transfer.op_id, write, self._extents_of_one(host_ids, disk_ids), base)
         # A number is left out between two slices, so that no run crosses from one to the next.
