@@ -41,21 +41,22 @@ class DevicePages:
     """The tables of a device's pages, as the copy engine and the kernel need them."""
 
     def __init__(
-        self, driver: CudaDriver, layout: PagedLayout, arena: Arena, owner: object
+        self, driver: CudaDriver, layout: PagedLayout, arena: Arena, owner: object, undo: ExitStack
     ) -> None:
         """Upload the tables that the kernel reads: for whole blocks, and by layer.
+
+        `undo` frees the tables and releases the owner of the device memory.
 
         Raises:
             DeviceError: the driver reported an error.
         """
         self.layout, self.pages = layout, Pages(layout, arena, owner)
+        undo.callback(self.pages.close)
         by_layer = np.concatenate(layout.layers)
         counts = [len(rows) for rows in layout.layers]
         self._first_piece = np.concatenate([[0], np.cumsum(counts)]).tolist()
-        with ExitStack() as undo:
-            self._whole = self._upload(driver, layout.pieces, undo)
-            self._layers = self._upload(driver, by_layer, undo)
-            self._resources = undo.pop_all()
+        self._whole = self._upload(driver, layout.pieces, undo)
+        self._layers = self._upload(driver, by_layer, undo)
         self._begins = [*by_layer[:, 3].tolist(), int(by_layer[-1, 2:].sum())]
         host = arena.address, arena.block_stride_bytes
         self.stage_bytes = kernel.stage_bytes(np.concatenate([layout.pieces, by_layer]), *host)
@@ -91,15 +92,6 @@ class DevicePages:
     ) -> Launch:
         """Return a launch for ids (address, pairs) and blocks in memory (address, stride)."""
         return Launch(*self.tables(layers), *ids, *memory, to_host=int(direction == TO_HOST))
-
-    def close(self) -> None:
-        """Free the tables, and release the owner of the device memory.
-
-        Raises:
-            DeviceError: the driver reported an error.
-        """
-        self.pages.close()
-        self._resources.close()
 
 
 class Copier:
@@ -258,8 +250,7 @@ def measured(driver: CudaDriver, layout: PagedLayout, ways: list[CopyStream]) ->
         rows[:, 0], rows[:, 1] = scratch + blocks * rows[:, 3], rows[:, 2]
         like = PagedLayout(rows, blocks, layout.block_bytes, layout.name, (rows,))
         copier = Copier(driver, Pinned(arena), undo)
-        pages = DevicePages(driver, like, arena, None)
-        undo.callback(pages.close)
+        pages = DevicePages(driver, like, arena, None, undo)
         for each in ways:
             undo.callback(each.drop_stage)
             undo.callback(each.settle)  # before what the copies use is freed

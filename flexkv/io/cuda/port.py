@@ -100,6 +100,8 @@ class CudaDevicePort:
         self._watching: asyncio.TimerHandle | None = None
         self._ended: list[Completion] = []
         self._failure: DeviceError | None = None
+        self._caches = ExitStack()
+        """Releases the KV caches."""
         with ExitStack() as undo:
             undo.callback(driver.close)
             self._copier: Copier | None = Copier(driver, pinned, undo)
@@ -133,10 +135,8 @@ class CudaDevicePort:
         Only legal with nothing in flight.
         """
         if self._copier is not None:
-            pages, self._copier.pages = self._copier.pages, []
-            with ExitStack() as every:
-                for each in pages:
-                    every.callback(each.close)
+            self._copier.pages = []
+        self._caches.close()
 
     def resume(self, layouts: Sequence[PagedLayout], owner: object) -> None:
         """Attach KV caches again, with blocks of the same sizes.
@@ -147,12 +147,9 @@ class CudaDevicePort:
         assert self._copier is not None
         self.suspend()
         with ExitStack() as undo:
-            pages = []
-            for layout in layouts:
-                pages.append(DevicePages(self._driver, layout, self._arena, owner))
-                undo.callback(pages[-1].close)
-            undo.pop_all()
-        self._copier.pages = pages
+            driver, arena = self._driver, self._arena
+            pages = [DevicePages(driver, layout, arena, owner, undo) for layout in layouts]
+            self._copier.pages, self._caches = pages, undo.pop_all()
         self.num_blocks = min(layout.num_blocks for layout in layouts)
 
     @property
