@@ -23,7 +23,7 @@ from flexkv.graph.compile import compile_shape
 from flexkv.graph.ops import Leg, Shape
 from flexkv.graph.plan import LegFill, Plan
 from flexkv.index.keys import KeyChain, block_identity, fingerprint
-from flexkv.index.residency import Positions
+from flexkv.index.residency import Positions, Residency
 from flexkv.io.checksums.sums import PoolChecksummer, Sums
 from flexkv.io.cuda.choice import Choices, CopyMethod, CopyPreference
 from flexkv.io.cuda.pinned import Pinned
@@ -33,6 +33,8 @@ from flexkv.io.device.tensors import describe
 from flexkv.io.memory.arena import Arena
 from flexkv.io.ports import Completion, DevicePort
 from flexkv.observe.observer import Observer
+from flexkv.observe.records import OpRecord, SampleRecord
+from flexkv.observe.tracer import Tracer
 from flexkv.testing.fake_cuda import FakeCuda
 
 TO_DEVICE, TO_HOST = Route(Tier.HOST, Tier.DEVICE), Route(Tier.DEVICE, Tier.HOST)
@@ -306,15 +308,37 @@ async def test_windows_count_the_bytes_of_the_group(group: int, blocks: int) -> 
     assert actor.in_flight_bytes[True] == 1200
 
 
+class Records(list[Any]):
+    """A trace's records."""
+
+    record = list.append
+
+
+class Untimed:
+    """An actor that does not know when its ops began."""
+
+    name = "device"
+
+    def take_begun(self, op_id: int) -> float | None:
+        """Return nothing."""
+        return None
+
+
 def test_moved_bytes_are_those_of_the_group() -> None:
-    """The bytes that an op has moved are counted with the size of its group's blocks."""
-    observer = Observer([400, 100])
+    """The bytes that an op has moved are counted and traced with the size of its group's blocks."""
+    observer, records, sizes = Observer([400, 100]), Records(), [400, 100]
+    actors, index = {Tier.DEVICE: Untimed()}, Residency({Tier.HOST: 4})
+    observer.tracer = Tracer(
+        [records], sizes, actors, index, lambda now_ns: SampleRecord(now_ns, {}, {}, 0, 0)
+    )
     keys = bytes(16 * 3)
     request = Request(Operation.GET, 1, 32, 16, Span(0, 2, 0, 32), keys)
     for group in (0, 1):
         plan = _plan(group)
+        observer.op_issued(plan.op_id(plan.template.ops[0]))
         observer.op_ended(request, plan, plan.template.ops[0], 2, None)
     assert observer.routes[TO_DEVICE].bytes == 2 * 400 + 2 * 100
+    assert [each.bytes for each in records if isinstance(each, OpRecord)] == [2 * 400, 2 * 100]
 
 
 # -- legs, plans and identities -------------------------------------------------------------------
