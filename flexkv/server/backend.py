@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
-from flexkv.io.ports import TransferPort
 from flexkv.server.fleet import FleetPort
 from flexkv.tiers.backend import Device, LocalBackend
 
@@ -26,7 +25,3 @@ class ServerBackend(LocalBackend):
     ) -> Device:
         """Return the port over all agents, which the server registers once."""
         return Device(self.fleet, self.fleet.num_blocks, "agents", ("agents", 0))
-
-    def joined(self, devices: Sequence[Device]) -> TransferPort:
-        """Return the port with the checksums that the SSD tier needs, since agents compute none."""
-        return self.summed(devices[0].port)

@@ -44,7 +44,6 @@ class Disk:
     latencies_s: Callable[[random.Random], float] | None = None
     """Draws the latency of each I/O, if it varies."""
     block_bytes: int = 2 * MIB
-    arrived_bytes: int = 0
 
     def __post_init__(self) -> None:
         self._ended: list[Completion] = []
