@@ -11,6 +11,7 @@ import pytest
 
 from flexkv.actors.actor import TransferActor, Window
 from flexkv.actors.checks import BlockChecks, KeptSums
+from flexkv.actors.pace import Pace
 from flexkv.common.errors import (
     CorruptBlockError,
     InvariantError,
@@ -365,6 +366,36 @@ def test_the_window_discounts_one_window_of_what_is_summed(window_blocks: int) -
         assert bench.port.in_flight == 0
         assert bench.actor.in_flight_bytes[True] == 2 * window_blocks * BLOCK_BYTES
         bench.task.cancel()
+
+    run_virtual(run())
+
+
+def test_a_pace_measures_the_time_at_the_port_alone() -> None:
+    """Neither the time to forget nor the time to sum counts as the disk's."""
+
+    async def run() -> None:
+        bench, loop = Bench(forgets=True), asyncio.get_running_loop()
+        measured: list[tuple[int, float, float]] = []
+
+        class Noting(Pace):
+            def ended(self, nbytes: int, begin_s: float, now_s: float) -> None:
+                measured.append((nbytes, begin_s, now_s))
+
+        window = BLOCKS * BLOCK_BYTES
+        bench.actor._paces = dict.fromkeys((True, False), Noting(window, window, BLOCK_BYTES))
+        bench.actor.post(Transfer(1, 1, TO_TIER, IDS, IDS + 2))
+        await asyncio.sleep(1.0)
+        bench.forgotten[0]()
+        await bench.end()
+        assert measured == [(4 * BLOCK_BYTES, 1.0, loop.time())]
+        bench.checksummer._faults = FaultPlan(1, 0.0, 1.0, 1.0)
+        begin_s = loop.time()
+        await bench.run(TO_HOST)
+        assert loop.time() > begin_s + 1.0
+        (_, (nbytes, from_s, to_s)) = measured
+        assert (nbytes, from_s) == (4 * BLOCK_BYTES, begin_s)
+        assert to_s <= begin_s + 0.002
+        bench.close()
 
     run_virtual(run())
 
