@@ -62,7 +62,7 @@ class Stage(Enum):
     """In host memory, with the checksummer."""
 
 
-class Piece(msgspec.Struct):
+class Piece(msgspec.Struct, gc=False):
     """What an actor knows of a piece; its blocks are lent until it is over, whatever its stage."""
 
     transfer: Transfer
@@ -76,11 +76,6 @@ class Piece(msgspec.Struct):
     stage: Stage = Stage.MOVING
     sums: Sums | None = None
     """uint64[blocks] of a write, to be kept once the blocks are in their places."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Return how many bytes it moves."""
-        return self.units * self.cursor.unit_bytes
 
 
 class TransferActor:
@@ -217,7 +212,8 @@ class TransferActor:
 
     def _pump(self, lane: Lane, inbound: bool, pieces_max: int | None = None) -> bool:
         """Begin pieces while the window has room; return whether any was begun."""
-        checks, begun_s = self._checks, self._begun_s
+        pieces, submit, begun_s = self._pieces, self._port.submit, self._begun_s
+        checks = None if inbound else self._checks
         window = self._paces.get(inbound) or self._windows[inbound]
         limit, piece_bytes_max = window.bytes_max, window.piece_bytes_max
         in_flight, begun, now_s = self.in_flight_bytes[inbound], 0, self._now_s()
@@ -238,11 +234,11 @@ class TransferActor:
             if units != cursor.units or cursor.watch is not None:
                 transfer = self._part(cursor, begin, units)
             piece = Piece(transfer, cursor, begin, units, now_s, now_s)
-            if inbound or checks is None or checks.kept is None:
-                self._port.submit(transfer)
+            if checks is None or checks.kept is None:
+                submit(transfer)
             else:
                 self._begin_write(piece, checks.checksummer.sums, checks.kept)
-            self._pieces[transfer.op_id] = piece
+            pieces[transfer.op_id] = piece
             begun += 1
         return begun > 0
 
@@ -273,24 +269,25 @@ class TransferActor:
         """Take each piece that has ended a stage to the next, or to its end."""
         pieces, checks = self._pieces, self._checks
         for completion in self._port.reap():
-            piece, error = pieces[completion.op_id], completion.error
-            if self._paces and error is None:
+            piece = pieces[completion.op_id]
+            if self._paces and completion.error is None:
                 self._measure_piece(piece)
             if checks is None or piece.transfer.route.target is not Tier.HOST:
-                self._over(piece, error, completion.filled, ends)
-            elif error is not None:  # blocks without a checksum have not arrived
-                self._over(piece, error, 0, ends)
+                self._over(piece, completion, ends)
+            elif completion.error is not None:  # blocks without a checksum have not arrived
+                self._over(piece, completion._replace(filled=0), ends)
             elif not self._begin_summing(piece, checks):
-                self._over(piece, None, 0, ends)
+                self._over(piece, completion, ends)
         if checks is None or not self._summing:
             return
         for op_id in checks.checksummer.reap():
-            piece, kept = pieces[op_id], checks.kept
+            piece = pieces[op_id]
             self._count_summing(piece, -1)
-            if kept is None:
-                self._over(piece, None, 0, ends)
+            if checks.kept is None:
+                self._over(piece, Completion(op_id, None), ends)
             else:
-                self._over(piece, *kept.compared(piece.transfer, checks.checksummer.sums), ends)
+                compared = checks.kept.compared(piece.transfer, checks.checksummer.sums)
+                self._over(piece, compared, ends)
 
     def _begin_summing(self, piece: Piece, checks: BlockChecks) -> bool:
         """Sum the blocks of a piece that has arrived; return False if they need not be, or not yet.
@@ -312,15 +309,14 @@ class TransferActor:
     def _count_summing(self, piece: Piece, sign: int) -> None:
         self._summing += sign
         if piece.cursor.inbound:
-            self._summing_inbound_bytes += sign * piece.size_bytes
+            self._summing_inbound_bytes += sign * piece.units * piece.cursor.unit_bytes
 
-    def _over(
-        self, piece: Piece, error: TransferError | None, filled: int, ends: list[Completion]
-    ) -> None:
+    def _over(self, piece: Piece, completion: Completion, ends: list[Completion]) -> None:
         """Record the end of a piece, and, with the last one, report that of its transfer."""
-        cursor, transfer, checks = piece.cursor, piece.transfer, self._checks
-        del self._pieces[transfer.op_id]
-        self.in_flight_bytes[cursor.inbound] -= piece.size_bytes
+        op_id, error, filled = completion
+        cursor, checks = piece.cursor, self._checks
+        del self._pieces[op_id]
+        self.in_flight_bytes[cursor.inbound] -= piece.units * cursor.unit_bytes
         cursor.pieces_in_flight -= 1
         if error is not None:
             self._fail(cursor, error)
@@ -328,15 +324,21 @@ class TransferActor:
         elif cursor.watch is not None:
             cursor.end_layers(piece.begin, piece.units)
         elif piece.sums is not None and checks is not None and checks.kept is not None:
-            checks.kept.sums[transfer.target_ids] = piece.sums
-        if not cursor.pieces_in_flight and not cursor.queued:
+            checks.kept.sums[piece.transfer.target_ids] = piece.sums
+        if cursor.pieces_in_flight or cursor.queued:
+            return
+        if error is None and op_id < PIECE_OP_IDS:  # it was one piece, so its end is the whole's
+            self._mailbox.forget(cursor)
+            ends.append(completion)
+        else:
             self._end(cursor, ends)
 
     def _measure_piece(self, piece: Piece) -> None:
+        cursor = piece.cursor
+        nbytes = piece.units * cursor.unit_bytes
         for pace in self._paces.values():
-            pace.moved(piece.size_bytes)
-        inbound = piece.cursor.inbound
-        self._paces[inbound].ended(piece.size_bytes, piece.moving_s, self._now_s())
+            pace.moved(nbytes)
+        self._paces[cursor.inbound].ended(nbytes, piece.moving_s, self._now_s())
 
     def _measure(self) -> None:
         """Adapt the paced windows to the disk."""

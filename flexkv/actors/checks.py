@@ -17,7 +17,7 @@ import numpy as np
 
 from flexkv.common.errors import CorruptBlockError
 from flexkv.common.terms import BlockIds, Transfer
-from flexkv.io.ports import Checksummer, Sums
+from flexkv.io.ports import Checksummer, Completion, Sums
 
 Forget: TypeAlias = Callable[[BlockIds, Callable[[], None]], bool]
 """Makes the journals forget the blocks whose places are about to be overwritten: returns True if
@@ -38,17 +38,14 @@ class KeptSums:
         self.forget: Forget | None = None
         self._place_of = place_of
 
-    def compared(self, read: Transfer, host_sums: Sums) -> tuple[CorruptBlockError | None, int]:
-        """Compare the sums of blocks that were read with those that are kept.
-
-        Returns:
-            The error that names the blocks that differ, or None; and how many come before them.
-        """
+    def compared(self, read: Transfer, host_sums: Sums) -> Completion:
+        """Return the end of a read whose blocks were summed; its error names those that differ."""
         wrong = host_sums[read.target_ids] != self.sums[read.source_ids]
         bad = read.source_ids[wrong].tolist()
         if not bad:
-            return None, 0
-        return CorruptBlockError(*self._place_of(bad[0]), bad), int(wrong.argmax())
+            return Completion(read.op_id, None)
+        error = CorruptBlockError(*self._place_of(bad[0]), bad)
+        return Completion(read.op_id, error, int(wrong.argmax()))
 
 
 class BlockChecks(NamedTuple):
