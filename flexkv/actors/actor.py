@@ -212,6 +212,8 @@ class TransferActor:
 
     def _pump(self, lane: Lane, inbound: bool, pieces_max: int | None = None) -> bool:
         """Begin pieces while the window has room; return whether any was begun."""
+        if not lane:
+            return False
         pieces, submit, begun_s = self._pieces, self._port.submit, self._begun_s
         checks = None if inbound else self._checks
         window = self._paces.get(inbound) or self._windows[inbound]
