@@ -43,7 +43,6 @@ class Cursor(msgspec.Struct):
     failed_from: int | None = None
     """The first block that did not arrive; None while nothing has failed."""
     queued: bool = True
-    layers_left: list[int] | None = None
     layers_ended: dict[int, int] | None = None
     """Pieces that ended before an earlier one did: first layer to last layer, exclusive."""
     layers_moved: int = 0
@@ -74,8 +73,7 @@ class Cursor(msgspec.Struct):
 
     def layers(self, first: int, units: int) -> Layers:
         """Return the description of a piece that has `units` layers, from `first` on."""
-        assert self.layers_left is not None
-        return Layers(first, first + units, self.transfer.op_id, self.layers_left)
+        return Layers(first, first + units, self.transfer.op_id)
 
     def end_layers(self, first: int, units: int) -> None:
         """Record the end of a piece, and notify the watch if the unbroken run of layers grew."""
@@ -191,7 +189,7 @@ class Mailbox:
 
     def __init__(self, transfers_max: int, block_bytes: Sequence[int]) -> None:
         """Hold at most `transfers_max`; `block_bytes` has a block's bytes in each KV group."""
-        self._block_bytes = block_bytes
+        self.block_bytes = block_bytes
         self.inbound, self.outbound = Lane(), Lane()
         self._transfers_max = transfers_max
         self._cursors: dict[int, Cursor] = {}
@@ -217,11 +215,11 @@ class Mailbox:
         source, target = transfer.route
         inbound = target < source
         blocks, watch = len(transfer.source_ids), transfer.watch
-        unit_bytes = self._block_bytes[transfer.group]
+        unit_bytes = self.block_bytes[transfer.group]
         cursor = Cursor(transfer, transfer.owner, inbound, blocks, unit_bytes, watch)
         if watch is not None:
             cursor.units = watch.num_layers
-            cursor.layers_left, cursor.layers_ended = [watch.num_layers], {}
+            cursor.layers_ended = {}
             cursor.unit_bytes = max(1, blocks * unit_bytes // watch.num_layers)
         self._cursors[transfer.op_id] = cursor
         (self.inbound if inbound else self.outbound).append(cursor)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from flexkv.actors.actor import Supervisor, TransferActor, Window
+from flexkv.actors.actor import TransferActor, Window
+from flexkv.actors.checks import BlockChecks
+from flexkv.actors.mailbox import Mailbox
 from flexkv.actors.scheduler import Scheduler
+from flexkv.actors.supervisor import Supervisor
 from flexkv.actors.write_behind import WriteBehind
 from flexkv.common.config import CacheConfig, CacheSizes
 from flexkv.common.terms import Tier
@@ -62,7 +65,9 @@ class Core:
         self.actors: dict[Tier, TransferActor] = {}
         for parts in self._tiers:
             place_bytes = [parts.port.block_bytes] * len(sizes.spaces)
-            self.add_actor(parts.tier, parts.port, parts.inbound, parts.outbound, place_bytes)
+            self.add_actor(
+                parts.tier, parts.port, parts.inbound, parts.outbound, place_bytes, parts.checks
+            )
         log_every = cache.num_log_interval_requests
         self.observer = Observer(sizes.block_bytes, log_every_requests=log_every)
         self.observer.remind = backend.unavailable.remind
@@ -88,12 +93,14 @@ class Core:
         inbound: Window,
         outbound: Window,
         block_bytes: Sequence[int],
+        checks: BlockChecks | None,
     ) -> TransferActor:
         """Add the actor of a tier or device, which is not started yet, and return it.
 
         The windows count `block_bytes[group]` for a block of each KV group.
         """
-        actor = TransferActor(tier, port, inbound, outbound, self._waiting_max, block_bytes)
+        mailbox = Mailbox(self._waiting_max, block_bytes)
+        actor = TransferActor(tier, port, inbound, outbound, mailbox, checks)
         self.actors[tier] = actor
         return actor
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from flexkv.common.errors import CorruptBlockError
 from flexkv.common.terms import BlockIds
-from flexkv.io.checksums.sums import Sums
+from flexkv.io.ports import Sums
 from flexkv.io.ssd.files import StripedFiles
 from flexkv.io.ssd.verify import BlockVerifier
 from flexkv.process.workers import Workers
@@ -65,8 +65,7 @@ class Scrubber:
         changed = ids[same & (found != expected)].tolist()
         if not changed:
             return None
-        file, offset = self._files.locate_one(changed[0])
-        return CorruptBlockError(self._files.paths[file], offset, changed)
+        return CorruptBlockError(*self._files.place_of(changed[0]), changed)
 
     def _read(self, ids: BlockIds, expected: Sums) -> Sums:
         """Return the blocks' sums; an unreadable block counts as right, since loads report it."""

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from flexkv.actors.actor import TransferActor, Window
+from flexkv.actors.mailbox import Mailbox
 from flexkv.actors.pace import PERIOD_S
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.ports import Completion
@@ -44,7 +45,6 @@ class Disk:
     latencies_s: Callable[[random.Random], float] | None = None
     """Draws the latency of each I/O, if it varies."""
     block_bytes: int = 2 * MIB
-    arrived_bytes: int = 0
 
     def __post_init__(self) -> None:
         self._ended: list[Completion] = []
@@ -86,7 +86,9 @@ class Bench:
     """An actor over a simulated disk, with transfers that can be awaited."""
 
     def __init__(self, disk: Disk, window: Window) -> None:
-        self.actor = TransferActor(Tier.DISK, disk, window, window, 1 << 16, [disk.block_bytes])
+        self.actor = TransferActor(
+            Tier.DISK, disk, window, window, Mailbox(1 << 16, [disk.block_bytes])
+        )
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._tokens = itertools.count()
         self.actor.attach(self._report)

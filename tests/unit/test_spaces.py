@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flexkv.actors.actor import Supervisor, TransferActor, Window
+from flexkv.actors.actor import TransferActor, Window
+from flexkv.actors.mailbox import Mailbox
+from flexkv.actors.supervisor import Supervisor
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import InvariantError
 from flexkv.common.layout import infer_layout
@@ -117,7 +119,7 @@ class Bench:
     def __init__(self, port: DevicePort, piece_bytes: int) -> None:
         window = Window(4 * piece_bytes, piece_bytes)
         block_bytes = [space.block_bytes for space in SPACES]
-        self.actor = TransferActor(Tier.DEVICE, port, window, window, 64, block_bytes)
+        self.actor = TransferActor(Tier.DEVICE, port, window, window, Mailbox(64, block_bytes))
         self.ends: dict[int, Completion] = {}
         self._ended = asyncio.Event()
 
@@ -205,7 +207,7 @@ async def test_layers_are_those_of_the_group(device: Device, mode: str) -> None:
         woken = asyncio.Event()
         port.connect(woken.set)
         ids, before, host = np.arange(8), device.arena.array.copy(), device.arena
-        for group, layers in enumerate((Layers(1, 2, 1, [3]), Layers(0, 1, 2, [1]))):
+        for group, layers in enumerate((Layers(1, 2, 1), Layers(0, 1, 2))):
             places = ids + 10 * group
             port.submit(Transfer(group, 1, TO_HOST, ids, places, None, layers, group))
         ended = port.reap()
@@ -273,8 +275,6 @@ async def test_a_device_sleeps_and_wakes_with_all_groups(device: Device, mode: s
 class Slow:
     """A port that ends nothing before it is asked to."""
 
-    arrived_bytes = 0
-
     def __init__(self) -> None:
         self.submitted: list[Transfer] = []
 
@@ -298,7 +298,7 @@ async def test_windows_count_the_bytes_of_the_group(group: int, blocks: int) -> 
     """A window and its pieces hold as many blocks as the group's block size allows."""
     sizes, port = [400, 100], Slow()
     window = Window(1200, 1200)
-    actor = TransferActor(Tier.DEVICE, port, window, window, 8, sizes)
+    actor = TransferActor(Tier.DEVICE, port, window, window, Mailbox(8, sizes))
     actor.attach(lambda _: None)
     ids = np.arange(100)
     actor.post(Transfer(1, 1, TO_DEVICE, ids, ids, group=group))

@@ -8,6 +8,7 @@ part 1: ranks 2, 3 ──┴─▶   to the host: the ranks of one part have the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,17 +18,22 @@ from flexkv.common.terms import Tier, Transfer
 from flexkv.io.ports import Completion, DevicePort
 
 
+@dataclass(slots=True)
+class _UnderWay:
+    """A transfer: how many ranks have not ended their shares, and the first error of the others."""
+
+    shares: int = 0
+    error: TransferError | None = None
+
+
 class RanksPort:
     """A transfer port whose transfers end when those of every rank have ended."""
-
-    arrived_bytes = 0
 
     def __init__(self, parts: Sequence[Sequence[DevicePort]], host_blocks: int) -> None:
         """Combine the ports of each part's ranks; the caller still owns them."""
         self._parts, self._host_blocks = parts, host_blocks
         self._ports = [port for ranks in parts for port in ranks]
-        self._under_way: dict[int, int] = {}
-        self._errors: dict[int, TransferError] = {}
+        self._under_way: dict[int, _UnderWay] = {}
 
     def connect(self, wake: Callable[[], None]) -> None:
         """Attach to the running event loop."""
@@ -46,21 +52,23 @@ class RanksPort:
             shares = [(port, transfer) for port in self._ports]
         else:
             shares = [share for ranks in self._parts for share in _divided(transfer, ranks)]
-        for started, (port, share) in enumerate(shares, 1):
+        under_way = _UnderWay()
+        for port, share in shares:
             port.submit(share)
-            self._under_way[transfer.op_id] = started
+            under_way.shares += 1
+            self._under_way[transfer.op_id] = under_way
 
     def reap(self) -> list[Completion]:
         """Return every transfer that ended since the last call, each exactly once."""
         ended = []
         for port in self._ports:
             for op_id, error, *_ in port.reap():
-                self._under_way[op_id] -= 1
-                if error is not None:
-                    self._errors.setdefault(op_id, error)
-                if not self._under_way[op_id]:
+                under_way = self._under_way[op_id]
+                under_way.shares -= 1
+                under_way.error = under_way.error or error
+                if not under_way.shares:
                     del self._under_way[op_id]
-                    ended.append(Completion(op_id, self._errors.pop(op_id, None)))
+                    ended.append(Completion(op_id, under_way.error))
         return ended
 
     def close(self) -> None:
