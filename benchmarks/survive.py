@@ -40,7 +40,7 @@ def measure(options: Options) -> Figures:
 
 def _unsummed_pages(manager: KVManager, caches: Any) -> Any:
     """Return the device's pages for copies that compute no checksums."""
-    backend = manager._engine._backend
+    backend = manager.engine._backend
     assert isinstance(backend, LocalBackend)
     tiers, backend._tiers = backend._tiers, []
     port = backend.device(caches, None, 0).port
@@ -54,7 +54,7 @@ def _unsummed_pages(manager: KVManager, caches: Any) -> Any:
 @contextmanager
 def _unchecked(manager: KVManager, unsummed: Any) -> Iterator[None]:
     """Bypass the checksums. Enter and leave only while nothing is in flight."""
-    disk, device = manager._engine._actors[Tier.DISK], manager._engine._devices._by_rank[0].port
+    disk, device = manager.engine._actors[Tier.DISK], manager.engine._devices._by_rank[0].port
     assert isinstance(device, CpuDevicePort)
     checks, disk._checks = disk._checks, None
     summed, device._pages = device._pages, unsummed
@@ -192,7 +192,7 @@ async def _hang(directory: Path, options: Options) -> Figures:
         manager.clear(Tier.HOST)
         await manager.put(hit, slots)
         await manager.flush()
-        inner = manager._engine._backend.tiers()[0].port
+        inner = manager.engine._backend.tiers()[0].port
         idle = await _gets_ms(manager, hit, slots, hang_s / 4)
         held: list[Any] = []
         reap = inner.reap
@@ -207,7 +207,7 @@ async def _hang(directory: Path, options: Options) -> Figures:
         hung = await _gets_ms(manager, hit, slots, hang_s)
         assert late.done(), "a get was not answered while the disk hung"
         vars(inner)["reap"] = lambda: [held.pop() for _ in range(len(held))] + reap()
-        manager._engine._actors[Tier.DISK].nudge()
+        manager.engine._actors[Tier.DISK].nudge()
         back = time.perf_counter()
         async with asyncio.timeout(10):
             await _until_there(manager, cold, slots)
