@@ -131,7 +131,7 @@ async def _empty(rounds: int) -> Figures:
             waiting.pop(end.op_id).set_result(None)
 
     window = Window(1 << 30, 1 << 20)
-    actor = TransferActor(Tier.DEVICE, _EmptyPort(), window, window, 1 << 16)
+    actor = TransferActor(Tier.DEVICE, _EmptyPort(), (window, window), 1 << 16)
     actor.attach(report)
     supervisor = Supervisor(lambda error: [f.set_exception(error) for f in waiting.values()])
     await supervisor.start()

@@ -85,17 +85,24 @@ class TransferActor:
         self,
         tier: Tier,
         port: TransferPort,
-        inbound: Window,
-        outbound: Window,
+        windows: tuple[Window, Window],
         transfers_max: int,
         checks: BlockChecks | None = None,
     ) -> None:
-        """Take the port, and what sums and checks the blocks; both stay the caller's."""
+        """Take the port, and what sums and checks the blocks; both stay the caller's.
+
+        Args:
+            tier: whose transfers it runs.
+            port: moves their blocks.
+            windows: the inbound one, and the outbound one.
+            transfers_max: how many transfers are queued or in flight at most.
+            checks: of the blocks; None if they are neither summed nor compared.
+        """
         self.tier = tier
         self.name = tier.label
         self.in_flight_bytes = {True: 0, False: 0}
         self._port, self._checks = port, checks
-        self._windows = {True: inbound, False: outbound}
+        self._windows = {True: windows[0], False: windows[1]}
         self._paces = {
             is_inbound: Pace(window.bytes_max, window.piece_bytes_max, port.block_bytes)
             for is_inbound, window in self._windows.items()

@@ -62,7 +62,8 @@ class Core:
         self.backing |= {parts.tier: parts.port.adapter for parts in self._tiers}
         self.actors: dict[Tier, TransferActor] = {}
         for parts in self._tiers:
-            self.add_actor(parts.tier, parts.port, parts.inbound, parts.outbound, parts.checks)
+            windows = parts.inbound, parts.outbound
+            self.add_actor(parts.tier, parts.port, windows, parts.checks)
         log_every = cache.num_log_interval_requests
         self.observer = Observer(sizes.block_bytes, log_every_requests=log_every)
         self.observer.remind = backend.unavailable.remind
@@ -85,12 +86,11 @@ class Core:
         self,
         tier: Tier,
         port: TransferPort,
-        inbound: Window,
-        outbound: Window,
+        windows: tuple[Window, Window],
         checks: BlockChecks | None,
     ) -> TransferActor:
         """Add the actor of a tier or device, and return it; it is not started yet."""
-        actor = TransferActor(tier, port, inbound, outbound, self._waiting_max, checks)
+        actor = TransferActor(tier, port, windows, self._waiting_max, checks)
         self.actors[tier] = actor
         return actor
 

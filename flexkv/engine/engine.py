@@ -159,7 +159,8 @@ class Engine:
         if joined is not None:
             self._take_order(self._devices.order)
             window = device_window(self.cache, self._devices.kind)
-            actor = self._core.add_actor(Tier.DEVICE, joined.port, window, window, joined.checks)
+            windows = window, window
+            actor = self._core.add_actor(Tier.DEVICE, joined.port, windows, joined.checks)
             self._resources.callback(actor.close)
             actor.note_begins(self._tracing.is_on)
             self._scheduler.watch.watches_device = self._devices.kind != "agents"

@@ -111,7 +111,7 @@ class ActorPort:
     def __init__(self, tier: Tier, port: FakePort, checks: BlockChecks) -> None:
         window = Window(1 << 30, 1 << 30)
         self._port = port
-        self._actor = TransferActor(tier, port, window, window, 1 << 10, checks)
+        self._actor = TransferActor(tier, port, (window, window), 1 << 10, checks)
         self._ended: list[Completion] = []
         self.sync = port.sync
         self._closed = False

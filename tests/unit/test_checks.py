@@ -56,7 +56,7 @@ class Bench:
         kept = None if tier is Tier.DEVICE else self.kept
         window = Window(window_blocks * BLOCK_BYTES, piece_blocks * BLOCK_BYTES)
         checks = BlockChecks(self.checksummer, kept, port_sums)
-        self.actor = TransferActor(tier, self.port, window, window, 8, checks)
+        self.actor = TransferActor(tier, self.port, (window, window), 8, checks)
         self.asked: list[BlockIds] = []
         self.forgotten: list[Callable[[], None]] = []
         if forgets:

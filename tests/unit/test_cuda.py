@@ -254,7 +254,7 @@ async def test_what_a_device_brings_is_summed() -> None:
         ended.extend(ends)
         over.set()
 
-    actor = TransferActor(Tier.DEVICE, rig.port, window, window, 1, checks)
+    actor = TransferActor(Tier.DEVICE, rig.port, (window, window), 1, checks)
     actor.attach(report)
     checksummer.connect(rig.woken.set)
     ids = np.arange(BLOCKS)

@@ -85,7 +85,7 @@ class Bench:
     """An actor over a simulated disk, with transfers that can be awaited."""
 
     def __init__(self, disk: Disk, window: Window) -> None:
-        self.actor = TransferActor(Tier.DISK, disk, window, window, 1 << 16)
+        self.actor = TransferActor(Tier.DISK, disk, (window, window), 1 << 16)
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._tokens = itertools.count()
         self.actor.attach(self._report)
