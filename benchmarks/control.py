@@ -17,7 +17,6 @@ from benchmarks.harness import Figures, Options, median_ratio
 from benchmarks.rigs import LARGE, SMALL, cache_of, kv_caches, prompt, slots_of
 from flexkv import _ext
 from flexkv.actors.actor import TransferActor, Window
-from flexkv.actors.mailbox import Mailbox
 from flexkv.actors.supervisor import Supervisor
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.device.tensors import layouts_of
@@ -130,7 +129,7 @@ async def _empty(rounds: int) -> Figures:
             waiting.pop(end.op_id).set_result(None)
 
     window = Window(1 << 30, 1 << 20)
-    actor = TransferActor(Tier.DEVICE, _EmptyPort(), window, window, Mailbox(1 << 16, [1]))
+    actor = TransferActor(Tier.DEVICE, _EmptyPort(), (window, window), 1 << 16, [1])
     actor.attach(report)
     supervisor = Supervisor(lambda error: [f.set_exception(error) for f in waiting.values()])
     await supervisor.start()

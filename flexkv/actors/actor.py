@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
 from typing import NamedTuple
@@ -85,23 +85,32 @@ class TransferActor:
         self,
         tier: Tier,
         port: TransferPort,
-        inbound: Window,
-        outbound: Window,
-        mailbox: Mailbox,
+        windows: tuple[Window, Window],
+        transfers_max: int,
+        block_bytes: Sequence[int],
         checks: BlockChecks | None = None,
     ) -> None:
-        """Take the port, and what sums and checks the blocks; both stay the caller's."""
+        """Take the port, and what sums and checks the blocks; both stay the caller's.
+
+        Args:
+            tier: whose transfers it runs.
+            port: moves their blocks.
+            windows: the inbound one, and the outbound one.
+            transfers_max: how many transfers are queued or in flight at most.
+            block_bytes: what the windows count for a block of each KV group.
+            checks: of the blocks; None if they are neither summed nor compared.
+        """
         self.tier = tier
         self.name = tier.label
         self.in_flight_bytes = {True: 0, False: 0}
         self._port, self._checks = port, checks
-        self._windows = {True: inbound, False: outbound}
+        self._windows = {True: windows[0], False: windows[1]}
         self._paces = {
-            is_inbound: Pace(window.bytes_max, window.piece_bytes_max, min(mailbox.block_bytes))
+            is_inbound: Pace(window.bytes_max, window.piece_bytes_max, min(block_bytes))
             for is_inbound, window in self._windows.items()
             if window.is_paced
         }
-        self._mailbox = mailbox
+        self._mailbox = Mailbox(transfers_max, block_bytes)
         self._pieces: dict[int, Piece] = {}
         self._summing = self._summing_inbound_bytes = 0
         self._now_s: Callable[[], float] = lambda: 0.0

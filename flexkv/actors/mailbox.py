@@ -189,7 +189,7 @@ class Mailbox:
 
     def __init__(self, transfers_max: int, block_bytes: Sequence[int]) -> None:
         """Hold at most `transfers_max`; `block_bytes` has a block's bytes in each KV group."""
-        self.block_bytes = block_bytes
+        self._block_bytes = block_bytes
         self.inbound, self.outbound = Lane(), Lane()
         self._transfers_max = transfers_max
         self._cursors: dict[int, Cursor] = {}
@@ -215,7 +215,7 @@ class Mailbox:
         source, target = transfer.route
         inbound = target < source
         blocks, watch = len(transfer.source_ids), transfer.watch
-        unit_bytes = self.block_bytes[transfer.group]
+        unit_bytes = self._block_bytes[transfer.group]
         cursor = Cursor(transfer, transfer.owner, inbound, blocks, unit_bytes, watch)
         if watch is not None:
             cursor.units = watch.num_layers

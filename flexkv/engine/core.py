@@ -7,7 +7,6 @@ from functools import partial
 
 from flexkv.actors.actor import TransferActor, Window
 from flexkv.actors.checks import BlockChecks
-from flexkv.actors.mailbox import Mailbox
 from flexkv.actors.scheduler import Scheduler
 from flexkv.actors.supervisor import Supervisor
 from flexkv.actors.write_behind import WriteBehind
@@ -64,10 +63,9 @@ class Core:
         self.backing |= {parts.tier: parts.port.adapter for parts in self._tiers}
         self.actors: dict[Tier, TransferActor] = {}
         for parts in self._tiers:
+            windows = parts.inbound, parts.outbound
             place_bytes = [parts.port.block_bytes] * len(sizes.spaces)
-            self.add_actor(
-                parts.tier, parts.port, parts.inbound, parts.outbound, place_bytes, parts.checks
-            )
+            self.add_actor(parts.tier, parts.port, windows, place_bytes, parts.checks)
         log_every = cache.num_log_interval_requests
         self.observer = Observer(sizes.block_bytes, log_every_requests=log_every)
         self.observer.remind = backend.unavailable.remind
@@ -90,17 +88,12 @@ class Core:
         self,
         tier: Tier,
         port: TransferPort,
-        inbound: Window,
-        outbound: Window,
+        windows: tuple[Window, Window],
         block_bytes: Sequence[int],
         checks: BlockChecks | None,
     ) -> TransferActor:
-        """Add the actor of a tier or device, which is not started yet, and return it.
-
-        The windows count `block_bytes[group]` for a block of each KV group.
-        """
-        mailbox = Mailbox(self._waiting_max, block_bytes)
-        actor = TransferActor(tier, port, inbound, outbound, mailbox, checks)
+        """Add the actor of a tier or device, and return it; it is not started yet."""
+        actor = TransferActor(tier, port, windows, self._waiting_max, block_bytes, checks)
         self.actors[tier] = actor
         return actor
 

@@ -155,9 +155,9 @@ class Engine:
         if joined is not None:
             self._take_order(self._devices.order)
             window = device_window(self.cache, self._devices.kind)
-            sizes = self.sizes.block_bytes
+            windows, block_bytes = (window, window), self.sizes.block_bytes
             actor = self._core.add_actor(
-                Tier.DEVICE, joined.port, window, window, sizes, joined.checks
+                Tier.DEVICE, joined.port, windows, block_bytes, joined.checks
             )
             self._resources.callback(actor.close)
             actor.note_begins(self._tracing.is_on)

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from flexkv.actors.actor import TransferActor, Window
 from flexkv.actors.checks import BlockChecks, KeptSums
-from flexkv.actors.mailbox import Mailbox
 from flexkv.common.layout import KVShape, PagedLayout, Part, infer_layout
 from flexkv.common.terms import BlockIds, Route, Tier, Transfer
 from flexkv.io.cuda.choice import Choices, CopyMethod, CopyPreference
@@ -127,8 +126,8 @@ class ActorPort:
     def __init__(self, tier: Tier, port: FakePort, checks: BlockChecks) -> None:
         window = Window(1 << 30, 1 << 30)
         self._port = port
-        mailbox = Mailbox(1 << 10, [port.block_bytes])
-        self._actor = TransferActor(tier, port, window, window, mailbox, checks)
+        sizes = [port.block_bytes]
+        self._actor = TransferActor(tier, port, (window, window), 1 << 10, sizes, checks)
         self._ended: list[Completion] = []
         self.sync = port.sync
         self._closed = False

@@ -7,7 +7,6 @@ import asyncio
 import numpy as np
 
 from flexkv.actors.actor import TransferActor, Window
-from flexkv.actors.mailbox import Mailbox
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.ports import Completion
 from flexkv.testing.fakes import FakePort
@@ -25,7 +24,7 @@ class Bench:
         store = np.zeros((BLOCKS, BLOCK_BYTES), np.uint8)
         port = FakePort(store, store.copy(), FaultPlan(1, 0.0, 0.5, 1.0), BLOCK_BYTES)
         window = Window(BLOCK_BYTES, BLOCK_BYTES)
-        self.actor = TransferActor(Tier.DISK, port, window, window, Mailbox(8, [BLOCK_BYTES]))
+        self.actor = TransferActor(Tier.DISK, port, (window, window), 8, [BLOCK_BYTES])
         self.ended: dict[int, float] = {}
         self._ended = asyncio.Event()
 

@@ -11,7 +11,6 @@ import pytest
 
 from flexkv.actors.actor import TransferActor, Window
 from flexkv.actors.checks import BlockChecks, KeptSums
-from flexkv.actors.mailbox import Mailbox
 from flexkv.actors.pace import Pace
 from flexkv.common.errors import (
     CorruptBlockError,
@@ -57,9 +56,8 @@ class Bench:
         kept = None if tier is Tier.DEVICE else self.kept
         window = Window(window_blocks * BLOCK_BYTES, piece_blocks * BLOCK_BYTES)
         checks = BlockChecks(self.checksummer, kept, port_sums)
-        self.actor = TransferActor(
-            tier, self.port, window, window, Mailbox(8, [BLOCK_BYTES]), checks
-        )
+        sizes = [BLOCK_BYTES]
+        self.actor = TransferActor(tier, self.port, (window, window), 8, sizes, checks)
         self.asked: list[BlockIds] = []
         self.forgotten: list[Callable[[], None]] = []
         if forgets:

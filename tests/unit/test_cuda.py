@@ -13,7 +13,6 @@ import pytest
 
 from flexkv.actors.actor import TransferActor, Window
 from flexkv.actors.checks import BlockChecks
-from flexkv.actors.mailbox import Mailbox
 from flexkv.common.errors import BackendUnavailableError, ConfigError, DeviceError
 from flexkv.common.layout import KVShape, infer_layout
 from flexkv.common.terms import Route, Tier, Transfer
@@ -256,9 +255,8 @@ async def test_what_a_device_brings_is_summed() -> None:
         ended.extend(ends)
         over.set()
 
-    actor = TransferActor(
-        Tier.DEVICE, rig.port, window, window, Mailbox(1, [rig.block_bytes]), checks
-    )
+    sizes = [rig.block_bytes]
+    actor = TransferActor(Tier.DEVICE, rig.port, (window, window), 1, sizes, checks)
     actor.attach(report)
     checksummer.connect(rig.woken.set)
     ids = np.arange(BLOCKS)

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from flexkv.actors.actor import TransferActor, Window
-from flexkv.actors.mailbox import Mailbox
 from flexkv.actors.pace import PERIOD_S
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.ports import Completion
@@ -86,9 +85,8 @@ class Bench:
     """An actor over a simulated disk, with transfers that can be awaited."""
 
     def __init__(self, disk: Disk, window: Window) -> None:
-        self.actor = TransferActor(
-            Tier.DISK, disk, window, window, Mailbox(1 << 16, [disk.block_bytes])
-        )
+        sizes = [disk.block_bytes]
+        self.actor = TransferActor(Tier.DISK, disk, (window, window), 1 << 16, sizes)
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._tokens = itertools.count()
         self.actor.attach(self._report)

@@ -13,7 +13,6 @@ import pytest
 from numpy.typing import NDArray
 
 from flexkv.actors.actor import TransferActor, Window
-from flexkv.actors.mailbox import Mailbox
 from flexkv.actors.supervisor import Supervisor
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import InvariantError
@@ -119,7 +118,7 @@ class Bench:
     def __init__(self, port: DevicePort, piece_bytes: int) -> None:
         window = Window(4 * piece_bytes, piece_bytes)
         block_bytes = [space.block_bytes for space in SPACES]
-        self.actor = TransferActor(Tier.DEVICE, port, window, window, Mailbox(64, block_bytes))
+        self.actor = TransferActor(Tier.DEVICE, port, (window, window), 64, block_bytes)
         self.ends: dict[int, Completion] = {}
         self._ended = asyncio.Event()
 
@@ -298,7 +297,7 @@ async def test_windows_count_the_bytes_of_the_group(group: int, blocks: int) -> 
     """A window and its pieces hold as many blocks as the group's block size allows."""
     sizes, port = [400, 100], Slow()
     window = Window(1200, 1200)
-    actor = TransferActor(Tier.DEVICE, port, window, window, Mailbox(8, sizes))
+    actor = TransferActor(Tier.DEVICE, port, (window, window), 8, sizes)
     actor.attach(lambda _: None)
     ids = np.arange(100)
     actor.post(Transfer(1, 1, TO_DEVICE, ids, ids, group=group))

@@ -8,7 +8,6 @@ part 1: ranks 2, 3 ──┴─▶   to the host: the ranks of one part have the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,12 +17,14 @@ from flexkv.common.terms import Tier, Transfer
 from flexkv.io.ports import Completion, DevicePort
 
 
-@dataclass(slots=True)
 class _UnderWay:
-    """A transfer: how many ranks have not ended their shares, and the first error of the others."""
+    """A transfer under way: how many ranks have to end it, and the first error."""
 
-    shares: int = 0
-    error: TransferError | None = None
+    __slots__ = ("error", "ranks_left")
+
+    def __init__(self, ranks_left: int) -> None:
+        self.ranks_left = ranks_left
+        self.error: TransferError | None = None
 
 
 class RanksPort:
@@ -52,11 +53,9 @@ class RanksPort:
             shares = [(port, transfer) for port in self._ports]
         else:
             shares = [share for ranks in self._parts for share in _divided(transfer, ranks)]
-        under_way = _UnderWay()
-        for port, share in shares:
+        for started, (port, share) in enumerate(shares, 1):
             port.submit(share)
-            under_way.shares += 1
-            self._under_way[transfer.op_id] = under_way
+            self._under_way[transfer.op_id] = _UnderWay(started)
 
     def reap(self) -> list[Completion]:
         """Return every transfer that ended since the last call, each exactly once."""
@@ -64,9 +63,9 @@ class RanksPort:
         for port in self._ports:
             for op_id, error, *_ in port.reap():
                 under_way = self._under_way[op_id]
-                under_way.shares -= 1
+                under_way.ranks_left -= 1
                 under_way.error = under_way.error or error
-                if not under_way.shares:
+                if not under_way.ranks_left:
                     del self._under_way[op_id]
                     ended.append(Completion(op_id, under_way.error))
         return ended
