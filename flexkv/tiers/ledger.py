@@ -73,7 +73,7 @@ class Ledger:
         Args:
             journals: one for each directory.
             num_blocks: the number of blocks of the tier.
-            sums: uint64[num_blocks], which the port keeps.
+            sums: uint64[num_blocks], which the tier's actor keeps.
             thread: returns an executor of one thread with the given name, for calls that block.
         """
         self._journals = Journals(journals)

@@ -195,9 +195,10 @@ def test_a_tier_without_checks_finds_no_corrupt_blocks(has_checks: bool) -> None
 
     async def work(bench: Bench) -> None:
         bench.backend.store[:] ^= 1
-        requests, tokens = bench.engine.requests, list(range(BLOCKS * TOKENS_PER_BLOCK))
-        request = requests.intake(Operation.PREFETCH, tokens)
-        response = (await requests.perform(request)).response
+        request = bench.engine.requests.intake(
+            Operation.PREFETCH, list(range(BLOCKS * TOKENS_PER_BLOCK))
+        )
+        response = (await bench.engine.requests.perform(request)).response
         assert response is not None
         assert bool(response.return_mask.any()) is not has_checks
         assert bench.engine.statistics().corrupt_blocks == (BLOCKS if has_checks else 0)
