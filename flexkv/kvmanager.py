@@ -432,8 +432,7 @@ class KVManager(TaskForm):
         return self._call(
             lambda: explain(
                 self._engine.intake(Operation[operation.upper()], token_ids, None, namespace),
-                self._engine.residency,
-                self._engine.limits,
+                self._engine.planner,
             )
         )
 

@@ -114,7 +114,7 @@ class Engine:
         cache, sizes, backend = self.cache, self.sizes, self._backend
         backend.open(undo, progress)
         core = self._core = Core(cache, sizes, backend, self.clears, self._admission.requests_most)
-        self._residency, self._planner, self.limits = core.residency, core.planner, core.limits
+        self._residency, self.planner = core.residency, core.planner
         self._scheduler, self._observer, self._behind = core.scheduler, core.observer, core.behind
         self._actors = core.actors
         self._durability = Durability(
@@ -368,7 +368,7 @@ class Engine:
         """Return where a prompt's blocks are; `keys`: root and block keys of 16 bytes each."""
         self._check_open()
         self._scheduler.update_avoid()
-        return self._planner.visible(self._residency.find(keys, use=True))
+        return self.planner.visible(self._residency.find(keys, use=True))
 
     def next_request_id(self) -> int:
         """Return the id of a new request that is made elsewhere than in `intake`."""

@@ -4,6 +4,7 @@ A simulated inference engine owns device slots. It puts prompts, gets them back,
 the cache, and gives up at random moments. The oracles:
 
 - every block that a response claims has exactly the bytes that belong to its key;
+- what lies far is looked up only where the local blocks end;
 - device slots that were given back are never written again, and what was read from them after
   they were given back is never served;
 - no put that began before everything was cleared stores anything after it;
@@ -18,6 +19,7 @@ the cache, and gives up at random moments. The oracles:
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Set
 from itertools import takewhile
 from random import Random
 
@@ -28,12 +30,14 @@ from numpy.typing import NDArray
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ClearedError, DeadlineError, TransferError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
-from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
+from flexkv.common.terms import BLOCK_KEY_BYTES, Tier, Transfer
 from flexkv.engine.engine import Engine
 from flexkv.front.layerwise import LayerProgress
 from flexkv.index.eviction import POLICIES
 from flexkv.index.keys import block_keys
+from flexkv.index.residency import PENDING, READY
 from flexkv.testing.fake_backend import CrashState, FakeBackend, empty
+from flexkv.testing.fake_far import FakeFar
 from flexkv.testing.fakes import FakePort
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.virtual_time import run_virtual
@@ -96,7 +100,8 @@ class Simulation:
             shutdown_flush_s=random.choice([0.0, 0.01, 1.0]),
         )
         self.capacity = {Tier.HOST: host_blocks, Tier.DISK: disk_blocks}
-        self.backend = FakeBackend(host_blocks, faults, remains)
+        self.far = random.choice([None, FakeFar()])
+        self.backend = FakeBackend(host_blocks, faults, remains, far=self.far)
         self.backend.windows = disk_windows(cache)
         self.engine = Engine(MODEL, cache, self.backend)
         self.device = np.full((64, BLOCK_KEY_BYTES), GARBAGE, np.uint8)
@@ -179,8 +184,9 @@ class Simulation:
             return
         for prompt in self.prompts:
             keys = self.engine.intake(Operation.PREFETCH, prompt).keys
-            there = block_keys(keys)[: self.engine.residency.find(keys).last]
-            assert self._put_since_clear.issuperset(there), "a cleared block came back"
+            there = set(block_keys(keys)[: self.engine.residency.find(keys).last])
+            far = self.far.ever_held if self.far is not None else set()
+            assert there <= self._put_since_clear | far, "a cleared block came back"
 
     # -- a life ---------------------------------------------------------------------------------
 
@@ -195,6 +201,7 @@ class Simulation:
         if self.backend.port is not None:
             self.backend.port.on_io = self._on_io
         self._check_restored()
+        self._watch_far()
         engine.register_kv_caches([self.device])
         kinds = (
             (self._request, random.randint(5, 30)),
@@ -209,7 +216,7 @@ class Simulation:
             await self._flush(0.0)
         engine.residency.validate()
         self._check_cleared()
-        if self.is_trusted:
+        if self.is_trusted and not (self.far and self.far.damaged_blocks):
             assert engine.statistics().corrupt_blocks == 0, (
                 "a journal names a block that is not there"
             )
@@ -221,6 +228,26 @@ class Simulation:
                 port = self.backend.port
                 self._flushed = dict.fromkeys(self._on_disk(), len(port.touched))
             self.remains = self._crash(power_loss=False)
+
+    # -- what lies far --------------------------------------------------------------------------
+
+    def _watch_far(self) -> None:
+        """Check each look-up of what lies far, and each fetch, from now on."""
+        port, residency = self.backend.far_port, self.engine.residency
+        if self.far is None or port is None:
+            return
+
+        def looked(keys: bytes, first: int, avoid: Set[Tier]) -> None:
+            (group,) = residency.survey(keys, first, first + 1, use=False)
+            here = {t for t, s in zip(residency.tiers, group.states, strict=True) if s == READY}
+            may = here <= avoid or group.states[0] == PENDING  # by an op that hangs
+            assert may, f"asked for a block that is here: {here}"
+
+        def fetched(transfer: Transfer) -> None:
+            for other, _ in port.fetching.values():
+                assert not np.isin(transfer.target_ids, other.target_ids).any(), "a place has two"
+
+        self.far.on_look, port.on_fetch = looked, fetched
 
     async def _sleep_and_wake(self, start_s: float) -> None:
         """Suspend the device for a while, unless it is suspended already."""
@@ -272,6 +299,8 @@ class Simulation:
         random, engine = self.random, self.engine
         self._disturb()
         prompt = random.choice(self.prompts)
+        if self.far is not None:
+            self.far.live(random, engine.intake(Operation.PREFETCH, prompt).keys)
         operation = random.choice(self.operations)
         mask = np.ones(len(prompt), np.bool_)
         mask[: random.choice([0, 0, random.randint(0, len(prompt))])] = False

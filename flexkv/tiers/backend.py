@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import Order, PagedLayout, infer_layout
+from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
 from flexkv.io.checksums.summed import SummedPort
 from flexkv.io.checksums.sums import PoolChecksummer
 from flexkv.io.cuda.choice import CopyPreference
@@ -64,6 +65,8 @@ class Backend(Protocol):
     """The configured tiers and directories that the engine goes on without."""
     ranks: int
     """The number of devices that must be registered before requests are accepted."""
+    catalogue: Catalogue
+    """What its far tiers are said to have."""
 
     async def take(self, undo: ExitStack, progress: Progress | None) -> None:
         """Acquire memory and files, which may take minutes; `undo` gets what releases them.
@@ -98,6 +101,7 @@ class LocalBackend:
 
     shared = False
     """Whether other processes map the host memory."""
+    catalogue: Catalogue = NOTHING_IS_FAR
 
     def __init__(self, model: ModelConfig, cache: CacheConfig, sizes: CacheSizes) -> None:
         self.ranks = model.tp_size
