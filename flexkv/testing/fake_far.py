@@ -6,7 +6,7 @@ checks what arrives, and it ends in part if the hints were wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from itertools import takewhile
 from random import Random
 
@@ -18,6 +18,7 @@ from flexkv.common.errors import CorruptBlockError, MissingBlockError, TransferE
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey, Tier, Transfer
 from flexkv.index.catalogue import FarRun
 from flexkv.index.keys import block_keys
+from flexkv.index.residency import PENDING, READY, Residency
 from flexkv.io.ports import Completion
 from flexkv.testing.fakes import FakePort, sums_of
 from flexkv.testing.faults import FaultPlan
@@ -32,7 +33,8 @@ class FakeFar:
         held: keys of the blocks that are held now.
         hinted: keys of the blocks that the catalogue believes to be held.
         doubts: what the catalogue was told of blocks that did not arrive.
-        on_look: called with the arguments of each look-up.
+        looks: the position of each look-up.
+        residency: if given, each look-up is checked: it must ask for a block that is not here.
     """
 
     def __init__(self, tier: Tier = Tier.REMOTE, blocks_max: int = 1024) -> None:
@@ -42,7 +44,8 @@ class FakeFar:
         self.hinted: set[BlockKey] = set()
         self.doubts: list[tuple[list[BlockKey], TransferError]] = []
         self.damaged_blocks = 0
-        self.on_look: Callable[[bytes, int, Set[Tier]], None] = lambda *_: None
+        self.looks: list[int] = []
+        self.residency: Residency | None = None
         self._row: dict[BlockKey, int] = {}
 
     # -- what others do -------------------------------------------------------------------------
@@ -92,7 +95,9 @@ class FakeFar:
 
     def far(self, keys: bytes, first: int, last: int, avoid: Set[Tier]) -> Sequence[FarRun]:
         """Return the run that the hints promise."""
-        self.on_look(keys, first, avoid)
+        self.looks.append(first)
+        if self.residency is not None:
+            _check_absent(self.residency, keys, first, avoid)
         if self.tier in avoid:
             return ()
         run = list(takewhile(self.hinted.__contains__, block_keys(keys)[first:last]))
@@ -105,13 +110,21 @@ class FakeFar:
         self.hinted.difference_update(keys if error.blames_tier else keys[:1])
 
 
+def _check_absent(residency: Residency, keys: bytes, at: int, avoid: Set[Tier]) -> None:
+    """Check that a block is in no tier that may be used, or comes by an op that hangs."""
+    (group,) = residency.survey(keys, at, at + 1, use=False)
+    here = {
+        tier for tier, state in zip(residency.tiers, group.states, strict=True) if state == READY
+    }
+    assert here <= avoid or group.states[0] == PENDING, f"asked for a block that is here: {here}"
+
+
 class FarPort(FakePort):
     """Fetches far blocks by their keys into host memory, with the faults of a plan.
 
     Attributes:
         fetching: by op id, a transfer in flight, and how many of its blocks were there.
         fetched: how often each block has arrived.
-        on_fetch: called with each transfer before it begins.
     """
 
     adapter = "FarPort"
@@ -126,13 +139,13 @@ class FarPort(FakePort):
         super().__init__(far.store, host, faults, BLOCK_KEY_BYTES, sums)
         self.fetching: dict[int, tuple[Transfer, int]] = {}
         self.fetched: dict[BlockKey, int] = {}
-        self.on_fetch: Callable[[Transfer], None] = lambda _: None
         self._far = far
 
     def submit(self, transfer: Transfer) -> None:
         """Begin to fetch the leading blocks that are held."""
         assert transfer.route.target is Tier.HOST, transfer.route
-        self.on_fetch(transfer)
+        for other, _ in self.fetching.values():
+            assert not np.isin(transfer.target_ids, other.target_ids).any(), "a place has two"
         rows = self._far.rows(transfer.block_keys)
         self.fetching[transfer.op_id] = transfer, len(rows)
         super().submit(structs.replace(transfer.part(0, len(rows)), source_ids=rows))

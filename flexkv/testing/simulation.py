@@ -19,7 +19,6 @@ the cache, and gives up at random moments. The oracles:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Set
 from itertools import takewhile
 from random import Random
 
@@ -30,12 +29,11 @@ from numpy.typing import NDArray
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ClearedError, DeadlineError, TransferError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
-from flexkv.common.terms import BLOCK_KEY_BYTES, Tier, Transfer
+from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine.engine import Engine
 from flexkv.front.layerwise import LayerProgress
 from flexkv.index.eviction import POLICIES
 from flexkv.index.keys import block_keys
-from flexkv.index.residency import PENDING, READY
 from flexkv.testing.fake_backend import CrashState, FakeBackend, empty
 from flexkv.testing.fake_far import FakeFar
 from flexkv.testing.fakes import FakePort
@@ -102,7 +100,11 @@ class Simulation:
         self.capacity = {Tier.HOST: host_blocks, Tier.DISK: disk_blocks}
         self.far = random.choice([None, FakeFar()])
         self.backend = FakeBackend(host_blocks, faults, remains, far=self.far)
-        self.backend.windows = disk_windows(cache)
+        piece_bytes = random.choice([1, 2, 100]) * BLOCK_KEY_BYTES
+        inbound, outbound = [
+            window._replace(piece_bytes_max=piece_bytes) for window in disk_windows(cache)
+        ]
+        self.backend.windows = inbound, outbound
         self.engine = Engine(MODEL, cache, self.backend)
         self.device = np.full((64, BLOCK_KEY_BYTES), GARBAGE, np.uint8)
         self.free_slots = list(range(64))
@@ -201,7 +203,6 @@ class Simulation:
         if self.backend.port is not None:
             self.backend.port.on_io = self._on_io
         self._check_restored()
-        self._watch_far()
         engine.register_kv_caches([self.device])
         kinds = (
             (self._request, random.randint(5, 30)),
@@ -228,26 +229,6 @@ class Simulation:
                 port = self.backend.port
                 self._flushed = dict.fromkeys(self._on_disk(), len(port.touched))
             self.remains = self._crash(power_loss=False)
-
-    # -- what lies far --------------------------------------------------------------------------
-
-    def _watch_far(self) -> None:
-        """Check each look-up of what lies far, and each fetch, from now on."""
-        port, residency = self.backend.far_port, self.engine.residency
-        if self.far is None or port is None:
-            return
-
-        def looked(keys: bytes, first: int, avoid: Set[Tier]) -> None:
-            (group,) = residency.survey(keys, first, first + 1, use=False)
-            here = {t for t, s in zip(residency.tiers, group.states, strict=True) if s == READY}
-            may = here <= avoid or group.states[0] == PENDING  # by an op that hangs
-            assert may, f"asked for a block that is here: {here}"
-
-        def fetched(transfer: Transfer) -> None:
-            for other, _ in port.fetching.values():
-                assert not np.isin(transfer.target_ids, other.target_ids).any(), "a place has two"
-
-        self.far.on_look, port.on_fetch = looked, fetched
 
     async def _sleep_and_wake(self, start_s: float) -> None:
         """Suspend the device for a while, unless it is suspended already."""
@@ -300,6 +281,7 @@ class Simulation:
         self._disturb()
         prompt = random.choice(self.prompts)
         if self.far is not None:
+            self.far.residency = engine.residency
             self.far.live(random, engine.intake(Operation.PREFETCH, prompt).keys)
         operation = random.choice(self.operations)
         mask = np.ones(len(prompt), np.bool_)

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 import pytest
 
+from flexkv.actors.actor import Window
 from flexkv.common.config import CacheConfig
 from flexkv.common.errors import (
     CapacityError,
@@ -15,7 +16,7 @@ from flexkv.common.errors import (
     MissingBlockError,
     TransferError,
 )
-from flexkv.common.request import KVResponse, KVResponseStatus, Operation
+from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey, Tier, Transfer
 from flexkv.engine.engine import Engine
 from flexkv.graph.explain import explain
@@ -42,10 +43,10 @@ class Bench:
         self.far = FakeFar()
         faults = FaultPlan(1, 0.0, 0.001, 0.01)
         self.backend = FakeBackend(host, faults, empty(disk, 0), far=self.far)
+        piece_of_two = Window(4 * BLOCK_KEY_BYTES, 2 * BLOCK_KEY_BYTES)
+        self.backend.windows = piece_of_two, piece_of_two
         self.engine = Engine(MODEL, cache, self.backend)
         self.device = np.zeros((2 * BLOCKS, BLOCK_KEY_BYTES), np.uint8)
-        self.looks: list[int] = []
-        self.far.on_look = lambda keys, first, avoid: self.looks.append(first)
 
     @property
     def port(self) -> FarPort:
@@ -55,7 +56,11 @@ class Bench:
 
     def keys(self, number: int = 0) -> list[BlockKey]:
         """Return the keys of a prompt's blocks."""
-        return block_keys(self.engine.intake(Operation.PREFETCH, _tokens(number, BLOCKS)).keys)
+        return block_keys(self.request(number).keys)
+
+    def request(self, number: int = 0) -> Request:
+        """Return a prefetch of a whole prompt, which is not performed."""
+        return self.engine.intake(Operation.PREFETCH, _tokens(number, BLOCKS))
 
     async def perform(
         self, operation: Operation, blocks: int = BLOCKS, number: int = 0, first: int = 0
@@ -116,14 +121,14 @@ def test_a_get_loads_what_is_here_and_what_lies_far_behind_it() -> None:
         await bench.perform(Operation.PUT, 3)
         bench.far.hold(bench.keys())
         assert bench.engine.match(_tokens(0, BLOCKS)).tokens == 3 * TOKENS_PER_BLOCK
-        assert bench.looks == [], "a match asks for what is far"
+        assert bench.far.looks == [], "a match asks for what is far"
         first = await bench.perform(Operation.GET)
         assert (first.status, loaded(first), first.error) == (SUCCESS, 8, None)
-        assert bench.looks == [3]
+        assert bench.far.looks == [3]
         assert bench.engine.match(_tokens(0, BLOCKS)).tokens == 8 * TOKENS_PER_BLOCK
         second = await bench.perform(Operation.GET)
         assert (second.status, loaded(second)) == (SUCCESS, 8)
-        assert bench.looks == [3], "what is here needs no look-up"
+        assert bench.far.looks == [3], "what is here needs no look-up"
         assert bench.fetched() == [0, 0, 0, 1, 1, 1, 1, 1]
         told = bench.engine.statistics()
         assert told.hit_blocks == {"host": 3 + 8, "remote": 5}
@@ -278,6 +283,23 @@ def test_a_get_cancelled_amid_its_fetch_leaves_nothing() -> None:
     on_bench(work)
 
 
+def test_an_engine_closed_amid_a_fetch_leaves_nothing() -> None:
+    """Closing cancels the get, and waits until the far tier's port has let go of host memory."""
+
+    async def run() -> None:
+        bench = Bench()
+        await bench.engine.open()
+        bench.engine.register_kv_caches([bench.device])
+        bench.far.hold(bench.keys())
+        get = asyncio.ensure_future(bench.perform(Operation.GET))
+        await asyncio.sleep(0.0005)  # virtual: a fetch takes a millisecond at least
+        assert bench.port.in_flight
+        await bench.engine.close()
+        assert (await get).status is KVResponseStatus.CANCELLED
+
+    run_virtual(run())
+
+
 def test_a_far_tier_that_fails_is_not_asked() -> None:
     """After three failures the tier is down, and what is here is served without it."""
 
@@ -318,6 +340,23 @@ def test_far_blocks_stand_in_for_those_of_a_disk_that_is_down() -> None:
     on_bench(work, disk=16)
 
 
+def test_far_blocks_end_where_host_memory_goes_on() -> None:
+    """Far blocks stand in for two that only the lost disk has; those behind them are here."""
+
+    async def work(bench: Bench) -> None:
+        await bench.perform(Operation.PUT, 6)
+        await bench.engine.flush()
+        ids = bench.engine.residency.find(bench.request().keys).ready[Tier.HOST].block_ids
+        bench.engine.residency.forget(Tier.HOST, ids[2:4])
+        bench.far.hold(bench.keys())
+        bench.engine.scheduler.watch.lose(Tier.DISK, "planted")
+        assert loaded(await bench.perform(Operation.GET)) == 4
+        assert loaded(await bench.perform(Operation.GET)) == 8
+        assert bench.fetched() == [0, 0, 1, 1, 0, 0, 1, 1]
+
+    on_bench(work, disk=16)
+
+
 @pytest.mark.parametrize("parent", ["nowhere", "here"])
 def test_far_blocks_are_fetched_only_behind_what_is_here(parent: str) -> None:
     """A get of only the last blocks fetches them if the block before them is here.
@@ -352,6 +391,19 @@ def test_a_get_that_host_memory_cannot_take_whole_is_cut_there() -> None:
         assert loaded(response) == 3
 
     on_bench(work, host=6)
+
+
+def test_the_block_before_far_ones_makes_no_room_for_them() -> None:
+    """The block that far ones continue is kept, although the request itself does not load it."""
+
+    async def work(bench: Bench) -> None:
+        await bench.perform(Operation.PUT, 1)
+        bench.far.hold(bench.keys())
+        response = await bench.perform(Operation.GET, first=1)
+        assert (response.status, loaded(response)) == (SUCCESS, 3)
+        assert bench.engine.match(_tokens(0, BLOCKS)).tokens == 4 * TOKENS_PER_BLOCK
+
+    on_bench(work, host=4)
 
 
 def test_explain_and_records_name_the_far_tier() -> None:
