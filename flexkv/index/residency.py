@@ -89,7 +89,10 @@ class Group(NamedTuple):
 
 
 class Found(msgspec.Struct, frozen=True):
-    """The resident run of a prompt from `first` to `last` (exclusive), by nearest tier."""
+    """The resident run of a prompt from `first` to `last` (exclusive), by nearest tier.
+
+    For a load, `graph.far.with_far` adds what is said to lie far behind it.
+    """
 
     first: int
     last: int

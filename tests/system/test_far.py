@@ -305,7 +305,11 @@ def test_a_far_tier_that_fails_is_not_asked() -> None:
 
     async def work(bench: Bench) -> None:
         reap, error = bench.port.reap, TransferError(0, "remote→host", 1, "planted")
-        bench.port.reap = lambda: [Completion(end.op_id, error) for end in reap()]  # type: ignore[method-assign]
+
+        def failing() -> list[Completion]:
+            return [Completion(end.op_id, error) for end in reap()]
+
+        bench.port.reap = failing  # type: ignore[method-assign]
         bench.far.hold(bench.keys())
         for number in range(3):
             await bench.perform(Operation.PUT, 3, number)
