@@ -60,7 +60,7 @@ class Bench:
 
     def request(self, number: int = 0) -> Request:
         """Return a prefetch of a whole prompt, which is not performed."""
-        return self.engine.intake(Operation.PREFETCH, _tokens(number, BLOCKS))
+        return self.engine.requests.intake(Operation.PREFETCH, _tokens(number, BLOCKS))
 
     async def perform(
         self, operation: Operation, blocks: int = BLOCKS, number: int = 0, first: int = 0
@@ -72,15 +72,15 @@ class Bench:
         mask = np.arange(blocks * TOKENS_PER_BLOCK) >= first * TOKENS_PER_BLOCK
         is_prefetch = operation is Operation.PREFETCH
         tokens = _tokens(number, blocks)
-        request = self.engine.intake(operation, tokens, None if is_prefetch else mask)
+        request = self.engine.requests.intake(operation, tokens, None if is_prefetch else mask)
         begin = BLOCKS * (request.request_id % 2)
         slots = np.arange(begin * TOKENS_PER_BLOCK, (begin + blocks - first) * TOKENS_PER_BLOCK)
-        ready = request if is_prefetch else self.engine.with_slots(request, slots)
+        ready = request if is_prefetch else self.engine.requests.with_slots(request, slots)
         assert ready is not None
         right = np.array([np.frombuffer(key, np.uint8) for key in block_keys(request.keys)[first:]])
         mine = slice(begin, begin + blocks - first)
         self.device[mine] = right if operation is Operation.PUT else 0
-        response = (await self.engine.perform(ready)).response
+        response = (await self.engine.requests.perform(ready)).response
         assert response is not None
         count = loaded(response)
         if operation is Operation.GET:
@@ -416,7 +416,7 @@ def test_explain_and_records_name_the_far_tier() -> None:
     async def work(bench: Bench) -> None:
         await bench.perform(Operation.PUT, 3)
         bench.far.hold(bench.keys())
-        request = bench.engine.intake(Operation.GET, _tokens(0, BLOCKS))
+        request = bench.engine.requests.intake(Operation.GET, _tokens(0, BLOCKS))
         drawn = str(explain(request, bench.engine.planner))
         assert drawn.startswith("get of 8 whole blocks: 3 in host, 5 in remote")
         assert "remote→host 5 blocks" in drawn
