@@ -178,7 +178,7 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
     `watch` it is moved layer by layer, in pieces that have `layers`.
 
     An adapter that is addressed by content reads `block_keys` or `positions`. They cost nothing
-    until then: the transfer's blocks are those of `names` from number `first_name` on.
+    until then: the transfer's blocks are those of `names` from number `names_offset` on.
     """
 
     op_id: int
@@ -189,7 +189,7 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
     watch: LayerWatch | None = None
     layers: Layers | None = None
     names: BlockNames | None = None
-    first_name: int = 0
+    names_offset: int = 0
 
     @property
     def block_count(self) -> int:
@@ -200,7 +200,7 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
     def positions(self) -> Positions:
         """Return where the blocks are in the prompt of `names`."""
         assert self.names is not None, self
-        return self.names.positions.part(self.first_name, self.first_name + self.block_count)
+        return self.names.positions.part(self.names_offset, self.names_offset + self.block_count)
 
     @property
     def block_keys(self) -> list[BlockKey]:
@@ -216,7 +216,7 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
             self,
             source_ids=self.source_ids[begin:end],
             target_ids=self.target_ids[begin:end],
-            first_name=self.first_name + begin,
+            names_offset=self.names_offset + begin,
         )
 
     @property

@@ -71,8 +71,8 @@ def explain(request: Request, planner: Planner) -> Explanation:
         legs = {(STORE, *(Route(Tier.HOST, tier) for tier in own if tier != Tier.HOST)): new}
     else:
         onward = (LOAD,) if request.operation is Operation.GET else ()
-        below = [tier for tier in counts if tier != Tier.HOST]
-        legs = {(Route(tier, Tier.HOST), *onward): counts[tier] for tier in below}
+        below = [(tier, n) for tier, n in counts.items() if tier != Tier.HOST]
+        legs = {(Route(tier, Tier.HOST), *onward): n for tier, n in below}
         if onward:
             legs = {onward: counts[Tier.HOST], **legs}
     return hypothetical(request.operation, legs, limits, note)

@@ -186,6 +186,9 @@ def test_a_wrong_hint_costs_a_fetch_and_no_more(here: int) -> None:
             assert (response.status, loaded(response)) == (SUCCESS if here else NOTFOUND, here)
         ((keys, error),) = bench.far.doubts
         assert (keys, type(error)) == (bench.keys()[here:], MissingBlockError)
+        for number in range(1, 5):
+            bench.far.hinted.update(bench.keys(number))
+            assert (await bench.perform(Operation.GET, number=number)).status is NOTFOUND
         told = bench.engine.statistics()
         assert (told.tiers["remote"].reads, told.corrupt_blocks) == ("up", 0)
         assert told.tiers["host"].used_blocks == here
