@@ -202,13 +202,13 @@ def test_the_blocks_before_one_that_is_missing_stay() -> None:
     async def work(bench: Bench) -> None:
         await bench.perform(Operation.PUT, 3)
         bench.far.hold(bench.keys())
-        bench.far.held.discard(bench.keys()[5])
+        bench.far.held.discard(bench.keys()[6])
         response = await bench.perform(Operation.GET)
-        assert (response.status, loaded(response)) == (SUCCESS, 5)
+        assert (response.status, loaded(response)) == (SUCCESS, 6)
         assert isinstance(response.error, MissingBlockError)
-        assert bench.far.doubts[0][0] == bench.keys()[5:]
-        assert bench.engine.match(_tokens(0, BLOCKS)).tokens_by_tier == {Tier.HOST: 10}
-        assert bench.engine.statistics().hit_blocks == {"host": 3, "remote": 2}
+        assert bench.far.doubts[0][0] == bench.keys()[6:]
+        assert bench.engine.match(_tokens(0, BLOCKS)).tokens_by_tier == {Tier.HOST: 12}
+        assert bench.engine.statistics().hit_blocks == {"host": 3, "remote": 3}
 
     on_bench(work)
 
