@@ -43,6 +43,7 @@ def with_far(
             end = min(end, positions.first)
     ready = dict(found.ready)
     for tier, ids in runs:
+        assert tier not in ready, f"{tier.label} has two runs, or places"
         ids = ids[: end - at]
         if len(ids):
             ready[tier] = Placement(Positions(at, len(ids)), ids)

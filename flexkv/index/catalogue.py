@@ -1,8 +1,8 @@
 """The seam to what is far: blocks that others hold, such as a remote store or other nodes.
 
 The block table says what this engine owns, and is never wrong. A catalogue has hints of what others
-own, which may be wrong at any moment: blocks that it promises may be gone, so they are never
-offered to an engine. They are fetched into host memory first, and are blocks like any other then.
+own. Blocks that it promises may be gone, so they are never offered to an engine: they are fetched
+into host memory first, and are blocks like any other then.
 
     get, prefetch ──▶ blocks in the table │ where these end: Catalogue.far ──▶ a leg far→host→device
                                           │ what did not arrive: Catalogue.doubt
@@ -53,10 +53,12 @@ class Catalogue(Protocol):
         ...
 
     def doubt(self, transfer: Transfer, error: TransferError) -> None:
-        """Note which blocks did not arrive, and why: they should not be promised again at once.
+        """Note that blocks did not arrive, and why: they should not be promised again at once.
 
-        `transfer` is the part that did not arrive, up to its end: the first block is missing, those
-        behind it may be there. If `error.blames_tier`, all may be.
+        Args:
+            transfer: what is left of one, from the first block that did not arrive on. Only that
+                block is known to be missing, and not even that one if `error.blames_tier`.
+            error: why it ended.
         """
         ...
 
