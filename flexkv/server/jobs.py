@@ -389,4 +389,3 @@ def _done(start: Start, request: Request, response: KVResponse, took_s: float) -
     is_stale = isinstance(error, ClearedError)
     told, cause = ("", None) if error is None else (str(error), cause_of(error))
     return Done(start.number, response.status.value, moved, told, took_s, is_stale, bits, cause)
-

@@ -153,9 +153,7 @@ class RemoteTicket:
 
     async def _settled(self) -> None:
         """Return once no device of this process touches the request's blocks, cancelled or not."""
-        settling = self._door.supervisor.spawn(
-            "settle", self._door.settle(self.request.request_id)
-        )
+        settling = self._door.supervisor.spawn("settle", self._door.settle(self.request.request_id))
         while not settling.done():
             with suppress(asyncio.CancelledError):
                 await asyncio.wait([settling])
