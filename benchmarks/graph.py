@@ -19,13 +19,12 @@ import numpy as np
 
 from benchmarks.harness import Figures, Options
 from flexkv.common.request import Operation, Request, Span
-from flexkv.common.terms import Route, Tier
+from flexkv.common.terms import Positions, Route, Tier
 from flexkv.graph.compile import build, compile_shape
 from flexkv.graph.ops import Leg, Shape
 from flexkv.graph.plan import Plan
 from flexkv.graph.planner import Draft, PlanLimits, template_of
 from flexkv.graph.run import Done, Issue, Launch, Run
-from flexkv.index.residency import Positions
 
 LOAD, STORE = Route(Tier.HOST, Tier.DEVICE), Route(Tier.DEVICE, Tier.HOST)
 READ, WRITE = Route(Tier.DISK, Tier.HOST), Route(Tier.HOST, Tier.DISK)

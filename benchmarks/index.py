@@ -21,9 +21,9 @@ from benchmarks.rigs import LARGE, cache_of, kv_caches, prompt, slots_of
 from flexkv import _ext
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.request import Operation
-from flexkv.common.terms import Tier
+from flexkv.common.terms import Positions, Tier
 from flexkv.engine.engine import Engine
-from flexkv.index.residency import Positions, Residency
+from flexkv.index.residency import Residency
 from flexkv.index.secret import derived
 from flexkv.kvmanager import KVManager
 

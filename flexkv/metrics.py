@@ -254,6 +254,7 @@ def _reason(record: RequestRecord) -> str:
         "": "not_stored",
         "CapacityError": "no_room",
         "CorruptBlockError": "corrupt",
+        "MissingBlockError": "not_stored",
         "DeadlineError": "late",
     }.get(record.error, "failed")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flexkv.common.errors import CapacityError, ClearedError, CorruptBlockError, FlexKVError
+from flexkv.common.errors import CapacityError, ClearedError, FlexKVError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request, TokenMask
 from flexkv.graph.planner import Planned
 from flexkv.graph.run import Run
@@ -36,8 +36,8 @@ def _status(request: Request, planned: Planned, run: Run, moved: bool) -> KVResp
         return KVResponseStatus.CANCELLED
     if moved:
         return KVResponseStatus.SUCCESS
-    if run.errors and all(isinstance(error, CorruptBlockError) for error in run.errors):
-        return KVResponseStatus.NOTFOUND  # a block with wrong bytes is a miss
+    if run.errors and all(error.is_miss for error in run.errors):
+        return KVResponseStatus.NOTFOUND
     if run.errors:
         return KVResponseStatus.FAILED
     full = isinstance(planned.shortfall, CapacityError)

@@ -321,13 +321,17 @@ class Scheduler:
         """
         if op.route is None or op.route.source <= Tier.HOST:
             return
-        if isinstance(error, CorruptBlockError):
-            self.drop_corrupt(op.route.source, error, flight.request.request_id)
-            return
-        # The journal keeps blocks that could not be read: a later run may be able to read them.
-        begin, end = flight.plan.bounds(op)
-        source = op.route.source
-        self._residency.forget(source, flight.plan.fills[op.leg].ids[source][begin + filled : end])
+        source, transfer = op.route.source, flight.plan.transfer(op)
+        lost = transfer.part(filled, transfer.block_count)
+        if source not in self._residency.tiers:  # far
+            self._planner.catalogue.doubt(lost, error)
+            if isinstance(error, CorruptBlockError):
+                self._observer.corrupt(source, error, flight.request.request_id)
+        elif isinstance(error, CorruptBlockError):
+            self.drop_corrupt(source, error, flight.request.request_id)
+        else:
+            # The journal keeps what could not be read: a later run may be able to read it.
+            self._residency.forget(source, lost.source_ids)
 
     async def wait_idle(self) -> None:
         """Return once no flight is left, write-behind included, or the engine has failed."""

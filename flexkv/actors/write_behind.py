@@ -24,7 +24,7 @@ from flexkv.common.request import Operation, Request
 from flexkv.common.terms import BlockIds, Tier
 from flexkv.graph.planner import Planned, Planner
 from flexkv.index.owed import EVICTED, FAILED, NO_PLACE, NOT_WORTH_IT, OwedBlocks, Taken
-from flexkv.index.residency import ABSENT, READY, Residency
+from flexkv.index.residency import ABSENT, Residency
 from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
@@ -298,11 +298,13 @@ class WriteBehind:
         first, last = request.span.first_block, request.span.last_block
         if last - first <= max(0, room):
             return 0
-        wanted = sum(
-            group.positions.block_count
-            for group in self._residency.survey(request.keys, first, last, use=False)
-            if group.states[0] == ABSENT and (is_put or READY in group.states)
-        )
+        if is_put:
+            groups = self._residency.survey(request.keys, first, last, use=False)
+            lacking = [group.positions for group in groups if group.states[0] == ABSENT]
+        else:
+            ready = self._planner.peek(request).ready.items()
+            lacking = [placed.positions for tier, placed in ready if tier is not Tier.HOST]
+        wanted = sum(positions.block_count for positions in lacking)
         return max(0, min(wanted, self._limits.kept_blocks_max) - max(0, room))
 
     @property

@@ -115,9 +115,10 @@ class TransferError(FlexKVError):
 
     Attributes:
         blames_tier: whether the tier at the outer end is at fault, so that its breaker counts it.
+        is_miss: whether the tier only lacks the blocks, as a request sees it.
     """
 
-    blames_tier = True
+    blames_tier, is_miss = True, False
 
     def __init__(self, op_id: int, route: str, block_count: int, why: str = "") -> None:
         super().__init__(f"op {op_id} {route} ({block_count} blocks) failed: {why}")
@@ -138,6 +139,12 @@ class UnfilledError(TransferError):
     """Another request that was filling the blocks that this one waited for gave up."""
 
     blames_tier = False
+
+
+class MissingBlockError(TransferError):
+    """A far tier does not have a block that it was said to have."""
+
+    blames_tier, is_miss = False, True
 
 
 class StorageError(TransferError):
@@ -174,7 +181,7 @@ class AgentGoneError(TransferError):
 class CorruptBlockError(TransferError):
     """Blocks came back with bytes that are not those that left: they are dropped, one by one."""
 
-    blames_tier = False
+    blames_tier, is_miss = False, True
 
     def __init__(self, path: str, offset_bytes: int, block_ids: Sequence[int]) -> None:
         FlexKVError.__init__(

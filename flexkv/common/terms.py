@@ -5,7 +5,7 @@ See `docs/glossary.md` for what each word means and does not mean.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from functools import cached_property
 from typing import NamedTuple, Protocol, TypeAlias
@@ -58,6 +58,64 @@ class Route(NamedTuple):
     def inbound(self) -> bool:
         """Return whether the route brings bytes nearer to the device: such ops go first."""
         return self.target < self.source
+
+
+class Positions(msgspec.Struct, frozen=True):
+    """Positions of some blocks of a prompt: `places`, or from `first` on if that is None."""
+
+    first: int
+    block_count: int
+    places: BlockIds | None = None
+
+    def part(self, begin: int, end: int) -> Positions:
+        """Return the begin-th to the end-th (exclusive) of them."""
+        if self.places is None:
+            return Positions(self.first + begin, end - begin)
+        places = self.places[begin:end]
+        return Positions(int(places[0]) if end > begin else self.first, end - begin, places)
+
+    def number_before(self, last: int) -> int:
+        """Return how many of them are before a position."""
+        if self.places is None:
+            return max(0, min(self.block_count, last - self.first))
+        return int(np.searchsorted(self.places, last))
+
+    def leading(self, first: int) -> int:
+        """Return the length of the unbroken run of them from a position on."""
+        if self.first != first:
+            return 0
+        if self.places is None:
+            return self.block_count
+        return int(np.count_nonzero(self.places == np.arange(first, first + self.block_count)))
+
+    def at(self, number: int) -> int:
+        """Return the position of the number-th of them."""
+        return self.first + number if self.places is None else int(self.places[number])
+
+    def within(self, values: NDArray[np.int64], first: int) -> NDArray[np.int64]:
+        """Return the values for these positions from an array that begins at position `first`."""
+        if self.places is None:
+            begin = self.first - first
+            return values[begin : begin + self.block_count]
+        return values[self.places - first]
+
+    def __iter__(self) -> Iterator[int]:
+        if self.places is None:
+            return iter(range(self.first, self.first + self.block_count))
+        return iter(self.places.tolist())
+
+
+class BlockNames(msgspec.Struct, frozen=True):
+    """Which blocks some blocks are, whatever their places.
+
+    Attributes:
+        keys: the root and the keys of a prompt, 16 bytes each. Of blocks that were gathered from
+            several prompts, they are the blocks' own keys behind a root of zeros.
+        positions: of the blocks in it.
+    """
+
+    keys: bytes
+    positions: Positions
 
 
 class LayerWatch(Protocol):
@@ -118,6 +176,9 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
     `source_ids` and `target_ids` are int64[n], the same n. `op_id` names the transfer; `owner`
     groups the transfers of one request, so that a queue can be fair between requests. With a
     `watch` it is moved layer by layer, in pieces that have `layers`.
+
+    An adapter that is addressed by content reads `block_keys` or `positions`. They cost nothing
+    until then: the transfer's blocks are those of `names` from number `names_offset` on.
     """
 
     op_id: int
@@ -127,6 +188,8 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
     target_ids: BlockIds
     watch: LayerWatch | None = None
     layers: Layers | None = None
+    names: BlockNames | None = None
+    names_offset: int = 0
     group: int = 0
 
     @property
@@ -134,10 +197,28 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
         """Return the number of blocks to copy."""
         return len(self.source_ids)
 
+    @property
+    def positions(self) -> Positions:
+        """Return where the blocks are in the prompt of `names`."""
+        assert self.names is not None, self
+        return self.names.positions.part(self.names_offset, self.names_offset + self.block_count)
+
+    @property
+    def block_keys(self) -> list[BlockKey]:
+        """Return the key of each block."""
+        positions, size = self.positions, BLOCK_KEY_BYTES
+        assert self.names is not None
+        keys = self.names.keys  # the root comes first
+        return [keys[size * (at + 1) : size * (at + 2)] for at in positions]
+
     def part(self, begin: int, end: int) -> Transfer:
         """Return the transfer of a range of the blocks, under the same op id."""
-        source_ids, target_ids = self.source_ids[begin:end], self.target_ids[begin:end]
-        return msgspec.structs.replace(self, source_ids=source_ids, target_ids=target_ids)
+        return msgspec.structs.replace(
+            self,
+            source_ids=self.source_ids[begin:end],
+            target_ids=self.target_ids[begin:end],
+            names_offset=self.names_offset + begin,
+        )
 
     @property
     def sides(self) -> tuple[BlockIds, BlockIds]:

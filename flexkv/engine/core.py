@@ -27,7 +27,7 @@ class Core:
 
     Attributes:
         actors: by tier; that of the device is added when it is registered.
-        capacities: how many blocks each tier was opened with.
+        capacities: how many blocks each tier was opened with; without far tiers.
         backing: by tier, the name of what holds the blocks.
         persistence: by tier, what makes its blocks survive, for tiers that have it.
         restored_blocks: how many blocks of an earlier run the tiers began with.
@@ -54,7 +54,8 @@ class Core:
         ops_per_run = (LEGS_MAX + CHUNKS_MAX) * 4
         self._waiting_max = requests_max * ops_per_run + sizes.num_host_blocks
         self.capacities = {Tier.HOST: sizes.num_host_blocks}
-        self.capacities |= {parts.tier: parts.capacity_blocks for parts in self._tiers}
+        capacities = [(parts.tier, parts.capacity_blocks) for parts in self._tiers]
+        self.capacities |= {tier: blocks for tier, blocks in capacities if blocks is not None}
         self.residency = empty_index(cache, sizes, self.capacities, clears)
         lasting = [(parts.tier, parts.persistence) for parts in self._tiers]
         self.persistence = {tier: each for tier, each in lasting if each is not None}
@@ -69,8 +70,8 @@ class Core:
         log_every = cache.num_log_interval_requests
         self.observer = Observer(sizes.block_bytes, log_every_requests=log_every)
         self.observer.remind = backend.unavailable.remind
-        self.limits = plan_limits(cache, sizes)
-        self.planner = Planner(self.residency, self.limits)
+        limits = plan_limits(cache, sizes)
+        self.planner = Planner(self.residency, limits, backend.catalogue)
         self.scheduler = Scheduler(
             self.residency, self.planner, self.actors, self.observer, self.persistence,
             cache.io_deadline_s,

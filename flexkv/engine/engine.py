@@ -34,6 +34,7 @@ from flexkv.engine.statistics import Sources, Statistics, snapshot
 from flexkv.engine.tickets import RequestSpec, Ticket
 from flexkv.engine.tracing import Tracing
 from flexkv.graph.explain import Explanation, explain
+from flexkv.graph.planner import Planner
 from flexkv.index.clears import ClearHistory
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
@@ -108,7 +109,7 @@ class Engine:
         cache, sizes, backend = self.cache, self.sizes, self._backend
         backend.open(undo, progress)
         core = self._core = Core(cache, sizes, backend, self.clears, self._admission.requests_most)
-        self._residency, self._planner, self.limits = core.residency, core.planner, core.limits
+        self._residency = core.residency
         self._scheduler, self._observer, self._behind = core.scheduler, core.observer, core.behind
         self._actors = core.actors
         for actor in self._actors.values():
@@ -359,7 +360,7 @@ class Engine:
             names = ", ".join(each.label for each in Operation)
             raise ConfigError("operation", operation, f"must be one of {names}")
         request = self._checked.intake(kind, token_ids, None, namespace)
-        return explain(request, self._core.residency, self.limits)
+        return explain(request, self._core.planner)
 
     def nudge_device(self) -> None:
         """Check again whether transfers that wait for layers may go on."""
@@ -432,6 +433,11 @@ class Engine:
     def scheduler(self) -> Scheduler:
         """Return the scheduler, for tests."""
         return self._scheduler
+
+    @property
+    def planner(self) -> Planner:
+        """Return the planner, for tests and tools; only the scheduler plans with it."""
+        return self._core.planner
 
     @property
     def residency(self) -> Residency:

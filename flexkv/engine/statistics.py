@@ -159,7 +159,7 @@ def snapshot(of: Sources, observer: Observer) -> Statistics:
             tier.label: tier_statistics(
                 of.residency.counts(tier), of.backing[tier], of.scheduler.watch, tier
             )
-            for tier in of.residency.tiers
+            for tier in of.backing
         },
         routes={
             str(route): RouteStatistics(c.ops, c.blocks, c.bytes, c.failed_ops)

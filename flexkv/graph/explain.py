@@ -12,8 +12,7 @@ from flexkv.common.terms import Route, Tier
 from flexkv.graph.compile import compile_shape
 from flexkv.graph.ops import Leg, Shape
 from flexkv.graph.plan import Template, even_bounds
-from flexkv.graph.planner import LOAD, STORE, PlanLimits, chunks_of
-from flexkv.index.residency import Residency
+from flexkv.graph.planner import LOAD, STORE, PlanLimits, Planner, chunks_of
 
 
 class Explanation:
@@ -60,21 +59,21 @@ class Explanation:
         return f"op {op.index}: {op.label} {blocks} blocks{group}{told}"
 
 
-def explain(request: Request, residency: Residency, limits: PlanLimits) -> Explanation:
-    """Return what a request would do with the blocks that are resident now."""
-    found = residency.find(request.keys, request.span.first_block)
-    counts = dict.fromkeys(residency.tiers, 0)
-    counts |= {tier: place.block_count for tier, place in found.ready.items()}
+def explain(request: Request, planner: Planner) -> Explanation:
+    """Return what a request would do with the blocks that are resident now, or lie far."""
+    own, limits = planner.tiers, planner.limits
+    counts = dict.fromkeys(own, 0)
+    counts |= {t: place.block_count for t, place in planner.peek(request).ready.items()}
     total = request.span.last_block - request.span.first_block
     hits = ", ".join(f"{n} in {tier.label}" for tier, n in counts.items())
     note = f"{request.operation.label} of {total} whole blocks: {hits}"
-    lower = tuple(tier for tier in residency.tiers if tier is not Tier.HOST)
     if request.operation is Operation.PUT:
         new = total - counts[Tier.HOST]
-        legs = {(STORE, *(Route(Tier.HOST, tier) for tier in lower)): new}
+        legs = {(STORE, *(Route(Tier.HOST, tier) for tier in own if tier != Tier.HOST)): new}
     else:
         onward = (LOAD,) if request.operation is Operation.GET else ()
-        legs = {(Route(tier, Tier.HOST), *onward): counts[tier] for tier in lower}
+        below = [(tier, n) for tier, n in counts.items() if tier != Tier.HOST]
+        legs = {(Route(tier, Tier.HOST), *onward): n for tier, n in below}
         if onward:
             legs = {onward: counts[Tier.HOST], **legs}
     return hypothetical(request.operation, legs, limits, note)

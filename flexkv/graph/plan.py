@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import msgspec
 
 from flexkv.common.errors import InvariantError
-from flexkv.common.terms import BlockIds, LayerWatch, Tier, Transfer
+from flexkv.common.terms import BlockIds, BlockNames, LayerWatch, Tier, Transfer
 from flexkv.graph.ops import OpSpec, OpState, Shape
-from flexkv.index.residency import Positions
 
 OPS_MAX = 4096
 """Most ops of one run; an op's id is run_id * OPS_MAX + op index."""
@@ -31,16 +30,15 @@ class Template(msgspec.Struct, frozen=True):
             raise InvariantError(f"{len(self.ops)} ops; the limit is {OPS_MAX}")
 
 
-class LegFill(msgspec.Struct, frozen=True):
+class LegFill(BlockNames, frozen=True):
     """One request's blocks of one leg.
 
-    `positions` are the blocks' positions in the prompt. `ids` are their places in each tier of the
-    leg (int64[n] each). `bounds` has the start of each chunk, and the end of the last. `fillers`
+    `ids` are their places in each tier of the leg (int64[n] each); in a far tier, what the
+    catalogue calls them. `bounds` has the start of each chunk, and the end of the last. `fillers`
     has, for a leg that waits, the id of the op that is filling each chunk. `owed_to` are the tiers
     that lack the blocks and to which no hop of the leg writes them.
     """
 
-    positions: Positions
     ids: Mapping[Tier, BlockIds]
     bounds: tuple[int, ...]
     fillers: tuple[int, ...] = ()
@@ -82,7 +80,10 @@ class Plan(msgspec.Struct, frozen=True):
             fill.ids[route.source][begin:end],
             fill.ids[route.target][begin:end],
             self.watch if route.outer is Tier.DEVICE else None,
-            group=op.group,
+            None,
+            fill,
+            begin,
+            op.group,
         )
 
 

@@ -7,6 +7,7 @@ prefix that it can (get, prefetch) or as many leading blocks as there is room fo
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,10 +17,12 @@ from msgspec import structs
 
 from flexkv.common.errors import CapacityError, ClearedError
 from flexkv.common.request import Operation, Request
-from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Route, Tier
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Positions, Route, Tier
 from flexkv.graph.compile import TEMPLATES_MAX, compile_shape
+from flexkv.graph.far import with_far
 from flexkv.graph.ops import CHUNKS_MAX, Leg, Shape
 from flexkv.graph.plan import OPS_MAX, LegFill, Plan, Template, even_bounds
+from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
 from flexkv.index.claims import Claim, Holding
 from flexkv.index.owed import Taken
 from flexkv.index.residency import (
@@ -30,13 +33,13 @@ from flexkv.index.residency import (
     Found,
     Group,
     Placement,
-    Positions,
     Residency,
 )
 
 LOAD = Route(Tier.HOST, Tier.DEVICE)
 STORE = Route(Tier.DEVICE, Tier.HOST)
 
+NO_TIERS: frozenset[Tier] = frozenset()
 _ONWARD = (LOAD,)
 
 SINGLE_HOP_CHUNKS = 4
@@ -55,8 +58,8 @@ class PlanLimits(NamedTuple):
 class Avoid(NamedTuple):
     """What a plan must not use for now."""
 
-    unreadable: frozenset[Tier] = frozenset()
-    unwritable: frozenset[Tier] = frozenset()
+    unreadable: frozenset[Tier] = NO_TIERS
+    unwritable: frozenset[Tier] = NO_TIERS
     fillers: frozenset[int] = frozenset()
     """Ops that fill host blocks, and that no plan may wait for."""
 
@@ -135,15 +138,18 @@ def _fill(
     """Return the fill of a leg, after adding the device's places to `ids`."""
     if request.device_ids is not None:
         ids[Tier.DEVICE] = positions.within(request.device_ids, request.span.first_block)
-    return LegFill(positions, ids, bounds, fillers)
+    return LegFill(request.keys, positions, ids, bounds, fillers)
 
 
 class Planner:
     """Plans requests over one residency. Synchronous, pure, and the only caller of `reserve`."""
 
-    def __init__(self, residency: Residency, limits: PlanLimits) -> None:
-        self._residency = residency
-        self._limits = limits
+    def __init__(
+        self, residency: Residency, limits: PlanLimits, catalogue: Catalogue = NOTHING_IS_FAR
+    ) -> None:
+        self._residency, self.tiers = residency, residency.tiers
+        self.limits = limits
+        self.catalogue = catalogue
         self.avoid: Avoid | None = None
         self.tiers_owed: frozenset[Tier] = frozenset()
         """Lower tiers that are owed blocks: blocks of new puts are owed, too, and come last."""
@@ -152,18 +158,22 @@ class Planner:
     def plan(self, request: Request, run_id: int) -> Planned:
         """Plan a request and open its claims, which only the run's events end."""
         if request.operation is Operation.PUT:
-            draft = Draft(request, self._limits)
+            draft = Draft(request, self.limits)
             shortfall = self._store(request, draft)
             first = request.span.first_block
             plan, found = self._claimed(draft.plan(run_id)), Found(first, first, {})
             return Planned(plan, found, shortfall, tuple(draft.owed), tuple(draft.declined))
         found = self.visible(self._residency.find(request.keys, request.span.first_block, use=True))
+        above: Sequence[Holding] = ()
+        if not self.catalogue.is_empty:
+            avoid = NO_TIERS if self.avoid is None else self.avoid.unreadable
+            found, above = with_far(request, found, self._residency, self.catalogue, avoid)
         if found.host_only:
             return Planned(self._claimed(self._from_host(request, found, run_id)), found, None)
         last, told = found.last, None
         while True:
-            draft, wanted = Draft(request, self._limits), found.before(last)
-            with self._residency.holding(wanted.holdings):
+            draft, wanted = Draft(request, self.limits), found.before(last)
+            with self._residency.holding([*above, *wanted.holdings]):
                 last, shortfall = self._load(request, wanted, draft)
                 told = told or shortfall
                 if shortfall is None or wanted is not found:
@@ -173,6 +183,11 @@ class Planner:
             # Host blocks later in the run are pinned, and so hold places that blocks before them
             # lack: give up as many of them as extends the run furthest.
             last = min(self._furthest(found, last), found.last - 1)
+
+    def peek(self, request: Request) -> Found:
+        """Return what a load would find if all tiers were up, without planning it."""
+        found = self._residency.find(request.keys, request.span.first_block)
+        return with_far(request, found, self._residency, self.catalogue, NO_TIERS).found
 
     def visible(self, found: Found) -> Found:
         """Return the part of a run that needs nothing that is to be avoided."""
@@ -218,7 +233,7 @@ class Planner:
             return Plan(template_of(request.operation, ()), run_id, ())
         placement = found.ready[Tier.HOST]
         positions, block_ids = placement.positions, placement.block_ids
-        leg, bounds = _chunked(_ONWARD, positions.block_count, self._limits.chunk_blocks)
+        leg, bounds = _chunked(_ONWARD, positions.block_count, self.limits.chunk_blocks)
         fill = _fill(request, positions, {Tier.HOST: block_ids}, bounds)
         return Plan(template_of(Operation.GET, (leg,)), run_id, (fill,), request.watch)
 
@@ -299,7 +314,7 @@ class Planner:
             request.generation, request.keys[:BLOCK_KEY_BYTES]
         ):
             return ClearedError()
-        parent = self._parent(request)
+        parent = residency.parent(request.keys, span.first_block)
         if parent is None:
             return None
         groups = residency.survey(request.keys, span.first_block, span.last_block)
@@ -318,19 +333,6 @@ class Planner:
             for store in stores:
                 self._behind(request, draft, store)
         return shortfall
-
-    def _parent(self, request: Request) -> list[Holding] | None:
-        """Return what holds the block before the span, or None if no tier has it.
-
-        Blocks whose parent is nowhere are not stored: no get could reach them.
-        """
-        first = request.span.first_block
-        if not first:
-            return []
-        found = self._residency.find(request.keys[: (first + 1) * BLOCK_KEY_BYTES], first - 1)
-        if found.pending is not None:
-            return []
-        return found.holdings if found.ready else None
 
     def _in_host(
         self, request: Request, groups: list[Group]
@@ -388,36 +390,36 @@ class Planner:
 
     @property
     def _unwritable(self) -> frozenset[Tier]:
-        return frozenset() if self.avoid is None else self.avoid.unwritable
+        return NO_TIERS if self.avoid is None else self.avoid.unwritable
 
     def _room_behind(self, tier: Tier, wanted_blocks: int) -> int:
         """Return how many blocks of a put may be queued for a tier at once."""
         if tier in self.tiers_owed or tier in self._unwritable:
             return 0
         waiting = self._residency.counts(tier).reserved
-        return min(wanted_blocks, max(0, self._limits.write_behind_blocks_max - waiting))
+        return min(wanted_blocks, max(0, self.limits.write_behind_blocks_max - waiting))
 
     def plan_behind(self, taken: Taken, run_id: int) -> Plan:
         """Plan to write blocks of host memory to their reserved places in a lower tier."""
         tier, count = taken.tier, len(taken.host_ids)
-        leg, bounds = _chunked((Route(Tier.HOST, tier),), count, self._limits.chunk_blocks)
+        leg, bounds = _chunked((Route(Tier.HOST, tier),), count, self.limits.chunk_blocks)
         ids = {Tier.HOST: taken.host_ids, tier: taken.target_ids}
-        fill = LegFill(Positions(0, count), ids, bounds)
+        fill = LegFill(taken.keys, Positions(0, count), ids, bounds)
         return self._claimed(Plan(template_of(Operation.PREFETCH, (leg,)), run_id, (fill,)))
 
     # -- both -----------------------------------------------------------------------------------
 
     def _claimed(self, plan: Plan) -> Plan:
         """Open the claim of every op that moves bytes, and return the plan."""
-        claims, run_id = self._residency.claims, plan.run_id
+        claims, own, run_id = self._residency.claims, self.tiers, plan.run_id
         for op in plan.template.ops:
             if op.route is None:
                 continue
             fill = plan.fills[op.leg]
             ids, begin, end = fill.ids, fill.bounds[op.chunk], fill.bounds[op.chunk + 1]
             source, target = op.route
-            pinned = None if source is Tier.DEVICE else Holding(source, ids[source][begin:end])
-            leased = None if target is Tier.DEVICE else Holding(target, ids[target][begin:end])
+            pinned = Holding(source, ids[source][begin:end]) if source in own else None
+            leased = Holding(target, ids[target][begin:end]) if target in own else None
             claims.open(run_id * OPS_MAX + op.index, Claim(run_id, pinned, leased))
         return plan
 

@@ -61,6 +61,8 @@ class Taken(NamedTuple):
     epoch: int
     hold: int | None
     """The claim that keeps the blocks: settle it once the transfer has its own."""
+    keys: bytes
+    """A root of zeros, and the key of each block."""
 
 
 class OwedBlocks:
@@ -131,8 +133,11 @@ class OwedBlocks:
                 self._keep(rest)
         if len(target_ids):
             self._leave(batch.epoch, len(target_ids))
-            taken_ids = ids[outcomes == TAKEN]
-            return Taken(self.tier, taken_ids, target_ids, batch.attempts, batch.epoch, hold)
+            taken = batch.part(outcomes == TAKEN)
+            keys = bytes(BLOCK_KEY_BYTES) + taken.keys
+            return Taken(
+                self.tier, taken.block_ids, target_ids, batch.attempts, batch.epoch, hold, keys
+            )
         self._settle(hold)
         return None
 

@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 
 from flexkv import _ext
 from flexkv.common.errors import CapacityError, InvariantError
-from flexkv.common.terms import BLOCK_KEY_BYTES, BLOCK_RECORD_BYTES, BlockIds, Tier
+from flexkv.common.terms import (
+    BLOCK_KEY_BYTES,
+    BLOCK_RECORD_BYTES,
+    BlockIds,
+    Positions,
+    Tier,
+)
 from flexkv.index.claims import Claims, Holding
 from flexkv.index.clears import ClearHistory
 from flexkv.index.eviction import Eviction
@@ -55,46 +61,6 @@ class PrefixMatch(msgspec.Struct, frozen=True):
         return f"PrefixMatch({self.tokens} tokens{': ' if parts else ''}{', '.join(parts)})"
 
 
-class Positions(msgspec.Struct, frozen=True):
-    """Positions of some blocks of a prompt: `places`, or from `first` on if that is None."""
-
-    first: int
-    block_count: int
-    places: BlockIds | None = None
-
-    def part(self, begin: int, end: int) -> Positions:
-        """Return the begin-th to the end-th (exclusive) of them."""
-        if self.places is None:
-            return Positions(self.first + begin, end - begin)
-        places = self.places[begin:end]
-        return Positions(int(places[0]) if end > begin else self.first, end - begin, places)
-
-    def number_before(self, last: int) -> int:
-        """Return how many of them are before a position."""
-        if self.places is None:
-            return max(0, min(self.block_count, last - self.first))
-        return int(np.searchsorted(self.places, last))
-
-    def leading(self, first: int) -> int:
-        """Return the length of the unbroken run of them from a position on."""
-        if self.first != first:
-            return 0
-        if self.places is None:
-            return self.block_count
-        return int(np.count_nonzero(self.places == np.arange(first, first + self.block_count)))
-
-    def at(self, number: int) -> int:
-        """Return the position of the number-th of them."""
-        return self.first + number if self.places is None else int(self.places[number])
-
-    def within(self, values: NDArray[np.int64], first: int) -> NDArray[np.int64]:
-        """Return the values for these positions from an array that begins at position `first`."""
-        if self.places is None:
-            begin = self.first - first
-            return values[begin : begin + self.block_count]
-        return values[self.places - first]
-
-
 class Placement(msgspec.Struct, frozen=True):
     """Some blocks of a prompt, and where they are in one tier."""
 
@@ -123,7 +89,10 @@ class Group(NamedTuple):
 
 
 class Found(msgspec.Struct, frozen=True):
-    """The resident run of a prompt from `first` to `last` (exclusive), by nearest tier."""
+    """The resident run of a prompt from `first` to `last` (exclusive), by nearest tier.
+
+    For a load, `graph.far.with_far` adds what is said to lie far behind it.
+    """
 
     first: int
     last: int
@@ -266,6 +235,18 @@ class Residency:
                 pending = placement
         return Found(first, last, ready, pending)
 
+    def parent(self, keys: bytes, first: int) -> list[Holding] | None:
+        """Return what holds the block before position `first`; None if it is nowhere.
+
+        Host memory takes no block whose parent is nowhere: no get could reach it.
+        """
+        if not first:
+            return []
+        found = self.find(keys[: (first + 1) * BLOCK_KEY_BYTES], first - 1)
+        if found.pending is not None:
+            return []
+        return found.holdings if found.ready else None
+
     def survey(self, keys: bytes, first: int, last: int, use: bool = True) -> list[Group]:
         """Return the blocks from `first` to `last`, grouped by where they are; count their use."""
         return [
@@ -289,7 +270,9 @@ class Residency:
         return self._table.agreeing(keys)
 
     def counts(self, tier: Tier) -> TierCounts:
-        """Return the number of places of a tier, by state."""
+        """Return the number of places of a tier, by state; a far tier has none."""
+        if tier not in self._number:
+            return TierCounts(0, 0, 0, 0, 0, 0, 0)
         return TierCounts(*self._table.counts(self._number[tier]))
 
     @property
@@ -419,8 +402,11 @@ class Residency:
     # -- holding --------------------------------------------------------------------------------
 
     def holding(self, holdings: Sequence[Holding]) -> AbstractContextManager[None]:
-        """Return a context that pins blocks while something is planned."""
-        return _Held(self._table, [(self._number[tier], ids) for tier, ids in holdings])
+        """Return a context that pins blocks while something is planned; far ones need no pin."""
+        numbers = self._number
+        return _Held(
+            self._table, [(numbers[tier], ids) for tier, ids in holdings if tier in numbers]
+        )
 
     # -- dropping -------------------------------------------------------------------------------
 

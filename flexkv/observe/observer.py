@@ -104,7 +104,7 @@ class Observer:
         elif not isinstance(error, RecalledError):
             count.ops += 1
             count.failed_ops += 1
-            if not isinstance(error, CorruptBlockError):  # `corrupt` logs that, with the place
+            if not error.is_miss:  # `corrupt` logs wrong bytes, with the place
                 log.warning(
                     "op_failed", request=request.request_id, route=op.label, error=str(error)
                 )

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from flexkv.actors.checks import BlockChecks, KeptSums
 from flexkv.common.config import CacheConfig
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
+from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
 from flexkv.io.ssd.journal import Journal
+from flexkv.testing.fake_far import FakeFar, FarPort
 from flexkv.testing.fakes import FakeChecksummer, FakePort
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.lossy_files import LossyFiles
@@ -55,9 +57,13 @@ class FakeBackend:
         faults: FaultPlan,
         remains: CrashState,
         device_faults: FaultPlan | None = None,
+        far: FakeFar | None = None,
     ) -> None:
-        """Take the faults of the disk, and those of the device if they differ."""
+        """Take the faults of the disk, those of the device if they differ, and what is far."""
         self.host, self.ranks = "fake", 1
+        self.catalogue: Catalogue = far or NOTHING_IS_FAR
+        self.far_port: FarPort | None = None
+        self._far = far
         self._device_faults = device_faults or faults
         self.ledger: Ledger | None = None
         self.windows = disk_windows(CacheConfig())
@@ -74,10 +80,17 @@ class FakeBackend:
         """Do nothing: the arrays exist already."""
 
     def open(self, undo: ExitStack, progress: Progress | None) -> None:
-        """Open the disk port and its journals."""
+        """Open the disk port and its journals, and the far tier."""
+        if len(self._store):
+            self._tiers.append(self._open_disk(undo))
+        if self._far is not None:
+            port = FarPort(self._far, self._memory, self._faults, self._sums)
+            undo.callback(port.close)
+            self._tiers.append(TierParts(self._far.tier, None, port, *self.windows))
+            self.far_port = port
+
+    def _open_disk(self, undo: ExitStack) -> TierParts:
         disk_blocks = len(self._store)
-        if not disk_blocks:
-            return
         self.port = FakePort(self._store, self._memory, self._faults, BLOCK_KEY_BYTES)
         checksummer = FakeChecksummer(self._memory, self._faults)
         self._sums = checksummer.sums
@@ -93,23 +106,16 @@ class FakeBackend:
             self.ledger.journal_bytes_min, self.ledger.snapshot_blocks = 300, 4
             undo.callback(self.ledger.close)
             kept.forget = self.ledger.forget
-        self._tiers = [
-            TierParts(
-                Tier.DISK,
-                disk_blocks,
-                self.port,
-                *self.windows,
-                self.ledger,
-                work=self._work,
-                checks=BlockChecks(checksummer, kept),
-            )
-        ]
+        return TierParts(
+            Tier.DISK, disk_blocks, self.port, *self.windows, self.ledger, work=self._work,
+            checks=BlockChecks(checksummer, kept),
+        )  # fmt: skip
 
     def _work(self, hooks: TierHooks) -> Work:
         return {} if self.ledger is None else {"ledger": self.ledger.run()}
 
     def tiers(self) -> Sequence[TierParts]:
-        """Return the fake disk, if it has blocks."""
+        """Return the fake disk, if it has blocks, and the far tier, if there is one."""
         return self._tiers
 
     def device(self, kv_caches: Any, layout: str | None, tp_rank: int) -> Device:

@@ -15,6 +15,7 @@ from flexkv.actors.checks import BlockChecks
 from flexkv.common.config import CacheConfig, CacheSizes
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import Order, PagedLayout
+from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
 from flexkv.io.checksums.sums import PoolChecksummer
 from flexkv.io.cuda.choice import CopyPreference
 from flexkv.io.cuda.driver import BoundDriver, why_no_gds
@@ -71,6 +72,8 @@ class Backend(Protocol):
     """The configured tiers and directories that the engine goes on without."""
     ranks: int
     """The number of devices that must be registered before requests are accepted."""
+    catalogue: Catalogue
+    """What its far tiers are said to have."""
 
     async def take(self, undo: ExitStack, progress: Progress | None) -> None:
         """Acquire memory and files, which may take minutes; `undo` gets what releases them.
@@ -105,6 +108,7 @@ class LocalBackend:
 
     shared = False
     """Whether other processes map the host memory."""
+    catalogue: Catalogue = NOTHING_IS_FAR
 
     def __init__(self, cache: CacheConfig, sizes: CacheSizes) -> None:
         self.space = sizes.spaces[0]

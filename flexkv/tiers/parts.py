@@ -98,7 +98,8 @@ class TierParts:
 
     Attributes:
         tier: which.
-        capacity_blocks: how many blocks it was opened with.
+        capacity_blocks: how many blocks it was opened with; None for a far tier, whose blocks are
+            not this engine's: only the backend's catalogue says what it has.
         port: moves blocks between the tier and host memory; closed by whoever opened it.
         inbound: bound on the bytes in flight from the tier.
         outbound: bound on the bytes in flight to the tier.
@@ -109,7 +110,7 @@ class TierParts:
     """
 
     tier: Tier
-    capacity_blocks: int
+    capacity_blocks: int | None
     port: DurablePort
     inbound: Window
     outbound: Window

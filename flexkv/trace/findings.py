@@ -76,7 +76,7 @@ def _tiers(summary: Summary) -> list[Finding]:
 
 
 def _failed(summary: Summary) -> list[Finding]:
-    told = ("done", "recalled", "CorruptBlockError")
+    told = ("done", "recalled", "CorruptBlockError", "MissingBlockError")
     failed = [op for op in summary.trace.ops if op.outcome not in told]
     found = []
     for route, count in Counter(op.route for op in failed).most_common():

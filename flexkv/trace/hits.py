@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from flexkv import _ext
-from flexkv.common.terms import Tier
+from flexkv.common.terms import Positions, Tier
 from flexkv.index.eviction import Eviction
-from flexkv.index.residency import WORTHY, Positions, Residency
+from flexkv.index.residency import WORTHY, Residency
 from flexkv.index.secret import derived
 from flexkv.trace.mooncake import TraceLine
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flexkv import _ext
-from flexkv.common.terms import Tier
+from flexkv.common.terms import Positions, Tier
 from flexkv.index.eviction import Eviction
 from flexkv.index.residency import (
     ABSENT,
@@ -24,7 +24,6 @@ from flexkv.index.residency import (
     READY,
     TAKEN,
     THERE,
-    Positions,
     Residency,
 )
 

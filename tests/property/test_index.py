@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from flexkv.common.errors import InvariantError
-from flexkv.common.terms import Tier
+from flexkv.common.terms import Positions, Tier
 from flexkv.index.claims import Claim, Holding
 from flexkv.index.eviction import POLICIES, Eviction
-from flexkv.index.residency import Change, Positions, Residency
+from flexkv.index.residency import Change, Residency
 from tests.property.index_model import DEPTH, NAMESPACES, PATHS, TIERS, Driver, key_of, keys_of
 
 OPERATIONS = int(os.environ.get("INDEX_OPERATIONS", "4000"))

@@ -14,15 +14,16 @@ from flexkv.common.errors import (
     StorageError,
 )
 from flexkv.common.request import Operation
-from flexkv.common.terms import Route, Tier
+from flexkv.common.terms import Positions, Route, Tier
 from flexkv.graph.compile import compile_shape
 from flexkv.graph.explain import explain
 from flexkv.graph.ops import CHUNKS_MAX, Leg, Shape
 from flexkv.graph.plan import OPS_MAX, LegFill, Plan, Template
+from flexkv.graph.planner import Planner
 from flexkv.graph.run import Launch, Run
 from flexkv.index.claims import Claim, Holding
 from flexkv.index.eviction import Eviction
-from flexkv.index.residency import Positions, Residency, prefix_match
+from flexkv.index.residency import Residency, prefix_match
 from tests.unit.prompts import LIMITS, filled, keys, request, residency, resident
 
 
@@ -59,7 +60,7 @@ def test_limits_on_shapes_and_templates_hold() -> None:
     template = compile_shape(Shape(Operation.GET, (load._replace(waits=True),)))
     with pytest.raises(InvariantError, match="ops"):
         Template(template.shape, template.ops * OPS_MAX, (), (), (), 0, ())
-    plan = Plan(template, 0, (LegFill(Positions(0, 1), {}, (0, 1), (5,)),))
+    plan = Plan(template, 0, (LegFill(b"", Positions(0, 1), {}, (0, 1), (5,)),))
     with pytest.raises(InvariantError, match="barrier"):
         plan.transfer(template.ops[0])
 
@@ -99,10 +100,10 @@ def test_explain_draws_what_a_request_would_do(operation: Operation, drawn: list
     tiers = residency()
     filled(tiers, Tier.HOST, 0)
     filled(tiers, Tier.DISK, 0, 1)
-    text = str(explain(request(operation, 0, 1, 2), tiers, LIMITS))
+    text = str(explain(request(operation, 0, 1, 2), Planner(tiers, LIMITS)))
     assert all(part in text for part in drawn), text
     tiers.validate()
-    nothing = str(explain(request(Operation.GET, 50), tiers, LIMITS))
+    nothing = str(explain(request(Operation.GET, 50), Planner(tiers, LIMITS)))
     assert nothing == "get of 1 whole blocks: 0 in host, 0 in disk"
 
 

@@ -6,9 +6,9 @@ from random import Random
 
 import pytest
 
-from flexkv.common.terms import Tier
+from flexkv.common.terms import Positions, Tier
 from flexkv.index.eviction import Eviction
-from flexkv.index.residency import WORTHY, Positions, Residency
+from flexkv.index.residency import WORTHY, Residency
 from flexkv.trace.hits import Prompt, prompts_of, replay
 from flexkv.trace.mooncake import TraceLine
 

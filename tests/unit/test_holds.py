@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from flexkv.actors.scheduler import Scheduler
-from flexkv.common.terms import Tier
+from flexkv.common.terms import Positions, Tier
 from flexkv.engine import pins
 from flexkv.engine.pins import HOLD_S, HOLDS_MAX, Holds
 from flexkv.index.claims import Claim, Holding
-from flexkv.index.residency import Positions, Residency
+from flexkv.index.residency import Residency
 from flexkv.testing.virtual_time import run_virtual
 
 BLOCKS = 16

@@ -208,7 +208,7 @@ async def test_layers_are_those_of_the_group(device: Device, mode: str) -> None:
         ids, before, host = np.arange(8), device.arena.array.copy(), device.arena
         for group, layers in enumerate((Layers(1, 2, 1), Layers(0, 1, 2))):
             places = ids + 10 * group
-            port.submit(Transfer(group, 1, TO_HOST, ids, places, None, layers, group))
+            port.submit(Transfer(group, 1, TO_HOST, ids, places, None, layers, group=group))
         ended = port.reap()
         while len(ended) < 2:
             await woken.wait()
@@ -347,7 +347,7 @@ def _plan(group: int) -> Plan:
     """Return a plan that loads two blocks of a group."""
     template = compile_shape(Shape(Operation.GET, (Leg((TO_DEVICE,), 1, group=group),)))
     ids = {Tier.HOST: np.arange(2), Tier.DEVICE: np.arange(2)}
-    return Plan(template, 1, (LegFill(Positions(0, 2), ids, (0, 2)),))
+    return Plan(template, 1, (LegFill(b"", Positions(0, 2), ids, (0, 2)),))
 
 
 @pytest.mark.parametrize("group", [0, 1])

@@ -1,0 +1,79 @@
+"""The seam to what is far: blocks that others hold, such as a remote store or other nodes.
+
+The block table says what this engine owns, and is never wrong. A catalogue has hints of what others
+own. Blocks that it promises may be gone, so they are never offered to an engine: they are fetched
+into host memory first, and are blocks like any other then.
+
+    get, prefetch ──▶ blocks in the table │ where these end: Catalogue.far ──▶ a leg far→host→device
+                                          │ what did not arrive: Catalogue.doubt
+
+A backend supplies the catalogue, and for each far tier `TierParts` without a capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from typing import NamedTuple, Protocol
+
+from flexkv.common.errors import TransferError
+from flexkv.common.terms import BlockIds, Tier, Transfer
+
+
+class FarRun(NamedTuple):
+    """Consecutive blocks of a prompt that one tier is said to have.
+
+    `block_ids`, int64[n], mean something to the catalogue and the port of the tier only: transfers
+    have them as their source ids.
+    """
+
+    tier: Tier
+    block_ids: BlockIds
+
+
+class Catalogue(Protocol):
+    """Knows by hints what others hold. Called on the engine's loop: no I/O, no waiting."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether nothing at all is far; the catalogue is not asked any further then."""
+        ...
+
+    def far(self, keys: bytes, first: int, last: int, avoid: Set[Tier]) -> Sequence[FarRun]:
+        """Return who is said to have the blocks from position `first` on, up to `last`.
+
+        Args:
+            keys: root and keys of the prompt's blocks.
+            first: where the local blocks end.
+            last: exclusive; longer runs are cut there.
+            avoid: tiers that are down.
+
+        Returns:
+            Consecutive runs, the first of which begins at `first`, each in another tier.
+        """
+        ...
+
+    def doubt(self, transfer: Transfer, error: TransferError) -> None:
+        """Note that blocks did not arrive, and why: they should not be promised again at once.
+
+        Args:
+            transfer: what is left of one, from the first block that did not arrive on. Only that
+                block is known to be missing, and not even that one if `error.blames_tier`.
+            error: why it ended.
+        """
+        ...
+
+
+class NothingIsFar:
+    """The catalogue of an engine that has only its own tiers."""
+
+    is_empty = True
+
+    def far(self, keys: bytes, first: int, last: int, avoid: Set[Tier]) -> Sequence[FarRun]:
+        """Return nothing."""
+        return ()
+
+    def doubt(self, transfer: Transfer, error: TransferError) -> None:
+        """Do nothing."""
+
+
+NOTHING_IS_FAR = NothingIsFar()

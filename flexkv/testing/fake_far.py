@@ -1,0 +1,173 @@
+"""A far tier without hardware: what others hold, the hints of that, and a port that fetches it.
+
+The port is addressed by content: it looks up the keys of a transfer's blocks. Like a real one it
+checks what arrives, and it ends in part if the hints were wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Set
+from itertools import takewhile
+from random import Random
+
+import numpy as np
+from msgspec import structs
+from numpy.typing import NDArray
+
+from flexkv.common.errors import CorruptBlockError, MissingBlockError, TransferError
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey, Tier, Transfer
+from flexkv.index.catalogue import FarRun
+from flexkv.index.keys import block_keys
+from flexkv.index.residency import PENDING, READY, Residency
+from flexkv.io.ports import Completion
+from flexkv.testing.fakes import FakePort, sums_of
+from flexkv.testing.faults import FaultPlan
+
+
+class FakeFar:
+    """What others hold, and a catalogue of it.
+
+    Attributes:
+        tier: where it is.
+        store: uint8[blocks, bytes], the bytes of every block that was ever held.
+        held: keys of the blocks that are held now.
+        hinted: keys of the blocks that the catalogue believes to be held.
+        doubts: what the catalogue was told of blocks that did not arrive.
+        looks: the position of each look-up.
+        residency: if given, each look-up is checked: it must ask for a block that is not here.
+    """
+
+    def __init__(self, tier: Tier = Tier.REMOTE, blocks_max: int = 1024) -> None:
+        self.tier = tier
+        self.store = np.zeros((blocks_max, BLOCK_KEY_BYTES), np.uint8)
+        self.held: set[BlockKey] = set()
+        self.hinted: set[BlockKey] = set()
+        self.doubts: list[tuple[list[BlockKey], TransferError]] = []
+        self.damaged_blocks = 0
+        self.looks: list[int] = []
+        self.residency: Residency | None = None
+        self._row: dict[BlockKey, int] = {}
+
+    # -- what others do -------------------------------------------------------------------------
+
+    def hold(self, keys: Iterable[BlockKey]) -> None:
+        """Hold blocks, and announce them; the right content of a block is its key."""
+        for key in keys:
+            row = self._row.setdefault(key, len(self._row))
+            self.store[row] = np.frombuffer(key, np.uint8)
+            self.held.add(key)
+            self.hinted.add(key)
+
+    def damage(self, key: BlockKey) -> None:
+        """Change a bit of a block that is held."""
+        self.store[self._row[key], -1] ^= 1
+        self.damaged_blocks += 1
+
+    def live(self, random: Random, keys: bytes) -> None:
+        """Now and then let others store, drop or damage blocks of a prompt, announced or not."""
+        prompt, chance = block_keys(keys), random.random()
+        some = prompt[: random.randint(0, len(prompt))]
+        if chance < 0.4:
+            self.hold(some)
+        elif chance < 0.55:
+            self.held.difference_update(prompt[len(some) :])
+        elif chance < 0.6:
+            self.hinted.update(some)
+        elif chance < 0.65 and some and some[-1] in self.held:
+            self.damage(some[-1])
+
+    @property
+    def ever_held(self) -> Set[BlockKey]:
+        """Return the keys of all blocks that were held at some time."""
+        return self._row.keys()
+
+    def rows(self, keys: Iterable[BlockKey]) -> NDArray[np.int64]:
+        """Return the rows of the leading blocks that are held."""
+        there = takewhile(self.held.__contains__, keys)
+        return np.array([self._row[key] for key in there], np.int64)
+
+    # -- the catalogue --------------------------------------------------------------------------
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether there is no hint at all."""
+        return not self.hinted
+
+    def far(self, keys: bytes, first: int, last: int, avoid: Set[Tier]) -> Sequence[FarRun]:
+        """Return the run that the hints promise."""
+        self.looks.append(first)
+        if self.residency is not None:
+            _check_absent(self.residency, keys, first, avoid)
+        if self.tier in avoid:
+            return ()
+        run = list(takewhile(self.hinted.__contains__, block_keys(keys)[first:last]))
+        return [FarRun(self.tier, np.zeros(len(run), np.int64))] if run else ()
+
+    def doubt(self, transfer: Transfer, error: TransferError) -> None:
+        """Drop the hint of the first block that did not arrive, or of all that may be gone."""
+        keys = transfer.block_keys
+        self.doubts.append((keys, error))
+        self.hinted.difference_update(keys if error.blames_tier else keys[:1])
+
+
+def _check_absent(residency: Residency, keys: bytes, at: int, avoid: Set[Tier]) -> None:
+    """Check that a block is in no tier that may be used, or comes by an op that hangs."""
+    (group,) = residency.survey(keys, at, at + 1, use=False)
+    here = {
+        tier for tier, state in zip(residency.tiers, group.states, strict=True) if state == READY
+    }
+    assert here <= avoid or group.states[0] == PENDING, f"asked for a block that is here: {here}"
+
+
+class FarPort(FakePort):
+    """Fetches far blocks by their keys into host memory, with the faults of a plan.
+
+    Attributes:
+        fetching: by op id, a transfer in flight, and how many of its blocks were there.
+        fetched: how often each block has arrived.
+    """
+
+    adapter = "FarPort"
+
+    def __init__(
+        self,
+        far: FakeFar,
+        host: NDArray[np.uint8],
+        faults: FaultPlan,
+        sums: NDArray[np.uint64] | None = None,
+    ) -> None:
+        super().__init__(far.store, host, faults, BLOCK_KEY_BYTES, sums)
+        self.fetching: dict[int, tuple[Transfer, int]] = {}
+        self.fetched: dict[BlockKey, int] = {}
+        self._far = far
+
+    def submit(self, transfer: Transfer) -> None:
+        """Begin to fetch the leading blocks that are held."""
+        assert transfer.route.target is Tier.HOST, transfer.route
+        for other, _ in self.fetching.values():
+            assert not np.isin(transfer.target_ids, other.target_ids).any(), "a place has two"
+        rows = self._far.rows(transfer.block_keys)
+        self.fetching[transfer.op_id] = transfer, len(rows)
+        super().submit(structs.replace(transfer.part(0, len(rows)), source_ids=rows))
+
+    def reap(self) -> list[Completion]:
+        """Return what ended; only blocks whose bytes are right count as filled."""
+        return [self._checked(end) for end in super().reap()]
+
+    def _checked(self, end: Completion) -> Completion:
+        transfer, there = self.fetching.pop(end.op_id)
+        keys, host_ids = transfer.block_keys, transfer.target_ids
+        arrived = [self._host[at, :BLOCK_KEY_BYTES].tobytes() for at in host_ids]
+        right = [some == other for some, other in zip(keys, arrived, strict=True)]
+        filled = len(list(takewhile(bool, right)))
+        if self._sums is not None:
+            self._sums[host_ids[:filled]] = sums_of(self._host[host_ids[:filled]])
+        for key in keys[:filled]:
+            self.fetched[key] = self.fetched.get(key, 0) + 1
+        if filled == len(keys) or end.error is not None:
+            return Completion(end.op_id, end.error, filled)
+        if filled < there:
+            return Completion(end.op_id, CorruptBlockError("far", 0, [0]), filled)
+        route, why = str(transfer.route), "it is not there any more"
+        error = MissingBlockError(end.op_id, route, len(keys) - filled, why)
+        return Completion(end.op_id, error, filled)
