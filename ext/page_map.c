@@ -145,45 +145,15 @@ static void page_map_dealloc(PageMap *self)
     instance_free((PyObject *)self);
 }
 
-int page_ids_hold(const PageMap *map, PyObject *device, PyObject *host, struct page_ids *ids)
+int read_pages(PyObject *self, const struct parameter *Py_UNUSED(parameter), struct value *value)
 {
-    if (int64_view_hold(device, "device_ids", &ids->device) < 0)
-        return -1;
-    if (int64_view_hold(host, "host_ids", &ids->host) < 0) {
-        PyBuffer_Release(&ids->device.buffer);
-        return -1;
-    }
-    if (ids->device.count != ids->host.count) {
-        PyErr_Format(PyExc_ValueError, "%zd device ids for %zd host ids", ids->device.count,
-                     ids->host.count);
-        page_ids_release(ids);
-        return -1;
-    }
-    if (__builtin_mul_overflow((size_t)ids->device.count, map->layout.block_bytes, &ids->bytes)) {
-        PyErr_SetString(PyExc_ValueError, "the job's bytes overflow");
-        page_ids_release(ids);
-        return -1;
-    }
-    return 0;
-}
+    const struct ext_state *state = PyModule_Check(self) ? PyModule_GetState(self)
+                                                         : PyType_GetModuleState(Py_TYPE(self));
 
-PageMap *page_map_read(const struct ext_state *state, PyObject *object)
-{
-    if (PyObject_TypeCheck(object, state->page_map))
-        return (PageMap *)object;
+    if (PyObject_TypeCheck(value->object, state->page_map))
+        return 0;
     PyErr_SetString(PyExc_TypeError, "pages must be a PageMap");
-    return NULL;
-}
-
-PageMap *page_job_read(const struct ext_state *state, PyObject *const *values, int64_t *direction,
-                       struct page_ids *ids)
-{
-    PageMap *map = page_map_read(state, values[0]);
-
-    if (!map || integer_read(values[1], "direction", TO_HOST, TO_DEVICE, direction) < 0 ||
-        page_ids_hold(map, values[2], values[3], ids) < 0)
-        return NULL;
-    return map;
+    return -1;
 }
 
 static int ids_copy(const struct int64_view *view, const char *name, size_t limit, int64_t *ids)
@@ -199,59 +169,58 @@ static int ids_copy(const struct int64_view *view, const char *name, size_t limi
     return 0;
 }
 
-int page_ids_copy(const PageMap *map, const struct page_ids *ids, int64_t *device_ids,
-                  int64_t *host_ids)
+int page_work_fill(const PageMap *map, enum direction direction, const struct int64_view *device,
+                   const struct int64_view *host, int64_t *ids, struct copy_work *work)
 {
-    if (device_ids &&
-        ids_copy(&ids->device, "device_ids", map->layout.device_blocks, device_ids) < 0)
+    const struct layout *layout = &map->layout;
+
+    *work = (struct copy_work){layout, direction, 0, ids, ids + host->count};
+    if (device && device->count != host->count) {
+        PyErr_Format(PyExc_ValueError, "%zd device ids for %zd host ids", device->count,
+                     host->count);
         return -1;
-    return ids_copy(&ids->host, "host_ids", map->layout.host_blocks, host_ids);
-}
-
-void page_ids_release(struct page_ids *ids)
-{
-    PyBuffer_Release(&ids->device.buffer);
-    PyBuffer_Release(&ids->host.buffer);
-}
-
-PyObject *page_map_copy_now(PyObject *module, PyObject *const *args, Py_ssize_t count,
-                            PyObject *keywords)
-{
-    static const char *const names[] = {"pages", "direction", "device_ids", "host_ids"};
-    static const struct signature signature = {"copy_now", names, 4, 4};
-    PyObject *values[4], *result = NULL;
-    struct page_ids ids;
-    int64_t direction, *id_copies;
-    size_t pairs;
-    PageMap *map;
-
-    if (args_unpack(&signature, args, count, keywords, values) < 0)
-        return NULL;
-    map = page_job_read(PyModule_GetState(module), values, &direction, &ids);
-    if (!map)
-        return NULL;
-    pairs = (size_t)ids.device.count;
-    id_copies = PyMem_Malloc(2 * pairs * sizeof(*id_copies));
-    if (!id_copies) {
-        PyErr_NoMemory();
-    } else if (page_ids_copy(map, &ids, id_copies, id_copies + pairs) == 0) {
-        struct copy_work work = {&map->layout, (enum direction)direction, ids.bytes, id_copies,
-                                 id_copies + pairs};
-
-        sums_begin(&work);
-        if (work.bytes > COPY_NOW_HOLD_BYTES_MAX) {
-            Py_BEGIN_ALLOW_THREADS
-            copy_range(&work, 0, work.bytes);
-            Py_END_ALLOW_THREADS
-        } else {
-            copy_range(&work, 0, work.bytes);
-        }
-        result = Py_NewRef(Py_None);
     }
-    PyMem_Free(id_copies);
-    page_ids_release(&ids);
-    return result;
+    if (__builtin_mul_overflow((size_t)host->count, layout->block_bytes, &work->bytes)) {
+        PyErr_SetString(PyExc_ValueError, "the job's bytes overflow");
+        return -1;
+    }
+    if (device && ids_copy(device, "device_ids", layout->device_blocks, ids) < 0)
+        return -1;
+    return ids_copy(host, "host_ids", layout->host_blocks, ids + host->count);
 }
+
+int64_t *page_work_new(const struct value *values, struct copy_work *work)
+{
+    size_t count = (size_t)(values[2].view.count + values[3].view.count);
+    int64_t *ids = PyMem_Malloc(count * sizeof(*ids));
+
+    if (!ids)
+        return (int64_t *)PyErr_NoMemory();
+    if (page_work_fill((PageMap *)values[0].object, (enum direction)values[1].integer,
+                       &values[2].view, &values[3].view, ids, work) < 0) {
+        PyMem_Free(ids);
+        return NULL;
+    }
+    return ids;
+}
+
+static PyObject *copy_now(PyObject *Py_UNUSED(module), struct value *values)
+{
+    struct copy_work work;
+    int64_t *ids = page_work_new(values, &work);
+    PyThreadState *saved;
+
+    if (!ids)
+        return NULL;
+    sums_begin(&work);
+    saved = gil_leave(work.bytes > COPY_NOW_HOLD_BYTES_MAX);
+    copy_range(&work, 0, work.bytes);
+    gil_return(saved);
+    PyMem_Free(ids);
+    return Py_NewRef(Py_None);
+}
+
+CALL(pages_, copy_now, PyObject, 4, PAGE_JOB)
 
 static PyObject *page_map_block_bytes(PageMap *self, void *Py_UNUSED(closure))
 {
