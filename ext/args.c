@@ -116,9 +116,8 @@ int integer_read(PyObject *object, const char *name, int64_t low, int64_t high, 
     } else if (*value >= low && *value <= high) {
         return 0;
     }
-    PyErr_Format(PyExc_ValueError, "%s=%R is outside %lld..%lld", name, object, (long long)low,
-                 (long long)high);
-    return -1;
+    return raise_value("%s=%R is outside %lld..%lld", name, object, (long long)low,
+                       (long long)high);
 }
 
 int read_integer(PyObject *Py_UNUSED(self), const struct parameter *parameter, struct value *value)
@@ -157,8 +156,7 @@ int read_aligned(PyObject *self, const struct parameter *parameter, struct value
         return -1;
     if ((uintptr_t)value->view.buffer.buf % sizeof(int64_t) == 0)
         return 0;
-    PyErr_Format(PyExc_ValueError, "%s must be aligned to 8 bytes", parameter->name);
-    return -1;
+    return raise_value("%s must be aligned to 8 bytes", parameter->name);
 }
 
 int read_rows(PyObject *Py_UNUSED(self), const struct parameter *parameter, struct value *value)
@@ -170,6 +168,28 @@ PyObject *raise_errno(int error)
 {
     errno = error;
     return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+int raise_value(const char *format, ...)
+{
+    va_list values;
+
+    va_start(values, format);
+    PyErr_FormatV(PyExc_ValueError, format, values);
+    va_end(values);
+    return -1;
+}
+
+int int64_range_check(const struct int64_view *view, const char *name, int64_t least, int64_t most)
+{
+    for (Py_ssize_t i = 0; i < view->count; i++) {
+        int64_t number = int64_at(view, i);
+
+        if (number < least || number >= most)
+            return raise_value("%s[%zd]=%lld is outside %lld..%lld", name, i, (long long)number,
+                               (long long)least, (long long)most - 1);
+    }
+    return 0;
 }
 
 int raise_details(PyObject *details)

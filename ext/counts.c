@@ -17,27 +17,24 @@ static int read_counts(PyObject *Py_UNUSED(self), const struct parameter *Py_UNU
     return -1;
 }
 
-/* Return the count of an id; NULL with ValueError if it is not from 0 to n - 1. */
-static uint32_t *count_of(const struct value *values, Py_ssize_t i)
+/* Return the counts, after a check that each id is one of them; NULL with ValueError. */
+static uint32_t *counts_of(const struct value *values)
 {
     Py_ssize_t count = values[0].view.buffer.len / (Py_ssize_t)sizeof(uint32_t);
-    int64_t id = int64_at(&values[1].view, i);
 
-    if (id >= 0 && id < count)
-        return (uint32_t *)values[0].view.buffer.buf + id;
-    PyErr_Format(PyExc_ValueError, "ids[%zd]=%lld is outside 0..%zd", i, (long long)id, count - 1);
-    return NULL;
+    return int64_range_check(&values[1].view, "ids", 0, count) < 0 ? NULL
+                                                                   : values[0].view.buffer.buf;
 }
 
 static PyObject *change_counts(PyObject *Py_UNUSED(module), struct value *values)
 {
-    Py_ssize_t crossed = 0, ids = values[1].view.count;
+    uint32_t *counts = counts_of(values);
+    Py_ssize_t crossed = 0;
 
-    for (Py_ssize_t i = 0; i < ids; i++) /* all of them are checked before one is changed */
-        if (!count_of(values, i))
-            return NULL;
-    for (Py_ssize_t i = 0; i < ids; i++) {
-        uint32_t *item = count_of(values, i), before = *item;
+    if (!counts)
+        return NULL;
+    for (Py_ssize_t i = 0; i < values[1].view.count; i++) {
+        uint32_t *item = &counts[int64_at(&values[1].view, i)], before = *item;
 
         *item = before + (uint32_t)values[2].integer;
         crossed += !before != !*item;
@@ -50,15 +47,13 @@ CALL(counts_, change_counts, PyObject, 3, READ("counts", read_counts), READ("ids
 
 static PyObject *any_counted(PyObject *Py_UNUSED(module), struct value *values)
 {
+    const uint32_t *counts = counts_of(values);
     bool found = false;
 
-    for (Py_ssize_t i = 0; i < values[1].view.count; i++) {
-        const uint32_t *item = count_of(values, i);
-
-        if (!item)
-            return NULL;
-        found |= *item != 0;
-    }
+    if (!counts)
+        return NULL;
+    for (Py_ssize_t i = 0; i < values[1].view.count && !found; i++)
+        found = counts[int64_at(&values[1].view, i)];
     return PyBool_FromLong(found);
 }
 

@@ -8,6 +8,7 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <structmember.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -120,6 +121,12 @@ int int64_rows_hold(PyObject *object, const char *name, struct int64_view *view)
 
 /* Raise OSError with this (positive) errno; return NULL. */
 PyObject *raise_errno(int error);
+
+/* Raise ValueError with a message; return -1. */
+int raise_value(const char *format, ...);
+
+/* Check that numbers are from `least` to `most` - 1. Return 0, or -1 with ValueError. */
+int int64_range_check(const struct int64_view *view, const char *name, int64_t least, int64_t most);
 
 /* Raise ValueError with these details, unless they are NULL with an exception; return -1. */
 int raise_details(PyObject *details);

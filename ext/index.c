@@ -21,10 +21,8 @@ static int tier_options(PyObject *object, uint32_t options[4])
             return -1;
         options[i] = (uint32_t)value;
     }
-    if (options[1] == POLICY_REWARD && !options[2]) {
-        PyErr_SetString(PyExc_ValueError, "the reward parameter must be 1 s or more");
-        return -1;
-    }
+    if (options[1] == POLICY_REWARD && !options[2])
+        return raise_value("the reward parameter must be 1 s or more");
     return 0;
 }
 
@@ -33,10 +31,8 @@ static int index_set_up(BlockIndex *self, PyObject *tiers)
     uint32_t options[TIERS_MAX][4], capacities[TIERS_MAX];
     Py_ssize_t count = PyTuple_Size(tiers);
 
-    if (count < 1 || count > TIERS_MAX) {
-        PyErr_Format(PyExc_ValueError, "%zd tiers given, must be 1..%d", count, TIERS_MAX);
-        return -1;
-    }
+    if (count < 1 || count > TIERS_MAX)
+        return raise_value("%zd tiers given, must be 1..%d", count, TIERS_MAX);
     for (Py_ssize_t t = 0; t < count; t++) {
         if (tier_options(PyTuple_GetItem(tiers, t), options[t]) < 0)
             return -1;
@@ -116,10 +112,8 @@ static int key_read(PyObject *object, struct key *key)
 
     if (PyBytes_AsStringAndSize(object, &text, &bytes) < 0)
         return -1;
-    if (bytes != (Py_ssize_t)INDEX_KEY_BYTES) {
-        PyErr_Format(PyExc_ValueError, "root has %zd bytes, not 16", bytes);
-        return -1;
-    }
+    if (bytes != (Py_ssize_t)INDEX_KEY_BYTES)
+        return raise_value("root has %zd bytes, not 16", bytes);
     memcpy(key, text, sizeof(*key));
     return 0;
 }
@@ -304,9 +298,9 @@ static PyMethodDef index_methods[] = {
     FAST("watch", call_watch, "Record up to a number of changes."),
     FAST("counts", call_counts, "Count a tier's places by state."),
     FAST("tick", call_tick, "Set the time."),
-    {"changes", (PyCFunction)(void (*)(void))index_call_changes, METH_NOARGS,
+    {"changes", (PyCFunction)index_call_changes, METH_NOARGS,
      "Return the recorded changes."},
-    {"validate", (PyCFunction)(void (*)(void))index_validate, METH_NOARGS,
+    {"validate", (PyCFunction)index_validate, METH_NOARGS,
      "Check every invariant."},
     {NULL, NULL, 0, NULL},
 };

@@ -3,8 +3,7 @@
 
 PyObject *index_broken(BlockIndex *self, const char *law)
 {
-    PyErr_SetString(self->broken_error, law);
-    return NULL;
+    return PyErr_Format(self->broken_error, "%s", law);
 }
 
 int read_tier(PyObject *self, const struct parameter *parameter, struct value *value)
@@ -20,11 +19,10 @@ int64_t request_blocks(const struct value *keys)
 
     if (bytes % (Py_ssize_t)INDEX_KEY_BYTES == 0 && blocks >= 0)
         return blocks;
-    PyErr_Format(PyExc_ValueError, "keys has %zd bytes, must be a root and keys of 16 each", bytes);
-    return -1;
+    return raise_value("keys has %zd bytes, must be a root and keys of 16 each", bytes);
 }
 
-/* Read the range of positions of a request, from its arguments keys, begin and end. Return 0 or -1. */
+/* Read the range of positions of a request: its arguments keys, begin and end. Return 0 or -1. */
 static int range_read(const struct value *values, size_t range[2])
 {
     int64_t first, last, blocks = request_blocks(&values[0]);
@@ -353,14 +351,13 @@ static PyObject *lease(BlockIndex *self, struct value *values)
 CALL(call_, lease, BlockIndex, 3, TIER_AND_IDS, INTEGER("op_id", 0, INT64_MAX))
 
 /* Return a place in use; NULL if the id is none. */
-static const struct place *place_of(const BlockIndex *self, const struct value *values, Py_ssize_t i)
+static const struct place *place_of(const BlockIndex *self, const struct value *values,
+                                    Py_ssize_t i)
 {
-    const struct tier *tier = &self->index.tier[values[0].integer];
-    int64_t id = int64_at(&values[1].view, i);
+    const struct place *place = place_at(&self->index.tier[values[0].integer],
+                                         int64_at(&values[1].view, i));
 
-    if (id < 0 || id >= tier->unused || tier->places[id].state == PLACE_FREE)
-        return NULL;
-    return &tier->places[id];
+    return place && place->state != PLACE_FREE ? place : NULL;
 }
 
 static PyObject *fillers(BlockIndex *self, struct value *values)

@@ -25,9 +25,9 @@ struct copies {
 
 static const struct place *ready_place(const struct tier *tier, int64_t id)
 {
-    if (id < 0 || id >= tier->unused || tier->places[id].state != PLACE_READY)
-        return NULL;
-    return &tier->places[id];
+    const struct place *place = place_at(tier, id);
+
+    return place && place->state == PLACE_READY ? place : NULL;
 }
 
 static enum copy_outcome copy_judge(const struct block_index *index, const struct copies *copies,
@@ -49,7 +49,7 @@ static ref copy_node(const struct block_index *index, const struct copies *copie
 static void copies_take(struct block_index *index, struct copies *copies, const size_t *at,
                         size_t n)
 {
-    struct tier *tier = &index->tier[copies->target];
+    struct density *density = index->tier[copies->target].density;
     unsigned char keys[(SAME_ROOT_MAX + 1) * INDEX_KEY_BYTES];
     int64_t positions[SAME_ROOT_MAX], uses[SAME_ROOT_MAX];
     struct batch batch = {keys, n + 1, positions, n};
@@ -64,11 +64,11 @@ static void copies_take(struct block_index *index, struct copies *copies, const 
         positions[i] = (int64_t)i;
     }
     quota = index->quotas ? quota_of(index, node_at(index, root)->key) : 0;
-    if (tier->density)
-        density_foresee(tier->density, &batch, uses);
+    if (density)
+        density_foresee(density, &batch, uses);
     room = room_make(index, copies->target, quota, &batch, copies->how, uses);
     for (size_t i = 0; i < n; i++) {
-        ref number = copy_node(index, copies, at[i]), id;
+        ref number = copy_node(index, copies, at[i]);
 
         if (node_at(index, number)->place[copies->target] != NONE) { /* it was named twice */
             copies->outcomes[at[i]] = COPY_THERE;
@@ -78,15 +78,9 @@ static void copies_take(struct block_index *index, struct copies *copies, const 
             copies->outcomes[at[i]] = COPY_NO_ROOM;
             continue;
         }
-        id = place_take(tier);
-        node_at(index, number)->place[copies->target] = id;
-        node_at(index, root)->place[copies->target]++;
-        tier->places[id] = (struct place){.node = number, .state = PLACE_RESERVED,
-                                          .list = LIST_NONE, .quota = (uint8_t)quota};
-        if (tier->density)
-            density_class(tier->density, &tier->places[id], (uint32_t)uses[i], false);
-        tier->reserved++;
-        copies->target_ids[copies->taken++] = id;
+        copies->target_ids[copies->taken++] =
+            place_reserve(index, copies->target, number, quota, density ? (uint32_t)uses[i] : 0,
+                          false);
     }
 }
 

@@ -1,22 +1,6 @@
 /* The calls of BlockIndex that report blocks to others: records for a later run, and changes. */
 #include "index.h"
 
-/* Check that numbers are from `least` to `most` - 1. Return 0, or -1 with ValueError. */
-static int numbers_check(const struct int64_view *view, const char *name, int64_t least,
-                         int64_t most)
-{
-    for (Py_ssize_t i = 0; i < view->count; i++) {
-        int64_t number = int64_at(view, i);
-
-        if (number >= least && number < most)
-            continue;
-        PyErr_Format(PyExc_ValueError, "%s[%zd]=%lld is outside %lld..%lld", name, i,
-                     (long long)number, (long long)least, (long long)most - 1);
-        return -1;
-    }
-    return 0;
-}
-
 static PyObject *export(BlockIndex *self, struct value *values)
 {
     const struct int64_view *ids = &values[1].view;
@@ -84,8 +68,8 @@ static PyObject *restore(BlockIndex *self, struct value *values)
     struct restored restored = {(size_t)ids->count, records->buf, parents->buffer.buf,
                                 ids->buffer.buf};
 
-    if (numbers_check(ids, "ids", 0, self->index.tier[tier].capacity) < 0 ||
-        numbers_check(parents, "parents", -1, ids->count) < 0)
+    if (int64_range_check(ids, "ids", 0, self->index.tier[tier].capacity) < 0 ||
+        int64_range_check(parents, "parents", -1, ids->count) < 0)
         return NULL;
     if (parents->count == ids->count && (uintptr_t)records->buf % 4 == 0 &&
         records->len == ids->count * (Py_ssize_t)sizeof(struct block_record))

@@ -49,16 +49,10 @@ static uint64_t tokens_pack(uint32_t *target, const char *source, size_t count)
     return all;
 }
 
-/* The constants of the hash, derived from the user's secret, in place of the public ones. */
-struct hash_secret {
-    const char *bytes;
-    size_t size;
-};
-
 /* Write the keys of `blocks` blocks. `scratch` holds the parent, then room for one block. Return
  * the number of blocks before the first with a token that is negative or has more than 32 bits. */
 static size_t keys_write(const char *tokens, size_t blocks, size_t block_tokens, char *scratch,
-                         struct hash_secret secret, unsigned char *keys)
+                         const Py_buffer *secret, unsigned char *keys)
 {
     size_t bytes = KEY_BYTES + block_tokens * sizeof(uint32_t);
 
@@ -67,7 +61,7 @@ static size_t keys_write(const char *tokens, size_t blocks, size_t block_tokens,
 
         if (tokens_pack((uint32_t *)(scratch + KEY_BYTES), source, block_tokens) >> 32)
             return block;
-        digest_write(XXH3_128bits_withSecret(scratch, bytes, secret.bytes, secret.size),
+        digest_write(XXH3_128bits_withSecret(scratch, bytes, secret->buf, (size_t)secret->len),
                      keys + block * KEY_BYTES);
         memcpy(scratch, keys + block * KEY_BYTES, KEY_BYTES);
     }
@@ -89,7 +83,7 @@ static int token_raise(const char *tokens, Py_ssize_t count, Py_ssize_t first)
 
 /* Return the parent and the keys of the whole blocks, or NULL with an exception. */
 static PyObject *keys_of_blocks(const char *tokens, Py_ssize_t count, size_t block_tokens,
-                                const char *parent, struct hash_secret secret)
+                                const void *parent, const Py_buffer *secret)
 {
     size_t blocks = (size_t)count / block_tokens, done = 0;
     PyObject *result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)((blocks + 1) * KEY_BYTES));
@@ -168,22 +162,13 @@ static PyObject *pack_int64(PyObject *Py_UNUSED(module), struct value *values)
 
 CALL(keys_, pack_int64, PyObject, 1, OBJECT("values"))
 
-/* Read a bytes object that is long enough to be the secret of XXH3. Return 0, or -1 with an
- * exception. */
-static int secret_read(PyObject *object, struct hash_secret *secret)
+/* Read a bytes object, whose content cannot change while it is used. */
+static int read_constant(PyObject *self, const struct parameter *parameter, struct value *value)
 {
-    Py_ssize_t size;
-    char *bytes;
-
-    if (PyBytes_AsStringAndSize(object, &bytes, &size) < 0)
-        return -1;
-    if (size < XXH3_SECRET_SIZE_MIN) {
-        PyErr_Format(PyExc_ValueError, "secret has %zd bytes, fewer than %d", size,
-                     XXH3_SECRET_SIZE_MIN);
-        return -1;
-    }
-    *secret = (struct hash_secret){bytes, (size_t)size};
-    return 0;
+    if (PyBytes_Check(value->object))
+        return read_bytes(self, parameter, value);
+    PyErr_Format(PyExc_TypeError, "%s must be bytes", parameter->name);
+    return -1;
 }
 
 /* Read a list of integers, later, or a buffer of them, now. */
@@ -196,28 +181,29 @@ static PyObject *chain_keys(PyObject *Py_UNUSED(module), struct value *values)
 {
     size_t block_tokens = (size_t)values[1].integer;
     const struct int64_view *view = &values[0].view;
-    struct hash_secret secret;
+    const Py_buffer *parent = &values[2].view.buffer, *secret = &values[3].view.buffer;
     PyObject *result = NULL;
-    Py_ssize_t parent_bytes, length;
-    char *parent, *tokens;
+    Py_ssize_t length;
+    char *tokens;
 
-    if (PyBytes_AsStringAndSize(values[2].object, &parent, &parent_bytes) < 0 ||
-        secret_read(values[3].object, &secret) < 0)
-        return NULL;
-    if (parent_bytes != (Py_ssize_t)KEY_BYTES)
-        return PyErr_Format(PyExc_ValueError, "parent has %zd bytes, not 16", parent_bytes);
+    if (parent->len != (Py_ssize_t)KEY_BYTES)
+        return PyErr_Format(PyExc_ValueError, "parent has %zd bytes, not 16", parent->len);
+    if (secret->len < XXH3_SECRET_SIZE_MIN)
+        return PyErr_Format(PyExc_ValueError, "secret has %zd bytes, fewer than %d", secret->len,
+                            XXH3_SECRET_SIZE_MIN);
     if (view->buffer.obj)
-        return keys_of_blocks(view->buffer.buf, view->count, block_tokens, parent, secret);
+        return keys_of_blocks(view->buffer.buf, view->count, block_tokens, parent->buf, secret);
     length = PyList_Size(values[0].object);
     tokens = tokens_of_list(values[0].object, length);
     if (tokens)
-        result = keys_of_blocks(tokens, length, block_tokens, parent, secret);
+        result = keys_of_blocks(tokens, length, block_tokens, parent->buf, secret);
     PyMem_Free(tokens);
     return result;
 }
 
 CALL(keys_, chain_keys, PyObject, 4, READ("tokens", read_tokens),
-     INTEGER("tokens_per_block", 1, PY_SSIZE_T_MAX / 16), OBJECT("parent"), OBJECT("secret"))
+     INTEGER("tokens_per_block", 1, PY_SSIZE_T_MAX / 16), READ("parent", read_constant),
+     READ("secret", read_constant))
 
 /* Write the block id of every whole block. Return false if a slot breaks a rule.
  *

@@ -21,20 +21,16 @@ static int piece_read(struct layout *layout, const struct int64_view *rows, Py_s
     else if (__builtin_mul_overflow(stride, (int64_t)layout->device_blocks - 1, &span) ||
              __builtin_add_overflow(base, span, &end) || __builtin_add_overflow(end, bytes, &end))
         why = "addresses overflow";
-    if (why) {
-        PyErr_Format(PyExc_ValueError, "piece %zd: %s", row, why);
-        return -1;
-    }
+    if (why)
+        return raise_value("piece %zd: %s", row, why);
     layout->pieces[row] = (struct piece){.base = (char *)(intptr_t)base,
                                          .stride = (size_t)stride,
                                          .bytes = (size_t)bytes,
                                          .offset = (size_t)offset,
                                          .start = layout->block_bytes};
     layout->block_bytes += (size_t)bytes;
-    if (layout->block_bytes > (size_t)host_stride) {
-        PyErr_Format(PyExc_ValueError, "piece %zd: the pieces exceed the host block", row);
-        return -1;
-    }
+    if (layout->block_bytes > (size_t)host_stride)
+        return raise_value("piece %zd: the pieces exceed the host block", row);
     return 0;
 }
 
@@ -72,16 +68,12 @@ static int sums_hold(PageMap *map, PyObject *sums)
     if (PyObject_GetBuffer(sums, &map->sums, PyBUF_WRITABLE) < 0)
         return -1;
     if ((size_t)map->sums.len != layout->host_blocks * sizeof(uint64_t) ||
-        (uintptr_t)map->sums.buf % sizeof(uint64_t) != 0) {
-        PyErr_Format(PyExc_ValueError, "sums has %zd bytes, not %zu, or is not aligned",
-                     map->sums.len, layout->host_blocks * sizeof(uint64_t));
-        return -1;
-    }
+        (uintptr_t)map->sums.buf % sizeof(uint64_t) != 0)
+        return raise_value("sums has %zd bytes, not %zu, or is not aligned", map->sums.len,
+                           layout->host_blocks * sizeof(uint64_t));
     for (size_t i = 0; i < layout->piece_count; i++)
-        if (layout->pieces[i].offset != layout->pieces[i].start) {
-            PyErr_Format(PyExc_ValueError, "piece %zu: with sums, pieces may leave no gaps", i);
-            return -1;
-        }
+        if (layout->pieces[i].offset != layout->pieces[i].start)
+            return raise_value("piece %zu: with sums, pieces may leave no gaps", i);
     layout->sums = map->sums.buf;
     return 0;
 }
@@ -97,10 +89,8 @@ static PyObject *page_map_new(PyTypeObject *type, PyObject *args, PyObject *keyw
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "OLOLO|O:PageMap", names, &pieces,
                                      &device_blocks, &host, &host_stride, &owner, &sums))
         return NULL;
-    if (device_blocks < 1 || host_stride < 1) {
-        PyErr_SetString(PyExc_ValueError, "device_blocks and host_stride must be 1 or more");
-        return NULL;
-    }
+    if (device_blocks < 1 || host_stride < 1)
+        return PyErr_Format(PyExc_ValueError, "device_blocks and host_stride must be 1 or more");
     self = (PageMap *)PyType_GenericAlloc(type, 0);
     if (!self)
         return NULL;
@@ -160,11 +150,9 @@ static int ids_copy(const struct int64_view *view, const char *name, size_t limi
 {
     for (Py_ssize_t i = 0; i < view->count; i++) {
         ids[i] = int64_at(view, i);
-        if ((uint64_t)ids[i] >= limit) {
-            PyErr_Format(PyExc_ValueError, "%s[%zd]=%lld is outside 0..%zd", name, i,
-                         (long long)ids[i], (Py_ssize_t)limit - 1);
-            return -1;
-        }
+        if ((uint64_t)ids[i] >= limit)
+            return raise_value("%s[%zd]=%lld is outside 0..%zd", name, i, (long long)ids[i],
+                               (Py_ssize_t)limit - 1);
     }
     return 0;
 }
@@ -175,15 +163,10 @@ int page_work_fill(const PageMap *map, enum direction direction, const struct in
     const struct layout *layout = &map->layout;
 
     *work = (struct copy_work){layout, direction, 0, ids, ids + host->count};
-    if (device && device->count != host->count) {
-        PyErr_Format(PyExc_ValueError, "%zd device ids for %zd host ids", device->count,
-                     host->count);
-        return -1;
-    }
-    if (__builtin_mul_overflow((size_t)host->count, layout->block_bytes, &work->bytes)) {
-        PyErr_SetString(PyExc_ValueError, "the job's bytes overflow");
-        return -1;
-    }
+    if (device && device->count != host->count)
+        return raise_value("%zd device ids for %zd host ids", device->count, host->count);
+    if (__builtin_mul_overflow((size_t)host->count, layout->block_bytes, &work->bytes))
+        return raise_value("the job's bytes overflow");
     if (device && ids_copy(device, "device_ids", layout->device_blocks, ids) < 0)
         return -1;
     return ids_copy(host, "host_ids", layout->host_blocks, ids + host->count);
@@ -222,19 +205,11 @@ static PyObject *copy_now(PyObject *Py_UNUSED(module), struct value *values)
 
 CALL(pages_, copy_now, PyObject, 4, PAGE_JOB)
 
-static PyObject *page_map_block_bytes(PageMap *self, void *Py_UNUSED(closure))
-{
-    return PyLong_FromSize_t(self->layout.block_bytes);
-}
-
-static PyObject *page_map_piece_count(PageMap *self, void *Py_UNUSED(closure))
-{
-    return PyLong_FromSize_t(self->layout.piece_count);
-}
-
-static PyGetSetDef page_map_properties[] = {
-    {"piece_count", (getter)page_map_piece_count, NULL, "Pieces of one block.", NULL},
-    {"block_bytes", (getter)page_map_block_bytes, NULL, "Bytes of all pieces of one block.", NULL},
+static PyMemberDef page_map_members[] = {
+    {"piece_count", T_PYSSIZET, offsetof(PageMap, layout.piece_count), READONLY,
+     "Pieces of one block."},
+    {"block_bytes", T_PYSSIZET, offsetof(PageMap, layout.block_bytes), READONLY,
+     "Bytes of all pieces of one block."},
     {0},
 };
 
@@ -245,7 +220,7 @@ static PyType_Slot page_map_slots[] = {
     {Py_tp_dealloc, page_map_dealloc},
     {Py_tp_traverse, page_map_traverse},
     {Py_tp_clear, page_map_clear},
-    {Py_tp_getset, page_map_properties},
+    {Py_tp_members, page_map_members},
     {0, NULL},
 };
 

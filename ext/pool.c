@@ -12,8 +12,7 @@ typedef struct {
 
 static PyObject *pool_closed(void)
 {
-    PyErr_SetString(PyExc_RuntimeError, "the pool is closed");
-    return NULL;
+    return PyErr_Format(PyExc_RuntimeError, "the pool is closed");
 }
 
 static PyObject *copy_pool_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
@@ -183,13 +182,9 @@ static PyObject *copy(CopyPool *self, struct value *values)
 static CALL(copy_pool_, copy, CopyPool, 2, READ("target", read_writable),
             READ("source", read_bytes))
 
-static PyObject *copy_pool_in_flight(CopyPool *self, void *Py_UNUSED(closure))
-{
-    return PyLong_FromSize_t(self->pool.in_flight);
-}
-
-static PyGetSetDef copy_pool_properties[] = {
-    {"in_flight", (getter)copy_pool_in_flight, NULL, "Jobs submitted and not reaped.", NULL},
+static PyMemberDef copy_pool_members[] = {
+    {"in_flight", T_PYSSIZET, offsetof(CopyPool, pool.in_flight), READONLY,
+     "Jobs submitted and not reaped."},
     {0},
 };
 
@@ -215,7 +210,7 @@ static PyType_Slot copy_pool_slots[] = {
     {Py_tp_new, copy_pool_new},
     {Py_tp_dealloc, copy_pool_dealloc},
     {Py_tp_methods, copy_pool_methods},
-    {Py_tp_getset, copy_pool_properties},
+    {Py_tp_members, copy_pool_members},
     {0, NULL},
 };
 

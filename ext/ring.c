@@ -13,8 +13,7 @@
 
 static PyObject *ring_closed(void)
 {
-    PyErr_SetString(PyExc_RuntimeError, "the ring is closed");
-    return NULL;
+    return PyErr_Format(PyExc_RuntimeError, "the ring is closed");
 }
 
 void ring_lock(Ring *self)
@@ -303,27 +302,25 @@ static PyObject *ring_in_flight(Ring *self, void *Py_UNUSED(closure))
     return PyLong_FromUnsignedLong(in_flight);
 }
 
-static PyObject *ring_capacity(Ring *self, void *Py_UNUSED(closure))
-{
-    return PyLong_FromUnsignedLong(self->queue.capacity);
-}
-
 static PyGetSetDef ring_properties[] = {
     {"in_flight", (getter)ring_in_flight, NULL, "Extents submitted and not reaped.", NULL},
-    {"capacity", (getter)ring_capacity, NULL, "The most extents that can be in flight.", NULL},
     {0},
 };
 
-#define METHOD(function) ((PyCFunction)(void (*)(void))(function))
+static PyMemberDef ring_members[] = {
+    {"capacity", T_UINT, offsetof(Ring, queue.capacity), READONLY,
+     "The most extents that can be in flight."},
+    {0},
+};
 
 static PyMethodDef ring_methods[] = {
-    {"fileno", METHOD(ring_fileno), METH_NOARGS,
+    {"fileno", (PyCFunction)ring_fileno, METH_NOARGS,
      "fileno($self, /)\n--\n\nReturn the eventfd, readable while reap has something."},
-    {"register_files", METHOD(ring_register_files), METH_O,
+    {"register_files", (PyCFunction)ring_register_files, METH_O,
      "register_files($self, fds, /)\n--\n\nRegister files; extents name them by their index."},
-    {"reap", METHOD(ring_reap), METH_NOARGS,
+    {"reap", (PyCFunction)ring_reap, METH_NOARGS,
      "reap($self, /)\n--\n\nReturn (op_id, bytes moved or -errno) of all that ended."},
-    {"close", METHOD(ring_close), METH_NOARGS,
+    {"close", (PyCFunction)ring_close, METH_NOARGS,
      "close($self, /)\n--\n\nWait for what is in flight, then release everything."},
     FAST("lend", ring_lend,
          "lend($self, buffers, register)\n--\n\nName the memory that I/O may touch."),
@@ -341,6 +338,7 @@ static PyType_Slot ring_slots[] = {
     {Py_tp_dealloc, ring_dealloc},
     {Py_tp_methods, ring_methods},
     {Py_tp_getset, ring_properties},
+    {Py_tp_members, ring_members},
     {0, NULL},
 };
 

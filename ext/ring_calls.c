@@ -36,11 +36,9 @@ static int extent_read(Ring *self, const struct int64_view *extents, Py_ssize_t 
         why = "the file offset is out of range";
     else if ((buffer = lent_index(self, (uint64_t)address, (uint64_t)bytes)) < 0)
         why = "the memory was not lent";
-    if (why) {
-        PyErr_Format(PyExc_ValueError, "extent %zd (%lld, %lld, %lld, %lld): %s", row,
-                     (long long)file, (long long)offset, (long long)address, (long long)bytes, why);
-        return -1;
-    }
+    if (why)
+        return raise_value("extent %zd (%lld, %lld, %lld, %lld): %s", row, (long long)file,
+                           (long long)offset, (long long)address, (long long)bytes, why);
     slot->address = (char *)(intptr_t)address;
     slot->offset = (uint64_t)offset;
     slot->bytes = (uint64_t)bytes;
@@ -133,8 +131,7 @@ static PyObject *nop(Ring *self, struct value *values)
 
 CALL(ring_, nop, Ring, 2, OBJECT("op_id"), INTEGER("count", 0, PY_SSIZE_T_MAX))
 
-/* Return the list of (op id, result) of the slots that ended. No slot is freed before all are in the
- * list. */
+/* Return the list of (op id, result) of the slots that ended; none is freed before all are in it. */
 static PyObject *ended_tell(struct ring_queue *queue)
 {
     PyObject *list = PyList_New((Py_ssize_t)queue->ended_count);
