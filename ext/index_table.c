@@ -156,8 +156,9 @@ static void nodes_expect(const struct block_index *index, const unsigned char *k
 }
 
 /* Return the node of the i-th block, by a guess from the one before if there is one; or NONE. */
-static ref node_next(const struct block_index *index, const unsigned char *keys, size_t i,
-                     size_t end, ref before)
+static inline __attribute__((always_inline)) ref node_next(const struct block_index *index,
+                                                           const unsigned char *keys, size_t i,
+                                                           size_t end, ref before)
 {
     struct key key = key_at(keys, (int64_t)i);
     ref found = node_guess(index, key, before);

@@ -162,13 +162,12 @@ static PyObject *pack_int64(PyObject *Py_UNUSED(module), struct value *values)
 
 CALL(keys_, pack_int64, PyObject, 1, OBJECT("values"))
 
-/* Read a bytes object, whose content cannot change while it is used. */
-static int read_constant(PyObject *self, const struct parameter *parameter, struct value *value)
+/* Read a bytes object. Its content cannot change, so it need not be held. */
+static int read_constant(PyObject *Py_UNUSED(self), const struct parameter *Py_UNUSED(parameter),
+                         struct value *value)
 {
-    if (PyBytes_Check(value->object))
-        return read_bytes(self, parameter, value);
-    PyErr_Format(PyExc_TypeError, "%s must be bytes", parameter->name);
-    return -1;
+    return PyBytes_AsStringAndSize(value->object, (char **)&value->view.buffer.buf,
+                                   &value->view.buffer.len);
 }
 
 /* Read a list of integers, later, or a buffer of them, now. */
