@@ -131,7 +131,7 @@ static PyObject *nop(Ring *self, struct value *values)
 
 CALL(ring_, nop, Ring, 2, OBJECT("op_id"), INTEGER("count", 0, PY_SSIZE_T_MAX))
 
-/* Return the list of (op id, result) of the slots that ended; none is freed before all are in it. */
+/* Return (op id, result) of the slots that ended; none is freed before all are in the list. */
 static PyObject *ended_tell(struct ring_queue *queue)
 {
     PyObject *list = PyList_New((Py_ssize_t)queue->ended_count);
