@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from flexkv.common.errors import ClosedError, ConfigError, DeviceError, FlexKVEr
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.front.loop_thread import LoopThread
 from flexkv.index.keys import block_identity
-from flexkv.io.device.tensors import kv_cache_list
+from flexkv.io.device.tensors import KVCaches, kv_cache_list
 from flexkv.io.memory.arena import Arena
 from flexkv.io.ports import DevicePort
 from flexkv.observe.logs import get_logger
@@ -95,7 +95,7 @@ class Agent:
     # -- the caller's side, from any thread -----------------------------------------------------
 
     def start(
-        self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None = None
+        self, kv_caches: KVCaches, layout: str | None = None
     ) -> None:
         """Lend KV caches from now on. Return at once, and connect when there is a server.
 

@@ -128,15 +128,15 @@ class Jobs:
         }
         answer(Matched(message.number, found.last - found.first, by_tier))
         if message.hold:
-            engine.holds.hold(self._instance, message.number, found.holdings)
+            engine.requests.holds.hold(self._instance, message.number, found.holdings)
 
     def release(self, numbers: tuple[int, ...] | None = None) -> None:
         """End holds, by default all; ignore those that have ended already."""
         if numbers is None:
-            self._engine.holds.release_group(self._instance)
+            self._engine.requests.holds.release_group(self._instance)
             return
         for number in numbers:
-            self._engine.holds.release(self._instance, number)
+            self._engine.requests.holds.release(self._instance, number)
 
     def start(self, start: Start, keys: bytes, answered: Answered) -> None:
         """Begin a request, and report its end exactly once, even if it is refused.
@@ -228,7 +228,7 @@ class Jobs:
                 await self._turns.wait()
             begin_s = time.monotonic()
             request = self._request(job)
-            response = await self._run(job, self._engine.ticket(request))
+            response = await self._run(job, self._engine.requests.made(request))
             job.answered(_done(job.start, request, response, time.monotonic() - begin_s))
         except FlexKVError as error:
             job.answered(Done(job.start.number, "failed", 0, str(error)))

@@ -95,7 +95,7 @@ class Server:
         self._jobs: dict[int, Jobs] = {}
         self._connections = Connections(engine.supervisor)
         self._deadlines = DeviceDeadlines(
-            backend.fleet, engine.runner, cache.io_deadline_s, self._turn_away
+            backend.fleet, engine.requests.runner, cache.io_deadline_s, self._turn_away
         )
         self._control = Control(engine, backend.fleet)
         self._change_feed = ChangeFeed(engine.residency)

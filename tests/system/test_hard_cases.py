@@ -29,7 +29,7 @@ def manager_of(directory: Path, **changes: Any) -> KVManager:
 
 def fail_reads(manager: KVManager, patch: pytest.MonkeyPatch) -> None:
     """Make every transfer of the disk end in EIO."""
-    disk = manager._engine._backend.tiers()[0].port
+    disk = manager.engine._backend.tiers()[0].port
     reap, error = disk.reap, StorageError("planted", 0, EIO)
     patch.setattr(disk, "reap", lambda: [Completion(op_id, error) for op_id, *_ in reap()])
 
@@ -46,7 +46,7 @@ async def test_a_prefix_whose_tail_fills_the_host_is_loaded_as_far_as_it_fits(
             task, mask = manager.put_match(tokens)
             first = int(mask.argmax()) // PER_BLOCK
             manager.launch([task], [slots_of(range(first, blocks))])
-            work = manager._tasks._find(task).work
+            work = manager._bridge.tasks._find(task).work
             assert work is not None
             await asyncio.wait([work])
             await manager.flush()
@@ -103,7 +103,7 @@ async def test_a_flush_tells_of_a_write_that_failed_until_it_is_made_good(
         with monkeypatch.context() as patch:
             fail_reads(manager, patch)
             await manager.put(PROMPT[: 4 * PER_BLOCK], slots_of(range(4)))
-            await manager._engine.scheduler.wait_idle()
+            await manager.engine.scheduler.wait_idle()
         with pytest.raises(StorageError, match="planted"):
             await manager.flush()
         async with asyncio.timeout(20.0):
@@ -156,7 +156,7 @@ async def test_a_task_cancelled_before_its_first_step_is_answered(tmp_path: Path
         manager.register_kv_caches(kv_caches())
         task = manager.get_async(PROMPT, slots_of(range(16)))
         manager.cancel([task])
-        work = manager._tasks._find(task).work
+        work = manager._bridge.tasks._find(task).work
         assert work is not None
         await asyncio.wait([work])
         assert manager.try_wait([task])[task].status is KVResponseStatus.CANCELLED
@@ -194,7 +194,7 @@ async def test_a_get_whose_filler_gave_up_finds_the_blocks_elsewhere(tmp_path: P
         manager.register_kv_caches(kv_caches())
         await manager.put(tokens, slots_of(range(4)))
         await manager.flush()
-        manager.clear(manager._engine.residency.tiers[0])
+        manager.clear(manager.engine.residency.tiers[0])
         put = asyncio.create_task(manager.put(tokens, slots_of(range(4))))
         await asyncio.sleep(0)
         get = asyncio.create_task(manager.get(tokens, slots_of(range(8, 12))))

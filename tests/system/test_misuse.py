@@ -163,7 +163,7 @@ def test_namespaces_are_strings(manager: KVManager, wrong: Any) -> None:
 
 def test_extra_keys_may_be_of_any_integers(manager: KVManager) -> None:
     """Extra keys may be lists with numpy integers: the block keys are the same."""
-    one = manager._engine.intake  # it derives the block keys
+    one = manager.engine.requests.intake  # it derives the block keys
     from flexkv.common.request import Operation
 
     keys = [
