@@ -106,9 +106,7 @@ class Door(Protocol):
         """Release everything at once; return whether there was anything to release."""
         ...
 
-    def register_kv_caches(
-        self, kv_caches: KVCaches, layout: str | None, tp_rank: int
-    ) -> None:
+    def register_kv_caches(self, kv_caches: KVCaches, layout: str | None, tp_rank: int) -> None:
         """Register a rank's per-layer KV tensors."""
         ...
 

@@ -94,9 +94,7 @@ class Agent:
 
     # -- the caller's side, from any thread -----------------------------------------------------
 
-    def start(
-        self, kv_caches: KVCaches, layout: str | None = None
-    ) -> None:
+    def start(self, kv_caches: KVCaches, layout: str | None = None) -> None:
         """Lend KV caches from now on. Return at once, and connect when there is a server.
 
         Args:

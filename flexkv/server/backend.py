@@ -21,9 +21,7 @@ class ServerBackend(LocalBackend):
         self.ranks = 1
         self.fleet = FleetPort(model, sizes.num_host_blocks, sizes.block_bytes)
 
-    def device(
-        self, kv_caches: KVCaches, layout: str | None, tp_rank: int
-    ) -> Device:
+    def device(self, kv_caches: KVCaches, layout: str | None, tp_rank: int) -> Device:
         """Return the port over all agents, which the server registers once."""
         return Device(self.fleet, self.fleet.num_blocks, "agents", ("agents", 0))
 

@@ -186,9 +186,7 @@ class LocalBackend:
         """Return the host memory."""
         return self._arena
 
-    def device(
-        self, kv_caches: KVCaches, layout: str | None, tp_rank: int
-    ) -> Device:
+    def device(self, kv_caches: KVCaches, layout: str | None, tp_rank: int) -> Device:
         """Return a device with an open port to a rank's per-layer tensors, on CPU or CUDA.
 
         Raises:
