@@ -15,6 +15,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from operator import attrgetter
 from typing import Any, Self, TypeAlias
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -85,19 +86,18 @@ class Slowest:
         if record.ended_ns - self._begun_ns >= SLOWEST_NS:
             self._begun_ns, self._before, self._now = record.ended_ns, self._now, {}
         slowest = self._now.get(record.kind)
-        if slowest is None or _took_ns(record) > _took_ns(slowest):
+        if slowest is None or record.took_ns > slowest.took_ns:
             self._now[record.kind] = record
 
     def by_kind(self) -> dict[str, RequestRecord]:
         """Return the record of the slowest request of each kind."""
         return {
-            kind: max((of[kind] for of in (self._now, self._before) if kind in of), key=_took_ns)
+            kind: max(
+                (of[kind] for of in (self._now, self._before) if kind in of),
+                key=attrgetter("took_ns"),
+            )
             for kind in sorted(self._now | self._before)
         }
-
-
-def _took_ns(record: RequestRecord) -> int:
-    return record.ended_ns - record.arrived_ns
 
 
 class Metrics(Collector):
@@ -149,9 +149,9 @@ class Metrics(Collector):
                 )
                 self._observe("flexkv_transfer_seconds", labels, record.ended_ns - record.begun_ns)
         elif isinstance(record, RequestRecord):
-            self._observe("flexkv_request_seconds", (record.kind,), _took_ns(record))
+            self._observe("flexkv_request_seconds", (record.kind,), record.took_ns)
             self._slowest.take(record)
-            missed = record.last_block - record.first_block - record.moved_blocks
+            missed = record.asked_blocks - record.moved_blocks
             if record.kind == "get" and missed > 0:
                 reason = _reason(record)
                 self.missed_blocks[reason] = self.missed_blocks.get(reason, 0) + missed
@@ -198,7 +198,7 @@ class Metrics(Collector):
         yield from told_so_far
         told = "Requested blocks that gets did not load, by reason."
         yield _family(COUNTER, "flexkv_missed_blocks", told, ("reason",), missed)
-        took = [((kind,), _took_ns(record) / 1e9) for kind, record in slowest.items()]
+        took = [((kind,), record.took_ns / 1e9) for kind, record in slowest.items()]
         told = "Time of the slowest request of the last minute."
         yield _family(GAUGE, "flexkv_slowest_request_seconds", told, ("operation",), took)
         ids = [((kind,), record.request_id) for kind, record in slowest.items()]

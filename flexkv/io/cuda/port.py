@@ -64,7 +64,11 @@ class Mark:
 
 
 class CudaDevicePort:
-    """A transfer port between KV caches on a CUDA device and the host arena."""
+    """A transfer port between KV caches on a CUDA device and the host arena.
+
+    Attributes:
+        failure: what broke the device, or None; all transfers then fail with it.
+    """
 
     arrived_bytes = 0
     rank = 0
@@ -92,13 +96,13 @@ class CudaDevicePort:
             DeviceError: the driver reported an error.
             ConfigError: CUDA cannot register that much host memory.
         """
-        self._driver, self._block_bytes = driver, layout.block_bytes
+        self._driver, self.block_bytes = driver, layout.block_bytes
         self._arena, self.num_blocks = pinned.arena, layout.num_blocks
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: Callable[[], None] = lambda: None
         self._watching: asyncio.TimerHandle | None = None
         self._ended: list[Completion] = []
-        self._failure: DeviceError | None = None
+        self.failure: DeviceError | None = None
         with ExitStack() as undo:
             undo.callback(driver.close)
             self._copier: Copier | None = Copier(driver, pinned, undo)
@@ -147,16 +151,6 @@ class CudaDevicePort:
         self._copier.pages = DevicePages(self._driver, layout, self._arena, owner)
         self.num_blocks = layout.num_blocks
 
-    @property
-    def block_bytes(self) -> int:
-        """Return the bytes moved for one block."""
-        return self._block_bytes
-
-    @property
-    def failure(self) -> DeviceError | None:
-        """Return what broke the device, or None; all transfers then fail with it."""
-        return self._failure
-
     def connect(self, wake: Callable[[], None]) -> None:
         """Attach to the running loop, which calls `wake` when `reap` has something to return."""
         self._loop, self._wake = asyncio.get_running_loop(), wake
@@ -198,8 +192,8 @@ class CudaDevicePort:
         to_device = transfer.route.target is Tier.DEVICE
         limits = (self._arena.num_blocks, self.num_blocks)
         check_ids(transfer, *(limits if to_device else limits[::-1]))
-        if self._failure is not None:
-            self._ended.append(Completion(transfer.op_id, self._failure))
+        if self.failure is not None:
+            self._ended.append(Completion(transfer.op_id, self.failure))
             return
         way = self._streams[to_device]
         with self._driver.inside():
@@ -251,7 +245,7 @@ class CudaDevicePort:
 
     def _fail(self, failure: DeviceError) -> None:
         """Fail all transfers: the device is broken, touches no memory, and announces no ends."""
-        self._failure = failure
+        self.failure = failure
         for way in self._streams:
             way.settle()
             if self._loop is not None:
@@ -262,7 +256,7 @@ class CudaDevicePort:
 
     def reap(self) -> list[Completion]:
         """Return every transfer that ended since the last call, each exactly once."""
-        if self._failure is None:
+        if self.failure is None:
             for way in self._streams:
                 self._ended += [Completion(work.op_id, work.error) for work in way.ended()]
         ended, self._ended = self._ended, []

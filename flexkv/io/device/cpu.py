@@ -48,7 +48,7 @@ class CpuDevicePort:
             sums: uint64[host blocks]; copies of whole blocks store the sums of those they fill.
         """
         self._arena, self._sums = arena, sums
-        self._block_bytes = layout.block_bytes
+        self.block_bytes = layout.block_bytes
         self._inline_blocks_max = INLINE_BYTES_MAX // layout.block_bytes
         self._pages: Pages | None = None
         self.num_blocks = 0
@@ -58,11 +58,6 @@ class CpuDevicePort:
         self._pooled = 0
         self._ended: list[Completion] = []
         self._loop: asyncio.AbstractEventLoop | None = None
-
-    @property
-    def block_bytes(self) -> int:
-        """Return the bytes moved for one block."""
-        return self._block_bytes
 
     def order_after(self, to_device: bool) -> None:
         """Do nothing: what the CPU has written can be read at once."""
