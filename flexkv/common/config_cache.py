@@ -80,6 +80,12 @@ CustomConfig = Annotated[Secret[dict[str, Any]], BeforeValidator(_object)]
 EvictionPolicy = Literal["lru", "lfu", "fifo", "mru", "filo", "slru", "lhd"]
 
 
+def _thread_blocks(direction: str, old: str) -> Any:
+    """Return the key for one direction of the copies by kernel."""
+    what = f"Thread blocks of the kernel that copies {direction}; unset = by measurement."
+    return key(None, what, ge=1, le=65535, old=(old,))
+
+
 class GivenSize(NamedTuple):
     """The key that sets the size of a tier, and its value, as the user gave it."""
 
@@ -254,20 +260,8 @@ class CacheConfig(ConfigModel):
     use_ce_transfer_d2h: bool | None = key(
         None, "Copy GPU to host by copy engine (true) or kernel (false); unset = by measurement."
     )
-    transfer_num_cta_h2d: int | None = key(
-        None,
-        "Thread blocks of the kernel that copies host to GPU; unset = by measurement.",
-        ge=1,
-        le=65535,
-        old=("transfer_sms_h2d",),
-    )
-    transfer_num_cta_d2h: int | None = key(
-        None,
-        "Thread blocks of the kernel that copies GPU to host; unset = by measurement.",
-        ge=1,
-        le=65535,
-        old=("transfer_sms_d2h",),
-    )
+    transfer_num_cta_h2d: int | None = _thread_blocks("host to GPU", "transfer_sms_h2d")
+    transfer_num_cta_d2h: int | None = _thread_blocks("GPU to host", "transfer_sms_d2h")
     chunk_mb: float = key(16.0, "Size of one chunk of a pipelined request.", unit="MB", gt=0)
     copy_threads: int = key(
         0,

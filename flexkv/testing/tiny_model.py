@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 class Shape(NamedTuple):
     """The shape of a model."""
 
-    layers: int = 4
-    hidden: int = 256
-    heads: int = 4
-    kv_heads: int = 2
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
 
     @property
     def head_size(self) -> int:
@@ -30,7 +30,7 @@ WEIGHT_STD = 0.2
 """Standard deviation of weights: so large that greedy tokens depend on the KV cache."""
 
 
-LLAMA = Shape()
+LLAMA = Shape(layers=4, hidden=256, heads=4, kv_heads=2)
 
 
 def make_tiny_model(
