@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from flexkv.common.arguments import flag, integer, text
-from flexkv.common.config import CacheConfig, ModelConfig
+from flexkv.common.config import CacheConfig, ModelConfig, Settings
 from flexkv.common.config_keys import kind_of
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import KVResponse, Operation, TokenMask
@@ -31,6 +31,7 @@ from flexkv.index.keys import Namespace
 from flexkv.index.residency import PrefixMatch
 from flexkv.io.device.tensors import KVCaches
 from flexkv.observe.logs import obey_environment
+from flexkv.server.doors import door_of
 from flexkv.tiers.backend import Backend, Progress
 
 T = TypeVar("T")
@@ -42,16 +43,22 @@ class KVManager:
     def __init__(
         self,
         model: ModelConfig,
-        cache: CacheConfig,
+        cache: CacheConfig | None = None,
         *,
+        settings: Settings | None = None,
         progress: Progress | None = None,
         backend: Backend | None = None,
     ) -> None:
         """Check the configuration; nothing is allocated before `start` or `async with`.
 
+        With `server_client_mode` in `settings`, the engine is that of a server in another process:
+        see docs/server.md for what differs.
+
         Args:
             model: the shape of the KV cache.
-            cache: the tiers and their sizes.
+            cache: the tiers and their sizes; by default those of `settings`.
+            settings: of this process; by default, what `FLEXKV_CONFIG_PATH` and the environment
+                say, if `cache` is not given or these set `server_client_mode`.
             progress: called with (done, total) bytes while host memory is touched, in a thread.
             backend: what to use in place of this machine's memory, files and devices.
 
@@ -59,12 +66,9 @@ class KVManager:
             ConfigError: a part is enabled that is not built, or a size does not fit.
         """
         obey_environment()
-        for field, value, kind in (("model", model, ModelConfig), ("cache", cache, CacheConfig)):
-            if not isinstance(value, kind):
-                raise ConfigError(field, kind_of(value), f"must be a {kind.__name__}")
         if progress is not None and not callable(progress):
             raise ConfigError("progress", kind_of(progress), "must be callable")
-        self._door: Door = Engine(model, cache, backend)
+        self._door: Door = door_of(model, cache, settings, backend)
         self._bridge = LoopBridge(self._door, type(self).__name__, progress)
         self._tasks = TaskForm(self._bridge)
 

@@ -340,9 +340,9 @@ class Engine:
         """Return how much of a prompt is resident. No I/O; it changes only the blocks' recency."""
         return self._checked.match(token_ids, namespace)
 
-    def find(self, keys: bytes) -> Found:
-        """Return where a prompt's blocks are; `keys`: root and block keys of 16 bytes each."""
-        return self._checked.find(keys)
+    def find(self, keys: bytes, first: int = 0) -> Found:
+        """Return where a prompt's blocks from `first` on are; `keys`: root and block keys."""
+        return self._checked.find(keys, first)
 
     def next_request_id(self) -> int:
         """Return the id of a request that is made elsewhere than here."""

@@ -9,8 +9,8 @@ from msgspec import structs
 
 from flexkv.actors.flight import Flight
 from flexkv.common.errors import ClosedError
-from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request, Span
-from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
+from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
+from flexkv.common.terms import Tier
 from flexkv.engine.core import Core
 from flexkv.engine.devices import Devices
 from flexkv.engine.pins import Holds
@@ -78,10 +78,10 @@ class Requests:
         found = self._core.residency.find(request.keys, request.span.first_block)
         if spec.operation is Operation.GET:
             self.holds.hold(PREPARED, request.request_id, found.holdings)
-            return Ticket(_narrowed(request, found.first, found.last), self)
+            return Ticket(request.narrowed(found.first, found.last), self)
         host = found.ready.get(Tier.HOST)
         lacking = found.first + (0 if host is None else host.positions.leading(found.first))
-        return Ticket(_narrowed(request, lacking, request.span.last_block), self)
+        return Ticket(request.narrowed(lacking, request.span.last_block), self)
 
     def made(self, request: Request) -> Ticket:
         """Return the ticket of a request that was made elsewhere."""
@@ -152,15 +152,7 @@ class Requests:
         tiers = self._core.residency.tiers
         return prefix_match(self.find(request.keys), tiers, request.tokens_per_block)
 
-    def find(self, keys: bytes) -> Found:
-        """Return where a prompt's blocks are; `keys`: root and block keys of 16 bytes each."""
+    def find(self, keys: bytes, first: int = 0) -> Found:
+        """Return where a prompt's blocks from `first` on are; `keys`: root and block keys."""
         self._core.scheduler.update_avoid()
-        return self._core.planner.visible(self._core.residency.find(keys, use=True))
-
-
-def _narrowed(request: Request, first_block: int, last_block: int) -> Request:
-    """Return the request for fewer blocks; its slots begin and end with them."""
-    per_block = request.tokens_per_block
-    span = Span(first_block, last_block, first_block * per_block, last_block * per_block)
-    keys = request.keys[: (last_block + 1) * BLOCK_KEY_BYTES]
-    return structs.replace(request, span=span, keys=keys)
+        return self._core.planner.visible(self._core.residency.find(keys, first, use=True))

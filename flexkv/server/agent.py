@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -147,14 +147,31 @@ class Agent:
         """
         if not numbers:
             return
+        with suppress(DeviceError):  # its puts end with this connection
+            self.order_after(to_device)
+            self.report_ready(numbers)
+
+    def order_after(self, to_device: bool) -> None:
+        """Make later copies in one direction wait for what the calling thread's stream has queued.
+
+        Raises:
+            DeviceError: a driver refused. The connection ends, and with it what waits for a report.
+        """
         port = self._port
         if port is not None:
             try:
                 port.order_after(to_device)
             except DeviceError as error:
                 log.exception("device_down", call=error.call, code=error.code)
-                self._thread.post(self._end_link)  # its puts end with this connection
-                return
+                self._thread.post(self._end_link)
+                raise
+
+    def report_ready(self, numbers: Sequence[int]) -> None:
+        """Report that requests may go on, behind what earlier `order_after` calls were for.
+
+        Raises:
+            ClosedError: the agent is closed.
+        """
         messages = [Ready(part) for part in parts_of(numbers)]
 
         def send() -> None:
@@ -171,6 +188,11 @@ class Agent:
         """
         for part in parts_of(numbers):
             self._thread.call(partial(self._settle, part))
+
+    async def settle_soon(self, numbers: Sequence[int]) -> None:
+        """Do what `settle` does, for a caller that is a coroutine."""
+        for part in parts_of(numbers):
+            await self._thread.call_async(partial(self._settle, part))
 
     def close(self) -> None:
         """Finish the copies under way, and stop lending the KV caches. Idempotent."""

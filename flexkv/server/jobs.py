@@ -20,6 +20,7 @@ from flexkv.common.errors import (
     ConfigError,
     FlexKVError,
     InternalError,
+    cause_of,
 )
 from flexkv.common.request import KVResponse, Operation, Request, Span
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
@@ -30,7 +31,7 @@ from flexkv.observe.logs import get_logger
 from flexkv.server.fleet import FleetPort, Instance, ids_from
 from flexkv.server.planning_turns import PlanningTurns
 from flexkv.server.put_share import PutShare
-from flexkv.server.wire import Done, Match, Matched, Start
+from flexkv.server.wire import Done, Match, Matched, Start, failed
 
 log = get_logger(__name__)
 
@@ -117,16 +118,21 @@ class Jobs:
             why = "must be 16 bytes for each key, including the root"
             raise ConfigError("keys", f"{len(keys)} bytes", why)
         keys = keys_within(engine, keys)
-        found = engine.find(keys)
+        begin = min(message.first, len(keys) // BLOCK_KEY_BYTES - 1) if message.from_first else 0
+        found = engine.find(keys, begin)
         if message.hold:  # holds are counted, so no block may occur twice
             agreeing = engine.residency.agreeing(keys[: (found.last + 1) * BLOCK_KEY_BYTES])
             if agreeing < found.last:  # these keys were not derived from tokens
-                found = engine.find(keys[: (agreeing + 1) * BLOCK_KEY_BYTES])
+                begin = min(begin, agreeing)
+                found = engine.find(keys[: (agreeing + 1) * BLOCK_KEY_BYTES], begin)
         by_tier = {
             tier.label: place.block_count - place.positions.number_before(message.first)
             for tier, place in found.ready.items()
         }
-        answer(Matched(message.number, found.last - found.first, by_tier))
+        pending = found.pending.block_count if found.pending else 0
+        host = found.ready.get(Tier.HOST)
+        run = 0 if host is None else host.positions.leading(message.first)
+        answer(Matched(message.number, found.last, by_tier, pending, run))
         if message.hold:
             engine.requests.holds.hold(self._instance, message.number, found.holdings)
 
@@ -174,7 +180,8 @@ class Jobs:
         if start.number in self._settled_early:
             return "the engine gave it up before it arrived"
         try:
-            self._instance_of(start)
+            if start.operation != Operation.PREFETCH.label:
+                self._instance_of(start)
             _check(start, keys)
         except (ClosedError, ConfigError) as error:
             return str(error)
@@ -231,7 +238,7 @@ class Jobs:
             response = await self._run(job, self._engine.requests.made(request))
             job.answered(_done(job.start, request, response, time.monotonic() - begin_s))
         except FlexKVError as error:
-            job.answered(Done(job.start.number, "failed", 0, str(error)))
+            job.answered(failed(job.start.number, error))
             if isinstance(error, InternalError):
                 raise  # the engine's state is wrong, so it must serve nobody any more
 
@@ -374,7 +381,12 @@ _OPERATIONS = {operation.label: operation for operation in Operation}
 
 
 def _done(start: Start, request: Request, response: KVResponse, took_s: float) -> Done:
-    moved = int(np.count_nonzero(response.return_mask)) // request.tokens_per_block
-    error = "" if response.error is None else str(response.error)
-    is_stale = isinstance(response.error, ClearedError)
-    return Done(start.number, response.status.value, moved, error, took_s, is_stale)
+    per_block, error = request.tokens_per_block, response.error
+    moved = int(np.count_nonzero(response.return_mask)) // per_block
+    first, last, *_ = request.span
+    blocks = response.return_mask[first * per_block : last * per_block : per_block]
+    bits = b"" if blocks[:moved].all() else np.packbits(blocks).tobytes()
+    is_stale = isinstance(error, ClearedError)
+    told, cause = ("", None) if error is None else (str(error), cause_of(error))
+    return Done(start.number, response.status.value, moved, told, took_s, is_stale, bits, cause)
+

@@ -19,6 +19,8 @@ from flexkv.io.ports import Completion
 from flexkv.kvmanager import KVManager
 from tests.system.conftest import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches, slots_of
 
+from .clients import started_client
+
 PROMPT = np.arange(16 * PER_BLOCK)
 
 
@@ -129,9 +131,14 @@ def test_a_task_waited_for_completely_tells_what_failed_behind_it(
     manager.shutdown()
 
 
-@pytest.fixture
-def started(tmp_path: Path) -> Any:
-    """Yield a started manager with a device."""
+@pytest.fixture(params=["own", "client"])
+def started(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
+    """Yield a started manager with a device, with an engine of its own or a server's."""
+    if request.param == "client":
+        with started_client(tmp_path) as made:
+            made.register_kv_caches(kv_caches())
+            yield made
+        return
     manager = manager_of(tmp_path)
     manager.start()
     manager.register_kv_caches(kv_caches())
