@@ -21,10 +21,8 @@ static int tier_options(PyObject *object, uint32_t options[4])
             return -1;
         options[i] = (uint32_t)value;
     }
-    if (options[1] == POLICY_REWARD && !options[2]) {
-        PyErr_SetString(PyExc_ValueError, "the reward parameter must be 1 s or more");
-        return -1;
-    }
+    if (options[1] == POLICY_REWARD && !options[2])
+        return raise_value("the reward parameter must be 1 s or more");
     return 0;
 }
 
@@ -33,10 +31,8 @@ static int index_set_up(BlockIndex *self, PyObject *tiers)
     uint32_t options[TIERS_MAX][4], capacities[TIERS_MAX];
     Py_ssize_t count = PyTuple_Size(tiers);
 
-    if (count < 1 || count > TIERS_MAX) {
-        PyErr_Format(PyExc_ValueError, "%zd tiers given, must be 1..%d", count, TIERS_MAX);
-        return -1;
-    }
+    if (count < 1 || count > TIERS_MAX)
+        return raise_value("%zd tiers given, must be 1..%d", count, TIERS_MAX);
     for (Py_ssize_t t = 0; t < count; t++) {
         if (tier_options(PyTuple_GetItem(tiers, t), options[t]) < 0)
             return -1;
@@ -99,16 +95,15 @@ static uint64_t places_held(const struct block_index *index)
     return held;
 }
 
-static PyObject *index_clear_call(BlockIndex *self, PyObject *object)
+static PyObject *clear(BlockIndex *self, struct value *values)
 {
     uint64_t before = places_held(&self->index);
-    unsigned tier;
 
-    if (tier_read(self, object, &tier) < 0)
-        return NULL;
-    index_clear(&self->index, tier);
+    index_clear(&self->index, (unsigned)values[0].integer);
     return PyLong_FromUnsignedLongLong(before - places_held(&self->index));
 }
+
+static CALL(call_, clear, BlockIndex, 1, READ("tier", read_tier))
 
 static int key_read(PyObject *object, struct key *key)
 {
@@ -117,38 +112,39 @@ static int key_read(PyObject *object, struct key *key)
 
     if (PyBytes_AsStringAndSize(object, &text, &bytes) < 0)
         return -1;
-    if (bytes != (Py_ssize_t)INDEX_KEY_BYTES) {
-        PyErr_Format(PyExc_ValueError, "root has %zd bytes, not 16", bytes);
-        return -1;
-    }
+    if (bytes != (Py_ssize_t)INDEX_KEY_BYTES)
+        return raise_value("root has %zd bytes, not 16", bytes);
     memcpy(key, text, sizeof(*key));
     return 0;
 }
 
-/* Return the number of a namespace's root, NONE if it has no blocks, or -1 with an exception. */
-static int64_t root_read(const BlockIndex *self, PyObject *object)
+/* Read the key of a namespace: the number of its root, NONE if it has no blocks. */
+static int read_root(PyObject *self, const struct parameter *Py_UNUSED(parameter),
+                     struct value *value)
 {
     struct key key;
 
-    return key_read(object, &key) < 0 ? -1 : (int64_t)root_find(&self->index, key);
+    if (key_read(value->object, &key) < 0)
+        return -1;
+    value->integer = (int64_t)root_find(&((BlockIndex *)self)->index, key);
+    return 0;
 }
 
-static PyObject *index_clear_root_call(BlockIndex *self, PyObject *object)
+static PyObject *clear_root(BlockIndex *self, struct value *values)
 {
     uint64_t before = places_held(&self->index);
-    int64_t root = root_read(self, object);
 
-    if (root < 0)
-        return NULL;
-    if (root != NONE)
-        index_clear_root(&self->index, (ref)root);
+    if (values[0].integer != NONE)
+        index_clear_root(&self->index, (ref)values[0].integer);
     return PyLong_FromUnsignedLongLong(before - places_held(&self->index));
 }
 
-static PyObject *index_root_blocks(BlockIndex *self, PyObject *object)
+static CALL(call_, clear_root, BlockIndex, 1, READ("root", read_root))
+
+static PyObject *root_blocks(BlockIndex *self, struct value *values)
 {
-    int64_t root = root_read(self, object);
-    PyObject *result = root < 0 ? NULL : PyTuple_New((Py_ssize_t)self->index.tiers);
+    int64_t root = values[0].integer;
+    PyObject *result = PyTuple_New((Py_ssize_t)self->index.tiers);
 
     for (unsigned t = 0; result && t < self->index.tiers; t++) {
         uint32_t blocks = root == NONE ? 0 : node_at(&self->index, (ref)root)->place[t];
@@ -160,6 +156,8 @@ static PyObject *index_root_blocks(BlockIndex *self, PyObject *object)
     return result;
 }
 
+static CALL(call_, root_blocks, BlockIndex, 1, READ("root", read_root))
+
 /* Return the next node below `root`, parents before children, or NONE after the last. */
 static ref family_next(const struct block_index *index, ref root, ref at)
 {
@@ -170,16 +168,13 @@ static ref family_next(const struct block_index *index, ref root, ref at)
     return at == root ? NONE : node_at(index, at)->after;
 }
 
-static PyObject *index_root_ids(BlockIndex *self, PyObject *args)
+static PyObject *root_ids(BlockIndex *self, struct value *values)
 {
-    PyObject *tier_object, *root_object, *result;
-    unsigned number;
-    int64_t root, *ids;
+    unsigned number = (unsigned)values[0].integer;
+    int64_t root = values[1].integer, *ids;
     Py_ssize_t count = 0;
+    PyObject *result;
 
-    if (!PyArg_UnpackTuple(args, "root_ids", 2, 2, &tier_object, &root_object) ||
-        tier_read(self, tier_object, &number) < 0 || (root = root_read(self, root_object)) < 0)
-        return NULL;
     if (root == NONE)
         return PyBytes_FromStringAndSize(NULL, 0);
     ids = PyMem_Malloc(node_at(&self->index, (ref)root)->place[number] * sizeof(*ids) + 1);
@@ -197,44 +192,32 @@ static PyObject *index_root_ids(BlockIndex *self, PyObject *args)
     return result;
 }
 
-static PyObject *index_pair_call(BlockIndex *self, const char *name, PyObject *args, bool resize)
-{
-    PyObject *tier_object, *count_object;
-    unsigned tier;
-    int64_t count;
+static CALL(call_, root_ids, BlockIndex, 2, READ("tier", read_tier), READ("root", read_root))
 
-    if (!PyArg_UnpackTuple(args, name, 2, 2, &tier_object, &count_object) ||
-        tier_read(self, tier_object, &tier) < 0 ||
-        integer_read(count_object, "count", 0, UINT32_MAX, &count) < 0)
-        return NULL;
-    if (resize)
-        return PyLong_FromUnsignedLong(index_resize(&self->index, tier, (uint32_t)count));
-    return PyLong_FromSize_t(index_evict(&self->index, tier, ANY_QUOTA, 0, (size_t)count));
+static PyObject *evict(BlockIndex *self, struct value *values)
+{
+    return PyLong_FromSize_t(index_evict(&self->index, (unsigned)values[0].integer, ANY_QUOTA, 0,
+                                         (size_t)values[1].integer));
 }
 
-static PyObject *index_evict_call(BlockIndex *self, PyObject *args)
+static CALL(call_, evict, BlockIndex, 2, READ("tier", read_tier), INTEGER("count", 0, UINT32_MAX))
+
+static PyObject *resize(BlockIndex *self, struct value *values)
 {
-    return index_pair_call(self, "evict", args, false);
+    return PyLong_FromUnsignedLong(index_resize(&self->index, (unsigned)values[0].integer,
+                                                (uint32_t)values[1].integer));
 }
 
-static PyObject *index_resize_call(BlockIndex *self, PyObject *args)
-{
-    return index_pair_call(self, "resize", args, true);
-}
+static CALL(call_, resize, BlockIndex, 2, READ("tier", read_tier), INTEGER("count", 0, UINT32_MAX))
 
-static PyObject *index_set_quota(BlockIndex *self, PyObject *args)
+static PyObject *set_quota(BlockIndex *self, struct value *values)
 {
-    PyObject *tier_object, *root_object, *blocks_object;
     struct key root;
-    unsigned tier;
-    int64_t blocks;
 
-    if (!PyArg_UnpackTuple(args, "set_quota", 3, 3, &tier_object, &root_object,
-                           &blocks_object) ||
-        tier_read(self, tier_object, &tier) < 0 || key_read(root_object, &root) < 0 ||
-        integer_read(blocks_object, "blocks", 0, UINT32_MAX, &blocks) < 0)
+    if (key_read(values[1].object, &root) < 0)
         return NULL;
-    switch (quota_set(&self->index, tier, root, (uint32_t)blocks)) {
+    switch (quota_set(&self->index, (unsigned)values[0].integer, root,
+                      (uint32_t)values[2].integer)) {
     case 0:
         return Py_NewRef(Py_None);
     case -1:
@@ -244,27 +227,30 @@ static PyObject *index_set_quota(BlockIndex *self, PyObject *args)
     }
 }
 
-static PyObject *index_counts(BlockIndex *self, PyObject *object)
-{
-    const struct tier *tier;
-    unsigned number;
+static CALL(call_, set_quota, BlockIndex, 3, READ("tier", read_tier), OBJECT("root"),
+            INTEGER("blocks", 0, UINT32_MAX))
 
-    if (tier_read(self, object, &number) < 0)
-        return NULL;
-    tier = &self->index.tier[number];
+static PyObject *counts(BlockIndex *self, struct value *values)
+{
+    const struct tier *tier = &self->index.tier[values[0].integer];
+
     return Py_BuildValue("(IIIIIIK)", tier->capacity, tier->free, tier->reserved, tier->ready,
                          tier->draining, tier->pinned, (unsigned long long)tier->evicted);
 }
 
-static PyObject *index_tick(BlockIndex *self, PyObject *object)
+static CALL(call_, counts, BlockIndex, 1, READ("tier", read_tier))
+
+static PyObject *tick(BlockIndex *self, struct value *values)
 {
     int64_t now;
 
-    if (integer_read(object, "now_s", self->index.clock_s, UINT32_MAX, &now) < 0)
+    if (integer_read(values[0].object, "now_s", self->index.clock_s, UINT32_MAX, &now) < 0)
         return NULL;
     self->index.clock_s = (uint32_t)now;
     return Py_NewRef(Py_None);
 }
+
+static CALL(call_, tick, BlockIndex, 1, OBJECT("now_s"))
 
 static PyObject *index_validate(BlockIndex *self, PyObject *Py_UNUSED(none))
 {
@@ -273,60 +259,49 @@ static PyObject *index_validate(BlockIndex *self, PyObject *Py_UNUSED(none))
     return law ? index_broken(self, law) : Py_NewRef(Py_None);
 }
 
-static PyObject *index_call_agreeing(BlockIndex *self, PyObject *object)
+static PyObject *agreeing(BlockIndex *self, struct value *values)
 {
-    PyObject *zero = PyLong_FromLong(0), *result = NULL;
-    Py_buffer keys;
-    size_t range[2];
+    int64_t blocks = request_blocks(&values[0]);
+    int64_t agreeing = blocks < 0 ? 0 : chain_agrees(&self->index, values[0].view.buffer.buf,
+                                                     (size_t)blocks);
 
-    if (!zero)
+    if (blocks < 0)
         return NULL;
-    if (request_hold(object, zero, zero, &keys, range) == 0) {
-        size_t blocks = (size_t)keys.len / INDEX_KEY_BYTES - 1;
-        int64_t agreeing = chain_agrees(&self->index, keys.buf, blocks);
-
-        result = agreeing < 0 ? PyErr_NoMemory() : PyLong_FromLongLong(agreeing);
-        PyBuffer_Release(&keys);
-    }
-    Py_DECREF(zero);
-    return result;
+    return agreeing < 0 ? PyErr_NoMemory() : PyLong_FromLongLong(agreeing);
 }
 
-#define FAST(function) ((PyCFunction)(void (*)(void))(function))
-#define METHOD(function) ((PyCFunction)(void (*)(void))(function))
+static CALL(call_, agreeing, BlockIndex, 1, READ("keys", read_bytes))
 
 static PyMethodDef index_methods[] = {
-    {"survey", FAST(index_survey), METH_FASTCALL | METH_KEYWORDS, "Return where blocks are."},
-    {"reserve", FAST(index_call_reserve), METH_FASTCALL | METH_KEYWORDS, "Take places."},
-    {"reserve_copies", FAST(index_call_reserve_copies), METH_FASTCALL | METH_KEYWORDS,
-     "Take places for what another tier holds."},
-    {"lacking", METHOD(index_call_lacking), METH_VARARGS,
-     "Return the places whose blocks another tier lacks."},
-    {"lease", FAST(index_call_lease), METH_FASTCALL | METH_KEYWORDS, "Record who fills places."},
-    {"fillers", FAST(index_call_fillers), METH_FASTCALL | METH_KEYWORDS,
-     "Return the op ids of the fillers."},
-    {"pin", FAST(index_call_pin), METH_FASTCALL | METH_KEYWORDS, "Forbid eviction."},
-    {"unpin", FAST(index_call_unpin), METH_FASTCALL | METH_KEYWORDS, "Take one pin off."},
-    {"commit", FAST(index_call_commit), METH_FASTCALL | METH_KEYWORDS,
-     "Make RESERVED places READY."},
-    {"abort", FAST(index_call_abort), METH_FASTCALL | METH_KEYWORDS, "Free RESERVED places."},
-    {"forget", FAST(index_call_forget), METH_FASTCALL | METH_KEYWORDS, "Drop blocks."},
-    {"keys_of", FAST(index_call_keys), METH_FASTCALL | METH_KEYWORDS, "Return the keys of places."},
-    {"agreeing", METHOD(index_call_agreeing), METH_O, "Count the blocks that form a chain."},
-    {"clear", METHOD(index_clear_call), METH_O, "Forget all blocks of a tier."},
-    {"clear_root", METHOD(index_clear_root_call), METH_O, "Forget a namespace."},
-    {"root_blocks", METHOD(index_root_blocks), METH_O, "Count a namespace's blocks by tier."},
-    {"root_ids", METHOD(index_root_ids), METH_VARARGS, "Return a namespace's READY places."},
-    {"set_quota", METHOD(index_set_quota), METH_VARARGS, "Limit a namespace's places in a tier."},
-    {"export", METHOD(index_call_export), METH_VARARGS, "Return what READY places hold."},
-    {"restore", METHOD(index_call_restore), METH_VARARGS, "Restore a tier from exported records."},
-    {"evict", METHOD(index_evict_call), METH_VARARGS, "Evict up to a number of blocks."},
-    {"resize", METHOD(index_resize_call), METH_VARARGS, "Change a tier's capacity."},
-    {"watch", METHOD(index_call_watch), METH_O, "Record up to a number of changes."},
-    {"changes", METHOD(index_call_changes), METH_NOARGS, "Return the recorded changes."},
-    {"counts", METHOD(index_counts), METH_O, "Count a tier's places by state."},
-    {"tick", METHOD(index_tick), METH_O, "Set the time."},
-    {"validate", METHOD(index_validate), METH_NOARGS, "Check every invariant."},
+    FAST("survey", call_survey, "Return where blocks are."),
+    FAST("reserve", call_reserve, "Take places."),
+    FAST("reserve_copies", call_reserve_copies, "Take places for what another tier holds."),
+    FAST("lacking", call_lacking, "Return the places whose blocks another tier lacks."),
+    FAST("lease", call_lease, "Record who fills places."),
+    FAST("fillers", call_fillers, "Return the op ids of the fillers."),
+    FAST("pin", call_pin, "Forbid eviction."),
+    FAST("unpin", call_unpin, "Take one pin off."),
+    FAST("commit", call_commit, "Make RESERVED places READY."),
+    FAST("abort", call_abort, "Free RESERVED places."),
+    FAST("forget", call_forget, "Drop blocks."),
+    FAST("keys_of", call_keys_of, "Return the keys of places."),
+    FAST("agreeing", call_agreeing, "Count the blocks that form a chain."),
+    FAST("clear", call_clear, "Forget all blocks of a tier."),
+    FAST("clear_root", call_clear_root, "Forget a namespace."),
+    FAST("root_blocks", call_root_blocks, "Count a namespace's blocks by tier."),
+    FAST("root_ids", call_root_ids, "Return a namespace's READY places."),
+    FAST("set_quota", call_set_quota, "Limit a namespace's places in a tier."),
+    FAST("export", call_export, "Return what READY places hold."),
+    FAST("restore", call_restore, "Restore a tier from exported records."),
+    FAST("evict", call_evict, "Evict up to a number of blocks."),
+    FAST("resize", call_resize, "Change a tier's capacity."),
+    FAST("watch", call_watch, "Record up to a number of changes."),
+    FAST("counts", call_counts, "Count a tier's places by state."),
+    FAST("tick", call_tick, "Set the time."),
+    {"changes", (PyCFunction)index_call_changes, METH_NOARGS,
+     "Return the recorded changes."},
+    {"validate", (PyCFunction)index_validate, METH_NOARGS,
+     "Check every invariant."},
     {NULL, NULL, 0, NULL},
 };
 

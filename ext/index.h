@@ -24,29 +24,19 @@ enum use { USE_NONE, USE_ASKED, USE_STORED };
 /* Raise an error that names the broken law; return NULL. */
 PyObject *index_broken(BlockIndex *self, const char *law);
 
-/* Hold the keys of a request, the root first, and check the range of positions. Return 0 or -1. */
-int request_hold(PyObject *keys, PyObject *begin, PyObject *end, Py_buffer *buffer,
-                 size_t range[2]);
-int tier_read(const BlockIndex *self, PyObject *object, unsigned *tier);
+/* Read the number of a tier. */
+int read_tier(PyObject *self, const struct parameter *parameter, struct value *value);
+
+/* Check the keys of a request, the root first. Return how many blocks they are of, or -1. */
+int64_t request_blocks(const struct value *keys);
+
 /* Fill `nearest` for each pattern. */
 void nearest_tell(BlockIndex *self);
 int scratch_take(BlockIndex *self, size_t count);
 
-PyObject *index_call_export(BlockIndex *, PyObject *);
-PyObject *index_call_restore(BlockIndex *, PyObject *);
-PyObject *index_call_lacking(BlockIndex *, PyObject *);
-PyObject *index_call_watch(BlockIndex *, PyObject *);
+fast_call call_survey, call_reserve, call_reserve_copies, call_lacking, call_lease, call_fillers;
+fast_call call_pin, call_unpin, call_commit, call_abort, call_forget, call_keys_of;
+fast_call call_export, call_restore, call_watch;
 PyObject *index_call_changes(BlockIndex *, PyObject *);
-PyObject *index_survey(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
-PyObject *index_call_reserve(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
-PyObject *index_call_reserve_copies(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
-PyObject *index_call_lease(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
-PyObject *index_call_fillers(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
-PyObject *index_call_pin(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
-PyObject *index_call_unpin(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
-PyObject *index_call_commit(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
-PyObject *index_call_abort(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
-PyObject *index_call_forget(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
-PyObject *index_call_keys(BlockIndex *, PyObject *const *, Py_ssize_t, PyObject *);
 
 #endif

@@ -3,39 +3,36 @@
 
 PyObject *index_broken(BlockIndex *self, const char *law)
 {
-    PyErr_SetString(self->broken_error, law);
-    return NULL;
+    return PyErr_Format(self->broken_error, "%s", law);
 }
 
-int tier_read(const BlockIndex *self, PyObject *object, unsigned *tier)
+int read_tier(PyObject *self, const struct parameter *parameter, struct value *value)
 {
-    int64_t value;
+    int64_t tiers = ((BlockIndex *)self)->index.tiers;
 
-    if (integer_read(object, "tier", 0, (int64_t)self->index.tiers - 1, &value) < 0)
+    return integer_read(value->object, parameter->name, 0, tiers - 1, &value->integer);
+}
+
+int64_t request_blocks(const struct value *keys)
+{
+    Py_ssize_t bytes = keys->view.buffer.len, blocks = bytes / (Py_ssize_t)INDEX_KEY_BYTES - 1;
+
+    if (bytes % (Py_ssize_t)INDEX_KEY_BYTES == 0 && blocks >= 0)
+        return blocks;
+    return raise_value("keys has %zd bytes, must be a root and keys of 16 each", bytes);
+}
+
+/* Read the range of positions of a request: its arguments keys, begin and end. Return 0 or -1. */
+static int range_read(const struct value *values, size_t range[2])
+{
+    int64_t first, last, blocks = request_blocks(&values[0]);
+
+    if (blocks < 0 || integer_read(values[1].object, "begin", 0, blocks, &first) < 0 ||
+        integer_read(values[2].object, "end", first, blocks, &last) < 0)
         return -1;
-    *tier = (unsigned)value;
+    range[0] = (size_t)first;
+    range[1] = (size_t)last;
     return 0;
-}
-
-int request_hold(PyObject *keys, PyObject *begin, PyObject *end, Py_buffer *buffer,
-                 size_t range[2])
-{
-    int64_t first, last, blocks;
-
-    if (PyObject_GetBuffer(keys, buffer, PyBUF_SIMPLE) < 0)
-        return -1;
-    blocks = buffer->len / (Py_ssize_t)INDEX_KEY_BYTES - 1;
-    if (buffer->len % (Py_ssize_t)INDEX_KEY_BYTES || blocks < 0) {
-        PyErr_Format(PyExc_ValueError, "keys has %zd bytes, must be a root and keys of 16 each",
-                     buffer->len);
-    } else if (integer_read(begin, "begin", 0, blocks, &first) == 0 &&
-               integer_read(end, "end", first, blocks, &last) == 0) {
-        range[0] = (size_t)first;
-        range[1] = (size_t)last;
-        return 0;
-    }
-    PyBuffer_Release(buffer);
-    return -1;
 }
 
 int scratch_take(BlockIndex *self, size_t count)
@@ -218,17 +215,20 @@ static void groups_fill(const BlockIndex *self, size_t begin, size_t end, struct
     }
 }
 
-static PyObject *survey(BlockIndex *self, const unsigned char *keys, const size_t range[2],
-                        bool nearest, int64_t use)
+static PyObject *survey(BlockIndex *self, struct value *values)
 {
+    const unsigned char *keys = values[0].view.buffer.buf;
     struct group groups[PATTERNS_MAX] = {0};
-    size_t begin = range[0], from = use ? 0 : begin, known, end;
+    int64_t use = values[4].integer;
+    size_t range[2], begin, from, known, end;
     PyObject *result;
 
-    if (scratch_take(self, range[1]) < 0)
+    if (range_read(values, range) < 0 || scratch_take(self, range[1]) < 0)
         return NULL;
+    begin = range[0];
+    from = use ? 0 : begin;
     known = from + nodes_find(&self->index, keys, from, range[1], self->nodes + from);
-    end = patterns_tell(self, range, known > begin ? known : begin, nearest, groups);
+    end = patterns_tell(self, range, known > begin ? known : begin, values[3].integer, groups);
     result = PyList_New(0);
     for (unsigned pattern = 0; result && pattern < PATTERNS_MAX; pattern++) {
         PyObject *group;
@@ -253,154 +253,87 @@ static PyObject *survey(BlockIndex *self, const unsigned char *keys, const size_
     return result;
 }
 
-PyObject *index_survey(BlockIndex *self, PyObject *const *args, Py_ssize_t count,
-                       PyObject *keywords)
-{
-    static const char *const names[] = {"keys", "begin", "end", "nearest", "use"};
-    static const struct signature signature = {"survey", names, 5, 5};
-    PyObject *values[5], *result = NULL;
-    Py_buffer keys;
-    size_t range[2];
-    int nearest;
-    int64_t use;
-
-    if (args_unpack(&signature, args, count, keywords, values) < 0)
-        return NULL;
-    nearest = PyObject_IsTrue(values[3]);
-    if (nearest < 0 || integer_read(values[4], "use", 0, USE_STORED, &use) < 0 ||
-        request_hold(values[0], values[1], values[2], &keys, range) < 0)
-        return NULL;
-    result = survey(self, keys.buf, range, nearest, use);
-    PyBuffer_Release(&keys);
-    return result;
-}
+CALL(call_, survey, BlockIndex, 5, READ("keys", read_bytes), OBJECT("begin"), OBJECT("end"),
+     READ("nearest", read_flag), INTEGER("use", 0, USE_STORED))
 
 /* -- reserve ----------------------------------------------------------------------------------- */
 
-/* Return the positions from begin to end, or those in a buffer, which must be within that range. */
-static int64_t *positions_new(PyObject *object, const size_t range[2], size_t *n)
+/* Read positions, or None: those of the whole range. */
+static int read_positions(PyObject *self, const struct parameter *parameter, struct value *value)
 {
-    struct int64_view view;
+    return Py_IsNone(value->object) ? 0 : read_int64s(self, parameter, value);
+}
+
+/* Return the positions from begin to end, or those of a buffer, which must be within that range. */
+static int64_t *positions_new(const struct value *value, const size_t range[2], size_t *n)
+{
+    bool is_given = value->view.buffer.obj != NULL;
     int64_t *positions;
 
-    if (object == Py_None) {
-        *n = range[1] - range[0];
-        positions = PyMem_Malloc((*n + 1) * sizeof(int64_t));
-        for (size_t i = 0; positions && i < *n; i++)
-            positions[i] = (int64_t)(range[0] + i);
-        return positions ? positions : (int64_t *)PyErr_NoMemory();
-    }
-    if (int64_view_hold(object, "positions", &view) < 0)
-        return NULL;
-    *n = (size_t)view.count;
+    *n = is_given ? (size_t)value->view.count : range[1] - range[0];
     positions = PyMem_Malloc((*n + 1) * sizeof(int64_t));
-    for (size_t i = 0; positions && i < *n; i++) {
-        positions[i] = int64_at(&view, (Py_ssize_t)i);
+    if (!positions)
+        return (int64_t *)PyErr_NoMemory();
+    for (size_t i = 0; i < *n; i++) {
+        positions[i] = is_given ? int64_at(&value->view, (Py_ssize_t)i) : (int64_t)(range[0] + i);
         if (positions[i] >= (int64_t)range[0] && positions[i] < (int64_t)range[1])
             continue;
         PyErr_Format(PyExc_ValueError, "position %lld is outside %zu..%zu",
                      (long long)positions[i], range[0], range[1]);
         PyMem_Free(positions);
-        positions = NULL;
+        return NULL;
     }
-    PyBuffer_Release(&view.buffer);
-    if (!positions && !PyErr_Occurred())
-        PyErr_NoMemory();
     return positions;
 }
 
-static size_t blocks_in(const Py_buffer *keys)
+static PyObject *reserve(BlockIndex *self, struct value *values)
 {
-    return (size_t)keys->len / INDEX_KEY_BYTES - 1;
-}
-
-static PyObject *reserve(BlockIndex *self, unsigned tier, const struct batch *batch,
-                         enum reserve_how how)
-{
-    int64_t *ids = PyMem_Malloc((batch->n + 1) * sizeof(int64_t)), taken;
+    int64_t *positions, *ids, taken;
     PyObject *result = NULL;
-
-    if (!ids)
-        return PyErr_NoMemory();
-    taken = index_reserve(&self->index, tier, batch, how, ids);
-    if (taken < 0)
-        index_broken(self, self->index.broken);
-    else
-        result = PyBytes_FromStringAndSize((const char *)ids,
-                                           (Py_ssize_t)((size_t)taken * sizeof(int64_t)));
-    PyMem_Free(ids);
-    return result;
-}
-
-PyObject *index_call_reserve(BlockIndex *self, PyObject *const *args, Py_ssize_t count,
-                             PyObject *keywords)
-{
-    static const char *const names[] = {"tier", "keys", "begin", "end", "positions", "how"};
-    static const struct signature signature = {"reserve", names, 6, 6};
-    PyObject *values[6], *result = NULL;
-    int64_t *positions;
-    unsigned tier;
-    Py_buffer keys;
     size_t range[2], n;
-    int64_t how;
 
-    if (args_unpack(&signature, args, count, keywords, values) < 0 ||
-        tier_read(self, values[0], &tier) < 0 ||
-        integer_read(values[5], "how", 0, RESERVE_HOWS - 1, &how) < 0)
+    if (range_read(values + 1, range) < 0 || !(positions = positions_new(&values[4], range, &n)))
         return NULL;
-    if (request_hold(values[1], values[2], values[3], &keys, range) < 0)
-        return NULL;
-    positions = positions_new(values[4], range, &n);
-    if (positions)
-        result = reserve(self, tier,
-                         &(struct batch){keys.buf, blocks_in(&keys), positions, n},
-                         (enum reserve_how)how);
+    ids = PyMem_Malloc((n + 1) * sizeof(int64_t));
+    if (ids) {
+        const struct batch batch = {values[1].view.buffer.buf,
+                                    (size_t)request_blocks(&values[1]), positions, n};
+
+        taken = index_reserve(&self->index, (unsigned)values[0].integer, &batch,
+                              (enum reserve_how)values[5].integer, ids);
+        result = taken < 0 ? index_broken(self, self->index.broken)
+                           : PyBytes_FromStringAndSize((const char *)ids,
+                                                       taken * (Py_ssize_t)sizeof(int64_t));
+    } else {
+        PyErr_NoMemory();
+    }
+    PyMem_Free(ids);
     PyMem_Free(positions);
-    PyBuffer_Release(&keys);
     return result;
 }
+
+CALL(call_, reserve, BlockIndex, 6, READ("tier", read_tier), READ("keys", read_bytes),
+     OBJECT("begin"), OBJECT("end"), READ("positions", read_positions),
+     INTEGER("how", 0, RESERVE_HOWS - 1))
 
 /* -- batches of ids ---------------------------------------------------------------------------- */
 
-/* Read the arguments (tier, ids) of a call; hold the ids, which must be aligned. */
-static int ids_hold(BlockIndex *self, PyObject *const *values, unsigned *tier,
-                    struct int64_view *ids)
+#define TIER_AND_IDS READ("tier", read_tier), READ("ids", read_aligned)
+
+/* Return None, or raise for a broken law. */
+static PyObject *outcome(BlockIndex *self, bool is_good)
 {
-    if (tier_read(self, values[0], tier) < 0 || int64_view_hold(values[1], "ids", ids) < 0)
-        return -1;
-    if ((uintptr_t)ids->buffer.buf % sizeof(int64_t) == 0)
-        return 0;
-    PyErr_SetString(PyExc_ValueError, "ids must be aligned to 8 bytes");
-    PyBuffer_Release(&ids->buffer);
-    return -1;
+    return is_good ? Py_NewRef(Py_None) : index_broken(self, self->index.broken);
 }
 
-typedef bool ids_call(struct block_index *index, unsigned tier, const int64_t *ids, size_t n);
-
-static PyObject *batch_do(BlockIndex *self, ids_call *work, const char *name, PyObject *const *args,
-                          Py_ssize_t count, PyObject *keywords)
-{
-    static const char *const names[] = {"tier", "ids"};
-    const struct signature signature = {name, names, 2, 2};
-    PyObject *values[2];
-    struct int64_view ids;
-    unsigned tier;
-    bool good;
-
-    if (args_unpack(&signature, args, count, keywords, values) < 0 ||
-        ids_hold(self, values, &tier, &ids) < 0)
-        return NULL;
-    good = work(&self->index, tier, ids.buffer.buf, (size_t)ids.count);
-    PyBuffer_Release(&ids.buffer);
-    return good ? Py_NewRef(Py_None) : index_broken(self, self->index.broken);
-}
-
-#define BATCH_CALL(verb)                                                                          \
-    PyObject *index_call_##verb(BlockIndex *self, PyObject *const *args, Py_ssize_t count,        \
-                                PyObject *keywords)                                               \
-    {                                                                                             \
-        return batch_do(self, index_##verb, #verb, args, count, keywords);                        \
-    }
+#define BATCH_CALL(verb)                                                                           \
+    static PyObject *verb##_ids(BlockIndex *self, struct value *values)                            \
+    {                                                                                              \
+        return outcome(self, index_##verb(&self->index, (unsigned)values[0].integer,               \
+                                          values[1].view.buffer.buf,                               \
+                                          (size_t)values[1].view.count));                          \
+    }                                                                                              \
+    CALL_NAMED(call_##verb, #verb, verb##_ids, BlockIndex, 2, TIER_AND_IDS)
 
 BATCH_CALL(pin)
 BATCH_CALL(unpin)
@@ -408,83 +341,62 @@ BATCH_CALL(commit)
 BATCH_CALL(abort)
 BATCH_CALL(forget)
 
-PyObject *index_call_lease(BlockIndex *self, PyObject *const *args, Py_ssize_t count,
-                           PyObject *keywords)
+static PyObject *lease(BlockIndex *self, struct value *values)
 {
-    static const char *const names[] = {"tier", "ids", "op_id"};
-    static const struct signature signature = {"lease", names, 3, 3};
-    PyObject *values[3];
-    struct int64_view ids;
-    unsigned tier;
-    int64_t op_id;
-    bool good;
-
-    if (args_unpack(&signature, args, count, keywords, values) < 0 ||
-        integer_read(values[2], "op_id", 0, INT64_MAX, &op_id) < 0 ||
-        ids_hold(self, values, &tier, &ids) < 0)
-        return NULL;
-    good = index_lease(&self->index, tier, ids.buffer.buf, (size_t)ids.count, op_id);
-    PyBuffer_Release(&ids.buffer);
-    return good ? Py_NewRef(Py_None) : index_broken(self, self->index.broken);
+    return outcome(self, index_lease(&self->index, (unsigned)values[0].integer,
+                                     values[1].view.buffer.buf, (size_t)values[1].view.count,
+                                     values[2].integer));
 }
 
-PyObject *index_call_fillers(BlockIndex *self, PyObject *const *args, Py_ssize_t count,
-                             PyObject *keywords)
+CALL(call_, lease, BlockIndex, 3, TIER_AND_IDS, INTEGER("op_id", 0, INT64_MAX))
+
+/* Return a place in use; NULL if the id is none. */
+static const struct place *place_of(const BlockIndex *self, const struct value *values,
+                                    Py_ssize_t i)
 {
-    static const char *const names[] = {"tier", "ids"};
-    static const struct signature signature = {"fillers", names, 2, 2};
-    PyObject *values[2], *result;
-    const struct tier *at;
-    struct int64_view ids;
-    unsigned tier;
+    const struct place *place = place_at(&self->index.tier[values[0].integer],
+                                         int64_at(&values[1].view, i));
+
+    return place && place->state != PLACE_FREE ? place : NULL;
+}
+
+static PyObject *fillers(BlockIndex *self, struct value *values)
+{
     int64_t *op_ids;
+    PyObject *result = array_new((size_t)values[1].view.count, &op_ids);
 
-    if (args_unpack(&signature, args, count, keywords, values) < 0 ||
-        ids_hold(self, values, &tier, &ids) < 0)
-        return NULL;
-    at = &self->index.tier[tier];
-    result = array_new((size_t)ids.count, &op_ids);
-    for (Py_ssize_t i = 0; result && i < ids.count; i++) {
-        int64_t id = int64_at(&ids, i);
+    for (Py_ssize_t i = 0; result && i < values[1].view.count; i++) {
+        const struct place *place = place_of(self, values, i);
 
-        if (id < 0 || id >= at->unused || at->places[id].state != PLACE_RESERVED) {
+        if (!place || place->state != PLACE_RESERVED) {
             Py_CLEAR(result);
             index_broken(self, "asked for the filler of a place that is not RESERVED");
         } else {
-            op_ids[i] = place_filler(&at->places[id]);
+            op_ids[i] = place_filler(place);
         }
     }
-    PyBuffer_Release(&ids.buffer);
     return result;
 }
 
-PyObject *index_call_keys(BlockIndex *self, PyObject *const *args, Py_ssize_t count,
-                          PyObject *keywords)
-{
-    static const char *const names[] = {"tier", "ids"};
-    static const struct signature signature = {"keys_of", names, 2, 2};
-    PyObject *values[2], *result;
-    const struct tier *at;
-    struct int64_view ids;
-    unsigned tier;
+CALL(call_, fillers, BlockIndex, 2, TIER_AND_IDS)
 
-    if (args_unpack(&signature, args, count, keywords, values) < 0 ||
-        ids_hold(self, values, &tier, &ids) < 0)
-        return NULL;
-    at = &self->index.tier[tier];
-    result = PyBytes_FromStringAndSize(NULL, ids.count * (Py_ssize_t)INDEX_KEY_BYTES);
-    for (Py_ssize_t i = 0; result && i < ids.count; i++) {
-        int64_t id = int64_at(&ids, i);
+static PyObject *keys_of(BlockIndex *self, struct value *values)
+{
+    PyObject *result =
+        PyBytes_FromStringAndSize(NULL, values[1].view.count * (Py_ssize_t)INDEX_KEY_BYTES);
+
+    for (Py_ssize_t i = 0; result && i < values[1].view.count; i++) {
+        const struct place *place = place_of(self, values, i);
         char *key = PyBytes_AsString(result) + i * (Py_ssize_t)INDEX_KEY_BYTES;
 
-        if (id < 0 || id >= at->unused || at->places[id].state == PLACE_FREE ||
-            at->places[id].node == NONE) {
+        if (!place || place->node == NONE) {
             Py_CLEAR(result);
             index_broken(self, "asked for the key of a place that has none");
         } else {
-            memcpy(key, &node_at(&self->index, at->places[id].node)->key, INDEX_KEY_BYTES);
+            memcpy(key, &node_at(&self->index, place->node)->key, INDEX_KEY_BYTES);
         }
     }
-    PyBuffer_Release(&ids.buffer);
     return result;
 }
+
+CALL(call_, keys_of, BlockIndex, 2, TIER_AND_IDS)

@@ -25,9 +25,9 @@ struct copies {
 
 static const struct place *ready_place(const struct tier *tier, int64_t id)
 {
-    if (id < 0 || id >= tier->unused || tier->places[id].state != PLACE_READY)
-        return NULL;
-    return &tier->places[id];
+    const struct place *place = place_at(tier, id);
+
+    return place && place->state == PLACE_READY ? place : NULL;
 }
 
 static enum copy_outcome copy_judge(const struct block_index *index, const struct copies *copies,
@@ -49,7 +49,7 @@ static ref copy_node(const struct block_index *index, const struct copies *copie
 static void copies_take(struct block_index *index, struct copies *copies, const size_t *at,
                         size_t n)
 {
-    struct tier *tier = &index->tier[copies->target];
+    struct density *density = index->tier[copies->target].density;
     unsigned char keys[(SAME_ROOT_MAX + 1) * INDEX_KEY_BYTES];
     int64_t positions[SAME_ROOT_MAX], uses[SAME_ROOT_MAX];
     struct batch batch = {keys, n + 1, positions, n};
@@ -64,11 +64,11 @@ static void copies_take(struct block_index *index, struct copies *copies, const 
         positions[i] = (int64_t)i;
     }
     quota = index->quotas ? quota_of(index, node_at(index, root)->key) : 0;
-    if (tier->density)
-        density_foresee(tier->density, &batch, uses);
+    if (density)
+        density_foresee(density, &batch, uses);
     room = room_make(index, copies->target, quota, &batch, copies->how, uses);
     for (size_t i = 0; i < n; i++) {
-        ref number = copy_node(index, copies, at[i]), id;
+        ref number = copy_node(index, copies, at[i]);
 
         if (node_at(index, number)->place[copies->target] != NONE) { /* it was named twice */
             copies->outcomes[at[i]] = COPY_THERE;
@@ -78,15 +78,9 @@ static void copies_take(struct block_index *index, struct copies *copies, const 
             copies->outcomes[at[i]] = COPY_NO_ROOM;
             continue;
         }
-        id = place_take(tier);
-        node_at(index, number)->place[copies->target] = id;
-        node_at(index, root)->place[copies->target]++;
-        tier->places[id] = (struct place){.node = number, .state = PLACE_RESERVED,
-                                          .list = LIST_NONE, .quota = (uint8_t)quota};
-        if (tier->density)
-            density_class(tier->density, &tier->places[id], (uint32_t)uses[i], false);
-        tier->reserved++;
-        copies->target_ids[copies->taken++] = id;
+        copies->target_ids[copies->taken++] =
+            place_reserve(index, copies->target, number, quota, density ? (uint32_t)uses[i] : 0,
+                          false);
     }
 }
 
@@ -114,85 +108,49 @@ static void copies_reserve(struct block_index *index, struct copies *copies)
         copies_take(index, copies, at, n);
 }
 
-/* Hold the ids and the keys of copies. Return 0 or -1. */
-static int copies_hold(PyObject *const *values, struct int64_view *ids, Py_buffer *keys)
+static PyObject *reserve_copies(BlockIndex *self, struct value *values)
 {
-    if (int64_view_hold(values[2], "ids", ids) < 0)
-        return -1;
-    if ((uintptr_t)ids->buffer.buf % sizeof(int64_t)) {
-        PyErr_SetString(PyExc_ValueError, "ids must be aligned to 8 bytes");
-    } else if (PyObject_GetBuffer(values[3], keys, PyBUF_SIMPLE) == 0) {
-        if (keys->len == ids->count * (Py_ssize_t)INDEX_KEY_BYTES)
-            return 0;
-        PyErr_Format(PyExc_ValueError, "keys has %zd bytes, not 16 for each of %zd ids", keys->len,
-                     ids->count);
-        PyBuffer_Release(keys);
-    }
-    PyBuffer_Release(&ids->buffer);
-    return -1;
-}
+    size_t n = (size_t)values[2].view.count;
+    PyObject *outcomes, *result = NULL;
+    struct copies copies = {
+        .source = (unsigned)values[0].integer,
+        .target = (unsigned)values[1].integer,
+        .source_ids = values[2].view.buffer.buf,
+        .keys = values[3].view.buffer.buf,
+        .n = n,
+        .how = (enum reserve_how)values[4].integer,
+    };
 
-static PyObject *copies_told(BlockIndex *self, struct copies *copies)
-{
-    PyObject *outcomes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)copies->n), *result = NULL;
-
-    copies->target_ids = PyMem_Malloc((copies->n + 1) * sizeof(int64_t));
-    if (!copies->target_ids) {
+    if ((size_t)values[3].view.buffer.len != n * INDEX_KEY_BYTES)
+        return PyErr_Format(PyExc_ValueError, "keys has %zd bytes, not 16 for each of %zu ids",
+                            values[3].view.buffer.len, n);
+    outcomes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)n);
+    copies.target_ids = PyMem_Malloc((n + 1) * sizeof(int64_t));
+    if (!copies.target_ids) {
         PyErr_NoMemory();
     } else if (outcomes) {
-        copies->outcomes = (unsigned char *)PyBytes_AsString(outcomes);
-        copies_reserve(&self->index, copies);
-        result = Py_BuildValue("(Oy#)", outcomes, (const char *)copies->target_ids,
-                               (Py_ssize_t)(copies->taken * sizeof(int64_t)));
+        copies.outcomes = (unsigned char *)PyBytes_AsString(outcomes);
+        copies_reserve(&self->index, &copies);
+        result = Py_BuildValue("(Oy#)", outcomes, (const char *)copies.target_ids,
+                               (Py_ssize_t)(copies.taken * sizeof(int64_t)));
     }
-    PyMem_Free(copies->target_ids);
+    PyMem_Free(copies.target_ids);
     Py_XDECREF(outcomes);
     return result;
 }
 
-PyObject *index_call_reserve_copies(BlockIndex *self, PyObject *const *args, Py_ssize_t count,
-                                    PyObject *keywords)
-{
-    static const char *const names[] = {"source", "target", "ids", "keys", "how"};
-    static const struct signature signature = {"reserve_copies", names, 5, 5};
-    PyObject *values[5], *result;
-    struct copies copies = {0};
-    struct int64_view ids;
-    Py_buffer keys;
-    int64_t how;
+CALL(call_, reserve_copies, BlockIndex, 5, READ("source", read_tier), READ("target", read_tier),
+     READ("ids", read_aligned), READ("keys", read_bytes), INTEGER("how", 0, RESERVE_HOWS - 1))
 
-    if (args_unpack(&signature, args, count, keywords, values) < 0 ||
-        tier_read(self, values[0], &copies.source) < 0 ||
-        tier_read(self, values[1], &copies.target) < 0 ||
-        integer_read(values[4], "how", 0, RESERVE_HOWS - 1, &how) < 0 ||
-        copies_hold(values, &ids, &keys) < 0)
-        return NULL;
-    copies.how = (enum reserve_how)how;
-    copies.source_ids = ids.buffer.buf;
-    copies.keys = keys.buf;
-    copies.n = (size_t)ids.count;
-    result = copies_told(self, &copies);
-    PyBuffer_Release(&keys);
-    PyBuffer_Release(&ids.buffer);
-    return result;
-}
-
-PyObject *index_call_lacking(BlockIndex *self, PyObject *args)
+static PyObject *lacking(BlockIndex *self, struct value *values)
 {
-    PyObject *source_object, *target_object, *begin_object, *end_object, *result;
-    const struct tier *tier;
-    unsigned source, target;
-    int64_t begin, end, *ids;
+    const struct tier *tier = &self->index.tier[values[0].integer];
+    int64_t begin = values[2].integer, end, *ids;
     Py_ssize_t count = 0;
+    PyObject *result;
 
-    if (!PyArg_UnpackTuple(args, "lacking", 4, 4, &source_object, &target_object, &begin_object,
-                           &end_object) ||
-        tier_read(self, source_object, &source) < 0 ||
-        tier_read(self, target_object, &target) < 0 ||
-        integer_read(begin_object, "begin", 0, UINT32_MAX, &begin) < 0 ||
-        integer_read(end_object, "end", begin, UINT32_MAX, &end) < 0)
+    if (integer_read(values[3].object, "end", begin, UINT32_MAX, &end) < 0)
         return NULL;
-    tier = &self->index.tier[source];
     if (end > tier->unused)
         end = tier->unused;
     ids = PyMem_Malloc((end > begin ? (size_t)(end - begin) : 1) * sizeof(*ids));
@@ -201,10 +159,13 @@ PyObject *index_call_lacking(BlockIndex *self, PyObject *args)
     for (int64_t id = begin; id < end; id++) {
         const struct place *place = ready_place(tier, id);
 
-        if (place && node_at(&self->index, place->node)->place[target] == NONE)
+        if (place && node_at(&self->index, place->node)->place[values[1].integer] == NONE)
             ids[count++] = id;
     }
     result = PyBytes_FromStringAndSize((const char *)ids, count * (Py_ssize_t)sizeof(*ids));
     PyMem_Free(ids);
     return result;
 }
+
+CALL(call_, lacking, BlockIndex, 4, READ("source", read_tier), READ("target", read_tier),
+     INTEGER("begin", 0, UINT32_MAX), OBJECT("end"))

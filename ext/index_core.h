@@ -308,7 +308,16 @@ const char *policy_check(const struct tier *tier);
 
 /* -- index_places.c ---------------------------------------------------------------------------- */
 
-ref place_take(struct tier *tier);
+/* Take a free place for a block; under LHD of a class that `uses` and `last` determine. */
+ref place_reserve(struct block_index *index, unsigned t, ref number, unsigned quota, uint32_t uses,
+                  bool last);
+
+/* Return a place by its id; NULL if the tier has never had it in use. */
+static inline struct place *place_at(const struct tier *tier, int64_t id)
+{
+    return id < 0 || id >= tier->unused ? NULL : &tier->places[id];
+}
+
 void place_free(struct tier *tier, ref place);
 bool ready_elsewhere(const struct block_index *index, const struct node *node, unsigned tier);
 bool has_place(const struct block_index *index, const struct node *node);

@@ -4,12 +4,12 @@
 bool index_export(const struct block_index *index, unsigned t, int64_t id,
                   struct block_record *record)
 {
-    const struct tier *tier = &index->tier[t];
+    const struct place *place = place_at(&index->tier[t], id);
     const struct node *node, *parent;
 
-    if (id < 0 || id >= tier->unused || tier->places[id].state != PLACE_READY)
+    if (!place || place->state != PLACE_READY)
         return false;
-    node = node_at(index, tier->places[id].node);
+    node = node_at(index, place->node);
     parent = node_at(index, node->parent);
     *record = (struct block_record){node->key, parent->key, parent->parent == NONE};
     return true;

@@ -14,8 +14,11 @@ void place_free(struct tier *tier, ref id)
     tier->free++;
 }
 
-ref place_take(struct tier *tier)
+ref place_reserve(struct block_index *index, unsigned t, ref number, unsigned quota, uint32_t uses,
+                  bool last)
 {
+    struct tier *tier = &index->tier[t];
+    struct node *node = node_at(index, number);
     ref id = tier->free_places;
 
     if (id == NONE)
@@ -23,6 +26,13 @@ ref place_take(struct tier *tier)
     else
         tier->free_places = tier->places[id].older;
     tier->free--;
+    tier->reserved++;
+    node->place[t] = id;
+    node_at(index, node->root)->place[t]++;
+    tier->places[id] = (struct place){.node = number, .state = PLACE_RESERVED, .list = LIST_NONE,
+                                      .quota = (uint8_t)quota};
+    if (tier->density)
+        density_class(tier->density, &tier->places[id], uses, last);
     return id;
 }
 

@@ -66,40 +66,42 @@ static void occupy(const struct tier *tier, struct policy *policy, unsigned numb
         policy->cursor = tier->density->rank[number];
 }
 
-static void link_newest(struct tier *tier, unsigned number, ref place)
+/* Return the link to the place after `older`; the list's own if that is NONE. */
+static ref *link_after(struct tier *tier, struct list *list, ref older)
+{
+    return older == NONE ? &list->oldest : &tier->places[older].newer;
+}
+
+/* Return the link to the place before `newer`; the list's own if that is NONE. */
+static ref *link_before(struct tier *tier, struct list *list, ref newer)
+{
+    return newer == NONE ? &list->newest : &tier->places[newer].older;
+}
+
+/* Add a place to a list between two neighbours, or at an end. */
+static void link_between(struct tier *tier, unsigned number, ref place, ref older, ref newer)
 {
     struct policy *policy = policy_of(tier, place);
     struct list *list = &policy->lists[number];
     struct place *at = &tier->places[place];
 
     at->list = (uint16_t)number;
-    at->older = list->newest;
-    at->newer = NONE;
-    if (list->newest == NONE)
-        list->oldest = place;
-    else
-        tier->places[list->newest].newer = place;
-    list->newest = place;
+    at->older = older;
+    at->newer = newer;
+    *link_after(tier, list, older) = place;
+    *link_before(tier, list, newer) = place;
     if (!list->count++)
         occupy(tier, policy, number, true);
 }
 
+static void link_newest(struct tier *tier, unsigned number, ref place)
+{
+    link_between(tier, number, place, policy_of(tier, place)->lists[number].newest, NONE);
+}
+
 static void link_oldest(struct tier *tier, unsigned number, ref place)
 {
-    struct policy *policy = policy_of(tier, place);
-    struct list *list = &policy->lists[number];
-    struct place *at = &tier->places[place];
-
-    at->list = (uint16_t)number;
-    at->older = NONE;
-    at->newer = list->oldest;
-    if (list->oldest == NONE)
-        list->newest = place;
-    else
-        tier->places[list->oldest].older = place;
-    list->oldest = place;
-    if (!list->count++)
-        occupy(tier, policy, number, true);
+    link_between(tier, number, place, NONE, policy_of(tier, place)->lists[number].oldest);
 }
 
 void policy_remove(struct tier *tier, ref place)
@@ -113,14 +115,8 @@ void policy_remove(struct tier *tier, ref place)
         return;
     }
     list = &policy->lists[at->list];
-    if (at->older == NONE)
-        list->oldest = at->newer;
-    else
-        tier->places[at->older].newer = at->newer;
-    if (at->newer == NONE)
-        list->newest = at->older;
-    else
-        tier->places[at->newer].older = at->older;
+    *link_after(tier, list, at->older) = at->newer;
+    *link_before(tier, list, at->newer) = at->older;
     if (!--list->count)
         occupy(tier, policy, at->list, false);
     at->list = LIST_NONE;

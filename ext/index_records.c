@@ -1,47 +1,23 @@
 /* The calls of BlockIndex that report blocks to others: records for a later run, and changes. */
 #include "index.h"
 
-static int ids_of_tier(PyObject *object, const char *name, int64_t most, int64_t least,
-                       struct int64_view *view)
+static PyObject *export(BlockIndex *self, struct value *values)
 {
-    if (int64_view_hold(object, name, view) < 0)
-        return -1;
-    for (Py_ssize_t i = 0; i < view->count; i++) {
-        int64_t value = int64_at(view, i);
+    const struct int64_view *ids = &values[1].view;
+    PyObject *result = PyBytes_FromStringAndSize(
+        NULL, ids->count * (Py_ssize_t)sizeof(struct block_record));
+    char *at = result ? PyBytes_AsString(result) : NULL;
 
-        if (value >= least && value < most)
-            continue;
-        PyErr_Format(PyExc_ValueError, "%s[%zd]=%lld is outside %lld..%lld", name, i,
-                     (long long)value, (long long)least, (long long)most - 1);
-        PyBuffer_Release(&view->buffer);
-        return -1;
-    }
-    return 0;
-}
-
-PyObject *index_call_export(BlockIndex *self, PyObject *args)
-{
-    PyObject *tier_object, *ids_object, *result;
-    struct int64_view ids;
-    unsigned tier;
-    char *at;
-
-    if (!PyArg_UnpackTuple(args, "export", 2, 2, &tier_object, &ids_object) ||
-        tier_read(self, tier_object, &tier) < 0 ||
-        int64_view_hold(ids_object, "ids", &ids) < 0)
-        return NULL;
-    result = PyBytes_FromStringAndSize(NULL,
-                                       ids.count * (Py_ssize_t)sizeof(struct block_record));
-    at = result ? PyBytes_AsString(result) : NULL;
-    for (Py_ssize_t i = 0; result && i < ids.count; i++, at += sizeof(struct block_record)) {
+    for (Py_ssize_t i = 0; result && i < ids->count; i++, at += sizeof(struct block_record)) {
         struct block_record record = {0};
 
-        index_export(&self->index, tier, int64_at(&ids, i), &record);
+        index_export(&self->index, (unsigned)values[0].integer, int64_at(ids, i), &record);
         memcpy(at, &record, sizeof(record));
     }
-    PyBuffer_Release(&ids.buffer);
     return result;
 }
+
+CALL(call_, export, BlockIndex, 2, READ("tier", read_tier), READ("ids", read_int64s))
 
 /* Check that parents come before their children, and that no place is named twice. */
 static const char *restored_check(const struct restored *restored, uint8_t *seen)
@@ -57,7 +33,7 @@ static const char *restored_check(const struct restored *restored, uint8_t *seen
     return NULL;
 }
 
-static PyObject *restore(BlockIndex *self, unsigned tier, const struct restored *restored)
+static PyObject *restore_checked(BlockIndex *self, unsigned tier, const struct restored *restored)
 {
     size_t n = restored->n + 1;
     const struct tier *at = &self->index.tier[tier];
@@ -84,50 +60,35 @@ static PyObject *restore(BlockIndex *self, unsigned tier, const struct restored 
     return result;
 }
 
-PyObject *index_call_restore(BlockIndex *self, PyObject *args)
+static PyObject *restore(BlockIndex *self, struct value *values)
 {
-    PyObject *tier_object, *records_object, *parents_object, *ids_object, *result = NULL;
-    struct int64_view parents, ids;
-    Py_buffer records;
-    unsigned tier;
+    unsigned tier = (unsigned)values[0].integer;
+    const Py_buffer *records = &values[1].view.buffer;
+    const struct int64_view *parents = &values[2].view, *ids = &values[3].view;
+    struct restored restored = {(size_t)ids->count, records->buf, parents->buffer.buf,
+                                ids->buffer.buf};
 
-    if (!PyArg_UnpackTuple(args, "restore", 4, 4, &tier_object, &records_object,
-                           &parents_object, &ids_object) ||
-        tier_read(self, tier_object, &tier) < 0 ||
-        PyObject_GetBuffer(records_object, &records, PyBUF_SIMPLE) < 0)
+    if (int64_range_check(ids, "ids", 0, self->index.tier[tier].capacity) < 0 ||
+        int64_range_check(parents, "parents", -1, ids->count) < 0)
         return NULL;
-    if (ids_of_tier(ids_object, "ids", self->index.tier[tier].capacity, 0, &ids) < 0)
-        goto no_ids;
-    if (ids_of_tier(parents_object, "parents", ids.count, -1, &parents) < 0)
-        goto no_parents;
-    if (parents.count != ids.count ||
-        records.len != ids.count * (Py_ssize_t)sizeof(struct block_record) ||
-        ((uintptr_t)records.buf % 4 | (uintptr_t)parents.buffer.buf % 8 |
-         (uintptr_t)ids.buffer.buf % 8))
-        PyErr_SetString(PyExc_ValueError, "records, parents and ids differ in length or are not "
-                                          "aligned");
-    else
-        result = restore(self, tier,
-                         &(struct restored){(size_t)ids.count, records.buf, parents.buffer.buf,
-                                            ids.buffer.buf});
-    PyBuffer_Release(&parents.buffer);
-no_parents:
-    PyBuffer_Release(&ids.buffer);
-no_ids:
-    PyBuffer_Release(&records);
-    return result;
+    if (parents->count == ids->count && (uintptr_t)records->buf % 4 == 0 &&
+        records->len == ids->count * (Py_ssize_t)sizeof(struct block_record))
+        return restore_checked(self, tier, &restored);
+    return PyErr_Format(PyExc_ValueError,
+                        "records, parents and ids differ in length or are not aligned");
 }
 
-PyObject *index_call_watch(BlockIndex *self, PyObject *object)
-{
-    int64_t limit;
+CALL(call_, restore, BlockIndex, 4, READ("tier", read_tier), READ("records", read_bytes),
+     READ("parents", read_aligned), READ("ids", read_aligned))
 
-    if (integer_read(object, "limit", 0, UINT32_MAX / sizeof(struct change), &limit) < 0)
-        return NULL;
-    if (!changes_watch(&self->index.changes, (uint32_t)limit))
+static PyObject *watch(BlockIndex *self, struct value *values)
+{
+    if (!changes_watch(&self->index.changes, (uint32_t)values[0].integer))
         return PyErr_NoMemory();
     return Py_NewRef(Py_None);
 }
+
+CALL(call_, watch, BlockIndex, 1, INTEGER("limit", 0, UINT32_MAX / sizeof(struct change)))
 
 PyObject *index_call_changes(BlockIndex *self, PyObject *Py_UNUSED(none))
 {

@@ -155,23 +155,30 @@ static void nodes_expect(const struct block_index *index, const unsigned char *k
     }
 }
 
+/* Return the node of the i-th block, by a guess from the one before if there is one; or NONE. */
+static inline __attribute__((always_inline)) ref node_next(const struct block_index *index,
+                                                           const unsigned char *keys, size_t i,
+                                                           size_t end, ref before)
+{
+    struct key key = key_at(keys, (int64_t)i);
+    ref found = node_guess(index, key, before);
+
+    if (found != NONE)
+        return found;
+    nodes_expect(index, keys, i, end);
+    return node_find(index, key, bucket_at(index, keys, (int64_t)i));
+}
+
 size_t nodes_find(const struct block_index *index, const unsigned char *keys, size_t begin,
                   size_t end, ref *nodes)
 {
     ref last = NONE;
 
     for (size_t i = begin; i < end; i++) {
-        struct key key = key_at(keys, (int64_t)i);
-        ref found = node_guess(index, key, last);
-
-        if (found == NONE) {
-            nodes_expect(index, keys, i, end);
-            found = node_find(index, key, bucket_at(index, keys, (int64_t)i));
-        }
-        if (found == NONE)
+        last = node_next(index, keys, i, end, last);
+        if (last == NONE)
             return i - begin;
-        nodes[i - begin] = found;
-        last = found;
+        nodes[i - begin] = last;
     }
     return end - begin;
 }
@@ -224,10 +231,7 @@ static int64_t unknown_agree(const struct block_index *index, const unsigned cha
         return -1;
     seen_before(&seen, -1);
     for (i = begin; i < end; i++) {
-        if (seen_before(&seen, (int64_t)i))
-            break;
-        nodes_expect(index, keys, i, end);
-        if (node_find(index, key_at(keys, (int64_t)i), bucket_at(index, keys, (int64_t)i)) != NONE)
+        if (seen_before(&seen, (int64_t)i) || node_next(index, keys, i, end, NONE) != NONE)
             break;
     }
     for (size_t known = 0; known < begin; known++) {
@@ -252,12 +256,8 @@ int64_t chain_agrees(const struct block_index *index, const unsigned char *keys,
         return 0;
     for (; parent != NONE && i < blocks; i++) {
         struct key key = key_at(keys, (int64_t)i);
-        ref found = node_guess(index, key, parent);
+        ref found = node_next(index, keys, i, blocks, parent);
 
-        if (found == NONE) {
-            nodes_expect(index, keys, i, blocks);
-            found = node_find(index, key, bucket_at(index, keys, (int64_t)i));
-        }
         if (found == NONE)
             break;
         if (node_at(index, found)->parent != parent || memcmp(&key, &root, sizeof(key)) == 0)

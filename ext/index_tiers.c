@@ -10,6 +10,17 @@
  */
 #include "index_core.h"
 
+/* Free a place, unless it is pinned: then it is DRAINING. */
+static void place_leave(struct tier *tier, ref id)
+{
+    if (tier->places[id].pins) {
+        tier->places[id].state = PLACE_DRAINING;
+        tier->draining++;
+    } else {
+        place_free(tier, id);
+    }
+}
+
 /* Take a place from its node. A pinned READY place drains; a RESERVED one waits for its filler. */
 static void place_detach(struct block_index *index, unsigned t, ref id)
 {
@@ -26,12 +37,7 @@ static void place_detach(struct block_index *index, unsigned t, ref id)
     changes_note(index, number, t, false);
     policy_remove(tier, id);
     tier->ready--;
-    if (place->pins) {
-        place->state = PLACE_DRAINING;
-        tier->draining++;
-    } else {
-        place_free(tier, id);
-    }
+    place_leave(tier, id);
 }
 
 /* Remove a node that has no child, with its places. */
@@ -194,8 +200,7 @@ static int64_t refuse(struct block_index *index, unsigned t, const int64_t *ids,
 int64_t index_reserve(struct block_index *index, unsigned t, const struct batch *batch,
                       enum reserve_how how, int64_t *ids)
 {
-    struct tier *tier = &index->tier[t];
-    struct density *density = tier->density;
+    struct density *density = index->tier[t].density;
     const int64_t *positions = batch->positions;
     unsigned quota = index->quotas ? quota_of(index, key_at(batch->keys, -1)) : 0;
     size_t n;
@@ -206,27 +211,15 @@ int64_t index_reserve(struct block_index *index, unsigned t, const struct batch 
         density_foresee(density, batch, ids);
     n = room_make(index, t, quota, batch, how, ids);
     for (size_t i = 0; i < n; i++) {
-        struct place *place;
-        struct node *node;
-        uint32_t uses = density ? (uint32_t)ids[i] : 0;
-
         if (i + EXPECT_AHEAD < n)
             bucket_expect(index, batch->keys, positions[i + EXPECT_AHEAD]);
         last = node_take(index, batch->keys, positions[i], last, &fresh);
         if (last == NONE)
             return refuse(index, t, ids, i, "reserve of a block whose parent is not in the index");
-        node = node_at(index, last);
-        if (node->place[t] != NONE)
+        if (node_at(index, last)->place[t] != NONE)
             return refuse(index, t, ids, i, "reserve of a block that has a place already");
-        node->place[t] = place_take(tier);
-        ids[i] = node->place[t];
-        node_at(index, node->root)->place[t]++;
-        place = &tier->places[ids[i]];
-        *place = (struct place){.node = last, .state = PLACE_RESERVED, .list = LIST_NONE,
-                                .quota = (uint8_t)quota};
-        if (density)
-            density_class(density, place, uses, is_last(batch, i));
-        tier->reserved++;
+        ids[i] = place_reserve(index, t, last, quota, density ? (uint32_t)ids[i] : 0,
+                               is_last(batch, i));
     }
     return (int64_t)n;
 }
@@ -234,13 +227,12 @@ int64_t index_reserve(struct block_index *index, unsigned t, const struct batch 
 static struct place *expect(struct block_index *index, unsigned t, int64_t id,
                             enum place_state state, const char *law)
 {
-    struct tier *tier = &index->tier[t];
+    struct place *place = place_at(&index->tier[t], id);
 
-    if (id < 0 || id >= tier->unused || tier->places[id].state != state) {
-        index->broken = law;
-        return NULL;
-    }
-    return &tier->places[id];
+    if (place && place->state == state)
+        return place;
+    index->broken = law;
+    return NULL;
 }
 
 bool index_lease(struct block_index *index, unsigned t, const int64_t *ids, size_t n,
@@ -263,20 +255,6 @@ int64_t place_filler(const struct place *place)
     return (int64_t)((uint64_t)place->newer << 32 | place->older);
 }
 
-/* Release a RESERVED place that nobody wants any more: it is FREE, or DRAINING while pinned. */
-static void reserved_leave(struct tier *tier, ref id)
-{
-    struct place *place = &tier->places[id];
-
-    tier->reserved--;
-    if (place->pins) {
-        place->state = PLACE_DRAINING;
-        tier->draining++;
-    } else {
-        place_free(tier, id);
-    }
-}
-
 /* Leaves first, so that a leaf is always older than its parents; changes are noted in order. */
 bool index_commit(struct block_index *index, unsigned t, const int64_t *ids, size_t n)
 {
@@ -289,11 +267,11 @@ bool index_commit(struct block_index *index, unsigned t, const int64_t *ids, siz
 
         if (!place)
             return false;
+        tier->reserved--;
         if (place->node == NONE) {
-            reserved_leave(tier, (ref)ids[n]);
+            place_leave(tier, (ref)ids[n]); /* nobody wants it any more */
             continue;
         }
-        tier->reserved--;
         tier->ready++;
         place->state = PLACE_READY;
         policy_insert(tier, (ref)ids[n], index->clock_s);
@@ -315,7 +293,8 @@ bool index_abort(struct block_index *index, unsigned t, const int64_t *ids, size
             return false;
         if (place->node != NONE)
             place_drop(index, t, (ref)ids[i]);
-        reserved_leave(&index->tier[t], (ref)ids[i]);
+        index->tier[t].reserved--;
+        place_leave(&index->tier[t], (ref)ids[i]);
     }
     return true;
 }
@@ -327,11 +306,13 @@ bool index_pin(struct block_index *index, unsigned t, const int64_t *ids, size_t
     struct tier *tier = &index->tier[t];
 
     for (size_t i = 0; i < n; i++) {
-        if (ids[i] < 0 || ids[i] >= tier->unused || tier->places[ids[i]].state == PLACE_FREE) {
+        struct place *place = place_at(tier, ids[i]);
+
+        if (!place || place->state == PLACE_FREE) {
             index->broken = "a pin of a FREE block";
             return false;
         }
-        tier->pinned += !tier->places[ids[i]].pins++;
+        tier->pinned += !place->pins++;
     }
     return true;
 }
@@ -341,9 +322,9 @@ bool index_unpin(struct block_index *index, unsigned t, const int64_t *ids, size
     struct tier *tier = &index->tier[t];
 
     while (n--) {
-        struct place *place = &tier->places[ids[n]];
+        struct place *place = place_at(tier, ids[n]);
 
-        if (ids[n] < 0 || ids[n] >= tier->unused || !place->pins) {
+        if (!place || !place->pins) {
             index->broken = "an unpin of a place that is not pinned";
             return false;
         }

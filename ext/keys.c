@@ -8,43 +8,30 @@
 
 #define KEY_BYTES ((size_t)16)
 
-static void digest128(const void *data, size_t bytes, uint64_t seed, unsigned char *digest)
+static void digest_write(XXH128_hash_t hash, unsigned char *digest)
 {
     XXH128_canonical_t canonical;
 
-    XXH128_canonicalFromHash(&canonical, XXH3_128bits_withSeed(data, bytes, seed));
+    XXH128_canonicalFromHash(&canonical, hash);
     memcpy(digest, canonical.digest, KEY_BYTES);
 }
 
-PyObject *keys_hash128(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count,
-                       PyObject *keywords)
+static PyObject *hash128(PyObject *Py_UNUSED(module), struct value *values)
 {
-    static const char *const names[] = {"data", "seed"};
-    static const struct signature signature = {"hash128", names, 1, 2};
-    PyObject *values[2];
+    const Py_buffer *data = &values[0].view.buffer;
     unsigned char digest[KEY_BYTES];
-    uint64_t seed = 0;
-    Py_buffer data;
+    uint64_t seed = values[1].object ? PyLong_AsUnsignedLongLong(values[1].object) : 0;
+    PyThreadState *saved;
 
-    if (args_unpack(&signature, args, count, keywords, values) < 0)
+    if (PyErr_Occurred())
         return NULL;
-    if (values[1]) {
-        seed = PyLong_AsUnsignedLongLong(values[1]);
-        if (PyErr_Occurred())
-            return NULL;
-    }
-    if (PyObject_GetBuffer(values[0], &data, PyBUF_SIMPLE) < 0)
-        return NULL;
-    if ((size_t)data.len > GIL_HOLD_BYTES_MAX) {
-        Py_BEGIN_ALLOW_THREADS
-        digest128(data.buf, (size_t)data.len, seed, digest);
-        Py_END_ALLOW_THREADS
-    } else {
-        digest128(data.buf, (size_t)data.len, seed, digest);
-    }
-    PyBuffer_Release(&data);
+    saved = gil_leave((size_t)data->len > GIL_HOLD_BYTES_MAX);
+    digest_write(XXH3_128bits_withSeed(data->buf, (size_t)data->len, seed), digest);
+    gil_return(saved);
     return PyBytes_FromStringAndSize((const char *)digest, (Py_ssize_t)KEY_BYTES);
 }
+
+CALL(keys_, hash128, PyObject, 1, READ("data", read_bytes), OBJECT("seed"))
 
 /* Copy tokens as little-endian, four bytes each. Return the tokens or-ed together: all fit if no
  * bit above the 32nd is set. */
@@ -62,25 +49,10 @@ static uint64_t tokens_pack(uint32_t *target, const char *source, size_t count)
     return all;
 }
 
-/* The constants of the hash, derived from the user's secret, in place of the public ones. */
-struct hash_secret {
-    const char *bytes;
-    size_t size;
-};
-
-static void key_write(const char *data, size_t size, struct hash_secret secret, unsigned char *key)
-{
-    XXH128_canonical_t canonical;
-
-    XXH128_canonicalFromHash(&canonical,
-                             XXH3_128bits_withSecret(data, size, secret.bytes, secret.size));
-    memcpy(key, canonical.digest, KEY_BYTES);
-}
-
 /* Write the keys of `blocks` blocks. `scratch` holds the parent, then room for one block. Return
  * the number of blocks before the first with a token that is negative or has more than 32 bits. */
 static size_t keys_write(const char *tokens, size_t blocks, size_t block_tokens, char *scratch,
-                         struct hash_secret secret, unsigned char *keys)
+                         const Py_buffer *secret, unsigned char *keys)
 {
     size_t bytes = KEY_BYTES + block_tokens * sizeof(uint32_t);
 
@@ -89,7 +61,8 @@ static size_t keys_write(const char *tokens, size_t blocks, size_t block_tokens,
 
         if (tokens_pack((uint32_t *)(scratch + KEY_BYTES), source, block_tokens) >> 32)
             return block;
-        key_write(scratch, bytes, secret, keys + block * KEY_BYTES);
+        digest_write(XXH3_128bits_withSecret(scratch, bytes, secret->buf, (size_t)secret->len),
+                     keys + block * KEY_BYTES);
         memcpy(scratch, keys + block * KEY_BYTES, KEY_BYTES);
     }
     return blocks;
@@ -102,21 +75,15 @@ static int token_raise(const char *tokens, Py_ssize_t count, Py_ssize_t first)
     for (Py_ssize_t i = first; i < count; i++) {
         int64_t token = int64_load(tokens, i);
 
-        if ((uint64_t)token >> 32) {
-            PyObject *values = Py_BuildValue("(nL)", i, (long long)token);
-
-            if (values)
-                PyErr_SetObject(PyExc_ValueError, values);
-            Py_XDECREF(values);
-            return -1;
-        }
+        if ((uint64_t)token >> 32)
+            return raise_details(Py_BuildValue("(nL)", i, (long long)token));
     }
     return 0;
 }
 
 /* Return the parent and the keys of the whole blocks, or NULL with an exception. */
 static PyObject *keys_of_blocks(const char *tokens, Py_ssize_t count, size_t block_tokens,
-                                const char *parent, struct hash_secret secret)
+                                const void *parent, const Py_buffer *secret)
 {
     size_t blocks = (size_t)count / block_tokens, done = 0;
     PyObject *result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)((blocks + 1) * KEY_BYTES));
@@ -124,6 +91,7 @@ static PyObject *keys_of_blocks(const char *tokens, Py_ssize_t count, size_t blo
     if (result) {
         unsigned char *keys = (unsigned char *)PyBytes_AsString(result) + KEY_BYTES;
         char *scratch = PyMem_Malloc(KEY_BYTES + block_tokens * sizeof(uint32_t));
+        PyThreadState *saved;
 
         if (!scratch) {
             Py_DECREF(result);
@@ -131,13 +99,9 @@ static PyObject *keys_of_blocks(const char *tokens, Py_ssize_t count, size_t blo
         }
         memcpy(PyBytes_AsString(result), parent, KEY_BYTES);
         memcpy(scratch, parent, KEY_BYTES);
-        if ((size_t)count * sizeof(int64_t) > GIL_HOLD_BYTES_MAX) {
-            Py_BEGIN_ALLOW_THREADS
-            done = keys_write(tokens, blocks, block_tokens, scratch, secret, keys);
-            Py_END_ALLOW_THREADS
-        } else {
-            done = keys_write(tokens, blocks, block_tokens, scratch, secret, keys);
-        }
+        saved = gil_leave((size_t)count * sizeof(int64_t) > GIL_HOLD_BYTES_MAX);
+        done = keys_write(tokens, blocks, block_tokens, scratch, secret, keys);
+        gil_return(saved);
         PyMem_Free(scratch);
     }
     if (result && token_raise(tokens, count, (Py_ssize_t)(done * block_tokens)) < 0)
@@ -148,15 +112,10 @@ static PyObject *keys_of_blocks(const char *tokens, Py_ssize_t count, size_t blo
 /* Replace an OverflowError, of an integer of more than 64 bits, with ValueError(index, integer). */
 static void overflow_raise(Py_ssize_t index, PyObject *item)
 {
-    PyObject *values;
-
     if (!PyErr_ExceptionMatches(PyExc_OverflowError))
         return;
     PyErr_Clear();
-    values = Py_BuildValue("(nO)", index, item);
-    if (values)
-        PyErr_SetObject(PyExc_ValueError, values);
-    Py_XDECREF(values);
+    raise_details(Py_BuildValue("(nO)", index, item));
 }
 
 /* Return the tokens of a list as int64, or NULL with an exception. This takes half as long as to
@@ -185,79 +144,65 @@ static char *tokens_of_list(PyObject *list, Py_ssize_t count)
     return (char *)tokens;
 }
 
-PyObject *keys_pack_int64(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count,
-                          PyObject *keywords)
+static PyObject *pack_int64(PyObject *Py_UNUSED(module), struct value *values)
 {
-    static const char *const names[] = {"values"};
-    static const struct signature signature = {"pack_int64", names, 1, 1};
-    PyObject *values[1], *result = NULL;
+    PyObject *list = values[0].object, *result = NULL;
     Py_ssize_t length;
     char *packed;
 
-    if (args_unpack(&signature, args, count, keywords, values) < 0)
-        return NULL;
-    if (!PyList_Check(values[0]))
+    if (!PyList_Check(list))
         return PyErr_Format(PyExc_TypeError, "values must be a list");
-    length = PyList_Size(values[0]);
-    packed = tokens_of_list(values[0], length);
+    length = PyList_Size(list);
+    packed = tokens_of_list(list, length);
     if (packed)
         result = PyBytes_FromStringAndSize(packed, length * (Py_ssize_t)sizeof(int64_t));
     PyMem_Free(packed);
     return result;
 }
 
-/* Read a bytes object that is long enough to be the secret of XXH3. Return 0, or -1 with an
- * exception. */
-static int secret_read(PyObject *object, struct hash_secret *secret)
-{
-    Py_ssize_t size;
-    char *bytes;
+CALL(keys_, pack_int64, PyObject, 1, OBJECT("values"))
 
-    if (PyBytes_AsStringAndSize(object, &bytes, &size) < 0)
-        return -1;
-    if (size < XXH3_SECRET_SIZE_MIN) {
-        PyErr_Format(PyExc_ValueError, "secret has %zd bytes, fewer than %d", size,
-                     XXH3_SECRET_SIZE_MIN);
-        return -1;
-    }
-    *secret = (struct hash_secret){bytes, (size_t)size};
-    return 0;
+/* Read a bytes object. Its content cannot change, so it need not be held. */
+static int read_constant(PyObject *Py_UNUSED(self), const struct parameter *Py_UNUSED(parameter),
+                         struct value *value)
+{
+    return PyBytes_AsStringAndSize(value->object, (char **)&value->view.buffer.buf,
+                                   &value->view.buffer.len);
 }
 
-PyObject *keys_chain(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count,
-                     PyObject *keywords)
+/* Read a list of integers, later, or a buffer of them, now. */
+static int read_tokens(PyObject *self, const struct parameter *parameter, struct value *value)
 {
-    static const char *const names[] = {"tokens", "tokens_per_block", "parent", "secret"};
-    static const struct signature signature = {"chain_keys", names, 4, 4};
-    PyObject *values[4], *result = NULL;
-    struct hash_secret secret;
-    int64_t block_tokens;
-    struct int64_view view;
-    Py_ssize_t parent_bytes;
-    char *parent, *tokens;
+    return PyList_Check(value->object) ? 0 : read_int64s(self, parameter, value);
+}
 
-    if (args_unpack(&signature, args, count, keywords, values) < 0 ||
-        integer_read(values[1], "tokens_per_block", 1, PY_SSIZE_T_MAX / 16, &block_tokens) < 0 ||
-        PyBytes_AsStringAndSize(values[2], &parent, &parent_bytes) < 0 ||
-        secret_read(values[3], &secret) < 0)
-        return NULL;
-    if (parent_bytes != (Py_ssize_t)KEY_BYTES)
-        return PyErr_Format(PyExc_ValueError, "parent has %zd bytes, not 16", parent_bytes);
-    if (PyList_Check(values[0])) {
-        Py_ssize_t length = PyList_Size(values[0]);
+static PyObject *chain_keys(PyObject *Py_UNUSED(module), struct value *values)
+{
+    size_t block_tokens = (size_t)values[1].integer;
+    const struct int64_view *view = &values[0].view;
+    const Py_buffer *parent = &values[2].view.buffer, *secret = &values[3].view.buffer;
+    PyObject *result = NULL;
+    Py_ssize_t length;
+    char *tokens;
 
-        tokens = tokens_of_list(values[0], length);
-        if (tokens)
-            result = keys_of_blocks(tokens, length, (size_t)block_tokens, parent, secret);
-        PyMem_Free(tokens);
-        return result;
-    }
-    if (int64_view_hold(values[0], "tokens", &view) < 0)
-        return NULL;
-    result = keys_of_blocks(view.buffer.buf, view.count, (size_t)block_tokens, parent, secret);
-    PyBuffer_Release(&view.buffer);
+    if (parent->len != (Py_ssize_t)KEY_BYTES)
+        return PyErr_Format(PyExc_ValueError, "parent has %zd bytes, not 16", parent->len);
+    if (secret->len < XXH3_SECRET_SIZE_MIN)
+        return PyErr_Format(PyExc_ValueError, "secret has %zd bytes, fewer than %d", secret->len,
+                            XXH3_SECRET_SIZE_MIN);
+    if (view->buffer.obj)
+        return keys_of_blocks(view->buffer.buf, view->count, block_tokens, parent->buf, secret);
+    length = PyList_Size(values[0].object);
+    tokens = tokens_of_list(values[0].object, length);
+    if (tokens)
+        result = keys_of_blocks(tokens, length, block_tokens, parent->buf, secret);
+    PyMem_Free(tokens);
     return result;
 }
+
+CALL(keys_, chain_keys, PyObject, 4, READ("tokens", read_tokens),
+     INTEGER("tokens_per_block", 1, PY_SSIZE_T_MAX / 16), READ("parent", read_constant),
+     READ("secret", read_constant))
 
 /* Write the block id of every whole block. Return false if a slot breaks a rule.
  *
@@ -281,13 +226,7 @@ static bool ids_write(const char *slots, size_t blocks, size_t block_tokens, uin
 
 static int slot_raise(const struct int64_view *slots, Py_ssize_t index, const char *why)
 {
-    PyObject *values =
-        Py_BuildValue("(nLs)", index, (long long)int64_at(slots, index), why);
-
-    if (values)
-        PyErr_SetObject(PyExc_ValueError, values);
-    Py_XDECREF(values);
-    return -1;
+    return raise_details(Py_BuildValue("(nLs)", index, (long long)int64_at(slots, index), why));
 }
 
 /* Raise for the first slot that breaks a rule: range before alignment before contiguity. */
@@ -327,24 +266,14 @@ static PyObject *ids_of_blocks(const struct int64_view *slots, size_t block_toke
     return result;
 }
 
-PyObject *keys_block_slots(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count,
-                           PyObject *keywords)
+static PyObject *block_slots(PyObject *Py_UNUSED(module), struct value *values)
 {
-    static const char *const names[] = {"slots", "tokens_per_block", "num_blocks"};
-    static const struct signature signature = {"block_slots", names, 3, 3};
-    PyObject *values[3], *result;
-    int64_t block_tokens, blocks, limit;
-    struct int64_view slots;
+    int64_t block_tokens = values[1].integer, limit;
 
-    if (args_unpack(&signature, args, count, keywords, values) < 0 ||
-        integer_read(values[1], "tokens_per_block", 1, PY_SSIZE_T_MAX, &block_tokens) < 0 ||
-        integer_read(values[2], "num_blocks", 0, PY_SSIZE_T_MAX, &blocks) < 0)
-        return NULL;
-    if (__builtin_mul_overflow(block_tokens, blocks, &limit))
+    if (__builtin_mul_overflow(block_tokens, values[2].integer, &limit))
         return PyErr_Format(PyExc_ValueError, "num_blocks * tokens_per_block overflows");
-    if (int64_view_hold(values[0], "slots", &slots) < 0)
-        return NULL;
-    result = ids_of_blocks(&slots, (size_t)block_tokens, (uint64_t)limit);
-    PyBuffer_Release(&slots.buffer);
-    return result;
+    return ids_of_blocks(&values[0].view, (size_t)block_tokens, (uint64_t)limit);
 }
+
+CALL(keys_, block_slots, PyObject, 3, READ("slots", read_int64s),
+     INTEGER("tokens_per_block", 1, PY_SSIZE_T_MAX), INTEGER("num_blocks", 0, PY_SSIZE_T_MAX))

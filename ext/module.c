@@ -62,110 +62,95 @@ static int pages_populate(char *start, size_t bytes)
     return 0;
 }
 
-static PyObject *module_prefault(PyObject *Py_UNUSED(module), PyObject *object)
+static PyObject *prefault(PyObject *Py_UNUSED(module), struct value *values)
 {
-    Py_buffer buffer;
-    int error = 0;
+    Py_buffer *buffer = &values[0].view.buffer;
+    PyThreadState *saved = gil_leave(buffer->len);
+    int error = buffer->len ? pages_populate(buffer->buf, (size_t)buffer->len) : 0;
 
-    if (PyObject_GetBuffer(object, &buffer, PyBUF_WRITABLE) < 0)
-        return NULL;
-    if (buffer.len) {
-        Py_BEGIN_ALLOW_THREADS
-        error = pages_populate(buffer.buf, (size_t)buffer.len);
-        Py_END_ALLOW_THREADS
-    }
-    PyBuffer_Release(&buffer);
+    gil_return(saved);
     return error ? raise_errno(error) : Py_NewRef(Py_None);
 }
 
-/* In a forked child: replace memory that is shared with the parent with private zeros. */
-static PyObject *module_disown(PyObject *Py_UNUSED(module), PyObject *object)
-{
-    Py_buffer buffer;
-    void *start;
+static CALL(module_, prefault, PyObject, 1, READ("buffer", read_writable))
 
-    if (PyObject_GetBuffer(object, &buffer, PyBUF_WRITABLE) < 0)
-        return NULL;
-    start = mmap(buffer.buf, (size_t)buffer.len, PROT_READ | PROT_WRITE,
-                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
-    PyBuffer_Release(&buffer);
+/* In a forked child: replace memory that is shared with the parent with private zeros. */
+static PyObject *disown(PyObject *Py_UNUSED(module), struct value *values)
+{
+    void *start = mmap(values[0].view.buffer.buf, (size_t)values[0].view.buffer.len,
+                       PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
+
     return start == MAP_FAILED ? raise_errno(errno) : Py_NewRef(Py_None);
 }
 
-#define FAST(function) ((PyCFunction)(void (*)(void))(function))
+static CALL(module_, disown, PyObject, 1, READ("mapping", read_writable))
 
 static PyMethodDef module_functions[] = {
     {"features", module_features, METH_NOARGS,
      "features()\n--\n\nReturn what this build and CPU offer."},
-    {"prefault", module_prefault, METH_O,
-     "prefault(buffer, /)\n--\n\nTouch every page of a writable buffer."},
-    {"disown", module_disown, METH_O,
-     "disown(mapping, /)\n--\n\nReplace a whole mapping by private pages of zeros."},
-    {"hash128", FAST(keys_hash128), METH_FASTCALL | METH_KEYWORDS,
-     "hash128(data, seed=0)\n--\n\nReturn the canonical XXH3-128 digest of data."},
-    {"chain_keys", FAST(keys_chain), METH_FASTCALL | METH_KEYWORDS,
-     "chain_keys(tokens, tokens_per_block, parent, secret)\n--\n\n"
-     "Return the chained keys of every whole block of tokens."},
-    {"block_slots", FAST(keys_block_slots), METH_FASTCALL | METH_KEYWORDS,
-     "block_slots(slots, tokens_per_block, num_blocks)\n--\n\n"
-     "Return the device block id of every whole block of slots."},
-    {"pack_int64", FAST(keys_pack_int64), METH_FASTCALL | METH_KEYWORDS,
-     "pack_int64(values)\n--\n\nReturn a list of integers as int64."},
-    {"change_counts", FAST(counts_change), METH_FASTCALL | METH_KEYWORDS,
-     "change_counts(counts, ids, by)\n--\n\n"
-     "Add to counts, and return how many of them left zero or reached it."},
-    {"any_counted", FAST(counts_any), METH_FASTCALL | METH_KEYWORDS,
-     "any_counted(counts, ids)\n--\n\nReturn whether any of some counts is not zero."},
-    {"copy_now", FAST(page_map_copy_now), METH_FASTCALL | METH_KEYWORDS,
-     "copy_now(pages, direction, device_ids, host_ids)\n--\n\nDo one job in the calling thread."},
-    {"list_runs", FAST(page_map_list_runs), METH_FASTCALL | METH_KEYWORDS,
-     "list_runs(pages, direction, device_ids, host_ids, out)\n--\n\n"
-     "List a job's runs of bytes: targets, sources, sizes."},
     {"notify_address", notify_address, METH_NOARGS,
      "notify_address()\n--\n\nReturn the address of a C function that adds to an eventfd."},
+    FAST("prefault", module_prefault,
+         "prefault(buffer)\n--\n\nTouch every page of a writable buffer."),
+    FAST("disown", module_disown,
+         "disown(mapping)\n--\n\nReplace a whole mapping by private pages of zeros."),
+    FAST("hash128", keys_hash128,
+         "hash128(data, seed=0)\n--\n\nReturn the canonical XXH3-128 digest of data."),
+    FAST("chain_keys", keys_chain_keys,
+         "chain_keys(tokens, tokens_per_block, parent, secret)\n--\n\n"
+         "Return the chained keys of every whole block of tokens."),
+    FAST("block_slots", keys_block_slots,
+         "block_slots(slots, tokens_per_block, num_blocks)\n--\n\n"
+         "Return the device block id of every whole block of slots."),
+    FAST("pack_int64", keys_pack_int64,
+         "pack_int64(values)\n--\n\nReturn a list of integers as int64."),
+    FAST("change_counts", counts_change_counts,
+         "change_counts(counts, ids, by)\n--\n\n"
+         "Add to counts, and return how many of them left zero or reached it."),
+    FAST("any_counted", counts_any_counted,
+         "any_counted(counts, ids)\n--\n\nReturn whether any of some counts is not zero."),
+    FAST("copy_now", pages_copy_now,
+         "copy_now(pages, direction, device_ids, host_ids)\n--\n\n"
+         "Do one job in the calling thread."),
+    FAST("list_runs", pages_list_runs,
+         "list_runs(pages, direction, device_ids, host_ids, out)\n--\n\n"
+         "List a job's runs of bytes: targets, sources, sizes."),
     {NULL, NULL, 0, NULL},
 };
 
-static int type_add(PyObject *module, PyType_Spec *spec, PyTypeObject **type)
-{
-    *type = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
-    return *type ? PyModule_AddType(module, *type) : -1;
-}
-
 static int module_exec(PyObject *module)
 {
+    static PyType_Spec *const specs[] = {&page_map_spec, &copy_pool_spec, &ring_spec,
+                                         &block_index_spec};
     struct ext_state *state = PyModule_GetState(module);
 
     moves_choose();
     sums_choose();
-    if (type_add(module, &page_map_spec, &state->page_map) < 0 ||
-        type_add(module, &copy_pool_spec, &state->copy_pool) < 0 ||
-        type_add(module, &ring_spec, &state->ring) < 0 ||
-        type_add(module, &block_index_spec, &state->block_index) < 0 ||
-        PyModule_AddIntConstant(module, "TO_HOST", TO_HOST) < 0)
+    for (size_t i = 0; i < sizeof(specs) / sizeof(*specs); i++) {
+        PyObject *type = PyType_FromModuleAndSpec(module, specs[i], NULL);
+        int result = type ? PyModule_AddType(module, (PyTypeObject *)type) : -1;
+
+        if (specs[i] == &page_map_spec)
+            state->page_map = (PyTypeObject *)Py_XNewRef(type);
+        Py_XDECREF(type);
+        if (result < 0)
+            return -1;
+    }
+    if (PyModule_AddIntConstant(module, "TO_HOST", TO_HOST) < 0)
         return -1;
     return PyModule_AddIntConstant(module, "TO_DEVICE", TO_DEVICE);
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)
 {
-    struct ext_state *state = PyModule_GetState(module);
-
-    Py_VISIT(state->page_map);
-    Py_VISIT(state->copy_pool);
-    Py_VISIT(state->ring);
-    Py_VISIT(state->block_index);
+    Py_VISIT(((struct ext_state *)PyModule_GetState(module))->page_map);
     return 0;
 }
 
 static int module_clear(PyObject *module)
 {
-    struct ext_state *state = PyModule_GetState(module);
-
-    Py_CLEAR(state->page_map);
-    Py_CLEAR(state->copy_pool);
-    Py_CLEAR(state->ring);
-    Py_CLEAR(state->block_index);
+    Py_CLEAR(((struct ext_state *)PyModule_GetState(module))->page_map);
     return 0;
 }
 

@@ -42,59 +42,30 @@ static void runs_list(const struct copy_work *work, struct run_list *runs)
         }
 }
 
-/* List the runs of a job in a held buffer of three equal parts; return their number, or NULL. */
-static PyObject *runs_into(PageMap *map, int64_t direction, struct page_ids *ids, Py_buffer *out)
+static PyObject *list_runs(PyObject *Py_UNUSED(module), struct value *values)
 {
-    size_t pairs = (size_t)ids->device.count, most = pairs * map->layout.piece_count;
+    const struct layout *layout = &((PageMap *)values[0].object)->layout;
+    const Py_buffer *out = &values[4].view.buffer;
+    size_t most = (size_t)values[2].view.count * layout->piece_count;
     size_t part = (size_t)out->len / 3 / sizeof(uint64_t);
-    int64_t *copies;
-    PyObject *result = NULL;
+    uint64_t *first = out->buf;
+    struct run_list runs = {first, first + part, first + 2 * part, 0};
+    struct copy_work work;
+    int64_t *ids;
 
     if ((size_t)out->len != 3 * part * sizeof(uint64_t) || part < most ||
         (uintptr_t)out->buf % sizeof(uint64_t) != 0)
         return PyErr_Format(PyExc_ValueError, "out has %zd bytes, not three times %zu or more",
                             out->len, most * sizeof(uint64_t));
-    copies = PyMem_Malloc(2 * pairs * sizeof(*copies));
-    if (!copies)
-        return PyErr_NoMemory();
-    if (page_ids_copy(map, ids, copies, copies + pairs) == 0) {
-        struct copy_work work = {&map->layout, (enum direction)direction, ids->bytes, copies,
-                                 copies + pairs};
-        uint64_t *first = out->buf;
-        struct run_list runs = {first, first + part, first + 2 * part, 0};
-
-        runs_list(&work, &runs);
-        result = PyLong_FromSize_t(runs.count);
-    }
-    PyMem_Free(copies);
-    return result;
+    ids = page_work_new(values, &work);
+    if (!ids)
+        return NULL;
+    runs_list(&work, &runs);
+    PyMem_Free(ids);
+    return PyLong_FromSize_t(runs.count);
 }
 
-PyObject *page_map_list_runs(PyObject *module, PyObject *const *args, Py_ssize_t count,
-                             PyObject *keywords)
-{
-    static const char *const names[] = {"pages", "direction", "device_ids", "host_ids", "out"};
-    static const struct signature signature = {"list_runs", names, 5, 5};
-    PyObject *values[5], *result;
-    struct page_ids ids;
-    int64_t direction;
-    Py_buffer out;
-    PageMap *map;
-
-    if (args_unpack(&signature, args, count, keywords, values) < 0)
-        return NULL;
-    map = page_job_read(PyModule_GetState(module), values, &direction, &ids);
-    if (!map)
-        return NULL;
-    if (PyObject_GetBuffer(values[4], &out, PyBUF_WRITABLE) < 0) {
-        page_ids_release(&ids);
-        return NULL;
-    }
-    result = runs_into(map, direction, &ids, &out);
-    PyBuffer_Release(&out);
-    page_ids_release(&ids);
-    return result;
-}
+CALL(pages_, list_runs, PyObject, 5, PAGE_JOB, READ("out", read_writable))
 
 /* The function that a foreign thread calls; `eventfd` is the descriptor itself. */
 static void eventfd_notify(void *eventfd)

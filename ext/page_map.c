@@ -21,20 +21,16 @@ static int piece_read(struct layout *layout, const struct int64_view *rows, Py_s
     else if (__builtin_mul_overflow(stride, (int64_t)layout->device_blocks - 1, &span) ||
              __builtin_add_overflow(base, span, &end) || __builtin_add_overflow(end, bytes, &end))
         why = "addresses overflow";
-    if (why) {
-        PyErr_Format(PyExc_ValueError, "piece %zd: %s", row, why);
-        return -1;
-    }
+    if (why)
+        return raise_value("piece %zd: %s", row, why);
     layout->pieces[row] = (struct piece){.base = (char *)(intptr_t)base,
                                          .stride = (size_t)stride,
                                          .bytes = (size_t)bytes,
                                          .offset = (size_t)offset,
                                          .start = layout->block_bytes};
     layout->block_bytes += (size_t)bytes;
-    if (layout->block_bytes > (size_t)host_stride) {
-        PyErr_Format(PyExc_ValueError, "piece %zd: the pieces exceed the host block", row);
-        return -1;
-    }
+    if (layout->block_bytes > (size_t)host_stride)
+        return raise_value("piece %zd: the pieces exceed the host block", row);
     return 0;
 }
 
@@ -72,16 +68,12 @@ static int sums_hold(PageMap *map, PyObject *sums)
     if (PyObject_GetBuffer(sums, &map->sums, PyBUF_WRITABLE) < 0)
         return -1;
     if ((size_t)map->sums.len != layout->host_blocks * sizeof(uint64_t) ||
-        (uintptr_t)map->sums.buf % sizeof(uint64_t) != 0) {
-        PyErr_Format(PyExc_ValueError, "sums has %zd bytes, not %zu, or is not aligned",
-                     map->sums.len, layout->host_blocks * sizeof(uint64_t));
-        return -1;
-    }
+        (uintptr_t)map->sums.buf % sizeof(uint64_t) != 0)
+        return raise_value("sums has %zd bytes, not %zu, or is not aligned", map->sums.len,
+                           layout->host_blocks * sizeof(uint64_t));
     for (size_t i = 0; i < layout->piece_count; i++)
-        if (layout->pieces[i].offset != layout->pieces[i].start) {
-            PyErr_Format(PyExc_ValueError, "piece %zu: with sums, pieces may leave no gaps", i);
-            return -1;
-        }
+        if (layout->pieces[i].offset != layout->pieces[i].start)
+            return raise_value("piece %zu: with sums, pieces may leave no gaps", i);
     layout->sums = map->sums.buf;
     return 0;
 }
@@ -97,10 +89,8 @@ static PyObject *page_map_new(PyTypeObject *type, PyObject *args, PyObject *keyw
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "OLOLO|O:PageMap", names, &pieces,
                                      &device_blocks, &host, &host_stride, &owner, &sums))
         return NULL;
-    if (device_blocks < 1 || host_stride < 1) {
-        PyErr_SetString(PyExc_ValueError, "device_blocks and host_stride must be 1 or more");
-        return NULL;
-    }
+    if (device_blocks < 1 || host_stride < 1)
+        return PyErr_Format(PyExc_ValueError, "device_blocks and host_stride must be 1 or more");
     self = (PageMap *)PyType_GenericAlloc(type, 0);
     if (!self)
         return NULL;
@@ -145,127 +135,81 @@ static void page_map_dealloc(PageMap *self)
     instance_free((PyObject *)self);
 }
 
-int page_ids_hold(const PageMap *map, PyObject *device, PyObject *host, struct page_ids *ids)
+int read_pages(PyObject *self, const struct parameter *Py_UNUSED(parameter), struct value *value)
 {
-    if (int64_view_hold(device, "device_ids", &ids->device) < 0)
-        return -1;
-    if (int64_view_hold(host, "host_ids", &ids->host) < 0) {
-        PyBuffer_Release(&ids->device.buffer);
-        return -1;
-    }
-    if (ids->device.count != ids->host.count) {
-        PyErr_Format(PyExc_ValueError, "%zd device ids for %zd host ids", ids->device.count,
-                     ids->host.count);
-        page_ids_release(ids);
-        return -1;
-    }
-    if (__builtin_mul_overflow((size_t)ids->device.count, map->layout.block_bytes, &ids->bytes)) {
-        PyErr_SetString(PyExc_ValueError, "the job's bytes overflow");
-        page_ids_release(ids);
-        return -1;
-    }
-    return 0;
-}
+    const struct ext_state *state = PyModule_Check(self) ? PyModule_GetState(self)
+                                                         : PyType_GetModuleState(Py_TYPE(self));
 
-PageMap *page_map_read(const struct ext_state *state, PyObject *object)
-{
-    if (PyObject_TypeCheck(object, state->page_map))
-        return (PageMap *)object;
+    if (PyObject_TypeCheck(value->object, state->page_map))
+        return 0;
     PyErr_SetString(PyExc_TypeError, "pages must be a PageMap");
-    return NULL;
-}
-
-PageMap *page_job_read(const struct ext_state *state, PyObject *const *values, int64_t *direction,
-                       struct page_ids *ids)
-{
-    PageMap *map = page_map_read(state, values[0]);
-
-    if (!map || integer_read(values[1], "direction", TO_HOST, TO_DEVICE, direction) < 0 ||
-        page_ids_hold(map, values[2], values[3], ids) < 0)
-        return NULL;
-    return map;
+    return -1;
 }
 
 static int ids_copy(const struct int64_view *view, const char *name, size_t limit, int64_t *ids)
 {
     for (Py_ssize_t i = 0; i < view->count; i++) {
         ids[i] = int64_at(view, i);
-        if ((uint64_t)ids[i] >= limit) {
-            PyErr_Format(PyExc_ValueError, "%s[%zd]=%lld is outside 0..%zd", name, i,
-                         (long long)ids[i], (Py_ssize_t)limit - 1);
-            return -1;
-        }
+        if ((uint64_t)ids[i] >= limit)
+            return raise_value("%s[%zd]=%lld is outside 0..%zd", name, i, (long long)ids[i],
+                               (Py_ssize_t)limit - 1);
     }
     return 0;
 }
 
-int page_ids_copy(const PageMap *map, const struct page_ids *ids, int64_t *device_ids,
-                  int64_t *host_ids)
+int page_work_fill(const PageMap *map, enum direction direction, const struct int64_view *device,
+                   const struct int64_view *host, int64_t *ids, struct copy_work *work)
 {
-    if (device_ids &&
-        ids_copy(&ids->device, "device_ids", map->layout.device_blocks, device_ids) < 0)
+    const struct layout *layout = &map->layout;
+
+    *work = (struct copy_work){layout, direction, 0, ids, ids + host->count};
+    if (device && device->count != host->count)
+        return raise_value("%zd device ids for %zd host ids", device->count, host->count);
+    if (__builtin_mul_overflow((size_t)host->count, layout->block_bytes, &work->bytes))
+        return raise_value("the job's bytes overflow");
+    if (device && ids_copy(device, "device_ids", layout->device_blocks, ids) < 0)
         return -1;
-    return ids_copy(&ids->host, "host_ids", map->layout.host_blocks, host_ids);
+    return ids_copy(host, "host_ids", layout->host_blocks, ids + host->count);
 }
 
-void page_ids_release(struct page_ids *ids)
+int64_t *page_work_new(const struct value *values, struct copy_work *work)
 {
-    PyBuffer_Release(&ids->device.buffer);
-    PyBuffer_Release(&ids->host.buffer);
-}
+    size_t count = (size_t)(values[2].view.count + values[3].view.count);
+    int64_t *ids = PyMem_Malloc(count * sizeof(*ids));
 
-PyObject *page_map_copy_now(PyObject *module, PyObject *const *args, Py_ssize_t count,
-                            PyObject *keywords)
-{
-    static const char *const names[] = {"pages", "direction", "device_ids", "host_ids"};
-    static const struct signature signature = {"copy_now", names, 4, 4};
-    PyObject *values[4], *result = NULL;
-    struct page_ids ids;
-    int64_t direction, *id_copies;
-    size_t pairs;
-    PageMap *map;
-
-    if (args_unpack(&signature, args, count, keywords, values) < 0)
+    if (!ids)
+        return (int64_t *)PyErr_NoMemory();
+    if (page_work_fill((PageMap *)values[0].object, (enum direction)values[1].integer,
+                       &values[2].view, &values[3].view, ids, work) < 0) {
+        PyMem_Free(ids);
         return NULL;
-    map = page_job_read(PyModule_GetState(module), values, &direction, &ids);
-    if (!map)
-        return NULL;
-    pairs = (size_t)ids.device.count;
-    id_copies = PyMem_Malloc(2 * pairs * sizeof(*id_copies));
-    if (!id_copies) {
-        PyErr_NoMemory();
-    } else if (page_ids_copy(map, &ids, id_copies, id_copies + pairs) == 0) {
-        struct copy_work work = {&map->layout, (enum direction)direction, ids.bytes, id_copies,
-                                 id_copies + pairs};
-
-        sums_begin(&work);
-        if (work.bytes > COPY_NOW_HOLD_BYTES_MAX) {
-            Py_BEGIN_ALLOW_THREADS
-            copy_range(&work, 0, work.bytes);
-            Py_END_ALLOW_THREADS
-        } else {
-            copy_range(&work, 0, work.bytes);
-        }
-        result = Py_NewRef(Py_None);
     }
-    PyMem_Free(id_copies);
-    page_ids_release(&ids);
-    return result;
+    return ids;
 }
 
-static PyObject *page_map_block_bytes(PageMap *self, void *Py_UNUSED(closure))
+static PyObject *copy_now(PyObject *Py_UNUSED(module), struct value *values)
 {
-    return PyLong_FromSize_t(self->layout.block_bytes);
+    struct copy_work work;
+    int64_t *ids = page_work_new(values, &work);
+    PyThreadState *saved;
+
+    if (!ids)
+        return NULL;
+    sums_begin(&work);
+    saved = gil_leave(work.bytes > COPY_NOW_HOLD_BYTES_MAX);
+    copy_range(&work, 0, work.bytes);
+    gil_return(saved);
+    PyMem_Free(ids);
+    return Py_NewRef(Py_None);
 }
 
-static PyObject *page_map_piece_count(PageMap *self, void *Py_UNUSED(closure))
-{
-    return PyLong_FromSize_t(self->layout.piece_count);
-}
+CALL(pages_, copy_now, PyObject, 4, PAGE_JOB)
 
-static PyGetSetDef page_map_properties[] = {
-    {"piece_count", (getter)page_map_piece_count, NULL, "Pieces of one block.", NULL},
-    {"block_bytes", (getter)page_map_block_bytes, NULL, "Bytes of all pieces of one block.", NULL},
+static PyMemberDef page_map_members[] = {
+    {"piece_count", T_PYSSIZET, offsetof(PageMap, layout.piece_count), READONLY,
+     "Pieces of one block."},
+    {"block_bytes", T_PYSSIZET, offsetof(PageMap, layout.block_bytes), READONLY,
+     "Bytes of all pieces of one block."},
     {0},
 };
 
@@ -276,7 +220,7 @@ static PyType_Slot page_map_slots[] = {
     {Py_tp_dealloc, page_map_dealloc},
     {Py_tp_traverse, page_map_traverse},
     {Py_tp_clear, page_map_clear},
-    {Py_tp_getset, page_map_properties},
+    {Py_tp_members, page_map_members},
     {0, NULL},
 };
 

@@ -1,9 +1,13 @@
-/* The Python object PageMap, and the reading of id buffers against it. */
+/* The Python object PageMap, and jobs made of id buffers that are checked against it. */
 #ifndef FLEXKV_PAGE_MAP_H
 #define FLEXKV_PAGE_MAP_H
 
 #include "copies.h"
 #include "ext.h"
+
+#define PAGE_JOB                                                                                   \
+    READ("pages", read_pages), INTEGER("direction", TO_HOST, TO_DEVICE),                           \
+        READ("device_ids", read_int64s), READ("host_ids", read_int64s)
 
 typedef struct {
     PyObject_HEAD
@@ -13,29 +17,16 @@ typedef struct {
     PyObject *owner;
 } PageMap;
 
-/* The id buffers of one job, held until page_ids_release. */
-struct page_ids {
-    struct int64_view device;
-    struct int64_view host;
-    size_t bytes; /* how many the job copies */
-};
+/* Read an argument that must be a PageMap. */
+int read_pages(PyObject *self, const struct parameter *parameter, struct value *value);
 
-/* Return the PageMap of an argument, or NULL with TypeError. */
-PageMap *page_map_read(const struct ext_state *state, PyObject *object);
+/* Check the ids of a job, and copy them to `ids`, which has room for those of both sides; fill
+ * `work` with them. Without device ids (NULL), only sums are made. Return 0, or -1 with ValueError.
+ */
+int page_work_fill(const PageMap *map, enum direction direction, const struct int64_view *device,
+                   const struct int64_view *host, int64_t *ids, struct copy_work *work);
 
-/* Read pages, direction, device_ids and host_ids; the ids are held. Return the pages, or NULL with
- * an exception. */
-PageMap *page_job_read(const struct ext_state *state, PyObject *const *values, int64_t *direction,
-                       struct page_ids *ids);
-
-/* Hold both id buffers. Return 0, or -1 with an exception. */
-int page_ids_hold(const PageMap *map, PyObject *device, PyObject *host, struct page_ids *ids);
-
-/* Check the ids, and copy them to device_ids[n], unless it is NULL, and host_ids[n]. Return 0, or
- * -1 with ValueError. */
-int page_ids_copy(const PageMap *map, const struct page_ids *ids, int64_t *device_ids,
-                  int64_t *host_ids);
-
-void page_ids_release(struct page_ids *ids);
+/* The same for the arguments of PAGE_JOB. Return the ids, to be freed, or NULL if that fails. */
+int64_t *page_work_new(const struct value *values, struct copy_work *work);
 
 #endif

@@ -12,8 +12,7 @@ typedef struct {
 
 static PyObject *pool_closed(void)
 {
-    PyErr_SetString(PyExc_RuntimeError, "the pool is closed");
-    return NULL;
+    return PyErr_Format(PyExc_RuntimeError, "the pool is closed");
 }
 
 static PyObject *copy_pool_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
@@ -81,98 +80,51 @@ static PyObject *copy_pool_fileno(CopyPool *self, PyObject *Py_UNUSED(none))
     return PyLong_FromLong(self->pool.eventfd);
 }
 
-/* Make a job from held ids, or return NULL with an exception. */
-static struct pool_job *job_new(PageMap *map, const struct page_ids *ids, int64_t op_id,
-                                int64_t direction)
+/* Queue a job of held ids; without device ids, it only makes sums. */
+static PyObject *job_submit(CopyPool *self, int64_t op_id, PageMap *map, enum direction direction,
+                            const struct int64_view *sides[2], bool urgent)
 {
-    size_t pairs = (size_t)ids->device.count;
-    struct pool_job *job = PyMem_Calloc(1, sizeof(*job) + 2 * pairs * sizeof(int64_t));
-    int64_t *host_ids = (int64_t *)(job + 1), *device_ids = host_ids + pairs;
+    size_t ids = 2 * (size_t)sides[1]->count * sizeof(int64_t);
+    struct pool_job *job = PyMem_Calloc(1, sizeof(*job) + ids);
 
-    if (!job) {
-        PyErr_NoMemory();
-        return NULL;
-    }
-    if (page_ids_copy(map, ids, direction == CHECKSUM ? NULL : device_ids, host_ids) < 0) {
+    if (!job)
+        return PyErr_NoMemory();
+    if (page_work_fill(map, direction, sides[0], sides[1], (int64_t *)(job + 1), &job->work) < 0) {
         PyMem_Free(job);
         return NULL;
     }
-    job->work = (struct copy_work){&map->layout, (enum direction)direction, ids->bytes, device_ids,
-                                   host_ids};
     sums_begin(&job->work);
     job->op_id = op_id;
     job->owner = Py_NewRef((PyObject *)map);
-    return job;
-}
-
-/* Queue a job unless it is NULL; the pool owns it then. */
-static PyObject *job_start(CopyPool *self, struct pool_job *job, bool urgent)
-{
-    if (!job)
-        return NULL;
-    if (pool_submit(&self->pool, job, urgent))
+    if (pool_submit(&self->pool, job, urgent)) /* the pool owns it then */
         return Py_NewRef(Py_None);
     job_free(job);
     return pool_closed();
 }
 
-static const struct ext_state *pool_state(CopyPool *self)
+static PyObject *submit(CopyPool *self, struct value *values)
 {
-    return PyType_GetModuleState(Py_TYPE((PyObject *)self));
+    const struct int64_view *sides[] = {&values[3].view, &values[4].view};
+
+    return job_submit(self, values[0].integer, (PageMap *)values[1].object,
+                      (enum direction)values[2].integer, sides, values[5].integer);
 }
 
-static PyObject *copy_pool_submit(CopyPool *self, PyObject *const *args, Py_ssize_t count,
-                                  PyObject *keywords)
-{
-    static const char *const names[] = {"op_id",      "pages",    "direction",
-                                        "device_ids", "host_ids", "urgent"};
-    static const struct signature signature = {"submit", names, 6, 6};
-    PageMap *pages;
-    PyObject *values[6];
-    int64_t op_id, direction;
-    struct page_ids ids;
-    struct pool_job *job;
-    int urgent;
+static CALL(copy_pool_, submit, CopyPool, 6, INTEGER("op_id", INT64_MIN, INT64_MAX), PAGE_JOB,
+            READ("urgent", read_flag))
 
-    if (args_unpack(&signature, args, count, keywords, values) < 0 ||
-        integer_read(values[0], "op_id", INT64_MIN, INT64_MAX, &op_id) < 0)
-        return NULL;
-    urgent = PyObject_IsTrue(values[5]);
-    if (urgent < 0 || !(pages = page_job_read(pool_state(self), values + 1, &direction, &ids)))
-        return NULL;
-    job = job_new(pages, &ids, op_id, direction);
-    page_ids_release(&ids);
-    return job_start(self, job, urgent);
+static PyObject *checksum(CopyPool *self, struct value *values)
+{
+    const struct int64_view *sides[] = {NULL, &values[2].view};
+    PageMap *pages = (PageMap *)values[1].object;
+
+    if (!pages->layout.sums)
+        return PyErr_Format(PyExc_ValueError, "the PageMap was made without sums");
+    return job_submit(self, values[0].integer, pages, CHECKSUM, sides, values[3].integer);
 }
 
-static PyObject *copy_pool_checksum(CopyPool *self, PyObject *const *args, Py_ssize_t count,
-                                    PyObject *keywords)
-{
-    static const char *const names[] = {"op_id", "pages", "host_ids", "urgent"};
-    static const struct signature signature = {"checksum", names, 4, 4};
-    PageMap *pages;
-    PyObject *values[4];
-    struct page_ids ids;
-    struct pool_job *job;
-    int64_t op_id;
-    int urgent;
-
-    if (args_unpack(&signature, args, count, keywords, values) < 0 ||
-        integer_read(values[0], "op_id", INT64_MIN, INT64_MAX, &op_id) < 0)
-        return NULL;
-    if (!(pages = page_map_read(pool_state(self), values[1])))
-        return NULL;
-    if (!pages->layout.sums) {
-        PyErr_SetString(PyExc_ValueError, "the PageMap was made without sums");
-        return NULL;
-    }
-    urgent = PyObject_IsTrue(values[3]);
-    if (urgent < 0 || page_ids_hold(pages, values[2], values[2], &ids) < 0)
-        return NULL;
-    job = job_new(pages, &ids, op_id, CHECKSUM);
-    page_ids_release(&ids);
-    return job_start(self, job, urgent);
-}
+static CALL(copy_pool_, checksum, CopyPool, 4, INTEGER("op_id", INT64_MIN, INT64_MAX),
+            READ("pages", read_pages), READ("host_ids", read_int64s), READ("urgent", read_flag))
 
 static PyObject *copy_pool_reap(CopyPool *self, PyObject *Py_UNUSED(none))
 {
@@ -210,64 +162,45 @@ static bool run_copy(struct pool *pool, const Py_buffer *target, const Py_buffer
     return pool_run(pool, &job);
 }
 
-static PyObject *copy_pool_copy(CopyPool *self, PyObject *const *args, Py_ssize_t count,
-                                PyObject *keywords)
+static PyObject *copy(CopyPool *self, struct value *values)
 {
-    static const char *const names[] = {"target", "source"};
-    static const struct signature signature = {"copy", names, 2, 2};
-    PyObject *values[2], *result = NULL;
-    Py_buffer target, source;
+    const Py_buffer *target = &values[0].view.buffer, *source = &values[1].view.buffer;
+    bool copied;
 
-    if (args_unpack(&signature, args, count, keywords, values) < 0 ||
-        PyObject_GetBuffer(values[0], &target, PyBUF_WRITABLE) < 0)
-        return NULL;
-    if (PyObject_GetBuffer(values[1], &source, PyBUF_SIMPLE) < 0) {
-        PyBuffer_Release(&target);
-        return NULL;
-    }
-    if (target.len != source.len) {
-        PyErr_Format(PyExc_ValueError, "target has %zd bytes, source %zd", target.len, source.len);
-    } else if ((char *)target.buf < (char *)source.buf + source.len &&
-               (char *)source.buf < (char *)target.buf + target.len) {
-        PyErr_SetString(PyExc_ValueError, "target and source overlap");
-    } else {
-        bool copied;
-
-        Py_BEGIN_ALLOW_THREADS
-        copied = run_copy(&self->pool, &target, &source);
-        Py_END_ALLOW_THREADS
-        result = copied ? Py_NewRef(Py_None) : pool_closed();
-    }
-    PyBuffer_Release(&source);
-    PyBuffer_Release(&target);
-    return result;
+    if (target->len != source->len)
+        return PyErr_Format(PyExc_ValueError, "target has %zd bytes, source %zd", target->len,
+                            source->len);
+    if ((char *)target->buf < (char *)source->buf + source->len &&
+        (char *)source->buf < (char *)target->buf + target->len)
+        return PyErr_Format(PyExc_ValueError, "target and source overlap");
+    Py_BEGIN_ALLOW_THREADS
+    copied = run_copy(&self->pool, target, source);
+    Py_END_ALLOW_THREADS
+    return copied ? Py_NewRef(Py_None) : pool_closed();
 }
 
-static PyObject *copy_pool_in_flight(CopyPool *self, void *Py_UNUSED(closure))
-{
-    return PyLong_FromSize_t(self->pool.in_flight);
-}
+static CALL(copy_pool_, copy, CopyPool, 2, READ("target", read_writable),
+            READ("source", read_bytes))
 
-static PyGetSetDef copy_pool_properties[] = {
-    {"in_flight", (getter)copy_pool_in_flight, NULL, "Jobs submitted and not reaped.", NULL},
+static PyMemberDef copy_pool_members[] = {
+    {"in_flight", T_PYSSIZET, offsetof(CopyPool, pool.in_flight), READONLY,
+     "Jobs submitted and not reaped."},
     {0},
 };
-
-#define FAST(function) ((PyCFunction)(void (*)(void))(function))
 
 static PyMethodDef copy_pool_methods[] = {
     {"fileno", (PyCFunction)copy_pool_fileno, METH_NOARGS,
      "fileno()\n--\n\nReturn an eventfd, readable while reap has something."},
-    {"submit", FAST(copy_pool_submit), METH_FASTCALL | METH_KEYWORDS,
-     "submit(op_id, pages, direction, device_ids, host_ids, urgent)\n--\n\nQueue one job."},
-    {"checksum", FAST(copy_pool_checksum), METH_FASTCALL | METH_KEYWORDS,
-     "checksum(op_id, pages, host_ids, urgent)\n--\n\nQueue the sums of host blocks."},
     {"reap", (PyCFunction)copy_pool_reap, METH_NOARGS,
      "reap()\n--\n\nReturn the op_ids of the jobs that ended since the last call."},
-    {"copy", FAST(copy_pool_copy), METH_FASTCALL | METH_KEYWORDS,
-     "copy(target, source)\n--\n\nCopy bytes with all threads and non-temporal stores."},
     {"close", (PyCFunction)copy_pool_close, METH_NOARGS,
      "close()\n--\n\nFinish what is queued, join the threads, close the eventfd."},
+    FAST("submit", copy_pool_submit,
+         "submit(op_id, pages, direction, device_ids, host_ids, urgent)\n--\n\nQueue one job."),
+    FAST("checksum", copy_pool_checksum,
+         "checksum(op_id, pages, host_ids, urgent)\n--\n\nQueue the sums of host blocks."),
+    FAST("copy", copy_pool_copy,
+         "copy(target, source)\n--\n\nCopy bytes with all threads and non-temporal stores."),
     {NULL, NULL, 0, NULL},
 };
 
@@ -277,7 +210,7 @@ static PyType_Slot copy_pool_slots[] = {
     {Py_tp_new, copy_pool_new},
     {Py_tp_dealloc, copy_pool_dealloc},
     {Py_tp_methods, copy_pool_methods},
-    {Py_tp_getset, copy_pool_properties},
+    {Py_tp_members, copy_pool_members},
     {0, NULL},
 };
 

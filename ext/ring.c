@@ -13,8 +13,7 @@
 
 static PyObject *ring_closed(void)
 {
-    PyErr_SetString(PyExc_RuntimeError, "the ring is closed");
-    return NULL;
+    return PyErr_Format(PyExc_RuntimeError, "the ring is closed");
 }
 
 void ring_lock(Ring *self)
@@ -217,36 +216,30 @@ static bool buffers_lend(Ring *self, Py_buffer *buffers, Py_ssize_t count, bool 
     return true;
 }
 
-static PyObject *ring_lend(Ring *self, PyObject *const *args, Py_ssize_t count, PyObject *keywords)
+static PyObject *lend(Ring *self, struct value *values)
 {
-    static const char *const names[] = {"buffers", "register"};
-    static const struct signature signature = {"lend", names, 2, 2};
-    PyObject *values[2];
+    Py_ssize_t count = PySequence_Size(values[0].object);
     Py_buffer *buffers;
-    Py_ssize_t buffer_count;
     bool lent = false;
-    int registered;
 
-    if (args_unpack(&signature, args, count, keywords, values) < 0)
+    if (count < 0)
         return NULL;
-    registered = PyObject_IsTrue(values[1]);
-    buffer_count = registered < 0 ? -1 : PySequence_Size(values[0]);
-    if (buffer_count < 0)
-        return NULL;
-    if (buffer_count == 0 || buffer_count > INT32_MAX)
-        return PyErr_Format(PyExc_ValueError, "%zd buffers cannot be lent", buffer_count);
-    buffers = buffers_hold(values[0], buffer_count);
+    if (count == 0 || count > INT32_MAX)
+        return PyErr_Format(PyExc_ValueError, "%zd buffers cannot be lent", count);
+    buffers = buffers_hold(values[0].object, count);
     if (!buffers)
         return NULL;
     if (ring_enter(self)) {
-        lent = buffers_lend(self, buffers, buffer_count, registered);
+        lent = buffers_lend(self, buffers, count, values[1].integer);
         ring_unlock(self);
     }
     if (lent)
         return Py_NewRef(Py_None);
-    lent_release(buffers, buffer_count);
+    lent_release(buffers, count);
     return NULL;
 }
+
+static CALL(ring_, lend, Ring, 2, OBJECT("buffers"), READ("register", read_flag))
 
 /* Read file descriptors, or return NULL with an exception. */
 static int *descriptors_read(PyObject *sequence, Py_ssize_t count)
@@ -309,34 +302,32 @@ static PyObject *ring_in_flight(Ring *self, void *Py_UNUSED(closure))
     return PyLong_FromUnsignedLong(in_flight);
 }
 
-static PyObject *ring_capacity(Ring *self, void *Py_UNUSED(closure))
-{
-    return PyLong_FromUnsignedLong(self->queue.capacity);
-}
-
 static PyGetSetDef ring_properties[] = {
     {"in_flight", (getter)ring_in_flight, NULL, "Extents submitted and not reaped.", NULL},
-    {"capacity", (getter)ring_capacity, NULL, "The most extents that can be in flight.", NULL},
     {0},
 };
 
-#define METHOD(function) ((PyCFunction)(void (*)(void))(function))
+static PyMemberDef ring_members[] = {
+    {"capacity", T_UINT, offsetof(Ring, queue.capacity), READONLY,
+     "The most extents that can be in flight."},
+    {0},
+};
 
 static PyMethodDef ring_methods[] = {
-    {"fileno", METHOD(ring_fileno), METH_NOARGS,
+    {"fileno", (PyCFunction)ring_fileno, METH_NOARGS,
      "fileno($self, /)\n--\n\nReturn the eventfd, readable while reap has something."},
-    {"lend", METHOD(ring_lend), METH_FASTCALL | METH_KEYWORDS,
-     "lend($self, buffers, register)\n--\n\nName the memory that I/O may touch."},
-    {"register_files", METHOD(ring_register_files), METH_O,
+    {"register_files", (PyCFunction)ring_register_files, METH_O,
      "register_files($self, fds, /)\n--\n\nRegister files; extents name them by their index."},
-    {"submit", METHOD(ring_submit), METH_FASTCALL | METH_KEYWORDS,
-     "submit($self, op_id, write, extents)\n--\n\nQueue I/O; return how many were accepted."},
-    {"nop", METHOD(ring_nop), METH_FASTCALL | METH_KEYWORDS,
-     "nop($self, op_id, count)\n--\n\nQueue empty operations; return how many were accepted."},
-    {"reap", METHOD(ring_reap), METH_NOARGS,
+    {"reap", (PyCFunction)ring_reap, METH_NOARGS,
      "reap($self, /)\n--\n\nReturn (op_id, bytes moved or -errno) of all that ended."},
-    {"close", METHOD(ring_close), METH_NOARGS,
+    {"close", (PyCFunction)ring_close, METH_NOARGS,
      "close($self, /)\n--\n\nWait for what is in flight, then release everything."},
+    FAST("lend", ring_lend,
+         "lend($self, buffers, register)\n--\n\nName the memory that I/O may touch."),
+    FAST("submit", ring_submit,
+         "submit($self, op_id, write, extents)\n--\n\nQueue I/O; return how many were accepted."),
+    FAST("nop", ring_nop,
+         "nop($self, op_id, count)\n--\n\nQueue empty operations; return how many were accepted."),
     {NULL, NULL, 0, NULL},
 };
 
@@ -347,6 +338,7 @@ static PyType_Slot ring_slots[] = {
     {Py_tp_dealloc, ring_dealloc},
     {Py_tp_methods, ring_methods},
     {Py_tp_getset, ring_properties},
+    {Py_tp_members, ring_members},
     {0, NULL},
 };
 

@@ -32,8 +32,7 @@ void ring_unlock(Ring *self);
 /* Lock an open ring; return false with an exception if it is closed. */
 bool ring_enter(Ring *self);
 
-PyObject *ring_submit(Ring *, PyObject *const *, Py_ssize_t, PyObject *);
-PyObject *ring_nop(Ring *, PyObject *const *, Py_ssize_t, PyObject *);
+fast_call ring_submit, ring_nop;
 PyObject *ring_reap(Ring *, PyObject *);
 
 #endif

@@ -36,11 +36,9 @@ static int extent_read(Ring *self, const struct int64_view *extents, Py_ssize_t 
         why = "the file offset is out of range";
     else if ((buffer = lent_index(self, (uint64_t)address, (uint64_t)bytes)) < 0)
         why = "the memory was not lent";
-    if (why) {
-        PyErr_Format(PyExc_ValueError, "extent %zd (%lld, %lld, %lld, %lld): %s", row,
-                     (long long)file, (long long)offset, (long long)address, (long long)bytes, why);
-        return -1;
-    }
+    if (why)
+        return raise_value("extent %zd (%lld, %lld, %lld, %lld): %s", row, (long long)file,
+                           (long long)offset, (long long)address, (long long)bytes, why);
     slot->address = (char *)(intptr_t)address;
     slot->offset = (uint64_t)offset;
     slot->bytes = (uint64_t)bytes;
@@ -53,16 +51,11 @@ static int extent_read(Ring *self, const struct int64_view *extents, Py_ssize_t 
 /* Start the first `count` taken slots; return the number started, or NULL with OSError. */
 static PyObject *taken_start(Ring *self, unsigned count, uint64_t bytes)
 {
-    unsigned started;
+    PyThreadState *saved = gil_leave(bytes > GIL_HOLD_BYTES_MAX);
     int error;
+    unsigned started = queue_start(&self->queue, self->taken, count, &error);
 
-    if (bytes > GIL_HOLD_BYTES_MAX) {
-        Py_BEGIN_ALLOW_THREADS
-        started = queue_start(&self->queue, self->taken, count, &error);
-        Py_END_ALLOW_THREADS
-    } else {
-        started = queue_start(&self->queue, self->taken, count, &error);
-    }
+    gil_return(saved);
     /* A kernel short of memory may accept more later; if I/O is in flight, its end tells when. */
     if (error && !started && !((error == EAGAIN || error == EBUSY) && self->queue.running))
         return raise_errno(error);
@@ -104,41 +97,29 @@ static PyObject *extents_submit(Ring *self, int64_t op_id, bool write,
     return taken_start(self, count, bytes);
 }
 
-PyObject *ring_submit(Ring *self, PyObject *const *args, Py_ssize_t count, PyObject *keywords)
+static PyObject *submit(Ring *self, struct value *values)
 {
-    static const char *const names[] = {"op_id", "write", "extents"};
-    static const struct signature signature = {"submit", names, 3, 3};
-    PyObject *values[3], *result = NULL;
-    struct int64_view extents;
+    PyObject *result;
     int64_t op_id;
-    int write;
 
-    if (args_unpack(&signature, args, count, keywords, values) < 0)
+    if (op_id_read(values[0].object, values[2].view.count, &op_id) < 0 || !ring_enter(self))
         return NULL;
-    write = PyObject_IsTrue(values[1]);
-    if (write < 0 || int64_rows_hold(values[2], "extents", &extents) < 0)
-        return NULL;
-    if (op_id_read(values[0], extents.count, &op_id) == 0 && ring_enter(self)) {
-        result = extents_submit(self, op_id, write, &extents);
-        ring_unlock(self);
-    }
-    PyBuffer_Release(&extents.buffer);
+    result = extents_submit(self, op_id, values[1].integer, &values[2].view);
+    ring_unlock(self);
     return result;
 }
 
-PyObject *ring_nop(Ring *self, PyObject *const *args, Py_ssize_t count, PyObject *keywords)
+CALL(ring_, submit, Ring, 3, OBJECT("op_id"), READ("write", read_flag), READ("extents", read_rows))
+
+static PyObject *nop(Ring *self, struct value *values)
 {
-    static const char *const names[] = {"op_id", "count"};
-    static const struct signature signature = {"nop", names, 2, 2};
-    PyObject *values[2], *result;
-    int64_t op_id, wanted;
+    PyObject *result;
+    int64_t op_id;
     unsigned take;
 
-    if (args_unpack(&signature, args, count, keywords, values) < 0 ||
-        integer_read(values[1], "count", 0, PY_SSIZE_T_MAX, &wanted) < 0 ||
-        op_id_read(values[0], wanted, &op_id) < 0 || !ring_enter(self))
+    if (op_id_read(values[0].object, values[1].integer, &op_id) < 0 || !ring_enter(self))
         return NULL;
-    take = least(wanted, self->queue.free_count);
+    take = least(values[1].integer, self->queue.free_count);
     for (unsigned i = 0; i < take; i++) {
         self->taken[i] = queue_take(&self->queue);
         self->queue.slots[self->taken[i]].op_id = op_id + i;
@@ -148,38 +129,23 @@ PyObject *ring_nop(Ring *self, PyObject *const *args, Py_ssize_t count, PyObject
     return result;
 }
 
-/* Return (op id, result) of a slot, or NULL with an exception. */
-static PyObject *slot_tell(const struct slot *slot)
-{
-    PyObject *pair = PyTuple_New(2);
-    PyObject *op_id = PyLong_FromLongLong(slot->op_id);
-    PyObject *result = PyLong_FromLongLong(slot->result);
+CALL(ring_, nop, Ring, 2, OBJECT("op_id"), INTEGER("count", 0, PY_SSIZE_T_MAX))
 
-    if (pair && op_id && result) {
-        PyTuple_SetItem(pair, 0, op_id);
-        PyTuple_SetItem(pair, 1, result);
-        return pair;
-    }
-    Py_XDECREF(pair);
-    Py_XDECREF(op_id);
-    Py_XDECREF(result);
-    return NULL;
-}
-
-/* Return the list of the slots that ended. No slot is freed before all are in the list. */
+/* Return (op id, result) of the slots that ended; none is freed before all are in the list. */
 static PyObject *ended_tell(struct ring_queue *queue)
 {
     PyObject *list = PyList_New((Py_ssize_t)queue->ended_count);
     unsigned index = queue->ended_first;
 
     for (unsigned i = 0; list && i < queue->ended_count; i++) {
-        PyObject *pair = slot_tell(&queue->slots[index]);
+        const struct slot *slot = &queue->slots[index];
+        PyObject *pair = Py_BuildValue("(LL)", (long long)slot->op_id, (long long)slot->result);
 
         if (pair)
             PyList_SetItem(list, (Py_ssize_t)i, pair);
         else
             Py_CLEAR(list);
-        index = queue->slots[index].next;
+        index = slot->next;
     }
     if (!list)
         return NULL;

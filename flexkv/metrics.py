@@ -13,9 +13,10 @@ from __future__ import annotations
 import socket
 import threading
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Self, TypeAlias
+from operator import attrgetter
+from typing import Any, Self, TypeAlias
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import (
@@ -42,7 +43,11 @@ SLOWEST_NS = 60_000_000_000
 _BOUNDS_NS = tuple(int(bound * 1e9) for bound in BOUNDS_S)
 
 Labels: TypeAlias = tuple[str, ...]
-Values: TypeAlias = Iterable[tuple[Labels, float]]
+Values: TypeAlias = Iterable[tuple[Labels, Any]]
+Reader: TypeAlias = Callable[[Statistics], Values]
+Kind: TypeAlias = type[CounterMetricFamily | GaugeMetricFamily]
+
+COUNTER, GAUGE = CounterMetricFamily, GaugeMetricFamily
 
 HISTOGRAMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "flexkv_request_seconds": ("Time from a request's arrival to its answer.", ("operation",)),
@@ -81,19 +86,18 @@ class Slowest:
         if record.ended_ns - self._begun_ns >= SLOWEST_NS:
             self._begun_ns, self._before, self._now = record.ended_ns, self._now, {}
         slowest = self._now.get(record.kind)
-        if slowest is None or _took_ns(record) > _took_ns(slowest):
+        if slowest is None or record.took_ns > slowest.took_ns:
             self._now[record.kind] = record
 
     def by_kind(self) -> dict[str, RequestRecord]:
         """Return the record of the slowest request of each kind."""
         return {
-            kind: max((of[kind] for of in (self._now, self._before) if kind in of), key=_took_ns)
+            kind: max(
+                (of[kind] for of in (self._now, self._before) if kind in of),
+                key=attrgetter("took_ns"),
+            )
             for kind in sorted(self._now | self._before)
         }
-
-
-def _took_ns(record: RequestRecord) -> int:
-    return record.ended_ns - record.arrived_ns
 
 
 class Metrics(Collector):
@@ -145,9 +149,9 @@ class Metrics(Collector):
                 )
                 self._observe("flexkv_transfer_seconds", labels, record.ended_ns - record.begun_ns)
         elif isinstance(record, RequestRecord):
-            self._observe("flexkv_request_seconds", (record.kind,), _took_ns(record))
+            self._observe("flexkv_request_seconds", (record.kind,), record.took_ns)
             self._slowest.take(record)
-            missed = record.last_block - record.first_block - record.moved_blocks
+            missed = record.asked_blocks - record.moved_blocks
             if record.kind == "get" and missed > 0:
                 reason = _reason(record)
                 self.missed_blocks[reason] = self.missed_blocks.get(reason, 0) + missed
@@ -171,79 +175,39 @@ class Metrics(Collector):
             yield family
 
     def _families(self) -> Iterator[Metric]:
+        told = "Whether the engine accepts requests."
         try:
             statistics = self._manager.engine.statistics()
         except FlexKVError:
-            yield _gauge("flexkv_up", "Whether the engine accepts requests.", [((), 0)])
+            yield _family(GAUGE, "flexkv_up", told, (), [((), 0)])
             return
-        yield _gauge("flexkv_up", "Whether the engine accepts requests.", [((), 1)])
-        yield from self._requests(statistics)
-        yield from _tiers(statistics, self._manager.engine.sizes.block_stride_bytes)
-        yield from _behind(statistics)
-        yield from _routes(statistics)
+        yield _family(GAUGE, "flexkv_up", told, (), [((), 1)])
+        for kind, name, told, labels, values in FIGURES:
+            yield _family(kind, name, told, labels, values(statistics))
+        block_bytes = self._manager.engine.sizes.block_stride_bytes
+        sizes = [((n,), t.capacity_blocks * block_bytes) for n, t in statistics.tiers.items()]
+        told = "Bytes that a tier has room for."
+        yield _family(GAUGE, "flexkv_tier_capacity_bytes", told, ("tier",), sizes)
         with self._lock:
             told_so_far = [
                 _histogram(name, told, labels, self._histograms[name])
                 for name, (told, labels) in HISTOGRAMS.items()
             ]
             slowest = self._slowest.by_kind()
+            missed = [((reason,), blocks) for reason, blocks in self.missed_blocks.items()]
         yield from told_so_far
-        took = [((kind,), _took_ns(record) / 1e9) for kind, record in slowest.items()]
+        told = "Requested blocks that gets did not load, by reason."
+        yield _family(COUNTER, "flexkv_missed_blocks", told, ("reason",), missed)
+        took = [((kind,), record.took_ns / 1e9) for kind, record in slowest.items()]
         told = "Time of the slowest request of the last minute."
-        yield _gauge("flexkv_slowest_request_seconds", told, took, ("operation",))
+        yield _family(GAUGE, "flexkv_slowest_request_seconds", told, ("operation",), took)
         ids = [((kind,), record.request_id) for kind, record in slowest.items()]
         told = "Id of the slowest request of the last minute; traces have the same ids."
-        yield _gauge("flexkv_slowest_request_id", told, ids, ("operation",))
+        yield _family(GAUGE, "flexkv_slowest_request_id", told, ("operation",), ids)
 
     def describe(self) -> Iterable[Metric]:
         """Return nothing: which metrics there are depends on the configured tiers."""
         return ()
-
-    def _requests(self, now: Statistics) -> Iterator[Metric]:
-        ended = [
-            ((operation, status), count)
-            for operation, statuses in now.requests.items()
-            for status, count in statuses.items()
-        ]
-        yield _counter(
-            "flexkv_requests",
-            "Requests that have ended, by operation and status.",
-            ended,
-            ("operation", "status"),
-        )
-        yield _gauge("flexkv_requests_running", "Requests running now.", [((), now.runs_in_flight)])
-        yield _gauge(
-            "flexkv_requests_waiting",
-            "Requests waiting to be admitted, or for room in host memory.",
-            [((), now.requests_waiting)],
-        )
-        asked = [((), now.asked_blocks)]
-        yield _counter("flexkv_asked_blocks", "Blocks requested by gets.", asked)
-        hits = [((tier,), blocks) for tier, blocks in now.hit_blocks.items()]
-        yield _counter(
-            "flexkv_hit_blocks", "Requested blocks that gets found, by tier.", hits, ("tier",)
-        )
-        with self._lock:
-            missed = [((reason,), blocks) for reason, blocks in self.missed_blocks.items()]
-        told = "Requested blocks that gets did not load, by reason."
-        yield _counter("flexkv_missed_blocks", told, missed, ("reason",))
-        yield _gauge(
-            "flexkv_claims",
-            "Open claims on blocks, which keep them from being evicted or reused.",
-            [((), now.claims)],
-        )
-        corrupt = [((), now.corrupt_blocks)]
-        yield _counter(
-            "flexkv_corrupt_blocks",
-            "Blocks read from SSD with wrong bytes; none was used.",
-            corrupt,
-        )
-        restored = [((), now.restored_blocks)]
-        yield _gauge(
-            "flexkv_restored_blocks",
-            "Blocks of earlier runs that the SSD tier had at the start.",
-            restored,
-        )
 
 
 def _reason(record: RequestRecord) -> str:
@@ -259,99 +223,99 @@ def _reason(record: RequestRecord) -> str:
     }.get(record.error, "failed")
 
 
-def _tiers(now: Statistics, block_bytes: int) -> Iterator[Metric]:
-    tiers = now.tiers.items()
-    blocks = [
-        ((name, state), getattr(tier, f"{state}_blocks"))
-        for name, tier in tiers
-        for state in ("free", "reserved", "ready", "draining", "pinned")
-    ]
-    told = "Blocks by state; a pinned block is ready or draining, too."
-    yield _gauge("flexkv_tier_blocks", told, blocks, ("tier", "state"))
-    capacity = [((name,), tier.capacity_blocks) for name, tier in tiers]
-    yield _gauge(
-        "flexkv_tier_capacity_blocks", "Blocks that a tier has room for.", capacity, ("tier",)
-    )
-    size = [((name,), tier.capacity_blocks * block_bytes) for name, tier in tiers]
-    yield _gauge("flexkv_tier_capacity_bytes", "Bytes that a tier has room for.", size, ("tier",))
-    evicted = [((name,), tier.evicted_blocks) for name, tier in tiers]
-    yield _counter("flexkv_evicted_blocks", "Blocks that were evicted.", evicted, ("tier",))
-    up = [
-        ((name, direction), float(getattr(tier, direction) == "up"))
-        for name, tier in tiers
-        for direction in ("reads", "writes")
-    ]
-    yield _gauge(
-        "flexkv_tier_up",
-        "Whether a tier can be read or written; 0 after failures.",
-        up,
-        ("tier", "direction"),
-    )
+def _one(field: str) -> Reader:
+    """Return what reads one number."""
+    return lambda now: [((), getattr(now, field))]
 
 
-def _behind(now: Statistics) -> Iterator[Metric]:
-    tiers = now.write_behind.items()
-    owed = [
-        ((name, state), getattr(behind, f"{state}_blocks"))
-        for name, behind in tiers
-        for state in ("owed", "kept", "writing")
+def _each(parts: str, field: str) -> Reader:
+    """Return what reads one number of each part, such as of each tier."""
+    return lambda now: [
+        ((name,), getattr(part, field)) for name, part in getattr(now, parts).items()
     ]
-    told = (
-        "Blocks in host memory that are not on SSD yet; kept ones are owed, and cannot be evicted."
-    )
-    yield _gauge("flexkv_write_behind_blocks", told, owed, ("tier", "state"))
-    given_up = [
+
+
+def _states(parts: str, states: Iterable[str], field: str) -> Reader:
+    """Return what reads a number of each part and state; `field` has the state's name for `{}`."""
+    return lambda now: [
+        ((name, state), getattr(part, field.format(state)))
+        for name, part in getattr(now, parts).items()
+        for state in states
+    ]
+
+
+def _requests(now: Statistics) -> Values:
+    return [((o, s), count) for o, of in now.requests.items() for s, count in of.items()]
+
+
+def _hits(now: Statistics) -> Values:
+    return [((tier,), blocks) for tier, blocks in now.hit_blocks.items()]
+
+
+def _up(now: Statistics) -> Values:
+    ways = _states("tiers", ("reads", "writes"), "{}")
+    return [(labels, float(health == "up")) for labels, health in ways(now)]
+
+
+def _given_up(now: Statistics) -> Values:
+    return [
         ((name, reason.replace(" ", "_")), blocks)
-        for name, behind in tiers
+        for name, behind in now.write_behind.items()
         for reason, blocks in behind.given_up_blocks.items()
     ]
-    told = "Blocks that were never written to SSD, by reason."
-    yield _counter("flexkv_given_up_blocks", told, given_up, ("tier", "reason"))
 
 
-def _routes(now: Statistics) -> Iterator[Metric]:
-    routes = now.routes.items()
-    for name, told, field in (
-        ("flexkv_transfers", "Transfers that have ended, including failed ones.", "ops"),
-        (
-            "flexkv_transfer_blocks",
-            "Blocks that were moved, including the leading ones of failed transfers.",
-            "blocks",
-        ),
-        ("flexkv_transfer_bytes", "Bytes that were moved.", "bytes"),
-        ("flexkv_transfer_failures", "Transfers that failed.", "failed_ops"),
-    ):
-        yield _counter(name, told, [((r,), getattr(f, field)) for r, f in routes], ("route",))
-    queues = now.queues.items()
-    depth = [((name,), queue.waiting_ops) for name, queue in queues]
-    yield _gauge(
-        "flexkv_queue_transfers", "Transfers that are queued or in flight.", depth, ("actor",)
-    )
-    for metric, told, field in (
-        (
-            "flexkv_in_flight_bytes",
-            "Bytes in flight; inbound is towards the GPU.",
-            "bytes_in_flight",
-        ),
-        ("flexkv_window_bytes", "Most bytes that may be in flight at once.", "window_bytes"),
-    ):
-        values = [
-            ((name, direction), getattr(queue, f"{direction}_{field}"))
-            for name, queue in queues
-            for direction in ("inbound", "outbound")
-        ]
-        yield _gauge(metric, told, values, ("actor", "direction"))
+_BLOCK_STATES = ("free", "reserved", "ready", "draining", "pinned")
+_DIRECTIONS = ("inbound", "outbound")
+
+FIGURES: tuple[tuple[Kind, str, str, Labels, Reader], ...] = (
+    (COUNTER, "flexkv_requests", "Requests that have ended, by operation and status.",
+     ("operation", "status"), _requests),
+    (GAUGE, "flexkv_requests_running", "Requests running now.", (), _one("runs_in_flight")),
+    (GAUGE, "flexkv_requests_waiting",
+     "Requests waiting to be admitted, or for room in host memory.", (), _one("requests_waiting")),
+    (COUNTER, "flexkv_asked_blocks", "Blocks requested by gets.", (), _one("asked_blocks")),
+    (COUNTER, "flexkv_hit_blocks", "Requested blocks that gets found, by tier.", ("tier",), _hits),
+    (GAUGE, "flexkv_claims", "Open claims on blocks, which keep them from being evicted or reused.",
+     (), _one("claims")),
+    (COUNTER, "flexkv_corrupt_blocks", "Blocks read from SSD with wrong bytes; none was used.",
+     (), _one("corrupt_blocks")),
+    (GAUGE, "flexkv_restored_blocks", "Blocks of earlier runs that the SSD tier had at the start.",
+     (), _one("restored_blocks")),
+    (GAUGE, "flexkv_tier_blocks", "Blocks by state; a pinned block is ready or draining, too.",
+     ("tier", "state"), _states("tiers", _BLOCK_STATES, "{}_blocks")),
+    (GAUGE, "flexkv_tier_capacity_blocks", "Blocks that a tier has room for.",
+     ("tier",), _each("tiers", "capacity_blocks")),
+    (COUNTER, "flexkv_evicted_blocks", "Blocks that were evicted.",
+     ("tier",), _each("tiers", "evicted_blocks")),
+    (GAUGE, "flexkv_tier_up", "Whether a tier can be read or written; 0 after failures.",
+     ("tier", "direction"), _up),
+    (GAUGE, "flexkv_write_behind_blocks",
+     "Blocks in host memory that are not on SSD yet; kept ones are owed, and cannot be evicted.",
+     ("tier", "state"), _states("write_behind", ("owed", "kept", "writing"), "{}_blocks")),
+    (COUNTER, "flexkv_given_up_blocks", "Blocks that were never written to SSD, by reason.",
+     ("tier", "reason"), _given_up),
+    (COUNTER, "flexkv_transfers", "Transfers that have ended, including failed ones.",
+     ("route",), _each("routes", "ops")),
+    (COUNTER, "flexkv_transfer_blocks",
+     "Blocks that were moved, including the leading ones of failed transfers.",
+     ("route",), _each("routes", "blocks")),
+    (COUNTER, "flexkv_transfer_bytes", "Bytes that were moved.",
+     ("route",), _each("routes", "bytes")),
+    (COUNTER, "flexkv_transfer_failures", "Transfers that failed.",
+     ("route",), _each("routes", "failed_ops")),
+    (GAUGE, "flexkv_queue_transfers", "Transfers that are queued or in flight.",
+     ("actor",), _each("queues", "waiting_ops")),
+    (GAUGE, "flexkv_in_flight_bytes", "Bytes in flight; inbound is towards the GPU.",
+     ("actor", "direction"), _states("queues", _DIRECTIONS, "{}_bytes_in_flight")),
+    (GAUGE, "flexkv_window_bytes", "Most bytes that may be in flight at once.",
+     ("actor", "direction"), _states("queues", _DIRECTIONS, "{}_window_bytes")),
+)  # fmt: skip
+"""The metrics that the statistics have: kind, name, description, labels, and what reads them."""
 
 
-def _counter(name: str, told: str, values: Values, labels: Labels = ()) -> Metric:
-    family = CounterMetricFamily(name, told, labels=labels)
-    for of, value in values:
-        family.add_metric(of, value)
-    return family
-
-
-def _gauge(name: str, told: str, values: Values, labels: Labels = ()) -> Metric:
-    family = GaugeMetricFamily(name, told, labels=labels)
+def _family(kind: Kind, name: str, told: str, labels: Labels, values: Values) -> Metric:
+    family = kind(name, told, labels=labels)
     for of, value in values:
         family.add_metric(of, value)
     return family

@@ -6,15 +6,13 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from flexkv.actors.actor import TransferActor
+from flexkv.actors.deadline_timer import DeadlineTimer
 from flexkv.actors.health import Breaker, Health
 from flexkv.common.errors import TransferError
 from flexkv.common.terms import Route, Tier
 from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
-
-CHECKS_PER_DEADLINE = 4
-"""How many times per deadline the oldest I/O is checked."""
 
 
 class TierHealth:
@@ -47,9 +45,7 @@ class TierHealth:
         self._deadline_s = deadline_s
         self._overdue = overdue
         self._breakers: dict[tuple[Tier, bool], Breaker] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._due_s = 0.0
-        self._closed = False
+        self._timer = DeadlineTimer(deadline_s, self._look)
 
     def breaker(self, tier: Tier, inbound: bool) -> Breaker:
         """Return the breaker of one direction of a tier."""
@@ -64,24 +60,16 @@ class TierHealth:
 
     def begun(self, route: Route) -> None:
         """Record that an op went to a lower tier, and start to check whether it ends."""
-        self.arm()
+        self._timer.arm()
         if not self.all_up:
             now_s = asyncio.get_running_loop().time()
             self.breaker(route.outer, route.inbound).begun(now_s)
 
     def arm(self) -> None:
-        """Start the timer that checks whether I/O ends, if it is not running."""
-        if self._timer is None and not self._closed:
-            loop = asyncio.get_running_loop()
-            self._due_s = loop.time() + self._deadline_s / CHECKS_PER_DEADLINE
-            self._timer = loop.call_at(self._due_s, self._look)
+        """Start to check whether I/O ends."""
+        self._timer.arm()
 
     def _look(self) -> None:
-        self._timer = None
-        late_s = asyncio.get_running_loop().time() - self._due_s
-        if late_s > self._deadline_s / CHECKS_PER_DEADLINE:
-            self.arm()  # the loop was blocked: I/O that ended has not been reaped yet
-            return
         lower = [actor for actor in self._actors.values() if actor.tier > Tier.HOST]
         for actor in lower:
             if actor.oldest_s() > self._deadline_s:
@@ -92,7 +80,7 @@ class TierHealth:
         if device is not None and device.oldest_s() > self._deadline_s:
             self._overdue(Tier.DEVICE)
         if any(actor.depth for actor in lower) or (device is not None and device.depth):
-            self.arm()
+            self._timer.arm()
 
     def _hang(self, actor: TransferActor) -> None:
         news = [self.breaker(actor.tier, inbound).hung() for inbound in (True, False)]
@@ -147,9 +135,7 @@ class TierHealth:
 
     def close(self) -> None:
         """Stop checking."""
-        self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.close()
 
 
 def _direction(inbound: bool) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import resource
 import shutil
-import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -178,11 +178,4 @@ def _bandwidth() -> Finding:
 
 
 def _best_gb_per_s(copy: Callable[[], None]) -> float:
-    best_s = min(_seconds(copy) for _ in range(5))
-    return PROBE_BYTES / best_s / 1e9
-
-
-def _seconds(copy: Callable[[], None]) -> float:
-    begin = time.perf_counter()
-    copy()
-    return time.perf_counter() - begin
+    return PROBE_BYTES / min(timeit.repeat(copy, number=1, repeat=5)) / 1e9

@@ -31,6 +31,37 @@ class Outcome:
     put_s: list[float] = field(default_factory=list)
 
 
+class FreeBlocks:
+    """The blocks of a device that nobody uses; whoever wants more than there are waits."""
+
+    def __init__(self, count: int) -> None:
+        self._free = list(range(count))
+        self._freed = asyncio.Condition()
+
+    async def take(self, count: int) -> list[int]:
+        """Take blocks as soon as there are enough; at once if there are enough now."""
+        if len(self._free) < count:
+            async with self._freed:
+                await self._freed.wait_for(lambda: len(self._free) >= count)
+                return self._popped(count)
+        return self._popped(count)
+
+    def _popped(self, count: int) -> list[int]:
+        return [self._free.pop() for _ in range(count)]
+
+    async def give(self, blocks: list[int]) -> None:
+        """Return blocks that were taken."""
+        async with self._freed:
+            self._free.extend(blocks)
+            self._freed.notify_all()
+
+
+def slots_of(blocks: list[int], tokens_per_block: int) -> NDArray[np.int64]:
+    """Return the slots of all tokens of some device blocks."""
+    firsts = np.array(blocks, np.int64)[:, None] * tokens_per_block
+    return (firsts + np.arange(tokens_per_block)).ravel()
+
+
 class SimulatedEngine:
     """A stand-in for an inference engine that keeps nothing on its device between requests.
 
@@ -41,8 +72,7 @@ class SimulatedEngine:
     def __init__(self, manager: KVManager, device: KnownDevice, keys: KeyChain) -> None:
         self.outcome = Outcome()
         self._manager, self._device, self._keys = manager, device, keys
-        self._free = list(range(device.kv_caches[0].shape[1]))
-        self._freed = asyncio.Condition()
+        self._free = FreeBlocks(device.kv_caches[0].shape[1])
 
     async def run(
         self,
@@ -80,22 +110,22 @@ class SimulatedEngine:
     async def _request(self, prompt: Prompt) -> None:
         keys = block_keys(self._keys.keys(prompt.tokens))
         tokens = prompt.tokens[: len(keys) * self._keys.tokens_per_block]
-        blocks = await self._take(len(keys))
+        blocks = await self._free.take(len(keys))
         try:
             await self._serve(tokens, blocks, keys)
         finally:
             self._device.clear(blocks)
-            await self._give(blocks)
+            await self._free.give(blocks)
 
     async def _serve(
         self, tokens: NDArray[np.int64], blocks: list[int], keys: list[BlockKey]
     ) -> None:
-        outcome, per_block = self.outcome, self._keys.tokens_per_block
-        slots = (np.array(blocks)[:, None] * per_block + np.arange(per_block)).ravel()
+        outcome = self.outcome
+        slots = slots_of(blocks, self._keys.tokens_per_block)
         begin = time.perf_counter()
         got: KVResponse = await self._manager.get(tokens, slots)
         outcome.get_s.append(time.perf_counter() - begin)
-        loaded = int(got.return_mask.sum()) // per_block
+        loaded = int(got.return_mask.sum()) // self._keys.tokens_per_block
         outcome.mismatched_blocks += self._device.mismatches(blocks[:loaded], keys[:loaded])
         self._device.fill(blocks[loaded:], keys[loaded:])
         begin = time.perf_counter()
@@ -103,15 +133,5 @@ class SimulatedEngine:
         outcome.put_s.append(time.perf_counter() - begin)
         outcome.requests += 1
         outcome.tokens += len(tokens)
-        outcome.loaded_tokens += loaded * per_block
+        outcome.loaded_tokens += loaded * self._keys.tokens_per_block
         outcome.stored_tokens += int(put.return_mask.sum())
-
-    async def _take(self, count: int) -> list[int]:
-        async with self._freed:
-            await self._freed.wait_for(lambda: len(self._free) >= count)
-            return [self._free.pop() for _ in range(count)]
-
-    async def _give(self, blocks: list[int]) -> None:
-        async with self._freed:
-            self._free.extend(blocks)
-            self._freed.notify_all()

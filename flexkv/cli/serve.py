@@ -20,6 +20,7 @@ from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
 from flexkv.kvmanager import KVManager
 from flexkv.metrics import MetricsServer
 from flexkv.observe.logs import configure_logging, get_logger
+from flexkv.process.stoppable import failure_within
 from flexkv.server.address import socket_path
 from flexkv.server.backend import ServerBackend
 from flexkv.server.handshake import connect
@@ -183,11 +184,7 @@ async def run(model: ModelConfig, settings: Settings, parent: ProcessHandle | No
         log.info("server_ending")
         manager.engine.check_sound()
         await server.close()
-        try:
-            async with asyncio.timeout(FLUSH_S):
-                await manager.flush()
-        except (TimeoutError, FlexKVError) as error:
-            reason = str(error) or f"it was not finished within {FLUSH_S} s"
+        if reason := await failure_within(FLUSH_S, manager.flush()):
             log.warning("flush_failed", reason=reason)
 
 

@@ -109,7 +109,7 @@ def _slowest(told: Summary, count: int) -> Table:
     table = Table("slowest", "request", "blocks", "ended as", "where its time went")
     for breakdown in told.slowest(count):
         request = breakdown.request
-        blocks = f"{request.moved_blocks} of {request.last_block - request.first_block}"
+        blocks = f"{request.moved_blocks} of {request.asked_blocks}"
         table.add_row(
             request.kind, str(request.request_id), blocks, request.status, escape(breakdown.words)
         )

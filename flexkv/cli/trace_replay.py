@@ -24,6 +24,7 @@ from rich.table import Table
 
 from flexkv.actors.flight import Flight
 from flexkv.cli.options import finite
+from flexkv.cli.replay import FreeBlocks, slots_of
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation
@@ -112,8 +113,7 @@ class Replayer:
         longest = max(request.last_block for request in trace.requests)
         fitting = DEVICE_BYTES_MAX // trace.header.block_bytes
         self._device_blocks = max(longest, min(fitting, 64 * longest), 1)
-        self._free = list(range(self._device_blocks))
-        self._freed = asyncio.Condition()
+        self._free = FreeBlocks(self._device_blocks)
 
     async def run(self, console: Console) -> int:
         """Run the whole replay, and return how many requests were left out."""
@@ -150,23 +150,13 @@ class Replayer:
         request = engine.requests.intake(operation, tokens, selected, namespace)
         if operation is Operation.PREFETCH:
             return await engine.requests.perform(request)
-        blocks = await self._take(record.last_block - record.first_block)
+        blocks = await self._free.take(record.asked_blocks)
         try:
-            firsts = np.array(blocks, np.int64)[:, None] * self._per_block
-            slots = (firsts + np.arange(self._per_block)).ravel()
+            slots = slots_of(blocks, self._per_block)
             ready = engine.requests.with_slots(request, slots)
             return None if ready is None else await engine.requests.perform(ready)
         finally:
-            async with self._freed:
-                self._free.extend(blocks)
-                self._freed.notify_all()
-
-    async def _take(self, count: int) -> list[int]:
-        if len(self._free) >= count:  # no await, so that no other request comes first
-            return [self._free.pop() for _ in range(count)]
-        async with self._freed:
-            await self._freed.wait_for(lambda: len(self._free) >= count)
-            return [self._free.pop() for _ in range(count)]
+            await self._free.give(blocks)
 
     def _tokens(self, record: RequestRecord) -> NDArray[np.int64]:
         """Return a prompt with equal blocks where the recorded prompts had equal keys."""

@@ -12,10 +12,7 @@ from pydantic_core.core_schema import ValidationInfo
 
 from flexkv.common.config_keys import (
     BLOCKS_MAX,
-    GB_MAX,
     HIDDEN,
-    MB_MAX,
-    SECONDS_MAX,
     ConfigModel,
     DuplicateKeyError,
     RetiredKeyWarning,
@@ -81,6 +78,12 @@ CustomConfig = Annotated[Secret[dict[str, Any]], BeforeValidator(_object)]
 EvictionPolicy = Literal["lru", "lfu", "fifo", "mru", "filo", "slru", "lhd"]
 
 
+def _thread_blocks(direction: str, old: str) -> Any:
+    """Return the key for one direction of the copies by kernel."""
+    what = f"Thread blocks of the kernel that copies {direction}; unset = by measurement."
+    return key(None, what, ge=1, le=65535, old=(old,))
+
+
 class CacheConfig(ConfigModel):
     """The cache's configuration keys. Every key has a default."""
 
@@ -90,19 +93,12 @@ class CacheConfig(ConfigModel):
 
     # host tier
     enable_cpu: bool = key(
-        True,
-        "Keep blocks in host memory.",
-        part="running without the host tier",
-        built=(True,),
+        True, "Keep blocks in host memory.", part="running without the host tier", built=(True,)
     )
     num_cpu_blocks: int | None = key(
-        None,
-        "Size of the host tier, in place of cpu_cache_gb.",
-        unit="blocks",
-        ge=0,
-        le=BLOCKS_MAX,
+        None, "Size of the host tier, in place of cpu_cache_gb.", unit="blocks"
     )
-    cpu_cache_gb: float = key(16.0, "Size of the host tier.", unit="GB", ge=0, le=GB_MAX)
+    cpu_cache_gb: float = key(16.0, "Size of the host tier.", unit="GB")
     use_hugepage_cpu_buffer: bool = key(
         True, "Use huge pages for the host tier, or ordinary pages if there are none."
     )
@@ -112,13 +108,9 @@ class CacheConfig(ConfigModel):
 
     # SSD tier
     num_ssd_blocks: int | None = key(
-        None,
-        "Size of the SSD tier, in place of ssd_cache_gb.",
-        unit="blocks",
-        ge=0,
-        le=BLOCKS_MAX,
+        None, "Size of the SSD tier, in place of ssd_cache_gb.", unit="blocks"
     )
-    ssd_cache_gb: float = key(0.0, "Size of the SSD tier; 0 = off.", unit="GB", ge=0, le=GB_MAX)
+    ssd_cache_gb: float = key(0.0, "Size of the SSD tier; 0 = off.", unit="GB")
     enable_ssd: bool = key(
         None, "Keep blocks on SSD.", shown_default="true if the SSD tier has a size"
     )
@@ -148,8 +140,6 @@ class CacheConfig(ConfigModel):
         0.0,
         "How fast to reread the blocks on SSD in idle time, to find corrupt ones; 0 = off.",
         unit="MB/s",
-        ge=0,
-        le=MB_MAX,
     )
     io_deadline_s: float = key(
         10.0,
@@ -157,17 +147,15 @@ class CacheConfig(ConfigModel):
         "no request waits for it, and the tier or device is not used until it works again.",
         unit="s",
         gt=0,
-        le=SECONDS_MAX,
     )
     max_file_size_gb: float = key(
-        -1.0, "Largest size of one SSD file; -1 = no limit.", unit="GB", ge=-1, le=GB_MAX
+        -1.0, "Largest size of one SSD file; -1 = no limit.", unit="GB", ge=-1
     )
     max_blocks_per_file: int | None = key(
         None,
         "Largest size of one SSD file, in blocks.",
         unit="blocks",
         ge=-1,
-        le=BLOCKS_MAX,
         retired="use max_file_size_gb; the blocks are converted",
     )
     iouring_entries: int = key(
@@ -195,9 +183,7 @@ class CacheConfig(ConfigModel):
     enable_remote: bool = key(
         False, "Keep blocks in remote storage.", part="the remote tier", built=(False,)
     )
-    num_remote_blocks: int | None = key(
-        None, "Size of the remote tier.", unit="blocks", ge=0, le=BLOCKS_MAX
-    )
+    num_remote_blocks: int | None = key(None, "Size of the remote tier.", unit="blocks")
     remote_cache_path: Addresses = key(
         (), "Where the remote tier is: `s3://bucket/prefix`, `file:///dir`, …"
     )
@@ -235,11 +221,7 @@ class CacheConfig(ConfigModel):
     )
     eviction_policy: EvictionPolicy = key("lru", "lru, fifo, mru, filo, lfu, slru or lhd.")
     hit_reward_seconds: float = key(
-        0.0,
-        "How much younger each hit makes a block, under lru.",
-        unit="s",
-        ge=0,
-        le=SECONDS_MAX,
+        0.0, "How much younger each hit makes a block, under lru.", unit="s"
     )
     slru_protected_threshold: int = key(
         2, "Hits after which slru protects a block.", unit="hits", ge=1, le=2**31
@@ -252,23 +234,9 @@ class CacheConfig(ConfigModel):
     use_ce_transfer_d2h: bool | None = key(
         None, "Copy GPU to host by copy engine (true) or kernel (false); unset = by measurement."
     )
-    transfer_num_cta_h2d: int | None = key(
-        None,
-        "Thread blocks of the kernel that copies host to GPU; unset = by measurement.",
-        ge=1,
-        le=65535,
-        old=("transfer_sms_h2d",),
-    )
-    transfer_num_cta_d2h: int | None = key(
-        None,
-        "Thread blocks of the kernel that copies GPU to host; unset = by measurement.",
-        ge=1,
-        le=65535,
-        old=("transfer_sms_d2h",),
-    )
-    chunk_mb: float = key(
-        16.0, "Size of one chunk of a pipelined request.", unit="MB", gt=0, le=MB_MAX
-    )
+    transfer_num_cta_h2d: int | None = _thread_blocks("host to GPU", "transfer_sms_h2d")
+    transfer_num_cta_d2h: int | None = _thread_blocks("GPU to host", "transfer_sms_d2h")
+    chunk_mb: float = key(16.0, "Size of one chunk of a pipelined request.", unit="MB", gt=0)
     copy_threads: int = key(
         0,
         "Threads that copy between device and host memory; 0 = one per core, at most 4.",
@@ -276,17 +244,16 @@ class CacheConfig(ConfigModel):
         le=256,
     )
     disk_read_window_mb: float = key(
-        32.0, "Most bytes being read from SSD at once.", unit="MB", gt=0, le=MB_MAX
+        32.0, "Most bytes being read from SSD at once.", unit="MB", gt=0
     )
     disk_write_window_mb: float = key(
-        32.0, "Most bytes being written to SSD at once.", unit="MB", gt=0, le=MB_MAX
+        32.0, "Most bytes being written to SSD at once.", unit="MB", gt=0
     )
     device_window_mb: float = key(
         128.0,
         "Most bytes being copied to or from the device at once; four times as many for a GPU.",
         unit="MB",
         gt=0,
-        le=MB_MAX,
     )
     write_behind_max_gb: float = key(
         -1.0,
@@ -294,22 +261,17 @@ class CacheConfig(ConfigModel):
         "in host memory and are written later.",
         unit="GB",
         ge=-1,
-        le=GB_MAX,
     )
     write_behind_wait_s: float = key(
         2.0,
         "How long a burst of puts may wait in total while host memory is full of blocks that are "
         "not on SSD yet; after that, blocks may be evicted before they are written.",
         unit="s",
-        ge=0,
-        le=SECONDS_MAX,
     )
     shutdown_flush_s: float = key(
         5.0,
         "How long closing may take to write blocks that are not on SSD yet; 0 = write none.",
         unit="s",
-        ge=0,
-        le=SECONDS_MAX,
     )
     requests_max: int = key(
         1024,
@@ -343,16 +305,10 @@ class CacheConfig(ConfigModel):
     )
     index_accel: bool = key(True, "Accepted but ignored: there is only one index.")
     enable_p2p_cpu: bool = key(
-        False,
-        "Share the host tier with other nodes.",
-        part="sharing between nodes",
-        built=(False,),
+        False, "Share the host tier with other nodes.", part="sharing between nodes", built=(False,)
     )
     enable_p2p_ssd: bool = key(
-        False,
-        "Share the SSD tier with other nodes.",
-        part="sharing between nodes",
-        built=(False,),
+        False, "Share the SSD tier with other nodes.", part="sharing between nodes", built=(False,)
     )
     redis_host: str = key("127.0.0.1", "Host of the Redis that holds the nodes' metadata.")
     redis_port: int = key(6379, "Port of that Redis.", ge=1, le=65535)
@@ -361,7 +317,7 @@ class CacheConfig(ConfigModel):
     )
     local_ip: str = key("127.0.0.1", "Address at which other nodes reach this one.")
     node_ttl_seconds: float = key(
-        30.0, "Silence after which a node counts as gone.", unit="s", gt=0, le=SECONDS_MAX
+        30.0, "Silence after which a node counts as gone.", unit="s", gt=0
     )
     mooncake_config_path: str | None = key(
         None,
@@ -373,7 +329,7 @@ class CacheConfig(ConfigModel):
     enable_trace: bool = key(False, "Write a record of every request and transfer op.")
     trace_file_path: str = key("./flexkv_trace.log", "Path of the trace file.", min_length=1)
     trace_max_file_size_mb: float = key(
-        100.0, "Size at which the trace starts a new file.", unit="MB", gt=0, le=MB_MAX
+        100.0, "Size at which the trace starts a new file.", unit="MB", gt=0
     )
     trace_tokens: bool = key(
         False, "Whether the trace has the prompts in clear; otherwise only their lengths and keys."

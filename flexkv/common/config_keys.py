@@ -88,14 +88,21 @@ class KeyFacts(NamedTuple):
     """The default in words, where it follows from other keys."""
 
 
+_MOST_OF_UNIT = {"blocks": BLOCKS_MAX, "GB": GB_MAX, "MB": MB_MAX, "MB/s": MB_MAX, "s": SECONDS_MAX}
+"""The largest value of a key, by its unit."""
+
+
 def key(default: object, description: str, **options: Any) -> Any:
     """Define one configuration key: a pydantic field with its `KeyFacts` attached.
 
     Args:
         default: the value when none is given.
         description: what the key does, for the reader of `docs/configuration.md`.
-        options: any fields of `KeyFacts`; all others are rules for `pydantic.Field`.
+        options: any fields of `KeyFacts`; all others are rules for `pydantic.Field`. A key with a
+            unit of size or time has the unit's bounds, and is not negative, unless it says so.
     """
+    if (unit := options.get("unit")) in _MOST_OF_UNIT:
+        options |= {"le": _MOST_OF_UNIT[unit]} | ({} if "gt" in options else {"ge": 0}) | options
     facts = {name: options.pop(name) for name in KeyFacts._fields if name in options}
     return Field(default, description=description, json_schema_extra=facts, **options)
 

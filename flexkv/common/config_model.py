@@ -119,12 +119,7 @@ class ModelConfig(ConfigModel):
         part="support for several machines",
         built=(1,),
     )
-    instance_num: int = key(
-        1,
-        "Engine instances that share one cache.",
-        ge=1,
-        le=RANKS_MAX,
-    )
+    instance_num: int = key(1, "Engine instances that share one cache.", ge=1, le=RANKS_MAX)
     layer_groups: tuple[LayerGroup, ...] | None = key(
         None, "Groups of layers whose KV shapes differ; they replace the heads and dtype above."
     )

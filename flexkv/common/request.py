@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum, IntEnum
-from functools import cached_property
+from enum import Enum
 from typing import Any, NamedTuple
 
 import msgspec
@@ -13,23 +12,18 @@ from numpy.typing import NDArray
 
 from flexkv.common.config_keys import kind_of
 from flexkv.common.errors import ConfigError, FlexKVError
-from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, LayerWatch
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Labelled, LayerWatch
 
 TokenMask = NDArray[np.bool_]
 _INT64 = np.dtype(np.int64)
 
 
-class Operation(IntEnum):
+class Operation(Labelled):
     """The kind of a request."""
 
     GET = 0
     PUT = 1
     PREFETCH = 2
-
-    @cached_property
-    def label(self) -> str:
-        """Return the lower-case name, as it appears in records and messages."""
-        return self.name.lower()
 
 
 class KVResponseStatus(Enum):

@@ -25,19 +25,23 @@ BLOCK_RECORD_BYTES = 36
 """A block's key, its parent's key, and whether it is a prompt's first block: a journal's record."""
 
 
-class Tier(IntEnum):
-    """Where a block can be. An IntEnum so that routes hash at C speed."""
+class Labelled(IntEnum):
+    """An enumeration whose members have labels. An IntEnum so that members hash at C speed."""
+
+    @cached_property
+    def label(self) -> str:
+        """Return the lower-case name, as it appears in records and messages."""
+        return self.name.lower()
+
+
+class Tier(Labelled):
+    """Where a block can be."""
 
     DEVICE = 0
     HOST = 1
     DISK = 2
     REMOTE = 3
     PEER = 4
-
-    @cached_property
-    def label(self) -> str:
-        """Return the lower-case name, as it appears in records and messages."""
-        return self.name.lower()
 
 
 class Route(NamedTuple):

@@ -19,6 +19,7 @@ from flexkv.common.errors import (
 from flexkv.common.terms import Route, Tier
 from flexkv.engine.tier_sync import TierSync
 from flexkv.observe.logs import get_logger
+from flexkv.process.stoppable import failure_within
 from flexkv.tiers.parts import TierParts
 from flexkv.tiers.unavailable import Unavailable
 
@@ -116,12 +117,8 @@ class Durability:
         """Flush for at most `timeout_s`, since the engine is about to be closed."""
         if timeout_s <= 0 or not self._syncs:
             return
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self.flush()
-        except (FlexKVError, TimeoutError) as error:
+        if reason := await failure_within(timeout_s, self.flush()):
             left = await self._behind.left_blocks()
-            reason = str(error) or f"it was not finished within {timeout_s} s"
             log.warning("closed_before_flush_finished", reason=reason, lacking_blocks=left)
 
     async def _synced(self) -> FlexKVError | None:

@@ -178,16 +178,11 @@ def configure_logging(
     sink = _Sink(sys.stderr)
     to_json = not sink.is_terminal if as_json is None else as_json
 
-    def add_prefix(
+    def add_facts(
         _logger: object, _name: str, event: structlog.typing.EventDict
     ) -> structlog.typing.EventDict:
         if label:
             event["prefix"] = label
-        return event
-
-    def add_dropped(
-        _logger: object, _name: str, event: structlog.typing.EventDict
-    ) -> structlog.typing.EventDict:
         if sink.lines_dropped:
             event["lines_dropped"] = sink.lines_dropped
         return event
@@ -207,9 +202,9 @@ def configure_logging(
             _Repeats(),
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
-            add_prefix,
-            add_dropped,
-            structlog.processors.format_exc_info if to_json else _as_it_is,
+            add_facts,
+            # The console renderer formats exceptions better.
+            *([structlog.processors.format_exc_info] if to_json else []),
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(least),
@@ -316,10 +311,3 @@ class _Repeats:
 
 _repeats = _Repeats()
 """The filter of a library's lines."""
-
-
-def _as_it_is(
-    _logger: object, _name: str, event: structlog.typing.EventDict
-) -> structlog.typing.EventDict:
-    """Return the event unchanged: the console renderer formats exceptions better."""
-    return event

@@ -105,6 +105,16 @@ class RequestRecord(msgspec.Struct, tag="request", frozen=True, gc=False):
     reason: str = ""
     """Why the request moved less than it could have; empty when nothing was wrong."""
 
+    @property
+    def took_ns(self) -> int:
+        """Return the time from its arrival to its answer."""
+        return self.ended_ns - self.arrived_ns
+
+    @property
+    def asked_blocks(self) -> int:
+        """Return how many blocks were asked for."""
+        return self.last_block - self.first_block
+
 
 class EventRecord(msgspec.Struct, tag="event", frozen=True, gc=False):
     """A change of state, a fault, or something that was done to the engine."""

@@ -1,4 +1,4 @@
-"""Runs long work in a thread, and stops it soon after the task that waits for it is cancelled.
+"""Work that is stopped: in a thread, soon after its task is cancelled; or when its time is up.
 
 Memory is touched and files are allocated in C. On the loop's own thread neither ctrl-C nor SIGTERM
 would be noticed until all of that is done.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from flexkv.common.errors import ClosedError
+from flexkv.common.errors import ClosedError, FlexKVError
 from flexkv.process.workers import Workers
 
 T = TypeVar("T")
@@ -51,3 +51,21 @@ async def run_stoppable(name: str, work: Callable[[Callable[[], None]], T]) -> T
         working.exception()
         raise
     return working.result()
+
+
+async def failure_within(
+    limit_s: float, work: Awaitable[object], faults: type[FlexKVError] = FlexKVError
+) -> str:
+    """Wait for work, and return why it failed; empty if it is done within `limit_s`.
+
+    Args:
+        limit_s: how long the work may take; then it is cancelled.
+        work: what to wait for.
+        faults: the errors that are returned as text; others are raised.
+    """
+    try:
+        async with asyncio.timeout(limit_s):
+            await work
+    except (faults, TimeoutError) as error:
+        return str(error) or f"it was not finished within {limit_s} s"
+    return ""

@@ -12,17 +12,14 @@ copies. The connection is never cut for this, because that would not stop the co
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 
+from flexkv.actors.deadline_timer import DeadlineTimer
 from flexkv.engine.runner import RequestRunner
 from flexkv.observe.logs import get_logger
 from flexkv.server.fleet import FleetPort, Instance
 
 log = get_logger(__name__)
-
-CHECKS_PER_DEADLINE = 4
-"""How many times per deadline the copies are checked."""
 
 
 class DeviceDeadlines:
@@ -43,9 +40,8 @@ class DeviceDeadlines:
         self._on_stuck = on_stuck
         self._fleet, self._runner, self._deadline_s = fleet, runner, deadline_s
         self._stuck: set[int] = set()
-        self._timer: asyncio.TimerHandle | None = None
-        self._due_s = 0.0
-        fleet.begun = self._arm
+        self._timer = DeadlineTimer(deadline_s, self.look)
+        fleet.begun = self._timer.arm
 
     def look(self) -> None:
         """Update which instances are stuck, and act on each change."""
@@ -57,13 +53,11 @@ class DeviceDeadlines:
         if self._stuck or any(
             port.is_busy for _, each in self._instances() for port in each.ports.values()
         ):
-            self._arm()
+            self._timer.arm()
 
     def close(self) -> None:
         """Stop checking."""
-        self._fleet.begun = lambda: None
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.close()
 
     # -- inside ---------------------------------------------------------------------------------
 
@@ -92,17 +86,3 @@ class DeviceDeadlines:
             instance.stuck = ""
         log.info("instance_recovered", instance=number)
         self._runner.take_back(number)
-
-    def _arm(self) -> None:
-        if self._timer is None:
-            loop = asyncio.get_running_loop()
-            self._due_s = loop.time() + self._deadline_s / CHECKS_PER_DEADLINE
-            self._timer = loop.call_at(self._due_s, self._wake)
-
-    def _wake(self) -> None:
-        self._timer = None
-        late_s = asyncio.get_running_loop().time() - self._due_s
-        if late_s > self._deadline_s / CHECKS_PER_DEADLINE:
-            self._arm()  # the loop was blocked, so answers of agents may still be unread
-        else:
-            self.look()

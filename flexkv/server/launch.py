@@ -60,29 +60,28 @@ os.execv(sys.argv[1], [*sys.argv[1:], "--parent", str(engine), "--parent-fd", st
 
 
 class ProcessHandle:
-    """An observer of the end of a process, which need not be our child."""
+    """An observer of the end of a process, which need not be our child.
+
+    Attributes:
+        fd: the pidfd, which becomes readable when the process ends; -1 without one.
+    """
 
     def __init__(self, pid: int, fd: int = -1) -> None:
         """Observe process `pid`; a pidfd of it that is open already is closed with this."""
-        self._fd = fd
+        self.fd = fd
         self._process: psutil.Process | None = None
         try:
             if fd < 0:
-                self._fd = os.pidfd_open(pid)
+                self.fd = os.pidfd_open(pid)
         except (AttributeError, OSError):
             with suppress(psutil.NoSuchProcess):
                 self._process = psutil.Process(pid)
 
     @property
-    def fd(self) -> int:
-        """Return the pidfd, which becomes readable when the process ends; -1 without one."""
-        return self._fd
-
-    @property
     def has_ended(self) -> bool:
         """Return whether the process has ended, reaped or not."""
-        if self._fd >= 0:
-            return is_readable(self._fd)
+        if self.fd >= 0:
+            return is_readable(self.fd)
         process = self._process
         with suppress(psutil.NoSuchProcess):
             if process is None or not process.is_running():
@@ -92,8 +91,8 @@ class ProcessHandle:
 
     def wait(self, within_s: float) -> bool:
         """Wait for the end of the process; return whether it came within `within_s`."""
-        if self._fd >= 0:
-            return is_readable(self._fd, within_s)
+        if self.fd >= 0:
+            return is_readable(self.fd, within_s)
         until_s = time.monotonic() + within_s
         while not self.has_ended:
             if time.monotonic() > until_s:
@@ -104,16 +103,16 @@ class ProcessHandle:
     def signal(self, number: int) -> None:
         """Send the process a signal, unless it has ended."""
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
-            if self._fd >= 0:
-                signal.pidfd_send_signal(self._fd, number)
+            if self.fd >= 0:
+                signal.pidfd_send_signal(self.fd, number)
             elif self._process is not None:
                 self._process.send_signal(number)
 
     def close(self) -> None:
         """Stop observing. Idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd, self._process = -1, None
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd, self._process = -1, None
 
 
 class LaunchedServer:

@@ -62,7 +62,7 @@ class FakePort:
         self._store = store
         self._host = host
         self._faults = faults
-        self._block_bytes = block_bytes
+        self.block_bytes = block_bytes
         self.on_io: Callable[[], None] = lambda: None
         self.failure: TransferError | None = None
         self.awake = True
@@ -81,11 +81,6 @@ class FakePort:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: Callable[[], None] | None = None
         self._closed = False
-
-    @property
-    def block_bytes(self) -> int:
-        """Return the bytes moved for one block."""
-        return self._block_bytes
 
     @property
     def num_blocks(self) -> int:
@@ -166,7 +161,7 @@ class FakePort:
         self.on_io()
         to_host = transfer.route.target is Tier.HOST
         source, target = (self._store, self._host) if to_host else (self._host, self._store)
-        layers, size = transfer.layers, self._block_bytes
+        layers, size = transfer.layers, self.block_bytes
         span = slice(size)
         if layers is not None and transfer.watch is not None:
             of = transfer.watch.num_layers
@@ -180,7 +175,7 @@ class FakePort:
         if transfer.route.target is Tier.DISK:
             for block_id in transfer.target_ids[which].tolist():
                 if self._faults.flips():
-                    bit = self._faults.bit(8 * self._block_bytes)
+                    bit = self._faults.bit(8 * self.block_bytes)
                     self._store[block_id, bit // 8] ^= 1 << bit % 8
 
     def _end(self, job: _Job) -> None:
@@ -235,7 +230,7 @@ class FakePort:
                 for block in np.concatenate([[], *(which for _, which in job.copies)]):
                     place = int(job.transfer.target_ids[int(block)])
                     source = self._host[int(job.transfer.source_ids[int(block)])]
-                    written = random.choice([0, self._block_bytes, random.randint(0, source.size)])
+                    written = random.choice([0, self.block_bytes, random.randint(0, source.size)])
                     left[place, :written] = source[:written]
         if power_loss:
             sectors = np.array([random.random() < 0.5 for _ in range(left.size // SECTOR_BYTES)])

@@ -14,12 +14,10 @@ from typing import Any, NamedTuple
 class Shape(NamedTuple):
     """The shape of a model."""
 
-    layers: int = 4
-    hidden: int = 256
-    heads: int = 4
-    kv_heads: int = 2
-    vocabulary: int = 1024
-    max_tokens: int = 16384
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
 
     @property
     def head_size(self) -> int:
@@ -27,11 +25,12 @@ class Shape(NamedTuple):
         return self.hidden // self.heads
 
 
+VOCABULARY, TOKENS_MAX = 1024, 16384
 WEIGHT_STD = 0.2
 """Standard deviation of weights: so large that greedy tokens depend on the KV cache."""
 
 
-LLAMA = Shape()
+LLAMA = Shape(layers=4, hidden=256, heads=4, kv_heads=2)
 
 
 def make_tiny_model(
@@ -53,8 +52,8 @@ def make_tiny_model(
 
     width, kv_width = shape.hidden, shape.kv_heads * shape.head_size
     inner = 2 * width
-    tensors = {"model.embed_tokens.weight": weight(shape.vocabulary, width),
-               "lm_head.weight": weight(shape.vocabulary, width),
+    tensors = {"model.embed_tokens.weight": weight(VOCABULARY, width),
+               "lm_head.weight": weight(VOCABULARY, width),
                "model.norm.weight": torch.ones(width, dtype=wanted)}  # fmt: skip
     for layer in range(shape.layers):
         at = f"model.layers.{layer}"
@@ -69,15 +68,15 @@ def make_tiny_model(
             tensors[f"{at}.{name}.weight"] = torch.ones(width, dtype=wanted)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(_config(shape, inner, dtype), indent=2))
-    _write_tokenizer(folder, shape.vocabulary)
+    _write_tokenizer(folder)
     return folder
 
 
-def _write_tokenizer(folder: Path, vocabulary: int) -> None:
+def _write_tokenizer(folder: Path) -> None:
     """Write a tokenizer in which every token is a word: token 17 is "w17"."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{n}": n for n in range(3, vocabulary)}
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{n}": n for n in range(3, VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -96,7 +95,7 @@ def _config(shape: Shape, inner: int, dtype: str) -> dict[str, Any]:
         "hidden_size": shape.hidden, "intermediate_size": inner,
         "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_size,
-        "vocab_size": shape.vocabulary, "max_position_embeddings": shape.max_tokens,
+        "vocab_size": VOCABULARY, "max_position_embeddings": TOKENS_MAX,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
         "tie_word_embeddings": False, "torch_dtype": dtype, "bos_token_id": 1, "eos_token_id": 2,
         "attention_bias": False, "mlp_bias": False,

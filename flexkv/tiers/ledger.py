@@ -29,6 +29,7 @@ from flexkv.io.ssd.files import Missing
 from flexkv.io.ssd.journal import RECORD_BYTES, Journal
 from flexkv.io.ssd.journals import Journals
 from flexkv.observe.logs import get_logger
+from flexkv.process.stoppable import failure_within
 from flexkv.process.workers import Workers
 
 log = get_logger(__name__)
@@ -441,11 +442,7 @@ class Ledger:
 
     async def finish(self) -> None:
         """Write everything noted to the journals, within `FINISH_S`."""
-        try:
-            async with asyncio.timeout(FINISH_S):
-                await self.written()
-        except (StorageError, TimeoutError) as error:
-            reason = str(error) or f"it was not written within {FINISH_S} s"
+        if reason := await failure_within(FINISH_S, self.written(), StorageError):
             log.warning("journal_not_finished", reason=reason)
 
     def close(self) -> None:

@@ -52,7 +52,7 @@ class Breakdown(NamedTuple):
     @property
     def words(self) -> str:
         """Return a sentence that says where the time went."""
-        whole = max(1, self.request.ended_ns - self.request.arrived_ns)
+        whole = max(1, self.request.took_ns)
         parts = [
             f"{100 * ns / whole:.0f} % {what} ({ns / 1e6:.2f} ms)"
             for what, ns in self.shares.items()

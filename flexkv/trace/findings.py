@@ -20,8 +20,6 @@ SLOW_DISK_MS = 10.0
 STARVED_SHARE = 0.5
 """A queue starves requests if they spend this share of their time waiting for a turn."""
 STARVED_MS = 10.0
-FULL_SHARE = 0.95
-"""The used share of a tier from which it counts as full; no rule uses it yet."""
 
 
 class Finding(NamedTuple):
@@ -159,7 +157,7 @@ def _full(summary: Summary) -> list[Finding]:
         used = [s.tiers[tier][0] for s in summary.trace.samples if tier in s.tiers]
         capacity = summary.trace.header.capacity_blocks.get(tier, 0)
         most = f", at most {max(used)} of {capacity} blocks used" if used and capacity else ""
-        lacking = sum(r.last_block - r.first_block - r.moved_blocks for r in of_tier)
+        lacking = sum(r.asked_blocks - r.moved_blocks for r in of_tier)
         text = (
             f"the {tier} tier was full: {len(of_tier)} requests moved {lacking} blocks less than "
             f"they could have{most}. The first: {of_tier[0].reason}"
@@ -180,7 +178,7 @@ def _cancelled(summary: Summary) -> list[Finding]:
 
 
 def _cancelled_ms(summary: Summary, ids: set[int]) -> str:
-    ms = [(r.ended_ns - r.arrived_ns) / 1e6 for r in summary.trace.requests if r.request_id in ids]
+    ms = [r.took_ns / 1e6 for r in summary.trace.requests if r.request_id in ids]
     return f", {np.median(ms):.1f} ms after their arrival (median)" if ms else ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +68,7 @@ class Summary:
             by_kind[request.kind].append(request)
         found = {}
         for kind, requests in sorted(by_kind.items()):
-            ms = np.array([r.ended_ns - r.arrived_ns for r in requests]) / 1e6
+            ms = np.array([r.took_ns for r in requests]) / 1e6
             p50, p90, p99 = (float(p) for p in np.percentile(ms, [50, 90, 99]))
             statuses = dict(Counter(r.status for r in requests).most_common())
             found[kind] = KindSummary(len(requests), statuses, (p50, p90, p99, float(ms.max())))
@@ -90,7 +91,7 @@ class Summary:
         asked, found = 0, Counter[str]()
         for request in self.trace.requests:
             if request.kind == "get":
-                asked += request.last_block - request.first_block
+                asked += request.asked_blocks
                 found.update(request.hit_blocks)
         return {tier: blocks / max(asked, 1) for tier, blocks in found.items()}
 
@@ -113,11 +114,7 @@ class Summary:
 
     def slowest(self, count: int) -> list[Breakdown]:
         """Return where the time of the `count` slowest requests went, the slowest first."""
-        return sorted(self.by_request, key=_took_ns, reverse=True)[:count]
-
-
-def _took_ns(breakdown: Breakdown) -> int:
-    return breakdown.request.ended_ns - breakdown.request.arrived_ns
+        return sorted(self.by_request, key=attrgetter("request.took_ns"), reverse=True)[:count]
 
 
 def _route(ops: list[OpRecord]) -> RouteSummary:

@@ -151,13 +151,13 @@ def _ops(ops: list[OpRecord], routes: list[str], origin: int) -> dict[str, Any]:
 
 def _requests(summary: Summary, origin: int) -> dict[str, Any]:
     requests = summary.trace.requests
-    order = sorted(range(len(requests)), key=lambda at: _took_ns(summary, at), reverse=True)
+    order = sorted(range(len(requests)), key=lambda at: requests[at].took_ns, reverse=True)
     columns = {
         "id": [r.request_id for r in requests],
         "run": [r.run_id for r in requests],
         "kind": [r.kind for r in requests],
         "status": [r.status for r in requests],
-        "blocks": [r.last_block - r.first_block for r in requests],
+        "blocks": [r.asked_blocks for r in requests],
         "moved": [r.moved_blocks for r in requests],
         "arrived": [(r.arrived_ns - origin) // 1000 for r in requests],
         "ended": [(r.ended_ns - origin) // 1000 for r in requests],
@@ -166,11 +166,6 @@ def _requests(summary: Summary, origin: int) -> dict[str, Any]:
         "critical": [breakdown.critical_ops for breakdown in summary.by_request],
     }
     return {"requests": columns, "slowest": order[:SLOWEST]}
-
-
-def _took_ns(summary: Summary, at: int) -> int:
-    request = summary.trace.requests[at]
-    return request.ended_ns - request.arrived_ns
 
 
 def _rate(summary: Summary, route: str, origin: int) -> dict[str, Any]:
@@ -212,7 +207,7 @@ def _hits(summary: Summary, origin: int) -> list[dict[str, Any]]:
         of_group = [gets[number] for number in group.tolist()]
         if not of_group:
             break
-        asked = max(1, sum(r.last_block - r.first_block for r in of_group))
+        asked = max(1, sum(r.asked_blocks for r in of_group))
         at.append((of_group[-1].ended_ns - origin) / 1e3)
         for tier in tiers:
             hits = sum(r.hit_blocks.get(tier, 0) for r in of_group)
@@ -224,7 +219,7 @@ def _latency(summary: Summary) -> list[dict[str, Any]]:
     percents = [*range(99), 99, 99.5, 99.9, 100]
     curves = []
     for kind in summary.kinds:
-        ms = [(r.ended_ns - r.arrived_ns) / 1e6 for r in summary.trace.requests if r.kind == kind]
+        ms = [r.took_ns / 1e6 for r in summary.trace.requests if r.kind == kind]
         curves.append(
             {"kind": kind, "percent": percents, "ms": np.percentile(ms, percents).round(4).tolist()}
         )

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flexkv.engine.requests.runner import RequestOwner
 
 from flexkv.common.errors import ClosedError, DeadlineError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation
 from flexkv.common.terms import Tier
 from flexkv.engine.engine import Engine
+from flexkv.engine.runner import RequestOwner
 from flexkv.testing.faults import FaultPlan
 from tests.system.test_keeping import A, B, on_engine, put, resident
 

@@ -21,7 +21,7 @@ def test_what_is_kept_is_found_again(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["code"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    kept.forget(path)
+    path.unlink()
     assert kept.read(path) is None
 
 

@@ -470,10 +470,6 @@ class SchedulerSide:
 
     # -- inside ---------------------------------------------------------------------------------
 
-    @property
-    def _readers(self) -> Any:
-        return self._blocks.readers
-
     def _ready(self) -> bool:
         """Return whether all workers have lent their devices to the server."""
         if not self.client.is_ready:

@@ -71,9 +71,8 @@ class Counts:
 
     def count(self, name: str, by: int = 1) -> None:
         """Increase a count."""
-        assert name in COUNTS, name
-        for data in (self._stats.data, self._recent.data):
-            data[name] = data.get(name, 0) + by
+        for stats in (self._stats, self._recent):
+            stats.count(name, by)
 
     def request_ended(self) -> None:
         """Count the end of a request; log the counts after each `log_every`."""

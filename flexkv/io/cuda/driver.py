@@ -146,17 +146,9 @@ _BATCH_12 = ctypes.CFUNCTYPE(
 _NOTIFY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 
 _TYPES = (
-    ctypes.c_void_p,
-    ctypes.c_void_p,
-    ctypes.c_int,
-    ctypes.c_void_p,
-    ctypes.c_longlong,
-    ctypes.c_void_p,
-    ctypes.c_longlong,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-)
+    ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_longlong,
+    ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int, ctypes.c_int, ctypes.c_int,
+)  # fmt: skip
 """The C types of the fields of `Launch`, and of the number of stages."""
 
 
@@ -199,14 +191,7 @@ class BoundDriver:
     def _load(self) -> None:
         """Load the kernels, and find the functions that are called by address."""
         driver = self._api
-        capability = driver.CUdevice_attribute
-        major, minor = (
-            self._call(driver.cuDeviceGetAttribute, attribute, self._device)
-            for attribute in (
-                capability.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                capability.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-            )
-        )
+        major, minor = (self._fact(f"COMPUTE_CAPABILITY_{part}") for part in ("MAJOR", "MINOR"))
         self.architecture = f"sm_{major}{minor}"
         try:
             self._module = self._call(driver.cuModuleLoadData, kernel.cubin(self.architecture))
@@ -219,11 +204,7 @@ class BoundDriver:
             self._bulk = self._call(
                 driver.cuModuleGetFunction, self._module, kernel.BULK_NAME.encode()
             )
-            most = self._call(
-                driver.cuDeviceGetAttribute,
-                capability.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
-                self._device,
-            )
+            most = self._fact("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
             self._stage_memory = min(kernel.STAGE_MEMORY, most - kernel.STAGE_MEMORY_LESS)
             attribute = driver.CUfunction_attribute
             self._call(
@@ -235,6 +216,16 @@ class BoundDriver:
         self._copy_one = _COPY(self._address("cuMemcpyAsync", 4000))
         self._notify = _NOTIFY(self._address("cuLaunchHostFunc", 10000))
         self._batch = self._find_batch()
+
+    def _fact(self, name: str) -> int:
+        """Return an attribute of the device."""
+        attribute = getattr(self._api.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(self._call(self._api.cuDeviceGetAttribute, attribute, self._device))
+
+    def _within(self, function: Callable[..., tuple[Any, ...]], *args: Any) -> Any:
+        """Call a function of the driver in the device's context."""
+        with self.inside():
+            return self._call(function, *args)
 
     def _call(self, function: Callable[..., tuple[Any, ...]], *args: Any) -> Any:
         result, *values = function(*args)
@@ -342,8 +333,7 @@ class BoundDriver:
 
     def synchronize(self, stream: int) -> None:
         """Return once all work queued on a stream has ended."""
-        with self.inside():
-            self._call(self._api.cuStreamSynchronize, stream)
+        self._within(self._api.cuStreamSynchronize, stream)
 
     def close_stream(self, stream: int) -> None:
         """Wait for the work of a stream to end, and close it."""
@@ -359,8 +349,7 @@ class BoundDriver:
 
     def unregister(self, address: int) -> None:
         """Undo `register`."""
-        with self.inside():
-            self._call(self._api.cuMemHostUnregister, address)
+        self._within(self._api.cuMemHostUnregister, address)
 
     def upload(self, table: NDArray[np.int64]) -> int:
         """Copy a table to device memory, and return its address there."""
@@ -377,13 +366,11 @@ class BoundDriver:
 
     def allocate(self, size: int) -> int:
         """Allocate device memory."""
-        with self.inside():
-            return int(self._call(self._api.cuMemAlloc, size))
+        return int(self._within(self._api.cuMemAlloc, size))
 
     def free(self, address: int) -> None:
         """Free device memory."""
-        with self.inside():
-            self._call(self._api.cuMemFree, address)
+        self._within(self._api.cuMemFree, address)
 
     def copy(self, runs: Runs, stream: int) -> None:
         """Queue copies."""
@@ -433,18 +420,15 @@ class BoundDriver:
 
     def record(self, event: int, stream: int) -> None:
         """Record an event: it happens once all work queued so far on a stream has ended."""
-        with self.inside():
-            self._call(self._api.cuEventRecord, event, stream)
+        self._within(self._api.cuEventRecord, event, stream)
 
     def wait(self, stream: int, event: int) -> None:
         """Make later work of a stream wait for an event."""
-        with self.inside():
-            self._call(self._api.cuStreamWaitEvent, stream, event, 0)
+        self._within(self._api.cuStreamWaitEvent, stream, event, 0)
 
     def drop(self, event: int) -> None:
         """Destroy an event; work that waits for it still does."""
-        with self.inside():
-            self._call(self._api.cuEventDestroy, event)
+        self._within(self._api.cuEventDestroy, event)
 
     def check(self, stream: int) -> None:
         """Raise DeviceError if a stream has failed, so that its queued work will never end."""

@@ -46,12 +46,6 @@ def write(path: Path, content: bytes) -> None:
         os.rename(new, path.name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
 
 
-def forget(path: Path) -> None:
-    """Remove a kept file, if there is one."""
-    with suppress(OSError), _opened(path.parent) as folder_fd:
-        os.unlink(path.name, dir_fd=folder_fd)
-
-
 @contextmanager
 def _opened(path: Path, make: bool = False) -> Iterator[int]:
     """Open a directory of the cache; with `make`, create it if it is missing.

@@ -65,7 +65,11 @@ class Mark:
 
 
 class CudaDevicePort:
-    """A transfer port between KV caches on a CUDA device and the host arena."""
+    """A transfer port between KV caches on a CUDA device and the host arena.
+
+    Attributes:
+        failure: what broke the device, or None; all transfers then fail with it.
+    """
 
     rank = 0
     """The rank whose device this is."""
@@ -98,7 +102,7 @@ class CudaDevicePort:
         self._wake: Callable[[], None] = lambda: None
         self._watching: asyncio.TimerHandle | None = None
         self._ended: list[Completion] = []
-        self._failure: DeviceError | None = None
+        self.failure: DeviceError | None = None
         self._caches = ExitStack()
         """Releases the KV caches."""
         with ExitStack() as undo:
@@ -151,11 +155,6 @@ class CudaDevicePort:
             self._copier.pages, self._caches = pages, undo.pop_all()
         self.num_blocks = min(layout.num_blocks for layout in layouts)
 
-    @property
-    def failure(self) -> DeviceError | None:
-        """Return what broke the device, or None; all transfers then fail with it."""
-        return self._failure
-
     def connect(self, wake: Callable[[], None]) -> None:
         """Attach to the running loop, which calls `wake` when `reap` has something to return."""
         self._loop, self._wake = asyncio.get_running_loop(), wake
@@ -198,8 +197,8 @@ class CudaDevicePort:
             raise InvariantError(f"transfer {transfer.op_id}: no layout of group {transfer.group}")
         to_device = transfer.route.target is Tier.DEVICE
         check_ids(transfer, self._arena.num_blocks, self.num_blocks)
-        if self._failure is not None:
-            self._ended.append(Completion(transfer.op_id, self._failure))
+        if self.failure is not None:
+            self._ended.append(Completion(transfer.op_id, self.failure))
             return
         way = self._streams[to_device]
         with self._driver.inside():
@@ -252,7 +251,7 @@ class CudaDevicePort:
 
     def _fail(self, failure: DeviceError) -> None:
         """Fail all transfers: the device is broken, touches no memory, and announces no ends."""
-        self._failure = failure
+        self.failure = failure
         for way in self._streams:
             way.settle()
             if self._loop is not None:
@@ -263,7 +262,7 @@ class CudaDevicePort:
 
     def reap(self) -> list[Completion]:
         """Return every transfer that ended since the last call, each exactly once."""
-        if self._failure is None:
+        if self.failure is None:
             for way in self._streams:
                 self._ended += [Completion(work.op_id, work.error) for work in way.ended()]
         ended, self._ended = self._ended, []

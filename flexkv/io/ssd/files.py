@@ -80,7 +80,7 @@ class Missing(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Striping:
+class Striping:
     """How blocks are spread over directories and files."""
 
     directories: int
@@ -121,7 +121,7 @@ class StripedFiles:
         identity_lasts: whether an open file and its path keep the same inode number.
     """
 
-    def __init__(self, striping: _Striping, block_stride_bytes: int, closing: ExitStack) -> None:
+    def __init__(self, striping: Striping, block_stride_bytes: int, closing: ExitStack) -> None:
         """Create it without files; `open` adds them."""
         self.num_blocks = striping.blocks
         self.block_stride_bytes = block_stride_bytes
@@ -172,7 +172,7 @@ class StripedFiles:
         blocks_per_file = num_blocks
         if max_file_size_bytes is not None:
             blocks_per_file = max(1, max_file_size_bytes // block_stride_bytes)
-        striping = _Striping(len(directories), num_blocks, blocks_per_file)
+        striping = Striping(len(directories), num_blocks, blocks_per_file)
         with ExitStack() as closing, ExitStack() as failing:
             files = cls(striping, block_stride_bytes, closing)
             failing.callback(files._note_closed)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from flexkv.common.errors import ConfigError
 from flexkv.io.private import open_file
 from flexkv.io.ssd import superblock
 from flexkv.io.ssd.file_calls import KernelCalls
-from flexkv.io.ssd.files import FILE_PATTERN, file_name
+from flexkv.io.ssd.files import FILE_PATTERN, Striping, file_name
 from flexkv.io.ssd.folders import lock_folder, open_folder, open_ours
 from flexkv.io.ssd.journal import Journal, cleared, erased
 from flexkv.io.ssd.verify import BlockVerifier
@@ -90,26 +91,25 @@ class OfflineSsd:
         with ExitStack() as closing:
             reader = BlockVerifier(self.superblock.block_stride_bytes, BATCH_BYTES)
             closing.callback(reader.close)
-            fds: dict[int, int | None] = {}
-            for at in range(0, len(rows), reader.num_blocks):
+            stride, count = self.superblock.block_stride_bytes, len(rows)
+            striping = Striping(1, count, self.superblock.rows_per_file or 1 << 62)
+
+            @cache
+            def fd_of(index: int) -> int | None:
+                with suppress(OSError):  # else its rows count as bad
+                    fd = open_file(self._folder.fd, file_name(index), os.O_RDONLY)
+                    closing.callback(os.close, fd)
+                    return fd
+                return None
+
+            for at in range(0, count, reader.num_blocks):
                 batch = rows[at : at + reader.num_blocks]
-                found, whole = reader.sums(self._place(row, fds, closing) for row in batch.tolist())
+                files, places = striping.file_of(batch)
+                at_bytes = (places * stride).tolist()
+                fds = map(fd_of, files.tolist())
+                found, whole = reader.sums(zip(fds, at_bytes, strict=True))
                 bad = (found != sums[at : at + reader.num_blocks]) | ~whole
                 yield Checked(batch, batch[bad])
-
-    def _place(
-        self, row: int, fds: dict[int, int | None], closing: ExitStack
-    ) -> tuple[int | None, int]:
-        """Return a row's descriptor, None if its file cannot be opened, and its byte offset."""
-        stride, per_file = self.superblock.block_stride_bytes, self.superblock.rows_per_file
-        index, place = divmod(row, per_file) if per_file else (0, row)
-        if index not in fds:
-            fds[index] = None
-            with suppress(OSError):  # its rows count as bad
-                fd = open_file(self._folder.fd, file_name(index), os.O_RDONLY)
-                closing.callback(os.close, fd)
-                fds[index] = fd
-        return fds[index], place * stride
 
     def drop(self, rows: NDArray[np.int64]) -> None:
         """Erase rows in the journal, for good."""

@@ -64,6 +64,7 @@ class DiskPort:
             OSError: a thread could not be started; `io` is closed.
         """
         self._geometry, self._files, self.io = geometry, files, io
+        self.adapter, self.block_bytes = io.name, geometry.block_bytes
         self._jobs: dict[int, DiskJob] = {}
         self._ended: list[Completion] = []
         self._next_name = 0
@@ -75,16 +76,6 @@ class DiskPort:
         forks.on_fork(self._let_go_in_child)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = self._io_closed = False
-
-    @property
-    def adapter(self) -> str:
-        """Return the name of what moves the bytes."""
-        return self.io.name
-
-    @property
-    def block_bytes(self) -> int:
-        """Return the bytes moved for one block."""
-        return self._geometry.block_bytes
 
     def connect(self, wake: Callable[[], None]) -> None:
         """Attach to the running loop, which calls `wake` when `reap` has something to return."""
