@@ -16,7 +16,8 @@ import numpy as np
 from benchmarks.harness import Figures, Options, median_ratio
 from benchmarks.rigs import LARGE, SMALL, cache_of, kv_caches, prompt, slots_of
 from flexkv import _ext
-from flexkv.actors.actor import Supervisor, TransferActor, Window
+from flexkv.actors.actor import TransferActor, Window
+from flexkv.actors.supervisor import Supervisor
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.ports import Completion
 from flexkv.kvmanager import KVManager
@@ -95,7 +96,7 @@ async def _small(rounds: int) -> Figures:
 class _EmptyPort:
     """A transfer port that ends every transfer as it is submitted."""
 
-    block_bytes, arrived_bytes = 1, 0
+    block_bytes = 1
 
     def __init__(self) -> None:
         self._ended: list[Completion] = []
@@ -130,7 +131,7 @@ async def _empty(rounds: int) -> Figures:
             waiting.pop(end.op_id).set_result(None)
 
     window = Window(1 << 30, 1 << 20)
-    actor = TransferActor(Tier.DEVICE, _EmptyPort(), window, window, 1 << 16)
+    actor = TransferActor(Tier.DEVICE, _EmptyPort(), (window, window), 1 << 16)
     actor.attach(report)
     supervisor = Supervisor(lambda error: [f.set_exception(error) for f in waiting.values()])
     await supervisor.start()

@@ -19,7 +19,6 @@ from benchmarks.disk_limits import BLOCK_BYTES
 from benchmarks.harness import Figures, Options, median_ratio, percentile
 from benchmarks.rigs import LARGE, SMALL, cache_of, kv_caches, prompt, slots_of
 from flexkv.common.terms import Tier
-from flexkv.io.checksums.checked import CheckedDiskPort
 from flexkv.io.device.cpu import CpuDevicePort
 from flexkv.io.ssd import journal
 from flexkv.kvmanager import KVManager
@@ -39,19 +38,13 @@ def measure(options: Options) -> Figures:
     return figures
 
 
-def _port_of(manager: KVManager) -> CheckedDiskPort:
-    port = manager.engine._backend.tiers()[0].port
-    assert isinstance(port, CheckedDiskPort)
-    return port
-
-
 def _unsummed_pages(manager: KVManager, caches: Any) -> Any:
     """Return the device's pages for copies that compute no checksums."""
     backend = manager.engine._backend
     assert isinstance(backend, LocalBackend)
-    sums, backend.ssd.sums = backend.ssd.sums, None
+    tiers, backend._tiers = backend._tiers, []
     port = backend.device(caches, None, 0).port
-    backend.ssd.sums = sums
+    backend._tiers = tiers
     assert isinstance(port, CpuDevicePort)
     pages = port._pages
     port.close()
@@ -61,15 +54,14 @@ def _unsummed_pages(manager: KVManager, caches: Any) -> Any:
 @contextmanager
 def _unchecked(manager: KVManager, unsummed: Any) -> Iterator[None]:
     """Bypass the checksums. Enter and leave only while nothing is in flight."""
-    disk, device = _port_of(manager), manager.engine._devices._by_rank[0].port
+    disk, device = manager.engine._actors[Tier.DISK], manager.engine._devices._by_rank[0].port
     assert isinstance(device, CpuDevicePort)
-    vars(disk).update(submit=disk._inner.submit, reap=disk._inner.reap)
+    checks, disk._checks = disk._checks, None
     summed, device._pages = device._pages, unsummed
     try:
         yield
     finally:
-        device._pages = summed
-        del disk.submit, disk.reap
+        disk._checks, device._pages = checks, summed
 
 
 # -- checksums -----------------------------------------------------------------------------------
@@ -200,7 +192,7 @@ async def _hang(directory: Path, options: Options) -> Figures:
         manager.clear(Tier.HOST)
         await manager.put(hit, slots)
         await manager.flush()
-        inner = _port_of(manager)._inner
+        inner = manager.engine._backend.tiers()[0].port
         idle = await _gets_ms(manager, hit, slots, hang_s / 4)
         held: list[Any] = []
         reap = inner.reap
@@ -215,7 +207,7 @@ async def _hang(directory: Path, options: Options) -> Figures:
         hung = await _gets_ms(manager, hit, slots, hang_s)
         assert late.done(), "a get was not answered while the disk hung"
         vars(inner)["reap"] = lambda: [held.pop() for _ in range(len(held))] + reap()
-        _port_of(manager)._wake()
+        manager.engine._actors[Tier.DISK].nudge()
         back = time.perf_counter()
         async with asyncio.timeout(10):
             await _until_there(manager, cold, slots)

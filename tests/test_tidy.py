@@ -115,7 +115,7 @@ def test_actors_import_ports_never_adapters(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_tasks_are_spawned_in_one_place(path: Path) -> None:
     """Only the supervisor creates tasks; a test kit may use a task group of its own."""
-    if name_of(path) == "flexkv/actors/actor.py" or part_of(path) in ("testing", "cli"):
+    if name_of(path) == "flexkv/actors/supervisor.py" or part_of(path) in ("testing", "cli"):
         return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -143,7 +143,7 @@ def test_only_one_broad_except() -> None:
                     or (caught == "BaseException" and not reraises)
                 ):
                     broad.append(name_of(path))
-    assert broad == ["flexkv/actors/actor.py"]
+    assert broad == ["flexkv/actors/supervisor.py"]
 
 
 def test_importing_flexkv_does_nothing() -> None:

@@ -1,37 +1,40 @@
 """Transfer actors: one per device or tier. Each is a task that turns a mailbox into I/O.
 
-    scheduler ──post──▶ mailbox ──pieces──▶ port ──wake──▶ reap ──report──▶ scheduler
+    scheduler ──post──▶ mailbox ──pieces──▶ stages ──report──▶ scheduler
                         (turns)   (window)
 
-One class serves every device and tier; only the port and the windows differ. A window bounds the
-bytes in flight in one direction. All work of a turn is synchronous; the task only waits for its
-bell, which a post or the port's wake rings.
+    a piece   forgetting ──▶ moving ──▶ summing      the first and the last only where blocks are
+              (journals)     (port)     (threads)    checked, see `checks.py`
+
+One class serves every device and tier; only the port, the windows and the checks differ. A window
+bounds the bytes in flight in one direction. All work of a turn is synchronous; the task only waits
+for its bell, which a post or a wake rings.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any, NamedTuple, TypeVar, cast
+from collections import Counter
+from collections.abc import Callable
+from enum import Enum
+from functools import partial
+from typing import NamedTuple
 
 import msgspec
 
+from flexkv.actors.checks import BlockChecks, KeptSums
 from flexkv.actors.mailbox import Cursor, Lane, Mailbox
 from flexkv.actors.pace import Pace
+from flexkv.actors.supervisor import Bell
 from flexkv.common.errors import (
     CorruptBlockError,
-    InternalError,
+    InvariantError,
     RecalledError,
     TransferError,
 )
+from flexkv.common.extents import check_ids
 from flexkv.common.terms import Tier, Transfer
-from flexkv.io.ports import Completion, TransferPort
-from flexkv.observe.logs import get_logger
-
-log = get_logger(__name__)
-
-T = TypeVar("T")
-
+from flexkv.io.ports import Completion, Sums, TransferPort
 
 ANY_BYTES = 1 << 62
 PIECE_OP_IDS = 1 << 62
@@ -48,28 +51,31 @@ class Window(NamedTuple):
     """Whether the window shrinks to what keeps the disk busy: see `Pace`."""
 
 
-class Bell:
-    """A signal for which one task waits; a ring while it does not wait is kept."""
+class Stage(Enum):
+    """Where a piece is on its way."""
 
-    def __init__(self) -> None:
-        self._rung = False
-        self._waiter: asyncio.Future[None] | None = None
+    FORGETTING = "forgetting"
+    """A write whose places journals still name."""
+    MOVING = "moving"
+    """At the port."""
+    SUMMING = "summing"
+    """In host memory, with the checksummer."""
 
-    def ring(self) -> None:
-        """Wake the waiter, now or when it next waits."""
-        self._rung = True
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
-    async def wait(self) -> None:
-        """Return once the bell has rung since the last wait."""
-        if not self._rung:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        self._rung = False
+class Piece(msgspec.Struct, gc=False):
+    """What an actor knows of a piece; its blocks are lent until it is over, whatever its stage."""
+
+    transfer: Transfer
+    cursor: Cursor
+    begin: int
+    """The first of its units."""
+    units: int
+    begin_s: float
+    moving_s: float
+    """When the port got it."""
+    stage: Stage = Stage.MOVING
+    sums: Sums | None = None
+    """uint64[blocks] of a write, to be kept once the blocks are in their places."""
 
 
 class TransferActor:
@@ -79,22 +85,32 @@ class TransferActor:
         self,
         tier: Tier,
         port: TransferPort,
-        inbound: Window,
-        outbound: Window,
+        windows: tuple[Window, Window],
         transfers_max: int,
+        checks: BlockChecks | None = None,
     ) -> None:
+        """Take the port, and what sums and checks the blocks; both stay the caller's.
+
+        Args:
+            tier: whose transfers it runs.
+            port: moves their blocks.
+            windows: the inbound one, and the outbound one.
+            transfers_max: how many transfers are queued or in flight at most.
+            checks: of the blocks; None if they are neither summed nor compared.
+        """
         self.tier = tier
         self.name = tier.label
         self.in_flight_bytes = {True: 0, False: 0}
-        self._port = port
-        self._windows = {True: inbound, False: outbound}
+        self._port, self._checks = port, checks
+        self._windows = {True: windows[0], False: windows[1]}
         self._paces = {
             is_inbound: Pace(window.bytes_max, window.piece_bytes_max, port.block_bytes)
             for is_inbound, window in self._windows.items()
             if window.is_paced
         }
         self._mailbox = Mailbox(transfers_max, port.block_bytes)
-        self._pieces: dict[int, tuple[Cursor, int, int, float]] = {}
+        self._pieces: dict[int, Piece] = {}
+        self._summing = self._summing_inbound_bytes = 0
         self._now_s: Callable[[], float] = lambda: 0.0
         self._next_piece = PIECE_OP_IDS
         self._begun_s: dict[int, float] | None = None
@@ -109,6 +125,8 @@ class TransferActor:
         self._report = report
         self._now_s = asyncio.get_running_loop().time
         self._port.connect(self._bell.ring)
+        if self._checks is not None:
+            self._checks.checksummer.connect(self._bell.ring)
 
     def post(self, transfer: Transfer) -> None:
         """Queue a transfer, whose end is reported exactly once.
@@ -146,8 +164,8 @@ class TransferActor:
 
     def oldest_s(self) -> float:
         """Return for how many seconds the oldest piece has been in flight; 0 if there is none."""
-        for *_, begin_s in self._pieces.values():
-            return self._now_s() - begin_s
+        for piece in self._pieces.values():
+            return self._now_s() - piece.begin_s
         return 0.0
 
     def window_bytes(self, inbound: bool) -> int:
@@ -172,8 +190,14 @@ class TransferActor:
             self._turn()
 
     def close(self) -> None:
-        """Release the port."""
-        self._port.close()
+        """Check that nothing is in flight.
+
+        Raises:
+            InvariantError: pieces are in flight; their ends will not be reported.
+        """
+        if stages := Counter(piece.stage.value for piece in self._pieces.values()):
+            left = ", ".join(f"{count} {stage}" for stage, count in stages.items())
+            raise InvariantError(f"{self.name} actor closed with pieces unreaped: {left}")
 
     def _turn(self) -> None:
         ends: list[Completion] = []
@@ -194,14 +218,17 @@ class TransferActor:
             self._report(ends)
 
     def _pump(self, lane: Lane, inbound: bool, pieces_max: int | None = None) -> bool:
-        """Submit pieces while the window has room; return whether any was submitted."""
+        """Begin pieces while the window has room; return whether any was begun."""
+        if not lane:
+            return False
         pieces, submit, begun_s = self._pieces, self._port.submit, self._begun_s
+        checks = None if inbound else self._checks
         window = self._paces.get(inbound) or self._windows[inbound]
         limit, piece_bytes_max = window.bytes_max, window.piece_bytes_max
-        in_flight, submitted, now_s = self.in_flight_bytes[inbound], 0, self._now_s()
+        in_flight, begun, now_s = self.in_flight_bytes[inbound], 0, self._now_s()
         # Discount at most one window, so that slow checksumming cannot pile up bytes.
-        arrived = min(self._port.arrived_bytes, limit) if inbound else 0
-        while submitted != pieces_max:
+        arrived = min(self._summing_inbound_bytes, limit) if inbound else 0
+        while begun != pieces_max:
             # Whatever its size, one piece may always be in flight.
             busy = in_flight - arrived
             taken = lane.take(piece_bytes_max, limit - busy if busy else ANY_BYTES)
@@ -210,17 +237,21 @@ class TransferActor:
             cursor, begin, units = taken
             in_flight += units * cursor.unit_bytes
             self.in_flight_bytes[inbound] = in_flight
-            piece = cursor.transfer
+            transfer = cursor.transfer
             if begun_s is not None and not begin:
-                begun_s[piece.op_id] = now_s
+                begun_s[transfer.op_id] = now_s
             if units != cursor.units or cursor.watch is not None:
-                piece = self._piece(cursor, begin, units)
-            pieces[piece.op_id] = (cursor, begin, units, now_s)
-            submit(piece)
-            submitted += 1
-        return submitted > 0
+                transfer = self._part(cursor, begin, units)
+            piece = Piece(transfer, cursor, begin, units, now_s, now_s)
+            if checks is None or checks.kept is None:
+                submit(transfer)
+            else:
+                self._begin_write(piece, checks.checksummer.sums, checks.kept)
+            pieces[transfer.op_id] = piece
+            begun += 1
+        return begun > 0
 
-    def _piece(self, cursor: Cursor, begin: int, units: int) -> Transfer:
+    def _part(self, cursor: Cursor, begin: int, units: int) -> Transfer:
         """Return a part of a transfer as a transfer of its own."""
         self._next_piece += 1
         whole, op_id = cursor.transfer, self._next_piece
@@ -229,33 +260,94 @@ class TransferActor:
             return msgspec.structs.replace(whole, op_id=op_id, layers=layers)
         return msgspec.structs.replace(whole.part(begin, begin + units), op_id=op_id)
 
-    def _reap(self, ends: list[Completion]) -> None:
-        pieces, in_flight = self._pieces, self.in_flight_bytes
-        for completion in self._port.reap():
-            op_id, error, filled = completion
-            cursor, begin, units, begin_s = pieces.pop(op_id)
-            nbytes = units * cursor.unit_bytes
-            in_flight[cursor.inbound] -= nbytes
-            if self._paces and error is None:
-                self._measure_piece(cursor.inbound, nbytes, begin_s)
-            cursor.pieces_in_flight -= 1
-            if cursor.watch is not None and error is None:
-                cursor.end_layers(begin, units)
-            if error is not None:
-                self._fail(cursor, error)
-                cursor.fail_from(begin + filled)
-            if cursor.pieces_in_flight or cursor.queued:
-                continue
-            if op_id < PIECE_OP_IDS:  # it was one piece, so the port's completion is its end
-                self._mailbox.forget(cursor)
-                ends.append(completion)
-            else:
-                self._end(cursor, ends)
+    def _begin_write(self, piece: Piece, host_sums: Sums, kept: KeptSums) -> None:
+        """Submit a write once no journal names its places."""
+        write = piece.transfer
+        check_ids(write, len(host_sums), len(kept.sums))
+        piece.sums = host_sums[write.source_ids]
+        if kept.forget is None or kept.forget(write.target_ids, partial(self._forgotten, piece)):
+            self._port.submit(write)
+        else:
+            piece.stage = Stage.FORGETTING
 
-    def _measure_piece(self, inbound: bool, nbytes: int, begin_s: float) -> None:
+    def _forgotten(self, piece: Piece) -> None:
+        piece.stage, piece.moving_s = Stage.MOVING, self._now_s()
+        self._port.submit(piece.transfer)
+
+    def _reap(self, ends: list[Completion]) -> None:
+        """Take each piece that has ended a stage to the next, or to its end."""
+        pieces, checks = self._pieces, self._checks
+        for completion in self._port.reap():
+            piece = pieces[completion.op_id]
+            if self._paces and completion.error is None:
+                self._measure_piece(piece)
+            if checks is None or piece.transfer.route.target is not Tier.HOST:
+                self._over(piece, completion, ends)
+            elif completion.error is not None:  # blocks without a checksum have not arrived
+                self._over(piece, completion._replace(filled=0), ends)
+            elif not self._begin_summing(piece, checks):
+                self._over(piece, completion, ends)
+        if checks is None or not self._summing:
+            return
+        for op_id in checks.checksummer.reap():
+            piece = pieces[op_id]
+            self._count_summing(piece, -1)
+            if checks.kept is None:
+                self._over(piece, Completion(op_id, None), ends)
+            else:
+                compared = checks.kept.compared(piece.transfer, checks.checksummer.sums)
+                self._over(piece, compared, ends)
+
+    def _begin_summing(self, piece: Piece, checks: BlockChecks) -> bool:
+        """Sum the blocks of a piece that has arrived; return False if they need not be, or not yet.
+
+        Blocks that go layer by layer are summed when the last piece of their transfer has arrived.
+        """
+        cursor = piece.cursor
+        if cursor.watch is None:
+            if checks.port_sums:
+                return False
+        elif cursor.queued or cursor.pieces_in_flight > 1 or cursor.error is not None:
+            return False
+        piece.stage = Stage.SUMMING
+        self._count_summing(piece, 1)
+        transfer = piece.transfer
+        checks.checksummer.submit(transfer.op_id, transfer.target_ids, urgent=True)
+        return True
+
+    def _count_summing(self, piece: Piece, sign: int) -> None:
+        self._summing += sign
+        if piece.cursor.inbound:
+            self._summing_inbound_bytes += sign * piece.units * piece.cursor.unit_bytes
+
+    def _over(self, piece: Piece, completion: Completion, ends: list[Completion]) -> None:
+        """Record the end of a piece, and, with the last one, report that of its transfer."""
+        op_id, error, filled = completion
+        cursor, checks = piece.cursor, self._checks
+        del self._pieces[op_id]
+        self.in_flight_bytes[cursor.inbound] -= piece.units * cursor.unit_bytes
+        cursor.pieces_in_flight -= 1
+        if error is not None:
+            self._fail(cursor, error)
+            cursor.fail_from(piece.begin + filled)
+        elif cursor.watch is not None:
+            cursor.end_layers(piece.begin, piece.units)
+        elif piece.sums is not None and checks is not None and checks.kept is not None:
+            checks.kept.sums[piece.transfer.target_ids] = piece.sums
+        if cursor.pieces_in_flight or cursor.queued:
+            return
+        if error is None and op_id < PIECE_OP_IDS:  # it was one piece, so its end is the whole's
+            self._mailbox.forget(cursor)
+            ends.append(completion)
+        else:
+            self._end(cursor, ends)
+
+    def _measure_piece(self, piece: Piece) -> None:
+        cursor = piece.cursor
+        nbytes = piece.units * cursor.unit_bytes
         for pace in self._paces.values():
             pace.moved(nbytes)
-        self._paces[inbound].ended(nbytes, begin_s, self._now_s())
+        self._paces[cursor.inbound].ended(nbytes, piece.moving_s, self._now_s())
 
     def _measure(self) -> None:
         """Adapt the paced windows to the disk."""
@@ -280,102 +372,3 @@ class TransferActor:
     def _end(self, cursor: Cursor, ends: list[Completion]) -> None:
         self._mailbox.forget(cursor)
         ends.append(Completion(cursor.transfer.op_id, cursor.error, cursor.filled))
-
-
-class Supervisor:
-    """The root task of an engine and the group of its other tasks, which are all started here.
-
-    A task that raises is a bug of ours: it is logged, the group ends, and `on_failure` is called,
-    so that nobody waits for an answer that cannot come. A session, which serves one peer and holds
-    no state of the engine, ends alone.
-    """
-
-    def __init__(self, on_failure: Callable[[BaseException], None]) -> None:
-        self._on_failure = on_failure
-        self._stop = asyncio.Event()
-        self._started = asyncio.Event()
-        self._group = asyncio.TaskGroup()
-        self._root: asyncio.Task[None] | None = None
-        self._permanent: list[asyncio.Task[None]] = []
-        self._tasks: set[asyncio.Task[Any]] = set()
-
-    async def start(self) -> None:
-        """Start the root task."""
-        self._root = asyncio.get_running_loop().create_task(self._main(), name="flexkv")
-        await self._started.wait()
-
-    def spawn(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start a task that ends by itself; one that raises ends the engine."""
-        return cast("asyncio.Task[T]", self._spawn(name, work, is_session=False))
-
-    def spawn_session(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Start a task that serves one peer; what it raises is logged, and ends only this task.
-
-        An InternalError ends the engine all the same: it means that the engine's own state is
-        wrong, and not what the peer has sent.
-        """
-        return self._spawn(name, work, is_session=True)
-
-    def _spawn(
-        self, name: str, work: Coroutine[Any, Any, T], is_session: bool
-    ) -> asyncio.Task[T | None]:
-        reporting = self._reporting(name, work, is_session)
-        task = self._group.create_task(reporting, name=f"flexkv {name}")
-        # A task that is cancelled before its first step never awaits its work.
-        task.add_done_callback(lambda _: work.close())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    def keep(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        """Start a task that runs until `stop`."""
-        self._permanent.append(self.spawn(name, work))
-
-    async def stop(self) -> None:
-        """Cancel the permanent tasks and return once every task is over."""
-        self._stop.set()
-        if self._root is not None:
-            await asyncio.wait([self._root])
-
-    def abandon(self) -> None:
-        """Cancel every task, without waiting for its end: the loop may no longer run.
-
-        No task takes another step, not even one that has been woken already.
-        """
-        for task in (*self._tasks, self._root):
-            if task is not None:
-                task.cancel()
-
-    async def _main(self) -> None:
-        try:
-            async with self._group:
-                self._started.set()
-                await self._stop.wait()
-                for task in self._permanent:
-                    task.cancel()
-        except BaseExceptionGroup as failures:
-            self._on_failure(failures.exceptions[0])
-
-    async def _reporting(
-        self, name: str, work: Coroutine[Any, Any, T], is_session: bool
-    ) -> T | None:
-        """Run a task, and report at once what it raises, since others may wait for its work."""
-        try:
-            return await work
-        except Exception as error:
-            log.exception("task_failed", task=name)
-            if is_session and not isinstance(error, InternalError):
-                return None
-            self._on_failure(error)
-            raise
-
-
-def spawn_on(
-    loop: asyncio.AbstractEventLoop,
-    work: Coroutine[Any, Any, T],
-    ended: Callable[[asyncio.Task[T]], None],
-) -> asyncio.Task[T]:
-    """Start a task for a caller in another thread; `ended` is called once, when it is over."""
-    task = loop.create_task(work, name="flexkv call")
-    task.add_done_callback(ended)
-    return task

@@ -42,7 +42,6 @@ class Cursor(msgspec.Struct):
     failed_from: int | None = None
     """The first block that did not arrive; None while nothing has failed."""
     queued: bool = True
-    layers_left: list[int] | None = None
     layers_ended: dict[int, int] | None = None
     """Pieces that ended before an earlier one did: first layer to last layer, exclusive."""
     layers_moved: int = 0
@@ -73,8 +72,7 @@ class Cursor(msgspec.Struct):
 
     def layers(self, first: int, units: int) -> Layers:
         """Return the description of a piece that has `units` layers, from `first` on."""
-        assert self.layers_left is not None
-        return Layers(first, first + units, self.transfer.op_id, self.layers_left)
+        return Layers(first, first + units, self.transfer.op_id)
 
     def end_layers(self, first: int, units: int) -> None:
         """Record the end of a piece, and notify the watch if the unbroken run of layers grew."""
@@ -218,7 +216,7 @@ class Mailbox:
         cursor = Cursor(transfer, transfer.owner, inbound, blocks, self._block_bytes, watch)
         if watch is not None:
             cursor.units = watch.num_layers
-            cursor.layers_left, cursor.layers_ended = [watch.num_layers], {}
+            cursor.layers_ended = {}
             cursor.unit_bytes = max(1, blocks * self._block_bytes // watch.num_layers)
         self._cursors[transfer.op_id] = cursor
         (self.inbound if inbound else self.outbound).append(cursor)

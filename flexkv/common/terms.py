@@ -166,8 +166,6 @@ class Layers(NamedTuple):
     first: int
     last: int
     whole: int
-    left: list[int]
-    """[Layers that have not ended]: one list, which all pieces of the transfer share."""
 
 
 class Transfer(msgspec.Struct, frozen=True, gc=False):

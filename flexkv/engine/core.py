@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from flexkv.actors.actor import Supervisor, TransferActor, Window
+from flexkv.actors.actor import TransferActor, Window
+from flexkv.actors.checks import BlockChecks
 from flexkv.actors.scheduler import Scheduler
+from flexkv.actors.supervisor import Supervisor
 from flexkv.actors.write_behind import WriteBehind
 from flexkv.common.config import CacheConfig, CacheSizes
 from flexkv.common.terms import Tier
@@ -61,7 +63,8 @@ class Core:
         self.backing |= {parts.tier: parts.port.adapter for parts in self._tiers}
         self.actors: dict[Tier, TransferActor] = {}
         for parts in self._tiers:
-            self.add_actor(parts.tier, parts.port, parts.inbound, parts.outbound)
+            windows = parts.inbound, parts.outbound
+            self.add_actor(parts.tier, parts.port, windows, parts.checks)
         log_every = cache.num_log_interval_requests
         self.observer = Observer(sizes.block_bytes, log_every_requests=log_every)
         self.observer.remind = backend.unavailable.remind
@@ -81,10 +84,14 @@ class Core:
         )
 
     def add_actor(
-        self, tier: Tier, port: TransferPort, inbound: Window, outbound: Window
+        self,
+        tier: Tier,
+        port: TransferPort,
+        windows: tuple[Window, Window],
+        checks: BlockChecks | None,
     ) -> TransferActor:
         """Add the actor of a tier or device, and return it; it is not started yet."""
-        actor = TransferActor(tier, port, inbound, outbound, self._waiting_max)
+        actor = TransferActor(tier, port, windows, self._waiting_max, checks)
         self.actors[tier] = actor
         return actor
 

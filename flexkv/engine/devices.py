@@ -21,9 +21,9 @@ from flexkv.common.errors import (
     TransferError,
 )
 from flexkv.common.layout import Order
-from flexkv.io.ports import DevicePort, TransferPort
+from flexkv.io.ports import DevicePort
 from flexkv.observe.logs import get_logger
-from flexkv.tiers.backend import Backend, Device
+from flexkv.tiers.backend import Backend, Device, JoinedDevices
 
 log = get_logger(__name__)
 
@@ -106,7 +106,7 @@ class Devices:
             return ClosedError("the device is suspended: call resume_device first")
         return None
 
-    def register(self, kv_caches: Any, layout: str | None, tp_rank: int) -> TransferPort | None:
+    def register(self, kv_caches: Any, layout: str | None, tp_rank: int) -> JoinedDevices | None:
         """Register a rank's KV caches; with the last rank's, return the port over all devices.
 
         Raises:
@@ -123,10 +123,12 @@ class Devices:
             undo.callback(device.port.close)
             self._check_order(device)
             by_rank = {**self._by_rank, tp_rank: device}
-            port = None
+            joined = None
             if len(by_rank) == self._tp_size:
-                port = self._backend.joined([each for _, each in sorted(by_rank.items())])
-                undo.callback(port.close)
+                joined = self._backend.joined([each for _, each in sorted(by_rank.items())])
+                undo.callback(joined.port.close)
+                if joined.checks is not None:
+                    undo.callback(joined.checks.checksummer.close)
             self._undo.push(undo.pop_all())
         self._by_rank = by_rank
         self._look()
@@ -134,7 +136,7 @@ class Devices:
         if device.place[0] == "cuda":
             with self._lock:
                 self.streams.append(device.port)
-        return port
+        return joined
 
     def order_after(self, to_device: bool) -> None:
         """Make later copies in one direction wait for what this thread's streams have queued.

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from flexkv.actors.actor import Supervisor
 from flexkv.actors.scheduler import Scheduler
+from flexkv.actors.supervisor import Supervisor
 from flexkv.actors.write_behind import WriteBehind
 from flexkv.common.errors import (
     ClosedError,

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from flexkv.actors.actor import Supervisor
 from flexkv.actors.scheduler import Scheduler
+from flexkv.actors.supervisor import Supervisor
 from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
 from flexkv.common.errors import ClosedError, ConfigError, InternalError, InvariantError
 from flexkv.common.layout import Order, is_natural
@@ -116,6 +116,8 @@ class Engine:
         self._residency = core.residency
         self._scheduler, self._observer, self._behind = core.scheduler, core.observer, core.behind
         self._actors = core.actors
+        for actor in self._actors.values():
+            undo.callback(actor.close)
         self._durability = Durability(
             self._scheduler, self._behind, backend.tiers(), backend.unavailable, self._supervisor,
             cache.io_deadline_s,
@@ -154,11 +156,13 @@ class Engine:
             ClosedError: not open.
         """
         self._check_open()
-        port = self._devices.register(kv_caches, layout, tp_rank)
-        if port is not None:
+        joined = self._devices.register(kv_caches, layout, tp_rank)
+        if joined is not None:
             self._take_order(self._devices.order)
             window = device_window(self.cache, self._devices.kind)
-            actor = self._core.add_actor(Tier.DEVICE, port, window, window)
+            windows = window, window
+            actor = self._core.add_actor(Tier.DEVICE, joined.port, windows, joined.checks)
+            self._resources.callback(actor.close)
             actor.note_begins(self._tracing.is_on)
             self._scheduler.watch.watches_device = self._devices.kind != "agents"
             self._core.start_actor(actor, self._supervisor)

@@ -6,8 +6,8 @@ import asyncio
 
 import numpy as np
 
-from flexkv.actors.actor import Supervisor
 from flexkv.actors.scheduler import Scheduler
+from flexkv.actors.supervisor import Supervisor
 from flexkv.actors.write_behind import WriteBehind
 from flexkv.common.errors import ClosedError, DeadlineError, FlexKVError, StorageError
 from flexkv.observe.logs import get_logger

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from flexkv.actors.actor import Supervisor
+from flexkv.actors.supervisor import Supervisor
 from flexkv.common.config import ModelConfig
 from flexkv.common.errors import FlexKVError
 from flexkv.common.request import KVResponse, Operation, Request

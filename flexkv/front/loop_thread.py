@@ -10,7 +10,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar, cast
 
-from flexkv.actors.actor import spawn_on
+from flexkv.actors.supervisor import spawn_on
 from flexkv.common.errors import ClosedError
 from flexkv.process import forks
 

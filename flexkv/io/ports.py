@@ -13,11 +13,17 @@ more. An adapter need not limit or order transfers: its actor does, by choosing 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from flexkv.common.errors import TransferError
 from flexkv.common.layout import PagedLayout
-from flexkv.common.terms import Transfer
+from flexkv.common.terms import BlockIds, Transfer
+
+Sums: TypeAlias = NDArray[np.uint64]
+"""Checksums of blocks: uint64[n]."""
 
 
 class Completion(NamedTuple):
@@ -36,14 +42,6 @@ class TransferPort(Protocol):
     @property
     def block_bytes(self) -> int:
         """Return the bytes moved for one block."""
-        ...
-
-    @property
-    def arrived_bytes(self) -> int:
-        """Return the inbound bytes that have arrived, of transfers that have not ended yet.
-
-        The actor counts up to one window of them as not in flight: the device is done with them.
-        """
         ...
 
     def connect(self, wake: Callable[[], None]) -> None:
@@ -114,4 +112,39 @@ class DurablePort(TransferPort, Protocol):
         Raises:
             StorageError: the device reported an error.
         """
+        ...
+
+
+class Checksummer(Protocol):
+    """Sums host blocks in the background, off the event loop.
+
+    Attributes:
+        sums: uint64[host blocks], the sum of each.
+    """
+
+    sums: Sums
+
+    def connect(self, wake: Callable[[], None]) -> None:
+        """Attach to the running loop, which calls `wake` when `reap` has something to return."""
+        ...
+
+    def submit(self, op_id: int, host_ids: BlockIds, urgent: bool) -> None:
+        """Start to sum host blocks into `sums`, which is undefined for them until `reap`.
+
+        Args:
+            op_id: identifies the op in `reap`.
+            host_ids: int64[n], all different.
+            urgent: whether it goes before ops that are not urgent.
+
+        Raises:
+            ValueError: an id is out of range.
+        """
+        ...
+
+    def reap(self) -> list[int]:
+        """Return the ids of the ops that ended since the last call."""
+        ...
+
+    def close(self) -> None:
+        """Detach from the loop, and end every thread."""
         ...

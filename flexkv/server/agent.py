@@ -16,7 +16,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
-from flexkv.actors.actor import Supervisor
+from flexkv.actors.supervisor import Supervisor
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ClosedError, ConfigError, DeviceError, FlexKVError
 from flexkv.common.terms import Route, Tier, Transfer

@@ -31,7 +31,6 @@ COPIES_MIN = 4
 class RemoteDevice:
     """The calls of a port that need no action when the device is in another process."""
 
-    arrived_bytes = 0
     failure: TransferError | None = None
 
     def order_after(self, to_device: bool) -> None:

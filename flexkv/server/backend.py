@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
 from flexkv.io.device.tensors import KVCaches
-from flexkv.io.ports import TransferPort
 from flexkv.server.fleet import FleetPort
 from flexkv.tiers.backend import Device, LocalBackend
 
@@ -24,7 +21,3 @@ class ServerBackend(LocalBackend):
     def device(self, kv_caches: KVCaches, layout: str | None, tp_rank: int) -> Device:
         """Return the port over all agents, which the server registers once."""
         return Device(self.fleet, self.fleet.num_blocks, "agents", ("agents", 0))
-
-    def joined(self, devices: Sequence[Device]) -> TransferPort:
-        """Return the port with the checksums that the SSD tier needs, since agents compute none."""
-        return self.summed(devices[0].port)

@@ -21,7 +21,7 @@ from collections.abc import Coroutine, Iterator
 from contextlib import suppress
 from typing import Any
 
-from flexkv.actors.actor import Supervisor
+from flexkv.actors.supervisor import Supervisor
 from flexkv.common.errors import ConfigError
 from flexkv.observe.logs import get_logger
 from flexkv.server.link import Link

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import structs
 
-from flexkv.actors.actor import Supervisor
+from flexkv.actors.supervisor import Supervisor
 from flexkv.common.arguments import integer
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import (

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flexkv.actors.actor import Supervisor
+from flexkv.actors.supervisor import Supervisor
 from flexkv.common.errors import ClosedError, FlexKVError, error_from
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.engine.runner import ALONE, RequestOwner

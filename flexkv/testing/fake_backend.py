@@ -10,19 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv.actors.checks import BlockChecks, KeptSums
 from flexkv.common.config import CacheConfig
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
-from flexkv.io.checksums.checked import CheckedDiskPort
-from flexkv.io.checksums.summed import SummedPort
-from flexkv.io.ports import TransferPort
 from flexkv.io.ssd.journal import Journal
 from flexkv.testing.fake_far import FakeFar, FarPort
 from flexkv.testing.fakes import FakeChecksummer, FakePort
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.lossy_files import LossyFiles
 from flexkv.testing.virtual_time import VirtualThread
-from flexkv.tiers.backend import Device, Progress
+from flexkv.tiers.backend import Device, JoinedDevices, Progress
 from flexkv.tiers.ledger import Ledger
 from flexkv.tiers.limits import disk_windows
 from flexkv.tiers.parts import TierHooks, TierParts, Work
@@ -96,20 +94,22 @@ class FakeBackend:
         self.port = FakePort(self._store, self._memory, self._faults, BLOCK_KEY_BYTES)
         checksummer = FakeChecksummer(self._memory, self._faults)
         self._sums = checksummer.sums
-        disk = CheckedDiskPort(self.port, checksummer, disk_blocks, lambda block: ("fake", block))
-        undo.callback(disk.close)
+        kept = KeptSums(disk_blocks, lambda block: ("fake", block))
+        undo.callback(self.port.close)
         if self.files:
             self.ledger = Ledger(
                 [Journal(Path("fake"), files) for files in self.files],
                 disk_blocks,
-                disk.sums,
+                kept.sums,
                 lambda _: VirtualThread(self._faults.delay_s),
             )
             self.ledger.journal_bytes_min, self.ledger.snapshot_blocks = 300, 4
             undo.callback(self.ledger.close)
-            disk.forget = self.ledger.forget
-        windows, ledger = self.windows, self.ledger
-        return TierParts(Tier.DISK, disk_blocks, disk, *windows, ledger, work=self._work)
+            kept.forget = self.ledger.forget
+        return TierParts(
+            Tier.DISK, disk_blocks, self.port, *self.windows, self.ledger, work=self._work,
+            checks=BlockChecks(checksummer, kept),
+        )  # fmt: skip
 
     def _work(self, hooks: TierHooks) -> Work:
         return {} if self.ledger is None else {"ledger": self.ledger.run()}
@@ -131,9 +131,9 @@ class FakeBackend:
         device.port.resume(layout, kv_caches)
         return device
 
-    def joined(self, devices: Sequence[Device]) -> TransferPort:
+    def joined(self, devices: Sequence[Device]) -> JoinedDevices:
         """Return the one device's port, with checksums behind it for what comes layer by layer."""
         if self._sums is None:
-            return devices[0].port
+            return JoinedDevices(devices[0].port, None)
         checksummer = FakeChecksummer(self._memory, self._faults, self._sums)
-        return SummedPort(devices[0].port, checksummer, inner_keeps_sums=True)
+        return JoinedDevices(devices[0].port, BlockChecks(checksummer, port_sums=True))

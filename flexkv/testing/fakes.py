@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from flexkv.common.errors import ClosedError, InvariantError, StorageError, TransferError
 from flexkv.common.extents import check_ids
 from flexkv.common.terms import BlockIds, Tier, Transfer
-from flexkv.io.checksums.sums import Sums
-from flexkv.io.ports import Completion
+from flexkv.io.ports import Completion, Sums
 from flexkv.testing.faults import FaultPlan
 
 SECTOR_BYTES = 4
@@ -43,7 +42,7 @@ class FakePort:
     is used before its completion is reaped. A transfer that fails moves only the first part.
     """
 
-    arrived_bytes, adapter = 0, "FakePort"
+    adapter = "FakePort"
 
     def __init__(
         self,

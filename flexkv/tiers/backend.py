@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol
 
+from flexkv.actors.checks import BlockChecks
 from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import Order, PagedLayout, infer_layout
 from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
-from flexkv.io.checksums.summed import SummedPort
 from flexkv.io.checksums.sums import PoolChecksummer
 from flexkv.io.cuda.choice import CopyPreference
 from flexkv.io.cuda.driver import BoundDriver, why_no_gds
@@ -25,7 +25,7 @@ from flexkv.io.device.cpu import CpuDevicePort
 from flexkv.io.device.ranks import RanksPort
 from flexkv.io.device.tensors import KVCaches, check_dtype, describe, device_of, kv_cache_list
 from flexkv.io.memory.arena import Arena, check_memory
-from flexkv.io.ports import DevicePort, TransferPort
+from flexkv.io.ports import DevicePort, Sums, TransferPort
 from flexkv.observe.logs import get_logger
 from flexkv.process.stoppable import no_pause, run_stoppable
 from flexkv.tiers.limits import memory_error_named
@@ -54,6 +54,14 @@ class Device(NamedTuple):
         if kind == "agents":
             return {"device": kind, "layout": self.layout}
         return {"device": f"{kind}:{number}", "layout": self.layout, "blocks": self.num_blocks}
+
+
+class JoinedDevices(NamedTuple):
+    """One port over the devices of all ranks, and what sums the blocks that it brings."""
+
+    port: TransferPort
+    checks: BlockChecks | None
+    """None if no tier needs the sums."""
 
 
 class Backend(Protocol):
@@ -91,7 +99,7 @@ class Backend(Protocol):
         """Return a suspended device with its port open to KV caches again."""
         ...
 
-    def joined(self, devices: Sequence[Device]) -> TransferPort:
+    def joined(self, devices: Sequence[Device]) -> JoinedDevices:
         """Return one port over the devices of all ranks, which come in rank order."""
         ...
 
@@ -186,6 +194,12 @@ class LocalBackend:
         return self._tiers
 
     @property
+    def sums(self) -> Sums | None:
+        """Return the sums of host memory, which all tiers share: uint64[blocks]; None without."""
+        checks = (parts.checks for parts in self._tiers)
+        return next((each.checksummer.sums for each in checks if each is not None), None)
+
+    @property
     def arena(self) -> Arena:
         """Return the host memory."""
         return self._arena
@@ -209,7 +223,7 @@ class LocalBackend:
             self._arena,
             owner=tuple(tensors),
             threads=self._cache.copy_threads or min(4, os.cpu_count() or 1),
-            sums=self.ssd.sums if self._model.parts == 1 else None,
+            sums=self.sums if self._model.parts == 1 else None,
         )
         return Device(port, pages.num_blocks, pages.name, order=pages.order)
 
@@ -250,17 +264,15 @@ class LocalBackend:
         device.port.resume(pages, tuple(tensors))
         return Device(device.port, pages.num_blocks, pages.name, place, pages.order)
 
-    def joined(self, devices: Sequence[Device]) -> TransferPort:
-        """Return one port over the devices of all ranks that keeps the sums for the SSD tier."""
+    def joined(self, devices: Sequence[Device]) -> JoinedDevices:
+        """Return one port over the devices of all ranks, with the sums that the tiers need."""
+        port, sums = self._over_ranks(devices), self.sums
+        if sums is None:
+            return JoinedDevices(port, None)
         # A CPU device that copies whole blocks sums them as it copies.
-        summed = self._model.parts == 1 and {each.place[0] for each in devices} == {"cpu"}
-        return self.summed(self._over_ranks(devices), summed)
-
-    def summed(self, port: TransferPort, inner_keeps_sums: bool = False) -> TransferPort:
-        """Return a port that also keeps the sums for the SSD tier, if there is one."""
-        if self.ssd.sums is None:
-            return port
-        return SummedPort(port, PoolChecksummer(self._arena, sums=self.ssd.sums), inner_keeps_sums)
+        port_sums = self._model.parts == 1 and {each.place[0] for each in devices} == {"cpu"}
+        checksummer = PoolChecksummer(self._arena, sums=sums)
+        return JoinedDevices(port, BlockChecks(checksummer, port_sums=port_sums))
 
     def _over_ranks(self, devices: Sequence[Device]) -> TransferPort:
         port: TransferPort = devices[0].port

@@ -18,12 +18,12 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv.actors.actor import Bell
+from flexkv.actors.supervisor import Bell
 from flexkv.common.errors import ClosedError, StorageError
 from flexkv.common.terms import BlockIds, Tier
 from flexkv.index.forest import forest
 from flexkv.index.residency import Residency
-from flexkv.io.checksums.sums import Sums
+from flexkv.io.ports import Sums
 from flexkv.io.ssd import journal
 from flexkv.io.ssd.files import Missing
 from flexkv.io.ssd.journal import RECORD_BYTES, Journal
@@ -73,7 +73,7 @@ class Ledger:
         Args:
             journals: one for each directory.
             num_blocks: the number of blocks of the tier.
-            sums: uint64[num_blocks], which the port keeps.
+            sums: uint64[num_blocks], which the tier's actor keeps.
             thread: returns an executor of one thread with the given name, for calls that block.
         """
         self._journals = Journals(journals)

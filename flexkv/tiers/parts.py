@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from flexkv.actors.actor import Window
+from flexkv.actors.checks import BlockChecks
 from flexkv.common.errors import CorruptBlockError, StorageError
 from flexkv.common.terms import BlockIds, Tier
 from flexkv.index.residency import Residency
@@ -105,6 +106,7 @@ class TierParts:
         persistence: what makes its blocks survive; None if nothing does.
         presence: the check that it is in place; None if there is none.
         work: returns the tasks that the engine has to run for the tier.
+        checks: what sums its blocks and compares them; None if they are not checked.
     """
 
     tier: Tier
@@ -115,3 +117,4 @@ class TierParts:
     persistence: Persistence | None = None
     presence: PresenceCheck | None = None
     work: Callable[[TierHooks], Work] = no_work
+    checks: BlockChecks | None = None

@@ -15,7 +15,7 @@ import numpy as np
 
 from flexkv.common.errors import CorruptBlockError
 from flexkv.common.terms import BlockIds
-from flexkv.io.checksums.sums import Sums
+from flexkv.io.ports import Sums
 from flexkv.io.ssd.files import StripedFiles
 from flexkv.io.ssd.verify import BlockVerifier
 from flexkv.process.workers import Workers
@@ -32,7 +32,7 @@ class Scrubber:
     """
 
     def __init__(self, files: StripedFiles, sums: Sums, ledger: Ledger, bytes_per_s: float) -> None:
-        """Take the files, the sums that the port keeps, and the ledger, which knows which count."""
+        """Take the files, the sums that are kept, and the ledger, which knows which count."""
         self.checked_blocks = 0
         self._files, self._sums, self._ledger = files, sums, ledger
         self._reader = BlockVerifier(files.block_stride_bytes, BATCH_BYTES)
@@ -65,8 +65,7 @@ class Scrubber:
         changed = ids[same & (found != expected)].tolist()
         if not changed:
             return None
-        file, offset = self._files.locate_one(changed[0])
-        return CorruptBlockError(self._files.paths[file], offset, changed)
+        return CorruptBlockError(*self._files.place_of(changed[0]), changed)
 
     def _read(self, ids: BlockIds, expected: Sums) -> Sums:
         """Return the blocks' sums; an unreadable block counts as right, since loads report it."""

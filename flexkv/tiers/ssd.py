@@ -7,14 +7,16 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from flexkv.actors.checks import BlockChecks, KeptSums
 from flexkv.common.config import MB, CacheConfig, CacheSizes, ModelConfig
 from flexkv.common.terms import Tier
 from flexkv.index.keys import block_identity
-from flexkv.io.checksums.sums import PoolChecksummer, Sums
+from flexkv.io.checksums.sums import PoolChecksummer
 from flexkv.io.memory.arena import Arena
 from flexkv.io.ssd import missed_clears
+from flexkv.io.ssd.adapter import open_disk
 from flexkv.io.ssd.files import FileOptions
-from flexkv.io.ssd.open import SsdRequest, TakenSsd, distinct, open_ssd, refuse, take_ssd
+from flexkv.io.ssd.open import SsdRequest, TakenSsd, distinct, refuse, take_ssd
 from flexkv.io.ssd.superblock import FORMAT_VERSION, Superblock
 from flexkv.io.ssd.uring import RingOptions
 from flexkv.tiers.ledger import Ledger
@@ -29,8 +31,6 @@ class SsdTier:
     """The SSD tier of one engine.
 
     Attributes:
-        sums: uint64[host blocks], the checksums of host memory; None before `open`, and without
-            files.
         scrubber: reads the tier in idle time; None if nothing does.
         ledger: makes the tier survive; None if nothing does.
     """
@@ -39,7 +39,6 @@ class SsdTier:
         self, model: ModelConfig, cache: CacheConfig, sizes: CacheSizes, unavailable: Unavailable
     ) -> None:
         """Take the configuration, and where to note what cannot be used."""
-        self.sums: Sums | None = None
         self.scrubber: Scrubber | None = None
         self.ledger: Ledger | None = None
         self._presence: Presence | None = None
@@ -81,18 +80,19 @@ class SsdTier:
             return None
         cache, files = self._cache, self._taken.files
         options = RingOptions(entries=cache.iouring_entries, flags=cache.iouring_flags)
-        checksummer = PoolChecksummer(arena)
-        self.sums = checksummer.sums
-        port = open_ssd(arena, files, options, checksummer, undo)
+        checksummer, kept = PoolChecksummer(arena), KeptSums(files.num_blocks, files.place_of)
+        undo.callback(checksummer.close)
+        port = open_disk(arena, files, options)
+        undo.callback(port.close)
         if self._taken.journals is not None:
-            ledger = self.ledger = Ledger(self._taken.journals, files.num_blocks, port.sums)
+            ledger = self.ledger = Ledger(self._taken.journals, files.num_blocks, kept.sums)
             if self._unavailable.directories:
                 ledger.note_missed = partial(missed_clears.note, files.folders)
             undo.callback(ledger.close)
-            port.forget = ledger.forget
+            kept.forget = ledger.forget
             if cache.ssd_scrub_mb_per_s:
                 rate = cache.ssd_scrub_mb_per_s * MB
-                self.scrubber = Scrubber(files, port.sums, ledger, rate)
+                self.scrubber = Scrubber(files, kept.sums, ledger, rate)
                 undo.callback(self.scrubber.close)
         presence = self._presence = Presence(files, self.ledger, self._unavailable)
         undo.callback(presence.close)
@@ -104,6 +104,7 @@ class SsdTier:
             self.ledger,
             presence,
             self._work,
+            BlockChecks(checksummer, kept),
         )
 
     def _work(self, hooks: TierHooks) -> Work:

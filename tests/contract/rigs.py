@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv.actors.actor import TransferActor, Window
+from flexkv.actors.checks import BlockChecks, KeptSums
 from flexkv.common.layout import KVShape, Part, infer_layout
 from flexkv.common.terms import BlockIds, Route, Tier, Transfer
-from flexkv.io.checksums.checked import CheckedDiskPort
-from flexkv.io.checksums.summed import SummedPort
 from flexkv.io.cuda.choice import Choices, CopyMethod, CopyPreference
 from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
@@ -102,11 +102,58 @@ def cpu_rig(tokens_per_block: int) -> Rig:
     return rig
 
 
-def summed_rig(_: Path) -> Rig:
-    """Return a port that checksums, over the fake port and a checksummer with delays."""
+class ActorPort:
+    """An actor over a port, driven as a port is: `submit` and `reap` make its turns.
+
+    It shows that the stages of an actor keep the contract of the port that they surround.
+    """
+
+    def __init__(self, tier: Tier, port: FakePort, checks: BlockChecks) -> None:
+        window = Window(1 << 30, 1 << 30)
+        self._port = port
+        self._actor = TransferActor(tier, port, (window, window), 1 << 10, checks)
+        self._ended: list[Completion] = []
+        self.sync = port.sync
+        self._closed = False
+
+    @property
+    def block_bytes(self) -> int:
+        """Return the bytes moved for one block."""
+        return self._port.block_bytes
+
+    def connect(self, wake: Callable[[], None]) -> None:
+        """Attach the actor; the suite makes its turns, so a ring of its bell is a wake."""
+        vars(self._actor._bell)["ring"] = wake
+        self._actor.attach(self._ended.extend)
+
+    def submit(self, transfer: Transfer) -> None:
+        """Post a transfer, and make a turn."""
+        self._actor.post(transfer)
+        self._actor._turn()
+
+    def reap(self) -> list[Completion]:
+        """Make a turn, and return every transfer that ended since the last call."""
+        self._actor._turn()
+        ended = self._ended.copy()
+        self._ended.clear()
+        return ended
+
+    def close(self) -> None:
+        """Close the actor, then the port."""
+        try:
+            self._port.close()
+        finally:
+            if not self._closed:
+                self._closed = True
+                self._actor.close()
+
+
+def device_actor_rig(_: Path) -> Rig:
+    """Return the actor of a device, which sums what it brings to the host, over the fake port."""
     rig, faults = fake_rig(_), FaultPlan(2, delay_max_s=0.002)
     assert rig.host is not None
-    return Rig(SummedPort(rig.port, FakeChecksummer(rig.host, faults)), rig.host, Tier.DISK)
+    checks = BlockChecks(FakeChecksummer(rig.host, faults))
+    return Rig(ActorPort(Tier.DEVICE, rig.port, checks), rig.host, Tier.DEVICE)
 
 
 class BlindSummer(FakeChecksummer):
@@ -117,13 +164,13 @@ class BlindSummer(FakeChecksummer):
         self.sums[host_ids] = 0
 
 
-def checked_rig(_: Path) -> Rig:
-    """Return a port that verifies its reads, over the fake port and a slow checksummer."""
+def tier_actor_rig(_: Path) -> Rig:
+    """Return the actor of a tier, which verifies its reads, over slow fakes."""
     rig, faults = fake_rig(_), FaultPlan(2, delay_max_s=0.002)
     assert rig.host is not None
-    checksummer = BlindSummer(rig.host, faults)
-    port = CheckedDiskPort(rig.port, checksummer, OUTER_BLOCKS, lambda at: ("fake", at))
-    return Rig(port, rig.host, Tier.DISK)
+    kept = KeptSums(OUTER_BLOCKS, lambda at: ("fake", at))
+    checks = BlockChecks(BlindSummer(rig.host, faults), kept)
+    return Rig(ActorPort(Tier.DISK, rig.port, checks), rig.host, Tier.DISK)
 
 
 def cuda_rig(preference: CopyPreference) -> Rig:
@@ -235,8 +282,8 @@ RIGS: dict[str, Callable[[Path], Rig]] = {
     "fake": fake_rig,
     "cpu-inline": cpu_inline_rig,
     "cpu-pooled": cpu_pooled_rig,
-    "summed": summed_rig,
-    "checked": checked_rig,
+    "device-actor": device_actor_rig,
+    "tier-actor": tier_actor_rig,
     "cuda-engine": cuda_engine_rig,
     "cuda-staged": cuda_staged_rig,
     "ranks": ranks_rig,

@@ -11,7 +11,7 @@ from rigs import HOST_BLOCKS, OUTER_BLOCKS, PATIENCE_S, RIGS, Rig
 from flexkv.common.errors import ClosedError, InvariantError
 from flexkv.io.ports import Completion
 
-DURABLE = [name for name in RIGS if not name.startswith(("cpu", "cuda", "ranks", "summed"))]
+DURABLE = [name for name in RIGS if not name.startswith(("cpu", "cuda", "ranks", "device"))]
 
 
 def open_fds():

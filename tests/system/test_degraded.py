@@ -17,7 +17,6 @@ from flexkv.common.errors import ConfigError, DeadlineError, StorageError
 from flexkv.common.request import KVResponseStatus, Operation
 from flexkv.common.terms import Tier
 from flexkv.engine.engine import Engine
-from flexkv.io.checksums.checked import CheckedDiskPort
 from flexkv.io.ports import Completion
 from flexkv.kvmanager import KVManager
 from flexkv.testing.fakes import FakePort
@@ -34,9 +33,8 @@ QUICK = FaultPlan(1, 0.0, 0.0001, 0.001)
 def disk_of(engine: Engine) -> FakePort:
     """Return the fake port that moves the bytes."""
     port = engine._backend.tiers()[0].port
-    assert isinstance(port, CheckedDiskPort)
-    assert isinstance(port._inner, FakePort)
-    return port._inner
+    assert isinstance(port, FakePort)
+    return port
 
 
 async def get(engine: Engine, tokens: Any, seconds: float = 5.0) -> tuple[KVResponseStatus, int]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from flexkv.actors.checks import BlockChecks, KeptSums
 from flexkv.common.config import CacheConfig
 from flexkv.common.errors import (
     CorruptBlockError,
@@ -22,7 +23,6 @@ from flexkv.common.request import KVResponseStatus, Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
 from flexkv.engine.engine import Engine
 from flexkv.index.residency import Residency
-from flexkv.io.checksums.checked import CheckedDiskPort
 from flexkv.io.ports import Completion
 from flexkv.testing.fake_backend import FakeBackend, empty
 from flexkv.testing.fakes import FakeChecksummer, FakePort
@@ -86,8 +86,9 @@ class Records:
 class FarBackend(FakeBackend):
     """A fake backend with a third tier behind the disk."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_checks: bool) -> None:
         super().__init__(HOST, FaultPlan(1, 0.0, 0.0001, 0.001), empty(DISK, 1))
+        self._has_checks = has_checks
         self.store: NDArray[np.uint8] = np.zeros((FAR, BLOCK_KEY_BYTES), np.uint8)
         self.records = Records()
         self.hooks: TierHooks | None = None
@@ -96,12 +97,17 @@ class FarBackend(FakeBackend):
         """Open the disk, and the tier behind it."""
         super().open(undo, progress)
         port = FakePort(self.store, self._memory, self._faults, BLOCK_KEY_BYTES)
-        checksummer = FakeChecksummer(self._memory, self._faults, self._sums)
-        far = CheckedDiskPort(port, checksummer, FAR, lambda block: ("far", block))
-        undo.callback(far.close)
+        undo.callback(port.close)
+        checks = None
+        if self._has_checks:
+            checksummer = FakeChecksummer(self._memory, self._faults, self._sums)
+            checks = BlockChecks(checksummer, KeptSums(FAR, lambda block: ("far", block)))
         self._tiers.append(
-            TierParts(Tier.REMOTE, FAR, far, *self.windows, self.records, work=self._far_work)
-        )
+            TierParts(
+                Tier.REMOTE, FAR, port, *self.windows, self.records,
+                work=self._far_work, checks=checks,
+            )
+        )  # fmt: skip
 
     def _far_work(self, hooks: TierHooks) -> Work:
         self.hooks = hooks
@@ -111,12 +117,12 @@ class FarBackend(FakeBackend):
 class Bench:
     """An engine with three tiers, and a device whose blocks tell the prompt that they are of."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_checks: bool) -> None:
         cache = CacheConfig(
             tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=HOST, num_ssd_blocks=DISK,
             ssd_cache_dir="unused", evict_ratio=0.0,
         )  # fmt: skip
-        self.backend = FarBackend()
+        self.backend = FarBackend(has_checks)
         self.backend.windows = disk_windows(cache)
         self.engine = Engine(MODEL, cache, self.backend)
         self.device = np.zeros((16, BLOCK_KEY_BYTES), np.uint8)
@@ -150,11 +156,11 @@ class Bench:
         return self.engine.residency.counts(tier).ready
 
 
-def on_bench(work: Callable[[Bench], Awaitable[None]]) -> None:
+def on_bench(work: Callable[[Bench], Awaitable[None]], has_checks: bool = True) -> None:
     """Run something on an open engine with three tiers, on a virtual clock, and close it."""
 
     async def run() -> None:
-        bench = Bench()
+        bench = Bench(has_checks)
         await bench.engine.open()
         bench.engine.register_kv_caches([bench.device])
         for number in range(PROMPTS):
@@ -165,7 +171,8 @@ def on_bench(work: Callable[[Bench], Awaitable[None]]) -> None:
     run_virtual(run())
 
 
-def test_a_block_comes_back_from_whichever_tier_has_it() -> None:
+@pytest.mark.parametrize("has_checks", [True, False])
+def test_a_block_comes_back_from_whichever_tier_has_it(has_checks: bool) -> None:
     """Prompts that host memory and the disk have evicted come from the third tier, bytes right."""
 
     async def work(bench: Bench) -> None:
@@ -179,7 +186,24 @@ def test_a_block_comes_back_from_whichever_tier_has_it() -> None:
         assert told.write_behind["remote"].owed_blocks == 0
         assert told.queues["remote"].waiting_ops == 0
 
-    on_bench(work)
+    on_bench(work, has_checks)
+
+
+@pytest.mark.parametrize("has_checks", [True, False])
+def test_a_tier_without_checks_finds_no_corrupt_blocks(has_checks: bool) -> None:
+    """Blocks that change in the third tier are found if it has checks, and only then."""
+
+    async def work(bench: Bench) -> None:
+        bench.backend.store[:] ^= 1
+        request = bench.engine.requests.intake(
+            Operation.PREFETCH, list(range(BLOCKS * TOKENS_PER_BLOCK))
+        )
+        response = (await bench.engine.requests.perform(request)).response
+        assert response is not None
+        assert bool(response.return_mask.any()) is not has_checks
+        assert bench.engine.statistics().corrupt_blocks == (BLOCKS if has_checks else 0)
+
+    on_bench(work, has_checks)
 
 
 @pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK, Tier.REMOTE])

@@ -8,12 +8,13 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
+from flexkv.actors.actor import TransferActor
+from flexkv.actors.checks import BlockChecks, KeptSums
 from flexkv.common.config import CacheConfig
 from flexkv.common.request import KVResponseStatus, Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier, Transfer
 from flexkv.engine.engine import Engine
-from flexkv.io.checksums.checked import CheckedDiskPort
-from flexkv.io.ports import Completion, DurablePort
+from flexkv.io.ports import DurablePort
 from flexkv.testing.fake_backend import FakeBackend, empty
 from flexkv.testing.fakes import FakeChecksummer, FakePort
 from flexkv.testing.faults import FaultPlan
@@ -35,14 +36,17 @@ def prompt(number: int) -> list[int]:
 
 
 class Metered:
-    """A port that counts the blocks in flight in each direction, now and at most."""
+    """A port that counts the blocks that are lent in each direction, now and at most.
+
+    Blocks are lent from `submit` until the actor has done with them, summed and all.
+    """
 
     def __init__(self, inner: DurablePort) -> None:
         self._inner = inner
-        self._lent: dict[int, tuple[bool, int]] = {}
-        self.blocks, self.blocks_max = {True: 0, False: 0}, {True: 0, False: 0}
+        self.actor: TransferActor | None = None
+        self.blocks_max = {True: 0, False: 0}
         self.connect, self.close, self.sync = inner.connect, inner.close, inner.sync
-        self.adapter = "Metered"
+        self.reap, self.adapter = inner.reap, "Metered"
 
     @property
     def block_bytes(self) -> int:
@@ -50,25 +54,17 @@ class Metered:
         return self._inner.block_bytes
 
     @property
-    def arrived_bytes(self) -> int:
-        """Return the bytes that the port reports as arrived."""
-        return self._inner.arrived_bytes
+    def blocks(self) -> dict[bool, int]:
+        """Return how many blocks are lent in each direction."""
+        assert self.actor is not None
+        lent_bytes = self.actor.in_flight_bytes
+        return {inbound: lent_bytes[inbound] // self.block_bytes for inbound in lent_bytes}
 
     def submit(self, transfer: Transfer) -> None:
-        """Start a transfer, and count its blocks."""
-        inbound, count = transfer.route.inbound, transfer.block_count
-        self._lent[transfer.op_id] = inbound, count
-        self.blocks[inbound] += count
-        self.blocks_max[inbound] = max(self.blocks_max[inbound], self.blocks[inbound])
+        """Start a transfer, and count the blocks that are lent by now, its own among them."""
+        for inbound, count in self.blocks.items():
+            self.blocks_max[inbound] = max(self.blocks_max[inbound], count)
         self._inner.submit(transfer)
-
-    def reap(self) -> list[Completion]:
-        """Return the transfers that have ended."""
-        ended = self._inner.reap()
-        for op_id, *_ in ended:
-            inbound, count = self._lent.pop(op_id)
-            self.blocks[inbound] -= count
-        return ended
 
 
 class MeteredBackend(FakeBackend):
@@ -84,10 +80,10 @@ class MeteredBackend(FakeBackend):
         checksummer = FakeChecksummer(self._memory, self._slow)
         self._sums = checksummer.sums
         blocks = len(self._store)
-        checked = CheckedDiskPort(self.port, checksummer, blocks, lambda at: ("fake", at))
-        undo.callback(checked.close)
-        self.meter = Metered(checked)
-        self._tiers = [TierParts(Tier.DISK, blocks, self.meter, *self.windows)]
+        checks = BlockChecks(checksummer, KeptSums(blocks, lambda at: ("fake", at)))
+        undo.callback(self.port.close)
+        self.meter = Metered(self.port)
+        self._tiers = [TierParts(Tier.DISK, blocks, self.meter, *self.windows, checks=checks)]
 
 
 async def put(engine: Engine, number: int) -> None:
@@ -116,6 +112,7 @@ async def opened(backend: MeteredBackend, host: int, **changes: float) -> Engine
     backend.windows = disk_windows(cache)
     engine = Engine(MODEL, cache, backend)
     await engine.open()
+    backend.meter.actor = engine._actors[Tier.DISK]
     engine.register_kv_caches([np.zeros((PROMPT_BLOCKS, BLOCK_KEY_BYTES), np.uint8)])
     for number in range(PROMPTS - 1):
         await put(engine, number)

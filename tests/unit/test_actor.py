@@ -24,7 +24,7 @@ class Bench:
         store = np.zeros((BLOCKS, BLOCK_BYTES), np.uint8)
         port = FakePort(store, store.copy(), FaultPlan(1, 0.0, 0.5, 1.0), BLOCK_BYTES)
         window = Window(BLOCK_BYTES, BLOCK_BYTES)
-        self.actor = TransferActor(Tier.DISK, port, window, window, 8)
+        self.actor = TransferActor(Tier.DISK, port, (window, window), 8)
         self.ended: dict[int, float] = {}
         self._ended = asyncio.Event()
 

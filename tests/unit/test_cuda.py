@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flexkv.actors.actor import TransferActor, Window
+from flexkv.actors.checks import BlockChecks
 from flexkv.common.errors import BackendUnavailableError, ConfigError, DeviceError
 from flexkv.common.layout import KVShape, infer_layout
 from flexkv.common.terms import Route, Tier, Transfer
-from flexkv.io.checksums.summed import SummedPort
 from flexkv.io.checksums.sums import PoolChecksummer
 from flexkv.io.cuda.choice import CopyMethod, CopyPreference
 from flexkv.io.cuda.copy_stream import IDS_MAX
@@ -246,19 +247,31 @@ async def test_what_a_device_brings_is_summed() -> None:
     for layer in rig.layers:
         layer[:] = np.random.default_rng(1).integers(0, 1000, layer.shape)
     checksummer = PoolChecksummer(rig.arena)
-    port = SummedPort(rig.port, PoolChecksummer(rig.arena, 1, checksummer.sums))
-    for each in (port, checksummer):
-        each.connect(rig.woken.set)
+    checks = BlockChecks(PoolChecksummer(rig.arena, 1, checksummer.sums))
+    window, ended, over = Window(1 << 30, 1 << 30), list[Completion](), asyncio.Event()
+
+    def report(ends: list[Completion]) -> None:
+        ended.extend(ends)
+        over.set()
+
+    actor = TransferActor(Tier.DEVICE, rig.port, (window, window), 1, checks)
+    actor.attach(report)
+    checksummer.connect(rig.woken.set)
     ids = np.arange(BLOCKS)
-    port.submit(Transfer(1, 1, TO[True], ids, ids))
-    assert await reaped(port, rig.woken) == [Completion(1, None)]
+    actor.post(Transfer(1, 1, TO[True], ids, ids))
+    running = asyncio.create_task(actor.run())
+    async with asyncio.timeout(10):
+        await over.wait()
+    running.cancel()
+    assert ended == [Completion(1, None)]
     found = checksummer.sums.copy()
     checksummer.submit(2, ids, urgent=True)
     assert await reaped(checksummer, rig.woken) == [2]
     assert found.all()
     assert np.array_equal(checksummer.sums, found)
     checksummer.close()
-    port.close()
+    actor.close()
+    checks.checksummer.close()
     rig.close()
 
 

@@ -44,7 +44,6 @@ class Disk:
     latencies_s: Callable[[random.Random], float] | None = None
     """Draws the latency of each I/O, if it varies."""
     block_bytes: int = 2 * MIB
-    arrived_bytes: int = 0
 
     def __post_init__(self) -> None:
         self._ended: list[Completion] = []
@@ -86,7 +85,7 @@ class Bench:
     """An actor over a simulated disk, with transfers that can be awaited."""
 
     def __init__(self, disk: Disk, window: Window) -> None:
-        self.actor = TransferActor(Tier.DISK, disk, window, window, 1 << 16)
+        self.actor = TransferActor(Tier.DISK, disk, (window, window), 1 << 16)
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._tokens = itertools.count()
         self.actor.attach(self._report)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from flexkv.actors.actor import Supervisor
+from flexkv.actors.supervisor import Supervisor
 from flexkv.common.errors import InvariantError
 
 

@@ -1,1 +1,1 @@
-"""Checksums of blocks, and the ports that make and check them."""
+"""Checksums of blocks."""

@@ -8,52 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flexkv._ext import CopyPool, PageMap
 from flexkv.common.terms import BlockIds
 from flexkv.io.memory.arena import Arena
+from flexkv.io.ports import Sums
 from flexkv.process import forks
-
-Sums = NDArray[np.uint64]
-
-
-class Checksummer(Protocol):
-    """Sums host blocks in the background, off the event loop.
-
-    Attributes:
-        sums: uint64[host blocks], the sum of each.
-    """
-
-    sums: Sums
-
-    def connect(self, wake: Callable[[], None]) -> None:
-        """Attach to the running loop, which calls `wake` when `reap` has something to return."""
-        ...
-
-    def submit(self, op_id: int, host_ids: BlockIds, urgent: bool) -> None:
-        """Start to sum host blocks into `sums`, which is undefined for them until `reap`.
-
-        Args:
-            op_id: identifies the op in `reap`.
-            host_ids: int64[n], all different.
-            urgent: whether it goes before ops that are not urgent.
-
-        Raises:
-            ValueError: an id is out of range.
-        """
-        ...
-
-    def reap(self) -> list[int]:
-        """Return the ids of the ops that ended since the last call."""
-        ...
-
-    def close(self) -> None:
-        """Detach from the loop, and end every thread."""
-        ...
 
 
 class PoolChecksummer:

@@ -66,7 +66,6 @@ class Mark:
 class CudaDevicePort:
     """A transfer port between KV caches on a CUDA device and the host arena."""
 
-    arrived_bytes = 0
     rank = 0
     """The rank whose device this is."""
 

@@ -14,10 +14,9 @@ from flexkv._ext import TO_DEVICE, TO_HOST, CopyPool, copy_now
 from flexkv.common.errors import ClosedError, InvariantError
 from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import Tier, Transfer
-from flexkv.io.checksums.sums import Sums
 from flexkv.io.device.pages import Pages
 from flexkv.io.memory.arena import Arena
-from flexkv.io.ports import Completion
+from flexkv.io.ports import Completion, Sums
 from flexkv.process import forks
 
 INLINE_BYTES_MAX = 64 << 10
@@ -27,7 +26,6 @@ INLINE_BYTES_MAX = 64 << 10
 class CpuDevicePort:
     """A transfer port between KV caches in ordinary memory and the host arena."""
 
-    arrived_bytes = 0
     failure = None
 
     def __init__(

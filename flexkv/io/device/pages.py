@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from flexkv._ext import PageMap
 from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import Layers
-from flexkv.io.checksums.sums import Sums
 from flexkv.io.memory.arena import Arena
+from flexkv.io.ports import Sums
 
 MAPS_MAX = 256
 

@@ -200,10 +200,10 @@ class StripedFiles:
         file_index, place = self._striping.file_of(ids)
         return file_index, place * self.block_stride_bytes
 
-    def locate_one(self, block_id: int) -> tuple[int, int]:
-        """Return the file index and the byte offset of one block."""
+    def place_of(self, block_id: int) -> tuple[str, int]:
+        """Return the path and the byte offset of one block."""
         file_index, offset = self.locate(np.array([block_id]))
-        return int(file_index[0]), int(offset[0])
+        return self.paths[file_index[0]], int(offset[0])
 
     def positions(self, ids: BlockIds) -> NDArray[np.int64]:
         """Return numbers that count up by one exactly where blocks are adjacent in one file."""

@@ -1,4 +1,4 @@
-"""Opens the SSD tier: files, superblocks and journals of each directory, and the port over them.
+"""Opens the files, superblocks and journals of each directory of the SSD tier.
 
 If a directory cannot be used, only its part of the tier is lost.
 """
@@ -15,12 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flexkv.common.errors import ConfigError
-from flexkv.io.checksums.checked import CheckedDiskPort
-from flexkv.io.checksums.sums import Checksummer
-from flexkv.io.memory.arena import Arena
 from flexkv.io.private import Folder, new_name, open_directory, open_file
 from flexkv.io.ssd import missed_clears, superblock
-from flexkv.io.ssd.adapter import open_disk
 from flexkv.io.ssd.file_calls import KernelCalls
 from flexkv.io.ssd.files import FileOptions, StripedFiles
 from flexkv.io.ssd.folders import refusal
@@ -29,7 +25,6 @@ from flexkv.io.ssd.journal import NEW_NAME as JOURNAL_NEW_NAME
 from flexkv.io.ssd.journal import Journal
 from flexkv.io.ssd.paths import expanded, shown
 from flexkv.io.ssd.superblock import Superblock
-from flexkv.io.ssd.uring import RingOptions
 from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
@@ -196,26 +191,6 @@ def forget_earlier(folders: list[Folder]) -> None:
         except OSError as error:
             why = f"its journal cannot be removed ({error.strerror})"
             raise ConfigError("ssd_cache_dir", str(folder.path), why) from error
-
-
-def open_ssd(
-    arena: Arena,
-    files: StripedFiles,
-    options: RingOptions,
-    checksummer: Checksummer,
-    undo: ExitStack,
-) -> CheckedDiskPort:
-    """Return a port to open files; `undo` closes it and the checksummer."""
-
-    def place_of(block_id: int) -> tuple[str, int]:
-        index, offset = files.locate_one(block_id)
-        return files.paths[index], offset
-
-    undo.callback(checksummer.close)
-    inner = open_disk(arena, files, options)
-    port = CheckedDiskPort(inner, checksummer, files.num_blocks, place_of)
-    undo.callback(port.close)
-    return port
 
 
 _MISSED = "the tier was cleared while this directory was not in use"

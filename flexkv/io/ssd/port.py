@@ -57,8 +57,6 @@ class DiskIo(Protocol):
 class DiskPort:
     """A durable transfer port between the arena and the SSD files."""
 
-    arrived_bytes = 0
-
     def __init__(self, geometry: DiskGeometry, files: StripedFiles, io: DiskIo) -> None:
         """Take what makes extents, the files, which stay the caller's, and what does the I/O.
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv.io.checksums.sums import PoolChecksummer, Sums
+from flexkv.io.checksums.sums import PoolChecksummer
 from flexkv.io.memory.arena import Arena
+from flexkv.io.ports import Sums
 
 
 class BlockVerifier:
