@@ -358,7 +358,10 @@ class WriteBehind:
                 await asyncio.sleep(0)
 
     async def left_blocks(self) -> dict[str, int]:
-        """Return, by tier name, how many blocks of host memory a tier lacks and is not owed."""
+        """Return, by tier name, how many blocks of host memory a tier lacks.
+
+        Those that it is owed count, too: another flush may have found a place for them since.
+        """
         left = {}
         for tier, queue in self._queues.items():
             blocks = 0
@@ -366,7 +369,7 @@ class WriteBehind:
                 lacking = self._residency.lacking(Tier.HOST, tier, first, first + SCAN_BLOCKS)
                 blocks += len(queue.not_owed(lacking))
                 await asyncio.sleep(0)
-            if blocks:
+            if blocks := blocks + queue.left_of(queue.epoch):
                 left[tier.label] = blocks
         return left
 

@@ -284,6 +284,35 @@ def test_a_flush_tells_what_has_no_place_on_the_ssd() -> None:
     on_engine(work, host=32, disk=6)
 
 
+def test_a_flush_tells_what_another_one_is_still_writing() -> None:
+    """Blocks for which only a later flush found a place are not written yet for the earlier one."""
+
+    async def work(engine: Engine) -> None:
+        engine.retention.resize(Tier.DISK, 2)
+        await put(engine, 0)
+        disk: Any = disk_of(engine)
+        sync, syncing, go_on = disk.sync, asyncio.Event(), asyncio.Event()
+
+        async def held_up() -> None:
+            syncing.set()
+            await go_on.wait()
+
+        disk.sync = held_up
+        earlier = asyncio.ensure_future(engine.flush())
+        await syncing.wait()
+        engine.retention.resize(Tier.DISK, BLOCKS)
+        disk._faults = SLOW
+        later = asyncio.ensure_future(engine.flush())
+        while engine.statistics().write_behind["disk"].writing_blocks < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        disk.sync = sync
+        go_on.set()
+        assert (await earlier).lacking_blocks == {"disk": 2}
+        assert (await later).lacking_blocks == {}
+
+    on_engine(work, host=32, disk=BLOCKS)
+
+
 def test_a_flush_writes_what_the_ssd_has_lost_meanwhile() -> None:
     """A flush writes again what the SSD lost and host memory still has."""
 
