@@ -240,7 +240,7 @@ class TransferActor:
                 self._measure_piece(cursor.inbound, nbytes, begin_s)
             cursor.pieces_in_flight -= 1
             if cursor.watch is not None and error is None:
-                cursor.end_layers(begin, units)
+                cursor.watch.moved(cursor.transfer.op_id, begin, begin + units)
             if error is not None:
                 self._fail(cursor, error)
                 cursor.fail_from(begin + filled)

@@ -43,9 +43,6 @@ class Cursor(msgspec.Struct):
     """The first block that did not arrive; None while nothing has failed."""
     queued: bool = True
     layers_left: list[int] | None = None
-    layers_ended: dict[int, int] | None = None
-    """Pieces that ended before an earlier one did: first layer to last layer, exclusive."""
-    layers_moved: int = 0
 
     @property
     def over(self) -> bool:
@@ -75,17 +72,6 @@ class Cursor(msgspec.Struct):
         """Return the description of a piece that has `units` layers, from `first` on."""
         assert self.layers_left is not None
         return Layers(first, first + units, self.transfer.op_id, self.layers_left)
-
-    def end_layers(self, first: int, units: int) -> None:
-        """Record the end of a piece, and notify the watch if the unbroken run of layers grew."""
-        ended = self.layers_ended
-        assert ended is not None
-        ended[first] = first + units
-        before = self.layers_moved
-        while self.layers_moved in ended:
-            self.layers_moved = ended.pop(self.layers_moved)
-        if self.layers_moved > before and self.watch is not None:
-            self.watch.moved(self.transfer.op_id, self.layers_moved)
 
 
 class Lane:
@@ -218,7 +204,7 @@ class Mailbox:
         cursor = Cursor(transfer, transfer.owner, inbound, blocks, self._block_bytes, watch)
         if watch is not None:
             cursor.units = watch.num_layers
-            cursor.layers_left, cursor.layers_ended = [watch.num_layers], {}
+            cursor.layers_left = [watch.num_layers]
             cursor.unit_bytes = max(1, blocks * self._block_bytes // watch.num_layers)
         self._cursors[transfer.op_id] = cursor
         (self.inbound if inbound else self.outbound).append(cursor)
