@@ -57,6 +57,8 @@ class LayerProgress:
     def moved(self, op_id: int, first: int, last: int) -> None:
         """Record that layers of a transfer have arrived: from `first` to `last`, exclusive."""
         with self._changed:
+            if op_id not in self._moved:  # of an earlier try
+                return
             self._ahead[op_id, first] = last
             reached = before = self._moved[op_id]
             while (op_id, reached) in self._ahead:

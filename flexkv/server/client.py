@@ -200,14 +200,9 @@ class Client:
                 self._send(Release(part))
 
     def start(
-        self,
-        operation: Operation,
-        keys: bytes,
-        first: int,
-        device_ids: BlockIds | None,
-        when_ready: bool = False,
-        held: int = 0,
-    ) -> int:
+        self, operation: Operation, keys: bytes, first: int, device_ids: BlockIds | None,
+        when_ready: bool = False, held: int = 0,
+    ) -> int:  # fmt: skip
         """Begin a request for the blocks from `first` on, and return its number.
 
         Args:
@@ -219,21 +214,22 @@ class Client:
             held: the number of the match whose hold ends when this request is planned.
         """
         member("operation", operation, Operation)
-        ids = b"" if device_ids is None else as_int64("device_ids", device_ids).tobytes()
-        number = self._number()
-        start = Start(number, operation.label, keys, first, ids, self._epoch, when_ready, held)
-        return self._begin(start, blocks_of(keys))
+        return self._begin(operation, keys, first, device_ids, when_ready=when_ready, held=held)
 
-    def get(self, keys: Keys, first: int, device_ids: BlockIds, held: int, when_ready: bool) -> int:
-        """Begin a get; arguments as for `start` and `ask`."""
-        part, ids = self._part_of(keys), as_int64("device_ids", device_ids).tobytes()
-        start = Start(
-            self._number(), Operation.GET.label, part.keys, first, ids, self._epoch, when_ready,
-            held, prompt=part.prompt, known=part.known,
-        )  # fmt: skip
-        return self._begin(start, blocks_of(keys))
+    def get(
+        self, keys: Keys, first: int, device_ids: BlockIds, held: int, when_ready: bool,
+        by_layer: bool = False,
+    ) -> int:  # fmt: skip
+        """Begin a get; arguments as for `start` and `ask`.
 
-    def put(self, keys: Keys, first: int, device_ids: BlockIds, generation: int) -> int:
+        With `by_layer`, layer 0 of every block is copied first: see `Agent.wait_for_layer`.
+        """
+        more = {"when_ready": when_ready, "held": held, "by_layer": by_layer}
+        return self._begin(Operation.GET, keys, first, device_ids, **more)
+
+    def put(
+        self, keys: Keys, first: int, device_ids: BlockIds, generation: int, by_layer: bool = False
+    ) -> int:
         """Begin a put that waits until the agent of every rank has reported it as `ready`.
 
         Args:
@@ -242,22 +238,29 @@ class Client:
             device_ids: int64, one for each block to store.
             generation: the client's `generation` when computing the blocks began. If the cache
                 was cleared since then, nothing is stored, and the `Done` has `is_stale`.
+            by_layer: whether to copy each layer as soon as every rank has reported it: see
+                `Agent.layer_written`. Cancel the put if not all layers will be written.
         """
-        part, ids = self._part_of(keys), as_int64("device_ids", device_ids).tobytes()
-        start = Start(
-            self._number(), Operation.PUT.label, part.keys, first, ids, self._epoch, True,
-            generation=generation, prompt=part.prompt, known=part.known,
-        )  # fmt: skip
-        return self._begin(start, blocks_of(keys))
+        more = {"when_ready": True, "generation": generation, "by_layer": by_layer}
+        return self._begin(Operation.PUT, keys, first, device_ids, **more)
 
-    def _begin(self, start: Start, blocks: int) -> int:
+    def _begin(
+        self, operation: Operation, keys: Keys, first: int, ids: BlockIds | None, **more: Any
+    ) -> int:
+        """Send a `Start` with the fields of `more`, too, and return its number."""
+        part, number = self._part_of(keys), self._number()
+        blob = b"" if ids is None else as_int64("device_ids", ids).tobytes()
+        start = Start(
+            number, operation.label, part.keys, first, blob, self._epoch,
+            prompt=part.prompt, known=part.known, **more,
+        )  # fmt: skip
         if not self._under_way:
             self._heard_s = time.monotonic()
-        self._under_way.add(start.number)
-        self._blocks[start.number] = blocks
-        if not self._send(start) and start.number in self._under_way:
-            self._fail(start.number, "not connected to a server")
-        return start.number
+        self._under_way.add(number)
+        self._blocks[number] = blocks_of(keys)
+        if not self._send(start) and number in self._under_way:
+            self._fail(number, "not connected to a server")
+        return number
 
     def cancel(self, numbers: Sequence[int]) -> None:
         """Cancel requests; `poll` returns their ends all the same."""

@@ -3,14 +3,18 @@
 A request may come with `when_ready`: it is planned once every rank has reported that its device
 blocks are ready (those of a put are written). Ranks use other sockets than the client, so their
 reports may arrive before the request.
+
+A request may go by layer. A put is then planned when its first layer is ready, and each layer is
+copied once every rank has reported it. Of a get, the agents hear the plan and the end.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
@@ -22,15 +26,16 @@ from flexkv.common.errors import (
     InternalError,
 )
 from flexkv.common.request import KVResponse, Operation, Request, Span
-from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, StreamEvent, Tier
 from flexkv.engine.engine import Engine
 from flexkv.engine.runner import RequestOwner
 from flexkv.engine.tickets import Ticket
 from flexkv.observe.logs import get_logger
+from flexkv.server.agent_port import AgentPort
 from flexkv.server.fleet import FleetPort, Instance, ids_from
 from flexkv.server.planning_turns import PlanningTurns
 from flexkv.server.put_share import PutShare
-from flexkv.server.wire import Done, Match, Matched, Start
+from flexkv.server.wire import Done, GetEnded, GetPlanned, Match, Matched, ProtocolError, Start
 
 log = get_logger(__name__)
 
@@ -41,27 +46,88 @@ PUTS_SHARE = 2
 JOBS_BYTES_MAX = 64 << 20
 """Maximum bytes of keys and ids that the requests of one client may have under way."""
 FEW = 64
+ENDS_KEPT = 256
+"""How many ends of gets are told to an agent that reconnects: it may have missed them."""
 
 Answered: TypeAlias = Callable[[Done], None]
 
 
+class Reports:
+    """What agents have reported about one request, perhaps before it arrived.
+
+    Attributes:
+        layers: how many of the first layers each rank has written; all, if its blocks are ready.
+        is_given_up: whether an engine has given the request up.
+    """
+
+    __slots__ = ("is_given_up", "layers")
+
+    def __init__(self) -> None:
+        self.layers: dict[int, int] = {}
+        self.is_given_up = False
+
+
 class Job:
-    """A request of a client.
+    """A request of a client; also the `LayerWatch` of one that goes by layer.
 
     Attributes:
         keys: all keys of its prompt up to its last block, even those that `start` does not carry.
         kept_bytes: what it counts against `JOBS_BYTES_MAX`.
+        may_begin: set once it may be planned.
         over: set once no device touches its blocks any more.
     """
 
-    def __init__(self, start: Start, keys: bytes, answered: Answered, generation: int) -> None:
-        self.start, self.keys = start, keys
-        self.answered, self.generation = answered, generation
+    def __init__(
+        self, jobs: Jobs, start: Start, keys: bytes, answered: Answered, reports: Reports
+    ) -> None:
+        self._jobs = jobs
+        self.start, self.keys, self.answered, self.reports = start, keys, answered, reports
+        now, self.num_layers = jobs.generation, jobs.model.num_layers
+        self.generation = now if start.generation is None else min(now, start.generation)
         self.kept_bytes = _bytes_of(start, keys)
-        self.ready = asyncio.Event()
+        self.may_begin = asyncio.Event()
         self.over = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
-        self.ranks_ready: set[int] = set()
+        self._awaits_layers = start.by_layer and start.operation == Operation.PUT.label
+        self.reported()
+
+    def reported(self) -> None:
+        """Let the request begin if enough was reported for that."""
+        layers = 1 if self._awaits_layers else self.num_layers
+        if not self.start.when_ready or self._layers_written >= layers:
+            self.may_begin.set()
+
+    @property
+    def is_unready(self) -> bool:
+        """Return whether it waits for something that a rank has to report."""
+        return not self.may_begin.is_set() or self.ready < self.num_layers
+
+    @property
+    def _layers_written(self) -> int:
+        """Return how many of the first layers every rank has written."""
+        layers = self.reports.layers
+        return min(layers.values()) if len(layers) >= self._jobs.model.tp_size else 0
+
+    # -- the watch ------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> int:
+        """Return how many layers may be copied by now."""
+        return self._layers_written if self._awaits_layers else self.num_layers
+
+    def expect(self, op_ids: Sequence[int]) -> None:
+        """Tell the agents which copies will move a get."""
+        if not self._awaits_layers:
+            self._jobs.tell_agents(GetPlanned(self.start.number, tuple(op_ids)))
+
+    def queued(self, rank: int, op_id: int, last: int, event: StreamEvent) -> None:
+        """Do nothing: streams are in the agents' processes."""
+
+    def moved(self, op_id: int, first: int, last: int) -> None:
+        """Do nothing: agents know what they have copied."""
+
+    def end(self) -> None:
+        """Do nothing: agents are told the end with the answer."""
 
 
 class Jobs:
@@ -90,8 +156,15 @@ class Jobs:
         self._jobs_bytes = 0
         host_blocks = engine.residency.counts(Tier.HOST).capacity
         self._puts = PutShare(host_blocks // PUTS_SHARE)
-        self._ready_early: dict[int, set[int]] = {}
-        self._settled_early: dict[int, None] = {}
+        self._early: dict[int, Reports] = {}
+        """Reports of requests that have not arrived; most never will, so the oldest are dropped."""
+        self._ended_gets = deque[GetEnded](maxlen=ENDS_KEPT)
+        self.model = engine.model
+
+    @property
+    def generation(self) -> int:
+        """Return the generation of the cache."""
+        return self._engine.clears.generation
 
     @property
     def is_idle(self) -> bool:
@@ -153,14 +226,10 @@ class Jobs:
             raise ConfigError("number", start.number, "is the number of a request under way")
         if why := self._refusal(start, keys):
             self.release((start.held,))
-            answered(Done(start.number, "failed", 0, why))
+            self._answer(start, answered, Done(start.number, "failed", 0, why))
             return
-        now = self._engine.clears.generation
-        generation = now if start.generation is None else min(now, start.generation)
-        job = self._jobs[start.number] = Job(start, keys, answered, generation)
-        job.ranks_ready = self._ready_early.pop(start.number, set())
-        if not start.when_ready or self._is_ready(job):
-            job.ready.set()
+        reports = self._early.pop(start.number, None) or Reports()
+        job = self._jobs[start.number] = Job(self, start, keys, answered, reports)
         self._jobs_bytes += job.kept_bytes
         job.task = self._engine.supervisor.spawn("request", self._work(job))
         job.task.add_done_callback(lambda _: self._end(job))
@@ -171,7 +240,7 @@ class Jobs:
             return f"a client may have at most {JOBS_MAX} requests under way"
         if self._jobs_bytes + _bytes_of(start, keys) > JOBS_BYTES_MAX:
             return f"a client may have at most {JOBS_BYTES_MAX} bytes of requests under way"
-        if start.number in self._settled_early:
+        if (reports := self._early.get(start.number)) is not None and reports.is_given_up:
             return "the engine gave it up before it arrived"
         try:
             self._instance_of(start)
@@ -180,17 +249,31 @@ class Jobs:
             return str(error)
         return ""
 
-    def ready(self, numbers: tuple[int, ...], tp_rank: int) -> None:
-        """Record that these requests need not wait for a rank any more."""
+    def ready(self, numbers: tuple[int, ...], tp_rank: int, layers: int | None = None) -> None:
+        """Record that these requests need not wait for a rank any more, or not for some layers.
+
+        Raises:
+            ProtocolError: there are fewer layers.
+        """
+        layers_max = self.model.num_layers
+        if layers is not None and layers > layers_max:
+            raise ProtocolError(f"{layers} layers are written, the model has {layers_max}")
         for number in numbers:
             job = self._jobs.get(number)
-            if job is None:
-                self._ready_early.setdefault(number, set()).add(tp_rank)
-                _bound(self._ready_early)  # the oldest will not be started any more
-                continue
-            job.ranks_ready.add(tp_rank)
-            if self._is_ready(job):
-                job.ready.set()
+            reports = self._reports_of(number) if job is None else job.reports
+            written = reports.layers.get(tp_rank, 0)
+            reports.layers[tp_rank] = max(written, layers or layers_max)
+            if job is not None:
+                job.reported()
+        if layers is not None:
+            self._engine.nudge_device()
+
+    def _reports_of(self, number: int) -> Reports:
+        """Return the reports of a request that has not arrived."""
+        reports = self._early.setdefault(number, Reports())
+        if len(self._early) > JOBS_MAX:
+            del self._early[next(iter(self._early))]
+        return reports
 
     def cancel(self, numbers: tuple[int, ...] | None = None) -> None:
         """Cancel requests, by default all."""
@@ -201,7 +284,7 @@ class Jobs:
 
     def cancel_unready(self) -> None:
         """Cancel the requests that wait for a rank: its report will not come any more."""
-        self.cancel(tuple(n for n, job in self._jobs.items() if not job.ready.is_set()))
+        self.cancel(tuple(number for number, job in self._jobs.items() if job.is_unready))
 
     def unsettled(self, numbers: tuple[int, ...]) -> list[Job]:
         """Return the jobs of these requests whose blocks a device may still touch.
@@ -214,24 +297,38 @@ class Jobs:
             if job is not None:
                 jobs.append(job)
             else:
-                self._settled_early[number] = None
-                _bound(self._settled_early)
+                self._reports_of(number).is_given_up = True
         return jobs
 
-    def _is_ready(self, job: Job) -> bool:
-        return len(job.ranks_ready) >= self._engine.model.tp_size
+    def tell_agents(self, message: GetPlanned | GetEnded) -> None:
+        """Tell every rank that is connected how a get by layer goes."""
+        self._fleet.tell(self._instance, message)
+
+    def tell_ends(self, port: AgentPort) -> None:
+        """Tell a rank that has just connected which gets by layer are over."""
+        for message in self._ended_gets:
+            port.tell(message)
+
+    def _answer(self, start: Start, answered: Answered, done: Done) -> None:
+        """Answer a request, and tell the agents if they may wait for its layers."""
+        if start.by_layer and start.operation == Operation.GET.label:
+            self._ended_gets.append(GetEnded(start.number, done.moved))
+            self.tell_agents(self._ended_gets[-1])
+        answered(done)
 
     async def _work(self, job: Job) -> None:
         try:
-            await job.ready.wait()
+            await job.may_begin.wait()
             if job.start.operation == Operation.PUT.label:
                 await self._turns.wait()
             begin_s = time.monotonic()
             request = self._request(job)
             response = await self._run(job, self._engine.ticket(request))
-            job.answered(_done(job.start, request, response, time.monotonic() - begin_s))
+            done = _done(job.start, request, response, time.monotonic() - begin_s)
+            self._answer(job.start, job.answered, done)
         except FlexKVError as error:
-            job.answered(Done(job.start.number, "failed", 0, str(error)))
+            done = Done(job.start.number, "failed", 0, str(error))
+            self._answer(job.start, job.answered, done)
             if isinstance(error, InternalError):
                 raise  # the engine's state is wrong, so it must serve nobody any more
 
@@ -262,7 +359,7 @@ class Jobs:
         self._jobs_bytes -= job.kept_bytes
         self.release((job.start.held,))
         if job.task is not None and job.task.cancelled():
-            job.answered(Done(job.start.number, "cancelled", 0))
+            self._answer(job.start, job.answered, Done(job.start.number, "cancelled", 0))
         job.over.set()
         if self.is_idle:
             self._on_idle()
@@ -319,15 +416,9 @@ class Jobs:
             keys,
             ids,
             start.namespace_hash,
-            None,
+            job if start.by_layer else None,
             job.generation,
         )
-
-
-def _bound(numbers: dict[int, Any]) -> None:
-    """Drop the oldest entry if there are more than `JOBS_MAX`."""
-    if len(numbers) > JOBS_MAX:
-        del numbers[next(iter(numbers))]
 
 
 def _bytes_of(start: Start, keys: bytes) -> int:
@@ -353,6 +444,10 @@ def _check(start: Start, keys: bytes) -> None:
     if rest or not 0 <= start.first <= last:
         raise ConfigError("first", start.first, f"must be from 0 to the number of blocks, {last}")
     if start.operation == Operation.PREFETCH.label:
+        if start.by_layer:
+            raise ConfigError(
+                "by_layer", True, "must be false for a prefetch: no device takes part"
+            )
         return
     ids, wanted = start.device_ids, last - start.first
     if len(ids) != wanted * 8:
