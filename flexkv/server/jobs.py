@@ -10,11 +10,9 @@ copied once every rank has reported it. Of a get, the agents hear the plan and t
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable
 
 import numpy as np
 
@@ -26,13 +24,14 @@ from flexkv.common.errors import (
     InternalError,
 )
 from flexkv.common.request import KVResponse, Operation, Request, Span
-from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, StreamEvent, Tier
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
 from flexkv.engine.engine import Engine
 from flexkv.engine.runner import RequestOwner
 from flexkv.engine.tickets import Ticket
 from flexkv.observe.logs import get_logger
 from flexkv.server.agent_port import AgentPort
 from flexkv.server.fleet import FleetPort, Instance, ids_from
+from flexkv.server.job import Answered, Job, Reports, bytes_of, tell_end
 from flexkv.server.planning_turns import PlanningTurns
 from flexkv.server.put_share import PutShare
 from flexkv.server.wire import Done, GetEnded, GetPlanned, Match, Matched, ProtocolError, Start
@@ -48,86 +47,6 @@ JOBS_BYTES_MAX = 64 << 20
 FEW = 64
 ENDS_KEPT = 256
 """How many ends of gets are told to an agent that reconnects: it may have missed them."""
-
-Answered: TypeAlias = Callable[[Done], None]
-
-
-class Reports:
-    """What agents have reported about one request, perhaps before it arrived.
-
-    Attributes:
-        layers: how many of the first layers each rank has written; all, if its blocks are ready.
-        is_given_up: whether an engine has given the request up.
-    """
-
-    __slots__ = ("is_given_up", "layers")
-
-    def __init__(self) -> None:
-        self.layers: dict[int, int] = {}
-        self.is_given_up = False
-
-
-class Job:
-    """A request of a client; also the `LayerWatch` of one that goes by layer.
-
-    Attributes:
-        keys: all keys of its prompt up to its last block, even those that `start` does not carry.
-        kept_bytes: what it counts against `JOBS_BYTES_MAX`.
-        may_begin: set once it may be planned.
-        over: set once no device touches its blocks any more.
-    """
-
-    def __init__(
-        self, jobs: Jobs, start: Start, keys: bytes, answered: Answered, reports: Reports
-    ) -> None:
-        self._jobs = jobs
-        self.start, self.keys, self.answered, self.reports = start, keys, answered, reports
-        now, self.num_layers = jobs.generation, jobs.model.num_layers
-        self.generation = now if start.generation is None else min(now, start.generation)
-        self.kept_bytes = _bytes_of(start, keys)
-        self.may_begin = asyncio.Event()
-        self.over = asyncio.Event()
-        self.task: asyncio.Task[None] | None = None
-        self._awaits_layers = start.by_layer and start.operation == Operation.PUT.label
-        self.reported()
-
-    def reported(self) -> None:
-        """Let the request begin if enough was reported for that."""
-        layers = 1 if self._awaits_layers else self.num_layers
-        if not self.start.when_ready or self._layers_written >= layers:
-            self.may_begin.set()
-
-    @property
-    def is_unready(self) -> bool:
-        """Return whether it waits for something that a rank has to report."""
-        return not self.may_begin.is_set() or self.ready < self.num_layers
-
-    @property
-    def _layers_written(self) -> int:
-        """Return how many of the first layers every rank has written."""
-        layers = self.reports.layers
-        return min(layers.values()) if len(layers) >= self._jobs.model.tp_size else 0
-
-    # -- the watch ------------------------------------------------------------------------------
-
-    @property
-    def ready(self) -> int:
-        """Return how many layers may be copied by now."""
-        return self._layers_written if self._awaits_layers else self.num_layers
-
-    def expect(self, op_ids: Sequence[int]) -> None:
-        """Tell the agents which copies will move a get."""
-        if not self._awaits_layers:
-            self._jobs.tell_agents(GetPlanned(self.start.number, tuple(op_ids)))
-
-    def queued(self, rank: int, op_id: int, last: int, event: StreamEvent) -> None:
-        """Do nothing: streams are in the agents' processes."""
-
-    def moved(self, op_id: int, first: int, last: int) -> None:
-        """Do nothing: agents know what they have copied."""
-
-    def end(self) -> None:
-        """Do nothing: agents are told the end with the answer."""
 
 
 class Jobs:
@@ -159,12 +78,6 @@ class Jobs:
         self._early: dict[int, Reports] = {}
         """Reports of requests that have not arrived; most never will, so the oldest are dropped."""
         self._ended_gets = deque[GetEnded](maxlen=ENDS_KEPT)
-        self.model = engine.model
-
-    @property
-    def generation(self) -> int:
-        """Return the generation of the cache."""
-        return self._engine.clears.generation
 
     @property
     def is_idle(self) -> bool:
@@ -226,10 +139,15 @@ class Jobs:
             raise ConfigError("number", start.number, "is the number of a request under way")
         if why := self._refusal(start, keys):
             self.release((start.held,))
-            self._answer(start, answered, Done(start.number, "failed", 0, why))
+            done = Done(start.number, "failed", 0, why)
+            tell_end(start, done, self._tell)
+            answered(done)
             return
-        reports = self._early.pop(start.number, None) or Reports()
-        job = self._jobs[start.number] = Job(self, start, keys, answered, reports)
+        now = self._engine.clears.generation
+        generation = now if start.generation is None else min(now, start.generation)
+        reports = self._early.pop(start.number, None) or self._no_reports()
+        job = Job(start, keys, generation, reports, answered, self._tell)
+        self._jobs[start.number] = job
         self._jobs_bytes += job.kept_bytes
         job.task = self._engine.supervisor.spawn("request", self._work(job))
         job.task.add_done_callback(lambda _: self._end(job))
@@ -238,7 +156,7 @@ class Jobs:
         """Return why a request cannot begin; empty when it can."""
         if len(self._jobs) >= JOBS_MAX:
             return f"a client may have at most {JOBS_MAX} requests under way"
-        if self._jobs_bytes + _bytes_of(start, keys) > JOBS_BYTES_MAX:
+        if self._jobs_bytes + bytes_of(start, keys) > JOBS_BYTES_MAX:
             return f"a client may have at most {JOBS_BYTES_MAX} bytes of requests under way"
         if (reports := self._early.get(start.number)) is not None and reports.is_given_up:
             return "the engine gave it up before it arrived"
@@ -255,14 +173,13 @@ class Jobs:
         Raises:
             ProtocolError: there are fewer layers.
         """
-        layers_max = self.model.num_layers
+        layers_max = self._engine.model.num_layers
         if layers is not None and layers > layers_max:
             raise ProtocolError(f"{layers} layers are written, the model has {layers_max}")
         for number in numbers:
             job = self._jobs.get(number)
             reports = self._reports_of(number) if job is None else job.reports
-            written = reports.layers.get(tp_rank, 0)
-            reports.layers[tp_rank] = max(written, layers or layers_max)
+            reports.written(tp_rank, layers or layers_max)
             if job is not None:
                 job.reported()
         if layers is not None:
@@ -270,17 +187,20 @@ class Jobs:
 
     def _reports_of(self, number: int) -> Reports:
         """Return the reports of a request that has not arrived."""
-        reports = self._early.setdefault(number, Reports())
-        if len(self._early) > JOBS_MAX:
-            del self._early[next(iter(self._early))]
+        if (reports := self._early.get(number)) is None:
+            reports = self._early[number] = self._no_reports()
+            if len(self._early) > JOBS_MAX:
+                del self._early[next(iter(self._early))]
         return reports
+
+    def _no_reports(self) -> Reports:
+        return Reports(self._engine.model.tp_size, self._engine.model.num_layers)
 
     def cancel(self, numbers: tuple[int, ...] | None = None) -> None:
         """Cancel requests, by default all."""
         for number in list(self._jobs) if numbers is None else numbers:
-            job = self._jobs.get(number)
-            if job is not None and job.task is not None:
-                job.task.cancel()
+            if (job := self._jobs.get(number)) is not None:
+                job.cancel()
 
     def cancel_unready(self) -> None:
         """Cancel the requests that wait for a rank: its report will not come any more."""
@@ -300,21 +220,16 @@ class Jobs:
                 self._reports_of(number).is_given_up = True
         return jobs
 
-    def tell_agents(self, message: GetPlanned | GetEnded) -> None:
+    def _tell(self, message: GetPlanned | GetEnded) -> None:
         """Tell every rank that is connected how a get by layer goes."""
+        if isinstance(message, GetEnded):
+            self._ended_gets.append(message)
         self._fleet.tell(self._instance, message)
 
     def tell_ends(self, port: AgentPort) -> None:
         """Tell a rank that has just connected which gets by layer are over."""
         for message in self._ended_gets:
             port.tell(message)
-
-    def _answer(self, start: Start, answered: Answered, done: Done) -> None:
-        """Answer a request, and tell the agents if they may wait for its layers."""
-        if start.by_layer and start.operation == Operation.GET.label:
-            self._ended_gets.append(GetEnded(start.number, done.moved))
-            self.tell_agents(self._ended_gets[-1])
-        answered(done)
 
     async def _work(self, job: Job) -> None:
         try:
@@ -324,11 +239,9 @@ class Jobs:
             begin_s = time.monotonic()
             request = self._request(job)
             response = await self._run(job, self._engine.ticket(request))
-            done = _done(job.start, request, response, time.monotonic() - begin_s)
-            self._answer(job.start, job.answered, done)
+            job.answer(_done(job.start, request, response, time.monotonic() - begin_s))
         except FlexKVError as error:
-            done = Done(job.start.number, "failed", 0, str(error))
-            self._answer(job.start, job.answered, done)
+            job.answer(Done(job.start.number, "failed", 0, str(error)))
             if isinstance(error, InternalError):
                 raise  # the engine's state is wrong, so it must serve nobody any more
 
@@ -344,6 +257,7 @@ class Jobs:
             return await ticket.run(turn)
         blocks = request.span.last_block - request.span.first_block
         await self._puts.enter(blocks)
+        job.starve_after(self._engine.cache.io_deadline_s)
         try:
             return await ticket.run(turn)
         finally:
@@ -359,8 +273,8 @@ class Jobs:
         self._jobs_bytes -= job.kept_bytes
         self.release((job.start.held,))
         if job.task is not None and job.task.cancelled():
-            self._answer(job.start, job.answered, Done(job.start.number, "cancelled", 0))
-        job.over.set()
+            job.answer(Done(job.start.number, "cancelled", 0))
+        job.end()
         if self.is_idle:
             self._on_idle()
 
@@ -419,10 +333,6 @@ class Jobs:
             job if start.by_layer else None,
             job.generation,
         )
-
-
-def _bytes_of(start: Start, keys: bytes) -> int:
-    return len(keys) + len(start.device_ids)
 
 
 def keys_within(engine: Engine, keys: bytes) -> bytes:

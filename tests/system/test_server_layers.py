@@ -316,6 +316,23 @@ def test_a_usual_put_begins_with_the_last_layer(instance: LayeredInstance) -> No
     assert instance.end_of(number).moved == len(SOURCES)
 
 
+def test_a_put_that_gets_no_more_layers_is_cancelled(tmp_path: Path) -> None:
+    """A put that holds host memory and gets no new layer within `io_deadline_s` is cancelled."""
+    settings = settings_in(tmp_path, num_cpu_blocks=64, io_deadline_s=0.2)
+    server = forked_server(settings, model_of())
+    instance = LayeredInstance(settings, model_of())
+    try:
+        instance.begin()
+        stopped, (agent,) = instance.put(1), instance.agents
+        agent.layer_written([stopped], 4)
+        assert instance.end_of(stopped).status == "cancelled"
+        assert under_way(settings) == (0, 0)
+        assert instance.request(Operation.PUT, 1, SOURCES).moved == len(SOURCES)
+    finally:
+        instance.close()
+        server.close()
+
+
 def test_a_put_ends_with_its_agent(settings: Settings, server: LaunchedServer) -> None:
     """If its agent is killed, a put that waits for layers is cancelled, and leaves nothing."""
     instance = LayeredInstance(settings, model_of(), number=1)
