@@ -17,6 +17,16 @@ from flexkv.common.terms import Tier, Transfer
 from flexkv.io.ports import Completion, DevicePort
 
 
+class _UnderWay:
+    """A transfer under way: how many ranks have to end it, and the first error."""
+
+    __slots__ = ("error", "ranks_left")
+
+    def __init__(self, ranks_left: int) -> None:
+        self.ranks_left = ranks_left
+        self.error: TransferError | None = None
+
+
 class RanksPort:
     """A transfer port whose transfers end when those of every rank have ended."""
 
@@ -26,8 +36,7 @@ class RanksPort:
         """Combine the ports of each part's ranks; the caller still owns them."""
         self._parts, self._host_blocks = parts, host_blocks
         self._ports = [port for ranks in parts for port in ranks]
-        self._under_way: dict[int, int] = {}
-        self._errors: dict[int, TransferError] = {}
+        self._under_way: dict[int, _UnderWay] = {}
 
     @property
     def block_bytes(self) -> int:
@@ -56,19 +65,19 @@ class RanksPort:
             shares = [share for ranks in self._parts for share in _divided(transfer, ranks)]
         for started, (port, share) in enumerate(shares, 1):
             port.submit(share)
-            self._under_way[transfer.op_id] = started
+            self._under_way[transfer.op_id] = _UnderWay(started)
 
     def reap(self) -> list[Completion]:
         """Return every transfer that ended since the last call, each exactly once."""
         ended = []
         for port in self._ports:
             for op_id, error, *_ in port.reap():
-                self._under_way[op_id] -= 1
-                if error is not None:
-                    self._errors.setdefault(op_id, error)
-                if not self._under_way[op_id]:
+                under_way = self._under_way[op_id]
+                under_way.ranks_left -= 1
+                under_way.error = under_way.error or error
+                if not under_way.ranks_left:
                     del self._under_way[op_id]
-                    ended.append(Completion(op_id, self._errors.pop(op_id, None)))
+                    ended.append(Completion(op_id, under_way.error))
         return ended
 
     def close(self) -> None:
