@@ -28,6 +28,7 @@ CASES = (
     "cuda",
     "cuda_get",
     "ttft",
+    "layers",
     "tracing",
     "vllm",
     "vllm_steps",
