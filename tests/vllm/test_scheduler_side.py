@@ -176,7 +176,7 @@ def test_a_step_does_not_wait_for_a_server_that_is_gone(rig: Rig, number: int) -
     for name in ("a", "b"):
         rig.side.request_finished(Request(name))
     eventually(lambda: (rig.side.build_connector_meta(output()), not rig.side._states)[1])
-    assert not rig.side._readers.any()
+    assert not rig.side._blocks.readers.any()
 
 
 def stored(rig: Rig) -> None:
