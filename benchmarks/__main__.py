@@ -32,6 +32,7 @@ CASES = (
     "tracing",
     "vllm",
     "vllm_steps",
+    "vllm_layers",
 )
 
 
