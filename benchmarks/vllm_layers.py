@@ -22,8 +22,8 @@ from flexkv.server.operator import command
 from flexkv.testing.tiny_model import Shape, make_tiny_model
 from flexkv.testing.vllm_serve import OWN, Served, VllmServe
 
-MODEL = Shape(layers=12, hidden=1024, heads=16, kv_heads=16)
-BLOCK_SIZE, PROMPT_TOKENS, QUICK_TOKENS = 32, 6000, 600
+MODEL = Shape(layers=12, hidden=512, heads=8, kv_heads=8)
+BLOCK_SIZE, PROMPT_TOKENS, QUICK_TOKENS = 32, 4000, 600
 BEFORE_TOKENS, OTHER_TOKENS = 8, 40
 """The other request's tokens: before the prompt is asked, and in total."""
 ENGINES = {"beside": False, "by layer": True}
