@@ -203,7 +203,7 @@ async def _planning(host_blocks: int, rounds: int) -> Figures:
     cache = CacheConfig(tokens_per_block=PER_BLOCK, num_cpu_blocks=host_blocks)
     async with KVManager(TINY, cache) as manager:
         manager.register_kv_caches(kv_caches(TINY, BLOCKS))
-        engine = manager._engine
+        engine = manager.engine
         random = np.random.default_rng(5)
         for blocks in (64, BLOCKS):
             slots = slots_of(range(blocks))
@@ -230,7 +230,7 @@ def _plan_us(
     planner, took = engine.scheduler._planner, []
     for run_id, tokens in enumerate(prompts, 1 << 30):
         begin = time.perf_counter_ns()
-        request = engine.with_slots(engine.intake(operation, tokens), slots)
+        request = engine.requests.with_slots(engine.requests.intake(operation, tokens), slots)
         assert request is not None
         plan = planner.plan(request, run_id).plan
         took.append((time.perf_counter_ns() - begin) / 1e3)

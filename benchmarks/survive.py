@@ -40,14 +40,14 @@ def measure(options: Options) -> Figures:
 
 
 def _port_of(manager: KVManager) -> CheckedDiskPort:
-    port = manager._engine._backend.tiers()[0].port
+    port = manager.engine._backend.tiers()[0].port
     assert isinstance(port, CheckedDiskPort)
     return port
 
 
 def _unsummed_pages(manager: KVManager, caches: Any) -> Any:
     """Return the device's pages for copies that compute no checksums."""
-    backend = manager._engine._backend
+    backend = manager.engine._backend
     assert isinstance(backend, LocalBackend)
     sums, backend.ssd.sums = backend.ssd.sums, None
     port = backend.device(caches, None, 0).port
@@ -61,7 +61,7 @@ def _unsummed_pages(manager: KVManager, caches: Any) -> Any:
 @contextmanager
 def _unchecked(manager: KVManager, unsummed: Any) -> Iterator[None]:
     """Bypass the checksums. Enter and leave only while nothing is in flight."""
-    disk, device = _port_of(manager), manager._engine._devices._by_rank[0].port
+    disk, device = _port_of(manager), manager.engine._devices._by_rank[0].port
     assert isinstance(device, CpuDevicePort)
     vars(disk).update(submit=disk._inner.submit, reap=disk._inner.reap)
     summed, device._pages = device._pages, unsummed

@@ -7,51 +7,58 @@ which runs the engine's loop in a thread of its own.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from flexkv.common.arguments import flag, integer, text
-from flexkv.common.config import CacheConfig, ModelConfig
+from flexkv.common.config import CacheConfig, ModelConfig, Settings
 from flexkv.common.config_keys import kind_of
-from flexkv.common.errors import ClosedError, ConfigError
-from flexkv.common.request import KVResponse, Operation
+from flexkv.common.errors import ConfigError
+from flexkv.common.request import KVResponse, Operation, TokenMask
 from flexkv.common.terms import Tier
 from flexkv.engine.durability import FlushReport
 from flexkv.engine.engine import Engine
 from flexkv.engine.statistics import Statistics
 from flexkv.engine.tickets import RequestSpec
-from flexkv.front.loop_thread import LoopThread
+from flexkv.front.door import Door
+from flexkv.front.layerwise import LayerwiseGet, LayerwisePut
+from flexkv.front.loop_bridge import LoopBridge
 from flexkv.front.task_form import TaskForm
-from flexkv.graph.explain import Explanation, explain
+from flexkv.graph.explain import Explanation
 from flexkv.index.keys import Namespace
 from flexkv.index.residency import PrefixMatch
+from flexkv.io.device.tensors import KVCaches
 from flexkv.observe.logs import obey_environment
-from flexkv.process import forks
+from flexkv.server.doors import door_of
 from flexkv.tiers.backend import Backend, Progress
 
 T = TypeVar("T")
 
 
-class KVManager(TaskForm):
+class KVManager:
     """Stores KV blocks in host memory and on SSD, and loads them back by token prefix."""
 
     def __init__(
         self,
         model: ModelConfig,
-        cache: CacheConfig,
+        cache: CacheConfig | None = None,
         *,
+        settings: Settings | None = None,
         progress: Progress | None = None,
         backend: Backend | None = None,
     ) -> None:
         """Check the configuration; nothing is allocated before `start` or `async with`.
 
+        With `server_client_mode` in `settings`, the engine is that of a server in another process:
+        see docs/server.md for what differs.
+
         Args:
             model: the shape of the KV cache.
-            cache: the tiers and their sizes.
+            cache: the tiers and their sizes; by default those of `settings`.
+            settings: of this process; by default, what `FLEXKV_CONFIG_PATH` and the environment
+                say, if `cache` is not given or these set `server_client_mode`.
             progress: called with (done, total) bytes while host memory is touched, in a thread.
             backend: what to use in place of this machine's memory, files and devices.
 
@@ -59,48 +66,20 @@ class KVManager(TaskForm):
             ConfigError: a part is enabled that is not built, or a size does not fit.
         """
         obey_environment()
-        for field, value, kind in (("model", model, ModelConfig), ("cache", cache, CacheConfig)):
-            if not isinstance(value, kind):
-                raise ConfigError(field, kind_of(value), f"must be a {kind.__name__}")
         if progress is not None and not callable(progress):
             raise ConfigError("progress", kind_of(progress), "must be callable")
-        super().__init__(Engine(model, cache, backend))
-        self._progress = progress
+        self._door: Door = door_of(model, cache, settings, backend)
+        self._bridge = LoopBridge(self._door, type(self).__name__, progress)
+        self._tasks = TaskForm(self._bridge)
 
     # -- life -----------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        self.check_process()
-        if self._thread is not None:
-            why = "use either start() or `async with`, not both"
-            raise ConfigError("manager", "started already", why)
-        await self._engine.open(self._progress)
-        self._loop = asyncio.get_running_loop()
-        self._note_started()
+        await self._bridge.enter()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if not self.is_unclosed:
-            return  # closed already, or a forked child, which has nothing to release
-        if asyncio.get_running_loop() is self._loop:
-            await self._close()
-            return
-        assert self._loop is not None
-        if self._loop.is_running():
-            closing = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
-            await asyncio.wrap_future(closing)
-            return
-        self.end()
-        if error is None:
-            raise ClosedError(
-                "the manager was closed on another event loop than its own, which no longer runs:"
-                " everything is released, but blocks that were not flushed are not on SSD"
-            )
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
+        await self._bridge.leave(error)
 
     def start(self) -> None:
         """Run the engine's loop in a thread of its own, for callers that are not async.
@@ -111,19 +90,7 @@ class KVManager(TaskForm):
             ConfigError: memory, a directory or disk space is missing.
             ClosedError: it was shut down, or this is a forked child of the process that started it.
         """
-        self.check_process()
-        if self._thread is not None or self._engine.is_open:
-            return
-        thread = LoopThread()
-        thread.start()
-        try:
-            thread.call(lambda: self._engine.open(self._progress))
-        except BaseException:
-            thread.stop()
-            self._engine.abandon()
-            raise
-        self._thread = thread
-        self._note_started()
+        self._bridge.start()
 
     def shutdown(self) -> None:
         """Close the manager: cancel what runs, and release everything. Idempotent.
@@ -134,11 +101,7 @@ class KVManager(TaskForm):
         Raises:
             ClosedError: this is a forked child of the process that has started it.
         """
-        if forks.is_exiting() and not self.is_unclosed:
-            return  # such as in a forked child, by a callback that its parent has registered
-        self.check_process()
-        if self._home is not None:
-            self.end()
+        self._bridge.shutdown()
 
     def is_ready(self) -> bool:
         """Return whether get and put would move bytes: it is open, and its devices can be used.
@@ -146,14 +109,11 @@ class KVManager(TaskForm):
         Raises:
             ClosedError: this is a forked child of the process that has started it.
         """
-        self.check_process()
-        return self._engine.is_open and self._engine.has_device
+        self._bridge.check_process()
+        return self._door.is_open and self._door.has_device
 
     def register_kv_caches(
-        self,
-        kv_caches: Mapping[str, Any] | Sequence[Any],
-        layout: str | None = None,
-        tp_rank: int = 0,
+        self, kv_caches: KVCaches, layout: str | None = None, tp_rank: int = 0
     ) -> None:
         """Register one rank's per-layer KV tensors; get and put need those of all ranks.
 
@@ -169,7 +129,7 @@ class KVManager(TaskForm):
             DeviceError: the device refused.
             ClosedError: not started.
         """
-        self._call(lambda: self._engine.register_kv_caches(kv_caches, layout, tp_rank))
+        self.on_loop(lambda: self._door.register_kv_caches(kv_caches, layout, tp_rank))
 
     async def suspend_device(self) -> None:
         """Release all KV tensors, so that the inference engine can free their memory.
@@ -181,7 +141,7 @@ class KVManager(TaskForm):
             ClosedError: no device is registered, or it is suspended already.
             DeadlineError: requests did not end within `io_deadline_s`; the devices stay in use.
         """
-        await self._async(lambda: self._engine.devices.suspend())
+        await self._bridge.call_async(lambda: self.engine.devices.suspend())
 
     def suspend_device_blocking(self) -> None:
         """Do what `suspend_device` does, waiting in this thread.
@@ -190,19 +150,11 @@ class KVManager(TaskForm):
             ClosedError: not started with `start()`, no device is registered, or it is suspended.
             DeadlineError: requests did not end within `io_deadline_s`; the devices stay in use.
         """
-        self.check_process()
-        if self._thread is None:
-            raise ClosedError(
-                "suspend_device_blocking() is for a manager started with start(); with `async"
-                " with`, use `await suspend_device()`"
-            )
-        self._thread.call(lambda: self._engine.devices.suspend())
+        thread = self._bridge.blocking("suspend_device_blocking", "use `await suspend_device()`")
+        thread.call(lambda: self.engine.devices.suspend())
 
     def resume_device(
-        self,
-        kv_caches: Mapping[str, Any] | Sequence[Any],
-        layout: str | None = None,
-        tp_rank: int = 0,
+        self, kv_caches: KVCaches, layout: str | None = None, tp_rank: int = 0
     ) -> None:
         """Register a suspended rank's KV tensors again: see `register_kv_caches` for arguments.
 
@@ -210,7 +162,7 @@ class KVManager(TaskForm):
             ConfigError: the tensors do not fit the model, or the rank is not suspended.
             DeviceError: the device refused.
         """
-        self._call(lambda: self._engine.devices.resume(kv_caches, layout, tp_rank))
+        self.on_loop(lambda: self.engine.devices.resume(kv_caches, layout, tp_rank))
 
     # -- async form -----------------------------------------------------------------------------
 
@@ -224,14 +176,10 @@ class KVManager(TaskForm):
         Raises:
             ConfigError: a token is negative, or not an integer.
         """
-        return self._call(lambda: self._engine.match(token_ids, namespace))
+        return self.on_loop(lambda: self._door.match(token_ids, namespace))
 
     async def get(
-        self,
-        token_ids: Any,
-        slot_mapping: Any,
-        token_mask: Any = None,
-        namespace: Namespace = None,
+        self, token_ids: Any, slot_mapping: Any, token_mask: Any = None, namespace: Namespace = None
     ) -> KVResponse:
         """Load the longest resident prefix into the device; return once the slots hold it.
 
@@ -252,14 +200,10 @@ class KVManager(TaskForm):
 
         Cancellation: raised once no hardware touches the slots; their content is undefined.
         """
-        return await self._perform(Operation.GET, token_ids, slot_mapping, token_mask, namespace)
+        return await self._bridge.run(Operation.GET, token_ids, slot_mapping, token_mask, namespace)
 
     async def put(
-        self,
-        token_ids: Any,
-        slot_mapping: Any,
-        token_mask: Any = None,
-        namespace: Namespace = None,
+        self, token_ids: Any, slot_mapping: Any, token_mask: Any = None, namespace: Namespace = None
     ) -> KVResponse:
         """Store the blocks that host memory lacks; return once device memory may be reused.
 
@@ -274,7 +218,7 @@ class KVManager(TaskForm):
 
         Cancellation: raised once no hardware reads the slots; nothing is stored.
         """
-        return await self._perform(Operation.PUT, token_ids, slot_mapping, token_mask, namespace)
+        return await self._bridge.run(Operation.PUT, token_ids, slot_mapping, token_mask, namespace)
 
     async def prefetch(self, token_ids: Any, namespace: Namespace = None) -> KVResponse:
         """Bring the resident prefix from lower tiers to host memory; return once it is there.
@@ -285,7 +229,111 @@ class KVManager(TaskForm):
 
         Cancellation: what is under way is finished in the background and kept.
         """
-        return await self._perform(Operation.PREFETCH, token_ids, None, None, namespace)
+        return await self._bridge.run(Operation.PREFETCH, token_ids, None, None, namespace)
+
+    # -- task-id form ---------------------------------------------------------------------------
+
+    def get_match(
+        self, token_ids: Any, token_mask: Any = None, namespace: Namespace = None
+    ) -> tuple[int, TokenMask]:
+        """Find what a get would load, and keep it from eviction until `launch` or `cancel`.
+
+        Returns:
+            A task id, and bool[tokens]: the tokens that `launch` needs slots for.
+        """
+        return self._tasks.prepare(Operation.GET, token_ids, token_mask, namespace)
+
+    def put_match(
+        self, token_ids: Any, token_mask: Any = None, namespace: Namespace = None
+    ) -> tuple[int, TokenMask]:
+        """Find what a put would have to store.
+
+        Returns:
+            A task id, and bool[tokens]: the tokens that `launch` needs slots for.
+        """
+        return self._tasks.prepare(Operation.PUT, token_ids, token_mask, namespace)
+
+    def get_async(
+        self, token_ids: Any, slot_mapping: Any, token_mask: Any = None, namespace: Namespace = None
+    ) -> int:
+        """Start a get, and return its task id."""
+        return self._tasks.start(Operation.GET, token_ids, slot_mapping, token_mask, namespace)
+
+    def put_async(
+        self, token_ids: Any, slot_mapping: Any, token_mask: Any = None, namespace: Namespace = None
+    ) -> int:
+        """Start a put, and return its task id."""
+        return self._tasks.start(Operation.PUT, token_ids, slot_mapping, token_mask, namespace)
+
+    def prefetch_async(self, token_ids: Any, namespace: Namespace = None) -> int:
+        """Start a prefetch, and return its task id."""
+        return self._tasks.start(Operation.PREFETCH, token_ids, None, None, namespace)
+
+    def get_layerwise(
+        self, token_ids: Any, slot_mapping: Any, token_mask: Any = None, namespace: Namespace = None
+    ) -> LayerwiseGet:
+        """Start a get whose first layers may be used while the others are on their way.
+
+        The arguments are as for `get`. Await it for the response, or `wait` for its `task_id`.
+        """
+        spec = RequestSpec(Operation.GET, token_ids, slot_mapping, token_mask, namespace)
+        return LayerwiseGet(self._bridge, spec)
+
+    def put_layerwise(
+        self, token_ids: Any, slot_mapping: Any, token_mask: Any = None, namespace: Namespace = None
+    ) -> LayerwisePut:
+        """Start a put that stores each layer once the caller has written it, as in a prefill.
+
+        The arguments are as for `put`. Await it for the response, or `wait` for its `task_id`. It
+        holds places in host memory until every layer is written: `cancel` it if that
+        will not happen.
+        """
+        spec = RequestSpec(Operation.PUT, token_ids, slot_mapping, token_mask, namespace)
+        return LayerwisePut(self._bridge, spec)
+
+    def launch(self, task_ids: int | Sequence[int], slot_mappings: Any | Sequence[Any]) -> None:
+        """Start tasks that a match prepared; launching a launched one is a no-op.
+
+        Raises:
+            ConfigError: an id was never issued, or slots break a rule; no task was launched.
+        """
+        self._tasks.launch(task_ids, slot_mappings)
+
+    def cancel(self, task_ids: int | Sequence[int]) -> None:
+        """Cancel tasks; when this returns, no hardware touches their slots any more.
+
+        On the engine's own loop, where nothing may block, it returns at once; use `try_wait` there
+        to find out when a task is over.
+
+        Raises:
+            ConfigError: an id was never issued.
+        """
+        self._tasks.cancel(task_ids)
+
+    def wait(
+        self, task_ids: int | Sequence[int], timeout: float | None = 20.0, completely: bool = False
+    ) -> dict[int, KVResponse]:
+        """Return the tasks' responses; a task not over in time is cancelled, with status TIMEOUT.
+
+        The calling thread waits.
+
+        Args:
+            task_ids: one or several.
+            timeout: in seconds, for all of them; None = as long as it takes.
+            completely: wait until the write-behind of puts is done too.
+
+        Raises:
+            ConfigError: an id was never issued, or is collected already, or an argument has the
+                wrong type.
+            ClosedError: not started with `start()`: on the engine's own loop, await instead.
+        """
+        return self._tasks.wait(task_ids, timeout, completely)
+
+    def try_wait(self, task_ids: int | Sequence[int]) -> dict[int, KVResponse]:
+        """Return the responses of those tasks that are over; never wait for the others."""
+        return self._tasks.try_wait(task_ids)
+
+    # -- upkeep ---------------------------------------------------------------------------------
 
     async def flush(self) -> FlushReport:
         """Return once everything resident that was put before is on stable storage.
@@ -298,7 +346,7 @@ class KVManager(TaskForm):
             TransferError: a block could not be written, or the disk refused (StorageError); what
                 could be written is safe.
         """
-        return await self._async(self._engine.flush)
+        return await self._bridge.call_async(self._door.flush)
 
     def reset(self) -> int:
         """Forget every block of every tier, and return their number: see `clear`."""
@@ -319,10 +367,9 @@ class KVManager(TaskForm):
             StorageError: everything is cleared, but the next run may find blocks on SSD: the
                 journal could not be written.
         """
-        retention = self._engine.retention
-        if self._thread is not None:
-            return self._thread.call(lambda: retention.clear_durably(tier, namespace))
-        return self._call(lambda: retention.clear(tier, namespace))
+        if (thread := self._bridge.thread) is not None:
+            return thread.call(lambda: self._door.clear_durably(tier, namespace))
+        return self.on_loop(lambda: self._door.clear(tier, namespace))
 
     def resize(self, tier: Tier, capacity_blocks: int) -> int:
         """Change how many blocks a tier may hold, and return how many it may hold now.
@@ -333,7 +380,7 @@ class KVManager(TaskForm):
         Raises:
             ConfigError: there is no such tier, or it was opened with fewer.
         """
-        return self._call(lambda: self._engine.retention.resize(tier, capacity_blocks))
+        return self.on_loop(lambda: self.engine.retention.resize(tier, capacity_blocks))
 
     def set_quota(self, namespace: Namespace, tier: Tier, blocks: int | None) -> None:
         """Bound how many blocks of a tier a namespace may have; None removes the bound.
@@ -350,11 +397,11 @@ class KVManager(TaskForm):
         Raises:
             ConfigError: an argument breaks a rule, or 64 namespaces have quotas.
         """
-        self._call(lambda: self._engine.retention.set_quota(namespace, tier, blocks))
+        self.on_loop(lambda: self.engine.retention.set_quota(namespace, tier, blocks))
 
     def namespace_blocks(self, namespace: Namespace) -> dict[Tier, int]:
         """Return the number of a namespace's blocks by tier, including those being filled."""
-        return self._call(lambda: self._engine.retention.namespace_blocks(namespace))
+        return self.on_loop(lambda: self.engine.retention.namespace_blocks(namespace))
 
     def pin(
         self,
@@ -374,21 +421,21 @@ class KVManager(TaskForm):
         Raises:
             ConfigError: an argument breaks a rule.
         """
-        return self._call(lambda: self._engine.retention.pin(token_ids, namespace, ttl_s, owner))
+        return self.on_loop(lambda: self.engine.retention.pin(token_ids, namespace, ttl_s, owner))
 
     def unpin(self, pin_id: int) -> bool:
         """End a pin; return whether it still existed."""
         number = integer("pin_id", pin_id)
-        return self._call(lambda: self._engine.retention.pins.unpin(number))
+        return self.on_loop(lambda: self.engine.retention.pins.unpin(number))
 
     def unpin_owner(self, owner: str) -> int:
         """End every pin of an owner that is gone, and return how many there were."""
         name = text("owner", owner)
-        return self._call(lambda: self._engine.retention.pins.unpin_owner(name))
+        return self.on_loop(lambda: self.engine.retention.pins.unpin_owner(name))
 
     def statistics(self) -> Statistics:
         """Return a frozen snapshot: tiers, routes and their failures, queues, requests, hits."""
-        return self._call(self._engine.statistics)
+        return self.on_loop(self._door.statistics)
 
     @contextmanager
     def trace(
@@ -411,39 +458,41 @@ class KVManager(TaskForm):
 
     def trace_start(self, path: str | Path | None = None, *, tokens: bool | None = None) -> None:
         """Record every request and transfer to a file from now on. See `trace`."""
-        if path is not None and not isinstance(path, str | Path):
+        if not isinstance(path, str | Path | None):
             raise ConfigError("path", kind_of(path), "must be a path")
         name = None if path is None else str(path)
         clear = None if tokens is None else flag("tokens", tokens)
-        self._call(lambda: self._engine.tracing.start(name, clear))
+        self.on_loop(lambda: self._door.trace_start(name, clear))
 
     def trace_stop(self) -> str | None:
         """Stop recording; return the path of the complete file, or None if no trace was on.
 
         This waits until the last records are written: some milliseconds, on the loop.
         """
-        return self._call(lambda: self._engine.tracing.stop())
+        return self.on_loop(self._door.trace_stop)
 
     def explain(self, operation: str, token_ids: Any, namespace: Namespace = None) -> Explanation:
         """Return the plan of a request, if all tiers were up and had room, without running it."""
-        names = [kind.label for kind in Operation]
-        if operation not in names:
-            raise ConfigError("operation", operation, f"must be one of {', '.join(names)}")
-        return self._call(
-            lambda: explain(
-                self._engine.intake(Operation[operation.upper()], token_ids, None, namespace),
-                self._engine.residency,
-                self._engine.limits,
-            )
-        )
+        return self.on_loop(lambda: self.engine.explain(operation, token_ids, namespace))
 
-    def _perform(self, *arguments: Any) -> Coroutine[Any, Any, KVResponse]:
-        """Return what runs a request on the engine's loop, from there or from another."""
-        spec = RequestSpec(*arguments)
-        if self._thread is None:
-            self._check_loop()
-            self._order_after(spec.operation)
-            return self._engine.submit(spec).run()
-        self.check_process()
-        self._order_after(spec.operation)
-        return self._thread.call_async(lambda: self._engine.submit(spec).run())
+    # -- inside, and for tools ------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Engine:
+        """Return the engine, for tools; it lives on its own loop.
+
+        Raises:
+            ConfigError: the manager is a client, and the engine is in a server's process.
+        """
+        if isinstance(self._door, Engine):
+            return self._door
+        why = "is done by the server's process; this manager is its client"
+        raise ConfigError("manager", "a client of a server", why)
+
+    def on_loop(self, work: Callable[[], T]) -> T:
+        """Return the result of synchronous work on the engine's loop, for tools.
+
+        Raises:
+            ClosedError: not started, or shut down.
+        """
+        return self._bridge.call(work)

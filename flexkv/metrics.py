@@ -28,7 +28,7 @@ from prometheus_client.registry import Collector
 
 from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
 from flexkv.engine.statistics import Statistics
-from flexkv.front.loop_bridge import LoopBridge
+from flexkv.kvmanager import KVManager
 from flexkv.observe.records import OpRecord, Record, RequestRecord
 from flexkv.process import forks
 from flexkv.process.forks import HomeProcess
@@ -103,7 +103,7 @@ class Metrics(Collector):
         missed_blocks: blocks that gets asked for and did not load, by reason.
     """
 
-    def __init__(self, manager: LoopBridge, name: str | None = None, instance: int = 0) -> None:
+    def __init__(self, manager: KVManager, name: str | None = None, instance: int = 0) -> None:
         """Start to collect from a manager that is started.
 
         Args:
@@ -374,7 +374,7 @@ class MetricsServer:
 
     def __init__(
         self,
-        manager: LoopBridge,
+        manager: KVManager,
         port: int = 8080,
         host: str = "127.0.0.1",
         name: str | None = None,

@@ -31,7 +31,8 @@ FLOORS = [
     {"tiers"},
     {"engine"},
     {"front"},
-    {"kvmanager", "metrics", "server"},
+    {"server"},
+    {"kvmanager", "metrics"},
     {"integration", "testing"},
     {"cli"},
 ]

@@ -147,14 +147,15 @@ class Replayer:
         mask = np.arange(len(tokens)) >= record.first_block * self._per_block
         namespace = record.namespace_hash or None
         selected = None if operation is Operation.PREFETCH else mask
-        request = engine.intake(operation, tokens, selected, namespace)
+        request = engine.requests.intake(operation, tokens, selected, namespace)
         if operation is Operation.PREFETCH:
-            return await engine.perform(request)
+            return await engine.requests.perform(request)
         blocks = await self._take(record.last_block - record.first_block)
         try:
-            slots = np.array(blocks, np.int64)[:, None] * self._per_block
-            ready = engine.with_slots(request, (slots + np.arange(self._per_block)).ravel())
-            return None if ready is None else await engine.perform(ready)
+            firsts = np.array(blocks, np.int64)[:, None] * self._per_block
+            slots = (firsts + np.arange(self._per_block)).ravel()
+            ready = engine.requests.with_slots(request, slots)
+            return None if ready is None else await engine.requests.perform(ready)
         finally:
             async with self._freed:
                 self._free.extend(blocks)

@@ -73,7 +73,9 @@ class Settings(ConfigModel):
         le=3_600_000,
     )
     server_client_mode: bool = key(
-        False, "Accepted but ignored: connectors always use a server in another process."
+        False,
+        "Whether a `KVManager` uses the engine of a server in another process, at"
+        " `server_recv_port`, instead of one of its own. Connectors always do.",
     )
     server_launch_mode: Literal["embedded", "external"] = key(
         "embedded", "Who runs the server: the first instance, or `flexkv serve`."

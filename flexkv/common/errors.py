@@ -12,7 +12,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from errno import errorcode
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 E = TypeVar("E", bound=BaseException)
 
@@ -43,6 +43,34 @@ def _portable(value: Any) -> Any:
     except (pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError):
         return repr(value)
     return value
+
+
+Cause: TypeAlias = tuple[str, Mapping[str, Any]]
+"""An error's class and fields, as plain values that fit in a message."""
+
+
+def cause_of(error: FlexKVError) -> Cause:
+    """Return an error's class and fields; a field that is no plain value becomes its `repr`."""
+    return type(error).__name__, {name: _plain(value) for name, value in error.__dict__.items()}
+
+
+def error_from(cause: Cause | None, message: str) -> FlexKVError:
+    """Return the error that another process reported; a FlexKVError if its class is unknown."""
+    name, fields = cause or ("", {})
+    kinds = [FlexKVError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    kind = next((each for each in kinds if each.__name__ == name), FlexKVError)
+    lists = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
+    return rebuilt(kind, (message,), {**fields, **lists})
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return repr(value)
 
 
 HIDDEN = "…"

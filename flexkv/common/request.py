@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from flexkv.common.config_keys import kind_of
@@ -100,6 +101,13 @@ class Request(msgspec.Struct, frozen=True):
     def block_count(self) -> int:
         """Return the number of whole blocks of the prompt, up to the end of the span."""
         return len(self.keys) // BLOCK_KEY_BYTES - 1
+
+    def narrowed(self, first_block: int, last_block: int) -> Request:
+        """Return the request for fewer blocks; its slots begin and end with them."""
+        per_block = self.tokens_per_block
+        span = Span(first_block, last_block, first_block * per_block, last_block * per_block)
+        keys = self.keys[: (last_block + 1) * BLOCK_KEY_BYTES]
+        return structs.replace(self, span=span, keys=keys)
 
 
 def as_int64(field: str, values: Any) -> NDArray[np.int64]:

@@ -10,36 +10,35 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
-from msgspec import structs
-
 from flexkv.actors.actor import Supervisor
-from flexkv.actors.flight import Flight
 from flexkv.actors.scheduler import Scheduler
 from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
-from flexkv.common.errors import ClosedError, InternalError, InvariantError
+from flexkv.common.errors import ClosedError, ConfigError, InternalError, InvariantError
 from flexkv.common.layout import Order, is_natural
-from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
+from flexkv.common.request import Operation
 from flexkv.common.terms import Tier
 from flexkv.engine.admission import Admission
 from flexkv.engine.core import Core
 from flexkv.engine.departure import Departure
-from flexkv.engine.devices import Devices, UseCount
+from flexkv.engine.devices import Devices
 from flexkv.engine.durability import Durability, FlushReport
-from flexkv.engine.pins import Holds, Pins
+from flexkv.engine.pins import Pins
+from flexkv.engine.requests import Requests
 from flexkv.engine.retention import Retention
-from flexkv.engine.runner import ALONE, RequestOwner, RequestRunner
+from flexkv.engine.runner import RequestRunner
 from flexkv.engine.statistics import Sources, Statistics, snapshot
 from flexkv.engine.tickets import RequestSpec, Ticket
 from flexkv.engine.tracing import Tracing
+from flexkv.graph.explain import Explanation, explain
 from flexkv.index.clears import ClearHistory
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
-from flexkv.index.residency import Found, PrefixMatch, Residency, prefix_match
+from flexkv.index.residency import Found, PrefixMatch, Residency
+from flexkv.io.device.tensors import KVCaches
 from flexkv.observe.logs import get_logger
 from flexkv.process.forks import HomeProcess
 from flexkv.tiers.backend import Backend, LocalBackend, Progress
@@ -79,7 +78,6 @@ class Engine:
         self.on_failure: Callable[[], None] | None = None
         self._open = self._used = self._closed = False
         self._home: HomeProcess | None = None
-        self._next_request = self._rekeyed_at = 0
 
     # -- life -----------------------------------------------------------------------------------
 
@@ -121,21 +119,21 @@ class Engine:
             self._scheduler, self._behind, backend.tiers(), backend.unavailable, self._supervisor,
             cache.io_deadline_s,
         )  # fmt: skip
-        self._runner = RequestRunner(self._admission, self._scheduler, self._observer, self._behind)
-        self._holds = Holds(self._scheduler, self._residency)
         self._sources = Sources(
             self._residency, self._scheduler, self._admission, self._actors, core.backing,
             self._behind, core.restored_blocks, backend.unavailable,
         )  # fmt: skip
         self._tracing = Tracing(cache, sizes.block_bytes, self._observer, self._sources)
         undo.callback(self._tracing.stop)
+        runner = RequestRunner(self._admission, self._scheduler, self._observer, self._behind)
+        self._requests = Requests(self._intake, core, runner, self._devices, self._tracing)
         if cache.enable_trace:
             self._tracing.start()
         self._retention = Retention(
             self._intake, self._residency, core.capacities, core.persistence, Pins(self._scheduler)
         )
         close = (
-            self._admission.close, self._retention.pins.close, self._holds.close,
+            self._admission.close, self._retention.pins.close, self._requests.holds.close,
             self._behind.abandon, self._behind.close, self._scheduler.watch.close,
             self._durability.close,
         )  # fmt: skip
@@ -146,10 +144,7 @@ class Engine:
         self._retention.on_clear = self._behind.cleared
 
     def register_kv_caches(
-        self,
-        kv_caches: Mapping[str, Any] | Sequence[Any],
-        layout: str | None = None,
-        tp_rank: int = 0,
+        self, kv_caches: KVCaches, layout: str | None = None, tp_rank: int = 0
     ) -> None:
         """Register a rank's per-layer KV tensors; the caller owns them, and keeps them alive.
 
@@ -172,8 +167,7 @@ class Engine:
         if is_natural(order):
             return
         secret = self.cache.key_secret.get_secret_value()
-        self._intake.rekey(KeyChain(self.model, self.tokens_per_block, secret, order))
-        self._rekeyed_at = self._next_request
+        self._requests.rekey(KeyChain(self.model, self.tokens_per_block, secret, order))
 
     @property
     def devices(self) -> Devices:
@@ -205,7 +199,7 @@ class Engine:
         self._open = False
         self._admission.close()
         self._retention.pins.close()
-        self._holds.close()
+        self._requests.holds.close()
         if self._failure is None:
             self._scheduler.cancel_unanswered()
             await self._durability.finish(self.cache.shutdown_flush_s)
@@ -308,31 +302,26 @@ class Engine:
         return self._closed or not self._used
 
     @property
+    def has_streams(self) -> bool:
+        """Return whether a device's copies have to wait for the caller's streams."""
+        return bool(self.streams)
+
+    @property
     def has_device(self) -> bool:
         """Return whether get and put can move bytes; otherwise they answer UNREADY."""
         return self._devices.missing is None
 
     # -- requests -------------------------------------------------------------------------------
 
-    def intake(
-        self,
-        operation: Operation,
-        token_ids: Any,
-        token_mask: Any = None,
-        namespace: Namespace = None,
-    ) -> Request:
-        """Check a caller's arguments and return the request, still without device blocks."""
-        number = self.next_request_id()
-        request = self._intake.request(operation, number, token_ids, token_mask, namespace)
-        self._tracing.asked(number, token_ids)
-        return request
+    @property
+    def requests(self) -> Requests:
+        """Return what makes requests and runs them."""
+        return self._requests
 
-    def with_slots(self, request: Request, slot_mapping: Any) -> Request | None:
-        """Return the request with its device blocks; None if it can use no device."""
-        if self._devices.missing is not None or request.request_id <= self._rekeyed_at:
-            return None
-        ids = self._intake.device_ids(slot_mapping, request.span, self._devices.num_blocks)
-        return structs.replace(request, device_ids=ids)
+    @property
+    def _checked(self) -> Requests:
+        self._check_open()
+        return self._requests
 
     def submit(self, spec: RequestSpec) -> Ticket:
         """Check a caller's arguments, and return the ticket that takes the request to its response.
@@ -341,54 +330,32 @@ class Engine:
             ConfigError: an argument breaks a rule.
             ClosedError: not open.
         """
-        operation = spec.operation
-        request = self.intake(operation, spec.token_ids, spec.token_mask, spec.namespace)
-        if spec.watch is not None:
-            request = structs.replace(request, watch=spec.watch)
-        if operation is Operation.PREFETCH:
-            return Ticket(request, self.perform)
-        return self.ticket_with_slots(request, self.with_slots(request, spec.slot_mapping))
+        return self._checked.submit(spec)
 
-    def ticket(self, request: Request) -> Ticket:
-        """Return the ticket of a request that was made elsewhere than in `submit`."""
-        return Ticket(request, self.perform)
-
-    def ticket_with_slots(self, request: Request, ready: Request | None) -> Ticket:
-        """Return the ticket of what `with_slots` made of a request; it may be unready."""
-        if ready is None:
-            return Ticket(request, self.perform, self.unready(request))
-        return Ticket(ready, self.perform)
+    def prepare(self, spec: RequestSpec) -> Ticket:
+        """Return the ticket of a request without slots: see `Requests.prepare`."""
+        return self._checked.prepare(spec)
 
     def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
         """Return how much of a prompt is resident. No I/O; it changes only the blocks' recency."""
-        found = self.find(self.intake(Operation.PREFETCH, token_ids, None, namespace).keys)
-        return prefix_match(found, self._residency.tiers, self.tokens_per_block)
+        return self._checked.match(token_ids, namespace)
 
-    def find(self, keys: bytes) -> Found:
-        """Return where a prompt's blocks are; `keys`: root and block keys of 16 bytes each."""
-        self._check_open()
-        self._scheduler.update_avoid()
-        return self._planner.visible(self._residency.find(keys, use=True))
+    def find(self, keys: bytes, first: int = 0) -> Found:
+        """Return where a prompt's blocks from `first` on are; `keys`: root and block keys."""
+        return self._checked.find(keys, first)
 
     def next_request_id(self) -> int:
-        """Return the id of a new request that is made elsewhere than in `intake`."""
-        self._check_open()
-        self._next_request += 1
-        return self._next_request
+        """Return the id of a request that is made elsewhere than here."""
+        return self._checked.next_id()
 
-    def perform(self, request: Request, turn: RequestOwner = ALONE) -> Coroutine[Any, Any, Flight]:
-        """Run a request to its answer: see `RequestRunner.perform`."""
-        return self._runner.perform(request, self._devices.use, turn)
-
-    def unready(self, request: Request) -> KVResponse:
-        """Return the response to a request that needs a device and can use none."""
-        mask = np.zeros(request.token_count, np.bool_)
-        why = self._devices.missing or ClosedError(
-            "the request was made before the device was registered"
-        )
-        response = KVResponse(KVResponseStatus.UNREADY, request.request_id, mask, why)
-        self._observer.refused(request, response)
-        return response
+    def explain(self, operation: str, token_ids: Any, namespace: Namespace) -> Explanation:
+        """Return the plan of a request, if all tiers were up and had room, without running it."""
+        kind = {each.label: each for each in Operation}.get(operation)
+        if kind is None:
+            names = ", ".join(each.label for each in Operation)
+            raise ConfigError("operation", operation, f"must be one of {names}")
+        request = self._checked.intake(kind, token_ids, None, namespace)
+        return explain(request, self._core.residency, self.limits)
 
     def nudge_device(self) -> None:
         """Check again whether transfers that wait for layers may go on."""
@@ -405,11 +372,6 @@ class Engine:
         """
         if operation is not Operation.PREFETCH:
             self._devices.order_after(operation is Operation.GET)
-
-    @property
-    def devices_in_use(self) -> UseCount:
-        """Return the count of the devices' users, for which suspension waits."""
-        return self._devices.use
 
     async def flush(self) -> FlushReport:
         """Return once everything resident that was put before is on stable storage.
@@ -436,6 +398,22 @@ class Engine:
         self._check_open()
         return self._tracing
 
+    def trace_start(self, path: str | None = None, with_tokens: bool | None = None) -> None:
+        """Record to a file from now on: see `Tracing.start`."""
+        self.tracing.start(path, with_tokens)
+
+    def trace_stop(self) -> str | None:
+        """Stop recording; return the file's path, or None if no trace was on."""
+        return self.tracing.stop()
+
+    def clear(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
+        """Forget blocks at once: see `Retention.clear`."""
+        return self.retention.clear(tier, namespace)
+
+    async def clear_durably(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
+        """Forget blocks, and return once no crash can bring them back."""
+        return await self.retention.clear_durably(tier, namespace)
+
     @property
     def retention(self) -> Retention:
         """Return what clears, resizes, sets quotas, and pins.
@@ -450,16 +428,6 @@ class Engine:
     def scheduler(self) -> Scheduler:
         """Return the scheduler, for tests."""
         return self._scheduler
-
-    @property
-    def runner(self) -> RequestRunner:
-        """Return what runs requests; a server uses it to turn away those of an instance."""
-        return self._runner
-
-    @property
-    def holds(self) -> Holds:
-        """Return the holds, by which matches keep blocks from eviction."""
-        return self._holds
 
     @property
     def residency(self) -> Residency:

@@ -15,10 +15,13 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from typing import Any
 
+from msgspec import structs
+
 from flexkv.common.arguments import integer, seconds
 from flexkv.common.errors import ConfigError, DeviceError
 from flexkv.common.request import KVResponse, Operation
 from flexkv.common.terms import StreamEvent
+from flexkv.engine.tickets import RequestSpec
 from flexkv.front.loop_bridge import LoopBridge
 
 TIMEOUT_S = 20.0
@@ -174,24 +177,22 @@ class Layerwise:
         task_id: for `KVManager.wait`, `try_wait` and `cancel`.
     """
 
-    def __init__(
-        self, manager: LoopBridge, operation: Operation, arguments: tuple[Any, ...]
-    ) -> None:
+    def __init__(self, bridge: LoopBridge, spec: RequestSpec) -> None:
         """Start the request."""
-        layers = manager.num_layers
-        self._manager = manager
-        self._progress = LayerProgress(layers, layers if operation is Operation.GET else 0)
-        self.task_id = manager.start_task(operation, *arguments, self._progress)
+        layers = bridge.door.model.num_layers
+        self._bridge = bridge
+        self._progress = LayerProgress(layers, layers if spec.operation is Operation.GET else 0)
+        self.task_id = bridge.start_task(structs.replace(spec, watch=self._progress))
 
     def __await__(self) -> Generator[Any, None, KVResponse]:
         """Return the response.
 
         Cancellation: the request is cancelled, and CancelledError raised once it is over.
         """
-        return self._manager.task_response(self.task_id).__await__()
+        return self._bridge.task_response(self.task_id).__await__()
 
     def _check(self, layer: int) -> None:
-        self._manager.check_process()
+        self._bridge.check_process()
         if not 0 <= integer("layer", layer) < self._progress.num_layers:
             why = f"must be from 0 to {self._progress.num_layers - 1}"
             raise ConfigError("layer", layer, why)
@@ -264,9 +265,9 @@ class LayerwisePut(Layerwise):
         """
         self._check(layer)
         try:
-            self._manager.order_after(Operation.PUT)
+            self._bridge.order_after(Operation.PUT)
         except DeviceError:
-            self._manager.cancel_soon(self.task_id)
+            self._bridge.cancel_soon(self.task_id)
             raise
         self._progress.let_go(layer + 1)
-        self._manager.nudge_device()
+        self._bridge.nudge_device()

@@ -1,23 +1,25 @@
-"""Passes calls to the engine's loop: from that loop, another thread, or another loop."""
+"""Passes calls to the loop of an engine: from that loop, another thread, or another loop."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from flexkv.common.errors import ClosedError, DeviceError
+from flexkv.common.errors import ClosedError, ConfigError, DeviceError
 from flexkv.common.request import KVResponse, Operation
-from flexkv.engine.engine import Engine
 from flexkv.engine.tickets import RequestSpec
 from flexkv.front import unclosed
+from flexkv.front.door import Door
 from flexkv.front.loop_thread import STOP_S, UNWIND_S, LoopThread
 from flexkv.front.tasks import TaskTable
 from flexkv.observe.logs import get_logger
+from flexkv.process import forks
 from flexkv.process.forks import HomeProcess
+from flexkv.tiers.backend import Progress
 
 log = get_logger(__name__)
 
@@ -25,12 +27,19 @@ T = TypeVar("T")
 
 
 class LoopBridge:
-    """An engine and its tasks, on the caller's loop or in a thread of its own."""
+    """An engine or a client, and its tasks, on the caller's loop or in a thread of its own.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._tasks = TaskTable(engine)
-        self._thread: LoopThread | None = None
+    Attributes:
+        door: the engine, or the client of one.
+        tasks: the requests that have task ids.
+        thread: runs the loop after `start`.
+        name: the class that its user knows, for messages.
+    """
+
+    def __init__(self, door: Door, name: str, progress: Progress | None = None) -> None:
+        self.door, self.name, self._progress = door, name, progress
+        self.tasks = TaskTable(door)
+        self.thread: LoopThread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._home: HomeProcess | None = None
         self._ending = threading.RLock()
@@ -44,17 +53,72 @@ class LoopBridge:
         if self._home is not None:
             self._home.check()
 
-    # -- the end --------------------------------------------------------------------------------
+    # -- the begin ------------------------------------------------------------------------------
+
+    async def enter(self) -> None:
+        """Open on the running loop."""
+        self.check_process()
+        if self.thread is not None:
+            why = "use either start() or `async with`, not both"
+            raise ConfigError("manager", "started already", why)
+        await self.door.open(self._progress)
+        self._loop = asyncio.get_running_loop()
+        self._note_started()
+
+    def start(self) -> None:
+        """Open on a loop in a thread; do nothing while open."""
+        self.check_process()
+        if self.thread is not None or self.door.is_open:
+            return
+        thread = LoopThread()
+        thread.start()
+        try:
+            thread.call(lambda: self.door.open(self._progress))
+        except BaseException:
+            thread.stop()
+            self.door.abandon()
+            raise
+        self.thread = thread
+        self._note_started()
 
     def _note_started(self) -> None:
         """Bind the manager to this process, and end it at exit if nobody closes it before."""
         self._home = HomeProcess("the manager")
         unclosed.remember(self)
 
+    # -- the end --------------------------------------------------------------------------------
+
+    async def leave(self, error: BaseException | None) -> None:
+        """Close at the end of an `async with` block that raised `error`, on whatever loop."""
+        if not self.is_unclosed:
+            return  # closed already, or a forked child, which has nothing to release
+        if asyncio.get_running_loop() is self._loop:
+            await self._close()
+            return
+        assert self._loop is not None
+        if self._loop.is_running():
+            closing = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
+            await asyncio.wrap_future(closing)
+            return
+        self.end()
+        if error is None:
+            raise ClosedError(
+                "the manager was closed on another event loop than its own, which no longer runs:"
+                " everything is released, but blocks that were not flushed are not on SSD"
+            )
+
+    def shutdown(self) -> None:
+        """Close, from any thread, in a signal handler, and at exit. Idempotent."""
+        if forks.is_exiting() and not self.is_unclosed:
+            return  # such as in a forked child, by a callback that its parent has registered
+        self.check_process()
+        if self._home is not None:
+            self.end()
+
     async def _close(self) -> None:
         unclosed.forget(self)
-        self._tasks.close()
-        await self._engine.close()
+        self.tasks.close()
+        await self.door.close()
 
     def end(self, timeout_s: float | None = None) -> None:
         """Close the engine, from any thread; if its loop cannot, release everything at once.
@@ -68,7 +132,7 @@ class LoopBridge:
         unclosed.forget(self)
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
         with self._ending:
-            thread, self._thread = self._thread, None
+            thread, self.thread = self.thread, None
             try:
                 if thread is not None and not thread.is_this:
                     thread.call(self._close, timeout_s)
@@ -79,52 +143,56 @@ class LoopBridge:
                 if thread is not None:
                     left_s = STOP_S if until_s is None else until_s - time.monotonic()
                     thread.stop(max(left_s, UNWIND_S))
-                if self._engine.abandon():
+                if self.door.abandon():
                     why = "its event loop could not close it: what was not flushed is not on SSD"
                     log.warning("engine_abandoned", reason=why)
 
     def __del__(self) -> None:
-        # An object that `__init__` refused has no engine.
         if getattr(self, "_home", None) is not None:
             unclosed.end_forgotten(self)
 
     @property
     def is_unclosed(self) -> bool:
         """Return whether this process has to close the engine."""
-        return self._home is not None and self._home.is_here and not self._engine.is_closed
+        return self._home is not None and self._home.is_here and not self.door.is_closed
 
     # -- calls ----------------------------------------------------------------------------------
 
-    @property
-    def engine(self) -> Engine:
-        """Return the engine, for tools; it lives on its own loop."""
-        return self._engine
+    def run(self, *arguments: Any) -> Coroutine[Any, Any, KVResponse]:
+        """Return what runs a request on the engine's loop, from there or from another."""
+        spec = RequestSpec(*arguments)
+        if self.thread is None:
+            self._check_loop()
+            self.order_requests_after(spec.operation)
+            return self.door.submit(spec).run()
+        self.check_process()
+        self.order_requests_after(spec.operation)
+        return self.thread.call_async(lambda: self.door.submit(spec).run())
 
-    def on_loop(self, work: Callable[[], T]) -> T:
-        """Return the result of synchronous work on the engine's loop, for tools.
+    def blocking(self, call: str, instead: str) -> LoopThread:
+        """Return the thread that runs the loop, for a call that waits for it.
 
         Raises:
-            ClosedError: not started, or shut down.
+            ClosedError: there is none, because the loop is the caller's own.
         """
-        return self._call(work)
+        self.check_process()
+        if self.thread is None:
+            why = f"{call}() is for a manager started with start(); with `async with`, {instead}"
+            raise ClosedError(why)
+        return self.thread
 
-    @property
-    def num_layers(self) -> int:
-        """Return the number of the model's layers."""
-        return self._engine.model.num_layers
-
-    def start_task(self, operation: Operation, *arguments: Any) -> int:
+    def start_task(self, spec: RequestSpec) -> int:
         """Start a request behind what this thread's streams have queued; return its task id."""
         self.check_process()
-        self._order_after(operation)
-        return self._call(lambda: self._tasks.start(RequestSpec(operation, *arguments)))
+        self.order_requests_after(spec.operation)
+        return self.call(lambda: self.tasks.start(spec))
 
     async def task_response(self, task_id: int) -> KVResponse:
         """Return a task's response once it has one.
 
         Cancellation: the task is cancelled, and CancelledError raised once it is over.
         """
-        return await self._async(lambda: self._tasks.response(task_id))
+        return await self.call_async(lambda: self.tasks.response(task_id))
 
     def order_after(self, operation: Operation) -> None:
         """Make later copies wait for what the calling thread's streams have queued by now.
@@ -132,13 +200,13 @@ class LoopBridge:
         Raises:
             DeviceError: a driver refused. The device is down from then on.
         """
-        self._engine.order_after(operation)
+        self.door.order_after(operation)
 
-    def _order_after(self, operation: Operation) -> None:
+    def order_requests_after(self, operation: Operation) -> None:
         """Do the same for a request that begins now, which ends as UNREADY if a device is down."""
-        if self._engine.streams:
+        if self.door.has_streams:
             with suppress(DeviceError):
-                self._engine.order_after(operation)
+                self.door.order_after(operation)
 
     def nudge_device(self) -> None:
         """Check again whether transfers that wait for layers may go on. From any thread.
@@ -146,15 +214,15 @@ class LoopBridge:
         Raises:
             ClosedError: not started, or shut down.
         """
-        self._post(self._engine.nudge_device)
+        self._post(self.door.nudge_device)
 
     def cancel_soon(self, task_id: int) -> None:
         """Cancel a task soon, without waiting for its end. From any thread."""
-        self._post(lambda: self._tasks.cancel_if_there(task_id))
+        self._post(lambda: self.tasks.cancel_if_there(task_id))
 
     def _post(self, work: Callable[[], None]) -> None:
         self.check_process()
-        thread, loop = self._thread, self._loop
+        thread, loop = self.thread, self._loop
         if thread is not None:
             thread.post(work)
             return
@@ -165,21 +233,21 @@ class LoopBridge:
         except RuntimeError as error:
             raise ClosedError("the event loop that the manager runs on is closed") from error
 
-    def _call(self, work: Callable[[], T]) -> T:
+    def call(self, work: Callable[[], T]) -> T:
         """Return the result of synchronous work on the engine's loop."""
-        if self._thread is None:
+        if self.thread is None:
             self._check_loop()
             return work()
 
         async def wrapped() -> T:
             return work()
 
-        return self._thread.call(wrapped)
+        return self.thread.call(wrapped)
 
-    async def _async(self, work: Callable[[], Awaitable[T]]) -> T:
+    async def call_async(self, work: Callable[[], Awaitable[T]]) -> T:
         """Return the result of work on the engine's loop, awaited there or on another loop."""
-        if self._thread is not None:
-            return await self._thread.call_async(work)
+        if self.thread is not None:
+            return await self.thread.call_async(work)
         self._check_loop()
         return await work()
 

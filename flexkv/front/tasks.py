@@ -12,29 +12,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-import numpy as np
 from msgspec import structs
 
-from flexkv.actors.flight import Flight
-from flexkv.common.errors import ConfigError, FlexKVError, TransferError
-from flexkv.common.request import (
-    KVResponse,
-    KVResponseStatus,
-    Operation,
-    Request,
-    Span,
-    TokenMask,
-)
-from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
-from flexkv.engine.engine import Engine
+from flexkv.common.errors import ConfigError, FlexKVError
+from flexkv.common.request import KVResponse, KVResponseStatus, TokenMask
 from flexkv.engine.runner import RequestOwner
-from flexkv.engine.tickets import RequestSpec, Ticket
-from flexkv.index.keys import Namespace
-from flexkv.index.residency import Placement
+from flexkv.engine.tickets import RequestSpec, mask_of, nothing_moved
+from flexkv.front.door import AnyTicket, Door
 
 TASKS_MAX = 1 << 16
-TASKS = -1
-"""The group of all holds of tasks; the groups of instances are not negative."""
 
 
 class _Task:
@@ -42,29 +28,23 @@ class _Task:
 
     __slots__ = ("_over", "response", "ticket", "work")
 
-    def __init__(self, ticket: Ticket) -> None:
+    def __init__(self, ticket: AnyTicket) -> None:
         self.ticket = ticket
         self.work: asyncio.Task[None] | None = None
         self.response: KVResponse | None = None
         self._over = asyncio.Event()
 
-    @property
-    def request(self) -> Request:
-        """Return what is asked for."""
-        return self.ticket.request
-
-    @property
-    def flight(self) -> Flight | None:
-        """Return the request under way, or what became of it."""
-        return self.ticket.flight
-
     def answer(self, response: KVResponse) -> None:
         """Store the response, and wake those who wait; only the first response counts."""
         if self.response is None:
             self.response = response
-        if self.request.watch is not None:
-            self.request.watch.end()
+        if self.ticket.request.watch is not None:
+            self.ticket.request.watch.end()
         self._over.set()
+
+    def answer_nothing(self, status: KVResponseStatus, error: FlexKVError | None = None) -> None:
+        """Answer that nothing was moved."""
+        self.answer(nothing_moved(self.ticket.request, status, error))
 
     async def wait_answered(self) -> None:
         """Return once there is a response."""
@@ -74,41 +54,22 @@ class _Task:
 class TaskTable:
     """Every task that was issued and not yet collected."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, door: Door) -> None:
+        self._door = door
         self._tasks: dict[int, _Task] = {}
 
     # -- issue ----------------------------------------------------------------------------------
 
-    def get_match(
-        self, token_ids: Any, token_mask: Any, namespace: Namespace
-    ) -> tuple[int, TokenMask]:
-        """Find what a get would load and keep it from eviction until launch or cancel.
-
-        If it is not launched for long, the blocks may be evicted again: see `Holds`.
-        """
-        request = self._engine.intake(Operation.GET, token_ids, token_mask, namespace)
+    def prepare(self, spec: RequestSpec) -> tuple[int, TokenMask]:
+        """Issue a task that `launch` starts; return its id, and which tokens need slots."""
         self._check_room()
-        found = self._engine.residency.find(request.keys, request.span.first_block)
-        self._engine.holds.hold(TASKS, request.request_id, found.holdings)
-        request = _narrowed(request, found.first, found.last)
-        return self._add(_Task(self._engine.ticket(request))), _mask_of(request)
-
-    def put_match(
-        self, token_ids: Any, token_mask: Any, namespace: Namespace
-    ) -> tuple[int, TokenMask]:
-        """Find the tokens that a put should bring: from the first block that host memory lacks."""
-        request = self._engine.intake(Operation.PUT, token_ids, token_mask, namespace)
-        self._check_room()
-        found = self._engine.residency.find(request.keys, request.span.first_block)
-        resident = found.first + _leading(found.ready.get(Tier.HOST), found.first)
-        request = _narrowed(request, resident, request.span.last_block)
-        return self._add(_Task(self._engine.ticket(request))), _mask_of(request)
+        ticket = self._door.prepare(spec)
+        return self._add(_Task(ticket)), mask_of(ticket.request)
 
     def start(self, spec: RequestSpec) -> int:
         """Issue a task and launch it at once."""
         self._check_room()
-        task = _Task(self._engine.submit(spec))
+        task = _Task(self._door.submit(spec))
         self._launch(task)
         return self._add(task)
 
@@ -122,13 +83,13 @@ class TaskTable:
         if len(task_ids) != len(slot_mappings):
             why = f"must have one entry per task id: {len(task_ids)}"
             raise ConfigError("slot_mappings", f"{len(slot_mappings)} entries", why)
-        ready: dict[_Task, Request | None] = {}
+        ready: dict[_Task, AnyTicket] = {}
         for task_id, slots in zip(task_ids, slot_mappings, strict=True):
             task = self._find(task_id)
             if task.work is None and task.response is None and task not in ready:
-                ready[task] = self._engine.with_slots(task.request, slots)
-        for task, request in ready.items():
-            task.ticket = self._engine.ticket_with_slots(task.request, request)
+                ready[task] = task.ticket.with_slots(slots)
+        for task, ticket in ready.items():
+            task.ticket = ticket
             self._launch(task)
 
     # -- collect --------------------------------------------------------------------------------
@@ -146,9 +107,9 @@ class TaskTable:
     def _cancel(self, task: _Task) -> None:
         if task.response is not None:
             return
-        self._release(task)
+        task.ticket.release()
         if task.work is None:
-            task.answer(_response(task.request, KVResponseStatus.CANCELLED))
+            task.answer_nothing(KVResponseStatus.CANCELLED)
         else:
             task.work.cancel()
 
@@ -174,8 +135,8 @@ class TaskTable:
             async with asyncio.timeout(timeout):
                 for task in tasks.values():
                     await task.wait_answered()
-                    if completely and task.flight is not None:
-                        await task.flight.wait_ended()
+                    if completely:
+                        await task.ticket.wait_written()
         except TimeoutError:
             late = [task_id for task_id, task in tasks.items() if task.response is None]
             await self._cancel_late(late)
@@ -205,7 +166,7 @@ class TaskTable:
         tasks = [self._find(task_id) for task_id in task_ids]
         await self.cancel_and_drain(task_ids)
         for task in tasks:
-            task.response = _response(task.request, KVResponseStatus.TIMEOUT)
+            task.response = nothing_moved(task.ticket.request, KVResponseStatus.TIMEOUT)
 
     def try_wait(self, task_ids: Sequence[int]) -> dict[int, KVResponse]:
         """Return the responses of those tasks that are over."""
@@ -219,38 +180,32 @@ class TaskTable:
     def close(self) -> None:
         """Release what prepared tasks hold."""
         for task in self._tasks.values():
-            self._release(task)
+            task.ticket.release()
 
     # -- inside ---------------------------------------------------------------------------------
 
     def _launch(self, task: _Task) -> None:
-        if task.ticket.response is not None:  # no device can serve it
-            self._release(task)
-            task.answer(task.ticket.response)
+        ticket = task.ticket
+        if ticket.response is not None:  # no device can serve it
+            ticket.end()
+            task.answer(ticket.response)
             return
-        uses_device = task.request.device_ids is not None
 
         def over(work: asyncio.Task[None]) -> None:
             # A task that is cancelled before its first step runs none of its own code.
-            self._release(task)
-            if uses_device:
-                self._engine.devices_in_use.leave()
-            task.answer(_response(task.request, KVResponseStatus.CANCELLED))
+            ticket.end()
+            task.answer_nothing(KVResponseStatus.CANCELLED)
 
-        if uses_device:  # in the same step in which its slots were checked
-            self._engine.devices_in_use.enter()
-        task.work = self._engine.supervisor.spawn("task", self._work(task))
+        ticket.begin()
+        task.work = self._door.supervisor.spawn("task", self._work(task))
         task.work.add_done_callback(over)
 
     async def _work(self, task: _Task) -> None:
         """Run a task's request, and turn every outcome into a response."""
         try:
-            task.answer(await task.ticket.run(RequestOwner(begun=lambda: self._release(task))))
+            task.answer(await task.ticket.run(RequestOwner(begun=task.ticket.release)))
         except FlexKVError as error:
-            task.answer(_response(task.request, KVResponseStatus.FAILED, error))
-
-    def _release(self, task: _Task) -> None:
-        self._engine.holds.release(TASKS, task.request.request_id)
+            task.answer_nothing(KVResponseStatus.FAILED, error)
 
     def _check_room(self) -> None:
         if len(self._tasks) >= TASKS_MAX:
@@ -258,8 +213,9 @@ class TaskTable:
             raise ConfigError("tasks", len(self._tasks), why)
 
     def _add(self, task: _Task) -> int:
-        self._tasks[task.request.request_id] = task
-        return task.request.request_id
+        number = task.ticket.request.request_id
+        self._tasks[number] = task
+        return number
 
     def _find(self, task_id: int) -> _Task:
         task = self._tasks.get(task_id)
@@ -276,42 +232,7 @@ class TaskTable:
         self._tasks.pop(task_id, None)
         response = task.response
         assert response is not None
-        if not completely or task.flight is None or response.error is not None:
+        if not completely or response.error is not None:
             return response
-        run = task.flight.run
-        error = run.errors[0] if run.errors else None
-        if not run.ended:
-            error = TransferError(0, "write-behind", 0, "it was not finished in time")
+        error = task.ticket.write_error()
         return response if error is None else structs.replace(response, error=error)
-
-
-def _narrowed(request: Request, first_block: int, last_block: int) -> Request:
-    """Return the request for fewer blocks; its slots begin and end with them."""
-    per_block = request.tokens_per_block
-    span = Span(first_block, last_block, first_block * per_block, last_block * per_block)
-    keys = request.keys[: (last_block + 1) * BLOCK_KEY_BYTES]
-    return structs.replace(request, span=span, keys=keys)
-
-
-def _mask_of(request: Request) -> TokenMask:
-    mask = np.zeros(request.token_count, np.bool_)
-    mask[request.span.first_token : request.span.last_token] = True
-    return mask
-
-
-def _response(
-    request: Request, status: KVResponseStatus, error: FlexKVError | None = None
-) -> KVResponse:
-    """Return the response of a request that moved nothing."""
-    mask = np.zeros(request.token_count, np.bool_)
-    return KVResponse(status, request.request_id, mask, error)
-
-
-def _leading(placement: Placement | None, first: int) -> int:
-    """Return the length of the unbroken run of blocks in a tier from position `first` on."""
-    if placement is None or placement.positions.first != first:
-        return 0
-    places = placement.positions.places
-    if places is None:
-        return placement.block_count
-    return int(np.count_nonzero(places == np.arange(first, first + len(places))))

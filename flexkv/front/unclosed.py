@@ -21,6 +21,8 @@ END_S = 10.0
 class Unclosed(Protocol):
     """A manager that is open, or was."""
 
+    name: str
+
     @property
     def is_unclosed(self) -> bool:
         """Return whether this process has to close it."""
@@ -52,7 +54,7 @@ def end_forgotten(manager: Unclosed) -> None:
     """
     if sys.is_finalizing() or not manager.is_unclosed:
         return
-    what = f"{type(manager).__name__} was not closed: call shutdown(), or use `async with`"
+    what = f"{manager.name} was not closed: call shutdown(), or use `async with`"
     with suppress(Warning):  # the rest has to be done even where warnings are errors
         warnings.warn(what, ResourceWarning, stacklevel=3, source=manager)
     try:

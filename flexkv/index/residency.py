@@ -75,6 +75,14 @@ class Positions(msgspec.Struct, frozen=True):
             return max(0, min(self.block_count, last - self.first))
         return int(np.searchsorted(self.places, last))
 
+    def leading(self, first: int) -> int:
+        """Return the length of the unbroken run of them from a position on."""
+        if self.first != first:
+            return 0
+        if self.places is None:
+            return self.block_count
+        return int(np.count_nonzero(self.places == np.arange(first, first + self.block_count)))
+
     def at(self, number: int) -> int:
         """Return the position of the number-th of them."""
         return self.first + number if self.places is None else int(self.places[number])

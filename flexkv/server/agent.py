@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from flexkv.common.terms import Layers, Route, Tier, Transfer
 from flexkv.front.layerwise import TIMEOUT_S
 from flexkv.front.loop_thread import LoopThread
 from flexkv.index.keys import block_identity
-from flexkv.io.device.tensors import kv_cache_list
+from flexkv.io.device.tensors import KVCaches, kv_cache_list
 from flexkv.io.memory.arena import Arena
 from flexkv.io.ports import DevicePort
 from flexkv.observe.logs import get_logger
@@ -100,9 +100,7 @@ class Agent:
 
     # -- the caller's side, from any thread -----------------------------------------------------
 
-    def start(
-        self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None = None
-    ) -> None:
+    def start(self, kv_caches: KVCaches, layout: str | None = None) -> None:
         """Lend KV caches from now on. Return at once, and connect when there is a server.
 
         Args:
@@ -160,7 +158,8 @@ class Agent:
 
         They read it after what the calling thread's stream has queued by now. Each put copies a
         layer once the agents of all ranks have reported it or a later one. A put that was not
-        started by layer begins when the last layer is reported.
+        started by layer begins when the last layer is reported. Cancel a put if not all of its
+        layers will be written.
 
         Args:
             numbers: the numbers of the puts; a report may come before its put.
@@ -219,14 +218,33 @@ class Agent:
     def _report(self, numbers: Sequence[int], to_device: bool, layers: int | None) -> None:
         if not numbers:
             return
+        with suppress(DeviceError):  # its puts end with this connection
+            self.order_after(to_device)
+            self.report_ready(numbers, layers)
+
+    def order_after(self, to_device: bool) -> None:
+        """Make later copies in one direction wait for what the calling thread's stream has queued.
+
+        Raises:
+            DeviceError: a driver refused. The connection ends, and with it what waits for a report.
+        """
         port = self._port
         if port is not None:
             try:
                 port.order_after(to_device)
             except DeviceError as error:
                 log.exception("device_down", call=error.call, code=error.code)
-                self._thread.post(self._end_link)  # its puts end with this connection
-                return
+                self._thread.post(self._end_link)
+                raise
+
+    def report_ready(self, numbers: Sequence[int], layers: int | None = None) -> None:
+        """Report that requests may go on, behind what earlier `order_after` calls were for.
+
+        With `layers`, puts may copy that many of the first layers.
+
+        Raises:
+            ClosedError: the agent is closed.
+        """
         messages = [Ready(part, layers) for part in parts_of(numbers)]
 
         def send() -> None:
@@ -243,6 +261,11 @@ class Agent:
         """
         for part in parts_of(numbers):
             self._thread.call(partial(self._settle, part))
+
+    async def settle_soon(self, numbers: Sequence[int]) -> None:
+        """Do what `settle` does, for a caller that is a coroutine."""
+        for part in parts_of(numbers):
+            await self._thread.call_async(partial(self._settle, part))
 
     def close(self) -> None:
         """Finish the copies under way, and stop lending the KV caches. Idempotent."""

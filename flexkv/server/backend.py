@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from flexkv.common.config import CacheConfig, CacheSizes, ModelConfig
+from flexkv.io.device.tensors import KVCaches
 from flexkv.io.ports import TransferPort
 from flexkv.server.fleet import FleetPort
 from flexkv.tiers.backend import Device, LocalBackend
@@ -21,9 +21,7 @@ class ServerBackend(LocalBackend):
         self.ranks = 1
         self.fleet = FleetPort(model, sizes.num_host_blocks, sizes.block_bytes)
 
-    def device(
-        self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None, tp_rank: int
-    ) -> Device:
+    def device(self, kv_caches: KVCaches, layout: str | None, tp_rank: int) -> Device:
         """Return the port over all agents, which the server registers once."""
         return Device(self.fleet, self.fleet.num_blocks, "agents", ("agents", 0))
 

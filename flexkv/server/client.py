@@ -23,8 +23,9 @@ from flexkv.index.keys import KeyChain, Namespace, block_identity
 from flexkv.observe.logs import get_logger
 from flexkv.process import forks
 from flexkv.process.forks import HomeProcess
+from flexkv.server.changes import Changes
 from flexkv.server.frames import FrameSocket
-from flexkv.server.handshake import connect
+from flexkv.server.handshake import Connected
 from flexkv.server.prompts import (
     Keys,
     Prompt,
@@ -35,6 +36,7 @@ from flexkv.server.prompts import (
     check_keys,
     integers,
 )
+from flexkv.server.reconnect import Reconnects
 from flexkv.server.wire import (
     PROTOCOL_VERSION,
     Cancel,
@@ -50,19 +52,16 @@ from flexkv.server.wire import (
     Release,
     Start,
     State,
+    failed,
     parts_of,
 )
 
 log = get_logger(__name__)
 
-RETRY_S, RETRY_S_MAX = 0.5, 30.0
-"""Pause between two attempts to connect; doubled by each failure other than an absent server."""
 HANG_S = 60.0
 """With requests under way, a server that sends nothing for this long counts as lost."""
 POLL_S_MAX = 0.02
 """How long one `poll` may read, so that a server that keeps sending does not delay a step."""
-CHANGES_MAX = 1 << 20
-"""Maximum number of changes kept for `changes`; beyond it all are dropped and reported as lost."""
 UNSENT_BYTES_MAX = 16 << 20
 
 
@@ -73,6 +72,9 @@ class Client:
         is_ready: whether all devices of the instance are connected; else no block can be moved.
         num_blocks: how many blocks each of its devices has.
         generation: the generation of the server's cache, as last reported.
+        key_chain: derives the keys of prompts, for the element order of the devices' blocks.
+        epoch: identifies the state of the devices: see `State`.
+        tiers: the labels of the server's tiers, as of the last connection.
     """
 
     def __init__(
@@ -89,13 +91,12 @@ class Client:
         """
         self._address, self._instance, self._watches = settings.server_recv_port, instance, watches
         self._answer_s = settings.server_answer_ms / 1e3
-        self._changes: list[Changed] = []
-        self._changes_kept = 0
+        self._changes = Changes()
         cache = settings.cache_config
         self._model, self._tokens_per_block = model, cache.tokens_per_block
         self._secret = cache.key_secret.get_secret_value()
-        self._keys = KeyChain(model, self._tokens_per_block, self._secret)
-        self._order = ""
+        self.key_chain = KeyChain(model, self._tokens_per_block, self._secret)
+        self.order = ""
         self._socket: FrameSocket | None = None
         self._home: HomeProcess | None = None
         forks.on_fork(self._let_go_in_child)
@@ -108,12 +109,16 @@ class Client:
         self._matched: dict[int, Matched] = {}
         self._ended: list[Done] = []
         self._under_way: set[int] = set()
-        self._retry_s = 0.0
+        facts = block_identity(model, self._tokens_per_block, self._secret)
+        self._reconnects = Reconnects(
+            self._address, self._answer_s,
+            lambda: Hello(PROTOCOL_VERSION, "client", os.getpid(), facts, instance, watches=watches)
+        )  # fmt: skip
         # A random start, so that no number of an earlier scheduler can be taken for one of ours.
         self._next = randbits(31) << 32
-        self.is_ready, self.num_blocks, self._epoch = False, 0, 0
-        self.generation = 0
-        self._wait_s, self._heard_s = RETRY_S, 0.0
+        self.is_ready, self.num_blocks, self.epoch, self.generation = False, 0, 0, 0
+        self.tiers: tuple[str, ...] = ()
+        self._heard_s = 0.0
 
     # -- keys -----------------------------------------------------------------------------------
 
@@ -122,14 +127,14 @@ class Client:
 
         They depend on the element order of the devices' blocks, which is known once `is_ready`.
         """
-        return self._keys.keys(integers(tokens), namespace)
+        return self.key_chain.keys(integers(tokens), namespace)
 
     def extend(self, prompt: Prompt, tokens: Any) -> None:
         """Append the keys of `tokens` to a prompt; the tokens follow those of its whole blocks.
 
         The prompt's namespace must not have extra keys.
         """
-        self._keys.extend_in_place(prompt.keys, integers(tokens))
+        self.key_chain.extend_in_place(prompt.keys, integers(tokens))
 
     def new_prompt(self) -> Prompt:
         """Return a prompt without keys; the server keeps those that are sent later."""
@@ -150,7 +155,10 @@ class Client:
         from eviction until `start` or `release` gets the match's number. With `tell`, `changes`
         also returns where each block is.
         """
-        number = self.ask(keys, first, hold, tell)
+        return self.result(self.ask(keys, first, hold, tell))
+
+    def result(self, number: int) -> Matched:
+        """Wait for the result of a match, and return it."""
         self.flush(self._answer_s)
         while (matched := self.answer(number)) is None:
             self._receive(self._answer_s)
@@ -161,14 +169,21 @@ class Client:
 
         For a part of a prompt, only the keys that the server lacks are sent.
         """
-        number = self._number()
         part = self._part_of(keys)
-        message = Match(number, part.keys, first, hold, tell, part.prompt, part.known)
+        message = Match(self.number(), part.keys, first, hold, tell, part.prompt, part.known)
+        return self._ask(message, blocks_of(keys))
+
+    def _ask(self, message: Match, blocks: int) -> int:
         if self._send(message):
-            self._asked[number] = time.monotonic()
-            self._blocks[number] = blocks_of(keys)
+            self._asked[message.number] = time.monotonic()
+            self._blocks[message.number] = blocks
             self.flush()
-        return number
+        return message.number
+
+    def find(self, keys: bytes, first: int, hold: bool) -> Matched:
+        """Return what `match` does, for the blocks from `first` on whatever is before them."""
+        match = Match(self.number(), keys, first, hold, from_first=True)
+        return self.result(self._ask(match, blocks_of(keys)))
 
     def answer(self, number: int, wait_s: float = 0.0) -> Matched | None:
         """Return the result of a match, once; None if it does not arrive within `wait_s`.
@@ -214,18 +229,15 @@ class Client:
             held: the number of the match whose hold ends when this request is planned.
         """
         member("operation", operation, Operation)
-        return self._begin(operation, keys, first, device_ids, when_ready=when_ready, held=held)
+        return self._start(operation, keys, first, device_ids, when_ready=when_ready, held=held)
 
     def get(
         self, keys: Keys, first: int, device_ids: BlockIds, held: int, when_ready: bool,
         by_layer: bool = False,
     ) -> int:  # fmt: skip
-        """Begin a get; arguments as for `start` and `ask`.
-
-        With `by_layer`, layer 0 of every block is copied first: see `Agent.wait_for_layer`.
-        """
+        """Begin a get; arguments as for `start`, `ask` and, for layers, `Agent.wait_for_layer`."""
         more = {"when_ready": when_ready, "held": held, "by_layer": by_layer}
-        return self._begin(Operation.GET, keys, first, device_ids, **more)
+        return self._start(Operation.GET, keys, first, device_ids, **more)
 
     def put(
         self, keys: Keys, first: int, device_ids: BlockIds, generation: int, by_layer: bool = False
@@ -238,29 +250,30 @@ class Client:
             device_ids: int64, one for each block to store.
             generation: the client's `generation` when computing the blocks began. If the cache
                 was cleared since then, nothing is stored, and the `Done` has `is_stale`.
-            by_layer: whether to copy each layer as soon as every rank has reported it: see
-                `Agent.layer_written`. Cancel the put if not all layers will be written.
+            by_layer: whether each layer is copied once written: see `Agent.layer_written`.
         """
         more = {"when_ready": True, "generation": generation, "by_layer": by_layer}
-        return self._begin(Operation.PUT, keys, first, device_ids, **more)
+        return self._start(Operation.PUT, keys, first, device_ids, **more)
 
-    def _begin(
+    def _start(
         self, operation: Operation, keys: Keys, first: int, ids: BlockIds | None, **more: Any
     ) -> int:
-        """Send a `Start` with the fields of `more`, too, and return its number."""
-        part, number = self._part_of(keys), self._number()
         blob = b"" if ids is None else as_int64("device_ids", ids).tobytes()
-        start = Start(
-            number, operation.label, part.keys, first, blob, self._epoch,
+        part = self._part_of(keys)
+        return self.begin(Start(
+            self.number(), operation.label, part.keys, first, blob, self.epoch,
             prompt=part.prompt, known=part.known, **more,
-        )  # fmt: skip
+        ))  # fmt: skip
+
+    def begin(self, start: Start) -> int:
+        """Begin a request, and return its number."""
         if not self._under_way:
             self._heard_s = time.monotonic()
-        self._under_way.add(number)
-        self._blocks[number] = blocks_of(keys)
-        if not self._send(start) and number in self._under_way:
-            self._fail(number, "not connected to a server")
-        return number
+        self._under_way.add(start.number)
+        self._blocks[start.number] = max(start.known - 1, 0) + len(start.keys) // BLOCK_KEY_BYTES
+        if not self._send(start) and start.number in self._under_way:
+            self._fail(start.number, "not connected to a server")
+        return start.number
 
     def cancel(self, numbers: Sequence[int]) -> None:
         """Cancel requests; `poll` returns their ends all the same."""
@@ -284,8 +297,7 @@ class Client:
     def changes(self) -> list[Changed]:
         """Return the reported changes of which blocks are resident, each once."""
         self._check_process()
-        changes, self._changes, self._changes_kept = self._changes, [], 0
-        return changes
+        return self._changes.collect()
 
     def give_up(self, reason: str) -> None:
         """Disconnect for a while, so that the server discards what puts under way have read."""
@@ -296,7 +308,7 @@ class Client:
     def close(self) -> None:
         """Disconnect; the server cancels the requests under way. Idempotent."""
         self._check_process()
-        self._retry_s = float("inf")
+        self._reconnects.stop()
         self._drop()
 
     # -- inside ---------------------------------------------------------------------------------
@@ -314,45 +326,41 @@ class Client:
         if self._socket is not None:
             self._socket.let_go_in_child()
 
-    def _number(self) -> int:
+    def number(self) -> int:
+        """Return the number of a new match or request."""
         self._next += 1
         return self._next
+
+    def connect(self) -> None:
+        """Connect, unless there is a connection.
+
+        Raises:
+            OSError: nobody listens at the address, or nobody answers in time.
+            ConfigError: the server refuses us, or is another user's.
+            ClosedError: the server is closing, or this is a forked child.
+        """
+        self._check_process()
+        if self._socket is None:
+            self._take_connection(self._reconnects.now())
 
     def _connected(self) -> bool:
         """Connect if an attempt is due; return whether there is a connection."""
         self._check_process()
-        if self._socket is not None:
-            return True
-        if time.monotonic() < self._retry_s:
-            return False
-        facts = block_identity(self._model, self._tokens_per_block, self._secret)
-        hello = Hello(
-            PROTOCOL_VERSION, "client", os.getpid(), facts, self._instance, watches=self._watches
-        )
-        try:
-            self._socket = FrameSocket(connect(self._address, hello, self._answer_s).socket)
-            self._home = HomeProcess("the connection to the server")
-        except ConfigError as error:
-            log.warning("refused_by_server", path=self._address, reason=str(error))
-        except (ConnectionRefusedError, FileNotFoundError) as error:
-            # The server may be starting. Another attempt costs microseconds.
-            log.debug("no_server", path=self._address, reason=str(error))
-            self._retry_s = time.monotonic() + RETRY_S
-            return False
-        except (OSError, ClosedError) as error:
-            log.warning("no_server", path=self._address, reason=str(error))
-        else:
-            log.info("connected", path=self._address, instance=self._instance)
-            self._wait_s, self._heard_s = RETRY_S, time.monotonic()
-            self._receive(self._answer_s)  # the server's first message is a `State`
-            return self._socket is not None
-        self._back_off()
-        return False
+        if self._socket is None and (connected := self._reconnects.if_due()) is not None:
+            self._take_connection(connected)
+        return self._socket is not None
 
-    def _back_off(self) -> None:
-        """Postpone the next attempt to connect; each failure doubles the pause."""
-        self._retry_s = time.monotonic() + self._wait_s
-        self._wait_s = min(2 * self._wait_s, RETRY_S_MAX)
+    def _take_connection(self, connected: Connected) -> None:
+        self._socket, self.tiers = FrameSocket(connected.socket), connected.welcome.tiers
+        self._home = HomeProcess("the connection to the server")
+        log.info("connected", path=self._address, instance=self._instance)
+        self._heard_s = time.monotonic()
+        self._receive(self._answer_s)  # the server's first message is a `State`
+
+    @property
+    def connection(self) -> FrameSocket | None:
+        """Return the connection: `poll` reads from it."""
+        return self._socket
 
     def _send(self, message: Message) -> bool:
         """Queue a message for `flush`, and return whether it was queued.
@@ -435,7 +443,9 @@ class Client:
                     self._check_blocks(message.number, message.blocks, *message.by_tier.values())
                     self._matched[message.number] = message
             case Changed():
-                self._take_changes(message)
+                if not self._watches:
+                    raise ProtocolError("the server sent changes that nobody asked for")
+                self._changes.add(message)
             case Done():
                 if message.number in self._under_way:
                     if message.status not in _STATUSES:
@@ -445,10 +455,10 @@ class Client:
                     self._ended.append(message)
             case State():
                 self.is_ready, self.num_blocks = message.ready, message.num_blocks
-                self._epoch, self.generation = message.epoch, message.generation
-                if message.ready and message.order != self._order:
-                    self._order = message.order
-                    self._keys = KeyChain(
+                self.epoch, self.generation = message.epoch, message.generation
+                if message.ready and message.order != self.order:
+                    self.order = message.order
+                    self.key_chain = KeyChain(
                         self._model, self._tokens_per_block, self._secret, message.order
                     )
             case _:
@@ -464,25 +474,16 @@ class Client:
         if any(count > asked for count in blocks):
             raise ProtocolError(f"it answered {max(blocks)} blocks, {asked} were asked for")
 
-    def _take_changes(self, changed: Changed) -> None:
-        if not self._watches:
-            raise ProtocolError("the server sent changes that the client did not ask for")
-        self._changes_kept += len(changed.changes)
-        if self._changes_kept > CHANGES_MAX:
-            self._changes, self._changes_kept = [], 0
-            changed = Changed((), lost=True)
-        self._changes.append(changed)
-
     def _lost(self, reason: str) -> None:
         log.warning("server_lost", path=self._address, reason=reason, failed=len(self._under_way))
-        self._back_off()
+        self._reconnects.back_off()
         self._drop()
 
     def _drop(self) -> None:
         if self._socket is not None:
             self._socket.close()
             if self._watches:
-                self._changes.append(Changed((), lost=True))
+                self._changes.lose()
         self._socket, self.is_ready, self._is_behind = None, False, False
         self._prompts.clear()
         self._asked.clear()
@@ -493,7 +494,7 @@ class Client:
 
     def _fail(self, number: int, why: str) -> None:
         self._under_way.discard(number)
-        self._ended.append(Done(number, "failed", 0, why))
+        self._ended.append(failed(number, ClosedError(why)))
 
 
 _STATUSES = frozenset(status.value for status in KVResponseStatus)

@@ -11,6 +11,7 @@ import msgspec
 
 from flexkv.common.errors import ConfigError
 from flexkv.engine.engine import Engine
+from flexkv.index.keys import Namespace
 from flexkv.server.fleet import FleetPort
 
 
@@ -52,11 +53,12 @@ class Control:
     def _trace_stop(self) -> str | None:
         return self._engine.tracing.stop()
 
-    async def _clear(self, tier: str | None = None) -> int:
+    async def _clear(self, tier: str | None = None, namespace: Namespace = None) -> int:
         names = {each.label: each for each in self._engine.residency.tiers}
         if tier is not None and tier not in names:
             raise ConfigError("tier", tier, f"must be one of {', '.join(names)}")
-        return await self._engine.retention.clear_durably(None if tier is None else names[tier])
+        which = None if tier is None else names[tier]
+        return await self._engine.retention.clear_durably(which, namespace)
 
     async def _flush(self) -> Any:
         return msgspec.to_builtins(await self._engine.flush())

@@ -45,6 +45,11 @@ class FrameSocket:
         self._read, self._unread = bytearray(READ_BYTES), bytearray()
         self.unsent, self.is_drained = bytearray(), True
 
+    @property
+    def fd(self) -> int:
+        """Return the socket's descriptor."""
+        return self._socket.fileno()
+
     def queue(self, message: Message) -> None:
         """Queue a message for `flush`.
 

@@ -22,6 +22,7 @@ from flexkv.common.errors import (
     ConfigError,
     FlexKVError,
     InternalError,
+    cause_of,
 )
 from flexkv.common.request import KVResponse, Operation, Request, Span
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
@@ -34,7 +35,16 @@ from flexkv.server.fleet import FleetPort, Instance, ids_from
 from flexkv.server.job import Answered, Job, Reports, bytes_of, tell_end
 from flexkv.server.planning_turns import PlanningTurns
 from flexkv.server.put_share import PutShare
-from flexkv.server.wire import Done, GetEnded, GetPlanned, Match, Matched, ProtocolError, Start
+from flexkv.server.wire import (
+    Done,
+    GetEnded,
+    GetPlanned,
+    Match,
+    Matched,
+    ProtocolError,
+    Start,
+    failed,
+)
 
 log = get_logger(__name__)
 
@@ -103,26 +113,31 @@ class Jobs:
             why = "must be 16 bytes for each key, including the root"
             raise ConfigError("keys", f"{len(keys)} bytes", why)
         keys = keys_within(engine, keys)
-        found = engine.find(keys)
+        begin = min(message.first, len(keys) // BLOCK_KEY_BYTES - 1) if message.from_first else 0
+        found = engine.find(keys, begin)
         if message.hold:  # holds are counted, so no block may occur twice
             agreeing = engine.residency.agreeing(keys[: (found.last + 1) * BLOCK_KEY_BYTES])
             if agreeing < found.last:  # these keys were not derived from tokens
-                found = engine.find(keys[: (agreeing + 1) * BLOCK_KEY_BYTES])
+                begin = min(begin, agreeing)
+                found = engine.find(keys[: (agreeing + 1) * BLOCK_KEY_BYTES], begin)
         by_tier = {
             tier.label: place.block_count - place.positions.number_before(message.first)
             for tier, place in found.ready.items()
         }
-        answer(Matched(message.number, found.last - found.first, by_tier))
+        pending = found.pending.block_count if found.pending else 0
+        host = found.ready.get(Tier.HOST)
+        run = 0 if host is None else host.positions.leading(message.first)
+        answer(Matched(message.number, found.last, by_tier, pending, run))
         if message.hold:
-            engine.holds.hold(self._instance, message.number, found.holdings)
+            engine.requests.holds.hold(self._instance, message.number, found.holdings)
 
     def release(self, numbers: tuple[int, ...] | None = None) -> None:
         """End holds, by default all; ignore those that have ended already."""
         if numbers is None:
-            self._engine.holds.release_group(self._instance)
+            self._engine.requests.holds.release_group(self._instance)
             return
         for number in numbers:
-            self._engine.holds.release(self._instance, number)
+            self._engine.requests.holds.release(self._instance, number)
 
     def start(self, start: Start, keys: bytes, answered: Answered) -> None:
         """Begin a request, and report its end exactly once, even if it is refused.
@@ -161,7 +176,8 @@ class Jobs:
         if (reports := self._early.get(start.number)) is not None and reports.is_given_up:
             return "the engine gave it up before it arrived"
         try:
-            self._instance_of(start)
+            if start.operation != Operation.PREFETCH.label:
+                self._instance_of(start)
             _check(start, keys)
         except (ClosedError, ConfigError) as error:
             return str(error)
@@ -238,10 +254,10 @@ class Jobs:
                 await self._turns.wait()
             begin_s = time.monotonic()
             request = self._request(job)
-            response = await self._run(job, self._engine.ticket(request))
+            response = await self._run(job, self._engine.requests.made(request))
             job.answer(_done(job.start, request, response, time.monotonic() - begin_s))
         except FlexKVError as error:
-            job.answer(Done(job.start.number, "failed", 0, str(error)))
+            job.answer(failed(job.start.number, error))
             if isinstance(error, InternalError):
                 raise  # the engine's state is wrong, so it must serve nobody any more
 
@@ -379,7 +395,11 @@ _OPERATIONS = {operation.label: operation for operation in Operation}
 
 
 def _done(start: Start, request: Request, response: KVResponse, took_s: float) -> Done:
-    moved = int(np.count_nonzero(response.return_mask)) // request.tokens_per_block
-    error = "" if response.error is None else str(response.error)
-    is_stale = isinstance(response.error, ClearedError)
-    return Done(start.number, response.status.value, moved, error, took_s, is_stale)
+    per_block, error = request.tokens_per_block, response.error
+    moved = int(np.count_nonzero(response.return_mask)) // per_block
+    first, last, *_ = request.span
+    blocks = response.return_mask[first * per_block : last * per_block : per_block]
+    bits = b"" if blocks[:moved].all() else np.packbits(blocks).tobytes()
+    is_stale = isinstance(error, ClearedError)
+    told, cause = ("", None) if error is None else (str(error), cause_of(error))
+    return Done(start.number, response.status.value, moved, told, took_s, is_stale, bits, cause)

@@ -28,6 +28,19 @@ def command(address: str, verb: str, **arguments: Any) -> Any:
         BackendUnavailableError: no server listens there, or it does not answer.
         ConfigError: the server refuses the command.
     """
+    answer = ask(address, verb, **arguments)
+    if answer.error:
+        raise ConfigError("command", verb, answer.error)
+    return answer.value
+
+
+def ask(address: str, verb: str, **arguments: Any) -> Answer:
+    """Have a server perform a command, and return its answer, which may be an error.
+
+    Raises:
+        BackendUnavailableError: no server listens there, or it does not answer.
+        ConfigError: the server refuses us.
+    """
     try:
         connected = connect(address, Hello(PROTOCOL_VERSION, "control", os.getpid()))
         with connected.socket as peer:
@@ -38,6 +51,4 @@ def command(address: str, verb: str, **arguments: Any) -> Any:
         why = f"{error.strerror or error}: is one running? `flexkv serve` starts one"
         raise BackendUnavailableError(f"the server at {_path_of(address)}", why) from error
     assert isinstance(answer, Answer)
-    if answer.error:
-        raise ConfigError("command", verb, answer.error)
-    return answer.value
+    return answer

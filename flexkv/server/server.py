@@ -18,7 +18,13 @@ import time
 from contextlib import ExitStack, suppress
 
 from flexkv.common.config import MB
-from flexkv.common.errors import ClosedError, ConfigError, FlexKVError, InternalError
+from flexkv.common.errors import (
+    ClosedError,
+    ConfigError,
+    FlexKVError,
+    InternalError,
+    cause_of,
+)
 from flexkv.engine.engine import Engine
 from flexkv.index.keys import block_identity
 from flexkv.observe.logs import get_logger
@@ -95,7 +101,7 @@ class Server:
         self._jobs: dict[int, Jobs] = {}
         self._connections = Connections(engine.supervisor)
         self._deadlines = DeviceDeadlines(
-            backend.fleet, engine.runner, cache.io_deadline_s, self._turn_away
+            backend.fleet, engine.requests.runner, cache.io_deadline_s, self._turn_away
         )
         self._control = Control(engine, backend.fleet)
         self._change_feed = ChangeFeed(engine.residency)
@@ -252,6 +258,7 @@ class Server:
             PROTOCOL_VERSION,
             os.getpid(),
             None,
+            tuple(tier.label for tier in self._engine.residency.tiers),
             arena.num_blocks,
             arena.block_stride_bytes,
             arena.fd_offset_bytes,
@@ -445,7 +452,7 @@ class Server:
             except InternalError:
                 raise  # the engine's state is wrong, so the engine has to end
             except FlexKVError as error:
-                link.send(Answer(message.number, None, str(error)))
+                link.send(Answer(message.number, None, str(error), cause_of(error)))
             else:
                 link.send(Answer(message.number, value))
             connection.is_busy, connection.heard_s = False, time.monotonic()

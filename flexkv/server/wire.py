@@ -36,7 +36,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 import msgspec
 
 from flexkv.common.decoding import decoded
-from flexkv.common.errors import ConfigError, FlexKVError, MalformedError
+from flexkv.common.errors import ConfigError, FlexKVError, MalformedError, cause_of
 
 T = TypeVar("T")
 
@@ -96,6 +96,8 @@ class Welcome(Message, tag="welcome", frozen=True):
     pid: int
     refusal: tuple[str, str, str] | None = None
     """Field, value, and broken rule if the peer is refused; nothing follows then."""
+    tiers: tuple[ShortText, ...] = ()
+    """The labels of the tiers that the server's index has."""
     num_host_blocks: Number = 0
     block_stride_bytes: Number = 0
     fd_offset_bytes: Number = 0
@@ -129,6 +131,8 @@ class Match(Message, tag="match", frozen=True):
     """The number under which to keep the keys; 0 keeps nothing."""
     known: Number = 0
     """How many keys of the prompt the server has already, including the root."""
+    from_first: bool = False
+    """Whether the blocks before `first` need not be resident."""
 
 
 class Forget(Message, tag="forget", frozen=True):
@@ -150,6 +154,10 @@ class Matched(Message, tag="matched", frozen=True):
     blocks: Number
     by_tier: Mapping[str, Number]
     """How many of the blocks from `first` on each tier has."""
+    pending: Number = 0
+    """How many of the blocks are being filled."""
+    host_run: Number = 0
+    """How many blocks, from `first` on and without a gap, host memory has."""
 
 
 class Start(Message, tag="start", frozen=True):
@@ -188,6 +196,15 @@ class Done(Message, tag="done", frozen=True):
     """How long the request took, from when it could begin."""
     is_stale: bool = False
     """Whether a put stored nothing because the cache was cleared after its blocks were computed."""
+    moved_bits: bytes = b""
+    """Which blocks were moved, one bit each from `first` on, if they are not the first ones."""
+    cause: tuple[str, Mapping[str, Any]] | None = None
+    """What kind of error it was: see `flexkv.common.errors.error_from`."""
+
+
+def failed(number: int, error: FlexKVError) -> Done:
+    """Return the end of a request that moved nothing, because of an error."""
+    return Done(number, "failed", 0, str(error), cause=cause_of(error))
 
 
 class Changed(Message, tag="changed", frozen=True):
@@ -278,6 +295,8 @@ class Answer(Message, tag="answer", frozen=True):
     number: Number
     value: Any = None
     error: str = ""
+    cause: tuple[str, Mapping[str, Any]] | None = None
+    """As in `Done`."""
 
 
 ToServer: TypeAlias = (

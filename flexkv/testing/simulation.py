@@ -168,7 +168,7 @@ class Simulation:
             assert self.begun_with.store[at].tobytes() == key, "a flushed block was not synced"
         there = {key for key, _ in kept}
         for prompt in self.prompts:
-            request = self.engine.intake(Operation.PREFETCH, prompt)
+            request = self.engine.requests.intake(Operation.PREFETCH, prompt)
             wanted = list(takewhile(there.__contains__, block_keys(request.keys)))
             found = self.engine.residency.find(request.keys).last
             assert found >= len(wanted), f"{len(wanted) - found} flushed blocks are lost"
@@ -178,7 +178,7 @@ class Simulation:
         if self._put_since_clear is None:
             return
         for prompt in self.prompts:
-            keys = self.engine.intake(Operation.PREFETCH, prompt).keys
+            keys = self.engine.requests.intake(Operation.PREFETCH, prompt).keys
             there = block_keys(keys)[: self.engine.residency.find(keys).last]
             assert self._put_since_clear.issuperset(there), "a cleared block came back"
 
@@ -275,7 +275,7 @@ class Simulation:
         operation = random.choice(self.operations)
         mask = np.ones(len(prompt), np.bool_)
         mask[: random.choice([0, 0, random.randint(0, len(prompt))])] = False
-        request = engine.intake(
+        request = engine.requests.intake(
             operation, prompt, mask if operation != Operation.PREFETCH else None
         )
         give_up_s = random.choice([None, random.uniform(0.0, 0.03)])
@@ -322,7 +322,7 @@ class Simulation:
         if request.operation is Operation.PUT:
             for slot, content in zip(slots, contents, strict=True):
                 self.device[slot] = content
-        ready = self.engine.with_slots(request, self._slot_mapping(request, slots))
+        ready = self.engine.requests.with_slots(request, self._slot_mapping(request, slots))
         if ready is None:
             assert self._asleep, "the engine does not know a registered device"
             return
@@ -418,7 +418,7 @@ class Simulation:
         self._running += 1
         try:
             async with asyncio.timeout(give_up_s):
-                response = (await self.engine.perform(request)).response
+                response = (await self.engine.requests.perform(request)).response
         except TimeoutError:
             return None
         finally:

@@ -7,7 +7,7 @@ that the whole engine, actors included, runs in a simulation.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +22,7 @@ from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
 from flexkv.io.device.cpu import CpuDevicePort
 from flexkv.io.device.ranks import RanksPort
-from flexkv.io.device.tensors import check_dtype, describe, device_of, kv_cache_list
+from flexkv.io.device.tensors import KVCaches, check_dtype, describe, device_of, kv_cache_list
 from flexkv.io.memory.arena import Arena, check_memory
 from flexkv.io.ports import DevicePort, TransferPort
 from flexkv.observe.logs import get_logger
@@ -186,9 +186,7 @@ class LocalBackend:
         """Return the host memory."""
         return self._arena
 
-    def device(
-        self, kv_caches: Mapping[str, Any] | Sequence[Any], layout: str | None, tp_rank: int
-    ) -> Device:
+    def device(self, kv_caches: KVCaches, layout: str | None, tp_rank: int) -> Device:
         """Return a device with an open port to a rank's per-layer tensors, on CPU or CUDA.
 
         Raises:
@@ -227,7 +225,7 @@ class LocalBackend:
     def resumed(
         self,
         device: Device,
-        kv_caches: Mapping[str, Any] | Sequence[Any],
+        kv_caches: KVCaches,
         layout: str | None,
         tp_rank: int,
     ) -> Device:

@@ -50,7 +50,7 @@ class Rig:
 
     async def request(self, operation: str, *args: Any, **named: Any) -> KVResponse:
         """Run a get, put or prefetch in the rig's form, and return its response."""
-        if self.form != "task":
+        if "task" not in self.form:
             response: KVResponse = await getattr(self.manager, operation)(*args, **named)
             return response
         task_id = getattr(self.manager, f"{operation}_async")(*args, **named)
@@ -59,23 +59,30 @@ class Rig:
 
 
 FORMS = ["loop", "thread", "task"]
+CLIENT_FORMS = [f"client's {form}" for form in FORMS]
+"""The same forms of a manager whose engine is in a server's process."""
 
 
-@pytest.fixture(params=FORMS)
+@pytest.fixture(params=[*FORMS, *CLIENT_FORMS])
 async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Rig]:
     """Yield a rig in each form, and check that closing it leaves no descriptor open."""
+    form, settings = request.param, settings_in(tmp_path, server_client_mode=True)
+    server = forked_server(settings, MODEL) if form in CLIENT_FORMS else None
     before = open_fds()
-    manager = KVManager(MODEL, cache_config(tmp_path))
-    if request.param == "loop":
+    manager = KVManager(MODEL, cache_config(tmp_path), settings=settings if server else None)
+    if "loop" in form:
         async with manager:
-            yield Rig(manager, request.param)
+            yield Rig(manager, form)
     else:
         manager.start()
         try:
-            yield Rig(manager, request.param)
+            yield Rig(manager, form)
         finally:
             manager.shutdown()
-    assert open_fds() <= before + (request.param == "task")  # the executor of to_thread stays open
+    assert open_fds() <= before + ("task" in form)  # the executor of to_thread stays open
+    if server is not None:
+        server.close()
+        assert server.exit_status == 0
 
 
 MakeManager = Callable[..., KVManager]

@@ -193,7 +193,7 @@ def forgotten_cycle() -> None:
 def forgotten_on_its_own_thread() -> None:
     """Nobody shuts the manager down before the engine's own thread drops the last reference."""
     manager = [started()]
-    thread, over = manager[0]._thread, threading.Event()
+    thread, over = manager[0]._bridge.thread, threading.Event()
     assert thread is not None
     thread.post(lambda: (manager.clear(), over.set()))
     over.wait()
@@ -370,13 +370,13 @@ def interrupted_twice() -> None:
         async with made() as manager:
             manager.register_kv_caches(CACHES)
             put = manager.put_layerwise(PROMPT, SLOTS)
-            close = manager._engine._durability.finish
+            close = manager.engine._durability.finish
 
             async def finish(wait_s: float) -> None:
                 os.kill(os.getpid(), signal.SIGINT)
                 await close(wait_s)
 
-            manager._engine._durability.finish = finish  # type: ignore[method-assign]
+            manager.engine._durability.finish = finish  # type: ignore[method-assign]
             os.kill(os.getpid(), signal.SIGINT)
             await put
 
@@ -391,14 +391,14 @@ def interrupted_twice() -> None:
 def interrupted_shutdown() -> None:
     """ctrl-C within `shutdown` still releases everything."""
     manager = started()
-    finish = manager._engine._durability.finish
+    finish = manager.engine._durability.finish
 
     async def interrupting(wait_s: float) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         await asyncio.sleep(0.2)  # the main thread gets the interrupt meanwhile
         await finish(wait_s)
 
-    manager._engine._durability.finish = interrupting  # type: ignore[method-assign]
+    manager.engine._durability.finish = interrupting  # type: ignore[method-assign]
     try:
         manager.shutdown()
     except KeyboardInterrupt:
@@ -411,7 +411,7 @@ def interrupted_shutdown() -> None:
 def a_call_on_its_own_thread() -> None:
     """A call on the engine's own thread, which would wait for itself, is refused."""
     manager = started()
-    thread, told = manager._thread, []
+    thread, told = manager._bridge.thread, []
     assert thread is not None
 
     def work() -> None:

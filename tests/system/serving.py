@@ -33,10 +33,11 @@ from .caches import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches
 BLOCKS = 8
 
 
-def settings_in(folder: Path, **changes: Any) -> Settings:
+def settings_in(folder: Path, server_client_mode: bool = False, **changes: Any) -> Settings:
     """Return the settings of a server with its files in a folder."""
-    cache = cache_config(folder, **changes)
-    return Settings(server_recv_port=f"ipc://{folder}/socket", cache_config=cache)
+    cache, address = cache_config(folder, **changes), f"ipc://{folder}/socket"
+    mode = server_client_mode
+    return Settings(server_recv_port=address, server_client_mode=mode, cache_config=cache)
 
 
 def eventually(what: Callable[[], Any], within_s: float = 10.0) -> Any:

@@ -59,7 +59,7 @@ async def test_a_clear_of_a_namespace_concerns_no_other(make_manager: MakeManage
         task, _ = manager.put_match(TOKENS, namespace="other")
         manager.clear(namespace="tenant")
         manager.launch(task, SLOTS)
-        await manager.task_response(task)
+        await manager._bridge.task_response(task)
         assert manager.match(TOKENS, "other").tokens == len(TOKENS)
 
 

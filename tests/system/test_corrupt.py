@@ -113,8 +113,8 @@ def test_what_a_cancelled_read_finds_corrupt_is_dropped_too(
         engine.residency.clear(Tier.HOST)
         disk = disk_of(engine)
         disk._store ^= 1
-        request = engine.intake(Operation.PREFETCH, A)
-        read = asyncio.create_task(engine.perform(request))
+        request = engine.requests.intake(Operation.PREFETCH, A)
+        read = asyncio.create_task(engine.requests.perform(request))
         while not disk.in_flight:  # noqa: ASYNC110 -- on a virtual clock
             await asyncio.sleep(0)
         assert disk.in_flight == 2

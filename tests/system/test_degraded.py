@@ -41,10 +41,11 @@ def disk_of(engine: Engine) -> FakePort:
 
 async def get(engine: Engine, tokens: Any, seconds: float = 5.0) -> tuple[KVResponseStatus, int]:
     """Get a prompt within some seconds; return the status, and how many blocks came."""
-    request = engine.with_slots(engine.intake(Operation.GET, tokens, None), np.arange(len(tokens)))
+    request = engine.requests.intake(Operation.GET, tokens, None)
+    request = engine.requests.with_slots(request, np.arange(len(tokens)))
     assert request is not None
     async with asyncio.timeout(seconds):
-        response = (await engine.perform(request)).response
+        response = (await engine.requests.perform(request)).response
     assert response is not None
     return response.status, int(response.return_mask.sum()) // TOKENS_PER_BLOCK
 
@@ -355,9 +356,10 @@ def test_a_write_that_hung_is_told_by_one_flush_only(
 
     async def work(engine: Engine) -> None:
         disk_of(engine)._faults = FaultPlan(1, 0.0, 30.0, 30.0)
-        request = engine.with_slots(engine.intake(Operation.PUT, A), np.arange(len(A)))
+        request = engine.requests.intake(Operation.PUT, A)
+        request = engine.requests.with_slots(request, np.arange(len(A)))
         assert request is not None
-        await engine.perform(request)
+        await engine.requests.perform(request)
         await asyncio.sleep(0.1)
         disk_of(engine)._faults = QUICK
         with pytest.raises(DeadlineError):

@@ -105,11 +105,11 @@ def put_by_layers(manager: KVManager, slots: Any, writers: Writers) -> Any:
 
 def _post_soon(manager: KVManager) -> None:
     """Make the device's actor run again in a millisecond."""
-    thread = manager._thread
+    thread = manager._bridge.thread
     assert thread is not None
     loop = thread._loop
     assert loop is not None
-    loop.call_soon_threadsafe(loop.call_later, 0.001, manager._engine.nudge_device)
+    loop.call_soon_threadsafe(loop.call_later, 0.001, manager.engine.nudge_device)
 
 
 @pytest.mark.parametrize("put", [put_whole, put_launched, put_by_layers])
@@ -281,7 +281,7 @@ async def test_a_cancelled_sleep_is_none(tmp_path: Path, monkeypatch: pytest.Mon
     ranks = Ranks(model, False, monkeypatch)
     async with KVManager(model, cache_config(tmp_path)) as manager:
         ranks.register(manager)
-        use = manager._engine.devices_in_use
+        use = manager.engine.devices.use
         use.enter()
         asleep = asyncio.create_task(manager.suspend_device())
         await asyncio.sleep(0.01)
@@ -392,7 +392,7 @@ def test_an_engine_that_fails_tells_everybody(started: Any) -> None:
     def boom(transfer: object) -> None:
         raise RuntimeError("boom")
 
-    manager._engine._actors[Tier.DEVICE]._port.submit = boom  # type: ignore[method-assign]
+    manager.engine._actors[Tier.DEVICE]._port.submit = boom  # type: ignore[method-assign]
     put.layer_written(0)
     response = manager.wait(put.task_id, timeout=5)[put.task_id]
     assert response.status is KVResponseStatus.FAILED
@@ -461,7 +461,7 @@ def test_who_is_cancelled_after_another_has_collected_is_cancelled(started: Any)
     async def wait() -> None:
         waiter = asyncio.create_task(_awaited(put))
         await asyncio.sleep(0.05)
-        manager._tasks._tasks.pop(put.task_id)
+        manager._bridge.tasks._tasks.pop(put.task_id)
         waiter.cancel()
         try:
             await waiter

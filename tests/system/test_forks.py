@@ -64,7 +64,7 @@ def calls_of(manager: KVManager, task_id: int) -> Iterator[Callable[[], Any]]:
     """Yield every call of a manager that is not awaited."""
     yield from (
         manager.start, manager.shutdown, manager.is_ready, manager.reset, manager.clear,
-        manager.statistics, manager.trace_start, manager.trace_stop, manager.nudge_device,
+        manager.statistics, manager.trace_start, manager.trace_stop, manager._bridge.nudge_device,
         manager.suspend_device_blocking,
         lambda: manager.register_kv_caches(kv_caches()),
         lambda: manager.resume_device(kv_caches()),
@@ -85,7 +85,7 @@ def calls_of(manager: KVManager, task_id: int) -> Iterator[Callable[[], Any]]:
         lambda: manager.put_layerwise(PROMPT, SLOTS),
         lambda: manager.launch(task_id, SLOTS),
         lambda: manager.cancel(task_id),
-        lambda: manager.cancel_soon(task_id),
+        lambda: manager._bridge.cancel_soon(task_id),
         lambda: manager.wait(task_id),
         lambda: manager.try_wait(task_id),
         manager.engine.statistics,
@@ -101,7 +101,7 @@ def awaitables_of(manager: KVManager) -> Iterator[Callable[[], Any]]:
         lambda: manager.prefetch(PROMPT),
         manager.flush,
         manager.suspend_device,
-        lambda: manager.task_response(1),
+        lambda: manager._bridge.task_response(1),
         manager.__aenter__,
         manager.engine.close,
     )

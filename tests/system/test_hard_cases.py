@@ -19,6 +19,8 @@ from flexkv.io.ports import Completion
 from flexkv.kvmanager import KVManager
 from tests.system.conftest import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches, slots_of
 
+from .clients import started_client
+
 PROMPT = np.arange(16 * PER_BLOCK)
 
 
@@ -29,7 +31,7 @@ def manager_of(directory: Path, **changes: Any) -> KVManager:
 
 def fail_reads(manager: KVManager, patch: pytest.MonkeyPatch) -> None:
     """Make every transfer of the disk end in EIO."""
-    disk = manager._engine._backend.tiers()[0].port
+    disk = manager.engine._backend.tiers()[0].port
     reap, error = disk.reap, StorageError("planted", 0, EIO)
     patch.setattr(disk, "reap", lambda: [Completion(op_id, error) for op_id, *_ in reap()])
 
@@ -46,7 +48,7 @@ async def test_a_prefix_whose_tail_fills_the_host_is_loaded_as_far_as_it_fits(
             task, mask = manager.put_match(tokens)
             first = int(mask.argmax()) // PER_BLOCK
             manager.launch([task], [slots_of(range(first, blocks))])
-            work = manager._tasks._find(task).work
+            work = manager._bridge.tasks._find(task).work
             assert work is not None
             await asyncio.wait([work])
             await manager.flush()
@@ -103,7 +105,7 @@ async def test_a_flush_tells_of_a_write_that_failed_until_it_is_made_good(
         with monkeypatch.context() as patch:
             fail_reads(manager, patch)
             await manager.put(PROMPT[: 4 * PER_BLOCK], slots_of(range(4)))
-            await manager._engine.scheduler.wait_idle()
+            await manager.engine.scheduler.wait_idle()
         with pytest.raises(StorageError, match="planted"):
             await manager.flush()
         async with asyncio.timeout(20.0):
@@ -129,9 +131,14 @@ def test_a_task_waited_for_completely_tells_what_failed_behind_it(
     manager.shutdown()
 
 
-@pytest.fixture
-def started(tmp_path: Path) -> Any:
-    """Yield a started manager with a device."""
+@pytest.fixture(params=["own", "client"])
+def started(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
+    """Yield a started manager with a device, with an engine of its own or a server's."""
+    if request.param == "client":
+        with started_client(tmp_path) as made:
+            made.register_kv_caches(kv_caches())
+            yield made
+        return
     manager = manager_of(tmp_path)
     manager.start()
     manager.register_kv_caches(kv_caches())
@@ -156,7 +163,7 @@ async def test_a_task_cancelled_before_its_first_step_is_answered(tmp_path: Path
         manager.register_kv_caches(kv_caches())
         task = manager.get_async(PROMPT, slots_of(range(16)))
         manager.cancel([task])
-        work = manager._tasks._find(task).work
+        work = manager._bridge.tasks._find(task).work
         assert work is not None
         await asyncio.wait([work])
         assert manager.try_wait([task])[task].status is KVResponseStatus.CANCELLED
@@ -194,7 +201,7 @@ async def test_a_get_whose_filler_gave_up_finds_the_blocks_elsewhere(tmp_path: P
         manager.register_kv_caches(kv_caches())
         await manager.put(tokens, slots_of(range(4)))
         await manager.flush()
-        manager.clear(manager._engine.residency.tiers[0])
+        manager.clear(manager.engine.residency.tiers[0])
         put = asyncio.create_task(manager.put(tokens, slots_of(range(4))))
         await asyncio.sleep(0)
         get = asyncio.create_task(manager.get(tokens, slots_of(range(8, 12))))

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flexkv.engine.requests.runner import RequestOwner
 
 from flexkv.common.errors import ClosedError, DeadlineError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation
 from flexkv.common.terms import Tier
 from flexkv.engine.engine import Engine
-from flexkv.engine.runner import RequestOwner
 from flexkv.testing.faults import FaultPlan
 from tests.system.test_keeping import A, B, on_engine, put, resident
 
@@ -31,10 +31,10 @@ async def begun(
     """Start a request, and return its task."""
 
     async def perform() -> KVResponse:
-        made = engine.intake(operation, tokens, None)
-        request = engine.with_slots(made, np.arange(len(tokens)))
+        made = engine.requests.intake(operation, tokens, None)
+        request = engine.requests.with_slots(made, np.arange(len(tokens)))
         assert request is not None
-        response = (await engine.perform(request, RequestOwner(group))).response
+        response = (await engine.requests.perform(request, RequestOwner(group))).response
         assert response is not None
         return response
 
@@ -53,7 +53,7 @@ def test_a_flush_tells_of_a_device_that_hangs_and_nobody_waits_for_its_blocks() 
         async with asyncio.timeout(2 * DEADLINE_S):
             with pytest.raises(DeadlineError, match="device"):
                 await engine.flush()
-            await engine.perform(engine.intake(Operation.PREFETCH, A, None))
+            await engine.requests.perform(engine.requests.intake(Operation.PREFETCH, A, None))
         assert engine.match(A).tokens == 0
         assert engine.match(B).tokens
         assert engine.residency.counts(Tier.HOST).reserved == 4
@@ -83,12 +83,12 @@ def test_requests_of_a_stuck_group_give_their_places_back_and_are_answered_later
     """A stuck group's requests free their places and are answered later; waiting ones fail."""
 
     async def work(engine: Engine) -> None:
-        admission = engine.runner.admission
+        admission = engine.requests.runner.admission
         hang(engine, DEADLINE_S)
         stuck = [await begun(engine, Operation.PUT, A + 1000 * n, group=1) for n in range(2)]
         late = await begun(engine, Operation.PUT, B + 9000, group=1)
         assert admission.waiting == 1
-        engine.runner.turn_away(1, "its devices do not answer")
+        engine.requests.runner.turn_away(1, "its devices do not answer")
         with pytest.raises(ClosedError, match="do not answer"):
             await late
         assert [admission.enter_nowait(2) for _ in range(3)] == [True, True, False]
@@ -96,7 +96,7 @@ def test_requests_of_a_stuck_group_give_their_places_back_and_are_answered_later
             admission.leave(2)
         responses = [await each for each in stuck]
         assert {each.status for each in responses} == {KVResponseStatus.SUCCESS}
-        engine.runner.take_back(1)
+        engine.requests.runner.take_back(1)
         assert [admission.enter_nowait(1) for _ in range(3)] == [True, True, False]
         for _ in range(2):
             admission.leave(1)

@@ -43,15 +43,16 @@ class Bench:
         A get uses the last blocks of the device, a put those of the same numbers.
         """
         mask = np.arange(blocks * TOKENS_PER_BLOCK) >= first * TOKENS_PER_BLOCK
-        request = self.engine.intake(operation, list(range(blocks * TOKENS_PER_BLOCK)), mask)
+        tokens = list(range(blocks * TOKENS_PER_BLOCK))
+        request = self.engine.requests.intake(operation, tokens, mask)
         begin = DEVICE_BLOCKS - blocks if operation is Operation.GET else first
         slots = np.arange(begin * TOKENS_PER_BLOCK, (begin + blocks - first) * TOKENS_PER_BLOCK)
-        ready = self.engine.with_slots(request, slots)
+        ready = self.engine.requests.with_slots(request, slots)
         assert ready is not None
         if operation is Operation.PUT:
             contents = [np.frombuffer(key, np.uint8) for key in block_keys(request.keys)[first:]]
             self.device[begin : begin + blocks - first] = contents
-        response = (await self.engine.perform(ready)).response
+        response = (await self.engine.requests.perform(ready)).response
         assert response is not None
         return response
 

@@ -49,10 +49,10 @@ def on_engine(
 
 async def put(engine: Engine, tokens: Any, namespace: Any = None) -> None:
     """Store a prompt and wait for its write-behind."""
-    request = engine.intake(Operation.PUT, tokens, None, namespace)
-    ready = engine.with_slots(request, np.arange(len(tokens)))
+    request = engine.requests.intake(Operation.PUT, tokens, None, namespace)
+    ready = engine.requests.with_slots(request, np.arange(len(tokens)))
     assert ready is not None
-    await engine.perform(ready)
+    await engine.requests.perform(ready)
     await engine.flush()
 
 
@@ -230,9 +230,10 @@ def test_a_put_that_was_given_up_is_no_failure() -> None:
     async def work(engine: Engine) -> None:
         puts = []
         for tokens in (A, B):
-            ready = engine.with_slots(engine.intake(Operation.PUT, tokens), np.arange(len(tokens)))
+            request = engine.requests.intake(Operation.PUT, tokens)
+            ready = engine.requests.with_slots(request, np.arange(len(tokens)))
             assert ready is not None
-            puts.append(asyncio.create_task(engine.perform(ready)))
+            puts.append(asyncio.create_task(engine.requests.perform(ready)))
         await asyncio.sleep(0.00005)  # virtual: one is in flight, the other waits for the window
         puts[1].cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -53,7 +53,7 @@ async def test_a_port_that_fails_a_transfer_shortens_the_hit(
         for start in range(0, 500_000, 100_000):
             await manager.put(PROMPT + start, slots_of(range(10)))
             await manager.flush()
-        disk = manager._engine._backend.tiers()[0].port
+        disk = manager.engine._backend.tiers()[0].port
         reap = disk.reap
 
         def failing() -> list[Completion]:
@@ -74,7 +74,7 @@ async def test_flush_tells_of_writes_that_failed(
     """flush raises if a write failed after its put was answered; the host serves the blocks."""
     async with make_manager() as manager:
         manager.register_kv_caches(kv_caches())
-        disk = manager._engine._backend.tiers()[0].port
+        disk = manager.engine._backend.tiers()[0].port
         reap = disk.reap
         error = StorageError("planted", 0, EIO)
         monkeypatch.setattr(disk, "reap", lambda: [Completion(t, error) for t, *_ in reap()])

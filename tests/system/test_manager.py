@@ -252,7 +252,7 @@ async def test_torch_tensors_and_other_integers_serve(make_manager: MakeManager)
     """torch KV caches in bfloat16, torch token ids and int32 slots are accepted."""
     model = MODEL.model_copy(update={"dtype": "bfloat16"})
     manager = make_manager()
-    manager = KVManager(model, manager._engine.cache)
+    manager = KVManager(model, manager.engine.cache)
     layers = [torch.randn(2, 64, PER_BLOCK, 2, 8).to(torch.bfloat16) for _ in range(3)]
     async with manager:
         manager.register_kv_caches({f"layer.{n}": layer for n, layer in enumerate(layers)})

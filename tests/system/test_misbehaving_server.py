@@ -17,6 +17,7 @@ import pytest
 
 from flexkv.common.config import Settings
 from flexkv.common.request import Operation
+from flexkv.server import changes as changes_module
 from flexkv.server import client as client_module
 from flexkv.server.agent import Agent
 from flexkv.server.client import Client
@@ -165,7 +166,7 @@ def test_a_server_that_talks_nonsense_is_lost(
     assert [(done.number, done.status) for done in ended] == [(put, "failed")]
     assert client.answer(asked) == Matched(asked, 0, {})
     assert not client.is_ready
-    client._retry_s = 0.0
+    client._reconnects._due_s = 0.0
     eventually(lambda: (client.poll(), client.is_ready)[1])
 
 
@@ -177,7 +178,7 @@ def test_a_frame_that_is_too_long_or_never_ends_is_no_reason_to_wait(
     peer.sendall(b"\x40\x00\x00\x00only this")
     assert client.poll() == []
     assert client.match(KEYS).blocks == 0
-    client._retry_s = 0.0
+    client._reconnects._due_s = 0.0
     eventually(lambda: (client.poll(), client.is_ready)[1])
     server.next_peer().sendall(b"\xff\xff\xff\xff")
     eventually(lambda: (client.poll(), not client.is_ready)[1])
@@ -291,7 +292,7 @@ def test_changes_that_nobody_fetches_are_bounded(
     settings: Settings, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Changes that nobody fetches are bounded; then the client only reports that some are lost."""
-    monkeypatch.setattr(client_module, "CHANGES_MAX", 10)
+    monkeypatch.setattr(changes_module, "CHANGES_MAX", 10)
     client = Client(settings, MODEL, watches=True)
     eventually(lambda: (client.poll(), client.is_ready)[1])
     peer = server.next_peer()

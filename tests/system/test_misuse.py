@@ -20,6 +20,7 @@ from flexkv.index.keys import Scope
 from flexkv.kvmanager import KVManager
 from flexkv.server.client import Client
 
+from .clients import started_client
 from .conftest import MODEL, PER_BLOCK, cache_config, kv_caches, slots_of
 
 PROMPT = np.arange(4 * PER_BLOCK)
@@ -41,6 +42,21 @@ def manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVManager]:
     made.register_kv_caches(kv_caches())
     yield made
     made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVManager]:
+    """Yield a manager with KV caches whose engine is in a server's process."""
+    with started_client(tmp_path_factory.mktemp("misuse")) as made:
+        made.register_kv_caches(kv_caches())
+        yield made
+
+
+@pytest.fixture(params=["manager", "client"])
+def either(request: pytest.FixtureRequest) -> KVManager:
+    """Return a manager with an engine of its own, or with a server's."""
+    made: KVManager = request.getfixturevalue(request.param)
+    return made
 
 
 def refused(field: str, call: Callable[[], Any]) -> None:
@@ -107,14 +123,14 @@ def test_slots_are_those_of_distinct_device_blocks(manager: KVManager, wrong: An
     assert manager.match(PROMPT).tokens == 0
 
 
-def test_a_block_that_is_named_twice_is_told_with_both_places(manager: KVManager) -> None:
+def test_a_block_that_is_named_twice_is_told_with_both_places(either: KVManager) -> None:
     """The error for a block named twice has both indices, also behind tokens that fill no block."""
     again = np.concatenate([SLOTS[:12], SLOTS[4:8]])
     with pytest.raises(ConfigError, match=r"slot_mapping\[12\]=4: .* block 1, .*slot_mapping\[4\]"):
-        manager.put_async(PROMPT, again)
+        either.put_async(PROMPT, again)
     mask = np.arange(len(PROMPT)) >= 2
     with pytest.raises(ConfigError, match=r"slot_mapping\[10\]=4: .* block 1, .*slot_mapping\[2\]"):
-        manager.put_async(PROMPT, again[2:], mask)
+        either.put_async(PROMPT, again[2:], mask)
 
 
 @pytest.mark.parametrize(
@@ -127,11 +143,11 @@ def test_a_block_that_is_named_twice_is_told_with_both_places(manager: KVManager
     ],
     ids=named,
 )  # fmt: skip
-def test_masks_are_truth_values_without_holes(manager: KVManager, wrong: Any) -> None:
+def test_masks_are_truth_values_without_holes(either: KVManager, wrong: Any) -> None:
     """Masks that are not of booleans, one for each token and without holes, are refused."""
-    refused("token_mask", lambda: manager.get_async(PROMPT, SLOTS, wrong))
-    refused("token_mask", lambda: manager.get_match(PROMPT, wrong))
-    refused("token_mask", lambda: asyncio.run(manager.put(PROMPT, SLOTS, wrong)))
+    refused("token_mask", lambda: either.get_async(PROMPT, SLOTS, wrong))
+    refused("token_mask", lambda: either.get_match(PROMPT, wrong))
+    refused("token_mask", lambda: asyncio.run(either.put(PROMPT, SLOTS, wrong)))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +179,7 @@ def test_namespaces_are_strings(manager: KVManager, wrong: Any) -> None:
 
 def test_extra_keys_may_be_of_any_integers(manager: KVManager) -> None:
     """Extra keys may be lists with numpy integers: the block keys are the same."""
-    one = manager._engine.intake  # it derives the block keys
+    one = manager.engine.requests.intake  # it derives the block keys
     from flexkv.common.request import Operation
 
     keys = [
@@ -178,11 +194,11 @@ IDS_WRONG = ["abc", None, 1.5, {}, {"a": 1}, [1.5], ["1"], [None], [[1]], True, 
 
 
 @pytest.mark.parametrize("wrong", IDS_WRONG, ids=named)
-def test_task_ids_are_integers(manager: KVManager, wrong: Any) -> None:
+def test_task_ids_are_integers(either: KVManager, wrong: Any) -> None:
     """Every call that takes task ids refuses what is no integer or iterable of integers."""
     for call in (
-        lambda: manager.wait(wrong), lambda: manager.try_wait(wrong),
-        lambda: manager.cancel(wrong), lambda: manager.launch(wrong, SLOTS),
+        lambda: either.wait(wrong), lambda: either.try_wait(wrong),
+        lambda: either.cancel(wrong), lambda: either.launch(wrong, SLOTS),
     ):  # fmt: skip
         refused("task_ids", call)
 
@@ -200,14 +216,14 @@ def test_task_ids_of_any_integer_serve(manager: KVManager, kind: Callable[[int],
 
 
 @pytest.mark.parametrize("wrong", [None, 5, "abc", {}, b"ab", object()])
-def test_each_task_is_launched_with_its_slots(manager: KVManager, wrong: Any) -> None:
+def test_each_task_is_launched_with_its_slots(either: KVManager, wrong: Any) -> None:
     """Tasks are launched only with slots, as a list for a list of ids."""
-    task_id, _ = manager.put_match(PROMPT)
+    task_id, _ = either.put_match(PROMPT)
     with pytest.raises(ConfigError, match="slot_mapping"):
-        manager.launch([task_id], wrong)
+        either.launch([task_id], wrong)
     with pytest.raises(ConfigError, match="slot_mapping"):
-        manager.launch(task_id, wrong)
-    manager.cancel(task_id)
+        either.launch(task_id, wrong)
+    either.cancel(task_id)
 
 
 @pytest.mark.parametrize("wrong", ["5", b"5", [5], object(), float("nan"), True, 5j, {}])
@@ -248,8 +264,9 @@ def test_times_are_numbers(manager: KVManager, wrong: Any) -> None:
         ("tp_rank", lambda m: m.resume_device(kv_caches(), tp_rank="0")),
         ("tp_rank", lambda m: m.resume_device(kv_caches(), tp_rank=None)),
         ("model", lambda m: KVManager({}, CacheConfig())),
-        ("cache", lambda m: KVManager(MODEL, None)),
+        ("cache", lambda m: KVManager(MODEL, {})),
         ("cache", lambda m: KVManager(MODEL, MODEL)),
+        ("settings", lambda m: KVManager(MODEL, settings={})),
         ("progress", lambda m: KVManager(MODEL, CacheConfig(), progress=5)),
     ],
 )

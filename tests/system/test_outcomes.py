@@ -24,9 +24,10 @@ LONG = np.arange(8 * TOKENS_PER_BLOCK) + 5000
 
 async def perform(engine: Engine, operation: Operation, tokens: np.ndarray) -> KVResponse:
     """Perform an operation on a prompt."""
-    ready = engine.with_slots(engine.intake(operation, tokens), np.arange(len(tokens)))
+    request = engine.requests.intake(operation, tokens)
+    ready = engine.requests.with_slots(request, np.arange(len(tokens)))
     assert ready is not None
-    response = (await engine.perform(ready)).response
+    response = (await engine.requests.perform(ready)).response
     assert response is not None
     return response
 

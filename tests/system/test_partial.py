@@ -55,25 +55,25 @@ class Bench:
 
     async def perform(self, operation: Operation) -> KVResponse:
         """Run a request for the prompt, at the device's first blocks."""
-        request = self.engine.intake(operation, PROMPT)
+        request = self.engine.requests.intake(operation, PROMPT)
         if operation is not Operation.PREFETCH:
-            ready = self.engine.with_slots(request, np.arange(len(PROMPT)))
+            ready = self.engine.requests.with_slots(request, np.arange(len(PROMPT)))
             assert ready is not None
             request = ready
-        response = (await self.engine.perform(request)).response
+        response = (await self.engine.requests.perform(request)).response
         assert response is not None
         return response
 
     def spoil(self, position: int) -> None:
         """Make reads of the block at a position of the prompt fail."""
-        keys = self.engine.intake(Operation.PREFETCH, PROMPT).keys
+        keys = self.engine.requests.intake(Operation.PREFETCH, PROMPT).keys
         holdings = self.engine.residency.find(keys).holdings
         (ids,) = [block_ids for tier, block_ids in holdings if tier is Tier.DISK]
         self.bad_id = int(ids[position])
 
     def ready(self, tier: Tier) -> int:
         """Return how many leading blocks of the prompt a tier has ready."""
-        keys = self.engine.intake(Operation.PREFETCH, PROMPT).keys
+        keys = self.engine.requests.intake(Operation.PREFETCH, PROMPT).keys
         found = self.engine.residency.find(keys).ready.get(tier)
         return 0 if found is None else found.block_count
 

@@ -84,7 +84,7 @@ async def live(
 
 def on_disk(manager: KVManager) -> set[tuple[bytes, int]]:
     """Return the keys and rows of the blocks that are READY in the SSD tier."""
-    residency = manager._engine.residency
+    residency = manager.engine.residency
     capacity = residency.counts(Tier.DISK).capacity
     exported = residency.export(Tier.DISK, np.arange(capacity))
     return {(record[:16].tobytes(), n) for n, record in enumerate(exported) if record.any()}

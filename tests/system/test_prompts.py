@@ -75,7 +75,7 @@ def test_a_new_connection_means_the_same_blocks(settings: Settings, how: str) ->
         assert instance.end_of(number).moved == 4
         if how == "cut":
             client.give_up("the test wants it")
-            client._retry_s = 0.0
+            client._reconnects._due_s = 0.0
         else:
             if how == "killed":
                 os.kill(server.pid, signal.SIGKILL)
@@ -84,7 +84,7 @@ def test_a_new_connection_means_the_same_blocks(settings: Settings, how: str) ->
             assert server.exit_status == (how == "killed")
             server = forked_server(settings)
         eventually(lambda: (client.poll(), not client.is_ready)[1] or how == "cut")
-        client._retry_s = 0.0
+        client._reconnects._due_s = 0.0
         instance.wait_ready()
         number = client.put(grown(client, prompt, BLOCKS), 0, np.arange(BLOCKS), client.generation)
         instance.agents[0].ready([number])

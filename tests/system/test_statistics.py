@@ -23,9 +23,10 @@ LONG = np.arange(8 * TOKENS_PER_BLOCK) + 5000
 
 async def perform(engine: Engine, operation: Operation, tokens: np.ndarray) -> KVResponse:
     """Perform an operation on a prompt."""
-    ready = engine.with_slots(engine.intake(operation, tokens), np.arange(len(tokens)))
+    request = engine.requests.intake(operation, tokens)
+    ready = engine.requests.with_slots(request, np.arange(len(tokens)))
     assert ready is not None
-    response = (await engine.perform(ready)).response
+    response = (await engine.requests.perform(ready)).response
     assert response is not None
     return response
 
@@ -193,7 +194,7 @@ def test_a_request_without_a_device_counts_once() -> None:
     """A request without a device counts once, and its blocks not as asked for."""
 
     async def work(engine: Engine) -> None:
-        engine.unready(engine.intake(Operation.GET, A))
+        engine.requests.unready(engine.requests.intake(Operation.GET, A))
         told = engine.statistics()
         assert told.requests == {"get": {"unready": 1}, "put": {}, "prefetch": {}}
         assert told.asked_blocks == 0

@@ -124,10 +124,10 @@ class Bench:
     async def perform(self, operation: Operation, number: int) -> KVResponseStatus:
         """Put or get a prompt at the device's first blocks."""
         tokens = list(range(1000 * number, 1000 * number + BLOCKS * TOKENS_PER_BLOCK))
-        request = self.engine.intake(operation, tokens)
-        ready = self.engine.with_slots(request, np.arange(len(tokens)))
+        request = self.engine.requests.intake(operation, tokens)
+        ready = self.engine.requests.with_slots(request, np.arange(len(tokens)))
         assert ready is not None
-        response = (await self.engine.perform(ready)).response
+        response = (await self.engine.requests.perform(ready)).response
         assert response is not None
         return response.status
 

@@ -62,11 +62,11 @@ class Rig:
 
     async def request(self, operation: Operation, prompt: Any, blocks: int = BLOCKS) -> Any:
         """Run one request over the first device blocks."""
-        request = self.engine.intake(operation, prompt)
+        request = self.engine.requests.intake(operation, prompt)
         slots = np.arange(blocks * TOKENS_PER_BLOCK)
-        ready = self.engine.with_slots(request, slots)
+        ready = self.engine.requests.with_slots(request, slots)
         assert ready is not None
-        return (await self.engine.perform(ready)).response
+        return (await self.engine.requests.perform(ready)).response
 
 
 def prompt_of(number: int, blocks: int = BLOCKS) -> Any:
@@ -283,15 +283,15 @@ async def test_prompts_are_recorded_only_where_that_is_asked_for(tmp_path: Path)
     """Tokens are recorded only if that is asked for; so is a request that no device could serve."""
     rig = Rig(tmp_path, SOUND, trace_tokens=True)
     await rig.engine.open()
-    request = rig.engine.intake(Operation.GET, prompt_of(3))
-    assert rig.engine.with_slots(request, np.arange(BLOCKS * TOKENS_PER_BLOCK)) is None
-    rig.engine.unready(request)
+    request = rig.engine.requests.intake(Operation.GET, prompt_of(3))
+    assert rig.engine.requests.with_slots(request, np.arange(BLOCKS * TOKENS_PER_BLOCK)) is None
+    rig.engine.requests.unready(request)
     rig.engine.tracing.stop()
     trace = load(rig.path)
     assert [r.status for r in trace.requests] == ["unready"]
     assert trace.tokens == {request.request_id: tuple(prompt_of(3).tolist())}
     rig.engine.tracing.start(str(tmp_path / "silent"), False)
-    rig.engine.intake(Operation.GET, prompt_of(3))
+    rig.engine.requests.intake(Operation.GET, prompt_of(3))
     await rig.engine.close()
     assert load(tmp_path / "silent").tokens == {}
 

@@ -377,7 +377,7 @@ async def test_what_rests_is_read_in_idle_time(tmp_path: Path) -> None:
         content.seek(9 * 4096 + 5)
         content.write(b"changed")
     async with KVManager(MODEL, cache_config(tmp_path, ssd_scrub_mb_per_s=4000)) as manager:
-        backend = manager._engine._backend
+        backend = manager.engine._backend
         assert isinstance(backend, LocalBackend)
         scrubber = backend.ssd.scrubber
         assert scrubber is not None

@@ -93,14 +93,16 @@ class MeteredBackend(FakeBackend):
 async def put(engine: Engine, number: int) -> None:
     """Store a prompt from the first blocks of the device."""
     tokens = prompt(number)
-    request = engine.with_slots(engine.intake(Operation.PUT, tokens), np.arange(len(tokens)))
+    request = engine.requests.intake(Operation.PUT, tokens)
+    request = engine.requests.with_slots(request, np.arange(len(tokens)))
     assert request is not None
-    assert (await engine.perform(request)).response is not None
+    assert (await engine.requests.perform(request)).response is not None
 
 
 async def prefetch(engine: Engine, number: int) -> None:
     """Bring a prompt from disk to host memory."""
-    flight = await engine.perform(engine.intake(Operation.PREFETCH, prompt(number)))
+    request = engine.requests.intake(Operation.PREFETCH, prompt(number))
+    flight = await engine.requests.perform(request)
     assert flight.response is not None
     assert flight.response.status is KVResponseStatus.SUCCESS, flight.response
 
@@ -135,7 +137,7 @@ def test_writes_go_on_under_reads_that_never_let_up() -> None:
         async def read(number: int) -> None:
             while not over.is_set():
                 await prefetch(engine, number)
-                keys = engine.intake(Operation.PREFETCH, prompt(number)).keys
+                keys = engine.requests.intake(Operation.PREFETCH, prompt(number)).keys
                 engine.residency.forget(*engine.residency.find(keys).holdings[0])
 
         async with asyncio.TaskGroup() as group:

@@ -37,9 +37,10 @@ def prompt(number: int, blocks: int = BLOCKS) -> np.ndarray[Any, np.dtype[np.int
 async def put(engine: Engine, number: int, blocks: int = BLOCKS) -> KVResponse:
     """Put a prompt, without waiting for its write-behind."""
     tokens = prompt(number, blocks)
-    request = engine.with_slots(engine.intake(Operation.PUT, tokens), np.arange(len(tokens)))
+    request = engine.requests.intake(Operation.PUT, tokens)
+    request = engine.requests.with_slots(request, np.arange(len(tokens)))
     assert request is not None
-    response = (await engine.perform(request)).response
+    response = (await engine.requests.perform(request)).response
     assert response is not None
     return response
 

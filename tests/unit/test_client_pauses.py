@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from flexkv.common.config import ModelConfig, Settings
-from flexkv.server import client as client_module
-from flexkv.server.client import RETRY_S, RETRY_S_MAX, Client
+from flexkv.server import reconnect
+from flexkv.server.client import Client
+from flexkv.server.reconnect import RETRY_S, RETRY_S_MAX
 
 MODEL = ModelConfig(num_layers=1, num_kv_heads=1, head_size=8, dtype="float16")
 
@@ -23,8 +24,8 @@ def test_each_failure_to_connect_doubles_the_pause(monkeypatch: pytest.MonkeyPat
         tried_s.append(now_s)
         raise OSError("no answer")
 
-    monkeypatch.setattr(client_module, "connect", connect)
-    monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr(reconnect, "connect", connect)
+    monkeypatch.setattr(reconnect, "time", SimpleNamespace(monotonic=lambda: now_s))
     client = Client(Settings(), MODEL)
     while len(tried_s) < 10:
         client.poll()

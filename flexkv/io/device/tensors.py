@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from flexkv.common.config_model import ITEM_BYTES
 from flexkv.common.errors import BackendUnavailableError, ConfigError
 from flexkv.common.layout import TensorSpec
+
+KVCaches: TypeAlias = Mapping[str, Any] | Sequence[Any]
+"""The per-layer tensors of one rank: a dict in layer order, or a list."""
 
 
 def describe(tensor: Any, field: str = "kv_caches") -> TensorSpec:
@@ -90,7 +93,7 @@ def spec_of(tensor: Any) -> TensorSpec:
     )
 
 
-def kv_cache_list(kv_caches: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
+def kv_cache_list(kv_caches: KVCaches) -> list[Any]:
     """Return the per-layer tensors in the order of the layers.
 
     A mapping from layer names, as engines keep it, is read in insertion order.

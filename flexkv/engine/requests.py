@@ -1,0 +1,158 @@
+"""Requests of one engine: from a caller's arguments to tickets, and what tickets need to run."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Any
+
+from msgspec import structs
+
+from flexkv.actors.flight import Flight
+from flexkv.common.errors import ClosedError
+from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
+from flexkv.common.terms import Tier
+from flexkv.engine.core import Core
+from flexkv.engine.devices import Devices
+from flexkv.engine.pins import Holds
+from flexkv.engine.runner import ALONE, RequestOwner, RequestRunner
+from flexkv.engine.tickets import PREPARED, RequestSpec, Ticket, nothing_moved
+from flexkv.engine.tracing import Tracing
+from flexkv.index.intake import Intake
+from flexkv.index.keys import KeyChain, Namespace
+from flexkv.index.residency import Found, PrefixMatch, prefix_match
+
+
+class Requests:
+    """Makes the requests of an open engine, and runs them.
+
+    Attributes:
+        holds: by which matches keep blocks from eviction.
+        runner: runs requests; a server uses it to turn away those of an instance.
+    """
+
+    def __init__(
+        self, intake: Intake, core: Core, runner: RequestRunner, devices: Devices, tracing: Tracing
+    ) -> None:
+        """Compose the parts of an engine."""
+        self.runner = runner
+        self.holds = Holds(core.scheduler, core.residency)
+        self._intake, self._core, self._devices, self._tracing = intake, core, devices, tracing
+        self._last_id = self._rekeyed_at = 0
+
+    def rekey(self, keys: KeyChain) -> None:
+        """Use other keys for later requests; earlier ones can use no device any more."""
+        self._intake.rekey(keys)
+        self._rekeyed_at = self._last_id
+
+    def next_id(self) -> int:
+        """Return the id of a new request that is made elsewhere than in `intake`."""
+        self._last_id += 1
+        return self._last_id
+
+    # -- tickets --------------------------------------------------------------------------------
+
+    def submit(self, spec: RequestSpec) -> Ticket:
+        """Check a caller's arguments, and return the ticket that takes the request to its response.
+
+        Raises:
+            ConfigError: an argument breaks a rule.
+        """
+        operation = spec.operation
+        request = self.intake(operation, spec.token_ids, spec.token_mask, spec.namespace)
+        if spec.watch is not None:
+            request = structs.replace(request, watch=spec.watch)
+        if operation is Operation.PREFETCH:
+            return Ticket(request, self)
+        return self.ready(request, spec.slot_mapping)
+
+    def prepare(self, spec: RequestSpec) -> Ticket:
+        """Return the ticket of what a get would load, or a put would have to store.
+
+        A get keeps what it found from eviction until it is planned or `end` is called; for long
+        only if it is launched: see `Holds`. The ticket is run once it `with_slots`.
+
+        Raises:
+            ConfigError: an argument breaks a rule.
+        """
+        request = self.intake(spec.operation, spec.token_ids, spec.token_mask, spec.namespace)
+        found = self._core.residency.find(request.keys, request.span.first_block)
+        if spec.operation is Operation.GET:
+            self.holds.hold(PREPARED, request.request_id, found.holdings)
+            return Ticket(request.narrowed(found.first, found.last), self)
+        host = found.ready.get(Tier.HOST)
+        lacking = found.first + (0 if host is None else host.positions.leading(found.first))
+        return Ticket(request.narrowed(lacking, request.span.last_block), self)
+
+    def made(self, request: Request) -> Ticket:
+        """Return the ticket of a request that was made elsewhere."""
+        return Ticket(request, self)
+
+    def ready(self, request: Request, slot_mapping: Any) -> Ticket:
+        """Return the ticket of a request with its slots; it may be over: see `unready`.
+
+        Raises:
+            ConfigError: the slots break a rule.
+        """
+        ready = self.with_slots(request, slot_mapping)
+        if ready is None:
+            return Ticket(request, self, self.unready(request))
+        return Ticket(ready, self)
+
+    # -- parts of tickets -----------------------------------------------------------------------
+
+    def intake(
+        self,
+        operation: Operation,
+        token_ids: Any,
+        token_mask: Any = None,
+        namespace: Namespace = None,
+    ) -> Request:
+        """Check a caller's arguments and return the request, still without device blocks."""
+        number = self.next_id()
+        request = self._intake.request(operation, number, token_ids, token_mask, namespace)
+        self._tracing.asked(number, token_ids)
+        return request
+
+    def with_slots(self, request: Request, slot_mapping: Any) -> Request | None:
+        """Return the request with its device blocks; None if it can use no device."""
+        if self._devices.missing is not None or request.request_id <= self._rekeyed_at:
+            return None
+        ids = self._intake.device_ids(slot_mapping, request.span, self._devices.num_blocks)
+        return structs.replace(request, device_ids=ids)
+
+    def unready(self, request: Request) -> KVResponse:
+        """Return the response to a request that needs a device and can use none."""
+        why = self._devices.missing or ClosedError(
+            "the request was made before the device was registered"
+        )
+        response = nothing_moved(request, KVResponseStatus.UNREADY, why)
+        self._core.observer.refused(request, response)
+        return response
+
+    def perform(self, request: Request, turn: RequestOwner = ALONE) -> Coroutine[Any, Any, Flight]:
+        """Run a request to its answer: see `RequestRunner.perform`."""
+        return self.runner.perform(request, self._devices.use, turn)
+
+    def occupy_device(self, occupies: bool) -> None:
+        """Count one more or one less user of the device, for which suspending it waits."""
+        if occupies:
+            self._devices.use.enter()
+        else:
+            self._devices.use.leave()
+
+    def release(self, request: Request) -> None:
+        """End the hold of a prepared request, if it has one."""
+        self.holds.release(PREPARED, request.request_id)
+
+    # -- matches --------------------------------------------------------------------------------
+
+    def match(self, token_ids: Any, namespace: Namespace) -> PrefixMatch:
+        """Return how much of a prompt is resident. No I/O; it changes only the blocks' recency."""
+        request = self.intake(Operation.PREFETCH, token_ids, None, namespace)
+        tiers = self._core.residency.tiers
+        return prefix_match(self.find(request.keys), tiers, request.tokens_per_block)
+
+    def find(self, keys: bytes, first: int = 0) -> Found:
+        """Return where a prompt's blocks from `first` on are; `keys`: root and block keys."""
+        self._core.scheduler.update_avoid()
+        return self._core.planner.visible(self._core.residency.find(keys, first, use=True))
