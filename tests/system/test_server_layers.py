@@ -340,7 +340,7 @@ def test_a_put_ends_with_its_agent(settings: Settings, server: LaunchedServer) -
     try:
         instance.wait_ready()
         keys, ids = instance.keys(1, len(SOURCES)), np.array(SOURCES)
-        number = instance.client._begin(Operation.PUT, keys, 0, ids, by_layer=True)
+        number = instance.client._start(Operation.PUT, keys, 0, ids, by_layer=True)
         eventually(lambda: (instance.client.poll(), under_way(settings)[0])[1])
         agent.signal(signal.SIGKILL)
         assert instance.end_of(number).status == "cancelled"
