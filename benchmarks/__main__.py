@@ -28,9 +28,11 @@ CASES = (
     "cuda",
     "cuda_get",
     "ttft",
+    "layers",
     "tracing",
     "vllm",
     "vllm_steps",
+    "vllm_layers",
 )
 
 

@@ -333,7 +333,8 @@ class TransferActor:
             self._fail(cursor, error)
             cursor.fail_from(piece.begin + filled)
         elif cursor.watch is not None:
-            cursor.end_layers(piece.begin, piece.units)
+            begin, end = piece.begin, piece.begin + piece.units
+            cursor.watch.moved(cursor.transfer.op_id, begin, end)
         elif piece.sums is not None and checks is not None and checks.kept is not None:
             checks.kept.sums[piece.transfer.target_ids] = piece.sums
         if cursor.pieces_in_flight or cursor.queued:

@@ -43,9 +43,6 @@ class Cursor(msgspec.Struct):
     failed_from: int | None = None
     """The first block that did not arrive; None while nothing has failed."""
     queued: bool = True
-    layers_ended: dict[int, int] | None = None
-    """Pieces that ended before an earlier one did: first layer to last layer, exclusive."""
-    layers_moved: int = 0
 
     @property
     def over(self) -> bool:
@@ -74,17 +71,6 @@ class Cursor(msgspec.Struct):
     def layers(self, first: int, units: int) -> Layers:
         """Return the description of a piece that has `units` layers, from `first` on."""
         return Layers(first, first + units, self.transfer.op_id)
-
-    def end_layers(self, first: int, units: int) -> None:
-        """Record the end of a piece, and notify the watch if the unbroken run of layers grew."""
-        ended = self.layers_ended
-        assert ended is not None
-        ended[first] = first + units
-        before = self.layers_moved
-        while self.layers_moved in ended:
-            self.layers_moved = ended.pop(self.layers_moved)
-        if self.layers_moved > before and self.watch is not None:
-            self.watch.moved(self.transfer.op_id, self.layers_moved)
 
 
 class Lane:
@@ -219,7 +205,6 @@ class Mailbox:
         cursor = Cursor(transfer, transfer.owner, inbound, blocks, unit_bytes, watch)
         if watch is not None:
             cursor.units = watch.num_layers
-            cursor.layers_ended = {}
             cursor.unit_bytes = max(1, blocks * unit_bytes // watch.num_layers)
         self._cursors[transfer.op_id] = cursor
         (self.inbound if inbound else self.outbound).append(cursor)

@@ -368,9 +368,10 @@ class Scheduler:
         wake(self._idle)
 
     def under_way(self) -> list[Flight]:
-        """Return the puts under way, for which a flush has to wait."""
+        """Return the puts under way for which a flush has to wait: their layers are written."""
         flights = self._flights.values()
-        return [flight for flight in flights if flight.request.operation is Operation.PUT]
+        puts = [flight for flight in flights if flight.request.operation is Operation.PUT]
+        return [flight for flight in puts if not flight.unfed_op_ids()]
 
     # -- work -----------------------------------------------------------------------------------
 

@@ -97,9 +97,8 @@ class Settings(ConfigModel):
     logging_prefix: str = key("", "Prefix of every log line.")
     enable_layerwise_transfer: bool = key(
         False,
-        "Let the engine use each layer as soon as it is loaded.",
-        part="a connector that loads layer by layer",
-        built=(False,),
+        "Let vLLM's steps load what is in host memory, and use each layer as soon as it is there."
+        " The other requests of a step wait, too. Only with FlexKV's own connector.",
     )
     sync_get: bool = key(
         False,

@@ -143,8 +143,8 @@ class LayerWatch(Protocol):
         """Report that the layers before `last` of a transfer are queued on a rank's stream."""
         ...
 
-    def moved(self, op_id: int, last: int) -> None:
-        """Report that the layers before `last` of a transfer have arrived."""
+    def moved(self, op_id: int, first: int, last: int) -> None:
+        """Report that layers of a transfer have arrived: from `first` to `last`, exclusive."""
         ...
 
     def end(self) -> None:

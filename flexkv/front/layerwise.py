@@ -36,6 +36,9 @@ class LayerProgress:
         self.over = False
         self._changed = threading.Condition()
         self._moved: dict[int, int] = {}
+        """How many first layers of each transfer are there."""
+        self._ahead: dict[tuple[int, int], int] = {}
+        """Layers that arrived before an earlier one: (transfer, first layer) to last, exclusive."""
         self._queued: dict[tuple[int, int], list[tuple[int, StreamEvent]]] = {}
         self._callbacks: list[Callable[[], None]] = []
 
@@ -45,6 +48,7 @@ class LayerProgress:
         """Record which transfers will move the bytes; those of an earlier try are void."""
         with self._changed:
             self._drop_events()
+            self._ahead.clear()
             self._moved = dict.fromkeys(op_ids, 0)
 
     def queued(self, rank: int, op_id: int, last: int, event: StreamEvent) -> None:
@@ -53,11 +57,18 @@ class LayerProgress:
             self._queued.setdefault((rank, op_id), []).append((last, event))
             self._changed.notify_all()
 
-    def moved(self, op_id: int, last: int) -> None:
-        """Record that the layers before `last` of a transfer have arrived."""
+    def moved(self, op_id: int, first: int, last: int) -> None:
+        """Record that layers of a transfer have arrived: from `first` to `last`, exclusive."""
         with self._changed:
-            self._moved[op_id] = last
-            self._tell()
+            if op_id not in self._moved:  # of an earlier try
+                return
+            self._ahead[op_id, first] = last
+            reached = before = self._moved[op_id]
+            while (op_id, reached) in self._ahead:
+                reached = self._ahead.pop((op_id, reached))
+            if reached > before:
+                self._moved[op_id] = reached
+                self._tell()
 
     def end(self) -> None:
         """Record that no more layers will arrive, since the request has its response."""

@@ -17,9 +17,11 @@ from functools import partial
 from typing import Any
 
 from flexkv.actors.supervisor import Supervisor
+from flexkv.common.arguments import integer, seconds
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import ClosedError, ConfigError, DeviceError, FlexKVError
-from flexkv.common.terms import Route, Tier, Transfer
+from flexkv.common.terms import Layers, Route, Tier, Transfer
+from flexkv.front.layerwise import TIMEOUT_S
 from flexkv.front.loop_thread import LoopThread
 from flexkv.index.keys import block_identity
 from flexkv.io.device.tensors import KVCaches, kv_cache_list, layouts_of
@@ -29,6 +31,7 @@ from flexkv.observe.logs import get_logger
 from flexkv.process.cpus import widen_affinity
 from flexkv.server.fleet import ids_from
 from flexkv.server.handshake import Connected, connect
+from flexkv.server.layered_gets import LayeredGets
 from flexkv.server.link import Link
 from flexkv.server.wire import (
     FROM_SERVER,
@@ -37,6 +40,8 @@ from flexkv.server.wire import (
     Copy,
     DeviceReady,
     FromServer,
+    GetEnded,
+    GetPlanned,
     Hello,
     ProtocolError,
     Ready,
@@ -87,6 +92,7 @@ class Agent:
         self._link: Link[FromServer] | None = None
         self._port: DevicePort | None = None
         self._under_way: dict[int, Transfer] = {}
+        self._gets = LayeredGets(model.num_layers, tp_rank)
         self._drained = asyncio.Event()
         self._settling: dict[int, asyncio.Event] = {}
         self._next_settle = 0
@@ -145,11 +151,76 @@ class Agent:
         Raises:
             ClosedError: the agent is closed.
         """
+        self._report(numbers, to_device, None)
+
+    def layer_written(self, numbers: Sequence[int], layer: int) -> None:
+        """Report that puts may copy the layers up to this one.
+
+        They read it after what the calling thread's stream has queued by now. Each put copies a
+        layer once the agents of all ranks have reported it or a later one. A put that was not
+        started by layer begins when the last layer is reported. Cancel a put if not all of its
+        layers will be written.
+
+        Args:
+            numbers: the numbers of the puts; a report may come before its put.
+            layer: from 0.
+
+        Raises:
+            ConfigError: no such layer.
+            ClosedError: the agent is closed.
+        """
+        self._report(numbers, False, self._checked(layer) + 1)
+
+    def wait_for_layer(
+        self,
+        numbers: Sequence[int],
+        layer: int,
+        timeout: float = TIMEOUT_S,
+        stream: int | None = None,
+    ) -> bool:
+        """Wait in this thread until a layer of gets is in the KV caches, or make a stream wait.
+
+        Args:
+            numbers: the numbers of gets that were started by layer. Those that the agent does not
+                know yet are waited for, too.
+            layer: from 0.
+            timeout: in seconds, for all of them.
+            stream: handle of a CUDA stream of the device. Work that is queued on it later waits
+                for the layer; this thread waits only until the layer's copies are queued.
+
+        Returns:
+            True if the layer of every get is in the blocks that were planned for it, or will be
+            when the stream goes on; `wait_for_end` says how many blocks these are. False if a get
+            has ended without the layer, or the server is gone; the others were waited for.
+
+        Raises:
+            ConfigError: no such layer.
+            TimeoutError: a layer was not there, or queued, in time. Its get goes on.
+            DeviceError: the driver refused.
+        """
+        number = None if stream is None else integer("stream", stream)
+        return self._gets.wait(numbers, self._checked(layer), seconds("timeout", timeout), number)
+
+    def wait_for_end(self, number: int, timeout: float = TIMEOUT_S) -> int:
+        """Return how many first blocks a get by layer has moved on every rank, once it is over.
+
+        Raises:
+            TimeoutError: it was not over in time, or the agent does not know the get.
+        """
+        return self._gets.wait_end(number, seconds("timeout", timeout))
+
+    def _checked(self, layer: int) -> int:
+        if not 0 <= integer("layer", layer) < self._model.num_layers:
+            why = f"must be from 0 to {self._model.num_layers - 1}"
+            raise ConfigError("layer", layer, why)
+        return layer
+
+    def _report(self, numbers: Sequence[int], to_device: bool, layers: int | None) -> None:
         if not numbers:
             return
         with suppress(DeviceError):  # its puts end with this connection
             self.order_after(to_device)
-            self.report_ready(numbers)
+            self.report_ready(numbers, layers)
 
     def order_after(self, to_device: bool) -> None:
         """Make later copies in one direction wait for what the calling thread's stream has queued.
@@ -166,13 +237,15 @@ class Agent:
                 self._thread.post(self._end_link)
                 raise
 
-    def report_ready(self, numbers: Sequence[int]) -> None:
+    def report_ready(self, numbers: Sequence[int], layers: int | None = None) -> None:
         """Report that requests may go on, behind what earlier `order_after` calls were for.
+
+        With `layers`, puts may copy that many of the first layers.
 
         Raises:
             ClosedError: the agent is closed.
         """
-        messages = [Ready(part) for part in parts_of(numbers)]
+        messages = [Ready(part, layers) for part in parts_of(numbers)]
 
         def send() -> None:
             for message in messages:
@@ -264,6 +337,7 @@ class Agent:
             port.connect(self._reap)
             link = self._link = await Link.over(connected.socket, FROM_SERVER)
             undo.callback(link.close)
+            self._gets.connected()
             link.send(DeviceReady())
             server = connected.welcome.pid
             log.info("device_lent", path=self._address, server=server, **device.facts)
@@ -292,6 +366,7 @@ class Agent:
     def _forget(self) -> None:
         self._link = self._port = None
         self._leaving = False
+        self._gets.disconnected()
         for settled in self._settling.values():
             settled.set()
 
@@ -300,6 +375,10 @@ class Agent:
             case Copy():
                 if not self._leaving:
                     self._copy(message)
+            case GetPlanned():
+                self._gets.plan(message)
+            case GetEnded():
+                self._gets.end(message)
             case Settled():
                 if (settled := self._settling.get(message.number)) is not None:
                     settled.set()
@@ -313,7 +392,10 @@ class Agent:
         host_ids, device_ids = ids_from(message.host_ids), ids_from(message.device_ids)
         route = _TO_DEVICE if message.to_device else _TO_HOST
         sides = (host_ids, device_ids) if message.to_device else (device_ids, host_ids)
-        transfer = Transfer(message.op_id, 0, route, *sides, group=message.group)
+        layers = None if message.layers is None else self._layers_of(*message.layers)
+        watch = None if layers is None else self._gets.watch_of(layers)
+        group = message.group
+        transfer = Transfer(message.op_id, 0, route, *sides, watch, layers, group=group)
         self._under_way[message.op_id] = transfer
         try:
             self._port.submit(transfer)
@@ -325,15 +407,28 @@ class Agent:
         else:
             self._reap()
 
+    def _layers_of(self, whole: int, first: int, last: int) -> Layers:
+        """Return the layers of a piece.
+
+        Raises:
+            ProtocolError: the model has no such layers.
+        """
+        if not first < last <= self._model.num_layers:
+            raise ProtocolError(f"layers {first} to {last}: the model has {self._model.num_layers}")
+        return Layers(first, last, whole)
+
     def _reap(self) -> None:
         if self._port is not None:
             for op_id, error, *_ in self._port.reap():
                 self._end(op_id, "" if error is None else str(error))
 
     def _end(self, op_id: int, error: str) -> None:
-        del self._under_way[op_id]
+        transfer = self._under_way.pop(op_id)
         if not self._under_way:
             self._drained.set()
+        layers = transfer.layers
+        if layers is not None and transfer.watch is not None and not error:
+            transfer.watch.moved(layers.whole, layers.first, layers.last)
         self._send(Copied(op_id, error))
 
     def _send(self, message: Copied | Ready | Settle) -> None:

@@ -22,8 +22,10 @@ from flexkv.common.layout import PagedLayout
 from flexkv.common.terms import Tier, Transfer
 from flexkv.io.ports import Completion
 from flexkv.server.link import Link
-from flexkv.server.wire import Copied, Copy, ProtocolError, ToServer
+from flexkv.server.wire import Copied, Copy, Message, ProtocolError, ToServer
 
+UNREAD_BYTES_MAX = 16 << 20
+"""An agent with more unread bytes than this is dismissed, as is its whole instance."""
 COPIES_MIN = 4
 """How many copies may always be sent, however large: one being made, the others waiting."""
 
@@ -84,6 +86,11 @@ class AgentPort(RemoteDevice):
             return
         self._queues[transfer.route.target is Tier.DEVICE].append(transfer)
         self._pump()
+
+    def tell(self, message: Message) -> bool:
+        """Send a message; return whether the agent has read most of those before."""
+        self._link.send(message)
+        return self._link.unsent_bytes <= UNREAD_BYTES_MAX
 
     def copied(self, message: Copied) -> None:
         """Record that the agent has ended a copy.
@@ -155,20 +162,26 @@ class AgentPort(RemoteDevice):
             return True
         return copies_bytes + self._bytes_of(transfer) <= self._window_bytes
 
+    def _bytes_of(self, transfer: Transfer) -> int:
+        layers, watch = transfer.layers, transfer.watch
+        block_bytes = self._part_bytes[transfer.group]
+        if layers is not None and watch is not None:
+            block_bytes = block_bytes * (layers.last - layers.first) // watch.num_layers
+        return transfer.block_count * block_bytes
+
     def _send(self, to_device: bool, transfer: Transfer) -> None:
         self._count(transfer, 1)
         self._sent[transfer.op_id] = _Sent(transfer, time.monotonic())
         host_ids, device_ids = transfer.sides
+        layers = transfer.layers
+        piece = None if layers is None else (layers.whole, layers.first, layers.last)
         ids = host_ids.tobytes(), device_ids.tobytes()
-        self._link.send(Copy(transfer.op_id, to_device, *ids, transfer.group))
+        self._link.send(Copy(transfer.op_id, to_device, *ids, transfer.group, piece))
 
     def _count(self, transfer: Transfer, sign: int) -> None:
         unanswered = self._unanswered[transfer.route.target is Tier.DEVICE]
         unanswered[0] += sign
         unanswered[1] += sign * self._bytes_of(transfer)
-
-    def _bytes_of(self, transfer: Transfer) -> int:
-        return transfer.block_count * self._part_bytes[transfer.group]
 
     def _answered(self, op_id: int, error: str) -> None:
         transfer = self._sent.pop(op_id).transfer

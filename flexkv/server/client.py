@@ -216,14 +216,9 @@ class Client:
                 self._send(Release(part))
 
     def start(
-        self,
-        operation: Operation,
-        keys: bytes,
-        first: int,
-        device_ids: BlockIds | None,
-        when_ready: bool = False,
-        held: int = 0,
-    ) -> int:
+        self, operation: Operation, keys: bytes, first: int, device_ids: BlockIds | None,
+        when_ready: bool = False, held: int = 0,
+    ) -> int:  # fmt: skip
         """Begin a request for the blocks from `first` on, and return its number.
 
         Args:
@@ -235,21 +230,19 @@ class Client:
             held: the number of the match whose hold ends when this request is planned.
         """
         member("operation", operation, Operation)
-        ids = b"" if device_ids is None else as_int64("device_ids", device_ids).tobytes()
-        return self.begin(
-            Start(self.number(), operation.label, keys, first, ids, self.epoch, when_ready, held)
-        )
+        return self._start(operation, keys, first, device_ids, when_ready=when_ready, held=held)
 
-    def get(self, keys: Keys, first: int, device_ids: BlockIds, held: int, when_ready: bool) -> int:
-        """Begin a get; arguments as for `start` and `ask`."""
-        part, ids = self._part_of(keys), as_int64("device_ids", device_ids).tobytes()
-        start = Start(
-            self.number(), Operation.GET.label, part.keys, first, ids, self.epoch, when_ready,
-            held, prompt=part.prompt, known=part.known,
-        )  # fmt: skip
-        return self.begin(start)
+    def get(
+        self, keys: Keys, first: int, device_ids: BlockIds, held: int, when_ready: bool,
+        by_layer: bool = False,
+    ) -> int:  # fmt: skip
+        """Begin a get; arguments as for `start`, `ask` and, for layers, `Agent.wait_for_layer`."""
+        more = {"when_ready": when_ready, "held": held, "by_layer": by_layer}
+        return self._start(Operation.GET, keys, first, device_ids, **more)
 
-    def put(self, keys: Keys, first: int, device_ids: BlockIds, generation: int) -> int:
+    def put(
+        self, keys: Keys, first: int, device_ids: BlockIds, generation: int, by_layer: bool = False
+    ) -> int:
         """Begin a put that waits until the agent of every rank has reported it as `ready`.
 
         Args:
@@ -258,13 +251,20 @@ class Client:
             device_ids: int64, one for each block to store.
             generation: the client's `generation` when computing the blocks began. If the cache
                 was cleared since then, nothing is stored, and the `Done` has `is_stale`.
+            by_layer: whether each layer is copied once written: see `Agent.layer_written`.
         """
-        part, ids = self._part_of(keys), as_int64("device_ids", device_ids).tobytes()
-        start = Start(
-            self.number(), Operation.PUT.label, part.keys, first, ids, self.epoch, True,
-            generation=generation, prompt=part.prompt, known=part.known,
-        )  # fmt: skip
-        return self.begin(start)
+        more = {"when_ready": True, "generation": generation, "by_layer": by_layer}
+        return self._start(Operation.PUT, keys, first, device_ids, **more)
+
+    def _start(
+        self, operation: Operation, keys: Keys, first: int, ids: BlockIds | None, **more: Any
+    ) -> int:
+        blob = b"" if ids is None else as_int64("device_ids", ids).tobytes()
+        part = self._part_of(keys)
+        return self.begin(Start(
+            self.number(), operation.label, part.keys, first, blob, self.epoch,
+            prompt=part.prompt, known=part.known, **more,
+        ))  # fmt: skip
 
     def begin(self, start: Start) -> int:
         """Begin a request, and return its number."""

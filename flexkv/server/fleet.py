@@ -27,7 +27,7 @@ from flexkv.io.ports import Completion
 from flexkv.observe.logs import get_logger
 from flexkv.server.agent_port import AgentPort, RemoteDevice
 from flexkv.server.link import Link
-from flexkv.server.wire import ProtocolError, ToServer
+from flexkv.server.wire import Message, ProtocolError, ToServer
 
 log = get_logger(__name__)
 
@@ -179,6 +179,16 @@ class FleetPort(RemoteDevice):
             raise ConfigError("device_ids", wrong, why)
         return local_ids | (instance.epoch << EPOCH_SHIFT)
 
+    def tell(self, number: int, message: Message) -> None:
+        """Send a message to every rank of an instance; dismiss them if one does not read."""
+        instance = self.instances.get(number)
+        ports = [] if instance is None else list(instance.ports.values())
+        behind = [port for port in ports if not (port.tell(message) or port.is_dismissed)]
+        if behind:
+            log.warning("agents_dismissed", instance=number, reason="one of them does not read")
+            for port in ports:
+                port.dismiss()
+
     # -- the port -------------------------------------------------------------------------------
 
     def connect(self, wake: Callable[[], None]) -> None:
@@ -189,7 +199,6 @@ class FleetPort(RemoteDevice):
 
     def submit(self, transfer: Transfer) -> None:
         """Start one transfer, all of whose blocks are of one instance."""
-        assert transfer.watch is None
         _, theirs = transfer.sides
         epoch = int(theirs[0]) >> EPOCH_SHIFT
         ranks, instance = self._epochs.get(epoch), self._live(epoch)

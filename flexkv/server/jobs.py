@@ -3,14 +3,16 @@
 A request may come with `when_ready`: it is planned once every rank has reported that its device
 blocks are ready (those of a put are written). Ranks use other sockets than the client, so their
 reports may arrive before the request.
+
+A request may go by layer. A put is then planned when its first layer is ready, and each layer is
+copied once every rank has reported it. Of a get, the agents hear the plan and the end.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -28,10 +30,21 @@ from flexkv.engine.engine import Engine
 from flexkv.engine.runner import RequestOwner
 from flexkv.engine.tickets import Ticket
 from flexkv.observe.logs import get_logger
+from flexkv.server.agent_port import AgentPort
 from flexkv.server.fleet import FleetPort, Instance, ids_from
+from flexkv.server.job import Answered, Job, Reports, bytes_of, tell_end
 from flexkv.server.planning_turns import PlanningTurns
 from flexkv.server.put_share import PutShare
-from flexkv.server.wire import Done, Match, Matched, Start, failed
+from flexkv.server.wire import (
+    Done,
+    GetEnded,
+    GetPlanned,
+    Match,
+    Matched,
+    ProtocolError,
+    Start,
+    failed,
+)
 
 log = get_logger(__name__)
 
@@ -42,27 +55,8 @@ PUTS_SHARE = 2
 JOBS_BYTES_MAX = 64 << 20
 """Maximum bytes of keys and ids that the requests of one client may have under way."""
 FEW = 64
-
-Answered: TypeAlias = Callable[[Done], None]
-
-
-class Job:
-    """A request of a client.
-
-    Attributes:
-        keys: all keys of its prompt up to its last block, even those that `start` does not carry.
-        kept_bytes: what it counts against `JOBS_BYTES_MAX`.
-        over: set once no device touches its blocks any more.
-    """
-
-    def __init__(self, start: Start, keys: bytes, answered: Answered, generation: int) -> None:
-        self.start, self.keys = start, keys
-        self.answered, self.generation = answered, generation
-        self.kept_bytes = _bytes_of(start, keys)
-        self.ready = asyncio.Event()
-        self.over = asyncio.Event()
-        self.task: asyncio.Task[None] | None = None
-        self.ranks_ready: set[int] = set()
+ENDS_KEPT = 256
+"""How many ends of gets are told to an agent that reconnects: it may have missed them."""
 
 
 class Jobs:
@@ -91,8 +85,9 @@ class Jobs:
         self._jobs_bytes = 0
         host_blocks = engine.residency.counts(Tier.HOST).capacity
         self._puts = PutShare(host_blocks // PUTS_SHARE)
-        self._ready_early: dict[int, set[int]] = {}
-        self._settled_early: dict[int, None] = {}
+        self._early: dict[int, Reports] = {}
+        """Reports of requests that have not arrived; most never will, so the oldest are dropped."""
+        self._ended_gets = deque[GetEnded](maxlen=ENDS_KEPT)
 
     @property
     def is_idle(self) -> bool:
@@ -159,14 +154,15 @@ class Jobs:
             raise ConfigError("number", start.number, "is the number of a request under way")
         if why := self._refusal(start, keys):
             self.release((start.held,))
-            answered(Done(start.number, "failed", 0, why))
+            done = Done(start.number, "failed", 0, why)
+            tell_end(start, done, self._tell)
+            answered(done)
             return
         now = self._engine.clears.generation
         generation = now if start.generation is None else min(now, start.generation)
-        job = self._jobs[start.number] = Job(start, keys, answered, generation)
-        job.ranks_ready = self._ready_early.pop(start.number, set())
-        if not start.when_ready or self._is_ready(job):
-            job.ready.set()
+        reports = self._early.pop(start.number, None) or self._no_reports()
+        job = Job(start, keys, generation, reports, answered, self._tell)
+        self._jobs[start.number] = job
         self._jobs_bytes += job.kept_bytes
         job.task = self._engine.supervisor.spawn("request", self._work(job))
         job.task.add_done_callback(lambda _: self._end(job))
@@ -175,9 +171,9 @@ class Jobs:
         """Return why a request cannot begin; empty when it can."""
         if len(self._jobs) >= JOBS_MAX:
             return f"a client may have at most {JOBS_MAX} requests under way"
-        if self._jobs_bytes + _bytes_of(start, keys) > JOBS_BYTES_MAX:
+        if self._jobs_bytes + bytes_of(start, keys) > JOBS_BYTES_MAX:
             return f"a client may have at most {JOBS_BYTES_MAX} bytes of requests under way"
-        if start.number in self._settled_early:
+        if (reports := self._early.get(start.number)) is not None and reports.is_given_up:
             return "the engine gave it up before it arrived"
         try:
             if start.operation != Operation.PREFETCH.label:
@@ -187,28 +183,44 @@ class Jobs:
             return str(error)
         return ""
 
-    def ready(self, numbers: tuple[int, ...], tp_rank: int) -> None:
-        """Record that these requests need not wait for a rank any more."""
+    def ready(self, numbers: tuple[int, ...], tp_rank: int, layers: int | None = None) -> None:
+        """Record that these requests need not wait for a rank any more, or not for some layers.
+
+        Raises:
+            ProtocolError: there are fewer layers.
+        """
+        layers_max = self._engine.model.num_layers
+        if layers is not None and layers > layers_max:
+            raise ProtocolError(f"{layers} layers are written, the model has {layers_max}")
         for number in numbers:
             job = self._jobs.get(number)
-            if job is None:
-                self._ready_early.setdefault(number, set()).add(tp_rank)
-                _bound(self._ready_early)  # the oldest will not be started any more
-                continue
-            job.ranks_ready.add(tp_rank)
-            if self._is_ready(job):
-                job.ready.set()
+            reports = self._reports_of(number) if job is None else job.reports
+            reports.written(tp_rank, layers or layers_max)
+            if job is not None:
+                job.reported()
+        if layers is not None:
+            self._engine.nudge_device()
+
+    def _reports_of(self, number: int) -> Reports:
+        """Return the reports of a request that has not arrived."""
+        if (reports := self._early.get(number)) is None:
+            reports = self._early[number] = self._no_reports()
+            if len(self._early) > JOBS_MAX:
+                del self._early[next(iter(self._early))]
+        return reports
+
+    def _no_reports(self) -> Reports:
+        return Reports(self._engine.model.tp_size, self._engine.model.num_layers)
 
     def cancel(self, numbers: tuple[int, ...] | None = None) -> None:
         """Cancel requests, by default all."""
         for number in list(self._jobs) if numbers is None else numbers:
-            job = self._jobs.get(number)
-            if job is not None and job.task is not None:
-                job.task.cancel()
+            if (job := self._jobs.get(number)) is not None:
+                job.cancel()
 
     def cancel_unready(self) -> None:
         """Cancel the requests that wait for a rank: its report will not come any more."""
-        self.cancel(tuple(n for n, job in self._jobs.items() if not job.ready.is_set()))
+        self.cancel(tuple(number for number, job in self._jobs.items() if job.is_unready))
 
     def unsettled(self, numbers: tuple[int, ...]) -> list[Job]:
         """Return the jobs of these requests whose blocks a device may still touch.
@@ -221,24 +233,31 @@ class Jobs:
             if job is not None:
                 jobs.append(job)
             else:
-                self._settled_early[number] = None
-                _bound(self._settled_early)
+                self._reports_of(number).is_given_up = True
         return jobs
 
-    def _is_ready(self, job: Job) -> bool:
-        return len(job.ranks_ready) >= self._engine.model.tp_size
+    def _tell(self, message: GetPlanned | GetEnded) -> None:
+        """Tell every rank that is connected how a get by layer goes."""
+        if isinstance(message, GetEnded):
+            self._ended_gets.append(message)
+        self._fleet.tell(self._instance, message)
+
+    def tell_ends(self, port: AgentPort) -> None:
+        """Tell a rank that has just connected which gets by layer are over."""
+        for message in self._ended_gets:
+            port.tell(message)
 
     async def _work(self, job: Job) -> None:
         try:
-            await job.ready.wait()
+            await job.may_begin.wait()
             if job.start.operation == Operation.PUT.label:
                 await self._turns.wait()
             begin_s = time.monotonic()
             request = self._request(job)
             response = await self._run(job, self._engine.requests.made(request))
-            job.answered(_done(job.start, request, response, time.monotonic() - begin_s))
+            job.answer(_done(job.start, request, response, time.monotonic() - begin_s))
         except FlexKVError as error:
-            job.answered(failed(job.start.number, error))
+            job.answer(failed(job.start.number, error))
             if isinstance(error, InternalError):
                 raise  # the engine's state is wrong, so it must serve nobody any more
 
@@ -254,6 +273,7 @@ class Jobs:
             return await ticket.run(turn)
         blocks = request.span.last_block - request.span.first_block
         await self._puts.enter(blocks)
+        job.starve_after(self._engine.cache.io_deadline_s)
         try:
             return await ticket.run(turn)
         finally:
@@ -269,8 +289,8 @@ class Jobs:
         self._jobs_bytes -= job.kept_bytes
         self.release((job.start.held,))
         if job.task is not None and job.task.cancelled():
-            job.answered(Done(job.start.number, "cancelled", 0))
-        job.over.set()
+            job.answer(Done(job.start.number, "cancelled", 0))
+        job.end()
         if self.is_idle:
             self._on_idle()
 
@@ -326,19 +346,9 @@ class Jobs:
             keys,
             ids,
             start.namespace_hash,
-            None,
+            job if start.by_layer else None,
             job.generation,
         )
-
-
-def _bound(numbers: dict[int, Any]) -> None:
-    """Drop the oldest entry if there are more than `JOBS_MAX`."""
-    if len(numbers) > JOBS_MAX:
-        del numbers[next(iter(numbers))]
-
-
-def _bytes_of(start: Start, keys: bytes) -> int:
-    return len(keys) + len(start.device_ids)
 
 
 def keys_within(engine: Engine, keys: bytes) -> bytes:
@@ -360,6 +370,10 @@ def _check(start: Start, keys: bytes) -> None:
     if rest or not 0 <= start.first <= last:
         raise ConfigError("first", start.first, f"must be from 0 to the number of blocks, {last}")
     if start.operation == Operation.PREFETCH.label:
+        if start.by_layer:
+            raise ConfigError(
+                "by_layer", True, "must be false for a prefetch: no device takes part"
+            )
         return
     ids, wanted = start.device_ids, last - start.first
     if len(ids) != wanted * 8:

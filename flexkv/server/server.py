@@ -364,6 +364,7 @@ class Server:
             raise ProtocolError("an agent's first message must be DeviceReady")
         port = self._port_of(link, hello)
         fleet.join(number, rank, port, hello.order)
+        self._jobs_of(number).tell_ends(port)
         self._connections.take_role(connection, "agent")
         log.info("agent_connected", instance=number, rank=rank, blocks=hello.num_blocks)
         may_copy = True
@@ -409,7 +410,7 @@ class Server:
                 if self._backend.fleet.instances[number].stuck:
                     self._deadlines.look()
             case Ready():
-                self._jobs_of(number).ready(message.numbers, rank)
+                self._jobs_of(number).ready(message.numbers, rank, message.layers)
             case Settle():
                 self._settle(connection, message, self._jobs_of(number))
             case _:

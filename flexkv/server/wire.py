@@ -16,6 +16,16 @@ the connection lives, so that later messages carry only new keys:
 
 The last known key is sent again. Each key is a hash of everything before it, so the server notices
 if the client means other keys than those that it has (`flexkv.server.prompts`).
+
+A request that was started `by_layer` is copied layer by layer. For a get, each agent learns which
+copies move it and when it is over, so that a worker waits for a layer without asking the server:
+
+    GetPlanned(number=7, op_ids=(40, 41))
+    Copy(op_id=90, layers=(40, 0, 1))  Copy(op_id=91, layers=(41, 0, 1))  ...
+    GetEnded(number=7, moved=32)
+
+They come over one connection, in this order. For a put, each `Ready` says how many layers are
+written; the server copies those that every rank has written.
 """
 
 from __future__ import annotations
@@ -170,6 +180,8 @@ class Start(Message, tag="start", frozen=True):
     prompt: Number = 0
     known: Number = 0
     """Both as in `Match`."""
+    by_layer: bool = False
+    """Whether to copy layer by layer; with `when_ready`, a put begins with the first layer."""
 
 
 class Done(Message, tag="done", frozen=True):
@@ -219,6 +231,24 @@ class Copy(Message, tag="copy", frozen=True):
     device_ids: bytes
     group: Number = 0
     """The KV group that all the blocks are of."""
+    layers: tuple[Number, Number, Number] | None = None
+    """For a piece of a copy that goes layer by layer: the whole copy's id, and the piece's first
+    and last layer, exclusive. None: all layers."""
+
+
+class GetPlanned(Message, tag="get_planned", frozen=True):
+    """These copies will move a get that goes layer by layer; those of an earlier plan are void."""
+
+    number: Number
+    op_ids: Numbers
+
+
+class GetEnded(Message, tag="get_ended", frozen=True):
+    """A get that goes layer by layer is over: no more of its layers will be copied."""
+
+    number: Number
+    moved: Number = 0
+    """How many of its first blocks have all of their layers, on every rank."""
 
 
 class DeviceReady(Message, tag="device_ready", frozen=True):
@@ -236,6 +266,8 @@ class Ready(Message, tag="ready", frozen=True):
     """On this rank, what these puts read is written, and what these gets write is free."""
 
     numbers: Numbers
+    layers: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """How many of the first layers that a put reads are written. None: all."""
 
 
 class Settle(Message, tag="settle", frozen=True):
@@ -282,7 +314,9 @@ ToServer: TypeAlias = (
     | Settle
     | Command
 )
-FromServer: TypeAlias = Welcome | State | Matched | Done | Changed | Copy | Settled | Answer
+FromServer: TypeAlias = (
+    Welcome | State | Matched | Done | Changed | Copy | GetPlanned | GetEnded | Settled | Answer
+)
 
 _ENCODER = msgspec.msgpack.Encoder()
 TO_SERVER: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)

@@ -295,6 +295,7 @@ def _start(chance: random.Random, epoch: int) -> Start:
         chance.randrange(32),
         prompt=prompt,
         known=known,
+        by_layer=chance.random() < 0.3,
     )
 
 
@@ -334,7 +335,8 @@ def _agent_says(chance: random.Random, epoch: int, asked: list[int]) -> Message 
         case 1:
             return _anything(chance, epoch)
         case number if number < 11:
-            return Ready(_numbers(chance))
+            layers = chance.choice((None, None, 1, 2, _integer(chance, 9)))
+            return Ready(_numbers(chance), layers)
         case _:
             return Settle(_integer(chance), _numbers(chance))
 

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,15 +192,19 @@ class VllmServe(Program):
 
     def first_token_s(self, prompt: list[int], tokens: int = 4) -> float:
         """Return the seconds until the first token of an answer arrives."""
+        first_s, *_ = self.arrivals_s(prompt, tokens)
+        return first_s
+
+    def arrivals_s(self, prompt: list[int], tokens: int) -> Iterator[float]:
+        """Yield the seconds after which each part of a streamed answer arrives."""
         peer = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_S)
         body = json.dumps({**completion(prompt, tokens), "stream": True})
-        begin, first_s = time.perf_counter(), 0.0
+        begin_s = time.perf_counter()
         peer.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
         for line in peer.getresponse():
-            if line.startswith(b"data:") and not first_s:
-                first_s = time.perf_counter() - begin
+            if line.startswith(b"data:"):
+                yield time.perf_counter() - begin_s
         peer.close()
-        return first_s
 
     def forget(self) -> None:
         """Empty the engine's own cache, once nothing uses it.

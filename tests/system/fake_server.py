@@ -65,6 +65,7 @@ class FakeServer:
             PROTOCOL_VERSION,
             os.getpid(),
             None,
+            (),
             HOST_BLOCKS,
             STRIDE_BYTES,
             arena.fd_offset_bytes,

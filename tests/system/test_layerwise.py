@@ -221,10 +221,10 @@ def test_a_new_try_voids_what_the_first_one_moved() -> None:
 
     progress = LayerProgress(2, 2)
     progress.expect([1, 2])
-    progress.moved(1, 2)
+    progress.moved(1, 0, 2)
     progress.queued(0, 1, 2, Event("first"))
     assert not progress.has(0)
-    progress.moved(2, 1)
+    progress.moved(2, 0, 1)
     assert (progress.has(0), progress.has(1)) == (True, False)
     progress.expect([7])
     assert (closed, progress.has(0)) == (["first"], False)

@@ -419,10 +419,10 @@ def test_an_agent_leaves_a_server_alone_whose_memory_it_cannot_map(
 @pytest.mark.parametrize(
     "welcome",
     [
-        Welcome(PROTOCOL_VERSION, 1, None, 0, 0, 0),
-        Welcome(PROTOCOL_VERSION, 1, None, 1 << 62, 1 << 62, 0),
-        Welcome(PROTOCOL_VERSION, 1, None, 1 << 30, 4096, 0),
-        Welcome(PROTOCOL_VERSION, 1, None, 16, 4096, (1 << 63) - 1),
+        Welcome(PROTOCOL_VERSION, 1, None, (), 0, 0, 0),
+        Welcome(PROTOCOL_VERSION, 1, None, (), 1 << 62, 1 << 62, 0),
+        Welcome(PROTOCOL_VERSION, 1, None, (), 1 << 30, 4096, 0),
+        Welcome(PROTOCOL_VERSION, 1, None, (), 16, 4096, (1 << 63) - 1),
     ],
 )
 def test_an_agent_asks_again_when_host_memory_cannot_be(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from flexkv.common.errors import AgentGoneError
-from flexkv.common.terms import Route, Tier, Transfer
-from flexkv.server.agent_port import COPIES_MIN, AgentPort
-from flexkv.server.wire import Copied, ProtocolError
-from tests.property.fleet_model import Wire
+from flexkv.common.terms import Layers, Route, Tier, Transfer
+from flexkv.front.layerwise import LayerProgress
+from flexkv.server.agent_port import COPIES_MIN, UNREAD_BYTES_MAX, AgentPort
+from flexkv.server.fleet import FleetPort
+from flexkv.server.wire import Copied, Copy, GetEnded, Message, ProtocolError
+from tests.property.fleet_model import ONE_RANK, Wire
 
 TO_DEVICE, TO_HOST = Route(Tier.HOST, Tier.DEVICE), Route(Tier.DEVICE, Tier.HOST)
 BLOCK_BYTES = 16
@@ -137,3 +140,57 @@ def test_the_oldest_copy_tells_for_how_long_nothing_was_answered(
     assert rig.port.oldest_s() == 7.0
     rig.answer(1, 2, 3)
     assert rig.port.oldest_s() == 0.0
+
+
+class Told(Wire):
+    """A link that also keeps what is no copy, and whose peer may have left much unread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[Message] = []
+        self.unread_bytes = 0
+
+    def send(self, message: Message) -> None:
+        """Keep a message."""
+        if isinstance(message, Copy):
+            super().send(message)
+        else:
+            self.told.append(message)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Return how much the peer has left unread."""
+        return self.unread_bytes
+
+
+def test_what_goes_layer_by_layer_counts_for_its_layers_only() -> None:
+    """A piece of some layers takes its share of the window, and names the whole copy."""
+    rig = Rig(8)
+    watch = LayerProgress(4, 4)
+    for op_id in range(40):
+        piece = copy(op_id, TO_DEVICE, blocks=2)
+        layers = Layers(op_id % 4, op_id % 4 + 1, 1000 + op_id // 4, [4])
+        rig.port.submit(structs.replace(piece, watch=watch, layers=layers))
+    assert rig.asked == list(range(16))
+    assert rig.wire.asked[6].layers == (1001, 2, 3)
+    rig.answer(*range(16))
+    assert rig.asked == list(range(16, 32))
+
+
+def test_an_instance_with_an_agent_that_does_not_read_is_dismissed() -> None:
+    """What is told without a window cannot pile up: its whole instance is dismissed, once."""
+    model = ONE_RANK.model_copy(update={"tp_size": 2})
+    fleet, links = FleetPort(model, 100, 2 * BLOCK_BYTES), [Told() for _ in range(3)]
+    for number, link in enumerate(links):
+        port = AgentPort(link, BLOCK_BYTES, 64)
+        fleet.join(number // 2, number % 2, port, "kv tokens heads dim")
+    fleet.tell(0, GetEnded(1))
+    fleet.tell(7, GetEnded(2))
+    assert [link.told for link in links] == [[GetEnded(1)], [GetEnded(1)], []]
+    links[1].unread_bytes = UNREAD_BYTES_MAX
+    fleet.tell(0, GetEnded(3))
+    assert all(link.is_open for link in links)
+    links[1].unread_bytes += 1
+    fleet.tell(0, GetEnded(4))
+    assert [link.is_open for link in links] == [False, False, True]
+    assert fleet.instances[0].ports[0].is_dismissed

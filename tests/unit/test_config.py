@@ -246,9 +246,7 @@ def test_a_size_in_the_file_wins_in_whatever_unit() -> None:
     assert settings.cache_config.sized(ModelConfig(**MODEL)).num_host_blocks == 5
 
 
-@pytest.mark.parametrize(
-    "file", [{"enable_layerwise_transfer": True}, {"sync_get": True}, {"enable_remote": True}]
-)
+@pytest.mark.parametrize("file", [{"sync_get": True}, {"enable_remote": True}])
 def test_settings_of_parts_that_are_not_built_are_refused(file: dict[str, Any]) -> None:
     """Keys of parts that are not built load, but are refused by name when something starts."""
     with pytest.raises(ConfigError, match="not built yet"):

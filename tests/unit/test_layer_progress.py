@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -43,11 +44,28 @@ def test_a_layer_is_there_when_every_transfer_has_moved_it() -> None:
     progress = LayerProgress(4, 4)
     assert not progress.has(0)
     progress.expect([1, 2])
-    progress.moved(1, 4)
-    for layers in range(1, 5):
-        assert not progress.has(layers - 1)
-        progress.moved(2, layers)
-        assert progress.has(layers - 1)
+    progress.moved(1, 0, 4)
+    for layer in range(4):
+        assert not progress.has(layer)
+        progress.moved(2, layer, layer + 1)
+        assert progress.has(layer)
+
+
+def test_layers_may_arrive_in_any_order() -> None:
+    """A layer has arrived once all before it have, whatever order the pieces end in."""
+    random = Random(2)
+    for _ in range(50):
+        bounds = sorted({0, 12, *random.sample(range(1, 12), random.randrange(12))})
+        pieces = [(op_id, *piece) for op_id in (1, 2) for piece in pairwise(bounds)]
+        random.shuffle(pieces)
+        progress, there = LayerProgress(12, 12), {1: set[int](), 2: set[int]()}
+        progress.expect([1, 2])
+        for op_id, first, last in pieces:
+            progress.moved(op_id, first, last)
+            there[op_id] |= set(range(first, last))
+            for layer in range(12):
+                are_there = all(set(range(layer + 1)) <= each for each in there.values())
+                assert progress.has(layer) == are_there
 
 
 def test_a_stream_does_not_go_ahead_of_what_is_not_queued() -> None:
@@ -60,8 +78,8 @@ def test_a_stream_does_not_go_ahead_of_what_is_not_queued() -> None:
     with pytest.raises(TimeoutError):
         progress.hold_back(9, 0, 0, 0.001)
     progress.expect([1, 2])
-    progress.moved(1, 2)
-    progress.moved(2, 4)
+    progress.moved(1, 0, 2)
+    progress.moved(2, 0, 4)
     for layer, is_there in ((1, True), (2, False)):
         if is_there:
             assert progress.hold_back(9, 0, layer, 0.001)
@@ -94,10 +112,10 @@ def test_a_loop_that_is_closed_is_told_no_more() -> None:
     async def wait() -> bool:
         waits = asyncio.create_task(progress.reached(1))
         await asyncio.sleep(0)
-        progress.moved(1, 1)
+        progress.moved(1, 0, 1)
         await asyncio.sleep(0)
         assert not waits.done()
-        progress.moved(1, 2)
+        progress.moved(1, 1, 2)
         return await waits
 
     assert asyncio.run(wait())
@@ -113,7 +131,7 @@ def test_threads_are_told_that_a_layer_will_never_come() -> None:
     waiter = threading.Thread(target=lambda: told.append(progress.wait(1, 20.0)))
     waiter.start()
     progress.expect([1])
-    progress.moved(1, 1)
+    progress.moved(1, 0, 1)
     progress.end()
     waiter.join(20.0)
     assert told == [False]

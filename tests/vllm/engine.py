@@ -24,6 +24,8 @@ from tests.vllm.fork import fork_workers
 CONNECTORS = {"none": None, "shim": SHIM, "own": OWN}
 READY_S, DONE_S, HANG_S = 100.0, 180.0, 180.0
 """Long, because engines that busy-wait may take all CPU time for a minute on Linux 6.18."""
+LAYER_LOADS: set[int] = set()
+"""Loads whose layers a step has waited for."""
 KEPT: list[Any] = []
 """Keeps engines alive: a collected engine would end, and its server with it."""
 
@@ -87,14 +89,23 @@ def sabotage(plan: Plan) -> None:
 
     def copy(self: Any, message: Any) -> None:
         if message.to_device and chance.random() < plan.failed_loads:
-            self._under_way[message.op_id] = type("Failed", (), {"route": _nowhere()})()
+            self._under_way[message.op_id] = type(
+                "Failed", (), {"route": _nowhere(), "layers": None}
+            )()
             self._end(message.op_id, "the copy was made to fail")
             return
         copied(self, message)
         if chance.random() < plan.cut_links and self._link is not None:
             self._link.end()
 
+    waited = Agent.wait_for_layer
+
+    def wait(self: Any, numbers: list[int], *args: Any) -> bool:
+        LAYER_LOADS.update(numbers)
+        return waited(self, numbers, *args)
+
     Agent.start, Agent._end, Agent._copy = start, end, copy  # type: ignore[method-assign]
+    Agent.wait_for_layer = wait  # type: ignore[method-assign]
 
 
 def _nowhere() -> Any:
@@ -256,6 +267,7 @@ def run(plan: Plan) -> dict[str, Any]:
         "seconds": time.monotonic() - begin,
         "leaked_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
         "preemptions": preemptions(llm),
+        "layer_loads": len(LAYER_LOADS),
     }
     if plan.connector != "none":
         flush(plan)

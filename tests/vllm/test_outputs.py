@@ -153,6 +153,44 @@ LONG: dict[str, Any] = {
 }  # fmt: skip
 
 
+BY_LAYER: dict[str, Any] = {"connector": "own", "settings": {"enable_layerwise_transfer": True}}
+
+
+@pytest.mark.support("feature", "loads layer by layer", "served", "with its own connector")
+@pytest.mark.parametrize("is_corrupt", [False, True], ids=["", "corrupt"])
+def test_answers_are_equal_where_steps_load_layer_by_layer(
+    run: Run, expected: dict[str, Any], is_corrupt: bool
+) -> None:
+    """Answers are equal if steps wait for layers; corrupt layers change them, as they should."""
+    told = run(**BY_LAYER, corrupt_loads=is_corrupt)
+    assert told["layer_loads"] > 30
+    if is_corrupt:
+        assert told["answers"] != expected["answers"]
+        return
+    check_sound(told, expected)
+    assert min(min(turn) for turn in told["cached"][1:]) > 0
+
+
+BY_LAYER_FAULTS: dict[str, dict[str, Any]] = {
+    "failed_loads": {"failed_loads": 0.02},
+    "everything": {
+        "failed_loads": 0.01, "cut_links": 0.005, "aborts": 0.3,
+        "cache": {"num_cpu_blocks": 160, "num_ssd_blocks": 512},
+        "engine": {"kv_cache_memory_bytes": 8 << 20, "max_num_batched_tokens": 256},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BY_LAYER_FAULTS)
+def test_faults_in_steps_that_load_layer_by_layer_change_no_answer(
+    run: Run, expected: dict[str, Any], name: str
+) -> None:
+    """Where loads in steps fail, what these steps have computed is not used and not stored."""
+    told = run(**BY_LAYER, **BY_LAYER_FAULTS[name])
+    check_sound(told, expected)
+    assert told["layer_loads"] > 0
+
+
 @pytest.mark.support("feature", "chunked prefill, preemption", "served")
 @pytest.mark.parametrize("faults", [{}, {"failed_loads": 0.1, "aborts": 0.2}], ids=["", "faults"])
 def test_preempted_requests_answer_the_same(run: Run, faults: dict[str, Any]) -> None:

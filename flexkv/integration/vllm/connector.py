@@ -15,10 +15,13 @@ from flexkv.integration.vllm.metadata import StepMetadata
 from flexkv.integration.vllm.refusals import check_caches, check_engine
 from flexkv.integration.vllm.stats import FlexKVPromMetrics, FlexKVStats
 from flexkv.integration.vllm.vllm_v1_adapter import FlexKVConnectorV1Impl
+from flexkv.settings import load_settings
 
 
 class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1):
     """Keeps vLLM's KV blocks in host memory and on SSD."""
+
+    has_layer_hooks = True
 
     def __init__(
         self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None
@@ -45,6 +48,12 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1):
     def requires_kv_delivery(self) -> bool:
         """Return False: what is not stored can be computed again."""
         return False
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Return whether layers are loaded one by one: a whole CUDA graph would not wait."""
+        told = extra_config.get("enable_layerwise_transfer")
+        return load_settings().enable_layerwise_transfer if told is None else bool(told)
 
     @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:

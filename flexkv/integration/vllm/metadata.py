@@ -16,6 +16,8 @@ class StepMetadata(KVConnectorMetadata):
         loads: numbers of gets that may write once the steps before this one are done.
         received: vLLM's ids of requests whose loads are over.
         sent: vLLM's ids of requests that have ended, and whose blocks no put reads any more.
+        layer_loads: numbers of gets by layer that this step's forward waits for, and the device
+            blocks of each.
         failed_blocks: device blocks that should have been loaded and were not.
         dropped: numbers of puts of requests some of whose blocks could not be loaded.
         settle: numbers of failed puts and gets: the worker waits until none of their copies is
@@ -24,6 +26,7 @@ class StepMetadata(KVConnectorMetadata):
 
     puts: list[int] = field(default_factory=list)
     loads: list[int] = field(default_factory=list)
+    layer_loads: dict[int, list[int]] = field(default_factory=dict)
     received: set[str] = field(default_factory=set)
     sent: set[str] = field(default_factory=set)
     failed_blocks: set[int] = field(default_factory=set)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from flexkv import _ext
 from flexkv.common.terms import BlockIds
 from flexkv.integration.vllm.events import KVEvents
 from flexkv.integration.vllm.prompt import Scopes, features_of
@@ -46,7 +49,8 @@ class RequestState:
     """What is known about one of vLLM's requests."""
 
     __slots__ = (
-        "block_ids", "features", "finished", "found", "generation", "has_loaded", "is_stale",
+        "block_ids", "by_layer", "features", "finished", "found", "generation", "has_loaded",
+        "is_stale",
         "is_told", "load", "local_blocks", "may_load", "noted", "parts", "prompt", "puts",
         "request", "scope", "stored_blocks", "was_put_off",
     )  # fmt: skip
@@ -65,6 +69,8 @@ class RequestState:
         self.was_put_off = False
         """Whether it was put off because too many matches were under way."""
         self.load: Load | None = None
+        self.by_layer = False
+        """Whether the step loads what was found for it, layer by layer."""
         self.found: Matched | None = None
         """The match that is offered to it, with a hold on its blocks."""
         self.is_told = False
@@ -157,3 +163,8 @@ def _first_tokens(request: Any, end: int) -> list[int]:
         return prompt
     tokens: list[int] = request.all_token_ids[:end]
     return tokens
+
+
+def ids_of(ids: list[int]) -> BlockIds:
+    """Return block ids as an int64 array, in a fifth of the time that numpy needs for a list."""
+    return np.frombuffer(_ext.pack_int64(ids), np.int64)

@@ -33,6 +33,8 @@ class Setup(NamedTuple):
     """Whether vLLM names images and sounds by their content."""
     lora: str = ""
     """How LoRA adapters are applied, as JSON."""
+    loads_by_layer: bool = False
+    """Whether a step loads blocks of host memory itself, layer by layer."""
 
     @property
     def cache(self) -> CacheConfig:

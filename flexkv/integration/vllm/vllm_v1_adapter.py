@@ -18,13 +18,18 @@ from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiCo
 from flexkv.integration.vllm.identity import computation_of
 from flexkv.integration.vllm.metadata import StepMetadata
 from flexkv.integration.vllm.scheduler import SchedulerSide
-from flexkv.integration.vllm.setup import setup_of
+from flexkv.integration.vllm.setup import Setup, setup_of
 from flexkv.integration.vllm.worker import WorkerSide
-from flexkv.observe.logs import configure_logging
+from flexkv.observe.logs import configure_logging, get_logger
+
+log = get_logger(__name__)
 
 
 class FlexKVConnectorV1Impl:
     """One role of the connector, as the shim calls it."""
+
+    has_layer_hooks = False
+    """Whether vLLM calls `wait_for_layer_load` in every forward: it does not ask the shim."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole) -> None:
         """Create one role, by vLLM's configuration and FlexKV's: see `setup_of`.
@@ -33,7 +38,7 @@ class FlexKVConnectorV1Impl:
             ConfigError: FlexKV cannot serve such an engine, or its server cannot be launched.
         """
         self._vllm_config, self._computation = vllm_config, _computation_of(vllm_config)
-        setup = setup_of(vllm_config, self._computation)
+        setup = self._setup()
         configure_logging(setup.settings.log_level, setup.settings.logging_prefix)
         self._enabled = setup.settings.enable_flexkv
         self.scheduler: SchedulerSide | None = None
@@ -45,6 +50,13 @@ class FlexKVConnectorV1Impl:
             self.scheduler = SchedulerSide(setup)
         else:
             self.worker = WorkerSide(setup, _tp_rank())
+
+    def _setup(self) -> Setup:
+        setup = setup_of(self._vllm_config, self._computation)
+        is_wanted = setup.settings.enable_layerwise_transfer
+        if is_wanted and not self.has_layer_hooks:
+            log.warning("loads_not_by_layer", reason="only FlexKV's own connector can: see vllm.md")
+        return setup._replace(loads_by_layer=is_wanted and self.has_layer_hooks)
 
     def shutdown(self) -> None:
         """Disconnect; the scheduler's side also ends the server that it has launched."""
@@ -66,15 +78,19 @@ class FlexKVConnectorV1Impl:
     def register_kv_caches(self, kv_caches: Mapping[str, Any]) -> None:
         """Lend the KV tensors. The model is loaded by now, so its weights are on this machine."""
         if self.worker is not None:
-            self.worker.setup = setup_of(self._vllm_config, self._computation)
+            self.worker.setup = self._setup()
             self.worker.beside_others = isinstance(get_kv_transfer_group(), MultiConnector)
             self.worker.register_kv_caches(kv_caches)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Do nothing: loads began when they were scheduled."""
+        """Begin to wait for the step's loads by layer; others began when they were scheduled."""
+        if self.worker is not None and self.worker.setup.loads_by_layer:
+            self.worker.layer_loads.begin(self.bound_step())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Do nothing: a request runs only when all of its layers are loaded."""
+        """Wait for a layer of the step's loads by layer; other loads are over by now."""
+        if self.worker is not None:
+            self.worker.layer_loads.wait(layer_name)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
@@ -94,7 +110,9 @@ class FlexKVConnectorV1Impl:
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return the device blocks that should have been loaded and were not."""
-        return set() if self.worker is None else self.bound_step().failed_blocks
+        if self.worker is None:
+            return set()
+        return self.bound_step().failed_blocks | self.worker.layer_loads.failed_blocks
 
     # -- scheduler ------------------------------------------------------------------------------
 

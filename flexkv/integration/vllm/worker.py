@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from flexkv.common.errors import ClosedError
+from flexkv.integration.vllm.layer_loads import WorkerLayerLoads
 from flexkv.integration.vllm.metadata import StepMetadata
 from flexkv.integration.vllm.setup import Setup
 from flexkv.server.agent import Agent
@@ -24,6 +25,7 @@ class WorkerSide:
         self.setup, self._tp_rank = setup, tp_rank
         self._agent = self._new_agent()
         self._lent: Mapping[str, Any] = {}
+        self.layer_loads = WorkerLayerLoads(setup, self._agent, {})
         self.beside_others = False
         """Whether the engine has other connectors, too."""
         self._written: list[int] = []
@@ -42,6 +44,7 @@ class WorkerSide:
         """
         self._agent.close()
         self._agent, self._lent = self._new_agent(), kv_caches
+        self.layer_loads = WorkerLayerLoads(self.setup, self._agent, kv_caches)
         self._agent.start(kv_caches)
 
     def suspend(self) -> None:
@@ -64,7 +67,7 @@ class WorkerSide:
         """
         if sys.exc_info()[0] is None:
             self._ready(step.loads, to_device=True)
-            if self.beside_others:
+            if self.beside_others or self.setup.loads_by_layer:
                 self._written += step.puts
             else:
                 self._ready(step.puts)
@@ -75,6 +78,7 @@ class WorkerSide:
         A load of another connector may fail, and the scheduler learns that only at the end of the
         step. So beside other connectors puts may start only two steps later, or never if dropped.
         """
+        self.layer_loads.end(step)
         written, self._written = self._written, []
         self._unread.append(written)
         for puts in self._unread:
