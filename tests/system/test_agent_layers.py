@@ -23,7 +23,7 @@ from .fake_server import HOST_BLOCKS, STRIDE_BYTES, FakeServer
 from .serving import eventually, settings_in
 
 LAYERS, BLOCKS, OPS = MODEL.num_layers, 4, (70, 71)
-LAYER_BYTES = MODEL.block_bytes(4) // LAYERS
+LAYER_BYTES = MODEL.spaces(4)[0].block_bytes // LAYERS
 
 
 class Rig:
@@ -53,7 +53,7 @@ class Rig:
         """Return the copy of some layers of a get: of blocks 0 to 3, or of the next four."""
         self.next_op += 1
         ids = np.arange(BLOCKS) + BLOCKS * (whole % 2)
-        return Copy(self.next_op, True, ids.tobytes(), ids.tobytes(), (whole, first, last))
+        return Copy(self.next_op, True, ids.tobytes(), ids.tobytes(), layers=(whole, first, last))
 
     def ask(self, *copies: Copy) -> None:
         """Have copies made, and hear their ends."""
@@ -142,7 +142,7 @@ def test_a_connection_that_ends_ends_every_wait(rig: Rig) -> None:
 def test_a_failed_piece_and_one_of_nothing_known_count_for_nothing(rig: Rig) -> None:
     """A piece that failed is no layer; pieces of unknown copies are made, and followed by none."""
     rig.say(GetPlanned(5, (70,)))
-    wrong = Copy(1, True, rig.piece(70, 0, 1).host_ids, b"\xff" * 8 * BLOCKS, (70, 0, 1))
+    wrong = Copy(1, True, rig.piece(70, 0, 1).host_ids, b"\xff" * 8 * BLOCKS, layers=(70, 0, 1))
     rig.say(wrong)
     assert rig.server.hear(rig.peer).error
     rig.ask(rig.piece(70, 1, 3), rig.piece(11, 0, 3))
@@ -157,7 +157,7 @@ def test_a_failed_piece_and_one_of_nothing_known_count_for_nothing(rig: Rig) -> 
 )
 def test_layers_that_no_model_has_end_the_connection(rig: Rig, layers: Any) -> None:
     """A server that asks for layers that there are not is left, and the agent connects anew."""
-    rig.say(GetPlanned(5, (70,)), Copy(1, True, b"", b"", layers))
+    rig.say(GetPlanned(5, (70,)), Copy(1, True, b"", b"", layers=layers))
     with pytest.raises(Exception, match="closed"):
         rig.server.hear(rig.peer)
     assert not rig.agent.wait_for_layer([5], 0)

@@ -234,7 +234,6 @@ def test_a_manager_is_used_once_and_in_one_form(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "field"),
     [
-        (lambda m: m.explain("load", PROMPT), "operation"),
         (lambda m: m.match(np.array([1, 2**63 + 5], np.uint64)), "token_ids"),
         (lambda m: m.match(PROMPT, "\ud800"), "namespace"),
         (lambda m: m.get_match(PROMPT, [[True], [True, False]]), "token_mask"),

@@ -169,7 +169,7 @@ def test_what_goes_layer_by_layer_counts_for_its_layers_only() -> None:
     watch = LayerProgress(4, 4)
     for op_id in range(40):
         piece = copy(op_id, TO_DEVICE, blocks=2)
-        layers = Layers(op_id % 4, op_id % 4 + 1, 1000 + op_id // 4, [4])
+        layers = Layers(op_id % 4, op_id % 4 + 1, 1000 + op_id // 4)
         rig.port.submit(structs.replace(piece, watch=watch, layers=layers))
     assert rig.asked == list(range(16))
     assert rig.wire.asked[6].layers == (1001, 2, 3)
@@ -180,9 +180,9 @@ def test_what_goes_layer_by_layer_counts_for_its_layers_only() -> None:
 def test_an_instance_with_an_agent_that_does_not_read_is_dismissed() -> None:
     """What is told without a window cannot pile up: its whole instance is dismissed, once."""
     model = ONE_RANK.model_copy(update={"tp_size": 2})
-    fleet, links = FleetPort(model, 100, 2 * BLOCK_BYTES), [Told() for _ in range(3)]
+    fleet, links = FleetPort(model.spaces(4)[0], 100), [Told() for _ in range(3)]
     for number, link in enumerate(links):
-        port = AgentPort(link, BLOCK_BYTES, 64)
+        port = AgentPort(link, [BLOCK_BYTES], 64)
         fleet.join(number // 2, number % 2, port, "kv tokens heads dim")
     fleet.tell(0, GetEnded(1))
     fleet.tell(7, GetEnded(2))
