@@ -24,7 +24,7 @@ from flexkv.graph.compile import build, compile_shape
 from flexkv.graph.ops import Leg, Shape
 from flexkv.graph.plan import Plan
 from flexkv.graph.planner import Draft, PlanLimits, template_of
-from flexkv.graph.run import Done, Issue, Launch, Run
+from flexkv.graph.run import IssueOp, LaunchRun, OpDone, Run
 
 LOAD, STORE = Route(Tier.HOST, Tier.DEVICE), Route(Tier.DEVICE, Tier.HOST)
 READ, WRITE = Route(Tier.DISK, Tier.HOST), Route(Tier.HOST, Tier.DISK)
@@ -85,13 +85,13 @@ def _fill_and_drive(fill: Callable[[], Plan]) -> None:
 def _drive(plan: Plan) -> None:
     """Run a plan whose ops all succeed, and make each op's transfer."""
     run = Run(plan.template)
-    commands = run.handle(Launch())
+    commands = run.handle(LaunchRun())
     while commands:
         following = []
         for command in commands:
-            if type(command) is Issue:
+            if type(command) is IssueOp:
                 plan.transfer(plan.template.ops[command.op])
-                following += run.handle(Done(command.op))
+                following += run.handle(OpDone(command.op))
         commands = following
 
 

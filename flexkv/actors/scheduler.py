@@ -34,18 +34,18 @@ from flexkv.graph.ops import OpSpec, OpState
 from flexkv.graph.plan import OPS_MAX, Plan
 from flexkv.graph.planner import Avoid, Planned, Planner
 from flexkv.graph.run import (
-    Answer,
-    Cancel,
-    Command,
-    Done,
-    End,
-    Event,
-    Failed,
-    Issue,
-    Launch,
-    Overdue,
-    Recall,
-    Settle,
+    AnswerCaller,
+    CancelRun,
+    EndRun,
+    IssueOp,
+    LaunchRun,
+    OpDone,
+    OpFailed,
+    OpOverdue,
+    RecallOp,
+    RunCommand,
+    RunEvent,
+    SettleOp,
 )
 from flexkv.index.claims import Claim, Holding
 from flexkv.index.owed import Taken
@@ -103,16 +103,16 @@ class Scheduler:
         """Puts that wait for layers to be written; no other request may wait for their blocks."""
         self._flights: dict[int, Flight] = {}
         self._joiners: dict[int, list[_Joiner]] = {}
-        self._events: deque[tuple[Flight, Event]] = deque()
+        self._events: deque[tuple[Flight, RunEvent]] = deque()
         self.behind: WriteBehind | None = None
         """Writes what lower tiers are owed; None without lower tiers."""
         self._failed: FlexKVError | None = None
         self._next_run = 0
         self._idle: list[asyncio.Future[None]] = []
-        self._on: dict[type, Callable[[Flight, int, Command], None]] = {
-            Issue: self._issue,
-            Settle: self._settle,
-            Recall: self._recall,
+        self._on: dict[type, Callable[[Flight, int, RunCommand], None]] = {
+            IssueOp: self._issue,
+            SettleOp: self._settle,
+            RecallOp: self._recall,
         }
 
     @property
@@ -143,7 +143,7 @@ class Scheduler:
             self._awaiting_layers.add(flight)
         if self.behind is not None and request.operation is Operation.PUT:
             self.behind.planned(planned)
-        self._take(flight, Launch())
+        self._take(flight, LaunchRun())
         return flight
 
     def _note_erased(self, plan: Plan) -> None:
@@ -166,7 +166,7 @@ class Scheduler:
         flight = Flight(_BEHIND, Planned(plan, Found(0, 0, {}), None), now_ns, now_ns)
         flight.taken = taken
         self._flights[run_id] = flight
-        self._take(flight, Launch())
+        self._take(flight, LaunchRun())
 
     def update_avoid(self) -> None:
         """Set what plans must avoid: tiers that are down, and ops that hang or wait for layers."""
@@ -195,7 +195,7 @@ class Scheduler:
         begin, end = flight.plan.bounds(op)
         error = DeadlineError(op_id, str(op.route), end - begin, "it did not complete in time")
         flight.hang(error)
-        self._events.append((flight, Overdue(op.index, error)))
+        self._events.append((flight, OpOverdue(op.index, error)))
         if op.route.inbound:
             self._stuck.add(op_id)
         for joiner in self._joiners.pop(op_id, ()):
@@ -239,19 +239,19 @@ class Scheduler:
         """End a flight early. It is answered once no hardware touches its device slots."""
         if not flight.run.ended:
             self._observer.event("cancel", request_id=flight.request.request_id)
-            self._take(flight, Cancel())
+            self._take(flight, CancelRun())
 
     def cancel_unanswered(self) -> None:
         """Cancel every flight whose caller still waits; write-behind of the others goes on."""
         for flight in list(self._flights.values()):
             if flight.response is None:
-                self._take(flight, Cancel())
+                self._take(flight, CancelRun())
 
     def cancel_all(self) -> None:
         """Cancel every flight, write-behind included."""
         for flight in list(self._flights.values()):
             if not flight.run.ended:
-                self._take(flight, Cancel())
+                self._take(flight, CancelRun())
 
     def report(self, ends: Iterable[Completion]) -> None:
         """Handle a batch of ended ops from an actor."""
@@ -262,7 +262,7 @@ class Scheduler:
             begin, end = flight.plan.bounds(op)
             moved = flight.run.leading.get(number, end - begin) if error is None else filled
             self._observer.op_ended(flight.request, flight.plan, op, moved, error)
-            event = Done(number) if error is None else Failed(number, error, filled)
+            event = OpDone(number) if error is None else OpFailed(number, error, filled)
             self._events.append((flight, event))
             self._stuck.discard(op_id)
             if op.route is not None and op.route.outer > Tier.HOST:
@@ -375,7 +375,7 @@ class Scheduler:
 
     # -- work -----------------------------------------------------------------------------------
 
-    def _take(self, flight: Flight, event: Event) -> None:
+    def _take(self, flight: Flight, event: RunEvent) -> None:
         self._events.append((flight, event))
         self._work()
 
@@ -389,16 +389,16 @@ class Scheduler:
             flight, event = self._events.popleft()
             for command in flight.run.handle(event):
                 kind = type(command)
-                if kind is Answer:
+                if kind is AnswerCaller:
                     self._answer(flight)
-                elif kind is End:
+                elif kind is EndRun:
                     self._end(flight)
                 else:
                     self._on[kind](flight, command.op, command)  # type: ignore[union-attr]
         if self.behind is not None and self.behind.is_active:
             self.behind.pump()
 
-    def _issue(self, flight: Flight, op: int, command: Command) -> None:
+    def _issue(self, flight: Flight, op: int, command: RunCommand) -> None:
         spec = flight.plan.template.ops[op]
         if spec.route is None:
             self._join(flight, spec)
@@ -414,9 +414,9 @@ class Scheduler:
             transfer = transfer.part(0, flight.run.leading[op])
         self._actors[spec.route.outer].post(transfer)
 
-    def _settle(self, flight: Flight, op: int, command: Command) -> None:
+    def _settle(self, flight: Flight, op: int, command: RunCommand) -> None:
         op_id = flight.plan.run_id * OPS_MAX + op
-        assert isinstance(command, Settle)
+        assert isinstance(command, SettleOp)
         self._residency.claims.settle(op_id, command.filled, command.leading)
         spec = flight.plan.template.ops[op]
         if spec.route is not None and spec.route.target is not Tier.DEVICE:
@@ -424,7 +424,7 @@ class Scheduler:
         for joiner in self._joiners.pop(op_id, ()):
             self._events.append((joiner.flight, _barrier_event(joiner.op, command.filled)))
 
-    def _settled(self, plan: Plan, op: OpSpec, settle: Settle) -> None:
+    def _settled(self, plan: Plan, op: OpSpec, settle: SettleOp) -> None:
         """Record what became READY in a lower tier; owe what became READY in host memory only."""
         assert op.route is not None
         target, fill = op.route.target, plan.fills[op.leg]
@@ -441,7 +441,7 @@ class Scheduler:
             for tier in fill.owed_to if len(filled) else ():
                 behind.owe(tier, filled)
 
-    def _recall(self, flight: Flight, op: int, command: Command) -> None:
+    def _recall(self, flight: Flight, op: int, command: RunCommand) -> None:
         spec = flight.plan.template.ops[op]
         if spec.route is None:
             filler = flight.plan.fills[spec.leg].fillers[spec.chunk]
@@ -489,8 +489,9 @@ class Scheduler:
             raise InvariantError(f"run {flight.plan.run_id} ended, but has open claims")
 
 
-def _barrier_event(op: int, filled: bool) -> Event:
+def _barrier_event(op: int, filled: bool) -> RunEvent:
     """Return the event that tells a barrier how the op for which it waits has ended."""
     if filled:
-        return Done(op)
-    return Failed(op, UnfilledError(op, "wait", 0, "the blocks that it waited for were not filled"))
+        return OpDone(op)
+    why = "the blocks that it waited for were not filled"
+    return OpFailed(op, UnfilledError(op, "wait", 0, why))

@@ -11,10 +11,10 @@
    IN_FLIGHT, DRAINING ── Overdue ──▶ OVERDUE ──────────▶ SKIPPED    successors: SKIPPED
 
 An overdue op is given up: nobody waits for it any more. Like a cancelled op in flight, which
-drains, it is live until Done or Failed, because hardware owns its buffers until then. Every op that
-claimed something is settled exactly once, on leaving its last live state. `Answer` comes once, when
-every op that the caller waits for is over or overdue; by then no hardware touches the device slots,
-because ops that do are never given up. `End` comes once, last.
+drains, it is live until `OpDone` or `OpFailed`, because hardware owns its buffers until then. Every
+op that claimed something is settled exactly once, on leaving its last live state. `AnswerCaller`
+comes once, when every op that the caller waits for is over or overdue; by then no hardware touches
+the device slots, because ops that do are never given up. `EndRun` comes once, last.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from flexkv.graph.plan import Template
 # -- events -------------------------------------------------------------------------------------
 
 
-class Launch(msgspec.Struct, frozen=True, gc=False):
+class LaunchRun(msgspec.Struct, frozen=True, gc=False):
     """The run may start."""
 
 
-class Done(msgspec.Struct, frozen=True, gc=False):
+class OpDone(msgspec.Struct, frozen=True, gc=False):
     """An actor moved every byte of an op, or the blocks that a barrier waits for are there."""
 
     op: int
 
 
-class Failed(msgspec.Struct, frozen=True, gc=False):
+class OpFailed(msgspec.Struct, frozen=True, gc=False):
     """An actor gave up an op, or the blocks that a barrier waits for will not come."""
 
     op: int
@@ -50,29 +50,29 @@ class Failed(msgspec.Struct, frozen=True, gc=False):
     """How many of the op's leading blocks arrived all the same."""
 
 
-class Overdue(msgspec.Struct, frozen=True, gc=False):
+class OpOverdue(msgspec.Struct, frozen=True, gc=False):
     """An op in flight has not ended in time: whoever waits for it is told that it failed."""
 
     op: int
     error: TransferError
 
 
-class Cancel(msgspec.Struct, frozen=True, gc=False):
+class CancelRun(msgspec.Struct, frozen=True, gc=False):
     """Nobody wants the run's result any more."""
 
 
-Event: TypeAlias = Launch | Done | Failed | Overdue | Cancel
+RunEvent: TypeAlias = LaunchRun | OpDone | OpFailed | OpOverdue | CancelRun
 
 # -- commands -----------------------------------------------------------------------------------
 
 
-class Issue(msgspec.Struct, frozen=True, gc=False):
+class IssueOp(msgspec.Struct, frozen=True, gc=False):
     """Post the op to its actor, or, for a barrier, wait for the op that fills its blocks."""
 
     op: int
 
 
-class Settle(msgspec.Struct, frozen=True, gc=False):
+class SettleOp(msgspec.Struct, frozen=True, gc=False):
     """End the op's claim: commit the blocks that it filled, or abort."""
 
     op: int
@@ -81,25 +81,25 @@ class Settle(msgspec.Struct, frozen=True, gc=False):
     """How many leading blocks are committed although the op did not fill all."""
 
 
-class Recall(msgspec.Struct, frozen=True, gc=False):
+class RecallOp(msgspec.Struct, frozen=True, gc=False):
     """Ask the op's actor to drop what hardware has not begun."""
 
     op: int
 
 
-class Answer(msgspec.Struct, frozen=True, gc=False):
+class AnswerCaller(msgspec.Struct, frozen=True, gc=False):
     """Answer the caller: every op that it waits for is over or overdue."""
 
 
-class End(msgspec.Struct, frozen=True, gc=False):
+class EndRun(msgspec.Struct, frozen=True, gc=False):
     """Forget the run: every op is over, every claim settled."""
 
 
-Command: TypeAlias = Issue | Settle | Recall | Answer | End
+RunCommand: TypeAlias = IssueOp | SettleOp | RecallOp | AnswerCaller | EndRun
 
 _WAITED_FOR = (OpState.BLOCKED, OpState.READY, OpState.IN_FLIGHT, OpState.DRAINING)
 _LIVE = (*_WAITED_FOR, OpState.OVERDUE)
-_LAUNCH, _CANCEL, _ANSWER, _END = Launch(), Cancel(), Answer(), End()
+_LAUNCH, _CANCEL, _ANSWER, _END = LaunchRun(), CancelRun(), AnswerCaller(), EndRun()
 
 
 class Run:
@@ -127,7 +127,7 @@ class Run:
         self.states = list(template.start_states)
         self.errors: list[TransferError] = []
         self.leading: dict[int, int] = {}
-        self.story: list[Event] = []
+        self.story: list[RunEvent] = []
         self.launched = False
         self.cancelled = False
         self._blockers = list(template.blockers)
@@ -139,13 +139,13 @@ class Run:
         """Return whether every op is over."""
         return self.launched and not self._live
 
-    def handle(self, *events: Event) -> list[Command]:
+    def handle(self, *events: RunEvent) -> list[RunCommand]:
         """Process events in order, and return the commands to carry out, in order.
 
         Raises:
             InvalidTransition: an event cannot happen in the present state.
         """
-        commands: list[Command] = []
+        commands: list[RunCommand] = []
         for event in events:
             self.story.append(event)
             if isinstance(event, _OP_EVENTS):
@@ -154,7 +154,7 @@ class Run:
                 if method is None:
                     raise InvalidTransition(self.states[op].name, event, self.story)
                 method(self, op, event, commands)
-            elif isinstance(event, Launch):
+            elif isinstance(event, LaunchRun):
                 self._launch(commands)
             else:
                 self._cancel(commands)
@@ -162,7 +162,7 @@ class Run:
 
     # -- whole run ------------------------------------------------------------------------------
 
-    def _launch(self, commands: list[Command]) -> None:
+    def _launch(self, commands: list[RunCommand]) -> None:
         if self.launched:
             raise InvalidTransition("launched", _LAUNCH, self.story)
         self.launched = True
@@ -170,13 +170,13 @@ class Run:
         for op, state in enumerate(states):
             if state is ready:
                 states[op] = in_flight
-                commands.append(Issue(op))
+                commands.append(IssueOp(op))
         if not self._answers_left:
             commands.append(_ANSWER)
         if not self._live:
             commands.append(_END)
 
-    def _cancel(self, commands: list[Command]) -> None:
+    def _cancel(self, commands: list[RunCommand]) -> None:
         if self.cancelled or self.ended:
             return
         self.cancelled = True
@@ -189,23 +189,23 @@ class Run:
         for op, state in enumerate(self.states):
             if state is OpState.IN_FLIGHT:
                 self.states[op] = OpState.DRAINING
-                commands.append(Recall(op))
+                commands.append(RecallOp(op))
         for op, state in enumerate(self.states):
             if state is OpState.BLOCKED or state is OpState.READY:
                 self._over(op, OpState.SKIPPED, False, commands)
 
     # -- one op ---------------------------------------------------------------------------------
 
-    def _done(self, op: int, event: Event, commands: list[Command]) -> None:
+    def _done(self, op: int, event: RunEvent, commands: list[RunCommand]) -> None:
         self._over(op, OpState.DONE, True, commands)
         blockers, states = self._blockers, self.states
         for after in self.template.successors[op]:
             blockers[after] -= 1
             if not blockers[after] and states[after] is OpState.BLOCKED:
                 states[after] = OpState.IN_FLIGHT
-                commands.append(Issue(after))
+                commands.append(IssueOp(after))
 
-    def _failed(self, op: int, event: Failed, commands: list[Command]) -> None:
+    def _failed(self, op: int, event: OpFailed, commands: list[RunCommand]) -> None:
         self.errors.append(event.error)
         if event.filled:
             self.leading[op] = event.filled
@@ -218,7 +218,7 @@ class Run:
         if follower is not None:
             self.leading[follower] = event.filled
             self.states[follower] = OpState.IN_FLIGHT
-            commands.append(Issue(follower))
+            commands.append(IssueOp(follower))
 
     def _follower(self, op: int) -> int | None:
         """Return the op that brings the same blocks further and waits for this one only."""
@@ -231,44 +231,44 @@ class Run:
                 return after
         return None
 
-    def _drained(self, op: int, event: Event, commands: list[Command]) -> None:
+    def _drained(self, op: int, event: RunEvent, commands: list[RunCommand]) -> None:
         self.leading.pop(op, None)
-        filled = type(event) is Done and self.template.ops[op].keeps
+        filled = type(event) is OpDone and self.template.ops[op].keeps
         self._over(op, OpState.SKIPPED, filled, commands)
 
-    def _overdue(self, op: int, event: Overdue, commands: list[Command]) -> None:
+    def _overdue(self, op: int, event: OpOverdue, commands: list[RunCommand]) -> None:
         self.errors.append(event.error)
         self._skip_after(op, commands)
         self.states[op] = OpState.OVERDUE
         if self.template.ops[op].answers:
             self._answered(commands)
 
-    def _failed_late(self, op: int, event: Failed, commands: list[Command]) -> None:
+    def _failed_late(self, op: int, event: OpFailed, commands: list[RunCommand]) -> None:
         self.errors.append(event.error)
         self._drained(op, event, commands)
 
-    def _skip_after(self, op: int, commands: list[Command], but: int | None = None) -> None:
+    def _skip_after(self, op: int, commands: list[RunCommand], but: int | None = None) -> None:
         for after in self.template.successors[op]:
             if self.states[after] is OpState.BLOCKED and after != but:
                 self._skip_after(after, commands)
                 self._over(after, OpState.SKIPPED, False, commands)
 
-    def _over(self, op: int, state: OpState, filled: bool, commands: list[Command]) -> None:
+    def _over(self, op: int, state: OpState, filled: bool, commands: list[RunCommand]) -> None:
         was, self.states[op] = self.states[op], state
         self._live -= 1
         spec = self.template.ops[op]
         if spec.route is not None:
-            commands.append(self._settlement(op, filled) if self.leading else Settle(op, filled))
+            commands.append(self._settlement(op, filled) if self.leading else SettleOp(op, filled))
         if spec.answers and was is not OpState.OVERDUE:
             self._answered(commands)
         if not self._live:
             commands.append(_END)
 
-    def _settlement(self, op: int, filled: bool) -> Settle:
+    def _settlement(self, op: int, filled: bool) -> SettleOp:
         """Return how an op's claim ends, in a run where some op has filled only a part."""
         leading = self.leading.get(op, 0)
         counts = self.states[op] in (OpState.DONE, OpState.FAILED)
-        return Settle(op, filled and not leading, leading if counts else 0)
+        return SettleOp(op, filled and not leading, leading if counts else 0)
 
     def filled(self, op: int, block_count: int) -> int:
         """Return how many of an op's leading blocks it has filled, of `block_count`."""
@@ -276,7 +276,7 @@ class Run:
             return self.leading.get(op, block_count)
         return self.leading.get(op, 0) if self.states[op] is OpState.FAILED else 0
 
-    def _answered(self, commands: list[Command]) -> None:
+    def _answered(self, commands: list[RunCommand]) -> None:
         """Count down the ops that the caller waits for."""
         self._answers_left -= 1
         if not self._answers_left:
@@ -299,14 +299,14 @@ class Run:
             )
 
 
-_OP_EVENTS = (Done, Failed, Overdue)
-_ON_OP: dict[tuple[OpState, type[Event]], Callable[[Run, int, Any, list[Command]], None]] = {
-    (OpState.IN_FLIGHT, Done): Run._done,
-    (OpState.IN_FLIGHT, Failed): Run._failed,
-    (OpState.IN_FLIGHT, Overdue): Run._overdue,
-    (OpState.DRAINING, Overdue): Run._overdue,
-    (OpState.OVERDUE, Done): Run._drained,
-    (OpState.OVERDUE, Failed): Run._failed_late,
-    (OpState.DRAINING, Done): Run._drained,
-    (OpState.DRAINING, Failed): Run._drained,
+_OP_EVENTS = (OpDone, OpFailed, OpOverdue)
+_ON_OP: dict[tuple[OpState, type[RunEvent]], Callable[[Run, int, Any, list[RunCommand]], None]] = {
+    (OpState.IN_FLIGHT, OpDone): Run._done,
+    (OpState.IN_FLIGHT, OpFailed): Run._failed,
+    (OpState.IN_FLIGHT, OpOverdue): Run._overdue,
+    (OpState.DRAINING, OpOverdue): Run._overdue,
+    (OpState.OVERDUE, OpDone): Run._drained,
+    (OpState.OVERDUE, OpFailed): Run._failed_late,
+    (OpState.DRAINING, OpDone): Run._drained,
+    (OpState.DRAINING, OpFailed): Run._drained,
 }

@@ -20,7 +20,7 @@ from flexkv.graph.explain import explain
 from flexkv.graph.ops import CHUNKS_MAX, Leg, Shape
 from flexkv.graph.plan import OPS_MAX, LegFill, Plan, Template
 from flexkv.graph.planner import Planner
-from flexkv.graph.run import Launch, Run
+from flexkv.graph.run import LaunchRun, Run
 from flexkv.index.claims import Claim, Holding
 from flexkv.index.eviction import Eviction
 from flexkv.index.residency import Residency, prefix_match
@@ -68,7 +68,7 @@ def test_limits_on_shapes_and_templates_hold() -> None:
 def test_a_run_with_wrong_counters_is_seen() -> None:
     """`validate` finds a run whose counters do not match its states."""
     run = Run(compile_shape(Shape(Operation.GET, (Leg((Route(Tier.HOST, Tier.DEVICE),), 1),))))
-    run.handle(Launch())
+    run.handle(LaunchRun())
     run.validate()
     run._live = 5
     with pytest.raises(InvariantError):
