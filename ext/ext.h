@@ -131,7 +131,7 @@ int int64_range_check(const struct int64_view *view, const char *name, int64_t l
 /* Raise ValueError with these details, unless they are NULL with an exception; return -1. */
 int raise_details(PyObject *details);
 
-/* Give the GIL away if that is worth it, until gil_return. */
+/* Release the GIL until gil_return, if that is worth it. */
 static inline PyThreadState *gil_leave(bool is_worth)
 {
     return is_worth ? PyEval_SaveThread() : NULL;

@@ -350,7 +350,7 @@ static PyObject *lease(BlockIndex *self, struct value *values)
 
 CALL(call_, lease, BlockIndex, 3, TIER_AND_IDS, INTEGER("op_id", 0, INT64_MAX))
 
-/* Return a place in use; NULL if the id is none. */
+/* Return a place in use; NULL if no such place is. */
 static const struct place *place_of(const BlockIndex *self, const struct value *values,
                                     Py_ssize_t i)
 {

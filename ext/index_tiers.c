@@ -269,7 +269,7 @@ bool index_commit(struct block_index *index, unsigned t, const int64_t *ids, siz
             return false;
         tier->reserved--;
         if (place->node == NONE) {
-            place_leave(tier, (ref)ids[n]); /* nobody wants it any more */
+            place_leave(tier, (ref)ids[n]); /* its block was dropped meanwhile */
             continue;
         }
         tier->ready++;

@@ -170,7 +170,7 @@ static int read_constant(PyObject *Py_UNUSED(self), const struct parameter *Py_U
                                    &value->view.buffer.len);
 }
 
-/* Read a list of integers, later, or a buffer of them, now. */
+/* Accept a list of integers, which is read later, or hold a buffer of them. */
 static int read_tokens(PyObject *self, const struct parameter *parameter, struct value *value)
 {
     return PyList_Check(value->object) ? 0 : read_int64s(self, parameter, value);
