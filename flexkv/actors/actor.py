@@ -90,7 +90,7 @@ class TransferActor:
         block_bytes: Sequence[int],
         checks: BlockChecks | None = None,
     ) -> None:
-        """Take the port, and what sums and checks the blocks; both stay the caller's.
+        """Create the actor; the port and what checks the blocks stay the caller's.
 
         Args:
             tier: whose transfers it runs.
@@ -98,7 +98,7 @@ class TransferActor:
             windows: the inbound one, and the outbound one.
             transfers_max: how many transfers are queued or in flight at most.
             block_bytes: what the windows count for a block of each KV group.
-            checks: of the blocks; None if they are neither summed nor compared.
+            checks: sum and compare the blocks; None if that is not done.
         """
         self.tier = tier
         self.name = tier.label
@@ -148,7 +148,7 @@ class TransferActor:
         return None if self._begun_s is None else self._begun_s.pop(op_id, None)
 
     def nudge(self) -> None:
-        """Check the queue again, because a watch may let more of a transfer go."""
+        """Check the queue again, because a watch may now allow more of a transfer."""
         self._bell.ring()
 
     def recall(self, op_id: int) -> None:
@@ -285,7 +285,7 @@ class TransferActor:
                 self._measure_piece(piece)
             if checks is None or piece.transfer.route.target is not Tier.HOST:
                 self._over(piece, completion, ends)
-            elif completion.error is not None:  # blocks without a checksum have not arrived
+            elif completion.error is not None:  # blocks without a sum do not count as arrived
                 self._over(piece, completion._replace(filled=0), ends)
             elif not self._begin_summing(piece, checks):
                 self._over(piece, completion, ends)
@@ -301,7 +301,7 @@ class TransferActor:
                 self._over(piece, compared, ends)
 
     def _begin_summing(self, piece: Piece, checks: BlockChecks) -> bool:
-        """Sum the blocks of a piece that has arrived; return False if they need not be, or not yet.
+        """Sum the blocks of a piece that has arrived; return False if it is not to be summed now.
 
         Blocks that go layer by layer are summed when the last piece of their transfer has arrived.
         """
@@ -323,7 +323,7 @@ class TransferActor:
             self._summing_inbound_bytes += sign * piece.units * piece.cursor.unit_bytes
 
     def _over(self, piece: Piece, completion: Completion, ends: list[Completion]) -> None:
-        """Record the end of a piece, and, with the last one, report that of its transfer."""
+        """Record the end of a piece; after the last piece, report the end of its transfer."""
         op_id, error, filled = completion
         cursor, checks = piece.cursor, self._checks
         del self._pieces[op_id]

@@ -56,5 +56,5 @@ class BlockChecks(NamedTuple):
     kept: KeptSums | None = None
     """The sums of the tier's blocks; None for a device, whose blocks have none."""
     port_sums: bool = False
-    """Whether the port sums whole blocks itself; then only those are summed here that arrive layer
-    by layer."""
+    """Whether the port sums whole blocks as it copies them; then the checksummer sums only blocks
+    that arrive layer by layer."""

@@ -9,10 +9,10 @@ CHECKS_PER_DEADLINE = 4
 
 
 class DeadlineTimer:
-    """Calls a check a few times per deadline, each time that it is armed.
+    """Calls a check once each time that it is armed, a fraction of the deadline later.
 
-    If the loop was blocked meanwhile, ends of what is checked may not have been seen yet: then the
-    check waits for the next time.
+    If the loop was blocked meanwhile, it may not have seen yet what has ended. Then the check is
+    put off by another such interval.
     """
 
     def __init__(self, deadline_s: float, check: Callable[[], None]) -> None:

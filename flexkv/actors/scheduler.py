@@ -177,7 +177,7 @@ class Scheduler:
         self._planner.avoid = avoid
 
     def _give_up(self, tier: Tier) -> None:
-        """Give up the ops of a tier that hangs, so that nobody waits. Hardware keeps buffers."""
+        """Give up the ops of a tier that hangs: nobody waits for them, hardware keeps buffers."""
         if tier is Tier.DEVICE:
             self.strand(None, "the device did not complete it in time")
             return
@@ -205,8 +205,8 @@ class Scheduler:
     def strand(self, group: int | None, why: str) -> None:
         """Stop waiting for the device transfers of a group whose devices do not answer.
 
-        If the group is None, this is done for all. Their requests then keep their places in
-        admission, since there is no other device for which others could use the places.
+        If the group is None, this is done for all. Admission then still counts their requests as
+        under way, since other requests would have no other device to use.
 
         A device may resume a transfer at any time. So the blocks stay claimed, and the caller
         waits, until the port reports the end of the transfer. Flushes, admission, and other
@@ -281,7 +281,7 @@ class Scheduler:
             self._distrust(flight, op, error, filled)
 
     def _unwritten(self, flight: Flight, op: OpSpec, error: TransferError) -> None:
-        """Owe blocks again that could not be written to a lower tier."""
+        """Owe a lower tier again the blocks that could not be written to it."""
         if self.behind is None or op.route is None:
             return
         begin, end = flight.plan.bounds(op)
@@ -289,7 +289,7 @@ class Scheduler:
         self.behind.failed(op.route.target, host_ids, flight.taken, error)
 
     def drop_corrupt(self, tier: Tier, error: CorruptBlockError, request_id: int = -1) -> None:
-        """Forget blocks of a tier that are not what they were, in this life and the next."""
+        """Forget corrupt blocks of a tier, and keep a later start from restoring them."""
         block_ids = np.array(error.block_ids, np.int64)
         self._observer.corrupt(tier, error, request_id)
         self._residency.forget(tier, block_ids)
@@ -315,9 +315,9 @@ class Scheduler:
         self._work()
 
     def _distrust(self, flight: Flight, op: OpSpec, error: TransferError, filled: int) -> None:
-        """Forget an op's blocks in a lower tier, from the first that did not arrive on.
+        """Forget an op's blocks in its source tier, from the first that did not arrive on.
 
-        A put can store them again.
+        A put can store them again. If the source is a far tier, its catalogue doubts them instead.
         """
         if op.route is None or op.route.source <= Tier.HOST:
             return
@@ -368,7 +368,7 @@ class Scheduler:
         wake(self._idle)
 
     def under_way(self) -> list[Flight]:
-        """Return the puts under way for which a flush has to wait: their layers are written."""
+        """Return the puts for which a flush has to wait: those under way with all layers written."""
         flights = self._flights.values()
         puts = [flight for flight in flights if flight.request.operation is Operation.PUT]
         return [flight for flight in puts if not flight.unfed_op_ids()]

@@ -1,4 +1,4 @@
-"""Extends what a load finds in this engine's own tiers by what is said to lie far."""
+"""Extends what a load finds in this engine's own tiers by the blocks that are said to lie far."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexkv.index.residency import ABSENT, Found, Placement, Residency
 
 
 class Extended(NamedTuple):
-    """The run with its far blocks, and what to pin so that host memory can take these."""
+    """What a load finds with its far blocks, and what to pin so that host memory can take these."""
 
     found: Found
     above: Sequence[Holding] = ()
@@ -22,7 +22,7 @@ class Extended(NamedTuple):
 def with_far(
     request: Request, found: Found, residency: Residency, catalogue: Catalogue, avoid: Set[Tier]
 ) -> Extended:
-    """Return the run with the far blocks behind its end that host memory may take.
+    """Return what was found, and behind it the far blocks that host memory may take.
 
     Host memory takes a block that it lacks if the block before it is resident or coming.
 

@@ -15,7 +15,7 @@ OPS_MAX = 4096
 
 
 class Template(msgspec.Struct, frozen=True):
-    """A compiled shape: ops in start order, what follows and precedes each, how many block it."""
+    """A compiled shape: ops in start order, the ops after and before each, how many block it."""
 
     shape: Shape
     ops: tuple[OpSpec, ...]

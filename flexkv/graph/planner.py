@@ -65,7 +65,7 @@ class Avoid(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """A plan whose claims are open, what was found, and the lack of room or clear that cut it."""
+    """A plan whose claims are open, what was found, and the error that cut it short, if any."""
 
     plan: Plan
     found: Found
@@ -77,7 +77,7 @@ class Planned(NamedTuple):
 
 
 class Owed(NamedTuple):
-    """Blocks in host memory that a lower tier lacks, and to which the plan does not write them."""
+    """Blocks in host memory that a lower tier lacks and the plan does not write to that tier."""
 
     tier: Tier
     host_ids: BlockIds

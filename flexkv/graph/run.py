@@ -1,14 +1,16 @@
 """The state machine of one executing plan: events in, commands out. No I/O, no clock.
 
-                    Launch                Done
-    BLOCKED ──▶ READY ────▶ IN_FLIGHT ─────────▶ DONE
-       │          │             │    Failed
-       │ Cancel   │ Cancel      ├───────────────▶ FAILED    successors: SKIPPED
-       ▼          ▼             │ Cancel
-    SKIPPED    SKIPPED          ▼           Done, Failed
-                             DRAINING ─────────────────▶ SKIPPED
-                                            Done, Failed
-   IN_FLIGHT, DRAINING ── Overdue ──▶ OVERDUE ──────────▶ SKIPPED    successors: SKIPPED
+    READY ─── LaunchRun ────┐              ┌─ OpDone ───▶ DONE
+                            ├─▶ IN_FLIGHT ─┼─ OpFailed ─▶ FAILED
+    BLOCKED ─ others DONE ──┘       │      └─ OpOverdue ┐
+                                CancelRun               ├─▶ OVERDUE ─ OpDone, OpFailed ─▶ SKIPPED
+    READY, BLOCKED                  ▼                   │
+       └─ CancelRun ─▶ SKIPPED   DRAINING ── OpOverdue ─┘
+                                    └─────── OpDone, OpFailed ─▶ SKIPPED
+
+A BLOCKED op begins when all ops before it are DONE.
+Ops behind one that is FAILED or OVERDUE are SKIPPED, with one exception: the op that brings the
+same blocks nearer to the device goes on with the leading blocks that a failed op has filled.
 
 An overdue op is given up: nobody waits for it any more. Like a cancelled op in flight, which
 drains, it is live until `OpDone` or `OpFailed`, because hardware owns its buffers until then. Every
