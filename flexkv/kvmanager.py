@@ -57,8 +57,8 @@ class KVManager:
         Args:
             model: the shape of the KV cache.
             cache: the tiers and their sizes; by default those of `settings`.
-            settings: of this process; by default, what `FLEXKV_CONFIG_PATH` and the environment
-                say, if `cache` is not given or these set `server_client_mode`.
+            settings: of this process. By default, the file and the environment decide about
+                `server_client_mode`, and about `cache` if that is not given.
             progress: called with (done, total) bytes while host memory is touched, in a thread.
             backend: what to use in place of this machine's memory, files and devices.
 
@@ -285,8 +285,8 @@ class KVManager:
         """Start a put that stores each layer once the caller has written it, as in a prefill.
 
         The arguments are as for `put`. Await it for the response, or `wait` for its `task_id`. It
-        holds places in host memory until every layer is written: `cancel` it if that
-        will not happen.
+        holds places in host memory until every layer is written: `cancel` it if that will not
+        happen.
         """
         spec = RequestSpec(Operation.PUT, token_ids, slot_mapping, token_mask, namespace)
         return LayerwisePut(self._bridge, spec)

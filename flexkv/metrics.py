@@ -1,8 +1,9 @@
 """Prometheus metrics of one engine: served over HTTP, or in a registry of the caller's.
 
 Most counters, and the gauges, are read from `statistics()` at each scrape. Histograms,
-`flexkv_missed_blocks` and the slowest requests are fed with the same records that a trace gets,
-since this collector was made. Times are in seconds, sizes in bytes or blocks, as names say.
+`flexkv_missed_blocks` and the slowest requests come from the records that a trace also gets, from
+the moment on that this collector is made. Times are in seconds; names say whether sizes are in
+bytes or blocks.
 
     with MetricsServer(manager, port=8080):
         ...                                   # curl http://127.0.0.1:8080/metrics
@@ -166,7 +167,7 @@ class Metrics(Collector):
     # -- what is asked for, in any thread -------------------------------------------------------
 
     def collect(self) -> Iterator[Metric]:
-        """Yield every metric as it is now; for a closed engine only that it is not up."""
+        """Yield every metric as it is now; for a closed engine only `flexkv_up`, which is 0."""
         for family in self._families():
             family.samples = [
                 sample._replace(labels={**self._labels, **sample.labels})
@@ -206,7 +207,7 @@ class Metrics(Collector):
         yield _family(GAUGE, "flexkv_slowest_request_id", told, ("operation",), ids)
 
     def describe(self) -> Iterable[Metric]:
-        """Return nothing: which metrics there are depends on the configured tiers."""
+        """Return nothing, because the metrics depend on the configured tiers."""
         return ()
 
 
@@ -224,19 +225,19 @@ def _reason(record: RequestRecord) -> str:
 
 
 def _one(field: str) -> Reader:
-    """Return what reads one number."""
+    """Return a reader of one number."""
     return lambda now: [((), getattr(now, field))]
 
 
 def _each(parts: str, field: str) -> Reader:
-    """Return what reads one number of each part, such as of each tier."""
+    """Return a reader of one number of each part, such as each tier."""
     return lambda now: [
         ((name,), getattr(part, field)) for name, part in getattr(now, parts).items()
     ]
 
 
 def _states(parts: str, states: Iterable[str], field: str) -> Reader:
-    """Return what reads a number of each part and state; `field` has the state's name for `{}`."""
+    """Return a reader of one number of each part and state, whose name replaces `{}` in `field`."""
     return lambda now: [
         ((name, state), getattr(part, field.format(state)))
         for name, part in getattr(now, parts).items()

@@ -77,8 +77,8 @@ class Durability:
             What is not, because a tier has no place for it, refuses it, or is missing.
 
         Raises:
-            TransferError: a block could not be written, or the disk refused to sync; what could be
-                written is safe. Or the files of the tier were removed or unmounted.
+            TransferError: a block could not be written, the disk refused to sync, or the tier's
+                files were removed or unmounted; what could be written is safe.
         """
         failed_before = [sync.failures for sync in self._syncs]
         failed: FlexKVError | None = await self._write_all()

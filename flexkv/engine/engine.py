@@ -320,7 +320,7 @@ class Engine:
 
     @property
     def requests(self) -> Requests:
-        """Return what makes requests and runs them."""
+        """Return the part of the engine that makes requests and runs them."""
         return self._requests
 
     @property
@@ -350,7 +350,7 @@ class Engine:
         return self._checked.find(keys, first)
 
     def next_request_id(self) -> int:
-        """Return the id of a request that is made elsewhere than here."""
+        """Return a new request id, for a request that neither `submit` nor `prepare` makes."""
         return self._checked.next_id()
 
     def explain(self, operation: str, token_ids: Any, namespace: Namespace) -> Explanation:

@@ -26,7 +26,7 @@ class Requests:
     """Makes the requests of an open engine, and runs them.
 
     Attributes:
-        holds: by which matches keep blocks from eviction.
+        holds: the holds of matches, which keep blocks from eviction.
         runner: runs requests; a server uses it to turn away those of an instance.
     """
 
@@ -40,12 +40,12 @@ class Requests:
         self._last_id = self._rekeyed_at = 0
 
     def rekey(self, keys: KeyChain) -> None:
-        """Use other keys for later requests; earlier ones can use no device any more."""
+        """Use other keys for later requests; requests made before can use no device any more."""
         self._intake.rekey(keys)
         self._rekeyed_at = self._last_id
 
     def next_id(self) -> int:
-        """Return the id of a new request that is made elsewhere than in `intake`."""
+        """Return a new request id; `intake` takes its own ids from here."""
         self._last_id += 1
         return self._last_id
 
@@ -68,8 +68,8 @@ class Requests:
     def prepare(self, spec: RequestSpec) -> Ticket:
         """Return the ticket of what a get would load, or a put would have to store.
 
-        A get keeps what it found from eviction until it is planned or `end` is called; for long
-        only if it is launched: see `Holds`. The ticket is run once it `with_slots`.
+        A get keeps what it found from eviction until it is planned, its ticket ends, or the hold
+        expires (see `Holds`). To run the request, run the ticket that `with_slots` returns.
 
         Raises:
             ConfigError: an argument breaks a rule.

@@ -1,7 +1,7 @@
-"""The one door for requests: `await`, task ids and a server's jobs all run tickets.
+"""Tickets, the one way to run requests: `await`, task ids and a server's jobs all use them.
 
-RequestSpec ──submit───▶ Ticket ──run──▶ KVResponse
-            ──prepare──▶ Ticket ──with_slots──▶ Ticket
+    RequestSpec ──submit───▶ Ticket ──run──▶ KVResponse
+                ──prepare──▶ Ticket ──with_slots──▶ Ticket
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Ticket:
 
     Attributes:
         request: what is asked for; a get or put moves the blocks that its device ids name.
-        flight: the request under way, or what became of it; None before it was planned.
+        flight: the flight of the request, once that is answered; None before.
         response: None before there is one. A ticket that no device can serve has one at once.
     """
 
@@ -80,7 +80,7 @@ class Ticket:
         return self._runs.ready(self.request, slot_mapping)
 
     def begin(self) -> None:
-        """Occupy the device until `end`, in the step in which the slots were checked."""
+        """Count as a user of the device until `end`; call it in the step that checked the slots."""
         if self.request.device_ids is not None:
             self._is_begun = True
             self._runs.occupy_device(True)

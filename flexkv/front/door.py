@@ -37,7 +37,7 @@ class AnyTicket(Protocol):
         ...
 
     def begin(self) -> None:
-        """Take part from now on, in the step in which the slots were checked."""
+        """Occupy the device, or send the request; call it in the step that checked the slots."""
         ...
 
     async def run(self, turn: RequestOwner = ...) -> KVResponse:

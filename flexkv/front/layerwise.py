@@ -36,7 +36,7 @@ class LayerProgress:
         self.over = False
         self._changed = threading.Condition()
         self._moved: dict[int, int] = {}
-        """How many first layers of each transfer are there."""
+        """For each transfer, how many of its first layers have arrived."""
         self._ahead: dict[tuple[int, int], int] = {}
         """Layers that arrived before an earlier one: (transfer, first layer) to last, exclusive."""
         self._queued: dict[tuple[int, int], list[tuple[int, StreamEvent]]] = {}

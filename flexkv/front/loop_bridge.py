@@ -33,7 +33,7 @@ class LoopBridge:
         door: the engine, or the client of one.
         tasks: the requests that have task ids.
         thread: runs the loop after `start`.
-        name: the class that its user knows, for messages.
+        name: the name of the class that callers use, for messages.
     """
 
     def __init__(self, door: Door, name: str, progress: Progress | None = None) -> None:
@@ -159,7 +159,7 @@ class LoopBridge:
     # -- calls ----------------------------------------------------------------------------------
 
     def run(self, *arguments: Any) -> Coroutine[Any, Any, KVResponse]:
-        """Return what runs a request on the engine's loop, from there or from another."""
+        """Return a coroutine that runs a request on the engine's loop; await it on any loop."""
         spec = RequestSpec(*arguments)
         if self.thread is None:
             self._check_loop()
@@ -203,7 +203,7 @@ class LoopBridge:
         self.door.order_after(operation)
 
     def order_requests_after(self, operation: Operation) -> None:
-        """Do the same for a request that begins now, which ends as UNREADY if a device is down."""
+        """Do what `order_after` does, but let a request end as UNREADY if a device is down."""
         if self.door.has_streams:
             with suppress(DeviceError):
                 self.door.order_after(operation)

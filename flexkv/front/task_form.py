@@ -15,7 +15,7 @@ from flexkv.index.keys import Namespace
 
 
 class TaskForm:
-    """The task-id form of a manager. See there for what the calls do, and raise."""
+    """The task-id form of a manager. `KVManager` says what the calls do and raise."""
 
     def __init__(self, bridge: LoopBridge) -> None:
         self._bridge, self._tasks = bridge, bridge.tasks

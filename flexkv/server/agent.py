@@ -156,7 +156,7 @@ class Agent:
     def layer_written(self, numbers: Sequence[int], layer: int) -> None:
         """Report that puts may copy the layers up to this one.
 
-        They read it after what the calling thread's stream has queued by now. Each put copies a
+        The copies run after what the calling thread's stream has queued by now. A put copies a
         layer once the agents of all ranks have reported it or a later one. A put that was not
         started by layer begins when the last layer is reported. Cancel a put if not all of its
         layers will be written.
@@ -238,7 +238,7 @@ class Agent:
                 raise
 
     def report_ready(self, numbers: Sequence[int], layers: int | None = None) -> None:
-        """Report that requests may go on, behind what earlier `order_after` calls were for.
+        """Report that requests may go on, behind the work for which `order_after` was called.
 
         With `layers`, puts may copy that many of the first layers.
 

@@ -62,8 +62,8 @@ class AgentPort(RemoteDevice):
     ) -> None:
         """Create the port of a device of `num_blocks` blocks.
 
-        `part_bytes` has, for each group, the bytes of the device's part of a block.
-        At most `window_bytes` may be sent and unanswered in each direction; None sets no limit.
+        `part_bytes` has, for each group, the bytes of the device's part of a block. At most
+        `window_bytes` may be sent and unanswered in each direction; None sets no limit.
         """
         self._part_bytes, self.num_blocks = part_bytes, num_blocks
         self._link, self._window_bytes = link, window_bytes

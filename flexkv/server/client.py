@@ -1,9 +1,9 @@
 """The client of an engine's scheduler at a server: synchronous, for one thread.
 
 `ask` sends a match, and `answer` returns its result, which takes some tens of microseconds. `start`
-only queues a request, `flush` sends what is queued, and `poll` also returns the requests that have
-ended, without waiting. A lost server costs hits, never a request: matches find nothing, requests
-under way are reported as failed, and the client reconnects by itself.
+only queues a request, `flush` sends what is queued, and `poll` does that too and returns the
+requests that have ended, without waiting. A lost server costs hits, never a request: matches find
+nothing, requests under way are reported as failed, and the client reconnects by itself.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class Client:
         return message.number
 
     def find(self, keys: bytes, first: int, hold: bool) -> Matched:
-        """Return what `match` does, for the blocks from `first` on whatever is before them."""
+        """Do what `match` does for the blocks from `first` on; others need not be resident."""
         match = Match(self.number(), keys, first, hold, from_first=True)
         return self.result(self._ask(match, blocks_of(keys)))
 
@@ -379,7 +379,7 @@ class Client:
         return True
 
     def _part_of(self, keys: Keys) -> Sent:
-        """Return the keys to send, and record that the server has them, so they must be sent.
+        """Return the keys to send, and record that the server has them: the caller must send them.
 
         They are recorded only while connected; a message with them is never too long to send.
         """
@@ -421,7 +421,7 @@ class Client:
             self._is_behind, self._asked = False, dict.fromkeys(self._asked, time.monotonic())
 
     def _receive(self, wait_s: float) -> bool:
-        """Process what arrives within `wait_s`; return whether that was anything without fault."""
+        """Process what arrives within `wait_s`; return whether something valid arrived."""
         if self._socket is None:
             return False
         try:

@@ -24,8 +24,9 @@ def door_of(
 ) -> Door:
     """Return an engine, or a client of one if `server_client_mode` is set.
 
-    Settings that are not given are those of the file and the environment, if one of these names
-    them or there is no `cache` either. With a `backend` it is always an engine.
+    Without `settings`, the file and the environment are read if there is no `cache` either, or if
+    `FLEXKV_CONFIG_PATH` or `FLEXKV_SERVER_CLIENT_MODE` is set. With a `backend`, the result is
+    always an engine.
 
     Raises:
         ConfigError: an argument, the file or the environment breaks a rule.

@@ -62,7 +62,7 @@ CLOSE_S = 10.0
 
 
 class EngineClient:
-    """A client of an engine elsewhere, in the place of an engine.
+    """A client of the engine in a server's process, for a manager to use like an engine.
 
     Attributes:
         model: the model, which must be the server's.
@@ -70,7 +70,7 @@ class EngineClient:
     """
 
     has_streams = True
-    """Whether copies may have to wait for streams: the agents know."""
+    """Always true: only the agents know whether copies have to wait for streams."""
 
     def __init__(self, model: ModelConfig, settings: Settings) -> None:
         """Check the configuration; nothing is connected before `open`.
@@ -218,7 +218,7 @@ class EngineClient:
                 agent.order_after(operation is Operation.GET)
 
     def report_ready(self, number: int) -> None:
-        """Tell the server that a request may go on: what it waits for is in the streams' order."""
+        """Tell the server that a request may go on: its copies are ordered behind the streams."""
         for agent in self._agents.values():
             agent.report_ready((number,))
 
@@ -309,7 +309,7 @@ class EngineClient:
     # -- what tickets need ----------------------------------------------------------------------
 
     def begin(self, ticket: RemoteTicket, start: Start) -> None:
-        """Send a request, whose ticket gets its end."""
+        """Send a request; its ticket is told when it has ended."""
         self._under_way[start.number] = ticket
         self._client.begin(structs.replace(start, epoch=self._client.epoch))
         self._client.flush()
@@ -318,7 +318,7 @@ class EngineClient:
         self.receive()
 
     def cancel(self, number: int) -> None:
-        """Cancel a request, whose end comes all the same."""
+        """Cancel a request; its end is reported all the same."""
         self._client.cancel((number,))
         self._client.flush()
 
@@ -391,7 +391,7 @@ class EngineClient:
         name = None if tier is None else getattr(tier, "label", tier)
         parts = None if namespace is None else list(scope_of(namespace).parts)
         places = int(self._command("clear", tier=name, namespace=parts))
-        self._client.match(self._intake.root(None))  # after it, we know the new generation
+        self._client.match(self._intake.root(None))  # its answer comes after the new generation
         return places
 
     async def clear_durably(self, tier: Tier | None = None, namespace: Namespace = None) -> int:

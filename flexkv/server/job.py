@@ -35,12 +35,12 @@ class Reports:
         self.is_given_up = False
 
     def written(self, rank: int, layers: int) -> None:
-        """Record that a rank has written the first `layers` layers, or more before."""
+        """Record that a rank has written the first `layers` layers; a lower number is ignored."""
         self._layers[rank] = max(layers, self._layers.get(rank, 0))
 
     @property
     def layers(self) -> int:
-        """Return how many of the first layers every rank has written; all, if it is ready."""
+        """Return how many of the first layers every rank has written; all, once all are ready."""
         return min(self._layers.values()) if len(self._layers) >= self._ranks else 0
 
 
@@ -74,7 +74,7 @@ class Job:
         self.reported()
 
     def reported(self) -> None:
-        """Let the request begin if enough was reported for that."""
+        """Allow the request to begin if enough has been reported."""
         needed = 1 if self._is_fed else self.num_layers
         if not self.start.when_ready or self.reports.layers >= needed:
             self.may_begin.set()
@@ -90,7 +90,7 @@ class Job:
             self.task.cancel()
 
     def starve_after(self, deadline_s: float, before: int = -1) -> None:
-        """Cancel the request once it has got no new layer for a deadline: it holds host memory."""
+        """Cancel the request if no layer is reported within a deadline, as it holds host memory."""
         if self.ready == before:
             log.warning("put_starved", layers=before, deadline_s=deadline_s)
             self.cancel()

@@ -5,7 +5,7 @@ blocks are ready (those of a put are written). Ranks use other sockets than the 
 reports may arrive before the request.
 
 A request may go by layer. A put is then planned when its first layer is ready, and each layer is
-copied once every rank has reported it. Of a get, the agents hear the plan and the end.
+copied once every rank has reported it. For a get, the agents are told the plan and the end.
 """
 
 from __future__ import annotations
@@ -184,10 +184,10 @@ class Jobs:
         return ""
 
     def ready(self, numbers: tuple[int, ...], tp_rank: int, layers: int | None = None) -> None:
-        """Record that these requests need not wait for a rank any more, or not for some layers.
+        """Record that a rank is ready for these requests, or for their first `layers` layers.
 
         Raises:
-            ProtocolError: there are fewer layers.
+            ProtocolError: the model has fewer layers.
         """
         layers_max = self._engine.model.num_layers
         if layers is not None and layers > layers_max:
@@ -237,7 +237,7 @@ class Jobs:
         return jobs
 
     def _tell(self, message: GetPlanned | GetEnded) -> None:
-        """Tell every rank that is connected how a get by layer goes."""
+        """Tell every connected rank the plan or the end of a get by layer."""
         if isinstance(message, GetEnded):
             self._ended_gets.append(message)
         self._fleet.tell(self._instance, message)

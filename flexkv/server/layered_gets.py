@@ -4,10 +4,11 @@
            ──Copy──▶ pieces begin and end ────────┼──▶ LayerProgress ◀──wait── worker
            ──GetEnded──▶ no layer will come ──────┘
 
-All three arrive over one connection, in this order, so a worker waits without asking the server. It
-may wait before the agent has heard of the get, which is then unknown. A connection that ends ends
-every get, known or not: requests are for an epoch of the instance's devices, and that ends, too. A
-get that a worker names while its agent is not connected can be only of such an earlier epoch.
+All three arrive over one connection, in this order, so a worker waits without asking the server. A
+worker may wait for a get of which the agent has not heard yet. The end of a connection ends every
+get, known or not, because it ends the epoch of the instance's devices that the gets are for. While
+the agent is not connected, a worker can only name gets of an earlier epoch: such a wait ends at
+once.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class LayeredGets:
                 del self._gets[self._ended.popleft()]
 
     def watch_of(self, layers: Layers) -> LayerProgress | None:
-        """Return what follows a piece of a copy; None if it is of no get, or one that is over."""
+        """Return the progress of the get that a piece is of; None if that is unknown or over."""
         return self._of_op.get(layers.whole)
 
     def _forget_ops(self, get: _Get) -> None:

@@ -20,7 +20,7 @@ class Reconnects:
     """The attempts of one client to connect to the server at an address."""
 
     def __init__(self, address: str, answer_s: float, hello: Callable[[], Hello]) -> None:
-        """Make no attempt yet; `hello` returns what the client introduces itself with."""
+        """Make no attempt yet; `hello` returns the client's first message."""
         self._address, self._answer_s, self._hello = address, answer_s, hello
         self._due_s, self._pause_s = 0.0, RETRY_S
 

@@ -38,11 +38,11 @@ class Sends(Protocol):
         ...
 
     def begin(self, ticket: RemoteTicket, start: Start) -> None:
-        """Send a request, whose ticket gets its end."""
+        """Send a request; its ticket is told when it has ended."""
         ...
 
     def cancel(self, number: int) -> None:
-        """Cancel a request, whose end comes all the same."""
+        """Cancel a request; its end is reported all the same."""
         ...
 
     def release(self, number: int) -> None:
@@ -88,7 +88,7 @@ class RemoteTicket:
         self._write_error: FlexKVError | None = None
 
     def with_request(self, request: Request) -> RemoteTicket:
-        """Return the ticket of the same request with more in it; it takes over the hold."""
+        """Return the ticket of the same request with more fields set; it takes over the hold."""
         ticket = RemoteTicket(self._door, request, self._generation, self._holds)
         ticket.order = self.order
         return ticket
@@ -169,7 +169,7 @@ class RemoteTicket:
         self.release()
 
     async def wait_written(self) -> None:
-        """Return once all that was put is on stable storage, which is more than was written."""
+        """Return once everything is on stable storage: a server does not report single writes."""
         if self.request.operation is Operation.PUT:
             try:
                 await self._door.flush()
@@ -182,7 +182,7 @@ class RemoteTicket:
 
 
 def _response(request: Request, done: Done, error: FlexKVError | None) -> KVResponse:
-    """Return the response that the end of a request stands for."""
+    """Return the response for the end of a request, as the server has reported it."""
     first, last, *_ = request.span
     blocks = np.zeros(last - first, np.bool_)
     if done.moved_bits:

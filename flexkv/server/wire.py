@@ -4,8 +4,8 @@
                                    ◀──matched, state, done──        ◀─copied, ready, settle──
 
 A frame is four bytes of length, little-endian, and a message in MessagePack. The first message is
-`Hello`, and its answer `Welcome`, with which agents get the descriptor of the host memory. Its
-instance and a number that the client assigns identify a request.
+`Hello`, and its answer `Welcome`, with which agents get the descriptor of the host memory. A
+request is identified by its instance and a number that the client assigns.
 
 A client also numbers its prompts. The server keeps a prompt's keys under the number for as long as
 the connection lives, so that later messages carry only new keys:
@@ -176,7 +176,7 @@ class Start(Message, tag="start", frozen=True):
     """The match whose hold ends when this request is planned."""
     namespace_hash: ShortText = ""
     generation: Number | None = None
-    """The one in which the blocks were computed: after a later clear none is stored. None: now."""
+    """In which the blocks were computed: after a later clear none is stored. None: the present."""
     prompt: Number = 0
     known: Number = 0
     """Both as in `Match`."""
