@@ -32,7 +32,7 @@ class Outcome:
 
 
 class FreeBlocks:
-    """The blocks of a device that nobody uses; whoever wants more than there are waits."""
+    """The free blocks of a device; a caller that wants more of them than there are waits."""
 
     def __init__(self, count: int) -> None:
         self._free = list(range(count))

@@ -135,7 +135,7 @@ def _part(told: dict[str, Any], name: str) -> dict[str, Any]:
 async def run(model: ModelConfig, settings: Settings, parent: ProcessHandle | None = None) -> None:
     """Serve until a signal comes, or until the parent, if any, ends or closes our stdin.
 
-    Either also ends the start, while memory and files are still being taken.
+    Either of them also ends a start that is still acquiring memory and files.
 
     Raises:
         ConfigError: another server has the address, or memory or files are not available.

@@ -3,8 +3,8 @@
 Each error carries the values that a handler or a reader needs.
 
 A miss, a full pool on prefetch and a partial hit are outcomes and are never raised; a response's
-`error` may name their cause. Every error can be
-copied and pickled with its fields, so that it reaches the process that waits for it.
+`error` may name their cause. Every error can be copied and pickled with its fields, so that it
+reaches the process that waits for it.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class TransferError(FlexKVError):
 
     Attributes:
         blames_tier: whether the tier at the outer end is at fault, so that its breaker counts it.
-        is_miss: whether the tier only lacks the blocks, as a request sees it.
+        is_miss: whether requests take it for a miss: the tier just does not have the blocks.
     """
 
     blames_tier, is_miss = True, False
@@ -136,7 +136,7 @@ class DeadlineError(TransferError):
 
 
 class UnfilledError(TransferError):
-    """Another request that was filling the blocks that this one waited for gave up."""
+    """The op that was filling the blocks for which this one waited did not fill them."""
 
     blames_tier = False
 
@@ -179,7 +179,7 @@ class AgentGoneError(TransferError):
 
 
 class CorruptBlockError(TransferError):
-    """Blocks came back with bytes that are not those that left: they are dropped, one by one."""
+    """Blocks came back with other bytes than were stored; each of them is dropped."""
 
     blames_tier, is_miss = False, True
 

@@ -44,7 +44,7 @@ class KVResponse(msgspec.Struct, frozen=True, eq=False):
 
     `return_mask` is bool[tokens]: the tokens whose KV was moved; only whole blocks are. For a get,
     the slots passed for other tokens have undefined content. `error` is the first failure, or the
-    lack of room, that cut the request short; it is also None where a tier that is down did that.
+    lack of room, that cut the request short; it is None if a tier that is down cut it short.
     """
 
     status: KVResponseStatus

@@ -1,4 +1,4 @@
-"""What a block is: how large, how TP ranks divide it, and what tells it from any other block.
+"""What a block is: its size, its division among TP ranks, and what identifies it.
 
 A model has a block space for each KV group: layers whose blocks are kept and found together. Space
 0 is that of the prefix chain, and today's models have no other. All spaces share one pool in each

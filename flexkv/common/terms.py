@@ -65,7 +65,7 @@ class Route(NamedTuple):
 
 
 class Positions(msgspec.Struct, frozen=True):
-    """Positions of some blocks of a prompt: `places`, or from `first` on if that is None."""
+    """Positions of some blocks of a prompt: `places`, or consecutive from `first` if it is None."""
 
     first: int
     block_count: int
@@ -110,12 +110,12 @@ class Positions(msgspec.Struct, frozen=True):
 
 
 class BlockNames(msgspec.Struct, frozen=True):
-    """Which blocks some blocks are, whatever their places.
+    """What identifies some blocks, wherever they are stored.
 
     Attributes:
-        keys: the root and the keys of a prompt, 16 bytes each. Of blocks that were gathered from
-            several prompts, they are the blocks' own keys behind a root of zeros.
-        positions: of the blocks in it.
+        keys: the root and the keys of a prompt, 16 bytes each. For blocks that were gathered from
+            several prompts: a root of zeros, and then each block's own key.
+        positions: the positions of the blocks in that prompt.
     """
 
     keys: bytes
@@ -176,13 +176,12 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
     """A batch of block copies on one route, as an actor and its port receive it.
 
     All blocks are of one KV group, `group`, which decides how large they are and how they are laid
-    out on a device.
-    `source_ids` and `target_ids` are int64[n], the same n. `op_id` names the transfer; `owner`
-    groups the transfers of one request, so that a queue can be fair between requests. With a
-    `watch` it is moved layer by layer, in pieces that have `layers`.
+    out on a device. `source_ids` and `target_ids` are int64[n], the same n. `op_id` names the
+    transfer; `owner` groups the transfers of one request, so that a queue can be fair between
+    requests. With a `watch` it is moved layer by layer, in pieces that have `layers`.
 
-    An adapter that is addressed by content reads `block_keys` or `positions`. They cost nothing
-    until then: the transfer's blocks are those of `names` from number `names_offset` on.
+    An adapter that is addressed by content reads `block_keys` or `positions`, which are computed
+    only then. The transfer's blocks are those of `names` from index `names_offset` on.
     """
 
     op_id: int

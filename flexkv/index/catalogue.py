@@ -1,4 +1,4 @@
-"""The seam to what is far: blocks that others hold, such as a remote store or other nodes.
+"""The catalogue of what is far: blocks that others hold, such as a remote store or other nodes.
 
 The block table says what this engine owns, and is never wrong. A catalogue has hints of what others
 own. Blocks that it promises may be gone, so they are never offered to an engine: they are fetched
@@ -31,7 +31,7 @@ class FarRun(NamedTuple):
 
 
 class Catalogue(Protocol):
-    """Knows by hints what others hold. Called on the engine's loop: no I/O, no waiting."""
+    """Has hints of what others hold. It is called on the engine's loop: no I/O, no waiting."""
 
     @property
     def is_empty(self) -> bool:
@@ -39,7 +39,7 @@ class Catalogue(Protocol):
         ...
 
     def far(self, keys: bytes, first: int, last: int, avoid: Set[Tier]) -> Sequence[FarRun]:
-        """Return who is said to have the blocks from position `first` on, up to `last`.
+        """Return which tiers are said to have the blocks from position `first` on, up to `last`.
 
         Args:
             keys: root and keys of the prompt's blocks.
@@ -53,12 +53,12 @@ class Catalogue(Protocol):
         ...
 
     def doubt(self, transfer: Transfer, error: TransferError) -> None:
-        """Note that blocks did not arrive, and why: they should not be promised again at once.
+        """Record that blocks did not arrive, and why: they should not be promised again at once.
 
         Args:
-            transfer: what is left of one, from the first block that did not arrive on. Only that
+            transfer: the rest of one, from the first block that did not arrive on. Only that
                 block is known to be missing, and not even that one if `error.blames_tier`.
-            error: why it ended.
+            error: why the transfer ended.
         """
         ...
 

@@ -236,9 +236,10 @@ class Residency:
         return Found(first, last, ready, pending)
 
     def parent(self, keys: bytes, first: int) -> list[Holding] | None:
-        """Return what holds the block before position `first`; None if it is nowhere.
+        """Return what to pin of the block before position `first`; None if it is nowhere.
 
-        Host memory takes no block whose parent is nowhere: no get could reach it.
+        It is an empty list if there is no such block, or it is being filled. Host memory takes no
+        block whose parent is nowhere: no get could reach it.
         """
         if not first:
             return []

@@ -42,7 +42,7 @@ class Observer:
         now_ns: Callable[[], int] = time.monotonic_ns,
         log_every_requests: int = 200,
     ) -> None:
-        """Count with a block's bytes in each KV group."""
+        """Start at zero; `block_bytes` has the bytes of a block of each KV group."""
         self.now_ns = now_ns
         self.tracer: Tracer | None = None
         self.remind: Callable[[], None] = lambda: None

@@ -65,7 +65,7 @@ class OpRecord(msgspec.Struct, tag="op", frozen=True, gc=False):
     actor: str
     route: str
     block_count: int
-    """Blocks that it moved: of an op that failed, the leading ones that arrived all the same."""
+    """Blocks that it moved; for an op that failed, the leading ones that arrived all the same."""
     bytes: int
     issued_ns: int
     """When the actor received it."""

@@ -28,7 +28,7 @@ from flexkv.observe.records import (
 )
 
 KEY_BYTES = 6
-"""Recorded of each block's key to tell blocks apart. With `key_secret` one can test guesses."""
+"""How much of each block's key is recorded. Whoever has `key_secret` can test guesses with it."""
 PLANS_MAX = 1024
 """Plans whose recorded ops are cached."""
 SAMPLE_NS = 20_000_000
@@ -68,7 +68,7 @@ class Tracer:
         residency: Residency,
         sample: Callable[[int], SampleRecord],
     ) -> None:
-        """Use `actors` for when ops began, and `sample` for how full the engine is at a time.
+        """Ask `actors` when ops began, and `sample` how full the engine is.
 
         `block_bytes` has the bytes of a block of each KV group.
         """
@@ -80,7 +80,7 @@ class Tracer:
         self._plans: dict[tuple[object, ...], tuple[Template, tuple[PlannedOp, ...]]] = {}
 
     def planned(self, request: Request, plan: Plan, now_ns: int) -> None:
-        """Record a request's plan; of a plan of one op, the op's own record is enough."""
+        """Record a request's plan; for a plan of one op, the op's own record is enough."""
         several = len(plan.template.ops) > 1
         needs_room = several or request.operation is Operation.PUT
         if needs_room and self._evicted != (evicted := self._residency.evicted):

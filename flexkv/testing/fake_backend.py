@@ -132,7 +132,7 @@ class FakeBackend:
         return device
 
     def joined(self, devices: Sequence[Device]) -> JoinedDevices:
-        """Return the one device's port, with checksums behind it for what comes layer by layer."""
+        """Return the one device's port, and what sums the blocks that arrive layer by layer."""
         if self._sums is None:
             return JoinedDevices(devices[0].port, None)
         checksummer = FakeChecksummer(self._memory, self._faults, self._sums)

@@ -1,7 +1,7 @@
 """A far tier without hardware: what others hold, the hints of that, and a port that fetches it.
 
-The port is addressed by content: it looks up the keys of a transfer's blocks. Like a real one it
-checks what arrives, and it ends in part if the hints were wrong.
+The port is addressed by content: it looks up the keys of a transfer's blocks. Like a real port it
+checks what arrives. If the hints were wrong, a transfer fails with only the leading blocks filled.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class FakeFar:
         self.damaged_blocks += 1
 
     def live(self, random: Random, keys: bytes) -> None:
-        """Now and then let others store, drop or damage blocks of a prompt, announced or not."""
+        """At random, have others store, drop or damage blocks of a prompt, announced or not."""
         prompt, chance = block_keys(keys), random.random()
         some = prompt[: random.randint(0, len(prompt))]
         if chance < 0.4:
@@ -111,7 +111,7 @@ class FakeFar:
 
 
 def _check_absent(residency: Residency, keys: bytes, at: int, avoid: Set[Tier]) -> None:
-    """Check that a block is in no tier that may be used, or comes by an op that hangs."""
+    """Check that no usable tier has a block, unless an op that hangs is filling it."""
     (group,) = residency.survey(keys, at, at + 1, use=False)
     here = {
         tier for tier, state in zip(residency.tiers, group.states, strict=True) if state == READY

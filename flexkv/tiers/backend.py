@@ -1,4 +1,4 @@
-"""Opens what an engine runs on: host memory, the disk port, and a port to each device.
+"""Opens what an engine runs on: host memory, the tiers below it, and a port to each device.
 
 `LocalBackend` opens the adapters of this machine. `flexkv.testing` has a backend over fakes, so
 that the whole engine, actors included, runs in a simulation.

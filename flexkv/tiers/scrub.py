@@ -32,7 +32,7 @@ class Scrubber:
     """
 
     def __init__(self, files: StripedFiles, sums: Sums, ledger: Ledger, bytes_per_s: float) -> None:
-        """Take the files, the sums that are kept, and the ledger, which knows which count."""
+        """Take the files, the kept sums, and the ledger, which knows for which blocks they hold."""
         self.checked_blocks = 0
         self._files, self._sums, self._ledger = files, sums, ledger
         self._reader = BlockVerifier(files.block_stride_bytes, BATCH_BYTES)

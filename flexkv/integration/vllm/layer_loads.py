@@ -1,4 +1,4 @@
-"""Loads in a step, whose forward waits for each layer; usually a request waits for all of them.
+"""Loads in a step: its forward waits for one layer after another, not for whole requests.
 
     scheduler   a match whose blocks are all in host memory ─▶ get by layer, in the step itself
     worker      start_load_kv ─▶ wait_for_layer_load, for each layer ─▶ the end: which blocks failed
@@ -67,10 +67,10 @@ class ScheduledLayerLoads:
             state.stored_blocks = len(load.block_ids)
 
     def take(self, done: Done) -> LayerLoad | None:
-        """Return the load that has ended; None if the end is of another request."""
+        """Return the load that `done` is the end of; None if it is the end of another request."""
         ended = self._under_way.pop(done.number, None)
         if ended is not None and done.moved < len(ended.load.block_ids):
-            # They were computed anew, so they are not what the server has.
+            # They are computed anew, not as the server has them: none of them counts as stored.
             ended.state.stored_blocks = min(ended.state.stored_blocks, ended.load.first)
         return ended
 
@@ -91,11 +91,11 @@ class WorkerLayerLoads:
         self.failed_blocks: set[int] = set()
 
     def begin(self, step: StepMetadata) -> None:
-        """Begin a step: what the steps before have queued still uses the blocks."""
+        """Begin a step; its loads wait for earlier steps, whose work may still use the blocks."""
         self.failed_blocks = set()
         self._waiting = list(step.layer_loads)
         if self._setup.gates_loads:
-            with contextlib.suppress(ClosedError):  # it sleeps: its requests have ended
+            with contextlib.suppress(ClosedError):  # the engine sleeps, so its requests have ended
                 self._agent.ready(self._waiting, to_device=True)
 
     def wait(self, layer_name: str) -> None:
@@ -107,7 +107,7 @@ class WorkerLayerLoads:
             self._agent.wait_for_layer(self._waiting, layer, self._patience_s, stream)
         except (DeviceError, TimeoutError) as error:
             log.warning("layer_not_loaded", layer=layer_name, reason=str(error))
-            self._waiting = []  # their blocks are reported, all of them
+            self._waiting = []  # `end` reports all of their blocks
 
     @property
     def _patience_s(self) -> float:

@@ -89,7 +89,7 @@ class SchedulerSide:
     # -- loads ----------------------------------------------------------------------------------
 
     def on_new_request(self, request: Any) -> None:
-        """Ask how much of a new request is resident, which will be scheduled soon."""
+        """Ask how much of a new request's prompt is resident, before the request is scheduled."""
         state = self._requests.track(request)
         blocks = self._wanted(state, 0)
         if blocks and self._pending_matches.has_early_room:

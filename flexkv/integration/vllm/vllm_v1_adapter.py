@@ -29,7 +29,7 @@ class FlexKVConnectorV1Impl:
     """One role of the connector, as the shim calls it."""
 
     has_layer_hooks = False
-    """Whether vLLM calls `wait_for_layer_load` in every forward: it does not ask the shim."""
+    """Whether vLLM calls `wait_for_layer_load` in every forward; through the shim it does not."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole) -> None:
         """Create one role, by vLLM's configuration and FlexKV's: see `setup_of`.

@@ -75,8 +75,8 @@ class WorkerSide:
     def get_finished(self, step: StepMetadata) -> tuple[set[str] | None, set[str] | None]:
         """Return the requests that are done with sending, and with receiving.
 
-        A load of another connector may fail, and the scheduler learns that only at the end of the
-        step. So beside other connectors puts may start only two steps later, or never if dropped.
+        A load of another connector, or a load by layer, may fail, and the scheduler learns that
+        only at the end of the step. So puts start two steps later then, or never if dropped.
         """
         self.layer_loads.end(step)
         written, self._written = self._written, []
@@ -91,7 +91,7 @@ class WorkerSide:
 
     def _ready(self, numbers: list[int], to_device: bool = False) -> None:
         """Report that what these requests wait for is done, or queued. Does not wait."""
-        with suppress(ClosedError):  # it sleeps: its requests have ended
+        with suppress(ClosedError):  # the engine sleeps, so its requests have ended
             self._agent.ready(numbers, to_device)
 
     def close(self) -> None:
