@@ -69,7 +69,7 @@ class Worker:
         return time.perf_counter() - begin_s
 
     def by_layer(self, compute: Callable[[], None]) -> float:
-        """Return the seconds of a load of whose layers each is computed as soon as it is there."""
+        """Return the seconds of a load by layer, with each layer computed once it is there."""
         begin_s = time.perf_counter()
         number = self._client.get(self._keys, 0, self._ids, 0, False, by_layer=True)
         self._client.flush()

@@ -75,8 +75,8 @@ def test_every_run_ends_once_and_settles_everything_once(shape: Shape, data: st.
     """Every run ends once and settles each op once, under any events in any order.
 
     Each op that moves bytes is settled exactly once. The answer comes exactly once, and only when
-    no answering op is live. End comes once, and last. An op starts only when all ops before it are
-    done, or the only one before it has filled some leading blocks: then it moves these. Leading
+    no answering op is live. `EndRun` comes once, and last. An op starts only when all ops before it
+    are done, or the only one before it has filled some leading blocks: then it moves these. Leading
     blocks are committed for ops that failed, and for no others.
     """
     template = compile_shape(shape)

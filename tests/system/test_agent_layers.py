@@ -115,7 +115,7 @@ def test_a_layer_is_reported_when_it_is_there_and_not_before(rig: Rig, seed: int
 
 
 def test_a_connection_that_ends_ends_every_wait(rig: Rig) -> None:
-    """What had arrived stays there, what had not never will, and a new connection serves anew."""
+    """Waits end with True for layers that had arrived, else False; a new connection serves gets."""
     rig.say(GetPlanned(5, OPS), GetPlanned(6, ()), GetPlanned(7, (90,)))
     rig.ask(rig.piece(70, 0, 2), rig.piece(71, 0, 1), rig.piece(90, 0, 3))
     found: dict[tuple[int, int], bool] = {}
@@ -140,7 +140,7 @@ def test_a_connection_that_ends_ends_every_wait(rig: Rig) -> None:
 
 
 def test_a_failed_piece_and_one_of_nothing_known_count_for_nothing(rig: Rig) -> None:
-    """A piece that failed is no layer; pieces of unknown copies are made, and followed by none."""
+    """A failed piece counts for no layer; pieces of unknown copies are made, for no get."""
     rig.say(GetPlanned(5, (70,)))
     wrong = Copy(1, True, rig.piece(70, 0, 1).host_ids, b"\xff" * 8 * BLOCKS, layers=(70, 0, 1))
     rig.say(wrong)
@@ -156,7 +156,7 @@ def test_a_failed_piece_and_one_of_nothing_known_count_for_nothing(rig: Rig) -> 
     "layers", [(70, 0, 4), (70, 2, 2), (70, 3, 1), (70, 3, 4), (70, 0, 1 << 62)]
 )
 def test_layers_that_no_model_has_end_the_connection(rig: Rig, layers: Any) -> None:
-    """A server that asks for layers that there are not is left, and the agent connects anew."""
+    """An agent disconnects from a server that asks for impossible layers, and connects anew."""
     rig.say(GetPlanned(5, (70,)), Copy(1, True, b"", b"", layers=layers))
     with pytest.raises(Exception, match="closed"):
         rig.server.hear(rig.peer)

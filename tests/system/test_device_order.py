@@ -403,7 +403,7 @@ def test_an_engine_that_fails_tells_everybody(started: Any) -> None:
 
 
 def test_a_callers_loop_that_is_closed_harms_nobody(started: Any) -> None:
-    """If the loop of one that awaits a layer is closed, the put goes on."""
+    """If the loop of a coroutine that awaits a layer is closed, the request goes on."""
     manager, _ = started()
     put = manager.put_layerwise(PROMPT, slots_of(range(10)))
     loop = asyncio.new_event_loop()

@@ -194,7 +194,7 @@ def test_gets_that_end_without_a_layer_say_so(instance: LayeredInstance) -> None
 
 @only_one_rank
 def test_a_part_of_a_prompt_comes_layer_by_layer(instance: LayeredInstance) -> None:
-    """Of a get that is longer than what is resident, the resident blocks come by layer."""
+    """A get that asks for more than is resident loads the resident blocks by layer."""
     assert instance.request(Operation.PUT, 1, range(10)).moved == 10
     instance.wipe(TARGETS)
     number, (agent,) = instance.get(1), instance.agents
@@ -396,7 +396,7 @@ def pair(settings: Settings, server: LaunchedServer) -> Iterator[Pair]:
 
 
 def test_an_agent_is_asked_for_the_layers_that_it_has_reported(pair: Pair) -> None:
-    """Each report lets layers go, earlier and repeated ones none; a get is planned and ended."""
+    """Only a report of more layers has layers copied; a get's plan and end reach its agent."""
     pair.start(1, "put", when_ready=True)
     for layers, copied in ((1, [(0, 1)]), (3, [(1, 2), (2, 3)]), (2, []), (3, []), (4, [(3, 4)])):
         pair.agent.say(Ready((1, 77, 1 << 62), layers))

@@ -1,4 +1,4 @@
-"""A third tier below the SSD tier, which no room of the engine knows but by the list of tiers."""
+"""A third tier below the SSD tier, which the engine knows only by the backend's list of tiers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.system.test_keeping import MODEL, TOKENS_PER_BLOCK
 BLOCKS = 4
 PROMPTS = 6
 HOST, DISK, FAR = 8, 12, 64
-"""Six prompts of four blocks: two fit in host memory, three on the disk, all in the far tier."""
+"""Six prompts of four blocks: two fit in host memory, three on the disk, all in the third tier."""
 
 
 class Records:
@@ -115,7 +115,7 @@ class FarBackend(FakeBackend):
 
 
 class Bench:
-    """An engine with three tiers, and a device whose blocks tell the prompt that they are of."""
+    """An engine with three tiers, and a device whose blocks have bytes that identify the prompt."""
 
     def __init__(self, has_checks: bool) -> None:
         cache = CacheConfig(

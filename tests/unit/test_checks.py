@@ -286,7 +286,7 @@ def test_blocks_before_the_first_wrong_one_are_filled(piece_blocks: int) -> None
 
 
 def test_blocks_without_a_sum_have_not_arrived() -> None:
-    """Of a piece that fails nothing counts, whatever the port says; pieces before it count."""
+    """No block of a failed piece counts, whatever the port says; pieces before it count."""
 
     async def run() -> None:
         bench = Bench(piece_blocks=2)
@@ -437,7 +437,7 @@ def test_what_a_port_has_summed_is_not_summed_again() -> None:
 def test_blocks_that_come_layer_by_layer_are_summed_once_all_are_there(
     port_sums: bool, layers: int, ready: int
 ) -> None:
-    """However the layers are cut and whoever sums whole blocks, the last layer's end is summed."""
+    """Blocks are summed once, behind their last layer, even if the port sums whole blocks."""
 
     async def run() -> None:
         bench = Bench(Tier.DEVICE, port_sums=port_sums)

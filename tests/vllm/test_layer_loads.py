@@ -64,7 +64,7 @@ def loads_of(agent: LayeredAgent, gates_loads: bool = False) -> WorkerLayerLoads
 
 @pytest.mark.parametrize("gates_loads", [False, True])
 def test_a_forward_waits_for_each_layer_of_its_loads(gates_loads: bool) -> None:
-    """Each layer is waited for by its number, once the blocks are free; others wait for none."""
+    """A step with loads waits for each layer by its number; a step without loads waits for none."""
     agent = LayeredAgent()
     loads = loads_of(agent, gates_loads)
     loads.wait("first")
