@@ -204,7 +204,7 @@ class LoopBridge:
 
     def order_requests_after(self, operation: Operation) -> None:
         """Do the same for a request that begins now, which ends as UNREADY if a device is down."""
-        if self.door.has_streams:
+        if self.door.streams:
             with suppress(DeviceError):
                 self.door.order_after(operation)
 
