@@ -368,7 +368,7 @@ class Scheduler:
         wake(self._idle)
 
     def under_way(self) -> list[Flight]:
-        """Return the puts for which a flush has to wait: those under way with all layers written."""
+        """Return the puts under way that a flush has to wait for: those with all layers written."""
         flights = self._flights.values()
         puts = [flight for flight in flights if flight.request.operation is Operation.PUT]
         return [flight for flight in puts if not flight.unfed_op_ids()]

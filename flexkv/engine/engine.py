@@ -307,11 +307,6 @@ class Engine:
         return self._closed or not self._used
 
     @property
-    def has_streams(self) -> bool:
-        """Return whether a device's copies have to wait for the caller's streams."""
-        return bool(self.streams)
-
-    @property
     def has_device(self) -> bool:
         """Return whether get and put can move bytes; otherwise they answer UNREADY."""
         return self._devices.missing is None
@@ -335,7 +330,8 @@ class Engine:
             ConfigError: an argument breaks a rule.
             ClosedError: not open.
         """
-        return self._checked.submit(spec)
+        self._check_open()
+        return self._requests.submit(spec)
 
     def prepare(self, spec: RequestSpec) -> Ticket:
         """Return the ticket of a request without slots: see `Requests.prepare`."""

@@ -94,9 +94,7 @@ class Requests:
             ConfigError: the slots break a rule.
         """
         ready = self.with_slots(request, slot_mapping)
-        if ready is None:
-            return Ticket(request, self, self.unready(request))
-        return Ticket(ready, self)
+        return Ticket(ready or request, self, None if ready else self.unready(request))
 
     # -- parts of tickets -----------------------------------------------------------------------
 

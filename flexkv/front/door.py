@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from flexkv.actors.supervisor import Supervisor
@@ -90,8 +91,8 @@ class Door(Protocol):
         ...
 
     @property
-    def has_streams(self) -> bool:
-        """Return whether copies have to wait for the caller's streams."""
+    def streams(self) -> Sequence[object]:
+        """Return whose copies have to wait for the caller's streams; empty if nobody's."""
         ...
 
     async def open(self, progress: Progress | None = None) -> None:

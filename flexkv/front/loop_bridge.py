@@ -204,7 +204,7 @@ class LoopBridge:
 
     def order_requests_after(self, operation: Operation) -> None:
         """Do what `order_after` does, but let a request end as UNREADY if a device is down."""
-        if self.door.has_streams:
+        if self.door.streams:
             with suppress(DeviceError):
                 self.door.order_after(operation)
 

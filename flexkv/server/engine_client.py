@@ -69,9 +69,6 @@ class EngineClient:
         supervisor: owns the tasks.
     """
 
-    has_streams = True
-    """Always true: only the agents know whether copies have to wait for streams."""
-
     def __init__(self, model: ModelConfig, settings: Settings) -> None:
         """Check the configuration; nothing is connected before `open`.
 
@@ -163,6 +160,11 @@ class EngineClient:
         return self._is_closed or not self._is_used
 
     @property
+    def streams(self) -> list[Agent]:
+        """Return the agents, which know whether their devices have streams."""
+        return list(self._agents.values())
+
+    @property
     def has_device(self) -> bool:
         """Return whether the devices of all ranks are connected to the server."""
         return self._client.is_ready
@@ -214,7 +216,7 @@ class EngineClient:
             DeviceError: a driver refused.
         """
         if operation is not Operation.PREFETCH:
-            for agent in list(self._agents.values()):
+            for agent in self.streams:
                 agent.order_after(operation is Operation.GET)
 
     def report_ready(self, number: int) -> None:
