@@ -1,7 +1,7 @@
 """Tickets, the one way to run requests: `await`, task ids and a server's jobs all use them.
 
-    RequestSpec ──submit───▶ Ticket ──run──▶ KVResponse
-                ──prepare──▶ Ticket ──with_slots──▶ Ticket
+RequestSpec ──submit───▶ Ticket ──run──▶ KVResponse
+            ──prepare──▶ Ticket ──with_slots──▶ Ticket
 """
 
 from __future__ import annotations

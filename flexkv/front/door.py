@@ -92,7 +92,7 @@ class Door(Protocol):
 
     @property
     def streams(self) -> Sequence[object]:
-        """Return whose copies have to wait for the caller's streams; empty if nobody's."""
+        """Return the ports or agents whose copies may have to wait for the caller's streams."""
         ...
 
     async def open(self, progress: Progress | None = None) -> None:
