@@ -486,7 +486,7 @@ class KVManager:
         """
         if isinstance(self._door, Engine):
             return self._door
-        why = "is done by the server's process; this manager is its client"
+        why = "cannot do this: call it where the engine runs, in the server's process"
         raise ConfigError("manager", "a client of a server", why)
 
     def on_loop(self, work: Callable[[], T]) -> T:

@@ -23,7 +23,7 @@ class Flight:
         self.request = request
         self.planned = planned
         self.plan = planned.plan
-        # Who follows layers takes a layer that is there for one of all planned blocks.
+        # A caller that follows layers expects every planned block in a layer that is there.
         self.run = Run(planned.plan.template, goes_on_in_part=planned.plan.watch is None)
         self.arrived_ns, self.begin_ns = arrived_ns, begin_ns
         self.response: KVResponse | None = None
@@ -31,7 +31,7 @@ class Flight:
         self.late: DeadlineError | None = None
         """Why nobody should wait for the end: an op hangs. None while none does."""
         self.group, self.has_place = 0, True
-        """The group of its admission, and whether it still takes one of that group's places."""
+        """The group with which it was admitted, and whether admission still counts it there."""
         self.taken: Taken | None = None
         """The owed blocks that are written to a lower tier; None for a caller's request."""
         self._answer_waiters: list[asyncio.Future[None]] = []

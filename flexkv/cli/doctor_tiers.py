@@ -36,7 +36,7 @@ class Finding(NamedTuple):
 
 
 def host_tier(cache: CacheConfig) -> Iterator[Finding]:
-    """Yield a finding whether memory has room for the host tier, if its size is given in GB."""
+    """Yield whether memory has room for the host tier, if its size is given in GB."""
     if not cache.enable_cpu or "cpu_cache_gb" not in cache.model_fields_set:
         return
     if cache.num_cpu_blocks is not None:

@@ -104,7 +104,7 @@ def top(
 def screen(now: Samples, before: Samples | None, seconds: float) -> Group:
     """Return the tables: rates since `before`, or totals if that is None.
 
-    A table without rows is left out; of the first the title stays, which says how busy the engine
+    A table without rows is left out. The first one keeps its title, which says how busy the engine
     is.
     """
     requests, *others = (make(now, before, seconds) for make in (_requests, _tiers, _routes))

@@ -1,9 +1,9 @@
 """Admission: bounds the requests under way, and decides which waiting request is next.
 
 Requests belong to groups: a server's instances, or the one group of a library's caller. Each group
-has a queue of its own, first come first served, and a free place goes to the groups in turns. A
-group that uses less than its share is admitted even if others have taken every place, so that no
-group waits behind an instance that hangs. A group can be turned away as a whole.
+has a queue of its own, first come first served, and free room goes to the groups in turns. A group
+that uses less than its share is admitted even if others have taken all room, so that no group waits
+behind an instance that hangs. A group can be turned away as a whole.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import deque
 from flexkv.common.errors import ClosedError, FlexKVError
 
 SHARES = 16
-"""A group's share is the bound divided by this, and at least one place."""
+"""A group's share is the bound divided by this, and at least one request."""
 GROUPS_MAX = 256
 """The number of groups for which the mailboxes have room; more groups are served, too."""
 
@@ -78,7 +78,7 @@ class Admission:
             await waiter
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self.leave(group)  # admitted and cancelled at once: pass the place on
+                self.leave(group)  # admitted and cancelled at once
             elif (queue := self._queues.get(group)) is not None and waiter in queue:
                 queue.remove(waiter)
                 if not queue:
@@ -86,7 +86,7 @@ class Admission:
             raise
 
     def leave(self, group: int = 0) -> None:
-        """Give up a place, and admit the next waiter."""
+        """Leave, and admit the next waiter."""
         self._inside -= 1
         if self._inside_of[group] == 1:
             del self._inside_of[group]

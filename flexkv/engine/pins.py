@@ -103,7 +103,7 @@ class Holds:
         """How many holds keep each block."""
         self._held_blocks: dict[Tier, int] = {}
         self._held_by: dict[int, int] = {}
-        """The number of blocks that each group holds; one in two of its holds counts twice."""
+        """How many blocks each group holds; a block in two of its holds counts twice."""
 
     def __len__(self) -> int:
         return sum(map(len, self._holds.values()))

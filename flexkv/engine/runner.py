@@ -2,7 +2,7 @@
 
 perform ─▶ Admission ─▶ check ─▶ Scheduler.begin ─▶ answered ─▶ leave
                                       │
-                                      └─ its device hangs ─▶ the place goes to others;
+                                      └─ its device hangs ─▶ it no longer counts in admission;
                                          the answer comes when hardware has let go
 """
 
@@ -49,7 +49,7 @@ class RequestRunner:
         observer: Observer,
         behind: WriteBehind,
     ) -> None:
-        """Take the parts of an engine; a request that hangs gives back its place in `admission`."""
+        """Take the parts of an engine; a request that hangs leaves `admission` early."""
         self._behind = behind
         self.admission = admission
         self._scheduler, self._observer = scheduler, observer
@@ -99,7 +99,7 @@ class RequestRunner:
     def _begin(
         self, request: Request, arrived_ns: int | None, turn: RequestOwner, has_place: bool = True
     ) -> Flight:
-        """Plan and launch a request; `has_place`: whether it takes a place in admission."""
+        """Plan and launch a request; `has_place`: whether admission counts it."""
         if turn.check is not None:
             turn.check()
         flight = self._scheduler.begin(request, arrived_ns)

@@ -1,1 +1,1 @@
-"""How callers reach an engine: its loop in a thread, task ids, requests by layers."""
+"""How callers reach an engine: its door, its loop in a thread, task ids, requests by layer."""

@@ -295,7 +295,7 @@ class EngineClient:
     def _request(self, spec: RequestSpec) -> Request:
         self._check_open()
         if spec.watch is not None:
-            why = "moves requests layer by layer only where the engine runs"
+            why = "cannot move requests layer by layer: an `Agent` can (docs/server.md)"
             raise ConfigError("manager", "a client of a server", why)
         self._intake.rekey(self._client.key_chain)
         return self._intake.request(

@@ -23,7 +23,7 @@ WRITE_SHARE_MAX = 0.125
 """The largest part of host memory in one window, since blocks being written free no room."""
 
 DISK_READ_PIECE_BYTES, DISK_WRITE_PIECE_BYTES = 2 * MB, 8 * MB
-"""The largest submissions to the disk. Reads are small, so that other reads can cut in."""
+"""The largest submissions to the disk. Reads are small, so that other reads wait briefly."""
 
 DEVICE_PIECE_BYTES = {"cpu": 64 * MB, "cuda": 256 * MB, "agents": 64 * MB}
 """The largest submission to a device of each kind: what it copies in about 5 ms. By default a GPU
@@ -87,7 +87,7 @@ def behind_limits(cache: CacheConfig, sizes: CacheSizes) -> WriteBehindLimits:
 def empty_index(
     cache: CacheConfig, sizes: CacheSizes, capacities: dict[Tier, int], clears: ClearHistory
 ) -> Residency:
-    """Return the index of an engine whose tiers have so many blocks.
+    """Return the empty index of an engine; `capacities` are the blocks of each tier.
 
     Raises:
         ConfigError: it does not fit in memory.
@@ -108,5 +108,5 @@ def memory_error_named(sizes: CacheSizes) -> Iterator[None]:
     except MemoryError as error:
         is_disk = sizes.num_disk_blocks > sizes.num_host_blocks
         given = sizes.disk_given if is_disk else sizes.host_given
-        why = f"there is not enough memory to manage so many blocks: set {given.key} lower"
+        why = f"there is not enough memory to manage that many blocks: set {given.key} lower"
         raise ConfigError(*given, why) from error
