@@ -46,7 +46,7 @@ def answers(settings: Settings, role: str, said: Any, kind: type) -> int:
     """Ask FLOOD times without reading an answer; then return how many there are, up to ANSWERS."""
     peer, count = Peer(settings, role, 1), 0
     peer.connected.socket.settimeout(10 if role == "client" else 0.5)
-    with suppress(OSError):  # the server hangs up on a client, and hears no more of an agent
+    with suppress(OSError):  # the server hangs up on a client, and stops reading from an agent
         for _ in range(FLOOD // 100):
             peer.connected.socket.sendall(framed(said) * 100)
     peer.connected.socket.settimeout(10)
@@ -65,6 +65,6 @@ async def test_a_client_that_does_not_read_is_cut_off(served: Settings) -> None:
 
 
 async def test_an_agent_that_does_not_read_keeps_its_connection(served: Settings) -> None:
-    """An agent is not cut off, since that would not stop its copies; it is heard when it reads."""
+    """An agent is not cut off, as that would not stop its copies; it is served once it reads."""
     asked = Settle(1, tuple(range(20)))
     assert await asyncio.to_thread(answers, served, "agent", asked, Settled) == ANSWERS

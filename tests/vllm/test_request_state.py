@@ -30,7 +30,7 @@ def states(tmp_path: Path) -> RequestStates:
 
 
 def request(name: str, tokens: int, images: int) -> Request:
-    """Return a request with a prompt of so many tokens; some of the first ones are images."""
+    """Return a request with a prompt of this many tokens; some of the first ones are images."""
     features = [
         MultiModalFeatureSpec(None, "image", f"{n}", PlaceholderRange(4 + 8 * n, 8), f"{n}")
         for n in range(images)
