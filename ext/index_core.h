@@ -337,7 +337,7 @@ void parent_lost_child(struct block_index *index, ref parent);
 size_t index_evict(struct block_index *index, unsigned tier, unsigned quota, size_t needed,
                    size_t wanted);
 
-/* The same, but evict `own` of them first from one quota: all `needed` blocks, or none. */
+/* Do the same, but evict `own` of them first from one quota: all `needed` blocks, or none. */
 size_t index_evict_all(struct block_index *index, unsigned tier, unsigned quota, size_t own,
                        size_t needed, size_t wanted);
 

@@ -237,8 +237,8 @@ static double clamp(double value, double low, double high)
     return value < low ? low : value > high ? high : value;
 }
 
-/* The same for one class. Where little is known, the ratio to all classes is that of the next
- * younger bucket. */
+/* Compute the same for one class. Where little is known, the ratio to all classes is that of the
+ * next younger bucket. */
 static void chances_of_class(const double hits[BUCKETS], const double exposed[BUCKETS],
                              const double all[BUCKETS], double chance[BUCKETS])
 {

@@ -26,7 +26,7 @@ int read_pages(PyObject *self, const struct parameter *parameter, struct value *
 int page_work_fill(const PageMap *map, enum direction direction, const struct int64_view *device,
                    const struct int64_view *host, int64_t *ids, struct copy_work *work);
 
-/* The same for the arguments of PAGE_JOB. Return the ids, to be freed, or NULL if that fails. */
+/* Do the same for the arguments of PAGE_JOB. Return the ids, to be freed, or NULL if that fails. */
 int64_t *page_work_new(const struct value *values, struct copy_work *work);
 
 #endif

@@ -80,7 +80,7 @@ def test_a_device_that_is_slow_but_ends_its_copies_is_no_fault() -> None:
 
 
 def test_requests_of_a_stuck_group_give_their_places_back_and_are_answered_later() -> None:
-    """A stuck group's requests free their places and are answered later; waiting ones fail."""
+    """A stuck group's requests leave admission and are answered later; waiting ones fail."""
 
     async def work(engine: Engine) -> None:
         admission = engine.requests.runner.admission

@@ -207,7 +207,7 @@ def test_nobody_waits_for_blocks_that_a_stuck_instance_fills(
 
 
 def test_a_put_that_waits_for_its_ranks_takes_no_place(settings: Settings, sound: Instance) -> None:
-    """Puts that wait for their ranks take no places of admission from other requests."""
+    """Puts that wait for their ranks take no room in admission from other requests."""
     ids = np.arange(BLOCKS)
     waiting = [
         sound.client.start(Operation.PUT, sound.keys(1000 + number), 0, ids, when_ready=True)
@@ -221,7 +221,7 @@ def test_a_put_that_waits_for_its_ranks_takes_no_place(settings: Settings, sound
 def test_requests_that_are_given_up_while_stuck_end_with_the_connection(
     settings: Settings, sound: Instance, stuck: tuple[Peer, Peer]
 ) -> None:
-    """A request given up while stuck takes no place; it is answered when the agent leaves."""
+    """A request given up while stuck takes no room; it is answered when the agent leaves."""
     agent, client = stuck
     client.say(Start(1, "put", os.urandom(16 * 9), 0, np.arange(BLOCKS).tobytes(), client.epoch))
     agent.hear(Copy)

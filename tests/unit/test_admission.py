@@ -26,7 +26,7 @@ async def waiters_of(admission: Admission, *groups: int) -> list[asyncio.Task[No
 
 
 async def test_one_group_may_use_every_place_and_keeps_no_other_from_its_share() -> None:
-    """One group may take every place; each other group still gets its share, and no more."""
+    """One group may take all room; each other group still gets its share, and no more."""
     admission = Admission(16 * SHARES)
     assert fill(admission, 1) == 16 * SHARES
     assert [fill(admission, group) for group in (2, 3)] == [16, 16]
@@ -34,13 +34,13 @@ async def test_one_group_may_use_every_place_and_keeps_no_other_from_its_share()
 
 
 async def test_a_small_bound_gives_everybody_one_place() -> None:
-    """A share has at least one place."""
+    """A share is at least one request."""
     admission = Admission(1)
     assert [fill(admission, group) for group in (0, 1, 2)] == [1, 1, 1]
 
 
 async def test_free_places_go_to_the_groups_in_turns() -> None:
-    """Groups take turns at free places, and each group's requests enter in order."""
+    """Groups take turns at free room, and each group's requests enter in order."""
     admission = Admission(1)
     for group in (1, 2):
         assert admission.enter_nowait(group)
@@ -64,7 +64,7 @@ async def test_free_places_go_to_the_groups_in_turns() -> None:
 
 
 async def test_waiters_of_a_group_whose_places_are_stuck_block_no_other() -> None:
-    """A free place skips a group that is at its limit, until that group may enter again."""
+    """Free room skips a group that is at its limit, until that group may enter again."""
     admission = Admission(SHARES)
     fill(admission, 1)
     stuck = await waiters_of(admission, 1, 1)
@@ -101,7 +101,7 @@ async def test_a_group_that_is_turned_away_waits_no_more_and_may_come_back() -> 
 
 
 async def test_a_place_that_was_given_to_a_cancelled_waiter_goes_on() -> None:
-    """A place given to a waiter that is cancelled in the same turn goes to the next waiter."""
+    """If a waiter is cancelled in the turn in which it was admitted, the next one is admitted."""
     admission = Admission(1)
     await admission.enter(1)
     first, second = await waiters_of(admission, 1, 1)

@@ -94,7 +94,7 @@ def test_prompts_that_arrive_do_not_keep_older_ones_waiting(
 
 
 def test_arrivals_leave_half_of_the_questions(side: SchedulerSide) -> None:
-    """Early questions take half of the places, and the youngest make room for scheduled prompts."""
+    """Early questions take half of the room, and the youngest make room for scheduled prompts."""
     early = [Request(f"early {n}") for n in range(2 * ASKED_MAX)]
     for request in early:
         side.on_new_request(request)
