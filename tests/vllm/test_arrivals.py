@@ -54,7 +54,7 @@ def test_blocks_that_the_device_has_are_not_offered(rig: Rig) -> None:
 
     eventually(asked)
     assert told == (2 * PER_BLOCK, True)
-    found = rig.side._states["b"].found
+    found = rig.side._states["b"].transfers.found
     assert found is not None
     assert found.by_tier == {"host": 2}
     eventually(lambda: holds(rig) == 1)  # what the first question held was released

@@ -48,8 +48,8 @@ def test_a_prompt_that_has_grown_has_the_keys_of_the_whole(
     tracked, expected = states.track(growing), states.track(at_once)
     for blocks in range(1, 5):
         states.part(tracked, blocks)
-        assert tracked.prompt.blocks == blocks
+        assert tracked.transfers.prompt.blocks == blocks
         known = len(growing.all_token_ids)
         growing.append_output_token_ids(list(range(known, known + PER_BLOCK)))
     states.part(expected, 4)
-    assert tracked.prompt.keys == expected.prompt.keys
+    assert tracked.transfers.prompt.keys == expected.transfers.prompt.keys

@@ -77,7 +77,7 @@ def until_puts_end(rig: Rig, name: str) -> Any:
         step = rig.side.build_connector_meta(output())
         total.settle += step.settle
         total.dropped |= step.dropped
-        return not rig.side._states[name].puts
+        return not rig.side._states[name].transfers.puts
 
     eventually(over)
     return total
@@ -140,9 +140,8 @@ def test_a_load_waits_for_puts_that_read_its_blocks(rig: Rig) -> None:
         rig.side.build_connector_meta(output())
     assert rig.status()["runs_in_flight"] == 1
     rig.agent.say(Copied(copy.op_id))
-    eventually(
-        lambda: (rig.side.build_connector_meta(output()), rig.side._states["b"].load.number)[1]
-    )
+    waits = rig.side._states["b"].transfers
+    eventually(lambda: (rig.side.build_connector_meta(output()), waits.load.number)[1])
     assert rig.agent.hear(Copy).to_device
 
 
@@ -207,7 +206,7 @@ def test_puts_of_what_another_connector_has_not_loaded_are_dropped(rig: Rig) -> 
     answered(rig, Request("x", 1000))
     both = rig.side.build_connector_meta(output(("a", [1, 2, 3, 4]), ("x", [10, 11, 12, 13])))
     dropped, kept = both.puts
-    rig.side.drop_puts_of({2, 40})
+    rig.side.transfers.drop_puts_of({2, 40})
     step = rig.side.build_connector_meta(goes_on("a", TOKENS, PER_BLOCK, [5]))
     assert step.dropped == {dropped}
     rig.agent.say(Ready((kept,)))

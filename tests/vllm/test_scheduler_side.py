@@ -176,13 +176,13 @@ def test_a_step_does_not_wait_for_a_server_that_is_gone(rig: Rig, number: int) -
     for name in ("a", "b"):
         rig.side.request_finished(Request(name))
     eventually(lambda: (rig.side.build_connector_meta(output()), not rig.side._states)[1])
-    assert not rig.side._blocks.readers.any()
+    assert not rig.side.transfers.blocks.readers.any()
 
 
 def stored(rig: Rig) -> None:
     """Put the prompt of request "a", and wait for its end."""
     rig.agent.say(Copied(rig.begin("a", [1, 2, 3, 4]).op_id))
-    eventually(lambda: (rig.side._poll(), not rig.side._states["a"].puts)[1])
+    eventually(lambda: (rig.side._poll(), not rig.side._states["a"].transfers.puts)[1])
     rig.side.take_stats()
 
 
@@ -351,7 +351,7 @@ def test_an_adapter_that_was_trained_again_finds_nothing(rig: Rig, tmp_path: Pat
     file.write_bytes(bytes(64))
     adapter = LoRARequest("adapter", 1, str(file))
     rig.agent.say(Copied(rig.begin("a", [1, 2, 3, 4], lora_request=adapter).op_id))
-    eventually(lambda: (rig.side._poll(), not rig.side._states["a"].puts)[1])
+    eventually(lambda: (rig.side._poll(), not rig.side._states["a"].transfers.puts)[1])
     assert answered(rig, Request("b", lora_request=adapter)) == (3 * PER_BLOCK, True)
     assert answered(rig, Request("c")) == (0, False)
     file.write_bytes(bytes(63) + b"1")

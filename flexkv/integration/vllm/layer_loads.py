@@ -12,67 +12,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from flexkv.common.errors import ClosedError, DeviceError
-from flexkv.common.terms import Tier
 from flexkv.integration.vllm.metadata import StepMetadata
-from flexkv.integration.vllm.request_state import Load, RequestState, ids_of
 from flexkv.integration.vllm.setup import Setup
 from flexkv.observe.logs import get_logger
 from flexkv.server.agent import Agent
-from flexkv.server.client import Client
-from flexkv.server.wire import Done
 
 log = get_logger(__name__)
-
-
-class LayerLoad(NamedTuple):
-    """A load by layer under way."""
-
-    state: RequestState
-    load: Load
-
-
-class ScheduledLayerLoads:
-    """The scheduler's side: which loads go by layer, and those under way."""
-
-    def __init__(self, setup: Setup, client: Client) -> None:
-        self._setup, self._client = setup, client
-        self._under_way: dict[int, LayerLoad] = {}
-
-    def suits(self, state: RequestState) -> bool:
-        """Return whether what was found for a request can be loaded in the step.
-
-        It has to be in host memory: a step should not wait for the SSD, or for room. While puts of
-        the request are under way, it loads nothing.
-        """
-        found = state.found
-        if not self._setup.loads_by_layer or found is None or state.puts:
-            return False
-        return found.by_tier.get(Tier.HOST.label, 0) >= found.blocks - state.local_blocks
-
-    def begin(self, state: RequestState, step: StepMetadata) -> None:
-        """Begin a request's load, whose blocks no put may read any more.
-
-        The request runs in the step as if its blocks were there.
-        """
-        load, state.load, gated = state.load, None, self._setup.gates_loads
-        assert load is not None
-        ids = ids_of(load.block_ids)
-        number = self._client.get(load.keys, load.first, ids, load.held, gated, by_layer=True)
-        self._under_way[number] = LayerLoad(state, load)
-        step.layer_loads[number] = load.block_ids
-        if not load.first:
-            state.stored_blocks = len(load.block_ids)
-
-    def take(self, done: Done) -> LayerLoad | None:
-        """Return the load that `done` is the end of; None if it is the end of another request."""
-        ended = self._under_way.pop(done.number, None)
-        if ended is not None and done.moved < len(ended.load.block_ids):
-            # They are computed anew, not as the server has them: none of them counts as stored.
-            ended.state.stored_blocks = min(ended.state.stored_blocks, ended.load.first)
-        return ended
 
 
 class WorkerLayerLoads:

@@ -2,95 +2,30 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from flexkv import _ext
-from flexkv.common.terms import BlockIds
+from flexkv.integration.common.request_transfers import RequestTransfers
 from flexkv.integration.vllm.events import KVEvents
 from flexkv.integration.vllm.prompt import Scopes, features_of
 from flexkv.server.client import Client
-from flexkv.server.prompts import Prompt, PromptPart
-from flexkv.server.wire import Matched
-
-ROOM_S = 2.0
-"""How long a load for which host memory has no room is retried."""
-
-
-class Load:
-    """A load that is wanted, or whose get is under way."""
-
-    __slots__ = ("again_s", "block_ids", "first", "found", "held", "keys", "number", "until_s")
-
-    def __init__(self, keys: PromptPart, first: int, block_ids: list[int], found: Matched) -> None:
-        self.keys, self.first, self.block_ids = keys, first, block_ids
-        self.found, self.held = found, found.number
-        self.number: int | None = None
-        self.again_s, self.until_s = 0.0, time.monotonic() + ROOM_S
-
-
-class Put(NamedTuple):
-    """A put under way.
-
-    Attributes:
-        first: the first block of the prompt that it stores.
-        block_ids: the device blocks that it reads.
-        generation: the generation of the cache when computing the blocks began.
-    """
-
-    first: int
-    block_ids: BlockIds
-    generation: int
+from flexkv.server.prompts import PromptPart
 
 
 class RequestState:
     """What is known about one of vLLM's requests."""
 
-    __slots__ = (
-        "block_ids", "by_layer", "features", "finished", "found", "generation", "has_loaded",
-        "is_stale",
-        "is_told", "load", "local_blocks", "may_load", "noted", "parts", "prompt", "puts",
-        "request", "scope", "stored_blocks", "was_put_off",
-    )  # fmt: skip
+    __slots__ = ("features", "is_told", "noted", "parts", "request", "scope", "transfers")
 
-    def __init__(self, request: Any, scopes: Scopes, generation: int, prompt: Prompt) -> None:
-        self.prompt = prompt
-        """The keys of its blocks, as far as they have been needed."""
+    def __init__(self, request: Any, scopes: Scopes, transfers: RequestTransfers) -> None:
         self.request, self.parts = request, scopes.parts_of(request)
         self.scope = scopes.scope_of(request, self.parts)
         self.features = features_of(request)
-        self.block_ids: list[int] = []
-        self.local_blocks = 0
-        """How many of its blocks the device had when a load was offered."""
-        self.stored_blocks = 0
-        self.may_load = True
-        self.was_put_off = False
-        """Whether it was put off because too many matches were under way."""
-        self.load: Load | None = None
-        self.by_layer = False
-        """Whether the step loads what was found for it, layer by layer."""
-        self.found: Matched | None = None
-        """The match that is offered to it, with a hold on its blocks."""
+        self.transfers = transfers
+        """Its keys, blocks, load and puts."""
         self.is_told = False
         """Whether the server was asked to report its blocks' tiers, for KV events."""
         self.noted = 0
         """How many of its blocks the KV events know."""
-        self.puts: dict[int, Put] = {}
-        self.finished = False
-        self.generation = generation
-        """The generation of the cache when its blocks began to be computed or looked up."""
-        self.is_stale = False
-        """Whether the cache was cleared since then, so that none of its blocks are stored."""
-        self.has_loaded = False
-        """Whether it has loaded blocks, which are no newer than that generation."""
-
-    def begins_anew(self, generation: int) -> None:
-        """Record that it has new blocks, computed from now on, unless some were loaded."""
-        if not self.has_loaded:
-            self.generation, self.is_stale = generation, False
-        self.has_loaded = False
 
 
 class RequestStates:
@@ -109,12 +44,11 @@ class RequestStates:
 
     def track(self, request: Any) -> RequestState:
         """Return the state of a request; create it if the request is new."""
-        state = self.by_id.get(request.request_id)
+        state = self.by_id.get(request_id := request.request_id)
         if state is None:
             client = self._client
-            state = self.by_id[request.request_id] = RequestState(
-                request, self._scopes, client.generation, client.new_prompt()
-            )
+            transfers = RequestTransfers(request_id, client.new_prompt(), client.generation)
+            state = self.by_id[request_id] = RequestState(request, self._scopes, transfers)
         return state
 
     def forget(self, request_id: str) -> None:
@@ -123,9 +57,10 @@ class RequestStates:
         self._forget_keys(state)
 
     def _forget_keys(self, state: RequestState) -> None:
-        self._client.forget(state.prompt)
+        prompt = state.transfers.prompt
+        self._client.forget(prompt)
         if self._events is not None:
-            self._events.forget(state.request, bytes(state.prompt.keys), state.noted)
+            self._events.forget(state.request, bytes(prompt.keys), state.noted)
 
     def has_keys(self, state: RequestState) -> bool:
         """Return whether a request's blocks have keys; streamed input may change or end that."""
@@ -134,7 +69,7 @@ class RequestStates:
             self._forget_keys(state)
             state.features = features
             state.scope = self._scopes.scope_of(state.request, state.parts)
-            state.prompt, state.noted = self._client.new_prompt(), 0
+            state.transfers.prompt, state.noted = self._client.new_prompt(), 0
         return state.scope is not None
 
     def part(self, state: RequestState, blocks: int) -> PromptPart:
@@ -142,7 +77,7 @@ class RequestStates:
 
         The tokens of these blocks must not change any more.
         """
-        prompt, scope = state.prompt, state.scope
+        prompt, scope = state.transfers.prompt, state.scope
         if (known := prompt.blocks) < blocks:
             request, end = state.request, blocks * self._per_block
             assert scope is not None
@@ -163,8 +98,3 @@ def _first_tokens(request: Any, end: int) -> list[int]:
         return prompt
     tokens: list[int] = request.all_token_ids[:end]
     return tokens
-
-
-def ids_of(ids: list[int]) -> BlockIds:
-    """Return block ids as an int64 array, in a fifth of the time that numpy needs for a list."""
-    return np.frombuffer(_ext.pack_int64(ids), np.int64)

@@ -20,37 +20,29 @@ Hazards, and how they are met:
 
 from __future__ import annotations
 
-import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from flexkv.common.errors import FlexKVError
-from flexkv.common.terms import BlockIds
 from flexkv.integration.common.costs import Costs
-from flexkv.integration.common.device_blocks import DeviceBlocks
 from flexkv.integration.common.own_server import OwnServer
 from flexkv.integration.common.pending_matches import PendingMatches
+from flexkv.integration.common.transfers import TransferRules, Transfers
 from flexkv.integration.vllm.events import KVEvents
-from flexkv.integration.vllm.layer_loads import ScheduledLayerLoads
 from flexkv.integration.vllm.metadata import StepMetadata
 from flexkv.integration.vllm.prompt import Scopes
-from flexkv.integration.vllm.request_state import Load, Put, RequestState, RequestStates, ids_of
+from flexkv.integration.vllm.request_state import RequestState, RequestStates
 from flexkv.integration.vllm.setup import Setup
 from flexkv.integration.vllm.stats import Counts, FlexKVStats
 from flexkv.observe.logs import get_logger
 from flexkv.server.client import Client
 from flexkv.server.operator import command
-from flexkv.server.prompts import PromptPart
-from flexkv.server.wire import Done, Matched
+from flexkv.server.wire import Matched
 
 log = get_logger(__name__)
 
 STEPS_LATE = 4
 """The scheduler knows a scheduled token at most this many steps later."""
-ROOM_AGAIN_S = 0.002
-"""Pause before a load is retried for which host memory had no room."""
 
 
 class SchedulerSide:
@@ -77,14 +69,12 @@ class SchedulerSide:
             self.client, self._scopes, self._events, cache.tokens_per_block
         )
         self._states = self._requests.by_id
-        self._of_number: dict[int, str] = {}
-        self._layer_loads = ScheduledLayerLoads(setup, self.client)
-        self._blocks = DeviceBlocks()
-        self._fresh_puts: dict[int, BlockIds] = {}
-        self._waiting: list[str] = []
-        """Requests whose load waits: for their puts, for puts that read its blocks, or for room."""
-        self._step = StepMetadata()
         self._counts = Counts(cache.num_log_interval_requests)
+        wait_s = settings.server_answer_ms / 1e3
+        self.transfers = Transfers(
+            self.client, TransferRules(setup.gates_loads, setup.loads_by_layer, wait_s),
+            StepMetadata, self._counts.count, self._forget, self._costs,
+        )  # fmt: skip
 
     # -- loads ----------------------------------------------------------------------------------
 
@@ -115,26 +105,28 @@ class SchedulerSide:
         if found is None:
             self._counts.count("late_matches")
             return None, False
-        state.found, state.local_blocks = found, local_blocks
+        transfers = state.transfers
+        transfers.found, transfers.local_blocks = found, local_blocks
         self._counts.count("matches")
         extra = found.blocks * self._per_block - computed
         if not self.client.is_ready:  # nothing can be loaded; that may be news since `_wanted`
             extra = 0
         if extra > 0 and self._costs and not self._costs.is_worth_it(found.by_tier, extra):
             self._counts.count("declined_blocks", extra // self._per_block)
-            state.may_load = False
+            transfers.may_load = False
         elif extra > 0:
             self._counts.count("hits")
             self._counts.count("offered_blocks", extra // self._per_block)
-            state.by_layer = self._layer_loads.suits(state)
-            return extra, not state.by_layer
+            transfers.by_layer = self.transfers.suits_layers(transfers)
+            return extra, not transfers.by_layer
         self._release(state)
         return 0, False
 
     def _wanted(self, state: RequestState, computed: int) -> int:
         """Return how many blocks of a prompt could be loaded; 0 if none after those computed."""
         request = state.request
-        if not state.may_load or not self._requests.has_keys(state) or not self._ready():
+        may_load = state.transfers.may_load
+        if not may_load or not self._requests.has_keys(state) or not self._ready():
             return 0
         if getattr(request, "skip_reading_prefix_cache", False):  # it wants every token's logits
             return 0
@@ -153,12 +145,13 @@ class SchedulerSide:
             if found is None or found.blocks <= local_blocks or first == local_blocks:
                 return found
             # The match was sent before the device's own blocks were known.
-            state.found = found
+            state.transfers.found = found
         self._release(state)
         if questions.make_room():
             self._ask(state, blocks, local_blocks, is_early=False)
             return questions.answer(request_id)
-        was_put_off, state.was_put_off = state.was_put_off, True
+        transfers = state.transfers
+        was_put_off, transfers.was_put_off = transfers.was_put_off, True
         return Matched(0, 0, {}) if was_put_off else None
 
     def _ask(self, state: RequestState, blocks: int, local_blocks: int, is_early: bool) -> None:
@@ -176,39 +169,14 @@ class SchedulerSide:
             external: how many tokens to load, after those that the device has.
         """
         state = self._states.get(request.request_id)
-        if state is None or state.found is None:
+        if state is None or state.transfers.found is None:
             return
         if not external:  # another connector's offer was taken
             self._release(state)
             return
         (ids,) = blocks.get_block_ids()
-        first = state.local_blocks
-        last = first + external // self._per_block
-        part = PromptPart(state.prompt, last)
-        state.load, state.found = Load(part, first, list(ids[first:last]), state.found), None
-        state.has_loaded = True
-        if self._blocks.was_reset:
-            self._blocks.written(list(ids[:last]), first)
-        if not state.by_layer:
-            self._start(request.request_id, state, state.load)
-            return
-        self._wait_for_readers(ids_of(state.load.block_ids))
-        self._layer_loads.begin(state, self._step)
-
-    def _start(self, request_id: str, state: RequestState, load: Load) -> None:
-        """Begin a load, or let it wait: for its request's puts, puts that read its blocks, or room.
-
-        So no request ever loads and stores at once, and vLLM is told only one end of each.
-        """
-        ids = ids_of(load.block_ids)
-        if state.puts or self._blocks.are_read(ids) or load.again_s > time.monotonic():
-            self._waiting.append(request_id)
-            return
-        gated = self._setup.gates_loads
-        load.number = self.client.get(load.keys, load.first, ids, load.held, gated)
-        self._of_number[load.number] = request_id
-        if gated:
-            self._step.loads.append(load.number)
+        last = state.transfers.local_blocks + external // self._per_block
+        self.transfers.load(state.transfers, list(ids), last)
 
     # -- puts, and each step --------------------------------------------------------------------
 
@@ -219,29 +187,24 @@ class SchedulerSide:
             output: vLLM's `SchedulerOutput`.
         """
         self._poll()
-        fresh = list[int]()
         for new in output.scheduled_new_reqs:
             state = self._states.get(new.req_id)
             if state is not None:
-                state.block_ids = list(new.block_ids[0])
+                state.transfers.block_ids = list(new.block_ids[0])
                 first = new.num_computed_tokens // self._per_block
-                fresh += self._written(state, first)
+                self.transfers.written(state.transfers, first)
                 self._put(state, new.num_computed_tokens, output)
-        self._go_on(output, fresh)
-        if fresh and self._blocks.any_read:
-            self._wait_for_readers(ids_of(fresh))
-        puts, self._fresh_puts = self._fresh_puts, {}
-        self._blocks.begin_puts(list(puts.values()), self.client.num_blocks)
+        self._go_on(output)
+        step = self.transfers.make_step()
         self._pending_matches.step_is_made()
         self.client.flush()
         if self._costs is not None:
             counts = output.num_scheduled_tokens.values()
             self._costs.step_begins(sum(count for count in counts if count > 1))
-        step, self._step = self._step, StepMetadata()
         return step
 
-    def _go_on(self, output: Any, fresh: list[int]) -> None:
-        """Handle requests of earlier steps; add blocks that they are the first to write to `fresh`.
+    def _go_on(self, output: Any) -> None:
+        """Handle requests of earlier steps.
 
         Most of them complete no block in most steps, and are not even looked up then. The tokens of
         a block may become known a few steps after it was completed.
@@ -259,184 +222,55 @@ class SchedulerSide:
             state = self._states.get(request_id)
             if state is None:
                 continue
+            transfers = state.transfers
             if new_ids is not None:
-                first = len(state.block_ids)
+                first = len(transfers.block_ids)
                 if request_id in cached.resumed_req_ids:
-                    state.block_ids, first = [], computed // per_block
-                    state.begins_anew(self.client.generation)
-                state.block_ids += new_ids[0]
-                fresh += self._written(state, first)
-            if after >= (state.stored_blocks + 1) * per_block:
+                    transfers.block_ids, first = [], computed // per_block
+                    transfers.begins_anew(self.client.generation)
+                transfers.block_ids += new_ids[0]
+                self.transfers.written(transfers, first)
+            if after >= (transfers.stored_blocks + 1) * per_block:
                 self._put(state, computed, output)
-
-    def _written(self, state: RequestState, first: int) -> list[int]:
-        """Return a request's blocks from `first` on, which this step is the first to write."""
-        self._blocks.written(state.block_ids, first)
-        return state.block_ids[first:]
 
     def _put(self, state: RequestState, computed: int, output: Any) -> None:
         """Begin a put of the whole blocks that a step completes, which is ready after the step."""
-        if state.is_stale or not self.client.is_ready or not self._requests.has_keys(state):
+        if not self._requests.has_keys(state):
             return
-        request_id = state.request.request_id
-        first, after = state.stored_blocks, computed + output.num_scheduled_tokens[request_id]
+        request, request_id = state.request, state.request.request_id
+        after = computed + output.num_scheduled_tokens[request_id]
         # Drafts may be rejected.
         after -= len(output.scheduled_spec_decode_tokens.get(request_id, ()))
-        blocks = min(after, len(state.request.all_token_ids)) // self._per_block
-        if not first < blocks <= len(state.block_ids):
-            return
-        if self._blocks.was_reset and self._blocks.are_old(state.block_ids[:blocks]):
-            return
-        ids = ids_of(state.block_ids[first:blocks])
-        part = self._requests.part(state, blocks)
-        number = self.client.put(part, first, ids, state.generation)
-        state.stored_blocks = blocks
-        state.puts[number] = Put(first, ids, state.generation)
-        self._of_number[number] = request_id
-        self._fresh_puts[number] = ids
-        self._step.puts.append(number)
-
-    def drop_puts_of(self, invalid: Collection[int]) -> None:
-        """Cancel the puts of requests with blocks that could not be loaded."""
-        for state in self._states.values():
-            if state.puts and not set(state.block_ids).isdisjoint(invalid):
-                self.client.cancel(list(state.puts))
-                self._step.dropped.update(state.puts)
-                state.stored_blocks = min(put.first for put in state.puts.values())
-
-    def _wait_for_readers(self, fresh: BlockIds) -> None:
-        """Return once no earlier put reads blocks that this step is the first to write.
-
-        Such puts are cancelled. If they do not end soon, the client disconnects: the server stores
-        nothing that they have read without checking that the client is still connected.
-        """
-        wait_s = self._setup.settings.server_answer_ms / 1e3  # it takes some milliseconds
-        cancelled, until_s = set[int](), time.monotonic() + wait_s
-        while self._blocks.are_read(fresh):
-            readers = {
-                number
-                for state in self._states.values()
-                for number, put in state.puts.items()
-                if number not in self._fresh_puts and np.isin(put.block_ids, fresh).any()
-            }
-            self.client.cancel(list(readers - cancelled))
-            self.client.flush()
-            cancelled |= readers
-            if time.monotonic() > until_s:
-                self.client.give_up(f"{len(readers)} puts did not end within {wait_s} s")
-            time.sleep(0.0001)
-            self._poll()
+        blocks = min(after, len(request.all_token_ids)) // self._per_block
+        if self.transfers.may_put(state.transfers, blocks):
+            self.transfers.put(state.transfers, self._requests.part(state, blocks))
 
     def _poll(self) -> None:
-        """Handle the requests that have ended, and start the loads that waited for them."""
-        ended = self.client.poll()
-        self._hear()  # before the requests with the changed blocks are forgotten
-        for done in ended:
-            if (layered := self._layer_loads.take(done)) is not None:
-                self._count_load(*layered, done)  # the workers have reported what failed
-                continue
-            request_id = self._of_number.pop(done.number, None)
-            if request_id is not None:
-                self._ended(request_id, self._states[request_id], done)
-        waiting, self._waiting = self._waiting, []
-        for request_id in waiting:
-            state = self._states[request_id]
-            assert state.load is not None
-            if state.finished and not state.puts:
-                self._load_over(request_id, state)
-            else:
-                self._start(request_id, state, state.load)
+        """Handle the transfers that have ended, and start the loads that waited for them."""
+        self.transfers.poll()
+        self._hear()
         if self._launched is not None and not self.client.is_ready:
             self._launched.look()
 
-    def _ended(self, request_id: str, state: RequestState, done: Done) -> None:
-        if done.number in state.puts:
-            self._put_ended(request_id, state, done)
-            return
-        load = state.load
-        assert load is not None
-        now_s = time.monotonic()
-        if done.status == "unready" and not state.finished and now_s < load.until_s:
-            # Host memory has no room for blocks from SSD; other requests will end soon.
-            load.number, load.again_s = None, now_s + ROOM_AGAIN_S
-            self._waiting.append(request_id)
-            return
-        self._count_load(state, load, done)
-        if done.moved < len(load.block_ids):
-            self._step.failed_blocks.update(load.block_ids[done.moved :])
-            self._step.settle.append(done.number)
-        elif not load.first:
-            state.stored_blocks = len(load.block_ids)
-        self._load_over(request_id, state)
-
-    def _count_load(self, state: RequestState, load: Load, done: Done) -> None:
-        """Count a load that is over; a request whose load came short loads nothing any more."""
-        self._counts.count("loads")
-        self._counts.count("loaded_blocks", done.moved)
-        if done.moved < len(load.block_ids):
-            if not state.finished:
-                log.warning("load_incomplete", request=state.request.request_id,
-                            wanted=len(load.block_ids), loaded=done.moved, status=done.status,
-                            reason=done.error)  # fmt: skip
-            self._counts.count("failed_blocks", len(load.block_ids) - done.moved)
-            state.may_load = False
-        elif self._costs is not None:
-            self._costs.loaded(load.found.by_tier, done.took_s)
-
-    def _load_over(self, request_id: str, state: RequestState) -> None:
-        state.load = None
-        self._step.received.add(request_id)
-        if state.finished:
-            self._requests.forget(request_id)
-
-    def _put_ended(self, request_id: str, state: RequestState, done: Done) -> None:
-        put = state.puts.pop(done.number)
-        self._counts.count("puts")
-        self._counts.count("stored_blocks", done.moved)
-        if self._fresh_puts.pop(done.number, None) is None:
-            self._blocks.end_put(put.block_ids)
-        if done.status != "success":
-            self._counts.count("failed_puts", 0 if done.is_stale else 1)
-            self._step.settle.append(done.number)
-        if done.is_stale:  # the cache was cleared since its blocks were computed
-            state.is_stale |= put.generation == state.generation
-        # Later blocks would lack these as parents, so the next put stores these, too.
-        elif done.error or done.status != "success":
-            state.stored_blocks = min(state.stored_blocks, put.first)
-        elif not done.moved and put.first:
-            state.stored_blocks = 0
-        if state.finished and not state.puts and state.load is None:
-            self._step.sent.add(request_id)
-            self._requests.forget(request_id)
+    def _forget(self, request_id: str) -> None:
+        """Forget a request that is over, and what has changed for it until then."""
+        self._hear()
+        self._requests.forget(request_id)
 
     def request_finished(self, request: Any) -> bool:
         """Return whether puts still read the request's blocks; `sent` follows when they are done.
 
         vLLM by itself keeps the blocks of a request that is loading, until `received`.
         """
-        request_id = request.request_id
-        state = self._states.get(request_id)
+        state = self._states.get(request.request_id)
         if state is None:
             return False
         self._release(state)
         self._counts.request_ended()
-        state.finished = True
         lora = getattr(request, "lora_request", None)
         if lora is not None and request.num_output_tokens:
             self._scopes.adapters.has_run(lora)
-        load = state.load
-        if load is not None and load.number is None:
-            # The load has not begun: `_poll` ends it once no put of the request is under way.
-            if load.held:
-                self.client.release([load.held])
-            load.block_ids, load.held = [], 0
-        elif load is not None and load.number is not None:
-            self.client.cancel([load.number])
-        elif state.puts:
-            return True
-        else:
-            self._requests.forget(request_id)
-        return False
+        return self.transfers.finish(state.transfers)
 
     def take_stats(self) -> FlexKVStats | None:
         """Return the counts since the last call; None when there are none."""
@@ -462,10 +296,10 @@ class SchedulerSide:
         Nothing that was computed or loaded before a reset is stored after it.
         """
         self._pending_matches.give_up_all()  # their answers are from before
-        self._blocks.reset()
+        self.transfers.blocks.reset()
         for request_id, state in list(self._states.items()):
-            state.stored_blocks = 0
-            if not (state.block_ids or state.load or state.puts):  # it has not begun
+            state.transfers.stored_blocks = 0
+            if not state.transfers.has_begun:
                 self._release(state)
                 self._requests.forget(request_id)
         try:
@@ -493,6 +327,6 @@ class SchedulerSide:
     def _release(self, state: RequestState) -> None:
         """Give up a request's match, or the offer that it has, and the hold."""
         self._pending_matches.give_up(state.request.request_id)
-        found, state.found = state.found, None
+        found, state.transfers.found = state.transfers.found, None
         if found is not None and found.blocks:
             self.client.release([found.number])

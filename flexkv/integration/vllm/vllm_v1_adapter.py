@@ -138,7 +138,7 @@ class FlexKVConnectorV1Impl:
     def update_connector_output(self, connector_output: Any) -> None:
         """Drop the puts of requests with blocks that could not be loaded, by any connector."""
         if self.scheduler is not None and connector_output.invalid_block_ids:
-            self.scheduler.drop_puts_of(connector_output.invalid_block_ids)
+            self.scheduler.transfers.drop_puts_of(connector_output.invalid_block_ids)
 
     def request_finished(
         self, request: Any, block_ids: list[int]

@@ -263,7 +263,7 @@ class Stand:
         self.step()
         assert_scheduler_empty(self.scheduler)
         assert self.side._states == {}
-        assert not self.side._blocks.readers.any()
+        assert not self.side.transfers.blocks.readers.any()
 
     def check_empty(self) -> None:
         """Check that neither scheduler, our side nor the server keeps anything."""
