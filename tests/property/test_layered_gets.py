@@ -67,7 +67,7 @@ class Machine:
         for op_id in op_ids:
             ends = sorted({LAYERS, *self.random.sample(range(1, LAYERS), 2)})
             for first, last in zip([0, *ends], ends, strict=False):
-                self.left.append((number, Layers(first, last, op_id, [])))
+                self.left.append((number, Layers(first, last, op_id)))
 
     def piece(self) -> None:
         """End a piece, which may be of an earlier plan or of a get that is over."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.random import default_rng  # now: a child that runs as another user cannot read it
 from numpy.typing import NDArray
 
 from flexkv.common.config import CacheConfig, ModelConfig
@@ -31,7 +32,7 @@ def cache_config(directory: Path, **changes: Any) -> CacheConfig:
 def kv_caches(seed: int = 0) -> list[NDArray[np.float16]]:
     """Return per-layer caches [2, blocks, tokens, heads, dim] of random bytes."""
     shape = (2, DEVICE_BLOCKS, PER_BLOCK, MODEL.num_kv_heads, MODEL.head_size)
-    random = np.random.default_rng(seed)
+    random = default_rng(seed)
     return [
         random.integers(0, 1 << 16, shape, np.uint16).view(np.float16)
         for _ in range(MODEL.num_layers)
