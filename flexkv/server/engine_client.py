@@ -308,10 +308,10 @@ class EngineClient:
 
     # -- what tickets need ----------------------------------------------------------------------
 
-    def begin(self, ticket: RemoteTicket, start: Start) -> None:
+    def send(self, ticket: RemoteTicket, start: Start) -> None:
         """Send a request, whose ticket gets its end."""
         self._under_way[start.number] = ticket
-        self._client.begin(structs.replace(start, epoch=self._client.epoch))
+        self._client.begin(start)
         self._client.flush()
         if start.when_ready:
             self.report_ready(start.number)
@@ -326,6 +326,11 @@ class EngineClient:
         """End the hold of a prepared get."""
         self._client.release((number,))
         self._client.flush()
+
+    @property
+    def epoch(self) -> int:
+        """Return what identifies the state of the devices: see `State`."""
+        return self._client.epoch
 
     @property
     def order(self) -> str:

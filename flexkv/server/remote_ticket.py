@@ -29,6 +29,11 @@ class Sends(Protocol):
         ...
 
     @property
+    def epoch(self) -> int:
+        """Return what identifies the state of the devices now."""
+        ...
+
+    @property
     def orders_all(self) -> bool:
         """Return whether the devices of all ranks are in this process."""
         ...
@@ -37,7 +42,7 @@ class Sends(Protocol):
         """Return a ticket with its slots."""
         ...
 
-    def begin(self, ticket: RemoteTicket, start: Start) -> None:
+    def send(self, ticket: RemoteTicket, start: Start) -> None:
         """Send a request, whose ticket gets its end."""
         ...
 
@@ -84,7 +89,7 @@ class RemoteTicket:
         self._over = asyncio.Event()
         self._done = Done(request.request_id, "failed", 0)
         self._error: FlexKVError | None = None
-        self._is_begun = False
+        self._epoch: int | None = None
         self._write_error: FlexKVError | None = None
 
     def with_request(self, request: Request) -> RemoteTicket:
@@ -102,10 +107,14 @@ class RemoteTicket:
         return self._door.ready(self, slot_mapping)
 
     def begin(self) -> None:
-        """Send the request; once only."""
-        if self._is_begun or self.response is not None:
-            return
-        self._is_begun = True
+        """Bind the request to the devices for which its slots were checked; `run` sends it.
+
+        A task that is cancelled before its first step has sent nothing, so it has nothing to undo.
+        """
+        if self._epoch is None:
+            self._epoch = self._door.epoch
+
+    def _send(self) -> None:
         request, ids = self.request, self.request.device_ids
         start = Start(
             request.request_id,
@@ -113,14 +122,14 @@ class RemoteTicket:
             request.keys,
             request.span.first_block,
             b"" if ids is None else ids.tobytes(),
-            epoch=0,  # set when it is sent
+            self._epoch or 0,
             when_ready=ids is not None and self._door.orders_all,
             held=request.request_id if self._holds else 0,
             namespace_hash=request.namespace_hash,
             generation=self._generation,
         )
         self._holds = False  # the server ends the hold
-        self._door.begin(self, start)
+        self._door.send(self, start)
 
     def ended(self, done: Done) -> None:
         """Take the end of the request."""
@@ -137,6 +146,7 @@ class RemoteTicket:
         self.begin()
         if self.response is not None:
             return self.response
+        self._send()
         try:
             await self._over.wait()
         except asyncio.CancelledError:
