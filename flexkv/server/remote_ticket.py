@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flexkv.actors.supervisor import Supervisor
-from flexkv.common.errors import ClosedError, FlexKVError, error_from
+from flexkv.common.errors import ClosedError, FlexKVError, TransferError, error_from
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.engine.runner import ALONE, RequestOwner
 from flexkv.server.wire import Done, Start
@@ -21,11 +21,6 @@ class Sends(Protocol):
     @property
     def supervisor(self) -> Supervisor:
         """Return what owns the tasks."""
-        ...
-
-    @property
-    def order(self) -> str:
-        """Return the element order of the devices' blocks."""
         ...
 
     @property
@@ -69,34 +64,39 @@ class RemoteTicket:
     Attributes:
         request: what is asked for; its id is the number by which the server knows it.
         response: None before there is one.
-        order: the element order of the devices' blocks when its keys were derived.
+        order: the element order of the devices' blocks for which its keys were derived.
     """
 
     def __init__(
-        self, door: Sends, request: Request, generation: int | None = None, holds: bool = False
+        self,
+        door: Sends,
+        request: Request,
+        order: str,
+        generation: int | None = None,
+        holds: bool = False,
     ) -> None:
         """Make the ticket of a request.
 
         Args:
             door: sends it.
             request: what is asked for.
+            order: the element order of the devices' blocks for which its keys were derived.
             generation: the server's when a put was prepared; a later clear voids the put.
             holds: whether a match under the request's id keeps what it found from eviction.
         """
-        self.request, self.order = request, door.order
+        self.request, self.order = request, order
         self.response: KVResponse | None = None
         self._door, self._generation, self._holds = door, generation, holds
         self._over = asyncio.Event()
         self._done = Done(request.request_id, "failed", 0)
         self._error: FlexKVError | None = None
         self._epoch: int | None = None
-        self._write_error: FlexKVError | None = None
+        why = "it was not finished in time"
+        self._write_error: FlexKVError | None = TransferError(0, "write-behind", 0, why)
 
     def with_request(self, request: Request) -> RemoteTicket:
         """Return the ticket of the same request with more in it; it takes over the hold."""
-        ticket = RemoteTicket(self._door, request, self._generation, self._holds)
-        ticket.order = self.order
-        return ticket
+        return RemoteTicket(self._door, request, self.order, self._generation, self._holds)
 
     def with_slots(self, slot_mapping: Any) -> RemoteTicket:
         """Return the ticket of a prepared request with its slots.
@@ -162,11 +162,19 @@ class RemoteTicket:
         return self.response
 
     async def _settled(self) -> None:
-        """Return once no device of this process touches the request's blocks, cancelled or not."""
+        """Return once no device of this process touches the request's blocks, cancelled or not.
+
+        Cancellation: CancelledError is raised after that.
+        """
         settling = self._door.supervisor.spawn("settle", self._door.settle(self.request.request_id))
+        cancelled: asyncio.CancelledError | None = None
         while not settling.done():
-            with suppress(asyncio.CancelledError):
+            try:
                 await asyncio.wait([settling])
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
 
     def release(self) -> None:
         """End the hold on the blocks that a prepared ticket has found."""
@@ -185,6 +193,8 @@ class RemoteTicket:
                 await self._door.flush()
             except FlexKVError as error:
                 self._write_error = error
+                return
+        self._write_error = None
 
     def write_error(self) -> FlexKVError | None:
         """Return why something is not on stable storage; None if all of it is."""
