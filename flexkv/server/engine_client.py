@@ -184,7 +184,9 @@ class EngineClient:
         ranks are all here waits until the server knows them all, if it is there.
 
         Raises:
-            ConfigError: the tensors do not fit the model, or their layout is ambiguous.
+            ConfigError: the tensors do not fit the model, their layout is ambiguous, or the server
+                refuses this rank.
+            DeviceError, BackendUnavailableError: the device or the server's memory cannot be used.
             ClosedError: not open.
         """
         self._check_open()
@@ -201,8 +203,12 @@ class EngineClient:
         while self.orders_all and not self.has_device and time.monotonic() < until_s:
             self.receive()
             if self._client.connection is None:
-                break
+                return
             time.sleep(LOOK_S / 10)
+        if agent.fault is not None and not self.has_device:
+            del self._agents[tp_rank]
+            agent.close()
+            raise agent.fault
 
     @property
     def orders_all(self) -> bool:

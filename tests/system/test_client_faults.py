@@ -26,6 +26,7 @@ from flexkv.common.terms import Tier
 from flexkv.kvmanager import KVManager
 from flexkv.process.polling import is_readable
 from flexkv.server import client as client_module
+from flexkv.server import engine_client
 from flexkv.server.engine_client import EngineClient
 from flexkv.server.handshake import connect
 from flexkv.server.remote_ticket import RemoteTicket
@@ -35,7 +36,7 @@ from .caches import MODEL, PER_BLOCK, bytes_of, kv_caches, slots_of
 from .clients import started_client
 from .fake_server import FakeServer
 from .forked import forked_server
-from .serving import settings_in
+from .serving import Peer, settings_in
 
 PROMPT = np.arange(1000, 1000 + 10 * PER_BLOCK)
 SLOTS = slots_of(range(10))
@@ -103,6 +104,22 @@ async def test_a_connection_that_ends_is_watched_no_more(tmp_path: Path, call: s
         assert door._client.connection is None
         assert door._watched is None
     server.close()
+
+
+def test_a_rank_that_the_server_refuses_is_not_registered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's reason is raised, and the rank may be registered again with other tensors."""
+    monkeypatch.setattr(engine_client, "READY_S", 0.5)
+    with started_client(tmp_path) as manager:
+        other = Peer(settings_in(tmp_path), "agent", instance=1)
+        caches = [layer.swapaxes(2, 3).copy() for layer in kv_caches()]
+        with pytest.raises(ConfigError, match="same element order as the other ranks"):
+            manager.register_kv_caches(caches)
+        assert not manager.is_ready()
+        manager.register_kv_caches(kv_caches())
+        assert manager.is_ready()
+        other.close()
 
 
 @pytest.fixture
