@@ -19,7 +19,13 @@ from typing import Any
 from flexkv.actors.supervisor import Supervisor
 from flexkv.common.arguments import integer, seconds
 from flexkv.common.config import CacheConfig, ModelConfig
-from flexkv.common.errors import ClosedError, ConfigError, DeviceError, FlexKVError
+from flexkv.common.errors import (
+    BackendUnavailableError,
+    ClosedError,
+    ConfigError,
+    DeviceError,
+    FlexKVError,
+)
 from flexkv.common.terms import Layers, Route, Tier, Transfer
 from flexkv.front.layerwise import TIMEOUT_S
 from flexkv.front.loop_thread import LoopThread
@@ -66,7 +72,11 @@ TELL_EVERY = 100
 
 
 class Agent:
-    """The agent that lends one rank's KV caches to a server."""
+    """The agent that lends one rank's KV caches to a server.
+
+    Attributes:
+        fault: why the last attempt to connect failed, other than by an absent server.
+    """
 
     def __init__(
         self,
@@ -97,6 +107,7 @@ class Agent:
         self._settling: dict[int, asyncio.Event] = {}
         self._next_settle = 0
         self._leaving = False
+        self.fault: FlexKVError | None = None
 
     # -- the caller's side, from any thread -----------------------------------------------------
 
@@ -292,6 +303,7 @@ class Agent:
             try:
                 connected = connect(self._address, hello, GREET_S)
             except ConfigError as error:
+                self.fault = error
                 wait_s, reason = RETRY_REFUSED_S, str(error)
             except (OSError, ClosedError) as error:
                 reason = f"{getattr(error, 'strerror', None) or error}; trying again"
@@ -328,10 +340,15 @@ class Agent:
                 backend.attach(arena)
                 device = backend.device(tensors, layout, self._tp_rank)
             except (OSError, FlexKVError) as error:
+                self.fault = (
+                    error if isinstance(error, FlexKVError)
+                    else BackendUnavailableError("the server's host memory", str(error))
+                )  # fmt: skip
                 log.warning("device_setup_failed", path=self._address, reason=str(error))
                 await asyncio.sleep(RETRY_REFUSED_S)
                 return
-            port = self._port = device.port
+            port, self.fault = device.port, None
+            self._port = port
             undo.callback(port.close)
             undo.callback(self._forget)
             port.connect(self._reap)

@@ -16,7 +16,7 @@ from typing import Any
 
 from flexkv.common.arguments import member
 from flexkv.common.config import ModelConfig, Settings
-from flexkv.common.errors import ClosedError, ConfigError
+from flexkv.common.errors import ClosedError, ConfigError, FlexKVError
 from flexkv.common.request import KVResponseStatus, Operation, as_int64
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
 from flexkv.index.keys import KeyChain, Namespace, block_identity
@@ -54,6 +54,7 @@ from flexkv.server.wire import (
     State,
     failed,
     parts_of,
+    why_unsent,
 )
 
 log = get_logger(__name__)
@@ -273,7 +274,7 @@ class Client:
         self._under_way.add(start.number)
         self._blocks[start.number] = max(start.known - 1, 0) + len(start.keys) // BLOCK_KEY_BYTES
         if not self._send(start) and start.number in self._under_way:
-            self._fail(start.number, "not connected to a server")
+            self._fail(start.number, why_unsent(self._blocks[start.number] if self._socket else 0))
         return start.number
 
     def cancel(self, numbers: Sequence[int]) -> None:
@@ -338,7 +339,7 @@ class Client:
         Raises:
             OSError: nobody listens at the address, or nobody answers in time.
             ConfigError: the server refuses us, or is another user's.
-            ClosedError: the server is closing, or this is a forked child.
+            ClosedError: the server is closing, this client is closed, or this is a forked child.
         """
         self._check_process()
         if self._socket is None:
@@ -489,11 +490,11 @@ class Client:
         self._matched.clear()
         self._blocks.clear()
         for number in list(self._under_way):
-            self._fail(number, "disconnected from the server")
+            self._fail(number, ClosedError("disconnected from the server"))
 
-    def _fail(self, number: int, why: str) -> None:
+    def _fail(self, number: int, error: FlexKVError) -> None:
         self._under_way.discard(number)
-        self._ended.append(failed(number, ClosedError(why)))
+        self._ended.append(failed(number, error))
 
 
 _STATUSES = frozenset(status.value for status in KVResponseStatus)

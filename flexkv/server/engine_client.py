@@ -44,9 +44,9 @@ from flexkv.process.stoppable import run_stoppable
 from flexkv.server.agent import Agent
 from flexkv.server.client import Client
 from flexkv.server.frames import FrameSocket
-from flexkv.server.operator import ask
+from flexkv.server.operator import ask, ask_for_long
 from flexkv.server.remote_ticket import RemoteTicket
-from flexkv.server.wire import Done, Start
+from flexkv.server.wire import Answer, Done, Start
 from flexkv.tiers.backend import Progress
 
 log = get_logger(__name__)
@@ -88,6 +88,8 @@ class EngineClient:
         self._agents: dict[int, Agent] = {}
         self._under_way: dict[int, RemoteTicket] = {}
         self._is_open = self._is_used = self._is_closed = False
+        self._probe: int | None = None
+        """The match whose answer shows that the server runs, while cancelled requests wait."""
         self._watched: FrameSocket | None = None
         self._watched_fd = -1
 
@@ -118,7 +120,7 @@ class EngineClient:
             return
         self._is_open = False
         try:
-            self._client.cancel(list(self._under_way))
+            self._cancel(list(self._under_way))
             until_s = time.monotonic() + CLOSE_S
             while self._under_way and time.monotonic() < until_s:
                 self.receive()
@@ -184,7 +186,9 @@ class EngineClient:
         ranks are all here waits until the server knows them all, if it is there.
 
         Raises:
-            ConfigError: the tensors do not fit the model, or their layout is ambiguous.
+            ConfigError: the tensors do not fit the model, their layout is ambiguous, or the server
+                refuses this rank.
+            DeviceError, BackendUnavailableError: the device or the server's memory cannot be used.
             ClosedError: not open.
         """
         self._check_open()
@@ -201,8 +205,12 @@ class EngineClient:
         while self.orders_all and not self.has_device and time.monotonic() < until_s:
             self.receive()
             if self._client.connection is None:
-                break
+                return
             time.sleep(LOOK_S / 10)
+        if agent.fault is not None and not self.has_device:
+            del self._agents[tp_rank]
+            agent.close()
+            raise agent.fault
 
     @property
     def orders_all(self) -> bool:
@@ -242,10 +250,10 @@ class EngineClient:
             ConfigError: an argument breaks a rule.
             ClosedError: not open.
         """
-        request = self._request(spec)
-        if spec.operation is Operation.PREFETCH:
-            return RemoteTicket(self, request)
-        return self.ready(RemoteTicket(self, request), spec.slot_mapping)
+        ticket = RemoteTicket(self, self._request(spec), self._client.order)
+        return (
+            ticket if spec.operation is Operation.PREFETCH else ticket.with_slots(spec.slot_mapping)
+        )
 
     def prepare(self, spec: RequestSpec) -> RemoteTicket:
         """Return the ticket of what a get would load, or a put would have to store.
@@ -255,15 +263,16 @@ class EngineClient:
             ClosedError: not open.
         """
         request, is_get = self._request(spec), spec.operation is Operation.GET
+        order = self._client.order  # of the keys: `find` may connect, and hear of another
         first, last = request.span.first_block, request.span.last_block
         matched = self._client.find(request.keys, first, hold=is_get)
         self.receive()
         if is_get:
             request = request.narrowed(first, max(first, matched.blocks))
             request = structs.replace(request, request_id=matched.number)
-            return RemoteTicket(self, request, self._client.generation, holds=True)
-        request = request.narrowed(min(first + matched.host_run, last), last)
-        return RemoteTicket(self, request, self._client.generation)
+        else:
+            request = request.narrowed(min(first + matched.host_run, last), last)
+        return RemoteTicket(self, request, order, self._client.generation, holds=is_get)
 
     def ready(self, ticket: RemoteTicket, slot_mapping: Any) -> RemoteTicket:
         """Return a ticket with its slots, which is over if no device can serve it.
@@ -288,8 +297,8 @@ class EngineClient:
         matched = self._client.match(request.keys)
         self.receive()
         per_block = self._intake.tokens_per_block
-        by_tier = {Tier[name.upper()]: 0 for name in self._client.tiers}
-        by_tier |= {Tier[name.upper()]: n * per_block for name, n in matched.by_tier.items()}
+        counts = {**dict.fromkeys(self._client.tiers, 0), **matched.by_tier}
+        by_tier = {tier: counts[tier.label] * per_block for tier in Tier if tier.label in counts}
         return PrefixMatch(matched.blocks * per_block, by_tier, matched.pending * per_block)
 
     def _request(self, spec: RequestSpec) -> Request:
@@ -310,10 +319,10 @@ class EngineClient:
 
     # -- what tickets need ----------------------------------------------------------------------
 
-    def begin(self, ticket: RemoteTicket, start: Start) -> None:
+    def send(self, ticket: RemoteTicket, start: Start) -> None:
         """Send a request; its ticket is told when it has ended."""
         self._under_way[start.number] = ticket
-        self._client.begin(structs.replace(start, epoch=self._client.epoch))
+        self._client.begin(start)
         self._client.flush()
         if start.when_ready:
             self.report_ready(start.number)
@@ -321,18 +330,24 @@ class EngineClient:
 
     def cancel(self, number: int) -> None:
         """Cancel a request; its end is reported all the same."""
-        self._client.cancel((number,))
-        self._client.flush()
+        self._cancel((number,))
+
+    def _cancel(self, numbers: Sequence[int]) -> None:
+        """Cancel requests; a server that does not answer now counts as lost, which ends them."""
+        self._client.cancel(numbers)
+        if self._probe is None and numbers:
+            self._probe = self._client.ask(self._intake.root(None))
+        self.receive()
 
     def release(self, number: int) -> None:
         """End the hold of a prepared get."""
         self._client.release((number,))
-        self._client.flush()
+        self.receive()
 
     @property
-    def order(self) -> str:
-        """Return the element order of the devices' blocks, as far as it is known."""
-        return self._client.order
+    def epoch(self) -> int:
+        """Return what identifies the state of the devices: see `State`."""
+        return self._client.epoch
 
     # -- the connection -------------------------------------------------------------------------
 
@@ -344,6 +359,8 @@ class EngineClient:
 
     def receive(self) -> None:
         """Take what the server has sent, and watch the connection for more."""
+        if self._probe is not None and self._client.answer(self._probe) is not None:
+            self._probe = None
         self._take(self._client.poll())
         self._watch(self._client.connection)
 
@@ -381,8 +398,10 @@ class EngineClient:
             BackendUnavailableError: there is no server.
             TransferError: as for `KVManager.flush`.
         """
-        value = await run_stoppable("flush", lambda _: self._command("flush"))
-        return msgspec.convert(value, FlushReport)
+        self._check_open()
+        address = self._settings.server_recv_port
+        answer = await run_stoppable("flush", lambda pause: ask_for_long(address, "flush", pause))
+        return msgspec.convert(_value_of(answer), FlushReport)
 
     def clear(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
         """Forget blocks, and return how many places they had; no crash can bring them back.
@@ -394,6 +413,7 @@ class EngineClient:
         parts = None if namespace is None else list(scope_of(namespace).parts)
         places = int(self._command("clear", tier=name, namespace=parts))
         self._client.match(self._intake.root(None))  # its answer comes after the new generation
+        self.receive()
         return places
 
     async def clear_durably(self, tier: Tier | None = None, namespace: Namespace = None) -> int:
@@ -412,7 +432,15 @@ class EngineClient:
 
     def _command(self, verb: str, **arguments: Any) -> Any:
         self._check_open()
-        answer = ask(self._settings.server_recv_port, verb, **arguments)
-        if answer.error:
-            raise error_from(answer.cause, answer.error)
-        return answer.value
+        return _value_of(ask(self._settings.server_recv_port, verb, **arguments))
+
+
+def _value_of(answer: Answer) -> Any:
+    """Return what the server answered to a command.
+
+    Raises:
+        FlexKVError: the command failed.
+    """
+    if answer.error:
+        raise error_from(answer.cause, answer.error)
+    return answer.value

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from flexkv.common.errors import BackendUnavailableError, ConfigError
+from flexkv.common.errors import BackendUnavailableError, ClosedError, ConfigError
+from flexkv.process.polling import is_readable
 from flexkv.server.address import socket_path
 from flexkv.server.handshake import connect, message
-from flexkv.server.wire import PROTOCOL_VERSION, Answer, Command, Hello, framed
+from flexkv.server.wire import (
+    PROTOCOL_VERSION,
+    Answer,
+    Command,
+    Hello,
+    ProtocolError,
+    framed,
+)
 
 COMMAND_S = 60.0
+PAUSE_S = 0.1
+"""How often a command that may take any time looks whether it is still wanted."""
 
 
 def _path_of(address: str) -> str:
@@ -41,14 +53,36 @@ def ask(address: str, verb: str, **arguments: Any) -> Answer:
         BackendUnavailableError: no server listens there, or it does not answer.
         ConfigError: the server refuses us.
     """
+    return _asked(address, Command(1, verb, arguments), lambda peer: peer.settimeout(COMMAND_S))
+
+
+def ask_for_long(address: str, verb: str, pause: Callable[[], None]) -> Answer:
+    """Do what `ask` does for a command that may take any time.
+
+    Args:
+        address: the server's.
+        verb: the command, which has no arguments.
+        pause: called often while it waits; what it raises ends the wait.
+    """
+
+    def wait_answered(peer: socket.socket) -> None:
+        while not is_readable(peer, PAUSE_S):
+            pause()
+
+    return _asked(address, Command(1, verb), wait_answered)
+
+
+def _asked(address: str, asked: Command, wait_answered: Callable[[socket.socket], None]) -> Answer:
+    """Send a command, and return its answer, for which `wait_answered` waits."""
     try:
         connected = connect(address, Hello(PROTOCOL_VERSION, "control", os.getpid()))
         with connected.socket as peer:
-            peer.settimeout(COMMAND_S)
-            peer.sendall(framed(Command(1, verb, arguments)))
+            peer.sendall(framed(asked))
+            wait_answered(peer)
             answer = message(peer)
-    except OSError as error:
-        why = f"{error.strerror or error}: is one running? `flexkv serve` starts one"
+    except (OSError, ClosedError, ProtocolError) as error:
+        reason = getattr(error, "strerror", None) or error
+        why = f"{reason}: is one running? `flexkv serve` starts one"
         raise BackendUnavailableError(f"the server at {_path_of(address)}", why) from error
     assert isinstance(answer, Answer)
     return answer

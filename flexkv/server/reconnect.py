@@ -23,6 +23,7 @@ class Reconnects:
         """Make no attempt yet; `hello` returns the client's first message."""
         self._address, self._answer_s, self._hello = address, answer_s, hello
         self._due_s, self._pause_s = 0.0, RETRY_S
+        self._is_stopped = False
 
     def now(self) -> Connected:
         """Connect, whether or not an attempt is due.
@@ -30,15 +31,18 @@ class Reconnects:
         Raises:
             OSError: nobody listens at the address, or nobody answers in time.
             ConfigError: the server refuses us, or is another user's.
-            ClosedError: the server is closing.
+            ClosedError: the server is closing, or `stop` was called, perhaps meanwhile.
         """
         connected = connect(self._address, self._hello(), self._answer_s)
+        if self._is_stopped:  # such as by a signal handler
+            connected.socket.close()
+            raise ClosedError("the client is closed")
         self._pause_s = RETRY_S
         return connected
 
     def if_due(self) -> Connected | None:
         """Connect if an attempt is due; return None if it is not, or fails, which is logged."""
-        if time.monotonic() < self._due_s:
+        if self._is_stopped or time.monotonic() < self._due_s:
             return None
         try:
             return self.now()
@@ -61,4 +65,4 @@ class Reconnects:
 
     def stop(self) -> None:
         """Make no more attempts."""
-        self._due_s = float("inf")
+        self._is_stopped = True

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flexkv.actors.supervisor import Supervisor
-from flexkv.common.errors import ClosedError, FlexKVError, error_from
+from flexkv.common.errors import ClosedError, FlexKVError, TransferError, error_from
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.engine.runner import ALONE, RequestOwner
 from flexkv.server.wire import Done, Start
@@ -24,8 +24,8 @@ class Sends(Protocol):
         ...
 
     @property
-    def order(self) -> str:
-        """Return the element order of the devices' blocks."""
+    def epoch(self) -> int:
+        """Return what identifies the state of the devices now."""
         ...
 
     @property
@@ -37,7 +37,7 @@ class Sends(Protocol):
         """Return a ticket with its slots."""
         ...
 
-    def begin(self, ticket: RemoteTicket, start: Start) -> None:
+    def send(self, ticket: RemoteTicket, start: Start) -> None:
         """Send a request; its ticket is told when it has ended."""
         ...
 
@@ -64,34 +64,39 @@ class RemoteTicket:
     Attributes:
         request: what is asked for; its id is the number by which the server knows it.
         response: None before there is one.
-        order: the element order of the devices' blocks when its keys were derived.
+        order: the element order of the devices' blocks for which its keys were derived.
     """
 
     def __init__(
-        self, door: Sends, request: Request, generation: int | None = None, holds: bool = False
+        self,
+        door: Sends,
+        request: Request,
+        order: str,
+        generation: int | None = None,
+        holds: bool = False,
     ) -> None:
         """Make the ticket of a request.
 
         Args:
             door: sends it.
             request: what is asked for.
+            order: the element order of the devices' blocks for which its keys were derived.
             generation: the server's when a put was prepared; a later clear voids the put.
             holds: whether a match under the request's id keeps what it found from eviction.
         """
-        self.request, self.order = request, door.order
+        self.request, self.order = request, order
         self.response: KVResponse | None = None
         self._door, self._generation, self._holds = door, generation, holds
         self._over = asyncio.Event()
         self._done = Done(request.request_id, "failed", 0)
         self._error: FlexKVError | None = None
-        self._is_begun = False
-        self._write_error: FlexKVError | None = None
+        self._epoch: int | None = None
+        why = "it was not finished in time"
+        self._write_error: FlexKVError | None = TransferError(0, "write-behind", 0, why)
 
     def with_request(self, request: Request) -> RemoteTicket:
         """Return the ticket of the same request with more fields set; it takes over the hold."""
-        ticket = RemoteTicket(self._door, request, self._generation, self._holds)
-        ticket.order = self.order
-        return ticket
+        return RemoteTicket(self._door, request, self.order, self._generation, self._holds)
 
     def with_slots(self, slot_mapping: Any) -> RemoteTicket:
         """Return the ticket of a prepared request with its slots.
@@ -102,10 +107,14 @@ class RemoteTicket:
         return self._door.ready(self, slot_mapping)
 
     def begin(self) -> None:
-        """Send the request; once only."""
-        if self._is_begun or self.response is not None:
-            return
-        self._is_begun = True
+        """Bind the request to the devices for which its slots were checked; `run` sends it.
+
+        A task that is cancelled before its first step has sent nothing, so it has nothing to undo.
+        """
+        if self._epoch is None:
+            self._epoch = self._door.epoch
+
+    def _send(self) -> None:
         request, ids = self.request, self.request.device_ids
         start = Start(
             request.request_id,
@@ -113,14 +122,14 @@ class RemoteTicket:
             request.keys,
             request.span.first_block,
             b"" if ids is None else ids.tobytes(),
-            epoch=0,  # set when it is sent
+            self._epoch or 0,
             when_ready=ids is not None and self._door.orders_all,
             held=request.request_id if self._holds else 0,
             namespace_hash=request.namespace_hash,
             generation=self._generation,
         )
         self._holds = False  # the server ends the hold
-        self._door.begin(self, start)
+        self._door.send(self, start)
 
     def ended(self, done: Done) -> None:
         """Take the end of the request."""
@@ -137,6 +146,7 @@ class RemoteTicket:
         self.begin()
         if self.response is not None:
             return self.response
+        self._send()
         try:
             await self._over.wait()
         except asyncio.CancelledError:
@@ -152,11 +162,19 @@ class RemoteTicket:
         return self.response
 
     async def _settled(self) -> None:
-        """Return once no device of this process touches the request's blocks, cancelled or not."""
+        """Return once no device of this process touches the request's blocks, cancelled or not.
+
+        Cancellation: CancelledError is raised after that.
+        """
         settling = self._door.supervisor.spawn("settle", self._door.settle(self.request.request_id))
+        cancelled: asyncio.CancelledError | None = None
         while not settling.done():
-            with suppress(asyncio.CancelledError):
+            try:
                 await asyncio.wait([settling])
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
 
     def release(self) -> None:
         """End the hold on the blocks that a prepared ticket has found."""
@@ -175,6 +193,8 @@ class RemoteTicket:
                 await self._door.flush()
             except FlexKVError as error:
                 self._write_error = error
+                return
+        self._write_error = None
 
     def write_error(self) -> FlexKVError | None:
         """Return why something is not on stable storage; None if all of it is."""

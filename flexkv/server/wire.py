@@ -36,7 +36,13 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 import msgspec
 
 from flexkv.common.decoding import decoded
-from flexkv.common.errors import ConfigError, FlexKVError, MalformedError, cause_of
+from flexkv.common.errors import (
+    ClosedError,
+    ConfigError,
+    FlexKVError,
+    MalformedError,
+    cause_of,
+)
 
 T = TypeVar("T")
 
@@ -205,6 +211,14 @@ class Done(Message, tag="done", frozen=True):
 def failed(number: int, error: FlexKVError) -> Done:
     """Return the end of a request that moved nothing, because of an error."""
     return Done(number, "failed", 0, str(error), cause=cause_of(error))
+
+
+def why_unsent(blocks: int) -> FlexKVError:
+    """Return why a request was not sent: 0 blocks stand for a server that is not connected."""
+    if not blocks:
+        return ClosedError("not connected to a server")
+    why = f"must fit a message of {FRAME_BYTES_MAX} bytes, with their keys and ids"
+    return ConfigError("token_ids", f"{blocks} blocks", why)
 
 
 class Changed(Message, tag="changed", frozen=True):
