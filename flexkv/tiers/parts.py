@@ -106,7 +106,8 @@ class TierParts:
         persistence: what makes its blocks survive; None if nothing does.
         presence: the check that it is in place; None if there is none.
         work: returns the tasks that the engine has to run for the tier.
-        checks: what sums its blocks and compares them; None if they are not checked.
+        checks: what sums its blocks and compares them; None if they are not checked. The
+            checksummers of all tiers share one array of sums, which are those of host memory.
     """
 
     tier: Tier
