@@ -115,6 +115,7 @@ class Core:
                 self.actors[parts.tier].is_idle,
                 partial(self.scheduler.drop_corrupt, parts.tier),
                 partial(self.scheduler.watch.lose, parts.tier),
+                supervisor.spawn,
             )
             for name, work in parts.work(hooks).items():
                 supervisor.keep(name, work)

@@ -81,6 +81,9 @@ class TierHooks(NamedTuple):
     """Forgets blocks whose bytes have changed."""
     lose: Callable[[str], None]
     """Takes the tier down for good, for a reason."""
+    spawn: Callable[[str, Coroutine[Any, Any, None]], object]
+    """Starts a task, which has a name, for a client that is asynchronous; it must end by itself,
+    and an exception from it ends the engine."""
 
 
 Work = Mapping[str, Coroutine[Any, Any, None]]

@@ -162,16 +162,17 @@ class Bench:
 def on_bench(work: Callable[[Bench], Awaitable[None]], has_checks: bool = True) -> None:
     """Run something on an open engine with three tiers, on a virtual clock, and close it."""
 
-    async def run() -> None:
-        bench = Bench(has_checks)
-        await bench.engine.open()
-        bench.engine.register_kv_caches([bench.device])
-        for number in range(PROMPTS):
-            await bench.put(number)
-        await work(bench)
-        await bench.engine.close()
+    run_virtual(_on_bench(work, has_checks))
 
-    run_virtual(run())
+
+async def _on_bench(work: Callable[[Bench], Awaitable[None]], has_checks: bool = True) -> None:
+    bench = Bench(has_checks)
+    await bench.engine.open()
+    bench.engine.register_kv_caches([bench.device])
+    for number in range(PROMPTS):
+        await bench.put(number)
+    await work(bench)
+    await bench.engine.close()
 
 
 @pytest.mark.parametrize("has_checks", [True, False])
@@ -278,6 +279,27 @@ def test_background_work_reports_to_its_own_tier() -> None:
         assert await bench.get(PROMPTS - 3) is KVResponseStatus.SUCCESS
 
     on_bench(work)
+
+
+def test_a_tier_starts_tasks_and_closing_waits_for_them() -> None:
+    """A task of a tier runs on the engine's loop, and is over once the engine is closed."""
+    steps = []
+
+    async def run() -> None:
+        async def call() -> None:
+            steps.append("began")
+            await asyncio.sleep(5.0)
+            steps.append("ended")
+
+        async def work(bench: Bench) -> None:
+            assert bench.backend.hooks is not None
+            bench.backend.hooks.spawn("remote call", call())
+            await asyncio.sleep(0)
+
+        await _on_bench(work)
+        assert steps == ["began", "ended"]
+
+    run_virtual(run())
 
 
 @pytest.mark.parametrize(
