@@ -76,6 +76,8 @@ class Piece(msgspec.Struct, gc=False):
     stage: Stage = Stage.MOVING
     sums: Sums | None = None
     """uint64[blocks] of a write, to be kept once the blocks are in their places."""
+    moved: Completion | None = None
+    """How its move ended, once its blocks are being summed: all of them, or the leading ones."""
 
 
 class TransferActor:
@@ -285,36 +287,33 @@ class TransferActor:
                 self._measure_piece(piece)
             if checks is None or piece.transfer.route.target is not Tier.HOST:
                 self._over(piece, completion, ends)
-            elif completion.error is not None:  # blocks without a sum do not count as arrived
+            elif not self._begin_summing(piece, checks, completion):
+                # Blocks without a sum do not count as arrived.
                 self._over(piece, completion._replace(filled=0), ends)
-            elif not self._begin_summing(piece, checks):
-                self._over(piece, completion, ends)
         if checks is None or not self._summing:
             return
         for op_id in checks.checksummer.reap():
             piece = pieces[op_id]
             self._count_summing(piece, -1)
-            if checks.kept is None:
-                self._over(piece, Completion(op_id, None), ends)
-            else:
-                compared = checks.kept.compared(piece.transfer, checks.checksummer.sums)
-                self._over(piece, compared, ends)
+            self._over(piece, _compared(piece, checks), ends)
 
-    def _begin_summing(self, piece: Piece, checks: BlockChecks) -> bool:
-        """Sum the blocks of a piece that has arrived; return False if it is not to be summed now.
+    def _begin_summing(self, piece: Piece, checks: BlockChecks, moved: Completion) -> bool:
+        """Sum the blocks of a piece that have arrived; return False if none is summed, or not yet.
 
         Blocks that go layer by layer are summed when the last piece of their transfer has arrived.
         """
-        cursor = piece.cursor
+        cursor, error = piece.cursor, moved.error
         if cursor.watch is None:
-            if checks.port_sums:
+            arrived = error is None or (cursor.inbound and moved.filled)
+            if checks.port_sums or not arrived:
                 return False
-        elif cursor.queued or cursor.pieces_in_flight > 1 or cursor.error is not None:
+        elif cursor.queued or cursor.pieces_in_flight > 1 or (error or cursor.error) is not None:
             return False
-        piece.stage = Stage.SUMMING
+        if error is not None and cursor.queued:
+            self._mailbox.lane(cursor).remove(cursor)
+        piece.stage, piece.moved = Stage.SUMMING, moved
         self._count_summing(piece, 1)
-        transfer = piece.transfer
-        checks.checksummer.submit(transfer.op_id, transfer.target_ids, urgent=True)
+        checks.checksummer.submit(moved.op_id, _came(piece).target_ids, urgent=True)
         return True
 
     def _count_summing(self, piece: Piece, sign: int) -> None:
@@ -375,3 +374,19 @@ class TransferActor:
     def _end(self, cursor: Cursor, ends: list[Completion]) -> None:
         self._mailbox.forget(cursor)
         ends.append(Completion(cursor.transfer.op_id, cursor.error, cursor.filled))
+
+
+def _came(piece: Piece) -> Transfer:
+    """Return the part of a piece that its port has moved: all of it, or its leading blocks."""
+    moved, transfer = piece.moved, piece.transfer
+    assert moved is not None
+    return transfer if moved.error is None else transfer.part(0, moved.filled)
+
+
+def _compared(piece: Piece, checks: BlockChecks) -> Completion:
+    """Return the end of a piece whose blocks were summed: at a wrong block, or as it was moved."""
+    assert piece.moved is not None
+    if checks.kept is None:
+        return piece.moved
+    compared = checks.kept.compared(_came(piece), checks.checksummer.sums)
+    return piece.moved if compared.error is None else compared

@@ -4,6 +4,8 @@
     to a tier       have the journals forget the places ─▶ move ─▶ keep the sums
     from a device   move ─▶ sum
 
+Of a read that its port could make only in part, the leading blocks go on to be summed and compared.
+
 A write keeps the sums that were made when the blocks' bytes reached host memory, so a read also
 finds damage that happened in host memory.
 """

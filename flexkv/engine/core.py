@@ -51,6 +51,9 @@ class Core:
             requests_max: how many requests are under way at most.
         """
         self._tiers = backend.tiers()
+        checks = [parts.checks for parts in self._tiers if parts.checks is not None]
+        for each in checks:
+            assert each.checksummer.sums is checks[0].checksummer.sums, "sums that are not shared"
         ops_per_run = (LEGS_MAX + CHUNKS_MAX) * 4
         self._waiting_max = requests_max * ops_per_run + sizes.num_host_blocks
         self.capacities = {Tier.HOST: sizes.num_host_blocks}
@@ -112,6 +115,7 @@ class Core:
                 self.actors[parts.tier].is_idle,
                 partial(self.scheduler.drop_corrupt, parts.tier),
                 partial(self.scheduler.watch.lose, parts.tier),
+                supervisor.spawn,
             )
             for name, work in parts.work(hooks).items():
                 supervisor.keep(name, work)

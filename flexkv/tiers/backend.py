@@ -116,6 +116,8 @@ class LocalBackend:
         self.host = ""
         self.unavailable = Unavailable()
         self.ssd = SsdTier(cache, sizes, self.unavailable)
+        self._openers = [self.ssd.open]
+        """Open one tier each, the nearest first; they share the sums of host memory."""
         self._tiers: list[TierParts] = []
         self._cache, self._sizes = cache, sizes
         self._has_taken = False
@@ -173,8 +175,10 @@ class LocalBackend:
         self._pinned = Pinned(self._arena)
         self.host = self._arena.backing
         with memory_error_named(self._sizes):
-            opened = [self.ssd.open(self._arena, undo)]
-        self._tiers = [parts for parts in opened if parts is not None]
+            self._tiers = []
+            for open_tier in self._openers:
+                parts = open_tier(self._arena, self.sums, undo)
+                self._tiers += [] if parts is None else [parts]
         outlives = any(parts.persistence is not None for parts in self._tiers)
         if not self.space.facts["model_id"] and (self.shared or outlives):
             log.warning(

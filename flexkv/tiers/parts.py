@@ -81,6 +81,9 @@ class TierHooks(NamedTuple):
     """Forgets blocks whose bytes have changed."""
     lose: Callable[[str], None]
     """Takes the tier down for good, for a reason."""
+    spawn: Callable[[str, Coroutine[Any, Any, None]], object]
+    """Starts a task, which has a name, for a client that is asynchronous; it must end by itself,
+    and an exception from it ends the engine."""
 
 
 Work = Mapping[str, Coroutine[Any, Any, None]]
@@ -106,7 +109,8 @@ class TierParts:
         persistence: what makes its blocks survive; None if nothing does.
         presence: the check that it is in place; None if there is none.
         work: returns the tasks that the engine has to run for the tier.
-        checks: what sums its blocks and compares them; None if they are not checked.
+        checks: what sums its blocks and compares them; None if they are not checked. The
+            checksummers of all tiers share one array of sums, which are those of host memory.
     """
 
     tier: Tier

@@ -13,6 +13,7 @@ from flexkv.common.terms import Tier
 from flexkv.index.keys import block_identity
 from flexkv.io.checksums.sums import PoolChecksummer
 from flexkv.io.memory.arena import Arena
+from flexkv.io.ports import Sums
 from flexkv.io.ssd import missed_clears
 from flexkv.io.ssd.adapter import open_disk
 from flexkv.io.ssd.files import FileOptions
@@ -72,13 +73,20 @@ class SsdTier:
             faults = "; ".join(f"{at}: {why}" for at, why in self._unavailable.directories.items())
             self._unavailable.lose_tier(Tier.DISK, f"none of its directories can be used: {faults}")
 
-    def open(self, arena: Arena, undo: ExitStack) -> TierParts | None:
-        """Open the adapters over the files; return None if there are no files."""
+    def open(self, arena: Arena, sums: Sums | None, undo: ExitStack) -> TierParts | None:
+        """Open the adapters over the files; return None if there are no files.
+
+        Args:
+            arena: the host memory.
+            sums: of its blocks: uint64[blocks]; None if no nearer tier has checksums.
+            undo: gets what releases the adapters.
+        """
         if self._taken is None:
             return None
         cache, files = self._cache, self._taken.files
         options = RingOptions(entries=cache.iouring_entries, flags=cache.iouring_flags)
-        checksummer, kept = PoolChecksummer(arena), KeptSums(files.num_blocks, files.place_of)
+        checksummer = PoolChecksummer(arena, sums=sums)
+        kept = KeptSums(files.num_blocks, files.place_of)
         undo.callback(checksummer.close)
         port = open_disk(arena, files, options)
         undo.callback(port.close)

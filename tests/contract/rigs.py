@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from flexkv.actors.actor import TransferActor, Window
 from flexkv.actors.checks import BlockChecks, KeptSums
 from flexkv.common.layout import KVShape, PagedLayout, Part, infer_layout
-from flexkv.common.terms import BlockIds, Route, Tier, Transfer
+from flexkv.common.terms import (
+    BLOCK_KEY_BYTES,
+    BlockIds,
+    BlockNames,
+    Positions,
+    Route,
+    Tier,
+    Transfer,
+)
 from flexkv.io.cuda.choice import Choices, CopyMethod, CopyPreference
 from flexkv.io.cuda.pinned import Pinned
 from flexkv.io.cuda.port import CudaDevicePort
@@ -38,6 +46,13 @@ DISK_STRIDE_BYTES = 8192
 PATIENCE_S = 20.0
 
 
+def named_by(places: BlockIds) -> BlockNames:
+    """Return the names of blocks: a root of zeros, and for each a key that is made of its place."""
+    keys = np.zeros((1 + len(places), BLOCK_KEY_BYTES), np.uint8)
+    keys[1:, :8] = places[:, None].view(np.uint8)
+    return BlockNames(keys.tobytes(), Positions(0, len(places)))
+
+
 @dataclass
 class Rig:
     """One port between host memory and an outer tier, and what must be closed with it."""
@@ -52,7 +67,7 @@ class Rig:
     tokens: count[int] = field(default_factory=count)
 
     def transfer(self, to_host: bool, source_ids: object, target_ids: object) -> Transfer:
-        """Return a transfer with an op id of its own."""
+        """Return a transfer with an op id of its own; each block is named by its outer place."""
         route = Route(self.outer, Tier.HOST) if to_host else Route(Tier.HOST, self.outer)
         return Transfer(
             op_id=next(self.tokens),
@@ -60,6 +75,7 @@ class Rig:
             route=route,
             source_ids=np.array(source_ids, np.int64),
             target_ids=np.array(target_ids, np.int64),
+            names=named_by(np.array(source_ids if to_host else target_ids, np.int64)),
             group=self.group,
         )
 

@@ -28,7 +28,12 @@ PROMPT = np.arange(BLOCKS * TOKENS_PER_BLOCK)
 
 
 class Bench:
-    """An engine whose SSD tier alone has a prompt, and whose reads of one of its blocks fail."""
+    """An engine whose SSD tier alone has a prompt, and whose reads of one of its blocks fail.
+
+    Attributes:
+        bad_id: the place of that block.
+        tells: whether the port reports how many blocks before it have arrived.
+    """
 
     def __init__(self, piece_blocks: int) -> None:
         cache = CacheConfig(
@@ -40,7 +45,7 @@ class Bench:
         self.backend.windows = window, window
         self.engine = Engine(MODEL, cache, self.backend)
         self.device = np.zeros((32, BLOCK_KEY_BYTES), np.uint8)
-        self.bad_id = -1
+        self.bad_id, self.tells = -1, False
 
     async def open(self) -> None:
         """Open the engine, and leave the prompt on the SSD tier only."""
@@ -80,16 +85,21 @@ class Bench:
     def _fail_reads(self) -> None:
         port: Any = self.backend.port
         submit, reap = port.submit, port.reap
-        failing: set[int] = set()
+        failing: dict[int, int] = {}
 
         def submitting(transfer: Transfer) -> None:
             if transfer.route.source is Tier.DISK and self.bad_id in transfer.source_ids:
-                failing.add(transfer.op_id)
+                number = transfer.source_ids.tolist().index(self.bad_id)
+                failing[transfer.op_id] = number if self.tells else 0
             submit(transfer)
 
         def reaping() -> list[Completion]:
-            error = StorageError("injected", 0, EIO)
-            return [Completion(end.op_id, error) if end.op_id in failing else end for end in reap()]
+            return [
+                Completion(end.op_id, StorageError("injected", 0, EIO), failing[end.op_id])
+                if end.op_id in failing
+                else end
+                for end in reap()
+            ]
 
         port.submit, port.reap = submitting, reaping
 
@@ -129,6 +139,23 @@ def test_a_get_loads_the_blocks_before_the_one_that_cannot_be_read(
             assert moved["host→device"].blocks == count
 
     on_bench(work, piece_blocks)
+
+
+@pytest.mark.parametrize("position", range(BLOCKS))
+def test_a_tier_that_tells_how_far_it_came_loses_the_bad_block_alone(position: int) -> None:
+    """The blocks before it in its piece are checked, and loaded."""
+
+    async def work(bench: Bench) -> None:
+        bench.tells = True
+        bench.spoil(position)
+        response = await bench.perform(Operation.GET)
+        assert int(response.return_mask.sum()) == position * TOKENS_PER_BLOCK
+        assert (bench.device[:position] == np.arange(1, position + 1)[:, None]).all()
+        assert bench.ready(Tier.HOST) == position
+        bench.engine.residency.clear(Tier.HOST)
+        assert bench.ready(Tier.DISK) == position
+
+    on_bench(work, piece_blocks=BLOCKS)
 
 
 def test_a_prefetch_keeps_the_blocks_before_the_one_that_cannot_be_read() -> None:

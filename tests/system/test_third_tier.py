@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,12 +24,13 @@ from flexkv.common.request import KVResponseStatus, Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Tier
 from flexkv.engine.engine import Engine
 from flexkv.index.residency import Residency
-from flexkv.io.ports import Completion
+from flexkv.io.memory.arena import Arena
+from flexkv.io.ports import Completion, Sums
 from flexkv.testing.fake_backend import FakeBackend, empty
 from flexkv.testing.fakes import FakeChecksummer, FakePort
 from flexkv.testing.faults import FaultPlan
 from flexkv.testing.virtual_time import run_virtual
-from flexkv.tiers.backend import Progress
+from flexkv.tiers.backend import LocalBackend, Progress
 from flexkv.tiers.limits import disk_windows
 from flexkv.tiers.parts import TierHooks, TierParts, Work
 from tests.system.test_keeping import MODEL, TOKENS_PER_BLOCK
@@ -88,7 +90,7 @@ class FarBackend(FakeBackend):
 
     def __init__(self, has_checks: bool) -> None:
         super().__init__(HOST, FaultPlan(1, 0.0, 0.0001, 0.001), empty(DISK, 1))
-        self._has_checks = has_checks
+        self._has_checks, self.shares_sums = has_checks, True
         self.store: NDArray[np.uint8] = np.zeros((FAR, BLOCK_KEY_BYTES), np.uint8)
         self.records = Records()
         self.hooks: TierHooks | None = None
@@ -100,7 +102,8 @@ class FarBackend(FakeBackend):
         undo.callback(port.close)
         checks = None
         if self._has_checks:
-            checksummer = FakeChecksummer(self._memory, self._faults, self._sums)
+            sums = self._sums if self.shares_sums else None
+            checksummer = FakeChecksummer(self._memory, self._faults, sums)
             checks = BlockChecks(checksummer, KeptSums(FAR, lambda block: ("far", block)))
         self._tiers.append(
             TierParts(
@@ -159,16 +162,17 @@ class Bench:
 def on_bench(work: Callable[[Bench], Awaitable[None]], has_checks: bool = True) -> None:
     """Run something on an open engine with three tiers, on a virtual clock, and close it."""
 
-    async def run() -> None:
-        bench = Bench(has_checks)
-        await bench.engine.open()
-        bench.engine.register_kv_caches([bench.device])
-        for number in range(PROMPTS):
-            await bench.put(number)
-        await work(bench)
-        await bench.engine.close()
+    run_virtual(_on_bench(work, has_checks))
 
-    run_virtual(run())
+
+async def _on_bench(work: Callable[[Bench], Awaitable[None]], has_checks: bool = True) -> None:
+    bench = Bench(has_checks)
+    await bench.engine.open()
+    bench.engine.register_kv_caches([bench.device])
+    for number in range(PROMPTS):
+        await bench.put(number)
+    await work(bench)
+    await bench.engine.close()
 
 
 @pytest.mark.parametrize("has_checks", [True, False])
@@ -277,6 +281,27 @@ def test_background_work_reports_to_its_own_tier() -> None:
     on_bench(work)
 
 
+def test_a_tier_starts_tasks_and_closing_waits_for_them() -> None:
+    """A task of a tier runs on the engine's loop, and is over once the engine is closed."""
+    steps = []
+
+    async def run() -> None:
+        async def call() -> None:
+            steps.append("began")
+            await asyncio.sleep(5.0)
+            steps.append("ended")
+
+        async def work(bench: Bench) -> None:
+            assert bench.backend.hooks is not None
+            bench.backend.hooks.spawn("remote call", call())
+            await asyncio.sleep(0)
+
+        await _on_bench(work)
+        assert steps == ["began", "ended"]
+
+    run_virtual(run())
+
+
 @pytest.mark.parametrize(
     ("error", "health"),
     [
@@ -323,3 +348,35 @@ def test_a_sync_that_hangs_keeps_no_other_tier_from_its_own() -> None:
         over.set()
 
     on_bench(work)
+
+
+def test_each_tier_is_opened_with_the_sums_of_the_nearer_ones(tmp_path: Path) -> None:
+    """The SSD tier makes the sums of host memory; only a tier behind it is opened with them."""
+    cache = CacheConfig(
+        tokens_per_block=TOKENS_PER_BLOCK, num_cpu_blocks=HOST, num_ssd_blocks=DISK,
+        ssd_cache_dir=str(tmp_path),
+    )  # fmt: skip
+    backend, given = LocalBackend(cache, cache.sized(MODEL)), list[Sums | None]()
+
+    def no_tier(arena: Arena, sums: Sums | None, undo: ExitStack) -> None:
+        given.append(sums)
+
+    backend._openers = [no_tier, *backend._openers, no_tier]  # type: ignore[list-item]
+    with ExitStack() as undo:
+        backend.open(undo, None)
+        (parts,) = backend.tiers()
+        assert parts.checks is not None
+        assert given[0] is None
+        assert given[1] is parts.checks.checksummer.sums
+
+
+def test_tiers_with_sums_of_their_own_are_our_mistake() -> None:
+    """An engine whose tiers do not share the sums of host memory does not open."""
+
+    async def run() -> None:
+        bench = Bench(has_checks=True)
+        bench.backend.shares_sums = False
+        with pytest.raises(AssertionError, match="not shared"):
+            await bench.engine.open()
+
+    run_virtual(run())

@@ -285,16 +285,17 @@ def test_blocks_before_the_first_wrong_one_are_filled(piece_blocks: int) -> None
     run_virtual(run())
 
 
-def test_blocks_without_a_sum_have_not_arrived() -> None:
-    """No block of a failed piece counts, whatever the port says; pieces before it count."""
+@pytest.mark.parametrize(("filled", "port_sums"), [(0, False), (2, True)])
+def test_blocks_without_a_sum_have_not_arrived(filled: int, port_sums: bool) -> None:
+    """Of a piece that fails nothing counts unless it is summed here; pieces before it count."""
 
     async def run() -> None:
-        bench = Bench(piece_blocks=2)
-        bench.fail(5, filled=1)
+        bench = Bench(piece_blocks=2, port_sums=port_sums)
+        bench.fail(5, filled=filled)
         end = await bench.run(TO_HOST, IDS + 2, IDS)
         assert isinstance(end.error, StorageError)
         assert end.filled == 2
-        assert bench.summed == [[0, 1]]
+        assert bench.summed == ([] if port_sums else [[0, 1]])
         bench.close()
 
     run_virtual(run())

@@ -1,7 +1,7 @@
 """The matches under way: a step waits briefly for their answers, and the next step waits again.
 
-An answer holds blocks and becomes outdated, and vLLM may not return to a request for minutes. So
-few matches are under way at once, and none for long.
+An answer holds blocks and becomes outdated, and an engine may not return to a request for minutes.
+So few matches are under way at once, and none for long.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from flexkv.server.prompts import PromptPart
 from flexkv.server.wire import Matched
 
 ASKED_MAX = 16
-"""Maximum number of matches under way. vLLM tries all waiting requests if each is put off."""
+"""Maximum number of matches under way. An engine tries all waiting requests if each is put off."""
 EARLY_MAX = ASKED_MAX // 2
-"""Maximum number of those made on arrival; the rest are for prompts that vLLM tries to schedule."""
+"""Maximum number of those made on arrival; the others are for prompts that the engine tries
+to schedule."""
 KEPT_S = 1.0
-"""How long a match is kept after it was made or vLLM last asked for its answer."""
+"""How long a match is kept after it was made or the engine last asked for its answer."""
 
 
 class _Asked(NamedTuple):
@@ -27,7 +28,7 @@ class _Asked(NamedTuple):
     first: int
     seen_s: float
     is_early: bool
-    """Whether it was made on arrival, and vLLM has not tried to schedule its prompt since."""
+    """Whether it was made on arrival, and the engine has not tried to schedule its prompt since."""
 
 
 class PendingMatches:
@@ -46,7 +47,7 @@ class PendingMatches:
         return early < EARLY_MAX and len(self._asked) < ASKED_MAX
 
     def make_room(self) -> bool:
-        """Return whether there is room for the match of a prompt that vLLM tries to schedule.
+        """Return whether there is room for the match of a prompt that the engine tries to schedule.
 
         If too many matches are under way, the youngest one that was made on arrival is given up:
         otherwise prompts that arrive would keep older ones from being scheduled.
@@ -63,7 +64,7 @@ class PendingMatches:
         """Return the block from which a request's match counts tiers; None if it has no match.
 
         Args:
-            request_id: vLLM's id of the request.
+            request_id: the engine's id of the request.
             blocks: how many blocks the match must be about.
         """
         asked = self._asked.get(request_id)
@@ -75,11 +76,11 @@ class PendingMatches:
         """Send a match that holds the blocks it finds.
 
         Args:
-            request_id: vLLM's id of a request without a match; there must be room for one.
+            request_id: the engine's id of a request without a match; there must be room for one.
             part: the blocks to match.
             first: as for `Client.match`.
             tell: as for `Client.match`.
-            is_early: whether the prompt has just arrived, and vLLM has not tried to schedule it.
+            is_early: whether the prompt has just arrived, and no step has tried to schedule it.
         """
         assert request_id not in self._asked
         assert len(self._asked) < ASKED_MAX
