@@ -289,7 +289,8 @@ class TransferActor:
                 self._over(piece, completion, ends)
             elif not self._begin_summing(piece, checks, completion):
                 # Blocks without a sum do not count as arrived.
-                self._over(piece, completion._replace(filled=0), ends)
+                nothing = completion._replace(filled=0) if completion.filled else completion
+                self._over(piece, nothing, ends)
         if checks is None or not self._summing:
             return
         for op_id in checks.checksummer.reap():
