@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ import msgspec
 from msgspec import structs
 
 from flexkv.actors.supervisor import Supervisor
-from flexkv.common.arguments import integer
+from flexkv.common.arguments import integer, member
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import (
     BackendUnavailableError,
@@ -135,10 +135,11 @@ class EngineClient:
         if self.is_closed:
             return False
         self._is_open, self._is_closed = False, True
-        self._disconnect()
-        for agent in self._agents.values():
-            agent.close()
-        self.supervisor.abandon()
+        with ExitStack() as undo:
+            undo.callback(self.supervisor.abandon)
+            for agent in self._agents.values():
+                undo.callback(agent.close)
+            self._disconnect()
         return True
 
     def _disconnect(self) -> None:
@@ -409,7 +410,7 @@ class EngineClient:
         Raises:
             BackendUnavailableError: there is no server.
         """
-        name = None if tier is None else getattr(tier, "label", tier)
+        name = None if tier is None else member("tier", tier, Tier).label
         parts = None if namespace is None else list(scope_of(namespace).parts)
         places = int(self._command("clear", tier=name, namespace=parts))
         self._client.match(self._intake.root(None))  # its answer comes after the new generation

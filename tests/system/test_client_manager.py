@@ -202,6 +202,9 @@ def test_a_put_that_was_prepared_before_a_clear_stores_nothing(tmp_path: Path) -
         assert manager.wait(task)[task].return_mask.all()
         assert manager.clear(namespace="other") == 0
         assert manager.clear(Tier.HOST) == 10
+        with pytest.raises(ConfigError) as caught:
+            manager.clear("host")  # type: ignore[arg-type]
+        assert caught.value.field == "tier"
 
 
 def test_a_put_tells_which_blocks_it_stored(tmp_path: Path) -> None:
