@@ -7,19 +7,20 @@ So few matches are under way at once, and none for long.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
+from flexkv.integration.common.request_transfers import RequestTransfers
 from flexkv.server.client import Client
 from flexkv.server.prompts import PromptPart
 from flexkv.server.wire import Matched
 
 ASKED_MAX = 16
-"""Maximum number of matches under way. An engine tries all waiting requests if each is put off."""
+"""Maximum number of matches under way: an engine tries all waiting requests if each is put off."""
 EARLY_MAX = ASKED_MAX // 2
-"""Maximum number of those made on arrival; the others are for prompts that the engine tries
-to schedule."""
+"""Maximum number of those made on arrival; the rest are for prompts that are tried."""
 KEPT_S = 1.0
-"""How long a match is kept after it was made or the engine last asked for its answer."""
+"""How long a match is kept after it was made or its answer was last asked for."""
 
 
 class _Asked(NamedTuple):
@@ -28,15 +29,18 @@ class _Asked(NamedTuple):
     first: int
     seen_s: float
     is_early: bool
-    """Whether it was made on arrival, and the engine has not tried to schedule its prompt since."""
+    """Whether it was made on arrival, and its prompt was not tried since."""
 
 
 class PendingMatches:
     """The matches under way, at most one for each request."""
 
-    def __init__(self, client: Client, wait_ms: float) -> None:
-        """Send matches by `client`; one step waits at most `wait_ms` in all for answers."""
-        self._client = client
+    def __init__(self, client: Client, wait_ms: float, tells: bool) -> None:
+        """Send matches by `client`; one step waits at most `wait_ms` in all for answers.
+
+        If `tells`, the server reports the tiers of the blocks that a request asks for first.
+        """
+        self._client, self._tells = client, tells
         self._wait_s = self._wait_left_s = wait_ms / 1e3
         self._asked: dict[str, _Asked] = {}
 
@@ -46,8 +50,8 @@ class PendingMatches:
         early = sum(each.is_early for each in self._asked.values())
         return early < EARLY_MAX and len(self._asked) < ASKED_MAX
 
-    def make_room(self) -> bool:
-        """Return whether there is room for the match of a prompt that the engine tries to schedule.
+    def _make_room(self) -> bool:
+        """Return whether there is room for the match of a prompt that is being scheduled.
 
         If too many matches are under way, the youngest one that was made on arrival is given up:
         otherwise prompts that arrive would keep older ones from being scheduled.
@@ -56,42 +60,56 @@ class PendingMatches:
             return True
         for request_id, asked in reversed(self._asked.items()):
             if asked.is_early:
-                self.give_up(request_id)
+                self._give_up(request_id)
                 return True
         return False
 
-    def first_of(self, request_id: str, blocks: int) -> int | None:
-        """Return the block from which a request's match counts tiers; None if it has no match.
-
-        Args:
-            request_id: the engine's id of the request.
-            blocks: how many blocks the match must be about.
-        """
-        asked = self._asked.get(request_id)
-        return asked.first if asked is not None and asked.blocks == blocks else None
-
     def ask(
-        self, request_id: str, part: PromptPart, first: int, tell: bool, is_early: bool
+        self, request: RequestTransfers, part: PromptPart, first: int, is_early: bool = False
     ) -> None:
         """Send a match that holds the blocks it finds.
 
         Args:
-            request_id: the engine's id of a request without a match; there must be room for one.
+            request: has no match under way; there must be room for one.
             part: the blocks to match.
             first: as for `Client.match`.
-            tell: as for `Client.match`.
-            is_early: whether the prompt has just arrived, and no step has tried to schedule it.
+            is_early: whether the prompt has just arrived, and was not tried yet.
         """
-        assert request_id not in self._asked
+        assert request.request_id not in self._asked
         assert len(self._asked) < ASKED_MAX
+        tell, request.is_told = self._tells and not request.is_told, True
         number = self._client.ask(part, first, hold=True, tell=tell)
-        self._asked[request_id] = _Asked(number, part.blocks, first, time.monotonic(), is_early)
+        asked = _Asked(number, part.blocks, first, time.monotonic(), is_early)
+        self._asked[request.request_id] = asked
 
-    def answer(self, request_id: str) -> Matched | None:
-        """Return the answer to a request's match, once; None if there is none in this step."""
-        asked = self._asked.get(request_id)
-        if asked is None:
-            return None
+    def found(
+        self, request: RequestTransfers, blocks: int, part_of: Callable[[int], PromptPart]
+    ) -> Matched | None:
+        """Return which of a request's first blocks are resident; None if not known in this step.
+
+        The tiers of the answer count the blocks after those that the device has. If too many
+        matches are under way, a request is put off once in its life; then nothing is found.
+
+        Args:
+            request: a request that is tried, whose `local_blocks` the device has.
+            blocks: how many blocks the match must be about.
+            part_of: returns so many first blocks of its prompt.
+        """
+        asked, first = self._asked.get(request.request_id), request.local_blocks
+        if asked is not None and asked.blocks == blocks:
+            found = self._answer(request.request_id, asked)
+            if found is None or found.blocks <= first or asked.first == first:
+                return found
+            # The match was sent before the device's own blocks were known.
+            request.found = found
+        self.release(request)
+        if self._make_room():
+            self.ask(request, part_of(blocks), first)
+            return self._answer(request.request_id, self._asked[request.request_id])
+        was_put_off, request.was_put_off = request.was_put_off, True
+        return Matched(0, 0, {}) if was_put_off else None
+
+    def _answer(self, request_id: str, asked: _Asked) -> Matched | None:
         begin_s = time.monotonic()
         found = self._client.answer(asked.number, self._wait_left_s)
         self._wait_left_s = max(0.0, self._wait_left_s - (time.monotonic() - begin_s))
@@ -101,8 +119,14 @@ class PendingMatches:
             self._asked[request_id] = asked._replace(seen_s=begin_s, is_early=False)
         return found
 
-    def give_up(self, request_id: str) -> None:
-        """Give up a request's match, if there is one, and end its hold."""
+    def release(self, request: RequestTransfers) -> None:
+        """Give up a request's match, or the offer that it has, and the hold."""
+        self._give_up(request.request_id)
+        found, request.found = request.found, None
+        if found is not None and found.blocks:
+            self._client.release([found.number])
+
+    def _give_up(self, request_id: str) -> None:
         asked = self._asked.pop(request_id, None)
         if asked is not None:
             self._client.release([asked.number])
@@ -110,11 +134,11 @@ class PendingMatches:
     def give_up_all(self) -> None:
         """Give up every match."""
         for request_id in list(self._asked):
-            self.give_up(request_id)
+            self._give_up(request_id)
 
     def step_is_made(self) -> None:
         """Record that a step is scheduled: the next one may wait again. Give up old matches."""
         self._wait_left_s = self._wait_s
         until_s = time.monotonic() - KEPT_S
         for request_id in [name for name, each in self._asked.items() if each.seen_s < until_s]:
-            self.give_up(request_id)
+            self._give_up(request_id)

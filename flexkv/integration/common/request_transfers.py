@@ -77,6 +77,8 @@ class RequestTransfers:
     """Whether it may load: a request whose load came short would get the same offer again."""
     was_put_off: bool = False
     """Whether it was put off because too many matches were under way."""
+    is_told: bool = False
+    """Whether the server was asked to report the tiers of its blocks."""
     load: Load | None = None
     puts: dict[int, Put] = field(default_factory=dict)
     finished: bool = False

@@ -14,7 +14,7 @@ from flexkv.server.prompts import PromptPart
 class RequestState:
     """What is known about one of vLLM's requests."""
 
-    __slots__ = ("features", "is_told", "noted", "parts", "request", "scope", "transfers")
+    __slots__ = ("features", "noted", "parts", "request", "scope", "transfers")
 
     def __init__(self, request: Any, scopes: Scopes, transfers: RequestTransfers) -> None:
         self.request, self.parts = request, scopes.parts_of(request)
@@ -22,8 +22,6 @@ class RequestState:
         self.features = features_of(request)
         self.transfers = transfers
         """Its keys, blocks, load and puts."""
-        self.is_told = False
-        """Whether the server was asked to report its blocks' tiers, for KV events."""
         self.noted = 0
         """How many of its blocks the KV events know."""
 

@@ -37,7 +37,6 @@ from flexkv.integration.vllm.stats import Counts, FlexKVStats
 from flexkv.observe.logs import get_logger
 from flexkv.server.client import Client
 from flexkv.server.operator import command
-from flexkv.server.wire import Matched
 
 log = get_logger(__name__)
 
@@ -62,7 +61,9 @@ class SchedulerSide:
         self.client = Client(settings, setup.model, setup.instance, setup.tells_events)
         self._events = KVEvents(cache.tokens_per_block) if setup.tells_events else None
         self._costs = Costs() if cache.load_if_faster else None
-        self._pending_matches = PendingMatches(self.client, settings.match_wait_ms)
+        self._pending_matches = PendingMatches(
+            self.client, settings.match_wait_ms, setup.tells_events
+        )
         self._scopes = Scopes(setup.names_media, setup.lora)
         self._per_block = cache.tokens_per_block
         self._requests = RequestStates(
@@ -83,7 +84,8 @@ class SchedulerSide:
         state = self._requests.track(request)
         blocks = self._wanted(state, 0)
         if blocks and self._pending_matches.has_early_room:
-            self._ask(state, blocks, 0, is_early=True)
+            part = self._requests.part(state, blocks)
+            self._pending_matches.ask(state.transfers, part, 0, is_early=True)
 
     def get_num_new_matched_tokens(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Return how many tokens after the computed ones can be loaded, and whether that is slow.
@@ -96,17 +98,17 @@ class SchedulerSide:
             request: vLLM's request.
             computed: how many of its tokens the device has, in whole blocks.
         """
-        state, local_blocks = self._requests.track(request), computed // self._per_block
-        blocks = self._wanted(state, computed)
-        if not blocks:
-            self._release(state)
+        state = self._requests.track(request)
+        transfers, matches = state.transfers, self._pending_matches
+        if not (blocks := self._wanted(state, computed)):
+            matches.release(transfers)
             return 0, False
-        found = self._found(state, blocks, local_blocks)
+        transfers.local_blocks = computed // self._per_block
+        found = matches.found(transfers, blocks, lambda n: self._requests.part(state, n))
         if found is None:
             self._counts.count("late_matches")
             return None, False
-        transfers = state.transfers
-        transfers.found, transfers.local_blocks = found, local_blocks
+        transfers.found = found
         self._counts.count("matches")
         extra = found.blocks * self._per_block - computed
         if not self.client.is_ready:  # nothing can be loaded; that may be news since `_wanted`
@@ -119,7 +121,7 @@ class SchedulerSide:
             self._counts.count("offered_blocks", extra // self._per_block)
             transfers.by_layer = self.transfers.suits_layers(transfers)
             return extra, not transfers.by_layer
-        self._release(state)
+        matches.release(transfers)
         return 0, False
 
     def _wanted(self, state: RequestState, computed: int) -> int:
@@ -134,32 +136,6 @@ class SchedulerSide:
         blocks: int = (request.num_tokens - 1) // self._per_block
         return blocks if blocks * self._per_block > computed else 0
 
-    def _found(self, state: RequestState, blocks: int, local_blocks: int) -> Matched | None:
-        """Return which of the first blocks are resident; None if that is not known in this step.
-
-        Its tiers count the blocks from `local_blocks` on.
-        """
-        questions, request_id = self._pending_matches, state.request.request_id
-        if (first := questions.first_of(request_id, blocks)) is not None:
-            found = questions.answer(request_id)
-            if found is None or found.blocks <= local_blocks or first == local_blocks:
-                return found
-            # The match was sent before the device's own blocks were known.
-            state.transfers.found = found
-        self._release(state)
-        if questions.make_room():
-            self._ask(state, blocks, local_blocks, is_early=False)
-            return questions.answer(request_id)
-        transfers = state.transfers
-        was_put_off, transfers.was_put_off = transfers.was_put_off, True
-        return Matched(0, 0, {}) if was_put_off else None
-
-    def _ask(self, state: RequestState, blocks: int, local_blocks: int, is_early: bool) -> None:
-        """Ask how many of a prompt's first `blocks` blocks are resident."""
-        part = self._requests.part(state, blocks)
-        tell, state.is_told = self._events is not None and not state.is_told, True
-        self._pending_matches.ask(state.request.request_id, part, local_blocks, tell, is_early)
-
     def update_state_after_alloc(self, request: Any, blocks: Any, external: int) -> None:
         """Begin to load into the blocks that were allocated, if any are to be loaded.
 
@@ -172,7 +148,7 @@ class SchedulerSide:
         if state is None or state.transfers.found is None:
             return
         if not external:  # another connector's offer was taken
-            self._release(state)
+            self._pending_matches.release(state.transfers)
             return
         (ids,) = blocks.get_block_ids()
         last = state.transfers.local_blocks + external // self._per_block
@@ -265,7 +241,7 @@ class SchedulerSide:
         state = self._states.get(request.request_id)
         if state is None:
             return False
-        self._release(state)
+        self._pending_matches.release(state.transfers)
         self._counts.request_ended()
         lora = getattr(request, "lora_request", None)
         if lora is not None and request.num_output_tokens:
@@ -300,7 +276,7 @@ class SchedulerSide:
         for request_id, state in list(self._states.items()):
             state.transfers.stored_blocks = 0
             if not state.transfers.has_begun:
-                self._release(state)
+                self._pending_matches.release(state.transfers)
                 self._requests.forget(request_id)
         try:
             command(self._setup.settings.server_recv_port, "clear")
@@ -323,10 +299,3 @@ class SchedulerSide:
         if not self.client.is_ready:
             self._poll()
         return self.client.is_ready
-
-    def _release(self, state: RequestState) -> None:
-        """Give up a request's match, or the offer that it has, and the hold."""
-        self._pending_matches.give_up(state.request.request_id)
-        found, state.transfers.found = state.transfers.found, None
-        if found is not None and found.blocks:
-            self.client.release([found.number])
