@@ -33,7 +33,7 @@ class Server(Client):
 
     def ask(self, keys: Any, first: int = 0, hold: bool = False, tell: bool = False) -> int:
         """Record the question, and return its number."""
-        number = self._number()
+        number = self.number()
         self.asked.append(number)
         return number
 
