@@ -162,7 +162,9 @@ async def test_cancelling_ends_when_no_device_is_touched(tmp_path: Path) -> None
             getting = asyncio.ensure_future(manager.get(PROMPT, SLOTS))
             for _ in range(waits):
                 await asyncio.sleep(0)
-            getting.cancel()
+            if not getting.cancel():  # the server was fast
+                assert (await getting).return_mask.all()
+                continue
             with pytest.raises(asyncio.CancelledError):
                 await getting
         assert (await manager.get(PROMPT, SLOTS)).return_mask.all()
