@@ -37,6 +37,18 @@ def integer(field: str, value: Any) -> int:
     return int(value)
 
 
+def index(field: str, value: Any, count: int) -> int:
+    """Return an integer as Python's own, if it is one of `count` numbers from 0 on.
+
+    Raises:
+        ConfigError: the value is not an integer, or out of range.
+    """
+    number = integer(field, value)
+    if not 0 <= number < count:
+        raise ConfigError(field, value, f"must be from 0 to {count - 1}")
+    return number
+
+
 def integers(field: str, values: Any) -> list[int]:
     """Return one or several integers as a list.
 

@@ -38,7 +38,7 @@ class AnyTicket(Protocol):
         ...
 
     def begin(self) -> None:
-        """Occupy the device, or send the request; call it in the step that checked the slots."""
+        """Bind the request to the device; call it in the step that checked the slots."""
         ...
 
     async def run(self, turn: RequestOwner = ...) -> KVResponse:

@@ -17,8 +17,8 @@ from typing import Any
 
 from msgspec import structs
 
-from flexkv.common.arguments import integer, seconds
-from flexkv.common.errors import ConfigError, DeviceError
+from flexkv.common.arguments import index, integer, seconds
+from flexkv.common.errors import DeviceError
 from flexkv.common.request import KVResponse, Operation
 from flexkv.common.terms import StreamEvent
 from flexkv.engine.tickets import RequestSpec
@@ -193,9 +193,7 @@ class Layerwise:
 
     def _check(self, layer: int) -> None:
         self._bridge.check_process()
-        if not 0 <= integer("layer", layer) < self._progress.num_layers:
-            why = f"must be from 0 to {self._progress.num_layers - 1}"
-            raise ConfigError("layer", layer, why)
+        index("layer", layer, self._progress.num_layers)
 
 
 class LayerwiseGet(Layerwise):

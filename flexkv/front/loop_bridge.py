@@ -148,7 +148,7 @@ class LoopBridge:
                     log.warning("engine_abandoned", reason=why)
 
     def __del__(self) -> None:
-        if getattr(self, "_home", None) is not None:
+        if self._home is not None:
             unclosed.end_forgotten(self)
 
     @property

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from flexkv.actors.supervisor import Supervisor
-from flexkv.common.arguments import integer, seconds
+from flexkv.common.arguments import index, integer, seconds
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.errors import (
     BackendUnavailableError,
@@ -180,7 +180,7 @@ class Agent:
             ConfigError: no such layer.
             ClosedError: the agent is closed.
         """
-        self._report(numbers, False, self._checked(layer) + 1)
+        self._report(numbers, False, index("layer", layer, self._model.num_layers) + 1)
 
     def wait_for_layer(
         self,
@@ -210,7 +210,8 @@ class Agent:
             DeviceError: the driver refused.
         """
         number = None if stream is None else integer("stream", stream)
-        return self._gets.wait(numbers, self._checked(layer), seconds("timeout", timeout), number)
+        wanted, wait_s = index("layer", layer, self._model.num_layers), seconds("timeout", timeout)
+        return self._gets.wait(numbers, wanted, wait_s, number)
 
     def wait_for_end(self, number: int, timeout: float = TIMEOUT_S) -> int:
         """Return how many first blocks a get by layer has moved on every rank, once it is over.
@@ -219,12 +220,6 @@ class Agent:
             TimeoutError: it was not over in time, or the agent does not know the get.
         """
         return self._gets.wait_end(number, seconds("timeout", timeout))
-
-    def _checked(self, layer: int) -> int:
-        if not 0 <= integer("layer", layer) < self._model.num_layers:
-            why = f"must be from 0 to {self._model.num_layers - 1}"
-            raise ConfigError("layer", layer, why)
-        return layer
 
     def _report(self, numbers: Sequence[int], to_device: bool, layers: int | None) -> None:
         if not numbers:

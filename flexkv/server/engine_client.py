@@ -15,13 +15,13 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from msgspec import structs
 
 from flexkv.actors.supervisor import Supervisor
-from flexkv.common.arguments import integer, member
+from flexkv.common.arguments import index, member
 from flexkv.common.config import ModelConfig, Settings
 from flexkv.common.errors import (
     BackendUnavailableError,
@@ -50,8 +50,6 @@ from flexkv.server.wire import Answer, Done, Start
 from flexkv.tiers.backend import Progress
 
 log = get_logger(__name__)
-
-T = TypeVar("T")
 
 LOOK_S = 0.05
 """Time between two looks at the connection: for a lost server, and for one that has come back."""
@@ -120,7 +118,7 @@ class EngineClient:
             return
         self._is_open = False
         try:
-            self._cancel(list(self._under_way))
+            self.cancel(list(self._under_way))
             until_s = time.monotonic() + CLOSE_S
             while self._under_way and time.monotonic() < until_s:
                 self.receive()
@@ -193,8 +191,7 @@ class EngineClient:
             ClosedError: not open.
         """
         self._check_open()
-        if not 0 <= integer("tp_rank", tp_rank) < self.model.tp_size:
-            raise ConfigError("tp_rank", tp_rank, f"must be from 0 to {self.model.tp_size - 1}")
+        index("tp_rank", tp_rank, self.model.tp_size)
         if tp_rank in self._agents:
             raise ConfigError("tp_rank", tp_rank, "is registered already")
         settings = self._settings
@@ -329,12 +326,11 @@ class EngineClient:
             self.report_ready(start.number)
         self.receive()
 
-    def cancel(self, number: int) -> None:
-        """Cancel a request; its end is reported all the same."""
-        self._cancel((number,))
+    def cancel(self, numbers: Sequence[int]) -> None:
+        """Cancel requests, whose ends are reported all the same.
 
-    def _cancel(self, numbers: Sequence[int]) -> None:
-        """Cancel requests; a server that does not answer now counts as lost, which ends them."""
+        A server that does not answer now counts as lost, which ends them.
+        """
         self._client.cancel(numbers)
         if self._probe is None and numbers:
             self._probe = self._client.ask(self._intake.root(None))

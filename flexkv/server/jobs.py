@@ -396,9 +396,9 @@ _OPERATIONS = {operation.label: operation for operation in Operation}
 
 def _done(start: Start, request: Request, response: KVResponse, took_s: float) -> Done:
     per_block, error = request.tokens_per_block, response.error
-    moved = int(np.count_nonzero(response.return_mask)) // per_block
     first, last, *_ = request.span
     blocks = response.return_mask[first * per_block : last * per_block : per_block]
+    moved = int(np.count_nonzero(blocks))
     bits = b"" if blocks[:moved].all() else np.packbits(blocks).tobytes()
     is_stale = isinstance(error, ClearedError)
     told, cause = ("", None) if error is None else (str(error), cause_of(error))

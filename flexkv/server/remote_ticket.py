@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -41,8 +42,8 @@ class Sends(Protocol):
         """Send a request; its ticket is told when it has ended."""
         ...
 
-    def cancel(self, number: int) -> None:
-        """Cancel a request; its end is reported all the same."""
+    def cancel(self, numbers: Sequence[int]) -> None:
+        """Cancel requests, whose ends are reported all the same."""
         ...
 
     def release(self, number: int) -> None:
@@ -150,7 +151,7 @@ class RemoteTicket:
         try:
             await self._over.wait()
         except asyncio.CancelledError:
-            self._door.cancel(self.request.request_id)
+            self._door.cancel((self.request.request_id,))
             while not self._over.is_set():
                 with suppress(asyncio.CancelledError):
                     await self._over.wait()
