@@ -5,7 +5,7 @@
            ──GetEnded──▶ no layer will come ──────┘
 
 All three arrive over one connection, in this order, so a worker waits without asking the server. A
-worker may wait for a get of which the agent has not heard yet. The end of a connection ends every
+worker may wait for a get before the agent has heard of it. The end of a connection ends every
 get, known or not, because it ends the epoch of the instance's devices that the gets are for. While
 the agent is not connected, a worker can only name gets of an earlier epoch: such a wait ends at
 once.

@@ -24,6 +24,7 @@ from .caches import (
     open_fds,
     slots_of,
 )
+from .fake_server import FakeServer
 from .forked import forked_server
 from .serving import Instance, settings_in
 
@@ -98,6 +99,14 @@ def make_manager(tmp_path: Path) -> MakeManager:
 def settings(tmp_path: Path) -> Settings:
     """Return the settings of a server in the test's folder."""
     return settings_in(tmp_path)
+
+
+@pytest.fixture
+def server(settings: Settings) -> Iterator[FakeServer]:
+    """Yield a server whose messages come from the test."""
+    made = FakeServer(settings)
+    yield made
+    made.close()
 
 
 @pytest.fixture

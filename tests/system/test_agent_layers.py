@@ -77,14 +77,6 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def server(settings: Settings) -> Iterator[FakeServer]:
-    """Yield a server whose messages come from the test."""
-    made = FakeServer(settings)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def rig(settings: Settings, server: FakeServer) -> Iterator[Rig]:
     """Yield an agent that is connected."""
     made = Rig(settings, server, lambda caches: caches)

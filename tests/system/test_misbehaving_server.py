@@ -53,14 +53,6 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def server(settings: Settings) -> Iterator[FakeServer]:
-    """Yield a server whose messages come from the test."""
-    made = FakeServer(settings)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def client(settings: Settings, server: FakeServer) -> Iterator[Client]:
     """Yield a client that is connected."""
     made = Client(settings, MODEL)
