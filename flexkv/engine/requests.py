@@ -17,9 +17,9 @@ from flexkv.engine.pins import Holds
 from flexkv.engine.runner import ALONE, RequestOwner, RequestRunner
 from flexkv.engine.tickets import PREPARED, RequestSpec, Ticket, nothing_moved
 from flexkv.engine.tracing import Tracing
+from flexkv.index.found import Found, PrefixMatch, prefix_match
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
-from flexkv.index.residency import Found, PrefixMatch, prefix_match
 
 
 class Requests:

@@ -24,17 +24,9 @@ from flexkv.graph.ops import CHUNKS_MAX, Leg, Shape
 from flexkv.graph.plan import OPS_MAX, LegFill, Plan, Template, even_bounds
 from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
 from flexkv.index.claims import Claim, Holding
+from flexkv.index.found import Found, Group, Placement
 from flexkv.index.owed import Taken
-from flexkv.index.residency import (
-    ABSENT,
-    PREFIX,
-    READY,
-    WORTHY,
-    Found,
-    Group,
-    Placement,
-    Residency,
-)
+from flexkv.index.residency import ABSENT, PREFIX, READY, WORTHY, Residency
 
 LOAD = Route(Tier.HOST, Tier.DEVICE)
 STORE = Route(Tier.DEVICE, Tier.HOST)

@@ -35,9 +35,9 @@ from flexkv.common.terms import Tier
 from flexkv.engine.durability import FlushReport
 from flexkv.engine.statistics import Statistics
 from flexkv.engine.tickets import RequestSpec, nothing_moved
+from flexkv.index.found import PrefixMatch
 from flexkv.index.intake import Intake
 from flexkv.index.keys import Namespace, scope_of
-from flexkv.index.residency import PrefixMatch
 from flexkv.io.device.tensors import KVCaches
 from flexkv.observe.logs import get_logger
 from flexkv.process.stoppable import run_stoppable
