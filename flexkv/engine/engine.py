@@ -65,7 +65,7 @@ class Engine:
         self._backend = backend or LocalBackend(cache, self.sizes)
         self.tokens_per_block = cache.tokens_per_block
         self.clears = ClearHistory(time.time_ns())
-        self._intake = Intake(self._key_chain(), self.clears)
+        self._intake = Intake(self._key_chain(), self.clears, self.sizes.spaces)
         self._admission = Admission(cache.requests_max)
         self._resources = ExitStack()
         self._devices = Devices(

@@ -115,8 +115,7 @@ class Requests:
         """Return the request with its device blocks; None if it can use no device."""
         if self._devices.missing is not None or request.request_id <= self._rekeyed_at:
             return None
-        ids = self._intake.device_ids(slot_mapping, request.span, self._devices.num_blocks)
-        return structs.replace(request, device_ids=ids)
+        return self._intake.with_slots(request, slot_mapping, self._devices.num_blocks)
 
     def unready(self, request: Request) -> KVResponse:
         """Return the response to a request that needs a device and can use none."""
