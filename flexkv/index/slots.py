@@ -168,7 +168,8 @@ def _blocks_of(
 def _check_one(slot_mapping: Sequence[Any]) -> None:
     """Check that a list is one array of slots, and not a list of arrays."""
     first: Any = slot_mapping[0]
-    if not is_integer(first) and (isinstance(first, Sequence) or getattr(first, "ndim", 0)):
+    is_array = isinstance(first, Sequence) or bool(getattr(first, "ndim", False))
+    if is_array and not is_integer(first):
         why = "must be one array of slots: the model has one KV group"
         raise ConfigError(_FIELD, kind_of(slot_mapping), why)
 
