@@ -66,6 +66,24 @@ def in_one_pool(*spaces: BlockSpace) -> tuple[BlockSpace, ...]:
     )
 
 
+class GroupRule(NamedTuple):
+    """What the index needs to know of a KV group whose blocks are leaves.
+
+    Attributes:
+        group: its number, at least 1.
+        kind: 0 full attention, 1 sliding window, 2 chunked attention, 3 state.
+        window: tokens of the window or of a chunk, 0 for the other kinds.
+        ratio: how many blocks of the prefix chain one of its blocks covers.
+        block_tokens: tokens of one of its blocks.
+    """
+
+    group: int
+    kind: int
+    window: int
+    ratio: int
+    block_tokens: int
+
+
 class GivenSize(NamedTuple):
     """The key that sets the size of a tier, and its value, as the user gave it."""
 
