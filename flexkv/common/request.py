@@ -83,6 +83,10 @@ class LeafBlocks(NamedTuple):
     device_ids: BlockIds
     """int64, one for each position; NO_BLOCK where the caller has none."""
 
+    def ids_at(self, positions: Positions) -> BlockIds:
+        """Return the device blocks of some of the positions: int64[n]."""
+        return self.device_ids[np.searchsorted(self.positions.array, positions.array)]
+
 
 NO_BLOCK = -1
 """Stands in `LeafBlocks.device_ids` for a block that the caller does not have."""
@@ -92,8 +96,9 @@ class Request(msgspec.Struct, frozen=True):
     """A caller's request, as the core handles it.
 
     `keys` has 16 bytes for the namespace's root, then 16 for each whole block up to
-    `span.last_block`. `device_ids` is int64, one per block of the span, or None for a prefetch.
-    `watch` observes a request that is moved layer by layer.
+    `span.last_block`; those of a load go on for `drop` blocks more. `device_ids` is int64, one per
+    block of the span, or None for a prefetch. `watch` observes a request that is moved layer by
+    layer.
     """
 
     operation: Operation
