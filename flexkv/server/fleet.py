@@ -19,7 +19,7 @@ import numpy as np
 from msgspec import structs
 
 from flexkv.common.errors import AgentGoneError, ConfigError
-from flexkv.common.layout import AXES
+from flexkv.common.layout import NATURAL, is_order
 from flexkv.common.space import BlockSpace
 from flexkv.common.terms import BlockIds, Tier, Transfer
 from flexkv.io.device.ranks import RanksPort
@@ -94,8 +94,8 @@ class FleetPort(RemoteDevice):
         if instance is not None and tp_rank in instance.ports:
             why = f"is already connected for instance {number}: engines need different instance_ids"
             raise ConfigError("tp_rank", tp_rank, why)
-        if not {axis for each in order.split(";") for axis in each.split()} <= AXES:
-            why = f"must be an element order made of these axes: {', '.join(sorted(AXES))}"
+        if not is_order(order):
+            why = f"must be an element order made of these axes: {', '.join(NATURAL)}"
             raise ConfigError("kv_caches", order, why)
         if any(each.ports for each in self.instances.values()) and order != self.order:
             why = f"must have the same element order as the other ranks: {self.order}"
