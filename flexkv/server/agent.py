@@ -26,6 +26,7 @@ from flexkv.common.errors import (
     DeviceError,
     FlexKVError,
 )
+from flexkv.common.layout import order_of
 from flexkv.common.terms import Layers, Route, Tier, Transfer
 from flexkv.front.layerwise import TIMEOUT_S
 from flexkv.front.loop_thread import LoopThread
@@ -124,7 +125,7 @@ class Agent:
         tensors = kv_cache_list(kv_caches)
         sizes = self._cache.sized(self._model)
         backend = LocalBackend(self._cache, sizes)
-        pages, *_ = layouts_of(sizes.spaces, tensors, layout, self._tp_rank)
+        layouts = layouts_of(sizes.spaces, tensors, layout, self._tp_rank)
         secret = self._cache.key_secret.get_secret_value()
         hello = Hello(
             PROTOCOL_VERSION,
@@ -133,8 +134,8 @@ class Agent:
             block_identity(sizes.spaces, secret),
             self._instance,
             self._tp_rank,
-            pages.num_blocks,
-            pages.order,
+            layouts[0].num_blocks,
+            order_of(layouts),
         )
         self._thread.start()
 
