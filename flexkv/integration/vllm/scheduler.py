@@ -152,7 +152,7 @@ class SchedulerSide:
             return
         (ids,) = blocks.get_block_ids()
         last = state.transfers.local_blocks + external // self._per_block
-        self.transfers.load(state.transfers, list(ids), last)
+        self.transfers.load(state.transfers, [ids], last)
 
     # -- puts, and each step --------------------------------------------------------------------
 
