@@ -31,12 +31,15 @@ class FlexKVConnectorV1Impl:
     has_layer_hooks = False
     """Whether vLLM calls `wait_for_layer_load` in every forward; through the shim it does not."""
 
-    def __init__(self, vllm_config: Any, role: KVConnectorRole) -> None:
+    def __init__(
+        self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None
+    ) -> None:
         """Create one role, by vLLM's configuration and FlexKV's: see `setup_of`.
 
         Raises:
             ConfigError: FlexKV cannot serve such an engine, or its server cannot be launched.
         """
+        self._caches = kv_cache_config
         self._vllm_config, self._computation = vllm_config, _computation_of(vllm_config)
         setup = self._setup()
         configure_logging(setup.settings.log_level, setup.settings.logging_prefix)
@@ -52,11 +55,14 @@ class FlexKVConnectorV1Impl:
             self.worker = WorkerSide(setup, _tp_rank())
 
     def _setup(self) -> Setup:
-        setup = setup_of(self._vllm_config, self._computation)
+        setup = setup_of(self._vllm_config, self._computation, self._caches)
+        is_possible, reason = self.has_layer_hooks, "only FlexKV's own connector can: see vllm.md"
+        if setup.groups is not None and setup.groups.are_several:
+            is_possible, reason = False, "the model has several KV groups"
         is_wanted = setup.settings.enable_layerwise_transfer
-        if is_wanted and not self.has_layer_hooks:
-            log.warning("loads_not_by_layer", reason="only FlexKV's own connector can: see vllm.md")
-        return setup._replace(loads_by_layer=is_wanted and self.has_layer_hooks)
+        if is_wanted and not is_possible:
+            log.warning("loads_not_by_layer", reason=reason)
+        return setup._replace(loads_by_layer=is_wanted and is_possible)
 
     def shutdown(self) -> None:
         """Disconnect; the scheduler's side also ends the server that it has launched."""
