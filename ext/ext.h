@@ -148,6 +148,7 @@ void instance_free(PyObject *self);
 
 fast_call keys_hash128, keys_chain_keys, keys_pack_int64, keys_block_slots;
 fast_call counts_change_counts, counts_any_counted;
+fast_call needs_needed;
 fast_call pages_copy_now, pages_list_runs;
 PyObject *notify_address(PyObject *, PyObject *);
 

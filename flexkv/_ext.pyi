@@ -68,6 +68,21 @@ def change_counts(counts: Memory, ids: Memory, by: int) -> int:
 def any_counted(counts: Memory, ids: Memory) -> bool:
     """Return whether any of the counts at `ids` is not zero; see `change_counts` for the rest."""
 
+def needed(kind: int, window: int, block_tokens: int, end_tokens: int) -> tuple[int, int]:
+    """Return which of a KV group's own blocks a prefix needs: the first, and the last, exclusive.
+
+    Args:
+        kind: 0 full attention, every block; 1 sliding window, the blocks of the last `window`
+            tokens, counting the one that comes next; 2 chunked attention, the blocks of the chunk
+            that the next token is in; 3 state, the last block.
+        window: tokens of the window or of a chunk, at least 1; 0 for the other kinds.
+        block_tokens: tokens of one of the group's blocks, at least 1.
+        end_tokens: length of the prefix, a multiple of `block_tokens`.
+
+    Raises:
+        ValueError: an argument breaks its rule; the message has its name and value.
+    """
+
 def block_slots(slots: Memory, tokens_per_block: int, num_blocks: int) -> bytes:
     """Return the device block id (int64) of every whole block of `slots` (int64[n]).
 

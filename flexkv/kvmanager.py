@@ -27,8 +27,8 @@ from flexkv.front.layerwise import LayerwiseGet, LayerwisePut
 from flexkv.front.loop_bridge import LoopBridge
 from flexkv.front.task_form import TaskForm
 from flexkv.graph.explain import Explanation
+from flexkv.index.found import PrefixMatch
 from flexkv.index.keys import Namespace
-from flexkv.index.residency import PrefixMatch
 from flexkv.io.device.tensors import KVCaches
 from flexkv.observe.logs import obey_environment
 from flexkv.server.doors import door_of

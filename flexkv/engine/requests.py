@@ -17,9 +17,9 @@ from flexkv.engine.pins import Holds
 from flexkv.engine.runner import ALONE, RequestOwner, RequestRunner
 from flexkv.engine.tickets import PREPARED, RequestSpec, Ticket, nothing_moved
 from flexkv.engine.tracing import Tracing
+from flexkv.index.found import Found, PrefixMatch, prefix_match
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
-from flexkv.index.residency import Found, PrefixMatch, prefix_match
 
 
 class Requests:
@@ -115,8 +115,7 @@ class Requests:
         """Return the request with its device blocks; None if it can use no device."""
         if self._devices.missing is not None or request.request_id <= self._rekeyed_at:
             return None
-        ids = self._intake.device_ids(slot_mapping, request.span, self._devices.num_blocks)
-        return structs.replace(request, device_ids=ids)
+        return self._intake.with_slots(request, slot_mapping, self._devices.num_blocks)
 
     def unready(self, request: Request) -> KVResponse:
         """Return the response to a request that needs a device and can use none."""

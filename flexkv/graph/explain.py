@@ -10,9 +10,10 @@ import networkx as nx
 from flexkv.common.request import Operation, Request
 from flexkv.common.terms import Route, Tier
 from flexkv.graph.compile import compile_shape
+from flexkv.graph.draft import LOAD, STORE, PlanLimits, chunks_of
 from flexkv.graph.ops import Leg, Shape
 from flexkv.graph.plan import Template, even_bounds
-from flexkv.graph.planner import LOAD, STORE, PlanLimits, Planner, chunks_of
+from flexkv.graph.planner import Planner
 
 
 class Explanation:

@@ -13,22 +13,17 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from flexkv import _ext
 from flexkv.common.errors import CapacityError, InvariantError
-from flexkv.common.terms import (
-    BLOCK_KEY_BYTES,
-    BLOCK_RECORD_BYTES,
-    BlockIds,
-    Positions,
-    Tier,
-)
+from flexkv.common.space import GroupRule
+from flexkv.common.terms import BLOCK_KEY_BYTES, BLOCK_RECORD_BYTES, BlockIds, Positions, Tier
 from flexkv.index.claims import Claims, Holding
 from flexkv.index.clears import ClearHistory
 from flexkv.index.eviction import Eviction
+from flexkv.index.found import Found, Group, Placement
 
 ABSENT, PENDING, READY = 0, 1, 2
 """State of a block in one tier: nowhere, being filled, there."""
@@ -43,87 +38,6 @@ PREFIX, ALL, WORTHY = 0, 1, 2
 
 TAKEN, GONE, THERE, NO_ROOM = 0, 1, 2, 3
 """The outcome for a block in `reserve_copies`."""
-
-
-class PrefixMatch(msgspec.Struct, frozen=True):
-    """How much of a prompt a get would find, each block counted at its nearest tier.
-
-    `tokens` includes `pending_tokens`: those being filled right now, which a get waits for.
-    """
-
-    tokens: int
-    tokens_by_tier: dict[Tier, int]
-    pending_tokens: int
-
-    def __repr__(self) -> str:
-        parts = [f"{tier.label} {count}" for tier, count in self.tokens_by_tier.items() if count]
-        parts += [f"{self.pending_tokens} pending"] if self.pending_tokens else []
-        return f"PrefixMatch({self.tokens} tokens{': ' if parts else ''}{', '.join(parts)})"
-
-
-class Placement(msgspec.Struct, frozen=True):
-    """Some blocks of a prompt, and where they are in one tier."""
-
-    positions: Positions
-    block_ids: BlockIds
-
-    @property
-    def block_count(self) -> int:
-        """Return the number of blocks."""
-        return self.positions.block_count
-
-    def before(self, last: int) -> Placement:
-        """Return the part before a position."""
-        count = self.positions.number_before(last)
-        if count == self.positions.block_count:
-            return self
-        return Placement(self.positions.part(0, count), self.block_ids[:count])
-
-
-class Group(NamedTuple):
-    """Blocks of a prompt that have equal states; `states` and ids are by tier, nearest first."""
-
-    states: tuple[int, ...]
-    positions: Positions
-    block_ids: tuple[BlockIds | None, ...]
-
-
-class Found(msgspec.Struct, frozen=True):
-    """The resident run of a prompt from `first` to `last` (exclusive), by nearest tier.
-
-    For a load, `graph.far.with_far` adds what is said to lie far behind it.
-    """
-
-    first: int
-    last: int
-    ready: dict[Tier, Placement]
-    """Only tiers that are the nearest one of some block."""
-    pending: Placement | None = None
-    """Host blocks that are being filled."""
-
-    @property
-    def host_only(self) -> bool:
-        """Return whether every block found is ready in host memory."""
-        host = self.ready.get(Tier.HOST)
-        return (host.positions.block_count if host else 0) == self.last - self.first
-
-    def before(self, last: int) -> Found:
-        """Return the part of the run before a position."""
-        if last >= self.last:
-            return self
-        ready = {tier: placed.before(last) for tier, placed in self.ready.items()}
-        pending = self.pending and self.pending.before(last)
-        return Found(
-            self.first,
-            last,
-            {tier: placed for tier, placed in ready.items() if placed.block_count},
-            pending if pending and pending.block_count else None,
-        )
-
-    @property
-    def holdings(self) -> list[Holding]:
-        """Return the ready blocks, tier by tier."""
-        return [Holding(tier, place.block_ids) for tier, place in self.ready.items()]
 
 
 class _Held:
@@ -162,6 +76,8 @@ class Change(NamedTuple):
     key: bytes
     tier: Tier
     is_ready: bool
+    group: int = 0
+    """Its KV group: 0 for a block of the prefix chain, else that of a leaf."""
 
 
 _CHANGE = struct.Struct("=16sII")
@@ -170,9 +86,14 @@ _CHANGE = struct.Struct("=16sII")
 class Residency:
     """Every tier's blocks, nearest first, and the claims on them. The one source of truth.
 
+    The blocks of KV group 0 form the prefix chains. A block of any other group is a leaf: it hangs
+    on the chain's block at its position, and both positions and keys in calls are the chain's. A
+    leaf that covers several blocks of the chain hangs on the last of them.
+
     Only the scheduler changes it. A call that breaks a law raises InvariantError.
 
     Attributes:
+        groups: the number of KV groups, that of the chain included.
         selective: whether tiers refuse blocks that are worth less than what they hold.
     """
 
@@ -181,9 +102,20 @@ class Residency:
         capacities: dict[Tier, int],
         eviction: Eviction | None = None,
         clears: ClearHistory | None = None,
+        rules: Sequence[GroupRule] = (),
     ) -> None:
-        """Build an empty table; `capacities` are in blocks, `eviction` holds for every tier."""
+        """Build an empty table.
+
+        Args:
+            capacities: blocks of each tier.
+            eviction: holds for every tier.
+            clears: when what was cleared.
+            rules: what a prefix needs of each KV group but the chain's; group n is rules[n - 1].
+        """
         eviction = eviction or Eviction()
+        if rules:
+            raise NotImplementedError
+        self.groups = 1 + len(rules)
         self.clears = clears or ClearHistory()
         self.tiers = tuple(sorted(capacities))
         self._number = {tier: number for number, tier in enumerate(self.tiers)}
@@ -208,13 +140,18 @@ class Residency:
 
     # -- looking --------------------------------------------------------------------------------
 
-    def find(self, keys: bytes, first: int = 0, use: bool = False) -> Found:
+    def find(self, keys: bytes, first: int = 0, use: bool = False, drop: int = 0) -> Found:
         """Return the longest resident run that starts at position `first`.
+
+        Where there are leaves, it ends where every KV group is ready to load what the prefix needs,
+        on a multiple of all groups' blocks. Blocks that are being filled do not count then.
 
         Args:
             keys: root and keys of the prompt's blocks.
-            first: where the run starts.
-            use: count a use of every block from the root to the end of the run, in every tier.
+            first: where the run starts. Leaves before it are not needed.
+            use: count a use of every block of the chain from the root to the end of the run, and of
+                the leaves that are needed there, in every tier.
+            drop: how many blocks behind the run the chain must have as well.
         """
         ready: dict[Tier, Placement] = {}
         pending, last = None, first
@@ -248,8 +185,14 @@ class Residency:
             return []
         return found.holdings if found.ready else None
 
-    def survey(self, keys: bytes, first: int, last: int, use: bool = True) -> list[Group]:
-        """Return the blocks from `first` to `last`, grouped by where they are; count their use."""
+    def survey(
+        self, keys: bytes, first: int, last: int, use: bool = True, group: int = 0
+    ) -> list[Group]:
+        """Return the blocks from `first` to `last`, grouped by where they are; count their use.
+
+        For a KV group of leaves these are the leaves at positions in the range, except where the
+        chain's block is nowhere.
+        """
         return [
             Group(
                 self._states[pattern],
@@ -275,6 +218,10 @@ class Residency:
         if tier not in self._number:
             return TierCounts(0, 0, 0, 0, 0, 0, 0)
         return TierCounts(*self._table.counts(self._number[tier]))
+
+    def group_blocks(self, tier: Tier) -> list[int]:
+        """Return the number of ready places of a tier, by KV group."""
+        return [self.counts(tier).ready]
 
     @property
     def evicted(self) -> list[int]:
@@ -337,8 +284,12 @@ class Residency:
 
     # -- filling --------------------------------------------------------------------------------
 
-    def reserve(self, tier: Tier, keys: bytes, positions: Positions, how: int = PREFIX) -> BlockIds:
+    def reserve(
+        self, tier: Tier, keys: bytes, positions: Positions, how: int = PREFIX, group: int = 0
+    ) -> BlockIds:
         """Reserve places for blocks whose parents are there, evicting others as needed.
+
+        The parent of a leaf is the chain's block at its position.
 
         Return the places, int64[n]: for as many of the first blocks as `how` allows.
         """
@@ -475,13 +426,3 @@ class Residency:
 def _array(blob: bytes | None) -> BlockIds | None:
     """Return the table's bytes as int64[n]."""
     return None if blob is None else np.frombuffer(blob, np.int64)
-
-
-def prefix_match(found: Found, tiers: Sequence[Tier], tokens_per_block: int) -> PrefixMatch:
-    """Return what was found, counted in tokens."""
-    pending = found.pending.block_count if found.pending else 0
-    by_tier = dict.fromkeys(tiers, 0)
-    for tier, placement in found.ready.items():
-        by_tier[tier] = placement.block_count * tokens_per_block
-    tokens = (found.last - found.first) * tokens_per_block
-    return PrefixMatch(tokens, by_tier, pending * tokens_per_block)

@@ -16,7 +16,8 @@ from flexkv.common.request import KVResponse, Operation, Request
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.graph.ops import OpSpec
 from flexkv.graph.plan import Plan, Template
-from flexkv.index.residency import Found, Residency
+from flexkv.index.found import Found
+from flexkv.index.residency import Residency
 from flexkv.observe.records import (
     EventRecord,
     OpRecord,

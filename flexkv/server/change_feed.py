@@ -53,7 +53,7 @@ class ChangeFeed:
         if not self._is_behind:
             return
         changes = self._residency.changes()
-        told = tuple((key, tier.label, there) for key, tier, there in changes or ())
+        told = tuple((key, tier.label, there) for key, tier, there, _ in changes or ())
         for link, is_behind in self._is_behind.items():
             lost = is_behind or changes is None
             if link.unsent_bytes > UNREAD_BYTES_MAX:

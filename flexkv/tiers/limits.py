@@ -10,7 +10,7 @@ from flexkv.actors.write_behind import WriteBehindLimits
 from flexkv.common.config import GB, MB, CacheConfig, CacheSizes
 from flexkv.common.errors import ConfigError
 from flexkv.common.terms import Tier
-from flexkv.graph.planner import PlanLimits
+from flexkv.graph.draft import PlanLimits
 from flexkv.index.clears import ClearHistory
 from flexkv.index.eviction import Eviction
 from flexkv.index.residency import Residency

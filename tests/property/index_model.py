@@ -351,7 +351,7 @@ class Driver:
     def _check_changes(self) -> None:
         changes = self.index.changes()
         assert changes is not None
-        for key, tier, is_ready in changes:
+        for key, tier, is_ready, _ in changes:
             assert ((tier, key) in self.told) != is_ready, "told twice"
             (self.told.add if is_ready else self.told.remove)((tier, key))
         ready = {(tier, key_of(path)) for tier in TIERS for path in self.ready_places(tier)}

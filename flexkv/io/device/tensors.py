@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from flexkv.common.config_model import ITEM_BYTES
+from flexkv.common.config_layers import ITEM_BYTES
 from flexkv.common.errors import BackendUnavailableError, ConfigError
 from flexkv.common.layout import PagedLayout, TensorSpec, infer_layout
 from flexkv.common.space import BlockSpace
