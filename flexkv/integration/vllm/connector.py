@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorRole,
@@ -83,7 +83,8 @@ class FlexKVConnector(FlexKVConnectorV1Impl, KVConnectorBase_V1, SupportsHMA):
         Of an engine with several KV groups, a load fails as a whole: vLLM cannot be told blocks.
         """
         sent, received = self.get_finished(finished_req_ids)
-        return base.KVConnectorTransferResults(
+        module = sys.modules[KVConnectorBase_V1.__module__]
+        return module.KVConnectorTransferResults(
             finished_sending=sent or set(),
             finished_recving=received or set(),
             failed_recving=set() if self.worker is None else set(self.bound_step().failed),

@@ -19,18 +19,22 @@ from the tensors' placement, as bytes of unknown meaning (*opaque* layers).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm
 from typing import Any, NamedTuple
 
-from vllm.distributed.kv_transfer.kv_connector.v1 import base
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from flexkv.common.config_layers import ITEM_BYTES, LayerGroup, dtype_name
 from flexkv.common.config_model import ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.space import GROUPS_MAX
 
+FAILS_WHOLE = hasattr(sys.modules[KVConnectorBase_V1.__module__], "KVConnectorTransferResults")
+"""Whether this version of vLLM can be told that a load failed as a whole."""
 FULL = ("FullAttentionSpec", "MLAAttentionSpec", "SinkFullAttentionSpec")
 KINDS = {
     **dict.fromkeys(FULL, "full"),
@@ -196,7 +200,7 @@ def groups_of(kv_cache_config: Any, vllm_config: Any) -> EngineGroups | None:
         kinds = ", ".join(type(spec).__name__ for spec in served.values())
         why = "FlexKV: a model without full attention is not served: prefixes are found by it"
         raise ConfigError("kv_cache_groups", kinds or "none", why)
-    if len(served) > 1 and not hasattr(base, "KVConnectorTransferResults"):
+    if len(served) > 1 and not FAILS_WHOLE:
         why = "FlexKV: several KV groups need vLLM 0.32 or later, where a load may fail as a whole"
         raise ConfigError("kv_cache_groups", len(served), why)
     if len(served) > GROUPS_MAX:
@@ -247,9 +251,8 @@ def _layer_specs(group: Any) -> Iterator[tuple[str, Any]]:
 
 def _name(spec: Any) -> str:
     """Return vLLM's own name of a kind of cache, as in its KV events."""
-    from vllm.v1 import kv_cache_interface
-
-    kind_of = getattr(kv_cache_interface, "get_kv_cache_spec_kind", None)
+    module = sys.modules[FullAttentionSpec.__module__]
+    kind_of = getattr(module, "get_kv_cache_spec_kind", None)
     return KINDS[type(spec).__name__] if kind_of is None else str(kind_of(spec).value)
 
 
