@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from flexkv.common.config import CacheConfig, ModelConfig, Settings
-from flexkv.integration.vllm.extra_config import with_extra
+from flexkv.integration.vllm.extra_config import mixed_local_hits, with_extra
 from flexkv.integration.vllm.groups import EngineGroups, groups_of
 from flexkv.integration.vllm.identity import lora_facts, model_id
 from flexkv.integration.vllm.refusals import check_engine
@@ -84,7 +85,9 @@ def _groups(vllm_config: Any, kv_cache_config: Any) -> EngineGroups | None:
     """Check that FlexKV serves an engine, and return its KV groups."""
     is_known = getattr(kv_cache_config, "kv_cache_groups", None) is not None
     check_engine(vllm_config, knows_caches=is_known)
-    return groups_of(kv_cache_config, vllm_config)
+    groups = groups_of(kv_cache_config, vllm_config)
+    mixes = mixed_local_hits(vllm_config.kv_transfer_config)
+    return groups if groups is None or mixes is None else replace(groups, mixes=mixes)
 
 
 def _gates_loads(vllm_config: Any) -> bool:

@@ -50,6 +50,7 @@ class FlexKVConnectorV1Impl:
         if not self._enabled:
             return
         if role is KVConnectorRole.SCHEDULER:
+            _warn_of_failures(vllm_config.kv_transfer_config)
             self.scheduler = SchedulerSide(setup)
         else:
             self.worker = WorkerSide(setup, _tp_rank())
@@ -159,6 +160,20 @@ class FlexKVConnectorV1Impl:
     def get_kv_connector_stats(self) -> Any:
         """Return None: the shim can neither log nor export statistics."""
         return None
+
+
+def _warn_of_failures(transfer: Any) -> None:
+    """Log what it costs if vLLM ends requests whose blocks cannot be loaded, as it does by default.
+
+    Earlier versions of vLLM have no such policy.
+    """
+    if getattr(transfer, "kv_load_failure_policy", "recompute") == "fail":
+        log.warning(
+            "loads_may_fail_requests",
+            kv_load_failure_policy="fail",
+            reason="a request of which a block cannot be loaded ends with an error",
+            remedy='set "kv_load_failure_policy": "recompute": its blocks are computed again',
+        )
 
 
 _computations: dict[int, tuple[Any, str]] = {}
