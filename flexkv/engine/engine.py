@@ -342,9 +342,9 @@ class Engine:
         """Return how much of a prompt is resident. No I/O; it changes only the blocks' recency."""
         return self._checked.match(token_ids, namespace)
 
-    def find(self, keys: bytes, first: int = 0) -> Found:
-        """Return where a prompt's blocks from `first` on are; `keys`: root and block keys."""
-        return self._checked.find(keys, first)
+    def find(self, keys: bytes, first: int = 0, drop: int = 0) -> Found:
+        """Return where a prompt's blocks from `first` on are: see `Planner.find`."""
+        return self._checked.find(keys, first, drop)
 
     def next_request_id(self) -> int:
         """Return a new request id, for a request that neither `submit` nor `prepare` makes."""

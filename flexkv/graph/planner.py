@@ -17,6 +17,7 @@ from msgspec import structs
 
 from flexkv.common.errors import CapacityError, ClearedError
 from flexkv.common.request import LeafBlocks, Operation, Request
+from flexkv.common.space import GroupRule
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Positions, Route, Tier
 from flexkv.graph.draft import (
     ONWARD,
@@ -68,7 +69,11 @@ class Planner:
     """Plans requests over one residency. Synchronous, pure, and the only caller of `reserve`."""
 
     def __init__(
-        self, residency: Residency, limits: PlanLimits, catalogue: Catalogue = NOTHING_IS_FAR
+        self,
+        residency: Residency,
+        limits: PlanLimits,
+        catalogue: Catalogue = NOTHING_IS_FAR,
+        rules: tuple[GroupRule, ...] = (),
     ) -> None:
         self._residency, self.tiers = residency, residency.tiers
         self.limits = limits
@@ -77,7 +82,9 @@ class Planner:
         self.tiers_owed: frozenset[Tier] = frozenset()
         """Lower tiers that are owed blocks: blocks of new puts are owed, too, and come last."""
         self._lower = [(n, tier) for n, tier in enumerate(residency.tiers) if tier != Tier.HOST]
-        self._leaves = LeafFinder(residency) if residency.rules else None
+        self.groups = 1 + len(rules)
+        """The number of KV groups of the model."""
+        self._leaves = LeafFinder(residency, rules) if rules else None
 
     def plan(self, request: Request, run_id: int) -> Planned:
         """Plan a request and open its claims, which only the run's events end."""
@@ -130,13 +137,45 @@ class Planner:
     def find(self, keys: bytes, first: int = 0, drop: int = 0) -> Found:
         """Return where a prompt's blocks from `first` on are, and count a use of them.
 
-        With several KV groups, it is the longest prefix for which every group has what it needs,
-        and behind which `drop` more blocks of the chain are there.
+        Behind what is found, `drop` more blocks are there. With several KV groups, it is the
+        longest prefix for which every group has what it needs.
         """
         if self._leaves is None:
-            return self.visible(self._residency.find(keys, first, use=True))
+            return self.visible(self._residency.find(keys, first, True, drop))
         last = len(keys) // BLOCK_KEY_BYTES - 1 - drop
         return self._leaves.find(Prefix(keys, first, last, drop), self._unreadable, use=True)
+
+    def most_places(self, request: Request) -> int:
+        """Return a number of host places that a request never exceeds, at little cost."""
+        span, leaves = request.span, sum([len(each.device_ids) for each in request.leaves])
+        return (span.last_block - span.first_block) * self.groups + leaves
+
+    def places_wanted(self, request: Request) -> int:
+        """Return how many host places a request would need if it were planned now."""
+        if request.operation is not Operation.PUT:
+            found = self.peek(request)
+            ready = [found.ready, *[leaves.ready for leaves in found.leaves]]
+            lacking = [
+                placed.block_count
+                for each in ready
+                for tier, placed in each.items()
+                if tier is not Tier.HOST
+            ]
+            return sum(lacking)
+        first, last = request.span.first_block, request.span.last_block
+        groups = self._residency.survey(request.keys, first, last, use=False)
+        if self._leaves is not None:
+            for leaves in request.leaves:
+                groups += self._leaves.to_store(request, leaves, use=False)
+        return sum(group.positions.block_count for group in groups if group.states[0] == ABSENT)
+
+    def lacking_from(self, request: Request) -> int:
+        """Return the position of the first block that a put would have to store."""
+        if self._leaves is not None:
+            return self._leaves.lacking_from(request)
+        found = self._residency.find(request.keys, request.span.first_block)
+        host = found.ready.get(Tier.HOST)
+        return found.first + (0 if host is None else host.positions.leading(found.first))
 
     def peek(self, request: Request) -> Found:
         """Return what a load would find if all tiers were up, without planning it."""
