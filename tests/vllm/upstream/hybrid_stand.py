@@ -148,7 +148,7 @@ class HybridStand(Stand):
         return request
 
     def answer(self, name: str, tokens: list[int], max_tokens: int = 1) -> list[int]:
-        """Run one request to its end, forget it on the device, and return the whole conversation."""
+        """Run one request, let the device forget it, and return the conversation."""
         self.ask(name, tokens, max_tokens)
         self.run()
         assert self.scheduler.reset_prefix_cache()
@@ -165,7 +165,8 @@ class HybridStand(Stand):
 
     def tables(self, request: Request) -> list[list[int]]:
         """Return the device blocks of a request, by vLLM's groups."""
-        return [list(ids) for ids in self.scheduler.kv_cache_manager.get_block_ids(request.request_id)]
+        manager = self.scheduler.kv_cache_manager
+        return [list(ids) for ids in manager.get_block_ids(request.request_id)]
 
     def blocks_of(self, request: Request) -> list[int]:
         """Return the device blocks of a request in the group of full attention."""
