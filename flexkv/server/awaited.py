@@ -58,10 +58,6 @@ class Awaited:
         self.requests.add(number)
         self._blocks[number] = blocks
 
-    def blocks_of(self, number: int) -> int:
-        """Return how many blocks a match or request under way names."""
-        return self._blocks[number]
-
     def fail(self, numbers: Sequence[int], error: FlexKVError) -> None:
         """End requests that moved nothing."""
         self.requests.difference_update(numbers)

@@ -19,7 +19,7 @@ import numpy as np
 from msgspec import structs
 
 from flexkv.common.errors import AgentGoneError, ConfigError
-from flexkv.common.layout import AXES
+from flexkv.common.layout import NATURAL, is_order
 from flexkv.common.space import BlockSpace
 from flexkv.common.terms import BlockIds, Tier, Transfer
 from flexkv.io.device.ranks import RanksPort
@@ -94,8 +94,8 @@ class FleetPort(RemoteDevice):
         if instance is not None and tp_rank in instance.ports:
             why = f"is already connected for instance {number}: engines need different instance_ids"
             raise ConfigError("tp_rank", tp_rank, why)
-        if not {axis for each in order.split(";") for axis in each.split()} <= AXES:
-            why = f"must be an element order made of these axes: {', '.join(sorted(AXES))}"
+        if not is_order(order):
+            why = f"must be an element order made of these axes: {', '.join(NATURAL)}"
             raise ConfigError("kv_caches", order, why)
         if any(each.ports for each in self.instances.values()) and order != self.order:
             why = f"must have the same element order as the other ranks: {self.order}"
@@ -166,17 +166,19 @@ class FleetPort(RemoteDevice):
             ranks.connect(self._wake)
         return ranks
 
-    def ids_of(self, instance: Instance, local_ids: BlockIds) -> BlockIds:
+    def ids_of(
+        self, instance: Instance, local_ids: BlockIds, field: str = "device_ids"
+    ) -> BlockIds:
         """Return the ids of an instance's device blocks among those of all instances.
 
         Raises:
-            ConfigError: one of them is no block of its devices.
+            ConfigError: one of them is no block of its devices; the error names `field`.
         """
         assert instance.epoch is not None
         if len(local_ids) and not 0 <= local_ids.min() <= local_ids.max() < instance.num_blocks:
             wrong = next(int(i) for i in local_ids if not 0 <= i < instance.num_blocks)
             why = f"is not a device block of the instance, which has {instance.num_blocks}"
-            raise ConfigError("device_ids", wrong, why)
+            raise ConfigError(field, wrong, why)
         return local_ids | (instance.epoch << EPOCH_SHIFT)
 
     def tell(self, number: int, message: Message) -> None:

@@ -43,11 +43,11 @@ from flexkv.common.errors import (
     MalformedError,
     cause_of,
 )
+from flexkv.common.space import GROUPS_MAX
 
 T = TypeVar("T")
 
 PROTOCOL_VERSION = 7
-GROUPS_MAX = 32
 FRAME_BYTES_MAX = 8 << 20
 """Maximum size of a message; the server accepts at most `FRAME_BYTES_OF` the peer's role."""
 LENGTH_BYTES = 4
@@ -211,7 +211,7 @@ class Start(Message, tag="start", frozen=True):
     """The device blocks of other KV groups, by ascending group and then position. A get needs one
     for each leaf that its prefix needs; a put stores those that are given."""
     drop: Number = 0
-    """As in `Match`, for a get or prefetch."""
+    """As in `Match`, for a get or prefetch: how many of the last keys only have to be resident."""
 
 
 class Done(Message, tag="done", frozen=True):
@@ -248,8 +248,9 @@ def why_unsent(blocks: int) -> FlexKVError:
 class Changed(Message, tag="changed", frozen=True):
     """What became resident or no longer is, in that order; a `Done` follows its changes."""
 
-    changes: tuple[tuple[bytes, str, bool], ...]
-    """Block key, tier, whether it is there now."""
+    changes: tuple[tuple[bytes, str, bool, int], ...]
+    """Block key, tier, whether it is there now, KV group. The key of a leaf is that of the chain's
+    block on which it hangs."""
     lost: bool = False
     """Whether some changes before these are unknown, so that earlier reports are void."""
 

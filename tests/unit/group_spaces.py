@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from flexkv.common.space import BlockSpace, Kind
 
-from flexkv import _ext
-
-FULL, WINDOW, CHUNK, STATE = range(4)
+FULL, WINDOW, CHUNK, STATE = Kind
 
 
-class Space(NamedTuple):
-    """What is needed of a block space."""
-
-    group: int
-    kind: int
-    window: int = 0
-    tokens_per_block: int = 4
-
-    def needed(self, end: int) -> tuple[int, int]:
-        """Return which of the group's own blocks a prefix of `end` tokens needs."""
-        return _ext.needed(self.kind, self.window, self.tokens_per_block, end)
-
-
-def spaces_of(*leaves: tuple[int, int] | tuple[int, int, int]) -> list[Any]:
+def spaces_of(*leaves: tuple[Kind, int] | tuple[Kind, int, int]) -> list[BlockSpace]:
     """Return spaces with a chain of 4 tokens a block, and leaves of (kind, window, block)."""
-    return [Space(0, FULL), *(Space(number, *each) for number, each in enumerate(leaves, 1))]
+    return [
+        BlockSpace(block[0] if block else 4, (), (), 1, 1, {}, group, 0, kind, window)
+        for group, (kind, window, *block) in enumerate([(FULL, 0), *leaves])
+    ]

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import lcm
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import NO_BLOCK, LeafBlocks
+from flexkv.common.space import BlockSpace, Kind
 from flexkv.common.terms import Positions
 
-STATE = 3
-"""The kind of a `GroupRule` of a state."""
 GroupIds: TypeAlias = Sequence[Sequence[int | None]]
 """The device blocks of a request: for each KV group those of its own blocks, from the first on."""
 
@@ -38,7 +37,7 @@ class KVGroups:
     """
 
     def __init__(
-        self, spaces: Sequence[Any], alignment_tokens: int, drops_last: bool = False
+        self, spaces: Sequence[BlockSpace], alignment_tokens: int, drops_last: bool = False
     ) -> None:
         """Take the engine's groups.
 
@@ -50,7 +49,7 @@ class KVGroups:
         Raises:
             ConfigError: the alignment does not fit the groups' blocks.
         """
-        self._per_block: int = spaces[0].tokens_per_block
+        self._per_block = spaces[0].tokens_per_block
         self._leaf_spaces = {space.group: space for space in spaces[1:]}
         self.several, self.drop = len(spaces) > 1, int(drops_last)
         unit = lcm(*(space.tokens_per_block for space in spaces))
@@ -59,7 +58,7 @@ class KVGroups:
             raise ConfigError("alignment_tokens", alignment_tokens, why)
         if alignment_tokens < 1 or alignment_tokens % unit:
             raise ConfigError("alignment_tokens", alignment_tokens, f"must be a multiple of {unit}")
-        self._alignment: int = alignment_tokens // self._per_block
+        self._alignment = alignment_tokens // self._per_block
 
     def wanted(self, num_tokens: int) -> int:
         """Return how many blocks of the chain a match asks for; a hit never has all tokens.
@@ -81,7 +80,7 @@ class KVGroups:
         """
         space, ratio = self._leaf_spaces[group], self._ratio(group)
         first, last = space.needed(blocks * self._per_block)
-        if space.kind != STATE:
+        if space.kind != Kind.STATE:
             first = max(first, local // ratio)
         return range((first + 1) * ratio - 1, last * ratio, ratio)
 
@@ -132,7 +131,7 @@ class KVGroups:
         return joined(
             self._leaves(group, self.needed(group, blocks), ids)
             for group, space in self._leaf_spaces.items()
-            if space.kind != STATE
+            if space.kind != Kind.STATE
         )
 
     def state(self, group: int, end_tokens: int, device_id: int | None) -> tuple[LeafBlocks, ...]:
@@ -141,15 +140,14 @@ class KVGroups:
         It is empty if no hit can end there, or the block is a null block.
         """
         is_kept = end_tokens > 0 and end_tokens % (self._alignment * self._per_block) == 0
-        if self._leaf_spaces[group].kind != STATE or not is_kept:
+        if self._leaf_spaces[group].kind != Kind.STATE or not is_kept:
             return ()
         at = end_tokens // self._per_block - 1
         return joined((_leaf(group, range(at, at + 1), [_real(device_id)]),))
 
     def _ratio(self, group: int) -> int:
         """Return how many blocks of the chain one block of a group covers."""
-        tokens: int = self._leaf_spaces[group].tokens_per_block
-        return tokens // self._per_block
+        return self._leaf_spaces[group].tokens_per_block // self._per_block
 
     def _aligned(self, blocks: int) -> int:
         return blocks // self._alignment * self._alignment
