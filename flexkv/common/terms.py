@@ -106,10 +106,30 @@ class Positions(msgspec.Struct, frozen=True):
             return values[begin : begin + self.block_count]
         return values[self.places - first]
 
+    @property
+    def array(self) -> NDArray[np.int64]:
+        """Return them as int64[n]."""
+        if self.places is None:
+            return np.arange(self.first, self.first + self.block_count)
+        return self.places
+
+    def chosen(self, which: NDArray[np.bool_]) -> Positions:
+        """Return those for which `which`, bool[n], is True."""
+        return positions_of(self.array[which])
+
     def __iter__(self) -> Iterator[int]:
         if self.places is None:
             return iter(range(self.first, self.first + self.block_count))
         return iter(self.places.tolist())
+
+
+def positions_of(places: BlockIds) -> Positions:
+    """Return ascending positions, int64[n]."""
+    count = len(places)
+    first = int(places[0]) if count else 0
+    if not count or int(places[-1]) - first + 1 == count:
+        return Positions(first, count)
+    return Positions(first, count, places)
 
 
 class BlockNames(msgspec.Struct, frozen=True):
