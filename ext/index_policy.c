@@ -267,6 +267,25 @@ void policy_return(struct tier *tier, ref place)
         link_oldest(tier, 0, place);
 }
 
+void policy_spend(struct tier *tier, ref place)
+{
+    struct place *at = &tier->places[place];
+    unsigned list = at->list;
+
+    if (list >= LIST_PARKED)
+        return;
+    policy_remove(tier, place);
+    if (!tier->density)
+        at->epoch = (uint16_t)(tier->touched >> tier->epoch_shift);
+    if (newest_goes(tier)) {
+        link_newest(tier, list, place);
+    } else {
+        link_oldest(tier, list, place);
+        if (!tier->density)
+            at->epoch -= 1u << 15; /* long ago: half of what the number can tell */
+    }
+}
+
 void policy_unpark(struct tier *tier, ref place, uint32_t clock_s)
 {
     if (by_arrival(tier))
