@@ -263,7 +263,7 @@ static inline bool is_spent(const struct block_index *index, ref node)
 }
 
 /* Handle that a leaf became READY: those of its group which the prefix up to it does not need are
- * spent, as far up as nobody branches. They are the next to go of all that are used as often. */
+ * spent, as far up as nobody branches. They are the next to go. */
 void leaves_spend(struct block_index *index, ref leaf);
 
 /* How far the blocks of one request can be loaded, and what of each group that needs. */
@@ -328,7 +328,7 @@ void policy_remove(struct tier *tier, ref place);
 /* Put a place back at the end of the list from which the next victim is taken. */
 void policy_return(struct tier *tier, ref place);
 
-/* Make a place the next victim of its list, if it is in one. */
+/* Make a place one that was never used, and the next victim; under LFU the next of its list. */
 void policy_spend(struct tier *tier, ref place);
 
 /* Append all of one list to another. */

@@ -83,12 +83,12 @@ static bool is_only_child(const struct block_index *index, ref number)
     return node->after == NONE;
 }
 
-void leaves_spend(struct block_index *index, ref leaf)
+void leaves_spend(struct block_index *index, ref last)
 {
-    unsigned group = group_of(index, leaf);
+    unsigned group = group_of(index, last);
     const struct rule *rule = &index->rule[group];
     int64_t needed = most_needed(rule) * rule->ratio;
-    ref at = node_at(index, leaf)->parent;
+    ref at = node_at(index, last)->parent, leaf = last;
 
     if (!needed)
         return;
@@ -96,9 +96,7 @@ void leaves_spend(struct block_index *index, ref leaf)
         at = node_at(index, at)->parent;
         if (node_at(index, at)->parent == NONE)
             return;
-        if (apart < needed)
-            continue;
-        leaf = leaf_find(index, at, group, leaf - 1);
+        leaf = apart < needed ? NONE : leaf_find(index, at, group, leaf - 1);
         if (leaf == NONE)
             continue;
         if (is_spent(index, leaf))
