@@ -8,7 +8,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -143,7 +143,9 @@ class IndexMachine(RuleBasedStateMachine):
 
 
 TestIndex = IndexMachine.TestCase
-TestIndex.settings = settings(max_examples=80, stateful_step_count=40)
+TestIndex.settings = settings(
+    max_examples=80, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 @pytest.mark.parametrize("rules", RULES, ids=range(len(RULES)))
