@@ -56,6 +56,9 @@ ref leaf_take(struct block_index *index, ref parent, unsigned group, ref guess)
 
 /* -- leaves that nobody is likely to need ------------------------------------------------------ */
 
+/* How far up spent leaves are looked for, so that no commit takes long: 64k tokens of 16 a block. */
+#define TURN_BLOCKS_MAX 4096
+
 /* Return how many of a group's own blocks a prefix needs at most; 0 if that grows with it. */
 static int64_t most_needed(const struct rule *rule)
 {
@@ -92,7 +95,9 @@ void leaves_spend(struct block_index *index, ref last)
 
     if (!needed)
         return;
-    for (int64_t apart = 1; is_only_child(index, at); apart++) {
+    for (int64_t apart = 1; apart - needed < TURN_BLOCKS_MAX; apart++) {
+        if (!is_only_child(index, at))
+            return;
         at = node_at(index, at)->parent;
         if (node_at(index, at)->parent == NONE)
             return;
