@@ -185,8 +185,8 @@ class KVManager:
 
         Args:
             token_ids: integer[tokens].
-            slot_mapping: integer[selected tokens]: block_id * tokens_per_block + offset,
-                contiguous within a block.
+            slot_mapping: integer[selected tokens]: block_id * tokens_per_block + offset, contiguous
+                within a block; with several KV groups, a list of such arrays (docs/library.md).
             token_mask: bool[tokens], no holes; a leading False means already on the device.
             namespace: as for `match`.
 

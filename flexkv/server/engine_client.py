@@ -286,8 +286,8 @@ class EngineClient:
         if why is not None:
             ticket.response = nothing_moved(request, KVResponseStatus.UNREADY, why)
             return ticket
-        ids = self._intake.device_ids(slot_mapping, request.span, self._client.num_blocks)
-        return ticket.with_request(structs.replace(request, device_ids=ids))
+        request = self._intake.with_slots(request, slot_mapping, self._client.num_blocks)
+        return ticket.with_request(request)
 
     def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
         """Return how much of a prompt is resident; nothing if the server does not answer."""

@@ -20,6 +20,7 @@ from flexkv.common.request import Operation, Span
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Scope, block_identity, block_keys, leaf_keys
 from flexkv.index.secret import DerivedSecrets, derived
+from flexkv.index.slots import SlotReader
 from tests.unit.xxh3 import PUBLIC_SECRET, colliding, xxh3_128
 
 BASE: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 2, "head_size": 8, "dtype": "float16"}
@@ -161,13 +162,13 @@ def test_a_namespace_is_made_of_strings(namespace: Any) -> None:
 def test_slots_that_break_a_rule_are_named(slots: Any, why: str) -> None:
     """Errors of length, range, alignment and contiguity differ, and name index and value."""
     with pytest.raises(ConfigError, match=why):
-        Intake(chain()).device_ids(slots, Span(0, 2, 0, 32), 4)
+        SlotReader([16]).read(slots, Span(0, 2, 0, 32), 4)
 
 
 def test_slots_of_a_masked_run_skip_the_partial_block() -> None:
     """Slots begin at the mask's first token; its leading partial block is not moved."""
     slots = np.r_[5:16, 32:48]
-    ids = Intake(chain()).device_ids(slots, Span(1, 2, 5, 32), 4)
+    ids, _ = SlotReader([16]).read(slots, Span(1, 2, 5, 32), 4)
     assert ids.tolist() == [2]
 
 
