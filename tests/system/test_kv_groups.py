@@ -16,6 +16,7 @@ from flexkv.common.terms import Tier
 from flexkv.kvmanager import KVManager
 from flexkv.trace.load import load
 
+from .conftest import FORMS
 from .groups import MODEL, GroupCaches, Ids, cache_config
 from .test_corrupt import damage
 
@@ -27,8 +28,8 @@ GROUPS = range(4)
 class GroupRig:
     """A manager with the KV caches of several groups, and a copy of what was put."""
 
-    def __init__(self, manager: KVManager) -> None:
-        self.manager, self.caches = manager, GroupCaches()
+    def __init__(self, manager: KVManager, form: str = "loop") -> None:
+        self.manager, self.caches, self.form = manager, GroupCaches(), form
         manager.register_kv_caches(self.caches.tensors)
         self.stored: dict[tuple[int, int], Any] = {}
 
@@ -40,11 +41,21 @@ class GroupRig:
         for group in groups:
             for number, block in places[group].items():
                 self.stored[group, number] = self.caches.bytes_of(group, [block])
-        return await self.manager.put(prompt, self.caches.slots(len(prompt), *places), **more)
+        slots = self.caches.slots(len(prompt), *places)
+        return await self.request("put", prompt, slots, **more)
 
     async def get(self, prompt: Any, places: Sequence[Ids], **more: Any) -> KVResponse:
         """Load a prompt into device blocks."""
-        return await self.manager.get(prompt, self.caches.slots(len(prompt), *places), **more)
+        slots = self.caches.slots(len(prompt), *places)
+        return await self.request("get", prompt, slots, **more)
+
+    async def request(self, operation: str, *args: Any, **named: Any) -> KVResponse:
+        """Run a get, put or prefetch in the rig's form, and return its response."""
+        if self.form != "task":
+            response: KVResponse = await getattr(self.manager, operation)(*args, **named)
+            return response
+        task_id = getattr(self.manager, f"{operation}_async")(*args, **named)
+        return (await asyncio.to_thread(self.manager.wait, [task_id]))[task_id]
 
     def everything(self, prompt: Any) -> Sequence[Ids]:
         """Return device blocks for every block of every group, other than those of `put`."""
@@ -66,18 +77,34 @@ async def rig(tmp_path: Path) -> AsyncIterator[GroupRig]:
         yield GroupRig(manager)
 
 
+@pytest.fixture(params=FORMS)
+async def any_rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[GroupRig]:
+    """Yield such a rig in each form of a manager."""
+    manager = KVManager(MODEL, cache_config(tmp_path))
+    if request.param == "loop":
+        async with manager:
+            yield GroupRig(manager)
+        return
+    manager.start()
+    try:
+        yield GroupRig(manager, request.param)
+    finally:
+        manager.shutdown()
+
+
 async def fill(rig: GroupRig, count: int = 6) -> None:
     """Put other prompts until nothing of earlier ones is left in host memory."""
     caches = GroupCaches(seed=9)
     for number in range(count):
         prompt = np.arange(40) + 100_000 + 1000 * number
         places = caches.places(len(prompt), 0)
-        await rig.manager.put(prompt, caches.slots(len(prompt), *places))
+        await rig.request("put", prompt, caches.slots(len(prompt), *places))
         await rig.manager.flush()
 
 
-async def test_every_group_comes_back_in_other_blocks(rig: GroupRig) -> None:
+async def test_every_group_comes_back_in_other_blocks(any_rig: GroupRig) -> None:
     """A get loads what each group needs at the end of the prompt, byte for byte, and no more."""
+    rig = any_rig
     put = await rig.put(PROMPT)
     assert (put.status, put.return_mask.all(), put.error) == (KVResponseStatus.SUCCESS, True, None)
     assert rig.manager.match(PROMPT).tokens == 40
@@ -150,19 +177,21 @@ async def test_a_get_needs_a_device_block_for_each_leaf(rig: GroupRig, missing: 
     assert int(np.count_nonzero(got.return_mask)) == (32 if missing == 2 else 0)
 
 
-async def test_a_masked_get_needs_no_leaf_that_the_device_has(rig: GroupRig) -> None:
+async def test_a_masked_get_needs_no_leaf_that_the_device_has(any_rig: GroupRig) -> None:
     """Blocks before the mask are on the device; only the state is needed whatever it has."""
+    rig = any_rig
     await rig.put(PROMPT)
     mask = np.arange(40) >= 32
     places = rig.everything(PROMPT)
     slots = [each[mask] for each in rig.caches.slots(40, *places)]
-    got = await rig.manager.get(PROMPT, slots, token_mask=mask)
+    got = await rig.request("get", PROMPT, slots, token_mask=mask)
     assert np.array_equal(got.return_mask, mask)
     rig.check(places, 40, first=32)
 
 
-async def test_blocks_evicted_from_host_come_back_from_ssd(rig: GroupRig) -> None:
+async def test_blocks_evicted_from_host_come_back_from_ssd(any_rig: GroupRig) -> None:
     """Leaves go to the SSD with the chain, and come back from it."""
+    rig = any_rig
     await rig.put(PROMPT)
     await fill(rig)
     match = rig.manager.match(PROMPT)
@@ -174,11 +203,12 @@ async def test_blocks_evicted_from_host_come_back_from_ssd(rig: GroupRig) -> Non
     assert rig.manager.statistics().corrupt_blocks == 0
 
 
-async def test_a_prefetch_brings_what_every_group_needs(rig: GroupRig) -> None:
+async def test_a_prefetch_brings_what_every_group_needs(any_rig: GroupRig) -> None:
     """After a prefetch, a get reads nothing from the SSD."""
+    rig = any_rig
     await rig.put(PROMPT)
     await fill(rig)
-    await rig.manager.prefetch(PROMPT)
+    await rig.request("prefetch", PROMPT)
     read = rig.manager.statistics().routes["disk→host"].blocks
     places = rig.everything(PROMPT)
     got = await rig.get(PROMPT, places)
@@ -297,16 +327,17 @@ def several(groups: int = 4) -> str:
     return f"slot_mapping=.*must be a list of {groups} arrays of slots"
 
 
-async def test_bad_slot_mappings_change_nothing(rig: GroupRig) -> None:
+async def test_bad_slot_mappings_change_nothing(any_rig: GroupRig) -> None:
     """One array, too few arrays and wrong slots are refused, and nothing is stored."""
+    rig = any_rig
     slots = rig.caches.slots(40, *rig.caches.places(40, 0))
     for bad in (slots[0], slots[:3], slots[0].tolist(), None):
         with pytest.raises(ConfigError, match=several()):
-            await rig.manager.put(PROMPT, bad)
+            await rig.request("put", PROMPT, bad)
     half = [each.copy() for each in slots]
     half[3][9] = -1
     with pytest.raises(ConfigError, match=r"slot_mapping\[3\]\[9\]=-1: must be -1 for every token"):
-        await rig.manager.put(PROMPT, half)
+        await rig.request("put", PROMPT, half)
     assert rig.manager.match(PROMPT).tokens == 0
     assert rig.manager.statistics().tiers["host"].used_blocks == 0
 
