@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,14 @@ from flexkv.common.errors import ConfigError
 from flexkv.common.layout import PagedLayout, order_of
 from flexkv.common.space import BlockSpace
 from flexkv.common.terms import Route, Tier, Transfer
+from flexkv.io.cuda.choice import Choices, CopyMethod, CopyPreference
+from flexkv.io.cuda.pinned import Pinned
+from flexkv.io.cuda.port import CudaDevicePort
 from flexkv.io.device.cpu import CpuDevicePort
 from flexkv.io.device.tensors import layouts_of
 from flexkv.io.memory.arena import Arena
+from flexkv.io.ports import DevicePort
+from flexkv.testing.fake_cuda import FakeCuda
 from tests.unit.backing import LAYOUTS, Backing, blocks_apart, pages_of
 
 TO_DEVICE, TO_HOST = Route(Tier.HOST, Tier.DEVICE), Route(Tier.DEVICE, Tier.HOST)
@@ -42,18 +49,59 @@ def _model(groups: Sequence[dict[str, Any]], **changes: Any) -> ModelConfig:
     return ModelConfig(**{**sizes, "dtype": "float16", **changes}, layer_groups=layers)
 
 
-def _copied(
+class Port:
+    """A port of some kind to one device, which ends its transfers one by one."""
+
+    def __init__(
+        self, mode: str, layouts: Sequence[PagedLayout], arena: Arena, of: Backing
+    ) -> None:
+        self._mode, self._arena, self._undo = mode, arena, ExitStack()
+        self._made: DevicePort
+        self.open(layouts, of)
+
+    def open(self, layouts: Sequence[PagedLayout], of: Backing) -> None:
+        """Attach to the KV caches of a device."""
+        self.close()
+        if self._mode == "cpu":
+            self._made = CpuDevicePort(layouts, self._arena, of.memory)
+        else:
+            driver, preference = FakeCuda([of.memory]), CopyPreference(use_engine=True)
+            made = CudaDevicePort(
+                layouts, Pinned(self._arena), of.memory, driver, (preference, preference)
+            )
+            for way in made._streams:
+                way.choose(Choices.always(CopyMethod(self._mode)))
+            self._undo.callback(lambda: driver.left == 0 or pytest.fail("something is left"))
+            self._made = made
+        self._undo.callback(self._made.close)
+
+    async def run(self, transfer: Transfer) -> None:
+        """Run one transfer to its end."""
+        woken = asyncio.Event()
+        self._made.connect(woken.set)
+        self._made.submit(transfer)
+        while not (ended := self._made.reap()):
+            await woken.wait()
+            woken.clear()
+        assert [each.error for each in ended] == [None]
+
+    def close(self) -> None:
+        """Close the port."""
+        self._undo.close()
+
+
+async def _copied(
+    mode: str,
     spaces: Sequence[BlockSpace],
     layouts: Sequence[PagedLayout],
-    device: Backing,
-    target: Backing,
+    devices: tuple[Backing, Backing],
     seed: int,
 ) -> None:
-    """Copy blocks of every group to host memory, and back into others, and check every byte."""
-    random, places = np.random.default_rng(seed), 3 * BLOCKS
+    """Copy blocks of every group to host memory, and to a second device, and check every byte."""
+    random, places, (device, target) = np.random.default_rng(seed), 3 * BLOCKS, devices
     arena = Arena.open(places, spaces[0].stride_bytes)
     arena.array[:] = random.integers(0, 256, arena.array.shape, np.uint8)
-    port = CpuDevicePort(layouts, arena, device.memory)
+    port = Port(mode, layouts, arena, device)
     expected, untouched = arena.array.copy(), device.memory.copy()
     shares = list(blocks_apart(random, BLOCKS, len(spaces)))
     hosts = [random.permutation(each) for each in blocks_apart(random, places, len(spaces))]
@@ -62,27 +110,24 @@ def _copied(
             content = device.block(space.layers, block)
             assert len(content) == space.block_bytes == layouts[space.group].block_bytes
             expected[place, : len(content)] = np.frombuffer(content, np.uint8)
-        port.submit(Transfer(1, 1, TO_HOST, ids, host[: len(ids)], group=space.group))
-    assert [each.error for each in port.reap()] == [None] * len(spaces)
+        await port.run(Transfer(1, 1, TO_HOST, ids, host[: len(ids)], group=space.group))
     assert np.array_equal(arena.array, expected)
     assert np.array_equal(device.memory, untouched)
 
-    port.suspend()
-    port.resume(layouts_of(spaces, target.tensors(), None, 0), target.memory)
+    port.open(layouts_of(spaces, target.tensors(), None, 0), target)
     wanted = target.memory.copy()
     copies = []
     for space, ids, host in zip(spaces, shares, hosts, strict=True):
         others = ids[::-1].copy()
-        port.submit(Transfer(1, 1, TO_DEVICE, host[: len(ids)], others, group=space.group))
+        await port.run(Transfer(1, 1, TO_DEVICE, host[: len(ids)], others, group=space.group))
         copies += [(layer, ids, others) for layer in space.layers]
-    assert [each.error for each in port.reap()] == [None] * len(spaces)
+    port.close()
     found = target.memory.copy()
     target.memory[:] = wanted
     for layer, ids, others in copies:
         target.bytes_of[layer][others] = device.bytes_of[layer][ids]
     assert np.array_equal(found, target.memory)
     assert np.array_equal(arena.array, expected)
-    port.close()
     arena.close()
 
 
@@ -150,16 +195,26 @@ CASES = (
     + [("MLA with an indexer", layout) for layout in ("LBHNC", "LBNHC")]
 )
 
+ON_CPU = [(*case, mode) for case in CASES for mode in ("cpu", "cpu-torch")]
+ON_CUDA = [
+    (name, layout, mode)
+    for name, layout in (
+        ("states with padding", "BLHNC"), ("window", "LHBNC"), ("MLA with an indexer", "BLNHC"),
+    )
+    for mode in ("engine", "staged", "kernel")
+]  # fmt: skip
 
-@pytest.mark.parametrize(("name", "layout"), CASES)
-@pytest.mark.parametrize("library", ["numpy", "torch"])
-def test_every_layout_of_vllm(name: str, layout: str, library: str) -> None:
+
+@pytest.mark.parametrize(("name", "layout", "mode"), [*ON_CPU, *ON_CUDA])
+async def test_every_layout_of_vllm(name: str, layout: str, mode: str) -> None:
     """Blocks of every group go to host memory and back, whatever the order of the axes."""
     groups, changes, padding = {**HYBRIDS, **MIXED}[name]
     model = _model(groups, **changes)
     spaces, pages = model.spaces(TOKENS), pages_of(model, TOKENS, padding)
-    device, target = (Backing(pages, layout, BLOCKS, seed) for seed in (1, 2))
-    _copied(spaces, layouts_of(spaces, device.tensors(library), None, 0), device, target, 3)
+    devices = Backing(pages, layout, BLOCKS, 1), Backing(pages, layout, BLOCKS, 2)
+    library = "torch" if mode == "cpu-torch" else "numpy"
+    layouts = layouts_of(spaces, devices[0].tensors(library), None, 0)
+    await _copied(mode.removesuffix("-torch"), spaces, layouts, devices, 3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -216,7 +271,7 @@ def _in_one_stride(groups: list[dict[str, Any]], layout: str) -> list[int]:
 
 
 @given(st.sampled_from(LAYOUTS), st.data(), st.integers(0, 1 << 20))
-@settings(max_examples=150)
+@settings(max_examples=settings.default.max_examples * 2 // 5)
 def test_groups_over_one_allocation(layout: str, data: Any, seed: int) -> None:
     """Any groups, over one allocation: every byte is right, and padding stays as it was."""
     groups = data.draw(_groups(layout))
@@ -225,9 +280,10 @@ def test_groups_over_one_allocation(layout: str, data: Any, seed: int) -> None:
     padding = _in_one_stride(groups, layout)
     model = _model(groups)
     pages = pages_of(model, TOKENS, padding)
-    device, target = (Backing(pages, layout, BLOCKS, seed + each) for each in (0, 1))
+    devices = Backing(pages, layout, BLOCKS, seed), Backing(pages, layout, BLOCKS, seed + 1)
     spaces = model.spaces(TOKENS)
-    _copied(spaces, layouts_of(spaces, device.tensors(), None, 0), device, target, seed)
+    layouts = layouts_of(spaces, devices[0].tensors(), None, 0)
+    asyncio.run(_copied("cpu", spaces, layouts, devices, seed))
 
 
 # -- what is refused ------------------------------------------------------------------------------

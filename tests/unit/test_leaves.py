@@ -10,7 +10,7 @@ import pytest
 from flexkv import _ext
 from flexkv.common.errors import InvariantError
 from flexkv.common.space import GroupRule
-from flexkv.common.terms import LEAF_SALT, Positions, Tier
+from flexkv.common.terms import Positions, Tier
 from flexkv.index.eviction import Eviction
 from flexkv.index.forest import forest
 from flexkv.index.residency import ABSENT, PENDING, READY, Change, Residency
@@ -41,7 +41,7 @@ KEYS = prompt(*range(13))
 
 def salted(of: bytes, group: int) -> bytes:
     """Return the key of a leaf."""
-    return bytes(a ^ b for a, b in zip(of, _ext.hash128(LEAF_SALT, group), strict=True))
+    return bytes(a ^ b for a, b in zip(of, _ext.hash128(b"flexkv leaf", group), strict=True))
 
 
 def table(*rules: GroupRule, chain: int = 12, **changes: Any) -> Residency:
@@ -252,7 +252,7 @@ def test_a_survey_reports_the_leaves_of_one_group() -> None:
 def test_a_leaf_needs_its_block() -> None:
     """A leaf is reserved where its group may have one and the chain has a block, once."""
     index = table(rule(1, STATE, 0, 2), chain=4)
-    with pytest.raises(InvariantError, match="parent is not in the index"):
+    with pytest.raises(InvariantError, match="whose block is not in the index"):
         reserved(index, [5], 1)
     with pytest.raises(InvariantError, match="a leaf where none can end"):
         reserved(index, [2], 1)
