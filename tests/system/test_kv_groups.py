@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flexkv.common.config import LayerGroup, ModelConfig
 from flexkv.common.errors import CapacityError, ConfigError, CorruptBlockError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation
 from flexkv.common.terms import Tier
@@ -17,7 +18,7 @@ from flexkv.kvmanager import KVManager
 from flexkv.trace.load import load
 
 from .conftest import FORMS
-from .groups import MODEL, GroupCaches, Ids, cache_config
+from .groups import DEVICE_BLOCKS, MODEL, GroupCaches, Ids, cache_config
 from .test_corrupt import damage
 
 PROMPT = np.arange(1000, 1040)
@@ -28,8 +29,10 @@ GROUPS = range(4)
 class GroupRig:
     """A manager with the KV caches of several groups, and a copy of what was put."""
 
-    def __init__(self, manager: KVManager, form: str = "loop") -> None:
-        self.manager, self.caches, self.form = manager, GroupCaches(), form
+    def __init__(
+        self, manager: KVManager, form: str = "loop", caches: GroupCaches | None = None
+    ) -> None:
+        self.manager, self.caches, self.form = manager, caches or GroupCaches(), form
         manager.register_kv_caches(self.caches.tensors)
         self.stored: dict[tuple[int, int], Any] = {}
 
@@ -418,3 +421,79 @@ async def test_a_trace_tells_the_group_of_each_op(rig: GroupRig, tmp_path: Path)
     assert all(
         op.bytes == op.block_count * trace.header.group_block_bytes[op.group] for op in loads
     )
+
+
+async def test_groups_may_overlay_the_same_memory(tmp_path: Path) -> None:
+    """Groups may share one allocation, where a block belongs to one of them at a time.
+
+    The bytes between a block's content and the next block are left alone.
+    """
+    backing = np.full((2, DEVICE_BLOCKS, 640), 0xAB, np.uint8)
+    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
+        rig = GroupRig(manager, caches=GroupCaches(backing=backing))
+        backing[:, :32] = np.random.default_rng(1).integers(0, 256, (2, 32, 640))
+        before = backing.copy()
+        sources = [
+            {n: 0 + n for n in range(10)}, {n: 10 + n for n in range(7, 10)},
+            {n: 13 + n for n in range(8, 10)}, {4: 25},
+        ]  # fmt: skip
+        targets = [{n: block + 32 for n, block in places.items()} for places in sources]
+        for group, places in enumerate(sources):
+            for number, block in places.items():
+                rig.stored[group, number] = rig.caches.bytes_of(group, [block])
+        put = await manager.put(PROMPT, rig.caches.slots(40, *sources))
+        assert put.return_mask.all()
+        await rig.manager.flush()
+        manager.clear(Tier.HOST)
+        got = await rig.get(PROMPT, targets)
+        assert got.return_mask.all()
+        rig.check(targets, 40)
+        assert np.array_equal(backing[:, :32], before[:, :32])
+        for group, places in enumerate(targets):
+            layers = rig.caches.spaces[group].shapes
+            for block in places.values():
+                for layer, shape in enumerate(layers):
+                    assert (backing[layer, block, shape.block_bytes :] == 0xAB).all()
+                assert (backing[len(layers) :, block] == 0xAB).all()
+
+
+@pytest.mark.parametrize("slices", [1, 2], ids=["whole state", "sliced state"])
+@pytest.mark.parametrize(("chain", "window"), [(4, 2), (1, 2), (2, 1)])
+async def test_ranks_divide_each_group_in_their_own_way(
+    tmp_path: Path, chain: int, window: int, slices: int
+) -> None:
+    """Two TP ranks share heads in one group and divide them in another; all bytes come back."""
+    groups = (
+        LayerGroup(num_layers=1, num_kv_heads=chain, head_size=8),
+        LayerGroup(
+            num_layers=1, num_kv_heads=window, head_size=8,
+            kv_group=1, kind="sliding_window", window=9,
+        ),
+        LayerGroup(num_layers=1, num_kv_heads=slices, kv_group=2, kind="state", state_bytes=48),
+    )  # fmt: skip
+    model = ModelConfig(
+        num_layers=3, num_kv_heads=chain, head_size=8, dtype="float16", tp_size=2,
+        layer_groups=groups,
+    )  # fmt: skip
+    # Ranks with the same heads, or the whole state, have the same bytes.
+    ranks = [GroupCaches(model, seed=rank) for rank in range(2)]
+    for layer, space in enumerate(ranks[0].spaces):
+        if space.parts == 1:
+            ranks[1].tensors[layer][:] = ranks[0].tensors[layer]
+    async with KVManager(model, cache_config(tmp_path)) as manager:
+        for rank, caches in enumerate(ranks):
+            manager.register_kv_caches(caches.tensors, None, rank)
+        sources = ranks[0].places(40, 0, range(3))
+        await manager.put(PROMPT, ranks[0].slots(40, *sources))
+        await manager.flush()
+        manager.clear(Tier.HOST)
+        targets = ranks[0].places(40, 30, range(3))
+        got = await manager.get(PROMPT, ranks[0].slots(40, *targets))
+        assert got.return_mask.all()
+        assert manager.statistics().corrupt_blocks == 0
+        for caches in ranks:
+            for group in range(3):
+                for number in caches.needed(group, 40):
+                    expected = caches.bytes_of(group, [sources[group][number]])
+                    loaded = caches.bytes_of(group, [targets[group][number]])
+                    assert np.array_equal(loaded, expected), (group, number)

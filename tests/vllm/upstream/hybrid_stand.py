@@ -210,9 +210,7 @@ class HybridStand(Stand):
         assert block > 0, f"{where}: no block for the state after {row.end} tokens"
         bits[block] = int(mark[row.end - 1])
 
-    def _attend(
-        self, row: _Row, name: str, tensor: Any, mark: Any, table: Any, spec: Any
-    ) -> None:
+    def _attend(self, row: _Row, name: str, tensor: Any, mark: Any, table: Any, spec: Any) -> None:
         """Read the tokens that the step's tokens attend to, and write the step's own."""
         start, size = row.end - row.count, spec.block_size
         first = 0
