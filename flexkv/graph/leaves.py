@@ -45,8 +45,8 @@ class Prefix(NamedTuple):
 
 
 def prefix_of(request: Request) -> Prefix:
-    """Return the prefix that a get or prefetch asks for."""
-    leaves = request.leaves if request.operation is Operation.GET else None
+    """Return the prefix that a get or prefetch asks for; only one with device blocks needs all."""
+    leaves = None if request.device_ids is None else request.leaves
     last = min(request.span.last_block, request.block_count - request.drop)
     return Prefix(request.keys, request.span.first_block, last, request.drop, leaves)
 

@@ -6,6 +6,7 @@ A block has 16 bytes in every group, like a key: the right content of a leaf is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from math import lcm
 from random import Random
 from typing import Any
 
@@ -62,6 +63,7 @@ class SimulatedGroups:
 
     def __init__(self, model: ModelConfig) -> None:
         self.spaces = model.spaces(TOKENS_PER_BLOCK)[1:]
+        self._alignment = lcm(*(each.tokens_per_block // TOKENS_PER_BLOCK for each in self.spaces))
 
     def keys_of(self, keys: bytes) -> set[BlockKey]:
         """Return the keys of all blocks that a prompt can have, those of the chain included."""
@@ -86,9 +88,9 @@ class SimulatedGroups:
                     yield from ((position, of_group[position]) for position in group.positions)
 
     def wanted(self, space: BlockSpace, request: Request, end: int) -> range:
-        """Return which of a group's blocks a prefix of `end` chain blocks needs of a request."""
+        """Return which of a group's blocks a request's longest prefix up to `end` needs."""
         ratio = space.tokens_per_block // TOKENS_PER_BLOCK
-        begin, last = space.needed(end // ratio * ratio * TOKENS_PER_BLOCK)
+        begin, last = space.needed(end // self._alignment * self._alignment * TOKENS_PER_BLOCK)
         return range(max(begin, request.span.first_block // ratio), last)
 
 
@@ -114,7 +116,7 @@ class LeafSlots:
             wanted: Iterable[int] = self._groups.wanted(space, self._request, end)
             if is_put:
                 some = [number for number in own if random.random() < 0.5]
-                wanted = random.choice([own, wanted, wanted, some])
+                wanted = random.choice([own, own, wanted, wanted, wanted, some])
             elif random.random() < 0.05:
                 wanted = [number for number in wanted if random.random() < 0.8]
             for number in wanted:
