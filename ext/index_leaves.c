@@ -44,10 +44,14 @@ ref leaf_find(const struct block_index *index, ref parent, unsigned group, ref g
     return at;
 }
 
-ref leaf_add(struct block_index *index, ref parent, unsigned group)
+ref leaf_take(struct block_index *index, ref parent, unsigned group, ref guess)
 {
-    return node_add(index, leaf_key(index, node_at(index, parent)->key, group),
-                    leaf_bucket(index, parent, group), parent, group);
+    ref found = leaf_find(index, parent, group, guess);
+
+    if (found != NONE)
+        return found;
+    return node_add_leaf(index, leaf_key(index, node_at(index, parent)->key, group),
+                         leaf_bucket(index, parent, group), parent, group);
 }
 
 /* -- how far a prefix reaches ------------------------------------------------------------------ */
@@ -116,4 +120,21 @@ ref reach_leaf(const struct block_index *index, const struct reach *reach, unsig
     return number < reach->leaves[group].from
                ? leaf_find(index, reach->chain[position], group, NONE)
                : reach->leaves[group].nodes[number];
+}
+
+size_t reach_nodes(const struct block_index *index, const struct reach *reach, size_t n,
+                   ref *nodes)
+{
+    size_t count = 0;
+
+    for (size_t position = 0; position < n; position++) {
+        nodes[count++] = reach->chain[position];
+        for (unsigned group = 1; group < index->groups; group++) {
+            ref leaf = reach_leaf(index, reach, group, position);
+
+            if (leaf != NONE)
+                nodes[count++] = leaf;
+        }
+    }
+    return count;
 }

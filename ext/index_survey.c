@@ -22,8 +22,6 @@ static unsigned pattern_of(const struct block_index *index, ref number)
     const struct node *node = node_at(index, number);
     unsigned pattern = 0, digit = 1;
 
-    if (number == NONE)
-        return 0;
     for (unsigned t = 0; t < index->tiers; t++, digit *= 3)
         if (node->place[t] != NONE)
             pattern += digit * index->tier[t].places[node->place[t]].state;
@@ -65,16 +63,18 @@ static void run_end(struct alike *alike, size_t number)
 }
 
 /* Write the pattern of each block and count them by pattern. Return how many there are; with
- * `nearest`, those before the first that is in no usable tier. */
-static size_t patterns_tell(BlockIndex *self, const struct strip *strip, bool nearest,
-                            struct alike *alikes)
+ * `nearest`, those before the first that is in no usable tier. `sparse`: some may be nowhere. */
+static inline __attribute__((always_inline)) size_t
+patterns_tell_if(BlockIndex *self, const struct strip *strip, bool nearest, bool sparse,
+                 struct alike *alikes)
 {
     unsigned last = PATTERNS_MAX;
     struct alike *alike = NULL;
     size_t number = 0;
 
     for (; number < strip->count; number++) {
-        unsigned pattern = pattern_of(&self->index, strip->nodes[number]);
+        ref node = strip->nodes[number];
+        unsigned pattern = sparse && node == NONE ? 0 : pattern_of(&self->index, node);
 
         if (nearest) {
             pattern = self->nearest[pattern];
@@ -91,6 +91,14 @@ static size_t patterns_tell(BlockIndex *self, const struct strip *strip, bool ne
     }
     run_end(alike, number);
     return number;
+}
+
+static size_t patterns_tell(BlockIndex *self, const struct strip *strip, bool nearest,
+                            struct alike *alikes)
+{
+    if (nearest)
+        return patterns_tell_if(self, strip, true, false, alikes);
+    return patterns_tell_if(self, strip, false, self->index.groups > 1, alikes);
 }
 
 /* Return (pattern, first position, count, positions or None if unbroken, ids by tier or None). */
@@ -186,16 +194,13 @@ static PyObject *strip_told(BlockIndex *self, struct strip *strip, bool nearest,
     return result;
 }
 
-/* Count that the first blocks of a prompt are asked for, or stored. */
-static void prompt_use(BlockIndex *self, const struct batch *prompt, size_t known,
-                       const struct reach *reach, enum use use)
+/* Let the tiers with LHD learn from a prompt that is asked for. */
+static void prompt_asked(BlockIndex *self, const struct batch *prompt, size_t known,
+                         const struct reach *reach)
 {
-    if (use)
-        index_use(&self->index, self->nodes, known, reach);
-    if (use == USE_ASKED)
-        for (unsigned t = 0; t < self->index.tiers; t++)
-            if (self->index.tier[t].density)
-                lhd_asked(&self->index, t, prompt, self->nodes, known, reach);
+    for (unsigned t = 0; t < self->index.tiers; t++)
+        if (self->index.tier[t].density)
+            lhd_asked(&self->index, t, prompt, self->nodes, known, reach);
 }
 
 /* Replace the nodes of a part of the chain by those of a group's leaves there. */
@@ -219,7 +224,7 @@ static PyObject *survey_leaves(BlockIndex *self, unsigned group, const size_t ra
     PyObject *result = strip_told(self, &strip, false, 0);
 
     if (result && use)
-        index_use(&self->index, strip.nodes, strip.count, NULL);
+        index_use(&self->index, strip.nodes, strip.count);
     return result;
 }
 
@@ -247,7 +252,10 @@ static PyObject *survey(BlockIndex *self, struct value *values)
         return NULL;
     if (nearest && known > range[0] + strip.count)
         known = range[0] + strip.count;
-    prompt_use(self, &(struct batch){.keys = keys, .blocks = range[1]}, known, NULL, use);
+    if (use)
+        index_use(&self->index, self->nodes, known);
+    if (use == USE_ASKED)
+        prompt_asked(self, &(struct batch){.keys = keys, .blocks = range[1]}, known, NULL);
     return result;
 }
 
@@ -256,15 +264,17 @@ CALL(call_, survey, BlockIndex, 5, READ("keys", read_bytes), OBJECT("begin"), OB
 
 /* -- reach ------------------------------------------------------------------------------------- */
 
-/* Divide scratch memory among the chain and the groups. Return 0, or -1 without memory. */
-static int reach_open(BlockIndex *self, struct reach *reach, size_t blocks)
+/* Divide scratch memory among the chain and the groups, and as much again for what is used. Return
+ * 0, or -1 without memory. */
+static int reach_open(BlockIndex *self, struct reach *reach, size_t blocks, ref **used)
 {
     size_t at = blocks;
 
     for (unsigned group = 1; group < self->index.groups; group++)
         at += blocks / self->index.rule[group].ratio;
-    if (scratch_take(self, at) < 0)
+    if (scratch_take(self, 2 * at) < 0)
         return -1;
+    *used = self->nodes + at;
     at = blocks;
     for (unsigned group = 1; group < self->index.groups; group++) {
         reach->leaves[group].nodes = self->nodes + at;
@@ -310,8 +320,9 @@ static PyObject *reach(BlockIndex *self, struct value *values)
     size_t range[2], from, known;
     struct strip strip;
     PyObject *chain, *leaves;
+    ref *used;
 
-    if (range_read(values, range) < 0 || reach_open(self, &reach, range[1]) < 0)
+    if (range_read(values, range) < 0 || reach_open(self, &reach, range[1], &used) < 0)
         return NULL;
     reach.first = reach.ready = range[0];
     from = values[4].integer ? 0 : range[0];
@@ -326,9 +337,12 @@ static PyObject *reach(BlockIndex *self, struct value *values)
         Py_XDECREF(chain);
         return NULL;
     }
-    if (values[4].integer)
-        prompt_use(self, &(struct batch){.keys = keys, .blocks = range[1]},
-                   known < reach.end ? known : reach.end, &reach, USE_ASKED);
+    if (known > reach.end)
+        known = reach.end;
+    if (values[4].integer) {
+        index_use(&self->index, used, reach_nodes(&self->index, &reach, known, used));
+        prompt_asked(self, &(struct batch){.keys = keys, .blocks = range[1]}, known, &reach);
+    }
     return Py_BuildValue("(nnNN)", (Py_ssize_t)reach.end, (Py_ssize_t)reach.ready, chain, leaves);
 }
 

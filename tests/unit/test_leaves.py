@@ -252,7 +252,7 @@ def test_a_survey_reports_the_leaves_of_one_group() -> None:
 def test_a_leaf_needs_its_block() -> None:
     """A leaf is reserved where its group may have one and the chain has a block, once."""
     index = table(rule(1, STATE, 0, 2), chain=4)
-    with pytest.raises(InvariantError, match="parent is not in the index"):
+    with pytest.raises(InvariantError, match="whose block is not in the index"):
         reserved(index, [5], 1)
     with pytest.raises(InvariantError, match="a leaf where none can end"):
         reserved(index, [2], 1)
