@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
-from flexkv.common.config_keys import PlainValues
+from flexkv.common.config_keys import PlainValues, key
 from flexkv.common.space import GROUPS_MAX, Kind
 
 ITEM_BYTES = {
@@ -78,40 +78,78 @@ class LayerGroup(PlainValues):
     """Layers of one model that have one KV shape, which its other layers do not have.
 
     Layer groups with the same `kv_group` are one KV group: their blocks are kept and found
-    together. `kind` says which of them a prefix needs.
-
-    Attributes:
-        kind: "full" attention (or MLA) needs every block of a prefix, a "sliding_window" those that
-            the last `window` tokens touch, "chunked" local attention those of the last chunk, and a
-            "state" the one block that ends where the prefix ends.
-        num_layers: the number of layers.
-        window: tokens of the window, the token that is computed next included, or of a chunk.
-        state_bytes: bytes of one layer's state on one rank, without the padding behind it.
-        num_kv_heads: KV heads of a layer over all TP ranks. For a state: 1 (the default) if each
-            rank has the whole state, `tp_size` if each has a slice of its own.
-        head_size: elements of one head; for a state, `state_bytes`.
-        layer_indices: which layers of the model these are; empty: those behind the previous group.
-        dtype: element type, if not the model's. The tensors of a state are int8 all the same.
-        compress_ratio: tokens that share one vector.
-        kv_group: the number of the KV group. Group 0 has the blocks of the prefix itself.
-        tokens_per_block: tokens of a block, if it is not that of the cache but a multiple of it.
-        kv_dim: vectors per token and layer, if not the model's.
+    together. `kind` says which of them a prefix needs: see `flexkv.common.space.Kind`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    kind: KindName = "full"
-    num_layers: int = Field(ge=1, le=LAYERS_MAX)
-    window: int = Field(default=0, ge=0, le=TOKENS_MAX)
-    state_bytes: int = Field(default=0, ge=0, le=STATE_BYTES_MAX)
-    num_kv_heads: int = Field(default=cast(int, None), ge=1, le=HEADS_MAX)
-    head_size: int = Field(default=cast(int, None), ge=1, le=STATE_BYTES_MAX)
-    layer_indices: tuple[Annotated[int, Field(ge=0, lt=LAYERS_MAX, strict=True)], ...] = ()
-    dtype: DTypeName | None = None
-    compress_ratio: int = Field(default=1, ge=1, le=HEADS_MAX)
-    kv_group: int = Field(default=0, ge=0, lt=GROUPS_MAX)
-    tokens_per_block: int | None = Field(default=None, ge=1, le=TOKENS_MAX)
-    kv_dim: int | None = Field(default=None, ge=1, le=2)
+    kind: KindName = key(
+        "full",
+        "Which blocks a prefix needs. `full` attention (or MLA): all. `sliding_window`: those that "
+        "the window reaches from the next token. `chunked` local attention: those of the chunk "
+        "that the next token is in. `state`: the one that ends where the prefix ends.",
+    )
+    num_layers: int = Field(ge=1, le=LAYERS_MAX, description="Number of layers.")
+    window: int = key(
+        0,
+        "Tokens of the window, the next token included, or of a chunk. Only for these two kinds.",
+        ge=0,
+        le=TOKENS_MAX,
+    )
+    state_bytes: int = key(
+        0,
+        "Bytes of one layer's state on one rank, without padding. Its tensor is int8[blocks, "
+        "state_bytes], with any axes of length 1 between. Only for states.",
+        ge=0,
+        le=STATE_BYTES_MAX,
+    )
+    num_kv_heads: int = key(
+        None,
+        "KV heads of a layer, over all TP ranks. For a state: 1 if each rank has the whole state, "
+        "tp_size if each has a slice.",
+        ge=1,
+        le=HEADS_MAX,
+        shown_default="required; 1 for a state",
+    )
+    head_size: int = key(
+        None,
+        f"Elements of one head; at most {HEADS_MAX} but for a state.",
+        ge=1,
+        le=STATE_BYTES_MAX,
+        shown_default="required; `state_bytes` for a state",
+    )
+    layer_indices: tuple[Annotated[int, Field(ge=0, lt=LAYERS_MAX, strict=True)], ...] = key(
+        (),
+        "Which layers of the model these are, from 0. Given for all layer groups or for none.",
+        shown_default="the layers behind the previous group's",
+    )
+    dtype: DTypeName | None = key(
+        None,
+        "Element type. For a state only part of its identity.",
+        shown_default="the model's",
+    )
+    compress_ratio: int = key(1, "Tokens that share one vector.", ge=1, le=HEADS_MAX)
+    kv_group: int = key(
+        0,
+        "Number of the KV group, from 0 without a gap: layers with the same number share blocks. "
+        "Group 0 is of kind `full`: its blocks are those of the prefix.",
+        ge=0,
+        lt=GROUPS_MAX,
+    )
+    tokens_per_block: int | None = key(
+        None,
+        "Tokens of a block: a multiple of the cache's `tokens_per_block`.",
+        ge=1,
+        le=TOKENS_MAX,
+        shown_default="the cache's",
+    )
+    kv_dim: int | None = key(
+        None,
+        "Vectors per token and layer: 2 for K and V, or 1.",
+        ge=1,
+        le=2,
+        shown_default="the model's",
+    )
 
     @property
     def is_state(self) -> bool:

@@ -63,7 +63,9 @@ class ModelConfig(ConfigModel):
     )
     instance_num: int = key(1, "Engine instances that share one cache.", ge=1, le=RANKS_MAX)
     layer_groups: tuple[LayerGroup, ...] | None = key(
-        None, "Groups of layers whose KV shapes differ; they replace the heads and dtype above."
+        None,
+        "Groups of layers that differ in their KV shapes, or in what a prefix needs of them; they "
+        "replace the heads and dtype above.",
     )
     model_id: str = key(
         "",

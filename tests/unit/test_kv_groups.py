@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from flexkv.cli.doctor_model import kv_groups
+from flexkv.cli.main import commands
 from flexkv.common.config import CacheConfig, LayerGroup, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import KVShape
 from flexkv.common.space import BlockSpace, GroupRule, Kind, rules_of
 
+RUNNER = CliRunner()
 BASE: dict[str, Any] = {"num_layers": 4, "num_kv_heads": 2, "head_size": 8, "dtype": "float16"}
 FULL = {"num_layers": 2, "num_kv_heads": 2, "head_size": 8}
 WINDOW = {**FULL, "kind": "sliding_window", "window": 64, "kv_group": 1}
@@ -204,6 +210,54 @@ def test_a_state_needs_no_heads() -> None:
         head_size=100_000,
     )  # fmt: skip
     assert repr(group) == repr(again)
+
+
+# -- what one stride wastes -----------------------------------------------------------------------
+
+
+def test_the_doctor_tells_what_each_group_wastes(tmp_path: Path) -> None:
+    """Each group's finding has the bytes of its block and of its place, and the share wasted."""
+    groups = [
+        FULL, {**WINDOW, "num_layers": 1}, {**CHUNK, "kv_group": 2, "num_kv_heads": 4},
+        {**STATE, "num_layers": 1, "kv_group": 3},
+    ]  # fmt: skip
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({**BASE, "num_layers": 6, "layer_groups": groups}))
+    arguments = ["doctor", "--dir", str(tmp_path), "--model", str(path), "--json"]
+    told = RUNNER.invoke(commands, arguments, env={"FLEXKV_TOKENS_PER_BLOCK": "128"})
+    assert told.exit_code == 0, told.output
+    findings = {name: each for name, each in json.loads(told.output).items() if "KV" in name}
+    assert {name: (each["found"], each["good"]) for name, each in findings.items()} == {
+        "KV group 0: full attention, 2 layers": (_waste(16384, 32768, "50.0"), False),
+        "KV group 1: window of 64 tokens, 1 layer": (_waste(8192, 32768, "75.0"), False),
+        "KV group 2: chunks of 128 tokens, 2 layers": (_waste(32768, 32768, "0.0"), True),
+        "KV group 3: state, 1 layer": (_waste(10496, 32768, "68.0"), False),
+    }
+    advice = findings["KV group 3: state, 1 layer"]["advice"]
+    assert advice == "each place has room for a block of KV group 2, the largest"
+
+
+def _waste(block_bytes: int, place_bytes: int, percent: str) -> str:
+    return f"a block has {block_bytes:,} bytes and takes {place_bytes:,}: {percent} % wasted"
+
+
+def test_the_doctor_says_when_blocks_are_smaller_than_a_page() -> None:
+    """A model with one group wastes only what its block leaves of its last page."""
+    one, two = (ModelConfig(**{**BASE, "num_layers": layers}) for layers in (1, 64))
+    (small,) = kv_groups(one, 16)
+    assert (small.good, small.found) == (False, _waste(1024, 4096, "75.0"))
+    assert small.advice.endswith("set tokens_per_block higher")
+    (large,) = kv_groups(two, 16)
+    assert (large.good, large.advice) == (True, "")
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"num_layers": 0}', '{"layers": 1}'])
+def test_the_doctor_refuses_a_wrong_model_by_name(tmp_path: Path, text: str) -> None:
+    """A file that is no model is an error that names what is wrong with it."""
+    path = tmp_path / "model.json"
+    path.write_text(text)
+    failed = RUNNER.invoke(commands, ["doctor", "--model", str(path), "--json"])
+    assert isinstance(failed.exception, ConfigError)
 
 
 # -- keys of today's models -----------------------------------------------------------------------
