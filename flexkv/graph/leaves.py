@@ -219,6 +219,8 @@ def _readable(found: Found, unreadable: Set[Tier]) -> int:
 def _within(group: Group, wanted: Positions) -> Group:
     """Return the blocks of a group that are at wanted positions."""
     states, positions, block_ids = group
+    if wanted.places is None:  # and the blocks are among them: only that range was looked at
+        return group
     which = np.isin(positions.array, wanted.array, assume_unique=True)
     if which.all():
         return group

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from flexkv.common.config import Settings
+from flexkv.common.config import LayerGroup, ModelConfig, Settings
 from flexkv.common.errors import CapacityError, ConfigError, CorruptBlockError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation
 from flexkv.common.terms import Tier
 from flexkv.kvmanager import KVManager
 from flexkv.trace.load import load
 
+from .conftest import CLIENT_FORMS, FORMS
 from .forked import forked_server
-from .groups import MODEL, GroupCaches, Ids, cache_config
+from .groups import DEVICE_BLOCKS, MODEL, GroupCaches, Ids, cache_config
 from .test_corrupt import damage
 
 PROMPT = np.arange(1000, 1040)
@@ -29,8 +31,10 @@ GROUPS = range(4)
 class GroupRig:
     """A manager with the KV caches of several groups, and a copy of what was put."""
 
-    def __init__(self, manager: KVManager) -> None:
-        self.manager, self.caches = manager, GroupCaches()
+    def __init__(
+        self, manager: KVManager, form: str = "loop", caches: GroupCaches | None = None
+    ) -> None:
+        self.manager, self.caches, self.form = manager, caches or GroupCaches(), form
         manager.register_kv_caches(self.caches.tensors)
         self.stored: dict[tuple[int, int], Any] = {}
 
@@ -42,11 +46,21 @@ class GroupRig:
         for group in groups:
             for number, block in places[group].items():
                 self.stored[group, number] = self.caches.bytes_of(group, [block])
-        return await self.manager.put(prompt, self.caches.slots(len(prompt), *places), **more)
+        slots = self.caches.slots(len(prompt), *places)
+        return await self.request("put", prompt, slots, **more)
 
     async def get(self, prompt: Any, places: Sequence[Ids], **more: Any) -> KVResponse:
         """Load a prompt into device blocks."""
-        return await self.manager.get(prompt, self.caches.slots(len(prompt), *places), **more)
+        slots = self.caches.slots(len(prompt), *places)
+        return await self.request("get", prompt, slots, **more)
+
+    async def request(self, operation: str, *args: Any, **named: Any) -> KVResponse:
+        """Run a get, put or prefetch in the rig's form, and return its response."""
+        if "task" not in self.form:
+            response: KVResponse = await getattr(self.manager, operation)(*args, **named)
+            return response
+        task_id = getattr(self.manager, f"{operation}_async")(*args, **named)
+        return (await asyncio.to_thread(self.manager.wait, [task_id]))[task_id]
 
     def everything(self, prompt: Any) -> Sequence[Ids]:
         """Return device blocks for every block of every group, other than those of `put`."""
@@ -61,25 +75,45 @@ class GroupRig:
                     assert np.array_equal(layer, expected), (group, number)
 
 
-LIBRARY_ONLY = pytest.mark.parametrize("rig", ["library"], indirect=True)
+LIBRARY_ONLY = pytest.mark.parametrize("rig", ["loop"], indirect=True)
 """For what a client of a server cannot do."""
 
 
-@pytest.fixture(params=["library", "client"])
+@pytest.fixture(params=["loop", "client's loop"])
 async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[GroupRig]:
     """Yield a manager over host memory and SSD, with the caches of several groups."""
-    cache = cache_config(tmp_path)
-    if request.param == "library":
-        async with KVManager(MODEL, cache) as manager:
-            yield GroupRig(manager)
-        return
-    address = f"ipc://{tmp_path}/socket"
-    settings = Settings(server_recv_port=address, server_client_mode=True, cache_config=cache)
-    server = forked_server(settings, MODEL)
-    async with KVManager(MODEL, settings=settings) as manager:
-        yield GroupRig(manager)
-    server.close()
-    assert server.exit_status == 0
+    async with _rig(tmp_path, request.param) as rig:
+        yield rig
+
+
+@pytest.fixture(params=[*FORMS, *CLIENT_FORMS])
+async def any_rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[GroupRig]:
+    """Yield such a rig in each form of a manager."""
+    async with _rig(tmp_path, request.param) as rig:
+        yield rig
+
+
+@asynccontextmanager
+async def _rig(folder: Path, form: str) -> AsyncIterator[GroupRig]:
+    cache = cache_config(folder)
+    settings = server = None
+    if form in CLIENT_FORMS:
+        address = f"ipc://{folder}/socket"
+        settings = Settings(server_recv_port=address, server_client_mode=True, cache_config=cache)
+        server = forked_server(settings, MODEL)
+    manager = KVManager(MODEL, cache, settings=settings)
+    if "loop" in form:
+        async with manager:
+            yield GroupRig(manager, form)
+    else:
+        manager.start()
+        try:
+            yield GroupRig(manager, form)
+        finally:
+            manager.shutdown()
+    if server is not None:
+        server.close()
+        assert server.exit_status == 0
 
 
 async def fill(rig: GroupRig, count: int = 6) -> None:
@@ -88,12 +122,13 @@ async def fill(rig: GroupRig, count: int = 6) -> None:
     for number in range(count):
         prompt = np.arange(40) + 100_000 + 1000 * number
         places = caches.places(len(prompt), 0)
-        await rig.manager.put(prompt, caches.slots(len(prompt), *places))
+        await rig.request("put", prompt, caches.slots(len(prompt), *places))
         await rig.manager.flush()
 
 
-async def test_every_group_comes_back_in_other_blocks(rig: GroupRig) -> None:
+async def test_every_group_comes_back_in_other_blocks(any_rig: GroupRig) -> None:
     """A get loads what each group needs at the end of the prompt, byte for byte, and no more."""
+    rig = any_rig
     put = await rig.put(PROMPT)
     assert (put.status, put.return_mask.all(), put.error) == (KVResponseStatus.SUCCESS, True, None)
     assert rig.manager.match(PROMPT).tokens == 40
@@ -166,19 +201,21 @@ async def test_a_get_needs_a_device_block_for_each_leaf(rig: GroupRig, missing: 
     assert int(np.count_nonzero(got.return_mask)) == (32 if missing == 2 else 0)
 
 
-async def test_a_masked_get_needs_no_leaf_that_the_device_has(rig: GroupRig) -> None:
+async def test_a_masked_get_needs_no_leaf_that_the_device_has(any_rig: GroupRig) -> None:
     """Blocks before the mask are on the device; only the state is needed whatever it has."""
+    rig = any_rig
     await rig.put(PROMPT)
     mask = np.arange(40) >= 32
     places = rig.everything(PROMPT)
     slots = [each[mask] for each in rig.caches.slots(40, *places)]
-    got = await rig.manager.get(PROMPT, slots, token_mask=mask)
+    got = await rig.request("get", PROMPT, slots, token_mask=mask)
     assert np.array_equal(got.return_mask, mask)
     rig.check(places, 40, first=32)
 
 
-async def test_blocks_evicted_from_host_come_back_from_ssd(rig: GroupRig) -> None:
+async def test_blocks_evicted_from_host_come_back_from_ssd(any_rig: GroupRig) -> None:
     """Leaves go to the SSD with the chain, and come back from it."""
+    rig = any_rig
     await rig.put(PROMPT)
     await fill(rig)
     match = rig.manager.match(PROMPT)
@@ -190,11 +227,12 @@ async def test_blocks_evicted_from_host_come_back_from_ssd(rig: GroupRig) -> Non
     assert rig.manager.statistics().corrupt_blocks == 0
 
 
-async def test_a_prefetch_brings_what_every_group_needs(rig: GroupRig) -> None:
+async def test_a_prefetch_brings_what_every_group_needs(any_rig: GroupRig) -> None:
     """After a prefetch, a get reads nothing from the SSD."""
+    rig = any_rig
     await rig.put(PROMPT)
     await fill(rig)
-    await rig.manager.prefetch(PROMPT)
+    await rig.request("prefetch", PROMPT)
     read = rig.manager.statistics().routes["disk→host"].blocks
     places = rig.everything(PROMPT)
     got = await rig.get(PROMPT, places)
@@ -313,16 +351,17 @@ def several(groups: int = 4) -> str:
     return f"slot_mapping=.*must be a list of {groups} arrays of slots"
 
 
-async def test_bad_slot_mappings_change_nothing(rig: GroupRig) -> None:
+async def test_bad_slot_mappings_change_nothing(any_rig: GroupRig) -> None:
     """One array, too few arrays and wrong slots are refused, and nothing is stored."""
+    rig = any_rig
     slots = rig.caches.slots(40, *rig.caches.places(40, 0))
     for bad in (slots[0], slots[:3], slots[0].tolist(), None):
         with pytest.raises(ConfigError, match=several()):
-            await rig.manager.put(PROMPT, bad)
+            await rig.request("put", PROMPT, bad)
     half = [each.copy() for each in slots]
     half[3][9] = -1
     with pytest.raises(ConfigError, match=r"slot_mapping\[3\]\[9\]=-1: must be -1 for every token"):
-        await rig.manager.put(PROMPT, half)
+        await rig.request("put", PROMPT, half)
     assert rig.manager.match(PROMPT).tokens == 0
     assert rig.manager.statistics().tiers["host"].used_blocks == 0
 
@@ -407,3 +446,79 @@ async def test_a_trace_tells_the_group_of_each_op(rig: GroupRig, tmp_path: Path)
     assert all(
         op.bytes == op.block_count * trace.header.group_block_bytes[op.group] for op in loads
     )
+
+
+async def test_groups_may_overlay_the_same_memory(tmp_path: Path) -> None:
+    """Groups may share one allocation, where a block belongs to one of them at a time.
+
+    The bytes between a block's content and the next block are left alone.
+    """
+    backing = np.full((2, DEVICE_BLOCKS, 640), 0xAB, np.uint8)
+    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
+        rig = GroupRig(manager, caches=GroupCaches(backing=backing))
+        backing[:, :32] = np.random.default_rng(1).integers(0, 256, (2, 32, 640))
+        before = backing.copy()
+        sources = [
+            {n: 0 + n for n in range(10)}, {n: 10 + n for n in range(7, 10)},
+            {n: 13 + n for n in range(8, 10)}, {4: 25},
+        ]  # fmt: skip
+        targets = [{n: block + 32 for n, block in places.items()} for places in sources]
+        for group, places in enumerate(sources):
+            for number, block in places.items():
+                rig.stored[group, number] = rig.caches.bytes_of(group, [block])
+        put = await manager.put(PROMPT, rig.caches.slots(40, *sources))
+        assert put.return_mask.all()
+        await rig.manager.flush()
+        manager.clear(Tier.HOST)
+        got = await rig.get(PROMPT, targets)
+        assert got.return_mask.all()
+        rig.check(targets, 40)
+        assert np.array_equal(backing[:, :32], before[:, :32])
+        for group, places in enumerate(targets):
+            layers = rig.caches.spaces[group].shapes
+            for block in places.values():
+                for layer, shape in enumerate(layers):
+                    assert (backing[layer, block, shape.block_bytes :] == 0xAB).all()
+                assert (backing[len(layers) :, block] == 0xAB).all()
+
+
+@pytest.mark.parametrize("slices", [1, 2], ids=["whole state", "sliced state"])
+@pytest.mark.parametrize(("chain", "window"), [(4, 2), (1, 2), (2, 1)])
+async def test_ranks_divide_each_group_in_their_own_way(
+    tmp_path: Path, chain: int, window: int, slices: int
+) -> None:
+    """Two TP ranks share heads in one group and divide them in another; all bytes come back."""
+    groups = (
+        LayerGroup(num_layers=1, num_kv_heads=chain, head_size=8),
+        LayerGroup(
+            num_layers=1, num_kv_heads=window, head_size=8,
+            kv_group=1, kind="sliding_window", window=9,
+        ),
+        LayerGroup(num_layers=1, num_kv_heads=slices, kv_group=2, kind="state", state_bytes=48),
+    )  # fmt: skip
+    model = ModelConfig(
+        num_layers=3, num_kv_heads=chain, head_size=8, dtype="float16", tp_size=2,
+        layer_groups=groups,
+    )  # fmt: skip
+    # Ranks with the same heads, or the whole state, have the same bytes.
+    ranks = [GroupCaches(model, seed=rank) for rank in range(2)]
+    for layer, space in enumerate(ranks[0].spaces):
+        if space.parts == 1:
+            ranks[1].tensors[layer][:] = ranks[0].tensors[layer]
+    async with KVManager(model, cache_config(tmp_path)) as manager:
+        for rank, caches in enumerate(ranks):
+            manager.register_kv_caches(caches.tensors, None, rank)
+        sources = ranks[0].places(40, 0, range(3))
+        await manager.put(PROMPT, ranks[0].slots(40, *sources))
+        await manager.flush()
+        manager.clear(Tier.HOST)
+        targets = ranks[0].places(40, 30, range(3))
+        got = await manager.get(PROMPT, ranks[0].slots(40, *targets))
+        assert got.return_mask.all()
+        assert manager.statistics().corrupt_blocks == 0
+        for caches in ranks:
+            for group in range(3):
+                for number in caches.needed(group, 40):
+                    expected = caches.bytes_of(group, [sources[group][number]])
+                    loaded = caches.bytes_of(group, [targets[group][number]])
+                    assert np.array_equal(loaded, expected), (group, number)

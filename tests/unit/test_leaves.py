@@ -10,7 +10,7 @@ import pytest
 from flexkv import _ext
 from flexkv.common.errors import InvariantError
 from flexkv.common.space import GroupRule
-from flexkv.common.terms import LEAF_SALT, Positions, Tier
+from flexkv.common.terms import Positions, Tier
 from flexkv.index.eviction import Eviction
 from flexkv.index.forest import forest
 from flexkv.index.residency import ABSENT, PENDING, READY, Change, Residency
@@ -41,7 +41,7 @@ KEYS = prompt(*range(13))
 
 def salted(of: bytes, group: int) -> bytes:
     """Return the key of a leaf."""
-    return bytes(a ^ b for a, b in zip(of, _ext.hash128(LEAF_SALT, group), strict=True))
+    return bytes(a ^ b for a, b in zip(of, _ext.hash128(b"flexkv leaf", group), strict=True))
 
 
 def table(*rules: GroupRule, chain: int = 12, **changes: Any) -> Residency:
