@@ -3,80 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from flexkv.common.config import LayerGroup, ModelConfig, Settings
+from flexkv.common.config import Settings
 from flexkv.common.errors import CapacityError, ConfigError, CorruptBlockError
-from flexkv.common.request import KVResponse, KVResponseStatus, Operation
+from flexkv.common.request import KVResponseStatus, Operation
 from flexkv.common.terms import Tier
 from flexkv.kvmanager import KVManager
-from flexkv.trace.load import load
 
 from .conftest import CLIENT_FORMS, FORMS
 from .forked import forked_server
-from .groups import DEVICE_BLOCKS, MODEL, GroupCaches, Ids, cache_config
+from .group_rig import GROUPS, PROMPT, GroupRig, fill
+from .groups import MODEL, cache_config
 from .test_corrupt import damage
-
-PROMPT = np.arange(1000, 1040)
-"""Ten blocks of the chain, five of the state."""
-GROUPS = range(4)
-
-
-class GroupRig:
-    """A manager with the KV caches of several groups, and a copy of what was put."""
-
-    def __init__(
-        self, manager: KVManager, form: str = "loop", caches: GroupCaches | None = None
-    ) -> None:
-        self.manager, self.caches, self.form = manager, caches or GroupCaches(), form
-        manager.register_kv_caches(self.caches.tensors)
-        self.stored: dict[tuple[int, int], Any] = {}
-
-    async def put(
-        self, prompt: Any, groups: Sequence[int] = GROUPS, start: int = 0, **more: Any
-    ) -> KVResponse:
-        """Put the blocks of some groups from consecutive device blocks, and keep a copy."""
-        places = self.caches.places(len(prompt), start, groups)
-        for group in groups:
-            for number, block in places[group].items():
-                self.stored[group, number] = self.caches.bytes_of(group, [block])
-        slots = self.caches.slots(len(prompt), *places)
-        return await self.request("put", prompt, slots, **more)
-
-    async def get(self, prompt: Any, places: Sequence[Ids], **more: Any) -> KVResponse:
-        """Load a prompt into device blocks."""
-        slots = self.caches.slots(len(prompt), *places)
-        return await self.request("get", prompt, slots, **more)
-
-    async def request(self, operation: str, *args: Any, **named: Any) -> KVResponse:
-        """Run a get, put or prefetch in the rig's form, and return its response."""
-        if "task" not in self.form:
-            response: KVResponse = await getattr(self.manager, operation)(*args, **named)
-            return response
-        task_id = getattr(self.manager, f"{operation}_async")(*args, **named)
-        return (await asyncio.to_thread(self.manager.wait, [task_id]))[task_id]
-
-    def everything(self, prompt: Any) -> Sequence[Ids]:
-        """Return device blocks for every block of every group, other than those of `put`."""
-        return self.caches.places(len(prompt), 30)
-
-    def check(self, places: Sequence[Ids], end: int, first: int = 0) -> None:
-        """Check that each group has in its places what a prefix of `end` tokens needs."""
-        for group in GROUPS:
-            for number in self.caches.needed(group, end, first):
-                loaded = self.caches.bytes_of(group, [places[group][number]])
-                for layer, expected in zip(loaded, self.stored[group, number], strict=True):
-                    assert np.array_equal(layer, expected), (group, number)
-
-
-LIBRARY_ONLY = pytest.mark.parametrize("rig", ["loop"], indirect=True)
-"""For what a client of a server cannot do."""
 
 
 @pytest.fixture(params=["loop", "client's loop"])
@@ -114,16 +58,6 @@ async def _rig(folder: Path, form: str) -> AsyncIterator[GroupRig]:
     if server is not None:
         server.close()
         assert server.exit_status == 0
-
-
-async def fill(rig: GroupRig, count: int = 6) -> None:
-    """Put other prompts until nothing of earlier ones is left in host memory."""
-    caches = GroupCaches(seed=9)
-    for number in range(count):
-        prompt = np.arange(40) + 100_000 + 1000 * number
-        places = caches.places(len(prompt), 0)
-        await rig.request("put", prompt, caches.slots(len(prompt), *places))
-        await rig.manager.flush()
 
 
 async def test_every_group_comes_back_in_other_blocks(any_rig: GroupRig) -> None:
@@ -364,161 +298,3 @@ async def test_bad_slot_mappings_change_nothing(any_rig: GroupRig) -> None:
         await rig.request("put", PROMPT, half)
     assert rig.manager.match(PROMPT).tokens == 0
     assert rig.manager.statistics().tiers["host"].used_blocks == 0
-
-
-def test_layers_cannot_be_followed(tmp_path: Path) -> None:
-    """Requests that go layer by layer are refused by name."""
-    manager = KVManager(MODEL, cache_config(tmp_path, enable_ssd=False, num_ssd_blocks=0))
-    manager.start()
-    try:
-        rig = GroupRig(manager)
-        slots = rig.caches.slots(40, *rig.caches.places(40, 0))
-        for call in (manager.get_layerwise, manager.put_layerwise):
-            with pytest.raises(ConfigError, match=r"layer_groups=.*4 KV groups.*layer by layer"):
-                call(PROMPT, slots)
-    finally:
-        manager.shutdown()
-
-
-@LIBRARY_ONLY
-async def test_upkeep_knows_every_group(rig: GroupRig) -> None:
-    """Statistics count by group; clears, quotas, pins and resizing reach the leaves."""
-    manager = rig.manager
-    await rig.put(PROMPT, namespace="a")
-    assert manager.statistics().tiers["host"].group_blocks == (10, 10, 10, 5)
-    report = await manager.flush()
-    assert not report.lacking_blocks
-    assert manager.statistics().tiers["disk"].group_blocks == (10, 10, 10, 5)
-    assert manager.namespace_blocks("a") == {Tier.HOST: 35, Tier.DISK: 35}
-    assert manager.namespace_blocks(None) == {Tier.HOST: 0, Tier.DISK: 0}
-    pin = manager.pin(PROMPT, namespace="a")
-    await fill(rig)
-    assert manager.match(PROMPT, "a").tokens_by_tier[Tier.HOST] == 40
-    assert manager.unpin(pin)
-    manager.set_quota("a", Tier.HOST, 7)
-    assert manager.namespace_blocks("a")[Tier.HOST] <= 7
-    assert manager.match(PROMPT, "a").tokens == 40
-    assert manager.clear(namespace="a") > 0
-    assert manager.match(PROMPT, "a").tokens == 0
-    assert set(manager.namespace_blocks("a").values()) == {0}
-    assert manager.resize(Tier.HOST, 10) == 10
-
-
-@LIBRARY_ONLY
-async def test_a_suspended_device_serves_groups_again(rig: GroupRig) -> None:
-    """After suspending and resuming the device, every group is loaded into the new tensors."""
-    await rig.put(PROMPT)
-    await rig.manager.suspend_device()
-    rig.caches = GroupCaches(seed=3)
-    rig.manager.resume_device(rig.caches.tensors)
-    places = rig.everything(PROMPT)
-    got = await rig.get(PROMPT, places)
-    assert got.return_mask.all()
-    rig.check(places, 40)
-
-
-@LIBRARY_ONLY
-async def test_an_explanation_names_the_groups(rig: GroupRig) -> None:
-    """The plan of a get shows what it loads of each group."""
-    await rig.put(PROMPT)
-    told = str(rig.manager.explain("get", PROMPT))
-    for part in (
-        "10 in host",
-        "3 in host of group 1",
-        "2 in host of group 2",
-        "1 blocks of group 3",
-    ):
-        assert part in told
-
-
-@LIBRARY_ONLY
-async def test_a_trace_tells_the_group_of_each_op(rig: GroupRig, tmp_path: Path) -> None:
-    """Records of plans and ops have the KV group of the blocks, and the header their sizes."""
-    path = tmp_path / "trace.jsonl"
-    rig.manager.trace_start(str(path))
-    await rig.put(PROMPT)
-    await rig.get(PROMPT, rig.everything(PROMPT))
-    rig.manager.trace_stop()
-    trace = load(path)
-    assert trace.header.group_block_bytes == tuple(rig.manager.engine.sizes.block_bytes)
-    loads = [op for op in trace.ops if op.route == "host→device"]
-    assert sorted((op.group, op.block_count) for op in loads) == [(0, 10), (1, 3), (2, 2), (3, 1)]
-    assert all(
-        op.bytes == op.block_count * trace.header.group_block_bytes[op.group] for op in loads
-    )
-
-
-async def test_groups_may_overlay_the_same_memory(tmp_path: Path) -> None:
-    """Groups may share one allocation, where a block belongs to one of them at a time.
-
-    The bytes between a block's content and the next block are left alone.
-    """
-    backing = np.full((2, DEVICE_BLOCKS, 640), 0xAB, np.uint8)
-    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
-        rig = GroupRig(manager, caches=GroupCaches(backing=backing))
-        backing[:, :32] = np.random.default_rng(1).integers(0, 256, (2, 32, 640))
-        before = backing.copy()
-        sources = [
-            {n: 0 + n for n in range(10)}, {n: 10 + n for n in range(7, 10)},
-            {n: 13 + n for n in range(8, 10)}, {4: 25},
-        ]  # fmt: skip
-        targets = [{n: block + 32 for n, block in places.items()} for places in sources]
-        for group, places in enumerate(sources):
-            for number, block in places.items():
-                rig.stored[group, number] = rig.caches.bytes_of(group, [block])
-        put = await manager.put(PROMPT, rig.caches.slots(40, *sources))
-        assert put.return_mask.all()
-        await rig.manager.flush()
-        manager.clear(Tier.HOST)
-        got = await rig.get(PROMPT, targets)
-        assert got.return_mask.all()
-        rig.check(targets, 40)
-        assert np.array_equal(backing[:, :32], before[:, :32])
-        for group, places in enumerate(targets):
-            layers = rig.caches.spaces[group].shapes
-            for block in places.values():
-                for layer, shape in enumerate(layers):
-                    assert (backing[layer, block, shape.block_bytes :] == 0xAB).all()
-                assert (backing[len(layers) :, block] == 0xAB).all()
-
-
-@pytest.mark.parametrize("slices", [1, 2], ids=["whole state", "sliced state"])
-@pytest.mark.parametrize(("chain", "window"), [(4, 2), (1, 2), (2, 1)])
-async def test_ranks_divide_each_group_in_their_own_way(
-    tmp_path: Path, chain: int, window: int, slices: int
-) -> None:
-    """Two TP ranks share heads in one group and divide them in another; all bytes come back."""
-    groups = (
-        LayerGroup(num_layers=1, num_kv_heads=chain, head_size=8),
-        LayerGroup(
-            num_layers=1, num_kv_heads=window, head_size=8,
-            kv_group=1, kind="sliding_window", window=9,
-        ),
-        LayerGroup(num_layers=1, num_kv_heads=slices, kv_group=2, kind="state", state_bytes=48),
-    )  # fmt: skip
-    model = ModelConfig(
-        num_layers=3, num_kv_heads=chain, head_size=8, dtype="float16", tp_size=2,
-        layer_groups=groups,
-    )  # fmt: skip
-    # Ranks with the same heads, or the whole state, have the same bytes.
-    ranks = [GroupCaches(model, seed=rank) for rank in range(2)]
-    for layer, space in enumerate(ranks[0].spaces):
-        if space.parts == 1:
-            ranks[1].tensors[layer][:] = ranks[0].tensors[layer]
-    async with KVManager(model, cache_config(tmp_path)) as manager:
-        for rank, caches in enumerate(ranks):
-            manager.register_kv_caches(caches.tensors, None, rank)
-        sources = ranks[0].places(40, 0, range(3))
-        await manager.put(PROMPT, ranks[0].slots(40, *sources))
-        await manager.flush()
-        manager.clear(Tier.HOST)
-        targets = ranks[0].places(40, 30, range(3))
-        got = await manager.get(PROMPT, ranks[0].slots(40, *targets))
-        assert got.return_mask.all()
-        assert manager.statistics().corrupt_blocks == 0
-        for caches in ranks:
-            for group in range(3):
-                for number in caches.needed(group, 40):
-                    expected = caches.bytes_of(group, [sources[group][number]])
-                    loaded = caches.bytes_of(group, [targets[group][number]])
-                    assert np.array_equal(loaded, expected), (group, number)
