@@ -304,6 +304,91 @@ def test_changes_name_the_group() -> None:
     ]  # fmt: skip
 
 
+def test_lhd_learns_that_leaves_come_back_with_their_chain() -> None:
+    """Under lhd the leaves of a prompt that is asked for again are worth as much as its chain."""
+    index = Residency({Tier.HOST: 64}, Eviction("lhd"), rules=[rule(1, FULL)])
+    for keys in (KEYS, prompt(0, *range(100, 112))):
+        put(index, range(12), 0, Tier.HOST, keys)
+        put(index, range(12), 1, Tier.HOST, keys)
+    for number in range(1000, 1600, 20):
+        index.find(KEYS, use=True)
+        index.find(prompt(0, *range(number, number + 12)), use=True)
+    assert index.evict(Tier.HOST, 24) == 24
+    assert index.find(KEYS).last == 12
+
+
+@pytest.mark.parametrize("policy", ["lru", "fifo", "lfu", "slru"])
+@pytest.mark.parametrize("quota", [None, 60])
+def test_leaves_that_no_prefix_end_needs_go_first(policy: str, quota: int | None) -> None:
+    """Once a later leaf is there, earlier ones of an unbranched chain go before other blocks."""
+    index = Residency({Tier.HOST: 64, Tier.DISK: 8}, Eviction(policy), rules=[rule(1, STATE)])
+    index.set_quota(KEYS[:16], Tier.HOST, quota)
+    older, newer = prompt(50, 51, 52), prompt(60, 61, 62)
+    put(index, range(2), 0, Tier.HOST, older)
+    put(index, range(12))
+    put(index, [3], 1, Tier.DISK)
+    for position in (3, 7, 11):
+        put(index, [position], 1)
+    put(index, range(2), 0, Tier.HOST, newer)
+    assert index.evict(Tier.HOST, 2) == 2
+    assert leaves(index) == {1: [11]}
+    assert index.group_blocks(Tier.HOST)[1] == 1
+    assert index.find(KEYS[: 16 * 5]).last == 4  # from disk
+    assert index.evict(Tier.DISK, 1) == 1
+    index.validate()
+
+
+@pytest.mark.parametrize(
+    ("of", "stored", "later", "left"),
+    [
+        (rule(1, STATE), [3, 7], [11], [11]),
+        (rule(1, STATE, 0, 2), [3, 7], [11], [11]),
+        (rule(1, WINDOW, 9), [2, 3, 6, 7], [10, 11], [10, 11]),
+        (rule(1, WINDOW, 9), [8, 9], [10, 11], [10, 11]),
+        (rule(1, WINDOW, 10, 2), [1, 3], [9, 11], [9, 11]),
+        (rule(1, WINDOW, 17), [6, 7], [8, 9], [6, 7, 8, 9]),
+        (rule(1, CHUNK, 8), [6, 7], [10, 11], [10, 11]),
+        (rule(1, FULL), range(6), range(6, 12), range(12)),
+    ],
+)
+def test_leaves_that_the_last_prefix_end_needs_do_not_go_first(
+    of: GroupRule, stored: Any, later: Any, left: Any
+) -> None:
+    """Only leaves before those that the last prefix end needs go first; of full ones none."""
+    index = table(of)
+    put(index, stored, 1)
+    put(index, later, 1)
+    put(index, range(2), 0, Tier.HOST, prompt(50, 51, 52))
+    gone = len(list(stored)) + len(list(later)) - len(list(left))
+    assert index.evict(Tier.HOST, gone) == gone
+    groups = index.survey(KEYS, 0, 12, False, 1)
+    assert sorted(n for g in groups if g.states[0] == READY for n in g.positions) == list(left)
+
+
+def test_leaves_where_prompts_branch_stay() -> None:
+    """Leaves up to the last block that two prompts share are as good as others."""
+    index = table(rule(1, STATE))
+    put(index, range(8, 12), 0, Tier.HOST, KEYS[: 16 * 9] + prompt(20, 21, 22, 23))
+    for position in (3, 7, 9, 11):
+        put(index, [position], 1)
+    put(index, range(2), 0, Tier.HOST, prompt(50, 51, 52))
+    assert index.evict(Tier.HOST, 1) == 1
+    assert [list(g.positions) for g in index.survey(KEYS, 0, 12, False, 1)][-1] == [3, 7, 11]
+
+
+def test_a_spent_leaf_that_is_used_again_is_as_good_as_others() -> None:
+    """A use brings a leaf back into the order of uses, for good."""
+    index = table(rule(1, STATE))
+    for position in (3, 7, 11):
+        put(index, [position], 1)
+    put(index, range(2), 0, Tier.HOST, prompt(50, 51, 52))
+    assert index.find(KEYS[: 16 * 5], use=True).last == 4
+    put(index, [9], 1)
+    assert index.evict(Tier.HOST, 4) == 4
+    assert index.find(KEYS[: 16 * 5]).last == 4
+    assert index.find(KEYS).last == 10
+
+
 @pytest.mark.parametrize("policy", ["lru", "lfu", "slru"])
 def test_a_use_reaches_the_leaves_that_are_needed(policy: str) -> None:
     """After a use the needed leaves outlive others; those before the first position, too."""
