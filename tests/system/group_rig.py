@@ -46,7 +46,7 @@ class GroupRig:
 
     async def request(self, operation: str, *args: Any, **named: Any) -> KVResponse:
         """Run a get, put or prefetch in the rig's form, and return its response."""
-        if self.form != "task":
+        if "task" not in self.form:
             response: KVResponse = await getattr(self.manager, operation)(*args, **named)
             return response
         task_id = getattr(self.manager, f"{operation}_async")(*args, **named)

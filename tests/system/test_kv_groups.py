@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,43 +16,48 @@ from flexkv.common.request import KVResponseStatus, Operation
 from flexkv.common.terms import Tier
 from flexkv.kvmanager import KVManager
 
-from .conftest import FORMS
+from .conftest import CLIENT_FORMS, FORMS
 from .forked import forked_server
 from .group_rig import GROUPS, PROMPT, GroupRig, fill
 from .groups import MODEL, cache_config
 from .test_corrupt import damage
 
 
-@pytest.fixture(params=["library", "client"])
+@pytest.fixture(params=["loop", "client's loop"])
 async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[GroupRig]:
     """Yield a manager over host memory and SSD, with the caches of several groups."""
-    cache = cache_config(tmp_path)
-    if request.param == "library":
-        async with KVManager(MODEL, cache) as manager:
-            yield GroupRig(manager)
-        return
-    address = f"ipc://{tmp_path}/socket"
-    settings = Settings(server_recv_port=address, server_client_mode=True, cache_config=cache)
-    server = forked_server(settings, MODEL)
-    async with KVManager(MODEL, settings=settings) as manager:
-        yield GroupRig(manager)
-    server.close()
-    assert server.exit_status == 0
+    async with _rig(tmp_path, request.param) as rig:
+        yield rig
 
 
-@pytest.fixture(params=FORMS)
+@pytest.fixture(params=[*FORMS, *CLIENT_FORMS])
 async def any_rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[GroupRig]:
     """Yield such a rig in each form of a manager."""
-    manager = KVManager(MODEL, cache_config(tmp_path))
-    if request.param == "loop":
+    async with _rig(tmp_path, request.param) as rig:
+        yield rig
+
+
+@asynccontextmanager
+async def _rig(folder: Path, form: str) -> AsyncIterator[GroupRig]:
+    cache = cache_config(folder)
+    settings = server = None
+    if form in CLIENT_FORMS:
+        address = f"ipc://{folder}/socket"
+        settings = Settings(server_recv_port=address, server_client_mode=True, cache_config=cache)
+        server = forked_server(settings, MODEL)
+    manager = KVManager(MODEL, cache, settings=settings)
+    if "loop" in form:
         async with manager:
-            yield GroupRig(manager)
-        return
-    manager.start()
-    try:
-        yield GroupRig(manager, request.param)
-    finally:
-        manager.shutdown()
+            yield GroupRig(manager, form)
+    else:
+        manager.start()
+        try:
+            yield GroupRig(manager, form)
+        finally:
+            manager.shutdown()
+    if server is not None:
+        server.close()
+        assert server.exit_status == 0
 
 
 async def test_every_group_comes_back_in_other_blocks(any_rig: GroupRig) -> None:
