@@ -139,6 +139,8 @@ class LeafFinder:
         It lacks a block of the chain, or a leaf that the prefix needs.
         """
         first, last = request.span.first_block, request.span.last_block
+        if first == last:  # perhaps behind the prompt's last whole block
+            return last
         lacking = [(each, 1) for each in self._residency.survey(request.keys, first, last, False)]
         for rule in self._rules:
             begin, end = needed(rule, first, last // self._alignment * self._alignment)
