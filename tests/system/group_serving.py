@@ -166,13 +166,13 @@ class GroupInstance:
         It reads device blocks from `at` on; they are filled before.
         """
         ids = np.arange(blocks) + at
-        self._fill(CHAIN, ids, _keys_at(keys, CHAIN, range(blocks)))
+        self._fill(CHAIN, ids, keys_at(keys, CHAIN, range(blocks)))
         leaves = []
         for group in LEAVES:
             needed = {place for end in ends for place in self.groups.needed(group, end)}
             if needed:
                 places = np.array(sorted(needed))
-                self._fill(group, places + at, _keys_at(keys, group, places))
+                self._fill(group, places + at, keys_at(keys, group, places))
                 leaves.append(LeafBlocks(group, positions_of(places), places + at))
         part = keys[: (blocks + 1) * BLOCK_KEY_BYTES]
         return self.client.put(part, 0, ids, self.client.generation, leaves=leaves)
@@ -207,7 +207,7 @@ class GroupInstance:
                 if group != CHAIN:
                     needed = self.groups.needed(group, end, first)
                 blocks = [place % 40 + at for place in needed]
-                wanted = _keys_at(keys, group, needed)
+                wanted = keys_at(keys, group, needed)
                 for rank, device in enumerate(self.devices):
                     assert device.wrong(group, blocks, wanted) == 0, (group, rank)
         assert all(device.has_whole_padding for device in self.devices)
@@ -238,7 +238,7 @@ class GroupInstance:
             agent.close()
 
 
-def _keys_at(keys: bytes, group: int, positions: Iterable[int]) -> list[bytes]:
+def keys_at(keys: bytes, group: int, positions: Iterable[int]) -> list[bytes]:
     """Return the keys of a group's blocks at some positions of the chain."""
     own = leaf_keys(keys, group)
     return [own[(at + 1) * 16 : (at + 2) * 16] for at in positions]

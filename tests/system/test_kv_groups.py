@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flexkv.common.config import Settings
 from flexkv.common.errors import CapacityError, ConfigError, CorruptBlockError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation
 from flexkv.common.terms import Tier
 from flexkv.kvmanager import KVManager
 from flexkv.trace.load import load
 
+from .forked import forked_server
 from .groups import MODEL, GroupCaches, Ids, cache_config
 from .test_corrupt import damage
 
@@ -59,11 +61,25 @@ class GroupRig:
                     assert np.array_equal(layer, expected), (group, number)
 
 
-@pytest.fixture
-async def rig(tmp_path: Path) -> AsyncIterator[GroupRig]:
+LIBRARY_ONLY = pytest.mark.parametrize("rig", ["library"], indirect=True)
+"""For what a client of a server cannot do."""
+
+
+@pytest.fixture(params=["library", "client"])
+async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[GroupRig]:
     """Yield a manager over host memory and SSD, with the caches of several groups."""
-    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
+    cache = cache_config(tmp_path)
+    if request.param == "library":
+        async with KVManager(MODEL, cache) as manager:
+            yield GroupRig(manager)
+        return
+    address = f"ipc://{tmp_path}/socket"
+    settings = Settings(server_recv_port=address, server_client_mode=True, cache_config=cache)
+    server = forked_server(settings, MODEL)
+    async with KVManager(MODEL, settings=settings) as manager:
         yield GroupRig(manager)
+    server.close()
+    assert server.exit_status == 0
 
 
 async def fill(rig: GroupRig, count: int = 6) -> None:
@@ -325,6 +341,7 @@ def test_layers_cannot_be_followed(tmp_path: Path) -> None:
         manager.shutdown()
 
 
+@LIBRARY_ONLY
 async def test_upkeep_knows_every_group(rig: GroupRig) -> None:
     """Statistics count by group; clears, quotas, pins and resizing reach the leaves."""
     manager = rig.manager
@@ -348,6 +365,7 @@ async def test_upkeep_knows_every_group(rig: GroupRig) -> None:
     assert manager.resize(Tier.HOST, 10) == 10
 
 
+@LIBRARY_ONLY
 async def test_a_suspended_device_serves_groups_again(rig: GroupRig) -> None:
     """After suspending and resuming the device, every group is loaded into the new tensors."""
     await rig.put(PROMPT)
@@ -360,6 +378,7 @@ async def test_a_suspended_device_serves_groups_again(rig: GroupRig) -> None:
     rig.check(places, 40)
 
 
+@LIBRARY_ONLY
 async def test_an_explanation_names_the_groups(rig: GroupRig) -> None:
     """The plan of a get shows what it loads of each group."""
     await rig.put(PROMPT)
@@ -373,6 +392,7 @@ async def test_an_explanation_names_the_groups(rig: GroupRig) -> None:
         assert part in told
 
 
+@LIBRARY_ONLY
 async def test_a_trace_tells_the_group_of_each_op(rig: GroupRig, tmp_path: Path) -> None:
     """Records of plans and ops have the KV group of the blocks, and the header their sizes."""
     path = tmp_path / "trace.jsonl"
