@@ -21,9 +21,9 @@ from benchmarks.harness import Figures, Options
 from flexkv.common.request import Operation, Request, Span
 from flexkv.common.terms import Positions, Route, Tier
 from flexkv.graph.compile import build, compile_shape
+from flexkv.graph.draft import Draft, PlanLimits, template_of
 from flexkv.graph.ops import Leg, Shape
 from flexkv.graph.plan import Plan
-from flexkv.graph.planner import Draft, PlanLimits, template_of
 from flexkv.graph.run import IssueOp, LaunchRun, OpDone, Run
 
 LOAD, STORE = Route(Tier.HOST, Tier.DEVICE), Route(Tier.DEVICE, Tier.HOST)

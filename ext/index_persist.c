@@ -11,7 +11,9 @@ bool index_export(const struct block_index *index, unsigned t, int64_t id,
         return false;
     node = node_at(index, place->node);
     parent = node_at(index, node->parent);
-    *record = (struct block_record){node->key, parent->key, parent->parent == NONE};
+    *record = (struct block_record){node->key, parent->key,
+                                    group_of(index, place->node) << 8 |
+                                        (parent->parent == NONE ? RECORD_FIRST : 0)};
     return true;
 }
 
@@ -22,9 +24,12 @@ static ref record_add(struct block_index *index, const struct restored *restored
 {
     int64_t above = restored->parents[i];
     struct key key = restored->records[i].key;
+    unsigned group = record_group(&restored->records[i]);
     uint32_t bucket;
     ref parent, known;
 
+    if (group)
+        return leaf_take(index, nodes[above], group, NONE);
     if (above < 0) {
         struct key root = restored->records[i].parent;
 
@@ -54,7 +59,7 @@ static void place_set(struct block_index *index, unsigned t, ref id, ref node)
     at->place[t] = id;
     node_at(index, at->root)->place[t]++;
     tier->free--;
-    tier->ready++;
+    ready_count(index, tier, node, 1);
     changes_note(index, node, t, true);
 }
 

@@ -110,6 +110,9 @@ static PyMethodDef module_functions[] = {
          "Add to counts, and return how many of them left zero or reached it."),
     FAST("any_counted", counts_any_counted,
          "any_counted(counts, ids)\n--\n\nReturn whether any of some counts is not zero."),
+    FAST("needed", needs_needed,
+         "needed(kind, window, block_tokens, end_tokens)\n--\n\n"
+         "Return which blocks of a KV group a prefix needs: (first, last exclusive)."),
     FAST("copy_now", pages_copy_now,
          "copy_now(pages, direction, device_ids, host_ids)\n--\n\n"
          "Do one job in the calling thread."),

@@ -27,8 +27,8 @@ from flexkv.front.layerwise import LayerwiseGet, LayerwisePut
 from flexkv.front.loop_bridge import LoopBridge
 from flexkv.front.task_form import TaskForm
 from flexkv.graph.explain import Explanation
+from flexkv.index.found import PrefixMatch
 from flexkv.index.keys import Namespace
-from flexkv.index.residency import PrefixMatch
 from flexkv.io.device.tensors import KVCaches
 from flexkv.observe.logs import obey_environment
 from flexkv.server.doors import door_of
@@ -185,8 +185,8 @@ class KVManager:
 
         Args:
             token_ids: integer[tokens].
-            slot_mapping: integer[selected tokens]: block_id * tokens_per_block + offset,
-                contiguous within a block.
+            slot_mapping: integer[selected tokens]: block_id * tokens_per_block + offset, contiguous
+                within a block; with several KV groups, a list of such arrays (docs/library.md).
             token_mask: bool[tokens], no holes; a leading False means already on the device.
             namespace: as for `match`.
 

@@ -253,6 +253,14 @@ def _hits(now: Statistics) -> Values:
     return [((tier,), blocks) for tier, blocks in now.hit_blocks.items()]
 
 
+def _groups(now: Statistics) -> Values:
+    return [
+        ((tier, str(group)), blocks)
+        for tier, of in now.tiers.items()
+        for group, blocks in enumerate(of.group_blocks)
+    ]
+
+
 def _up(now: Statistics) -> Values:
     ways = _states("tiers", ("reads", "writes"), "{}")
     return [(labels, float(health == "up")) for labels, health in ways(now)]
@@ -285,6 +293,8 @@ FIGURES: tuple[tuple[Kind, str, str, Labels, Reader], ...] = (
      (), _one("restored_blocks")),
     (GAUGE, "flexkv_tier_blocks", "Blocks by state; a pinned block is ready or draining, too.",
      ("tier", "state"), _states("tiers", _BLOCK_STATES, "{}_blocks")),
+    (GAUGE, "flexkv_tier_group_blocks", "Ready blocks by KV group; group 0 is the prefix chain.",
+     ("tier", "group"), _groups),
     (GAUGE, "flexkv_tier_capacity_blocks", "Blocks that a tier has room for.",
      ("tier",), _each("tiers", "capacity_blocks")),
     (COUNTER, "flexkv_evicted_blocks", "Blocks that were evicted.",

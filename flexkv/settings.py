@@ -282,6 +282,7 @@ def document() -> str:
     ]
     for title, model in (
         ("ModelConfig", ModelConfig),
+        ("LayerGroup, an element of layer_groups", LayerGroup),
         ("CacheConfig", CacheConfig),
         ("Settings of a process", Settings),
     ):

@@ -24,7 +24,8 @@ class Flight:
         self.planned = planned
         self.plan = planned.plan
         # A caller that follows layers expects every planned block in a layer that is there.
-        self.run = Run(planned.plan.template, goes_on_in_part=planned.plan.watch is None)
+        goes_on_in_part = planned.plan.watch is None and not planned.is_whole
+        self.run = Run(planned.plan.template, goes_on_in_part)
         self.arrived_ns, self.begin_ns = arrived_ns, begin_ns
         self.response: KVResponse | None = None
         self.failure: FlexKVError | None = None

@@ -11,7 +11,11 @@ from flexkv.graph.run import Run
 
 
 def response_of(request: Request, planned: Planned, run: Run) -> KVResponse:
-    """Return the response of a run whose answering ops are all over."""
+    """Return the response of a run whose answering ops are all over.
+
+    A get of several KV groups that lacks anything moved nothing: a prefix is of no use without
+    what it needs of each group.
+    """
     first = request.span.first_block
     if request.operation is Operation.GET and not run.errors and not run.cancelled:
         # The common case: everything that was planned has been loaded.
@@ -21,7 +25,10 @@ def response_of(request: Request, planned: Planned, run: Run) -> KVResponse:
         mask[first * per_block : (first + count) * per_block] = True
         status = _status(request, planned, run, count > 0)
         return KVResponse(status, request.request_id, mask, planned.shortfall)
-    moved = _moved_blocks(request, planned, run)
+    if planned.is_whole and request.operation is Operation.GET:
+        moved = np.zeros(request.span.last_block - first, np.bool_)
+    else:
+        moved = _moved_blocks(request, planned, run)
     error: FlexKVError | None = run.errors[0] if run.errors else planned.shortfall
     return KVResponse(
         _status(request, planned, run, bool(moved.any())),
@@ -53,7 +60,8 @@ def _moved_blocks(request: Request, planned: Planned, run: Run) -> TokenMask:
     """Return bool[span blocks]: the blocks that were moved, up to the first that was not.
 
     Blocks behind one that was not moved are dropped with it, since no request could reach them.
-    What a get brings is an unbroken run, because each block that it found has an answering op.
+    What a get brings is an unbroken run, because each block that it found has an answering op. Of
+    several KV groups, only the chain's blocks are counted.
     """
     first = request.span.first_block
     moved = np.zeros(request.span.last_block - first, np.bool_)
@@ -61,7 +69,7 @@ def _moved_blocks(request: Request, planned: Planned, run: Run) -> TokenMask:
         return moved
     plan, last = planned.plan, request.span.last_block
     for op in plan.template.ops:
-        if not op.answers or op.route is None:
+        if not op.answers or op.route is None or op.group:
             continue
         begin, end = plan.bounds(op)
         count = run.filled(op.index, end - begin)

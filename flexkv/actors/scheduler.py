@@ -48,8 +48,9 @@ from flexkv.graph.run import (
     SettleOp,
 )
 from flexkv.index.claims import Claim, Holding
+from flexkv.index.found import Found
 from flexkv.index.owed import Taken
-from flexkv.index.residency import Found, Residency
+from flexkv.index.residency import Residency
 from flexkv.io.ports import Completion
 from flexkv.observe.logs import get_logger
 from flexkv.observe.observer import Observer

@@ -24,7 +24,7 @@ from flexkv.common.request import Operation, Request
 from flexkv.common.terms import BlockIds, Tier
 from flexkv.graph.planner import Planned, Planner
 from flexkv.index.owed import EVICTED, FAILED, NO_PLACE, NOT_WORTH_IT, OwedBlocks, Taken
-from flexkv.index.residency import ABSENT, Residency
+from flexkv.index.residency import Residency
 from flexkv.observe.logs import get_logger
 
 log = get_logger(__name__)
@@ -295,17 +295,11 @@ class WriteBehind:
         is_put = request.operation is Operation.PUT
         if is_put:  # its own blocks will be kept, too
             room = min(room, self._limits.kept_blocks_max - pending)
-        first, last = request.span.first_block, request.span.last_block
-        if last - first <= max(0, room):
+        room = max(0, room)
+        if self._planner.most_places(request) <= room:
             return 0
-        if is_put:
-            groups = self._residency.survey(request.keys, first, last, use=False)
-            lacking = [group.positions for group in groups if group.states[0] == ABSENT]
-        else:
-            ready = self._planner.peek(request).ready.items()
-            lacking = [placed.positions for tier, placed in ready if tier is not Tier.HOST]
-        wanted = sum(positions.block_count for positions in lacking)
-        return max(0, min(wanted, self._limits.kept_blocks_max) - max(0, room))
+        wanted = self._planner.places_wanted(request)
+        return max(0, min(wanted, self._limits.kept_blocks_max) - room)
 
     @property
     def _pending(self) -> int:

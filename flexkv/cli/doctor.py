@@ -19,14 +19,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from flexkv import _ext
+from flexkv.cli.doctor_model import kv_groups
 from flexkv.cli.doctor_tiers import Finding, host_tier, ssd_tier
-from flexkv.common.config import GB, CacheConfig
+from flexkv.common.config import GB, CacheConfig, ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.io.memory.host_memory import headroom
 from flexkv.io.ssd.files import StripedFiles
 from flexkv.io.ssd.open import distinct
 from flexkv.io.ssd.uring import try_nothing
-from flexkv.settings import load_settings
+from flexkv.settings import load_file, load_settings
 
 PROBE_BYTES = 256 << 20
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -36,6 +37,10 @@ def doctor(
     directory: Annotated[
         Path | None, typer.Option("--dir", help="Directory that the SSD tier would use.")
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="JSON file that describes a model: tell what its blocks waste."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check what this machine offers, what will be used, and what would help.
@@ -43,6 +48,7 @@ def doctor(
     The exit status is 1 if a configured tier cannot be used.
     """
     cache = load_settings().cache_config
+    of_model = [] if model is None else _kv_groups(model, cache)
     if directory is not None:
         cache = CacheConfig(ssd_cache_dir=directory, num_ssd_blocks=1)
     looked_at = distinct(cache.ssd_cache_dir)[0] if cache.enable_ssd else Path()
@@ -54,12 +60,22 @@ def doctor(
     findings += host_tier(cache)
     if cache.enable_ssd:
         findings += ssd_tier(cache)
+    findings += of_model
     if as_json:
         typer.echo(json.dumps({f.name: f._asdict() for f in findings}, indent=2))
     else:
         _show(findings)
     if any(finding.fatal for finding in findings):
         raise typer.Exit(1)
+
+
+def _kv_groups(model: Path, cache: CacheConfig) -> list[Finding]:
+    """Return the findings about a model.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key of the model is wrong.
+    """
+    return list(kv_groups(ModelConfig(**load_file(model, "model")), cache.tokens_per_block))
 
 
 def _show(findings: list[Finding]) -> None:

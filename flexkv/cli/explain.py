@@ -10,8 +10,8 @@ import typer
 from flexkv.common.config_keys import BLOCKS_MAX
 from flexkv.common.request import Operation
 from flexkv.common.terms import Route, Tier
+from flexkv.graph.draft import LOAD, STORE, PlanLimits
 from flexkv.graph.explain import hypothetical
-from flexkv.graph.planner import LOAD, STORE, PlanLimits
 
 
 class Kind(StrEnum):

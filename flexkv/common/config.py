@@ -18,7 +18,8 @@ from flexkv.common.config_keys import (
     kind_of,
     shown,
 )
-from flexkv.common.config_model import RANKS_MAX, LayerGroup, ModelConfig
+from flexkv.common.config_layers import RANKS_MAX, LayerGroup
+from flexkv.common.config_model import ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.space import CacheSizes
 

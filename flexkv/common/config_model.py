@@ -2,86 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
-from flexkv.common.config_keys import ConfigModel, PlainValues, key
+from flexkv.common.config_keys import ConfigModel, key
+from flexkv.common.config_layers import (
+    HEADS_MAX,
+    ITEM_BYTES,
+    KINDS,
+    LAYERS_MAX,
+    RANKS_MAX,
+    DTypeName,
+    LayerGroup,
+)
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import KVShape
 from flexkv.common.space import BlockSpace, in_one_pool
 
-ITEM_BYTES = {
-    "float64": 8,
-    "int64": 8,
-    "float32": 4,
-    "int32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e4m3fnuz": 1,
-    "float8_e5m2": 1,
-    "float8_e5m2fnuz": 1,
-    "int8": 1,
-    "uint8": 1,
-}
-"""Bytes of one element, by the name of its type in torch and numpy."""
-
-SHORT_NAMES = {
-    "double": "float64",
-    "float": "float32",
-    "half": "float16",
-    "fp32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-    "fp8": "float8_e4m3fn",
-    "fp8_e4m3": "float8_e4m3fn",
-    "fp8_e5m2": "float8_e5m2",
-}
-
-
-def dtype_name(dtype: object) -> str:
-    """Return the name of a torch dtype, a numpy dtype or a string, such as "bfloat16".
-
-    Neither library is imported: a torch dtype prints as `torch.<name>`, a numpy dtype as `<name>`,
-    and a numpy scalar class has that name.
-    """
-    text = dtype.__name__ if isinstance(dtype, type) else str(dtype)
-    name = text.removeprefix("torch.")
-    name = SHORT_NAMES.get(name, name)
-    if name not in ITEM_BYTES:
-        raise ValueError(f"unknown element type; must be one of {', '.join(ITEM_BYTES)}")
-    return name
-
-
-DTypeName = Annotated[str, BeforeValidator(dtype_name)]
 _RANKS_PART = "pipeline, data or context parallelism"
-LAYERS_MAX, HEADS_MAX, RANKS_MAX = 1 << 14, 1 << 16, 1 << 16
-"""More layers, heads (or elements of a head), ranks or instances than any model or machine has."""
-
-
-class LayerGroup(PlainValues):
-    """Layers of one model that have one KV shape, which its other layers do not have."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    num_layers: int = Field(ge=1, le=LAYERS_MAX)
-    num_kv_heads: int = Field(ge=1, le=HEADS_MAX)
-    head_size: int = Field(ge=1, le=HEADS_MAX)
-    layer_indices: tuple[Annotated[int, Field(ge=0, lt=LAYERS_MAX, strict=True)], ...] = ()
-    dtype: DTypeName | None = None
-    compress_ratio: int = Field(1, ge=1, le=HEADS_MAX)
-
-    @model_validator(mode="after")
-    def _indices_fit(self) -> Self:
-        indices = self.layer_indices
-        if indices and len(set(indices)) != self.num_layers:
-            raise ValueError(
-                f"layer_indices must name num_layers={self.num_layers} different layers"
-            )
-        return self
 
 
 class ModelConfig(ConfigModel):
@@ -121,7 +63,9 @@ class ModelConfig(ConfigModel):
     )
     instance_num: int = key(1, "Engine instances that share one cache.", ge=1, le=RANKS_MAX)
     layer_groups: tuple[LayerGroup, ...] | None = key(
-        None, "Groups of layers whose KV shapes differ; they replace the heads and dtype above."
+        None,
+        "Groups of layers that differ in their KV shapes, or in what a prefix needs of them; they "
+        "replace the heads and dtype above.",
     )
     model_id: str = key(
         "",
@@ -143,7 +87,6 @@ class ModelConfig(ConfigModel):
             num_layers=self.num_layers,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
-            compress_ratio=1,
         )
         return self.layer_groups or (whole,)
 
@@ -151,21 +94,11 @@ class ModelConfig(ConfigModel):
     def _consistent(self) -> Self:
         if self.use_mla and self.kv_dim != 1:
             raise ConfigError("kv_dim", self.kv_dim, "must be 1 with use_mla")
-        for group in self._groups:
-            heads = group.num_kv_heads
-            if not self.use_mla and heads % self.tp_size and self.tp_size % heads:
-                why = f"must divide the number of KV heads, {heads}, or be a multiple of it"
-                raise ConfigError("tp_size", self.tp_size, why)
-            if not self.use_mla and min(self.tp_size, heads) != self.parts:
-                why = (
-                    f"tp_size={self.tp_size} divides its {heads} KV heads into"
-                    f" {min(self.tp_size, heads)} parts, but those of another group into"
-                    f" {self.parts}: the numbers must be equal"
-                )
-                raise ConfigError("layer_groups", group, why)
+        self._check_heads()
         groups = self.layer_groups
         if groups is None:
             return self
+        _check_kv_groups(groups)
         if len({bool(group.layer_indices) for group in groups}) > 1:
             raise ConfigError(
                 "layer_groups", groups, "give layer_indices for all groups or for none"
@@ -180,45 +113,164 @@ class ModelConfig(ConfigModel):
             raise ConfigError("layer_groups", groups, why)
         return self
 
-    @property
-    def parts(self) -> int:
-        """Return the number of parts into which the TP ranks divide a block.
+    def _check_heads(self) -> None:
+        """Check that the TP ranks divide the heads of all layers of a KV group alike.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        parts: dict[int, int] = {}
+        for number, group in enumerate(self._groups):
+            heads = group.num_kv_heads
+            if group.is_state and heads not in (1, self.tp_size):
+                why = (
+                    "must be 1 if each rank has the whole state, or "
+                    f"tp_size={self.tp_size} if each has a slice"
+                )
+                raise ConfigError(f"layer_groups[{number}].num_kv_heads", heads, why)
+            if not self._is_latent(group) and heads % self.tp_size and self.tp_size % heads:
+                why = f"must divide the number of KV heads, {heads}, or be a multiple of it"
+                raise ConfigError("tp_size", self.tp_size, why)
+            first = parts.setdefault(group.kv_group, self._parts_of(group))
+            if self._parts_of(group) != first:
+                why = (
+                    f"tp_size={self.tp_size} divides its {heads} KV heads into"
+                    f" {self._parts_of(group)} parts, but those of other layers of kv_group"
+                    f" {group.kv_group} into {first}: the numbers must be equal"
+                )
+                raise ConfigError(f"layer_groups[{number}]", group, why)
+
+    def _is_latent(self, group: LayerGroup) -> bool:
+        """Return whether all TP ranks have the same vectors, as with MLA's latent."""
+        return self.use_mla and not group.is_state and (group.kv_dim or self.kv_dim) == 1
+
+    def _parts_of(self, group: LayerGroup) -> int:
+        """Return the number of parts into which the TP ranks divide the blocks of some layers.
 
         Ranks with the same heads (MLA's one latent, or fewer heads than ranks) share one part.
         """
-        if self.use_mla:
-            return 1
-        return min(self.tp_size, *(group.num_kv_heads for group in self._groups))
+        return 1 if self._is_latent(group) else min(self.tp_size, group.num_kv_heads)
+
+    @property
+    def parts(self) -> int:
+        """Return the number of parts into which the TP ranks divide a block of the prefix."""
+        return self._parts_of(self._groups[0])
 
     def spaces(self, tokens_per_block: int) -> tuple[BlockSpace, ...]:
-        """Return what a block of this many tokens is, for each KV group: today, of the only one.
+        """Return what a block of each KV group is, where one of the prefix has this many tokens.
 
         Raises:
-            ConfigError: a group's compress_ratio does not divide the tokens of a block.
+            ConfigError: the blocks of two groups, or the tokens that share one vector, do not fit.
         """
-        layers: dict[int, tuple[KVShape, str]] = {}
+        layers: dict[int, LayerGroup] = {}
         for group in self._groups:
-            tokens, rest = divmod(tokens_per_block, group.compress_ratio)
-            if rest:
-                why = f"must be a multiple of compress_ratio={group.compress_ratio}"
-                raise ConfigError("tokens_per_block", tokens_per_block, why)
-            heads, dtype = group.num_kv_heads // self.parts, group.dtype or self.dtype
-            shape = KVShape(tokens, heads, group.head_size, self.kv_dim, ITEM_BYTES[dtype])
             begin = len(layers)
             indices = group.layer_indices or range(begin, begin + group.num_layers)
-            layers |= dict.fromkeys(indices, (shape, dtype))
-        shapes, dtypes = zip(*(layers[index] for index in range(self.num_layers)), strict=True)
-        facts = self._facts(tokens_per_block)
-        space = BlockSpace(tokens_per_block, shapes, dtypes, self.tp_size, self.parts, facts)
-        return in_one_pool(space)
+            layers |= dict.fromkeys(indices, group)
+        count = 1 + max(group.kv_group for group in self._groups)
+        members = [
+            {i: layers[i] for i in sorted(layers) if layers[i].kv_group == number}
+            for number in range(count)
+        ]
+        for number, group in enumerate(self._groups):
+            _check_tokens(group, tokens_per_block, f"layer_groups[{number}]")
+        spaces = [self._space(each, tokens_per_block) for each in members]
+        facts = self._facts(tokens_per_block, spaces)
+        return in_one_pool(replace(spaces[0], facts=facts), *spaces[1:])
 
-    def _facts(self, tokens_per_block: int) -> dict[str, int | str]:
+    def _space(self, layers: Mapping[int, LayerGroup], tokens_per_block: int) -> BlockSpace:
+        """Return the space of a KV group with these layers, by their indices in the model."""
+        group = next(iter(layers.values()))
+        dtypes = tuple(self._dtype_of(each) for each in layers.values())
+        tokens = group.tokens_per_block or tokens_per_block
+        space = BlockSpace(
+            tokens,
+            tuple(self._shape_of(each, tokens) for each in layers.values()),
+            dtypes,
+            self.tp_size,
+            self._parts_of(group),
+            facts={},
+            kind=KINDS[group.kind],
+            window=group.window,
+            layers=tuple(layers),
+        )
+        return replace(space, facts=_leaf_facts(space))
+
+    def _dtype_of(self, group: LayerGroup) -> str:
+        return "int8" if group.is_state else group.dtype or self.dtype
+
+    def _shape_of(self, group: LayerGroup, tokens: int) -> KVShape:
+        if group.is_state:
+            return KVShape(1, 1, group.state_bytes, 1, 1)
+        heads, kv_dim = group.num_kv_heads // self._parts_of(group), group.kv_dim or self.kv_dim
+        item_bytes = ITEM_BYTES[self._dtype_of(group)]
+        return KVShape(tokens // group.compress_ratio, heads, group.head_size, kv_dim, item_bytes)
+
+    def _facts(self, tokens_per_block: int, spaces: Sequence[BlockSpace]) -> dict[str, int | str]:
         names = "model_id", "num_layers", "num_kv_heads", "head_size", "kv_dim", "dtype"
         facts = {name: getattr(self, name) for name in names}
         facts["tokens_per_block"] = tokens_per_block
         # Facts that hold for most models are left out: the keys of those stay what they were.
-        if self.parts > 1:
-            facts["parts"] = self.parts
+        parts = [space.parts for space in spaces]
+        if parts[0] > 1:
+            facts["parts"] = parts[0]
+        if len(set(parts)) > 1:
+            facts["parts_of_groups"] = ",".join(map(str, parts))
         if self.layer_groups:
             facts["layer_groups"] = repr(self.layer_groups)
         return facts
+
+
+def _check_kv_groups(groups: Sequence[LayerGroup]) -> None:
+    """Check that KV groups are numbered without a gap, from one with full attention on.
+
+    Raises:
+        ConfigError: they are not, or layers of one KV group differ in what all must share.
+    """
+    numbers = {group.kv_group for group in groups}
+    if numbers != set(range(len(numbers))):
+        told = ", ".join(map(str, sorted(numbers)))
+        why = f"KV groups must be numbered from 0 without a gap, but these are given: {told}"
+        raise ConfigError("layer_groups", groups, why)
+    firsts: dict[int, LayerGroup] = {}
+    for number, group in enumerate(groups):
+        first = firsts.setdefault(group.kv_group, group)
+        for name in ("kind", "window", "tokens_per_block"):
+            field, value = f"layer_groups[{number}].{name}", getattr(group, name)
+            if value != getattr(first, name):
+                why = f"must be {getattr(first, name)!r}, as for other layers of its kv_group"
+                raise ConfigError(field, value, f"{why}, {group.kv_group}")
+        if group.kv_group == 0 and group.kind != "full":
+            why = "a model without full attention is not supported"
+            if any(each.kind == "full" for each in groups):
+                why = "must be 'full' for kv_group 0: its blocks are those of the prefix"
+            raise ConfigError(f"layer_groups[{number}].kind", group.kind, why)
+
+
+def _check_tokens(group: LayerGroup, tokens_per_block: int, field: str) -> None:
+    """Check that the blocks of some layers fit those of the prefix.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    tokens = group.tokens_per_block or tokens_per_block
+    if tokens % tokens_per_block:
+        why = f"must be a multiple of the cache's tokens_per_block={tokens_per_block}"
+        raise ConfigError(f"{field}.tokens_per_block", tokens, why)
+    if tokens != tokens_per_block and group.kv_group == 0:
+        why = f"must be the cache's tokens_per_block={tokens_per_block} for kv_group 0"
+        raise ConfigError(f"{field}.tokens_per_block", tokens, why)
+    if tokens % group.compress_ratio:
+        why = f"must be a multiple of compress_ratio={group.compress_ratio}"
+        raise ConfigError("tokens_per_block", tokens, why)
+
+
+def _leaf_facts(space: BlockSpace) -> dict[str, int | str]:
+    """Return what the bytes of a group's blocks depend on, beside the facts of group 0."""
+    return {
+        "kind": space.kind.label,
+        "window": space.window,
+        "tokens_per_block": space.tokens_per_block,
+        "layers": ",".join(map(str, space.layers)),
+        "parts": space.parts,
+    }

@@ -9,12 +9,18 @@ An engine keeps one tensor per layer; a host block is one contiguous extent over
 
 The shape tells which axis counts blocks; the strides tell everything else. So a permuted view
 works like the storage below it, as long as the bytes of one block in one layer are one or two
-contiguous extents. The order of the elements inside an extent is up to the engine; see `Order`.
+contiguous extents, or one for each head. The order of the elements inside an extent is up to the
+engine; see `Order`.
+
+Layers may be cut from one allocation by any strides. Where blocks are its outermost axis, the
+layers of a block are adjacent, and copied as one piece. Each KV group has a layout of its own, and
+those of several groups may overlay each other: an engine gives each block to one of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, islice
 from math import prod
@@ -37,16 +43,22 @@ class TensorSpec(NamedTuple):
 
 Order: TypeAlias = str
 """Axes of a block from the slowest to the fastest, such as "kv tokens heads dim", without those of
-length 1. Where layers differ, the axes of each layer in turn, separated by semicolons."""
+length 1. Where layers differ, the axes of each layer in turn, separated by semicolons; the orders
+of several KV groups are separated by bars."""
 
 NATURAL = ("kv", "tokens", "heads", "dim")
+
+
+def is_order(text: str) -> bool:
+    """Return whether a text is made of the axes of blocks, as an order is."""
+    return set(re.split("[;|·]", text.replace(" ", ";"))) <= {*NATURAL, ""}
 
 
 def is_natural(order: Order) -> bool:
     """Return whether blocks are ordered as in most engines: K before V, token after token."""
     return all(
         [axis for axis in NATURAL if axis in axes] == axes
-        for axes in (each.split() for each in order.split(";"))
+        for axes in (each.split() for each in re.split("[;|]", order))
     )
 
 
@@ -82,7 +94,7 @@ class PagedLayout:
 
     A row is: address of block 0, stride in bytes between blocks, bytes of the piece, offset of
     the piece inside the host block. The pieces fill the device's part of the host block without a
-    gap. `layers` has such rows for each layer, int64[1 or 2, 4]; `pieces` has adjacent ones merged.
+    gap. `layers` has such rows for each layer, int64[m, 4]; `pieces` has adjacent ones merged.
     `block_bytes` is the size of the device's part. `order` is the order of a block's elements
     there: a device with another order cannot use the bytes.
     """
@@ -103,10 +115,10 @@ SHAPES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("blocks-heads", ("blocks", "heads", "tokens", "kv·dim")),
     ("fused", ("blocks", "tokens", "heads", "kv·dim")),
     ("fused", ("blocks", "tokens", "heads·kv·dim")),
+    ("flat", ("blocks", "tokens·heads·kv·dim")),
 )
 """Every known shape, with the name that `layout` selects it by. A new shape is a new row."""
 
-AXES = frozenset(axis for _, axes in SHAPES for axis in axes)
 LAYOUT_NAMES = tuple(dict.fromkeys(name for name, _ in SHAPES))
 
 
@@ -130,6 +142,7 @@ def infer_layout(
     shapes: Sequence[KVShape],
     layout: str | None = None,
     part: Part = WHOLE,
+    numbers: Sequence[int] = (),
 ) -> PagedLayout:
     """Return the pages of per-layer tensors, inferred from their shapes and strides.
 
@@ -138,33 +151,32 @@ def infer_layout(
         shapes: the shape of a block in each layer; a single one holds for all layers.
         layout: one of `LAYOUT_NAMES`, for shapes that fit more than one.
         part: the part of the host block that these tensors fill.
+        numbers: the layers' numbers in errors, if they do not count from 0.
 
     Raises:
-        ConfigError: a shape fits no layout or several, layers disagree, or the bytes of one
-            block are not one or two contiguous extents.
+        ConfigError: a shape fits no layout or several, layers disagree, or the bytes of one block
+            are neither one or two contiguous extents nor one for each head.
     """
     if layout is not None and layout not in LAYOUT_NAMES:
         raise ConfigError("layout", layout, f"must be one of {', '.join(LAYOUT_NAMES)}")
     if not specs:
         raise ConfigError("kv_caches", [], "must have at least one layer")
     wanted = shapes if len(shapes) > 1 else tuple(shapes) * len(specs)
+    fields = [f"kv_caches[{number}]" for number in numbers or range(len(specs))]
     firsts: dict[KVShape, tuple[int, _Fit]] = {}
     layers: list[list[_Piece]] = []
     orders: list[Order] = []
-    for index, (spec, shape) in enumerate(zip(specs, wanted, strict=True)):
-        field = f"kv_caches[{index}]"
+    for index, (spec, shape, field) in enumerate(zip(specs, wanted, fields, strict=True)):
         if shape not in firsts:
             firsts[shape] = index, _fit(spec, shape, layout, field)
         first, fit = firsts[shape]
-        _check_alike(spec, field, specs[first], f"kv_caches[{first}]")
-        layers.append(_block_pieces(spec, fit.block_axis, field))
+        _check_alike(spec, field, specs[first], fields[first])
+        layers.append(_block_pieces(spec, fit.axes, field))
         orders.append(_order(spec, shape, fit.axes))
-    counts = {specs[first].shape[fit.block_axis]: first for first, fit in firsts.values()}
-    if len(counts) > 1:
-        told = ", ".join(f"{count} in kv_caches[{first}]" for count, first in counts.items())
-        raise ConfigError("kv_caches", told, "all layers must have the same number of blocks")
-    num_blocks = next(iter(counts))
-    _check_apart(layers, num_blocks)
+    num_blocks = same_blocks(
+        {fields[first]: specs[first].shape[fit.block_axis] for first, fit in firsts.values()}
+    )
+    _check_apart(layers, num_blocks, fields)
     sizes = [sum(piece.bytes for piece in pieces) for pieces in layers]
     offset, merged = part.number * sum(sizes), list[_Piece]()
     for piece in chain.from_iterable(layers):
@@ -175,7 +187,24 @@ def infer_layout(
     return PagedLayout(_rows(merged, offset), num_blocks, sum(sizes), name, tuple(by_layer), order)
 
 
-def _check_apart(layers: list[list[_Piece]], num_blocks: int) -> None:
+def same_blocks(counts: Mapping[str, int]) -> int:
+    """Return the number of blocks that all layers have; `counts` has it by field.
+
+    Raises:
+        ConfigError: the numbers differ.
+    """
+    if len({*counts.values()}) > 1:
+        told = ", ".join(f"{count} in {field}" for field, count in counts.items())
+        raise ConfigError("kv_caches", told, "all layers must have the same number of blocks")
+    return next(iter(counts.values()))
+
+
+def order_of(layouts: Sequence[PagedLayout]) -> Order:
+    """Return the order of a block's elements in each KV group of one device."""
+    return "|".join(layout.order for layout in layouts)
+
+
+def _check_apart(layers: list[list[_Piece]], num_blocks: int, fields: Sequence[str]) -> None:
     """Check that no byte belongs to two layers, which would overwrite each other.
 
     Raises:
@@ -190,13 +219,13 @@ def _check_apart(layers: list[list[_Piece]], num_blocks: int) -> None:
             apart = (other[0] - address) % max(stride, 1)
             if stride == other[1] and min(apart - size, stride - apart - other[2]) < 0:
                 first, second = sorted((number, other[3]))
-                why = f"shares memory with kv_caches[{first}]: each layer must have its own"
-                raise ConfigError(f"kv_caches[{second}]", f"address {other[0]:#x}", why)
+                why = f"shares memory with {fields[first]}: each layer must have its own"
+                raise ConfigError(fields[second], f"address {other[0]:#x}", why)
 
 
 def _order(spec: TensorSpec, shape: KVShape, axes: tuple[str, ...]) -> Order:
     """Return the axes of a block in one layer, ordered by their strides."""
-    sizes = {"kv": shape.kv_dim, "heads": shape.heads}
+    sizes = {"kv": shape.kv_dim, "heads": shape.heads, "tokens": shape.tokens}
     lengths = zip(spec.strides_bytes, spec.shape, axes, strict=True)
     inner = [(stride, name) for stride, n, name in lengths if name != "blocks" and n > 1]
     # A factor of length 1 has no effect: MLA's "heads·kv·dim" is just "dim".
@@ -264,28 +293,25 @@ def _matches(shape: tuple[int, ...], axes: tuple[str, ...], sizes: dict[str, int
     )
 
 
-def _block_pieces(spec: TensorSpec, block_axis: int, field: str) -> list[_Piece]:
-    """Return the one or two contiguous extents of block 0, with the stride to the next block."""
+def _block_pieces(spec: TensorSpec, axes: tuple[str, ...], field: str) -> list[_Piece]:
+    """Return the contiguous extents of block 0, with the stride to the next block."""
+    block_axis = axes.index("blocks")
     inner = sorted(
-        (stride, length)
-        for axis, (stride, length) in enumerate(zip(spec.strides_bytes, spec.shape, strict=True))
-        if axis != block_axis and length > 1
+        (spec.strides_bytes[axis], spec.shape[axis], name)
+        for axis, name in enumerate(axes)
+        if axis != block_axis and spec.shape[axis] > 1
     )
     extent_bytes = spec.itemsize
     while inner and inner[0][0] == extent_bytes:
         extent_bytes *= inner.pop(0)[1]
-    match inner:
-        case []:
-            addresses = [spec.address]
-        case [(apart_bytes, 2)] if apart_bytes > extent_bytes:
-            addresses = [spec.address, spec.address + apart_bytes]
-        case _:
-            raise ConfigError(
-                field,
-                spec.shape,
-                f"has strides of {spec.strides_bytes} bytes: a block must be one or two "
-                "contiguous extents",
-            )
+    offsets, span_bytes, nested = [0], extent_bytes, True
+    for stride, length, _ in inner:  # from the fastest of the axes that lie apart
+        nested = nested and stride >= span_bytes
+        offsets = [number * stride + offset for number in range(length) for offset in offsets]
+        span_bytes += (length - 1) * stride
+    if not nested or (len(offsets) > 2 and not {name for *_, name in inner} <= {"kv", "heads"}):
+        why = "a block must be one or two contiguous extents, or one for each head"
+        raise ConfigError(field, spec.shape, f"has strides of {spec.strides_bytes} bytes: {why}")
     stride_bytes = spec.strides_bytes[block_axis]
     if spec.shape[block_axis] > 1 and stride_bytes < extent_bytes:
         raise ConfigError(
@@ -294,7 +320,7 @@ def _block_pieces(spec: TensorSpec, block_axis: int, field: str) -> list[_Piece]
             f"blocks overlap or run backwards: each has {extent_bytes} bytes, but the next one "
             f"begins {stride_bytes} bytes later",
         )
-    return [_Piece(address, stride_bytes, extent_bytes) for address in addresses]
+    return [_Piece(spec.address + offset, stride_bytes, extent_bytes) for offset in offsets]
 
 
 def _append_merged(pieces: list[_Piece], piece: _Piece) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from flexkv.common.config_keys import kind_of
 from flexkv.common.errors import ConfigError, FlexKVError
-from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Labelled, LayerWatch
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Labelled, LayerWatch, Positions
 
 TokenMask = NDArray[np.bool_]
 _INT64 = np.dtype(np.int64)
@@ -70,12 +70,35 @@ class Span(NamedTuple):
     """Exclusive."""
 
 
+class LeafBlocks(NamedTuple):
+    """Device blocks of one leaf group.
+
+    They may be fewer than a get needs, or a put could store: a get that lacks one is shorter, and a
+    put stores those that are there.
+    """
+
+    group: int
+    positions: Positions
+    """The positions of the chain's blocks on which they hang, ascending."""
+    device_ids: BlockIds
+    """int64, one for each position; NO_BLOCK where the caller has none."""
+
+    def ids_at(self, positions: Positions) -> BlockIds:
+        """Return the device blocks of some of the positions: int64[n]."""
+        return self.device_ids[np.searchsorted(self.positions.array, positions.array)]
+
+
+NO_BLOCK = -1
+"""Stands in `LeafBlocks.device_ids` for a block that the caller does not have."""
+
+
 class Request(msgspec.Struct, frozen=True):
     """A caller's request, as the core handles it.
 
     `keys` has 16 bytes for the namespace's root, then 16 for each whole block up to
-    `span.last_block`. `device_ids` is int64, one per block of the span, or None for a prefetch.
-    `watch` observes a request that is moved layer by layer.
+    `span.last_block`; those of a load go on for `drop` blocks more. `device_ids` is int64, one per
+    block of the span, or None for a prefetch. `watch` observes a request that is moved layer by
+    layer.
     """
 
     operation: Operation
@@ -90,6 +113,11 @@ class Request(msgspec.Struct, frozen=True):
     watch: LayerWatch | None = None
     generation: int = 0
     """The engine's generation when the request began: see `flexkv.index.clears`."""
+    leaves: tuple[LeafBlocks, ...] = ()
+    """The device blocks of the other KV groups, at most one entry for each, by ascending group."""
+    drop: int = 0
+    """How many blocks of the chain behind a prefix must be there as well, for a draft model that
+    drops the last ones of a hit."""
 
     @property
     def block_count(self) -> int:

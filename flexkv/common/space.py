@@ -7,20 +7,56 @@ tier, and so one stride: a smaller block leaves the end of its place unused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from flexkv import _ext
 from flexkv.common.layout import KVShape, Part
+from flexkv.common.terms import Labelled
 
 BLOCK_ALIGNMENT_BYTES = 4096
 """Blocks start on multiples of this, so that each is one O_DIRECT extent."""
 
+GROUPS_MAX = 32
+"""Most KV groups of a model."""
+
+
+class Kind(Labelled):
+    """Which blocks of a KV group a prefix needs; the numbers are those of `ext/needs.h`."""
+
+    FULL = 0
+    """Every block."""
+    WINDOW = 1
+    """Those with tokens that the window before the next token reaches."""
+    CHUNK = 2
+    """Those of the chunk that the next token is in."""
+    STATE = 3
+    """The one that ends where the prefix ends."""
+
+
+class GroupRule(NamedTuple):
+    """What the index needs to know of a KV group whose blocks are leaves.
+
+    Attributes:
+        group: its number, at least 1.
+        kind: a `Kind`.
+        window: tokens of the window or of a chunk, 0 for the other kinds.
+        ratio: how many blocks of the prefix chain one of its blocks covers.
+        block_tokens: tokens of one of its blocks.
+    """
+
+    group: int
+    kind: int
+    window: int
+    ratio: int
+    block_tokens: int
+
 
 @dataclass(frozen=True)
 class BlockSpace:
-    """What a block of one KV group is.
+    """What a block of one KV group is, and which of them a prefix needs.
 
     Attributes:
         tokens_per_block: how many tokens a block covers.
@@ -31,6 +67,9 @@ class BlockSpace:
         facts: what the bytes of a block depend on, besides its tokens and their namespace.
         group: the index of the space among those of its model.
         stride_bytes: bytes from one place in a pool to the next, the same for all spaces.
+        kind: which blocks a prefix needs.
+        window: tokens of the window or of a chunk; 0 for kinds without one.
+        layers: the indices of the group's layers among those of the model, ascending.
     """
 
     tokens_per_block: int
@@ -41,6 +80,17 @@ class BlockSpace:
     facts: Mapping[str, int | str]
     group: int = 0
     stride_bytes: int = 0
+    kind: Kind = Kind.FULL
+    window: int = 0
+    layers: tuple[int, ...] = ()
+
+    def needed(self, end: int) -> tuple[int, int]:
+        """Return the first and the last (exclusive) of the group's blocks that a prefix needs.
+
+        Args:
+            end: the tokens of the prefix, a multiple of the tokens of a block.
+        """
+        return _ext.needed(self.kind, self.window, self.tokens_per_block, end)
 
     @cached_property
     def part_bytes(self) -> int:
@@ -55,6 +105,16 @@ class BlockSpace:
     def part_of(self, tp_rank: int) -> Part:
         """Return the part of a block that a rank fills; ranks that share one are consecutive."""
         return Part(tp_rank * self.parts // self.ranks, self.parts)
+
+
+def rules_of(spaces: Sequence[BlockSpace]) -> tuple[GroupRule, ...]:
+    """Return the rules of the groups whose blocks are leaves: all but group 0."""
+    chain = spaces[0].tokens_per_block
+    return tuple(
+        GroupRule(each.group, each.kind, each.window, tokens // chain, tokens)
+        for each in spaces[1:]
+        for tokens in [each.tokens_per_block]
+    )
 
 
 def in_one_pool(*spaces: BlockSpace) -> tuple[BlockSpace, ...]:

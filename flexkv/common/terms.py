@@ -22,7 +22,10 @@ BlockKey: TypeAlias = bytes
 
 BLOCK_KEY_BYTES = 16
 BLOCK_RECORD_BYTES = 36
-"""A block's key, its parent's key, and whether it is a prompt's first block: a journal's record."""
+"""A block's key, its parent's key, and its flags: a journal's record. See `Residency.export`."""
+
+LEAF_SALT = b"flexkv leaf"
+"""The text whose XXH3-128, seeded with a KV group, a block's key is XORed with for its leaf's."""
 
 
 class Labelled(IntEnum):
@@ -103,10 +106,30 @@ class Positions(msgspec.Struct, frozen=True):
             return values[begin : begin + self.block_count]
         return values[self.places - first]
 
+    @property
+    def array(self) -> NDArray[np.int64]:
+        """Return them as int64[n]."""
+        if self.places is None:
+            return np.arange(self.first, self.first + self.block_count)
+        return self.places
+
+    def chosen(self, which: NDArray[np.bool_]) -> Positions:
+        """Return those for which `which`, bool[n], is True."""
+        return positions_of(self.array[which])
+
     def __iter__(self) -> Iterator[int]:
         if self.places is None:
             return iter(range(self.first, self.first + self.block_count))
         return iter(self.places.tolist())
+
+
+def positions_of(places: BlockIds) -> Positions:
+    """Return ascending positions, int64[n]."""
+    count = len(places)
+    first = int(places[0]) if count else 0
+    if not count or int(places[-1]) - first + 1 == count:
+        return Positions(first, count)
+    return Positions(first, count, places)
 
 
 class BlockNames(msgspec.Struct, frozen=True):

@@ -11,6 +11,7 @@ from flexkv.actors.scheduler import Scheduler
 from flexkv.actors.supervisor import Supervisor
 from flexkv.actors.write_behind import WriteBehind
 from flexkv.common.config import CacheConfig, CacheSizes
+from flexkv.common.space import rules_of
 from flexkv.common.terms import Tier
 from flexkv.graph.ops import CHUNKS_MAX, LEGS_MAX
 from flexkv.graph.planner import Planner
@@ -54,7 +55,7 @@ class Core:
         checks = [parts.checks for parts in self._tiers if parts.checks is not None]
         for each in checks:
             assert each.checksummer.sums is checks[0].checksummer.sums, "sums that are not shared"
-        ops_per_run = (LEGS_MAX + CHUNKS_MAX) * 4
+        ops_per_run = (LEGS_MAX * len(sizes.spaces) + CHUNKS_MAX) * 4
         self._waiting_max = requests_max * ops_per_run + sizes.num_host_blocks
         self.capacities = {Tier.HOST: sizes.num_host_blocks}
         capacities = [(parts.tier, parts.capacity_blocks) for parts in self._tiers]
@@ -74,7 +75,8 @@ class Core:
         self.observer = Observer(sizes.block_bytes, log_every_requests=log_every)
         self.observer.remind = backend.unavailable.remind
         limits = plan_limits(cache, sizes)
-        self.planner = Planner(self.residency, limits, backend.catalogue)
+        rules = rules_of(sizes.spaces)
+        self.planner = Planner(self.residency, limits, backend.catalogue, rules)
         self.scheduler = Scheduler(
             self.residency, self.planner, self.actors, self.observer, self.persistence,
             cache.io_deadline_s,

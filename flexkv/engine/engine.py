@@ -36,9 +36,10 @@ from flexkv.engine.tracing import Tracing
 from flexkv.graph.explain import Explanation, explain
 from flexkv.graph.planner import Planner
 from flexkv.index.clears import ClearHistory
+from flexkv.index.found import Found, PrefixMatch
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
-from flexkv.index.residency import Found, PrefixMatch, Residency
+from flexkv.index.residency import Residency
 from flexkv.io.device.tensors import KVCaches
 from flexkv.observe.logs import get_logger
 from flexkv.process.forks import HomeProcess
@@ -64,7 +65,7 @@ class Engine:
         self._backend = backend or LocalBackend(cache, self.sizes)
         self.tokens_per_block = cache.tokens_per_block
         self.clears = ClearHistory(time.time_ns())
-        self._intake = Intake(self._key_chain(), self.clears)
+        self._intake = Intake(self._key_chain(), self.clears, self.sizes.spaces)
         self._admission = Admission(cache.requests_max)
         self._resources = ExitStack()
         self._devices = Devices(
@@ -341,9 +342,9 @@ class Engine:
         """Return how much of a prompt is resident. No I/O; it changes only the blocks' recency."""
         return self._checked.match(token_ids, namespace)
 
-    def find(self, keys: bytes, first: int = 0) -> Found:
-        """Return where a prompt's blocks from `first` on are; `keys`: root and block keys."""
-        return self._checked.find(keys, first)
+    def find(self, keys: bytes, first: int = 0, drop: int = 0) -> Found:
+        """Return where a prompt's blocks from `first` on are: see `Planner.find`."""
+        return self._checked.find(keys, first, drop)
 
     def next_request_id(self) -> int:
         """Return a new request id, for a request that neither `submit` nor `prepare` makes."""

@@ -8,18 +8,17 @@ from typing import Any
 from msgspec import structs
 
 from flexkv.actors.flight import Flight
-from flexkv.common.errors import ClosedError
+from flexkv.common.errors import ClosedError, ConfigError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
-from flexkv.common.terms import Tier
 from flexkv.engine.core import Core
 from flexkv.engine.devices import Devices
 from flexkv.engine.pins import Holds
 from flexkv.engine.runner import ALONE, RequestOwner, RequestRunner
 from flexkv.engine.tickets import PREPARED, RequestSpec, Ticket, nothing_moved
 from flexkv.engine.tracing import Tracing
+from flexkv.index.found import Found, PrefixMatch, prefix_match
 from flexkv.index.intake import Intake
 from flexkv.index.keys import KeyChain, Namespace
-from flexkv.index.residency import Found, PrefixMatch, prefix_match
 
 
 class Requests:
@@ -60,6 +59,7 @@ class Requests:
         operation = spec.operation
         request = self.intake(operation, spec.token_ids, spec.token_mask, spec.namespace)
         if spec.watch is not None:
+            self._check_layerwise()
             request = structs.replace(request, watch=spec.watch)
         if operation is Operation.PREFETCH:
             return Ticket(request, self)
@@ -75,12 +75,11 @@ class Requests:
             ConfigError: an argument breaks a rule.
         """
         request = self.intake(spec.operation, spec.token_ids, spec.token_mask, spec.namespace)
-        found = self._core.residency.find(request.keys, request.span.first_block)
         if spec.operation is Operation.GET:
+            found = self._core.residency.find(request.keys, request.span.first_block)
             self.holds.hold(PREPARED, request.request_id, found.holdings)
             return Ticket(request.narrowed(found.first, found.last), self)
-        host = found.ready.get(Tier.HOST)
-        lacking = found.first + (0 if host is None else host.positions.leading(found.first))
+        lacking = self._core.planner.lacking_from(request)
         return Ticket(request.narrowed(lacking, request.span.last_block), self)
 
     def made(self, request: Request) -> Ticket:
@@ -95,6 +94,16 @@ class Requests:
         """
         ready = self.with_slots(request, slot_mapping)
         return Ticket(ready or request, self, None if ready else self.unready(request))
+
+    def _check_layerwise(self) -> None:
+        """Check that the model's requests can be moved layer by layer.
+
+        Raises:
+            ConfigError: it has several KV groups.
+        """
+        if (groups := self._core.planner.groups) > 1:
+            why = "a model with several KV groups is not moved layer by layer: use get and put"
+            raise ConfigError("layer_groups", f"{groups} KV groups", why)
 
     # -- parts of tickets -----------------------------------------------------------------------
 
@@ -115,8 +124,7 @@ class Requests:
         """Return the request with its device blocks; None if it can use no device."""
         if self._devices.missing is not None or request.request_id <= self._rekeyed_at:
             return None
-        ids = self._intake.device_ids(slot_mapping, request.span, self._devices.num_blocks)
-        return structs.replace(request, device_ids=ids)
+        return self._intake.with_slots(request, slot_mapping, self._devices.num_blocks)
 
     def unready(self, request: Request) -> KVResponse:
         """Return the response to a request that needs a device and can use none."""
@@ -150,7 +158,7 @@ class Requests:
         tiers = self._core.residency.tiers
         return prefix_match(self.find(request.keys), tiers, request.tokens_per_block)
 
-    def find(self, keys: bytes, first: int = 0) -> Found:
-        """Return where a prompt's blocks from `first` on are; `keys`: root and block keys."""
+    def find(self, keys: bytes, first: int = 0, drop: int = 0) -> Found:
+        """Return where a prompt's blocks from `first` on are: see `Planner.find`."""
         self._core.scheduler.update_avoid()
-        return self._core.planner.visible(self._core.residency.find(keys, first, use=True))
+        return self._core.planner.find(keys, first, drop)

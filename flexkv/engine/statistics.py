@@ -9,11 +9,10 @@ import msgspec
 
 from flexkv.actors.actor import TransferActor
 from flexkv.actors.scheduler import Scheduler
-from flexkv.actors.tier_health import TierHealth
 from flexkv.actors.write_behind import WriteBehind, WriteBehindCounts
 from flexkv.common.terms import Tier
 from flexkv.engine.admission import Admission
-from flexkv.index.residency import Residency, TierCounts
+from flexkv.index.residency import Residency
 from flexkv.observe.observer import Observer
 from flexkv.tiers.unavailable import Unavailable
 
@@ -48,6 +47,8 @@ class TierStatistics(msgspec.Struct, frozen=True):
     """One of: up; down, if it failed repeatedly and is not used for a while, or its files are gone;
     hung, if I/O does not end."""
     writes: str = "up"
+    group_blocks: tuple[int, ...] = ()
+    """The blocks that are there, by KV group."""
 
     @property
     def used_blocks(self) -> int:
@@ -61,10 +62,9 @@ class TierStatistics(msgspec.Struct, frozen=True):
         return f"TierStatistics({used}, {self.backing}{told})"
 
 
-def tier_statistics(
-    counts: TierCounts, backing: str, watch: TierHealth, tier: Tier
-) -> TierStatistics:
+def tier_statistics(of: Sources, tier: Tier) -> TierStatistics:
     """Return the snapshot of one tier."""
+    counts, watch = of.residency.counts(tier), of.scheduler.watch
     return TierStatistics(
         capacity_blocks=counts.capacity,
         ready_blocks=counts.ready,
@@ -73,9 +73,10 @@ def tier_statistics(
         pinned_blocks=counts.pinned,
         free_blocks=counts.free,
         evicted_blocks=counts.evicted,
-        backing=backing,
+        backing=of.backing[tier],
         reads=watch.breaker(tier, True).health.value,
         writes=watch.breaker(tier, False).health.value,
+        group_blocks=tuple(of.residency.group_blocks(tier)),
     )
 
 
@@ -155,12 +156,7 @@ class Statistics(msgspec.Struct, frozen=True):
 def snapshot(of: Sources, observer: Observer) -> Statistics:
     """Return a snapshot. Any thread may call this, since metrics have a thread of their own."""
     return Statistics(
-        tiers={
-            tier.label: tier_statistics(
-                of.residency.counts(tier), of.backing[tier], of.scheduler.watch, tier
-            )
-            for tier in of.backing
-        },
+        tiers={tier.label: tier_statistics(of, tier) for tier in of.backing},
         routes={
             str(route): RouteStatistics(c.ops, c.blocks, c.bytes, c.failed_ops)
             for route, c in list(observer.routes.items())

@@ -104,6 +104,7 @@ class Tracing:
         return header(
             tokens_per_block=self._cache.tokens_per_block,
             block_bytes=self._block_bytes[0],
+            group_block_bytes=tuple(self._block_bytes),
             capacity_blocks={t.label: residency.counts(t).capacity for t in residency.tiers},
             backing={tier.label: name for tier, name in self._of.backing.items()},
         )

@@ -14,8 +14,8 @@ from flexkv.engine.durability import FlushReport
 from flexkv.engine.runner import RequestOwner
 from flexkv.engine.statistics import Statistics
 from flexkv.engine.tickets import RequestSpec
+from flexkv.index.found import PrefixMatch
 from flexkv.index.keys import Namespace
-from flexkv.index.residency import PrefixMatch
 from flexkv.io.device.tensors import KVCaches
 from flexkv.tiers.backend import Progress
 

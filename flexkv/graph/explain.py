@@ -5,14 +5,18 @@ The index is only read: nothing is reserved or pinned.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+
 import networkx as nx
 
 from flexkv.common.request import Operation, Request
 from flexkv.common.terms import Route, Tier
 from flexkv.graph.compile import compile_shape
-from flexkv.graph.ops import Leg, Shape
+from flexkv.graph.draft import LOAD, STORE, PlanLimits, chunked
+from flexkv.graph.ops import Shape
 from flexkv.graph.plan import Template, even_bounds
-from flexkv.graph.planner import LOAD, STORE, PlanLimits, Planner, chunks_of
+from flexkv.graph.planner import Planner
+from flexkv.index.found import Placement
 
 
 class Explanation:
@@ -61,31 +65,53 @@ class Explanation:
 
 def explain(request: Request, planner: Planner) -> Explanation:
     """Return what a request would do with the blocks that are resident now, or lie far."""
-    own, limits = planner.tiers, planner.limits
-    counts = dict.fromkeys(own, 0)
-    counts |= {t: place.block_count for t, place in planner.peek(request).ready.items()}
+    own, limits, found = planner.tiers, planner.limits, planner.peek(request)
     total = request.span.last_block - request.span.first_block
-    hits = ", ".join(f"{n} in {tier.label}" for tier, n in counts.items())
-    note = f"{request.operation.label} of {total} whole blocks: {hits}"
+    note = f"{request.operation.label} of {total} whole blocks: {_hits(own, _counts(found.ready))}"
     if request.operation is Operation.PUT:
-        new = total - counts[Tier.HOST]
-        legs = {(STORE, *(Route(Tier.HOST, tier) for tier in own if tier != Tier.HOST)): new}
-    else:
-        onward = (LOAD,) if request.operation is Operation.GET else ()
+        new = total - _counts(found.ready).get(Tier.HOST, 0)
+        if planner.groups > 1:  # what was found ends where some leaf is missing
+            new = request.span.last_block - planner.lacking_from(request)
+        hops = (STORE, *(Route(Tier.HOST, tier) for tier in own if tier != Tier.HOST))
+        return _explained(request.operation, [(hops, 0, new)], limits, note)
+    by_group = {0: _counts(found.ready)}
+    for leaves in found.leaves:
+        by_group[leaves.group] = counts = _counts(leaves.ready)
+        note += f"; {_hits(counts, counts)} of group {leaves.group}"
+    onward = (LOAD,) if request.operation is Operation.GET else ()
+    legs = []
+    for group, counts in by_group.items():
+        legs += [(onward, group, counts.get(Tier.HOST, 0))] if onward else []
         below = [(tier, n) for tier, n in counts.items() if tier != Tier.HOST]
-        legs = {(Route(tier, Tier.HOST), *onward): n for tier, n in below}
-        if onward:
-            legs = {onward: counts[Tier.HOST], **legs}
-    return hypothetical(request.operation, legs, limits, note)
+        legs += [((Route(tier, Tier.HOST), *onward), group, n) for tier, n in below]
+    return _explained(request.operation, legs, limits, note)
+
+
+def _counts(ready: Mapping[Tier, Placement]) -> dict[Tier, int]:
+    return {tier: placement.block_count for tier, placement in ready.items()}
+
+
+def _hits(tiers: Iterable[Tier], counts: Mapping[Tier, int]) -> str:
+    return ", ".join(f"{counts.get(t, 0)} in {t.label}" for t in dict.fromkeys([*tiers, *counts]))
 
 
 def hypothetical(
     operation: Operation, legs: dict[tuple[Route, ...], int], limits: PlanLimits, note: str
 ) -> Explanation:
     """Return what a request would do if its blocks took these hops: {hops: number of blocks}."""
-    present = {hops: blocks for hops, blocks in legs.items() if blocks}
+    return _explained(operation, [(hops, 0, n) for hops, n in legs.items()], limits, note)
+
+
+def _explained(
+    operation: Operation,
+    legs: Sequence[tuple[tuple[Route, ...], int, int]],
+    limits: PlanLimits,
+    note: str,
+) -> Explanation:
+    """Return what a request would do; a leg is its hops, its KV group and its number of blocks."""
+    present = [(hops, group, blocks) for hops, group, blocks in legs if blocks]
     shape = Shape(
         operation,
-        tuple(Leg(hops, chunks_of(hops, n, limits.chunk_blocks)) for hops, n in present.items()),
+        tuple([chunked(hops, n, limits.chunk_blocks, group)[0] for hops, group, n in present]),
     )
-    return Explanation(compile_shape(shape), tuple(present.values()), note)
+    return Explanation(compile_shape(shape), tuple([n for _, _, n in present]), note)

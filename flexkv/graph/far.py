@@ -9,7 +9,8 @@ from flexkv.common.request import Request
 from flexkv.common.terms import Positions, Tier
 from flexkv.index.catalogue import Catalogue
 from flexkv.index.claims import Holding
-from flexkv.index.residency import ABSENT, Found, Placement, Residency
+from flexkv.index.found import Found, Placement
+from flexkv.index.residency import ABSENT, Residency
 
 
 class Extended(NamedTuple):

@@ -19,8 +19,11 @@ from flexkv.common.terms import Route, Tier
 CHUNKS_MAX = 32
 """Most chunks of one leg: this bounds the ops of a run, the templates and the mailboxes."""
 
+LEAF_CHUNKS_MAX = 4
+"""Most chunks of one leg of a KV group other than the chain's."""
+
 LEGS_MAX = 8
-"""A shape has at most LEGS_MAX + CHUNKS_MAX legs."""
+"""A shape has at most LEGS_MAX legs for each KV group, and CHUNKS_MAX more for the chain's."""
 
 
 class Leg(NamedTuple):
@@ -108,8 +111,9 @@ def check_shape(shape: Shape) -> None:
     Raises:
         InvariantError: the planner made a shape that cannot run.
     """
-    if len(shape.legs) > LEGS_MAX + CHUNKS_MAX:
-        raise InvariantError(f"{len(shape.legs)} legs; the limit is {LEGS_MAX + CHUNKS_MAX}")
+    groups = 1 + max((leg.group for leg in shape.legs), default=0)
+    if len(shape.legs) > LEGS_MAX * groups + CHUNKS_MAX:
+        raise InvariantError(f"{len(shape.legs)} legs of {groups} KV groups are too many")
     for leg in shape.legs:
         if not 0 <= leg.chunks <= CHUNKS_MAX:
             raise InvariantError(f"{leg}: must have from 0 to {CHUNKS_MAX} chunks")

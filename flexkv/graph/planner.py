@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,43 +16,30 @@ import numpy as np
 from msgspec import structs
 
 from flexkv.common.errors import CapacityError, ClearedError
-from flexkv.common.request import Operation, Request
+from flexkv.common.request import LeafBlocks, Operation, Request
+from flexkv.common.space import GroupRule
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Positions, Route, Tier
-from flexkv.graph.compile import TEMPLATES_MAX, compile_shape
+from flexkv.graph.draft import (
+    ONWARD,
+    STORE,
+    Draft,
+    Owed,
+    PlanLimits,
+    chunked,
+    fill_of,
+    template_of,
+)
 from flexkv.graph.far import with_far
-from flexkv.graph.ops import CHUNKS_MAX, Leg, Shape
-from flexkv.graph.plan import OPS_MAX, LegFill, Plan, Template, even_bounds
+from flexkv.graph.leaves import LeafFinder, Prefix, prefix_of
+from flexkv.graph.ops import CHUNKS_MAX
+from flexkv.graph.plan import OPS_MAX, LegFill, Plan
 from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
 from flexkv.index.claims import Claim, Holding
+from flexkv.index.found import Found, Group, Placement
 from flexkv.index.owed import Taken
-from flexkv.index.residency import (
-    ABSENT,
-    PREFIX,
-    READY,
-    WORTHY,
-    Found,
-    Group,
-    Placement,
-    Residency,
-)
-
-LOAD = Route(Tier.HOST, Tier.DEVICE)
-STORE = Route(Tier.DEVICE, Tier.HOST)
+from flexkv.index.residency import ABSENT, PREFIX, READY, WORTHY, Residency
 
 NO_TIERS: frozenset[Tier] = frozenset()
-_ONWARD = (LOAD,)
-
-SINGLE_HOP_CHUNKS = 4
-"""How many times larger chunks are in a leg of one hop, which has nothing to overlap."""
-
-
-class PlanLimits(NamedTuple):
-    """Limits of a plan."""
-
-    chunk_blocks: int
-    """Blocks of one pipelined chunk, approximately; a leg has at most CHUNKS_MAX chunks."""
-    write_behind_blocks_max: int
-    """How many blocks puts may queue for one lower tier; further ones are owed to it."""
 
 
 class Avoid(NamedTuple):
@@ -74,78 +61,19 @@ class Planned(NamedTuple):
     """Owed blocks that are in host memory already; see `LegFill.owed_to` for the others."""
     declined: tuple[tuple[Tier, int], ...] = ()
     """How many blocks each lower tier refuses as worth less than what it has."""
-
-
-class Owed(NamedTuple):
-    """Blocks in host memory that a lower tier lacks and the plan does not write to that tier."""
-
-    tier: Tier
-    host_ids: BlockIds
-
-
-class Draft:
-    """The legs and fills of a plan under construction."""
-
-    __slots__ = (
-        "_chunk_blocks", "_fills", "_legs", "_request", "declined", "owed", "reserved",
-    )  # fmt: skip
-
-    def __init__(self, request: Request, limits: PlanLimits) -> None:
-        self._request = request
-        self._chunk_blocks = limits.chunk_blocks
-        self._legs: list[Leg] = []
-        self._fills: list[LegFill] = []
-        self.reserved: list[BlockIds] = []
-        """Host places that are reserved for it."""
-        self.owed: list[Owed] = []
-        self.declined: list[tuple[Tier, int]] = []
-
-    def add(
-        self,
-        hops: tuple[Route, ...],
-        positions: Positions,
-        ids: dict[Tier, BlockIds],
-        owed_to: tuple[Tier, ...] = (),
-    ) -> None:
-        """Add a leg over blocks that are there; the draft takes over `ids`."""
-        leg, bounds = _chunked(hops, positions.block_count, self._chunk_blocks)
-        self._legs.append(leg)
-        fill = _fill(self._request, positions, ids, bounds)
-        self._fills.append(structs.replace(fill, owed_to=owed_to) if owed_to else fill)
-
-    def add_waiting(
-        self, hops: tuple[Route, ...], pending: Placement, starts: list[int], fillers: list[int]
-    ) -> None:
-        """Add a leg over blocks that other requests are filling, one chunk for each filling op."""
-        self._legs.append(Leg(hops, len(starts), waits=True))
-        ids, bounds = {Tier.HOST: pending.block_ids}, (*starts, pending.block_count)
-        fill = _fill(self._request, pending.positions, ids, bounds, tuple(fillers))
-        self._fills.append(fill)
-
-    def plan(self, run_id: int) -> Plan:
-        """Return the plan: the shape's template with these fills."""
-        template = template_of(self._request.operation, tuple(self._legs))
-        return Plan(template, run_id, tuple(self._fills), self._request.watch)
-
-
-def _fill(
-    request: Request,
-    positions: Positions,
-    ids: dict[Tier, BlockIds],
-    bounds: tuple[int, ...],
-    fillers: tuple[int, ...] = (),
-) -> LegFill:
-    """Return the fill of a leg, after adding the device's places to `ids`."""
-    if request.device_ids is not None:
-        ids[Tier.DEVICE] = positions.within(request.device_ids, request.span.first_block)
-    return LegFill(request.keys, positions, ids, bounds, fillers)
+    is_whole: bool = False
+    """Whether a get moves everything found or nothing, since the model has several KV groups."""
 
 
 class Planner:
     """Plans requests over one residency. Synchronous, pure, and the only caller of `reserve`."""
 
     def __init__(
-        self, residency: Residency, limits: PlanLimits, catalogue: Catalogue = NOTHING_IS_FAR
+        self,
+        residency: Residency,
+        limits: PlanLimits,
+        catalogue: Catalogue = NOTHING_IS_FAR,
+        rules: tuple[GroupRule, ...] = (),
     ) -> None:
         self._residency, self.tiers = residency, residency.tiers
         self.limits = limits
@@ -154,6 +82,9 @@ class Planner:
         self.tiers_owed: frozenset[Tier] = frozenset()
         """Lower tiers that are owed blocks: blocks of new puts are owed, too, and come last."""
         self._lower = [(n, tier) for n, tier in enumerate(residency.tiers) if tier != Tier.HOST]
+        self.groups = 1 + len(rules)
+        """The number of KV groups of the model."""
+        self._leaves = LeafFinder(residency, rules) if rules else None
 
     def plan(self, request: Request, run_id: int) -> Planned:
         """Plan a request and open its claims, which only the run's events end."""
@@ -163,11 +94,14 @@ class Planner:
             first = request.span.first_block
             plan, found = self._claimed(draft.plan(run_id)), Found(first, first, {})
             return Planned(plan, found, shortfall, tuple(draft.owed), tuple(draft.declined))
+        if self._leaves is not None:
+            return self._plan_whole(self._leaves, request, run_id)
         found = self.visible(self._residency.find(request.keys, request.span.first_block, use=True))
         above: Sequence[Holding] = ()
         if not self.catalogue.is_empty:
-            avoid = NO_TIERS if self.avoid is None else self.avoid.unreadable
-            found, above = with_far(request, found, self._residency, self.catalogue, avoid)
+            found, above = with_far(
+                request, found, self._residency, self.catalogue, self._unreadable
+            )
         if found.host_only:
             return Planned(self._claimed(self._from_host(request, found, run_id)), found, None)
         last, told = found.last, None
@@ -184,8 +118,69 @@ class Planner:
             # lack: give up as many of them as extends the run furthest.
             last = min(self._furthest(found, last), found.last - 1)
 
+    def _plan_whole(self, leaves: LeafFinder, request: Request, run_id: int) -> Planned:
+        """Plan a load that brings what it finds of every KV group, or nothing."""
+        residency, prefix, told = self._residency, prefix_of(request), None
+        found, missing = leaves.find(prefix, self._unreadable, use=True), 0
+        while True:
+            draft = Draft(request, self.limits)
+            with residency.holding(found.holdings):
+                lacks = leaves.load(request, found, draft)
+                if not lacks:
+                    plan = self._claimed(draft.plan(run_id))
+                    return Planned(plan, found, told, is_whole=True)
+                self._drop(draft)
+            told = told or residency.shortfall(Tier.HOST, lacks)
+            missing = 2 * missing or 1
+            found = leaves.find(prefix, self._unreadable, found.last - missing + 1)
+
+    def find(self, keys: bytes, first: int = 0, drop: int = 0) -> Found:
+        """Return where a prompt's blocks from `first` on are, and count a use of them.
+
+        Behind what is found, `drop` more blocks are there. With several KV groups, it is the
+        longest prefix for which every group has what it needs.
+        """
+        if self._leaves is None:
+            return self.visible(self._residency.find(keys, first, True, drop))
+        last = len(keys) // BLOCK_KEY_BYTES - 1 - drop
+        return self._leaves.find(Prefix(keys, first, last, drop), self._unreadable, use=True)
+
+    def most_places(self, request: Request) -> int:
+        """Return a number of host places that a request never exceeds, at little cost."""
+        span, leaves = request.span, sum([len(each.device_ids) for each in request.leaves])
+        return (span.last_block - span.first_block) * self.groups + leaves
+
+    def places_wanted(self, request: Request) -> int:
+        """Return how many host places a request would need if it were planned now."""
+        if request.operation is not Operation.PUT:
+            found = self.peek(request)
+            ready = [found.ready, *[leaves.ready for leaves in found.leaves]]
+            lacking = [
+                placed.block_count
+                for each in ready
+                for tier, placed in each.items()
+                if tier is not Tier.HOST
+            ]
+            return sum(lacking)
+        first, last = request.span.first_block, request.span.last_block
+        groups = self._residency.survey(request.keys, first, last, use=False)
+        if self._leaves is not None:
+            for leaves in request.leaves:
+                groups += self._leaves.to_store(request, leaves, use=False)
+        return sum(group.positions.block_count for group in groups if group.states[0] == ABSENT)
+
+    def lacking_from(self, request: Request) -> int:
+        """Return the position of the first block that a put would have to store."""
+        if self._leaves is not None:
+            return self._leaves.lacking_from(request)
+        found = self._residency.find(request.keys, request.span.first_block)
+        host = found.ready.get(Tier.HOST)
+        return found.first + (0 if host is None else host.positions.leading(found.first))
+
     def peek(self, request: Request) -> Found:
         """Return what a load would find if all tiers were up, without planning it."""
+        if self._leaves is not None:
+            return self._leaves.find(prefix_of(request), NO_TIERS)
         found = self._residency.find(request.keys, request.span.first_block)
         return with_far(request, found, self._residency, self.catalogue, NO_TIERS).found
 
@@ -205,7 +200,7 @@ class Planner:
 
     def _drop(self, draft: Draft) -> None:
         """Release the host places that a draft has reserved."""
-        for ids in draft.reserved:
+        for ids in reversed(draft.reserved):
             self._residency.abort(Tier.HOST, ids)
 
     def _furthest(self, found: Found, last: int) -> int:
@@ -233,8 +228,8 @@ class Planner:
             return Plan(template_of(request.operation, ()), run_id, ())
         placement = found.ready[Tier.HOST]
         positions, block_ids = placement.positions, placement.block_ids
-        leg, bounds = _chunked(_ONWARD, positions.block_count, self.limits.chunk_blocks)
-        fill = _fill(request, positions, {Tier.HOST: block_ids}, bounds)
+        leg, bounds = chunked(ONWARD, positions.block_count, self.limits.chunk_blocks)
+        fill = fill_of(request, positions, {Tier.HOST: block_ids}, bounds)
         return Plan(template_of(Operation.GET, (leg,)), run_id, (fill,), request.watch)
 
     # -- loads: get and prefetch ----------------------------------------------------------------
@@ -243,7 +238,7 @@ class Planner:
         self, request: Request, found: Found, draft: Draft
     ) -> tuple[int, CapacityError | None]:
         """Draft the loads of the resident run; return where what can be loaded ends, and why."""
-        onward = _ONWARD if request.operation is Operation.GET else ()
+        onward = ONWARD if request.operation is Operation.GET else ()
         pending, last = found.pending, found.last
         starts: list[int] = []
         fillers: list[int] = []
@@ -307,7 +302,7 @@ class Planner:
     def _store(self, request: Request, draft: Draft) -> CapacityError | ClearedError | None:
         """Draft device → host for what host memory lacks, and host → each tier that lacks it."""
         span, residency = request.span, self._residency
-        if span.last_block == span.first_block:
+        if span.last_block == span.first_block and not request.leaves:
             return None
         clears = residency.clears
         if request.generation < clears.generation and clears.is_stale(
@@ -332,10 +327,27 @@ class Planner:
             stores, shortfall = self._in_host(request, groups)
             for store in stores:
                 self._behind(request, draft, store)
+            for leaves in request.leaves:
+                shortfall = shortfall or self._store_leaves(request, leaves, draft)
+        return shortfall
+
+    def _store_leaves(
+        self, request: Request, leaves: LeafBlocks, draft: Draft
+    ) -> CapacityError | None:
+        """Draft the stores of leaves whose block of the chain is there, or is being stored."""
+        residency, finder = self._residency, self._leaves
+        assert finder is not None, "the model has one KV group"
+        with residency.holding(finder.parents(request, leaves)):
+            groups = finder.to_store(request, leaves)
+            there = [group.block_ids[0] for group in groups if group.states[0] == READY]
+            with residency.holding([Holding(Tier.HOST, ids) for ids in there if ids is not None]):
+                stores, shortfall = self._in_host(request, groups, leaves.group)
+                for store in stores:
+                    self._behind(request, draft, store)
         return shortfall
 
     def _in_host(
-        self, request: Request, groups: list[Group]
+        self, request: Request, groups: list[Group], group: int = 0
     ) -> tuple[list[_Store], CapacityError | None]:
         """Return new blocks, with host places reserved, and host blocks that lower tiers lack."""
         stores: list[_Store] = []
@@ -344,29 +356,30 @@ class Planner:
             lacking = tuple([tier for number, tier in self._lower if states[number] == ABSENT])
             host_ids = block_ids[0]
             if states[0] == READY and host_ids is not None and lacking:
-                stores.append(_Store(positions, host_ids, False, lacking))
+                stores.append(_Store(positions, host_ids, False, lacking, group))
             elif states[0] == ABSENT and shortfall is None:
                 # A block that host memory would not keep passes through it if a lower tier may.
                 how = PREFIX if set(lacking) - self._unwritable else WORTHY
-                host_ids = self._residency.reserve(Tier.HOST, request.keys, positions, how)
+                host_ids = self._residency.reserve(Tier.HOST, request.keys, positions, how, group)
                 if len(host_ids) < positions.block_count:
                     shortfall = self._residency.shortfall(Tier.HOST, positions.block_count)
                     positions = positions.part(0, len(host_ids))
                 if len(host_ids):
-                    stores.append(_Store(positions, host_ids, True, lacking))
+                    stores.append(_Store(positions, host_ids, True, lacking, group))
         return stores, shortfall
 
     def _behind(self, request: Request, draft: Draft, store: _Store) -> None:
         """Draft one store, and as many writes behind it as the limit and the tiers' room allow."""
-        positions, host_ids, is_new, lacking = store
+        positions, host_ids, is_new, lacking, group = store
         if not lacking:
-            draft.add(_hops(is_new, ()), positions, {Tier.HOST: host_ids})
+            draft.add(_hops(is_new, ()), positions, {Tier.HOST: host_ids}, (), group)
             return
         taken: dict[Tier, BlockIds] = {}
         owed_from: dict[Tier, int] = {}
         for tier in lacking:
             room = self._room_behind(tier, positions.block_count)
-            ids = self._residency.reserve(tier, request.keys, positions.part(0, room), WORTHY)
+            front = positions.part(0, room)
+            ids = self._residency.reserve(tier, request.keys, front, WORTHY, group)
             if len(ids):
                 taken[tier] = ids
             owed_from[tier] = len(ids)
@@ -386,7 +399,11 @@ class Planner:
                 ids_by_tier = {tier: taken[tier][begin:end] for tier in targets}
                 ids_by_tier[Tier.HOST] = host_ids[begin:end]
                 owed_to = owed_to if is_new else ()
-                draft.add(hops, positions.part(begin, end), ids_by_tier, owed_to)
+                draft.add(hops, positions.part(begin, end), ids_by_tier, owed_to, group)
+
+    @property
+    def _unreadable(self) -> frozenset[Tier]:
+        return NO_TIERS if self.avoid is None else self.avoid.unreadable
 
     @property
     def _unwritable(self) -> frozenset[Tier]:
@@ -402,7 +419,7 @@ class Planner:
     def plan_behind(self, taken: Taken, run_id: int) -> Plan:
         """Plan to write blocks of host memory to their reserved places in a lower tier."""
         tier, count = taken.tier, len(taken.host_ids)
-        leg, bounds = _chunked((Route(Tier.HOST, tier),), count, self.limits.chunk_blocks)
+        leg, bounds = chunked((Route(Tier.HOST, tier),), count, self.limits.chunk_blocks)
         ids = {Tier.HOST: taken.host_ids, tier: taken.target_ids}
         fill = LegFill(taken.keys, Positions(0, count), ids, bounds)
         return self._claimed(Plan(template_of(Operation.PREFETCH, (leg,)), run_id, (fill,)))
@@ -431,6 +448,7 @@ class _Store(NamedTuple):
     host_ids: BlockIds
     is_new: bool
     lacking: tuple[Tier, ...]
+    group: int
 
 
 def _first_position(group: Group) -> int:
@@ -442,37 +460,3 @@ def _hops(is_new: bool, targets: tuple[Tier, ...]) -> tuple[Route, ...]:
     """Return the hops of a store: to the host if the blocks are new, then to these tiers."""
     behind = tuple(Route(Tier.HOST, tier) for tier in targets)
     return (STORE, *behind) if is_new else behind
-
-
-@lru_cache(maxsize=4096)
-def _chunked(
-    hops: tuple[Route, ...], block_count: int, chunk_blocks: int
-) -> tuple[Leg, tuple[int, ...]]:
-    """Return the leg of this many blocks, and the bounds of its chunks."""
-    chunks = chunks_of(hops, block_count, chunk_blocks)
-    return Leg(hops, chunks), even_bounds(block_count, chunks)
-
-
-@lru_cache(maxsize=TEMPLATES_MAX)
-def template_of(operation: Operation, legs: tuple[Leg, ...]) -> Template:
-    """Return the template of a request with these legs."""
-    return compile_shape(Shape(operation, legs))
-
-
-def chunks_of(hops: tuple[Route, ...], block_count: int, chunk_blocks: int) -> int:
-    """Return the number of chunks of a leg.
-
-    A leg that only goes to the device is one chunk: no other request waits for it, and its actor
-    moves it in pieces, so a cancel is not slower. Another single hop overlaps with nothing, so its
-    chunks are larger.
-    """
-    if hops == _ONWARD:
-        return min(1, block_count)
-    return chunk_count(block_count, chunk_blocks * (1 if len(hops) > 1 else SINGLE_HOP_CHUNKS))
-
-
-def chunk_count(block_count: int, chunk_blocks: int) -> int:
-    """Return the number of chunks: a power of two, so that few shapes serve all sizes."""
-    wanted = min(-(-block_count // chunk_blocks), CHUNKS_MAX)
-    chunks = 1 << (wanted - 1).bit_length()
-    return chunks if chunks <= block_count else chunks // 2

@@ -5,34 +5,33 @@ Everything is checked before anything is planned, so that bad input changes noth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from msgspec import structs
 
-from flexkv import _ext
-from flexkv.common.errors import ConfigError
-from flexkv.common.request import Operation, Request, Span, as_int64, whole_blocks
-from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds
+from flexkv.common.request import Operation, Request, as_int64, whole_blocks
+from flexkv.common.space import BlockSpace
+from flexkv.common.terms import BLOCK_KEY_BYTES
 from flexkv.index.clears import ClearHistory
 from flexkv.index.keys import KeyChain, Namespace
-
-_WHY = {
-    "range": "is not a slot of the device, which has {slots} slots",
-    "alignment": "must be the first slot of a device block: a multiple of {per_block}",
-    "contiguity": "must follow the slot before it: the tokens of a block are contiguous",
-}
-FEW = 32
-"""Up to this many block ids, a set finds a duplicate faster than an array does."""
+from flexkv.index.slots import SlotReader
 
 
 class Intake:
-    """Checks arguments and makes requests for one block space."""
+    """Checks arguments and makes requests for one model."""
 
-    def __init__(self, keys: KeyChain, clears: ClearHistory | None = None) -> None:
+    def __init__(
+        self,
+        keys: KeyChain,
+        clears: ClearHistory | None = None,
+        spaces: Sequence[BlockSpace] = (),
+    ) -> None:
+        """Derive keys by `keys`; `spaces` are those of all KV groups, by default only its own."""
         self.tokens_per_block = keys.tokens_per_block
         self._keys = keys
-        self._named_by = np.zeros(0, np.int64)
+        per_block = [space.tokens_per_block for space in spaces] or [keys.tokens_per_block]
+        self._slots = SlotReader(per_block)
         self._clears = clears or ClearHistory()
 
     def rekey(self, keys: KeyChain) -> None:
@@ -74,56 +73,17 @@ class Intake:
         """Return the root of a namespace."""
         return self._keys.root(namespace)
 
-    def device_ids(self, slot_mapping: Any, span: Span, device_blocks: int) -> BlockIds:
-        """Return the device block of every whole block of a span: int64[blocks].
+    def with_slots(self, request: Request, slot_mapping: Any, device_blocks: int) -> Request:
+        """Return a request with its device blocks.
 
         Args:
-            slot_mapping: one slot for each token from `span.first_token` to `span.last_token`.
-            span: the tokens that the mask selects.
-            device_blocks: how many blocks the device has.
+            request: the request.
+            slot_mapping: one slot for each selected token, or a list of such arrays, one for each
+                KV group: see `SlotReader.read`.
+            device_blocks: how many blocks the device has in each group.
 
         Raises:
-            ConfigError: the length differs, or a slot breaks a rule.
+            ConfigError: the number of arrays or a length differs, or a slot breaks a rule.
         """
-        slots = as_int64("slot_mapping", slot_mapping)
-        wanted = span.last_token - span.first_token
-        if len(slots) != wanted:
-            why = f"must have one slot per selected token: {wanted}"
-            raise ConfigError("slot_mapping", f"{len(slots)} slots", why)
-        per_block = self.tokens_per_block
-        skip = min(span.first_block * per_block - span.first_token, wanted)
-        if skip:
-            self._blocks_of(slots[:skip], 1, device_blocks * per_block, 0)
-        ids = self._blocks_of(slots[skip:], per_block, device_blocks, skip)
-        ids = ids[: span.last_block - span.first_block]
-        if len(ids) > 1:
-            self._check_once(ids, device_blocks, skip)
-        return ids
-
-    def _check_once(self, ids: BlockIds, device_blocks: int, skip: int) -> None:
-        """Check that no device block is named twice, as its content would be undefined."""
-        if len(ids) <= FEW and len(set(ids.tolist())) == len(ids):
-            return
-        if len(self._named_by) < device_blocks:
-            self._named_by = np.zeros(device_blocks, np.int64)
-        positions = np.arange(len(ids))
-        # Each block's entry has the last position that names it.
-        self._named_by[ids] = positions
-        last = self._named_by[ids]
-        if (last != positions).any():
-            first = int((last != positions).argmax())
-            one, other = (skip + int(at) * self.tokens_per_block for at in (first, last[first]))
-            why = f"is in device block {ids[first]}, which slot_mapping[{one}] already names"
-            raise ConfigError(
-                f"slot_mapping[{other}]", int(ids[first]) * self.tokens_per_block, why
-            )
-
-    def _blocks_of(
-        self, slots: NDArray[np.int64], per_block: int, blocks: int, offset: int
-    ) -> BlockIds:
-        try:
-            return np.frombuffer(_ext.block_slots(slots, per_block, blocks), np.int64)
-        except ValueError as error:
-            index, slot, rule = error.args
-            why = _WHY[rule].format(slots=blocks * per_block, per_block=per_block)
-            raise ConfigError(f"slot_mapping[{index + offset}]", slot, why) from error
+        ids, leaves = self._slots.read(slot_mapping, request.span, device_blocks)
+        return structs.replace(request, device_ids=ids, leaves=leaves)

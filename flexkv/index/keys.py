@@ -12,6 +12,12 @@ block). `docs/key-vectors.json` has examples.
 The fingerprint holds the facts of the block space: everything that changes the bytes of a block, so
 that two models never share one. The same prompt has the same keys in every process and after every
 restart.
+
+A block of a KV group g > 0 is a leaf of the chain's block that ends where it ends:
+
+    leaf key = key of that block XOR XXH3-128("flexkv leaf", seed g)     in canonical byte order
+
+What the groups of a model are is in the fingerprint, so their numbers tell their leaves apart.
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ from flexkv.common.arguments import integer, text
 from flexkv.common.config_keys import kind_of
 from flexkv.common.errors import ConfigError
 from flexkv.common.layout import Order, is_natural
-from flexkv.common.space import BlockSpace
+from flexkv.common.space import GROUPS_MAX, BlockSpace
 from flexkv.common.terms import BLOCK_KEY_BYTES, BlockKey
 from flexkv.index.secret import derived
 
@@ -38,6 +44,7 @@ KEY_VERSION = 3
 
 _ROOT, _EXTRAS = b"flexkv root", b"flexkv extras"
 """What N names: this keeps roots and extra keys apart."""
+_LEAF = b"flexkv leaf"
 
 
 class Scope(NamedTuple):
@@ -181,6 +188,23 @@ def block_keys(keys: bytes) -> list[BlockKey]:
     return key_list(keys[BLOCK_KEY_BYTES:])
 
 
+def leaf_keys(keys: bytes, group: int) -> bytes:
+    """Return the root, and for each block of a prompt the key of a group's leaf that ends there.
+
+    Args:
+        keys: the root and the keys of the blocks: 16 bytes each.
+        group: the number of the KV group; the leaves of group 0 are the blocks themselves.
+    """
+    words = np.frombuffer(keys, np.uint64).reshape(-1, 2) ^ _salt(group)
+    return keys[:BLOCK_KEY_BYTES] + words[1:].tobytes()
+
+
+@lru_cache(GROUPS_MAX)
+def _salt(group: int) -> NDArray[np.uint64]:
+    salt = _ext.hash128(_LEAF, group) if group else bytes(BLOCK_KEY_BYTES)
+    return np.frombuffer(salt, np.uint64)
+
+
 def fingerprint(space: BlockSpace, order: Order = "") -> bytes:
     """Return everything that changes the bytes of a block, as `name=value` pairs joined by `;`."""
     facts = _facts(space)
@@ -197,7 +221,7 @@ def block_identity(spaces: Sequence[BlockSpace], secret: str) -> dict[str, int |
 
 def _facts(space: BlockSpace) -> dict[str, int | str]:
     facts: dict[str, int | str] = {"key_version": KEY_VERSION, **space.facts}
-    if space.group:  # the keys of a model's first group are what they were without groups
+    if space.group:  # keys are derived from group 0, whose facts name all groups
         facts["group"] = space.group
     return facts
 

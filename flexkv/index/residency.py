@@ -13,22 +13,17 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from flexkv import _ext
 from flexkv.common.errors import CapacityError, InvariantError
-from flexkv.common.terms import (
-    BLOCK_KEY_BYTES,
-    BLOCK_RECORD_BYTES,
-    BlockIds,
-    Positions,
-    Tier,
-)
+from flexkv.common.space import GroupRule
+from flexkv.common.terms import BLOCK_KEY_BYTES, BLOCK_RECORD_BYTES, BlockIds, Positions, Tier
 from flexkv.index.claims import Claims, Holding
 from flexkv.index.clears import ClearHistory
 from flexkv.index.eviction import Eviction
+from flexkv.index.found import Found, Group, LeafFound, Placement
 
 ABSENT, PENDING, READY = 0, 1, 2
 """State of a block in one tier: nowhere, being filled, there."""
@@ -43,87 +38,6 @@ PREFIX, ALL, WORTHY = 0, 1, 2
 
 TAKEN, GONE, THERE, NO_ROOM = 0, 1, 2, 3
 """The outcome for a block in `reserve_copies`."""
-
-
-class PrefixMatch(msgspec.Struct, frozen=True):
-    """How much of a prompt a get would find, each block counted at its nearest tier.
-
-    `tokens` includes `pending_tokens`: those being filled right now, which a get waits for.
-    """
-
-    tokens: int
-    tokens_by_tier: dict[Tier, int]
-    pending_tokens: int
-
-    def __repr__(self) -> str:
-        parts = [f"{tier.label} {count}" for tier, count in self.tokens_by_tier.items() if count]
-        parts += [f"{self.pending_tokens} pending"] if self.pending_tokens else []
-        return f"PrefixMatch({self.tokens} tokens{': ' if parts else ''}{', '.join(parts)})"
-
-
-class Placement(msgspec.Struct, frozen=True):
-    """Some blocks of a prompt, and where they are in one tier."""
-
-    positions: Positions
-    block_ids: BlockIds
-
-    @property
-    def block_count(self) -> int:
-        """Return the number of blocks."""
-        return self.positions.block_count
-
-    def before(self, last: int) -> Placement:
-        """Return the part before a position."""
-        count = self.positions.number_before(last)
-        if count == self.positions.block_count:
-            return self
-        return Placement(self.positions.part(0, count), self.block_ids[:count])
-
-
-class Group(NamedTuple):
-    """Blocks of a prompt that have equal states; `states` and ids are by tier, nearest first."""
-
-    states: tuple[int, ...]
-    positions: Positions
-    block_ids: tuple[BlockIds | None, ...]
-
-
-class Found(msgspec.Struct, frozen=True):
-    """The resident run of a prompt from `first` to `last` (exclusive), by nearest tier.
-
-    For a load, `graph.far.with_far` adds what is said to lie far behind it.
-    """
-
-    first: int
-    last: int
-    ready: dict[Tier, Placement]
-    """Only tiers that are the nearest one of some block."""
-    pending: Placement | None = None
-    """Host blocks that are being filled."""
-
-    @property
-    def host_only(self) -> bool:
-        """Return whether every block found is ready in host memory."""
-        host = self.ready.get(Tier.HOST)
-        return (host.positions.block_count if host else 0) == self.last - self.first
-
-    def before(self, last: int) -> Found:
-        """Return the part of the run before a position."""
-        if last >= self.last:
-            return self
-        ready = {tier: placed.before(last) for tier, placed in self.ready.items()}
-        pending = self.pending and self.pending.before(last)
-        return Found(
-            self.first,
-            last,
-            {tier: placed for tier, placed in ready.items() if placed.block_count},
-            pending if pending and pending.block_count else None,
-        )
-
-    @property
-    def holdings(self) -> list[Holding]:
-        """Return the ready blocks, tier by tier."""
-        return [Holding(tier, place.block_ids) for tier, place in self.ready.items()]
 
 
 class _Held:
@@ -162,17 +76,24 @@ class Change(NamedTuple):
     key: bytes
     tier: Tier
     is_ready: bool
+    group: int = 0
+    """Its KV group: 0 for a block of the prefix chain, else that of a leaf."""
 
 
-_CHANGE = struct.Struct("=16sII")
+_CHANGE = struct.Struct("=16sB?Bx")
 
 
 class Residency:
     """Every tier's blocks, nearest first, and the claims on them. The one source of truth.
 
+    The blocks of KV group 0 form the prefix chains. A block of any other group is a leaf: it hangs
+    on the chain's block at its position, and both positions and keys in calls are the chain's. A
+    leaf that covers several blocks of the chain hangs on the last of them.
+
     Only the scheduler changes it. A call that breaks a law raises InvariantError.
 
     Attributes:
+        groups: the number of KV groups, that of the chain included.
         selective: whether tiers refuse blocks that are worth less than what they hold.
     """
 
@@ -181,14 +102,25 @@ class Residency:
         capacities: dict[Tier, int],
         eviction: Eviction | None = None,
         clears: ClearHistory | None = None,
+        rules: Sequence[GroupRule] = (),
     ) -> None:
-        """Build an empty table; `capacities` are in blocks, `eviction` holds for every tier."""
+        """Build an empty table.
+
+        Args:
+            capacities: blocks of each tier.
+            eviction: holds for every tier.
+            clears: when what was cleared.
+            rules: what a prefix needs of each KV group but the chain's; group n is rules[n - 1].
+        """
         eviction = eviction or Eviction()
+        self.groups = 1 + len(rules)
         self.clears = clears or ClearHistory()
         self.tiers = tuple(sorted(capacities))
         self._number = {tier: number for number, tier in enumerate(self.tiers)}
         self._table = _ext.BlockIndex(
-            tuple(eviction.options(capacities[tier]) for tier in self.tiers), InvariantError
+            tuple(eviction.options(capacities[tier]) for tier in self.tiers),
+            InvariantError,
+            tuple(tuple(rule) for rule in rules),
         )
         count = len(self.tiers)
         self._states = [
@@ -208,19 +140,31 @@ class Residency:
 
     # -- looking --------------------------------------------------------------------------------
 
-    def find(self, keys: bytes, first: int = 0, use: bool = False) -> Found:
+    def find(self, keys: bytes, first: int = 0, use: bool = False, drop: int = 0) -> Found:
         """Return the longest resident run that starts at position `first`.
+
+        Where there are leaves, it ends where every KV group is ready to load what the prefix needs,
+        on a multiple of all groups' blocks. Blocks that are being filled do not count then.
 
         Args:
             keys: root and keys of the prompt's blocks.
-            first: where the run starts.
-            use: count a use of every block from the root to the end of the run, in every tier.
+            first: where the run starts. Leaves before it are not needed.
+            use: count a use of every block of the chain from the root to the end of the run, and of
+                the leaves that are needed there, in every tier.
+            drop: how many blocks behind the run the chain must have as well.
         """
+        blocks = len(keys) // BLOCK_KEY_BYTES - 1
+        if self.groups > 1 and blocks > first:
+            return self._reach(keys, range(first, blocks), use, drop)
+        found = self._run(keys, first, blocks, use)
+        return found.before(max(first, found.last - drop)) if drop else found
+
+    def _run(self, keys: bytes, first: int, blocks: int, use: bool = False) -> Found:
+        """Return the longest resident run of the chain alone."""
         ready: dict[Tier, Placement] = {}
         pending, last = None, first
-        blocks = len(keys) // BLOCK_KEY_BYTES - 1
         if blocks <= first:
-            return Found(first, first, ready)
+            return Found(first, first, ready, chain=first)
         for pattern, begin, count, places, ids in self._table.survey(
             keys, first, blocks, True, _ASKED if use else _UNUSED
         ):
@@ -233,7 +177,25 @@ class Residency:
                 ready[tier] = placement
             else:
                 pending = placement
-        return Found(first, last, ready, pending)
+        chain = pending.positions.first if pending else last
+        return Found(first, last, ready, pending, chain=chain)
+
+    def _reach(self, keys: bytes, wanted: range, use: bool, drop: int) -> Found:
+        """Return the longest run of which every KV group is ready; `wanted` is not empty."""
+        last, chain, told, leaves = self._table.reach(keys, wanted.start, wanted.stop, drop, use)
+        found = [LeafFound(group, self._by_tier(of)) for group, of in leaves]
+        return Found(wanted.start, last, self._by_tier(told), None, tuple(found), chain)
+
+    def _by_tier(self, told: Sequence[_ext.Alike]) -> dict[Tier, Placement]:
+        """Return where blocks are, all of them ready."""
+        placed = {}
+        for pattern, begin, count, places, ids in told:
+            number, tier, is_ready = self._nearest[pattern]
+            block_ids = _array(ids[number])
+            assert is_ready, pattern
+            assert block_ids is not None, pattern
+            placed[tier] = Placement(Positions(begin, count, _array(places)), block_ids)
+        return placed
 
     def parent(self, keys: bytes, first: int) -> list[Holding] | None:
         """Return what to pin of the block before position `first`; None if it is nowhere.
@@ -243,13 +205,19 @@ class Residency:
         """
         if not first:
             return []
-        found = self.find(keys[: (first + 1) * BLOCK_KEY_BYTES], first - 1)
+        found = self._run(keys, first - 1, first)
         if found.pending is not None:
             return []
         return found.holdings if found.ready else None
 
-    def survey(self, keys: bytes, first: int, last: int, use: bool = True) -> list[Group]:
-        """Return the blocks from `first` to `last`, grouped by where they are; count their use."""
+    def survey(
+        self, keys: bytes, first: int, last: int, use: bool = True, group: int = 0
+    ) -> list[Group]:
+        """Return the blocks from `first` to `last`, grouped by where they are; count their use.
+
+        For a KV group of leaves these are the leaves at positions in the range, except where the
+        chain's block is nowhere.
+        """
         return [
             Group(
                 self._states[pattern],
@@ -257,7 +225,7 @@ class Residency:
                 tuple([_array(blob) for blob in ids]),
             )
             for pattern, begin, count, places, ids in self._table.survey(
-                keys, first, last, False, _STORED if use else _UNUSED
+                keys, first, last, False, _STORED if use else _UNUSED, group
             )
         ]
 
@@ -275,6 +243,12 @@ class Residency:
         if tier not in self._number:
             return TierCounts(0, 0, 0, 0, 0, 0, 0)
         return TierCounts(*self._table.counts(self._number[tier]))
+
+    def group_blocks(self, tier: Tier) -> list[int]:
+        """Return the number of ready places of a tier, by KV group."""
+        if tier not in self._number:
+            return [0] * self.groups
+        return list(self._table.group_blocks(self._number[tier]))
 
     @property
     def evicted(self) -> list[int]:
@@ -294,8 +268,8 @@ class Residency:
     def export(self, tier: Tier, block_ids: BlockIds) -> NDArray[np.uint8]:
         """Return what places hold, for `restore`: uint8[n, 36], zeros for those that are not READY.
 
-        A row is the block's key, its parent's key (the root's for the first of a prompt), and as
-        uint32 whether it is the first.
+        A row is the block's key, its parent's key (the root's for the first of a prompt), and a
+        uint32: bit 0 is set for the first of a prompt, and bits 8 and up are the KV group.
         """
         blob = self._table.export(self._number[tier], block_ids)
         return np.frombuffer(blob, np.uint8).reshape(len(block_ids), BLOCK_RECORD_BYTES)
@@ -337,8 +311,12 @@ class Residency:
 
     # -- filling --------------------------------------------------------------------------------
 
-    def reserve(self, tier: Tier, keys: bytes, positions: Positions, how: int = PREFIX) -> BlockIds:
+    def reserve(
+        self, tier: Tier, keys: bytes, positions: Positions, how: int = PREFIX, group: int = 0
+    ) -> BlockIds:
         """Reserve places for blocks whose parents are there, evicting others as needed.
+
+        The parent of a leaf is the chain's block at its position.
 
         Return the places, int64[n]: for as many of the first blocks as `how` allows.
         """
@@ -347,7 +325,9 @@ class Residency:
         if places is None:
             begin, last = positions.first, positions.first + positions.block_count
         number = self._number[tier]
-        return np.frombuffer(self._table.reserve(number, keys, begin, last, places, how), np.int64)
+        return np.frombuffer(
+            self._table.reserve(number, keys, begin, last, places, how, group), np.int64
+        )
 
     def reserve_copies(
         self, source: Tier, target: Tier, block_ids: BlockIds, keys: bytes
@@ -396,8 +376,8 @@ class Residency:
         if blob is None:
             return None
         return [
-            Change(key, self.tiers[tier], bool(is_ready))
-            for key, tier, is_ready in _CHANGE.iter_unpack(blob)
+            Change(key, self.tiers[tier], is_ready, group)
+            for key, tier, is_ready, group in _CHANGE.iter_unpack(blob)
         ]
 
     # -- holding --------------------------------------------------------------------------------
@@ -475,13 +455,3 @@ class Residency:
 def _array(blob: bytes | None) -> BlockIds | None:
     """Return the table's bytes as int64[n]."""
     return None if blob is None else np.frombuffer(blob, np.int64)
-
-
-def prefix_match(found: Found, tiers: Sequence[Tier], tokens_per_block: int) -> PrefixMatch:
-    """Return what was found, counted in tokens."""
-    pending = found.pending.block_count if found.pending else 0
-    by_tier = dict.fromkeys(tiers, 0)
-    for tier, placement in found.ready.items():
-        by_tier[tier] = placement.block_count * tokens_per_block
-    tokens = (found.last - found.first) * tokens_per_block
-    return PrefixMatch(tokens, by_tier, pending * tokens_per_block)

@@ -29,12 +29,15 @@ class HeaderRecord(msgspec.Struct, tag="header", frozen=True, gc=False):
     """Identifies the run: all files of a run have the same value."""
     tokens_per_block: int = 0
     block_bytes: int = 0
+    """Of a block of the prefix chain."""
     capacity_blocks: dict[str, int] = {}
     """Capacity of each tier when it was opened."""
     backing: dict[str, str] = {}
     """What holds the blocks of each tier."""
     part: int = 0
     """Number of this file in the run, from 0; earlier ones may have been rotated away."""
+    group_block_bytes: tuple[int, ...] = ()
+    """Bytes of a block of each KV group."""
 
 
 class PlannedOp(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -44,6 +47,8 @@ class PlannedOp(msgspec.Struct, frozen=True, array_like=True, gc=False):
     block_count: int
     after: tuple[int, ...]
     """Numbers of the plan's ops that must end before this one begins."""
+    group: int = 0
+    """The KV group of its blocks."""
 
 
 class PlanRecord(msgspec.Struct, tag="plan", frozen=True, gc=False):
@@ -76,6 +81,8 @@ class OpRecord(msgspec.Struct, tag="op", frozen=True, gc=False):
     """`done`, `recalled`, or the name of the error."""
     detail: str = ""
     """What went wrong, in words."""
+    group: int = 0
+    """The KV group of its blocks."""
 
 
 class RequestRecord(msgspec.Struct, tag="request", frozen=True, gc=False):

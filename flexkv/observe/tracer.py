@@ -16,7 +16,8 @@ from flexkv.common.request import KVResponse, Operation, Request
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.graph.ops import OpSpec
 from flexkv.graph.plan import Plan, Template
-from flexkv.index.residency import Found, Residency
+from flexkv.index.found import Found
+from flexkv.index.residency import Residency
 from flexkv.observe.records import (
     EventRecord,
     OpRecord,
@@ -96,7 +97,7 @@ class Tracer:
             template, ops = plan.template, []
             for spec, before in zip(template.ops, template.predecessors, strict=True):
                 begin, end = plan.bounds(spec)
-                ops.append(PlannedOp(spec.label, end - begin, before))
+                ops.append(PlannedOp(spec.label, end - begin, before, spec.group))
             if len(self._plans) >= PLANS_MAX:
                 self._plans.clear()
             known = self._plans[key] = template, tuple(ops)
@@ -130,7 +131,7 @@ class Tracer:
             OpRecord(
                 request.request_id, plan.run_id, op.index, actor.name, op.label, blocks,
                 blocks * self._block_bytes[op.group], issued_ns, begun_ns,
-                now_ns, outcome, detail,
+                now_ns, outcome, detail, op.group,
             )
         )  # fmt: skip
         if now_ns - self._sampled_ns >= SAMPLE_NS:

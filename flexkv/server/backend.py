@@ -16,7 +16,7 @@ class ServerBackend(LocalBackend):
     def __init__(self, cache: CacheConfig, sizes: CacheSizes) -> None:
         super().__init__(cache, sizes)
         self.ranks = 1
-        self.fleet = FleetPort(self.space, sizes.num_host_blocks)
+        self.fleet = FleetPort(sizes.spaces, sizes.num_host_blocks)
 
     def device(self, kv_caches: KVCaches, layout: str | None, tp_rank: int) -> Device:
         """Return the port over all agents, which the server registers once."""

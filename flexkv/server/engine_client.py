@@ -35,9 +35,9 @@ from flexkv.common.terms import Tier
 from flexkv.engine.durability import FlushReport
 from flexkv.engine.statistics import Statistics
 from flexkv.engine.tickets import RequestSpec, nothing_moved
+from flexkv.index.found import PrefixMatch
 from flexkv.index.intake import Intake
 from flexkv.index.keys import Namespace, scope_of
-from flexkv.index.residency import PrefixMatch
 from flexkv.io.device.tensors import KVCaches
 from flexkv.observe.logs import get_logger
 from flexkv.process.stoppable import run_stoppable
@@ -82,7 +82,8 @@ class EngineClient:
         settings.require_built()
         self.model, self._settings = model, settings
         self._client = Client(settings, model, settings.instance_id)
-        self._intake = Intake(self._client.key_chain)
+        spaces = model.spaces(settings.cache_config.tokens_per_block)
+        self._intake = Intake(self._client.key_chain, spaces=spaces)
         self._agents: dict[int, Agent] = {}
         self._under_way: dict[int, RemoteTicket] = {}
         self._is_open = self._is_used = self._is_closed = False
@@ -286,8 +287,8 @@ class EngineClient:
         if why is not None:
             ticket.response = nothing_moved(request, KVResponseStatus.UNREADY, why)
             return ticket
-        ids = self._intake.device_ids(slot_mapping, request.span, self._client.num_blocks)
-        return ticket.with_request(structs.replace(request, device_ids=ids))
+        request = self._intake.with_slots(request, slot_mapping, self._client.num_blocks)
+        return ticket.with_request(request)
 
     def match(self, token_ids: Any, namespace: Namespace = None) -> PrefixMatch:
         """Return how much of a prompt is resident; nothing if the server does not answer."""

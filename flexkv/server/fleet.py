@@ -12,14 +12,14 @@ connection first; the server checks for that whenever such a read has ended.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from msgspec import structs
 
 from flexkv.common.errors import AgentGoneError, ConfigError
-from flexkv.common.layout import AXES
+from flexkv.common.layout import NATURAL, is_order
 from flexkv.common.space import BlockSpace
 from flexkv.common.terms import BlockIds, Tier, Transfer
 from flexkv.io.device.ranks import RanksPort
@@ -65,8 +65,8 @@ class FleetPort(RemoteDevice):
 
     num_blocks = 1 << EPOCH_SHIFT
 
-    def __init__(self, space: BlockSpace, host_blocks: int) -> None:
-        self._space, self._host_blocks = space, host_blocks
+    def __init__(self, spaces: Sequence[BlockSpace], host_blocks: int) -> None:
+        self._spaces, self._host_blocks = spaces, host_blocks
         self.instances: dict[int, Instance] = {}
         self.order: str | None = None
         self._epochs: dict[int, RanksPort] = {}
@@ -85,7 +85,7 @@ class FleetPort(RemoteDevice):
         Raises:
             ConfigError: there is no such rank, it is connected already, or its blocks differ.
         """
-        tp_size = self._space.ranks
+        tp_size = self._spaces[0].ranks
         if not 0 <= tp_rank < tp_size:
             raise ConfigError("tp_rank", tp_rank, f"must be from 0 to tp_size - 1 ({tp_size - 1})")
         if not 0 < num_blocks <= BLOCK_MASK:
@@ -94,8 +94,8 @@ class FleetPort(RemoteDevice):
         if instance is not None and tp_rank in instance.ports:
             why = f"is already connected for instance {number}: engines need different instance_ids"
             raise ConfigError("tp_rank", tp_rank, why)
-        if not {axis for each in order.split(";") for axis in each.split()} <= AXES:
-            why = f"must be an element order made of these axes: {', '.join(sorted(AXES))}"
+        if not is_order(order):
+            why = f"must be an element order made of these axes: {', '.join(NATURAL)}"
             raise ConfigError("kv_caches", order, why)
         if any(each.ports for each in self.instances.values()) and order != self.order:
             why = f"must have the same element order as the other ranks: {self.order}"
@@ -146,7 +146,7 @@ class FleetPort(RemoteDevice):
             del self.instances[number]
 
     def _begin_epoch(self, instance: Instance) -> None:
-        if len(instance.ports) < self._space.ranks or instance.client is None:
+        if len(instance.ports) < self._spaces[0].ranks or instance.client is None:
             return
         if any(port.is_dismissed for port in instance.ports.values()):
             return
@@ -158,25 +158,25 @@ class FleetPort(RemoteDevice):
         self._next_epoch += 1
 
     def _joined(self, ports: dict[int, AgentPort]) -> RanksPort:
-        parts: list[list[AgentPort]] = [[] for _ in range(self._space.parts)]
-        for rank, port in sorted(ports.items()):
-            parts[self._space.part_of(rank).number].append(port)
-        ranks = RanksPort(parts, self._host_blocks)
+        by_rank = [port for _, port in sorted(ports.items())]
+        ranks = RanksPort(by_rank, self._spaces, self._host_blocks)
         if self._wake is not None:
             ranks.connect(self._wake)
         return ranks
 
-    def ids_of(self, instance: Instance, local_ids: BlockIds) -> BlockIds:
+    def ids_of(
+        self, instance: Instance, local_ids: BlockIds, field: str = "device_ids"
+    ) -> BlockIds:
         """Return the ids of an instance's device blocks among those of all instances.
 
         Raises:
-            ConfigError: one of them is no block of its devices.
+            ConfigError: one of them is no block of its devices; the error names `field`.
         """
         assert instance.epoch is not None
         if len(local_ids) and not 0 <= local_ids.min() <= local_ids.max() < instance.num_blocks:
             wrong = next(int(i) for i in local_ids if not 0 <= i < instance.num_blocks)
             why = f"is not a device block of the instance, which has {instance.num_blocks}"
-            raise ConfigError("device_ids", wrong, why)
+            raise ConfigError(field, wrong, why)
         return local_ids | (instance.epoch << EPOCH_SHIFT)
 
     def tell(self, number: int, message: Message) -> None:

@@ -3,7 +3,8 @@
 A simulated inference engine owns device slots. It puts prompts, gets them back, prefetches, clears
 the cache, and gives up at random moments. The oracles:
 
-- every block that a response claims has exactly the bytes that belong to its key;
+- every block that a response claims has exactly the bytes that belong to its key, and so has every
+  block of the other KV groups that the prefix needs;
 - what lies far is looked up only where the local blocks end;
 - device slots that were given back are never written again, and what was read from them after
   they were given back is never served;
@@ -31,19 +32,22 @@ from flexkv.common.errors import ClearedError, DeadlineError, TransferError
 from flexkv.common.request import KVResponse, KVResponseStatus, Operation, Request
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine.engine import Engine
-from flexkv.front.layerwise import LayerProgress
 from flexkv.index.eviction import POLICIES
 from flexkv.index.keys import block_keys
 from flexkv.testing.fake_backend import CrashState, FakeBackend, empty
 from flexkv.testing.fake_far import FakeFar
 from flexkv.testing.fakes import FakePort
 from flexkv.testing.faults import FaultPlan
+from flexkv.testing.simulated_groups import (
+    GROUPS_MAX,
+    TOKENS_PER_BLOCK,
+    LeafSlots,
+    SimulatedGroups,
+    random_model,
+)
+from flexkv.testing.simulated_layers import LayeredRequest
 from flexkv.testing.virtual_time import run_virtual
 from flexkv.tiers.limits import disk_windows
-
-TOKENS_PER_BLOCK = 2
-MODEL = ModelConfig(num_layers=1, num_kv_heads=1, head_size=4, dtype="int8")
-"""A model with blocks of 16 bytes, like a key: the right content of a block is its key."""
 
 GARBAGE = 0xEE
 
@@ -54,10 +58,6 @@ MIXES = [
 """Operations of a life; each entry is equally likely."""
 
 
-LAYERS = 4
-LAYER_BYTES = BLOCK_KEY_BYTES // LAYERS
-
-
 class Simulation:
     """One seeded life of a simulated inference engine, up to a crash or its end.
 
@@ -65,8 +65,11 @@ class Simulation:
         remains: what the next life begins with; None until then, and without an SSD tier.
     """
 
-    def __init__(self, random: Random, prompts: list[list[int]], remains: CrashState) -> None:
+    def __init__(
+        self, random: Random, model: ModelConfig, prompts: list[list[int]], remains: CrashState
+    ) -> None:
         self.random, self.prompts, self.begun_with = random, prompts, remains
+        self.groups = SimulatedGroups(model)
         faults = FaultPlan(
             random.randrange(1 << 30),
             random.choice([0.0, 0.0, 0.02, 0.2]),
@@ -78,7 +81,9 @@ class Simulation:
         self.is_sound = not faults.flip_probability
         self.is_faultless = self.is_sound and not faults.failure_probability
         self.is_trusted = remains.is_trusted and self.is_faultless
-        host_blocks, disk_blocks = random.randint(4, 24), len(remains.store)
+        leaf_groups = len(self.groups.spaces)
+        host_blocks = random.randint(4 + 8 * leaf_groups, 24 * (1 + leaf_groups))
+        disk_blocks, slots = len(remains.store), 64 * (1 + leaf_groups)
         cache = CacheConfig(
             tokens_per_block=TOKENS_PER_BLOCK,
             num_cpu_blocks=host_blocks,
@@ -98,16 +103,16 @@ class Simulation:
             shutdown_flush_s=random.choice([0.0, 0.01, 1.0]),
         )
         self.capacity = {Tier.HOST: host_blocks, Tier.DISK: disk_blocks}
-        self.far = random.choice([None, FakeFar()])
+        self.far = random.choice([None, FakeFar()]) if not leaf_groups else None
         self.backend = FakeBackend(host_blocks, faults, remains, far=self.far)
         piece_bytes = random.choice([1, 2, 100]) * BLOCK_KEY_BYTES
         inbound, outbound = [
             window._replace(piece_bytes_max=piece_bytes) for window in disk_windows(cache)
         ]
         self.backend.windows = inbound, outbound
-        self.engine = Engine(MODEL, cache, self.backend)
-        self.device = np.full((64, BLOCK_KEY_BYTES), GARBAGE, np.uint8)
-        self.free_slots = list(range(64))
+        self.engine = Engine(model, cache, self.backend)
+        self.device = np.full((slots, BLOCK_KEY_BYTES), GARBAGE, np.uint8)
+        self.free_slots = list(range(slots))
         self.moved_blocks = 0
         self._asleep = False
         self.operations = random.choice(MIXES)
@@ -177,8 +182,11 @@ class Simulation:
         for prompt in self.prompts:
             request = self.engine.requests.intake(Operation.PREFETCH, prompt)
             wanted = list(takewhile(there.__contains__, block_keys(request.keys)))
-            found = self.engine.residency.find(request.keys).last
+            found = self.engine.residency.find(request.keys).chain
             assert found >= len(wanted), f"{len(wanted) - found} flushed blocks are lost"
+            leaves = set(self.groups.leaves_of(request.keys, len(wanted))) & there
+            left = {key for _, key in self.groups.there(self.engine.residency, request.keys)}
+            assert leaves <= left, f"{len(leaves - left)} flushed leaves are lost"
 
     def _check_cleared(self) -> None:
         """Check that no block from before the last clear of everything is there."""
@@ -186,7 +194,8 @@ class Simulation:
             return
         for prompt in self.prompts:
             keys = self.engine.requests.intake(Operation.PREFETCH, prompt).keys
-            there = set(block_keys(keys)[: self.engine.residency.find(keys).last])
+            there = set(block_keys(keys)[: self.engine.residency.find(keys).chain])
+            there |= {key for _, key in self.groups.there(self.engine.residency, keys)}
             far = self.far.ever_held if self.far is not None else set()
             assert there <= self._put_since_clear | far, "a cleared block came back"
 
@@ -205,7 +214,7 @@ class Simulation:
         self._check_restored()
         engine.register_kv_caches([self.device])
         kinds = (
-            (self._request, random.randint(5, 30)),
+            (self._request, random.randint(5, 30 * (1 + len(self.groups.spaces)))),
             (self._flush, random.choice([0, 1, 5])),
             (self._sleep_and_wake, random.choice([0, 0, 1, 3])),
         )
@@ -291,17 +300,31 @@ class Simulation:
         )
         give_up_s = random.choice([None, random.uniform(0.0, 0.03)])
         if operation is Operation.PUT and self._put_since_clear is not None:
-            self._put_since_clear.update(block_keys(request.keys))
+            self._put_since_clear |= self.groups.keys_of(request.keys)
         if operation is Operation.PREFETCH:
             await self._perform(request, give_up_s)
             return
+        if self.groups.spaces:
+            request = self._to_a_boundary(request)
         blocks = request.span.last_block - request.span.first_block
         if blocks > len(self.free_slots):
             return
         slots = [self.free_slots.pop() for _ in range(blocks)]
-        await self._with_slots(request, slots, give_up_s)
+        leaves = LeafSlots(self.groups, request)
+        is_put = operation is Operation.PUT
+        if leaves.choose(random, request.span.last_block, is_put, self.free_slots):
+            await self._with_slots(request, slots, leaves, give_up_s)
+        slots += leaves.all_slots
         self.device[slots] = GARBAGE
         self.free_slots.extend(slots)
+
+    def _to_a_boundary(self, request: Request) -> Request:
+        """Return a get narrowed, mostly, to a prefix that a match finds; a put as it is."""
+        first, last = request.span.first_block, request.span.last_block
+        if request.operation is Operation.PUT or self.random.random() < 0.1:
+            return request
+        found = self.engine.find(request.keys, first)
+        return request.narrowed(first, max(first, min(found.last, last)))
 
     def _disturb(self) -> None:
         """Now and then clear, resize, set a quota, pin or unpin, whatever is under way."""
@@ -326,18 +349,23 @@ class Simulation:
             engine.retention.pins.unpin_owner(random.choice("ab"))
 
     async def _with_slots(
-        self, request: Request, slots: list[int], give_up_s: float | None
+        self, request: Request, slots: list[int], leaves: LeafSlots, give_up_s: float | None
     ) -> None:
         first = request.span.first_block
         contents = [np.frombuffer(key, np.uint8) for key in block_keys(request.keys)[first:]]
         if request.operation is Operation.PUT:
             for slot, content in zip(slots, contents, strict=True):
                 self.device[slot] = content
-        ready = self.engine.requests.with_slots(request, self._slot_mapping(request, slots))
+            for slot, content in leaves.contents():
+                self.device[slot] = content
+        mapping = self._slot_mapping(request, slots)
+        ready = self.engine.requests.with_slots(
+            request, [mapping, *leaves.mappings()] if self.groups.spaces else mapping
+        )
         if ready is None:
             assert self._asleep, "the engine does not know a registered device"
             return
-        if slots and self.random.random() < 0.3:
+        if slots and not self.groups.spaces and self.random.random() < 0.3:
             await self._layer_by_layer(ready, slots, np.array(contents), give_up_s)
             return
         response = await self._perform(ready, give_up_s)
@@ -348,6 +376,9 @@ class Simulation:
             if moved[(first + position) * TOKENS_PER_BLOCK]:
                 self.moved_blocks += 1
                 assert np.array_equal(self.device[slot], content), "wrong bytes"
+        if moved.any():
+            end = int(np.count_nonzero(moved)) // TOKENS_PER_BLOCK
+            leaves.check(self.device, first + end)
 
     async def _layer_by_layer(
         self,
@@ -358,59 +389,19 @@ class Simulation:
     ) -> None:
         """Perform a put whose layers are written one by one, or check a get's as they come."""
         is_put = request.operation is Operation.PUT
-        progress = LayerProgress(LAYERS, 0 if is_put else LAYERS)
-        watched = structs.replace(request, watch=progress)
+        layered = LayeredRequest(self.random, self.engine, request, self.device)
         if is_put:
             self.device[slots] = GARBAGE
             give_up_s = give_up_s or 1.0  # the layers may stop in the middle
-        follow = self._write_layers if is_put else self._look_at_layers
-        seen: dict[int, NDArray[np.uint8]] = {}
         async with asyncio.TaskGroup() as group:
-            follower = group.create_task(follow(progress, slots, contents, seen))
+            follower = group.create_task(layered.follow(slots, contents))
+            watched = structs.replace(request, watch=layered.progress)
             response = await self._perform(watched, give_up_s)
-            progress.end()
+            layered.progress.end()
             if is_put:
                 follower.cancel()
-        if response is None or is_put:
-            return
-        first, last = request.span.first_block, request.span.last_block
-        moved = response.return_mask[: last * TOKENS_PER_BLOCK : TOKENS_PER_BLOCK][first:]
-        for layer, content in seen.items():
-            columns = slice(layer * LAYER_BYTES, (layer + 1) * LAYER_BYTES)
-            assert np.array_equal(content[moved], contents[moved, columns]), "wrong layer"
-        if moved.all() and len(moved):
-            assert len(seen) == LAYERS, "a layer was not reported"
-        self.moved_blocks += int(moved.sum())
-        at = np.array(slots, np.int64)[moved]
-        assert np.array_equal(self.device[at], contents[moved]), "wrong bytes"
-
-    async def _write_layers(
-        self,
-        progress: LayerProgress,
-        slots: list[int],
-        contents: NDArray[np.uint8],
-        _: dict[int, NDArray[np.uint8]],
-    ) -> None:
-        stop_at = self.random.choice([LAYERS, LAYERS, self.random.randrange(LAYERS)])
-        for layer in range(stop_at):
-            await asyncio.sleep(self.random.uniform(0.0, 0.002))
-            columns = slice(layer * LAYER_BYTES, (layer + 1) * LAYER_BYTES)
-            self.device[slots, columns] = contents[:, columns]
-            progress.ready = layer + 1
-            self.engine.nudge_device()
-
-    async def _look_at_layers(
-        self,
-        progress: LayerProgress,
-        slots: list[int],
-        _: NDArray[np.uint8],
-        seen: dict[int, NDArray[np.uint8]],
-    ) -> None:
-        for layer in range(LAYERS):
-            if not await progress.reached(layer):
-                return
-            columns = slice(layer * LAYER_BYTES, (layer + 1) * LAYER_BYTES)
-            seen[layer] = self.device[slots, columns].copy()
+        if response is not None and not is_put:
+            self.moved_blocks += layered.check(response, slots, contents)
 
     @staticmethod
     def _slot_mapping(request: Request, slots: list[int]) -> NDArray[np.int64]:
@@ -463,12 +454,14 @@ def simulate(seed: int) -> int:
         AssertionError: an oracle failed; the message names the seed.
     """
     random = Random(seed)
-    prompts = [_prompt(random) for _ in range(random.choice([1, 3, 6, 20]))]
-    remains = empty(random.choice([0, 8, 24, 48]), random.choice([0, 1, 1, 2, 3]))
+    model = random_model(random, random.choice([0, 0, *range(1, GROUPS_MAX + 1)]))
+    counts = [1, 2, 4] if model.layer_groups else [1, 3, 6, 20]  # leaves make hits rarer
+    prompts = [_prompt(random) for _ in range(random.choice(counts))]
+    remains = empty(random.choice([0, 8, 24, 48, 96]), random.choice([0, 1, 1, 2, 3]))
     moved_blocks = 0
     try:
         for _ in range(random.choice([1, 2, 4])):
-            simulation = Simulation(random, prompts, remains)
+            simulation = Simulation(random, model, prompts, remains)
             run_virtual(simulation.run())
             moved_blocks += simulation.moved_blocks
             if simulation.remains is None or not simulation.remains.journals:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from flexkv.actors.checks import BlockChecks
 from flexkv.common.config import CacheConfig, CacheSizes
 from flexkv.common.errors import ConfigError
-from flexkv.common.layout import Order, PagedLayout
+from flexkv.common.layout import Order, PagedLayout, order_of
 from flexkv.index.catalogue import NOTHING_IS_FAR, Catalogue
 from flexkv.io.checksums.sums import PoolChecksummer
 from flexkv.io.cuda.choice import CopyPreference
@@ -219,17 +219,23 @@ class LocalBackend:
         tensors = kv_cache_list(kv_caches)
         kind, ordinal = device_of(tensors)
         layouts = layouts_of(self._sizes.spaces, tensors, layout, tp_rank)
+        names, order = _names_of(layouts), order_of(layouts)
         if kind == "cuda":
             port: DevicePort = self._cuda(ordinal, layouts, tensors, tp_rank)
-            return Device(port, layouts[0].name, (kind, ordinal), layouts[0].order)
+            return Device(port, names, (kind, ordinal), order)
         port = CpuDevicePort(
             layouts,
             self._arena,
             owner=tuple(tensors),
             threads=self._cache.copy_threads or min(4, os.cpu_count() or 1),
-            sums=self.sums if self.space.parts == 1 else None,
+            sums=self.sums if self._has_whole_blocks else None,
         )
-        return Device(port, layouts[0].name, order=layouts[0].order)
+        return Device(port, names, order=order)
+
+    @property
+    def _has_whole_blocks(self) -> bool:
+        """Return whether each rank's device has whole blocks, of all KV groups."""
+        return all(space.parts == 1 for space in self._sizes.spaces)
 
     def _cuda(
         self, ordinal: int, layouts: Sequence[PagedLayout], tensors: Sequence[Any], tp_rank: int
@@ -262,11 +268,11 @@ class LocalBackend:
             where, before = (":".join(map(str, each)) for each in (place, device.place))
             raise ConfigError("kv_caches", where, f"must be on the same device as before, {before}")
         layouts = layouts_of(self._sizes.spaces, tensors, layout, tp_rank)
-        if layouts[0].order != device.order:
+        if (order := order_of(layouts)) != device.order:
             why = f"must have the same element order as before: {device.order}"
-            raise ConfigError("kv_caches", f"element order {layouts[0].order}", why)
+            raise ConfigError("kv_caches", f"element order {order}", why)
         device.port.resume(layouts, tuple(tensors))
-        return device._replace(layout=layouts[0].name)
+        return device._replace(layout=_names_of(layouts))
 
     def joined(self, devices: Sequence[Device]) -> JoinedDevices:
         """Return one port over the devices of all ranks, with the sums that the tiers need."""
@@ -274,15 +280,17 @@ class LocalBackend:
         if sums is None:
             return JoinedDevices(port, None)
         # A CPU device that copies whole blocks sums them as it copies.
-        port_sums = self.space.parts == 1 and {each.place[0] for each in devices} == {"cpu"}
+        port_sums = self._has_whole_blocks and {each.place[0] for each in devices} == {"cpu"}
         checksummer = PoolChecksummer(self._arena, sums=sums)
         return JoinedDevices(port, BlockChecks(checksummer, port_sums=port_sums))
 
     def _over_ranks(self, devices: Sequence[Device]) -> TransferPort:
-        port: TransferPort = devices[0].port
-        if len(devices) > 1:
-            parts: list[list[DevicePort]] = [[] for _ in range(self.space.parts)]
-            for rank, device in enumerate(devices):
-                parts[self.space.part_of(rank).number].append(device.port)
-            port = RanksPort(parts, self._arena.num_blocks)
-        return port
+        if len(devices) == 1:
+            return devices[0].port
+        ports = [device.port for device in devices]
+        return RanksPort(ports, self._sizes.spaces, self._arena.num_blocks)
+
+
+def _names_of(layouts: Sequence[PagedLayout]) -> str:
+    """Return the names of the layouts of all KV groups, each once."""
+    return "+".join(dict.fromkeys(layout.name for layout in layouts))

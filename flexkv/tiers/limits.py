@@ -9,8 +9,9 @@ from flexkv.actors.actor import Window
 from flexkv.actors.write_behind import WriteBehindLimits
 from flexkv.common.config import GB, MB, CacheConfig, CacheSizes
 from flexkv.common.errors import ConfigError
+from flexkv.common.space import rules_of
 from flexkv.common.terms import Tier
-from flexkv.graph.planner import PlanLimits
+from flexkv.graph.draft import PlanLimits
 from flexkv.index.clears import ClearHistory
 from flexkv.index.eviction import Eviction
 from flexkv.index.residency import Residency
@@ -93,7 +94,7 @@ def empty_index(
         ConfigError: it does not fit in memory.
     """
     with memory_error_named(sizes):
-        return Residency(capacities, eviction_of(cache), clears)
+        return Residency(capacities, eviction_of(cache), clears, rules_of(sizes.spaces))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from flexkv.actors.actor import TransferActor, Window
 from flexkv.actors.checks import BlockChecks, KeptSums
 from flexkv.common.layout import KVShape, PagedLayout, Part, infer_layout
+from flexkv.common.space import BlockSpace
 from flexkv.common.terms import (
     BLOCK_KEY_BYTES,
     BlockIds,
@@ -32,7 +33,7 @@ from flexkv.io.device.cpu import CpuDevicePort
 from flexkv.io.device.ranks import RanksPort
 from flexkv.io.device.tensors import describe
 from flexkv.io.memory.arena import Arena
-from flexkv.io.ports import Completion, TransferPort
+from flexkv.io.ports import Completion, DevicePort, TransferPort
 from flexkv.io.ssd.files import StripedFiles
 from flexkv.io.ssd.posix import thread_port
 from flexkv.io.ssd.uring import RingOptions, uring_port
@@ -253,7 +254,8 @@ def ranks_rig(_: Path) -> Rig:
     shape, part_bytes = KVShape(16, 2, 24, 1, item_bytes=2), 3 * 16 * 2 * 24 * 2
     arena = Arena.open(HOST_BLOCKS, 2 * part_bytes)
     pinned, registered = Pinned(arena), {}
-    parts, drivers = [], []
+    ranks: list[DevicePort] = []
+    drivers = []
     resources = ExitStack()
     resources.callback(arena.close)
     for part in range(2):
@@ -263,10 +265,11 @@ def ranks_rig(_: Path) -> Rig:
         preference = CopyPreference(use_engine=bool(part), thread_blocks=4)
         cuda = CudaDevicePort([layout], pinned, layers, drivers[-1], (preference, preference))
         cpu = CpuDevicePort([layout], arena, layers)  # the ranks of a part share their KV caches
-        parts.append([cuda, cpu])
-        for port in parts[-1]:
-            resources.callback(port.close)
-    rig = Rig(RanksPort(parts, HOST_BLOCKS), arena.array, Tier.DEVICE)
+        ranks += [cuda, cpu]
+        resources.callback(cpu.close)
+        resources.callback(cuda.close)
+    space = BlockSpace(16, (shape,) * 3, ("int16",) * 3, ranks=4, parts=2, facts={})
+    rig = Rig(RanksPort(ranks, [space], HOST_BLOCKS), arena.array, Tier.DEVICE)
     rig.resources.callback(lambda: [assert_nothing_left(driver) for driver in drivers])
     rig.resources.push(resources)
     return rig

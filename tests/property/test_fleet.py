@@ -46,7 +46,7 @@ class FleetMachine(RuleBasedStateMachine):
         """Start with all instances complete."""
         self.model = model
         self.space = model.spaces(16)[0]
-        self.fleet = FleetPort(self.space, HOST_BLOCKS)
+        self.fleet = FleetPort([self.space], HOST_BLOCKS)
         self.fleet.connect(lambda: setattr(self, "is_woken", True))
         for instance in range(INSTANCES):
             self.mend(instance)

@@ -21,7 +21,7 @@ from flexkv.io.ports import Completion
 from flexkv.kvmanager import KVManager
 from flexkv.testing.fakes import FakePort
 from flexkv.testing.faults import FaultPlan
-from flexkv.testing.simulation import TOKENS_PER_BLOCK
+from flexkv.testing.simulated_groups import TOKENS_PER_BLOCK
 from flexkv.testing.virtual_time import VirtualTimeLoop
 from tests.system.conftest import MODEL, PER_BLOCK, bytes_of, cache_config, kv_caches, slots_of
 from tests.system.test_keeping import A, B, on_engine, put, resident

@@ -25,7 +25,7 @@ from flexkv.io.ports import Completion
 from flexkv.testing.fake_backend import FakeBackend, empty
 from flexkv.testing.fake_far import FakeFar, FarPort
 from flexkv.testing.faults import FaultPlan
-from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK
+from flexkv.testing.simulated_groups import MODEL, TOKENS_PER_BLOCK
 from flexkv.testing.virtual_time import run_virtual
 
 BLOCKS = 8

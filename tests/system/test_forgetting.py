@@ -22,7 +22,7 @@ from flexkv.kvmanager import KVManager
 from flexkv.observe.records import Record
 from flexkv.testing.fake_backend import FakeBackend, empty
 from flexkv.testing.faults import FaultPlan
-from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK
+from flexkv.testing.simulated_groups import MODEL, TOKENS_PER_BLOCK
 from flexkv.testing.virtual_time import run_virtual
 
 CONTAINERS = (dict, list, set, deque)

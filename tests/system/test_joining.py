@@ -18,7 +18,7 @@ from flexkv.graph.ops import CHUNKS_MAX
 from flexkv.index.keys import block_keys
 from flexkv.testing.fake_backend import FakeBackend, empty
 from flexkv.testing.faults import FaultPlan
-from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK
+from flexkv.testing.simulated_groups import MODEL, TOKENS_PER_BLOCK
 from flexkv.testing.virtual_time import run_virtual
 
 DEVICE_BLOCKS = 256

@@ -14,8 +14,9 @@ from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine.engine import Engine
+from flexkv.testing.fake_backend import FakeBackend, empty
 from flexkv.testing.faults import FaultPlan
-from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK, FakeBackend, empty
+from flexkv.testing.simulated_groups import MODEL, TOKENS_PER_BLOCK
 from flexkv.testing.virtual_time import run_virtual
 from flexkv.tiers.limits import disk_windows
 

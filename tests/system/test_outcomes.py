@@ -14,7 +14,7 @@ from flexkv.common.terms import Tier
 from flexkv.engine.engine import Engine
 from flexkv.index.residency import NO_QUOTA
 from flexkv.io.ports import Completion
-from flexkv.testing.simulation import TOKENS_PER_BLOCK
+from flexkv.testing.simulated_groups import TOKENS_PER_BLOCK
 from tests.system.test_degraded import disk_of
 from tests.system.test_keeping import A, B, on_engine, put, resident
 

@@ -11,7 +11,7 @@ from flexkv.common.errors import CapacityError
 from flexkv.common.request import KVResponse, KVResponseStatus
 from flexkv.common.terms import Tier
 from flexkv.engine.durability import FlushReport
-from flexkv.index.residency import PrefixMatch
+from flexkv.index.found import PrefixMatch
 
 from .conftest import PER_BLOCK, MakeManager, kv_caches, slots_of
 

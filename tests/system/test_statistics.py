@@ -14,7 +14,7 @@ from flexkv.common.request import KVResponse, KVResponseStatus, Operation
 from flexkv.common.terms import BLOCK_KEY_BYTES, Tier
 from flexkv.engine.engine import Engine
 from flexkv.testing.faults import FaultPlan
-from flexkv.testing.simulation import TOKENS_PER_BLOCK
+from flexkv.testing.simulated_groups import TOKENS_PER_BLOCK
 from tests.system.test_degraded import disk_of, fail_with
 from tests.system.test_keeping import A, B, on_engine, put
 

@@ -24,7 +24,7 @@ from flexkv.kvmanager import KVManager
 from flexkv.observe.records import SCHEMA_VERSION, schema
 from flexkv.testing.fake_backend import FakeBackend, empty
 from flexkv.testing.faults import FaultPlan
-from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK
+from flexkv.testing.simulated_groups import MODEL, TOKENS_PER_BLOCK
 from flexkv.tiers.limits import disk_windows
 from flexkv.trace.breakdown import ADMISSION, Breakdowns
 from flexkv.trace.chrome import chrome

@@ -18,7 +18,7 @@ from flexkv.io.ports import DurablePort
 from flexkv.testing.fake_backend import FakeBackend, empty
 from flexkv.testing.fakes import FakeChecksummer, FakePort
 from flexkv.testing.faults import FaultPlan
-from flexkv.testing.simulation import MODEL, TOKENS_PER_BLOCK
+from flexkv.testing.simulated_groups import MODEL, TOKENS_PER_BLOCK
 from flexkv.testing.virtual_time import run_virtual
 from flexkv.tiers.backend import Progress
 from flexkv.tiers.limits import disk_windows

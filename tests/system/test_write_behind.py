@@ -18,7 +18,7 @@ from flexkv.index.owed import EVICTED, FAILED, NOT_WORTH_IT
 from flexkv.io.ports import Completion
 from flexkv.testing.fakes import FakePort
 from flexkv.testing.faults import FaultPlan
-from flexkv.testing.simulation import TOKENS_PER_BLOCK
+from flexkv.testing.simulated_groups import TOKENS_PER_BLOCK
 from tests.system.test_degraded import disk_of
 from tests.system.test_keeping import on_engine
 

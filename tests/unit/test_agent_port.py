@@ -180,7 +180,7 @@ def test_what_goes_layer_by_layer_counts_for_its_layers_only() -> None:
 def test_an_instance_with_an_agent_that_does_not_read_is_dismissed() -> None:
     """What is told without a window cannot pile up: its whole instance is dismissed, once."""
     model = ONE_RANK.model_copy(update={"tp_size": 2})
-    fleet, links = FleetPort(model.spaces(4)[0], 100), [Told() for _ in range(3)]
+    fleet, links = FleetPort(model.spaces(4), 100), [Told() for _ in range(3)]
     for number, link in enumerate(links):
         port = AgentPort(link, [BLOCK_BYTES], 64)
         fleet.join(number // 2, number % 2, port, "kv tokens heads dim")

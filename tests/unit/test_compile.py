@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import networkx as nx
 import pytest
+from flexkv.graph.draft import PlanLimits, chunk_count
 
 from flexkv.common.errors import InvariantError
 from flexkv.common.request import Operation
@@ -12,7 +13,6 @@ from flexkv.graph import passes
 from flexkv.graph.compile import build, check, compile_shape
 from flexkv.graph.explain import Explanation, hypothetical
 from flexkv.graph.ops import CHUNKS_MAX, Leg, Node, Shape
-from flexkv.graph.planner import PlanLimits, chunk_count
 
 LOAD, STORE = Route(Tier.HOST, Tier.DEVICE), Route(Tier.DEVICE, Tier.HOST)
 READ, WRITE = Route(Tier.DISK, Tier.HOST), Route(Tier.HOST, Tier.DISK)

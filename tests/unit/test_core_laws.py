@@ -23,7 +23,8 @@ from flexkv.graph.planner import Planner
 from flexkv.graph.run import LaunchRun, Run
 from flexkv.index.claims import Claim, Holding
 from flexkv.index.eviction import Eviction
-from flexkv.index.residency import Residency, prefix_match
+from flexkv.index.found import prefix_match
+from flexkv.index.residency import Residency
 from tests.unit.prompts import LIMITS, filled, keys, request, residency, resident
 
 

@@ -15,7 +15,7 @@ TO_DEVICE = Route(Tier.HOST, Tier.DEVICE)
 
 def test_an_agent_is_told_the_group_of_a_copy() -> None:
     """A transfer keeps its KV group on its way to the agents of an instance."""
-    fleet, rank, ids = FleetPort(ONE_RANK.spaces(16)[0], 16), Rank(0, 8), np.arange(2)
+    fleet, rank, ids = FleetPort(ONE_RANK.spaces(16) * 2, 16), Rank(0, 8), np.arange(2)
     fleet.join(0, 0, rank.port, ORDER)
     fleet.attach(0, Wire())
     device_ids = fleet.ids_of(fleet.instances[0], ids)
@@ -25,7 +25,7 @@ def test_an_agent_is_told_the_group_of_a_copy() -> None:
 
 def test_epochs_never_return_and_messages_carry_them() -> None:
     """No epoch comes twice, or is 0, which a client has before it is told of one."""
-    fleet, told = FleetPort(ONE_RANK.spaces(16)[0], 16), []
+    fleet, told = FleetPort(ONE_RANK.spaces(16), 16), []
     fleet.join(0, 0, Rank(0, 8).port, ORDER)
     for _ in range(4):
         fleet.attach(0, Wire())

@@ -18,8 +18,9 @@ from flexkv.common.config import ModelConfig
 from flexkv.common.errors import ConfigError
 from flexkv.common.request import Operation, Span
 from flexkv.index.intake import Intake
-from flexkv.index.keys import KeyChain, Scope, block_identity, block_keys
+from flexkv.index.keys import KeyChain, Scope, block_identity, block_keys, leaf_keys
 from flexkv.index.secret import DerivedSecrets, derived
+from flexkv.index.slots import SlotReader
 from tests.unit.xxh3 import PUBLIC_SECRET, colliding, xxh3_128
 
 BASE: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 2, "head_size": 8, "dtype": "float16"}
@@ -161,13 +162,13 @@ def test_a_namespace_is_made_of_strings(namespace: Any) -> None:
 def test_slots_that_break_a_rule_are_named(slots: Any, why: str) -> None:
     """Errors of length, range, alignment and contiguity differ, and name index and value."""
     with pytest.raises(ConfigError, match=why):
-        Intake(chain()).device_ids(slots, Span(0, 2, 0, 32), 4)
+        SlotReader([16]).read(slots, Span(0, 2, 0, 32), 4)
 
 
 def test_slots_of_a_masked_run_skip_the_partial_block() -> None:
     """Slots begin at the mask's first token; its leading partial block is not moved."""
     slots = np.r_[5:16, 32:48]
-    ids = Intake(chain()).device_ids(slots, Span(1, 2, 5, 32), 4)
+    ids, _ = SlotReader([16]).read(slots, Span(1, 2, 5, 32), 4)
     assert ids.tolist() == [2]
 
 
@@ -177,13 +178,15 @@ VECTORS = json.loads((Path(__file__).parents[2] / "docs" / "key-vectors.json").r
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["name"])
 def test_keys_are_those_of_the_published_vectors(vector: dict[str, Any]) -> None:
     """Keys equal the published vectors in every process, Python and release of a key version."""
-    (space,) = ModelConfig(**vector["model"]).spaces(vector["tokens_per_block"])
+    space, *_ = ModelConfig(**vector["model"]).spaces(vector["tokens_per_block"])
     keys = KeyChain(space, vector["secret"]).keys(
         np.array(vector["tokens"], np.int64),
         Scope(tuple(vector["namespace"]), tuple(map(tuple, vector["extra_keys"]))),
     )
     assert keys[:16].hex() == vector["root"]
     assert [key.hex() for key in block_keys(keys)] == vector["keys"]
+    for group, leaves in vector.get("leaves", {}).items():
+        assert [key.hex() for key in block_keys(leaf_keys(keys, int(group)))] == leaves
 
 
 def hash_secret(secret: str) -> bytes:
@@ -217,6 +220,8 @@ def test_vectors_follow_from_the_documented_rule(vector: dict[str, Any]) -> None
         "num_kv_heads": model.num_kv_heads, "head_size": model.head_size, "kv_dim": model.kv_dim,
         "dtype": model.dtype, "tokens_per_block": vector["tokens_per_block"],
     }  # fmt: skip
+    if model.layer_groups:
+        facts["layer_groups"] = repr(model.layer_groups)
     fingerprint = ";".join(f"{name}={value}" for name, value in facts.items()).encode()
     secret, size = vector["secret"], vector["tokens_per_block"]
     namespace = [part.encode() for part in vector["namespace"]]
@@ -234,6 +239,9 @@ def test_vectors_follow_from_the_documented_rule(vector: dict[str, Any]) -> None
         tokens = np.array(vector["tokens"][begin:end], "<u4")
         parent = xxh3_128(parent + tokens.tobytes(), hash_secret(secret))
         assert parent.hex() == key
+        for group, leaves in vector.get("leaves", {}).items():
+            salt = xxhash.xxh3_128(b"flexkv leaf", seed=int(group)).digest()
+            assert bytes(a ^ b for a, b in zip(parent, salt, strict=True)).hex() == leaves[number]
 
 
 # -- the secret ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from flexkv.common.errors import InvariantError, TransferError
+from flexkv.common.space import BlockSpace
 from flexkv.common.terms import Route, Tier, Transfer
 from flexkv.io.device.ranks import RanksPort
 from flexkv.io.ports import Completion
@@ -50,7 +51,8 @@ def test_a_transfer_ends_with_its_last_rank_and_the_first_error(
     A later transfer of the same op id knows nothing of it.
     """
     ranks = [Rank(), Rank()]
-    port = RanksPort([[rank] for rank in ranks], 4)
+    space = BlockSpace(16, (), (), ranks=2, parts=2, facts={})
+    port = RanksPort(ranks, [space], 4)
     for outcome, wanted in ((errors, expected), ((None, None), None)):
         port.submit(Transfer(1, 1, Route(Tier.HOST, Tier.DEVICE), IDS, IDS))
         ranks[0].ends.append(Completion(1, outcome[0]))

@@ -1,8 +1,11 @@
 """One port for the devices of all ranks; each rank has one part of every block.
 
 part 0: ranks 0, 1 ──┐     to the device: every rank reads its part
-part 1: ranks 2, 3 ──┴─▶   to the host: the ranks of one part have the same bytes (MLA, or fewer
-                           heads than ranks), so each writes some of the blocks
+part 1: ranks 2, 3 ──┴─▶   to the host: the ranks of one part have the same bytes (MLA, a state that
+                           each rank has whole, or fewer heads than ranks), so each writes some of
+                           the blocks
+
+The ranks divide the blocks of each KV group in their own way.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import numpy as np
 
 from flexkv.common.errors import InvariantError, TransferError
 from flexkv.common.extents import check_ids
+from flexkv.common.space import BlockSpace
 from flexkv.common.terms import Tier, Transfer
 from flexkv.io.ports import Completion, DevicePort
 
@@ -30,10 +34,18 @@ class _UnderWay:
 class RanksPort:
     """A transfer port whose transfers end when those of every rank have ended."""
 
-    def __init__(self, parts: Sequence[Sequence[DevicePort]], host_blocks: int) -> None:
-        """Combine the ports of each part's ranks; the caller still owns them."""
-        self._parts, self._host_blocks = parts, host_blocks
-        self._ports = [port for ranks in parts for port in ranks]
+    def __init__(
+        self, ports: Sequence[DevicePort], spaces: Sequence[BlockSpace], host_blocks: int
+    ) -> None:
+        """Combine the ports of the ranks, in their order; the caller still owns them.
+
+        Args:
+            ports: one for each rank.
+            spaces: the block space of each KV group, which says what part of a block a rank has.
+            host_blocks: how many blocks host memory has.
+        """
+        self._ports, self._host_blocks = ports, host_blocks
+        self._parts = [_by_part(ports, space) for space in spaces]
         self._under_way: dict[int, _UnderWay] = {}
 
     def connect(self, wake: Callable[[], None]) -> None:
@@ -46,13 +58,16 @@ class RanksPort:
 
         Raises:
             ClosedError: a rank's port is closed.
-            InvariantError: an id is out of range, or the id lists differ in length.
+            InvariantError: a group or an id is out of range, or the id lists differ in length.
         """
+        if transfer.group >= len(self._parts):
+            raise InvariantError(f"transfer {transfer.op_id}: no ranks of group {transfer.group}")
         check_ids(transfer, self._host_blocks, min(port.num_blocks for port in self._ports))
         if transfer.route.target is Tier.DEVICE:
             shares = [(port, transfer) for port in self._ports]
         else:
-            shares = [share for ranks in self._parts for share in _divided(transfer, ranks)]
+            parts = self._parts[transfer.group]
+            shares = [share for ranks in parts for share in _divided(transfer, ranks)]
         for started, (port, share) in enumerate(shares, 1):
             port.submit(share)
             self._under_way[transfer.op_id] = _UnderWay(started)
@@ -78,6 +93,14 @@ class RanksPort:
         """
         if self._under_way:
             raise InvariantError(f"{len(self._under_way)} transfers of several ranks unreaped")
+
+
+def _by_part(ports: Sequence[DevicePort], space: BlockSpace) -> list[list[DevicePort]]:
+    """Return the ports of the ranks that have each part of a block."""
+    parts: list[list[DevicePort]] = [[] for _ in range(space.parts)]
+    for rank, port in enumerate(ports):
+        parts[space.part_of(rank).number].append(port)
+    return parts
 
 
 def _divided(transfer: Transfer, ranks: Sequence[DevicePort]) -> list[tuple[DevicePort, Transfer]]:

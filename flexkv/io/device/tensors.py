@@ -7,10 +7,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from flexkv.common.config_model import ITEM_BYTES
+from flexkv.common.config_layers import ITEM_BYTES
 from flexkv.common.errors import BackendUnavailableError, ConfigError
-from flexkv.common.layout import PagedLayout, TensorSpec, infer_layout
-from flexkv.common.space import BlockSpace
+from flexkv.common.layout import PagedLayout, TensorSpec, infer_layout, same_blocks
+from flexkv.common.space import BlockSpace, Kind
 
 KVCaches: TypeAlias = Mapping[str, Any] | Sequence[Any]
 """The per-layer tensors of one rank: a dict in layer order, or a list."""
@@ -83,18 +83,30 @@ def layouts_of(
 ) -> tuple[PagedLayout, ...]:
     """Return where a rank's blocks of each KV group are in its per-layer tensors.
 
+    The tensors are in the order of the model's layers. Those of different groups may overlay each
+    other; the layout's name, if one is given, holds for all but states.
+
     Raises:
         ConfigError: the tensors do not fit the model, or their layout is ambiguous.
     """
-    (space,) = spaces
-    if len(tensors) != len(space.shapes):
-        why = f"must have one tensor for each of the {len(space.shapes)} layers"
+    layers = sum(len(space.shapes) for space in spaces)
+    if len(tensors) != layers:
+        why = f"must have one tensor for each of the {layers} layers"
         raise ConfigError("kv_caches", f"{len(tensors)} tensors", why)
-    fields = [f"kv_caches[{i}]" for i in range(len(tensors))]
+    fields = [f"kv_caches[{i}]" for i in range(layers)]
     specs = [describe(*each) for each in zip(tensors, fields, strict=True)]
-    for each in zip(tensors, space.dtypes, fields, strict=True):
-        check_dtype(*each)
-    return (infer_layout(specs, space.shapes, layout, space.part_of(tp_rank)),)
+    layouts, counts = [], {}
+    for space in spaces:
+        numbers = space.layers or range(layers)
+        for number, dtype in zip(numbers, space.dtypes, strict=True):
+            check_dtype(tensors[number], dtype, fields[number])
+        own = [specs[number] for number in numbers]
+        # A name settles which axis is which; the rows of a state have but one.
+        name = None if space.kind is Kind.STATE else layout
+        layouts.append(infer_layout(own, space.shapes, name, space.part_of(tp_rank), numbers))
+        counts[fields[numbers[0]]] = layouts[-1].num_blocks
+    same_blocks(counts)
+    return tuple(layouts)
 
 
 def _place(tensor: Any) -> tuple[str, int]:

@@ -1,0 +1,226 @@
+"""Finds and loads prefixes of models with several KV groups, and finds the leaves of a put.
+
+Such a prefix is loaded whole or not at all: each group has what the prefix needs of it, and the
+device has a block for it. See `common/space.py` for what a group is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from itertools import accumulate
+from math import lcm
+from typing import NamedTuple
+
+import numpy as np
+
+from flexkv import _ext
+from flexkv.common.request import LeafBlocks, Operation, Request
+from flexkv.common.space import GroupRule
+from flexkv.common.terms import BLOCK_KEY_BYTES, BlockIds, Positions, Route, Tier
+from flexkv.graph.draft import ONWARD, Draft
+from flexkv.index.claims import Holding
+from flexkv.index.found import Found, Group, Placement
+from flexkv.index.residency import ALL, READY, Residency
+
+TRIES_MAX = 16
+"""How many shorter prefixes are tried before a load finds nothing."""
+
+
+class Prefix(NamedTuple):
+    """The prefix of a prompt that a load asks for.
+
+    Attributes:
+        keys: root and block keys, up to `drop` blocks behind the prefix.
+        first: the first block that the device lacks.
+        last: where the prefix ends at most.
+        drop: how many blocks of the chain behind it must be there as well.
+        leaves: the device blocks of the other groups; None if it needs none.
+    """
+
+    keys: bytes
+    first: int
+    last: int
+    drop: int = 0
+    leaves: tuple[LeafBlocks, ...] | None = None
+
+
+def prefix_of(request: Request) -> Prefix:
+    """Return the prefix that a get or prefetch asks for; only one with device blocks needs all."""
+    leaves = None if request.device_ids is None else request.leaves
+    last = min(request.span.last_block, request.block_count - request.drop)
+    return Prefix(request.keys, request.span.first_block, last, request.drop, leaves)
+
+
+class LeafFinder:
+    """Finds what a model's prefixes need of its KV groups."""
+
+    def __init__(self, residency: Residency, rules: tuple[GroupRule, ...]) -> None:
+        self._residency, self._rules = residency, rules
+        self._alignment = lcm(*(rule.ratio for rule in self._rules))
+
+    def find(
+        self, prefix: Prefix, unreadable: Set[Tier], before: int | None = None, use: bool = False
+    ) -> Found:
+        """Return the longest prefix that can be loaded whole.
+
+        Args:
+            prefix: what is asked for.
+            unreadable: tiers that must not be used.
+            before: the prefix ends before this position.
+            use: count a use of the blocks that are found.
+        """
+        keys, first, last, drop, leaves = prefix
+        device = None if leaves is None else _DeviceLeaves(self._rules, leaves, last)
+        last = last if before is None else min(last, before - 1)
+        found = Found(first, first, {})
+        for _ in range(TRIES_MAX):
+            if device is not None:
+                while last > first and (last % self._alignment or not device.cover(first, last)):
+                    last -= 1
+            if last <= first:
+                break
+            end = (last + drop + 1) * BLOCK_KEY_BYTES
+            found = self._residency.find(keys[:end], first, use, drop)
+            reach = _readable(found, unreadable)
+            if reach == found.last and (device is None or device.cover(first, reach)):
+                return found
+            last, use = min(reach, found.last), False
+        return found.before(first)
+
+    def load(self, request: Request, found: Found, draft: Draft) -> int:
+        """Draft the loads of everything found, or return how many blocks find no place."""
+        missing = self._load(request, found.ready, draft, 0)
+        for leaves in found.leaves:
+            missing = missing or self._load(request, leaves.ready, draft, leaves.group)
+        return missing
+
+    def _load(
+        self, request: Request, ready: dict[Tier, Placement], draft: Draft, group: int
+    ) -> int:
+        onward = ONWARD if request.operation is Operation.GET else ()
+        for tier, placement in ready.items():
+            positions, block_ids = placement.positions, placement.block_ids
+            if tier is Tier.HOST:
+                if onward:
+                    draft.add(onward, positions, {tier: block_ids}, group=group)
+                continue
+            host_ids = self._residency.reserve(Tier.HOST, request.keys, positions, ALL, group)
+            if len(host_ids) < positions.block_count:
+                return positions.block_count
+            draft.reserved.append(host_ids)
+            ids = {tier: block_ids, Tier.HOST: host_ids}
+            draft.add((Route(tier, Tier.HOST), *onward), positions, ids, group=group)
+        return 0
+
+    def to_store(self, request: Request, leaves: LeafBlocks, use: bool = True) -> list[Group]:
+        """Return where the leaves that a put brings are now, grouped by states.
+
+        Those whose block of the chain is nowhere are left out, as no prefix could use them.
+        """
+        wanted = leaves.positions.chosen(leaves.device_ids >= 0)
+        if not wanted.block_count:
+            return []
+        first, last = wanted.first, wanted.at(wanted.block_count - 1) + 1
+        found = self._residency.survey(request.keys, first, last, use, leaves.group)
+        return [group for each in found if (group := _within(each, wanted)).positions.block_count]
+
+    def parents(self, request: Request, leaves: LeafBlocks) -> list[Holding]:
+        """Return the blocks of the chain on which leaves hang or will, to be pinned meanwhile."""
+        positions = leaves.positions
+        if not positions.block_count:
+            return []
+        last = positions.at(positions.block_count - 1) + 1
+        chain = self._residency.survey(request.keys, positions.first, last, False)
+        return [holding for group in chain for holding in self._nearest(group)]
+
+    def lacking_from(self, request: Request) -> int:
+        """Return the first block of a put that host memory lacks for the longest prefix.
+
+        It lacks a block of the chain, or a leaf that the prefix needs.
+        """
+        first, last = request.span.first_block, request.span.last_block
+        lacking = [(each, 1) for each in self._residency.survey(request.keys, first, last, False)]
+        for rule in self._rules:
+            begin, end = needed(rule, first, last // self._alignment * self._alignment)
+            found = self._residency.survey(
+                request.keys, begin * rule.ratio, end * rule.ratio, False, rule.group
+            )
+            lacking += [(each, rule.ratio) for each in found]
+        starts = [
+            max(first, group.positions.first - ratio + 1)
+            for group, ratio in lacking
+            if group.states[0] != READY
+        ]
+        return min(starts, default=last)
+
+    def _nearest(self, group: Group) -> Iterator[Holding]:
+        for tier, state, ids in zip(
+            self._residency.tiers, group.states, group.block_ids, strict=True
+        ):
+            if state == READY and ids is not None:
+                yield Holding(tier, ids)
+                return
+
+
+class _DeviceLeaves:
+    """The leaves for which the device has blocks."""
+
+    def __init__(
+        self, rules: tuple[GroupRule, ...], leaves: tuple[LeafBlocks, ...], last: int
+    ) -> None:
+        """Take the device blocks of leaves before position `last`."""
+        self._rules = rules
+        self._number_before: dict[int, list[int]] = {}
+        """For each group, how many leaves before each position have a device block."""
+        ratios = {rule.group: rule.ratio for rule in rules}
+        for group, positions, device_ids in leaves:
+            has = np.zeros(last + 1, np.int64)
+            places = positions.array[device_ids >= 0]
+            places = places[(places < last) & ((places + 1) % ratios[group] == 0)]
+            has[places + 1] = 1
+            self._number_before[group] = list(accumulate(has.tolist()))
+
+    def cover(self, first: int, last: int) -> bool:
+        """Return whether the device has a block for each leaf that it lacks of a prefix.
+
+        It has those of the blocks before `first`.
+        """
+        for rule in self._rules:
+            begin, end = needed(rule, first, last)
+            before = self._number_before.get(rule.group)
+            have = 0 if before is None else before[end * rule.ratio] - before[begin * rule.ratio]
+            if have < end - begin:
+                return False
+        return True
+
+
+def needed(rule: GroupRule, first: int, last: int) -> tuple[int, int]:
+    """Return which of a group's own blocks a prefix of `last` chain blocks needs from `first` on.
+
+    Those that are on the device, before `first`, are left out.
+    """
+    tokens = last // rule.ratio * rule.block_tokens
+    begin, end = _ext.needed(rule.kind, rule.window, rule.block_tokens, tokens)
+    return min(max(begin, first // rule.ratio), end), end
+
+
+def _readable(found: Found, unreadable: Set[Tier]) -> int:
+    """Return where a prefix may end at most so that tiers that must not be used are not."""
+    reach = found.last
+    for tier in unreadable & found.ready.keys():
+        reach = min(reach, found.ready[tier].positions.first)
+    if any(unreadable & leaves.ready.keys() for leaves in found.leaves):
+        reach = min(reach, found.last - 1)
+    return reach
+
+
+def _within(group: Group, wanted: Positions) -> Group:
+    """Return the blocks of a group that are at wanted positions."""
+    states, positions, block_ids = group
+    which = np.isin(positions.array, wanted.array, assume_unique=True)
+    if which.all():
+        return group
+    ids: tuple[BlockIds | None, ...] = tuple(
+        [None if each is None else each[which] for each in block_ids]
+    )
+    return Group(states, positions.chosen(which), ids)

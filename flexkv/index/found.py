@@ -1,0 +1,131 @@
+"""What a search of the index returns: the blocks of a prompt, and where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from flexkv.common.terms import BlockIds, Positions, Tier
+from flexkv.index.claims import Holding
+
+
+class PrefixMatch(msgspec.Struct, frozen=True):
+    """How much of a prompt a get would find, each block counted at its nearest tier.
+
+    `tokens` includes `pending_tokens`: those being filled right now, which a get waits for.
+    """
+
+    tokens: int
+    tokens_by_tier: dict[Tier, int]
+    pending_tokens: int
+
+    def __repr__(self) -> str:
+        parts = [f"{tier.label} {count}" for tier, count in self.tokens_by_tier.items() if count]
+        parts += [f"{self.pending_tokens} pending"] if self.pending_tokens else []
+        return f"PrefixMatch({self.tokens} tokens{': ' if parts else ''}{', '.join(parts)})"
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """Some blocks of a prompt, and where they are in one tier."""
+
+    positions: Positions
+    block_ids: BlockIds
+
+    @property
+    def block_count(self) -> int:
+        """Return the number of blocks."""
+        return self.positions.block_count
+
+    def before(self, last: int) -> Placement:
+        """Return the part before a position."""
+        count = self.positions.number_before(last)
+        if count == self.positions.block_count:
+            return self
+        return Placement(self.positions.part(0, count), self.block_ids[:count])
+
+
+class Group(NamedTuple):
+    """Blocks of a prompt that have equal states; `states` and ids are by tier, nearest first."""
+
+    states: tuple[int, ...]
+    positions: Positions
+    block_ids: tuple[BlockIds | None, ...]
+
+
+class LeafFound(msgspec.Struct, frozen=True):
+    """The leaves of one KV group that a prefix needs, by nearest tier."""
+
+    group: int
+    ready: dict[Tier, Placement]
+    """Only tiers that are the nearest one of some leaf; positions are those of the chain."""
+
+    @property
+    def block_count(self) -> int:
+        """Return the number of leaves."""
+        return sum(placed.block_count for placed in self.ready.values())
+
+
+class Found(msgspec.Struct, frozen=True):
+    """The resident run of a prompt from `first` to `last` (exclusive), by nearest tier.
+
+    For a load, `graph.far.with_far` adds what is said to lie far behind it.
+
+    Where the model has leaves, every KV group has what the prefix up to `last` needs.
+    """
+
+    first: int
+    last: int
+    ready: dict[Tier, Placement]
+    """Only tiers that are the nearest one of some block."""
+    pending: Placement | None = None
+    """Host blocks that are being filled; None where the model has leaves."""
+    leaves: tuple[LeafFound, ...] = ()
+    """The needed leaves from `first` on; no group without any."""
+    chain: int = 0
+    """Where the chain of ready blocks ends that begins at `first`."""
+
+    @property
+    def host_only(self) -> bool:
+        """Return whether every block found, of the chain and of the leaves, is in host memory."""
+        host = self.ready.get(Tier.HOST)
+        if (host.positions.block_count if host else 0) != self.last - self.first:
+            return False
+        return all(leaf.ready.keys() == {Tier.HOST} for leaf in self.leaves)
+
+    def before(self, last: int) -> Found:
+        """Return the part of the run before a position: nothing of a run with leaves.
+
+        A shorter prefix needs other leaves, so it must be searched for.
+        """
+        if last >= self.last:
+            return self
+        assert not self.leaves or last <= self.first, "the leaves are those of a longer prefix"
+        ready = {tier: placed.before(last) for tier, placed in self.ready.items()}
+        pending = self.pending and self.pending.before(last)
+        return Found(
+            self.first,
+            last,
+            {tier: placed for tier, placed in ready.items() if placed.block_count},
+            pending if pending and pending.block_count else None,
+            chain=self.chain,
+        )
+
+    @property
+    def holdings(self) -> list[Holding]:
+        """Return the ready blocks, tier by tier, the leaves after the chain."""
+        placed = [*self.ready.items()]
+        for leaf in self.leaves:
+            placed += leaf.ready.items()
+        return [Holding(tier, place.block_ids) for tier, place in placed]
+
+
+def prefix_match(found: Found, tiers: Sequence[Tier], tokens_per_block: int) -> PrefixMatch:
+    """Return what was found, counted in tokens."""
+    pending = found.pending.block_count if found.pending else 0
+    by_tier = dict.fromkeys(tiers, 0)
+    for tier, placement in found.ready.items():
+        by_tier[tier] = placement.block_count * tokens_per_block
+    tokens = (found.last - found.first) * tokens_per_block
+    return PrefixMatch(tokens, by_tier, pending * tokens_per_block)

@@ -1,0 +1,389 @@
+"""The library with a model of several KV groups: full attention, a window, chunks and a state."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexkv.common.errors import CapacityError, ConfigError, CorruptBlockError
+from flexkv.common.request import KVResponse, KVResponseStatus, Operation
+from flexkv.common.terms import Tier
+from flexkv.kvmanager import KVManager
+from flexkv.trace.load import load
+
+from .groups import MODEL, GroupCaches, Ids, cache_config
+from .test_corrupt import damage
+
+PROMPT = np.arange(1000, 1040)
+"""Ten blocks of the chain, five of the state."""
+GROUPS = range(4)
+
+
+class GroupRig:
+    """A manager with the KV caches of several groups, and a copy of what was put."""
+
+    def __init__(self, manager: KVManager) -> None:
+        self.manager, self.caches = manager, GroupCaches()
+        manager.register_kv_caches(self.caches.tensors)
+        self.stored: dict[tuple[int, int], Any] = {}
+
+    async def put(
+        self, prompt: Any, groups: Sequence[int] = GROUPS, start: int = 0, **more: Any
+    ) -> KVResponse:
+        """Put the blocks of some groups from consecutive device blocks, and keep a copy."""
+        places = self.caches.places(len(prompt), start, groups)
+        for group in groups:
+            for number, block in places[group].items():
+                self.stored[group, number] = self.caches.bytes_of(group, [block])
+        return await self.manager.put(prompt, self.caches.slots(len(prompt), *places), **more)
+
+    async def get(self, prompt: Any, places: Sequence[Ids], **more: Any) -> KVResponse:
+        """Load a prompt into device blocks."""
+        return await self.manager.get(prompt, self.caches.slots(len(prompt), *places), **more)
+
+    def everything(self, prompt: Any) -> Sequence[Ids]:
+        """Return device blocks for every block of every group, other than those of `put`."""
+        return self.caches.places(len(prompt), 30)
+
+    def check(self, places: Sequence[Ids], end: int, first: int = 0) -> None:
+        """Check that each group has in its places what a prefix of `end` tokens needs."""
+        for group in GROUPS:
+            for number in self.caches.needed(group, end, first):
+                loaded = self.caches.bytes_of(group, [places[group][number]])
+                for layer, expected in zip(loaded, self.stored[group, number], strict=True):
+                    assert np.array_equal(layer, expected), (group, number)
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[GroupRig]:
+    """Yield a manager over host memory and SSD, with the caches of several groups."""
+    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
+        yield GroupRig(manager)
+
+
+async def fill(rig: GroupRig, count: int = 6) -> None:
+    """Put other prompts until nothing of earlier ones is left in host memory."""
+    caches = GroupCaches(seed=9)
+    for number in range(count):
+        prompt = np.arange(40) + 100_000 + 1000 * number
+        places = caches.places(len(prompt), 0)
+        await rig.manager.put(prompt, caches.slots(len(prompt), *places))
+        await rig.manager.flush()
+
+
+async def test_every_group_comes_back_in_other_blocks(rig: GroupRig) -> None:
+    """A get loads what each group needs at the end of the prompt, byte for byte, and no more."""
+    put = await rig.put(PROMPT)
+    assert (put.status, put.return_mask.all(), put.error) == (KVResponseStatus.SUCCESS, True, None)
+    assert rig.manager.match(PROMPT).tokens == 40
+    places = rig.everything(PROMPT)
+    before = {(g, n): rig.caches.bytes_of(g, [b]) for g in GROUPS for n, b in places[g].items()}
+    got = await rig.get(PROMPT, places)
+    assert (got.status, got.return_mask.all(), got.error) == (KVResponseStatus.SUCCESS, True, None)
+    rig.check(places, 40)
+    for group in GROUPS:
+        for number in places[group].keys() - set(rig.caches.needed(group, 40)):
+            now = rig.caches.bytes_of(group, [places[group][number]])
+            for layer, expected in zip(now, before[group, number], strict=True):
+                assert np.array_equal(layer, expected), "a block that nobody needs was written"
+
+
+@pytest.mark.parametrize("tokens", [8, 16, 24, 32, 35, 39, 40])
+async def test_a_prompt_gets_the_longest_prefix_that_all_groups_have(
+    rig: GroupRig, tokens: int
+) -> None:
+    """A shorter prompt hits up to its last boundary, as every group has all blocks before it."""
+    await rig.put(PROMPT)
+    end = tokens // 8 * 8
+    prompt = np.r_[PROMPT[:tokens], 5, 6]
+    assert rig.manager.match(prompt).tokens == end
+    places = rig.everything(prompt)
+    got = await rig.get(prompt, places)
+    assert int(np.count_nonzero(got.return_mask)) == end
+    rig.check(places, end)
+
+
+async def test_a_prefix_needs_its_own_leaves(rig: GroupRig) -> None:
+    """Where a group has only the leaves of one boundary, no other prefix is offered."""
+    places = rig.caches.places(40, 0)
+    for group in (1, 2, 3):
+        places[group] = {n: n for n in rig.caches.needed(group, 32)}
+    slots = rig.caches.slots(40, *places)
+    await rig.manager.put(PROMPT, slots)
+    for tokens, found in ((40, 32), (36, 32), (32, 32), (31, 0), (16, 0)):
+        assert rig.manager.match(PROMPT[:tokens]).tokens == found
+
+
+@pytest.mark.parametrize("missing", [1, 2, 3])
+async def test_a_group_without_its_leaves_makes_a_miss(rig: GroupRig, missing: int) -> None:
+    """Without the leaves of one group nothing is offered, except where it needs none."""
+    await rig.put(PROMPT, [group for group in GROUPS if group != missing])
+    # A prefix that ends with a chunk needs nothing of the chunk.
+    assert rig.manager.match(PROMPT).tokens == (32 if missing == 2 else 0)
+    got = await rig.get(PROMPT[:24], rig.everything(PROMPT[:24]))
+    ends = 16 if missing == 2 else 0
+    assert int(np.count_nonzero(got.return_mask)) == ends
+    assert got.status is (KVResponseStatus.SUCCESS if ends else KVResponseStatus.NOTFOUND)
+    put = await rig.put(PROMPT)
+    assert (put.status, put.return_mask.any()) == (KVResponseStatus.SUCCESS, False)
+    assert rig.manager.match(PROMPT).tokens == 40
+
+
+@pytest.mark.parametrize("missing", [1, 2, 3])
+async def test_a_get_needs_a_device_block_for_each_leaf(rig: GroupRig, missing: int) -> None:
+    """A get is cut to the longest prefix for which the caller has all device blocks."""
+    await rig.put(PROMPT)
+    places = list(rig.everything(PROMPT))
+    needed = rig.caches.needed(missing, 40)
+    places[missing] = {n: b for n, b in places[missing].items() if n != needed[-1]}
+    got = await rig.get(PROMPT, places)
+    assert int(np.count_nonzero(got.return_mask)) == 32
+    rig.check(places, 32)
+    places[missing] = {}
+    got = await rig.get(PROMPT, places)
+    # A prefix that ends with a chunk needs nothing of the chunk.
+    assert int(np.count_nonzero(got.return_mask)) == (32 if missing == 2 else 0)
+
+
+async def test_a_masked_get_needs_no_leaf_that_the_device_has(rig: GroupRig) -> None:
+    """Blocks before the mask are on the device; only the state is needed whatever it has."""
+    await rig.put(PROMPT)
+    mask = np.arange(40) >= 32
+    places = rig.everything(PROMPT)
+    slots = [each[mask] for each in rig.caches.slots(40, *places)]
+    got = await rig.manager.get(PROMPT, slots, token_mask=mask)
+    assert np.array_equal(got.return_mask, mask)
+    rig.check(places, 40, first=32)
+
+
+async def test_blocks_evicted_from_host_come_back_from_ssd(rig: GroupRig) -> None:
+    """Leaves go to the SSD with the chain, and come back from it."""
+    await rig.put(PROMPT)
+    await fill(rig)
+    match = rig.manager.match(PROMPT)
+    assert (match.tokens, match.tokens_by_tier[Tier.DISK]) == (40, 40)
+    places = rig.everything(PROMPT)
+    got = await rig.get(PROMPT, places)
+    assert got.return_mask.all()
+    rig.check(places, 40)
+    assert rig.manager.statistics().corrupt_blocks == 0
+
+
+async def test_a_prefetch_brings_what_every_group_needs(rig: GroupRig) -> None:
+    """After a prefetch, a get reads nothing from the SSD."""
+    await rig.put(PROMPT)
+    await fill(rig)
+    await rig.manager.prefetch(PROMPT)
+    read = rig.manager.statistics().routes["disk→host"].blocks
+    places = rig.everything(PROMPT)
+    got = await rig.get(PROMPT, places)
+    assert got.return_mask.all()
+    rig.check(places, 40)
+    assert rig.manager.statistics().routes["disk→host"].blocks == read
+
+
+async def test_every_group_survives_a_restart(tmp_path: Path) -> None:
+    """The SSD tier comes back warm with the leaves of each group."""
+    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
+        first = GroupRig(manager)
+        await first.put(PROMPT)
+        await manager.flush()
+        kept = manager.statistics().tiers["disk"].group_blocks
+    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
+        assert manager.statistics().tiers["disk"].group_blocks == kept == (10, 10, 10, 5)
+        second = GroupRig(manager)
+        second.stored = first.stored
+        places = second.everything(PROMPT)
+        got = await second.get(PROMPT, places)
+        assert got.return_mask.all()
+        second.check(places, 40)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+async def test_a_corrupt_block_of_any_group_fails_the_whole_get(tmp_path: Path, group: int) -> None:
+    """A get with a wrong block moves nothing, and says so; the next one is a shorter hit."""
+    async with KVManager(MODEL, cache_config(tmp_path)) as manager:
+        rig = GroupRig(manager)
+        await rig.put(PROMPT)
+        await fill(rig)
+        keys = manager.engine.requests.intake(Operation.PREFETCH, PROMPT).keys
+        found = manager.engine.residency.find(keys)
+        ready = {0: found.ready, **{leaves.group: leaves.ready for leaves in found.leaves}}[group]
+        damage(tmp_path, {int(ready[Tier.DISK].block_ids[-1])})
+        places = rig.everything(PROMPT)
+        got = await rig.get(PROMPT, places)
+        assert (got.status, got.return_mask.any()) == (KVResponseStatus.NOTFOUND, False)
+        assert isinstance(got.error, CorruptBlockError)
+        assert manager.statistics().corrupt_blocks == 1
+        again = await rig.get(PROMPT, places)
+        assert int(np.count_nonzero(again.return_mask)) == 32
+        rig.check(places, 32)
+        assert manager.statistics().corrupt_blocks == 1
+
+
+async def test_a_put_stores_leaves_of_an_older_prefix(rig: GroupRig) -> None:
+    """A put with a mask stores leaves for the selected tokens only, and the chain before stays."""
+    await rig.put(PROMPT[:24])
+    mask = np.arange(40) >= 24
+    places = rig.caches.places(40, 0)
+    rig.stored = {(g, n): rig.caches.bytes_of(g, [b]) for g in GROUPS for n, b in places[g].items()}
+    slots = [each[mask] for each in rig.caches.slots(40, *places)]
+    put = await rig.manager.put(PROMPT, slots, token_mask=mask)
+    assert np.array_equal(put.return_mask, mask)
+    got = await rig.get(PROMPT, target := rig.everything(PROMPT))
+    assert got.return_mask.all()
+    rig.check(target, 40)
+
+
+async def test_leaves_without_room_are_left_out(tmp_path: Path) -> None:
+    """A put whose chain fills host memory stores no leaf, and says that there was no room."""
+    config = cache_config(tmp_path, num_cpu_blocks=10, enable_ssd=False, num_ssd_blocks=0)
+    async with KVManager(MODEL, config) as manager:
+        rig = GroupRig(manager)
+        put = await rig.put(PROMPT)
+        assert (put.status, put.return_mask.all()) == (KVResponseStatus.SUCCESS, True)
+        assert isinstance(put.error, CapacityError)
+        assert manager.match(PROMPT).tokens == 0
+
+
+async def test_put_match_asks_for_what_the_longest_prefix_lacks(rig: GroupRig) -> None:
+    """The mask of a put's match begins where host memory lacks a block of any group."""
+    await rig.put(PROMPT[:24])
+    _, mask = rig.manager.put_match(PROMPT)
+    assert mask.tolist() == [False] * 24 + [True] * 16
+    _, mask = rig.manager.put_match(PROMPT[:24])
+    assert not mask.any()
+
+
+@pytest.mark.parametrize(("missing", "begins"), [(1, 28), (2, 32), (3, 32)])
+async def test_put_match_asks_for_leaves_that_are_missing(
+    rig: GroupRig, missing: int, begins: int
+) -> None:
+    """Where only leaves are missing, the mask begins with the first of them that is needed."""
+    await rig.put(PROMPT, [group for group in GROUPS if group != missing])
+    task, mask = rig.manager.put_match(PROMPT)
+    assert np.array_equal(mask, np.arange(40) >= begins)
+    rig.manager.cancel(task)
+
+
+def test_get_match_keeps_the_leaves_that_it_found(tmp_path: Path) -> None:
+    """The mask of a get's match ends at a boundary, and launching it loads every group."""
+    manager = KVManager(MODEL, cache_config(tmp_path, enable_ssd=False, num_ssd_blocks=0))
+    manager.start()
+    try:
+        rig = GroupRig(manager)
+        asyncio.run(rig.put(PROMPT))
+        prompt = np.r_[PROMPT, 7, 8, 9]
+        task, mask = manager.get_match(prompt)
+        assert mask.tolist() == [True] * 40 + [False] * 3
+        for number in range(4):
+            places = rig.caches.places(40, 0)
+            asyncio.run(manager.put(PROMPT + 1000 * number, rig.caches.slots(40, *places)))
+        places = rig.everything(PROMPT)
+        manager.launch(task, rig.caches.slots(40, *places))
+        assert manager.wait(task)[task].return_mask.sum() == 40
+        rig.check(places, 40)
+    finally:
+        manager.shutdown()
+
+
+def several(groups: int = 4) -> str:
+    """Return the rule of an error about the number of arrays."""
+    return f"slot_mapping=.*must be a list of {groups} arrays of slots"
+
+
+async def test_bad_slot_mappings_change_nothing(rig: GroupRig) -> None:
+    """One array, too few arrays and wrong slots are refused, and nothing is stored."""
+    slots = rig.caches.slots(40, *rig.caches.places(40, 0))
+    for bad in (slots[0], slots[:3], slots[0].tolist(), None):
+        with pytest.raises(ConfigError, match=several()):
+            await rig.manager.put(PROMPT, bad)
+    half = [each.copy() for each in slots]
+    half[3][9] = -1
+    with pytest.raises(ConfigError, match=r"slot_mapping\[3\]\[9\]=-1: must be -1 for every token"):
+        await rig.manager.put(PROMPT, half)
+    assert rig.manager.match(PROMPT).tokens == 0
+    assert rig.manager.statistics().tiers["host"].used_blocks == 0
+
+
+def test_layers_cannot_be_followed(tmp_path: Path) -> None:
+    """Requests that go layer by layer are refused by name."""
+    manager = KVManager(MODEL, cache_config(tmp_path, enable_ssd=False, num_ssd_blocks=0))
+    manager.start()
+    try:
+        rig = GroupRig(manager)
+        slots = rig.caches.slots(40, *rig.caches.places(40, 0))
+        for call in (manager.get_layerwise, manager.put_layerwise):
+            with pytest.raises(ConfigError, match=r"layer_groups=.*4 KV groups.*layer by layer"):
+                call(PROMPT, slots)
+    finally:
+        manager.shutdown()
+
+
+async def test_upkeep_knows_every_group(rig: GroupRig) -> None:
+    """Statistics count by group; clears, quotas, pins and resizing reach the leaves."""
+    manager = rig.manager
+    await rig.put(PROMPT, namespace="a")
+    assert manager.statistics().tiers["host"].group_blocks == (10, 10, 10, 5)
+    report = await manager.flush()
+    assert not report.lacking_blocks
+    assert manager.statistics().tiers["disk"].group_blocks == (10, 10, 10, 5)
+    assert manager.namespace_blocks("a") == {Tier.HOST: 35, Tier.DISK: 35}
+    assert manager.namespace_blocks(None) == {Tier.HOST: 0, Tier.DISK: 0}
+    pin = manager.pin(PROMPT, namespace="a")
+    await fill(rig)
+    assert manager.match(PROMPT, "a").tokens_by_tier[Tier.HOST] == 40
+    assert manager.unpin(pin)
+    manager.set_quota("a", Tier.HOST, 7)
+    assert manager.namespace_blocks("a")[Tier.HOST] <= 7
+    assert manager.match(PROMPT, "a").tokens == 40
+    assert manager.clear(namespace="a") > 0
+    assert manager.match(PROMPT, "a").tokens == 0
+    assert set(manager.namespace_blocks("a").values()) == {0}
+    assert manager.resize(Tier.HOST, 10) == 10
+
+
+async def test_a_suspended_device_serves_groups_again(rig: GroupRig) -> None:
+    """After suspending and resuming the device, every group is loaded into the new tensors."""
+    await rig.put(PROMPT)
+    await rig.manager.suspend_device()
+    rig.caches = GroupCaches(seed=3)
+    rig.manager.resume_device(rig.caches.tensors)
+    places = rig.everything(PROMPT)
+    got = await rig.get(PROMPT, places)
+    assert got.return_mask.all()
+    rig.check(places, 40)
+
+
+async def test_an_explanation_names_the_groups(rig: GroupRig) -> None:
+    """The plan of a get shows what it loads of each group."""
+    await rig.put(PROMPT)
+    told = str(rig.manager.explain("get", PROMPT))
+    for part in (
+        "10 in host",
+        "3 in host of group 1",
+        "2 in host of group 2",
+        "1 blocks of group 3",
+    ):
+        assert part in told
+
+
+async def test_a_trace_tells_the_group_of_each_op(rig: GroupRig, tmp_path: Path) -> None:
+    """Records of plans and ops have the KV group of the blocks, and the header their sizes."""
+    path = tmp_path / "trace.jsonl"
+    rig.manager.trace_start(str(path))
+    await rig.put(PROMPT)
+    await rig.get(PROMPT, rig.everything(PROMPT))
+    rig.manager.trace_stop()
+    trace = load(path)
+    assert trace.header.group_block_bytes == tuple(rig.manager.engine.sizes.block_bytes)
+    loads = [op for op in trace.ops if op.route == "host→device"]
+    assert sorted((op.group, op.block_count) for op in loads) == [(0, 10), (1, 3), (2, 2), (3, 1)]
+    assert all(
+        op.bytes == op.block_count * trace.header.group_block_bytes[op.group] for op in loads
+    )
